@@ -1,0 +1,7 @@
+"""What can go wrong between a trained network and the file that ships, told in one sentence."""
+
+
+class ExportError(Exception):
+    """Exporting, quantizing or timing a network failed (exit code 1)."""
+
+    exit_code = 1
