@@ -1,0 +1,215 @@
+"""The report as data: what `report.json` holds, and what `compress(...)` returns.
+
+Every field that is not known yet is ``None`` or empty: the report is written anew after each stage.
+Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
+"""
+
+from math import sqrt
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+
+class Result(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Accuracy(Result):
+    """Top-1 accuracy in percent on ``n`` images with its 95 % Wilson interval."""
+
+    top1: float
+    n: int
+    low: float
+    high: float
+    correct: int
+    balanced: float | None = None
+    """Mean of the per-class accuracies, where the classes are uneven."""
+    top5: float | None = None
+
+    @classmethod
+    def of(
+        cls, correct: int, n: int, *, balanced: float | None = None, top5: float | None = None
+    ) -> "Accuracy":
+        """Wilson's score interval (Wilson 1927) at 95 % for ``correct`` of ``n`` (n > 0)."""
+        z = 1.959963984540054
+        p = correct / n
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        low, high = max(0.0, centre - half), min(1.0, centre + half)
+        return cls(
+            top1=100 * p,
+            n=n,
+            low=100 * low,
+            high=100 * high,
+            correct=correct,
+            balanced=balanced,
+            top5=top5,
+        )
+
+
+class Latency(Result):
+    """Milliseconds of one run at batch 1; a percentile is None where too few runs were measured for it."""
+
+    p50: float | None
+    p90: float | None
+    p95: float | None = None
+    p99: float | None = None
+    mean: float
+    n: int
+
+
+class Speedup(Result):
+    """How many times faster than ``over``: ratio of medians with a 95 % paired bootstrap interval."""
+
+    over: str
+    threads: int
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> Literal["faster", "no difference", "slower"]:
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
+
+
+class Parity(Result):
+    """Largest difference of the exported file's logits from torch's: absolute, and by the logits' spread."""
+
+    max_abs: float
+    max_rel: float
+    n: int
+
+
+class Subject(Result):
+    """One network as a file: what is known of it."""
+
+    name: str
+    """timm's name, e.g. ``mobilenetv2_100``."""
+    weights: str
+    """Where its weights started: ``pretrained``, ``scratch`` or the name and hash of a file."""
+    parameters: int | None = None
+    gmacs: float | None = None
+    accuracy: Accuracy | None = None
+    select_accuracy: Accuracy | None = None
+    """Top-1 of the weights in torch on the select role: what decides whether the job goes on."""
+    agreement: Accuracy | None = None
+    """How often this file's answer is the teacher's (``correct`` counts the agreements)."""
+    per_class: list["ClassResult"] = []
+    bytes: int | None = None
+    latency_ms: dict[str, Latency] = {}
+    """By thread count, as text."""
+    speedups: list[Speedup] = []
+    parity: Parity | None = None
+    file: str | None = None
+    """Path inside the run folder."""
+    sha256: str | None = None
+    licence: str | None = None
+    head: str | None = None
+    """For a teacher: ``kept`` or ``replaced``."""
+    opset: int | None = None
+    ir_version: int | None = None
+    quantization: dict[str, Any] | None = None
+
+
+class ClassResult(Result):
+    label: str
+    n: int
+    correct: int
+
+
+class DataSummary(Result):
+    name: str
+    classes: list[str]
+    train: int
+    select: int
+    test: int
+    per_class: dict[str, dict[str, int]]
+    """role -> class -> number of images."""
+    skipped: list[tuple[str, str]] = []
+    """(name, reason) of each image that could not be read."""
+    duplicates: list[list[str]] = []
+    """Groups of identical images across given folders or classes, by name."""
+    fingerprint: str
+
+
+class Words(Result):
+    """QuEST's vocabulary of one teacher."""
+
+    teacher: str
+    words: int
+    asked: int
+    features: int
+    features_used: int
+    perplexity: float
+    mu: float
+    level: str = "map"
+    note: str | None = None
+
+
+class Epoch(Result):
+    """One line of `metrics.jsonl`."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    images_per_second: float
+    learning_rate: float
+    losses: dict[str, float]
+    """Means over the epoch of each weighted loss, and ``loss``, their sum."""
+    watched: dict[str, float] = {}
+    """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
+    train_accuracy: float | None = None
+    select_accuracy: float | None = None
+
+
+class Example(Result):
+    """A test image with the answers of teacher and shipped student, for the report."""
+
+    name: str
+    label: str
+    teacher: str
+    teacher_probability: float
+    student: str
+    student_probability: float
+    png: str
+    """The image as the student sees it, base64 of a PNG."""
+
+
+class StageTime(Result):
+    stage: str
+    seconds: float
+    summary: str
+    """The line the terminal showed."""
+
+
+class Report(Result):
+    """Everything a run knows; `report.html` and `report.md` show the same."""
+
+    schema_version: int = SCHEMA_VERSION
+    title: str
+    command: str
+    method: str
+    """As named on the command line, e.g. ``quest`` or ``none``."""
+    method_parameters: dict[str, Any] = {}
+    recipe: str | None = None
+    image_size: int
+    data: DataSummary | None = None
+    teachers: list[Subject] = []
+    teacher: Subject | None = None
+    """The one teacher, or the ensemble of several."""
+    student: Subject | None = None
+    student_int8: Subject | None = None
+    words: list[Words] = []
+    epochs: list[Epoch] = []
+    examples: list[Example] = []
+    confusion: list[list[int]] | None = None
+    """Rows: true class; columns: answer of the file that ships; over the test role."""
+    warnings: list[str] = []
+    stages: list[StageTime] = []
+    environment: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    """Every option, resolved."""
+    artifact: str | None = None
+    """Path of the folder that ships, inside the run folder."""
