@@ -1,0 +1,649 @@
+"""What runs on the device: read an image, render it, classify it. One file; numpy, Pillow and onnxruntime
+only.
+
+Copy this file beside an artifact folder and nothing else is needed:
+
+    classifier = Classifier.load("runs/shop")
+    classifier.predict(["photo.jpg"])[0].label
+
+The training side takes its test images through the same functions, so the accuracy it reports is the
+device's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image, ImageCms
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+METADATA_PREFIX = "questpress."
+
+Pixels = np.ndarray
+"""uint8 [H, W, 3], RGB."""
+
+
+class ImageError(Exception):
+    """An image that cannot be read: one sentence naming the file and the reason."""
+
+    exit_code = 1
+
+
+class ArtifactError(Exception):
+    """A model file or artifact folder that is missing, damaged or not ours, in one sentence."""
+
+    exit_code = 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading an image
+
+# Raster formats that Pillow decodes itself. EPS and WMF are left out: they run other programs.
+_FORMATS = (
+    *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF", "JXL"),
+    *("ICO", "DIB", "PCX", "SGI", "QOI", "PSD", "DDS", "ICNS", "TGA"),
+)
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) -> Pixels:
+    """The picture in a file, or in the bytes of one, as a viewer would show it: uint8 [H, W, 3], RGB.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit and float pictures are scaled to 8
+    bits, and of an animation the first frame is taken. Raises ImageError for whatever isn't a whole, readable
+    picture of at most `max_pixels` pixels (read from the header, before anything is decoded).
+    """
+    if isinstance(source, bytes):
+        name = "an image given as bytes"
+        if not source:
+            raise ImageError(f"cannot read {name}: there are none")
+        return _decode(BytesIO(source), name, max_pixels)
+    path = Path(source)
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        if path.exists() and not path.is_file():
+            raise ImageError(f"cannot read {name}: it is not a file")
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ImageError(f"cannot read {name}: the file is empty")
+            return _decode(file, name, max_pixels)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot read {name}: {reason}") from error
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
+    try:
+        with _no_pillow_warnings():
+            Image.init()
+            with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(
+                        f"cannot read {name}: {width}×{height} pixels are more than the {max_pixels} allowed"
+                    )
+                image.load()
+                return _rgb(_upright(image))
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"cannot read {name}: it is not an image, or of an unknown format") from error
+    except MemoryError as error:
+        raise ImageError(f"cannot read {name}: there is not enough memory for it") from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"cannot read {name}: {reason}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block says nothing of orientation; the pixels are whole
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey, shown = _eight_bits(image)
+        return np.repeat(np.where(shown, grey, np.uint8(255))[:, :, None], 3, axis=2)
+    if image.mode == "LAB":
+        image = _lab_to_rgb(image)
+    if image.has_transparency_data:
+        key = image.info.get("transparency")
+        if isinstance(key, tuple) and max(key) > 255:  # a 16-bit key beside pixels read as 8 bits
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Grey pictures of more than 8 bits as uint8 [H, W], and where they are opaque (bool [H, W]).
+
+    A known bit depth is scaled by that depth, whatever the content: 16 bits to 8 by dropping the low byte, as
+    Pillow does for 16-bit RGB. Float and 32-bit pictures carry no depth; theirs is the smallest usual range
+    that holds them.
+    """
+    values = np.asarray(image)
+    key = image.info.get("transparency")
+    shown = values != key if isinstance(key, int) else np.ones(values.shape, dtype=bool)
+    tags = getattr(image, "tag_v2", {})
+    bits = _first(tags.get(258), 16) if tags else 16
+    if image.mode != "F" and bits <= 16:
+        grey = (values.astype(np.int64) >> (bits - 8)).clip(0, 255)
+    else:
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0)
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        usual = [bound for bound in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= bound]
+        if low < 0 or not usual:
+            low, span = low, (high - low) or 1.0
+        else:
+            low, span = 0.0, float(usual[0])
+        grey = np.round((values - low) * (255 / span))
+    if tags and _first(tags.get(262), 1) == 0:  # TIFF's WhiteIsZero, which Pillow undoes for 8 bits only
+        grey = 255 - grey
+    return grey.astype(np.uint8), shown
+
+
+def _first(value: Any, default: int) -> int:
+    if isinstance(value, tuple):
+        value = value[0] if value else None
+    return default if value is None else int(value)
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    converted = ImageCms.profileToProfile(
+        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    if converted is None:
+        raise ImageError("its LAB colours cannot be converted")
+    return converted
+
+
+_warnings_lock = threading.Lock()
+_warnings_depth = 0
+_warnings_saved: warnings.catch_warnings | None = None
+
+
+@contextmanager
+def _no_pillow_warnings() -> Iterator[None]:
+    """Keep Pillow's remarks about odd files quiet. Python's own context manager alone isn't safe among
+    threads.
+    """
+    global _warnings_depth, _warnings_saved
+    with _warnings_lock:
+        if _warnings_depth == 0:
+            _warnings_saved = warnings.catch_warnings()
+            _warnings_saved.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\b")
+        _warnings_depth += 1
+    try:
+        yield
+    finally:
+        with _warnings_lock:
+            _warnings_depth -= 1
+            if _warnings_depth == 0 and _warnings_saved is not None:
+                _warnings_saved.__exit__(None, None, None)
+                _warnings_saved = None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rendering it for a network
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+_CROP_MODES = ("center", "squash", "border")
+_MAX_RESIZED = 1 << 25  # pixels; an image much longer than wide is resized only where the crop will be
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input, in timm's terms (`timm.data.transforms_factory`).
+
+    `size` S is the input's side and `resize` the side before the crop, floor(S / crop_fraction), both in
+    pixels. `crop_mode`: 'center' resizes the short side and cuts, 'squash' ignores the aspect ratio, 'border'
+    fits the long side and fills with the mean. Filters are Pillow's, antialiased. `mean` and `std` are for
+    pixels in [0, 1].
+    """
+
+    size: int
+    resize: int
+    crop_fraction: float
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values no image could be rendered with."""
+        if self.size < 1 or self.resize < 1 or not 0 < self.crop_fraction < math.inf:
+            raise ValueError(
+                f"preprocessing needs positive sizes, not size={self.size}, resize={self.resize}, "
+                f"crop_fraction={self.crop_fraction}"
+            )
+        if self.interpolation not in _FILTERS:
+            raise ValueError(f"no filter {self.interpolation!r}; there are {', '.join(_FILTERS)}")
+        if self.crop_mode not in _CROP_MODES:
+            raise ValueError(f"no crop mode {self.crop_mode!r}; there are {', '.join(_CROP_MODES)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, self.mean)):
+            raise ValueError(
+                f"preprocessing needs three means and deviations, not {self.mean} and {self.std}"
+            )
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"preprocessing needs positive deviations, not {self.std}")
+
+    @classmethod
+    def of(
+        cls,
+        size: int,
+        crop_fraction: float = 0.875,
+        interpolation: str = "bicubic",
+        crop_mode: str = "center",
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> Preprocessing:
+        """The preprocessing of a timm `pretrained_cfg`; `resize` follows from the crop fraction."""
+        r, g, b = (float(value) for value in mean)
+        sr, sg, sb = (float(value) for value in std)
+        return cls(
+            size=int(size),
+            resize=math.floor(size / crop_fraction),
+            crop_fraction=float(crop_fraction),
+            interpolation=interpolation,
+            crop_mode=crop_mode,
+            mean=(r, g, b),
+            std=(sr, sg, sb),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": SCHEMA_VERSION,
+            "library": "Pillow",
+            "antialias": True,
+            "colour": "RGB",
+            "size": self.size,
+            "resize": self.resize,
+            "crop_fraction": self.crop_fraction,
+            "interpolation": self.interpolation,
+            "crop_mode": self.crop_mode,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Raises ValueError where `to_dict` of this version could not have written `values`."""
+        if values.get("version") != SCHEMA_VERSION or values.get("library") != "Pillow":
+            raise ValueError(
+                f"no preprocessing of version {values.get('version')!r} with {values.get('library')!r} here"
+            )
+        try:
+            r, g, b = (float(value) for value in values["mean"])
+            sr, sg, sb = (float(value) for value in values["std"])
+            return cls(
+                size=int(values["size"]),
+                resize=int(values["resize"]),
+                crop_fraction=float(values["crop_fraction"]),
+                interpolation=str(values["interpolation"]),
+                crop_mode=str(values["crop_mode"]),
+                mean=(r, g, b),
+                std=(sr, sg, sb),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"preprocessing lacks or garbles {error}") from error
+
+
+def render(image: Pixels, p: Preprocessing) -> Pixels:
+    """Resize and crop uint8 [H, W, 3] to uint8 [S, S, 3], pixel for pixel as timm's evaluation transform
+    does.
+    """
+    height, width = image.shape[:2]
+    fill = (0, 0, 0)
+    if p.crop_mode == "squash":
+        new = (p.resize, p.resize)
+    elif p.crop_mode == "border":
+        ratio = max(height / p.resize, width / p.resize)
+        new = (max(1, round(height / ratio)), max(1, round(width / ratio)))
+        fill = tuple(round(255 * value) for value in p.mean)  # type: ignore[assignment]
+    elif width <= height:
+        new = (int(p.resize * height / width), p.resize)
+    else:
+        new = (p.resize, int(p.resize * width / height))
+    top, left = (round((side - p.size) / 2) if side >= p.size else -((p.size - side) // 2) for side in new)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    resample = _FILTERS[p.interpolation]
+    if new[0] * new[1] > _MAX_RESIZED:
+        scale_y, scale_x = height / new[0], width / new[1]
+        bottom, right = min(new[0], top + p.size), min(new[1], left + p.size)
+        top, left = max(0, top), max(0, left)
+        box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+        picture = picture.resize((right - left, bottom - top), resample, box=box)
+        top, left = (
+            -((p.size - side) // 2) if side < p.size else 0 for side in (picture.height, picture.width)
+        )
+    elif new != (height, width):
+        picture = picture.resize((new[1], new[0]), resample)
+    canvas = Image.new("RGB", (p.size, p.size), fill)
+    canvas.paste(picture, (-left, -top))
+    return np.array(canvas, dtype=np.uint8)
+
+
+def normalise(pixels: np.ndarray, p: Preprocessing) -> np.ndarray:
+    """uint8 [B, S, S, 3] to the network's float32 [B, 3, S, S]: (pixels / 255 - mean) / std."""
+    grey = np.arange(256, dtype=np.float32) / np.float32(255)
+    batch = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
+    for channel in range(3):
+        table = (grey - np.float32(p.mean[channel])) / np.float32(p.std[channel])
+        batch[:, channel] = table[pixels[..., channel]]
+    return batch
+
+
+def preprocess(images: Iterable[Pixels], p: Preprocessing) -> np.ndarray:
+    """Decoded images uint8 [H, W, 3] of any sizes to the network's input, float32 [B, 3, S, S]."""
+    rendered = [render(image, p) for image in images]
+    shape = (0, p.size, p.size, 3)
+    return normalise(np.stack(rendered) if rendered else np.empty(shape, dtype=np.uint8), p)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running the network
+
+
+def allowed_cores() -> int:
+    """Cores this process may use: those of its affinity, or its cgroup's CPU quota where that is less."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # Windows, macOS
+        cores = os.cpu_count() or 1
+    return max(1, int(min(cores, _cgroup_quota())))
+
+
+def _cgroup_quota(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs the tightest enclosing cgroup (v2 or v1) grants; at least 1, inf without a limit or off Linux."""
+    quota = math.inf
+    try:
+        lines = proc.read_text().splitlines()
+    except (OSError, ValueError):
+        return quota
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / controllers if controllers else root
+        # Inside a container the path of the host may be named while only the root is mounted.
+        inner = mount / group.lstrip("/")
+        for folder in (inner, *inner.parents):
+            quota = min(quota, _v1_quota(folder) if controllers else _v2_quota(folder))
+            if folder == mount:
+                break
+    return max(1.0, quota)
+
+
+def _v2_quota(folder: Path) -> float:
+    try:
+        granted, period = (folder / "cpu.max").read_text().split()
+        return math.inf if granted == "max" else int(granted) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def _v1_quota(folder: Path) -> float:
+    try:
+        granted = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
+        return math.inf if granted <= 0 else granted / period
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def default_threads() -> int:
+    """min(cores allowed, 4): more seldom helps a small network, and more than allowed slows it several times
+    over.
+    """
+    return min(allowed_cores(), 4)
+
+
+def session(model: str | Path | bytes, threads: int) -> ort.InferenceSession:
+    """The one way questpress runs a model file: measured, validated and shipped with these options.
+
+    Raises ArtifactError where onnxruntime cannot load the model.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    # Threads wait busily within a run, where microseconds count, and give the cores back between runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    name = "a model given as bytes" if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common public class
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"onnxruntime cannot load {name}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one image: the likeliest label, its probability, and the `top` likeliest with theirs."""
+
+    label: str
+    probability: float
+    top: list[tuple[str, float]]
+
+
+class Classifier:
+    """A shipped network: images in, labels and probabilities out."""
+
+    def __init__(
+        self,
+        model: bytes,
+        name: str,
+        *,
+        threads: int | None = None,
+        preprocessing: Preprocessing | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        """What isn't given is read from the model's own metadata; ArtifactError where that lacks it."""
+        self.name = name
+        self.threads = default_threads() if threads is None else threads
+        if self.threads < 1:
+            raise ValueError(f"a classifier needs at least one thread, not {threads}")
+        self.session = session(model, self.threads)
+        own_preprocessing, own_labels = _read_metadata(
+            self.session.get_modelmeta().custom_metadata_map, name, needed=not (preprocessing and labels)
+        )
+        self.preprocessing: Preprocessing = preprocessing or own_preprocessing  # type: ignore[assignment]
+        self.labels: tuple[str, ...] = tuple(labels or own_labels)
+        self._input = self.session.get_inputs()[0].name
+        classes = self.session.get_outputs()[0].shape[-1]
+        if isinstance(classes, int) and classes != len(self.labels):
+            raise ArtifactError(f"{name} answers with {classes} classes but names {len(self.labels)}")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        file: str | None = None,
+        threads: int | None = None,
+        precision: str = "int8",
+    ) -> Classifier:
+        """Load from a run folder, an artifact folder, or one .onnx file.
+
+        In a folder, `file` names the model file, or else the first of `precision` ('int8', 'fp32') is taken;
+        its size and sha256 must be the manifest's. Raises ArtifactError.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls(path.read_bytes(), path.name, threads=threads)
+        folder, manifest = read_manifest(path)
+        entry = _choose(manifest["files"], folder, file, precision)
+        return cls(
+            read_verified(folder, entry),
+            entry["name"],
+            threads=threads,
+            preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
+            labels=manifest["labels"],
+        )
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        """float32 [B, 3, S, S], preprocessed, to logits float32 [B, classes]."""
+        if len(batch) == 0:
+            return np.empty((0, len(self.labels)), dtype=np.float32)
+        return self.session.run(None, {self._input: np.ascontiguousarray(batch, dtype=np.float32)})[0]
+
+    def predict(
+        self, images: Iterable[Pixels | str | Path | bytes], top: int = 5, *, batch_size: int = 16
+    ) -> list[Prediction]:
+        """Classify images, each decoded (uint8 [H, W, 3]), a path, or a file's bytes. Raises ImageError."""
+        answers = []
+        queue = iter(images)
+        while chunk := list(islice(queue, batch_size)):
+            decoded = [image if isinstance(image, np.ndarray) else decode_image(image) for image in chunk]
+            for row in softmax(self.logits(preprocess(decoded, self.preprocessing))):
+                best = np.argsort(-row, kind="stable")[: max(1, top)]
+                likeliest = [(self.labels[index], float(row[index])) for index in best]
+                answers.append(Prediction(*likeliest[0], top=likeliest))
+        return answers
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis, computed in float64 from the largest logit downwards."""
+    shifted = logits.astype(np.float64)
+    shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a model file and an artifact folder say of themselves
+
+
+def metadata(
+    preprocessing: Preprocessing, labels: Sequence[str], origin: Mapping[str, Any]
+) -> dict[str, str]:
+    """The entries that make one .onnx file enough to predict with, for the model's `metadata_props`.
+
+    `origin` says where the network comes from (teachers, student, method, licences): anything JSON can hold.
+    """
+    return {
+        METADATA_PREFIX + "version": str(SCHEMA_VERSION),
+        METADATA_PREFIX + "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
+        METADATA_PREFIX + "labels": json.dumps(list(labels), ensure_ascii=False),
+        METADATA_PREFIX + "origin": json.dumps(dict(origin), sort_keys=True, ensure_ascii=False),
+    }
+
+
+def _read_metadata(
+    entries: Mapping[str, str], name: str, *, needed: bool
+) -> tuple[Preprocessing | None, list[str]]:
+    version = entries.get(METADATA_PREFIX + "version")
+    if version is None:
+        if needed:
+            raise ArtifactError(f"{name} carries no questpress metadata: load the folder it came in instead")
+        return None, []
+    if version != str(SCHEMA_VERSION):
+        raise ArtifactError(f"{name} is of version {version}; this runtime reads version {SCHEMA_VERSION}")
+    try:
+        preprocessing = Preprocessing.from_dict(json.loads(entries[METADATA_PREFIX + "preprocessing"]))
+        labels = [str(label) for label in json.loads(entries[METADATA_PREFIX + "labels"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the questpress metadata of {name} cannot be read: {error}") from error
+    return preprocessing, labels
+
+
+def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The artifact folder at `path` (or in the run folder there) and its manifest, checked for what is needed
+    here.
+
+    Files aren't read: `read_verified` does that. Raises ArtifactError.
+    """
+    path = Path(path)
+    folder = next((f for f in (path, path / "artifact") if (f / MANIFEST).is_file()), None)
+    if folder is None:
+        problem = f"holds no {MANIFEST}" if path.is_dir() else "does not exist"
+        raise ArtifactError(f"{path} {problem}: name a run folder, an artifact folder or an .onnx file")
+    where = folder / MANIFEST
+    try:
+        manifest = json.loads(where.read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{where} is of version {version}; this runtime reads version {SCHEMA_VERSION}"
+            )
+        Preprocessing.from_dict(manifest["preprocessing"])
+        if not all(isinstance(label, str) for label in manifest["labels"]):
+            raise ValueError("labels must be strings")
+        for entry in manifest["files"]:
+            if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
+                raise ValueError(f"a file may not be named {entry['name']!r}")
+            int(entry["bytes"]), str(entry["sha256"]), str(entry["precision"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+    return folder, manifest
+
+
+def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:
+    """The bytes of a file of the manifest, after checking its size and sha256. Raises ArtifactError."""
+    path = folder / entry["name"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) != entry["bytes"]:
+        raise ArtifactError(
+            f"{path} is damaged: {len(content)} bytes where {MANIFEST} says {entry['bytes']}; "
+            "copy the artifact folder anew"
+        )
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise ArtifactError(
+            f"{path} is damaged: its sha256 is not the one {MANIFEST} names; copy the artifact folder anew"
+        )
+    return content
+
+
+def _choose(
+    files: Sequence[Mapping[str, Any]], folder: Path, name: str | None, precision: str
+) -> Mapping[str, Any]:
+    held = ", ".join(f"{entry['name']} ({entry['precision']})" for entry in files) or "no file"
+    for entry in files:
+        if entry["name"] == name or (name is None and entry["precision"] == precision):
+            return entry
+    wanted = name if name is not None else f"{precision} file"
+    raise ArtifactError(f"{folder} holds no {wanted}: its manifest lists {held}")
