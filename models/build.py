@@ -1,0 +1,190 @@
+"""Building any network by name for any image size, and knowing its input geometry without building it."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError, UnknownModel
+from .names import resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image becomes a network's input, from the network's own `pretrained_cfg`.
+
+    image_size: pixels of the square input. crop_fraction: the share of the resized short side that the centre
+    crop keeps. interpolation: "bilinear" or "bicubic". crop_mode: "center", "squash" (both sides resized,
+    aspect lost) or "border" (long side resized, padded). mean, std: per channel, for values in 0..1.
+    """
+
+    image_size: int
+    crop_fraction: float
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class BuiltAs:
+    """What `build` was asked for; kept on the network so that weights can be refitted to the same form."""
+
+    name: str
+    num_classes: int
+    image_size: int
+
+
+def pretrained_cfg(name: str) -> Any:
+    """timm's PretrainedCfg of a name (its default tag where none is given), nothing built."""
+    import timm
+
+    full = resolve(name)
+    found = timm.models.get_pretrained_cfg(full)
+    return found if found is not None else timm.models.PretrainedCfg(architecture=full.partition(".")[0])
+
+
+def default_image_size(name: str) -> int:
+    """The square input size in pixels that the network was made for."""
+    return int(max(pretrained_cfg(name).input_size[-2:]))
+
+
+def geometry(name: str, image_size: int | None = None) -> Geometry:
+    """The network's preprocessing at `image_size` pixels (its own size if None); builds nothing."""
+    cfg = pretrained_cfg(name)
+    if cfg.input_size[0] != 3 or len(cfg.mean) != 3 or len(cfg.std) != 3:
+        raise UnknownModel(
+            f"The model {name} does not take colour images of three channels; pick another one."
+        )
+    return Geometry(
+        image_size=image_size or default_image_size(name),
+        crop_fraction=float(cfg.crop_pct),
+        interpolation=cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bilinear",
+        crop_mode=cfg.crop_mode or "center",
+        mean=(float(cfg.mean[0]), float(cfg.mean[1]), float(cfg.mean[2])),
+        std=(float(cfg.std[0]), float(cfg.std[1]), float(cfg.std[2])),
+    )
+
+
+def build(
+    name: str, *, num_classes: int, image_size: int | None = None, seed: int | None = None
+) -> "nn.Module":
+    """A randomly initialised network for [B,3,image_size,image_size] inputs and `num_classes` logits (0: no head).
+
+    With a seed, the weights depend on the seed alone and the global random state stays as it was.
+    Raises UnknownModel for a wrong name, ModelError when the network cannot be had at this size.
+    """
+    full = resolve(name)
+    size = image_size or default_image_size(full)
+    with _seeded(seed):
+        network = _create(full, num_classes, size)
+    _check_patches(network, full, size)
+    network.built_as = BuiltAs(full, num_classes, size)
+    return network
+
+
+def check_size(name: str, image_size: int) -> None:
+    """Raise ModelError, with the next sizes that fit, unless the network takes images of this size.
+
+    Runs the network's shapes on torch's meta device: no memory, no weights, a fraction of a second.
+    """
+    full = resolve(name)
+    if image_size < 1:
+        raise ModelError(f"An image size of {image_size} pixels is not possible; give a positive number.")
+    reason = _misfit(full, image_size)
+    if reason is None:
+        return
+    fitting = _fitting_sizes(full, image_size)
+    offer = f"sizes that fit are {' and '.join(map(str, fitting))}" if fitting else "try the model's own size"
+    raise ModelError(
+        f"The model {name} does not take images of {image_size} pixels ({reason}); {offer} "
+        f"(its own is {default_image_size(full)})."
+    )
+
+
+def _create(full: str, num_classes: int, image_size: int) -> "nn.Module":
+    import timm
+
+    # timm marks the architectures whose weights depend on the input size; only those take img_size.
+    options = {"img_size": image_size} if pretrained_cfg(full).fixed_input_size else {}
+    try:
+        network: nn.Module = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
+    except Exception as error:  # whatever a constructor of timm's thousand raises
+        raise ModelError(
+            f"The model {full} cannot be built for {image_size} px images and {num_classes} classes: {_brief(error)}"
+        ) from error
+    return network
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    import torch
+
+    if seed is None:
+        yield
+        return
+    # Weights are drawn on the CPU, so its generator is the only one to keep.
+    before = torch.random.get_rng_state()
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(before)
+
+
+def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
+    """A stride-p patch convolution would silently ignore the rim of an image that p does not divide."""
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return
+    side = int(max(patch)) if isinstance(patch, (tuple, list)) else int(patch)
+    if image_size % side:
+        below, above = image_size // side * side, (image_size // side + 1) * side
+        sizes = f"{below} or {above}" if below else f"{above}"
+        raise ModelError(f"The model {full} cuts images into patches of {side} pixels, which do not divide "
+                         f"{image_size}; the next fitting sizes are {sizes}.")  # fmt: skip
+
+
+def _misfit(full: str, image_size: int) -> str | None:
+    """Why the network does not take this size, or None if it does."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            network = _create(full, 2, image_size).eval()
+        _check_patches(network, full, image_size)
+        with torch.no_grad():
+            network(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except ModelError as error:
+        return _brief(error.__cause__ or error)
+    except Exception as error:  # whatever a forward pass of timm's thousand raises
+        return _brief(error)
+    return None
+
+
+def _fitting_sizes(full: str, image_size: int) -> list[int]:
+    """The nearest sizes below and above that fit, as far as a few tries tell."""
+    named = re.search(r"patch(\d+)", full)
+    steps = {32, int(named[1])} if named else {32, 14, 16}
+    own = default_image_size(full)
+    reach = range(1, 2 * max(own, image_size))
+    candidates = {own, *(size for size in reach if any(size % step == 0 for step in steps))}
+    found = []
+    below = sorted((size for size in candidates if size < image_size), reverse=True)
+    above = sorted(size for size in candidates if size > image_size)
+    for side in (below, above):
+        fitting = next(
+            (size for size in [*side[:6], own] if size in side and _misfit(full, size) is None), None
+        )
+        if fitting is not None:
+            found.append(fitting)
+    return found
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "…"

@@ -1,0 +1,137 @@
+"""What the CIFAR networks of the CRD benchmark have in common: timm's model interface, and their registration.
+
+Architectures and parameter names are those of Tian, Krishnan, Isola, "Contrastive Representation Distillation",
+ICLR 2020 (github.com/HobbitLong/RepDistiller), so that its published checkpoints load as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+CRD_MEAN, CRD_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+class CifarNetwork(nn.Module):
+    """A network for small images that speaks timm's interface; a subclass gives `levels` and its layers."""
+
+    classifier_name: str = "fc"
+    num_features: int
+    head_hidden_size: int
+    num_classes: int
+    feature_info: list[dict[str, Any]]
+
+    def levels(self, x: Tensor) -> Iterator[Tensor]:
+        """The map [B,C,H,W] at the end of each resolution, as it is computed; the last one is pooled."""
+        raise NotImplementedError
+
+    def _finish(self, widths: list[int], reductions: list[int], num_classes: int) -> None:
+        """Set what timm reads of a model, and its classifier. widths, reductions: of each level."""
+        self.feature_info = [
+            {"num_chs": width, "reduction": reduction, "module": f"level{index}"}
+            for index, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
+        ]
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
+        self.reset_classifier(num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, or an identity for a network without classes."""
+        return self.get_submodule(self.classifier_name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier of `num_classes` outputs, 0 for none. Only average pooling ("avg") exists here."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"the CIFAR networks pool by average only, not {global_pool!r}")
+        self.num_classes = num_classes
+        layer = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        parent, _, child = self.classifier_name.rpartition(".")
+        if parent:
+            setattr(self, parent, nn.Sequential(layer))
+        else:
+            setattr(self, child, layer)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B,3,H,W] to the last map [B,C,h,w], after its ReLU."""
+        for level in self.levels(x):
+            last = level
+        return last
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map [B,C,h,w] to the penultimate vector [B,C], or to logits [B,N]."""
+        vector = self.global_pool(x).flatten(1)
+        return vector if pre_logits else self.get_classifier()(vector)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of the levels asked for (timm's contract); `norm` has nothing to act on here."""
+        if output_fmt != "NCHW":
+            raise ValueError("the CIFAR networks give their maps as NCHW only")
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        taken = []
+        for index, last in enumerate(self.levels(x)):
+            if index in take:
+                taken.append(last)
+            if stop_early and index == deepest:
+                break
+        return taken if intermediates_only else (last, taken)
+
+
+def kaiming(network: nn.Module) -> None:
+    """The benchmark's initialisation: convolutions N(0, √(2/fan_out)), BatchNorm 1 and 0, biases 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def cifar_cfg(classifier: str, **changes: Any) -> dict[str, Any]:
+    """The `pretrained_cfg` of a network for 32-pixel images, normalised as in the benchmark."""
+    return {
+        "input_size": (3, 32, 32),
+        "num_classes": 100,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": CRD_MEAN,
+        "std": CRD_STD,
+        "first_conv": "conv1",
+        "classifier": classifier,
+        "origin_url": "https://github.com/HobbitLong/RepDistiller",
+        "paper_ids": "arXiv:1910.10699",
+        **changes,
+    }
+
+
+def register_variants(
+    module: dict[str, Any], network: type[CifarNetwork], variants: dict[str, dict[str, Any]], **cfg: Any
+) -> None:
+    """Make each variant (name → constructor arguments) a timm model of the module whose globals are given."""
+    default_cfgs = module.setdefault("default_cfgs", {})
+    for name, shape in variants.items():
+        default_cfgs.update(generate_default_cfgs({name: cifar_cfg(network.classifier_name, **cfg)}))
+        register_model(_entrypoint(name, module["__name__"], network, shape))
+
+
+def _entrypoint(
+    name: str, module: str, network: type[CifarNetwork], shape: dict[str, Any]
+) -> Callable[..., CifarNetwork]:
+    def create(pretrained: bool = False, **kwargs: Any) -> CifarNetwork:
+        built: CifarNetwork = build_model_with_cfg(network, name, pretrained, **{**shape, **kwargs})
+        return built
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = module
+    return create
