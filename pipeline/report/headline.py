@@ -1,0 +1,237 @@
+"""The first screen: what was made, three figures, and what must not be overlooked."""
+
+from dataclasses import dataclass, field
+
+from ..results import Accuracy, Report
+from . import figures
+from .subjects import Column, Pace, compared, of, pace, shipped, threads
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One of the big figures: ``value`` large, ``meaning`` under it, ``lines`` with the small print."""
+
+    value: str
+    meaning: str
+    lines: list[str] = field(default_factory=list)
+
+
+def title(report: Report) -> str:
+    student, teacher = of(report, "student") or of(report, "student_int8"), of(report, "teacher")
+    if student is None:
+        return report.title
+    if report.method == "none":
+        return f"{student.subject.name}, trained without a teacher"
+    if teacher is None:
+        return student.subject.name
+    names = [one.name for one in report.teachers] or [teacher.subject.name]
+    return f"{student.subject.name} distilled from {' + '.join(names)}"
+
+
+def lead(report: Report) -> str:
+    """One or two sentences: the method, the data, and what ships."""
+    how = "Plain training" if report.method == "none" else f"Method {report.method}"
+    sentence = f"{how} at {report.image_size} × {report.image_size} pixels"
+    if report.data is not None:
+        data = report.data
+        total = data.train + data.select + data.test
+        sentence += f" on {data.name}: {figures.counted(total, 'image')} of "
+        sentence += f"{figures.counted(len(data.classes), 'class', 'classes')}, "
+        sentence += f"{data.train:,} to train, {data.select:,} to select, {data.test:,} to test"
+    sentence += "."
+    int8 = report.student_int8
+    if int8 is not None and int8.accuracy is not None:
+        sentence += (
+            " The int8 file ships; its accuracy and latency were measured on that very file, in ONNX Runtime."
+        )
+    return sentence
+
+
+def key_figures(report: Report) -> list[KeyFigure]:
+    """Smaller, faster, accurate: always three, each saying so where it is not known yet."""
+    return [_smaller(report), _faster(report), _accurate(report)]
+
+
+def _smaller(report: Report) -> KeyFigure:
+    ships, teacher, student = shipped(report), of(report, "teacher"), of(report, "student")
+    if ships is None or not ships.subject.bytes:
+        return KeyFigure(figures.MISSING, "size not known yet")
+    own = ships.subject.bytes
+    lines = []
+    if ships.key == "student_int8" and student is not None and student.subject.bytes:
+        lines.append(f"{_size_against(own, student.subject.bytes)} its own fp32 file")
+    if teacher is None or not teacher.subject.bytes:
+        return KeyFigure(figures.megabytes(own), f"the {ships.role.lower()} file", lines)
+    theirs = teacher.subject.bytes
+    lines.insert(0, f"{figures.megabytes(own)} instead of {figures.megabytes(theirs)}")
+    ratio = theirs / own
+    word = "smaller" if ratio > 1 else "larger" if ratio < 1 else "as large"
+    return KeyFigure(figures.times(max(ratio, 1 / ratio)), f"{word} than the teacher", lines)
+
+
+def _size_against(own: int, other: int) -> str:
+    if own == other:
+        return "as large as"
+    return f"{figures.times(max(own, other) / min(own, other))} {'smaller' if own < other else 'larger'} than"
+
+
+def _faster(report: Report) -> KeyFigure:
+    ships = shipped(report)
+    over = of(report, "teacher")
+    own_fp32 = of(report, "student") if ships is not None and ships.key == "student_int8" else None
+    measured = [one for count in threads(report) if (one := pace(ships, over or own_fp32, count)) is not None]
+    if not measured or ships is None:
+        return KeyFigure(figures.MISSING, "latency not measured yet")
+    first = measured[0]
+    value, word = speed(first)
+    meaning = f"{word} {_reference(first)}, {figures.threads(first.threads)}"
+    lines = [_certainty(first)]
+    own, other = ships.subject.latency_ms.get(first.threads), first.over.subject.latency_ms.get(first.threads)
+    if own is not None and other is not None and own.p50 is not None and other.p50 is not None:
+        lines.append(
+            f"median {figures.milliseconds(own.p50)} instead of {figures.milliseconds(other.p50)} an image"
+        )
+    lines += [f"{figures.threads(one.threads)}: {in_words(one)}" for one in measured[1:]]
+    if over is not None:
+        against = pace(ships, own_fp32, first.threads)
+        if against is not None:
+            lines.append(f"against its own fp32 file: {in_words(against)}")
+    return KeyFigure(value, meaning, lines)
+
+
+def speed(one: Pace) -> tuple[str, str]:
+    """The ratio and its word, never a flattering one: a slower network is said to be slower."""
+    if one.verdict == "no difference":
+        return figures.times(one.ratio), "the speed: no measurable difference from"
+    if one.ratio < 1:
+        return figures.times(1 / one.ratio), "slower than"
+    return figures.times(one.ratio), "faster than"
+
+
+def in_words(one: Pace) -> str:
+    """8.40× faster (8.21–8.62×); no measurable difference (0.98–1.03×); 1.10× slower."""
+    if one.low is None or one.high is None:
+        value, word = speed(one)
+        return f"{value} {word.split()[0]}, without interval"
+    if one.verdict == "no difference":
+        return f"no measurable difference ({figures.times_interval(one.low, one.high)})"
+    value, word = speed(one)
+    return f"{value} {word.split()[0]} ({_interval(one)})"
+
+
+def _interval(one: Pace) -> str:
+    """In the direction of the word: of a slower network, the interval of how many times slower it is."""
+    assert one.low is not None and one.high is not None
+    if one.verdict == "slower":
+        return figures.times_interval(1 / one.high, 1 / one.low)
+    return figures.times_interval(one.low, one.high)
+
+
+def _certainty(one: Pace) -> str:
+    if one.low is None or one.high is None:
+        return "ratio of two medians; no paired interval was measured"
+    return f"95 % interval {_interval(one)}, paired"
+
+
+def _reference(one: Pace) -> str:
+    return "the teacher" if one.over.key == "teacher" else "its own fp32 file"
+
+
+def _accurate(report: Report) -> KeyFigure:
+    ships = shipped(report)
+    others = [column for column in compared(report) if ships is not None and column.key != ships.key]
+    if ships is None:
+        others = compared(report)
+    lines = [
+        f"{column.role.lower()} {accuracy_in_words(column.subject.accuracy)}"
+        for column in reversed(others)
+        if column.subject.accuracy is not None
+    ]
+    accuracy = ships.subject.accuracy if ships is not None else None
+    if ships is None or accuracy is None:
+        lines += [
+            _selected(c, c.subject.select_accuracy) for c in compared(report) if c.subject.select_accuracy
+        ]
+        return KeyFigure(figures.MISSING, "accuracy on test images not measured", lines)
+    lines.insert(
+        0,
+        f"95 % interval {figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)}, "
+        f"{accuracy.correct:,} of {figures.counted(accuracy.n, 'test image')}",
+    )
+    if accuracy.balanced is not None:
+        lines.insert(1, f"mean over classes {figures.percent(accuracy.balanced, accuracy.n)}")
+    return KeyFigure(
+        figures.percent(accuracy.top1, accuracy.n), f"accuracy of the {ships.role.lower()} file", lines
+    )
+
+
+def accuracy_in_words(accuracy: Accuracy | None) -> str:
+    """97.2 % (93.7–98.8 %)."""
+    if accuracy is None:
+        return figures.MISSING
+    interval = figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
+    return f"{figures.percent(accuracy.top1, accuracy.n)} ({interval})"
+
+
+def _selected(column: Column, accuracy: Accuracy | None) -> str:
+    return f"{column.role.lower()} {accuracy_in_words(accuracy)} on select images, before export"
+
+
+def notes(report: Report) -> list[str]:
+    """The run's warnings, then what the figures themselves give to think about."""
+    found = list(report.warnings)
+    int8, student, teacher = of(report, "student_int8"), of(report, "student"), of(report, "teacher")
+    for column, over in ((int8, student), (shipped(report), teacher)):
+        slow = [one for count in threads(report) if (one := pace(column, over, count)) and _not_faster(one)]
+        if slow and column is not None and over is not None:
+            told = "; ".join(f"{figures.threads(one.threads)}: {in_words(one)}" for one in slow)
+            found.append(f"{column.role} is not faster than {over.role.lower()} on this machine ({told}).")
+    if int8 is not None and student is not None and int8.subject.accuracy and student.subject.accuracy:
+        lost = int8.subject.accuracy.top1 - student.subject.accuracy.top1
+        if lost < -1:
+            found.append(
+                f"Quantization costs accuracy: {figures.points(lost, int8.subject.accuracy.n)} against fp32."
+            )
+    ships = shipped(report)
+    if ships is not None and ships.subject.accuracy and _width(ships.subject.accuracy) > 10:
+        accuracy = ships.subject.accuracy
+        found.append(
+            f"On {figures.counted(accuracy.n, 'test image')} the accuracy is uncertain: "
+            f"its 95 % interval is {figures.points(_width(accuracy))[1:]} wide."
+        )
+    return list(dict.fromkeys(found))
+
+
+def _not_faster(one: Pace) -> bool:
+    return one.ratio <= 1 if one.verdict is None else one.verdict != "faster"
+
+
+def _width(accuracy: Accuracy) -> float:
+    return accuracy.high - accuracy.low
+
+
+def missing(report: Report) -> list[str]:
+    """What a finished report would hold and this one does not (yet)."""
+    wanted = {
+        "the student": report.student or report.student_int8,
+        "the int8 file": report.student_int8,
+        "accuracy on test images": any(column.subject.accuracy for column in compared(report)),
+        "latency": threads(report),
+    }
+    return [what for what, known in wanted.items() if not known]
+
+
+def machine(report: Report) -> str | None:
+    """The machine in one line, from the environment's entries for processor, cores, system and runtime."""
+    known = {key.lower().replace(" ", "_"): value for key, value in report.environment.items()}
+    parts = []
+    for names, label in (
+        (("cpu", "cpu_model", "processor"), ""),
+        (("cores", "allowed_cores", "cpus", "cpu_count"), " cores"),
+        (("os", "system", "platform"), ""),
+        (("onnxruntime", "onnx_runtime"), "ONNX Runtime "),
+    ):
+        value = next((known[name] for name in names if known.get(name)), None)
+        if value:
+            parts.append(f"{label}{value}" if label.endswith("Runtime ") else f"{value}{label}")
+    return " · ".join(parts) or None

@@ -1,0 +1,238 @@
+"""What a page of the report shows, in reading order: made once, rendered as HTML and as Markdown."""
+
+import base64
+import binascii
+import re
+import struct
+from dataclasses import dataclass
+
+from ..results import Example, Report
+from . import figures, headline, pictures, tables
+from .charts import Lines, Rows
+from .headline import KeyFigure
+from .pictures import Training
+from .subjects import threads
+from .tables import Table
+
+MOST_MATRIX_CLASSES = 20
+"""A confusion matrix of more classes is unreadable: the most confused pairs are told instead."""
+MOST_CLASSES = 40
+MOST_EXAMPLES = 24
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    kind: str
+    share: int
+    """Percent of its true class, whole numbers: how strongly the cell is coloured."""
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    name: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    names: list[str]
+    rows: list[MatrixRow]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A test image with both answers. ``png`` is empty where what was given is not a PNG in base64."""
+
+    name: str
+    label: str
+    student: str
+    student_probability: str
+    student_right: bool
+    teacher: str
+    teacher_probability: str
+    teacher_right: bool
+    png: str
+    small: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    title: str
+    lead: str
+    notes: list[str]
+    missing: list[str]
+    key_figures: list[KeyFigure]
+    machine: str | None
+    timed: bool
+    sections: list[tuple[str, str]]
+    side_by_side: list[Rows]
+    comparison: Table
+    speedups: Table
+    latency: Table
+    trainings: list[Training]
+    epochs: Table
+    examples: list[Picture]
+    examples_note: str
+    examples_table: Table
+    classes: Table
+    most_classes: int
+    confusion: Matrix | None
+    confusion_table: Table
+    confused: Table
+    words: Table
+    watched: list[Lines]
+    command: str
+    details: list[Table]
+    folded: list[Table]
+    footer: str
+
+
+def page(report: Report) -> Page:
+    side_by_side, comparison = pictures.comparison(report), tables.comparison(report)
+    trainings, watched = pictures.trainings(report), pictures.watched(report)
+    classes, confused, words = tables.classes(report), tables.confused(report), tables.words(report)
+    matrix, examples = _matrix(report), _examples(report)
+    there = {
+        ("comparison", "Comparison"): side_by_side or comparison.rows,
+        ("training", "Training"): trainings,
+        ("images", "Test images"): examples,
+        ("classes", "Classes"): classes.rows or confused.rows or matrix,
+        ("words", "Words" if words.rows else "Watched"): words.rows or watched,
+        ("details", "Details"): True,
+    }
+    return Page(
+        title=headline.title(report),
+        lead=headline.lead(report),
+        notes=headline.notes(report),
+        missing=headline.missing(report),
+        key_figures=headline.key_figures(report),
+        machine=headline.machine(report),
+        timed=bool(threads(report)),
+        sections=[section for section, content in there.items() if content],
+        side_by_side=side_by_side,
+        comparison=comparison,
+        speedups=tables.speedups(report),
+        latency=tables.latency(report),
+        trainings=trainings,
+        epochs=tables.epochs(report),
+        examples=examples,
+        examples_note=_examples_note(report, len(examples)),
+        examples_table=_examples_table(examples),
+        classes=classes,
+        most_classes=MOST_CLASSES,
+        confusion=matrix,
+        confusion_table=_matrix_table(matrix),
+        confused=confused,
+        words=words,
+        watched=watched,
+        command=report.command,
+        details=[tables.stages(report), tables.roles(report), tables.origins(report), tables.files(report)],
+        folded=[
+            tables.skipped(report),
+            tables.duplicates(report),
+            tables.quantization(report),
+            tables.method(report),
+            tables.environment(report),
+            tables.config(report),
+        ],
+        footer=_footer(report),
+    )
+
+
+def _matrix(report: Report) -> Matrix | None:
+    counts = report.confusion
+    if not counts or len(counts) > MOST_MATRIX_CLASSES:
+        return None
+    names = tables.class_names(report, len(counts))
+    rows = []
+    for truth, row in enumerate(counts):
+        total = sum(row)
+        cells = [
+            Cell(
+                f"{count:,}" if count else "",
+                "hit" if truth == answer else "miss" if count else "none",
+                round(100 * count / total) if total else 0,
+            )
+            for answer, count in enumerate(row)
+        ]
+        rows.append(MatrixRow(names[truth], cells))
+    return Matrix(names, rows)
+
+
+def _matrix_table(matrix: Matrix | None) -> Table:
+    """The matrix where colours cannot be shown."""
+    if matrix is None:
+        return Table("Confusion", [], [])
+    rows = [[row.name, *(cell.text or "0" for cell in row.cells)] for row in matrix.rows]
+    return Table("Confusion: rows are the true classes, columns the answers", ["", *matrix.names], rows)
+
+
+def _examples(report: Report) -> list[Picture]:
+    """The student's mistakes first, the most confident ahead; then right answers, the least sure ahead."""
+
+    def order(one: Example) -> tuple[bool, float, str]:
+        right = one.student == one.label
+        return right, one.student_probability if right else -one.student_probability, one.name
+
+    return [_picture(one) for one in sorted(report.examples, key=order)[:MOST_EXAMPLES]]
+
+
+def _picture(one: Example) -> Picture:
+    png, side = _png(one.png)
+    return Picture(
+        name=one.name,
+        label=one.label,
+        student=one.student,
+        student_probability=figures.percent(100 * one.student_probability),
+        student_right=one.student == one.label,
+        teacher=one.teacher,
+        teacher_probability=figures.percent(100 * one.teacher_probability),
+        teacher_right=one.teacher == one.label,
+        png=png,
+        small=side < 100,
+    )
+
+
+def _examples_table(pictures: list[Picture]) -> Table:
+    """The answers where the pictures cannot be shown."""
+    rows = [
+        [
+            one.name,
+            one.label,
+            f"{one.student} ({one.student_probability}), {'right' if one.student_right else 'wrong'}",
+            f"{one.teacher} ({one.teacher_probability}), {'right' if one.teacher_right else 'wrong'}",
+        ]
+        for one in pictures
+    ]
+    return Table("Test images", ["image", "is", "student", "teacher"], rows, code=frozenset({0}), text=True)
+
+
+def _png(text: str) -> tuple[str, int]:
+    """The text if it is a PNG in base64, and the image's longer side in pixels; else nothing and 0."""
+    text = re.sub(r"\s", "", text)
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return "", 0
+    if not content.startswith(PNG) or len(content) < 24:
+        return "", 0
+    return text, max(struct.unpack(">II", content[16:24]))
+
+
+def _examples_note(report: Report, shown: int) -> str:
+    wrong = sum(one.student != one.label for one in report.examples)
+    note = "With the answers of the file that ships and of the teacher, each with its probability. "
+    note += "The student’s mistakes come first, the most confident at the head." if wrong else ""
+    if shown < len(report.examples):
+        note += f" {shown} of {len(report.examples):,}."
+    return note.strip()
+
+
+def _footer(report: Report) -> str:
+    told = f"questpress, report schema {report.schema_version}. "
+    told += "The same content is in report.html, report.md and report.json."
+    if report.artifact:
+        told += f" What ships is in {report.artifact}."
+    return told

@@ -1,0 +1,118 @@
+"""Which pictures a report shows: the networks side by side, and the curves of every training."""
+
+from dataclasses import dataclass
+
+from ..results import Epoch, Report
+from . import figures
+from .charts import Curve, Lines, Mark, Rows, bars, dots, lines
+from .subjects import compared, threads
+
+
+def comparison(report: Report) -> list[Rows]:
+    """Size, accuracy, latency: as far as they are known."""
+    columns = compared(report)
+    sizes = [
+        Mark(column.role, column.key, column.subject.bytes / 1e6, figures.megabytes(column.subject.bytes))
+        for column in columns
+        if column.subject.bytes is not None
+    ]
+    accuracies = [
+        Mark(
+            column.role,
+            column.key,
+            accuracy.top1,
+            figures.percent(accuracy.top1, accuracy.n),
+            accuracy.low,
+            accuracy.high,
+        )
+        for column in columns
+        if (accuracy := column.subject.accuracy) is not None
+    ]
+    latencies = [
+        Mark(
+            column.role,
+            column.key,
+            measured.p50,
+            figures.milliseconds(measured.p50),
+            high=measured.p90,
+            group=figures.threads(count),
+        )
+        for count in threads(report)
+        for column in columns
+        if (measured := column.subject.latency_ms.get(count)) is not None and measured.p50 is not None
+    ]
+    drawn = [
+        bars("Size", sizes, "ONNX file; 1 MB is 1,000,000 bytes"),
+        dots("Accuracy", accuracies, "test images; line: 95 % interval; the axis does not start at 0"),
+        bars(
+            "Latency",
+            latencies,
+            "one image, the model alone; bar: median"
+            + ("; line: to the 90th percentile" if any(mark.high is not None for mark in latencies) else ""),
+        ),
+    ]
+    return [one for one in drawn if one is not None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The curves of one stage."""
+
+    stage: str
+    charts: list[Lines]
+
+
+def trainings(report: Report) -> list[Training]:
+    """Losses, accuracy and learning rate of every stage that trained, in the order they ran."""
+    found = []
+    for stage in dict.fromkeys(epoch.stage for epoch in report.epochs):
+        epochs = [epoch for epoch in report.epochs if epoch.stage == stage]
+        charts = [
+            lines("Loss", _losses(epochs)),
+            lines("Accuracy, %", _accuracies(epochs), from_zero=False, top=100),
+            lines("Learning rate", [_curve("learning rate", epochs, [e.learning_rate for e in epochs])]),
+        ]
+        found.append(Training(stage, [chart for chart in charts if chart is not None]))
+    return found
+
+
+def watched(report: Report) -> list[Lines]:
+    """What the methods watch, a picture for each name."""
+    epochs = [epoch for epoch in report.epochs if epoch.watched]
+    names = dict.fromkeys(name for epoch in epochs for name in epoch.watched)
+    several = len({epoch.stage for epoch in epochs}) > 1
+    drawn = []
+    for name in names:
+        curves = []
+        for stage in dict.fromkeys(epoch.stage for epoch in epochs):
+            own = [epoch for epoch in epochs if epoch.stage == stage]
+            curves.append(_curve(stage if several else name, own, [epoch.watched.get(name) for epoch in own]))
+        drawn.append(lines(name, curves, from_zero=False))
+    return [chart for chart in drawn if chart is not None]
+
+
+def _losses(epochs: list[Epoch]) -> list[Curve]:
+    """The sum first, then its terms; a single term is its own sum."""
+    names = list(dict.fromkeys(name for epoch in epochs for name in epoch.losses))
+    if "loss" in names:
+        names.remove("loss")
+        names.insert(0, "loss")
+    if len(names) == 2 and names[0] == "loss":
+        del names[0]
+    return [
+        _curve(
+            "sum" if name == "loss" and len(names) > 1 else name, epochs, [e.losses.get(name) for e in epochs]
+        )
+        for name in names
+    ]
+
+
+def _accuracies(epochs: list[Epoch]) -> list[Curve]:
+    return [
+        _curve("train", epochs, [epoch.train_accuracy for epoch in epochs]),
+        _curve("select", epochs, [epoch.select_accuracy for epoch in epochs]),
+    ]
+
+
+def _curve(label: str, epochs: list[Epoch], values: list[float | None]) -> Curve:
+    return Curve(label, [epoch.epoch for epoch in epochs], values)

@@ -1,0 +1,326 @@
+"""Everything a report says in tables, as text: the HTML and the Markdown page show the same."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..results import Accuracy, ClassResult, Report, Subject
+from . import figures
+from .headline import accuracy_in_words, in_words
+from .subjects import every, paces, shipped, threads
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows`` of text under ``columns``. ``code``: the columns of names, hashes and the like."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    code: frozenset[int] = frozenset()
+    note: str = ""
+    text: bool = False
+    """The cells are words, not numbers: aligned to the left."""
+
+
+def comparison(report: Report) -> Table:
+    """Measures down, networks across; a measure nobody has is left out."""
+    columns = every(report)
+    networks = [column.subject for column in columns]
+
+    def row(name: str, value: Callable[[Subject], str | None]) -> list[list[str]]:
+        values = [value(network) for network in networks]
+        return [[name, *(one or figures.MISSING for one in values)]] if any(values) else []
+
+    def latency(count: str) -> Callable[[Subject], str | None]:
+        def p50(network: Subject) -> str | None:
+            measured = network.latency_ms.get(count)
+            return figures.milliseconds(measured.p50) if measured else None
+
+        return p50
+
+    rows = [["network", *(network.name for network in networks)]]
+    rows += row("accuracy", lambda s: _top1(s.accuracy))
+    rows += row("95 % interval", lambda s: _interval(s.accuracy))
+    rows += row("test images, correct", lambda s: _counts(s.accuracy))
+    rows += row("mean over classes", lambda s: _balanced(s.accuracy))
+    rows += row("top-5 accuracy", lambda s: _top5(s.accuracy))
+    rows += row(
+        "agreement with the teacher", lambda s: accuracy_in_words(s.agreement) if s.agreement else None
+    )
+    rows += row(
+        "select images, before export",
+        lambda s: accuracy_in_words(s.select_accuracy) if s.select_accuracy else None,
+    )
+    rows += row("ONNX file", lambda s: figures.megabytes(s.bytes) if s.bytes is not None else None)
+    for count in threads(report):
+        rows += row(f"median latency, {figures.threads(count)}", latency(count))
+    rows += row("parameters", lambda s: figures.millions(s.parameters) if s.parameters is not None else None)
+    rows += row(
+        "multiply-adds", lambda s: f"{figures.significant(s.gmacs)} G" if s.gmacs is not None else None
+    )
+    rows += row(
+        "export against torch, largest difference",
+        lambda s: (
+            f"{figures.tiny(s.parity.max_abs)} ({figures.tiny(s.parity.max_rel)} of the logits’ spread)"
+            if s.parity
+            else None
+        ),
+    )
+    return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])
+
+
+def _top1(accuracy: Accuracy | None) -> str | None:
+    return figures.percent(accuracy.top1, accuracy.n) if accuracy else None
+
+
+def _interval(accuracy: Accuracy | None) -> str | None:
+    return figures.percent_interval(accuracy.low, accuracy.high, accuracy.n) if accuracy else None
+
+
+def _counts(accuracy: Accuracy | None) -> str | None:
+    return f"{accuracy.correct:,} of {accuracy.n:,}" if accuracy else None
+
+
+def _balanced(accuracy: Accuracy | None) -> str | None:
+    return (
+        figures.percent(accuracy.balanced, accuracy.n) if accuracy and accuracy.balanced is not None else None
+    )
+
+
+def _top5(accuracy: Accuracy | None) -> str | None:
+    return figures.percent(accuracy.top5, accuracy.n) if accuracy and accuracy.top5 is not None else None
+
+
+def speedups(report: Report) -> Table:
+    rows = [
+        [f"{one.column.role} against {one.over.role.lower()}", f"{one.threads}", in_words(one)]
+        for one in paces(report)
+    ]
+    return Table("Speed against each other", ["", "threads", "median latency (95 % interval)"], rows)
+
+
+def latency(report: Report) -> Table:
+    rows = []
+    for column in every(report):
+        for count in threads(report):
+            measured = column.subject.latency_ms.get(count)
+            if measured is not None:
+                values = (measured.p50, measured.p90, measured.p95, measured.p99, measured.mean)
+                rows.append(
+                    [
+                        column.role,
+                        count,
+                        *(figures.milliseconds(v) for v in values),
+                        figures.count(measured.n),
+                    ]
+                )
+    return Table(
+        "Latency of one image",
+        ["", "threads", "p50", "p90", "p95", "p99", "mean", "runs"],
+        rows,
+        note="Batch 1, the model alone. A percentile is left out where too few runs were measured for it.",
+    )
+
+
+def classes(report: Report) -> Table:
+    """A row per class: images by role, and each network's accuracy on the test images."""
+    columns = [column for column in every(report) if column.subject.per_class]
+    roles = report.data.per_class if report.data else {}
+    roles = {role: roles[role] for role in ("train", "select", "test") if role in roles}
+    names = _labels(report, [column.subject.per_class for column in columns])
+    if not roles and not columns:
+        return Table("Classes", [], [])
+    results = [{one.label: one for one in column.subject.per_class} for column in columns]
+    rows = [
+        [
+            name,
+            *(figures.count(counts.get(name, 0)) for counts in roles.values()),
+            *(_of_class(result.get(name)) for result in results),
+        ]
+        for name in names
+    ]
+    return Table("Classes", ["class", *roles, *(column.role for column in columns)], rows)
+
+
+def _labels(report: Report, given: Iterable[list[ClassResult]]) -> list[str]:
+    known = report.data.classes if report.data else []
+    return list(dict.fromkeys([*known, *(one.label for results in given for one in results)]))
+
+
+def _of_class(result: ClassResult | None) -> str:
+    if result is None or result.n == 0:
+        return figures.MISSING
+    return f"{figures.percent(100 * result.correct / result.n)} ({result.correct:,}/{result.n:,})"
+
+
+def confused(report: Report, most: int = 20) -> Table:
+    """The pairs of classes confused most often: (true class, answer), by number of images."""
+    if report.confusion is None:
+        return Table("Most confused", [], [])
+    names = class_names(report, len(report.confusion))
+    pairs = [
+        (count, truth, answer)
+        for truth, row in enumerate(report.confusion)
+        for answer, count in enumerate(row)
+        if count and truth != answer
+    ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    rows = [
+        [
+            names[truth],
+            names[answer],
+            f"{count:,}",
+            figures.percent(100 * count / sum(report.confusion[truth])),
+        ]
+        for count, truth, answer in pairs[:most]
+    ]
+    note = f"The {most} most frequent of {len(pairs):,} confused pairs." if len(pairs) > most else ""
+    return Table("Most confused", ["true class", "answer", "images", "of the class"], rows, note=note)
+
+
+def class_names(report: Report, n: int) -> list[str]:
+    known = report.data.classes if report.data else []
+    return [known[i] if i < len(known) else f"class {i}" for i in range(n)]
+
+
+def words(report: Report) -> Table:
+    rows = [
+        [
+            one.teacher,
+            one.level,
+            figures.count(one.words) + (f" (of {one.asked:,} asked)" if one.asked != one.words else ""),
+            f"{one.features_used:,} of {one.features:,}",
+            figures.number(one.perplexity),
+            figures.percent(100 * one.perplexity / one.words) if one.words else figures.MISSING,
+            figures.number(one.mu),
+        ]
+        for one in report.words
+    ]
+    return Table(
+        "Vocabulary",
+        ["teacher", "readout", "words", "features clustered", "perplexity", "of the words", "μ"],
+        rows,
+        note=" ".join(dict.fromkeys(one.note for one in report.words if one.note)),
+    )
+
+
+def files(report: Report) -> Table:
+    rows = [
+        [
+            column.role,
+            column.subject.file or figures.MISSING,
+            f"{column.subject.bytes:,}" if column.subject.bytes is not None else figures.MISSING,
+            column.subject.sha256 or figures.MISSING,
+        ]
+        for column in every(report)
+        if column.subject.file or column.subject.sha256
+    ]
+    return Table("Files", ["", "file", "bytes", "SHA-256"], rows, code=frozenset({1, 3}), text=True)
+
+
+def origins(report: Report) -> Table:
+    rows = [
+        [
+            column.role,
+            column.subject.weights,
+            column.subject.head or figures.MISSING,
+            column.subject.licence or figures.MISSING,
+            _format(column.subject),
+        ]
+        for column in every(report)
+    ]
+    columns = ["", "weights started from", "head", "licence of the weights", "format"]
+    return Table("Origin of the weights", columns, rows, text=True)
+
+
+def _format(subject: Subject) -> str:
+    parts = [
+        f"{name} {value}" for name, value in (("opset", subject.opset), ("IR", subject.ir_version)) if value
+    ]
+    return "ONNX, " + ", ".join(parts) if parts else figures.MISSING
+
+
+def quantization(report: Report) -> Table:
+    ships = shipped(report)
+    recipe = ships.subject.quantization if ships else None
+    return pairs("Quantization", recipe or {})
+
+
+def roles(report: Report) -> Table:
+    data = report.data
+    if data is None:
+        return Table("Data", [], [])
+    rows = [
+        [role, f"{n:,}"] for role, n in (("train", data.train), ("select", data.select), ("test", data.test))
+    ]
+    note = f"{data.name}; fingerprint {data.fingerprint}. Skipped images: {len(data.skipped):,}. "
+    note += f"Groups of identical images: {len(data.duplicates):,}."
+    return Table("Data", ["role", "images"], rows, note=note)
+
+
+def skipped(report: Report) -> Table:
+    found = report.data.skipped if report.data else []
+    rows = [[name, reason] for name, reason in found]
+    return Table("Images skipped", ["image", "reason"], rows, code=frozenset({0}), text=True)
+
+
+def duplicates(report: Report) -> Table:
+    found = report.data.duplicates if report.data else []
+    rows = [[f"{len(group):,}", ", ".join(group)] for group in found]
+    return Table("Identical images", ["images", "names"], rows, code=frozenset({1}), text=True)
+
+
+def stages(report: Report) -> Table:
+    rows = [[one.stage, figures.duration(one.seconds), one.summary] for one in report.stages]
+    total = sum(one.seconds for one in report.stages)
+    note = f"{figures.duration(total)} in all." if rows else ""
+    return Table("Stages", ["stage", "time", "result"], rows, note=note, text=True)
+
+
+def epochs(report: Report) -> Table:
+    rows = [
+        [
+            one.stage,
+            f"{one.epoch:,} of {one.epochs:,}",
+            ", ".join(f"{name} {figures.number(value)}" for name, value in one.losses.items()),
+            figures.percent(one.train_accuracy),
+            figures.percent(one.select_accuracy),
+            figures.number(one.learning_rate),
+            figures.number(round(one.images_per_second)) if one.images_per_second < 1e15 else figures.MISSING,
+        ]
+        for one in report.epochs
+    ]
+    columns = ["stage", "epoch", "losses", "train", "select", "learning rate", "images/s"]
+    return Table("Epochs", columns, rows, text=True)
+
+
+def environment(report: Report) -> Table:
+    return pairs("Environment", report.environment)
+
+
+def config(report: Report) -> Table:
+    return pairs("Every option", report.config)
+
+
+def method(report: Report) -> Table:
+    return pairs(f"Parameters of {report.method}", report.method_parameters)
+
+
+def pairs(title: str, content: dict[str, Any]) -> Table:
+    rows = [[name, value] for name, value in _flat(content)]
+    return Table(title, ["", "value"], rows, code=frozenset({0, 1}), text=True)
+
+
+def _flat(content: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, (list, tuple)):
+        yield name, ", ".join(str(one) for one in content) or "none"
+    elif content is None:
+        yield name, "not set"
+    elif isinstance(content, bool):
+        yield name, "yes" if content else "no"
+    else:
+        yield name, str(content)

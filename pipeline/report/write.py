@@ -1,0 +1,115 @@
+"""The report as three files: report.json for programs, report.md for a pull request, report.html to look at."""
+
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from ..files import write_text
+from ..results import Report
+from .page import page
+from .tables import Table
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md and report.html into ``folder``, each whole or not at all.
+
+    Any part of ``report`` may still be missing. The same report gives the same bytes.
+
+    Raises:
+        JobError: the folder cannot be written or the disk is full.
+    """
+    rendered = {
+        "report.json": report.model_dump_json(indent=2) + "\n",
+        "report.md": markdown(report),
+        "report.html": html(report),
+    }
+    for name, text in rendered.items():
+        write_text(folder / name, text)
+
+
+def html(report: Report) -> str:
+    """One page without script or anything from outside; every text of the report is escaped."""
+    environment = _environment(coordinate=_coordinate, count_of=lambda n: f"({n:,})")
+    style = Markup(_read("report.css"))
+    return environment.get_template("report.html.j2").render(page=page(report), style=style)
+
+
+def markdown(report: Report) -> str:
+    """The same content in GitHub's Markdown; every text is escaped for HTML and for Markdown."""
+    environment = _environment(finalize=_plain_markdown, table=_table, fenced=_fenced)
+    text = environment.get_template("report.md.j2").render(page=page(report))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _environment(finalize: Callable[[Any], Any] | None = None, **filters: Callable[..., Any]) -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_read),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(filters)
+    return environment
+
+
+def _read(name: str) -> str:
+    # Read as a resource of this package, wherever it is installed; a loader of paths would need a real folder.
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _coordinate(value: float) -> str:
+    return f"{round(value, 1):g}"
+
+
+SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+
+
+def _plain_markdown(value: Any) -> Any:
+    """Text that Markdown shows as it is, in one line; what is already marked up stays."""
+    if value is None or hasattr(value, "__html__"):
+        return value
+    return Markup(SPECIAL.sub(r"\\\1", str(escape(_one_line(str(value))))))
+
+
+def _code(value: str) -> Markup:
+    # As HTML: a span of backticks can hold neither backticks nor a table's bar.
+    return Markup(f"<code>{_plain_markdown(value)}</code>")
+
+
+def _table(table: Table) -> Markup:
+    """A table with its note below; nothing where there are no rows."""
+    if not table.rows:
+        return Markup()
+    numbers = "---" if table.text else "---:"
+    lines = [
+        [_plain_markdown(name) for name in table.columns],
+        ["---", *[numbers] * (len(table.columns) - 1)],
+    ]
+    for row in table.rows:
+        cells = enumerate(row)
+        lines.append(
+            [_code(cell) if i in table.code and cell else _plain_markdown(cell) for i, cell in cells]
+        )
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if table.note:
+        text += f"\n\n{_plain_markdown(table.note)}"
+    return Markup(text)
+
+
+def _fenced(value: str) -> Markup:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall("`+", value)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}sh\n{value}\n{fence}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,189 @@
+"""Reports made by hand: a realistic full one, and what is left of it where stages have not run."""
+
+import base64
+import io
+import random
+from math import exp
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from questpress.pipeline.results import (
+    Accuracy,
+    ClassResult,
+    DataSummary,
+    Epoch,
+    Example,
+    Latency,
+    Parity,
+    Report,
+    Speedup,
+    StageTime,
+    Subject,
+    Words,
+)
+
+GARMENTS = "dress hat longsleeve outwear pants shirt shoes shorts skirt t-shirt".split()
+
+
+def png(seed: int, side: int = 64) -> str:
+    image = Image.new("RGB", (side, side), f"hsl({seed * 37 % 360}, 25%, 88%)")
+    draw = ImageDraw.Draw(image)
+    draw.rounded_rectangle((side * 0.28, side * 0.2, side * 0.72, side * 0.85), side // 10, f"hsl({seed * 61 % 360}, 45%, 45%)")
+    draw.rectangle((side * 0.12, side * 0.22, side * 0.88, side * 0.4), f"hsl({seed * 61 % 360}, 45%, 40%)")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def subject(name: str, correct: int, n: int, size: int, latencies: dict[str, float], **more: Any) -> Subject:
+    return Subject(
+        name=name,
+        weights=more.pop("weights", "scratch"),
+        accuracy=Accuracy.of(correct, n, balanced=100 * correct / n - 1.2),
+        bytes=size,
+        latency_ms={
+            threads: Latency(p50=p50, p90=p50 * 1.08, p95=p50 * 1.15, p99=None, mean=p50 * 1.02, n=412)
+            for threads, p50 in latencies.items()
+        },
+        **more,
+    )
+
+
+def full(classes: list[str] | None = None) -> Report:
+    """Ten kinds of garment, ResNet-34 to MobileNetV2: about what such a run gives."""
+    names = classes or GARMENTS
+    chance = random.Random(7)
+    test = [chance.randint(18, 60) for _ in names]
+    confusion = []
+    for truth, n in enumerate(test):
+        row = [0] * len(names)
+        for _ in range(n):
+            row[truth if chance.random() < 0.86 else chance.randrange(len(names))] += 1
+        confusion.append(row)
+    n, correct = sum(test), sum(confusion[i][i] for i in range(len(names)))
+
+    def per_class(better: int) -> list[ClassResult]:
+        return [
+            ClassResult(label=name, n=test[i], correct=min(test[i], confusion[i][i] + (better if i % 2 else 0)))
+            for i, name in enumerate(names)
+        ]
+
+    teacher = subject(
+        "resnet34", correct + 11, n, 85_146_000, {"1": 12.43, "2": 6.71}, per_class=per_class(2), parameters=21_289_802,
+        gmacs=0.674, licence="Apache-2.0", head="replaced", select_accuracy=Accuracy.of(312, 341),
+        file="bench/teacher.onnx", sha256="9c2f" * 16, opset=20, ir_version=10, weights="pretrained",
+    )
+    student = subject(
+        "mobilenetv2_100", correct + 2, n, 8_942_113, {"1": 1.31, "2": 0.823}, per_class=per_class(1), parameters=2_236_682,
+        gmacs=0.0602, parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64), agreement=Accuracy.of(n - 21, n),
+        speedups=[Speedup(over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66)],
+        file="artifact/student.onnx", sha256="b07d" * 16, opset=20, ir_version=10,
+    )
+    int8 = subject(
+        "mobilenetv2_100", correct, n, 2_548_907, {"1": 0.684, "2": 0.489}, per_class=per_class(0),
+        agreement=Accuracy.of(n - 26, n), parameters=2_236_682,
+        speedups=[
+            Speedup(over="teacher", threads=1, ratio=18.17, low=17.9, high=18.46),
+            Speedup(over="teacher", threads=2, ratio=13.72, low=13.1, high=14.4),
+            Speedup(over="student", threads=1, ratio=1.92, low=1.88, high=1.95),
+            Speedup(over="student", threads=2, ratio=1.68, low=1.6, high=1.77),
+        ],
+        file="artifact/student.int8.onnx", sha256="41ae" * 16, opset=20, ir_version=10,
+        quantization={"format": "QDQ", "activations": "u8", "weights": "s8 per channel", "calibration": {"images": 512, "method": "minmax"}},
+    )  # fmt: skip
+    counts = {"train": [9 * t for t in test], "select": [t for t in test], "test": test}
+    return Report(
+        title="mobilenetv2 from resnet34 on clothing",
+        command="compress --teacher resnet34 --student mobilenetv2 --data photos/clothing --image-size 96 --out runs/clothing",
+        method="quest",
+        method_parameters={"words": 4096, "delta": 10.0, "tau": None, "weight": 1.0},
+        recipe="scratch",
+        image_size=96,
+        data=DataSummary(
+            name="clothing",
+            classes=names,
+            train=sum(counts["train"]),
+            select=sum(counts["select"]),
+            test=n,
+            per_class={role: dict(zip(names, numbers, strict=True)) for role, numbers in counts.items()},
+            skipped=[("train/hat/0213.jpg", "truncated: the file ends within the image")],
+            duplicates=[["train/shoes/1.jpg", "val/shoes/88.jpg"]],
+            fingerprint="5fd1c0a9",
+        ),
+        teachers=[teacher],
+        teacher=teacher,
+        student=student,
+        student_int8=int8,
+        words=[Words(teacher="resnet34", words=704, asked=4096, features=27612, features_used=27612, perplexity=431.7,
+                     mu=0.01432, note="4,096 words were lowered to 704, so that every word has 39 features or more.")],  # fmt: skip
+        epochs=epochs("teacher", 30) + epochs("student", 60),
+        examples=[
+            Example(name=f"test/{label}/{i:04d}.jpg", label=label, teacher=label if i % 3 else names[(i + 2) % len(names)],
+                    teacher_probability=0.98 - 0.03 * i, student=label if i % 2 else names[(i + 1) % len(names)],
+                    student_probability=0.99 - 0.04 * i, png=png(i))
+            for i, label in enumerate(names[:12])
+        ],  # fmt: skip
+        confusion=confusion,
+        warnings=["The teacher's weights are under a licence that is not a free one: CC BY-NC 4.0."],
+        stages=[
+            StageTime(stage="teacher", seconds=412.2, summary="resnet34, 91.5 % on 341 select images"),
+            StageTime(stage="prepare", seconds=8.4, summary="704 words, perplexity 432"),
+            StageTime(stage="student", seconds=1260.9, summary="mobilenetv2_100, 60 epochs"),
+            StageTime(stage="bench", seconds=21.3, summary="0.684 ms at 1 thread"),
+        ],
+        environment={"cpu": "AMD EPYC 9555 64-Core Processor", "cores": "2", "os": "Linux 6.8", "python": "3.11.9", "torch": "2.11.0", "onnxruntime": "1.27.0"},
+        config={"teacher": "resnet34", "student": "mobilenetv2_100", "epochs": 60, "seed": 0, "set": {"quest": {"words": 4096}}, "download": False, "select_fraction": 0.1},
+        artifact="artifact",
+    )  # fmt: skip
+
+
+def epochs(stage: str, n: int) -> list[Epoch]:
+    chance = random.Random(stage)
+    found = []
+    for i in range(1, n + 1):
+        decay, noise = exp(-4 * i / n), chance.uniform(-0.015, 0.015)
+        losses = {"ce": 1.9 * decay + 0.15 + noise}
+        watched = {}
+        if stage == "student":
+            losses["quest"] = 2.6 * decay + 0.9 + noise
+            watched = {
+                "quest.perplexity": 432 - 40 * decay,
+                "quest.max_p": 0.62 + noise / 4,
+                "quest.word_accuracy": 0.55 * (1 - decay) + noise,
+                "quest.gamma": 10 + 12 * (1 - decay),
+            }
+        found.append(
+            Epoch(
+                stage=stage,
+                epoch=i,
+                epochs=n,
+                images_per_second=310 + 900 * noise,
+                learning_rate=2e-3 * min(1, i / 4) * (1 - i / (n + 1)),
+                losses={**losses, "loss": sum(losses.values())},
+                watched=watched,
+                train_accuracy=97 - 62 * decay + 60 * noise,
+                select_accuracy=91 - 56 * decay + 90 * noise,
+            )
+        )
+    return found
+
+
+def without(*parts: str) -> Report:
+    """The full report before these parts were known."""
+    report = full()
+    empty = Report(title="", command="", method="", image_size=1)
+    return report.model_copy(update={part: getattr(empty, part) for part in parts})
+
+
+def bare() -> Report:
+    return Report(title="mobilenetv2 from resnet34", command="compress …", method="quest", image_size=96)
+
+
+def teacher_only() -> Report:
+    """After the first stage."""
+    report = without("student", "student_int8", "words", "examples", "confusion", "artifact", "teacher")
+    teacher = report.teachers[0].model_copy(
+        update={"accuracy": None, "latency_ms": {}, "bytes": None, "per_class": [], "file": None, "sha256": None}
+    )
+    return report.model_copy(update={"teachers": [teacher], "epochs": epochs("teacher", 5), "stages": report.stages[:1]})
