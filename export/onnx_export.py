@@ -1,0 +1,285 @@
+"""A trained network as one ONNX file, and the proof that the file answers as the network does."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from torch import nn
+
+from . import runtime
+from .errors import ExportError
+
+log = logging.getLogger(__name__)
+
+OPSET = 18
+INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+# Protobuf holds 2 GB; above this the weights go into a file of their own beside the graph.
+_SINGLE_FILE_LIMIT = 1_900_000_000
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A written ONNX file: its size in bytes (with external weights, where there are any) and what it needs.
+
+    `sha256` is that of the .onnx file itself; `ir_version` decides the oldest runtime that reads it.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    opset: int
+    ir_version: int
+
+
+def export_onnx(
+    network: nn.Module,
+    path: str | Path,
+    image_size: int,
+    *,
+    metadata: Mapping[str, str],
+    opset: int = OPSET,
+) -> OnnxFile:
+    """Write `network` as ONNX: input 'input' float32 [batch, 3, S, S], output 'logits' [batch, classes].
+
+    The graph is that of evaluation in float32 on the CPU, with a dynamic batch. Source paths, stack traces
+    and all other traces of the machine are removed, `metadata` is written as the model's own, and the same
+    network gives the same bytes. `network` is left as it was. Raises ExportError; the file is written whole
+    or not at all.
+    """
+    path = Path(path)
+    model = _traced(network, image_size, opset)
+    _strip(model)
+    model.metadata_props.update(sorted(metadata.items()))
+    model.producer_name, model.producer_version = "questpress", None
+    model.ir_version = onnx.helper.find_min_ir_version_for(
+        [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    )
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size > _SINGLE_FILE_LIMIT:
+        return _write_with_external_data(model, path)
+    proto = onnx_ir.to_proto(model)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # the checker's and shape inference's exceptions share no base class
+        raise ExportError(f"the exported graph is not valid ONNX: {_sentence(error)}") from error
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    return write_onnx(proto, path)
+
+
+def write_onnx(proto: onnx.ModelProto, path: Path) -> OnnxFile:
+    """Write a model whole or not at all, the same bytes for the same model."""
+    content = proto.SerializeToString(deterministic=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return OnnxFile(
+        path, len(content), hashlib.sha256(content).hexdigest(), opset_of(proto), proto.ir_version
+    )
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of ONNX's own operator set that a model is written in."""
+    return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _traced(network: nn.Module, image_size: int, opset: int) -> onnx_ir.Model:
+    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
+    try:
+        # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
+        twin = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+        twin = twin.to(memory_format=torch.contiguous_format)
+        # A batch of 1 would be taken for a constant.
+        example = torch.zeros(2, 3, image_size, image_size, device="cpu", dtype=torch.float32)
+        with _quiet(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            program = torch.onnx.export(
+                twin,
+                (example,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever the network's code and torch.export raise
+        log.debug("the exporter failed", exc_info=True)
+        raise ExportError(
+            f"{type(network).__name__} at {image_size} px cannot be exported to ONNX: {_sentence(error)}"
+        ) from error
+    if program is None:
+        raise ExportError(f"{type(network).__name__} at {image_size} px cannot be exported to ONNX")
+    model: onnx_ir.Model = program.model
+    inputs, outputs = model.graph.inputs, model.graph.outputs
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ExportError(
+            f"{type(network).__name__} has {len(inputs)} inputs and {len(outputs)} outputs; "
+            "a classifier takes images and gives logits"
+        )
+    taken, given = inputs[0].shape, outputs[0].shape
+    if given is None or len(given) != 2:
+        raise ExportError(f"{type(network).__name__} gives an output of shape {given}, not [batch, classes]")
+    if taken is None or isinstance(taken[0], int):
+        raise ExportError(f"{type(network).__name__} takes one batch size only: its code fixes it")
+    outputs[0].shape = onnx_ir.Shape([taken[0], given[1]])
+    return model
+
+
+def _strip(model: onnx_ir.Model) -> None:
+    """Remove what the exporter notes of source files, stack traces and module names."""
+    model.doc_string = None
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        values = [*graph.inputs, *graph.initializers.values()]
+        for node in graph:
+            node.doc_string = None
+            node.metadata_props.clear()
+            values += node.outputs
+        for value in values:
+            value.doc_string = None
+            value.metadata_props.clear()
+    for function in model.functions.values():
+        function.doc_string = None
+        function.metadata_props.clear()
+        for node in function.all_nodes():
+            node.doc_string = None
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.doc_string = None
+                value.metadata_props.clear()
+
+
+def _write_with_external_data(model: onnx_ir.Model, path: Path) -> OnnxFile:
+    data = path.with_name(path.name + ".data")
+    try:
+        onnx_ir.save(model, path, external_data=data.name)
+        onnx.checker.check_model(str(path))
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported graph is not valid ONNX: {_sentence(error)}") from error
+    graph = path.read_bytes()
+    return OnnxFile(
+        path,
+        len(graph) + data.stat().st_size,
+        hashlib.sha256(graph).hexdigest(),
+        model.opset_imports[""],
+        model.ir_version,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send the exporter's warnings and logging to our own log, away from the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    for remark in remarks:
+        log.debug("exporter: %s", remark.message)
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of the innermost error: the exporter wraps one failure into pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the file's logits are from the network's: the largest difference over all images and batch
+    sizes.
+
+    `max_rel` is that difference over the spread (largest minus smallest) of the network's logits.
+    """
+
+    max_abs: float
+    max_rel: float
+    n: int
+    batch_sizes: tuple[int, ...]
+
+
+def check_parity(
+    network: nn.Module,
+    onnx_path: str | Path,
+    images: torch.Tensor,
+    *,
+    batch_sizes: Sequence[int] = (1, 5),
+    tolerance: float = 1e-4,
+) -> Parity:
+    """Compare the file in onnxruntime with the network in torch on `images`, float32 [N, 3, S, S],
+    preprocessed.
+
+    Passes where the largest difference is within `tolerance`, absolute or relative to the logits' spread; an
+    image must get the same answer at every batch size, too. Raises ExportError, saying by how much, and where
+    logits aren't finite. The network computes in float32 on the CPU, as a copy.
+    """
+    if not len(images):
+        raise ExportError("there are no images to compare the exported file with the network on")
+    network = getattr(network, "_orig_mod", network)
+    twin = copy.deepcopy(network).cpu().float().eval()
+    images = images.detach().cpu().float()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = torch.cat([twin(chunk) for chunk in images.split(max(batch_sizes))]).numpy()
+    # External weights are found beside the file, so it is opened by its path.
+    session = runtime.session(Path(onnx_path), runtime.default_threads())
+    answers = [
+        np.concatenate([session.run(None, {INPUT: chunk.numpy()})[0] for chunk in images.split(size)])
+        for size in batch_sizes
+    ]
+    if any(answer.shape != expected.shape for answer in answers):
+        raise ExportError(
+            f"{onnx_path} gives logits of shape {answers[0].shape}, the network {expected.shape}"
+        )
+    if not all(np.isfinite(logits).all() for logits in (expected, *answers)):
+        raise ExportError(f"the logits of the network or of {onnx_path} are not all finite numbers")
+    spread = float(expected.max() - expected.min())
+    max_abs = max(float(np.abs(answer - expected).max()) for answer in answers)
+    between = max(float(np.abs(answer - answers[0]).max()) for answer in answers)
+
+    def relative(difference: float) -> float:
+        return difference / spread if spread > 0 else (0.0 if difference == 0 else float("inf"))
+
+    parity = Parity(max_abs, relative(max_abs), len(images), tuple(batch_sizes))
+    if min(parity.max_abs, parity.max_rel) > tolerance:
+        raise ExportError(
+            f"{onnx_path} does not compute what the network does: on {parity.n} images its logits differ by "
+            f"up to {parity.max_abs:.2g} ({parity.max_rel:.2g} of their spread), {tolerance:g} is allowed"
+        )
+    if min(between, relative(between)) > tolerance:
+        raise ExportError(
+            f"{onnx_path} answers differently at batch sizes {', '.join(map(str, batch_sizes))}: by up to "
+            f"{between:.2g}, {tolerance:g} is allowed"
+        )
+    return parity
