@@ -1,0 +1,242 @@
+"""Images decoded once: for training in one canonical form, for testing as the runtime renders them."""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image as PillowImage
+from torch import Tensor
+
+from ...export import runtime
+from ...export.runtime import ImageError, Preprocessing, allowed_cores, decode_image, render
+from ..cache import Cache
+from ..errors import JobError
+from ..files import digest, sha256
+from .image_set import Image, Progress, Skipped
+from .pixels import Pixels, ragged
+
+VERSION = 1
+# A panorama is cut to this aspect at its centre, so that one image cannot take the memory of hundreds.
+LONGEST_ASPECT = 4
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """The form an image is kept in for training: uint8 RGB, EXIF and colour mode applied by the runtime.
+
+    - ``square``, for small images (pad-and-crop): the short side is resized to ``side`` and the centre
+      ``side`` × ``side`` cut out, both as ``runtime.render`` does it for a test image.
+    - ``short_side``, for photos (random-resized-crop): cut at the centre to an aspect of at most 4:1, then
+      reduced so that the short side is at most ``side``; never enlarged, the aspect kept to a pixel.
+
+    ``side`` in pixels; ``filter`` is one of Pillow's, antialiased: 'bilinear', 'bicubic', 'lanczos'.
+    """
+
+    kind: Literal["square", "short_side"]
+    side: int
+    filter: str = "bicubic"
+
+    def of(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] of any size in this form."""
+        if self.kind == "square":
+            return render(image, Preprocessing.of(self.side, crop_fraction=1.0, interpolation=self.filter))
+        height, width = image.shape[:2]
+        tall, wide = min(height, LONGEST_ASPECT * width), min(width, LONGEST_ASPECT * height)
+        top, left = (height - tall) // 2, (width - wide) // 2
+        image = image[top : top + tall, left : left + wide]
+        short = min(tall, wide)
+        if short <= self.side:
+            return np.ascontiguousarray(image)
+        size = tuple(max(self.side, round(length * self.side / short)) for length in (wide, tall))
+        reduced = PillowImage.fromarray(np.ascontiguousarray(image)).resize(
+            (size[0], size[1]), PillowImage.Resampling[self.filter.upper()]
+        )
+        return np.asarray(reduced)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The readable images of a role (``images[i]`` is ``pixels.image(i)``), and those that were not."""
+
+    images: tuple[Image, ...]
+    pixels: Pixels
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+        return torch.tensor([image.label for image in self.images], dtype=torch.int64)
+
+    @property
+    def keys(self) -> Tensor:
+        """int64 [N]: the first 63 bits of each content hash, which views are drawn from."""
+        return torch.tensor([int(image.key[:16], 16) >> 1 for image in self.images], dtype=torch.int64)
+
+
+def decode(
+    images: Sequence[Image],
+    canonical: Canonical,
+    *,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> Decoded:
+    """Training images in their canonical form; memory-mapped where a cache keeps them.
+
+    Raises:
+        JobError: an image has changed since the data set was opened.
+    """
+    return _each_once(images, canonical.of, {"canonical": asdict(canonical)}, cache, progress, workers)
+
+
+def rendered(
+    images: Sequence[Image],
+    preprocessing: Preprocessing,
+    *,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> Decoded:
+    """Images as the shipped runtime renders them, from the original file: all S × S, so that
+    ``pixels.stacked()`` is uint8 [N, S, S, 3].
+
+    Raises:
+        JobError: an image has changed since the data set was opened.
+    """
+    how = {"rendered": asdict(preprocessing)}
+    return _each_once(images, lambda image: render(image, preprocessing), how, cache, progress, workers)
+
+
+def check_unreadable(skipped: Sequence[Skipped], total: int, limit: float = 0.01) -> None:
+    """Let a few unreadable images pass, but not many.
+
+    ``skipped`` may hold other things left out; only unreadable images count. ``total`` counts all images,
+    readable or not.
+
+    Raises:
+        JobError: more than ``limit`` of all images are unreadable; names the first five.
+    """
+    unreadable = sorted((one for one in skipped if one.unreadable), key=lambda one: one.name)
+    if len(unreadable) <= limit * total:
+        return
+    first = "; ".join(f"{one.name} ({one.reason})" for one in unreadable[:5])
+    more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+    raise JobError(
+        f"{len(unreadable)} of {total} images cannot be read, more than the {limit:.0%} that may be skipped: "
+        f"{first}{more}; repair or remove them."
+    )
+
+
+def _each_once(
+    images: Sequence[Image],
+    form: Callable[[np.ndarray], np.ndarray],
+    how: dict[str, Any],
+    cache: Cache | None,
+    progress: Progress | None,
+    workers: int | None,
+) -> Decoded:
+    def results() -> Iterator[np.ndarray | str]:
+        return _in_order(images, form, progress, workers or allowed_cores())
+
+    if cache is None or not images:
+        return _kept(images, *_in_memory(list(results())))
+    key = digest({"images": [image.key for image in images], **how, "decoder": _decoder()})
+    entry = cache.get("images", key) or cache.put("images", key, lambda folder: _write(folder, results()))
+    return _kept(images, *_load(entry))
+
+
+def _decoder() -> dict[str, Any]:
+    """What the pixels depend on besides the files: our code here, the runtime's, and Pillow's."""
+    return {"version": VERSION, "runtime": sha256(Path(runtime.__file__)), "pillow": PIL.__version__}
+
+
+def _in_order(
+    images: Sequence[Image], form: Callable[[np.ndarray], np.ndarray], progress: Progress | None, workers: int
+) -> Iterator[np.ndarray | str]:
+    """Each image's pixels, or why there are none. Pillow works outside Python's lock: threads do."""
+
+    def one(image: Image) -> np.ndarray | str:
+        try:
+            return form(_original(image))
+        except ImageError as error:
+            return str(error).partition(": ")[2] or str(error)
+        except OSError as error:
+            return f"could not be read: {error.strerror or error}"
+
+    # Few enough at a time that big photos don't fill the memory.
+    with ThreadPoolExecutor(workers) as threads:
+        waiting: deque[Any] = deque()
+        try:
+            for position, image in enumerate(images):
+                waiting.append(threads.submit(one, image))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft().result()
+                if progress:
+                    progress(position + 1 - len(waiting), len(images))
+            while waiting:
+                yield waiting.popleft().result()
+                if progress:
+                    progress(len(images) - len(waiting), len(images))
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _original(image: Image) -> np.ndarray:
+    content = image.read()
+    if isinstance(content, np.ndarray):
+        return content
+    if hashlib.sha256(content).hexdigest() != image.key:
+        raise JobError(f"{image.name} has changed since the job started; start it again.")
+    return decode_image(content)
+
+
+def _in_memory(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]:
+    reasons = {position: result for position, result in enumerate(results) if isinstance(result, str)}
+    arrays = [result for result in results if not isinstance(result, str)]
+    results.clear()
+    sizes = torch.tensor([array.shape[:2] for array in arrays], dtype=torch.int64).reshape(-1, 2)
+    data = torch.empty(int(sizes.prod(1).sum()), 3, dtype=torch.uint8)
+    start = 0
+    for position, array in enumerate(arrays):
+        end = start + array.shape[0] * array.shape[1]
+        data[start:end] = torch.tensor(array).view(-1, 3)
+        arrays[position], start = np.empty(0), end  # gone as it is copied: the set is in memory once
+    return ragged(data, sizes), reasons
+
+
+def _write(folder: Path, results: Iterator[np.ndarray | str]) -> None:
+    sizes, reasons = [], {}
+    with (folder / "pixels.bin").open("wb") as file:
+        for position, result in enumerate(results):
+            if isinstance(result, str):
+                reasons[position] = result
+            else:
+                sizes.append(result.shape[:2])
+                file.write(np.ascontiguousarray(result).data)
+    np.save(folder / "sizes.npy", np.array(sizes, dtype=np.int64).reshape(-1, 2))
+    (folder / "unreadable.json").write_text(json.dumps(list(reasons.items())), encoding="utf-8")
+
+
+def _load(entry: Path) -> tuple[Pixels, dict[int, str]]:
+    sizes = torch.from_numpy(np.load(entry / "sizes.npy"))
+    file = entry / "pixels.bin"
+    # Copy on write: torch knows no read-only tensors, and nothing must ever change the file.
+    flat = np.memmap(file, dtype=np.uint8, mode="c") if file.stat().st_size else np.empty(0, dtype=np.uint8)
+    reasons = dict(json.loads((entry / "unreadable.json").read_text(encoding="utf-8")))
+    return ragged(torch.from_numpy(flat).view(-1, 3), sizes), reasons
+
+
+def _kept(images: Sequence[Image], pixels: Pixels, reasons: dict[int, str]) -> Decoded:
+    kept = tuple(image for position, image in enumerate(images) if position not in reasons)
+    skipped = tuple(
+        Skipped(images[position].name, reason, unreadable=True) for position, reason in reasons.items()
+    )
+    return Decoded(kept, pixels, skipped)

@@ -1,0 +1,129 @@
+"""What a data set is: images with their classes, each in one of three roles."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from ..files import digest
+
+Role = Literal["train", "select", "test"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# Called with (done, total) from the thread that started the work.
+Progress = Callable[[int, int], None]
+
+Source = Path | bytes | np.ndarray | Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image and its class.
+
+    ``name`` is for people: the path relative to the data set, never absolute. ``key`` is the SHA-256 of the
+    content in hexadecimal digits; images with the same key are the same image.
+    """
+
+    name: str
+    label: int
+    key: str
+    source: Source = field(repr=False, compare=False)
+
+    def read(self) -> bytes | np.ndarray:
+        """The encoded file, or the pixels (uint8 [H, W, 3]) of an image that never was a file.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if isinstance(self.source, Path):
+            return self.source.read_bytes()
+        if isinstance(self.source, bytes | np.ndarray):
+            return self.source
+        return self.source()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or folder left out, and why; ``unreadable`` where it is an image that cannot be read."""
+
+    name: str
+    reason: str
+    unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """The same content more than once: under two classes, or in two of the given folders.
+
+    ``kept`` says where it stands now; ``removed`` are the copies taken out so that no image has two roles.
+    """
+
+    names: tuple[str, ...]
+    kept: Role
+    removed: tuple[str, ...] = ()
+    two_classes: bool = False
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in three roles: ``train``, ``select`` (for choosing while training) and ``test``.
+
+    Within a role the images are ordered by class, content and name, so that equal fingerprints mean an equal
+    order wherever the files lie and whatever they are called.
+    """
+
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    train: tuple[Image, ...]
+    select: tuple[Image, ...]
+    test: tuple[Image, ...]
+    skipped: tuple[Skipped, ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
+    ignored: int = 0  # files that are no images
+
+    def role(self, role: Role) -> tuple[Image, ...]:
+        return {"train": self.train, "select": self.select, "test": self.test}[role]
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.select) + len(self.test)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the classes and each image's content, class and role; names don't count."""
+        images = sorted((image.key, image.label, role) for role in ROLES for image in self.role(role))
+        return digest({"classes": self.classes, "images": images})
+
+    @property
+    def counts(self) -> dict[Role, list[int]]:
+        """Images of each class (in the order of ``classes``), by role."""
+        counts = {role: [0] * len(self.classes) for role in ROLES}
+        for role in ROLES:
+            for image in self.role(role):
+                counts[role][image.label] += 1
+        return counts
+
+    def with_skipped(self, skipped: Sequence[Skipped]) -> "ImageSet":
+        """The same set with more images on the list of those left out (found unreadable, say)."""
+        known = set(self.skipped)
+        return replace(self, skipped=self.skipped + tuple(one for one in skipped if one not in known))
+
+
+def in_order(images: Sequence[Image]) -> tuple[Image, ...]:
+    return tuple(sorted(images, key=lambda image: (image.label, image.key, image.name)))
+
+
+def array_key(pixels: np.ndarray) -> str:
+    """SHA-256 of an array's shape and bytes."""
+    shape = "x".join(map(str, pixels.shape))
+    return hashlib.sha256(
+        f"{pixels.dtype} {shape}\n".encode() + np.ascontiguousarray(pixels).tobytes()
+    ).hexdigest()
+
+
+def printable(name: str) -> str:
+    """A file name that can be printed and written as UTF-8, whatever bytes it is made of."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,55 @@
+"""``--data``: the built-in digits, a folder, or a data set by timm's name."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..errors import UsageError
+from .digits import open_digits
+from .folders import open_folder
+from .image_set import ImageSet, Progress
+
+DIGITS = "digits"
+
+
+def open_data(
+    data: str,
+    *,
+    data_dir: Path | None = None,
+    download: bool = False,
+    select_fraction: float | None = None,
+    progress: Progress | None = None,
+) -> ImageSet:
+    """The image set that ``--data`` names, with its roles.
+
+    Raises:
+        UsageError: there is none of this name, or it is not usable; one sentence says why and what to do.
+    """
+    path = Path(data).expanduser()
+    if data == DIGITS:
+        return open_digits(select_fraction=select_fraction)
+    if path.exists():
+        return open_folder(path, select_fraction=select_fraction, progress=progress)
+
+    from .named import PREFIXES, open_named
+
+    if "/" in data and data.partition("/")[0].lower() in PREFIXES:
+        return open_named(
+            data, data_dir=data_dir, download=download, select_fraction=select_fraction, progress=progress
+        )
+    kinds = ", ".join(f"{prefix}/…" for prefix in PREFIXES)
+    near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7)
+    near += [
+        folder.name for folder in _beside(path) if get_close_matches(path.name, [folder.name], cutoff=0.7)
+    ]
+    hint = f" Did you mean {' or '.join(near[:3])}?" if near else ""
+    raise UsageError(
+        f"There is no data folder {data}; --data takes a folder of class folders, '{DIGITS}', "
+        f"or a name of timm's ({kinds}).{hint}"
+    )
+
+
+def _beside(path: Path) -> list[Path]:
+    try:
+        return sorted(one for one in path.parent.iterdir() if one.is_dir())
+    except OSError:
+        return []

@@ -1,0 +1,201 @@
+"""Views become pixels: crop, resize, flip, many at a time.
+
+``pad_crop`` at its own size is a gather of whole pixels, equal to the bit on every device. Anything resized
+is antialiased and bilinear (a triangle filter as wide as the reduction) and rounded to uint8:
+
+- on a CPU, torch's own uint8 resize, image by image (fast in whole numbers);
+- on accelerators, two batched matrix products, rows and then columns, without a launch for each image.
+
+Both agree with torchvision's ``resized_crop(antialias=True)``, and so with each other, within 1 level of 255.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .pixels import Pixels
+from .views import ViewPolicy, boxes, jitter
+
+
+def render_views(
+    pixels: Pixels,
+    indices: Tensor,
+    box: Tensor,
+    flips: Tensor,
+    size: int,
+    policy: ViewPolicy,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The crops ``box`` (int32 [B, 4], as ``views.boxes`` gives them) of images ``indices`` (int64 [B]) at
+    ``size`` × ``size`` pixels, mirrored where ``flips``: uint8 [B, 3, S, S] on ``device``, channels last.
+
+    ``indices``, ``box`` and ``flips`` are on the host; ``pixels`` may be there or on ``device``.
+    """
+    device = torch.device(device)
+    if policy.kind == "pad_crop":
+        views = _padded_crops(pixels, indices, box, flips, policy).to(device)
+        if size == policy.crop:
+            return views.permute(0, 3, 1, 2)
+        # Cropped and mirrored already; only the size is still to come.
+        number = len(indices)
+        whole = torch.tensor([0, 0, policy.crop, policy.crop]).expand(number, 4)
+        side = torch.full((number,), policy.crop)
+        pixels = Pixels(views.reshape(-1, 3), torch.arange(number) * policy.crop**2, side, side)
+        indices, box, flips = torch.arange(number), whole, torch.zeros(number, dtype=torch.bool)
+    if pixels.data.device.type == "cpu" and device.type == "cpu":
+        return _resized_one_by_one(pixels, indices, box, flips, size)
+    return resized_by_products(pixels, indices, box, flips, size, device)
+
+
+def _padded_crops(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, policy: ViewPolicy) -> Tensor:
+    """uint8 [B, S, S, 3] by gathering whole pixels."""
+    device, side = pixels.data.device, policy.side
+    steps = torch.arange(policy.crop)
+    rows = box[:, :1].long() + steps
+    columns = box[:, 1:2].long() + torch.where(flips[:, None], steps.flip(0), steps)
+    places = pixels.offsets[indices][:, None, None] + _within(rows, side, policy)[:, :, None] * side
+    places = places + _within(columns, side, policy)[:, None, :]
+    views = pixels.data[places.to(device, non_blocking=True)]
+    if policy.mode == "zeros" and policy.pad:
+        inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
+        views = views * inside[..., None].to(device, non_blocking=True)
+    return views
+
+
+def _within(position: Tensor, side: int, policy: ViewPolicy) -> Tensor:
+    """The pixel that stands at a position of the padded image."""
+    if policy.mode == "reflect":
+        position = position.abs()
+        position = side - 1 - (side - 1 - position).abs()
+    return position.clamp(0, side - 1)
+
+
+def _resized_one_by_one(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
+    views = torch.empty(len(indices), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for view, index, (top, left, height, width), flip in zip(
+        views, indices.tolist(), box.tolist(), flips.tolist(), strict=True
+    ):
+        crop = pixels.image(index)[top : top + height, left : left + width].permute(2, 0, 1)[None]
+        resized = interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+        view.copy_(resized.flip(-1) if flip else resized)
+    return views
+
+
+def resized_by_products(
+    pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int, device: torch.device | str
+) -> Tensor:
+    """uint8 [B, 3, S, S] by two batched matrix products (see ``render_views``)."""
+    top, left, height, width = box.long().T
+    # The tallest and the widest crop are known on the host: the device is not waited for.
+    tallest, widest = (int(length.max()) if len(length) else 1 for length in (height, width))
+    source = pixels.data.device
+    first = pixels.offsets[indices] + top * pixels.widths[indices] + left
+    start, stride, last_row, last_column = (
+        x[:, None].to(source, non_blocking=True)
+        for x in (first, pixels.widths[indices], height - 1, width - 1)
+    )
+    rows = torch.arange(tallest, device=source).minimum(last_row) * stride
+    columns = torch.arange(widest, device=source).minimum(last_column)
+    crops = pixels.data[(start + rows)[:, :, None] + columns[:, None, :]].to(device, non_blocking=True)
+    down = _triangles(height.to(device), tallest, size)
+    across = _triangles(width.to(device), widest, size)
+    across = torch.where(flips.to(device)[:, None, None], across.flip(1), across)
+    batch = len(indices)
+    squeezed = torch.bmm(down, crops.to(down.dtype).reshape(batch, tallest, widest * 3))
+    squeezed = squeezed.view(batch, size, widest, 3).transpose(1, 2).reshape(batch, widest, size * 3)
+    views = torch.bmm(across, squeezed).view(batch, size, size, 3)
+    # [B, column, row, channel] here
+    return (
+        views.round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(0, 3, 2, 1)
+        .contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _triangles(length: Tensor, longest: int, size: int) -> Tensor:
+    """Weights float32 [B, S, longest] that resize ``length`` (int64 [B]) pixels to S, antialiased.
+
+    The triangle is as wide as the step from one output pixel to the next, or as one input pixel where that is
+    more; pixels outside the crop count nothing: torch.nn.functional.interpolate's ``antialias=True``.
+    """
+    step = (length.to(torch.float32) / size)[:, None, None]
+    output = torch.arange(size, device=length.device, dtype=torch.float32)[None, :, None]
+    place = torch.arange(longest, device=length.device)
+    distance = (place + 0.5 - (output + 0.5) * step).abs() / step.clamp(min=1)
+    weights = (1 - distance).clamp(min=0) * (place < length[:, None, None])
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def colour_jittered(views: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, contrast and saturation changed by ``factors`` (float32 [B, 3]), in this order.
+
+    As torchvision's ColorJitter changes them, but rounded once, at the end: scale; blend with the image's
+    mean grey; blend with each pixel's own grey (ITU-R 601). ``views`` uint8 [B, 3, S, S].
+    """
+    brightness, contrast, saturation = factors.to(views.device).view(-1, 3, 1, 1, 1).unbind(1)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=views.device).view(1, 3, 1, 1)
+    image = (views.to(torch.float32) * brightness).clamp(0, 255)
+    mean = (image * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    image = (mean + contrast * (image - mean)).clamp(0, 255)
+    grey = (image * weights).sum(1, keepdim=True)
+    image = (grey + saturation * (image - grey)).clamp(0, 255)
+    return image.round().to(torch.uint8)
+
+
+def normalise(
+    views: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """uint8 [B, 3, S, S] to a network's input on the same device: (pixels / 255 − mean) / std, as the runtime
+    computes it.
+    """
+    offset, spread = (torch.tensor(x, device=views.device).view(1, 3, 1, 1) for x in (list(mean), list(std)))
+    batch = (views.to(torch.float32) / 255 - offset) / spread
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return batch.to(dtype=dtype, memory_format=layout)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The training images of a job and how their views are drawn.
+
+    ``labels`` and ``keys`` are int64 [N] on the host (see ``decode.Decoded``); ``size`` is the side of a view
+    in pixels.
+    """
+
+    pixels: Pixels
+    labels: Tensor
+    keys: Tensor
+    policy: ViewPolicy
+    seed: int
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(
+        self,
+        indices: Tensor,
+        view_numbers: Tensor,
+        device: torch.device | str = "cpu",
+        size: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Views of images ``indices`` (int64 [B], host): uint8 [B, 3, S, S], and labels int64 [B].
+
+        Another ``size`` gives the same crops at that size. What comes out depends on each image, its view
+        number and the seed alone, not on what else is in the batch.
+        """
+        keys, height, width = self.keys[indices], self.pixels.heights[indices], self.pixels.widths[indices]
+        box, flips = boxes(self.policy, self.seed, keys, view_numbers, height, width)
+        views = render_views(self.pixels, indices, box, flips, size or self.size, self.policy, device)
+        if self.policy.color_jitter:
+            views = colour_jittered(views, jitter(self.policy, self.seed, keys, view_numbers))
+        return views, self.labels[indices].to(device, non_blocking=True)
