@@ -1,0 +1,137 @@
+"""The artifact folder: model files and the manifest that says what they are, how good, and where they come
+from.
+
+`manifest.json`, schema version 1 (`runtime.read_manifest` is its reader on the device):
+
+schema_version   1 preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes,
+crop, mean, std labels           class names, in the order of the logits origin           whence the network:
+teachers and student with their licences, method, data; free-form JSON versions         of the tools that
+wrote the files files            for each file: name         within the folder precision    "fp32" or "int8"
+target       the processor family it is meant for; null: any bytes        its size sha256       of its content
+opset        version of ONNX's operator set ir_version   ONNX's format version: what the device's runtime must
+read at least quantization the recipe, for int8; null otherwise accuracy     of this very file in ONNX
+Runtime, percent: top1, n, low and high (95 % interval), and what else was measured; null where it was not
+
+Nothing in it names a user, a host or a local path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from . import runtime
+from .errors import ExportError
+from .onnx_export import OnnxFile
+
+_TOOLS = ("questpress", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ShippedFile:
+    """A model file in the artifact folder, and what is known of it. `accuracy` in percent: top1, n, low,
+    high.
+    """
+
+    file: OnnxFile
+    precision: str
+    accuracy: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
+    target: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.file.path.name,
+            "precision": self.precision,
+            "target": self.target,
+            "bytes": self.file.bytes,
+            "sha256": self.file.sha256,
+            "opset": self.file.opset,
+            "ir_version": self.file.ir_version,
+            "quantization": None if self.quantization is None else dict(self.quantization),
+            "accuracy": None if self.accuracy is None else dict(self.accuracy),
+        }
+
+
+def write_manifest(
+    folder: str | Path,
+    *,
+    files: Sequence[ShippedFile],
+    preprocessing: runtime.Preprocessing,
+    labels: Sequence[str],
+    origin: Mapping[str, Any],
+) -> Path:
+    """Write `folder`/manifest.json, whole or not at all, and verify every file against it.
+
+    Raises ExportError where a file isn't in the folder as described, a name is given twice, or `origin` holds
+    an absolute path.
+    """
+    folder = Path(folder)
+    names = [shipped.file.path.name for shipped in files]
+    if len(set(names)) != len(names):
+        raise ExportError(f"an artifact cannot hold two files of one name: {', '.join(names)}")
+    local = [text for text in _strings(origin) if Path(text).is_absolute() or text.startswith("~")]
+    if local:
+        raise ExportError(f"an artifact may not name a path of this machine, and its origin does: {local[0]}")
+    manifest = {
+        "schema_version": runtime.SCHEMA_VERSION,
+        "preprocessing": preprocessing.to_dict(),
+        "labels": list(labels),
+        "origin": dict(origin),
+        "versions": tool_versions(),
+        "files": [shipped.to_dict() for shipped in files],
+    }
+    path = folder / runtime.MANIFEST
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        for entry in manifest["files"]:  # type: ignore[union-attr]
+            runtime.read_verified(folder, entry)  # type: ignore[arg-type]
+        with temporary.open("w", encoding="utf-8") as out:
+            json.dump(manifest, out, indent=2, ensure_ascii=False, allow_nan=False)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except runtime.ArtifactError as error:
+        raise ExportError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{path} cannot hold what it was given: {error}") from error
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of an artifact (or run) folder, every file verified. Raises runtime.ArtifactError."""
+    found, manifest = runtime.read_manifest(folder)
+    for entry in manifest["files"]:
+        runtime.read_verified(found, entry)
+    return manifest
+
+
+def tool_versions() -> dict[str, str]:
+    """The installed version of every tool that has a part in the files."""
+    versions = {}
+    for tool in _TOOLS:
+        try:
+            versions[tool] = version(tool)
+        except PackageNotFoundError:  # questpress from a source tree that isn't installed
+            versions[tool] = "unknown"
+    return versions
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for part in pair for text in _strings(part)]
+    if isinstance(value, Sequence):
+        return [text for item in value for text in _strings(item)]
+    return []

@@ -1,0 +1,111 @@
+"""The parent's end of a bench worker: start it, ask it, and never wait for it for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .errors import ExportError
+
+_LOAD_SECONDS = 300.0
+_BLOCK_SECONDS = 120.0  # beyond the block itself: room for one run of a slow network on a busy machine
+
+
+class Worker:
+    """A process that holds one network and times it on request; ends with the `with` block."""
+
+    def __init__(self, name: str, model: Path | str, inputs: Path, threads: int) -> None:
+        self.name = name
+        self.threads = threads
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
+        # The child finds what the parent found, and nothing of the folder the user happens to be in.
+        search = os.pathsep.join(entry for entry in sys.path if entry)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"{__package__}.bench_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=os.environ | {"PYTHONPATH": search},
+        )
+        try:
+            request = {"model": str(model), "inputs": str(inputs), "threads": threads}
+            self._ask(request, _LOAD_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+
+    def block(self, seconds: float) -> np.ndarray:
+        """Times of runs over at least `seconds`, float64 [runs], milliseconds. Raises ExportError."""
+        return self._ask({"seconds": seconds}, seconds + _BLOCK_SECONDS)
+
+    def _ask(self, request: dict[str, Any], limit: float) -> np.ndarray:
+        pipe_in, pipe_out = self._process.stdin, self._process.stdout
+        assert pipe_in is not None and pipe_out is not None
+        overdue = threading.Event()
+
+        def end() -> None:
+            overdue.set()
+            self._process.kill()
+
+        timer = threading.Timer(limit, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            pipe_in.write(json.dumps(request).encode() + b"\n")
+            pipe_in.flush()
+            head = json.loads(pipe_out.readline())
+            body = pipe_out.read(head.get("bytes", 0))
+        except (OSError, ValueError) as error:  # a broken pipe, or an answer cut short
+            raise ExportError(self._obituary(overdue.is_set(), limit)) from error
+        finally:
+            timer.cancel()
+        if "error" in head:
+            raise ExportError(f"{self.name} cannot be timed: {head['error']}")
+        if len(body) != head.get("bytes", 0):
+            raise ExportError(self._obituary(overdue.is_set(), limit))
+        return np.frombuffer(body, dtype=np.float64)
+
+    def _obituary(self, overdue: bool, limit: float) -> str:
+        if overdue:
+            return f"{self.name} cannot be timed: no answer within {limit:.0f} s on {self.threads} threads"
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = None
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        return f"{self.name} cannot be timed: its process ended with {code}" + (
+            f" ({lines[-1]})" if lines else ""
+        )
+
+    def close(self) -> None:
+        """End the process, kindly first."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:  # what was left to write has no reader any more
+                pass
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

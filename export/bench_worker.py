@@ -1,0 +1,74 @@
+"""One network in a process of its own, timed on request: `python -m questpress.export.bench_worker`.
+
+Requests are JSON lines on stdin, answered by one JSON line each on stdout; a block's answer is followed by
+its samples, float64 milliseconds, as raw bytes. Between requests the process blocks, so that it costs the
+others nothing. It imports what the device has, and nothing more.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from . import runtime
+
+
+def main() -> None:
+    """Serve until stdin ends, which it does when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not pass for an answer
+    requests = sys.stdin.buffer
+    try:
+        subject = Subject(json.loads(requests.readline()))
+    except Exception as error:  # told to the parent, which raises it
+        _answer(answers, {"error": f"{type(error).__name__}: {error}"})
+        return
+    _answer(answers, {"ready": True})
+    gc.disable()
+    while line := requests.readline():
+        samples = subject.block(json.loads(line)["seconds"])
+        _answer(answers, {"bytes": samples.nbytes}, samples.tobytes())
+
+
+class Subject:
+    """A model file and the inputs it is timed on, batch 1, in turn."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._session = runtime.session(request["model"], request["threads"])
+        inputs = np.load(request["inputs"])
+        self._name = self._session.get_inputs()[0].name
+        self._inputs = [np.ascontiguousarray(inputs[i : i + 1]) for i in range(len(inputs))]
+        self._next = 0
+
+    def block(self, seconds: float) -> np.ndarray:
+        """Run for at least `seconds` and at least once: each run's time in milliseconds, float64 [runs]."""
+        samples = []
+        clock = time.perf_counter_ns
+        run, name = self._session.run, self._name
+        end = clock() + int(seconds * 1e9)
+        while True:
+            feed = {name: self._inputs[self._next]}
+            self._next = (self._next + 1) % len(self._inputs)
+            start = clock()
+            run(None, feed)
+            stop = clock()
+            samples.append(stop - start)
+            if stop >= end:
+                return np.array(samples, dtype=np.float64) / 1e6
+
+
+def _answer(answers: BinaryIO, head: dict[str, Any], body: bytes = b"") -> None:
+    answers.write(json.dumps(head).encode() + b"\n" + body)
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()
