@@ -183,7 +183,10 @@ def lines(
         return round(TOP + PLOT_HEIGHT * (high - value) / (high - low), 1)
 
     drawn = [_draw(curve, values, style, across, down) for style, (curve, values) in enumerate(finite)]
-    told = "; ".join(f"{curve.label} from {_first(values)} to {_last(values)}" for curve, values in finite)
+    told = "; ".join(
+        f"{'' if curve.label == title else curve.label + ' '}from {_first(values)} to {_last(values)}"
+        for curve, values in finite
+    )
     stride = max(1, ceil(nice((last - first) / 5))) if last > first else 1
     marked = sorted({first, *(e for e in range(0, last + 1, stride) if first < e), last})
     if len(marked) > 2 and marked[-1] - marked[-2] < stride * 0.6:

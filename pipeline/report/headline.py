@@ -15,6 +15,10 @@ class KeyFigure:
     meaning: str
     lines: list[str] = field(default_factory=list)
 
+    @property
+    def known(self) -> bool:
+        return self.value != figures.MISSING
+
 
 def title(report: Report) -> str:
     student, teacher = of(report, "student") or of(report, "student_int8"), of(report, "teacher")
@@ -30,20 +34,19 @@ def title(report: Report) -> str:
 
 def lead(report: Report) -> str:
     """One or two sentences: the method, the data, and what ships."""
-    how = "Plain training" if report.method == "none" else f"Method {report.method}"
-    sentence = f"{how} at {report.image_size} × {report.image_size} pixels"
-    if report.data is not None:
-        data = report.data
-        total = data.train + data.select + data.test
-        sentence += f" on {data.name}: {figures.counted(total, 'image')} of "
-        sentence += f"{figures.counted(len(data.classes), 'class', 'classes')}, "
-        sentence += f"{data.train:,} to train, {data.select:,} to select, {data.test:,} to test"
+    sentence = "Plain training" if report.method == "none" else f"Method {report.method}"
+    data = report.data
+    if data is not None:
+        sentence += f" on {data.name}, {figures.counted(len(data.classes), 'class', 'classes')},"
+    sentence += f" at {report.image_size} × {report.image_size} pixels"
+    if data is not None:
+        sentence += f": {figures.counted(data.train, 'image')} to train, {data.select:,} to select, "
+        sentence += f"{data.test:,} to test"
     sentence += "."
     int8 = report.student_int8
     if int8 is not None and int8.accuracy is not None:
-        sentence += (
-            " The int8 file ships; its accuracy and latency were measured on that very file, in ONNX Runtime."
-        )
+        measured = "accuracy and latency were" if int8.latency_ms else "accuracy was"
+        sentence += f" The int8 file ships; its {measured} measured on that very file, in ONNX Runtime."
     return sentence
 
 
@@ -88,14 +91,12 @@ def _faster(report: Report) -> KeyFigure:
     lines = [_certainty(first)]
     own, other = ships.subject.latency_ms.get(first.threads), first.over.subject.latency_ms.get(first.threads)
     if own is not None and other is not None and own.p50 is not None and other.p50 is not None:
-        lines.append(
-            f"median {figures.milliseconds(own.p50)} instead of {figures.milliseconds(other.p50)} an image"
-        )
+        lines.append(f"median {figures.milliseconds(own.p50)} instead of {figures.milliseconds(other.p50)}")
     lines += [f"{figures.threads(one.threads)}: {in_words(one)}" for one in measured[1:]]
     if over is not None:
         against = pace(ships, own_fp32, first.threads)
         if against is not None:
-            lines.append(f"against its own fp32 file: {in_words(against)}")
+            lines.append(f"against its own fp32: {in_words(against)}")
     return KeyFigure(value, meaning, lines)
 
 
@@ -153,15 +154,14 @@ def _accurate(report: Report) -> KeyFigure:
             _selected(c, c.subject.select_accuracy) for c in compared(report) if c.subject.select_accuracy
         ]
         return KeyFigure(figures.MISSING, "accuracy on test images not measured", lines)
-    lines.insert(
-        0,
-        f"95 % interval {figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)}, "
+    own = [
+        f"95 % interval {figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)}",
         f"{accuracy.correct:,} of {figures.counted(accuracy.n, 'test image')}",
-    )
+    ]
     if accuracy.balanced is not None:
-        lines.insert(1, f"mean over classes {figures.percent(accuracy.balanced, accuracy.n)}")
+        own.append(f"mean over the classes {figures.percent(accuracy.balanced, accuracy.n)}")
     return KeyFigure(
-        figures.percent(accuracy.top1, accuracy.n), f"accuracy of the {ships.role.lower()} file", lines
+        figures.percent(accuracy.top1, accuracy.n), f"accuracy of the {ships.role.lower()} file", own + lines
     )
 
 
@@ -184,8 +184,8 @@ def notes(report: Report) -> list[str]:
     for column, over in ((int8, student), (shipped(report), teacher)):
         slow = [one for count in threads(report) if (one := pace(column, over, count)) and _not_faster(one)]
         if slow and column is not None and over is not None:
-            told = "; ".join(f"{figures.threads(one.threads)}: {in_words(one)}" for one in slow)
-            found.append(f"{column.role} is not faster than {over.role.lower()} on this machine ({told}).")
+            told = "; ".join(f"{in_words(one)} with {figures.threads(one.threads)}" for one in slow)
+            found.append(f"{column.role} is not faster than {over.role.lower()} on this machine: {told}.")
     if int8 is not None and student is not None and int8.subject.accuracy and student.subject.accuracy:
         lost = int8.subject.accuracy.top1 - student.subject.accuracy.top1
         if lost < -1:

@@ -70,7 +70,7 @@ def trainings(report: Report) -> list[Training]:
         charts = [
             lines("Loss", _losses(epochs)),
             lines("Accuracy, %", _accuracies(epochs), from_zero=False, top=100),
-            lines("Learning rate", [_curve("learning rate", epochs, [e.learning_rate for e in epochs])]),
+            lines("Learning rate", [_curve("Learning rate", epochs, [e.learning_rate for e in epochs])]),
         ]
         found.append(Training(stage, [chart for chart in charts if chart is not None]))
     return found
@@ -86,9 +86,24 @@ def watched(report: Report) -> list[Lines]:
         curves = []
         for stage in dict.fromkeys(epoch.stage for epoch in epochs):
             own = [epoch for epoch in epochs if epoch.stage == stage]
-            curves.append(_curve(stage if several else name, own, [epoch.watched.get(name) for epoch in own]))
-        drawn.append(lines(name, curves, from_zero=False))
+            label = stage if several else _title(name)
+            curves.append(_curve(label, own, [epoch.watched.get(name) for epoch in own]))
+        drawn.append(lines(_title(name), curves))
     return [chart for chart in drawn if chart is not None]
+
+
+WATCHED = {
+    "max_p_t": "Mean of the largest p_T",
+    "word_accuracy": "Word accuracy",
+    "gamma": "γ of the cosine head",
+}
+
+
+def _title(name: str) -> str:
+    """A watched value's title; a term's own addition, as in ``gamma (resnet50 map)``, stays."""
+    key, separator, term = name.partition(" (")
+    title = WATCHED.get(key, key.replace("_", " "))
+    return (title[:1].upper() + title[1:] if title.isascii() else title) + separator + term
 
 
 def _losses(epochs: list[Epoch]) -> list[Curve]:

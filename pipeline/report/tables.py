@@ -6,7 +6,7 @@ from typing import Any
 
 from ..results import Accuracy, ClassResult, Report, Subject
 from . import figures
-from .headline import accuracy_in_words, in_words
+from .headline import in_words
 from .subjects import every, paces, shipped, threads
 
 
@@ -20,7 +20,9 @@ class Table:
     code: frozenset[int] = frozenset()
     note: str = ""
     text: bool = False
-    """The cells are words, not numbers: aligned to the left."""
+    """All cells are words, not numbers: aligned to the left."""
+    left: int = 1
+    """Otherwise: so many columns of words, before those of numbers."""
 
 
 def comparison(report: Report) -> Table:
@@ -39,34 +41,25 @@ def comparison(report: Report) -> Table:
 
         return p50
 
-    rows = [["network", *(network.name for network in networks)]]
-    rows += row("accuracy", lambda s: _top1(s.accuracy))
+    rows = [["Network", *(network.name for network in networks)]]
+    rows += row("Accuracy", lambda s: _top1(s.accuracy))
     rows += row("95 % interval", lambda s: _interval(s.accuracy))
-    rows += row("test images, correct", lambda s: _counts(s.accuracy))
-    rows += row("mean over classes", lambda s: _balanced(s.accuracy))
-    rows += row("top-5 accuracy", lambda s: _top5(s.accuracy))
-    rows += row(
-        "agreement with the teacher", lambda s: accuracy_in_words(s.agreement) if s.agreement else None
-    )
-    rows += row(
-        "select images, before export",
-        lambda s: accuracy_in_words(s.select_accuracy) if s.select_accuracy else None,
-    )
+    rows += row("Test images, correct", lambda s: _counts(s.accuracy))
+    rows += row("Mean over classes", lambda s: _balanced(s.accuracy))
+    rows += row("Top-5 accuracy", lambda s: _top5(s.accuracy))
+    rows += row("Agreement with the teacher", lambda s: _top1(s.agreement))
+    rows += row("… 95 % interval", lambda s: _interval(s.agreement))
+    rows += row("Select images, before export", lambda s: _top1(s.select_accuracy))
+    rows += row("… 95 % interval", lambda s: _interval(s.select_accuracy))
     rows += row("ONNX file", lambda s: figures.megabytes(s.bytes) if s.bytes is not None else None)
     for count in threads(report):
-        rows += row(f"median latency, {figures.threads(count)}", latency(count))
-    rows += row("parameters", lambda s: figures.millions(s.parameters) if s.parameters is not None else None)
+        rows += row(f"Median latency, {figures.threads(count)}", latency(count))
+    rows += row("Parameters", lambda s: figures.millions(s.parameters) if s.parameters is not None else None)
     rows += row(
-        "multiply-adds", lambda s: f"{figures.significant(s.gmacs)} G" if s.gmacs is not None else None
+        "Multiply-adds", lambda s: f"{figures.significant(s.gmacs)} G" if s.gmacs is not None else None
     )
-    rows += row(
-        "export against torch, largest difference",
-        lambda s: (
-            f"{figures.tiny(s.parity.max_abs)} ({figures.tiny(s.parity.max_rel)} of the logits’ spread)"
-            if s.parity
-            else None
-        ),
-    )
+    rows += row("Export against torch", lambda s: figures.tiny(s.parity.max_abs) if s.parity else None)
+    rows += row("… by the logits’ spread", lambda s: figures.tiny(s.parity.max_rel) if s.parity else None)
     return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])
 
 
@@ -93,11 +86,19 @@ def _top5(accuracy: Accuracy | None) -> str | None:
 
 
 def speedups(report: Report) -> Table:
-    rows = [
-        [f"{one.column.role} against {one.over.role.lower()}", f"{one.threads}", in_words(one)]
-        for one in paces(report)
-    ]
-    return Table("Speed against each other", ["", "threads", "median latency (95 % interval)"], rows)
+    """A row per pair of networks, a column per thread count."""
+    counts, measured = threads(report), paces(report)
+    rows: dict[str, list[str]] = {}
+    for one in measured:
+        name = f"{one.column.role} against {one.over.role.lower()}"
+        row = rows.setdefault(name, [name, *[figures.MISSING] * len(counts)])
+        row[1 + counts.index(one.threads)] = in_words(one)
+    return Table(
+        "Speed against each other",
+        ["", *(figures.threads(count) for count in counts)],
+        list(rows.values()),
+        note="Ratio of the median latencies, with its 95 % interval where one was measured.",
+    )
 
 
 def latency(report: Report) -> Table:
@@ -140,7 +141,7 @@ def classes(report: Report) -> Table:
         ]
         for name in names
     ]
-    return Table("Classes", ["class", *roles, *(column.role for column in columns)], rows)
+    return Table("By class", ["class", *roles, *(column.role for column in columns)], rows)
 
 
 def _labels(report: Report, given: Iterable[list[ClassResult]]) -> list[str]:
@@ -151,7 +152,7 @@ def _labels(report: Report, given: Iterable[list[ClassResult]]) -> list[str]:
 def _of_class(result: ClassResult | None) -> str:
     if result is None or result.n == 0:
         return figures.MISSING
-    return f"{figures.percent(100 * result.correct / result.n)} ({result.correct:,}/{result.n:,})"
+    return figures.percent(100 * result.correct / result.n)
 
 
 def confused(report: Report, most: int = 20) -> Table:
@@ -176,7 +177,7 @@ def confused(report: Report, most: int = 20) -> Table:
         for count, truth, answer in pairs[:most]
     ]
     note = f"The {most} most frequent of {len(pairs):,} confused pairs." if len(pairs) > most else ""
-    return Table("Most confused", ["true class", "answer", "images", "of the class"], rows, note=note)
+    return Table("Most confused", ["true class", "answer", "images", "of the class"], rows, note=note, left=2)
 
 
 def class_names(report: Report, n: int) -> list[str]:
@@ -202,6 +203,7 @@ def words(report: Report) -> Table:
         ["teacher", "readout", "words", "features clustered", "perplexity", "of the words", "μ"],
         rows,
         note=" ".join(dict.fromkeys(one.note for one in report.words if one.note)),
+        left=2,
     )
 
 
@@ -308,7 +310,7 @@ def method(report: Report) -> Table:
 
 
 def pairs(title: str, content: dict[str, Any]) -> Table:
-    rows = [[name, value] for name, value in _flat(content)]
+    rows = [[name, value] for name, value in _flat(content)] if content else []
     return Table(title, ["", "value"], rows, code=frozenset({0, 1}), text=True)
 
 

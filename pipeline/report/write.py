@@ -1,13 +1,14 @@
-"""The report as three files: report.json for programs, report.md for a pull request, report.html to look at."""
+"""The report as three files: report.json for programs, report.md for reviews, report.html to look at."""
 
 import re
 from collections.abc import Callable
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from ..files import write_text
 from ..results import Report
@@ -61,7 +62,7 @@ def _environment(finalize: Callable[[Any], Any] | None = None, **filters: Callab
 
 
 def _read(name: str) -> str:
-    # Read as a resource of this package, wherever it is installed; a loader of paths would need a real folder.
+    # A resource of this package, wherever it is installed; a loader of paths would need a real folder.
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -76,7 +77,7 @@ def _plain_markdown(value: Any) -> Any:
     """Text that Markdown shows as it is, in one line; what is already marked up stays."""
     if value is None or hasattr(value, "__html__"):
         return value
-    return Markup(SPECIAL.sub(r"\\\1", str(escape(_one_line(str(value))))))
+    return Markup(SPECIAL.sub(r"\\\1", escape(_one_line(str(value)), quote=False)))
 
 
 def _code(value: str) -> Markup:
@@ -88,16 +89,12 @@ def _table(table: Table) -> Markup:
     """A table with its note below; nothing where there are no rows."""
     if not table.rows:
         return Markup()
-    numbers = "---" if table.text else "---:"
     lines = [
         [_plain_markdown(name) for name in table.columns],
-        ["---", *[numbers] * (len(table.columns) - 1)],
+        ["---" if table.text or i < table.left else "---:" for i in range(len(table.columns))],
     ]
     for row in table.rows:
-        cells = enumerate(row)
-        lines.append(
-            [_code(cell) if i in table.code and cell else _plain_markdown(cell) for i, cell in cells]
-        )
+        lines.append([(_code if i in table.code else _plain_markdown)(cell) for i, cell in enumerate(row)])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     if table.note:
         text += f"\n\n{_plain_markdown(table.note)}"

@@ -29,7 +29,9 @@ GARMENTS = "dress hat longsleeve outwear pants shirt shoes shorts skirt t-shirt"
 def png(seed: int, side: int = 64) -> str:
     image = Image.new("RGB", (side, side), f"hsl({seed * 37 % 360}, 25%, 88%)")
     draw = ImageDraw.Draw(image)
-    draw.rounded_rectangle((side * 0.28, side * 0.2, side * 0.72, side * 0.85), side // 10, f"hsl({seed * 61 % 360}, 45%, 45%)")
+    draw.rounded_rectangle(
+        (side * 0.28, side * 0.2, side * 0.72, side * 0.85), side // 10, f"hsl({seed * 61 % 360}, 45%, 45%)"
+    )
     draw.rectangle((side * 0.12, side * 0.22, side * 0.88, side * 0.4), f"hsl({seed * 61 % 360}, 45%, 40%)")
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -65,20 +67,46 @@ def full(classes: list[str] | None = None) -> Report:
 
     def per_class(better: int) -> list[ClassResult]:
         return [
-            ClassResult(label=name, n=test[i], correct=min(test[i], confusion[i][i] + (better if i % 2 else 0)))
+            ClassResult(
+                label=name, n=test[i], correct=min(test[i], confusion[i][i] + (better if i % 2 else 0))
+            )
             for i, name in enumerate(names)
         ]
 
     teacher = subject(
-        "resnet34", correct + 11, n, 85_146_000, {"1": 12.43, "2": 6.71}, per_class=per_class(2), parameters=21_289_802,
-        gmacs=0.674, licence="Apache-2.0", head="replaced", select_accuracy=Accuracy.of(312, 341),
-        file="bench/teacher.onnx", sha256="9c2f" * 16, opset=20, ir_version=10, weights="pretrained",
+        "resnet34",
+        correct + 11,
+        n,
+        85_146_000,
+        {"1": 12.43, "2": 6.71},
+        per_class=per_class(2),
+        parameters=21_289_802,
+        gmacs=0.674,
+        licence="Apache-2.0",
+        head="replaced",
+        select_accuracy=Accuracy.of(312, 341),
+        file="bench/teacher.onnx",
+        sha256="9c2f" * 16,
+        opset=20,
+        ir_version=10,
+        weights="pretrained",
     )
     student = subject(
-        "mobilenetv2_100", correct + 2, n, 8_942_113, {"1": 1.31, "2": 0.823}, per_class=per_class(1), parameters=2_236_682,
-        gmacs=0.0602, parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64), agreement=Accuracy.of(n - 21, n),
+        "mobilenetv2_100",
+        correct + 2,
+        n,
+        8_942_113,
+        {"1": 1.31, "2": 0.823},
+        per_class=per_class(1),
+        parameters=2_236_682,
+        gmacs=0.0602,
+        parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64),
+        agreement=Accuracy.of(n - 21, n),
         speedups=[Speedup(over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66)],
-        file="artifact/student.onnx", sha256="b07d" * 16, opset=20, ir_version=10,
+        file="artifact/student.onnx",
+        sha256="b07d" * 16,
+        opset=20,
+        ir_version=10,
     )
     int8 = subject(
         "mobilenetv2_100", correct, n, 2_548_907, {"1": 0.684, "2": 0.489}, per_class=per_class(0),
@@ -148,10 +176,10 @@ def epochs(stage: str, n: int) -> list[Epoch]:
         if stage == "student":
             losses["quest"] = 2.6 * decay + 0.9 + noise
             watched = {
-                "quest.perplexity": 432 - 40 * decay,
-                "quest.max_p": 0.62 + noise / 4,
-                "quest.word_accuracy": 0.55 * (1 - decay) + noise,
-                "quest.gamma": 10 + 12 * (1 - decay),
+                "perplexity": 432 - 40 * decay,
+                "max_p_t": 0.62 + noise / 4,
+                "word_accuracy": 0.55 * (1 - decay) + noise,
+                "gamma": 10 + 12 * (1 - decay),
             }
         found.append(
             Epoch(
@@ -184,6 +212,15 @@ def teacher_only() -> Report:
     """After the first stage."""
     report = without("student", "student_int8", "words", "examples", "confusion", "artifact", "teacher")
     teacher = report.teachers[0].model_copy(
-        update={"accuracy": None, "latency_ms": {}, "bytes": None, "per_class": [], "file": None, "sha256": None}
+        update={
+            "accuracy": None,
+            "latency_ms": {},
+            "bytes": None,
+            "per_class": [],
+            "file": None,
+            "sha256": None,
+        }
     )
-    return report.model_copy(update={"teachers": [teacher], "epochs": epochs("teacher", 5), "stages": report.stages[:1]})
+    return report.model_copy(
+        update={"teachers": [teacher], "epochs": epochs("teacher", 5), "stages": report.stages[:1]}
+    )
