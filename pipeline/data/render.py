@@ -56,12 +56,13 @@ def _padded_crops(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, p
     steps = torch.arange(policy.crop)
     rows = box[:, :1].long() + steps
     columns = box[:, 1:2].long() + torch.where(flips[:, None], steps.flip(0), steps)
-    places = pixels.offsets[indices][:, None, None] + _within(rows, side, policy)[:, :, None] * side
-    places = places + _within(columns, side, policy)[:, None, :]
-    views = pixels.data[places.to(device, non_blocking=True)]
+    starts = pixels.offsets[indices][:, None]
+    starts, rows, columns = (x.to(device, non_blocking=True) for x in (starts, rows, columns))
+    first = starts + _within(rows, side, policy) * side
+    views = pixels.data[first[:, :, None] + _within(columns, side, policy)[:, None, :]]
     if policy.mode == "zeros" and policy.pad:
         inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
-        views = views * inside[..., None].to(device, non_blocking=True)
+        views *= inside[..., None]
     return views
 
 
@@ -158,9 +159,8 @@ def normalise(
     computes it.
     """
     offset, spread = (torch.tensor(x, device=views.device).view(1, 3, 1, 1) for x in (list(mean), list(std)))
-    batch = (views.to(torch.float32) / 255 - offset) / spread
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return batch.to(dtype=dtype, memory_format=layout)
+    return views.to(torch.float32, memory_format=layout).div_(255).sub_(offset).div_(spread).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""Little images and folders of them for the tests of the data side."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from questpress.pipeline.data.image_set import Image, array_key
+
+
+def pixels(seed: int, height: int = 12, width: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path: Path, seed: int, height: int = 12, width: int = 16) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PillowImage.fromarray(pixels(seed, height, width)).save(path)
+    return path
+
+
+def folder(root: Path, counts: Mapping[str, int], first_seed: int = 0) -> Path:
+    """``counts['train/cat']`` different images in each folder."""
+    seed = first_seed
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            save(root / name / f"{number}.png", seed)
+            seed += 1
+    return root
+
+
+def smooth(seed: int, height: int, width: int) -> np.ndarray:
+    """A picture with edges and gradients, as photos have."""
+    rng = np.random.default_rng(seed)
+    small = PillowImage.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), PillowImage.Resampling.BICUBIC)).copy()
+
+
+def in_memory(arrays: list[np.ndarray], labels: list[int] | None = None) -> list[Image]:
+    return [
+        Image(f"{number}", labels[number] if labels else 0, array_key(array), array)
+        for number, array in enumerate(arrays)
+    ]

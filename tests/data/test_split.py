@@ -1,0 +1,149 @@
+import hashlib
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from questpress.pipeline.data.image_set import ROLES, Image, ImageSet
+from questpress.pipeline.data.split import assemble
+from questpress.pipeline.errors import UsageError
+
+
+def image(label: int, content: int | str, name: str = "") -> Image:
+    key = hashlib.sha256(str(content).encode()).hexdigest()
+    return Image(name or f"{label}/{content}", label, key, b"")
+
+
+def split(images: list[Image], classes: int, fraction: float | None = None) -> ImageSet:
+    return assemble("set", "set", [str(c) for c in range(classes)], {"train": images}, fraction)
+
+
+def role_of(images: ImageSet) -> dict[str, str]:
+    return {one.key: role for role in ROLES for one in images.role(role)}
+
+
+# Contents overlap on purpose: copies within a class, and the same content under two classes.
+sets = st.lists(st.lists(st.integers(0, 60), min_size=8, max_size=40), min_size=2, max_size=4)
+
+
+@given(sets, st.sampled_from([None, 0.05, 0.3, 0.9]))
+@settings(max_examples=60, deadline=None)
+def test_no_image_has_two_roles_and_every_class_has_every_role(contents: list[list[int]], fraction) -> None:
+    images = [image(label, content) for label, found in enumerate(contents) for content in found]
+    labels: dict[str, set[int]] = {}
+    for one in images:
+        labels.setdefault(one.key, set()).add(one.label)
+    for label in range(len(contents)):
+        own = sum(found == {label} for found in labels.values())
+        torn = any(label in found and len(found) > 1 for found in labels.values())
+        if own + torn < 3:
+            with pytest.raises(UsageError):
+                split(images, len(contents), fraction)
+            return
+    done = split(images, len(contents), fraction)
+    assert len(done) == len(images)
+    keys = [{one.key for one in done.role(role)} for role in ROLES]
+    assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
+    assert all(min(counts) >= 1 for counts in done.counts.values())
+
+
+@given(st.integers(3, 300), st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_one_more_image_moves_no_more_than_the_borders(count: int, new: int) -> None:
+    others = [image(1, f"other {n}") for n in range(20)]
+    images = [image(0, f"old {n}") for n in range(count)] + others
+    before = role_of(split(images, 2))
+    after = role_of(split([*images, image(0, f"new {new}")], 2))
+    moved = [key for key, role in before.items() if after[key] != role]
+    assert len(moved) <= 3
+    assert not any(other.key in moved for other in others)
+
+
+def test_names_and_order_of_the_files_do_not_matter() -> None:
+    images = [image(label, f"{label} {n}") for label in range(3) for n in range(30)]
+    renamed = [Image(f"z{n}", one.label, one.key, b"") for n, one in enumerate(images)]
+    random.Random(0).shuffle(renamed)
+    first, second = split(images, 3), split(renamed, 3)
+    assert first.fingerprint == second.fingerprint
+    assert [one.key for one in first.train] == [one.key for one in second.train]
+
+
+def test_a_hundred_images_are_split_80_10_10() -> None:
+    done = split([image(label, f"{label} {n}") for label in range(2) for n in range(100)], 2)
+    assert done.counts == {"train": [80, 80], "select": [10, 10], "test": [10, 10]}
+
+
+def test_the_test_role_is_the_same_whatever_is_held_out_for_selecting() -> None:
+    images = [image(label, f"{label} {n}") for label in range(2) for n in range(40)]
+    sets_of_tests = {tuple(one.key for one in split(images, 2, fraction).test) for fraction in (None, 0, 0.3)}
+    assert len(sets_of_tests) == 1
+    without = split(images, 2, 0)
+    assert without.select == () and len(without.train) == 72
+
+
+def test_copies_stay_together_and_content_under_two_classes_trains() -> None:
+    images = [image(label, f"{label} {n}") for label in range(2) for n in range(20)]
+    images += [image(0, "0 3", name="copy")] * 5
+    torn = [image(0, "torn", "cats/torn"), image(1, "torn", "dogs/torn")]
+    done = split(images + torn, 2)
+    assert {role_of(done)[one.key] for one in torn} == {"train"}
+    (duplicate,) = done.duplicates
+    assert duplicate.names == ("cats/torn", "dogs/torn") and duplicate.two_classes and not duplicate.removed
+
+
+def test_held_out_images_come_from_train_and_leave_test_alone() -> None:
+    train = [image(label, f"{label} {n}") for label in range(2) for n in range(50)]
+    test = [image(label, f"t{label} {n}") for label in range(2) for n in range(7)]
+    given = {"train": train, "test": test}
+    done = assemble("set", "set", ["a", "b"], given, None)
+    assert done.counts == {"train": [45, 45], "select": [5, 5], "test": [7, 7]}
+    assert assemble("set", "set", ["a", "b"], given, 0).counts["train"] == [50, 50]
+
+
+def test_what_also_stands_in_test_is_taken_out_of_train_and_reported() -> None:
+    train = [image(label, f"{label} {n}", f"train/{label}/{n}") for label in range(2) for n in range(10)]
+    test = [
+        image(0, "0 4", "test/0/4"),
+        image(0, "t", "test/0/t"),
+        image(1, "0 5", "test/1/5"),
+        image(1, "t1", "test/1/t1"),
+    ]
+    done = assemble("set", "set", ["a", "b"], {"train": train, "test": test}, 0)
+    assert done.counts == {"train": [8, 10], "select": [0, 0], "test": [2, 2]}
+    assert [(d.names, d.kept, d.removed, d.two_classes) for d in done.duplicates] == [
+        (("test/0/4", "train/0/4"), "test", ("train/0/4",), False),
+        (("test/1/5", "train/0/5"), "test", ("train/0/5",), True),
+    ]
+
+
+@pytest.mark.parametrize("change", ["content", "label", "role", "class"])
+def test_the_fingerprint_changes_with_any_content_class_or_role(change: str) -> None:
+    def roles(changed: str = "") -> ImageSet:
+        train = [image(0, "a"), image(1, "b"), image(0, "other" if changed == "content" else "c")]
+        train.append(image(1 if changed == "label" else 0, "d"))
+        select, test = [image(0, "e"), image(1, "f")], [image(0, "g"), image(1, "h")]
+        (select if changed == "role" else train).append(image(0, "i"))
+        classes = ["a", "z" if changed == "class" else "b"]
+        return assemble("set", "set", classes, {"train": train, "select": select, "test": test}, None)
+
+    assert roles().fingerprint == roles().fingerprint
+    assert roles(change).fingerprint != roles().fingerprint
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
+    with pytest.raises(UsageError, match="--select-fraction"):
+        split([image(label, n) for label in range(2) for n in range(5)], 2, fraction)
+
+
+def test_a_class_of_two_images_is_refused_by_name() -> None:
+    images = [image(0, n) for n in range(9)] + [image(1, "x"), image(1, "y"), image(1, "y", "copy")]
+    with pytest.raises(UsageError, match="Class '1' has 2 different images"):
+        split(images, 2)
+
+
+def test_a_class_of_which_test_takes_everything_is_refused() -> None:
+    train = [image(0, n) for n in range(9)] + [image(1, "x")]
+    with pytest.raises(UsageError, match="'1' is left for the role 'train'"):
+        assemble("set", "set", ["0", "1"], {"train": train, "test": [image(0, "t"), image(1, "x")]}, 0)
