@@ -78,7 +78,7 @@ def write_manifest(
     local = [text for text in _strings(origin) if Path(text).is_absolute() or text.startswith("~")]
     if local:
         raise ExportError(f"an artifact may not name a path of this machine, and its origin does: {local[0]}")
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema_version": runtime.SCHEMA_VERSION,
         "preprocessing": preprocessing.to_dict(),
         "labels": list(labels),
@@ -89,8 +89,8 @@ def write_manifest(
     path = folder / runtime.MANIFEST
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        for entry in manifest["files"]:  # type: ignore[union-attr]
-            runtime.read_verified(folder, entry)  # type: ignore[arg-type]
+        for entry in manifest["files"]:
+            runtime.read_verified(folder, entry)
         with temporary.open("w", encoding="utf-8") as out:
             json.dump(manifest, out, indent=2, ensure_ascii=False, allow_nan=False)
             out.write("\n")
