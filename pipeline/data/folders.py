@@ -28,6 +28,7 @@ ROLE_FOLDERS: dict[str, Role] = {
 NOT_CLASSES = frozenset(("__MACOSX", "@eaDir", "lost+found", "__pycache__"))
 # Hashing waits for the disk as much as for the processor.
 HASHING_THREADS = 8
+_EMPTY = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass
@@ -216,11 +217,18 @@ def _hashed(files: _Files, walk: _Walk, progress: Progress | None) -> dict[Role,
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         for role, found in files.items():
             given[role] = []
-            keys = threads.map(_content_key, (file for file, _ in found))
+            # In slices, so that an interrupt waits for few files and not for all.
+            keys = (
+                key
+                for start in range(0, len(found), 512)
+                for key in threads.map(_content_key, [file for file, _ in found[start : start + 512]])
+            )
             for (file, label), key in zip(found, keys, strict=True):
                 done += 1
                 if isinstance(key, OSError):
                     walk.skip(file, f"could not be read: {key.strerror or key}", unreadable=True)
+                elif key == _EMPTY:  # all such files would count as one image under many classes
+                    walk.skip(file, "the file is empty", unreadable=True)
                 else:
                     given[role].append(Image(walk.name(file), label, key, file))
                 if progress:

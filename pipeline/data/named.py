@@ -54,7 +54,8 @@ def open_named(
         role: list(_images(name, role, dataset, progress)) for role, dataset in datasets.items()
     }
     # Published test splits often come without labels, written as −1.
-    given = {role: images for role, images in given.items() if any(image.label >= 0 for image in images)}
+    given = {role: [image for image in images if image.label >= 0] for role, images in given.items()}
+    given = {role: images for role, images in given.items() if images}
     if "train" not in given:
         raise UsageError(f"{name} has no labelled training images.")
     if "test" not in given and "select" in given:

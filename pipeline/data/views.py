@@ -108,10 +108,10 @@ def every_view(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
     if policy.kind != "pad_crop" or policy.count is None:
         raise ValueError(f"the views of {policy.kind} cannot be listed")
     shifts = torch.arange(policy._shifts, dtype=torch.int32) - policy.pad
-    flips = torch.tensor([False, True] if policy.flip else [False])
+    flips = torch.arange(2 if policy.flip else 1, dtype=torch.int32)
     top, left, flip = torch.meshgrid(shifts, shifts, flips, indexing="ij")
     crop = torch.full_like(top, policy.crop)
-    return torch.stack([top, left, crop, crop], -1).reshape(-1, 4), flip.reshape(-1)
+    return torch.stack([top, left, crop, crop], -1).reshape(-1, 4), flip.reshape(-1).bool()
 
 
 def jitter(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as PillowImage
-
 from questpress.pipeline.data.image_set import Image, array_key
 
 

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from questpress.pipeline.cache import Cache
 from questpress.pipeline.errors import JobError
 
@@ -108,7 +107,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 
 def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path) -> None:
-    def write(folder: Path) -> None:
+    def write(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(JobError, match="No space left on device"):

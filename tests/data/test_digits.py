@@ -1,8 +1,7 @@
 import numpy as np
-from sklearn.datasets import load_digits
-
 from questpress.pipeline.data.digits import open_digits
 from questpress.pipeline.data.image_set import ROLES
+from sklearn.datasets import load_digits
 
 
 def test_the_digits_are_scikit_learns_in_eight_bits() -> None:

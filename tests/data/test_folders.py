@@ -2,7 +2,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from questpress.pipeline.data.folders import open_folder
 from questpress.pipeline.data.image_set import ROLES
 from questpress.pipeline.errors import UsageError
@@ -29,7 +28,7 @@ def test_class_folders_alone_are_split_with_every_class_in_every_role(tmp_path: 
 def test_classes_are_sorted_as_torchvision_sorts_them(tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 
-    folder(tmp_path, {name: 3 for name in ("b", "B", "10", "9", "ä", "a b", "test")})
+    folder(tmp_path, dict.fromkeys(("b", "B", "10", "9", "ä", "a b", "test"), 3))
     assert list(open_folder(tmp_path).classes) == ImageFolder(tmp_path).classes
 
 
@@ -154,7 +153,9 @@ def test_a_class_without_images_in_val_differs_too(tmp_path: Path) -> None:
 
 
 def test_val_and_test_without_train_are_refused(tmp_path: Path) -> None:
-    assert "no 'train' folder" in refused(folder(tmp_path, {"val/a": 3, "val/b": 3, "test/a": 3, "test/b": 3}))
+    assert "no 'train' folder" in refused(
+        folder(tmp_path, {"val/a": 3, "val/b": 3, "test/a": 3, "test/b": 3})
+    )
 
 
 def test_two_folders_of_one_meaning_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,216 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+from questpress.export.runtime import Preprocessing, decode_image, render
+from questpress.pipeline.cache import Cache
+from questpress.pipeline.data.decode import Canonical, check_unreadable, decode, rendered
+from questpress.pipeline.data.folders import open_folder
+from questpress.pipeline.data.image_set import Skipped
+from questpress.pipeline.data.open import open_data
+from questpress.pipeline.errors import JobError
+
+from .pictures import folder, in_memory, pixels, save, smooth
+
+PHOTO = Canonical("short_side", 32)
+
+
+def test_a_photo_is_reduced_to_its_short_side_and_never_enlarged() -> None:
+    shapes = {
+        (64, 96): (32, 48),
+        (96, 64): (48, 32),
+        (32, 40): (32, 40),
+        (10, 500): (10, 40),
+        (20, 20): (20, 20),
+    }
+    shapes |= {(400, 100): (128, 32), (2000, 100): (128, 32), (33, 33): (32, 32), (1, 1): (1, 1)}
+    for (height, width), expected in shapes.items():
+        assert PHOTO.of(pixels(0, height, width)).shape == (*expected, 3)
+
+
+def test_a_panorama_keeps_its_centre() -> None:
+    image = np.zeros((10, 1000, 3), dtype=np.uint8)
+    image[:, 480:520] = 255
+    assert (PHOTO.of(image) == 255).all()
+
+
+def test_a_square_image_is_what_the_runtime_would_render() -> None:
+    image = smooth(1, 40, 60)
+    expected = render(image, Preprocessing.of(32, crop_fraction=1.0, interpolation="bilinear"))
+    np.testing.assert_array_equal(Canonical("square", 32, "bilinear").of(image), expected)
+    same = pixels(0, 32, 32)
+    np.testing.assert_array_equal(Canonical("square", 32).of(same), same)
+
+
+def test_reducing_is_antialiased() -> None:
+    stripes = np.zeros((128, 128, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    reduced = PHOTO.of(stripes)[:, 4:-4].astype(int)  # a filter sees the border
+    assert np.abs(reduced - 127.5).max() < 3
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_images_of_all_sizes_come_back_as_they_are(tmp_path: Path, cached: bool) -> None:
+    arrays = [pixels(n, 8 + n, 20 - n) for n in range(10)]
+    images = in_memory(arrays, labels=list(range(10)))
+    for _ in range(2):
+        done = decode(images, PHOTO, cache=Cache(tmp_path) if cached else None, workers=3)
+        for number, array in enumerate(arrays):
+            np.testing.assert_array_equal(done.pixels.image(number).numpy(), array)
+        assert done.labels.tolist() == list(range(10)) and done.skipped == ()
+        assert done.keys.tolist() == [int(bin(int(image.key, 16))[2:].zfill(256)[:63], 2) for image in images]
+
+
+def test_test_images_go_the_runtimes_way(tmp_path: Path) -> None:
+    images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
+    preprocessing = Preprocessing.of(8, crop_fraction=0.875)
+    batch = rendered(images, preprocessing, cache=Cache(tmp_path / "cache")).pixels.stacked().numpy()
+    for row, image in zip(batch, images, strict=True):
+        np.testing.assert_array_equal(row, render(decode_image(tmp_path / image.name), preprocessing))
+
+
+def test_no_images_give_no_pixels(tmp_path: Path) -> None:
+    done = decode([], PHOTO, cache=Cache(tmp_path))
+    assert len(done.pixels) == 0 and done.labels.shape == (0,) and done.images == ()
+
+
+def test_decoded_images_are_made_once_and_again_when_damaged(tmp_path: Path) -> None:
+    images = in_memory([pixels(n) for n in range(4)])
+    cache = Cache(tmp_path)
+    calls: list[tuple[int, int]] = []
+    first = decode(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (4, 4)
+    calls.clear()
+    decode(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
+    assert calls == []
+    (file,) = tmp_path.rglob("pixels.bin")
+    before = first.pixels.data.clone()
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    again = decode(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (4, 4) and again.pixels.data.equal(before)
+
+
+def test_another_form_or_other_images_are_other_entries(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    images = in_memory([pixels(n, 40, 40) for n in range(4)])
+    decode(images, PHOTO, cache=cache)
+    assert decode(images, Canonical("short_side", 16), cache=cache).pixels.image(0).shape == (16, 16, 3)
+    assert decode(images[:2], PHOTO, cache=cache).pixels.image(0).shape == (32, 32, 3)
+    assert rendered(images, Preprocessing.of(8), cache=cache).pixels.stacked().shape == (4, 8, 8, 3)
+    assert len(list(tmp_path.rglob("pixels.bin"))) == 4
+
+
+def test_writing_to_decoded_images_leaves_the_cache_alone(tmp_path: Path) -> None:
+    images = in_memory([pixels(n) for n in range(4)])
+    decode(images, PHOTO, cache=Cache(tmp_path)).pixels.data.zero_()
+    assert decode(images, PHOTO, cache=Cache(tmp_path)).pixels.data.any()
+
+
+def test_an_image_that_changes_while_the_job_runs_stops_it(tmp_path: Path) -> None:
+    images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
+    save(tmp_path / images[0].name, 77)
+    with pytest.raises(JobError, match=f"{images[0].name} has changed"):
+        decode(images, PHOTO)
+
+
+def bomb() -> bytes:
+    """A small file that would be 30,000 × 30,000 pixels."""
+    out = io.BytesIO()
+    PillowImage.new("1", (30000, 30000)).save(out, "PNG")
+    return out.getvalue()
+
+
+def broken(kind: str, path: Path) -> None:
+    whole = io.BytesIO()
+    PillowImage.fromarray(smooth(0, 64, 64)).save(whole, "JPEG")
+    content = {
+        "zero bytes": b"",
+        "truncated": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "a text file": b"this is no image\n",
+        "a bomb": bomb() if kind == "a bomb" else b"",
+    }[kind]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["zero bytes", "truncated", "a text file", "a bomb"])
+def test_an_unreadable_image_is_skipped_and_listed(tmp_path: Path, kind: str) -> None:
+    folder(tmp_path, {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
+    broken(kind, tmp_path / "train/a/broken.jpg")
+    images = open_data(str(tmp_path), select_fraction=0)
+    for cache in (None, Cache(tmp_path / "cache"), Cache(tmp_path / "cache")):
+        done = decode(images.train, PHOTO, cache=cache)
+        (skipped,) = images.with_skipped(done.skipped).skipped
+        assert skipped.name == "train/a/broken.jpg" and skipped.unreadable and skipped.reason
+        assert len(done.images) == len(done.pixels) == 12
+        assert "train/a/broken.jpg" not in [image.name for image in done.images]
+        assert done.pixels.image(11).any()
+
+
+def test_the_test_role_skips_unreadable_images_too(tmp_path: Path) -> None:
+    folder(tmp_path, {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
+    broken("a text file", tmp_path / "test/b/broken.jpg")
+    images = open_data(str(tmp_path))
+    done = rendered(images.test, Preprocessing.of(8))
+    assert [one.name for one in done.skipped] == ["test/b/broken.jpg"]
+    assert done.pixels.stacked().shape == (4, 8, 8, 3) and done.labels.tolist() == [0, 0, 1, 1]
+    assert images.with_skipped(done.skipped).with_skipped(done.skipped).skipped == done.skipped
+
+
+def test_one_percent_may_be_unreadable_and_no_more() -> None:
+    one = [Skipped(f"a/{n}.jpg", "the file is empty", unreadable=True) for n in range(20)]
+    links = [Skipped("a/link", "a link that leads nowhere")] * 50
+    check_unreadable([*one[:2], *links], 200)
+    with pytest.raises(JobError) as caught:
+        check_unreadable([*one[:3], *links], 200)
+    assert "3 of 200 images" in str(caught.value) and "a/2.jpg (the file is empty)" in str(caught.value)
+    with pytest.raises(JobError) as caught:
+        check_unreadable(one, 100)
+    sentence = str(caught.value)
+    assert sentence.count(".jpg") == 5 and "and 15 more" in sentence and "\n" not in sentence
+    assert caught.value.exit_code == 1
+
+
+def odd_images() -> dict[str, PillowImage.Image]:
+    """Images in the colour modes that cameras and scanners write, all of the same left-to-right picture."""
+    grey = np.tile(np.linspace(0, 255, 24).astype(np.uint8), (16, 1))
+    rgb = PillowImage.fromarray(np.stack([grey, 255 - grey, grey // 2], -1))
+    return {
+        "grey.png": PillowImage.fromarray(grey),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "palette.png": rgb.quantize(64),
+        "sixteen.png": PillowImage.fromarray(grey.astype(np.uint16) * 257),
+        "rotated.jpg": rgb.transpose(PillowImage.Transpose.ROTATE_90),
+        "alpha.png": rgb.convert("RGBA"),
+    }
+
+
+@pytest.mark.parametrize("name", list(odd_images()))
+def test_grey_cmyk_palette_16_bit_and_rotated_images_are_read_rightly(tmp_path: Path, name: str) -> None:
+    folder(tmp_path, {"a": 3, "b": 3})
+    image = odd_images()[name]
+    options = {}
+    if name == "rotated.jpg":
+        exif = PillowImage.Exif()
+        exif[0x0112] = 6  # turn by 90° clockwise to see it upright
+        options = {"exif": exif}
+    image.save(
+        tmp_path / "a" / name,
+        **({"quality": 100, "subsampling": 0} if name.endswith("jpg") else {}),
+        **options,
+    )
+    images = open_data(str(tmp_path))
+    every = [*images.train, *images.select, *images.test]
+    done = decode(every, PHOTO)
+    position = [one.name for one in done.images].index(f"a/{name}")
+    got = done.pixels.image(position).numpy().astype(int)
+    ramp = np.linspace(0, 255, 24)
+    assert got.shape == (16, 24, 3)
+    if name in ("grey.png", "sixteen.png"):
+        expected = np.stack([ramp] * 3, -1)
+    else:
+        expected = np.stack([ramp, 255 - ramp, ramp / 2], -1)
+    assert np.abs(got - expected).mean() < 4

@@ -1,0 +1,196 @@
+import numpy as np
+import pytest
+import torch
+from questpress.export import runtime
+from questpress.pipeline.data.decode import Canonical, Decoded, decode
+from questpress.pipeline.data.render import (
+    Views,
+    colour_jittered,
+    normalise,
+    render_views,
+    resized_by_products,
+)
+from questpress.pipeline.data.views import ViewPolicy, boxes, every_view
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from .pictures import in_memory, pixels, smooth
+
+PHOTOS = ViewPolicy("resized_crop")
+
+
+def photos() -> Decoded:
+    sizes = [(40, 60), (60, 40), (33, 33), (20, 90), (17, 16), (64, 48)]
+    return decode(in_memory([smooth(n, *size) for n, size in enumerate(sizes)]), Canonical("short_side", 64))
+
+
+def small(count: int = 6, side: int = 12) -> Decoded:
+    return decode(in_memory([pixels(n, side, side) for n in range(count)]), Canonical("square", side))
+
+
+def views_of(decoded: Decoded, policy: ViewPolicy, size: int, seed: int = 0) -> Views:
+    return Views(decoded.pixels, torch.arange(len(decoded.images)), decoded.keys, policy, seed, size)
+
+
+def resized_crop(image: Tensor, box: list[int], size: int, flip: bool) -> Tensor:
+    """torchvision's own, in float, then rounded."""
+    top, left, height, width = box
+    crop = image.permute(2, 0, 1).float()
+    view = functional.resized_crop(crop, top, left, height, width, [size, size], antialias=True)
+    return (view.flip(-1) if flip else view).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("way", ["one by one", "by products"])
+@pytest.mark.parametrize("size", [8, 24, 80])
+def test_resized_crops_are_torchvisions_within_one_level(way: str, size: int) -> None:
+    done = photos()
+    indices = torch.arange(60) % len(done.images)
+    views = views_of(done, PHOTOS, size)
+    heights, widths = done.pixels.heights[indices], done.pixels.widths[indices]
+    box, flips = boxes(PHOTOS, 0, done.keys[indices], torch.arange(60), heights, widths)
+    if way == "by products":
+        rendered = resized_by_products(done.pixels, indices, box, flips, size, "cpu")
+    else:
+        rendered, labels = views.batch(indices, torch.arange(60))
+        assert labels.equal(indices)
+    assert rendered.shape == (60, 3, size, size) and rendered.dtype == torch.uint8
+    for row, index, b, flip in zip(rendered, indices.tolist(), box.tolist(), flips.tolist(), strict=True):
+        expected = resized_crop(done.pixels.image(index), b, size, flip)
+        assert (row.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "edge"])
+@pytest.mark.parametrize(("side", "crop", "pad"), [(12, 12, 3), (12, 8, 0), (12, 10, 4)])
+def test_pad_and_crop_is_torchvisions_to_the_bit_for_every_view(mode, side: int, crop: int, pad: int) -> None:
+    done = small(2, side)
+    policy = ViewPolicy("pad_crop", side=side, crop=crop, pad=pad, mode=mode)
+    box, flips = every_view(policy)
+    for index in range(2):
+        indices = torch.full((len(box),), index)
+        rendered = render_views(done.pixels, indices, box, flips, crop, policy)
+        image = done.pixels.image(index).permute(2, 0, 1)
+        padded = v2.functional.pad(image, [pad] * 4, padding_mode={"zeros": "constant"}.get(mode, mode))
+        for row, (top, left, *_), flip in zip(rendered, box.tolist(), flips.tolist(), strict=True):
+            expected = padded[:, top + pad : top + pad + crop, left + pad : left + pad + crop]
+            assert row.equal(expected.flip(-1) if flip else expected)
+
+
+@pytest.mark.parametrize(
+    "policy", [PHOTOS, ViewPolicy("pad_crop", side=12, crop=12, pad=2), ViewPolicy("center")]
+)
+def test_a_view_does_not_depend_on_what_else_is_in_the_batch(policy: ViewPolicy) -> None:
+    views = views_of(small() if policy.kind == "pad_crop" else photos(), policy, 12)
+    indices, numbers = torch.arange(6).repeat(4), torch.arange(24)
+    whole, _ = views.batch(indices, numbers)
+    for n in (0, 7, 23):
+        assert views.batch(indices[n : n + 1], numbers[n : n + 1])[0][0].equal(whole[n])
+    order = torch.randperm(24)
+    assert views.batch(indices[order], numbers[order])[0].equal(whole[order])
+
+
+def test_a_view_follows_its_image_to_another_place_in_another_set() -> None:
+    arrays = [smooth(n, 30, 40) for n in range(4)]
+    here, there = (decode(in_memory(some), Canonical("short_side", 64)) for some in (arrays, arrays[::-1]))
+    numbers = torch.tensor([3])
+    first, _ = views_of(here, PHOTOS, 16).batch(torch.tensor([1]), numbers)
+    second, _ = views_of(there, PHOTOS, 16).batch(torch.tensor([2]), numbers)
+    assert first.equal(second)
+
+
+@pytest.mark.parametrize("way", ["one by one", "by products"])
+def test_a_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
+    done = photos()
+    indices, box = torch.arange(2), torch.tensor([[3, 4, 30, 31], [5, 0, 11, 40]], dtype=torch.int32)
+    no, yes = torch.tensor([False, False]), torch.tensor([True, True])
+    if way == "by products":
+        plain, mirrored = (resized_by_products(done.pixels, indices, box, f, 9, "cpu") for f in (no, yes))
+    else:
+        plain, mirrored = (render_views(done.pixels, indices, box, f, 9, PHOTOS) for f in (no, yes))
+    assert mirrored.equal(plain.flip(-1))
+
+
+@pytest.mark.parametrize("policy", [PHOTOS, ViewPolicy("pad_crop", side=32, crop=32, pad=4)])
+def test_another_size_shows_the_same_crop(policy: ViewPolicy) -> None:
+    if policy.kind == "pad_crop":
+        done = decode(in_memory([smooth(n, 32, 32) for n in range(6)]), Canonical("square", 32))
+    else:
+        done = photos()
+    views = views_of(done, policy, 32)
+    indices, numbers = torch.arange(6).repeat(3), torch.arange(18)
+    large, _ = views.batch(indices, numbers)
+    little, _ = views.batch(indices, numbers, size=16)
+    assert little.shape == (18, 3, 16, 16)
+    reduced = functional.resize(large.float(), [16, 16], antialias=True)
+    assert (reduced - little.float()).abs().mean() < 6
+
+
+def test_the_whole_crop_at_its_own_size_is_the_image() -> None:
+    done = small()
+    box = torch.tensor([[0, 0, 12, 12]] * 6, dtype=torch.int32)
+    for rendered in (
+        render_views(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, PHOTOS),
+        resized_by_products(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, "cpu"),
+    ):
+        assert rendered.permute(0, 2, 3, 1).equal(done.pixels.stacked())
+
+
+def test_no_indices_give_an_empty_batch() -> None:
+    empty = torch.empty(0, dtype=torch.int64)
+    for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
+        batch, labels = views_of(done, policy, 12).batch(empty, empty)
+        assert batch.shape == (0, 3, 12, 12) and labels.shape == (0,)
+    box = torch.empty(0, 4, dtype=torch.int32)
+    assert resized_by_products(photos().pixels, empty, box, empty.bool(), 5, "cpu").shape == (0, 3, 5, 5)
+
+
+def test_batches_are_channels_last_in_memory() -> None:
+    for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
+        batch, _ = views_of(done, policy, 12).batch(torch.arange(4), torch.arange(4))
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalising_is_the_runtimes_to_the_bit() -> None:
+    batch = torch.from_numpy(np.stack([pixels(n, 12, 12) for n in range(3)]))
+    p = runtime.Preprocessing.of(12, 1.0)
+    for channels_last in (False, True):
+        ours = normalise(batch.permute(0, 3, 1, 2), p.mean, p.std, channels_last=channels_last)
+        np.testing.assert_array_equal(ours.numpy(), runtime.normalise(batch.numpy(), p))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert ours.is_contiguous(memory_format=layout)
+    assert normalise(batch.permute(0, 3, 1, 2), p.mean, p.std, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_colour_jitter_is_torchvisions_in_a_fixed_order() -> None:
+    images = torch.from_numpy(np.stack([smooth(n, 16, 16) for n in range(4)])).permute(0, 3, 1, 2)
+    factors = torch.tensor([[1.0, 1.0, 1.0], [0.7, 1.3, 0.6], [1.4, 0.6, 1.4], [0.6, 0.6, 0.6]])
+    ours = colour_jittered(images, factors)
+    assert ours[0].equal(images[0])
+    for image, (brightness, contrast, saturation), got in zip(images, factors.tolist(), ours, strict=True):
+        expected = functional.adjust_brightness(image.float() / 255, brightness)
+        expected = functional.adjust_contrast(expected, contrast)
+        expected = functional.adjust_saturation(expected, saturation)
+        assert (got.float() - expected * 255).abs().max() <= 1
+
+
+def test_jittered_views_are_drawn_from_the_view_alone() -> None:
+    done = photos()
+    views = views_of(done, ViewPolicy("center", flip=False, color_jitter=0.4), 12)
+    plain = views_of(done, ViewPolicy("center", flip=False), 12)
+    indices, numbers = torch.arange(6), torch.arange(6)
+    whole, _ = views.batch(indices, numbers)
+    assert not whole.equal(plain.batch(indices, numbers)[0])
+    assert views.batch(indices[4:5], numbers[4:5])[0][0].equal(whole[4])
+    assert not views.batch(indices, numbers + 6)[0].equal(whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_a_gpu_draws_the_same_crops_and_nearly_the_same_pixels() -> None:
+    for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
+        here = views_of(done, policy, 12)
+        there = Views(done.pixels.to("cuda"), here.labels, here.keys, policy, 0, 12)
+        indices, numbers = torch.arange(6).repeat(8), torch.arange(48)
+        ours, _ = here.batch(indices, numbers)
+        theirs, labels = there.batch(indices, numbers, "cuda")
+        assert theirs.device.type == labels.device.type == "cuda"
+        assert (ours.int() - theirs.cpu().int()).abs().max() <= (0 if policy.kind == "pad_crop" else 1)

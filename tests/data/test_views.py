@@ -1,0 +1,214 @@
+import numpy as np
+import pytest
+import torch
+from questpress.pipeline.data.random_bits import below, philox, uniform, words
+from questpress.pipeline.data.views import ViewPolicy, boxes, every_view, jitter, permutation
+from torch import Tensor
+from torchvision.transforms import v2
+
+CIFAR = ViewPolicy("pad_crop", side=32, crop=32, pad=4, mode="reflect")
+PHOTOS = ViewPolicy("resized_crop")
+
+
+def keys_of(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def draw(policy: ViewPolicy, keys: Tensor, views: Tensor, height: int = 32, width: int = 32, seed: int = 0):
+    return boxes(policy, seed, keys, views, torch.full_like(keys, height), torch.full_like(keys, width))
+
+
+# Random123's kat_vectors for philox4x32 with 10 rounds
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_answers(counter, key, expected) -> None:
+    assert tuple(int(word) for word in philox(counter, key)) == expected
+
+
+def chi_squared(values: Tensor, bins: int) -> float:
+    """Standard deviations from what independent uniform values would give."""
+    counts = torch.bincount(values, minlength=bins).double()
+    expected = len(values) / bins
+    return float((((counts - expected) ** 2 / expected).sum() - (bins - 1)) / (2 * (bins - 1)) ** 0.5)
+
+
+@pytest.mark.parametrize("varied", ["keys", "views", "seed", "draw"])
+def test_bits_are_uniform_and_independent_along_every_argument(varied: str) -> None:
+    count = 20000
+    steps = torch.arange(count)
+    key, zero = torch.tensor([12345]), torch.zeros(1, dtype=torch.int64)
+    if varied == "seed":
+        drawn = torch.stack([torch.cat(words(seed, key, zero, 0)) for seed in range(2000)], 1)
+    else:
+        arguments = {"keys": key, "views": zero, "draw": zero} | {varied: steps}  # consecutive: the hard case
+        drawn = torch.stack(list(words(7, arguments["keys"], arguments["views"], arguments["draw"])))
+    for word in drawn:
+        assert abs(chi_squared(below(word, 64), 64)) < 5
+        assert abs(chi_squared(word & 63, 64)) < 5
+        pairs = below(word[:-1], 16) * 16 + below(word[1:], 16)
+        assert abs(chi_squared(pairs[::2], 256)) < 5
+    assert abs(chi_squared(below(drawn[0], 16) * 16 + below(drawn[1], 16), 256)) < 5
+
+
+def test_uniform_and_below_stay_in_their_range() -> None:
+    ends = torch.tensor([0, 2**32 - 1])
+    assert uniform(ends).tolist() == [0.0, 1 - 2.0**-24]
+    assert below(ends, 10).tolist() == [0, 9]
+    assert below(ends, 2**31).tolist() == [0, 2**31 - 1]
+
+
+@pytest.mark.parametrize("policy", [CIFAR, PHOTOS, ViewPolicy("center")])
+def test_a_view_does_not_depend_on_what_else_is_in_the_batch(policy: ViewPolicy) -> None:
+    keys, views = keys_of(64), torch.arange(64)
+    whole, flips = draw(policy, keys, views)
+    order = torch.randperm(64)
+    shuffled, shuffled_flips = draw(policy, keys[order], views[order])
+    assert shuffled.equal(whole[order]) and shuffled_flips.equal(flips[order])
+    for n in (0, 13, 63):
+        box, flip = draw(policy, keys[n : n + 1], views[n : n + 1])
+        assert box[0].equal(whole[n]) and flip[0] == flips[n]
+    assert whole.dtype == torch.int32 and flips.dtype == torch.bool
+
+
+def test_seed_image_and_view_number_each_change_the_view() -> None:
+    keys, views = keys_of(200), torch.zeros(200, dtype=torch.int64)
+    first = draw(PHOTOS, keys, views)[0]
+    for other in (
+        draw(PHOTOS, keys, views + 1)[0],
+        draw(PHOTOS, keys, views, seed=1)[0],
+        draw(PHOTOS, keys, views, seed=1 << 40)[0],
+        draw(PHOTOS, keys ^ 1, views)[0],
+        draw(PHOTOS, keys ^ (1 << 62), views)[0],
+    ):
+        assert (first != other).any(1).float().mean() > 0.95
+
+
+PHOTO_BOXES = [[10, 70, 76, 70], [61, 122, 56, 56]]
+PHOTO_FLIPS = [True, True]
+CIFAR_BOXES = [[4, -2, 32, 32], [-4, 0, 32, 32]]
+CIFAR_FLIPS = [True, True]
+ORDER = [2, 0, 5, 1, 3, 7, 6, 4]
+
+
+def test_these_views_are_the_same_in_every_release() -> None:
+    keys, views = torch.tensor([1, 2**62 + 12345]), torch.tensor([0, 99])
+    box, flips = draw(PHOTOS, keys, views, 144, 192, seed=42)
+    assert (box.tolist(), flips.tolist()) == (PHOTO_BOXES, PHOTO_FLIPS)
+    box, flips = draw(CIFAR, keys, views, seed=42)
+    assert (box.tolist(), flips.tolist()) == (CIFAR_BOXES, CIFAR_FLIPS)
+    assert permutation(42, 3, torch.arange(8)).tolist() == ORDER
+
+
+def test_all_162_views_of_pad_4_crop_and_flip_come_equally_often() -> None:
+    assert CIFAR.count == 162
+    box, flips = draw(CIFAR, keys_of(162 * 200), torch.zeros(162 * 200, dtype=torch.int64))
+    assert box[:, :2].min() == -4 and box[:, :2].max() == 4 and (box[:, 2:] == 32).all()
+    place = ((box[:, 0] + 4) * 9 + box[:, 1] + 4).long() * 2 + flips
+    assert abs(chi_squared(place, 162)) < 5
+    listed, listed_flips = every_view(CIFAR)
+    assert len(listed) == 162
+    assert len({(*b, f) for b, f in zip(listed.tolist(), listed_flips.tolist(), strict=True)}) == 162
+    drawn = {(*b, f) for b, f in zip(box.tolist(), flips.tolist(), strict=True)}
+    assert drawn == {(*b, f) for b, f in zip(listed.tolist(), listed_flips.tolist(), strict=True)}
+
+
+def test_views_are_counted_only_where_they_can_be() -> None:
+    assert ViewPolicy("pad_crop", side=40, crop=32, flip=False).count == 81
+    assert ViewPolicy("center").count == 2 and ViewPolicy("center", flip=False).count == 1
+    assert PHOTOS.count is None
+    with pytest.raises(ValueError, match="cannot be listed"):
+        every_view(PHOTOS)
+
+
+def test_resized_crops_are_distributed_as_torchvisions() -> None:
+    count, height, width = 4000, 144, 192
+    box, flips = draw(PHOTOS, keys_of(count), torch.zeros(count, dtype=torch.int64), height, width)
+    torch.manual_seed(0)
+    reference = v2.RandomResizedCrop(224)
+    image = torch.empty(3, height, width)
+    params = [reference.make_params([image]) for _ in range(count)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in params])
+    for ours, other in zip(box.numpy().T, theirs.T, strict=True):
+        # two-sample Kolmogorov-Smirnov: 1.95 √(2/n) is exceeded once in a thousand times
+        grid = np.arange(max(ours.max(), other.max()) + 1)
+        distance = max(abs((ours <= g).mean() - (other <= g).mean()) for g in grid)
+        assert distance < 1.95 * (2 / count) ** 0.5
+    assert abs(flips.float().mean() - 0.5) < 0.04
+    top, left, tall, wide = box.long().T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + tall <= height).all() and (left + wide <= width).all() and (tall > 0).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 400), (400, 1), (2, 3), (20, 500), (500, 20)])
+def test_every_size_of_image_has_crops_inside_it(height: int, width: int) -> None:
+    box, _ = draw(PHOTOS, keys_of(300), torch.arange(300), height, width)
+    top, left, tall, wide = box.long().T
+    assert (top >= 0).all() and (left >= 0).all() and (tall >= 1).all() and (wide >= 1).all()
+    assert (top + tall <= height).all() and (left + wide <= width).all()
+
+
+def test_ten_misses_give_torchvisions_centre_crop() -> None:
+    policy = ViewPolicy("resized_crop", scale=(1.0, 1.0), flip=False)
+    for height, width in ((100, 400), (400, 100)):
+        box, _ = draw(policy, keys_of(5), torch.arange(5), height, width)
+        params = v2.RandomResizedCrop(8, scale=(1.0, 1.0)).make_params([torch.empty(3, height, width)])
+        assert box.tolist() == [[params["top"], params["left"], params["height"], params["width"]]] * 5
+
+
+def test_the_centre_view_is_the_largest_square() -> None:
+    box, flips = draw(ViewPolicy("center", flip=False), keys_of(2), torch.arange(2), 20, 31)
+    assert box.tolist() == [[0, 5, 20, 20]] * 2 and not flips.any()
+
+
+def test_pad_crop_refuses_images_of_another_size() -> None:
+    with pytest.raises(ValueError, match="32 × 32"):
+        draw(CIFAR, keys_of(3), torch.arange(3), 32, 33)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "pad_crop", "side": 8, "crop": 12, "pad": 1},
+        {"kind": "pad_crop", "side": 4, "crop": 4, "pad": 4, "mode": "reflect"},
+        {"kind": "resized_crop", "scale": (0.0, 1.0)},
+        {"kind": "resized_crop", "ratio": (2.0, 1.0)},
+        {"kind": "center", "color_jitter": 2.0},
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError):
+        ViewPolicy(**wrong)
+
+
+def test_an_epochs_order_is_a_permutation_that_images_keep_when_others_leave() -> None:
+    keys = keys_of(500)
+    order = permutation(0, 1, keys)
+    assert sorted(order.tolist()) == list(range(500))
+    assert not order.equal(permutation(0, 2, keys)) and not order.equal(permutation(1, 1, keys))
+    fewer = keys[100:]
+    assert keys[order][torch.isin(keys[order], fewer)].equal(fewer[permutation(0, 1, fewer)])
+    assert permutation(0, 1, torch.tensor([5, 5, 5])).tolist() == [0, 1, 2]
+
+
+def test_orders_of_two_epochs_are_not_related() -> None:
+    keys = keys_of(3000)
+    ranks = [permutation(0, epoch, keys).argsort().double() for epoch in range(3)]
+    for a, b in ((0, 1), (1, 2)):
+        assert abs(torch.corrcoef(torch.stack([ranks[a], ranks[b]]))[0, 1]) < 5 / 3000**0.5
+
+
+def test_jitter_factors_lie_around_one() -> None:
+    factors = jitter(ViewPolicy("center", color_jitter=0.4), 0, keys_of(2000), torch.arange(2000))
+    assert factors.shape == (2000, 3)
+    assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() < 1.4
+    assert abs(factors.mean() - 1) < 0.02
