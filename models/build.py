@@ -73,7 +73,7 @@ def geometry(name: str, image_size: int | None = None) -> Geometry:
 def build(
     name: str, *, num_classes: int, image_size: int | None = None, seed: int | None = None
 ) -> "nn.Module":
-    """A randomly initialised network for [B,3,image_size,image_size] inputs and `num_classes` logits (0: no head).
+    """A randomly initialised network for square images of `image_size` pixels and `num_classes` logits (0: no head).
 
     With a seed, the weights depend on the seed alone and the global random state stays as it was.
     Raises UnknownModel for a wrong name, ModelError when the network cannot be had at this size.
@@ -115,7 +115,8 @@ def _create(full: str, num_classes: int, image_size: int) -> "nn.Module":
         network: nn.Module = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
     except Exception as error:  # whatever a constructor of timm's thousand raises
         raise ModelError(
-            f"The model {full} cannot be built for {image_size} px images and {num_classes} classes: {_brief(error)}"
+            f"The model {full} cannot be built for images of {image_size} pixels and {num_classes} classes: "
+            f"{_brief(error)}"
         ) from error
     return network
 

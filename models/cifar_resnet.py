@@ -1,5 +1,5 @@
-"""ResNets for 32-pixel images: the CRD benchmark's (1×1 convolution shortcuts, and ResNet-50 with a CIFAR stem),
-and those with the parameter-free shortcuts of He et al. 2016, "option A" (names ending in `_a`)."""
+"""ResNets for 32-pixel images: the CRD benchmark's (1×1 convolution shortcuts; ResNet-50 with a CIFAR stem), and
+those with the parameter-free shortcuts of He et al. 2016, "option A" (names ending in `_a`)."""
 
 from collections.abc import Callable, Iterator
 
@@ -78,7 +78,7 @@ class Bottleneck(nn.Module):
 
 
 class CifarResNet(CifarNetwork):
-    """A 3×3 stem at full resolution and one group of blocks for each entry of `blocks`, halving from the second on."""
+    """A 3×3 stem at full resolution and a group for each entry of `blocks`, halving from the second on."""
 
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock
     shortcut: Shortcut = staticmethod(conv_shortcut)

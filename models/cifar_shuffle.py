@@ -1,4 +1,4 @@
-"""ShuffleNet V1 (Zhang et al., CVPR 2018) and V2 (Ma et al., ECCV 2018) for 32-pixel images, as in the CRD benchmark."""
+"""ShuffleNet V1 (Zhang, CVPR 2018) and V2 (Ma, ECCV 2018) for 32-pixel images, as in the CRD benchmark."""
 
 from collections.abc import Iterator
 

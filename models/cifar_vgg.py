@@ -9,9 +9,10 @@ from .cifar import CifarNetwork, kaiming, register_variants
 
 
 class CifarVGG(CifarNetwork):
-    """Five blocks of 3×3 convolutions, max-pooled in between; images of 64 pixels or more are pooled once more."""
+    """Five blocks of 3×3 convolutions, max-pooled in between; images from 64 pixels on are pooled once more."""
 
     classifier_name = "classifier"
+    pre_relu_layer = "block4"  # QuEST takes a VGG's last map before its ReLU
 
     def __init__(self, counts: list[int], num_classes: int = 100, in_chans: int = 3) -> None:
         super().__init__()
@@ -33,25 +34,13 @@ class CifarVGG(CifarNetwork):
             nn.init.normal_(self.get_parameter("classifier.weight"), std=0.01)
             nn.init.zeros_(self.get_parameter("classifier.bias"))
 
-    def forward_pre_relu(self, x: Tensor) -> Tensor:
-        """Images [B,3,H,W] to the last map before its ReLU [B,512,h,w]: the map that QuEST takes of a VGG."""
-        for level in self._levels_pre_relu(x):
-            last = level
-        return last
-
-    def _levels_pre_relu(self, x: Tensor) -> Iterator[Tensor]:
+    def levels(self, x: Tensor) -> Iterator[Tensor]:
         pools = [False, True, True, True, min(x.shape[-2:]) >= 64]
         for index, pool in enumerate(pools):
-            if index:
-                x = F.relu(x)
             if pool:
                 x = F.max_pool2d(x, 2)
-            x = self.get_submodule(f"block{index}")(x)
+            x = F.relu(self.get_submodule(f"block{index}")(x))
             yield x
-
-    def levels(self, x: Tensor) -> Iterator[Tensor]:
-        for level in self._levels_pre_relu(x):
-            yield F.relu(level)
 
 
 register_variants(

@@ -1,0 +1,296 @@
+"""Readouts: what a distillation method may see of a network, all of it from one forward pass.
+
+| name       | what                                                                                    | shape     |
+|------------|-----------------------------------------------------------------------------------------|-----------|
+| `map`      | the last feature map                                                                    | [B,C,H,W] |
+| `map@i`    | the map of level i as timm counts them (0 the earliest, -1 the last)                    | [B,C,H,W] |
+| `map_pre`  | the last map before its ReLU; of VGG networks only                                      | [B,C,H,W] |
+| `vector`   | the penultimate vector, which the classifier reads                                      | [B,D]     |
+| `logits`   | the class scores                                                                        | [B,N]     |
+
+A map is row-major in space whatever the family: channels-last maps are turned round, and tokens are put back
+on their grid without class, distillation and register tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+Reads = frozenset[str]
+LOGITS: Reads = frozenset({"logits"})
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a network's readouts for one image: map and levels as (C, H, W), vector and logits as numbers.
+
+    None, or no levels, where the network doesn't have that readout.
+    """
+
+    map: tuple[int, int, int] | None
+    vector: int | None
+    logits: int
+    levels: tuple[tuple[int, int, int], ...] = ()
+    map_pre: tuple[int, int, int] | None = None
+
+
+class Readouts(nn.Module):
+    """A timm network that answers with readouts. The network itself stays as it is, at `.network`.
+
+    network: any module; one without timm's `forward_features` has logits only. image_size: pixels of its square
+    input (what `build` was asked for, if None). A dry forward pass in eval mode finds the shapes and leaves
+    weights, BatchNorm statistics, training flags and the random state untouched.
+    """
+
+    def __init__(self, network: nn.Module, image_size: int | None = None) -> None:
+        super().__init__()
+        self.network = network
+        built_as = getattr(network, "built_as", None)
+        if image_size is None and built_as is None:
+            raise ModelError("An image size is needed to read out a network that was not built by name.")
+        self.name: str = built_as.name if built_as is not None else type(network).__name__
+        # How this family gives a map: "NCHW", "NHWC", "tokens" (through forward_intermediates) or None.
+        self.layout: str | None = None
+        self.norm = False
+        self.classifier_reads_vector = False
+        self.level_count = 0
+        self.shapes = self._explore(image_size or built_as.image_size)
+
+    @property
+    def offers(self) -> Reads:
+        """The readouts this network has; levels are listed with their non-negative numbers."""
+        present = {
+            "map": self.shapes.map,
+            "map_pre": self.shapes.map_pre,
+            "vector": self.shapes.vector,
+            "logits": self.shapes.logits,
+        }
+        names = {name for name, shape in present.items() if shape is not None}
+        return frozenset(names | {f"map@{level}" for level in range(len(self.shapes.levels))})
+
+    def check(self, reads: Reads) -> None:
+        """Raise ModelError, one sentence, unless the network has every readout asked for."""
+        for read in sorted(reads):
+            if read in self.offers or (read.startswith("map@") and self._level(read) is not None):
+                continue
+            if read == "map":
+                raise ModelError(f"The model {self.name} has no feature map, which this method reads; "
+                                 f"pick another teacher or student, or a method on logits.")  # fmt: skip
+            if read == "map_pre":
+                raise ModelError(
+                    f"The model {self.name} has no map before a last ReLU; only VGG networks do."
+                )
+            if read.startswith("map@"):
+                raise ModelError(f"The model {self.name} has no feature map {read!r}; its levels are 0 to "
+                                 f"{len(self.shapes.levels) - 1}." if self.shapes.levels else
+                                 f"The model {self.name} has no feature maps of earlier levels.")  # fmt: skip
+            raise ModelError(
+                f"The model {self.name} has no readout {read!r}; it has {', '.join(sorted(self.offers))}."
+            )
+
+    def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
+        """Images [B,3,H,W] to the readouts asked for, by name, and nothing computed beyond them."""
+        if reads == LOGITS:
+            return {"logits": self.network(x)}
+        self.check(reads)
+        return self._read(x, reads)
+
+    def _read(self, x: Tensor, reads: Reads) -> dict[str, Tensor]:
+        taken: dict[str, Tensor] = {}
+        if "map_pre" in reads:
+            with _tapped(_pre_relu_layer(self.network), taken):
+                features, levels = self._features(x, reads)
+        else:
+            features, levels = self._features(x, reads)
+        for read in reads:
+            if read.startswith("map@"):
+                taken[read] = levels[self._level_index(read)]
+        if "map" in reads:
+            taken["map"] = self._as_map(features, levels)
+        if "vector" in reads:
+            taken["vector"] = self._network.forward_head(features, pre_logits=True).flatten(1)
+        if "logits" in reads:
+            if "vector" in reads and self.classifier_reads_vector:
+                taken["logits"] = self._network.get_classifier()(taken["vector"])
+            else:
+                taken["logits"] = self._network.forward_head(features)
+        return taken
+
+    def _features(self, x: Tensor, reads: Reads) -> tuple[Any, dict[int, Tensor]]:
+        """What forward_features gives, and the maps of the levels asked for by level number."""
+        wanted = {self._level_index(read) for read in reads if read.startswith("map@")}
+        if "map" in reads and self.layout == "tokens":
+            wanted.add(self.level_count - 1)
+        if not wanted:
+            return self._network.forward_features(x), {}
+        indices = sorted(wanted)
+        only_levels = all(read.startswith("map@") for read in reads) or (reads == {"map"} and bool(wanted))
+        found = self._network.forward_intermediates(
+            x,
+            indices=indices,
+            norm=self.norm,
+            stop_early=only_levels,
+            output_fmt="NCHW",
+            intermediates_only=only_levels,
+        )
+        features, maps = (None, found) if only_levels else found
+        return features, dict(zip(indices, maps, strict=True))
+
+    def _as_map(self, features: Any, levels: dict[int, Tensor]) -> Tensor:
+        if self.layout == "tokens":
+            return levels[self.level_count - 1]
+        if self.layout == "NHWC":
+            return features.permute(0, 3, 1, 2)
+        result: Tensor = features
+        return result
+
+    @property
+    def _network(self) -> Any:
+        # timm's methods are not part of nn.Module, so the type checker needn't look for them.
+        return self.network
+
+    def _level(self, read: str) -> int | None:
+        """The non-negative number of `map@i`, or None where there is no such level."""
+        try:
+            level = int(read.removeprefix("map@"))
+        except ValueError:
+            return None
+        level += self.level_count if level < 0 else 0
+        return level if 0 <= level < self.level_count else None
+
+    def _level_index(self, read: str) -> int:
+        level = self._level(read)
+        assert level is not None  # `check` has been here
+        return level
+
+    @torch.no_grad()
+    def _explore(self, image_size: int) -> Shapes:
+        """Find how this family gives its readouts, and their shapes, by one dry pass over two random images."""
+        with _evaluating(self.network):
+            x = _two_images(self.network, image_size)
+            try:
+                logits = self.network(x)
+                if isinstance(logits, (tuple, list)) or logits.dim() != 2:
+                    raise ModelError(
+                        f"The model {self.name} does not give one vector of class scores an image."
+                    )
+                if not hasattr(self.network, "forward_features"):
+                    return Shapes(map=None, vector=None, logits=logits.shape[1])
+                features = self._network.forward_features(x)
+                levels = self._explore_levels(x)
+            except ModelError:
+                raise
+            except Exception as error:  # whatever a forward pass of timm's thousand raises
+                raise ModelError(
+                    f"The model {self.name} cannot run on images of {image_size} pixels: {error}"
+                ) from error
+            self.layout = self._find_layout(features)
+            reads = {"map"} if self.layout is not None else set()
+            if hasattr(self.network, "forward_head"):
+                reads |= {"vector"}
+                vector = self._network.forward_head(features, pre_logits=True).flatten(1)
+                self.classifier_reads_vector = self._same_logits(vector, logits)
+            if _pre_relu_layer(self.network) is not None:
+                reads |= {"map_pre"}
+            found = self._read(x, frozenset(reads))
+        sizes = {read: tuple(tensor.shape[1:]) for read, tensor in found.items()}
+        return Shapes(
+            map=_three(sizes.get("map")),
+            vector=sizes["vector"][0] if "vector" in sizes else None,
+            logits=logits.shape[1],
+            levels=tuple((level.shape[1], level.shape[2], level.shape[3]) for level in levels),
+            map_pre=_three(sizes.get("map_pre")),
+        )
+
+    def _explore_levels(self, x: Tensor) -> list[Tensor]:
+        if not hasattr(self.network, "forward_intermediates"):
+            return []
+        for self.norm in (True, False):  # a few families refuse to normalise an intermediate map
+            try:
+                levels: list[Tensor] = self._network.forward_intermediates(
+                    x, norm=self.norm, output_fmt="NCHW", intermediates_only=True
+                )
+            except AssertionError:
+                if self.norm:
+                    continue
+                raise
+            self.level_count = len(levels)
+            return levels
+        return []
+
+    def _find_layout(self, features: Any) -> str | None:
+        if isinstance(features, Tensor) and features.dim() == 4:
+            return "NHWC" if str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW"
+        return "tokens" if self.level_count else None
+
+    def _same_logits(self, vector: Tensor, logits: Tensor) -> bool:
+        """Whether classifier(vector) is all that is left to do; else the head is run again for the logits."""
+        classifier = self._network.get_classifier() if hasattr(self.network, "get_classifier") else None
+        if not isinstance(classifier, (nn.Linear, nn.Identity)) or getattr(self.network, "drop_rate", 0.0):
+            return False
+        if isinstance(classifier, nn.Linear) and classifier.in_features != vector.shape[1]:
+            return False
+        return logits.is_meta or torch.equal(classifier(vector), logits)
+
+
+def widths(network: nn.Module, image_size: int | None = None) -> Shapes:
+    """The sizes of a network's readouts, from a dry forward pass and never from its attributes."""
+    return Readouts(network, image_size).shapes
+
+
+def _pre_relu_layer(network: nn.Module) -> nn.Module | None:
+    """The layer whose output is a VGG's last map before its ReLU, if the network is one."""
+    named = getattr(network, "pre_relu_layer", None)
+    if isinstance(named, str):
+        return network.get_submodule(named)
+    features = getattr(network, "features", None)
+    if isinstance(features, nn.Sequential) and len(features) > 3:
+        before, activation, pool = features[-3], features[-2], features[-1]
+        if isinstance(activation, nn.ReLU) and isinstance(pool, nn.MaxPool2d):
+            return before
+    return None
+
+
+@contextmanager
+def _tapped(layer: nn.Module | None, into: dict[str, Tensor]) -> Iterator[None]:
+    """Keep the layer's output as `map_pre`; copied, since the ReLU behind it may work in place."""
+    assert layer is not None  # `check` has been here
+
+    def keep(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        into["map_pre"] = output.clone()
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; each module gets its own flag back."""
+    flags = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _two_images(network: nn.Module, image_size: int) -> Tensor:
+    first = next(network.parameters(), None)
+    device = first.device if first is not None else torch.device("cpu")
+    dtype = first.dtype if first is not None else torch.float32
+    noise = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    return noise.to(device=device, dtype=dtype)
+
+
+def _three(shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
+    return None if shape is None else (shape[0], shape[1], shape[2])
