@@ -107,7 +107,12 @@ def _create(name: str, split: str, data_dir: Path | None, download: bool) -> Any
                 f"{name} could not be downloaded ({reason}); check the network, or put its files into "
                 "a folder and name that as --data-dir."
             ) from error
-        if "split" in reason.lower() or "length is unknown" in reason.lower():
+        if "length is unknown" in reason and split == "train":
+            raise UsageError(
+                f"{name} doesn't say how many images it has; fetch it with --download, "
+                "or use hfds/ in the place of hfids/."
+            ) from error
+        if "split" in reason.lower() or "length is unknown" in reason:
             raise _NoSplit(f"{name} has no split '{split}'{where}: {reason}") from error
         if "not found" in reason.lower() and not download:
             raise UsageError(f"{name} was not found{where}; --download fetches it ({reason}).") from error

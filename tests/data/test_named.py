@@ -91,6 +91,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, data: str, 
     assert f"pip install {package}" in refused(data)
 
 
+def test_a_stream_of_unknown_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*_: Any, **__: Any) -> None:
+        raise ValueError("Dataset length is unknown, please pass `num_samples` explicitly.")
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    monkeypatch.setattr(named, "find_spec", lambda _: True)
+    assert "use hfds/" in refused("hfids/someone/pets")
+
+
 class Streamed(IterableDataset):
     """What timm's streaming readers look like."""
 
