@@ -13,7 +13,8 @@ SCHEMA_VERSION = 1
 
 
 class Result(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # A loss that is not finite is the text "NaN" or "Infinity" in JSON, which reads back as the number.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Accuracy(Result):

@@ -1,11 +1,14 @@
-"""The small table a run ends with in the terminal."""
+"""What a run ends with in the terminal: a small table, and what to open."""
 
+from pathlib import Path
+
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..results import Report
 from . import figures
-from .headline import accuracy_in_words
+from .headline import accuracy_in_words, notes
 from .subjects import compared, threads
 
 
@@ -34,3 +37,21 @@ def table(report: Report) -> Table:
             style="bold" if column.key == "student_int8" else "",
         )
     return drawn
+
+
+def show(report: Report, folder: Path | None = None, console: Console | None = None) -> None:
+    """Print the table, the notes, and the paths to open: the page and the folder that ships.
+
+    Args:
+        folder: the run folder; without it the one the run was told to write to.
+    """
+    console = console or Console()
+    console.print(table(report))
+    for note in notes(report):
+        console.print(Text(f"Note: {note}"))
+    out = folder or (Path(str(report.config["out"])) if report.config.get("out") else None)
+    if out is not None:
+        # Paths are printed in one piece, so that they can be clicked or copied.
+        console.print(Text(f"Report:   {out / 'report.html'}"), soft_wrap=True)
+        if report.artifact:
+            console.print(Text(f"Artifact: {out / report.artifact}"), soft_wrap=True)

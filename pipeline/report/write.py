@@ -24,6 +24,7 @@ def write_report(report: Report, folder: Path) -> None:
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
+    report = _writable(report)
     rendered = {
         "report.json": report.model_dump_json(indent=2) + "\n",
         "report.md": markdown(report),
@@ -31,6 +32,21 @@ def write_report(report: Report, folder: Path) -> None:
     }
     for name, text in rendered.items():
         write_text(folder / name, text)
+
+
+def _writable(report: Report) -> Report:
+    """The same report with bytes of file names that are no UTF-8 spelled out, as ``\\xff``."""
+
+    def spelled(content: Any) -> Any:
+        if isinstance(content, str):
+            return content.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if isinstance(content, dict):
+            return {spelled(key): spelled(value) for key, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return [spelled(one) for one in content]
+        return content
+
+    return Report.model_validate(spelled(report.model_dump()))
 
 
 def html(report: Report) -> str:

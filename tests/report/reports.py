@@ -7,7 +7,6 @@ from math import exp
 from typing import Any
 
 from PIL import Image, ImageDraw
-
 from questpress.pipeline.results import (
     Accuracy,
     ClassResult,
@@ -23,7 +22,7 @@ from questpress.pipeline.results import (
     Words,
 )
 
-GARMENTS = "dress hat longsleeve outwear pants shirt shoes shorts skirt t-shirt".split()
+GARMENTS = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 
 
 def png(seed: int, side: int = 64) -> str:
@@ -118,12 +117,17 @@ def full(classes: list[str] | None = None) -> Report:
             Speedup(over="student", threads=2, ratio=1.68, low=1.6, high=1.77),
         ],
         file="artifact/student.int8.onnx", sha256="41ae" * 16, opset=20, ir_version=10,
-        quantization={"format": "QDQ", "activations": "u8", "weights": "s8 per channel", "calibration": {"images": 512, "method": "minmax"}},
+        quantization={
+            "format": "QDQ",
+            "activations": "u8",
+            "weights": "s8 per channel",
+            "calibration": {"images": 512, "method": "minmax"},
+        },
     )  # fmt: skip
-    counts = {"train": [9 * t for t in test], "select": [t for t in test], "test": test}
+    counts = {"train": [9 * t for t in test], "select": list(test), "test": test}
     return Report(
         title="mobilenetv2 from resnet34 on clothing",
-        command="compress --teacher resnet34 --student mobilenetv2 --data photos/clothing --image-size 96 --out runs/clothing",
+        command="compress --teacher resnet34 --student mobilenetv2 --data photos/clothing --image-size 96",
         method="quest",
         method_parameters={"words": 4096, "delta": 10.0, "tau": None, "weight": 1.0},
         recipe="scratch",
@@ -143,15 +147,31 @@ def full(classes: list[str] | None = None) -> Report:
         teacher=teacher,
         student=student,
         student_int8=int8,
-        words=[Words(teacher="resnet34", words=704, asked=4096, features=27612, features_used=27612, perplexity=431.7,
-                     mu=0.01432, note="4,096 words were lowered to 704, so that every word has 39 features or more.")],  # fmt: skip
+        words=[
+            Words(
+                teacher="resnet34",
+                words=704,
+                asked=4096,
+                features=27612,
+                features_used=27612,
+                perplexity=431.7,
+                mu=0.01432,
+                note="4,096 words were lowered to 704, so that every word has 39 features or more.",
+            )
+        ],
         epochs=epochs("teacher", 30) + epochs("student", 60),
         examples=[
-            Example(name=f"test/{label}/{i:04d}.jpg", label=label, teacher=label if i % 3 else names[(i + 2) % len(names)],
-                    teacher_probability=0.98 - 0.03 * i, student=label if i % 2 else names[(i + 1) % len(names)],
-                    student_probability=0.99 - 0.04 * i, png=png(i))
+            Example(
+                name=f"test/{label}/{i:04d}.jpg",
+                label=label,
+                teacher=label if i % 3 else names[(i + 2) % len(names)],
+                teacher_probability=0.98 - 0.03 * i,
+                student=label if i % 2 else names[(i + 1) % len(names)],
+                student_probability=0.99 - 0.04 * i,
+                png=png(i),
+            )
             for i, label in enumerate(names[:12])
-        ],  # fmt: skip
+        ],
         confusion=confusion,
         warnings=["The teacher's weights are under a licence that is not a free one: CC BY-NC 4.0."],
         stages=[
@@ -160,10 +180,25 @@ def full(classes: list[str] | None = None) -> Report:
             StageTime(stage="student", seconds=1260.9, summary="mobilenetv2_100, 60 epochs"),
             StageTime(stage="bench", seconds=21.3, summary="0.684 ms at 1 thread"),
         ],
-        environment={"cpu": "AMD EPYC 9555 64-Core Processor", "cores": "2", "os": "Linux 6.8", "python": "3.11.9", "torch": "2.11.0", "onnxruntime": "1.27.0"},
-        config={"teacher": "resnet34", "student": "mobilenetv2_100", "epochs": 60, "seed": 0, "set": {"quest": {"words": 4096}}, "download": False, "select_fraction": 0.1},
+        environment={
+            "cpu": "AMD EPYC 9555 64-Core Processor",
+            "cores": "2",
+            "os": "Linux 6.8",
+            "python": "3.11.9",
+            "torch": "2.11.0",
+            "onnxruntime": "1.27.0",
+        },
+        config={
+            "teacher": "resnet34",
+            "student": "mobilenetv2_100",
+            "out": "runs/clothing",
+            "epochs": 60,
+            "set": {"quest": {"words": 4096}},
+            "download": False,
+            "select_fraction": 0.1,
+        },
         artifact="artifact",
-    )  # fmt: skip
+    )
 
 
 def epochs(stage: str, n: int) -> list[Epoch]:

@@ -1,0 +1,99 @@
+from questpress.pipeline.report import headline
+from questpress.pipeline.report.page import page
+from questpress.pipeline.results import Accuracy, Report, Speedup
+
+from . import reports
+
+
+def with_int8(**changes: object) -> Report:
+    report = reports.full()
+    assert report.student_int8 is not None
+    return report.model_copy(
+        update={"student_int8": report.student_int8.model_copy(update=changes), "warnings": []}
+    )
+
+
+def test_the_three_figures_are_size_speed_and_accuracy_of_the_int8_file() -> None:
+    smaller, faster, accurate = headline.key_figures(reports.full())
+    assert (smaller.value, smaller.meaning) == ("33.4×", "smaller than the teacher")
+    assert "2.55 MB instead of 85.1 MB" in smaller.lines
+    assert (faster.value, faster.meaning) == ("18.2×", "faster than the teacher, 1 thread")
+    assert "95 % interval 17.9–18.5×, paired" in faster.lines
+    assert "2 threads: 13.7× faster (13.1–14.4×)" in faster.lines
+    report = reports.full()
+    assert report.student_int8 is not None and report.student_int8.accuracy is not None
+    assert accurate.value == f"{report.student_int8.accuracy.top1:.1f} %"
+    assert f"of {report.student_int8.accuracy.n} test images" in accurate.lines[1]
+    assert any(line.startswith("student fp32 ") for line in accurate.lines)
+    assert any(line.startswith("teacher ") for line in accurate.lines)
+
+
+def test_a_slower_int8_file_is_called_slower() -> None:
+    report = with_int8(speedups=[Speedup(over="teacher", threads=1, ratio=0.8, low=0.78, high=0.82)])
+    _, faster, _ = headline.key_figures(report)
+    assert (faster.value, faster.meaning) == ("1.25×", "slower than the teacher, 1 thread")
+    assert "95 % interval 1.22–1.28×, paired" in faster.lines
+    (note,) = headline.notes(report)
+    assert note == (
+        "Student int8 is not faster than teacher on this machine: 1.25× slower (1.22–1.28×) with 1 thread."
+    )
+
+
+def test_a_difference_within_noise_is_not_called_faster() -> None:
+    report = with_int8(speedups=[Speedup(over="student", threads=1, ratio=1.02, low=0.99, high=1.05)])
+    told = headline.notes(report)
+    assert any("not faster than student fp32" in note and "no measurable difference" in note for note in told)
+    report = with_int8(speedups=[Speedup(over="teacher", threads=1, ratio=1.02, low=0.99, high=1.05)])
+    assert headline.key_figures(report)[1].meaning.startswith("the speed: no measurable difference")
+
+
+def test_without_a_paired_interval_the_ratio_of_medians_says_so() -> None:
+    _, faster, _ = headline.key_figures(with_int8(speedups=[]))
+    assert faster.value == "18.2×"
+    assert "ratio of two medians; no paired interval was measured" in faster.lines
+
+
+def test_a_larger_file_is_called_larger() -> None:
+    smaller, _, _ = headline.key_figures(with_int8(bytes=170_292_000))
+    assert (smaller.value, smaller.meaning) == ("2.00×", "larger than the teacher")
+
+
+def test_lost_accuracy_and_a_wide_interval_are_noted() -> None:
+    told = headline.notes(with_int8(accuracy=Accuracy.of(30, 50)))
+    assert any(note.startswith("Quantization costs accuracy: −") for note in told)
+    assert any(note.startswith("On 50 test images the accuracy is uncertain") for note in told)
+
+
+def test_a_run_without_a_teacher_is_not_called_distilled() -> None:
+    report = reports.without("teacher", "teachers").model_copy(update={"method": "none"})
+    assert headline.title(report) == "mobilenetv2_100, trained without a teacher"
+    assert headline.key_figures(report)[0].value == "2.55 MB"
+    assert headline.key_figures(report)[1].meaning == "faster than its own fp32 file, 1 thread"
+
+
+def test_warnings_of_the_run_come_first() -> None:
+    report = reports.full()
+    assert headline.notes(report)[0] == report.warnings[0]
+
+
+def test_the_machine_is_told_in_one_line() -> None:
+    assert headline.machine(reports.full()) == (
+        "AMD EPYC 9555 64-Core Processor · 2 cores · Linux 6.8 · ONNX Runtime 1.27.0"
+    )
+    assert headline.machine(reports.bare()) is None
+
+
+def test_confident_mistakes_are_the_first_examples() -> None:
+    shown = page(reports.full()).examples
+    wrong = [one for one in shown if not one.student_right]
+    assert shown[: len(wrong)] == wrong
+    sure = [float(one.student_probability.split()[0]) for one in wrong]
+    assert sure == sorted(sure, reverse=True)
+
+
+def test_several_teachers_stand_beside_their_ensemble() -> None:
+    report = reports.full()
+    two = report.model_copy(update={"teachers": [report.teachers[0], report.teachers[0]]})
+    assert page(two).comparison.columns == [
+        "", "Teacher 1", "Teacher 2", "Teachers together", "Student fp32", "Student int8",
+    ]  # fmt: skip

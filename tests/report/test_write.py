@@ -1,0 +1,264 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from questpress.pipeline.errors import JobError
+from questpress.pipeline.report.write import html, markdown, write_report
+from questpress.pipeline.results import ClassResult, Epoch, Report
+
+from . import reports
+
+PARTIAL = {
+    "nothing yet": reports.bare(),
+    "teacher only": reports.teacher_only(),
+    "no teacher": reports.without("teacher", "teachers"),
+    "no int8": reports.without("student_int8", "examples", "confusion"),
+    "no fp32": reports.without("student"),
+    "no data": reports.without("data"),
+    "no epochs": reports.without("epochs", "words"),
+    "no confusion": reports.without("confusion", "examples", "environment", "config", "stages"),
+}
+HOSTILE = [
+    '<script>alert("x")</script>',
+    "</style><img src=http://evil/x onerror=alert(1)>",
+    "a|b\n# c",
+    "`x` *y* _z_",
+    "[l](http://evil)",
+    "{{ 7 * 7 }}{% raw %}",
+    "\"' onload='x",
+    "\u202ename\u0000",
+    "--><!--",
+    "&lt;b&gt;",
+]
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would build: tags, attributes, text; and checks that tags close in order."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def ids(self) -> list[str | None]:
+        return [value for _, name, value in self.attributes if name == "id"]
+
+
+def without_data_addresses(page: str) -> str:
+    return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "data:", page)
+
+
+def test_figures_of_the_run_appear_in_html_and_markdown(tmp_path: Path) -> None:
+    report = reports.full()
+    write_report(report, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert report.student_int8 and report.student_int8.accuracy
+    told = [
+        "mobilenetv2_100 distilled from resnet34", "33.4×", "18.2×",
+        f"{report.student_int8.accuracy.top1:.1f} %",
+        "0.684 ms", "12.4 ms", "2.55 MB", "85.1 MB", "704", "431.7", "0.01432", "AMD EPYC 9555", "17.9–18.5×",
+        report.command, report.warnings[0], "41ae" * 16, "train/hat/0213.jpg", "s8 per channel", "Apache-2.0",
+        "21 min 01 s", "calibration.images",
+    ]  # fmt: skip
+    page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    shown = " ".join(" ".join(page.words).split())
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for one in told:
+        assert one in shown, one
+        assert one in text, one
+
+
+def test_json_gives_the_report_back() -> None:
+    for report in (reports.full(), *PARTIAL.values()):
+        assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_loss_that_is_not_finite_survives_json_and_is_shown(tmp_path: Path) -> None:
+    lost = Epoch(stage="student", epoch=1, epochs=3, images_per_second=9, learning_rate=0.1,
+                 losses={"ce": float("nan"), "loss": float("inf")})  # fmt: skip
+    report = reports.full().model_copy(update={"epochs": [lost]})
+    write_report(report, tmp_path)
+    back = Report.model_validate_json((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert back.epochs[0].losses["ce"] != back.epochs[0].losses["ce"]
+    assert back.epochs[0].losses["loss"] == float("inf")
+    assert "ce not finite" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("state", PARTIAL)
+def test_a_report_of_a_run_under_way_is_whole(state: str, tmp_path: Path) -> None:
+    write_report(PARTIAL[state], tmp_path)
+    page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    sections = [value for tag, name, value in page.attributes if tag == "a" and name == "href"]
+    assert {f"#{one}" for one in page.ids()} == set(sections), "every link of the page leads somewhere"
+    assert "None" not in " ".join(page.words)
+    assert "None" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_without_test_images_the_page_shows_the_accuracy_on_select_images() -> None:
+    report = reports.teacher_only()
+    assert "accuracy on test images not measured" in html(report)
+    assert "teacher 91.5 % (88.1–94.0 %) on select images, before export" in markdown(report)
+
+
+def test_the_same_report_gives_the_same_bytes() -> None:
+    assert html(reports.full()) == html(reports.full())
+    assert markdown(reports.full()) == markdown(reports.full())
+
+
+def test_the_page_asks_for_nothing_from_outside() -> None:
+    page = without_data_addresses(html(reports.full()))
+    read = Reader(page)
+    assert "script" not in read.tags and "iframe" not in read.tags
+    for tag, name, value in read.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in {"href", "src", "srcset", "data", "action", "poster"}:
+            assert value is not None and value.startswith(("data:", "#")), (tag, name, value)
+    assert not re.search(r"url\(|@import|http:|https:", page)
+    assert (
+        "meta",
+        "content",
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+    ) in read.attributes
+
+
+def test_no_id_is_given_twice_and_every_picture_has_words() -> None:
+    read = Reader(html(reports.full()))
+    assert len(read.ids()) == len(set(read.ids()))
+    pictures = [one for one in read.attributes if one == ("svg", "role", "img")]
+    assert len(pictures) == 3 + 6 + 4
+    described = [value for tag, name, value in read.attributes if tag == "svg" and name == "aria-label"]
+    assert len(described) == len(pictures) and all(described)
+    images = [value for tag, name, value in read.attributes if tag == "img" and name == "alt"]
+    assert len(images) == 10 and all(images)
+
+
+def hostile_report() -> Report:
+    report = reports.full(HOSTILE)
+    assert report.data is not None
+    data = report.data.model_copy(
+        update={"name": HOSTILE[0], "skipped": [(one, one) for one in HOSTILE], "duplicates": [HOSTILE]}
+    )
+    odd = [
+        report.epochs[0].model_copy(update={"stage": one, "losses": {one: 1.0}, "watched": {one: 1.0}})
+        for one in HOSTILE
+    ]
+    return report.model_copy(
+        update={
+            "data": data,
+            "title": HOSTILE[0],
+            "method": HOSTILE[1],
+            "command": "\n".join(HOSTILE) + "\n```\n# out",
+            "warnings": HOSTILE,
+            "epochs": odd,
+            "environment": {one: one for one in HOSTILE},
+            "config": {one: {one: [one]} for one in HOSTILE},
+        }
+    )
+
+
+def test_hostile_names_stay_text_in_html() -> None:
+    read = Reader(html(hostile_report()))
+    assert "script" not in read.tags
+    assert read.tags.count("style") == 1
+    assert read.tags.count("img") == 10
+    assert not [name for _, name, _ in read.attributes if name.startswith("on")]
+    assert all(value.startswith("data:") for _, name, value in read.attributes if name == "src" and value)
+    shown = "".join(read.words)
+    assert HOSTILE[0] in shown and "{{ 7 * 7 }}" in shown
+
+
+def test_hostile_names_stay_text_in_markdown() -> None:
+    text = markdown(hostile_report())
+    outside, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("````"):
+            inside = not inside
+        elif not inside:
+            outside.append(line)
+    assert not inside
+    rest = "\n".join(outside)
+    assert "<script" not in rest and "<img" not in rest and "<!--" not in rest
+    assert not re.search(r"(?<!\\)\[", rest), "no link"
+    assert sum(line.startswith("# ") for line in outside) == 1, "no heading but the title"
+    for table in rest.split("\n\n"):
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        bars = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+        assert len(bars) <= 1, "a bar in a name does not make a column"
+
+
+def test_names_that_are_no_utf8_are_spelled_out(tmp_path: Path) -> None:
+    report = reports.full()
+    assert report.data is not None
+    report.data.skipped.append(("gr\udcfcn.jpg", "no image"))
+    report.command = "compress --data gr\udcfcn"
+    write_report(report, tmp_path)
+    for name in ("report.html", "report.md", "report.json"):
+        assert "gr\\xfcn" in (tmp_path / name).read_text(encoding="utf-8").replace("\\\\", "\\")
+
+
+def test_a_picture_that_is_no_png_is_left_out() -> None:
+    report = reports.full()
+    bad = report.examples[0].model_copy(update={"png": '"><script>alert(1)</script>'})
+    read = Reader(html(report.model_copy(update={"examples": [bad]})))
+    assert "img" not in read.tags and "script" not in read.tags
+
+
+def test_many_classes_show_the_most_confused_pairs_instead_of_a_matrix() -> None:
+    many = html(reports.full([f"class {i}" for i in range(60)]))
+    assert 'class="confusion"' not in many and "Most confused" in many
+    assert 'class="confusion"' in html(reports.full())
+
+
+def test_confusion_cells_hold_the_counts() -> None:
+    report = reports.full()
+    assert report.confusion is not None
+    page = html(report)
+    for i, row in enumerate(report.confusion):
+        share = round(100 * row[i] / sum(row))
+        assert f'<td class="hit" style="--share:{share}%">{row[i]}</td>' in page
+
+
+def test_classes_of_the_results_missing_from_the_data_are_still_listed() -> None:
+    report = reports.full()
+    assert report.student_int8 is not None
+    more = [*report.student_int8.per_class, ClassResult(label="socks", n=4, correct=1)]
+    report = report.model_copy(
+        update={"student_int8": report.student_int8.model_copy(update={"per_class": more})}
+    )
+    assert "| socks | 0 | 0 | 0 | – | – | 25.0 % |" in markdown(report)
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_the_old_report_stays(tmp_path: Path) -> None:
+    write_report(reports.bare(), tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "report.html" / "kept").touch()
+    with pytest.raises(JobError, match=r"Could not write .*report\.html"):
+        write_report(reports.bare(), tmp_path)
+    assert (tmp_path / "report.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
