@@ -1,7 +1,7 @@
 """Everything a report says in tables, as text: the HTML and the Markdown page show the same."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..results import Accuracy, ClassResult, Report, Subject
@@ -23,6 +23,13 @@ class Table:
     """All cells are words, not numbers: aligned to the left."""
     left: int = 1
     """Otherwise: so many columns of words, before those of numbers."""
+
+    def first(self, most: int) -> "Table":
+        """The table cut to so many rows, which its note then says."""
+        if len(self.rows) <= most:
+            return self
+        cut = f"The first {most:,} of {len(self.rows):,}; all are in report.json."
+        return replace(self, rows=self.rows[:most], note=f"{self.note} {cut}".strip())
 
 
 def comparison(report: Report) -> Table:
@@ -269,7 +276,9 @@ def skipped(report: Report) -> Table:
 
 def duplicates(report: Report) -> Table:
     found = report.data.duplicates if report.data else []
-    rows = [[f"{len(group):,}", ", ".join(group)] for group in found]
+    rows = [
+        [f"{len(group):,}", ", ".join(group[:10]) + (", …" if len(group) > 10 else "")] for group in found
+    ]
     return Table("Identical images", ["images", "names"], rows, code=frozenset({1}), text=True)
 
 

@@ -51,19 +51,23 @@ def _writable(report: Report) -> Report:
 
 def html(report: Report) -> str:
     """One page without script or anything from outside; every text of the report is escaped."""
-    environment = _environment(coordinate=_coordinate, count_of=lambda n: f"({n:,})")
+    environment = _environment(1000, coordinate=_coordinate, count_of=lambda n: f"({n:,})")
     style = Markup(_read("report.css"))
     return environment.get_template("report.html.j2").render(page=page(report), style=style)
 
 
 def markdown(report: Report) -> str:
     """The same content in GitHub's Markdown; every text is escaped for HTML and for Markdown."""
-    environment = _environment(finalize=_plain_markdown, table=_table, fenced=_fenced)
+    # Short enough for the 65,536 characters a pull request can hold.
+    environment = _environment(40, finalize=_plain_markdown, table=_table, fenced=_fenced)
     text = environment.get_template("report.md.j2").render(page=page(report))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _environment(finalize: Callable[[Any], Any] | None = None, **filters: Callable[..., Any]) -> Environment:
+def _environment(
+    most_rows: int, finalize: Callable[[Any], Any] | None = None, **filters: Callable[..., Any]
+) -> Environment:
+    """Jinja for our templates; folded tables show ``most_rows`` rows."""
     environment = Environment(
         loader=FunctionLoader(_read),
         autoescape=True,
@@ -74,6 +78,7 @@ def _environment(finalize: Callable[[Any], Any] | None = None, **filters: Callab
         keep_trailing_newline=True,
     )
     environment.filters.update(filters)
+    environment.globals["most_rows"] = most_rows
     return environment
 
 

@@ -262,3 +262,15 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_old_report_stays(tmp_pa
         write_report(reports.bare(), tmp_path)
     assert (tmp_path / "report.json").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_markdown_of_a_large_run_still_fits_a_pull_request() -> None:
+    report = reports.full([f"class {i}" for i in range(1000)])
+    report = report.model_copy(
+        update={"epochs": reports.epochs("teacher", 300) + reports.epochs("student", 600)}
+    )
+    assert report.data is not None
+    report.data.skipped = [(f"train/{i}.jpg", "truncated") for i in range(3000)]
+    text = markdown(report)
+    assert len(text) < 65_536
+    assert "The first 40 of 900; all are in report.json." in text
