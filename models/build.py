@@ -73,7 +73,7 @@ def geometry(name: str, image_size: int | None = None) -> Geometry:
 def build(
     name: str, *, num_classes: int, image_size: int | None = None, seed: int | None = None
 ) -> "nn.Module":
-    """A randomly initialised network for square images of `image_size` pixels and `num_classes` logits (0: no head).
+    """A randomly initialised network for images of `image_size` pixels and `num_classes` logits (0: no head).
 
     With a seed, the weights depend on the seed alone and the global random state stays as it was.
     Raises UnknownModel for a wrong name, ModelError when the network cannot be had at this size.
@@ -81,7 +81,7 @@ def build(
     full = resolve(name)
     size = image_size or default_image_size(full)
     with _seeded(seed):
-        network = _create(full, num_classes, size)
+        network = create_network(full, num_classes, size)
     _check_patches(network, full, size)
     network.built_as = BuiltAs(full, num_classes, size)
     return network
@@ -106,7 +106,8 @@ def check_size(name: str, image_size: int) -> None:
     )
 
 
-def _create(full: str, num_classes: int, image_size: int) -> "nn.Module":
+def create_network(full: str, num_classes: int, image_size: int) -> "nn.Module":
+    """timm's network of a resolved name on torch's default device, sized for the images. Raises ModelError."""
     import timm
 
     # timm marks the architectures whose weights depend on the input size; only those take img_size.
@@ -156,7 +157,7 @@ def _misfit(full: str, image_size: int) -> str | None:
 
     try:
         with torch.device("meta"):
-            network = _create(full, 2, image_size).eval()
+            network = create_network(full, 2, image_size).eval()
         _check_patches(network, full, image_size)
         with torch.no_grad():
             network(torch.empty(1, 3, image_size, image_size, device="meta"))

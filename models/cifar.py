@@ -1,7 +1,7 @@
 """What the CIFAR networks of the CRD benchmark have in common: timm's model interface and registration.
 
 Architectures and parameter names are those of Tian, Krishnan, Isola, "Contrastive Representation
-Distillation", ICLR 2020 (github.com/HobbitLong/RepDistiller), so that its published checkpoints load as they are.
+Distillation", ICLR 2020 (github.com/HobbitLong/RepDistiller), so that its checkpoints load as they are.
 """
 
 from collections.abc import Callable, Iterator

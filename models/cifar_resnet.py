@@ -1,5 +1,5 @@
-"""ResNets for 32-pixel images: the CRD benchmark's (1×1 convolution shortcuts; ResNet-50 with a CIFAR stem), and
-those with the parameter-free shortcuts of He et al. 2016, "option A" (names ending in `_a`)."""
+"""ResNets for 32-pixel images: the CRD benchmark's (1×1 convolution shortcuts; ResNet-50 with a CIFAR stem),
+and those with the parameter-free shortcuts of He et al. 2016, "option A" (names ending in `_a`)."""
 
 from collections.abc import Callable, Iterator
 

@@ -9,7 +9,7 @@ from .cifar import CifarNetwork, kaiming, register_variants
 
 
 class CifarVGG(CifarNetwork):
-    """Five blocks of 3×3 convolutions, max-pooled in between; images from 64 pixels on are pooled once more."""
+    """Five blocks of 3×3 convolutions, max-pooled in between; images of 64 pixels are pooled once more."""
 
     classifier_name = "classifier"
     pre_relu_layer = "block4"  # QuEST takes a VGG's last map before its ReLU

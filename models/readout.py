@@ -1,12 +1,10 @@
 """Readouts: what a distillation method may see of a network, all of it from one forward pass.
 
-| name       | what                                                                                    | shape     |
-|------------|-----------------------------------------------------------------------------------------|-----------|
-| `map`      | the last feature map                                                                    | [B,C,H,W] |
-| `map@i`    | the map of level i as timm counts them (0 the earliest, -1 the last)                    | [B,C,H,W] |
-| `map_pre`  | the last map before its ReLU; of VGG networks only                                      | [B,C,H,W] |
-| `vector`   | the penultimate vector, which the classifier reads                                      | [B,D]     |
-| `logits`   | the class scores                                                                        | [B,N]     |
+- `map` [B,C,H,W]: the last feature map
+- `map@i` [B,C,H,W]: the map of level i as timm counts them (0 the earliest, -1 the last)
+- `map_pre` [B,C,H,W]: the last map before its ReLU; of VGG networks only
+- `vector` [B,D]: the penultimate vector, which the classifier reads
+- `logits` [B,N]: the class scores
 
 A map is row-major in space whatever the family: channels-last maps are turned round, and tokens are put back
 on their grid without class, distillation and register tokens.
@@ -43,9 +41,9 @@ class Shapes:
 class Readouts(nn.Module):
     """A timm network that answers with readouts. The network itself stays as it is, at `.network`.
 
-    network: any module; one without timm's `forward_features` has logits only. image_size: pixels of its square
-    input (what `build` was asked for, if None). A dry forward pass in eval mode finds the shapes and leaves
-    weights, BatchNorm statistics, training flags and the random state untouched.
+    network: any module; one without timm's `forward_features` has logits only. image_size: pixels of its
+    square input (what `build` was asked for, if None). A dry forward pass in eval mode finds the shapes and
+    leaves weights, BatchNorm statistics, training flags and the random state untouched.
     """
 
     def __init__(self, network: nn.Module, image_size: int | None = None) -> None:
@@ -171,7 +169,7 @@ class Readouts(nn.Module):
 
     @torch.no_grad()
     def _explore(self, image_size: int) -> Shapes:
-        """Find how this family gives its readouts, and their shapes, by one dry pass over two random images."""
+        """Find how this family gives its readouts, and their shapes, by a dry pass over two random images."""
         with _evaluating(self.network):
             x = _two_images(self.network, image_size)
             try:

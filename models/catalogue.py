@@ -1,0 +1,61 @@
+"""What a model costs and where it comes from, for the list of models; nothing is downloaded or allocated."""
+
+from dataclasses import dataclass
+
+from .build import create_network, default_image_size
+from .errors import ModelError
+from .names import ALIASES, resolve
+from .pretrained import has_pretrained, licence
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the list. parameters: of the network with its own classes. gmacs: billions of multiply-adds for
+    one image of image_size pixels, None where they cannot be counted. licence: of the published weights."""
+
+    name: str
+    alias: str | None
+    parameters: int
+    gmacs: float | None
+    image_size: int
+    licence: str | None
+    has_weights: bool
+
+
+def describe(name: str, image_size: int | None = None) -> Entry:
+    """Parameters and multiply-adds of a model at `image_size` pixels (its own if None).
+
+    Runs on torch's meta device: shapes only, well under a second. Raises UnknownModel, ModelError.
+    """
+    full = resolve(name)
+    size = image_size or default_image_size(full)
+    parameters, gmacs = _cost(full, size)
+    return Entry(
+        name=full,
+        alias=name if name in ALIASES else None,
+        parameters=parameters,
+        gmacs=gmacs,
+        image_size=size,
+        licence=licence(full),
+        has_weights=has_pretrained(full),
+    )
+
+
+def _cost(full: str, image_size: int) -> tuple[int, float | None]:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .build import pretrained_cfg
+
+    with torch.device("meta"):
+        network = create_network(full, int(pretrained_cfg(full).num_classes), image_size).eval()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            network(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except ModelError:
+        raise
+    except Exception:  # the operations of a few networks have no shapes-only form, or they refuse this size
+        return parameters, None
+    return parameters, counter.get_total_flops() / 2 / 1e9

@@ -1,0 +1,154 @@
+"""Published weights: whether there are any, under which licence, and fetching them or saying at once why not."""
+
+import hashlib
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .build import pretrained_cfg
+from .checkpoint import Checkpoint
+from .errors import ModelError
+from .names import resolve
+
+PROBE_SECONDS = 5.0
+
+# Licences that let weights be used, changed and shipped by anyone, for any purpose.
+FREE_LICENCES = frozenset(
+    {
+        *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "zlib"),
+        *("cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0"),
+    }
+)
+
+
+def has_pretrained(name: str) -> bool:
+    """Whether timm lists published weights for a name; asks no network."""
+    import timm
+
+    return bool(timm.models.is_model_pretrained(resolve(name)))
+
+
+def licence(name: str) -> str | None:
+    """The licence of a name's published weights as timm states it; None where there are none or it is unknown."""
+    if not has_pretrained(name):
+        return None
+    stated = pretrained_cfg(name).license
+    return str(stated) if stated and stated != "unknown" else None
+
+
+def is_free(stated: str | None) -> bool:
+    """Whether a licence allows any use; an unknown one doesn't."""
+    return stated is not None and stated.lower() in FREE_LICENCES
+
+
+def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint:
+    """The published weights of a name (its default tag where none is given), from the cache or the internet.
+
+    option: the command-line option that the error's ways out name. Raises ModelError within seconds when there
+    are none or they can't be reached.
+    """
+    import timm
+
+    full = resolve(name)
+    cfg = pretrained_cfg(full)
+    if not has_pretrained(full):
+        raise ModelError(
+            f"There are no published weights for {full}: give a file ({option} FILE), train from scratch "
+            f"({option} none), or pick a model that has some (`compress models` shows which)."
+        )
+    file, source = _from_hub(full, cfg, option) if cfg.hf_hub_id else _from_url(full, cfg, option)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = timm.create_model(
+                full,
+                pretrained=True,
+                num_classes=cfg.num_classes,
+                pretrained_cfg_overlay={"file": str(file), "custom_load": cfg.custom_load},
+            )
+    except Exception as error:  # a damaged download fails in many ways
+        raise ModelError(
+            f"The published weights of {full} in {file} cannot be loaded ({error}); delete that file and try again."
+        ) from error
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    names, descriptions = _labels(cfg)
+    return Checkpoint(
+        network.state_dict(), names, source, digest, label_descriptions=descriptions, licence=licence(full)
+    )
+
+
+def _from_hub(full: str, cfg: Any, option: str) -> tuple[Path, str]:
+    """The weights file in Hugging Face's cache, downloaded if it isn't there."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+    from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
+
+    repository, revision = hf_split(cfg.hf_hub_id)
+    wanted = cfg.hf_hub_filename or HF_WEIGHTS_NAME
+    candidates = list(dict.fromkeys([*_get_safe_alternatives(wanted), wanted]))
+    for filename in candidates:
+        cached = try_to_load_from_cache(repository, filename, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached), f"{repository} on Hugging Face"
+    for filename in candidates:
+        try:
+            # One question without retries: offline, the download itself would go on trying for most of a minute.
+            get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=PROBE_SECONDS)
+            return Path(
+                hf_hub_download(repository, filename, revision=revision)
+            ), f"{repository} on Hugging Face"
+        except EntryNotFoundError:
+            continue
+        except OfflineModeIsEnabled as error:
+            raise ModelError(_ways_out(full, "HF_HUB_OFFLINE is set", option)) from error
+        except HfHubHTTPError as error:
+            raise ModelError(_ways_out(full, f"{repository} answered: {error}", option)) from error
+        except Exception as error:  # the http library behind the hub differs by version, and so do its errors
+            raise ModelError(_ways_out(full, "huggingface.co cannot be reached", option)) from error
+    raise ModelError(_ways_out(full, f"{repository} has no weights file", option))
+
+
+def _from_url(full: str, cfg: Any, option: str) -> tuple[Path, str]:
+    """The weights file in torch's cache, downloaded if it isn't there."""
+    from timm.models._hub import check_cached_file, download_cached_file
+
+    if cfg.file:
+        return Path(cfg.file), str(cfg.file)
+    address = cfg.url if isinstance(cfg.url, str) else cfg.url[0]
+    try:
+        if not check_cached_file(cfg.url):
+            with urllib.request.urlopen(
+                urllib.request.Request(address, method="HEAD"), timeout=PROBE_SECONDS
+            ):
+                pass
+        return Path(download_cached_file(cfg.url)), address
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        raise ModelError(_ways_out(full, f"{address} cannot be reached", option)) from error
+
+
+def _ways_out(full: str, reason: str, option: str) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (
+        f"The published weights of {full} cannot be had: {reason}. Three ways out: give a weights file "
+        f"({option} FILE); train from scratch ({option} none); or run this once where there is internet, and copy "
+        f"that machine's Hugging Face cache to {HF_HUB_CACHE} (or set HF_HOME)."
+    )
+
+
+def _labels(cfg: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Class names and descriptions: those the weights state, else ImageNet's where the class count is one of its."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if cfg.label_names:
+        names = tuple(cfg.label_names)
+        described = cfg.label_descriptions or {}
+        return names, tuple(described.get(name, name) for name in names) if described else None
+    subset = infer_imagenet_subset({"num_classes": cfg.num_classes})
+    if subset is None:
+        return None, None
+    info = ImageNetInfo(subset)
+    return tuple(info.label_names()), tuple(info.label_descriptions())

@@ -1,0 +1,192 @@
+"""Fitting weights to a network: prefixes, other formats and image sizes, and a head for other classes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .build import pretrained_cfg
+from .checkpoint import Checkpoint, StateDict, load_saved, read_checkpoint, save_weights
+from .errors import ModelError
+from .pretrained import fetch_pretrained, has_pretrained, is_free, licence
+
+__all__ = [
+    "Checkpoint",
+    "LoadReport",
+    "class_count",
+    "fetch_pretrained",
+    "fitted",
+    "has_pretrained",
+    "is_free",
+    "licence",
+    "load_into",
+    "load_saved",
+    "read_checkpoint",
+    "save_weights",
+]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading left: keys of the network without weights, keys of the file without a place.
+
+    Both are empty unless the head was replaced, that is, left as it was initialised.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    head_replaced: bool
+
+
+def load_into(network: nn.Module, checkpoint: Checkpoint, *, allow_head_mismatch: bool = False) -> LoadReport:
+    """Put a checkpoint's weights into a network; everything fits or nothing is changed.
+
+    Wrapper prefixes are taken off. Weights in another known format, or made for another image size, go through
+    timm's own conversion. With allow_head_mismatch, a classifier of another class count (or none in the file)
+    keeps its initialisation. Raises ModelError, naming the keys that don't fit.
+    """
+    target = network.state_dict()
+    weights = fitted(checkpoint.state_dict, target)
+    head = _head_keys(network, target)
+    if _misfits(weights, target) - head:
+        weights = _converted(network, checkpoint.state_dict) or weights
+    if _misfits(weights, target) - head:
+        raise ModelError(_misfit_sentence(checkpoint, network, weights, target))
+    odd = _misfits(weights, target)
+    if odd and not allow_head_mismatch:
+        raise ModelError(_head_sentence(checkpoint, network, weights, target))
+    # A head of which one part fits by chance is still another head.
+    dropped = {key for key in {*weights, *target} if key in head} if odd else set()
+    network.load_state_dict(
+        {key: value for key, value in weights.items() if key not in dropped}, strict=not odd
+    )
+    return LoadReport(
+        missing=tuple(key for key in target if key in dropped),
+        unexpected=tuple(key for key in weights if key in dropped and key not in target),
+        head_replaced=bool(odd),
+    )
+
+
+def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
+    """How many classes the checkpoint's head has for this network's architecture; None if it has no head."""
+    weights = fitted(checkpoint.state_dict, network.state_dict())
+    return _rows(weights, _classifier_names(network))
+
+
+def fitted(weights: StateDict, target: StateDict) -> StateDict:
+    """The weights with the wrapper prefix (`module.`, `model.`, `backbone.`, …) taken off that makes most names
+    fit the target's. What lies outside that prefix belongs to something else and is left out."""
+    prefixes = {""}
+    for key in weights:
+        parts = key.split(".")
+        prefixes.update(".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), 4)))
+
+    def matches(prefix: str) -> int:
+        return sum(key.startswith(prefix) and key[len(prefix) :] in target for key in weights)
+
+    best = max(sorted(prefixes, key=len), key=matches)
+    return {key[len(best) :]: value for key, value in weights.items() if key.startswith(best)}
+
+
+def _misfits(weights: StateDict, target: StateDict) -> set[str]:
+    """Keys missing, unexpected or of another shape. Old files lack BatchNorm's batch counter, which is fine."""
+    missing = {key for key in target if key not in weights and not key.endswith("num_batches_tracked")}
+    unexpected = {key for key in weights if key not in target}
+    shapes = {key for key in weights if key in target and weights[key].shape != target[key].shape}
+    return missing | unexpected | shapes
+
+
+def _classifier_names(network: nn.Module) -> tuple[str, ...]:
+    """Dotted names of the classifier's layers: timm's note of them, else found by `get_classifier`."""
+    cfg = getattr(network, "pretrained_cfg", None) or {}
+    noted = cfg.get("classifier")
+    if noted:
+        return (noted,) if isinstance(noted, str) else tuple(noted)
+    get = getattr(network, "get_classifier", None)
+    layer = get() if get is not None else None
+    return tuple(name for name, module in network.named_modules() if module is layer and name)
+
+
+def _head_keys(network: nn.Module, target: StateDict) -> set[str]:
+    names = _classifier_names(network)
+    keys = {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
+    return keys | {key for key in target if any(key.startswith(f"{name}.") for name in names)}
+
+
+def _rows(weights: StateDict, classifiers: tuple[str, ...]) -> int | None:
+    for name in classifiers:
+        weight = weights.get(f"{name}.weight")
+        if weight is not None and weight.ndim >= 2:
+            return int(weight.shape[0])
+    return None
+
+
+def _converted(network: nn.Module, raw: StateDict) -> StateDict | None:
+    """The weights in the network's own form by timm's loader for that architecture (original-format checkpoints,
+    position embeddings of another image size), or None if timm can't make them fit either."""
+    import timm
+    from timm.models import clean_state_dict
+
+    built_as = getattr(network, "built_as", None)
+    if built_as is None:
+        return None
+    cleaned = clean_state_dict(raw)
+    stripped = fitted(cleaned, network.state_dict())
+    known = _rows(stripped, _classifier_names(network))
+    # A foreign format hides its head: try what a last matrix suggests, the network's own classes, and no head.
+    matrices = [int(value.shape[0]) for value in cleaned.values() if value.ndim == 2]
+    counts = [known, built_as.num_classes, *matrices[-1:], 0] if known is None else [known]
+    options = {"img_size": built_as.image_size} if pretrained_cfg(built_as.name).fixed_input_size else {}
+    for count in dict.fromkeys(count for count in counts if count is not None):
+        for weights in (stripped, cleaned):
+            overlay: dict[str, Any] = {"state_dict": dict(weights), "num_classes": count, "label_offset": 0}
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    twin = timm.create_model(
+                        built_as.name,
+                        pretrained=True,
+                        num_classes=count,
+                        pretrained_cfg_overlay=overlay,
+                        **options,
+                    )
+            except Exception:  # noqa: S112 — each failure only means that this reading of the file was wrong
+                continue
+            converted: StateDict = twin.state_dict()
+            return converted
+    return None
+
+
+def _misfit_sentence(
+    checkpoint: Checkpoint, network: nn.Module, weights: StateDict, target: StateDict
+) -> str:
+    missing = [key for key in target if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in target]
+    shapes = [
+        f"{key} {list(weights[key].shape)} for {list(target[key].shape)}"
+        for key in weights
+        if key in target and weights[key].shape != target[key].shape
+    ]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:5])}{', …' if len(keys) > 5 else ''})"
+        for keys, what in (
+            (missing, "missing"),
+            (unexpected, "unexpected"),
+            (shapes, "of another shape"),
+        )
+        if keys
+    ]
+    return f"The weights in {checkpoint.source} don't fit {_name(network)}: keys {'; '.join(parts)}."
+
+
+def _head_sentence(checkpoint: Checkpoint, network: nn.Module, weights: StateDict, target: StateDict) -> str:
+    names = _classifier_names(network)
+    had, needed = _rows(weights, names), _rows(target, names)
+    has = f"a head for {had} classes" if had is not None else "no head that fits"
+    needs = f"{needed} classes" if needed is not None else "no head"
+    return f"The weights in {checkpoint.source} have {has}, but {_name(network)} here needs {needs}."
+
+
+def _name(network: nn.Module) -> str:
+    built_as = getattr(network, "built_as", None)
+    return built_as.name if built_as is not None else type(network).__name__
