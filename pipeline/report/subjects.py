@@ -32,7 +32,7 @@ def compared(report: Report) -> list[Column]:
 def every(report: Report) -> list[Column]:
     """As `compared`, with each single teacher before the ensemble where there are several."""
     singles = report.teachers if len(report.teachers) > 1 else []
-    each = [Column("teacher", f"Teacher {i}", subject) for i, subject in enumerate(singles, start=1)]
+    each = [Column(f"teacher {i}", f"Teacher {i + 1}", subject) for i, subject in enumerate(singles)]
     return each + compared(report)
 
 
@@ -74,8 +74,7 @@ def pace(column: Column | None, over: Column | None, count: str) -> Pace | None:
     """The measured `Speedup` of ``column`` over ``over`` at ``count`` threads, else the ratio of medians."""
     if column is None or over is None:
         return None
-    names = (over.key, over.role, over.subject.name)
-    for name in names:
+    for name in (over.key, over.subject.name):
         for speedup in column.subject.speedups:
             if speedup.over == name and str(speedup.threads) == count:
                 return Pace(column, over, count, speedup.ratio, speedup.low, speedup.high)
@@ -86,9 +85,10 @@ def pace(column: Column | None, over: Column | None, count: str) -> Pace | None:
 
 
 def paces(report: Report) -> list[Pace]:
-    """int8 over teacher, int8 over fp32, fp32 over teacher, at every thread count."""
-    pairs = [("student_int8", "teacher"), ("student_int8", "student"), ("student", "teacher")]
-    found = [
-        pace(of(report, key), of(report, over), count) for key, over in pairs for count in threads(report)
-    ]
+    """int8 over each teacher, int8 over fp32, fp32 over each teacher, at every thread count."""
+    teachers = [column for column in every(report) if column.key.startswith("teacher")]
+    int8, student = of(report, "student_int8"), of(report, "student")
+    pairs = [*((int8, teacher) for teacher in teachers), (int8, student)]
+    pairs += [(student, teacher) for teacher in teachers]
+    found = [pace(column, over, count) for column, over in pairs for count in threads(report)]
     return [one for one in found if one is not None]

@@ -8,30 +8,40 @@ from rich.text import Text
 
 from ..results import Report
 from . import figures
-from .headline import accuracy_in_words, notes
+from .headline import notes, title
 from .subjects import compared, threads
 
 
 def table(report: Report) -> Table:
-    """A row per network: accuracy with its 95 % interval, size, median latency at each thread count.
+    """A row per network: accuracy with its interval, size, median latency at each thread count; 80 columns.
 
     Names are shown as they are: nothing in them is taken for markup.
     """
     counts = threads(report)
-    drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    drawn = Table(
+        title=Text(title(report)),
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="",
+        padding=(0, 2, 0, 0),
+    )
     drawn.add_column("")
-    drawn.add_column("network", overflow="fold")
-    drawn.add_column("accuracy (95 % interval)", justify="right")
-    drawn.add_column("size", justify="right")
-    for count in counts:
-        drawn.add_column(f"latency, {figures.threads(count)}", justify="right")
+    for name in ("accuracy", "95 % interval", "size", *(figures.threads(count) for count in counts)):
+        drawn.add_column(name, justify="right", no_wrap=True)
     for column in compared(report):
-        network = column.subject
+        network, accuracy = column.subject, column.subject.accuracy
+        interval = figures.MISSING
+        if accuracy:
+            interval = figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
         latencies = (network.latency_ms.get(count) for count in counts)
         drawn.add_row(
             column.role,
-            Text(network.name),
-            accuracy_in_words(network.accuracy),
+            figures.percent(accuracy.top1, accuracy.n) if accuracy else figures.MISSING,
+            figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
+            if accuracy
+            else figures.MISSING,
             figures.megabytes(network.bytes),
             *(figures.milliseconds(one.p50 if one else None) for one in latencies),
             style="bold" if column.key == "student_int8" else "",

@@ -93,7 +93,17 @@ def test_confident_mistakes_are_the_first_examples() -> None:
 
 def test_several_teachers_stand_beside_their_ensemble() -> None:
     report = reports.full()
-    two = report.model_copy(update={"teachers": [report.teachers[0], report.teachers[0]]})
-    assert page(two).comparison.columns == [
-        "", "Teacher 1", "Teacher 2", "Teachers together", "Student fp32", "Student int8",
-    ]  # fmt: skip
+    assert report.teacher is not None and report.student_int8 is not None
+    together = report.teacher.model_copy(update={"name": "both", "latency_ms": {}})
+    over_second = Speedup(over="teacher 1", threads=1, ratio=17.0, low=16.5, high=17.5)
+    int8 = report.student_int8.model_copy(update={"speedups": [over_second]})
+    two = report.model_copy(
+        update={"teachers": [report.teachers[0]] * 2, "teacher": together, "student_int8": int8}
+    )
+    shown = page(two)
+    assert shown.comparison.columns[1:4] == ["Teacher 1", "Teacher 2", "Teachers together"]
+    assert shown.title == "mobilenetv2_100 distilled from resnet34 + resnet34"
+    assert shown.key_figures[1].meaning == "faster than its own fp32 file, 1 thread"
+    rows = {row[0]: row[1] for row in shown.speedups.rows}
+    assert rows["Student int8 against teacher 1"] == "18.2× faster, without interval"
+    assert rows["Student int8 against teacher 2"] == "17.0× faster (16.5–17.5×)"
