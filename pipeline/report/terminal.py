@@ -39,9 +39,7 @@ def table(report: Report) -> Table:
         drawn.add_row(
             column.role,
             figures.percent(accuracy.top1, accuracy.n) if accuracy else figures.MISSING,
-            figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
-            if accuracy
-            else figures.MISSING,
+            interval,
             figures.megabytes(network.bytes),
             *(figures.milliseconds(one.p50 if one else None) for one in latencies),
             style="bold" if column.key == "student_int8" else "",
