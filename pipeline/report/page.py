@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import figures, headline, pictures, tables
+from . import details, figures, headline, pictures, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -116,7 +116,7 @@ def page(report: Report) -> Page:
         speedups=tables.speedups(report),
         latency=tables.latency(report),
         trainings=trainings,
-        epochs=tables.epochs(report),
+        epochs=details.epochs(report),
         examples=examples,
         examples_note=_examples_note(report, len(examples)),
         examples_table=_examples_table(examples),
@@ -128,14 +128,19 @@ def page(report: Report) -> Page:
         words=words,
         watched=watched,
         command=report.command,
-        details=[tables.stages(report), tables.roles(report), tables.origins(report), tables.files(report)],
+        details=[
+            details.stages(report),
+            details.roles(report),
+            details.origins(report),
+            details.files(report),
+        ],
         folded=[
-            tables.skipped(report),
-            tables.duplicates(report),
-            tables.quantization(report),
-            tables.method(report),
-            tables.environment(report),
-            tables.config(report),
+            details.skipped(report),
+            details.duplicates(report),
+            details.quantization(report),
+            details.method(report),
+            details.environment(report),
+            details.config(report),
         ],
         footer=_footer(report),
     )

@@ -1,13 +1,12 @@
-"""Everything a report says in tables, as text: the HTML and the Markdown page show the same."""
+"""What a report says in tables, as text: the HTML and the Markdown page show the same."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..results import Accuracy, ClassResult, Report, Subject
 from . import figures
 from .headline import in_words
-from .subjects import every, paces, shipped, threads
+from .subjects import every, paces, threads
 
 
 @dataclass(frozen=True)
@@ -212,126 +211,3 @@ def words(report: Report) -> Table:
         note=" ".join(dict.fromkeys(one.note for one in report.words if one.note)),
         left=2,
     )
-
-
-def files(report: Report) -> Table:
-    rows = [
-        [
-            column.role,
-            column.subject.file or figures.MISSING,
-            f"{column.subject.bytes:,}" if column.subject.bytes is not None else figures.MISSING,
-            column.subject.sha256 or figures.MISSING,
-        ]
-        for column in every(report)
-        if column.subject.file or column.subject.sha256
-    ]
-    return Table("Files", ["", "file", "bytes", "SHA-256"], rows, code=frozenset({1, 3}), text=True)
-
-
-def origins(report: Report) -> Table:
-    rows = [
-        [
-            column.role,
-            column.subject.weights,
-            column.subject.head or figures.MISSING,
-            column.subject.licence or figures.MISSING,
-            _format(column.subject),
-        ]
-        for column in every(report)
-    ]
-    columns = ["", "weights started from", "head", "licence of the weights", "format"]
-    return Table("Origin of the weights", columns, rows, text=True)
-
-
-def _format(subject: Subject) -> str:
-    parts = [
-        f"{name} {value}" for name, value in (("opset", subject.opset), ("IR", subject.ir_version)) if value
-    ]
-    return "ONNX, " + ", ".join(parts) if parts else figures.MISSING
-
-
-def quantization(report: Report) -> Table:
-    ships = shipped(report)
-    recipe = ships.subject.quantization if ships else None
-    return pairs("Quantization", recipe or {})
-
-
-def roles(report: Report) -> Table:
-    data = report.data
-    if data is None:
-        return Table("Data", [], [])
-    rows = [
-        [role, f"{n:,}"] for role, n in (("train", data.train), ("select", data.select), ("test", data.test))
-    ]
-    note = f"{data.name}; fingerprint {data.fingerprint}. Skipped images: {len(data.skipped):,}. "
-    note += f"Groups of identical images: {len(data.duplicates):,}."
-    return Table("Data", ["role", "images"], rows, note=note)
-
-
-def skipped(report: Report) -> Table:
-    found = report.data.skipped if report.data else []
-    rows = [[name, reason] for name, reason in found]
-    return Table("Images skipped", ["image", "reason"], rows, code=frozenset({0}), text=True)
-
-
-def duplicates(report: Report) -> Table:
-    found = report.data.duplicates if report.data else []
-    rows = [
-        [f"{len(group):,}", ", ".join(group[:10]) + (", …" if len(group) > 10 else "")] for group in found
-    ]
-    return Table("Identical images", ["images", "names"], rows, code=frozenset({1}), text=True)
-
-
-def stages(report: Report) -> Table:
-    rows = [[one.stage, figures.duration(one.seconds), one.summary] for one in report.stages]
-    total = sum(one.seconds for one in report.stages)
-    note = f"{figures.duration(total)} in all." if rows else ""
-    return Table("Stages", ["stage", "time", "result"], rows, note=note, text=True)
-
-
-def epochs(report: Report) -> Table:
-    rows = [
-        [
-            one.stage,
-            f"{one.epoch:,} of {one.epochs:,}",
-            ", ".join(f"{name} {figures.number(value)}" for name, value in one.losses.items()),
-            figures.percent(one.train_accuracy),
-            figures.percent(one.select_accuracy),
-            figures.number(one.learning_rate),
-            figures.number(round(one.images_per_second)) if one.images_per_second < 1e15 else figures.MISSING,
-        ]
-        for one in report.epochs
-    ]
-    columns = ["stage", "epoch", "losses", "train", "select", "learning rate", "images/s"]
-    return Table("Epochs", columns, rows, text=True)
-
-
-def environment(report: Report) -> Table:
-    return pairs("Environment", report.environment)
-
-
-def config(report: Report) -> Table:
-    return pairs("Every option", report.config)
-
-
-def method(report: Report) -> Table:
-    return pairs(f"Parameters of {report.method}", report.method_parameters)
-
-
-def pairs(title: str, content: dict[str, Any]) -> Table:
-    rows = [[name, value] for name, value in _flat(content)] if content else []
-    return Table(title, ["", "value"], rows, code=frozenset({0, 1}), text=True)
-
-
-def _flat(content: Any, name: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(content, dict) and content:
-        for key, value in content.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, (list, tuple)):
-        yield name, ", ".join(str(one) for one in content) or "none"
-    elif content is None:
-        yield name, "not set"
-    elif isinstance(content, bool):
-        yield name, "yes" if content else "no"
-    else:
-        yield name, str(content)
