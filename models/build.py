@@ -83,7 +83,8 @@ def build(
     with _seeded(seed):
         network = create_network(full, num_classes, size)
     _check_patches(network, full, size)
-    network.built_as = BuiltAs(full, num_classes, size)
+    note: Any = BuiltAs(full, num_classes, size)
+    network.built_as = note
     return network
 
 
@@ -95,23 +96,26 @@ def check_size(name: str, image_size: int) -> None:
     full = resolve(name)
     if image_size < 1:
         raise ModelError(f"An image size of {image_size} pixels is not possible; give a positive number.")
-    reason = _misfit(full, image_size)
-    if reason is None:
-        return
-    fitting = _fitting_sizes(full, image_size)
-    offer = f"sizes that fit are {' and '.join(map(str, fitting))}" if fitting else "try the model's own size"
-    raise ModelError(
-        f"The model {name} does not take images of {image_size} pixels ({reason}); {offer} "
-        f"(its own is {default_image_size(full)})."
-    )
+    try:
+        _run_shapes(full, image_size)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a forward pass of timm's thousand raises
+        fitting = _fitting_sizes(full, image_size)
+        if not fitting:
+            raise ModelError(f"The model {full} cannot be run: {_brief(error)}.") from error
+        raise ModelError(
+            f"The model {full} does not take images of {image_size} pixels; the next sizes that fit are "
+            f"{' and '.join(map(str, fitting))} (its own is {default_image_size(full)})."
+        ) from error
 
 
 def create_network(full: str, num_classes: int, image_size: int) -> "nn.Module":
-    """timm's network of a resolved name on torch's default device, sized for the images. Raises ModelError."""
+    """timm's network of a resolved name, on torch's default device, sized for the images; or ModelError."""
     import timm
 
     # timm marks the architectures whose weights depend on the input size; only those take img_size.
-    options = {"img_size": image_size} if pretrained_cfg(full).fixed_input_size else {}
+    options: dict[str, Any] = {"img_size": image_size} if pretrained_cfg(full).fixed_input_size else {}
     try:
         network: nn.Module = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
     except Exception as error:  # whatever a constructor of timm's thousand raises
@@ -140,8 +144,9 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
     """A stride-p patch convolution would silently ignore the rim of an image that p does not divide."""
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-    if patch is None:
+    embedding = getattr(network, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", None)
+    if patch is None or getattr(embedding, "dynamic_img_pad", False):
         return
     side = int(max(patch)) if isinstance(patch, (tuple, list)) else int(patch)
     if image_size % side:
@@ -151,21 +156,22 @@ def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
                          f"{image_size}; the next fitting sizes are {sizes}.")  # fmt: skip
 
 
-def _misfit(full: str, image_size: int) -> str | None:
-    """Why the network does not take this size, or None if it does."""
+def _run_shapes(full: str, image_size: int) -> None:
     import torch
 
+    with torch.device("meta"):
+        network = create_network(full, 2, image_size).eval()
+    _check_patches(network, full, image_size)
+    with torch.no_grad():
+        network(torch.empty(1, 3, image_size, image_size, device="meta"))
+
+
+def _fits(full: str, image_size: int) -> bool:
     try:
-        with torch.device("meta"):
-            network = create_network(full, 2, image_size).eval()
-        _check_patches(network, full, image_size)
-        with torch.no_grad():
-            network(torch.empty(1, 3, image_size, image_size, device="meta"))
-    except ModelError as error:
-        return _brief(error.__cause__ or error)
-    except Exception as error:  # whatever a forward pass of timm's thousand raises
-        return _brief(error)
-    return None
+        _run_shapes(full, image_size)
+    except Exception:  # whatever it is, this size isn't one to offer
+        return False
+    return True
 
 
 def _fitting_sizes(full: str, image_size: int) -> list[int]:
@@ -175,15 +181,12 @@ def _fitting_sizes(full: str, image_size: int) -> list[int]:
     own = default_image_size(full)
     reach = range(1, 2 * max(own, image_size))
     candidates = {own, *(size for size in reach if any(size % step == 0 for step in steps))}
-    found = []
     below = sorted((size for size in candidates if size < image_size), reverse=True)
     above = sorted(size for size in candidates if size > image_size)
+    found = []
     for side in (below, above):
-        fitting = next(
-            (size for size in [*side[:6], own] if size in side and _misfit(full, size) is None), None
-        )
-        if fitting is not None:
-            found.append(fitting)
+        tries = [*side[:6], *(size for size in side[6:] if size == own)]
+        found += [size for size in (next((size for size in tries if _fits(full, size)), None),) if size]
     return found
 
 

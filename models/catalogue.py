@@ -10,8 +10,11 @@ from .pretrained import has_pretrained, licence
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the list. parameters: of the network with its own classes. gmacs: billions of multiply-adds for
-    one image of image_size pixels, None where they cannot be counted. licence: of the published weights."""
+    """One line of the list.
+
+    parameters: of the network with its own classes. gmacs: billions of multiply-adds for one image of
+    image_size pixels, None where they cannot be counted. licence: of the published weights.
+    """
 
     name: str
     alias: str | None

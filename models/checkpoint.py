@@ -1,4 +1,4 @@
-"""Weights in files: reading whatever people have (never running what is in it), and writing plain safetensors."""
+"""Weights in files: reading what people have (never running what is in it), writing plain safetensors."""
 
 import argparse
 import hashlib
@@ -48,8 +48,8 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a safetensors file or a torch checkpoint, nested or not. Raises ModelError, one sentence.
 
-    A torch checkpoint is a pickle; only tensors and plain values in it are accepted (`weights_only=True`), and
-    there is no other way in.
+    A torch checkpoint is a pickle; only tensors and plain values in it are accepted (`weights_only=True`),
+    and there is no other way in.
     """
     file = Path(path).expanduser()
     try:
@@ -83,7 +83,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def save_weights(network: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write the network's plain state_dict as safetensors, with text metadata. What is read back is bit-equal."""
+    """Write the network's plain state_dict as safetensors, with text metadata; it is read back bit-equal."""
     # Tied weights share memory, which the format doesn't store; each name gets its own copy.
     tensors = {
         name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()
@@ -111,11 +111,10 @@ def _read_torch(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
-        if found or "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
-            what = f" ({found[1] or found[2]})" if found else ""
+        if found:
             raise ModelError(
-                f"The checkpoint {file} holds more than weights{what} and could run code when opened, so it was not "
-                f"loaded; save its state_dict alone, or as safetensors."
+                f"The checkpoint {file} holds more than weights ({found[1] or found[2]}) and could run code "
+                f"when opened, so it was not loaded; save its state_dict alone, or as safetensors."
             ) from error
         raise ModelError(f"The checkpoint {file} is damaged or not a torch checkpoint.") from error
     except Exception as error:  # a damaged archive fails in many ways
@@ -125,8 +124,10 @@ def _read_torch(file: Path) -> Any:
 
 
 def _find_weights(content: Any, depth: int = 0) -> tuple[StateDict, str]:
-    """The named tensors in a checkpoint, and under which keys they lay: the averaged weights where there are any,
-    else those under a usual name, else the largest collection."""
+    """The named tensors in a checkpoint, and under which keys they lay.
+
+    The averaged weights where there are any, else those under a usual name, else the largest collection.
+    """
     if isinstance(content, nn.Module) or not isinstance(content, Mapping) or depth > 4:
         return {}, ""
     tensors = {
@@ -166,7 +167,7 @@ def _labels(content: Mapping[Any, Any], depth: int = 0) -> tuple[str, ...] | Non
 
 
 def _ordered(table: Any) -> tuple[str, ...] | None:
-    """Names by number from a table {name: number} or {number: name}; None unless the numbers are 0, 1, 2, …"""
+    """Names by number from {name: number} or {number: name}; None unless the numbers are 0, 1, 2, …"""
     if not isinstance(table, Mapping) or not table:
         return None
     by_number: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Published weights: whether there are any, under which licence, and fetching them or saying at once why not."""
+"""Published weights: whether there are any, their licence, and fetching them or saying at once why not."""
 
 import hashlib
 import urllib.error
@@ -32,7 +32,7 @@ def has_pretrained(name: str) -> bool:
 
 
 def licence(name: str) -> str | None:
-    """The licence of a name's published weights as timm states it; None where there are none or it is unknown."""
+    """The licence of a name's published weights by timm's word; None if there are none or it is unknown."""
     if not has_pretrained(name):
         return None
     stated = pretrained_cfg(name).license
@@ -47,8 +47,8 @@ def is_free(stated: str | None) -> bool:
 def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint:
     """The published weights of a name (its default tag where none is given), from the cache or the internet.
 
-    option: the command-line option that the error's ways out name. Raises ModelError within seconds when there
-    are none or they can't be reached.
+    option: the command-line option that the error's ways out name. Raises ModelError within seconds when
+    there are none or they can't be reached.
     """
     import timm
 
@@ -70,7 +70,8 @@ def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint
             )
     except Exception as error:  # a damaged download fails in many ways
         raise ModelError(
-            f"The published weights of {full} in {file} cannot be loaded ({error}); delete that file and try again."
+            f"The published weights of {full} cannot be loaded ({type(error).__name__}); delete {file} "
+            f"and try again."
         ) from error
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -95,7 +96,7 @@ def _from_hub(full: str, cfg: Any, option: str) -> tuple[Path, str]:
             return Path(cached), f"{repository} on Hugging Face"
     for filename in candidates:
         try:
-            # One question without retries: offline, the download itself would go on trying for most of a minute.
+            # One question without retries: offline, the download would go on trying for most of a minute.
             get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=PROBE_SECONDS)
             return Path(
                 hf_hub_download(repository, filename, revision=revision)
@@ -134,13 +135,13 @@ def _ways_out(full: str, reason: str, option: str) -> str:
 
     return (
         f"The published weights of {full} cannot be had: {reason}. Three ways out: give a weights file "
-        f"({option} FILE); train from scratch ({option} none); or run this once where there is internet, and copy "
-        f"that machine's Hugging Face cache to {HF_HUB_CACHE} (or set HF_HOME)."
+        f"({option} FILE); train from scratch ({option} none); or run this once where there is internet, and "
+        f"copy that machine's Hugging Face cache to {HF_HUB_CACHE} (or set HF_HOME)."
     )
 
 
 def _labels(cfg: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Class names and descriptions: those the weights state, else ImageNet's where the class count is one of its."""
+    """Class names and descriptions: those stated, else ImageNet's where the count is one of its subsets'."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if cfg.label_names:

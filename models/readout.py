@@ -50,7 +50,8 @@ class Readouts(nn.Module):
         super().__init__()
         self.network = network
         built_as = getattr(network, "built_as", None)
-        if image_size is None and built_as is None:
+        size = image_size or getattr(built_as, "image_size", None)
+        if size is None:
             raise ModelError("An image size is needed to read out a network that was not built by name.")
         self.name: str = built_as.name if built_as is not None else type(network).__name__
         # How this family gives a map: "NCHW", "NHWC", "tokens" (through forward_intermediates) or None.
@@ -58,7 +59,7 @@ class Readouts(nn.Module):
         self.norm = False
         self.classifier_reads_vector = False
         self.level_count = 0
-        self.shapes = self._explore(image_size or built_as.image_size)
+        self.shapes = self._explore(size)
 
     @property
     def offers(self) -> Reads:
@@ -230,7 +231,9 @@ class Readouts(nn.Module):
     def _same_logits(self, vector: Tensor, logits: Tensor) -> bool:
         """Whether classifier(vector) is all that is left to do; else the head is run again for the logits."""
         classifier = self._network.get_classifier() if hasattr(self.network, "get_classifier") else None
-        if not isinstance(classifier, (nn.Linear, nn.Identity)) or getattr(self.network, "drop_rate", 0.0):
+        if not isinstance(classifier, (nn.Linear, nn.Identity)) or float(
+            self._network.__dict__.get("drop_rate", 0.0)
+        ):
             return False
         if isinstance(classifier, nn.Linear) and classifier.in_features != vector.shape[1]:
             return False

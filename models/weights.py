@@ -42,9 +42,9 @@ class LoadReport:
 def load_into(network: nn.Module, checkpoint: Checkpoint, *, allow_head_mismatch: bool = False) -> LoadReport:
     """Put a checkpoint's weights into a network; everything fits or nothing is changed.
 
-    Wrapper prefixes are taken off. Weights in another known format, or made for another image size, go through
-    timm's own conversion. With allow_head_mismatch, a classifier of another class count (or none in the file)
-    keeps its initialisation. Raises ModelError, naming the keys that don't fit.
+    Wrapper prefixes are taken off. Weights in another known format, or made for another image size, go
+    through timm's own conversion. With allow_head_mismatch, a classifier of another class count (or none in
+    the file) keeps its initialisation. Raises ModelError, naming the keys that don't fit.
     """
     target = network.state_dict()
     weights = fitted(checkpoint.state_dict, target)
@@ -75,8 +75,8 @@ def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
 
 
 def fitted(weights: StateDict, target: StateDict) -> StateDict:
-    """The weights with the wrapper prefix (`module.`, `model.`, `backbone.`, …) taken off that makes most names
-    fit the target's. What lies outside that prefix belongs to something else and is left out."""
+    """The weights without the wrapper prefix (`module.`, `model.`, `backbone.`, …) that hides most of the
+    target's names. What lies outside the prefix belongs to something else and is left out."""
     prefixes = {""}
     for key in weights:
         parts = key.split(".")
@@ -90,7 +90,7 @@ def fitted(weights: StateDict, target: StateDict) -> StateDict:
 
 
 def _misfits(weights: StateDict, target: StateDict) -> set[str]:
-    """Keys missing, unexpected or of another shape. Old files lack BatchNorm's batch counter, which is fine."""
+    """Keys missing, unexpected or of another shape; old files may lack BatchNorm's batch counter."""
     missing = {key for key in target if key not in weights and not key.endswith("num_batches_tracked")}
     unexpected = {key for key in weights if key not in target}
     shapes = {key for key in weights if key in target and weights[key].shape != target[key].shape}
@@ -123,8 +123,10 @@ def _rows(weights: StateDict, classifiers: tuple[str, ...]) -> int | None:
 
 
 def _converted(network: nn.Module, raw: StateDict) -> StateDict | None:
-    """The weights in the network's own form by timm's loader for that architecture (original-format checkpoints,
-    position embeddings of another image size), or None if timm can't make them fit either."""
+    """The weights in the network's own form by timm's loader for that architecture, or None if it fails too.
+
+    It knows the formats of the original authors, and resamples position embeddings to another image size.
+    """
     import timm
     from timm.models import clean_state_dict
 
@@ -134,10 +136,12 @@ def _converted(network: nn.Module, raw: StateDict) -> StateDict | None:
     cleaned = clean_state_dict(raw)
     stripped = fitted(cleaned, network.state_dict())
     known = _rows(stripped, _classifier_names(network))
-    # A foreign format hides its head: try what a last matrix suggests, the network's own classes, and no head.
+    # A foreign format hides its head: try the network's own classes, what the last matrix suggests, none.
     matrices = [int(value.shape[0]) for value in cleaned.values() if value.ndim == 2]
     counts = [known, built_as.num_classes, *matrices[-1:], 0] if known is None else [known]
-    options = {"img_size": built_as.image_size} if pretrained_cfg(built_as.name).fixed_input_size else {}
+    options: dict[str, Any] = (
+        {"img_size": built_as.image_size} if pretrained_cfg(built_as.name).fixed_input_size else {}
+    )
     for count in dict.fromkeys(count for count in counts if count is not None):
         for weights in (stripped, cleaned):
             overlay: dict[str, Any] = {"state_dict": dict(weights), "num_classes": count, "label_offset": 0}
@@ -150,7 +154,7 @@ def _converted(network: nn.Module, raw: StateDict) -> StateDict | None:
                         pretrained_cfg_overlay=overlay,
                         **options,
                     )
-            except Exception:  # noqa: S112 — each failure only means that this reading of the file was wrong
+            except Exception:  # each failure only means that this reading of the file was wrong
                 continue
             converted: StateDict = twin.state_dict()
             return converted
