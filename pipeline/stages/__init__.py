@@ -1,0 +1,15 @@
+"""The stages: each reads files, writes files, and gives its part of the report."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..job import Job
+    from ..run_folder import Done
+
+
+def stage_run(name: str) -> "Callable[[Job], Done]":
+    """The function that does a stage of :data:`~questpress.pipeline.options.STAGES`."""
+    run: Callable[[Job], Done] = import_module(f".{name}", __package__).run
+    return run

@@ -1,0 +1,11 @@
+"""``python -m questpress.pipeline`` is ``compress``."""
+
+from .cli import cli
+
+
+def main() -> None:
+    cli(prog_name="compress")
+
+
+if __name__ == "__main__":
+    main()

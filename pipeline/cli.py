@@ -1,0 +1,196 @@
+"""The command line: made from the list of options, and nothing heavy is imported before it is needed."""
+
+import errno
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+
+from . import defaults
+from .options import Options, group
+
+if TYPE_CHECKING:
+    from .results import Report
+
+T = TypeVar("T")
+GROUPS = ("What", "Weights", "Method", "Training", "Images", "Export", "Running")
+
+
+class Shorthand(click.Group):
+    """``compress OPTIONS`` is ``compress run OPTIONS``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+class Grouped(click.Command):
+    """A command whose options are listed under headings, with the table of defaults at the end."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                name = str(parameter.name)
+                heading = group(name) if name in Options.model_fields else "Running"
+                records[heading].append(record)
+        for name in GROUPS:
+            with formatter.section(name):
+                formatter.write_dl(records[name], col_max=28)
+        with formatter.section("What is chosen where you say nothing (from scratch | from weights)"):
+            formatter.write_dl(
+                [
+                    (option, scratch if weights in (scratch, "the same") else f"{scratch} | {weights}")
+                    for option, scratch, weights in defaults.lines()
+                ],
+                col_max=28,
+            )
+
+
+def _option(name: str, annotation: Any, default: Any, help: str) -> click.Option:
+    """One option of `run`; its value is None unless it was given, so that a config file is not overridden."""
+    kind = _without_none(annotation)
+    shown = {"settings": "set", "json_": "json"}.get(name, name).replace("_", "-")
+    if kind is bool and default is None:
+        return click.Option([f"--{shown}/--no-{shown}", name], default=None, help=help)
+    if kind is bool:
+        return click.Option([f"--{shown}", name], is_flag=True, default=None, help=help)
+    if isinstance(default, str | int | float):
+        help = f"{help} [default: {default}]"
+    if name == "milestones":
+        return click.Option([f"--{shown}", name], metavar="E,E,…", default=None, help=help)
+    if get_origin(kind) in (list, dict):
+        choices = get_args(get_args(kind)[0]) if get_origin(kind) is list else ()
+        metavar = "KEY=VALUE" if get_origin(kind) is dict else None
+        return click.Option(
+            [f"--{shown}", name],
+            type=click.Choice(choices) if choices else str,
+            multiple=True,
+            default=None,
+            metavar=metavar,
+            help=help,
+        )
+    if get_origin(kind) is Literal:
+        return click.Option([f"--{shown}", name], type=click.Choice(get_args(kind)), default=None, help=help)
+    return click.Option(
+        [f"--{shown}", name], type=kind if kind in (int, float) else str, default=None, help=help
+    )
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
+
+
+@click.group(
+    cls=Shorthand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(package_name="questpress", prog_name="compress")
+def cli() -> None:
+    """Turn a big pretrained vision network into a small one that ships.
+
+    \b
+    compress --teacher resnet50 --student mobilenetv2                 the built-in digits, in minutes
+    compress --teacher resnet50 --student mobilenetv2 --data photos/ --out runs/shop
+    compress predict runs/shop photo.jpg                              ask the network that came out
+    compress models 'mobilenet*'                                      names, sizes, licences
+
+    Options without a command go to `run`: `compress run --help` lists them.
+    """
+
+
+@cli.command(cls=Grouped)
+def run(**options: Any) -> None:
+    """Distill, export, quantize, validate and measure: the whole job.
+
+    The same command again does only what is missing; an interrupted one goes on where it stopped.
+    """
+
+    from .run import compress
+
+    given: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
+    report = _told(lambda: compress(**given))
+    _show(report, as_json=bool(options["json_"]))
+
+
+run.params += [
+    _option(name, field.annotation, field.default, field.description or "")
+    for name, field in Options.model_fields.items()
+]
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="answers for each image")
+@click.option("--file", "file", help="which .onnx of the artifact answers [default: the int8 one]")
+@click.option("--threads", type=click.IntRange(1), help="threads [default: the cores allowed, at most 4]")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object a line")
+def predict(
+    artifact: Path, images: tuple[Path, ...], top: int, file: str | None, threads: int | None, as_json: bool
+) -> None:
+    """Ask a compressed network what it sees.
+
+    ARTIFACT is a run folder, an artifact folder or one of its .onnx files; IMAGES are files.
+    """
+    from .predict import predict as answer
+
+    unread = _told(lambda: answer(artifact, images, top=top, file=file, threads=threads, as_json=as_json))
+    sys.exit(1 if unread else 0)
+
+
+@cli.command()
+@click.argument("pattern", default="*")
+@click.option(
+    "--image-size", type=click.IntRange(8), help="side in pixels that GMACs are counted for [default: own]"
+)
+def models(pattern: str, image_size: int | None) -> None:
+    """List networks by name, with parameters, GMACs and the licence of their weights.
+
+    PATTERN is a name or one with wildcards, such as 'mobilenet*'.
+    """
+    from .list_models import list_models
+
+    _told(lambda: list_models(pattern, image_size))
+
+
+def _told(job: Callable[[], T]) -> T:
+    """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback."""
+    try:
+        return job()
+    except KeyboardInterrupt:
+        click.echo("\nStopped. The same command goes on where this one was.", err=True)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        click.echo(
+            f"Error: {error.filename or 'a file'}: {error.strerror}; what was there is unchanged.", err=True
+        )
+        sys.exit(1)
+    except Exception as error:
+        # The rooms have error classes of their own; each tells its exit code.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(code)
+
+
+def _show(report: "Report", *, as_json: bool) -> None:
+    from .report.terminal import show
+
+    if as_json:
+        click.echo(report.model_dump_json(indent=2, by_alias=True))
+    elif report.stages:
+        show(report)

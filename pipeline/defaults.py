@@ -1,0 +1,85 @@
+"""What is chosen where the user is silent: one table, used by the job, `--help` and the documentation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SMALL_IMAGES = 64
+"""Images whose median short side is at most this many pixels are small: shifted, not cropped and resized."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Defaults of one option, for a network trained from scratch and for one that starts from weights."""
+
+    option: str
+    scratch: str
+    pretrained: str
+
+
+TABLE: tuple[Row, ...] = (
+    Row("--epochs", "40; 60 from 2,000, 100 from 100,000 images", "20; 10 from 100,000 images"),
+    Row("--teacher-epochs", "20; 60 from 2,000, 100 from 100,000 images", "15; 5 from 100,000 images"),
+    Row("--batch-size", "32; 64 from 2,000, 128 from 20,000, 256 from 200,000 images", "the same"),
+    Row("--optimizer", "adamw", "adamw"),
+    Row("--lr, --teacher-lr", "0.002 at batch 64, in proportion to √batch", "0.0003 at batch 64, likewise"),
+    Row("--schedule", "cosine to zero", "the same"),
+    Row("--warmup-epochs", "a tenth of the epochs, at most 5", "the same"),
+    Row("--weight-decay", "0.05", "0.05"),
+    Row("--label-smoothing", "0", "0"),
+    Row("--crop", "pad for small images (median short side up to 64), else resized", "the same"),
+    Row("--crop-scale", "0.25 (resized)", "the same"),
+    Row("--pad", "an eighth of the image size (pad)", "the same"),
+    Row("--pad-mode", "zeros", "zeros"),
+    Row("--flip", "yes; no for digits", "the same"),
+    Row("--color-jitter", "0", "0"),
+    Row("--select-fraction", "0.1", "0.1"),
+    Row("--image-size", "the student's own; 64 for digits", "the same"),
+    Row("--seed", "0", "0"),
+)
+
+
+def epochs(role: str, images: int, *, scratch: bool) -> int:
+    """Epochs of the ``student`` or a ``teacher`` over so many training images."""
+    if role == "teacher":
+        return (
+            _by_size(images, (0, 20), (2_000, 60), (100_000, 100))
+            if scratch
+            else _by_size(images, (0, 15), (100_000, 5))
+        )
+    return (
+        _by_size(images, (0, 40), (2_000, 60), (100_000, 100))
+        if scratch
+        else _by_size(images, (0, 20), (100_000, 10))
+    )
+
+
+def batch_size(images: int) -> int:
+    return _by_size(images, (0, 32), (2_000, 64), (20_000, 128), (200_000, 256))
+
+
+def learning_rate(batch: int, *, scratch: bool, optimizer: str) -> float:
+    """Peak learning rate; plain SGD wants about fifty times that of the adaptive optimizers."""
+    base = (2e-3 if scratch else 3e-4) * (batch / 64) ** 0.5
+    return round(base * 50 if optimizer in ("sgd", "momentum", "nesterov") else base, 6)
+
+
+def warmup_epochs(epochs: int) -> float:
+    return min(5.0, epochs / 10)
+
+
+def small(median_short_side: int) -> bool:
+    return median_short_side <= SMALL_IMAGES
+
+
+def pad(image_size: int) -> int:
+    return image_size // 8
+
+
+def _by_size(images: int, *steps: tuple[int, Any]) -> Any:
+    return next(value for least, value in reversed(steps) if images >= least)
+
+
+def lines() -> Sequence[tuple[str, str, str]]:
+    """The table as (option, from scratch, from weights)."""
+    return [(row.option, row.scratch, row.pretrained) for row in TABLE]

@@ -1,0 +1,104 @@
+"""Where training runs, and in which arithmetic."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..export.runtime import allowed_cores
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a training step is computed; exact repetition needs the same engine."""
+
+    device: str
+    threads: int
+    precision: str
+    """``fp32``, or ``bf16`` for autocast."""
+
+    def autocast(self) -> torch.autocast:
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def choose_device(asked: str | None) -> str:
+    """``asked`` if it is there, else the first of cuda, mps and cpu.
+
+    Raises:
+        UsageError: the device asked for does not exist on this machine.
+    """
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    kind, _, number = asked.partition(":")
+    if kind not in there or (number and not number.isdigit()):
+        raise UsageError(f"--device {asked}: choose cuda, cuda:1, mps or cpu.")
+    if not there[kind]:
+        raise UsageError(
+            f"--device {asked}: this machine has none that torch can use; leave it out or say cpu."
+        )
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {asked}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
+        )
+    return asked
+
+
+def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
+    """The engine for training ``network``; ``precision`` is ``auto``, ``fp32`` or ``bf16``.
+
+    On a GPU bf16 pays. On a CPU it does where the processor multiplies in bf16, for networks of dense
+    convolutions and matrices; depthwise convolutions are slower in it than in fp32 (benchmarks/precision.py).
+    """
+    if precision == "auto":
+        precision = "bf16" if bf16_pays(device) and not (device == "cpu" and depthwise(network)) else "fp32"
+    return Engine(device, allowed_cores(), precision)
+
+
+def inference_engine(device: str, precision: str) -> Engine:
+    """The engine of a frozen teacher, whose depthwise convolutions gain from bf16 too."""
+    if precision == "auto":
+        precision = "bf16" if bf16_pays(device) else "fp32"
+    return Engine(device, allowed_cores(), precision)
+
+
+def bf16_pays(device: str) -> bool:
+    """Whether the device multiplies matrices of bf16 numbers in hardware."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bf16()
+
+
+def depthwise(network: nn.Module) -> bool:
+    """Whether the network has depthwise convolutions."""
+    return any(
+        isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+        for module in network.modules()
+    )
+
+
+def use_threads(threads: int) -> None:
+    """Give torch this many threads, and no more than this job may use."""
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def describe(engine: Engine) -> dict[str, Any]:
+    """The engine in words, for the report."""
+    kind = torch.device(engine.device).type
+    name = torch.cuda.get_device_name(engine.device) if kind == "cuda" else kind
+    return {"training device": name, "training threads": str(engine.threads), "precision": engine.precision}
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))

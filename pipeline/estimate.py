@@ -1,0 +1,78 @@
+"""`--dry-run`: how long a job will take here and how much disk, roughly, before anything is begun."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..export.runtime import allowed_cores
+from ..models.catalogue import describe
+from .data.image_set import ImageSet
+from .device import use_threads
+from .options import Options
+
+STEP = 3.0
+"""A training step costs about three forward passes: one forward, two backward."""
+
+EFFICIENCY = 0.3
+"""Share of the rate of one large convolution that a whole network in training reaches, roughly."""
+
+WEIGHT_COPIES = 5
+"""Teacher's weights, its ONNX file, and a checkpoint with the optimizer's two moments."""
+
+
+def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
+    """Lines to show: what would run, for how long, with how much disk."""
+    assert options.image_size and options.epochs and options.teacher_epochs
+    rate = EFFICIENCY * convolution_rate(device)
+    train, size = len(data.train), options.image_size
+    teachers = [describe(name, size) for name in options.teacher]
+    student = describe(options.student, size)
+    lines = [
+        f"{data.name}: {len(data.classes)} classes; {train} train, {len(data.select)} select, "
+        f"{len(data.test)} test images, at {size} px",
+    ]
+    macs = 0.0
+    gmacs = {entry.name: entry.gmacs or 0.0 for entry in [*teachers, student]}
+    for teacher, weights in zip(teachers, options.teacher_weights, strict=True):
+        how = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
+        macs += STEP * gmacs[teacher.name] * train * options.teacher_epochs
+        lines.append(
+            f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
+            f"{gmacs[teacher.name]:.2f} GMACs, {how} for {options.teacher_epochs} epochs"
+        )
+    distilling = sum(gmacs[teacher.name] for teacher in teachers) if options.method != "none" else 0.0
+    macs += (STEP * gmacs[student.name] + distilling) * train * options.epochs
+    lines.append(
+        f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, {gmacs[student.name]:.2f} GMACs, "
+        f"{options.epochs} epochs with method {options.method}"
+    )
+    weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
+    disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2
+    lines.append(
+        f"about {_spoken(macs / rate / 60)} on {device} here, rather more than less; "
+        f"about {disk / 1e9:.1f} GB of disk"
+    )
+    return lines
+
+
+def convolution_rate(device: str) -> float:
+    """GMACs a second of a 3×3 convolution over 256 channels on the device, from a short trial in fp32."""
+    use_threads(allowed_cores())
+    layer = nn.Conv2d(256, 256, 3, padding=1).to(device)
+    images = torch.randn(8, 256, 28, 28, device=device)
+    macs = 8 * 28 * 28 * 256 * 256 * 9 / 1e9
+    with torch.no_grad():
+        layer(images).sum().item()
+        started, runs = time.perf_counter(), 0
+        while time.perf_counter() - started < 0.3:
+            layer(images).sum().item()
+            runs += 1
+    return macs * runs / (time.perf_counter() - started)
+
+
+def _spoken(minutes: float) -> str:
+    if minutes < 90:
+        return f"{max(1, round(minutes))} minutes"
+    return f"{minutes / 60:.0f} hours" if minutes < 60 * 48 else f"{minutes / 60 / 24:.0f} days"

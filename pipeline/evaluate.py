@@ -1,0 +1,88 @@
+"""Answers of a network over a role's images, and what they amount to."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .device import Engine
+from .results import Accuracy, ClassResult
+from .task import Normalise
+
+BATCH = 128
+UNEVEN = 1.5
+"""Classes are uneven when the largest has more than this many times the images of the smallest."""
+
+
+@torch.no_grad()
+def logits(
+    network: nn.Module,
+    normalise: Normalise,
+    pixels: Tensor,
+    engine: Engine,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The network's logits in eval mode, fp32 [N,classes] on the host.
+
+    Args:
+        pixels: uint8 [N,S,S,3], as the runtime renders them.
+    """
+    was_training = network.training
+    network.eval()
+    answers = []
+    for start, batch in batches(pixels, engine.device):
+        with engine.autocast():
+            answers.append(network(normalise(batch)).float().cpu())
+        if progress is not None:
+            progress(start + len(batch), len(pixels))
+    network.train(was_training)
+    return torch.cat(answers)
+
+
+def batches(pixels: Tensor, device: str, size: int = BATCH) -> Iterator[tuple[int, Tensor]]:
+    """Rendered images uint8 [N,S,S,3] as (index of the first, uint8 [B,3,S,S] on the device)."""
+    for start in range(0, len(pixels), size):
+        yield start, pixels[start : start + size].to(device).permute(0, 3, 1, 2)
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
+    """Top-1 (and top-5 above ten classes) with its interval; the balanced one where classes are uneven.
+
+    Args:
+        logits: [N,classes]; labels: [N]; N > 0.
+    """
+    right = logits.argmax(1) == labels
+    counts = np.bincount(labels, minlength=logits.shape[1])
+    present = counts > 0
+    balanced = None
+    if counts[present].max() > UNEVEN * counts[present].min():
+        balanced = 100 * float(
+            (np.bincount(labels[right], minlength=len(counts))[present] / counts[present]).mean()
+        )
+    top5 = None
+    if logits.shape[1] > 10:
+        best = np.argpartition(-logits, 4, axis=1)[:, :5]
+        top5 = 100 * float((best == labels[:, None]).any(1).mean())
+    return Accuracy.of(int(right.sum()), len(labels), balanced=balanced, top5=top5)
+
+
+def agreement(logits: np.ndarray, others: np.ndarray) -> Accuracy:
+    """How often two networks give the same answer."""
+    return Accuracy.of(int((logits.argmax(1) == others.argmax(1)).sum()), len(logits))
+
+
+def per_class(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> list[ClassResult]:
+    right = logits.argmax(1) == labels
+    return [
+        ClassResult(label=name, n=int((labels == c).sum()), correct=int(right[labels == c].sum()))
+        for c, name in enumerate(classes)
+    ]
+
+
+def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
+    """Counts [true class][answer]."""
+    n = logits.shape[1]
+    flat = np.bincount(labels * n + logits.argmax(1), minlength=n * n)
+    table: list[list[int]] = flat.reshape(n, n).tolist()
+    return table

@@ -1,0 +1,106 @@
+"""Training inside a run: its plan, its checkpoint, its curves and its engine."""
+
+import json
+
+from torch import nn
+
+from . import evaluate
+from .checkpoint import Checkpoint
+from .device import Engine, choose_engine
+from .files import write_text
+from .job import Job
+from .results import Epoch
+from .task import DistillationTask
+from .train import Plan, train
+
+
+def plan(job: Job, *, epochs: int, lr: float) -> Plan:
+    """How a network of this run learns."""
+    o = job.options
+    assert o.batch_size and o.optimizer and o.schedule and o.warmup_epochs is not None
+    assert o.weight_decay is not None and o.label_smoothing is not None
+    return Plan(
+        epochs=epochs,
+        batch_size=min(o.batch_size, len(job.train.images)),
+        optimizer=o.optimizer,
+        lr=lr,
+        schedule=o.schedule,
+        milestones=tuple(o.milestones or ()),
+        # A teacher that is only tuned for a few epochs does not spend them all on warming up.
+        warmup_epochs=min(o.warmup_epochs, epochs / 2),
+        weight_decay=o.weight_decay,
+        decay_all=o.decay_all,
+        label_smoothing=o.label_smoothing,
+        seed=o.seed,
+    )
+
+
+def engine(job: Job, what: str, network: nn.Module) -> Engine:
+    """The engine for training ``what``: the one recorded where this training was begun on this device."""
+    engines = job.folder.record.setdefault("engines", {})
+    entry = engines.get(what)
+    if entry is not None and entry["key"] == job.key and entry["device"] == job.device:
+        return Engine(entry["device"], entry["threads"], entry["precision"])
+    chosen = choose_engine(job.device, job.options.precision, network)
+    engines[what] = {
+        "key": job.key,
+        "device": chosen.device,
+        "threads": chosen.threads,
+        "precision": chosen.precision,
+    }
+    job.folder.save()
+    return chosen
+
+
+def learn(job: Job, task: DistillationTask, plan: Plan, *, what: str, model: str) -> None:
+    """Train to the plan's end, going on from the run's checkpoint; curves go to ``metrics.jsonl``.
+
+    Args:
+        what: name of the checkpoint and of the curves: ``student``, ``teacher`` …
+        model: timm's name of what is trained.
+    """
+    checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key)
+    log = Log(job, what)
+    pixels, labels, _ = job.rendered("select", model)
+
+    def select_accuracy(network: nn.Module) -> float | None:
+        if not len(labels):
+            return None
+        answers = evaluate.logits(network, task.trainable_module.normalise, pixels, task.engine)
+        return evaluate.accuracy(answers.numpy(), labels.numpy()).top1
+
+    def show(step: int, steps: int, losses: dict[str, float]) -> None:
+        more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
+        epoch = min(plan.epochs, 1 + step * plan.epochs // steps)
+        job.stage.update(
+            f"training {model}",
+            step,
+            steps,
+            "images",
+            f"epoch {epoch}/{plan.epochs}  {more}",
+            plan.batch_size,
+        )
+
+    train(task, job.views, plan, checkpoint, stage=what, evaluate=select_accuracy, show=show, log=log)
+
+
+class Log:
+    """Appends epochs to ``metrics.jsonl``, each of them once, however often the training was interrupted."""
+
+    def __init__(self, job: Job, what: str) -> None:
+        self.file = job.folder.metrics
+        self.what = what
+
+    def __call__(self, epoch: Epoch) -> None:
+        kept = [
+            line
+            for line in (self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else [])
+            if not self._replaced(json.loads(line), epoch)
+        ]
+        write_text(self.file, "\n".join([*kept, epoch.model_dump_json()]) + "\n")
+
+    def _replaced(self, line: dict[str, object], epoch: Epoch) -> bool:
+        """An earlier attempt's line of this training: the same epoch, or one that is to come again."""
+        number = line["epoch"]
+        assert isinstance(number, int)
+        return line["stage"] == self.what and number >= epoch.epoch

@@ -1,0 +1,139 @@
+"""What a distillation method is: readouts in, named losses out."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+Readout = Mapping[str, Tensor]
+"""What a method sees of one network on one batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N]."""
+
+
+class Parameters(BaseModel):
+    """A method's own parameters, set by ``--set METHOD.KEY=VALUE`` and checked by name and type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a network's readouts, from a dry forward."""
+
+    maps: Mapping[str, tuple[int, int, int]]
+    """(C, H, W) of ``map`` and of every further level asked for, by readout name."""
+    vector: int | None
+    logits: int
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a method gets to prepare itself from: the frozen teachers over the training images.
+
+    ``readouts(t, reads)`` runs teacher ``t`` (eval mode, fp32) once over all training images under the
+    *test* transform, in a fixed order, and yields one :data:`Readout` per batch on the training device.
+    ``shared(kind, key, write)`` returns a file from the cache that runs share, made by ``write(path)`` when
+    it is not there yet; ``key`` is all it depends on besides the teacher's weights, the data and the
+    geometry of the images.
+    """
+
+    student: Shapes
+    teachers: Sequence[Shapes]
+    teacher_names: Sequence[str]
+    images: int
+    readouts: Callable[[int, frozenset[str]], Iterable[Readout]]
+    shared: Callable[[int, str, Mapping[str, Any], Callable[[Path], None]], Path]
+    seed: int
+    note: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` leaves behind: tensors for the run folder, facts for the report, a line to show."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+    """A part of the report (see ``results.Report``)."""
+    summary: str
+
+
+class Method(nn.Module):
+    """One way of learning from teachers. Its own heads are trained with the student and dropped afterwards.
+
+    A subclass declares what it reads, may ``prepare`` in one pass over the data, builds its heads in
+    ``__init__`` and returns its losses, already weighted, from ``forward``.
+    """
+
+    name: ClassVar[str]
+    takes: ClassVar[type[Parameters]]
+    """Its parameters, by name and type."""
+    paper: ClassVar[str]
+    cross_entropy: ClassVar[float] = 1.0
+    """Weight of the cross-entropy on labels when the method stands alone (its paper's)."""
+    prepares: ClassVar[bool] = False
+
+    @classmethod
+    def student_reads(cls, parameters: Any) -> frozenset[str]:
+        """Readouts of the student that ``forward`` looks at."""
+        raise NotImplementedError
+
+    @classmethod
+    def teacher_reads(cls, parameters: Any) -> frozenset[str]:
+        """Readouts of every teacher that ``forward`` looks at."""
+        raise NotImplementedError
+
+    @classmethod
+    def prepare(cls, parameters: Any, preparation: Preparation) -> Prepared:
+        """What the method needs of the teachers before training starts."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        parameters: Any,
+        student: Shapes,
+        teachers: Sequence[Shapes],
+        prepared: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+
+    def forward(
+        self, student: Readout, teachers: Sequence[Readout], labels: Tensor, epoch: int
+    ) -> dict[str, Tensor]:
+        """Named scalar losses, already weighted.
+
+        Args:
+            student: the student's readouts of the batch, with gradients.
+            teachers: each teacher's readouts of the same views, without.
+            labels: [B] class numbers.
+            epoch: the number of epochs done, for schedules such as a warm-up.
+        """
+        raise NotImplementedError
+
+    def watched(self) -> dict[str, Tensor]:
+        """Scalars worth seeing (means since the last call), on the device; the call starts them anew."""
+        return {}
+
+
+class Watch(nn.Module):
+    """Running sums on the device, so that watching a training costs no synchronisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[str, Tensor] = {}
+        self.batches = 0
+
+    @torch.no_grad()
+    def add(self, **values: Tensor) -> None:
+        for key, value in values.items():
+            value = value.detach().float()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
+        self.batches += 1
+
+    def means(self) -> dict[str, Tensor]:
+        """Means of what was added since the last call."""
+        means = {key: total / self.batches for key, total in self.sums.items()}
+        self.sums, self.batches = {}, 0
+        return means

@@ -1,0 +1,225 @@
+"""QuEST: quantized embedding space transfer.
+
+Jain, Gidaris, Komodakis, Pérez, Cord: "QuEST: Quantized Embedding Space for Transferring Knowledge",
+ECCV 2020, arXiv 1912.01540. The teacher's last feature map is quantized into visual words; the student learns
+to predict, at every position, how the teacher's feature is spread over the words:
+
+    p_T(k) = softmax_k(−‖f_T − v_k‖² / τ)                        soft assignment to the words v_1 … v_K
+    p_S(k) = softmax_k(γ · ⟨W_k/‖W_k‖, f_S/‖f_S‖⟩)               the student's cosine head, γ learned
+    L      = α · mean over batch and positions of KL(p_T ‖ p_S)
+
+The paper's formula sums over positions, its code averages; so does this. Without a τ, the temperature
+follows the features' own scale, as in the same group's OBoW (Gidaris et al., CVPR 2021): τ = μ/δ with μ the
+mean squared distance of a feature to its nearest word.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from . import base
+from .vocabulary import learn_vocabulary
+
+
+class Parameters(base.Parameters):
+    words: int = Field(4096, ge=2, description="K, the size of the vocabulary")
+    tau: float | None = Field(None, gt=0, description="τ of the teacher's soft assignment; none: μ/δ")
+    delta: float = Field(10.0, gt=0, description="δ: the scale-free temperature is μ/δ")
+    alpha: float = Field(1.0, gt=0, description="α, the weight of the loss")
+    gamma: float = Field(3.0, gt=0, description="γ at the start of training")
+    levels: tuple[str, ...] = Field(("map",), min_length=1, description="feature maps to use")
+    iterations: int = Field(20, ge=1, description="k-means iterations")
+    features: int | None = Field(
+        None, ge=2, description="how many features k-means may use; none: all that fit"
+    )
+
+
+class Quest(base.Method):
+    """Predict the teacher's visual words; see the module's text for the formulas."""
+
+    name = "quest"
+    paper = "Jain et al., ECCV 2020, arXiv 1912.01540"
+    takes = Parameters
+    prepares = True
+
+    @classmethod
+    def student_reads(cls, parameters: Parameters) -> frozenset[str]:
+        return frozenset(parameters.levels)
+
+    @classmethod
+    def teacher_reads(cls, parameters: Parameters) -> frozenset[str]:
+        return frozenset(parameters.levels)
+
+    @classmethod
+    def prepare(cls, parameters: Parameters, preparation: base.Preparation) -> base.Prepared:
+        """Learn one vocabulary for each teacher and level by k-means over the teacher's features."""
+        tensors: dict[str, Tensor] = {}
+        facts: list[Mapping[str, Any]] = []
+        for t, name in enumerate(preparation.teacher_names):
+            for level in parameters.levels:
+                grid = shared_grid(preparation.student.maps[level], preparation.teachers[t].maps[level])
+                learned = learn_vocabulary(
+                    preparation,
+                    teacher=t,
+                    level=level,
+                    grid=grid,
+                    words=parameters.words,
+                    iterations=parameters.iterations,
+                    limit=parameters.features,
+                )
+                tensors[f"{t}.{level}.words"] = learned.words
+                tensors[f"{t}.{level}.mu"] = torch.tensor(learned.mu)
+                facts.append({"teacher": name, "level": level, **learned.facts()})
+        summary = "; ".join(
+            f"{f['words']} words from {f['features']:,} features, perplexity {f['perplexity']:.0f}"
+            for f in facts
+        )
+        return base.Prepared(tensors, {"words": facts}, summary)
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        student: base.Shapes,
+        teachers: Sequence[base.Shapes],
+        prepared: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(parameters, student, teachers, prepared)
+        self.alpha = parameters.alpha
+        self.terms = nn.ModuleList(
+            WordPrediction(
+                level,
+                t,
+                words=prepared[f"{t}.{level}.words"],
+                tau=parameters.tau or float(prepared[f"{t}.{level}.mu"]) / parameters.delta,
+                grid=shared_grid(student.maps[level], teacher.maps[level]),
+                channels=student.maps[level][0],
+                gamma=parameters.gamma,
+            )
+            for t, teacher in enumerate(teachers)
+            for level in parameters.levels
+        )
+
+    def forward(
+        self,
+        student: base.Readout,
+        teachers: Sequence[base.Readout],
+        labels: Tensor,
+        epoch: int,
+    ) -> dict[str, Tensor]:
+        divergence = torch.stack([term(student, teachers) for term in self.terms]).sum()
+        return {"quest": self.alpha * divergence}
+
+    def watched(self) -> dict[str, Tensor]:
+        one = len(self.terms) == 1
+        return {
+            key if one else f"{key} ({term.teacher} {term.level})": value
+            for term in self._predictions()
+            for key, value in term.watched().items()
+        }
+
+    def _predictions(self) -> Iterator["WordPrediction"]:
+        for term in self.terms:
+            assert isinstance(term, WordPrediction)
+            yield term
+
+
+class WordPrediction(nn.Module):
+    """The loss of one teacher's vocabulary at one level: mean over batch and positions of KL(p_T ‖ p_S)."""
+
+    words: Tensor
+
+    def __init__(
+        self,
+        level: str,
+        teacher: int,
+        *,
+        words: Tensor,
+        tau: float,
+        grid: tuple[int, int],
+        channels: int,
+        gamma: float,
+    ) -> None:
+        super().__init__()
+        self.level, self.teacher, self.tau, self.grid = level, teacher, tau, grid
+        self.register_buffer("words", words.float(), persistent=False)
+        self.weight = nn.Parameter(torch.randn(len(words), channels) * (2 / channels) ** 0.5)
+        self.gamma = nn.Parameter(torch.tensor(gamma))
+        self.watch = base.Watch()
+
+    def forward(self, student: base.Readout, teachers: Sequence[base.Readout]) -> Tensor:
+        p_t = assign(to_grid(teachers[self.teacher][self.level], self.grid), self.words, self.tau)
+        logits = predict(to_grid(student[self.level], self.grid), self.weight, self.gamma)
+        log_p_s = F.log_softmax(logits.float(), dim=1)
+        self._look(p_t, log_p_s)
+        return F.kl_div(log_p_s, p_t, reduction="none").sum(1).mean()
+
+    @torch.no_grad()
+    def _look(self, p_t: Tensor, log_p_s: Tensor) -> None:
+        top, word = p_t.max(dim=1)
+        self.watch.add(
+            usage=torch.bincount(word.flatten(), minlength=len(self.words)).float(),
+            max_p_t=top.mean(),
+            word_accuracy=(log_p_s.argmax(dim=1) == word).float().mean(),
+            gamma=self.gamma,
+        )
+
+    def watched(self) -> dict[str, Tensor]:
+        means = self.watch.means()
+        if not means:
+            return {}
+        usage = means.pop("usage")
+        return {"perplexity": perplexity(usage), **means}
+
+
+def assign(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
+    """The teacher's soft assignment p_T = softmax(−‖f_T − v_k‖²/τ) over the words.
+
+    The distance is computed in fp32 even under autocast: its terms cancel in half precision.
+
+    Args:
+        f_t: [B,C,H,W] the teacher's map.
+        words: [K,C] the vocabulary.
+        tau: τ, in squared units of the features.
+
+    Returns:
+        [B,K,H,W] probabilities, fp32.
+    """
+    with torch.autocast(f_t.device.type, enabled=False):
+        f_t = f_t.float()
+        # ‖f‖² is the same for every word and drops out of the softmax.
+        closeness = 2 * F.conv2d(f_t, words[:, :, None, None]) - words.square().sum(1)[None, :, None, None]
+        return F.softmax(closeness / tau, dim=1)
+
+
+def predict(f_s: Tensor, weight: Tensor, gamma: Tensor) -> Tensor:
+    """The student's logits over the words, γ·⟨W_k/‖W_k‖, f_S/‖f_S‖⟩.
+
+    Args:
+        f_s: [B,C,H,W] the student's map.
+        weight: [K,C] W.
+        gamma: scalar γ.
+
+    Returns:
+        [B,K,H,W].
+    """
+    return gamma * F.conv2d(F.normalize(f_s, dim=1), F.normalize(weight, dim=1)[:, :, None, None])
+
+
+def shared_grid(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> tuple[int, int]:
+    """The grid (H, W) at which two maps [C,H,W] meet: the finer one is average-pooled to the coarser."""
+    return min(student[1], teacher[1]), min(student[2], teacher[2])
+
+
+def to_grid(f: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average-pool a map [B,C,H,W] to [B,C,*grid]."""
+    return f if f.shape[-2:] == grid else F.adaptive_avg_pool2d(f, grid)
+
+
+def perplexity(usage: Tensor) -> Tensor:
+    """exp(H) of the words' usage [K], counts or frequencies: how many words are in even use."""
+    p = usage / usage.sum()
+    return torch.special.entr(p).sum().exp()

@@ -1,0 +1,114 @@
+"""A network ready to be trained or asked: built for the data, its weights loaded, its head judged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.build import build
+from ..models.checkpoint import Checkpoint, read_checkpoint
+from ..models.errors import ModelError
+from ..models.pretrained import fetch_pretrained, has_pretrained
+from ..models.weights import class_count, load_into
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network and where it starts from."""
+
+    network: nn.Module
+    weights: str
+    """``scratch``, ``pretrained`` with the name of the weights, or a file's name with its hash."""
+    head_kept: bool
+    licence: str | None
+    """Of pretrained weights; None where they are the user's own or there are none."""
+
+
+def start(
+    name: str,
+    source: str,
+    head: str,
+    classes: Sequence[str],
+    image_size: int,
+    seed: int,
+    note: Callable[[str], None],
+    role: str = "teacher",
+) -> Start:
+    """Build a network and load what ``source`` names.
+
+    Args:
+        source: ``auto`` (timm's pretrained weights), ``none``, or a file.
+        head: ``auto`` keeps a head whose class names (or count, where they are unknown) are the data's;
+            ``keep``; ``replace``.
+
+    Raises:
+        ModelError: the weights cannot be had or do not fit; with ``keep``, the head does not.
+    """
+    network: Any = build(name, num_classes=len(classes), image_size=image_size, seed=seed)
+    if source == "none":
+        return Start(network, "scratch", head_kept=False, licence=None)
+    checkpoint = (
+        fetch_pretrained(name, f"--{role}-weights") if source == "auto" else read_checkpoint(Path(source))
+    )
+    keep = head == "keep" or (head == "auto" and _fits(checkpoint, network, classes, note))
+    if head == "keep" and class_count(checkpoint, network) not in (None, len(classes)):
+        raise ModelError(
+            f"The head of {checkpoint.source} has {class_count(checkpoint, network)} classes and the data "
+            f"{len(classes)}: it cannot be kept; say --teacher-head replace."
+        )
+    loaded = load_into(network, checkpoint, allow_head_mismatch=not keep)
+    if not keep and not loaded.head_replaced:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.reset_classifier(len(classes))
+    return Start(
+        network,
+        _described(source, checkpoint),
+        head_kept=keep,
+        licence=(checkpoint.licence or "an unknown licence") if source == "auto" else None,
+    )
+
+
+def student_source(name: str, source: str, note: Callable[[str], None]) -> str:
+    """``auto`` on an architecture without published weights is from scratch, with a note."""
+    if source == "auto" and not has_pretrained(name):
+        note(f"timm has no pretrained weights of {name}: the student starts from scratch")
+        return "none"
+    return source
+
+
+def _fits(
+    checkpoint: Checkpoint, network: nn.Module, classes: Sequence[str], note: Callable[[str], None]
+) -> bool:
+    count = class_count(checkpoint, network)
+    if count != len(classes):
+        return False
+    named = [names for names in (checkpoint.label_names, checkpoint.label_descriptions) if names is not None]
+    wanted = [_plain(label) for label in classes]
+    if not named or any([_plain(label) for label in names] == wanted for names in named):
+        return True
+    note(f"the head of {checkpoint.source} has other classes of the same number: it is replaced")
+    return False
+
+
+def _plain(label: str) -> str:
+    return " ".join(label.casefold().replace("_", " ").split())
+
+
+def _described(source: str, checkpoint: Checkpoint) -> str:
+    if source == "auto":
+        return f"pretrained {checkpoint.source}"
+    return f"{Path(source).name} (sha256 {checkpoint.sha256[:12]})"
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@torch.no_grad()
+def finite(network: nn.Module) -> bool:
+    """Whether all weights are finite numbers."""
+    return all(bool(torch.isfinite(value).all()) for value in network.state_dict().values())

@@ -1,0 +1,222 @@
+"""Every option of a run: its name, type, help, group, and the first stage whose result it changes.
+
+The command line, `config.yaml`, the Python API and the documentation are all made from this one list.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
+Stage = Literal["teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report"]
+
+
+def option(help: str, default: Any = None, *, group: str, enters: str | None = None, **limits: Any) -> Any:
+    """A field with its group in `--help` and the first stage whose hash it enters (None: no stage's)."""
+    return Field(default, description=help, json_schema_extra={"group": group, "enters": enters}, **limits)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+def _settings(value: Any) -> Any:
+    """``["quest.tau=0.2"]`` as ``{"quest.tau": "0.2"}``; a mapping stays as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    pairs = {}
+    for item in value:
+        key, equals, setting = str(item).partition("=")
+        if not equals:
+            raise ValueError(f"'{item}' is not of the form KEY=VALUE")
+        # A value with commas is a list, as in quest.levels=map,map@2.
+        pairs[key.strip()] = setting.split(",") if "," in setting else setting.strip()
+    return pairs
+
+
+def _epochs(value: Any) -> Any:
+    return [int(part) for part in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
+Settings = Annotated[dict[str, Any], BeforeValidator(_settings)]
+Heads = Annotated[list[Literal["auto", "keep", "replace"]], BeforeValidator(_listed)]
+Epochs = Annotated[list[int], BeforeValidator(_epochs)]
+Weights = Annotated[dict[str, float], BeforeValidator(_settings)]
+
+
+class Options(BaseModel):
+    """What the user asked for; a value of None is chosen for him (see ``defaults``)."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    teacher: Names = option("timm name of the teacher", ..., group="What", enters="teacher", min_length=1)
+    student: str = option(
+        "timm name of the student, or a short one: mobilenetv2, mobilenetv3, mobilenetv4, resnet18 …",
+        ...,
+        group="What",
+        enters="prepare",
+    )
+    data: str = option(
+        "a folder of class folders (with or without train/ val/ test/), a timm data set name such as torch/cifar100, or digits: the built-in handwritten digits",
+        "digits",
+        group="What",
+    )
+    data_dir: Path | None = option("where a named data set lies or is downloaded to", group="What")
+    download: bool = option("download a named data set when it is not there", False, group="What")
+    out: Path | None = option("the run folder [default: runs/TEACHER-STUDENT-DATA]", group="What")
+    config: Path | None = option(
+        "a YAML file of options, such as a run's config.yaml; the command line wins", group="What"
+    )
+
+    teacher_weights: Names = option(
+        "auto: timm's pretrained weights (digits: none); none: from scratch; or a file (safetensors or torch)",
+        ["auto"],
+        group="Weights",
+        enters="teacher",
+        min_length=1,
+    )
+    teacher_head: Heads = option(
+        "auto: keep a head that fits the data's classes, else replace it and tune the teacher",
+        ["auto"],
+        group="Weights",
+        enters="teacher",
+        min_length=1,
+    )
+    student_weights: str = option(
+        "auto, none or a file, as for the teacher", "auto", group="Weights", enters="student"
+    )
+
+    method: str = option(
+        "how the student learns: quest, or none for no teacher", "quest", group="Method", enters="prepare"
+    )
+    settings: Settings = option(
+        "a method's parameter, METHOD.KEY=VALUE, as in quest.tau=0.2; may be repeated",
+        {},
+        group="Method",
+        enters="prepare",
+    )
+    weight: Weights = option(
+        "weight of a loss, NAME=VALUE: a method's name, or ce for the cross-entropy; may be repeated",
+        {},
+        group="Method",
+        enters="student",
+    )
+
+    epochs: int | None = option("epochs of the student", group="Training", enters="student", ge=1)
+    teacher_epochs: int | None = option(
+        "epochs of a teacher that is trained or tuned here", group="Training", enters="teacher", ge=1
+    )
+    batch_size: int | None = option("images per step", group="Training", enters="teacher", ge=2)
+    optimizer: str | None = option(
+        "timm's name of the optimizer: adamw, sgd (with Nesterov momentum) …",
+        group="Training",
+        enters="teacher",
+    )
+    lr: float | None = option("peak learning rate of the student", group="Training", enters="student", gt=0)
+    teacher_lr: float | None = option(
+        "peak learning rate of a teacher trained or tuned here", group="Training", enters="teacher", gt=0
+    )
+    schedule: Literal["cosine", "multistep", "constant"] | None = option(
+        "how the learning rate falls", group="Training", enters="teacher"
+    )
+    milestones: Epochs | None = option(
+        "epochs at which multistep divides the learning rate by 10, as in 150,180,210",
+        group="Training",
+        enters="teacher",
+    )
+    warmup_epochs: float | None = option(
+        "epochs over which the learning rate rises", group="Training", enters="teacher", ge=0
+    )
+    weight_decay: float | None = option("weight decay", group="Training", enters="teacher", ge=0)
+    decay_all: bool = option(
+        "decay biases and norms too, as the papers' recipes do", False, group="Training", enters="teacher"
+    )
+    label_smoothing: float | None = option(
+        "smoothing of the labels in the cross-entropy", group="Training", enters="teacher", ge=0, lt=1
+    )
+    seed: int = option("seed of weights, order, views and words", 0, group="Training", enters="teacher", ge=0)
+
+    image_size: int | None = option(
+        "side of the network's input in pixels [default: the student's own; digits: 64]",
+        group="Images",
+        enters="teacher",
+        ge=8,
+        le=4096,
+    )
+    select_fraction: float | None = option(
+        "share of train held out for selecting, where the data has no val/ of its own [default: 0.1]",
+        group="Images",
+        enters="teacher",
+        ge=0,
+        lt=1,
+    )
+    crop: Literal["pad", "resized", "center"] | None = option(
+        "training crops: pad (shift a little), resized (random-resized-crop) or center",
+        group="Images",
+        enters="teacher",
+    )
+    crop_scale: float | None = option(
+        "smallest share of the picture that a resized crop shows",
+        group="Images",
+        enters="teacher",
+        gt=0,
+        le=1,
+    )
+    pad: int | None = option("pixels of padding of a pad crop", group="Images", enters="teacher", ge=0)
+    pad_mode: Literal["zeros", "reflect", "edge"] | None = option(
+        "what the padding shows", group="Images", enters="teacher"
+    )
+    flip: bool | None = option("mirror half of the training views", group="Images", enters="teacher")
+    color_jitter: float | None = option(
+        "strength of brightness, contrast and saturation changes",
+        group="Images",
+        enters="teacher",
+        ge=0,
+        le=1,
+    )
+
+    calibration_images: int = option(
+        "training images that int8 is calibrated on", 512, group="Export", enters="quantize", ge=1
+    )
+    calibration: Literal["minmax", "entropy", "percentile"] = option(
+        "how activation ranges are chosen", "minmax", group="Export", enters="quantize"
+    )
+    bench_seconds: float = option(
+        "seconds of measuring for each network and thread count", 3.0, group="Export", enters="bench", gt=0
+    )
+
+    until: Stage | None = option("stop after this stage", group="Running")
+    fresh: bool = option("start the run over", False, group="Running")
+    dry_run: bool = option("check everything, estimate time and disk, and stop", False, group="Running")
+    device: str | None = option("cuda, mps or cpu [default: the first there is]", group="Running")
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "arithmetic of training; auto: bf16 where it pays", "auto", group="Running"
+    )
+    cache: Path | None = option(
+        "folder for what runs share: decoded images, vocabularies [default: the user's cache folder]",
+        group="Running",
+    )
+    quiet: bool = option("say nothing but the result", False, group="Running")
+    json_: bool = Field(
+        False,
+        alias="json",
+        description="print report.json instead of the table",
+        json_schema_extra={"group": "Running", "enters": None},
+    )
+
+
+def enters(name: str) -> str | None:
+    """The first stage whose result the option changes; None for those that change no result."""
+    extra = Options.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    stage = extra["enters"]
+    return stage if isinstance(stage, str) else None
+
+
+def group(name: str) -> str:
+    """The heading under which `--help` lists the option."""
+    extra = Options.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["group"])

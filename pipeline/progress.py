@@ -1,0 +1,101 @@
+"""What the person at the terminal sees: a line for each finished stage, a live bar for the one that runs."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0
+"""Where the output is no terminal, a line of progress is written at most this often."""
+
+
+class Display:
+    """Writes to standard error, so that standard output holds the result alone."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.live = self.console.is_terminal and not quiet
+        self.warnings: list[str] = []
+        self._bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A choice that was made for the user."""
+        self.console.print(f"[dim]  note: {escape(text)}[/dim]", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know before he trusts the result; it stands in the report too."""
+        self.warnings.append(text)
+        self.console.print(f"[yellow]  warning: {escape(text)}[/yellow]", soft_wrap=True)
+
+    def done(self, stage: str, summary: str, seconds: float | None) -> None:
+        """The line of a finished stage; ``seconds`` is None for one that an earlier run had finished."""
+        took = "kept" if seconds is None else f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+        self.console.print(
+            f"[green]✓[/green] [bold]{stage:<9}[/bold] {escape(summary)} [dim]({took})[/dim]", soft_wrap=True
+        )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator["Stage"]:
+        """A running stage; its bars live as long as the block."""
+        if not self.live:
+            yield Stage(self, name, None)
+            return
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.fields[stage]:<9}[/bold] {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[more]}[/dim]"),
+            console=self.console,
+            transient=True,
+        ) as progress:
+            yield Stage(self, name, progress)
+
+
+class Stage:
+    """Progress of one stage: one piece of work at a time, each with a rate and the time left."""
+
+    def __init__(self, display: Display, name: str, progress: Progress | None) -> None:
+        self.display = display
+        self.name = name
+        self.progress = progress
+        self.task: TaskID | None = None
+        self.work: str | None = None
+        self.started = self.spoken = 0.0
+
+    def update(
+        self, work: str, done: float, total: float, unit: str = "", more: str = "", scale: int = 1
+    ) -> None:
+        """``done`` of ``total`` of some ``work``; the rate counts ``scale`` units for each."""
+        now = time.monotonic()
+        if work != self.work:
+            self.work, self.started, self.spoken, self.begun = work, now, now, done
+            if self.progress is not None:
+                if self.task is not None:
+                    self.progress.remove_task(self.task)
+                self.task = self.progress.add_task(work, total=total, stage=self.name, rate="", more="")
+        elapsed = now - self.started
+        rate = (done - self.begun) / elapsed if elapsed > 0 else 0.0
+        spoken = f"{rate * scale:,.0f} {unit}/s" if unit and rate else ""
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=done, total=total, rate=spoken, more=more)
+        elif now - self.spoken >= PLAIN_SECONDS and rate:
+            self.spoken = now
+            left = (total - done) / rate
+            facts: list[Any] = [f"{100 * done / total:.0f} %", spoken, f"{left:.0f} s left", more]
+            self.display.say(f"  {self.name}: {work}: {', '.join(str(fact) for fact in facts if fact)}")
+
+
+def ends_a_line() -> None:
+    """Leave the terminal on a fresh line after Ctrl-C."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)

@@ -1,0 +1,192 @@
+"""Stage 0: every name, option and data folder is checked, and what the user left open is chosen."""
+
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PillowImage
+from PIL import UnidentifiedImageError
+
+from ..models.build import check_size, default_image_size
+from ..models.names import resolve as resolve_name
+from ..models.pretrained import has_pretrained
+from . import defaults, methods
+from .data.image_set import ImageSet
+from .data.open import open_data
+from .errors import UsageError
+from .options import Options
+
+DIGITS = "digits"
+SIZE_SAMPLE = 200
+"""How many image headers are read to tell small images from photos."""
+
+
+def resolve(options: Options) -> tuple[Options, ImageSet]:
+    """The options with every choice made, and the data they were made for.
+
+    No weights are fetched and no network is built (shapes alone are tried, without memory).
+
+    Raises:
+        UsageError, UnknownModel: an option, a name or the data folder is wrong.
+    """
+    chosen = options.model_copy(deep=True)
+    _check_lists(chosen)
+    parameters = methods.parameters(methods.names(chosen.method), chosen.settings)
+    chosen.settings = {
+        f"{method}.{key}": value
+        for method, of_method in parameters.items()
+        for key, value in of_method.model_dump(mode="json").items()
+    }
+    _check_weights_of_losses(chosen, list(parameters))
+    for name in chosen.teacher:
+        resolve_name(name)
+    resolve_name(chosen.student)
+    for source in [*chosen.teacher_weights, chosen.student_weights]:
+        _check_weights_file(source)
+    if chosen.image_size is None:
+        chosen.image_size = 64 if chosen.data == DIGITS else default_image_size(chosen.student)
+    for name in [*chosen.teacher, chosen.student]:
+        check_size(name, chosen.image_size)
+    data = open_data(
+        chosen.data,
+        data_dir=chosen.data_dir,
+        download=chosen.download,
+        select_fraction=chosen.select_fraction,
+    )
+    _choose(chosen, data)
+    if chosen.out is None:
+        chosen.out = Path("runs") / "-".join([*chosen.teacher, chosen.student, data.name]).replace("/", "-")
+    return chosen, data
+
+
+def _start(source: str, data: str) -> str:
+    """``auto`` is ``none`` for the built-in digits: no network was ever trained on anything like them."""
+    return "none" if source == "auto" and data == DIGITS else source
+
+
+def _choose(chosen: Options, data: ImageSet) -> None:
+    images = len(data.train)
+    chosen.teacher_weights = [_start(source, chosen.data) for source in chosen.teacher_weights]
+    chosen.student_weights = _start(chosen.student_weights, chosen.data)
+    teacher_scratch = "none" in chosen.teacher_weights
+    # An architecture without published weights starts from scratch; a teacher never does so unasked.
+    scratch = chosen.student_weights == "none" or (
+        chosen.student_weights == "auto" and not has_pretrained(chosen.student)
+    )
+    chosen.select_fraction = 0.1 if chosen.select_fraction is None else chosen.select_fraction
+    chosen.optimizer = chosen.optimizer or "adamw"
+    _check_optimizer(chosen.optimizer)
+    batch = chosen.batch_size = chosen.batch_size or defaults.batch_size(images)
+    chosen.epochs = chosen.epochs or defaults.epochs("student", images, scratch=scratch)
+    chosen.teacher_epochs = chosen.teacher_epochs or defaults.epochs(
+        "teacher", images, scratch=teacher_scratch
+    )
+    chosen.lr = chosen.lr or defaults.learning_rate(batch, scratch=scratch, optimizer=chosen.optimizer)
+    chosen.teacher_lr = chosen.teacher_lr or defaults.learning_rate(
+        batch, scratch=teacher_scratch, optimizer=chosen.optimizer
+    )
+    chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
+    _check_schedule(chosen)
+    if chosen.warmup_epochs is None:
+        chosen.warmup_epochs = defaults.warmup_epochs(chosen.epochs)
+    chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
+    chosen.label_smoothing = chosen.label_smoothing or 0.0
+    _choose_views(chosen, data)
+
+
+def _choose_views(chosen: Options, data: ImageSet) -> None:
+    assert chosen.image_size is not None
+    chosen.crop = chosen.crop or ("pad" if defaults.small(_median_short_side(data)) else "resized")
+    for name, crop in (("crop_scale", "resized"), ("pad", "pad"), ("pad_mode", "pad")):
+        if getattr(chosen, name) is not None and chosen.crop != crop:
+            raise UsageError(
+                f"--{name.replace('_', '-')} belongs to --crop {crop}, and this run's is {chosen.crop}; "
+                "leave one of them out."
+            )
+    if chosen.crop == "resized":
+        chosen.crop_scale = 0.25 if chosen.crop_scale is None else chosen.crop_scale
+    elif chosen.crop == "pad":
+        chosen.pad = defaults.pad(chosen.image_size) if chosen.pad is None else chosen.pad
+        chosen.pad_mode = chosen.pad_mode or "zeros"
+        if chosen.pad >= chosen.image_size:
+            raise UsageError(f"--pad {chosen.pad} is not less than the image size, {chosen.image_size}.")
+    if chosen.flip is None:
+        chosen.flip = chosen.data != DIGITS
+    chosen.color_jitter = chosen.color_jitter or 0.0
+
+
+def _check_lists(chosen: Options) -> None:
+    for name in ("teacher_weights", "teacher_head"):
+        given = getattr(chosen, name)
+        if len(given) == 1:
+            setattr(chosen, name, given * len(chosen.teacher))
+        elif len(given) != len(chosen.teacher):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is given {len(given)} times for {len(chosen.teacher)} teachers; "
+                "give it once for each --teacher, in the same order."
+            )
+    for weights, head in zip(chosen.teacher_weights, chosen.teacher_head, strict=True):
+        if weights == "none" and head == "keep":
+            raise UsageError(
+                "--teacher-head keep needs weights with a head; --teacher-weights none has none."
+            )
+
+
+def _check_weights_of_losses(chosen: Options, methods: list[str]) -> None:
+    for name, value in chosen.weight.items():
+        if name not in [*methods, "ce"]:
+            raise UsageError(
+                f"--weight {name}={value:g}: this run's losses are {', '.join([*methods, 'ce'])}."
+            )
+        if value < 0:
+            raise UsageError(f"--weight {name}={value:g}: a weight is not negative.")
+    if chosen.weight.get("ce", 1) == 0 and not any(chosen.weight.get(name, 1) for name in methods):
+        raise UsageError("With these weights nothing is left to learn from; leave one loss above zero.")
+
+
+def _check_weights_file(source: str) -> None:
+    if source not in ("auto", "none") and not Path(source).is_file():
+        raise UsageError(f"The weights file {source} does not exist; say auto, none or an existing file.")
+
+
+def _check_optimizer(name: str) -> None:
+    from timm.optim import list_optimizers
+
+    known = [str(one) for one in list_optimizers()]
+    if name not in known:
+        import difflib
+
+        near = difflib.get_close_matches(name, known, n=3)
+        advice = f"the nearest are {', '.join(near)}" if near else "try adamw or sgd"
+        raise UsageError(f"There is no optimizer '{name}'; {advice}.")
+
+
+def _check_schedule(chosen: Options) -> None:
+    if chosen.schedule == "multistep" and not chosen.milestones:
+        raise UsageError("--schedule multistep needs --milestones, such as 150,180,210.")
+    if chosen.milestones and chosen.schedule != "multistep":
+        raise UsageError(f"--milestones belong to --schedule multistep, not {chosen.schedule}.")
+
+
+def _median_short_side(data: ImageSet) -> int:
+    """From the headers of a sample of the training images; nothing is decoded."""
+    images = data.train[:: max(1, len(data.train) // SIZE_SAMPLE)]
+    sides = []
+    for image in images:
+        content: Any = image.read()
+        if isinstance(content, bytes):
+            try:
+                with PillowImage.open(io.BytesIO(content)) as header:
+                    sides.append(min(header.size))
+            except (
+                UnidentifiedImageError,
+                OSError,
+                SyntaxError,
+                ValueError,
+                PillowImage.DecompressionBombError,
+            ):
+                continue  # listed when it is decoded
+        else:
+            sides.append(min(content.shape[:2]))
+    return round(statistics.median(sides)) if sides else defaults.SMALL_IMAGES + 1

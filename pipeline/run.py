@@ -1,0 +1,198 @@
+"""The whole job: check, then stage after stage, each done only where it is missing."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .cache import Cache
+from .data.image_set import ImageSet
+from .device import choose_device
+from .errors import UsageError
+from .estimate import estimate
+from .files import sha256
+from .job import Job
+from .options import STAGES, Options, enters, group
+from .progress import Display
+from .resolve import DIGITS, resolve
+from .results import Report
+from .run_folder import Done, RunFolder
+
+
+def compress(
+    *,
+    teacher: str | list[str] | None = None,
+    student: str | None = None,
+    data: str | Path | None = None,
+    **options: Any,
+) -> Report:
+    """Teacher to shipped student: the same as the command, with its options as keywords.
+
+    Args:
+        teacher: timm's name of the teacher, or several.
+        student: timm's name of the student.
+        data: a folder, a timm data set name, or ``digits``.
+        options: any of :class:`~questpress.pipeline.options.Options`; ``config`` names a YAML file of them.
+
+    Returns:
+        What ``report.json`` in the run folder holds.
+
+    Raises:
+        UsageError: an option is wrong (``exit_code`` 2).
+        JobError: the job was started and failed (``exit_code`` 1). Errors of models and export likewise.
+    """
+    given = {
+        "teacher": teacher,
+        "student": student,
+        "data": str(data) if data is not None else None,
+        **options,
+    }
+    asked = read_options({key: value for key, value in given.items() if value is not None})
+    display = Display(quiet=asked.quiet)
+    chosen, images = resolve(asked)
+    assert chosen.out is not None
+    device = choose_device(chosen.device)
+    if chosen.data == DIGITS:
+        display.say(
+            "The built-in handwritten digits (1,797 images) stand in for your data; "
+            "name your own with --data FOLDER, a folder of class folders."
+        )
+    if chosen.dry_run:
+        return _dry_run(chosen, images, device, display)
+    return _run(chosen, frozenset(asked.model_fields_set), images, device, display)
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+    """Options from a config file, if one is named, with ``given`` winning over it.
+
+    Raises:
+        UsageError: an option is unknown, missing or of the wrong type.
+    """
+    merged = dict(given)
+    if given.get("config") is not None:
+        merged = {**_read_config(Path(given["config"])), **merged}
+    # What a config.yaml holds of these is how that run was started, not what the job is.
+    if "json" in merged:
+        merged["json_"] = merged.pop("json")
+    known = set(Options.model_fields)
+    for name in merged:
+        if name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"There is no option '{name}'.{f' Did you mean {near[0]}?' if near else ''} "
+                "compress run --help lists them."
+            )
+    for needed in ("teacher", "student"):
+        if not merged.get(needed):
+            raise UsageError(
+                f"--{needed} is missing; name a timm model, as in --{needed} {_EXAMPLES[needed]}."
+            )
+    try:
+        return Options.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise UsageError(f"{flag(name)} {first['input']}: {first['msg']}.") from error
+
+
+_EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return {"settings": "--set", "json_": "--json"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} holds no options; write one 'name: value' a line.")
+    return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
+
+
+def hashed(options: Options) -> dict[str, Any]:
+    """The options that change a stage's result."""
+    return {name: value for name, value in options.model_dump(mode="json").items() if enters(name)}
+
+
+def _run(options: Options, given: frozenset[str], images: ImageSet, device: str, display: Display) -> Report:
+    assert options.out is not None
+    from .stages import report, stage_run
+
+    folder = RunFolder(options.out)
+    folder.open(fresh=options.fresh)
+    config = {**hashed(options), "data_content": images.fingerprint, "weights_content": _weights(options)}
+    folder.refuse_other_options(config)
+    with display.stage("start") as progress:
+        job = Job(options, given, images, folder, Cache(options.cache), display, device, progress)
+        folder.begin(config, _repeatable(options), _command())
+        for stage in STAGES[: STAGES.index(options.until) + 1 if options.until else None]:
+            progress.name = stage
+            key = folder.key(stage, _entering(stage, config))
+            done = folder.finished(stage, key)
+            if done is not None:
+                display.done(stage, done.summary, None)
+                continue
+            _do(stage, key, stage_run(stage), job)
+            report.write(folder)
+    return report.assemble(folder)
+
+
+def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
+    started = time.perf_counter()
+    job.key = key
+    job.display.warnings.clear()
+    done = run(job)
+    seconds = time.perf_counter() - started
+    job.folder.finish(stage, key, done, seconds, job.display.warnings)
+    job.folder.drop_checkpoints(stage)
+    job.display.done(stage, done.summary, seconds)
+
+
+def _weights(options: Options) -> dict[str, str]:
+    """SHA-256 of each weights file that was named: its content counts, not its place."""
+    files = {*options.teacher_weights, options.student_weights} - {"auto", "none"}
+    return {name: sha256(Path(name)) for name in sorted(files)}
+
+
+def _repeatable(options: Options) -> dict[str, Any]:
+    """What config.yaml holds: the job, not where it was written or how it was watched."""
+    apart = {"out", "config"} | {name for name in Options.model_fields if group(name) == "Running"}
+    return options.model_dump(mode="json", exclude=apart - {"precision"})
+
+
+def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in config.items()
+        if (enters(name) if name in Options.model_fields else "teacher") == stage
+    }
+
+
+def _dry_run(options: Options, images: ImageSet, device: str, display: Display) -> Report:
+    for line in estimate(options, images, device):
+        display.say(line)
+    return Report(
+        title="dry run",
+        command=_command(),
+        method=options.method,
+        image_size=options.image_size or 0,
+        config=options.model_dump(mode="json"),
+    )
+
+
+def _command() -> str:
+    """What was typed, for the report; a script's own path is of no use elsewhere."""
+    return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])

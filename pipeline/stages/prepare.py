@@ -1,0 +1,85 @@
+"""prepare: what the methods need of the teachers before training, in one pass over the training images."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .. import methods
+from ..device import inference_engine, use_threads
+from ..evaluate import batches
+from ..files import digest, whole
+from ..job import Job
+from ..methods.base import Method, Parameters, Preparation, Readout, Shapes
+from ..run_folder import Done
+from ..shapes import student_shapes, teacher_shapes
+from ..task import Teacher
+from ..trained import load_teacher
+
+PREPARED = "prepared.safetensors"
+
+
+def run(job: Job) -> Done:
+    chosen = methods.names(job.options.method)
+    parameters = methods.parameters(chosen, job.options.settings)
+    preparing = [(name, methods.load(name)) for name in chosen if methods.load(name).prepares]
+    if not preparing:
+        return Done("nothing to prepare" if chosen else "no method, nothing to prepare")
+    preparation = _preparation(job, [(methods.load(name), parameters[name]) for name in chosen])
+    tensors: dict[str, torch.Tensor] = {}
+    facts: dict[str, Any] = {}
+    lines = []
+    for name, method in preparing:
+        prepared = method.prepare(parameters[name], preparation)
+        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in prepared.tensors.items()}
+        facts |= prepared.facts
+        lines.append(prepared.summary)
+    with whole(job.folder.path / PREPARED) as part:
+        save_file(tensors, part, {"key": job.key})
+    return Done("; ".join(lines), [PREPARED], facts)
+
+
+def _preparation(job: Job, chosen: Sequence[tuple[type[Method], Parameters]]) -> Preparation:
+    use_threads(inference_engine(job.device, "fp32").threads)
+    student_reads = frozenset().union(*(method.student_reads(p) for method, p in chosen))
+    teacher_reads = frozenset().union(*(method.teacher_reads(p) for method, p in chosen))
+
+    @lru_cache(maxsize=1)
+    def teacher(t: int) -> Teacher:
+        return load_teacher(job, t, inference_engine(job.device, "fp32"))
+
+    def readouts(t: int, reads: frozenset[str]) -> Iterator[Readout]:
+        name = job.teachers[t]
+        pixels, labels, _ = job.rendered("train", name)
+        for first, batch in batches(pixels, job.device):
+            yield teacher(t)(batch, reads)
+            job.stage.update(f"reading {name}", first + len(batch), len(labels), "images")
+
+    def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+        weights = job.folder.record["stages"]["teacher"]["outputs"][job.teacher_file(t)]
+        whole_key = digest(
+            {
+                **key,
+                "teacher": weights,
+                "data": job.data.fingerprint,
+                "geometry": job.preprocessing(job.teachers[t]).to_dict(),
+            }
+        )
+        return job.cache.get(kind, whole_key) or job.cache.put(kind, whole_key, write)
+
+    return Preparation(
+        student=student_shapes(job, student_reads),
+        teachers=[teacher_shapes(job, t, teacher_reads) for t in range(len(job.teachers))],
+        teacher_names=job.teachers,
+        images=len(job.train.images),
+        readouts=readouts,
+        shared=shared,
+        seed=job.options.seed,
+        note=job.display.note,
+    )
+
+
+__all__ = ["PREPARED", "Shapes", "run"]

@@ -1,0 +1,72 @@
+"""report: what every stage has found, as one page, one Markdown file and one JSON file."""
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ...export.artifact import tool_versions
+from ..job import Job
+from ..report.write import write_report
+from ..results import Epoch, Report, StageTime
+from ..run_folder import Done, RunFolder
+from .export import ARTIFACT
+
+FILES = ("report.html", "report.md", "report.json")
+
+
+def run(job: Job) -> Done:
+    write(job.folder)
+    return Done(", ".join(FILES), [])
+
+
+def write(folder: RunFolder) -> None:
+    """Write the three files anew with what is known by now."""
+    write_report(assemble(folder), folder.path)
+
+
+def assemble(folder: RunFolder) -> Report:
+    """The report of a run from its folder alone."""
+    config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    facts = folder.facts()
+    environment = {
+        "python": platform.python_version(),
+        **tool_versions(),
+        **facts.pop("environment", {}),
+        **_engines(folder),
+    }
+    stages = folder.record["stages"]
+    return Report(
+        title=f"{config['student']} from {' + '.join(config['teacher'])}",
+        command=folder.record["command"],
+        method=config["method"],
+        method_parameters=config["settings"],
+        image_size=config["image_size"],
+        epochs=_epochs(folder),
+        warnings=[text for stage in stages.values() for text in stage["warnings"]],
+        stages=[
+            StageTime(stage=name, seconds=stage["seconds"], summary=stage["summary"])
+            for name, stage in stages.items()
+        ],
+        environment=environment,
+        config=config,
+        artifact=ARTIFACT.as_posix() if "validate" in stages else None,
+        **facts,
+    )
+
+
+def _epochs(folder: RunFolder) -> list[Epoch]:
+    if not folder.metrics.exists():
+        return []
+    lines = folder.metrics.read_text(encoding="utf-8").splitlines()
+    return [Epoch.model_validate_json(line) for line in lines]
+
+
+def _engines(folder: RunFolder) -> dict[str, str]:
+    """On what the networks were trained."""
+    engines: Mapping[str, Mapping[str, Any]] = folder.record.get("engines", {})
+    return {
+        f"{what} trained on": f"{e['device']}, {e['precision']}, {e['threads']} threads"
+        for what, e in engines.items()
+    }

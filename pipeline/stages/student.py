@@ -1,0 +1,98 @@
+"""student: the small network learns from the teachers; what ships is a plain timm state_dict."""
+
+import torch
+from safetensors.torch import load_file
+
+from ...models.checkpoint import save_weights
+from .. import evaluate, methods
+from ..device import Engine, inference_engine, use_threads
+from ..files import whole
+from ..job import Job
+from ..learning import engine, learn, plan
+from ..methods.base import Method
+from ..networks import parameters, start, student_source
+from ..results import Subject
+from ..run_folder import Done
+from ..shapes import student_shapes, teacher_shapes
+from ..task import DistillationTask
+from ..trained import STUDENT, load_teacher, weights_metadata
+from .prepare import PREPARED
+
+
+def run(job: Job) -> Done:
+    o, name = job.options, job.student
+    assert o.epochs is not None and o.lr is not None
+    begun = start(
+        name,
+        student_source(name, o.student_weights, job.display.note),
+        "auto",
+        job.data.classes,
+        job.image_size,
+        o.seed,
+        job.display.note,
+        role="student",
+    )
+    chosen = engine(job, "student", begun.network)
+    use_threads(chosen.threads)
+    task = _task(job, begun.network, chosen)
+    learn(job, task, plan(job, epochs=o.epochs, lr=o.lr), what="student", model=name)
+    with whole(job.folder.path / STUDENT) as part:
+        save_weights(task.network, part, weights_metadata(job, name))
+    subject = Subject(
+        name=name,
+        weights=begun.weights,
+        parameters=parameters(task.network),
+        licence=begun.licence,
+    )
+    pixels, labels, _ = job.rendered("select", name)
+    measured = ""
+    if len(labels):
+        exact = Engine(job.device, chosen.threads, "fp32")
+        answers = evaluate.logits(task.network, task.trainable_module.normalise, pixels, exact).numpy()
+        subject.select_accuracy = evaluate.accuracy(answers, labels.numpy())
+        measured = f": {subject.select_accuracy.top1:.2f} % of {subject.select_accuracy.n} select images"
+    how = f"by {o.method}" if o.method != "none" else "without a teacher"
+    return Done(
+        f"{name}, {o.epochs} epochs {how}{measured}",
+        [STUDENT],
+        {"student": subject.model_dump(exclude_none=True)},
+    )
+
+
+def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTask:
+    o = job.options
+    names = methods.names(o.method)
+    parameters = methods.parameters(names, o.settings)
+    classes = {name: methods.load(name) for name in names}
+    student_reads = frozenset().union(*(classes[name].student_reads(parameters[name]) for name in names))
+    teacher_reads = frozenset().union(*(classes[name].teacher_reads(parameters[name]) for name in names))
+    teachers = range(len(job.teachers)) if names else range(0)
+    student = student_shapes(job, student_reads)
+    teacher = [teacher_shapes(job, t, teacher_reads) for t in teachers]
+    prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
+    heads: dict[str, Method] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(o.seed)
+        for name in names:
+            own = {
+                key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
+            }
+            heads[name] = classes[name](parameters[name], student, teacher, own)
+    asked = inference_engine(job.device, o.precision)
+    return DistillationTask(
+        network,
+        job.geometry(job.student),
+        chosen,
+        label_smoothing=o.label_smoothing or 0.0,
+        teachers=[load_teacher(job, t, asked) for t in teachers],
+        teacher_reads=teacher_reads,
+        methods=heads,
+        student_reads=student_reads,
+        weights=_weights(o.weight, classes),
+    )
+
+
+def _weights(given: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:
+    """Cross-entropy has the paper's weight where a method stands alone, and 1 in a sum."""
+    alone = next(iter(classes.values())).cross_entropy if len(classes) == 1 else 1.0
+    return {"ce": alone, **given}

@@ -1,0 +1,203 @@
+"""teacher: a network that knows the data, tuned or trained on it where it doesn't yet, and its accuracy."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from ...export.runtime import allowed_cores
+from ...models.checkpoint import save_weights
+from .. import evaluate
+from ..data.image_set import ROLES, Role
+from ..device import Engine, use_threads
+from ..errors import JobError
+from ..files import whole
+from ..job import Job
+from ..learning import engine, learn, plan
+from ..networks import Start, parameters, start
+from ..results import Accuracy, DataSummary, Subject
+from ..run_folder import Done
+from ..task import DistillationTask, Normalise
+from ..trained import weights_metadata
+
+ANSWERS = "teacher_answers.safetensors"
+"""Each teacher's logits on the test role, fp32: what later stages compare the student with."""
+
+NEAR_CHANCE = 1.5
+"""A kept head that is right less often than this many times the commonest class's share knows nothing."""
+
+
+def run(job: Job) -> Done:
+    data = _data(job)
+    subjects, outputs, answers = [], [ANSWERS], {}
+    for t in range(len(job.teachers)):
+        subject, answers[str(t)] = _teacher(job, t)
+        subjects.append(subject)
+        outputs.append(job.teacher_file(t))
+    with whole(job.folder.path / ANSWERS) as part:
+        save_file(answers, part)
+    together = _together(job, subjects, list(answers.values()))
+    facts: dict[str, Any] = {
+        "data": data.model_dump(exclude_none=True),
+        "teachers": [subject.model_dump(exclude_none=True) for subject in subjects],
+        "teacher": together.model_dump(exclude_none=True),
+    }
+    return Done("; ".join(_line(subject) for subject in subjects), outputs, facts)
+
+
+def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
+    o, name = job.options, job.teachers[t]
+    begun = start(
+        name,
+        o.teacher_weights[t],
+        o.teacher_head[t],
+        job.data.classes,
+        job.image_size,
+        o.seed + t,
+        job.display.note,
+    )
+    network = begun.network.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    exact = Engine(job.device, allowed_cores(), "fp32")
+    use_threads(exact.threads)
+    if begun.head_kept:
+        select = _measure(job, name, network, exact, "select")
+        _above_chance(job, name, network, exact, select)
+        if "teacher_epochs" in job.given:
+            job.display.note(
+                f"the head of {name} fits and is used as it is: --teacher-epochs has nothing to do"
+            )
+    else:
+        network = _train(job, t, name, begun)
+        select = _measure(job, name, network, exact, "select")
+    test = _measure(job, name, network, exact, "test")
+    assert test is not None
+    with whole(job.folder.path / job.teacher_file(t)) as part:
+        save_weights(network, part, weights_metadata(job, name))
+    labels = job.rendered("test", name)[1].numpy()
+    subject = Subject(
+        name=name,
+        weights=begun.weights,
+        head="kept" if begun.head_kept else "replaced",
+        licence=begun.licence,
+        parameters=parameters(network),
+        accuracy=evaluate.accuracy(test, labels),
+        select_accuracy=_accuracy(job, name, select),
+        per_class=evaluate.per_class(test, labels, job.data.classes),
+    )
+    return subject, test
+
+
+def _train(job: Job, t: int, name: str, begun: Start) -> nn.Module:
+    o = job.options
+    assert o.teacher_epochs is not None and o.teacher_lr is not None
+    what = f"teacher {t}" if len(job.teachers) > 1 else "teacher"
+    task = DistillationTask(
+        begun.network,
+        job.geometry(name),
+        engine(job, what, begun.network),
+        label_smoothing=o.label_smoothing or 0.0,
+    )
+    learn(job, task, plan(job, epochs=o.teacher_epochs, lr=o.teacher_lr), what=what, model=name)
+    return task.network
+
+
+def _measure(job: Job, name: str, network: nn.Module, exact: Engine, role: Role) -> np.ndarray | None:
+    """fp32 logits on a role [n,classes]; None where the role is empty."""
+    pixels, labels, _ = job.rendered(role, name)
+    if not len(labels):
+        return None
+    normalise = Normalise(job.geometry(name)).to(job.device)
+    return evaluate.logits(
+        network,
+        normalise,
+        pixels,
+        exact,
+        lambda done, total: job.stage.update(f"measuring {name} on {role}", done, total, "images"),
+    ).numpy()
+
+
+def _accuracy(job: Job, name: str, logits: np.ndarray | None) -> Accuracy | None:
+    if logits is None:
+        return None
+    return evaluate.accuracy(logits, job.rendered("select", name)[1].numpy())
+
+
+def _above_chance(job: Job, name: str, network: nn.Module, exact: Engine, select: np.ndarray | None) -> None:
+    """A head that fits by its size may still be another task's: measured first, on select (or on test images'
+    like, training ones, where nothing is held out).
+
+    Raises:
+        JobError: it is no better than chance.
+    """
+    role: Role = "select" if select is not None else "train"
+    logits = select if select is not None else _measure(job, name, network, exact, "train")
+    assert logits is not None
+    labels = job.rendered(role, name)[1].numpy()
+    measured = evaluate.accuracy(logits, labels)
+    chance = 100 * float(np.bincount(labels).max()) / len(labels)
+    if measured.top1 < NEAR_CHANCE * chance or measured.low <= chance:
+        raise JobError(
+            f"The teacher {name} is right on {measured.top1:.1f} % of the {measured.n} {role} images, near "
+            f"chance ({chance:.1f} %, the share of the commonest class): its head has the right number of "
+            "classes but not these ones, or not in this order. Say --teacher-head replace to tune it on the "
+            "data, or name weights trained for these classes."
+        )
+
+
+def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> Subject:
+    """The one teacher, or the ensemble: the mean of several teachers' probabilities."""
+    if len(subjects) == 1:
+        return subjects[0]
+    labels = job.rendered("test", job.teachers[0])[1].numpy()
+    probabilities = ensemble(answers)
+    return Subject(
+        name=" + ".join(subject.name for subject in subjects),
+        weights="ensemble",
+        parameters=sum(subject.parameters or 0 for subject in subjects),
+        accuracy=evaluate.accuracy(probabilities, labels),
+        per_class=evaluate.per_class(probabilities, labels, job.data.classes),
+    )
+
+
+def ensemble(answers: list[np.ndarray]) -> np.ndarray:
+    """Mean of the teachers' probabilities, from their logits [n,classes] each."""
+    soft = [torch.from_numpy(logits).softmax(1).numpy() for logits in answers]
+    mean: np.ndarray = np.mean(soft, axis=0)
+    return mean
+
+
+def _data(job: Job) -> DataSummary:
+    skipped = job.unreadable()
+    data = job.data
+    if data.duplicates:
+        job.display.warn(
+            f"{len(data.duplicates)} of the images stand in the data more than once, across folders or "
+            "classes; the report lists them"
+        )
+    if skipped:
+        job.display.warn(f"{len(skipped)} files were left out; the report lists them")
+    return DataSummary(
+        name=data.name,
+        classes=list(data.classes),
+        train=len(data.train),
+        select=len(data.select),
+        test=len(data.test),
+        per_class={role: dict(zip(data.classes, data.counts[role], strict=True)) for role in ROLES},
+        skipped=[(one.name, one.reason) for one in skipped],
+        duplicates=[list(group.names) for group in data.duplicates],
+        fingerprint=data.fingerprint,
+    )
+
+
+def _line(subject: Subject) -> str:
+    assert subject.accuracy is not None
+    how = (
+        "as it is"
+        if subject.head == "kept"
+        else "trained here"
+        if subject.weights == "scratch"
+        else "tuned here"
+    )
+    return f"{subject.name} ({how}): {subject.accuracy.top1:.2f} % of {subject.accuracy.n} test images"

@@ -1,0 +1,174 @@
+"""One training step: views in, losses out. It knows neither the methods nor the data set."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from ..models.build import Geometry
+from ..models.readout import Readouts
+from .device import Engine
+from .methods.base import Method
+
+
+class Normalise(nn.Module):
+    """Pixels as a network wants them: uint8 [B,3,S,S] to (x/255 − mean)/std, channels last."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        mean, std = torch.tensor(geometry.mean), torch.tensor(geometry.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return pixels.to(self.scale.dtype) * self.scale + self.shift
+
+
+class Teacher(nn.Module):
+    """A frozen network that answers with readouts: eval mode, no gradients, its own normalisation."""
+
+    def __init__(self, network: nn.Module, geometry: Geometry, engine: Engine) -> None:
+        super().__init__()
+        self.readouts = Readouts(network)
+        self.normalise = Normalise(geometry)
+        self.engine = engine
+        self.to(memory_format=torch.channels_last)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    # Not inference_mode: its tensors cannot be saved for the student's backward pass.
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, reads: frozenset[str]) -> dict[str, Tensor]:
+        with self.engine.autocast():
+            return self.readouts(self.normalise(pixels), reads)
+
+
+class Trainee(nn.Module):
+    """All that is trained: the network that ships, and the methods' heads that do not."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        geometry: Geometry,
+        methods: Mapping[str, Method],
+        reads: frozenset[str],
+        weights: Mapping[str, float],
+        label_smoothing: float,
+    ) -> None:
+        super().__init__()
+        self.readouts = Readouts(network)
+        self.normalise = Normalise(geometry)
+        self.methods = nn.ModuleDict(methods)
+        self.reads = reads | {"logits"}
+        self.weights = dict(weights)
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self, pixels: Tensor, labels: Tensor, teachers: Sequence[Mapping[str, Tensor]], epoch: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Weighted losses by name, and the logits [B,N]."""
+        student = self.readouts(self.normalise(pixels), self.reads)
+        losses: dict[str, Tensor] = {}
+        if self.weights["ce"]:
+            entropy = F.cross_entropy(student["logits"].float(), labels, label_smoothing=self.label_smoothing)
+            losses["ce"] = self.weights["ce"] * entropy
+        for name, method in self.methods.items():
+            for part, loss in method(student, teachers, labels, epoch).items():
+                losses[part] = self.weights[name] * loss
+        return losses, student["logits"]
+
+
+class DistillationTask(TrainingTask):
+    """A student, its methods and its frozen teachers as a timm task; without teachers, supervised."""
+
+    trainable_module: Trainee
+
+    def __init__(
+        self,
+        network: nn.Module,
+        geometry: Geometry,
+        engine: Engine,
+        *,
+        label_smoothing: float = 0.0,
+        teachers: Sequence[Teacher] = (),
+        teacher_reads: frozenset[str] = frozenset(),
+        methods: Mapping[str, Method] | None = None,
+        student_reads: frozenset[str] = frozenset(),
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            network: what is trained, a timm network.
+            teacher_reads: what the methods look at in every teacher.
+            weights: of each method by name and of the cross-entropy, ``ce``; default 1.
+        """
+        super().__init__(device=torch.device(engine.device), verbose=False)
+        self.engine = engine
+        self.epoch = 0
+        methods = methods or {}
+        self.trainable_module = Trainee(
+            network,
+            geometry,
+            methods,
+            student_reads,
+            {"ce": 1.0, **dict.fromkeys(methods, 1.0), **(weights or {})},
+            label_smoothing,
+        )
+        self.teachers = nn.ModuleList(teachers)
+        self.teacher_reads = teacher_reads
+        self.to(engine.device)
+        self.trainable_module.to(memory_format=torch.channels_last)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that ships."""
+        return self.trainable_module.readouts.network
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        return self.network if module is None and not ema else super().get_eval_model(module, ema)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The methods' heads: needed to resume, not to ship."""
+        return {} if ema else self.trainable_module.methods.state_dict()
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        if not ema:
+            self.trainable_module.methods.load_state_dict(state or {}, strict=strict)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            input: views, uint8 [B,3,S,S].
+            target: class numbers [B].
+
+        Returns:
+            ``loss`` (the sum), ``output`` (the student's logits), and each weighted loss by name.
+        """
+        teachers = [teacher(input, self.teacher_reads) for teacher in self.teachers]
+        with self.engine.autocast():
+            losses, logits = self.trainable_module(input, target, teachers, self.epoch)
+        return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
+
+    def watched(self) -> dict[str, Tensor]:
+        """What the methods watch, as scalars on the device; the call starts them anew."""
+        watched: dict[str, Tensor] = {}
+        for method in self.trainable_module.methods.values():
+            assert isinstance(method, Method)
+            watched |= method.watched()
+        return watched
