@@ -28,14 +28,13 @@ def main() -> None:
     requests = sys.stdin.buffer
     try:
         subject = Subject(json.loads(requests.readline()))
+        _answer(answers, {"ready": True})
+        gc.disable()
+        while line := requests.readline():
+            samples = subject.block(json.loads(line)["seconds"])
+            _answer(answers, {"bytes": samples.nbytes}, samples.tobytes())
     except Exception as error:  # told to the parent, which raises it
-        _answer(answers, {"error": f"{type(error).__name__}: {error}"})
-        return
-    _answer(answers, {"ready": True})
-    gc.disable()
-    while line := requests.readline():
-        samples = subject.block(json.loads(line)["seconds"])
-        _answer(answers, {"bytes": samples.nbytes}, samples.tobytes())
+        _answer(answers, {"error": " ".join(f"{type(error).__name__}: {error}".split())})
 
 
 class Subject:

@@ -1,0 +1,72 @@
+"""Toy networks and model files for the tests of this room."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from questpress.export import runtime
+from torch import nn
+
+LABELS = ["red", "green", "blue"]
+PREPROCESSING = runtime.Preprocessing.of(
+    8, 1.0, "bilinear", "squash", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+)
+
+
+class SmallConvNet(nn.Module):
+    """MobileNetV2 in small: depthwise and plain convolutions, ReLU6, a residual, global pooling."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True)
+        )
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True)
+        )
+        self.project = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.classifier = nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.project(self.depthwise(x))
+        return self.classifier(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def small_conv_net(classes: int = 4, seed: int = 0) -> SmallConvNet:
+    """With batch norm statistics that aren't the trivial ones."""
+    torch.manual_seed(seed)
+    network = SmallConvNet(classes).train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(8, 3, 16, 16) * 2 + 1)
+    return network.eval()
+
+
+def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: int = 8) -> Path:
+    """A model file whose logits are 10 times the image's mean red, green and blue; written without torch."""
+    weights = numpy_helper.from_array(np.float32(10) * np.eye(3, dtype=np.float32), "weights")
+    graph = helper.make_graph(
+        [
+            helper.make_node("GlobalAveragePool", ["input"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+        ],
+        "colours",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, size, size])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    if metadata is None:
+        metadata = runtime.metadata(PREPROCESSING, LABELS, {"student": "colours"})
+    helper.set_model_props(model, metadata)
+    onnx.save(model, str(path))
+    return path
+
+
+def signal_to_noise(reference: np.ndarray, answer: np.ndarray) -> float:
+    """In decibels."""
+    return float(10 * np.log10((reference**2).sum() / ((reference - answer) ** 2).sum()))

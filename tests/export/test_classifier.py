@@ -1,0 +1,230 @@
+"""Labels and probabilities from an artifact folder or one file alone; what is damaged is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from questpress.export import runtime
+from questpress.export.artifact import ShippedFile, read_manifest, write_manifest
+from questpress.export.onnx_export import OnnxFile
+from questpress.export.runtime import ArtifactError, Classifier, ImageError
+
+from .networks import LABELS, PREPROCESSING, colour_classifier
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with an artifact of two files."""
+    folder = tmp_path / "run" / "artifact"
+    folder.mkdir(parents=True)
+    shipped = []
+    for name, precision in (("student.onnx", "fp32"), ("student.int8.onnx", "int8")):
+        path = colour_classifier(folder / name)
+        sha256 = runtime.hashlib.sha256(path.read_bytes()).hexdigest()
+        shipped.append(
+            ShippedFile(
+                OnnxFile(path, path.stat().st_size, sha256, 18, 8),
+                precision,
+                accuracy={"top1": 97.5, "n": 200, "low": 94.3, "high": 98.9},
+            )
+        )
+    write_manifest(
+        folder, files=shipped, preprocessing=PREPROCESSING, labels=LABELS, origin={"student": "colours"}
+    )
+    return tmp_path / "run"
+
+
+def plain(*colour: int) -> np.ndarray:
+    return np.broadcast_to(np.uint8(colour), (5, 9, 3)).copy()
+
+
+def test_probabilities_are_the_softmax_of_the_logits(run: Path) -> None:
+    classifier = Classifier.load(run, threads=1)
+    (answer,) = classifier.predict([plain(255, 0, 51)], top=2)
+    logits = np.array([10.0, 0.0, 2.0])
+    expected = np.exp(logits) / np.exp(logits).sum()
+    assert answer.label == "red" and [label for label, _ in answer.top] == ["red", "blue"]
+    np.testing.assert_allclose([answer.probability, answer.top[1][1]], [expected[0], expected[2]], rtol=1e-6)
+
+
+def test_a_run_folder_an_artifact_folder_and_one_file_answer_alike(run: Path, tmp_path: Path) -> None:
+    Image.fromarray(plain(10, 250, 30)).save(tmp_path / "green.png")
+    lone = tmp_path / "elsewhere.onnx"
+    lone.write_bytes((run / "artifact" / "student.onnx").read_bytes())
+    sources = [tmp_path / "green.png", str(tmp_path / "green.png"), (tmp_path / "green.png").read_bytes()]
+    for path in (run, run / "artifact", lone, str(lone)):
+        answers = Classifier.load(path, threads=1).predict(sources)
+        assert [answer.label for answer in answers] == ["green"] * 3
+        assert len(answers[0].top) == 3  # no more than there are classes
+
+
+def test_many_images_are_answered_in_order_and_in_chunks(run: Path) -> None:
+    images = [plain(*(255 * (np.arange(3) == i % 3))) for i in range(7)]
+    answers = Classifier.load(run, threads=1).predict(iter(images), batch_size=2)
+    assert [answer.label for answer in answers] == [LABELS[i % 3] for i in range(7)]
+    assert Classifier.load(run, threads=1).predict([]) == []
+
+
+def test_precision_and_file_choose_among_the_manifests_files(run: Path) -> None:
+    assert Classifier.load(run).name == "student.int8.onnx"
+    assert Classifier.load(run, precision="fp32").name == "student.onnx"
+    assert Classifier.load(run, file="student.onnx").name == "student.onnx"
+    for wrong in ("other.onnx", "../artifact/student.onnx"):
+        with pytest.raises(ArtifactError, match=r"student\.onnx \(fp32\), student\.int8\.onnx \(int8\)"):
+            Classifier.load(run, file=wrong)
+
+
+def test_a_damaged_file_is_refused(run: Path) -> None:
+    path = run / "artifact" / "student.int8.onnx"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match="is damaged: its sha256"):
+        Classifier.load(run)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        read_manifest(run)
+    path.write_bytes(content[:-1])
+    with pytest.raises(ArtifactError, match=r"is damaged: \d+ bytes where"):
+        Classifier.load(run)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        Classifier.load(run)
+    assert Classifier.load(run, precision="fp32").labels == tuple(LABELS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 2},
+        {"labels": [1, 2, 3]},
+        {"preprocessing": {}},
+        {"files": [{"name": "../student.onnx", "bytes": 1, "sha256": "", "precision": "int8"}]},
+        {"files": [{"name": "student.onnx"}]},
+        {"files": None},
+    ],
+)
+def test_a_manifest_this_runtime_cannot_trust_is_refused(run: Path, change: dict[str, object]) -> None:
+    path = run / "artifact" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        Classifier.load(run)
+
+
+def test_what_is_no_artifact_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
+        Classifier.load(tmp_path)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        Classifier.load(tmp_path / "nowhere")
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(ArtifactError, match="cannot load"):
+        Classifier.load(tmp_path / "text.onnx")
+    colour_classifier(tmp_path / "bare.onnx", metadata={"made by": "someone else"})
+    with pytest.raises(ArtifactError, match="no questpress metadata"):
+        Classifier.load(tmp_path / "bare.onnx")
+    colour_classifier(tmp_path / "two.onnx", runtime.metadata(PREPROCESSING, ["red", "green"], {}))
+    with pytest.raises(ArtifactError, match="3 classes but names 2"):
+        Classifier.load(tmp_path / "two.onnx")
+
+
+def test_an_unreadable_image_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        Classifier.load(run).predict([tmp_path / "broken.jpg"])
+
+
+def test_softmax_is_stable_for_large_logits() -> None:
+    np.testing.assert_allclose(
+        runtime.softmax(np.float32([[1000.0, 1000.0, -1000.0]])), [[0.5, 0.5, 0.0]], atol=1e-12
+    )
+
+
+def test_the_runtime_needs_numpy_pillow_and_onnxruntime_only(run: Path, tmp_path: Path) -> None:
+    """Copied away from the package, with everything else made impossible to import."""
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "runtime.py").write_text(Path(runtime.__file__).read_text(encoding="utf-8"))
+    code = f"""
+import sys
+for name in ("torch", "torchvision", "timm", "onnx", "onnxscript", "questpress", "sklearn", "pydantic"):
+    sys.modules[name] = None
+import runtime, numpy
+answer = runtime.Classifier.load({str(run)!r}).predict([numpy.full((4, 4, 3), (0, 0, 255), numpy.uint8)])[0]
+print(answer.label)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "device", capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("blue", "")
+
+
+def test_importing_the_runtime_imports_no_torch() -> None:
+    code = (
+        "import sys, questpress.export.runtime\n"
+        "print([m for m in ('torch', 'onnx', 'timm', 'onnxscript', 'scipy', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_manifest_names_no_user_host_or_path(run: Path, tmp_path: Path) -> None:
+    import getpass
+    import socket
+
+    text = (run / "artifact" / "manifest.json").read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    assert {"schema_version", "preprocessing", "labels", "origin", "versions", "files"} == set(manifest)
+    assert manifest["files"][0]["accuracy"]["n"] == 200
+    assert str(tmp_path) not in text and str(Path.home()) + "/" not in text
+    strings = set(json.dumps(list(manifest.values())).replace('"', " ").split())
+    assert not {getpass.getuser(), socket.gethostname()} & strings
+
+
+def test_a_manifest_refuses_what_it_should_not_say(run: Path) -> None:
+    folder = run / "artifact"
+    before = (folder / "manifest.json").read_bytes()
+    student = OnnxFile(folder / "student.onnx", 1, "0", 18, 8)
+
+    def write(files: list[ShippedFile], origin: dict[str, object]) -> None:
+        write_manifest(folder, files=files, preprocessing=PREPROCESSING, labels=LABELS, origin=origin)
+
+    from questpress.export.errors import ExportError
+
+    with pytest.raises(ExportError, match="path of this machine"):
+        write([], {"data": {"folder": str(folder.resolve())}})
+    with pytest.raises(ExportError, match="two files of one name"):
+        write([ShippedFile(student, "fp32"), ShippedFile(student, "int8")], {})
+    with pytest.raises(ExportError, match="damaged"):
+        write([ShippedFile(student, "fp32")], {})
+    with pytest.raises(ExportError, match="cannot hold"):
+        write([], {"accuracy": float("nan")})
+    assert (folder / "manifest.json").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "student.int8.onnx",
+        "student.onnx",
+    ]
+
+
+def test_a_cgroups_quota_limits_the_cores(tmp_path: Path) -> None:
+    proc, root = tmp_path / "cgroup", tmp_path / "fs"
+    inner = root / "a" / "b"
+    inner.mkdir(parents=True)
+    proc.write_text("0::/a/b\n")
+    assert runtime._cgroup_quota(proc, root) == float("inf")
+    (inner / "cpu.max").write_text("max 100000\n")
+    (root / "a" / "cpu.max").write_text("250000 100000\n")
+    assert runtime._cgroup_quota(proc, root) == 2.5
+    (inner / "cpu.max").write_text("50000 100000\n")
+    assert runtime._cgroup_quota(proc, root) == 1.0  # less than one core is one thread still
+    old = root / "cpu,cpuacct"
+    old.mkdir()
+    proc.write_text("4:memory:/x\n3:cpu,cpuacct:/docker/1\n")
+    (old / "cpu.cfs_quota_us").write_text("300000\n")
+    (old / "cpu.cfs_period_us").write_text("100000\n")
+    assert runtime._cgroup_quota(proc, root) == 3.0
+    (old / "cpu.cfs_quota_us").write_text("-1\n")
+    assert runtime._cgroup_quota(proc, root) == float("inf")
+    assert runtime._cgroup_quota(tmp_path / "none", root) == float("inf")
+    assert runtime.allowed_cores() >= 1 and 1 <= runtime.default_threads() <= 4
