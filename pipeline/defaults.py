@@ -29,7 +29,7 @@ TABLE: tuple[Row, ...] = (
     Row("--label-smoothing", "0", "0"),
     Row("--crop", "pad for small images (median short side up to 64), else resized", "the same"),
     Row("--crop-scale", "0.25 (resized)", "the same"),
-    Row("--pad", "an eighth of the image size (pad)", "the same"),
+    Row("--pad", "so much that a crop moves an eighth of its size (pad)", "the same"),
     Row("--pad-mode", "zeros", "zeros"),
     Row("--flip", "yes; no for digits", "the same"),
     Row("--color-jitter", "0", "0"),
@@ -72,8 +72,13 @@ def small(median_short_side: int) -> bool:
     return median_short_side <= SMALL_IMAGES
 
 
-def pad(image_size: int) -> int:
-    return image_size // 8
+def pad(image_size: int, resized: int) -> int:
+    """Pixels of padding so that a crop moves an eighth of its size either way.
+
+    The image is ``resized`` to the test transform's size before its crop, and what that has over the crop is
+    room to move already.
+    """
+    return max(0, round(image_size / 8 - (resized - image_size) / 2))
 
 
 def _by_size(images: int, *steps: tuple[int, Any]) -> Any:

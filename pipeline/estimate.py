@@ -45,8 +45,8 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     distilling = sum(gmacs[teacher.name] for teacher in teachers) if options.method != "none" else 0.0
     macs += (STEP * gmacs[student.name] + distilling) * train * options.epochs
     lines.append(
-        f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, {gmacs[student.name]:.2f} GMACs, "
-        f"{options.epochs} epochs with method {options.method}"
+        f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, "
+        f"{gmacs[student.name]:.2f} GMACs, {options.epochs} epochs with method {options.method}"
     )
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
     disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
-from ..models.build import check_size, default_image_size
+from ..models.build import check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
 from . import defaults, methods
@@ -107,7 +107,9 @@ def _choose_views(chosen: Options, data: ImageSet) -> None:
     if chosen.crop == "resized":
         chosen.crop_scale = 0.25 if chosen.crop_scale is None else chosen.crop_scale
     elif chosen.crop == "pad":
-        chosen.pad = defaults.pad(chosen.image_size) if chosen.pad is None else chosen.pad
+        if chosen.pad is None:
+            resized = int(chosen.image_size / geometry(chosen.student, chosen.image_size).crop_fraction)
+            chosen.pad = defaults.pad(chosen.image_size, resized)
         chosen.pad_mode = chosen.pad_mode or "zeros"
         if chosen.pad >= chosen.image_size:
             raise UsageError(f"--pad {chosen.pad} is not less than the image size, {chosen.image_size}.")

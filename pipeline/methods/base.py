@@ -35,8 +35,8 @@ class Preparation:
 
     ``readouts(t, reads)`` runs teacher ``t`` (eval mode, fp32) once over all training images under the
     *test* transform, in a fixed order, and yields one :data:`Readout` per batch on the training device.
-    ``shared(kind, key, write)`` returns a file from the cache that runs share, made by ``write(path)`` when
-    it is not there yet; ``key`` is all it depends on besides the teacher's weights, the data and the
+    ``shared(t, kind, key, write)`` returns a folder of the cache that runs share, filled by ``write(folder)``
+    when it is not there yet; ``key`` is all it depends on besides teacher ``t``'s weights, the data and the
     geometry of the images.
     """
 

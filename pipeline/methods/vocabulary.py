@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import JobError
 from .base import Preparation
 
+FILE = "vocabulary.safetensors"
+
 FEATURES_PER_WORD = 39
 """The least number of features a word is learned from; faiss warns below it."""
 
@@ -84,9 +86,9 @@ def learn_vocabulary(
 
     def write(path: Path) -> None:
         sample = gather(preparation, teacher, level, grid, channels, features, used)
-        _write(path, kmeans(sample, k, iterations, preparation.seed))
+        _write(path / FILE, kmeans(sample, k, iterations, preparation.seed))
 
-    learned = _read(preparation.shared(teacher, "vocabulary", key, write))
+    learned = _read(preparation.shared(teacher, "vocabulary", key, write) / FILE)
     return Vocabulary(asked=words, features=features, features_used=used, note=note, **learned)
 
 
@@ -135,7 +137,8 @@ def kmeans(sample: np.ndarray, k: int, iterations: int, seed: int) -> dict[str, 
         min_points_per_centroid=1,
     )
     clustering.train(sample)
-    centroids: np.ndarray = clustering.centroids
+    centroids = clustering.centroids
+    assert centroids is not None
     words = torch.from_numpy(centroids.copy())
     distance, word = nearest(sample, words.numpy())
     mu = float(distance.astype(np.float64).mean())

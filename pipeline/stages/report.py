@@ -50,7 +50,7 @@ def assemble(folder: RunFolder) -> Report:
             for name, stage in stages.items()
         ],
         environment=environment,
-        config=config,
+        config={**config, "out": str(folder.path)},
         artifact=ARTIFACT.as_posix() if "validate" in stages else None,
         **facts,
     )
