@@ -70,8 +70,13 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, allow_head_mismatch
 
 def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
     """How many classes the checkpoint's head has for this network's architecture; None if it has no head."""
-    weights = fitted(checkpoint.state_dict, network.state_dict())
-    return _rows(weights, _classifier_names(network))
+    names = _classifier_names(network)
+    target = network.state_dict()
+    weights = fitted(checkpoint.state_dict, target)
+    if _rows(weights, names) is None and _misfits(weights, target) - _head_keys(network, target):
+        # The file may be in another format, whose head has another name.
+        weights = _converted(network, checkpoint.state_dict) or {}
+    return _rows(weights, names)
 
 
 def fitted(weights: StateDict, target: StateDict) -> StateDict:

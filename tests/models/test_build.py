@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+from questpress.models.build import build, check_size, default_image_size, geometry
+from questpress.models.errors import ModelError, UnknownModel
+
+
+def test_a_seed_decides_the_weights_and_leaves_the_global_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first = build("cifar_resnet8", num_classes=5, image_size=32, seed=7)
+    assert torch.equal(torch.rand(4), expected)
+    second = build("cifar_resnet8", num_classes=5, image_size=32, seed=7)
+    other = build("cifar_resnet8", num_classes=5, image_size=32, seed=8)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+def test_the_geometry_is_the_networks_own_and_the_image_size_can_be_changed():
+    own = geometry("resnet18.a1_in1k")
+    assert (own.image_size, own.crop_fraction, own.interpolation, own.crop_mode) == (
+        224,
+        0.95,
+        "bicubic",
+        "center",
+    )
+    np.testing.assert_allclose(own.mean, (0.485, 0.456, 0.406))
+    changed = geometry("resnet18.a1_in1k", 64)
+    assert changed.image_size == 64 and changed.crop_fraction == own.crop_fraction
+    assert default_image_size("cifar_wrn_16_2") == 32
+
+
+def test_the_cifar_networks_state_the_benchmarks_normalisation_and_the_zero_padded_ones_imagenets():
+    crd = geometry("cifar_resnet56")
+    assert crd.mean == (0.5071, 0.4867, 0.4408) and crd.std == (0.2675, 0.2565, 0.2761)
+    assert (crd.image_size, crd.crop_fraction) == (32, 1.0)
+    padded = geometry("cifar_resnet56_a")
+    assert padded.mean == (0.485, 0.456, 0.406) and padded.std == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("mobilenetv2_050", 64),
+        ("test_vit", 64),
+        ("vit_tiny_patch16_224", 32),
+        ("swin_tiny_patch4_window7_224", 96),
+    ],
+)
+def test_convolutions_and_transformers_are_built_for_the_image_size_asked_for(name, size):
+    check_size(name, size)
+    network = build(name, num_classes=3, image_size=size, seed=0).eval()
+    with torch.no_grad():
+        assert network(torch.randn(2, 3, size, size)).shape == (2, 3)
+    assert network.built_as.image_size == size
+
+
+def test_a_network_without_a_head_gives_its_vector():
+    network = build("cifar_resnet8", num_classes=0, image_size=32).eval()
+    assert network(torch.randn(1, 3, 32, 32)).shape == (1, 64)
+
+
+def test_an_image_size_that_patches_do_not_divide_is_refused_with_the_next_ones():
+    for refuse in (
+        lambda: check_size("vit_tiny_patch16_224", 100),
+        lambda: build("vit_tiny_patch16_224", num_classes=2, image_size=100),
+    ):
+        with pytest.raises(ModelError, match="96 or 112"):
+            refuse()
+
+
+def test_a_network_that_cannot_run_at_a_size_names_one_at_which_it_can():
+    with pytest.raises(ModelError, match="240"):
+        check_size("crossvit_tiny_240", 96)
+    with pytest.raises(ModelError, match="positive"):
+        check_size("resnet18", 0)
+    check_size("resnet18", 31)
+
+
+def test_a_wrong_name_is_refused_before_anything_is_built():
+    with pytest.raises(UnknownModel):
+        build("resnet5O", num_classes=2, image_size=32)
+    with pytest.raises(UnknownModel):
+        geometry("resnet5O")

@@ -1,0 +1,164 @@
+import argparse
+import hashlib
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from questpress.models.build import build
+from questpress.models.checkpoint import load_saved, read_checkpoint, save_weights
+from questpress.models.errors import ModelError
+from safetensors.torch import save_file
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {"conv.weight": torch.arange(12.0).reshape(3, 4), "conv.bias": torch.ones(3)}
+
+
+def test_what_is_saved_is_read_back_bit_by_bit_with_its_metadata(tmp_path):
+    network = build("cifar_resnet8", num_classes=4, image_size=32, seed=0).to(
+        memory_format=torch.channels_last
+    )
+    file = tmp_path / "student.safetensors"
+    save_weights(network, file, {"origin": "a test", "labels": json.dumps(["a", "b", "c", "d"])})
+    read = load_saved(file)
+    assert list(read.state_dict) and set(read.state_dict) == set(network.state_dict())
+    assert all(torch.equal(read.state_dict[key], value) for key, value in network.state_dict().items())
+    assert read.metadata["origin"] == "a test" and read.label_names == ("a", "b", "c", "d")
+
+
+def test_tied_weights_are_saved_under_both_names(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    save_weights(network, tmp_path / "tied.safetensors", {})
+    read = load_saved(tmp_path / "tied.safetensors").state_dict
+    assert torch.equal(read["0.weight"], read["1.weight"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: w,
+        lambda w: {"state_dict": w, "epoch": 3, "best_prec1": 93.4},
+        lambda w: {"model": w, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{}]}},
+        lambda w: {"epoch": 1, "net": w, "acc": 0.9},
+        lambda w: {"checkpoint": {"model_state_dict": w}},
+        lambda w: {"state_dict": w, "args": argparse.Namespace(lr=0.1)},
+        lambda w: {"anything": w, "optimizer_states": {f"k{i}": torch.ones(1) for i in range(9)}},
+        lambda w: {"state_dict": {key: value + 1 for key, value in w.items()}, "state_dict_ema": w},
+    ],
+)
+def test_the_weights_are_found_wherever_a_training_program_put_them(tmp_path, wrap):
+    torch.save(wrap(weights()), tmp_path / "checkpoint.pth")
+    read = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert set(read.state_dict) == set(weights())
+    assert all(torch.equal(read.state_dict[key], value) for key, value in weights().items())
+
+
+def test_a_few_averaged_tensors_beside_a_whole_network_are_not_the_network(tmp_path):
+    whole = weights() | {f"layer{index}.weight": torch.ones(2) for index in range(4)}
+    torch.save({"model": whole, "ema": {"conv.bias": torch.zeros(3)}}, tmp_path / "both.pth")
+    assert set(read_checkpoint(tmp_path / "both.pth").state_dict) == set(whole)
+
+
+def test_an_old_style_torch_file_is_read_too(tmp_path):
+    torch.save(weights(), tmp_path / "old.th", _use_new_zipfile_serialization=False)
+    assert set(read_checkpoint(tmp_path / "old.th").state_dict) == set(weights())
+
+
+def test_the_hash_is_that_of_the_file(tmp_path):
+    save_file(weights(), tmp_path / "w.safetensors")
+    assert (
+        read_checkpoint(tmp_path / "w.safetensors").sha256
+        == hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
+    )
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"classes": ["cat", "dog"]},
+        {"class_names": ("cat", "dog")},
+        {"class_to_idx": {"dog": 1, "cat": 0}},
+        {"idx_to_class": {1: "dog", 0: "cat"}},
+        {"meta": {"CLASSES": ("cat", "dog")}},
+        {"config": {"id2label": {"0": "cat", "1": "dog"}}},
+    ],
+)
+def test_class_names_are_found_in_the_order_of_the_logits(tmp_path, known):
+    torch.save({"state_dict": weights(), **known}, tmp_path / "named.pth")
+    assert read_checkpoint(tmp_path / "named.pth").label_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "unclear", [{"classes": 10}, {"class_to_idx": {"a": 0, "b": 2}}, {"labels": torch.ones(2)}]
+)
+def test_class_names_that_are_not_clear_are_not_made_up(tmp_path, unclear):
+    torch.save({"state_dict": weights(), **unclear}, tmp_path / "unnamed.pth")
+    assert read_checkpoint(tmp_path / "unnamed.pth").label_names is None
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, new_format):
+    target = tmp_path / "was_run"
+    content = {"state_dict": weights(), "extra": Hostile(str(target))}
+    torch.save(content, tmp_path / "hostile.pth", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(ModelError, match="could run code"):
+        read_checkpoint(tmp_path / "hostile.pth")
+    assert not target.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_plain_hostile_pickle_and_a_whole_pickled_network_are_refused(tmp_path):
+    target = tmp_path / "was_run"
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Hostile(str(target))))
+    with pytest.raises(ModelError):
+        read_checkpoint(tmp_path / "plain.pkl")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(ModelError, match="state_dict alone"):
+        read_checkpoint(tmp_path / "whole.pt")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("notes.txt", b"these are not weights, just words", "neither"),
+        ("empty.pth", b"", "neither"),
+        ("cut.safetensors", b'\xff\x00\x00\x00\x00\x00\x00\x00{"a":', "damaged"),
+        ("noise.safetensors", bytes(range(256)), "damaged"),
+        ("noise.pth", b"\x80\x02" + bytes(range(200)), "damaged"),
+        ("cut.pth", b"PK\x03\x04" + bytes(100), "damaged"),
+    ],
+)
+def test_a_damaged_file_is_told_in_one_sentence(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=told) as raised:
+        read_checkpoint(tmp_path / name)
+    assert "\n" not in str(raised.value) and name in str(raised.value)
+
+
+def test_a_truncated_checkpoint_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+    torch.save(weights(), tmp_path / "whole.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:700])
+    with pytest.raises(ModelError, match="damaged"):
+        read_checkpoint(tmp_path / "half.pth")
+    with pytest.raises(ModelError, match="no weights file"):
+        read_checkpoint(tmp_path / "missing.pth")
+    with pytest.raises(ModelError, match="folder"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "empty.pth")
+    with pytest.raises(ModelError, match="no weights"):
+        read_checkpoint(tmp_path / "empty.pth")

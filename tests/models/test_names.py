@@ -1,0 +1,79 @@
+import subprocess
+import sys
+
+import pytest
+from questpress.models.errors import ModelError, UnknownModel
+from questpress.models.names import ALIASES, aliases_of, known, matching, nearest, resolve, tags_of
+
+
+def test_every_alias_stands_for_a_model_that_timm_has_and_is_not_a_name_of_timm_itself():
+    names = set(known())
+    assert {target for target in ALIASES.values() if target not in names} == set()
+    assert set(ALIASES) & names == set()
+
+
+def test_the_short_names_people_type_resolve_to_timms():
+    assert resolve("mobilenetv2") == "mobilenetv2_100"
+    assert resolve("mobilenetv3") == "mobilenetv3_large_100"
+    assert resolve("mobilenetv4") == "mobilenetv4_conv_small"
+    assert resolve(" resnet18 ") == "resnet18"
+    assert aliases_of("mobilenetv2_100") == ["mobilenet", "mobilenetv2"]
+
+
+def test_a_tag_is_kept_also_behind_an_alias():
+    assert resolve("resnet50.a1_in1k") == "resnet50.a1_in1k"
+    assert resolve("mobilenetv2.ra_in1k") == "mobilenetv2_100.ra_in1k"
+
+
+def test_a_wrong_tag_is_answered_with_the_known_ones():
+    with pytest.raises(UnknownModel) as told:
+        resolve("resnet18.nonesuch")
+    assert "nonesuch" in str(told.value)
+    assert all(tag in str(told.value) for tag in tags_of("resnet18"))
+
+
+def test_a_name_that_timm_has_changed_leads_to_the_present_one():
+    assert resolve("tf_efficientnet_b0_ns") == "tf_efficientnet_b0.ns_jft_in1k"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("resnet5O", "resnet50"),
+        ("ResNet-50", "resnet50"),
+        ("MobileNet-V2", "mobilenetv2"),
+        ("mobilnetv3", "mobilenetv3"),
+        ("efficientnet_lit", "efficientnet_lite"),
+        ("cifar_resnet_56", "cifar_resnet56"),
+        ("vit_smal", "vit_small"),
+    ],
+)
+def test_a_misspelled_name_is_refused_with_the_one_that_was_meant(typed, meant):
+    assert meant in nearest(typed)
+    with pytest.raises(UnknownModel) as told:
+        resolve(typed)
+    assert typed in str(told.value) and meant in str(told.value)
+    assert told.value.exit_code == 2 and isinstance(told.value, ModelError)
+
+
+@pytest.mark.parametrize("typed", ["", ".", "???", "zzzzqqqq"])
+def test_a_name_like_no_other_is_told_where_the_list_is(typed):
+    with pytest.raises(UnknownModel, match="compress models"):
+        resolve(typed)
+
+
+def test_a_pattern_lists_names_and_aliases_in_natural_order():
+    found = matching("mobilenetv2*")
+    assert "mobilenetv2" in found and "mobilenetv2_100" in found
+    resnets = matching("cifar_resnet*")
+    assert resnets.index("cifar_resnet8") < resnets.index("cifar_resnet14") < resnets.index("cifar_resnet110")
+    assert matching("WRN_16") == ["cifar_wrn_16_1", "cifar_wrn_16_2"]
+    assert matching("nothing_like_it*") == []
+
+
+def test_importing_the_room_and_its_names_imports_neither_torch_nor_timm():
+    code = (
+        "import sys, questpress.models, questpress.models.names, questpress.models.build;"
+        "sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,83 @@
+import time
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from questpress.models.errors import ModelError
+from questpress.models.pretrained import fetch_pretrained, has_pretrained, is_free, licence
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and no internet behind it."""
+
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    return tmp_path
+
+
+def test_whether_there_are_weights_is_known_without_a_network():
+    assert has_pretrained("resnet50") and has_pretrained("mobilenetv2") and has_pretrained("resnet50.a1_in1k")
+    assert not has_pretrained("cifar_resnet56")
+
+
+def test_a_licence_is_free_only_if_it_is_known_to_be():
+    assert licence("resnet50") == "apache-2.0" and is_free(licence("resnet50"))
+    assert not is_free(licence("convnextv2_tiny")) and "nc" in (licence("convnextv2_tiny") or "")
+    assert licence("cifar_resnet56") is None and not is_free(None) and not is_free("dinov3-license")
+
+
+def test_without_internet_the_three_ways_out_are_told_within_seconds(cache):
+    started = time.monotonic()
+    with pytest.raises(ModelError) as told:
+        fetch_pretrained("resnet50", option="--student-weights")
+    assert time.monotonic() - started < 10
+    for way in (
+        "--student-weights FILE",
+        "--student-weights none",
+        "HF_HOME",
+        str(cache),
+        "cannot be reached",
+    ):
+        assert way in str(told.value)
+    assert "\n" not in str(told.value) and told.value.exit_code == 1
+
+
+def test_a_model_nobody_published_weights_for_is_told_so_and_not_that_the_network_is_down():
+    with pytest.raises(ModelError, match="no published weights") as told:
+        fetch_pretrained("cifar_resnet56")
+    assert "reached" not in str(told.value) and "--teacher-weights none" in str(told.value)
+
+
+def test_weights_in_the_cache_are_used_without_asking_anyone(cache):
+    cfg = timm.models.get_pretrained_cfg("test_resnet")
+    source = timm.create_model("test_resnet", num_classes=cfg.num_classes)
+    repository = cache / f"models--{cfg.hf_hub_id.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    save_file(source.state_dict(), snapshot / "model.safetensors")
+    fetched = fetch_pretrained("test_resnet")
+    assert all(torch.equal(fetched.state_dict[key], value) for key, value in source.state_dict().items())
+    assert fetched.licence == "apache-2.0" and fetched.source == f"{cfg.hf_hub_id} on Hugging Face"
+    assert fetched.label_names is not None and fetched.label_names[0] == "n01440764"
+    assert fetched.label_descriptions is not None and "tench" in fetched.label_descriptions[0]
+
+
+def test_a_damaged_file_in_the_cache_is_named(cache):
+    cfg = timm.models.get_pretrained_cfg("test_resnet")
+    repository = cache / f"models--{cfg.hf_hub_id.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match=r"delete .*model.safetensors"):
+        fetch_pretrained("test_resnet")

@@ -1,0 +1,202 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from questpress.models.build import build
+from questpress.models.errors import ModelError
+from questpress.models.readout import Readouts, widths
+from torch import nn
+
+# One of each family, and the image size it is tried at.
+FAMILIES = {
+    "resnet18": 96,
+    "mobilenetv2_035": 96,
+    "mobilenetv3_small_050": 96,
+    "mobilenetv4_conv_small_035": 96,
+    "efficientnet_lite0": 96,
+    "convnext_atto": 96,
+    "vit_tiny_patch16_224": 48,
+    "vit_small_patch16_dinov3": 48,
+    "deit_tiny_distilled_patch16_224": 48,
+    "swin_tiny_patch4_window7_224": 96,
+    "mixer_s32_224": 96,
+    "regnety_002": 96,
+    "vgg11": 96,
+    "test_mambaout": 96,
+    "cifar_vgg8": 32,
+    "cifar_shufflenetv2": 32,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    name, size = request.param, FAMILIES[request.param]
+    return Readouts(build(name, num_classes=5, image_size=size, seed=0).eval()), size
+
+
+@torch.no_grad()
+def test_every_family_gives_map_vector_and_logits_of_the_stated_shapes(family):
+    readouts, size = family
+    x = torch.randn(3, 3, size, size)
+    found = readouts(x, frozenset({"map", "vector", "logits"}))
+    assert found["map"].shape == (3, *readouts.shapes.map)
+    assert found["vector"].shape == (3, readouts.shapes.vector)
+    assert found["logits"].shape == (3, readouts.shapes.logits) == (3, 5)
+    assert torch.equal(found["logits"], readouts.network(x))
+    assert torch.equal(readouts(x)["logits"], readouts.network(x))
+
+
+@torch.no_grad()
+def test_what_is_asked_for_besides_changes_no_readout(family):
+    readouts, size = family
+    x = torch.randn(2, 3, size, size)
+    everything = readouts(x, readouts.offers)
+    for read in sorted(readouts.offers):
+        alone = readouts(x, frozenset({read}))
+        assert set(alone) == {read}
+        torch.testing.assert_close(alone[read], everything[read], rtol=0, atol=0)
+    assert torch.equal(everything["logits"], readouts.network(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 96),
+        ("convnext_atto", 96),
+        ("vit_tiny_patch16_224", 48),
+        ("vit_small_patch16_dinov3", 48),
+        ("deit_tiny_distilled_patch16_224", 48),
+        ("swin_tiny_patch4_window7_224", 96),
+        ("test_mambaout", 96),
+    ],
+)
+@torch.no_grad()
+def test_a_spot_in_a_corner_of_the_image_changes_that_side_of_the_map_most(name, size):
+    readouts = Readouts(build(name, num_classes=5, image_size=size, seed=0).eval())
+    _, height, width = readouts.shapes.map
+    blank = torch.zeros(1, 3, size, size)
+    third, reads = size // 3, frozenset({"map"})
+    for row, column in ((0, 2), (2, 0)):
+        spot = blank.clone()
+        noise = torch.randn(1, 3, third, third, generator=torch.Generator().manual_seed(1))
+        spot[:, :, row * third : (row + 1) * third, column * third : (column + 1) * third] = noise
+        change = (readouts(spot, reads)["map"] - readouts(blank, reads)["map"]).norm(dim=1)[0]
+        rows = torch.linspace(-1, 1, height) @ change.sum(1) / change.sum()
+        columns = torch.linspace(-1, 1, width) @ change.sum(0) / change.sum()
+        assert torch.sign(rows) == row - 1 and torch.sign(columns) == column - 1
+        assert min(abs(rows), abs(columns)) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "prefix"),
+    [
+        ("vit_tiny_patch16_224", 16, 1),
+        ("vit_small_patch16_dinov3", 16, 5),
+        ("deit_tiny_distilled_patch16_224", 16, 2),
+        ("mixer_s32_224", 32, 0),
+    ],
+)
+@torch.no_grad()
+def test_a_map_of_tokens_is_their_grid_without_class_distillation_and_register_tokens(name, side, prefix):
+    size = 3 * side
+    readouts = Readouts(build(name, num_classes=5, image_size=size, seed=0).eval())
+    x = torch.randn(2, 3, size, size)
+    tokens = readouts.network.forward_features(x)
+    assert tokens.shape[1] == prefix + 9
+    by_hand = tokens[:, prefix:].reshape(2, 3, 3, -1).permute(0, 3, 1, 2)
+    torch.testing.assert_close(readouts(x, frozenset({"map"}))["map"], by_hand)
+
+
+@torch.no_grad()
+def test_the_map_of_a_channels_last_network_is_turned_round():
+    readouts = Readouts(build("swin_tiny_patch4_window7_224", num_classes=5, image_size=64, seed=0).eval())
+    x = torch.randn(1, 3, 64, 64)
+    by_hand = readouts.network.forward_features(x).permute(0, 3, 1, 2)
+    assert torch.equal(readouts(x, frozenset({"map"}))["map"], by_hand)
+
+
+@torch.no_grad()
+def test_levels_are_counted_from_either_end_and_come_in_the_same_pass():
+    readouts = Readouts(build("resnet18", num_classes=3, image_size=64, seed=0).eval())
+    x = torch.randn(2, 3, 64, 64)
+    calls = []
+    handle = readouts.network.conv1.register_forward_hook(lambda *_: calls.append(1))
+    found = readouts(x, frozenset({"map", "map@1", "map@-2", "logits"}))
+    handle.remove()
+    assert len(calls) == 1
+    torch.testing.assert_close(found["map@1"], readouts.network.forward_intermediates(x, indices=[1])[1][0])
+    torch.testing.assert_close(found["map"], F.relu(readouts.network.layer4(found["map@-2"])))
+    assert found["map@-2"].shape[1:] == readouts.shapes.levels[-2] == (256, 4, 4)
+
+
+@pytest.mark.parametrize(("name", "size"), [("cifar_vgg8", 32), ("vgg11", 64), ("vgg11_bn", 64)])
+@torch.no_grad()
+def test_a_vgg_shows_its_map_before_the_last_relu(name, size):
+    readouts = Readouts(build(name, num_classes=3, image_size=size, seed=0).eval())
+    found = readouts(torch.randn(2, 3, size, size), frozenset({"map", "map_pre", "logits"}))
+    assert (found["map_pre"] < 0).any() and found["map_pre"].shape[1:] == readouts.shapes.map_pre
+    after = F.relu(found["map_pre"])
+    after = F.max_pool2d(after, 2) if after.shape != found["map"].shape else after
+    assert torch.equal(after, found["map"])
+    assert "map_pre" not in Readouts(build("cifar_resnet8", num_classes=3, image_size=32)).offers
+
+
+def test_looking_at_the_shapes_changes_neither_weights_nor_statistics_nor_flags_nor_the_random_state():
+    network = build("mobilenetv4_conv_small_035", num_classes=3, image_size=64, seed=0).train()
+    network.bn1.eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    widths(network)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert not network.bn1.training and network.training and network.blocks.training
+
+
+def test_widths_come_from_a_pass_and_not_from_attributes():
+    shapes = widths(build("mobilenetv3_large_100", num_classes=4, image_size=64))
+    assert shapes.map == (960, 2, 2) and shapes.vector == 1280 and shapes.logits == 4
+
+
+def test_a_training_step_through_the_readouts_updates_batch_statistics_once():
+    readouts = Readouts(build("mobilenetv4_conv_small_035", num_classes=3, image_size=64, seed=0).train())
+    readouts(torch.randn(4, 3, 64, 64), frozenset({"map", "vector", "logits"}))
+    counts = {
+        int(value)
+        for key, value in readouts.network.state_dict().items()
+        if key.endswith("num_batches_tracked")
+    }
+    assert counts == {1}
+
+
+def test_gradients_reach_the_network_from_every_readout():
+    readouts = Readouts(build("cifar_resnet8", num_classes=3, image_size=32, seed=0).train())
+    for read in ("map", "vector", "logits", "map@0"):
+        readouts.zero_grad()
+        readouts(torch.randn(2, 3, 32, 32), frozenset({read}))[read].square().sum().backward()
+        assert readouts.network.conv1.weight.grad.abs().sum() > 0
+
+
+def test_the_weights_of_the_wrapped_network_are_those_of_the_plain_one():
+    network = build("cifar_resnet8", num_classes=3, image_size=32)
+    assert Readouts(network).network is network
+    assert all(key.startswith("network.") for key in Readouts(network).state_dict())
+
+
+def test_a_network_without_a_map_is_refused_with_a_sentence():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    readouts = Readouts(flat, image_size=8)
+    assert readouts.offers == {"logits"} and readouts.shapes.logits == 4
+    with pytest.raises(ModelError, match=r"no feature map.*pick another"):
+        readouts(torch.randn(1, 3, 8, 8), frozenset({"map"}))
+
+
+def test_a_readout_that_does_not_exist_is_named_with_those_that_do():
+    readouts = Readouts(build("cifar_resnet8", num_classes=3, image_size=32))
+    with pytest.raises(ModelError, match="levels are 0 to 2"):
+        readouts.check(frozenset({"map@7"}))
+    with pytest.raises(ModelError, match="only VGG"):
+        readouts.check(frozenset({"map_pre"}))
+    with pytest.raises(ModelError, match=r"'words'.*logits"):
+        readouts.check(frozenset({"words"}))
+    readouts.check(frozenset({"map", "map@-3", "vector", "logits"}))

@@ -1,0 +1,146 @@
+import pytest
+import timm
+import torch
+from questpress.models.build import build
+from questpress.models.checkpoint import Checkpoint
+from questpress.models.errors import ModelError
+from questpress.models.weights import class_count, load_into, read_checkpoint
+
+
+def checkpoint(state_dict: dict[str, torch.Tensor]) -> Checkpoint:
+    return Checkpoint(state_dict, None, "a file", "0" * 64)
+
+
+def same(network: torch.nn.Module, state_dict: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, state_dict[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "student.network."]
+)
+def test_any_wrapper_prefix_is_taken_off(prefix):
+    source = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
+    wrapped = {prefix + key: value for key, value in source.items()}
+    network = build("cifar_resnet8", num_classes=3, image_size=32, seed=2)
+    report = load_into(network, checkpoint(wrapped))
+    assert same(network, source)
+    assert report.missing == report.unexpected == () and not report.head_replaced
+
+
+def test_of_a_student_and_a_teacher_in_one_file_the_one_that_fits_is_taken():
+    student = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
+    teacher = build("cifar_wrn_16_1", num_classes=3, image_size=32, seed=1).state_dict()
+    both = {f"student.{k}": v for k, v in student.items()} | {f"teacher.{k}": v for k, v in teacher.items()}
+    network = build("cifar_wrn_16_1", num_classes=3, image_size=32, seed=2)
+    load_into(network, checkpoint(both))
+    assert same(network, teacher)
+
+
+def test_a_file_from_before_batch_counters_is_complete():
+    source = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
+    old = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
+    network = build("cifar_resnet8", num_classes=3, image_size=32, seed=2)
+    load_into(network, checkpoint(old))
+    assert same(network, source)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "mobilenetv2_035", "convnext_atto", "test_vit"])
+def test_a_head_for_other_classes_is_replaced_only_when_that_is_allowed(name):
+    source = build(name, num_classes=11, image_size=32, seed=1)
+    network = build(name, num_classes=3, image_size=32, seed=2)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    file = checkpoint(source.state_dict())
+    assert class_count(file, network) == 11
+    with pytest.raises(ModelError, match=r"11 classes.*needs 3 classes"):
+        load_into(network, file)
+    assert same(network, before)
+    report = load_into(network, file, allow_head_mismatch=True)
+    assert report.head_replaced and len(report.missing) == 2
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key] if key in report.missing else file.state_dict[key])
+
+
+def test_a_backbone_without_a_head_fits_when_a_new_head_is_allowed():
+    source = build("test_vit", num_classes=0, image_size=32, seed=1).state_dict()
+    network = build("test_vit", num_classes=3, image_size=32, seed=2)
+    assert class_count(checkpoint(source), network) is None
+    with pytest.raises(ModelError, match="no head"):
+        load_into(network, checkpoint(source))
+    assert load_into(network, checkpoint(source), allow_head_mismatch=True).head_replaced
+    assert torch.equal(network.blocks[0].attn.qkv.weight, source["blocks.0.attn.qkv.weight"])
+
+
+def test_weights_of_another_architecture_are_refused_with_the_keys_and_change_nothing():
+    source = build("cifar_wrn_16_1", num_classes=3, image_size=32, seed=1).state_dict()
+    network = build("cifar_resnet8", num_classes=3, image_size=32, seed=2)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(ModelError) as told:
+        load_into(network, checkpoint(source), allow_head_mismatch=True)
+    assert "cifar_resnet8" in str(told.value) and "layer1.0.conv1.weight" in str(told.value)
+    assert "block1.layer.0.bn1.weight" in str(told.value) and "\n" not in str(told.value)
+    assert str(told.value).count("weight") < 25
+    assert same(network, before)
+
+
+def test_a_key_of_another_shape_is_named_with_both_shapes():
+    source = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
+    source["conv1.weight"] = torch.zeros(16, 3, 7, 7)
+    with pytest.raises(ModelError, match=r"conv1.weight \[16, 3, 7, 7\] for \[16, 3, 3, 3\]"):
+        load_into(build("cifar_resnet8", num_classes=3, image_size=32), checkpoint(source))
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("test_vit", (64, 96)), ("swinv2_tiny_window8_256", (64, 128))])
+def test_a_transformer_takes_weights_made_for_another_image_size(name, sizes):
+    source = build(name, num_classes=3, image_size=sizes[0], seed=1)
+    network = build(name, num_classes=3, image_size=sizes[1], seed=2)
+    torch.manual_seed(4)
+    expected = torch.rand(1)
+    torch.manual_seed(4)
+    load_into(network, checkpoint({f"module.{key}": value for key, value in source.state_dict().items()}))
+    assert torch.equal(torch.rand(1), expected)
+    resampled = {
+        key for key, value in network.state_dict().items() if value.shape != source.state_dict()[key].shape
+    }
+    for key, value in network.state_dict().items():
+        assert key in resampled or torch.equal(value, source.state_dict()[key])
+    assert "head.weight" not in resampled
+
+
+def test_another_image_size_and_another_head_at_once():
+    source = build("test_vit", num_classes=7, image_size=64, seed=1).state_dict()
+    network = build("test_vit", num_classes=3, image_size=96, seed=2)
+    assert load_into(network, checkpoint(source), allow_head_mismatch=True).head_replaced
+    assert torch.equal(network.blocks[1].mlp.fc1.weight, source["blocks.1.mlp.fc1.weight"])
+
+
+def torchvision_vgg(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """torchvision's names and shapes of the same tensors."""
+    renamed = {}
+    for key, value in state_dict.items():
+        for ours, theirs in (("pre_logits.fc1", "classifier.0"), ("pre_logits.fc2", "classifier.3")):
+            if key.startswith(ours):
+                key = key.replace(ours, theirs)
+                value = value.flatten(1) if value.ndim == 4 else value
+        renamed[key.replace("head.fc", "classifier.6")] = value
+    return renamed
+
+
+def test_weights_in_the_format_of_the_original_authors_go_through_timms_conversion():
+    source = build("vgg11", num_classes=10, image_size=32, seed=1).state_dict()
+    original = checkpoint(torchvision_vgg(source))
+    network = build("vgg11", num_classes=4, image_size=32, seed=2)
+    assert class_count(original, network) == 10
+    assert load_into(network, original, allow_head_mismatch=True).head_replaced
+    assert torch.equal(network.pre_logits.fc1.weight, source["pre_logits.fc1.weight"])
+    assert torch.equal(network.features[0].weight, source["features.0.weight"])
+
+
+def test_timms_own_training_checkpoints_fit(tmp_path):
+    source = timm.create_model("mobilenetv3_small_050", num_classes=3)
+    torch.save(
+        {"epoch": 1, "arch": "mobilenetv3_small_050", "state_dict": source.state_dict()},
+        tmp_path / "last.pth.tar",
+    )
+    network = build("mobilenetv3_small_050", num_classes=3, image_size=64)
+    load_into(network, read_checkpoint(tmp_path / "last.pth.tar"))
+    assert same(network, source.state_dict())
