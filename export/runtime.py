@@ -154,6 +154,8 @@ def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     shown = values != key if isinstance(key, int) else np.ones(values.shape, dtype=bool)
     tags = getattr(image, "tag_v2", {})
     bits = _first(tags.get(258), 16) if tags else 16
+    if bits == 32 and image.mode == "I" and _first(tags.get(339), 1) == 1:
+        values = values.view(np.uint32)  # TIFF's unsigned samples, which Pillow has signed ones for only
     if image.mode != "F" and bits <= 16:
         grey = (values.astype(np.int64) >> (bits - 8)).clip(0, 255)
     else:

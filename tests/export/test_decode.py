@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 from questpress.export.runtime import ImageError, decode_image
 
 RED, BLUE = (200, 30, 40), (20, 60, 220)
@@ -185,6 +185,36 @@ def test_float_tiff_is_scaled_by_the_range_it_uses(values: list[float], shown: l
 def test_thirty_two_bit_integers_are_scaled() -> None:
     content = encoded(Image.fromarray(np.array([[0, 25700, 65535]], np.int32)), "TIFF")
     assert decode_image(content)[0, :, 0].tolist() == [0, 100, 255]
+
+
+def tiff(bits: int, photometric: int, samples: bytes, width: int) -> bytes:
+    """One row of unsigned grey, in the bit depths that Pillow reads but doesn't write."""
+    shorts = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric)]
+    entries = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in shorts]
+    start = 8 + 2 + 12 * (len(shorts) + 3) + 4
+    entries += [
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((273, start), (278, 1), (279, len(samples)))
+    ]
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + struct.pack("<I", 0) + samples
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (tiff(12, 1, bytes([0xFF, 0xF8, 0x00]), 2), [255, 128]),
+        (tiff(16, 0, struct.pack("<HH", 0, 65535), 2), [255, 0]),
+        (tiff(8, 0, bytes([0, 255]), 2), [255, 0]),
+        (tiff(32, 1, struct.pack("<II", 0, 2**32 - 1), 2), [0, 255]),
+    ],
+)
+def test_scanners_bit_depths_and_inverted_grey_are_read(content: bytes, shown: list[int]) -> None:
+    assert decode_image(content)[0, :, 1].tolist() == shown
+
+
+def test_lab_colours_are_converted() -> None:
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.new("RGB", (4, 4), RED), srgb, lab, outputMode="LAB")
+    assert abs(decode_image(encoded(image, "TIFF")).astype(int) - RED).max() <= 3
 
 
 def test_of_an_animation_the_first_frame_is_read() -> None:
