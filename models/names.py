@@ -94,22 +94,12 @@ def resolve(name: str) -> str:
     return full
 
 
-def architecture_of(name: str) -> str:
-    """The resolved name without its pretrained tag."""
-    return resolve(name).partition(".")[0]
-
-
 def tags_of(architecture: str) -> list[str]:
     """The pretrained tags timm lists for an architecture, its default first."""
     import timm
 
     found = timm.models.get_arch_pretrained_cfgs(architecture)
     return [key.partition(".")[2] for key in found if "." in key]
-
-
-def aliases_of(architecture: str) -> list[str]:
-    """The short names that stand for an architecture."""
-    return [alias for alias, target in ALIASES.items() if target == architecture]
 
 
 def matching(pattern: str = "*") -> list[str]:

@@ -7,24 +7,8 @@ import torch
 from torch import nn
 
 from .build import pretrained_cfg
-from .checkpoint import Checkpoint, StateDict, load_saved, read_checkpoint, save_weights
+from .checkpoint import Checkpoint, StateDict
 from .errors import ModelError
-from .pretrained import fetch_pretrained, has_pretrained, is_free, licence
-
-__all__ = [
-    "Checkpoint",
-    "LoadReport",
-    "class_count",
-    "fetch_pretrained",
-    "fitted",
-    "has_pretrained",
-    "is_free",
-    "licence",
-    "load_into",
-    "load_saved",
-    "read_checkpoint",
-    "save_weights",
-]
 
 
 @dataclass(frozen=True)
@@ -148,7 +132,7 @@ def _converted(network: nn.Module, raw: StateDict) -> StateDict | None:
         {"img_size": built_as.image_size} if pretrained_cfg(built_as.name).fixed_input_size else {}
     )
     for count in dict.fromkeys(count for count in counts if count is not None):
-        for weights in (stripped, cleaned):
+        for weights in (stripped,) if stripped.keys() == cleaned.keys() else (stripped, cleaned):
             overlay: dict[str, Any] = {"state_dict": dict(weights), "num_classes": count, "label_offset": 0}
             try:
                 with torch.random.fork_rng(devices=[]):

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.models.build import build
+from questpress.models.checkpoint import read_checkpoint
 from questpress.models.cifar_resnet import ZeroPadShortcut
 from questpress.models.cifar_shuffle import shuffled
-from questpress.models.weights import load_into, read_checkpoint
+from questpress.models.weights import load_into
 from torch import nn
 
 # Tian et al., Contrastive Representation Distillation: parameters with 100 classes.

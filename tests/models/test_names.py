@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from questpress.models.errors import ModelError, UnknownModel
-from questpress.models.names import ALIASES, aliases_of, known, matching, nearest, resolve, tags_of
+from questpress.models.names import ALIASES, known, matching, nearest, resolve, tags_of
 
 
 def test_every_alias_stands_for_a_model_that_timm_has_and_is_not_a_name_of_timm_itself():
@@ -17,7 +17,6 @@ def test_the_short_names_people_type_resolve_to_timms():
     assert resolve("mobilenetv3") == "mobilenetv3_large_100"
     assert resolve("mobilenetv4") == "mobilenetv4_conv_small"
     assert resolve(" resnet18 ") == "resnet18"
-    assert aliases_of("mobilenetv2_100") == ["mobilenet", "mobilenetv2"]
 
 
 def test_a_tag_is_kept_also_behind_an_alias():

@@ -1,10 +1,12 @@
+import re
+
 import pytest
 import timm
 import torch
 from questpress.models.build import build
-from questpress.models.checkpoint import Checkpoint
+from questpress.models.checkpoint import Checkpoint, read_checkpoint
 from questpress.models.errors import ModelError
-from questpress.models.weights import class_count, load_into, read_checkpoint
+from questpress.models.weights import class_count, load_into
 
 
 def checkpoint(state_dict: dict[str, torch.Tensor]) -> Checkpoint:
@@ -113,26 +115,35 @@ def test_another_image_size_and_another_head_at_once():
     assert torch.equal(network.blocks[1].mlp.fc1.weight, source["blocks.1.mlp.fc1.weight"])
 
 
-def torchvision_vgg(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """torchvision's names and shapes of the same tensors."""
+def original_convnext(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors under the names of the ConvNeXt authors' own code."""
+    pairs = [
+        (r"^stem\.", "downsample_layers.0."),
+        (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+        (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
+        (r"conv_dw", "dwconv"),
+        (r"mlp\.fc", "pwconv"),
+        (r"^head\.norm", "norm"),
+        (r"^head\.fc", "head"),
+    ]
     renamed = {}
     for key, value in state_dict.items():
-        for ours, theirs in (("pre_logits.fc1", "classifier.0"), ("pre_logits.fc2", "classifier.3")):
-            if key.startswith(ours):
-                key = key.replace(ours, theirs)
-                value = value.flatten(1) if value.ndim == 4 else value
-        renamed[key.replace("head.fc", "classifier.6")] = value
+        for ours, theirs in pairs:
+            key = re.sub(ours, theirs, key)
+        renamed[key] = value
     return renamed
 
 
 def test_weights_in_the_format_of_the_original_authors_go_through_timms_conversion():
-    source = build("vgg11", num_classes=10, image_size=32, seed=1).state_dict()
-    original = checkpoint(torchvision_vgg(source))
-    network = build("vgg11", num_classes=4, image_size=32, seed=2)
-    assert class_count(original, network) == 10
-    assert load_into(network, original, allow_head_mismatch=True).head_replaced
-    assert torch.equal(network.pre_logits.fc1.weight, source["pre_logits.fc1.weight"])
-    assert torch.equal(network.features[0].weight, source["features.0.weight"])
+    source = build("test_convnext", num_classes=10, image_size=32, seed=1).state_dict()
+    assert set(original_convnext(source)) != set(source)
+    same_classes = build("test_convnext", num_classes=10, image_size=32, seed=2)
+    load_into(same_classes, checkpoint(original_convnext(source)))
+    assert same(same_classes, source)
+    fewer = build("test_convnext", num_classes=4, image_size=32, seed=2)
+    assert class_count(checkpoint(original_convnext(source)), fewer) == 10
+    assert load_into(fewer, checkpoint(original_convnext(source)), allow_head_mismatch=True).head_replaced
+    assert torch.equal(fewer.stages[1].downsample[1].weight, source["stages.1.downsample.1.weight"])
 
 
 def test_timms_own_training_checkpoints_fit(tmp_path):
