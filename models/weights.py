@@ -75,6 +75,8 @@ def fitted(weights: StateDict, target: StateDict) -> StateDict:
         return sum(key.startswith(prefix) and key[len(prefix) :] in target for key in weights)
 
     best = max(sorted(prefixes, key=len), key=matches)
+    if 2 * matches(best) < len(target):  # too few to be this network; a chance match would only hide the rest
+        return dict(weights)
     return {key[len(best) :]: value for key, value in weights.items() if key.startswith(best)}
 
 

@@ -84,6 +84,12 @@ def test_weights_of_another_architecture_are_refused_with_the_keys_and_change_no
     assert same(network, before)
 
 
+def test_a_chance_match_of_a_heads_name_does_not_hide_what_is_unexpected():
+    source = build("test_convnext", num_classes=3, image_size=32, seed=1).state_dict()
+    with pytest.raises(ModelError, match=r"unexpected \(stem.0.weight"):
+        load_into(build("resnet18", num_classes=3, image_size=32), checkpoint(source))
+
+
 def test_a_key_of_another_shape_is_named_with_both_shapes():
     source = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
     source["conv1.weight"] = torch.zeros(16, 3, 7, 7)
