@@ -145,10 +145,13 @@ def _seeded(seed: int | None) -> Iterator[None]:
 def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
     """A stride-p patch convolution would silently ignore the rim of an image that p does not divide."""
     embedding = getattr(network, "patch_embed", None)
-    patch = getattr(embedding, "patch_size", None)
-    if patch is None or getattr(embedding, "dynamic_img_pad", False):
+    cut: Any = getattr(embedding, "proj", None)
+    # Overlapping or padded convolutions reach the rim; timm pads the image itself where it is told to.
+    if getattr(cut, "kernel_size", 0) != getattr(cut, "stride", 1) or getattr(
+        embedding, "dynamic_img_pad", False
+    ):
         return
-    side = int(max(patch)) if isinstance(patch, (tuple, list)) else int(patch)
+    side = int(max(cut.stride))
     if image_size % side:
         below, above = image_size // side * side, (image_size // side + 1) * side
         sizes = f"{below} or {above}" if below else f"{above}"

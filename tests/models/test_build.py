@@ -70,6 +70,10 @@ def test_an_image_size_that_patches_do_not_divide_is_refused_with_the_next_ones(
             refuse()
 
 
+def test_an_overlapping_patch_convolution_takes_any_size():
+    check_size("pvt_v2_b0", 96)
+
+
 def test_a_network_that_cannot_run_at_a_size_names_one_at_which_it_can():
     with pytest.raises(ModelError, match="240"):
         check_size("crossvit_tiny_240", 96)
