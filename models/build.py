@@ -98,9 +98,9 @@ def check_size(name: str, image_size: int) -> None:
         raise ModelError(f"An image size of {image_size} pixels is not possible; give a positive number.")
     try:
         _run_shapes(full, image_size)
-    except ModelError:
-        raise
     except Exception as error:  # whatever a forward pass of timm's thousand raises
+        if isinstance(error, ModelError) and error.__cause__ is None:
+            raise  # the patches' own sentence
         fitting = _fitting_sizes(full, image_size)
         if not fitting:
             raise ModelError(f"The model {full} cannot be run: {_brief(error)}.") from error
@@ -144,19 +144,20 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
     """A stride-p patch convolution would silently ignore the rim of an image that p does not divide."""
-    embedding = getattr(network, "patch_embed", None)
+    embedding = getattr(network, "patch_embed", getattr(network, "stem", None))
     cut: Any = getattr(embedding, "proj", None)
     # Overlapping or padded convolutions reach the rim; timm pads the image itself where it is told to.
-    if getattr(cut, "kernel_size", 0) != getattr(cut, "stride", 1) or getattr(
-        embedding, "dynamic_img_pad", False
-    ):
+    disjoint = getattr(cut, "kernel_size", 0) == getattr(cut, "stride", 1)
+    if not disjoint or getattr(embedding, "dynamic_img_pad", False):
         return
     side = int(max(cut.stride))
     if image_size % side:
         below, above = image_size // side * side, (image_size // side + 1) * side
         sizes = f"{below} or {above}" if below else f"{above}"
-        raise ModelError(f"The model {full} cuts images into patches of {side} pixels, which do not divide "
-                         f"{image_size}; the next fitting sizes are {sizes}.")  # fmt: skip
+        raise ModelError(
+            f"The model {full} cuts images into patches of {side} pixels, which do not divide {image_size}; "
+            f"the next sizes that fit are {sizes}."
+        )
 
 
 def _run_shapes(full: str, image_size: int) -> None:
