@@ -132,6 +132,19 @@ def test_timms_families_export(name: str, size: int, options: dict[str, int], tm
     assert min(parity.max_abs, parity.max_rel) <= 1e-4
 
 
+class ZeroPaddedPool(nn.Module):
+    """BiT's stem: the padding is 0 where the pooling's own would be minus infinity."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(nn.functional.pad(-x.abs() - 1, (1, 1, 1, 1)), 3, 2)
+        return x.mean((2, 3))
+
+
+def test_zero_padding_before_a_max_pool_stays_zero(tmp_path: Path) -> None:
+    file = export_onnx(ZeroPaddedPool(), tmp_path / "a.onnx", 8, metadata={})
+    assert check_parity(ZeroPaddedPool(), file.path, torch.randn(5, 3, 8, 8)).max_abs <= 1e-5
+
+
 class WrongAtBatch(nn.Module):
     """What an image gets depends on the others of its batch."""
 
