@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from onnxscript import optimizer
 from torch import nn
 
 from . import runtime
@@ -60,6 +61,7 @@ def export_onnx(
     """
     path = Path(path)
     model = _traced(network, image_size, opset)
+    _fold_computed_weights(model)
     _strip(model)
     model.metadata_props.update(sorted(metadata.items()))
     model.producer_name, model.producer_version = "questpress", None
@@ -143,6 +145,21 @@ def _traced(network: nn.Module, image_size: int, opset: int) -> onnx_ir.Model:
         raise ExportError(f"{type(network).__name__} takes one batch size only: its code fixes it")
     outputs[0].shape = onnx_ir.Shape([taken[0], given[1]])
     return model
+
+
+def _fold_computed_weights(model: onnx_ir.Model) -> None:
+    """Compute once what standardised weights (BiT, NFNet) would cost every run, and hide from the quantizer.
+
+    The exporter folds small constants only.
+    """
+    weighted = [node for node in model.graph if node.op_type in ("Conv", "ConvTranspose", "Gemm")]
+    weights = [node.inputs[1] for node in weighted]
+    if any(weight is not None and weight.const_value is None for weight in weights):
+        no_limit = 1 << 62
+        optimizer.fold_constants(
+            model, onnx_shape_inference=False, input_size_limit=no_limit, output_size_limit=no_limit
+        )
+        optimizer.optimize(model, onnx_shape_inference=False)
 
 
 def _strip(model: onnx_ir.Model) -> None:

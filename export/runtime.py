@@ -457,7 +457,7 @@ def session(model: str | Path | bytes, threads: int) -> ort.InferenceSession:
             model if isinstance(model, bytes) else str(model),
             options,
             providers=["CPUExecutionProvider"],
-            # It takes a max-pool's zero padding for its own of minus infinity: BiT's logits come out 3 % wrong.
+            # It takes zeros padded before a max-pool for minus infinity: BiT comes out 3 % wrong.
             disabled_optimizers=["Pad_Fusion"],
         )
     except Exception as error:  # onnxruntime's exceptions have no common public class

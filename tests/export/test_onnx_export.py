@@ -12,6 +12,7 @@ import torch
 from questpress.export import runtime
 from questpress.export.errors import ExportError
 from questpress.export.onnx_export import OnnxFile, check_parity, export_onnx
+from timm.layers import StdConv2d
 from torch import nn
 
 from .networks import PREPROCESSING, SmallConvNet, small_conv_net
@@ -143,6 +144,29 @@ class ZeroPaddedPool(nn.Module):
 def test_zero_padding_before_a_max_pool_stays_zero(tmp_path: Path) -> None:
     file = export_onnx(ZeroPaddedPool(), tmp_path / "a.onnx", 8, metadata={})
     assert check_parity(ZeroPaddedPool(), file.path, torch.randn(5, 3, 8, 8)).max_abs <= 1e-5
+
+
+class Standardised(nn.Module):
+    """A convolution whose weights are standardised at every call, as those of BiT and NFNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = StdConv2d(3, 64, 5, padding=2, bias=False)
+        self.again = StdConv2d(64, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.conv(x).relu()).mean((2, 3))
+
+
+def test_weights_computed_from_weights_are_computed_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Standardised()
+    file = export_onnx(network, tmp_path / "a.onnx", 8, metadata={})
+    check_parity(network, file.path, torch.randn(5, 3, 8, 8))
+    model = onnx.load(str(file.path))
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Relu", "Conv", "ReduceMean"]
+    weights = sum(parameter.numel() for parameter in network.parameters()) * 4
+    assert weights < file.bytes < weights + 3000
 
 
 class WrongAtBatch(nn.Module):
