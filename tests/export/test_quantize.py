@@ -202,6 +202,22 @@ def test_a_transformer_keeps_attention_and_its_residual_stream_in_float(tmp_path
     assert signal_to_noise(logits(file.path, fresh), logits(int8.path, fresh)) > 20
 
 
+def test_a_network_with_group_norm_quantizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 4, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    path = export_onnx(network, tmp_path / "a.onnx", 16, metadata={}).path
+    file = quantize_int8(path, tmp_path / "b.onnx", [images(16)])
+    fresh = images(16, seed=1)
+    assert signal_to_noise(logits(path, fresh), logits(file.path, fresh)) > 25
+
+
 def test_a_head_without_convolutions_and_one_class_quantize(tmp_path: Path) -> None:
     path = colour_classifier(tmp_path / "colours.onnx", {})
     file = quantize_int8(path, tmp_path / "a.onnx", [images(64, 8)])
