@@ -1,16 +1,23 @@
-"""The artifact folder: model files and the manifest that says what they are, how good, and where they come
-from.
+"""The artifact folder: model files, and a manifest that says what they are, how good, and whence.
 
 `manifest.json`, schema version 1 (`runtime.read_manifest` is its reader on the device):
 
-schema_version   1 preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes,
-crop, mean, std labels           class names, in the order of the logits origin           whence the network:
-teachers and student with their licences, method, data; free-form JSON versions         of the tools that
-wrote the files files            for each file: name         within the folder precision    "fp32" or "int8"
-target       the processor family it is meant for; null: any bytes        its size sha256       of its content
-opset        version of ONNX's operator set ir_version   ONNX's format version: what the device's runtime must
-read at least quantization the recipe, for int8; null otherwise accuracy     of this very file in ONNX
-Runtime, percent: top1, n, low and high (95 % interval), and what else was measured; null where it was not
+    schema_version   1
+    preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
+    labels           class names, in the order of the logits
+    origin           whence the network: teachers and student with their licences, method, data; free-form JSON
+    versions         of the tools that wrote the files
+    files            for each file:
+        name             within the folder
+        precision        "fp32" or "int8"
+        target           the processor family it is meant for; null: any
+        bytes            its size
+        sha256           of its content
+        opset            version of ONNX's operator set
+        ir_version       ONNX's format version: what the device's runtime must read at least
+        quantization     the recipe, for int8; null otherwise
+        accuracy         of this very file in ONNX Runtime, percent: top1, n, low and high (95 % interval), and
+                         what else was measured; null where it was not
 
 Nothing in it names a user, a host or a local path.
 """

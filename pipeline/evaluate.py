@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .data.render import Normalise
 from .device import Engine
 from .results import Accuracy, ClassResult
-from .task import Normalise
 
 BATCH = 128
 UNEVEN = 1.5

@@ -10,25 +10,9 @@ from torch import Tensor, nn
 
 from ..models.build import Geometry
 from ..models.readout import Readouts
+from .data.render import Normalise
 from .device import Engine
 from .methods.base import Method
-
-
-class Normalise(nn.Module):
-    """Pixels as a network wants them: uint8 [B,3,S,S] to (x/255 − mean)/std, channels last."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__()
-        mean, std = torch.tensor(geometry.mean), torch.tensor(geometry.std)
-        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return pixels.to(self.scale.dtype) * self.scale + self.shift
 
 
 class Teacher(nn.Module):
@@ -37,7 +21,7 @@ class Teacher(nn.Module):
     def __init__(self, network: nn.Module, geometry: Geometry, engine: Engine) -> None:
         super().__init__()
         self.readouts = Readouts(network)
-        self.normalise = Normalise(geometry)
+        self.normalise = Normalise(geometry.mean, geometry.std)
         self.engine = engine
         self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
@@ -67,7 +51,7 @@ class Trainee(nn.Module):
     ) -> None:
         super().__init__()
         self.readouts = Readouts(network)
-        self.normalise = Normalise(geometry)
+        self.normalise = Normalise(geometry.mean, geometry.std)
         self.methods = nn.ModuleDict(methods)
         self.reads = reads | {"logits"}
         self.weights = dict(weights)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from .pixels import Pixels
@@ -148,19 +148,23 @@ def colour_jittered(views: Tensor, factors: Tensor) -> Tensor:
     return image.round().to(torch.uint8)
 
 
-def normalise(
-    views: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-) -> Tensor:
-    """uint8 [B, 3, S, S] to a network's input on the same device: (pixels / 255 − mean) / std, as the runtime
-    computes it.
+class Normalise(nn.Module):
+    """uint8 [B, 3, S, S] to a network's input on the same device: (pixels / 255 − mean) / std, computed as the
+    runtime does it, in float32 and channels last.
     """
-    offset, spread = (torch.tensor(x, device=views.device).view(1, 3, 1, 1) for x in (list(mean), list(std)))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return views.to(torch.float32, memory_format=layout).div_(255).sub_(offset).div_(spread).to(dtype)
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, views: Tensor) -> Tensor:
+        # Channels last from the start: three copies of a small image are dearer than one.
+        views = views.contiguous(memory_format=torch.channels_last)
+        return (views.to(torch.float32) / 255).sub_(self.mean).div_(self.std)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from .. import evaluate
 from ..data.image_set import ROLES, Role
+from ..data.render import Normalise
 from ..device import Engine, use_threads
 from ..errors import JobError
 from ..files import whole
@@ -19,7 +20,7 @@ from ..learning import engine, learn, plan
 from ..networks import Start, parameters, start
 from ..results import Accuracy, DataSummary, Subject
 from ..run_folder import Done
-from ..task import DistillationTask, Normalise
+from ..task import DistillationTask
 from ..trained import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
@@ -108,7 +109,8 @@ def _measure(job: Job, name: str, network: nn.Module, exact: Engine, role: Role)
     pixels, labels, _ = job.rendered(role, name)
     if not len(labels):
         return None
-    normalise = Normalise(job.geometry(name)).to(job.device)
+    geometry = job.geometry(name)
+    normalise = Normalise(geometry.mean, geometry.std).to(job.device)
     return evaluate.logits(
         network,
         normalise,

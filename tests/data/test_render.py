@@ -4,9 +4,9 @@ import torch
 from questpress.export import runtime
 from questpress.pipeline.data.decode import Canonical, Decoded, decode
 from questpress.pipeline.data.render import (
+    Normalise,
     Views,
     colour_jittered,
-    normalise,
     render_views,
     resized_by_products,
 )
@@ -153,12 +153,9 @@ def test_batches_are_channels_last_in_memory() -> None:
 def test_normalising_is_the_runtimes_to_the_bit() -> None:
     batch = torch.from_numpy(np.stack([pixels(n, 12, 12) for n in range(3)]))
     p = runtime.Preprocessing.of(12, 1.0)
-    for channels_last in (False, True):
-        ours = normalise(batch.permute(0, 3, 1, 2), p.mean, p.std, channels_last=channels_last)
-        np.testing.assert_array_equal(ours.numpy(), runtime.normalise(batch.numpy(), p))
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        assert ours.is_contiguous(memory_format=layout)
-    assert normalise(batch.permute(0, 3, 1, 2), p.mean, p.std, torch.bfloat16).dtype == torch.bfloat16
+    ours = Normalise(p.mean, p.std)(batch.permute(0, 3, 1, 2))
+    np.testing.assert_array_equal(ours.numpy(), runtime.normalise(batch.numpy(), p))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_colour_jitter_is_torchvisions_in_a_fixed_order() -> None:
