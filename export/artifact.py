@@ -5,7 +5,7 @@
     schema_version   1
     preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
     labels           class names, in the order of the logits
-    origin           whence the network: teachers and student with their licences, method, data; free-form JSON
+    origin           whence the network: teachers and student with their licences, method, data; free JSON
     versions         of the tools that wrote the files
     files            for each file:
         name             within the folder
@@ -16,7 +16,7 @@
         opset            version of ONNX's operator set
         ir_version       ONNX's format version: what the device's runtime must read at least
         quantization     the recipe, for int8; null otherwise
-        accuracy         of this very file in ONNX Runtime, percent: top1, n, low and high (95 % interval), and
+        accuracy         of this very file in ONNX Runtime, percent: top1, n, low, high (95 % interval), and
                          what else was measured; null where it was not
 
 Nothing in it names a user, a host or a local path.

@@ -149,8 +149,8 @@ def colour_jittered(views: Tensor, factors: Tensor) -> Tensor:
 
 
 class Normalise(nn.Module):
-    """uint8 [B, 3, S, S] to a network's input on the same device: (pixels / 255 − mean) / std, computed as the
-    runtime does it, in float32 and channels last.
+    """uint8 [B, 3, S, S] to a network's input on the same device: (pixels / 255 − mean) / std, computed as
+    the runtime does it, in float32 and channels last.
     """
 
     mean: Tensor
