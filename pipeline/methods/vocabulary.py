@@ -142,7 +142,9 @@ def kmeans(sample: np.ndarray, k: int, iterations: int, seed: int) -> dict[str, 
     words = torch.from_numpy(centroids.copy())
     distance, word = nearest(sample, words.numpy())
     mu = float(distance.astype(np.float64).mean())
-    if not mu > 0:
+    square = float(np.einsum("nc,nc->", sample, sample, dtype=np.float64)) / len(sample)
+    # Below fp32's resolution of ‖f‖² a distance is rounding alone.
+    if not mu > 1e-6 * square:
         raise JobError(
             "All features of the teacher are the same: it sees no difference between the images; check its "
             "weights and the data."
