@@ -1,0 +1,5 @@
+"""Toy networks are slower on many threads than on one, and several test runs share a machine."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")

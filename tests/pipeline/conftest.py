@@ -1,0 +1,64 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import little
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Little networks on one thread, so that a busy machine does not slow them down."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("device", "stages.teacher", "estimate"):
+            patch.setattr(f"questpress.pipeline.{module}.allowed_cores", lambda: 1)
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def little_threads(one_thread: None) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of twenty little pictures."""
+    return little.photos(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="session")
+def finished(one_thread: None, tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
+    """The run folder of a whole little job. Nobody changes it: see ``a_run`` for one to change."""
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    result = little.job(data, out, cache)
+    assert result.exit_code == 0, (result.output, result.exception)
+    (out.parent / "stderr.txt").write_text(result.stderr)
+    (out.parent / "stdout.txt").write_text(result.stdout)
+    return out
+
+
+@pytest.fixture
+def a_run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def digits(one_thread: None, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The run folder of the built-in digits with little networks."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    result = little.compress(
+        *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2", "--batch-size", "32",
+        "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out, "--cache", cache,
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    (out.parent / "stderr.txt").write_text(result.stderr)
+    return out

@@ -1,0 +1,215 @@
+"""QuEST's loss against its formula in numpy, float64, by hand."""
+
+import numpy as np
+import pytest
+import torch
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign, perplexity, predict
+from scipy.special import log_softmax, softmax
+
+# All different, so that no axis can be taken for another.
+B, H, W, C_T, C_S, K = 3, 4, 5, 6, 7, 11
+
+
+def drawn(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def tensor(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x).float()
+
+
+def p_teacher(f: np.ndarray, words: np.ndarray, tau: float) -> np.ndarray:
+    """[B,C,H,W] and [K,C] to [B,K,H,W], position by position."""
+    b, _, h, w = f.shape
+    out = np.empty((b, len(words), h, w))
+    for i in range(b):
+        for y in range(h):
+            for x in range(w):
+                d = ((f[i, :, y, x][None] - words) ** 2).sum(1)
+                out[i, :, y, x] = softmax(-d / tau)
+    return out
+
+
+def log_p_student(f: np.ndarray, weight: np.ndarray, gamma: float) -> np.ndarray:
+    f = f / np.linalg.norm(f, axis=1, keepdims=True)
+    weight = weight / np.linalg.norm(weight, axis=1, keepdims=True)
+    return log_softmax(gamma * np.einsum("kc,bchw->bkhw", weight, f), axis=1)
+
+
+def quest(f_t, f_s, words, weight, gamma, tau) -> float:
+    """Mean over batch and positions of KL(p_T ‖ p_S)."""
+    p, log_q = p_teacher(f_t, words, tau), log_p_student(f_s, weight, gamma)
+    return float((p * (np.log(p) - log_q)).sum(1).mean())
+
+
+def pooled(f: np.ndarray, factor: tuple[int, int]) -> np.ndarray:
+    b, c, h, w = f.shape
+    return f.reshape(b, c, h // factor[0], factor[0], w // factor[1], factor[1]).mean((3, 5))
+
+
+def method(words: np.ndarray, mu: float, teacher=(C_T, H, W), student=(C_S, H, W), **parameters) -> Quest:
+    torch.manual_seed(0)
+    return Quest(
+        Parameters(**parameters),
+        Shapes({"map": student}, vector=None, logits=2),
+        [Shapes({"map": teacher}, vector=None, logits=2)],
+        {"0.map.words": tensor(words), "0.map.mu": torch.tensor(mu)},
+    )
+
+
+def term(quest: Quest, number: int = 0) -> WordPrediction:
+    found = quest.terms[number]
+    assert isinstance(found, WordPrediction)
+    return found
+
+
+LABELS = torch.zeros(B, dtype=torch.int64)
+
+
+def test_the_soft_assignment_is_a_softmax_over_squared_distances():
+    f, words = drawn(1, B, C_T, H, W), drawn(2, K, C_T)
+    ours = assign(tensor(f), tensor(words), 0.7)
+    assert ours.shape == (B, K, H, W)
+    np.testing.assert_allclose(ours.numpy(), p_teacher(f, words, 0.7), atol=1e-6)
+
+
+def test_the_soft_assignment_holds_for_features_of_a_hundred_times_the_size():
+    f, words = 100 * drawn(1, B, C_T, H, W), 100 * drawn(2, K, C_T)
+    np.testing.assert_allclose(
+        assign(tensor(f), tensor(words), 5000.0).numpy(), p_teacher(f, words, 5000.0), atol=1e-4
+    )
+
+
+def test_the_soft_assignment_is_computed_in_fp32_under_autocast():
+    f, words = tensor(drawn(1, B, C_T, H, W)), tensor(drawn(2, K, C_T))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = assign(f, words, 0.1)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, assign(f, words, 0.1))
+
+
+def test_the_students_logits_are_gamma_times_cosines():
+    f, weight = drawn(3, B, C_S, H, W), drawn(4, K, C_S)
+    ours = predict(tensor(f), tensor(weight), torch.tensor(2.5)).numpy()
+    y, x = 2, 3
+    cosine = weight[5] @ f[1, :, y, x] / np.linalg.norm(weight[5]) / np.linalg.norm(f[1, :, y, x])
+    assert ours.shape == (B, K, H, W)
+    assert ours[1, 5, y, x] == pytest.approx(2.5 * cosine, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tau"), [({"tau": 0.9}, 0.9), ({"delta": 10.0}, 0.37), ({"delta": 4.0}, 3.7 / 4)]
+)
+def test_the_loss_is_the_mean_divergence_over_batch_and_positions(parameters, tau):
+    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+    quest_ = method(words, 3.7, **parameters)
+    [(name, loss)] = quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0).items()
+    expected = quest(f_t, f_s, words, term(quest_).weight.detach().numpy().astype(float), 3.0, tau)
+    assert name == "quest"
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_alpha_weighs_the_loss():
+    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+    once, twice = (
+        method(words, 1.0, alpha=alpha)({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+        for alpha in (1.0, 2.0)
+    )
+    assert twice.item() == pytest.approx(2 * once.item(), rel=1e-6)
+
+
+def test_a_finer_teachers_map_is_pooled_to_the_students_grid():
+    f_t, f_s, words = drawn(1, B, C_T, 2 * H, 3 * W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+    quest_ = method(words, 1.0, teacher=(C_T, 2 * H, 3 * W), tau=0.9)
+    loss = quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+    weight = term(quest_).weight.detach().numpy().astype(float)
+    assert loss.item() == pytest.approx(quest(pooled(f_t, (2, 3)), f_s, words, weight, 3.0, 0.9), rel=1e-5)
+
+
+def test_a_finer_students_map_is_pooled_to_the_teachers_grid():
+    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, 3 * H, 2 * W), drawn(2, K, C_T)
+    quest_ = method(words, 1.0, student=(C_S, 3 * H, 2 * W), tau=0.9)
+    loss = quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+    weight = term(quest_).weight.detach().numpy().astype(float)
+    assert loss.item() == pytest.approx(quest(f_t, pooled(f_s, (3, 2)), words, weight, 3.0, 0.9), rel=1e-5)
+
+
+def test_two_teachers_losses_are_summed():
+    f_s, words = drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+    maps = [drawn(seed, B, C_T, H, W) for seed in (1, 9)]
+    torch.manual_seed(0)
+    both = Quest(
+        Parameters(tau=0.9),
+        Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
+        [Shapes({"map": (C_T, H, W)}, vector=None, logits=2)] * 2,
+        {f"{t}.map.words": tensor(words) for t in (0, 1)}
+        | {f"{t}.map.mu": torch.tensor(1.0) for t in (0, 1)},
+    )
+    loss = both({"map": tensor(f_s)}, [{"map": tensor(f)} for f in maps], LABELS, 0)["quest"]
+    expected = sum(
+        quest(f, f_s, words, term(both, t).weight.detach().numpy().astype(float), 3.0, 0.9)
+        for t, f in enumerate(maps)
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gradients_are_those_of_the_formula_by_finite_differences():
+    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+    quest_ = method(words, 1.0, tau=0.9)
+    one = term(quest_)
+    student = tensor(f_s).requires_grad_()
+    quest_({"map": student}, [{"map": tensor(f_t)}], LABELS, 0)["quest"].backward()
+    weight = one.weight.detach().numpy().astype(float)
+    assert student.grad is not None and one.weight.grad is not None and one.gamma.grad is not None
+
+    def loss(f=f_s, weight=weight, gamma=3.0) -> float:
+        return quest(f_t, f, words, weight, gamma, 0.9)
+
+    step, rng = 1e-5, np.random.default_rng(0)
+    for _ in range(8):
+        at = tuple(rng.integers(0, n) for n in f_s.shape)
+        nudge = np.zeros_like(f_s)
+        nudge[at] = step
+        slope = (loss(f=f_s + nudge) - loss(f=f_s - nudge)) / (2 * step)
+        assert float(student.grad[at]) == pytest.approx(slope, rel=1e-3, abs=1e-7)
+        at = tuple(rng.integers(0, n) for n in weight.shape)
+        nudge = np.zeros_like(weight)
+        nudge[at] = step
+        slope = (loss(weight=weight + nudge) - loss(weight=weight - nudge)) / (2 * step)
+        assert float(one.weight.grad[at]) == pytest.approx(slope, rel=1e-3, abs=1e-7)
+    slope = (loss(gamma=3 + step) - loss(gamma=3 - step)) / (2 * step)
+    assert float(one.gamma.grad) == pytest.approx(slope, rel=1e-3)
+
+
+def test_the_head_starts_as_the_paper_has_it_and_the_words_are_not_learned():
+    quest_ = method(drawn(2, 4000, C_T), 1.0)
+    weight = term(quest_).weight.detach()
+    assert weight.shape == (4000, C_S)
+    assert float(weight.std()) == pytest.approx((2 / C_S) ** 0.5, rel=0.02)
+    assert float(term(quest_).gamma.detach()) == 3.0
+    assert {name for name, _ in quest_.named_parameters()} == {"terms.0.weight", "terms.0.gamma"}
+
+
+def test_the_perplexity_counts_the_words_in_even_use():
+    assert float(perplexity(torch.tensor([5.0, 5.0, 5.0, 5.0]))) == pytest.approx(4)
+    assert float(perplexity(torch.tensor([7.0, 0.0, 0.0]))) == pytest.approx(1)
+    p = np.array([0.7, 0.2, 0.1])
+    assert float(perplexity(torch.tensor(10 * p))) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
+
+
+def test_what_is_watched_are_means_since_it_was_last_looked_at():
+    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+    quest_ = method(words, 1.0, tau=0.9)
+    for _ in range(2):
+        quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)
+    watched = {key: float(value) for key, value in quest_.watched().items()}
+    p = p_teacher(f_t, words, 0.9)
+    log_q = log_p_student(f_s, term(quest_).weight.detach().numpy().astype(float), 3.0)
+    usage = np.bincount(p.argmax(1).ravel(), minlength=K) / p.argmax(1).size
+    used = usage[usage > 0]
+    assert watched["max_p_t"] == pytest.approx(p.max(1).mean(), rel=1e-5)
+    assert watched["word_accuracy"] == pytest.approx((p.argmax(1) == log_q.argmax(1)).mean(), rel=1e-5)
+    assert watched["perplexity"] == pytest.approx(np.exp(-(used * np.log(used)).sum()), rel=1e-4)
+    assert watched["gamma"] == 3.0
+    assert quest_.watched() == {}
