@@ -21,18 +21,18 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
-def _settings(value: Any) -> Any:
+def pairs(value: Any) -> Any:
     """``["quest.tau=0.2"]`` as ``{"quest.tau": "0.2"}``; a mapping stays as it is."""
     if not isinstance(value, list | tuple):
         return value
-    pairs = {}
+    found = {}
     for item in value:
         key, equals, setting = str(item).partition("=")
         if not equals:
             raise ValueError(f"'{item}' is not of the form KEY=VALUE")
         # A value with commas is a list, as in quest.levels=map,map@2.
-        pairs[key.strip()] = setting.split(",") if "," in setting else setting.strip()
-    return pairs
+        found[key.strip()] = setting.split(",") if "," in setting else setting.strip()
+    return found
 
 
 def _epochs(value: Any) -> Any:
@@ -40,10 +40,10 @@ def _epochs(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_listed)]
-Settings = Annotated[dict[str, Any], BeforeValidator(_settings)]
+Settings = Annotated[dict[str, Any], BeforeValidator(pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace"]], BeforeValidator(_listed)]
 Epochs = Annotated[list[int], BeforeValidator(_epochs)]
-Weights = Annotated[dict[str, float], BeforeValidator(_settings)]
+Weights = Annotated[dict[str, float], BeforeValidator(pairs)]
 
 
 class Options(BaseModel):

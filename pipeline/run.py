@@ -17,7 +17,7 @@ from .errors import UsageError
 from .estimate import estimate
 from .files import sha256
 from .job import Job
-from .options import STAGES, Options, enters, group
+from .options import STAGES, Options, enters, group, pairs
 from .progress import Display
 from .resolve import DIGITS, resolve
 from .results import Report
@@ -75,11 +75,11 @@ def read_options(given: Mapping[str, Any]) -> Options:
     """
     merged = dict(given)
     if given.get("config") is not None:
-        merged = {**_read_config(Path(given["config"])), **merged}
-    # What a config.yaml holds of these is how that run was started, not what the job is.
-    if "json" in merged:
-        merged["json_"] = merged.pop("json")
-    known = set(Options.model_fields)
+        merged = _over(_read_config(Path(given["config"])), given)
+    # A field cannot be called json, which pydantic has taken: its alias is.
+    if "json_" in merged:
+        merged["json"] = merged.pop("json_")
+    known = {field.alias or name for name, field in Options.model_fields.items()}
     for name in merged:
         if name not in known:
             import difflib
@@ -122,6 +122,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
 
 
+def _over(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's options with the given ones winning, of settings and losses' weights each for itself."""
+    merged = {**config, **given}
+    methods = [name.strip() for name in str(given.get("method", "")).split("+")]
+    for name in ("settings", "weight"):
+        kept, more = config.get(name), given.get(name, {})
+        malformed = isinstance(more, list) and not all("=" in str(one) for one in more)
+        if not isinstance(kept, Mapping) or malformed:
+            continue  # told when the options are checked
+        if "method" in given:  # what was set for another method has no use here
+            kept = {key: value for key, value in kept.items() if key.split(".")[0] in (*methods, "ce")}
+        merged[name] = {**kept, **pairs(more)}
+    return merged
+
+
 def hashed(options: Options) -> dict[str, Any]:
     """The options that change a stage's result."""
     return {name: value for name, value in options.model_dump(mode="json").items() if enters(name)}
@@ -147,6 +162,8 @@ def _run(options: Options, given: frozenset[str], images: ImageSet, device: str,
                 continue
             _do(stage, key, stage_run(stage), job)
             report.write(folder)
+    if not all((folder.path / name).is_file() for name in report.FILES):
+        report.write(folder)
     return report.assemble(folder)
 
 
