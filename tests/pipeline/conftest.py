@@ -35,7 +35,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(one_thread: None, tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
+def finished(
+    one_thread: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+    data: Path,
+    cache: Path,
+) -> Path:
     """The run folder of a whole little job. Nobody changes it: see ``a_run`` for one to change."""
     out = tmp_path_factory.mktemp("runs") / "colours"
     result = little.job(data, out, cache)
@@ -52,12 +57,16 @@ def a_run(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits(one_thread: None, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def digits(
+    one_thread: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+    cache: Path,
+) -> Path:
     """The run folder of the built-in digits with little networks."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     result = little.compress(
-        *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2", "--batch-size", "32",
-        "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out, "--cache", cache,
+        *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2",
+        "--batch-size", "32", "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out, "--cache", cache,
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     (out.parent / "stderr.txt").write_text(result.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from click.testing import CliRunner, Result
 from PIL import Image as PillowImage
 from questpress.pipeline.cli import cli
+from safetensors.numpy import load_file
 
 CLASSES = ("blue", "green", "red")
 TEACHER, STUDENT = "cifar_resnet14", "cifar_resnet8"
@@ -77,7 +79,8 @@ def python(code: str, *arguments: str | Path, **environment: str) -> subprocess.
 
 
 def one_core() -> None:
-    """For a process that is to train on one thread, as the tests' own process does."""
+    """For a process that is to train on one thread, as the tests' own does, and to be interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
@@ -103,6 +106,11 @@ def record(out: Path) -> dict[str, Any]:
 def report(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "report.json").read_text())
     return found
+
+
+def weights(file: Path) -> dict[str, bytes]:
+    """Every tensor of a weights file, to the bit."""
+    return {name: tensor.tobytes() for name, tensor in load_file(file).items()}
 
 
 def files(root: Path, but: Sequence[str] = ()) -> dict[str, tuple[int, bytes]]:

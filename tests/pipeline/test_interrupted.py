@@ -1,0 +1,217 @@
+"""A job that is killed, interrupted or out of disk: nothing is lost, and the next run completes it."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from questpress.pipeline import stages
+from questpress.pipeline.files import whole, write_text
+from questpress.pipeline.options import STAGES
+
+from . import little
+from .little import files, job, record, report, weights
+
+
+def started(arguments: list[str], tmp_path: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=little.one_core if sys.platform != "win32" else None,
+        cwd=tmp_path,
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 50) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX only")
+@pytest.mark.parametrize("what", ["teacher", "student"])
+def test_a_run_killed_while_training_gives_the_weights_of_an_uninterrupted_one(data, cache, tmp_path, what):
+    more = ("--teacher-epochs", "6", "--epochs", "6", "--until", "student")
+    killed = started(little.little_command(data, tmp_path / "killed", cache, *more), tmp_path)
+    wait_for(tmp_path / "killed" / "checkpoint" / f"{what}.pt", killed)
+    killed.kill()
+    killed.communicate()
+    assert what not in record(tmp_path / "killed")["stages"]
+    before = torch.load(tmp_path / "killed" / "checkpoint" / f"{what}.pt", weights_only=True)["epoch"]
+    assert 1 <= before < 6
+
+    went_on = job(data, tmp_path / "killed", cache, *more)
+    assert went_on.exit_code == 0, went_on.output
+    assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
+    for name in ("teacher.safetensors", "student.safetensors"):
+        assert weights(tmp_path / "killed" / name) == weights(tmp_path / "whole" / name)
+
+    def curve(run: str) -> list[tuple[str, int, dict[str, float]]]:
+        return [(e["stage"], e["epoch"], e["losses"]) for e in report(tmp_path / run)["epochs"]]
+
+    assert curve("killed") == curve("whole") and len(curve("whole")) == 12
+    assert not list((tmp_path / "killed" / "checkpoint").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+def test_ctrl_c_ends_with_130_and_a_sentence_on_how_to_go_on(data, cache, tmp_path):
+    more = ("--epochs", "500", "--until", "student")
+    process = started(little.little_command(data, tmp_path / "run", cache, *more), tmp_path)
+    wait_for(tmp_path / "run" / "checkpoint" / "student.pt", process)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "goes on where" in stderr.splitlines()[-1] and stdout == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_in_any_stage_leaves_a_run_that_goes_on(finished, data, cache, tmp_path, monkeypatch, stage):
+    out = tmp_path / "run"
+    if stage not in ("teacher", "prepare", "student"):  # what comes before is slow and is tested once
+        shutil.copytree(finished, out)
+        first = {"export": "artifact/student.onnx", "quantize": "artifact/student.int8.onnx",
+                 "validate": "artifact/manifest.json", "bench": "bench/latency.npz"}  # fmt: skip
+        made = record(out)["stages"]
+        for later in STAGES[STAGES.index(stage) :]:
+            made.pop(later)
+            (out / first.get(later, "report.html")).unlink(missing_ok=True)
+        write_text(out / "run.json", json.dumps({**record(out), "stages": made}))
+
+    real = stages.stage_run
+
+    def interrupting(name: str):
+        def interrupted(_: object) -> None:
+            raise KeyboardInterrupt
+
+        return interrupted if name == stage else real(name)
+
+    monkeypatch.setattr(stages, "stage_run", interrupting)
+    stopped = job(data, out, cache)
+    assert stopped.exit_code == 130
+    assert "The same command goes on" in stopped.stderr and "Traceback" not in stopped.stderr
+    before = list(record(out)["stages"])
+    assert before == list(STAGES[: STAGES.index(stage)])
+    monkeypatch.setattr(stages, "stage_run", real)
+    went_on = job(data, out, cache)
+    assert went_on.exit_code == 0, went_on.output
+    assert went_on.stderr.count("(kept)") == len(before)
+    assert weights(out / "student.safetensors") == weights(finished / "student.safetensors")
+    assert report(out)["student"]["sha256"] == report(finished)["student"]["sha256"]
+    assert [e["losses"] for e in report(out)["epochs"]] == [e["losses"] for e in report(finished)["epochs"]]
+
+
+def test_a_checkpoint_that_is_damaged_is_named(data, cache, tmp_path):
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--until", "teacher").exit_code == 0
+    (out / "checkpoint").mkdir(exist_ok=True)
+    (out / "checkpoint" / "student.pt").write_bytes(b"PK\x03\x04 half a checkpoint")
+    little.refused(job(data, out, cache, "--until", "student"), 1, "student.pt is damaged", "delete")
+
+
+# A full disk.
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    from questpress.pipeline.errors import JobError
+
+    write_text(tmp_path / "a.txt", "before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JobError, match="No space left on device; what was there before is unchanged"):
+        write_text(tmp_path / "a.txt", "after")
+    assert files(tmp_path).keys() == {"a.txt"} and (tmp_path / "a.txt").read_text() == "before"
+
+
+def test_a_block_that_fails_leaves_nothing_behind(tmp_path):
+    def fails() -> None:
+        with whole(tmp_path / "a.txt") as part:
+            part.write_text("half")
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fails()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_takes_the_place_of_another_in_one_step(tmp_path):
+    for text in ("before", "after"):
+        with whole(tmp_path / "folder") as part:
+            part.mkdir()
+            (part / f"{text}.txt").write_text(text)
+    assert files(tmp_path).keys() == {"folder/after.txt"}
+
+
+@pytest.mark.parametrize("kind", ["fsync", "checkpoint", "weights"])
+def test_a_full_disk_while_training_is_one_sentence_and_nothing_is_lost(
+    data, cache, tmp_path, monkeypatch, kind
+):
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--until", "prepare").exit_code == 0
+    before = files(out)
+    if kind == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    elif kind == "checkpoint":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr("questpress.models.checkpoint.save_file", full)
+    result = job(data, out, cache, "--until", "student")
+    little.refused(result, 1, "No space left on device", "unchanged")
+    after = files(out)
+    for name in before.keys() - {"config.yaml", "run.json"}:
+        assert after[name] == before[name], name
+    assert not [name for name in after if ".part" in name]
+    monkeypatch.undo()
+    assert job(data, out, cache, "--until", "student").exit_code == 0
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path):
+    """Mounts a file system of so many bytes; gives its folder."""
+    mounted: list[Path] = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk{size}"
+        folder.mkdir()
+        asked = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if sys.platform != "linux" or os.geteuid() or subprocess.run(asked, capture_output=True).returncode:
+            pytest.skip("only root may mount a little disk")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_one_sentence_wherever_it_happens(
+    finished, data, cache, tmp_path, tiny_disk
+):
+    # Room for a bit more each time, so that the job fails in one stage after the other.
+    seen = set()
+    for room in (20_000, 200_000, 800_000, 1_100_000, 1_300_000, 1_600_000, 2_400_000, 3_000_000):
+        out = tiny_disk(room) / "run"
+        result = job(data, out, cache)
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 1, (room, result.output, result.exception)
+        assert "Traceback" not in result.output
+        lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+        assert len(lines) == 1 and "unchanged" in lines[0], result.stderr
+        assert not [name for name in files(out) if ".part" in name]
+        seen.add(result.stderr.count("✓"))
+        assert sorted(record(out)["stages"]) == sorted(STAGES[: len(record(out)["stages"])])
+    assert len(seen) >= 3
