@@ -19,8 +19,9 @@ class Checkpoint:
         self.key = key
 
     def save(self, state: dict[str, Any]) -> None:
-        with whole(self.path) as part:
-            torch.save({"key": self.key, **state}, part)
+        # Given a path, torch would not say that the disk is full.
+        with whole(self.path) as part, part.open("wb") as file:
+            torch.save({"key": self.key, **state}, file)
 
     def load(self, device: str) -> dict[str, Any] | None:
         """The state, or None where there is none of this training.

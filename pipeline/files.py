@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +26,26 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield part
         _replace(part, path)
-    except OSError as error:
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None or hasattr(error, "exit_code"):
+            raise
         raise JobError(
-            f"Could not write {path}: {error.strerror or error}; what was there before is unchanged."
+            f"Could not write {path}: {refusal.strerror or refusal}; what was there before is unchanged."
         ) from error
     finally:
         _remove(part)
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """What the operating system said, where an error comes from that: torch's writer raises another error on
+    top, and safetensors' has only its number in the text.
+    """
+    while error is not None and not isinstance(error, OSError):
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def write_text(path: Path, text: str) -> None:

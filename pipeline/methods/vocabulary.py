@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import JobError
@@ -166,7 +166,8 @@ def nearest(features: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _write(path: Path, learned: dict[str, Any]) -> None:
     metadata = {"mu": repr(learned["mu"]), "perplexity": repr(learned["perplexity"])}
-    save_file({"words": learned["words"].contiguous()}, path, metadata)
+    # The cache answers a full disk, which safetensors' own writer would not tell as an OSError.
+    path.write_bytes(save({"words": learned["words"].contiguous()}, metadata))
 
 
 def _read(path: Path) -> dict[str, Any]:
