@@ -12,6 +12,10 @@ from typing import Any
 
 from .errors import JobError
 
+_MASK = os.umask(0)
+os.umask(_MASK)
+_MODE = 0o666 & ~_MASK  # safetensors makes files that only their owner can read
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -69,8 +73,14 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _not_written(path: Path, reason: str) -> JobError:
+    return JobError(f"Could not write {path}: {reason}; what was there before is unchanged.")
+
+
 def _replace(part: Path, path: Path) -> None:
     for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
+        if file.is_file():
+            file.chmod(_MODE)
         _flush(file)
     if part.is_dir() and path.is_dir():
         # A folder cannot be renamed over one that is not empty: the old one steps aside first.

@@ -82,9 +82,11 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.teacher_epochs = chosen.teacher_epochs or defaults.epochs(
         "teacher", images, scratch=teacher_scratch
     )
-    chosen.lr = chosen.lr or defaults.learning_rate(batch, scratch=scratch, optimizer=chosen.optimizer)
+    chosen.lr = chosen.lr or defaults.learning_rate(
+        "student", batch, scratch=scratch, optimizer=chosen.optimizer
+    )
     chosen.teacher_lr = chosen.teacher_lr or defaults.learning_rate(
-        batch, scratch=teacher_scratch, optimizer=chosen.optimizer
+        "teacher", batch, scratch=teacher_scratch, optimizer=chosen.optimizer
     )
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
     _check_schedule(chosen)
