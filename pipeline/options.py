@@ -49,7 +49,7 @@ Weights = Annotated[dict[str, float], BeforeValidator(pairs)]
 class Options(BaseModel):
     """What the user asked for; a value of None is chosen for him (see ``defaults``)."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     teacher: Names = option("timm name of the teacher", ..., group="What", enters="teacher", min_length=1)
     student: str = option(

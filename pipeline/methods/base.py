@@ -16,7 +16,7 @@ Readout = Mapping[str, Tensor]
 class Parameters(BaseModel):
     """A method's own parameters, set by ``--set METHOD.KEY=VALUE`` and checked by name and type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
