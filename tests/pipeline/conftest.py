@@ -66,7 +66,8 @@ def digits(
     out = tmp_path_factory.mktemp("runs") / "digits"
     result = little.compress(
         *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2",
-        "--batch-size", "32", "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out, "--cache", cache,
+        "--batch-size", "32", "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out,
+        "--cache", cache,
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     (out.parent / "stderr.txt").write_text(result.stderr)

@@ -435,8 +435,8 @@ def test_the_run_folder_is_named_after_teacher_student_and_data(data, cache, tmp
 def test_the_python_function_is_the_command_and_returns_the_typed_report(a_run, data, cache):
     returned = questpress.pipeline.compress(
         teacher=little.TEACHER, teacher_weights="none", student=little.STUDENT, data=data, out=a_run,
-        cache=cache, image_size=16, batch_size=16, bench_seconds=0.1, calibration_images=16, teacher_epochs=2, epochs=2,
-        settings={"quest.words": 8}, quiet=True,
+        cache=cache, image_size=16, batch_size=16, bench_seconds=0.1, calibration_images=16,
+        teacher_epochs=2, epochs=2, settings={"quest.words": 8}, quiet=True,
     )  # fmt: skip
     assert isinstance(returned, Report)
     assert comparable(returned.model_dump()) == comparable(report(a_run))

@@ -1,0 +1,107 @@
+"""The command line itself: its help, its shorthand, and what it imports."""
+
+import subprocess
+import time
+from importlib import metadata
+
+import pytest
+from questpress.pipeline import defaults
+from questpress.pipeline.cli import GROUPS
+from questpress.pipeline.options import Options, group
+
+from . import little
+from .little import command, compress, python
+
+HEAVY = "{'torch', 'timm', 'torchvision', 'onnx', 'onnxruntime', 'sklearn', 'faiss', 'matplotlib', 'numpy'}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["predict", "--help"], ["models", "-h"]]
+)
+def test_help_imports_nothing_heavy_and_takes_less_than_half_a_second_of_cpu(arguments):
+    code = (
+        "import sys, time\n"
+        "from questpress.pipeline.cli import cli\n"
+        "try: cli(sys.argv[1:], prog_name='compress')\n"
+        "except SystemExit as end: assert not end.code\n"
+        f"print('heavy:', sorted({HEAVY} & set(sys.modules)))\n"
+        "print('seconds:', time.process_time())"
+    )
+    spent = []
+    for _ in range(3):  # the fastest of three: the machine may be busy, and the first run compiles
+        result = python(code, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert "heavy: []" in result.stdout, result.stdout[-200:]
+        spent.append(float(result.stdout.rsplit(":", 1)[1]))
+    assert min(spent) < 0.5
+
+
+def test_help_lists_every_option_under_its_heading():
+    told = compress("run", "--help").stdout
+    places = [told.index(f"{name}:") for name in GROUPS]
+    assert places == sorted(places)
+    for name in Options.model_fields:
+        shown = {"settings": "set", "json_": "json"}.get(name, name).replace("_", "-")
+        at = told.index(f"--{shown}")
+        heading = [name for name, place in zip(GROUPS, places, strict=True) if place < at][-1]
+        assert heading == group(name), shown
+
+
+def test_help_shows_the_table_of_defaults():
+    told = " ".join(compress("run", "--help").stdout.split())
+    for option, scratch, _ in defaults.lines():
+        assert option in told
+        assert " ".join(scratch.split()) in told
+
+
+def test_help_has_no_line_that_a_terminal_would_wrap():
+    assert max(map(len, compress("run", "--help").stdout.splitlines())) <= 110
+
+
+def test_every_option_has_a_help_text():
+    assert all(field.description for field in Options.model_fields.values())
+
+
+def test_options_without_a_command_go_to_run(data, tmp_path):
+    given = (*little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--dry-run")
+    short, long = compress(*given), compress("run", *given)
+    assert short.exit_code == long.exit_code == 0
+    assert short.stderr.splitlines()[:-1] == long.stderr.splitlines()[:-1]
+
+
+def test_the_module_is_the_command_too():
+    result = subprocess.run(command("--help"), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.startswith("Usage: compress ")
+
+
+def test_the_installed_command_is_the_modules():
+    [entry] = [e for e in metadata.entry_points(group="console_scripts") if e.name == "compress"]
+    assert entry.value == "questpress.pipeline.__main__:main"
+
+
+def test_the_version_is_that_of_the_package():
+    assert metadata.version("questpress") in compress("--version").stdout
+
+
+def test_models_lists_names_parameters_and_gmacs():
+    result = compress("models", "cifar_resnet8*")
+    assert result.exit_code == 0
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
+    assert set(rows) == {"cifar_resnet8", "cifar_resnet8x4"}
+    assert "0.08 M" in rows["cifar_resnet8"] and "0.01" in rows["cifar_resnet8"]
+    assert "1.23 M" in rows["cifar_resnet8x4"]
+
+
+def test_models_without_a_pattern_lists_names_alone_and_quickly():
+    started = time.monotonic()
+    result = compress("models")
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) > 500
+    assert time.monotonic() - started < 20
+
+
+def test_importing_the_package_does_not_import_torch():
+    result = python(
+        "import sys, questpress.pipeline, questpress.pipeline.cli, questpress.export.runtime\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert result.returncode == 0, result.stderr
