@@ -92,3 +92,9 @@ def _by_size(images: int, *steps: tuple[int, Any]) -> Any:
 def lines() -> Sequence[tuple[str, str, str]]:
     """The table as (option, from scratch, from weights)."""
     return [(row.option, row.scratch, row.pretrained) for row in TABLE]
+
+
+def markdown() -> str:
+    """The table as it stands in ``docs/defaults.md``."""
+    rows = [f"| `{row.option}` | {row.scratch} | {row.pretrained} |" for row in TABLE]
+    return "\n".join(["| option | from scratch | from weights |", "|---|---|---|", *rows]) + "\n"
