@@ -12,7 +12,7 @@ from . import little
 def one_thread() -> Iterator[None]:
     """Little networks on one thread, so that a busy machine does not slow them down."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("device", "stages.teacher", "estimate"):
+        for module in ("device", "stages.teacher", "stages.bench", "estimate"):
             patch.setattr(f"questpress.pipeline.{module}.allowed_cores", lambda: 1)
         torch.set_num_threads(1)
         yield
@@ -62,13 +62,15 @@ def digits(
     tmp_path_factory: pytest.TempPathFactory,
     cache: Path,
 ) -> Path:
-    """The run folder of the built-in digits with little networks."""
+    """The run folder of the built-in digits with little networks, timed on two threads as well."""
     out = tmp_path_factory.mktemp("runs") / "digits"
-    result = little.compress(
-        *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2",
-        "--batch-size", "32", "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out,
-        "--cache", cache,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("questpress.pipeline.stages.bench.allowed_cores", lambda: 2)
+        result = little.compress(
+            *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2",
+            "--batch-size", "32", "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out,
+            "--cache", cache,
+        )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     (out.parent / "stderr.txt").write_text(result.stderr)
     return out
