@@ -89,7 +89,10 @@ class Options(BaseModel):
     )
 
     method: str = option(
-        "how the student learns: quest, or none for no teacher", "quest", group="Method", enters="prepare"
+        "how the student learns: quest, kd, dkd, dist, a sum such as quest+dkd, or none for no teacher",
+        "quest",
+        group="Method",
+        enters="prepare",
     )
     settings: Settings = option(
         "a method's parameter, METHOD.KEY=VALUE, as in quest.tau=0.2; may be repeated",

@@ -1,7 +1,7 @@
 """What the person at the terminal sees: a line for each finished stage, a live bar for the one that runs."""
 
-import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +12,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 PLAIN_SECONDS = 10.0
 """Where the output is no terminal, a line of progress is written at most this often."""
+
+RATE_SECONDS = 15.0
+"""Rates are of the last so many seconds."""
 
 
 class Display:
@@ -70,7 +73,8 @@ class Stage:
         self.progress = progress
         self.task: TaskID | None = None
         self.work: str | None = None
-        self.started = self.spoken = 0.0
+        self.spoken = 0.0
+        self.seen: deque[tuple[float, float]] = deque()
 
     def update(
         self, work: str, done: float, total: float, unit: str = "", more: str = "", scale: int = 1
@@ -78,13 +82,13 @@ class Stage:
         """``done`` of ``total`` of some ``work``; the rate counts ``scale`` units for each."""
         now = time.monotonic()
         if work != self.work:
-            self.work, self.started, self.spoken, self.begun = work, now, now, done
+            self.work, self.spoken = work, now
+            self.seen.clear()
             if self.progress is not None:
                 if self.task is not None:
                     self.progress.remove_task(self.task)
                 self.task = self.progress.add_task(work, total=total, stage=self.name, rate="", more="")
-        elapsed = now - self.started
-        rate = (done - self.begun) / elapsed if elapsed > 0 else 0.0
+        rate = self._rate(now, done)
         spoken = f"{rate * scale:,.0f} {unit}/s" if unit and rate else ""
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done, total=total, rate=spoken, more=more)
@@ -94,8 +98,10 @@ class Stage:
             facts: list[Any] = [f"{100 * done / total:.0f} %", spoken, f"{left:.0f} s left", more]
             self.display.say(f"  {self.name}: {work}: {', '.join(str(fact) for fact in facts if fact)}")
 
-
-def ends_a_line() -> None:
-    """Leave the terminal on a fresh line after Ctrl-C."""
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    def _rate(self, now: float, done: float) -> float:
+        """Work a second over the last while, so that a stall is seen and soon forgotten."""
+        self.seen.append((now, done))
+        while len(self.seen) > 2 and now - self.seen[1][0] > RATE_SECONDS:
+            self.seen.popleft()
+        begun, before = self.seen[0]
+        return (done - before) / (now - begun) if now > begun else 0.0

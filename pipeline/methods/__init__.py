@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 METHODS: Mapping[str, str] = {
     "quest": "quest:Quest",
+    "kd": "kd:Kd",
+    "dkd": "dkd:Dkd",
+    "dist": "dist:Dist",
 }
 """Name -> module:class. Imported when used, since torch comes with them."""
 

@@ -1,0 +1,62 @@
+"""KD: the student matches the teacher's softened probabilities.
+
+Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
+
+    L = b · τ² · KL(softmax(z_T/τ) ‖ softmax(z_S/τ)) + a · CE
+
+with a = 0.1, b = 0.9, τ = 4 as the CRD benchmark (Tian et al., ICLR 2020) has them on CIFAR. With
+``standardise`` both logits are z-scored first (Sun et al., CVPR 2024), and the defaults are that paper's:
+τ = 2, b = 9.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from . import base
+from .logits import LOGITS, divergence, standardised, teacher_logits
+
+
+class Parameters(base.Parameters):
+    tau: float | None = Field(None, gt=0, description="τ; none: 4, or 2 with standardise")
+    weight: float | None = Field(None, gt=0, description="b; none: 0.9, or 9 with standardise")
+    standardise: bool = Field(False, description="z-score both logits first")
+
+
+class Kd(base.Method):
+    """Match the teacher's softened probabilities; see the module's text for the formula."""
+
+    name = "kd"
+    paper = "Hinton et al., 2015, arXiv 1503.02531"
+    takes = Parameters
+    cross_entropy = 0.1
+
+    @classmethod
+    def student_reads(cls, parameters: Parameters) -> frozenset[str]:
+        return LOGITS
+
+    @classmethod
+    def teacher_reads(cls, parameters: Parameters) -> frozenset[str]:
+        return LOGITS
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        student: base.Shapes,
+        teachers: Sequence[base.Shapes],
+        prepared: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(parameters, student, teachers, prepared)
+        self.standardise = parameters.standardise
+        self.tau = parameters.tau or (2.0 if self.standardise else 4.0)
+        self.weight = parameters.weight or (9.0 if self.standardise else 0.9)
+
+    def forward(
+        self, student: base.Readout, teachers: Sequence[base.Readout], labels: Tensor, epoch: int
+    ) -> dict[str, Tensor]:
+        z_t = teacher_logits(teachers, self.tau, self.standardise)
+        z_s = standardised(student["logits"].float()) if self.standardise else student["logits"].float()
+        p_t, p_s = F.log_softmax(z_t / self.tau, dim=1), F.log_softmax(z_s / self.tau, dim=1)
+        return {"kd": self.weight * self.tau**2 * divergence(p_s, p_t)}

@@ -1,0 +1,34 @@
+"""What the logit methods share: softened probabilities, their divergence, and standardised logits."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Readout
+
+LOGITS = frozenset({"logits"})
+
+
+def standardised(z: Tensor) -> Tensor:
+    """Logits [B,N] with mean 0 and deviation 1 in each row.
+
+    Sun, Ren, Li, Wang, Cao: "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427:
+    the student is freed from matching the teacher's range, and learns the relations alone.
+    """
+    return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
+
+
+def teacher_logits(teachers: Sequence[Readout], tau: float, standardise: bool = False) -> Tensor:
+    """One teacher's logits [B,N]; of several, those whose softmax at τ is the mean of theirs at τ."""
+    each = [standardised(t["logits"].float()) if standardise else t["logits"].float() for t in teachers]
+    if len(each) == 1:
+        return each[0]
+    soft = torch.stack([F.log_softmax(z / tau, dim=1) for z in each])
+    return tau * (soft.logsumexp(0) - torch.tensor(float(len(each)), device=soft.device).log())
+
+
+def divergence(log_p_s: Tensor, log_p_t: Tensor) -> Tensor:
+    """KL(p_T ‖ p_S), the mean over the batch, from log-probabilities [B,N]."""
+    return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
