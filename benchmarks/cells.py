@@ -1,0 +1,176 @@
+"""Experiments as cells of a table: each one run of the command, resumable, done in slices of a given time."""
+
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from questpress.export.artifact import tool_versions
+from questpress.export.bench import environment
+from questpress.pipeline.files import write_json
+
+GRACE_SECONDS = 60
+"""How long an interrupted command may take to stop."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: where it stands in the table, and the command line that makes it."""
+
+    row: str
+    method: str
+    seed: int
+    arguments: Sequence[str]
+    until: str = "validate"
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}.{self.method}.{self.seed}".replace(":", "-").replace("/", "-").replace("+", "-")
+
+
+@dataclass
+class Table:
+    """All cells of an experiment, in a folder from which it goes on, on this machine or another."""
+
+    folder: Path
+    cells: list[Cell]
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, budget: float | None) -> bool:
+        """Do what is missing within ``budget`` seconds; whether all cells are done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ends = None if budget is None else time.monotonic() + budget
+        for cell in self.cells:
+            result = self._result(cell)
+            if result is None:
+                left = None if ends is None else ends - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                result = self._run(cell, left)
+                if result is None:
+                    return False
+            self.done[cell.name] = result
+        return True
+
+    def write(self, path: Path, about: Mapping[str, Any]) -> None:
+        """The cells that are done, with the machine they ran on."""
+        machine = environment()
+        write_json(
+            path,
+            {
+                **about,
+                "machine": {
+                    "cpu": machine.cpu,
+                    "cores": machine.cores,
+                    "platform": machine.machine,
+                    "python": platform.python_version(),
+                    "accelerator": _accelerator(),
+                },
+                "versions": tool_versions(),
+                "cells": [
+                    {"row": c.row, "method": c.method, "seed": c.seed, **self.done[c.name]}
+                    for c in self.cells
+                    if c.name in self.done
+                ],
+            },
+        )
+
+    def accuracies(self, row: str, method: str) -> list[float]:
+        """Top-1 in percent of each seed that is done."""
+        return [
+            self.done[c.name]["top1"]
+            for c in self.cells
+            if (c.row, c.method) == (row, method) and c.name in self.done
+        ]
+
+    def _result(self, cell: Cell) -> dict[str, Any] | None:
+        report = self.folder / cell.name / "report.json"
+        if not report.exists():
+            return None
+        content = json.loads(report.read_text(encoding="utf-8"))
+        stages = {stage["stage"]: stage["seconds"] for stage in content["stages"]}
+        if cell.until not in stages:
+            return None
+        subject = content["teacher"] if cell.until == "teacher" else content["student"]
+        epochs = [epoch for epoch in content["epochs"] if epoch["stage"] == "student"]
+        return {
+            "top1": subject["accuracy"]["top1"],
+            "n": subject["accuracy"]["n"],
+            "low": subject["accuracy"]["low"],
+            "high": subject["accuracy"]["high"],
+            "teacher": content["teacher"]["accuracy"]["top1"],
+            "epochs": len(epochs),
+            "images_per_second": statistics.median([e["images_per_second"] for e in epochs])
+            if epochs
+            else None,
+            "stage_seconds": stages,
+            "last_epoch": {key: epochs[-1][key] for key in ("losses", "watched")} if epochs else None,
+        }
+
+    def _run(self, cell: Cell, seconds: float | None) -> dict[str, Any] | None:
+        """Run a cell, or as much of it as there is time for; None where it is not done yet.
+
+        Raises:
+            SystemExit: the command failed; what it said stands above.
+        """
+        command = [
+            sys.executable, "-m", "questpress.pipeline", *cell.arguments,
+            "--seed", str(cell.seed), "--until", cell.until, "--out", str(self.folder / cell.name),
+        ]  # fmt: skip
+        print(f"== {cell.name}", file=sys.stderr, flush=True)
+        # A process group of its own, so that the signal reaches it and not this program.
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(timeout=GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            return None
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait()
+            raise
+        if code != 0:
+            raise SystemExit(f"{cell.name} failed with exit code {code}")
+        return self._result(cell)
+
+
+def seconds(text: str) -> float:
+    """``9m``, ``2h`` or ``45s`` as seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None:
+        raise SystemExit(f"--budget {text}: write 45s, 9m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def spoken(values: Sequence[float]) -> str:
+    """Mean ± deviation of the seeds, in percent."""
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _accelerator() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,158 @@
+"""The CRD benchmark: pairs × methods × seeds on CIFAR-100 by the papers' recipes, beside the published figures.
+
+    python benchmarks/crd.py --data cifar100/ --out runs/crd --pairs wrn40-2:16-2,r56:r20 --methods none,kd,quest
+
+``--data`` is a folder with train/ and test/ of class folders. Each teacher is trained once; each cell is a job that
+goes on where it was stopped, so the work can be done in slices (``--budget 9m``) and on several machines, one after
+the other, from the same ``--out``.
+"""
+
+import argparse
+from pathlib import Path
+
+from cells import Cell, Table, markdown, seconds, spoken
+
+# name: (teacher, student, published: teacher, none, kd, quest, dkd, dist). Top-1 in percent, means of several seeds.
+# RepDistiller's README (none, kd), letKD's supplement (quest), mdistiller (dkd), DIST_KD (dist).
+PAIRS: dict[str, tuple[str, str, dict[str, float]]] = {
+    "r56:r20": (
+        "cifar_resnet56",
+        "cifar_resnet20",
+        {"teacher": 72.34, "none": 69.06, "kd": 70.66, "quest": 71.84, "dkd": 71.97, "dist": 71.75},
+    ),
+    "r110:r32": (
+        "cifar_resnet110",
+        "cifar_resnet32",
+        {"teacher": 74.31, "none": 71.14, "kd": 73.08, "quest": 74.08, "dkd": 74.11},
+    ),
+    "r32x4:r8x4": (
+        "cifar_resnet32x4",
+        "cifar_resnet8x4",
+        {"teacher": 79.42, "none": 72.50, "kd": 73.33, "quest": 75.88, "dkd": 76.32, "dist": 76.31},
+    ),
+    "wrn40-2:16-2": (
+        "cifar_wrn_40_2",
+        "cifar_wrn_16_2",
+        {"teacher": 75.61, "none": 73.26, "kd": 74.92, "quest": 76.10, "dkd": 76.23},
+    ),
+    "wrn40-2:40-1": (
+        "cifar_wrn_40_2",
+        "cifar_wrn_40_1",
+        {"teacher": 75.61, "none": 71.98, "kd": 73.54, "quest": 74.58, "dkd": 74.81, "dist": 74.43},
+    ),
+    "vgg13:vgg8": ("cifar_vgg13", "cifar_vgg8", {"teacher": 74.64, "none": 70.36, "kd": 72.98, "dkd": 74.68}),
+    "r50:mv2": (
+        "cifar_resnet50",
+        "cifar_mobilenetv2_half",
+        {"teacher": 79.34, "none": 64.60, "kd": 67.35, "quest": 69.81, "dkd": 70.35, "dist": 68.66},
+    ),
+    "r32x4:shv1": (
+        "cifar_resnet32x4",
+        "cifar_shufflenetv1",
+        {"teacher": 79.42, "none": 70.50, "kd": 74.07, "quest": 76.28, "dkd": 76.45, "dist": 76.34},
+    ),
+    "r32x4:shv2": (
+        "cifar_resnet32x4",
+        "cifar_shufflenetv2",
+        {"teacher": 79.42, "none": 71.82, "kd": 74.45, "quest": 77.09, "dkd": 77.07, "dist": 77.35},
+    ),
+    "wrn40-2:shv1": (
+        "cifar_wrn_40_2",
+        "cifar_shufflenetv1",
+        {"teacher": 75.61, "none": 70.50, "kd": 74.83, "quest": 76.75, "dkd": 76.70},
+    ),
+}
+
+RECIPES = {
+    "none": "supervised-cifar100",
+    "kd": "kd-cifar100",
+    "quest": "quest-cifar100",
+    "dkd": "dkd-cifar100",
+    "dist": "dist-cifar100",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="CIFAR-100 as train/ and test/ of class folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
+    parser.add_argument("--pairs", default=",".join(PAIRS), help="comma-separated [default: all]")
+    parser.add_argument("--methods", default="none,kd,quest", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--seeds", default="0", help="comma-separated [default: 0]")
+    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
+    parser.add_argument("--epochs", help="other than the recipes' 240, for a trial")
+    options = parser.parse_args()
+    pairs, chosen = options.pairs.split(","), options.methods.split(",")
+    for known, given in ((PAIRS, pairs), (RECIPES, chosen)):
+        for name in given:
+            if name not in known:
+                raise SystemExit(f"there is no '{name}'; there are {', '.join(known)}")
+    budget = seconds(options.budget) if options.budget else None
+    common = ["--data", options.data, "--teacher-weights", "none", "--student-weights", "none"]
+    if options.epochs:
+        common += ["--epochs", options.epochs, "--teacher-epochs", options.epochs]
+    table = Table(options.out, _cells(options.out, pairs, chosen, options.seeds, common))
+    finished = table.run(budget)
+    table.write(options.out / "results.json", {"benchmark": "CRD, CIFAR-100", "recipes": RECIPES})
+    text = markdown(
+        ["pair", "method", "top-1, %", "published", "difference", "seeds"], _rows(table, pairs, chosen)
+    )
+    (options.out / "results.md").write_text(text, encoding="utf-8")
+    print(text if finished else f"{text}\nnot all done yet: the same command goes on")
+
+
+def _cells(out: Path, pairs: list[str], chosen: list[str], seeds: str, common: list[str]) -> list[Cell]:
+    teachers = {PAIRS[pair][0]: PAIRS[pair][1] for pair in pairs}
+    cells = [
+        Cell(
+            teacher,
+            "teacher",
+            0,
+            ["--recipe", RECIPES["none"], "--teacher", teacher, "--student", student, *common],
+            until="teacher",
+        )
+        for teacher, student in teachers.items()
+    ]
+    for seed in map(int, seeds.split(",")):
+        for pair in pairs:
+            teacher, student, _ = PAIRS[pair]
+            weights = out / Cell(teacher, "teacher", 0, []).name / "teacher.safetensors"
+            networks = [
+                "--teacher",
+                teacher,
+                "--student",
+                student,
+                *common,
+                "--teacher-weights",
+                str(weights),
+            ]
+            cells += [Cell(pair, name, seed, ["--recipe", RECIPES[name], *networks]) for name in chosen]
+    return cells
+
+
+def _rows(table: Table, pairs: list[str], chosen: list[str]) -> list[list[str]]:
+    rows = []
+    for pair in pairs:
+        teacher, _, published = PAIRS[pair]
+        for name in ("teacher", *chosen):
+            values = table.accuracies(teacher if name == "teacher" else pair, name)
+            known = published.get(name)
+            mean = sum(values) / len(values) if values else None
+            difference = f"{mean - known:+.2f}" if mean is not None and known is not None else "–"
+            rows.append(
+                [
+                    pair,
+                    name,
+                    spoken(values),
+                    "–" if known is None else f"{known:.2f}",
+                    difference,
+                    str(len(values)),
+                ]
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The papers' recipes: every hyper-parameter in a YAML file, with its source.
+
+A file holds ``about``, ``source``, ``options``, and, where a paper has other values for some networks,
+``for_students`` and ``for_teachers``: shell patterns of timm's names with the options that differ.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from ..errors import UsageError
+
+_KEYS = {"about", "source", "options", "for_students", "for_teachers"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A paper's way of training."""
+
+    name: str
+    about: str
+    source: str
+    options: Mapping[str, Any]
+    for_students: Mapping[str, Mapping[str, Any]]
+    for_teachers: Mapping[str, Mapping[str, Any]]
+
+    def for_pair(self, teachers: list[str], student: str) -> dict[str, Any]:
+        """The recipe's options for these networks (timm's names)."""
+        options = dict(self.options)
+        for patterns, names in ((self.for_students, [student]), (self.for_teachers, teachers)):
+            for pattern, differing in patterns.items():
+                if any(fnmatchcase(name, pattern) for name in names):
+                    options = _with(options, differing)
+        return options
+
+
+def names() -> list[str]:
+    """All recipes, in alphabetical order."""
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files(__package__).iterdir() if _is_recipe(file.name)
+    )
+
+
+def load(name: str) -> Recipe:
+    """
+    Raises:
+        UsageError: there is no such recipe, or its file has a key that means nothing.
+    """
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0.3)
+        raise UsageError(
+            f"There is no recipe '{name}'.{f' Did you mean {chr(32).join(near[:1])}?' if near else ''} "
+            f"There are: {', '.join(known)}."
+        )
+    return parse(name, (files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def parse(name: str, text: str) -> Recipe:
+    """A recipe from its YAML text.
+
+    Raises:
+        UsageError: it has an unknown key.
+    """
+    content = yaml.safe_load(text)
+    unknown = set(content) - _KEYS
+    if unknown:
+        raise UsageError(
+            f"The recipe {name} has an unknown key '{sorted(unknown)[0]}'; known: {', '.join(sorted(_KEYS))}."
+        )
+    return Recipe(
+        name=name,
+        about=content["about"],
+        source=content["source"],
+        options=content["options"],
+        for_students=content.get("for_students", {}),
+        for_teachers=content.get("for_teachers", {}),
+    )
+
+
+def _with(options: Mapping[str, Any], differing: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others over them; of mappings (settings, weight) each entry for itself."""
+    merged = dict(options)
+    for key, value in differing.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+    return merged
+
+
+def _is_recipe(name: str) -> bool:
+    return name.endswith(".yaml")
