@@ -1,9 +1,9 @@
 """The CPU protocol: which method serves a small student best, in an hour or two on two cores.
 
 Teacher cifar_resnet56_a with its published CIFAR-10 weights (93.39 %), student cifar_resnet20 from scratch,
-10,000 training images, 30 epochs, batch 128, accuracy of the last epoch on the 10,000 test images through ONNX
-Runtime. QuEST uses 1,024 words here instead of the paper's 4,096: a dense step with 4,096 words at 64 positions
-costs a CPU over four times the student's own.
+10,000 training images, 30 epochs, batch 128, accuracy of the last epoch on the 10,000 test images through
+ONNX Runtime. QuEST uses 1,024 words here instead of the paper's 4,096: a dense step with 4,096 words at 64
+positions costs a CPU over four times the student's own.
 
     python benchmarks/cifar10_small.py --data cifar10/ --weights resnet56-4bfd9763.th --out runs/cifar10_small
 """

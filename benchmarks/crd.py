@@ -90,7 +90,7 @@ def main() -> None:
             if name not in known:
                 raise SystemExit(f"there is no '{name}'; there are {', '.join(known)}")
     budget = seconds(options.budget) if options.budget else None
-    common = ["--data", options.data, "--teacher-weights", "none", "--student-weights", "none"]
+    common = ["--data", options.data, "--student-weights", "none"]
     if options.epochs:
         common += ["--epochs", options.epochs, "--teacher-epochs", options.epochs]
     table = Table(options.out, _cells(options.out, pairs, chosen, options.seeds, common))
@@ -105,14 +105,9 @@ def main() -> None:
 
 def _cells(out: Path, pairs: list[str], chosen: list[str], seeds: str, common: list[str]) -> list[Cell]:
     teachers = {PAIRS[pair][0]: PAIRS[pair][1] for pair in pairs}
+    alone = ["--recipe", RECIPES["none"], "--teacher-weights", "none", *common]
     cells = [
-        Cell(
-            teacher,
-            "teacher",
-            0,
-            ["--recipe", RECIPES["none"], "--teacher", teacher, "--student", student, *common],
-            until="teacher",
-        )
+        Cell(teacher, "teacher", 0, ["--teacher", teacher, "--student", student, *alone], until="teacher")
         for teacher, student in teachers.items()
     ]
     for seed in map(int, seeds.split(",")):

@@ -138,8 +138,17 @@ def _over(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def hashed(options: Options) -> dict[str, Any]:
-    """The options that change a stage's result."""
-    return {name: value for name, value in options.model_dump(mode="json").items() if enters(name)}
+    """The options that change a stage's result; of a weights file its content counts, not its place."""
+    values = {name: value for name, value in options.model_dump(mode="json").items() if enters(name)}
+    return {
+        **values,
+        "teacher_weights": [_content(source) for source in options.teacher_weights],
+        "student_weights": _content(options.student_weights),
+    }
+
+
+def _content(source: str) -> str:
+    return source if source in ("auto", "none") else f"sha256 {sha256(Path(source))}"
 
 
 def _run(options: Options, given: frozenset[str], images: ImageSet, device: str, display: Display) -> Report:
@@ -148,7 +157,7 @@ def _run(options: Options, given: frozenset[str], images: ImageSet, device: str,
 
     folder = RunFolder(options.out)
     folder.open(fresh=options.fresh)
-    config = {**hashed(options), "data_content": images.fingerprint, "weights_content": _weights(options)}
+    config = {**hashed(options), "data_content": images.fingerprint}
     folder.refuse_other_options(config)
     with display.stage("start") as progress:
         job = Job(options, given, images, folder, Cache(options.cache), display, device, progress)
@@ -176,12 +185,6 @@ def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
     job.folder.finish(stage, key, done, seconds, job.display.warnings)
     job.folder.drop_checkpoints(stage)
     job.display.done(stage, done.summary, seconds)
-
-
-def _weights(options: Options) -> dict[str, str]:
-    """SHA-256 of each weights file that was named: its content counts, not its place."""
-    files = {*options.teacher_weights, options.student_weights} - {"auto", "none"}
-    return {name: sha256(Path(name)) for name in sorted(files)}
 
 
 def _repeatable(options: Options) -> dict[str, Any]:

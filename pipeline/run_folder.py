@@ -14,7 +14,7 @@ from .files import digest, sha256, write_json, write_text
 from .options import STAGES
 
 SCHEMA_VERSION = 1
-_NAMES = {"data_content": "the data's images", "weights_content": "the weights files"}
+_NAMES = {"data_content": "the data's images"}
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class RunFolder:
         before = self.record.get("config")
         if not self.record["stages"] or before is None or before == config:
             return
+        was, now = _single(before), _single(config)
         changes = [
-            f"{_NAMES.get(key, key.replace('_', '-'))} was {_short(before.get(key))}, "
-            f"now {_short(config.get(key))}"
-            for key in sorted({*before, *config})
-            if before.get(key) != config.get(key)
+            f"{name} was {_short(was.get(name))}, now {_short(now.get(name))}"
+            for name in sorted({*was, *now})
+            if was.get(name) != now.get(name)
         ]
         raise UsageError(
             f"{self.path} holds a run with other options: {'; '.join(changes)}. "
@@ -180,6 +180,17 @@ def _merged(known: Any, more: Any) -> Any:
     if isinstance(known, list) and isinstance(more, list) and len(known) == len(more):
         return [_merged(a, b) for a, b in zip(known, more, strict=True)]
     return more
+
+
+def _single(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names the user knows, each setting of a method for itself."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= {f"weight {name}" if key == "weight" else name: one for name, one in value.items()}
+        else:
+            found[_NAMES.get(key, key.replace("_", "-"))] = value
+    return found
 
 
 def _short(value: Any) -> str:

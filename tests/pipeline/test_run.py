@@ -245,7 +245,12 @@ def test_other_options_are_refused_and_the_difference_is_named(a_run, data, cach
     line = refused(job(data, a_run, cache, "--epochs", "3"), 2, "epochs", "2", "3", "--fresh")
     assert "teacher-epochs" not in line
     assert files(a_run) == before
-    refused(job(data, a_run, cache, "--set", "quest.tau=0.2"), 2, "quest.tau")
+    refused(job(data, a_run, cache, "--set", "quest.tau=0.2"), 2, "quest.tau was null, now 0.2")
+    line = refused(
+        job(data, a_run, cache, "--set", "quest.iterations=5"), 2, "quest.iterations was 20, now 5"
+    )
+    assert "quest.tau" not in line
+    refused(job(data, a_run, cache, "--weight", "ce=0.5"), 2, "weight ce was null, now 0.5")
     refused(job(data, a_run, cache, "--method", "quest", "--seed", "5"), 2, "seed was 0, now 5")
 
 
@@ -335,6 +340,17 @@ def test_the_same_student_is_the_same_file_to_the_byte(finished, data, cache, tm
     assert job(data, out, cache, "--until", "student").exit_code == 0
     for name in ("teacher.safetensors", "student.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.xfail(reason="safetensors writes a file's metadata in random order, so its hash changes")
+def test_a_run_with_the_same_teacher_and_data_takes_its_vocabulary_from_the_cache(data, cache, tmp_path):
+    for epochs in ("1", "2"):
+        out = tmp_path / epochs
+        assert job(data, out, cache, "--epochs", epochs, "--seed", "7", "--until", "prepare").exit_code == 0
+        entries = {path.name for path in (cache / "vocabulary").iterdir()}
+        if epochs == "1":
+            before = entries
+    assert entries == before
 
 
 def test_another_seed_gives_another_student(finished, data, cache, tmp_path):

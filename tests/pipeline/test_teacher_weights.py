@@ -160,6 +160,18 @@ def test_weights_of_another_network_are_refused_by_their_keys(data, cache, tmp_p
     refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1, "w.safetensors", "conv1.weight")
 
 
+def test_the_same_weights_in_another_place_are_the_same_and_others_in_the_same_place_are_not(
+    trained, named, data, cache, tmp_path
+):
+    assert teach(data, tmp_path, cache, named).exit_code == 0
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(named.read_bytes())
+    again = teach(data, tmp_path, cache, moved)
+    assert again.exit_code == 0 and "(kept)" in again.stderr, again.output
+    save_weights(trained, moved, {"labels": json.dumps(CLASSES), "another": "file"})
+    refused(teach(data, tmp_path, cache, moved), 2, "teacher-weights was", "--fresh")
+
+
 def test_a_weights_file_that_is_not_there_is_refused_before_anything_starts(data, cache, tmp_path):
     refused(teach(data, tmp_path, cache, tmp_path / "none.pth"), 2, "none.pth")
     assert not (tmp_path / "run").exists()
