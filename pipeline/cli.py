@@ -149,6 +149,16 @@ def predict(
     sys.exit(1 if unread else 0)
 
 
+@cli.command("recipes")
+def list_recipes() -> None:
+    """List the papers' recipes, for --recipe."""
+    from . import recipes
+
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        click.echo(f"{name:<22}{recipe.about}\n{'':<22}{recipe.source}")
+
+
 @cli.command()
 @click.argument("pattern", default="*")
 @click.option(

@@ -94,6 +94,11 @@ class Options(BaseModel):
         group="Method",
         enters="prepare",
     )
+    recipe: str | None = option(
+        "a paper's hyper-parameters, such as quest-cifar100 (compress recipes lists them); "
+        "what you say yourself wins over it",
+        group="Method",
+    )
     settings: Settings = option(
         "a method's parameter, METHOD.KEY=VALUE, as in quest.tau=0.2; may be repeated",
         {},

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from . import recipes
 from .cache import Cache
 from .data.image_set import ImageSet
 from .device import choose_device
@@ -68,7 +69,7 @@ def compress(
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
-    """Options from a config file, if one is named, with ``given`` winning over it.
+    """Options from a recipe and a config file, where they are named, with ``given`` winning over both.
 
     Raises:
         UsageError: an option is unknown, missing or of the wrong type.
@@ -94,6 +95,9 @@ def read_options(given: Mapping[str, Any]) -> Options:
             raise UsageError(
                 f"--{needed} is missing; name a timm model, as in --{needed} {_EXAMPLES[needed]}."
             )
+    if merged.get("recipe"):
+        teachers = [merged["teacher"]] if isinstance(merged["teacher"], str) else merged["teacher"]
+        merged = _over(recipes.load(str(merged["recipe"])).for_pair(teachers, merged["student"]), merged)
     try:
         return Options.model_validate(merged)
     except ValidationError as error:

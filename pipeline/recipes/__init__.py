@@ -5,7 +5,7 @@ A file holds ``about``, ``source``, ``options``, and, where a paper has other va
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ...models.names import resolve
 from ..errors import UsageError
 
 _KEYS = {"about", "source", "options", "for_students", "for_teachers"}
@@ -29,14 +30,32 @@ class Recipe:
     for_students: Mapping[str, Mapping[str, Any]]
     for_teachers: Mapping[str, Mapping[str, Any]]
 
-    def for_pair(self, teachers: list[str], student: str) -> dict[str, Any]:
-        """The recipe's options for these networks (timm's names)."""
+    def for_pair(self, teachers: Sequence[str], student: str) -> dict[str, Any]:
+        """The recipe's options for these networks.
+
+        Raises:
+            UnknownModel: a network's name is wrong.
+        """
         options = dict(self.options)
         for patterns, names in ((self.for_students, [student]), (self.for_teachers, teachers)):
             for pattern, differing in patterns.items():
-                if any(fnmatchcase(name, pattern) for name in names):
+                if any(fnmatchcase(resolve(name), pattern) for name in names):
                     options = _with(options, differing)
         return options
+
+    def changes(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run's config has other than the recipe: option -> value."""
+        mine = self.for_pair(config["teacher"], config["student"])
+        changed: dict[str, Any] = {}
+        for name, value in mine.items():
+            if isinstance(value, Mapping):
+                theirs = config.get(name) or {}
+                changed |= {
+                    key: theirs.get(key) for key, wanted in value.items() if theirs.get(key) != wanted
+                }
+            elif config.get(name) != value:
+                changed[name] = config.get(name)
+        return changed
 
 
 def names() -> list[str]:
@@ -54,10 +73,8 @@ def load(name: str) -> Recipe:
     known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.3)
-        raise UsageError(
-            f"There is no recipe '{name}'.{f' Did you mean {chr(32).join(near[:1])}?' if near else ''} "
-            f"There are: {', '.join(known)}."
-        )
+        did_you_mean = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"There is no recipe '{name}'.{did_you_mean} There are: {', '.join(known)}.")
     return parse(name, (files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ...export.artifact import tool_versions
+from .. import recipes
 from ..job import Job
 from ..report.write import write_report
 from ..results import Epoch, Report, StageTime
@@ -42,6 +43,7 @@ def assemble(folder: RunFolder) -> Report:
         command=folder.record["command"],
         method=config["method"],
         method_parameters=config["settings"],
+        recipe=_recipe(config),
         image_size=config["image_size"],
         epochs=_epochs(folder),
         warnings=[text for stage in stages.values() for text in stage["warnings"]],
@@ -54,6 +56,15 @@ def assemble(folder: RunFolder) -> Report:
         artifact=ARTIFACT.as_posix() if "validate" in stages else None,
         **facts,
     )
+
+
+def _recipe(config: Mapping[str, Any]) -> str | None:
+    """The recipe's name and source, and what the run has other than it."""
+    if config.get("recipe") is None:
+        return None
+    recipe = recipes.load(config["recipe"])
+    changes = ", ".join(f"{name} {value}" for name, value in recipe.changes(config).items())
+    return f"{recipe.name} ({recipe.source})" + (f", but {changes}" if changes else "")
 
 
 def _epochs(folder: RunFolder) -> list[Epoch]:
