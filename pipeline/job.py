@@ -15,9 +15,11 @@ from .data.decode import Canonical, Decoded, check_unreadable, decode, rendered
 from .data.image_set import ImageSet, Role, Skipped
 from .data.render import Views
 from .data.views import ViewPolicy
+from .methods.base import Shapes
 from .options import Options
 from .progress import Display, Stage
 from .run_folder import RunFolder
+from .shapes import shapes
 
 RESIZED_CROPS_FROM = 1.5
 """Photos are kept with a short side of this many times the image size: room for random-resized-crops."""
@@ -56,6 +58,10 @@ class Job:
     def teacher_file(self, t: int) -> str:
         """The teacher's weights in the run folder."""
         return "teacher.safetensors" if len(self.teachers) == 1 else f"teacher.{t}.safetensors"
+
+    def shapes(self, name: str) -> Shapes:
+        """Sizes of a network's readouts."""
+        return shapes(name, len(self.data.classes), self.image_size)
 
     def geometry(self, name: str) -> Geometry:
         return geometry(name, self.image_size)

@@ -16,6 +16,7 @@ from .data.image_set import ImageSet
 from .data.open import open_data
 from .errors import UsageError
 from .options import Options
+from .shapes import check_reads
 
 DIGITS = "digits"
 SIZE_SAMPLE = 200
@@ -54,6 +55,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         download=chosen.download,
         select_fraction=chosen.select_fraction,
     )
+    check_reads(parameters, chosen.teacher, chosen.student, len(data.classes), chosen.image_size)
     _choose(chosen, data)
     if chosen.out is None:
         chosen.out = Path("runs") / "-".join([*chosen.teacher, chosen.student, data.name]).replace("/", "-")

@@ -1,29 +1,44 @@
-"""Sizes of the readouts of a run's networks."""
+"""Sizes of the readouts of a run's networks, and whether its methods find what they read."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
 
 from ..models.build import build
 from ..models.readout import Readouts
-from .job import Job
-from .methods.base import Shapes
+from . import methods
+from .methods.base import Parameters, Shapes
 
 
-def student_shapes(job: Job, reads: frozenset[str]) -> Shapes:
-    """Of the student at the run's image size."""
-    return _shapes(job, job.student, reads)
+@lru_cache(maxsize=16)
+def _readouts(name: str, classes: int, image_size: int) -> Readouts:
+    # Shapes alone: on the meta device a network of any size costs no memory and a fraction of a second.
+    with torch.device("meta"):
+        return Readouts(build(name, num_classes=classes, image_size=image_size), image_size)
 
 
-def teacher_shapes(job: Job, t: int, reads: frozenset[str]) -> Shapes:
-    """Of a teacher at the run's image size."""
-    return _shapes(job, job.teachers[t], reads)
-
-
-def _shapes(job: Job, name: str, reads: frozenset[str]) -> Shapes:
-    network = build(name, num_classes=len(job.data.classes), image_size=job.image_size)
-    readouts = Readouts(network, job.image_size)
-    readouts.check(reads)
-    found = readouts.shapes
+def shapes(name: str, classes: int, image_size: int) -> Shapes:
+    """Of a network with a head for so many classes; a level may be counted from the end, too."""
+    found = _readouts(name, classes, image_size).shapes
     named = {"map": found.map, "map_pre": found.map_pre}
     maps = {read: size for read, size in named.items() if size is not None}
-    levels = len(found.levels)
-    maps |= {f"map@{i}": size for i, size in enumerate(found.levels)}
-    maps |= {f"map@{i - levels}": size for i, size in enumerate(found.levels)}
+    for i, size in enumerate(found.levels):
+        maps[f"map@{i}"] = maps[f"map@{i - len(found.levels)}"] = size
     return Shapes(maps=maps, vector=found.vector, logits=found.logits)
+
+
+def check_reads(
+    chosen: Mapping[str, Parameters], teachers: Sequence[str], student: str, classes: int, image_size: int
+) -> None:
+    """
+    Raises:
+        ModelError: a network lacks a readout that one of the methods needs.
+    """
+    for method, parameters in chosen.items():
+        cls = methods.load(method)
+        for name in teachers:
+            reads = cls.teacher_reads(parameters, shapes(name, classes, image_size))
+            _readouts(name, classes, image_size).check(reads)
+        reads = cls.reads(parameters, shapes(student, classes, image_size))
+        _readouts(student, classes, image_size).check(reads)

@@ -85,7 +85,7 @@ class DistillationTask(TrainingTask):
         *,
         label_smoothing: float = 0.0,
         teachers: Sequence[Teacher] = (),
-        teacher_reads: frozenset[str] = frozenset(),
+        teacher_reads: Sequence[frozenset[str]] = (),
         methods: Mapping[str, Method] | None = None,
         student_reads: frozenset[str] = frozenset(),
         weights: Mapping[str, float] | None = None,
@@ -93,7 +93,8 @@ class DistillationTask(TrainingTask):
         """
         Args:
             network: what is trained, a timm network.
-            teacher_reads: what the methods look at in every teacher.
+            teacher_reads: what the methods look at in each teacher.
+            student_reads: what they look at in the student.
             weights: of each method by name and of the cross-entropy, ``ce``; default 1.
         """
         super().__init__(device=torch.device(engine.device), verbose=False)
@@ -144,7 +145,8 @@ class DistillationTask(TrainingTask):
         Returns:
             ``loss`` (the sum), ``output`` (the student's logits), and each weighted loss by name.
         """
-        teachers = [teacher(input, self.teacher_reads) for teacher in self.teachers]
+        asked = zip(self.teachers, self.teacher_reads, strict=True)
+        teachers = [teacher(input, reads) for teacher, reads in asked]
         with self.engine.autocast():
             losses, logits = self.trainable_module(input, target, teachers, self.epoch)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}

@@ -76,14 +76,14 @@ class Method(nn.Module):
     prepares: ClassVar[bool] = False
 
     @classmethod
-    def student_reads(cls, parameters: Any) -> frozenset[str]:
-        """Readouts of the student that ``forward`` looks at."""
+    def reads(cls, parameters: Any, network: Shapes) -> frozenset[str]:
+        """Readouts that ``forward`` looks at; a teacher's are the same unless ``teacher_reads`` differs."""
         raise NotImplementedError
 
     @classmethod
-    def teacher_reads(cls, parameters: Any) -> frozenset[str]:
-        """Readouts of every teacher that ``forward`` looks at."""
-        raise NotImplementedError
+    def teacher_reads(cls, parameters: Any, teacher: Shapes) -> frozenset[str]:
+        """Readouts of a teacher that ``forward`` looks at."""
+        return cls.reads(parameters, teacher)
 
     @classmethod
     def prepare(cls, parameters: Any, preparation: Preparation) -> Prepared:

@@ -33,11 +33,7 @@ class Dist(base.Method):
     takes = Parameters
 
     @classmethod
-    def student_reads(cls, parameters: Parameters) -> frozenset[str]:
-        return LOGITS
-
-    @classmethod
-    def teacher_reads(cls, parameters: Parameters) -> frozenset[str]:
+    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
         return LOGITS
 
     def __init__(

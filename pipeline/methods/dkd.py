@@ -37,11 +37,7 @@ class Dkd(base.Method):
     takes = Parameters
 
     @classmethod
-    def student_reads(cls, parameters: Parameters) -> frozenset[str]:
-        return LOGITS
-
-    @classmethod
-    def teacher_reads(cls, parameters: Parameters) -> frozenset[str]:
+    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
         return LOGITS
 
     def __init__(

@@ -34,11 +34,7 @@ class Kd(base.Method):
     cross_entropy = 0.1
 
     @classmethod
-    def student_reads(cls, parameters: Parameters) -> frozenset[str]:
-        return LOGITS
-
-    @classmethod
-    def teacher_reads(cls, parameters: Parameters) -> frozenset[str]:
+    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
         return LOGITS
 
     def __init__(

@@ -47,12 +47,8 @@ class Quest(base.Method):
     prepares = True
 
     @classmethod
-    def student_reads(cls, parameters: Parameters) -> frozenset[str]:
-        return frozenset(parameters.levels)
-
-    @classmethod
-    def teacher_reads(cls, parameters: Parameters) -> frozenset[str]:
-        return frozenset(parameters.levels)
+    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
+        return frozenset(readout(level, network) for level in parameters.levels)
 
     @classmethod
     def prepare(cls, parameters: Parameters, preparation: base.Preparation) -> base.Prepared:
@@ -61,11 +57,12 @@ class Quest(base.Method):
         facts: list[Mapping[str, Any]] = []
         for t, name in enumerate(preparation.teacher_names):
             for level in parameters.levels:
-                grid = shared_grid(preparation.student.maps[level], preparation.teachers[t].maps[level])
+                student, teacher = preparation.student, preparation.teachers[t]
+                grid = shared_grid(_map(level, student), _map(level, teacher))
                 learned = learn_vocabulary(
                     preparation,
                     teacher=t,
-                    level=level,
+                    level=readout(level, teacher),
                     grid=grid,
                     words=parameters.words,
                     iterations=parameters.iterations,
@@ -91,12 +88,13 @@ class Quest(base.Method):
         self.alpha = parameters.alpha
         self.terms = nn.ModuleList(
             WordPrediction(
-                level,
+                readout(level, student),
                 t,
+                readout(level, teacher),
                 words=prepared[f"{t}.{level}.words"],
                 tau=parameters.tau or float(prepared[f"{t}.{level}.mu"]) / parameters.delta,
-                grid=shared_grid(student.maps[level], teacher.maps[level]),
-                channels=student.maps[level][0],
+                grid=shared_grid(_map(level, student), _map(level, teacher)),
+                channels=_map(level, student)[0],
                 gamma=parameters.gamma,
             )
             for t, teacher in enumerate(teachers)
@@ -116,7 +114,7 @@ class Quest(base.Method):
     def watched(self) -> dict[str, Tensor]:
         one = len(self.terms) == 1
         return {
-            key if one else f"{key} ({term.teacher} {term.level})": value
+            key if one else f"{key} ({term.teacher} {term.teacher_reads})": value
             for term in self._predictions()
             for key, value in term.watched().items()
         }
@@ -134,8 +132,9 @@ class WordPrediction(nn.Module):
 
     def __init__(
         self,
-        level: str,
+        reads: str,
         teacher: int,
+        teacher_reads: str,
         *,
         words: Tensor,
         tau: float,
@@ -144,15 +143,16 @@ class WordPrediction(nn.Module):
         gamma: float,
     ) -> None:
         super().__init__()
-        self.level, self.teacher, self.tau, self.grid = level, teacher, tau, grid
+        self.reads, self.teacher, self.teacher_reads = reads, teacher, teacher_reads
+        self.tau, self.grid = tau, grid
         self.register_buffer("words", words.float(), persistent=False)
         self.weight = nn.Parameter(torch.randn(len(words), channels) * (2 / channels) ** 0.5)
         self.gamma = nn.Parameter(torch.tensor(gamma))
         self.watch = base.Watch()
 
     def forward(self, student: base.Readout, teachers: Sequence[base.Readout]) -> Tensor:
-        p_t = assign(to_grid(teachers[self.teacher][self.level], self.grid), self.words, self.tau)
-        logits = predict(to_grid(student[self.level], self.grid), self.weight, self.gamma)
+        p_t = assign(to_grid(teachers[self.teacher][self.teacher_reads], self.grid), self.words, self.tau)
+        logits = predict(to_grid(student[self.reads], self.grid), self.weight, self.gamma)
         log_p_s = F.log_softmax(logits.float(), dim=1)
         self._look(p_t, log_p_s)
         return F.kl_div(log_p_s, p_t, reduction="none").sum(1).mean()
@@ -173,6 +173,15 @@ class WordPrediction(nn.Module):
             return {}
         usage = means.pop("usage")
         return {"perplexity": perplexity(usage), **means}
+
+
+def readout(level: str, network: base.Shapes) -> str:
+    """The readout that holds a level's map: for the last level of a VGG, the map before its ReLU."""
+    return "map_pre" if level == "map" and "map_pre" in network.maps else level
+
+
+def _map(level: str, network: base.Shapes) -> tuple[int, int, int]:
+    return network.maps[readout(level, network)]
 
 
 def assign(f_t: Tensor, words: Tensor, tau: float) -> Tensor:

@@ -1,6 +1,6 @@
 """prepare: what the methods need of the teachers before training, in one pass over the training images."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from ..device import inference_engine, use_threads
 from ..evaluate import batches
 from ..files import digest, whole
 from ..job import Job
-from ..methods.base import Method, Parameters, Preparation, Readout, Shapes
+from ..methods.base import Preparation, Readout
 from ..run_folder import Done
-from ..shapes import student_shapes, teacher_shapes
 from ..task import Teacher
 from ..trained import load_teacher
 
@@ -28,7 +27,7 @@ def run(job: Job) -> Done:
     preparing = [(name, methods.load(name)) for name in chosen if methods.load(name).prepares]
     if not preparing:
         return Done("nothing to prepare" if chosen else "no method, nothing to prepare")
-    preparation = _preparation(job, [(methods.load(name), parameters[name]) for name in chosen])
+    preparation = _preparation(job)
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
     lines = []
@@ -42,10 +41,8 @@ def run(job: Job) -> Done:
     return Done("; ".join(lines), [PREPARED], facts)
 
 
-def _preparation(job: Job, chosen: Sequence[tuple[type[Method], Parameters]]) -> Preparation:
+def _preparation(job: Job) -> Preparation:
     use_threads(inference_engine(job.device, "fp32").threads)
-    student_reads = frozenset().union(*(method.student_reads(p) for method, p in chosen))
-    teacher_reads = frozenset().union(*(method.teacher_reads(p) for method, p in chosen))
 
     @lru_cache(maxsize=1)
     def teacher(t: int) -> Teacher:
@@ -71,8 +68,8 @@ def _preparation(job: Job, chosen: Sequence[tuple[type[Method], Parameters]]) ->
         return job.cache.get(kind, whole_key) or job.cache.put(kind, whole_key, write)
 
     return Preparation(
-        student=student_shapes(job, student_reads),
-        teachers=[teacher_shapes(job, t, teacher_reads) for t in range(len(job.teachers))],
+        student=job.shapes(job.student),
+        teachers=[job.shapes(name) for name in job.teachers],
         teacher_names=job.teachers,
         images=len(job.train.images),
         readouts=readouts,
@@ -80,6 +77,3 @@ def _preparation(job: Job, chosen: Sequence[tuple[type[Method], Parameters]]) ->
         seed=job.options.seed,
         note=job.display.note,
     )
-
-
-__all__ = ["PREPARED", "Shapes", "run"]

@@ -1,5 +1,7 @@
 """student: the small network learns from the teachers; what ships is a plain timm state_dict."""
 
+from collections.abc import Iterable
+
 import torch
 from safetensors.torch import load_file
 
@@ -13,7 +15,6 @@ from ..methods.base import Method
 from ..networks import parameters, start, student_source
 from ..results import Subject
 from ..run_folder import Done
-from ..shapes import student_shapes, teacher_shapes
 from ..task import DistillationTask
 from ..trained import STUDENT, load_teacher, weights_metadata
 from .prepare import PREPARED
@@ -64,11 +65,8 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTas
     names = methods.names(o.method)
     parameters = methods.parameters(names, o.settings)
     classes = {name: methods.load(name) for name in names}
-    student_reads = frozenset().union(*(classes[name].student_reads(parameters[name]) for name in names))
-    teacher_reads = frozenset().union(*(classes[name].teacher_reads(parameters[name]) for name in names))
-    teachers = range(len(job.teachers)) if names else range(0)
-    student = student_shapes(job, student_reads)
-    teacher = [teacher_shapes(job, t, teacher_reads) for t in teachers]
+    student = job.shapes(job.student)
+    teachers = [job.shapes(name) for name in job.teachers] if names else []
     prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
     heads: dict[str, Method] = {}
     with torch.random.fork_rng(devices=[]):
@@ -77,19 +75,26 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTas
             own = {
                 key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
             }
-            heads[name] = classes[name](parameters[name], student, teacher, own)
+            heads[name] = classes[name](parameters[name], student, teachers, own)
     asked = inference_engine(job.device, o.precision)
     return DistillationTask(
         network,
         job.geometry(job.student),
         chosen,
         label_smoothing=o.label_smoothing or 0.0,
-        teachers=[load_teacher(job, t, asked) for t in teachers],
-        teacher_reads=teacher_reads,
+        teachers=[load_teacher(job, t, asked) for t in range(len(teachers))],
+        teacher_reads=[
+            _union(classes[name].teacher_reads(parameters[name], teacher) for name in names)
+            for teacher in teachers
+        ],
         methods=heads,
-        student_reads=student_reads,
+        student_reads=_union(classes[name].reads(parameters[name], student) for name in names),
         weights=_weights(o.weight, classes),
     )
+
+
+def _union(reads: Iterable[frozenset[str]]) -> frozenset[str]:
+    return frozenset().union(*reads)
 
 
 def _weights(given: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:

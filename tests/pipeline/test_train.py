@@ -64,7 +64,7 @@ def distillation(**changes: Any) -> DistillationTask:
     g = geometry("cifar_resnet8", SIDE)
     values: dict[str, Any] = {
         "teachers": [Teacher(network(seed=7), g, ENGINE)],
-        "teacher_reads": frozenset({"map"}),
+        "teacher_reads": [frozenset({"map"})],
         "methods": {"quest": quest},
         "student_reads": frozenset({"map"}),
     }
