@@ -89,6 +89,20 @@ def save_weights(network: nn.Module, path: str | Path, metadata: dict[str, str])
         name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()
     }
     save_file(tensors, path, metadata={"format": "pt", **metadata})
+    _sort_metadata(Path(path))
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give equal weights equal bytes: safetensors writes text metadata in an order of chance."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ModelError(f"The header of {path} could not be written in order; this is a defect.")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def load_saved(path: str | Path) -> Checkpoint:

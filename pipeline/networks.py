@@ -106,9 +106,3 @@ def _described(source: str, checkpoint: Checkpoint) -> str:
 
 def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-@torch.no_grad()
-def finite(network: nn.Module) -> bool:
-    """Whether all weights are finite numbers."""
-    return all(bool(torch.isfinite(value).all()) for value in network.state_dict().values())

@@ -64,6 +64,7 @@ def compress(
             "name your own with --data FOLDER, a folder of class folders."
         )
     if chosen.dry_run:
+        RunFolder(chosen.out).check()
         return _dry_run(chosen, images, device, display)
     return _run(chosen, frozenset(asked.model_fields_set), images, device, display)
 
@@ -126,9 +127,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
 
 
+_PARTS = {"crop": ("crop_scale", "pad", "pad_mode"), "schedule": ("milestones",)}
+"""Options that belong to one choice of another."""
+
+
 def _over(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A config's options with the given ones winning, of settings and losses' weights each for itself."""
-    merged = {**config, **given}
+    # What belongs to another choice than the given one has no use here.
+    aside = {part for choice, parts in _PARTS.items() if choice in given for part in parts}
+    merged = {**{name: value for name, value in config.items() if name not in aside}, **given}
     methods = [name.strip() for name in str(given.get("method", "")).split("+")]
     for name in ("settings", "weight"):
         kept, more = config.get(name), given.get(name, {})

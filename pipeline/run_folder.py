@@ -41,8 +41,7 @@ class RunFolder:
         Raises:
             UsageError: the path is a file, cannot be written, or holds something other than a run.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out {self.path} is a file; name a folder, new or of an earlier run.")
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -55,15 +54,25 @@ class RunFolder:
         file = self.path / "run.json"
         if file.exists():
             self.record = self._read(file)
-        elif any(p for p in self.path.iterdir() if p.name != "config.yaml" and not p.name.startswith(".")):
-            raise UsageError(
-                f"--out {self.path} holds other files and no run; name an empty or a new folder."
-            )
         if fresh:
             self.record["stages"] = {}
             self.save()
             self.drop_checkpoints("")
             self.metrics.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """
+        Raises:
+            UsageError: the path is a file, or holds something other than a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out {self.path} is a file; name a folder, new or of an earlier run.")
+        if not self.path.exists() or (self.path / "run.json").exists():
+            return
+        if any(p for p in self.path.iterdir() if p.name != "config.yaml" and not p.name.startswith(".")):
+            raise UsageError(
+                f"--out {self.path} holds other files and no run; name an empty or a new folder."
+            )
 
     @property
     def checkpoints(self) -> Path:

@@ -110,9 +110,24 @@ def train(
             )
         )
         meter.reset()
+        _refuse_broken_weights(task, epoch)
         checkpoint.save(
             {**task.get_checkpoint_state(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         )
+
+
+def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:
+    """The last step of an epoch may break weights that its loss, measured before it, does not tell of.
+
+    Raises:
+        JobError: a weight is not a finite number.
+    """
+    for name, value in task.trainable_module.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise JobError(
+                f"{name} is not finite after epoch {epoch + 1}; the weights after epoch {epoch} are kept. "
+                "Try a lower --lr (or --teacher-lr), a longer --warmup-epochs or --precision fp32."
+            )
 
 
 def batches(

@@ -173,5 +173,5 @@ def _write(path: Path, learned: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        words = file.get_tensor("words")
+        words = file.get_tensor("words").clone()  # not a map of a file that others may write
     return {"words": words, "mu": float(metadata["mu"]), "perplexity": float(metadata["perplexity"])}

@@ -334,7 +334,6 @@ def test_fresh_takes_other_options(a_run, data, cache):
     assert report(a_run)["config"]["seed"] == 1
 
 
-@pytest.mark.xfail(reason="safetensors writes a file's metadata in random order")
 def test_the_same_student_is_the_same_file_to_the_byte(finished, data, cache, tmp_path):
     out = tmp_path / "run"
     assert job(data, out, cache, "--until", "student").exit_code == 0
@@ -342,7 +341,6 @@ def test_the_same_student_is_the_same_file_to_the_byte(finished, data, cache, tm
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
-@pytest.mark.xfail(reason="safetensors writes a file's metadata in random order, so its hash changes")
 def test_a_run_with_the_same_teacher_and_data_takes_its_vocabulary_from_the_cache(data, cache, tmp_path):
     for epochs in ("1", "2"):
         out = tmp_path / epochs
