@@ -8,6 +8,10 @@ SMALL_IMAGES = 64
 """Images whose median short side is at most this many pixels are small: shifted, not cropped and resized."""
 
 
+ADAPTIVE_SCALE = 50.0
+"""SGD's usual learning rates are so many times those of the adaptive optimizers (0.1 against 0.002)."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Defaults of one option, for a network trained from scratch and for one that starts from weights."""
@@ -60,12 +64,17 @@ def batch_size(images: int) -> int:
 
 
 def learning_rate(role: str, batch: int, *, scratch: bool, optimizer: str) -> float:
-    """Peak learning rate; plain SGD wants about fifty times that of the adaptive optimizers.
+    """Peak learning rate; plain SGD wants ``ADAPTIVE_SCALE`` times that of the adaptive optimizers.
 
     A teacher, the larger network, learns at half the student's rate.
     """
     rate = (2.8e-3 if scratch else 4e-4) * (batch / 64) ** 0.5 * (0.5 if role == "teacher" else 1)
-    return round(rate * 50 if optimizer in ("sgd", "momentum", "nesterov") else rate, 6)
+    return round(rate if adaptive(optimizer) else rate * ADAPTIVE_SCALE, 6)
+
+
+def adaptive(optimizer: str) -> bool:
+    """Whether an optimizer of timm's scales its steps to the gradients it sees."""
+    return optimizer not in ("sgd", "momentum", "nesterov", "sgdp", "sgdw", "nesterovw")
 
 
 def warmup_epochs(epochs: int) -> float:

@@ -151,6 +151,14 @@ class DistillationTask(TrainingTask):
             losses, logits = self.trainable_module(input, target, teachers, self.epoch)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
 
+    def scales(self) -> list[nn.Parameter]:
+        """The methods' learned scales and temperatures."""
+        found: list[nn.Parameter] = []
+        for method in self.trainable_module.methods.values():
+            assert isinstance(method, Method)
+            found += method.scales()
+        return found
+
     def watched(self) -> dict[str, Tensor]:
         """What the methods watch, as scalars on the device; the call starts them anew."""
         watched: dict[str, Tensor] = {}

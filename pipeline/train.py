@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .data.render import Views
 from .data.views import permutation
+from .defaults import ADAPTIVE_SCALE, adaptive
 from .errors import JobError
 from .results import Epoch
 from .task import DistillationTask
@@ -66,13 +67,7 @@ def train(
         JobError: the loss is no longer a finite number.
     """
     steps = plan.steps(len(views))
-    optimizer = create_optimizer_v2(
-        task.trainable_module,
-        opt=plan.optimizer,
-        lr=plan.lr,
-        weight_decay=plan.weight_decay,
-        filter_bias_and_bn=not plan.decay_all,
-    )
+    optimizer = build_optimizer(task, plan)
     scheduler = schedule(optimizer, plan, steps)
     meter = Meter(task.device)
     for epoch in range(resume(task, optimizer, checkpoint), plan.epochs):
@@ -102,7 +97,7 @@ def train(
                 epoch=epoch + 1,
                 epochs=plan.epochs,
                 images_per_second=meter.images / seconds,
-                learning_rate=optimizer.param_groups[0]["lr"],
+                learning_rate=optimizer.param_groups[0]["lr"],  # of the weights
                 losses=losses,
                 watched={key: float(value) for key, value in task.watched().items()},
                 train_accuracy=accuracy,
@@ -138,6 +133,34 @@ def batches(
     for step in range(steps):
         indices = order[step * plan.batch_size : (step + 1) * plan.batch_size]
         yield views.batch(indices, torch.full_like(indices, epoch), device)
+
+
+def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer:
+    """timm's optimizer over student and heads, biases and norms undecayed unless ``plan.decay_all``.
+
+    A scale such as QuEST's γ goes from 3 to nearly 20 by the large steps of SGD, which the paper uses. An
+    adaptive optimizer moves every parameter by about the learning rate a step, however steep its loss, and γ
+    would not get there: with one, scales have a learning rate as much larger as SGD's is.
+    """
+    model = task.trainable_module
+    decay = plan.weight_decay
+    scales = task.scales()
+    apart = {id(parameter) for parameter in scales}
+    rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in apart]
+    undecayed = [p for name, p in rest if not plan.decay_all and (p.ndim <= 1 or name.endswith(".bias"))]
+    spared = {id(parameter) for parameter in undecayed}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in rest if id(p) not in spared], "weight_decay": decay},
+        {"params": undecayed, "weight_decay": 0.0},
+        {
+            "params": scales,
+            "weight_decay": decay if plan.decay_all else 0.0,
+            "lr_scale": ADAPTIVE_SCALE if adaptive(plan.optimizer) else 1.0,
+        },
+    ]
+    return create_optimizer_v2(
+        [group for group in groups if group["params"]], opt=plan.optimizer, lr=plan.lr, weight_decay=decay
+    )
 
 
 def schedule(optimizer: torch.optim.Optimizer, plan: Plan, steps: int) -> Scheduler:

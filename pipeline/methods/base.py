@@ -112,6 +112,10 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def scales(self) -> list[nn.Parameter]:
+        """Learned scales and temperatures, which travel far: see ``train.build_optimizer``."""
+        return []
+
     def watched(self) -> dict[str, Tensor]:
         """Scalars worth seeing (means since the last call), on the device; the call starts them anew."""
         return {}

@@ -111,6 +111,9 @@ class Quest(base.Method):
         divergence = torch.stack([term(student, teachers) for term in self.terms]).sum()
         return {"quest": self.alpha * divergence}
 
+    def scales(self) -> list[nn.Parameter]:
+        return [term.gamma for term in self._predictions()]
+
     def watched(self) -> dict[str, Tensor]:
         one = len(self.terms) == 1
         return {

@@ -22,7 +22,7 @@ from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.quest import Parameters, Quest
 from questpress.pipeline.results import Epoch
 from questpress.pipeline.task import DistillationTask, Teacher
-from questpress.pipeline.train import Plan, batches, schedule, train
+from questpress.pipeline.train import Plan, batches, build_optimizer, schedule, train
 
 from .little import picture
 
@@ -360,3 +360,16 @@ def test_biases_norms_and_gammas_are_not_decayed_unless_all_is_asked_for(tmp_pat
         learn(supervised(), tmp_path / f"{decay_all}.pt", epochs=1, decay_all=decay_all)
         groups = torch.load(tmp_path / f"{decay_all}.pt", weights_only=True)["optimizer"]["param_groups"]
         assert {group["weight_decay"] for group in groups} == expected
+
+
+def test_an_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
+    """QuEST's γ has to come from 3 to nearly 20; steps of an adaptive learning rate's size don't get there."""
+    for name, factor in (("adamw", 50.0), ("sgd", 1.0)):
+        made = distillation()
+        optimizer = build_optimizer(made, plan(optimizer=name))
+        [group] = [g for g in optimizer.param_groups if any(p is made.scales()[0] for p in g["params"])]
+        assert group["params"] == made.scales()
+        assert group["lr_scale"] == factor
+        assert group["weight_decay"] == 0.0
+        everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
+        assert sorted(everything) == sorted(id(p) for p in made.trainable_module.parameters())
