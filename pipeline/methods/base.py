@@ -46,6 +46,8 @@ class Preparation:
     images: int
     readouts: Callable[[int, frozenset[str]], Iterable[Readout]]
     shared: Callable[[int, str, Mapping[str, Any], Callable[[Path], None]], Path]
+    scratch: Path
+    """A folder for what is too large for memory."""
     seed: int
     note: Callable[[str], None]
 

@@ -74,6 +74,7 @@ def _preparation(job: Job) -> Preparation:
         images=len(job.train.images),
         readouts=readouts,
         shared=shared,
+        scratch=job.folder.path,
         seed=job.options.seed,
         note=job.display.note,
     )

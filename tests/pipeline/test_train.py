@@ -363,7 +363,7 @@ def test_biases_norms_and_gammas_are_not_decayed_unless_all_is_asked_for(tmp_pat
 
 
 def test_an_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
-    """QuEST's γ has to come from 3 to nearly 20; steps of an adaptive learning rate's size don't get there."""
+    """QuEST's γ has to come from 3 to nearly 20; an adaptive learning rate's steps don't get there."""
     for name, factor in (("adamw", 50.0), ("sgd", 1.0)):
         made = distillation()
         optimizer = build_optimizer(made, plan(optimizer=name))

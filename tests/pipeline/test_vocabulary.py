@@ -10,8 +10,10 @@ import torch
 from questpress.pipeline.cache import Cache
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.files import digest
+from questpress.pipeline.methods import features, vocabulary
 from questpress.pipeline.methods.base import Preparation, Readout, Shapes
-from questpress.pipeline.methods.vocabulary import Vocabulary, gather, learn_vocabulary
+from questpress.pipeline.methods.features import Features
+from questpress.pipeline.methods.vocabulary import Vocabulary, learn_vocabulary
 
 C, H, W = 3, 4, 5
 
@@ -43,6 +45,7 @@ class Teacher:
             images=len(self.maps),
             readouts=self.readouts,
             shared=self.shared,
+            scratch=self.cache.root,
             seed=seed,
             note=self.notes.append,
         )
@@ -52,6 +55,13 @@ class Teacher:
             self.preparation(), teacher=0, level="map", grid=grid or self.maps.shape[2:], words=words,
             iterations=20, limit=limit,
         )  # fmt: skip
+
+
+def gathered(teacher: Teacher, grid: tuple[int, int], of: int, used: int) -> np.ndarray:
+    held = Features(used, teacher.maps.shape[1], None)
+    maps = (readout["map"] for readout in teacher.readouts(0, frozenset({"map"})))
+    assert held.fill(maps, grid, of)
+    return held.data
 
 
 def rows(maps: np.ndarray) -> np.ndarray:
@@ -107,7 +117,7 @@ def test_39_features_a_word_are_enough_and_one_less_is_not(tmp_path):
 def test_the_map_is_pooled_to_the_grid_first(tmp_path):
     maps = np.random.default_rng(0).normal(size=(9, C, 2 * H, 3 * W))
     teacher = Teacher(maps, tmp_path)
-    sample = gather(teacher.preparation(), 0, "map", (H, W), C, 9 * H * W, 9 * H * W)
+    sample = gathered(teacher, (H, W), 9 * H * W, 9 * H * W)
     pooled = maps.reshape(9, C, H, 2, W, 3).mean((3, 5))
     np.testing.assert_allclose(sample, rows(pooled), atol=1e-6)
 
@@ -116,7 +126,7 @@ def test_the_map_is_pooled_to_the_grid_first(tmp_path):
 def test_the_sample_has_exactly_as_many_features_as_asked_spread_evenly(tmp_path, used):
     numbers = np.arange(10 * H * W, dtype=float).reshape(10, 1, H, W)
     teacher = Teacher(numbers, tmp_path)
-    sample = gather(teacher.preparation(), 0, "map", (H, W), 1, 200, used)[:, 0]
+    sample = gathered(teacher, (H, W), 200, used)[:, 0]
     assert len(sample) == used == len(set(sample.tolist()))
     gaps = np.diff(np.concatenate([[-1], sample]))
     assert gaps.max() <= -(-200 // used) and sample[-1] == 199
@@ -169,3 +179,31 @@ def test_features_that_are_not_finite_are_refused(tmp_path, value):
     with pytest.raises(JobError, match="toy are not finite"):
         Teacher(maps, tmp_path).learn(4)
     assert not list(tmp_path.rglob("vocabulary.safetensors"))
+
+
+def test_features_streamed_from_a_file_give_the_words_of_those_in_memory(tmp_path, monkeypatch, capsys):
+    maps = blobs(60, CENTRES)
+    in_memory = Teacher(maps, tmp_path / "one").learn(2)
+    monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(features, "CHUNK", 97)
+    (tmp_path / "two").mkdir()
+    streamed = Teacher(maps, tmp_path / "two").learn(2)
+    order = [w.words[:, 0].argsort() for w in (in_memory, streamed)]
+    torch.testing.assert_close(streamed.words[order[1]], in_memory.words[order[0]], atol=5e-3, rtol=0)
+    assert streamed.features_used == 60 * H * W
+    assert streamed.perplexity == pytest.approx(in_memory.perplexity)
+    # Half precision rounds features near 10 by up to 0.004, which is felt beside a spread of 0.01.
+    assert streamed.mu == pytest.approx(in_memory.mu, rel=0.1)
+    assert capsys.readouterr().out == ""
+    assert not list((tmp_path / "two").rglob("*.f16"))
+
+
+def test_without_room_on_the_disk_an_even_sample_is_used_and_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 4 * C * 400)
+    monkeypatch.setattr(
+        vocabulary.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * C * 60 * H * W})
+    )
+    teacher = Teacher(blobs(60, CENTRES), tmp_path)
+    learned = teacher.learn(2)
+    assert (learned.features, learned.features_used) == (60 * H * W, 400)
+    assert any("400 of 1,200 features" in note for note in teacher.notes)
