@@ -14,7 +14,7 @@ from torch import Tensor
 CHUNK = 1 << 18
 """Features that are looked at together where they are streamed."""
 
-HALF = np.finfo(np.float16).max
+HALF = float(np.finfo(np.float16).max)
 
 
 class Features:
