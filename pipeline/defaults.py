@@ -29,7 +29,7 @@ TABLE: tuple[Row, ...] = (
     Row("--lr", "0.0028 at batch 64, in proportion to √batch", "0.0004 at batch 64, likewise"),
     Row("--teacher-lr", "half of --lr's", "half of --lr's"),
     Row("--schedule", "cosine to zero", "the same"),
-    Row("--warmup-epochs", "a tenth of the epochs, at most 5", "the same"),
+    Row("--warmup-epochs, --teacher-warmup-epochs", "a tenth of the epochs, at most 5", "the same"),
     Row("--weight-decay", "0.05", "0.05"),
     Row("--label-smoothing", "0", "0"),
     Row("--crop", "pad for small images (median short side up to 64), else resized", "the same"),

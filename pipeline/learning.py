@@ -14,10 +14,10 @@ from .task import DistillationTask
 from .train import Plan, train
 
 
-def plan(job: Job, *, epochs: int, lr: float) -> Plan:
+def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
     """How a network of this run learns."""
     o = job.options
-    assert o.batch_size and o.optimizer and o.schedule and o.warmup_epochs is not None
+    assert o.batch_size and o.optimizer and o.schedule
     assert o.weight_decay is not None and o.label_smoothing is not None
     return Plan(
         epochs=epochs,
@@ -26,8 +26,7 @@ def plan(job: Job, *, epochs: int, lr: float) -> Plan:
         lr=lr,
         schedule=o.schedule,
         milestones=tuple(o.milestones or ()),
-        # A teacher that is only tuned for a few epochs does not spend them all on warming up.
-        warmup_epochs=min(o.warmup_epochs, epochs / 2),
+        warmup_epochs=warmup_epochs,
         weight_decay=o.weight_decay,
         decay_all=o.decay_all,
         label_smoothing=o.label_smoothing,

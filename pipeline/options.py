@@ -135,7 +135,10 @@ class Options(BaseModel):
         enters="teacher",
     )
     warmup_epochs: float | None = option(
-        "epochs over which the learning rate rises", group="Training", enters="teacher", ge=0
+        "epochs over which the student's learning rate rises", group="Training", enters="student", ge=0
+    )
+    teacher_warmup_epochs: float | None = option(
+        "the same of a teacher trained or tuned here", group="Training", enters="teacher", ge=0
     )
     weight_decay: float | None = option("weight decay", group="Training", enters="teacher", ge=0)
     decay_all: bool = option(
@@ -192,7 +195,7 @@ class Options(BaseModel):
         "how activation ranges are chosen", "minmax", group="Export", enters="quantize"
     )
     bench_seconds: float = option(
-        "seconds of measuring for each network and thread count", 3.0, group="Export", enters="bench", gt=0
+        "seconds of measuring for each network and thread count", 2.0, group="Export", enters="bench", gt=0
     )
 
     until: Stage | None = option("stop after this stage", group="Running")

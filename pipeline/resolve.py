@@ -92,11 +92,21 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     )
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
     _check_schedule(chosen)
-    if chosen.warmup_epochs is None:
-        chosen.warmup_epochs = defaults.warmup_epochs(chosen.epochs)
+    chosen.warmup_epochs = _warmup("", chosen.warmup_epochs, chosen.epochs)
+    chosen.teacher_warmup_epochs = _warmup("teacher-", chosen.teacher_warmup_epochs, chosen.teacher_epochs)
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
     _choose_views(chosen, data)
+
+
+def _warmup(whose: str, asked: float | None, epochs: int) -> float:
+    if asked is None:
+        return defaults.warmup_epochs(epochs)
+    if asked >= epochs:
+        raise UsageError(
+            f"--{whose}warmup-epochs {asked:g} leaves nothing of --{whose}epochs {epochs}; take fewer."
+        )
+    return asked
 
 
 def _choose_views(chosen: Options, data: ImageSet) -> None:

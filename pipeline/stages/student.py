@@ -22,7 +22,7 @@ from .prepare import PREPARED
 
 def run(job: Job) -> Done:
     o, name = job.options, job.student
-    assert o.epochs is not None and o.lr is not None
+    assert o.epochs and o.lr and o.warmup_epochs is not None
     begun = start(
         name,
         student_source(name, o.student_weights, job.display.note),
@@ -36,7 +36,13 @@ def run(job: Job) -> Done:
     chosen = engine(job, "student", begun.network)
     use_threads(chosen.threads)
     task = _task(job, begun.network, chosen)
-    learn(job, task, plan(job, epochs=o.epochs, lr=o.lr), what="student", model=name)
+    learn(
+        job,
+        task,
+        plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs),
+        what="student",
+        model=name,
+    )
     with whole(job.folder.path / STUDENT) as part:
         save_weights(task.network, part, weights_metadata(job, name))
     subject = Subject(

@@ -92,7 +92,7 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
 
 def _train(job: Job, t: int, name: str, begun: Start) -> nn.Module:
     o = job.options
-    assert o.teacher_epochs is not None and o.teacher_lr is not None
+    assert o.teacher_epochs and o.teacher_lr and o.teacher_warmup_epochs is not None
     what = f"teacher {t}" if len(job.teachers) > 1 else "teacher"
     task = DistillationTask(
         begun.network,
@@ -100,7 +100,13 @@ def _train(job: Job, t: int, name: str, begun: Start) -> nn.Module:
         engine(job, what, begun.network),
         label_smoothing=o.label_smoothing or 0.0,
     )
-    learn(job, task, plan(job, epochs=o.teacher_epochs, lr=o.teacher_lr), what=what, model=name)
+    learn(
+        job,
+        task,
+        plan(job, epochs=o.teacher_epochs, lr=o.teacher_lr, warmup_epochs=o.teacher_warmup_epochs),
+        what=what,
+        model=name,
+    )
     return task.network
 
 
