@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -90,13 +89,6 @@ def use_threads(threads: int) -> None:
     """Give torch this many threads, and no more than this job may use."""
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-def describe(engine: Engine) -> dict[str, Any]:
-    """The engine in words, for the report."""
-    kind = torch.device(engine.device).type
-    name = torch.cuda.get_device_name(engine.device) if kind == "cuda" else kind
-    return {"training device": name, "training threads": str(engine.threads), "precision": engine.precision}
 
 
 def _cpu_has_bf16() -> bool:
