@@ -38,6 +38,3 @@ class Checkpoint:
                 f"The checkpoint {self.path} is damaged; delete it to train from the start of this stage."
             ) from error
         return state if state.get("key") == self.key else None
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import base
-from .logits import LOGITS, teacher_logits
+from .logits import LogitMethod, teacher_logits
 
 
 class Parameters(base.Parameters):
@@ -25,16 +25,12 @@ class Parameters(base.Parameters):
     intra: float = Field(2.0, ge=0, description="weight of the relations among a class's images")
 
 
-class Dist(base.Method):
+class Dist(LogitMethod):
     """Match correlations; see the module's text for the formula."""
 
     name = "dist"
     paper = "Huang et al., NeurIPS 2022, arXiv 2205.10536"
     takes = Parameters
-
-    @classmethod
-    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
-        return LOGITS
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import base
-from .logits import LOGITS, divergence, standardised, teacher_logits
+from .logits import LogitMethod, divergence, standardised, teacher_logits
 
 
 class Parameters(base.Parameters):
@@ -29,16 +29,12 @@ class Parameters(base.Parameters):
     standardise: bool = Field(False, description="z-score both logits first")
 
 
-class Dkd(base.Method):
+class Dkd(LogitMethod):
     """Match the label's probability and the others' separately; see the module's text for the formula."""
 
     name = "dkd"
     paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
     takes = Parameters
-
-    @classmethod
-    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
-        return LOGITS
 
     def __init__(
         self,

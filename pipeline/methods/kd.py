@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import base
-from .logits import LOGITS, divergence, standardised, teacher_logits
+from .logits import LogitMethod, divergence, standardised, teacher_logits
 
 
 class Parameters(base.Parameters):
@@ -25,17 +25,13 @@ class Parameters(base.Parameters):
     standardise: bool = Field(False, description="z-score both logits first")
 
 
-class Kd(base.Method):
+class Kd(LogitMethod):
     """Match the teacher's softened probabilities; see the module's text for the formula."""
 
     name = "kd"
     paper = "Hinton et al., 2015, arXiv 1503.02531"
     takes = Parameters
     cross_entropy = 0.1
-
-    @classmethod
-    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
-        return LOGITS
 
     def __init__(
         self,

@@ -6,9 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Readout
+from .base import Method, Parameters, Readout, Shapes
 
-LOGITS = frozenset({"logits"})
+
+class LogitMethod(Method):
+    """A method that looks at logits alone, of student and teachers."""
+
+    @classmethod
+    def reads(cls, parameters: Parameters, network: Shapes) -> frozenset[str]:
+        return frozenset({"logits"})
 
 
 def standardised(z: Tensor) -> Tensor:

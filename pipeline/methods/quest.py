@@ -34,7 +34,7 @@ class Parameters(base.Parameters):
     levels: tuple[str, ...] = Field(("map",), min_length=1, description="feature maps to use")
     iterations: int = Field(20, ge=1, description="k-means iterations")
     features: int | None = Field(
-        None, ge=2, description="how many features k-means may use; none: all that fit"
+        None, ge=2, description="how many features k-means may use; none: all of them"
     )
 
 
