@@ -129,17 +129,14 @@ class Watch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[str, Tensor] = {}
-        self.batches = 0
 
     @torch.no_grad()
     def add(self, **values: Tensor) -> None:
         for key, value in values.items():
             value = value.detach().float()
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
-        self.batches += 1
 
-    def means(self) -> dict[str, Tensor]:
-        """Means of what was added since the last call."""
-        means = {key: total / self.batches for key, total in self.sums.items()}
-        self.sums, self.batches = {}, 0
-        return means
+    def take(self) -> dict[str, Tensor]:
+        """The sums since the last call."""
+        sums, self.sums = self.sums, {}
+        return sums

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .grid import positions
 
 CHUNK = 1 << 18
 """Features that are looked at together where they are streamed."""
@@ -41,10 +42,7 @@ class Features:
         """
         n, seen, taken, finite = len(self.data), 0, 0, True
         for f in maps:
-            f = f.float()
-            if f.shape[-2:] != grid:
-                f = F.adaptive_avg_pool2d(f, grid)
-            rows = f.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
+            rows = positions(f.float(), grid)
             index = torch.arange(seen, seen + len(rows))
             chosen = rows[((index + 1) * n // of > index * n // of).to(rows.device)]
             finite = finite and bool(torch.isfinite(chosen).all())

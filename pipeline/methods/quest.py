@@ -22,6 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from . import base
+from .blocks import sum_over_blocks
+from .grid import positions, shared_grid
 from .vocabulary import learn_vocabulary
 
 
@@ -154,28 +156,41 @@ class WordPrediction(nn.Module):
         self.watch = base.Watch()
 
     def forward(self, student: base.Readout, teachers: Sequence[base.Readout]) -> Tensor:
-        p_t = assign(to_grid(teachers[self.teacher][self.teacher_reads], self.grid), self.words, self.tau)
-        logits = predict(to_grid(student[self.reads], self.grid), self.weight, self.gamma)
-        log_p_s = F.log_softmax(logits.float(), dim=1)
-        self._look(p_t, log_p_s)
-        return F.kl_div(log_p_s, p_t, reduction="none").sum(1).mean()
+        f_t = positions(teachers[self.teacher][self.teacher_reads], self.grid)
+        f_s = F.normalize(positions(student[self.reads], self.grid), dim=1)
+        weight = F.normalize(self.weight, dim=1)
+        total = sum_over_blocks(self._divergence, len(self.words), f_t, f_s, weight, self.gamma)
+        return total / len(f_t)
+
+    def _divergence(self, f_t: Tensor, f_s: Tensor, weight: Tensor, gamma: Tensor) -> Tensor:
+        """KL(p_T ‖ p_S), summed over the positions of a block; f_S [n,C_S] and W [K,C_S] of length 1."""
+        log_p_t = assign(f_t, self.words, self.tau)
+        log_p_s = predict(f_s, weight, gamma)
+        self._look(log_p_t, log_p_s)
+        return (log_p_t.exp() * (log_p_t - log_p_s)).sum()
 
     @torch.no_grad()
-    def _look(self, p_t: Tensor, log_p_s: Tensor) -> None:
-        top, word = p_t.max(dim=1)
+    def _look(self, log_p_t: Tensor, log_p_s: Tensor) -> None:
+        top, word = log_p_t.max(dim=1)
+        ones = torch.ones_like(top)
         self.watch.add(
-            usage=torch.bincount(word.flatten(), minlength=len(self.words)).float(),
-            max_p_t=top.mean(),
-            word_accuracy=(log_p_s.argmax(dim=1) == word).float().mean(),
-            gamma=self.gamma,
+            positions=ones.sum(),
+            usage=torch.zeros_like(log_p_t[0]).index_add_(0, word, ones),
+            max_p_t=top.exp().sum(),
+            right=(log_p_s.argmax(dim=1) == word).sum(),
         )
 
     def watched(self) -> dict[str, Tensor]:
-        means = self.watch.means()
-        if not means:
+        sums = self.watch.take()
+        if not sums:
             return {}
-        usage = means.pop("usage")
-        return {"perplexity": perplexity(usage), **means}
+        n = sums["positions"]
+        return {
+            "perplexity": perplexity(sums["usage"]),
+            "max_p_t": sums["max_p_t"] / n,
+            "word_accuracy": sums["right"] / n,
+            "gamma": self.gamma.detach(),
+        }
 
 
 def readout(level: str, network: base.Shapes) -> str:
@@ -188,47 +203,37 @@ def _map(level: str, network: base.Shapes) -> tuple[int, int, int]:
 
 
 def assign(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
-    """The teacher's soft assignment p_T = softmax(−‖f_T − v_k‖²/τ) over the words.
+    """The teacher's soft assignment log p_T, p_T = softmax(−‖f_T − v_k‖²/τ), over the words.
 
     The distance is computed in fp32 even under autocast: its terms cancel in half precision.
 
     Args:
-        f_t: [B,C,H,W] the teacher's map.
+        f_t: [n,C] the teacher's features.
         words: [K,C] the vocabulary.
         tau: τ, in squared units of the features.
 
     Returns:
-        [B,K,H,W] probabilities, fp32.
+        [n,K] log-probabilities.
     """
     with torch.autocast(f_t.device.type, enabled=False):
-        f_t = f_t.float()
         # ‖f‖² is the same for every word and drops out of the softmax.
-        closeness = 2 * F.conv2d(f_t, words[:, :, None, None]) - words.square().sum(1)[None, :, None, None]
-        return F.softmax(closeness / tau, dim=1)
+        closeness = torch.addmm(-words.square().sum(1), f_t.to(words.dtype), words.T, alpha=2)
+        return F.log_softmax(closeness / tau, dim=1)
 
 
 def predict(f_s: Tensor, weight: Tensor, gamma: Tensor) -> Tensor:
-    """The student's logits over the words, γ·⟨W_k/‖W_k‖, f_S/‖f_S‖⟩.
+    """The student's log p_S, p_S = softmax(γ·⟨W_k, f_S⟩), over the words.
 
     Args:
-        f_s: [B,C,H,W] the student's map.
-        weight: [K,C] W.
+        f_s: [n,C] the student's features, each of length 1.
+        weight: [K,C] W, each row of length 1.
         gamma: scalar γ.
 
     Returns:
-        [B,K,H,W].
+        [n,K] log-probabilities, in fp32 or better.
     """
-    return gamma * F.conv2d(F.normalize(f_s, dim=1), F.normalize(weight, dim=1)[:, :, None, None])
-
-
-def shared_grid(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> tuple[int, int]:
-    """The grid (H, W) at which two maps [C,H,W] meet: the finer one is average-pooled to the coarser."""
-    return min(student[1], teacher[1]), min(student[2], teacher[2])
-
-
-def to_grid(f: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average-pool a map [B,C,H,W] to [B,C,*grid]."""
-    return f if f.shape[-2:] == grid else F.adaptive_avg_pool2d(f, grid)
+    cosine = f_s @ weight.T
+    return F.log_softmax(gamma * cosine.to(gamma.dtype), dim=1)
 
 
 def perplexity(usage: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from questpress.pipeline.methods import blocks
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign, perplexity, predict
 from scipy.special import log_softmax, softmax
@@ -67,35 +68,33 @@ def term(quest: Quest, number: int = 0) -> WordPrediction:
 LABELS = torch.zeros(B, dtype=torch.int64)
 
 
-def test_the_soft_assignment_is_a_softmax_over_squared_distances():
-    f, words = drawn(1, B, C_T, H, W), drawn(2, K, C_T)
-    ours = assign(tensor(f), tensor(words), 0.7)
-    assert ours.shape == (B, K, H, W)
-    np.testing.assert_allclose(ours.numpy(), p_teacher(f, words, 0.7), atol=1e-6)
+def rows(f: np.ndarray) -> np.ndarray:
+    """A map [B,C,H,W] as the features [B·H·W,C] of its positions."""
+    return f.transpose(0, 2, 3, 1).reshape(-1, f.shape[1])
 
 
-def test_the_soft_assignment_holds_for_features_of_a_hundred_times_the_size():
-    f, words = 100 * drawn(1, B, C_T, H, W), 100 * drawn(2, K, C_T)
-    np.testing.assert_allclose(
-        assign(tensor(f), tensor(words), 5000.0).numpy(), p_teacher(f, words, 5000.0), atol=1e-4
-    )
+@pytest.mark.parametrize(("size", "tau", "within"), [(1, 0.7, 1e-5), (100, 5000.0, 1e-3)])
+def test_the_soft_assignment_is_a_softmax_over_squared_distances(size, tau, within):
+    f, words = size * drawn(1, B, C_T, H, W), size * drawn(2, K, C_T)
+    ours = assign(tensor(rows(f)), tensor(words), tau)
+    assert ours.shape == (B * H * W, K)
+    np.testing.assert_allclose(ours.exp().numpy(), rows(p_teacher(f, words, tau)), atol=within)
 
 
 def test_the_soft_assignment_is_computed_in_fp32_under_autocast():
-    f, words = tensor(drawn(1, B, C_T, H, W)), tensor(drawn(2, K, C_T))
+    f, words = tensor(drawn(1, 20, C_T)), tensor(drawn(2, K, C_T))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = assign(f, words, 0.1)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, assign(f, words, 0.1))
 
 
-def test_the_students_logits_are_gamma_times_cosines():
+def test_the_students_probabilities_are_a_softmax_over_gamma_times_cosines():
     f, weight = drawn(3, B, C_S, H, W), drawn(4, K, C_S)
-    ours = predict(tensor(f), tensor(weight), torch.tensor(2.5)).numpy()
-    y, x = 2, 3
-    cosine = weight[5] @ f[1, :, y, x] / np.linalg.norm(weight[5]) / np.linalg.norm(f[1, :, y, x])
-    assert ours.shape == (B, K, H, W)
-    assert ours[1, 5, y, x] == pytest.approx(2.5 * cosine, abs=1e-5)
+    unit = [torch.nn.functional.normalize(tensor(x), dim=1) for x in (rows(f), weight)]
+    ours = predict(*unit, torch.tensor(2.5)).numpy()
+    assert ours.shape == (B * H * W, K)
+    np.testing.assert_allclose(ours, rows(log_p_student(f, weight, 2.5)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +179,49 @@ def test_the_gradients_are_those_of_the_formula_by_finite_differences():
         assert float(one.weight.grad[at]) == pytest.approx(slope, rel=1e-3, abs=1e-7)
     slope = (loss(gamma=3 + step) - loss(gamma=3 - step)) / (2 * step)
     assert float(one.gamma.grad) == pytest.approx(slope, rel=1e-3)
+
+
+def test_the_gradients_pass_autograds_own_check_in_double_precision():
+    quest_ = method(drawn(2, K, C_T), 1.0, tau=0.9).double()
+    f_t = torch.from_numpy(drawn(1, B, C_T, H, W))
+    one = term(quest_)
+
+    def loss(f_s: torch.Tensor, weight: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        own = {"terms.0.weight": weight, "terms.0.gamma": gamma}
+        readouts = ({"map": f_s}, [{"map": f_t}], LABELS, 0)
+        return torch.func.functional_call(quest_, own, readouts)["quest"]
+
+    f_s = torch.from_numpy(drawn(3, B, C_S, H, W)).requires_grad_()
+    assert torch.autograd.gradcheck(loss, (f_s, one.weight, one.gamma))
+
+
+@pytest.mark.parametrize("elements", [1, K, 5 * K, 1000 * K])
+def test_the_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements, monkeypatch):
+    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+
+    def learned() -> list[torch.Tensor]:
+        quest_ = method(words, 1.0, tau=0.9)
+        student = tensor(f_s).requires_grad_()
+        loss = quest_({"map": student}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+        (3 * loss).backward()
+        one = term(quest_)
+        assert student.grad is not None and one.weight.grad is not None and one.gamma.grad is not None
+        return [loss.detach(), student.grad, one.weight.grad, one.gamma.grad, *quest_.watched().values()]
+
+    whole = learned()
+    monkeypatch.setattr(blocks, "CACHED", elements)
+    for ours, theirs in zip(learned(), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_without_gradients_the_loss_is_the_same():
+    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+    quest_ = method(words, 1.0, tau=0.9)
+    readouts = ({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)
+    with torch.no_grad():
+        inside = quest_(*readouts)["quest"]
+    assert not inside.requires_grad
+    torch.testing.assert_close(inside, quest_(*readouts)["quest"].detach())
 
 
 def test_the_head_starts_as_the_paper_has_it_and_the_words_are_not_learned():
