@@ -22,13 +22,27 @@ METHODS = {
     "quest (τ = 0.2)": ["--method", "quest", "--set", "quest.words=1024", "--set", "quest.tau=0.2"],
     "quest (δ = 10)": ["--method", "quest", "--set", "quest.words=1024"],
     "quest+kd": ["--method", "quest+kd", "--set", "quest.words=1024"],
+    # What --balance auto does for weights that are wrong.
+    **{
+        f"quest (δ = 10), weight {times}{how}": [
+            "--method",
+            "quest",
+            "--set",
+            "quest.words=1024",
+            "--weight",
+            f"quest={weight}",
+            *balance,
+        ]
+        for times, weight in (("×30", "30"), ("×1/30", "0.0333"))
+        for how, balance in (("", []), (", balanced", ["--balance", "auto"]))
+    },
 }
 
 TRAINING = [
     "--student", "cifar_resnet20", "--student-weights", "none", "--image-size", "32", "--epochs", "30",
     "--batch-size", "128", "--optimizer", "sgd", "--lr", "0.1", "--schedule", "cosine",
     "--warmup-epochs", "1", "--weight-decay", "0.0005", "--decay-all", "--select-fraction", "0",
-    "--crop", "pad", "--pad", "4", "--flip",
+    "--crop", "pad", "--pad", "4", "--flip", "--balance", "off",
 ]  # fmt: skip
 
 

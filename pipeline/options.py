@@ -112,6 +112,13 @@ class Options(BaseModel):
         enters="student",
     )
 
+    balance: Literal["auto", "off"] | None = option(
+        "auto: scale back a method's weight where its gradients are out of proportion to the labels' "
+        "[default: auto; off with a recipe or a method's --weight]",
+        group="Method",
+        enters="student",
+    )
+
     epochs: int | None = option("epochs of the student", group="Training", enters="student", ge=1)
     teacher_epochs: int | None = option(
         "epochs of a teacher that is trained or tuned here", group="Training", enters="teacher", ge=1

@@ -40,6 +40,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         for key, value in of_method.model_dump(mode="json").items()
     }
     _check_weights_of_losses(chosen, list(parameters))
+    # A weight that was asked for is not to be second-guessed.
+    asked_for = chosen.recipe is not None or any(name in chosen.weight for name in parameters)
+    chosen.balance = chosen.balance or ("off" if asked_for or not parameters else "auto")
     for name in chosen.teacher:
         resolve_name(name)
     resolve_name(chosen.student)

@@ -149,6 +149,18 @@ class Words(Result):
     note: str | None = None
 
 
+class BalancedWeight(Result):
+    """What ``--balance auto`` found and did; see ``pipeline/balance.py``."""
+
+    method: str
+    pull: float
+    """Gradient of the method's weighted loss over that of the cross-entropy, on the student's last map."""
+    usual: float
+    """The same with the authors' weight in the authors' setting."""
+    factor: float
+    """What the weight was multiplied by; 1 where the pull is within three times of the usual one."""
+
+
 class Epoch(Result):
     """One line of `metrics.jsonl`."""
 
@@ -194,6 +206,8 @@ class Report(Result):
     method: str
     """As named on the command line, e.g. ``quest`` or ``none``."""
     method_parameters: dict[str, Any] = {}
+    method_source: str | None = None
+    """The papers of the methods."""
     recipe: str | None = None
     image_size: int
     data: DataSummary | None = None
@@ -203,6 +217,7 @@ class Report(Result):
     student: Subject | None = None
     student_int8: Subject | None = None
     words: list[Words] = []
+    balance: list[BalancedWeight] = []
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: list[list[int]] | None = None

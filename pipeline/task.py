@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from ..models.build import Geometry
 from ..models.readout import Readouts
+from .balance import Balance
 from .data.render import Normalise
 from .device import Engine
 from .methods.base import Method
+from .results import BalancedWeight
+
+LAST_MAP = ("map_pre", "map", "logits")
+"""Where losses are compared: in the last map there is, where the methods read it."""
 
 
 class Teacher(nn.Module):
@@ -48,12 +53,15 @@ class Trainee(nn.Module):
         reads: frozenset[str],
         weights: Mapping[str, float],
         label_smoothing: float,
+        balance: bool,
     ) -> None:
         super().__init__()
         self.readouts = Readouts(network)
         self.normalise = Normalise(geometry.mean, geometry.std)
         self.methods = nn.ModuleDict(methods)
-        self.reads = reads | {"logits"}
+        self.last_map = next(read for read in LAST_MAP if read in self.readouts.offers)
+        self.balance = Balance(methods) if balance and methods else None
+        self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
         self.label_smoothing = label_smoothing
 
@@ -62,14 +70,41 @@ class Trainee(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted losses by name, and the logits [B,N]."""
         student = self.readouts(self.normalise(pixels), self.reads)
-        losses: dict[str, Tensor] = {}
+        entropy = F.cross_entropy(student["logits"].float(), labels, label_smoothing=self.label_smoothing)
+        of_methods = {
+            name: {
+                part: self.weights[name] * loss
+                for part, loss in method(student, teachers, labels, epoch).items()
+            }
+            for name, method in self.methods.items()
+        }
+        if self.balance is not None:
+            of_methods = self._balanced(of_methods, entropy, student[self.last_map], epoch)
+        losses = {part: loss for parts in of_methods.values() for part, loss in parts.items()}
         if self.weights["ce"]:
-            entropy = F.cross_entropy(student["logits"].float(), labels, label_smoothing=self.label_smoothing)
-            losses["ce"] = self.weights["ce"] * entropy
-        for name, method in self.methods.items():
-            for part, loss in method(student, teachers, labels, epoch).items():
-                losses[part] = self.weights[name] * loss
+            losses = {"ce": self.weights["ce"] * entropy, **losses}
         return losses, student["logits"]
+
+    def _balanced(
+        self, of_methods: dict[str, dict[str, Tensor]], entropy: Tensor, last_map: Tensor, epoch: int
+    ) -> dict[str, dict[str, Tensor]]:
+        assert self.balance is not None
+        if self.balance.compares:
+            whole = {
+                name: torch.stack(list(parts.values())).sum() / self._method(name).strength(epoch)
+                for name, parts in of_methods.items()
+            }
+            self.balance.compare(whole, entropy, last_map)
+        factors = self.balance.factors()
+        return {
+            name: {part: factors[name] * loss for part, loss in parts.items()}
+            for name, parts in of_methods.items()
+        }
+
+    def _method(self, name: str) -> Method:
+        method = self.methods[name]
+        assert isinstance(method, Method)
+        return method
 
 
 class DistillationTask(TrainingTask):
@@ -89,6 +124,7 @@ class DistillationTask(TrainingTask):
         methods: Mapping[str, Method] | None = None,
         student_reads: frozenset[str] = frozenset(),
         weights: Mapping[str, float] | None = None,
+        balance: bool = False,
     ) -> None:
         """
         Args:
@@ -96,6 +132,7 @@ class DistillationTask(TrainingTask):
             teacher_reads: what the methods look at in each teacher.
             student_reads: what they look at in the student.
             weights: of each method by name and of the cross-entropy, ``ce``; default 1.
+            balance: bring weights back that are out of proportion; see ``balance.py``.
         """
         super().__init__(device=torch.device(engine.device), verbose=False)
         self.engine = engine
@@ -108,6 +145,7 @@ class DistillationTask(TrainingTask):
             student_reads,
             {"ce": 1.0, **dict.fromkeys(methods, 1.0), **(weights or {})},
             label_smoothing,
+            balance,
         )
         self.teachers = nn.ModuleList(teachers)
         self.teacher_reads = teacher_reads
@@ -123,8 +161,13 @@ class DistillationTask(TrainingTask):
         return self.network if module is None and not ema else super().get_eval_model(module, ema)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The methods' heads: needed to resume, not to ship."""
-        return {} if ema else self.trainable_module.methods.state_dict()
+        """The methods' heads and their balance: needed to resume, not to ship."""
+        return {} if ema else {name: part.state_dict() for name, part in self._beside_the_network().items()}
+
+    def _beside_the_network(self) -> dict[str, nn.Module]:
+        trainee = self.trainable_module
+        parts: dict[str, nn.Module] = {"methods": trainee.methods}
+        return parts if trainee.balance is None else {**parts, "balance": trainee.balance}
 
     def load_task_state(
         self,
@@ -134,7 +177,8 @@ class DistillationTask(TrainingTask):
         ema: bool = False,
     ) -> None:
         if not ema:
-            self.trainable_module.methods.load_state_dict(state or {}, strict=strict)
+            for name, part in self._beside_the_network().items():
+                part.load_state_dict((state or {}).get(name, {}), strict=strict)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """
@@ -150,6 +194,11 @@ class DistillationTask(TrainingTask):
         with self.engine.autocast():
             losses, logits = self.trainable_module(input, target, teachers, self.epoch)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
+
+    def balanced(self) -> list[BalancedWeight]:
+        """What the balance of the methods' weights found; it waits for the device."""
+        balance = self.trainable_module.balance
+        return [] if balance is None else balance.found()
 
     def scales(self) -> list[nn.Parameter]:
         """The methods' learned scales and temperatures."""

@@ -76,6 +76,9 @@ class Method(nn.Module):
     cross_entropy: ClassVar[float] = 1.0
     """Weight of the cross-entropy on labels when the method stands alone (its paper's)."""
     prepares: ClassVar[bool] = False
+    usual_pull: ClassVar[float]
+    """Gradient of the loss over that of the cross-entropy, on the student's last map, in the first steps with
+    the paper's weight; see ``pipeline/balance.py``, whose benchmark prints it."""
 
     @classmethod
     def reads(cls, parameters: Any, network: Shapes) -> frozenset[str]:
@@ -113,6 +116,10 @@ class Method(nn.Module):
             epoch: the number of epochs done, for schedules such as a warm-up.
         """
         raise NotImplementedError
+
+    def strength(self, epoch: int) -> float:
+        """The share of its full weight that the loss has after ``epoch`` epochs: less than 1 in a warm-up."""
+        return 1.0
 
     def scales(self) -> list[nn.Parameter]:
         """Learned scales and temperatures, which travel far: see ``train.build_optimizer``."""

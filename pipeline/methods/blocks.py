@@ -1,10 +1,10 @@
 """A sum over many rows, block by block, with its gradients: what stands between never exists whole.
 
 A loss over the words of a vocabulary passes through matrices of positions × words, far larger than what goes
-in and what comes out: 8,192 × 4,096 for a batch of 128 maps of 8×8. Taken in blocks, they stay in the
-processor's cache, and no more than a block of them is held for the backward pass, since each block's gradients
-are computed as soon as its value is. Losses over the vocabulary of a language model are treated likewise
-(Hsu et al.: "Liger Kernel", 2024, arXiv 2410.10989).
+in and what comes out: 8,192 × 4,096 for a batch of 128 maps of 8×8. Taken in blocks they stay in the
+processor's cache, and no more than one block is held at a time, since each block's gradients are computed as
+soon as its value is. Losses over the vocabulary of a language model are treated likewise (Hsu et al.: "Liger
+Kernel", 2024, arXiv 2410.10989).
 """
 
 from collections.abc import Callable

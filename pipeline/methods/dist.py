@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import base
-from .logits import LogitMethod, teacher_logits
+from .logits import LogitMethod, exact, teacher_logits
 
 
 class Parameters(base.Parameters):
@@ -31,6 +31,7 @@ class Dist(LogitMethod):
     name = "dist"
     paper = "Huang et al., NeurIPS 2022, arXiv 2205.10536"
     takes = Parameters
+    usual_pull = 10.0
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Dist(LogitMethod):
         self, student: base.Readout, teachers: Sequence[base.Readout], labels: Tensor, epoch: int
     ) -> dict[str, Tensor]:
         p_t = F.softmax(teacher_logits(teachers, self.tau) / self.tau, dim=1)
-        p_s = F.softmax(student["logits"].float() / self.tau, dim=1)
+        p_s = F.softmax(exact(student["logits"]) / self.tau, dim=1)
         relations = self.inter * uncorrelated(p_s, p_t) + self.intra * uncorrelated(p_s.T, p_t.T)
         return {"dist": self.tau**2 * relations}
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import base
-from .logits import LogitMethod, divergence, standardised, teacher_logits
+from .logits import LogitMethod, divergence, exact, standardised, teacher_logits
 
 
 class Parameters(base.Parameters):
@@ -35,6 +35,7 @@ class Dkd(LogitMethod):
     name = "dkd"
     paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
     takes = Parameters
+    usual_pull = 6.0
 
     def __init__(
         self,
@@ -53,13 +54,16 @@ class Dkd(LogitMethod):
     ) -> dict[str, Tensor]:
         p = self.parameters_
         z_t = teacher_logits(teachers, self.tau, p.standardise) / self.tau
-        z_s = student["logits"].float()
+        z_s = exact(student["logits"])
         z_s = (standardised(z_s) if p.standardise else z_s) / self.tau
         b_t, q_t = decoupled(z_t, labels)
         b_s, q_s = decoupled(z_s, labels)
-        warm = min(1.0, (epoch + 1) / p.warmup) if p.warmup else 1.0
         parts = p.alpha * divergence(b_s, b_t) + p.beta * divergence(q_s, q_t)
-        return {"dkd": warm * self.weight * self.tau**2 * parts}
+        return {"dkd": self.strength(epoch) * self.weight * self.tau**2 * parts}
+
+    def strength(self, epoch: int) -> float:
+        warmup = self.parameters_.warmup
+        return min(1.0, (epoch + 1) / warmup) if warmup else 1.0
 
 
 def decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

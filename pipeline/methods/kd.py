@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import base
-from .logits import LogitMethod, divergence, standardised, teacher_logits
+from .logits import LogitMethod, divergence, exact, standardised, teacher_logits
 
 
 class Parameters(base.Parameters):
@@ -32,6 +32,7 @@ class Kd(LogitMethod):
     paper = "Hinton et al., 2015, arXiv 1503.02531"
     takes = Parameters
     cross_entropy = 0.1
+    usual_pull = 3.0
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Kd(LogitMethod):
         self, student: base.Readout, teachers: Sequence[base.Readout], labels: Tensor, epoch: int
     ) -> dict[str, Tensor]:
         z_t = teacher_logits(teachers, self.tau, self.standardise)
-        z_s = standardised(student["logits"].float()) if self.standardise else student["logits"].float()
-        p_t, p_s = F.log_softmax(z_t / self.tau, dim=1), F.log_softmax(z_s / self.tau, dim=1)
-        return {"kd": self.weight * self.tau**2 * divergence(p_s, p_t)}
+        z_s = exact(student["logits"])
+        z_s = standardised(z_s) if self.standardise else z_s
+        log_p_t, log_p_s = F.log_softmax(z_t / self.tau, dim=1), F.log_softmax(z_s / self.tau, dim=1)
+        return {"kd": self.weight * self.tau**2 * divergence(log_p_s, log_p_t)}

@@ -1,5 +1,6 @@
 """What the logit methods share: softened probabilities, their divergence, and standardised logits."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,11 @@ class LogitMethod(Method):
         return frozenset({"logits"})
 
 
+def exact(z: Tensor) -> Tensor:
+    """Logits in fp32 or better: softmax and divergence are not for half precision."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
 def standardised(z: Tensor) -> Tensor:
     """Logits [B,N] with mean 0 and deviation 1 in each row.
 
@@ -28,11 +34,12 @@ def standardised(z: Tensor) -> Tensor:
 
 def teacher_logits(teachers: Sequence[Readout], tau: float, standardise: bool = False) -> Tensor:
     """One teacher's logits [B,N]; of several, those whose softmax at τ is the mean of theirs at τ."""
-    each = [standardised(t["logits"].float()) if standardise else t["logits"].float() for t in teachers]
+    each = [exact(t["logits"]) for t in teachers]
+    each = [standardised(z) for z in each] if standardise else each
     if len(each) == 1:
         return each[0]
     soft = torch.stack([F.log_softmax(z / tau, dim=1) for z in each])
-    return tau * (soft.logsumexp(0) - torch.tensor(float(len(each)), device=soft.device).log())
+    return tau * (soft.logsumexp(0) - math.log(len(each)))
 
 
 def divergence(log_p_s: Tensor, log_p_t: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Quest(base.Method):
     paper = "Jain et al., ECCV 2020, arXiv 1912.01540"
     takes = Parameters
     prepares = True
+    usual_pull = 0.3
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:

@@ -110,8 +110,14 @@ def config(report: Report) -> Table:
 
 
 def method(report: Report) -> Table:
-    recipe = {"recipe": report.recipe} if report.recipe else {}
-    return pairs(f"Parameters of {report.method}", {**recipe, **report.method_parameters})
+    origin = {"source": report.method_source, "recipe": report.recipe}
+    balance = {
+        f"balance.{one.method}": f"gradient {figures.number(one.pull)} times the labels', usual "
+        f"{figures.number(one.usual)}: weight times {figures.number(one.factor)}"
+        for one in report.balance
+    }
+    content = {name: value for name, value in origin.items() if value} | report.method_parameters | balance
+    return pairs(f"Parameters of {report.method}", content)
 
 
 def pairs(title: str, content: dict[str, Any]) -> Table:

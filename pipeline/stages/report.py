@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ...export.artifact import tool_versions
-from .. import recipes
+from .. import methods, recipes
 from ..job import Job
 from ..report.write import write_report
 from ..results import Epoch, Report, StageTime
@@ -43,6 +43,7 @@ def assemble(folder: RunFolder) -> Report:
         command=folder.record["command"],
         method=config["method"],
         method_parameters=config["settings"],
+        method_source="; ".join(methods.load(name).paper for name in methods.names(config["method"])) or None,
         recipe=_recipe(config),
         image_size=config["image_size"],
         epochs=_epochs(folder),

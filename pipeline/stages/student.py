@@ -13,7 +13,7 @@ from ..job import Job
 from ..learning import engine, learn, plan
 from ..methods.base import Method
 from ..networks import parameters, start, student_source
-from ..results import Subject
+from ..results import BalancedWeight, Subject
 from ..run_folder import Done
 from ..task import DistillationTask
 from ..trained import STUDENT, load_teacher, weights_metadata
@@ -43,6 +43,10 @@ def run(job: Job) -> Done:
         what="student",
         model=name,
     )
+    balanced = task.balanced()
+    for one in balanced:
+        if one.factor != 1:
+            job.display.note(_told(one))
     with whole(job.folder.path / STUDENT) as part:
         save_weights(task.network, part, weights_metadata(job, name))
     subject = Subject(
@@ -62,7 +66,17 @@ def run(job: Job) -> Done:
     return Done(
         f"{name}, {o.epochs} epochs {how}{measured}",
         [STUDENT],
-        {"student": subject.model_dump(exclude_none=True)},
+        {
+            "student": subject.model_dump(exclude_none=True),
+            "balance": [one.model_dump() for one in balanced],
+        },
+    )
+
+
+def _told(one: BalancedWeight) -> str:
+    return (
+        f"the weight of {one.method} was multiplied by {one.factor:.3g}: its gradients were {one.pull:.3g} "
+        f"times those of the labels, where {one.usual:g} is usual (--balance off leaves weights alone)"
     )
 
 
@@ -96,6 +110,7 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTas
         methods=heads,
         student_reads=_union(classes[name].reads(parameters[name], student) for name in names),
         weights=_weights(o.weight, classes),
+        balance=o.balance == "auto",
     )
 
 

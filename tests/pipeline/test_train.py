@@ -152,7 +152,7 @@ def test_the_heads_of_a_method_are_in_the_checkpoint_but_not_in_the_network_that
     assert set(task.network.state_dict()) == set(network().state_dict())
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     assert torch.equal(
-        saved["task_state"]["quest.terms.0.weight"], state(task)["methods.quest.terms.0.weight"]
+        saved["task_state"]["methods"]["quest.terms.0.weight"], state(task)["methods.quest.terms.0.weight"]
     )
     assert saved["epoch"] == 1
 

@@ -1,0 +1,107 @@
+"""Weights that fit the pair: a method whose pull on the student is out of proportion is brought back.
+
+A method's weight was found by its authors for their networks; for another teacher or student it may be ten
+times too much or too little. Of twelve feature losses in the CRD benchmark four end below no teacher at all
+on ResNet-50 → MobileNetV2. What a weight does shows in the gradients that the losses send into the student,
+as GradNorm (Chen et al., ICML 2018, arXiv 1711.02257) and VQGAN's adaptive weight (Esser et al., CVPR 2021,
+arXiv 2012.09841, eq. 7) use them:
+
+    r = ‖∂(w·L)/∂f_S‖ / ‖∂L_CE/∂f_S‖      f_S: the student's last map, of the whole batch; L_CE unweighted
+
+A method states which r it has with its authors' weight in its authors' setting, ``usual_pull``. A weight
+whose r is within three times of that, either way, stays as it is; one outside is scaled to the nearer end:
+
+    w ← w · clip(r, usual/3, usual·3) / r
+
+Nothing is known of the best r of a pair, only of what is usual: so what is not far off is left alone, and
+what is, is moved no further than it must be. r is a geometric mean over the first steps; while they last, the
+mean so far is used, and afterwards the factor stays.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .methods.base import Method
+from .results import BalancedWeight
+
+STEPS = 50
+"""Training steps over which the gradients are compared."""
+
+BAND = 3.0
+"""How many times more or less than the usual pull is still left alone."""
+
+
+class Balance(nn.Module):
+    """The factors of a run's methods; a part of the training's state, so that a resumed run keeps them."""
+
+    steps: Tensor
+    logs: Tensor
+    counts: Tensor
+    usual: Tensor
+
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        super().__init__()
+        self.methods = dict.fromkeys(methods)  # names alone: the methods themselves are the trainee's
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("logs", torch.zeros(len(methods)))
+        self.register_buffer("counts", torch.zeros(len(methods)))
+        usual = [method.usual_pull for method in methods.values()]
+        self.register_buffer("usual", torch.tensor(usual), persistent=False)
+        self._steps: int | None = None  # the same on the host: to ask the device is to wait for it
+
+    @property
+    def compares(self) -> bool:
+        """Whether the next training step is one of the first."""
+        if self._steps is None:
+            self._steps = int(self.steps)
+        return self.training and torch.is_grad_enabled() and self._steps < STEPS
+
+    def compare(self, losses: Mapping[str, Tensor], cross_entropy: Tensor, f_s: Tensor) -> None:
+        """Take one step's gradients into account.
+
+        Args:
+            losses: each method's weighted loss at its full strength, a scalar.
+            cross_entropy: the unweighted cross-entropy on the labels.
+            f_s: [B,C,H,W] the student's last map, from which all of them come.
+        """
+        reference = pull(cross_entropy, f_s)
+        pulls = torch.stack([pull(losses[name], f_s) for name in self.methods])
+        # A loss that is exactly zero, or does not come from this map, tells nothing.
+        seen = (pulls > 0) & (reference > 0)
+        self.logs += torch.where(seen, pulls / reference, 1.0).log()
+        self.counts += seen
+        self.steps += 1
+        assert self._steps is not None
+        self._steps += 1
+
+    def ratios(self) -> Tensor:
+        """Each method's r so far; the usual one where nothing was seen."""
+        return torch.where(self.counts > 0, (self.logs / self.counts.clamp(min=1)).exp(), self.usual)
+
+    def factors(self) -> dict[str, Tensor]:
+        """What each method's weight is multiplied by."""
+        r = self.ratios()
+        factors = torch.clip(r, self.usual / BAND, self.usual * BAND) / r
+        return dict(zip(self.methods, factors, strict=True))
+
+    def found(self) -> list[BalancedWeight]:
+        """For the report: the methods of which something was seen. It waits for the device."""
+        columns = (self.ratios(), self.usual, self.factors().values(), self.counts)
+        return [
+            BalancedWeight(method=name, pull=float(r), usual=float(usual), factor=float(factor))
+            for name, r, usual, factor, count in zip(self.methods, *columns, strict=True)
+            if count
+        ]
+
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        super()._load_from_state_dict(*arguments, **more)
+        self._steps = None
+
+
+def pull(loss: Tensor, f_s: Tensor) -> Tensor:
+    """‖∂loss/∂f_S‖, fp32; 0 where the loss does not come from f_S."""
+    (gradient,) = torch.autograd.grad(loss, f_s, retain_graph=True, allow_unused=True)
+    return torch.zeros((), device=f_s.device) if gradient is None else gradient.float().norm()
