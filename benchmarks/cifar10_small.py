@@ -13,29 +13,22 @@ from pathlib import Path
 
 from cells import Cell, Table, markdown, seconds, spoken
 
+QUEST = ["--method", "quest", "--set", "quest.words=1024"]
+
 METHODS = {
     "none": ["--method", "none"],
     "kd": ["--method", "kd"],
     # β of the authors for resnet56; their warm-up of 20 in 240 epochs is 3 in 30.
     "dkd": ["--method", "dkd", "--set", "dkd.beta=2", "--set", "dkd.warmup=3"],
     "dist": ["--method", "dist"],
-    "quest (τ = 0.2)": ["--method", "quest", "--set", "quest.words=1024", "--set", "quest.tau=0.2"],
-    "quest (δ = 10)": ["--method", "quest", "--set", "quest.words=1024"],
-    "quest+kd": ["--method", "quest+kd", "--set", "quest.words=1024"],
-    # What --balance auto does for weights that are wrong.
-    **{
-        f"quest (δ = 10), weight {times}{how}": [
-            "--method",
-            "quest",
-            "--set",
-            "quest.words=1024",
-            "--weight",
-            f"quest={weight}",
-            *balance,
-        ]
-        for times, weight in (("×30", "30"), ("×1/30", "0.0333"))
-        for how, balance in (("", []), (", balanced", ["--balance", "auto"]))
-    },
+    "quest (τ = 0.2)": [*QUEST, "--set", "quest.tau=0.2"],
+    "quest (δ = 10)": QUEST,
+    "quest+kd": ["--method", "quest+kd", *QUEST[2:]],
+    # The second form with a weight that is wrong, as it is and balanced.
+    "quest ×30": [*QUEST, "--weight", "quest=30"],
+    "quest ×30 balanced": [*QUEST, "--weight", "quest=30", "--balance", "auto"],
+    "quest ÷30": [*QUEST, "--weight", "quest=0.0333"],
+    "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", "--balance", "auto"],
 }
 
 TRAINING = [

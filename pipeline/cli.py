@@ -1,7 +1,9 @@
 """The command line: made from the list of options, and nothing heavy is imported before it is needed."""
 
 import errno
+import signal
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +178,9 @@ def models(pattern: str, image_size: int | None) -> None:
 
 def _told(job: Callable[[], T]) -> T:
     """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback."""
+    # A scheduler or a container that wants its machine back says SIGTERM; that is Ctrl-C from afar.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return job()
     except KeyboardInterrupt:

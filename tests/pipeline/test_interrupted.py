@@ -66,11 +66,12 @@ def test_a_run_killed_while_training_gives_the_weights_of_an_uninterrupted_one(d
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
-def test_ctrl_c_ends_with_130_and_a_sentence_on_how_to_go_on(data, cache, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Ctrl-C, and what schedulers and containers send
+def test_being_told_to_stop_ends_with_130_and_a_sentence_on_how_to_go_on(data, cache, tmp_path, name):
     more = ("--epochs", "500", "--until", "student")
     process = started(little.little_command(data, tmp_path / "run", cache, *more), tmp_path)
     wait_for(tmp_path / "run" / "checkpoint" / "student.pt", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in stderr and "goes on where" in stderr.splitlines()[-1] and stdout == ""
