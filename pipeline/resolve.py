@@ -16,7 +16,7 @@ from .data.image_set import ImageSet
 from .data.open import open_data
 from .errors import UsageError
 from .options import Options
-from .shapes import check_reads
+from .shapes import check_methods
 
 DIGITS = "digits"
 SIZE_SAMPLE = 200
@@ -58,7 +58,14 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         download=chosen.download,
         select_fraction=chosen.select_fraction,
     )
-    check_reads(parameters, chosen.teacher, chosen.student, len(data.classes), chosen.image_size)
+    check_methods(
+        parameters,
+        chosen.teacher,
+        chosen.student,
+        classes=len(data.classes),
+        image_size=chosen.image_size,
+        images=len(data.train),
+    )
     _choose(chosen, data)
     if chosen.out is None:
         chosen.out = Path("runs") / "-".join([*chosen.teacher, chosen.student, data.name]).replace("/", "-")

@@ -28,12 +28,20 @@ def shapes(name: str, classes: int, image_size: int) -> Shapes:
     return Shapes(maps=maps, vector=found.vector, logits=found.logits)
 
 
-def check_reads(
-    chosen: Mapping[str, Parameters], teachers: Sequence[str], student: str, classes: int, image_size: int
+def check_methods(
+    chosen: Mapping[str, Parameters],
+    teachers: Sequence[str],
+    student: str,
+    *,
+    classes: int,
+    image_size: int,
+    images: int,
 ) -> None:
-    """
+    """Whether the methods can work with these networks and so many training images.
+
     Raises:
         ModelError: a network lacks a readout that one of the methods needs.
+        UsageError: a method's parameter asks for what there is not.
     """
     for method, parameters in chosen.items():
         cls = methods.load(method)
@@ -42,3 +50,5 @@ def check_reads(
             _readouts(name, classes, image_size).check(reads)
         reads = cls.reads(parameters, shapes(student, classes, image_size))
         _readouts(student, classes, image_size).check(reads)
+        sizes = [shapes(name, classes, image_size) for name in teachers]
+        cls.check(parameters, shapes(student, classes, image_size), sizes, images)

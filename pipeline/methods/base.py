@@ -91,6 +91,14 @@ class Method(nn.Module):
         return cls.reads(parameters, teacher)
 
     @classmethod
+    def check(cls, parameters: Any, student: Shapes, teachers: Sequence[Shapes], images: int) -> None:
+        """Refuse what cannot work with these networks and so many training images, before anything starts.
+
+        Raises:
+            UsageError: a parameter asks for what there is not.
+        """
+
+    @classmethod
     def prepare(cls, parameters: Any, preparation: Preparation) -> Prepared:
         """What the method needs of the teachers before training starts."""
         raise NotImplementedError

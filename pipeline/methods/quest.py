@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from . import base
 from .blocks import sum_over_blocks
 from .grid import positions, shared_grid
-from .vocabulary import learn_vocabulary
+from .vocabulary import check_words, learn_vocabulary
 
 
 class Parameters(base.Parameters):
-    words: int = Field(4096, ge=2, description="K, the size of the vocabulary")
+    words: int | None = Field(
+        None, ge=2, description="K, the size of the vocabulary; none: 4096, or fewer with little data"
+    )
     tau: float | None = Field(None, gt=0, description="τ of the teacher's soft assignment; none: μ/δ")
     delta: float = Field(10.0, gt=0, description="δ: the scale-free temperature is μ/δ")
     alpha: float = Field(1.0, gt=0, description="α, the weight of the loss")
@@ -54,6 +56,15 @@ class Quest(base.Method):
         return frozenset(readout(level, network) for level in parameters.levels)
 
     @classmethod
+    def check(
+        cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes], images: int
+    ) -> None:
+        for teacher in teachers:
+            for level in parameters.levels:
+                h, w = shared_grid(_map(level, student), _map(level, teacher))
+                check_words(parameters.words, min(images * h * w, parameters.features or images * h * w))
+
+    @classmethod
     def prepare(cls, parameters: Parameters, preparation: base.Preparation) -> base.Prepared:
         """Learn one vocabulary for each teacher and level by k-means over the teacher's features."""
         tensors: dict[str, Tensor] = {}
@@ -75,7 +86,8 @@ class Quest(base.Method):
                 tensors[f"{t}.{level}.mu"] = torch.tensor(learned.mu)
                 facts.append({"teacher": name, "level": level, **learned.facts()})
         summary = "; ".join(
-            f"{f['words']} words from {f['features']:,} features, perplexity {f['perplexity']:.0f}"
+            f"{f['words']} words from {f['features_used']:,} of {f['features']:,} features, perplexity "
+            f"{f['perplexity']:.0f}"
             for f in facts
         )
         return base.Prepared(tensors, {"words": facts}, summary)

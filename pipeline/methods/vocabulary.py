@@ -12,14 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import JobError
+from ..errors import JobError, UsageError
 from .base import Preparation
 from .features import Features, nearest
 
 FILE = "vocabulary.safetensors"
 
+WORDS = 4096
+"""K where none is asked for: the paper's."""
+
 FEATURES_PER_WORD = 39
-"""The least number of features a word is learned from; faiss warns below it."""
+"""Features that a word should at least be learned from; faiss warns below it."""
 
 MEMORY_LIMIT = 4 * 1024**3
 """Bytes of features held in memory; more are streamed from a file."""
@@ -48,7 +51,7 @@ def learn_vocabulary(
     teacher: int,
     level: str,
     grid: tuple[int, int],
-    words: int,
+    words: int | None,
     iterations: int,
     limit: int | None,
 ) -> Vocabulary:
@@ -56,22 +59,30 @@ def learn_vocabulary(
 
     Args:
         grid: (H, W) to which the teacher's map is average-pooled first.
-        words: K as asked for; lowered, with a note, so that each word has 39 features or more.
+        words: K as asked for; None: 4,096, or with a note fewer, so that each has 39 features or more.
         limit: the largest number of features k-means may use; None is all.
 
     Raises:
+        UsageError: there are fewer features than words.
         JobError: the features are not finite, or all the same.
     """
     channels, *_ = preparation.teachers[teacher].maps[level]
     features = preparation.images * grid[0] * grid[1]
     used, streamed = _place(min(features, limit or features), channels, preparation)
-    k = max(2, min(words, used // FEATURES_PER_WORD))
+    check_words(words, used)
+    k = words or max(2, min(WORDS, used // FEATURES_PER_WORD))
     note = None
-    if k < words:
+    if k < (words or WORDS):
         note = (
-            f"{k} words instead of {words}: {used:,} features are enough for {k} "
+            f"{k} words instead of {WORDS}: {used:,} features are enough for {k} "
             f"({FEATURES_PER_WORD} or more each)"
         )
+    elif k * FEATURES_PER_WORD > used:
+        note = (
+            f"{used:,} features are few for {k} words; {used // FEATURES_PER_WORD} would have "
+            f"{FEATURES_PER_WORD} or more each"
+        )
+    if note:
         preparation.note(note)
     if used < features:
         preparation.note(f"k-means uses {used:,} of {features:,} features, drawn evenly")
@@ -97,7 +108,19 @@ def learn_vocabulary(
             _write(path / FILE, describe(held, held.kmeans(k, iterations, preparation.seed)))
 
     learned = _read(preparation.shared(teacher, "vocabulary", key, write) / FILE)
-    return Vocabulary(asked=words, features=features, features_used=used, note=note, **learned)
+    return Vocabulary(asked=words or WORDS, features=features, features_used=used, note=note, **learned)
+
+
+def check_words(words: int | None, features: int) -> None:
+    """
+    Raises:
+        UsageError: more words are asked for than there are features to learn them from.
+    """
+    if words is not None and words > features:
+        raise UsageError(
+            f"--set quest.words={words}: the training images give {features:,} features, one for each "
+            "position of the map, and a word needs at least one; ask for fewer words."
+        )
 
 
 def _place(wanted: int, channels: int, preparation: Preparation) -> tuple[int, bool]:
@@ -117,20 +140,28 @@ def describe(features: Features, words: np.ndarray) -> dict[str, Any]:
     """The words with μ, the mean squared distance to the nearest, and the perplexity of the assignment.
 
     Raises:
-        JobError: all features are the same.
+        JobError: all features are the same, or each is a word.
     """
     usage = np.zeros(len(words), np.int64)
     distance = square = 0.0
+    total = np.zeros(features.dim())
     for chunk in features.chunks():
         distances, word = nearest(chunk, words)
         distance += float(distances.sum(dtype=np.float64))
         square += float(np.einsum("nc,nc->", chunk, chunk, dtype=np.float64))
+        total += chunk.sum(0, dtype=np.float64)
         usage += np.bincount(word, minlength=len(words))
     # Below fp32's resolution of ‖f‖² a distance is rounding alone.
-    if not distance > 1e-6 * square:
+    rounding = 1e-6 * square
+    if not square - float(total @ total) / features.count() > rounding:
         raise JobError(
             "All features of the teacher are the same: it sees no difference between the images; check its "
             "weights and the data."
+        )
+    if not distance > rounding:
+        raise JobError(
+            f"Each of the teacher's features is one of the {len(words)} words: nothing is left to tell how "
+            "near a word is; ask for fewer with --set quest.words."
         )
     p = usage[usage > 0] / usage.sum()
     return {

@@ -5,18 +5,21 @@ A file holds ``about``, ``source``, ``options``, and, where a paper has other va
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from itertools import chain
 from typing import Any
 
 import yaml
 
 from ...models.names import resolve
 from ..errors import UsageError
+from ..options import Options
 
-_KEYS = {"about", "source", "options", "for_students", "for_teachers"}
+_NEEDED = {"about", "source", "options"}
+_KEYS = _NEEDED | {"for_students", "for_teachers"}
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,16 @@ def parse(name: str, text: str) -> Recipe:
     """A recipe from its YAML text.
 
     Raises:
-        UsageError: it has an unknown key.
+        UsageError: it has a key that means nothing, or lacks one.
     """
     content = yaml.safe_load(text)
-    unknown = set(content) - _KEYS
-    if unknown:
-        raise UsageError(
-            f"The recipe {name} has an unknown key '{sorted(unknown)[0]}'; known: {', '.join(sorted(_KEYS))}."
-        )
+    _check_keys(name, "key", content, _KEYS)
+    missing = _NEEDED - set(content)
+    if missing:
+        raise UsageError(f"The recipe {name} has no '{sorted(missing)[0]}'.")
+    differing = [content.get(key, {}).values() for key in ("for_students", "for_teachers")]
+    for options in [content["options"], *chain.from_iterable(differing)]:
+        _check_keys(name, "option", options, Options.model_fields)
     return Recipe(
         name=name,
         about=content["about"],
@@ -98,6 +103,14 @@ def parse(name: str, text: str) -> Recipe:
         for_students=content.get("for_students", {}),
         for_teachers=content.get("for_teachers", {}),
     )
+
+
+def _check_keys(name: str, what: str, found: Collection[str], known: Collection[str]) -> None:
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}."
+            raise UsageError(f"The recipe {name} has an unknown {what} '{key}'; {advice}")
 
 
 def _with(options: Mapping[str, Any], differing: Mapping[str, Any]) -> dict[str, Any]:

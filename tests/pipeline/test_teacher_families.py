@@ -1,13 +1,16 @@
 """QuEST learns from a teacher of any family that has a feature map."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.models.errors import ModelError
 from questpress.pipeline import methods
 from questpress.pipeline.device import Engine
+from questpress.pipeline.methods import base
 from questpress.pipeline.methods.quest import Parameters, Quest
-from questpress.pipeline.shapes import check_reads, shapes
+from questpress.pipeline.shapes import check_methods, shapes
 from questpress.pipeline.task import DistillationTask, Teacher
 
 STUDENT, SIZE, CLASSES, WORDS = "mobilenetv2_035", 64, 3, 6
@@ -26,9 +29,13 @@ FAMILIES = {
 }
 
 
+def checked(chosen: Mapping[str, base.Parameters], teacher: str) -> None:
+    check_methods(chosen, [teacher], STUDENT, classes=CLASSES, image_size=SIZE, images=100)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_learns_a_teachers_words_whatever_the_teachers_family(name: str) -> None:
-    check_reads({"quest": Parameters()}, [name], STUDENT, CLASSES, SIZE)
+    checked({"quest": Parameters()}, name)
     of_teacher, of_student = (shapes(n, CLASSES, SIZE) for n in (name, STUDENT))
     reads = Quest.teacher_reads(Parameters(), of_teacher)
     assert [of_teacher.maps[read] for read in reads] == [FAMILIES[name]]
@@ -77,9 +84,7 @@ def test_a_vgg_teaches_with_its_map_before_the_relu() -> None:
 
 def test_a_level_that_a_network_does_not_have_is_refused_with_a_sentence() -> None:
     with pytest.raises(ModelError, match="no feature map 'map@9'"):
-        check_reads(
-            methods.parameters(["quest"], {"quest.levels": ["map@9"]}), ["resnet18"], STUDENT, 3, SIZE
-        )
+        checked(methods.parameters(["quest"], {"quest.levels": ["map@9"]}), "resnet18")
 
 
 def test_logit_methods_ask_no_network_for_a_map() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.cache import Cache
-from questpress.pipeline.errors import JobError
+from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.files import digest
 from questpress.pipeline.methods import features, vocabulary
 from questpress.pipeline.methods.base import Preparation, Readout, Shapes
@@ -50,7 +50,9 @@ class Teacher:
             note=self.notes.append,
         )
 
-    def learn(self, words: int, grid: tuple[int, int] | None = None, limit: int | None = None) -> Vocabulary:
+    def learn(
+        self, words: int | None, grid: tuple[int, int] | None = None, limit: int | None = None
+    ) -> Vocabulary:
         return learn_vocabulary(
             self.preparation(), teacher=0, level="map", grid=grid or self.maps.shape[2:], words=words,
             iterations=20, limit=limit,
@@ -101,17 +103,29 @@ def test_mu_is_the_mean_squared_distance_to_the_nearest_word(tmp_path):
 
 def test_the_number_of_words_is_lowered_with_a_note_so_that_each_has_39_features(tmp_path):
     teacher = Teacher(np.random.default_rng(0).normal(size=(10, C, H, W)), tmp_path)
-    learned = teacher.learn(4096)
+    learned = teacher.learn(None)
     assert len(learned.words) == 200 // 39 == 5
     assert learned.asked == 4096 and learned.features == 200
     assert [learned.note] == teacher.notes
     assert "5 words instead of 4096" in teacher.notes[0]
 
 
-def test_39_features_a_word_are_enough_and_one_less_is_not(tmp_path):
+def test_words_that_were_asked_for_are_learned_with_a_note_where_features_are_few(tmp_path):
     enough = Teacher(np.random.default_rng(0).normal(size=(39, C, 1, 2)), tmp_path)
     assert len(enough.learn(2).words) == 2 and enough.notes == []
-    assert len(Teacher(np.random.default_rng(0).normal(size=(58, C, 1, 2)), tmp_path).learn(3).words) == 2
+    few = Teacher(np.random.default_rng(0).normal(size=(58, C, 1, 2)), tmp_path)
+    learned = few.learn(3)
+    assert len(learned.words) == 3
+    assert few.notes == [learned.note] and "116 features are few for 3 words; 2 would" in few.notes[0]
+
+
+def test_more_words_than_features_are_refused(tmp_path):
+    teacher = Teacher(np.random.default_rng(0).normal(size=(2, C, 1, 2)), tmp_path)
+    assert len(teacher.learn(3).words) == 3
+    with pytest.raises(JobError, match="is one of the 4 words"):
+        teacher.learn(4)
+    with pytest.raises(UsageError, match=r"quest\.words=5: the training images give 4 features"):
+        teacher.learn(5)
 
 
 def test_the_map_is_pooled_to_the_grid_first(tmp_path):
