@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .blocks import ON_DEVICE
 from .grid import positions
 
-CHUNK = 1 << 18
-"""Features that are looked at together where they are streamed."""
+CHUNK = 1 << 25
+"""Numbers that are looked at together where features are streamed: 128 MB."""
 
 HALF = float(np.finfo(np.float16).max)
 
@@ -22,7 +24,9 @@ class Features:
     """n features of C channels: float32 in memory, or float16 in a file that is read in chunks.
 
     What k-means finds hardly feels the rounding to half precision; values beyond its range are cut to it. The
-    class answers as ``faiss.contrib.clustering.DatasetAssign`` does, so that faiss's k-means runs over it.
+    class answers as ``faiss.contrib.clustering.DatasetAssign`` does, so that faiss's k-means runs over features
+    in a file, and on a GPU's distances where the teacher runs on one: ImageNet's 10 million features of 2,048
+    channels against 4,096 words are 160 TFLOP an iteration.
     """
 
     def __init__(self, n: int, channels: int, file: Path | None) -> None:
@@ -33,6 +37,7 @@ class Features:
             else np.memmap(file, np.float16, "w+", shape=(n, channels))
         )
         self.streamed = file is not None
+        self.device = torch.device("cpu")
 
     def fill(self, maps: Iterable[Tensor], grid: tuple[int, int], of: int) -> bool:
         """Take n of the ``of`` features in these maps [B,C,H,W], evenly; whether all are finite.
@@ -42,6 +47,7 @@ class Features:
         """
         n, seen, taken, finite = len(self.data), 0, 0, True
         for f in maps:
+            self.device = f.device
             rows = positions(f.float(), grid)
             index = torch.arange(seen, seen + len(rows))
             chosen = rows[((index + 1) * n // of > index * n // of).to(rows.device)]
@@ -53,9 +59,16 @@ class Features:
         return finite
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All features in order, float32 [≤ CHUNK, C]."""
-        for start in range(0, len(self.data), CHUNK):
-            yield np.asarray(self.data[start : start + CHUNK], np.float32)
+        """All features in order, float32 [m,C] with at most CHUNK numbers each."""
+        size = max(1, CHUNK // self.dim())
+        for start in range(0, len(self.data), size):
+            yield np.asarray(self.data[start : start + size], np.float32)
+
+    def nearest(self, words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Each chunk, with the squared distance to its features' nearest words and the words' numbers."""
+        find = nearest if self.device.type == "cpu" else partial(nearest_on, self.device)
+        for chunk in self.chunks():
+            yield chunk, *find(chunk, words)
 
     def kmeans(self, k: int, iterations: int, seed: int) -> np.ndarray:
         """The words [k,C], float32: Lloyd's algorithm by faiss, L2 on raw features, from k random ones."""
@@ -63,7 +76,7 @@ class Features:
         from faiss.contrib import clustering
 
         faiss.omp_set_num_threads(torch.get_num_threads())
-        if self.streamed:
+        if self.streamed or self.device.type != "cpu":
             with contextlib.redirect_stdout(io.StringIO()):  # it prints whatever verbose says
                 words: np.ndarray = clustering.kmeans(
                     k, self, niter=iterations, seed=seed % 2**31, verbose=False
@@ -100,9 +113,9 @@ class Features:
         """Nearest centroid and squared distance to it [n], and the sum of each centroid's features."""
         words, distances = [], []
         sums = torch.zeros(centroids.shape, dtype=torch.float64)
-        for chunk in self.chunks():
-            distance, word = nearest(chunk, centroids)
-            sums.index_add_(0, torch.from_numpy(word), torch.from_numpy(chunk).double())
+        for chunk, distance, word in self.nearest(centroids):
+            of_chunk = torch.zeros(centroids.shape)
+            sums += of_chunk.index_add_(0, torch.from_numpy(word), torch.from_numpy(chunk))
             words.append(word)
             distances.append(distance)
         return np.concatenate(words), np.concatenate(distances), sums.float().numpy()
@@ -116,3 +129,17 @@ def nearest(features: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.nda
     index.add(words)
     distance, word = index.search(features, 1)
     return distance[:, 0], word[:, 0]
+
+
+def nearest_on(
+    device: torch.device, features: np.ndarray, words: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same by torch on a device."""
+    f, v = torch.from_numpy(features).to(device), torch.from_numpy(words).to(device)
+    # ‖f − v‖² = ‖f‖² + ‖v‖² − 2⟨f,v⟩, in fp32: half precision would cancel.
+    parts = [
+        torch.addmm(v.square().sum(1), part, v.T, alpha=-2).min(dim=1)
+        for part in f.split(ON_DEVICE // len(v))
+    ]
+    distance = torch.cat([part.values for part in parts]) + f.square().sum(1)
+    return distance.clamp(min=0).cpu().numpy(), torch.cat([part.indices for part in parts]).cpu().numpy()

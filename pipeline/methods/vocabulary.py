@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import JobError, UsageError
 from .base import Preparation
-from .features import Features, nearest
+from .features import Features
 
 FILE = "vocabulary.safetensors"
 
@@ -145,8 +145,7 @@ def describe(features: Features, words: np.ndarray) -> dict[str, Any]:
     usage = np.zeros(len(words), np.int64)
     distance = square = 0.0
     total = np.zeros(features.dim())
-    for chunk in features.chunks():
-        distances, word = nearest(chunk, words)
+    for chunk, distances, word in features.nearest(words):
         distance += float(distances.sum(dtype=np.float64))
         square += float(np.einsum("nc,nc->", chunk, chunk, dtype=np.float64))
         total += chunk.sum(0, dtype=np.float64)

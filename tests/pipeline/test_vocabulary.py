@@ -199,7 +199,7 @@ def test_features_streamed_from_a_file_give_the_words_of_those_in_memory(tmp_pat
     maps = blobs(60, CENTRES)
     in_memory = Teacher(maps, tmp_path / "one").learn(2)
     monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
-    monkeypatch.setattr(features, "CHUNK", 97)
+    monkeypatch.setattr(features, "CHUNK", 97 * C)
     (tmp_path / "two").mkdir()
     streamed = Teacher(maps, tmp_path / "two").learn(2)
     order = [w.words[:, 0].argsort() for w in (in_memory, streamed)]
@@ -210,6 +210,18 @@ def test_features_streamed_from_a_file_give_the_words_of_those_in_memory(tmp_pat
     assert streamed.mu == pytest.approx(in_memory.mu, rel=0.1)
     assert capsys.readouterr().out == ""
     assert not list((tmp_path / "two").rglob("*.f16"))
+
+
+def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
+    f, words = (
+        np.random.default_rng(seed).normal(size=(n, 9)).astype(np.float32) for seed, n in ((0, 500), (1, 7))
+    )
+    monkeypatch.setattr(features, "ON_DEVICE", 7 * 33)
+    by_torch = features.nearest_on(torch.device("cpu"), f, words)
+    distances = ((f[:, None].astype(float) - words[None]) ** 2).sum(2)
+    for distance, word in (by_torch, features.nearest(f, words)):
+        np.testing.assert_allclose(distance, distances.min(1), rtol=1e-4, atol=1e-5)
+        assert np.array_equal(word, distances.argmin(1))
 
 
 def test_without_room_on_the_disk_an_even_sample_is_used_and_noted(tmp_path, monkeypatch):
