@@ -24,9 +24,9 @@ class Features:
     """n features of C channels: float32 in memory, or float16 in a file that is read in chunks.
 
     What k-means finds hardly feels the rounding to half precision; values beyond its range are cut to it. The
-    class answers as ``faiss.contrib.clustering.DatasetAssign`` does, so that faiss's k-means runs over features
-    in a file, and on a GPU's distances where the teacher runs on one: ImageNet's 10 million features of 2,048
-    channels against 4,096 words are 160 TFLOP an iteration.
+    class answers as ``faiss.contrib.clustering.DatasetAssign`` does, so that faiss's k-means runs over
+    features in a file, and with a GPU's distances where the teacher runs on one: ImageNet's 10 million
+    features of 2,048 channels against 4,096 words are 160 TFLOP an iteration.
     """
 
     def __init__(self, n: int, channels: int, file: Path | None) -> None:

@@ -212,10 +212,12 @@ def test_features_streamed_from_a_file_give_the_words_of_those_in_memory(tmp_pat
     assert not list((tmp_path / "two").rglob("*.f16"))
 
 
+def drawn(n: int, channels: int) -> np.ndarray:
+    return np.random.default_rng(n).normal(size=(n, channels)).astype(np.float32)
+
+
 def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
-    f, words = (
-        np.random.default_rng(seed).normal(size=(n, 9)).astype(np.float32) for seed, n in ((0, 500), (1, 7))
-    )
+    f, words = drawn(500, 9), drawn(7, 9)
     monkeypatch.setattr(features, "ON_DEVICE", 7 * 33)
     by_torch = features.nearest_on(torch.device("cpu"), f, words)
     distances = ((f[:, None].astype(float) - words[None]) ** 2).sum(2)

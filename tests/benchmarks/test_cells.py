@@ -1,0 +1,136 @@
+"""The benchmarks' harness: cells that are done once, in slices of time, and a table of what they gave."""
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ..pipeline import little
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    """A script of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+cells = load("cells")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return little.photos(
+        tmp_path / "data", {"train/red": 12, "train/blue": 12, "test/red": 6, "test/blue": 6}
+    )
+
+
+def arguments(data: Path, tmp_path: Path, *more: str) -> list[str]:
+    return [
+        *little.NETWORKS, *little.SMALL, "--teacher-epochs", "1", "--epochs", "1", "--data", str(data),
+        "--cache", str(tmp_path / "cache"), "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_a_cell_is_done_once_and_its_figures_are_the_reports(data: Path, tmp_path: Path) -> None:
+    plain = cells.Cell("a:b", "none", 3, arguments(data, tmp_path, "--method", "none"))
+    teacher = cells.Cell("a", "teacher", 3, plain.arguments, until="teacher")
+    out = tmp_path / "out"
+    assert cells.Table(out, [teacher, plain]).run(None)
+    report = out / "a-b.none.3" / "report.json"
+    before = report.stat().st_mtime_ns
+    again = cells.Table(out, [teacher, plain])
+    assert again.run(None)
+    assert report.stat().st_mtime_ns == before
+    found = json.loads((out / "a.teacher.3" / "report.json").read_text())
+    assert again.accuracies("a", "teacher") == [found["teacher"]["accuracy"]["top1"]]
+    assert found["config"]["seed"] == 3
+    again.write(out / "results.json", {"benchmark": "little"})
+    written = json.loads((out / "results.json").read_text())
+    assert written["benchmark"] == "little" and written["versions"]["torch"]
+    assert [(c["row"], c["method"], c["seed"]) for c in written["cells"]] == [
+        ("a", "teacher", 3),
+        ("a:b", "none", 3),
+    ]
+    assert set(written["cells"][1]["stage_seconds"]) > {"teacher", "student", "validate"}
+    assert written["machine"]["cores"] >= 1
+
+
+STUBBORN = """#!/bin/sh
+trap 'echo stopped > {folder}/stopped; exit 130' TERM
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+def test_a_cell_is_told_to_stop_when_the_time_is_over_and_begun_only_while_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "command"
+    command.write_text(STUBBORN.format(folder=tmp_path))
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    table = cells.Table(tmp_path / "out", [cells.Cell("a:b", "none", 0, [])])
+    assert not table.run(0) and not (tmp_path / "stopped").exists()
+    assert not table.run(2) and (tmp_path / "stopped").exists()
+    assert table.accuracies("a:b", "none") == []
+
+
+def test_a_command_that_fails_stops_the_table_with_its_name(data: Path, tmp_path: Path) -> None:
+    wrong = cells.Cell("a:b", "none", 0, arguments(data, tmp_path, "--method", "qest"))
+    with pytest.raises(SystemExit, match=r"a-b\.none\.0 failed with exit code 2"):
+        cells.Table(tmp_path / "out", [wrong]).run(None)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("45s", 45), ("9m", 540), ("1.5h", 5400)])
+def test_a_budget_is_written_with_its_unit(text: str, expected: float) -> None:
+    assert cells.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["9", "m", "9 m", "-3s", "9d"])
+def test_a_budget_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(SystemExit, match="write 45s, 9m or 2h"):
+        cells.seconds(text)
+
+
+def test_seeds_are_spoken_as_mean_and_deviation() -> None:
+    assert cells.spoken([]) == "–"
+    assert cells.spoken([71.5]) == "71.50"
+    values = [70.0, 71.0, 73.0]
+    assert cells.spoken(values) == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def test_the_crd_table_names_networks_and_recipes_that_exist() -> None:
+    from questpress.models.names import resolve
+    from questpress.pipeline import recipes
+
+    crd = load("crd")
+    for teacher, student, published in crd.PAIRS.values():
+        assert resolve(teacher) == teacher and resolve(student) == student
+        assert 50 < published["none"] < published["teacher"] < 90
+    assert set(crd.RECIPES.values()) <= set(recipes.names())
+
+
+def test_the_crd_table_shows_the_difference_to_what_was_published(tmp_path: Path) -> None:
+    crd = load("crd")
+    built = crd._cells(tmp_path, ["r56:r20"], ["none", "quest"], "0,1", [])
+    assert [cell.name for cell in built] == [
+        "cifar_resnet56.teacher.0",
+        "r56-r20.none.0", "r56-r20.quest.0", "r56-r20.none.1", "r56-r20.quest.1",
+    ]  # fmt: skip
+    table = cells.Table(tmp_path, built)
+    for cell, top1 in zip(built, (72.5, 69.0, 71.9, 69.4, 72.3), strict=True):
+        table.done[cell.name] = {"top1": top1}
+    rows = crd._rows(table, ["r56:r20"], ["none", "quest"])
+    assert [(row[1], row[3], row[4]) for row in rows] == [
+        ("teacher", "72.34", "+0.16"), ("none", "69.06", "+0.14"), ("quest", "71.84", "+0.26"),
+    ]  # fmt: skip
