@@ -109,7 +109,7 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTas
         ],
         methods=heads,
         student_reads=_union(classes[name].reads(parameters[name], student) for name in names),
-        weights=_weights(o.weight, classes),
+        weights=weights_of_losses(o.weight, classes),
         balance=o.balance == "auto",
     )
 
@@ -118,7 +118,7 @@ def _union(reads: Iterable[frozenset[str]]) -> frozenset[str]:
     return frozenset().union(*reads)
 
 
-def _weights(given: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:
+def weights_of_losses(given: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:
     """Cross-entropy has the paper's weight where a method stands alone, and 1 in a sum."""
     alone = next(iter(classes.values())).cross_entropy if len(classes) == 1 else 1.0
     return {"ce": alone, **given}
