@@ -8,14 +8,14 @@ arXiv 2012.09841, eq. 7) use them:
 
     r = ‖∂(w·L)/∂f_S‖ / ‖∂L_CE/∂f_S‖      f_S: the student's last map, of the whole batch; L_CE unweighted
 
-A method states which r it has with its authors' weight in its authors' setting, ``usual_pull``. A weight
-whose r is within three times of that, either way, stays as it is; one outside is scaled to the nearer end:
+A method states between which r it was seen to do good, ``pull``. A weight whose r lies between them stays as
+it is; one outside is scaled to the nearer end:
 
-    w ← w · clip(r, usual/3, usual·3) / r
+    w ← w · clip(r, least, most) / r
 
-Nothing is known of the best r of a pair, only of what is usual: so what is not far off is left alone, and
-what is, is moved no further than it must be. r is a geometric mean over the first steps; while they last, the
-mean so far is used, and afterwards the factor stays.
+Nothing is known of the best r of a pair, only where r did good: so what lies there is left alone, and what
+does not is moved no further than it must be. r is a geometric mean over the first steps; while they last,
+the mean so far is used, and afterwards the factor stays.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,6 @@ from .results import BalancedWeight
 STEPS = 50
 """Training steps over which the gradients are compared."""
 
-BAND = 3.0
-"""How many times more or less than the usual pull is still left alone."""
-
 
 class Balance(nn.Module):
     """The factors of a run's methods; a part of the training's state, so that a resumed run keeps them."""
@@ -40,7 +37,8 @@ class Balance(nn.Module):
     steps: Tensor
     logs: Tensor
     counts: Tensor
-    usual: Tensor
+    least: Tensor
+    most: Tensor
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         super().__init__()
@@ -48,8 +46,9 @@ class Balance(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("logs", torch.zeros(len(methods)))
         self.register_buffer("counts", torch.zeros(len(methods)))
-        usual = [method.usual_pull for method in methods.values()]
-        self.register_buffer("usual", torch.tensor(usual), persistent=False)
+        for end, name in enumerate(("least", "most")):
+            ends = torch.tensor([method.pull[end] for method in methods.values()])
+            self.register_buffer(name, ends, persistent=False)
         self._steps: int | None = None  # the same on the host: to ask the device is to wait for it
 
     @property
@@ -78,21 +77,23 @@ class Balance(nn.Module):
         self._steps += 1
 
     def ratios(self) -> Tensor:
-        """Each method's r so far; the usual one where nothing was seen."""
-        return torch.where(self.counts > 0, (self.logs / self.counts.clamp(min=1)).exp(), self.usual)
+        """Each method's r so far; one that does good where nothing was seen."""
+        return torch.where(self.counts > 0, (self.logs / self.counts.clamp(min=1)).exp(), self.least)
 
     def factors(self) -> dict[str, Tensor]:
         """What each method's weight is multiplied by."""
         r = self.ratios()
-        factors = torch.clip(r, self.usual / BAND, self.usual * BAND) / r
+        factors = torch.clip(r, self.least, self.most) / r
         return dict(zip(self.methods, factors, strict=True))
 
     def found(self) -> list[BalancedWeight]:
         """For the report: the methods of which something was seen. It waits for the device."""
-        columns = (self.ratios(), self.usual, self.factors().values(), self.counts)
+        columns = (self.ratios(), self.least, self.most, self.factors().values(), self.counts)
         return [
-            BalancedWeight(method=name, pull=float(r), usual=float(usual), factor=float(factor))
-            for name, r, usual, factor, count in zip(self.methods, *columns, strict=True)
+            BalancedWeight(
+                method=name, pull=float(r), least=float(least), most=float(most), factor=float(factor)
+            )
+            for name, r, least, most, factor, count in zip(self.methods, *columns, strict=True)
             if count
         ]
 

@@ -155,10 +155,11 @@ class BalancedWeight(Result):
     method: str
     pull: float
     """Gradient of the method's weighted loss over that of the cross-entropy, on the student's last map."""
-    usual: float
-    """The same with the authors' weight in the authors' setting."""
+    least: float
+    most: float
+    """Between which pulls the method was seen to do good."""
     factor: float
-    """What the weight was multiplied by; 1 where the pull is within three times of the usual one."""
+    """What the weight was multiplied by; 1 where the pull lies between them."""
 
 
 class Epoch(Result):

@@ -76,9 +76,9 @@ class Method(nn.Module):
     cross_entropy: ClassVar[float] = 1.0
     """Weight of the cross-entropy on labels when the method stands alone (its paper's)."""
     prepares: ClassVar[bool] = False
-    usual_pull: ClassVar[float]
-    """Gradient of the loss over that of the cross-entropy, on the student's last map, in the first steps with
-    the paper's weight; see ``pipeline/balance.py``, whose benchmark prints it."""
+    pull: ClassVar[tuple[float, float]]
+    """Least and most gradient of the loss, over that of the cross-entropy, on the student's last map in the
+    first steps, at which the method was seen to do good: for ``pipeline/balance.py``."""
 
     @classmethod
     def reads(cls, parameters: Any, network: Shapes) -> frozenset[str]:

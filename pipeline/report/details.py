@@ -112,8 +112,9 @@ def config(report: Report) -> Table:
 def method(report: Report) -> Table:
     origin = {"source": report.method_source, "recipe": report.recipe}
     balance = {
-        f"balance.{one.method}": f"gradient {figures.number(one.pull)} times the labels', usual "
-        f"{figures.number(one.usual)}: weight times {figures.number(one.factor)}"
+        f"balance.{one.method}": f"gradient {figures.number(one.pull)} times the labels', where "
+        f"{figures.number(one.least)} to {figures.number(one.most)} does good: weight times "
+        f"{figures.number(one.factor)}"
         for one in report.balance
     }
     content = {name: value for name, value in origin.items() if value} | report.method_parameters | balance

@@ -76,7 +76,8 @@ def run(job: Job) -> Done:
 def _told(one: BalancedWeight) -> str:
     return (
         f"the weight of {one.method} was multiplied by {one.factor:.3g}: its gradients were {one.pull:.3g} "
-        f"times those of the labels, where {one.usual:g} is usual (--balance off leaves weights alone)"
+        f"times those of the labels, where {one.least:g} to {one.most:g} is known to do good (--balance off "
+        "leaves weights alone)"
     )
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.pipeline import balance
-from questpress.pipeline.balance import BAND, STEPS, Balance, pull
+from questpress.pipeline.balance import STEPS, Balance, pull
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.dkd import Dkd
 from questpress.pipeline.methods.dkd import Parameters as DkdParameters
 from questpress.pipeline.methods.kd import Kd, Parameters
+from questpress.pipeline.methods.quest import Quest
 from questpress.pipeline.resolve import resolve
 from questpress.pipeline.run import read_options
 from torch import Tensor
@@ -20,7 +21,7 @@ from . import little
 from .test_train import Interrupted, distillation, equal, learn, state
 
 SHAPES = Shapes({}, vector=None, logits=3)
-USUAL = Kd.usual_pull
+LEAST, MOST = Kd.pull
 
 
 def kd() -> Kd:
@@ -41,14 +42,14 @@ def test_the_pull_of_a_loss_is_the_norm_of_its_gradient_on_the_map() -> None:
     assert float(pull((torch.ones(1, requires_grad=True)).sum(), f_s)) == 0
 
 
-@pytest.mark.parametrize("r", [USUAL, USUAL * 0.99 * BAND, USUAL * 1.01 / BAND])
+@pytest.mark.parametrize("r", [LEAST * 1.01, (LEAST * MOST) ** 0.5, MOST * 0.99])
 def test_a_weight_that_is_not_far_off_is_left_exactly_as_it_is(r: float) -> None:
     found = Balance({"kd": kd()})
     step(found, r)
     assert float(found.factors()["kd"]) == 1
 
 
-@pytest.mark.parametrize(("r", "end"), [(USUAL * 40, USUAL * BAND), (USUAL / 50, USUAL / BAND)])
+@pytest.mark.parametrize(("r", "end"), [(MOST * 40, MOST), (LEAST / 50, LEAST)])
 def test_a_weight_out_of_proportion_is_brought_to_the_nearer_end(r: float, end: float) -> None:
     found = Balance({"kd": kd()})
     step(found, r)
@@ -61,7 +62,7 @@ def test_the_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -
         step(found, 1000.0 if number % 2 else 10.0)
     [one] = found.found()
     assert one.pull == pytest.approx(100, rel=1e-4)
-    assert one.factor == pytest.approx(USUAL * BAND / 100, rel=1e-4)
+    assert one.factor == pytest.approx(MOST / 100, rel=1e-4)
     assert not found.compares
 
 
@@ -104,9 +105,7 @@ def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         for loss in (weight * quest, F.cross_entropy(student["logits"], labels))
     ]
     r = float(gradients[0] / gradients[1])
-    usual = balanced.trainable_module.methods["quest"].usual_pull
-    assert isinstance(usual, float)
-    by_hand = min(max(r, usual / BAND), usual * BAND) / r
+    by_hand = min(max(r, Quest.pull[0]), Quest.pull[1]) / r
     return plain(images, labels), balanced(images, labels), by_hand
 
 
@@ -153,7 +152,7 @@ def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache:
     report = json.loads((out / "report.json").read_text())
     [one] = report["balance"]
     assert one["method"] == "quest"
-    assert one["factor"] == pytest.approx(one["usual"] * BAND / one["pull"], rel=1e-4)
+    assert one["factor"] == pytest.approx(one["most"] / one["pull"], rel=1e-4)
     assert "balance.quest" in (out / "report.html").read_text()
 
 
@@ -164,8 +163,8 @@ def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache:
         ({"weight": ["quest=2"]}, "off"),
         ({"weight": ["ce=2"]}, "auto"),
         ({"weight": ["quest=2"], "balance": "auto"}, "auto"),
-        ({"recipe": "quest-cifar100"}, "off"),
-        ({"recipe": "quest-cifar100", "balance": "auto"}, "auto"),
+        ({"recipe": "kd-cifar100"}, "off"),
+        ({"recipe": "kd-cifar100", "balance": "auto"}, "auto"),
         ({"method": "none"}, "off"),
     ],
 )
