@@ -9,11 +9,15 @@ positions costs a CPU over four times the student's own.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 from cells import Cell, Table, markdown, seconds, spoken
+from questpress.pipeline.results import Accuracy
 
 QUEST = ["--method", "quest", "--set", "quest.words=1024"]
+
+PAIR = "resnet56_a:resnet20"
 
 METHODS = {
     "none": ["--method", "none"],
@@ -39,6 +43,26 @@ TRAINING = [
 ]  # fmt: skip
 
 
+def rows(table: Table, methods: list[str]) -> list[list[str]]:
+    """Mean and deviation of the seeds, with the interval that this many test images leave around the mean."""
+    base = table.accuracies(PAIR, "none")
+    made = []
+    for name in methods:
+        values = table.accuracies(PAIR, name)
+        if not values:
+            made.append([name, *["–"] * 4, "0"])
+            continue
+        cells = [cell.name for cell in table.cells if cell.method == name]
+        done = [table.done[cell] for cell in cells if cell in table.done]
+        mean, n = statistics.mean(values), done[0]["n"]
+        around = Accuracy.of(round(n * mean / 100), n)
+        gain = f"{mean - statistics.mean(base):+.2f}" if base else "–"
+        rate = statistics.median([one["images_per_second"] for one in done])
+        interval = f"{around.low:.1f} to {around.high:.1f}"
+        made.append([name, spoken(values), interval, gain, f"{rate:.0f}", str(len(values))])
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,20 +79,16 @@ def main() -> None:
     table = Table(
         options.out,
         [
-            Cell("resnet56_a:resnet20", name, seed, [*teacher, *TRAINING, *METHODS[name]])
+            Cell(PAIR, name, seed, [*teacher, *TRAINING, *METHODS[name]])
             for seed in map(int, options.seeds.split(","))
             for name in chosen
         ],
     )
     finished = table.run(seconds(options.budget) if options.budget else None)
     table.write(options.out / "results.json", {"protocol": __doc__, "training": TRAINING})
-    base = table.accuracies("resnet56_a:resnet20", "none")
-    rows = []
-    for name in chosen:
-        values = table.accuracies("resnet56_a:resnet20", name)
-        gain = f"{sum(values) / len(values) - sum(base) / len(base):+.2f}" if values and base else "–"
-        rows.append([name, spoken(values), gain, str(len(values))])
-    text = markdown(["method", "top-1, %", "against none", "seeds"], rows)
+    text = markdown(
+        ["method", "top-1, %", "95 % interval", "against none", "images/s", "seeds"], rows(table, chosen)
+    )
     (options.out / "results.md").write_text(text, encoding="utf-8")
     print(text if finished else f"{text}\nnot all done yet: the same command goes on")
 
