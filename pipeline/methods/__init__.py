@@ -84,5 +84,7 @@ def _validated(name: str, values: Mapping[str, Any]) -> Parameters:
         return load(name).takes.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in (name, *first["loc"]))
+        if not first["loc"]:  # it is about how several go together
+            raise UsageError(f"--set {name}.…: {first['ctx']['error']}.") from error
+        key = ".".join(str(part) for part in (name, *first["loc"]) if not isinstance(part, int))
         raise UsageError(f"--set {key}={first['input']}: {first['msg'].lower()}.") from error

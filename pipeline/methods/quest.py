@@ -14,11 +14,11 @@ mean squared distance of a feature to its nearest word.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor, nn
 
 from . import base
@@ -27,11 +27,24 @@ from .grid import positions, shared_grid
 from .vocabulary import check_words, learn_vocabulary
 
 
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str | float | int) else value
+
+
+def _alone(value: tuple[float, ...]) -> float | list[float]:
+    return value[0] if len(value) == 1 else list(value)
+
+
+Taus = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed), PlainSerializer(_alone)]
+
+
 class Parameters(base.Parameters):
     words: int | None = Field(
         None, ge=2, description="K, the size of the vocabulary; none: 4096, or fewer with little data"
     )
-    tau: float | None = Field(None, gt=0, description="τ of the teacher's soft assignment; none: μ/δ")
+    tau: Taus | None = Field(
+        None, description="τ of the teacher's soft assignment, or one for each level; none: μ/δ"
+    )
     delta: float = Field(10.0, gt=0, description="δ: the scale-free temperature is μ/δ")
     alpha: float = Field(1.0, gt=0, description="α, the weight of the loss")
     gamma: float = Field(3.0, gt=0, description="γ at the start of training")
@@ -40,6 +53,20 @@ class Parameters(base.Parameters):
     features: int | None = Field(
         None, ge=2, description="how many features k-means may use; none: all of them"
     )
+
+    @model_validator(mode="after")
+    def _one_tau_or_one_for_each_level(self) -> "Parameters":
+        if self.tau is not None and len(self.tau) not in (1, len(self.levels)):
+            raise ValueError(
+                f"{len(self.tau)} values of tau for {len(self.levels)} levels; give one, or one each"
+            )
+        return self
+
+    def temperature(self, level: str, mu: float) -> float:
+        """τ of a level, where the mean squared distance to the nearest word is μ."""
+        if self.tau is None:
+            return mu / self.delta
+        return self.tau[self.levels.index(level)] if len(self.tau) > 1 else self.tau[0]
 
 
 class Quest(base.Method):
@@ -108,7 +135,7 @@ class Quest(base.Method):
                 t,
                 readout(level, teacher),
                 words=prepared[f"{t}.{level}.words"],
-                tau=parameters.tau or float(prepared[f"{t}.{level}.mu"]) / parameters.delta,
+                tau=parameters.temperature(level, float(prepared[f"{t}.{level}.mu"])),
                 grid=shared_grid(_map(level, student), _map(level, teacher)),
                 channels=_map(level, student)[0],
                 gamma=parameters.gamma,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.methods import blocks
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.methods import blocks, parameters
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign, perplexity, predict
 from scipy.special import log_softmax, softmax
@@ -49,10 +50,10 @@ def pooled(f: np.ndarray, factor: tuple[int, int]) -> np.ndarray:
     return f.reshape(b, c, h // factor[0], factor[0], w // factor[1], factor[1]).mean((3, 5))
 
 
-def method(words: np.ndarray, mu: float, teacher=(C_T, H, W), student=(C_S, H, W), **parameters) -> Quest:
+def method(words: np.ndarray, mu: float, teacher=(C_T, H, W), student=(C_S, H, W), **given) -> Quest:
     torch.manual_seed(0)
     return Quest(
-        Parameters(**parameters),
+        Parameters(**given),
         Shapes({"map": student}, vector=None, logits=2),
         [Shapes({"map": teacher}, vector=None, logits=2)],
         {"0.map.words": tensor(words), "0.map.mu": torch.tensor(mu)},
@@ -151,6 +152,47 @@ def test_two_teachers_losses_are_summed():
         for t, f in enumerate(maps)
     )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_levels_losses_are_summed_each_with_its_own_tau_and_vocabulary():
+    maps = {"map@1": (C_T, 2 * H, 2 * W), "map": (C_T + 2, H, W)}
+    student = {"map@1": (C_S, 2 * H, 2 * W), "map": (C_S + 1, H, W)}
+    words = {"map@1": drawn(2, K, C_T), "map": drawn(5, K + 3, C_T + 2)}
+    f_t = {level: drawn(6, B, *shape) for level, shape in maps.items()}
+    f_s = {level: drawn(7, B, *shape) for level, shape in student.items()}
+    torch.manual_seed(0)
+    both = Quest(
+        Parameters(levels=("map@1", "map"), tau=(0.9, 0.4)),  # type: ignore[arg-type]
+        Shapes(student, vector=None, logits=2),
+        [Shapes(maps, vector=None, logits=2)],
+        {f"0.{level}.words": tensor(words[level]) for level in maps}
+        | {f"0.{level}.mu": torch.tensor(1.0) for level in maps},
+    )
+    readouts = [{level: tensor(f) for level, f in each.items()} for each in (f_s, f_t)]
+    expected = sum(
+        quest(
+            f_t[level],
+            f_s[level],
+            words[level],
+            term(both, i).weight.detach().numpy().astype(float),
+            3.0,
+            tau,
+        )
+        for i, (level, tau) in enumerate([("map@1", 0.9), ("map", 0.4)])
+    )
+    assert both(readouts[0], [readouts[1]], LABELS, 0)["quest"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_tau_is_one_number_or_one_for_each_level():
+    assert Parameters(tau=0.2).model_dump(mode="json")["tau"] == 0.2
+    one = parameters(["quest"], {"quest.tau": "0.2", "quest.levels": ["map@2", "map"]})["quest"]
+    assert isinstance(one, Parameters) and one.temperature("map", 5.0) == one.temperature("map@2", 5.0) == 0.2
+    each = parameters(["quest"], {"quest.tau": ["0.002", "0.2"], "quest.levels": ["map@2", "map"]})["quest"]
+    assert isinstance(each, Parameters)
+    assert (each.temperature("map@2", 5.0), each.temperature("map", 5.0)) == (0.002, 0.2)
+    assert each.model_dump(mode="json")["tau"] == [0.002, 0.2]
+    with pytest.raises(UsageError, match="2 values of tau for 1 levels; give one, or one each"):
+        parameters(["quest"], {"quest.tau": ["0.002", "0.2"]})
 
 
 def test_the_gradients_are_those_of_the_formula_by_finite_differences():
