@@ -260,11 +260,12 @@ def _pre_relu_layer(network: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _tapped(layer: nn.Module | None, into: dict[str, Tensor]) -> Iterator[None]:
-    """Keep the layer's output as `map_pre`; copied, since the ReLU behind it may work in place."""
+    """Keep the layer's output as `map_pre`; what follows gets a copy, since the ReLU may work in place."""
     assert layer is not None  # `check` has been here
 
-    def keep(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        into["map_pre"] = output.clone()
+    def keep(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        into["map_pre"] = output
+        return output.clone()
 
     handle = layer.register_forward_hook(keep)
     try:

@@ -38,7 +38,8 @@ class Accuracy(Result):
         p = correct / n
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        low, high = max(0.0, centre - half), min(1.0, centre + half)
+        # At the ends the interval reaches 0 and 1 exactly, which rounding misses.
+        low, high = centre - half if correct else 0.0, centre + half if correct < n else 1.0
         return cls(
             top1=100 * p,
             n=n,

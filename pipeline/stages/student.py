@@ -47,6 +47,12 @@ def run(job: Job) -> Done:
     for one in balanced:
         if one.factor != 1:
             job.display.note(_told(one))
+    for method in set(task.trainable_module.methods) - {one.method for one in balanced}:
+        if o.balance == "auto":
+            job.display.note(
+                f"the weight of {method} is left as it is: its gradients and those of the labels meet in no "
+                f"map of {name}, so --balance auto cannot compare them"
+            )
     with whole(job.folder.path / STUDENT) as part:
         save_weights(task.network, part, weights_metadata(job, name))
     subject = Subject(

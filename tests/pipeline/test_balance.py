@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from questpress.models.build import build, geometry
 from questpress.pipeline import balance
 from questpress.pipeline.balance import STEPS, Balance, pull
 from questpress.pipeline.methods.base import Shapes
@@ -15,10 +16,11 @@ from questpress.pipeline.methods.kd import Kd, Parameters
 from questpress.pipeline.methods.quest import Quest
 from questpress.pipeline.resolve import resolve
 from questpress.pipeline.run import read_options
+from questpress.pipeline.task import DistillationTask
 from torch import Tensor
 
 from . import little
-from .test_train import Interrupted, distillation, equal, learn, state
+from .test_train import ENGINE, Interrupted, distillation, equal, learn, state
 
 SHAPES = Shapes({}, vector=None, logits=3)
 LEAST, MOST = Kd.pull
@@ -116,6 +118,23 @@ def test_the_losses_of_a_step_are_scaled_by_what_their_gradients_ask_for(weight:
     assert with_["quest"].item() == pytest.approx(factor * without["quest"].item(), rel=1e-4)
     assert with_["ce"].item() == without["ce"].item()
     assert with_["loss"].item() == pytest.approx((with_["ce"] + with_["quest"]).item(), rel=1e-6)
+
+
+def test_weights_below_the_range_all_end_at_the_same_strength() -> None:
+    one, another = seen(1e-4)[1], seen(1e-3)[1]
+    assert one["quest"].item() == pytest.approx(another["quest"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("student", ["cifar_vgg8", "cifar_resnet8", "resnet10t", "mobilenetv3_small_050"])
+def test_the_last_map_of_every_student_family_lies_on_the_way_to_its_logits(student: str) -> None:
+    trainee = DistillationTask(
+        build(student, num_classes=3, image_size=32, seed=0), geometry(student, 32), ENGINE,
+        methods={"kd": kd()}, balance=True,
+    ).trainable_module  # fmt: skip
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    read = trainee.readouts(trainee.normalise(images), trainee.reads)
+    assert float(pull(read["logits"].square().sum(), read[trainee.last_map])) > 0
+    assert read[trainee.last_map].dim() == 4
 
 
 def test_an_interrupted_training_goes_on_with_the_balance_it_had(
