@@ -2,20 +2,17 @@
 
 import json
 import os
-import platform
 import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from questpress.export.artifact import tool_versions
-from questpress.export.bench import environment
 from questpress.pipeline.files import write_json
 
 GRACE_SECONDS = 60
@@ -62,20 +59,11 @@ class Table:
         return True
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
-        """The cells that are done, with the machine they ran on."""
-        machine = environment()
+        """The cells that are done, each with the machine, the versions and the options it was made with."""
         write_json(
             path,
             {
                 **about,
-                "machine": {
-                    "cpu": machine.cpu,
-                    "cores": machine.cores,
-                    "platform": machine.machine,
-                    "python": platform.python_version(),
-                    "accelerator": _accelerator(),
-                },
-                "versions": tool_versions(),
                 "cells": [
                     {"row": c.row, "method": c.method, "seed": c.seed, **self.done[c.name]}
                     for c in self.cells
@@ -93,7 +81,17 @@ class Table:
         ]
 
     def _result(self, cell: Cell) -> dict[str, Any] | None:
+        """What a cell gave, or None where it is not done.
+
+        Raises:
+            SystemExit: it was made with other arguments.
+        """
+        made_with = self._arguments(cell)
         report = self.folder / cell.name / "report.json"
+        if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != list(cell.arguments):
+            raise SystemExit(
+                f"{self.folder / cell.name} was made with other options; use another --out, or remove it"
+            )
         if not report.exists():
             return None
         content = json.loads(report.read_text(encoding="utf-8"))
@@ -103,6 +101,9 @@ class Table:
         subject = content["teacher"] if cell.until == "teacher" else content["student"]
         epochs = [epoch for epoch in content["epochs"] if epoch["stage"] == "student"]
         return {
+            "arguments": list(cell.arguments),
+            "train_images": content["data"]["train"],
+            "environment": content["environment"],
             "top1": subject["accuracy"]["top1"],
             "n": subject["accuracy"]["n"],
             "low": subject["accuracy"]["low"],
@@ -116,6 +117,10 @@ class Table:
             "last_epoch": {key: epochs[-1][key] for key in ("losses", "watched")} if epochs else None,
         }
 
+    def _arguments(self, cell: Cell) -> Path:
+        """Beside the run folder: what the cell is made with."""
+        return self.folder / f"{cell.name}.arguments.json"
+
     def _run(self, cell: Cell, seconds: float | None) -> dict[str, Any] | None:
         """Run a cell, or as much of it as there is time for; None where it is not done yet.
 
@@ -126,26 +131,50 @@ class Table:
             sys.executable, "-m", "questpress.pipeline", *cell.arguments,
             "--seed", str(cell.seed), "--until", cell.until, "--out", str(self.folder / cell.name),
         ]  # fmt: skip
+        write_json(self._arguments(cell), list(cell.arguments))
         print(f"== {cell.name}", file=sys.stderr, flush=True)
         # A process group of its own, so that the signal reaches it and not this program.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(timeout=GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             return None
-        except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait()
-            raise
+        finally:
+            # Whatever ends this program, the run it has begun must not go on without it.
+            _stop(process)
         if code != 0:
             raise SystemExit(f"{cell.name} failed with exit code {code}")
         return self._result(cell)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def run_and_write(
+    table: "Table", budget: str | None, about: Mapping[str, Any], text: Callable[[], str]
+) -> None:
+    """Do what is missing and write ``results.json`` and ``results.md``, whatever happens meanwhile."""
+    left = seconds(budget) if budget else None
+    table.folder.mkdir(parents=True, exist_ok=True)  # where the results go, whatever happens
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    finished = False
+    try:
+        finished = table.run(left)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        if table.done:
+            table.write(table.folder / "results.json", about)
+        (table.folder / "results.md").write_text(text(), encoding="utf-8")
+        print(text() if finished else f"{text()}\nnot all done yet: the same command goes on")
 
 
 def seconds(text: str) -> float:
@@ -168,9 +197,3 @@ def spoken(values: Sequence[float]) -> str:
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def _accelerator() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

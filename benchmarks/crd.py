@@ -10,7 +10,7 @@ the other, from the same ``--out``.
 import argparse
 from pathlib import Path
 
-from cells import Cell, Table, markdown, seconds, spoken
+from cells import Cell, Table, markdown, run_and_write, spoken
 
 # name: (teacher, student, published: teacher, none, kd, quest, dkd, dist). Top-1 in percent, means of several seeds.
 # RepDistiller's README (none, kd), letKD's supplement (quest), mdistiller (dkd), DIST_KD (dist).
@@ -89,18 +89,13 @@ def main() -> None:
         for name in given:
             if name not in known:
                 raise SystemExit(f"there is no '{name}'; there are {', '.join(known)}")
-    budget = seconds(options.budget) if options.budget else None
-    common = ["--data", options.data, "--student-weights", "none"]
+    common = ["--data", options.data]
     if options.epochs:
         common += ["--epochs", options.epochs, "--teacher-epochs", options.epochs]
     table = Table(options.out, _cells(options.out, pairs, chosen, options.seeds, common))
-    finished = table.run(budget)
-    table.write(options.out / "results.json", {"benchmark": "CRD, CIFAR-100", "recipes": RECIPES})
-    text = markdown(
-        ["pair", "method", "top-1, %", "published", "difference", "seeds"], _rows(table, pairs, chosen)
-    )
-    (options.out / "results.md").write_text(text, encoding="utf-8")
-    print(text if finished else f"{text}\nnot all done yet: the same command goes on")
+    columns = ["pair", "method", "top-1, %", "published", "difference", "seeds"]
+    about = {"benchmark": "CRD, CIFAR-100", "recipes": RECIPES}
+    run_and_write(table, options.budget, about, lambda: markdown(columns, _rows(table, pairs, chosen)))
 
 
 def _cells(out: Path, pairs: list[str], chosen: list[str], seeds: str, common: list[str]) -> list[Cell]:

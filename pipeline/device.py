@@ -1,11 +1,13 @@
 """Where training runs, and in which arithmetic."""
 
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..export.bench import environment
 from ..export.runtime import allowed_cores
 from .errors import UsageError
 
@@ -83,6 +85,18 @@ def depthwise(network: nn.Module) -> bool:
         isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
         for module in network.modules()
     )
+
+
+def device_name(device: str) -> str:
+    """What the GPU or the processor is called."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return environment().cpu
+
+
+def free_memory(device: str) -> float:
+    """Bytes free on a GPU of its own memory; no limit where the device shares the host's."""
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else math.inf
 
 
 def use_threads(threads: int) -> None:

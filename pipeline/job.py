@@ -15,6 +15,7 @@ from .data.decode import Canonical, Decoded, check_unreadable, decode, rendered
 from .data.image_set import ImageSet, Role, Skipped
 from .data.render import Views
 from .data.views import ViewPolicy
+from .device import free_memory
 from .methods.base import Shapes
 from .options import Options
 from .progress import Display, Stage
@@ -23,6 +24,9 @@ from .shapes import shapes
 
 RESIZED_CROPS_FROM = 1.5
 """Photos are kept with a short side of this many times the image size: room for random-resized-crops."""
+
+RESIDENT = 0.5
+"""Share of the device's free memory that training images may take; more of them stay on the host."""
 
 
 @dataclass
@@ -106,7 +110,9 @@ class Job:
 
     @cached_property
     def views(self) -> Views:
-        pixels = self.train.pixels.to(self.device)
+        pixels = self.train.pixels
+        if pixels.data.nbytes < RESIDENT * free_memory(self.device):
+            pixels = pixels.to(self.device)
         return Views(
             pixels, self.train.labels, self.train.keys, self.policy, self.options.seed, self.image_size
         )

@@ -1,12 +1,13 @@
 """Training inside a run: its plan, its checkpoint, its curves and its engine."""
 
 import json
+from collections.abc import Callable
 
 from torch import nn
 
 from . import evaluate
 from .checkpoint import Checkpoint
-from .device import Engine, choose_engine
+from .device import Engine, device_name
 from .files import write_text
 from .job import Job
 from .results import Epoch
@@ -34,18 +35,25 @@ def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
     )
 
 
-def engine(job: Job, what: str, network: nn.Module) -> Engine:
-    """The engine for training ``what``: the one recorded where this training was begun on this device."""
+def engine(job: Job, what: str, choose: Callable[[str], Engine]) -> Engine:
+    """The engine for ``what``: the one recorded where this training was begun on this device.
+
+    A precision that is asked for wins over the recorded one. ``choose`` makes an engine from a precision.
+    """
     engines = job.folder.record.setdefault("engines", {})
     entry = engines.get(what)
+    asked = job.options.precision
     if entry is not None and entry["key"] == job.key and entry["device"] == job.device:
-        return Engine(entry["device"], entry["threads"], entry["precision"])
-    chosen = choose_engine(job.device, job.options.precision, network)
+        if asked in ("auto", entry["precision"]):
+            return Engine(entry["device"], entry["threads"], entry["precision"])
+        job.display.note(f"{what} was begun in {entry['precision']} and goes on in {asked}")
+    chosen = choose(asked)
     engines[what] = {
         "key": job.key,
         "device": chosen.device,
         "threads": chosen.threads,
         "precision": chosen.precision,
+        "name": device_name(chosen.device),
     }
     job.folder.save()
     return chosen

@@ -113,8 +113,8 @@ class Options(BaseModel):
     )
 
     balance: Literal["auto", "off"] | None = option(
-        "auto: scale back a method's weight where its gradients are out of proportion to the labels' "
-        "[default: auto; off with a recipe or a method's --weight]",
+        "auto: scale a method's weight, up or down, where its gradients are out of proportion to the labels' "
+        "[default: auto; off with a recipe or a weight of your own]",
         group="Method",
         enters="student",
     )

@@ -34,15 +34,14 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     chosen = options.model_copy(deep=True)
     _check_lists(chosen)
     parameters = methods.parameters(methods.names(chosen.method), chosen.settings)
-    chosen.settings = {
-        f"{method}.{key}": value
-        for method, of_method in parameters.items()
-        for key, value in of_method.model_dump(mode="json").items()
-    }
-    _check_weights_of_losses(chosen, list(parameters))
     # A weight that was asked for is not to be second-guessed.
-    asked_for = chosen.recipe is not None or any(name in chosen.weight for name in parameters)
+    asked_for = chosen.recipe is not None or any(
+        name in chosen.weight
+        or any(f"{name}.{weight}" in chosen.settings for weight in methods.load(name).weights)
+        for name in parameters
+    )
     chosen.balance = chosen.balance or ("off" if asked_for or not parameters else "auto")
+    _check_weights_of_losses(chosen, list(parameters))
     for name in chosen.teacher:
         resolve_name(name)
     resolve_name(chosen.student)
@@ -67,6 +66,12 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         images=len(data.train),
     )
     _choose(chosen, data)
+    assert chosen.epochs is not None
+    chosen.settings = {
+        f"{method}.{key}": value
+        for method, of_method in parameters.items()
+        for key, value in of_method.for_epochs(chosen.epochs).model_dump(mode="json").items()
+    }
     if chosen.out is None:
         chosen.out = Path("runs") / "-".join([*chosen.teacher, chosen.student, data.name]).replace("/", "-")
     return chosen, data

@@ -56,6 +56,7 @@ class RunFolder:
             self.record = self._read(file)
         if fresh:
             self.record["stages"] = {}
+            self.record.pop("engines", None)
             self.save()
             self.drop_checkpoints("")
             self.metrics.unlink(missing_ok=True)

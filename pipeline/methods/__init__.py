@@ -75,7 +75,7 @@ def parameters(chosen: Sequence[str], settings: Mapping[str, Any]) -> dict[str, 
                 f"--set {key}={value}: {method} has no parameter '{parameter}'.{did_you_mean} "
                 f"It has: {', '.join(known)}."
             )
-        by_method[method][parameter] = value
+        by_method[method][parameter] = None if value == "none" else value
     return {name: _validated(name, values) for name, values in by_method.items()}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +17,10 @@ class Parameters(BaseModel):
     """A method's own parameters, set by ``--set METHOD.KEY=VALUE`` and checked by name and type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def for_epochs(self, epochs: int) -> Self:
+        """With what was left open and depends on the length of the training."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Method(nn.Module):
     cross_entropy: ClassVar[float] = 1.0
     """Weight of the cross-entropy on labels when the method stands alone (its paper's)."""
     prepares: ClassVar[bool] = False
+    weights: ClassVar[frozenset[str]]
+    """Which of its parameters weigh its loss; who sets one of them needs no ``--balance auto``."""
     pull: ClassVar[tuple[float, float]]
     """Least and most gradient of the loss, over that of the cross-entropy, on the student's last map in the
     first steps, at which the method was seen to do good: for ``pipeline/balance.py``."""

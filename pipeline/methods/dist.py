@@ -31,6 +31,7 @@ class Dist(LogitMethod):
     name = "dist"
     paper = "Huang et al., NeurIPS 2022, arXiv 2205.10536"
     takes = Parameters
+    weights = frozenset({"inter", "intra"})
     # A third of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10, to three times of it.
     pull = (3.0, 30.0)
 

@@ -11,6 +11,7 @@ and a weight of 9.
 """
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,23 @@ from torch import Tensor
 from . import base
 from .logits import LogitMethod, divergence, exact, standardised, teacher_logits
 
+PAPERS_WARMUP = 20
+"""Epochs of the authors' 240."""
+
 
 class Parameters(base.Parameters):
     tau: float | None = Field(None, gt=0, description="τ; none: 4, or 2 with standardise")
     alpha: float = Field(1.0, ge=0, description="α, the weight of the label against the rest")
     beta: float = Field(8.0, ge=0, description="β, the weight of the rest among themselves")
-    warmup: int = Field(20, ge=0, description="epochs over which the loss grows to its weight")
+    warmup: int | None = Field(
+        None, ge=0, description="epochs over which the loss grows to its weight; none: 20 of every 240"
+    )
     standardise: bool = Field(False, description="z-score both logits first")
+
+    def for_epochs(self, epochs: int) -> "Parameters":
+        if self.warmup is not None:
+            return self
+        return self.model_copy(update={"warmup": min(PAPERS_WARMUP, ceil(epochs * PAPERS_WARMUP / 240))})
 
 
 class Dkd(LogitMethod):
@@ -35,6 +46,7 @@ class Dkd(LogitMethod):
     name = "dkd"
     paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
     takes = Parameters
+    weights = frozenset({"alpha", "beta"})
     # A third of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10, to three times of it.
     pull = (2.0, 18.0)
 
@@ -63,14 +75,16 @@ class Dkd(LogitMethod):
         return {"dkd": self.strength(epoch) * self.weight * self.tau**2 * parts}
 
     def strength(self, epoch: int) -> float:
-        warmup = self.parameters_.warmup
+        warmup = PAPERS_WARMUP if self.parameters_.warmup is None else self.parameters_.warmup
         return min(1.0, (epoch + 1) / warmup) if warmup else 1.0
 
 
 def decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B,N] as log b [B,2], the label against the rest, and log q [B,N−1], among the rest."""
     log_p = F.log_softmax(z, dim=1)
-    label = F.one_hot(labels, z.shape[1]).bool()
-    rest = z[~label].view(len(z), -1)
-    log_rest = log_p[~label].view(len(z), -1).logsumexp(1)
-    return torch.stack([log_p[label], log_rest], dim=1), F.log_softmax(rest, dim=1)
+    # Numbers of the other classes [B,N−1]; gathered, since a mask would make the host wait for the device.
+    others = torch.arange(z.shape[1] - 1, device=z.device)
+    others = others + (others >= labels[:, None])
+    log_rest = log_p.gather(1, others).logsumexp(1, keepdim=True)
+    log_b = torch.cat([log_p.gather(1, labels[:, None]), log_rest], dim=1)
+    return log_b, F.log_softmax(z.gather(1, others), dim=1)

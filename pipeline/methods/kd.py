@@ -32,6 +32,7 @@ class Kd(LogitMethod):
     paper = "Hinton et al., 2015, arXiv 1503.02531"
     takes = Parameters
     cross_entropy = 0.1
+    weights = frozenset({"weight"})
     # A third of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10, to three times of it.
     pull = (1.0, 9.0)
 

@@ -26,6 +26,9 @@ from .blocks import sum_over_blocks
 from .grid import positions, shared_grid
 from .vocabulary import check_words, learn_vocabulary
 
+DELTA = 10.0
+"""δ where none is asked for; OBoW has 10 to 15."""
+
 
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str | float | int) else value
@@ -38,6 +41,11 @@ def _alone(value: tuple[float, ...]) -> float | list[float]:
 Taus = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed), PlainSerializer(_alone)]
 
 
+Levels = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^map(_pre|@(0|-?[1-9]\d*))?$")], ...], BeforeValidator(_listed)
+]
+
+
 class Parameters(base.Parameters):
     words: int | None = Field(
         None, ge=2, description="K, the size of the vocabulary; none: 4096, or fewer with little data"
@@ -45,17 +53,21 @@ class Parameters(base.Parameters):
     tau: Taus | None = Field(
         None, description="τ of the teacher's soft assignment, or one for each level; none: μ/δ"
     )
-    delta: float = Field(10.0, gt=0, description="δ: the scale-free temperature is μ/δ")
+    delta: float = Field(DELTA, gt=0, description="δ: the scale-free temperature is μ/δ")
     alpha: float = Field(1.0, gt=0, description="α, the weight of the loss")
     gamma: float = Field(3.0, gt=0, description="γ at the start of training")
-    levels: tuple[str, ...] = Field(("map",), min_length=1, description="feature maps to use")
+    levels: Levels = Field(("map",), min_length=1, description="feature maps to use: map, map@1, map@-2 …")
     iterations: int = Field(20, ge=1, description="k-means iterations")
     features: int | None = Field(
         None, ge=2, description="how many features k-means may use; none: all of them"
     )
 
     @model_validator(mode="after")
-    def _one_tau_or_one_for_each_level(self) -> "Parameters":
+    def _fit_together(self) -> "Parameters":
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError("a level is named twice in levels; name each once")
+        if self.tau is not None and self.delta != DELTA:
+            raise ValueError("delta has no effect beside tau; give one of them")
         if self.tau is not None and len(self.tau) not in (1, len(self.levels)):
             raise ValueError(
                 f"{len(self.tau)} values of tau for {len(self.levels)} levels; give one, or one each"
@@ -76,6 +88,7 @@ class Quest(base.Method):
     paper = "Jain et al., ECCV 2020, arXiv 1912.01540"
     takes = Parameters
     prepares = True
+    weights = frozenset({"alpha"})
     # At least as strong as the labels. For resnet56 → resnet20 on CIFAR-10 α = 1 gives 0.26 and α = 30, which
     # did better there, 7.4; on photos of garments it did better too (docs/benchmarks.md).
     pull = (1.0, 8.0)
@@ -272,7 +285,7 @@ def predict(f_s: Tensor, weight: Tensor, gamma: Tensor) -> Tensor:
         gamma: scalar γ.
 
     Returns:
-        [n,K] log-probabilities, in fp32 or better.
+        [n,K] log-probabilities; the softmax in γ's precision, the product under autocast in that.
     """
     cosine = f_s @ weight.T
     return F.log_softmax(gamma * cosine.to(gamma.dtype), dim=1)

@@ -64,11 +64,13 @@ def learn_vocabulary(
 
     Raises:
         UsageError: there are fewer features than words.
-        JobError: the features are not finite, or all the same.
+        JobError: there is no room for them, or the features are not finite, or all the same.
     """
     channels, *_ = preparation.teachers[teacher].maps[level]
     features = preparation.images * grid[0] * grid[1]
-    used, streamed = _place(min(features, limit or features), channels, preparation)
+    used, streamed = _place(
+        min(features, limit or features), channels, preparation, asked_for=limit is not None
+    )
     check_words(words, used)
     k = words or max(2, min(WORDS, used // FEATURES_PER_WORD))
     note = None
@@ -118,21 +120,31 @@ def check_words(words: int | None, features: int) -> None:
     """
     if words is not None and words > features:
         raise UsageError(
-            f"--set quest.words={words}: the training images give {features:,} features, one for each "
-            "position of the map, and a word needs at least one; ask for fewer words."
+            f"--set quest.words={words}: k-means has {features:,} features (one for each position of the map "
+            "in each training image, or quest.features of them), and a word needs one; ask for fewer words."
         )
 
 
-def _place(wanted: int, channels: int, preparation: Preparation) -> tuple[int, bool]:
+def _place(wanted: int, channels: int, preparation: Preparation, *, asked_for: bool) -> tuple[int, bool]:
     """How many features are used, and whether they are streamed from the disk instead of held in memory.
 
     All of them in memory where they fit in 4 GiB; else in a file, where half of the free disk holds it; else
-    as many as fit in memory.
+    as many as fit in memory, unless so many were asked for.
+
+    Raises:
+        JobError: there is no room for the features that were asked for.
     """
     if 4 * channels * wanted <= MEMORY_LIMIT:
         return wanted, False
-    if 2 * channels * wanted <= shutil.disk_usage(preparation.scratch).free // 2:
+    free = shutil.disk_usage(preparation.scratch).free
+    if 2 * channels * wanted <= free // 2:
         return wanted, True
+    if asked_for:
+        raise JobError(
+            f"{wanted:,} features of {channels} channels need {4 * channels * wanted / 1e9:.0f} GB free at "
+            f"{preparation.scratch}, half of them for the features; there are {free / 1e9:.0f} GB. Make "
+            "room, or ask for fewer with --set quest.features."
+        )
     return MEMORY_LIMIT // (4 * channels), False
 
 

@@ -1,6 +1,7 @@
 """prepare: what the methods need of the teachers before training, in one pass over the training images."""
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from ..device import inference_engine, use_threads
 from ..evaluate import batches
 from ..files import digest, whole
 from ..job import Job
-from ..methods.base import Preparation, Readout
+from ..methods.base import Method, Parameters, Preparation, Readout
 from ..run_folder import Done
 from ..task import Teacher
 from ..trained import load_teacher
 
 PREPARED = "prepared.safetensors"
+SCRATCH = "scratch"
 
 
 def run(job: Job) -> Done:
@@ -27,7 +29,22 @@ def run(job: Job) -> Done:
     preparing = [(name, methods.load(name)) for name in chosen if methods.load(name).prepares]
     if not preparing:
         return Done("nothing to prepare" if chosen else "no method, nothing to prepare")
-    preparation = _preparation(job)
+    # What a killed run has left there would never be missed.
+    scratch = job.folder.path / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        return _prepare(job, preparing, parameters, _preparation(job, scratch))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _prepare(
+    job: Job,
+    preparing: Sequence[tuple[str, type[Method]]],
+    parameters: Mapping[str, Parameters],
+    preparation: Preparation,
+) -> Done:
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
     lines = []
@@ -41,7 +58,7 @@ def run(job: Job) -> Done:
     return Done("; ".join(lines), [PREPARED], facts)
 
 
-def _preparation(job: Job) -> Preparation:
+def _preparation(job: Job, scratch: Path) -> Preparation:
     use_threads(inference_engine(job.device, "fp32").threads)
 
     @lru_cache(maxsize=1)
@@ -74,7 +91,7 @@ def _preparation(job: Job) -> Preparation:
         images=len(job.train.images),
         readouts=readouts,
         shared=shared,
-        scratch=job.folder.path,
+        scratch=scratch,
         seed=job.options.seed,
         note=job.display.note,
     )

@@ -76,9 +76,9 @@ def _epochs(folder: RunFolder) -> list[Epoch]:
 
 
 def _engines(folder: RunFolder) -> dict[str, str]:
-    """On what the networks were trained."""
+    """On what the networks were trained, and the teachers answered meanwhile."""
     engines: Mapping[str, Mapping[str, Any]] = folder.record.get("engines", {})
     return {
-        f"{what} trained on": f"{e['device']}, {e['precision']}, {e['threads']} threads"
+        f"{what} computed on": f"{e['device']} ({e['name']}), {e['precision']}, {e['threads']} threads"
         for what, e in engines.items()
     }

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from ...models.checkpoint import save_weights
 from .. import evaluate, methods
-from ..device import Engine, inference_engine, use_threads
+from ..device import Engine, choose_engine, inference_engine, use_threads
 from ..files import whole
 from ..job import Job
 from ..learning import engine, learn, plan
@@ -33,7 +33,7 @@ def run(job: Job) -> Done:
         job.display.note,
         role="student",
     )
-    chosen = engine(job, "student", begun.network)
+    chosen = engine(job, "student", lambda asked: choose_engine(job.device, asked, begun.network))
     use_threads(chosen.threads)
     task = _task(job, begun.network, chosen)
     learn(
@@ -103,13 +103,15 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTas
                 key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
             }
             heads[name] = classes[name](parameters[name], student, teachers, own)
-    asked = inference_engine(job.device, o.precision)
+    answering = chosen
+    if teachers:
+        answering = engine(job, "student's teachers", lambda asked: inference_engine(job.device, asked))
     return DistillationTask(
         network,
         job.geometry(job.student),
         chosen,
         label_smoothing=o.label_smoothing or 0.0,
-        teachers=[load_teacher(job, t, asked) for t in range(len(teachers))],
+        teachers=[load_teacher(job, t, answering) for t in range(len(teachers))],
         teacher_reads=[
             _union(classes[name].teacher_reads(parameters[name], teacher) for name in names)
             for teacher in teachers

@@ -12,7 +12,7 @@ from ...models.checkpoint import save_weights
 from .. import evaluate
 from ..data.image_set import ROLES, Role
 from ..data.render import Normalise
-from ..device import Engine, use_threads
+from ..device import Engine, choose_engine, use_threads
 from ..errors import JobError
 from ..files import whole
 from ..job import Job
@@ -97,7 +97,7 @@ def _train(job: Job, t: int, name: str, begun: Start) -> nn.Module:
     task = DistillationTask(
         begun.network,
         job.geometry(name),
-        engine(job, what, begun.network),
+        engine(job, what, lambda asked: choose_engine(job.device, asked, begun.network)),
         label_smoothing=o.label_smoothing or 0.0,
     )
     learn(

@@ -56,13 +56,18 @@ def test_a_cell_is_done_once_and_its_figures_are_the_reports(data: Path, tmp_pat
     assert found["config"]["seed"] == 3
     again.write(out / "results.json", {"benchmark": "little"})
     written = json.loads((out / "results.json").read_text())
-    assert written["benchmark"] == "little" and written["versions"]["torch"]
+    assert written["benchmark"] == "little"
     assert [(c["row"], c["method"], c["seed"]) for c in written["cells"]] == [
         ("a", "teacher", 3),
         ("a:b", "none", 3),
     ]
     assert set(written["cells"][1]["stage_seconds"]) > {"teacher", "student", "validate"}
-    assert written["machine"]["cores"] >= 1
+    assert written["cells"][1]["train_images"] == 22 and written["cells"][1]["environment"]["torch"]
+    assert "cpu (" in written["cells"][1]["environment"]["student computed on"]
+    assert written["cells"][1]["arguments"][-2:] == ["--method", "none"]
+    other = cells.Cell("a:b", "none", 3, [*plain.arguments, "--epochs", "2"])
+    with pytest.raises(SystemExit, match="made with other options"):
+        cells.Table(out, [other]).run(None)
 
 
 STUBBORN = """#!/bin/sh
@@ -89,6 +94,23 @@ def test_a_command_that_fails_stops_the_table_with_its_name(data: Path, tmp_path
     wrong = cells.Cell("a:b", "none", 0, arguments(data, tmp_path, "--method", "qest"))
     with pytest.raises(SystemExit, match=r"a-b\.none\.0 failed with exit code 2"):
         cells.Table(tmp_path / "out", [wrong]).run(None)
+
+
+def test_what_is_done_is_tabulated_even_where_a_later_cell_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = cells.Table(tmp_path / "out", [])
+
+    def run(_: float | None) -> bool:
+        table.done["a"] = {"top1": 50.0}
+        raise SystemExit("b failed")
+
+    table.run = run
+    with pytest.raises(SystemExit, match="b failed"):
+        cells.run_and_write(table, "9m", {"benchmark": "little"}, lambda: "a 50 %")
+    assert (tmp_path / "out" / "results.md").read_text() == "a 50 %"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["benchmark"] == "little"
+    assert "the same command goes on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "expected"), [("45s", 45), ("9m", 540), ("1.5h", 5400)])

@@ -181,6 +181,8 @@ def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache:
         ({}, "auto"),
         ({"weight": ["quest=2"]}, "off"),
         ({"weight": ["ce=2"]}, "auto"),
+        ({"settings": ["quest.alpha=1"]}, "off"),
+        ({"settings": ["quest.delta=12"]}, "auto"),
         ({"weight": ["quest=2"], "balance": "auto"}, "auto"),
         ({"recipe": "kd-cifar100"}, "off"),
         ({"recipe": "kd-cifar100", "balance": "auto"}, "auto"),

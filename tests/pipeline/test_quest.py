@@ -183,6 +183,14 @@ def test_several_levels_losses_are_summed_each_with_its_own_tau_and_vocabulary()
     assert both(readouts[0], [readouts[1]], LABELS, 0)["quest"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_level_is_named_alone_or_in_a_list():
+    assert parameters(["quest"], {"quest.levels": "map@2"})["quest"].model_dump()["levels"] == ("map@2",)
+    assert parameters(["quest"], {"quest.levels": ["map@-2", "map"]})["quest"].model_dump()["levels"] == (
+        "map@-2",
+        "map",
+    )
+
+
 def test_tau_is_one_number_or_one_for_each_level():
     assert Parameters(tau=0.2).model_dump(mode="json")["tau"] == 0.2
     one = parameters(["quest"], {"quest.tau": "0.2", "quest.levels": ["map@2", "map"]})["quest"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from questpress.pipeline import methods, recipes
 from questpress.pipeline.errors import UsageError
+from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.resolve import resolve
 from questpress.pipeline.run import read_options
 
@@ -29,6 +30,7 @@ def test_every_recipe_makes_valid_options_for_every_pair(name: str, teacher: str
     chosen = options(name, teacher, PAIRS[teacher])
     methods.parameters(methods.names(chosen.method), chosen.settings)
     assert (chosen.select_fraction, chosen.balance, chosen.decay_all) == (0, "off", True)
+    assert chosen.student_weights == "none"  # the papers' students start from scratch
 
 
 def test_quest_on_cifar_is_the_papers_recipe() -> None:
@@ -117,3 +119,26 @@ def test_the_command_lists_every_recipe_with_its_source() -> None:
     assert shown.exit_code == 0
     for name in recipes.names():
         assert name in shown.stdout and recipes.load(name).source in shown.stdout
+
+
+def test_a_switch_that_changes_defaults_does_so_beside_a_recipe_too() -> None:
+    chosen = options("kd-cifar100", settings=["kd.standardise=true"])
+    kd = methods.load("kd")
+    shapes = Shapes({}, vector=None, logits=3)
+    built = kd(methods.parameters(["kd"], chosen.settings)["kd"], shapes, [shapes], {})
+    assert (built.tau, built.weight) == (2.0, 9.0)
+
+
+def test_a_parameter_of_a_recipe_can_be_unset() -> None:
+    chosen = options("quest-cifar100", settings=["quest.tau=none", "quest.delta=12"])
+    quest = methods.parameters(["quest"], chosen.settings)["quest"].model_dump()
+    assert (quest["tau"], quest["delta"]) == (None, 12)
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(240, 20), (30, 3), (5, 1), (1000, 20)])
+def test_dkds_warm_up_is_the_papers_share_of_the_training(data: Path, epochs: int, warmup: int) -> None:
+    given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(data), "method": "dkd"}
+    resolved, _ = resolve(read_options({**given, "epochs": epochs}))
+    assert resolved.settings["dkd.warmup"] == warmup
+    said, _ = resolve(read_options({**given, "epochs": epochs, "settings": ["dkd.warmup=7"]}))
+    assert said.settings["dkd.warmup"] == 7

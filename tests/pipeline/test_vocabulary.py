@@ -124,7 +124,7 @@ def test_more_words_than_features_are_refused(tmp_path):
     assert len(teacher.learn(3).words) == 3
     with pytest.raises(JobError, match="is one of the 4 words"):
         teacher.learn(4)
-    with pytest.raises(UsageError, match=r"quest\.words=5: the training images give 4 features"):
+    with pytest.raises(UsageError, match=r"quest\.words=5: k-means has 4 features"):
         teacher.learn(5)
 
 
@@ -224,6 +224,13 @@ def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
     for distance, word in (by_torch, features.nearest(f, words)):
         np.testing.assert_allclose(distance, distances.min(1), rtol=1e-4, atol=1e-5)
         assert np.array_equal(word, distances.argmin(1))
+
+
+def test_features_that_were_asked_for_and_have_no_room_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(vocabulary.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * C * 500}))
+    with pytest.raises(JobError, match="600 features of 3 channels need"):
+        Teacher(blobs(30, CENTRES), tmp_path).learn(2, limit=600)
 
 
 def test_without_room_on_the_disk_an_even_sample_is_used_and_noted(tmp_path, monkeypatch):
