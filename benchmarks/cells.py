@@ -46,17 +46,17 @@ class Table:
         """Do what is missing within ``budget`` seconds; whether all cells are done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         ends = None if budget is None else time.monotonic() + budget
+        finished = True
         for cell in self.cells:
             result = self._result(cell)
-            if result is None:
-                left = None if ends is None else ends - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
+            left = None if ends is None else ends - time.monotonic()
+            if result is None and (left is None or left > 0):
                 result = self._run(cell, left)
-                if result is None:
-                    return False
-            self.done[cell.name] = result
-        return True
+            if result is None:
+                finished = False  # what comes after it may be done all the same
+            else:
+                self.done[cell.name] = result
+        return finished
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
         """The cells that are done, each with the machine, the versions and the options it was made with."""
