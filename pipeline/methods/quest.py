@@ -89,7 +89,7 @@ class Quest(base.Method):
     takes = Parameters
     prepares = True
     weights = frozenset({"alpha"})
-    # At least as strong as the labels. For resnet56 → resnet20 on CIFAR-10 α = 1 gives 0.26 and α = 30, which
+    # At least as strong as the labels. For resnet56 → resnet20 on CIFAR-10 α = 1 gives 0.25 and α = 30, which
     # did better there, 7.4; on photos of garments it did better too (docs/benchmarks.md).
     pull = (1.0, 8.0)
 
