@@ -27,8 +27,8 @@ METHODS = {
     "quest (τ = 0.2)": [*QUEST, "--set", "quest.tau=0.2"],
     "quest (δ = 10)": QUEST,
     "quest+kd": ["--method", "quest+kd", *QUEST[2:]],
-    # The second form with other weights. Thirty times the paper's lies where --balance auto leaves it alone;
-    # what lies too low is brought to one strength: balanced, the paper's and a thirtieth are the same run.
+    # The second form with other weights, and as it is by default, balanced.
+    "quest balanced": [*QUEST, "--balance", "auto"],
     "quest ×30": [*QUEST, "--weight", "quest=30"],
     "quest ÷30": [*QUEST, "--weight", "quest=0.0333"],
     "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", "--balance", "auto"],

@@ -19,7 +19,6 @@ the mean so far is used, and afterwards the factor stays.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,6 @@ STEPS = 50
 class Balance(nn.Module):
     """The factors of a run's methods; a part of the training's state, so that a resumed run keeps them."""
 
-    steps: Tensor
     logs: Tensor
     counts: Tensor
     least: Tensor
@@ -42,21 +40,18 @@ class Balance(nn.Module):
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         super().__init__()
-        self.methods = dict.fromkeys(methods)  # names alone: the methods themselves are the trainee's
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.methods = list(methods)  # names alone: the methods themselves are the trainee's
+        self.steps = 0
         self.register_buffer("logs", torch.zeros(len(methods)))
         self.register_buffer("counts", torch.zeros(len(methods)))
         for end, name in enumerate(("least", "most")):
             ends = torch.tensor([method.pull[end] for method in methods.values()])
             self.register_buffer(name, ends, persistent=False)
-        self._steps: int | None = None  # the same on the host: to ask the device is to wait for it
 
     @property
     def compares(self) -> bool:
         """Whether the next training step is one of the first."""
-        if self._steps is None:
-            self._steps = int(self.steps)
-        return self.training and torch.is_grad_enabled() and self._steps < STEPS
+        return self.training and torch.is_grad_enabled() and self.steps < STEPS
 
     def compare(self, losses: Mapping[str, Tensor], cross_entropy: Tensor, f_s: Tensor) -> None:
         """Take one step's gradients into account.
@@ -73,8 +68,6 @@ class Balance(nn.Module):
         self.logs += torch.where(seen, pulls / reference, 1.0).log()
         self.counts += seen
         self.steps += 1
-        assert self._steps is not None
-        self._steps += 1
 
     def ratios(self) -> Tensor:
         """Each method's r so far; one that does good where nothing was seen."""
@@ -97,9 +90,13 @@ class Balance(nn.Module):
             if count
         ]
 
-    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
-        super()._load_from_state_dict(*arguments, **more)
-        self._steps = None
+    # The steps are counted on the host, since to ask the device is to wait for it; so they are no buffer.
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)
 
 
 def pull(loss: Tensor, f_s: Tensor) -> Tensor:

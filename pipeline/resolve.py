@@ -40,7 +40,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         or any(f"{name}.{weight}" in chosen.settings for weight in methods.load(name).weights)
         for name in parameters
     )
-    chosen.balance = chosen.balance or ("off" if asked_for or not parameters else "auto")
+    chosen.balance = "off" if not parameters else chosen.balance or ("off" if asked_for else "auto")
     _check_weights_of_losses(chosen, list(parameters))
     for name in chosen.teacher:
         resolve_name(name)

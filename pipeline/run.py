@@ -127,7 +127,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
 
 
-_PARTS = {"crop": ("crop_scale", "pad", "pad_mode"), "schedule": ("milestones",)}
+_PARTS = {
+    "crop": ("crop_scale", "pad", "pad_mode"),
+    "schedule": ("milestones",),
+    "weight": ("balance",),  # chosen by whether a weight was asked for
+}
 """Options that belong to one choice of another."""
 
 

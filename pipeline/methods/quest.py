@@ -24,7 +24,7 @@ from . import base
 from .blocks import sum_over_blocks
 from .grid import positions, shared_grid
 from .quest_parameters import Parameters
-from .vocabulary import check_words, learn_vocabulary
+from .vocabulary import check_words, learn_vocabulary, perplexity
 
 
 class Quest(base.Method):
@@ -235,9 +235,3 @@ def predict(f_s: Tensor, weight: Tensor, gamma: Tensor) -> Tensor:
     """
     cosine = f_s @ weight.T
     return F.log_softmax(gamma * cosine.to(gamma.dtype), dim=1)
-
-
-def perplexity(usage: Tensor) -> Tensor:
-    """exp(H) of the words' usage [K], counts or frequencies: how many words are in even use."""
-    p = usage / usage.sum()
-    return torch.special.entr(p).sum().exp()

@@ -174,12 +174,17 @@ def describe(features: Features, words: np.ndarray) -> dict[str, Any]:
             f"Each of the teacher's features is one of the {len(words)} words: nothing is left to tell how "
             "near a word is; ask for fewer with --set quest.words."
         )
-    p = usage[usage > 0] / usage.sum()
     return {
         "words": torch.from_numpy(words),
         "mu": distance / features.count(),
-        "perplexity": float(np.exp(-(p * np.log(p)).sum())),
+        "perplexity": float(perplexity(torch.from_numpy(usage).double())),
     }
+
+
+def perplexity(usage: Tensor) -> Tensor:
+    """exp(H) of the words' usage [K], counts or frequencies: how many words are in even use."""
+    p = usage / usage.sum()
+    return torch.special.entr(p).sum().exp()
 
 
 def _write(path: Path, learned: dict[str, Any]) -> None:

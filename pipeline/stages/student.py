@@ -47,8 +47,9 @@ def run(job: Job) -> Done:
     for one in balanced:
         if one.factor != 1:
             job.display.note(_told(one))
-    for method in set(task.trainable_module.methods) - {one.method for one in balanced}:
-        if o.balance == "auto":
+    compared = {one.method for one in balanced}
+    for method in task.trainable_module.methods:
+        if o.balance == "auto" and method not in compared:
             job.display.note(
                 f"the weight of {method} is left as it is: its gradients and those of the labels meet in no "
                 f"map of {name}, so --balance auto cannot compare them"

@@ -187,6 +187,7 @@ def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache:
         ({"recipe": "kd-cifar100"}, "off"),
         ({"recipe": "kd-cifar100", "balance": "auto"}, "auto"),
         ({"method": "none"}, "off"),
+        ({"method": "none", "balance": "auto"}, "off"),
     ],
 )
 def test_balance_is_off_where_a_weight_or_a_recipe_was_asked_for(

@@ -6,7 +6,8 @@ import torch
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods import blocks, parameters
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign, perplexity, predict
+from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign, predict
+from questpress.pipeline.methods.vocabulary import perplexity
 from scipy.special import log_softmax, softmax
 
 # All different, so that no axis can be taken for another.
