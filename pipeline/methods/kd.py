@@ -33,7 +33,7 @@ class Kd(LogitMethod):
     takes = Parameters
     cross_entropy = 0.1
     weights = frozenset({"weight"})
-    # A third of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10, to three times of it.
+    # About a third to three times of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10: 2.9.
     pull = (1.0, 9.0)
 
     def __init__(
