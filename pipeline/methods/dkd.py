@@ -47,7 +47,7 @@ class Dkd(LogitMethod):
     paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
     takes = Parameters
     weights = frozenset({"alpha", "beta"})
-    # About a third to three times of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10: 4.7 with β = 2.
+    # About a third to three times of what the authors' weight (β = 2) gives for resnet56 → resnet20: 4.7.
     pull = (1.5, 14.0)
 
     def __init__(
