@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .methods.base import Method
+from .ranks import Ranks
 from .results import BalancedWeight
 
 STEPS = 50
@@ -38,8 +39,9 @@ class Balance(nn.Module):
     least: Tensor
     most: Tensor
 
-    def __init__(self, methods: Mapping[str, Method]) -> None:
+    def __init__(self, methods: Mapping[str, Method], ranks: Ranks | None = None) -> None:
         super().__init__()
+        self.ranks = ranks or Ranks()
         self.methods = list(methods)  # names alone: the methods themselves are the trainee's
         self.steps = 0
         self.register_buffer("logs", torch.zeros(len(methods)))
@@ -61,8 +63,9 @@ class Balance(nn.Module):
             cross_entropy: the unweighted cross-entropy on the labels.
             f_s: [B,C,H,W] the student's last map, from which all of them come.
         """
-        reference = pull(cross_entropy, f_s)
-        pulls = torch.stack([pull(losses[name], f_s) for name in self.methods])
+        each = torch.stack([pull(loss, f_s) for loss in (cross_entropy, *(losses[m] for m in self.methods))])
+        reference, *rest = self.ranks.sum(each.square()).sqrt()  # of the whole batch
+        pulls = torch.stack(rest)
         # A loss that is exactly zero, or does not come from this map, tells nothing.
         seen = (pulls > 0) & (reference > 0)
         self.logs += torch.where(seen, pulls / reference, 1.0).log()

@@ -1,9 +1,7 @@
 """The command line: made from the list of options, and nothing heavy is imported before it is needed."""
 
 import errno
-import signal
 import sys
-import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ import click
 
 from . import defaults
 from .options import Options, group
+from .stopping import STOP, TIME_LIMIT_EXIT, TimeLimit
 
 if TYPE_CHECKING:
     from .results import Report
@@ -179,10 +178,14 @@ def models(pattern: str, image_size: int | None) -> None:
 def _told(job: Callable[[], T]) -> T:
     """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback."""
     # A scheduler or a container that wants its machine back says SIGTERM; that is Ctrl-C from afar.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    STOP.listen()
     try:
         return job()
+    except TimeLimit:
+        click.echo(
+            "\nStopped: the --time-limit is reached. The same command goes on where this one was.", err=True
+        )
+        sys.exit(TIME_LIMIT_EXIT)
     except KeyboardInterrupt:
         click.echo("\nStopped. The same command goes on where this one was.", err=True)
         sys.exit(130)

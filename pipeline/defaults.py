@@ -12,6 +12,13 @@ ADAPTIVE_SCALE = 50.0
 """SGD's usual learning rates are so many times those of the adaptive optimizers (0.1 against 0.002)."""
 
 
+STORE_VIEWS = 30
+"""So many views of each image taught no worse than a new one each epoch (docs/benchmarks.md)."""
+
+STORE_BYTES = 2 << 30
+"""What a store may take without being asked for."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Defaults of one option, for a network trained from scratch and for one that starts from weights."""
@@ -40,6 +47,11 @@ TABLE: tuple[Row, ...] = (
     Row("--color-jitter", "0", "0"),
     Row("--select-fraction", "0.1", "0.1"),
     Row("--image-size", "the student's own; 64 for digits", "the same"),
+    Row(
+        "--store-views",
+        "30, or the epochs where they are fewer, if their answers are likely to fit into 2 GiB; else 0",
+        "the same",
+    ),
     Row("--seed", "0", "0"),
 )
 
@@ -75,6 +87,12 @@ def learning_rate(role: str, batch: int, *, scratch: bool, optimizer: str) -> fl
 def adaptive(optimizer: str) -> bool:
     """Whether an optimizer of timm's scales its steps to the gradients it sees."""
     return optimizer not in ("sgd", "momentum", "nesterov", "sgdp", "sgdw", "nesterovw")
+
+
+def store_views(epochs: int, bytes_per_view: int) -> int:
+    """Views whose answers are stored; 0 where they would take too much room."""
+    views = min(epochs, STORE_VIEWS)
+    return views if views * bytes_per_view <= STORE_BYTES else 0
 
 
 def warmup_epochs(epochs: int) -> float:

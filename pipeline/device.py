@@ -10,6 +10,7 @@ from torch import nn
 from ..export.bench import environment
 from ..export.runtime import allowed_cores
 from .errors import UsageError
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Engine:
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def choose_device(asked: str | None) -> str:
-    """``asked`` if it is there, else the first of cuda, mps and cpu.
+def choose_device(asked: str | None, ranks: Ranks | None = None) -> str:
+    """``asked`` if it is there, else the first of cuda, mps and cpu; of several ranks each has its own GPU.
 
     Raises:
         UsageError: the device asked for does not exist on this machine.
     """
+    if ranks is not None and ranks.count > 1 and torch.cuda.is_available() and asked in (None, "cuda"):
+        asked = f"cuda:{ranks.local}"
+        torch.cuda.set_device(ranks.local)
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     there = {

@@ -1,8 +1,9 @@
 """What the stages of one run share: options, data, folder, cache and display."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..export.runtime import Preprocessing
 from ..models.build import Geometry, geometry
 from ..models.names import resolve as resolve_name
 from .cache import Cache
-from .data.decode import Canonical, Decoded, check_unreadable, decode, rendered
+from .data.decode import Canonical, Decoded, check_unreadable, decode, decoder, rendered
 from .data.image_set import ImageSet, Role, Skipped
 from .data.render import Views
 from .data.views import ViewPolicy
@@ -19,6 +20,7 @@ from .device import free_memory
 from .methods.base import Shapes
 from .options import Options
 from .progress import Display, Stage
+from .ranks import Ranks
 from .run_folder import RunFolder
 from .shapes import shapes
 
@@ -44,6 +46,7 @@ class Job:
     stage: Stage
     key: str = ""
     """The hash of the stage that runs: what its checkpoint belongs to."""
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def image_size(self) -> int:
@@ -98,24 +101,37 @@ class Job:
         return ViewPolicy("center", flip=flip, color_jitter=jitter)
 
     @cached_property
+    def canonical(self) -> Canonical:
+        """The form that views are cut from."""
+        interpolation = self.preprocessing(self.student).interpolation
+        if self.policy.kind == "pad_crop":
+            return Canonical("square", self.policy.side, interpolation)
+        return Canonical("short_side", round(RESIZED_CROPS_FROM * self.image_size), interpolation)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """All that the pixels of a view depend on besides the image and how it is drawn."""
+        return {"canonical": asdict(self.canonical), "decoder": decoder()}
+
+    @cached_property
     def train(self) -> Decoded:
         """The training images in the form that views are cut from."""
-        interpolation = self.preprocessing(self.student).interpolation
-        canonical = (
-            Canonical("square", self.policy.side, interpolation)
-            if self.policy.kind == "pad_crop"
-            else Canonical("short_side", round(RESIZED_CROPS_FROM * self.image_size), interpolation)
-        )
-        return decode(self.data.train, canonical, cache=self.cache, progress=self._progress("decoding train"))
+        progress = self._progress("decoding train")
+        return decode(self.data.train, self.canonical, cache=self.cache, progress=progress)
 
     @cached_property
     def views(self) -> Views:
+        """The training images' views, drawn with the run's seed."""
         pixels = self.train.pixels
         if pixels.data.nbytes < RESIDENT * free_memory(self.device):
             pixels = pixels.to(self.device)
         return Views(
             pixels, self.train.labels, self.train.keys, self.policy, self.options.seed, self.image_size
         )
+
+    def views_drawn_with(self, seed: int) -> Views:
+        """The same images' views, drawn with another seed."""
+        return replace(self.views, seed=seed)
 
     def rendered(self, role: Role, name: str) -> tuple[Tensor, Tensor, Decoded]:
         """A role as the runtime renders it for a network: uint8 [N,S,S,3], labels [N], and its images."""

@@ -2,17 +2,22 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
 from . import evaluate
 from .checkpoint import Checkpoint
+from .data.schedule import Schedule
 from .device import Engine, device_name
 from .files import write_text
 from .job import Job
+from .micro_batch import MicroBatch
+from .plan import Plan
 from .results import Epoch
+from .store.store import Store
 from .task import DistillationTask
-from .train import Plan, train
+from .train import train
 
 
 def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
@@ -32,6 +37,7 @@ def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
         decay_all=o.decay_all,
         label_smoothing=o.label_smoothing,
         seed=o.seed,
+        micro_batch=o.micro_batch,
     )
 
 
@@ -59,21 +65,37 @@ def engine(job: Job, what: str, choose: Callable[[str], Engine]) -> Engine:
     return chosen
 
 
-def learn(job: Job, task: DistillationTask, plan: Plan, *, what: str, model: str) -> None:
+def learn(
+    job: Job,
+    task: DistillationTask,
+    plan: Plan,
+    *,
+    what: str,
+    model: str,
+    views_of: Schedule | None = None,
+    store: Store | None = None,
+) -> None:
     """Train to the plan's end, going on from the run's checkpoint; curves go to ``metrics.jsonl``.
 
     Args:
         what: name of the checkpoint and of the curves: ``student``, ``teacher`` …
         model: timm's name of what is trained.
+        views_of: which views it is shown; None: new ones each epoch.
+        store: the teachers' answers to them; None asks the teachers.
+
+    Raises:
+        JobError: there is no memory for even the smallest part of a step.
     """
     checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key)
     log = Log(job, what)
     pixels, labels, _ = job.rendered("select", model)
+    views = job.views if views_of is None else job.views_drawn_with(views_of.view_seed)
 
     def select_accuracy(network: nn.Module) -> float | None:
         if not len(labels):
             return None
-        answers = evaluate.logits(network, task.trainable_module.normalise, pixels, task.engine)
+        mine = pixels[job.ranks.mine(len(pixels))]
+        answers = job.ranks.gather(evaluate.logits(network, task.trainee.normalise, mine, task.engine))
         return evaluate.accuracy(answers.numpy(), labels.numpy()).top1
 
     def show(step: int, steps: int, losses: dict[str, float]) -> None:
@@ -88,7 +110,25 @@ def learn(job: Job, task: DistillationTask, plan: Plan, *, what: str, model: str
             plan.batch_size,
         )
 
-    train(task, job.views, plan, checkpoint, stage=what, evaluate=select_accuracy, show=show, log=log)
+    if job.ranks.count > 1:
+        task.prepare_distributed(sync_bn=job.options.sync_bn)
+    parts = MicroBatch(job, what, plan)
+    while not parts.fits(
+        lambda size: train(
+            task,
+            views,
+            replace(plan, micro_batch=size),
+            checkpoint,
+            stage=what,
+            evaluate=select_accuracy,
+            show=show,
+            log=log,
+            views_of=views_of,
+            store=store,
+            ranks=job.ranks,
+        )
+    ):
+        pass
 
 
 class Log:
@@ -97,8 +137,11 @@ class Log:
     def __init__(self, job: Job, what: str) -> None:
         self.file = job.folder.metrics
         self.what = what
+        self.leads = job.ranks.lead
 
     def __call__(self, epoch: Epoch) -> None:
+        if not self.leads:
+            return
         kept = [
             line
             for line in (self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else [])

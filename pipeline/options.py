@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from .stopping import seconds
+
 STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
 Stage = Literal["teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report"]
 
@@ -39,6 +41,11 @@ def _epochs(value: Any) -> Any:
     return [int(part) for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _time(value: Any) -> Any:
+    return seconds(value) if isinstance(value, str) else value
+
+
+Time = Annotated[float, BeforeValidator(_time), Field(gt=0)]
 Names = Annotated[list[str], BeforeValidator(_listed)]
 Settings = Annotated[dict[str, Any], BeforeValidator(pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace"]], BeforeValidator(_listed)]
@@ -119,11 +126,41 @@ class Options(BaseModel):
         enters="student",
     )
 
+    store_views: int | None = option(
+        "fixed views of each image whose answers by the teachers are stored and used by later epochs and runs; "
+        "0: ask the teachers at every step",
+        group="Method",
+        enters="student",
+        ge=0,
+    )
+    store_top: int | None = option(
+        "words of each position that the store keeps of QuEST's target: --set quest.top for stored answers "
+        "[default: as many as lose no more than 2 %]",
+        group="Method",
+        enters="prepare",
+        ge=1,
+    )
+
     epochs: int | None = option("epochs of the student", group="Training", enters="student", ge=1)
     teacher_epochs: int | None = option(
         "epochs of a teacher that is trained or tuned here", group="Training", enters="teacher", ge=1
     )
-    batch_size: int | None = option("images per step", group="Training", enters="teacher", ge=2)
+    batch_size: int | None = option(
+        "images per step, over all devices", group="Training", enters="teacher", ge=2
+    )
+    micro_batch: int | None = option(
+        "images on a device at once: a step's gradients are summed over parts of this size (BatchNorm's "
+        "statistics are each part's own) [default: all; halved when memory runs out]",
+        group="Training",
+        enters="teacher",
+        ge=2,
+    )
+    sync_bn: bool = option(
+        "with several GPUs, BatchNorm's statistics over all of them",
+        False,
+        group="Training",
+        enters="teacher",
+    )
     optimizer: str | None = option(
         "timm's name of the optimizer: adamw, sgd (with Nesterov momentum) …",
         group="Training",
@@ -153,6 +190,19 @@ class Options(BaseModel):
     )
     label_smoothing: float | None = option(
         "smoothing of the labels in the cross-entropy", group="Training", enters="teacher", ge=0, lt=1
+    )
+    ema: float | None = option(
+        "ship a running mean of the student's weights with this decay, such as 0.999",
+        group="Training",
+        enters="student",
+        gt=0,
+        lt=1,
+    )
+    average_last: int | None = option(
+        "ship the mean of the student's weights after each of so many last epochs",
+        group="Training",
+        enters="student",
+        ge=1,
     )
     seed: int = option("seed of weights, order, views and words", 0, group="Training", enters="teacher", ge=0)
 
@@ -208,6 +258,10 @@ class Options(BaseModel):
     until: Stage | None = option("stop after this stage", group="Running")
     fresh: bool = option("start the run over", False, group="Running")
     dry_run: bool = option("check everything, estimate time and disk, and stop", False, group="Running")
+    time_limit: Time | None = option(
+        "stop cleanly after this time, such as 3h50m; the same command goes on (exit code 75)",
+        group="Running",
+    )
     device: str | None = option("cuda, mps or cpu [default: the first there is]", group="Running")
     precision: Literal["auto", "fp32", "bf16"] = option(
         "arithmetic of training; auto: bf16 where it pays", "auto", group="Running"

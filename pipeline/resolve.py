@@ -2,6 +2,7 @@
 
 import io
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from . import defaults, methods
 from .data.image_set import ImageSet
 from .data.open import open_data
 from .errors import UsageError
+from .methods.base import Parameters
 from .options import Options
-from .shapes import check_methods
+from .shapes import check_methods, shapes
 
 DIGITS = "digits"
 SIZE_SAMPLE = 200
@@ -33,6 +35,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     """
     chosen = options.model_copy(deep=True)
     _check_lists(chosen)
+    _check_store(chosen)
     parameters = methods.parameters(methods.names(chosen.method), chosen.settings)
     # A weight that was asked for is not to be second-guessed.
     asked_for = chosen.recipe is not None or any(
@@ -67,6 +70,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     )
     _choose(chosen, data)
     assert chosen.epochs is not None
+    _choose_store(chosen, parameters, len(data.classes), len(data.train))
     chosen.settings = {
         f"{method}.{key}": value
         for method, of_method in parameters.items()
@@ -107,11 +111,59 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     )
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
     _check_schedule(chosen)
+    _check_averages(chosen)
     chosen.warmup_epochs = _warmup("", chosen.warmup_epochs, chosen.epochs)
     chosen.teacher_warmup_epochs = _warmup("teacher-", chosen.teacher_warmup_epochs, chosen.teacher_epochs)
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
     _choose_views(chosen, data)
+
+
+def _check_store(chosen: Options) -> None:
+    names = methods.names(chosen.method)
+    if not names and chosen.store_views:
+        raise UsageError(f"--store-views {chosen.store_views}: with --method none no teacher is asked.")
+    if chosen.store_top is None:
+        return
+    if "quest" not in names:
+        raise UsageError(
+            f"--store-top {chosen.store_top} is about QuEST's words, and --method is {chosen.method}."
+        )
+    if chosen.store_views == 0:
+        raise UsageError(f"--store-top {chosen.store_top} has no effect with --store-views 0.")
+    top = str(chosen.settings.setdefault("quest.top", chosen.store_top))
+    if top != str(chosen.store_top):
+        raise UsageError(
+            f"--store-top {chosen.store_top} and --set quest.top={top} contradict each other; take one."
+        )
+
+
+def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes: int, images: int) -> None:
+    if not parameters:
+        chosen.store_views = 0
+    if chosen.store_views is not None:
+        return
+    assert chosen.image_size is not None and chosen.epochs is not None
+    size = chosen.image_size
+    bytes_per_image = sum(
+        methods.load(name).stored_bytes(
+            of_method, shapes(chosen.student, classes, size), shapes(teacher, classes, size)
+        )
+        for name, of_method in parameters.items()
+        for teacher in chosen.teacher
+    )
+    # A recipe is followed to the letter: a new view each epoch.
+    chosen.store_views = 0 if chosen.recipe else defaults.store_views(chosen.epochs, images * bytes_per_image)
+
+
+def _check_averages(chosen: Options) -> None:
+    if chosen.ema is not None and chosen.average_last is not None:
+        raise UsageError("--ema and --average-last both average the student's weights; take one.")
+    assert chosen.epochs is not None
+    if chosen.average_last is not None and chosen.average_last > chosen.epochs:
+        raise UsageError(
+            f"--average-last {chosen.average_last} is more than --epochs {chosen.epochs}; take fewer."
+        )
 
 
 def _warmup(whose: str, asked: float | None, epochs: int) -> float:

@@ -148,6 +148,10 @@ class Words(Result):
     mu: float
     level: str = "map"
     note: str | None = None
+    top: int | None = None
+    """m, the words of p_T that a store keeps at each position."""
+    lost_mass: float | None = None
+    """The share of p_T that it loses with the others, on average."""
 
 
 class BalancedWeight(Result):

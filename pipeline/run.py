@@ -20,9 +20,17 @@ from .files import sha256
 from .job import Job
 from .options import STAGES, Options, enters, group, pairs
 from .progress import Display
+from .ranks import Ranks, check_ranks, join, leave
 from .resolve import DIGITS, resolve
 from .results import Report
 from .run_folder import Done, RunFolder
+from .stopping import STOP
+
+TRAINING = ("teacher", "student")
+"""Stages in which all ranks work."""
+
+TOGETHER = (*TRAINING, "prepare")
+"""Stages before which no rank leaves."""
 
 
 def compress(
@@ -54,10 +62,21 @@ def compress(
         **options,
     }
     asked = read_options({key: value for key, value in given.items() if value is not None})
-    display = Display(quiet=asked.quiet)
+    ranks = join()
+    try:
+        return _compress(asked, ranks)
+    finally:
+        leave()
+
+
+def _compress(asked: Options, ranks: Ranks) -> Report:
+    if asked.time_limit is not None:
+        STOP.after(asked.time_limit)
+    display = Display(quiet=asked.quiet or not ranks.lead)
     chosen, images = resolve(asked)
     assert chosen.out is not None
-    device = choose_device(chosen.device)
+    device = choose_device(chosen.device, ranks)
+    check_ranks(chosen, ranks, len(images.train), device)
     if chosen.data == DIGITS:
         display.say(
             "The built-in handwritten digits (1,797 images) stand in for your data; "
@@ -66,7 +85,7 @@ def compress(
     if chosen.dry_run:
         RunFolder(chosen.out).check()
         return _dry_run(chosen, images, device, display)
-    return _run(chosen, frozenset(asked.model_fields_set), images, device, display)
+    return _run(chosen, frozenset(asked.model_fields_set), images, device, display, ranks)
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
@@ -166,27 +185,43 @@ def _content(source: str) -> str:
     return source if source in ("auto", "none") else f"sha256 {sha256(Path(source))}"
 
 
-def _run(options: Options, given: frozenset[str], images: ImageSet, device: str, display: Display) -> Report:
+def _run(
+    options: Options,
+    given: frozenset[str],
+    images: ImageSet,
+    device: str,
+    display: Display,
+    ranks: Ranks,
+) -> Report:
     assert options.out is not None
     from .stages import report, stage_run
 
-    folder = RunFolder(options.out)
-    folder.open(fresh=options.fresh)
     config = {**hashed(options), "data_content": images.fingerprint}
-    folder.refuse_other_options(config)
-    with display.stage("start") as progress:
-        job = Job(options, given, images, folder, Cache(options.cache), display, device, progress)
+    folder = RunFolder(options.out, writes=ranks.lead)
+    with ranks.lead_first():
+        folder.open(fresh=options.fresh)
+        folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), _command())
+    with display.stage("start") as progress:
+        job = Job(
+            options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
+        )
         for stage in STAGES[: STAGES.index(options.until) + 1 if options.until else None]:
+            if stage not in TOGETHER and ranks.count > 1:
+                leave()
+                if not ranks.lead:
+                    return report.assemble(folder)
+                job.ranks = ranks = Ranks()
             progress.name = stage
             key = folder.key(stage, _entering(stage, config))
-            done = folder.finished(stage, key)
+            done = ranks.share(folder.finished(stage, key) if ranks.lead else None)
             if done is not None:
                 display.done(stage, done.summary, None)
                 continue
             _do(stage, key, stage_run(stage), job)
-            report.write(folder)
-    if not all((folder.path / name).is_file() for name in report.FILES):
+            if ranks.lead:
+                report.write(folder)
+    if ranks.lead and not all((folder.path / name).is_file() for name in report.FILES):
         report.write(folder)
     return report.assemble(folder)
 
@@ -195,11 +230,14 @@ def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
     started = time.perf_counter()
     job.key = key
     job.display.warnings.clear()
-    done = run(job)
-    seconds = time.perf_counter() - started
-    job.folder.finish(stage, key, done, seconds, job.display.warnings)
-    job.folder.drop_checkpoints(stage)
-    job.display.done(stage, done.summary, seconds)
+    if job.ranks.lead or stage in TRAINING:
+        done = run(job)
+    if job.ranks.lead:
+        seconds = time.perf_counter() - started
+        job.folder.finish(stage, key, done, seconds, job.display.warnings)
+        job.folder.drop_checkpoints(stage)
+        job.display.done(stage, done.summary, seconds)
+    job.folder.record = job.ranks.share(job.folder.record)
 
 
 def _repeatable(options: Options) -> dict[str, Any]:

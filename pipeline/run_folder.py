@@ -31,8 +31,10 @@ class Done:
 class RunFolder:
     """One run's folder. ``run.json`` is written anew, whole, after every stage."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        """``writes``: whether this process writes it; of several ranks one does."""
         self.path = path
+        self.writes = writes
         self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "stages": {}}
 
     def open(self, *, fresh: bool) -> None:
@@ -41,6 +43,15 @@ class RunFolder:
         Raises:
             UsageError: the path is a file, cannot be written, or holds something other than a run.
         """
+        file = self.path / "run.json"
+        if not self.writes:
+            if not file.exists():
+                raise UsageError(
+                    f"--out {self.path} is not the folder that rank 0 has made: name one on a file system "
+                    "that all machines share."
+                )
+            self.record = self._read(file)
+            return
         self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +62,6 @@ class RunFolder:
             raise UsageError(
                 f"--out {self.path} cannot be written: {error.strerror}; name another folder."
             ) from error
-        file = self.path / "run.json"
         if file.exists():
             self.record = self._read(file)
         if fresh:
@@ -111,6 +121,8 @@ class RunFolder:
         """Record what is about to run: ``config`` is what enters the stages' hashes, ``options`` is all."""
         self.record["config"] = dict(config)
         self.record["command"] = command
+        if not self.writes:
+            return
         write_text(
             self.path / "config.yaml", yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
         )
@@ -166,7 +178,8 @@ class RunFolder:
         return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
     def save(self) -> None:
-        write_json(self.path / "run.json", self.record)
+        if self.writes:
+            write_json(self.path / "run.json", self.record)
 
     def _read(self, file: Path) -> dict[str, Any]:
         try:

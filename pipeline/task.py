@@ -5,15 +5,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..models.build import Geometry
 from ..models.readout import Readouts
+from .averages import Averages
 from .balance import Balance
 from .data.render import Normalise
 from .device import Engine
 from .methods.base import Method
+from .ranks import Ranks
 from .results import BalancedWeight
 
 LAST_MAP = ("map_pre", "map", "logits")
@@ -54,19 +59,25 @@ class Trainee(nn.Module):
         weights: Mapping[str, float],
         label_smoothing: float,
         balance: bool,
+        ranks: Ranks,
     ) -> None:
         super().__init__()
         self.readouts = Readouts(network)
         self.normalise = Normalise(geometry.mean, geometry.std)
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(read for read in LAST_MAP if read in self.readouts.offers)
-        self.balance = Balance(methods) if balance and methods else None
+        self.balance = Balance(methods, ranks) if balance and methods else None
         self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
         self.label_smoothing = label_smoothing
 
     def forward(
-        self, pixels: Tensor, labels: Tensor, teachers: Sequence[Mapping[str, Tensor]], epoch: int
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        teachers: Sequence[Mapping[str, Tensor]],
+        epoch: int,
+        keys: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted losses by name, and the logits [B,N]."""
         student = self.readouts(self.normalise(pixels), self.reads)
@@ -74,7 +85,7 @@ class Trainee(nn.Module):
         of_methods = {
             name: {
                 part: self.weights[name] * loss
-                for part, loss in method(student, teachers, labels, epoch).items()
+                for part, loss in method(student, teachers, labels, epoch, keys).items()
             }
             for name, method in self.methods.items()
         }
@@ -110,7 +121,8 @@ class Trainee(nn.Module):
 class DistillationTask(TrainingTask):
     """A student, its methods and its frozen teachers as a timm task; without teachers, supervised."""
 
-    trainable_module: Trainee
+    trainable_module: nn.Module
+    """The ``Trainee``, or what wraps it for several ranks."""
 
     def __init__(
         self,
@@ -125,6 +137,9 @@ class DistillationTask(TrainingTask):
         student_reads: frozenset[str] = frozenset(),
         weights: Mapping[str, float] | None = None,
         balance: bool = False,
+        ema: float | None = None,
+        average_last: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
@@ -132,7 +147,9 @@ class DistillationTask(TrainingTask):
             teacher_reads: what the methods look at in each teacher.
             student_reads: what they look at in the student.
             weights: of each method by name and of the cross-entropy, ``ce``; default 1.
+            teachers: none where the views' answers come from a store.
             balance: bring weights back that are out of proportion; see ``balance.py``.
+            ema, average_last: what ships is an average; see ``averages.py``.
         """
         super().__init__(device=torch.device(engine.device), verbose=False)
         self.engine = engine
@@ -146,16 +163,52 @@ class DistillationTask(TrainingTask):
             {"ce": 1.0, **dict.fromkeys(methods, 1.0), **(weights or {})},
             label_smoothing,
             balance,
+            ranks or Ranks(),
         )
         self.teachers = nn.ModuleList(teachers)
         self.teacher_reads = teacher_reads
         self.to(engine.device)
         self.trainable_module.to(memory_format=torch.channels_last)
+        self.averages = Averages(self.network, ema, average_last)
+
+    @property
+    def trainee(self) -> Trainee:
+        trainee = unwrap_model(self.trainable_module)
+        assert isinstance(trainee, Trainee)
+        return trainee
 
     @property
     def network(self) -> nn.Module:
-        """The network that ships."""
-        return self.trainable_module.readouts.network
+        """The network that is trained."""
+        return self.trainee.readouts.network
+
+    @property
+    def shipped(self) -> nn.Module:
+        """The network that ships: the trained one, or an average of it over steps or epochs."""
+        return self.averages.shipped
+
+    def prepare_distributed(
+        self, device_ids: list[int] | None = None, sync_bn: bool = False, **ddp_kwargs: Any
+    ) -> "DistillationTask":
+        """Let ranks exchange their gradients and, with ``sync_bn``, the statistics of BatchNorm."""
+        if sync_bn:
+            self.trainee.readouts.network = convert_sync_batchnorm(self.network)
+        device = torch.device(self.engine.device)
+        self.trainable_module = DistributedDataParallel(
+            self.trainable_module,
+            device_ids=[device.index] if device.type == "cuda" else device_ids,
+            # Without a cross-entropy nothing may come back to the classifier.
+            find_unused_parameters=not self.trainee.weights["ce"],
+            **ddp_kwargs,
+        )
+        return self
+
+    def update_ema(self, step: int | None = None) -> None:
+        self.averages.step()
+
+    def end_epoch(self, epoch: int, epochs: int) -> None:
+        """After each epoch, from 0."""
+        self.averages.end_epoch(epochs - epoch - 1)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         return self.network if module is None and not ema else super().get_eval_model(module, ema)
@@ -165,7 +218,7 @@ class DistillationTask(TrainingTask):
         return {} if ema else {name: part.state_dict() for name, part in self._beside_the_network().items()}
 
     def _beside_the_network(self) -> dict[str, nn.Module]:
-        trainee = self.trainable_module
+        trainee = self.trainee
         parts: dict[str, nn.Module] = {"methods": trainee.methods}
         return parts if trainee.balance is None else {**parts, "balance": trainee.balance}
 
@@ -180,38 +233,47 @@ class DistillationTask(TrainingTask):
             for name, part in self._beside_the_network().items():
                 part.load_state_dict((state or {}).get(name, {}), strict=strict)
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        keys: Tensor | None = None,
+        answers: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
         """
         Args:
             input: views, uint8 [B,3,S,S].
             target: class numbers [B].
+            keys: int64 [B], what the methods' random draws follow.
+            answers: the teachers' to these views; None asks the teachers.
 
         Returns:
             ``loss`` (the sum), ``output`` (the student's logits), and each weighted loss by name.
         """
-        asked = zip(self.teachers, self.teacher_reads, strict=True)
-        teachers = [teacher(input, reads) for teacher, reads in asked]
+        if answers is None:
+            asked = zip(self.teachers, self.teacher_reads, strict=True)
+            answers = [teacher(input, reads) for teacher, reads in asked]
         with self.engine.autocast():
-            losses, logits = self.trainable_module(input, target, teachers, self.epoch)
+            losses, logits = self.trainable_module(input, target, answers, self.epoch, keys)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
 
     def balanced(self) -> list[BalancedWeight]:
         """What the balance of the methods' weights found; it waits for the device."""
-        balance = self.trainable_module.balance
+        balance = self.trainee.balance
         return [] if balance is None else balance.found()
 
     def scales(self) -> list[nn.Parameter]:
         """The methods' learned scales and temperatures."""
         found: list[nn.Parameter] = []
-        for method in self.trainable_module.methods.values():
+        for method in self.trainee.methods.values():
             assert isinstance(method, Method)
             found += method.scales()
         return found
 
     def watched(self) -> dict[str, Tensor]:
-        """What the methods watch, as scalars on the device; the call starts them anew."""
+        """What the methods watch on all ranks, as scalars on the device; the call starts them anew."""
         watched: dict[str, Tensor] = {}
-        for method in self.trainable_module.methods.values():
+        for method in self.trainee.methods.values():
             assert isinstance(method, Method)
             watched |= method.watched()
         return watched

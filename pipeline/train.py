@@ -1,48 +1,61 @@
 """The training loop. It knows neither which method runs nor which data set."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .data.render import Views
-from .data.views import permutation
-from .defaults import ADAPTIVE_SCALE, adaptive
+from .data.schedule import Schedule
+from .data.views import draw_keys, permutation
 from .errors import JobError
+from .meter import Meter
+from .methods.base import Readout
+from .optimizer import build_optimizer, schedule
+from .plan import Plan
+from .ranks import Ranks
 from .results import Epoch
+from .stopping import STOP
+from .store.store import Store
 from .task import DistillationTask
 
 LOG_SECONDS = 0.5
 """How often the loop waits for the device to show where it is."""
 
+SAVE_SECONDS = 600.0
+"""How often the training's state is saved within an epoch; after each epoch it is in any case."""
+
+AGREE_STEPS = 16
+"""How often ranks ask one another whether to stop."""
+
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast to learn."""
+class Batch:
+    """This rank's part of a step, uint8 views [B,3,S,S] and labels [B], or a part of that part."""
 
-    epochs: int
-    batch_size: int
-    optimizer: str
-    lr: float
-    schedule: str
-    milestones: tuple[int, ...]
-    warmup_epochs: float
-    weight_decay: float
-    decay_all: bool
-    label_smoothing: float
-    seed: int
+    pixels: Tensor
+    labels: Tensor
+    keys: Tensor
+    """int64 [B]: what the methods' random draws follow."""
+    answers: list[Readout] | None
+    """Each teacher's, from the store; None where the teachers themselves are asked."""
 
-    def steps(self, images: int) -> int:
-        """Steps of an epoch: full batches only, and one where there are fewer images than a batch holds."""
-        return max(1, images // self.batch_size)
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def split(self, size: int | None) -> Iterator["Batch"]:
+        """In parts of at most ``size`` images."""
+        if size is None or size >= len(self):
+            yield self
+            return
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            answers = self.answers and [{k: v[rows] for k, v in one.items()} for one in self.answers]
+            yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], answers)
 
 
 def train(
@@ -55,6 +68,9 @@ def train(
     evaluate: Callable[[nn.Module], float | None],
     show: Callable[[int, int, dict[str, float]], None],
     log: Callable[[Epoch], None],
+    views_of: Schedule | None = None,
+    store: Store | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train ``task`` for ``plan.epochs`` epochs, going on from ``checkpoint`` where there is one.
 
@@ -62,53 +78,164 @@ def train(
         evaluate: the network's top-1 in percent on the select role; None where there is no such role.
         show: called now and then with (steps done, steps in all, losses).
         log: called after each epoch.
+        views_of: which view an epoch shows of each image; None: a new one each epoch.
+        store: the teachers' answers to these views; None asks the teachers.
 
     Raises:
         JobError: the loss is no longer a finite number.
+        KeyboardInterrupt: someone wants the job to stop; the state of the training is saved.
     """
+    ranks = ranks or Ranks()
     steps = plan.steps(len(views))
     optimizer = build_optimizer(task, plan)
     scheduler = schedule(optimizer, plan, steps)
-    meter = Meter(task.device)
-    for epoch in range(resume(task, optimizer, checkpoint), plan.epochs):
-        # Dropout and its like draw from here: an epoch repeats exactly wherever it is started from.
-        torch.manual_seed(plan.seed * 1_000_003 + epoch)
+    meter = Meter(task.device, ranks)
+    state = TrainingState(task, optimizer, meter, checkpoint, ranks)
+    source = Batches(views, views_of or Schedule(views.policy, views.seed), store, plan, ranks, task.device)
+    first, begun = state.load()
+    for epoch in range(first, plan.epochs):
+        source.open(epoch)
         task.train()
         task.epoch = epoch
-        started = looked = time.perf_counter()
-        for step, (images, labels) in enumerate(
-            batches(views, plan, epoch, steps, task.device), epoch * steps
-        ):
-            scheduler.step_update(step)
-            result = task(images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            result["loss"].backward()
-            optimizer.step()
-            meter.add(result, labels)
-            if time.perf_counter() - looked > LOG_SECONDS:
-                show(step + 1, plan.epochs * steps, meter.means(epoch))
-                looked = time.perf_counter()
-        losses, accuracy = meter.means(epoch), meter.accuracy()
-        seconds = time.perf_counter() - started
-        show((epoch + 1) * steps, plan.epochs * steps, losses)
-        log(
-            Epoch(
-                stage=stage,
-                epoch=epoch + 1,
-                epochs=plan.epochs,
-                images_per_second=meter.images / seconds,
-                learning_rate=optimizer.param_groups[0]["lr"],  # of the weights
-                losses=losses,
-                watched={key: float(value) for key, value in task.watched().items()},
-                train_accuracy=accuracy,
-                select_accuracy=evaluate(task.network),
+        started = looked = saved = time.perf_counter()
+        before = meter.images
+        with STOP.waits():
+            for step, batch in enumerate(source.of(epoch, steps, begun), epoch * steps + begun):
+                # Dropout and its like draw from here: a step repeats exactly wherever it is started from.
+                torch.manual_seed((plan.seed * 1_000_003 + step) * 1_009 + ranks.number)
+                scheduler.step_update(step)
+                optimizer.zero_grad(set_to_none=True)
+                backward(task, batch, plan.micro_batch, meter)
+                optimizer.step()
+                task.update_ema()
+                now = time.perf_counter()
+                if now - looked > LOG_SECONDS:
+                    show(step + 1, plan.epochs * steps, meter.means(epoch))
+                    looked = now
+                stop, save = state.wanted(step, STOP.asked is not None, now - saved > SAVE_SECONDS)
+                if stop or save:
+                    state.save(epoch, step + 1 - epoch * steps)
+                    saved = now
+                if stop:
+                    raise STOP.taken()
+            losses, accuracy = meter.means(epoch, of_all=True), meter.accuracy()
+            seconds = time.perf_counter() - started
+            show((epoch + 1) * steps, plan.epochs * steps, losses)
+            task.end_epoch(epoch, plan.epochs)
+            log(
+                Epoch(
+                    stage=stage,
+                    epoch=epoch + 1,
+                    epochs=plan.epochs,
+                    images_per_second=(meter.images - before) * ranks.count / seconds,
+                    learning_rate=optimizer.param_groups[0]["lr"],  # of the weights
+                    losses=losses,
+                    watched={key: float(value) for key, value in task.watched().items()},
+                    train_accuracy=accuracy,
+                    select_accuracy=evaluate(task.shipped),
+                )
             )
-        )
-        meter.reset()
-        _refuse_broken_weights(task, epoch)
-        checkpoint.save(
-            {**task.get_checkpoint_state(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-        )
+            meter.reset()
+            _refuse_broken_weights(task, epoch)
+            begun = 0
+            state.save(epoch + 1, begun)
+        if STOP.asked is not None:
+            raise STOP.taken()
+
+
+def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, meter: Meter) -> None:
+    """The gradients of a step's mean loss, in parts where the device has no room for all of it."""
+    parts = list(batch.split(micro_batch))
+    for number, part in enumerate(parts, 1):
+        # Ranks exchange their gradients once, with the last part's.
+        with nullcontext() if number == len(parts) else task.no_sync():
+            result = task(part.pixels, part.labels, part.keys, part.answers)
+            share = len(part) / len(batch)
+            (result["loss"] * share if len(parts) > 1 else result["loss"]).backward()
+        meter.add(result, part.labels)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """An epoch's batches in the epoch's order: all of it follows from seed, image and epoch alone."""
+
+    views: Views
+    views_of: Schedule
+    store: Store | None
+    plan: Plan
+    ranks: Ranks
+    device: torch.device
+
+    def open(self, epoch: int) -> None:
+        """Have the store's answers at hand."""
+        if self.store is not None:
+            self.store.open(self.views_of.needed(epoch))
+            self.store.make_resident(self.views_of.needed(epoch), self.device)
+
+    def of(self, epoch: int, steps: int, begun: int) -> Iterator[Batch]:
+        """This rank's batches from step ``begun`` on."""
+        keys = self.views.keys
+        order = permutation(self.plan.seed, epoch, keys)
+        numbers = self.views_of.numbers(keys, epoch)
+        draws = draw_keys(self.plan.seed, keys)
+        parts = [
+            order[step * self.plan.batch_size : (step + 1) * self.plan.batch_size]
+            for step in range(begun, steps)
+        ]
+        parts = [part[self.ranks.mine(len(part))] for part in parts]
+        for indices in parts:
+            pixels, labels = self.views.batch(indices, numbers[indices], self.device)
+            answers = self.store and self.store.batch(indices, numbers[indices], self.device)
+            yield Batch(pixels, labels, draws[indices].to(self.device, non_blocking=True), answers)
+
+
+class TrainingState:
+    """All that a training is, saved so that it goes on from any step as if it had never stopped."""
+
+    def __init__(
+        self,
+        task: DistillationTask,
+        optimizer: torch.optim.Optimizer,
+        meter: Meter,
+        checkpoint: Checkpoint,
+        ranks: Ranks,
+    ) -> None:
+        self.task, self.optimizer, self.meter = task, optimizer, meter
+        self.checkpoint, self.ranks = checkpoint, ranks
+
+    def wanted(self, step: int, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Whether to stop and whether to save after this step: what one rank wants, all do."""
+        if self.ranks.count == 1:
+            return stop, save
+        if step % AGREE_STEPS:
+            return False, False
+        wishes = self.ranks.share_sum([stop, save])
+        return wishes[0] > 0, wishes[1] > 0
+
+    def save(self, epoch: int, step: int) -> None:
+        """After ``step`` steps of ``epoch``."""
+        state = {
+            **self.task.get_checkpoint_state(),
+            "averages": self.task.averages.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meter": self.meter.state_dict(),
+            "epoch": epoch,
+            "step": step,
+        }
+        if self.ranks.lead:
+            self.checkpoint.save(state)
+
+    def load(self) -> tuple[int, int]:
+        """The epoch and the step in it to go on with."""
+        state = self.checkpoint.load(str(self.task.device))
+        if state is None:
+            self.save(0, 0)  # whatever comes, the training can be begun again
+            return 0, 0
+        self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
+        self.task.averages.load_state_dict(state["averages"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.meter.load_state_dict(state["meter"])
+        return int(state["epoch"]), int(state["step"])
 
 
 def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:
@@ -117,117 +244,9 @@ def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:
     Raises:
         JobError: a weight is not a finite number.
     """
-    for name, value in task.trainable_module.state_dict().items():
-        if not bool(torch.isfinite(value).all()):
+    for name, value in task.trainee.state_dict().items():
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise JobError(
                 f"{name} is not finite after epoch {epoch + 1}; the weights after epoch {epoch} are kept. "
                 "Try a lower --lr (or --teacher-lr), a longer --warmup-epochs or --precision fp32."
             )
-
-
-def batches(
-    views: Views, plan: Plan, epoch: int, steps: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The epoch's views in the epoch's order: both follow from the seed, the image and the epoch alone."""
-    order = permutation(plan.seed, epoch, views.keys)
-    for step in range(steps):
-        indices = order[step * plan.batch_size : (step + 1) * plan.batch_size]
-        yield views.batch(indices, torch.full_like(indices, epoch), device)
-
-
-def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer:
-    """timm's optimizer over student and heads, biases and norms undecayed unless ``plan.decay_all``.
-
-    A scale such as QuEST's γ goes from 3 to nearly 20 by the large steps of SGD, which the paper uses. An
-    adaptive optimizer moves every parameter by about the learning rate a step, however steep its loss, and γ
-    would not get there: with one, scales have a learning rate as much larger as SGD's is.
-    """
-    model = task.trainable_module
-    decay = plan.weight_decay
-    scales = task.scales()
-    apart = {id(parameter) for parameter in scales}
-    rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in apart]
-    undecayed = [p for name, p in rest if not plan.decay_all and (p.ndim <= 1 or name.endswith(".bias"))]
-    spared = {id(parameter) for parameter in undecayed}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for _, p in rest if id(p) not in spared], "weight_decay": decay},
-        {"params": undecayed, "weight_decay": 0.0},
-        {
-            "params": scales,
-            "weight_decay": decay if plan.decay_all else 0.0,
-            "lr_scale": ADAPTIVE_SCALE if adaptive(plan.optimizer) else 1.0,
-        },
-    ]
-    return create_optimizer_v2(
-        [group for group in groups if group["params"]], opt=plan.optimizer, lr=plan.lr, weight_decay=decay
-    )
-
-
-def schedule(optimizer: torch.optim.Optimizer, plan: Plan, steps: int) -> Scheduler:
-    """timm's schedule of the learning rate, updated every step."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=plan.schedule,
-        num_epochs=plan.epochs,
-        decay_milestones=list(plan.milestones),
-        decay_rate=0.1,
-        min_lr=0.0,
-        warmup_epochs=plan.warmup_epochs,  # type: ignore[arg-type]  # a part of an epoch is as good
-        warmup_lr=plan.lr / 100,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
-    return scheduler
-
-
-def resume(task: DistillationTask, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> int:
-    """Load the last finished epoch's state; the number of epochs that are done."""
-    state = checkpoint.load(str(task.device))
-    if state is None:
-        return 0
-    task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
-
-
-class Meter:
-    """Sums of losses and right answers, kept on the device until someone looks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.images = 0
-        self.steps = 0
-
-    @torch.no_grad()
-    def add(self, result: dict[str, Tensor], labels: Tensor) -> None:
-        for key, value in result.items():
-            if key != "output":
-                self.sums[key] = self.sums.get(key, 0) + value.detach().float()
-        self.correct += (result["output"].argmax(1) == labels).sum()
-        self.images += len(labels)
-        self.steps += 1
-
-    def means(self, epoch: int) -> dict[str, float]:
-        """Mean losses since the last reset. This is where the host waits for the device.
-
-        Raises:
-            JobError: they are not finite.
-        """
-        means: dict[str, Any] = {key: float(value) / self.steps for key, value in self.sums.items()}
-        if not math.isfinite(means["loss"]):
-            broken = ", ".join(key for key, value in means.items() if not math.isfinite(value))
-            raise JobError(
-                f"The loss became {means['loss']} in epoch {epoch + 1} ({broken}); the weights after "
-                f"epoch {epoch} are kept. Try a lower --lr (or --teacher-lr), a longer --warmup-epochs "
-                "or --precision fp32."
-            )
-        return means
-
-    def accuracy(self) -> float:
-        """Top-1 in percent on the training views since the last reset."""
-        return 100 * int(self.correct) / self.images

@@ -148,12 +148,12 @@ def _each_once(
 
     if cache is None or not images:
         return _kept(images, *_in_memory(list(results())))
-    key = digest({"images": [image.key for image in images], **how, "decoder": _decoder()})
+    key = digest({"images": [image.key for image in images], **how, "decoder": decoder()})
     entry = cache.get("images", key) or cache.put("images", key, lambda folder: _write(folder, results()))
     return _kept(images, *_load(entry))
 
 
-def _decoder() -> dict[str, Any]:
+def decoder() -> dict[str, Any]:
     """What the pixels depend on besides the files: our code here, the runtime's, and Pillow's."""
     return {"version": VERSION, "runtime": sha256(Path(runtime.__file__)), "pillow": PIL.__version__}
 

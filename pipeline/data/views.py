@@ -14,9 +14,12 @@ from torch import Tensor
 
 from .random_bits import below, uniform, words
 
+LISTED = 1 << 31
+"""View numbers from this one on name an image's different views one by one, as ``every_view`` lists them."""
+
 # Which draw serves what; a new use takes a new number, so that the old views stay as they are.
 TRIES = 10  # draws 0 to 9: the crop
-_FLIP, _JITTER, _ORDER = 16, 17, 18
+_FLIP, _JITTER, _ORDER, _METHODS = 16, 17, 18, 19
 
 # The aspect ratio is drawn from this many values, evenly spaced in its logarithm. They are computed once and
 # rounded: exp may differ in its last bit from one machine to the next; what follows (×, ÷, √) may not.
@@ -77,7 +80,8 @@ def boxes(
     """The crop of each view: int32 [B, 4] (top, left, height, width in canonical pixels) and flip, bool [B].
 
     ``keys``, ``views``, ``heights`` and ``widths`` are int64 [B]. With ``pad_crop`` top and left may be
-    negative and the box reach beyond the image: the padding. Equal on every device with 64-bit floats.
+    negative and the box reach beyond the image: the padding. Equal on every device with 64-bit floats. View
+    numbers are all below ``LISTED``, or all not.
 
     Raises:
         ValueError: the images are not those the policy is for.
@@ -85,6 +89,9 @@ def boxes(
     if policy.kind == "pad_crop":
         if not bool((heights == policy.side).all() and (widths == policy.side).all()):
             raise ValueError(f"pad_crop wants images of {policy.side} × {policy.side} pixels")
+        if len(views) and int(views[0]) >= LISTED:
+            listed, mirrored = every_view(policy)
+            return listed[views - LISTED], mirrored[views - LISTED]
         row, column, *_ = words(seed, keys, views, 0)
         top, left = (below(word, policy._shifts) - policy.pad for word in (row, column))
         box = torch.stack(
@@ -114,6 +121,21 @@ def every_view(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
     return torch.stack([top, left, crop, crop], -1).reshape(-1, 4), flip.reshape(-1).bool()
 
 
+def listed(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
+    """The same views by the numbers under which they are listed: int64 [B], from ``LISTED`` on.
+
+    Raises:
+        ValueError: the policy's views cannot be listed.
+    """
+    side = torch.full_like(keys, policy.side)
+    box, flips = boxes(policy, seed, keys, views, side, side)
+    if policy.kind != "pad_crop" or policy.count is None:
+        raise ValueError(f"the views of {policy.kind} cannot be listed")
+    row, column = (box[:, axis].long() + policy.pad for axis in (0, 1))
+    place = row * policy._shifts + column
+    return LISTED + (2 * place + flips if policy.flip else place)
+
+
 def jitter(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
     """Factors of brightness, contrast and saturation: float32 [B, 3]."""
     drawn = torch.stack([uniform(word) for word in words(seed, keys, views, _JITTER)[:3]], 1)
@@ -125,8 +147,17 @@ def permutation(seed: int, epoch: int, keys: Tensor) -> Tensor:
 
     Copies of one image keep their order of index.
     """
-    high, low, *_ = words(seed, keys, epoch, _ORDER)
-    return torch.argsort(((high >> 1) << 32) | low, stable=True)
+    return torch.argsort(_number(words(seed, keys, epoch, _ORDER)), stable=True)
+
+
+def draw_keys(seed: int, keys: Tensor) -> Tensor:
+    """What the methods' own random draws follow: a number of each image and the seed, int64 [N] below 2⁶³."""
+    return _number(words(seed, keys, 0, _METHODS))
+
+
+def _number(drawn: tuple[Tensor, ...]) -> Tensor:
+    high, low, *_ = drawn
+    return ((high >> 1) << 32) | low
 
 
 def _resized_crop(

@@ -1,13 +1,15 @@
 """What a distillation method is: readouts in, named losses out."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 Readout = Mapping[str, Tensor]
 """What a method sees of one network on one batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N]."""
@@ -66,6 +68,24 @@ class Prepared:
     summary: str
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A part of what a teacher says to a view, in the compact form in which a store keeps it."""
+
+    key: Mapping[str, Any]
+    """All it depends on besides the teacher and the view."""
+    reads: frozenset[str]
+    """The readouts it is made from."""
+    arrays: Mapping[str, tuple[tuple[int, ...], str]]
+    """Shape for one image and numpy's dtype of each array, by the name that ``forward`` finds it under."""
+    compact: Callable[[Readout], dict[str, Tensor]]
+    """From the readouts of a batch to these arrays [B,…]."""
+
+    @property
+    def bytes_per_image(self) -> int:
+        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.arrays.values())
+
+
 class Method(nn.Module):
     """One way of learning from teachers. Its own heads are trained with the student and dropped afterwards.
 
@@ -105,6 +125,11 @@ class Method(nn.Module):
         """
 
     @classmethod
+    def stored_bytes(cls, parameters: Any, student: Shapes, teacher: Shapes) -> int:
+        """Bytes that a store takes for one image's answer of a teacher, as far as is known ahead."""
+        return sum(_half(read, teacher).bytes_per_image for read in cls.teacher_reads(parameters, teacher))
+
+    @classmethod
     def prepare(cls, parameters: Any, preparation: Preparation) -> Prepared:
         """What the method needs of the teachers before training starts."""
         raise NotImplementedError
@@ -117,17 +142,29 @@ class Method(nn.Module):
         prepared: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
+        self.of_teachers = [(teacher, self.teacher_reads(parameters, teacher)) for teacher in teachers]
+
+    def answers(self, t: int) -> Sequence[Answer]:
+        """What a store keeps of teacher ``t`` for this method: its readouts in half precision."""
+        shapes, reads = self.of_teachers[t]
+        return [_half(read, shapes) for read in sorted(reads)]
 
     def forward(
-        self, student: Readout, teachers: Sequence[Readout], labels: Tensor, epoch: int
+        self,
+        student: Readout,
+        teachers: Sequence[Readout],
+        labels: Tensor,
+        epoch: int,
+        keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Named scalar losses, already weighted.
 
         Args:
             student: the student's readouts of the batch, with gradients.
-            teachers: each teacher's readouts of the same views, without.
+            teachers: each teacher's readouts of the same views, without; or its ``answers`` to them.
             labels: [B] class numbers.
             epoch: the number of epochs done, for schedules such as a warm-up.
+            keys: [B] int64, what random draws follow besides the epoch: the image and the run's seed.
         """
         raise NotImplementedError
 
@@ -144,6 +181,17 @@ class Method(nn.Module):
         return {}
 
 
+def _half(read: str, shapes: Shapes) -> Answer:
+    sizes = {"logits": (shapes.logits,), "vector": (shapes.vector or 0,)}
+    shape = sizes[read] if read in sizes else shapes.maps[read]
+    return Answer(
+        key={"readout": read},
+        reads=frozenset({read}),
+        arrays={read: (shape, "float16")},
+        compact=lambda readout: {read: readout[read].half()},
+    )
+
+
 class Watch(nn.Module):
     """Running sums on the device, so that watching a training costs no synchronisation."""
 
@@ -158,6 +206,17 @@ class Watch(nn.Module):
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
 
     def take(self) -> dict[str, Tensor]:
-        """The sums since the last call."""
+        """The sums since the last call, over all ranks of the job."""
         sums, self.sums = self.sums, {}
+        if distributed.is_initialized():
+            for value in sums.values():
+                distributed.all_reduce(value)
         return sums
+
+    # A training that goes on in the middle of an epoch goes on with its sums.
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return dict(self.sums)
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.sums = dict(state)

@@ -46,7 +46,12 @@ class Dist(LogitMethod):
         self.tau, self.inter, self.intra = parameters.tau, parameters.inter, parameters.intra
 
     def forward(
-        self, student: base.Readout, teachers: Sequence[base.Readout], labels: Tensor, epoch: int
+        self,
+        student: base.Readout,
+        teachers: Sequence[base.Readout],
+        labels: Tensor,
+        epoch: int,
+        keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
         p_t = F.softmax(teacher_logits(teachers, self.tau) / self.tau, dim=1)
         p_s = F.softmax(exact(student["logits"]) / self.tau, dim=1)

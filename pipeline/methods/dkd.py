@@ -63,7 +63,12 @@ class Dkd(LogitMethod):
         self.weight = 9.0 if parameters.standardise else 1.0
 
     def forward(
-        self, student: base.Readout, teachers: Sequence[base.Readout], labels: Tensor, epoch: int
+        self,
+        student: base.Readout,
+        teachers: Sequence[base.Readout],
+        labels: Tensor,
+        epoch: int,
+        keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
         p = self.parameters_
         z_t = teacher_logits(teachers, self.tau, p.standardise) / self.tau

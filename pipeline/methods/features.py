@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import ON_DEVICE
 from .grid import positions
+from .word_loss import ON_DEVICE
 
 CHUNK = 1 << 25
 """Numbers that are looked at together where features are streamed: 128 MB."""

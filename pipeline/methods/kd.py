@@ -49,7 +49,12 @@ class Kd(LogitMethod):
         self.weight = parameters.weight or (9.0 if self.standardise else 0.9)
 
     def forward(
-        self, student: base.Readout, teachers: Sequence[base.Readout], labels: Tensor, epoch: int
+        self,
+        student: base.Readout,
+        teachers: Sequence[base.Readout],
+        labels: Tensor,
+        epoch: int,
+        keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
         z_t = teacher_logits(teachers, self.tau, self.standardise)
         z_s = exact(student["logits"])

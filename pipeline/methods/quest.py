@@ -13,6 +13,7 @@ follows the features' own scale, as in the same group's OBoW (Gidaris et al., CV
 mean squared distance of a feature to its nearest word.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.random_bits import words as random_words
 from . import base
-from .blocks import sum_over_blocks
 from .grid import positions, shared_grid
 from .quest_parameters import Parameters
-from .vocabulary import check_words, learn_vocabulary, perplexity
+from .vocabulary import Vocabulary, check_words, learn_vocabulary, perplexity
+from .word_loss import CACHED, ON_DEVICE, Nearest, Whole, divergence
+
+ACCEPTED = 0.02
+"""Share of p_T that a store may lose with the words it does not keep, on average over positions."""
+
+LIKELY_TOP = 64
+"""About as many words as a store keeps of a position at most, where it is not asked for."""
+
+FIRST_POSITION = 1 << 16
+"""Positions take the draws from this one on; see ``data/random_bits.py``."""
 
 
 class Quest(base.Method):
@@ -53,6 +64,12 @@ class Quest(base.Method):
                 check_words(parameters.words, min(images * h * w, parameters.features or images * h * w))
 
     @classmethod
+    def stored_bytes(cls, parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> int:
+        grids = [shared_grid(_map(level, student), _map(level, teacher)) for level in parameters.levels]
+        # A word's number and its probability, 2 bytes each.
+        return sum(h * w * 4 * (parameters.top or LIKELY_TOP) for h, w in grids)
+
+    @classmethod
     def prepare(cls, parameters: Parameters, preparation: base.Preparation) -> base.Prepared:
         """Learn one vocabulary for each teacher and level by k-means over the teacher's features."""
         tensors: dict[str, Tensor] = {}
@@ -70,9 +87,14 @@ class Quest(base.Method):
                     iterations=parameters.iterations,
                     limit=parameters.features,
                 )
+                tau = parameters.temperature(level, learned.mu)
+                top, lost = _kept(parameters.top, learned, tau, preparation)
                 tensors[f"{t}.{level}.words"] = learned.words
                 tensors[f"{t}.{level}.mu"] = torch.tensor(learned.mu)
-                facts.append({"teacher": name, "level": level, **learned.facts()})
+                tensors[f"{t}.{level}.top"] = torch.tensor(top)
+                facts.append(
+                    {"teacher": name, "level": level, **learned.facts(), "top": top, "lost_mass": lost}
+                )
         summary = "; ".join(
             f"{f['words']} words from {f['features_used']:,} of {f['features']:,} features, perplexity "
             f"{f['perplexity']:.0f}"
@@ -99,6 +121,9 @@ class Quest(base.Method):
                 grid=shared_grid(_map(level, student), _map(level, teacher)),
                 channels=_map(level, student)[0],
                 gamma=parameters.gamma,
+                top=parameters.top,
+                stored=int(prepared.get(f"{t}.{level}.top", len(prepared[f"{t}.{level}.words"]))),
+                positions=parameters.positions,
             )
             for t, teacher in enumerate(teachers)
             for level in parameters.levels
@@ -110,9 +135,13 @@ class Quest(base.Method):
         teachers: Sequence[base.Readout],
         labels: Tensor,
         epoch: int,
+        keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        divergence = torch.stack([term(student, teachers) for term in self.terms]).sum()
-        return {"quest": self.alpha * divergence}
+        terms = [term(student, teachers, epoch, keys) for term in self._predictions()]
+        return {"quest": self.alpha * torch.stack(terms).sum()}
+
+    def answers(self, t: int) -> Sequence[base.Answer]:
+        return [term.answer() for term in self._predictions() if term.teacher == t]
 
     def scales(self) -> list[nn.Parameter]:
         return [term.gamma for term in self._predictions()]
@@ -147,38 +176,87 @@ class WordPrediction(nn.Module):
         grid: tuple[int, int],
         channels: int,
         gamma: float,
+        top: int | None,
+        stored: int,
+        positions: int | None,
     ) -> None:
+        """
+        Args:
+            top: m, the words that p_T keeps at each position; None: all.
+            stored: m of a stored answer.
+            positions: how many positions are drawn for each image and epoch; None: all.
+        """
         super().__init__()
         self.reads, self.teacher, self.teacher_reads = reads, teacher, teacher_reads
-        self.tau, self.grid = tau, grid
+        self.tau, self.grid, self.top, self.stored = tau, grid, top, stored
+        places = grid[0] * grid[1]
+        self.drawn = positions if positions is not None and positions < places else None
         self.register_buffer("words", words.float(), persistent=False)
         self.weight = nn.Parameter(torch.randn(len(words), channels) * (2 / channels) ** 0.5)
         self.gamma = nn.Parameter(torch.tensor(gamma))
         self.watch = base.Watch()
 
-    def forward(self, student: base.Readout, teachers: Sequence[base.Readout]) -> Tensor:
-        f_t = positions(teachers[self.teacher][self.teacher_reads], self.grid)
-        f_s = F.normalize(positions(student[self.reads], self.grid), dim=1)
-        weight = F.normalize(self.weight, dim=1)
-        total = sum_over_blocks(self._divergence, len(self.words), f_t, f_s, weight, self.gamma)
-        return total / len(f_t)
+    def forward(
+        self, student: base.Readout, teachers: Sequence[base.Readout], epoch: int, keys: Tensor | None
+    ) -> Tensor:
+        f_s = positions(student[self.reads], self.grid)
+        teacher = teachers[self.teacher]
+        answered = f"{self.teacher_reads}.ids" in teacher
+        if answered:
+            of_teacher = [teacher[f"{self.teacher_reads}.{part}"].flatten(0, 1) for part in ("ids", "p")]
+        else:
+            of_teacher = [positions(teacher[self.teacher_reads], self.grid)]
+        if self.drawn is not None:
+            places = self.grid[0] * self.grid[1]
+            chosen = draw(keys, epoch, len(f_s) // places, places, self.drawn).to(f_s.device)
+            f_s, *of_teacher = (rows[chosen] for rows in (f_s, *of_teacher))
+        target = _stored(*of_teacher) if answered else self._target(*of_teacher)
+        f_s, weight = F.normalize(f_s, dim=1), F.normalize(self.weight, dim=1)
+        return divergence(f_s, weight, self.gamma, target, self._look) / len(f_s)
 
-    def _divergence(self, f_t: Tensor, f_s: Tensor, weight: Tensor, gamma: Tensor) -> Tensor:
-        """KL(p_T ‖ p_S), summed over the positions of a block; f_S [n,C_S] and W [K,C_S] of length 1."""
-        log_p_t = assign(f_t, self.words, self.tau)
-        log_p_s = predict(f_s, weight, gamma)
-        self._look(log_p_t, log_p_s)
-        return (log_p_t.exp() * (log_p_t - log_p_s)).sum()
+    def _target(self, f_t: Tensor) -> Nearest | Whole:
+        if self.top is not None and self.top < len(self.words):
+            return nearest(f_t, self.words, self.tau, self.top)[0]
+        return Whole(lambda rows: assign(f_t[rows], self.words, self.tau), len(f_t))
+
+    def answer(self) -> base.Answer:
+        """The m likeliest words of each position, as numbers of 16 bits, and p_T over them in fp16."""
+        read, places = self.teacher_reads, self.grid[0] * self.grid[1]
+        number = "uint16" if len(self.words) <= 1 << 16 else "int32"
+
+        def compact(readout: base.Readout) -> dict[str, Tensor]:
+            f_t = positions(readout[read], self.grid)
+            kept, lost = nearest(f_t, self.words.to(f_t.device), self.tau, self.stored)
+            parts = {"ids": kept.ids, "p": kept.p, "lost": lost}
+            return {f"{read}.{name}": part.unflatten(0, (-1, places)) for name, part in parts.items()}
+
+        content = self.words.cpu().contiguous().numpy().tobytes()
+        return base.Answer(
+            key={
+                "readout": read,
+                "words": hashlib.sha256(content).hexdigest(),
+                "tau": self.tau,
+                "grid": list(self.grid),
+                "top": self.stored,
+            },
+            reads=frozenset({read}),
+            arrays={
+                f"{read}.ids": ((places, self.stored), number),
+                f"{read}.p": ((places, self.stored), "float16"),
+                f"{read}.lost": ((places,), "float16"),
+            },
+            compact=compact,
+        )
 
     @torch.no_grad()
-    def _look(self, log_p_t: Tensor, log_p_s: Tensor) -> None:
-        top, word = log_p_t.max(dim=1)
+    def _look(self, word: Tensor, top: Tensor, right: Tensor) -> None:
         ones = torch.ones_like(top)
+        usage = torch.zeros(len(self.words), dtype=top.dtype, device=top.device)
         self.watch.add(
             positions=ones.sum(),
-            usage=torch.zeros_like(log_p_t[0]).index_add_(0, word, ones),
-            max_p_t=top.exp().sum(),
-            right=(log_p_s.argmax(dim=1) == word).sum(),
+            usage=usage.index_add_(0, word, ones),
+            max_p_t=top.sum(),
+            right=right.sum(),
         )
 
     def watched(self) -> dict[str, Tensor]:
@@ -192,6 +270,30 @@ class WordPrediction(nn.Module):
             "word_accuracy": sums["right"] / n,
             "gamma": self.gamma.detach(),
         }
+
+
+def _kept(
+    asked: int | None, learned: Vocabulary, tau: float, preparation: base.Preparation
+) -> tuple[int, float]:
+    """m, the words that a stored p_T keeps, and the share of p_T that the others have on average.
+
+    Where it is not asked for, the least power of two with which no more than ``ACCEPTED`` is lost.
+    """
+    k = len(learned.words)
+    p, _ = assign(learned.sample, learned.words, tau).exp().sort(1, descending=True)
+    lost = [max(0.0, 1 - float(mass)) for mass in p.cumsum(1).mean(0)]
+    if asked is None:
+        powers = (2**i for i in range(k.bit_length()))
+        top = next((m for m in powers if lost[m - 1] <= ACCEPTED), k)
+        return top, lost[top - 1]
+    top = min(asked, k)
+    if lost[top - 1] > ACCEPTED:
+        enough = next(m for m in range(1, k + 1) if m == k or lost[m - 1] <= ACCEPTED)
+        preparation.note(
+            f"the {top} likeliest words hold {100 * (1 - lost[top - 1]):.1f} % of p_T; {enough} would hold "
+            f"{100 * (1 - ACCEPTED):.0f} %"
+        )
+    return top, lost[top - 1]
 
 
 def readout(level: str, network: base.Shapes) -> str:
@@ -222,16 +324,43 @@ def assign(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
         return F.log_softmax(closeness / tau, dim=1)
 
 
-def predict(f_s: Tensor, weight: Tensor, gamma: Tensor) -> Tensor:
-    """The student's log p_S, p_S = softmax(γ·⟨W_k, f_S⟩), over the words.
+def nearest(f_t: Tensor, words: Tensor, tau: float, m: int) -> tuple[Nearest, Tensor]:
+    """p_T over the m likeliest words of each position, renormalised, and the mass [n] that the others had.
 
     Args:
-        f_s: [n,C] the student's features, each of length 1.
-        weight: [K,C] W, each row of length 1.
-        gamma: scalar γ.
-
-    Returns:
-        [n,K] log-probabilities; the softmax in γ's precision, the product under autocast in that.
+        f_t: [n,C], words: [K,C], tau: as for ``assign``; m at most K.
     """
-    cosine = f_s @ weight.T
-    return F.log_softmax(gamma * cosine.to(gamma.dtype), dim=1)
+    ids, p, lost = [], [], []
+    size = max(1, (CACHED if f_t.device.type == "cpu" else ON_DEVICE) // len(words))
+    for start in range(0, len(f_t), size):
+        top, word = assign(f_t[start : start + size], words, tau).topk(m)
+        kept = top.exp()
+        mass = kept.sum(1, keepdim=True)
+        ids.append(word)
+        p.append(kept / mass)
+        lost.append((1 - mass[:, 0]).clamp(min=0))
+    return Nearest(torch.cat(ids), torch.cat(p)), torch.cat(lost)
+
+
+def _stored(ids: Tensor, p: Tensor) -> Nearest:
+    """A stored p_T, whose rounding to fp16 no longer sums to 1 quite."""
+    p = p.float()
+    return Nearest(ids.long(), p / p.sum(1, keepdim=True))
+
+
+def draw(keys: Tensor | None, epoch: int, images: int, places: int, count: int) -> Tensor:
+    """Rows [images·count] of ``count`` of each image's positions, drawn evenly by (key, epoch).
+
+    The mean over them is an unbiased estimate of the mean over all. The draw follows the epoch and not the
+    view, which may return.
+
+    Args:
+        keys: int64 [images], what the draws follow besides the epoch: image and seed.
+    """
+    if keys is None:
+        raise ValueError("positions are drawn by the images' keys, and there are none")
+    lots, *_ = random_words(
+        0, keys[:, None], epoch, FIRST_POSITION + torch.arange(places, device=keys.device)
+    )
+    chosen = lots.argsort(1)[:, :count]
+    return (torch.arange(images, device=keys.device)[:, None] * places + chosen).flatten()

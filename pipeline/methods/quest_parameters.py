@@ -42,6 +42,15 @@ class Parameters(base.Parameters):
     features: int | None = Field(
         None, ge=2, description="how many features k-means may use; none: all of them"
     )
+    top: int | None = Field(
+        None,
+        ge=1,
+        description="m, the likeliest words that p_T keeps at each position; none: all of them, "
+        "or in a store so many that no more than 2 % of it is lost",
+    )
+    positions: int | None = Field(
+        None, ge=1, description="positions drawn for each image and epoch; none: all of them"
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Parameters":

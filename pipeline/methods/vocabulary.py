@@ -17,6 +17,7 @@ from .base import Preparation
 from .features import Features
 
 FILE = "vocabulary.safetensors"
+VERSION = 2
 
 WORDS = 4096
 """K where none is asked for: the paper's."""
@@ -24,15 +25,22 @@ WORDS = 4096
 FEATURES_PER_WORD = 39
 """Features that a word should at least be learned from; faiss warns below it."""
 
+SAMPLE = 1024
+"""Features that are kept beside the words."""
+
 MEMORY_LIMIT = 4 * 1024**3
 """Bytes of features held in memory; more are streamed from a file."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """K words [K,C], fp32, with the facts of their making; μ is the mean squared distance to the nearest."""
+    """K words [K,C], fp32, with the facts of their making; μ is the mean squared distance to the nearest.
+
+    ``sample`` [n,C] are some of the features, drawn evenly: what a temperature does is tried on them.
+    """
 
     words: Tensor
+    sample: Tensor
     mu: float
     asked: int
     features: int
@@ -41,7 +49,7 @@ class Vocabulary:
     note: str | None
 
     def facts(self) -> dict[str, Any]:
-        facts = {key: value for key, value in asdict(self).items() if key != "words"}
+        facts = {key: value for key, value in asdict(self).items() if key not in ("words", "sample")}
         return {"words": len(self.words), **facts}
 
 
@@ -89,6 +97,7 @@ def learn_vocabulary(
     if used < features:
         preparation.note(f"k-means uses {used:,} of {features:,} features, drawn evenly")
     key = {
+        "version": VERSION,
         "level": level,
         "grid": list(grid),
         "k": k,
@@ -174,8 +183,10 @@ def describe(features: Features, words: np.ndarray) -> dict[str, Any]:
             f"Each of the teacher's features is one of the {len(words)} words: nothing is left to tell how "
             "near a word is; ask for fewer with --set quest.words."
         )
+    sampled = np.unique(np.linspace(0, features.count() - 1, SAMPLE).astype(np.int64))
     return {
         "words": torch.from_numpy(words),
+        "sample": torch.from_numpy(features.get_subset(sampled)),
         "mu": distance / features.count(),
         "perplexity": float(perplexity(torch.from_numpy(usage).double())),
     }
@@ -190,11 +201,13 @@ def perplexity(usage: Tensor) -> Tensor:
 def _write(path: Path, learned: dict[str, Any]) -> None:
     metadata = {"mu": repr(learned["mu"]), "perplexity": repr(learned["perplexity"])}
     # The cache answers a full disk, which safetensors' own writer would not tell as an OSError.
-    path.write_bytes(save({"words": learned["words"].contiguous()}, metadata))
+    tensors = {name: learned[name].contiguous() for name in ("words", "sample")}
+    path.write_bytes(save(tensors, metadata))
 
 
 def _read(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        words = file.get_tensor("words").clone()  # not a map of a file that others may write
-    return {"words": words, "mu": float(metadata["mu"]), "perplexity": float(metadata["perplexity"])}
+        # Not a map of a file that others may write.
+        tensors = {name: file.get_tensor(name).clone() for name in ("words", "sample")}
+    return {**tensors, "mu": float(metadata["mu"]), "perplexity": float(metadata["perplexity"])}

@@ -15,7 +15,9 @@ from ..methods.base import Method
 from ..networks import parameters, start, student_source
 from ..results import BalancedWeight, Subject
 from ..run_folder import Done
-from ..task import DistillationTask
+from ..store.of_run import schedule_of, store_of
+from ..store.store import Store
+from ..task import DistillationTask, Teacher
 from ..trained import STUDENT, load_teacher, weights_metadata
 from .prepare import PREPARED
 
@@ -23,50 +25,47 @@ from .prepare import PREPARED
 def run(job: Job) -> Done:
     o, name = job.options, job.student
     assert o.epochs and o.lr and o.warmup_epochs is not None
-    begun = start(
-        name,
-        student_source(name, o.student_weights, job.display.note),
-        "auto",
-        job.data.classes,
-        job.image_size,
-        o.seed,
-        job.display.note,
-        role="student",
-    )
+    with job.ranks.lead_first():  # the others find downloaded weights
+        begun = start(
+            name,
+            student_source(name, o.student_weights, job.display.note),
+            "auto",
+            job.data.classes,
+            job.image_size,
+            o.seed,
+            job.display.note,
+            role="student",
+        )
     chosen = engine(job, "student", lambda asked: choose_engine(job.device, asked, begun.network))
     use_threads(chosen.threads)
-    task = _task(job, begun.network, chosen)
-    learn(
-        job,
-        task,
-        plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs),
-        what="student",
-        model=name,
-    )
+    task, store = _task(job, begun.network, chosen)
+    learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs)
+    learn(job, task, learning, what="student", model=name, views_of=schedule_of(job), store=store)
     balanced = task.balanced()
     for one in balanced:
         if one.factor != 1:
             job.display.note(_told(one))
     compared = {one.method for one in balanced}
-    for method in task.trainable_module.methods:
+    for method in task.trainee.methods:
         if o.balance == "auto" and method not in compared:
             job.display.note(
                 f"the weight of {method} is left as it is: its gradients and those of the labels meet in no "
                 f"map of {name}, so --balance auto cannot compare them"
             )
-    with whole(job.folder.path / STUDENT) as part:
-        save_weights(task.network, part, weights_metadata(job, name))
+    if job.ranks.lead:
+        with whole(job.folder.path / STUDENT) as part:
+            save_weights(task.shipped, part, weights_metadata(job, name))
     subject = Subject(
         name=name,
         weights=begun.weights,
-        parameters=parameters(task.network),
+        parameters=parameters(task.shipped),
         licence=begun.licence,
     )
     pixels, labels, _ = job.rendered("select", name)
     measured = ""
     if len(labels):
         exact = Engine(job.device, chosen.threads, "fp32")
-        answers = evaluate.logits(task.network, task.trainable_module.normalise, pixels, exact).numpy()
+        answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
         subject.select_accuracy = evaluate.accuracy(answers, labels.numpy())
         measured = f": {subject.select_accuracy.top1:.2f} % of {subject.select_accuracy.n} select images"
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
@@ -88,7 +87,8 @@ def _told(one: BalancedWeight) -> str:
     )
 
 
-def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTask:
+def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[DistillationTask, Store | None]:
+    """What is trained and, unless the teachers are asked at every step, the store of their answers."""
     o = job.options
     names = methods.names(o.method)
     parameters = methods.parameters(names, o.settings)
@@ -104,24 +104,33 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> DistillationTas
                 key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
             }
             heads[name] = classes[name](parameters[name], student, teachers, own)
-    answering = chosen
+    asked: list[Teacher] = []
+    store = None
     if teachers:
         answering = engine(job, "student's teachers", lambda asked: inference_engine(job.device, asked))
-    return DistillationTask(
+        if o.store_views:
+            store = store_of(job, heads, job.views_drawn_with(schedule_of(job).view_seed), answering)
+        else:
+            asked = [load_teacher(job, t, answering) for t in range(len(teachers))]
+    task = DistillationTask(
         network,
         job.geometry(job.student),
         chosen,
         label_smoothing=o.label_smoothing or 0.0,
-        teachers=[load_teacher(job, t, answering) for t in range(len(teachers))],
+        teachers=asked,
         teacher_reads=[
             _union(classes[name].teacher_reads(parameters[name], teacher) for name in names)
-            for teacher in teachers
+            for teacher in teachers[: len(asked)]
         ],
         methods=heads,
         student_reads=_union(classes[name].reads(parameters[name], student) for name in names),
         weights=weights_of_losses(o.weight, classes),
         balance=o.balance == "auto",
+        ema=o.ema,
+        average_last=o.average_last,
+        ranks=job.ranks,
     )
+    return task, store
 
 
 def _union(reads: Iterable[frozenset[str]]) -> frozenset[str]:

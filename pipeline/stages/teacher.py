@@ -31,14 +31,16 @@ NEAR_CHANCE = 1.5
 
 
 def run(job: Job) -> Done:
-    data = _data(job)
+    with job.ranks.lead_first():  # the others find the images in the cache
+        data = _data(job)
     subjects, outputs, answers = [], [ANSWERS], {}
     for t in range(len(job.teachers)):
         subject, answers[str(t)] = _teacher(job, t)
         subjects.append(subject)
         outputs.append(job.teacher_file(t))
-    with whole(job.folder.path / ANSWERS) as part:
-        save_file(answers, part)
+    if job.ranks.lead:
+        with whole(job.folder.path / ANSWERS) as part:
+            save_file(answers, part)
     together = _together(job, subjects, list(answers.values()))
     facts: dict[str, Any] = {
         "data": data.model_dump(exclude_none=True),
@@ -50,15 +52,16 @@ def run(job: Job) -> Done:
 
 def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
     o, name = job.options, job.teachers[t]
-    begun = start(
-        name,
-        o.teacher_weights[t],
-        o.teacher_head[t],
-        job.data.classes,
-        job.image_size,
-        o.seed + t,
-        job.display.note,
-    )
+    with job.ranks.lead_first():  # the others find downloaded weights
+        begun = start(
+            name,
+            o.teacher_weights[t],
+            o.teacher_head[t],
+            job.data.classes,
+            job.image_size,
+            o.seed + t,
+            job.display.note,
+        )
     network = begun.network.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = Engine(job.device, allowed_cores(), "fp32")
     use_threads(exact.threads)
@@ -74,8 +77,9 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
         select = _measure(job, name, network, exact, "select")
     test = _measure(job, name, network, exact, "test")
     assert test is not None
-    with whole(job.folder.path / job.teacher_file(t)) as part:
-        save_weights(network, part, weights_metadata(job, name))
+    if job.ranks.lead:
+        with whole(job.folder.path / job.teacher_file(t)) as part:
+            save_weights(network, part, weights_metadata(job, name))
     labels = job.rendered("test", name)[1].numpy()
     subject = Subject(
         name=name,
@@ -117,13 +121,14 @@ def _measure(job: Job, name: str, network: nn.Module, exact: Engine, role: Role)
         return None
     geometry = job.geometry(name)
     normalise = Normalise(geometry.mean, geometry.std).to(job.device)
-    return evaluate.logits(
+    mine = evaluate.logits(
         network,
         normalise,
-        pixels,
+        pixels[job.ranks.mine(len(pixels))],
         exact,
         lambda done, total: job.stage.update(f"measuring {name} on {role}", done, total, "images"),
-    ).numpy()
+    )
+    return job.ranks.gather(mine).numpy()
 
 
 def _accuracy(job: Job, name: str, logits: np.ndarray | None) -> Accuracy | None:
@@ -178,6 +183,9 @@ def ensemble(answers: list[np.ndarray]) -> np.ndarray:
 
 def _data(job: Job) -> DataSummary:
     skipped = job.unreadable()
+    for name in job.teachers:
+        for role in ("select", "test"):
+            job.rendered(role, name)
     data = job.data
     if data.duplicates:
         job.display.warn(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.methods import blocks, parameters
+from questpress.pipeline.methods import parameters, word_loss
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign, predict
+from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign
 from questpress.pipeline.methods.vocabulary import perplexity
 from scipy.special import log_softmax, softmax
 
@@ -89,14 +89,6 @@ def test_the_soft_assignment_is_computed_in_fp32_under_autocast():
         inside = assign(f, words, 0.1)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, assign(f, words, 0.1))
-
-
-def test_the_students_probabilities_are_a_softmax_over_gamma_times_cosines():
-    f, weight = drawn(3, B, C_S, H, W), drawn(4, K, C_S)
-    unit = [torch.nn.functional.normalize(tensor(x), dim=1) for x in (rows(f), weight)]
-    ours = predict(*unit, torch.tensor(2.5)).numpy()
-    assert ours.shape == (B * H * W, K)
-    np.testing.assert_allclose(ours, rows(log_p_student(f, weight, 2.5)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +252,7 @@ def test_the_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements,
         return [loss.detach(), student.grad, one.weight.grad, one.gamma.grad, *quest_.watched().values()]
 
     whole = learned()
-    monkeypatch.setattr(blocks, "CACHED", elements)
+    monkeypatch.setattr(word_loss, "CACHED", elements)
     for ours, theirs in zip(learned(), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 

@@ -15,14 +15,18 @@ from questpress.pipeline.checkpoint import Checkpoint
 from questpress.pipeline.data.image_set import Image, array_key
 from questpress.pipeline.data.pixels import ragged
 from questpress.pipeline.data.render import Normalise, Views
+from questpress.pipeline.data.schedule import Schedule
 from questpress.pipeline.data.views import ViewPolicy
 from questpress.pipeline.device import Engine
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.quest import Parameters, Quest
+from questpress.pipeline.optimizer import build_optimizer, schedule
+from questpress.pipeline.plan import Plan
+from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.results import Epoch
 from questpress.pipeline.task import DistillationTask, Teacher
-from questpress.pipeline.train import Plan, batches, build_optimizer, schedule, train
+from questpress.pipeline.train import Batches, train
 
 from .little import picture
 
@@ -97,8 +101,17 @@ def learn(
     return epochs
 
 
+def batches(
+    views: Views, plan: Plan, epoch: int, steps: int, begun: int = 0
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    views_of = Schedule(views.policy, views.seed)
+    source = Batches(views, views_of, None, plan, Ranks(), torch.device("cpu"))
+    return [(batch.pixels, batch.labels) for batch in source.of(epoch, steps, begun)]
+
+
 def state(task: DistillationTask) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in task.trainable_module.state_dict().items()}
+    named = [*task.trainee.named_parameters(), *task.trainee.named_buffers()]
+    return {key: value.detach().clone() for key, value in named}
 
 
 def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
@@ -191,7 +204,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def test_views_and_their_order_follow_from_seed_and_epoch_alone():
     def drawn(seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found = list(batches(views(seed=seed), plan(seed=seed), epoch, 3, torch.device("cpu")))
+        found = batches(views(seed=seed), plan(seed=seed), epoch, 3)
         return torch.cat([images for images, _ in found]), torch.cat([labels for _, labels in found])
 
     first, labels = drawn(0, 0)
@@ -247,7 +260,7 @@ def test_a_learning_rate_far_too_high_leaves_only_finite_weights_in_the_checkpoi
 def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
     [epoch] = learn(supervised(), tmp_path / "c.pt", given=views(10), batch_size=64, epochs=1)
     assert plan(batch_size=64).steps(10) == 1
-    [(images, labels)] = batches(views(10), plan(batch_size=64), 0, 1, torch.device("cpu"))
+    [(images, labels)] = batches(views(10), plan(batch_size=64), 0, 1)
     assert len(images) == len(labels) == 10
     assert math.isfinite(epoch.losses["loss"])
 
@@ -278,7 +291,7 @@ def test_the_students_statistics_do_move(tmp_path):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_cross_entropy_is_torchs_with_its_weight_and_smoothing(smoothing):
     task = supervised(label_smoothing=smoothing, weights={"ce": 0.5})
-    [(images, labels), *_] = batches(views(), plan(), 0, 1, torch.device("cpu"))
+    [(images, labels), *_] = batches(views(), plan(), 0, 1)
     task.eval()
     result = task(images, labels)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in task_statistics())
@@ -298,7 +311,7 @@ def task_statistics() -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def test_each_loss_has_its_weight_and_the_loss_is_their_sum():
-    [(images, labels), *_] = batches(views(), plan(), 0, 1, torch.device("cpu"))
+    [(images, labels), *_] = batches(views(), plan(), 0, 1)
     plain = distillation().eval()(images, labels)
     weighted = distillation(weights={"ce": 0.25, "quest": 3.0}).eval()(images, labels)
     assert weighted["ce"].item() == pytest.approx(0.25 * plain["ce"].item(), rel=1e-6)
@@ -309,7 +322,7 @@ def test_each_loss_has_its_weight_and_the_loss_is_their_sum():
 
 
 def test_without_weight_there_is_no_cross_entropy():
-    [(images, labels), *_] = batches(views(), plan(), 0, 1, torch.device("cpu"))
+    [(images, labels), *_] = batches(views(), plan(), 0, 1)
     result = distillation(weights={"ce": 0.0})(images, labels)
     assert "ce" not in result and result["loss"].item() == result["quest"].item()
 

@@ -1,0 +1,70 @@
+"""What an epoch amounts to: sums of losses and right answers, kept on the device until someone looks."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import JobError
+from .ranks import Ranks
+
+
+class Meter:
+    """Sums since the last reset; a part of the training's state, so that a resumed epoch counts whole."""
+
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self.device = device
+        self.ranks = ranks
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.images = 0
+
+    @torch.no_grad()
+    def add(self, result: Mapping[str, Tensor], labels: Tensor) -> None:
+        """One batch's losses, each a mean over its images, and its answers."""
+        for key, value in result.items():
+            if key != "output":
+                self.sums[key] = self.sums.get(key, 0) + value.detach().float() * len(labels)
+        self.correct += (result["output"].argmax(1) == labels).sum()
+        self.images += len(labels)
+
+    def means(self, epoch: int, *, of_all: bool = False) -> dict[str, float]:
+        """Mean losses of this rank, or of all. This is where the host waits for the device.
+
+        Raises:
+            JobError: they are not finite.
+        """
+        sums = torch.stack([*self.sums.values()])
+        images = self.images
+        if of_all:
+            sums, images = self.ranks.sum(sums), images * self.ranks.count
+        means = {key: value / images for key, value in zip(self.sums, sums.tolist(), strict=True)}
+        if not math.isfinite(means["loss"]):
+            broken = ", ".join(key for key, value in means.items() if not math.isfinite(value))
+            raise JobError(
+                f"The loss became {means['loss']} in epoch {epoch + 1} ({broken}); the weights after "
+                f"epoch {epoch} are kept. Try a lower --lr (or --teacher-lr), a longer --warmup-epochs "
+                "or --precision fp32."
+            )
+        return means
+
+    def accuracy(self) -> float:
+        """Top-1 in percent on the training views of all ranks."""
+        return 100 * int(self.ranks.sum(self.correct)) / (self.images * self.ranks.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each rank's mean share of the sums, which all of them load."""
+        count = self.ranks.count
+        sums = {
+            key: self.ranks.sum(value) / count if count > 1 else value for key, value in self.sums.items()
+        }
+        correct = self.ranks.sum(self.correct) // count if count > 1 else self.correct
+        return {"sums": sums, "correct": correct, "images": self.images}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums, self.correct, self.images = dict(state["sums"]), state["correct"], state["images"]

@@ -1,0 +1,149 @@
+"""KL(p_T ‖ p_S) over the words of a vocabulary, and its gradients, block by block.
+
+    KL = logsumexp(z) − Σ_k p_T(k)·z_k + Σ_k p_T(k)·log p_T(k)        z_k = γ·⟨W_k, f_S⟩
+    ∂KL/∂z_k = p_S(k) − p_T(k)
+
+Positions × words is a matrix far larger than what goes in and what comes out: 8,192 × 4,096 for a batch of
+128 maps of 8×8. Taken in blocks it stays in the processor's cache, and no more than one block is ever held,
+since a block's gradients are computed as soon as its value is: as fused losses over a language model's
+vocabulary do (Hsu et al.: "Liger Kernel", 2024, arXiv 2410.10989). Under autocast the three products with W
+take autocast's type, sums and softmax fp32 (or the type of what comes in, where that is wider).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHED = 1 << 20
+"""Elements of a block's matrix on a CPU: 4 MB, which the caches hold (half or twice as many are as fast)."""
+
+ON_DEVICE = 1 << 26
+"""The same on a GPU: large enough to fill it, small beside its memory."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """p_T over the m likeliest words alone, likeliest first: ids [n,m] and p [n,m], whose rows sum to 1."""
+
+    ids: Tensor
+    p: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> "Nearest":
+        return Nearest(self.ids[rows], self.p[rows])
+
+    def word(self) -> tuple[Tensor, Tensor]:
+        """Each position's likeliest word [n] and its probability [n]."""
+        return self.ids[:, 0].long(), self.p[:, 0]
+
+    def against(self, z: Tensor) -> Tensor:
+        """Σ over positions of Σ_k p_T(k)·(log p_T(k) − z_k)."""
+        # A probability that fp16 rounded to nothing counts nothing.
+        return (torch.special.xlogy(self.p, self.p) - self.p * z.gather(1, self.ids.long())).sum()
+
+    def taken_from(self, p_s: Tensor) -> Tensor:
+        """p_S − p_T, in the place of p_S."""
+        return p_s.scatter_add_(1, self.ids.long(), -self.p.to(p_s.dtype))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """p_T over all words, as log-probabilities [n,K] that are computed when a block is asked for."""
+
+    log_p: Callable[[slice], Tensor]
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, rows: slice) -> "_WholeBlock":
+        log_p = self.log_p(rows)
+        return _WholeBlock(log_p, log_p.exp())
+
+
+@dataclass(frozen=True)
+class _WholeBlock:
+    log_p: Tensor
+    p: Tensor
+
+    def word(self) -> tuple[Tensor, Tensor]:
+        top, word = self.p.max(1)
+        return word, top
+
+    def against(self, z: Tensor) -> Tensor:
+        return torch.dot(self.p.flatten(), (self.log_p - z).flatten())
+
+    def taken_from(self, p_s: Tensor) -> Tensor:
+        return p_s.sub_(self.p)
+
+
+Look = Callable[[Tensor, Tensor, Tensor], None]
+"""Called for each block with the teacher's likeliest words [n], their probabilities [n], and whether they are
+the student's likeliest too [n]."""
+
+
+def divergence(f_s: Tensor, weight: Tensor, gamma: Tensor, target: Nearest | Whole, look: Look) -> Tensor:
+    """Σ over positions of KL(p_T ‖ p_S), p_S = softmax(γ·⟨W_k, f_S⟩), with gradients for f_S, W and γ.
+
+    Args:
+        f_s: [n,C] the student's features, each of length 1.
+        weight: [K,C] W, each row of length 1.
+        gamma: scalar γ.
+        target: p_T of the n positions.
+    """
+    total: Tensor = _Divergence.apply(f_s, weight, gamma, target, look)
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, f_s: Tensor, weight: Tensor, gamma: Tensor, target: Nearest | Whole, look: Look
+    ) -> Tensor:
+        device = f_s.device.type
+        sums = torch.promote_types(gamma.dtype, torch.float32)
+        products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sums
+        learns = any(ctx.needs_input_grad)
+        size = max(1, (CACHED if device == "cpu" else ON_DEVICE) // len(weight))
+        f, w = f_s.to(products), weight.to(products)
+        values = []
+        of_f = torch.empty_like(f_s, dtype=sums)
+        of_w, of_gamma = torch.zeros_like(weight, dtype=sums), torch.zeros_like(gamma, dtype=sums)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(f), size):
+                rows = slice(start, start + size)
+                block = target[rows]
+                cosine = _product(f[rows], w.T, sums)
+                z = gamma * cosine
+                largest = z.amax(1)
+                p_s = z.softmax(1)
+                # The softmax has the sum already: its largest value is exp(largest − logsumexp).
+                values.append((largest - p_s.amax(1).log()).sum() + block.against(z))
+                word, top = block.word()
+                look(word, top, z.gather(1, word[:, None])[:, 0] >= largest)
+                if not learns:
+                    continue
+                of_z = block.taken_from(p_s)
+                of_gamma += torch.dot(of_z.flatten(), cosine.flatten())
+                of_cosine = of_z.mul_(gamma).to(products)
+                of_f[rows] = _product(of_cosine, w, sums)
+                of_w += _product(of_cosine.T, f[rows], sums)
+        ctx.save_for_backward(of_f.to(f_s.dtype), of_w.to(weight.dtype), of_gamma.to(gamma.dtype))
+        return torch.stack(values).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None
+
+
+def _product(a: Tensor, b: Tensor, sums: torch.dtype) -> Tensor:
+    """a @ b in ``sums``; a GPU gives the fp32 sums of a bf16 product, a CPU rounds them first."""
+    if a.dtype != sums and a.is_cuda:
+        return torch.mm(a, b, out_dtype=sums)
+    return (a @ b).to(sums)
