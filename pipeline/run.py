@@ -150,6 +150,7 @@ _PARTS = {
     "crop": ("crop_scale", "pad", "pad_mode"),
     "schedule": ("milestones",),
     "weight": ("balance",),  # chosen by whether a weight was asked for
+    "method": ("store_views", "store_top"),
 }
 """Options that belong to one choice of another."""
 
