@@ -1,7 +1,7 @@
 """What the stages of one run share: options, data, folder, cache and display."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -44,6 +44,8 @@ class Job:
     stage: Stage
     key: str = ""
     """The hash of the stage that runs: what its checkpoint belongs to."""
+    left_aside: set[str] = field(default_factory=set)
+    """Trackers that failed and are asked no more; see ``trackers``."""
 
     @property
     def image_size(self) -> int:

@@ -2,16 +2,21 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 
 from torch import nn
 
+from ..models.catalogue import multiply_adds
 from . import evaluate
 from .checkpoint import Checkpoint
 from .device import Engine, device_name
 from .files import write_text
 from .job import Job
+from .mfu import peak, utilisation
+from .peak_memory import forget_peak, peak_memory
 from .results import Epoch
 from .task import DistillationTask
+from .trackers import Trackers
 from .train import Plan, train
 
 
@@ -67,7 +72,7 @@ def learn(job: Job, task: DistillationTask, plan: Plan, *, what: str, model: str
         model: timm's name of what is trained.
     """
     checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key)
-    log = Log(job, what)
+    complete = measure(job, task, model)
     pixels, labels, _ = job.rendered("select", model)
 
     def select_accuracy(network: nn.Module) -> float | None:
@@ -88,23 +93,56 @@ def learn(job: Job, task: DistillationTask, plan: Plan, *, what: str, model: str
             plan.batch_size,
         )
 
-    train(task, job.views, plan, checkpoint, stage=what, evaluate=select_accuracy, show=show, log=log)
+    with closing(Log(job, what)) as log:
+        train(
+            task,
+            job.views,
+            plan,
+            checkpoint,
+            stage=what,
+            evaluate=select_accuracy,
+            show=show,
+            log=lambda epoch: log(complete(epoch)),
+        )
+
+
+def measure(job: Job, task: DistillationTask, model: str) -> Callable[[Epoch], Epoch]:
+    """What adds to an epoch the memory it took and, where the device's peak is known, its share of that."""
+    forget_peak(job.device)
+    best = peak(job.device, task.engine.precision)
+    gmacs: list[float | None] = []
+    if best is not None:
+        # Teachers whose answers are stored are not in the task and cost nothing.
+        asked = [model, *(job.teachers if len(task.teachers) else [])]
+        gmacs = [multiply_adds(name, job.image_size, len(job.data.classes)) for name in asked]
+
+    def complete(epoch: Epoch) -> Epoch:
+        used = utilisation(epoch.images_per_second, gmacs[0], gmacs[1:], best) if gmacs else None
+        return epoch.model_copy(update={"peak_memory_bytes": peak_memory(job.device), "mfu": used})
+
+    return complete
 
 
 class Log:
-    """Appends epochs to ``metrics.jsonl``, each of them once, however often the training was interrupted."""
+    """Appends epochs to ``metrics.jsonl``, each of them once, however often the training was interrupted.
+
+    The trackers that were asked for are told of them too.
+    """
 
     def __init__(self, job: Job, what: str) -> None:
         self.file = job.folder.metrics
         self.what = what
+        self.trackers = Trackers(job, what)
 
     def __call__(self, epoch: Epoch) -> None:
-        kept = [
-            line
-            for line in (self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else [])
-            if not self._replaced(json.loads(line), epoch)
-        ]
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        before = {line: json.loads(line) for line in lines}
+        kept = [line for line, content in before.items() if not self._replaced(content, epoch)]
         write_text(self.file, "\n".join([*kept, epoch.model_dump_json()]) + "\n")
+        self.trackers(epoch, frozenset(str(content["stage"]) for content in before.values()))
+
+    def close(self) -> None:
+        self.trackers.close()
 
     def _replaced(self, line: dict[str, object], epoch: Epoch) -> bool:
         """An earlier attempt's line of this training: the same epoch, or one that is to come again."""
