@@ -239,6 +239,7 @@ class MLflow:
         # A server that is not there is noticed in seconds, not in the minutes that MLflow would try again.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(OPENING_SECONDS))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         import mlflow
         from mlflow.entities import Param
 

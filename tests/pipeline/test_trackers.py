@@ -353,8 +353,8 @@ def mlflow(monkeypatch) -> FakeMLflow:
     entities.Param = lambda *parts: parts
     monkeypatch.setitem(sys.modules, "mlflow", fake)
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-        monkeypatch.setenv(name, "5")
+    for variable in ("HTTP_REQUEST_TIMEOUT", "HTTP_REQUEST_MAX_RETRIES", "LOGGING_LEVEL"):
+        monkeypatch.setenv(f"MLFLOW_{variable}", "5")
     return fake
 
 
