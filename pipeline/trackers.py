@@ -99,10 +99,10 @@ class Trackers:
         # Looking on may not stop a training, whatever it is that goes wrong in somebody else's package.
         except Exception as error:
             self.job.left_aside.add(name)
-            told = str(error).strip().splitlines()
+            told = [type(error).__name__, *str(error).strip().splitlines()[:1]]
             self.job.display.warn(
-                f"{TITLES[name]} is left aside for the rest of this run: {type(error).__name__}"
-                f"{f': {told[0]}' if told else ''}; the curves are in metrics.jsonl as ever"
+                f"{TITLES[name]} is left aside for the rest of this run: {': '.join(told).rstrip('.')}; "
+                "the curves are in metrics.jsonl as ever"
             )
 
 
