@@ -44,14 +44,22 @@ def describe(name: str, image_size: int | None = None) -> Entry:
     )
 
 
-def _cost(full: str, image_size: int) -> tuple[int, float | None]:
+def multiply_adds(name: str, image_size: int, classes: int) -> float | None:
+    """Billions of multiply-adds for one image, with a head of `classes`; None where they cannot be counted.
+
+    Raises UnknownModel, ModelError.
+    """
+    return _cost(resolve(name), image_size, classes)[1]
+
+
+def _cost(full: str, image_size: int, classes: int | None = None) -> tuple[int, float | None]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from .build import pretrained_cfg
 
     with torch.device("meta"):
-        network = create_network(full, int(pretrained_cfg(full).num_classes), image_size).eval()
+        network = create_network(full, classes or int(pretrained_cfg(full).num_classes), image_size).eval()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     counter = FlopCounterMode(display=False)
     try:

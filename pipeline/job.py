@@ -47,6 +47,8 @@ class Job:
     key: str = ""
     """The hash of the stage that runs: what its checkpoint belongs to."""
     ranks: Ranks = field(default_factory=Ranks)
+    left_aside: set[str] = field(default_factory=set)
+    """Trackers that failed and are asked no more; see ``trackers``."""
 
     @property
     def image_size(self) -> int:

@@ -1,7 +1,7 @@
 """Training inside a run: its plan, its checkpoint, its curves and its engine."""
 
-import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 from torch import nn
@@ -10,11 +10,10 @@ from . import evaluate
 from .checkpoint import Checkpoint
 from .data.schedule import Schedule
 from .device import Engine, device_name
-from .files import write_text
 from .job import Job
+from .metrics import Log, measured
 from .micro_batch import MicroBatch
 from .plan import Plan
-from .results import Epoch
 from .store.store import Store
 from .task import DistillationTask
 from .train import train
@@ -87,7 +86,6 @@ def learn(
         JobError: there is no memory for even the smallest part of a step.
     """
     checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key)
-    log = Log(job, what)
     pixels, labels, _ = job.rendered("select", model)
     views = job.views if views_of is None else job.views_drawn_with(views_of.view_seed)
 
@@ -113,44 +111,21 @@ def learn(
     if job.ranks.count > 1:
         task.prepare_distributed(sync_bn=job.options.sync_bn)
     parts = MicroBatch(job, what, plan)
-    while not parts.fits(
-        lambda size: train(
-            task,
-            views,
-            replace(plan, micro_batch=size),
-            checkpoint,
-            stage=what,
-            evaluate=select_accuracy,
-            show=show,
-            log=log,
-            views_of=views_of,
-            store=store,
-            ranks=job.ranks,
-        )
-    ):
-        pass
-
-
-class Log:
-    """Appends epochs to ``metrics.jsonl``, each of them once, however often the training was interrupted."""
-
-    def __init__(self, job: Job, what: str) -> None:
-        self.file = job.folder.metrics
-        self.what = what
-        self.leads = job.ranks.lead
-
-    def __call__(self, epoch: Epoch) -> None:
-        if not self.leads:
-            return
-        kept = [
-            line
-            for line in (self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else [])
-            if not self._replaced(json.loads(line), epoch)
-        ]
-        write_text(self.file, "\n".join([*kept, epoch.model_dump_json()]) + "\n")
-
-    def _replaced(self, line: dict[str, object], epoch: Epoch) -> bool:
-        """An earlier attempt's line of this training: the same epoch, or one that is to come again."""
-        number = line["epoch"]
-        assert isinstance(number, int)
-        return line["stage"] == self.what and number >= epoch.epoch
+    complete = measured(job, task, model)
+    with closing(Log(job, what)) as log:
+        while not parts.fits(
+            lambda size: train(
+                task,
+                views,
+                replace(plan, micro_batch=size),
+                checkpoint,
+                stage=what,
+                evaluate=select_accuracy,
+                show=show,
+                log=lambda epoch: log(complete(epoch)),
+                views_of=views_of,
+                store=store,
+                ranks=job.ranks,
+            )
+        ):
+            pass

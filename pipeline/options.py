@@ -270,6 +270,13 @@ class Options(BaseModel):
         "folder for what runs share: decoded images, vocabularies [default: the user's cache folder]",
         group="Running",
     )
+    tensorboard: bool = option(
+        "write the curves for TensorBoard too, into the run folder", False, group="Running"
+    )
+    track: Literal["wandb", "mlflow"] | None = option(
+        "send the curves to Weights & Biases or MLflow too; without an account or a server they stay in the run folder",
+        group="Running",
+    )
     quiet: bool = option("say nothing but the result", False, group="Running")
     json_: bool = Field(
         False,

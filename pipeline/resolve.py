@@ -12,7 +12,7 @@ from PIL import UnidentifiedImageError
 from ..models.build import check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
-from . import defaults, methods
+from . import defaults, methods, trackers
 from .data.image_set import ImageSet
 from .data.open import open_data
 from .errors import UsageError
@@ -36,6 +36,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     chosen = options.model_copy(deep=True)
     _check_lists(chosen)
     _check_store(chosen)
+    trackers.check(chosen)
     parameters = methods.parameters(methods.names(chosen.method), chosen.settings)
     # A weight that was asked for is not to be second-guessed.
     asked_for = chosen.recipe is not None or any(

@@ -181,6 +181,14 @@ class Epoch(Result):
     """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
     train_accuracy: float | None = None
     select_accuracy: float | None = None
+    seconds: float | None = None
+    """Of training, without the select role's evaluation."""
+    shares: dict[str, float] = {}
+    """Share of the steps' time in each phase: ``data``, ``teacher``, ``student``; together 1."""
+    peak_memory_bytes: int | None = None
+    """A GPU's tensors at most since this training began here; on a CPU, the process since its start."""
+    mfu: float | None = None
+    """Share, 0 to 1, of the device's peak that the networks' own arithmetic takes; see ``mfu.py``."""
 
 
 class Example(Result):

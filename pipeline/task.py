@@ -15,6 +15,7 @@ from ..models.build import Geometry
 from ..models.readout import Readouts
 from .averages import Averages
 from .balance import Balance
+from .clock import Clock
 from .data.render import Normalise
 from .device import Engine
 from .methods.base import Method
@@ -153,6 +154,7 @@ class DistillationTask(TrainingTask):
         """
         super().__init__(device=torch.device(engine.device), verbose=False)
         self.engine = engine
+        self.clock = Clock(engine.device)
         self.epoch = 0
         methods = methods or {}
         self.trainable_module = Trainee(
@@ -252,7 +254,8 @@ class DistillationTask(TrainingTask):
         """
         if answers is None:
             asked = zip(self.teachers, self.teacher_reads, strict=True)
-            answers = [teacher(input, reads) for teacher, reads in asked]
+            with self.clock("teacher"):
+                answers = [teacher(input, reads) for teacher, reads in asked]
         with self.engine.autocast():
             losses, logits = self.trainable_module(input, target, answers, self.epoch, keys)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}

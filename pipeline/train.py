@@ -54,7 +54,9 @@ class Batch:
             return
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            answers = self.answers and [{k: v[rows] for k, v in one.items()} for one in self.answers]
+            answers = None
+            if self.answers is not None:
+                answers = [{name: part[rows] for name, part in one.items()} for one in self.answers]
             yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], answers)
 
 
@@ -100,14 +102,16 @@ def train(
         started = looked = saved = time.perf_counter()
         before = meter.images
         with STOP.waits():
-            for step, batch in enumerate(source.of(epoch, steps, begun), epoch * steps + begun):
+            coming = task.clock.each("data", source.of(epoch, steps, begun))
+            for step, batch in enumerate(coming, epoch * steps + begun):
                 # Dropout and its like draw from here: a step repeats exactly wherever it is started from.
                 torch.manual_seed((plan.seed * 1_000_003 + step) * 1_009 + ranks.number)
                 scheduler.step_update(step)
-                optimizer.zero_grad(set_to_none=True)
-                backward(task, batch, plan.micro_batch, meter)
-                optimizer.step()
-                task.update_ema()
+                with task.clock("student"):
+                    optimizer.zero_grad(set_to_none=True)
+                    backward(task, batch, plan.micro_batch, meter)
+                    optimizer.step()
+                    task.update_ema()
                 now = time.perf_counter()
                 if now - looked > LOG_SECONDS:
                     show(step + 1, plan.epochs * steps, meter.means(epoch))
@@ -133,9 +137,12 @@ def train(
                     watched={key: float(value) for key, value in task.watched().items()},
                     train_accuracy=accuracy,
                     select_accuracy=evaluate(task.shipped),
+                    seconds=seconds,
+                    shares=task.clock.shares(),
                 )
             )
             meter.reset()
+            task.clock.reset()
             _refuse_broken_weights(task, epoch)
             begun = 0
             state.save(epoch + 1, begun)
@@ -185,7 +192,9 @@ class Batches:
         parts = [part[self.ranks.mine(len(part))] for part in parts]
         for indices in parts:
             pixels, labels = self.views.batch(indices, numbers[indices], self.device)
-            answers = self.store and self.store.batch(indices, numbers[indices], self.device)
+            answers = None
+            if self.store is not None:
+                answers = self.store.batch(indices, numbers[indices], self.device)
             yield Batch(pixels, labels, draws[indices].to(self.device, non_blocking=True), answers)
 
 

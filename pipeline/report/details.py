@@ -1,9 +1,11 @@
 """The tables at the end of the page: files and their origin, data, stages, epochs, and every option."""
 
-from collections.abc import Iterable
+import math
+import statistics
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..results import Report, Subject
+from ..results import Epoch, Report, Subject
 from . import figures
 from .subjects import every, shipped
 from .tables import Table
@@ -82,6 +84,62 @@ def stages(report: Report) -> Table:
     total = sum(one.seconds for one in report.stages)
     note = f"{figures.duration(total)} in all." if rows else ""
     return Table("Stages", ["stage", "time", "result"], rows, note=note, text=True)
+
+
+def training(report: Report) -> Table:
+    """What each training cost; a measure that none of them has is left out."""
+    trainings = {
+        stage: [epoch for epoch in report.epochs if epoch.stage == stage]
+        for stage in dict.fromkeys(epoch.stage for epoch in report.epochs)
+    }
+    measures: dict[str, Callable[[list[Epoch]], str | None]] = {
+        "images/s": lambda epochs: _rate([epoch.images_per_second for epoch in epochs]),
+        "an epoch": lambda epochs: _median([epoch.seconds for epoch in epochs], figures.duration),
+        "peak memory": _peak_memory,
+        "share of the steps": _shares,
+        "of the device’s peak": lambda epochs: _median(
+            [epoch.mfu for epoch in epochs], lambda mfu: figures.percent(100 * mfu)
+        ),
+    }
+    known = {
+        name: cells
+        for name, measure in measures.items()
+        if any(cells := [measure(epochs) for epochs in trainings.values()])
+    }
+    rows = [
+        [stage, *(cells[i] or figures.MISSING for cells in known.values())]
+        for i, stage in enumerate(trainings)
+    ]
+    note = "Medians over the epochs, without the evaluation after each."
+    if "of the device’s peak" in known:
+        note += " Of the device’s peak: the networks’ own arithmetic against what it can compute at best."
+    return Table("Cost of training", ["", *known], rows, note=note, text=True)
+
+
+def _median(values: Iterable[float | None], told: Callable[[float], str]) -> str | None:
+    found = [value for value in values if value is not None and math.isfinite(value)]
+    return told(statistics.median(found)) if found else None
+
+
+def _rate(values: Iterable[float]) -> str | None:
+    return _median((value for value in values if value < 1e15), lambda rate: figures.number(round(rate)))
+
+
+def _peak_memory(epochs: list[Epoch]) -> str | None:
+    found = [epoch.peak_memory_bytes for epoch in epochs if epoch.peak_memory_bytes is not None]
+    return figures.megabytes(max(found)) if found else None
+
+
+def _shares(epochs: list[Epoch]) -> str | None:
+    """Of all epochs together, each counted by its time."""
+    timed = [(epoch.shares, epoch.seconds or 1.0) for epoch in epochs if epoch.shares]
+    whole = sum(seconds for _, seconds in timed)
+    phases = dict.fromkeys(phase for shares, _ in timed for phase in shares)
+    together = {
+        phase: 100 * sum(shares.get(phase, 0.0) * seconds for shares, seconds in timed) / whole
+        for phase in phases
+    }
+    return ", ".join(f"{phase} {figures.percent(share)}" for phase, share in together.items()) or None
 
 
 def epochs(report: Report) -> Table:

@@ -130,6 +130,7 @@ def page(report: Report) -> Page:
         command=report.command,
         details=[
             details.stages(report),
+            details.training(report),
             details.roles(report),
             details.origins(report),
             details.files(report),
