@@ -13,7 +13,6 @@ follows the features' own scale, as in the same group's OBoW (Gidaris et al., CV
 mean squared distance of a feature to its nearest word.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,21 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.random_bits import words as random_words
 from . import base
 from .grid import positions, shared_grid
 from .quest_parameters import Parameters
-from .vocabulary import Vocabulary, check_words, learn_vocabulary, perplexity
-from .word_loss import CACHED, ON_DEVICE, Nearest, Whole, divergence
-
-ACCEPTED = 0.02
-"""Share of p_T that a store may lose with the words it does not keep, on average over positions."""
+from .vocabulary import check_words, learn_vocabulary, perplexity
+from .word_loss import Nearest, Whole, divergence
+from .word_targets import answer, assign, draw, enough, nearest, stored
 
 LIKELY_TOP = 64
 """About as many words as a store keeps of a position at most, where it is not asked for."""
-
-FIRST_POSITION = 1 << 16
-"""Positions take the draws from this one on; see ``data/random_bits.py``."""
 
 
 class Quest(base.Method):
@@ -88,7 +81,7 @@ class Quest(base.Method):
                     limit=parameters.features,
                 )
                 tau = parameters.temperature(level, learned.mu)
-                top, lost = _kept(parameters.top, learned, tau, preparation)
+                top, lost = enough(parameters.top, learned, tau, preparation)
                 tensors[f"{t}.{level}.words"] = learned.words
                 tensors[f"{t}.{level}.mu"] = torch.tensor(learned.mu)
                 tensors[f"{t}.{level}.top"] = torch.tensor(top)
@@ -210,7 +203,7 @@ class WordPrediction(nn.Module):
             places = self.grid[0] * self.grid[1]
             chosen = draw(keys, epoch, len(f_s) // places, places, self.drawn).to(f_s.device)
             f_s, *of_teacher = (rows[chosen] for rows in (f_s, *of_teacher))
-        target = _stored(*of_teacher) if answered else self._target(*of_teacher)
+        target = stored(*of_teacher) if answered else self._target(*of_teacher)
         f_s, weight = F.normalize(f_s, dim=1), F.normalize(self.weight, dim=1)
         return divergence(f_s, weight, self.gamma, target, self._look) / len(f_s)
 
@@ -220,33 +213,7 @@ class WordPrediction(nn.Module):
         return Whole(lambda rows: assign(f_t[rows], self.words, self.tau), len(f_t))
 
     def answer(self) -> base.Answer:
-        """The m likeliest words of each position, as numbers of 16 bits, and p_T over them in fp16."""
-        read, places = self.teacher_reads, self.grid[0] * self.grid[1]
-        number = "uint16" if len(self.words) <= 1 << 16 else "int32"
-
-        def compact(readout: base.Readout) -> dict[str, Tensor]:
-            f_t = positions(readout[read], self.grid)
-            kept, lost = nearest(f_t, self.words.to(f_t.device), self.tau, self.stored)
-            parts = {"ids": kept.ids, "p": kept.p, "lost": lost}
-            return {f"{read}.{name}": part.unflatten(0, (-1, places)) for name, part in parts.items()}
-
-        content = self.words.cpu().contiguous().numpy().tobytes()
-        return base.Answer(
-            key={
-                "readout": read,
-                "words": hashlib.sha256(content).hexdigest(),
-                "tau": self.tau,
-                "grid": list(self.grid),
-                "top": self.stored,
-            },
-            reads=frozenset({read}),
-            arrays={
-                f"{read}.ids": ((places, self.stored), number),
-                f"{read}.p": ((places, self.stored), "float16"),
-                f"{read}.lost": ((places,), "float16"),
-            },
-            compact=compact,
-        )
+        return answer(self.teacher_reads, self.grid, self.words, self.tau, self.stored)
 
     @torch.no_grad()
     def _look(self, word: Tensor, top: Tensor, right: Tensor) -> None:
@@ -272,30 +239,6 @@ class WordPrediction(nn.Module):
         }
 
 
-def _kept(
-    asked: int | None, learned: Vocabulary, tau: float, preparation: base.Preparation
-) -> tuple[int, float]:
-    """m, the words that a stored p_T keeps, and the share of p_T that the others have on average.
-
-    Where it is not asked for, the least power of two with which no more than ``ACCEPTED`` is lost.
-    """
-    k = len(learned.words)
-    p, _ = assign(learned.sample, learned.words, tau).exp().sort(1, descending=True)
-    lost = [max(0.0, 1 - float(mass)) for mass in p.cumsum(1).mean(0)]
-    if asked is None:
-        powers = (2**i for i in range(k.bit_length()))
-        top = next((m for m in powers if lost[m - 1] <= ACCEPTED), k)
-        return top, lost[top - 1]
-    top = min(asked, k)
-    if lost[top - 1] > ACCEPTED:
-        enough = next(m for m in range(1, k + 1) if m == k or lost[m - 1] <= ACCEPTED)
-        preparation.note(
-            f"the {top} likeliest words hold {100 * (1 - lost[top - 1]):.1f} % of p_T; {enough} would hold "
-            f"{100 * (1 - ACCEPTED):.0f} %"
-        )
-    return top, lost[top - 1]
-
-
 def readout(level: str, network: base.Shapes) -> str:
     """The readout that holds a level's map: for the last level of a VGG, the map before its ReLU."""
     return "map_pre" if level == "map" and "map_pre" in network.maps else level
@@ -303,64 +246,3 @@ def readout(level: str, network: base.Shapes) -> str:
 
 def _map(level: str, network: base.Shapes) -> tuple[int, int, int]:
     return network.maps[readout(level, network)]
-
-
-def assign(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
-    """The teacher's soft assignment log p_T, p_T = softmax(−‖f_T − v_k‖²/τ), over the words.
-
-    The distance is computed in fp32 even under autocast: its terms cancel in half precision.
-
-    Args:
-        f_t: [n,C] the teacher's features.
-        words: [K,C] the vocabulary.
-        tau: τ, in squared units of the features.
-
-    Returns:
-        [n,K] log-probabilities.
-    """
-    with torch.autocast(f_t.device.type, enabled=False):
-        # ‖f‖² is the same for every word and drops out of the softmax.
-        closeness = torch.addmm(-words.square().sum(1), f_t.to(words.dtype), words.T, alpha=2)
-        return F.log_softmax(closeness / tau, dim=1)
-
-
-def nearest(f_t: Tensor, words: Tensor, tau: float, m: int) -> tuple[Nearest, Tensor]:
-    """p_T over the m likeliest words of each position, renormalised, and the mass [n] that the others had.
-
-    Args:
-        f_t: [n,C], words: [K,C], tau: as for ``assign``; m at most K.
-    """
-    ids, p, lost = [], [], []
-    size = max(1, (CACHED if f_t.device.type == "cpu" else ON_DEVICE) // len(words))
-    for start in range(0, len(f_t), size):
-        top, word = assign(f_t[start : start + size], words, tau).topk(m)
-        kept = top.exp()
-        mass = kept.sum(1, keepdim=True)
-        ids.append(word)
-        p.append(kept / mass)
-        lost.append((1 - mass[:, 0]).clamp(min=0))
-    return Nearest(torch.cat(ids), torch.cat(p)), torch.cat(lost)
-
-
-def _stored(ids: Tensor, p: Tensor) -> Nearest:
-    """A stored p_T, whose rounding to fp16 no longer sums to 1 quite."""
-    p = p.float()
-    return Nearest(ids.long(), p / p.sum(1, keepdim=True))
-
-
-def draw(keys: Tensor | None, epoch: int, images: int, places: int, count: int) -> Tensor:
-    """Rows [images·count] of ``count`` of each image's positions, drawn evenly by (key, epoch).
-
-    The mean over them is an unbiased estimate of the mean over all. The draw follows the epoch and not the
-    view, which may return.
-
-    Args:
-        keys: int64 [images], what the draws follow besides the epoch: image and seed.
-    """
-    if keys is None:
-        raise ValueError("positions are drawn by the images' keys, and there are none")
-    lots, *_ = random_words(
-        0, keys[:, None], epoch, FIRST_POSITION + torch.arange(places, device=keys.device)
-    )
-    chosen = lots.argsort(1)[:, :count]
-    return (torch.arange(images, device=keys.device)[:, None] * places + chosen).flatten()

@@ -6,8 +6,9 @@ import torch
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods import parameters, word_loss
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction, assign
+from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction
 from questpress.pipeline.methods.vocabulary import perplexity
+from questpress.pipeline.methods.word_targets import assign
 from scipy.special import log_softmax, softmax
 
 # All different, so that no axis can be taken for another.
