@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 
+import torch
 from torch import nn
 
 from . import evaluate
 from .checkpoint import Checkpoint
-from .device import Engine, device_name
+from .device import Engine, device_name, use_threads
 from .files import write_text
 from .job import Job
 from .results import Epoch
 from .task import DistillationTask
-from .train import Plan, train
+from .train import Plan, batches, build_optimizer, train
+from .trial import compiled_or_not, fastest
 
 
 def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
@@ -45,18 +48,48 @@ def engine(job: Job, what: str, choose: Callable[[str], Engine]) -> Engine:
     asked = job.options.precision
     if entry is not None and entry["key"] == job.key and entry["device"] == job.device:
         if asked in ("auto", entry["precision"]):
-            return Engine(entry["device"], entry["threads"], entry["precision"])
+            return Engine.of(entry)
         job.display.note(f"{what} was begun in {entry['precision']} and goes on in {asked}")
-    chosen = choose(asked)
-    engines[what] = {
-        "key": job.key,
-        "device": chosen.device,
-        "threads": chosen.threads,
-        "precision": chosen.precision,
-        "name": device_name(chosen.device),
-    }
+        chosen = replace(Engine.of(entry), precision=asked)
+    else:
+        chosen = choose(asked)
+    engines[what] = {"key": job.key, **asdict(chosen), "name": device_name(chosen.device)}
     job.folder.save()
     return chosen
+
+
+def settle(job: Job, what: str, task: DistillationTask, plan: Plan, *, begun: bool) -> None:
+    """Let the task compute by the fastest engine: found once, before the first step, and recorded.
+
+    Args:
+        begun: steps were taken already, so that there is nothing to choose any more.
+    """
+    entry = job.folder.record["engines"][what]
+    o, note = job.options, job.display.note
+    batch = next(batches(job.views, plan, 0, 1, task.device))
+
+    def optimizer(of: DistillationTask) -> torch.optim.Optimizer:
+        return build_optimizer(of, plan)
+
+    if "trial" not in entry and not begun:
+        steps = plan.epochs * plan.steps(len(job.views))
+        trial = fastest(task, batch, optimizer, steps, precision=o.precision, compile=o.compile, note=note)
+        entry["trial"] = {str(one): round(rate, 1) for one, rate in trial.rates.items()}
+        if trial.rates:
+            note(f"engine: {trial}")
+        chosen = trial.engine
+    else:
+        chosen = task.engine
+        if o.compile != "auto" and (o.compile == "on") != (chosen.compile != "off"):
+            words = ("uncompiled", "compiled")
+            now = o.compile == "on"
+            note(f"{what} was begun {words[not now]} and goes on {words[now]}")
+            chosen = replace(chosen, compile="default" if now else "off")
+        chosen = compiled_or_not(task, batch, optimizer, chosen, note)
+    entry.update(asdict(chosen))
+    job.folder.save()
+    use_threads(chosen.threads)
+    task.use(chosen)
 
 
 def learn(job: Job, task: DistillationTask, plan: Plan, *, what: str, model: str) -> None:
@@ -68,6 +101,7 @@ def learn(job: Job, task: DistillationTask, plan: Plan, *, what: str, model: str
     """
     checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key)
     log = Log(job, what)
+    settle(job, what, task, plan, begun=checkpoint.path.exists())
     pixels, labels, _ = job.rendered("select", model)
 
     def select_accuracy(network: nn.Module) -> float | None:
