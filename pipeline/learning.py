@@ -75,7 +75,7 @@ def settle(job: Job, what: str, task: DistillationTask, plan: Plan, *, begun: bo
         steps = plan.epochs * plan.steps(len(job.views))
         trial = fastest(task, batch, optimizer, steps, precision=o.precision, compile=o.compile, note=note)
         entry["trial"] = {str(one): round(rate, 1) for one, rate in trial.rates.items()}
-        if trial.rates:
+        if len(trial.rates) > 1:
             note(f"engine: {trial}")
         chosen = trial.engine
     else:

@@ -83,7 +83,7 @@ def fastest(
     """
     rule = task.engine
     kind = torch.device(rule.device).type
-    least = 2 * (1 + ROUNDS[0])  # steps of a race
+    least = 4 * (1 + ROUNDS[0])  # steps: the rule's engine alone, a race, and room for slower steps in it
     raced: Sequence[Challenge] = [_precision, _layout, _threads] if kind == "cpu" else []
     raced = raced if precision == "auto" else raced[1:]
     compiles = compile == "auto" and kind in COMPILE_FROM and can_compile(kind)
@@ -98,9 +98,7 @@ def fastest(
         return Trial(rule)
     finally:
         torch.set_num_threads(threads)
-        if kind == "cuda":
-            runners.copies.clear()
-            torch.cuda.empty_cache()
+        runners.close()
 
 
 def _fastest(
@@ -165,8 +163,14 @@ def compiled_or_not(
     if engine.compile == "off":
         return engine
     kind = torch.device(engine.device).type
-    with torch.random.fork_rng(devices=[engine.device] if kind == "cuda" else []):
-        return attempt(_Runners(task, batch, make_optimizer), engine, note)
+    runners = _Runners(task, batch, make_optimizer)
+    try:
+        with torch.random.fork_rng(devices=[engine.device] if kind == "cuda" else []):
+            return attempt(runners, engine, note)
+    except torch.OutOfMemoryError:  # of the copy beside the task; the training knows what to do with its own
+        return engine
+    finally:
+        runners.close()
 
 
 def can_compile(kind: str) -> bool:
@@ -224,10 +228,12 @@ class _Runners:
         self.task, self.batch, self.make_optimizer = task, batch, make_optimizer
         self.images = len(batch[0])
         self.copies: dict[Engine, tuple[DistillationTask, torch.optim.Optimizer]] = {}
+        self.graphs = False
 
     def seconds(self, engine: Engine) -> float:
         """How long one training step takes; an engine's first one is there to warm up."""
         if engine not in self.copies:
+            self.graphs |= engine.compile == "reduce-overhead"
             made = _copy(self.task)
             made.use(engine)
             made.train()
@@ -248,6 +254,14 @@ class _Runners:
     def drop(self, engine: Engine) -> None:
         """Give back the memory of an engine that is out."""
         self.copies.pop(engine, None)
+
+    def close(self) -> None:
+        """Give back all memory, that of CUDA graphs too; what is compiled otherwise is used again."""
+        self.copies.clear()
+        if self.graphs:
+            torch.compiler.reset()
+        if torch.device(self.task.engine.device).type == "cuda":
+            torch.cuda.empty_cache()
 
     def _step(self, task: DistillationTask, optimizer: torch.optim.Optimizer) -> None:
         result = task(*self.batch)
