@@ -10,7 +10,7 @@ A map is row-major in space whatever the family: channels-last maps are turned r
 on their grid without class, distillation and register tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,7 @@ class Readouts(nn.Module):
         self.norm = False
         self.classifier_reads_vector = False
         self.level_count = 0
+        self.compiled: dict[str, Callable[..., Any]] = {}
         self.shapes = self._explore(size)
 
     @property
@@ -95,10 +96,29 @@ class Readouts(nn.Module):
 
     def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
         """Images [B,3,H,W] to the readouts asked for, by name, and nothing computed beyond them."""
-        if reads == LOGITS:
+        if reads == LOGITS and not self.compiled:
             return {"logits": self.network(x)}
         self.check(reads)
         return self._read(x, reads)
+
+    def compile_features(self, mode: str | None) -> None:
+        """Compute what comes before the head by torch.compile with this mode from now on; None: no longer.
+
+        The network itself, its names and its own forward pass stay as they are. The head stays outside:
+        between the two lies the map, at which gradients of losses are compared. A network without timm's
+        parts, and a pass that reads `map_pre` from within, are computed as they are.
+        """
+        self.compiled = {}
+        if mode is None or self.shapes.vector is None:
+            return
+        for part in ("forward_features", "forward_intermediates"):
+            if hasattr(self.network, part):
+                # Sizes do not change in a training: one graph, made for them.
+                self.compiled[part] = torch.compile(getattr(self.network, part), dynamic=False, mode=mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled computes with this network's weights: a copy has none of it.
+        return {**super().__getstate__(), "compiled": {}}
 
     def _read(self, x: Tensor, reads: Reads) -> dict[str, Tensor]:
         taken: dict[str, Tensor] = {}
@@ -127,10 +147,10 @@ class Readouts(nn.Module):
         if "map" in reads and self.layout == "tokens":
             wanted.add(self.level_count - 1)
         if not wanted:
-            return self._network.forward_features(x), {}
+            return self._part("forward_features", reads)(x), {}
         indices = sorted(wanted)
         only_levels = all(read.startswith("map@") for read in reads) or (reads == {"map"} and bool(wanted))
-        found = self._network.forward_intermediates(
+        found = self._part("forward_intermediates", reads)(
             x,
             indices=indices,
             norm=self.norm,
@@ -140,6 +160,10 @@ class Readouts(nn.Module):
         )
         features, maps = (None, found) if only_levels else found
         return features, dict(zip(indices, maps, strict=True))
+
+    def _part(self, name: str, reads: Reads) -> Callable[..., Any]:
+        part: Callable[..., Any] = getattr(self.network, name)
+        return part if "map_pre" in reads else self.compiled.get(name, part)
 
     def _as_map(self, features: Any, levels: dict[int, Tensor]) -> Tensor:
         if self.layout == "tokens":

@@ -2,7 +2,10 @@
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +24,32 @@ class Engine:
     threads: int
     precision: str
     """``fp32``, or ``bf16`` for autocast."""
+    layout: str = "channels_last"
+    """Of maps and weights in memory: ``channels_last`` or ``contiguous``."""
+    compile: str = "off"
+    """``off``, or the mode of torch.compile: ``default``, or ``reduce-overhead`` for CUDA graphs."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Engine":
+        """The engine that ``dataclasses.asdict`` wrote down, perhaps before it had all of today's fields."""
+        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+
+    @property
+    def compile_mode(self) -> str | None:
+        """What ``Readouts.compile_features`` takes."""
+        return None if self.compile == "off" else self.compile
+
+    def __str__(self) -> str:
+        parts = [self.precision, self.layout.replace("_", " ")]
+        if torch.device(self.device).type == "cpu":
+            parts.append(f"{self.threads} thread{'s' if self.threads > 1 else ''}")
+        if self.compile != "off":
+            parts.append("compiled" + (" to CUDA graphs" if self.compile == "reduce-overhead" else ""))
+        return ", ".join(parts)
 
     def autocast(self) -> torch.autocast:
         kind = torch.device(self.device).type
@@ -101,6 +130,18 @@ def device_name(device: str) -> str:
 def free_memory(device: str) -> float:
     """Bytes free on a GPU of its own memory; no limit where the device shares the host's."""
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else math.inf
+
+
+def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Processor cores this process may use, where ``allowed_cores`` counts a core's hyper-threads each."""
+    try:
+        siblings = {
+            (root / f"cpu{number}" / "topology" / "thread_siblings_list").read_text()
+            for number in os.sched_getaffinity(0)
+        }
+    except (AttributeError, OSError):  # not Linux, or a system that does not tell
+        return allowed_cores()
+    return min(len(siblings), allowed_cores())
 
 
 def use_threads(threads: int) -> None:

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import torch
 from torch import nn
 
 from . import evaluate
 from .checkpoint import Checkpoint
 from .data.schedule import Schedule
-from .device import Engine, device_name
+from .device import Engine, device_name, use_threads
 from .job import Job
 from .metrics import Log, measured
 from .micro_batch import MicroBatch
+from .optimizer import build_optimizer
 from .plan import Plan
 from .store.store import Store
 from .task import DistillationTask
-from .train import train
+from .train import Batch, Batches, train
+from .trial import compiled_or_not, fastest
 
 
 def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
@@ -50,16 +53,59 @@ def engine(job: Job, what: str, choose: Callable[[str], Engine]) -> Engine:
     asked = job.options.precision
     if entry is not None and entry["key"] == job.key and entry["device"] == job.device:
         if asked in ("auto", entry["precision"]):
-            return Engine(entry["device"], entry["threads"], entry["precision"])
+            return Engine.of(entry)
         job.display.note(f"{what} was begun in {entry['precision']} and goes on in {asked}")
-    chosen = choose(asked)
-    engines[what] = {
-        "key": job.key,
-        "device": chosen.device,
-        "threads": chosen.threads,
-        "precision": chosen.precision,
-        "name": device_name(chosen.device),
-    }
+        chosen = replace(Engine.of(entry), precision=asked)
+    else:
+        chosen = choose(asked)
+    engines[what] = {"key": job.key, **asdict(chosen), "name": device_name(chosen.device)}
+    job.folder.save()
+    return chosen
+
+
+def settle(
+    job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, *, images: int, begun: bool
+) -> None:
+    """Let the task compute by the fastest engine: found once, before the first step, and recorded.
+
+    Args:
+        first: the first step's batch.
+        images: how many there are in all.
+        begun: steps were taken already, so that there is nothing to choose any more.
+    """
+    chosen = _settled(job, what, task, plan, first, images, begun) if job.ranks.lead else task.engine
+    # Of several ranks one tries, and all take what it has found.
+    chosen = replace(job.ranks.share(chosen), device=task.engine.device)
+    use_threads(chosen.threads)
+    task.use(chosen)
+
+
+def _settled(
+    job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int, begun: bool
+) -> Engine:
+    entry = job.folder.record["engines"][what]
+    o, note = job.options, job.display.note
+    batch = first.pixels, first.labels, first.keys, first.answers
+
+    def optimizer(of: DistillationTask) -> torch.optim.Optimizer:
+        return build_optimizer(of, plan)
+
+    if "trial" not in entry and not begun:
+        steps = plan.epochs * plan.steps(images)
+        trial = fastest(task, batch, optimizer, steps, precision=o.precision, compile=o.compile, note=note)
+        entry["trial"] = {str(one): round(rate, 1) for one, rate in trial.rates.items()}
+        if len(trial.rates) > 1:
+            note(f"engine: {trial}")
+        chosen = trial.engine
+    else:
+        chosen = task.engine
+        if o.compile != "auto" and (o.compile == "on") != (chosen.compile != "off"):
+            words = ("uncompiled", "compiled")
+            now = o.compile == "on"
+            note(f"{what} was begun {words[not now]} and goes on {words[now]}")
+            chosen = replace(chosen, compile="default" if now else "off")
+        chosen = compiled_or_not(task, batch, optimizer, chosen, note)
+    entry.update(asdict(chosen))
     job.folder.save()
     return chosen
 
@@ -108,6 +154,9 @@ def learn(
             plan.batch_size,
         )
 
+    source = Batches(views, views_of or Schedule(job.policy, plan.seed), store, plan, job.ranks, task.device)
+    begun = checkpoint.load("cpu") is not None
+    settle(job, what, task, plan, source.first(), images=len(views), begun=begun)
     if job.ranks.count > 1:
         task.prepare_distributed(sync_bn=job.options.sync_bn)
     parts = MicroBatch(job, what, plan)

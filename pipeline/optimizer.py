@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from torch import Tensor
 
 from .defaults import ADAPTIVE_SCALE, adaptive
 from .plan import Plan
@@ -35,9 +36,33 @@ def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer
             "lr_scale": ADAPTIVE_SCALE if adaptive(plan.optimizer) else 1.0,
         },
     ]
-    return create_optimizer_v2(
-        [group for group in groups if group["params"]], opt=plan.optimizer, lr=plan.lr, weight_decay=decay
+    fused: dict[str, Any] = {"fused": True} if fuses(plan.optimizer) else {}
+    optimizer = create_optimizer_v2(
+        [group for group in groups if group["params"]],
+        opt=plan.optimizer,
+        lr=plan.lr,
+        weight_decay=decay,
+        **fused,
     )
+    if fused:
+        optimizer.register_load_state_dict_post_hook(_lay_out)
+    return optimizer
+
+
+def fuses(optimizer: str) -> bool:
+    """Whether torch has the optimizer's step as one operation over all parameters."""
+    if optimizer.lower().startswith("lookahead_"):
+        return False
+    found = get_optimizer_class(optimizer, bind_defaults=False)
+    return found in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Moments as their parameters lie in memory: a fused step goes through both as they lie there."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def schedule(optimizer: torch.optim.Optimizer, plan: Plan, steps: int) -> Scheduler:

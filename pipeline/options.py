@@ -266,6 +266,11 @@ class Options(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = option(
         "arithmetic of training; auto: bf16 where it pays", "auto", group="Running"
     )
+    compile: Literal["auto", "on", "off"] = option(
+        "torch.compile of the networks in training; auto: where it is measured to pay, in long trainings",
+        "auto",
+        group="Running",
+    )
     cache: Path | None = option(
         "folder for what runs share: decoded images, vocabularies [default: the user's cache folder]",
         group="Running",

@@ -1,6 +1,7 @@
 """One training step: views in, losses out. It knows neither the methods nor the data set."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.build import Geometry
+from ..models.fold import fold_batch_norm
 from ..models.readout import Readouts
 from .averages import Averages
 from .balance import Balance
@@ -31,12 +33,19 @@ class Teacher(nn.Module):
 
     def __init__(self, network: nn.Module, geometry: Geometry, engine: Engine) -> None:
         super().__init__()
-        self.readouts = Readouts(network)
+        size = geometry.image_size
+        self.readouts = Readouts(fold_batch_norm(network, torch.randn(1, 3, size, size)), size)
         self.normalise = Normalise(geometry.mean, geometry.std)
-        self.engine = engine
-        self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
+        self.use(engine)
+
+    def use(self, engine: Engine) -> None:
+        """Compute by this engine from now on."""
+        self.engine = engine
+        self.to(memory_format=engine.memory_format)
+        # Without CUDA graphs: theirs share memory with the student's, which may be at work at the same time.
+        self.readouts.compile_features(None if engine.compile == "off" else "default")
 
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
@@ -45,7 +54,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor, reads: frozenset[str]) -> dict[str, Tensor]:
         with self.engine.autocast():
-            return self.readouts(self.normalise(pixels), reads)
+            images = self.normalise(pixels).contiguous(memory_format=self.engine.memory_format)
+            return self.readouts(images, reads)
 
 
 class Trainee(nn.Module):
@@ -71,6 +81,13 @@ class Trainee(nn.Module):
         self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
         self.label_smoothing = label_smoothing
+        self.memory_format = torch.channels_last
+
+    def use(self, engine: Engine) -> None:
+        """Compute by this engine from now on."""
+        self.memory_format = engine.memory_format
+        self.to(memory_format=self.memory_format)
+        self.readouts.compile_features(engine.compile_mode)
 
     def forward(
         self,
@@ -81,7 +98,8 @@ class Trainee(nn.Module):
         keys: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted losses by name, and the logits [B,N]."""
-        student = self.readouts(self.normalise(pixels), self.reads)
+        images = self.normalise(pixels).contiguous(memory_format=self.memory_format)
+        student = self.readouts(images, self.reads)
         entropy = F.cross_entropy(student["logits"].float(), labels, label_smoothing=self.label_smoothing)
         of_methods = {
             name: {
@@ -170,8 +188,16 @@ class DistillationTask(TrainingTask):
         self.teachers = nn.ModuleList(teachers)
         self.teacher_reads = teacher_reads
         self.to(engine.device)
-        self.trainable_module.to(memory_format=torch.channels_last)
+        self.use(engine)
         self.averages = Averages(self.network, ema, average_last)
+
+    def use(self, engine: Engine) -> None:
+        """Compute by this engine from now on, the teachers with its threads and compiled where it is."""
+        self.engine = engine
+        self.trainee.use(engine)
+        for teacher in self.teachers:
+            assert isinstance(teacher, Teacher)
+            teacher.use(replace(teacher.engine, threads=engine.threads, compile=engine.compile))
 
     @property
     def trainee(self) -> Trainee:

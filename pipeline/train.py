@@ -1,7 +1,7 @@
 """The training loop. It knows neither which method runs nor which data set."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class Batch:
     labels: Tensor
     keys: Tensor
     """int64 [B]: what the methods' random draws follow."""
-    answers: list[Readout] | None
+    answers: Sequence[Readout] | None
     """Each teacher's, from the store; None where the teachers themselves are asked."""
 
     def __len__(self) -> int:
@@ -178,6 +178,11 @@ class Batches:
         if self.store is not None:
             self.store.open(self.views_of.needed(epoch))
             self.store.make_resident(self.views_of.needed(epoch), self.device)
+
+    def first(self) -> Batch:
+        """The first step's."""
+        self.open(0)
+        return next(self.of(0, 1, 0))
 
     def of(self, epoch: int, steps: int, begun: int) -> Iterator[Batch]:
         """This rank's batches from step ``begun`` on."""

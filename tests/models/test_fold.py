@@ -1,0 +1,212 @@
+"""BatchNorm is folded where that changes nothing, and stays where it would."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from questpress.models.build import build
+from questpress.models.fold import fold_batch_norm
+from questpress.models.readout import Readouts
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+
+# Of each family an image size, and how many of its BatchNorms stand right after a convolution of their own.
+FAMILIES = {
+    "resnet18": (64, 20, 20),
+    "mobilenetv2_100": (64, 52, 52),
+    "cifar_resnet20": (32, 21, 21),
+    "cifar_wrn_16_2": (32, 7, 13),  # pre-activation: a sum comes first in half of them
+    "cifar_vgg8": (32, 5, 5),  # the map before the last ReLU is the folded convolution's
+    "resnetv2_18": (64, 8, 17),
+    "densenet121": (64, 59, 121),
+    "efficientnet_b0": (64, 49, 49),
+    "vgg11_bn": (64, 8, 8),
+    "convnext_atto": (64, 0, 0),
+    "swin_tiny_patch4_window7_224": (64, 0, 0),
+}
+
+
+def randomise(network: nn.Module, seed: int = 1) -> nn.Module:
+    """Statistics and factors as training leaves them; fresh ones would fold to nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.2, generator=generator)
+    return network.eval()
+
+
+def batch_norms(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_readout_of_a_folded_network_is_the_networks_own(name: str) -> None:
+    size, folds, of = FAMILIES[name]
+    if name == "vgg11_bn":  # with a head that is not most of the test's time
+        network = randomise(timm.create_model(name, num_classes=7, mlp_ratio=0.05))
+    else:
+        network = randomise(build(name, num_classes=7, image_size=size, seed=0))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    folded = fold_batch_norm(network, torch.randn(2, 3, size, size))
+    assert batch_norms(network) == of and batch_norms(folded) == of - folds
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    own, its = Readouts(network, size), Readouts(folded, size)
+    assert own.shapes == its.shapes
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
+    expected, found = own(images, own.offers), its(images, its.offers)
+    for read in own.offers:
+        scale = expected[read].abs().max()
+        assert (expected[read] - found[read]).abs().max() <= 1e-4 * scale, read
+    torch.testing.assert_close(its(images)["logits"], found["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_folded_network_keeps_its_precision_its_frozen_weights_and_what_build_said_of_it() -> None:
+    network = randomise(build("cifar_resnet8", num_classes=3, image_size=16, seed=0)).requires_grad_(False)
+    folded = fold_batch_norm(network, torch.randn(1, 3, 16, 16))
+    assert folded.built_as == network.built_as
+    assert {p.dtype for p in folded.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert not any(module.training for module in folded.modules())
+
+
+class Toy(nn.Module):
+    """Convolution, BatchNorm and what a test puts around them; timm's three methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        vector = x.mean((2, 3))
+        return vector if pre_logits else self.fc(vector)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class Shared(Toy):
+    """The same pair twice."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(super().body(x))
+
+
+class SharedBatchNorm(Toy):
+    """One BatchNorm after two convolutions."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(super().body(x)).relu()) + self.bn(self.conv(x))
+
+
+class Skips(Toy):
+    """The convolution's output is used beside its BatchNorm."""
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.bn(y) + y
+
+
+class Changed(Toy):
+    """The convolution's output is changed in place before its BatchNorm."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x).mul_(2))
+
+
+class Tied(Toy):
+    """Another layer has the convolution's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.other.weight = self.conv.weight
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + self.other(x)
+
+
+class Peeks(Toy):
+    """The network looks at what its BatchNorm learned."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x) * self.bn.weight.mean()
+
+
+class Standardised(Toy):
+    """The convolution standardises its weights, which cannot take a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = StdConv2d(8, 8, 3, padding=1, bias=False)
+
+
+class Parametrised(Toy):
+    """The convolution's weight is computed from two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.conv)
+
+
+class Statistics(Toy):
+    """The BatchNorm has no statistics: it takes the batch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [(Toy, 0), (Shared, 0), (SharedBatchNorm, 1), (Skips, 1), (Changed, 1), (Tied, 1), (Peeks, 1),
+     (Standardised, 1), (Parametrised, 1), (Statistics, 1)],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_batch_norm_that_is_no_part_of_one_convolution_stays(kind: type[Toy], left: int) -> None:
+    torch.manual_seed(0)
+    network = kind().eval()
+    if kind is not Statistics:
+        randomise(network)
+    images = torch.randn(2, 3, 8, 8)
+    folded = fold_batch_norm(network, images)
+    assert batch_norms(folded) == left
+    torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_cannot_be_folded_does_not_keep_the_rest_from_it() -> None:
+    torch.manual_seed(0)
+    network = randomise(nn.Sequential(Stack([Toy, Standardised, Toy, Peeks, Toy]))[0])
+    images = torch.randn(2, 3, 8, 8)
+    folded = fold_batch_norm(network, images)
+    assert batch_norms(folded) == 2
+    torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+class Stack(nn.Module):
+    def __init__(self, kinds: list[type[Toy]]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(kind() for kind in kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.parts[0].stem(x)
+        for part in self.parts:
+            y = part.body(y)
+        return self.parts[-1].forward_head(y)

@@ -1,0 +1,204 @@
+"""One training step: it never waits for the device, and its layout and its optimizer change no result."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from questpress.models.build import build, geometry
+from questpress.pipeline import methods
+from questpress.pipeline.device import Engine
+from questpress.pipeline.meter import Meter
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.optimizer import build_optimizer
+from questpress.pipeline.plan import Plan
+from questpress.pipeline.ranks import Ranks
+from questpress.pipeline.task import DistillationTask, Teacher
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+SIDE, CLASSES, BATCH = 16, 5, 8
+FP32 = Engine("cpu", 1, "fp32")
+SUMS = ("none", "quest", "kd", "dkd", "dist", "quest+kd")
+
+WAITS = {
+    "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "nonzero_static", "masked_select",
+    "unique_dim", "_unique", "_unique2", "repeat_interleave", "bincount",
+}  # fmt: skip
+"""Operations whose result, or its size, the host must know before it goes on."""
+
+
+class Waiting(TorchDispatchMode):
+    """Records what makes the host wait: operations of ``WAITS`` and indexing by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masked = any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in tree_iter(indices))
+        if name in WAITS or masked:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def plan(optimizer: str = "adamw", **changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "epochs": 40, "batch_size": BATCH, "optimizer": optimizer, "lr": 2e-3, "schedule": "cosine",
+        "milestones": (), "warmup_epochs": 0.0, "weight_decay": 0.05, "decay_all": False,
+        "label_smoothing": 0.0, "seed": 0,
+    }  # fmt: skip
+    return Plan(**{**values, **changes})
+
+
+def distillation(method: str, engine: Engine, balance: bool = True) -> DistillationTask:
+    """A student, heads as a run makes them, and a teacher."""
+    torch.manual_seed(0)
+    names = methods.names(method)
+    parameters = methods.parameters(names, {"quest.words": 7} if "quest" in names else {})
+    classes = {name: methods.load(name) for name in names}
+    shapes = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
+    prepared = {"0.map.words": torch.rand(7, 64), "0.map.mu": torch.tensor(10.0)}
+    g = geometry("cifar_resnet8", SIDE)
+    teacher = build("cifar_resnet14", num_classes=CLASSES, image_size=SIDE, seed=1)
+    reads = frozenset().union(*(classes[name].reads(parameters[name], shapes) for name in names))
+    return DistillationTask(
+        build("cifar_resnet8", num_classes=CLASSES, image_size=SIDE, seed=0),
+        g,
+        engine,
+        teachers=[Teacher(teacher, g, engine).to(engine.device)] if names else [],
+        teacher_reads=[reads] if names else [],
+        methods={
+            name: classes[name](parameters[name], shapes, [shapes], prepared if name == "quest" else {})
+            for name in names
+        },
+        student_reads=reads,
+        balance=balance,
+    )
+
+
+def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    return images.to(device), torch.randint(0, CLASSES, (BATCH,), generator=generator).to(device)
+
+
+def stepper(task: DistillationTask, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """The loop's step, over one batch."""
+    images, labels = batch(str(task.device))
+    meter = Meter(task.device, Ranks())
+
+    def step() -> None:
+        result = task(images, labels)
+        optimizer.zero_grad(set_to_none=True)
+        result["loss"].backward()
+        optimizer.step()
+        meter.add(result, labels)
+
+    return step
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_no_operation_of_a_step_makes_the_host_wait(method: str) -> None:
+    task = distillation(method, FP32).train()
+    step = stepper(task, build_optimizer(task, plan()))
+    with Waiting() as waiting:
+        for _ in range(2):
+            step()
+    assert waiting.seen == []
+
+
+def test_the_watch_for_waiting_sees_what_waits() -> None:
+    x = torch.arange(4.0)
+    with Waiting() as waiting:
+        float(x.sum())
+        x[x > 1]
+        x.nonzero()
+        torch.equal(x, x)
+    assert len(waiting.seen) >= 4
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", SUMS)
+def test_no_step_on_a_gpu_waits_for_it(method: str, precision: str) -> None:
+    task = distillation(method, Engine("cuda", 1, precision)).train()
+    step = stepper(task, build_optimizer(task, plan()))
+    step()
+    with no_synchronisation():
+        for _ in range(3):
+            step()
+
+
+def gradients(task: DistillationTask, seed: int) -> None:
+    """Random gradients, lying in memory as autograd lays them: as their parameters do."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in task.trainable_module.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(drawn)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "momentum"])
+def test_a_fused_optimizer_does_what_the_unfused_one_does(optimizer: str) -> None:
+    results = []
+    for fused in (True, False):
+        task = distillation("quest", FP32)
+        made = build_optimizer(task, plan(optimizer))
+        assert all(group["fused"] for group in made.param_groups)
+        for group in made.param_groups:
+            group["fused"] = fused
+        for step in range(8):
+            gradients(task, step)
+            made.step()
+        results.append(list(task.trainable_module.parameters()))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_moments_that_were_saved_in_another_layout_are_the_same_moments(optimizer: str) -> None:
+    results = []
+    for layout in ("contiguous", "channels_last"):
+        task = distillation("quest", Engine("cpu", 1, "fp32", layout="contiguous"))
+        made = build_optimizer(task, plan(optimizer))
+        for step in range(3):
+            gradients(task, step)
+            made.step()
+        task.use(Engine("cpu", 1, "fp32", layout=layout))
+        resumed = build_optimizer(task, plan(optimizer))
+        resumed.load_state_dict(made.state_dict())
+        gradients(task, 9)
+        resumed.step()
+        results.append(list(task.trainable_module.parameters()))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "nadamw", "lookahead_adamw"])
+def test_an_optimizer_without_a_fused_form_is_used_as_it_is(optimizer: str) -> None:
+    task = distillation("none", FP32).train()
+    stepper(task, build_optimizer(task, plan(optimizer)))()
+
+
+def test_the_layout_changes_where_numbers_lie_and_not_what_they_are() -> None:
+    engines = FP32, Engine("cpu", 1, "fp32", layout="contiguous")
+    tasks = [distillation("quest+kd", engine).eval() for engine in engines]
+    last, first = (task.network.get_parameter("layer1.0.conv1.weight") for task in tasks)
+    assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
+    assert first.is_contiguous()
+    one, two = (task(*batch()) for task in tasks)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
