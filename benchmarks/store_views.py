@@ -1,0 +1,56 @@
+"""How many fixed views teach as well as ever new ones, and what drawing positions costs: accuracy by cell.
+
+The CPU protocol of ``cifar10_small.py`` with QuEST as it is by default (1,024 words, ``--balance auto``): the
+teacher asked at every step, then from a store of V views of each image, and with N of the 64 positions drawn
+for each image and epoch. All cells share one store, which the first with the most views fills.
+
+    python benchmarks/store_views.py --data cifar10/ --weights resnet56-4bfd9763.th --out runs/store_views
+"""
+
+import argparse
+from pathlib import Path
+
+from cells import Cell, Table, markdown, run_and_write
+from cifar10_small import PAIR, QUEST, TRAINING, rows
+
+CELLS = {
+    "V = 30": ["--store-views", "30"],
+    "V = 10": ["--store-views", "10"],
+    "V = 3": ["--store-views", "3"],
+    "V = 30, 16 positions": ["--store-views", "30", "--set", "quest.positions=16"],
+    "online": ["--store-views", "0"],
+    "V = 1": ["--store-views", "1"],
+    "V = 30, 8 positions": ["--store-views", "30", "--set", "quest.positions=8"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="the folder with train/ and test/")
+    parser.add_argument("--weights", required=True, help="the teacher's weights, resnet56-4bfd9763.th")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the store and results")
+    parser.add_argument("--seeds", default="0", help="comma-separated [default: 0]")
+    parser.add_argument("--cells", default=";".join(CELLS), help="separated by semicolons [default: all]")
+    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
+    options = parser.parse_args()
+    given = ["--teacher", "cifar_resnet56_a", "--teacher-weights", options.weights, "--data", options.data]
+    given += [*TRAINING, *QUEST, "--balance", "auto", "--cache", str(options.out / "cache")]
+    chosen = [name for name in CELLS if name in options.cells.split(";")]
+    table = Table(
+        options.out,
+        [
+            Cell(PAIR, name, seed, [*given, *CELLS[name]])
+            for seed in map(int, options.seeds.split(","))
+            for name in chosen
+        ],
+    )
+    columns = ["views and positions", "top-1, %", "95 % interval", "", "images/s", "seeds"]
+    run_and_write(
+        table, options.budget, {"protocol": __doc__}, lambda: markdown(columns, rows(table, chosen))
+    )
+
+
+if __name__ == "__main__":
+    main()
