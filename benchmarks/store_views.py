@@ -46,7 +46,7 @@ def main() -> None:
             for name in chosen
         ],
     )
-    columns = ["views and positions", "top-1, %", "95 % interval", "", "images/s", "seeds"]
+    columns = ["QuEST with", "top-1, %", "95 % interval", "", "images/s", "seeds"]
     run_and_write(
         table, options.budget, {"protocol": __doc__}, lambda: markdown(columns, rows(table, chosen))
     )

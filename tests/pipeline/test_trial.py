@@ -92,6 +92,16 @@ def test_a_short_training_keeps_the_rules_choice_untried(
     assert run(task, steps)[0] == Trial(RULE) and tried == []
 
 
+def test_several_processes_compute_alike_and_so_by_the_rule(
+    task: DistillationTask, timed: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = timed(lambda e: 0.1 if e == RULE else 0.01)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert run(task, compile="auto")[0] == Trial(RULE)
+    assert run(task, compile="on")[0] == Trial(replace(RULE, compile="default"))
+    assert tried == []
+
+
 def test_a_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask, timed: Timer) -> None:
     spent = 0.0
     clock = SimpleNamespace(perf_counter=lambda: spent)
