@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .data.render import Views
+from .data.streamed import StreamedViews
 from .data.views import permutation
 from .defaults import ADAPTIVE_SCALE, adaptive
 from .errors import JobError
@@ -47,7 +48,7 @@ class Plan:
 
 def train(
     task: DistillationTask,
-    views: Views,
+    views: Views | StreamedViews,
     plan: Plan,
     checkpoint: Checkpoint,
     *,
@@ -126,13 +127,12 @@ def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:
 
 
 def batches(
-    views: Views, plan: Plan, epoch: int, steps: int, device: torch.device
+    views: Views | StreamedViews, plan: Plan, epoch: int, steps: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The epoch's views in the epoch's order: both follow from the seed, the image and the epoch alone."""
     order = permutation(plan.seed, epoch, views.keys)
-    for step in range(steps):
-        indices = order[step * plan.batch_size : (step + 1) * plan.batch_size]
-        yield views.batch(indices, torch.full_like(indices, epoch), device)
+    planned = (order[step * plan.batch_size : (step + 1) * plan.batch_size] for step in range(steps))
+    return views.batches(((indices, torch.full_like(indices, epoch)) for indices in planned), device)
 
 
 def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer:

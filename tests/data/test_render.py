@@ -50,7 +50,7 @@ def test_resized_crops_are_torchvisions_within_one_level(way: str, size: int) ->
     heights, widths = done.pixels.heights[indices], done.pixels.widths[indices]
     box, flips = boxes(PHOTOS, 0, done.keys[indices], torch.arange(60), heights, widths)
     if way == "by products":
-        rendered = resized_by_products(done.pixels, indices, box, flips, size, "cpu")
+        rendered = resized_by_products(done.pixels, indices, box, flips, size)
     else:
         rendered, labels = views.batch(indices, torch.arange(60))
         assert labels.equal(indices)
@@ -104,7 +104,7 @@ def test_a_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
     indices, box = torch.arange(2), torch.tensor([[3, 4, 30, 31], [5, 0, 11, 40]], dtype=torch.int32)
     no, yes = torch.tensor([False, False]), torch.tensor([True, True])
     if way == "by products":
-        plain, mirrored = (resized_by_products(done.pixels, indices, box, f, 9, "cpu") for f in (no, yes))
+        plain, mirrored = (resized_by_products(done.pixels, indices, box, f, 9) for f in (no, yes))
     else:
         plain, mirrored = (render_views(done.pixels, indices, box, f, 9, PHOTOS) for f in (no, yes))
     assert mirrored.equal(plain.flip(-1))
@@ -130,7 +130,7 @@ def test_the_whole_crop_at_its_own_size_is_the_image() -> None:
     box = torch.tensor([[0, 0, 12, 12]] * 6, dtype=torch.int32)
     for rendered in (
         render_views(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, PHOTOS),
-        resized_by_products(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, "cpu"),
+        resized_by_products(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12),
     ):
         assert rendered.permute(0, 2, 3, 1).equal(done.pixels.stacked())
 
@@ -141,7 +141,7 @@ def test_no_indices_give_an_empty_batch() -> None:
         batch, labels = views_of(done, policy, 12).batch(empty, empty)
         assert batch.shape == (0, 3, 12, 12) and labels.shape == (0,)
     box = torch.empty(0, 4, dtype=torch.int32)
-    assert resized_by_products(photos().pixels, empty, box, empty.bool(), 5, "cpu").shape == (0, 3, 5, 5)
+    assert resized_by_products(photos().pixels, empty, box, empty.bool(), 5).shape == (0, 3, 5, 5)
 
 
 def test_batches_are_channels_last_in_memory() -> None:
