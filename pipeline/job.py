@@ -1,5 +1,6 @@
 """What the stages of one run share: options, data, folder, cache and display."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,10 +165,14 @@ class Job:
             pixels = pixels.to(self.device)
         return Views(pixels, train.labels, train.keys, self.policy, seed, size)
 
-    def rendered(self, role: Role, name: str) -> tuple[Tensor, Tensor, Decoded]:
-        """A role as the runtime renders it for a network: uint8 [N,S,S,3], labels [N], and its images."""
+    def rendered(self, role: Role, name: str, most: int | None = None) -> tuple[Tensor, Tensor, Decoded]:
+        """A role as the runtime renders it for a network: uint8 [N,S,S,3], labels [N], and its images.
+
+        ``most`` images at most, spread evenly over the classes.
+        """
+        images = self.data.role(role)
         decoded = rendered(
-            self.data.role(role),
+            images[:: max(1, math.ceil(len(images) / most))] if most else images,
             self.preprocessing(name),
             cache=self.cache,
             progress=self._progress(f"rendering {role}"),

@@ -68,9 +68,8 @@ class Canonical:
         short = min(tall, wide)
         if short <= self.side:
             return tall, wide
-        return max(self.side, round(tall * self.side / short)), max(
-            self.side, round(wide * self.side / short)
-        )
+        tall, wide = (max(self.side, round(length * self.side / short)) for length in (tall, wide))
+        return tall, wide
 
 
 def _cut(height: int, width: int) -> tuple[int, int]:

@@ -133,29 +133,17 @@ def resized_by_products(pixels: Pixels, indices: Tensor, box: Tensor, flips: Ten
         top, left, height, width = box[some].long().T
         stride = pixels.widths[indices[some]]
         first = pixels.offsets[indices[some]] + top * stride + left
-        products = _products(
-            pixels.data,
-            *_all_sent(pixels.data.device, first, stride, height, width, flips[some]),
-            tallest,
-            widest,
-            size,
-        )
+        numbers = _all_sent(pixels.data.device, first, stride, height, width, flips[some])
+        products = _products(pixels.data, numbers, tallest, widest, size)
         views[some] = products.round_().clamp_(0, 255).transpose(1, 2)
     return views.permute(0, 3, 1, 2)
 
 
-def _products(
-    data: Tensor,
-    first: Tensor,
-    stride: Tensor,
-    height: Tensor,
-    width: Tensor,
-    mirrored: Tensor,
-    tallest: int,
-    widest: int,
-    size: int,
-) -> Tensor:
-    """float32 [B, column, row, 3] of crops that begin at pixel ``first`` of ``data`` (int64 [B] each)."""
+def _products(data: Tensor, numbers: Sequence[Tensor], tallest: int, widest: int, size: int) -> Tensor:
+    """float32 [B, column, row, 3] of crops: ``numbers`` are first pixel in ``data``, pixels from a row to the
+    next, height, width and whether mirrored, int64 [B] each.
+    """
+    first, stride, height, width, mirrored = numbers
     rows = torch.arange(tallest, device=data.device).minimum(height[:, None] - 1) * stride[:, None]
     columns = torch.arange(widest, device=data.device).minimum(width[:, None] - 1)
     crops = data[(first[:, None] + rows)[:, :, None] + columns[:, None, :]]

@@ -86,7 +86,7 @@ def measured(
 
 @dataclass(frozen=True)
 class StreamedViews:
-    """As ``render.Views``, of images that no memory holds: workers read, decode, cut and resize each batch."""
+    """As ``render.Views``, of images that no memory holds: workers read, decode and cut each batch."""
 
     images: Sized
     labels: Tensor
