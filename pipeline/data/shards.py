@@ -158,6 +158,11 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[_Sample]:
         tar.members = []  # type: ignore[attr-defined]  # it would keep them all
     if sample is not None:
         yield sample
+    # A header that is cut off or damaged counts as the end for tarfile; the end is zeros.
+    stream: Any = tar.fileobj
+    stream.seek(tar.offset)  # type: ignore[attr-defined]
+    if any(stream.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError("it ends in the middle of a file")
 
 
 def _label(sample: _Sample, stream: Any, label: str, name: str) -> int | None:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -69,20 +70,15 @@ class Workers:
         first = next(waiting, None)
         if first is None:
             return
-        results = self._begin(itertools.chain([first], waiting))
+        with self._told():
+            results = self._begin(itertools.chain([first], waiting))
         while True:
             if turn != self._turn:
                 raise RuntimeError("these workers were given other tasks in the meantime")
-            try:
-                result = next(results)
-            except StopIteration:
+            with self._told():
+                result = next(results, _END)
+            if result is _END:
                 return
-            except RuntimeError as error:
-                explained = self._explained(error)
-                self.close()
-                if explained is None:
-                    raise
-                raise explained from error
             if isinstance(result, _Failed):
                 raise JobError(result.sentence)
             if isinstance(result, np.ndarray):
@@ -135,6 +131,18 @@ class Workers:
         atexit.register(_close_all)
         return results
 
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What torch says of dead workers, in a sentence for people."""
+        try:
+            yield
+        except RuntimeError as error:
+            explained = self._explained(error)
+            self.close()
+            if explained is None:
+                raise
+            raise explained from error
+
     def _explained(self, error: RuntimeError) -> JobError | None:
         """What went wrong with the workers themselves; None where a task raised the error."""
         if "in DataLoader worker process" in str(error):
@@ -153,6 +161,7 @@ class Workers:
         return JobError(f"A process that decodes images {why} {_INSTEAD}")
 
 
+_END = object()
 _running: "WeakSet[Workers]" = WeakSet()
 
 
@@ -204,10 +213,20 @@ def _unchanged(result: Any) -> Any:
 
 
 def _settle(_: int, low_priority: bool) -> None:
-    """Begin as a worker."""
+    """Begin as a worker: one that ends when the process it works for ends, however that comes about. (Torch's
+    own watch is on the process that a worker was forked from.)
+    """
     _block_signals()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if low_priority and hasattr(os, "nice"):
         os.nice(10)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _context() -> multiprocessing.context.BaseContext:
