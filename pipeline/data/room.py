@@ -34,10 +34,11 @@ def choose(
     # What is in the cache already needs no room on its disk.
     if needed > SHARE * disk and not cache.has("images", canonical_key(images, canonical)):
         return "workers", f"{size}, more than half of the {_gigabytes(disk)} free at {cache.root}"
-    there = free_memory(device)
+    memory = host_memory()
+    # A mapped file need not fit into memory, but a GPU that shares the host's wants a copy of it there.
+    there = memory if device == "mps" else free_memory(device)
     if needed <= SHARE * there:
         return "device", None
-    memory = host_memory()
     if needed > SHARE * memory:
         return "workers", f"{size}, more than half of the {_gigabytes(memory)} of memory"
     return "host", f"{size}, more than half of the {_gigabytes(there)} free on {device}"

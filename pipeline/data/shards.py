@@ -160,7 +160,7 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[_Sample]:
         yield sample
     # A header that is cut off or damaged counts as the end for tarfile; the end is zeros.
     stream: Any = tar.fileobj
-    stream.seek(tar.offset)  # type: ignore[attr-defined]
+    stream.seek(tar.offset)
     if any(stream.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError("it ends in the middle of a file")
 

@@ -50,6 +50,15 @@ def test_pixels_go_to_the_first_place_they_fit_in(
         assert choose(images, FORM, "cuda", cache)[0] == "device", "what is decoded needs no more room"
 
 
+def test_a_gpu_that_shares_the_hosts_memory_is_limited_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = in_memory([pixels(n) for n in range(4)])
+    monkeypatch.setattr(room, "host_memory", lambda: 1e3)
+    assert choose(images, FORM, "mps", Cache(tmp_path))[0] == "workers"
+    assert choose(images, FORM, "cpu", Cache(tmp_path))[0] == "device"  # a mapped file
+
+
 def test_this_machine_has_memory_and_a_disk(tmp_path: Path) -> None:
     assert room.host_memory() > 1e6
     assert room.free_disk(tmp_path / "not" / "yet") == pytest.approx(room.free_disk(tmp_path), rel=0.1)
