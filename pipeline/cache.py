@@ -52,6 +52,10 @@ class Cache:
             return None
         return place
 
+    def has(self, kind: str, key: str) -> bool:
+        """Whether there is an entry, unverified: ``get`` may find that it doesn't hold."""
+        return (self.root / kind / key).is_dir()
+
     def put(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
         """Make an entry: ``write`` fills the empty folder it is given. Gives the entry's folder.
 

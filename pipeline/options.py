@@ -271,6 +271,11 @@ class Options(BaseModel):
         "auto",
         group="Running",
     )
+    resident: Literal["auto", "device", "host", "workers"] = option(
+        "where training pixels are: on the device, decoded once in host memory, or decoded by workers when wanted; auto: the first they fit in",
+        "auto",
+        group="Running",
+    )
     cache: Path | None = option(
         "folder for what runs share: decoded images, vocabularies [default: the user's cache folder]",
         group="Running",

@@ -67,6 +67,7 @@ class RunFolder:
         if fresh:
             self.record["stages"] = {}
             self.record.pop("engines", None)
+            self.record.pop("resident", None)
             self.save()
             self.drop_checkpoints("")
             self.metrics.unlink(missing_ok=True)

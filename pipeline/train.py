@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .data.render import Views
 from .data.schedule import Schedule
+from .data.streamed import StreamedViews
 from .data.views import draw_keys, permutation
 from .errors import JobError
 from .meter import Meter
@@ -62,7 +63,7 @@ class Batch:
 
 def train(
     task: DistillationTask,
-    views: Views,
+    views: Views | StreamedViews,
     plan: Plan,
     checkpoint: Checkpoint,
     *,
@@ -166,7 +167,7 @@ def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, mete
 class Batches:
     """An epoch's batches in the epoch's order: all of it follows from seed, image and epoch alone."""
 
-    views: Views
+    views: Views | StreamedViews
     views_of: Schedule
     store: Store | None
     plan: Plan
@@ -195,8 +196,8 @@ class Batches:
             for step in range(begun, steps)
         ]
         parts = [part[self.ranks.mine(len(part))] for part in parts]
-        for indices in parts:
-            pixels, labels = self.views.batch(indices, numbers[indices], self.device)
+        made = self.views.batches(((indices, numbers[indices]) for indices in parts), self.device)
+        for indices, (pixels, labels) in zip(parts, made, strict=True):
             answers = None
             if self.store is not None:
                 answers = self.store.batch(indices, numbers[indices], self.device)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,25 +49,38 @@ class Canonical:
         if self.kind == "square":
             return render(image, Preprocessing.of(self.side, crop_fraction=1.0, interpolation=self.filter))
         height, width = image.shape[:2]
-        tall, wide = min(height, LONGEST_ASPECT * width), min(width, LONGEST_ASPECT * height)
+        tall, wide = _cut(height, width)
         top, left = (height - tall) // 2, (width - wide) // 2
-        image = image[top : top + tall, left : left + wide]
-        short = min(tall, wide)
-        if short <= self.side:
-            return np.ascontiguousarray(image)
-        size = tuple(max(self.side, round(length * self.side / short)) for length in (wide, tall))
-        reduced = PillowImage.fromarray(np.ascontiguousarray(image)).resize(
-            (size[0], size[1]), PillowImage.Resampling[self.filter.upper()]
+        image = np.ascontiguousarray(image[top : top + tall, left : left + wide])
+        height, width = self.size(height, width)
+        if (height, width) == (tall, wide):
+            return image
+        reduced = PillowImage.fromarray(image).resize(
+            (width, height), PillowImage.Resampling[self.filter.upper()]
         )
         return np.asarray(reduced)
 
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in this form of an image of ``height`` × ``width`` pixels."""
+        if self.kind == "square":
+            return self.side, self.side
+        tall, wide = _cut(height, width)
+        short = min(tall, wide)
+        if short <= self.side:
+            return tall, wide
+        tall, wide = (max(self.side, round(length * self.side / short)) for length in (tall, wide))
+        return tall, wide
+
+
+def _cut(height: int, width: int) -> tuple[int, int]:
+    return min(height, LONGEST_ASPECT * width), min(width, LONGEST_ASPECT * height)
+
 
 @dataclass(frozen=True)
-class Decoded:
-    """The readable images of a role (``images[i]`` is ``pixels.image(i)``), and those that were not."""
+class Readable:
+    """The readable images of a role, and those that were not."""
 
     images: tuple[Image, ...]
-    pixels: Pixels
     skipped: tuple[Skipped, ...]
 
     @property
@@ -79,6 +92,13 @@ class Decoded:
     def keys(self) -> Tensor:
         """int64 [N]: the first 63 bits of each content hash, which views are drawn from."""
         return torch.tensor([int(image.key[:16], 16) >> 1 for image in self.images], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Decoded(Readable):
+    """Readable images and their pixels: ``images[i]`` is ``pixels.image(i)``."""
+
+    pixels: Pixels
 
 
 def decode(
@@ -95,6 +115,11 @@ def decode(
         JobError: an image has changed since the data set was opened.
     """
     return _each_once(images, canonical.of, {"canonical": asdict(canonical)}, cache, progress, workers)
+
+
+def canonical_key(images: Sequence[Image], canonical: Canonical) -> str:
+    """The hash of what ``decode`` makes of these images: its entry ``images/KEY`` in the cache."""
+    return _key(images, {"canonical": asdict(canonical)})
 
 
 def rendered(
@@ -148,9 +173,13 @@ def _each_once(
 
     if cache is None or not images:
         return _kept(images, *_in_memory(list(results())))
-    key = digest({"images": [image.key for image in images], **how, "decoder": decoder()})
+    key = _key(images, how)
     entry = cache.get("images", key) or cache.put("images", key, lambda folder: _write(folder, results()))
     return _kept(images, *_load(entry))
+
+
+def _key(images: Sequence[Image], how: dict[str, Any]) -> str:
+    return digest({"images": [image.key for image in images], **how, "decoder": decoder()})
 
 
 def decoder() -> dict[str, Any]:
@@ -163,20 +192,12 @@ def _in_order(
 ) -> Iterator[np.ndarray | str]:
     """Each image's pixels, or why there are none. Pillow works outside Python's lock: threads do."""
 
-    def one(image: Image) -> np.ndarray | str:
-        try:
-            return form(_original(image))
-        except ImageError as error:
-            return str(error).partition(": ")[2] or str(error)
-        except OSError as error:
-            return f"could not be read: {error.strerror or error}"
-
     # Few enough at a time that big photos don't fill the memory.
     with ThreadPoolExecutor(workers) as threads:
         waiting: deque[Any] = deque()
         try:
             for position, image in enumerate(images):
-                waiting.append(threads.submit(one, image))
+                waiting.append(threads.submit(pixels_or_reason, image, form))
                 if len(waiting) > 4 * workers:
                     yield waiting.popleft().result()
                 if progress:
@@ -187,6 +208,20 @@ def _in_order(
                     progress(len(images) - len(waiting), len(images))
         finally:
             threads.shutdown(cancel_futures=True)
+
+
+def pixels_or_reason(image: Image, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
+    """An image's pixels in a form, or why there are none.
+
+    Raises:
+        JobError: the image has changed since the data set was opened.
+    """
+    try:
+        return form(_original(image))
+    except ImageError as error:
+        return str(error).partition(": ")[2] or str(error)
+    except OSError as error:
+        return f"could not be read: {error.strerror or error}"
 
 
 def _original(image: Image) -> np.ndarray:
@@ -213,30 +248,54 @@ def _in_memory(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]
 
 
 def _write(folder: Path, results: Iterator[np.ndarray | str]) -> None:
-    sizes, reasons = [], {}
-    with (folder / "pixels.bin").open("wb") as file:
-        for position, result in enumerate(results):
+    def sizes() -> Iterator[tuple[int, int] | str]:
+        for result in results:
             if isinstance(result, str):
-                reasons[position] = result
+                yield result
             else:
-                sizes.append(result.shape[:2])
                 file.write(np.ascontiguousarray(result).data)
+                yield result.shape[0], result.shape[1]
+
+    with (folder / "pixels.bin").open("wb") as file:
+        write_sizes(folder, sizes())
+
+
+def write_sizes(folder: Path, results: Iterable[tuple[int, int] | str]) -> None:
+    """Write the sizes (height, width) of the readable images and why the others are not."""
+    sizes, reasons = [], {}
+    for position, result in enumerate(results):
+        if isinstance(result, str):
+            reasons[position] = result
+        else:
+            sizes.append(result)
     np.save(folder / "sizes.npy", np.array(sizes, dtype=np.int64).reshape(-1, 2))
     (folder / "unreadable.json").write_text(json.dumps(list(reasons.items())), encoding="utf-8")
 
 
-def _load(entry: Path) -> tuple[Pixels, dict[int, str]]:
+def read_sizes(entry: Path) -> tuple[Tensor, dict[int, str]]:
+    """What ``write_sizes`` wrote: int64 [N, 2], and the reasons by position among all images."""
     sizes = torch.from_numpy(np.load(entry / "sizes.npy"))
+    return sizes, dict(json.loads((entry / "unreadable.json").read_text(encoding="utf-8")))
+
+
+def _load(entry: Path) -> tuple[Pixels, dict[int, str]]:
+    sizes, reasons = read_sizes(entry)
     file = entry / "pixels.bin"
     # Copy on write: torch knows no read-only tensors, and nothing must ever change the file.
     flat = np.memmap(file, dtype=np.uint8, mode="c") if file.stat().st_size else np.empty(0, dtype=np.uint8)
-    reasons = dict(json.loads((entry / "unreadable.json").read_text(encoding="utf-8")))
     return ragged(torch.from_numpy(flat).view(-1, 3), sizes), reasons
 
 
 def _kept(images: Sequence[Image], pixels: Pixels, reasons: dict[int, str]) -> Decoded:
+    return Decoded(*split_off(images, reasons), pixels)
+
+
+def split_off(
+    images: Sequence[Image], reasons: dict[int, str]
+) -> tuple[tuple[Image, ...], tuple[Skipped, ...]]:
+    """The readable images, and those that ``reasons`` (by position) says are not."""
     kept = tuple(image for position, image in enumerate(images) if position not in reasons)
     skipped = tuple(
         Skipped(images[position].name, reason, unreadable=True) for position, reason in reasons.items()
     )
-    return Decoded(kept, pixels, skipped)
+    return kept, skipped

@@ -1,8 +1,7 @@
 """Data sets by timm's names, through timm's readers: torch/cifar100, hfds/…, hfids/…, wds/…, tfds/…"""
 
 import hashlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -14,7 +13,9 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from ..errors import UsageError
-from .image_set import Image, ImageSet, Progress, Role, array_key, printable
+from .image_set import Image, ImageSet, Progress, Role, Skipped, array_key, printable
+from .shards import SYNONYMS, index, local_splits
+from .sources import Row, Table
 from .split import assemble
 
 # What each kind of name needs installed.
@@ -36,13 +37,17 @@ def open_named(
     """A data set by its name in timm (``timm.data.create_dataset``), with that set's own training split.
 
     Its validation split is the select role where there is a labelled test split too, and the test role where
-    there is none. ``data_dir`` is where its files are or go; ``download`` lets them be fetched. What a reader
-    only streams (and torchvision's small sets) is held in memory, up to 4 GiB of pixels.
+    there is none. ``data_dir`` is where its files are or go; ``download`` lets them be fetched. Encoded
+    images stay where they are (Hugging Face's tables, WebDataset's tar files in ``data_dir``); what a reader
+    only streams, and torchvision's small sets, is held in memory, up to 4 GiB of pixels.
 
     Raises:
         UsageError: the set is not there, its package is missing, it has no classes, or it is too large.
     """
     prefix = name.partition("/")[0].lower()
+    if prefix == "wds" and data_dir is not None and (splits := local_splits(data_dir)):
+        indexed = index(splits, progress)
+        return _assembled(name, indexed.given, None, select_fraction, indexed.skipped)
     if find_spec(PACKAGES[prefix]) is None:
         package = PACKAGES[prefix].replace("_", "-")
         raise UsageError(f"{name} needs the package {package}; install it with: pip install {package}")
@@ -53,6 +58,16 @@ def open_named(
     given: dict[Role, list[Image]] = {
         role: list(_images(name, role, dataset, progress)) for role, dataset in datasets.items()
     }
+    return _assembled(name, given, datasets["train"], select_fraction)
+
+
+def _assembled(
+    name: str,
+    given: dict[Role, list[Image]],
+    dataset: Any,
+    select_fraction: float | None,
+    skipped: Sequence[Skipped] = (),
+) -> ImageSet:
     # Published test splits often come without labels, written as −1.
     given = {role: [image for image in images if image.label >= 0] for role, images in given.items()}
     given = {role: images for role, images in given.items() if images}
@@ -60,21 +75,17 @@ def open_named(
         raise UsageError(f"{name} has no labelled training images.")
     if "test" not in given and "select" in given:
         given["test"] = given.pop("select")
-    classes = _class_names(
-        datasets["train"], 1 + max(image.label for images in given.values() for image in images)
-    )
-    return assemble(name, name, classes, given, select_fraction)
+    classes = _class_names(dataset, 1 + max(image.label for images in given.values() for image in images))
+    return assemble(name, name, classes, given, select_fraction, skipped)
 
 
 def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Role, Any]:
     """timm's data sets of the splits there are; ``train`` always."""
     found: dict[Role, Any] = {"train": _create(name, "train", data_dir, download)}
     # torchvision's sets have two halves: whatever isn't 'train' is the other one.
-    names: dict[Role, tuple[str, ...]] = {"select": ("validation", "val", "valid")}
-    if prefix != "torch":
-        names["test"] = ("test",)
-    for role, synonyms in names.items():
-        for split in synonyms:
+    roles: tuple[Role, ...] = ("select",) if prefix == "torch" else ("select", "test")
+    for role in roles:
+        for split in SYNONYMS[role]:
             try:
                 found[role] = _create(name, split, data_dir, download)
                 break
@@ -129,23 +140,16 @@ def _images(name: str, role: Role, dataset: Any, progress: Progress | None) -> I
             if progress:
                 progress(number + 1, len(files))
     elif type(getattr(dataset, "reader", None)).__name__ == "ReaderHfds":  # encoded files, read at random
+        table = Table(dataset.reader)
         for number in range(len(dataset)):
             content, label = dataset.reader[number]
             with content:
                 key = hashlib.sha256(content.read()).hexdigest()
-            yield Image(
-                f"{role}/{number:07d}", _number(name, label), key, partial(_bytes, dataset.reader, number)
-            )
+            yield Image(f"{role}/{number:07d}", _number(name, label), key, Row(table, number))
             if progress:
                 progress(number + 1, len(dataset))
     else:
         yield from _in_memory(name, role, dataset, progress)
-
-
-def _bytes(reader: Any, number: int) -> bytes:
-    content, _ = reader[number]
-    with content:
-        return content.read()
 
 
 def _in_memory(name: str, role: Role, dataset: Any, progress: Progress | None) -> Iterator[Image]:
@@ -154,7 +158,7 @@ def _in_memory(name: str, role: Role, dataset: Any, progress: Progress | None) -
     streamed = isinstance(dataset, IterableDataset)
     total, held = len(dataset), 0
     for number, (picture, label) in enumerate(
-        dataset if streamed else (dataset[index] for index in range(total))
+        dataset if streamed else (dataset[position] for position in range(total))
     ):
         pixels = _rgb(picture)
         held += pixels.nbytes

@@ -9,15 +9,19 @@ is antialiased and bilinear (a triangle filter as wide as the reduction) and rou
 Both agree with torchvision's ``resized_crop(antialias=True)``, and so with each other, within 1 level of 255.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from .ahead import one_ahead, sent
 from .pixels import Pixels
 from .views import ViewPolicy, boxes, jitter
+
+PRODUCT_PIXELS = 1 << 23
+"""Pixels of crops, padded to the largest of them, that one product takes: some 400 MB with all between."""
 
 
 def render_views(
@@ -32,11 +36,14 @@ def render_views(
     """The crops ``box`` (int32 [B, 4], as ``views.boxes`` gives them) of images ``indices`` (int64 [B]) at
     ``size`` × ``size`` pixels, mirrored where ``flips``: uint8 [B, 3, S, S] on ``device``, channels last.
 
-    ``indices``, ``box`` and ``flips`` are on the host; ``pixels`` may be there or on ``device``.
+    ``indices``, ``box`` and ``flips`` are on the host; ``pixels`` may be there or on ``device``. The host
+    never waits for the device.
     """
     device = torch.device(device)
+    if pixels.data.device.type == "cpu" and device.type != "cpu":
+        pixels, indices, box = brought(pixels, indices, box, policy, device)
     if policy.kind == "pad_crop":
-        views = _padded_crops(pixels, indices, box, flips, policy).to(device)
+        views = _padded_crops(pixels, indices, box, flips, policy)
         if size == policy.crop:
             return views.permute(0, 3, 1, 2)
         # Cropped and mirrored already; only the size is still to come.
@@ -45,19 +52,47 @@ def render_views(
         side = torch.full((number,), policy.crop)
         pixels = Pixels(views.reshape(-1, 3), torch.arange(number) * policy.crop**2, side, side)
         indices, box, flips = torch.arange(number), whole, torch.zeros(number, dtype=torch.bool)
-    if pixels.data.device.type == "cpu" and device.type == "cpu":
+    if device.type == "cpu":
         return _resized_one_by_one(pixels, indices, box, flips, size)
-    return resized_by_products(pixels, indices, box, flips, size, device)
+    return resized_by_products(pixels, indices, box, flips, size)
+
+
+def brought(
+    pixels: Pixels, indices: Tensor, box: Tensor, policy: ViewPolicy, device: torch.device
+) -> tuple[Pixels, Tensor, Tensor]:
+    """The rows that the crops lie in, from the host to the device: its pixels, and the same crops in them.
+
+    They are packed in pinned memory, so that the copy runs beside the device's work.
+    """
+    top, height = box[:, 0].long(), box[:, 2].long()
+    if policy.kind == "pad_crop":  # what the padding shows may be any row
+        top, height = torch.zeros_like(top), pixels.heights[indices]
+    width = pixels.widths[indices]
+    starts, lengths = pixels.offsets[indices] + top * width, height * width
+    packed = torch.empty(int(lengths.sum()), 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    end = 0
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        packed[end : end + length] = pixels.data[start : start + length]
+        end += length
+    moved = box.long() - torch.stack([top, *[torch.zeros_like(top)] * 3], 1)
+    there = Pixels(sent(packed, device), lengths.cumsum(0) - lengths, height, width)
+    return there, torch.arange(len(indices)), moved
+
+
+def _all_sent(device: torch.device, *columns: Tensor) -> Sequence[Tensor]:
+    """Numbers from the host, [B] each, as int64 on the device, in one copy that nothing waits for."""
+    return sent(torch.stack([column.long() for column in columns]), device).unbind()
 
 
 def _padded_crops(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, policy: ViewPolicy) -> Tensor:
     """uint8 [B, S, S, 3] by gathering whole pixels."""
     device, side = pixels.data.device, policy.side
-    steps = torch.arange(policy.crop)
-    rows = box[:, :1].long() + steps
-    columns = box[:, 1:2].long() + torch.where(flips[:, None], steps.flip(0), steps)
-    starts = pixels.offsets[indices][:, None]
-    starts, rows, columns = (x.to(device, non_blocking=True) for x in (starts, rows, columns))
+    starts, top, left, mirrored = (
+        x[:, None] for x in _all_sent(device, pixels.offsets[indices], box[:, 0], box[:, 1], flips)
+    )
+    steps = torch.arange(policy.crop, device=device)
+    rows = top + steps
+    columns = left + torch.where(mirrored.bool(), steps.flip(0), steps)
     first = starts + _within(rows, side, policy) * side
     views = pixels.data[first[:, :, None] + _within(columns, side, policy)[:, None, :]]
     if policy.mode == "zeros" and policy.pad:
@@ -85,37 +120,40 @@ def _resized_one_by_one(pixels: Pixels, indices: Tensor, box: Tensor, flips: Ten
     return views
 
 
-def resized_by_products(
-    pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int, device: torch.device | str
-) -> Tensor:
-    """uint8 [B, 3, S, S] by two batched matrix products (see ``render_views``)."""
-    top, left, height, width = box.long().T
+def resized_by_products(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
+    """uint8 [B, 3, S, S] on the pixels' device by two batched matrix products (see ``render_views``), in as
+    many pieces as ``PRODUCT_PIXELS`` asks for.
+    """
+    views = torch.empty(len(indices), size, size, 3, dtype=torch.uint8, device=pixels.data.device)
     # The tallest and the widest crop are known on the host: the device is not waited for.
-    tallest, widest = (int(length.max()) if len(length) else 1 for length in (height, width))
-    source = pixels.data.device
-    first = pixels.offsets[indices] + top * pixels.widths[indices] + left
-    start, stride, last_row, last_column = (
-        x[:, None].to(source, non_blocking=True)
-        for x in (first, pixels.widths[indices], height - 1, width - 1)
-    )
-    rows = torch.arange(tallest, device=source).minimum(last_row) * stride
-    columns = torch.arange(widest, device=source).minimum(last_column)
-    crops = pixels.data[(start + rows)[:, :, None] + columns[:, None, :]].to(device, non_blocking=True)
-    down = _triangles(height.to(device), tallest, size)
-    across = _triangles(width.to(device), widest, size)
-    across = torch.where(flips.to(device)[:, None, None], across.flip(1), across)
-    batch = len(indices)
+    tallest, widest = (int(length.max()) if len(length) else 1 for length in (box[:, 2], box[:, 3]))
+    most = max(1, PRODUCT_PIXELS // (tallest * widest))
+    for start in range(0, len(indices), most):
+        some = slice(start, start + most)
+        top, left, height, width = box[some].long().T
+        stride = pixels.widths[indices[some]]
+        first = pixels.offsets[indices[some]] + top * stride + left
+        numbers = _all_sent(pixels.data.device, first, stride, height, width, flips[some])
+        products = _products(pixels.data, numbers, tallest, widest, size)
+        views[some] = products.round_().clamp_(0, 255).transpose(1, 2)
+    return views.permute(0, 3, 1, 2)
+
+
+def _products(data: Tensor, numbers: Sequence[Tensor], tallest: int, widest: int, size: int) -> Tensor:
+    """float32 [B, column, row, 3] of crops: ``numbers`` are first pixel in ``data``, pixels from a row to the
+    next, height, width and whether mirrored, int64 [B] each.
+    """
+    first, stride, height, width, mirrored = numbers
+    rows = torch.arange(tallest, device=data.device).minimum(height[:, None] - 1) * stride[:, None]
+    columns = torch.arange(widest, device=data.device).minimum(width[:, None] - 1)
+    crops = data[(first[:, None] + rows)[:, :, None] + columns[:, None, :]]
+    down = _triangles(height, tallest, size)
+    across = _triangles(width, widest, size)
+    across = torch.where(mirrored.bool()[:, None, None], across.flip(1), across)
+    batch = len(first)
     squeezed = torch.bmm(down, crops.to(down.dtype).reshape(batch, tallest, widest * 3))
     squeezed = squeezed.view(batch, size, widest, 3).transpose(1, 2).reshape(batch, widest, size * 3)
-    views = torch.bmm(across, squeezed).view(batch, size, size, 3)
-    # [B, column, row, channel] here
-    return (
-        views.round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .permute(0, 3, 2, 1)
-        .contiguous(memory_format=torch.channels_last)
-    )
+    return torch.bmm(across, squeezed).view(batch, size, size, 3)
 
 
 def _triangles(length: Tensor, longest: int, size: int) -> Tensor:
@@ -138,14 +176,19 @@ def colour_jittered(views: Tensor, factors: Tensor) -> Tensor:
     As torchvision's ColorJitter changes them, but rounded once, at the end: scale; blend with the image's
     mean grey; blend with each pixel's own grey (ITU-R 601). ``views`` uint8 [B, 3, S, S].
     """
-    brightness, contrast, saturation = factors.to(views.device).view(-1, 3, 1, 1, 1).unbind(1)
-    weights = torch.tensor([0.299, 0.587, 0.114], device=views.device).view(1, 3, 1, 1)
+    brightness, contrast, saturation = sent(factors, views.device).view(-1, 3, 1, 1, 1).unbind(1)
     image = (views.to(torch.float32) * brightness).clamp(0, 255)
-    mean = (image * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    # Row by row, then the rows: the same sum however many threads there are.
+    mean = _grey(image).mean(3, keepdim=True).mean(2, keepdim=True)
     image = (mean + contrast * (image - mean)).clamp(0, 255)
-    grey = (image * weights).sum(1, keepdim=True)
+    grey = _grey(image)
     image = (grey + saturation * (image - grey)).clamp(0, 255)
     return image.round().to(torch.uint8)
+
+
+def _grey(image: Tensor) -> Tensor:
+    red, green, blue = image.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 class Normalise(nn.Module):
@@ -202,4 +245,10 @@ class Views:
         views = render_views(self.pixels, indices, box, flips, size or self.size, self.policy, device)
         if self.policy.color_jitter:
             views = colour_jittered(views, jitter(self.policy, self.seed, keys, view_numbers))
-        return views, self.labels[indices].to(device, non_blocking=True)
+        return views, sent(self.labels[indices], device)
+
+    def batches(
+        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``batch`` for each (indices, view numbers) of a plan, in its order; on a GPU one step ahead."""
+        return one_ahead((self.batch(indices, numbers, device) for indices, numbers in plan), device)

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from .. import methods
 from ..device import inference_engine, use_threads
-from ..evaluate import batches
 from ..files import digest, whole
 from ..job import Job
 from ..methods.base import Method, Parameters, Preparation, Readout
@@ -67,10 +66,9 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
 
     def readouts(t: int, reads: frozenset[str]) -> Iterator[Readout]:
         name = job.teachers[t]
-        pixels, labels, _ = job.rendered("train", name)
-        for first, batch in batches(pixels, job.device):
+        for first, batch in job.rendered_batches("train", name):
             yield teacher(t)(batch, reads)
-            job.stage.update(f"reading {name}", first + len(batch), len(labels), "images")
+            job.stage.update(f"reading {name}", first + len(batch), len(job.train.images), "images")
 
     def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
         weights = job.folder.record["stages"]["teacher"]["outputs"][job.teacher_file(t)]

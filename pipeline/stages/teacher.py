@@ -29,6 +29,9 @@ ANSWERS = "teacher_answers.safetensors"
 NEAR_CHANCE = 1.5
 """A kept head that is right less often than this many times the commonest class's share knows nothing."""
 
+MEASURED = 10_000
+"""Training images that this is found out on where nothing is held out: enough, and soon read."""
+
 
 def run(job: Job) -> Done:
     with job.ranks.lead_first():  # the others find the images in the cache
@@ -114,9 +117,11 @@ def _train(job: Job, t: int, name: str, begun: Start) -> nn.Module:
     return task.network
 
 
-def _measure(job: Job, name: str, network: nn.Module, exact: Engine, role: Role) -> np.ndarray | None:
-    """fp32 logits on a role [n,classes]; None where the role is empty."""
-    pixels, labels, _ = job.rendered(role, name)
+def _measure(
+    job: Job, name: str, network: nn.Module, exact: Engine, role: Role, most: int | None = None
+) -> np.ndarray | None:
+    """fp32 logits on a role [n,classes], or on ``most`` of its images; None where it is empty."""
+    pixels, labels, _ = job.rendered(role, name, most)
     if not len(labels):
         return None
     geometry = job.geometry(name)
@@ -145,9 +150,10 @@ def _above_chance(job: Job, name: str, network: nn.Module, exact: Engine, select
         JobError: it is no better than chance.
     """
     role: Role = "select" if select is not None else "train"
-    logits = select if select is not None else _measure(job, name, network, exact, "train")
+    most = None if select is not None else MEASURED
+    logits = select if select is not None else _measure(job, name, network, exact, "train", most)
     assert logits is not None
-    labels = job.rendered(role, name)[1].numpy()
+    labels = job.rendered(role, name, most)[1].numpy()
     measured = evaluate.accuracy(logits, labels)
     chance = 100 * float(np.bincount(labels).max()) / len(labels)
     if measured.top1 < NEAR_CHANCE * chance or measured.low <= chance:

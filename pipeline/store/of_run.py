@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..data.render import Views
 from ..data.schedule import FIXED_SEED, Schedule
+from ..data.streamed import StreamedViews
 from ..device import Engine
 from ..files import digest
 from ..job import Job
@@ -22,7 +23,9 @@ def schedule_of(job: Job) -> Schedule:
     return Schedule(job.policy, job.options.seed, job.options.store_views or None)
 
 
-def store_of(job: Job, methods: Mapping[str, Method], views: Views, answering: Engine) -> Store:
+def store_of(
+    job: Job, methods: Mapping[str, Method], views: Views | StreamedViews, answering: Engine
+) -> Store:
     """The answers that these methods want of the run's teachers.
 
     Args:

@@ -1,17 +1,23 @@
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from questpress.export import runtime
+from questpress.pipeline.data import render
 from questpress.pipeline.data.decode import Canonical, Decoded, decode
 from questpress.pipeline.data.render import (
     Normalise,
     Views,
+    brought,
     colour_jittered,
     render_views,
     resized_by_products,
 )
 from questpress.pipeline.data.views import ViewPolicy, boxes, every_view
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -50,7 +56,7 @@ def test_resized_crops_are_torchvisions_within_one_level(way: str, size: int) ->
     heights, widths = done.pixels.heights[indices], done.pixels.widths[indices]
     box, flips = boxes(PHOTOS, 0, done.keys[indices], torch.arange(60), heights, widths)
     if way == "by products":
-        rendered = resized_by_products(done.pixels, indices, box, flips, size, "cpu")
+        rendered = resized_by_products(done.pixels, indices, box, flips, size)
     else:
         rendered, labels = views.batch(indices, torch.arange(60))
         assert labels.equal(indices)
@@ -104,7 +110,7 @@ def test_a_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
     indices, box = torch.arange(2), torch.tensor([[3, 4, 30, 31], [5, 0, 11, 40]], dtype=torch.int32)
     no, yes = torch.tensor([False, False]), torch.tensor([True, True])
     if way == "by products":
-        plain, mirrored = (resized_by_products(done.pixels, indices, box, f, 9, "cpu") for f in (no, yes))
+        plain, mirrored = (resized_by_products(done.pixels, indices, box, f, 9) for f in (no, yes))
     else:
         plain, mirrored = (render_views(done.pixels, indices, box, f, 9, PHOTOS) for f in (no, yes))
     assert mirrored.equal(plain.flip(-1))
@@ -130,7 +136,7 @@ def test_the_whole_crop_at_its_own_size_is_the_image() -> None:
     box = torch.tensor([[0, 0, 12, 12]] * 6, dtype=torch.int32)
     for rendered in (
         render_views(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, PHOTOS),
-        resized_by_products(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, "cpu"),
+        resized_by_products(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12),
     ):
         assert rendered.permute(0, 2, 3, 1).equal(done.pixels.stacked())
 
@@ -141,7 +147,7 @@ def test_no_indices_give_an_empty_batch() -> None:
         batch, labels = views_of(done, policy, 12).batch(empty, empty)
         assert batch.shape == (0, 3, 12, 12) and labels.shape == (0,)
     box = torch.empty(0, 4, dtype=torch.int32)
-    assert resized_by_products(photos().pixels, empty, box, empty.bool(), 5, "cpu").shape == (0, 3, 5, 5)
+    assert resized_by_products(photos().pixels, empty, box, empty.bool(), 5).shape == (0, 3, 5, 5)
 
 
 def test_batches_are_channels_last_in_memory() -> None:
@@ -179,6 +185,112 @@ def test_jittered_views_are_drawn_from_the_view_alone() -> None:
     assert not whole.equal(plain.batch(indices, numbers)[0])
     assert views.batch(indices[4:5], numbers[4:5])[0][0].equal(whole[4])
     assert not views.batch(indices, numbers + 6)[0].equal(whole)
+
+
+def boxes_of(done: Decoded, policy: ViewPolicy, count: int = 60) -> tuple[Tensor, Tensor, Tensor]:
+    indices = torch.arange(count) % len(done.images)
+    sizes = done.pixels.heights[indices], done.pixels.widths[indices]
+    return indices, *boxes(policy, 0, done.keys[indices], torch.arange(count), *sizes)
+
+
+def test_the_two_ways_of_resizing_agree_within_one_level() -> None:
+    done = photos()
+    indices, box, flips = boxes_of(done, PHOTOS)
+    by_products = resized_by_products(done.pixels, indices, box, flips, 24)
+    one_by_one = render_views(done.pixels, indices, box, flips, 24, PHOTOS)
+    assert (by_products.int() - one_by_one.int()).abs().max() <= 1
+
+
+def test_large_crops_are_resized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = photos()
+    indices, box, flips = boxes_of(done, PHOTOS)
+    whole = resized_by_products(done.pixels, indices, box, flips, 24)
+    taken: list[int] = []
+    products = render._products
+
+    def seen(data: Tensor, numbers: Sequence[Tensor], tallest: int, widest: int, size: int) -> Tensor:
+        taken.append(len(numbers[0]) * tallest * widest)
+        return products(data, numbers, tallest, widest, size)
+
+    monkeypatch.setattr(render, "_products", seen)
+    monkeypatch.setattr(render, "PRODUCT_PIXELS", 50_000)
+    pieces = resized_by_products(done.pixels, indices, box, flips, 24)
+    assert len(taken) > 1 and max(taken) <= 50_000
+    assert (pieces.int() - whole.int()).abs().max() <= 1
+    monkeypatch.setattr(render, "PRODUCT_PIXELS", 1)
+    assert resized_by_products(done.pixels, indices, box, flips, 24).shape == whole.shape
+
+
+@pytest.mark.parametrize(
+    "policy", [PHOTOS, ViewPolicy("center"), ViewPolicy("pad_crop", side=12, crop=12, pad=3, mode="reflect")]
+)
+def test_rows_brought_from_the_host_hold_the_same_crops(policy: ViewPolicy) -> None:
+    done = small() if policy.kind == "pad_crop" else photos()
+    indices, box, flips = boxes_of(done, policy)
+    there, among, moved = brought(done.pixels, indices, box, policy, torch.device("cpu"))
+    assert len(there) == 60
+    expected = render_views(done.pixels, indices, box, flips, 12, policy)
+    assert render_views(there, among, moved, flips, 12, policy).equal(expected)
+
+
+class Copies(TorchDispatchMode):
+    """Sees every copy from the host to the device 'meta', which has shapes but no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.awaited: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        to = torch.device(kwargs.get("device") or "cpu").type
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and to == "meta":
+            self.awaited.append(not kwargs.get("non_blocking"))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("resident", ["device", "host"])
+@pytest.mark.parametrize("size", [12, 8])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ViewPolicy("resized_crop", color_jitter=0.4),
+        ViewPolicy("pad_crop", side=12, crop=12, pad=3, color_jitter=0.4),
+    ],
+)
+def test_the_host_never_waits_for_the_device(policy: ViewPolicy, size: int, resident: str) -> None:
+    done = small() if policy.kind == "pad_crop" else photos()
+    pixels = done.pixels.to("meta") if resident == "device" else done.pixels
+    views = Views(pixels, done.labels, done.keys, policy, 0, size)
+    with Copies() as copies:  # and a number asked of 'meta' is an error
+        batch, labels = views.batch(torch.arange(6), torch.arange(6), "meta")
+    assert batch.device.type == labels.device.type == "meta" and batch.shape == (6, 3, size, size)
+    assert copies.awaited and not any(copies.awaited)
+
+
+def test_planned_batches_are_the_single_ones() -> None:
+    views = views_of(photos(), PHOTOS, 16)
+    plan = [(torch.arange(6), torch.full((6,), n)) for n in range(3)]
+    for step, (batch, labels) in zip(plan, views.batches(plan), strict=True):
+        assert batch.equal(views.batch(*step)[0]) and labels.equal(views.batch(*step)[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("resident", ["device", "host"])
+def test_a_gpu_makes_batches_ahead_and_is_never_waited_for(resident: str) -> None:
+    policy = ViewPolicy("resized_crop", color_jitter=0.4)
+    done = photos()
+    pixels = done.pixels.to("cuda") if resident == "device" else done.pixels
+    views = Views(pixels, done.labels, done.keys, policy, 0, 16)
+    here = Views(done.pixels, done.labels, done.keys, policy, 0, 16)
+    plan = [(torch.arange(6).repeat(8), torch.arange(48) + 48 * n) for n in range(5)]
+    found = list(views.batches(plan[:1], "cuda"))  # what is set up once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(views.batches(plan, "cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (ours, _), (theirs, _) in zip(here.batches(plan), found, strict=True):
+        assert (ours.int() - theirs.cpu().int()).abs().max() <= 3  # jitter may double a level
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")

@@ -1,0 +1,138 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+from questpress.export.runtime import Preprocessing
+from questpress.pipeline.cache import Cache
+from questpress.pipeline.data.decode import Canonical, decode, rendered
+from questpress.pipeline.data.folders import open_folder
+from questpress.pipeline.data.image_set import Image
+from questpress.pipeline.data.render import Views
+from questpress.pipeline.data.streamed import StreamedViews, measured, rendered_batches
+from questpress.pipeline.data.views import ViewPolicy
+from questpress.pipeline.data.workers import Workers
+from questpress.pipeline.errors import JobError
+
+from .pictures import in_memory, pixels, save, smooth
+
+SIZE = 24
+POLICIES = {
+    "pad_crop": ViewPolicy("pad_crop", side=SIZE, crop=SIZE, pad=3, mode="reflect"),
+    "resized_crop": ViewPolicy("resized_crop"),
+    "jittered": ViewPolicy("resized_crop", color_jitter=0.4),
+    "center": ViewPolicy("center", flip=False),
+}
+BROKEN = "train/a/broken.jpg"
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    two = Workers(2)
+    yield two
+    two.close()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Image, ...]:
+    """Photos of many sizes in two classes, and one that cannot be decoded."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(20):
+        folder = root / "train" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = smooth(number, 30 + 3 * number, 90 - 2 * number)
+        PillowImage.fromarray(picture).save(folder / f"{number}.jpg")
+    for name in ("test/a/0.png", "test/b/1.png"):
+        save(root / name, hash(name) % 100)
+    (root / BROKEN).write_bytes((root / "train/a/0.jpg").read_bytes()[:300])
+    return open_folder(root, select_fraction=0).train
+
+
+def canonical(policy: ViewPolicy) -> Canonical:
+    return Canonical("square", SIZE) if policy.kind == "pad_crop" else Canonical("short_side", 36)
+
+
+def both(images: tuple[Image, ...], policy: ViewPolicy, workers: Workers) -> tuple[Views, StreamedViews]:
+    form = canonical(policy)
+    done, sized = decode(images, form), measured(images, form, workers)
+    assert sized.images == done.images and sized.skipped == done.skipped
+    return (
+        Views(done.pixels, done.labels, done.keys, policy, 7, SIZE),
+        StreamedViews(sized, sized.labels, sized.keys, form, policy, 7, SIZE, workers),
+    )
+
+
+def plan(images: int, batches: int = 4, size: int = 9) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    numbers = torch.arange(batches * size)
+    return list(zip((numbers * 5 % images).split(size), (numbers // images).split(size), strict=True))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_workers_make_the_very_views_that_are_cut_from_decoded_images(
+    images: tuple[Image, ...], workers: Workers, name: str
+) -> None:
+    ahead, streamed = both(images, POLICIES[name], workers)
+    assert len(streamed) == len(ahead) == 20
+    assert streamed.keys.equal(ahead.keys) and streamed.labels.equal(ahead.labels)
+    steps = plan(20)
+    for step, ours, theirs in zip(steps, streamed.batches(steps), ahead.batches(steps), strict=True):
+        assert ours[0].equal(theirs[0]) and ours[1].equal(theirs[1])
+        assert ours[0].is_contiguous(memory_format=torch.channels_last)
+        assert ours[0].equal(ahead.batch(*step)[0]) and ours[0].equal(streamed.batch(*step)[0])
+    assert streamed.batch(*steps[0], size=12)[0].equal(ahead.batch(*steps[0], size=12)[0])
+
+
+def test_any_number_of_workers_makes_the_same(images: tuple[Image, ...], workers: Workers) -> None:
+    _, two = both(images, POLICIES["jittered"], workers)
+    alone = Workers(1)
+    one = StreamedViews(
+        two.images, two.labels, two.keys, two.canonical, two.policy, two.seed, two.size, alone
+    )
+    for a, b in zip(one.batches(plan(20)), two.batches(plan(20)), strict=True):
+        assert a[0].equal(b[0])
+    alone.close()
+
+
+def test_the_pass_for_sizes_is_made_once(images: tuple[Image, ...], workers: Workers, tmp_path: Path) -> None:
+    form, calls = canonical(POLICIES["center"]), []
+    for _ in range(2):
+        sized = measured(
+            images, form, workers, cache=Cache(tmp_path), progress=lambda *call: calls.append(call)
+        )
+        (broken,) = sized.skipped
+        assert broken.name == BROKEN and broken.unreadable and broken.reason
+        done = decode(images, form)
+        assert sized.heights.equal(done.pixels.heights) and sized.widths.equal(done.pixels.widths)
+    assert calls == [(21, 21)]
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 20_000
+
+
+def test_images_without_a_file_are_sent_to_workers(workers: Workers) -> None:
+    images = tuple(in_memory([pixels(n, 20, 30) for n in range(5)]))
+    ahead, streamed = both(images, POLICIES["resized_crop"], workers)
+    for ours, theirs in zip(streamed.batches(plan(5)), ahead.batches(plan(5)), strict=True):
+        assert ours[0].equal(theirs[0])
+
+
+def test_an_image_that_vanishes_or_changes_stops_the_job(workers: Workers, tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"):
+        save(tmp_path / name, int(name[2]))
+    images = open_folder(tmp_path, select_fraction=0).train
+    _, streamed = both(images, POLICIES["center"], workers)
+    file = tmp_path / images[1].name
+    save(file, 77)
+    with pytest.raises(JobError, match=f"{images[1].name} has changed"):
+        list(streamed.batches(plan(len(images))))
+    file.unlink()
+    with pytest.raises(JobError, match=f"{images[1].name} could be read when .* no longer can"):
+        list(streamed.batches(plan(len(images))))
+
+
+def test_rendering_by_workers_is_the_runtimes(images: tuple[Image, ...], workers: Workers) -> None:
+    preprocessing = Preprocessing.of(16)
+    expected = rendered(images, preprocessing)
+    batches = list(rendered_batches(expected.images, preprocessing, workers, 8))
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+    np.testing.assert_array_equal(torch.cat(batches), expected.pixels.stacked())
