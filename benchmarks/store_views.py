@@ -1,8 +1,8 @@
-"""How many fixed views teach as well as ever new ones, and what drawing positions costs: accuracy by cell.
+"""How many fixed views teach as well as ever new ones, how many words of each position, how many positions.
 
 The CPU protocol of ``cifar10_small.py`` with QuEST as it is by default (1,024 words, ``--balance auto``): the
-teacher asked at every step, then from a store of V views of each image, and with N of the 64 positions drawn
-for each image and epoch. All cells share one store, which the first with the most views fills.
+teacher asked at every step (online), then from a store of V views of each image and m words of each position,
+and with N of the 64 positions drawn for each image and epoch. Cells with the same m share their store.
 
     python benchmarks/store_views.py --data cifar10/ --weights resnet56-4bfd9763.th --out runs/store_views
 """
@@ -14,14 +14,17 @@ from cells import Cell, Table, markdown, run_and_write
 from cifar10_small import PAIR, QUEST, TRAINING, rows
 
 CELLS = {
-    "V = 30": ["--store-views", "30"],
-    "V = 10": ["--store-views", "10"],
-    "V = 3": ["--store-views", "3"],
-    "V = 30, 16 positions": ["--store-views", "30", "--set", "quest.positions=16"],
+    "V = 30, m = 128": ["--store-views", "30", "--store-top", "128"],
+    "V = 10, m = 32": ["--store-views", "10", "--store-top", "32"],
+    "V = 3, m = 32": ["--store-views", "3", "--store-top", "32"],
+    "V = 10, m = 32, 16 positions": [
+        "--store-views", "10", "--store-top", "32", "--set", "quest.positions=16",
+    ],
+    "V = 10, m = 8": ["--store-views", "10", "--store-top", "8"],
     "online": ["--store-views", "0"],
-    "V = 1": ["--store-views", "1"],
-    "V = 30, 8 positions": ["--store-views", "30", "--set", "quest.positions=8"],
-}
+    "V = 1, m = 32": ["--store-views", "1", "--store-top", "32"],
+    "V = 10, m = 32, 8 positions": ["--store-views", "10", "--store-top", "32", "--set", "quest.positions=8"],
+}  # fmt: skip
 
 
 def main() -> None:
