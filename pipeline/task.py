@@ -279,12 +279,16 @@ class DistillationTask(TrainingTask):
             ``loss`` (the sum), ``output`` (the student's logits), and each weighted loss by name.
         """
         if answers is None:
-            asked = zip(self.teachers, self.teacher_reads, strict=True)
-            with self.clock("teacher"):
-                answers = [teacher(input, reads) for teacher, reads in asked]
+            answers = self.ask(input)
         with self.engine.autocast():
             losses, logits = self.trainable_module(input, target, answers, self.epoch, keys)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
+
+    def ask(self, pixels: Tensor) -> list[Mapping[str, Tensor]]:
+        """The teachers' readouts of views, uint8 [B,3,S,S]."""
+        asked = zip(self.teachers, self.teacher_reads, strict=True)
+        with self.clock("teacher"):
+            return [teacher(pixels, reads) for teacher, reads in asked]
 
     def balanced(self) -> list[BalancedWeight]:
         """What the balance of the methods' weights found; it waits for the device."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
+from .data.ahead import one_ahead, sent
 from .data.render import Views
 from .data.schedule import Schedule
 from .data.streamed import StreamedViews
@@ -23,6 +24,8 @@ from .results import Epoch
 from .stopping import STOP
 from .store.store import Store
 from .task import DistillationTask
+
+Ask = Callable[[Tensor], Sequence[Readout]]
 
 LOG_SECONDS = 0.5
 """How often the loop waits for the device to show where it is."""
@@ -47,6 +50,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Its tensors."""
+        yield from (self.pixels, self.labels, self.keys)
+        for one in self.answers or ():
+            yield from one.values()
 
     def split(self, size: int | None) -> Iterator["Batch"]:
         """In parts of at most ``size`` images."""
@@ -94,7 +103,11 @@ def train(
     scheduler = schedule(optimizer, plan, steps)
     meter = Meter(task.device, ranks)
     state = TrainingState(task, optimizer, meter, checkpoint, ranks)
-    source = Batches(views, views_of or Schedule(views.policy, views.seed), store, plan, ranks, task.device)
+    views_of = views_of or Schedule(views.policy, views.seed)
+    # A GPU's teachers work on the next batch beside the student; in parts of a step they wait for theirs.
+    beside = task.device.type == "cuda" and len(task.teachers) > 0 and plan.micro_batch is None
+    ask = task.ask if beside else None
+    source = Batches(views, views_of, store, plan, ranks, task.device, ask)
     first, begun = state.load()
     for epoch in range(first, plan.epochs):
         source.open(epoch)
@@ -173,6 +186,8 @@ class Batches:
     plan: Plan
     ranks: Ranks
     device: torch.device
+    ask: Ask | None = None
+    """Asks the teachers about a batch ahead of its step; None leaves that to the step."""
 
     def open(self, epoch: int) -> None:
         """Have the store's answers at hand."""
@@ -196,12 +211,18 @@ class Batches:
             for step in range(begun, steps)
         ]
         parts = [part[self.ranks.mine(len(part))] for part in parts]
-        made = self.views.batches(((indices, numbers[indices]) for indices in parts), self.device)
-        for indices, (pixels, labels) in zip(parts, made, strict=True):
-            answers = None
-            if self.store is not None:
-                answers = self.store.batch(indices, numbers[indices], self.device)
-            yield Batch(pixels, labels, draws[indices].to(self.device, non_blocking=True), answers)
+        pixels_of = self.views.batches(((indices, numbers[indices]) for indices in parts), self.device)
+
+        def made() -> Iterator[Batch]:
+            for indices, (pixels, labels) in zip(parts, pixels_of, strict=True):
+                answers: Sequence[Readout] | None = None
+                if self.store is not None:
+                    answers = self.store.batch(indices, numbers[indices], self.device)
+                elif self.ask is not None:
+                    answers = self.ask(pixels)
+                yield Batch(pixels, labels, sent(draws[indices], self.device), answers)
+
+        yield from one_ahead(made(), self.device)
 
 
 class TrainingState:

@@ -1,16 +1,17 @@
 """Batches made one step ahead of their use, and copies that nothing waits for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor]
+T = TypeVar("T", bound=Iterable[Tensor])
 
 
-def one_ahead(batches: Iterator[Batch], device: torch.device | str) -> Iterator[Batch]:
-    """The same batches. On an NVIDIA GPU each is made, on a stream of its own, while the one before it is
-    worked on; elsewhere each is made when it is asked for.
+def one_ahead(batches: Iterator[T], device: torch.device | str) -> Iterator[T]:
+    """The same batches, iterables of their tensors. On an NVIDIA GPU each is made, on a stream of its own,
+    while the one before it is worked on; elsewhere each is made when it is asked for.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -19,7 +20,7 @@ def one_ahead(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
     beside = torch.cuda.Stream(device)
     beside.wait_stream(torch.cuda.current_stream(device))  # what the batches are made from is there by then
 
-    def made() -> Batch | None:
+    def made() -> T | None:
         with torch.cuda.stream(beside):
             return next(batches, None)
 

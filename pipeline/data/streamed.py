@@ -17,7 +17,7 @@ from torch import Tensor
 from ...export.runtime import Preprocessing, render
 from ..cache import Cache
 from ..errors import JobError
-from .ahead import Batch, one_ahead, sent
+from .ahead import one_ahead, sent
 from .decode import (
     Canonical,
     Readable,
@@ -106,7 +106,7 @@ class StreamedViews:
         view_numbers: Tensor,
         device: torch.device | str = "cpu",
         size: int | None = None,
-    ) -> Batch:
+    ) -> tuple[Tensor, Tensor]:
         """As ``Views.batch``; made in this process.
 
         Raises:
@@ -117,7 +117,7 @@ class StreamedViews:
 
     def batches(
         self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
-    ) -> Iterator[Batch]:
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``Views.batches``; the workers are as many batches ahead as they have at hand.
 
         Raises:
@@ -125,7 +125,9 @@ class StreamedViews:
         """
         return one_ahead(self._made(plan, device), device)
 
-    def _made(self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Iterator[Batch]:
+    def _made(
+        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         begun: deque[Tensor] = deque()
 
         def tasks() -> Iterator[Cut]:
