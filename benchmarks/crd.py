@@ -82,6 +82,10 @@ def main() -> None:
     parser.add_argument("--methods", default="none,kd,quest", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--seeds", default="0", help="comma-separated [default: 0]")
     parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
+    parser.add_argument(
+        "--store-views", help="fixed views whose answers by the teacher are stored [default: 0]"
+    )
+    parser.add_argument("--store-top", help="words of QuEST's targets that are stored")
     parser.add_argument("--epochs", help="other than the recipes' 240, for a trial")
     options = parser.parse_args()
     pairs, chosen = options.pairs.split(","), options.methods.split(",")
@@ -92,13 +96,21 @@ def main() -> None:
     common = ["--data", options.data]
     if options.epochs:
         common += ["--epochs", options.epochs, "--teacher-epochs", options.epochs]
-    table = Table(options.out, _cells(options.out, pairs, chosen, options.seeds, common))
-    columns = ["pair", "method", "top-1, %", "published", "difference", "seeds"]
+    stored = ["--store-views", options.store_views] if options.store_views else []
+    top = ["--store-top", options.store_top] if options.store_top else []
+    methods = {
+        name: [*(stored if name != "none" else []), *(top if name == "quest" else [])] for name in chosen
+    }
+    table = Table(options.out, _cells(options.out, pairs, methods, options.seeds, common))
+    columns = ["pair", "method", "top-1, %", "published", "difference", "student's minutes", "seeds"]
     about = {"benchmark": "CRD, CIFAR-100", "recipes": RECIPES}
     run_and_write(table, options.budget, about, lambda: markdown(columns, _rows(table, pairs, chosen)))
 
 
-def _cells(out: Path, pairs: list[str], chosen: list[str], seeds: str, common: list[str]) -> list[Cell]:
+def _cells(
+    out: Path, pairs: list[str], methods: dict[str, list[str]], seeds: str, common: list[str]
+) -> list[Cell]:
+    """``methods``: further options of each."""
     teachers = {PAIRS[pair][0]: PAIRS[pair][1] for pair in pairs}
     alone = ["--recipe", RECIPES["none"], "--teacher-weights", "none", *common]
     cells = [
@@ -118,7 +130,10 @@ def _cells(out: Path, pairs: list[str], chosen: list[str], seeds: str, common: l
                 "--teacher-weights",
                 str(weights),
             ]
-            cells += [Cell(pair, name, seed, ["--recipe", RECIPES[name], *networks]) for name in chosen]
+            cells += [
+                Cell(pair, name, seed, ["--recipe", RECIPES[name], *networks, *more])
+                for name, more in methods.items()
+            ]
     return cells
 
 
@@ -131,6 +146,11 @@ def _rows(table: Table, pairs: list[str], chosen: list[str]) -> list[list[str]]:
             known = published.get(name)
             mean = sum(values) / len(values) if values else None
             difference = f"{mean - known:+.2f}" if mean is not None and known is not None else "–"
+            minutes = [
+                table.done[cell.name]["stage_seconds"]["student"] / 60
+                for cell in table.cells
+                if (cell.row, cell.method) == (pair, name) and cell.name in table.done
+            ]
             rows.append(
                 [
                     pair,
@@ -138,6 +158,7 @@ def _rows(table: Table, pairs: list[str], chosen: list[str]) -> list[list[str]]:
                     spoken(values),
                     "–" if known is None else f"{known:.2f}",
                     difference,
+                    f"{sum(minutes) / len(minutes):.1f}" if minutes else "–",
                     str(len(values)),
                 ]
             )
