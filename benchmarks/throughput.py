@@ -1,0 +1,266 @@
+"""What distillation costs: images a second of our steps and of other packages' on the same pairs.
+
+    python benchmarks/throughput.py --pairs resnet56-resnet20 --seconds 20 --out throughput.json
+    python benchmarks/throughput.py --device cuda
+
+Without --data the images are made up here. All subjects share one process, its threads and its images; their
+rounds are interleaved in random order (rounds.py). torchdistill's and timm's KD stand in three rows each
+(peers.py), so that the ratio between them and QuEST comes apart into the store, the method with our step,
+precision with layout, and the reading of images. A package that is not installed is left out with a sentence:
+`pip install torchdistill`.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ours
+import peers
+import torch
+from ours import Setting
+from pictures import made_up
+from questpress.export.bench import environment
+from questpress.export.runtime import allowed_cores
+from questpress.pipeline.data.image_set import ImageSet
+from questpress.pipeline.data.open import open_data
+from questpress.pipeline.device import choose_device, device_name, use_threads
+from questpress.pipeline.files import write_json
+from rounds import Comparison, Subject, compare, measure, nothing, rates, rates_table, ratios_table
+
+
+@dataclass(frozen=True)
+class Pair:
+    teacher: str
+    student: str
+    size: int
+
+    @property
+    def batch(self) -> int:
+        return 128 if self.size <= 64 else 32
+
+    @property
+    def images(self) -> int:
+        return 10_000 if self.size <= 64 else 1000
+
+
+PAIRS = {
+    "resnet50-mobilenetv2": Pair("resnet50", "mobilenetv2_100", 224),
+    "resnet56-resnet20": Pair("cifar_resnet56", "cifar_resnet20", 32),
+    "wrn40_2-wrn16_2": Pair("cifar_wrn_40_2", "cifar_wrn_16_2", 32),
+}
+
+OURS: dict[str, Callable[[Setting], Callable[[], None]]] = {
+    "supervised": partial(ours.online, method=None),
+    "teacher alone": ours.teacher_alone,
+    "QuEST online": partial(ours.online, method="quest"),
+    "KD online": partial(ours.online, method="kd"),
+}
+
+PEERS = {"torchdistill": peers.torchdistill, "timm": peers.timm}
+AS_GOT, OUR_DATA, EQUAL = "as its users get it", "our data", "our data, precision and layout"
+VARIANTS = {AS_GOT: None, OUR_DATA: False, EQUAL: True}
+
+
+def _of_peer(peer: str, online: float | None, stored: float | None) -> Iterator[Comparison]:
+    def kd(how: str) -> tuple[str]:
+        return (f"{peer} KD, {how}",)
+
+    yield Comparison(f"QuEST stored over {peer}", "rate", "QuEST stored", kd(AS_GOT), stored)
+    yield Comparison(f"QuEST online over {peer}", "rate", "QuEST online", kd(AS_GOT), online)
+    yield Comparison("… of it the store", "rate", "QuEST stored", ("QuEST online",))
+    yield Comparison("… of it QuEST for KD", "rate", "QuEST online", ("KD online",))
+    yield Comparison("… of it our step", "rate", "KD online", kd(EQUAL))
+    yield Comparison("… of it precision and layout", "rate", *kd(EQUAL), kd(OUR_DATA))
+    yield Comparison("… of it the reading of images", "rate", *kd(OUR_DATA), kd(AS_GOT))
+
+
+COMPARISONS = [
+    Comparison("QuEST stored over supervised", "time", "QuEST stored", ("supervised",), 1.10),
+    Comparison(
+        "QuEST online over supervised + teacher",
+        "time",
+        "QuEST online",
+        ("supervised", "teacher alone"),
+        1.15,
+    ),
+    *_of_peer("torchdistill", online=1.2, stored=2.0),
+    *_of_peer("timm", online=None, stored=None),
+]
+
+
+def subjects(setting: Setting, wanted: Sequence[str], held: ExitStack) -> Iterator[Subject]:
+    """Those whose names contain one of ``wanted``; ``held`` closes what they hold."""
+    for name, make in OURS.items():
+        if _is_wanted(name, wanted):
+            yield Subject(name, setting.batch, make(setting))
+    for package, of_package in PEERS.items():
+        for how, like_ours in VARIANTS.items():
+            name = f"{package} KD, {how}"
+            if not _is_wanted(name, wanted):
+                continue
+            try:
+                step, feed = of_package(setting, like_ours, held)
+            except ImportError as error:
+                say(f"{package} is left out: {error}; pip install {package}.")
+                break
+            begin, end = (feed.begin, feed.end) if feed else (nothing, nothing)
+            yield Subject(name, setting.batch, step, begin, end)
+
+
+def _is_wanted(name: str, wanted: Sequence[str]) -> bool:
+    return not wanted or any(part in name for part in wanted)
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time a pair; what was found."""
+    pair = PAIRS[name]
+    images = _images(pair, options)
+    setting = Setting(
+        pair.teacher,
+        pair.student,
+        pair.size,
+        options.batch or pair.batch,
+        len(images.classes),
+        options.words,
+        options.device,
+        options.threads,
+        options.precision,
+        options.workers,
+        images.train,
+    )
+    synchronise = torch.cuda.synchronize if options.device.startswith("cuda") else nothing
+    with ExitStack() as held:
+        chosen = list(subjects(setting, options.subjects, held))
+        timed = measure(
+            chosen,
+            seconds=options.seconds,
+            rounds=options.rounds,
+            threads=options.threads,
+            seed=options.seed,
+            synchronise=synchronise,
+            tell=say,
+        )
+    return {
+        "pair": name,
+        **asdict(pair),
+        "batch": setting.batch,
+        "images": images.source,
+        "precision": {"student": setting.engine.precision, "teacher": setting.answering.precision},
+        "workers": {
+            "torchdistill": min(options.workers, peers.TORCHDISTILL_WORKERS),
+            "timm": min(options.workers, peers.TIMM_WORKERS),
+        },
+        "rates": rates(timed, options.seed),
+        "ratios": compare(timed, COMPARISONS, options.seed),
+    }
+
+
+def _images(pair: Pair, options: argparse.Namespace) -> ImageSet:
+    if options.data:
+        return open_data(options.data, select_fraction=0)
+    side = pair.size if pair.size <= 64 else None
+    return made_up(options.images or pair.images, options.classes, side, options.seed)
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """The machine, the versions and the options."""
+    packages = ("torch", "torchvision", "timm", "torchdistill", "pillow", "numpy")
+    return {
+        "environment": asdict(environment()),
+        "device": f"{options.device} ({device_name(options.device)})",
+        "versions": {name: _version(name) for name in packages},
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "data")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def text(found: dict[str, Any]) -> str:
+    """The tables of a pair, in Markdown."""
+    precision = found["precision"]
+    return "\n".join(
+        [
+            f"### {found['teacher']} → {found['student']}, {found['size']} pixels, batch {found['batch']}\n",
+            f"{found['images']}; student in {precision['student']}, teacher in {precision['teacher']}.\n",
+            rates_table(found["rates"]),
+            ratios_table(found["ratios"]),
+        ]
+    )
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", default=",".join(PAIRS), help="names, with commas [default: all]")
+    parser.add_argument("--subjects", default="", help="parts of names, with semicolons [default: all]")
+    parser.add_argument("--seconds", type=float, default=60, help="timed, for each subject")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batch", type=int, help="default: 128 at 32 pixels, else 32")
+    parser.add_argument("--words", type=int, default=4096, help="QuEST's vocabulary")
+    parser.add_argument("--device")
+    parser.add_argument("--threads", type=int, default=allowed_cores())
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of our engine")
+    parser.add_argument(
+        "--workers", type=int, default=allowed_cores(), help="of each DataLoader, at most the packages' own"
+    )
+    parser.add_argument("--data", help="a folder of class folders, instead of made-up images")
+    parser.add_argument("--images", type=int, help="made up [default: 10,000 at 32 pixels, else 1,000]")
+    parser.add_argument("--classes", type=int, default=100, help="of the made-up images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file for all that was measured")
+    options = parser.parse_args(arguments)
+    options.pairs = options.pairs.split(",")
+    options.subjects = [part for part in options.subjects.split(";") if part]
+    options.device = choose_device(options.device)
+    unknown = sorted(set(options.pairs) - set(PAIRS))
+    if unknown:
+        parser.error(f"no pair {', '.join(unknown)}; there are {', '.join(PAIRS)}")
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds and --seconds must be positive")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    # Held worker processes must be let go, whatever ends this program.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The peers' loaders warn of more workers than cores, and of tensors that no process shares.
+    warnings.filterwarnings("ignore", module=r"torch\.utils\.data")
+    torch.backends.cudnn.benchmark = True  # as torchdistill's and timm's scripts have it
+    use_threads(options.threads)
+    facts = about(options)
+    machine = facts["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    print(
+        f"{machine['cpu']}, {machine['cores']} cores, {facts['device']}, {options.threads} threads; "
+        f"{versions}; {options.seconds:g} s a subject in {options.rounds} rounds, {options.words} words\n"
+    )
+    pairs = []
+    for name in options.pairs:
+        pairs.append(run(name, options))
+        print(text(pairs[-1]), flush=True)
+        if options.out:
+            write_json(options.out, json.loads(json.dumps({**facts, "pairs": pairs})))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The harnesses that take time: rounds of training steps, how costs grow, and the whole job by the clock."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from ..pipeline import little
+from .test_cells import FOLDER, load
+
+rounds, pictures, ours, peers, throughput, growth = (
+    load(name) for name in ("rounds", "pictures", "ours", "peers", "throughput", "growth")
+)
+
+
+class Clock:
+    """Time that passes only where a toy subject lets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        monkeypatch.setattr(rounds.time, "perf_counter", lambda: self.now)
+
+    def subject(self, name: str, seconds: float, images: int = 1) -> Any:
+        def step() -> None:
+            self.now += seconds
+            self.calls.append(name)
+
+        return rounds.Subject(
+            name,
+            images,
+            step,
+            lambda: self.calls.append(f"begin {name}"),
+            lambda: self.calls.append(f"end {name}"),
+        )
+
+
+def timed(name: str, *milliseconds: float) -> Any:
+    return rounds.summarise(name, 1, [np.array([value]) for value in milliseconds])
+
+
+def test_a_round_is_a_block_of_each_subject_and_gives_milliseconds_an_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    pair = [clock.subject("slow", 0.5, images=10), clock.subject("fast", 0.01, images=2)]
+    slow, fast = rounds.measure(pair, seconds=1.0, rounds=5, threads=1)
+    assert slow.samples == pytest.approx([50] * 5) and fast.samples == pytest.approx([5] * 5)
+    # A fifth of a second each: one slow step, twenty fast ones, with the subject's begin and end around them.
+    told = " ".join(clock.calls)
+    assert told.count("begin slow slow end slow") == 7  # two blocks of it to warm up
+    assert told.count("begin fast" + 20 * " fast" + " end fast") >= 5
+    assert clock.calls != sorted(clock.calls)
+
+
+def test_a_ratio_is_of_times_or_of_rates_and_says_whether_it_is_as_asked_for() -> None:
+    measured = [timed("plain", 10, 10, 10), timed("teacher", 10, 10, 10), timed("online", 22, 22, 22)]
+    found = rounds.compare(
+        measured,
+        [
+            rounds.Comparison("both", "time", "online", ("plain", "teacher"), 1.15),
+            rounds.Comparison("alone", "time", "online", ("plain",), 1.15),
+            rounds.Comparison("rate", "rate", "plain", ("online",), 2.0),
+            rounds.Comparison("not there", "time", "stored", ("plain",), 1.1),
+            rounds.Comparison("no goal", "rate", "plain", ("online",)),
+        ],
+    )
+    assert [row["text"] for row in found] == ["both", "alone", "rate", "no goal"]
+    assert [row["ratio"] for row in found] == pytest.approx([1.1, 2.2, 2.2, 2.2])
+    assert [row["reached"] for row in found] == [True, False, True, None]
+    assert "| both | time | 1.10 | 1.10 to 1.10 | ≤ 1.15 | yes |" in rounds.ratios_table(found)
+
+
+def test_a_goal_inside_the_interval_is_undecided() -> None:
+    noisy = timed("online", 5, 20, 5, 20, 10)
+    (found,) = rounds.compare(
+        [timed("plain", 10, 10, 10, 10, 10), noisy],
+        [rounds.Comparison("", "time", "online", ("plain",), 1.1)],
+    )
+    assert found["low"] < 1.1 < found["high"] and found["reached"] is None
+    (rate,) = rounds.rates([noisy])
+    assert rate["images_per_second"] == pytest.approx(100)
+    assert rate["rounds"] == pytest.approx([200, 50, 200, 50, 100])
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The arguments for a pair of little networks; threads stay as they were."""
+    monkeypatch.setitem(throughput.PAIRS, "tiny", throughput.Pair("cifar_resnet14", "cifar_resnet8", 16))
+    threads = torch.get_num_threads()
+    yield [
+        *("--pairs", "tiny", "--seconds", "0.02", "--rounds", "2", "--images", "32", "--batch", "8"),
+        *("--words", "8", "--classes", "3", "--device", "cpu", "--threads", "1", "--workers", "0"),
+    ]
+    torch.set_num_threads(threads)
+
+
+def test_a_pair_is_timed_with_all_that_is_installed(tiny: list[str]) -> None:
+    pytest.importorskip("timm")
+    found = throughput.run(
+        "tiny", throughput.parse([*tiny, "--subjects", "supervised;QuEST;teacher alone;timm"])
+    )
+    names = [row["subject"] for row in found["rates"]]
+    assert names[:3] == ["supervised", "teacher alone", "QuEST online"]
+    assert names[3:] == [f"timm KD, {how}" for how in throughput.VARIANTS]
+    assert all(row["images_per_second"] > 0 for row in found["rates"])
+    ratios = {row["text"]: row for row in found["ratios"]}
+    assert ratios["QuEST online over supervised + teacher"]["kind"] == "time"
+    assert "QuEST online over timm" in ratios and "QuEST online over torchdistill" not in ratios
+    assert "cifar_resnet14 → cifar_resnet8, 16 pixels, batch 8" in throughput.text(found)
+
+
+def test_torchdistill_learns_from_pictures_and_from_our_data(tiny: list[str]) -> None:
+    pytest.importorskip("torchdistill")
+    found = throughput.run("tiny", throughput.parse([*tiny, "--subjects", "torchdistill"]))
+    assert [row["subject"] for row in found["rates"]] == [
+        f"torchdistill KD, {how}" for how in throughput.VARIANTS
+    ]
+
+
+def test_a_package_that_is_missing_is_left_out_with_a_sentence(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: Any) -> Any:
+        raise ImportError("No module named 'torchdistill'")
+
+    monkeypatch.setitem(throughput.PEERS, "torchdistill", missing)
+    found = throughput.run("tiny", throughput.parse([*tiny, "--subjects", "supervised;torchdistill"]))
+    assert [row["subject"] for row in found["rates"]] == ["supervised"]
+    assert "torchdistill is left out: No module named 'torchdistill'" in capsys.readouterr().err
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    """Whether it becomes true within ten seconds: a signal takes its time."""
+    ends = time.monotonic() + 10
+    while not true() and time.monotonic() < ends:
+        time.sleep(0.01)
+    return true()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes from /proc")
+def test_worker_processes_rest_between_rounds_and_end_at_the_end() -> None:
+    images = pictures.made_up(8, 2, 16).train
+    data = pictures.Pictures(images, 16, repeat=100)
+    data.transform = np.asarray
+    with ExitStack() as held:
+        feed = peers.Feed(torch.utils.data.DataLoader(data, batch_size=4, num_workers=1))
+        held.callback(feed.close)
+        (worker,) = feed.workers
+
+        def stopped() -> bool:
+            return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+        assert soon(stopped)
+        feed.begin()
+        batch, labels = next(feed)
+        assert batch.shape == (4, 16, 16, 3) and labels.tolist() == [0, 1, 0, 1]
+        assert not stopped()
+        feed.end()
+        assert soon(stopped)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_both_sides_see_equal_networks_and_pixels_where_precision_and_layout_are_equal() -> None:
+    images = pictures.made_up(16, 3, 16).train
+    setting = ours.Setting(
+        "cifar_resnet14", "cifar_resnet8", 16, 8, 3, 8, "cpu", torch.get_num_threads(), "fp32", 0, images
+    )
+    views, _ = next(setting.stream())
+    teacher, student = peers._networks(setting, True)
+    assert not teacher.training and student.training
+    expected = setting.frozen(views, frozenset({"logits"}))["logits"]
+    torch.testing.assert_close(teacher(views), expected)
+    assert next(iter(student.parameters())).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_made_up_photographs_are_jpeg_files_that_our_decoder_and_theirs_read_alike() -> None:
+    photo, other = pictures.made_up(2, 2, None).train
+    assert photo.read()[:2] == b"\xff\xd8" and photo.key != other.key
+    height, width = pictures.PHOTO
+    data = pictures.Pictures([photo, other], None, repeat=3)
+    read, label = data[5]
+    assert len(data) == 6 and label == 1 and read.size == (width, height)
+    np.testing.assert_array_equal(np.asarray(read), pictures.decode_image(other.read()))
+
+
+def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
+    assert growth.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+    def run(_: str, images: int, words: int) -> dict[str, float]:
+        return {"seconds": images * 1e-3, "megabytes": words / 2048}
+
+    found = growth.series("loss", "images", run)
+    assert [case["images"] for case in found["cases"]] == [32, 64, 128, 256]
+    assert {case["words"] for case in found["cases"]} == {2048}
+    assert found["exponents"] == pytest.approx({"seconds": 1, "megabytes": 0})
+    table = growth.table([found])
+    assert "| loss: 32 images at 1×, 2,048 words | ms | 32 | 64 | 128 | 256 | 1.00 |" in table
+
+
+@pytest.mark.parametrize("kind", sorted(growth.KINDS))
+def test_each_kind_of_work_runs(kind: str) -> None:
+    growth.KINDS[kind](4, 8, "cpu")()
+
+
+def test_a_second_student_goes_on_from_the_first_ones_teacher_and_cache(tmp_path: Path) -> None:
+    data = little.photos(
+        tmp_path / "data", {"train/red": 40, "train/blue": 40, "test/red": 6, "test/blue": 6}
+    )
+    command = [
+        sys.executable, str(FOLDER / "whole_job.py"), "--out", str(tmp_path / "runs"),
+        "--students", f"{little.STUDENT},{little.STUDENT}", "--teacher-weights", "none", "--",
+        "--teacher", little.TEACHER, *little.SMALL, "--teacher-epochs", "4", "--epochs", "1",
+        "--until", "validate", "--data", str(data), "--device", "cpu", "--set", "quest.words=4",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| teacher |" in done.stdout and "| by the clock |" in done.stdout
+    first, second = (load_file(tmp_path / "runs" / run / "teacher.safetensors") for run in ("1", "2"))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    written = json.loads((tmp_path / "runs" / "whole_job.json").read_text())
+    assert [job["student"] for job in written["jobs"]] == [little.STUDENT] * 2
+    assert all(job["seconds"] > job["stages"]["student"] for job in written["jobs"])
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and "is not empty" in again.stderr
