@@ -132,9 +132,9 @@ def torchdistill(setting: Setting, like_ours: bool | None, held: ExitStack) -> t
     data = {"train": _torchdistill_data(setting)} if like_ours is None else {}
     teacher, student = _networks(setting, like_ours)
     device = torch.device(setting.device)
-    box = get_distillation_box(
-        teacher, student, data, _torchdistill_configuration(setting), device, None, False, 1
-    )
+    ids = [device.index or 0] if device.type == "cuda" else None  # one GPU, as for all subjects
+    configuration = _torchdistill_configuration(setting)
+    box = get_distillation_box(teacher, student, data, configuration, device, ids, False, 1)
     box.pre_epoch_process(epoch=0)
     logger = MetricLogger(delimiter="  ")
     logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value}"))

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ PAIRS = {
     "wrn40_2-wrn16_2": Pair("cifar_wrn_40_2", "cifar_wrn_16_2", 32),
 }
 
+# A comparison below is made once both of its subjects are here and installed.
 OURS: dict[str, Callable[[Setting], Callable[[], None]]] = {
     "supervised": partial(ours.online, method=None),
     "teacher alone": ours.teacher_alone,
@@ -165,10 +166,12 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _images(pair: Pair, options: argparse.Namespace) -> ImageSet:
+    count = options.images or pair.images
     if options.data:
-        return open_data(options.data, select_fraction=0)
-    side = pair.size if pair.size <= 64 else None
-    return made_up(options.images or pair.images, options.classes, side, options.seed)
+        given = open_data(options.data, select_fraction=0)
+        some = given.train[:: -(-len(given.train) // count)]
+        return replace(given, source=f"{len(some)} images of {given.name}", train=some)
+    return made_up(count, options.classes, pair.size if pair.size <= 64 else None, options.seed)
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
@@ -222,8 +225,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=allowed_cores(), help="of each DataLoader, at most the packages' own"
     )
-    parser.add_argument("--data", help="a folder of class folders, instead of made-up images")
-    parser.add_argument("--images", type=int, help="made up [default: 10,000 at 32 pixels, else 1,000]")
+    parser.add_argument("--data", help="a folder or a name, as for compress [default: made up here]")
+    parser.add_argument("--images", type=int, help="how many [default: 10,000 at 32 pixels, else 1,000]")
     parser.add_argument("--classes", type=int, default=100, help="of the made-up images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for all that was measured")
@@ -252,7 +255,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     print(
         f"{machine['cpu']}, {machine['cores']} cores, {facts['device']}, {options.threads} threads; "
-        f"{versions}; {options.seconds:g} s a subject in {options.rounds} rounds, {options.words} words\n"
+        f"load {machine['load']} at the start; {versions}; {options.seconds:g} s a subject in "
+        f"{options.rounds} rounds, {options.words} words\n"
     )
     pairs = []
     for name in options.pairs:
