@@ -16,7 +16,7 @@ import json
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -58,7 +58,7 @@ PAIRS = {
     "wrn40_2-wrn16_2": Pair("cifar_wrn_40_2", "cifar_wrn_16_2", 32),
 }
 
-# A comparison below is made once both of its subjects are here and installed.
+# A comparison below is made where both of its subjects are here and installed.
 OURS: dict[str, Callable[[Setting], Callable[[], None]]] = {
     "supervised": partial(ours.online, method=None),
     "teacher alone": ours.teacher_alone,
@@ -67,24 +67,11 @@ OURS: dict[str, Callable[[Setting], Callable[[], None]]] = {
 }
 
 PEERS = {"torchdistill": peers.torchdistill, "timm": peers.timm}
-AS_GOT, OUR_DATA, EQUAL = "as its users get it", "our data", "our data, precision and layout"
-VARIANTS = {AS_GOT: None, OUR_DATA: False, EQUAL: True}
+VARIANTS = {"as its users get it": None, "our data": False, "our data, precision and layout": True}
+"""Each package's rows, and what ``peers.py`` makes of them; in this order in ``comparisons``."""
 
 
-def _of_peer(peer: str, online: float | None, stored: float | None) -> Iterator[Comparison]:
-    def kd(how: str) -> tuple[str]:
-        return (f"{peer} KD, {how}",)
-
-    yield Comparison(f"QuEST stored over {peer}", "rate", "QuEST stored", kd(AS_GOT), stored)
-    yield Comparison(f"QuEST online over {peer}", "rate", "QuEST online", kd(AS_GOT), online)
-    yield Comparison("… of it the store", "rate", "QuEST stored", ("QuEST online",))
-    yield Comparison("… of it QuEST for KD", "rate", "QuEST online", ("KD online",))
-    yield Comparison("… of it our step", "rate", "KD online", kd(EQUAL))
-    yield Comparison("… of it precision and layout", "rate", *kd(EQUAL), kd(OUR_DATA))
-    yield Comparison("… of it the reading of images", "rate", *kd(OUR_DATA), kd(AS_GOT))
-
-
-COMPARISONS = [
+OWN = (
     Comparison("QuEST stored over supervised", "time", "QuEST stored", ("supervised",), 1.10),
     Comparison(
         "QuEST online over supervised + teacher",
@@ -93,9 +80,27 @@ COMPARISONS = [
         ("supervised", "teacher alone"),
         1.15,
     ),
-    *_of_peer("torchdistill", online=1.2, stored=2.0),
-    *_of_peer("timm", online=None, stored=None),
-]
+)
+
+GOALS = {"torchdistill": {"stored": 2.0, "online": 1.2}}
+"""The least rates asked for, against the package as its users get it."""
+
+
+def comparisons(names: Collection[str]) -> Iterator[Comparison]:
+    """The ratios to take of what was measured: ours, then each package's and what makes it up."""
+    yield from OWN
+    for package in PEERS:
+        got, data, equal = (f"{package} KD, {how}" for how in VARIANTS)
+        if got not in names:
+            continue
+        for teacher in ("stored", "online"):
+            goal = GOALS.get(package, {}).get(teacher)
+            yield Comparison(f"QuEST {teacher} over {package}", "rate", f"QuEST {teacher}", (got,), goal)
+        yield Comparison("… of it the store", "rate", "QuEST stored", ("QuEST online",))
+        yield Comparison("… of it QuEST for KD", "rate", "QuEST online", ("KD online",))
+        yield Comparison("… of it our step", "rate", "KD online", (equal,))
+        yield Comparison("… of it precision and layout", "rate", equal, (data,))
+        yield Comparison("… of it the reading of images", "rate", data, (got,))
 
 
 def subjects(setting: Setting, wanted: Sequence[str], held: ExitStack) -> Iterator[Subject]:
@@ -161,7 +166,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "timm": min(options.workers, peers.TIMM_WORKERS),
         },
         "rates": rates(timed, options.seed),
-        "ratios": compare(timed, COMPARISONS, options.seed),
+        "ratios": compare(timed, comparisons({one.subject for one in timed}), options.seed),
     }
 
 

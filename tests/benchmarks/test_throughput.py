@@ -117,6 +117,7 @@ def test_a_pair_is_timed_with_all_that_is_installed(tiny: list[str]) -> None:
     ratios = {row["text"]: row for row in found["ratios"]}
     assert ratios["QuEST online over supervised + teacher"]["kind"] == "time"
     assert "QuEST online over timm" in ratios and "QuEST online over torchdistill" not in ratios
+    assert len(ratios) == len(found["ratios"])
     assert "cifar_resnet14 → cifar_resnet8, 16 pixels, batch 8" in throughput.text(found)
 
 
