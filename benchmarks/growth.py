@@ -16,6 +16,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -60,15 +61,30 @@ def loss(images: int, words: int, device: str) -> Callable[[], None]:
 def step(images: int, words: int, device: str) -> Callable[[], None]:
     """An online training step."""
     import torch
-    from ours import Setting, online
+    from ours import Setting
+    from ours import step as of_ours
     from pictures import made_up
 
-    pictures = made_up(max(images, 2 * words // SIDE**2 + 1), 10, 32).train
-    setting = Setting(
-        "cifar_resnet56", "cifar_resnet20", 32, images, 10, words, device, torch.get_num_threads(), "auto", 0,
-        pictures,
-    )  # fmt: skip
-    return online(setting, "quest")
+    pictures = made_up(max(images, words // SIDE**2 + 1), 10, 32).train
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(
+            teacher="cifar_resnet56",
+            student="cifar_resnet20",
+            size=32,
+            batch=images,
+            images=pictures,
+            classes=10,
+            words=words,
+            top=words,
+            positions=SIDE**2,
+            device=device,
+            threads=torch.get_num_threads(),
+            precision="auto",
+            compile="off",
+            workers=0,
+            scratch=Path(scratch),
+        )
+        return of_ours(setting, "quest")
 
 
 def kmeans(images: int, words: int, device: str) -> Callable[[], None]:

@@ -1,30 +1,46 @@
 """Our own training steps as subjects for ``throughput.py``: all that knows how our engine is put together."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from questpress.models.build import Geometry, build, geometry
+from questpress.models.checkpoint import read_checkpoint
+from questpress.models.weights import load_into
 from questpress.pipeline import methods
+from questpress.pipeline.cache import Cache
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.image_set import Image
 from questpress.pipeline.data.render import Views
+from questpress.pipeline.data.schedule import Schedule
 from questpress.pipeline.data.views import ViewPolicy
 from questpress.pipeline.device import Engine, choose_engine, inference_engine
-from questpress.pipeline.methods.base import Method, Shapes
-from questpress.pipeline.methods.features import nearest
-from questpress.pipeline.methods.grid import positions, shared_grid
+from questpress.pipeline.files import digest
+from questpress.pipeline.meter import Meter
+from questpress.pipeline.methods.base import Method, Preparation, Readout, Shapes
+from questpress.pipeline.methods.grid import shared_grid
 from questpress.pipeline.methods.quest import readout
+from questpress.pipeline.methods.vocabulary import FEATURES_PER_WORD
+from questpress.pipeline.optimizer import build_optimizer, schedule
+from questpress.pipeline.plan import Plan
+from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.shapes import shapes
+from questpress.pipeline.store.store import Source, Store
 from questpress.pipeline.task import DistillationTask, Teacher
-from questpress.pipeline.train import Meter, Plan, batches, build_optimizer
+from questpress.pipeline.train import Batch, Batches, backward
+from questpress.pipeline.trial import fastest
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-3
 """Small: the networks start at random, and what they learn changes no step's cost."""
+
+
+STEPS_AN_EPOCH = 10**9
+"""A constant learning rate has no end."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +51,32 @@ class Setting:
     student: str
     size: int
     batch: int
+    images: Sequence[Image]
     classes: int
     words: int
+    top: int
+    """Words that a stored target keeps at each position."""
+    positions: int
+    """Drawn for each image, where not all are taken."""
     device: str
     threads: int
     precision: str
+    compile: str
+    """Of our engine; see ``device.Engine``."""
     workers: int
-    images: Sequence[Image]
+    scratch: Path
+    """A folder for the store and the vocabulary."""
+    weights: Path | None = None
+    """Of the teacher; None: random ones."""
+    race: bool = False
+    """Whether the student's engine is the fastest in a race, as long trainings choose it, or the rule's."""
 
     def network(self, name: str) -> nn.Module:
         """Equal weights for every subject."""
-        return build(name, num_classes=self.classes, image_size=self.size, seed=0)
+        network = build(name, num_classes=self.classes, image_size=self.size, seed=0)
+        if name == self.teacher and self.weights is not None:
+            load_into(network, read_checkpoint(self.weights), allow_head_mismatch=True)
+        return network
 
     def geometry(self, name: str) -> Geometry:
         return geometry(name, self.size)
@@ -61,14 +92,25 @@ class Setting:
     @cached_property
     def engine(self) -> Engine:
         """The student's."""
-        chosen = choose_engine(self.device, self.precision, self.network(self.student))
-        return Engine(chosen.device, self.threads, chosen.precision)
+        rule = choose_engine(self.device, self.precision, self.network(self.student))
+        rule = replace(rule, threads=self.threads, compile=self.compile)
+        if not self.race:
+            return rule
+        alone = DistillationTask(self.network(self.student), self.geometry(self.student), rule)
+        first = next(self.stream())
+        batch = first.pixels, first.labels, first.keys, first.answers
+        optimizer = partial(build_optimizer, plan=self.plan)
+        found = fastest(
+            alone, batch, optimizer, 10**6, precision=self.precision, compile="off", note=print
+        ).engine
+        return replace(found, threads=self.threads, compile=self.compile)
 
     @cached_property
     def answering(self) -> Engine:
         """The teacher's."""
-        chosen = inference_engine(self.device, self.precision)
-        return Engine(chosen.device, self.threads, chosen.precision)
+        return replace(
+            inference_engine(self.device, self.precision), threads=self.threads, compile=self.compile
+        )
 
     @cached_property
     def views(self) -> Views:
@@ -97,11 +139,17 @@ class Setting:
             seed=0,
         )
 
-    def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of views, uint8 [B,3,S,S], and labels [B], epoch after epoch."""
-        steps = self.plan.steps(len(self.views))
+    def source(self, store: Store | None = None) -> Batches:
+        """New views each epoch; from a store, one fixed view of each image."""
+        shown = Schedule(self.views.policy, 0, None if store is None else 1)
+        return Batches(self.views, shown, store, self.plan, Ranks(), torch.device(self.device))
+
+    def stream(self, store: Store | None = None) -> Iterator[Batch]:
+        """Batches, epoch after epoch."""
+        source, steps = self.source(store), self.plan.steps(len(self.views))
         for epoch in count():
-            yield from batches(self.views, self.plan, epoch, steps, torch.device(self.device))
+            source.open(epoch)
+            yield from source.of(epoch, steps, 0)
 
     @cached_property
     def frozen(self) -> Teacher:
@@ -109,27 +157,62 @@ class Setting:
         return Teacher(network, self.geometry(self.teacher), self.answering).to(self.device)
 
     @cached_property
+    def cache(self) -> Cache:
+        return Cache(self.scratch / "cache")
+
+    @cached_property
     def prepared(self) -> Mapping[str, Tensor]:
-        """What QuEST's prepare leaves: here k random features are the words, as k-means begins with.
+        """QuEST's vocabulary by one iteration of k-means: a step costs the same whatever the words are."""
+        quest = methods.load("quest")
+        settings = {"quest.words": self.words, "quest.top": self.top, "quest.iterations": 1}
+        teacher, student = self.shapes(self.teacher), self.shapes(self.student)
+        height, width = shared_grid(
+            student.maps[readout("map", student)], teacher.maps[readout("map", teacher)]
+        )
+        wanted = min(len(self.views), -(-FEATURES_PER_WORD * self.words // (height * width)))
 
-        A step costs the same whatever the words are.
-        """
-        level = readout("map", self.shapes(self.teacher))
-        of_teacher = self.shapes(self.teacher).maps[level]
-        of_student = self.shapes(self.student).maps[readout("map", self.shapes(self.student))]
-        grid = shared_grid(of_student, of_teacher)
-        stream, features = self.stream(), torch.empty(0, of_teacher[0])
-        while len(features) < 2 * self.words:
-            answer = self.frozen(next(stream)[0], frozenset([level]))[level].float().cpu()
-            features = torch.cat([features, positions(answer, grid)])
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        words = features[order[: self.words]].contiguous()
-        distance, _ = nearest(features[order[self.words :]].numpy(), words.numpy())
-        return {"0.map.words": words, "0.map.mu": torch.tensor(float(distance.mean()))}
+        def answers(_: int, reads: frozenset[str]) -> Iterable[Readout]:
+            for indices in torch.arange(wanted).split(self.batch):
+                yield self.frozen(self.views.batch(indices, torch.zeros_like(indices), self.device)[0], reads)
+
+        def shared(_: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+            return self.cache.put(kind, digest(dict(key)), write)
+
+        own = methods.parameters(["quest"], settings)["quest"]
+        preparation = Preparation(
+            student=student,
+            teachers=[teacher],
+            teacher_names=[self.teacher],
+            images=wanted,
+            readouts=answers,
+            shared=shared,
+            scratch=self.scratch,
+            seed=0,
+            note=lambda _: None,
+        )
+        return quest.prepare(own, preparation).tensors
+
+    def store(self, heads: Mapping[str, Method]) -> Store:
+        """One view of all images, answered by the teacher here and now."""
+
+        def render(indices: Tensor, view: int) -> Tensor:
+            return self.views.batch(indices, torch.full_like(indices, view), self.device)[0]
+
+        answers = [answer for head in heads.values() for answer in head.answers(0)]
+        source = Source(self.teacher, {}, answers, lambda: self.frozen)
+        return Store(self.cache, [source], len(self.views), render, lambda *_: None)
 
 
-def task(setting: Setting, method: str | None, **parameters: Any) -> DistillationTask:
-    """The student with one method, or alone, as the student stage builds it; its weights are not balanced."""
+def step(
+    setting: Setting, method: str | None, *, stored: bool = False, **parameters: Any
+) -> Callable[[], None]:
+    """A step as ``train`` makes it: views, the teacher's answers where there is one, learning, counting.
+
+    Args:
+        method: by which the student learns; None: without a teacher.
+        stored: whether the answers come from a store, or the teacher is asked.
+        parameters: the method's.
+    """
     heads: dict[str, Method] = {}
     reads: frozenset[str] = frozenset()
     asked: frozenset[str] = frozenset()
@@ -140,39 +223,39 @@ def task(setting: Setting, method: str | None, **parameters: Any) -> Distillatio
         cls = methods.load(method)
         heads[method] = cls(own, student, [teacher], setting.prepared if cls.prepares else {})
         reads, asked = cls.reads(own, student), cls.teacher_reads(own, teacher)
-    return DistillationTask(
+    online = method is not None and not stored
+    task = DistillationTask(
         setting.network(setting.student),
         setting.geometry(setting.student),
         setting.engine,
-        teachers=[] if method is None else [setting.frozen],
-        teacher_reads=[] if method is None else [asked],
+        teachers=[setting.frozen] if online else [],
+        teacher_reads=[asked] if online else [],
         methods=heads,
         student_reads=reads,
     )
-
-
-def online(setting: Setting, method: str | None, **parameters: Any) -> Callable[[], None]:
-    """A step as ``train`` makes it: render the views, ask the teacher where there is one, learn, count."""
-    learning = task(setting, method, **parameters)
-    optimizer = build_optimizer(learning, setting.plan)
-    meter = Meter(learning.device)
-    stream = setting.stream()
-    learning.train()
+    optimizer = build_optimizer(task, setting.plan)
+    scheduler = schedule(optimizer, setting.plan, STEPS_AN_EPOCH)
+    meter = Meter(task.device, Ranks())
+    coming = task.clock.each("data", setting.stream(setting.store(heads) if stored else None))
+    numbers = count()
+    task.train()
 
     def step() -> None:
-        images, labels = next(stream)
-        result = learning(images, labels)
-        optimizer.zero_grad(set_to_none=True)
-        result["loss"].backward()
-        optimizer.step()
-        meter.add(result, labels)
+        batch, number = next(coming), next(numbers)
+        torch.manual_seed(number)
+        scheduler.step_update(number)
+        with task.clock("student"):
+            optimizer.zero_grad(set_to_none=True)
+            backward(task, batch, None, meter)
+            optimizer.step()
+            task.update_ema()
 
     return step
 
 
 def teacher_alone(setting: Setting) -> Callable[[], None]:
     """The teacher's answer to a batch of views that is there already: what online training adds at least."""
-    views, _ = next(setting.stream())
+    views = next(setting.stream()).pixels
     reads = frozenset([readout("map", setting.shapes(setting.teacher))])
 
     def step() -> None:

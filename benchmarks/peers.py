@@ -75,10 +75,10 @@ class Equipped(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: Any, setting: Setting, name: str, engine: Engine, layout: Any) -> None:
+    def __init__(self, network: Any, setting: Setting, name: str, engine: Engine) -> None:
         super().__init__()
-        self.network = network.to(memory_format=layout)
-        self.engine, self.layout = engine, layout
+        self.network = network.to(memory_format=engine.memory_format)
+        self.engine = engine
         geometry = setting.geometry(name)
         for key in ("mean", "std"):
             values = torch.tensor(getattr(geometry, key)).view(1, 3, 1, 1)
@@ -87,7 +87,7 @@ class Equipped(nn.Module):
         self.pretrained_cfg = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
     def forward(self, views: Tensor) -> Tensor:
-        pixels = views.contiguous(memory_format=self.layout)
+        pixels = views.contiguous(memory_format=self.engine.memory_format)
         pixels = (pixels.to(torch.float32) / 255).sub_(self.mean).div_(self.std)
         with self.engine.autocast():
             logits: Tensor = self.network(pixels)
@@ -100,9 +100,8 @@ def _networks(setting: Setting, like_ours: bool | None) -> tuple[nn.Module, nn.M
     for name, engine in ((setting.teacher, setting.answering), (setting.student, setting.engine)):
         network = setting.network(name)
         if like_ours is not None:
-            layout = torch.channels_last if like_ours else torch.contiguous_format
-            computed = engine if like_ours else Engine(setting.device, setting.threads, "fp32")
-            network = Equipped(network, setting, name, computed, layout)
+            plain = Engine(setting.device, setting.threads, "fp32", "contiguous")
+            network = Equipped(network, setting, name, engine if like_ours else plain)
         pair.append(network.to(setting.device))
     teacher, student = pair
     return teacher.eval(), student.train()
@@ -142,7 +141,7 @@ def torchdistill(setting: Setting, like_ours: bool | None, held: ExitStack) -> t
     if like_ours is None:
         feed = Feed(logger.log_every(box.train_data_loader, 1000, "Epoch: [0]"))
         held.callback(feed.close)
-    batches: Iterator[Any] = feed or ((images, labels, {}) for images, labels in setting.stream())
+    batches: Iterator[Any] = feed or ((one.pixels, one.labels, {}) for one in setting.stream())
 
     def step() -> None:
         images, labels, more = next(batches)
@@ -250,7 +249,7 @@ def timm(setting: Setting, like_ours: bool | None, held: ExitStack) -> tuple[Cal
     if like_ours is None:
         feed = Feed(_timm_loader(setting, device))
         held.callback(feed.close)
-    batches = feed or setting.stream()
+    batches: Iterator[Any] = feed or ((one.pixels, one.labels) for one in setting.stream())
 
     def step() -> None:
         images, labels = next(batches)

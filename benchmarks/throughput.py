@@ -5,7 +5,7 @@
 
 Without --data the images are made up here. All subjects share one process, its threads and its images; their
 rounds are interleaved in random order (rounds.py). torchdistill's and timm's KD stand in three rows each
-(peers.py), so that the ratio between them and QuEST comes apart into the store, the method with our step,
+(peers.py), so that the ratio of ours to theirs comes apart into the store, QuEST instead of KD, our step,
 precision with layout, and the reading of images. A package that is not installed is left out with a sentence:
 `pip install torchdistill`.
 """
@@ -19,8 +19,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ours
@@ -34,6 +34,7 @@ from questpress.pipeline.data.image_set import ImageSet
 from questpress.pipeline.data.open import open_data
 from questpress.pipeline.device import choose_device, device_name, use_threads
 from questpress.pipeline.files import write_json
+from questpress.pipeline.methods.quest import LIKELY_TOP
 from rounds import Comparison, Subject, compare, measure, nothing, rates, rates_table, ratios_table
 
 
@@ -58,12 +59,19 @@ PAIRS = {
     "wrn40_2-wrn16_2": Pair("cifar_wrn_40_2", "cifar_wrn_16_2", 32),
 }
 
-# A comparison below is made where both of its subjects are here and installed.
+SAMPLED = ", sampled positions"
+
 OURS: dict[str, Callable[[Setting], Callable[[], None]]] = {
-    "supervised": partial(ours.online, method=None),
+    "supervised": lambda setting: ours.step(setting, None),
     "teacher alone": ours.teacher_alone,
-    "QuEST online": partial(ours.online, method="quest"),
-    "KD online": partial(ours.online, method="kd"),
+    "QuEST stored": lambda setting: ours.step(setting, "quest", stored=True),
+    f"QuEST stored{SAMPLED}": lambda setting: ours.step(
+        setting, "quest", stored=True, positions=setting.positions
+    ),
+    "QuEST online": lambda setting: ours.step(setting, "quest"),
+    f"QuEST online{SAMPLED}": lambda setting: ours.step(setting, "quest", positions=setting.positions),
+    "KD stored": lambda setting: ours.step(setting, "kd", stored=True),
+    "KD online": lambda setting: ours.step(setting, "kd"),
 }
 
 PEERS = {"torchdistill": peers.torchdistill, "timm": peers.timm}
@@ -71,36 +79,35 @@ VARIANTS = {"as its users get it": None, "our data": False, "our data, precision
 """Each package's rows, and what ``peers.py`` makes of them; in this order in ``comparisons``."""
 
 
-OWN = (
-    Comparison("QuEST stored over supervised", "time", "QuEST stored", ("supervised",), 1.10),
-    Comparison(
-        "QuEST online over supervised + teacher",
-        "time",
-        "QuEST online",
-        ("supervised", "teacher alone"),
-        1.15,
-    ),
-)
+STORED = [f"{method} stored{places}" for method, places in (("QuEST", ""), ("QuEST", SAMPLED), ("KD", ""))]
+ONLINE = [name.replace("stored", "online") for name in STORED]
 
 GOALS = {"torchdistill": {"stored": 2.0, "online": 1.2}}
-"""The least rates asked for, against the package as its users get it."""
+"""The least rates asked for of QuEST, against the package as its users get it."""
 
 
 def comparisons(names: Collection[str]) -> Iterator[Comparison]:
-    """The ratios to take of what was measured: ours, then each package's and what makes it up."""
-    yield from OWN
+    """The ratios to take of what was measured: ours, then those to each package and what makes them up."""
+    for name in STORED:
+        yield Comparison(f"{name}, over supervised", "time", name, ("supervised",), 1.10)
+    for name in ONLINE:
+        both = ("supervised", "teacher alone")
+        yield Comparison(f"{name}, over supervised + teacher", "time", name, both, 1.15)
+    yield Comparison("QuEST stored over online", "rate", "QuEST stored", ("QuEST online",))
+    yield Comparison("sampled over all positions, stored", "rate", STORED[1], (STORED[0],))
+    yield Comparison("QuEST over KD, stored", "rate", "QuEST stored", ("KD stored",))
+    yield Comparison("QuEST over KD, online", "rate", "QuEST online", ("KD online",))
     for package in PEERS:
         got, data, equal = (f"{package} KD, {how}" for how in VARIANTS)
         if got not in names:
             continue
-        for teacher in ("stored", "online"):
-            goal = GOALS.get(package, {}).get(teacher)
-            yield Comparison(f"QuEST {teacher} over {package}", "rate", f"QuEST {teacher}", (got,), goal)
-        yield Comparison("… of it the store", "rate", "QuEST stored", ("QuEST online",))
-        yield Comparison("… of it QuEST for KD", "rate", "QuEST online", ("KD online",))
-        yield Comparison("… of it our step", "rate", "KD online", (equal,))
-        yield Comparison("… of it precision and layout", "rate", equal, (data,))
-        yield Comparison("… of it the reading of images", "rate", data, (got,))
+        for name in (*STORED, *ONLINE):
+            goal = GOALS.get(package, {}).get("stored" if "stored" in name else "online")
+            goal = None if name.startswith("KD") else goal
+            yield Comparison(f"{name}, over {package}", "rate", name, (got,), goal)
+        yield Comparison(f"… our step: KD online over {package}, all equal", "rate", "KD online", (equal,))
+        yield Comparison(f"… precision and layout, in {package}", "rate", equal, (data,))
+        yield Comparison(f"… the reading of images, in {package}", "rate", data, (got,))
 
 
 def subjects(setting: Setting, wanted: Sequence[str], held: ExitStack) -> Iterator[Subject]:
@@ -130,21 +137,27 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time a pair; what was found."""
     pair = PAIRS[name]
     images = _images(pair, options)
-    setting = Setting(
-        pair.teacher,
-        pair.student,
-        pair.size,
-        options.batch or pair.batch,
-        len(images.classes),
-        options.words,
-        options.device,
-        options.threads,
-        options.precision,
-        options.workers,
-        images.train,
-    )
     synchronise = torch.cuda.synchronize if options.device.startswith("cuda") else nothing
     with ExitStack() as held:
+        setting = Setting(
+            teacher=pair.teacher,
+            student=pair.student,
+            size=pair.size,
+            batch=options.batch or pair.batch,
+            images=images.train,
+            classes=len(images.classes),
+            words=options.words,
+            top=options.top,
+            positions=options.positions,
+            device=options.device,
+            threads=options.threads,
+            precision=options.precision,
+            compile=options.compile,
+            workers=options.workers,
+            scratch=Path(held.enter_context(TemporaryDirectory(prefix="questpress-throughput-"))),
+            weights=options.teacher_weights,
+            race=options.race,
+        )
         chosen = list(subjects(setting, options.subjects, held))
         timed = measure(
             chosen,
@@ -160,7 +173,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         **asdict(pair),
         "batch": setting.batch,
         "images": images.source,
-        "precision": {"student": setting.engine.precision, "teacher": setting.answering.precision},
+        "engines": {"student": str(setting.engine), "teacher": str(setting.answering)},
         "workers": {
             "torchdistill": min(options.workers, peers.TORCHDISTILL_WORKERS),
             "timm": min(options.workers, peers.TIMM_WORKERS),
@@ -179,6 +192,10 @@ def _images(pair: Pair, options: argparse.Namespace) -> ImageSet:
     return made_up(count, options.classes, pair.size if pair.size <= 64 else None, options.seed)
 
 
+PATHS = ("out", "data", "teacher_weights")
+"""Options that say where something lies on this machine."""
+
+
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """The machine, the versions and the options."""
     packages = ("torch", "torchvision", "timm", "torchdistill", "pillow", "numpy")
@@ -186,7 +203,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "environment": asdict(environment()),
         "device": f"{options.device} ({device_name(options.device)})",
         "versions": {name: _version(name) for name in packages},
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "data")},
+        "options": {key: value for key, value in vars(options).items() if key not in PATHS},
     }
 
 
@@ -199,11 +216,11 @@ def _version(package: str) -> str | None:
 
 def text(found: dict[str, Any]) -> str:
     """The tables of a pair, in Markdown."""
-    precision = found["precision"]
+    engines = found["engines"]
     return "\n".join(
         [
             f"### {found['teacher']} → {found['student']}, {found['size']} pixels, batch {found['batch']}\n",
-            f"{found['images']}; student in {precision['student']}, teacher in {precision['teacher']}.\n",
+            f"{found['images']}; student: {engines['student']}; teacher: {engines['teacher']}.\n",
             rates_table(found["rates"]),
             ratios_table(found["ratios"]),
         ]
@@ -224,9 +241,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch", type=int, help="default: 128 at 32 pixels, else 32")
     parser.add_argument("--words", type=int, default=4096, help="QuEST's vocabulary")
+    parser.add_argument("--top", type=int, default=LIKELY_TOP, help="words that a stored target keeps")
+    parser.add_argument("--positions", type=int, default=16, help="of each image, where they are sampled")
+    parser.add_argument("--teacher-weights", type=Path, help="a file [default: random ones]")
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int, default=allowed_cores())
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of our engine")
+    parser.add_argument(
+        "--compile", choices=("off", "default", "reduce-overhead"), default="off", help="of our networks"
+    )
+    parser.add_argument(
+        "--race", action="store_true", help="the student by the fastest engine, as long trainings choose it"
+    )
     parser.add_argument(
         "--workers", type=int, default=allowed_cores(), help="of each DataLoader, at most the packages' own"
     )
@@ -261,7 +287,8 @@ def main() -> None:
     print(
         f"{machine['cpu']}, {machine['cores']} cores, {facts['device']}, {options.threads} threads; "
         f"load {machine['load']} at the start; {versions}; {options.seconds:g} s a subject in "
-        f"{options.rounds} rounds, {options.words} words\n"
+        f"{options.rounds} rounds; {options.words} words, {options.top} of them stored a position, "
+        f"{options.positions} positions where sampled\n"
     )
     pairs = []
     for name in options.pairs:
