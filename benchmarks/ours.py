@@ -31,7 +31,7 @@ from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.shapes import shapes
 from questpress.pipeline.store.store import Source, Store
 from questpress.pipeline.task import DistillationTask, Teacher
-from questpress.pipeline.train import Batch, Batches, backward
+from questpress.pipeline.train import Ask, Batch, Batches, backward
 from questpress.pipeline.trial import fastest
 from torch import Tensor, nn
 
@@ -139,17 +139,13 @@ class Setting:
             seed=0,
         )
 
-    def source(self, store: Store | None = None) -> Batches:
-        """New views each epoch; from a store, one fixed view of each image."""
+    def stream(self, store: Store | None = None, ask: Ask | None = None) -> Iterator[Batch]:
+        """Batches, epoch after epoch: new views each time, or from a store one fixed view of each image."""
         shown = Schedule(self.views.policy, 0, None if store is None else 1)
-        return Batches(self.views, shown, store, self.plan, Ranks(), torch.device(self.device))
-
-    def stream(self, store: Store | None = None) -> Iterator[Batch]:
-        """Batches, epoch after epoch."""
-        source, steps = self.source(store), self.plan.steps(len(self.views))
+        source = Batches(self.views, shown, store, self.plan, Ranks(), torch.device(self.device), ask)
         for epoch in count():
             source.open(epoch)
-            yield from source.of(epoch, steps, 0)
+            yield from source.of(epoch, self.plan.steps(len(self.views)), 0)
 
     @cached_property
     def frozen(self) -> Teacher:
@@ -236,7 +232,9 @@ def step(
     optimizer = build_optimizer(task, setting.plan)
     scheduler = schedule(optimizer, setting.plan, STEPS_AN_EPOCH)
     meter = Meter(task.device, Ranks())
-    coming = task.clock.each("data", setting.stream(setting.store(heads) if stored else None))
+    # As in ``train``: a GPU's teachers work on the next batch beside the student.
+    ask = task.ask if online and task.device.type == "cuda" else None
+    coming = task.clock.each("data", setting.stream(setting.store(heads) if stored else None, ask))
     numbers = count()
     task.train()
 
