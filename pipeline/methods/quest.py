@@ -25,7 +25,7 @@ from .grid import positions, shared_grid
 from .quest_parameters import Parameters
 from .vocabulary import check_words, learn_vocabulary, perplexity
 from .word_loss import Nearest, Whole, divergence
-from .word_targets import answer, assign, draw, enough, nearest, stored
+from .word_targets import answer, closeness, draw, enough, nearest, stored
 
 LIKELY_TOP = 64
 """About as many words as a store keeps of a position at most, where it is not asked for."""
@@ -210,7 +210,7 @@ class WordPrediction(nn.Module):
     def _target(self, f_t: Tensor) -> Nearest | Whole:
         if self.top is not None and self.top < len(self.words):
             return nearest(f_t, self.words, self.tau, self.top)[0]
-        return Whole(lambda rows: assign(f_t[rows], self.words, self.tau), len(f_t))
+        return Whole(lambda rows: closeness(f_t[rows], self.words, self.tau), len(f_t))
 
     def answer(self) -> base.Answer:
         return answer(self.teacher_reads, self.grid, self.words, self.tau, self.stored)

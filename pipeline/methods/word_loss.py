@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CACHED = 1 << 20
-"""Elements of a block's matrix on a CPU: 4 MB, which the caches hold (half or twice as many are as fast)."""
+CACHED = 1 << 19
+"""Elements of a block's matrix on a CPU: 2 MB, which the caches hold (half or twice as many are as fast)."""
 
 ON_DEVICE = 1 << 26
 """The same on a GPU: large enough to fill it, small beside its memory."""
+
+LOOKED_AT = 1024
+"""About so many positions of a batch are looked at where that costs a search for the likeliest word."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,22 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Whole:
-    """p_T over all words, as log-probabilities [n,K] that are computed when a block is asked for."""
+    """p_T over all words: softmax of the logits [n,K] that are computed when a block is asked for."""
 
-    log_p: Callable[[slice], Tensor]
+    logits: Callable[[slice], Tensor]
     n: int
 
     def __len__(self) -> int:
         return self.n
 
     def __getitem__(self, rows: slice) -> "_WholeBlock":
-        log_p = self.log_p(rows)
-        return _WholeBlock(log_p, log_p.exp())
+        logits = self.logits(rows)
+        return _WholeBlock(logits, logits.softmax(1))
 
 
 @dataclass(frozen=True)
 class _WholeBlock:
-    log_p: Tensor
+    logits: Tensor
     p: Tensor
 
     def word(self) -> tuple[Tensor, Tensor]:
@@ -76,10 +79,16 @@ class _WholeBlock:
         return word, top
 
     def against(self, z: Tensor) -> Tensor:
-        return torch.dot(self.p.flatten(), (self.log_p - z).flatten())
+        # log p_T = logits − logsumexp(logits), and p_T sums to 1.
+        return torch.dot(self.p.flatten(), (self.logits - z).flatten()) - _log_sum(self.logits, self.p).sum()
 
     def taken_from(self, p_s: Tensor) -> Tensor:
         return p_s.sub_(self.p)
+
+
+def _log_sum(logits: Tensor, p: Tensor) -> Tensor:
+    """logsumexp of each row, by its softmax, which has the sum already: max p = exp(max − logsumexp)."""
+    return logits.amax(1) - p.amax(1).log()
 
 
 Look = Callable[[Tensor, Tensor, Tensor], None]
@@ -110,29 +119,28 @@ class _Divergence(torch.autograd.Function):
         products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sums
         learns = any(ctx.needs_input_grad)
         size = max(1, (CACHED if device == "cpu" else ON_DEVICE) // len(weight))
-        f, w = f_s.to(products), weight.to(products)
+        looked_at = max(size, LOOKED_AT) if isinstance(target, Whole) else len(target)
         values = []
         of_f = torch.empty_like(f_s, dtype=sums)
-        of_w, of_gamma = torch.zeros_like(weight, dtype=sums), torch.zeros_like(gamma, dtype=sums)
+        of_w = torch.zeros_like(weight, dtype=sums)
         with torch.autocast(device, enabled=False):
+            f, w = (gamma * f_s).to(products), weight.to(products)
             for start in range(0, len(f), size):
                 rows = slice(start, start + size)
                 block = target[rows]
-                cosine = _product(f[rows], w.T, sums)
-                z = gamma * cosine
-                largest = z.amax(1)
+                z = _product(f[rows], w.T, sums)
                 p_s = z.softmax(1)
-                # The softmax has the sum already: its largest value is exp(largest − logsumexp).
-                values.append((largest - p_s.amax(1).log()).sum() + block.against(z))
-                word, top = block.word()
-                look(word, top, z.gather(1, word[:, None])[:, 0] >= largest)
-                if not learns:
-                    continue
-                of_z = block.taken_from(p_s)
-                of_gamma += torch.dot(of_z.flatten(), cosine.flatten())
-                of_cosine = of_z.mul_(gamma).to(products)
-                of_f[rows] = _product(of_cosine, w, sums)
-                of_w += _product(of_cosine.T, f[rows], sums)
+                values.append(_log_sum(z, p_s).sum() + block.against(z))
+                if start < looked_at:
+                    word, top = block.word()
+                    look(word, top, z.gather(1, word[:, None])[:, 0] >= z.amax(1))
+                if learns:
+                    of_z = block.taken_from(p_s).to(products)
+                    of_f[rows] = _product(of_z, w, sums)
+                    of_w += _product(of_z.T, f[rows], sums)
+            # ∂z/∂γ = ⟨W_k,f_S⟩ and ∂z/∂f_S = γ·W_k: what has come back to γ·f_S is enough for both.
+            of_gamma = torch.dot(of_f.flatten(), f_s.flatten().to(sums))
+            of_f *= gamma
         ctx.save_for_backward(of_f.to(f_s.dtype), of_w.to(weight.dtype), of_gamma.to(gamma.dtype))
         return torch.stack(values).sum()
 

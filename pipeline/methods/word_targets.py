@@ -25,8 +25,6 @@ FIRST_POSITION = 1 << 16
 def assign(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
     """The teacher's soft assignment log p_T, p_T = softmax(−‖f_T − v_k‖²/τ), over the words.
 
-    The distance is computed in fp32 even under autocast: its terms cancel in half precision.
-
     Args:
         f_t: [n,C] the teacher's features.
         words: [K,C] the vocabulary.
@@ -35,10 +33,17 @@ def assign(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
     Returns:
         [n,K] log-probabilities.
     """
+    return F.log_softmax(closeness(f_t, words, tau), dim=1)
+
+
+def closeness(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
+    """−‖f_T − v_k‖²/τ up to what is the same for every word, ‖f_T‖²/τ, and drops out of the softmax: [n,K].
+
+    In fp32 even under autocast: the terms of the distance cancel in half precision.
+    """
     with torch.autocast(f_t.device.type, enabled=False):
-        # ‖f‖² is the same for every word and drops out of the softmax.
-        closeness = torch.addmm(-words.square().sum(1), f_t.to(words.dtype), words.T, alpha=2)
-        return F.log_softmax(closeness / tau, dim=1)
+        squares = words.square().sum(1) / -tau
+        return torch.addmm(squares, f_t.to(words.dtype), words.T, alpha=2 / tau)
 
 
 def nearest(f_t: Tensor, words: Tensor, tau: float, m: int) -> tuple[Nearest, Tensor]:
