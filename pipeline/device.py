@@ -28,6 +28,8 @@ class Engine:
     """Of maps and weights in memory: ``channels_last`` or ``contiguous``."""
     compile: str = "off"
     """``off``, or the mode of torch.compile: ``default``, or ``reduce-overhead`` for CUDA graphs."""
+    heads: str = "as the network"
+    """The matrix products of the methods' heads: ``bf16``, or ``as the network``."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Engine":
@@ -54,6 +56,11 @@ class Engine:
     def autocast(self) -> torch.autocast:
         kind = torch.device(self.device).type
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def autocast_heads(self) -> torch.autocast:
+        """For the methods, inside ``autocast``."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled="bf16" in (self.precision, self.heads))
 
 
 def choose_device(asked: str | None, ranks: Ranks | None = None) -> str:
@@ -91,10 +98,13 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
 
     On a GPU bf16 pays. On a CPU it does where the processor multiplies in bf16, for networks of dense
     convolutions and matrices; depthwise convolutions are slower in it than in fp32 (benchmarks/precision.py).
+    The methods' heads are matrices.
     """
+    pays = precision == "auto" and bf16_pays(device)
     if precision == "auto":
-        precision = "bf16" if bf16_pays(device) and not (device == "cpu" and depthwise(network)) else "fp32"
-    return Engine(device, allowed_cores(), precision)
+        precision = "bf16" if pays and not (device == "cpu" and depthwise(network)) else "fp32"
+    heads = "bf16" if pays and precision == "fp32" else "as the network"
+    return Engine(device, allowed_cores(), precision, heads=heads)
 
 
 def inference_engine(device: str, precision: str) -> Engine:

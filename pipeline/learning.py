@@ -55,7 +55,7 @@ def engine(job: Job, what: str, choose: Callable[[str], Engine]) -> Engine:
         if asked in ("auto", entry["precision"]):
             return Engine.of(entry)
         job.display.note(f"{what} was begun in {entry['precision']} and goes on in {asked}")
-        chosen = replace(Engine.of(entry), precision=asked)
+        chosen = replace(Engine.of(entry), precision=asked, heads="as the network")
     else:
         chosen = choose(asked)
     engines[what] = {"key": job.key, **asdict(chosen), "name": device_name(chosen.device)}

@@ -70,6 +70,7 @@ class Trainee(nn.Module):
         weights: Mapping[str, float],
         label_smoothing: float,
         balance: bool,
+        engine: Engine,
         ranks: Ranks,
     ) -> None:
         super().__init__()
@@ -81,12 +82,12 @@ class Trainee(nn.Module):
         self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
         self.label_smoothing = label_smoothing
-        self.memory_format = torch.channels_last
+        self.engine = engine
 
     def use(self, engine: Engine) -> None:
         """Compute by this engine from now on."""
-        self.memory_format = engine.memory_format
-        self.to(memory_format=self.memory_format)
+        self.engine = engine
+        self.to(memory_format=engine.memory_format)
         self.readouts.compile_features(engine.compile_mode)
 
     def forward(
@@ -98,16 +99,17 @@ class Trainee(nn.Module):
         keys: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted losses by name, and the logits [B,N]."""
-        images = self.normalise(pixels).contiguous(memory_format=self.memory_format)
+        images = self.normalise(pixels).contiguous(memory_format=self.engine.memory_format)
         student = self.readouts(images, self.reads)
         entropy = F.cross_entropy(student["logits"].float(), labels, label_smoothing=self.label_smoothing)
-        of_methods = {
-            name: {
-                part: self.weights[name] * loss
-                for part, loss in method(student, teachers, labels, epoch, keys).items()
+        with self.engine.autocast_heads():
+            of_methods = {
+                name: {
+                    part: self.weights[name] * loss
+                    for part, loss in method(student, teachers, labels, epoch, keys).items()
+                }
+                for name, method in self.methods.items()
             }
-            for name, method in self.methods.items()
-        }
         if self.balance is not None:
             of_methods = self._balanced(of_methods, entropy, student[self.last_map], epoch)
         losses = {part: loss for parts in of_methods.values() for part, loss in parts.items()}
@@ -183,6 +185,7 @@ class DistillationTask(TrainingTask):
             {"ce": 1.0, **dict.fromkeys(methods, 1.0), **(weights or {})},
             label_smoothing,
             balance,
+            engine,
             ranks or Ranks(),
         )
         self.teachers = nn.ModuleList(teachers)
