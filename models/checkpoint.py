@@ -137,6 +137,19 @@ def _read_torch(file: Path) -> Any:
         ) from error
 
 
+def tensors_digest(path: Path) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a safetensors file's tensors, whatever it says of
+    itself: of equal weights equal, whichever run wrote them.
+    """
+    found = hashlib.sha256()
+    with safe_open(path, "pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _find_weights(content: Any, depth: int = 0) -> tuple[StateDict, str]:
     """The named tensors in a checkpoint, and under which keys they lay.
 

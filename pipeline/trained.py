@@ -5,7 +5,7 @@ import json
 from torch import nn
 
 from ..models.build import build
-from ..models.checkpoint import load_saved
+from ..models.checkpoint import load_saved, tensors_digest
 from ..models.weights import load_into
 from .device import Engine
 from .job import Job
@@ -35,6 +35,11 @@ def teacher_network(job: Job, t: int) -> nn.Module:
     network = build(job.teachers[t], num_classes=len(job.data.classes), image_size=job.image_size)
     load_into(network, load_saved(job.folder.path / job.teacher_file(t)))
     return network.eval()
+
+
+def teacher_digest(job: Job, t: int) -> str:
+    """What tells a finished teacher's weights from any others, in whichever run they came to be."""
+    return tensors_digest(job.folder.path / job.teacher_file(t))
 
 
 def load_teacher(job: Job, t: int, engine: Engine) -> Teacher:

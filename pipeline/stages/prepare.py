@@ -16,7 +16,7 @@ from ..job import Job
 from ..methods.base import Method, Parameters, Preparation, Readout
 from ..run_folder import Done
 from ..task import Teacher
-from ..trained import load_teacher
+from ..trained import load_teacher, teacher_digest
 
 PREPARED = "prepared.safetensors"
 SCRATCH = "scratch"
@@ -71,11 +71,10 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
             job.stage.update(f"reading {name}", first + len(batch), len(job.train.images), "images")
 
     def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-        weights = job.folder.record["stages"]["teacher"]["outputs"][job.teacher_file(t)]
         whole_key = digest(
             {
                 **key,
-                "teacher": weights,
+                "teacher": teacher_digest(job, t),
                 "data": job.data.fingerprint,
                 "geometry": job.preprocessing(job.teachers[t]).to_dict(),
             }

@@ -14,7 +14,7 @@ from ..device import Engine
 from ..files import digest
 from ..job import Job
 from ..methods.base import Answer, Method
-from ..trained import load_teacher
+from ..trained import load_teacher, teacher_digest
 from .store import Source, Store
 
 
@@ -65,7 +65,7 @@ def _answers(methods: Mapping[str, Method], t: int) -> Sequence[Answer]:
 def _key(job: Job, t: int, answering: Engine) -> dict[str, object]:
     geometry = job.geometry(job.teachers[t])
     return {
-        "weights": job.folder.record["stages"]["teacher"]["outputs"][job.teacher_file(t)],
+        "weights": teacher_digest(job, t),
         "architecture": job.teachers[t],
         "precision": answering.precision,
         "mean": list(geometry.mean),

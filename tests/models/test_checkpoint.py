@@ -3,11 +3,12 @@ import hashlib
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from questpress.models.build import build
-from questpress.models.checkpoint import load_saved, read_checkpoint, save_weights
+from questpress.models.checkpoint import load_saved, read_checkpoint, save_weights, tensors_digest
 from questpress.models.errors import ModelError
 from safetensors.torch import save_file
 
@@ -162,3 +163,15 @@ def test_a_file_without_tensors_is_refused(tmp_path):
     torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "empty.pth")
     with pytest.raises(ModelError, match="no weights"):
         read_checkpoint(tmp_path / "empty.pth")
+
+
+def test_equal_weights_have_one_digest_whatever_their_files_say_of_themselves(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3), "c": torch.ones(4).bfloat16()}
+    digests = []
+    for number, metadata in enumerate(({"key": "one"}, {"key": "another", "labels": "[]"})):
+        save_file(tensors, tmp_path / f"{number}.safetensors", metadata)
+        digests.append(tensors_digest(tmp_path / f"{number}.safetensors"))
+    assert digests[0] == digests[1]
+    for other in ({**tensors, "a": tensors["a"].T.contiguous()}, {**tensors, "b": torch.tensor(4)}):
+        save_file(other, tmp_path / "other.safetensors")
+        assert tensors_digest(tmp_path / "other.safetensors") != digests[0]
