@@ -1,7 +1,11 @@
 """The networks a run has trained, as they lie in its folder."""
 
+import hashlib
 import json
+from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ..models.build import build
@@ -21,6 +25,17 @@ def weights_metadata(job: Job, name: str) -> dict[str, str]:
         "labels": json.dumps(list(job.data.classes), ensure_ascii=False),
         "key": job.key,
     }
+
+
+def weights_hash(file: Path) -> str:
+    """SHA-256 of a weights file's tensors, whatever else the file says of itself: equal weights are one
+    teacher, also where runs with other options have saved them.
+    """
+    whole = hashlib.sha256()
+    for name, tensor in sorted(load_file(file).items()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        whole.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def student_network(job: Job) -> nn.Module:

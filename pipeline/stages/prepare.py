@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from .. import methods
+from ..data.schedule import FIXED_SEED
 from ..device import inference_engine, use_threads
 from ..files import digest, whole
 from ..job import Job
 from ..methods.base import Method, Parameters, Preparation, Readout
 from ..run_folder import Done
 from ..task import Teacher
-from ..trained import load_teacher
+from ..trained import load_teacher, weights_hash
 
 PREPARED = "prepared.safetensors"
 SCRATCH = "scratch"
@@ -71,11 +72,10 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
             job.stage.update(f"reading {name}", first + len(batch), len(job.train.images), "images")
 
     def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-        weights = job.folder.record["stages"]["teacher"]["outputs"][job.teacher_file(t)]
         whole_key = digest(
             {
                 **key,
-                "teacher": weights,
+                "teacher": weights_hash(job.folder.path / job.teacher_file(t)),
                 "data": job.data.fingerprint,
                 "geometry": job.preprocessing(job.teachers[t]).to_dict(),
             }
@@ -90,6 +90,7 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
         readouts=readouts,
         shared=shared,
         scratch=scratch,
-        seed=job.options.seed,
+        # Words belong to the teacher and not to a run: else no run could use another's stored answers.
+        seed=FIXED_SEED,
         note=job.display.note,
     )

@@ -1,6 +1,6 @@
 """The store of a run: what its answers depend on, and how a missing one is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -14,7 +14,7 @@ from ..device import Engine
 from ..files import digest
 from ..job import Job
 from ..methods.base import Answer, Method
-from ..trained import load_teacher
+from ..trained import load_teacher, weights_hash
 from .store import Source, Store
 
 
@@ -33,9 +33,9 @@ def store_of(
         answering: what the teachers compute with.
     """
 
-    def render(indices: Tensor, view: int) -> Tensor:
-        pixels, _ = views.batch(indices, torch.full_like(indices, view), job.device)
-        return pixels
+    def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
+        plan = ((indices, torch.full_like(indices, view)) for indices in batches)
+        return (pixels for pixels, _ in views.batches(plan, job.device))
 
     def show(what: str, done: int, total: int) -> None:
         job.stage.update(what, done, total, "images")
@@ -43,6 +43,7 @@ def store_of(
     def source(t: int) -> Source:
         return Source(
             job.teachers[t],
+            job.data.name,
             _key(job, t, answering),
             _answers(methods, t),
             partial(load_teacher, job, t, answering),
@@ -65,7 +66,7 @@ def _answers(methods: Mapping[str, Method], t: int) -> Sequence[Answer]:
 def _key(job: Job, t: int, answering: Engine) -> dict[str, object]:
     geometry = job.geometry(job.teachers[t])
     return {
-        "weights": job.folder.record["stages"]["teacher"]["outputs"][job.teacher_file(t)],
+        "weights": weights_hash(job.folder.path / job.teacher_file(t)),
         "architecture": job.teachers[t],
         "precision": answering.precision,
         "mean": list(geometry.mean),
