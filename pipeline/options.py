@@ -204,7 +204,7 @@ class Options(BaseModel):
         enters="student",
         ge=1,
     )
-    seed: int = option("seed of weights, order, views and words", 0, group="Training", enters="teacher", ge=0)
+    seed: int = option("seed of weights, order and views", 0, group="Training", enters="teacher", ge=0)
 
     image_size: int | None = option(
         "side of the network's input in pixels [default: the student's own; digits: 64]",

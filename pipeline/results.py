@@ -167,6 +167,20 @@ class BalancedWeight(Result):
     """What the weight was multiplied by; 1 where the pull lies between them."""
 
 
+class StoreUse(Result):
+    """The teachers' stored answers that the student learned from; see ``docs/store.md``."""
+
+    views: int
+    """Fixed views of each image."""
+    complete: bool
+    """Whether these are all the different views there are."""
+    bytes_per_view: int
+    lost_mass: float | None = None
+    """QuEST: the share of p_T that they lose, on average; the largest of the views'."""
+    computed: int
+    """Views about which a teacher was asked when this training was last started; all others were stored."""
+
+
 class Epoch(Result):
     """One line of `metrics.jsonl`."""
 
@@ -232,6 +246,7 @@ class Report(Result):
     student_int8: Subject | None = None
     words: list[Words] = []
     balance: list[BalancedWeight] = []
+    store: StoreUse | None = None
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: list[list[int]] | None = None

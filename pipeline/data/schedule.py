@@ -37,6 +37,15 @@ class Schedule:
         )
 
     @property
+    def fixed(self) -> int | None:
+        """V, or fewer where there are not so many different views; None: a new view each epoch."""
+        if self.views is None:
+            return None
+        if self.complete or self.policy.count == 1:
+            return self.policy.count
+        return self.views
+
+    @property
     def view_seed(self) -> int:
         return self.seed if self.views is None else FIXED_SEED
 
@@ -44,12 +53,18 @@ class Schedule:
         """The view number of each image [N] in an epoch."""
         if self.complete:
             return listed(self.policy, self.seed, keys, torch.full_like(keys, epoch))
-        return torch.full_like(keys, epoch if self.views is None else epoch % self.views)
+        return torch.full_like(keys, epoch if self.fixed is None else epoch % self.fixed)
 
     def needed(self, epoch: int) -> range:
         """The view numbers that may come up in an epoch."""
         if self.complete:
             assert self.policy.count is not None
             return range(LISTED, LISTED + self.policy.count)
-        view = epoch if self.views is None else epoch % self.views
+        view = epoch if self.fixed is None else epoch % self.fixed
         return range(view, view + 1)
+
+    def used(self, epochs: int) -> range:
+        """The view numbers that may come up in so many epochs."""
+        if self.complete:
+            return self.needed(0)
+        return range(epochs if self.fixed is None else min(epochs, self.fixed))

@@ -159,6 +159,22 @@ def epochs(report: Report) -> Table:
     return Table("Epochs", columns, rows, text=True)
 
 
+def store(report: Report) -> Table:
+    """What the student learned from instead of asking the teachers at every step."""
+    used = report.store
+    if used is None:
+        return Table("Teachers’ stored answers", [], [])
+    rows = [
+        ["views of each image", f"{used.views:,}" + (", all there are" if used.complete else "")],
+        ["a view of all images", figures.megabytes(used.bytes_per_view)],
+        ["all views", figures.megabytes(used.views * used.bytes_per_view)],
+        ["views that a teacher was asked about", f"{used.computed:,}"],
+    ]
+    if used.lost_mass is not None:
+        rows.append(["share of p_T that is left out", f"{figures.significant(100 * used.lost_mass)} %"])
+    return Table("Teachers’ stored answers", ["", "value"], rows, text=True)
+
+
 def environment(report: Report) -> Table:
     return pairs("Environment", report.environment)
 

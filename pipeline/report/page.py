@@ -131,6 +131,7 @@ def page(report: Report) -> Page:
         details=[
             details.stages(report),
             details.training(report),
+            details.store(report),
             details.roles(report),
             details.origins(report),
             details.files(report),

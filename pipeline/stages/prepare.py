@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from .. import methods
+from ..data.schedule import FIXED_SEED
 from ..device import inference_engine, use_threads
 from ..files import digest, whole
 from ..job import Job
@@ -89,6 +90,7 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
         readouts=readouts,
         shared=shared,
         scratch=scratch,
-        seed=job.options.seed,
+        # Words belong to the teacher and not to a run: else no run could use another's stored answers.
+        seed=FIXED_SEED,
         note=job.display.note,
     )

@@ -13,7 +13,8 @@ from ..job import Job
 from ..learning import engine, learn, plan
 from ..methods.base import Method
 from ..networks import parameters, start, student_source
-from ..results import BalancedWeight, Subject
+from ..report import figures
+from ..results import BalancedWeight, StoreUse, Subject
 from ..run_folder import Done
 from ..store.of_run import schedule_of, store_of
 from ..store.store import Store
@@ -40,6 +41,8 @@ def run(job: Job) -> Done:
     use_threads(chosen.threads)
     task, store = _task(job, begun.network, chosen)
     learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs)
+    if store is not None:
+        _say_store(job, store)
     learn(job, task, learning, what="student", model=name, views_of=schedule_of(job), store=store)
     balanced = task.balanced()
     for one in balanced:
@@ -75,7 +78,32 @@ def run(job: Job) -> Done:
         {
             "student": subject.model_dump(exclude_none=True),
             "balance": [one.model_dump() for one in balanced],
+            **({} if store is None else {"store": _use(job, store).model_dump()}),
         },
+    )
+
+
+def _say_store(job: Job, store: Store) -> None:
+    store.open(schedule_of(job).needed(0))
+    use, images = _use(job, store), len(job.train.images)
+    views = f"all {use.views} views" if use.complete else f"{use.views} fixed views"
+    lost = "" if use.lost_mass is None else f", without {figures.significant(100 * use.lost_mass)} % of p_T"
+    job.display.note(
+        f"the teachers' answers to {views} of each image are stored in {job.cache.root}: "
+        f"{use.bytes_per_view // images:,} bytes a view{lost}, {figures.megabytes(use.bytes_per_view)} a "
+        f"view of all images, {figures.megabytes(use.views * use.bytes_per_view)} in all"
+    )
+
+
+def _use(job: Job, store: Store) -> StoreUse:
+    schedule = schedule_of(job)
+    assert job.options.epochs is not None
+    return StoreUse(
+        views=len(schedule.used(job.options.epochs)),
+        complete=schedule.complete,
+        bytes_per_view=store.bytes_per_view,
+        lost_mass=store.lost_mass(),
+        computed=store.computed,
     )
 
 
@@ -87,6 +115,30 @@ def _told(one: BalancedWeight) -> str:
     )
 
 
+TEACHERS = "student's teachers"
+"""Under which the run folder keeps the engine that the teachers answer with."""
+
+
+def methods_of(job: Job) -> dict[str, Method]:
+    """The run's methods by name, made from what ``prepare`` has left."""
+    o = job.options
+    names = methods.names(o.method)
+    parameters = methods.parameters(names, o.settings)
+    classes = {name: methods.load(name) for name in names}
+    student = job.shapes(job.student)
+    teachers = [job.shapes(name) for name in job.teachers] if names else []
+    prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
+    made: dict[str, Method] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(o.seed)
+        for name in names:
+            own = {
+                key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
+            }
+            made[name] = classes[name](parameters[name], student, teachers, own)
+    return made
+
+
 def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[DistillationTask, Store | None]:
     """What is trained and, unless the teachers are asked at every step, the store of their answers."""
     o = job.options
@@ -95,19 +147,11 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[Distillat
     classes = {name: methods.load(name) for name in names}
     student = job.shapes(job.student)
     teachers = [job.shapes(name) for name in job.teachers] if names else []
-    prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
-    heads: dict[str, Method] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(o.seed)
-        for name in names:
-            own = {
-                key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
-            }
-            heads[name] = classes[name](parameters[name], student, teachers, own)
+    heads = methods_of(job)
     asked: list[Teacher] = []
     store = None
     if teachers:
-        answering = engine(job, "student's teachers", lambda asked: inference_engine(job.device, asked))
+        answering = engine(job, TEACHERS, lambda asked: inference_engine(job.device, asked))
         if o.store_views:
             store = store_of(job, heads, job.views_drawn_with(schedule_of(job).view_seed), answering)
         else:

@@ -48,6 +48,7 @@ class Rows:
 
         Raises:
             JobError: the numbers do not fit into the type.
+            OSError: the disk is full.
         """
         if self.kind.kind == "f" and not bool(torch.isfinite(values.half()).all()):
             raise JobError(
@@ -66,11 +67,13 @@ class Rows:
 
 def describe(folder: Path, answer: Answer, about: Mapping[str, Any]) -> None:
     """Write what the entry is: the last of its files."""
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in answer.arrays}
     content = {
         "schema": SCHEMA,
         **about,
         "bytes_per_image": answer.bytes_per_image,
         "answer": dict(answer.key),
+        "lost_mass": lost_mass(arrays),
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     (folder / ABOUT).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
@@ -80,5 +83,22 @@ def mapped(folder: Path, answer: Answer) -> dict[str, np.ndarray]:
     """The arrays, memory-mapped."""
     with suppress(OSError):  # where the cache may only be read
         (folder / ABOUT).touch()  # when it was last used, for `compress store prune`
-    # Copy on write: torch knows no read-only tensors, and nothing must ever change the files.
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in answer.arrays}
+    try:
+        # Copy on write: torch knows no read-only tensors, and nothing must ever change the files.
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in answer.arrays}
+    except OSError as error:  # verified a moment ago
+        raise JobError(
+            f"The stored answers {folder} were removed as they were about to be read; the same command "
+            "computes them again."
+        ) from error
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """An array as torch's; numbers of 16 bits as int16, with which torch can do more than with uint16."""
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+
+
+def lost_mass(arrays: Mapping[str, np.ndarray]) -> float | None:
+    """The largest mean share of p_T that the arrays have lost; None where they hold no words."""
+    lost = [float(array.mean(dtype=np.float64)) for name, array in arrays.items() if name.endswith(".lost")]
+    return max(lost, default=None)

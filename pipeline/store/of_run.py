@@ -1,6 +1,6 @@
 """The store of a run: what its answers depend on, and how a missing one is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -33,9 +33,9 @@ def store_of(
         answering: what the teachers compute with.
     """
 
-    def render(indices: Tensor, view: int) -> Tensor:
-        pixels, _ = views.batch(indices, torch.full_like(indices, view), job.device)
-        return pixels
+    def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
+        plan = ((indices, torch.full_like(indices, view)) for indices in batches)
+        return (pixels for pixels, _ in views.batches(plan, job.device))
 
     def show(what: str, done: int, total: int) -> None:
         job.stage.update(what, done, total, "images")
@@ -43,6 +43,7 @@ def store_of(
     def source(t: int) -> Source:
         return Source(
             job.teachers[t],
+            job.data.name,
             _key(job, t, answering),
             _answers(methods, t),
             partial(load_teacher, job, t, answering),

@@ -12,7 +12,8 @@ whole or not at all, and its checksums are verified before it is read (``cache.p
 was interrupted is computed anew.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import errno
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
+from ..data.ahead import sent
 from ..device import free_memory
+from ..errors import JobError
 from ..files import digest
 from ..methods.base import Answer, Readout
 from ..ranks import Ranks
-from .entry import SCHEMA, Rows, create, describe, mapped
+from .entry import SCHEMA, Rows, create, describe, lost_mass, mapped, tensor
 
 KIND = "answers"
 BATCH = 128
@@ -36,8 +39,8 @@ BATCH = 128
 ON_DEVICE = 0.25
 """Share of the device's free memory that an epoch's answers may take; more of them stay on the host."""
 
-Render = Callable[[Tensor, int], Tensor]
-"""(indices [B], view number) to those views, uint8 [B,3,S,S] on the teacher's device."""
+Render = Callable[[Iterable[Tensor], int], Iterator[Tensor]]
+"""(batches of indices [B], view number) to those views, uint8 [B,3,S,S] each on the teacher's device."""
 
 Ask = Callable[[Tensor, frozenset[str]], Readout]
 """A teacher: views and the readouts wanted, to those readouts."""
@@ -48,6 +51,8 @@ class Source:
     """One teacher in a store."""
 
     name: str
+    data: str
+    """What the images are called."""
     key: Mapping[str, Any]
     """All that its answers depend on besides the view: weights, arithmetic, images, how views are drawn."""
     answers: Sequence[Answer]
@@ -98,19 +103,30 @@ class Store:
             JobError: an answer does not fit into half precision, or there is no room for it.
         """
         for t, source in enumerate(self.sources):
-            wanted = [view for view in views if (t, view) not in self._open]
-            found: dict[int, list[Path | None]] = self.ranks.share(
-                {view: self.find(t, view) for view in wanted} if self.ranks.lead else None
-            )
-            missing = [view for view, places in found.items() if None in places]
-            if missing:
-                ask = source.load()
-                for number, view in enumerate(missing, 1):
-                    what = f"asking {source.name}, view {number} of {len(missing)}"
-                    found[view] = self._computed(t, view, found[view], ask, what)
-            for view, places in found.items():
-                parts = [mapped(place, a) for a, place in zip(source.answers, places, strict=True) if place]
-                self._open[t, view] = {name: array for part in parts for name, array in part.items()}
+            missing: dict[int, list[Path | None]] = {}
+            for view in views:
+                if (t, view) in self._open:
+                    continue
+                places = self.ranks.share(self.find(t, view) if self.ranks.lead else None)
+                if None in places:
+                    missing[view] = places
+                else:
+                    # At once: what is mapped stays readable, whoever removes it from the cache meanwhile.
+                    self._map(t, view, places)
+            if not missing:
+                continue
+            ask = source.load()
+            for number, (view, places) in enumerate(missing.items(), 1):
+                what = f"asking {source.name}, view {number} of {len(missing)}"
+                self._map(t, view, self._computed(t, view, places, ask, what))
+
+    def _map(self, t: int, view: int, places: Sequence[Path | None]) -> None:
+        parts = [
+            mapped(place, answer)
+            for answer, place in zip(self.sources[t].answers, places, strict=True)
+            if place is not None
+        ]
+        self._open[t, view] = {name: array for part in parts for name, array in part.items()}
 
     def batch(self, indices: Tensor, views: Tensor, device: torch.device) -> list[Readout]:
         """Each teacher's answers to the opened views ``views`` of images ``indices`` (int64 [B] both)."""
@@ -126,7 +142,7 @@ class Store:
         for at in [(t, view) for t in range(len(self.sources)) for view in views]:
             if at not in self._resident:
                 arrays = self._open[at].items()
-                self._resident[at] = {name: torch.from_numpy(array).to(device) for name, array in arrays}
+                self._resident[at] = {name: tensor(array).to(device) for name, array in arrays}
 
     def _batch(
         self, t: int, indices: Tensor, views: Tensor, present: Sequence[int], device: torch.device
@@ -139,24 +155,26 @@ class Store:
             for name, rows in self._rows(t, view, indices[where], device).items():
                 if name not in batch:
                     batch[name] = rows.new_empty((len(indices), *rows.shape[1:]))
-                batch[name][where.to(rows.device)] = rows
+                batch[name][sent(where, device)] = rows
         return batch
 
     def _rows(self, t: int, view: int, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
         resident = self._resident.get((t, view))
         if resident is not None:
-            on_device = indices.to(device, non_blocking=True)
+            on_device = sent(indices, device)
             return {name: array[on_device] for name, array in resident.items()}
         chosen = indices.numpy()
-        rows = {name: torch.from_numpy(array[chosen]) for name, array in self._open[t, view].items()}
-        if device.type == "cuda":
-            return {name: part.pin_memory().to(device, non_blocking=True) for name, part in rows.items()}
-        return {name: part.to(device) for name, part in rows.items()}
+        arrays = self._open[t, view].items()
+        return {name: sent(tensor(array[chosen]), device) for name, array in arrays}
 
     def _computed(
         self, t: int, view: int, found: Sequence[Path | None], ask: Ask, what: str
     ) -> list[Path | None]:
-        """The entries after one pass of a teacher over a view, for all the answers that are missing."""
+        """The entries after one pass of a teacher over a view, for all the answers that are missing.
+
+        Raises:
+            JobError: there is no room for them.
+        """
         self.computed += 1
         places = list(found)
         missing = [a for a, place in enumerate(found) if place is None]
@@ -170,7 +188,8 @@ class Store:
                 for a, folder in folders.items():
                     create(folder, self.sources[t].answers[a], self.images)
                 self.ranks.share(dict(folders))
-                self._pass(t, view, folders, ask, what)
+                if self._pass(t, view, folders, ask, what):
+                    raise self._no_room()
                 return
             a, *rest = left
             key = self.key(t, self.sources[t].answers[a], view)
@@ -182,8 +201,43 @@ class Store:
         self.ranks.share(places)
         return places
 
-    def _pass(self, t: int, view: int, folders: Mapping[int, Path], ask: Ask, what: str) -> None:
-        """Ask about all images, this rank's share of the batches, and write down what is said."""
+    def _no_room(self) -> JobError:
+        return JobError(
+            f"There is no room in {self.cache.root} for the teachers' answers, "
+            f"{self.bytes_per_view / 1e6:,.2f} MB for each view: free some (compress store prune), name "
+            "another folder with --cache, store fewer views with --store-views, or none with --store-views 0."
+        )
+
+    def _pass(self, t: int, view: int, folders: Mapping[int, Path], ask: Ask, what: str) -> bool:
+        """Ask about all images, this rank's share of the batches, and write down what is said.
+
+        Returns:
+            Whether the disk was full, for this rank or another.
+        """
+        full = False
+        try:
+            self._write(t, view, folders, ask, what)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            full = True
+        # Here every rank has written its share.
+        if any(self.ranks.share_sum([full])):
+            return True
+        source = self.sources[t]
+        if self.ranks.lead:
+            about = {
+                "teacher": source.name,
+                "data": source.data,
+                "view": view,
+                "images": self.images,
+                "source": dict(source.key),
+            }
+            for a, folder in folders.items():
+                describe(folder, source.answers[a], about)
+        return False
+
+    def _write(self, t: int, view: int, folders: Mapping[int, Path], ask: Ask, what: str) -> None:
         source = self.sources[t]
         reads = frozenset[str]().union(*(source.answers[a].reads for a in folders))
         with ExitStack() as files:
@@ -192,18 +246,18 @@ class Store:
                 for a, folder in folders.items()
                 for name, (shape, kind) in source.answers[a].arrays.items()
             }
-            starts = range(0, self.images, BATCH)
-            for start in starts[self.ranks.number :: self.ranks.count]:
-                readout = ask(self.render(self.batch_at(start), view), reads)
+            starts = self.starts[self.ranks.number :: self.ranks.count]
+            for start, pixels in zip(starts, self.render(map(self.batch_at, starts), view), strict=True):
+                readout = ask(pixels, reads)
                 for a in folders:
                     for name, values in source.answers[a].compact(readout).items():
                         into[a, name].write(start, values, source.name)
                 self.show(what, min(start + BATCH, self.images), self.images)
-        self.ranks.wait()
-        if self.ranks.lead:
-            about = {"teacher": source.name, "view": view, "images": self.images, "source": dict(source.key)}
-            for a, folder in folders.items():
-                describe(folder, source.answers[a], about)
+
+    @property
+    def starts(self) -> range:
+        """The first images of what is asked about together."""
+        return range(0, self.images, BATCH)
 
     def batch_at(self, start: int) -> Tensor:
         """The images that are asked about together, from ``start`` on."""
@@ -211,10 +265,5 @@ class Store:
 
     def lost_mass(self) -> float | None:
         """The largest mean share of p_T that the answers to an open view have lost; None without words."""
-        lost = [
-            float(array.mean(dtype=np.float64))
-            for arrays in self._open.values()
-            for name, array in arrays.items()
-            if name.endswith(".lost")
-        ]
-        return max(lost, default=None)
+        lost = [lost_mass(arrays) for arrays in self._open.values()]
+        return max((one for one in lost if one is not None), default=None)
