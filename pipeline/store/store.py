@@ -182,8 +182,8 @@ class Store:
         self.ranks.share(places)
         return places
 
-    def _pass(self, t: int, view: int, folders: Mapping[int, Path], ask: Ask, what: str) -> None:
-        """Ask about all images, this rank's share of the batches, and write down what is said."""
+    def _ask_about(self, t: int, view: int, folders: Mapping[int, Path], ask: Ask, what: str) -> None:
+        """Ask about this rank's share of the batches, and write down what is said."""
         source = self.sources[t]
         reads = frozenset[str]().union(*(source.answers[a].reads for a in folders))
         with ExitStack() as files:
@@ -199,7 +199,23 @@ class Store:
                     for name, values in source.answers[a].compact(readout).items():
                         into[a, name].write(start, values, source.name)
                 self.show(what, min(start + BATCH, self.images), self.images)
-        self.ranks.wait()
+
+    def _pass(self, t: int, view: int, folders: Mapping[int, Path], ask: Ask, what: str) -> None:
+        """All images: this rank's share of them, and the others theirs.
+
+        Raises:
+            OSError: on rank 0, where a rank could not write.
+        """
+        source, refusal = self.sources[t], None
+        try:
+            self._ask_about(t, view, folders, ask, what)
+        except OSError as error:
+            refusal = error
+        # Also says that all have written.
+        if self.ranks.most([refusal is not None])[0]:
+            if self.ranks.lead:
+                raise refusal or OSError("another process could not write there")
+            return
         if self.ranks.lead:
             about = {"teacher": source.name, "view": view, "images": self.images, "source": dict(source.key)}
             for a, folder in folders.items():
