@@ -44,6 +44,7 @@ class Balance(nn.Module):
         self.ranks = ranks or Ranks()
         self.methods = list(methods)  # names alone: the methods themselves are the trainee's
         self.steps = 0
+        self._squares: Tensor | None = None
         self.register_buffer("logs", torch.zeros(len(methods)))
         self.register_buffer("counts", torch.zeros(len(methods)))
         for end, name in enumerate(("least", "most")):
@@ -56,7 +57,9 @@ class Balance(nn.Module):
         return self.training and torch.is_grad_enabled() and self.steps < STEPS
 
     def compare(self, losses: Mapping[str, Tensor], cross_entropy: Tensor, f_s: Tensor) -> None:
-        """Take one step's gradients into account.
+        """Take a step's gradients into account, or those of one of its parts.
+
+        With parts, r is that of the parts so far, and at the end of the step that of the whole batch.
 
         Args:
             losses: each method's weighted loss at its full strength, a scalar.
@@ -64,17 +67,30 @@ class Balance(nn.Module):
             f_s: [B,C,H,W] the student's last map, from which all of them come.
         """
         each = torch.stack([pull(loss, f_s) for loss in (cross_entropy, *(losses[m] for m in self.methods))])
-        reference, *rest = self.ranks.sum(each.square()).sqrt()  # of the whole batch
+        squares = self.ranks.sum(each.square())  # of all ranks' images
+        self._squares = squares if self._squares is None else self._squares + squares
+
+    def end_step(self) -> None:
+        """After a training step: what it showed is one step's, however many parts it had."""
+        if self._squares is not None:
+            self.logs, self.counts = self._so_far()
+            self._squares = None
+            self.steps += 1
+
+    def _so_far(self) -> tuple[Tensor, Tensor]:
+        """Sums of log r and how many there are, the step that has not ended included."""
+        if self._squares is None:
+            return self.logs, self.counts
+        reference, *rest = self._squares.sqrt()
         pulls = torch.stack(rest)
         # A loss that is exactly zero, or does not come from this map, tells nothing.
         seen = (pulls > 0) & (reference > 0)
-        self.logs += torch.where(seen, pulls / reference, 1.0).log()
-        self.counts += seen
-        self.steps += 1
+        return self.logs + torch.where(seen, pulls / reference, 1.0).log(), self.counts + seen
 
     def ratios(self) -> Tensor:
         """Each method's r so far; one that does good where nothing was seen."""
-        return torch.where(self.counts > 0, (self.logs / self.counts.clamp(min=1)).exp(), self.least)
+        logs, counts = self._so_far()
+        return torch.where(counts > 0, (logs / counts.clamp(min=1)).exp(), self.least)
 
     def factors(self) -> dict[str, Tensor]:
         """What each method's weight is multiplied by."""
@@ -84,7 +100,7 @@ class Balance(nn.Module):
 
     def found(self) -> list[BalancedWeight]:
         """For the report: the methods of which something was seen. It waits for the device."""
-        columns = (self.ratios(), self.least, self.most, self.factors().values(), self.counts)
+        columns = (self.ratios(), self.least, self.most, self.factors().values(), self._so_far()[1])
         return [
             BalancedWeight(
                 method=name, pull=float(r), least=float(least), most=float(most), factor=float(factor)
@@ -99,7 +115,7 @@ class Balance(nn.Module):
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.steps = int(state)
+        self.steps, self._squares = int(state), None
 
 
 def pull(loss: Tensor, f_s: Tensor) -> Tensor:

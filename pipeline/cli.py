@@ -5,11 +5,11 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import click
 
-from . import defaults
+from . import defaults, voice
 from .options import Options, group
 from .stopping import STOP, TIME_LIMIT_EXIT, TimeLimit
 
@@ -27,6 +27,15 @@ class Shorthand(click.Group):
         if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Of several processes one says what is wrong with the command line."""
+        if voice.leads():
+            return super().main(*args, **extra)
+        try:
+            return super().main(*args, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            sys.exit(error.exit_code)
 
 
 class Grouped(click.Command):
@@ -121,7 +130,8 @@ def run(**options: Any) -> None:
         if value not in (None, ())
     }
     report = _told(lambda: compress(**given))
-    _show(report, as_json=bool(options["json_"]))
+    if voice.leads():
+        _show(report, as_json=bool(options["json_"]))
 
 
 run.params += [
@@ -230,32 +240,35 @@ def prune(keep: str, cache: Path | None) -> None:
 
 def _told(job: Callable[[], T]) -> T:
     """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback."""
-    # A scheduler or a container that wants its machine back says SIGTERM; that is Ctrl-C from afar.
-    STOP.listen()
     try:
-        return job()
+        # A scheduler or a container that wants its machine back says SIGTERM; that is Ctrl-C from afar.
+        with STOP.listens():
+            return job()
     except TimeLimit:
-        click.echo(
-            "\nStopped: the --time-limit is reached. The same command goes on where this one was.", err=True
+        _ended(
+            "\nStopped: the --time-limit is reached. The same command goes on where this one was.",
+            TIME_LIMIT_EXIT,
         )
-        sys.exit(TIME_LIMIT_EXIT)
     except KeyboardInterrupt:
-        click.echo("\nStopped. The same command goes on where this one was.", err=True)
-        sys.exit(130)
+        _ended("\nStopped. The same command goes on where this one was.", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        click.echo(
-            f"Error: {error.filename or 'a file'}: {error.strerror}; what was there is unchanged.", err=True
-        )
-        sys.exit(1)
+        _ended(f"Error: {error.filename or 'a file'}: {error.strerror}; what was there is unchanged.", 1)
     except Exception as error:
         # The rooms have error classes of their own; each tells its exit code.
         code = getattr(error, "exit_code", None)
-        if code is None:
+        if code is not None:
+            _ended(f"Error: {error}", code)
+        if voice.first_to_end():
             raise
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(code)
+        sys.exit(1)  # this process has lost the one that has told why
+
+
+def _ended(sentence: str, code: int) -> NoReturn:
+    if voice.first_to_end():
+        click.echo(sentence, err=True)
+    sys.exit(code)
 
 
 def _show(report: "Report", *, as_json: bool) -> None:

@@ -37,7 +37,7 @@ def logits(
         if progress is not None:
             progress(start + len(batch), len(pixels))
     network.train(was_training)
-    return torch.cat(answers)
+    return torch.cat(answers) if answers else torch.empty(0)
 
 
 def batches(pixels: Tensor, device: str, size: int = BATCH) -> Iterator[tuple[int, Tensor]]:

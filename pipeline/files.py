@@ -38,7 +38,7 @@ def whole(path: Path) -> Iterator[Path]:
             f"Could not write {path}: {refusal.strerror or refusal}; what was there before is unchanged."
         ) from error
     finally:
-        _remove(part)
+        remove(part)
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
@@ -103,7 +103,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file, or a folder and all that is in it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -27,9 +27,10 @@ def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
     o = job.options
     assert o.batch_size and o.optimizer and o.schedule
     assert o.weight_decay is not None and o.label_smoothing is not None
+    batch = min(o.batch_size, len(job.train.images))
     return Plan(
         epochs=epochs,
-        batch_size=min(o.batch_size, len(job.train.images)),
+        batch_size=batch - batch % job.ranks.count,  # all ranks have as much of a step
         optimizer=o.optimizer,
         lr=lr,
         schedule=o.schedule,

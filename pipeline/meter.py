@@ -39,11 +39,9 @@ class Meter:
         Raises:
             JobError: they are not finite.
         """
-        sums = torch.stack([*self.sums.values()])
-        images = self.images
-        if of_all:
-            sums, images = self.ranks.sum(sums), images * self.ranks.count
-        means = {key: value / images for key, value in zip(self.sums, sums.tolist(), strict=True)}
+        sums = torch.stack([*self.sums.values(), self._images().float()])
+        *values, images = (self.ranks.sum(sums) if of_all else sums).tolist()
+        means = {key: value / max(images, 1) for key, value in zip(self.sums, values, strict=True)}
         if not math.isfinite(means["loss"]):
             broken = ", ".join(key for key, value in means.items() if not math.isfinite(value))
             raise JobError(
@@ -55,16 +53,21 @@ class Meter:
 
     def accuracy(self) -> float:
         """Top-1 in percent on the training views of all ranks."""
-        return 100 * int(self.ranks.sum(self.correct)) / (self.images * self.ranks.count)
+        correct, images = self.ranks.sum(torch.stack([self.correct, self._images()])).tolist()
+        return 100 * correct / images
 
     def state_dict(self) -> dict[str, Any]:
-        """Each rank's mean share of the sums, which all of them load."""
-        count = self.ranks.count
-        sums = {
-            key: self.ranks.sum(value) / count if count > 1 else value for key, value in self.sums.items()
+        """The sums of all ranks; all of them have to ask."""
+        return {
+            "sums": {key: self.ranks.sum(value) for key, value in self.sums.items()},
+            "correct": self.ranks.sum(self.correct),
+            "images": int(self.ranks.sum(self._images())),
         }
-        correct = self.ranks.sum(self.correct) // count if count > 1 else self.correct
-        return {"sums": sums, "correct": correct, "images": self.images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.correct, self.images = dict(state["sums"]), state["correct"], state["images"]
+        self.sums = self.ranks.of_lead(dict(state["sums"]))
+        self.correct = self.ranks.of_lead({"correct": state["correct"]})["correct"]
+        self.images = state["images"] if self.ranks.lead else 0
+
+    def _images(self) -> Tensor:
+        return torch.tensor(self.images, device=self.device)

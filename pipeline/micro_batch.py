@@ -12,6 +12,9 @@ SMALLEST = 2
 """BatchNorm needs two."""
 
 
+_SENTENCES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+
+
 class MicroBatch:
     """The size, as asked for or as found; what was found is recorded, so that a resumed run repeats it."""
 
@@ -43,13 +46,13 @@ class MicroBatch:
 
     def _halve(self) -> None:
         before = min(self.size or self.share, self.share)
-        size = before // 2
+        size = max(SMALLEST, before // 2)
         if self.job.ranks.count > 1:
             raise JobError(
-                f"A GPU has no memory for {before} images of a step; --micro-batch {max(SMALLEST, size)} "
-                "keeps the step and computes it in parts."
+                f"Rank {self.job.ranks.number} has no memory on {self.job.device} for {before} images of a "
+                f"step; --micro-batch {size} keeps the step and computes it in parts."
             )
-        if size < SMALLEST:
+        if size >= before:
             raise JobError(
                 f"{self.job.device} has no memory for {before} images at once; take a smaller network or "
                 "--image-size, or free its memory."
@@ -67,5 +70,6 @@ class MicroBatch:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """A GPU's out-of-memory has a class of its own; a CPU's is a sentence."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """A GPU's out-of-memory has a class of its own; its libraries', mps's and a CPU's are sentences."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _SENTENCES)

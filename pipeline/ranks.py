@@ -4,7 +4,9 @@ Rank 0 writes the run folder and speaks; the others train with it and leave befo
 one run folder and one cache: on several machines both lie on a file system that they share.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import voice
 from .errors import UsageError
 from .options import Options
 
@@ -56,12 +59,17 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
-    def share_sum(self, numbers: list[bool]) -> list[int]:
-        """How many ranks say each of these, on every rank's host."""
-        total = torch.tensor(numbers, dtype=torch.int64)
-        if self.count > 1:
-            dist.all_reduce(total, group=_host_group())
-        return [int(one) for one in total]
+    def most(self, numbers: list[int]) -> list[int]:
+        """The largest that a rank says in each place, on every rank's host."""
+        if self.count == 1:
+            return numbers
+        largest = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+        return [int(one) for one in largest]
+
+    def of_lead(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums that count once: rank 0's as they are, and zeros on the others."""
+        return sums if self.lead else {name: torch.zeros_like(value) for name, value in sums.items()}
 
     def gather(self, part: Tensor) -> Tensor:
         """All ranks' parts [n_r,…], of any lengths, one after the other, on every rank's host."""
@@ -69,7 +77,8 @@ class Ranks:
             return part.cpu()
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, part.cpu(), group=_host_group())
-        return torch.cat(parts)
+        # A rank that had nothing to do knows no widths either.
+        return torch.cat([one for one in parts if len(one)] or parts)
 
     def mine(self, n: int) -> slice:
         """This rank's part of n things: one after the other, as even as can be."""
@@ -91,10 +100,9 @@ def join() -> Ranks:
     Raises:
         UsageError: torchrun's processes cannot find one another.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if voice.alone():
         return Ranks()
-    ranks = Ranks(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
+    count = int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
@@ -104,6 +112,11 @@ def join() -> Ranks:
                 f"The {count} processes could not find one another ({error}); start them with torchrun, as "
                 "in torchrun --nproc-per-node 2 --no-python compress …"
             ) from error
+    _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    ranks = Ranks(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+    if not ranks.lead:  # what rank 0 says once is enough
+        warnings.simplefilter("ignore")
+        logging.getLogger(__package__).setLevel(logging.ERROR)
     return ranks
 
 
@@ -116,6 +129,13 @@ def check_ranks(options: Options, ranks: Ranks, images: int, device: str) -> Non
         raise UsageError("--sync-bn is for several GPUs: start the command with torchrun, or leave it out.")
     if ranks.count == 1:
         return
+    if options.device and ":" in options.device:
+        raise UsageError(
+            f"--device {options.device}: each of the {ranks.count} processes has a GPU of its own; say "
+            f"--device {options.device.partition(':')[0]}."
+        )
+    if device == "mps":
+        raise UsageError("Several processes cannot share this machine's GPU: start one, or say --device cpu.")
     assert options.batch_size is not None
     batch = min(options.batch_size, images)
     if batch % ranks.count or batch // ranks.count < 2:
@@ -140,6 +160,4 @@ _host: dict[str, Any] = {}
 
 def _host_group() -> Any:
     """A group over gloo, whose waiting costs no GPU anything."""
-    if "group" not in _host:
-        _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _host["group"]

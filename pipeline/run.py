@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from . import recipes
+from . import recipes, voice
 from .cache import Cache
 from .data.image_set import ImageSet
 from .device import choose_device
@@ -61,17 +61,20 @@ def compress(
         "data": str(data) if data is not None else None,
         **options,
     }
-    asked = read_options({key: value for key, value in given.items() if value is not None})
-    ranks = join()
-    try:
-        return _compress(asked, ranks)
-    finally:
-        leave()
+    with STOP.listens():
+        ranks = join()
+        try:
+            asked = read_options({key: value for key, value in given.items() if value is not None})
+            with STOP.after(asked.time_limit):
+                return _compress(asked, ranks)
+        except BaseException:
+            voice.first_to_end()  # decided before the other processes notice that this one is gone
+            raise
+        finally:
+            leave()
 
 
 def _compress(asked: Options, ranks: Ranks) -> Report:
-    if asked.time_limit is not None:
-        STOP.after(asked.time_limit)
     display = Display(quiet=asked.quiet or not ranks.lead)
     chosen, images = resolve(asked)
     assert chosen.out is not None
@@ -200,7 +203,8 @@ def _run(
     config = {**hashed(options), "data_content": images.fingerprint}
     folder = RunFolder(options.out, writes=ranks.lead)
     with ranks.lead_first():
-        folder.open(fresh=options.fresh)
+        # Processes that torchrun has restarted go on.
+        folder.open(fresh=options.fresh and not voice.attempt())
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), _command())
     with display.stage("start") as progress:

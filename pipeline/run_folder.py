@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from .errors import UsageError
-from .files import digest, sha256, write_json, write_text
+from .files import digest, remove, sha256, write_json, write_text
 from .options import STAGES
 
 SCHEMA_VERSION = 1
@@ -64,10 +64,13 @@ class RunFolder:
             ) from error
         if file.exists():
             self.record = self._read(file)
+            for kind in ("part", "old"):  # left by a process that was killed
+                for left in self.path.rglob(f".*.{kind}"):
+                    remove(left)
         if fresh:
             self.record["stages"] = {}
-            self.record.pop("engines", None)
-            self.record.pop("resident", None)
+            for choices in ("engines", "micro_batches", "resident"):
+                self.record.pop(choices, None)
             self.save()
             self.drop_checkpoints("")
             self.metrics.unlink(missing_ok=True)

@@ -5,15 +5,20 @@ training it waits for the end of the step, so that the step's place in the epoch
 second time does not wait.
 """
 
-import _thread
+import math
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 TIME_LIMIT_EXIT = 75
 """Exit code of a job that its --time-limit has ended: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+SAME_SECONDS = 1.0
+"""Signals within so long are one: a scheduler tells torchrun and its processes, and torchrun tells these."""
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -22,48 +27,95 @@ class TimeLimit(KeyboardInterrupt):
     """The job's own --time-limit has come."""
 
 
+KINDS: tuple[type[KeyboardInterrupt] | None, ...] = (None, KeyboardInterrupt, TimeLimit)
+"""Wishes by number, the stronger later."""
+
+
 class Stop:
-    """One process's wish to stop. Signals reach the main thread alone; elsewhere nothing is ever asked."""
+    """One process's wish to stop. Signals reach the main thread alone; in another one only the time limit is
+    heard, and only by a training.
+    """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.asked: type[KeyboardInterrupt] | None = None
         self._waiting = False
-        self._timer: threading.Timer | None = None
+        self._hears = False
         self._expired = False
+        self._last = -math.inf
 
-    def listen(self) -> None:
-        """Take SIGTERM for Ctrl-C, and both as told above."""
+    @contextmanager
+    def listens(self) -> Iterator[None]:
+        """In this block SIGTERM is taken for Ctrl-C, and both as told above."""
+        self._forget()
+        before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._told)
+                # A shell has its background jobs ignore Ctrl-C.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, self._told)
+        self._hears = signal.SIGTERM in before
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def after(self, seconds: float) -> None:
-        """Stop when so many seconds have passed."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = threading.Timer(seconds, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
+    @contextmanager
+    def after(self, seconds: float | None) -> Iterator[None]:
+        """The block is stopped when so many seconds have passed; None: never."""
+        if seconds is None:
+            yield
+            return
+        timer = threading.Timer(seconds, self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @contextmanager
     def waits(self) -> Iterator[None]:
         """In this block a first stop only sets ``asked``."""
+        if self._expired and not self._hears:
+            self.asked = TimeLimit
         self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
 
-    def taken(self) -> KeyboardInterrupt:
-        """The wish, which is then forgotten; another rank's, where this one has none."""
-        asked, self.asked = self.asked or KeyboardInterrupt, None
-        return asked()
+    @property
+    def wish(self) -> int:
+        """What is asked, as a number of ``KINDS``."""
+        return KINDS.index(self.asked)
+
+    def taken(self, wish: int) -> KeyboardInterrupt:
+        """A wish, this process's or another's, as an exception; what was asked here is then forgotten."""
+        self.asked = None
+        return (KINDS[wish] or KeyboardInterrupt)()
 
     def _expire(self) -> None:
         self._expired = True
-        _thread.interrupt_main(signal.SIGTERM)
+        if not self._hears:
+            if self._waiting:
+                self.asked = TimeLimit
+        elif hasattr(signal, "pthread_kill"):
+            # A real signal, which also ends the main thread's waiting for another process.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # type: ignore[arg-type]
+        else:
+            import _thread
+
+            _thread.interrupt_main(signal.SIGTERM)
 
     def _told(self, *_: object) -> None:
+        now = time.monotonic()
+        if now - self._last < SAME_SECONDS:
+            return
+        self._last = now
         kind = TimeLimit if self._expired else KeyboardInterrupt
         if self._waiting and self.asked is None:
             self.asked = kind

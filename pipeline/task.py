@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
-from timm.utils import unwrap_model
+from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -228,6 +228,8 @@ class DistillationTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(
             self.trainable_module,
             device_ids=[device.index] if device.type == "cuda" else device_ids,
+            # Statistics are brought together once an epoch (``share_statistics``).
+            broadcast_buffers=False,
             # Without a cross-entropy nothing may come back to the classifier.
             find_unused_parameters=not self.trainee.weights["ce"],
             **ddp_kwargs,
@@ -236,6 +238,19 @@ class DistillationTask(TrainingTask):
 
     def update_ema(self, step: int | None = None) -> None:
         self.averages.step()
+
+    def end_step(self) -> None:
+        """After each step."""
+        self.update_ema()
+        if self.trainee.balance is not None:
+            self.trainee.balance.end_step()
+
+    def share_statistics(self, ranks: Ranks) -> None:
+        """Take the mean of BatchNorm's running statistics, which each rank has of its own images."""
+        if ranks.count > 1:
+            for module in (self.trainee, self.averages.ema):
+                if module is not None:
+                    distribute_bn(module, ranks.count, reduce=True)
 
     def end_epoch(self, epoch: int, epochs: int) -> None:
         """After each epoch, from 0."""

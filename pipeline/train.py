@@ -1,5 +1,6 @@
 """The training loop. It knows neither which method runs nor which data set."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from .data.streamed import StreamedViews
 from .data.views import draw_keys, permutation
 from .errors import JobError
 from .meter import Meter
-from .methods.base import Readout
+from .methods.base import Readout, Watch
 from .optimizer import build_optimizer, schedule
 from .plan import Plan
 from .ranks import Ranks
@@ -33,8 +34,11 @@ LOG_SECONDS = 0.5
 SAVE_SECONDS = 600.0
 """How often the training's state is saved within an epoch; after each epoch it is in any case."""
 
-AGREE_STEPS = 16
-"""How often ranks ask one another whether to stop."""
+AGREE_SECONDS = 1.0
+"""About how often ranks ask one another whether to stop: each costs all of them a moment of waiting."""
+
+AGREE_STEPS = 1000
+"""As often at least."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,16 @@ class Batch:
             yield from one.values()
 
     def split(self, size: int | None) -> Iterator["Batch"]:
-        """In parts of at most ``size`` images."""
+        """In parts of at most ``size`` images, as even as can be; none of a single one, where BatchNorm has
+        nothing to compare (so of three images, when a part may have two).
+        """
         if size is None or size >= len(self):
             yield self
             return
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            answers = None
+        parts = max(1, min(math.ceil(len(self) / size), len(self) // 2))
+        for part in range(parts):
+            rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
+            answers: list[Readout] | None = None
             if self.answers is not None:
                 answers = [{name: part[rows] for name, part in one.items()} for one in self.answers]
             yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], answers)
@@ -119,26 +126,27 @@ def train(
             coming = task.clock.each("data", source.of(epoch, steps, begun))
             for step, batch in enumerate(coming, epoch * steps + begun):
                 # Dropout and its like draw from here: a step repeats exactly wherever it is started from.
-                torch.manual_seed((plan.seed * 1_000_003 + step) * 1_009 + ranks.number)
+                torch.manual_seed(((plan.seed * 1_000_003 + step) * 1_009 + ranks.number) % 2**63)
                 scheduler.step_update(step)
                 with task.clock("student"):
                     optimizer.zero_grad(set_to_none=True)
                     backward(task, batch, plan.micro_batch, meter)
                     optimizer.step()
-                    task.update_ema()
+                    task.end_step()
                 now = time.perf_counter()
                 if now - looked > LOG_SECONDS:
                     show(step + 1, plan.epochs * steps, meter.means(epoch))
                     looked = now
-                stop, save = state.wanted(step, STOP.asked is not None, now - saved > SAVE_SECONDS)
+                stop, save = state.wanted(step, now - saved > SAVE_SECONDS)
                 if stop or save:
                     state.save(epoch, step + 1 - epoch * steps)
                     saved = now
                 if stop:
-                    raise STOP.taken()
+                    raise STOP.taken(stop)
             losses, accuracy = meter.means(epoch, of_all=True), meter.accuracy()
             seconds = time.perf_counter() - started
             show((epoch + 1) * steps, plan.epochs * steps, losses)
+            task.share_statistics(ranks)
             task.end_epoch(epoch, plan.epochs)
             log(
                 Epoch(
@@ -160,8 +168,9 @@ def train(
             _refuse_broken_weights(task, epoch)
             begun = 0
             state.save(epoch + 1, begun)
-        if STOP.asked is not None:
-            raise STOP.taken()
+            stop, _ = state.wanted((epoch + 1) * steps, False, now=True)
+        if stop:
+            raise STOP.taken(stop)
 
 
 def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, meter: Meter) -> None:
@@ -238,18 +247,28 @@ class TrainingState:
     ) -> None:
         self.task, self.optimizer, self.meter = task, optimizer, meter
         self.checkpoint, self.ranks = checkpoint, ranks
+        self.asked, self.asked_at, self.ask_again = 0, time.perf_counter(), 0
 
-    def wanted(self, step: int, stop: bool, save: bool) -> tuple[bool, bool]:
-        """Whether to stop and whether to save after this step: what one rank wants, all do."""
+    def wanted(self, step: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
+        """Which wish to stop (see ``stopping``; 0: none) and whether to save after this step: what one rank
+        wants, all do, as soon as they ask one another; ``now``: they do.
+        """
         if self.ranks.count == 1:
-            return stop, save
-        if step % AGREE_STEPS:
-            return False, False
-        wishes = self.ranks.share_sum([stop, save])
-        return wishes[0] > 0, wishes[1] > 0
+            return STOP.wish, save
+        if step < self.ask_again and not now:
+            return 0, False
+        time_now = time.perf_counter()
+        microseconds = 1e6 * (time_now - self.asked_at) / max(1, step - self.asked)
+        wish, wants, slowest = self.ranks.most([STOP.wish, save, round(microseconds)])
+        steps = max(1, min(AGREE_STEPS, round(1e6 * AGREE_SECONDS / max(1, slowest))))
+        self.asked, self.asked_at, self.ask_again = step, time_now, step + steps
+        return wish, wants > 0
 
     def save(self, epoch: int, step: int) -> None:
-        """After ``step`` steps of ``epoch``."""
+        """After ``step`` steps of ``epoch``; all ranks have to."""
+        self.task.share_statistics(self.ranks)
+        for watch in self.watches():
+            watch.bring_together()
         state = {
             **self.task.get_checkpoint_state(),
             "averages": self.task.averages.state_dict(),
@@ -262,16 +281,32 @@ class TrainingState:
             self.checkpoint.save(state)
 
     def load(self) -> tuple[int, int]:
-        """The epoch and the step in it to go on with."""
-        state = self.checkpoint.load(str(self.task.device))
-        if state is None:
+        """The epoch and the step in it to go on with.
+
+        Raises:
+            JobError: the checkpoint is damaged, or a rank does not see it.
+        """
+        state = self.checkpoint.load(str(self.task.device)) if self.ranks.lead else None
+        if not self.ranks.share(state is not None):
             self.save(0, 0)  # whatever comes, the training can be begun again
             return 0, 0
+        state = state or self.checkpoint.load(str(self.task.device))
+        if state is None:
+            raise JobError(
+                f"Rank {self.ranks.number} does not find the checkpoint {self.checkpoint.path} that rank 0 "
+                "has found: --out has to be on a file system that all machines share."
+            )
         self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
         self.task.averages.load_state_dict(state["averages"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.meter.load_state_dict(state["meter"])
+        for watch in self.watches():
+            watch.sums = self.ranks.of_lead(watch.sums)
+        self.ranks.wait()  # before rank 0 writes the next one
         return int(state["epoch"]), int(state["step"])
+
+    def watches(self) -> list[Watch]:
+        return [module for module in self.task.trainee.modules() if isinstance(module, Watch)]
 
 
 def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:
@@ -280,8 +315,9 @@ def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:
     Raises:
         JobError: a weight is not a finite number.
     """
-    for name, value in task.trainee.state_dict().items():
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+    trainee = task.trainee
+    for name, value in (*trainee.named_parameters(), *trainee.named_buffers()):
+        if not bool(torch.isfinite(value).all()):
             raise JobError(
                 f"{name} is not finite after epoch {epoch + 1}; the weights after epoch {epoch} are kept. "
                 "Try a lower --lr (or --teacher-lr), a longer --warmup-epochs or --precision fp32."

@@ -213,6 +213,14 @@ class Watch(nn.Module):
                 distributed.all_reduce(value)
         return sums
 
+    def bring_together(self) -> None:
+        """Leave the sums of all ranks to rank 0, and nothing to the others."""
+        if distributed.is_initialized():
+            for value in self.sums.values():
+                distributed.all_reduce(value)
+                if distributed.get_rank():
+                    value.zero_()
+
     # A training that goes on in the middle of an epoch goes on with its sums.
 
     def get_extra_state(self) -> dict[str, Tensor]:

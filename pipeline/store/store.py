@@ -222,7 +222,7 @@ class Store:
                 raise
             full = True
         # Here every rank has written its share.
-        if any(self.ranks.share_sum([full])):
+        if self.ranks.most([full])[0]:
             return True
         source = self.sources[t]
         if self.ranks.lead:

@@ -36,6 +36,7 @@ def step(of: Balance, r: float) -> None:
     cross_entropy = (f_s * torch.tensor([0.6, 0.8])).sum()
     assert of.compares
     of.compare({"kd": (f_s * torch.tensor([-r, 0.0])).sum()}, cross_entropy, f_s)
+    of.end_step()
 
 
 def test_the_pull_of_a_loss_is_the_norm_of_its_gradient_on_the_map() -> None:

@@ -1,0 +1,43 @@
+"""Which of a job's processes speaks: the first one for what goes well, and one alone for what goes wrong.
+
+A wrong option, a broken loss or a stop is noticed by all processes, or by one and then, in a worse form, by
+those that waited for it. Whoever notices first tells of it, and the others leave without a word.
+"""
+
+import os
+from datetime import timedelta
+from functools import cache
+
+ANSWER = timedelta(seconds=10)
+"""How long the processes' meeting point may take to answer."""
+
+
+def alone() -> bool:
+    """Whether this process was not started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def leads() -> bool:
+    """Whether this is the process that speaks as long as all goes well."""
+    return alone() or os.environ.get("RANK") == "0"
+
+
+def attempt() -> int:
+    """How often torchrun has restarted the processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@cache
+def first_to_end() -> bool:
+    """Whether this process is the first to tell that the job ends before its time."""
+    if alone():
+        return True
+    from torch.distributed import TCPStore
+
+    try:
+        meeting = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ANSWER
+        )
+        return int(meeting.add(f"questpress ends {attempt()}", 1)) == 1
+    except (KeyError, ValueError, RuntimeError):  # it was in a process that is gone
+        return leads()
