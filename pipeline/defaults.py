@@ -15,7 +15,7 @@ ADAPTIVE_SCALE = 50.0
 STORE_VIEWS = 30
 """So many views of each image taught no worse than a new one each epoch (docs/benchmarks.md)."""
 
-STORE_BYTES = 2 << 30
+STORE_BYTES = 4 << 30
 """What a store may take without being asked for."""
 
 
@@ -49,7 +49,7 @@ TABLE: tuple[Row, ...] = (
     Row("--image-size", "the student's own; 64 for digits", "the same"),
     Row(
         "--store-views",
-        "30, or the epochs where they are fewer, if their answers are likely to fit into 2 GiB; else 0",
+        "30, or the epochs where they are fewer, if their answers are likely to fit into 4 GiB; else 0",
         "the same",
     ),
     Row("--seed", "0", "0"),

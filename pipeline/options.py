@@ -135,7 +135,7 @@ class Options(BaseModel):
     )
     store_top: int | None = option(
         "words of each position that the store keeps of QuEST's target: --set quest.top for stored answers "
-        "[default: as many as lose no more than 2 %]",
+        "[default: as many as lose no more than 6 %]",
         group="Method",
         enters="prepare",
         ge=1,

@@ -27,7 +27,7 @@ from .vocabulary import check_words, learn_vocabulary, perplexity
 from .word_loss import Nearest, Whole, divergence
 from .word_targets import answer, closeness, draw, enough, nearest, stored
 
-LIKELY_TOP = 64
+LIKELY_TOP = 32
 """About as many words as a store keeps of a position at most, where it is not asked for."""
 
 

@@ -46,7 +46,7 @@ class Parameters(base.Parameters):
         None,
         ge=1,
         description="m, the likeliest words that p_T keeps at each position; none: all of them, "
-        "or in a store so many that no more than 2 % of it is lost",
+        "or in a store so many that no more than 6 % of it is lost",
     )
     positions: int | None = Field(
         None, ge=1, description="positions drawn for each image and epoch; none: all of them"

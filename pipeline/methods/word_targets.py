@@ -15,7 +15,7 @@ from .grid import positions
 from .vocabulary import Vocabulary
 from .word_loss import CACHED, ON_DEVICE, Nearest
 
-ACCEPTED = 0.02
+ACCEPTED = 0.06
 """Share of p_T that a store may lose with the words it does not keep, on average over positions."""
 
 FIRST_POSITION = 1 << 16
