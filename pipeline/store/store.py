@@ -30,6 +30,7 @@ from ..errors import JobError
 from ..files import digest
 from ..methods.base import Answer, Readout
 from ..ranks import Ranks
+from ..report import figures
 from .entry import SCHEMA, Rows, create, describe, lost_mass, mapped, tensor
 
 KIND = "answers"
@@ -90,7 +91,8 @@ class Store:
 
     def key(self, t: int, answer: Answer, view: int) -> str:
         about = {"schema": SCHEMA, "images": self.images, "batch": BATCH, "view": view}
-        return digest({**about, "source": self.sources[t].key, "answer": answer.key})
+        arrays = {name: [list(shape), kind] for name, (shape, kind) in answer.arrays.items()}
+        return digest({**about, "source": self.sources[t].key, "answer": answer.key, "arrays": arrays})
 
     def find(self, t: int, view: int) -> list[Path | None]:
         """The entry of each of a teacher's answers to a view; None where there is none, or a damaged one."""
@@ -204,7 +206,7 @@ class Store:
     def _no_room(self) -> JobError:
         return JobError(
             f"There is no room in {self.cache.root} for the teachers' answers, "
-            f"{self.bytes_per_view / 1e6:,.2f} MB for each view: free some (compress store prune), name "
+            f"{figures.megabytes(self.bytes_per_view)} for each view: free some (compress store prune), name "
             "another folder with --cache, store fewer views with --store-views, or none with --store-views 0."
         )
 
