@@ -277,7 +277,7 @@ class Options(BaseModel):
         group="Running",
     )
     cache: Path | None = option(
-        "folder for what runs share: decoded images, vocabularies [default: the user's cache folder]",
+        "folder for what runs share: decoded images, vocabularies, teachers' answers [default: the user's cache folder]",
         group="Running",
     )
     tensorboard: bool = option(
