@@ -191,11 +191,12 @@ class Setting:
     def store(self, heads: Mapping[str, Method]) -> Store:
         """One view of all images, answered by the teacher here and now."""
 
-        def render(indices: Tensor, view: int) -> Tensor:
-            return self.views.batch(indices, torch.full_like(indices, view), self.device)[0]
+        def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
+            plan = ((indices, torch.full_like(indices, view)) for indices in batches)
+            return (pixels for pixels, _ in self.views.batches(plan, self.device))
 
         answers = [answer for head in heads.values() for answer in head.answers(0)]
-        source = Source(self.teacher, {}, answers, lambda: self.frozen)
+        source = Source(self.teacher, "images", {}, answers, lambda: self.frozen)
         return Store(self.cache, [source], len(self.views), render, lambda *_: None)
 
 
