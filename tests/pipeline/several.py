@@ -51,6 +51,9 @@ def command(*arguments: str | Path) -> None:
     """The command line."""
     from questpress.pipeline.cli import cli
 
+    if hasattr(os, "sched_setaffinity"):  # one thread each
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[int(os.environ["RANK"]) % len(allowed)]})
     sys.argv = ["compress", *map(str, arguments)]
     cli(prog_name="compress")
 
@@ -62,9 +65,6 @@ def _one(
         RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
-    if hasattr(os, "sched_setaffinity"):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[number % len(allowed)]})
     said = os.open(folder / f"{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)

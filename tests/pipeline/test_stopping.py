@@ -1,4 +1,4 @@
-"""Being told to stop, at any step: the place in the epoch is kept, and what is resumed ends in the same bits."""
+"""Being told to stop at any step: the place in the epoch is kept, and going on ends in the same bits."""
 
 import os
 import signal
@@ -284,4 +284,4 @@ def test_what_a_killed_process_left_half_written_is_swept_up(a_run, data, cache)
     (a_run / "checkpoint").mkdir(exist_ok=True)
     (a_run / "checkpoint" / ".student.pt.1.part").write_bytes(b"half")
     assert job(data, a_run, cache).exit_code == 0
-    assert not [path for path in a_run.rglob(".*")]
+    assert not list(a_run.rglob(".*"))
