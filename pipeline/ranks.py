@@ -107,7 +107,8 @@ def join() -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=PATIENCE)
-        except (ValueError, RuntimeError) as error:
+            voice.meet()
+        except (KeyError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"The {count} processes could not find one another ({error}); start them with torchrun, as "
                 "in torchrun --nproc-per-node 2 --no-python compress …"

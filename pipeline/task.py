@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ from .results import BalancedWeight
 
 LAST_MAP = ("map_pre", "map", "logits")
 """Where losses are compared: in the last map there is, where the methods read it."""
+
+_NEW_NAME = "forward_sync_buffers"
+_SYNC_BUFFERS = (
+    _NEW_NAME if _NEW_NAME in signature(DistributedDataParallel.__init__).parameters else "broadcast_buffers"
+)
+"""Torch has renamed what sends rank 0's buffers to all with every forward pass."""
 
 
 class Teacher(nn.Module):
@@ -229,7 +236,7 @@ class DistillationTask(TrainingTask):
             self.trainable_module,
             device_ids=[device.index] if device.type == "cuda" else device_ids,
             # Statistics are brought together once an epoch (``share_statistics``).
-            broadcast_buffers=False,
+            **{_SYNC_BUFFERS: False},
             # Without a cross-entropy nothing may come back to the classifier.
             find_unused_parameters=not self.trainee.weights["ce"],
             **ddp_kwargs,

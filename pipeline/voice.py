@@ -7,6 +7,7 @@ those that waited for it. Whoever notices first tells of it, and the others leav
 import os
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 ANSWER = timedelta(seconds=10)
 """How long the processes' meeting point may take to answer."""
@@ -27,17 +28,23 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def meet() -> None:
+    """Remember the way to the processes' meeting point, which one of them may soon take with it."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _meeting.append(TCPStore(host, port, is_master=False, timeout=ANSWER))
+
+
 @cache
 def first_to_end() -> bool:
     """Whether this process is the first to tell that the job ends before its time."""
     if alone():
         return True
-    from torch.distributed import TCPStore
-
     try:
-        meeting = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ANSWER
-        )
-        return int(meeting.add(f"questpress ends {attempt()}", 1)) == 1
-    except (KeyError, ValueError, RuntimeError):  # it was in a process that is gone
+        return int(_meeting[-1].add(f"questpress ends {attempt()}", 1)) == 1
+    except (IndexError, RuntimeError):  # they have not met, or it was in a process that is gone
         return leads()
+
+
+_meeting: list[Any] = []

@@ -1,0 +1,74 @@
+"""Several processes of one job, as torchrun starts them, from a server that has torch loaded already."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["questpress.pipeline.run", "questpress.pipeline.stages.student"])
+
+
+class Started:
+    """The processes, what they say in files of their own."""
+
+    def __init__(self, folder: Path, processes: list[BaseProcess]) -> None:
+        self.folder, self.processes = folder, processes
+
+    def codes(self, seconds: float = 120) -> list[int | None]:
+        """Their exit codes, in the end."""
+        for process in self.processes:
+            process.join(seconds)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        return [process.exitcode for process in self.processes]
+
+    def said(self, number: int) -> str:
+        return (self.folder / f"{number}.txt").read_text(encoding="utf-8")
+
+
+def start(folder: Path, do: Callable[..., Any], *arguments: Any, count: int = 2) -> Started:
+    """``do(*arguments)`` in ``count`` processes, which find one another by torchrun's variables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=_one, args=(number, count, port, folder, do, arguments))
+        for number in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return Started(folder, processes)
+
+
+def command(*arguments: str | Path) -> None:
+    """The command line."""
+    from questpress.pipeline.cli import cli
+
+    if hasattr(os, "sched_setaffinity"):  # one thread each
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[int(os.environ["RANK"]) % len(allowed)]})
+    sys.argv = ["compress", *map(str, arguments)]
+    cli(prog_name="compress")
+
+
+def _one(
+    number: int, count: int, port: int, folder: Path, do: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    said = os.open(folder / f"{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    do(*arguments)
