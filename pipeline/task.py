@@ -232,11 +232,11 @@ class DistillationTask(TrainingTask):
         if sync_bn:
             self.trainee.readouts.network = convert_sync_batchnorm(self.network)
         device = torch.device(self.engine.device)
+        # Statistics are brought together once an epoch (``share_statistics``).
+        ddp_kwargs.setdefault(_SYNC_BUFFERS, False)
         self.trainable_module = DistributedDataParallel(
             self.trainable_module,
             device_ids=[device.index] if device.type == "cuda" else device_ids,
-            # Statistics are brought together once an epoch (``share_statistics``).
-            **{_SYNC_BUFFERS: False},
             # Without a cross-entropy nothing may come back to the classifier.
             find_unused_parameters=not self.trainee.weights["ce"],
             **ddp_kwargs,
