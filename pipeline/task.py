@@ -304,7 +304,7 @@ class DistillationTask(TrainingTask):
             ``loss`` (the sum), ``output`` (the student's logits), and each weighted loss by name.
         """
         if answers is None:
-            answers = self.ask(input)
+            answers = self.ask(input) if len(self.teachers) else []
         with self.engine.autocast():
             losses, logits = self.trainable_module(input, target, answers, self.epoch, keys)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
