@@ -6,7 +6,7 @@ import pytest
 
 from ..benchmarks.test_cells import load
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 
 
 def test_runs_killed_at_random_moments_end_in_the_bits_of_an_uninterrupted_one(tmp_path):
