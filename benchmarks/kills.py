@@ -4,8 +4,9 @@
 
 A teacher trained from scratch, a vocabulary, the store of the teacher's answers and a student, on little
 pictures and on one thread. The moments are drawn evenly, with ``--seed``, over the processor's time that an
-uninterrupted run takes, so that a busy machine changes nothing. Linux only (it reads /proc). Each run has a folder and a cache of its own. What is compared: every file of weights, every curve
-(without its times) and every array of the store, whose checksums are verified too.
+uninterrupted run takes, so that a busy machine changes nothing. Each run has a folder and a cache of its own.
+What is compared: every file of weights, every curve (without its times) and every array of the store, whose
+checksums are verified too. Linux only: it reads /proc.
 """
 
 import argparse
