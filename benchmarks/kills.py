@@ -3,13 +3,15 @@
     python benchmarks/kills.py --kills 20
 
 A teacher trained from scratch, a vocabulary, the store of the teacher's answers and a student, on little
-pictures and on one thread. The moments are drawn evenly over the time that an uninterrupted run takes, with
-``--seed``. Each run has a folder and a cache of its own. What is compared: every file of weights, every curve
-(without its times) and every array of the store, whose checksums are verified too.
+pictures and on one thread. The moments are drawn evenly, with ``--seed``, over the processor's time that an
+uninterrupted run takes, so that a busy machine changes nothing. Each run has a folder and a cache of its own.
+What is compared: every file of weights, every curve (without its times) and every array of the store, whose
+checksums are verified too. Linux only: it reads /proc.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -33,6 +35,9 @@ OPTIONS = (
     "--image-size", "16", "--batch-size", "16", "--teacher-epochs", "4", "--epochs", "8",
     "--set", "quest.words=8", "--store-views", "3", "--until", "student", "--quiet",
 )  # fmt: skip
+SECONDS = "seconds.txt"
+"""Where a run that has ended leaves the seconds of the processor that it took."""
+
 TIMED = ("images_per_second", "seconds", "shares", "peak_memory_bytes", "mfu")
 
 
@@ -41,7 +46,7 @@ class Outcome:
     """One run that was killed and gone on with."""
 
     moment: float
-    """Seconds after its start."""
+    """Seconds of the processor after its start."""
     during: str
     """What ran then, as far as the run folder tells."""
     differs: tuple[str, ...]
@@ -63,12 +68,8 @@ def campaign(work: Path, kills: int, seed: int) -> Iterator[Outcome]:
     """The uninterrupted run, then ``kills`` interrupted ones."""
     data = pictures(work / "pictures")
     whole = work / "whole"
-    first = CONTEXT.Process(target=time.time)  # whose start is the server's too
-    first.start()
-    first.join()
-    started = time.perf_counter()
     run(data, whole).join()
-    seconds = time.perf_counter() - started
+    seconds = float((whole / SECONDS).read_text())
     expected = left_by(whole)
     draw = random.Random(seed)
     for number in range(kills):
@@ -76,13 +77,14 @@ def campaign(work: Path, kills: int, seed: int) -> Iterator[Outcome]:
         while True:
             moment = draw.uniform(0, seconds)
             killed = run(data, out)
-            killed.join(moment)
+            while used(killed) < moment:
+                time.sleep(0.001)
             during = where(out)
-            if killed.is_alive():
+            killed.kill()
+            killed.join()
+            if not (out / SECONDS).exists():
                 break
             shutil.rmtree(out)  # it was quicker than the uninterrupted one
-        killed.kill()
-        killed.join()
         went_on = run(data, out)
         went_on.join()
         if went_on.exitcode:
@@ -93,15 +95,25 @@ def campaign(work: Path, kills: int, seed: int) -> Iterator[Outcome]:
         yield Outcome(moment, during, tuple(differs))
 
 
+def used(process: multiprocessing.process.BaseProcess) -> float:
+    """Seconds of the processor that a process has taken; no end of them when it is gone."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.inf
+    return math.inf if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def run(data: Path, out: Path) -> multiprocessing.process.BaseProcess:
     """The command in a process of its own."""
     arguments = (*OPTIONS, "--data", str(data), "--out", str(out / "run"), "--cache", str(out / "cache"))
-    process = CONTEXT.Process(target=_command, args=(arguments,))
+    out.mkdir(exist_ok=True)
+    process = CONTEXT.Process(target=_command, args=(arguments, out / SECONDS))
     process.start()
     return process
 
 
-def _command(arguments: tuple[str, ...]) -> None:
+def _command(arguments: tuple[str, ...], seconds: Path) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from questpress.pipeline.cli import cli
@@ -109,7 +121,8 @@ def _command(arguments: tuple[str, ...]) -> None:
     with open(os.devnull, "w") as nothing:  # noqa: PTH123  (no file)
         os.dup2(nothing.fileno(), 1)
     sys.argv = ["compress", *arguments]
-    cli(list(arguments), prog_name="compress")
+    cli(list(arguments), prog_name="compress", standalone_mode=False)
+    seconds.write_text(str(time.process_time()))
 
 
 def where(out: Path) -> str:
