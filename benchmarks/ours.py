@@ -12,6 +12,7 @@ from questpress.models.build import Geometry, build, geometry
 from questpress.models.checkpoint import read_checkpoint
 from questpress.models.weights import load_into
 from questpress.pipeline import methods
+from questpress.pipeline.batches import Ask, Batch, Batches
 from questpress.pipeline.cache import Cache
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.image_set import Image
@@ -31,7 +32,7 @@ from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.shapes import shapes
 from questpress.pipeline.store.store import Source, Store
 from questpress.pipeline.task import DistillationTask, Teacher
-from questpress.pipeline.train import Ask, Batch, Batches, backward
+from questpress.pipeline.train import backward
 from questpress.pipeline.trial import fastest
 from torch import Tensor, nn
 

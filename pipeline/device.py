@@ -104,14 +104,19 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
     if precision == "auto":
         precision = "bf16" if pays and not (device == "cpu" and depthwise(network)) else "fp32"
     heads = "bf16" if pays and precision == "fp32" else "as the network"
-    return Engine(device, allowed_cores(), precision, heads=heads)
+    return Engine(device, threads(), precision, heads=heads)
+
+
+def threads() -> int:
+    """Threads for this process: the cores that the job may use, shared with the ranks of this machine."""
+    return max(1, allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def inference_engine(device: str, precision: str) -> Engine:
     """The engine of a frozen teacher, whose depthwise convolutions gain from bf16 too."""
     if precision == "auto":
         precision = "bf16" if bf16_pays(device) else "fp32"
-    return Engine(device, allowed_cores(), precision)
+    return Engine(device, threads(), precision)
 
 
 def bf16_pays(device: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import evaluate
+from .batches import Batch, Batches
 from .checkpoint import Checkpoint
 from .data.schedule import Schedule
 from .device import Engine, device_name, use_threads
@@ -18,7 +19,7 @@ from .optimizer import build_optimizer
 from .plan import Plan
 from .store.store import Store
 from .task import DistillationTask
-from .train import Batch, Batches, train
+from .train import train
 from .trial import compiled_or_not, fastest
 
 

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from questpress.pipeline import train as loop
+from questpress.pipeline.batches import Batch
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.meter import Meter
 from questpress.pipeline.micro_batch import MicroBatch
 from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import Batch, backward
+from questpress.pipeline.train import backward
 
 from . import little
 from .little import job, record, weights

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,11 @@ def a_method(name: str) -> Method:
 
 
 def a_store(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: Ranks) -> Store:
-    def render(indices: Tensor, view: int) -> Tensor:
-        return given.batch(indices, torch.full_like(indices, view))[0]
+    def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
+        plan = ((indices, torch.full_like(indices, view)) for indices in batches)
+        return (pixels for pixels, _ in given.batches(plan))
 
-    source = Source("teacher", {"t": 0}, method.answers(0), lambda: teacher)
+    source = Source("teacher", "images", {"t": 0}, method.answers(0), lambda: teacher)
     return Store(Cache(cache), [source], len(given), render, lambda *_: None, ranks)
 
 
@@ -71,7 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
     "quest": {"method": "quest"},
     "kd": {"method": "kd"},
     "quest from the store": {"method": "quest", "store": True},
-    "balanced": {"method": "kd", "balance": True, "weights": {"kd": 20.0}},
+    "balanced": {"method": "kd", "balance": True, "weights": {"kd": 5.0}},
     "in parts": {"method": "quest", "micro_batch": 3},
     "with a running mean": {"method": "kd", "ema": 0.9},
     "with batch norm": {"method": "kd", "frozen": False},
@@ -182,7 +183,9 @@ def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
     for part in ("weights", "shipped"):
         assert one[part].keys() == two[part].keys()
         for name, value in one[part].items():
-            torch.testing.assert_close(value, two[part][name], atol=1e-5, rtol=0, msg=f"{part} {name}")
+            torch.testing.assert_close(
+                value, two[part][name], atol=1e-5, rtol=0, msg=lambda m, at=f"{part} {name}": f"{at}: {m}"
+            )
     torch.testing.assert_close(one["answers"], two["answers"], atol=1e-4, rtol=0)
     for a, b in zip(one["epochs"], two["epochs"], strict=True):
         assert a == pytest.approx(b, abs=1e-5)

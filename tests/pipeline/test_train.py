@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
+from questpress.pipeline.batches import Batches
 from questpress.pipeline.checkpoint import Checkpoint
 from questpress.pipeline.data.image_set import Image, array_key
 from questpress.pipeline.data.pixels import ragged
@@ -26,7 +27,7 @@ from questpress.pipeline.plan import Plan
 from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.results import Epoch
 from questpress.pipeline.task import DistillationTask, Teacher
-from questpress.pipeline.train import Batches, train
+from questpress.pipeline.train import train
 
 from .little import picture
 

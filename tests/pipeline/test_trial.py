@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from questpress.pipeline import learning, trial
+from questpress.pipeline.batches import Batch
 from questpress.pipeline.device import Engine, cores
 from questpress.pipeline.optimizer import build_optimizer
 from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import Batch
 from questpress.pipeline.trial import Trial, fastest
 
 from .test_step import BATCH, batch, distillation, plan
