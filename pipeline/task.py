@@ -30,7 +30,9 @@ _NEW_NAME = "forward_sync_buffers"
 _SYNC_BUFFERS = (
     _NEW_NAME if _NEW_NAME in signature(DistributedDataParallel.__init__).parameters else "broadcast_buffers"
 )
-"""Torch has renamed what sends rank 0's buffers to all with every forward pass."""
+"""Torch has renamed what sends rank 0's buffers to all with every forward pass; ``share_statistics`` brings
+them together once an epoch.
+"""
 
 
 class Teacher(nn.Module):
@@ -206,11 +208,9 @@ class DistillationTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(
             self.trainable_module,
             device_ids=[device.index] if device.type == "cuda" else device_ids,
-            # Statistics are brought together once an epoch (``share_statistics``).
-            **{_SYNC_BUFFERS: False},
             # Without a cross-entropy nothing may come back to the classifier.
             find_unused_parameters=not self.trainee.weights["ce"],
-            **ddp_kwargs,
+            **{**ddp_kwargs, _SYNC_BUFFERS: False},
         )
         return self
 
