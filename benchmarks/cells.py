@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from questpress.pipeline import stopping
 from questpress.pipeline.files import write_json
 
 GRACE_SECONDS = 60
@@ -179,10 +179,10 @@ def run_and_write(
 
 def seconds(text: str) -> float:
     """``9m``, ``2h`` or ``45s`` as seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None:
-        raise SystemExit(f"--budget {text}: write 45s, 9m or 2h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    try:
+        return stopping.seconds(text)
+    except ValueError as error:
+        raise SystemExit(f"--budget: {error}") from None
 
 
 def spoken(values: Sequence[float]) -> str:

@@ -62,16 +62,20 @@ def rows(table: Table, methods: list[str]) -> list[list[str]]:
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def protocol(about: str | None, seeds: str) -> argparse.ArgumentParser:
+    """The options of an experiment by this protocol."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder with train/ and test/")
     parser.add_argument("--weights", required=True, help="the teacher's weights, resnet56-4bfd9763.th")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
-    parser.add_argument("--seeds", default="0,1", help="comma-separated [default: 0,1]")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated [default: all]")
+    parser.add_argument("--seeds", default=seeds, help=f"comma-separated [default: {seeds}]")
     parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
+    return parser
+
+
+def main() -> None:
+    parser = protocol(__doc__, seeds="0,1")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated [default: all]")
     options = parser.parse_args()
     teacher = ["--teacher", "cifar_resnet56_a", "--teacher-weights", options.weights, "--data", options.data]
     chosen = [name.strip() for name in options.methods.split(",")]

@@ -7,11 +7,8 @@ and with N of the 64 positions drawn for each image and epoch. Cells with the sa
     python benchmarks/store_views.py --data cifar10/ --weights resnet56-4bfd9763.th --out runs/store_views
 """
 
-import argparse
-from pathlib import Path
-
 from cells import Cell, Table, markdown, run_and_write
-from cifar10_small import PAIR, QUEST, TRAINING, rows
+from cifar10_small import PAIR, QUEST, TRAINING, protocol, rows
 
 CELLS = {
     "V = 30, m = 128": ["--store-views", "30", "--store-top", "128"],
@@ -28,15 +25,8 @@ CELLS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, help="the folder with train/ and test/")
-    parser.add_argument("--weights", required=True, help="the teacher's weights, resnet56-4bfd9763.th")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the store and results")
-    parser.add_argument("--seeds", default="0", help="comma-separated [default: 0]")
+    parser = protocol(__doc__, seeds="0")
     parser.add_argument("--cells", default=";".join(CELLS), help="separated by semicolons [default: all]")
-    parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
     options = parser.parse_args()
     given = ["--teacher", "cifar_resnet56_a", "--teacher-weights", options.weights, "--data", options.data]
     given += [*TRAINING, *QUEST, "--balance", "auto", "--cache", str(options.out / "cache")]

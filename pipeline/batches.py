@@ -30,7 +30,7 @@ class Batch:
     keys: Tensor
     """int64 [B]: what the methods' random draws follow."""
     answers: Sequence[Readout] | None
-    """Each teacher's, from the store; None where the teachers themselves are asked."""
+    """Each teacher's, from the store or asked ahead; None where the step asks."""
 
     def __len__(self) -> int:
         return len(self.labels)

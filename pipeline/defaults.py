@@ -13,7 +13,9 @@ ADAPTIVE_SCALE = 50.0
 
 
 STORE_VIEWS = 30
-"""So many views of each image taught no worse than a new one each epoch (docs/benchmarks.md)."""
+"""Ten views of each image, met three times each, taught no worse than chance tells from new ones each epoch
+(docs/benchmarks.md); most trainings by default have 20 to 60 epochs.
+"""
 
 STORE_BYTES = 4 << 30
 """What a store may take without being asked for."""

@@ -73,10 +73,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _not_written(path: Path, reason: str) -> JobError:
-    return JobError(f"Could not write {path}: {reason}; what was there before is unchanged.")
-
-
 def _replace(part: Path, path: Path) -> None:
     for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
         if file.is_file():

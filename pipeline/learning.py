@@ -65,26 +65,21 @@ def engine(job: Job, what: str, choose: Callable[[str], Engine]) -> Engine:
     return chosen
 
 
-def settle(
-    job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, *, images: int, begun: bool
-) -> None:
+def settle(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int) -> None:
     """Let the task compute by the fastest engine: found once, before the first step, and recorded.
 
     Args:
         first: the first step's batch.
         images: how many there are in all.
-        begun: steps were taken already, so that there is nothing to choose any more.
     """
-    chosen = _settled(job, what, task, plan, first, images, begun) if job.ranks.lead else task.engine
+    chosen = _settled(job, what, task, plan, first, images) if job.ranks.lead else task.engine
     # Of several ranks one tries, and all take what it has found.
     chosen = replace(job.ranks.share(chosen), device=task.engine.device)
     use_threads(chosen.threads)
     task.use(chosen)
 
 
-def _settled(
-    job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int, begun: bool
-) -> Engine:
+def _settled(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int) -> Engine:
     entry = job.folder.record["engines"][what]
     o, note = job.options, job.display.note
     batch = first.pixels, first.labels, first.keys, first.answers
@@ -92,7 +87,7 @@ def _settled(
     def optimizer(of: DistillationTask) -> torch.optim.Optimizer:
         return build_optimizer(of, plan)
 
-    if "trial" not in entry and not begun:
+    if "trial" not in entry:
         steps = plan.epochs * plan.steps(images)
         trial = fastest(task, batch, optimizer, steps, precision=o.precision, compile=o.compile, note=note)
         entry["trial"] = {str(one): round(rate, 1) for one, rate in trial.rates.items()}
@@ -157,8 +152,7 @@ def learn(
         )
 
     source = Batches(views, views_of or Schedule(job.policy, plan.seed), store, plan, job.ranks, task.device)
-    begun = checkpoint.load("cpu") is not None
-    settle(job, what, task, plan, source.first(), images=len(views), begun=begun)
+    settle(job, what, task, plan, source.first(), len(views))
     if job.ranks.count > 1:
         task.prepare_distributed(sync_bn=job.options.sync_bn)
     parts = MicroBatch(job, what, plan)

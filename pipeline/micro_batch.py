@@ -11,7 +11,6 @@ from .plan import Plan
 SMALLEST = 2
 """BatchNorm needs two."""
 
-
 _SENTENCES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
@@ -33,7 +32,7 @@ class MicroBatch:
         """
         try:
             train(self.size)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not _out_of_memory(error):
                 raise
             self._halve()

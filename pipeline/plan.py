@@ -19,10 +19,6 @@ class Plan:
     seed: int
     micro_batch: int | None = None
     """Images that a rank has on its device at once; None: all of its share of a step."""
-    ema: float | None = None
-    """Decay of the running mean of the weights that ships in their place."""
-    average_last: int | None = None
-    """Epochs at the end of which the mean of the weights ships."""
 
     def steps(self, images: int) -> int:
         """Steps of an epoch: full batches only, and one where there are fewer images than a batch holds."""

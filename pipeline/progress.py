@@ -24,7 +24,6 @@ class Display:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.live = self.console.is_terminal and not quiet
         self.warnings: list[str] = []
-        self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True)

@@ -1,18 +1,14 @@
 """Stage 0: every name, option and data folder is checked, and what the user left open is chosen."""
 
-import io
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
 
 from ..models.build import check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
 from . import defaults, methods, trackers
+from .data.headers import sampled_sizes
 from .data.image_set import ImageSet
 from .data.open import open_data
 from .errors import UsageError
@@ -21,8 +17,6 @@ from .options import Options
 from .shapes import check_methods, shapes
 
 DIGITS = "digits"
-SIZE_SAMPLE = 200
-"""How many image headers are read to tell small images from photos."""
 
 
 def resolve(options: Options) -> tuple[Options, ImageSet]:
@@ -255,22 +249,5 @@ def _check_schedule(chosen: Options) -> None:
 
 def _median_short_side(data: ImageSet) -> int:
     """From the headers of a sample of the training images; nothing is decoded."""
-    images = data.train[:: max(1, len(data.train) // SIZE_SAMPLE)]
-    sides = []
-    for image in images:
-        content: Any = image.read()
-        if isinstance(content, bytes):
-            try:
-                with PillowImage.open(io.BytesIO(content)) as header:
-                    sides.append(min(header.size))
-            except (
-                UnidentifiedImageError,
-                OSError,
-                SyntaxError,
-                ValueError,
-                PillowImage.DecompressionBombError,
-            ):
-                continue  # listed when it is decoded
-        else:
-            sides.append(min(content.shape[:2]))
-    return round(statistics.median(sides)) if sides else defaults.SMALL_IMAGES + 1
+    sizes = sampled_sizes(data.train)
+    return round(statistics.median(map(min, sizes))) if sizes else defaults.SMALL_IMAGES + 1

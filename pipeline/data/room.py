@@ -1,6 +1,5 @@
 """Where the training images fit: in the memory of the device, in that of the host, or in neither."""
 
-import io
 import math
 import os
 import shutil
@@ -8,20 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image as PillowImage
-
 from ..cache import Cache
 from ..device import free_memory
 from .decode import Canonical, canonical_key
+from .headers import sampled_sizes
 from .image_set import Image
 
 Resident = Literal["device", "host", "workers"]
 
 SHARE = 0.5
 """Of the device's free memory, the host's memory and the free disk at the cache: what pixels may take."""
-
-SAMPLE = 256
-"""Images whose headers are read to estimate the size of all."""
 
 
 def choose(
@@ -46,11 +41,7 @@ def choose(
 
 def canonical_bytes(images: Sequence[Image], canonical: Canonical) -> float:
     """Bytes of all images in canonical form, from the headers of some of them."""
-    pixels = []
-    for image in images[:: max(1, len(images) // SAMPLE)]:
-        size = _size(image)
-        if size is not None:
-            pixels.append(math.prod(canonical.size(*size)))
+    pixels = [math.prod(canonical.size(*size)) for size in sampled_sizes(images)]
     return 3 * len(images) * sum(pixels) / len(pixels) if pixels else 0.0
 
 
@@ -78,18 +69,6 @@ def free_disk(folder: Path) -> float:
     """Bytes free where a folder is or will be."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
-
-
-def _size(image: Image) -> tuple[int, int] | None:
-    """Height and width as the header says; None for what cannot be read, which decoding will tell of."""
-    try:
-        content = image.read()
-        if not isinstance(content, bytes):
-            return content.shape[0], content.shape[1]
-        with PillowImage.open(io.BytesIO(content)) as header:
-            return header.height, header.width
-    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError):
-        return None
 
 
 def _gigabytes(size: float) -> str:

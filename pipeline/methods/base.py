@@ -142,6 +142,7 @@ class Method(nn.Module):
         prepared: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
+        self.of_student = self.reads(parameters, student)
         self.of_teachers = [(teacher, self.teacher_reads(parameters, teacher)) for teacher in teachers]
 
     def answers(self, t: int) -> Sequence[Answer]:

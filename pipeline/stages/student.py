@@ -142,20 +142,15 @@ def methods_of(job: Job) -> dict[str, Method]:
 def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[DistillationTask, Store | None]:
     """What is trained and, unless the teachers are asked at every step, the store of their answers."""
     o = job.options
-    names = methods.names(o.method)
-    parameters = methods.parameters(names, o.settings)
-    classes = {name: methods.load(name) for name in names}
-    student = job.shapes(job.student)
-    teachers = [job.shapes(name) for name in job.teachers] if names else []
     heads = methods_of(job)
     asked: list[Teacher] = []
     store = None
-    if teachers:
+    if heads:
         answering = engine(job, TEACHERS, lambda asked: inference_engine(job.device, asked))
         if o.store_views:
             store = store_of(job, heads, job.views_drawn_with(schedule_of(job).view_seed), answering)
         else:
-            asked = [load_teacher(job, t, answering) for t in range(len(teachers))]
+            asked = [load_teacher(job, t, answering) for t in range(len(job.teachers))]
     task = DistillationTask(
         network,
         job.geometry(job.student),
@@ -163,12 +158,11 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[Distillat
         label_smoothing=o.label_smoothing or 0.0,
         teachers=asked,
         teacher_reads=[
-            _union(classes[name].teacher_reads(parameters[name], teacher) for name in names)
-            for teacher in teachers[: len(asked)]
+            _union(method.of_teachers[t][1] for method in heads.values()) for t in range(len(asked))
         ],
         methods=heads,
-        student_reads=_union(classes[name].reads(parameters[name], student) for name in names),
-        weights=weights_of_losses(o.weight, classes),
+        student_reads=_union(method.of_student for method in heads.values()),
+        weights=weights_of_losses(o.weight, {name: type(method) for name, method in heads.items()}),
         balance=o.balance == "auto",
         ema=o.ema,
         average_last=o.average_last,

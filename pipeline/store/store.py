@@ -82,6 +82,8 @@ class Store:
         self.render, self.show, self.ranks = render, show, ranks or Ranks()
         self.computed = 0
         """Passes of a teacher over a view that this store has had to make."""
+        self._asked: dict[int, Ask] = {}
+        """Teachers that are loaded: each as long as the views that are opened miss something of it."""
         self._open: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._resident: dict[tuple[int, int], dict[str, Tensor]] = {}
 
@@ -116,8 +118,11 @@ class Store:
                     # At once: what is mapped stays readable, whoever removes it from the cache meanwhile.
                     self._map(t, view, places)
             if not missing:
+                self._asked.pop(t, None)
                 continue
-            ask = source.load()
+            if t not in self._asked:
+                self._asked[t] = source.load()
+            ask = self._asked[t]
             for number, (view, places) in enumerate(missing.items(), 1):
                 what = f"asking {source.name}, view {number} of {len(missing)}"
                 self._map(t, view, self._computed(t, view, places, ask, what))

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.cache import Cache
-from questpress.pipeline.data import room
+from questpress.pipeline.data import headers, room
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.folders import open_folder
 from questpress.pipeline.data.room import canonical_bytes, choose
@@ -16,7 +16,7 @@ def test_the_size_of_all_is_told_from_some_headers(tmp_path: Path, monkeypatch: 
     images = in_memory([pixels(n, 40 + n, 90) for n in range(20)])
     exact = decode(images, FORM).pixels.nbytes
     assert canonical_bytes(images, FORM) == exact
-    monkeypatch.setattr(room, "SAMPLE", 5)
+    monkeypatch.setattr(headers, "SAMPLE", 5)
     assert canonical_bytes(images, FORM) == pytest.approx(exact, rel=0.1)
     assert canonical_bytes(images, Canonical("square", 24)) == 20 * 3 * 24**2
     files = open_folder(folder(tmp_path, {"a": 4, "b": 4})).train

@@ -324,3 +324,13 @@ def test_a_training_with_a_store_goes_on_after_an_interruption_as_if_there_had_b
         learned(tmp_path / "part.pt", 2, store(tmp_path / "b", Toy(0.05), images=24), log=stop)
     went_on = learned(tmp_path / "part.pt", 2, store(tmp_path / "b", images=24))
     assert equal(went_on, whole)
+
+
+def test_a_teacher_is_loaded_once_for_views_opened_one_after_the_other_and_then_let_go(tmp_path):
+    loads = []
+    one = store(tmp_path, Toy())
+    [source] = one.sources
+    one.sources = [replace(source, load=lambda: loads.append(1) or source.load())]
+    for view in (0, 1, 2, 0):
+        one.open(range(view, view + 1))
+    assert len(loads) == 1 and one.computed == 3 and not one._asked

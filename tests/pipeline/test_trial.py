@@ -225,13 +225,13 @@ class Run:
 def settle(timed: Timer) -> Callable[..., tuple[Engine, list[str]]]:
     timed(lambda e: 0.01 if e.precision == "bf16" else 0.1)
 
-    def settle(record: dict[str, Any], begun: bool = False, **options: str) -> tuple[Engine, list[str]]:
+    def settle(record: dict[str, Any], **options: str) -> tuple[Engine, list[str]]:
         task = distillation("none", Engine.of(record["engines"]["student"]))
         job = Run(record, **options)
         pixels, labels = batch()
         first = Batch(pixels, labels, labels, None)
         how_long = plan(epochs=LONG)
-        learning.settle(job, "student", task, how_long, first, images=BATCH, begun=begun)  # type: ignore[arg-type]
+        learning.settle(job, "student", task, how_long, first, BATCH)  # type: ignore[arg-type]
         return task.engine, job.notes
 
     return settle
@@ -255,18 +255,21 @@ def test_what_was_found_is_recorded_and_used_again_without_another_race(settle: 
     assert settle(record, compile="off") == (engine, [])
 
 
-def test_a_training_that_was_begun_without_a_race_goes_on_without_one(settle: Any) -> None:
-    assert settle(old_record(), begun=True) == (RULE, [])
+def test_a_training_that_was_begun_goes_on_without_a_race(settle: Any) -> None:
+    record = old_record()
+    record["engines"]["student"]["trial"] = {}
+    assert settle(record) == (RULE, [])
 
 
 def test_compile_that_is_asked_for_wins_over_the_recorded_one_and_is_told(settle: Any) -> None:
     record = old_record()
-    engine, notes = settle(record, begun=True, compile="on")
+    record["engines"]["student"]["trial"] = {}
+    engine, notes = settle(record, compile="on")
     assert engine.compile == "default"
     assert notes == ["student was begun uncompiled and goes on compiled"]
-    engine, notes = settle(record, begun=True)
+    engine, notes = settle(record)
     assert engine.compile == "default" and notes == []
-    engine, notes = settle(record, begun=True, compile="off")
+    engine, notes = settle(record, compile="off")
     assert engine.compile == "off" and notes == ["student was begun compiled and goes on uncompiled"]
 
 
