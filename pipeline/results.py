@@ -154,6 +154,15 @@ class Words(Result):
     """The share of p_T that it loses with the others, on average."""
 
 
+class Hashes(Result):
+    """The hashes of one teacher's vector; see ``pipeline/methods/mimic.py``."""
+
+    teacher: str
+    hashes: int
+    std: float
+    bias: str
+
+
 class BalancedWeight(Result):
     """What ``--balance auto`` found and did; see ``pipeline/balance.py``."""
 
@@ -245,6 +254,7 @@ class Report(Result):
     student: Subject | None = None
     student_int8: Subject | None = None
     words: list[Words] = []
+    hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
     epochs: list[Epoch] = []

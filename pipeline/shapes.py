@@ -52,3 +52,5 @@ def check_methods(
         _readouts(student, classes, image_size).check(reads)
         sizes = [shapes(name, classes, image_size) for name in teachers]
         cls.check(parameters, shapes(student, classes, image_size), sizes, images)
+        if cls.widens(parameters, shapes(student, classes, image_size), sizes) is not None:
+            _readouts(student, classes, image_size).check_widening()
