@@ -90,6 +90,7 @@ class Mimic(base.Method):
     takes = Parameters
     prepares = True
     weights = frozenset({"beta"})
+    # About a third to three times of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10: 2.9.
     pull = (1.0, 9.0)
 
     @classmethod
