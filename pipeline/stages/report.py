@@ -45,7 +45,8 @@ def assemble(folder: RunFolder) -> Report:
         method_parameters=config["settings"],
         method_source="; ".join(methods.load(name).paper for name in methods.names(config["method"])) or None,
         recipe=_recipe(config),
-        image_size=config["image_size"],
+        image_size=config["student_size"] or config["image_size"],
+        teacher_image_size=config["image_size"],
         epochs=_epochs(folder),
         warnings=[text for stage in stages.values() for text in stage["warnings"]],
         stages=[
