@@ -24,7 +24,7 @@ from ..task import DistillationTask
 from ..trained import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
-"""Each teacher's logits on the test role, fp32: what later stages compare the student with."""
+"""The logits on the test role of each teacher that has a head, fp32: what the student is compared with."""
 
 NEAR_CHANCE = 1.5
 """A kept head that is right less often than this many times the commonest class's share knows nothing."""
@@ -38,7 +38,9 @@ def run(job: Job) -> Done:
         data = _data(job)
     subjects, outputs, answers = [], [ANSWERS], {}
     for t in range(len(job.teachers)):
-        subject, answers[str(t)] = _teacher(job, t)
+        subject, test = _teacher(job, t)
+        if test is not None:
+            answers[str(t)] = test
         subjects.append(subject)
         outputs.append(job.teachers[t].file)
     if job.ranks.lead:
@@ -53,7 +55,8 @@ def run(job: Job) -> Done:
     return Done("; ".join(_line(subject) for subject in subjects), outputs, facts)
 
 
-def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
+def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray | None]:
+    """A teacher's weights written, what is known of it, and its logits on test, where it has any."""
     o, member = job.options, job.teachers[t]
     name = member.name
     with job.ranks.lead_first():  # the others find downloaded weights
@@ -69,7 +72,9 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
     network = begun.network.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = Engine(job.device, allowed_cores(), "fp32")
     use_threads(exact.threads)
-    if begun.head_kept:
+    if begun.head == "none":
+        return _headless(job, member, begun), None
+    if begun.head == "kept":
         select = _measure(job, member, network, exact, "select")
         _above_chance(job, member, network, exact, select)
         if "teacher_epochs" in job.given:
@@ -81,14 +86,12 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
         select = _measure(job, member, network, exact, "select")
     test = _measure(job, member, network, exact, "test")
     assert test is not None
-    if job.ranks.lead:
-        with whole(job.folder.path / member.file) as part:
-            save_weights(network, part, weights_metadata(job, member))
+    _save(job, member, network)
     labels = job.rendered("test", member)[1].numpy()
     subject = Subject(
         name=name,
         weights=begun.weights,
-        head="kept" if begun.head_kept else "replaced",
+        head=begun.head,
         licence=begun.licence,
         parameters=parameters(network),
         accuracy=evaluate.accuracy(test, labels),
@@ -96,6 +99,28 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
         per_class=evaluate.per_class(test, labels, job.data.classes),
     )
     return subject, test
+
+
+def _headless(job: Job, member: Member, begun: Start) -> Subject:
+    """A teacher whose features alone teach: there is no class to tune it on, nor an accuracy to measure."""
+    if "teacher_epochs" in job.given:
+        job.display.note(
+            f"{member.name} has no head and is used as it is: --teacher-epochs has nothing to do"
+        )
+    _save(job, member, begun.network)
+    return Subject(
+        name=member.name,
+        weights=begun.weights,
+        head=begun.head,
+        licence=begun.licence,
+        parameters=parameters(begun.network),
+    )
+
+
+def _save(job: Job, member: Member, network: nn.Module) -> None:
+    if job.ranks.lead:
+        with whole(job.folder.path / member.file) as part:
+            save_weights(network, part, weights_metadata(job, member))
 
 
 def _train(job: Job, t: int, begun: Start) -> nn.Module:
@@ -169,18 +194,20 @@ def _above_chance(
 
 
 def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> Subject:
-    """The one teacher, or the ensemble: the mean of several teachers' probabilities."""
+    """The one teacher, or the ensemble: the mean of the probabilities of those teachers that give any."""
     if len(subjects) == 1:
         return subjects[0]
-    labels = job.rendered("test", job.teachers[0])[1].numpy()
-    probabilities = ensemble(answers)
-    return Subject(
+    together = Subject(
         name=" + ".join(subject.name for subject in subjects),
         weights="ensemble",
         parameters=sum(subject.parameters or 0 for subject in subjects),
-        accuracy=evaluate.accuracy(probabilities, labels),
-        per_class=evaluate.per_class(probabilities, labels, job.data.classes),
     )
+    if answers:
+        labels = job.rendered("test", job.teachers[0])[1].numpy()
+        probabilities = ensemble(answers)
+        together.accuracy = evaluate.accuracy(probabilities, labels)
+        together.per_class = evaluate.per_class(probabilities, labels, job.data.classes)
+    return together
 
 
 def ensemble(answers: list[np.ndarray]) -> np.ndarray:
@@ -217,7 +244,8 @@ def _data(job: Job) -> DataSummary:
 
 
 def _line(subject: Subject) -> str:
-    assert subject.accuracy is not None
+    if subject.accuracy is None:
+        return f"{subject.name} (as it is): features alone, no accuracy"
     how = (
         "as it is"
         if subject.head == "kept"

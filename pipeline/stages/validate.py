@@ -36,7 +36,7 @@ def run(job: Job) -> Done:
     facts: dict[str, Any] = {
         key: {
             "accuracy": evaluate.accuracy(logits, labels).model_dump(exclude_none=True),
-            "agreement": evaluate.agreement(logits, teacher).model_dump(exclude_none=True),
+            **_agreement(logits, teacher),
             "per_class": [c.model_dump() for c in evaluate.per_class(logits, labels, job.data.classes)],
         }
         for key, logits in answers.items()
@@ -49,19 +49,30 @@ def run(job: Job) -> Done:
     _warn(job, facts)
     _write_manifest(job, facts)
     fp32, int8 = (facts[key]["accuracy"] for key in ("student", "student_int8"))
-    alike = facts["student_int8"]["agreement"]["top1"]
+    alike = facts["student_int8"].get("agreement")
+    told = f"; int8 answers like the teacher on {alike['top1']:.1f} %" if alike else ""
     return Done(
         f"of {len(labels)} test images: fp32 {fp32['top1']:.2f} %, int8 {int8['top1']:.2f} % "
-        f"({int8['low']:.1f} to {int8['high']:.1f}); int8 answers like the teacher on {alike:.1f} %",
+        f"({int8['low']:.1f} to {int8['high']:.1f}){told}",
         [MANIFEST.as_posix()],
         facts,
     )
 
 
-def _teacher(job: Job) -> np.ndarray:
-    """The teacher's answers on the test role, or the ensemble's: logits or probabilities [n,classes]."""
+def _agreement(logits: np.ndarray, teacher: np.ndarray | None) -> dict[str, Any]:
+    if teacher is None:
+        return {}
+    return {"agreement": evaluate.agreement(logits, teacher).model_dump(exclude_none=True)}
+
+
+def _teacher(job: Job) -> np.ndarray | None:
+    """The teacher's answers on the test role, or the ensemble's: logits or probabilities [n,classes]; None
+    where no teacher has a head.
+    """
     stored = load_file(job.folder.path / ANSWERS)
-    answers = [stored[str(t)] for t in range(len(stored))]
+    answers = [stored[t] for t in sorted(stored, key=int)]
+    if not answers:
+        return None
     return answers[0] if len(answers) == 1 else np.log(ensemble(answers) + 1e-30)
 
 
@@ -77,10 +88,15 @@ def _answers(job: Job, file: str, images: np.ndarray) -> np.ndarray:
 
 
 def _examples(
-    job: Job, entries: Any, images: np.ndarray, labels: np.ndarray, teacher: np.ndarray, student: np.ndarray
+    job: Job,
+    entries: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    teacher: np.ndarray | None,
+    student: np.ndarray,
 ) -> list[Example]:
     """A few test images: the student's most confident mistakes first, then some from all over the role."""
-    p_t, p_s = softmax(teacher), softmax(student)
+    p_t, p_s = None if teacher is None else softmax(teacher), softmax(student)
     wrong = np.flatnonzero(student.argmax(1) != labels)
     mistakes = wrong[np.argsort(-p_s[wrong].max(1), kind="stable")][: EXAMPLES // 2]
     spread = np.linspace(0, len(labels) - 1, min(EXAMPLES, len(labels))).astype(int)
@@ -90,8 +106,8 @@ def _examples(
         Example(
             name=entries[i].name,
             label=names[labels[i]],
-            teacher=names[int(p_t[i].argmax())],
-            teacher_probability=float(p_t[i].max()),
+            teacher=None if p_t is None else names[int(p_t[i].argmax())],
+            teacher_probability=None if p_t is None else float(p_t[i].max()),
             student=names[int(p_s[i].argmax())],
             student_probability=float(p_s[i].max()),
             png=_png(images[i]),
@@ -110,8 +126,9 @@ def _png(image: np.ndarray) -> str:
 
 def _warn(job: Job, facts: dict[str, Any]) -> None:
     known = job.folder.facts()
-    teacher, student = known["teacher"]["accuracy"]["top1"], facts["student"]["accuracy"]["top1"]
-    if job.options.method != "none" and teacher <= student:
+    measured, student = known["teacher"].get("accuracy"), facts["student"]["accuracy"]["top1"]
+    teacher = measured["top1"] if measured else None
+    if job.options.method != "none" and teacher is not None and teacher <= student:
         job.display.warn(
             f"The teacher ({teacher:.2f} %) is no better than the student ended up ({student:.2f} %): "
             "a better teacher, or more --teacher-epochs, would teach more."
