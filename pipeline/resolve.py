@@ -66,8 +66,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     )
     check_methods(
         parameters,
-        list(zip(chosen.teacher, chosen.teacher_head, strict=True)),
+        chosen.teacher,
         chosen.student,
+        heads=chosen.teacher_head,
         classes=len(data.classes),
         image_size=chosen.image_size,
         student_size=chosen.student_size,

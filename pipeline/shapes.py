@@ -31,30 +31,30 @@ def shapes(name: str, classes: int, image_size: int) -> Shapes:
 
 def check_methods(
     chosen: Mapping[str, Parameters],
-    teachers: Sequence[tuple[str, str]],
+    teachers: Sequence[str],
     student: str,
     *,
     classes: int,
     image_size: int,
     images: int,
     student_size: int | None = None,
+    heads: Sequence[str] | None = None,
 ) -> None:
     """Whether the methods can work with these networks and so many training images.
 
     Args:
-        teachers: name and ``--teacher-head`` of each.
+        heads: ``--teacher-head`` of each teacher, where one may have none.
         image_size: side in pixels of the teachers' input, and of the student's where that is not another.
 
     Raises:
         ModelError: a network lacks a readout that one of the methods needs.
         UsageError: a method's parameter asks for what there is not.
     """
-    logits = [0 if head == "none" else classes for _, head in teachers]
-    names = [name for name, _ in teachers]
+    logits = [0 if head == "none" else classes for head in heads or ["auto"] * len(teachers)]
     for method, parameters in chosen.items():
         cls = methods.load(method)
-        of_teachers = [shapes(name, count, image_size) for name, count in zip(names, logits, strict=True)]
-        for name, count, of_teacher in zip(names, logits, of_teachers, strict=True):
+        of_teachers = [shapes(name, count, image_size) for name, count in zip(teachers, logits, strict=True)]
+        for name, count, of_teacher in zip(teachers, logits, of_teachers, strict=True):
             reads = cls.teacher_reads(parameters, of_teacher)
             if not count and "logits" in reads:
                 raise UsageError(
