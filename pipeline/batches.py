@@ -31,6 +31,8 @@ class Batch:
     """int64 [B]: what the methods' random draws follow."""
     answers: Sequence[Readout] | None
     """Each teacher's, from the store or asked ahead; None where the step asks."""
+    full: Tensor | None = None
+    """The same views as teachers see them that the step asks; None: as the student does."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,6 +40,8 @@ class Batch:
     def __iter__(self) -> Iterator[Tensor]:
         """Its tensors."""
         yield from (self.pixels, self.labels, self.keys)
+        if self.full is not None:
+            yield self.full
         for one in self.answers or ():
             yield from one.values()
 
@@ -54,7 +58,8 @@ class Batch:
             answers: list[Readout] | None = None
             if self.answers is not None:
                 answers = [{name: part[rows] for name, part in one.items()} for one in self.answers]
-            yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], answers)
+            full = None if self.full is None else self.full[rows]
+            yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], answers, full)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Batches:
     plan: Plan
     ranks: Ranks
     device: torch.device
+    teachers_size: int | None = None
+    """Side in pixels of what teachers see that are asked; None: there are none."""
     ask: Ask | None = None
     """Asks the teachers about a batch ahead of its step; None leaves that to the step."""
 
@@ -92,15 +99,16 @@ class Batches:
             for step in range(begun, steps)
         ]
         parts = [part[self.ranks.mine(len(part))] for part in parts]
-        pixels_of = self.views.batches(((indices, numbers[indices]) for indices in parts), self.device)
+        also = self.teachers_size if self.teachers_size != self.views.size else None
+        pixels_of = self.views.batches(((indices, numbers[indices]) for indices in parts), self.device, also)
 
         def made() -> Iterator[Batch]:
-            for indices, (pixels, labels) in zip(parts, pixels_of, strict=True):
+            for indices, (pixels, labels, *more) in zip(parts, pixels_of, strict=True):
                 answers: Sequence[Readout] | None = None
                 if self.store is not None:
                     answers = self.store.batch(indices, numbers[indices], self.device)
                 elif self.ask is not None:
-                    answers = self.ask(pixels)
-                yield Batch(pixels, labels, sent(draws[indices], self.device), answers)
+                    answers, more = self.ask(*more or [pixels]), []
+                yield Batch(pixels, labels, sent(draws[indices], self.device), answers, *more)
 
         yield from one_ahead(made(), self.device)

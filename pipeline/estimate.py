@@ -28,25 +28,25 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     rate = EFFICIENCY * convolution_rate(device)
     train, size = len(data.train), options.image_size
     teachers = [describe(name, size) for name in options.teacher]
-    student = describe(options.student, size)
+    student = describe(options.student, options.student_size or size)
     lines = [
         f"{data.name}: {len(data.classes)} classes; {train} train, {len(data.select)} select, "
         f"{len(data.test)} test images, at {size} px",
     ]
     macs = 0.0
-    gmacs = {entry.name: entry.gmacs or 0.0 for entry in [*teachers, student]}
     for teacher, weights in zip(teachers, options.teacher_weights, strict=True):
         how = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
-        macs += STEP * gmacs[teacher.name] * train * options.teacher_epochs
+        macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
         lines.append(
             f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
-            f"{gmacs[teacher.name]:.2f} GMACs, {how} for {options.teacher_epochs} epochs"
+            f"{teacher.gmacs or 0.0:.2f} GMACs, {how} for {options.teacher_epochs} epochs"
         )
-    distilling = sum(gmacs[teacher.name] for teacher in teachers) if options.method != "none" else 0.0
-    macs += (STEP * gmacs[student.name] + distilling) * train * options.epochs
+    distilling = sum(teacher.gmacs or 0.0 for teacher in teachers) if options.method != "none" else 0.0
+    macs += (STEP * (student.gmacs or 0.0) + distilling) * train * options.epochs
     lines.append(
         f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, "
-        f"{gmacs[student.name]:.2f} GMACs, {options.epochs} epochs with method {options.method}"
+        f"{student.gmacs or 0.0:.2f} GMACs at {options.student_size or size} px, {options.epochs} epochs "
+        f"with method {options.method}"
     )
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
     disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2

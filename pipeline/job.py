@@ -30,8 +30,25 @@ from .ranks import Ranks
 from .run_folder import RunFolder
 from .shapes import shapes
 
+STUDENT = "student.safetensors"
+"""The finished student's weights in the run folder."""
+
 RESIZED_CROPS_FROM = 1.5
 """Photos are kept with a short side of this many times the image size: room for random-resized-crops."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of a run's networks."""
+
+    name: str
+    """timm's full name."""
+    image_size: int
+    """Side of its input in pixels."""
+    classes: int
+    """Logits it gives; 0: it has no head."""
+    file: str
+    """Its weights in the run folder."""
 
 
 @dataclass
@@ -55,32 +72,44 @@ class Job:
 
     @property
     def image_size(self) -> int:
+        """Side in pixels of the views, and of the teachers' input."""
         assert self.options.image_size is not None
         return self.options.image_size
 
     @property
-    def student(self) -> str:
-        """timm's full name of the student."""
-        return resolve_name(self.options.student)
+    def student(self) -> Member:
+        size = self.options.student_size or self.image_size
+        return Member(resolve_name(self.options.student), size, len(self.data.classes), STUDENT)
 
     @property
-    def teachers(self) -> list[str]:
-        return [resolve_name(name) for name in self.options.teacher]
+    def teachers(self) -> list[Member]:
+        """Those that were named."""
+        several = len(self.options.teacher) > 1
+        return [
+            Member(
+                resolve_name(name),
+                self.image_size,
+                len(self.data.classes),
+                f"teacher.{t}.safetensors" if several else "teacher.safetensors",
+            )
+            for t, name in enumerate(self.options.teacher)
+        ]
 
-    def teacher_file(self, t: int) -> str:
-        """The teacher's weights in the run folder."""
-        return "teacher.safetensors" if len(self.teachers) == 1 else f"teacher.{t}.safetensors"
+    @property
+    def tutors(self) -> list[Member]:
+        """Those that the student learns from."""
+        return self.teachers
 
-    def shapes(self, name: str) -> Shapes:
+    def shapes(self, member: Member) -> Shapes:
         """Sizes of a network's readouts."""
-        return shapes(name, len(self.data.classes), self.image_size)
+        return shapes(member.name, member.classes, member.image_size)
 
-    def geometry(self, name: str) -> Geometry:
-        return geometry(name, self.image_size)
+    def geometry(self, member: Member) -> Geometry:
+        return geometry(member.name, member.image_size)
 
-    def preprocessing(self, name: str) -> Preprocessing:
+    def preprocessing(self, member: Member) -> Preprocessing:
         """The runtime's path from an image to the input of a network."""
-        g = self.geometry(name)
+        g = self.geometry(member)
         return Preprocessing.of(g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
 
     @cached_property
@@ -89,7 +118,7 @@ class Job:
         flip, jitter = bool(o.flip), o.color_jitter or 0.0
         if o.crop == "pad":
             assert o.pad is not None and o.pad_mode is not None
-            side = self.preprocessing(self.student).resize
+            side = self._full_size.resize
             # Room to shift is needed at the crop's size; what the resized image already has more counts too.
             return ViewPolicy(
                 "pad_crop",
@@ -105,10 +134,15 @@ class Job:
             return ViewPolicy("resized_crop", scale=(o.crop_scale, 1.0), flip=flip, color_jitter=jitter)
         return ViewPolicy("center", flip=flip, color_jitter=jitter)
 
+    @property
+    def _full_size(self) -> Preprocessing:
+        """The student's way of preprocessing, at the views' size."""
+        return self.preprocessing(replace(self.student, image_size=self.image_size))
+
     @cached_property
     def canonical(self) -> Canonical:
         """The form of training images that views are cut from."""
-        interpolation = self.preprocessing(self.student).interpolation
+        interpolation = self._full_size.interpolation
         if self.policy.kind == "pad_crop":
             return Canonical("square", self.policy.side, interpolation)
         return Canonical("short_side", round(RESIZED_CROPS_FROM * self.image_size), interpolation)
@@ -175,11 +209,11 @@ class Job:
             pixels = pixels.to(self.device)
         return Views(pixels, train.labels, train.keys, self.policy, seed, size)
 
-    def views_drawn_with(self, seed: int) -> Views | StreamedViews:
-        """The same images' views, drawn with another seed."""
-        return replace(self.views, seed=seed)
+    def views_drawn_with(self, seed: int, size: int) -> Views | StreamedViews:
+        """The same images' views, drawn with another seed and at another size."""
+        return replace(self.views, seed=seed, size=size)
 
-    def rendered(self, role: Role, name: str, most: int | None = None) -> tuple[Tensor, Tensor, Decoded]:
+    def rendered(self, role: Role, member: Member, most: int | None = None) -> tuple[Tensor, Tensor, Decoded]:
         """A role as the runtime renders it for a network: uint8 [N,S,S,3], labels [N], and its images.
 
         ``most`` images at most, spread evenly over the classes.
@@ -187,26 +221,27 @@ class Job:
         images = self.data.role(role)
         decoded = rendered(
             images[:: max(1, math.ceil(len(images) / most))] if most else images,
-            self.preprocessing(name),
+            self.preprocessing(member),
             cache=self.cache,
             progress=self._progress(f"rendering {role}"),
         )
         if not decoded.images:
-            empty = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+            empty = torch.empty(0, member.image_size, member.image_size, 3, dtype=torch.uint8)
             return empty, decoded.labels, decoded
         return decoded.pixels.stacked(), decoded.labels, decoded
 
-    def rendered_batches(self, role: Role, name: str) -> Iterator[tuple[int, Tensor]]:
+    def rendered_batches(self, role: Role, member: Member) -> Iterator[tuple[int, Tensor]]:
         """As ``rendered``, a batch at a time: (index of the first, uint8 [B,3,S,S] on the device). Training
         images are neither decoded ahead nor written anywhere where workers decode them.
         """
         if role == "train" and self.resident == "workers":
             images, first = self.train.images, 0
-            for pixels in rendered_batches(images, self.preprocessing(name), self.workers, evaluate.BATCH):
+            preprocessing = self.preprocessing(member)
+            for pixels in rendered_batches(images, preprocessing, self.workers, evaluate.BATCH):
                 yield first, pixels.to(self.device).permute(0, 3, 1, 2)
                 first += len(pixels)
         else:
-            yield from evaluate.batches(self.rendered(role, name)[0], self.device)
+            yield from evaluate.batches(self.rendered(role, member)[0], self.device)
 
     def unreadable(self) -> list[Skipped]:
         """The images that cannot be read, in any role.

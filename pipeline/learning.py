@@ -12,7 +12,7 @@ from .batches import Batch, Batches
 from .checkpoint import Checkpoint
 from .data.schedule import Schedule
 from .device import Engine, device_name, use_threads
-from .job import Job
+from .job import Job, Member
 from .metrics import Log, measured
 from .micro_batch import MicroBatch
 from .optimizer import build_optimizer
@@ -82,7 +82,7 @@ def settle(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch
 def _settled(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int) -> Engine:
     entry = job.folder.record["engines"][what]
     o, note = job.options, job.display.note
-    batch = first.pixels, first.labels, first.keys, first.answers
+    batch = first.pixels, first.labels, first.keys, first.answers, first.full
 
     def optimizer(of: DistillationTask) -> torch.optim.Optimizer:
         return build_optimizer(of, plan)
@@ -113,7 +113,7 @@ def learn(
     plan: Plan,
     *,
     what: str,
-    model: str,
+    member: Member,
     views_of: Schedule | None = None,
     store: Store | None = None,
 ) -> None:
@@ -121,7 +121,7 @@ def learn(
 
     Args:
         what: name of the checkpoint and of the curves: ``student``, ``teacher`` …
-        model: timm's name of what is trained.
+        member: the network that is trained.
         views_of: which views it is shown; None: new ones each epoch.
         store: the teachers' answers to them; None asks the teachers.
 
@@ -129,8 +129,9 @@ def learn(
         JobError: there is no memory for even the smallest part of a step.
     """
     checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key)
-    pixels, labels, _ = job.rendered("select", model)
-    views = job.views if views_of is None else job.views_drawn_with(views_of.view_seed)
+    pixels, labels, _ = job.rendered("select", member)
+    views_of = views_of or Schedule(job.policy, plan.seed)
+    views = job.views_drawn_with(views_of.view_seed, member.image_size)
 
     def select_accuracy(network: nn.Module) -> float | None:
         if not len(labels):
@@ -143,7 +144,7 @@ def learn(
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
         epoch = min(plan.epochs, 1 + step * plan.epochs // steps)
         job.stage.update(
-            f"training {model}",
+            f"training {member.name}",
             step,
             steps,
             "images",
@@ -151,12 +152,12 @@ def learn(
             plan.batch_size,
         )
 
-    source = Batches(views, views_of or Schedule(job.policy, plan.seed), store, plan, job.ranks, task.device)
+    source = Batches(views, views_of, store, plan, job.ranks, task.device, task.teachers_size)
     settle(job, what, task, plan, source.first(), len(views))
     if job.ranks.count > 1:
         task.prepare_distributed(sync_bn=job.options.sync_bn)
     parts = MicroBatch(job, what, plan)
-    complete = measured(job, task, model)
+    complete = measured(job, task, member)
     with closing(Log(job, what)) as log:
         while not parts.fits(
             lambda size: train(

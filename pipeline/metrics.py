@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ..models.catalogue import multiply_adds
 from .files import write_text
-from .job import Job
+from .job import Job, Member
 from .mfu import peak, utilisation
 from .peak_memory import forget_peak, peak_memory
 from .results import Epoch
@@ -13,15 +13,15 @@ from .task import DistillationTask
 from .trackers import Trackers
 
 
-def measured(job: Job, task: DistillationTask, model: str) -> Callable[[Epoch], Epoch]:
+def measured(job: Job, task: DistillationTask, member: Member) -> Callable[[Epoch], Epoch]:
     """What adds to an epoch the memory it took and, where the device's peak is known, its share of that."""
     forget_peak(job.device)
     best = peak(job.device, task.engine.precision)
     gmacs: list[float | None] = []
     if best is not None:
         # Teachers whose answers are stored are not in the task and cost nothing.
-        asked = [model, *(job.teachers if len(task.teachers) else [])]
-        gmacs = [multiply_adds(name, job.image_size, len(job.data.classes)) for name in asked]
+        asked = [member, *(job.tutors if len(task.teachers) else [])]
+        gmacs = [multiply_adds(one.name, one.image_size, one.classes) for one in asked]
 
     def complete(epoch: Epoch) -> Epoch:
         used = None

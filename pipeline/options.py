@@ -48,7 +48,7 @@ def _time(value: Any) -> Any:
 Time = Annotated[float, BeforeValidator(_time), Field(gt=0)]
 Names = Annotated[list[str], BeforeValidator(_listed)]
 Settings = Annotated[dict[str, Any], BeforeValidator(pairs)]
-Heads = Annotated[list[Literal["auto", "keep", "replace"]], BeforeValidator(_listed)]
+Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_listed)]
 Epochs = Annotated[list[int], BeforeValidator(_epochs)]
 Weights = Annotated[dict[str, float], BeforeValidator(pairs)]
 
@@ -85,11 +85,19 @@ class Options(BaseModel):
         min_length=1,
     )
     teacher_head: Heads = option(
-        "auto: keep a head that fits the data's classes, else replace it and tune the teacher",
+        "auto: keep a head that fits the data's classes, else replace it and tune the teacher; "
+        "none: a teacher of features alone, which is not tuned",
         ["auto"],
         group="Weights",
         enters="teacher",
         min_length=1,
+    )
+    teachers_from_seeds: int = option(
+        "train so many teachers of one architecture, each from a seed of its own",
+        1,
+        group="Weights",
+        enters="teacher",
+        ge=1,
     )
     student_weights: str = option(
         "auto, none or a file, as for the teacher", "auto", group="Weights", enters="student"
@@ -136,6 +144,14 @@ class Options(BaseModel):
     store_top: int | None = option(
         "words of each position that the store keeps of QuEST's target: --set quest.top for stored answers "
         "[default: as many as lose no more than 6 %]",
+        group="Method",
+        enters="prepare",
+        ge=1,
+    )
+
+    rounds: int = option(
+        "so many students one after another, each the next one's teacher; the last one ships",
+        1,
         group="Method",
         enters="prepare",
         ge=1,
@@ -207,9 +223,17 @@ class Options(BaseModel):
     seed: int = option("seed of weights, order and views", 0, group="Training", enters="teacher", ge=0)
 
     image_size: int | None = option(
-        "side of the network's input in pixels [default: the student's own; digits: 64]",
+        "side of the networks' input in pixels [default: the student's own; digits: 64]",
         group="Images",
         enters="teacher",
+        ge=8,
+        le=4096,
+    )
+    student_size: int | None = option(
+        "side of the student's input, where that is less: it sees the teacher's crops scaled down "
+        "[default: --image-size]",
+        group="Images",
+        enters="prepare",
         ge=8,
         le=4096,
     )
@@ -245,6 +269,13 @@ class Options(BaseModel):
         le=1,
     )
 
+    calibrate: bool = option(
+        "fit one temperature on the select role and fold it into the exported files, so that their "
+        "probabilities are honest",
+        False,
+        group="Export",
+        enters="export",
+    )
     calibration_images: int = option(
         "training images that int8 is calibrated on", 512, group="Export", enters="quantize", ge=1
     )

@@ -47,8 +47,17 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         _check_weights_file(source)
     if chosen.image_size is None:
         chosen.image_size = 64 if chosen.data == DIGITS else default_image_size(chosen.student)
-    for name in [*chosen.teacher, chosen.student]:
+    if chosen.student_size is not None and chosen.student_size > chosen.image_size:
+        raise UsageError(
+            f"--student-size {chosen.student_size} is larger than the teacher's --image-size "
+            f"{chosen.image_size}: the student sees the teacher's crops scaled down; take a smaller one, or "
+            "a larger --image-size."
+        )
+    if chosen.student_size == chosen.image_size:
+        chosen.student_size = None  # said or not, it is the same run
+    for name in chosen.teacher:
         check_size(name, chosen.image_size)
+    check_size(chosen.student, chosen.student_size or chosen.image_size)
     data = open_data(
         chosen.data,
         data_dir=chosen.data_dir,
@@ -61,6 +70,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         chosen.student,
         classes=len(data.classes),
         image_size=chosen.image_size,
+        student_size=chosen.student_size,
         images=len(data.train),
     )
     _choose(chosen, data)
@@ -140,10 +150,9 @@ def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes
         return
     assert chosen.image_size is not None and chosen.epochs is not None
     size = chosen.image_size
+    student = shapes(chosen.student, classes, chosen.student_size or size)
     bytes_per_image = sum(
-        methods.load(name).stored_bytes(
-            of_method, shapes(chosen.student, classes, size), shapes(teacher, classes, size)
-        )
+        methods.load(name).stored_bytes(of_method, student, shapes(teacher, classes, size))
         for name, of_method in parameters.items()
         for teacher in chosen.teacher
     )

@@ -249,6 +249,8 @@ class Report(Result):
     """The papers of the methods."""
     recipe: str | None = None
     image_size: int
+    """Side of the student's input in pixels."""
+    teacher_image_size: int | None = None
     data: DataSummary | None = None
     teachers: list[Subject] = []
     teacher: Subject | None = None

@@ -36,8 +36,12 @@ def check_methods(
     classes: int,
     image_size: int,
     images: int,
+    student_size: int | None = None,
 ) -> None:
     """Whether the methods can work with these networks and so many training images.
+
+    Args:
+        image_size: side in pixels of the teachers' input, and of the student's where that is not another.
 
     Raises:
         ModelError: a network lacks a readout that one of the methods needs.
@@ -48,7 +52,7 @@ def check_methods(
         for name in teachers:
             reads = cls.teacher_reads(parameters, shapes(name, classes, image_size))
             _readouts(name, classes, image_size).check(reads)
-        reads = cls.reads(parameters, shapes(student, classes, image_size))
-        _readouts(student, classes, image_size).check(reads)
-        sizes = [shapes(name, classes, image_size) for name in teachers]
-        cls.check(parameters, shapes(student, classes, image_size), sizes, images)
+        looks_at = student_size or image_size
+        of_student = shapes(student, classes, looks_at)
+        _readouts(student, classes, looks_at).check(cls.reads(parameters, of_student))
+        cls.check(parameters, of_student, [shapes(name, classes, image_size) for name in teachers], images)

@@ -40,7 +40,7 @@ class Teacher(nn.Module):
 
     def __init__(self, network: nn.Module, geometry: Geometry, engine: Engine) -> None:
         super().__init__()
-        size = geometry.image_size
+        size = self.image_size = geometry.image_size
         self.readouts = Readouts(fold_batch_norm(network, torch.randn(1, 3, size, size)), size)
         self.normalise = Normalise(geometry.mean, geometry.std)
         self.requires_grad_(False)
@@ -210,6 +210,11 @@ class DistillationTask(TrainingTask):
             teacher.use(replace(teacher.engine, threads=engine.threads, compile=engine.compile))
 
     @property
+    def teachers_size(self) -> int | None:
+        """Side in pixels of what the teachers look at, all alike; None without teachers."""
+        return next((teacher.image_size for teacher in self.teachers if isinstance(teacher, Teacher)), None)
+
+    @property
     def trainee(self) -> Trainee:
         trainee = unwrap_model(self.trainable_module)
         assert isinstance(trainee, Trainee)
@@ -292,6 +297,7 @@ class DistillationTask(TrainingTask):
         target: Tensor,
         keys: Tensor | None = None,
         answers: Sequence[Mapping[str, Tensor]] | None = None,
+        full: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -299,12 +305,13 @@ class DistillationTask(TrainingTask):
             target: class numbers [B].
             keys: int64 [B], what the methods' random draws follow.
             answers: the teachers' to these views; None asks the teachers.
+            full: the same views at the teachers' size, where that is another.
 
         Returns:
             ``loss`` (the sum), ``output`` (the student's logits), and each weighted loss by name.
         """
         if answers is None:
-            answers = self.ask(input) if len(self.teachers) else []
+            answers = self.ask(input if full is None else full) if len(self.teachers) else []
         with self.engine.autocast():
             losses, logits = self.trainable_module(input, target, answers, self.epoch, keys)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}

@@ -73,7 +73,7 @@ def train(
     # A GPU's teachers work on the next batch beside the student; in parts of a step they wait for theirs.
     beside = task.device.type == "cuda" and len(task.teachers) > 0 and plan.micro_batch is None
     ask = task.ask if beside else None
-    source = Batches(views, views_of, store, plan, ranks, task.device, ask)
+    source = Batches(views, views_of, store, plan, ranks, task.device, task.teachers_size, ask)
     first, begun = state.load()
     for epoch in range(first, plan.epochs):
         source.open(epoch)
@@ -138,7 +138,7 @@ def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, mete
     for number, part in enumerate(parts, 1):
         # Ranks exchange their gradients once, with the last part's.
         with nullcontext() if number == len(parts) else task.no_sync():
-            result = task(part.pixels, part.labels, part.keys, part.answers)
+            result = task(part.pixels, part.labels, part.keys, part.answers, part.full)
             share = len(part) / len(batch)
             (result["loss"] * share if len(parts) > 1 else result["loss"]).backward()
         meter.add(result, part.labels)

@@ -8,40 +8,31 @@ from ..models.build import build
 from ..models.checkpoint import load_saved, tensors_digest
 from ..models.weights import load_into
 from .device import Engine
-from .job import Job
+from .job import Job, Member
 from .task import Teacher
 
-STUDENT = "student.safetensors"
 
-
-def weights_metadata(job: Job, name: str) -> dict[str, str]:
+def weights_metadata(job: Job, member: Member) -> dict[str, str]:
     """What a weights file says of itself: with it, the file can be another run's ``--teacher-weights``."""
     return {
-        "architecture": name,
+        "architecture": member.name,
         "labels": json.dumps(list(job.data.classes), ensure_ascii=False),
         "key": job.key,
     }
 
 
-def student_network(job: Job) -> nn.Module:
-    """The finished student, on the CPU, in eval mode."""
-    network = build(job.student, num_classes=len(job.data.classes), image_size=job.image_size)
-    load_into(network, load_saved(job.folder.path / STUDENT))
+def trained_network(job: Job, member: Member) -> nn.Module:
+    """A finished network, on the CPU, in eval mode."""
+    network = build(member.name, num_classes=member.classes, image_size=member.image_size)
+    load_into(network, load_saved(job.folder.path / member.file))
     return network.eval()
 
 
-def teacher_network(job: Job, t: int) -> nn.Module:
-    """A finished teacher, on the CPU, in eval mode."""
-    network = build(job.teachers[t], num_classes=len(job.data.classes), image_size=job.image_size)
-    load_into(network, load_saved(job.folder.path / job.teacher_file(t)))
-    return network.eval()
+def weights_digest(job: Job, member: Member) -> str:
+    """What tells a finished network's weights from any others, in whichever run they came to be."""
+    return tensors_digest(job.folder.path / member.file)
 
 
-def teacher_digest(job: Job, t: int) -> str:
-    """What tells a finished teacher's weights from any others, in whichever run they came to be."""
-    return tensors_digest(job.folder.path / job.teacher_file(t))
-
-
-def load_teacher(job: Job, t: int, engine: Engine) -> Teacher:
-    """A finished teacher, frozen, on the run's device."""
-    return Teacher(teacher_network(job, t), job.geometry(job.teachers[t]), engine).to(job.device)
+def load_teacher(job: Job, tutor: Member, engine: Engine) -> Teacher:
+    """A finished network as a teacher, frozen, on the run's device."""
+    return Teacher(trained_network(job, tutor), job.geometry(tutor), engine).to(job.device)

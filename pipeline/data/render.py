@@ -248,7 +248,18 @@ class Views:
         return views, sent(self.labels[indices], device)
 
     def batches(
-        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``batch`` for each (indices, view numbers) of a plan, in its order; on a GPU one step ahead."""
-        return one_ahead((self.batch(indices, numbers, device) for indices, numbers in plan), device)
+        self,
+        plan: Iterable[tuple[Tensor, Tensor]],
+        device: torch.device | str = "cpu",
+        also: int | None = None,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """``batch`` for each (indices, view numbers) of a plan, in its order; on a GPU one step ahead.
+
+        With ``also``, each batch's third part is the same crops at that size.
+        """
+
+        def made(indices: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+            batch = self.batch(indices, numbers, device)
+            return batch if also is None else (*batch, self.batch(indices, numbers, device, also)[0])
+
+        return one_ahead((made(indices, numbers) for indices, numbers in plan), device)

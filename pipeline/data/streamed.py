@@ -112,33 +112,39 @@ class StreamedViews:
         Raises:
             JobError: an image can no longer be read.
         """
-        views = self._cut(indices, view_numbers, size or self.size)().permute(0, 3, 1, 2)
+        size = size or self.size
+        [views] = _apart(self._cut(indices, view_numbers, (size,))(), (size,))
         return sent(views, device), sent(self.labels[indices], device)
 
     def batches(
-        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self,
+        plan: Iterable[tuple[Tensor, Tensor]],
+        device: torch.device | str = "cpu",
+        also: int | None = None,
+    ) -> Iterator[tuple[Tensor, ...]]:
         """As ``Views.batches``; the workers are as many batches ahead as they have at hand.
 
         Raises:
             JobError: an image can no longer be read, or a worker died.
         """
-        return one_ahead(self._made(plan, device), device)
+        sizes = (self.size,) if also is None else (self.size, also)
+        return one_ahead(self._made(plan, device, sizes), device)
 
     def _made(
-        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str, sizes: tuple[int, ...]
+    ) -> Iterator[tuple[Tensor, ...]]:
         begun: deque[Tensor] = deque()
 
         def tasks() -> Iterator[Cut]:
             for indices, view_numbers in plan:
                 begun.append(self.labels[indices])
-                yield self._cut(indices, view_numbers, self.size)
+                yield self._cut(indices, view_numbers, sizes)
 
-        for views in self.workers.map(tasks()):
-            yield sent(views.permute(0, 3, 1, 2), device), sent(begun.popleft(), device)
+        for together in self.workers.map(tasks()):
+            views, *more = _apart(sent(together, device), sizes)
+            yield views, sent(begun.popleft(), device), *more
 
-    def _cut(self, indices: Tensor, view_numbers: Tensor, size: int) -> "Cut":
+    def _cut(self, indices: Tensor, view_numbers: Tensor, sizes: tuple[int, ...]) -> "Cut":
         keys, height, width = self.keys[indices], self.images.heights[indices], self.images.widths[indices]
         box, flips = boxes(self.policy, self.seed, keys, view_numbers, height, width)
         factors = jitter(self.policy, self.seed, keys, view_numbers) if self.policy.color_jitter else None
@@ -149,8 +155,16 @@ class StreamedViews:
             box.numpy(),
             flips.numpy(),
             None if factors is None else factors.numpy(),
-            size,
+            sizes,
         )
+
+
+def _apart(together: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """What ``Cut`` gives as views uint8 [B, 3, S, S] of each size S."""
+    parts = together.split([size**2 for size in sizes], 1)
+    return [
+        part.unflatten(1, (size, size)).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)
+    ]
 
 
 def rendered_batches(
@@ -199,8 +213,8 @@ class Render:
 
 @dataclass(frozen=True)
 class Cut:
-    """Views uint8 [B, S, S, 3]: crops ``box`` int32 [B, 4], mirrored where ``flips``, with the factors of the
-    colour jitter float32 [B, 3].
+    """Views uint8 [B, ΣS², 3], at each of the sizes S one after the other, from one decoding: crops ``box``
+    int32 [B, 4], mirrored where ``flips``, with the factors of the colour jitter float32 [B, 3].
     """
 
     images: tuple[Image, ...]
@@ -209,21 +223,22 @@ class Cut:
     box: np.ndarray
     flips: np.ndarray
     factors: np.ndarray | None
-    size: int
+    sizes: tuple[int, ...]
 
     def __call__(self) -> Tensor:
         box, flips, first = torch.from_numpy(self.box), torch.from_numpy(self.flips), torch.zeros(1).long()
-        views = torch.empty(len(self.images), self.size, self.size, 3, dtype=torch.uint8)
+        together = torch.empty(len(self.images), sum(size**2 for size in self.sizes), 3, dtype=torch.uint8)
         for n, image in enumerate(self.images):
             pixels = torch.tensor(_readable(pixels_or_reason(image, self.canonical.of), image))
             height, width = (torch.tensor([length]) for length in pixels.shape[:2])
             alone = Pixels(pixels.view(-1, 3), first, height, width)
-            view = render_views(alone, first, box[n : n + 1], flips[n : n + 1], self.size, self.policy)
-            views[n] = view[0].permute(1, 2, 0)
+            for size, views in zip(self.sizes, _apart(together, self.sizes), strict=True):
+                view = render_views(alone, first, box[n : n + 1], flips[n : n + 1], size, self.policy)
+                views[n] = view[0]
         if self.factors is not None:
-            jittered = colour_jittered(views.permute(0, 3, 1, 2), torch.from_numpy(self.factors))
-            views = jittered.permute(0, 2, 3, 1).contiguous()
-        return views
+            for views in _apart(together, self.sizes):
+                views.copy_(colour_jittered(views, torch.from_numpy(self.factors)))
+        return together
 
 
 def _readable(found: np.ndarray | str, image: Image) -> np.ndarray:

@@ -39,6 +39,8 @@ def lead(report: Report) -> str:
     if data is not None:
         sentence += f" on {data.name}, {figures.counted(len(data.classes), 'class', 'classes')},"
     sentence += f" at {report.image_size} × {report.image_size} pixels"
+    if report.teacher_image_size not in (None, report.image_size) and report.method != "none":
+        sentence += f" (the teacher at {report.teacher_image_size} × {report.teacher_image_size})"
     if data is not None:
         sentence += f": {figures.counted(data.train, 'image')} to train, {data.select:,} to select, "
         sentence += f"{data.test:,} to test"

@@ -9,9 +9,9 @@ from ...export import bench as latency
 from ...export.onnx_export import check_parity, export_onnx
 from ...export.runtime import allowed_cores, metadata, normalise
 from ..files import whole
-from ..job import Job
+from ..job import Job, Member
 from ..run_folder import Done
-from ..trained import teacher_network
+from ..trained import trained_network
 from .export import STUDENT_ONNX, origin
 from .quantize import STUDENT_INT8
 
@@ -56,25 +56,25 @@ def run(job: Job) -> Done:
 
 def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
     """The teacher as ONNX, for the bench alone, and its size in bytes with external data, if any."""
-    name = job.teachers[t]
+    member = job.teachers[t]
     file = FOLDER / ("teacher.onnx" if len(job.teachers) == 1 else f"teacher.{t}.onnx")
-    network = teacher_network(job, t)
+    network = trained_network(job, member)
     path = job.folder.path / file
     path.parent.mkdir(exist_ok=True)
-    preprocessing = job.preprocessing(name)
+    preprocessing = job.preprocessing(member)
     written = export_onnx(
-        network, path, job.image_size, metadata=metadata(preprocessing, job.data.classes, origin(job))
+        network, path, member.image_size, metadata=metadata(preprocessing, job.data.classes, origin(job))
     )
     import torch
 
-    pixels, _, _ = job.rendered("test", name)
+    pixels, _, _ = job.rendered("test", member)
     check_parity(network, path, torch.from_numpy(normalise(pixels[:8].numpy(), preprocessing)))
     return file, written.bytes
 
 
-def _subject(job: Job, name: str, file: Path, network: str) -> latency.Subject:
-    pixels, _, _ = job.rendered("test", network)
-    inputs = normalise(pixels[:INPUTS].numpy(), job.preprocessing(network))
+def _subject(job: Job, name: str, file: Path, member: Member) -> latency.Subject:
+    pixels, _, _ = job.rendered("test", member)
+    inputs = normalise(pixels[:INPUTS].numpy(), job.preprocessing(member))
     return latency.Subject(name, job.folder.path / file, inputs)
 
 

@@ -8,7 +8,7 @@ from ...export.runtime import metadata, normalise
 from ..files import whole
 from ..job import Job
 from ..run_folder import Done
-from ..trained import student_network
+from ..trained import trained_network
 
 PARITY_IMAGES = 32
 ARTIFACT = Path("artifact")
@@ -20,13 +20,17 @@ def run(job: Job) -> Done:
 
     # The manifest comes last: an artifact without one is not finished.
     (job.folder.path / ARTIFACT / "manifest.json").unlink(missing_ok=True)
-    network = student_network(job)
-    preprocessing = job.preprocessing(job.student)
-    pixels, _, _ = job.rendered("test", job.student)
+    student = job.student
+    network = trained_network(job, student)
+    preprocessing = job.preprocessing(student)
+    pixels, _, _ = job.rendered("test", student)
     images = torch.from_numpy(normalise(pixels[:PARITY_IMAGES].numpy(), preprocessing))
     with whole(job.folder.path / STUDENT_ONNX) as part:
         file = export_onnx(
-            network, part, job.image_size, metadata=metadata(preprocessing, job.data.classes, origin(job))
+            network,
+            part,
+            student.image_size,
+            metadata=metadata(preprocessing, job.data.classes, origin(job)),
         )
         parity = check_parity(network, part, images)
     facts = {
@@ -51,7 +55,7 @@ def origin(job: Job) -> dict[str, Any]:
     """Where the student comes from, as it travels inside the files that ship."""
     facts = job.folder.facts()
     return {
-        "student": job.student,
+        "student": job.student.name,
         "student_weights": facts["student"]["weights"],
         "teachers": [{"name": t["name"], "weights": t["weights"]} for t in facts["teachers"]],
         "method": job.options.method,

@@ -17,7 +17,7 @@ from ..job import Job
 from ..methods.base import Method, Parameters, Preparation, Readout
 from ..run_folder import Done
 from ..task import Teacher
-from ..trained import load_teacher, teacher_digest
+from ..trained import load_teacher, weights_digest
 
 PREPARED = "prepared.safetensors"
 SCRATCH = "scratch"
@@ -60,32 +60,32 @@ def _prepare(
 
 def _preparation(job: Job, scratch: Path) -> Preparation:
     use_threads(inference_engine(job.device, "fp32").threads)
+    tutors = job.tutors
 
     @lru_cache(maxsize=1)
     def teacher(t: int) -> Teacher:
-        return load_teacher(job, t, inference_engine(job.device, "fp32"))
+        return load_teacher(job, tutors[t], inference_engine(job.device, "fp32"))
 
     def readouts(t: int, reads: frozenset[str]) -> Iterator[Readout]:
-        name = job.teachers[t]
-        for first, batch in job.rendered_batches("train", name):
+        for first, batch in job.rendered_batches("train", tutors[t]):
             yield teacher(t)(batch, reads)
-            job.stage.update(f"reading {name}", first + len(batch), len(job.train.images), "images")
+            job.stage.update(f"reading {tutors[t].name}", first + len(batch), len(job.train.images), "images")
 
     def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
         whole_key = digest(
             {
                 **key,
-                "teacher": teacher_digest(job, t),
+                "teacher": weights_digest(job, tutors[t]),
                 "data": job.data.fingerprint,
-                "geometry": job.preprocessing(job.teachers[t]).to_dict(),
+                "geometry": job.preprocessing(tutors[t]).to_dict(),
             }
         )
         return job.cache.get(kind, whole_key) or job.cache.put(kind, whole_key, write)
 
     return Preparation(
         student=job.shapes(job.student),
-        teachers=[job.shapes(name) for name in job.teachers],
-        teacher_names=job.teachers,
+        teachers=[job.shapes(tutor) for tutor in tutors],
+        teacher_names=[tutor.name for tutor in tutors],
         images=len(job.train.images),
         readouts=readouts,
         shared=shared,

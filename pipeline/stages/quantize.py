@@ -36,7 +36,7 @@ def run(job: Job) -> Done:
     recipe = {**file.recipe, "calibration_hash": digest(sorted(image.key for image in images))}
     facts = {
         "student_int8": {
-            "name": job.student,
+            "name": job.student.name,
             "weights": job.folder.facts()["student"]["weights"],
             "parameters": job.folder.facts()["student"]["parameters"],
             "file": STUDENT_INT8.as_posix(),

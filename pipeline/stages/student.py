@@ -19,12 +19,13 @@ from ..run_folder import Done
 from ..store.of_run import schedule_of, store_of
 from ..store.store import Store
 from ..task import DistillationTask, Teacher
-from ..trained import STUDENT, load_teacher, weights_metadata
+from ..trained import load_teacher, weights_metadata
 from .prepare import PREPARED
 
 
 def run(job: Job) -> Done:
-    o, name = job.options, job.student
+    o, member = job.options, job.student
+    name = member.name
     assert o.epochs and o.lr and o.warmup_epochs is not None
     with job.ranks.lead_first():  # the others find downloaded weights
         begun = start(
@@ -32,7 +33,7 @@ def run(job: Job) -> Done:
             student_source(name, o.student_weights, job.display.note),
             "auto",
             job.data.classes,
-            job.image_size,
+            member.image_size,
             o.seed,
             job.display.note,
             role="student",
@@ -43,7 +44,7 @@ def run(job: Job) -> Done:
     learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs)
     if store is not None:
         _say_store(job, store)
-    learn(job, task, learning, what="student", model=name, views_of=schedule_of(job), store=store)
+    learn(job, task, learning, what="student", member=member, views_of=schedule_of(job), store=store)
     balanced = task.balanced()
     for one in balanced:
         if one.factor != 1:
@@ -56,15 +57,15 @@ def run(job: Job) -> Done:
                 f"map of {name}, so --balance auto cannot compare them"
             )
     if job.ranks.lead:
-        with whole(job.folder.path / STUDENT) as part:
-            save_weights(task.shipped, part, weights_metadata(job, name))
+        with whole(job.folder.path / member.file) as part:
+            save_weights(task.shipped, part, weights_metadata(job, member))
     subject = Subject(
         name=name,
         weights=begun.weights,
         parameters=parameters(task.shipped),
         licence=begun.licence,
     )
-    pixels, labels, _ = job.rendered("select", name)
+    pixels, labels, _ = job.rendered("select", member)
     measured = ""
     if len(labels):
         exact = Engine(job.device, chosen.threads, "fp32")
@@ -74,7 +75,7 @@ def run(job: Job) -> Done:
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     return Done(
         f"{name}, {o.epochs} epochs {how}{measured}",
-        [STUDENT],
+        [member.file],
         {
             "student": subject.model_dump(exclude_none=True),
             "balance": [one.model_dump() for one in balanced],
@@ -126,7 +127,7 @@ def methods_of(job: Job) -> dict[str, Method]:
     parameters = methods.parameters(names, o.settings)
     classes = {name: methods.load(name) for name in names}
     student = job.shapes(job.student)
-    teachers = [job.shapes(name) for name in job.teachers] if names else []
+    teachers = [job.shapes(tutor) for tutor in job.tutors] if names else []
     prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
     made: dict[str, Method] = {}
     with torch.random.fork_rng(devices=[]):
@@ -148,9 +149,9 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[Distillat
     if heads:
         answering = engine(job, TEACHERS, lambda asked: inference_engine(job.device, asked))
         if o.store_views:
-            store = store_of(job, heads, job.views_drawn_with(schedule_of(job).view_seed), answering)
+            store = store_of(job, heads, answering)
         else:
-            asked = [load_teacher(job, t, answering) for t in range(len(job.teachers))]
+            asked = [load_teacher(job, tutor, answering) for tutor in job.tutors]
     task = DistillationTask(
         network,
         job.geometry(job.student),

@@ -15,7 +15,7 @@ from ..data.render import Normalise
 from ..device import Engine, choose_engine, use_threads
 from ..errors import JobError
 from ..files import whole
-from ..job import Job
+from ..job import Job, Member
 from ..learning import engine, learn, plan
 from ..networks import Start, parameters, start
 from ..results import Accuracy, DataSummary, Subject
@@ -40,7 +40,7 @@ def run(job: Job) -> Done:
     for t in range(len(job.teachers)):
         subject, answers[str(t)] = _teacher(job, t)
         subjects.append(subject)
-        outputs.append(job.teacher_file(t))
+        outputs.append(job.teachers[t].file)
     if job.ranks.lead:
         with whole(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
@@ -54,14 +54,15 @@ def run(job: Job) -> Done:
 
 
 def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
-    o, name = job.options, job.teachers[t]
+    o, member = job.options, job.teachers[t]
+    name = member.name
     with job.ranks.lead_first():  # the others find downloaded weights
         begun = start(
             name,
             o.teacher_weights[t],
             o.teacher_head[t],
             job.data.classes,
-            job.image_size,
+            member.image_size,
             o.seed + t,
             job.display.note,
         )
@@ -69,21 +70,21 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
     exact = Engine(job.device, allowed_cores(), "fp32")
     use_threads(exact.threads)
     if begun.head_kept:
-        select = _measure(job, name, network, exact, "select")
-        _above_chance(job, name, network, exact, select)
+        select = _measure(job, member, network, exact, "select")
+        _above_chance(job, member, network, exact, select)
         if "teacher_epochs" in job.given:
             job.display.note(
                 f"the head of {name} fits and is used as it is: --teacher-epochs has nothing to do"
             )
     else:
-        network = _train(job, t, name, begun)
-        select = _measure(job, name, network, exact, "select")
-    test = _measure(job, name, network, exact, "test")
+        network = _train(job, t, begun)
+        select = _measure(job, member, network, exact, "select")
+    test = _measure(job, member, network, exact, "test")
     assert test is not None
     if job.ranks.lead:
-        with whole(job.folder.path / job.teacher_file(t)) as part:
-            save_weights(network, part, weights_metadata(job, name))
-    labels = job.rendered("test", name)[1].numpy()
+        with whole(job.folder.path / member.file) as part:
+            save_weights(network, part, weights_metadata(job, member))
+    labels = job.rendered("test", member)[1].numpy()
     subject = Subject(
         name=name,
         weights=begun.weights,
@@ -91,19 +92,19 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
         licence=begun.licence,
         parameters=parameters(network),
         accuracy=evaluate.accuracy(test, labels),
-        select_accuracy=_accuracy(job, name, select),
+        select_accuracy=_accuracy(job, member, select),
         per_class=evaluate.per_class(test, labels, job.data.classes),
     )
     return subject, test
 
 
-def _train(job: Job, t: int, name: str, begun: Start) -> nn.Module:
-    o = job.options
+def _train(job: Job, t: int, begun: Start) -> nn.Module:
+    o, member = job.options, job.teachers[t]
     assert o.teacher_epochs and o.teacher_lr and o.teacher_warmup_epochs is not None
     what = f"teacher {t}" if len(job.teachers) > 1 else "teacher"
     task = DistillationTask(
         begun.network,
-        job.geometry(name),
+        job.geometry(member),
         engine(job, what, lambda asked: choose_engine(job.device, asked, begun.network)),
         label_smoothing=o.label_smoothing or 0.0,
     )
@@ -112,37 +113,39 @@ def _train(job: Job, t: int, name: str, begun: Start) -> nn.Module:
         task,
         plan(job, epochs=o.teacher_epochs, lr=o.teacher_lr, warmup_epochs=o.teacher_warmup_epochs),
         what=what,
-        model=name,
+        member=member,
     )
     return task.network
 
 
 def _measure(
-    job: Job, name: str, network: nn.Module, exact: Engine, role: Role, most: int | None = None
+    job: Job, member: Member, network: nn.Module, exact: Engine, role: Role, most: int | None = None
 ) -> np.ndarray | None:
     """fp32 logits on a role [n,classes], or on ``most`` of its images; None where it is empty."""
-    pixels, labels, _ = job.rendered(role, name, most)
+    pixels, labels, _ = job.rendered(role, member, most)
     if not len(labels):
         return None
-    geometry = job.geometry(name)
+    geometry = job.geometry(member)
     normalise = Normalise(geometry.mean, geometry.std).to(job.device)
     mine = evaluate.logits(
         network,
         normalise,
         pixels[job.ranks.mine(len(pixels))],
         exact,
-        lambda done, total: job.stage.update(f"measuring {name} on {role}", done, total, "images"),
+        lambda done, total: job.stage.update(f"measuring {member.name} on {role}", done, total, "images"),
     )
     return job.ranks.gather(mine).numpy()
 
 
-def _accuracy(job: Job, name: str, logits: np.ndarray | None) -> Accuracy | None:
+def _accuracy(job: Job, member: Member, logits: np.ndarray | None) -> Accuracy | None:
     if logits is None:
         return None
-    return evaluate.accuracy(logits, job.rendered("select", name)[1].numpy())
+    return evaluate.accuracy(logits, job.rendered("select", member)[1].numpy())
 
 
-def _above_chance(job: Job, name: str, network: nn.Module, exact: Engine, select: np.ndarray | None) -> None:
+def _above_chance(
+    job: Job, member: Member, network: nn.Module, exact: Engine, select: np.ndarray | None
+) -> None:
     """A head that fits by its size may still be another task's: measured first, on select (or on test images'
     like, training ones, where nothing is held out).
 
@@ -151,17 +154,17 @@ def _above_chance(job: Job, name: str, network: nn.Module, exact: Engine, select
     """
     role: Role = "select" if select is not None else "train"
     most = None if select is not None else MEASURED
-    logits = select if select is not None else _measure(job, name, network, exact, "train", most)
+    logits = select if select is not None else _measure(job, member, network, exact, "train", most)
     assert logits is not None
-    labels = job.rendered(role, name, most)[1].numpy()
+    labels = job.rendered(role, member, most)[1].numpy()
     measured = evaluate.accuracy(logits, labels)
     chance = 100 * float(np.bincount(labels).max()) / len(labels)
     if measured.top1 < NEAR_CHANCE * chance or measured.low <= chance:
         raise JobError(
-            f"The teacher {name} is right on {measured.top1:.1f} % of the {measured.n} {role} images, near "
-            f"chance ({chance:.1f} %, the share of the commonest class): its head has the right number of "
-            "classes but not these ones, or not in this order. Say --teacher-head replace to tune it on the "
-            "data, or name weights trained for these classes."
+            f"The teacher {member.name} is right on {measured.top1:.1f} % of the {measured.n} {role} images, "
+            f"near chance ({chance:.1f} %, the share of the commonest class): its head has the right number "
+            "of classes but not these ones, or not in this order. Say --teacher-head replace to tune it on "
+            "the data, or name weights trained for these classes."
         )
 
 
@@ -189,9 +192,9 @@ def ensemble(answers: list[np.ndarray]) -> np.ndarray:
 
 def _data(job: Job) -> DataSummary:
     skipped = job.unreadable()
-    for name in job.teachers:
+    for member in job.teachers:
         for role in ("select", "test"):
-            job.rendered(role, name)
+            job.rendered(role, member)
     data = job.data
     if data.duplicates:
         job.display.warn(

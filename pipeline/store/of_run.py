@@ -7,14 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..data.render import Views
 from ..data.schedule import FIXED_SEED, Schedule
-from ..data.streamed import StreamedViews
 from ..device import Engine
 from ..files import digest
-from ..job import Job
+from ..job import Job, Member
 from ..methods.base import Answer, Method
-from ..trained import load_teacher, teacher_digest
+from ..trained import load_teacher, weights_digest
 from .store import Source, Store
 
 
@@ -23,35 +21,28 @@ def schedule_of(job: Job) -> Schedule:
     return Schedule(job.policy, job.options.seed, job.options.store_views or None)
 
 
-def store_of(
-    job: Job, methods: Mapping[str, Method], views: Views | StreamedViews, answering: Engine
-) -> Store:
-    """The answers that these methods want of the run's teachers.
-
-    Args:
-        views: those that the student is trained on.
-        answering: what the teachers compute with.
-    """
+def store_of(job: Job, methods: Mapping[str, Method], answering: Engine) -> Store:
+    """The answers that these methods want of the run's teachers, who compute with ``answering``."""
+    views = job.views_drawn_with(schedule_of(job).view_seed, job.tutors[0].image_size)
 
     def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
         plan = ((indices, torch.full_like(indices, view)) for indices in batches)
-        return (pixels for pixels, _ in views.batches(plan, job.device))
+        return (pixels for pixels, *_ in views.batches(plan, job.device))
 
     def show(what: str, done: int, total: int) -> None:
         job.stage.update(what, done, total, "images")
 
-    def source(t: int) -> Source:
+    def source(t: int, tutor: Member) -> Source:
         return Source(
-            job.teachers[t],
+            tutor.name,
             job.data.name,
-            _key(job, t, answering),
+            _key(job, tutor, answering),
             _answers(methods, t),
-            partial(load_teacher, job, t, answering),
+            partial(load_teacher, job, tutor, answering),
         )
 
-    return Store(
-        job.cache, [source(t) for t in range(len(job.teachers))], len(views), render, show, job.ranks
-    )
+    sources = [source(t, tutor) for t, tutor in enumerate(job.tutors)]
+    return Store(job.cache, sources, len(views), render, show, job.ranks)
 
 
 def _answers(methods: Mapping[str, Method], t: int) -> Sequence[Answer]:
@@ -63,11 +54,11 @@ def _answers(methods: Mapping[str, Method], t: int) -> Sequence[Answer]:
     return list(wanted.values())
 
 
-def _key(job: Job, t: int, answering: Engine) -> dict[str, object]:
-    geometry = job.geometry(job.teachers[t])
+def _key(job: Job, tutor: Member, answering: Engine) -> dict[str, object]:
+    geometry = job.geometry(tutor)
     return {
-        "weights": teacher_digest(job, t),
-        "architecture": job.teachers[t],
+        "weights": weights_digest(job, tutor),
+        "architecture": tutor.name,
         "precision": answering.precision,
         "mean": list(geometry.mean),
         "std": list(geometry.std),
@@ -75,5 +66,5 @@ def _key(job: Job, t: int, answering: Engine) -> dict[str, object]:
         "form": job.form,
         "policy": asdict(job.policy),
         "seed": FIXED_SEED,
-        "size": job.image_size,
+        "size": tutor.image_size,
     }

@@ -76,8 +76,7 @@ def verify(run: Path, cache: Path | None, share: float) -> None:
         views = schedule_of(job).used(job.options.epochs or 0)
         engine = replace(Engine.of(job.folder.record["engines"][TEACHERS]), device=job.device)
         use_threads(engine.threads)
-        drawn = job.views_drawn_with(schedule_of(job).view_seed)
-        store = store_of(job, methods_of(job), drawn, engine)
+        store = store_of(job, methods_of(job), engine)
         compared, missing = _verified(store, views, share, engine.precision)
     if not compared:
         raise JobError(
@@ -110,7 +109,7 @@ def _job(run: Path, cache: Path | None, display: Display, progress: Stage) -> Jo
     job = Job(chosen, frozenset(), images, folder, Cache(cache), display, choose_device(None), progress)
     stages = folder.record["stages"]
     left = {**stages["teacher"]["outputs"], **stages["prepare"]["outputs"]}
-    for name in [*(job.teacher_file(t) for t in range(len(job.teachers))), PREPARED]:
+    for name in [*(tutor.file for tutor in job.tutors), PREPARED]:
         if name in left and (not (run / name).is_file() or sha256(run / name) != left[name]):
             raise JobError(f"{run / name} is not as the run has left it: nothing can be compared with it.")
     return job

@@ -146,6 +146,10 @@ def other_images(job: Job) -> Job:
     return replace(job, data=replace(job.data, train=job.data.train[1:]))
 
 
+def _key(job: Job, engine: Engine) -> dict[str, object]:
+    return of_run._key(job, job.tutors[0], engine)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -160,24 +164,24 @@ def other_images(job: Job) -> Job:
 )
 def test_other_images_sizes_and_ways_to_draw_views_have_other_keys(job: Job, changed: Callable[[Job], Job]):
     engine = Engine("cpu", 1, "fp32")
-    key = digest(of_run._key(job, 0, engine))
-    assert digest(of_run._key(changed(job), 0, engine)) != key
-    assert digest(of_run._key(job, 0, replace(engine, precision="bf16"))) != key
+    key = digest(_key(job, engine))
+    assert digest(_key(changed(job), engine)) != key
+    assert digest(_key(job, replace(engine, precision="bf16"))) != key
     # What says nothing of an answer does not change it.
     same = with_options(job, seed=9, epochs=99, batch_size=4, method="dist", lr=1.0)
-    assert digest(of_run._key(same, 0, replace(engine, threads=7))) == key
+    assert digest(_key(same, replace(engine, threads=7))) == key
 
 
 def test_a_teachers_key_is_its_weights_and_not_what_its_file_says_of_them(job: Job):
     engine = Engine("cpu", 1, "fp32")
-    key, file = digest(of_run._key(job, 0, engine)), job.folder.path / "teacher.safetensors"
+    key, file = digest(_key(job, engine)), job.folder.path / "teacher.safetensors"
     tensors = load_file(file)
     save_file(tensors, file, {"key": "of another run"})
-    assert digest(of_run._key(job, 0, engine)) == key
+    assert digest(_key(job, engine)) == key
     name = next(name for name, tensor in tensors.items() if tensor.dim() == 4)
     tensors[name].view(-1)[0] += 1e-3
     save_file(tensors, file)
-    assert digest(of_run._key(job, 0, engine)) != key
+    assert digest(_key(job, engine)) != key
 
 
 # ---------------------------------------------------------------------------------------------------------
