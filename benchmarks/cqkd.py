@@ -1,7 +1,7 @@
 """CQKD on photos: a student of half the teacher's image size, by temperature, with and without the teacher.
 
-Teacher resnet34 looking at 128 pixels, student mobilenetv2 from scratch at 64, 40 epochs; KD with w = 0.5 as the
-paper has it. Accuracy and calibration are those of the files that ship, on the test images. The paper's claim
+Teacher resnet34 looking at 128 pixels, student mobilenetv2 from scratch at 64, 40 epochs; KD with w = 0.5 as
+in the paper. Accuracy and calibration are those of the files that ship, on the test images. The paper's claim
 (Čuk et al., 2023, on ImageNet): a higher temperature lowers the student's ECE and raises its accuracy.
 
     python benchmarks/cqkd.py --data clothing/ --teacher-weights teacher.safetensors --out runs/cqkd
@@ -56,7 +56,9 @@ def rows(table: Table) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="the folder with train/, val/ and test/")
     parser.add_argument("--teacher-weights", required=True, help="resnet34's, trained on this data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")

@@ -165,6 +165,15 @@ class Reconstruction(Result):
     """The same in the first epoch."""
 
 
+class Hashes(Result):
+    """The hashes of one teacher's vector; see ``pipeline/methods/mimic.py``."""
+
+    teacher: str
+    hashes: int
+    std: float
+    bias: str
+
+
 class BalancedWeight(Result):
     """What ``--balance auto`` found and did; see ``pipeline/balance.py``."""
 
@@ -259,6 +268,7 @@ class Report(Result):
     student_int8: Subject | None = None
     words: list[Words] = []
     reconstruction: list[Reconstruction] = []
+    hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
     epochs: list[Epoch] = []
