@@ -46,7 +46,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     for source in [*chosen.teacher_weights, chosen.student_weights]:
         _check_weights_file(source)
     if chosen.image_size is None:
-        chosen.image_size = 64 if chosen.data == DIGITS else default_image_size(chosen.student)
+        chosen.image_size = own_image_size(chosen)
     if chosen.student_size is not None and chosen.student_size > chosen.image_size:
         raise UsageError(
             f"--student-size {chosen.student_size} is larger than the teacher's --image-size "
@@ -84,6 +84,11 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     if chosen.out is None:
         chosen.out = Path("runs") / "-".join([*chosen.teacher, chosen.student, data.name]).replace("/", "-")
     return chosen, data
+
+
+def own_image_size(options: Options) -> int:
+    """Side in pixels of the networks' input, where it is not asked for."""
+    return 64 if options.data == DIGITS else default_image_size(options.student)
 
 
 def _start(source: str, data: str) -> str:
