@@ -19,7 +19,6 @@ from ..run_folder import Done
 from ..task import Teacher
 from ..trained import load_teacher, weights_digest
 
-PREPARED = "prepared.safetensors"
 SCRATCH = "scratch"
 
 
@@ -53,9 +52,9 @@ def _prepare(
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in prepared.tensors.items()}
         facts |= prepared.facts
         lines.append(prepared.summary)
-    with whole(job.folder.path / PREPARED) as part:
+    with whole(job.folder.path / job.prepared) as part:
         save_file(tensors, part, {"key": job.key})
-    return Done("; ".join(lines), [PREPARED], facts)
+    return Done("; ".join(lines), [job.prepared], facts)
 
 
 def _preparation(job: Job, scratch: Path) -> Preparation:

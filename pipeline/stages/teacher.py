@@ -111,7 +111,13 @@ def _train(job: Job, t: int, begun: Start) -> nn.Module:
     learn(
         job,
         task,
-        plan(job, epochs=o.teacher_epochs, lr=o.teacher_lr, warmup_epochs=o.teacher_warmup_epochs),
+        plan(
+            job,
+            epochs=o.teacher_epochs,
+            lr=o.teacher_lr,
+            warmup_epochs=o.teacher_warmup_epochs,
+            seed=o.seed + t,
+        ),
         what=what,
         member=member,
     )
