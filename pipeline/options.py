@@ -186,7 +186,7 @@ class Options(BaseModel):
     teacher_lr: float | None = option(
         "peak learning rate of a teacher trained or tuned here", group="Training", enters="teacher", gt=0
     )
-    schedule: Literal["cosine", "multistep", "constant"] | None = option(
+    schedule: Literal["cosine", "onecycle", "multistep", "constant"] | None = option(
         "how the learning rate falls", group="Training", enters="teacher"
     )
     milestones: Epochs | None = option(
