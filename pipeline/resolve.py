@@ -7,7 +7,7 @@ from pathlib import Path
 from ..models.build import check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
-from . import defaults, methods, rounds, trackers
+from . import defaults, methods, rounds, teacher_list, trackers
 from .data.headers import sampled_sizes
 from .data.image_set import ImageSet
 from .data.open import open_data
@@ -28,6 +28,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         UsageError, UnknownModel: an option, a name or the data folder is wrong.
     """
     chosen = options.model_copy(deep=True)
+    teacher_list.from_seeds(chosen)
     _check_lists(chosen)
     rounds.check(chosen)
     _check_store(chosen)
@@ -46,6 +47,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     resolve_name(chosen.student)
     for source in [*chosen.teacher_weights, chosen.student_weights]:
         _check_weights_file(source)
+    teacher_list.check_labels(chosen)
     if chosen.image_size is None:
         chosen.image_size = 64 if chosen.data == DIGITS else default_image_size(chosen.student)
     if chosen.student_size is not None and chosen.student_size > chosen.image_size:
@@ -92,7 +94,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         for key, value in of_method.for_epochs(chosen.epochs).model_dump(mode="json").items()
     }
     if chosen.out is None:
-        chosen.out = Path("runs") / "-".join([*chosen.teacher, chosen.student, data.name]).replace("/", "-")
+        seeds = chosen.teachers_from_seeds
+        teachers = [f"{chosen.teacher[0]}x{seeds}"] if seeds > 1 else chosen.teacher
+        chosen.out = Path("runs") / "-".join([*teachers, chosen.student, data.name]).replace("/", "-")
     return chosen, data
 
 

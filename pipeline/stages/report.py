@@ -14,6 +14,7 @@ from ..report.write import write_report
 from ..results import Epoch, Reconstruction, Report, StageTime
 from ..rounds import number
 from ..run_folder import Done, RunFolder
+from ..teacher_list import together
 from .export import ARTIFACT
 
 FILES = ("report.html", "report.md", "report.json")
@@ -41,7 +42,7 @@ def assemble(folder: RunFolder) -> Report:
     }
     stages, epochs = folder.record["stages"], _epochs(folder)
     return Report(
-        title=f"{config['student']} from {' + '.join(config['teacher'])}",
+        title=f"{config['student']} from {together(config['teacher'])}",
         command=folder.record["command"],
         method=config["method"],
         method_parameters=config["settings"],

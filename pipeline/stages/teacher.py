@@ -21,6 +21,7 @@ from ..networks import Start, parameters, start
 from ..results import Accuracy, DataSummary, Subject
 from ..run_folder import Done
 from ..task import DistillationTask
+from ..teacher_list import together
 from ..trained import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
@@ -44,11 +45,11 @@ def run(job: Job) -> Done:
     if job.ranks.lead:
         with whole(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
-    together = _together(job, subjects, list(answers.values()))
+    teacher = _together(job, subjects, list(answers.values()))
     facts: dict[str, Any] = {
         "data": data.model_dump(exclude_none=True),
         "teachers": [subject.model_dump(exclude_none=True) for subject in subjects],
-        "teacher": together.model_dump(exclude_none=True),
+        "teacher": teacher.model_dump(exclude_none=True),
     }
     return Done("; ".join(_line(subject) for subject in subjects), outputs, facts)
 
@@ -181,7 +182,7 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
     labels = job.rendered("test", job.teachers[0])[1].numpy()
     probabilities = ensemble(answers)
     return Subject(
-        name=" + ".join(subject.name for subject in subjects),
+        name=together([subject.name for subject in subjects]),
         weights="ensemble",
         parameters=sum(subject.parameters or 0 for subject in subjects),
         accuracy=evaluate.accuracy(probabilities, labels),
