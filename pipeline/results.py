@@ -179,6 +179,15 @@ class Reconstruction(Result):
     """The same in the first epoch."""
 
 
+class Hashes(Result):
+    """The hashes of one teacher's vector; see ``pipeline/methods/mimic.py``."""
+
+    teacher: str
+    hashes: int
+    std: float
+    bias: str
+
+
 class BalancedWeight(Result):
     """What ``--balance auto`` found and did; see ``pipeline/balance.py``."""
 
@@ -274,6 +283,7 @@ class Report(Result):
     words: list[Words] = []
     reconstruction: list[Reconstruction] = []
     rounds: list[Round] = []
+    hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
     epochs: list[Epoch] = []

@@ -20,6 +20,7 @@ METHODS: Mapping[str, str] = {
     "dkd": "dkd:Dkd",
     "dist": "dist:Dist",
     "feed": "feed:Feed",
+    "mimic": "mimic:Mimic",
 }
 """Name -> module:class. Imported when used, since torch comes with them."""
 
