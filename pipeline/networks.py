@@ -87,14 +87,14 @@ def _fits(
     if count != len(classes):
         return False
     named = [names for names in (checkpoint.label_names, checkpoint.label_descriptions) if names is not None]
-    wanted = [_plain(label) for label in classes]
-    if not named or any([_plain(label) for label in names] == wanted for names in named):
+    wanted = [plain(label) for label in classes]
+    if not named or any([plain(label) for label in names] == wanted for names in named):
         return True
     note(f"the head of {checkpoint.source} has other classes of the same number: it is replaced")
     return False
 
 
-def _plain(label: str) -> str:
+def plain(label: str) -> str:
     return " ".join(label.casefold().replace("_", " ").split())
 
 

@@ -154,6 +154,20 @@ class Words(Result):
     """The share of p_T that it loses with the others, on average."""
 
 
+class Round(Result):
+    """One of the students of ``--rounds``; see ``pipeline/rounds.py``."""
+
+    round: int
+    teacher: str
+    """Whom it learned from: the teacher's name, or the round before."""
+    seed: int
+    accuracy: Accuracy | None = None
+    """Of its weights in torch, fp32, on the test role."""
+    select_accuracy: Accuracy | None = None
+    file: str
+    """Its weights, a path inside the run folder."""
+
+
 class Reconstruction(Result):
     """FEED: how far the student's translated map is from a teacher's, in a training's last epoch."""
 
@@ -268,6 +282,7 @@ class Report(Result):
     student_int8: Subject | None = None
     words: list[Words] = []
     reconstruction: list[Reconstruction] = []
+    rounds: list[Round] = []
     hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
