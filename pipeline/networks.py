@@ -54,10 +54,10 @@ def start(
     checkpoint = (
         fetch_pretrained(name, f"--{role}-weights") if source == "auto" else read_checkpoint(Path(source))
     )
-    stated = (checkpoint.licence or "an unknown licence") if source == "auto" else None
     if head == "none":
         load_into(network, checkpoint, features_only=True)
-        return Start(network, _described(source, checkpoint), head="none", licence=stated)
+        described, licence = _described(source, checkpoint), _licence(source, checkpoint)
+        return Start(network, described, head="none", licence=licence)
     keep = head == "keep" or (head == "auto" and _fits(checkpoint, network, classes, note))
     if head == "keep" and class_count(checkpoint, network) not in (None, len(classes)):
         raise ModelError(
@@ -73,7 +73,7 @@ def start(
         network,
         _described(source, checkpoint),
         head="kept" if keep else "replaced",
-        licence=stated,
+        licence=_licence(source, checkpoint),
     )
 
 
@@ -92,15 +92,22 @@ def _fits(
     if count != len(classes):
         return False
     named = [names for names in (checkpoint.label_names, checkpoint.label_descriptions) if names is not None]
-    wanted = [_plain(label) for label in classes]
-    if not named or any([_plain(label) for label in names] == wanted for names in named):
+    wanted = [plain(label) for label in classes]
+    if not named or any([plain(label) for label in names] == wanted for names in named):
         return True
     note(f"the head of {checkpoint.source} has other classes of the same number: it is replaced")
     return False
 
 
-def _plain(label: str) -> str:
+def plain(label: str) -> str:
     return " ".join(label.casefold().replace("_", " ").split())
+
+
+def _licence(source: str, checkpoint: Checkpoint) -> str | None:
+    """Of published weights, or of those that a file was made from, where it is one of ours that says so."""
+    if source == "auto":
+        return checkpoint.licence or "an unknown licence"
+    return checkpoint.metadata.get("licence")
 
 
 def _described(source: str, checkpoint: Checkpoint) -> str:

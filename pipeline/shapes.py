@@ -59,8 +59,8 @@ def check_methods(
             if not count and "logits" in reads:
                 raise UsageError(
                     f"With these parameters {method} reads the logits of {name}, which has none by "
-                    "--teacher-head none; take a method of features (quest, or mimic as l2, lsh or lshl2) "
-                    "or another --teacher-head."
+                    "--teacher-head none; take a method of features (quest, feed, or mimic as l2, lsh or "
+                    "lshl2) or another --teacher-head."
                 )
             _readouts(name, count, image_size).check(reads)
         looks_at = student_size or image_size

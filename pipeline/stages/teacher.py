@@ -21,6 +21,7 @@ from ..networks import Start, parameters, start
 from ..results import Accuracy, DataSummary, Subject
 from ..run_folder import Done
 from ..task import DistillationTask
+from ..teacher_list import together
 from ..trained import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
@@ -36,9 +37,12 @@ MEASURED = 10_000
 def run(job: Job) -> Done:
     with job.ranks.lead_first():  # the others find the images in the cache
         data = _data(job)
+    # Whatever is wrong with one of them is found before another is trained.
+    begun = [_start(job, t) for t in range(len(job.teachers))]
+    _refuse_copies(job, begun[0])
     subjects, outputs, answers = [], [ANSWERS], {}
-    for t in range(len(job.teachers)):
-        subject, test = _teacher(job, t)
+    for t in range(len(begun)):
+        subject, test = _teacher(job, t, begun.pop(0))
         if test is not None:
             answers[str(t)] = test
         subjects.append(subject)
@@ -46,22 +50,20 @@ def run(job: Job) -> Done:
     if job.ranks.lead:
         with whole(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
-    together = _together(job, subjects, list(answers.values()))
+    teacher = _together(job, subjects, list(answers.values()))
     facts: dict[str, Any] = {
         "data": data.model_dump(exclude_none=True),
         "teachers": [subject.model_dump(exclude_none=True) for subject in subjects],
-        "teacher": together.model_dump(exclude_none=True),
+        "teacher": teacher.model_dump(exclude_none=True),
     }
     return Done("; ".join(_line(subject) for subject in subjects), outputs, facts)
 
 
-def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray | None]:
-    """A teacher's weights written, what is known of it, and its logits on test, where it has any."""
+def _start(job: Job, t: int) -> Start:
     o, member = job.options, job.teachers[t]
-    name = member.name
     with job.ranks.lead_first():  # the others find downloaded weights
-        begun = start(
-            name,
+        return start(
+            member.name,
             o.teacher_weights[t],
             o.teacher_head[t],
             job.data.classes,
@@ -69,6 +71,26 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray | None]:
             o.seed + t,
             job.display.note,
         )
+
+
+def _refuse_copies(job: Job, begun: Start) -> None:
+    """
+    Raises:
+        JobError: several teachers were to be trained from seeds, and none is trained.
+    """
+    count = job.options.teachers_from_seeds
+    if count > 1 and begun.head != "replaced":
+        why = "fits the data and is kept" if begun.head == "kept" else "is left out"
+        raise JobError(
+            f"--teachers-from-seeds {count}: the head of {job.teachers[0].name} {why}, so that all {count} "
+            "would be the same network; say --teacher-head replace, or leave --teachers-from-seeds out."
+        )
+
+
+def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray | None]:
+    """A teacher's weights written, what is known of it, and its logits on test, where it has any."""
+    member = job.teachers[t]
+    name = member.name
     network = begun.network.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = Engine(job.device, allowed_cores(), "fp32")
     use_threads(exact.threads)
@@ -86,7 +108,7 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray | None]:
         select = _measure(job, member, network, exact, "select")
     test = _measure(job, member, network, exact, "test")
     assert test is not None
-    _save(job, member, network)
+    _save(job, member, network, begun)
     labels = job.rendered("test", member)[1].numpy()
     subject = Subject(
         name=name,
@@ -107,7 +129,7 @@ def _headless(job: Job, member: Member, begun: Start) -> Subject:
         job.display.note(
             f"{member.name} has no head and is used as it is: --teacher-epochs has nothing to do"
         )
-    _save(job, member, begun.network)
+    _save(job, member, begun.network, begun)
     return Subject(
         name=member.name,
         weights=begun.weights,
@@ -117,10 +139,10 @@ def _headless(job: Job, member: Member, begun: Start) -> Subject:
     )
 
 
-def _save(job: Job, member: Member, network: nn.Module) -> None:
+def _save(job: Job, member: Member, network: nn.Module, begun: Start) -> None:
     if job.ranks.lead:
         with whole(job.folder.path / member.file) as part:
-            save_weights(network, part, weights_metadata(job, member))
+            save_weights(network, part, weights_metadata(job, member, begun.licence))
 
 
 def _train(job: Job, t: int, begun: Start) -> nn.Module:
@@ -136,7 +158,13 @@ def _train(job: Job, t: int, begun: Start) -> nn.Module:
     learn(
         job,
         task,
-        plan(job, epochs=o.teacher_epochs, lr=o.teacher_lr, warmup_epochs=o.teacher_warmup_epochs),
+        plan(
+            job,
+            epochs=o.teacher_epochs,
+            lr=o.teacher_lr,
+            warmup_epochs=o.teacher_warmup_epochs,
+            seed=o.seed + t,
+        ),
         what=what,
         member=member,
     )
@@ -197,17 +225,17 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
     """The one teacher, or the ensemble: the mean of the probabilities of those teachers that give any."""
     if len(subjects) == 1:
         return subjects[0]
-    together = Subject(
-        name=" + ".join(subject.name for subject in subjects),
+    found = Subject(
+        name=together([subject.name for subject in subjects]),
         weights="ensemble",
         parameters=sum(subject.parameters or 0 for subject in subjects),
     )
     if answers:
         labels = job.rendered("test", job.teachers[0])[1].numpy()
         probabilities = ensemble(answers)
-        together.accuracy = evaluate.accuracy(probabilities, labels)
-        together.per_class = evaluate.per_class(probabilities, labels, job.data.classes)
-    return together
+        found.accuracy = evaluate.accuracy(probabilities, labels)
+        found.per_class = evaluate.per_class(probabilities, labels, job.data.classes)
+    return found
 
 
 def ensemble(answers: list[np.ndarray]) -> np.ndarray:
