@@ -61,6 +61,8 @@ class Readouts(nn.Module):
         self.classifier_reads_vector = False
         self.level_count = 0
         self.compiled: dict[str, Callable[..., Any]] = {}
+        # Of a widened network nothing before the new layer gets a gradient.
+        self.embeds_alone = False
         self.shapes = self._explore(size)
 
     @property
@@ -155,7 +157,10 @@ class Readouts(nn.Module):
     def _vector(self, features: Any) -> Tensor:
         vector: Tensor = self._network.forward_head(features, pre_logits=True).flatten(1)
         classifier = self._classifier()
-        return classifier.embed(vector) if isinstance(classifier, Widened) else vector
+        if not isinstance(classifier, Widened):
+            return vector
+        embedded: Tensor = classifier.embed(vector.detach() if self.embeds_alone else vector)
+        return embedded
 
     def _classifier(self) -> Any:
         return self._network.get_classifier() if hasattr(self._network, "get_classifier") else None
