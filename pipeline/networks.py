@@ -68,7 +68,7 @@ def start(
         network,
         _described(source, checkpoint),
         head_kept=keep,
-        licence=(checkpoint.licence or "an unknown licence") if source == "auto" else None,
+        licence=_licence(source, checkpoint),
     )
 
 
@@ -96,6 +96,13 @@ def _fits(
 
 def plain(label: str) -> str:
     return " ".join(label.casefold().replace("_", " ").split())
+
+
+def _licence(source: str, checkpoint: Checkpoint) -> str | None:
+    """Of published weights, or of those that a file was made from, where it is one of ours that says so."""
+    if source == "auto":
+        return checkpoint.licence or "an unknown licence"
+    return checkpoint.metadata.get("licence")
 
 
 def _described(source: str, checkpoint: Checkpoint) -> str:

@@ -49,7 +49,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         _check_weights_file(source)
     teacher_list.check_labels(chosen)
     if chosen.image_size is None:
-        chosen.image_size = 64 if chosen.data == DIGITS else default_image_size(chosen.student)
+        chosen.image_size = own_image_size(chosen)
     if chosen.student_size is not None and chosen.student_size > chosen.image_size:
         raise UsageError(
             f"--student-size {chosen.student_size} is larger than the teacher's --image-size "
@@ -98,6 +98,11 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         teachers = [f"{chosen.teacher[0]}x{seeds}"] if seeds > 1 else chosen.teacher
         chosen.out = Path("runs") / "-".join([*teachers, chosen.student, data.name]).replace("/", "-")
     return chosen, data
+
+
+def own_image_size(options: Options) -> int:
+    """Side in pixels of the networks' input, where it is not asked for."""
+    return 64 if options.data == DIGITS else default_image_size(options.student)
 
 
 def _start(source: str, data: str) -> str:

@@ -297,3 +297,30 @@ class Report(Result):
     """Every option, resolved."""
     artifact: str | None = None
     """Path of the folder that ships, inside the run folder."""
+
+
+class Size(Result):
+    """One student: what it looks at, what it costs, and its two files as timed together with the others'."""
+
+    size: int
+    folder: str
+    gmacs: float | None
+    student: Subject
+    student_int8: Subject
+
+
+class Resolutions(Result):
+    """What ``resolutions.json`` holds; accuracies are those of the runs' own reports."""
+
+    title: str
+    folder: str
+    command: str
+    method: str
+    teacher: Subject
+    teacher_image_size: int
+    sizes: list[Size]
+    """The largest first."""
+    threads: list[int]
+    environment: dict[str, str]
+    timed: str
+    """The files that were timed and how: a digest."""

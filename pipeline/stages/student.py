@@ -61,7 +61,7 @@ def run(job: Job) -> Done:
             )
     if job.ranks.lead:
         with whole(job.folder.path / member.file) as part:
-            save_weights(task.shipped, part, weights_metadata(job, member))
+            save_weights(task.shipped, part, weights_metadata(job, member, begun.licence))
     subject = Subject(
         name=name,
         weights=begun.weights,

@@ -105,7 +105,7 @@ def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray]:
     assert test is not None
     if job.ranks.lead:
         with whole(job.folder.path / member.file) as part:
-            save_weights(network, part, weights_metadata(job, member))
+            save_weights(network, part, weights_metadata(job, member, begun.licence))
     labels = job.rendered("test", member)[1].numpy()
     subject = Subject(
         name=name,
