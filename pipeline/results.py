@@ -210,6 +210,40 @@ class Words(Result):
     """The share of p_T that it loses with the others, on average."""
 
 
+class Round(Result):
+    """One of the students of ``--rounds``; see ``pipeline/rounds.py``."""
+
+    round: int
+    teacher: str
+    """Whom it learned from: the teacher's name, or the round before."""
+    seed: int
+    accuracy: Accuracy | None = None
+    """Of its weights in torch, fp32, on the test role."""
+    select_accuracy: Accuracy | None = None
+    file: str
+    """Its weights, a path inside the run folder."""
+
+
+class Reconstruction(Result):
+    """FEED: how far the student's translated map is from a teacher's, in a training's last epoch."""
+
+    stage: str
+    teacher: str
+    error: float
+    """L1 between the maps scaled to length 1, over √n: 0 is the same direction, about 1.1 a random one."""
+    first: float
+    """The same in the first epoch."""
+
+
+class Hashes(Result):
+    """The hashes of one teacher's vector; see ``pipeline/methods/mimic.py``."""
+
+    teacher: str
+    hashes: int
+    std: float
+    bias: str
+
+
 class BalancedWeight(Result):
     """What ``--balance auto`` found and did; see ``pipeline/balance.py``."""
 
@@ -303,6 +337,9 @@ class Report(Result):
     student: Subject | None = None
     student_int8: Subject | None = None
     words: list[Words] = []
+    reconstruction: list[Reconstruction] = []
+    rounds: list[Round] = []
+    hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
     temperature: Temperature | None = None
@@ -317,3 +354,30 @@ class Report(Result):
     """Every option, resolved."""
     artifact: str | None = None
     """Path of the folder that ships, inside the run folder."""
+
+
+class Size(Result):
+    """One student: what it looks at, what it costs, and its two files as timed together with the others'."""
+
+    size: int
+    folder: str
+    gmacs: float | None
+    student: Subject
+    student_int8: Subject
+
+
+class Resolutions(Result):
+    """What ``resolutions.json`` holds; accuracies are those of the runs' own reports."""
+
+    title: str
+    folder: str
+    command: str
+    method: str
+    teacher: Subject
+    teacher_image_size: int
+    sizes: list[Size]
+    """The largest first."""
+    threads: list[int]
+    environment: dict[str, str]
+    timed: str
+    """The files that were timed and how: a digest."""

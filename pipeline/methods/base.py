@@ -33,6 +33,7 @@ class Shapes:
     """(C, H, W) of ``map`` and of every further level asked for, by readout name."""
     vector: int | None
     logits: int
+    """0: there is no head."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Preparation:
     teacher_names: Sequence[str]
     images: int
     readouts: Callable[[int, frozenset[str]], Iterable[Readout]]
+    classifier: Callable[[int], Tensor | None]
+    """The weight [N,D] of a teacher's last linear layer; None without a head."""
     shared: Callable[[int, str, Mapping[str, Any], Callable[[Path], None]], Path]
     scratch: Path
     """A folder for what is too large for memory."""
@@ -123,6 +126,13 @@ class Method(nn.Module):
         Raises:
             UsageError: a parameter asks for what there is not.
         """
+
+    @classmethod
+    def widens(cls, parameters: Any, student: Shapes, teachers: Sequence[Shapes]) -> int | None:
+        """The width that the student's ``vector`` has while it learns, by a linear layer of its own that is
+        merged into its classifier before anything ships (``models/widen.py``); None: its own.
+        """
+        return None
 
     @classmethod
     def stored_bytes(cls, parameters: Any, student: Shapes, teacher: Shapes) -> int:

@@ -74,9 +74,9 @@ def section(report: Report) -> Section:
 
 def _caption(diagrams: list[Reliability]) -> str:
     told = (
-        "A dot: the test images’ answers in one range of confidence, as high as the percentage of them that is "
-        "right. On the dashed line they are right as often as they say, below it less often. Upright line: 95 % "
-        "interval. "
+        "A dot: the test images’ answers in one range of confidence, as high as the percentage of them that "
+        "is right. On the dashed line they are right as often as they say, below it less often. "
+        "Upright line: 95 % interval. "
     )
     told += "Ring: the same file without its temperature. " if any(one.before for one in diagrams) else ""
     return told + "Bars: how many answers."
@@ -151,8 +151,8 @@ def table(report: Report) -> Table:
                 rows.append(_row(f"{column.role}, without temperature", measured.before))
     note = (
         "ECE: expected calibration error over 15 bins of confidence; its interval is a bootstrap over the "
-        "images, and begins at 0 where an honest network would often show as much. Entropy and NLL in nats. The "
-        "teacher’s figures are those of its weights in torch, the students’ those of the files."
+        "images, and begins at 0 where an honest network would often show as much. Entropy and NLL in nats. "
+        "The teacher’s figures are those of its weights in torch, the students’ those of the files."
     )
     columns = ["", "ECE", "95 % interval", "says", "is right", "entropy", "NLL", "images"]
     return Table("Calibration", columns, rows, note=note)

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import calibration, details, figures, headline, pictures, tables
+from . import calibration, details, figures, headline, learned, pictures, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -135,6 +135,8 @@ def page(report: Report) -> Page:
         details=[
             details.stages(report),
             details.training(report),
+            learned.rounds(report),
+            learned.reconstruction(report),
             details.store(report),
             details.roles(report),
             details.origins(report),

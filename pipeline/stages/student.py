@@ -1,12 +1,16 @@
 """student: the small network learns from the teachers; what ships is a plain timm state_dict."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from ...models.checkpoint import save_weights
+from ...models.widen import widen
 from .. import evaluate, methods
+from ..data.image_set import Role
 from ..device import Engine, choose_engine, inference_engine, use_threads
 from ..files import whole
 from ..job import Job
@@ -14,13 +18,12 @@ from ..learning import engine, learn, plan
 from ..methods.base import Method
 from ..networks import parameters, start, student_source
 from ..report import figures
-from ..results import BalancedWeight, StoreUse, Subject
+from ..results import Accuracy, BalancedWeight, Round, StoreUse, Subject
 from ..run_folder import Done
 from ..store.of_run import schedule_of, store_of
 from ..store.store import Store
 from ..task import DistillationTask, Teacher
 from ..trained import load_teacher, weights_metadata
-from .prepare import PREPARED
 
 
 def run(job: Job) -> Done:
@@ -34,17 +37,17 @@ def run(job: Job) -> Done:
             "auto",
             job.data.classes,
             member.image_size,
-            o.seed,
+            job.seed,
             job.display.note,
             role="student",
         )
-    chosen = engine(job, "student", lambda asked: choose_engine(job.device, asked, begun.network))
+    chosen = engine(job, job.training, lambda asked: choose_engine(job.device, asked, begun.network))
     use_threads(chosen.threads)
     task, store = _task(job, begun.network, chosen)
-    learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs)
+    learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs, seed=job.seed)
     if store is not None:
         _say_store(job, store)
-    learn(job, task, learning, what="student", member=member, views_of=schedule_of(job), store=store)
+    learn(job, task, learning, what=job.training, member=member, views_of=schedule_of(job), store=store)
     balanced = task.balanced()
     for one in balanced:
         if one.factor != 1:
@@ -58,20 +61,19 @@ def run(job: Job) -> Done:
             )
     if job.ranks.lead:
         with whole(job.folder.path / member.file) as part:
-            save_weights(task.shipped, part, weights_metadata(job, member))
+            save_weights(task.shipped, part, weights_metadata(job, member, begun.licence))
     subject = Subject(
         name=name,
         weights=begun.weights,
         parameters=parameters(task.shipped),
         licence=begun.licence,
     )
-    pixels, labels, _ = job.rendered("select", member)
-    measured = ""
-    if len(labels):
-        exact = Engine(job.device, chosen.threads, "fp32")
-        answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
-        subject.select_accuracy = evaluate.accuracy(answers, labels.numpy())
-        measured = f": {subject.select_accuracy.top1:.2f} % of {subject.select_accuracy.n} select images"
+    subject.select_accuracy = _accuracy(job, task, chosen, "select")
+    measured = (
+        f": {subject.select_accuracy.top1:.2f} % of {subject.select_accuracy.n} select images"
+        if subject.select_accuracy
+        else ""
+    )
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     return Done(
         f"{name}, {o.epochs} epochs {how}{measured}",
@@ -80,8 +82,32 @@ def run(job: Job) -> Done:
             "student": subject.model_dump(exclude_none=True),
             "balance": [one.model_dump() for one in balanced],
             **({} if store is None else {"store": _use(job, store).model_dump()}),
+            **({} if o.rounds == 1 else {"rounds": _rounds(job, task, chosen, subject)}),
         },
     )
+
+
+def _accuracy(job: Job, task: DistillationTask, chosen: Engine, role: Role) -> Accuracy | None:
+    """Of the weights that ship, in torch and fp32; None where the role is empty."""
+    pixels, labels, _ = job.rendered(role, job.student)
+    if not len(labels):
+        return None
+    exact = Engine(job.device, chosen.threads, "fp32")
+    answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
+    return evaluate.accuracy(answers, labels.numpy())
+
+
+def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) -> list[dict[str, Any]]:
+    """What is known of the rounds up to this one."""
+    mine = Round(
+        round=job.place + 1,
+        teacher=job.tutors[0].name if job.place == 0 else f"round {job.place}",
+        seed=job.seed,
+        select_accuracy=subject.select_accuracy,
+        accuracy=_accuracy(job, task, chosen, "test"),
+        file=job.student.file,
+    )
+    return [*job.folder.facts().get("rounds", [])[: job.place], mine.model_dump(exclude_none=True)]
 
 
 def _say_store(job: Job, store: Store) -> None:
@@ -120,18 +146,30 @@ TEACHERS = "student's teachers"
 """Under which the run folder keeps the engine that the teachers answer with."""
 
 
+def width_of(job: Job) -> int | None:
+    """To which width a method has the student's vector brought while it learns; None: it stays as it is."""
+    names = methods.names(job.options.method)
+    if not names:
+        return None
+    parameters = methods.parameters(names, job.options.settings)
+    student, teachers = job.shapes(job.student), [job.shapes(tutor) for tutor in job.tutors]
+    asked = (methods.load(name).widens(parameters[name], student, teachers) for name in names)
+    return next((width for width in asked if width is not None), None)
+
+
 def methods_of(job: Job) -> dict[str, Method]:
     """The run's methods by name, made from what ``prepare`` has left."""
     o = job.options
     names = methods.names(o.method)
     parameters = methods.parameters(names, o.settings)
     classes = {name: methods.load(name) for name in names}
-    student = job.shapes(job.student)
+    width = width_of(job)
+    student = job.shapes(job.student) if width is None else replace(job.shapes(job.student), vector=width)
     teachers = [job.shapes(tutor) for tutor in job.tutors] if names else []
-    prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
+    prepared = load_file(job.folder.path / job.prepared) if any(c.prepares for c in classes.values()) else {}
     made: dict[str, Method] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(o.seed)
+        torch.manual_seed(job.seed)
         for name in names:
             own = {
                 key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
@@ -144,6 +182,9 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[Distillat
     """What is trained and, unless the teachers are asked at every step, the store of their answers."""
     o = job.options
     heads = methods_of(job)
+    width = width_of(job)
+    if width is not None:
+        widen(network, width, job.seed)
     asked: list[Teacher] = []
     store = None
     if heads:

@@ -132,11 +132,11 @@ def _warn(job: Job, facts: dict[str, Any]) -> None:
             f"The teacher ({teacher:.2f} %) is no better than the student ended up ({student:.2f} %): "
             "a better teacher, or more --teacher-epochs, would teach more."
         )
-    for network in [*known["teachers"], known["student"]]:
-        licence = network.get("licence")
+    networks = [*known["teachers"], known["student"]]
+    for name, licence in dict.fromkeys((network["name"], network.get("licence")) for network in networks):
         if licence is not None and not is_free(licence):
             job.display.warn(
-                f"The pretrained weights of {network['name']} are under {licence}, which is not a free "
+                f"The pretrained weights of {name} are under {licence}, which is not a free "
                 "licence: check that your use is allowed before you ship what was made from them."
             )
 

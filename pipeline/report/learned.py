@@ -1,0 +1,56 @@
+"""From whom the student learned what: how well its translated map meets each teacher's."""
+
+from ..results import Accuracy, Report
+from . import figures
+from .tables import Table
+
+
+def rounds(report: Report) -> Table:
+    """The students one after another; the last one ships."""
+
+    def measured(accuracy: Accuracy | None) -> list[str]:
+        if accuracy is None:
+            return [figures.MISSING] * 2
+        interval = figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
+        return [figures.percent(accuracy.top1, accuracy.n), interval]
+
+    last = report.config.get("rounds", 1)
+    rows = [
+        [
+            str(one.round) + (" (ships)" if one.round == last else ""),
+            one.teacher,
+            *measured(one.select_accuracy),
+            *measured(one.accuracy),
+        ]
+        for one in report.rounds
+    ]
+    return Table(
+        "Rounds",
+        ["round", "taught by", "select images", "95 % interval", "test images", "95 % interval"],
+        rows,
+        note="The student of each round is the teacher of the next. Accuracies of the weights in torch, "
+        "before export.",
+        left=2,
+    )
+
+
+def reconstruction(report: Report) -> Table:
+    """FEED's error of each teacher, in the first and in the last epoch."""
+    several = len({one.stage for one in report.reconstruction}) > 1
+    rows = [
+        [
+            *([one.stage] if several else []),
+            one.teacher,
+            figures.number(one.first),
+            figures.number(one.error),
+        ]
+        for one in report.reconstruction
+    ]
+    return Table(
+        "Reconstruction of the teachers’ maps",
+        [*(["training"] if several else []), "teacher", "error, first epoch", "last epoch"],
+        rows,
+        note="The student’s translated map against the teacher’s, both scaled to length 1: mean absolute "
+        "difference over √n, for training images. 0 is the same direction, about 1.1 a random one.",
+        left=2 if several else 1,
+    )
