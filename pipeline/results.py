@@ -165,7 +165,7 @@ class Subject(Result):
     sha256: str | None = None
     licence: str | None = None
     head: str | None = None
-    """For a teacher: ``kept`` or ``replaced``."""
+    """For a teacher: ``kept``, ``replaced`` or ``none``."""
     opset: int | None = None
     ir_version: int | None = None
     quantization: dict[str, Any] | None = None
@@ -300,8 +300,9 @@ class Example(Result):
 
     name: str
     label: str
-    teacher: str
-    teacher_probability: float
+    teacher: str | None = None
+    """None where no teacher has a head, and so no answer."""
+    teacher_probability: float | None = None
     student: str
     student_probability: float
     png: str

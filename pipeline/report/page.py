@@ -50,7 +50,8 @@ class Picture:
     student: str
     student_probability: str
     student_right: bool
-    teacher: str
+    teacher: str | None
+    """None: it has no head, and so no answer."""
     teacher_probability: str
     teacher_right: bool
     png: str
@@ -201,7 +202,11 @@ def _picture(one: Example) -> Picture:
         student_probability=figures.percent(100 * one.student_probability),
         student_right=one.student == one.label,
         teacher=one.teacher,
-        teacher_probability=figures.percent(100 * one.teacher_probability),
+        teacher_probability=(
+            figures.MISSING
+            if one.teacher_probability is None
+            else figures.percent(100 * one.teacher_probability)
+        ),
         teacher_right=one.teacher == one.label,
         png=png,
         small=side < 100,
@@ -215,7 +220,9 @@ def _examples_table(pictures: list[Picture]) -> Table:
             one.name,
             one.label,
             f"{one.student} ({one.student_probability}), {'right' if one.student_right else 'wrong'}",
-            f"{one.teacher} ({one.teacher_probability}), {'right' if one.teacher_right else 'wrong'}",
+            figures.MISSING
+            if one.teacher is None
+            else f"{one.teacher} ({one.teacher_probability}), {'right' if one.teacher_right else 'wrong'}",
         ]
         for one in pictures
     ]
@@ -236,7 +243,9 @@ def _png(text: str) -> tuple[str, int]:
 
 def _examples_note(report: Report, shown: int) -> str:
     wrong = sum(one.student != one.label for one in report.examples)
-    note = "With the answers of the file that ships and of the teacher, each with its probability. "
+    both = any(one.teacher is not None for one in report.examples)
+    note = f"With the answers of the file that ships{' and of the teacher' if both else ''}, "
+    note += "each with its probability. "
     note += "The student’s mistakes come first, the most confident at the head." if wrong else ""
     if shown < len(report.examples):
         note += f" {shown} of {len(report.examples):,}."

@@ -36,7 +36,7 @@ def run(job: Job) -> Done:
     facts: dict[str, Any] = {
         key: {
             "accuracy": evaluate.accuracy(logits, labels).model_dump(exclude_none=True),
-            "agreement": evaluate.agreement(logits, teacher).model_dump(exclude_none=True),
+            **_agreement(logits, teacher),
             "per_class": [c.model_dump() for c in evaluate.per_class(logits, labels, job.data.classes)],
         }
         for key, logits in answers.items()
@@ -50,20 +50,29 @@ def run(job: Job) -> Done:
     _warn(job, facts)
     _write_manifest(job, facts)
     fp32, int8 = (facts[key]["accuracy"] for key in ("student", "student_int8"))
-    alike = facts["student_int8"]["agreement"]["top1"]
+    alike = facts["student_int8"].get("agreement")
+    told = f"; int8 answers like the teacher on {alike['top1']:.1f} %" if alike else ""
     return Done(
         f"of {len(labels)} test images: fp32 {fp32['top1']:.2f} %, int8 {int8['top1']:.2f} % "
-        f"({int8['low']:.1f} to {int8['high']:.1f}); int8 answers like the teacher on {alike:.1f} %",
+        f"({int8['low']:.1f} to {int8['high']:.1f}){told}",
         [MANIFEST.as_posix()],
         facts,
     )
 
 
-def _teacher(job: Job) -> np.ndarray:
-    """The teacher's answers on the test role, or the ensemble's: logits or probabilities [n,classes]."""
+def _agreement(logits: np.ndarray, teacher: np.ndarray | None) -> dict[str, Any]:
+    if teacher is None:
+        return {}
+    return {"agreement": evaluate.agreement(logits, teacher).model_dump(exclude_none=True)}
+
+
+def _teacher(job: Job) -> np.ndarray | None:
+    """The teacher's answers on the test role, or the ensemble's: logits or probabilities [n,classes]; None
+    where no teacher has a head.
+    """
     stored = load_file(job.folder.path / ANSWERS)
-    answers = [stored[str(t)] for t in range(len(stored))]
-    return calibration.together(answers)
+    answers = [stored[t] for t in sorted(stored, key=int)]
+    return calibration.together(answers) if answers else None
 
 
 def _calibrate(job: Job, facts: dict[str, Any], answers: dict[str, np.ndarray], labels: np.ndarray) -> None:
@@ -75,7 +84,7 @@ def _calibrate(job: Job, facts: dict[str, Any], answers: dict[str, np.ndarray], 
     known = [logits for logits in each if logits is not None]
     if len(each) == 1:
         facts["teacher"] = _part(found[0])
-    elif len(known) == len(each):
+    elif known:
         facts["teacher"] = _part(calibration.measure(calibration.together(known), labels))
     temperature = _temperature(job)
     for key, logits in answers.items():
@@ -93,10 +102,15 @@ def _temperature(job: Job) -> float | None:
 
 
 def _examples(
-    job: Job, entries: Any, images: np.ndarray, labels: np.ndarray, teacher: np.ndarray, student: np.ndarray
+    job: Job,
+    entries: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    teacher: np.ndarray | None,
+    student: np.ndarray,
 ) -> list[Example]:
     """A few test images: the student's most confident mistakes first, then some from all over the role."""
-    p_t, p_s = softmax(teacher), softmax(student)
+    p_t, p_s = None if teacher is None else softmax(teacher), softmax(student)
     wrong = np.flatnonzero(student.argmax(1) != labels)
     mistakes = wrong[np.argsort(-p_s[wrong].max(1), kind="stable")][: EXAMPLES // 2]
     spread = np.linspace(0, len(labels) - 1, min(EXAMPLES, len(labels))).astype(int)
@@ -106,8 +120,8 @@ def _examples(
         Example(
             name=entries[i].name,
             label=names[labels[i]],
-            teacher=names[int(p_t[i].argmax())],
-            teacher_probability=float(p_t[i].max()),
+            teacher=None if p_t is None else names[int(p_t[i].argmax())],
+            teacher_probability=None if p_t is None else float(p_t[i].max()),
             student=names[int(p_s[i].argmax())],
             student_probability=float(p_s[i].max()),
             png=_png(images[i]),
@@ -126,8 +140,9 @@ def _png(image: np.ndarray) -> str:
 
 def _warn(job: Job, facts: dict[str, Any]) -> None:
     known = job.folder.facts()
-    teacher, student = known["teacher"]["accuracy"]["top1"], facts["student"]["accuracy"]["top1"]
-    if job.options.method != "none" and teacher <= student:
+    measured, student = known["teacher"].get("accuracy"), facts["student"]["accuracy"]["top1"]
+    teacher = measured["top1"] if measured else None
+    if job.options.method != "none" and teacher is not None and teacher <= student:
         job.display.warn(
             f"The teacher ({teacher:.2f} %) is no better than the student ended up ({student:.2f} %): "
             "a better teacher, or more --teacher-epochs, would teach more."
