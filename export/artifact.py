@@ -5,7 +5,8 @@
     schema_version   1
     preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
     labels           class names, in the order of the logits
-    origin           whence the network: teachers and student with their licences, method, data; free JSON
+    origin           whence the network: teachers and student with their licences, method, data, and the
+                     temperature that was folded into it, if any; free JSON
     versions         of the tools that wrote the files
     files            for each file:
         name             within the folder

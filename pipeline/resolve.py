@@ -67,6 +67,11 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         download=chosen.download,
         select_fraction=chosen.select_fraction,
     )
+    if chosen.calibrate and not data.select:
+        raise UsageError(
+            "--calibrate fits a temperature on select images, and this data has none: hold some out, as with "
+            "--select-fraction 0.1."
+        )
     check_methods(
         parameters,
         chosen.teacher,

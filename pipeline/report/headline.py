@@ -29,7 +29,7 @@ def title(report: Report) -> str:
     if teacher is None:
         return student.subject.name
     names = [one.name for one in report.teachers] or [teacher.subject.name]
-    return f"{student.subject.name} distilled from {' + '.join(names)}"
+    return f"{student.subject.name} distilled from {figures.together(names)}"
 
 
 def lead(report: Report) -> str:

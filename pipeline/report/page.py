@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import details, figures, headline, learned, pictures, tables
+from . import calibration, details, figures, headline, learned, pictures, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -82,6 +82,7 @@ class Page:
     confusion: Matrix | None
     confusion_table: Table
     confused: Table
+    calibration: calibration.Section
     words: Table
     watched: list[Lines]
     command: str
@@ -94,12 +95,14 @@ def page(report: Report) -> Page:
     side_by_side, comparison = pictures.comparison(report), tables.comparison(report)
     trainings, watched = pictures.trainings(report), pictures.watched(report)
     classes, confused, words = tables.classes(report), tables.confused(report), tables.words(report)
+    calibrated = calibration.section(report)
     matrix, examples = _matrix(report), _examples(report)
     there = {
         ("comparison", "Comparison"): side_by_side or comparison.rows,
         ("training", "Training"): trainings,
         ("images", "Test images"): examples,
         ("classes", "Classes"): classes.rows or confused.rows or matrix,
+        ("calibration", "Calibration"): calibrated.diagrams,
         ("words", "Words" if words.rows else "Watched"): words.rows or watched,
         ("details", "Details"): True,
     }
@@ -126,6 +129,7 @@ def page(report: Report) -> Page:
         confusion=matrix,
         confusion_table=_matrix_table(matrix),
         confused=confused,
+        calibration=calibrated,
         words=words,
         watched=watched,
         command=report.command,

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from ...export.onnx_export import check_parity, export_onnx
+from torch import nn
+
+from ...export.onnx_export import OnnxFile, check_parity, export_onnx
 from ...export.runtime import metadata, normalise
 from ..files import whole
 from ..job import Job
 from ..run_folder import Done
+from ..shipped import tempered
 from ..trained import trained_network
 
 PARITY_IMAGES = 32
@@ -26,14 +29,16 @@ def run(job: Job) -> Done:
     pixels, _, _ = job.rendered("test", student)
     images = torch.from_numpy(normalise(pixels[:PARITY_IMAGES].numpy(), preprocessing))
     with whole(job.folder.path / STUDENT_ONNX) as part:
-        file = export_onnx(
-            network,
-            part,
-            student.image_size,
-            metadata=metadata(preprocessing, job.data.classes, origin(job)),
-        )
+
+        def export(network: nn.Module, temperature: float | None) -> OnnxFile:
+            about = metadata(preprocessing, job.data.classes, origin(job, temperature))
+            return export_onnx(network, part, student.image_size, metadata=about)
+
+        file, fit = export(network, None), None
+        if job.options.calibrate:
+            network, file, fit = tempered(job, network, images, part, export)
         parity = check_parity(network, part, images)
-    facts = {
+    facts: dict[str, Any] = {
         "student": {
             "file": STUDENT_ONNX.as_posix(),
             "bytes": file.bytes,
@@ -43,16 +48,23 @@ def run(job: Job) -> Done:
             "parity": {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "n": parity.n},
         }
     }
+    if fit is not None:
+        facts["temperature"] = fit.model_dump(exclude_none=True)
+    told = "" if fit is None else f"; temperature {fit.value:.3g} fitted on {fit.n} select images"
     return Done(
         f"{STUDENT_ONNX.as_posix()}, {file.bytes / 1e6:.2f} MB, opset {file.opset}; "
-        f"equal to torch within {parity.max_abs:.1e} on {parity.n} images",
+        f"equal to torch within {parity.max_abs:.1e} on {parity.n} images{told}",
         [STUDENT_ONNX.as_posix()],
         facts,
     )
 
 
-def origin(job: Job) -> dict[str, Any]:
-    """Where the student comes from, as it travels inside the files that ship."""
+def origin(job: Job, temperature: float | None = None) -> dict[str, Any]:
+    """Where the student comes from, as it travels inside the files that ship.
+
+    Args:
+        temperature: what its logits were divided by, if anything.
+    """
     facts = job.folder.facts()
     return {
         "student": job.student.name,
@@ -63,4 +75,5 @@ def origin(job: Job) -> dict[str, Any]:
         "licences": sorted(
             {s["licence"] for s in [facts["student"], *facts["teachers"]] if s.get("licence")}
         ),
+        **({} if temperature is None else {"temperature": temperature}),
     }

@@ -18,10 +18,10 @@ from ..files import whole
 from ..job import Job, Member
 from ..learning import engine, learn, plan
 from ..networks import Start, parameters, start
+from ..report.figures import together
 from ..results import Accuracy, DataSummary, Subject
 from ..run_folder import Done
 from ..task import DistillationTask
-from ..teacher_list import together
 from ..trained import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
@@ -83,7 +83,7 @@ def _refuse_copies(job: Job, begun: Start) -> None:
         why = "fits the data and is kept" if begun.head == "kept" else "is left out"
         raise JobError(
             f"--teachers-from-seeds {count}: the head of {job.teachers[0].name} {why}, so that all {count} "
-            "would be the same network; say --teacher-head replace, or leave --teachers-from-seeds out."
+            "would be the same network; say --teacher-head replace, or --teachers-from-seeds 1."
         )
 
 

@@ -10,17 +10,17 @@ from safetensors.numpy import load_file
 
 from ...export.artifact import ShippedFile, write_manifest
 from ...export.onnx_export import OnnxFile
-from ...export.runtime import Classifier, normalise, softmax
+from ...export.runtime import softmax
 from ...models.pretrained import is_free
-from .. import evaluate
+from .. import calibration, evaluate
 from ..job import Job
-from ..results import Example
+from ..results import Calibration, Example
 from ..run_folder import Done
+from ..shipped import shipped_logits
 from .export import ARTIFACT, STUDENT_ONNX, origin
 from .quantize import STUDENT_INT8
-from .teacher import ANSWERS, ensemble
+from .teacher import ANSWERS
 
-BATCH = 32
 EXAMPLES = 12
 MANIFEST = ARTIFACT / "manifest.json"
 
@@ -30,7 +30,7 @@ def run(job: Job) -> Done:
     images, labels = pixels.numpy(), labels_.numpy()
     teacher = _teacher(job)
     answers = {
-        key: _answers(job, file.as_posix(), images)
+        key: shipped_logits(job, job.folder.path / file, images)
         for key, file in (("student", STUDENT_ONNX), ("student_int8", STUDENT_INT8))
     }
     facts: dict[str, Any] = {
@@ -41,6 +41,7 @@ def run(job: Job) -> Done:
         }
         for key, logits in answers.items()
     }
+    _calibrate(job, facts, answers, labels)
     facts["confusion"] = evaluate.confusion(answers["student_int8"], labels)
     facts["examples"] = [
         e.model_dump()
@@ -71,20 +72,33 @@ def _teacher(job: Job) -> np.ndarray | None:
     """
     stored = load_file(job.folder.path / ANSWERS)
     answers = [stored[t] for t in sorted(stored, key=int)]
-    if not answers:
-        return None
-    return answers[0] if len(answers) == 1 else np.log(ensemble(answers) + 1e-30)
+    return calibration.together(answers) if answers else None
 
 
-def _answers(job: Job, file: str, images: np.ndarray) -> np.ndarray:
-    path = job.folder.path / file
-    classifier = Classifier(path.read_bytes(), path.name)
-    logits = []
-    for start in range(0, len(images), BATCH):
-        batch = normalise(images[start : start + BATCH], classifier.preprocessing)
-        logits.append(classifier.logits(batch))
-        job.stage.update(f"asking {path.name}", min(start + BATCH, len(images)), len(images), "images")
-    return np.concatenate(logits)
+def _calibrate(job: Job, facts: dict[str, Any], answers: dict[str, np.ndarray], labels: np.ndarray) -> None:
+    """Measure how honest each network's probabilities are: the teachers', and the shipped files'."""
+    stored = load_file(job.folder.path / ANSWERS)
+    each = [stored.get(str(t)) for t in range(len(job.folder.facts()["teachers"]))]
+    found = [None if logits is None else calibration.measure(logits, labels) for logits in each]
+    facts["teachers"] = [_part(one) for one in found]
+    known = [logits for logits in each if logits is not None]
+    if len(each) == 1:
+        facts["teacher"] = _part(found[0])
+    elif known:
+        facts["teacher"] = _part(calibration.measure(calibration.together(known), labels))
+    temperature = _temperature(job)
+    for key, logits in answers.items():
+        facts[key] |= _part(calibration.measure(logits, labels, temperature))
+
+
+def _part(found: Calibration | None) -> dict[str, Any]:
+    return {} if found is None else {"calibration": found.model_dump(exclude_none=True)}
+
+
+def _temperature(job: Job) -> float | None:
+    """What the exported files' logits were divided by, if anything."""
+    value: float | None = job.folder.facts().get("temperature", {}).get("value")
+    return value
 
 
 def _examples(
@@ -158,5 +172,5 @@ def _write_manifest(job: Job, facts: dict[str, Any]) -> None:
         files=[shipped("student_int8", "int8"), shipped("student", "fp32")],
         preprocessing=job.preprocessing(job.student),
         labels=job.data.classes,
-        origin=origin(job),
+        origin=origin(job, _temperature(job)),
     )

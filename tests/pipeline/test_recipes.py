@@ -146,3 +146,11 @@ def test_dkds_warm_up_is_the_papers_share_of_the_training(data: Path, epochs: in
     assert resolved.settings["dkd.warmup"] == warmup
     said, _ = resolve(read_options({**given, "epochs": epochs, "settings": ["dkd.warmup=7"]}))
     assert said.settings["dkd.warmup"] == 7
+
+
+def test_feed_on_cifar_trains_five_teachers_from_seeds() -> None:
+    chosen = options("feed-cifar100")
+    assert (chosen.method, chosen.teachers_from_seeds, chosen.teacher_weights) == ("feed", 5, ["none"])
+    feed = methods.parameters(["feed"], chosen.settings)["feed"].model_dump()
+    # 500 times the mean of 4,096 numbers, as Factor Transfer has it, is so many times their sum over √4,096.
+    assert feed["beta"] * 4096**0.5 == 500
