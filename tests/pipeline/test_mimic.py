@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from questpress.models.build import build, geometry
-from questpress.models.widen import widen
+from questpress.models.build import build
 from questpress.pipeline import methods
-from questpress.pipeline.device import Engine
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.methods import lsh, mimic
 from questpress.pipeline.methods.base import Preparation, Shapes
-from questpress.pipeline.optimizer import build_optimizer
-from questpress.pipeline.plan import Plan
-from questpress.pipeline.task import DistillationTask, Teacher
 from safetensors.torch import load_file
 
 from . import little
@@ -299,37 +294,6 @@ def test_the_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: 
         set(one["losses"]) for one in little.report(tmp_path / "run")["epochs"] if one["stage"] == "student"
     )
     assert first == {"loss", "mimic"} and second == {"loss", "ce", "mimic"}
-
-
-def test_while_the_new_layer_learns_alone_no_other_weight_moves() -> None:
-    network = build("cifar_resnet8", num_classes=N, image_size=32, seed=0)
-    widen(network, 128, seed=0)
-    kind = mimic.Parameters(alone=1, hashes=M, variant="lshl2")
-    place = geometry("cifar_resnet8", 32), Engine("cpu", 1, "fp32")
-    weight = lsh.draw(M, 128, 0.1, seed=0)
-    method = mimic.Mimic(kind, shapes(128), [shapes(128)], {"0.weight": weight, "0.bias": torch.zeros(M)})
-    teacher = Teacher(build("cifar_wrn_16_2", num_classes=N, image_size=32, seed=1), *place)
-    task = DistillationTask(
-        network, *place, teachers=[teacher], teacher_reads=[frozenset({"vector"})],
-        methods={"mimic": method}, student_reads=frozenset({"vector"}), balance=True,
-    )  # fmt: skip
-    task.train()
-    images, labels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % N
-    plan = Plan(
-        epochs=2, batch_size=8, optimizer="sgd", lr=0.1, schedule="cosine", milestones=(), warmup_epochs=0,
-        weight_decay=0.1, decay_all=True, label_smoothing=0.0, seed=0,
-    )  # fmt: skip
-    optimizer = build_optimizer(task, plan)
-    moved: list[set[str]] = []
-    for task.epoch in (0, 1):
-        before = {name: value.detach().clone() for name, value in task.network.named_parameters()}
-        optimizer.zero_grad()
-        task(images, labels)["loss"].backward()
-        optimizer.step()
-        after = dict(task.network.named_parameters())
-        moved.append({name for name, value in before.items() if not torch.equal(value, after[name])})
-    assert moved[0] == {"fc.embed.weight", "fc.embed.bias"}
-    assert moved[1] == set(before)
 
 
 @pytest.mark.parametrize(
