@@ -58,7 +58,7 @@ class Readouts(nn.Module):
         # How this family gives a map: "NCHW", "NHWC", "tokens" (through forward_intermediates) or None.
         self.layout: str | None = None
         self.norm = False
-        self.classifier_reads_vector = False
+        self.classifier_reads_vector = self.classifier_is_all_left = False
         self.level_count = 0
         self.compiled: dict[str, Callable[..., Any]] = {}
         # Of a widened network nothing before the new layer gets a gradient.
@@ -100,7 +100,7 @@ class Readouts(nn.Module):
     def check_widening(self) -> None:
         """Raise ModelError unless `models.widen.widen` can be used: the classifier is one linear layer on the
         vector."""
-        if not is_linear(self._classifier()) or not self.classifier_reads_vector:
+        if not is_linear(self._classifier()) or not self.classifier_is_all_left:
             raise ModelError(
                 f"The classifier of {self.name} is not one linear layer on its penultimate vector, so no "
                 "layer for another width can be merged into it; pick another student, or a teacher whose "
@@ -246,9 +246,11 @@ class Readouts(nn.Module):
             reads = {"map"} if self.layout is not None else set()
             if hasattr(self.network, "forward_head"):
                 reads |= {"vector"}
-                self.classifier_reads_vector = not headless and self._same_logits(
-                    self._vector(features), logits
-                )
+                vector = self._vector(features)
+                self.classifier_is_all_left = not headless and self._is_all_left(vector, logits)
+                # With dropout in between, the head is run again for the logits.
+                drops = float(self._network.__dict__.get("drop_rate", 0.0)) > 0
+                self.classifier_reads_vector = self.classifier_is_all_left and not drops
             if _pre_relu_layer(self.network) is not None:
                 reads |= {"map_pre"}
             found = self._read(x, frozenset(reads))
@@ -282,12 +284,10 @@ class Readouts(nn.Module):
             return "NHWC" if str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW"
         return "tokens" if self.level_count else None
 
-    def _same_logits(self, vector: Tensor, logits: Tensor) -> bool:
-        """Whether classifier(vector) is all that is left to do; else the head is run again for the logits."""
+    def _is_all_left(self, vector: Tensor, logits: Tensor) -> bool:
+        """Whether classifier(vector) is all that is left to do, but for dropout."""
         classifier = self._last_linear()
-        if not isinstance(classifier, (nn.Linear, nn.Identity)) or float(
-            self._network.__dict__.get("drop_rate", 0.0)
-        ):
+        if not isinstance(classifier, (nn.Linear, nn.Identity)):
             return False
         if isinstance(classifier, nn.Linear) and classifier.in_features != vector.shape[1]:
             return False

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ...models.checkpoint import save_weights
+from ...models.readout import Readouts
 from ...models.widen import widen
 from .. import evaluate, methods
 from ..data.image_set import Role
@@ -185,6 +186,7 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[Distillat
     heads = methods_of(job)
     width = width_of(job)
     if width is not None:
+        Readouts(network).check_widening()  # with numbers: the shapes alone were looked at before
         widen(network, width, job.seed)
     asked: list[Teacher] = []
     store = None

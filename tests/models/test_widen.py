@@ -106,6 +106,20 @@ def test_a_classifier_that_is_not_one_linear_on_the_vector_is_refused_with_a_sen
         readouts.check_widening()
 
 
+def test_dropout_before_the_classifier_does_not_stand_in_the_way(images: torch.Tensor) -> None:
+    network = build("ghostnet_050", num_classes=5, image_size=32, seed=0)
+    assert network.drop_rate
+    Readouts(network, 32).check_widening()
+    widen(network, 9, seed=0)
+    readouts = Readouts(network, 32).train()
+    assert readouts.shapes.vector == 9
+    found = readouts(images, READS)
+    assert not torch.allclose(network.get_classifier().classifier(found["vector"]), found["logits"])
+    with torch.no_grad():
+        network.eval()
+        assert torch.allclose(merged(network)(images), network(images), atol=1e-5)
+
+
 def test_the_weight_of_a_classifier_is_found_and_none_where_there_is_none() -> None:
     found = classifier_weight(build("mobilenetv3_small_050", num_classes=5, image_size=32, seed=0))
     assert found is not None and found.shape == (5, 1024)
