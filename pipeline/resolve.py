@@ -64,6 +64,8 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         download=chosen.download,
         select_fraction=chosen.select_fraction,
     )
+    if data.multi_label:
+        methods.check_multi_label(parameters)
     check_methods(
         parameters,
         chosen.teacher,

@@ -125,6 +125,11 @@ class Method(nn.Module):
         """
 
     @classmethod
+    def not_multi_label(cls, parameters: Any) -> str | None:
+        """Why the method cannot learn images of several labels; None where it can."""
+        return None
+
+    @classmethod
     def stored_bytes(cls, parameters: Any, student: Shapes, teacher: Shapes) -> int:
         """Bytes that a store takes for one image's answer of a teacher, as far as is known ahead."""
         return sum(_half(read, teacher).bytes_per_image for read in cls.teacher_reads(parameters, teacher))
@@ -163,7 +168,7 @@ class Method(nn.Module):
         Args:
             student: the student's readouts of the batch, with gradients.
             teachers: each teacher's readouts of the same views, without; or its ``answers`` to them.
-            labels: [B] class numbers.
+            labels: [B] class numbers; of a multi-label set float32 [B,N], 1 for each class of an image.
             epoch: the number of epochs done, for schedules such as a warm-up.
             keys: [B] int64, what random draws follow besides the epoch: the image and the run's seed.
         """

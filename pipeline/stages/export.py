@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from ...export.onnx_export import check_parity, export_onnx
-from ...export.runtime import metadata, normalise
+import numpy as np
+
+from ...export.onnx_export import OnnxFile, check_parity, export_onnx, with_metadata
+from ...export.runtime import Classifier, metadata, normalise
+from .. import multi_label
 from ..files import whole
 from ..job import Job
 from ..run_folder import Done
 from ..trained import trained_network
 
 PARITY_IMAGES = 32
+BATCH = 32
 ARTIFACT = Path("artifact")
 STUDENT_ONNX = ARTIFACT / "student.onnx"
 
@@ -32,6 +36,8 @@ def run(job: Job) -> Done:
             student.image_size,
             metadata=metadata(preprocessing, job.data.classes, origin(job)),
         )
+        if job.data.multi_label:
+            file = _with_thresholds(job, file)
         parity = check_parity(network, part, images)
     facts = {
         "student": {
@@ -49,6 +55,27 @@ def run(job: Job) -> Done:
         [STUDENT_ONNX.as_posix()],
         facts,
     )
+
+
+def _with_thresholds(job: Job, file: OnnxFile) -> OnnxFile:
+    """The file with a threshold for each class, chosen by its own answers to the select images."""
+    pixels, labels, _ = job.rendered("select", job.student)
+    thresholds = np.full(len(job.data.classes), multi_label.EVEN)
+    if len(labels):
+        logits = onnx_logits(job, Classifier(file.path.read_bytes(), STUDENT_ONNX.name), pixels.numpy())
+        thresholds = multi_label.choose_thresholds(logits, labels.numpy())
+    preprocessing = job.preprocessing(job.student)
+    return with_metadata(file, metadata(preprocessing, job.data.classes, origin(job), thresholds.tolist()))
+
+
+def onnx_logits(job: Job, classifier: Classifier, images: np.ndarray) -> np.ndarray:
+    """A shipped file's answers in its runtime, fp32 [n,classes], to rendered images uint8 [n,S,S,3]."""
+    logits = []
+    for start in range(0, len(images), BATCH):
+        batch = normalise(images[start : start + BATCH], classifier.preprocessing)
+        logits.append(classifier.logits(batch))
+        job.stage.update(f"asking {classifier.name}", min(start + BATCH, len(images)), len(images), "images")
+    return np.concatenate(logits)
 
 
 def origin(job: Job) -> dict[str, Any]:

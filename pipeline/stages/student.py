@@ -70,8 +70,9 @@ def run(job: Job) -> Done:
     if len(labels):
         exact = Engine(job.device, chosen.threads, "fp32")
         answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
-        subject.select_accuracy = evaluate.accuracy(answers, labels.numpy())
-        measured = f": {subject.select_accuracy.top1:.2f} % of {subject.select_accuracy.n} select images"
+        subject = subject.model_copy(update=evaluate.selected(answers, labels.numpy()))
+        assert subject.select_score is not None
+        measured = f": {subject.select_score.told} of {subject.select_score.n} select images"
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     return Done(
         f"{name}, {o.epochs} epochs {how}{measured}",

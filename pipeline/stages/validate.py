@@ -1,27 +1,24 @@
 """validate: accuracy of the very files that ship, through ONNX Runtime, on test; then the manifest."""
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
-from PIL import Image as PillowImage
 from safetensors.numpy import load_file
 
 from ...export.artifact import ShippedFile, write_manifest
 from ...export.onnx_export import OnnxFile
-from ...export.runtime import Classifier, normalise, softmax
+from ...export.runtime import Classifier
 from ...models.pretrained import is_free
 from .. import evaluate
+from ..examples import examples, said
 from ..job import Job
-from ..results import Example
+from ..multi_label import thresholds_of
+from ..results import Accuracy, MultiLabelScore, Subject
 from ..run_folder import Done
-from .export import ARTIFACT, STUDENT_ONNX, origin
+from .export import ARTIFACT, STUDENT_ONNX, onnx_logits, origin
 from .quantize import STUDENT_INT8
-from .teacher import ANSWERS, ensemble
+from .teacher import ANSWERS, together
 
-BATCH = 32
-EXAMPLES = 12
 MANIFEST = ARTIFACT / "manifest.json"
 
 
@@ -29,91 +26,58 @@ def run(job: Job) -> Done:
     pixels, labels_, decoded = job.rendered("test", job.student)
     images, labels = pixels.numpy(), labels_.numpy()
     teacher = _teacher(job)
-    answers = {
-        key: _answers(job, file.as_posix(), images)
+    classifiers = {
+        key: Classifier((job.folder.path / file).read_bytes(), file.name)
         for key, file in (("student", STUDENT_ONNX), ("student_int8", STUDENT_INT8))
     }
-    facts: dict[str, Any] = {
+    answers = {key: onnx_logits(job, one, images) for key, one in classifiers.items()}
+    thresholds = classifiers["student_int8"].thresholds
+    of_teacher = thresholds_of(Subject.model_validate(job.folder.facts()["teacher"]))
+    measured = {
         key: {
-            "accuracy": evaluate.accuracy(logits, labels).model_dump(exclude_none=True),
-            "agreement": evaluate.agreement(logits, teacher).model_dump(exclude_none=True),
-            "per_class": [c.model_dump() for c in evaluate.per_class(logits, labels, job.data.classes)],
+            **evaluate.measured(logits, labels, job.data.classes, thresholds),
+            "agreement": evaluate.agreement(logits, teacher, thresholds, of_teacher),
         }
         for key, logits in answers.items()
     }
-    facts["confusion"] = evaluate.confusion(answers["student_int8"], labels)
+    facts: dict[str, Any] = {
+        key: Subject(name="", weights="", **found).model_dump(include=set(found), exclude_none=True)
+        for key, found in measured.items()
+    }
+    if not job.data.multi_label:
+        facts["confusion"] = evaluate.confusion(answers["student_int8"], labels)
+    classes = job.data.classes
+    said_by = (said(teacher, classes, of_teacher), said(answers["student_int8"], classes, thresholds))
     facts["examples"] = [
-        e.model_dump()
-        for e in _examples(job, decoded.images, images, labels, teacher, answers["student_int8"])
+        one.model_dump() for one in examples(decoded.images, images, labels, classes, *said_by)
     ]
-    _warn(job, facts)
-    _write_manifest(job, facts)
-    fp32, int8 = (facts[key]["accuracy"] for key in ("student", "student_int8"))
+    fp32, int8 = (
+        measured[key].get("accuracy") or measured[key]["multi_label"] for key in ("student", "student_int8")
+    )
+    _warn(job, fp32)
+    _write_manifest(job, {"student": fp32, "student_int8": int8}, thresholds)
     alike = facts["student_int8"]["agreement"]["top1"]
     return Done(
-        f"of {len(labels)} test images: fp32 {fp32['top1']:.2f} %, int8 {int8['top1']:.2f} % "
-        f"({int8['low']:.1f} to {int8['high']:.1f}); int8 answers like the teacher on {alike:.1f} %",
+        f"of {len(labels)} test images: fp32 {fp32.told}, int8 {int8.told} "
+        f"({int8.low:.1f} to {int8.high:.1f}); int8 answers like the teacher on {alike:.1f} %",
         [MANIFEST.as_posix()],
         facts,
     )
 
 
 def _teacher(job: Job) -> np.ndarray:
-    """The teacher's answers on the test role, or the ensemble's: logits or probabilities [n,classes]."""
+    """The teacher's answers on the test role, or the ensemble's: logits [n,classes]."""
     stored = load_file(job.folder.path / ANSWERS)
     answers = [stored[str(t)] for t in range(len(stored))]
-    return answers[0] if len(answers) == 1 else np.log(ensemble(answers) + 1e-30)
+    return answers[0] if len(answers) == 1 else together(job, answers)
 
 
-def _answers(job: Job, file: str, images: np.ndarray) -> np.ndarray:
-    path = job.folder.path / file
-    classifier = Classifier(path.read_bytes(), path.name)
-    logits = []
-    for start in range(0, len(images), BATCH):
-        batch = normalise(images[start : start + BATCH], classifier.preprocessing)
-        logits.append(classifier.logits(batch))
-        job.stage.update(f"asking {path.name}", min(start + BATCH, len(images)), len(images), "images")
-    return np.concatenate(logits)
-
-
-def _examples(
-    job: Job, entries: Any, images: np.ndarray, labels: np.ndarray, teacher: np.ndarray, student: np.ndarray
-) -> list[Example]:
-    """A few test images: the student's most confident mistakes first, then some from all over the role."""
-    p_t, p_s = softmax(teacher), softmax(student)
-    wrong = np.flatnonzero(student.argmax(1) != labels)
-    mistakes = wrong[np.argsort(-p_s[wrong].max(1), kind="stable")][: EXAMPLES // 2]
-    spread = np.linspace(0, len(labels) - 1, min(EXAMPLES, len(labels))).astype(int)
-    chosen = list(dict.fromkeys([*mistakes.tolist(), *spread.tolist()]))[:EXAMPLES]
-    names = job.data.classes
-    return [
-        Example(
-            name=entries[i].name,
-            label=names[labels[i]],
-            teacher=names[int(p_t[i].argmax())],
-            teacher_probability=float(p_t[i].max()),
-            student=names[int(p_s[i].argmax())],
-            student_probability=float(p_s[i].max()),
-            png=_png(images[i]),
-        )
-        for i in chosen
-    ]
-
-
-def _png(image: np.ndarray) -> str:
-    side = min(128, image.shape[0])
-    small = PillowImage.fromarray(image).resize((side, side), PillowImage.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _warn(job: Job, facts: dict[str, Any]) -> None:
+def _warn(job: Job, student: Accuracy | MultiLabelScore) -> None:
     known = job.folder.facts()
-    teacher, student = known["teacher"]["accuracy"]["top1"], facts["student"]["accuracy"]["top1"]
-    if job.options.method != "none" and teacher <= student:
+    teacher = Subject.model_validate(known["teacher"]).score
+    if job.options.method != "none" and teacher is not None and teacher.percent <= student.percent:
         job.display.warn(
-            f"The teacher ({teacher:.2f} %) is no better than the student ended up ({student:.2f} %): "
+            f"The teacher ({teacher.told}) is no better than the student ended up ({student.told}): "
             "a better teacher, or more --teacher-epochs, would teach more."
         )
     for network in [*known["teachers"], known["student"]]:
@@ -125,14 +89,16 @@ def _warn(job: Job, facts: dict[str, Any]) -> None:
             )
 
 
-def _write_manifest(job: Job, facts: dict[str, Any]) -> None:
+def _write_manifest(
+    job: Job, scores: dict[str, Accuracy | MultiLabelScore], thresholds: np.ndarray | None
+) -> None:
     known = job.folder.facts()
 
     def shipped(key: str, precision: str) -> ShippedFile:
         about = known[key]
         path = job.folder.path / about["file"]
         file = OnnxFile(path, about["bytes"], about["sha256"], about["opset"], about["ir_version"])
-        accuracy = facts[key]["accuracy"]
+        accuracy = scores[key].model_dump(exclude_none=True, exclude={"classes"})
         return ShippedFile(file, precision, accuracy, about.get("quantization"))
 
     write_manifest(
@@ -142,4 +108,5 @@ def _write_manifest(job: Job, facts: dict[str, Any]) -> None:
         preprocessing=job.preprocessing(job.student),
         labels=job.data.classes,
         origin=origin(job),
+        thresholds=None if thresholds is None else thresholds.tolist(),
     )
