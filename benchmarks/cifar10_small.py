@@ -6,6 +6,8 @@ ONNX Runtime. QuEST uses 1,024 words here instead of the paper's 4,096: a dense 
 positions costs a CPU over four times the student's own.
 
     python benchmarks/cifar10_small.py --data cifar10/ --weights resnet56-4bfd9763.th --out runs/cifar10_small
+
+With the weights of resnet44 and resnet32 after a comma, methods can have two or three teachers.
 """
 
 import argparse
@@ -17,7 +19,14 @@ from questpress.pipeline.results import Accuracy
 
 QUEST = ["--method", "quest", "--set", "quest.words=1024"]
 
+MIMIC = ("l2", "lsh", "lshl2", "lshl2_s")
+
+FEED = ["--method", "feed", "--store-views", "10"]
+
 PAIR = "resnet56_a:resnet20"
+
+WEIGHTS = {"resnet56": "cifar_resnet56_a", "resnet44": "cifar_resnet44_a", "resnet32": "cifar_resnet32_a"}
+"""How the published weights' files begin, and whose they are."""
 
 METHODS = {
     "none": ["--method", "none"],
@@ -32,7 +41,18 @@ METHODS = {
     "quest ×30": [*QUEST, "--weight", "quest=30"],
     "quest ÷30": [*QUEST, "--weight", "quest=0.0333"],
     "quest ÷30 balanced": [*QUEST, "--weight", "quest=0.0333", "--balance", "auto"],
+    **{f"mimic {v}": ["--method", "mimic", "--set", f"mimic.variant={v}"] for v in MIMIC},
+    # Ten views of each image: the maps of several teachers are large, and computing them anew is slow.
+    "feed": [*FEED],
+    "feed linear": [*FEED, "--set", "feed.transform=linear"],
+    "feed from 2": [*FEED],
+    "feed from 3": [*FEED],
+    "feed in 2 rounds": [*FEED, "--rounds", "2"],
+    "kd from 3": ["--method", "kd", "--store-views", "10"],
 }
+
+TEACHERS = {"feed from 2": 2, "feed from 3": 3, "kd from 3": 3}
+"""How many of the teachers a method has; the others have the first alone."""
 
 TRAINING = [
     "--student", "cifar_resnet20", "--student-weights", "none", "--image-size", "32", "--epochs", "30",
@@ -66,18 +86,41 @@ def protocol(about: str | None, seeds: str) -> argparse.ArgumentParser:
     """The options of an experiment by this protocol."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder with train/ and test/")
-    parser.add_argument("--weights", required=True, help="the teacher's weights, resnet56-4bfd9763.th")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        help="the teacher's weights, resnet56-4bfd9763.th; for several teachers theirs too, after a comma",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", default=seeds, help=f"comma-separated [default: {seeds}]")
     parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
     return parser
 
 
+def teachers(options: argparse.Namespace, count: int) -> list[str]:
+    """The first ``count`` teachers and the data, as options of the command.
+
+    Raises:
+        SystemExit: there are not so many weights, or of other networks.
+    """
+    files = options.weights.split(",")
+    if len(files) < count:
+        raise SystemExit(f"{count} teachers need as many files as --weights, after commas")
+    named: list[str] = []
+    for number, file in enumerate(files[:count]):
+        network = WEIGHTS.get(Path(file).name.partition("-")[0])
+        if network is None or (number == 0 and network != "cifar_resnet56_a"):
+            raise SystemExit(
+                f"{file}: the weights are resnet56-….th and, after it, resnet44-….th, resnet32-….th"
+            )
+        named += ["--teacher", network, "--teacher-weights", file]
+    return [*named, "--data", options.data]
+
+
 def main() -> None:
     parser = protocol(__doc__, seeds="0,1")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated [default: all]")
     options = parser.parse_args()
-    teacher = ["--teacher", "cifar_resnet56_a", "--teacher-weights", options.weights, "--data", options.data]
     chosen = [name.strip() for name in options.methods.split(",")]
     for name in chosen:
         if name not in METHODS:
@@ -85,7 +128,7 @@ def main() -> None:
     table = Table(
         options.out,
         [
-            Cell(PAIR, name, seed, [*teacher, *TRAINING, *METHODS[name]])
+            Cell(PAIR, name, seed, [*teachers(options, TEACHERS.get(name, 1)), *TRAINING, *METHODS[name]])
             for seed in map(int, options.seeds.split(","))
             for name in chosen
         ],

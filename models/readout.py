@@ -3,7 +3,7 @@
 - `map` [B,C,H,W]: the last feature map
 - `map@i` [B,C,H,W]: the map of level i as timm counts them (0 the earliest, -1 the last)
 - `map_pre` [B,C,H,W]: the last map before its ReLU; of VGG networks only
-- `vector` [B,D]: the penultimate vector, which the classifier reads
+- `vector` [B,D]: the penultimate vector, which the classifier reads; of a widened network, its last linear
 - `logits` [B,N]: the class scores
 
 A map is row-major in space whatever the family: channels-last maps are turned round, and tokens are put back
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .widen import Widened, is_linear
 
 Reads = frozenset[str]
 LOGITS: Reads = frozenset({"logits"})
@@ -94,6 +95,16 @@ class Readouts(nn.Module):
                 f"The model {self.name} has no readout {read!r}; it has {', '.join(sorted(self.offers))}."
             )
 
+    def check_widening(self) -> None:
+        """Raise ModelError unless `models.widen.widen` can be used: the classifier is one linear layer on the
+        vector."""
+        if not is_linear(self._classifier()) or not self.classifier_reads_vector:
+            raise ModelError(
+                f"The classifier of {self.name} is not one linear layer on its penultimate vector, so no "
+                "layer for another width can be merged into it; pick another student, or a teacher whose "
+                f"vector has {self.shapes.vector} numbers as well."
+            )
+
     def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
         """Images [B,3,H,W] to the readouts asked for, by name, and nothing computed beyond them."""
         if reads == LOGITS and not self.compiled:
@@ -133,13 +144,25 @@ class Readouts(nn.Module):
         if "map" in reads:
             taken["map"] = self._as_map(features, levels)
         if "vector" in reads:
-            taken["vector"] = self._network.forward_head(features, pre_logits=True).flatten(1)
+            taken["vector"] = self._vector(features)
         if "logits" in reads:
             if "vector" in reads and self.classifier_reads_vector:
-                taken["logits"] = self._network.get_classifier()(taken["vector"])
+                taken["logits"] = self._last_linear()(taken["vector"])
             else:
                 taken["logits"] = self._network.forward_head(features)
         return taken
+
+    def _vector(self, features: Any) -> Tensor:
+        vector: Tensor = self._network.forward_head(features, pre_logits=True).flatten(1)
+        classifier = self._classifier()
+        return classifier.embed(vector) if isinstance(classifier, Widened) else vector
+
+    def _classifier(self) -> Any:
+        return self._network.get_classifier() if hasattr(self._network, "get_classifier") else None
+
+    def _last_linear(self) -> Any:
+        classifier = self._classifier()
+        return classifier.classifier if isinstance(classifier, Widened) else classifier
 
     def _features(self, x: Tensor, reads: Reads) -> tuple[Any, dict[int, Tensor]]:
         """What forward_features gives, and the maps of the levels asked for by level number."""
@@ -217,8 +240,7 @@ class Readouts(nn.Module):
             reads = {"map"} if self.layout is not None else set()
             if hasattr(self.network, "forward_head"):
                 reads |= {"vector"}
-                vector = self._network.forward_head(features, pre_logits=True).flatten(1)
-                self.classifier_reads_vector = self._same_logits(vector, logits)
+                self.classifier_reads_vector = self._same_logits(self._vector(features), logits)
             if _pre_relu_layer(self.network) is not None:
                 reads |= {"map_pre"}
             found = self._read(x, frozenset(reads))
@@ -254,7 +276,7 @@ class Readouts(nn.Module):
 
     def _same_logits(self, vector: Tensor, logits: Tensor) -> bool:
         """Whether classifier(vector) is all that is left to do; else the head is run again for the logits."""
-        classifier = self._network.get_classifier() if hasattr(self.network, "get_classifier") else None
+        classifier = self._last_linear()
         if not isinstance(classifier, (nn.Linear, nn.Identity)) or float(
             self._network.__dict__.get("drop_rate", 0.0)
         ):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .build import pretrained_cfg
 from .checkpoint import Checkpoint, StateDict
@@ -61,6 +61,13 @@ def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
         # The file may be in another format, whose head has another name.
         weights = _converted(network, checkpoint.state_dict) or {}
     return _rows(weights, names)
+
+
+def classifier_weight(network: nn.Module) -> Tensor | None:
+    """The weight of the network's last linear layer, [N,D] or of a 1×1 convolution; None without a head."""
+    named = dict(network.named_parameters())
+    found = (named.get(f"{name}.weight") for name in _classifier_names(network))
+    return next((weight.detach() for weight in found if weight is not None and weight.ndim >= 2), None)
 
 
 def fitted(weights: StateDict, target: StateDict) -> StateDict:

@@ -9,6 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 
 from .defaults import ADAPTIVE_SCALE, adaptive
+from .one_cycle import OneCycle
 from .plan import Plan
 from .task import DistillationTask
 
@@ -66,7 +67,9 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
 
 
 def schedule(optimizer: torch.optim.Optimizer, plan: Plan, steps: int) -> Scheduler:
-    """timm's schedule of the learning rate, updated every step."""
+    """timm's schedule of the learning rate, or a cycle of it; updated every step."""
+    if plan.schedule == "onecycle":
+        return OneCycle(optimizer, plan.epochs * steps, plan.warmup_epochs * steps)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=plan.schedule,

@@ -104,7 +104,7 @@ class Options(BaseModel):
     )
 
     method: str = option(
-        "how the student learns: quest, kd, dkd, dist, a sum such as quest+dkd, or none for no teacher",
+        "how the student learns: quest, kd, dkd, dist, feed, a sum such as quest+dkd, or none for no teacher",
         "quest",
         group="Method",
         enters="prepare",
@@ -186,7 +186,7 @@ class Options(BaseModel):
     teacher_lr: float | None = option(
         "peak learning rate of a teacher trained or tuned here", group="Training", enters="teacher", gt=0
     )
-    schedule: Literal["cosine", "multistep", "constant"] | None = option(
+    schedule: Literal["cosine", "onecycle", "multistep", "constant"] | None = option(
         "how the learning rate falls", group="Training", enters="teacher"
     )
     milestones: Epochs | None = option(

@@ -212,6 +212,26 @@ class Words(Result):
     """The share of p_T that it loses with the others, on average."""
 
 
+class Reconstruction(Result):
+    """FEED: how far the student's translated map is from a teacher's, in a training's last epoch."""
+
+    stage: str
+    teacher: str
+    error: float
+    """L1 between the maps scaled to length 1, over √n: 0 is the same direction, about 1.1 a random one."""
+    first: float
+    """The same in the first epoch."""
+
+
+class Hashes(Result):
+    """The hashes of one teacher's vector; see ``pipeline/methods/mimic.py``."""
+
+    teacher: str
+    hashes: int
+    std: float
+    bias: str
+
+
 class BalancedWeight(Result):
     """What ``--balance auto`` found and did; see ``pipeline/balance.py``."""
 
@@ -305,6 +325,8 @@ class Report(Result):
     student: Subject | None = None
     student_int8: Subject | None = None
     words: list[Words] = []
+    reconstruction: list[Reconstruction] = []
+    hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
     epochs: list[Epoch] = []

@@ -54,5 +54,8 @@ def check_methods(
             _readouts(name, classes, image_size).check(reads)
         looks_at = student_size or image_size
         of_student = shapes(student, classes, looks_at)
+        of_teachers = [shapes(name, classes, image_size) for name in teachers]
         _readouts(student, classes, looks_at).check(cls.reads(parameters, of_student))
-        cls.check(parameters, of_student, [shapes(name, classes, image_size) for name in teachers], images)
+        cls.check(parameters, of_student, of_teachers, images)
+        if cls.widens(parameters, of_student, of_teachers) is not None:
+            _readouts(student, classes, looks_at).check_widening()

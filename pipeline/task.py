@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..models.build import Geometry
 from ..models.fold import fold_batch_norm
 from ..models.readout import Readouts
+from ..models.widen import merged
 from .averages import Averages
 from .balance import Balance
 from .clock import Clock
@@ -227,8 +228,10 @@ class DistillationTask(TrainingTask):
 
     @property
     def shipped(self) -> nn.Module:
-        """The network that ships: the trained one, or an average of it over steps or epochs."""
-        return self.averages.shipped
+        """The network that ships: the trained one, or an average of it over steps or epochs, with a plain
+        classifier.
+        """
+        return merged(self.averages.shipped)
 
     def prepare_distributed(
         self, device_ids: list[int] | None = None, sync_bn: bool = False, **ddp_kwargs: Any

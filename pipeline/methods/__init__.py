@@ -19,6 +19,8 @@ METHODS: Mapping[str, str] = {
     "kd": "kd:Kd",
     "dkd": "dkd:Dkd",
     "dist": "dist:Dist",
+    "feed": "feed:Feed",
+    "mimic": "mimic:Mimic",
 }
 """Name -> module:class. Imported when used, since torch comes with them."""
 

@@ -33,6 +33,7 @@ class Shapes:
     """(C, H, W) of ``map`` and of every further level asked for, by readout name."""
     vector: int | None
     logits: int
+    """0: there is no head."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Preparation:
     teacher_names: Sequence[str]
     images: int
     readouts: Callable[[int, frozenset[str]], Iterable[Readout]]
+    classifier: Callable[[int], Tensor | None]
+    """The weight [N,D] of a teacher's last linear layer; None without a head."""
     shared: Callable[[int, str, Mapping[str, Any], Callable[[Path], None]], Path]
     scratch: Path
     """A folder for what is too large for memory."""
@@ -127,6 +130,13 @@ class Method(nn.Module):
     @classmethod
     def not_multi_label(cls, parameters: Any) -> str | None:
         """Why the method cannot learn images of several labels; None where it can."""
+        return None
+
+    @classmethod
+    def widens(cls, parameters: Any, student: Shapes, teachers: Sequence[Shapes]) -> int | None:
+        """The width that the student's ``vector`` has while it learns, by a linear layer of its own that is
+        merged into its classifier before anything ships (``models/widen.py``); None: its own.
+        """
         return None
 
     @classmethod

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import details, figures, headline, pictures, tables
+from . import details, figures, headline, learned, pictures, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -131,6 +131,7 @@ def page(report: Report) -> Page:
         details=[
             details.stages(report),
             details.training(report),
+            learned.reconstruction(report),
             details.store(report),
             details.roles(report),
             details.origins(report),

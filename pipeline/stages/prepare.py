@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ...models.weights import classifier_weight
 from .. import methods
 from ..data.schedule import FIXED_SEED
 from ..device import inference_engine, use_threads
@@ -17,7 +18,7 @@ from ..job import Job
 from ..methods.base import Method, Parameters, Preparation, Readout
 from ..run_folder import Done
 from ..task import Teacher
-from ..trained import load_teacher, weights_digest
+from ..trained import load_teacher, trained_network, weights_digest
 
 PREPARED = "prepared.safetensors"
 SCRATCH = "scratch"
@@ -88,6 +89,7 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
         teacher_names=[tutor.name for tutor in tutors],
         images=len(job.train.images),
         readouts=readouts,
+        classifier=lambda t: classifier_weight(trained_network(job, tutors[t])),
         shared=shared,
         scratch=scratch,
         # Words belong to the teacher and not to a run: else no run could use another's stored answers.

@@ -1,7 +1,7 @@
 """report: what every stage has found, as one page, one Markdown file and one JSON file."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -9,8 +9,9 @@ import yaml
 from ...export.artifact import tool_versions
 from .. import methods, recipes
 from ..job import Job
+from ..methods.feed import RECONSTRUCTION
 from ..report.write import write_report
-from ..results import Epoch, Report, StageTime
+from ..results import Epoch, Reconstruction, Report, StageTime
 from ..run_folder import Done, RunFolder
 from .export import ARTIFACT
 
@@ -37,7 +38,7 @@ def assemble(folder: RunFolder) -> Report:
         **facts.pop("environment", {}),
         **_engines(folder),
     }
-    stages = folder.record["stages"]
+    stages, epochs = folder.record["stages"], _epochs(folder)
     return Report(
         title=f"{config['student']} from {' + '.join(config['teacher'])}",
         command=folder.record["command"],
@@ -47,7 +48,8 @@ def assemble(folder: RunFolder) -> Report:
         recipe=_recipe(config),
         image_size=config["student_size"] or config["image_size"],
         teacher_image_size=config["image_size"],
-        epochs=_epochs(folder),
+        epochs=epochs,
+        reconstruction=_reconstruction(epochs, config["teacher"]),
         warnings=[text for stage in stages.values() for text in stage["warnings"]],
         stages=[
             StageTime(stage=name, seconds=stage["seconds"], summary=stage["summary"])
@@ -74,6 +76,19 @@ def _epochs(folder: RunFolder) -> list[Epoch]:
         return []
     lines = folder.metrics.read_text(encoding="utf-8").splitlines()
     return [Epoch.model_validate_json(line) for line in lines]
+
+
+def _reconstruction(epochs: Sequence[Epoch], teachers: Sequence[str]) -> list[Reconstruction]:
+    """What FEED has watched, of each teacher, in each training."""
+    found = []
+    for stage in dict.fromkeys(epoch.stage for epoch in epochs):
+        own = [epoch.watched for epoch in epochs if epoch.stage == stage]
+        names = [name for name in own[-1] if name.startswith(RECONSTRUCTION)]
+        found += [
+            Reconstruction(stage=stage, teacher=teachers[t], error=own[-1][name], first=own[0][name])
+            for t, name in enumerate(names)
+        ]
+    return found
 
 
 def _engines(folder: RunFolder) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """student: the small network learns from the teachers; what ships is a plain timm state_dict."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file
 
 from ...models.checkpoint import save_weights
+from ...models.widen import widen
 from .. import evaluate, methods
 from ..device import Engine, choose_engine, inference_engine, use_threads
 from ..files import whole
@@ -121,13 +123,25 @@ TEACHERS = "student's teachers"
 """Under which the run folder keeps the engine that the teachers answer with."""
 
 
+def width_of(job: Job) -> int | None:
+    """To which width a method has the student's vector brought while it learns; None: it stays as it is."""
+    names = methods.names(job.options.method)
+    if not names:
+        return None
+    parameters = methods.parameters(names, job.options.settings)
+    student, teachers = job.shapes(job.student), [job.shapes(tutor) for tutor in job.tutors]
+    asked = (methods.load(name).widens(parameters[name], student, teachers) for name in names)
+    return next((width for width in asked if width is not None), None)
+
+
 def methods_of(job: Job) -> dict[str, Method]:
     """The run's methods by name, made from what ``prepare`` has left."""
     o = job.options
     names = methods.names(o.method)
     parameters = methods.parameters(names, o.settings)
     classes = {name: methods.load(name) for name in names}
-    student = job.shapes(job.student)
+    width = width_of(job)
+    student = job.shapes(job.student) if width is None else replace(job.shapes(job.student), vector=width)
     teachers = [job.shapes(tutor) for tutor in job.tutors] if names else []
     prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
     made: dict[str, Method] = {}
@@ -145,6 +159,9 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[Distillat
     """What is trained and, unless the teachers are asked at every step, the store of their answers."""
     o = job.options
     heads = methods_of(job)
+    width = width_of(job)
+    if width is not None:
+        widen(network, width, o.seed)
     asked: list[Teacher] = []
     store = None
     if heads:

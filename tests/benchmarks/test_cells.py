@@ -120,7 +120,7 @@ def test_a_budget_is_written_with_its_unit(text: str, expected: float) -> None:
 
 @pytest.mark.parametrize("text", ["9", "m", "9 m", "-3s", "9w"])
 def test_a_budget_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(SystemExit, match="--budget: .* is no time; write it as"):
+    with pytest.raises(SystemExit, match=r"--budget: .* is no time; write it as"):
         cells.seconds(text)
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,20 @@ def test_workers_make_the_very_views_that_are_cut_from_decoded_images(
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
         assert ours[0].equal(ahead.batch(*step)[0]) and ours[0].equal(streamed.batch(*step)[0])
     assert streamed.batch(*steps[0], size=12)[0].equal(ahead.batch(*steps[0], size=12)[0])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_same_crops_come_at_two_sizes_from_one_decoding(
+    images: tuple[Image, ...], workers: Workers, name: str
+) -> None:
+    ahead, streamed = both(images, POLICIES[name], workers)
+    steps = plan(20)
+    small = replace(streamed, size=10)
+    for step, (views, labels, full) in zip(steps, small.batches(steps, also=SIZE), strict=True):
+        assert views.shape[-2:] == (10, 10) and views.equal(ahead.batch(*step, size=10)[0])
+        assert full.equal(ahead.batch(*step)[0]) and labels.equal(ahead.batch(*step)[1])
+    (views, _, full), *_ = replace(ahead, size=10).batches(steps, also=SIZE)
+    assert views.equal(ahead.batch(*steps[0], size=10)[0]) and full.equal(ahead.batch(*steps[0])[0])
 
 
 def test_any_number_of_workers_makes_the_same(images: tuple[Image, ...], workers: Workers) -> None:

@@ -369,6 +369,21 @@ def test_a_constant_rate_is_constant_after_the_warm_up():
     assert found[4:] == pytest.approx([0.5] * 20) and found[0] < 0.01
 
 
+def test_one_cycle_is_torchs():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=50, pct_start=0.1, cycle_momentum=False
+    )
+    expected = []
+    for _ in range(50):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    found = rates(5, epochs=10, warmup_epochs=1, lr=1.0, schedule="onecycle")
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert rates(1, epochs=1, warmup_epochs=0, lr=1.0, schedule="onecycle") == [1.0]
+
+
 def test_biases_norms_and_gammas_are_not_decayed_unless_all_is_asked_for(tmp_path):
     for decay_all, expected in ((False, {0.0, 0.05}), (True, {0.05})):
         learn(supervised(), tmp_path / f"{decay_all}.pt", epochs=1, decay_all=decay_all)

@@ -44,6 +44,7 @@ class Teacher:
             teacher_names=["toy"],
             images=len(self.maps),
             readouts=self.readouts,
+            classifier=lambda _t: None,
             shared=self.shared,
             scratch=self.cache.root,
             seed=seed,

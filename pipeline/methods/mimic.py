@@ -1,0 +1,279 @@
+"""Feature mimicking: the student's penultimate vector follows the teacher's, in value and in direction.
+
+Wang, Ge, Wu: "Distilling Knowledge by Mimicking Features", TPAMI 2021, arXiv 2011.01424. With f_T [B,D_T] and
+f_S [B,D_T] the raw vectors that the last linear layers read:
+
+    L_l2  = mean over the vector of (f_S − f_T)²
+    L_lsh = mean over M hashes of BCE(σ(f_S·Wᵀ + b), 1[f_T·Wᵀ + b > 0])      W ~ N(0, s²), frozen
+    L     = CE + β · mean over samples of L_l2, L_lsh, or both
+
+``l2``, ``lsh`` and ``lshl2`` (the sum) take the mean over all samples, ``lshl2_s`` over those that the
+teacher classifies correctly; where it is right on none, the loss is 0. s is the deviation of the teacher's
+classifier weight, b = −median of f_T·Wᵀ over the training images, or −mean, or 0.
+
+A student whose vector has another width learns with Linear(D_S→D_T) before its last linear; both are merged
+into one before anything ships (``models/widen.py``).
+
+Ours, where the paper is silent or has something else:
+
+- Medians and means are taken over the images under the test transform; the authors' over a pass of augmented
+  views.
+- Where ``hashes`` is not set, M = 32·D_T up to D_T = 256 (the paper's rule for CIFAR) and 2048 beyond (its M
+  for ImageNet).
+- A teacher without a head has s = 1/√D_T and ``lshl2``, since nothing tells where it is right.
+- Labels with several classes an image (float, [B,N]) know no right or wrong sample: ``lshl2_s`` is then
+  ``lshl2``.
+- Several teachers: the student's vector is as wide as theirs together, each teacher has its part of it, and
+  the loss is the mean of theirs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ..errors import JobError, UsageError
+from . import base
+from .features import Features
+from .lsh import bits, draw, hash_loss, medians, project
+
+Variant = Literal["l2", "lsh", "lshl2", "lshl2_s"]
+
+WIDE = 256
+"""The widest vector with 32 hashes a number; see ``hashes_of``."""
+
+HASHES = 2048
+"""M for wider ones."""
+
+FEATURES = 1 << 28
+"""Numbers of the features that the medians are taken over: 1 GiB; of more an even sample is used."""
+
+FILE = "hashes.safetensors"
+VERSION = 1
+
+
+class Parameters(base.Parameters):
+    variant: Variant | None = Field(
+        None, description="l2, lsh, lshl2 or lshl2_s; none: lshl2_s, or lshl2 for a teacher without a head"
+    )
+    beta: float = Field(6.0, gt=0, description="β, the weight of the loss")
+    hashes: int | None = Field(
+        None, ge=1, description="M; none: 32 for each number of the vector up to 256, else 2048"
+    )
+    std: float | None = Field(
+        None, gt=0, description="s of the hashes; none: that of the teacher's classifier weight"
+    )
+    bias: Literal["median", "mean", "zero"] = Field(
+        "median", description="what the hashes' bias takes off: the projections' median or mean, or nothing"
+    )
+
+
+def variant_of(parameters: Parameters, teacher: base.Shapes) -> Variant:
+    """What a teacher is mimicked by."""
+    return parameters.variant or ("lshl2_s" if teacher.logits else "lshl2")
+
+
+def hashes_of(parameters: Parameters, width: int) -> int:
+    """M for a teacher's vector of this width."""
+    return parameters.hashes or (32 * width if width <= WIDE else HASHES)
+
+
+class Mimic(base.Method):
+    """Follow the teacher's penultimate vector; see the module's text for the formulas."""
+
+    name = "mimic"
+    paper = "Wang, Ge, Wu, TPAMI 2021, arXiv 2011.01424"
+    takes = Parameters
+    prepares = True
+    weights = frozenset({"beta"})
+    # About a third to three times of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10: 2.9.
+    pull = (1.0, 9.0)
+
+    @classmethod
+    def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
+        return frozenset({"vector"})
+
+    @classmethod
+    def teacher_reads(cls, parameters: Parameters, teacher: base.Shapes) -> frozenset[str]:
+        masked = variant_of(parameters, teacher) == "lshl2_s"
+        return frozenset({"vector", "logits"} if masked else {"vector"})
+
+    @classmethod
+    def check(
+        cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes], images: int
+    ) -> None:
+        if parameters.variant == "l2":
+            for key in ("hashes", "std"):
+                if (value := getattr(parameters, key)) is not None:
+                    raise UsageError(
+                        f"--set mimic.{key}={value} is about hashes, and mimic.variant=l2 has none; take one."
+                    )
+
+    @classmethod
+    def widens(
+        cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes]
+    ) -> int | None:
+        width = sum(_width(teacher) for teacher in teachers)
+        return None if width == student.vector else width
+
+    @classmethod
+    def prepare(cls, parameters: Parameters, preparation: base.Preparation) -> base.Prepared:
+        """Draw each teacher's hashes, and find their bias in one pass over the training images."""
+        tensors: dict[str, Tensor] = {}
+        facts: list[Mapping[str, Any]] = []
+        for t, (name, teacher) in enumerate(
+            zip(preparation.teacher_names, preparation.teachers, strict=True)
+        ):
+            if variant_of(parameters, teacher) == "l2":
+                continue
+            m, std = hashes_of(parameters, _width(teacher)), _std(parameters, preparation, t)
+            made = _hashes(parameters, preparation, t, m, std)
+            tensors |= {f"{t}.weight": made["weight"], f"{t}.bias": made["bias"]}
+            facts.append({"teacher": name, "hashes": m, "std": std, "bias": parameters.bias})
+        lines = [f"{f['hashes']} hashes of {f['teacher']}, s = {f['std']:.3g}" for f in facts]
+        return base.Prepared(tensors, {"hashes": facts}, "; ".join(lines) or "no hashes to draw")
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        student: base.Shapes,
+        teachers: Sequence[base.Shapes],
+        prepared: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(parameters, student, teachers, prepared)
+        self.beta = parameters.beta
+        self.widths = [_width(teacher) for teacher in teachers]
+        self.terms = nn.ModuleList(
+            Mimicked(variant_of(parameters, teacher), prepared.get(f"{t}.weight"), prepared.get(f"{t}.bias"))
+            for t, teacher in enumerate(teachers)
+        )
+
+    def forward(
+        self,
+        student: base.Readout,
+        teachers: Sequence[base.Readout],
+        labels: Tensor,
+        epoch: int,
+        keys: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        parts = student["vector"].split(self.widths, dim=1)
+        losses = [
+            term(part, teacher, labels)
+            for term, part, teacher in zip(self._terms(), parts, teachers, strict=True)
+        ]
+        return {"mimic": self.beta * torch.stack(losses).mean()}
+
+    def watched(self) -> dict[str, Tensor]:
+        one = len(self.terms) == 1
+        return {
+            key if one else f"{key} ({t})": value
+            for t, term in enumerate(self._terms())
+            for key, value in term.watched().items()
+        }
+
+    def _terms(self) -> Iterator["Mimicked"]:
+        for term in self.terms:
+            assert isinstance(term, Mimicked)
+            yield term
+
+
+class Mimicked(nn.Module):
+    """The loss of one teacher: L_l2, L_lsh or both, the mean over all samples or those it is right on."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, variant: Variant, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.variant = variant
+        self.register_buffer("weight", None if weight is None else weight.float(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
+        self.watch = base.Watch()
+
+    def forward(self, f_s: Tensor, teacher: base.Readout, labels: Tensor) -> Tensor:
+        """
+        Args:
+            f_s: [B,D_T], the student's part of it.
+            teacher: its ``vector`` [B,D_T] and, for ``lshl2_s``, its ``logits`` [B,N].
+            labels: [B] class numbers, or float [B,N].
+        """
+        f_s = f_s.to(torch.promote_types(f_s.dtype, torch.float32))
+        f_t = teacher["vector"].to(f_s.dtype)
+        each = f_s.new_zeros(len(f_s))
+        if self.variant != "lsh":
+            square = (f_s - f_t).square().mean(1)
+            self.watch.add(samples=square.new_full((), len(square)), l2=square.sum())
+            each = each + square
+        if self.variant != "l2":
+            assert self.weight is not None and self.bias is not None
+            a_s = project(f_s, self.weight, self.bias)
+            h = bits(project(f_t, self.weight, self.bias))
+            equal = (bits(a_s) == h).to(h.dtype).mean(1)
+            self.watch.add(hashed=equal.new_full((), len(equal)), equal=equal.sum())
+            each = each + hash_loss(a_s, h)
+        if self.variant != "lshl2_s" or labels.ndim > 1:
+            return each.mean()
+        right = teacher["logits"].argmax(1) == labels
+        self.watch.add(judged=each.new_full((), len(each)), right=right.sum())
+        return torch.where(right, each, 0.0).sum() / right.sum().clamp(min=1)
+
+    def watched(self) -> dict[str, Tensor]:
+        sums = self.watch.take()
+        found = {"feature_distance": ("l2", "samples"), "equal_bits": ("equal", "hashed")}
+        found["teacher_right"] = ("right", "judged")
+        return {key: sums[part] / sums[of] for key, (part, of) in found.items() if part in sums}
+
+
+def _width(network: base.Shapes) -> int:
+    assert network.vector is not None  # it is read, so it is there
+    return network.vector
+
+
+def _std(parameters: Parameters, preparation: base.Preparation, t: int) -> float:
+    if parameters.std is not None:
+        return parameters.std
+    classifier = preparation.classifier(t)
+    found = 0.0 if classifier is None else float(classifier.float().std())
+    return found or _width(preparation.teachers[t]) ** -0.5
+
+
+def _hashes(
+    parameters: Parameters, preparation: base.Preparation, t: int, m: int, std: float
+) -> dict[str, Tensor]:
+    """W [M,D_T] and b [M], from the cache where an earlier run has made them."""
+    width, n = _width(preparation.teachers[t]), preparation.images
+    used = min(n, FEATURES // width)
+    weight = draw(m, width, std, preparation.seed)
+    if parameters.bias == "zero":
+        return {"weight": weight, "bias": torch.zeros(m)}
+    if used < n:
+        preparation.note(f"the hashes' {parameters.bias} is that of {used:,} of {n:,} images, drawn evenly")
+    key = {
+        "version": VERSION,
+        "hashes": m,
+        "std": std,
+        "bias": parameters.bias,
+        "used": used,
+        "seed": preparation.seed,
+    }
+
+    def write(path: Path) -> None:
+        held = Features(used, width, None)
+        vectors = (readout["vector"] for readout in preparation.readouts(t, frozenset({"vector"})))
+        if not held.fill((f[:, :, None, None] for f in vectors), (1, 1), n):
+            raise JobError(
+                f"The vectors of {preparation.teacher_names[t]} are not finite numbers: its weights are "
+                "broken; try other weights or train the teacher anew."
+            )
+        centre = (
+            medians(held.data, weight, held.device)
+            if parameters.bias == "median"
+            else weight @ torch.from_numpy(held.data.mean(0, dtype="float64")).float()
+        )
+        (path / FILE).write_bytes(save({"weight": weight, "bias": -centre}))
+
+    return load((preparation.shared(t, "hashes", key, write) / FILE).read_bytes())

@@ -1,0 +1,112 @@
+"""Two linear layers while a network learns, one when it ships."""
+
+import copy
+
+import pytest
+import torch
+from questpress.models.build import build
+from questpress.models.errors import ModelError
+from questpress.models.readout import Readouts
+from questpress.models.weights import classifier_weight
+from questpress.models.widen import Widened, merged, widen
+from torch import nn
+
+NETWORKS = (
+    "cifar_resnet8",
+    "cifar_mobilenetv2_half",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+    "regnetx_002",
+)
+READS = frozenset({"map", "vector", "logits"})
+
+
+def widened(name: str, width: int) -> nn.Module:
+    """A widened network whose linear layers have learned something, in eval mode."""
+    network = build(name, num_classes=5, image_size=32, seed=0).eval()
+    widen(network, width, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    classifier = network.get_classifier()
+    assert isinstance(classifier, Widened)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("width", [3, 2000])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_merged_network_gives_the_same_logits_and_is_timms_plain_one(
+    name: str, width: int, images: torch.Tensor
+) -> None:
+    network = widened(name, width)
+    plain = build(name, num_classes=5, image_size=32, seed=0)
+    one = merged(network)
+    with torch.no_grad():
+        expected, found = network(images), one(images)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    assert {key: value.shape for key, value in one.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()
+    }
+    assert sum(p.numel() for p in one.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert isinstance(network.get_classifier(), Widened)  # the one that goes on learning stays as it is
+    assert merged(one) is one
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_its_vector_is_the_embedded_one_which_the_last_linear_reads(name: str, images: torch.Tensor) -> None:
+    network = widened(name, 17)
+    readouts = Readouts(network, 32)
+    assert readouts.shapes.vector == 17 and readouts.classifier_reads_vector
+    with torch.no_grad():
+        found = readouts(images, READS)
+        last = network.get_classifier().classifier
+        assert torch.equal(last(found["vector"]), found["logits"])
+        assert torch.allclose(found["logits"], network(images), atol=1e-5)
+        plain = network.forward_head(network.forward_features(images), pre_logits=True)
+        assert torch.allclose(network.get_classifier().embed(plain.flatten(1)), found["vector"], atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [64, 100])
+def test_a_network_that_is_not_narrowed_starts_as_what_it_was(width: int, images: torch.Tensor) -> None:
+    network = build("cifar_resnet8", num_classes=5, image_size=32, seed=0).eval()
+    before = copy.deepcopy(network)
+    widen(network, width, seed=1)
+    with torch.no_grad():
+        assert torch.allclose(network(images), before(images), atol=1e-5)
+
+
+def test_the_start_follows_the_seed_alone() -> None:
+    each = []
+    for seed in (1, 1, 2):
+        network = build("cifar_resnet8", num_classes=5, image_size=32, seed=0)
+        before = torch.random.get_rng_state()
+        widen(network, 9, seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        each.append(network.get_classifier().embed.weight)
+    assert torch.equal(each[0], each[1]) and not torch.equal(each[0], each[2])
+
+
+def test_a_classifier_without_a_bias_is_merged_into_one_without() -> None:
+    network = build("cifar_resnet8", num_classes=5, image_size=32, seed=0)
+    network.fc = nn.Linear(64, 5, bias=False)
+    widen(network, 9, seed=0)
+    assert merged(network).fc.bias is None
+
+
+def test_a_classifier_that_is_not_one_linear_on_the_vector_is_refused_with_a_sentence() -> None:
+    with torch.device("meta"):
+        readouts = Readouts(build("deit_tiny_distilled_patch16_224", num_classes=5), 224)
+    with pytest.raises(ModelError, match="is not one linear layer on its penultimate vector"):
+        readouts.check_widening()
+
+
+def test_the_weight_of_a_classifier_is_found_and_none_where_there_is_none() -> None:
+    found = classifier_weight(build("mobilenetv3_small_050", num_classes=5, image_size=32, seed=0))
+    assert found is not None and found.shape == (5, 1024)
+    assert classifier_weight(build("cifar_resnet8", num_classes=0, image_size=32, seed=0)) is None
