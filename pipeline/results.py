@@ -95,6 +95,9 @@ class MultiLabelScore(Result):
         return f"mAP {self.map:.2f} %"
 
 
+Score = Accuracy | MultiLabelScore
+
+
 class Latency(Result):
     """Milliseconds of one run at batch 1; a percentile is None where too few runs were measured for it."""
 
@@ -163,12 +166,12 @@ class Subject(Result):
     quantization: dict[str, Any] | None = None
 
     @property
-    def score(self) -> "Accuracy | MultiLabelScore | None":
+    def score(self) -> Score | None:
         """On the test images."""
         return self.accuracy or self.multi_label
 
     @property
-    def select_score(self) -> "Accuracy | MultiLabelScore | None":
+    def select_score(self) -> Score | None:
         return self.select_accuracy or self.select_multi_label
 
 
@@ -272,7 +275,9 @@ class Epoch(Result):
     watched: dict[str, float] = {}
     """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
     train_accuracy: float | None = None
+    """None where images have several labels."""
     select_accuracy: float | None = None
+    """Top-1, or mAP where images have several labels."""
     seconds: float | None = None
     """Of training, without the select role's evaluation."""
     shares: dict[str, float] = {}

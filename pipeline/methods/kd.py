@@ -9,10 +9,10 @@ with a = 0.1, b = 0.9, τ = 4 as the CRD benchmark (Tian et al., ICLR 2020) has 
 τ = 2, b = 9.
 
 Where images have several labels, classes don't exclude each other: each has a probability of its own, σ(z/τ),
-and the divergence is that of these binary ones, the mean over classes, as the cross-entropy's is (one class
-against the rest: Yang et al., "Multi-Label Knowledge Distillation", ICCV 2023, arXiv 2308.06453, eq. 4, whose
-sum over classes is ours times N). The weights of the two terms are the same. Logits cannot be standardised
-there: a zero would no longer mean even chances.
+and the divergence is that of these binary ones, (σ, 1 − σ), as in Yang et al., "Multi-Label Knowledge
+Distillation", ICCV 2023 (MLD), but with τ, and the mean over classes as the cross-entropy has it there, not
+the sum. The weights of the two terms stay. Logits cannot be standardised there: a zero would no longer mean
+even chances.
 """
 
 from collections.abc import Mapping, Sequence

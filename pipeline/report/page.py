@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import details, figures, headline, learned, pictures, tables
+from . import details, figures, headline, learned, pictures, several_labels, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -92,7 +92,9 @@ class Page:
 def page(report: Report) -> Page:
     side_by_side, comparison = pictures.comparison(report), tables.comparison(report)
     trainings, watched = pictures.trainings(report), pictures.watched(report)
-    classes, confused, words = tables.classes(report), tables.confused(report), tables.words(report)
+    confused, words = tables.confused(report), tables.words(report)
+    several = report.data is not None and report.data.multi_label
+    classes = several_labels.classes(report) if several else tables.classes(report)
     matrix, examples = _matrix(report), _examples(report)
     there = {
         ("comparison", "Comparison"): side_by_side or comparison.rows,
@@ -232,6 +234,8 @@ def _png(text: str) -> tuple[str, int]:
 def _examples_note(report: Report, shown: int) -> str:
     wrong = sum(one.student != one.label for one in report.examples)
     note = "With the answers of the file that ships and of the teacher, each with its probability. "
+    if report.data is not None and report.data.multi_label:
+        note += "That of several classes is that of exactly these, were they independent of each other. "
     note += "The student’s mistakes come first, the most confident at the head." if wrong else ""
     if shown < len(report.examples):
         note += f" {shown} of {len(report.examples):,}."

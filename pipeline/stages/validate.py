@@ -13,7 +13,7 @@ from .. import evaluate
 from ..examples import examples, said
 from ..job import Job
 from ..multi_label import thresholds_of
-from ..results import Accuracy, MultiLabelScore, Subject
+from ..results import Score, Subject
 from ..run_folder import Done
 from .export import ARTIFACT, STUDENT_ONNX, onnx_logits, origin
 from .quantize import STUDENT_INT8
@@ -72,7 +72,7 @@ def _teacher(job: Job) -> np.ndarray:
     return answers[0] if len(answers) == 1 else together(job, answers)
 
 
-def _warn(job: Job, student: Accuracy | MultiLabelScore) -> None:
+def _warn(job: Job, student: Score) -> None:
     known = job.folder.facts()
     teacher = Subject.model_validate(known["teacher"]).score
     if job.options.method != "none" and teacher is not None and teacher.percent <= student.percent:
@@ -89,9 +89,7 @@ def _warn(job: Job, student: Accuracy | MultiLabelScore) -> None:
             )
 
 
-def _write_manifest(
-    job: Job, scores: dict[str, Accuracy | MultiLabelScore], thresholds: np.ndarray | None
-) -> None:
+def _write_manifest(job: Job, scores: dict[str, Score], thresholds: np.ndarray | None) -> None:
     known = job.folder.facts()
 
     def shipped(key: str, precision: str) -> ShippedFile:
