@@ -3,7 +3,7 @@
 import errno
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -124,20 +124,52 @@ def run(**options: Any) -> None:
 
     from .run import compress
 
-    given: dict[str, Any] = {
+    given = _given(options)
+    report = _told(lambda: compress(**given))
+    if voice.leads():
+        _show(report, as_json=bool(options["json_"]))
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in options.items()
         if value not in (None, ())
     }
-    report = _told(lambda: compress(**given))
-    if voice.leads():
-        _show(report, as_json=bool(options["json_"]))
 
 
 run.params += [
     _option(name, field.annotation, field.default, field.description or "")
     for name, field in Options.model_fields.items()
 ]
+
+
+@cli.command(cls=Grouped)
+@click.option(
+    "--sizes", required=True, metavar="S,S,…", help="sides of the students' input in pixels, as in 64,96,128"
+)
+def resolutions(sizes: str, **options: Any) -> None:
+    """One student for each image size, all from one teacher, and accuracy over latency in one report.
+
+    Takes the options of `run`; each student has a run folder of its own below --out. The same command again
+    does only what is missing.
+    """
+    from .resolutions import resolutions as of_sizes
+    from .resolutions import whole_numbers
+
+    given = _given(options)
+    found = _told(lambda: of_sizes(whole_numbers(sizes), **given))
+    if options["json_"]:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        from .report.terminal import show_sizes
+
+        show_sizes(found)
+
+
+# The student's size is the one thing that differs, and none of its stages can be left out.
+resolutions.params += [one for one in run.params if one.name not in ("student_size", "until", "dry_run")]
 
 
 @cli.command()

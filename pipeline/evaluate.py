@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import multi_label
 from .data.render import Normalise
 from .device import Engine
-from .results import Accuracy, ClassResult
+from .results import Accuracy, ClassResult, Score
 
 BATCH = 128
 UNEVEN = 1.5
@@ -76,6 +76,11 @@ def percent(logits: np.ndarray, labels: np.ndarray) -> float:
     if labels.ndim == 1:
         return accuracy(logits, labels).top1
     return multi_label.mean_average_precision(logits, labels)
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> Score:
+    """Accuracy; where images have several labels the mean average precision."""
+    return accuracy(logits, labels) if labels.ndim == 1 else multi_label.score(logits, labels)
 
 
 def measured(

@@ -27,6 +27,7 @@ from .methods.base import Shapes
 from .options import Options
 from .progress import Display, Stage
 from .ranks import Ranks
+from .rounds import ROUND
 from .run_folder import RunFolder
 from .shapes import shapes
 
@@ -69,6 +70,8 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     left_aside: set[str] = field(default_factory=set)
     """Trackers that failed and are asked no more; see ``trackers``."""
+    round: int | None = None
+    """Which of the students before the last is being made, from 1; None: the last one, which ships."""
 
     @property
     def image_size(self) -> int:
@@ -78,8 +81,33 @@ class Job:
 
     @property
     def student(self) -> Member:
+        """The one of the current round."""
+        return self._student(self.round)
+
+    def _student(self, of_round: int | None) -> Member:
         size = self.options.student_size or self.image_size
-        return Member(resolve_name(self.options.student), size, len(self.data.classes), STUDENT)
+        file = STUDENT if of_round is None else f"round.{of_round}.safetensors"
+        return Member(resolve_name(self.options.student), size, len(self.data.classes), file)
+
+    @property
+    def place(self) -> int:
+        """The current round's, from 0."""
+        return (self.round or self.options.rounds) - 1
+
+    @property
+    def training(self) -> str:
+        """The name of the student's training: of its checkpoint and its curves."""
+        return "student" if self.round is None else f"{ROUND} {self.round}"
+
+    @property
+    def seed(self) -> int:
+        """Of the student's weights, order and views."""
+        return self.options.seed + self.place
+
+    @property
+    def prepared(self) -> str:
+        """What the methods have prepared for the student, in the run folder."""
+        return "prepared.safetensors" if self.round is None else f"prepared.round.{self.round}.safetensors"
 
     @property
     def teachers(self) -> list[Member]:
@@ -97,8 +125,8 @@ class Job:
 
     @property
     def tutors(self) -> list[Member]:
-        """Those that the student learns from."""
-        return self.teachers
+        """Those that the student learns from: those that were named, or the student of the round before."""
+        return [self._student(self.place)] if self.place else self.teachers
 
     def shapes(self, member: Member) -> Shapes:
         """Sizes of a network's readouts."""

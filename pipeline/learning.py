@@ -23,7 +23,7 @@ from .train import train
 from .trial import compiled_or_not, fastest
 
 
-def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
+def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float, seed: int) -> Plan:
     """How a network of this run learns."""
     o = job.options
     assert o.batch_size and o.optimizer and o.schedule
@@ -40,7 +40,7 @@ def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float) -> Plan:
         weight_decay=o.weight_decay,
         decay_all=o.decay_all,
         label_smoothing=o.label_smoothing,
-        seed=o.seed,
+        seed=seed,
         micro_batch=o.micro_batch,
     )
 

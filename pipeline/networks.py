@@ -68,7 +68,7 @@ def start(
         network,
         _described(source, checkpoint),
         head_kept=keep,
-        licence=(checkpoint.licence or "an unknown licence") if source == "auto" else None,
+        licence=_licence(source, checkpoint),
     )
 
 
@@ -87,15 +87,22 @@ def _fits(
     if count != len(classes):
         return False
     named = [names for names in (checkpoint.label_names, checkpoint.label_descriptions) if names is not None]
-    wanted = [_plain(label) for label in classes]
-    if not named or any([_plain(label) for label in names] == wanted for names in named):
+    wanted = [plain(label) for label in classes]
+    if not named or any([plain(label) for label in names] == wanted for names in named):
         return True
     note(f"the head of {checkpoint.source} has other classes of the same number: it is replaced")
     return False
 
 
-def _plain(label: str) -> str:
+def plain(label: str) -> str:
     return " ".join(label.casefold().replace("_", " ").split())
+
+
+def _licence(source: str, checkpoint: Checkpoint) -> str | None:
+    """Of published weights, or of those that a file was made from, where it is one of ours that says so."""
+    if source == "auto":
+        return checkpoint.licence or "an unknown licence"
+    return checkpoint.metadata.get("licence")
 
 
 def _described(source: str, checkpoint: Checkpoint) -> str:

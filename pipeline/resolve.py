@@ -7,7 +7,7 @@ from pathlib import Path
 from ..models.build import check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
-from . import defaults, methods, trackers
+from . import defaults, methods, rounds, teacher_list, trackers
 from .data.headers import sampled_sizes
 from .data.image_set import ImageSet
 from .data.open import open_data
@@ -28,7 +28,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         UsageError, UnknownModel: an option, a name or the data folder is wrong.
     """
     chosen = options.model_copy(deep=True)
+    teacher_list.from_seeds(chosen)
     _check_lists(chosen)
+    rounds.check(chosen)
     _check_store(chosen)
     trackers.check(chosen)
     parameters = methods.parameters(methods.names(chosen.method), chosen.settings)
@@ -45,8 +47,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     resolve_name(chosen.student)
     for source in [*chosen.teacher_weights, chosen.student_weights]:
         _check_weights_file(source)
+    teacher_list.check_labels(chosen)
     if chosen.image_size is None:
-        chosen.image_size = 64 if chosen.data == DIGITS else default_image_size(chosen.student)
+        chosen.image_size = own_image_size(chosen)
     if chosen.student_size is not None and chosen.student_size > chosen.image_size:
         raise UsageError(
             f"--student-size {chosen.student_size} is larger than the teacher's --image-size "
@@ -75,6 +78,15 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         student_size=chosen.student_size,
         images=len(data.train),
     )
+    if chosen.rounds > 1:  # a student is the next one's teacher
+        check_methods(
+            parameters,
+            [chosen.student],
+            chosen.student,
+            classes=len(data.classes),
+            image_size=chosen.student_size or chosen.image_size,
+            images=len(data.train),
+        )
     _choose(chosen, data)
     assert chosen.epochs is not None
     _choose_store(chosen, parameters, len(data.classes), len(data.train))
@@ -84,8 +96,15 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         for key, value in of_method.for_epochs(chosen.epochs).model_dump(mode="json").items()
     }
     if chosen.out is None:
-        chosen.out = Path("runs") / "-".join([*chosen.teacher, chosen.student, data.name]).replace("/", "-")
+        seeds = chosen.teachers_from_seeds
+        teachers = [f"{chosen.teacher[0]}x{seeds}"] if seeds > 1 else chosen.teacher
+        chosen.out = Path("runs") / "-".join([*teachers, chosen.student, data.name]).replace("/", "-")
     return chosen, data
+
+
+def own_image_size(options: Options) -> int:
+    """Side in pixels of the networks' input, where it is not asked for."""
+    return 64 if options.data == DIGITS else default_image_size(options.student)
 
 
 def _start(source: str, data: str) -> str:
@@ -158,6 +177,11 @@ def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes
         for name, of_method in parameters.items()
         for teacher in chosen.teacher
     )
+    if chosen.rounds > 1:  # a round's answers are as large as its teacher's maps
+        as_teacher = sum(
+            methods.load(name).stored_bytes(p, student, student) for name, p in parameters.items()
+        )
+        bytes_per_image = max(bytes_per_image, as_teacher)
     # A recipe is followed to the letter: a new view each epoch.
     chosen.store_views = 0 if chosen.recipe else defaults.store_views(chosen.epochs, images * bytes_per_image)
 

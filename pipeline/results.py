@@ -215,6 +215,20 @@ class Words(Result):
     """The share of p_T that it loses with the others, on average."""
 
 
+class Round(Result):
+    """One of the students of ``--rounds``; see ``pipeline/rounds.py``."""
+
+    round: int
+    teacher: str
+    """Whom it learned from: the teacher's name, or the round before."""
+    seed: int
+    accuracy: Score | None = None
+    """Of its weights in torch, fp32, on the test role."""
+    select_accuracy: Score | None = None
+    file: str
+    """Its weights, a path inside the run folder."""
+
+
 class Reconstruction(Result):
     """FEED: how far the student's translated map is from a teacher's, in a training's last epoch."""
 
@@ -331,6 +345,7 @@ class Report(Result):
     student_int8: Subject | None = None
     words: list[Words] = []
     reconstruction: list[Reconstruction] = []
+    rounds: list[Round] = []
     hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
@@ -345,3 +360,30 @@ class Report(Result):
     """Every option, resolved."""
     artifact: str | None = None
     """Path of the folder that ships, inside the run folder."""
+
+
+class Size(Result):
+    """One student: what it looks at, what it costs, and its two files as timed together with the others'."""
+
+    size: int
+    folder: str
+    gmacs: float | None
+    student: Subject
+    student_int8: Subject
+
+
+class Resolutions(Result):
+    """What ``resolutions.json`` holds; accuracies are those of the runs' own reports."""
+
+    title: str
+    folder: str
+    command: str
+    method: str
+    teacher: Subject
+    teacher_image_size: int
+    sizes: list[Size]
+    """The largest first."""
+    threads: list[int]
+    environment: dict[str, str]
+    timed: str
+    """The files that were timed and how: a digest."""

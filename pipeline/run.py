@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from . import recipes, voice
+from . import recipes, rounds, voice
 from .cache import Cache
 from .data.image_set import ImageSet
 from .device import choose_device
@@ -18,7 +18,7 @@ from .errors import UsageError
 from .estimate import estimate
 from .files import sha256
 from .job import Job
-from .options import STAGES, Options, enters, group, pairs
+from .options import Options, enters, group, pairs
 from .progress import Display
 from .ranks import Ranks, check_ranks, join, leave
 from .resolve import DIGITS, resolve
@@ -26,7 +26,7 @@ from .results import Report
 from .run_folder import Done, RunFolder
 from .stopping import STOP
 
-TRAINING = ("teacher", "student")
+TRAINING = ("teacher", rounds.ROUND, "student")
 """Stages in which all ranks work."""
 
 TOGETHER = (*TRAINING, "prepare")
@@ -211,13 +211,13 @@ def _run(
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
         )
-        for stage in STAGES[: STAGES.index(options.until) + 1 if options.until else None]:
-            if stage not in TOGETHER and ranks.count > 1:
+        for stage in folder.stages[: folder.stages.index(options.until) + 1 if options.until else None]:
+            if rounds.kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()
                 if not ranks.lead:
                     return report.assemble(folder)
                 job.ranks = ranks = Ranks()
-            progress.name = stage
+            progress.name, job.round = stage, rounds.number(stage)
             key = folder.key(stage, _entering(stage, config))
             done = ranks.share(folder.finished(stage, key) if ranks.lead else None)
             if done is not None:
@@ -235,7 +235,7 @@ def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
     started = time.perf_counter()
     job.key = key
     job.display.warnings.clear()
-    if job.ranks.lead or stage in TRAINING:
+    if job.ranks.lead or rounds.kind(stage) in TRAINING:
         done = run(job)
     if job.ranks.lead:
         seconds = time.perf_counter() - started
@@ -252,10 +252,11 @@ def _repeatable(options: Options) -> dict[str, Any]:
 
 
 def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    stages = ("prepare", "student") if rounds.kind(stage) == rounds.ROUND else (stage,)
     return {
         name: value
         for name, value in config.items()
-        if (enters(name) if name in Options.model_fields else "teacher") == stage
+        if (enters(name) if name in Options.model_fields else "teacher") in stages
     }
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from .errors import UsageError
 from .files import digest, remove, sha256, write_json, write_text
-from .options import STAGES
+from .rounds import stages_of_config
 
 SCHEMA_VERSION = 1
 _NAMES = {"data_content": "the data's images"}
@@ -90,6 +90,11 @@ class RunFolder:
             )
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """The run's stages, in order."""
+        return stages_of_config(self.record.get("config", {}))
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoint"
 
@@ -134,8 +139,8 @@ class RunFolder:
 
     def key(self, stage: str, config: Mapping[str, Any]) -> str:
         """The hash of all that a stage's result depends on: its options and what the stage before left."""
-        index = STAGES.index(stage)
-        before = self.record["stages"].get(STAGES[index - 1]) if index else None
+        index = self.stages.index(stage)
+        before = self.record["stages"].get(self.stages[index - 1]) if index else None
         upstream = {"key": before["key"], "outputs": before["outputs"]} if before else None
         return digest(
             {"stage": stage, "schema": SCHEMA_VERSION, "options": dict(config), "upstream": upstream}
@@ -155,7 +160,7 @@ class RunFolder:
     def finish(self, stage: str, key: str, done: Done, seconds: float, warnings: Sequence[str]) -> None:
         """Record a stage as done; what later stages left no longer follows from it and is forgotten."""
         stages = self.record["stages"]
-        for later in STAGES[STAGES.index(stage) + 1 :]:
+        for later in self.stages[self.stages.index(stage) + 1 :]:
             stages.pop(later, None)
         files = [file for name in done.outputs for file in self._files(self.path / name)]
         stages[stage] = {
@@ -172,7 +177,7 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """What the stages that are done have found, put together: a part of the report."""
         merged: dict[str, Any] = {}
-        for stage in STAGES:
+        for stage in self.stages:
             entry = self.record["stages"].get(stage)
             if entry is not None:
                 merged = _merged(merged, entry["facts"])

@@ -12,12 +12,14 @@ from .job import Job, Member
 from .task import Teacher
 
 
-def weights_metadata(job: Job, member: Member) -> dict[str, str]:
+def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str, str]:
     """What a weights file says of itself: with it, the file can be another run's ``--teacher-weights``."""
     return {
         "architecture": member.name,
         "labels": json.dumps(list(job.data.classes), ensure_ascii=False),
         "key": job.key,
+        # What was made from weights under a licence stays under it.
+        **({} if licence is None else {"licence": licence}),
     }
 
 

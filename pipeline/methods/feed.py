@@ -55,7 +55,9 @@ class Feed(base.Method):
     paper = "Park, Kwak, ECAI 2020, arXiv 1909.10754"
     takes = Parameters
     weights = frozenset({"beta"})
-    pull = (0.1, 10.0)
+    # For resnet56 → resnet20 on CIFAR-10 the parent method's weight gives 0.13, with three teachers 0.67,
+    # with norm 0.87, with linear transforms 1.8: what lies between these and a little beyond is left alone.
+    pull = (0.1, 5.0)
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:

@@ -94,8 +94,8 @@ def dots(title: str, marks: Sequence[Mark], note: str = "") -> Rows | None:
         return round(LABEL + 6 + (WIDTH - LABEL - VALUE - 12) * (value - start) / (end - start), 1)
 
     drawn, height = _stack(marks, place, 2, fixed_text=True)
-    ticks = [Tick(place(value), label) for value, label in _ticks(start, end, step)]
-    return Rows(title, _told(title, marks), "dots", height + 18, drawn, ticks, note)
+    marked = [Tick(place(value), label) for value, label in ticks(start, end, step)]
+    return Rows(title, _told(title, marks), "dots", height + 18, drawn, marked, note)
 
 
 def _stack(
@@ -199,7 +199,7 @@ def lines(
         TOP + PLOT_HEIGHT + BOTTOM,
         drawn,
         [Tick(across(epoch), str(epoch)) for epoch in marked],
-        [Tick(down(value), label) for value, label in _ticks(low, high, step)],
+        [Tick(down(value), label) for value, label in ticks(low, high, step)],
     )
 
 
@@ -247,7 +247,8 @@ def nice(step: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
-def _ticks(start: float, end: float, step: float) -> list[tuple[float, str]]:
+def ticks(start: float, end: float, step: float) -> list[tuple[float, str]]:
+    """Places on an axis, a step apart, and what stands there."""
     n = floor((end - start) / step + 1e-6)
     values = [start + i * step for i in range(n + 1)]
     return [(value, axis_number(round(value, 12) + 0.0)) for value in values]

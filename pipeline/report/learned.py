@@ -1,8 +1,37 @@
 """From whom the student learned what: how well its translated map meets each teacher's."""
 
-from ..results import Report
+from ..results import Report, Score
 from . import figures
 from .tables import Table
+
+
+def rounds(report: Report) -> Table:
+    """The students one after another; the last one ships."""
+
+    def measured(score: Score | None) -> list[str]:
+        if score is None:
+            return [figures.MISSING] * 2
+        interval = figures.percent_interval(score.low, score.high, score.n)
+        return [figures.percent(score.percent, score.n), interval]
+
+    last = report.config.get("rounds", 1)
+    rows = [
+        [
+            str(one.round) + (" (ships)" if one.round == last else ""),
+            one.teacher,
+            *measured(one.select_accuracy),
+            *measured(one.accuracy),
+        ]
+        for one in report.rounds
+    ]
+    return Table(
+        "Rounds",
+        ["round", "taught by", "select images", "95 % interval", "test images", "95 % interval"],
+        rows,
+        note="The student of each round is the teacher of the next. Measured with the weights in torch, "
+        "before export.",
+        left=2,
+    )
 
 
 def reconstruction(report: Report) -> Table:

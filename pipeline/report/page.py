@@ -133,6 +133,7 @@ def page(report: Report) -> Page:
         details=[
             details.stages(report),
             details.training(report),
+            learned.rounds(report),
             learned.reconstruction(report),
             details.store(report),
             details.roles(report),

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..results import Report
-from . import figures
+from ..results import Report, Resolutions
+from . import figures, sizes
 from .headline import notes, title
 from .subjects import compared, measure, threads
 
@@ -46,6 +46,19 @@ def table(report: Report) -> Table:
             style="bold" if column.key == "student_int8" else "",
         )
     return drawn
+
+
+def show_sizes(found: Resolutions, console: Console | None = None) -> None:
+    """Print the table of the sizes, and the paths to open."""
+    console = console or Console()
+    made = sizes.table(found)
+    drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(made.columns):
+        drawn.add_column(column, justify="left" if number < made.left else "right")
+    for row in made.rows:
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+    console.print(Text(f"Report:   {Path(found.folder) / 'report.html'}"), soft_wrap=True)
 
 
 def show(report: Report, folder: Path | None = None, console: Console | None = None) -> None:

@@ -51,16 +51,26 @@ def _writable(report: Report) -> Report:
 
 def html(report: Report) -> str:
     """One page without script or anything from outside; every text of the report is escaped."""
+    return as_html("report.html.j2", page(report))
+
+
+def as_html(template: str, shown: Any) -> str:
+    """A page by one of our HTML templates, which finds ``shown`` as ``page``."""
     environment = _environment(1000, coordinate=_coordinate, count_of=lambda n: f"({n:,})")
     style = Markup(_read("report.css"))
-    return environment.get_template("report.html.j2").render(page=page(report), style=style)
+    return environment.get_template(template).render(page=shown, style=style)
 
 
 def markdown(report: Report) -> str:
     """The same content in GitHub's Markdown; every text is escaped for HTML and for Markdown."""
+    return as_markdown("report.md.j2", page(report))
+
+
+def as_markdown(template: str, shown: Any) -> str:
+    """A page by one of our Markdown templates, which finds ``shown`` as ``page``."""
     # Short enough for the 65,536 characters a pull request can hold.
     environment = _environment(40, finalize=_plain_markdown, table=_table, fenced=_fenced)
-    text = environment.get_template("report.md.j2").render(page=page(report))
+    text = environment.get_template(template).render(page=shown)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..rounds import kind
+
 if TYPE_CHECKING:
     from ..job import Job
     from ..run_folder import Done
 
 
 def stage_run(name: str) -> "Callable[[Job], Done]":
-    """The function that does a stage of :data:`~questpress.pipeline.options.STAGES`."""
-    run: Callable[[Job], Done] = import_module(f".{name}", __package__).run
+    """The function that does a stage; see :func:`~questpress.pipeline.rounds.stages_of`."""
+    run: Callable[[Job], Done] = import_module(f".{kind(name)}", __package__).run
     return run

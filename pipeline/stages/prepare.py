@@ -20,7 +20,6 @@ from ..run_folder import Done
 from ..task import Teacher
 from ..trained import load_teacher, trained_network, weights_digest
 
-PREPARED = "prepared.safetensors"
 SCRATCH = "scratch"
 
 
@@ -54,9 +53,9 @@ def _prepare(
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in prepared.tensors.items()}
         facts |= prepared.facts
         lines.append(prepared.summary)
-    with whole(job.folder.path / PREPARED) as part:
+    with whole(job.folder.path / job.prepared) as part:
         save_file(tensors, part, {"key": job.key})
-    return Done("; ".join(lines), [PREPARED], facts)
+    return Done("; ".join(lines), [job.prepared], facts)
 
 
 def _preparation(job: Job, scratch: Path) -> Preparation:

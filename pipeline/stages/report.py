@@ -12,7 +12,9 @@ from ..job import Job
 from ..methods.feed import RECONSTRUCTION
 from ..report.write import write_report
 from ..results import Epoch, Reconstruction, Report, StageTime
+from ..rounds import number
 from ..run_folder import Done, RunFolder
+from ..teacher_list import together
 from .export import ARTIFACT
 
 FILES = ("report.html", "report.md", "report.json")
@@ -40,7 +42,7 @@ def assemble(folder: RunFolder) -> Report:
     }
     stages, epochs = folder.record["stages"], _epochs(folder)
     return Report(
-        title=f"{config['student']} from {' + '.join(config['teacher'])}",
+        title=f"{config['student']} from {together(config['teacher'])}",
         command=folder.record["command"],
         method=config["method"],
         method_parameters=config["settings"],
@@ -49,7 +51,7 @@ def assemble(folder: RunFolder) -> Report:
         image_size=config["student_size"] or config["image_size"],
         teacher_image_size=config["image_size"],
         epochs=epochs,
-        reconstruction=_reconstruction(epochs, config["teacher"]),
+        reconstruction=_reconstruction(epochs, config),
         warnings=[text for stage in stages.values() for text in stage["warnings"]],
         stages=[
             StageTime(stage=name, seconds=stage["seconds"], summary=stage["summary"])
@@ -78,12 +80,15 @@ def _epochs(folder: RunFolder) -> list[Epoch]:
     return [Epoch.model_validate_json(line) for line in lines]
 
 
-def _reconstruction(epochs: Sequence[Epoch], teachers: Sequence[str]) -> list[Reconstruction]:
+def _reconstruction(epochs: Sequence[Epoch], config: Mapping[str, Any]) -> list[Reconstruction]:
     """What FEED has watched, of each teacher, in each training."""
     found = []
+    rounds = config.get("rounds", 1)
     for stage in dict.fromkeys(epoch.stage for epoch in epochs):
         own = [epoch.watched for epoch in epochs if epoch.stage == stage]
         names = [name for name in own[-1] if name.startswith(RECONSTRUCTION)]
+        place = (number(stage) or rounds) - 1
+        teachers = [f"round {place}"] if place else config["teacher"]
         found += [
             Reconstruction(stage=stage, teacher=teachers[t], error=own[-1][name], first=own[0][name])
             for t, name in enumerate(names)

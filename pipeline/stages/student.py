@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from ...models.checkpoint import save_weights
 from ...models.widen import widen
 from .. import evaluate, methods
+from ..data.image_set import Role
 from ..device import Engine, choose_engine, inference_engine, use_threads
 from ..files import whole
 from ..job import Job
@@ -16,13 +19,12 @@ from ..learning import engine, learn, plan
 from ..methods.base import Method
 from ..networks import parameters, start, student_source
 from ..report import figures
-from ..results import BalancedWeight, StoreUse, Subject
+from ..results import BalancedWeight, Round, StoreUse, Subject
 from ..run_folder import Done
 from ..store.of_run import schedule_of, store_of
 from ..store.store import Store
 from ..task import DistillationTask, Teacher
 from ..trained import load_teacher, weights_metadata
-from .prepare import PREPARED
 
 
 def run(job: Job) -> Done:
@@ -36,17 +38,17 @@ def run(job: Job) -> Done:
             "auto",
             job.data.classes,
             member.image_size,
-            o.seed,
+            job.seed,
             job.display.note,
             role="student",
         )
-    chosen = engine(job, "student", lambda asked: choose_engine(job.device, asked, begun.network))
+    chosen = engine(job, job.training, lambda asked: choose_engine(job.device, asked, begun.network))
     use_threads(chosen.threads)
     task, store = _task(job, begun.network, chosen)
-    learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs)
+    learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs, seed=job.seed)
     if store is not None:
         _say_store(job, store)
-    learn(job, task, learning, what="student", member=member, views_of=schedule_of(job), store=store)
+    learn(job, task, learning, what=job.training, member=member, views_of=schedule_of(job), store=store)
     balanced = task.balanced()
     for one in balanced:
         if one.factor != 1:
@@ -60,21 +62,18 @@ def run(job: Job) -> Done:
             )
     if job.ranks.lead:
         with whole(job.folder.path / member.file) as part:
-            save_weights(task.shipped, part, weights_metadata(job, member))
+            save_weights(task.shipped, part, weights_metadata(job, member, begun.licence))
     subject = Subject(
         name=name,
         weights=begun.weights,
         parameters=parameters(task.shipped),
         licence=begun.licence,
     )
-    pixels, labels, _ = job.rendered("select", member)
-    measured = ""
-    if len(labels):
-        exact = Engine(job.device, chosen.threads, "fp32")
-        answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
-        subject = subject.model_copy(update=evaluate.selected(answers, labels.numpy()))
-        assert subject.select_score is not None
-        measured = f": {subject.select_score.told} of {subject.select_score.n} select images"
+    select = _answers(job, task, chosen, "select")
+    if select is not None:
+        subject = subject.model_copy(update=evaluate.selected(*select))
+    score = subject.select_score
+    measured = f": {score.told} of {score.n} select images" if score is not None else ""
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     return Done(
         f"{name}, {o.epochs} epochs {how}{measured}",
@@ -83,8 +82,35 @@ def run(job: Job) -> Done:
             "student": subject.model_dump(exclude_none=True),
             "balance": [one.model_dump() for one in balanced],
             **({} if store is None else {"store": _use(job, store).model_dump()}),
+            **({} if o.rounds == 1 else {"rounds": _rounds(job, task, chosen, subject)}),
         },
     )
+
+
+def _answers(
+    job: Job, task: DistillationTask, chosen: Engine, role: Role
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Logits of the weights that ship, in torch and fp32, and labels; None where the role is empty."""
+    pixels, labels, _ = job.rendered(role, job.student)
+    if not len(labels):
+        return None
+    exact = Engine(job.device, chosen.threads, "fp32")
+    answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
+    return answers, labels.numpy()
+
+
+def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) -> list[dict[str, Any]]:
+    """What is known of the rounds up to this one."""
+    test = _answers(job, task, chosen, "test")
+    mine = Round(
+        round=job.place + 1,
+        teacher=job.tutors[0].name if job.place == 0 else f"round {job.place}",
+        seed=job.seed,
+        select_accuracy=subject.select_score,
+        accuracy=None if test is None else evaluate.score(*test),
+        file=job.student.file,
+    )
+    return [*job.folder.facts().get("rounds", [])[: job.place], mine.model_dump(exclude_none=True)]
 
 
 def _say_store(job: Job, store: Store) -> None:
@@ -143,10 +169,10 @@ def methods_of(job: Job) -> dict[str, Method]:
     width = width_of(job)
     student = job.shapes(job.student) if width is None else replace(job.shapes(job.student), vector=width)
     teachers = [job.shapes(tutor) for tutor in job.tutors] if names else []
-    prepared = load_file(job.folder.path / PREPARED) if any(c.prepares for c in classes.values()) else {}
+    prepared = load_file(job.folder.path / job.prepared) if any(c.prepares for c in classes.values()) else {}
     made: dict[str, Method] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(o.seed)
+        torch.manual_seed(job.seed)
         for name in names:
             own = {
                 key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
@@ -161,7 +187,7 @@ def _task(job: Job, network: torch.nn.Module, chosen: Engine) -> tuple[Distillat
     heads = methods_of(job)
     width = width_of(job)
     if width is not None:
-        widen(network, width, o.seed)
+        widen(network, width, job.seed)
     asked: list[Teacher] = []
     store = None
     if heads:

@@ -21,6 +21,7 @@ from ..networks import Start, parameters, start
 from ..results import DataSummary, Subject
 from ..run_folder import Done
 from ..task import DistillationTask
+from ..teacher_list import together
 from ..trained import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
@@ -36,29 +37,31 @@ MEASURED = 10_000
 def run(job: Job) -> Done:
     with job.ranks.lead_first():  # the others find the images in the cache
         data = _data(job)
+    # Whatever is wrong with one of them is found before another is trained.
+    begun = [_start(job, t) for t in range(len(job.teachers))]
+    _refuse_copies(job, begun[0])
     subjects, outputs, answers = [], [ANSWERS], {}
-    for t in range(len(job.teachers)):
-        subject, answers[str(t)] = _teacher(job, t)
+    for t in range(len(begun)):
+        subject, answers[str(t)] = _teacher(job, t, begun.pop(0))
         subjects.append(subject)
         outputs.append(job.teachers[t].file)
     if job.ranks.lead:
         with whole(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
-    together = _together(job, subjects, list(answers.values()))
+    teacher = _together(job, subjects, list(answers.values()))
     facts: dict[str, Any] = {
         "data": data.model_dump(exclude_none=True),
         "teachers": [subject.model_dump(exclude_none=True) for subject in subjects],
-        "teacher": together.model_dump(exclude_none=True),
+        "teacher": teacher.model_dump(exclude_none=True),
     }
     return Done("; ".join(_line(subject) for subject in subjects), outputs, facts)
 
 
-def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
+def _start(job: Job, t: int) -> Start:
     o, member = job.options, job.teachers[t]
-    name = member.name
     with job.ranks.lead_first():  # the others find downloaded weights
-        begun = start(
-            name,
+        return start(
+            member.name,
             o.teacher_weights[t],
             o.teacher_head[t],
             job.data.classes,
@@ -66,6 +69,25 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
             o.seed + t,
             job.display.note,
         )
+
+
+def _refuse_copies(job: Job, begun: Start) -> None:
+    """
+    Raises:
+        JobError: several teachers were to be trained from seeds, and none is trained.
+    """
+    count = job.options.teachers_from_seeds
+    if count > 1 and begun.head_kept:
+        raise JobError(
+            f"--teachers-from-seeds {count}: the head of {job.teachers[0].name} fits the data and is kept, "
+            f"so that all {count} would be the same network; say --teacher-head replace, or leave "
+            "--teachers-from-seeds out."
+        )
+
+
+def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray]:
+    member = job.teachers[t]
+    name = member.name
     network = begun.network.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = Engine(job.device, allowed_cores(), "fp32")
     use_threads(exact.threads)
@@ -83,7 +105,7 @@ def _teacher(job: Job, t: int) -> tuple[Subject, np.ndarray]:
     assert test is not None
     if job.ranks.lead:
         with whole(job.folder.path / member.file) as part:
-            save_weights(network, part, weights_metadata(job, member))
+            save_weights(network, part, weights_metadata(job, member, begun.licence))
     subject = Subject(
         name=name,
         weights=begun.weights,
@@ -108,7 +130,13 @@ def _train(job: Job, t: int, begun: Start) -> nn.Module:
     learn(
         job,
         task,
-        plan(job, epochs=o.teacher_epochs, lr=o.teacher_lr, warmup_epochs=o.teacher_warmup_epochs),
+        plan(
+            job,
+            epochs=o.teacher_epochs,
+            lr=o.teacher_lr,
+            warmup_epochs=o.teacher_warmup_epochs,
+            seed=o.seed + t,
+        ),
         what=what,
         member=member,
     )
@@ -188,16 +216,16 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
         return subjects[0]
     labels = job.rendered("test", job.teachers[0])[1].numpy()
     return Subject(
-        name=" + ".join(subject.name for subject in subjects),
+        name=together([subject.name for subject in subjects]),
         weights="ensemble",
         parameters=sum(subject.parameters or 0 for subject in subjects),
         **evaluate.measured(
-            together(job, answers), labels, job.data.classes, multi_label.mean_thresholds(subjects)
+            ensemble_logits(job, answers), labels, job.data.classes, multi_label.mean_thresholds(subjects)
         ),
     )
 
 
-def together(job: Job, answers: list[np.ndarray]) -> np.ndarray:
+def ensemble_logits(job: Job, answers: list[np.ndarray]) -> np.ndarray:
     """Logits of the mean of the teachers' probabilities, from their logits [n,classes] each."""
     if job.data.multi_label:
         return multi_label.ensemble(answers)

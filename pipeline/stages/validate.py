@@ -17,7 +17,7 @@ from ..results import Score, Subject
 from ..run_folder import Done
 from .export import ARTIFACT, STUDENT_ONNX, onnx_logits, origin
 from .quantize import STUDENT_INT8
-from .teacher import ANSWERS, together
+from .teacher import ANSWERS, ensemble_logits
 
 MANIFEST = ARTIFACT / "manifest.json"
 
@@ -69,7 +69,7 @@ def _teacher(job: Job) -> np.ndarray:
     """The teacher's answers on the test role, or the ensemble's: logits [n,classes]."""
     stored = load_file(job.folder.path / ANSWERS)
     answers = [stored[str(t)] for t in range(len(stored))]
-    return answers[0] if len(answers) == 1 else together(job, answers)
+    return answers[0] if len(answers) == 1 else ensemble_logits(job, answers)
 
 
 def _warn(job: Job, student: Score) -> None:
@@ -80,11 +80,11 @@ def _warn(job: Job, student: Score) -> None:
             f"The teacher ({teacher.told}) is no better than the student ended up ({student.told}): "
             "a better teacher, or more --teacher-epochs, would teach more."
         )
-    for network in [*known["teachers"], known["student"]]:
-        licence = network.get("licence")
+    networks = [*known["teachers"], known["student"]]
+    for name, licence in dict.fromkeys((network["name"], network.get("licence")) for network in networks):
         if licence is not None and not is_free(licence):
             job.display.warn(
-                f"The pretrained weights of {network['name']} are under {licence}, which is not a free "
+                f"The pretrained weights of {name} are under {licence}, which is not a free "
                 "licence: check that your use is allowed before you ship what was made from them."
             )
 

@@ -18,7 +18,7 @@ from .store import Source, Store
 
 def schedule_of(job: Job) -> Schedule:
     """Which views the student is shown."""
-    return Schedule(job.policy, job.options.seed, job.options.store_views or None)
+    return Schedule(job.policy, job.seed, job.options.store_views or None)
 
 
 def store_of(job: Job, methods: Mapping[str, Method], answering: Engine) -> Store:

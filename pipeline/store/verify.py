@@ -21,7 +21,6 @@ from ..progress import Display, Stage
 from ..resolve import resolve
 from ..run import read_options
 from ..run_folder import RunFolder
-from ..stages.prepare import PREPARED
 from ..stages.student import TEACHERS, methods_of
 from .entry import mapped
 from .of_run import schedule_of, store_of
@@ -108,8 +107,8 @@ def _job(run: Path, cache: Path | None, display: Display, progress: Stage) -> Jo
         raise JobError(f"--data {chosen.data} no longer holds the images that {run} was made with.")
     job = Job(chosen, frozenset(), images, folder, Cache(cache), display, choose_device(None), progress)
     stages = folder.record["stages"]
-    left = {**stages["teacher"]["outputs"], **stages["prepare"]["outputs"]}
-    for name in [*(tutor.file for tutor in job.tutors), PREPARED]:
+    left = {name: sum for stage in stages.values() for name, sum in stage["outputs"].items()}
+    for name in [*(tutor.file for tutor in job.tutors), job.prepared]:
         if name in left and (not (run / name).is_file() or sha256(run / name) != left[name]):
             raise JobError(f"{run / name} is not as the run has left it: nothing can be compared with it.")
     return job

@@ -12,7 +12,7 @@ from . import little
 def one_thread() -> Iterator[None]:
     """Little networks on one thread, so that a busy machine does not slow them down."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("device", "stages.teacher", "stages.bench", "estimate"):
+        for module in ("device", "stages.teacher", "stages.bench", "estimate", "resolutions"):
             patch.setattr(f"questpress.pipeline.{module}.allowed_cores", lambda: 1)
         torch.set_num_threads(1)
         yield

@@ -1,0 +1,27 @@
+"""round k: a student that is the next one's teacher, with what its methods need to be prepared."""
+
+from collections.abc import Sequence
+
+from safetensors import safe_open
+
+from ..job import Job
+from ..run_folder import Done
+from . import prepare, student
+
+
+def run(job: Job) -> Done:
+    prepared = _prepared(job) if job.ranks.lead else []
+    job.ranks.wait()
+    learned = student.run(job)
+    # All else that is known of it is told of the student that ships.
+    return Done(learned.summary, [*prepared, *learned.outputs], {"rounds": learned.facts["rounds"]})
+
+
+def _prepared(job: Job) -> Sequence[str]:
+    """The files that ``prepare`` leaves; a round that goes on has them already."""
+    file = job.folder.path / job.prepared
+    if file.exists():
+        with safe_open(file, framework="pt") as tensors:
+            if (tensors.metadata() or {}).get("key") == job.key:
+                return [job.prepared]
+    return prepare.run(job).outputs

@@ -1,0 +1,96 @@
+"""``compress resolutions``: one teacher, a student for each size, one report."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from questpress.models.catalogue import multiply_adds
+from questpress.pipeline.results import Resolutions
+
+from . import little
+from .little import compress, files, refused
+
+
+def of_sizes(data: Path, out: Path, cache: Path, sizes: str, *more: str | Path) -> Any:
+    return compress(
+        "resolutions", "--sizes", sizes, *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "kd",
+        "--data", data, "--out", out, "--cache", cache, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_teacher() -> Iterator[None]:
+    """Teachers of two epochs know little, and are good enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("questpress.pipeline.stages.teacher._above_chance", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def two_sizes(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "sizes"
+    result = of_sizes(data, out, cache, "8,12")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "8 px" in result.stdout and "report.html" in result.stdout
+    return out
+
+
+def found(out: Path) -> Resolutions:
+    return Resolutions.model_validate(json.loads((out / "resolutions.json").read_text()))
+
+
+def test_each_size_has_a_run_of_its_own_and_all_share_one_teacher(two_sizes: Path) -> None:
+    reports = {size: little.report(two_sizes / size) for size in ("8", "12")}
+    teachers = [one["teacher"]["accuracy"] for one in reports.values()]
+    assert teachers[0] == teachers[1] == little.report(two_sizes / "teacher")["teacher"]["accuracy"]
+    assert all(one["teacher"]["head"] == "kept" for one in reports.values())
+    assert {size: one["image_size"] for size, one in reports.items()} == {"8": 8, "12": 12}
+    assert {one["teacher_image_size"] for one in reports.values()} == {16}
+    assert reports["12"]["store"]["computed"] > 0 == reports["8"]["store"]["computed"], "answered once"
+
+
+def test_the_report_has_each_files_accuracy_arithmetic_and_latency_of_one_bench(two_sizes: Path) -> None:
+    told = found(two_sizes)
+    assert [one.size for one in told.sizes] == [12, 8] and told.teacher_image_size == 16
+    for one in told.sizes:
+        report = little.report(two_sizes / str(one.size))
+        assert one.gmacs == multiply_adds(little.STUDENT, one.size, 3)
+        for key in ("student", "student_int8"):
+            subject = getattr(one, key)
+            assert subject.accuracy.model_dump(exclude_none=True) == {
+                name: value for name, value in report[key]["accuracy"].items() if value is not None
+            }
+            assert all(measured.n > 0 for measured in subject.latency_ms.values())
+    assert told.sizes[0].student.speedups == []
+    [speedup] = told.sizes[1].student.speedups
+    assert speedup.over == "student 12" and 0 < speedup.low <= speedup.ratio <= speedup.high
+    html, markdown = ((two_sizes / name).read_text() for name in ("report.html", "report.md"))
+    for text in (html, markdown):
+        assert "12 px" in text and "8 px" in text and "the same crops scaled down to 8, 12" in text
+    assert html.count('<svg viewBox="0 0 340') == 1 + len(told.threads) and "<script" not in html
+
+
+def test_the_same_command_again_changes_nothing(two_sizes: Path, data: Path, cache: Path) -> None:
+    before = files(two_sizes, but=("report.html", "report.md"))
+    result = of_sizes(data, two_sizes, cache, "8,12")
+    assert result.exit_code == 0, (result.output, result.exception)
+    after = files(two_sizes, but=("report.html", "report.md"))
+    kept = [name for name in before if name.endswith((".onnx", ".safetensors")) or name == "resolutions.json"]
+    assert kept and all(before[name] == after[name] for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "words"),
+    [
+        ("8,20", (), ("--sizes 20", "--image-size 16")),
+        ("8,x", (), ("--sizes 8,x", "64,96,128")),
+        ("4", (), ("--sizes 4", "8 or more")),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(
+    data: Path, tmp_path: Path, cache: Path, sizes: str, more: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    refused(of_sizes(data, tmp_path / "run", cache, sizes, *more), 2, *words)
+    assert not (tmp_path / "run").exists()
