@@ -4,7 +4,7 @@ Targets are 0 or 1, [n,classes]. A network gives each class the probability σ(l
 has the class where that reaches the class's threshold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,13 @@ from .results import Accuracy, ClassScore, MultiLabelScore, Subject
 EVEN = 0.5
 """The threshold where nothing tells a better one."""
 
-RESAMPLES = 400
-"""Of the test images, for the interval of the mean average precision."""
+RESAMPLES, LEAST_RESAMPLES, MOST_WORK = 400, 50, 2_000_000_000
+"""Of the test images, for the interval of the mean average precision: fewer, down to the least, where they
+times images times classes would be more than the most work (some ten seconds).
+"""
+
+AT_ONCE = 1 << 22
+"""Images times classes that are ranked together: some 200 MB."""
 
 
 def score(
@@ -120,51 +125,68 @@ def ensemble(answers: Sequence[np.ndarray]) -> np.ndarray:
     return logits
 
 
-def average_precision(ranking: "Ranking", weights: np.ndarray) -> np.ndarray:
-    """Each class's average precision, 0 to 1, where image i counts ``weights[i]`` times; NaN without a
-    positive one. With ones it is timm's.
-    """
-    counted = weights[ranking.order]
-    hits = counted * ranking.hits
-    found, seen = np.cumsum(hits, axis=1), np.cumsum(counted, axis=1)
-    # Equal scores are one step: precision is that at its end. Where nothing has been seen, nothing is hit.
-    precision = np.take_along_axis(found / np.maximum(seen, 1), ranking.ends, axis=1)
-    with np.errstate(invalid="ignore"):
-        every: np.ndarray = (hits * precision).sum(1) / found[:, -1]
-    return every
-
-
 class Ranking:
-    """Images of each class by falling score, [classes,n] each: their numbers, whether they show it, and the
-    last place of those of the same score.
-    """
+    """Images of each class by falling score, and where among them those are that show it."""
 
     def __init__(self, logits: np.ndarray, targets: np.ndarray) -> None:
-        scores = np.ascontiguousarray(logits.T)
+        scores, shown = np.ascontiguousarray(logits.T), np.ascontiguousarray(targets.T) > 0
         self.order = np.argsort(-scores, axis=1, kind="stable")
-        self.hits = np.take_along_axis(np.ascontiguousarray(targets.T), self.order, axis=1).astype(np.float64)
+        """Numbers of the images [classes,n]."""
         ranked = np.take_along_axis(scores, self.order, axis=1)
+        hits = np.take_along_axis(shown, self.order, axis=1)
         last = np.ones(ranked.shape, dtype=bool)
         last[:, :-1] = ranked[:, :-1] != ranked[:, 1:]
         places = np.where(last, np.arange(ranked.shape[1]), ranked.shape[1])
-        self.ends = np.minimum.accumulate(places[:, ::-1], axis=1)[:, ::-1]
+        ends = np.minimum.accumulate(places[:, ::-1], axis=1)[:, ::-1]
+        # Of each hit: its class, its image, where the images of its score end, and the last hit up to there.
+        self.classes = np.nonzero(hits)[0]
+        self.images, self.ends = self.order[hits], ends[hits]
+        each = hits.sum(1)
+        self.firsts = np.cumsum(each) - each
+        self.last_hits = self.firsts[self.classes] + np.cumsum(hits, axis=1)[self.classes, self.ends] - 1
+
+
+def average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
+    """Each class's average precision, 0 to 1, where image i counts ``weights[i]`` times; NaN without a
+    positive one. With ones it is timm's.
+    """
+    classes, hits = ranking.classes, weights[ranking.images]
+    counted = np.concatenate([[0.0], np.cumsum(hits)])
+    # Equal scores are one step: precision is that at its end. Where nothing has been seen, nothing is hit.
+    found = counted[ranking.last_hits + 1] - counted[ranking.firsts[classes]]
+    seen = np.cumsum(weights[ranking.order], axis=1)[classes, ranking.ends]
+    precise = np.bincount(classes, hits * found / np.maximum(seen, 1), minlength=len(ranking.order))
+    with np.errstate(invalid="ignore"):
+        every: np.ndarray = precise / np.bincount(classes, hits, minlength=len(ranking.order))
+    return every
 
 
 def _interval(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
     """Percentiles 2.5 and 97.5 of the mAP of images drawn anew, with replacement, in percent; moved by as
     much as their mean is too high, since an image that is drawn twice raises average precision.
     """
-    ranking, n = Ranking(logits, targets), len(logits)
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(RESAMPLES):
-        weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
-        each = average_precision(ranking, weights)
-        if not np.isnan(each).all():
-            drawn.append(100 * float(np.nanmean(each)))
-    own = 100 * float(np.nanmean(average_precision(ranking, np.ones(n))))
+    n, classes = targets.shape
+    resamples = int(np.clip(MOST_WORK // (n * classes), LEAST_RESAMPLES, RESAMPLES))
+    sums, counts, own = np.zeros(resamples), np.zeros(resamples), 0.0
+    for ranking in _rankings(logits, targets):
+        rng = np.random.default_rng(0)  # the same images for all classes
+        own += float(average_precision(ranking, np.ones(n)).sum())
+        for draw in range(resamples):
+            weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+            each = average_precision(ranking, weights)
+            sums[draw] += np.nansum(each)
+            counts[draw] += np.count_nonzero(~np.isnan(each))
+    drawn, own = 100 * sums[counts > 0] / counts[counts > 0], 100 * own / classes
     low, high = np.percentile(drawn, (2.5, 97.5)) - (np.mean(drawn) - own)
     return max(0.0, min(float(low), own)), min(100.0, max(float(high), own))
+
+
+def _rankings(logits: np.ndarray, targets: np.ndarray) -> Iterator[Ranking]:
+    """Of a few classes at a time, so that many images of many classes fit into memory."""
+    few = max(1, AT_ONCE // len(targets))
+    for first in range(0, targets.shape[1], few):
+        some = slice(first, first + few)
+        yield Ranking(logits[:, some], targets[:, some])
 
 
 def _evaluated(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -180,7 +202,8 @@ def _each(
     thresholds: np.ndarray,
     classes: Sequence[str],
 ) -> list[ClassScore]:
-    precise = 100 * average_precision(Ranking(logits, targets), np.ones(len(logits)))
+    ones = np.ones(len(logits))
+    precise = 100 * np.concatenate([average_precision(one, ones) for one in _rankings(logits, targets)])
     right = (decided & (targets > 0)).sum(0)
     both = decided.sum(0) + targets.sum(0)
     return [

@@ -82,6 +82,16 @@ def is_label_file(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def label_files_in(folder: Path) -> list[str]:
+    """Up to three files in a folder, or in its ``annotations``, that may be labels files; as paths."""
+    try:
+        found = [one for place in (folder, folder / "annotations") for one in sorted(place.glob("*.*"))]
+    except OSError:
+        return []
+    likely = [one for one in found if one.suffix.lower() in SUFFIXES and not one.name.startswith(".")]
+    return [printable(str(one)) for one in likely[:3]]
+
+
 class _Read:
     """A labels file that has been read."""
 

@@ -7,7 +7,7 @@ from ..errors import UsageError
 from .digits import open_digits
 from .folders import open_folder
 from .image_set import ImageSet, Progress, printable
-from .label_files import SUFFIXES, is_label_file, open_label_file
+from .label_files import SUFFIXES, is_label_file, label_files_in, open_label_file
 
 DIGITS = "digits"
 
@@ -36,7 +36,13 @@ def open_data(
             )
         return open_label_file(path, data_dir=data_dir, select_fraction=select_fraction, progress=progress)
     if path.exists():
-        return open_folder(path, select_fraction=select_fraction, progress=progress)
+        try:
+            return open_folder(path, select_fraction=select_fraction, progress=progress)
+        except UsageError as error:
+            found = label_files_in(path)
+            if not found:
+                raise
+            raise UsageError(f"{error} If {' or '.join(found)} has the labels, name it as --data.") from error
 
     from .named import PREFIXES, open_named
 

@@ -265,3 +265,9 @@ def test_a_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
     refused(tmp_path / "labels.xlsx", "is a file", ".csv")
     (tmp_path / "labels.json").write_text("[1, 2")
     refused(tmp_path / "labels.json", "no JSON")
+
+
+def test_a_folder_without_class_folders_points_at_the_labels_file_in_it(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", 3)
+    path = table(tmp_path, ["images/000.png,cat;dog"])
+    refused(tmp_path, "only one class, 'images'", f"{path} has the labels, name it as --data")

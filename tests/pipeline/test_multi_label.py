@@ -71,6 +71,14 @@ def test_the_interval_holds_the_score_and_narrows_with_more_images() -> None:
     assert (perfect.map, perfect.low, perfect.high) == (100, 100, 100)
 
 
+def test_many_classes_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = multi_label.score(LOGITS, TARGETS, classes=list("abcd"))
+    monkeypatch.setattr(multi_label, "AT_ONCE", 3 * N)
+    parts = multi_label.score(LOGITS, TARGETS, classes=list("abcd"))
+    assert parts.classes == whole.classes
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+
+
 def test_a_threshold_has_the_best_f1_of_all_there_are() -> None:
     chosen = multi_label.choose_thresholds(LOGITS, TARGETS)
     p = sigmoid(LOGITS)
