@@ -108,6 +108,8 @@ class Table:
             "n": subject["accuracy"]["n"],
             "low": subject["accuracy"]["low"],
             "high": subject["accuracy"]["high"],
+            "calibration": _short(subject.get("calibration")),
+            "int8": (content.get("student_int8") or {}).get("accuracy"),
             "teacher": content["teacher"]["accuracy"]["top1"],
             "epochs": len(epochs),
             "images_per_second": statistics.median([e["images_per_second"] for e in epochs])
@@ -145,6 +147,12 @@ class Table:
         if code != 0:
             raise SystemExit(f"{cell.name} failed with exit code {code}")
         return self._result(cell)
+
+
+def _short(calibration: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Its figures, without the bins: ECE and its interval in percent, entropy and NLL in nats."""
+    names = ("ece", "ece_low", "ece_high", "confidence", "accuracy", "entropy", "nll")
+    return None if calibration is None else {name: calibration[name] for name in names}
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -46,7 +46,7 @@ def rows(table: Table) -> list[list[str]]:
                 spoken([one["top1"] for one in done]),
                 f"{first['low']:.1f} to {first['high']:.1f}" if len(done) == 1 else "–",
                 spoken([one["int8"]["top1"] for one in done]),
-                spoken([100 * ece for ece in of("calibration", "ece")]),
+                spoken(of("calibration", "ece")),
                 f"{of('calibration', 'entropy')[0]:.2f}",
                 f"{of('calibration', 'nll')[0]:.2f}",
                 str(len(done)),

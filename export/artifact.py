@@ -8,7 +8,8 @@
     task             "multi-label" where an image may have several labels (a sigmoid for each); absent where
                      it has one (softmax)
     thresholds       for multi-label: of each label, the least probability at which an image has it
-    origin           whence the network: teachers and student with their licences, method, data; free JSON
+    origin           whence the network: teachers and student with their licences, method, data, and the
+                     temperature that was folded into it, if any; free JSON
     versions         of the tools that wrote the files
     files            for each file:
         name             within the folder

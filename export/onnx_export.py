@@ -51,8 +51,10 @@ def export_onnx(
     *,
     metadata: Mapping[str, str],
     opset: int = OPSET,
+    output: str = OUTPUT,
 ) -> OnnxFile:
-    """Write `network` as ONNX: input 'input' float32 [batch, 3, S, S], output 'logits' [batch, classes].
+    """Write `network` as ONNX: input 'input' float32 [batch, 3, S, S], output 'logits' [batch, classes], or
+    another name for what it gives.
 
     The graph is that of evaluation in float32 on the CPU, with a dynamic batch. Source paths, stack traces
     and all other traces of the machine are removed, `metadata` is written as the model's own, and the same
@@ -60,7 +62,7 @@ def export_onnx(
     or not at all.
     """
     path = Path(path)
-    model = _traced(network, image_size, opset)
+    model = _traced(network, image_size, opset, output)
     _fold_computed_weights(model)
     _strip(model)
     model.metadata_props.update(sorted(metadata.items()))
@@ -114,7 +116,7 @@ def opset_of(proto: onnx.ModelProto) -> int:
     return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def _traced(network: nn.Module, image_size: int, opset: int) -> onnx_ir.Model:
+def _traced(network: nn.Module, image_size: int, opset: int, output: str) -> onnx_ir.Model:
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     try:
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
@@ -128,7 +130,7 @@ def _traced(network: nn.Module, image_size: int, opset: int) -> onnx_ir.Model:
                 (example,),
                 dynamo=True,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim(BATCH)},),
                 opset_version=opset,
                 external_data=False,

@@ -77,7 +77,7 @@ def _foldable(module: nn.Module) -> bool:
 
 def _read(readouts: Readouts, image: Tensor) -> dict[str, Tensor]:
     """Everything the network tells, by both of the ways in which it is asked."""
-    return {**readouts(image, readouts.offers), "forward": readouts(image)["logits"]}
+    return {**readouts(image, readouts.offers), "forward": readouts.network(image)}
 
 
 def _agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:

@@ -29,7 +29,7 @@ LOGITS: Reads = frozenset({"logits"})
 class Shapes:
     """Sizes of a network's readouts for one image: map and levels as (C, H, W), vector and logits as numbers.
 
-    None, or no levels, where the network doesn't have that readout.
+    None, or no levels, where the network doesn't have that readout; a network without a head has 0 logits.
     """
 
     map: tuple[int, int, int] | None
@@ -61,6 +61,8 @@ class Readouts(nn.Module):
         self.classifier_reads_vector = False
         self.level_count = 0
         self.compiled: dict[str, Callable[..., Any]] = {}
+        # Of a widened network nothing before the new layer gets a gradient.
+        self.embeds_alone = False
         self.shapes = self._explore(size)
 
     @property
@@ -70,7 +72,7 @@ class Readouts(nn.Module):
             "map": self.shapes.map,
             "map_pre": self.shapes.map_pre,
             "vector": self.shapes.vector,
-            "logits": self.shapes.logits,
+            "logits": self.shapes.logits or None,
         }
         names = {name for name, shape in present.items() if shape is not None}
         return frozenset(names | {f"map@{level}" for level in range(len(self.shapes.levels))})
@@ -107,7 +109,7 @@ class Readouts(nn.Module):
 
     def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
         """Images [B,3,H,W] to the readouts asked for, by name, and nothing computed beyond them."""
-        if reads == LOGITS and not self.compiled:
+        if reads == LOGITS and self.shapes.logits and not self.compiled:
             return {"logits": self.network(x)}
         self.check(reads)
         return self._read(x, reads)
@@ -155,7 +157,10 @@ class Readouts(nn.Module):
     def _vector(self, features: Any) -> Tensor:
         vector: Tensor = self._network.forward_head(features, pre_logits=True).flatten(1)
         classifier = self._classifier()
-        return classifier.embed(vector) if isinstance(classifier, Widened) else vector
+        if not isinstance(classifier, Widened):
+            return vector
+        embedded: Tensor = classifier.embed(vector.detach() if self.embeds_alone else vector)
+        return embedded
 
     def _classifier(self) -> Any:
         return self._network.get_classifier() if hasattr(self._network, "get_classifier") else None
@@ -218,11 +223,12 @@ class Readouts(nn.Module):
     @torch.no_grad()
     def _explore(self, image_size: int) -> Shapes:
         """Find how this family gives its readouts, and their shapes, by a dry pass over two random images."""
+        headless = getattr(getattr(self.network, "built_as", None), "num_classes", None) == 0
         with _evaluating(self.network):
             x = _two_images(self.network, image_size)
             try:
                 logits = self.network(x)
-                if isinstance(logits, (tuple, list)) or logits.dim() != 2:
+                if not headless and (isinstance(logits, (tuple, list)) or logits.dim() != 2):
                     raise ModelError(
                         f"The model {self.name} does not give one vector of class scores an image."
                     )
@@ -240,7 +246,9 @@ class Readouts(nn.Module):
             reads = {"map"} if self.layout is not None else set()
             if hasattr(self.network, "forward_head"):
                 reads |= {"vector"}
-                self.classifier_reads_vector = self._same_logits(self._vector(features), logits)
+                self.classifier_reads_vector = not headless and self._same_logits(
+                    self._vector(features), logits
+                )
             if _pre_relu_layer(self.network) is not None:
                 reads |= {"map_pre"}
             found = self._read(x, frozenset(reads))
@@ -248,7 +256,7 @@ class Readouts(nn.Module):
         return Shapes(
             map=_three(sizes.get("map")),
             vector=sizes["vector"][0] if "vector" in sizes else None,
-            logits=logits.shape[1],
+            logits=0 if headless else logits.shape[1],
             levels=tuple((level.shape[1], level.shape[2], level.shape[3]) for level in levels),
             map_pre=_three(sizes.get("map_pre")),
         )

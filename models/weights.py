@@ -23,18 +23,30 @@ class LoadReport:
     head_replaced: bool
 
 
-def load_into(network: nn.Module, checkpoint: Checkpoint, *, allow_head_mismatch: bool = False) -> LoadReport:
+def load_into(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    allow_head_mismatch: bool = False,
+    features_only: bool = False,
+) -> LoadReport:
     """Put a checkpoint's weights into a network; everything fits or nothing is changed.
 
     Wrapper prefixes are taken off. Weights in another known format, or made for another image size, go
     through timm's own conversion. With allow_head_mismatch, a classifier of another class count (or none in
-    the file) keeps its initialisation. Raises ModelError, naming the keys that don't fit.
+    the file) keeps its initialisation. With features_only, what the file has beyond the network's own keys,
+    such as a head or the projector of self-supervised training, is left out. Raises ModelError, naming the
+    keys that don't fit.
     """
     target = network.state_dict()
-    weights = fitted(checkpoint.state_dict, target)
+
+    def wanted(weights: StateDict) -> StateDict:
+        return _features(weights, target, network) if features_only else weights
+
+    weights = wanted(fitted(checkpoint.state_dict, target))
     head = _head_keys(network, target)
     if _misfits(weights, target) - head:
-        weights = _converted(network, checkpoint.state_dict) or weights
+        weights = wanted(_converted(network, checkpoint.state_dict) or weights)
     if _misfits(weights, target) - head:
         raise ModelError(_misfit_sentence(checkpoint, network, weights, target))
     odd = _misfits(weights, target)
@@ -73,10 +85,11 @@ def classifier_weight(network: nn.Module) -> Tensor | None:
 def fitted(weights: StateDict, target: StateDict) -> StateDict:
     """The weights without the wrapper prefix (`module.`, `model.`, `backbone.`, …) that hides most of the
     target's names. What lies outside the prefix belongs to something else and is left out."""
-    prefixes = {""}
+    # In the file's order: of two networks side by side, as contrastive training keeps them, the first.
+    prefixes = {"": None}
     for key in weights:
         parts = key.split(".")
-        prefixes.update(".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), 4)))
+        prefixes.update({".".join(parts[:depth]) + ".": None for depth in range(1, min(len(parts), 4))})
 
     def matches(prefix: str) -> int:
         return sum(key.startswith(prefix) and key[len(prefix) :] in target for key in weights)
@@ -85,6 +98,18 @@ def fitted(weights: StateDict, target: StateDict) -> StateDict:
     if 2 * matches(best) < len(target):  # too few to be this network; a chance match would only hide the rest
         return dict(weights)
     return {key[len(best) :]: value for key, value in weights.items() if key.startswith(best)}
+
+
+def _features(weights: StateDict, target: StateDict, network: nn.Module) -> StateDict:
+    """Without what belongs to a part that the network does not have, or to its head. Further keys of a part
+    that it does have, such as more blocks, stay: they tell that this is another network.
+    """
+
+    def part(key: str) -> str:
+        return key.partition(".")[0]
+
+    own = {part(key) for key in target} - {part(name) for name in _classifier_names(network)}
+    return {key: value for key, value in weights.items() if key in target or part(key) in own}
 
 
 def _misfits(weights: StateDict, target: StateDict) -> set[str]:

@@ -35,13 +35,16 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         f"{len(data.test)} test images, at {size} px",
     ]
     macs = 0.0
-    for teacher, weights in zip(teachers, options.teacher_weights, strict=True):
+    heads = zip(teachers, options.teacher_weights, options.teacher_head, strict=True)
+    for teacher, weights, head in heads:
+        told = f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
+        told += f"{teacher.gmacs or 0.0:.2f} GMACs, "
+        if head == "none":
+            lines.append(told + "without its head, as it is")
+            continue
         how = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
         macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
-        lines.append(
-            f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
-            f"{teacher.gmacs or 0.0:.2f} GMACs, {how} for {options.teacher_epochs} epochs"
-        )
+        lines.append(f"{told}{how} for {options.teacher_epochs} epochs")
     distilling = sum(teacher.gmacs or 0.0 for teacher in teachers) if options.method != "none" else 0.0
     own = student.gmacs or 0.0
     # In each further round a student is the teacher.

@@ -42,7 +42,7 @@ def examples(
     images: np.ndarray,
     labels: np.ndarray,
     classes: Sequence[str],
-    teacher: Said,
+    teacher: Said | None,
     student: Said,
 ) -> list[Example]:
     """The student's most confident mistakes first, then some from all over the role."""
@@ -55,8 +55,8 @@ def examples(
         Example(
             name=entries[i].name,
             label=truths[i],
-            teacher=teacher[i][0],
-            teacher_probability=teacher[i][1],
+            teacher=None if teacher is None else teacher[i][0],
+            teacher_probability=None if teacher is None else teacher[i][1],
             student=student[i][0],
             student_probability=student[i][1],
             png=_png(images[i]),

@@ -117,10 +117,12 @@ class Job:
             Member(
                 resolve_name(name),
                 self.image_size,
-                len(self.data.classes),
+                0 if head == "none" else len(self.data.classes),
                 f"teacher.{t}.safetensors" if several else "teacher.safetensors",
             )
-            for t, name in enumerate(self.options.teacher)
+            for t, (name, head) in enumerate(
+                zip(self.options.teacher, self.options.teacher_head, strict=True)
+            )
         ]
 
     @property

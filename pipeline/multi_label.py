@@ -117,14 +117,6 @@ def near_chance(score: MultiLabelScore, targets: np.ndarray, factor: float) -> f
     return chance if near else None
 
 
-def ensemble(answers: Sequence[np.ndarray]) -> np.ndarray:
-    """Logits of the mean of several networks' probabilities, from their logits [n,classes] each."""
-    mean = np.mean([sigmoid(logits) for logits in answers], axis=0)
-    tiny = np.finfo(np.float64).tiny
-    logits: np.ndarray = np.log(mean + tiny) - np.log1p(-np.minimum(mean, 1 - 1e-16))
-    return logits
-
-
 class Ranking:
     """Images of each class by falling score, and where among them those are that show it."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ class Start:
     network: nn.Module
     weights: str
     """``scratch``, ``pretrained`` with the name of the weights, or a file's name with its hash."""
-    head_kept: bool
+    head: Literal["kept", "replaced", "none"]
     licence: str | None
     """Of pretrained weights; None where they are the user's own or there are none."""
 
@@ -42,17 +42,22 @@ def start(
     Args:
         source: ``auto`` (timm's pretrained weights), ``none``, or a file.
         head: ``auto`` keeps a head whose class names (or count, where they are unknown) are the data's;
-            ``keep``; ``replace``.
+            ``keep``; ``replace``; ``none`` builds a network without one.
 
     Raises:
         ModelError: the weights cannot be had or do not fit; with ``keep``, the head does not.
     """
-    network: Any = build(name, num_classes=len(classes), image_size=image_size, seed=seed)
+    logits = 0 if head == "none" else len(classes)
+    network: Any = build(name, num_classes=logits, image_size=image_size, seed=seed)
     if source == "none":
-        return Start(network, "scratch", head_kept=False, licence=None)
+        return Start(network, "scratch", head="replaced", licence=None)
     checkpoint = (
         fetch_pretrained(name, f"--{role}-weights") if source == "auto" else read_checkpoint(Path(source))
     )
+    if head == "none":
+        load_into(network, checkpoint, features_only=True)
+        described, licence = _described(source, checkpoint), _licence(source, checkpoint)
+        return Start(network, described, head="none", licence=licence)
     keep = head == "keep" or (head == "auto" and _fits(checkpoint, network, classes, note))
     if head == "keep" and class_count(checkpoint, network) not in (None, len(classes)):
         raise ModelError(
@@ -67,7 +72,7 @@ def start(
     return Start(
         network,
         _described(source, checkpoint),
-        head_kept=keep,
+        head="kept" if keep else "replaced",
         licence=_licence(source, checkpoint),
     )
 

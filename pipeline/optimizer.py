@@ -37,7 +37,8 @@ def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer
             "lr_scale": ADAPTIVE_SCALE if adaptive(plan.optimizer) else 1.0,
         },
     ]
-    fused: dict[str, Any] = {"fused": True} if fuses(plan.optimizer) else {}
+    # Torch's fused SGD takes no part of its weights to have a momentum yet and another part to have none.
+    fused: dict[str, Any] = {"fused": True} if fuses(plan.optimizer) and not model.embeds_alone(0) else {}
     optimizer = create_optimizer_v2(
         [group for group in groups if group["params"]],
         opt=plan.optimizer,

@@ -106,7 +106,7 @@ class Options(BaseModel):
     )
 
     method: str = option(
-        "how the student learns: quest, kd, dkd, dist, feed, a sum such as quest+dkd, or none for no teacher",
+        "how the student learns: quest, kd, dkd, dist, mimic, feed, a sum such as quest+dkd, or none for no teacher",
         "quest",
         group="Method",
         enters="prepare",

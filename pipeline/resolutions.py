@@ -78,6 +78,7 @@ def resolutions(sizes: Sequence[int], **given: Any) -> Resolutions:
     with_teacher = {
         "teacher": chosen.teacher,
         "teachers_from_seeds": 1,
+        "teacher_epochs": None,  # it has learned
         "teacher_weights": [str(file) for file in weights],
         "teacher_head": [head if head == "none" else "keep" for head in chosen.teacher_head],
     }

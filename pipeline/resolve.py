@@ -69,10 +69,16 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     )
     if data.multi_label:
         methods.check_multi_label(parameters)
+    if chosen.calibrate and not data.select:
+        raise UsageError(
+            "--calibrate fits a temperature on select images, and this data has none: hold some out, as with "
+            "--select-fraction 0.1."
+        )
     check_methods(
         parameters,
         chosen.teacher,
         chosen.student,
+        heads=chosen.teacher_head,
         classes=len(data.classes),
         image_size=chosen.image_size,
         student_size=chosen.student_size,
@@ -173,9 +179,11 @@ def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes
     size = chosen.image_size
     student = shapes(chosen.student, classes, chosen.student_size or size)
     bytes_per_image = sum(
-        methods.load(name).stored_bytes(of_method, student, shapes(teacher, classes, size))
+        methods.load(name).stored_bytes(
+            of_method, student, shapes(teacher, 0 if head == "none" else classes, size)
+        )
         for name, of_method in parameters.items()
-        for teacher in chosen.teacher
+        for teacher, head in zip(chosen.teacher, chosen.teacher_head, strict=True)
     )
     if chosen.rounds > 1:  # a round's answers are as large as its teacher's maps
         as_teacher = sum(
@@ -239,7 +247,14 @@ def _check_lists(chosen: Options) -> None:
                 f"--{name.replace('_', '-')} is given {len(given)} times for {len(chosen.teacher)} teachers; "
                 "give it once for each --teacher, in the same order."
             )
-    for weights, head in zip(chosen.teacher_weights, chosen.teacher_head, strict=True):
+    for source, head in zip(chosen.teacher_weights, chosen.teacher_head, strict=True):
+        weights = _start(source, chosen.data)
+        if weights == "none" and head == "none":
+            raise UsageError(
+                "--teacher-head none is for a teacher that has learned already, and --teacher-weights "
+                f"{source}{' means none for the digits and' if source != weights else ''} starts from "
+                "scratch; name a file of weights."
+            )
         if weights == "none" and head == "keep":
             raise UsageError(
                 "--teacher-head keep needs weights with a head; --teacher-weights none has none."

@@ -131,6 +131,61 @@ class Parity(Result):
     n: int
 
 
+class ReliabilityBin(Result):
+    """Answers whose confidence lies in (low, high], all in percent; what an empty bin lacks is None."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float | None = None
+    accuracy: float | None = None
+
+
+class Calibration(Result):
+    """How honest a network's probabilities are on ``n`` test images; see ``docs/calibration.md``.
+
+    Confidence, accuracy, their gap and the ECE are percentages, entropy and NLL are nats. With several labels
+    an image, each class of each image counts as an answer of its own, and confidence is its probability.
+    """
+
+    ece: float
+    """Expected calibration error: Σ over the bins of their share times |accuracy − mean confidence|."""
+    ece_low: float
+    ece_high: float
+    """95 % interval; ``ece_low`` is 0 where an honest network would often show as large an ECE."""
+    confidence: float
+    """What the network says it is right, on average."""
+    accuracy: float
+    """How often it is."""
+    gap_low: float
+    gap_high: float
+    """95 % interval of ``confidence`` minus ``accuracy``: above 0, over-confident."""
+    entropy: float
+    nll: float
+    n: int
+    multilabel: bool = False
+    bins: list[ReliabilityBin]
+    temperature: float | None = None
+    """What the file's logits were divided by at export."""
+    before: "Calibration | None" = None
+    """The same file without that division."""
+
+
+class Temperature(Result):
+    """What ``--calibrate`` fitted on ``n`` select images and folded into the exported files."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    """95 % interval; None where the fit has none."""
+    n: int
+    nll_before: float
+    nll_after: float
+    """Nats, on these images: at 1 and at ``value``."""
+    folded: Literal["last layer", "after the logits"] = "last layer"
+    note: str | None = None
+
+
 class Subject(Result):
     """One network as a file: what is known of it."""
 
@@ -150,6 +205,7 @@ class Subject(Result):
     agreement: Accuracy | None = None
     """How often this file's answer is the teacher's (``correct`` counts the agreements)."""
     per_class: list["ClassResult"] = []
+    calibration: Calibration | None = None
     bytes: int | None = None
     latency_ms: dict[str, Latency] = {}
     """By thread count, as text."""
@@ -160,7 +216,7 @@ class Subject(Result):
     sha256: str | None = None
     licence: str | None = None
     head: str | None = None
-    """For a teacher: ``kept`` or ``replaced``."""
+    """For a teacher: ``kept``, ``replaced`` or ``none``."""
     opset: int | None = None
     ir_version: int | None = None
     quantization: dict[str, Any] | None = None
@@ -307,8 +363,9 @@ class Example(Result):
 
     name: str
     label: str
-    teacher: str
-    teacher_probability: float
+    teacher: str | None = None
+    """None where no teacher has a head, and so no answer."""
+    teacher_probability: float | None = None
     student: str
     student_probability: float
     png: str
@@ -349,6 +406,7 @@ class Report(Result):
     hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
+    temperature: Temperature | None = None
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: list[list[int]] | None = None

@@ -54,7 +54,8 @@ def check(options: Options) -> None:
         )
     if len(options.teacher) > 1 or options.teachers_from_seeds > 1:
         several = max(len(options.teacher), options.teachers_from_seeds)
+        one = "say --teachers-from-seeds 1" if options.teachers_from_seeds > 1 else "name one --teacher"
         raise UsageError(
             f"--rounds {options.rounds} with {several} teachers: each round has one teacher, the student of "
-            "the round before; name one --teacher, or leave --rounds out."
+            f"the round before; {one}, or leave --rounds out."
         )

@@ -8,6 +8,7 @@ import torch
 from ..models.build import build
 from ..models.readout import Readouts
 from . import methods
+from .errors import UsageError
 from .methods.base import Parameters, Shapes
 
 
@@ -37,24 +38,33 @@ def check_methods(
     image_size: int,
     images: int,
     student_size: int | None = None,
+    heads: Sequence[str] | None = None,
 ) -> None:
     """Whether the methods can work with these networks and so many training images.
 
     Args:
+        heads: ``--teacher-head`` of each teacher, where one may have none.
         image_size: side in pixels of the teachers' input, and of the student's where that is not another.
 
     Raises:
         ModelError: a network lacks a readout that one of the methods needs.
         UsageError: a method's parameter asks for what there is not.
     """
+    logits = [0 if head == "none" else classes for head in heads or ["auto"] * len(teachers)]
     for method, parameters in chosen.items():
         cls = methods.load(method)
-        for name in teachers:
-            reads = cls.teacher_reads(parameters, shapes(name, classes, image_size))
-            _readouts(name, classes, image_size).check(reads)
+        of_teachers = [shapes(name, count, image_size) for name, count in zip(teachers, logits, strict=True)]
+        for name, count, of_teacher in zip(teachers, logits, of_teachers, strict=True):
+            reads = cls.teacher_reads(parameters, of_teacher)
+            if not count and "logits" in reads:
+                raise UsageError(
+                    f"With these parameters {method} reads the logits of {name}, which has none by "
+                    "--teacher-head none; take a method of features (quest, feed, or mimic as l2, lsh or "
+                    "lshl2) or another --teacher-head."
+                )
+            _readouts(name, count, image_size).check(reads)
         looks_at = student_size or image_size
         of_student = shapes(student, classes, looks_at)
-        of_teachers = [shapes(name, classes, image_size) for name in teachers]
         _readouts(student, classes, looks_at).check(cls.reads(parameters, of_student))
         cls.check(parameters, of_student, of_teachers, images)
         if cls.widens(parameters, of_student, of_teachers) is not None:

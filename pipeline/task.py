@@ -108,6 +108,8 @@ class Trainee(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted losses by name, and the logits [B,N]."""
         images = self.normalise(pixels).contiguous(memory_format=self.engine.memory_format)
+        alone = [name for name in self.methods if self._method(name).embeds_alone(epoch)]
+        self.readouts.embeds_alone = bool(alone)
         student = self.readouts(images, self.reads)
         entropy = cross_entropy(student["logits"].float(), labels, self.label_smoothing)
         with self.engine.autocast_heads():
@@ -117,11 +119,12 @@ class Trainee(nn.Module):
                     for part, loss in method(student, teachers, labels, epoch, keys).items()
                 }
                 for name, method in self.methods.items()
+                if not alone or name in alone
             }
-        if self.balance is not None:
+        if self.balance is not None and not alone:
             of_methods = self._balanced(of_methods, entropy, student[self.last_map], epoch)
         losses = {part: loss for parts in of_methods.values() for part, loss in parts.items()}
-        if self.weights["ce"]:
+        if self.weights["ce"] and not alone:
             losses = {"ce": self.weights["ce"] * entropy, **losses}
         return losses, student["logits"]
 
@@ -140,6 +143,10 @@ class Trainee(nn.Module):
             name: {part: factors[name] * loss for part, loss in parts.items()}
             for name, parts in of_methods.items()
         }
+
+    def embeds_alone(self, epoch: int) -> bool:
+        """Whether nothing learns yet but the layer that widens the student's vector."""
+        return any(self._method(name).embeds_alone(epoch) for name in self.methods)
 
     def _method(self, name: str) -> Method:
         method = self.methods[name]
@@ -246,7 +253,7 @@ class DistillationTask(TrainingTask):
             self.trainable_module,
             device_ids=[device.index] if device.type == "cuda" else device_ids,
             # Without a cross-entropy nothing may come back to the classifier.
-            find_unused_parameters=not self.trainee.weights["ce"],
+            find_unused_parameters=not self.trainee.weights["ce"] or self.trainee.embeds_alone(0),
             **ddp_kwargs,
         )
         return self

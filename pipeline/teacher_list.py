@@ -1,6 +1,5 @@
 """Several teachers: of one architecture from seeds, and whether those that were named go together."""
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -26,13 +25,13 @@ def from_seeds(options: Options) -> None:
     if len(set(options.teacher)) > 1 or len(options.teacher) not in (1, count):
         raise UsageError(
             f"--teachers-from-seeds {count} is about one architecture, and --teacher is given "
-            f"{len(options.teacher)} times; name one, or leave --teachers-from-seeds out."
+            f"{len(options.teacher)} times; name one, or say --teachers-from-seeds 1."
         )
     for head in options.teacher_head:
         if head in ("keep", "none"):
             raise UsageError(
                 f"--teachers-from-seeds {count}: with --teacher-head {head} no teacher is trained, and all "
-                f"{count} would be the same network; leave one of them out."
+                f"{count} would be the same network; say --teacher-head replace, or --teachers-from-seeds 1."
             )
     options.teacher = options.teacher[:1] * count
 
@@ -57,12 +56,6 @@ def check_labels(options: Options) -> None:
                 f"{one} has {_brief(classes)}, {other} has {_brief(others)}; say --teacher-head for each "
                 "--teacher, and replace for one that is to be tuned to the data."
             )
-
-
-def together(names: Sequence[str]) -> str:
-    """Several teachers in words: ``resnet50 + resnet34``, ``5 × resnet56``."""
-    counts = Counter(names)
-    return " + ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items())
 
 
 def _brief(classes: Sequence[str]) -> str:

@@ -16,7 +16,8 @@ def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str,
     """What a weights file says of itself: with it, the file can be another run's ``--teacher-weights``."""
     return {
         "architecture": member.name,
-        "labels": json.dumps(list(job.data.classes), ensure_ascii=False),
+        # A network without a head knows no classes.
+        **({"labels": json.dumps(list(job.data.classes), ensure_ascii=False)} if member.classes else {}),
         "key": job.key,
         # What was made from weights under a licence stays under it.
         **({} if licence is None else {"licence": licence}),

@@ -184,6 +184,12 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def embeds_alone(self, epoch: int) -> bool:
+        """Whether after ``epoch`` epochs nothing learns yet but the layer that widens the student's vector,
+        and from this method alone.
+        """
+        return False
+
     def strength(self, epoch: int) -> float:
         """The share of its full weight that the loss has after ``epoch`` epochs: less than 1 in a warm-up."""
         return 1.0

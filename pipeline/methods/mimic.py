@@ -12,7 +12,9 @@ teacher classifies correctly; where it is right on none, the loss is 0. s is the
 classifier weight, b = −median of f_T·Wᵀ over the training images, or −mean, or 0.
 
 A student whose vector has another width learns with Linear(D_S→D_T) before its last linear; both are merged
-into one before anything ships (``models/widen.py``).
+into one before anything ships (``models/widen.py``). In the authors' training on several classes an image
+the new layer at first learns alone, by L without the cross-entropy: ``alone`` epochs, here of one training
+whose schedule goes on.
 
 Ours, where the paper is silent or has something else:
 
@@ -70,6 +72,19 @@ class Parameters(base.Parameters):
     bias: Literal["median", "mean", "zero"] = Field(
         "median", description="what the hashes' bias takes off: the projections' median or mean, or nothing"
     )
+    alone: int = Field(
+        0,
+        ge=0,
+        description="epochs at first in which the new layer of a student of another width learns alone",
+    )
+
+    def for_epochs(self, epochs: int) -> "Parameters":
+        if self.alone >= epochs:
+            raise UsageError(
+                f"--set mimic.alone={self.alone} leaves none of --epochs {epochs} for the student itself; "
+                "take fewer, or more epochs."
+            )
+        return self
 
 
 def variant_of(parameters: Parameters, teacher: base.Shapes) -> Variant:
@@ -113,6 +128,12 @@ class Mimic(base.Method):
                         f"--set mimic.{key}={value} is about hashes, and mimic.variant=l2 has none; take one."
                     )
 
+        if parameters.alone and cls.widens(parameters, student, teachers) is None:
+            raise UsageError(
+                f"--set mimic.alone={parameters.alone}: the student's vector is as wide as the teacher's, so "
+                "there is no new layer to learn alone; leave it out."
+            )
+
     @classmethod
     def widens(
         cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes]
@@ -145,7 +166,7 @@ class Mimic(base.Method):
         prepared: Mapping[str, Tensor],
     ) -> None:
         super().__init__(parameters, student, teachers, prepared)
-        self.beta = parameters.beta
+        self.beta, self.alone = parameters.beta, parameters.alone
         self.widths = [_width(teacher) for teacher in teachers]
         self.terms = nn.ModuleList(
             Mimicked(variant_of(parameters, teacher), prepared.get(f"{t}.weight"), prepared.get(f"{t}.bias"))
@@ -166,6 +187,9 @@ class Mimic(base.Method):
             for term, part, teacher in zip(self._terms(), parts, teachers, strict=True)
         ]
         return {"mimic": self.beta * torch.stack(losses).mean()}
+
+    def embeds_alone(self, epoch: int) -> bool:
+        return epoch < self.alone
 
     def watched(self) -> dict[str, Tensor]:
         one = len(self.terms) == 1

@@ -191,7 +191,12 @@ def method(report: Report) -> Table:
         f"{figures.number(one.factor)}"
         for one in report.balance
     }
-    content = {name: value for name, value in origin.items() if value} | report.method_parameters | balance
+    hashes = {
+        f"hashes of {one.teacher}": f"{one.hashes:,}, s = {figures.number(one.std)}, bias: {one.bias}"
+        for one in report.hashes
+    }
+    content = {name: value for name, value in origin.items() if value} | report.method_parameters
+    content |= hashes | balance
     return pairs(f"Parameters of {report.method}", content)
 
 

@@ -3,6 +3,8 @@
 A value that is missing is a dash, one that is not finite says so; sizes are megabytes of 1,000,000 bytes.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from math import floor, isfinite, log10
 
 MISSING = "–"
@@ -105,6 +107,12 @@ def duration(seconds: float) -> str:
 def tiny(value: float) -> str:
     """A difference that should be near zero: 3.1e−06."""
     return minus(f"{value:.1e}") if isfinite(value) else "not finite"
+
+
+def together(names: Sequence[str]) -> str:
+    """Several networks: ``resnet50 + resnet34``, ``5 × resnet56``."""
+    counts = Counter(names)
+    return " + ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items())
 
 
 def number(value: float) -> str:

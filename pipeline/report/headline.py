@@ -29,7 +29,7 @@ def title(report: Report) -> str:
     if teacher is None:
         return student.subject.name
     names = [one.name for one in report.teachers] or [teacher.subject.name]
-    return f"{student.subject.name} distilled from {' + '.join(names)}"
+    return f"{student.subject.name} distilled from {figures.together(names)}"
 
 
 def lead(report: Report) -> str:
@@ -188,6 +188,12 @@ def _selected(column: Column, score: Score | None) -> str:
 def notes(report: Report) -> list[str]:
     """The run's warnings, then what the figures themselves give to think about."""
     found = list(report.warnings)
+    headless = [one.name for one in report.teachers if one.head == "none"]
+    if headless and report.method != "none":
+        found.append(
+            f"{' and '.join(headless)} {'has' if len(headless) == 1 else 'have'} no head: the student "
+            "learned from features alone, and a teacher without a head has no accuracy."
+        )
     int8, student, teacher = of(report, "student_int8"), of(report, "student"), of(report, "teacher")
     for column, over in ((int8, student), (shipped(report), teacher)):
         slow = [one for count in threads(report) if (one := pace(column, over, count)) and _not_faster(one)]

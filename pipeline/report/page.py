@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import details, figures, headline, learned, pictures, several_labels, tables
+from . import calibration, details, figures, headline, learned, pictures, several_labels, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -50,7 +50,8 @@ class Picture:
     student: str
     student_probability: str
     student_right: bool
-    teacher: str
+    teacher: str | None
+    """None: it has no head, and so no answer."""
     teacher_probability: str
     teacher_right: bool
     png: str
@@ -81,6 +82,7 @@ class Page:
     confusion: Matrix | None
     confusion_table: Table
     confused: Table
+    calibration: calibration.Section
     words: Table
     watched: list[Lines]
     command: str
@@ -95,12 +97,14 @@ def page(report: Report) -> Page:
     confused, words = tables.confused(report), tables.words(report)
     several = report.data is not None and report.data.multi_label
     classes = several_labels.classes(report) if several else tables.classes(report)
+    calibrated = calibration.section(report)
     matrix, examples = _matrix(report), _examples(report)
     there = {
         ("comparison", "Comparison"): side_by_side or comparison.rows,
         ("training", "Training"): trainings,
         ("images", "Test images"): examples,
         ("classes", "Classes"): classes.rows or confused.rows or matrix,
+        ("calibration", "Calibration"): calibrated.diagrams,
         ("words", "Words" if words.rows else "Watched"): words.rows or watched,
         ("details", "Details"): True,
     }
@@ -127,6 +131,7 @@ def page(report: Report) -> Page:
         confusion=matrix,
         confusion_table=_matrix_table(matrix),
         confused=confused,
+        calibration=calibrated,
         words=words,
         watched=watched,
         command=report.command,
@@ -199,7 +204,11 @@ def _picture(one: Example) -> Picture:
         student_probability=figures.percent(100 * one.student_probability),
         student_right=one.student == one.label,
         teacher=one.teacher,
-        teacher_probability=figures.percent(100 * one.teacher_probability),
+        teacher_probability=(
+            figures.MISSING
+            if one.teacher_probability is None
+            else figures.percent(100 * one.teacher_probability)
+        ),
         teacher_right=one.teacher == one.label,
         png=png,
         small=side < 100,
@@ -213,7 +222,9 @@ def _examples_table(pictures: list[Picture]) -> Table:
             one.name,
             one.label,
             f"{one.student} ({one.student_probability}), {'right' if one.student_right else 'wrong'}",
-            f"{one.teacher} ({one.teacher_probability}), {'right' if one.teacher_right else 'wrong'}",
+            figures.MISSING
+            if one.teacher is None
+            else f"{one.teacher} ({one.teacher_probability}), {'right' if one.teacher_right else 'wrong'}",
         ]
         for one in pictures
     ]
@@ -234,7 +245,9 @@ def _png(text: str) -> tuple[str, int]:
 
 def _examples_note(report: Report, shown: int) -> str:
     wrong = sum(one.student != one.label for one in report.examples)
-    note = "With the answers of the file that ships and of the teacher, each with its probability. "
+    both = any(one.teacher is not None for one in report.examples)
+    note = f"With the answers of the file that ships{' and of the teacher' if both else ''}, "
+    note += "each with its probability. "
     if report.data is not None and report.data.multi_label:
         note += "That of several classes is that of exactly these, were they independent of each other. "
     note += "The student’s mistakes come first, the most confident at the head." if wrong else ""

@@ -101,6 +101,9 @@ WATCHED = {
     "max_p_t": "Mean of the largest p_T",
     "word_accuracy": "Word accuracy",
     "gamma": "γ of the cosine head",
+    "feature_distance": "Mean squared distance to the teacher’s vector",
+    "equal_bits": "Share of the hashes’ bits that are the teacher’s",
+    "teacher_right": "Share of images that the teacher is right on",
 }
 
 

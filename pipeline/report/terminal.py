@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import Report, Resolutions
-from . import figures, sizes
+from . import calibration, figures, sizes
 from .headline import notes, title
 from .subjects import compared, measure, threads
 
@@ -69,6 +69,9 @@ def show(report: Report, folder: Path | None = None, console: Console | None = N
     """
     console = console or Console()
     console.print(table(report))
+    calibrated = calibration.line(report)
+    if calibrated is not None:
+        console.print(Text(calibrated))
     for note in notes(report):
         console.print(Text(f"Note: {note}"))
     out = folder or (Path(str(report.config["out"])) if report.config.get("out") else None)

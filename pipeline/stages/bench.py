@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ...export import bench as latency
-from ...export.onnx_export import check_parity, export_onnx
+from ...export.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import allowed_cores, metadata, normalise
 from ..files import whole
 from ..job import Job, Member
@@ -63,7 +63,11 @@ def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
     path.parent.mkdir(exist_ok=True)
     preprocessing = job.preprocessing(member)
     written = export_onnx(
-        network, path, member.image_size, metadata=metadata(preprocessing, job.data.classes, origin(job))
+        network,
+        path,
+        member.image_size,
+        metadata=metadata(preprocessing, job.data.classes if member.classes else (), origin(job)),
+        output=OUTPUT if member.classes else "features",
     )
     import torch
 

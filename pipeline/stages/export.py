@@ -3,18 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import nn
 
 from ...export.onnx_export import OnnxFile, check_parity, export_onnx, with_metadata
-from ...export.runtime import Classifier, metadata, normalise
-from .. import multi_label
+from ...export.runtime import metadata, normalise
 from ..files import whole
 from ..job import Job
 from ..run_folder import Done
+from ..shipped import tempered, thresholds
 from ..trained import trained_network
 
 PARITY_IMAGES = 32
-BATCH = 32
 ARTIFACT = Path("artifact")
 STUDENT_ONNX = ARTIFACT / "student.onnx"
 
@@ -30,16 +29,20 @@ def run(job: Job) -> Done:
     pixels, _, _ = job.rendered("test", student)
     images = torch.from_numpy(normalise(pixels[:PARITY_IMAGES].numpy(), preprocessing))
     with whole(job.folder.path / STUDENT_ONNX) as part:
-        file = export_onnx(
-            network,
-            part,
-            student.image_size,
-            metadata=metadata(preprocessing, job.data.classes, origin(job)),
-        )
+
+        def about(temperature: float | None, chosen: list[float] | None = None) -> dict[str, str]:
+            return metadata(preprocessing, job.data.classes, origin(job, temperature), chosen)
+
+        def export(network: nn.Module, temperature: float | None) -> OnnxFile:
+            return export_onnx(network, part, student.image_size, metadata=about(temperature))
+
+        file, fit = export(network, None), None
+        if job.options.calibrate:
+            network, file, fit = tempered(job, network, images, part, export)
         if job.data.multi_label:
-            file = _with_thresholds(job, file)
+            file = with_metadata(file, about(fit.value if fit else None, thresholds(job, part)))
         parity = check_parity(network, part, images)
-    facts = {
+    facts: dict[str, Any] = {
         "student": {
             "file": STUDENT_ONNX.as_posix(),
             "bytes": file.bytes,
@@ -49,37 +52,23 @@ def run(job: Job) -> Done:
             "parity": {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "n": parity.n},
         }
     }
+    if fit is not None:
+        facts["temperature"] = fit.model_dump(exclude_none=True)
+    told = "" if fit is None else f"; temperature {fit.value:.3g} fitted on {fit.n} select images"
     return Done(
         f"{STUDENT_ONNX.as_posix()}, {file.bytes / 1e6:.2f} MB, opset {file.opset}; "
-        f"equal to torch within {parity.max_abs:.1e} on {parity.n} images",
+        f"equal to torch within {parity.max_abs:.1e} on {parity.n} images{told}",
         [STUDENT_ONNX.as_posix()],
         facts,
     )
 
 
-def _with_thresholds(job: Job, file: OnnxFile) -> OnnxFile:
-    """The file with a threshold for each class, chosen by its own answers to the select images."""
-    pixels, labels, _ = job.rendered("select", job.student)
-    thresholds = np.full(len(job.data.classes), multi_label.EVEN)
-    if len(labels):
-        logits = onnx_logits(job, Classifier(file.path.read_bytes(), STUDENT_ONNX.name), pixels.numpy())
-        thresholds = multi_label.choose_thresholds(logits, labels.numpy())
-    preprocessing = job.preprocessing(job.student)
-    return with_metadata(file, metadata(preprocessing, job.data.classes, origin(job), thresholds.tolist()))
+def origin(job: Job, temperature: float | None = None) -> dict[str, Any]:
+    """Where the student comes from, as it travels inside the files that ship.
 
-
-def onnx_logits(job: Job, classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """A shipped file's answers in its runtime, fp32 [n,classes], to rendered images uint8 [n,S,S,3]."""
-    logits = []
-    for start in range(0, len(images), BATCH):
-        batch = normalise(images[start : start + BATCH], classifier.preprocessing)
-        logits.append(classifier.logits(batch))
-        job.stage.update(f"asking {classifier.name}", min(start + BATCH, len(images)), len(images), "images")
-    return np.concatenate(logits)
-
-
-def origin(job: Job) -> dict[str, Any]:
-    """Where the student comes from, as it travels inside the files that ship."""
+    Args:
+        temperature: what its logits were divided by, if anything.
+    """
     facts = job.folder.facts()
     return {
         "student": job.student.name,
@@ -90,4 +79,5 @@ def origin(job: Job) -> dict[str, Any]:
         "licences": sorted(
             {s["licence"] for s in [facts["student"], *facts["teachers"]] if s.get("licence")}
         ),
+        **({} if temperature is None else {"temperature": temperature}),
     }

@@ -10,11 +10,11 @@ from ...export.artifact import tool_versions
 from .. import methods, recipes
 from ..job import Job
 from ..methods.feed import RECONSTRUCTION
+from ..report.figures import together
 from ..report.write import write_report
 from ..results import Epoch, Reconstruction, Report, StageTime
 from ..rounds import number
 from ..run_folder import Done, RunFolder
-from ..teacher_list import together
 from .export import ARTIFACT
 
 FILES = ("report.html", "report.md", "report.json")

@@ -60,13 +60,14 @@ def run(job: Job) -> Done:
                 f"the weight of {method} is left as it is: its gradients and those of the labels meet in no "
                 f"map of {name}, so --balance auto cannot compare them"
             )
+    shipped = task.shipped
     if job.ranks.lead:
         with whole(job.folder.path / member.file) as part:
-            save_weights(task.shipped, part, weights_metadata(job, member, begun.licence))
+            save_weights(shipped, part, weights_metadata(job, member, begun.licence))
     subject = Subject(
         name=name,
         weights=begun.weights,
-        parameters=parameters(task.shipped),
+        parameters=parameters(shipped),
         licence=begun.licence,
     )
     select = _answers(job, task, chosen, "select")

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
-from .. import evaluate, multi_label
+from .. import calibration, evaluate, multi_label
 from ..data.image_set import ROLES, Role
 from ..data.render import Normalise
 from ..device import Engine, choose_engine, use_threads
@@ -18,14 +18,14 @@ from ..files import whole
 from ..job import Job, Member
 from ..learning import engine, learn, plan
 from ..networks import Start, parameters, start
+from ..report.figures import together
 from ..results import DataSummary, Subject
 from ..run_folder import Done
 from ..task import DistillationTask
-from ..teacher_list import together
 from ..trained import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
-"""Each teacher's logits on the test role, fp32: what later stages compare the student with."""
+"""The logits on the test role of each teacher that has a head, fp32: what the student is compared with."""
 
 NEAR_CHANCE = 1.5
 """A kept head that is right less often than this many times the commonest class's share knows nothing."""
@@ -42,7 +42,9 @@ def run(job: Job) -> Done:
     _refuse_copies(job, begun[0])
     subjects, outputs, answers = [], [ANSWERS], {}
     for t in range(len(begun)):
-        subject, answers[str(t)] = _teacher(job, t, begun.pop(0))
+        subject, test = _teacher(job, t, begun.pop(0))
+        if test is not None:
+            answers[str(t)] = test
         subjects.append(subject)
         outputs.append(job.teachers[t].file)
     if job.ranks.lead:
@@ -77,21 +79,24 @@ def _refuse_copies(job: Job, begun: Start) -> None:
         JobError: several teachers were to be trained from seeds, and none is trained.
     """
     count = job.options.teachers_from_seeds
-    if count > 1 and begun.head_kept:
+    if count > 1 and begun.head != "replaced":
+        why = "fits the data and is kept" if begun.head == "kept" else "is left out"
         raise JobError(
-            f"--teachers-from-seeds {count}: the head of {job.teachers[0].name} fits the data and is kept, "
-            f"so that all {count} would be the same network; say --teacher-head replace, or leave "
-            "--teachers-from-seeds out."
+            f"--teachers-from-seeds {count}: the head of {job.teachers[0].name} {why}, so that all {count} "
+            "would be the same network; say --teacher-head replace, or --teachers-from-seeds 1."
         )
 
 
-def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray]:
+def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray | None]:
+    """A teacher's weights written, what is known of it, and its logits on test, where it has any."""
     member = job.teachers[t]
     name = member.name
     network = begun.network.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = Engine(job.device, allowed_cores(), "fp32")
     use_threads(exact.threads)
-    if begun.head_kept:
+    if begun.head == "none":
+        return _headless(job, member, begun), None
+    if begun.head == "kept":
         select = _measure(job, member, network, exact, "select")
         _above_chance(job, member, network, exact, select)
         if "teacher_epochs" in job.given:
@@ -103,18 +108,38 @@ def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray]:
         select = _measure(job, member, network, exact, "select")
     test = _measure(job, member, network, exact, "test")
     assert test is not None
-    if job.ranks.lead:
-        with whole(job.folder.path / member.file) as part:
-            save_weights(network, part, weights_metadata(job, member, begun.licence))
+    _save(job, member, network, begun)
     subject = Subject(
         name=name,
         weights=begun.weights,
-        head="kept" if begun.head_kept else "replaced",
+        head=begun.head,
         licence=begun.licence,
         parameters=parameters(network),
         **_scores(job, member, test, select),
     )
     return subject, test
+
+
+def _headless(job: Job, member: Member, begun: Start) -> Subject:
+    """A teacher whose features alone teach: there is no class to tune it on, nor an accuracy to measure."""
+    if "teacher_epochs" in job.given:
+        job.display.note(
+            f"{member.name} has no head and is used as it is: --teacher-epochs has nothing to do"
+        )
+    _save(job, member, begun.network, begun)
+    return Subject(
+        name=member.name,
+        weights=begun.weights,
+        head=begun.head,
+        licence=begun.licence,
+        parameters=parameters(begun.network),
+    )
+
+
+def _save(job: Job, member: Member, network: nn.Module, begun: Start) -> None:
+    if job.ranks.lead:
+        with whole(job.folder.path / member.file) as part:
+            save_weights(network, part, weights_metadata(job, member, begun.licence))
 
 
 def _train(job: Job, t: int, begun: Start) -> nn.Module:
@@ -211,33 +236,20 @@ _OTHER_HEAD = "Say --teacher-head replace to tune it on the data, or name weight
 
 
 def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> Subject:
-    """The one teacher, or the ensemble: the mean of several teachers' probabilities."""
+    """The one teacher, or the ensemble: the mean of the probabilities of those teachers that give any."""
     if len(subjects) == 1:
         return subjects[0]
-    labels = job.rendered("test", job.teachers[0])[1].numpy()
-    return Subject(
+    found = Subject(
         name=together([subject.name for subject in subjects]),
         weights="ensemble",
         parameters=sum(subject.parameters or 0 for subject in subjects),
-        **evaluate.measured(
-            ensemble_logits(job, answers), labels, job.data.classes, multi_label.mean_thresholds(subjects)
-        ),
     )
-
-
-def ensemble_logits(job: Job, answers: list[np.ndarray]) -> np.ndarray:
-    """Logits of the mean of the teachers' probabilities, from their logits [n,classes] each."""
-    if job.data.multi_label:
-        return multi_label.ensemble(answers)
-    logits: np.ndarray = np.log(ensemble(answers) + 1e-30)
-    return logits
-
-
-def ensemble(answers: list[np.ndarray]) -> np.ndarray:
-    """Mean of the teachers' probabilities, from their logits [n,classes] each."""
-    soft = [torch.from_numpy(logits).softmax(1).numpy() for logits in answers]
-    mean: np.ndarray = np.mean(soft, axis=0)
-    return mean
+    if not answers:
+        return found
+    labels = job.rendered("test", job.teachers[0])[1].numpy()
+    logits = calibration.together(answers, multilabel=job.data.multi_label)
+    thresholds = multi_label.mean_thresholds(subjects)
+    return found.model_copy(update=evaluate.measured(logits, labels, job.data.classes, thresholds))
 
 
 def _data(job: Job) -> DataSummary:
@@ -268,7 +280,8 @@ def _data(job: Job) -> DataSummary:
 
 
 def _line(subject: Subject) -> str:
-    assert subject.score is not None
+    if subject.score is None:
+        return f"{subject.name} (as it is): features alone, no accuracy"
     how = (
         "as it is"
         if subject.head == "kept"

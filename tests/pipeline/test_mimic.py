@@ -284,3 +284,26 @@ def test_a_student_of_another_width_ships_as_the_plain_network(
     assert report["hashes"][0]["hashes"] == 64
     assert set(report["epochs"][-1]["losses"]) == {"loss", "ce", "mimic"}
     assert 0 < report["epochs"][-1]["watched"]["equal_bits"] <= 1
+
+
+def test_the_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: Path) -> None:
+    more = ("--set", "mimic.alone=1", "--epochs", "2", "--optimizer", "sgd", "--average-last", "2")
+    result = mimicking(data, tmp_path / "run", cache, *more)
+    assert result.exit_code == 0, (result.output, result.exception)
+    first, second = (
+        set(one["losses"]) for one in little.report(tmp_path / "run")["epochs"] if one["stage"] == "student"
+    )
+    assert first == {"loss", "mimic"} and second == {"loss", "ce", "mimic"}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--set", "mimic.alone=2"), "mimic.alone=2 leaves none of --epochs 2"),
+        (("--set", "mimic.alone=1", "--student", "cifar_wrn_16_2"), "there is no new layer to learn alone"),
+    ],
+)
+def test_epochs_for_the_new_layer_alone_are_refused_where_they_make_no_sense(
+    more: tuple[str, ...], told: str, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    little.refused(mimicking(data, tmp_path / "run", cache, *more), 2, told)

@@ -111,13 +111,6 @@ def test_near_chance_is_about_the_shares_of_the_classes() -> None:
     assert multi_label.near_chance(multi_label.score(LOGITS, TARGETS), TARGETS, 1.5) is None
 
 
-def test_an_ensemble_has_the_mean_of_the_probabilities() -> None:
-    other = RNG.standard_normal((N, C)).astype(np.float32)
-    together = multi_label.ensemble([LOGITS, other])
-    np.testing.assert_allclose(sigmoid(together), (sigmoid(LOGITS) + sigmoid(other)) / 2, rtol=1e-9)
-    assert np.isfinite(multi_label.ensemble([np.float32([[900, -900]]), np.float32([[900, -900]])])).all()
-
-
 def test_the_same_labels_agree_and_one_other_label_does_not() -> None:
     ours = np.array([[1, 0], [1, 1], [0, 0]], dtype=bool)
     theirs = np.array([[1, 0], [1, 0], [0, 0]], dtype=bool)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from questpress.models.build import geometry
+from questpress.models.widen import widen
 from questpress.pipeline import evaluate
 from questpress.pipeline import train as loop
 from questpress.pipeline.cache import Cache
@@ -22,6 +23,8 @@ from questpress.pipeline.data.schedule import Schedule
 from questpress.pipeline.methods.base import Method, Shapes
 from questpress.pipeline.methods.kd import Kd
 from questpress.pipeline.methods.kd import Parameters as KdParameters
+from questpress.pipeline.methods.mimic import Mimic
+from questpress.pipeline.methods.mimic import Parameters as MimicParameters
 from questpress.pipeline.methods.quest import Parameters, Quest
 from questpress.pipeline.ranks import Ranks, join, leave
 from questpress.pipeline.results import Epoch
@@ -38,7 +41,11 @@ from .test_train import CLASSES, ENGINE, SIDE, network, plan, views
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
 SHAPES = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
-TEACHER_READS = {"kd": frozenset({"logits"}), "quest": frozenset({"map"})}
+TEACHER_READS = {
+    "kd": frozenset({"logits"}),
+    "quest": frozenset({"map"}),
+    "mimic": frozenset({"vector"}),
+}
 
 
 def without_batch_norm(net: nn.Module) -> nn.Module:
@@ -54,6 +61,11 @@ def a_method(name: str) -> Method:
     torch.manual_seed(0)
     if name == "kd":
         return Kd(KdParameters(), SHAPES, [SHAPES], {})
+    if name == "mimic":
+        hashes = {"0.weight": torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) / 8}
+        # The mean over the images that a teacher is right on is each rank's own, so it is taken over all.
+        mimicked = MimicParameters(variant="lshl2", alone=1)
+        return Mimic(mimicked, SHAPES, [SHAPES], {**hashes, "0.bias": torch.zeros(40)})
     words = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
     prepared = {"0.map.words": words, "0.map.mu": torch.tensor(10.0), "0.map.top": torch.tensor(3)}
     return Quest(Parameters(words=5), SHAPES, [SHAPES], prepared)
@@ -75,6 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
     "balanced": {"method": "kd", "balance": True, "weights": {"kd": 5.0}},
     "in parts": {"method": "quest", "micro_batch": 3},
     "with a running mean": {"method": "kd", "ema": 0.9},
+    "with a layer for another width": {"method": "mimic", "widened": 64},
     "with batch norm": {"method": "kd", "frozen": False},
 }
 
@@ -86,9 +99,11 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
     method = a_method(name)
     g = geometry("cifar_resnet8", SIDE)
     teacher = Teacher(network(seed=7), g, ENGINE)
-    fixed = o.get("frozen", True)
+    student = without_batch_norm(network()) if o.get("frozen", True) else network()
+    if "widened" in o:
+        widen(student, o["widened"], seed=0)
     task = DistillationTask(
-        without_batch_norm(network()) if fixed else network(),
+        student,
         g,
         ENGINE,
         teachers=[] if o.get("store") else [teacher],

@@ -54,6 +54,10 @@ def test_quest_on_cifar_is_the_papers_recipe() -> None:
         ("dkd-cifar100", "cifar_resnet56", "cifar_resnet20", "dkd.beta", 2),
         ("dkd-cifar100", "cifar_wrn_40_2", "cifar_wrn_16_2", "dkd.beta", 6),
         ("dkd-cifar100", "cifar_resnet32x4", "cifar_resnet8x4", "dkd.beta", 8),
+        ("mimic-cifar100", "cifar_wrn_40_2", "cifar_wrn_16_2", "mimic.beta", 6),
+        ("mimic-cifar100", "cifar_vgg13", "cifar_vgg8", "mimic.hashes", 32 * 512),
+        ("mimic-cifar100", "cifar_resnet50", "cifar_vgg8", "mimic.hashes", 32 * 2048),
+        ("mimic-imagenet", "resnet34", "resnet18", "mimic.beta", 5),
         ("quest-imagenet", "resnet50", "mobilenetv1_100", "batch_size", 210),
         ("quest-imagenet", "resnet34", "resnet18", "batch_size", 256),
     ],
@@ -142,3 +146,11 @@ def test_dkds_warm_up_is_the_papers_share_of_the_training(data: Path, epochs: in
     assert resolved.settings["dkd.warmup"] == warmup
     said, _ = resolve(read_options({**given, "epochs": epochs, "settings": ["dkd.warmup=7"]}))
     assert said.settings["dkd.warmup"] == 7
+
+
+def test_feed_on_cifar_trains_five_teachers_from_seeds() -> None:
+    chosen = options("feed-cifar100")
+    assert (chosen.method, chosen.teachers_from_seeds, chosen.teacher_weights) == ("feed", 5, ["none"])
+    feed = methods.parameters(["feed"], chosen.settings)["feed"].model_dump()
+    # 500 times the mean of 4,096 numbers, as Factor Transfer has it, is so many times their sum over √4,096.
+    assert feed["beta"] * 4096**0.5 == 500

@@ -1,0 +1,249 @@
+"""ECE, its interval, entropy and NLL against numpy by hand; the temperature of logits of known scale."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from questpress.pipeline import calibration
+from questpress.pipeline.calibration import Answers, bin_of, measure, together
+from questpress.pipeline.errors import JobError
+from questpress.pipeline.temperature import HIGHEST, LOWEST, fit_temperature
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def honest(n: int, classes: int = 5, scale: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [n,classes], and labels drawn with the very probabilities they say."""
+    rng = np.random.default_rng(seed)
+    logits = scale * rng.standard_normal((n, classes))
+    draws = rng.random((n, 1))
+    labels = (softmax(logits).cumsum(1) < draws).sum(1).clip(max=classes - 1)
+    return logits.astype(np.float32), labels
+
+
+def honest_classes(n: int, classes: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.standard_normal((n, classes)) - 1
+    there = rng.random((n, classes)) < 1 / (1 + np.exp(-logits))
+    return logits.astype(np.float32), there.astype(np.float32)
+
+
+def ece_by_hand(confidence: np.ndarray, right: np.ndarray) -> float:
+    total = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if i == 0:
+            inside |= confidence == 0
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return total
+
+
+def test_ece_entropy_and_nll_are_those_computed_by_hand():
+    logits, labels = honest(400)
+    p = softmax(logits.astype(np.float64))
+    found = measure(logits, labels)
+    assert found is not None and found.n == 400 and not found.multilabel
+    right = (p.argmax(1) == labels).astype(float)
+    assert found.ece == pytest.approx(100 * ece_by_hand(p.max(1), right), abs=1e-9)
+    assert found.entropy == pytest.approx(float(-(p * np.log(p)).sum(1).mean()))
+    assert found.nll == pytest.approx(float(-np.log(p[np.arange(400), labels]).mean()))
+    assert found.confidence == pytest.approx(100 * p.max(1).mean())
+    assert found.accuracy == pytest.approx(100 * right.mean())
+    assert found.before is None and found.temperature is None
+
+
+def test_ece_is_torchmetrics_multiclass_calibration_error():
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, labels = honest(500, classes=7)
+    found = measure(logits, labels)
+    theirs = multiclass_calibration_error(
+        torch.from_numpy(logits).softmax(1), torch.from_numpy(labels), num_classes=7, n_bins=15, norm="l1"
+    )
+    assert found is not None and found.ece == pytest.approx(100 * float(theirs), abs=1e-4)
+
+
+def test_a_confidence_on_an_edge_lies_in_the_bin_below_and_1_in_the_last():
+    edges = torch.linspace(0, 1, 16, dtype=torch.float64).numpy()
+    assert bin_of(edges).tolist() == [0, *range(15)]
+    assert bin_of(np.nextafter(edges[:-1], 1)).tolist() == list(range(15))
+
+
+def test_torchmetrics_own_bins_hold_their_lower_edge_and_1_alone_and_ours_do_not():
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    edge = float(torch.linspace(0, 1, 16, dtype=torch.float64)[14])
+    # A confidence on an edge: ours goes with the one a little smaller, torchmetrics' with the larger.
+    confidence, right = np.array([edge - 0.03, edge, edge + 0.03, 1.0]), np.array([1.0, 0.0, 1.0, 0.0])
+    theirs = float(binary_calibration_error(torch.from_numpy(confidence), torch.from_numpy(right).long(), 15))
+    ours = calibration._ece(Answers(confidence[:, None], right[:, None], 0.0, 0.0))
+    assert ours == pytest.approx(ece_by_hand(confidence, right), abs=1e-12)
+    gaps = right - confidence
+    assert ours == pytest.approx(abs(gaps[0] + gaps[1]) / 4 + abs(gaps[2] + gaps[3]) / 4)
+    assert theirs == pytest.approx(abs(gaps[0]) / 4 + abs(gaps[1] + gaps[2]) / 4 + abs(gaps[3]) / 4)
+
+
+def test_probabilities_of_exactly_1_and_0_have_their_bins():
+    logits = np.array([[200.0, 0.0], [0.0, 200.0], [200.0, 0.0]], dtype=np.float32)
+    found = measure(logits, np.array([0, 1, 1]))
+    assert found is not None
+    assert [one.n for one in found.bins] == [0] * 14 + [3]
+    assert found.bins[-1].confidence == 100 and found.bins[0].confidence is None
+    assert found.ece == pytest.approx(100 / 3) and found.nll == pytest.approx(200 / 3)
+    zeros = measure(np.full((4, 2), -800.0, dtype=np.float32), np.array([[0, 0]] * 3 + [[0, 1]]))
+    assert zeros is not None and zeros.bins[0].n == 8 and zeros.ece == pytest.approx(100 / 8)
+
+
+def test_the_bins_say_what_the_ece_is_made_of():
+    for logits, labels in (honest(300), honest_classes(200)):
+        found = measure(logits, labels)
+        assert found is not None
+        n = sum(one.n for one in found.bins)
+        assert n == found.n * (logits.shape[1] if found.multilabel else 1)
+        gaps = [one.n / n * abs(one.accuracy - one.confidence) for one in found.bins if one.n]
+        assert found.ece == pytest.approx(sum(gaps), abs=1e-9)
+        for i, one in enumerate(found.bins):
+            assert (one.low, one.high) == pytest.approx((100 * i / 15, 100 * (i + 1) / 15))
+            assert one.n == 0 or one.low <= one.confidence <= one.high + 1e-9
+
+
+def test_several_labels_an_image_make_each_class_an_answer_of_its_own():
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    logits, there = honest_classes(300)
+    there = there.astype(np.float64)
+    found = measure(logits, there)
+    assert found is not None and found.multilabel and found.n == 300
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    assert found.ece == pytest.approx(100 * ece_by_hand(p.ravel(), there.ravel()), abs=1e-9)
+    theirs = binary_calibration_error(torch.from_numpy(p), torch.from_numpy(there).long(), n_bins=15)
+    assert found.ece == pytest.approx(100 * float(theirs), abs=1e-9)
+    assert found.nll == pytest.approx(-(there * np.log(p) + (1 - there) * np.log(1 - p)).mean(), rel=1e-6)
+    assert found.entropy == pytest.approx(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean(), rel=1e-6)
+
+
+def test_the_interval_of_an_honest_network_reaches_0_and_that_of_an_overconfident_one_does_not():
+    logits, labels = honest(1000)
+    fair, bold = measure(logits, labels), measure(2.5 * logits, labels)
+    assert fair is not None and bold is not None
+    assert fair.ece_low == 0 and fair.ece <= fair.ece_high < 2 * fair.ece + 1
+    assert fair.gap_low < 0 < fair.gap_high
+    assert 5 < bold.ece_low < bold.ece < bold.ece_high
+    assert bold.gap_low > 5
+
+
+def test_the_interval_narrows_with_the_images_and_is_the_same_every_time():
+    few, many = (measure(2.5 * logits, labels) for logits, labels in (honest(200), honest(5000)))
+    assert few is not None and many is not None
+    assert many.ece_high - many.ece_low < 0.4 * (few.ece_high - few.ece_low)
+    assert measure(2.5 * honest(200)[0], honest(200)[1]) == few
+
+
+def test_the_interval_holds_the_true_ece_about_as_often_as_it_says():
+    sharp = 2.0
+    true = measure(sharp * honest(400_000, seed=99)[0], honest(400_000, seed=99)[1])
+    assert true is not None
+    held = 0
+    for seed in range(20):
+        logits, labels = honest(500, seed=seed)
+        found = measure(sharp * logits, labels)
+        assert found is not None
+        held += found.ece_low <= true.ece <= found.ece_high
+    assert held >= 17
+
+
+def test_one_image_and_logits_that_are_not_finite_are_no_trouble():
+    one = measure(np.array([[3.0, 1.0]], dtype=np.float32), np.array([0]))
+    assert one is not None and one.n == 1 and one.ece_low <= one.ece <= one.ece_high
+    assert measure(np.array([[np.nan, 1.0]], dtype=np.float32), np.array([0])) is None
+
+
+def test_before_is_the_same_without_the_temperature():
+    logits, labels = honest(300)
+    found = measure(logits / np.float32(2), labels, temperature=2.0)
+    plain = measure(logits, labels)
+    assert found is not None and found.before is not None and plain is not None
+    assert found.temperature == 2 and found.before.temperature is None
+    assert found.before.ece == pytest.approx(plain.ece, abs=1e-6)
+    assert found.accuracy == plain.accuracy
+
+
+def test_several_teachers_answer_with_the_mean_of_their_probabilities():
+    a, b = honest(50, seed=1)[0], honest(50, seed=2)[0]
+    assert np.allclose(softmax(together([a, b])), (softmax(a.astype(float)) + softmax(b.astype(float))) / 2)
+    a, b = honest_classes(50, seed=1)[0], honest_classes(50, seed=2)[0]
+    p, q, mean = (1 / (1 + np.exp(-x.astype(float))) for x in (a, b, together([a, b], multilabel=True)))
+    assert np.allclose(mean, (p + q) / 2)
+    assert together([a]) is a
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 2.5, 8.0])
+@pytest.mark.parametrize("kind", [honest, honest_classes])
+def test_the_temperature_of_logits_scaled_by_a_known_factor_is_that_factor(kind, factor):
+    logits, labels = kind(20_000)
+    fit = fit_temperature((factor * logits).astype(np.float32), labels)
+    assert fit.value == pytest.approx(factor, rel=0.03)
+    assert fit.low is not None and fit.high is not None
+    assert fit.low < fit.value < fit.high and 0.9 * factor < fit.low and fit.high < 1.1 * factor
+    assert fit.note is None and fit.n == 20_000
+    assert fit.nll_after <= fit.nll_before
+
+
+def test_the_fitted_temperature_has_the_least_nll_of_all():
+    for logits, labels in (honest(150, seed=3), honest_classes(150, seed=3)):
+        logits = 3 * logits
+        fit = fit_temperature(logits, labels)
+
+        def nll(t: float, logits: np.ndarray = logits, labels: np.ndarray = labels) -> float:
+            found = measure(logits / np.float64(t), labels)
+            assert found is not None
+            return found.nll
+
+        assert fit.nll_before == pytest.approx(nll(1)) and fit.nll_after == pytest.approx(nll(fit.value))
+        assert fit.nll_after < min(nll(fit.value * 1.01), nll(fit.value / 1.01))
+
+
+def test_the_temperatures_interval_holds_the_true_one_about_as_often_as_it_says():
+    held = 0
+    for seed in range(60):
+        logits, labels = honest(300, seed=seed)
+        fit = fit_temperature(2 * logits, labels)
+        assert fit.low is not None and fit.high is not None
+        held += fit.low <= 2 <= fit.high
+    assert held >= 52
+
+
+def test_logits_of_many_images_are_taken_in_parts(monkeypatch):
+    logits, labels = honest(500)
+    whole = fit_temperature(2 * logits, labels)
+    monkeypatch.setattr("questpress.pipeline.temperature.CHUNK", 64)
+    parts = fit_temperature(2 * logits, labels)
+    assert parts.value == pytest.approx(whole.value, rel=1e-9)
+    assert parts.high == pytest.approx(whole.high, rel=1e-9)
+
+
+def test_a_temperature_beyond_the_bounds_is_the_bound_and_is_told():
+    logits, _ = honest(100)
+    all_right = fit_temperature(logits, logits.argmax(1))
+    assert all_right.value == pytest.approx(LOWEST) and all_right.note is not None
+    assert f"{LOWEST:g}" in all_right.note and all_right.low is None
+    contrary = fit_temperature(logits, logits.argmin(1))
+    assert contrary.value == pytest.approx(HIGHEST) and f"{HIGHEST:g}" in str(contrary.note)
+
+
+def test_logits_that_are_all_alike_keep_temperature_1():
+    fit = fit_temperature(np.full((9, 4), 3.0, dtype=np.float32), np.arange(9) % 4)
+    assert fit.value == 1 and fit.note is not None and fit.nll_after == pytest.approx(math.log(4))
+    assert fit_temperature(np.zeros((9, 4), dtype=np.float32), np.ones((9, 4))).value == 1
+
+
+def test_without_images_or_with_logits_that_are_not_finite_no_temperature_is_fitted():
+    with pytest.raises(JobError, match="select"):
+        fit_temperature(np.empty((0, 3), dtype=np.float32), np.empty(0, dtype=np.int64))
+    with pytest.raises(JobError, match="finite"):
+        fit_temperature(np.array([[np.inf, 0.0]], dtype=np.float32), np.array([0]))
