@@ -5,6 +5,9 @@
     schema_version   1
     preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
     labels           class names, in the order of the logits
+    task             "multi-label" where an image may have several labels (a sigmoid for each); absent where
+                     it has one (softmax)
+    thresholds       for multi-label: of each label, the least probability at which an image has it
     origin           whence the network: teachers and student with their licences, method, data, and the
                      temperature that was folded into it, if any; free JSON
     versions         of the tools that wrote the files
@@ -17,8 +20,8 @@
         opset            version of ONNX's operator set
         ir_version       ONNX's format version: what the device's runtime must read at least
         quantization     the recipe, for int8; null otherwise
-        accuracy         of this very file in ONNX Runtime, percent: top1, n, low, high (95 % interval), and
-                         what else was measured; null where it was not
+        accuracy         of this very file in ONNX Runtime, percent: top1 (multi-label: map), n, low, high
+                         (95 % interval), and what else was measured; null where it was not
 
 Nothing in it names a user, a host or a local path.
 """
@@ -42,8 +45,8 @@ _TOOLS = ("questpress", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "n
 
 @dataclass(frozen=True)
 class ShippedFile:
-    """A model file in the artifact folder, and what is known of it. `accuracy` in percent: top1, n, low,
-    high.
+    """A model file in the artifact folder, and what is known of it. `accuracy` in percent: top1 or map, n,
+    low, high.
     """
 
     file: OnnxFile
@@ -73,6 +76,7 @@ def write_manifest(
     preprocessing: runtime.Preprocessing,
     labels: Sequence[str],
     origin: Mapping[str, Any],
+    thresholds: Sequence[float] | None = None,
 ) -> Path:
     """Write `folder`/manifest.json, whole or not at all, and verify every file against it.
 
@@ -90,6 +94,7 @@ def write_manifest(
         "schema_version": runtime.SCHEMA_VERSION,
         "preprocessing": preprocessing.to_dict(),
         "labels": list(labels),
+        **({} if thresholds is None else {"task": runtime.MULTI_LABEL, "thresholds": list(thresholds)}),
         "origin": dict(origin),
         "versions": tool_versions(),
         "files": [shipped.to_dict() for shipped in files],

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,16 @@ def write_onnx(proto: onnx.ModelProto, path: Path) -> OnnxFile:
     return OnnxFile(
         path, len(content), hashlib.sha256(content).hexdigest(), opset_of(proto), proto.ir_version
     )
+
+
+def with_metadata(file: OnnxFile, metadata: Mapping[str, str]) -> OnnxFile:
+    """Write a file anew with these entries in the place of those of the same name; its weights stay."""
+    proto = onnx.load(file.path, load_external_data=False)
+    entries = {entry.key: entry.value for entry in proto.metadata_props} | dict(metadata)
+    before = file.path.stat().st_size
+    onnx.helper.set_model_props(proto, dict(sorted(entries.items())))
+    written = write_onnx(proto, file.path)
+    return replace(written, bytes=file.bytes - before + written.bytes)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:

@@ -33,6 +33,7 @@ from PIL import Image, ImageCms
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 METADATA_PREFIX = "questpress."
+MULTI_LABEL = "multi-label"
 
 Pixels = np.ndarray
 """uint8 [H, W, 3], RGB."""
@@ -467,11 +468,16 @@ def session(model: str | Path | bytes, threads: int) -> ort.InferenceSession:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one image: the likeliest label, its probability, and the `top` likeliest with theirs."""
+    """The answer to one image: the likeliest label, its probability, and the `top` likeliest with theirs.
+
+    `labels` is what the image is said to show, with probabilities: the one label; of a network for images of
+    several labels those whose probability reaches their threshold, the likeliest first, perhaps none.
+    """
 
     label: str
     probability: float
     top: list[tuple[str, float]]
+    labels: list[tuple[str, float]]
 
 
 class Classifier:
@@ -485,22 +491,32 @@ class Classifier:
         threads: int | None = None,
         preprocessing: Preprocessing | None = None,
         labels: Sequence[str] | None = None,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
-        """What isn't given is read from the model's own metadata; ArtifactError where that lacks it."""
+        """What isn't given is read from the model's own metadata; ArtifactError where that lacks it.
+
+        `thresholds`, one for each label, are those of a network for images of several labels; then each label
+        has a probability of its own.
+        """
         self.name = name
         self.threads = default_threads() if threads is None else threads
         if self.threads < 1:
             raise ValueError(f"a classifier needs at least one thread, not {threads}")
         self.session = session(model, self.threads)
-        own_preprocessing, own_labels = _read_metadata(
+        own_preprocessing, own_labels, own_thresholds = _read_metadata(
             self.session.get_modelmeta().custom_metadata_map, name, needed=not (preprocessing and labels)
         )
+        if not (preprocessing and labels) and thresholds is None:
+            thresholds = own_thresholds
         self.preprocessing: Preprocessing = preprocessing or own_preprocessing  # type: ignore[assignment]
         self.labels: tuple[str, ...] = tuple(labels or own_labels)
         self._input = self.session.get_inputs()[0].name
         classes = self.session.get_outputs()[0].shape[-1]
         if isinstance(classes, int) and classes != len(self.labels):
             raise ArtifactError(f"{name} answers with {classes} classes but names {len(self.labels)}")
+        self.thresholds = None if thresholds is None else np.asarray(thresholds, dtype=np.float64)
+        if self.thresholds is not None and self.thresholds.shape != (len(self.labels),):
+            raise ArtifactError(f"{name} has {self.thresholds.size} thresholds for {len(self.labels)} labels")
 
     @classmethod
     def load(
@@ -527,7 +543,12 @@ class Classifier:
             threads=threads,
             preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
             labels=manifest["labels"],
+            thresholds=_thresholds(manifest),
         )
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """float64 [B, classes]: together 1, or where images have several labels each for itself."""
+        return softmax(logits) if self.thresholds is None else sigmoid(logits)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """float32 [B, 3, S, S], preprocessed, to logits float32 [B, classes]."""
@@ -543,10 +564,12 @@ class Classifier:
         queue = iter(images)
         while chunk := list(islice(queue, batch_size)):
             decoded = [image if isinstance(image, np.ndarray) else decode_image(image) for image in chunk]
-            for row in softmax(self.logits(preprocess(decoded, self.preprocessing))):
-                best = np.argsort(-row, kind="stable")[: max(1, top)]
-                likeliest = [(self.labels[index], float(row[index])) for index in best]
-                answers.append(Prediction(*likeliest[0], top=likeliest))
+            for row in self.probabilities(self.logits(preprocess(decoded, self.preprocessing))):
+                order = np.argsort(-row, kind="stable")
+                likeliest = [(self.labels[index], float(row[index])) for index in order[: max(1, top)]]
+                given = order[:1] if self.thresholds is None else order[(row >= self.thresholds)[order]]
+                labels = [(self.labels[index], float(row[index])) for index in given]
+                answers.append(Prediction(*likeliest[0], top=likeliest, labels=labels))
         return answers
 
 
@@ -557,18 +580,33 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Each class's own probability, computed in float64 without overflow."""
+    small = np.exp(-np.abs(logits.astype(np.float64)))
+    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What a model file and an artifact folder say of themselves
 
 
 def metadata(
-    preprocessing: Preprocessing, labels: Sequence[str], origin: Mapping[str, Any]
+    preprocessing: Preprocessing,
+    labels: Sequence[str],
+    origin: Mapping[str, Any],
+    thresholds: Sequence[float] | None = None,
 ) -> dict[str, str]:
     """The entries that make one .onnx file enough to predict with, for the model's `metadata_props`.
 
     `origin` says where the network comes from (teachers, student, method, licences): anything JSON can hold.
+    `thresholds`, one for each label, make it a network for images of several labels.
     """
+    several = {
+        METADATA_PREFIX + "task": MULTI_LABEL,
+        METADATA_PREFIX + "thresholds": json.dumps([float(one) for one in thresholds or ()]),
+    }
     return {
+        **({} if thresholds is None else several),
         METADATA_PREFIX + "version": str(SCHEMA_VERSION),
         METADATA_PREFIX + "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
         METADATA_PREFIX + "labels": json.dumps(list(labels), ensure_ascii=False),
@@ -578,20 +616,38 @@ def metadata(
 
 def _read_metadata(
     entries: Mapping[str, str], name: str, *, needed: bool
-) -> tuple[Preprocessing | None, list[str]]:
+) -> tuple[Preprocessing | None, list[str], list[float] | None]:
     version = entries.get(METADATA_PREFIX + "version")
     if version is None:
         if needed:
             raise ArtifactError(f"{name} carries no questpress metadata: load the folder it came in instead")
-        return None, []
+        return None, [], None
     if version != str(SCHEMA_VERSION):
         raise ArtifactError(f"{name} is of version {version}; this runtime reads version {SCHEMA_VERSION}")
     try:
         preprocessing = Preprocessing.from_dict(json.loads(entries[METADATA_PREFIX + "preprocessing"]))
         labels = [str(label) for label in json.loads(entries[METADATA_PREFIX + "labels"])]
+        stated = json.loads(entries.get(METADATA_PREFIX + "thresholds", "null"))
+        thresholds = _thresholds({"task": entries.get(METADATA_PREFIX + "task"), "thresholds": stated})
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the questpress metadata of {name} cannot be read: {error}") from error
-    return preprocessing, labels
+    return preprocessing, labels, thresholds
+
+
+def _thresholds(said: Mapping[str, Any]) -> list[float] | None:
+    """Of a network for images of several labels; None of any other, and where nothing is said of a task.
+
+    Raises ValueError where they are no probabilities, or the task is none that is known here.
+    """
+    task = said.get("task")
+    if task is None:
+        return None
+    if task != MULTI_LABEL:
+        raise ValueError(f"this runtime knows no task {task!r}")
+    thresholds = [float(one) for one in said["thresholds"]]
+    if not all(0 <= one <= 1 for one in thresholds):
+        raise ValueError("thresholds must be probabilities")
+    return thresholds
 
 
 def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -616,6 +672,9 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
         Preprocessing.from_dict(manifest["preprocessing"])
         if not all(isinstance(label, str) for label in manifest["labels"]):
             raise ValueError("labels must be strings")
+        thresholds = _thresholds(manifest)
+        if thresholds is not None and len(thresholds) != len(manifest["labels"]):
+            raise ValueError("each label needs a threshold")
         for entry in manifest["files"]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
                 raise ValueError(f"a file may not be named {entry['name']!r}")

@@ -23,7 +23,7 @@ Ask = Callable[[Tensor], Sequence[Readout]]
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of a step, uint8 views [B,3,S,S] and labels [B], or a part of that part."""
+    """This rank's part of a step, uint8 views [B,3,S,S] and their labels, or a part of that part."""
 
     pixels: Tensor
     labels: Tensor

@@ -29,8 +29,9 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     train, size = len(data.train), options.image_size
     teachers = [describe(name, size) for name in options.teacher]
     student = describe(options.student, options.student_size or size)
+    several = ", several an image" if data.multi_label else ""
     lines = [
-        f"{data.name}: {len(data.classes)} classes; {train} train, {len(data.select)} select, "
+        f"{data.name}: {len(data.classes)} classes{several}; {train} train, {len(data.select)} select, "
         f"{len(data.test)} test images, at {size} px",
     ]
     macs = 0.0

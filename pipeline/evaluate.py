@@ -1,14 +1,16 @@
 """Answers of a network over a role's images, and what they amount to."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import multi_label
 from .data.render import Normalise
 from .device import Engine
-from .results import Accuracy, ClassResult
+from .results import Accuracy, ClassResult, Score
 
 BATCH = 128
 UNEVEN = 1.5
@@ -67,8 +69,51 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
     return Accuracy.of(int(right.sum()), len(labels), balanced=balanced, top5=top5)
 
 
-def agreement(logits: np.ndarray, others: np.ndarray) -> Accuracy:
-    """How often two networks give the same answer."""
+def percent(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The figure that networks are compared by while they learn: top-1, or mAP where images have several
+    labels [N,classes]; in percent.
+    """
+    if labels.ndim == 1:
+        return accuracy(logits, labels).top1
+    return multi_label.mean_average_precision(logits, labels)
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> Score:
+    """Accuracy; where images have several labels the mean average precision."""
+    return accuracy(logits, labels) if labels.ndim == 1 else multi_label.score(logits, labels)
+
+
+def measured(
+    logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], thresholds: np.ndarray | None = None
+) -> dict[str, Any]:
+    """What the test images tell of a network, as fields of ``Subject``.
+
+    Args:
+        thresholds: where images have several labels.
+    """
+    if labels.ndim == 1:
+        return {"accuracy": accuracy(logits, labels), "per_class": per_class(logits, labels, classes)}
+    return {"multi_label": multi_label.score(logits, labels, thresholds, classes)}
+
+
+def selected(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What the select images tell of a network before export, as a field of ``Subject``."""
+    if labels.ndim == 1:
+        return {"select_accuracy": accuracy(logits, labels)}
+    return {"select_multi_label": multi_label.score(logits, labels)}
+
+
+def agreement(
+    logits: np.ndarray,
+    others: np.ndarray,
+    thresholds: np.ndarray | None = None,
+    others_thresholds: np.ndarray | None = None,
+) -> Accuracy:
+    """How often two networks give the same answer; with thresholds the very same labels."""
+    if thresholds is not None and others_thresholds is not None:
+        return multi_label.agreement(
+            multi_label.decide(logits, thresholds), multi_label.decide(others, others_thresholds)
+        )
     return Accuracy.of(int((logits.argmax(1) == others.argmax(1)).sum()), len(logits))
 
 

@@ -224,9 +224,10 @@ class Job:
             JobError: the pixels were to be on the device, and it has no room for them.
         """
         train, seed, size = self.train, self.options.seed, self.image_size
+        labels = train.targets(self.data)
         if isinstance(train, Sized):
             return StreamedViews(
-                train, train.labels, train.keys, self.canonical, self.policy, seed, size, self.workers
+                train, labels, train.keys, self.canonical, self.policy, seed, size, self.workers
             )
         assert isinstance(train, Decoded)
         pixels, room = train.pixels, free_memory(self.device)
@@ -237,14 +238,15 @@ class Job:
                     f"{room / 1e9:.1f} GB free; --resident host leaves them where they are."
                 )
             pixels = pixels.to(self.device)
-        return Views(pixels, train.labels, train.keys, self.policy, seed, size)
+        return Views(pixels, labels, train.keys, self.policy, seed, size)
 
     def views_drawn_with(self, seed: int, size: int) -> Views | StreamedViews:
         """The same images' views, drawn with another seed and at another size."""
         return replace(self.views, seed=seed, size=size)
 
     def rendered(self, role: Role, member: Member, most: int | None = None) -> tuple[Tensor, Tensor, Decoded]:
-        """A role as the runtime renders it for a network: uint8 [N,S,S,3], labels [N], and its images.
+        """A role as the runtime renders it for a network: uint8 [N,S,S,3], its labels (see
+        ``decode.Readable.targets``), and its images.
 
         ``most`` images at most, spread evenly over the classes.
         """
@@ -255,10 +257,11 @@ class Job:
             cache=self.cache,
             progress=self._progress(f"rendering {role}"),
         )
+        labels = decoded.targets(self.data)
         if not decoded.images:
             empty = torch.empty(0, member.image_size, member.image_size, 3, dtype=torch.uint8)
-            return empty, decoded.labels, decoded
-        return decoded.pixels.stacked(), decoded.labels, decoded
+            return empty, labels, decoded
+        return decoded.pixels.stacked(), labels, decoded
 
     def rendered_batches(self, role: Role, member: Member) -> Iterator[tuple[int, Tensor]]:
         """As ``rendered``, a batch at a time: (index of the first, uint8 [B,3,S,S] on the device). Training

@@ -138,7 +138,7 @@ def learn(
             return None
         mine = pixels[job.ranks.mine(len(pixels))]
         answers = job.ranks.gather(evaluate.logits(network, task.trainee.normalise, mine, task.engine))
-        return evaluate.accuracy(answers.numpy(), labels.numpy()).top1
+        return evaluate.percent(answers.numpy(), labels.numpy())
 
     def show(step: int, steps: int, losses: dict[str, float]) -> None:
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())

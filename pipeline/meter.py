@@ -23,6 +23,7 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.images = 0
+        self.several = False
 
     @torch.no_grad()
     def add(self, result: Mapping[str, Tensor], labels: Tensor) -> None:
@@ -30,7 +31,9 @@ class Meter:
         for key, value in result.items():
             if key != "output":
                 self.sums[key] = self.sums.get(key, 0) + value.detach().float() * len(labels)
-        self.correct += (result["output"].argmax(1) == labels).sum()
+        if labels.ndim == 1:
+            self.correct += (result["output"].argmax(1) == labels).sum()
+        self.several = labels.ndim > 1
         self.images += len(labels)
 
     def means(self, epoch: int, *, of_all: bool = False) -> dict[str, float]:
@@ -51,8 +54,12 @@ class Meter:
             )
         return means
 
-    def accuracy(self) -> float:
-        """Top-1 in percent on the training views of all ranks."""
+    def accuracy(self) -> float | None:
+        """Top-1 in percent on the training views of all ranks; None where images have several labels, whose
+        ranking is not a sum over batches.
+        """
+        if self.several:
+            return None
         correct, images = self.ranks.sum(torch.stack([self.correct, self._images()])).tolist()
         return 100 * correct / images
 

@@ -66,11 +66,13 @@ class Options(BaseModel):
         enters="prepare",
     )
     data: str = option(
-        "a folder of class folders (with or without train/ val/ test/), a timm data set name such as torch/cifar100, or digits: the built-in handwritten digits",
+        "a folder of class folders (with or without train/ val/ test/), a labels file (.csv, .jsonl, or COCO's .json) for images of several labels, a timm data set name such as torch/cifar100, or digits: the built-in handwritten digits",
         "digits",
         group="What",
     )
-    data_dir: Path | None = option("where a named data set lies or is downloaded to", group="What")
+    data_dir: Path | None = option(
+        "where a named data set lies or is downloaded to; the folder of a labels file's images", group="What"
+    )
     download: bool = option("download a named data set when it is not there", False, group="What")
     out: Path | None = option("the run folder [default: runs/TEACHER-STUDENT-DATA]", group="What")
     config: Path | None = option(

@@ -35,12 +35,20 @@ def predict(
             unread += 1
             print(f"Error: {error}", file=sys.stderr)
             continue
-        print(_line(path, answer, as_json=as_json))
+        several = classifier.thresholds is not None
+        print(_line(path, answer, as_json=as_json, several=several))
     return unread
 
 
-def _line(path: Path, answer: Prediction, *, as_json: bool) -> str:
+def _line(path: Path, answer: Prediction, *, as_json: bool, several: bool) -> str:
+    """The likeliest labels; where an image may have ``several``, those it has, and in JSON the others too."""
     if as_json:
-        answers = [{"label": label, "probability": probability} for label, probability in answer.top]
-        return json.dumps({"image": str(path), "answers": answers}, ensure_ascii=False)
-    return f"{path}: " + ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in answer.top)
+        has = {"labels": _named(answer.labels)} if several else {}
+        return json.dumps({"image": str(path), **has, "answers": _named(answer.top)}, ensure_ascii=False)
+    shown = answer.labels if several else answer.top
+    told = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in shown)
+    return f"{path}: {told or 'none of the labels'}"
+
+
+def _named(answers: list[tuple[str, float]]) -> list[dict[str, str | float]]:
+    return [{"label": label, "probability": probability} for label, probability in answers]

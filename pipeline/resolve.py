@@ -67,6 +67,8 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         download=chosen.download,
         select_fraction=chosen.select_fraction,
     )
+    if data.multi_label:
+        methods.check_multi_label(parameters)
     if chosen.calibrate and not data.select:
         raise UsageError(
             "--calibrate fits a temperature on select images, and this data has none: hold some out, as with "

@@ -29,6 +29,14 @@ class Accuracy(Result):
     """Mean of the per-class accuracies, where the classes are uneven."""
     top5: float | None = None
 
+    @property
+    def percent(self) -> float:
+        return self.top1
+
+    @property
+    def told(self) -> str:
+        return f"{self.top1:.2f} %"
+
     @classmethod
     def of(
         cls, correct: int, n: int, *, balanced: float | None = None, top5: float | None = None
@@ -49,6 +57,45 @@ class Accuracy(Result):
             balanced=balanced,
             top5=top5,
         )
+
+
+class ClassScore(Result):
+    """One class of a multi-label set on the test images, of which ``n`` show it; percent."""
+
+    label: str
+    n: int
+    average_precision: float | None
+    """None where no image shows the class."""
+    f1: float | None
+    """At ``threshold``; None where the class is neither shown nor answered."""
+    threshold: float
+
+
+class MultiLabelScore(Result):
+    """Mean average precision in percent on ``n`` images that may have several labels, with its 95 % bootstrap
+    interval over images; see ``multi_label.py``.
+    """
+
+    map: float
+    n: int
+    low: float
+    high: float
+    micro_f1: float
+    """Of all answers together, at each class's threshold."""
+    macro_f1: float
+    """The mean over the classes."""
+    classes: list[ClassScore] = []
+
+    @property
+    def percent(self) -> float:
+        return self.map
+
+    @property
+    def told(self) -> str:
+        return f"mAP {self.map:.2f} %"
+
+
+Score = Accuracy | MultiLabelScore
 
 
 class Latency(Result):
@@ -151,6 +198,10 @@ class Subject(Result):
     accuracy: Accuracy | None = None
     select_accuracy: Accuracy | None = None
     """Top-1 of the weights in torch on the select role: what decides whether the job goes on."""
+    multi_label: MultiLabelScore | None = None
+    """In the place of ``accuracy`` and ``per_class`` where images have several labels."""
+    select_multi_label: MultiLabelScore | None = None
+    """In the place of ``select_accuracy``."""
     agreement: Accuracy | None = None
     """How often this file's answer is the teacher's (``correct`` counts the agreements)."""
     per_class: list["ClassResult"] = []
@@ -169,6 +220,15 @@ class Subject(Result):
     opset: int | None = None
     ir_version: int | None = None
     quantization: dict[str, Any] | None = None
+
+    @property
+    def score(self) -> Score | None:
+        """On the test images."""
+        return self.accuracy or self.multi_label
+
+    @property
+    def select_score(self) -> Score | None:
+        return self.select_accuracy or self.select_multi_label
 
 
 class ClassResult(Result):
@@ -190,6 +250,7 @@ class DataSummary(Result):
     duplicates: list[list[str]] = []
     """Groups of identical images across given folders or classes, by name."""
     fingerprint: str
+    multi_label: bool = False
 
 
 class Words(Result):
@@ -217,9 +278,9 @@ class Round(Result):
     teacher: str
     """Whom it learned from: the teacher's name, or the round before."""
     seed: int
-    accuracy: Accuracy | None = None
+    accuracy: Score | None = None
     """Of its weights in torch, fp32, on the test role."""
-    select_accuracy: Accuracy | None = None
+    select_accuracy: Score | None = None
     file: str
     """Its weights, a path inside the run folder."""
 
@@ -284,7 +345,9 @@ class Epoch(Result):
     watched: dict[str, float] = {}
     """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
     train_accuracy: float | None = None
+    """None where images have several labels."""
     select_accuracy: float | None = None
+    """Top-1, or mAP where images have several labels."""
     seconds: float | None = None
     """Of training, without the select role's evaluation."""
     shares: dict[str, float] = {}

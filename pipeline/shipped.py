@@ -10,6 +10,7 @@ from torch import nn
 from ..export.onnx_export import OnnxFile
 from ..export.runtime import Classifier, normalise
 from ..export.temperature import fold_temperature
+from . import multi_label
 from .errors import JobError
 from .job import Job
 from .results import Temperature
@@ -84,3 +85,13 @@ def check_tempered(plain: np.ndarray, divided: np.ndarray, temperature: float) -
             f"The file with temperature {temperature:.4g} does not answer as the one without: logits of up "
             f"to {most:.3g} differ by up to {off:.2g}; leave --calibrate out."
         )
+
+
+def thresholds(job: Job, file: Path) -> list[float]:
+    """Each class's best threshold for a file's answers to the select images, which have several labels."""
+    pixels, labels, _ = job.rendered("select", job.student)
+    if not len(labels):
+        return [multi_label.EVEN] * len(job.data.classes)
+    logits = shipped_logits(job, file, pixels.numpy())
+    chosen: list[float] = multi_label.choose_thresholds(logits, labels.numpy()).tolist()
+    return chosen

@@ -6,7 +6,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
 from timm.utils import distribute_bn, unwrap_model
@@ -20,6 +19,7 @@ from ..models.widen import merged
 from .averages import Averages
 from .balance import Balance
 from .clock import Clock
+from .cross_entropy import cross_entropy
 from .data.render import Normalise
 from .device import Engine
 from .methods.base import Method
@@ -111,7 +111,7 @@ class Trainee(nn.Module):
         alone = [name for name in self.methods if self._method(name).embeds_alone(epoch)]
         self.readouts.embeds_alone = bool(alone)
         student = self.readouts(images, self.reads)
-        entropy = F.cross_entropy(student["logits"].float(), labels, label_smoothing=self.label_smoothing)
+        entropy = cross_entropy(student["logits"].float(), labels, self.label_smoothing)
         with self.engine.autocast_heads():
             of_methods = {
                 name: {
@@ -312,7 +312,7 @@ class DistillationTask(TrainingTask):
         """
         Args:
             input: views, uint8 [B,3,S,S].
-            target: class numbers [B].
+            target: class numbers [B], or float32 [B,N], 1 for each class of an image of a multi-label set.
             keys: int64 [B], what the methods' random draws follow.
             answers: the teachers' to these views; None asks the teachers.
             full: the same views at the teachers' size, where that is another.

@@ -20,7 +20,7 @@ from ...export.runtime import ImageError, Preprocessing, allowed_cores, decode_i
 from ..cache import Cache
 from ..errors import JobError
 from ..files import digest, sha256
-from .image_set import Image, Progress, Skipped
+from .image_set import Image, ImageSet, Progress, Skipped
 from .pixels import Pixels, ragged
 
 VERSION = 1
@@ -85,8 +85,19 @@ class Readable:
 
     @property
     def labels(self) -> Tensor:
-        """int64 [N]."""
+        """int64 [N], of a single-label set."""
         return torch.tensor([image.label for image in self.images], dtype=torch.int64)
+
+    def targets(self, data: ImageSet) -> Tensor:
+        """What is learned of these images of ``data``: their class numbers int64 [N], or in a multi-label set
+        1 for each of their classes and 0 for the others, float32 [N, classes].
+        """
+        if not data.multi_label:
+            return self.labels
+        targets = torch.zeros(len(self.images), len(data.classes))
+        for row, image in enumerate(self.images):
+            targets[row, list(image.labels)] = 1
+        return targets
 
     @property
     def keys(self) -> Tensor:

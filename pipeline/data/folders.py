@@ -1,14 +1,12 @@
 """A data set that is a folder of class folders, with or without train, val and test folders above them."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
-from .image_set import Image, ImageSet, Progress, Role, Skipped, printable
+from .content import Walk, hashed
+from .image_set import ImageSet, Progress, Role, printable
 from .split import assemble, listed
 
 # Those of torchvision's ImageFolder, and GIF.
@@ -26,25 +24,6 @@ ROLE_FOLDERS: dict[str, Role] = {
 }
 # Folders that systems leave behind; hidden ones are passed over anyway.
 NOT_CLASSES = frozenset(("__MACOSX", "@eaDir", "lost+found", "__pycache__"))
-# Hashing waits for the disk as much as for the processor.
-HASHING_THREADS = 8
-_EMPTY = hashlib.sha256(b"").hexdigest()
-
-
-@dataclass
-class _Walk:
-    """What a walk through a data folder meets besides images."""
-
-    root: Path  # resolved: what lies outside of it is not followed
-    top: Path  # as given: names are relative to it
-    skipped: list[Skipped] = field(default_factory=list)
-    ignored: int = 0
-
-    def skip(self, path: Path, reason: str, unreadable: bool = False) -> None:
-        self.skipped.append(Skipped(self.name(path), reason, unreadable))
-
-    def name(self, path: Path) -> str:
-        return printable(path.relative_to(self.top).as_posix())
 
 
 def open_folder(
@@ -67,14 +46,14 @@ def open_folder(
         raise UsageError(
             f"{shown} is a file; --data takes a folder that holds a folder of images for each class."
         )
-    walk = _Walk(path.resolve(), path)
+    walk = Walk(path.resolve(), path)
     try:
         classes, files = _classes_and_files(walk, shown)
     except PermissionError as error:
         raise UsageError(
             f"{printable(str(error.filename))} may not be read; check its permissions."
         ) from error
-    given = _hashed(files, walk, progress)
+    given = hashed(files, walk, progress)
     return assemble(
         printable(path.resolve().name), shown, classes, given, select_fraction, walk.skipped, walk.ignored
     )
@@ -83,7 +62,7 @@ def open_folder(
 _Files = dict[Role, list[tuple[Path, int]]]
 
 
-def _classes_and_files(walk: _Walk, shown: str) -> tuple[list[str], _Files]:
+def _classes_and_files(walk: Walk, shown: str) -> tuple[list[str], _Files]:
     folders, loose = _inside(walk, walk.top)
     roles = {folder: ROLE_FOLDERS.get(folder.name.lower()) for folder in folders}
     role_folders = {folder: role for folder, role in roles.items() if role}
@@ -104,7 +83,7 @@ def _classes_and_files(walk: _Walk, shown: str) -> tuple[list[str], _Files]:
     return _by_role(walk, role_folders)
 
 
-def _expect_folders(walk: _Walk, shown: str, folders: Sequence[Path], loose: Sequence[Path]) -> None:
+def _expect_folders(walk: Walk, shown: str, folders: Sequence[Path], loose: Sequence[Path]) -> None:
     if loose and not folders:
         raise UsageError(
             f"{shown} holds images but no class folders; put the images of each class into a folder."
@@ -117,7 +96,7 @@ def _expect_folders(walk: _Walk, shown: str, folders: Sequence[Path], loose: Seq
     walk.ignored += len(loose)
 
 
-def _whole(walk: _Walk, folders: Sequence[Path]) -> tuple[list[str], _Files]:
+def _whole(walk: Walk, folders: Sequence[Path]) -> tuple[list[str], _Files]:
     names = [printable(folder.name) for folder in folders]
     found = [(file, label) for label, folder in enumerate(folders) for file in _images(walk, folder)]
     if not found:
@@ -125,7 +104,7 @@ def _whole(walk: _Walk, folders: Sequence[Path]) -> tuple[list[str], _Files]:
     return names, {"train": found}
 
 
-def _by_role(walk: _Walk, role_folders: dict[Path, Role]) -> tuple[list[str], _Files]:
+def _by_role(walk: Walk, role_folders: dict[Path, Role]) -> tuple[list[str], _Files]:
     by_name: dict[Role, dict[str, list[Path]]] = {}
     folder_of: dict[Role, str] = {}
     for top, role in role_folders.items():
@@ -165,7 +144,7 @@ def _same_classes(train: str, classes: list[str], other: str, others: list[str])
         raise UsageError(f"The classes of '{train}' and '{other}' differ: {'; '.join(parts)}.")
 
 
-def _inside(walk: _Walk, folder: Path) -> tuple[list[Path], list[Path]]:
+def _inside(walk: Walk, folder: Path) -> tuple[list[Path], list[Path]]:
     """The class folders (sorted as torchvision's ImageFolder sorts them) and loose images in a folder."""
     folders, images = [], []
     for path in _entries(walk, folder):
@@ -179,7 +158,7 @@ def _inside(walk: _Walk, folder: Path) -> tuple[list[Path], list[Path]]:
     return folders, images
 
 
-def _images(walk: _Walk, folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def _images(walk: Walk, folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Every image in a folder and the folders within it."""
     here = folder.resolve()
     if here in above:
@@ -194,7 +173,7 @@ def _images(walk: _Walk, folder: Path, above: frozenset[Path] = frozenset()) -> 
             walk.ignored += 1
 
 
-def _entries(walk: _Walk, folder: Path) -> list[Path]:
+def _entries(walk: Walk, folder: Path) -> list[Path]:
     """What a folder holds, sorted by name, without hidden files and links that lead out or nowhere."""
     entries = []
     with os.scandir(folder) as found:
@@ -209,36 +188,3 @@ def _entries(walk: _Walk, folder: Path) -> list[Path]:
             else:
                 entries.append(path)
     return entries
-
-
-def _hashed(files: _Files, walk: _Walk, progress: Progress | None) -> dict[Role, list[Image]]:
-    total, done = sum(map(len, files.values())), 0
-    given: dict[Role, list[Image]] = {}
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        for role, found in files.items():
-            given[role] = []
-            # In slices, so that an interrupt waits for few files and not for all.
-            keys = (
-                key
-                for start in range(0, len(found), 512)
-                for key in threads.map(_content_key, [file for file, _ in found[start : start + 512]])
-            )
-            for (file, label), key in zip(found, keys, strict=True):
-                done += 1
-                if isinstance(key, OSError):
-                    walk.skip(file, f"could not be read: {key.strerror or key}", unreadable=True)
-                elif key == _EMPTY:  # all such files would count as one image under many classes
-                    walk.skip(file, "the file is empty", unreadable=True)
-                else:
-                    given[role].append(Image(walk.name(file), label, key, file))
-                if progress:
-                    progress(done, total)
-    return given
-
-
-def _content_key(file: Path) -> str | OSError:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        return error

@@ -21,7 +21,7 @@ Source = Path | bytes | np.ndarray | Callable[[], bytes]
 
 @dataclass(frozen=True)
 class Image:
-    """One image and its class.
+    """One image and its class, or the ``several`` (ascending, perhaps none) of a multi-label set.
 
     ``name`` is for people: the path relative to the data set, never absolute. ``key`` is the SHA-256 of the
     content in hexadecimal digits; images with the same key are the same image.
@@ -31,6 +31,18 @@ class Image:
     label: int
     key: str
     source: Source = field(repr=False, compare=False)
+    several: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_several(cls, name: str, labels: Sequence[int], key: str, source: Source) -> "Image":
+        """An image of a multi-label set; its ``label`` is the first of its classes, or −1."""
+        several = tuple(sorted(set(labels)))
+        return cls(name, several[0] if several else -1, key, source, several)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All its classes: the one of a single-label set."""
+        return (self.label,) if self.several is None else self.several
 
     def read(self) -> bytes | np.ndarray:
         """The encoded file, or the pixels (uint8 [H, W, 3]) of an image that never was a file.
@@ -84,6 +96,8 @@ class ImageSet:
     skipped: tuple[Skipped, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
     ignored: int = 0  # files that are no images
+    multi_label: bool = False
+    """Whether an image may have several classes, or none."""
 
     def role(self, role: Role) -> tuple[Image, ...]:
         return {"train": self.train, "select": self.select, "test": self.test}[role]
@@ -94,7 +108,11 @@ class ImageSet:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the classes and each image's content, class and role; names don't count."""
-        images = sorted((image.key, image.label, role) for role in ROLES for image in self.role(role))
+        every = [(image, role) for role in ROLES for image in self.role(role)]
+        if self.multi_label:
+            of_several = sorted((image.key, image.labels, role) for image, role in every)
+            return digest({"classes": self.classes, "images": of_several, "multi_label": True})
+        images = sorted((image.key, image.label, role) for image, role in every)
         return digest({"classes": self.classes, "images": images})
 
     @property
@@ -103,7 +121,8 @@ class ImageSet:
         counts = {role: [0] * len(self.classes) for role in ROLES}
         for role in ROLES:
             for image in self.role(role):
-                counts[role][image.label] += 1
+                for label in image.labels:
+                    counts[role][label] += 1
         return counts
 
     def with_skipped(self, skipped: Sequence[Skipped]) -> "ImageSet":
@@ -113,7 +132,7 @@ class ImageSet:
 
 
 def in_order(images: Sequence[Image]) -> tuple[Image, ...]:
-    return tuple(sorted(images, key=lambda image: (image.label, image.key, image.name)))
+    return tuple(sorted(images, key=lambda image: (image.labels, image.key, image.name)))
 
 
 def array_key(pixels: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""``--data``: the built-in digits, a folder, or a data set by timm's name."""
+"""``--data``: the built-in digits, a folder, a labels file, or a data set by timm's name."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from ..errors import UsageError
 from .digits import open_digits
 from .folders import open_folder
-from .image_set import ImageSet, Progress
+from .image_set import ImageSet, Progress, printable
+from .label_files import SUFFIXES, is_label_file, label_files_in, open_label_file
 
 DIGITS = "digits"
 
@@ -27,8 +28,21 @@ def open_data(
     path = Path(data).expanduser()
     if data == DIGITS:
         return open_digits(select_fraction=select_fraction)
+    if path.is_file():
+        if not is_label_file(path):
+            raise UsageError(
+                f"{printable(str(path))} is a file; --data takes a folder that holds a folder of images for "
+                f"each class, or a labels file ({', '.join(SUFFIXES)})."
+            )
+        return open_label_file(path, data_dir=data_dir, select_fraction=select_fraction, progress=progress)
     if path.exists():
-        return open_folder(path, select_fraction=select_fraction, progress=progress)
+        try:
+            return open_folder(path, select_fraction=select_fraction, progress=progress)
+        except UsageError as error:
+            found = label_files_in(path)
+            if not found:
+                raise
+            raise UsageError(f"{error} If {' or '.join(found)} has the labels, name it as --data.") from error
 
     from .named import PREFIXES, open_named
 
@@ -43,8 +57,8 @@ def open_data(
     ]
     hint = f" Did you mean {' or '.join(near[:3])}?" if near else ""
     raise UsageError(
-        f"There is no data folder {data}; --data takes a folder of class folders, '{DIGITS}', "
-        f"or a name of timm's ({kinds}).{hint}"
+        f"There is no data folder {data}; --data takes a folder of class folders, a labels file, "
+        f"'{DIGITS}', or a name of timm's ({kinds}).{hint}"
     )
 
 

@@ -214,8 +214,8 @@ class Normalise(nn.Module):
 class Views:
     """The training images of a job and how their views are drawn.
 
-    ``labels`` and ``keys`` are int64 [N] on the host (see ``decode.Decoded``); ``size`` is the side of a view
-    in pixels.
+    ``labels`` (int64 [N], or float32 [N, classes]) and ``keys`` (int64 [N]) are on the host (see
+    ``decode.Readable``); ``size`` is the side of a view in pixels.
     """
 
     pixels: Pixels
@@ -235,7 +235,7 @@ class Views:
         device: torch.device | str = "cpu",
         size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Views of images ``indices`` (int64 [B], host): uint8 [B, 3, S, S], and labels int64 [B].
+        """Views of images ``indices`` (int64 [B], host): uint8 [B, 3, S, S], and their labels.
 
         Another ``size`` gives the same crops at that size. What comes out depends on each image, its view
         number and the seed alone, not on what else is in the batch.

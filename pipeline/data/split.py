@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import UsageError
 from .image_set import ROLES, Duplicate, Image, ImageSet, Role, Skipped, in_order
-
-TEST_FRACTION = 0.1
-SELECT_FRACTION = 0.1
+from .shares import SELECT_FRACTION, TEST_FRACTION, share
+from .stratify import split_sets
 
 
 def check_select_fraction(fraction: float | None) -> float:
@@ -33,12 +32,15 @@ def assemble(
     select_fraction: float | None,
     skipped: Sequence[Skipped] = (),
     ignored: int = 0,
+    *,
+    multi_label: bool = False,
 ) -> ImageSet:
     """Make an image set of what was given.
 
     ``given`` holds ``train`` alone (80/10/10 is split off by content), ``train`` and ``test`` (select is held
     out of train), or all three (taken as they are). Content never ends up in two roles: the later of train,
     select, test keeps it where it was given twice; content under two classes goes to train when we split.
+    A ``multi_label`` set is split by ``stratify``, and only its train role must have every class.
 
     Raises:
         UsageError: fewer than two classes, a class too small to be in every role, or a wrong fraction.
@@ -50,11 +52,13 @@ def assemble(
             f"{source} has {found}; put the images of two or more classes into a folder for each."
         )
     roles, removed = _one_role_each({role: list(given.get(role, ())) for role in ROLES})
-    if "test" not in given:
+    if multi_label and ("test" not in given or "select" not in given):
+        roles = {**roles, **split_sets(roles["train"], classes, fraction, test="test" not in given)}
+    elif "test" not in given:
         roles = _split_whole(roles["train"], classes, fraction)
     elif "select" not in given:
         roles = {**_hold_out(roles["train"], classes, fraction), "test": roles["test"]}
-    _check_every_class(roles, classes)
+    _check_every_class(roles, classes, ("train",) if multi_label else ROLES)
     ordered = {role: in_order(roles[role]) for role in ROLES}
     return ImageSet(
         name=name,
@@ -64,6 +68,7 @@ def assemble(
         skipped=tuple(skipped),
         duplicates=_duplicates(ordered, removed),
         ignored=ignored,
+        multi_label=multi_label,
     )
 
 
@@ -96,11 +101,6 @@ def _ranked(images: Sequence[Image]) -> tuple[list[list[str]], set[str]]:
     return [ranks[label] for label in range(size)], torn
 
 
-def _share(count: int, fraction: float, most: int) -> int:
-    """How many of ``count`` images a role gets: the fraction, but one at least."""
-    return min(max(1, round(count * fraction)), max(1, most))
-
-
 def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Role, list[Image]]:
     ranked, torn = _ranked(images)
     torn_labels = {image.label for image in images if image.key in torn}
@@ -112,9 +112,9 @@ def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -
                 f"Class '{name}' has {_distinct(len(keys))}; three or more are needed, "
                 "so that one each can train, select and test."
             )
-        tested = _share(len(keys), TEST_FRACTION, len(keys) - 2)
+        tested = share(len(keys), TEST_FRACTION, len(keys) - 2)
         # Select is ranked after test, so the test role is the same whatever fraction is asked for.
-        selected = _share(len(keys), fraction, len(keys) - tested - (label not in torn_labels))
+        selected = share(len(keys), fraction, len(keys) - tested - (label not in torn_labels))
         for rank, key in enumerate(keys):
             last: Role = "select" if fraction > 0 and rank < tested + selected else "train"
             role_of[key] = "test" if rank < tested else last
@@ -134,7 +134,7 @@ def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> d
                 f"Class '{name}' has {_distinct(len(keys))} to train on; two are needed to hold one out "
                 "for selecting (--select-fraction 0 holds none out)."
             )
-        selected = _share(len(keys), fraction, len(keys) - (label not in torn_labels))
+        selected = share(len(keys), fraction, len(keys) - (label not in torn_labels))
         role_of.update((key, "select" if rank < selected else "train") for rank, key in enumerate(keys))
     return _by_role(images, role_of)
 
@@ -152,11 +152,13 @@ def _distinct(count: int) -> str:
     return "one image" if count == 1 else f"{count} different images"
 
 
-def _check_every_class(roles: Mapping[Role, Sequence[Image]], classes: Sequence[str]) -> None:
-    for role in ROLES:
+def _check_every_class(
+    roles: Mapping[Role, Sequence[Image]], classes: Sequence[str], needed: Sequence[Role]
+) -> None:
+    for role in needed:
         if role == "select" and not roles[role]:
             continue
-        present = {image.label for image in roles[role]}
+        present = {label for image in roles[role] for label in image.labels}
         missing = [name for label, name in enumerate(classes) if label not in present]
         if missing:
             raise UsageError(
@@ -175,7 +177,7 @@ def _duplicates(
     found = []
     for key, kept in copies.items():
         gone = removed.get(key, [])
-        labels = {image.label for image in [*gone, *(image for _, image in kept)]}
+        labels = {image.labels for image in [*gone, *(image for _, image in kept)]}
         if gone or len(labels) > 1:
             taken_out = tuple(sorted(image.name for image in gone))
             names = tuple(sorted([*taken_out, *(image.name for _, image in kept)]))

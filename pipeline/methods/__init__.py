@@ -81,6 +81,20 @@ def parameters(chosen: Sequence[str], settings: Mapping[str, Any]) -> dict[str, 
     return {name: _validated(name, values) for name, values in by_method.items()}
 
 
+def check_multi_label(chosen: Mapping[str, Parameters]) -> None:
+    """
+    Raises:
+        UsageError: a method cannot learn images of several labels.
+    """
+    for name, of_method in chosen.items():
+        reason = load(name).not_multi_label(of_method)
+        if reason is not None:
+            able = [other for other in METHODS if load(other).not_multi_label(load(other).takes()) is None]
+            raise UsageError(
+                f"--method {name} cannot learn images of several labels: {reason}; take {' or '.join(able)}."
+            )
+
+
 def _validated(name: str, values: Mapping[str, Any]) -> Parameters:
     try:
         return load(name).takes.model_validate(values)

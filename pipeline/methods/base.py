@@ -128,6 +128,11 @@ class Method(nn.Module):
         """
 
     @classmethod
+    def not_multi_label(cls, parameters: Any) -> str | None:
+        """Why the method cannot learn images of several labels; None where it can."""
+        return None
+
+    @classmethod
     def widens(cls, parameters: Any, student: Shapes, teachers: Sequence[Shapes]) -> int | None:
         """The width that the student's ``vector`` has while it learns, by a linear layer of its own that is
         merged into its classifier before anything ships (``models/widen.py``); None: its own.
@@ -173,7 +178,7 @@ class Method(nn.Module):
         Args:
             student: the student's readouts of the batch, with gradients.
             teachers: each teacher's readouts of the same views, without; or its ``answers`` to them.
-            labels: [B] class numbers.
+            labels: [B] class numbers; of a multi-label set float32 [B,N], 1 for each class of an image.
             epoch: the number of epochs done, for schedules such as a warm-up.
             keys: [B] int64, what random draws follow besides the epoch: the image and the run's seed.
         """

@@ -35,6 +35,10 @@ class Dist(LogitMethod):
     # About a third to three times of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10: 13.
     pull = (4.0, 40.0)
 
+    @classmethod
+    def not_multi_label(cls, parameters: Parameters) -> str | None:
+        return "it relates probabilities of classes that exclude each other"
+
     def __init__(
         self,
         parameters: Parameters,

@@ -50,6 +50,10 @@ class Dkd(LogitMethod):
     # About a third to three times of what the authors' weight (β = 2) gives for resnet56 → resnet20: 4.7.
     pull = (1.5, 14.0)
 
+    @classmethod
+    def not_multi_label(cls, parameters: Parameters) -> str | None:
+        return "it takes the one label of an image apart from all other classes"
+
     def __init__(
         self,
         parameters: Parameters,

@@ -7,6 +7,12 @@ Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network", 2015, arX
 with a = 0.1, b = 0.9, τ = 4 as the CRD benchmark (Tian et al., ICLR 2020) has them on CIFAR. With
 ``standardise`` both logits are z-scored first (Sun et al., CVPR 2024), and the defaults are that paper's:
 τ = 2, b = 9.
+
+Where images have several labels, classes don't exclude each other: each has a probability of its own, σ(z/τ),
+and the divergence is that of these binary ones, (σ, 1 − σ), as in Yang et al., "Multi-Label Knowledge
+Distillation", ICCV 2023 (MLD), but with τ, and the mean over classes as the cross-entropy has it there, not
+the sum. The weights of the two terms stay. Logits cannot be standardised there: a zero would no longer mean
+even chances.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +22,15 @@ from pydantic import Field
 from torch import Tensor
 
 from . import base
-from .logits import LogitMethod, divergence, exact, standardised, teacher_logits
+from .logits import (
+    LogitMethod,
+    binary_divergence,
+    binary_teacher_logits,
+    divergence,
+    exact,
+    standardised,
+    teacher_logits,
+)
 
 
 class Parameters(base.Parameters):
@@ -35,6 +49,10 @@ class Kd(LogitMethod):
     weights = frozenset({"weight"})
     # About a third to three times of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10: 2.9.
     pull = (1.0, 9.0)
+
+    @classmethod
+    def not_multi_label(cls, parameters: Parameters) -> str | None:
+        return "with standardise=true it frees logits from their zero" if parameters.standardise else None
 
     def __init__(
         self,
@@ -56,6 +74,10 @@ class Kd(LogitMethod):
         epoch: int,
         keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        if labels.ndim == 2:
+            z_t = binary_teacher_logits(teachers, self.tau)
+            mean = binary_divergence(exact(student["logits"]) / self.tau, z_t / self.tau)
+            return {"kd": self.weight * self.tau**2 * mean}
         z_t = teacher_logits(teachers, self.tau, self.standardise)
         z_s = exact(student["logits"])
         z_s = standardised(z_s) if self.standardise else z_s

@@ -45,3 +45,21 @@ def teacher_logits(teachers: Sequence[Readout], tau: float, standardise: bool = 
 def divergence(log_p_s: Tensor, log_p_t: Tensor) -> Tensor:
     """KL(p_T ‖ p_S), the mean over the batch, from log-probabilities [B,N]."""
     return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
+
+
+def binary_teacher_logits(teachers: Sequence[Readout], tau: float) -> Tensor:
+    """One teacher's logits [B,N]; of several, those whose sigmoid at τ is the mean of theirs at τ."""
+    each = [exact(t["logits"]) for t in teachers]
+    if len(each) == 1:
+        return each[0]
+    log_p = torch.stack([F.logsigmoid(z / tau) for z in each]).logsumexp(0)
+    log_q = torch.stack([F.logsigmoid(-z / tau) for z in each]).logsumexp(0)
+    return tau * (log_p - log_q)
+
+
+def binary_divergence(z_s: Tensor, z_t: Tensor) -> Tensor:
+    """KL of the binary probabilities (σ(z), 1 − σ(z)) of each class, the mean over images and classes."""
+    p_t = z_t.sigmoid()
+    return (
+        p_t * (F.logsigmoid(z_t) - F.logsigmoid(z_s)) + (1 - p_t) * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
+    ).mean()

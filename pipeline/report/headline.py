@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from ..results import Accuracy, Report
+from ..results import Accuracy, Report, Score
 from . import figures
-from .subjects import Column, Pace, compared, of, pace, shipped, threads
+from .subjects import Column, Pace, compared, measure, of, pace, shipped, threads
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def lead(report: Report) -> str:
     sentence = "Plain training" if report.method == "none" else f"Method {report.method}"
     data = report.data
     if data is not None:
-        sentence += f" on {data.name}, {figures.counted(len(data.classes), 'class', 'classes')},"
+        sentence += f" on {data.name}, {figures.counted(len(data.classes), 'class', 'classes')}"
+        sentence += ", several of which an image may show," if data.multi_label else ","
     sentence += f" at {report.image_size} × {report.image_size} pixels"
     if report.teacher_image_size not in (None, report.image_size) and report.method != "none":
         sentence += f" (the teacher at {report.teacher_image_size} × {report.teacher_image_size})"
@@ -46,8 +47,8 @@ def lead(report: Report) -> str:
         sentence += f"{data.test:,} to test"
     sentence += "."
     int8 = report.student_int8
-    if int8 is not None and int8.accuracy is not None:
-        measured = "accuracy and latency were" if int8.latency_ms else "accuracy was"
+    if int8 is not None and int8.score is not None:
+        measured = f"{measure(report)} and latency were" if int8.latency_ms else f"{measure(report)} was"
         sentence += f" The int8 file ships; its {measured} measured on that very file, in ONNX Runtime."
     return sentence
 
@@ -149,37 +150,39 @@ def _accurate(report: Report) -> KeyFigure:
     if ships is None:
         others = compared(report)
     lines = [
-        f"{column.role.lower()} {accuracy_in_words(column.subject.accuracy)}"
+        f"{column.role.lower()} {score_in_words(column.subject.score)}"
         for column in reversed(others)
-        if column.subject.accuracy is not None
+        if column.subject.score is not None
     ]
-    accuracy = ships.subject.accuracy if ships is not None else None
-    if ships is None or accuracy is None:
-        lines += [
-            _selected(c, c.subject.select_accuracy) for c in compared(report) if c.subject.select_accuracy
-        ]
-        return KeyFigure(figures.MISSING, "accuracy on test images not measured", lines)
-    own = [
-        f"95 % interval {figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)}",
-        f"{accuracy.correct:,} of {figures.counted(accuracy.n, 'test image')}",
-    ]
-    if accuracy.balanced is not None:
-        own.append(f"mean over the classes {figures.percent(accuracy.balanced, accuracy.n)}")
+    score = ships.subject.score if ships is not None else None
+    if ships is None or score is None:
+        lines += [_selected(c, c.subject.select_score) for c in compared(report) if c.subject.select_score]
+        return KeyFigure(figures.MISSING, f"{measure(report)} on test images not measured", lines)
+    own = [f"95 % interval {figures.percent_interval(score.low, score.high, score.n)}"]
+    if isinstance(score, Accuracy):
+        own.append(f"{score.correct:,} of {figures.counted(score.n, 'test image')}")
+        if score.balanced is not None:
+            own.append(f"mean over the classes {figures.percent(score.balanced, score.n)}")
+    else:
+        own.append(f"mean of the classes’ average precision on {figures.counted(score.n, 'test image')}")
+        own.append(f"F1 of its labels {figures.percent(score.micro_f1, score.n)}")
     return KeyFigure(
-        figures.percent(accuracy.top1, accuracy.n), f"accuracy of the {ships.role.lower()} file", own + lines
+        figures.percent(score.percent, score.n),
+        f"{measure(report)} of the {ships.role.lower()} file",
+        own + lines,
     )
 
 
-def accuracy_in_words(accuracy: Accuracy | None) -> str:
+def score_in_words(score: Score | None) -> str:
     """97.2 % (93.7–98.8 %)."""
-    if accuracy is None:
+    if score is None:
         return figures.MISSING
-    interval = figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
-    return f"{figures.percent(accuracy.top1, accuracy.n)} ({interval})"
+    interval = figures.percent_interval(score.low, score.high, score.n)
+    return f"{figures.percent(score.percent, score.n)} ({interval})"
 
 
-def _selected(column: Column, accuracy: Accuracy | None) -> str:
-    return f"{column.role.lower()} {accuracy_in_words(accuracy)} on select images, before export"
+def _selected(column: Column, score: Score | None) -> str:
+    return f"{column.role.lower()} {score_in_words(score)} on select images, before export"
 
 
 def notes(report: Report) -> list[str]:
@@ -197,18 +200,19 @@ def notes(report: Report) -> list[str]:
         if slow and column is not None and over is not None:
             told = "; ".join(f"{in_words(one)} with {figures.threads(one.threads)}" for one in slow)
             found.append(f"{column.role} is not faster than {over.role.lower()} on this machine: {told}.")
-    if int8 is not None and student is not None and int8.subject.accuracy and student.subject.accuracy:
-        lost = int8.subject.accuracy.top1 - student.subject.accuracy.top1
+    if int8 is not None and student is not None and int8.subject.score and student.subject.score:
+        lost = int8.subject.score.percent - student.subject.score.percent
         if lost < -1:
             found.append(
-                f"Quantization costs accuracy: {figures.points(lost, int8.subject.accuracy.n)} against fp32."
+                f"Quantization costs {measure(report)}: {figures.points(lost, int8.subject.score.n)} "
+                "against fp32."
             )
     ships = shipped(report)
-    if ships is not None and ships.subject.accuracy and _width(ships.subject.accuracy) > 10:
-        accuracy = ships.subject.accuracy
+    if ships is not None and ships.subject.score and _width(ships.subject.score) > 10:
+        score = ships.subject.score
         found.append(
-            f"On {figures.counted(accuracy.n, 'test image')} the accuracy is uncertain: "
-            f"its 95 % interval is {figures.points(_width(accuracy))[1:]} wide."
+            f"On {figures.counted(score.n, 'test image')} the {measure(report)} is uncertain: "
+            f"its 95 % interval is {figures.points(_width(score))[1:]} wide."
         )
     return list(dict.fromkeys(found))
 
@@ -217,8 +221,8 @@ def _not_faster(one: Pace) -> bool:
     return one.ratio <= 1 if one.verdict is None else one.verdict != "faster"
 
 
-def _width(accuracy: Accuracy) -> float:
-    return accuracy.high - accuracy.low
+def _width(score: Score) -> float:
+    return score.high - score.low
 
 
 def missing(report: Report) -> list[str]:
@@ -226,7 +230,7 @@ def missing(report: Report) -> list[str]:
     wanted = {
         "the student": report.student or report.student_int8,
         "the int8 file": report.student_int8,
-        "accuracy on test images": any(column.subject.accuracy for column in compared(report)),
+        f"{measure(report)} on test images": any(column.subject.score for column in compared(report)),
         "latency": threads(report),
     }
     return [what for what, known in wanted.items() if not known]

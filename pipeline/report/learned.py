@@ -1,6 +1,6 @@
 """From whom the student learned what: how well its translated map meets each teacher's."""
 
-from ..results import Accuracy, Report
+from ..results import Report, Score
 from . import figures
 from .tables import Table
 
@@ -8,11 +8,11 @@ from .tables import Table
 def rounds(report: Report) -> Table:
     """The students one after another; the last one ships."""
 
-    def measured(accuracy: Accuracy | None) -> list[str]:
-        if accuracy is None:
+    def measured(score: Score | None) -> list[str]:
+        if score is None:
             return [figures.MISSING] * 2
-        interval = figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
-        return [figures.percent(accuracy.top1, accuracy.n), interval]
+        interval = figures.percent_interval(score.low, score.high, score.n)
+        return [figures.percent(score.percent, score.n), interval]
 
     last = report.config.get("rounds", 1)
     rows = [
@@ -28,7 +28,7 @@ def rounds(report: Report) -> Table:
         "Rounds",
         ["round", "taught by", "select images", "95 % interval", "test images", "95 % interval"],
         rows,
-        note="The student of each round is the teacher of the next. Accuracies of the weights in torch, "
+        note="The student of each round is the teacher of the next. Measured with the weights in torch, "
         "before export.",
         left=2,
     )

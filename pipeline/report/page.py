@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import calibration, details, figures, headline, learned, pictures, tables
+from . import calibration, details, figures, headline, learned, pictures, several_labels, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -94,7 +94,9 @@ class Page:
 def page(report: Report) -> Page:
     side_by_side, comparison = pictures.comparison(report), tables.comparison(report)
     trainings, watched = pictures.trainings(report), pictures.watched(report)
-    classes, confused, words = tables.classes(report), tables.confused(report), tables.words(report)
+    confused, words = tables.confused(report), tables.words(report)
+    several = report.data is not None and report.data.multi_label
+    classes = several_labels.classes(report) if several else tables.classes(report)
     calibrated = calibration.section(report)
     matrix, examples = _matrix(report), _examples(report)
     there = {
@@ -246,6 +248,8 @@ def _examples_note(report: Report, shown: int) -> str:
     both = any(one.teacher is not None for one in report.examples)
     note = f"With the answers of the file that ships{' and of the teacher' if both else ''}, "
     note += "each with its probability. "
+    if report.data is not None and report.data.multi_label:
+        note += "That of several classes is that of exactly these, were they independent of each other. "
     note += "The student’s mistakes come first, the most confident at the head." if wrong else ""
     if shown < len(report.examples):
         note += f" {shown} of {len(report.examples):,}."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..results import Epoch, Report
 from . import figures
 from .charts import Curve, Lines, Mark, Rows, bars, dots, lines
-from .subjects import compared, threads
+from .subjects import compared, measure, threads
 
 
 def comparison(report: Report) -> list[Rows]:
@@ -16,17 +16,17 @@ def comparison(report: Report) -> list[Rows]:
         for column in columns
         if column.subject.bytes is not None
     ]
-    accuracies = [
+    scores = [
         Mark(
             column.role,
             column.key,
-            accuracy.top1,
-            figures.percent(accuracy.top1, accuracy.n),
-            accuracy.low,
-            accuracy.high,
+            score.percent,
+            figures.percent(score.percent, score.n),
+            score.low,
+            score.high,
         )
         for column in columns
-        if (accuracy := column.subject.accuracy) is not None
+        if (score := column.subject.score) is not None
     ]
     latencies = [
         Mark(
@@ -43,7 +43,7 @@ def comparison(report: Report) -> list[Rows]:
     ]
     drawn = [
         bars("Size", sizes, "ONNX file; 1 MB is 1,000,000 bytes"),
-        dots("Accuracy", accuracies, "test images; line: 95 % interval; the axis does not start at 0"),
+        dots(_measure(report), scores, "test images; line: 95 % interval; the axis does not start at 0"),
         bars(
             "Latency",
             latencies,
@@ -69,11 +69,16 @@ def trainings(report: Report) -> list[Training]:
         epochs = [epoch for epoch in report.epochs if epoch.stage == stage]
         charts = [
             lines("Loss", _losses(epochs)),
-            lines("Accuracy, %", _accuracies(epochs), from_zero=False, top=100),
+            lines(f"{_measure(report)}, %", _accuracies(epochs), from_zero=False, top=100),
             lines("Learning rate", [_curve("Learning rate", epochs, [e.learning_rate for e in epochs])]),
         ]
         found.append(Training(stage, [chart for chart in charts if chart is not None]))
     return found
+
+
+def _measure(report: Report) -> str:
+    name = measure(report)
+    return name[:1].upper() + name[1:] if name.islower() else name
 
 
 def watched(report: Report) -> list[Lines]:

@@ -71,13 +71,13 @@ def _series(
         points = []
         for one in found.sizes:
             subject = getattr(one, key)
-            cost, accuracy = x(one, subject), subject.accuracy
-            if cost is None or accuracy is None:
+            cost, score = x(one, subject), subject.score
+            if cost is None or score is None:
                 continue
-            text = f"{one.size} px {figures.percent(accuracy.top1, accuracy.n)} at {told(cost)}"
+            text = f"{one.size} px {figures.percent(score.percent, score.n)} at {told(cost)}"
             # The two files of a size differ little: one label is enough.
             label = str(one.size) if key == KINDS[0][0] else ""
-            points.append(Point(label, cost, accuracy.top1, text, accuracy.low, accuracy.high))
+            points.append(Point(label, cost, score.percent, text, score.low, score.high))
         series.append(Series(name, key, points))
     return series
 
@@ -92,7 +92,7 @@ def _latencies(found: Resolutions) -> list[Scatter | None]:
 
     return [
         scatter(
-            f"Accuracy over latency, {figures.threads(str(threads))}",
+            f"{_measure(found)} over latency, {figures.threads(str(threads))}",
             _series(found, p50(threads), figures.milliseconds),
             x_name="median ms an image",
             note="with 95 % intervals",
@@ -103,7 +103,7 @@ def _latencies(found: Resolutions) -> list[Scatter | None]:
 
 def _gmacs(found: Resolutions) -> Scatter | None:
     return scatter(
-        "Accuracy over arithmetic",
+        f"{_measure(found)} over arithmetic",
         _series(found, lambda one, _: one.gmacs, lambda gmacs: f"{figures.significant(gmacs)} GMACs"),
         x_name="billions of multiply-adds an image",
         note="with 95 % intervals",
@@ -113,7 +113,7 @@ def _gmacs(found: Resolutions) -> Scatter | None:
 def table(found: Resolutions) -> Table:
     """A row for each file, the largest size first, and the teacher at the end."""
     counts = [str(count) for count in found.threads]
-    columns = ["Student", "File", "Accuracy", "95 % interval", "GMACs", "Size"]
+    columns = ["Student", "File", _measure(found), "95 % interval", "GMACs", "Size"]
     columns += [f"{figures.threads(count)}, median" for count in counts]
     columns += [f"faster than {found.sizes[0].size} px"]
     rows = []
@@ -132,11 +132,15 @@ def table(found: Resolutions) -> Table:
 
 
 def _accuracy(subject: Subject) -> Sequence[str]:
-    accuracy = subject.accuracy
-    if accuracy is None:
+    score = subject.score
+    if score is None:
         return figures.MISSING, figures.MISSING
-    interval = figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
-    return figures.percent(accuracy.top1, accuracy.n), interval
+    interval = figures.percent_interval(score.low, score.high, score.n)
+    return figures.percent(score.percent, score.n), interval
+
+
+def _measure(found: Resolutions) -> str:
+    return "mAP" if found.teacher.multi_label else "Accuracy"
 
 
 def _p50(subject: Subject, count: str) -> str:

@@ -17,6 +17,11 @@ class Column:
     subject: Subject
 
 
+def measure(report: Report) -> str:
+    """What the networks are compared by."""
+    return "mAP" if report.data is not None and report.data.multi_label else "accuracy"
+
+
 def compared(report: Report) -> list[Column]:
     """Teacher (the one, or the ensemble), student fp32, student int8: those that are known by now."""
     teacher = report.teacher or (report.teachers[0] if len(report.teachers) == 1 else None)

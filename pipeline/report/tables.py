@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..results import Accuracy, ClassResult, Report, Subject
+from ..results import Accuracy, ClassResult, Report, Score, Subject
 from . import figures
 from .headline import in_words
-from .subjects import every, paces, threads
+from .subjects import every, measure, paces, threads
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,17 @@ def comparison(report: Report) -> Table:
         return p50
 
     rows = [["Network", *(network.name for network in networks)]]
-    rows += row("Accuracy", lambda s: _top1(s.accuracy))
-    rows += row("95 % interval", lambda s: _interval(s.accuracy))
+    rows += row("mAP" if measure(report) == "mAP" else "Accuracy", lambda s: _percent(s.score))
+    rows += row("95 % interval", lambda s: _interval(s.score))
+    rows += row("F1 of all labels", lambda s: _of_labels(s, "micro_f1"))
+    rows += row("F1, mean over classes", lambda s: _of_labels(s, "macro_f1"))
     rows += row("Test images, correct", lambda s: _counts(s.accuracy))
     rows += row("Mean over classes", lambda s: _balanced(s.accuracy))
     rows += row("Top-5 accuracy", lambda s: _top5(s.accuracy))
-    rows += row("Agreement with the teacher", lambda s: _top1(s.agreement))
+    rows += row("Agreement with the teacher", lambda s: _percent(s.agreement))
     rows += row("… 95 % interval", lambda s: _interval(s.agreement))
-    rows += row("Select images, before export", lambda s: _top1(s.select_accuracy))
-    rows += row("… 95 % interval", lambda s: _interval(s.select_accuracy))
+    rows += row("Select images, before export", lambda s: _percent(s.select_score))
+    rows += row("… 95 % interval", lambda s: _interval(s.select_score))
     rows += row("ONNX file", lambda s: figures.megabytes(s.bytes) if s.bytes is not None else None)
     for count in threads(report):
         rows += row(f"Median latency, {figures.threads(count)}", latency(count))
@@ -69,16 +71,22 @@ def comparison(report: Report) -> Table:
     return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])
 
 
-def _top1(accuracy: Accuracy | None) -> str | None:
-    return figures.percent(accuracy.top1, accuracy.n) if accuracy else None
+def _percent(score: Score | None) -> str | None:
+    return figures.percent(score.percent, score.n) if score else None
 
 
-def _interval(accuracy: Accuracy | None) -> str | None:
-    return figures.percent_interval(accuracy.low, accuracy.high, accuracy.n) if accuracy else None
+def _interval(score: Score | None) -> str | None:
+    return figures.percent_interval(score.low, score.high, score.n) if score else None
 
 
 def _counts(accuracy: Accuracy | None) -> str | None:
     return f"{accuracy.correct:,} of {accuracy.n:,}" if accuracy else None
+
+
+def _of_labels(subject: Subject, measured: str) -> str | None:
+    """Where images have several labels."""
+    score = subject.multi_label
+    return figures.percent(getattr(score, measured), score.n) if score else None
 
 
 def _balanced(accuracy: Accuracy | None) -> str | None:

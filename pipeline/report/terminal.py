@@ -9,11 +9,12 @@ from rich.text import Text
 from ..results import Report, Resolutions
 from . import calibration, figures, sizes
 from .headline import notes, title
-from .subjects import compared, threads
+from .subjects import compared, measure, threads
 
 
 def table(report: Report) -> Table:
-    """A row per network: accuracy with its interval, size, median latency at each thread count; 80 columns.
+    """A row per network: accuracy (or mAP) with its interval, size, median latency at each thread count; 80
+    columns.
 
     Names are shown as they are: nothing in them is taken for markup.
     """
@@ -28,17 +29,17 @@ def table(report: Report) -> Table:
         padding=(0, 2, 0, 0),
     )
     drawn.add_column("")
-    for name in ("accuracy", "95 % interval", "size", *(figures.threads(count) for count in counts)):
+    for name in (measure(report), "95 % interval", "size", *(figures.threads(count) for count in counts)):
         drawn.add_column(name, justify="right", no_wrap=True)
     for column in compared(report):
-        network, accuracy = column.subject, column.subject.accuracy
+        network, score = column.subject, column.subject.score
         interval = figures.MISSING
-        if accuracy:
-            interval = figures.percent_interval(accuracy.low, accuracy.high, accuracy.n)
+        if score:
+            interval = figures.percent_interval(score.low, score.high, score.n)
         latencies = (network.latency_ms.get(count) for count in counts)
         drawn.add_row(
             column.role,
-            figures.percent(accuracy.top1, accuracy.n) if accuracy else figures.MISSING,
+            figures.percent(score.percent, score.n) if score else figures.MISSING,
             interval,
             figures.megabytes(network.bytes),
             *(figures.milliseconds(one.p50 if one else None) for one in latencies),

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from ...export.onnx_export import OnnxFile, check_parity, export_onnx
+from ...export.onnx_export import OnnxFile, check_parity, export_onnx, with_metadata
 from ...export.runtime import metadata, normalise
 from ..files import whole
 from ..job import Job
 from ..run_folder import Done
-from ..shipped import tempered
+from ..shipped import tempered, thresholds
 from ..trained import trained_network
 
 PARITY_IMAGES = 32
@@ -30,13 +30,17 @@ def run(job: Job) -> Done:
     images = torch.from_numpy(normalise(pixels[:PARITY_IMAGES].numpy(), preprocessing))
     with whole(job.folder.path / STUDENT_ONNX) as part:
 
+        def about(temperature: float | None, chosen: list[float] | None = None) -> dict[str, str]:
+            return metadata(preprocessing, job.data.classes, origin(job, temperature), chosen)
+
         def export(network: nn.Module, temperature: float | None) -> OnnxFile:
-            about = metadata(preprocessing, job.data.classes, origin(job, temperature))
-            return export_onnx(network, part, student.image_size, metadata=about)
+            return export_onnx(network, part, student.image_size, metadata=about(temperature))
 
         file, fit = export(network, None), None
         if job.options.calibrate:
             network, file, fit = tempered(job, network, images, part, export)
+        if job.data.multi_label:
+            file = with_metadata(file, about(fit.value if fit else None, thresholds(job, part)))
         parity = check_parity(network, part, images)
     facts: dict[str, Any] = {
         "student": {

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ from ..learning import engine, learn, plan
 from ..methods.base import Method
 from ..networks import parameters, start, student_source
 from ..report import figures
-from ..results import Accuracy, BalancedWeight, Round, StoreUse, Subject
+from ..results import BalancedWeight, Round, StoreUse, Subject
 from ..run_folder import Done
 from ..store.of_run import schedule_of, store_of
 from ..store.store import Store
@@ -70,12 +71,11 @@ def run(job: Job) -> Done:
         parameters=parameters(shipped),
         licence=begun.licence,
     )
-    subject.select_accuracy = _accuracy(job, task, chosen, "select")
-    measured = (
-        f": {subject.select_accuracy.top1:.2f} % of {subject.select_accuracy.n} select images"
-        if subject.select_accuracy
-        else ""
-    )
+    select = _answers(job, task, chosen, "select")
+    if select is not None:
+        subject = subject.model_copy(update=evaluate.selected(*select))
+    score = subject.select_score
+    measured = f": {score.told} of {score.n} select images" if score is not None else ""
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     return Done(
         f"{name}, {o.epochs} epochs {how}{measured}",
@@ -89,24 +89,27 @@ def run(job: Job) -> Done:
     )
 
 
-def _accuracy(job: Job, task: DistillationTask, chosen: Engine, role: Role) -> Accuracy | None:
-    """Of the weights that ship, in torch and fp32; None where the role is empty."""
+def _answers(
+    job: Job, task: DistillationTask, chosen: Engine, role: Role
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Logits of the weights that ship, in torch and fp32, and labels; None where the role is empty."""
     pixels, labels, _ = job.rendered(role, job.student)
     if not len(labels):
         return None
     exact = Engine(job.device, chosen.threads, "fp32")
     answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
-    return evaluate.accuracy(answers, labels.numpy())
+    return answers, labels.numpy()
 
 
 def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) -> list[dict[str, Any]]:
     """What is known of the rounds up to this one."""
+    test = _answers(job, task, chosen, "test")
     mine = Round(
         round=job.place + 1,
         teacher=job.tutors[0].name if job.place == 0 else f"round {job.place}",
         seed=job.seed,
-        select_accuracy=subject.select_accuracy,
-        accuracy=_accuracy(job, task, chosen, "test"),
+        select_accuracy=subject.select_score,
+        accuracy=None if test is None else evaluate.score(*test),
         file=job.student.file,
     )
     return [*job.folder.facts().get("rounds", [])[: job.place], mine.model_dump(exclude_none=True)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
-from .. import evaluate
+from .. import calibration, evaluate, multi_label
 from ..data.image_set import ROLES, Role
 from ..data.render import Normalise
 from ..device import Engine, choose_engine, use_threads
@@ -19,7 +19,7 @@ from ..job import Job, Member
 from ..learning import engine, learn, plan
 from ..networks import Start, parameters, start
 from ..report.figures import together
-from ..results import Accuracy, DataSummary, Subject
+from ..results import DataSummary, Subject
 from ..run_folder import Done
 from ..task import DistillationTask
 from ..trained import weights_metadata
@@ -109,16 +109,13 @@ def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray | None
     test = _measure(job, member, network, exact, "test")
     assert test is not None
     _save(job, member, network, begun)
-    labels = job.rendered("test", member)[1].numpy()
     subject = Subject(
         name=name,
         weights=begun.weights,
         head=begun.head,
         licence=begun.licence,
         parameters=parameters(network),
-        accuracy=evaluate.accuracy(test, labels),
-        select_accuracy=_accuracy(job, member, select),
-        per_class=evaluate.per_class(test, labels, job.data.classes),
+        **_scores(job, member, test, select),
     )
     return subject, test
 
@@ -190,10 +187,16 @@ def _measure(
     return job.ranks.gather(mine).numpy()
 
 
-def _accuracy(job: Job, member: Member, logits: np.ndarray | None) -> Accuracy | None:
-    if logits is None:
-        return None
-    return evaluate.accuracy(logits, job.rendered("select", member)[1].numpy())
+def _scores(job: Job, member: Member, test: np.ndarray, select: np.ndarray | None) -> dict[str, Any]:
+    """What its answers to the test and the select images tell of a teacher, as fields of ``Subject``."""
+    labels, selecting = (job.rendered(role, member)[1].numpy() for role in ("test", "select"))
+    if select is None:
+        return evaluate.measured(test, labels, job.data.classes)
+    thresholds = multi_label.choose_thresholds(select, selecting) if job.data.multi_label else None
+    return {
+        **evaluate.measured(test, labels, job.data.classes, thresholds),
+        **evaluate.selected(select, selecting),
+    }
 
 
 def _above_chance(
@@ -210,15 +213,26 @@ def _above_chance(
     logits = select if select is not None else _measure(job, member, network, exact, "train", most)
     assert logits is not None
     labels = job.rendered(role, member, most)[1].numpy()
+    what = f"its head has the right number of classes but not these ones, or not in this order. {_OTHER_HEAD}"
+    if job.data.multi_label:
+        score = multi_label.score(logits, labels)
+        by_chance = multi_label.near_chance(score, labels, NEAR_CHANCE)
+        if by_chance is not None:
+            raise JobError(
+                f"The teacher {member.name} has mAP {score.map:.1f} % on the {score.n} {role} images, "
+                f"near chance ({by_chance:.1f} %, the mean share of images that show a class): {what}"
+            )
+        return
     measured = evaluate.accuracy(logits, labels)
     chance = 100 * float(np.bincount(labels).max()) / len(labels)
     if measured.top1 < NEAR_CHANCE * chance or measured.low <= chance:
         raise JobError(
             f"The teacher {member.name} is right on {measured.top1:.1f} % of the {measured.n} {role} images, "
-            f"near chance ({chance:.1f} %, the share of the commonest class): its head has the right number "
-            "of classes but not these ones, or not in this order. Say --teacher-head replace to tune it on "
-            "the data, or name weights trained for these classes."
+            f"near chance ({chance:.1f} %, the share of the commonest class): {what}"
         )
+
+
+_OTHER_HEAD = "Say --teacher-head replace to tune it on the data, or name weights trained for these classes."
 
 
 def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> Subject:
@@ -230,19 +244,12 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
         weights="ensemble",
         parameters=sum(subject.parameters or 0 for subject in subjects),
     )
-    if answers:
-        labels = job.rendered("test", job.teachers[0])[1].numpy()
-        probabilities = ensemble(answers)
-        found.accuracy = evaluate.accuracy(probabilities, labels)
-        found.per_class = evaluate.per_class(probabilities, labels, job.data.classes)
-    return found
-
-
-def ensemble(answers: list[np.ndarray]) -> np.ndarray:
-    """Mean of the teachers' probabilities, from their logits [n,classes] each."""
-    soft = [torch.from_numpy(logits).softmax(1).numpy() for logits in answers]
-    mean: np.ndarray = np.mean(soft, axis=0)
-    return mean
+    if not answers:
+        return found
+    labels = job.rendered("test", job.teachers[0])[1].numpy()
+    logits = calibration.together(answers, multilabel=job.data.multi_label)
+    thresholds = multi_label.mean_thresholds(subjects)
+    return found.model_copy(update=evaluate.measured(logits, labels, job.data.classes, thresholds))
 
 
 def _data(job: Job) -> DataSummary:
@@ -268,11 +275,12 @@ def _data(job: Job) -> DataSummary:
         skipped=[(one.name, one.reason) for one in skipped],
         duplicates=[list(group.names) for group in data.duplicates],
         fingerprint=data.fingerprint,
+        multi_label=data.multi_label,
     )
 
 
 def _line(subject: Subject) -> str:
-    if subject.accuracy is None:
+    if subject.score is None:
         return f"{subject.name} (as it is): features alone, no accuracy"
     how = (
         "as it is"
@@ -281,4 +289,4 @@ def _line(subject: Subject) -> str:
         if subject.weights == "scratch"
         else "tuned here"
     )
-    return f"{subject.name} ({how}): {subject.accuracy.top1:.2f} % of {subject.accuracy.n} test images"
+    return f"{subject.name} ({how}): {subject.score.told} of {subject.score.n} test images"

@@ -1,27 +1,26 @@
 """validate: accuracy of the very files that ship, through ONNX Runtime, on test; then the manifest."""
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
-from PIL import Image as PillowImage
 from safetensors.numpy import load_file
 
 from ...export.artifact import ShippedFile, write_manifest
 from ...export.onnx_export import OnnxFile
-from ...export.runtime import softmax
+from ...export.runtime import Classifier
 from ...models.pretrained import is_free
 from .. import calibration, evaluate
+from ..evaluate import agreement
+from ..examples import examples, said
 from ..job import Job
-from ..results import Calibration, Example
+from ..multi_label import thresholds_of
+from ..results import Calibration, Score, Subject
 from ..run_folder import Done
 from ..shipped import shipped_logits
 from .export import ARTIFACT, STUDENT_ONNX, origin
 from .quantize import STUDENT_INT8
 from .teacher import ANSWERS
 
-EXAMPLES = 12
 MANIFEST = ARTIFACT / "manifest.json"
 
 
@@ -29,41 +28,43 @@ def run(job: Job) -> Done:
     pixels, labels_, decoded = job.rendered("test", job.student)
     images, labels = pixels.numpy(), labels_.numpy()
     teacher = _teacher(job)
-    answers = {
-        key: shipped_logits(job, job.folder.path / file, images)
-        for key, file in (("student", STUDENT_ONNX), ("student_int8", STUDENT_INT8))
-    }
-    facts: dict[str, Any] = {
-        key: {
-            "accuracy": evaluate.accuracy(logits, labels).model_dump(exclude_none=True),
-            **_agreement(logits, teacher),
-            "per_class": [c.model_dump() for c in evaluate.per_class(logits, labels, job.data.classes)],
-        }
+    files = {"student": job.folder.path / STUDENT_ONNX, "student_int8": job.folder.path / STUDENT_INT8}
+    answers = {key: shipped_logits(job, file, images) for key, file in files.items()}
+    int8, classes = answers["student_int8"], job.data.classes
+    # Those that the file itself names; its own and the teacher's, None where images have one label.
+    thresholds = Classifier(files["student_int8"].read_bytes(), files["student_int8"].name).thresholds
+    of_teacher = thresholds_of(Subject.model_validate(job.folder.facts()["teacher"]))
+    measured = {
+        key: evaluate.measured(logits, labels, classes, thresholds)
+        | ({} if teacher is None else {"agreement": agreement(logits, teacher, thresholds, of_teacher)})
         for key, logits in answers.items()
     }
+    subjects = {key: Subject(name="", weights="", **found) for key, found in measured.items()}
+    facts: dict[str, Any] = {
+        key: subject.model_dump(include=set(measured[key]), exclude_none=True)
+        for key, subject in subjects.items()
+    }
     _calibrate(job, facts, answers, labels)
-    facts["confusion"] = evaluate.confusion(answers["student_int8"], labels)
+    if not job.data.multi_label:
+        facts["confusion"] = evaluate.confusion(int8, labels)
+    said_by_teacher = None if teacher is None else said(teacher, classes, of_teacher)
+    said_by_student = said(int8, classes, thresholds)
     facts["examples"] = [
-        e.model_dump()
-        for e in _examples(job, decoded.images, images, labels, teacher, answers["student_int8"])
+        one.model_dump()
+        for one in examples(decoded.images, images, labels, classes, said_by_teacher, said_by_student)
     ]
-    _warn(job, facts)
-    _write_manifest(job, facts)
-    fp32, int8 = (facts[key]["accuracy"] for key in ("student", "student_int8"))
-    alike = facts["student_int8"].get("agreement")
-    told = f"; int8 answers like the teacher on {alike['top1']:.1f} %" if alike else ""
+    scores = {key: subject.score for key, subject in subjects.items() if subject.score is not None}
+    _warn(job, scores["student"])
+    _write_manifest(job, scores, thresholds)
+    alike = subjects["student_int8"].agreement
+    told = f"; int8 answers like the teacher on {alike.top1:.1f} %" if alike else ""
+    low, high = scores["student_int8"].low, scores["student_int8"].high
     return Done(
-        f"of {len(labels)} test images: fp32 {fp32['top1']:.2f} %, int8 {int8['top1']:.2f} % "
-        f"({int8['low']:.1f} to {int8['high']:.1f}){told}",
+        f"of {len(labels)} test images: fp32 {scores['student'].told}, int8 {scores['student_int8'].told} "
+        f"({low:.1f} to {high:.1f}){told}",
         [MANIFEST.as_posix()],
         facts,
     )
-
-
-def _agreement(logits: np.ndarray, teacher: np.ndarray | None) -> dict[str, Any]:
-    if teacher is None:
-        return {}
-    return {"agreement": evaluate.agreement(logits, teacher).model_dump(exclude_none=True)}
 
 
 def _teacher(job: Job) -> np.ndarray | None:
@@ -72,7 +73,7 @@ def _teacher(job: Job) -> np.ndarray | None:
     """
     stored = load_file(job.folder.path / ANSWERS)
     answers = [stored[t] for t in sorted(stored, key=int)]
-    return calibration.together(answers) if answers else None
+    return calibration.together(answers, multilabel=job.data.multi_label) if answers else None
 
 
 def _calibrate(job: Job, facts: dict[str, Any], answers: dict[str, np.ndarray], labels: np.ndarray) -> None:
@@ -85,7 +86,8 @@ def _calibrate(job: Job, facts: dict[str, Any], answers: dict[str, np.ndarray], 
     if len(each) == 1:
         facts["teacher"] = _part(found[0])
     elif known:
-        facts["teacher"] = _part(calibration.measure(calibration.together(known), labels))
+        logits = calibration.together(known, multilabel=job.data.multi_label)
+        facts["teacher"] = _part(calibration.measure(logits, labels))
     temperature = _temperature(job)
     for key, logits in answers.items():
         facts[key] |= _part(calibration.measure(logits, labels, temperature))
@@ -101,50 +103,12 @@ def _temperature(job: Job) -> float | None:
     return value
 
 
-def _examples(
-    job: Job,
-    entries: Any,
-    images: np.ndarray,
-    labels: np.ndarray,
-    teacher: np.ndarray | None,
-    student: np.ndarray,
-) -> list[Example]:
-    """A few test images: the student's most confident mistakes first, then some from all over the role."""
-    p_t, p_s = None if teacher is None else softmax(teacher), softmax(student)
-    wrong = np.flatnonzero(student.argmax(1) != labels)
-    mistakes = wrong[np.argsort(-p_s[wrong].max(1), kind="stable")][: EXAMPLES // 2]
-    spread = np.linspace(0, len(labels) - 1, min(EXAMPLES, len(labels))).astype(int)
-    chosen = list(dict.fromkeys([*mistakes.tolist(), *spread.tolist()]))[:EXAMPLES]
-    names = job.data.classes
-    return [
-        Example(
-            name=entries[i].name,
-            label=names[labels[i]],
-            teacher=None if p_t is None else names[int(p_t[i].argmax())],
-            teacher_probability=None if p_t is None else float(p_t[i].max()),
-            student=names[int(p_s[i].argmax())],
-            student_probability=float(p_s[i].max()),
-            png=_png(images[i]),
-        )
-        for i in chosen
-    ]
-
-
-def _png(image: np.ndarray) -> str:
-    side = min(128, image.shape[0])
-    small = PillowImage.fromarray(image).resize((side, side), PillowImage.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _warn(job: Job, facts: dict[str, Any]) -> None:
+def _warn(job: Job, student: Score) -> None:
     known = job.folder.facts()
-    measured, student = known["teacher"].get("accuracy"), facts["student"]["accuracy"]["top1"]
-    teacher = measured["top1"] if measured else None
-    if job.options.method != "none" and teacher is not None and teacher <= student:
+    teacher = Subject.model_validate(known["teacher"]).score
+    if job.options.method != "none" and teacher is not None and teacher.percent <= student.percent:
         job.display.warn(
-            f"The teacher ({teacher:.2f} %) is no better than the student ended up ({student:.2f} %): "
+            f"The teacher ({teacher.told}) is no better than the student ended up ({student.told}): "
             "a better teacher, or more --teacher-epochs, would teach more."
         )
     networks = [*known["teachers"], known["student"]]
@@ -156,14 +120,14 @@ def _warn(job: Job, facts: dict[str, Any]) -> None:
             )
 
 
-def _write_manifest(job: Job, facts: dict[str, Any]) -> None:
+def _write_manifest(job: Job, scores: dict[str, Score], thresholds: np.ndarray | None) -> None:
     known = job.folder.facts()
 
     def shipped(key: str, precision: str) -> ShippedFile:
         about = known[key]
         path = job.folder.path / about["file"]
         file = OnnxFile(path, about["bytes"], about["sha256"], about["opset"], about["ir_version"])
-        accuracy = facts[key]["accuracy"]
+        accuracy = scores[key].model_dump(exclude_none=True, exclude={"classes"})
         return ShippedFile(file, precision, accuracy, about.get("quantization"))
 
     write_manifest(
@@ -173,4 +137,5 @@ def _write_manifest(job: Job, facts: dict[str, Any]) -> None:
         preprocessing=job.preprocessing(job.student),
         labels=job.data.classes,
         origin=origin(job, _temperature(job)),
+        thresholds=None if thresholds is None else thresholds.tolist(),
     )

@@ -1,0 +1,19 @@
+"""What the labels themselves ask of the logits, whatever else a network learns from."""
+
+import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """The cross-entropy of logits [B,N], the mean over the batch.
+
+    Args:
+        labels: class numbers [B]; or float32 [B,N], 1 for each class of an image of a multi-label set. Then
+            it is that of each class's own probability, the mean over classes too.
+        smoothing: of the labels: towards 1/N, or in a multi-label set towards 1/2.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    loss: Tensor = BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True)(logits, labels)
+    return loss

@@ -1,0 +1,77 @@
+"""Images of several classes get their roles in proportion to each class, by content alone."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from questpress.pipeline.data.image_set import ROLES, Image, ImageSet
+from questpress.pipeline.data.split import assemble
+from questpress.pipeline.errors import UsageError
+
+
+def image(number: int, *labels: int, name: str = "") -> Image:
+    key = hashlib.sha256(str(number).encode()).hexdigest()
+    return Image.of_several(name or str(number), labels, key, b"")
+
+
+def many(count: int, shares: list[float], seed: int = 0) -> list[Image]:
+    shown = np.random.default_rng(seed).random((count, len(shares))) < shares
+    return [image(n, *np.flatnonzero(row).tolist()) for n, row in enumerate(shown)]
+
+
+def split(images: list[Image], classes: int, fraction: float | None = None) -> ImageSet:
+    names = [str(label) for label in range(classes)]
+    return assemble("x", "x", names, {"train": images}, fraction, multi_label=True)
+
+
+def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
+    data = split(many(2000, [0.5, 0.2, 0.05, 0.01]), 4)
+    for label in range(4):
+        whole = sum(data.counts[role][label] for role in ROLES)
+        for role in ("select", "test"):
+            assert data.counts[role][label] == pytest.approx(0.1 * whole, abs=max(2, 0.02 * whole))
+    assert len(data.test) == pytest.approx(200, rel=0.1) and len(data.select) == pytest.approx(200, rel=0.1)
+
+
+def test_images_of_no_class_are_held_out_like_the_others() -> None:
+    data = split([*many(300, [0.4, 0.3]), *(image(1000 + n) for n in range(100))], 2)
+    empty = {role: sum(not one.labels for one in data.role(role)) for role in ROLES}
+    assert empty["test"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
+    assert empty["select"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
+
+
+def test_the_roles_follow_from_content_alone() -> None:
+    images = many(300, [0.4, 0.2, 0.1])
+    again = [Image.of_several(f"other {one.name}", one.labels, one.key, b"") for one in images[::-1]]
+    assert split(images, 3).fingerprint == split(again, 3).fingerprint
+    tested = {one.key for one in split(images, 3).test}
+    assert tested == {one.key for one in split(images, 3, 0.3).test}
+
+
+def test_every_class_stays_in_train_and_a_rare_one_is_still_tested() -> None:
+    images = [*many(100, [0.5, 0.4, 0, 0]), image(900, 0, 2), image(901, 2), image(902, 1, 2), image(903, 3)]
+    counts = split(images, 4).counts
+    assert [counts[role][2] for role in ROLES] == [1, 1, 1]
+    assert [counts[role][3] for role in ROLES] == [1, 0, 0]
+
+
+def test_content_with_two_sets_of_labels_goes_to_train_and_is_told() -> None:
+    images = many(100, [0.5, 0.4])
+    twice = [image(n, 0, name=f"a{n}") for n in range(100)]
+    data = split([*images, *twice], 2)
+    torn = {one.key for one in images if one.labels != (0,)}
+    assert torn <= {one.key for one in data.train}
+    assert sum(group.two_classes for group in data.duplicates) == len(torn)
+
+
+def test_a_given_test_role_stays_as_it_is() -> None:
+    images = many(200, [0.5, 0.4])
+    given = {"train": images[:150], "test": images[150:]}
+    data = assemble("x", "x", ["0", "1"], given, None, multi_label=True)
+    assert {one.key for one in data.test} == {one.key for one in images[150:]}
+    assert len(data.select) == pytest.approx(15, abs=3)
+
+
+def test_too_few_images_for_three_roles_are_refused() -> None:
+    with pytest.raises(UsageError, match="three different images"):
+        split([image(0, 0), image(1, 1), image(2, 0, 1)][:2], 2)

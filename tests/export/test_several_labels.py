@@ -1,0 +1,97 @@
+"""A shipped network for images of several labels: each label for itself, those above their thresholds."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from questpress.export import runtime
+from questpress.export.artifact import ShippedFile, write_manifest
+from questpress.export.onnx_export import OnnxFile, with_metadata
+from questpress.export.runtime import ArtifactError, Classifier
+
+from .test_classifier import LABELS, PREPROCESSING, colour_classifier
+
+THRESHOLDS = [0.9, 0.2, 0.5]
+
+
+def described(thresholds: list[float] | None) -> dict[str, str]:
+    return runtime.metadata(PREPROCESSING, LABELS, {}, thresholds)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> OnnxFile:
+    path = colour_classifier(tmp_path / "student.onnx", described(THRESHOLDS))
+    content = path.read_bytes()
+    return OnnxFile(path, len(content), hashlib.sha256(content).hexdigest(), 18, 8)
+
+
+def test_labels_are_those_that_reach_their_threshold(file: OnnxFile) -> None:
+    classifier = Classifier.load(file.path)
+    pixels = np.full((4, 4, 3), 128, np.uint8)
+    logits = classifier.logits(runtime.preprocess([pixels], classifier.preprocessing))[0]
+    [answer] = classifier.predict([pixels])
+    assert sum(probability for _, probability in answer.top) != pytest.approx(1)
+    p = dict(zip(LABELS, 1 / (1 + np.exp(-logits.astype(np.float64))), strict=True))
+    assert dict(answer.top) == pytest.approx(p)
+    expected = {label for label, least in zip(LABELS, THRESHOLDS, strict=True) if p[label] >= least}
+    assert {label for label, _ in answer.labels} == expected
+    assert [q for _, q in answer.labels] == sorted((q for _, q in answer.labels), reverse=True)
+
+
+def test_a_network_of_one_label_gives_the_likeliest_and_says_nothing_of_thresholds(tmp_path: Path) -> None:
+    assert not {key for key in described(None) if "task" in key or "thresholds" in key}
+    colour_classifier(tmp_path / "one.onnx", described(None))
+    classifier = Classifier.load(tmp_path / "one.onnx")
+    [answer] = classifier.predict([np.full((4, 4, 3), (0, 0, 255), np.uint8)])
+    assert classifier.thresholds is None and answer.labels == [(answer.label, answer.probability)]
+
+
+def test_a_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(file: OnnxFile) -> None:
+    folder = file.path.parent
+    for thresholds in (None, THRESHOLDS):
+        write_manifest(
+            folder, files=[ShippedFile(file, "fp32")], preprocessing=PREPROCESSING, labels=LABELS, origin={},
+            thresholds=thresholds,
+        )  # fmt: skip
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert ("task" in manifest) == ("thresholds" in manifest) == (thresholds is not None)
+        found = Classifier.load(folder, precision="fp32").thresholds
+        assert (None if found is None else found.tolist()) == thresholds
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "detection"}, "no task 'detection'"),
+        ({"thresholds": [0.5]}, "needs a threshold"),
+        ({"thresholds": [0.5, 0.5, 7]}, "probabilities"),
+        ({"thresholds": None}, "cannot be read"),
+    ],
+)
+def test_a_manifest_that_cannot_be_followed_is_refused(
+    file: OnnxFile, change: dict[str, object], words: str
+) -> None:
+    folder = file.path.parent
+    path = write_manifest(
+        folder, files=[ShippedFile(file, "fp32")], preprocessing=PREPROCESSING, labels=LABELS, origin={},
+        thresholds=THRESHOLDS,
+    )  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=words):
+        Classifier.load(folder)
+
+
+def test_other_metadata_leaves_the_network_as_it_is(file: OnnxFile) -> None:
+    pixels = np.full((2, 3, 8, 8), 0.25, np.float32)
+    before = Classifier.load(file.path).logits(pixels)
+    changed = with_metadata(file, described([0.1, 0.1, 0.1]))
+    after = Classifier.load(file.path)
+    assert after.thresholds is not None and after.thresholds.tolist() == [0.1, 0.1, 0.1]
+    np.testing.assert_array_equal(after.logits(pixels), before)
+    assert changed.bytes == file.path.stat().st_size and changed.opset == file.opset
+
+
+def test_sigmoid_is_stable_for_large_logits() -> None:
+    np.testing.assert_allclose(runtime.sigmoid(np.float32([-1000, 0, 1000])), [0, 0.5, 1], atol=1e-12)

@@ -1,0 +1,187 @@
+"""Scores, thresholds and losses of images with several labels, by hand and against scikit-learn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from questpress.export.runtime import sigmoid
+from questpress.pipeline import methods, multi_label
+from questpress.pipeline.cross_entropy import cross_entropy
+from questpress.pipeline.data.label_files import open_label_file
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.examples import said
+from questpress.pipeline.meter import Meter
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.ranks import Ranks
+from sklearn.metrics import average_precision_score, f1_score
+
+N, C = 60, 4
+RNG = np.random.default_rng(0)
+TARGETS = (RNG.random((N, C)) < [0.5, 0.3, 0.1, 0.2]).astype(np.float32)
+LOGITS = (3 * TARGETS + 2 * RNG.standard_normal((N, C)) - 2).astype(np.float32).round(1)  # with equal ones
+
+
+def bce(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0) - z * y
+
+
+def test_map_is_the_mean_of_scikit_learns_average_precision() -> None:
+    expected = 100 * np.mean([average_precision_score(TARGETS[:, c], LOGITS[:, c]) for c in range(C)])
+    assert multi_label.mean_average_precision(LOGITS, TARGETS) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_class_that_no_image_shows_counts_nothing_in_the_map() -> None:
+    wider = np.concatenate([TARGETS, np.zeros((N, 1), np.float32)], 1)
+    logits = np.concatenate([LOGITS, LOGITS[:, :1]], 1)
+    score = multi_label.score(logits, wider, classes=list("abcde"))
+    assert score.map == pytest.approx(multi_label.mean_average_precision(LOGITS, TARGETS))
+    assert score.classes[-1].average_precision is None and score.classes[-1].n == 0
+
+
+def test_f1_is_that_of_the_labels_at_each_classes_threshold() -> None:
+    thresholds = np.array([0.2, 0.5, 0.7, 0.4])
+    decided = sigmoid(LOGITS) >= thresholds
+    score = multi_label.score(LOGITS, TARGETS, thresholds, list("abcd"))
+    assert score.micro_f1 == pytest.approx(100 * f1_score(TARGETS, decided, average="micro"))
+    assert score.macro_f1 == pytest.approx(100 * f1_score(TARGETS, decided, average="macro"))
+    for c, one in enumerate(score.classes):
+        assert one.f1 == pytest.approx(100 * f1_score(TARGETS[:, c], decided[:, c]))
+        assert one.average_precision == pytest.approx(
+            100 * average_precision_score(TARGETS[:, c], LOGITS[:, c])
+        )
+
+
+def test_a_weighted_image_counts_as_often_as_copies_of_it() -> None:
+    weights = RNG.integers(0, 4, N).astype(float)
+    found = multi_label.average_precision(multi_label.Ranking(LOGITS, TARGETS), weights)
+    copies = np.repeat(np.arange(N), weights.astype(int))
+    for c in range(C):
+        expected = average_precision_score(TARGETS[copies, c], LOGITS[copies, c])
+        assert found[c] == pytest.approx(expected)
+
+
+def test_the_interval_holds_the_score_and_narrows_with_more_images() -> None:
+    one = multi_label.score(LOGITS, TARGETS)
+    many = multi_label.score(np.tile(LOGITS, (16, 1)), np.tile(TARGETS, (16, 1)))
+    for score in (one, many):
+        assert 0 <= score.low < score.map < score.high <= 100
+    assert many.high - many.low == pytest.approx((one.high - one.low) / 4, rel=0.35)
+    perfect = multi_label.score(10 * TARGETS - 5, TARGETS)
+    assert (perfect.map, perfect.low, perfect.high) == (100, 100, 100)
+
+
+def test_many_classes_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = multi_label.score(LOGITS, TARGETS, classes=list("abcd"))
+    monkeypatch.setattr(multi_label, "AT_ONCE", 3 * N)
+    parts = multi_label.score(LOGITS, TARGETS, classes=list("abcd"))
+    assert parts.classes == whole.classes
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+
+
+def test_a_threshold_has_the_best_f1_of_all_there_are() -> None:
+    chosen = multi_label.choose_thresholds(LOGITS, TARGETS)
+    p = sigmoid(LOGITS)
+    for c in range(C):
+        each = [f1_score(TARGETS[:, c], p[:, c] >= one) for one in p[:, c]]
+        assert f1_score(TARGETS[:, c], p[:, c] >= chosen[c]) == pytest.approx(max(each))
+        assert not np.isclose(p[:, c], chosen[c], atol=1e-9).any()  # between two probabilities
+
+
+def test_thresholds_at_the_ends() -> None:
+    targets = np.array([[1, 0, 1], [1, 0, 0], [1, 0, 1]], dtype=np.float32)
+    logits = np.array([[1, 0, 2], [2, 1, -2], [3, 2, 2]], dtype=np.float32)
+    all_shown, none_shown, split = multi_label.choose_thresholds(logits, targets)
+    assert 0 < all_shown < sigmoid(np.array([1.0]))[0]
+    assert none_shown == 0.5
+    assert split == pytest.approx(0.5)  # halfway between σ(2) and σ(−2)
+
+
+def test_of_equal_thresholds_the_highest_is_chosen() -> None:
+    # One of two taken: precision 1, recall ½. Four taken: ½ and 1. Both have F1 2/3.
+    targets = np.array([[1], [0], [0], [1]], dtype=np.float32)
+    logits = np.array([[2], [1], [0], [-1]], dtype=np.float32)
+    assert multi_label.choose_thresholds(logits, targets)[0] > sigmoid(np.array([1.0]))[0]
+
+
+def test_near_chance_is_about_the_shares_of_the_classes() -> None:
+    random = multi_label.score(RNG.standard_normal((N, C)), TARGETS)
+    chance = multi_label.near_chance(random, TARGETS, 1.5)
+    assert chance == pytest.approx(100 * TARGETS.mean())
+    assert multi_label.near_chance(multi_label.score(LOGITS, TARGETS), TARGETS, 1.5) is None
+
+
+def test_the_same_labels_agree_and_one_other_label_does_not() -> None:
+    ours = np.array([[1, 0], [1, 1], [0, 0]], dtype=bool)
+    theirs = np.array([[1, 0], [1, 0], [0, 0]], dtype=bool)
+    assert multi_label.agreement(ours, theirs).correct == 2
+
+
+def test_an_answer_is_the_set_of_labels_with_its_probability() -> None:
+    logits = np.array([[2.0, -1.0, 0.5], [-3.0, -3.0, -3.0]], dtype=np.float32)
+    p = sigmoid(logits)
+    found = said(logits, ["a", "b", "c"], np.array([0.5, 0.5, 0.5]))
+    assert [answer for answer, _ in found] == ["a, c", "no class"]
+    assert found[0][1] == pytest.approx(p[0, 0] * (1 - p[0, 1]) * p[0, 2])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_cross_entropy_is_the_mean_of_each_classes_own(smoothing: float) -> None:
+    expected = bce(LOGITS, TARGETS * (1 - smoothing) + smoothing / 2).mean()
+    found = cross_entropy(torch.tensor(LOGITS), torch.tensor(TARGETS), smoothing)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_cross_entropy_of_one_label_is_torchs() -> None:
+    labels = torch.tensor(RNG.integers(0, C, N))
+    expected = torch.nn.functional.cross_entropy(torch.tensor(LOGITS), labels, label_smoothing=0.1)
+    assert torch.equal(cross_entropy(torch.tensor(LOGITS), labels, 0.1), expected)
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_kd_is_the_divergence_of_each_classes_own_probability(teachers: int) -> None:
+    tau, weight = 3.0, 0.7
+    others = [LOGITS, RNG.standard_normal((N, C)).astype(np.float32)][:teachers]
+    student = RNG.standard_normal((N, C)).astype(np.float32)
+    settings = {"kd.tau": str(tau), "kd.weight": str(weight)}
+    parameters = methods.parameters(["kd"], settings)["kd"]
+    shapes = Shapes({}, vector=3, logits=C)
+    method = methods.load("kd")(parameters, shapes, [shapes] * teachers, {})
+    readouts = [{"logits": torch.tensor(one)} for one in others]
+    found = method({"logits": torch.tensor(student)}, readouts, torch.tensor(TARGETS), 0)["kd"]
+    p = np.mean([sigmoid(one / tau) for one in others], axis=0)
+    q = sigmoid(student / tau)
+    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    assert float(found) == pytest.approx(weight * tau**2 * kl.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("dkd", {}), ("quest+dist", {}), ("kd", {"kd.standardise": "true"})]
+)
+def test_methods_for_one_label_are_refused(method: str, settings: dict[str, str]) -> None:
+    chosen = methods.parameters(methods.names(method), settings)
+    with pytest.raises(UsageError, match=r"several labels.*take .*quest"):
+        methods.check_multi_label(chosen)
+
+
+def test_the_training_accuracy_of_several_labels_is_left_open() -> None:
+    meter = Meter(torch.device("cpu"), Ranks())
+    meter.add({"loss": torch.tensor(1.0), "output": torch.tensor(LOGITS)}, torch.tensor(TARGETS))
+    assert meter.accuracy() is None and meter.means(0)["loss"] == 1
+
+
+def test_targets_are_one_for_each_class_of_an_image(tmp_path: Path) -> None:
+    from PIL import Image as PillowImage
+    from questpress.pipeline.data.decode import Readable
+
+    rows = ["file,labels"]
+    for n in range(12):
+        PillowImage.new("RGB", (8, 8), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        rows.append(f"{n}.png,{'a;c' if n % 2 else 'b'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    data = open_label_file(tmp_path / "labels.csv")
+    images = (*data.train, *data.select, *data.test)
+    found = Readable(images, ()).targets(data)
+    assert found.dtype == torch.float32
+    for image, row in zip(images, found.tolist(), strict=True):
+        assert row == ([1, 0, 1] if int(image.name[:-4]) % 2 else [0, 1, 0])
