@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .results import Calibration, ReliabilityBin
+from .scores import Calibration, ReliabilityBin
 
 BINS = 15
 RESAMPLES = 1000

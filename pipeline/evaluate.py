@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import multi_label
 from .data.render import Normalise
 from .device import Engine
-from .results import Accuracy, ClassResult, Score
+from .scores import Accuracy, ClassResult, Score
 
 BATCH = 128
 UNEVEN = 1.5

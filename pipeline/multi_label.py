@@ -11,7 +11,8 @@ import torch
 from timm.task.evaluator import MultiLabelClassificationEvaluator
 
 from ..export.runtime import sigmoid
-from .results import Accuracy, ClassScore, MultiLabelScore, Subject
+from .results import Subject
+from .scores import Accuracy, ClassScore, MultiLabelScore
 
 EVEN = 0.5
 """The threshold where nothing tells a better one."""

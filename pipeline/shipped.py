@@ -13,7 +13,7 @@ from ..export.temperature import fold_temperature
 from . import multi_label
 from .errors import JobError
 from .job import Job
-from .results import Temperature
+from .scores import Temperature
 from .temperature import fit_temperature
 
 BATCH = 32

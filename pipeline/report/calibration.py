@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..results import Accuracy, Calibration, ReliabilityBin, Report
+from ..results import Report
+from ..scores import Accuracy, Calibration, ReliabilityBin
 from . import figures
 from .charts import WIDTH, Tick
 from .subjects import Column, compared, every, shipped

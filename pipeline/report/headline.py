@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ..results import Accuracy, Report, Score
+from ..results import Report
+from ..scores import Accuracy, Score
 from . import figures
 from .subjects import Column, Pace, compared, measure, of, pace, shipped, threads
 

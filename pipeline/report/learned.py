@@ -1,6 +1,7 @@
 """From whom the student learned what: how well its translated map meets each teacher's."""
 
-from ..results import Report, Score
+from ..results import Report
+from ..scores import Score
 from . import figures
 from .tables import Table
 

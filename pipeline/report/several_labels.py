@@ -1,6 +1,7 @@
 """What the report tells of each class where images have several labels."""
 
-from ..results import ClassScore, Report
+from ..results import Report
+from ..scores import ClassScore
 from . import figures
 from .subjects import Column, every, shipped
 from .tables import Table

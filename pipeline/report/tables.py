@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..results import Accuracy, ClassResult, Report, Score, Subject
+from ..results import Report, Subject
+from ..scores import Accuracy, ClassResult, Score
 from . import figures
 from .headline import in_words
 from .subjects import every, measure, paces, threads

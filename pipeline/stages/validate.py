@@ -14,8 +14,9 @@ from ..evaluate import agreement
 from ..examples import examples, said
 from ..job import Job
 from ..multi_label import thresholds_of
-from ..results import Calibration, Score, Subject
+from ..results import Subject
 from ..run_folder import Done
+from ..scores import Calibration, Score
 from ..shipped import shipped_logits
 from .export import ARTIFACT, STUDENT_ONNX, origin
 from .quantize import STUDENT_INT8

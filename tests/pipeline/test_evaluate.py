@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from questpress.pipeline.evaluate import accuracy, agreement, confusion, per_class
-from questpress.pipeline.results import Accuracy
+from questpress.pipeline.scores import Accuracy
 
 
 def one_hot(answers: list[int], classes: int) -> np.ndarray:

@@ -8,8 +8,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 from questpress.pipeline.results import (
-    Accuracy,
-    ClassResult,
     DataSummary,
     Epoch,
     Example,
@@ -21,6 +19,7 @@ from questpress.pipeline.results import (
     Subject,
     Words,
 )
+from questpress.pipeline.scores import Accuracy, ClassResult
 
 GARMENTS = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 

@@ -9,7 +9,8 @@ from questpress.pipeline.report import calibration
 from questpress.pipeline.report.subjects import compared
 from questpress.pipeline.report.terminal import show
 from questpress.pipeline.report.write import html, markdown
-from questpress.pipeline.results import Calibration, Report, Temperature
+from questpress.pipeline.results import Report
+from questpress.pipeline.scores import Calibration, Temperature
 from rich.console import Console
 
 from . import reports

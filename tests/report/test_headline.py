@@ -1,6 +1,7 @@
 from questpress.pipeline.report import headline
 from questpress.pipeline.report.page import page
-from questpress.pipeline.results import Accuracy, Report, Speedup
+from questpress.pipeline.results import Report, Speedup
+from questpress.pipeline.scores import Accuracy
 
 from . import reports
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.report.write import html, markdown, write_report
-from questpress.pipeline.results import ClassResult, Epoch, Report
+from questpress.pipeline.results import Epoch, Report
+from questpress.pipeline.scores import ClassResult
 
 from . import reports
 
