@@ -44,6 +44,7 @@ METHODS = {
     **{f"mimic {v}": ["--method", "mimic", "--set", f"mimic.variant={v}"] for v in MIMIC},
     # Ten views of each image: the maps of several teachers are large, and computing them anew is slow.
     "feed": [*FEED],
+    "feed ×10": [*FEED, "--weight", "feed=10"],
     "feed linear": [*FEED, "--set", "feed.transform=linear"],
     "feed from 2": [*FEED],
     "feed from 3": [*FEED],

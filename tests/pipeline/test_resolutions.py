@@ -29,9 +29,9 @@ def any_teacher() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def two_sizes(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def two_sizes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "sizes"
-    result = of_sizes(data, out, cache, "8,12")
+    result = of_sizes(data, out, out.parent / "cache", "8,12")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "8 px" in result.stdout and "report.html" in result.stdout
     return out
@@ -72,9 +72,9 @@ def test_the_report_has_each_files_accuracy_arithmetic_and_latency_of_one_bench(
     assert html.count('<svg viewBox="0 0 340') == 1 + len(told.threads) and "<script" not in html
 
 
-def test_the_same_command_again_changes_nothing(two_sizes: Path, data: Path, cache: Path) -> None:
+def test_the_same_command_again_changes_nothing(two_sizes: Path, data: Path) -> None:
     before = files(two_sizes, but=("report.html", "report.md"))
-    result = of_sizes(data, two_sizes, cache, "8,12")
+    result = of_sizes(data, two_sizes, two_sizes.parent / "cache", "8,12")
     assert result.exit_code == 0, (result.output, result.exception)
     after = files(two_sizes, but=("report.html", "report.md"))
     kept = [name for name in before if name.endswith((".onnx", ".safetensors")) or name == "resolutions.json"]
