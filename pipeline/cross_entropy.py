@@ -17,7 +17,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    loss: Tensor = BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)(
-        logits, labels
-    )
+    own = BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
+    loss: Tensor = own(logits, labels)
     return loss
