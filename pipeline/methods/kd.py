@@ -9,10 +9,9 @@ with a = 0.1, b = 0.9, τ = 4 as the CRD benchmark (Tian et al., ICLR 2020) has 
 τ = 2, b = 9.
 
 Where images have several labels, classes don't exclude each other: each has a probability of its own, σ(z/τ),
-and the divergence is that of these binary ones, (σ, 1 − σ), as in Yang et al., "Multi-Label Knowledge
-Distillation", ICCV 2023 (MLD), but with τ, and the mean over classes as the cross-entropy has it there, not
-the sum. The weights of the two terms stay. Logits cannot be standardised there: a zero would no longer mean
-even chances.
+and the divergence is that of these binary ones, (σ, 1 − σ), summed over the classes as in Yang et al.,
+"Multi-Label Knowledge Distillation", ICCV 2023 (MLD), but with τ; the cross-entropy is a sum there, too. The
+weights of the two terms stay. Logits cannot be standardised: a zero would no longer mean even chances.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,8 +75,8 @@ class Kd(LogitMethod):
     ) -> dict[str, Tensor]:
         if labels.ndim == 2:
             z_t = binary_teacher_logits(teachers, self.tau)
-            mean = binary_divergence(exact(student["logits"]) / self.tau, z_t / self.tau)
-            return {"kd": self.weight * self.tau**2 * mean}
+            divergences = binary_divergence(exact(student["logits"]) / self.tau, z_t / self.tau)
+            return {"kd": self.weight * self.tau**2 * divergences}
         z_t = teacher_logits(teachers, self.tau, self.standardise)
         z_s = exact(student["logits"])
         z_s = standardised(z_s) if self.standardise else z_s

@@ -58,8 +58,7 @@ def binary_teacher_logits(teachers: Sequence[Readout], tau: float) -> Tensor:
 
 
 def binary_divergence(z_s: Tensor, z_t: Tensor) -> Tensor:
-    """KL of the binary probabilities (σ(z), 1 − σ(z)) of each class, the mean over images and classes."""
+    """KL of the binary probabilities (σ(z), 1 − σ(z)), the sum over classes and the mean over the batch."""
     p_t = z_t.sigmoid()
-    return (
-        p_t * (F.logsigmoid(z_t) - F.logsigmoid(z_s)) + (1 - p_t) * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
-    ).mean()
+    there, absent = (F.logsigmoid(sign * z_t) - F.logsigmoid(sign * z_s) for sign in (1, -1))
+    return (p_t * there + (1 - p_t) * absent).sum(1).mean()
