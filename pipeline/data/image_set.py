@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -124,11 +124,6 @@ class ImageSet:
                 for label in image.labels:
                     counts[role][label] += 1
         return counts
-
-    def with_skipped(self, skipped: Sequence[Skipped]) -> "ImageSet":
-        """The same set with more images on the list of those left out (found unreadable, say)."""
-        known = set(self.skipped)
-        return replace(self, skipped=self.skipped + tuple(one for one in skipped if one not in known))
 
 
 def in_order(images: Sequence[Image]) -> tuple[Image, ...]:

@@ -24,7 +24,9 @@ Ours, where the paper is silent or has something else:
   for ImageNet).
 - A teacher without a head has s = 1/√D_T and ``lshl2``, since nothing tells where it is right.
 - Labels with several classes an image (float, [B,N]) know no right or wrong sample: ``lshl2_s`` is then
-  ``lshl2``.
+  ``lshl2``. The paper's β for these (VOC07: 1 with l2, 0.5 with lsh and lshl2; COCO: 3) belong to a binary
+  cross-entropy that is a mean over the N classes; here it is their sum, so that its weight, ``--weight ce=``,
+  is 1/N for the paper's proportion. Its two stages are ``alone``.
 - Several teachers: the student's vector is as wide as theirs together, each teacher has its part of it, and
   the loss is the mean of theirs.
 """
