@@ -131,7 +131,7 @@ class Options(BaseModel):
 
     balance: Literal["auto", "off"] | None = option(
         "auto: scale a method's weight, up or down, where its gradients are out of proportion to the labels' "
-        "[default: auto; off with a recipe or a weight of your own]",
+        "[default: auto; off with a recipe, a weight of your own, or several labels an image]",
         group="Method",
         enters="student",
     )

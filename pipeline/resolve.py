@@ -40,7 +40,6 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         or any(f"{name}.{weight}" in chosen.settings for weight in methods.load(name).weights)
         for name in parameters
     )
-    chosen.balance = "off" if not parameters else chosen.balance or ("off" if asked_for else "auto")
     _check_weights_of_losses(chosen, list(parameters))
     for name in chosen.teacher:
         resolve_name(name)
@@ -69,6 +68,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     )
     if data.multi_label:
         methods.check_multi_label(parameters)
+    # What pull does good is known of images with one label only.
+    silent = "off" if asked_for or data.multi_label else "auto"
+    chosen.balance = "off" if not parameters else chosen.balance or silent
     if chosen.calibrate and not data.select:
         raise UsageError(
             "--calibrate fits a temperature on select images, and this data has none: hold some out, as with "

@@ -13,7 +13,9 @@ from questpress.export.runtime import Classifier, sigmoid
 from questpress.pipeline import multi_label
 from questpress.pipeline.data.open import open_data
 from questpress.pipeline.report.terminal import table
+from questpress.pipeline.resolve import resolve
 from questpress.pipeline.results import Report
+from questpress.pipeline.run import read_options
 from safetensors.numpy import load_file
 
 from . import little
@@ -151,3 +153,9 @@ def test_methods_for_one_label_and_a_file_without_images_are_refused(
     little.refused(
         little.compress(*given, "--data", tmp_path / "labels.csv"), 2, "1 of the 1 images", "a.png"
     )
+
+
+def test_weights_are_not_balanced_unless_asked_for(run: Path, labels: Path) -> None:
+    assert little.record(run)["config"]["balance"] == "off"
+    given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(labels), "image_size": 16}
+    assert resolve(read_options({**given, "balance": "auto"}))[0].balance == "auto"
