@@ -53,10 +53,12 @@ def show_sizes(found: Resolutions, console: Console | None = None) -> None:
     console = console or Console()
     made = sizes.table(found)
     drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for number, column in enumerate(made.columns):
-        drawn.add_column(column, justify="left" if number < made.left else "right")
+    # The rest is in the report: a terminal is 80 columns wide.
+    kept = [n for n, column in enumerate(made.columns) if column not in sizes.ASIDE]
+    for n in kept:
+        drawn.add_column(made.columns[n], justify="left" if n < made.left else "right", no_wrap=True)
     for row in made.rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*(Text(row[n]) for n in kept))
     console.print(drawn)
     console.print(Text(f"Report:   {Path(found.folder) / 'report.html'}"), soft_wrap=True)
 
