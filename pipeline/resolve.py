@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from ..models.build import check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
@@ -69,7 +70,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     if data.multi_label:
         methods.check_multi_label(parameters)
     # What pull does good is known of images with one label only.
-    silent = "off" if asked_for or data.multi_label else "auto"
+    silent: Literal["auto", "off"] = "off" if asked_for or data.multi_label else "auto"
     chosen.balance = "off" if not parameters else chosen.balance or silent
     if chosen.calibrate and not data.select:
         raise UsageError(
