@@ -27,7 +27,7 @@ def compared(report: Report) -> list[Column]:
     teacher = report.teacher or (report.teachers[0] if len(report.teachers) == 1 else None)
     ensemble = len(report.teachers) > 1
     found = [
-        ("teacher", "Teachers together" if ensemble else "Teacher", teacher),
+        ("teacher", "All teachers" if ensemble else "Teacher", teacher),
         ("student", "Student fp32", report.student),
         ("student_int8", "Student int8", report.student_int8),
     ]

@@ -102,7 +102,7 @@ def test_several_teachers_stand_beside_their_ensemble() -> None:
         update={"teachers": [report.teachers[0]] * 2, "teacher": together, "student_int8": int8}
     )
     shown = page(two)
-    assert shown.comparison.columns[1:4] == ["Teacher 1", "Teacher 2", "Teachers together"]
+    assert shown.comparison.columns[1:4] == ["Teacher 1", "Teacher 2", "All teachers"]
     assert shown.title == "mobilenetv2_100 distilled from 2 × resnet34"
     assert shown.key_figures[1].meaning == "faster than its own fp32 file, 1 thread"
     rows = {row[0]: row[1] for row in shown.speedups.rows}
