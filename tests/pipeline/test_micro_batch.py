@@ -62,7 +62,8 @@ def test_parts_give_the_gradients_and_the_losses_of_the_whole(make: Any, size: i
     assert whole.keys() == parts.keys() and len(whole) > 10
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
-    assert summed.means(0) == pytest.approx(at_once.means(0), rel=1e-6)
+    # A divergence near 0 is a difference of large sums: what is left of them is rounded as they are.
+    assert summed.means(0) == pytest.approx(at_once.means(0), rel=1e-6, abs=1e-6)
     assert summed.accuracy() == at_once.accuracy()
 
 

@@ -194,23 +194,28 @@ def outcome(folder: Path, case: str, count: int) -> dict[str, Any]:
     return loaded
 
 
-def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
+# KD's gradients between two networks that hardly differ are small differences of large numbers. Their size,
+# which the balance sums the logarithms of, is rounded in the fourth figure on some processors.
+TOLERANCE = {"balanced": (1e-4, 1e-3)}
+
+
+def assert_close(one: dict[str, Any], two: dict[str, Any], atol: float = 1e-5, rtol: float = 0) -> None:
     for part in ("weights", "shipped"):
         assert one[part].keys() == two[part].keys()
         for name, value in one[part].items():
             torch.testing.assert_close(
-                value, two[part][name], atol=1e-5, rtol=0, msg=lambda m, at=f"{part} {name}": f"{at}: {m}"
+                value, two[part][name], atol=atol, rtol=rtol, msg=lambda m, at=f"{part} {name}": f"{at}: {m}"
             )
-    torch.testing.assert_close(one["answers"], two["answers"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(one["answers"], two["answers"], atol=10 * atol, rtol=rtol)
     for a, b in zip(one["epochs"], two["epochs"], strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+        assert a == pytest.approx(b, abs=atol, rel=rtol)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "with batch norm"])
 def test_two_processes_equal_one_after_twenty_steps(trained: Path, tmp_path: Path, case: str) -> None:
     twenty_steps(case, tmp_path, Ranks())
     alone, together = outcome(tmp_path, case, 1), outcome(trained, case, 2)
-    assert_close(alone, together)
+    assert_close(alone, together, *TOLERANCE.get(case, ()))
     assert together["answers"].shape[1] == 131  # every image once, though 131 is odd
 
 
