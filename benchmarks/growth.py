@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for all that was measured")
     parser.add_argument("--case", nargs=3, metavar=("KIND", "IMAGES", "WORDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from questpress.export.bench import environment
+    from questpress.export.machine import environment
     from questpress.export.runtime import allowed_cores
 
     threads = options.threads or allowed_cores()

@@ -28,7 +28,7 @@ import peers
 import torch
 from ours import Setting
 from pictures import made_up
-from questpress.export.bench import environment
+from questpress.export.machine import environment
 from questpress.export.runtime import allowed_cores
 from questpress.pipeline.data.image_set import ImageSet
 from questpress.pipeline.data.open import open_data

@@ -7,9 +7,6 @@ has settled, then rounds in which every subject runs one block, in seeded random
 from __future__ import annotations
 
 import math
-import os
-import platform
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from . import runtime
 from .bench_process import Worker
 from .errors import ExportError
+from .machine import Environment, environment
 
 # A percentile needs this many samples to mean something.
 MINIMUM_SAMPLES = {50: 11, 90: 64, 95: 130, 99: 662}
@@ -86,18 +82,6 @@ class Speedup:
         if self.low > 1:
             return "faster"
         return "slower" if self.high < 1 else "no difference"
-
-
-@dataclass(frozen=True)
-class Environment:
-    """The machine the figures belong to; `load` is the one-minute load average at the start, where known."""
-
-    cpu: str
-    machine: str
-    flags: tuple[str, ...]
-    cores: int
-    onnxruntime: str
-    load: float | None
 
 
 @dataclass(frozen=True)
@@ -263,35 +247,3 @@ def _medians(latency: Latency) -> np.ndarray:
     return np.array(
         [np.median(latency.samples[latency.rounds == r]) for r in range(latency.rounds.max() + 1)]
     )
-
-
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-
-
-def environment() -> Environment:
-    """The machine as it is now."""
-    known: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            known.setdefault(key.strip(), value.strip())
-    except OSError:  # not Linux
-        pass
-    flags = (known.get("flags") or known.get("Features") or "").split()
-    return Environment(
-        cpu=known.get("model name") or _apple_cpu() or platform.processor() or platform.machine(),
-        machine=f"{platform.system()} {platform.machine()}",
-        flags=tuple(flag for flag in _FLAGS if flag in flags),
-        cores=runtime.allowed_cores(),
-        onnxruntime=ort.__version__,
-        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    )
-
-
-def _apple_cpu() -> str:
-    if platform.system() != "Darwin":
-        return ""
-    asked = subprocess.run(
-        ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..export.bench import environment
+from ..export.machine import environment
 from ..export.runtime import allowed_cores
 from .errors import UsageError
 from .ranks import Ranks

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from questpress.export import bench_process, runtime
-from questpress.export.bench import Subject, bench, environment, speedup, summarise
+from questpress.export.bench import Subject, bench, speedup, summarise
+from questpress.export.machine import environment
 from questpress.export.bench_process import Worker
 from questpress.export.errors import ExportError
 

@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from questpress.export import runtime
 from questpress.export.errors import ExportError
 from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import int8_scope, quantize_int8
+from questpress.export.quantize import quantize_int8
 from questpress.export.rewrite import pool_globally, rewrite
+from questpress.export.scope import int8_scope
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -42,7 +43,7 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_onnx(small_conv_net(), path, 16, metadata=METADATA).path
 
 
-@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+@pytest.mark.parametrize("method", ["minmax", "moving-average", "entropy", "percentile"])
 def test_int8_logits_stay_close_to_float(fp32: Path, tmp_path: Path, method: str) -> None:
     file = quantize_int8(fp32, tmp_path / "a.onnx", [images(32)], method=method)
     fresh = images(64, seed=1)
@@ -53,8 +54,8 @@ def test_int8_logits_stay_close_to_float(fp32: Path, tmp_path: Path, method: str
 
 
 def test_reduced_range_keeps_weights_to_seven_bits(fp32: Path, tmp_path: Path) -> None:
-    for reduce_range, most in ((False, 127), (True, 64)):
-        file = quantize_int8(fp32, tmp_path / "a.onnx", [images(16)], reduce_range=reduce_range)
+    for target, most in (("x86-vnni", 127), ("x86", 64), ("arm64", 127)):
+        file = quantize_int8(fp32, tmp_path / "a.onnx", [images(16)], target_name=target)
         weights = [
             numpy_helper.to_array(tensor)
             for tensor in onnx.load(str(file.path)).graph.initializer

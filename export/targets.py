@@ -1,0 +1,92 @@
+"""For which processors an int8 file is made, and in which types each of them is fast and right.
+
+| target | activations | weights | why |
+|---|---|---|---|
+| x86 | uint8 asymmetric | int8 symmetric per channel, 7 bits | without VNNI pairs of products are summed in 16 bits, which saturate with 8-bit weights; 7 bits never do and cost no time |
+| x86-vnni | uint8 asymmetric | int8 symmetric per channel | VNNI sums in 32 bits; u8×s8 is the only pair of types with a fast convolution kernel on x86 |
+| arm64 | int8 asymmetric | int8 symmetric per channel | the matrix instructions (i8mm) and the dot product take s8×s8 |
+
+Sources: ONNX Runtime's documentation on quantization (sections on representation, on U8S8 and its saturation,
+and on Arm), and `benchmarks/int8.py`. Asymmetric everywhere: only then ReLU and Clip fold into the range of
+the tensor before them, and half of a range is not given to numbers that a ReLU never gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from onnxruntime.quantization import QuantType
+
+from . import machine
+from .errors import ExportError
+
+
+@dataclass(frozen=True)
+class Target:
+    """The types of one family of processors."""
+
+    name: str
+    activations: QuantType
+    weights: QuantType
+    symmetric: bool
+    """Whether activations' zero point is 0."""
+    reduce_range: bool
+    """Whether weights keep to 7 bits."""
+
+    @property
+    def described(self) -> dict[str, str | bool]:
+        """For a recipe: JSON-ready."""
+        names = {QuantType.QUInt8: "uint8", QuantType.QInt8: "int8"}
+        return {
+            "activations": f"{names[self.activations]} {'symmetric' if self.symmetric else 'asymmetric'}",
+            "weights": f"{names[self.weights]} symmetric per channel",
+            "reduce_range": self.reduce_range,
+        }
+
+
+_U8, _S8 = QuantType.QUInt8, QuantType.QInt8
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("x86", _U8, _S8, symmetric=False, reduce_range=True),
+        Target("x86-vnni", _U8, _S8, symmetric=False, reduce_range=False),
+        Target("arm64", _S8, _S8, symmetric=False, reduce_range=False),
+    )
+}
+
+
+def of_this_machine() -> str:
+    """The target whose files are fastest here; `x86`, which is right everywhere, where nothing is known."""
+    if machine.is_arm():
+        return "arm64"
+    return "x86-vnni" if machine.has_vnni() else "x86"
+
+
+def target(name: str) -> Target:
+    """Raises ExportError, naming what there is."""
+    if name not in TARGETS:
+        raise ExportError(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def timed_here(names: Iterable[str]) -> dict[str, str | None]:
+    """For each target, why a file of it cannot be timed on this machine; None where it can."""
+    here = of_this_machine()
+    return {name: None if _runs(name, here) else _why_not(name, here) for name in names}
+
+
+def right_here(name: str) -> bool:
+    """Whether a target's files answer on this machine as on their own: all but VNNI's where there is none,
+    whose sums would saturate.
+    """
+    return name != "x86-vnni" or of_this_machine() != "x86"
+
+
+def _runs(name: str, here: str) -> bool:
+    return name == here or (name, here) == ("x86", "x86-vnni")
+
+
+def _why_not(name: str, here: str) -> str:
+    return f"made for {name}, and this machine is {here}: it cannot be timed here"
