@@ -1,10 +1,10 @@
 """For which processors an int8 file is made, and in which types each of them is fast and right.
 
-| target | activations | weights | why |
-|---|---|---|---|
-| x86 | uint8 asymmetric | int8 symmetric per channel, 7 bits | without VNNI pairs of products are summed in 16 bits, which saturate with 8-bit weights; 7 bits never do and cost no time |
-| x86-vnni | uint8 asymmetric | int8 symmetric per channel | VNNI sums in 32 bits; u8×s8 is the only pair of types with a fast convolution kernel on x86 |
-| arm64 | int8 asymmetric | int8 symmetric per channel | the matrix instructions (i8mm) and the dot product take s8×s8 |
+- x86: activations uint8, weights int8 of 7 bits. Without VNNI pairs of products are summed in 16 bits, which
+  saturate with weights of 8 bits; with 7 they never do, and it costs no time.
+- x86-vnni: activations uint8, weights int8. VNNI sums in 32 bits, and u8×s8 is the only pair of types with a
+  fast convolution kernel on x86.
+- arm64: activations int8, weights int8: what its dot product and its matrix instructions (i8mm) take.
 
 Sources: ONNX Runtime's documentation on quantization (sections on representation, on U8S8 and its saturation,
 and on Arm), and `benchmarks/int8.py`. Asymmetric everywhere: only then ReLU and Clip fold into the range of

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from questpress.export import bench_process, runtime
 from questpress.export.bench import Subject, bench, speedup, summarise
-from questpress.export.machine import environment
 from questpress.export.bench_process import Worker
 from questpress.export.errors import ExportError
+from questpress.export.machine import environment
 
 from .networks import colour_classifier
 
