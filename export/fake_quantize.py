@@ -36,16 +36,20 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, logs: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+        ctx: Any,
+        x: Tensor,
+        logs: Tensor,  # noqa: ARG004  (what learns; scale and zero point come from it)
+        scale: Tensor,
+        zero: Tensor,
+        qmin: int,
+        qmax: int,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
         ctx.levels = qmin, qmax
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, qmin, qmax)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, scale, zero = ctx.saved_tensors
         qmin, qmax = ctx.levels
         steps = x / scale
@@ -74,7 +78,7 @@ class Range(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero = self.affine()
-        result: Tensor = _FakeQuantize.apply(x, self.logs, scale, zero, self.qmin, self.qmax)  # type: ignore[no-untyped-call]
+        result: Tensor = _FakeQuantize.apply(x, self.logs, scale, zero, self.qmin, self.qmax)
         return result
 
     @torch.no_grad()

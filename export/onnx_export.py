@@ -111,6 +111,15 @@ def with_metadata(file: OnnxFile, metadata: Mapping[str, str]) -> OnnxFile:
     return replace(written, bytes=file.bytes - before + written.bytes)
 
 
+def describe(path: Path) -> OnnxFile:
+    """What is known of a written file whose weights are in it."""
+    content = path.read_bytes()
+    proto = onnx.load_model_from_string(content)
+    return OnnxFile(
+        path, len(content), hashlib.sha256(content).hexdigest(), opset_of(proto), proto.ir_version
+    )
+
+
 def opset_of(proto: onnx.ModelProto) -> int:
     """The version of ONNX's own operator set that a model is written in."""
     return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))

@@ -24,7 +24,7 @@ from .onnx_export import OnnxFile, write_onnx
 from .ranges import Batches, calibrate_ranges, quiet
 from .rewrite import rewrite
 from .scope import Scope, int8_scope
-from .targets import Target, of_this_machine, target
+from .targets import Target, target
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Of an activation by its name in the float graph: `scale` and `zero_point` instead of those of its range."""
@@ -63,7 +63,7 @@ def quantize_int8(
 
     Metadata is carried over; the same input gives the same bytes. Raises ExportError.
     """
-    types = target(target_name or of_this_machine())
+    types = target(target_name or runtime.target_of_this_machine())
     prepared = prepare(fp32_path)
     ranges, n = calibrate_ranges(prepared.model, calibration, method, prepared.scope.op_types)
     model = quantize(prepared, ranges, types)
@@ -104,6 +104,14 @@ def write_int8(model: onnx.ModelProto, path: str | Path, made_by: Mapping[str, A
     onnx.helper.set_model_props(model, known | said)
     file = write_onnx(model, Path(path))
     return Int8File(file.path, file.bytes, file.sha256, file.opset, file.ir_version, dict(made_by))
+
+
+def recipe_of(path: Path) -> dict[str, Any] | None:
+    """The recipe that an int8 file was written with; None of a file that says nothing of it."""
+    model = onnx.load(str(path), load_external_data=False)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    found: dict[str, Any] | None = json.loads(said.get(runtime.METADATA_PREFIX + "quantization", "null"))
+    return found
 
 
 def quantize(

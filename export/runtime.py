@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -438,8 +439,36 @@ def default_threads() -> int:
     return min(allowed_cores(), 4)
 
 
-def session(model: str | Path | bytes, threads: int) -> ort.InferenceSession:
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+def int8_flags() -> tuple[str, ...]:
+    """Which of the instruction sets that decide int8's speed the processor has, by Linux's names for them;
+    empty where the system does not tell.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ()
+    lines = (line.partition(":") for line in text.splitlines())
+    flags = next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), [])
+    return tuple(flag for flag in _FLAGS if flag in flags)
+
+
+def target_of_this_machine() -> str:
+    """The target whose int8 files are fastest here: 'arm64', 'x86-vnni', or 'x86', which is right on every
+    x86 and the answer where nothing is known.
+    """
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "arm64"
+    return "x86" if {"avx512_vnni", "avx_vnni"}.isdisjoint(int8_flags()) else "x86-vnni"
+
+
+def session(model: str | Path | bytes, threads: int, *, optimise: bool = True) -> ort.InferenceSession:
     """The one way questpress runs a model file: measured, validated and shipped with these options.
+
+    Not optimised, an int8 file computes in float between quantizing and dequantizing: what it means, without
+    the integer kernels of this processor.
 
     Raises ArtifactError where onnxruntime cannot load the model.
     """
@@ -447,7 +476,8 @@ def session(model: str | Path | bytes, threads: int) -> ort.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
     # Threads wait busily within a run, where microseconds count, and give the cores back between runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
@@ -706,9 +736,18 @@ def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:
 def _choose(
     files: Sequence[Mapping[str, Any]], folder: Path, name: str | None, precision: str
 ) -> Mapping[str, Any]:
-    held = ", ".join(f"{entry['name']} ({entry['precision']})" for entry in files) or "no file"
+    """The file named, or the first of the precision that is made for this processor; the fp32 file where
+    int8 is for others alone."""
+    here = target_of_this_machine()
+    able = {here, None} | ({"x86"} if here == "x86-vnni" else set())
+    for target in (here, *able):
+        for entry in files:
+            of_precision = entry["precision"] == precision and entry["target"] == target
+            if entry["name"] == name or (name is None and of_precision):
+                return entry
     for entry in files:
-        if entry["name"] == name or (name is None and entry["precision"] == precision):
+        if name is None and precision == "int8" and entry["precision"] == "fp32":
             return entry
+    held = ", ".join(f"{entry['name']} ({entry['precision']})" for entry in files) or "no file"
     wanted = name if name is not None else f"{precision} file"
     raise ArtifactError(f"{folder} holds no {wanted}: its manifest lists {held}")

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from onnxruntime.quantization import QuantType
 
-from . import machine
 from .errors import ExportError
+from .runtime import target_of_this_machine
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,6 @@ TARGETS = {
 }
 
 
-def of_this_machine() -> str:
-    """The target whose files are fastest here; `x86`, which is right everywhere, where nothing is known."""
-    if machine.is_arm():
-        return "arm64"
-    return "x86-vnni" if machine.has_vnni() else "x86"
-
-
 def target(name: str) -> Target:
     """Raises ExportError, naming what there is."""
     if name not in TARGETS:
@@ -73,15 +66,15 @@ def target(name: str) -> Target:
 
 def timed_here(names: Iterable[str]) -> dict[str, str | None]:
     """For each target, why a file of it cannot be timed on this machine; None where it can."""
-    here = of_this_machine()
+    here = target_of_this_machine()
     return {name: None if _runs(name, here) else _why_not(name, here) for name in names}
 
 
 def right_here(name: str) -> bool:
-    """Whether a target's files answer on this machine as on their own: all but VNNI's where there is none,
-    whose sums would saturate.
+    """Whether a target's files answer on this machine as on their own. Without VNNI, x86 saturates sums with
+    weights of 8 bits, so only its own target's files are right there.
     """
-    return name != "x86-vnni" or of_this_machine() != "x86"
+    return target_of_this_machine() != "x86" or name == "x86"
 
 
 def _runs(name: str, here: str) -> bool:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from .stopping import seconds
 
 STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
-Stage = Literal["teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report"]
+Stage = Literal["teacher", "prepare", "student", "export", "qat", "quantize", "validate", "bench", "report"]
 
 
 def option(help: str, default: Any = None, *, group: str, enters: str | None = None, **limits: Any) -> Any:
@@ -49,6 +49,7 @@ Time = Annotated[float, BeforeValidator(_time), Field(gt=0)]
 Names = Annotated[list[str], BeforeValidator(_listed)]
 Settings = Annotated[dict[str, Any], BeforeValidator(pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_listed)]
+Targets = Annotated[list[Literal["x86", "x86-vnni", "arm64"]], BeforeValidator(_listed)]
 Epochs = Annotated[list[int], BeforeValidator(_epochs)]
 Weights = Annotated[dict[str, float], BeforeValidator(pairs)]
 
@@ -281,8 +282,37 @@ class Options(BaseModel):
     calibration_images: int = option(
         "training images that int8 is calibrated on", 512, group="Export", enters="quantize", ge=1
     )
-    calibration: Literal["minmax", "entropy", "percentile"] = option(
-        "how activation ranges are chosen", "minmax", group="Export", enters="quantize"
+    calibration: Literal["auto", "minmax", "moving-average", "entropy", "percentile"] = option(
+        "how activation ranges are chosen; auto: each way is tried, and the best is taken",
+        "auto",
+        group="Export",
+        enters="quantize",
+    )
+    target: Targets = option(
+        "the processors int8 is for: x86 (safe on all), x86-vnni, arm64; several get a file each "
+        "[default: what this machine is]",
+        [],
+        group="Export",
+        enters="quantize",
+    )
+    max_drop: float = option(
+        "points of accuracy that int8 may lose on the select role",
+        0.5,
+        group="Export",
+        enters="quantize",
+        ge=0,
+    )
+    qat: bool = option(
+        "let the student learn on as the int8 network it will be, by the same method from the same teacher",
+        False,
+        group="Export",
+        enters="qat",
+    )
+    qat_epochs: int | None = option(
+        "epochs of --qat [default: a tenth of --epochs]", group="Export", enters="qat", ge=1
+    )
+    qat_lr: float | None = option(
+        "peak learning rate of --qat [default: a tenth of --lr]", group="Export", enters="qat", gt=0
     )
     bench_seconds: float = option(
         "seconds of measuring for each network and thread count", 2.0, group="Export", enters="bench", gt=0

@@ -8,7 +8,7 @@ from typing import Literal
 from ..models.build import check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
-from . import defaults, methods, rounds, teacher_list, trackers
+from . import defaults, int8_options, methods, rounds, teacher_list, trackers
 from .data.headers import sampled_sizes
 from .data.image_set import ImageSet
 from .data.open import open_data
@@ -151,6 +151,7 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.teacher_warmup_epochs = _warmup("teacher-", chosen.teacher_warmup_epochs, chosen.teacher_epochs)
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
+    int8_options.complete(chosen)
     _choose_views(chosen, data)
 
 

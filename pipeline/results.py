@@ -4,9 +4,10 @@ Every field that is not known yet is ``None`` or empty: the report is written an
 Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
-from typing import Any, Literal
+from typing import Any
 
-from .scores import Accuracy, Calibration, ClassResult, MultiLabelScore, Result, Score, Temperature
+from .int8_results import Int8Search, Recovery
+from .scores import Accuracy, Calibration, ClassResult, MultiLabelScore, Result, Score, Speedup, Temperature
 
 SCHEMA_VERSION = 1
 
@@ -20,20 +21,6 @@ class Latency(Result):
     p99: float | None = None
     mean: float
     n: int
-
-
-class Speedup(Result):
-    """How many times faster than ``over``: ratio of medians with a 95 % paired bootstrap interval."""
-
-    over: str
-    threads: int
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> Literal["faster", "no difference", "slower"]:
-        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
 
 
 class Parity(Result):
@@ -259,6 +246,9 @@ class Report(Result):
     balance: list[BalancedWeight] = []
     store: StoreUse | None = None
     temperature: Temperature | None = None
+    int8: list[Int8Search] = []
+    """The search for each target; the first one's file is ``student_int8``."""
+    recovery: Recovery | None = None
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: list[list[int]] | None = None

@@ -17,17 +17,19 @@ from .errors import UsageError
 from .options import STAGES, Options
 
 ROUND = "round"
+QAT = "qat"
 
 
-def stages_of(rounds: int) -> tuple[str, ...]:
-    """The stages of a run with so many rounds, in order."""
-    first = STAGES.index("prepare")
-    return (*STAGES[:first], *(f"{ROUND} {k}" for k in range(1, rounds)), *STAGES[first:])
+def stages_of(rounds: int, qat: bool = False) -> tuple[str, ...]:
+    """The stages of a run with so many rounds, with or without quantization-aware training, in order."""
+    first, second = STAGES.index("prepare"), STAGES.index("quantize")
+    between = [f"{ROUND} {k}" for k in range(1, rounds)]
+    return (*STAGES[:first], *between, *STAGES[first:second], *([QAT] if qat else []), *STAGES[second:])
 
 
 def stages_of_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The same, from the options that a run folder has recorded."""
-    return stages_of(config.get("rounds", 1))
+    return stages_of(config.get("rounds", 1), config.get("qat", False))
 
 
 def kind(stage: str) -> str:

@@ -1,4 +1,6 @@
-"""How good a network is: accuracy, scores of several labels, calibration; parts of the report as data."""
+"""How good and how fast a network is: accuracy, scores of several labels, calibration, speed-ups; parts of
+the report as data.
+"""
 
 from math import sqrt
 from typing import Literal
@@ -51,6 +53,20 @@ class Accuracy(Result):
             balanced=balanced,
             top5=top5,
         )
+
+
+class Speedup(Result):
+    """How many times faster than ``over``: ratio of medians with a 95 % paired bootstrap interval."""
+
+    over: str
+    threads: int
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> Literal["faster", "no difference", "slower"]:
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
 
 
 class ClassScore(Result):

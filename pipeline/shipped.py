@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..export.onnx_export import OnnxFile
-from ..export.runtime import Classifier, normalise
+from ..export.runtime import Classifier, normalise, session
 from ..export.temperature import fold_temperature
 from . import multi_label
 from .errors import JobError
@@ -21,9 +21,13 @@ TOLERANCE = 1e-4
 """Largest difference between a file's logits times T and those without T, by the largest of these."""
 
 
-def shipped_logits(job: Job, file: Path, images: np.ndarray) -> np.ndarray:
-    """Logits [n,classes] of an ONNX file on rendered images, uint8 [n,S,S,3], n > 0."""
+def shipped_logits(job: Job, file: Path, images: np.ndarray, *, optimise: bool = True) -> np.ndarray:
+    """Logits [n,classes] of an ONNX file on rendered images, uint8 [n,S,S,3], n > 0; for ``optimise`` see
+    ``runtime.session``.
+    """
     classifier = Classifier(file.read_bytes(), file.name)
+    if not optimise:
+        classifier.session = session(file, classifier.threads, optimise=False)
     logits = []
     for start in range(0, len(images), BATCH):
         batch = normalise(images[start : start + BATCH], classifier.preprocessing)

@@ -9,11 +9,11 @@ from ...export import bench as latency
 from ...export.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import allowed_cores, metadata, normalise
 from ..files import whole
+from ..int8_results import Int8Search
 from ..job import Job, Member
 from ..run_folder import Done
 from ..trained import trained_network
 from .export import STUDENT_ONNX, origin
-from .quantize import STUDENT_INT8
 
 FOLDER = Path("bench")
 SAMPLES = FOLDER / "latency.npz"
@@ -27,10 +27,10 @@ def run(job: Job) -> Done:
     teachers = [_export_teacher(job, t) for t in range(len(job.teachers))]
     names = ["teacher"] if len(teachers) == 1 else [f"teacher {t}" for t in range(len(teachers))]
     files = dict(zip(names, [file for file, _ in teachers], strict=True))
+    own = {"student": STUDENT_ONNX} | _int8(job)
     subjects = [
         *(_subject(job, name, file, job.teachers[t]) for t, (name, file) in enumerate(files.items())),
-        _subject(job, "student", STUDENT_ONNX, job.student),
-        _subject(job, "student_int8", STUDENT_INT8, job.student),
+        *(_subject(job, name, file, job.student) for name, file in own.items()),
     ]
     threads = sorted({1, min(allowed_cores(), MOST_THREADS)})
     result = latency.bench(
@@ -52,6 +52,16 @@ def run(job: Job) -> Done:
         job.display.warn(f"This machine was restless: the warm-up of {named} did not settle within 2 %.")
     outputs = [SAMPLES.as_posix(), *(file.as_posix() for file in files.values())]
     return Done(_line(result, threads), outputs, _facts(result, threads, names, teachers))
+
+
+def _int8(job: Job) -> dict[str, Path]:
+    """The int8 file, if there is one and this machine can time it; what cannot be timed is said."""
+    searches = [Int8Search.model_validate(one) for one in job.folder.facts()["int8"]]
+    for one in searches:
+        if one.file is not None and one.not_timed is not None:
+            job.display.note(f"{one.file} is {one.not_timed}")
+    first = searches[0]
+    return {} if first.file is None or first.not_timed is not None else {"student_int8": Path(first.file)}
 
 
 def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
@@ -110,14 +120,17 @@ def _facts(
     # An ensemble is as large as its members together; nobody has timed it as one.
     together = of_teachers[0] if len(teachers) == 1 else {"bytes": sum(size for _, size in teachers)}
     machine = result.environment
+    of_int8 = {}
+    if any(one.subject == "student_int8" for one in result.latencies):
+        of_int8["student_int8"] = {
+            "latency_ms": measured("student_int8"),
+            "speedups": speedups("student_int8", [*names, "student"]),
+        }
     return {
         "teachers": of_teachers,
         "teacher": together,
         "student": {"latency_ms": measured("student"), "speedups": speedups("student", names)},
-        "student_int8": {
-            "latency_ms": measured("student_int8"),
-            "speedups": speedups("student_int8", [*names, "student"]),
-        },
+        **of_int8,
         "environment": {
             "cpu": machine.cpu,
             "machine": machine.machine,

@@ -1,56 +1,227 @@
-"""quantize: int8, calibrated on training images as the test transform renders them."""
+"""quantize: for each target the int8 file that loses no more than it may, looked for among candidates."""
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...export.quantize import quantize_int8
+from ...export import bench, targets
+from ...export.quantize import Int8File, prepare
+from ...export.ranges import METHODS
 from ...export.runtime import normalise
+from ...export.search import Candidate, Search, Verdict, search
+from ..budget import Budget
 from ..data.decode import rendered
 from ..data.views import permutation
 from ..files import digest, whole
+from ..int8_results import Int8Search, TriedInt8
 from ..job import Job
+from ..qat import recovered
 from ..run_folder import Done
+from ..scores import Speedup
+from ..shipped import shipped_logits
 from .export import ARTIFACT, STUDENT_ONNX
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
-CHUNK = 16
-"""Images a calibrator sees at once: all activations of a chunk are in memory."""
+"""Of the first target; see :func:`file_of`."""
+
+SECONDS = 0.5
+"""Of measuring for each candidate."""
+
+TIMED_INPUTS = 16
+
+
+def file_of(job: Job, target: str) -> Path:
+    """Where a target's int8 file ships, in the run folder."""
+    first = target == job.options.target[0]
+    return STUDENT_INT8 if first else ARTIFACT / f"student.int8.{target}.onnx"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The training images that ranges are taken from."""
+
+    pixels: np.ndarray
+    """uint8 [n,S,S,3], as the test transform renders them."""
+    labels: np.ndarray
+    hash: str
 
 
 def run(job: Job) -> Done:
     o = job.options
-    order = permutation(o.seed, 0, job.train.keys)[: o.calibration_images].tolist()
+    calibration = _calibration(job)
+    images = normalise(calibration.pixels, job.preprocessing(job.student))
+    prepared = prepare(job.folder.path / STUDENT_ONNX)
+    learned = recovered(job) if o.qat else None
+    pixels, labels, role = _deciding(job, calibration)
+    budget = Budget(shipped_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop)
+    found: list[Int8Search] = []
+    shipped: dict[str, Int8File] = {}
+    for name in o.target:
+        with tempfile.TemporaryDirectory(prefix=".int8.", dir=job.folder.path) as folder:
+            result = search(
+                prepared,
+                images,
+                targets.target(name),
+                Path(folder),
+                _judge(job, budget, pixels, name),
+                calibrators=tuple(METHODS) if o.calibration == "auto" else (o.calibration,),
+                learned=learned,
+                facts={"calibration_hash": calibration.hash},
+                tell=partial(_show, job, name),
+            )
+            file = file_of(job, name)
+            times = _times(job, result, name, images)
+            (job.folder.path / file).unlink(missing_ok=True)
+            if result.chosen is not None:
+                with whole(job.folder.path / file) as part:
+                    shutil.copyfile(result.chosen.file.path, part)
+                shipped[name] = result.chosen.file
+            found.append(_told(job, result, name, role, len(labels), budget, times))
+    return Done(
+        "; ".join(_line(job, one) for one in found),
+        [file_of(job, name).as_posix() for name in shipped],
+        _facts(job, found, shipped),
+    )
+
+
+def _calibration(job: Job) -> Calibration:
+    order = permutation(job.options.seed, 0, job.train.keys)[: job.options.calibration_images].tolist()
     images = [job.train.images[i] for i in order]
-    preprocessing = job.preprocessing(job.student)
-    pixels = rendered(images, preprocessing).pixels.stacked().numpy()
+    decoded = rendered(images, job.preprocessing(job.student))
+    return Calibration(
+        decoded.pixels.stacked().numpy(),
+        decoded.targets(job.data).numpy(),
+        digest(sorted(image.key for image in images)),
+    )
 
-    def chunks() -> Iterator[np.ndarray]:
-        for start in range(0, len(pixels), CHUNK):
-            yield normalise(pixels[start : start + CHUNK], preprocessing)
-            job.stage.update("calibrating", min(start + CHUNK, len(pixels)), len(pixels), "images")
 
-    fp32 = job.folder.path / STUDENT_ONNX
-    with whole(job.folder.path / STUDENT_INT8) as part:
-        file = quantize_int8(fp32, part, chunks, method=o.calibration)
-    recipe = {**file.recipe, "calibration_hash": digest(sorted(image.key for image in images))}
-    facts = {
-        "student_int8": {
+def _deciding(job: Job, calibration: Calibration) -> tuple[np.ndarray, np.ndarray, str]:
+    """The images on which candidates are compared, their labels, and which role they are of."""
+    pixels, labels, _ = job.rendered("select", job.student)
+    if len(labels):
+        return pixels.numpy(), labels.numpy(), "select"
+    job.display.warn(
+        "There are no select images: what int8 costs in accuracy is measured on the training images that it "
+        "is calibrated on, which flatters it (--select-fraction 0.1 holds some out)."
+    )
+    return calibration.pixels, calibration.labels, "train"
+
+
+def _show(job: Job, target: str, what: str, share: float = 0.0) -> None:
+    job.stage.update(f"int8 for {target}: {what}", share, 1.0)
+
+
+def _judge(job: Job, budget: Budget, pixels: np.ndarray, target: str) -> Callable[[Path], Verdict]:
+    optimise = targets.right_here(target)
+    return lambda file: budget.verdict(shipped_logits(job, file, pixels, optimise=optimise))
+
+
+def _times(job: Job, result: Search, target: str, images: np.ndarray) -> bench.BenchResult | None:
+    """Latency of every candidate and of the fp32 file, on one thread, in the same rounds."""
+    if targets.timed_here([target])[target] is not None:
+        return None
+    inputs = images[:TIMED_INPUTS]
+    subjects = [bench.Subject("fp32", job.folder.path / STUDENT_ONNX, inputs)]
+    subjects += [bench.Subject(one.file.path.name, one.file.path, inputs) for one in result.candidates]
+    return bench.bench(
+        subjects,
+        threads=[1],
+        seconds=min(SECONDS, job.options.bench_seconds),
+        seed=job.options.seed,
+        progress=lambda share, what: _show(job, target, what, share),
+    )
+
+
+def _told(
+    job: Job,
+    result: Search,
+    target: str,
+    role: str,
+    n: int,
+    budget: Budget,
+    times: bench.BenchResult | None,
+) -> Int8Search:
+    return Int8Search(
+        target=target,
+        file=None if result.chosen is None else file_of(job, target).as_posix(),
+        max_drop=budget.max_drop,
+        role=role,
+        n=n,
+        fp32_score=budget.score,
+        p50_fp32=None if times is None else times.latency("fp32", 1).p50,
+        tried=[_tried(one, result.chosen, times) for one in result.candidates],
+        worst=[(source.tensor, source.sqnr) for source in result.sources[:20]],
+        not_timed=targets.timed_here([target])[target],
+    )
+
+
+def _tried(one: Candidate, chosen: Candidate | None, times: bench.BenchResult | None) -> TriedInt8:
+    p50, speedup = None, None
+    if times is not None:
+        p50 = times.latency(one.file.path.name, 1).p50
+        faster = times.speedup(one.file.path.name, "fp32", 1)
+        speedup = Speedup(over="fp32", threads=1, ratio=faster.ratio, low=faster.low, high=faster.high)
+    return TriedInt8(
+        name=one.name,
+        calibration=one.calibration,
+        equalised=one.equalised,
+        bias_corrected=one.corrected,
+        kept_float=list(one.kept_float),
+        score=one.verdict.score,
+        lost=one.verdict.lost,
+        p=one.verdict.more.get("p"),
+        sqnr=one.verdict.sqnr,
+        holds=one.verdict.holds,
+        ships=one is chosen,
+        bytes=one.file.bytes,
+        p50=p50,
+        speedup=speedup,
+    )
+
+
+def _facts(job: Job, found: Sequence[Int8Search], shipped: dict[str, Int8File]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"int8": [one.model_dump() for one in found]}
+    known, first = job.folder.facts()["student"], job.options.target[0]
+    if first in shipped:
+        file = shipped[first]
+        facts["student_int8"] = {
             "name": job.student.name,
-            "weights": job.folder.facts()["student"]["weights"],
-            "parameters": job.folder.facts()["student"]["parameters"],
+            "weights": known["weights"],
+            "parameters": known["parameters"],
             "file": STUDENT_INT8.as_posix(),
             "bytes": file.bytes,
             "sha256": file.sha256,
             "opset": file.opset,
             "ir_version": file.ir_version,
-            "quantization": recipe,
+            "quantization": file.recipe,
         }
-    }
-    smaller = fp32.stat().st_size / file.bytes
-    return Done(
-        f"{STUDENT_INT8.as_posix()}, {file.bytes / 1e6:.2f} MB, {smaller:.2f} times smaller, calibrated by "
-        f"{o.calibration} on {len(images)} training images",
-        [STUDENT_INT8.as_posix()],
-        facts,
+    return facts
+
+
+def _line(job: Job, one: Int8Search) -> str:
+    unit = "mAP" if job.data.multi_label else "points"
+    best = next((tried for tried in one.tried if tried.ships), None)
+    if best is None:
+        return (
+            f"no int8 for {one.target}: of {len(one.tried)} candidates none keeps within {one.max_drop:g} "
+            f"{unit} of fp32, so the fp32 file ships"
+        )
+    size = (job.folder.path / STUDENT_ONNX).stat().st_size / best.bytes
+    word = (
+        f"loses {best.lost:.2f}"
+        if best.lost > 0
+        else f"gains {-best.lost:.2f}"
+        if best.lost < 0
+        else "loses no"
+    )
+    faster = "" if best.speedup is None else f", {best.speedup.ratio:.2f} times as fast as fp32"
+    return (
+        f"{one.file}, {best.bytes / 1e6:.2f} MB, {size:.2f} times smaller{faster}; {best.name}, the best of "
+        f"{len(one.tried)}, {word} {unit} on {one.n} {one.role} images"
     )

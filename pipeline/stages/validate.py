@@ -1,17 +1,21 @@
 """validate: accuracy of the very files that ship, through ONNX Runtime, on test; then the manifest."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from ...export.artifact import ShippedFile, write_manifest
-from ...export.onnx_export import OnnxFile
+from ...export.onnx_export import OnnxFile, describe
+from ...export.quantize import recipe_of
 from ...export.runtime import Classifier
+from ...export.targets import right_here
 from ...models.pretrained import is_free
 from .. import calibration, evaluate
 from ..evaluate import agreement
 from ..examples import examples, said
+from ..int8_results import Int8Search
 from ..job import Job
 from ..multi_label import thresholds_of
 from ..results import Subject
@@ -29,11 +33,19 @@ def run(job: Job) -> Done:
     pixels, labels_, decoded = job.rendered("test", job.student)
     images, labels = pixels.numpy(), labels_.numpy()
     teacher = _teacher(job)
-    files = {"student": job.folder.path / STUDENT_ONNX, "student_int8": job.folder.path / STUDENT_INT8}
-    answers = {key: shipped_logits(job, file, images) for key, file in files.items()}
-    int8, classes = answers["student_int8"], job.data.classes
+    int8 = _int8(job)
+    files = {"student": STUDENT_ONNX}
+    if job.options.target[0] in int8:
+        files["student_int8"] = STUDENT_INT8
+    answers = {key: shipped_logits(job, job.folder.path / file, images) for key, file in files.items()}
+    if "student_int8" in files and not right_here(job.options.target[0]):
+        file = job.folder.path / STUDENT_INT8
+        answers["student_int8"] = shipped_logits(job, file, images, optimise=False)
+    ships = list(files)[-1]
+    shipped, classes = answers[ships], job.data.classes
     # Those that the file itself names; its own and the teacher's, None where images have one label.
-    thresholds = Classifier(files["student_int8"].read_bytes(), files["student_int8"].name).thresholds
+    file = job.folder.path / files[ships]
+    thresholds = Classifier(file.read_bytes(), file.name).thresholds
     of_teacher = thresholds_of(Subject.model_validate(job.folder.facts()["teacher"]))
     measured = {
         key: evaluate.measured(logits, labels, classes, thresholds)
@@ -47,25 +59,60 @@ def run(job: Job) -> Done:
     }
     _calibrate(job, facts, answers, labels)
     if not job.data.multi_label:
-        facts["confusion"] = evaluate.confusion(int8, labels)
+        facts["confusion"] = evaluate.confusion(shipped, labels)
     said_by_teacher = None if teacher is None else said(teacher, classes, of_teacher)
-    said_by_student = said(int8, classes, thresholds)
+    said_by_student = said(shipped, classes, thresholds)
     facts["examples"] = [
         one.model_dump()
         for one in examples(decoded.images, images, labels, classes, said_by_teacher, said_by_student)
     ]
     scores = {key: subject.score for key, subject in subjects.items() if subject.score is not None}
+    of_targets = _of_targets(job, int8, scores.get("student_int8"), images, labels, thresholds)
+    facts["int8"] = [
+        {"accuracy": of_targets[name].model_dump(exclude_none=True)} if name in of_targets else {}
+        for name in job.options.target
+    ]
     _warn(job, scores["student"])
-    _write_manifest(job, scores, thresholds)
-    alike = subjects["student_int8"].agreement
-    told = f"; int8 answers like the teacher on {alike.top1:.1f} %" if alike else ""
-    low, high = scores["student_int8"].low, scores["student_int8"].high
+    _write_manifest(job, scores["student"], of_targets, thresholds)
+    alike, score = subjects[ships].agreement, scores[ships]
+    name = "int8" if ships == "student_int8" else "it"
+    told = f"; {name} answers like the teacher on {alike.top1:.1f} %" if alike else ""
+    both = f", int8 {score.told}" if ships == "student_int8" else ""
     return Done(
-        f"of {len(labels)} test images: fp32 {scores['student'].told}, int8 {scores['student_int8'].told} "
-        f"({low:.1f} to {high:.1f}){told}",
+        f"of {len(labels)} test images: fp32 {scores['student'].told}{both} "
+        f"({score.low:.1f} to {score.high:.1f}){told}",
         [MANIFEST.as_posix()],
         facts,
     )
+
+
+def _int8(job: Job) -> dict[str, Path]:
+    """The int8 files that ship, inside the run folder, by target."""
+    found = (Int8Search.model_validate(one) for one in job.folder.facts()["int8"])
+    return {one.target: Path(one.file) for one in found if one.file is not None}
+
+
+def _of_targets(
+    job: Job,
+    int8: dict[str, Path],
+    first: Score | None,
+    images: np.ndarray,
+    labels: np.ndarray,
+    thresholds: np.ndarray | None,
+) -> dict[str, Score]:
+    """Accuracy of each target's file, as its own processor computes it."""
+    scores: dict[str, Score] = {}
+    for name, file in int8.items():
+        if first is not None and name == job.options.target[0]:
+            scores[name] = first
+            continue
+        logits = shipped_logits(job, job.folder.path / file, images, optimise=right_here(name))
+        found = Subject(
+            name="", weights="", **evaluate.measured(logits, labels, job.data.classes, thresholds)
+        )
+        assert found.score is not None
+        scores[name] = found.score
+    return scores
 
 
 def _teacher(job: Job) -> np.ndarray | None:
@@ -121,20 +168,28 @@ def _warn(job: Job, student: Score) -> None:
             )
 
 
-def _write_manifest(job: Job, scores: dict[str, Score], thresholds: np.ndarray | None) -> None:
+def _write_manifest(
+    job: Job, student: Score, of_targets: dict[str, Score], thresholds: np.ndarray | None
+) -> None:
     known = job.folder.facts()
 
-    def shipped(key: str, precision: str) -> ShippedFile:
-        about = known[key]
-        path = job.folder.path / about["file"]
-        file = OnnxFile(path, about["bytes"], about["sha256"], about["opset"], about["ir_version"])
-        accuracy = scores[key].model_dump(exclude_none=True, exclude={"classes"})
-        return ShippedFile(file, precision, accuracy, about.get("quantization"))
+    def described(path: Path) -> OnnxFile:
+        return describe(job.folder.path / path)
 
+    def accuracy(score: Score) -> dict[str, Any]:
+        return score.model_dump(exclude_none=True, exclude={"classes"})
+
+    int8 = [
+        ShippedFile(
+            described(path), "int8", accuracy(of_targets[name]), recipe_of(job.folder.path / path), name
+        )
+        for name, path in _int8(job).items()
+    ]
+    fp32 = ShippedFile(described(Path(known["student"]["file"])), "fp32", accuracy(student))
     write_manifest(
         job.folder.path / ARTIFACT,
-        # int8 first: the file that answers where none is named.
-        files=[shipped("student_int8", "int8"), shipped("student", "fp32")],
+        # int8 first, the first target's before the others': the file that answers where none is named.
+        files=[*int8, fp32],
         preprocessing=job.preprocessing(job.student),
         labels=job.data.classes,
         origin=origin(job, _temperature(job)),
