@@ -22,8 +22,8 @@ from . import runtime
 from .errors import ExportError
 from .onnx_export import OnnxFile, write_onnx
 from .ranges import Batches, calibrate_ranges, quiet
-from .rewrite import rewrite
-from .scope import Scope, int8_scope
+from .rewriting import FOR_INTEGERS, RULES, rewrite
+from .scope import Scope, int8_scope, only_products
 from .targets import Target, target
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -76,7 +76,7 @@ def prepare(fp32_path: str | Path) -> Prepared:
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
         raise ExportError(f"{fp32_path} cannot be read as ONNX: {error}") from error
-    rewritten = rewrite(model)
+    rewritten = rewrite(model, RULES.keys() - FOR_INTEGERS if only_products(model) else None)
     return Prepared(model, int8_scope(model), tuple(rewritten))
 
 

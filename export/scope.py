@@ -31,9 +31,12 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
         node.name = node.name or f"{node.op_type}_{index}"
         if node.op_type == "MatMul" and not constants.intersection(node.input):
             attention.append(node.name)
-    normalised = any(node.op_type in _NORMS for node in model.graph.node)
-    op_types = WEIGHTED if normalised else _INTEGER
-    return Scope(op_types, tuple(attention))
+    return Scope(WEIGHTED if only_products(model) else _INTEGER, tuple(attention))
+
+
+def only_products(model: onnx.ModelProto) -> bool:
+    """Whether nothing but products with weights becomes int8."""
+    return any(node.op_type in _NORMS for node in model.graph.node)
 
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
