@@ -68,7 +68,7 @@ class FirstLayer:
 
 
 def first_layer(model: ModelProto) -> FirstLayer | None:
-    """The input's convolutions, each perhaps behind a Pad with zeros; None where it feeds anything else."""
+    """The input's convolutions, each perhaps behind a Pad with zeros; None where anything else sees it."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     uses: dict[str, list[NodeProto]] = {}
@@ -77,6 +77,8 @@ def first_layer(model: ModelProto) -> FirstLayer | None:
             uses.setdefault(name, []).append(node)
     convolutions, pad_nodes = [], []
     for node in uses.get(graph.input[0].name, []):
+        if _asks_for_no_channels(node):
+            continue
         around = np.zeros(4, dtype=np.int64)
         fed = [node]
         if node.op_type == "Pad":
@@ -113,6 +115,14 @@ def _convolution(
     return Convolution(node, weight, bias[0] if bias else None, pads)
 
 
+def _asks_for_no_channels(node: NodeProto) -> bool:
+    """Whether this is a Shape of the batch alone, or of height and width."""
+    if node.op_type != "Shape":
+        return False
+    ends = {a.name: a.i for a in node.attribute}
+    return 1 not in range(4)[ends.get("start", 0) : ends.get("end", 4)]
+
+
 def _zeros_around(node: NodeProto, constants: _Constants) -> np.ndarray | None:
     """[top, left, bottom, right] of a Pad that lays zeros around height and width; None of any other."""
     mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
@@ -132,7 +142,7 @@ def _zeros_around(node: NodeProto, constants: _Constants) -> np.ndarray | None:
     if before[:2].any() or after[:2].any() or (around < 0).any():
         return None
     return around
-    
+
 
 def _float(values: np.ndarray, name: str) -> TensorProto:
     return numpy_helper.from_array(values.astype(np.float32), name)

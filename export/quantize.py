@@ -24,6 +24,8 @@ from . import runtime
 from .errors import ExportError
 from .onnx_export import OnnxFile, write_onnx
 from .rewrite import rewrite
+from .uint8_front import Front
+from .uint8_input import attach, has_uint8_input, split
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +57,12 @@ def quantize_int8(
 ) -> Int8File:
     """Write the int8 form of a float ONNX file: QDQ, activations uint8 asymmetric, weights int8 per channel.
 
-    `calibration` gives preprocessed images, float32 [b, 3, S, S] each, whose activations set the ranges by
-    `method` ('minmax', 'entropy', 'percentile'). `reduce_range` keeps weights to 7 bits, for x86 without
-    VNNI, whose 16-bit sums saturate otherwise. Metadata is carried over; the same input gives the same bytes.
-    Raises ExportError. (Facts behind the types: only u8×s8 has the fast convolution kernel on x86, and only
-    asymmetric activations let ReLU and Clip fold away.)
+    `calibration` gives preprocessed images, float32 [b, 3, S, S] each, or of a file that takes pixels those,
+    uint8 [b, S, S, 3]; their activations set the ranges by `method` ('minmax', 'entropy', 'percentile').
+    `reduce_range` keeps weights to 7 bits, for x86 without VNNI, whose 16-bit sums saturate otherwise.
+    Metadata is carried over; the same input gives the same bytes. Raises ExportError. (Facts behind the
+    types: only u8×s8 has the fast convolution kernel on x86, and only asymmetric activations let ReLU and
+    Clip fold away.)
     """
     if method not in METHODS:
         raise ExportError(f"no calibration method {method!r}; there are {', '.join(METHODS)}")
@@ -67,6 +70,9 @@ def quantize_int8(
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
         raise ExportError(f"{fp32_path} cannot be read as ONNX: {error}") from error
+    front = split(model) if has_uint8_input(model) else None
+    if front is not None:
+        calibration = _fed(front, calibration)
     rewritten = rewrite(model)
     scope = int8_scope(model)
     ranges, n = calibrate_ranges(model, calibration, method, scope.op_types)
@@ -81,7 +87,11 @@ def quantize_int8(
         "kept_float": list(scope.kept_float),
         "quantizer": f"onnxruntime {ort.__version__}",
     }
-    model = _quantized(model, ranges, scope, reduce_range)
+    model = _quantized(model, ranges, scope, reduce_range, {} if front is None else front.overrides())
+    if front is not None:
+        attach(model, front)
+        onnx.checker.check_model(model)
+        recipe["input"] = f"uint8; {front.told}"
     onnx.helper.set_model_props(
         model,
         {entry.key: entry.value for entry in model.metadata_props}
@@ -166,7 +176,11 @@ def calibrate_ranges(
 
 
 def _quantized(
-    model: onnx.ModelProto, ranges: TensorsData, scope: Scope, reduce_range: bool
+    model: onnx.ModelProto,
+    ranges: TensorsData,
+    scope: Scope,
+    reduce_range: bool,
+    overrides: dict[str, list[dict[str, Any]]],
 ) -> onnx.ModelProto:
     producer = model.producer_name, model.producer_version
     try:
@@ -181,7 +195,11 @@ def _quantized(
                 nodes_to_quantize=[],
                 nodes_to_exclude=list(scope.kept_float),
                 op_types_to_quantize=list(scope.op_types),
-                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
+                extra_options={
+                    "ActivationSymmetric": False,
+                    "WeightSymmetric": True,
+                    "TensorQuantOverrides": overrides,
+                },
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()
@@ -212,6 +230,18 @@ class _One(CalibrationDataReader):
     def get_next(self) -> dict[str, np.ndarray] | None:
         feed, self._feed = self._feed, None
         return feed
+
+
+def _fed(front: Front, calibration: Batches) -> Callable[[], Iterator[np.ndarray]]:
+    """What the core takes, from pixels."""
+
+    def batches() -> Iterator[np.ndarray]:
+        for pixels in calibration() if callable(calibration) else calibration:
+            if pixels.dtype != np.uint8:
+                raise ExportError(f"the model takes pixels, uint8, and is calibrated on {pixels.dtype}")
+            yield front.feed(pixels)
+
+    return batches
 
 
 def _chunks(calibration: Batches) -> Iterator[np.ndarray]:

@@ -11,8 +11,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType
 
 INPUT, PLANES, PIXELS = "input", "uint8_planes", "pixels"
-"""Of a file its input, uint8 [batch, S, S, 3]; the same with planes in front, uint8 [batch, 3 or 4, S, S]; and
-what its core takes, float32 [batch, 3 or 4, S, S].
+"""Names of a file's input, uint8 [batch, S, S, 3], of its planes, uint8 [batch, 3 or 4, S, S], and of what
+its core takes, float32 [batch, 3 or 4, S, S].
 """
 
 SCALE = np.float32(1 / 255)
@@ -29,6 +29,8 @@ class Folded:
 
     zero_point: int
     mask: int | None
+
+    told = "normalisation folded into the first convolution"
 
     @property
     def channels(self) -> int:
@@ -75,6 +77,7 @@ class Outside:
 
     factor: tuple[float, ...]
     shift: tuple[float, ...]
+    told = "normalisation in float, before the network"
     channels = 3
 
     @classmethod
@@ -87,11 +90,11 @@ class Outside:
         factor, shift = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.factor, self.shift))
         return np.ascontiguousarray(planes * factor + shift)
 
-    def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:  # noqa: ARG002
+    def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:
         """None: the core's input is quantized as any other tensor."""
         return {}
 
-    def nodes(self, height: int, width: int) -> tuple[list[NodeProto], list[TensorProto]]:  # noqa: ARG002
+    def nodes(self, height: int, width: int) -> tuple[list[NodeProto], list[TensorProto]]:
         """From the file's input to the core's, and their constants."""
         nodes = _Nodes()
         factor = nodes.constant(_FACTOR, np.array(self.factor, dtype=np.float32))

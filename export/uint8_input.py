@@ -1,8 +1,8 @@
 """A file that takes pixels as they are, uint8 [batch, S, S, 3], at no cost: normalisation as weights.
 
-Padding with 0 means the mean colour, which no one pixel value is. So the input keeps one zero point z near the
-mean, as a quantized tensor has anyway, and what is left of each channel's mean, δ = z/255 − mean, goes into
-the weights of a fourth channel that is constant within the picture and 0 in the padding:
+Padding with 0 means the mean colour, which no one pixel value is. So the input keeps one zero point z near
+the mean, as a quantized tensor has anyway, and what is left of each channel's mean, δ = z/255 − mean, goes
+into the weights of a fourth channel that is constant within the picture and 0 in the padding:
 
     (u/255 − mean)/std = (u − z)/255 · 1/std + δ/std
 
@@ -12,10 +12,12 @@ the fourth channel themselves. Where the first layer isn't a plain convolution, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from .errors import ExportError
@@ -84,6 +86,11 @@ def has_uint8_input(model: ModelProto) -> bool:
     return bool(model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8)
 
 
+def front_of(file: Path) -> Front | None:
+    """How a file brings pixels before its network; None where it takes float."""
+    return read_front(onnx.load(str(file), load_external_data=False).graph.initializer)
+
+
 def split(model: ModelProto) -> Front:
     """Take away what `attach` has put in front, so that `model` is the core again; in place.
 
@@ -95,6 +102,7 @@ def split(model: ModelProto) -> Front:
     nodes, constants = front.nodes(*_sides(model))
     of_front = {node.name for node in nodes} | {tensor.name for tensor in constants}
     _keep(model.graph.node, [node for node in model.graph.node if node.name not in of_front])
+    _rewire(model.graph.node, {PLANES: PIXELS})
     _keep(model.graph.initializer, [t for t in model.graph.initializer if t.name not in of_front])
     _keep(model.graph.value_info, [v for v in model.graph.value_info if v.name not in of_front])
     _set_input(model, front, core=True)
@@ -113,12 +121,10 @@ def attach(core: ModelProto, front: Front) -> None:
         first = [node for node in core.graph.node if PIXELS in node.input]
         same = [node for node in first if _gives_pixels(node, values, front)]
         _keep(core.graph.node, [node for node in core.graph.node if node not in same])
-        quantized = {node.output[0] for node in same}
-        for node in core.graph.node:
-            for i, name in enumerate(node.input):
-                if name in quantized:
-                    node.input[i] = PLANES
-        if len(same) == len(first):
+        _rewire(core.graph.node, {node.output[0]: PLANES for node in same})
+        shapes = [node for node in first if node.op_type == "Shape"]
+        _rewire(shapes, {PIXELS: PLANES})
+        if len(same) + len(shapes) == len(first):
             del nodes[-1]
     _keep(core.graph.node, [*nodes, *core.graph.node])
     _set_input(core, front, core=False)
@@ -155,12 +161,14 @@ def _set_input(model: ModelProto, front: Front, *, core: bool) -> None:
 
 
 def _rename_input(model: ModelProto) -> None:
-    old = model.graph.input[0].name
+    _rewire(model.graph.node, {model.graph.input[0].name: PIXELS})
     model.graph.input[0].name = PIXELS
-    for node in model.graph.node:
+
+
+def _rewire(nodes: Iterable[NodeProto], instead: dict[str, str]) -> None:
+    for node in nodes:
         for i, name in enumerate(node.input):
-            if name == old:
-                node.input[i] = PIXELS
+            node.input[i] = instead.get(name, name)
 
 
 def _keep(field: Any, values: Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ from ..files import whole
 from ..job import Job, Member
 from ..run_folder import Done
 from ..trained import trained_network
-from .export import STUDENT_ONNX, origin
+from .export import STUDENT_ONNX, origin, takes_pixels
 from .quantize import STUDENT_INT8
 
 FOLDER = Path("bench")
@@ -29,8 +29,8 @@ def run(job: Job) -> Done:
     files = dict(zip(names, [file for file, _ in teachers], strict=True))
     subjects = [
         *(_subject(job, name, file, job.teachers[t]) for t, (name, file) in enumerate(files.items())),
-        _subject(job, "student", STUDENT_ONNX, job.student),
-        _subject(job, "student_int8", STUDENT_INT8, job.student),
+        _subject(job, "student", STUDENT_ONNX, job.student, pixels=takes_pixels(job)),
+        _subject(job, "student_int8", STUDENT_INT8, job.student, pixels=takes_pixels(job)),
     ]
     threads = sorted({1, min(allowed_cores(), MOST_THREADS)})
     result = latency.bench(
@@ -76,9 +76,11 @@ def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
     return file, written.bytes
 
 
-def _subject(job: Job, name: str, file: Path, member: Member) -> latency.Subject:
-    pixels, _, _ = job.rendered("test", member)
-    inputs = normalise(pixels[:INPUTS].numpy(), job.preprocessing(member))
+def _subject(job: Job, name: str, file: Path, member: Member, *, pixels: bool = False) -> latency.Subject:
+    rendered, _, _ = job.rendered("test", member)
+    inputs = rendered[:INPUTS].numpy()
+    if not pixels:
+        inputs = normalise(inputs, job.preprocessing(member))
     return latency.Subject(name, job.folder.path / file, inputs)
 
 

@@ -11,7 +11,7 @@ from ..data.views import permutation
 from ..files import digest, whole
 from ..job import Job
 from ..run_folder import Done
-from .export import ARTIFACT, STUDENT_ONNX
+from .export import ARTIFACT, STUDENT_ONNX, takes_pixels
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
 CHUNK = 16
@@ -27,7 +27,8 @@ def run(job: Job) -> Done:
 
     def chunks() -> Iterator[np.ndarray]:
         for start in range(0, len(pixels), CHUNK):
-            yield normalise(pixels[start : start + CHUNK], preprocessing)
+            chunk = pixels[start : start + CHUNK]
+            yield chunk if takes_pixels(job) else normalise(chunk, preprocessing)
             job.stage.update("calibrating", min(start + CHUNK, len(pixels)), len(pixels), "images")
 
     fp32 = job.folder.path / STUDENT_ONNX

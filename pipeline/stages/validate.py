@@ -18,7 +18,7 @@ from ..results import Subject
 from ..run_folder import Done
 from ..scores import Calibration, Score
 from ..shipped import shipped_logits
-from .export import ARTIFACT, STUDENT_ONNX, origin
+from .export import ARTIFACT, STUDENT_ONNX, origin, takes_pixels
 from .quantize import STUDENT_INT8
 from .teacher import ANSWERS
 
@@ -139,4 +139,5 @@ def _write_manifest(job: Job, scores: dict[str, Score], thresholds: np.ndarray |
         labels=job.data.classes,
         origin=origin(job, _temperature(job)),
         thresholds=None if thresholds is None else thresholds.tolist(),
+        takes_pixels=takes_pixels(job),
     )
