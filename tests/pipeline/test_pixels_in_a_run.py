@@ -49,7 +49,7 @@ def test_the_same_student_ships_as_without(of_pixels: Path, finished: Path, data
     photos = sorted(data.glob("*/00*.png"))
     for precision, most in (("fp32", 1e-4), ("int8", 0.1)):
         answers = [
-            [{label: p for label, p in answer.top} for answer in classifier.predict(photos)]
+            [dict(answer.top) for answer in classifier.predict(photos)]
             for classifier in (
                 runtime.Classifier.load(folder, precision=precision) for folder in (of_pixels, finished)
             )
@@ -73,15 +73,19 @@ def test_predict_reads_a_photo(of_pixels: Path, data: Path) -> None:
     assert result.exit_code == 0 and f"{photo}: " in result.stdout and "%" in result.stdout
 
 
-def test_going_back_to_floats_exports_anew_and_trains_nothing(
-    of_pixels: Path, finished: Path, data: Path, cache: Path, tmp_path: Path
+def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
-    out = Path(shutil.copytree(of_pixels, tmp_path / "run"))
-    assert "refused" or little.record(out)
-    result = little.job(data, out, cache, "--input", "float")
+    monkeypatch.setattr("questpress.export.uint8_input.fold_normalisation", lambda *_: None)
+    result = little.job(data, tmp_path, cache, "--input", "uint8")
     assert result.exit_code == 0, (result.output, result.exception)
-    fresh = (out / "artifact" / "student.onnx").read_bytes()
-    assert fresh == (finished / "artifact" / "student.onnx").read_bytes()
-    assert "input" not in json.loads((out / "artifact" / "manifest.json").read_text())
+    report = little.report(tmp_path)
+    [note] = [text for text in report["warnings"] if text.startswith("--input uint8: ")]
+    assert "about 8 %" in note and little.STUDENT in note
+    assert report["student_int8"]["quantization"]["input"].endswith("in float, before the network")
+    assert report["student"]["parity"]["max_abs"] < 1e-4
+
+
+def test_a_run_for_floats_is_not_mixed_with_one_for_pixels(a_run: Path, data: Path, cache: Path) -> None:
+    result = little.job(data, a_run, cache, "--input", "uint8")
+    little.refused(result, 2, 'input was "float", now "uint8"')
