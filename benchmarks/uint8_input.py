@@ -56,7 +56,7 @@ def subjects(made: dict[str, Path], pixels: np.ndarray) -> dict[str, Callable[[i
 def medians(
     subjects: dict[str, Callable[[int], object]], rounds: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds], each the median over the images; all subjects in every round, in random order."""
+    """Milliseconds [rounds], the median over the images; all subjects in every round, in random order."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(rounds + 1):

@@ -81,7 +81,7 @@ def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(tmp_path)
     [note] = [text for text in report["warnings"] if text.startswith("--input uint8: ")]
-    assert "about 8 %" in note and little.STUDENT in note
+    assert "about 10 %" in note and little.STUDENT in note
     assert report["student_int8"]["quantization"]["input"].endswith("in float, before the network")
     assert report["student"]["parity"]["max_abs"] < 1e-4
 
