@@ -148,7 +148,7 @@ def bench(
         raise ExportError(f"a bench needs some time and threads, not {seconds} s on {list(threads)} threads")
     for subject in subjects:
         if subject.inputs.ndim != 4 or not len(subject.inputs):
-            raise ExportError(f"{subject.name} needs inputs of 4 axes, not {list(subject.inputs.shape)}")
+            raise ExportError(f"{subject.name} needs inputs [n, 3, S, S], not {list(subject.inputs.shape)}")
     tell = progress or _untold
     counts = list(dict.fromkeys(threads))
     here = environment()

@@ -75,10 +75,13 @@ def export_onnx(
         [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     )
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    large = size > _SINGLE_FILE_LIMIT
+    if large and pixels is None:
+        return _write_with_external_data(model, path)
     proto = onnx_ir.to_proto(model)
     if pixels is not None:
         take_pixels(proto, pixels.mean, pixels.std)
-    if size > _SINGLE_FILE_LIMIT:
+    if large:
         return _write_with_external_data(onnx_ir.from_proto(proto), path)
     try:
         onnx.checker.check_model(proto, full_check=True)

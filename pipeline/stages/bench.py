@@ -50,7 +50,10 @@ def run(job: Job) -> Done:
     if unsettled:
         named = ", ".join(f"{one.subject} on {one.threads} threads" for one in unsettled)
         job.display.warn(f"This machine was restless: the warm-up of {named} did not settle within 2 %.")
-    outputs = [SAMPLES.as_posix(), *(file.as_posix() for file in files.values())]
+    # Of a teacher beyond 2 GB, the weights lie beside the graph.
+    beside = [file.with_name(f"{file.name}.data") for file in files.values()]
+    weights = [file for file in beside if (job.folder.path / file).exists()]
+    outputs = [file.as_posix() for file in (SAMPLES, *files.values(), *weights)]
     return Done(_line(result, threads), outputs, _facts(result, threads, names, teachers))
 
 
