@@ -4,6 +4,9 @@
 
     schema_version   1
     preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
+    input            "uint8" where the files take pixels, uint8 [batch, S, S, 3] RGB, rendered but not
+                     normalised (mean and std are in the files); absent where they take float32
+                     [batch, 3, S, S], normalised
     labels           class names, in the order of the logits
     task             "multi-label" where an image may have several labels (a sigmoid for each); absent where
                      it has one (softmax)
@@ -77,6 +80,7 @@ def write_manifest(
     labels: Sequence[str],
     origin: Mapping[str, Any],
     thresholds: Sequence[float] | None = None,
+    takes_pixels: bool = False,
 ) -> Path:
     """Write `folder`/manifest.json, whole or not at all, and verify every file against it.
 
@@ -93,6 +97,7 @@ def write_manifest(
     manifest: dict[str, Any] = {
         "schema_version": runtime.SCHEMA_VERSION,
         "preprocessing": preprocessing.to_dict(),
+        **({"input": runtime.UINT8} if takes_pixels else {}),
         "labels": list(labels),
         **({} if thresholds is None else {"task": runtime.MULTI_LABEL, "thresholds": list(thresholds)}),
         "origin": dict(origin),

@@ -31,7 +31,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a model file and its inputs, float32 [n, 3, S, S], preprocessed, run one at a time."""
+    """What is timed: a model file, run on one input at a time: float32 [n, 3, S, S] or uint8 [n, S, S, 3]."""
 
     name: str
     path: Path | str
@@ -141,7 +141,8 @@ def bench(
         inputs = []
         for index, subject in enumerate(subjects):
             inputs.append(Path(folder) / f"{index}.npy")
-            np.save(inputs[-1], np.ascontiguousarray(subject.inputs, dtype=np.float32))
+            kind = np.uint8 if subject.inputs.dtype == np.uint8 else np.float32
+            np.save(inputs[-1], np.ascontiguousarray(subject.inputs, dtype=kind))
         for index, count in enumerate(counts):
 
             def part(fraction: float, what: str, index: int = index) -> None:

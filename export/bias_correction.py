@@ -7,6 +7,8 @@ with all the layers before it quantized and corrected.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import torch
@@ -47,7 +49,7 @@ def bias_corrected(prepared: Prepared, network: FakeQuantized, images: np.ndarra
             values[output] -= error.view(1, -1, *[1] * (values[output].dim() - 2))
         for name in step.finished:
             values.pop(name, None)
-    return Prepared(_with_biases(prepared.model, corrected), prepared.scope, prepared.rewritten)
+    return replace(prepared, model=_with_biases(prepared.model, corrected))
 
 
 def with_all_biases(prepared: Prepared) -> Prepared:
@@ -63,7 +65,7 @@ def with_all_biases(prepared: Prepared) -> Prepared:
         zeros = numpy_helper.from_array(np.zeros(outputs, np.float32), f"{node.name}_bias")
         model.graph.initializer.append(zeros)
         node.input.append(zeros.name)
-    return Prepared(model, prepared.scope, prepared.rewritten)
+    return replace(prepared, model=model)
 
 
 def _own_biases(model: onnx.ModelProto) -> dict[str, str]:

@@ -15,7 +15,7 @@ after, stays clear of 6 on the calibration images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -77,7 +77,7 @@ def equalised(prepared: Prepared, images: np.ndarray) -> Prepared | None:
         difference = (found(torch.from_numpy(chunk))[found.output] - answers).abs().max()
         if not difference <= TOLERANCE * answers.abs().max():
             return None
-    return Prepared(model, prepared.scope, prepared.rewritten)
+    return replace(prepared, model=model)
 
 
 def layer_pairs(model: onnx.ModelProto) -> list[Pair]:

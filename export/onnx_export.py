@@ -21,11 +21,13 @@ from torch import nn
 
 from . import runtime
 from .errors import ExportError
+from .uint8_front import INPUT
+from .uint8_input import take_pixels
 
 log = logging.getLogger(__name__)
 
 OPSET = 18
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+OUTPUT, BATCH = "logits", "batch"
 # Protobuf holds 2 GB; above this the weights go into a file of their own beside the graph.
 _SINGLE_FILE_LIMIT = 1_900_000_000
 
@@ -52,9 +54,11 @@ def export_onnx(
     metadata: Mapping[str, str],
     opset: int = OPSET,
     output: str = OUTPUT,
+    pixels: runtime.Preprocessing | None = None,
 ) -> OnnxFile:
     """Write `network` as ONNX: input 'input' float32 [batch, 3, S, S], output 'logits' [batch, classes], or
-    another name for what it gives.
+    another name for what it gives. With `pixels` the input is uint8 [batch, S, S, 3], which the file
+    normalises itself, as that preprocessing says.
 
     The graph is that of evaluation in float32 on the CPU, with a dynamic batch. Source paths, stack traces
     and all other traces of the machine are removed, `metadata` is written as the model's own, and the same
@@ -71,9 +75,14 @@ def export_onnx(
         [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     )
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if size > _SINGLE_FILE_LIMIT:
+    large = size > _SINGLE_FILE_LIMIT
+    if large and pixels is None:
         return _write_with_external_data(model, path)
     proto = onnx_ir.to_proto(model)
+    if pixels is not None:
+        take_pixels(proto, pixels.mean, pixels.std)
+    if large:
+        return _write_with_external_data(onnx_ir.from_proto(proto), path)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the checker's and shape inference's exceptions share no base class
@@ -273,11 +282,12 @@ def check_parity(
     onnx_path: str | Path,
     images: torch.Tensor,
     *,
+    pixels: np.ndarray | None = None,
     batch_sizes: Sequence[int] = (1, 5),
     tolerance: float = 1e-4,
 ) -> Parity:
     """Compare the file in onnxruntime with the network in torch on `images`, float32 [N, 3, S, S],
-    preprocessed.
+    preprocessed; of a file that takes pixels, `pixels` are the same images, uint8 [N, S, S, 3].
 
     Passes where the largest difference is within `tolerance`, absolute or relative to the logits' spread; an
     image must get the same answer at every batch size, too. Raises ExportError, saying by how much, and where
@@ -292,8 +302,11 @@ def check_parity(
         expected = torch.cat([twin(chunk) for chunk in images.split(max(batch_sizes))]).numpy()
     # External weights are found beside the file, so it is opened by its path.
     session = runtime.session(Path(onnx_path), runtime.default_threads())
+    if (session.get_inputs()[0].type == "tensor(uint8)") != (pixels is not None):
+        raise ExportError(f"{onnx_path} takes pixels, and is compared on them, or neither")
+    fed = images.numpy() if pixels is None else pixels
     answers = [
-        np.concatenate([session.run(None, {INPUT: chunk.numpy()})[0] for chunk in images.split(size)])
+        np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in _chunks(fed, size)])
         for size in batch_sizes
     ]
     if any(answer.shape != expected.shape for answer in answers):
@@ -321,3 +334,7 @@ def check_parity(
             f"{between:.2g}, {tolerance:g} is allowed"
         )
     return parity
+
+
+def _chunks(images: np.ndarray, size: int) -> list[np.ndarray]:
+    return [images[start : start + size] for start in range(0, len(images), size)]

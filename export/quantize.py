@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
+from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
@@ -25,6 +27,8 @@ from .ranges import Batches, calibrate_ranges, quiet
 from .rewriting import FOR_INTEGERS, RULES, rewrite
 from .scope import Scope, int8_scope, only_products
 from .targets import Target, target
+from .uint8_front import Front
+from .uint8_input import attach, has_uint8_input, split
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Of an activation by its name in the float graph: `scale` and `zero_point` instead of those of its range."""
@@ -44,6 +48,22 @@ class Prepared:
     model: onnx.ModelProto
     scope: Scope
     rewritten: tuple[str, ...]
+    front: Front | None = None
+    """What a file that takes pixels has before this graph."""
+
+    def fed(self, calibration: Batches) -> Batches:
+        """What the graph takes, from what the file takes. Raises ExportError for numbers of another kind."""
+        front = self.front
+        if front is None:
+            return calibration
+
+        def batches() -> Iterator[np.ndarray]:
+            for pixels in calibration() if callable(calibration) else calibration:
+                if pixels.dtype != np.uint8:
+                    raise ExportError(f"the model takes pixels, uint8, and is calibrated on {pixels.dtype}")
+                yield front.feed(pixels)
+
+        return batches
 
 
 def quantize_int8(
@@ -57,7 +77,8 @@ def quantize_int8(
     """Write the int8 form of a float ONNX file, without a search: QDQ, in the types of a target.
 
     Args:
-        calibration: preprocessed images, float32 [b, 3, S, S] each, whose activations set the ranges.
+        calibration: preprocessed images, float32 [b, 3, S, S] each, or of a file that takes pixels those,
+            uint8 [b, S, S, 3]; their activations set the ranges.
         method: how they do: one of `ranges.METHODS`.
         target_name: one of `targets.TARGETS`; this machine's where none is named.
 
@@ -65,9 +86,10 @@ def quantize_int8(
     """
     types = target(target_name or runtime.target_of_this_machine())
     prepared = prepare(fp32_path)
-    ranges, n = calibrate_ranges(prepared.model, calibration, method, prepared.scope.op_types)
+    ranges, n = calibrate_ranges(prepared.model, prepared.fed(calibration), method, prepared.scope.op_types)
     model = quantize(prepared, ranges, types)
-    return write_int8(model, int8_path, recipe(prepared, types, {"method": method, "images": n}))
+    made_by = recipe(prepared, types, {"method": method, "images": n})
+    return write_int8(prepared, model, int8_path, made_by)
 
 
 def prepare(fp32_path: str | Path) -> Prepared:
@@ -76,8 +98,9 @@ def prepare(fp32_path: str | Path) -> Prepared:
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
         raise ExportError(f"{fp32_path} cannot be read as ONNX: {error}") from error
+    front = split(model) if has_uint8_input(model) else None
     rewritten = rewrite(model, RULES.keys() - FOR_INTEGERS if only_products(model) else None)
-    return Prepared(model, int8_scope(model), tuple(rewritten))
+    return Prepared(model, int8_scope(model), tuple(rewritten), front)
 
 
 def recipe(
@@ -94,11 +117,17 @@ def recipe(
         "operators": sorted({node.op_type for node in prepared.model.graph.node} & set(scope.op_types)),
         "kept_float": [*scope.kept_float, *kept_float],
         "quantizer": f"onnxruntime {ort.__version__}",
+        **({} if prepared.front is None else {"input": f"uint8; {prepared.front.told}"}),
     }
 
 
-def write_int8(model: onnx.ModelProto, path: str | Path, made_by: Mapping[str, Any]) -> Int8File:
-    """Write a quantized graph whole, its recipe in its metadata. Raises ExportError."""
+def write_int8(
+    prepared: Prepared, model: onnx.ModelProto, path: str | Path, made_by: Mapping[str, Any]
+) -> Int8File:
+    """Write the quantized form of a prepared graph whole, its recipe in its metadata. Raises ExportError."""
+    if prepared.front is not None:
+        attach(model, prepared.front)
+        onnx.checker.check_model(model)
     known = {entry.key: entry.value for entry in model.metadata_props}
     said = {runtime.METADATA_PREFIX + "quantization": json.dumps(dict(made_by), sort_keys=True)}
     onnx.helper.set_model_props(model, known | said)
@@ -149,7 +178,7 @@ def quantize(
                 extra_options={
                     "ActivationSymmetric": types.symmetric,
                     "WeightSymmetric": True,
-                    "TensorQuantOverrides": {name: [dict(one)] for name, one in (overrides or {}).items()},
+                    "TensorQuantOverrides": _overrides(prepared, types, overrides or {}),
                 },
             )
             quantizer.quantize_model()
@@ -170,3 +199,11 @@ def quantize(
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     onnx.checker.check_model(model)
     return model
+
+
+def _overrides(prepared: Prepared, types: Target, given: Overrides) -> dict[str, list[dict[str, Any]]]:
+    """As ONNX Runtime takes them; pixels are quantized already, whatever the activations are."""
+    found = {name: [dict(one)] for name, one in given.items()}
+    if prepared.front is not None:
+        found |= prepared.front.overrides(signed=types.activations == QuantType.QInt8)
+    return found

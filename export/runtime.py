@@ -35,6 +35,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 METADATA_PREFIX = "questpress."
 MULTI_LABEL = "multi-label"
+UINT8 = "uint8"
 
 Pixels = np.ndarray
 """uint8 [H, W, 3], RGB."""
@@ -541,6 +542,7 @@ class Classifier:
         self.preprocessing: Preprocessing = preprocessing or own_preprocessing  # type: ignore[assignment]
         self.labels: tuple[str, ...] = tuple(labels or own_labels)
         self._input = self.session.get_inputs()[0].name
+        self.takes_pixels: bool = self.session.get_inputs()[0].type == "tensor(uint8)"
         classes = self.session.get_outputs()[0].shape[-1]
         if isinstance(classes, int) and classes != len(self.labels):
             raise ArtifactError(f"{name} answers with {classes} classes but names {len(self.labels)}")
@@ -580,11 +582,20 @@ class Classifier:
         """float64 [B, classes]: together 1, or where images have several labels each for itself."""
         return softmax(logits) if self.thresholds is None else sigmoid(logits)
 
+    def feed(self, pixels: np.ndarray) -> np.ndarray:
+        """Rendered images, uint8 [B, S, S, 3], as the file takes them: so, or normalised."""
+        return pixels if self.takes_pixels else normalise(pixels, self.preprocessing)
+
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """float32 [B, 3, S, S], preprocessed, to logits float32 [B, classes]."""
+        """What `feed` gives, float32 [B, 3, S, S] or of a file that takes pixels uint8 [B, S, S, 3], to
+        logits float32 [B, classes]. Raises ValueError where such a file is given anything else.
+        """
+        if self.takes_pixels and batch.dtype != np.uint8:
+            raise ValueError(f"{self.name} takes pixels, uint8 [B, S, S, 3], not {batch.dtype}")
         if len(batch) == 0:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        return self.session.run(None, {self._input: np.ascontiguousarray(batch, dtype=np.float32)})[0]
+        fed = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
+        return self.session.run(None, {self._input: fed})[0]
 
     def predict(
         self, images: Iterable[Pixels | str | Path | bytes], top: int = 5, *, batch_size: int = 16
@@ -594,7 +605,8 @@ class Classifier:
         queue = iter(images)
         while chunk := list(islice(queue, batch_size)):
             decoded = [image if isinstance(image, np.ndarray) else decode_image(image) for image in chunk]
-            for row in self.probabilities(self.logits(preprocess(decoded, self.preprocessing))):
+            pixels = np.stack([render(image, self.preprocessing) for image in decoded])
+            for row in self.probabilities(self.logits(self.feed(pixels))):
                 order = np.argsort(-row, kind="stable")
                 likeliest = [(self.labels[index], float(row[index])) for index in order[: max(1, top)]]
                 given = order[:1] if self.thresholds is None else order[(row >= self.thresholds)[order]]
@@ -625,11 +637,14 @@ def metadata(
     labels: Sequence[str],
     origin: Mapping[str, Any],
     thresholds: Sequence[float] | None = None,
+    *,
+    takes_pixels: bool = False,
 ) -> dict[str, str]:
     """The entries that make one .onnx file enough to predict with, for the model's `metadata_props`.
 
     `origin` says where the network comes from (teachers, student, method, licences): anything JSON can hold.
-    `thresholds`, one for each label, make it a network for images of several labels.
+    `thresholds`, one for each label, make it a network for images of several labels. With `takes_pixels` its
+    input is uint8 [batch, S, S, 3]: rendered images that are not to be normalised.
     """
     several = {
         METADATA_PREFIX + "task": MULTI_LABEL,
@@ -637,6 +652,7 @@ def metadata(
     }
     return {
         **({} if thresholds is None else several),
+        **({METADATA_PREFIX + "input": UINT8} if takes_pixels else {}),
         METADATA_PREFIX + "version": str(SCHEMA_VERSION),
         METADATA_PREFIX + "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
         METADATA_PREFIX + "labels": json.dumps(list(labels), ensure_ascii=False),

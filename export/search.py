@@ -116,18 +116,16 @@ def search(
     *,
     calibrators: Sequence[str] = tuple(METHODS),
     learned: Learned | None = None,
-    finish: Callable[[onnx.ModelProto], onnx.ModelProto] = lambda model: model,
     facts: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Search:
     """Look for the best int8 form of a prepared graph under the judge's budget.
 
     Args:
-        images: calibration images, float32 [n,3,S,S], preprocessed.
+        images: calibration images as the graph takes them, float32 [n,3,S,S] (see `Prepared.fed`).
         folder: where candidates' files are written, `0.onnx`, `1.onnx` …
         judge: measures a file and says whether it holds the budget.
         learned: a graph and ranges from quantization-aware training, another candidate of step 1.
-        finish: what is done to every quantized graph before it is written.
         facts: what the recipe says of the calibration besides its method and the number of images.
 
     Raises ExportError.
@@ -145,8 +143,7 @@ def search(
             "equalised": way.equalised,
             "bias_corrected": way.corrected,
         }
-        model = finish(_qdq(way, types))
-        file = write_int8(model, folder / f"{len(tried)}.onnx", made_by)
+        file = write_int8(way.prepared, _qdq(way, types), folder / f"{len(tried)}.onnx", made_by)
         verdict = judge(file.path)
         candidate = Candidate(
             way.name, way.calibration, way.equalised, way.corrected, way.kept_float, verdict, file

@@ -279,6 +279,13 @@ class Options(BaseModel):
         group="Export",
         enters="export",
     )
+    input: Literal["float", "uint8"] = option(
+        "what the files take: float, normalised outside; or uint8, pixels [batch, S, S, 3] as they are, the "
+        "normalisation being in the first convolution's weights",
+        "float",
+        group="Export",
+        enters="export",
+    )
     calibration_images: int = option(
         "training images that int8 is calibrated on", 512, group="Export", enters="quantize", ge=1
     )

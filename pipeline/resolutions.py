@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..export import bench as latency
-from ..export.runtime import Classifier, allowed_cores, normalise
+from ..export.runtime import Classifier, allowed_cores
 from ..models.build import check_size
 from ..models.catalogue import multiply_adds
 from ..models.names import resolve as resolve_name
@@ -180,9 +180,9 @@ def _together(
 
 
 def _subject(name: str, file: Path, images: ImageSet) -> latency.Subject:
-    preprocessing = Classifier.load(file).preprocessing
-    pixels = rendered(images.test[:INPUTS], preprocessing).pixels.stacked().numpy()
-    return latency.Subject(name, file, normalise(pixels, preprocessing))
+    classifier = Classifier.load(file)
+    pixels = rendered(images.test[:INPUTS], classifier.preprocessing).pixels.stacked().numpy()
+    return latency.Subject(name, file, classifier.feed(pixels))
 
 
 def _gmacs(report: Report, size: int) -> float | None:

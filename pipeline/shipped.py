@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..export.onnx_export import OnnxFile
-from ..export.runtime import Classifier, normalise, session
+from ..export.runtime import Classifier, session
 from ..export.temperature import fold_temperature
 from . import multi_label
 from .errors import JobError
@@ -30,8 +30,7 @@ def shipped_logits(job: Job, file: Path, images: np.ndarray, *, optimise: bool =
         classifier.session = session(file, classifier.threads, optimise=False)
     logits = []
     for start in range(0, len(images), BATCH):
-        batch = normalise(images[start : start + BATCH], classifier.preprocessing)
-        logits.append(classifier.logits(batch))
+        logits.append(classifier.logits(classifier.feed(images[start : start + BATCH])))
         job.stage.update(f"asking {file.name}", min(start + BATCH, len(images)), len(images), "images")
     return np.concatenate(logits)
 

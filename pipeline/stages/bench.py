@@ -13,7 +13,7 @@ from ..int8_results import Int8Search
 from ..job import Job, Member
 from ..run_folder import Done
 from ..trained import trained_network
-from .export import STUDENT_ONNX, origin
+from .export import STUDENT_ONNX, origin, takes_pixels
 
 FOLDER = Path("bench")
 SAMPLES = FOLDER / "latency.npz"
@@ -30,7 +30,7 @@ def run(job: Job) -> Done:
     own = {"student": STUDENT_ONNX} | _int8(job)
     subjects = [
         *(_subject(job, name, file, job.teachers[t]) for t, (name, file) in enumerate(files.items())),
-        *(_subject(job, name, file, job.student) for name, file in own.items()),
+        *(_subject(job, name, file, job.student, pixels=takes_pixels(job)) for name, file in own.items()),
     ]
     threads = sorted({1, min(allowed_cores(), MOST_THREADS)})
     result = latency.bench(
@@ -50,7 +50,10 @@ def run(job: Job) -> Done:
     if unsettled:
         named = ", ".join(f"{one.subject} on {one.threads} threads" for one in unsettled)
         job.display.warn(f"This machine was restless: the warm-up of {named} did not settle within 2 %.")
-    outputs = [SAMPLES.as_posix(), *(file.as_posix() for file in files.values())]
+    # Of a teacher beyond 2 GB, the weights lie beside the graph.
+    beside = [file.with_name(f"{file.name}.data") for file in files.values()]
+    weights = [file for file in beside if (job.folder.path / file).exists()]
+    outputs = [file.as_posix() for file in (SAMPLES, *files.values(), *weights)]
     return Done(_line(result, threads), outputs, _facts(result, threads, names, teachers))
 
 
@@ -86,9 +89,11 @@ def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
     return file, written.bytes
 
 
-def _subject(job: Job, name: str, file: Path, member: Member) -> latency.Subject:
-    pixels, _, _ = job.rendered("test", member)
-    inputs = normalise(pixels[:INPUTS].numpy(), job.preprocessing(member))
+def _subject(job: Job, name: str, file: Path, member: Member, *, pixels: bool = False) -> latency.Subject:
+    rendered, _, _ = job.rendered("test", member)
+    inputs = rendered[:INPUTS].numpy()
+    if not pixels:
+        inputs = normalise(inputs, job.preprocessing(member))
     return latency.Subject(name, job.folder.path / file, inputs)
 
 

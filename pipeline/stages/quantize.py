@@ -12,7 +12,7 @@ import numpy as np
 
 from ...export import bench, targets
 from ...export.quantize import Int8File, prepare
-from ...export.ranges import METHODS
+from ...export.ranges import METHODS, chunks
 from ...export.runtime import normalise
 from ...export.search import Candidate, Search, Verdict, search
 from ..budget import Budget
@@ -25,7 +25,7 @@ from ..qat import recovered
 from ..run_folder import Done
 from ..scores import Speedup
 from ..shipped import shipped_logits
-from .export import ARTIFACT, STUDENT_ONNX
+from .export import ARTIFACT, STUDENT_ONNX, takes_pixels
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
 """Of the first target; see :func:`file_of`."""
@@ -55,8 +55,11 @@ class Calibration:
 def run(job: Job) -> Done:
     o = job.options
     calibration = _calibration(job)
-    images = normalise(calibration.pixels, job.preprocessing(job.student))
     prepared = prepare(job.folder.path / STUDENT_ONNX)
+    inputs = calibration.pixels  # as the file takes them
+    if not takes_pixels(job):
+        inputs = normalise(calibration.pixels, job.preprocessing(job.student))
+    images = np.concatenate(list(chunks(prepared.fed([inputs]))))
     learned = recovered(job) if o.qat else None
     pixels, labels, role = _deciding(job, calibration)
     budget = Budget(shipped_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop)
@@ -76,7 +79,7 @@ def run(job: Job) -> Done:
                 tell=partial(_show, job, name),
             )
             file = file_of(job, name)
-            times = _times(job, result, name, images)
+            times = _times(job, result, name, inputs[:TIMED_INPUTS])
             (job.folder.path / file).unlink(missing_ok=True)
             if result.chosen is not None:
                 with whole(job.folder.path / file) as part:
@@ -122,11 +125,10 @@ def _judge(job: Job, budget: Budget, pixels: np.ndarray, target: str) -> Callabl
     return lambda file: budget.verdict(shipped_logits(job, file, pixels, optimise=optimise))
 
 
-def _times(job: Job, result: Search, target: str, images: np.ndarray) -> bench.BenchResult | None:
+def _times(job: Job, result: Search, target: str, inputs: np.ndarray) -> bench.BenchResult | None:
     """Latency of every candidate and of the fp32 file, on one thread, in the same rounds."""
     if targets.timed_here([target])[target] is not None:
         return None
-    inputs = images[:TIMED_INPUTS]
     subjects = [bench.Subject("fp32", job.folder.path / STUDENT_ONNX, inputs)]
     subjects += [bench.Subject(one.file.path.name, one.file.path, inputs) for one in result.candidates]
     return bench.bench(

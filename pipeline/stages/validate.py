@@ -22,7 +22,7 @@ from ..results import Subject
 from ..run_folder import Done
 from ..scores import Calibration, Score
 from ..shipped import shipped_logits
-from .export import ARTIFACT, STUDENT_ONNX, origin
+from .export import ARTIFACT, STUDENT_ONNX, origin, takes_pixels
 from .quantize import STUDENT_INT8
 from .teacher import ANSWERS
 
@@ -194,4 +194,5 @@ def _write_manifest(
         labels=job.data.classes,
         origin=origin(job, _temperature(job)),
         thresholds=None if thresholds is None else thresholds.tolist(),
+        takes_pixels=takes_pixels(job),
     )

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from questpress.export import runtime
+from questpress.export.bench import Subject, bench
 from questpress.export.errors import ExportError
 from questpress.export.onnx_export import OnnxFile, check_parity, export_onnx
 from timm.layers import StdConv2d
@@ -232,6 +233,14 @@ def test_a_network_beyond_protobufs_limit_keeps_its_weights_beside_it(
     data = tmp_path / "big.onnx.data"
     assert file.bytes == file.path.stat().st_size + data.stat().st_size
     check_parity(network, file.path, torch.randn(5, 3, 16, 16))
+    inputs = np.zeros((2, 3, 16, 16), np.float32)
+    timed = bench([Subject("big", file.path, inputs)], threads=[1], seconds=0.05)
+    assert timed.latency("big", 1).n > 0
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    taking = export_onnx(network, tmp_path / "pixels.onnx", 16, metadata=METADATA, pixels=PREPROCESSING)
+    assert taking.path.with_name("pixels.onnx.data").exists()
+    normalised = torch.from_numpy(runtime.normalise(pixels, PREPROCESSING))
+    check_parity(network, taking.path, normalised, pixels=pixels)
     monkeypatch.undo()
     export_onnx(network, tmp_path / "big.onnx", 16, metadata=METADATA)
     assert not data.exists()
