@@ -35,11 +35,14 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a model file and its inputs, float32 [n, 3, S, S], preprocessed, run one at a time."""
+    """What is timed: a model file and its inputs, float32 [n, 3, S, S], preprocessed, run one at a time, in
+    ONNX Runtime, or in another runtime by a `script` that serves `bench_worker`'s requests.
+    """
 
     name: str
     path: Path | str
     inputs: np.ndarray
+    script: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def bench(
 
             with ExitStack() as resident:
                 workers = [
-                    resident.enter_context(Worker(subject.name, subject.path, file, count))
+                    resident.enter_context(Worker(subject.name, subject.path, file, count, subject.script))
                     for subject, file in zip(subjects, inputs, strict=True)
                 ]
                 latencies += _measure(workers, seconds, np.random.default_rng([seed, count]), part)

@@ -21,16 +21,22 @@ _BLOCK_SECONDS = 120.0  # beyond the block itself: room for one run of a slow ne
 
 
 class Worker:
-    """A process that holds one network and times it on request; ends with the `with` block."""
+    """A process that holds one network and times it on request; ends with the `with` block.
 
-    def __init__(self, name: str, model: Path | str, inputs: Path, threads: int) -> None:
+    `script` serves requests as `bench_worker` does, for another runtime than ONNX Runtime.
+    """
+
+    def __init__(
+        self, name: str, model: Path | str, inputs: Path, threads: int, script: Path | None = None
+    ) -> None:
         self.name = name
         self.threads = threads
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
         # The child finds what the parent found, and nothing of the folder the user happens to be in.
         search = os.pathsep.join(entry for entry in sys.path if entry)
+        served_by = ["-m", f"{__package__}.bench_worker"] if script is None else [str(script)]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}.bench_worker"],
+            [sys.executable, "-P", *served_by],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
