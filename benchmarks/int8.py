@@ -72,7 +72,7 @@ class Trials:
         """All that a cell's figures depend on."""
         here = environment()
         return {
-            "files": {kind: file.sha256 for kind, file in files.items() if file.error is None},
+            "files": {kind: file.error or file.sha256 for kind, file in files.items()},
             "images": self.images.described(),
             "seconds": self.seconds,
             "seed": self.seed,
@@ -95,8 +95,9 @@ class Trials:
             if file.error is None
         ]
         result = bench(subjects, threads=[threads], seconds=self.seconds, seed=self.seed, progress=told(name))
+        samples: dict[str, Any] = dict(result.raw())
         with whole(self.folder / f"{name}.npz") as part, part.open("wb") as raw:
-            np.savez_compressed(raw, **result.raw())
+            np.savez_compressed(raw, **samples)
         found = {"made_with": self._made_with(files, threads), **figures(result, files, threads)}
         write_json(self.folder / f"{name}.json", found)
         return found
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="at least, for each subject of a row")
     parser.add_argument("--data", default="digits", help="as compress takes it")
     parser.add_argument("--images", type=int, default=128, help="of the train role, to calibrate on")
+    parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and the order of blocks")
     parser.add_argument("--budget", help="begin nothing after this time: 9m, 2h")
     parser.add_argument("--out", type=Path, required=True, help="a folder, where the same command goes on")
@@ -149,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(absent)
     threads = [int(count) for count in o.threads.split(",")]
     try:
-        images = Images(o.data, o.images, o.seed)
+        images = Images(o.data, o.images, o.seed, o.size)
     except UsageError as error:
         raise SystemExit(str(error)) from None
     trials = Trials(o.out, o.models.split(","), threads, kinds, images, o.seconds, o.seed)

@@ -47,8 +47,8 @@ class Kind:
     file_of: str | None = None
     """The kind whose file it is, where it has none of its own."""
 
-    ours: bool = False
-    """Whether our quantizer's code decides the file."""
+    sources: str = ""
+    """The files of our export whose code decides the bytes."""
 
     suffix: str = ".onnx"
     openvino: bool = False
@@ -102,8 +102,8 @@ def openvino(fp32: Path, images: np.ndarray, out: Path) -> None:
 
 
 KINDS = {
-    "fp32": Kind("fp32", ("torch", "timm", "onnx", "onnxscript"), None, ours=True),
-    "ours": Kind("ours", ("onnxruntime", "onnx"), ours, ours=True),
+    "fp32": Kind("fp32", ("torch", "timm", "onnx", "onnxscript"), None, sources="onnx_export.py"),
+    "ours": Kind("ours", ("onnxruntime", "onnx"), ours, sources="**/*.py"),
     "onnxruntime": Kind("ONNX Runtime's defaults", ("onnxruntime", "onnx"), onnxruntime_defaults),
     "ultralytics": Kind("Ultralytics' recipe", ("onnxslim", "onnxruntime", "onnx"), ultralytics),
     "nncf": Kind("NNCF", ("nncf", "onnx"), nncf),
@@ -152,6 +152,7 @@ def write_fp32(name: str, images: np.ndarray, out: Path, seed: int) -> None:
             layer.reset_running_stats()
             layer.momentum = None  # the plain mean over all batches
     network.train()
+    torch.set_num_threads(1)  # the last bits of the statistics don't depend on how many cores there are
     with torch.no_grad():
         for batch in torch.from_numpy(images).split(16):
             network(batch)

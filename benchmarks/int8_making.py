@@ -19,7 +19,6 @@ from questpress.pipeline.data.decode import rendered
 from questpress.pipeline.data.open import open_data
 from questpress.pipeline.files import digest, sha256, write_json
 
-SIZE = 224
 INPUTS = 64
 """Different images that a subject sees in turn; none of them is calibrated on."""
 
@@ -52,7 +51,7 @@ class Images:
         SystemExit: there are too few, in one sentence.
     """
 
-    def __init__(self, data: str, count: int, seed: int) -> None:
+    def __init__(self, data: str, count: int, seed: int, size: int) -> None:
         found = open_data(data)
         if len(found.train) < count or not found.select:
             raise SystemExit(
@@ -62,20 +61,20 @@ class Images:
         random = np.random.default_rng(seed)
         self.calibration = [found.train[i] for i in random.permutation(len(found.train))[:count]]
         self.inputs = [found.select[i] for i in random.permutation(len(found.select))[:INPUTS]]
-        self.name = found.name
+        self.name, self.size = found.name, size
 
     def described(self) -> dict[str, Any]:
         """What they are, by hash; equal for equal images in an equal order."""
         return {
             "data": self.name,
-            "size": SIZE,
+            "size": self.size,
             "calibration": len(self.calibration),
             "sha256": digest([[image.key for image in part] for part in (self.calibration, self.inputs)]),
         }
 
     def of(self, model: str) -> tuple[np.ndarray, np.ndarray]:
         """For calibration and as inputs, float32 [n, 3, S, S] each, preprocessed as the network's own."""
-        g = geometry(model, SIZE)
+        g = geometry(model, self.size)
         return self._rendered(
             Preprocessing.of(g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
         )
@@ -106,7 +105,7 @@ def files_of(
             "images": images.described(),
             "versions": versions([kind]),
             "fp32": files["fp32"].sha256 if files else None,
-            "quantizer": _sources() if KINDS[kind].ours else None,
+            "ours": _sources(KINDS[kind].sources) if KINDS[kind].sources else None,
         }
         file = _made(path, made_from)
         if file is None and not left():
@@ -172,7 +171,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 @functools.cache
-def _sources() -> str:
-    """Of our export's code: another revision quantizes anew."""
+def _sources(pattern: str) -> str:
+    """A hash of our export's code: another revision makes its files anew."""
     folder = Path(next(iter(export.__path__)))
-    return digest({str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*.py"))})
+    return digest({str(f.relative_to(folder)): sha256(f) for f in sorted(folder.glob(pattern))})
