@@ -23,7 +23,7 @@ from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from . import runtime
 from .errors import ExportError
 from .onnx_export import OnnxFile, write_onnx
-from .rewrite import rewrite
+from .rewriting import FOR_INTEGERS, RULES, rewrite
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ def quantize_int8(
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
         raise ExportError(f"{fp32_path} cannot be read as ONNX: {error}") from error
-    rewritten = rewrite(model)
+    rewritten = rewrite(
+        model, None if int8_scope(model).op_types == _INTEGER else RULES.keys() - FOR_INTEGERS
+    )
     scope = int8_scope(model)
     ranges, n = calibrate_ranges(model, calibration, method, scope.op_types)
     recipe = {

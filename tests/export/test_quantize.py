@@ -14,12 +14,11 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
 from questpress.export.errors import ExportError
 from questpress.export.onnx_export import export_onnx
 from questpress.export.quantize import int8_scope, quantize_int8
-from questpress.export.rewrite import pool_globally, rewrite
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -157,40 +156,6 @@ def test_calibration_without_images_or_with_broken_ones_is_refused(fp32: Path, t
     assert not (tmp_path / "a.onnx").exists()
 
 
-def test_global_pooling_is_rewritten_exactly(fp32: Path) -> None:
-    model = onnx.load(str(fp32))
-    before = Counter(node.op_type for node in model.graph.node)
-    batch = images(16)
-    expected = runtime.session(model.SerializeToString(), 1).run(None, {"input": batch})[0]
-    assert before["ReduceMean"] == 1 and rewrite(model) == ["pool_globally"] and rewrite(model) == []
-    after = Counter(node.op_type for node in model.graph.node)
-    assert after["GlobalAveragePool"] == 1 and not after["ReduceMean"]
-    answer = runtime.session(model.SerializeToString(), 1).run(None, {"input": batch})[0]
-    np.testing.assert_allclose(answer, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("axes", "keep", "found"), [((2, 3), 0, 1), ((-1, -2), 1, 1), ((1,), 1, 0), ((2,), 0, 0)]
-)
-def test_only_means_over_height_and_width_are_pooling(axes: tuple[int, ...], keep: int, found: int) -> None:
-    shape: list[object] = ["batch", 3, 4, 5]
-    kept = [1 if i in [a % 4 for a in axes] else n for i, n in enumerate(shape)]
-    out = kept if keep else [n for i, n in enumerate(shape) if i not in [a % 4 for a in axes]]
-    graph = helper.make_graph(
-        [helper.make_node("ReduceMean", ["input", "axes"], ["logits"], keepdims=keep, name="mean")],
-        "mean",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, out)],
-        [numpy_helper.from_array(np.array(axes, np.int64), "axes")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    assert pool_globally(model) == found
-    onnx.checker.check_model(model, full_check=True)
-    batch = np.random.default_rng(0).standard_normal((2, 3, 4, 5), dtype=np.float32)
-    answer = runtime.session(model.SerializeToString(), 1).run(None, {"input": batch})[0]
-    np.testing.assert_allclose(answer, batch.mean(axes, keepdims=bool(keep)), atol=1e-6)
-
-
 def test_a_transformer_keeps_attention_and_its_residual_stream_in_float(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=5, img_size=32)
@@ -255,3 +220,18 @@ def test_mobilenetv2_shrinks_at_least_3_4_times(tmp_path: Path) -> None:
     fp32 = export_onnx(network, tmp_path / "a.onnx", 32, metadata={})
     int8 = quantize_int8(fp32.path, tmp_path / "b.onnx", [images(8, 32)])
     assert fp32.bytes / int8.bytes >= 3.7
+
+
+def test_a_network_that_stays_partly_float_keeps_its_hard_swish_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.GroupNorm(4, 16),
+        nn.Conv2d(16, 4, 3),
+        nn.Hardswish(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    path = export_onnx(network, tmp_path / "a.onnx", 16, metadata={}).path
+    file = quantize_int8(path, tmp_path / "b.onnx", [images(16)])
+    assert file.recipe["rewritten"] == ["pool_globally"]

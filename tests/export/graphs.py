@@ -1,0 +1,57 @@
+"""Hand-made ONNX graphs for the tests of this room, and what one answers."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+
+def graph_of(
+    nodes: Sequence[onnx.NodeProto],
+    constants: Mapping[str, np.ndarray],
+    *,
+    given: Sequence[object] = ("batch", 3, 8, 8),
+    outputs: Sequence[str] = ("output",),
+    opset: int = 18,
+) -> onnx.ModelProto:
+    """A model of float input 'input' and float outputs of whatever shape."""
+    graph = helper.make_graph(
+        list(nodes),
+        "by hand",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, list(given))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def weights(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def answers(model: onnx.ModelProto, batch: np.ndarray, *, optimised: bool = True) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": batch})
+
+
+def assert_same_answers(before: onnx.ModelProto, after: onnx.ModelProto, batch: np.ndarray) -> None:
+    """Within 1e-5 of the answers' spread, optimised by ONNX Runtime and as the nodes stand."""
+    onnx.checker.check_model(after, full_check=True)
+    expected = answers(before, batch, optimised=False)
+    for optimised in (True, False):
+        for was, now in zip(expected, answers(after, batch, optimised=optimised), strict=True):
+            assert now.shape == was.shape
+            assert np.abs(now - was).max() <= 1e-5 * max(1.0, float(np.ptp(was)))
