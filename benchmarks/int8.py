@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from cells import run_and_write
-from int8_files import KINDS, PEERS, missing, versions
+from int8_files import KINDS, PEERS, WITHOUT, missing, versions
 from int8_making import File, Images, files_of, read
 from int8_tables import tables
 from questpress.export.bench import BenchResult, Progress, Subject, bench, environment
@@ -89,11 +89,7 @@ class Trials:
 
     def _time(self, name: str, model: str, files: Mapping[str, File], threads: int) -> dict[str, Any]:
         _, inputs = self.images.of(model)
-        subjects = [
-            Subject(kind, file.path, inputs, OPENVINO if KINDS[kind].openvino else None)
-            for kind, file in files.items()
-            if file.error is None
-        ]
+        subjects = [Subject(kind, files[kind].path, inputs, script(kind)) for kind in timed(files)]
         result = bench(subjects, threads=[threads], seconds=self.seconds, seed=self.seed, progress=told(name))
         samples: dict[str, Any] = dict(result.raw())
         with whole(self.folder / f"{name}.npz") as part, part.open("wb") as raw:
@@ -105,14 +101,29 @@ class Trials:
 
 def figures(result: BenchResult, files: Mapping[str, File], threads: int) -> dict[str, Any]:
     """One cell: latency of each subject, and how many times faster than each other one ours is."""
-    timed = [kind for kind, file in files.items() if file.error is None]
-    speedups = [result.speedup("ours", kind, threads) for kind in timed if kind != "ours"]
+    kinds = timed(files)
+    speedups = [result.speedup("ours", kind, threads) for kind in kinds if kind != "ours"]
     return {
         "files": {kind: file.to_dict() for kind, file in files.items()},
-        "latencies": {kind: result.latency(kind, threads).to_dict() for kind in timed},
+        "latencies": {kind: result.latency(kind, threads).to_dict() for kind in kinds},
         "ours_against": {one.baseline: {**asdict(one), "verdict": one.verdict} for one in speedups},
         "environment": asdict(result.environment),
     }
+
+
+def timed(files: Mapping[str, File]) -> list[str]:
+    """The kinds there is a file of, but for those that leave a rule out and are byte for byte ours."""
+    return [
+        kind
+        for kind, file in files.items()
+        if file.error is None and not (kind in WITHOUT and file.sha256 == files["ours"].sha256)
+    ]
+
+
+def script(kind: str) -> tuple[str, ...]:
+    """What times it in the place of ONNX Runtime's worker."""
+    instructions = KINDS[kind].openvino
+    return () if instructions is None else (str(OPENVINO), instructions)
 
 
 def told(name: str) -> Progress:
@@ -134,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", default=",".join(MODELS), help="timm's names")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"some of {', '.join(PEERS)}, or none")
+    parser.add_argument("--rules", action="store_true", help="peers: ours with each rewriting rule left out")
     parser.add_argument("--threads", default="1,2", help="each a row")
     parser.add_argument("--seconds", type=float, default=10.0, help="at least, for each subject of a row")
     parser.add_argument("--data", default="digits", help="as compress takes it")
@@ -143,10 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", help="begin nothing after this time: 9m, 2h")
     parser.add_argument("--out", type=Path, required=True, help="a folder, where the same command goes on")
     o = parser.parse_args(arguments)
+    if o.rules and o.peers != parser.get_default("peers"):
+        parser.error("--rules and --peers are two tables: give one of them")
     peers = () if o.peers == "none" else tuple(o.peers.split(","))
     if unknown := [peer for peer in peers if peer not in PEERS]:
         parser.error(f"--peers: there is no {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    kinds = ("fp32", "ours", *peers)
+    kinds = ("fp32", "ours", *(WITHOUT if o.rules else peers))
     if absent := missing(kinds):
         raise SystemExit(absent)
     threads = [int(count) for count in o.threads.split(",")]

@@ -90,28 +90,24 @@ def files_of(
     folder: Path, model: str, kinds: Sequence[str], images: Images, seed: int, left: Callable[[], bool]
 ) -> dict[str, File]:
     """Each kind's file of a network, made where it isn't there yet; none where no time was left for it."""
-    files: dict[str, File] = {}
+    own: dict[str, File] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in kinds:
-        of = KINDS[kind].file_of
-        if of is not None:
-            files[kind] = files[of]
-            continue
-        path = folder / f"{kind.replace(' ', '-')}{KINDS[kind].suffix}"
+    for kind in dict.fromkeys(KINDS[kind].file_of or kind for kind in kinds):
+        path = folder / f"{kind}{KINDS[kind].suffix}"
         made_from = {
             "kind": kind,
             "model": model,
             "seed": seed,
             "images": images.described(),
             "versions": versions([kind]),
-            "fp32": files["fp32"].sha256 if files else None,
+            "fp32": own["fp32"].sha256 if own else None,
             "ours": _sources(KINDS[kind].sources) if KINDS[kind].sources else None,
         }
         file = _made(path, made_from)
         if file is None and not left():
             return {}
-        files[kind] = file or _make(kind, model, path, made_from, images, seed)
-    return files
+        own[kind] = file or _make(kind, model, path, made_from, images, seed)
+    return {kind: own[KINDS[kind].file_of or kind] for kind in kinds}
 
 
 def _made(path: Path, made_from: dict[str, Any]) -> File | None:

@@ -41,7 +41,7 @@ def latencies(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
 def ratios(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
     others = [kind for kind in kinds if kind != "ours"]
     header = ["network", "threads", *(KINDS[kind].title for kind in others)]
-    rows = [[*_row(cell), *(_ratio(cell["ours_against"].get(kind)) for kind in others)] for cell in cells]
+    rows = [[*_row(cell), *(_ratio(cell, kind) for kind in others)] for cell in cells]
     return markdown(header, rows)
 
 
@@ -90,7 +90,9 @@ def _p50(found: Mapping[str, Any] | None) -> str:
     return "–" if found is None or found["p50"] is None else f"{found['p50']:.3g}"
 
 
-def _ratio(found: Mapping[str, Any] | None) -> str:
+def _ratio(cell: Cell, kind: str) -> str:
+    found = cell["ours_against"].get(kind)
     if found is None:
-        return "–"
+        of_both = [cell["files"].get(name, {}).get("sha256") for name in ("ours", kind)]
+        return "the same file" if of_both[0] == of_both[1] else "–"
     return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f}), {found['verdict']}"

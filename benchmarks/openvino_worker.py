@@ -1,7 +1,12 @@
 """A bench worker for OpenVINO: the requests of ``questpress.export.bench_worker``, another runtime.
 
-python benchmarks/openvino_worker.py
+    python benchmarks/openvino_worker.py ALL
+
+The word is the best instruction set that oneDNN inside it may use, in oneDNN's names.
 """
+
+import os
+import sys
 
 import openvino as ov
 from questpress.export.bench_worker import Run, serve
@@ -18,4 +23,5 @@ def in_openvino(model: str, threads: int, shape: tuple[int, ...]) -> Run:
 
 
 if __name__ == "__main__":
+    os.environ["ONEDNN_MAX_CPU_ISA"] = sys.argv[1]  # read at the first compilation
     serve(in_openvino)

@@ -36,13 +36,13 @@ Progress = Callable[[float, str], None]
 @dataclass(frozen=True)
 class Subject:
     """What is timed: a model file and its inputs, float32 [n, 3, S, S], preprocessed, run one at a time, in
-    ONNX Runtime, or in another runtime by a `script` that serves `bench_worker`'s requests.
+    ONNX Runtime, or in another runtime by the program `script` that serves `bench_worker`'s requests.
     """
 
     name: str
     path: Path | str
     inputs: np.ndarray
-    script: Path | None = None
+    script: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,8 @@ def test_a_peer_that_is_not_installed_is_named_with_what_to_install(
     with pytest.raises(SystemExit) as stopped:
         int8.main([*SMALL, "--out", str(tmp_path / "out")])
     assert stopped.value.code == (
-        "nncf, openvino, ours-in-openvino cannot be timed without nncf, openvino: pip install nncf openvino, "
-        "or leave out what needs it with --peers onnxruntime,ultralytics"
+        "nncf, openvino, openvino-vnni, ours-in-openvino cannot be timed without nncf, openvino: "
+        "pip install nncf openvino, or leave out what needs it with --peers onnxruntime,ultralytics"
     )
     assert not (tmp_path / "out").exists()
 
@@ -154,3 +154,14 @@ def test_wrong_options_are_one_sentence(
         int8.main([*SMALL, "--out", str(tmp_path / "out"), *options])
     text = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
     assert re.search(said, text)
+
+
+def test_a_rule_left_out_is_a_file_of_its_own_unless_it_does_nothing(tmp_path: Path) -> None:
+    (row,) = command(tmp_path, "--rules")["cells"]
+    assert row["files"]["ours"]["sha256"] != row["files"]["without-pool_globally"]["sha256"]
+    assert row["ours_against"]["without-pool_globally"]["ratio"] > 0
+    table = (tmp_path / "results.md").read_text().split("How many times")[1].splitlines()
+    names, values = (dict(enumerate(table[i].strip("| ").split(" | "))) for i in (2, 4))
+    said = {name: values[i] for i, name in names.items()}
+    assert said["without multiply_hard_swish"] == "the same file"
+    assert said["without pool_globally"].endswith(("faster", "no difference", "slower"))
