@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from questpress.pipeline import stopping
 from questpress.pipeline.files import write_json
@@ -166,8 +166,19 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
+class Resumable(Protocol):
+    """An experiment that goes on from its folder; `done` holds what there is to write."""
+
+    folder: Path
+    done: dict[str, dict[str, Any]]
+
+    def run(self, budget: float | None) -> bool: ...
+
+    def write(self, path: Path, about: Mapping[str, Any]) -> None: ...
+
+
 def run_and_write(
-    table: "Table", budget: str | None, about: Mapping[str, Any], text: Callable[[], str]
+    table: Resumable, budget: str | None, about: Mapping[str, Any], text: Callable[[], str]
 ) -> None:
     """Do what is missing and write ``results.json`` and ``results.md``, whatever happens meanwhile."""
     left = seconds(budget) if budget else None

@@ -31,11 +31,14 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a model file, run on one input at a time: float32 [n, 3, S, S] or uint8 [n, S, S, 3]."""
+    """What is timed: a model file, run on one input at a time, float32 [n, 3, S, S] or uint8 [n, S, S, 3]; in
+    ONNX Runtime, or in another runtime by the program `script` that serves `bench_worker`'s requests.
+    """
 
     name: str
     path: Path | str
     inputs: np.ndarray
+    script: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def bench(
 
             with ExitStack() as resident:
                 workers = [
-                    resident.enter_context(Worker(subject.name, subject.path, file, count))
+                    resident.enter_context(Worker(subject.name, subject.path, file, count, subject.script))
                     for subject, file in zip(subjects, inputs, strict=True)
                 ]
                 latencies += _measure(workers, seconds, np.random.default_rng([seed, count]), part)

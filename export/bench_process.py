@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,16 +22,23 @@ _BLOCK_SECONDS = 120.0  # beyond the block itself: room for one run of a slow ne
 
 
 class Worker:
-    """A process that holds one network and times it on request; ends with the `with` block."""
+    """A process that holds one network and times it on request; ends with the `with` block.
 
-    def __init__(self, name: str, model: Path | str, inputs: Path, threads: int) -> None:
+    `script`, a Python program and its arguments, serves requests as `bench_worker` does, for another runtime
+    than ONNX Runtime.
+    """
+
+    def __init__(
+        self, name: str, model: Path | str, inputs: Path, threads: int, script: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.threads = threads
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
         # The child finds what the parent found, and nothing of the folder the user happens to be in.
         search = os.pathsep.join(entry for entry in sys.path if entry)
+        served_by = script or ("-m", f"{__package__}.bench_worker")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}.bench_worker"],
+            [sys.executable, "-P", *served_by],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -13,21 +13,40 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from . import runtime
 
+Run = Callable[[np.ndarray], object]
+"""Answers one image, float32 [1, 3, S, S]."""
+
 
 def main() -> None:
-    """Serve until stdin ends, which it does when the parent is gone."""
+    """Time model files in ONNX Runtime, with the options they ship with."""
+    serve(_in_onnxruntime)
+
+
+def _in_onnxruntime(model: str, threads: int, _shape: tuple[int, ...]) -> Run:
+    session = runtime.session(model, threads)
+    name = session.get_inputs()[0].name
+    return lambda image: session.run(None, {name: image})
+
+
+def serve(load: Callable[[str, int, tuple[int, ...]], Run]) -> None:
+    """Serve until stdin ends, which it does when the parent is gone.
+
+    `load` opens a model file for so many threads and inputs of one shape, [1, 3, S, S], in the runtime that
+    is timed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not pass for an answer
     requests = sys.stdin.buffer
     try:
-        subject = Subject(json.loads(requests.readline()))
+        subject = Subject(load, json.loads(requests.readline()))
         _answer(answers, {"ready": True})
         gc.disable()
         while line := requests.readline():
@@ -40,24 +59,23 @@ def main() -> None:
 class Subject:
     """A model file and the inputs it is timed on, batch 1, in turn."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
-        self._session = runtime.session(request["model"], request["threads"])
+    def __init__(self, load: Callable[[str, int, tuple[int, ...]], Run], request: dict[str, Any]) -> None:
         inputs = np.load(request["inputs"])
-        self._name = self._session.get_inputs()[0].name
         self._inputs = [np.ascontiguousarray(inputs[i : i + 1]) for i in range(len(inputs))]
+        self._run = load(request["model"], request["threads"], self._inputs[0].shape)
         self._next = 0
 
     def block(self, seconds: float) -> np.ndarray:
         """Run for at least `seconds` and at least once: each run's time in milliseconds, float64 [runs]."""
         samples = []
         clock = time.perf_counter_ns
-        run, name = self._session.run, self._name
+        run = self._run
         end = clock() + int(seconds * 1e9)
         while True:
-            feed = {name: self._inputs[self._next]}
+            image = self._inputs[self._next]
             self._next = (self._next + 1) % len(self._inputs)
             start = clock()
-            run(None, feed)
+            run(image)
             stop = clock()
             samples.append(stop - start)
             if stop >= end:

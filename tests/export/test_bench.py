@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,25 @@ def test_the_environment_names_the_processor_and_no_host() -> None:
     import socket
 
     assert socket.gethostname() not in json.dumps(here.__dict__)
+
+
+SLEEPER = """
+import sys
+import time
+from questpress.export.bench_worker import serve
+
+def load(model, threads, shape):
+    assert model.endswith("a.onnx") and shape == (1, 3, 8, 8)
+    return lambda image: time.sleep(float(sys.argv[1]) * threads)
+
+serve(load)
+"""
+
+
+def test_a_script_times_another_runtime_in_the_same_rounds(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    plain = subject(tmp_path, "a", 8)
+    asleep = replace(plain, name="asleep", script=(str(tmp_path / "sleeper.py"), "0.02"))
+    result = bench([plain, asleep], threads=[1, 2], seconds=0.1)
+    assert 20 <= min(result.latency("asleep", 1).samples) < 40 <= min(result.latency("asleep", 2).samples)
+    assert result.speedup("a", "asleep", 2).verdict == "faster"
