@@ -25,6 +25,7 @@
         quantization     the recipe, for int8; null otherwise
         accuracy         of this very file in ONNX Runtime, percent: top1 (multi-label: map), n, low, high
                          (95 % interval), and what else was measured; null where it was not
+    checksum         sha256 of all of the above, as `runtime.checksum` writes it; older ones have none
 
 Nothing in it names a user, a host or a local path.
 """
@@ -109,6 +110,7 @@ def write_manifest(
     try:
         for entry in manifest["files"]:
             runtime.read_verified(folder, entry)
+        manifest["checksum"] = runtime.checksum(json.loads(json.dumps(manifest)))  # of what a reader gets
         with temporary.open("w", encoding="utf-8") as out:
             json.dump(manifest, out, indent=2, ensure_ascii=False, allow_nan=False)
             out.write("\n")

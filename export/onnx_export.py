@@ -21,6 +21,7 @@ from torch import nn
 
 from . import runtime
 from .errors import ExportError
+from .opset import check_opset
 from .uint8_front import INPUT
 from .uint8_input import take_pixels
 
@@ -62,11 +63,17 @@ def export_onnx(
 
     The graph is that of evaluation in float32 on the CPU, with a dynamic batch. Source paths, stack traces
     and all other traces of the machine are removed, `metadata` is written as the model's own, and the same
-    network gives the same bytes. `network` is left as it was. Raises ExportError; the file is written whole
-    or not at all.
+    network gives the same bytes. `network` is left as it was. Raises ExportError, also for an `opset` that
+    `check_opset` refuses; the file is written whole or not at all.
     """
+    check_opset(opset)
     path = Path(path)
     model = _traced(network, image_size, opset, output)
+    if model.opset_imports[""] != opset:
+        raise ExportError(
+            f"{type(network).__name__} cannot be written in opset {opset}: the exporter wrote opset "
+            f"{model.opset_imports['']}; ask for that one, or for none"
+        )
     _fold_computed_weights(model)
     _strip(model)
     model.metadata_props.update(sorted(metadata.items()))

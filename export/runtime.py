@@ -465,21 +465,24 @@ def target_of_this_machine() -> str:
     return "x86" if {"avx512_vnni", "avx_vnni"}.isdisjoint(int8_flags()) else "x86-vnni"
 
 
-def session(model: str | Path | bytes, threads: int, *, optimise: bool = True) -> ort.InferenceSession:
+def session(
+    model: str | Path | bytes, threads: int, *, fuse: bool = True, optimised: str | Path | None = None
+) -> ort.InferenceSession:
     """The one way questpress runs a model file: measured, validated and shipped with these options.
 
-    Not optimised, an int8 file computes in float between quantizing and dequantizing: what it means, without
-    the integer kernels of this processor.
-
-    Raises ArtifactError where onnxruntime cannot load the model.
+    `optimised` names a file to write the graph to as it runs on this machine. Without `fuse` an int8 file
+    computes in float between quantizing and dequantizing: what it means, without the integer kernels of this
+    processor. Raises ArtifactError where onnxruntime cannot load the model.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fuse else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
     # Threads wait busily within a run, where microseconds count, and give the cores back between runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -715,6 +718,12 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             raise ArtifactError(
                 f"{where} is of version {version}; this runtime reads version {SCHEMA_VERSION}"
             )
+        stated = manifest.get("checksum", checksum(manifest))  # older ones have none
+        if stated != checksum(manifest):
+            raise ArtifactError(
+                f"{where} was changed after it was written: its checksum is not that of its content; make "
+                "the artifact anew, or take it from where it came"
+            )
         Preprocessing.from_dict(manifest["preprocessing"])
         if not all(isinstance(label, str) for label in manifest["labels"]):
             raise ValueError("labels must be strings")
@@ -728,6 +737,15 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
     return folder, manifest
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """The sha256 of all that a manifest says beside its checksum, as JSON written the one way: keys in order,
+    no spaces, ASCII.
+    """
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:

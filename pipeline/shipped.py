@@ -21,13 +21,13 @@ TOLERANCE = 1e-4
 """Largest difference between a file's logits times T and those without T, by the largest of these."""
 
 
-def shipped_logits(job: Job, file: Path, images: np.ndarray, *, optimise: bool = True) -> np.ndarray:
-    """Logits [n,classes] of an ONNX file on rendered images, uint8 [n,S,S,3], n > 0; for ``optimise`` see
+def shipped_logits(job: Job, file: Path, images: np.ndarray, *, fuse: bool = True) -> np.ndarray:
+    """Logits [n,classes] of an ONNX file on rendered images, uint8 [n,S,S,3], n > 0; for ``fuse`` see
     ``runtime.session``.
     """
     classifier = Classifier(file.read_bytes(), file.name)
-    if not optimise:
-        classifier.session = session(file, classifier.threads, optimise=False)
+    if not fuse:
+        classifier.session = session(file, classifier.threads, fuse=False)
     logits = []
     for start in range(0, len(images), BATCH):
         logits.append(classifier.logits(classifier.feed(images[start : start + BATCH])))

@@ -121,8 +121,8 @@ def _show(job: Job, target: str, what: str, share: float = 0.0) -> None:
 
 
 def _judge(job: Job, budget: Budget, pixels: np.ndarray, target: str) -> Callable[[Path], Verdict]:
-    optimise = targets.right_here(target)
-    return lambda file: budget.verdict(shipped_logits(job, file, pixels, optimise=optimise))
+    fuse = targets.right_here(target)
+    return lambda file: budget.verdict(shipped_logits(job, file, pixels, fuse=fuse))
 
 
 def _times(job: Job, result: Search, target: str, inputs: np.ndarray) -> bench.BenchResult | None:

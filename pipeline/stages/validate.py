@@ -40,7 +40,7 @@ def run(job: Job) -> Done:
     answers = {key: shipped_logits(job, job.folder.path / file, images) for key, file in files.items()}
     if "student_int8" in files and not right_here(job.options.target[0]):
         file = job.folder.path / STUDENT_INT8
-        answers["student_int8"] = shipped_logits(job, file, images, optimise=False)
+        answers["student_int8"] = shipped_logits(job, file, images, fuse=False)
     ships = list(files)[-1]
     shipped, classes = answers[ships], job.data.classes
     # Those that the file itself names; its own and the teacher's, None where images have one label.
@@ -106,7 +106,7 @@ def _of_targets(
         if first is not None and name == job.options.target[0]:
             scores[name] = first
             continue
-        logits = shipped_logits(job, job.folder.path / file, images, optimise=right_here(name))
+        logits = shipped_logits(job, job.folder.path / file, images, fuse=right_here(name))
         found = Subject(
             name="", weights="", **evaluate.measured(logits, labels, job.data.classes, thresholds)
         )

@@ -96,21 +96,53 @@ def test_a_damaged_file_is_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reason"),
     [
-        {"schema_version": 2},
-        {"labels": [1, 2, 3]},
-        {"preprocessing": {}},
-        {"files": [{"name": "../student.onnx", "bytes": 1, "sha256": "", "precision": "int8"}]},
-        {"files": [{"name": "student.onnx"}]},
-        {"files": None},
+        ({"schema_version": 2}, "is of version 2; this runtime reads version 1"),
+        ({"labels": [1, 2, 3]}, "labels must be strings"),
+        ({"preprocessing": {}}, "cannot be read"),
+        (
+            {"files": [{"name": "../student.onnx", "bytes": 1, "sha256": "", "precision": "int8"}]},
+            "a file may not be named",
+        ),
+        ({"files": [{"name": "student.onnx"}]}, "cannot be read: KeyError"),
+        ({"files": None}, "cannot be read: TypeError"),
     ],
 )
-def test_a_manifest_this_runtime_cannot_trust_is_refused(run: Path, change: dict[str, object]) -> None:
+def test_a_manifest_this_runtime_cannot_trust_is_refused(
+    run: Path, change: dict[str, object], reason: str
+) -> None:
     path = run / "artifact" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+    manifest = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(manifest | {"checksum": runtime.checksum(manifest)}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json.*" + reason):
         Classifier.load(run)
+
+
+def test_a_manifest_that_was_edited_by_hand_is_refused(run: Path) -> None:
+    path = run / "artifact" / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    edited = text.replace('"n": 200', '"n": 2000')
+    assert edited != text
+    path.write_text(edited, encoding="utf-8")
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json was changed after it was written: .* anew, or take"
+    ):
+        Classifier.load(run)
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
+        read_manifest(run)
+    # The same content in another hand: spaces, order and escapes are no change.
+    manifest = json.loads(text)
+    path.write_text(json.dumps(dict(reversed(manifest.items())), ensure_ascii=True), encoding="utf-8")
+    assert Classifier.load(run).labels == tuple(LABELS)
+
+
+def test_a_manifest_from_before_there_were_checksums_is_read(run: Path) -> None:
+    path = run / "artifact" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert Classifier.load(run).labels == tuple(LABELS)
 
 
 def test_what_is_no_artifact_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -174,7 +206,8 @@ def test_a_manifest_names_no_user_host_or_path(run: Path, tmp_path: Path) -> Non
 
     text = (run / "artifact" / "manifest.json").read_text(encoding="utf-8")
     manifest = json.loads(text)
-    assert {"schema_version", "preprocessing", "labels", "origin", "versions", "files"} == set(manifest)
+    parts = {"schema_version", "preprocessing", "labels", "origin", "versions", "files", "checksum"}
+    assert parts == set(manifest) and manifest["checksum"] == runtime.checksum(manifest)
     assert manifest["files"][0]["accuracy"]["n"] == 200
     assert str(tmp_path) not in text and str(Path.home()) + "/" not in text
     strings = set(json.dumps(list(manifest.values())).replace('"', " ").split())

@@ -13,10 +13,12 @@ from questpress.export import runtime
 from questpress.export.bench import Subject, bench
 from questpress.export.errors import ExportError
 from questpress.export.onnx_export import OnnxFile, check_parity, export_onnx
+from questpress.export.opset import LEAST_OPSET, greatest_opset
+from questpress.export.quantize import quantize_int8
 from timm.layers import StdConv2d
 from torch import nn
 
-from .networks import PREPROCESSING, SmallConvNet, small_conv_net
+from .networks import PREPROCESSING, SmallConvNet, signal_to_noise, small_conv_net
 
 METADATA = runtime.metadata(
     runtime.Preprocessing.of(16), ["a", "b", "ç", "d"], {"student": "small", "teachers": []}
@@ -259,3 +261,36 @@ def test_the_file_alone_is_enough_to_predict(tmp_path: Path) -> None:
         expected = network(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).softmax(1)[0]
     for label, probability in answer.top:
         assert probability == pytest.approx(float(expected[labels.index(label)]), abs=1e-5)
+
+
+@pytest.mark.parametrize("opset", [LEAST_OPSET, greatest_opset()])
+def test_the_oldest_and_the_newest_opset_are_written_and_quantized(opset: int, tmp_path: Path) -> None:
+    network = small_conv_net()
+    file = export_onnx(network, tmp_path / "a.onnx", 16, metadata=METADATA, opset=opset)
+    written = {entry.domain: entry.version for entry in onnx.load(str(file.path)).opset_import}
+    assert file.opset == opset and written[""] == opset
+    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert check_parity(network, file.path, images).max_abs <= 1e-5
+    int8 = quantize_int8(file.path, tmp_path / "b.onnx", [images.numpy()])
+    assert int8.opset == opset
+    expected, answer = (
+        runtime.session(path, 1).run(None, {"input": images.numpy()})[0] for path in (file.path, int8.path)
+    )
+    assert signal_to_noise(expected, answer) > 25
+
+
+@pytest.mark.parametrize("opset", [0, LEAST_OPSET - 1, greatest_opset() + 1])
+def test_an_opset_out_of_range_is_refused(opset: int, tmp_path: Path) -> None:
+    allowed = f"opset {opset} cannot be written and run here: choose one from 18 to {greatest_opset()} "
+    with pytest.raises(ExportError, match=allowed):
+        export_onnx(small_conv_net(), tmp_path / "a.onnx", 16, metadata={}, opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_the_exporter_did_not_honour_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("questpress.export.onnx_export.check_opset", lambda _: None)
+    with pytest.raises(ExportError, match="cannot be written in opset 17: the exporter wrote opset 18; ask"):
+        export_onnx(small_conv_net(), tmp_path / "a.onnx", 16, metadata={}, opset=17)
+    assert not list(tmp_path.iterdir())

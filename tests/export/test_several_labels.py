@@ -78,7 +78,8 @@ def test_a_manifest_that_cannot_be_followed_is_refused(
         folder, files=[ShippedFile(file, "fp32")], preprocessing=PREPROCESSING, labels=LABELS, origin={},
         thresholds=THRESHOLDS,
     )  # fmt: skip
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    manifest = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(manifest | {"checksum": runtime.checksum(manifest)}))
     with pytest.raises(ArtifactError, match=words):
         Classifier.load(folder)
 
