@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from . import multi_label
-from .data.render import Normalise
 from .device import Engine
 from .scores import Accuracy, ClassResult, Score
 
@@ -20,7 +19,7 @@ UNEVEN = 1.5
 @torch.no_grad()
 def logits(
     network: nn.Module,
-    normalise: Normalise,
+    normalise: nn.Module,
     pixels: Tensor,
     engine: Engine,
     progress: Callable[[int, int], None] | None = None,

@@ -116,6 +116,7 @@ def learn(
     member: Member,
     views_of: Schedule | None = None,
     store: Store | None = None,
+    race: bool = True,
 ) -> None:
     """Train to the plan's end, going on from the run's checkpoint; curves go to ``metrics.jsonl``.
 
@@ -124,6 +125,7 @@ def learn(
         member: the network that is trained.
         views_of: which views it is shown; None: new ones each epoch.
         store: the teachers' answers to them; None asks the teachers.
+        race: whether other engines than the task's are tried before the first step.
 
     Raises:
         JobError: there is no memory for even the smallest part of a step.
@@ -153,7 +155,8 @@ def learn(
         )
 
     source = Batches(views, views_of, store, plan, job.ranks, task.device, task.teachers_size)
-    settle(job, what, task, plan, source.first(), len(views))
+    if race:
+        settle(job, what, task, plan, source.first(), len(views))
     if job.ranks.count > 1:
         task.prepare_distributed(sync_bn=job.options.sync_bn)
     parts = MicroBatch(job, what, plan)

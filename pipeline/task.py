@@ -23,6 +23,7 @@ from .cross_entropy import cross_entropy
 from .data.render import Normalise
 from .device import Engine
 from .methods.base import Method
+from .quantized_student import QuantizedReadouts
 from .ranks import Ranks
 from .results import BalancedWeight
 
@@ -80,10 +81,11 @@ class Trainee(nn.Module):
         balance: bool,
         engine: Engine,
         ranks: Ranks,
+        normalise: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.readouts = Readouts(network)
-        self.normalise = Normalise(geometry.mean, geometry.std)
+        self.readouts = Readouts(network) if not isinstance(network, QuantizedReadouts) else network
+        self.normalise = normalise or Normalise(geometry.mean, geometry.std)
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(read for read in LAST_MAP if read in self.readouts.offers)
         self.balance = Balance(methods, ranks) if balance and methods else None
@@ -176,10 +178,14 @@ class DistillationTask(TrainingTask):
         ema: float | None = None,
         average_last: int | None = None,
         ranks: Ranks | None = None,
+        normalise: nn.Module | None = None,
+        epochs_before: int = 0,
     ) -> None:
         """
         Args:
-            network: what is trained, a timm network.
+            network: what is trained, a timm network or the readouts of a fake-quantized one.
+            normalise: what brings pixels to it, where that is not the geometry's mean and deviation.
+            epochs_before: how many the methods have seen already.
             teacher_reads: what the methods look at in each teacher.
             student_reads: what they look at in the student.
             weights: of each method by name and of the cross-entropy, ``ce``; default 1.
@@ -190,6 +196,7 @@ class DistillationTask(TrainingTask):
         super().__init__(device=torch.device(engine.device), verbose=False)
         self.engine = engine
         self.clock = Clock(engine.device)
+        self.epochs_before = epochs_before
         self.epoch = 0
         methods = methods or {}
         self.trainable_module = Trainee(
@@ -202,6 +209,7 @@ class DistillationTask(TrainingTask):
             balance,
             engine,
             ranks or Ranks(),
+            normalise,
         )
         self.teachers = nn.ModuleList(teachers)
         self.teacher_reads = teacher_reads
@@ -323,7 +331,8 @@ class DistillationTask(TrainingTask):
         if answers is None:
             answers = self.ask(input if full is None else full) if len(self.teachers) else []
         with self.engine.autocast():
-            losses, logits = self.trainable_module(input, target, answers, self.epoch, keys)
+            epoch = self.epochs_before + self.epoch
+            losses, logits = self.trainable_module(input, target, answers, epoch, keys)
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
 
     def ask(self, pixels: Tensor) -> list[Mapping[str, Tensor]]:

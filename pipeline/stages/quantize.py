@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from ...export.ranges import METHODS, chunks
 from ...export.runtime import normalise
 from ...export.search import Candidate, Search, Verdict, search
 from ..budget import Budget
-from ..data.decode import rendered
-from ..data.views import permutation
-from ..files import digest, whole
+from ..calibration_images import CalibrationImages, calibration_images
+from ..files import whole
 from ..int8_results import Int8Search, TriedInt8
 from ..job import Job
 from ..qat import recovered
@@ -42,25 +40,15 @@ def file_of(job: Job, target: str) -> Path:
     return STUDENT_INT8 if first else ARTIFACT / f"student.int8.{target}.onnx"
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The training images that ranges are taken from."""
-
-    pixels: np.ndarray
-    """uint8 [n,S,S,3], as the test transform renders them."""
-    labels: np.ndarray
-    hash: str
-
-
 def run(job: Job) -> Done:
     o = job.options
-    calibration = _calibration(job)
+    calibration = calibration_images(job)
     prepared = prepare(job.folder.path / STUDENT_ONNX)
     inputs = calibration.pixels  # as the file takes them
     if not takes_pixels(job):
         inputs = normalise(calibration.pixels, job.preprocessing(job.student))
     images = np.concatenate(list(chunks(prepared.fed([inputs]))))
-    learned = recovered(job) if o.qat else None
+    learned = dict([recovered(job, prepared)]) if o.qat else {}
     pixels, labels, role = _deciding(job, calibration)
     budget = Budget(shipped_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop)
     found: list[Int8Search] = []
@@ -74,7 +62,7 @@ def run(job: Job) -> Done:
                 Path(folder),
                 _judge(job, budget, pixels, name),
                 calibrators=tuple(METHODS) if o.calibration == "auto" else (o.calibration,),
-                learned=learned,
+                learned=learned.get(name),
                 facts={"calibration_hash": calibration.hash},
                 tell=partial(_show, job, name),
             )
@@ -93,18 +81,7 @@ def run(job: Job) -> Done:
     )
 
 
-def _calibration(job: Job) -> Calibration:
-    order = permutation(job.options.seed, 0, job.train.keys)[: job.options.calibration_images].tolist()
-    images = [job.train.images[i] for i in order]
-    decoded = rendered(images, job.preprocessing(job.student))
-    return Calibration(
-        decoded.pixels.stacked().numpy(),
-        decoded.targets(job.data).numpy(),
-        digest(sorted(image.key for image in images)),
-    )
-
-
-def _deciding(job: Job, calibration: Calibration) -> tuple[np.ndarray, np.ndarray, str]:
+def _deciding(job: Job, calibration: CalibrationImages) -> tuple[np.ndarray, np.ndarray, str]:
     """The images on which candidates are compared, their labels, and which role they are of."""
     pixels, labels, _ = job.rendered("select", job.student)
     if len(labels):

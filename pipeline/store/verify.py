@@ -21,7 +21,7 @@ from ..progress import Display, Stage
 from ..resolve import resolve
 from ..run import read_options
 from ..run_folder import RunFolder
-from ..stages.student import TEACHERS, methods_of
+from ..student_task import TEACHERS, methods_of
 from .entry import mapped
 from .of_run import schedule_of, store_of
 from .store import KIND, Ask, Store

@@ -107,7 +107,7 @@ def never(*_: Any) -> None:
 def test_another_seed_method_or_student_reads_the_answers_and_never_loads_the_teacher(
     copied: Path, data: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ):
-    for module in ("stages.student", "stages.prepare", "store.of_run"):
+    for module in ("student_task", "stages.prepare", "store.of_run"):
         monkeypatch.setattr(f"questpress.pipeline.{module}.load_teacher", never)
     teacher = copied / "run" / "teacher.safetensors"
     result = little.compress(

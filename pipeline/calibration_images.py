@@ -1,0 +1,31 @@
+"""The training images that int8's ranges are taken from: drawn by the seed, rendered as for testing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .data.decode import rendered
+from .data.views import permutation
+from .files import digest
+from .job import Job
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    pixels: np.ndarray
+    """uint8 [n,S,S,3]."""
+    labels: np.ndarray
+    hash: str
+    """Of the images, whatever their order."""
+
+
+def calibration_images(job: Job) -> CalibrationImages:
+    """``--calibration-images`` of them, all where there are fewer."""
+    order = permutation(job.options.seed, 0, job.train.keys)[: job.options.calibration_images].tolist()
+    images = [job.train.images[i] for i in order]
+    decoded = rendered(images, job.preprocessing(job.student))
+    return CalibrationImages(
+        decoded.pixels.stacked().numpy(),
+        decoded.targets(job.data).numpy(),
+        digest(sorted(image.key for image in images)),
+    )
