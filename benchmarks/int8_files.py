@@ -100,7 +100,7 @@ def openvino(fp32: Path, images: np.ndarray, out: Path) -> None:
     import openvino as ov
     from nncf import Dataset, quantize
 
-    # A fixed shape, as OpenVINO's own guide to latency asks.
+    # OpenVINO is at its best with a fixed shape; the .onnx files keep their dynamic batch.
     model = ov.convert_model(fp32, input=[(1, *images.shape[1:])])
     calibration = Dataset(images, lambda image: image[None])
     ov.save_model(quantize(model, calibration, subset_size=len(images)), out)

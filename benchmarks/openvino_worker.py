@@ -13,7 +13,7 @@ from questpress.export.bench_worker import Run, serve
 
 
 def in_openvino(model: str, threads: int, shape: tuple[int, ...]) -> Run:
-    """As OpenVINO's guide asks for latency: a fixed shape, one stream, one request; inputs aren't copied."""
+    """OpenVINO at its best for single images: a fixed shape, one stream, one request, inputs not copied."""
     core = ov.Core()
     network = core.read_model(model)
     network.reshape(shape)

@@ -35,7 +35,9 @@ def load_heads(task: DistillationTask, path: Path) -> None:
     for key, value in load_file(path).items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
-    task.load_task_state(parts)
+    known = task.get_task_state()
+    # What else a head keeps, such as the sums of an epoch that is over, begins anew.
+    task.load_task_state({part: {**known[part], **parts.get(part, {})} for part in known})
 
 
 def load_embed(path: Path) -> nn.Linear | None:
