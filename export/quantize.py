@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,14 +52,16 @@ def quantize_int8(
     *,
     method: str = "minmax",
     reduce_range: bool = False,
+    rules: Collection[str] | None = None,
 ) -> Int8File:
     """Write the int8 form of a float ONNX file: QDQ, activations uint8 asymmetric, weights int8 per channel.
 
     `calibration` gives preprocessed images, float32 [b, 3, S, S] each, whose activations set the ranges by
     `method` ('minmax', 'entropy', 'percentile'). `reduce_range` keeps weights to 7 bits, for x86 without
-    VNNI, whose 16-bit sums saturate otherwise. Metadata is carried over; the same input gives the same bytes.
-    Raises ExportError. (Facts behind the types: only u8×s8 has the fast convolution kernel on x86, and only
-    asymmetric activations let ReLU and Clip fold away.)
+    VNNI, whose 16-bit sums saturate otherwise. `rules` names the rewritings of the graph beforehand;
+    None: those that pay. Metadata is carried over; the same input gives the same bytes. Raises ExportError.
+    (Facts behind the types: only u8×s8 has the fast convolution kernel on x86, and only asymmetric
+    activations let ReLU and Clip fold away.)
     """
     if method not in METHODS:
         raise ExportError(f"no calibration method {method!r}; there are {', '.join(METHODS)}")
@@ -67,9 +69,9 @@ def quantize_int8(
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
         raise ExportError(f"{fp32_path} cannot be read as ONNX: {error}") from error
-    rewritten = rewrite(
-        model, None if int8_scope(model).op_types == _INTEGER else RULES.keys() - FOR_INTEGERS
-    )
+    if rules is None and int8_scope(model).op_types != _INTEGER:
+        rules = RULES.keys() - FOR_INTEGERS
+    rewritten = rewrite(model, rules)
     scope = int8_scope(model)
     ranges, n = calibrate_ranges(model, calibration, method, scope.op_types)
     recipe = {
