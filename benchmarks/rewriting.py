@@ -4,8 +4,8 @@
 
 Networks of timm with random weights at 224 px ('NAME:relu6' with ReLU6 for its activation), one image at a
 time on one thread, in rounds that take the files in turn: what else the machine does strikes all of them. The
-speed-up is the median over rounds of fp32's time by the file's own; the range its 95 % bootstrap interval. The
-time of a round is the tenth percentile of its images: others on the same core only ever add to it.
+speed-up is the median over rounds of fp32's time by the file's own, the range its 95 % bootstrap interval. A
+round's time is the tenth percentile of its images': others on the same core only ever add to it.
 """
 
 from __future__ import annotations
