@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def quantize_int8(
     *,
     method: str = "minmax",
     target_name: str | None = None,
+    rules: Collection[str] | None = None,
 ) -> Int8File:
     """Write the int8 form of a float ONNX file, without a search: QDQ, in the types of a target.
 
@@ -81,25 +82,31 @@ def quantize_int8(
             uint8 [b, S, S, 3]; their activations set the ranges.
         method: how they do: one of `ranges.METHODS`.
         target_name: one of `targets.TARGETS`; this machine's where none is named.
+        rules: which rewritings of the graph come first; None: those that pay.
 
     Metadata is carried over; the same input gives the same bytes. Raises ExportError.
     """
     types = target(target_name or runtime.target_of_this_machine())
-    prepared = prepare(fp32_path)
+    prepared = prepare(fp32_path, rules)
     ranges, n = calibrate_ranges(prepared.model, prepared.fed(calibration), method, prepared.scope.op_types)
     model = quantize(prepared, ranges, types)
     made_by = recipe(prepared, types, {"method": method, "images": n})
     return write_int8(prepared, model, int8_path, made_by)
 
 
-def prepare(fp32_path: str | Path) -> Prepared:
-    """Read a float file and bring its graph into the form that runs best in int8. Raises ExportError."""
+def prepare(fp32_path: str | Path, rules: Collection[str] | None = None) -> Prepared:
+    """Read a float file and bring its graph into the form that runs best in int8.
+
+    `rules` are those of `rewriting`; None: those that pay. Raises ExportError.
+    """
     try:
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
         raise ExportError(f"{fp32_path} cannot be read as ONNX: {error}") from error
     front = split(model) if has_uint8_input(model) else None
-    rewritten = rewrite(model, RULES.keys() - FOR_INTEGERS if only_products(model) else None)
+    if rules is None and only_products(model):
+        rules = RULES.keys() - FOR_INTEGERS
+    rewritten = rewrite(model, rules)
     return Prepared(model, int8_scope(model), tuple(rewritten), front)
 
 

@@ -1,5 +1,6 @@
 """The nodes of a file that run in float are named with the reason."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from questpress.export.float_nodes import (
 )
 from questpress.export.onnx_export import export_onnx
 from questpress.export.quantize import Scope, int8_scope, quantize_int8
-from questpress.export.rewriting import RULES, rewrite
+from questpress.export.rewriting import RULES
 
 from .graphs import graph_of, weights
 
@@ -31,10 +32,10 @@ def images(n: int, size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((n, 3, size, size), dtype=np.float32)
 
 
-def int8_of(name: str, folder: Path) -> Path:
+def int8_of(name: str, folder: Path, rules: Collection[str] | None = None) -> Path:
     torch.manual_seed(0)
     path = export_onnx(timm.create_model(name, num_classes=5), folder / "a.onnx", 32, metadata={}).path
-    return quantize_int8(path, folder / "b.onnx", [images(8)]).path
+    return quantize_int8(path, folder / "b.onnx", [images(8)], rules=rules).path
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
@@ -45,12 +46,9 @@ def test_of_a_whole_int8_network_only_the_ends_are_float(name: str, tmp_path: Pa
     assert float_nodes(path.read_bytes()) == float_nodes(path)
 
 
-def test_operators_without_an_integer_kernel_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operators_without_an_integer_kernel_are_named(tmp_path: Path) -> None:
     others = RULES.keys() - {"clip_hard_sigmoid", "multiply_hard_swish"}
-    monkeypatch.setattr(quantize, "rewrite", lambda model, _: rewrite(model, others))
-    path = int8_of("mobilenetv3_small_050", tmp_path)
+    path = int8_of("mobilenetv3_small_050", tmp_path, others)
     file = {n.name: n.op_type for n in onnx.load(str(path)).graph.node}
     found = float_nodes(path)
     for operator in ("HardSigmoid", "HardSwish"):
