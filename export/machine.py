@@ -56,3 +56,13 @@ def _apple_cpu() -> str:
         ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
     )
     return asked.stdout.strip()
+
+
+def is_arm() -> bool:
+    """Whether it is a 64-bit Arm."""
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+def has_vnni() -> bool:
+    """Whether products of int8 are summed in 32 bits by one instruction (x86's VNNI)."""
+    return runtime.target_of_this_machine() == "x86-vnni"

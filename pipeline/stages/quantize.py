@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from ...export import bench, targets
+from ...export.float_nodes import KEPT, float_nodes
+from ...export.machine import has_vnni, is_arm
 from ...export.quantize import Int8File, prepare
 from ...export.ranges import METHODS, chunks
-from ...export.runtime import normalise
+from ...export.runtime import int8_flags, normalise
 from ...export.search import Candidate, Search, Verdict, search
 from ..budget import Budget
 from ..calibration_images import CalibrationImages, calibration_images
 from ..files import whole
-from ..int8_results import Int8Search, TriedInt8
+from ..int8_results import FloatPart, Int8Search, TriedInt8
 from ..job import Job
 from ..qat import recovered
 from ..run_folder import Done
@@ -126,15 +128,23 @@ def _told(
     budget: Budget,
     times: bench.BenchResult | None,
 ) -> Int8Search:
+    chosen = result.chosen
+    tried = [_tried(one, chosen, times) for one in result.candidates]
+    ships = next((one for one in tried if one.ships), None)
+    # The graph as it runs here tells nothing of another family's processors.
+    here = times is not None and chosen is not None
+    parts = _float_parts(chosen.file.path, chosen.kept_float) if here and chosen is not None else []
     return Int8Search(
         target=target,
-        file=None if result.chosen is None else file_of(job, target).as_posix(),
+        file=None if chosen is None else file_of(job, target).as_posix(),
         max_drop=budget.max_drop,
         role=role,
         n=n,
         fp32_score=budget.score,
         p50_fp32=None if times is None else times.latency("fp32", 1).p50,
-        tried=[_tried(one, result.chosen, times) for one in result.candidates],
+        tried=tried,
+        float_parts=parts,
+        slow=None if ships is None else _why_slow(ships, parts),
         worst=[(source.tensor, source.sqnr) for source in result.sources[:20]],
         not_timed=targets.timed_here([target])[target],
     )
@@ -203,4 +213,34 @@ def _line(job: Job, one: Int8Search) -> str:
     return (
         f"{one.file}, {best.bytes / 1e6:.2f} MB, {size:.2f} times smaller{faster}; {best.name}, the best of "
         f"{len(one.tried)}, {word} {unit} on {one.n} {one.role} images"
+    )
+
+
+def _float_parts(file: Path, kept: Sequence[str]) -> list[FloatPart]:
+    return [FloatPart(name=one.name, op_type=one.operator, why=one.reason) for one in float_nodes(file, kept)]
+
+
+def _why_slow(tried: TriedInt8, parts: Sequence[FloatPart]) -> str | None:
+    """Where int8 is not faster than fp32: the reason, and which students would be."""
+    if tried.speedup is None or tried.speedup.low > 1:
+        return None
+    computing = [one for one in parts if one.why.startswith(("ONNX Runtime has no", KEPT))]
+    kinds = ", ".join(sorted({one.op_type for one in computing}))
+    flags = int8_flags()
+    if not is_arm() and not has_vnni():
+        reason = "this processor has no instruction for products of int8 (VNNI)"
+    elif is_arm() and "asimddp" not in flags and flags:
+        reason = "this processor has no dot product of int8"
+    elif computing:
+        reason = f"{len(computing)} of its nodes run in float between the integers ({kinds})"
+    else:
+        reason = "the network is so small that converting its input and answers costs what integers save"
+    return (
+        f"int8 is not faster than fp32 here: {reason}. Students of plain convolutions with ReLU gain most: "
+        "mobilenetv2, mobilenetv4_conv_small, resnet18"
+        + (
+            ", or mobilenetv3 with --activation relu6."
+            if "HardSwish" in kinds or "HardSigmoid" in kinds
+            else "."
+        )
     )
