@@ -25,9 +25,9 @@ from .errors import ExportError
 from .onnx_export import OnnxFile, write_onnx
 from .ranges import Batches, calibrate_ranges, quiet
 from .rewriting import FOR_INTEGERS, RULES, rewrite
-from .scope import Scope, int8_scope, only_products
+from .scope import Scope, int8_scope, only_products, stem
 from .targets import Target, target
-from .uint8_front import Front
+from .uint8_front import Folded, Front
 from .uint8_input import attach, has_uint8_input, split
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -50,6 +50,10 @@ class Prepared:
     rewritten: tuple[str, ...]
     front: Front | None = None
     """What a file that takes pixels has before this graph."""
+
+    def stem(self, types: Target) -> tuple[str, ...]:
+        """What of it is faster in float; pixels go in as integers, so that nothing is converted."""
+        return stem(self.model) if types.float_stem and not isinstance(self.front, Folded) else ()
 
     def fed(self, calibration: Batches) -> Batches:
         """What the graph takes, from what the file takes. Raises ExportError for numbers of another kind."""
@@ -115,6 +119,7 @@ def recipe(
 ) -> dict[str, Any]:
     """How an int8 file is made, JSON-ready."""
     scope = prepared.scope
+    left = [*scope.kept_float, *prepared.stem(types), *kept_float]
     return {
         "format": "QDQ",
         "target": types.name,
@@ -122,7 +127,7 @@ def recipe(
         "calibration": dict(calibration),
         "rewritten": list(prepared.rewritten),
         "operators": sorted({node.op_type for node in prepared.model.graph.node} & set(scope.op_types)),
-        "kept_float": [*scope.kept_float, *kept_float],
+        "kept_float": list(dict.fromkeys(left)),
         "quantizer": f"onnxruntime {ort.__version__}",
         **({} if prepared.front is None else {"input": f"uint8; {prepared.front.told}"}),
     }
@@ -169,7 +174,7 @@ def quantize(
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
     producer = model.producer_name, model.producer_version
-    excluded = [*prepared.scope.kept_float, *kept_float]
+    excluded = [*prepared.scope.kept_float, *prepared.stem(types), *kept_float]
     try:
         with quiet():
             quantizer = QDQQuantizer(

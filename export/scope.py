@@ -34,6 +34,21 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
     return Scope(WEIGHTED if only_products(model) else _INTEGER, tuple(attention))
 
 
+def stem(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Convolutions of at most 3 × 3 that read the graph's input of at most 4 channels, by name."""
+    constants = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    first = model.graph.input[0].name
+    return tuple(
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv"
+        and node.input[0] == first
+        and node.input[1] in constants
+        and constants[node.input[1]][1] <= 4
+        and max(constants[node.input[1]][2:]) <= 3
+    )
+
+
 def only_products(model: onnx.ModelProto) -> bool:
     """Whether nothing but products with weights becomes int8."""
     return any(node.op_type in _NORMS for node in model.graph.node)
