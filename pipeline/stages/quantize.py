@@ -35,6 +35,8 @@ SECONDS = 0.5
 
 TIMED_INPUTS = 16
 
+FASTER = "left in float, where it is faster or truer for this network"
+
 
 def file_of(job: Job, target: str) -> Path:
     """Where a target's int8 file ships, in the run folder."""
@@ -133,7 +135,7 @@ def _told(
     ships = next((one for one in tried if one.ships), None)
     # The graph as it runs here tells nothing of another family's processors.
     here = times is not None and chosen is not None
-    parts = _float_parts(chosen.file.path, chosen.kept_float) if here and chosen is not None else []
+    parts = _float_parts(chosen.file, chosen.kept_float) if here and chosen is not None else []
     return Int8Search(
         target=target,
         file=None if chosen is None else file_of(job, target).as_posix(),
@@ -216,8 +218,17 @@ def _line(job: Job, one: Int8Search) -> str:
     )
 
 
-def _float_parts(file: Path, kept: Sequence[str]) -> list[FloatPart]:
-    return [FloatPart(name=one.name, op_type=one.operator, why=one.reason) for one in float_nodes(file, kept)]
+def _float_parts(file: Int8File, kept: Sequence[str]) -> list[FloatPart]:
+    """What runs in float; what was left so before accuracy was looked at is so because it is faster."""
+    found = float_nodes(file.path, set(file.recipe["kept_float"]))
+    return [
+        FloatPart(
+            name=one.name,
+            op_type=one.operator,
+            why=FASTER if one.reason == KEPT and one.name not in kept else one.reason,
+        )
+        for one in found
+    ]
 
 
 def _why_slow(tried: TriedInt8, parts: Sequence[FloatPart]) -> str | None:
