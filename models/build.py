@@ -37,6 +37,7 @@ class BuiltAs:
     name: str
     num_classes: int
     image_size: int
+    activation: str | None = None
 
 
 def pretrained_cfg(name: str) -> Any:
@@ -71,19 +72,26 @@ def geometry(name: str, image_size: int | None = None) -> Geometry:
 
 
 def build(
-    name: str, *, num_classes: int, image_size: int | None = None, seed: int | None = None
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int | None = None,
+    seed: int | None = None,
+    activation: str | None = None,
 ) -> "nn.Module":
     """A randomly initialised network for images of `image_size` pixels and `num_classes` logits (0: no head).
 
     With a seed, the weights depend on the seed alone and the global random state stays as it was.
-    Raises UnknownModel for a wrong name, ModelError when the network cannot be had at this size.
+    `activation`, 'relu' or 'relu6', stands in for the network's own; its weights have the same names and
+    shapes. Raises UnknownModel for a wrong name, ModelError when the network cannot be had at this size or
+    with this activation.
     """
     full = resolve(name)
     size = image_size or default_image_size(full)
     with _seeded(seed):
-        network = create_network(full, num_classes, size)
+        network = create_network(full, num_classes, size, activation)
     _check_patches(network, full, size)
-    note: Any = BuiltAs(full, num_classes, size)
+    note: Any = BuiltAs(full, num_classes, size, activation)
     network.built_as = note
     return network
 
@@ -110,20 +118,43 @@ def check_size(name: str, image_size: int) -> None:
         ) from error
 
 
-def create_network(full: str, num_classes: int, image_size: int) -> "nn.Module":
+def check_activation(name: str, activation: str | None) -> None:
+    """Raise ModelError unless the network can be built with this activation; takes no memory."""
+    import torch
+
+    if activation is not None:
+        with torch.device("meta"):
+            create_network(resolve(name), 2, default_image_size(name), activation)
+
+
+def create_network(
+    full: str, num_classes: int, image_size: int, activation: str | None = None
+) -> "nn.Module":
     """timm's network of a resolved name, on torch's default device, sized for the images; or ModelError."""
     import timm
+    from torch import nn
 
     # timm marks the architectures whose weights depend on the input size; only those take img_size.
     options: dict[str, Any] = {"img_size": image_size} if pretrained_cfg(full).fixed_input_size else {}
+    layer = {None: None, "relu": nn.ReLU, "relu6": nn.ReLU6}[activation]
+    if layer is not None:
+        options["act_layer"] = layer
     try:
         network: nn.Module = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
     except Exception as error:  # whatever a constructor of timm's thousand raises
+        if layer is not None and "act_layer" in str(error):
+            raise ModelError(_no_activation(full, activation)) from error
         raise ModelError(
             f"The model {full} cannot be built for images of {image_size} pixels and {num_classes} classes: "
             f"{_brief(error)}"
         ) from error
+    if layer is not None and not any(isinstance(module, layer) for module in network.modules()):
+        raise ModelError(_no_activation(full, activation))
     return network
+
+
+def _no_activation(full: str, activation: str | None) -> str:
+    return f"The model {full} has no activation that {activation} could stand in for; leave --activation out."
 
 
 @contextmanager

@@ -168,6 +168,25 @@ def resolutions(sizes: str, **options: Any) -> None:
         show_sizes(found)
 
 
+@cli.command(cls=Grouped)
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+def export(folder: Path, **options: Any) -> None:
+    """Make what ships of a finished run's student anew, for other processors or with other options.
+
+    RUN is a run folder; what is not said stays as it was. Nothing that was trained is trained again.
+    """
+    from .export_again import export_again
+
+    given = _given(options)
+    report = _told(lambda: export_again(folder, **given))
+    _show(report, as_json=bool(options["json_"]))
+
+
+export.params += [
+    one for one in run.params if one.name in ("quiet", "json_") or group(str(one.name)) == "Export"
+]
+
+
 # The student's size is the one thing that differs, and none of its stages can be left out.
 resolutions.params += [one for one in run.params if one.name not in ("student_size", "until", "dry_run")]
 

@@ -1,5 +1,7 @@
 """What a run's options say of int8, checked and completed."""
 
+from ..export.errors import ExportError
+from ..export.opset import check_opset
 from ..export.runtime import target_of_this_machine
 from .errors import UsageError
 from .options import Options
@@ -15,8 +17,13 @@ def complete(chosen: Options) -> None:
     """Choose what was left open; ``epochs`` and ``lr`` are chosen already.
 
     Raises:
-        UsageError: a target is named twice, or an option belongs to --qat, which is not there.
+        UsageError: a target is named twice, there is no such opset, or an option belongs to --qat, which was
+            not asked for.
     """
+    try:
+        check_opset(chosen.opset)
+    except ExportError as error:
+        raise UsageError(f"--opset {chosen.opset}: {error}.") from error
     # Checked again when it is assigned.
     chosen.target = chosen.target or [target_of_this_machine()]  # type: ignore[list-item]
     twice = next((name for name in chosen.target if chosen.target.count(name) > 1), None)

@@ -50,6 +50,8 @@ class Member:
     """Logits it gives; 0: it has no head."""
     file: str
     """Its weights in the run folder."""
+    activation: str | None = None
+    """What stands in for its own activation."""
 
 
 @dataclass
@@ -87,7 +89,8 @@ class Job:
     def _student(self, of_round: int | None) -> Member:
         size = self.options.student_size or self.image_size
         file = STUDENT if of_round is None else f"round.{of_round}.safetensors"
-        return Member(resolve_name(self.options.student), size, len(self.data.classes), file)
+        name, activation = resolve_name(self.options.student), self.options.activation
+        return Member(name, size, len(self.data.classes), file, activation)
 
     @property
     def place(self) -> int:

@@ -36,6 +36,7 @@ def start(
     seed: int,
     note: Callable[[str], None],
     role: str = "teacher",
+    activation: str | None = None,
 ) -> Start:
     """Build a network and load what ``source`` names.
 
@@ -43,17 +44,25 @@ def start(
         source: ``auto`` (timm's pretrained weights), ``none``, or a file.
         head: ``auto`` keeps a head whose class names (or count, where they are unknown) are the data's;
             ``keep``; ``replace``; ``none`` builds a network without one.
+        activation: what stands in for the network's own.
 
     Raises:
         ModelError: the weights cannot be had or do not fit; with ``keep``, the head does not.
     """
     logits = 0 if head == "none" else len(classes)
-    network: Any = build(name, num_classes=logits, image_size=image_size, seed=seed)
+    network: Any = build(name, num_classes=logits, image_size=image_size, seed=seed, activation=activation)
     if source == "none":
         return Start(network, "scratch", head="replaced", licence=None)
     checkpoint = (
         fetch_pretrained(name, f"--{role}-weights") if source == "auto" else read_checkpoint(Path(source))
     )
+    learned_with = checkpoint.metadata.get("activation")
+    if learned_with is not None and learned_with != activation:
+        raise ModelError(
+            f"The weights of {checkpoint.source} were trained with --activation {learned_with}: a {role} "
+            f"{'without it' if activation is None else f'with {activation}'} computes something else; take "
+            "other weights" + (", or repeat it." if role == "student" else ".")
+        )
     if head == "none":
         load_into(network, checkpoint, features_only=True)
         described, licence = _described(source, checkpoint), _licence(source, checkpoint)

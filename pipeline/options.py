@@ -66,6 +66,11 @@ class Options(BaseModel):
         group="What",
         enters="prepare",
     )
+    activation: Literal["relu", "relu6"] | None = option(
+        "the student's activation, such as relu6 for a mobilenetv3 that is fast in int8 [default: its own]",
+        group="What",
+        enters="prepare",
+    )
     data: str = option(
         "a folder of class folders (with or without train/ val/ test/), a labels file (.csv, .jsonl, or COCO's .json) for images of several labels, a timm data set name such as torch/cifar100, or digits: the built-in handwritten digits",
         "digits",
@@ -320,6 +325,12 @@ class Options(BaseModel):
     )
     qat_lr: float | None = option(
         "peak learning rate of --qat [default: a tenth of --lr]", group="Export", enters="qat", gt=0
+    )
+    opset: int = option(
+        "version of ONNX's operators in the files that ship; a higher one needs a newer runtime",
+        18,
+        group="Export",
+        enters="export",
     )
     bench_seconds: float = option(
         "seconds of measuring for each network and thread count", 2.0, group="Export", enters="bench", gt=0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from ..models.build import check_size, default_image_size, geometry
+from ..models.build import check_activation, check_size, default_image_size, geometry
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
 from . import defaults, int8_options, methods, rounds, teacher_list, trackers
@@ -61,6 +61,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     for name in chosen.teacher:
         check_size(name, chosen.image_size)
     check_size(chosen.student, chosen.student_size or chosen.image_size)
+    check_activation(chosen.student, chosen.activation)
     data = open_data(
         chosen.data,
         data_dir=chosen.data_dir,

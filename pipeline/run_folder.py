@@ -11,6 +11,7 @@ import yaml
 
 from .errors import UsageError
 from .files import digest, remove, sha256, write_json, write_text
+from .options import Options, group
 from .rounds import stages_of_config
 
 SCHEMA_VERSION = 1
@@ -110,17 +111,23 @@ class RunFolder:
     def refuse_other_options(self, config: Mapping[str, Any]) -> None:
         """
         Raises:
-            UsageError: the folder was made with other options; the sentence names the differences.
+            UsageError: the folder was made with other options than those of export; the sentence names them.
         """
         before = self.record.get("config")
-        if not self.record["stages"] or before is None or before == config:
+        if not self.record["stages"] or before is None:
             return
-        was, now = _single(before), _single(config)
+        # What is made of the student is cheap: with other options of that kind it is made anew.
+        was, now = (
+            _single({name: value for name, value in one.items() if not _of_export(name)})
+            for one in (before, config)
+        )
         changes = [
             f"{name} was {_short(was.get(name))}, now {_short(now.get(name))}"
             for name in sorted({*was, *now})
             if was.get(name) != now.get(name)
         ]
+        if not changes:
+            return
         raise UsageError(
             f"{self.path} holds a run with other options: {'; '.join(changes)}. "
             "Name another --out, repeat its options, or start it over with --fresh."
@@ -200,6 +207,10 @@ class RunFolder:
         if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(f"{file} was not written by this version of questpress; name another --out.")
         return record
+
+
+def _of_export(name: str) -> bool:
+    return name in Options.model_fields and group(name) == "Export"
 
 
 def _merged(known: Any, more: Any) -> Any:

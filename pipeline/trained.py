@@ -19,6 +19,7 @@ def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str,
         # A network without a head knows no classes.
         **({"labels": json.dumps(list(job.data.classes), ensure_ascii=False)} if member.classes else {}),
         "key": job.key,
+        **({} if member.activation is None else {"activation": member.activation}),
         # What was made from weights under a licence stays under it.
         **({} if licence is None else {"licence": licence}),
     }
@@ -26,7 +27,12 @@ def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str,
 
 def trained_network(job: Job, member: Member) -> nn.Module:
     """A finished network, on the CPU, in eval mode."""
-    network = build(member.name, num_classes=member.classes, image_size=member.image_size)
+    network = build(
+        member.name,
+        num_classes=member.classes,
+        image_size=member.image_size,
+        activation=member.activation,
+    )
     load_into(network, load_saved(job.folder.path / member.file))
     return network.eval()
 

@@ -41,7 +41,14 @@ def run(job: Job) -> Done:
             )
 
         def export(network: nn.Module, temperature: float | None) -> OnnxFile:
-            return export_onnx(network, part, student.image_size, metadata=about(temperature), pixels=folded)
+            return export_onnx(
+                network,
+                part,
+                student.image_size,
+                metadata=about(temperature),
+                pixels=folded,
+                opset=job.options.opset,
+            )
 
         file, fit = export(network, None), None
         if job.options.calibrate:

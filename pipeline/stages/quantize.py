@@ -72,12 +72,14 @@ def run(job: Job) -> Done:
             )
             file = file_of(job, name)
             times = _times(job, result, name, inputs[:TIMED_INPUTS])
-            (job.folder.path / file).unlink(missing_ok=True)
             if result.chosen is not None:
                 with whole(job.folder.path / file) as part:
                     shutil.copyfile(result.chosen.file.path, part)
                 shipped[name] = result.chosen.file
             found.append(_told(job, result, name, role, len(labels), budget, times))
+    for left in (job.folder.path / ARTIFACT).glob("student.int8*.onnx"):
+        if left.relative_to(job.folder.path) not in [file_of(job, name) for name in shipped]:
+            left.unlink()  # of a target that is no longer asked for
     return Done(
         "; ".join(_line(job, one) for one in found),
         [file_of(job, name).as_posix() for name in shipped],

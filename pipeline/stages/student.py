@@ -40,6 +40,7 @@ def run(job: Job) -> Done:
             job.seed,
             job.display.note,
             role="student",
+            activation=o.activation,
         )
     chosen = engine(job, job.training, lambda asked: choose_engine(job.device, asked, begun.network))
     use_threads(chosen.threads)

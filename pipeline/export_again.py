@@ -1,0 +1,27 @@
+"""`compress export`: the student of a run that is done, exported and quantized anew."""
+
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .results import Report
+from .run import compress
+from .run_folder import RunFolder
+
+
+def export_again(folder: Path, **options: Any) -> Report:
+    """Do a run's stages from export on with other options of theirs; the teacher and the student stay.
+
+    Raises:
+        UsageError: the folder holds no run, or one whose student is not finished.
+    """
+    if not (folder / "run.json").is_file():
+        raise UsageError(f"{folder} holds no run: name a folder that compress has made.")
+    run = RunFolder(folder, writes=False)
+    run.open(fresh=False)
+    if "student" not in run.record["stages"]:
+        raise UsageError(
+            f"{folder} holds a run whose student is not finished: repeat the command that began it "
+            f"({run.record.get('command', 'compress …')})."
+        )
+    return compress(config=folder / "config.yaml", out=folder, **options)
