@@ -18,7 +18,10 @@ from safetensors.numpy import load_file
 CLASSES = ("blue", "green", "red")
 TEACHER, STUDENT = "cifar_resnet14", "cifar_resnet8"
 NETWORKS = ("--teacher", TEACHER, "--teacher-weights", "none", "--student", STUDENT)
-SMALL = ("--image-size", "16", "--batch-size", "16", "--bench-seconds", "0.1", "--calibration-images", "16")
+SMALL = (
+    "--image-size", "16", "--batch-size", "16", "--bench-seconds", "0.1",
+    "--calibration-images", "16", "--calibration", "minmax",
+)  # fmt: skip
 SHORT = ("--teacher-epochs", "2", "--epochs", "2")
 
 

@@ -1,0 +1,79 @@
+"""A candidate is refused for what it loses beyond the budget, and not for chance."""
+
+import numpy as np
+import pytest
+from questpress.pipeline.budget import Budget, mcnemar
+
+
+def answers(right: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarray:
+    """Logits that are right where `right` says so."""
+    said = np.where(right, labels, (labels + 1) % classes)
+    return np.eye(classes, dtype=np.float32)[said]
+
+
+def budget(n: int, max_drop: float) -> tuple[Budget, np.ndarray]:
+    labels = np.arange(n) % 3
+    return Budget(answers(np.ones(n, bool), labels), labels, max_drop), labels
+
+
+@pytest.mark.parametrize(
+    ("n", "max_drop", "lost", "holds"),
+    [
+        (1000, 0.5, 5, True),  # just the budget
+        (1000, 0.5, 6, False),
+        (100, 0.5, 1, True),  # a point, but one image
+        (100, 0.5, 2, True),
+        (100, 0.5, 3, False),
+        (10_000, 1.0, 100, True),  # significant, and within what was allowed
+        (100, 0.0, 2, True),
+        (100, 0.0, 3, False),
+        (100, 5.0, 5, True),
+    ],
+)
+def test_more_than_the_budget_and_more_than_two_images_are_refused(
+    n: int, max_drop: float, lost: int, holds: bool
+) -> None:
+    judge, labels = budget(n, max_drop)
+    right = np.ones(n, bool)
+    right[:lost] = False
+    verdict = judge.verdict(answers(right, labels))
+    assert verdict.holds is holds
+    assert verdict.lost == pytest.approx(100 * lost / n) and verdict.score == pytest.approx(
+        100 - 100 * lost / n
+    )
+    assert verdict.more["p"] == pytest.approx(mcnemar(lost, 0))
+
+
+def test_images_lost_and_won_are_counted_against_each_other() -> None:
+    labels = np.arange(200) % 3
+    was_right = np.arange(200) >= 10
+    judge = Budget(answers(was_right, labels), labels, 0.5)
+    right = was_right.copy()
+    right[:6], right[100:107] = True, False  # six won, seven lost
+    verdict = judge.verdict(answers(right, labels))
+    assert verdict.lost == pytest.approx(0.5) and verdict.holds
+    assert verdict.more["p"] == pytest.approx(mcnemar(7, 6)) == 1.0
+
+
+def test_mcnemars_exact_test_is_the_binomial_sum() -> None:
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(6, 0) == pytest.approx(2 / 2**6)
+    assert mcnemar(5, 1) == pytest.approx(2 * (1 + 6) / 2**6)
+
+
+def test_the_noise_is_measured_in_decibels_against_the_float_files_logits() -> None:
+    judge, labels = budget(30, 0.5)
+    logits = answers(np.ones(30, bool), labels)
+    assert judge.verdict(logits).sqnr == float("inf")
+    assert judge.verdict(logits * 1.1).sqnr == pytest.approx(20, abs=1e-4)
+
+
+def test_with_several_labels_the_points_are_those_of_map() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 3)) < 0.4).astype(np.float32)
+    logits = (labels * 4 - 2 + rng.normal(0, 0.3, labels.shape)).astype(np.float32)
+    judge = Budget(logits, labels, 0.5)
+    assert judge.score == pytest.approx(100)
+    worse = judge.verdict(-logits)
+    assert worse.lost > 30 and not worse.holds and "p" not in worse.more
+    assert judge.verdict(logits * 2).holds
