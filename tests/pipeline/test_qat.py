@@ -73,7 +73,7 @@ def test_gamma_of_zero_gives_numbers_and_gradients(tmp_path: Path) -> None:
 @pytest.fixture(scope="module", params=["quest", "mimic+kd"])
 def recovered(
     request: Any,
-    one_thread: None,
+    one_thread: None,  # noqa: ARG001
     tmp_path_factory: pytest.TempPathFactory,
     data: Path,
     cache: Path,
