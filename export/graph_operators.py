@@ -52,7 +52,8 @@ def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
 
 
 def _clip(_: Attributes, x: Tensor, least: Any = None, most: Any = None) -> Tensor:
-    return torch.clamp(x, *(None if bound is None else float(bound) for bound in (least, most)))
+    # Of one number, whatever its shape.
+    return torch.clamp(x, *(None if bound is None else float(bound.item()) for bound in (least, most)))
 
 
 def _max_pool(a: Attributes, x: Tensor) -> Tensor:

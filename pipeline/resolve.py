@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..models.build import check_activation, check_size, default_image_size, geometry
+from ..models.errors import ModelError
 from ..models.names import resolve as resolve_name
 from ..models.pretrained import has_pretrained
 from . import defaults, int8_options, methods, rounds, teacher_list, trackers
@@ -61,7 +62,10 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     for name in chosen.teacher:
         check_size(name, chosen.image_size)
     check_size(chosen.student, chosen.student_size or chosen.image_size)
-    check_activation(chosen.student, chosen.activation)
+    try:
+        check_activation(chosen.student, chosen.activation)
+    except ModelError as error:
+        raise UsageError(f"--activation {chosen.activation}: {error}") from error
     data = open_data(
         chosen.data,
         data_dir=chosen.data_dir,

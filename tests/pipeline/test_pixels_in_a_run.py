@@ -1,12 +1,14 @@
 """A whole run with --input uint8: the files that ship take pixels, and everything beside them knows it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from questpress.export import runtime
+from questpress.export.runtime import Classifier
 
 from . import little
 
@@ -86,6 +88,14 @@ def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
     assert report["student"]["parity"]["max_abs"] < 1e-4
 
 
-def test_a_run_for_floats_is_not_mixed_with_one_for_pixels(a_run: Path, data: Path, cache: Path) -> None:
-    result = little.job(data, a_run, cache, "--input", "uint8")
-    little.refused(result, 2, 'input was "float", now "uint8"')
+def test_a_run_for_floats_is_made_anew_for_pixels_and_trains_nothing(
+    a_run: Path, tmp_path: Path, data: Path, cache: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    trained = little.record(out)["stages"]["student"]["finished"]
+    result = little.job(data, out, cache, "--input", "uint8", "--until", "validate")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert little.record(out)["stages"]["student"]["finished"] == trained
+    files = [out / "artifact" / name for name in ("student.onnx", "student.int8.onnx")]
+    assert all(Classifier(file.read_bytes(), file.name).takes_pixels for file in files)

@@ -70,7 +70,7 @@ def test_gamma_of_zero_gives_numbers_and_gradients(tmp_path: Path) -> None:
     assert all(torch.isfinite(p.grad).all() for p in graph.parameters() if p.grad is not None)
 
 
-@pytest.fixture(scope="module", params=["quest", "mimic+kd"])
+@pytest.fixture(scope="module", params=["quest", "quest+mimic+kd"])
 def recovered(
     request: Any,
     one_thread: None,  # noqa: ARG001
