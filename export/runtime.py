@@ -773,8 +773,8 @@ def _choose(
     """The file named, or the first of the precision that is made for this processor; the fp32 file where
     int8 is for others alone."""
     here = target_of_this_machine()
-    able = {here, None} | ({"x86"} if here == "x86-vnni" else set())
-    for target in (here, *able):
+    able = (here, "x86", None) if here == "x86-vnni" else (here, None)
+    for target in able:
         for entry in files:
             of_precision = entry["precision"] == precision and entry["target"] == target
             if entry["name"] == name or (name is None and of_precision):
