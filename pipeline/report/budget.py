@@ -41,12 +41,13 @@ def keeps(report: Report, search: Int8Search) -> str:
     if ships is None:
         told = none_holds(report, search)
         return f"{told[:1].upper()}{told[1:]}: no int8 file ships for {search.target}."
-    holding = sum(one.holds for one in search.tried)
-    verb = "keep" if holding != 1 else "keeps"
-    counted = figures.counted(len(search.tried), "candidate")
-    told = f"Of {counted} {holding:,}" if holding < len(search.tried) or holding == 1 else f"All {counted}"
-    told += f" {_within(report, search, verb)} on {images(search)}"
-    return f"{told}; the most accurate of them ships: {ships.name}, {change(ships.lost, search.n)}."
+    every, holding = len(search.tried), sum(one.holds for one in search.tried)
+    told = f"Of {every:,} candidates {holding:,}"
+    if holding == every:
+        told = {1: "The only candidate", 2: "Both candidates"}.get(every, f"All {every:,} candidates")
+    told += f" {_within(report, search, 'keep' if holding > 1 else 'keeps')} on {images(search)}"
+    which = "the most accurate of them" if holding > 1 else "it"
+    return f"{told}; {which} ships: {ships.name}, {change(ships.lost, search.n)}."
 
 
 def images(search: Int8Search) -> str:
