@@ -123,7 +123,7 @@ def _together(
     files = {
         f"{kind} {size}": out / str(size) / subject.file
         for size, report in reports.items()
-        for kind, subject in (("student", report.student), ("student_int8", report.student_int8))
+        for kind, subject in _timed_here(report).items()
         if subject is not None and subject.file is not None
     }
     hashes = {
@@ -160,8 +160,10 @@ def _together(
                 size=size,
                 folder=str(size),
                 gmacs=_gmacs(report, size),
-                student=_timed(report.student, "student", size, largest, threads, result),
-                student_int8=_timed(report.student_int8, "student_int8", size, largest, threads, result),
+                student=_timed(_exported(report), "student", size, largest, threads, result),
+                student_int8=None
+                if report.student_int8 is None
+                else _timed(report.student_int8, "student_int8", size, largest, threads, result),
             )
             for size, report in reports.items()
         ],
@@ -190,8 +192,19 @@ def _gmacs(report: Report, size: int) -> float | None:
     return multiply_adds(report.student.name, size, len(report.data.classes))
 
 
+def _exported(report: Report) -> Subject:
+    assert report.student is not None
+    return report.student
+
+
+def _timed_here(report: Report) -> dict[str, Subject | None]:
+    """A run's files, without one that is made for another family's processors."""
+    int8 = None if report.int8 and report.int8[0].not_timed is not None else report.student_int8
+    return {"student": report.student, "student_int8": int8}
+
+
 def _timed(
-    subject: Subject | None,
+    subject: Subject,
     kind: str,
     size: int,
     largest: int,
@@ -199,10 +212,11 @@ def _timed(
     result: latency.BenchResult,
 ) -> Subject:
     """A run's subject with its latency and its speed-up over the largest size, both of this bench."""
-    assert subject is not None
     name, over = f"{kind} {size}", f"{kind} {largest}"
-    measured = {n: result.latency(name, n) for n in threads}
-    speedups = [result.speedup(name, over, n) for n in threads] if size != largest else []
+    timed = {one.subject for one in result.latencies}
+    measured = {n: result.latency(name, n) for n in threads if name in timed}
+    both = size != largest and {name, over} <= timed
+    speedups = [result.speedup(name, over, n) for n in threads] if both else []
     return subject.model_copy(
         update={
             "latency_ms": {

@@ -269,7 +269,8 @@ class Size(Result):
     folder: str
     gmacs: float | None
     student: Subject
-    student_int8: Subject
+    student_int8: Subject | None = None
+    """None where no int8 candidate kept within the budget: then the fp32 file ships."""
 
 
 class Resolutions(Result):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ..results import Report
 from ..scores import Accuracy, Score
-from . import figures
+from . import budget, figures
 from .subjects import Column, Pace, compared, measure, of, pace, shipped, threads
 
 
@@ -34,8 +34,12 @@ def title(report: Report) -> str:
 
 
 def lead(report: Report) -> str:
-    """One or two sentences: the method, the data, and what ships."""
-    sentence = "Plain training" if report.method == "none" else f"Method {report.method}"
+    """A few sentences: first that the fp32 file ships, where no int8 file does; the method, the data, what
+    ships.
+    """
+    fp32 = budget.fp32_ships(report)
+    sentence = f"{fp32} " if fp32 else ""
+    sentence += "Plain training" if report.method == "none" else f"Method {report.method}"
     data = report.data
     if data is not None:
         sentence += f" on {data.name}, {figures.counted(len(data.classes), 'class', 'classes')}"
@@ -91,6 +95,9 @@ def _faster(report: Report) -> KeyFigure:
     for base in (over, own_fp32):
         measured = measured or [one for n in threads(report) if (one := pace(ships, base, n)) is not None]
     if not measured or ships is None:
+        search = budget.first(report)
+        if search is not None and search.file is not None and search.not_timed is not None:
+            return KeyFigure(figures.MISSING, "latency not known", [search.not_timed])
         return KeyFigure(figures.MISSING, "latency not measured yet")
     first = measured[0]
     value, word = speed(first)
@@ -188,7 +195,7 @@ def _selected(column: Column, score: Score | None) -> str:
 
 def notes(report: Report) -> list[str]:
     """The run's warnings, then what the figures themselves give to think about."""
-    found = list(report.warnings)
+    found = [*report.warnings, *budget.notes(report)]
     headless = [one.name for one in report.teachers if one.head == "none"]
     if headless and report.method != "none":
         found.append(
@@ -230,7 +237,7 @@ def missing(report: Report) -> list[str]:
     """What a finished report would hold and this one does not (yet)."""
     wanted = {
         "the student": report.student or report.student_int8,
-        "the int8 file": report.student_int8,
+        "the int8 file": report.student_int8 or report.int8,
         f"{measure(report)} on test images": any(column.subject.score for column in compared(report)),
         "latency": threads(report),
     }

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import calibration, details, figures, headline, learned, pictures, several_labels, tables
+from . import calibration, details, figures, headline, int8, learned, pictures, several_labels, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .pictures import Training
@@ -72,6 +72,7 @@ class Page:
     comparison: Table
     speedups: Table
     latency: Table
+    int8: int8.Section
     trainings: list[Training]
     epochs: Table
     examples: list[Picture]
@@ -97,10 +98,11 @@ def page(report: Report) -> Page:
     confused, words = tables.confused(report), tables.words(report)
     several = report.data is not None and report.data.multi_label
     classes = several_labels.classes(report) if several else tables.classes(report)
-    calibrated = calibration.section(report)
+    calibrated, quantized = calibration.section(report), int8.section(report)
     matrix, examples = _matrix(report), _examples(report)
     there = {
         ("comparison", "Comparison"): side_by_side or comparison.rows,
+        ("int8", "Int8"): quantized.targets or quantized.recovery.rows,
         ("training", "Training"): trainings,
         ("images", "Test images"): examples,
         ("classes", "Classes"): classes.rows or confused.rows or matrix,
@@ -121,6 +123,7 @@ def page(report: Report) -> Page:
         comparison=comparison,
         speedups=tables.speedups(report),
         latency=tables.latency(report),
+        int8=quantized,
         trainings=trainings,
         epochs=details.epochs(report),
         examples=examples,

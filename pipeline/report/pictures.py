@@ -43,7 +43,7 @@ def comparison(report: Report) -> list[Rows]:
     ]
     drawn = [
         bars("Size", sizes, "ONNX file; 1 MB is 1,000,000 bytes"),
-        dots(_measure(report), scores, "test images; line: 95 % interval; the axis does not start at 0"),
+        dots(measure_title(report), scores, "test images; line: 95 % interval; the axis does not start at 0"),
         bars(
             "Latency",
             latencies,
@@ -69,14 +69,15 @@ def trainings(report: Report) -> list[Training]:
         epochs = [epoch for epoch in report.epochs if epoch.stage == stage]
         charts = [
             lines("Loss", _losses(epochs)),
-            lines(f"{_measure(report)}, %", _accuracies(epochs), from_zero=False, top=100),
+            lines(f"{measure_title(report)}, %", _accuracies(epochs), from_zero=False, top=100),
             lines("Learning rate", [_curve("Learning rate", epochs, [e.learning_rate for e in epochs])]),
         ]
         found.append(Training(stage, [chart for chart in charts if chart is not None]))
     return found
 
 
-def _measure(report: Report) -> str:
+def measure_title(report: Report) -> str:
+    """At the head of a picture."""
     name = measure(report)
     return name[:1].upper() + name[1:] if name.islower() else name
 

@@ -1,13 +1,16 @@
 """Points of two measures, one against the other: what it gives over what it costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, isfinite
 
 from .charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Place, Tick, nice, ticks
 
 HEIGHT = 190
 """Of the plot: taller than a curve's, so that labels find room."""
+
+LABEL_WIDTH, LABEL_HEIGHT = 18, 13
+"""Room that a short label takes."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,16 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A horizontal line; ``key`` names it in the style sheet, ``above``: where its label stands."""
+
+    label: str
+    y: float
+    key: str
+    above: bool = True
+
+
+@dataclass(frozen=True)
 class DrawnPoint:
     x: float
     y: float
@@ -54,6 +67,14 @@ class DrawnSeries:
 
 
 @dataclass(frozen=True)
+class DrawnLevel:
+    label: str
+    key: str
+    y: float
+    label_y: float
+
+
+@dataclass(frozen=True)
 class Scatter:
     title: str
     description: str
@@ -64,10 +85,23 @@ class Scatter:
     x_name: str
     kind: str = "scatter"
     note: str = ""
+    levels: Sequence[DrawnLevel] = ()
 
 
-def scatter(title: str, series: Sequence[Series], *, x_name: str, note: str = "") -> Scatter | None:
-    """Percentages over what they cost; the cost's axis begins at zero, that of percent where they lie."""
+def scatter(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_name: str,
+    note: str = "",
+    levels: Sequence[Level] = (),
+    share_labels: bool = False,
+) -> Scatter | None:
+    """Percentages over what they cost; the cost's axis begins at zero, that of percent where they lie.
+
+    Args:
+        share_labels: points too near to each other for labels of their own get one together.
+    """
     kept = [_finite(one) for one in series]
     kept = [one for one in kept if one.points]
     if not kept:
@@ -76,8 +110,10 @@ def scatter(title: str, series: Sequence[Series], *, x_name: str, note: str = ""
     right = max(point.x for point in every) or 1.0
     step = nice(right / 4)
     right = ceil(right / step + 0.15) * step  # room for a label
-    low = min(point.y if point.low is None else point.low for point in every)
-    high = max(point.y if point.high is None else point.high for point in every)
+    levels = [one for one in levels if isfinite(one.y)]
+    lines = [one.y for one in levels]
+    low = min([point.y if point.low is None else point.low for point in every] + lines)
+    high = max([point.y if point.high is None else point.high for point in every] + lines)
     y_step = nice(max(high - low, 0.5) / 4)
     bottom, top = floor(low / y_step) * y_step, min(100.0, ceil(high / y_step) * y_step)
     if top <= bottom:
@@ -89,17 +125,47 @@ def scatter(title: str, series: Sequence[Series], *, x_name: str, note: str = ""
     def down(y: float) -> float:
         return round(TOP + HEIGHT * (top - y) / (top - bottom), 1)
 
-    told = "; ".join(f"{one.label}: {', '.join(point.text for point in one.points)}" for one in kept)
+    told = "; ".join(
+        [f"{one.label}: {', '.join(point.text for point in one.points)}" for one in kept]
+        + [f"line: {one.label}" for one in levels]
+    )
+    drawn = [_drawn(one, across, down) for one in kept]
     return Scatter(
         title,
         f"{title}. {told}.",
         TOP + HEIGHT + BOTTOM,
-        [_drawn(one, across, down) for one in kept],
+        _sharing(drawn) if share_labels else drawn,
         [Tick(across(x), text) for x, text in ticks(0.0, right, step)],
         [Tick(down(y), text) for y, text in ticks(bottom, top, y_step)],
         x_name,
         note=note,
+        levels=[
+            DrawnLevel(one.label, one.key, down(one.y), down(one.y) + (-4 if one.above else 13))
+            for one in levels
+        ],
     )
+
+
+def _sharing(drawn: Sequence[DrawnSeries]) -> list[DrawnSeries]:
+    """The same with one label for points of any series that lie together, at the outermost of them."""
+    groups: list[list[DrawnPoint]] = []
+    for point in (point for one in drawn for point in one.points if point.label):
+        near = [group for group in groups if any(_near(point, other) for other in group)]
+        groups = [group for group in groups if group not in near]
+        groups.append([*(other for group in near for other in group), point])
+    labels: dict[int, str] = {}
+    for group in groups:
+        outermost = max(group, key=lambda point: (-point.x if point.anchor == "end" else point.x, point.y))
+        named = sorted(group, key=lambda point: (len(point.label), point.label))
+        labels[id(outermost)] = ", ".join(point.label for point in named)
+    return [
+        replace(one, points=[replace(point, label=labels.get(id(point), "")) for point in one.points])
+        for one in drawn
+    ]
+
+
+def _near(one: DrawnPoint, other: DrawnPoint) -> bool:
+    return abs(one.x - other.x) < LABEL_WIDTH and abs(one.y - other.y) < LABEL_HEIGHT
 
 
 def _finite(one: Series) -> Series:

@@ -56,9 +56,11 @@ def _lead(found: Resolutions) -> str:
     )
     if found.method == "none":
         told = f"Students of {sides} pixels, trained without a teacher."
-    return (
-        f"{told} Accuracy is that of the files that ship, on the test images; all files were timed together."
-    )
+    told += " Accuracy is that of the files that ship, on the test images; all files were timed together."
+    without = [f"{one.size} px" for one in found.sizes if one.student_int8 is None]
+    if without:
+        told += f" No int8 file kept within the budget at {', '.join(without)}: the fp32 file ships there."
+    return told
 
 
 def _machine(found: Resolutions) -> str:
@@ -73,13 +75,15 @@ def _series(
     for key, name in KINDS:
         points = []
         for one in found.sizes:
-            subject = getattr(one, key)
+            subject: Subject | None = getattr(one, key)
+            if subject is None:
+                continue
             cost, score = x(one, subject), subject.score
             if cost is None or score is None:
                 continue
             text = f"{one.size} px {figures.percent(score.percent, score.n)} at {told(cost)}"
             # The two files of a size differ little: one label is enough.
-            label = str(one.size) if key == KINDS[0][0] else ""
+            label = str(one.size) if key == KINDS[0][0] or one.student_int8 is None else ""
             points.append(Point(label, cost, score.percent, text, score.low, score.high))
         series.append(Series(name, key, points))
     return series
@@ -122,7 +126,9 @@ def table(found: Resolutions) -> Table:
     rows = []
     for one in found.sizes:
         for key, name in KINDS:
-            subject: Subject = getattr(one, key)
+            subject: Subject | None = getattr(one, key)
+            if subject is None:
+                continue
             gmacs = figures.MISSING if one.gmacs is None else figures.significant(one.gmacs)
             rows.append(
                 [f"{one.size} px", name, *_accuracy(subject), gmacs, figures.megabytes(subject.bytes)]

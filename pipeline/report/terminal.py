@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import Report, Resolutions
-from . import calibration, figures, sizes
+from . import budget, calibration, figures, sizes
 from .headline import notes, title
-from .subjects import compared, measure, threads
+from .subjects import compared, measure, shipped, threads
 
 
 def table(report: Report) -> Table:
@@ -18,7 +18,7 @@ def table(report: Report) -> Table:
 
     Names are shown as they are: nothing in them is taken for markup.
     """
-    counts = threads(report)
+    counts, ships = threads(report), shipped(report)
     drawn = Table(
         title=Text(title(report)),
         title_justify="left",
@@ -43,7 +43,7 @@ def table(report: Report) -> Table:
             interval,
             figures.megabytes(network.bytes),
             *(figures.milliseconds(one.p50 if one else None) for one in latencies),
-            style="bold" if column.key == "student_int8" else "",
+            style="bold" if column == ships else "",
         )
     return drawn
 
@@ -64,12 +64,16 @@ def show_sizes(found: Resolutions, console: Console | None = None) -> None:
 
 
 def show(report: Report, folder: Path | None = None, console: Console | None = None) -> None:
-    """Print the table, the notes, and the paths to open: the page and the folder that ships.
+    """Print that the fp32 file ships where no int8 file does, the table, what of int8 was found, the notes,
+    and the paths to open: the page and the folder that ships.
 
     Args:
         folder: the run folder; without it the one the run was told to write to.
     """
     console = console or Console()
+    fp32 = budget.fp32_ships(report)
+    if fp32 is not None:
+        console.print(Text(fp32))
     console.print(table(report))
     calibrated = calibration.line(report)
     if calibrated is not None:

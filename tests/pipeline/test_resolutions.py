@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from questpress.models.catalogue import multiply_adds
+from questpress.pipeline.budget import Budget
 from questpress.pipeline.results import Resolutions
 
 from . import little
@@ -79,6 +81,24 @@ def test_the_same_command_again_changes_nothing(two_sizes: Path, data: Path) -> 
     after = files(two_sizes, but=("report.html", "report.md"))
     kept = [name for name in before if name.endswith((".onnx", ".safetensors")) or name == "resolutions.json"]
     assert kept and all(before[name] == after[name] for name in kept)
+
+
+def test_a_size_whose_int8_loses_too_much_is_told_with_its_fp32_file(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = Budget.verdict
+    monkeypatch.setattr(
+        Budget, "verdict", lambda self, logits: replace(verdict(self, logits), lost=3.25, holds=False)
+    )
+    result = of_sizes(data, tmp_path / "sizes", tmp_path / "cache", "8")
+    assert result.exit_code == 0, (result.output, result.exception)
+    [one] = found(tmp_path / "sizes").sizes
+    assert one.student_int8 is None and one.student.latency_ms
+    told = "No int8 file kept within the budget at 8 px: the fp32 file ships there."
+    assert all(told in (tmp_path / "sizes" / name).read_text() for name in ("report.html", "report.md"))
+    own = (tmp_path / "sizes" / "8" / "report.md").read_text()
+    assert own.split("\n\n")[1].startswith("The fp32 file ships: of ")
+    assert "loses 3.2 points. Method kd" in own
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.write import html
 from questpress.pipeline.results import Report
 
@@ -30,7 +31,7 @@ def opened(page: str, folder: Path, width: int) -> list[str]:
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize("report", [reports.full(), reports.bare()], ids=["full", "bare"])
+@pytest.mark.parametrize("report", [reports.with_int8(), reports.bare()], ids=["int8", "bare"])
 def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Path) -> None:
     assert opened(html(report), tmp_path, 1280) == []
 
@@ -38,7 +39,15 @@ def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Pat
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_is_not_wider_than_the_window(width: int, tmp_path: Path) -> None:
     # The page itself allows no script; the copy that is measured does.
-    page = html(reports.full([f"{'long' * 9} name {i}" for i in range(12)]))
+    report = reports.full([f"{'long' * 9} name {i}" for i in range(12)])
+    long = reports.with_int8().model_copy(deep=True).int8
+    for search in long:
+        search.target = search.tried[0].name = search.file = "a/long/name" * 9
+        search.not_timed = "".join(["long"] * 30)
+        search.float_parts = [FloatPart(name="node" * 30, op_type="Op" * 20, why="reason" * 20)]
+        search.worst = [("tensor" * 30, 3.0)]
+    page = html(report.model_copy(update={"int8": long}))
+    page = page.replace("<details", "<details open")
     page = re.sub(r"<meta http-equiv=.*?>", "", page)
     wide = "'wide ' + document.documentElement.scrollWidth + ' of ' + innerWidth"
     measure = f"<script>console.log({wide})</script>"

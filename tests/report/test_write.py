@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.errors import JobError
+from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.write import html, markdown, write_report
 from questpress.pipeline.results import Epoch, Report
 from questpress.pipeline.scores import ClassResult
@@ -15,6 +16,12 @@ PARTIAL = {
     "teacher only": reports.teacher_only(),
     "no teacher": reports.without("teacher", "teachers"),
     "no int8": reports.without("student_int8", "examples", "confusion"),
+    "int8 of two targets": reports.with_int8(),
+    "int8 without test images": reports.without("student", "student_int8", "data").model_copy(
+        update={"int8": reports.with_int8().int8, "recovery": reports.with_recovery().recovery}
+    ),
+    "recovery alone": reports.bare().model_copy(update={"recovery": reports.with_recovery().recovery}),
+    "no int8 file": reports.without_int8_file(),
     "no fp32": reports.without("student"),
     "no data": reports.without("data"),
     "no epochs": reports.without("epochs", "words"),
@@ -167,9 +174,25 @@ def hostile_report() -> Report:
         report.epochs[0].model_copy(update={"stage": one, "losses": {one: 1.0}, "watched": {one: 1.0}})
         for one in HOSTILE
     ]
+    int8 = [
+        search.model_copy(
+            update={
+                "target": one,
+                "file": one,
+                "not_timed": one,
+                "slow": one,
+                "tried": [search.tried[0].model_copy(update={"name": one, "calibration": one})],
+                "float_parts": [FloatPart(name=one, op_type=one, why=one)],
+                "worst": [(one, 1.0)],
+            }
+        )
+        for one in HOSTILE
+        for search in reports.with_int8().int8[:1]
+    ]
     return report.model_copy(
         update={
             "data": data,
+            "int8": int8,
             "title": HOSTILE[0],
             "method": HOSTILE[1],
             "command": "\n".join(HOSTILE) + "\n```\n# out",
