@@ -10,7 +10,7 @@ from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.write import html
 from questpress.pipeline.results import Report
 
-from . import reports
+from . import int8_reports, reports
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -31,7 +31,7 @@ def opened(page: str, folder: Path, width: int) -> list[str]:
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize("report", [reports.with_int8(), reports.bare()], ids=["int8", "bare"])
+@pytest.mark.parametrize("report", [int8_reports.with_int8(), reports.bare()], ids=["int8", "bare"])
 def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Path) -> None:
     assert opened(html(report), tmp_path, 1280) == []
 
@@ -40,7 +40,7 @@ def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Pat
 def test_the_page_is_not_wider_than_the_window(width: int, tmp_path: Path) -> None:
     # The page itself allows no script; the copy that is measured does.
     report = reports.full([f"{'long' * 9} name {i}" for i in range(12)])
-    long = reports.with_int8().model_copy(deep=True).int8
+    long = int8_reports.with_int8().model_copy(deep=True).int8
     for search in long:
         search.target = search.tried[0].name = search.file = "a/long/name" * 9
         search.not_timed = "".join(["long"] * 30)

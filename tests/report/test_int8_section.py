@@ -13,7 +13,7 @@ from questpress.pipeline.report.write import html, markdown
 from questpress.pipeline.results import Report
 from rich.console import Console
 
-from . import reports
+from . import int8_reports, reports
 from .test_write import Reader
 
 
@@ -30,7 +30,7 @@ def drawn(report: Report) -> Scatter:
 
 
 def test_the_table_has_every_candidate_in_the_order_they_were_tried() -> None:
-    table = int8.section(reports.with_int8()).targets[0].tried
+    table = int8.section(int8_reports.with_int8()).targets[0].tried
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     assert [row["candidate"] for row in rows] == [
         "fp32", "minmax", "entropy", "entropy, biases corrected", "percentile",
@@ -57,13 +57,13 @@ def test_the_table_has_every_candidate_in_the_order_they_were_tried() -> None:
 
 
 def test_what_no_candidate_has_is_no_column() -> None:
-    columns = int8.section(reports.with_int8()).targets[1].tried.columns
+    columns = int8.section(int8_reports.with_int8()).targets[1].tried.columns
     assert {"kept float", "also", "1 thread", "of fp32’s speed"}.isdisjoint(columns)
     assert "SQNR" in columns
 
 
 def test_a_point_lies_where_its_latency_and_accuracy_put_it() -> None:
-    chart = drawn(reports.with_int8())
+    chart = drawn(int8_reports.with_int8())
     points = {point.text.split(":")[0]: point for one in chart.series for point in one.points}
     assert set(points) == {"fp32", "1 minmax", "2 entropy", "3 entropy, biases corrected", "4 percentile"}
     fp32, minmax, islands = points["fp32"], points["1 minmax"], points["4 percentile"]
@@ -80,7 +80,7 @@ def test_a_point_lies_where_its_latency_and_accuracy_put_it() -> None:
 
 
 def test_lines_show_fp32_and_the_budget_below_it() -> None:
-    chart = drawn(reports.with_int8())
+    chart = drawn(int8_reports.with_int8())
     fp32, budget = chart.levels
     assert (fp32.label, budget.label) == ("fp32 90.0 %", "budget 89.5 %")
     assert fp32.y == next(point.y for one in chart.series for point in one.points if point.label == "fp32")
@@ -88,51 +88,53 @@ def test_lines_show_fp32_and_the_budget_below_it() -> None:
 
 
 def test_a_budget_of_nothing_is_one_line() -> None:
-    report = reports.with_int8()
+    report = int8_reports.with_int8()
     strict = report.int8[0].model_copy(update={"max_drop": 0.0})
     (line,) = drawn(report.model_copy(update={"int8": [strict]})).levels
     assert line.label == "fp32: no less is allowed"
 
 
 def test_points_that_lie_together_share_one_label() -> None:
-    near = [reports.tried("minmax", 0, p50=0.70), reports.tried("entropy", 0, p50=0.71)]
-    far = reports.tried("percentile", 9, p50=0.70)
-    chart = drawn(reports.full().model_copy(update={"int8": [reports.searched("x86-vnni", [*near, far])]}))
+    near = [int8_reports.tried("minmax", 0, p50=0.70), int8_reports.tried("entropy", 0, p50=0.71)]
+    far = int8_reports.tried("percentile", 9, p50=0.70)
+    chart = drawn(
+        reports.full().model_copy(update={"int8": [int8_reports.searched("x86-vnni", [*near, far])]})
+    )
     labels = {point.text.split(":")[0]: point.label for one in chart.series for point in one.points}
     assert labels == {"fp32": "fp32", "1 minmax": "", "2 entropy": "1, 2", "3 percentile": "3"}
 
 
 def test_a_target_of_other_processors_has_a_table_and_no_plot() -> None:
-    here, there = int8.section(reports.with_int8()).targets
+    here, there = int8.section(int8_reports.with_int8()).targets
     assert here.chart is not None and there.chart is None and len(there.tried.rows) == 2
     assert "artifact/student.int8.arm64.onnx has 80.9 % (76.6–84.5 %) of 371 test images, fp32" in there.text
     assert "unknown: made for arm64, and this machine is x86-vnni: it cannot be timed here." in there.text
-    for told in (html(reports.with_int8()), markdown(reports.with_int8())):
+    for told in (html(int8_reports.with_int8()), markdown(int8_reports.with_int8())):
         assert "For arm64" in told and "student.int8.arm64.onnx has 80.9 %" in told
 
 
 def test_the_text_says_how_the_candidates_fared() -> None:
-    first = int8.section(reports.with_int8()).targets[0].text
+    first = int8.section(int8_reports.with_int8()).targets[0].text
     assert first.startswith(
         "Of 4 candidates 2 keep within 0.5 points of fp32’s accuracy on 400 select images; "
         "the most accurate of them ships: entropy, biases corrected, −0.2 points."
     )
     assert "A larger loss is not refused" not in first
-    second = int8.section(reports.with_int8()).targets[1].text
+    second = int8.section(int8_reports.with_int8()).targets[1].text
     assert second.startswith(
         "The only candidate keeps within 0.5 points of fp32’s accuracy on 400 select images; "
         "it ships: minmax, +0.0 points."
     )
-    both = int8.section(reports.with_recovery()).targets[0].text
+    both = int8.section(int8_reports.with_recovery()).targets[0].text
     assert both.startswith("Both candidates keep within 0.5 points of fp32’s accuracy on 400 select images;")
-    report = reports.with_int8()
+    report = int8_reports.with_int8()
     few = report.int8[0].model_copy(update={"max_drop": 0.1})
     told = int8.section(report.model_copy(update={"int8": [few]})).targets[0].text
     assert "A larger loss is not refused where it is of one or two images." in told
 
 
 def test_float_nodes_and_the_worst_roundings_are_folded() -> None:
-    page_, text = html(reports.with_int8()), markdown(reports.with_int8())
+    page_, text = html(int8_reports.with_int8()), markdown(int8_reports.with_int8())
     for told in (page_, text):
         assert "What still runs in float, x86-vnni" in told and "Roundings that cost most, x86-vnni" in told
     folded = re.findall(r"<details.*?</details>", page_, re.DOTALL)
@@ -141,7 +143,7 @@ def test_float_nodes_and_the_worst_roundings_are_folded() -> None:
 
 
 def test_the_plot_has_words_and_a_link_leads_to_the_section() -> None:
-    read = Reader(html(reports.with_int8()))
+    read = Reader(html(int8_reports.with_int8()))
     assert read.ids().count("int8") == 1 and ("a", "href", "#int8") in read.attributes
     [told] = [
         value
@@ -164,7 +166,7 @@ FIRST_LINE = (
 
 
 def test_where_no_candidate_holds_the_first_line_says_that_the_fp32_file_ships() -> None:
-    report = reports.without_int8_file()
+    report = int8_reports.without_int8_file()
     assert headline.lead(report).startswith(f"{FIRST_LINE} Method quest on clothing")
     assert markdown(report).split("\n\n")[1].startswith(FIRST_LINE)
     assert html(report).split('<p class="lead">')[1].startswith(FIRST_LINE)
@@ -173,7 +175,7 @@ def test_where_no_candidate_holds_the_first_line_says_that_the_fp32_file_ships()
 
 
 def test_then_the_key_figures_are_those_of_the_fp32_file() -> None:
-    report = reports.without_int8_file()
+    report = int8_reports.without_int8_file()
     assert report.student is not None and report.student.accuracy is not None
     smaller, faster, accurate = headline.key_figures(report)
     assert (smaller.value, smaller.meaning) == ("9.52×", "smaller than the teacher")
@@ -189,9 +191,9 @@ def test_then_the_key_figures_are_those_of_the_fp32_file() -> None:
 
 
 def test_a_second_target_without_a_file_is_a_note() -> None:
-    report = reports.with_int8()
+    report = int8_reports.with_int8()
     lost = report.int8[1].model_copy(
-        update={"file": None, "tried": [reports.tried("minmax", 6, p50=None)], "accuracy": None}
+        update={"file": None, "tried": [int8_reports.tried("minmax", 6, p50=None)], "accuracy": None}
     )
     notes = headline.notes(report.model_copy(update={"int8": [report.int8[0], lost]}))
     assert (
@@ -202,7 +204,7 @@ def test_a_second_target_without_a_file_is_a_note() -> None:
 
 
 def test_why_int8_is_not_faster_is_a_note_on_the_first_screen() -> None:
-    report = reports.with_int8()
+    report = int8_reports.with_int8()
     slow = report.int8[0].model_copy(update={"slow": "int8 is not faster than fp32 here: no dot product."})
     report = report.model_copy(update={"int8": [slow]})
     assert "Int8 is not faster than fp32 here: no dot product." in headline.notes(report)
@@ -212,7 +214,7 @@ def test_why_int8_is_not_faster_is_a_note_on_the_first_screen() -> None:
 
 
 def test_a_default_target_of_other_processors_has_no_latency_and_says_why() -> None:
-    report = reports.with_int8()
+    report = int8_reports.with_int8()
     assert report.student_int8 is not None
     untimed = report.student_int8.model_copy(update={"latency_ms": {}, "speedups": []})
     report = report.model_copy(update={"int8": report.int8[1:], "student_int8": untimed})
@@ -221,7 +223,7 @@ def test_a_default_target_of_other_processors_has_no_latency_and_says_why() -> N
 
 
 def test_recovery_compares_training_with_the_file_on_the_same_images() -> None:
-    report = reports.with_recovery()
+    report = int8_reports.with_recovery()
     assert report.student_int8 is not None and report.student_int8.accuracy is not None
     top1, n = report.student_int8.accuracy.top1, report.student_int8.accuracy.n
     section = int8.section(report)
@@ -236,13 +238,13 @@ def test_recovery_compares_training_with_the_file_on_the_same_images() -> None:
 
 
 def test_recovery_does_not_compare_another_candidates_test_accuracy() -> None:
-    section = int8.section(reports.with_recovery(learned_ships=False))
+    section = int8.section(int8_reports.with_recovery(learned_ships=False))
     assert section.recovery.rows[1][3:] == ["–", "–"]
     assert "Another candidate ships, minmax, so on the test images" in section.recovery_text
 
 
 def test_recovery_alone_is_shown_as_far_as_it_is_known() -> None:
-    report = reports.bare().model_copy(update={"recovery": reports.with_recovery().recovery})
+    report = reports.bare().model_copy(update={"recovery": int8_reports.with_recovery().recovery})
     assert int8.section(report).recovery.rows == [
         ["select", "–", "90.5 %", "–", "–"],
         ["test", "–", "84.0 %", "–", "–"],
@@ -256,5 +258,5 @@ def test_logits_without_any_error_are_said_to_have_none() -> None:
 
 
 def test_the_json_gives_it_back() -> None:
-    for report in (reports.with_int8(), reports.with_recovery(), reports.without_int8_file()):
+    for report in (int8_reports.with_int8(), int8_reports.with_recovery(), int8_reports.without_int8_file()):
         assert Report.model_validate_json(report.model_dump_json()) == report

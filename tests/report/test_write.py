@@ -9,19 +9,19 @@ from questpress.pipeline.report.write import html, markdown, write_report
 from questpress.pipeline.results import Epoch, Report
 from questpress.pipeline.scores import ClassResult
 
-from . import reports
+from . import int8_reports, reports
 
 PARTIAL = {
     "nothing yet": reports.bare(),
     "teacher only": reports.teacher_only(),
     "no teacher": reports.without("teacher", "teachers"),
     "no int8": reports.without("student_int8", "examples", "confusion"),
-    "int8 of two targets": reports.with_int8(),
+    "int8 of two targets": int8_reports.with_int8(),
     "int8 without test images": reports.without("student", "student_int8", "data").model_copy(
-        update={"int8": reports.with_int8().int8, "recovery": reports.with_recovery().recovery}
+        update={"int8": int8_reports.with_int8().int8, "recovery": int8_reports.with_recovery().recovery}
     ),
-    "recovery alone": reports.bare().model_copy(update={"recovery": reports.with_recovery().recovery}),
-    "no int8 file": reports.without_int8_file(),
+    "recovery alone": reports.bare().model_copy(update={"recovery": int8_reports.with_recovery().recovery}),
+    "no int8 file": int8_reports.without_int8_file(),
     "no fp32": reports.without("student"),
     "no data": reports.without("data"),
     "no epochs": reports.without("epochs", "words"),
@@ -187,7 +187,7 @@ def hostile_report() -> Report:
             }
         )
         for one in HOSTILE
-        for search in reports.with_int8().int8[:1]
+        for search in int8_reports.with_int8().int8[:1]
     ]
     return report.model_copy(
         update={
