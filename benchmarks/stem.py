@@ -2,9 +2,9 @@
 
     taskset -c 1 python benchmarks/stem.py mobilenetv2_100 resnet18
 
-Networks of timm with random weights at 224 px, one image at a time on one thread, in rounds that take the files
-in turn. The ratio is int8's time with the first convolution in integers by that with it in float: above 1,
-float is faster.
+Networks of timm with random weights at 224 px, one image at a time on one thread, in rounds that take the
+files in turn. The ratio is int8's time with the first convolution in integers by that with it in float:
+above 1, float is faster.
 """
 
 from __future__ import annotations
