@@ -94,7 +94,7 @@ class Range(nn.Module):
         """Scale and zero point, as the quantizer takes them."""
         scale, zero = self.affine()
         kind = np.uint8 if self.qmin == 0 else np.int8
-        return {"scale": np.array(scale.cpu(), np.float32), "zero_point": np.array(int(zero), kind)}
+        return {"scale": np.array(scale.item(), np.float32), "zero_point": np.array(int(zero), kind)}
 
 
 class FakeQuantized(GraphNetwork):

@@ -91,7 +91,7 @@ def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
 def test_a_run_for_floats_is_made_anew_for_pixels_and_trains_nothing(
     a_run: Path, tmp_path: Path, data: Path, cache: Path
 ) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "again"
     shutil.copytree(a_run, out)
     trained = little.record(out)["stages"]["student"]["finished"]
     result = little.job(data, out, cache, "--input", "uint8", "--until", "validate")
