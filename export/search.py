@@ -27,9 +27,12 @@ from .equalise import equalised
 from .errors import ExportError
 from .fake_quantize import FakeQuantized
 from .quantize import Int8File, Overrides, Prepared, quantize, recipe, write_int8
-from .ranges import METHODS, calibrate_ranges
+from .ranges import METHODS, Batches, calibrate_ranges, chunks
 from .sensitivity import Source, sensitivity
 from .targets import Target
+
+LOOKED_AT = 128
+"""Images by which channels are equalised and biases corrected: their activations are held at once."""
 
 WATCHED = 16
 """Images on which the parts' sensitivity is measured, each part for itself."""
@@ -100,6 +103,8 @@ class _Way:
     name: str
     prepared: Prepared
     ranges: TensorsData
+    images: int
+    """From how many the ranges are."""
     calibration: str
     overrides: Overrides | None = None
     equalised: bool = False
@@ -109,7 +114,7 @@ class _Way:
 
 def search(
     prepared: Prepared,
-    images: np.ndarray,
+    calibration: Batches,
     types: Target,
     folder: Path,
     judge: Judge,
@@ -122,7 +127,8 @@ def search(
     """Look for the best int8 form of a prepared graph under the judge's budget.
 
     Args:
-        images: calibration images as the graph takes them, float32 [n,3,S,S] (see `Prepared.fed`).
+        calibration: preprocessed images as the file takes them (see `quantize_int8`); ranges are taken from
+            all of them, biases and scales of channels from the first `LOOKED_AT`.
         folder: where candidates' files are written, `0.onnx`, `1.onnx` …
         judge: measures a file and says whether it holds the budget.
         learned: a graph and ranges from quantization-aware training, another candidate of step 1.
@@ -137,7 +143,7 @@ def search(
 
     def attempt(way: _Way) -> None:
         tell(way.name)
-        said = {"method": way.calibration, "images": len(images), **(facts or {})}
+        said = {"method": way.calibration, "images": way.images, **(facts or {})}
         made_by = {
             **recipe(way.prepared, types, said, way.kept_float),
             "equalised": way.equalised,
@@ -158,23 +164,25 @@ def search(
         first = tried[best()]
         return Search(tuple(tried), first if first.verdict.holds else None, tuple(sources))
 
-    def ranges_of(graph: Prepared, method: str) -> TensorsData:
-        return calibrate_ranges(graph.model, [images], method, graph.scope.op_types)[0]
+    def ranges_of(graph: Prepared, method: str) -> tuple[TensorsData, int]:
+        return calibrate_ranges(graph.model, fed, method, graph.scope.op_types)
 
     def held() -> bool:
         return tried[best()].verdict.holds
 
     complete = with_all_biases(prepared)
+    fed = prepared.fed(calibration)
     if learned is not None:
         ranges = ranges_of(learned.prepared, "minmax")  # of what no range was learned for
-        attempt(_Way("learned", learned.prepared, ranges, "learned", learned.overrides))
+        attempt(_Way("learned", learned.prepared, *ranges, "learned", learned.overrides))
     for method in calibrators:
-        attempt(_Way(method, complete, ranges_of(complete, method), method))
+        attempt(_Way(method, complete, *ranges_of(complete, method), method))
     if held():
         return ended()
+    images = _first(fed, LOOKED_AT)
     way = ways[best()]
     if way.overrides is None and (level := equalised(way.prepared, images)) is not None:
-        ranges = ranges_of(level, way.calibration)
+        ranges, _ = ranges_of(level, way.calibration)
         attempt(replace(way, name=f"{way.name}, equalised", prepared=level, ranges=ranges, equalised=True))
         if held():
             return ended()
@@ -197,6 +205,15 @@ def search(
 
 def _qdq(way: _Way, types: Target) -> onnx.ModelProto:
     return quantize(way.prepared, way.ranges, types, kept_float=way.kept_float, overrides=way.overrides)
+
+
+def _first(batches: Batches, most: int) -> np.ndarray:
+    found: list[np.ndarray] = []
+    for chunk in chunks(batches):
+        found.append(chunk)
+        if sum(map(len, found)) >= most:
+            break
+    return np.concatenate(found)[:most]
 
 
 def _islands(sources: Sequence[Source]) -> Iterable[tuple[str, ...]]:

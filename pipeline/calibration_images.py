@@ -1,13 +1,17 @@
 """The training images that int8's ranges are taken from: drawn by the seed, rendered as for testing."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..export.runtime import normalise
 from .data.decode import rendered
 from .data.views import permutation
 from .files import digest
-from .job import Job
+from .job import Job, takes_pixels
+
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,18 @@ class CalibrationImages:
     labels: np.ndarray
     hash: str
     """Of the images, whatever their order."""
+
+
+def calibration_batches(job: Job, images: CalibrationImages) -> Callable[[], Iterator[np.ndarray]]:
+    """The images a few at a time, as the student's files take them: pixels, or normalised."""
+    preprocessing = job.preprocessing(job.student)
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, len(images.pixels), BATCH):
+            pixels = images.pixels[start : start + BATCH]
+            yield pixels if takes_pixels(job) else normalise(pixels, preprocessing)
+
+    return batches
 
 
 def calibration_images(job: Job) -> CalibrationImages:

@@ -64,14 +64,11 @@ class Int8Search(Result):
 
 
 class Recovery(Result):
-    """Quantization-aware training; accuracies of the same network as it computed in training, and of its
-    shipped form."""
+    """Quantization-aware training; what its file gives is told by the search, whose candidate it is."""
 
     epochs: int
     fake_select: float | None
     """Of the fake-quantized network in torch, on select; percent."""
-    shipped_select: float | None = None
-    """Of its int8 file in ONNX Runtime, on the same images."""
     fake_test: float | None
     file: str
     """The float graph with the weights it learned."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..export.runtime import Preprocessing
+from ..export.runtime import UINT8, Preprocessing
 from ..models.build import Geometry, geometry
 from ..models.names import resolve as resolve_name
 from . import evaluate
@@ -300,3 +300,8 @@ _WAYS = {
     "host": "training images stay in host memory",
     "workers": "training images are decoded by workers, each time they are wanted",
 }
+
+
+def takes_pixels(job: Job) -> bool:
+    """Whether the files that ship normalise by themselves."""
+    return job.options.input == UINT8

@@ -13,7 +13,7 @@ from ..export.fake_quantize import FakeQuantized
 from ..export.graph_network import with_weights
 from ..export.onnx_export import write_onnx
 from ..export.quantize import Overrides, Prepared, prepare, quantize
-from ..export.ranges import calibrate_ranges
+from ..export.ranges import Batches, calibrate_ranges
 from ..export.search import Learned
 from ..export.targets import Target
 from .errors import JobError
@@ -27,17 +27,17 @@ GRAPH = FOLDER / "student.onnx"
 RANGES = FOLDER / "ranges.json"
 
 
-def begun(fp32: Path, images: np.ndarray, types: Target) -> tuple[Prepared, FakeQuantized]:
+def begun(fp32: Path, calibration: Batches, types: Target) -> tuple[Prepared, FakeQuantized]:
     """The graph of a float file and its fake-quantized form, with ranges by MinMax.
 
     Args:
-        images: calibration images as the file takes them.
+        calibration: images as the file takes them.
 
     Raises:
         JobError: the graph has an operator that cannot be trained here.
     """
     prepared = with_all_biases(prepare(fp32))
-    ranges, _ = calibrate_ranges(prepared.model, prepared.fed([images]), "minmax", prepared.scope.op_types)
+    ranges, _ = calibrate_ranges(prepared.model, prepared.fed(calibration), "minmax", prepared.scope.op_types)
     return prepared, FakeQuantized(prepared, quantize(prepared, ranges, types), types)
 
 

@@ -204,10 +204,10 @@ def recovery(report: Report) -> Table:
     learned = next((one for one in search.tried if one.name == LEARNED), None) if search else None
     rows = []
     if found.fake_select is not None:
-        file, n = found.shipped_select, None
+        file, n = None, None
         if search is not None and search.role == "select":
             n = search.n
-            file = learned.score if file is None and learned is not None else file
+            file = learned.score if learned is not None else None
         rows.append(_compared("select", n, found.fake_select, file))
     if found.fake_test is not None:
         score = report.student_int8.score if report.student_int8 is not None else None

@@ -10,10 +10,10 @@ from ...export.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import allowed_cores, metadata, normalise
 from ..files import whole
 from ..int8_results import Int8Search
-from ..job import Job, Member
+from ..job import Job, Member, takes_pixels
 from ..run_folder import Done
 from ..trained import trained_network
-from .export import STUDENT_ONNX, origin, takes_pixels
+from .export import STUDENT_ONNX, origin
 
 FOLDER = Path("bench")
 SAMPLES = FOLDER / "latency.npz"

@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from ...export.onnx_export import OnnxFile, check_parity, export_onnx, with_metadata
-from ...export.runtime import UINT8, metadata, normalise
+from ...export.runtime import metadata, normalise
 from ...export.uint8_front import Outside
 from ...export.uint8_input import front_of
 from ..files import whole
-from ..job import Job
+from ..job import Job, takes_pixels
 from ..run_folder import Done
 from ..shipped import tempered, thresholds
 from ..trained import trained_network
@@ -81,11 +81,6 @@ def run(job: Job) -> Done:
         [STUDENT_ONNX.as_posix()],
         facts,
     )
-
-
-def takes_pixels(job: Job) -> bool:
-    """Whether the files that ship normalise by themselves."""
-    return job.options.input == UINT8
 
 
 def origin(job: Job, temperature: float | None = None) -> dict[str, Any]:

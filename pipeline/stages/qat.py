@@ -14,7 +14,7 @@ import torch
 from ...export import targets
 from ...export.runtime import normalise
 from .. import evaluate, qat
-from ..calibration_images import calibration_images
+from ..calibration_images import calibration_batches, calibration_images
 from ..data.image_set import Role
 from ..data.render import Normalise
 from ..device import Engine, threads, use_threads
@@ -28,7 +28,7 @@ from ..store.of_run import schedule_of
 from ..student_task import reads_of, student_task
 from ..task import DistillationTask
 from ..trained import trained_network
-from .export import STUDENT_ONNX, takes_pixels
+from .export import STUDENT_ONNX
 from .student import HEADS
 
 LOOKED_AT = 4
@@ -40,18 +40,19 @@ def run(job: Job) -> Done:
     assert o.qat_epochs and o.qat_lr
     member = job.student
     preprocessing = job.preprocessing(member)
-    pixels = calibration_images(job).pixels
+    calibration = calibration_images(job)
+    pixels = calibration.pixels[:LOOKED_AT]
     images = normalise(pixels, preprocessing)
     types = targets.target(o.target[0])
     fp32 = job.folder.path / STUDENT_ONNX
-    prepared, network = qat.begun(fp32, pixels if takes_pixels(job) else images, types)
+    prepared, network = qat.begun(fp32, calibration_batches(job, calibration), types)
     geometry = job.geometry(member)
     given = normalise_for(prepared.front, Normalise(geometry.mean, geometry.std))
-    looked_at = torch.from_numpy(pixels[:LOOKED_AT]).permute(0, 3, 1, 2)
+    looked_at = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     readouts = QuantizedReadouts(
         network,
         trained_network(job, member),
-        torch.from_numpy(images[:LOOKED_AT]),
+        torch.from_numpy(images),
         given(looked_at),
         reads_of(job),
     )

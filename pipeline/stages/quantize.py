@@ -13,11 +13,11 @@ from ...export import bench, targets
 from ...export.float_nodes import KEPT, float_nodes
 from ...export.machine import has_vnni, is_arm
 from ...export.quantize import Int8File, prepare
-from ...export.ranges import METHODS, chunks
-from ...export.runtime import int8_flags, normalise
+from ...export.ranges import METHODS
+from ...export.runtime import int8_flags
 from ...export.search import Candidate, Search, Verdict, search
 from ..budget import Budget
-from ..calibration_images import CalibrationImages, calibration_images
+from ..calibration_images import CalibrationImages, calibration_batches, calibration_images
 from ..files import whole
 from ..int8_results import FloatPart, Int8Search, TriedInt8
 from ..job import Job
@@ -25,7 +25,7 @@ from ..qat import recovered
 from ..run_folder import Done
 from ..scores import Speedup
 from ..shipped import shipped_logits
-from .export import ARTIFACT, STUDENT_ONNX, takes_pixels
+from .export import ARTIFACT, STUDENT_ONNX
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
 """Of the first target; see :func:`file_of`."""
@@ -48,10 +48,7 @@ def run(job: Job) -> Done:
     o = job.options
     calibration = calibration_images(job)
     prepared = prepare(job.folder.path / STUDENT_ONNX)
-    inputs = calibration.pixels  # as the file takes them
-    if not takes_pixels(job):
-        inputs = normalise(calibration.pixels, job.preprocessing(job.student))
-    images = np.concatenate(list(chunks(prepared.fed([inputs]))))
+    inputs = next(iter(calibration_batches(job, calibration)()))[:TIMED_INPUTS]
     learned = dict([recovered(job, prepared)]) if o.qat else {}
     pixels, labels, role = _deciding(job, calibration)
     budget = Budget(shipped_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop)
@@ -61,7 +58,7 @@ def run(job: Job) -> Done:
         with tempfile.TemporaryDirectory(prefix=".int8.", dir=job.folder.path) as folder:
             result = search(
                 prepared,
-                images,
+                calibration_batches(job, calibration),
                 targets.target(name),
                 Path(folder),
                 _judge(job, budget, pixels, name),
@@ -71,7 +68,7 @@ def run(job: Job) -> Done:
                 tell=partial(_show, job, name),
             )
             file = file_of(job, name)
-            times = _times(job, result, name, inputs[:TIMED_INPUTS])
+            times = _times(job, result, name, inputs)
             if result.chosen is not None:
                 with whole(job.folder.path / file) as part:
                     shutil.copyfile(result.chosen.file.path, part)

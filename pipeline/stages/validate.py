@@ -16,13 +16,13 @@ from .. import calibration, evaluate
 from ..evaluate import agreement
 from ..examples import examples, said
 from ..int8_results import Int8Search
-from ..job import Job
+from ..job import Job, takes_pixels
 from ..multi_label import thresholds_of
 from ..results import Subject
 from ..run_folder import Done
 from ..scores import Calibration, Score
 from ..shipped import shipped_logits
-from .export import ARTIFACT, STUDENT_ONNX, origin, takes_pixels
+from .export import ARTIFACT, STUDENT_ONNX, origin
 from .quantize import STUDENT_INT8
 from .teacher import ANSWERS
 
