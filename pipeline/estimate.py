@@ -49,10 +49,14 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     own = student.gmacs or 0.0
     # In each further round a student is the teacher.
     macs += (STEP * own + distilling + (options.rounds - 1) * (STEP + 1) * own) * train * options.epochs
+    if options.qat:
+        assert options.qat_epochs
+        macs += (STEP * own + distilling) * train * options.qat_epochs
     lines.append(
         f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, "
         f"{student.gmacs or 0.0:.2f} GMACs at {options.student_size or size} px, {options.epochs} epochs "
         f"with method {options.method}" + (f", {options.rounds} rounds" if options.rounds > 1 else "")
+        + (f", and {options.qat_epochs} under fake quantization" if options.qat else "")
     )
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
     disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2
