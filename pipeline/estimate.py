@@ -55,7 +55,8 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     lines.append(
         f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, "
         f"{student.gmacs or 0.0:.2f} GMACs at {options.student_size or size} px, {options.epochs} epochs "
-        f"with method {options.method}" + (f", {options.rounds} rounds" if options.rounds > 1 else "")
+        f"with method {options.method}"
+        + (f", {options.rounds} rounds" if options.rounds > 1 else "")
         + (f", and {options.qat_epochs} under fake quantization" if options.qat else "")
     )
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
