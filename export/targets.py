@@ -11,8 +11,8 @@ and on Arm), and `benchmarks/int8.py`. Asymmetric everywhere: only then ReLU and
 the tensor before them, and half of a range is not given to numbers that a ReLU never gives.
 
 On x86 a first convolution of 3 × 3 stays float, unless it takes pixels as they are: over three channels the
-integer kernel has little to sum, and MobileNets are 1 to 11 % faster so (`benchmarks/int8.py --stems`); one of
-7 × 7, as ResNets have it, is far slower in float.
+integer kernel has little to sum, and MobileNets are 1 to 11 % faster so (`benchmarks/int8.py --stems`); one
+of 7 × 7, as ResNets have it, is far slower in float.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A target's types are in its files; a machine knows its own target and takes the file that is right for it."""
+"""A target's types are in its files; a machine knows its own target and takes the right file."""
 
 import platform
 from pathlib import Path
