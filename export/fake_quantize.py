@@ -26,6 +26,9 @@ from .targets import Target
 _QUANTIZED = "_quantized"
 """What ONNX Runtime's quantizer appends to the name of a weight or bias."""
 
+_BEFORE_OUTPUT = "_QuantizeLinear_Input"
+"""And to that of the graph's output before it is rounded."""
+
 
 class _FakeQuantize(torch.autograd.Function):
     """Round to the levels of a range, the gradient of rounding taken as 1.
@@ -94,7 +97,7 @@ class Range(nn.Module):
         """Scale and zero point, as the quantizer takes them."""
         scale, zero = self.affine()
         kind = np.uint8 if self.qmin == 0 else np.int8
-        return {"scale": np.array(scale.cpu(), np.float32), "zero_point": np.array(int(zero), kind)}
+        return {"scale": np.array(float(scale), np.float32), "zero_point": np.array(int(zero), kind)}
 
 
 class FakeQuantized(GraphNetwork):
@@ -121,7 +124,7 @@ class FakeQuantized(GraphNetwork):
                 if scale not in keys:
                     keys[scale] = f"r{len(keys)}"
                     self.ranges[keys[scale]] = self._range(step)
-                self.range_of[step.inputs[0]] = keys[scale]
+                self.range_of[self._tensor(step)] = keys[scale]
             elif self._is_weight(step):
                 self.axes[self._float_name(step)] = int(step.attributes.get("axis", 1))
 
@@ -132,7 +135,9 @@ class FakeQuantized(GraphNetwork):
             for step in self.steps
             if self._is_weight(step) and self._rounds(step)
         }
-        order = {name: place for place, step in enumerate(self.steps) for name in step.inputs}
+        order = {
+            name: place for place, step in enumerate(self.steps) for name in (*step.outputs, *step.inputs)
+        }
         named = [*self.range_of, *(name for name in weights)]
         return sorted(named, key=lambda name: order.get(name, order.get(name + _QUANTIZED, 0)))
 
@@ -157,8 +162,7 @@ class FakeQuantized(GraphNetwork):
 
     def compute(self, step: Step, values: Values) -> None:
         if step.op_type == "QuantizeLinear":
-            name = step.inputs[0]
-            x = values[name] if name in values else self._value(name, values)
+            name, x = self._tensor(step), self._value(step.inputs[0], values)
             if self.only is None or name in self.only:
                 values[step.outputs[0]] = self.ranges[self.range_of[name]](x)
             else:
@@ -210,6 +214,10 @@ class FakeQuantized(GraphNetwork):
 
     def _is_weight(self, step: Step) -> bool:
         return step.op_type == "DequantizeLinear" and step.inputs[0] in self.integers
+
+    def _tensor(self, step: Step) -> str:
+        """What a QuantizeLinear rounds, by its name in the float graph."""
+        return step.inputs[0].removesuffix(_BEFORE_OUTPUT)
 
     def _float_name(self, step: Step) -> str:
         return step.inputs[0].removesuffix(_QUANTIZED)
