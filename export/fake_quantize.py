@@ -206,7 +206,9 @@ class FakeQuantized(GraphNetwork):
     def _constant(self, step: Step) -> Any:
         q, scale, *zero = (self.integers[name] for name in step.inputs)
         value = (q.astype(np.float32) - (zero[0].astype(np.float32) if zero else 0)) * scale
-        return value.astype(np.float32)
+        value = value.astype(np.float32)
+        # The quantizer gives each layer a copy of a bias that several share: no weight here, but a product's.
+        return torch.from_numpy(value).to(next(self.parameters()).device) if value.ndim else value
 
     def _rounds(self, step: Step) -> bool:
         """Whether it is a weight of 8 bits, and not a bias of 32."""
