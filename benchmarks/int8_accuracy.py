@@ -24,8 +24,9 @@ import numpy as np
 import yaml
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from questpress.export.ranges import quiet
-from questpress.export.runtime import Classifier, preprocess
+from questpress.export.runtime import Classifier, decode_image, preprocess
 from questpress.pipeline.budget import mcnemar
+from questpress.pipeline.data.image_set import Image
 from questpress.pipeline.export_again import export_again
 from questpress.pipeline.options import Options
 from questpress.pipeline.resolve import resolve
@@ -65,7 +66,7 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
     _, data = resolve(options)
     fp32 = run / "artifact" / "student.onnx"
     classifier = Classifier(fp32.read_bytes(), fp32.name)
-    test = preprocess((image.read() for image in data.test), classifier.preprocessing)
+    test = preprocess(map(pixels, data.test), classifier.preprocessing)
     labels = np.array([image.label for image in data.test])
     expected = right(fp32, test, labels)
     folder = out / run.name
@@ -104,6 +105,12 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
     return rows
 
 
+def pixels(image: Image) -> np.ndarray:
+    """uint8 [H,W,3]."""
+    content = image.read()
+    return decode_image(content) if isinstance(content, bytes) else content
+
+
 def right(file: Path, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Which images a file answers rightly."""
     classifier = Classifier(file.read_bytes(), file.name)
@@ -116,7 +123,7 @@ def naive(fp32: Path, train: Any, options: Options, file: Path) -> Path:
     classifier = Classifier(fp32.read_bytes(), fp32.name)
     # A key is the hash of an image: the first of them are any images.
     drawn = sorted(train, key=lambda image: str(image.key))[: options.calibration_images]
-    images = preprocess((image.read() for image in drawn), classifier.preprocessing)
+    images = preprocess(map(pixels, drawn), classifier.preprocessing)
     with quiet():
         quantize_static(str(fp32), str(file), Chunks(images))
     return file

@@ -26,6 +26,9 @@ from .targets import Target
 _QUANTIZED = "_quantized"
 """What ONNX Runtime's quantizer appends to the name of a weight or bias."""
 
+_BEFORE_OUTPUT = "_QuantizeLinear_Input"
+"""And to that of the graph's output before it is rounded."""
+
 
 class _FakeQuantize(torch.autograd.Function):
     """Round to the levels of a range, the gradient of rounding taken as 1.
@@ -121,7 +124,7 @@ class FakeQuantized(GraphNetwork):
                 if scale not in keys:
                     keys[scale] = f"r{len(keys)}"
                     self.ranges[keys[scale]] = self._range(step)
-                self.range_of[step.inputs[0]] = keys[scale]
+                self.range_of[self._tensor(step)] = keys[scale]
             elif self._is_weight(step):
                 self.axes[self._float_name(step)] = int(step.attributes.get("axis", 1))
 
@@ -132,7 +135,9 @@ class FakeQuantized(GraphNetwork):
             for step in self.steps
             if self._is_weight(step) and self._rounds(step)
         }
-        order = {name: place for place, step in enumerate(self.steps) for name in step.inputs}
+        order = {
+            name: place for place, step in enumerate(self.steps) for name in (*step.outputs, *step.inputs)
+        }
         named = [*self.range_of, *(name for name in weights)]
         return sorted(named, key=lambda name: order.get(name, order.get(name + _QUANTIZED, 0)))
 
@@ -157,8 +162,7 @@ class FakeQuantized(GraphNetwork):
 
     def compute(self, step: Step, values: Values) -> None:
         if step.op_type == "QuantizeLinear":
-            name = step.inputs[0]
-            x = values[name] if name in values else self._value(name, values)
+            name, x = self._tensor(step), self._value(step.inputs[0], values)
             if self.only is None or name in self.only:
                 values[step.outputs[0]] = self.ranges[self.range_of[name]](x)
             else:
@@ -202,7 +206,9 @@ class FakeQuantized(GraphNetwork):
     def _constant(self, step: Step) -> Any:
         q, scale, *zero = (self.integers[name] for name in step.inputs)
         value = (q.astype(np.float32) - (zero[0].astype(np.float32) if zero else 0)) * scale
-        return value.astype(np.float32)
+        value = value.astype(np.float32)
+        # The quantizer gives each layer a copy of a bias that several share: no weight here, but a product's.
+        return torch.from_numpy(value).to(next(self.parameters()).device) if value.ndim else value
 
     def _rounds(self, step: Step) -> bool:
         """Whether it is a weight of 8 bits, and not a bias of 32."""
@@ -210,6 +216,10 @@ class FakeQuantized(GraphNetwork):
 
     def _is_weight(self, step: Step) -> bool:
         return step.op_type == "DequantizeLinear" and step.inputs[0] in self.integers
+
+    def _tensor(self, step: Step) -> str:
+        """What a QuantizeLinear rounds, by its name in the float graph."""
+        return step.inputs[0].removesuffix(_BEFORE_OUTPUT)
 
     def _float_name(self, step: Step) -> str:
         return step.inputs[0].removesuffix(_QUANTIZED)

@@ -52,8 +52,9 @@ def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
 
 
 def _clip(_: Attributes, x: Tensor, least: Any = None, most: Any = None) -> Tensor:
-    # Of one number, whatever its shape.
-    return torch.clamp(x, *(None if bound is None else float(bound.item()) for bound in (least, most)))
+    for bound, cut in ((least, torch.clamp_min), (most, torch.clamp_max)):
+        x = x if bound is None else cut(x, float(bound.item()))
+    return x
 
 
 def _max_pool(a: Attributes, x: Tensor) -> Tensor:
@@ -113,7 +114,8 @@ def _squeeze(_: Attributes, x: Tensor, axes: Any = None) -> Tensor:
 
 
 def _unsqueeze(_: Attributes, x: Tensor, axes: np.ndarray) -> Tensor:
-    for axis in sorted(int(axis) for axis in axes):
+    dims = x.dim() + len(axes)  # axes count those of the result
+    for axis in sorted(int(axis) % dims for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
@@ -203,6 +205,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Squeeze": _squeeze,
     "Sub": _two(lambda x, y: x - y),
     "Tanh": lambda _, x: torch.tanh(x),
-    "Transpose": lambda a, x: x.permute(*a["perm"]),
+    "Transpose": lambda a, x: x.permute(*a.get("perm", reversed(range(x.dim())))),
     "Unsqueeze": _unsqueeze,
 }
