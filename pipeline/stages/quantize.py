@@ -145,7 +145,7 @@ def _told(
         p50_fp32=None if times is None else times.latency("fp32", 1).p50,
         tried=tried,
         float_parts=parts,
-        slow=None if ships is None else _why_slow(ships, parts),
+        slow=None if ships is None else why_slow(ships, parts),
         worst=[(source.tensor, source.sqnr) for source in result.sources[:20]],
         not_timed=targets.timed_here([target])[target],
     )
@@ -230,7 +230,7 @@ def _float_parts(file: Int8File, kept: Sequence[str]) -> list[FloatPart]:
     ]
 
 
-def _why_slow(tried: TriedInt8, parts: Sequence[FloatPart]) -> str | None:
+def why_slow(tried: TriedInt8, parts: Sequence[FloatPart]) -> str | None:
     """Where int8 is not faster than fp32: the reason, and which students would be."""
     if tried.speedup is None or tried.speedup.low > 1:
         return None

@@ -12,6 +12,8 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
 from questpress.export.runtime import Classifier
+from questpress.pipeline.int8_results import FloatPart, TriedInt8
+from questpress.pipeline.scores import Speedup
 from questpress.pipeline.stages import quantize
 
 from . import little
@@ -225,3 +227,29 @@ def test_another_activation_is_built_told_and_not_mistaken(tmp_path: Path, data:
         "--image-size", "32", "--until", "student",
     )  # fmt: skip
     assert again.exit_code != 0 and "--activation relu6" in again.stderr
+
+
+def tried(low: float) -> TriedInt8:
+    return TriedInt8(
+        name="minmax", calibration="minmax", equalised=False, bias_corrected=False, kept_float=[],
+        score=90.0, lost=0.0, sqnr=30.0, holds=True, ships=True, bytes=1, p50=1.0,
+        speedup=Speedup(over="fp32", threads=1, ratio=low + 0.05, low=low, high=low + 0.1),
+    )  # fmt: skip
+
+
+def test_int8_that_is_not_faster_says_why_and_which_students_would_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = "ONNX Runtime has no integer kernel for HardSigmoid"
+    parts = [FloatPart(name="a", op_type="HardSigmoid", why=kernel)] * 3
+    for function, value in {"is_arm": False, "has_vnni": True}.items():
+        monkeypatch.setattr(quantize, function, lambda value=value: value)
+    assert quantize.why_slow(tried(1.01), parts) is None
+    told = quantize.why_slow(tried(0.9), parts)
+    assert told is not None and "3 of its nodes run in float" in told and "--activation relu6" in told
+    assert "so small" in (quantize.why_slow(tried(0.9), []) or "")
+    monkeypatch.setattr(quantize, "has_vnni", lambda: False)
+    assert "VNNI" in (quantize.why_slow(tried(0.9), parts) or "")
+    monkeypatch.setattr(quantize, "is_arm", lambda: True)
+    monkeypatch.setattr(quantize, "int8_flags", lambda: ("i8mm",))
+    assert "no dot product" in (quantize.why_slow(tried(0.9), parts) or "")
