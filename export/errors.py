@@ -5,3 +5,7 @@ class ExportError(Exception):
     """Exporting, quantizing or timing a network failed (exit code 1)."""
 
     exit_code = 1
+
+
+class NotInTorchError(ExportError):
+    """A graph with something in it that `graph_operators` cannot compute."""

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from .errors import ExportError
+from .errors import NotInTorchError
 from .graph_operators import OPERATORS
 
 Values = dict[str, Any]
@@ -40,7 +40,7 @@ class GraphNetwork(nn.Module):
     """A float ONNX graph of one input and one output; `weights` are its float initializers of at least one
     dimension.
 
-    Raises ExportError for an operator that `graph_operators` does not have.
+    Raises NotInTorchError for an operator that `graph_operators` does not have.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -55,7 +55,7 @@ class GraphNetwork(nn.Module):
         self.steps = tuple(self._steps(graph.node))
         for step in self.steps:
             if self._operator(step) is None:
-                raise ExportError(
+                raise NotInTorchError(
                     f"the graph has the operator {step.op_type} ({step.name}), which cannot be computed in "
                     "torch here"
                 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import ExportError
+from .errors import NotInTorchError
 
 Attributes = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ Attributes = Mapping[str, Any]
 def _pads(a: Attributes, dims: int) -> list[int]:
     """In torch's order: the last dimension first."""
     if a.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        raise ExportError(f"auto_pad {a['auto_pad'].decode()} cannot be computed in torch here")
+        raise NotInTorchError(f"auto_pad {a['auto_pad'].decode()} cannot be computed in torch here")
     pads = list(a.get("pads", [0] * 2 * dims))
     return [side for i in reversed(range(dims)) for side in (pads[i], pads[i + dims])]
 
@@ -76,7 +76,7 @@ def _average_pool(a: Attributes, x: Tensor) -> Tensor:
 def _symmetric(a: Attributes, dims: int) -> list[int]:
     pads = _pads(a, dims)
     if any(pads[2 * i] != pads[2 * i + 1] for i in range(dims)):
-        raise ExportError("an AveragePool with uneven padding cannot be computed in torch here")
+        raise NotInTorchError("an AveragePool with uneven padding cannot be computed in torch here")
     return [pads[2 * i] for i in reversed(range(dims))]
 
 
@@ -134,7 +134,7 @@ def _slice(_: Attributes, x: Tensor, starts: Any, ends: Any, axes: Any = None, s
         axis = i if axes is None else int(axes[i])
         step = 1 if steps is None else int(steps[i])
         if step < 1:
-            raise ExportError("a Slice that goes backwards cannot be computed in torch here")
+            raise NotInTorchError("a Slice that goes backwards cannot be computed in torch here")
         index[axis] = slice(start, int(ends[i]), step)
     return x[tuple(index)]
 

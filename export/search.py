@@ -24,7 +24,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 
 from .bias_correction import bias_corrected, with_all_biases
 from .equalise import equalised
-from .errors import ExportError
+from .errors import ExportError, NotInTorchError
 from .fake_quantize import FakeQuantized
 from .quantize import Int8File, Overrides, Prepared, quantize, recipe, write_int8
 from .ranges import METHODS, Batches, calibrate_ranges, chunks
@@ -94,6 +94,8 @@ class Search:
     chosen: Candidate | None
     sources: tuple[Source, ...] = ()
     """The roundings of the best candidate, the worst first, where step 4 was reached."""
+    stopped: str | None = None
+    """Why steps 2 to 4 could not be taken, where they were called for: they compute the graph in torch."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +162,42 @@ def search(
     def best() -> int:
         return max(range(len(tried)), key=lambda i: (tried[i].rank, -i))
 
-    def ended(sources: Sequence[Source] = ()) -> Search:
+    def ended(sources: Sequence[Source] = (), stopped: str | None = None) -> Search:
         first = tried[best()]
-        return Search(tuple(tried), first if first.verdict.holds else None, tuple(sources))
+        return Search(tuple(tried), first if first.verdict.holds else None, tuple(sources), stopped)
 
     def ranges_of(graph: Prepared, method: str) -> tuple[TensorsData, int]:
         return calibrate_ranges(graph.model, fed, method, graph.scope.op_types)
 
     def held() -> bool:
         return tried[best()].verdict.holds
+
+    def recover() -> Sequence[Source]:
+        """Steps 2 to 4."""
+        images = _first(fed, LOOKED_AT)
+        way = ways[best()]
+        if way.overrides is None and (level := equalised(way.prepared, images)) is not None:
+            ranges, _ = ranges_of(level, way.calibration)
+            attempt(
+                replace(way, name=f"{way.name}, equalised", prepared=level, ranges=ranges, equalised=True)
+            )
+            if held():
+                return ()
+        way = ways[best()]
+        fake = FakeQuantized(way.prepared, _qdq(way, types), types).eval()
+        corrected = bias_corrected(way.prepared, fake, images)
+        attempt(replace(way, name=f"{way.name}, biases corrected", prepared=corrected, corrected=True))
+        if held():
+            return ()
+        way = ways[best()]
+        fake = FakeQuantized(way.prepared, _qdq(way, types), types).eval()
+        tell("sensitivity")
+        sources = sensitivity(way.prepared, fake, images[:WATCHED])
+        for nodes in _islands(sources):
+            attempt(replace(way, name=f"{way.name}, {len(nodes)} nodes float", kept_float=nodes))
+            if held():
+                break
+        return sources
 
     complete = with_all_biases(prepared)
     fed = prepared.fed(calibration)
@@ -179,28 +208,10 @@ def search(
         attempt(_Way(method, complete, *ranges_of(complete, method), method))
     if held():
         return ended()
-    images = _first(fed, LOOKED_AT)
-    way = ways[best()]
-    if way.overrides is None and (level := equalised(way.prepared, images)) is not None:
-        ranges, _ = ranges_of(level, way.calibration)
-        attempt(replace(way, name=f"{way.name}, equalised", prepared=level, ranges=ranges, equalised=True))
-        if held():
-            return ended()
-    way = ways[best()]
-    fake = FakeQuantized(way.prepared, _qdq(way, types), types).eval()
-    corrected = bias_corrected(way.prepared, fake, images)
-    attempt(replace(way, name=f"{way.name}, biases corrected", prepared=corrected, corrected=True))
-    if held():
-        return ended()
-    way = ways[best()]
-    fake = FakeQuantized(way.prepared, _qdq(way, types), types).eval()
-    tell("sensitivity")
-    sources = sensitivity(way.prepared, fake, images[:WATCHED])
-    for nodes in _islands(sources):
-        attempt(replace(way, name=f"{way.name}, {len(nodes)} nodes float", kept_float=nodes))
-        if held():
-            break
-    return ended(sources)
+    try:
+        return ended(recover())
+    except NotInTorchError as error:
+        return ended(stopped=str(error))
 
 
 def _qdq(way: _Way, types: Target) -> onnx.ModelProto:

@@ -45,5 +45,14 @@ def sensitivity(prepared: Prepared, network: FakeQuantized, images: np.ndarray) 
 
 
 def _nodes(prepared: Prepared, tensor: str) -> tuple[str, ...]:
+    """The makers and readers of a tensor; beyond a ReLU or Clip what it cuts, which would be rounded in its
+    place.
+    """
     nodes = prepared.model.graph.node
-    return tuple(node.name for node in nodes if tensor in (*node.input, *node.output))
+    makers = {name: node for node in nodes for name in node.output}
+    around = {node.name for node in nodes if tensor in (*node.input, *node.output)}
+    maker = makers.get(tensor)
+    while maker is not None and maker.op_type in ("Relu", "Clip"):
+        maker = makers.get(maker.input[0])
+        around |= set() if maker is None else {maker.name}
+    return tuple(node.name for node in nodes if node.name in around)

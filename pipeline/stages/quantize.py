@@ -67,6 +67,8 @@ def run(job: Job) -> Done:
                 facts={"calibration_hash": calibration.hash},
                 tell=partial(_show, job, name),
             )
+            if result.stopped is not None:
+                job.display.warn(f"The search for int8 for {name} ended early: {result.stopped}.")
             file = file_of(job, name)
             times = _times(job, result, name, inputs)
             if result.chosen is not None:
