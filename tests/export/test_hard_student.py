@@ -107,7 +107,7 @@ def test_a_student_that_naive_quantization_ruins_keeps_its_accuracy(
     results = []
     for name in ("x86", "x86-vnni", "arm64"):
         (tmp_path / name).mkdir()
-        results.append(search(prepare(fp32), calibration, target(name), tmp_path / name, judge))
+        results.append(search(prepare(fp32), [calibration], target(name), tmp_path / name, judge))
         chosen = results[-1].chosen
         assert chosen is not None and chosen.verdict.lost <= 0.5
         assert (answers(chosen.file.path, rest).argmax(1) == labels).mean() >= of_float - 0.005
@@ -130,7 +130,7 @@ def test_the_whole_search_gives_the_same_candidates_and_bytes_again(
     results = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        results.append(search(prepare(fp32), calibration, target("x86-vnni"), tmp_path / folder, strict))
+        results.append(search(prepare(fp32), [calibration], target("x86-vnni"), tmp_path / folder, strict))
     one, other = results
     assert one.sources == other.sources and one.chosen is other.chosen is None
     assert len(one.candidates) > len(METHODS) + 2
