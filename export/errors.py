@@ -9,3 +9,7 @@ class ExportError(Exception):
 
 class NotInTorchError(ExportError):
     """A graph with something in it that `graph_operators` cannot compute."""
+
+
+class CalibratorError(ExportError):
+    """A calibrator that cannot cope with a network's activations; another may."""

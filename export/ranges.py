@@ -17,7 +17,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, c
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 
 from . import runtime
-from .errors import ExportError
+from .errors import CalibratorError, ExportError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def calibrate_ranges(
     """The range of every activation beside an operator of `op_types`, and how many images it was taken from.
 
     Images go through in chunks whose ranges and histograms are merged, so that memory does not grow with
-    their number. Raises ExportError for an unknown method, where there is no image, and where an image or an
+    their number. Raises CalibratorError where this method cannot cope, ExportError for an unknown method, where there is no image, and where an image or an
     activation isn't finite.
     """
     if method not in METHODS:
@@ -59,14 +59,20 @@ def calibrate_ranges(
             path, list(op_types), str(augmented), calibrate_method=kind, extra_options=dict(options)
         )
         calibrator.infer_session = _session(augmented)
-        for chunk in chunks(calibration):
-            if not np.isfinite(chunk).all():
-                raise ExportError("calibration images hold values that are not finite numbers")
-            calibrator.collect_data(_One({input_name: chunk}))
-            n += len(chunk)
-        if n == 0:
-            raise ExportError("int8 needs calibration images, and there are none")
-        ranges = calibrator.compute_data()
+        try:
+            for chunk in chunks(calibration):
+                if not np.isfinite(chunk).all():
+                    raise ExportError("calibration images hold values that are not finite numbers")
+                calibrator.collect_data(_One({input_name: chunk}))
+                n += len(chunk)
+            if n == 0:
+                raise ExportError("int8 needs calibration images, and there are none")
+            ranges = calibrator.compute_data()
+        except MemoryError as error:  # a histogram's bins are as wide as the first chunk's
+            raise CalibratorError(
+                f"the calibrator {method} needs more memory than there is: activations of later images are "
+                "far larger than those of the first; minmax does not count them"
+            ) from error
         del calibrator
     for name, tensor in ranges.items():
         low, high = tensor.range_value[:2]

@@ -24,7 +24,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 
 from .bias_correction import bias_corrected, with_all_biases
 from .equalise import equalised
-from .errors import ExportError, NotInTorchError
+from .errors import CalibratorError, ExportError, NotInTorchError
 from .fake_quantize import FakeQuantized
 from .quantize import Int8File, Overrides, Prepared, quantize, recipe, write_int8
 from .ranges import METHODS, Batches, calibrate_ranges, chunks
@@ -95,7 +95,8 @@ class Search:
     sources: tuple[Source, ...] = ()
     """The roundings of the best candidate, the worst first, where step 4 was reached."""
     stopped: str | None = None
-    """Why steps 2 to 4 could not be taken, where they were called for: they compute the graph in torch."""
+    """What had to be left out, and why: a calibrator that could not cope, or steps 2 to 4 where the graph
+    cannot be computed in torch."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def search(
     if not calibrators and learned is None:
         raise ExportError("a search for int8 needs a calibrator, and there is none")
     tried: list[Candidate] = []
+    failed: list[str] = []
     ways: list[_Way] = []
 
     def attempt(way: _Way) -> None:
@@ -164,7 +166,8 @@ def search(
 
     def ended(sources: Sequence[Source] = (), stopped: str | None = None) -> Search:
         first = tried[best()]
-        return Search(tuple(tried), first if first.verdict.holds else None, tuple(sources), stopped)
+        told = "; ".join([*failed, *([stopped] if stopped else [])]) or None
+        return Search(tuple(tried), first if first.verdict.holds else None, tuple(sources), told)
 
     def ranges_of(graph: Prepared, method: str) -> tuple[TensorsData, int]:
         return calibrate_ranges(graph.model, fed, method, graph.scope.op_types)
@@ -205,7 +208,15 @@ def search(
         ranges = ranges_of(learned.prepared, "minmax")  # of what no range was learned for
         attempt(_Way("learned", learned.prepared, *ranges, "learned", learned.overrides))
     for method in calibrators:
-        attempt(_Way(method, complete, *ranges_of(complete, method), method))
+        try:
+            ranges = ranges_of(complete, method)
+        except CalibratorError as error:
+            if method == calibrators[-1] and not tried:
+                raise
+            tell(str(error))
+            failed.append(str(error))
+            continue
+        attempt(_Way(method, complete, *ranges, method))
     if held():
         return ended()
     try:

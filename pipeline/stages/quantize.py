@@ -68,7 +68,7 @@ def run(job: Job) -> Done:
                 tell=partial(_show, job, name),
             )
             if result.stopped is not None:
-                job.display.warn(f"The search for int8 for {name} ended early: {result.stopped}.")
+                job.display.warn(f"The search for int8 for {name} left something out: {result.stopped}.")
             file = file_of(job, name)
             times = _times(job, result, name, inputs)
             if result.chosen is not None:

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from questpress.export.errors import ExportError
+from questpress.export import ranges
+from questpress.export.errors import CalibratorError, ExportError
 from questpress.export.fake_quantize import FakeQuantized
 from questpress.export.onnx_export import export_onnx
 from questpress.export.quantize import Prepared, prepare, quantize, recipe_of
@@ -242,3 +244,27 @@ def test_the_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rou
     with torch.no_grad(), network.rounding(frozenset({sources[0].tensor})):
         noise = (network(x)[network.output].double() - exact).square().sum()
     assert sources[0].sqnr == pytest.approx(10 * np.log10(float(exact.square().sum() / noise)), abs=1e-3)
+
+
+def test_a_calibrator_that_cannot_cope_is_left_out_and_named(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = ranges.create_calibrator
+
+    def greedy(*given: Any, **more: Any) -> Any:
+        calibrator = create(*given, **more)
+        if more["calibrate_method"] == ranges.CalibrationMethod.Entropy:
+
+            def collect(_: Any) -> None:
+                raise MemoryError
+
+            calibrator.collect_data = collect
+        return calibrator
+
+    monkeypatch.setattr(ranges, "create_calibrator", greedy)
+    found = search(small, [images(24)], TYPES, tmp_path, lambda _: Verdict(90.0, 0.0, True, 30.0))
+    assert [one.name for one in found.candidates] == ["minmax", "moving-average", "percentile"]
+    assert found.stopped is not None and "entropy needs more memory" in found.stopped
+    with pytest.raises(CalibratorError, match="entropy"):
+        search(small, [images(24)], TYPES, tmp_path, lambda _: Verdict(90.0, 0.0, True, 30.0),
+               calibrators=["entropy"])  # fmt: skip
