@@ -43,8 +43,8 @@ def calibrate_ranges(
     """The range of every activation beside an operator of `op_types`, and how many images it was taken from.
 
     Images go through in chunks whose ranges and histograms are merged, so that memory does not grow with
-    their number. Raises CalibratorError where this method cannot cope, ExportError for an unknown method, where there is no image, and where an image or an
-    activation isn't finite.
+    their number. Raises CalibratorError where this method cannot cope with the activations, ExportError for
+    an unknown method, where there is no image, and where an image or an activation isn't finite.
     """
     if method not in METHODS:
         raise ExportError(f"no calibration method {method!r}; there are {', '.join(METHODS)}")
