@@ -7,7 +7,8 @@ with
 
 - naive: `onnxruntime.quantization.quantize_static` with its defaults, calibrated on the run's own images
 - ours: `compress export` with its defaults
-- ours, --qat: `compress export --qat`
+- learned: what --qat alone gives, quantized with the weights and ranges that it learned
+- ours, --qat: `compress export --qat`, which ships the best of both
 
 Points lost, and McNemar's exact test over the test images, which had no part in any choice.
 """
@@ -23,12 +24,15 @@ from typing import Any
 import numpy as np
 import yaml
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
-from questpress.export.ranges import quiet
+from questpress.export.quantize import prepare, quantize, write_int8
+from questpress.export.ranges import calibrate_ranges, quiet
 from questpress.export.runtime import Classifier, decode_image, preprocess
+from questpress.export.targets import target
 from questpress.pipeline.budget import mcnemar
 from questpress.pipeline.data.image_set import Image
 from questpress.pipeline.export_again import export_again
 from questpress.pipeline.options import Options
+from questpress.pipeline.qat import recovered
 from questpress.pipeline.resolve import resolve
 
 
@@ -74,8 +78,8 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
     files = {"naive": naive(fp32, data.train, options, folder / "naive.onnx")}
     chosen = {}
     for name, more in {
-        "ours": {"qat": False},
-        "ours, --qat": {"qat": True, "qat_epochs": qat_epochs},
+        "ours": {"qat": False, "calibration": "auto"},
+        "ours, --qat": {"qat": True, "qat_epochs": qat_epochs, "calibration": "auto"},
     }.items():
         copy = folder / name.replace(", --", "-")
         if not copy.exists():
@@ -85,6 +89,9 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
         best = next((one for one in report.int8[0].tried if one.ships), None)
         files[name] = copy / (report.int8[0].file or "artifact/student.onnx")
         chosen[name] = "the fp32 file" if best is None else best.name
+    images = next(iter(calibration(fp32, data.train, options)))
+    files["learned"] = learned(folder / "ours-qat", fp32, images, folder / "learned.onnx")
+    chosen["learned"] = f"{report.recovery.epochs} epochs" if report.recovery else ""
     rows = [{"run": run.name, "file": "fp32", "n": len(labels), "top1": 100 * float(expected.mean())}]
     for name, file in files.items():
         found = right(file, test, labels)
@@ -120,13 +127,27 @@ def right(file: Path, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def naive(fp32: Path, train: Any, options: Options, file: Path) -> Path:
     """ONNX Runtime's static quantization, nothing said but the images."""
-    classifier = Classifier(fp32.read_bytes(), fp32.name)
-    # A key is the hash of an image: the first of them are any images.
-    drawn = sorted(train, key=lambda image: str(image.key))[: options.calibration_images]
-    images = preprocess(map(pixels, drawn), classifier.preprocessing)
+    (images,) = calibration(fp32, train, options)
     with quiet():
         quantize_static(str(fp32), str(file), Chunks(images))
     return file
+
+
+def calibration(fp32: Path, train: Any, options: Options) -> list[np.ndarray]:
+    """Images of the train role, all in one batch."""
+    classifier = Classifier(fp32.read_bytes(), fp32.name)
+    # A key is the hash of an image: the first of them are any images.
+    drawn = sorted(train, key=lambda image: str(image.key))[: options.calibration_images]
+    return [preprocess(map(pixels, drawn), classifier.preprocessing)]
+
+
+def learned(run: Path, fp32: Path, images: np.ndarray, file: Path) -> Path:
+    """The candidate of quantization-aware training, whether it ships or not."""
+    prepared = prepare(fp32)
+    name, found = recovered(run, prepared)
+    ranges, _ = calibrate_ranges(found.prepared.model, [images], "minmax", prepared.scope.op_types)
+    model = quantize(found.prepared, ranges, target(name), overrides=found.overrides)
+    return write_int8(found.prepared, model, file, {}).path
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -53,23 +53,22 @@ def save(job: Job, prepared: Prepared, network: FakeQuantized) -> None:
     write_json(job.folder.path / RANGES, {"target": job.options.target[0], "ranges": ranges})
 
 
-def recovered(job: Job, prepared: Prepared) -> tuple[str, Learned]:
+def recovered(run: Path, prepared: Prepared) -> tuple[str, Learned]:
     """The target that was learned for, and the graph and ranges for its search.
 
     Args:
+        run: the run folder.
         prepared: the float graph that ships.
 
     Raises:
         JobError: what the stage left cannot be read.
     """
     try:
-        model = onnx.load(str(job.folder.path / GRAPH))
-        left = json.loads((job.folder.path / RANGES).read_text(encoding="utf-8"))
+        model = onnx.load(str(run / GRAPH))
+        left = json.loads((run / RANGES).read_text(encoding="utf-8"))
         target, ranges = left["target"], left["ranges"]
     except (OSError, ValueError, KeyError) as error:
-        raise JobError(
-            f"{job.folder.path / FOLDER} cannot be read ({error}): say --fresh to make it anew."
-        ) from error
+        raise JobError(f"{run / FOLDER} cannot be read ({error}): say --fresh to make it anew.") from error
     return target, Learned(replace(prepared, model=model), _overrides(ranges, target))
 
 

@@ -49,7 +49,7 @@ def run(job: Job) -> Done:
     calibration = calibration_images(job)
     prepared = prepare(job.folder.path / STUDENT_ONNX)
     inputs = next(iter(calibration_batches(job, calibration)()))[:TIMED_INPUTS]
-    learned = dict([recovered(job, prepared)]) if o.qat else {}
+    learned = dict([recovered(job.folder.path, prepared)]) if o.qat else {}
     pixels, labels, role = _deciding(job, calibration)
     budget = Budget(shipped_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop)
     found: list[Int8Search] = []
