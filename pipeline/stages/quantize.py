@@ -55,7 +55,7 @@ def run(job: Job) -> Done:
     found: list[Int8Search] = []
     shipped: dict[str, Int8File] = {}
     for name in o.target:
-        with tempfile.TemporaryDirectory(prefix=".int8.", dir=job.folder.path) as folder:
+        with tempfile.TemporaryDirectory(prefix=".int8.", suffix=".part", dir=job.folder.path) as folder:
             result = search(
                 prepared,
                 calibration_batches(job, calibration),
