@@ -17,15 +17,17 @@ from questpress.pipeline.scores import Speedup
 from questpress.pipeline.stages import quantize
 
 from . import little
+from .conftest import TIMES
 from .little import job, record, refused, report
 
 
 @pytest.fixture(scope="module")
-def x86_vnni(tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: ARG001
-    """A processor with VNNI, whatever the tests run on."""
+def x86_vnni(one_thread: None) -> Any:  # noqa: ARG001  (which has candidates untimed)
+    """A processor with VNNI, whatever the tests run on, and candidates timed."""
     with pytest.MonkeyPatch.context() as patch:
         for place in ("export.runtime", "export.targets", "pipeline.int8_options"):
             patch.setattr(f"questpress.{place}.target_of_this_machine", lambda: "x86-vnni")
+        patch.setattr(quantize, "_times", TIMES)
         yield
 
 
