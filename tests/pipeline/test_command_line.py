@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 from questpress.pipeline import defaults
-from questpress.pipeline.cli import GROUPS
+from questpress.pipeline.commands.run_options import GROUPS
 from questpress.pipeline.options import Options, group
 
 from . import little

@@ -1,0 +1,58 @@
+"""What goes wrong for the user is one sentence and an exit code; what went well is shown by the report."""
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import click
+
+from .. import voice
+from ..stopping import STOP, TIME_LIMIT_EXIT, TimeLimit
+
+if TYPE_CHECKING:
+    from ..results import Report
+
+T = TypeVar("T")
+
+
+def told(job: Callable[[], T]) -> T:
+    """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback."""
+    try:
+        # A scheduler or a container that wants its machine back says SIGTERM; that is Ctrl-C from afar.
+        with STOP.listens():
+            return job()
+    except TimeLimit:
+        ended(
+            "\nStopped: the --time-limit is reached. The same command goes on where this one was.",
+            TIME_LIMIT_EXIT,
+        )
+    except KeyboardInterrupt:
+        ended("\nStopped. The same command goes on where this one was.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        ended(f"Error: {error.filename or 'a file'}: {error.strerror}; what was there is unchanged.", 1)
+    except Exception as error:
+        # The rooms have error classes of their own; each tells its exit code.
+        code = getattr(error, "exit_code", None)
+        if code is not None:
+            ended(f"Error: {error}", code)
+        if voice.first_to_end():
+            raise
+        sys.exit(1)  # this process has lost the one that has told why
+
+
+def ended(sentence: str, code: int) -> NoReturn:
+    if voice.first_to_end():
+        click.echo(sentence, err=True)
+    sys.exit(code)
+
+
+def show_report(report: "Report", *, as_json: bool) -> None:
+    from ..report.terminal import show
+
+    if as_json:
+        click.echo(report.model_dump_json(indent=2, by_alias=True))
+    elif report.stages:
+        show(report)
