@@ -18,6 +18,7 @@ does not is moved no further than it must be. r is a geometric mean over the fir
 the mean so far is used, and afterwards the factor stays.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -95,18 +96,18 @@ class Balance(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """What each method's weight is multiplied by."""
         r = self.ratios()
-        factors = torch.clip(r, self.least, self.most) / r
+        factors = torch.where(r > 0, torch.clip(r, self.least, self.most) / r, 1.0)
         return dict(zip(self.methods, factors, strict=True))
 
     def found(self) -> list[BalancedWeight]:
-        """For the report: the methods of which something was seen. It waits for the device."""
+        """For the report: the methods of which something was known and seen. It waits for the device."""
         columns = (self.ratios(), self.least, self.most, self.factors().values(), self._so_far()[1])
         return [
             BalancedWeight(
                 method=name, pull=float(r), least=float(least), most=float(most), factor=float(factor)
             )
             for name, r, least, most, factor, count in zip(self.methods, *columns, strict=True)
-            if count
+            if count and float(most) != math.inf
         ]
 
     # The steps are counted on the host, since to ask the device is to wait for it; so they are no buffer.

@@ -22,6 +22,7 @@ COMMANDS = {
         "models": "lists:models",
         "recipes": "lists:list_recipes",
         "store": "store:store",
+        "doctor": "doctor:doctor",
     },
 }
 """heading -> command -> where it is, below `commands/`, as FILE:NAME."""

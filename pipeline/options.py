@@ -369,6 +369,11 @@ class Options(BaseModel):
         group="Running",
     )
     quiet: bool = option("say nothing but the result", False, group="Running")
+    verbose: bool = option(
+        "say more: what was chosen, each epoch, each int8 candidate, what the libraries remark",
+        False,
+        group="Running",
+    )
     json_: bool = Field(
         False,
         alias="json",

@@ -1,5 +1,6 @@
 """What the person at the terminal sees: a line for each finished stage, a live bar for the one that runs."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,16 +14,23 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 PLAIN_SECONDS = 10.0
 """Where the output is no terminal, a line of progress is written at most this often."""
 
+LOGGER = "questpress"
+"""Above the loggers of all our modules."""
+
 RATE_SECONDS = 15.0
 """Rates are of the last so many seconds."""
 
 
 class Display:
-    """Writes to standard error, so that standard output holds the result alone."""
+    """Writes to standard error, so that standard output holds the result alone.
 
-    def __init__(self, *, quiet: bool) -> None:
+    Colours follow the terminal, and the variables NO_COLOR and FORCE_COLOR (https://no-color.org).
+    """
+
+    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.live = self.console.is_terminal and not quiet
+        self.verbose = verbose and not quiet
         self.warnings: list[str] = []
 
     def say(self, text: str) -> None:
@@ -31,6 +39,27 @@ class Display:
     def note(self, text: str) -> None:
         """A choice that was made for the user."""
         self.console.print(f"[dim]  note: {escape(text)}[/dim]", soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """What is said only when asked for with --verbose."""
+        if self.verbose:
+            self.console.print(f"[dim]  {escape(text)}[/dim]", soft_wrap=True)
+
+    @contextmanager
+    def remarks(self) -> Iterator[None]:
+        """While the block runs, what our own loggers are told is a detail."""
+        if not self.verbose:
+            yield
+            return
+        logger, handler = logging.getLogger(LOGGER), _Remarks(self)
+        before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
 
     def warn(self, text: str) -> None:
         """Something the user should know before he trusts the result; it stands in the report too."""
@@ -61,6 +90,21 @@ class Display:
             transient=True,
         ) as progress:
             yield Stage(self, name, progress)
+
+
+class _Remarks(logging.Handler):
+    """Shows each record as a detail; where an exception comes with it, its last line."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self.display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            text += f": {type(error).__name__}: {error}"
+        self.display.detail(text)
 
 
 class Stage:

@@ -71,7 +71,7 @@ def resolutions(sizes: Sequence[int], **given: Any) -> Resolutions:
         left = None if ends is None else max(1.0, ends - time.monotonic())
         return compress(**{**common, "time_limit": left, **more, "out": out / folder})
 
-    display = Display(quiet=asked.quiet)
+    display = Display(quiet=asked.quiet, verbose=asked.verbose)
     display.say(f"The teacher, at {chosen.image_size} px")
     run("teacher", until="teacher")
     weights = [out / "teacher" / file for file in _teacher_files(len(chosen.teacher))]

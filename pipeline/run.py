@@ -65,8 +65,9 @@ def compress(
         ranks = join()
         try:
             asked = read_options({key: value for key, value in given.items() if value is not None})
-            with STOP.after(asked.time_limit):
-                return _compress(asked, ranks)
+            display = Display(quiet=asked.quiet or not ranks.lead, verbose=asked.verbose)
+            with STOP.after(asked.time_limit), display.remarks():
+                return _compress(asked, ranks, display)
         except BaseException:
             voice.first_to_end()  # decided before the other processes notice that this one is gone
             raise
@@ -74,8 +75,9 @@ def compress(
             leave()
 
 
-def _compress(asked: Options, ranks: Ranks) -> Report:
-    display = Display(quiet=asked.quiet or not ranks.lead)
+def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
+    if asked.quiet and asked.verbose:
+        raise UsageError("--quiet and --verbose ask for opposite things; leave one out.")
     chosen, images = resolve(asked)
     assert chosen.out is not None
     device = choose_device(chosen.device, ranks)
@@ -85,10 +87,22 @@ def _compress(asked: Options, ranks: Ranks) -> Report:
             "The built-in handwritten digits (1,797 images) stand in for your data; "
             "name your own with --data FOLDER, a folder of class folders."
         )
+    display.detail(f"chosen: {_chosen(chosen, asked)}")
     if chosen.dry_run:
         RunFolder(chosen.out).check()
         return _dry_run(chosen, images, device, display)
     return _run(chosen, frozenset(asked.model_fields_set), images, device, display, ranks)
+
+
+def _chosen(options: Options, asked: Options) -> str:
+    """The options that were not said and have a value now."""
+    values, said = _repeatable(options), asked.model_fields_set
+    told = [
+        f"{flag(name)} {value}"
+        for name, value in values.items()
+        if name not in said and value not in (None, [], {}, False)
+    ]
+    return ", ".join(told)
 
 
 def read_options(given: Mapping[str, Any]) -> Options:

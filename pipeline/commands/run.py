@@ -67,7 +67,7 @@ def export(folder: Path, **options: Any) -> None:
 
 
 export.params += [
-    one for one in run.params if one.name in ("quiet", "json_") or group(str(one.name)) == "Export"
+    one for one in run.params if one.name in ("quiet", "verbose", "json_") or group(str(one.name)) == "Export"
 ]
 
 

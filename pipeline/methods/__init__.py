@@ -1,10 +1,13 @@
-"""The methods by name. A method is one file and one class here; nothing else names it."""
+"""The methods by name. A method is one file and one class here, or a class of another package that declares
+it as an entry point; nothing else names it.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -22,7 +25,19 @@ METHODS: Mapping[str, str] = {
     "feed": "feed:Feed",
     "mimic": "mimic:Mimic",
 }
-"""Name -> module:class. Imported when used, since torch comes with them."""
+"""Name -> module:class of our own. Imported when used, since torch comes with them."""
+
+ENTRY_POINTS = "questpress.methods"
+"""Under this group other packages declare methods of theirs: docs/adding-a-method.md."""
+
+
+def known() -> list[str]:
+    """The names of all methods: ours, then those of other packages by name."""
+    return [*METHODS, *sorted(_of_others())]
+
+
+def _of_others() -> dict[str, EntryPoint]:
+    return {one.name: one for one in entry_points(group=ENTRY_POINTS) if one.name not in METHODS}
 
 
 def names(method: str) -> list[str]:
@@ -34,13 +49,14 @@ def names(method: str) -> list[str]:
     if method == "none":
         return []
     parts = [part.strip() for part in method.split("+")]
+    there = known()
     for part in parts:
-        if part not in METHODS:
-            near = difflib.get_close_matches(part, METHODS, n=2, cutoff=0.4)
+        if part not in there:
+            near = difflib.get_close_matches(part, there, n=2, cutoff=0.4)
             did_you_mean = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UsageError(
                 f"There is no method '{part}' in --method {method}.{did_you_mean} "
-                f"There are: {', '.join([*METHODS, 'none'])}; several are added with a plus sign."
+                f"There are: {', '.join([*there, 'none'])}; several are added with a plus sign."
             )
         if parts.count(part) > 1:
             raise UsageError(f"--method {method} names {part} twice; name each method once.")
@@ -48,9 +64,27 @@ def names(method: str) -> list[str]:
 
 
 def load(name: str) -> type[Method]:
-    """The class of a method in :data:`METHODS`."""
-    module, cls = METHODS[name].split(":")
-    return getattr(import_module(f".{module}", __package__), cls)
+    """The class of a method that is :func:`known`.
+
+    Raises:
+        UsageError: another package's entry point cannot be imported, or is no method of that name.
+    """
+    if name in METHODS:
+        module, cls = METHODS[name].split(":")
+        return getattr(import_module(f".{module}", __package__), cls)
+    from .base import Method
+
+    entry = _of_others()[name]
+    try:
+        found = entry.load()
+    except Exception as error:  # whatever another package does when it is imported
+        raise UsageError(f"--method {name} ({entry.value}) cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Method) and getattr(found, "name", None) == name):
+        raise UsageError(
+            f"--method {name} ({entry.value}) is no method of that name: it must be a class made from "
+            "questpress.pipeline.methods.base.Method whose name is the entry point's."
+        )
+    return found
 
 
 def parameters(chosen: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Parameters]:
@@ -69,13 +103,13 @@ def parameters(chosen: Sequence[str], settings: Mapping[str, Any]) -> dict[str, 
                 else "--method none has no parameters"
             )
             raise UsageError(f"--set {key}={value}: {told}; write --set METHOD.KEY=VALUE.")
-        known = load(method).takes.model_fields
-        if parameter not in known:
-            near = difflib.get_close_matches(parameter, known, n=1)
+        fields = load(method).takes.model_fields
+        if parameter not in fields:
+            near = difflib.get_close_matches(parameter, fields, n=1)
             did_you_mean = f" Did you mean {method}.{near[0]}?" if near else ""
             raise UsageError(
                 f"--set {key}={value}: {method} has no parameter '{parameter}'.{did_you_mean} "
-                f"It has: {', '.join(known)}."
+                f"It has: {', '.join(fields)}."
             )
         by_method[method][parameter] = None if value == "none" else value
     return {name: _validated(name, values) for name, values in by_method.items()}
@@ -89,7 +123,7 @@ def check_multi_label(chosen: Mapping[str, Parameters]) -> None:
     for name, of_method in chosen.items():
         reason = load(name).not_multi_label(of_method)
         if reason is not None:
-            able = [other for other in METHODS if load(other).not_multi_label(load(other).takes()) is None]
+            able = [other for other in known() if load(other).not_multi_label(load(other).takes()) is None]
             raise UsageError(
                 f"--method {name} cannot learn images of several labels: {reason}; take {' or '.join(able)}."
             )

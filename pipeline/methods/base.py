@@ -103,11 +103,12 @@ class Method(nn.Module):
     cross_entropy: ClassVar[float] = 1.0
     """Weight of the cross-entropy on labels when the method stands alone (its paper's)."""
     prepares: ClassVar[bool] = False
-    weights: ClassVar[frozenset[str]]
+    weights: ClassVar[frozenset[str]] = frozenset()
     """Which of its parameters weigh its loss; who sets one of them needs no ``--balance auto``."""
-    pull: ClassVar[tuple[float, float]]
+    pull: ClassVar[tuple[float, float]] = (0.0, math.inf)
     """Least and most gradient of the loss, over that of the cross-entropy, on the student's last map in the
-    first steps, at which the method was seen to do good: for ``pipeline/balance.py``."""
+    first steps, at which the method was seen to do good: for ``pipeline/balance.py``. Where nothing is known
+    of that, its weight is left alone."""
 
     @classmethod
     def reads(cls, parameters: Any, network: Shapes) -> frozenset[str]:

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..doctor import Diagnosis
 from ..results import Report, Resolutions
 from . import budget, calibration, figures, sizes
 from .headline import notes, title
@@ -86,3 +88,23 @@ def show(report: Report, folder: Path | None = None, console: Console | None = N
         console.print(Text(f"Report:   {out / 'report.html'}"), soft_wrap=True)
         if report.artifact:
             console.print(Text(f"Artifact: {out / report.artifact}"), soft_wrap=True)
+
+
+def show_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
+    """Print what was looked at, by groups, with what to do where something is not right."""
+    console = console or Console(highlight=False)
+    marks = {"ok": "[green]✓[/green]", "note": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
+    group = None
+    for one in found.findings:
+        if one.group != group:
+            group = one.group
+            console.print(Text(group, style="bold"))
+        console.print(f"  {marks[one.verdict]} {escape(f'{one.name}: {one.told}')}", soft_wrap=True)
+        if one.remedy is not None:
+            console.print(Text(f"      → {one.remedy}"), soft_wrap=True)
+    missing = sum(one.verdict == "missing" for one in found.findings)
+    console.print(
+        "compress can run here."
+        if found.fit
+        else f"compress cannot run here: {missing} thing{'s are' if missing > 1 else ' is'} missing."
+    )

@@ -76,6 +76,8 @@ def run(job: Job) -> Done:
                     shutil.copyfile(result.chosen.file.path, part)
                 shipped[name] = result.chosen.file
             found.append(_told(job, result, name, role, len(labels), budget, times))
+            for one in found[-1].tried:
+                job.display.detail(f"{name}, {one.name}: {one.score:.2f}, {one.lost:+.2f} points lost")
     for left in (job.folder.path / ARTIFACT).glob("student.int8*.onnx"):
         if left.relative_to(job.folder.path) not in [file_of(job, name) for name in shipped]:
             left.unlink()  # of a target that is no longer asked for
