@@ -38,7 +38,8 @@ def installed(tmp_path, monkeypatch):
     sys.modules.pop("attention", None)
 
 
-def test_the_examples_loss_is_its_formulas(installed):
+@pytest.mark.usefixtures("installed")
+def test_the_examples_loss_is_its_formulas():
     random = np.random.default_rng(0)
     f_s, f_t = random.standard_normal((2, 3, 4, 4)), random.standard_normal((2, 5, 2, 2))
     found = methods.load("attention")
@@ -54,11 +55,12 @@ def test_the_examples_loss_is_its_formulas(installed):
     assert float(losses["attention"]) == pytest.approx(7 * ((q_s - q_t) ** 2).mean(), rel=1e-5)
 
 
-def test_the_example_trains_a_student_and_its_weight_is_left_alone(installed, data, cache, tmp_path):
+@pytest.mark.usefixtures("installed")
+def test_the_example_trains_a_student_and_its_weight_is_left_alone(data, cache, tmp_path):
     out = tmp_path / "run"
     result = little.compress(
-        *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "attention", "--set", "attention.beta=500",
-        "--data", data, "--out", out, "--cache", cache, "--until", "student",
+        *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "attention",
+        "--set", "attention.beta=500", "--data", data, "--out", out, "--cache", cache, "--until", "student",
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(out)
@@ -69,7 +71,7 @@ def test_the_example_trains_a_student_and_its_weight_is_left_alone(installed, da
 
 def test_a_method_that_cannot_be_imported_is_told(installed):
     (installed / "attention.py").write_text("import nothing_of_the_kind\n")
-    with pytest.raises(UsageError, match="attention:Attention.*nothing_of_the_kind"):
+    with pytest.raises(UsageError, match=r"attention:Attention.*nothing_of_the_kind"):
         methods.load("attention")
 
 

@@ -80,7 +80,7 @@ def test_an_extra_that_is_not_there_is_only_a_note(monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(doctor.os, "access", lambda path, _mode: Path(path) != tmp_path)
     one = doctor._folder("cache", tmp_path / "cache", "--cache")
     assert one.verdict == "missing"
     assert one.told == f"{tmp_path / 'cache'} cannot be written"
