@@ -1,11 +1,106 @@
 """What the documentation says is what the code does."""
 
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
+import pytest
 from questpress.pipeline import defaults
+from questpress.pipeline.cli import cli
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def code(page: Path) -> Iterator[str]:
+    """The lines of a page's code blocks, fenced with no language or as a shell's, or indented by four."""
+    fence = None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            fence = line[3:].strip() if fence is None else None
+        elif fence in ("", "sh"):
+            yield line
+        elif fence is None and line.startswith("    "):
+            yield line[4:]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Each command line as a shell would split it, its variables replaced; several joined by && apart."""
+    variables: dict[str, str] = {}
+    for line in "\n".join(code(page)).replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
+        if named := re.fullmatch(r'(\w+)="?([^"]*)"?', line.strip()):
+            variables[named[1]] = named[2]
+        for part in line.split("&&"):
+            if re.match(r"\s*(compress|torchrun|taskset|python|\w+=\S+ compress)\s", part):
+                # What stands further right is said of the command.
+                yield shlex.split(re.split(r"\s{3,}", part.strip())[0], comments=True)
+
+
+OURS = [
+    pytest.param(words[words.index("compress") + 1 :], id=f"{page.stem}: {' '.join(words)[:70]}")
+    for page in PAGES
+    for words in commands(page)
+    if "compress" in words and "pip" not in words
+]
+BENCHMARKS = [
+    pytest.param(words, id=f"{page.stem}: {' '.join(words)[:70]}")
+    for page in PAGES
+    for words in commands(page)
+    if any(word.startswith("benchmarks/") for word in words)
+]
 
 
 def test_the_table_of_defaults_in_the_docs_is_the_codes() -> None:
     assert defaults.markdown() in (DOCS / "defaults.md").read_text(encoding="utf-8")
+
+
+def test_there_are_commands_in_the_docs() -> None:
+    assert len(OURS) > 40 and len(BENCHMARKS) > 10
+
+
+@pytest.mark.parametrize("arguments", OURS)
+def test_every_command_in_the_docs_is_one(arguments: list[str]) -> None:
+    before = ["", *arguments]
+    # An ellipsis stands for more options, or for the value of the option before it.
+    arguments = [word for last, word in zip(before, arguments, strict=False) if word != "…" or last[:2] == "--"]
+    command: click.Command = cli
+    name = "compress"
+    while True:
+        context = command.make_context(name, list(arguments), resilient_parsing=False)
+        if not isinstance(command, click.Group):
+            return
+        rest = [*context._protected_args, *context.args]
+        found, inner, arguments = command.resolve_command(context, rest)
+        assert found is not None and inner is not None
+        command, name = inner, found
+
+
+@pytest.mark.parametrize("words", BENCHMARKS)
+def test_every_benchmark_in_the_docs_is_there_with_its_options(words: list[str]) -> None:
+    place = next(i for i, word in enumerate(words) if word.startswith("benchmarks/"))
+    script = ROOT / words[place]
+    assert script.is_file(), words[place]
+    known = script.read_text(encoding="utf-8")
+    for module in re.findall(r"^from (\w+) import", known, flags=re.M):  # options may be shared
+        beside = script.with_name(f"{module}.py")
+        known += beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    own = words[place + 1 :]
+    for word in own[: own.index("--")] if "--" in own else own:
+        if word.startswith("--"):
+            assert f'"{word.split("=")[0]}"' in known, word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text]
+    assert not missing, missing
