@@ -23,6 +23,7 @@ COMMANDS = {
         "recipes": "lists:list_recipes",
         "store": "store:store",
         "doctor": "doctor:doctor",
+        "completion": "completion:completion",
     },
 }
 """heading -> command -> where it is, below `commands/`, as FILE:NAME."""

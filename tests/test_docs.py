@@ -66,7 +66,9 @@ def test_there_are_commands_in_the_docs() -> None:
 def test_every_command_in_the_docs_is_one(arguments: list[str]) -> None:
     before = ["", *arguments]
     # An ellipsis stands for more options, or for the value of the option before it.
-    arguments = [word for last, word in zip(before, arguments, strict=False) if word != "…" or last[:2] == "--"]
+    arguments = [
+        word for last, word in zip(before, arguments, strict=False) if word != "…" or last[:2] == "--"
+    ]
     command: click.Command = cli
     name = "compress"
     while True:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-from .. import defaults
+from .. import defaults, methods
 from ..options import Options, group
 
 GROUPS = ("What", "Weights", "Method", "Training", "Images", "Export", "Running")
@@ -62,8 +62,28 @@ def made_option(name: str, annotation: Any, default: Any, help: str) -> click.Op
     if get_origin(kind) is Literal:
         return click.Option([f"--{shown}", name], type=click.Choice(get_args(kind)), default=None, help=help)
     return click.Option(
-        [f"--{shown}", name], type=kind if kind in (int, float) else str, default=None, help=help
+        [f"--{shown}", name],
+        type=kind if kind in (int, float) else str,
+        default=None,
+        help=help,
+        shell_complete=COMPLETED.get(name),
     )
+
+
+def _methods(_context: click.Context, _option: click.Parameter, begun: str) -> list[str]:
+    *before, last = begun.split("+")
+    names = [*methods.known(), "none"]
+    return ["+".join([*before, name]) for name in names if name.startswith(last) and name not in before]
+
+
+def _recipes(_context: click.Context, _option: click.Parameter, begun: str) -> list[str]:
+    from .. import recipes
+
+    return [name for name in recipes.names() if name.startswith(begun)]
+
+
+COMPLETED = {"method": _methods, "recipe": _recipes}
+"""What a shell offers for the value of an option."""
 
 
 def _without_none(annotation: Any) -> Any:

@@ -105,3 +105,59 @@ def test_importing_the_package_does_not_import_torch():
         "assert 'torch' not in sys.modules"
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_what_the_shell_needs(shell):
+    told = compress("completion", shell)
+    assert told.exit_code == 0
+    assert f"_COMPRESS_COMPLETE={shell}_complete" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("compress exp", ["export"]),
+        ("compress run --met", ["--method"]),
+        ("compress run --method qu", ["quest"]),
+        ("compress run --method quest+k", ["quest+kd"]),
+        ("compress run --recipe cqkd-i", ["cqkd-imagenet"]),
+        ("compress run --target x86-", ["x86-vnni"]),
+    ],
+)
+def test_a_shell_is_offered_commands_options_and_their_values(words, offered):
+    result = python(
+        "from questpress.pipeline.__main__ import main; main()",
+        _COMPRESS_COMPLETE="bash_complete",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.split()) - 1),
+    )
+    assert [line.split(",")[1] for line in result.stdout.split()] == offered, result.stderr
+
+
+def test_a_wrong_command_gets_the_nearest_one():
+    result = compress("exprt", "runs/shop")
+    assert result.exit_code == 2
+    assert "There is no command 'exprt'; did you mean export?" in result.stderr
+
+
+def test_colours_are_off_when_asked():
+    code = "from questpress.pipeline.progress import Display\nDisplay(quiet=False).warn('a colour')"
+    coloured = python(code, FORCE_COLOR="1", NO_COLOR="")
+    plain = python(code, FORCE_COLOR="1", NO_COLOR="1")
+    assert "\x1b[33m" in coloured.stderr
+    assert "\x1b[3" not in plain.stderr and "warning: a colour" in plain.stderr
+
+
+def test_verbose_and_quiet_exclude_each_other(tmp_path):
+    result = compress(*little.NETWORKS, "--quiet", "--verbose", "--out", tmp_path / "run")
+    little.refused(result, 2, "--quiet and --verbose")
+
+
+def test_verbose_tells_what_was_chosen_and_of_each_epoch(data, cache, tmp_path):
+    told = little.job(data, tmp_path / "run", cache, "--until", "teacher", "--verbose").stderr
+    assert "chosen: " in told and "--optimizer adamw" in told and "--image-size" not in told
+    epochs = [line.strip() for line in told.splitlines() if line.strip().startswith("teacher epoch ")]
+    assert [line.split(":")[0] for line in epochs] == ["teacher epoch 1/2", "teacher epoch 2/2"]
+    report = little.report(tmp_path / "run")
+    assert f"loss {report['epochs'][0]['losses']['loss']:.4g}" in epochs[0]
