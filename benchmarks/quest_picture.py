@@ -111,7 +111,7 @@ def patches(seen: Seen, word: int, without: int) -> list[Image.Image]:
     for image in best.argsort().tolist():
         if image != without and len(found) < PATCHES:
             side = 4 * PHOTO
-            left, top, right, bottom = cell(seen, int(places[image]), side)
+            left, top, right, _ = cell(seen, int(places[image]), side)
             around = (right - left) / 2
             # At the picture's edge the surround lies on one side.
             x, y = (min(max(one - around, 0), side - 4 * around) for one in (left, top))
