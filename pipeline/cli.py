@@ -17,6 +17,7 @@ COMMANDS = {
     },
     "Measure and look": {
         "predict": "predict:predict",
+        "validate": "validate:validate",
     },
     "Around it": {
         "models": "lists:models",
