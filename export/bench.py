@@ -33,7 +33,7 @@ LEAST_ROUNDS = 20
 
 _BLOCK_SECONDS = 0.1
 _WARM_RUNS, _WARM_SECONDS, _WARM_AGREEMENT = 50, 1.0, 0.02
-_SENTINEL = (f"-m{__package__}.sentinel",)
+_SENTINEL = ("-m", f"{__package__}.sentinel")
 
 Progress = Callable[[float, str], None]
 """Called with the fraction done, 0 to 1, and what is going on."""

@@ -17,14 +17,9 @@ from statistics import median
 
 from .cores import pinned
 from .errors import ExportError
+from .runtimes import RUNTIMES
 
 _SECONDS = 300.0
-
-LOADERS = {
-    "onnxruntime": f"{__package__}.bench_worker:in_onnxruntime",
-    "openvino": f"{__package__}.openvino_worker:in_openvino",
-}
-"""What opens a file in each runtime, as MODULE:NAME."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def cold_starts(
 
 def _once(start: Start, threads: int, cores: Sequence[int]) -> dict[str, float]:
     request = {
-        "loader": LOADERS[start.runtime],
+        "loader": RUNTIMES[start.runtime].loader,
         "model": str(start.path),
         "inputs": str(start.inputs),
         "threads": threads,

@@ -19,7 +19,7 @@ from .cores import pinned
 from .end_to_end_worker import STEPS
 from .latency import Latency, summarise
 
-_SCRIPT = (f"-m{__package__}.end_to_end_worker",)
+_SCRIPT = ("-m", f"{__package__}.end_to_end_worker")
 _LEAST_ROUNDS = 5
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     },
     "Measure and look": {
         "predict": "predict:predict",
+        "bench": "bench:bench",
     },
     "Around it": {
         "models": "lists:models",
