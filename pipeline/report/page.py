@@ -10,6 +10,8 @@ from ..results import Example, Report
 from . import calibration, details, figures, headline, int8, learned, pictures, several_labels, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
+from .latency import Section as LatencySection
+from .latency import section as latency_section
 from .pictures import Training
 from .subjects import threads
 from .tables import Table
@@ -72,6 +74,7 @@ class Page:
     comparison: Table
     speedups: Table
     latency: Table
+    bench: LatencySection
     int8: int8.Section
     trainings: list[Training]
     epochs: Table
@@ -102,6 +105,7 @@ def page(report: Report) -> Page:
     confusion, examples = _matrix(report), _examples(report)
     there = {
         ("comparison", "Comparison"): side_by_side or comparison.rows,
+        ("latency", "Latency"): report.bench,
         ("int8", "Int8"): quantized.targets or quantized.recovery.rows,
         ("training", "Training"): trainings,
         ("images", "Test images"): examples,
@@ -123,6 +127,7 @@ def page(report: Report) -> Page:
         comparison=comparison,
         speedups=tables.speedups(report),
         latency=tables.latency(report),
+        bench=latency_section(report),
         int8=quantized,
         trainings=trainings,
         epochs=details.epochs(report),

@@ -117,7 +117,10 @@ def speedups(report: Report) -> Table:
 
 
 def latency(report: Report) -> Table:
-    rows = []
+    """Of reports that hold no bench of their own; see ``latency.py`` for that."""
+    rows: list[list[str]] = []
+    if report.bench is not None:
+        return Table("Latency of one image", [], [])
     for column in every(report):
         for count in threads(report):
             measured = column.subject.latency_ms.get(count)
