@@ -131,7 +131,7 @@ def measure(
         flags=[NoiseFlag(**vars(flag)) for flag in found.flags],
         notes=list(notes),
         session=session_options(),
-        environment=told_environment(machine),
+        environment={**told_environment(machine), **_versions(subjects)},
     )
     return bench, raw
 
@@ -146,6 +146,10 @@ def told_environment(machine: latency.Environment) -> dict[str, str]:
         "onnxruntime": machine.onnxruntime,
         "load when timing began": "" if machine.load is None else f"{machine.load:.2f}",
     }
+
+
+def _versions(subjects: Sequence[Subject]) -> dict[str, str]:
+    return {name: RUNTIMES[name].version for name in dict.fromkeys(one.told.runtime for one in subjects)}
 
 
 def _timed(one: Subject) -> latency.Subject:

@@ -166,7 +166,9 @@ def test_drift_and_processes_that_differ_are_told() -> None:
     rising = steady * np.linspace(1, 1.1, 60)
     latency = summarise("a", 1, [np.array([one]) for one in rising], processes=2)
     [flag] = noise.of_latencies([latency], still, 1)
-    assert flag.name == "drift" and flag.sentence.startswith("A became 7.6 % slower")
+    assert flag.name == "drift" and flag.sentence.startswith(
+        "In the last third of the rounds a was 7.6 % slower"
+    )
     apart = steady * np.tile([1.0, 1.05], 30)
     latency = summarise("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
     assert names(noise.of_latencies([latency], still, 1)) == ["repeat", "unsettled"]
