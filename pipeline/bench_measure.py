@@ -118,7 +118,7 @@ def measure(
         samples=protocol.samples,
         seed=protocol.seed,
         subjects=[one.told for one in subjects],
-        latencies=[_latency(one) for one in found.latencies],
+        latencies=[timed_latency(one) for one in found.latencies],
         speedups=_speedups(found, [one.told.name for one in subjects]),
         images=images_told if whole else None,
         end_to_end=[_way(one) for one in whole],
@@ -203,7 +203,7 @@ def percentiles(one: Latency) -> dict[str, Percentile]:
     }
 
 
-def _latency(one: Latency) -> TimedLatency:
+def timed_latency(one: Latency) -> TimedLatency:
     return TimedLatency(
         subject=one.subject,
         threads=one.threads,

@@ -12,7 +12,6 @@ from . import bench_tables, figures
 from .latency import disturbed
 from .tables import Table
 
-
 LONGEST = 34
 """Of a name in a table; the rest of it is in bench.json."""
 
