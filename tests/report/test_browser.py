@@ -10,7 +10,7 @@ from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.write import html
 from questpress.pipeline.results import Report
 
-from . import int8_reports, reports
+from . import bench_reports, int8_reports, reports
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -31,7 +31,11 @@ def opened(page: str, folder: Path, width: int) -> list[str]:
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize("report", [int8_reports.with_int8(), reports.bare()], ids=["int8", "bare"])
+@pytest.mark.parametrize(
+    "report",
+    [int8_reports.with_int8(), bench_reports.with_bench(), reports.bare()],
+    ids=["int8", "bench", "bare"],
+)
 def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Path) -> None:
     assert opened(html(report), tmp_path, 1280) == []
 
@@ -46,7 +50,10 @@ def test_the_page_is_not_wider_than_the_window(width: int, tmp_path: Path) -> No
         search.not_timed = "".join(["long"] * 30)
         search.float_parts = [FloatPart(name="node" * 30, op_type="Op" * 20, why="reason" * 20)]
         search.worst = [("tensor" * 30, 3.0)]
-    page = html(report.model_copy(update={"int8": long}))
+    bench = bench_reports.bench(flags=[bench_reports.STEAL])
+    for subject in bench.subjects:
+        subject.key, subject.file = None, "a/long/name" * 9
+    page = html(report.model_copy(update={"int8": long, "bench": bench}))
     page = page.replace("<details", "<details open")
     page = re.sub(r"<meta http-equiv=.*?>", "", page)
     wide = "'wide ' + document.documentElement.scrollWidth + ' of ' + innerWidth"
