@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...export.runtime import render
+from ..csv_cells import harmless
 from ..data.decode import pixels_or_reason
 from ..data.image_set import Image
 from ..evaluate import AT_ONCE
@@ -21,8 +22,6 @@ COLUMNS = (
     "network", "file", "label", "answer", "probability", "right", "teacher_answer", "teacher_probability",
     "teacher_right",
 )  # fmt: skip
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of a formula."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,6 @@ def as_csv(rows: Iterable[Answered]) -> str:
         more = (_yes(one.right), one.teacher or "", _probability(one.teacher_probability), theirs)
         writer.writerow([harmless(cell) for cell in (*cells, *more)])
     return text.getvalue()
-
-
-def harmless(cell: str) -> str:
-    """The cell; with an apostrophe before it where a spreadsheet would compute it."""
-    return f"'{cell}" if cell.lstrip(" ").startswith(FORMULA) else cell
 
 
 def _yes(value: bool) -> str:
