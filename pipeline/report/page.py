@@ -10,6 +10,7 @@ from ..results import Example, Report
 from . import calibration, details, figures, headline, int8, learned, pictures, several_labels, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
+from .pareto import Pareto
 from .pictures import Training
 from .subjects import threads
 from .tables import Table
@@ -68,6 +69,7 @@ class Page:
     machine: str | None
     timed: bool
     sections: list[tuple[str, str]]
+    trade: Pareto | None
     side_by_side: list[Rows]
     comparison: Table
     speedups: Table
@@ -119,6 +121,7 @@ def page(report: Report) -> Page:
         machine=headline.machine(report),
         timed=bool(threads(report)),
         sections=[section for section, content in there.items() if content],
+        trade=pictures.trade(report),
         side_by_side=side_by_side,
         comparison=comparison,
         speedups=tables.speedups(report),
