@@ -17,6 +17,7 @@ COMMANDS = {
     },
     "Measure and look": {
         "predict": "predict:predict",
+        "report": "report:report",
     },
     "Around it": {
         "models": "lists:models",
