@@ -20,6 +20,7 @@ COMMANDS = {
         "validate": "validate:validate",
         "bench": "bench:bench",
         "compare": "compare:compare",
+        "report": "report:report",
     },
     "Around it": {
         "models": "lists:models",

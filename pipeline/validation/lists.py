@@ -13,8 +13,9 @@ from ..csv_cells import harmless
 from ..data.decode import pixels_or_reason
 from ..data.image_set import Image
 from ..evaluate import AT_ONCE
-from ..examples import said, several, thumbnail
+from ..examples import LARGEST, said, several
 from ..results import Example
+from ..thumbnail import thumbnail
 from .measure import in_order_of, thresholds_of
 from .networks import Asked
 
@@ -126,7 +127,7 @@ def pictured(
                 teacher_probability=one.teacher_probability,
                 student=one.answer,
                 student_probability=one.probability,
-                png="" if isinstance(pixels, str) else thumbnail(pixels),
+                png="" if isinstance(pixels, str) else thumbnail(pixels, min(LARGEST, len(pixels))),
             )
         )
     return found
