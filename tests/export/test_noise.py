@@ -16,11 +16,11 @@ from questpress.export.latency import summarise
 from questpress.export.noise import Reading
 
 # A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
-# half a percent a process, as networks do. It serves requests itself, so that it starts in no time.
+# a fifth of one a process. It serves requests itself, so that it starts in no time.
 KNOWN = """
 import json, os, random, struct, sys, time
 chance = random.Random(os.urandom(8))
-own = float(sys.argv[1]) * chance.lognormvariate(0, 0.005)
+own = float(sys.argv[1]) * chance.lognormvariate(0, 0.002)
 def answer(head, body=b""):
     sys.stdout.buffer.write(json.dumps(head).encode() + b"\\n" + body)
     sys.stdout.buffer.flush()
