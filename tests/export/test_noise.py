@@ -169,7 +169,7 @@ def test_drift_and_processes_that_differ_are_told() -> None:
     assert flag.name == "drift" and flag.sentence.startswith(
         "In the last third of the rounds a was 7.6 % slower"
     )
-    apart = steady * np.tile([1.0, 1.05], 30)
+    apart = steady * np.tile([1.0, 1.08], 30)
     latency = summarise("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
     assert names(noise.of_latencies([latency], still, 1)) == ["repeat", "unsettled"]
 
