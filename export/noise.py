@@ -26,12 +26,13 @@ LIMITS = {
     "steal": 0.01,
     # Times that the cgroup was out of its CPU quota: each stops all threads for up to a tenth of a second.
     "throttled": 0.0,
-    # Middle 80 percent of the sentinel's readings, over their median.
-    "sentinel": 0.05,
+    # Middle 80 percent of the sentinel's readings, over their median: three to four percent where all is
+    # quiet, 10 to 30 where a core changes between its base and its highest frequency.
+    "sentinel": 0.10,
     # Medians of the last third of the rounds against those of the first.
     "drift": 0.03,
-    # Fastest against slowest process of the same file.
-    "repeat": 0.03,
+    # Fastest against slowest process of the same file: 1.3 to 2 percent of eight, where all is quiet.
+    "repeat": 0.05,
 }
 """Above these a flag is raised; relative, but for `throttled`, which counts. `benchmarks/bench_noise.py`
 prints what a quiet machine shows, and a busy one."""
@@ -51,12 +52,15 @@ class Flag:
 
 @dataclass(frozen=True)
 class Reading:
-    """The machine's counters at a moment, in seconds, by core; None where the system tells nothing."""
+    """The machine's counters at a moment, in seconds, by core; None where the system tells nothing. `asking`
+    is the processor time of this process, which asks the subjects and is pinned nowhere.
+    """
 
     at: float
     busy: Mapping[int, float] | None
     stolen: Mapping[int, float] | None
     throttled: int | None
+    asking: float = 0.0
 
 
 def read(proc: Path = Path("/proc")) -> Reading:
@@ -64,7 +68,7 @@ def read(proc: Path = Path("/proc")) -> Reading:
     found = _stat(proc / "stat")
     busy = {core: one[0] for core, one in found.items()} or None
     stolen = {core: one[1] for core, one in found.items()} or None
-    return Reading(time.monotonic(), busy, stolen, throttled())
+    return Reading(time.monotonic(), busy, stolen, throttled(), time.process_time())
 
 
 def _stat(file: Path) -> dict[int, tuple[float, float]]:
@@ -118,14 +122,16 @@ def of_machine(
     used = _between(before.busy, after.busy)
     here = [core for core in cores or used if core in used]
     if here:
-        others = max(0.0, sum(used[core] for core in here) - own_seconds) / (wall * len(here))
+        asking, beside = after.asking - before.asking, set(used) - set(here)
+        own = own_seconds + (0.0 if beside else asking)
+        others = max(0.0, sum(used[core] for core in here) - own) / (wall * len(here))
         flags += _above(
             "neighbour",
             others,
             threads,
             f"Other processes used {_percent(others)} of the cores that it ran on.",
         )
-        elsewhere = sum(seconds for core, seconds in used.items() if core not in here) / (wall * len(used))
+        elsewhere = max(0.0, sum(used[core] for core in beside) - asking) / (wall * len(used))
         flags += _above(
             "machine",
             elsewhere,

@@ -16,11 +16,11 @@ from questpress.export.latency import summarise
 from questpress.export.noise import Reading
 
 # A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
-# half a percent a process, as networks do. It serves requests itself, so that it starts in no time.
+# a fifth of one a process. It serves requests itself, so that it starts in no time.
 KNOWN = """
 import json, os, random, struct, sys, time
 chance = random.Random(os.urandom(8))
-own = float(sys.argv[1]) * chance.lognormvariate(0, 0.005)
+own = float(sys.argv[1]) * chance.lognormvariate(0, 0.002)
 def answer(head, body=b""):
     sys.stdout.buffer.write(json.dumps(head).encode() + b"\\n" + body)
     sys.stdout.buffer.flush()
@@ -169,7 +169,7 @@ def test_drift_and_processes_that_differ_are_told() -> None:
     assert flag.name == "drift" and flag.sentence.startswith(
         "In the last third of the rounds a was 7.6 % slower"
     )
-    apart = steady * np.tile([1.0, 1.05], 30)
+    apart = steady * np.tile([1.0, 1.08], 30)
     latency = summarise("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
     assert names(noise.of_latencies([latency], still, 1)) == ["repeat", "unsettled"]
 
