@@ -14,8 +14,6 @@ WORDS, PATCHES = 9, 6
 SIDE = 48
 """Pixels of a patch as shown."""
 MOST_IMAGES, MOST_POSITIONS = 256, 256 * 49
-LEAST_SHARE = 3
-"""A patch shows two cells of the grid, but at least this part of the image's side."""
 CURVE = 64
 """Ranks at which the words' usage is told."""
 
@@ -99,8 +97,11 @@ def _nearest_of(chosen: int, word: np.ndarray, distance: np.ndarray, image: np.n
 
 
 def patch_side(size: int, grid: tuple[int, int]) -> int:
-    """Of a patch, in pixels of the image."""
-    return min(size, max(round(2 * size / min(grid)), size // LEAST_SHARE))
+    """Of a patch, in pixels of the image: two cells of the grid, but a third to a half of the image, and a cell
+    at least.
+    """
+    cell = size / min(grid)
+    return round(max(cell, size / 3, min(2 * cell, size / 2)))
 
 
 def _patch(image: np.ndarray, place: int, grid: tuple[int, int]) -> np.ndarray:

@@ -82,10 +82,12 @@ def test_without_images_nothing_is_shown() -> None:
     assert patches_facts([], "map", GRID, torch.zeros(2, 1), None) == {}
 
 
-def test_a_patch_shows_two_cells_but_a_third_of_the_image_at_least() -> None:
-    assert patch_side(224, (7, 7)) == 74
-    assert patch_side(64, (2, 2)) == 64
-    assert patch_side(32, (8, 8)) == 10
+def test_a_patch_shows_two_cells_or_a_third_to_a_half_of_the_image() -> None:
+    assert patch_side(224, (7, 7)) == 75
+    assert patch_side(64, (1, 1)) == 64
+    assert patch_side(64, (2, 2)) == 32
+    assert patch_side(60, (5, 5)) == 24
+    assert patch_side(32, (8, 8)) == 11
     assert patch_side(60, (4, 4)) == 30
 
 
