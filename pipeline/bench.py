@@ -102,6 +102,8 @@ def bench(
     ]
     for note in files.notes:
         display.note(note)
+    if images and not any(subject.classifies for subject in subjects):
+        display.note("--images is of no use: no file here says how images are prepared for it")
     with display.stage("bench") as progress:
         found, raw = measure(
             subjects,
@@ -168,7 +170,9 @@ def _protocol(
 
 
 def _pictures(given: Sequence[Path], files: Files, seed: int) -> Pictures:
-    """Those named, or of the run's own data, or made up."""
+    """Those named, or of the run's own data, or made up; none where no file could be asked about them."""
+    if not given and not any(one.takes.ours for one in files.found):
+        return Pictures([], "no images")
     if given:
         contents = readable(image_files(given))
         return Pictures(contents, f"{len(contents)} images named with --images")

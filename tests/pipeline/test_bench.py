@@ -278,3 +278,13 @@ def test_made_up_photos_are_the_same_each_time_and_as_large_as_photos() -> None:
     first, again = bench_images.synthetic(5, 1), bench_images.synthetic(5, 1)
     assert first == again != bench_images.synthetic(6, 1)
     assert 100_000 < len(first[0]) < 600_000
+
+
+def test_images_that_no_file_can_be_asked_about_are_said_to_be_of_no_use(
+    timed: tuple[Path, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
+    monkeypatch.setattr(verb, "measure", lambda *_, **__: (found, {"a": np.zeros(1)}))
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    result = compress("bench", file, "--images", data, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "--images is of no use" in result.stderr
