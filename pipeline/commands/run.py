@@ -21,7 +21,7 @@ def run(**options: Any) -> None:
     from ..run import compress
 
     asked = given(options)
-    report = told(lambda: compress(**asked))
+    report = told(lambda: compress(**asked), resumes=True)
     if voice.leads():
         show_report(report, as_json=bool(options["json_"]))
 
@@ -43,7 +43,7 @@ def resolutions(sizes: str, **options: Any) -> None:
     from ..resolutions import whole_numbers
 
     asked = given(options)
-    found = told(lambda: of_sizes(whole_numbers(sizes), **asked))
+    found = told(lambda: of_sizes(whole_numbers(sizes), **asked), resumes=True)
     if options["json_"]:
         click.echo(found.model_dump_json(indent=2))
     else:
@@ -62,7 +62,7 @@ def export(folder: Path, **options: Any) -> None:
     from ..export_again import export_again
 
     asked = given(options)
-    report = told(lambda: export_again(folder, **asked))
+    report = told(lambda: export_again(folder, **asked), resumes=True)
     show_report(report, as_json=bool(options["json_"]))
 
 

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def told(job: Callable[[], T]) -> T:
-    """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback."""
+def told(job: Callable[[], T], *, resumes: bool = False) -> T:
+    """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback.
+
+    ``resumes``: whether the same command goes on where it was stopped.
+    """
     try:
         # A scheduler or a container that wants its machine back says SIGTERM; that is Ctrl-C from afar.
         with STOP.listens():
@@ -28,7 +31,7 @@ def told(job: Callable[[], T]) -> T:
             TIME_LIMIT_EXIT,
         )
     except KeyboardInterrupt:
-        ended("\nStopped. The same command goes on where this one was.", 130)
+        ended("\nStopped." + (" The same command goes on where this one was." if resumes else ""), 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
