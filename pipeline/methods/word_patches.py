@@ -97,8 +97,8 @@ def _nearest_of(chosen: int, word: np.ndarray, distance: np.ndarray, image: np.n
 
 
 def patch_side(size: int, grid: tuple[int, int]) -> int:
-    """Of a patch, in pixels of the image: two cells of the grid, but a third to a half of the image, and one
-    cell at least.
+    """Of a patch, in pixels of the image: two cells of the grid, but a third to a half of the image, and
+    a cell at least.
     """
     cell = size / min(grid)
     return round(max(cell, size / 3, min(2 * cell, size / 2)))
