@@ -212,10 +212,23 @@ def _run(
     ranks: Ranks,
 ) -> Report:
     assert options.out is not None
+    folder = RunFolder(options.out, writes=ranks.lead)
+    with folder.locked():
+        return _stages(options, given, images, folder, device, display, ranks)
+
+
+def _stages(
+    options: Options,
+    given: frozenset[str],
+    images: ImageSet,
+    folder: RunFolder,
+    device: str,
+    display: Display,
+    ranks: Ranks,
+) -> Report:
     from .stages import report, stage_run
 
     config = {**hashed(options), "data_content": images.fingerprint}
-    folder = RunFolder(options.out, writes=ranks.lead)
     with ranks.lead_first():
         # Processes that torchrun has restarted go on.
         folder.open(fresh=options.fresh and not voice.attempt())
