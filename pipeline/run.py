@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from . import recipes, rounds, voice
+from . import bounded_yaml, recipes, rounds, voice
 from .cache import Cache
 from .data.image_set import ImageSet
 from .device import choose_device
@@ -153,7 +153,7 @@ def flag(name: str) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = bounded_yaml.read(path)
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
