@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 from cells import markdown
-from questpress.export.bench import Latency, Speedup, speedup, summarise
+from questpress.export.latency import Latency, summarise
+from questpress.export.speedup import Speedup, speedup
 
 
 def nothing() -> None:

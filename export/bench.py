@@ -1,7 +1,10 @@
 """Latency of model files on this machine, measured so that it can be believed.
 
-One resident worker process a subject, explicit threads, batch 1, different inputs in turn, warm-up until it
-has settled, then rounds in which every subject runs one block, in seeded random order. No outlier is dropped.
+Resident worker processes for every subject, pinned to as many cores as they have threads; batch 1, different
+inputs in turn, warm-up until it has settled, then rounds in which every subject runs one block, in seeded
+random order. A subject's processes take turns, a round each. No outlier is dropped. Beside the subjects a
+sentinel runs a fixed computation once a round, and the machine's counters are read before and after: what
+they tell are the flags of `noise`.
 """
 
 from __future__ import annotations
@@ -16,14 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from . import noise
 from .bench_process import Worker
+from .cores import governor, pinned
 from .errors import ExportError
+from .latency import Latency, summarise
 from .machine import Environment, environment
+from .noise import Flag
+from .speedup import Speedup, Spread, process_spread, speedup
 
-# A percentile needs this many samples to mean something.
-MINIMUM_SAMPLES = {50: 11, 90: 64, 95: 130, 99: 662}
-_LEAST_ROUNDS = 3
+LEAST_ROUNDS = 20
+"""Of fewer rounds no interval means much."""
+
+_BLOCK_SECONDS = 0.1
 _WARM_RUNS, _WARM_SECONDS, _WARM_AGREEMENT = 50, 1.0, 0.02
+_SENTINEL = ("-m", f"{__package__}.sentinel")
 
 Progress = Callable[[float, str], None]
 """Called with the fraction done, 0 to 1, and what is going on."""
@@ -42,49 +52,22 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Latency:
-    """One subject at one thread count, in milliseconds; a percentile is None where too few runs carry it.
-
-    `samples` float64 [n] are all runs in order, `rounds` int64 [n] the round each belongs to. `settled` is
-    False where warm-up ended at its limit before two windows agreed within 2 %.
+class Conditions:
+    """How one thread count was measured: the cores that everything was pinned to (none where the system has
+    no such thing) and their governor, the sentinel's readings, float64 [rounds] in milliseconds, by how much
+    processes of one file differ, what disturbed it, and the flags that this system gives no figures for.
     """
 
-    subject: str
     threads: int
-    p50: float | None
-    p90: float | None
-    p95: float | None
-    p99: float | None
-    mean: float
-    n: int
-    settled: bool
-    samples: np.ndarray
-    rounds: np.ndarray
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the samples, for JSON."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("samples", "rounds")}
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times faster than `baseline` a subject is: the median over rounds of the ratio of the two
-    blocks' medians, with a paired bootstrap 95 % interval over rounds.
-    """
-
-    subject: str
-    baseline: str
-    threads: int
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """'faster', 'slower', or 'no difference' where the interval holds 1."""
-        if self.low > 1:
-            return "faster"
-        return "slower" if self.high < 1 else "no difference"
+    rounds: int
+    processes: int
+    block_seconds: float
+    cores: tuple[int, ...]
+    governor: str | None
+    sentinel: np.ndarray
+    spread: Spread
+    flags: tuple[Flag, ...]
+    unchecked: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,6 +75,12 @@ class BenchResult:
     latencies: tuple[Latency, ...]
     environment: Environment
     seed: int
+    conditions: tuple[Conditions, ...]
+
+    @property
+    def flags(self) -> list[Flag]:
+        """Of all thread counts."""
+        return [flag for one in self.conditions for flag in one.flags]
 
     def latency(self, subject: str, threads: int) -> Latency:
         """Raises KeyError for what wasn't measured."""
@@ -101,14 +90,21 @@ class BenchResult:
         raise KeyError((subject, threads))
 
     def speedup(self, subject: str, baseline: str, threads: int) -> Speedup:
-        return speedup(self.latency(subject, threads), self.latency(baseline, threads), seed=self.seed)
+        """Raises KeyError for what wasn't measured."""
+        one, other = self.latency(subject, threads), self.latency(baseline, threads)
+        spread = next(c.spread for c in self.conditions if c.threads == threads)
+        return speedup(one, other, spread=spread, seed=self.seed)
 
     def raw(self) -> dict[str, np.ndarray]:
-        """Every sample, to be kept with `numpy.savez`: 'NAME/THREADS/ms' and 'NAME/THREADS/round'."""
+        """Every sample, to be kept with `numpy.savez`: 'NAME/THREADS/ms' and 'NAME/THREADS/round', and the
+        sentinel's as 'sentinel/THREADS/ms'.
+        """
         arrays = {}
         for latency in self.latencies:
             arrays[f"{latency.subject}/{latency.threads}/ms"] = latency.samples
             arrays[f"{latency.subject}/{latency.threads}/round"] = latency.rounds
+        for one in self.conditions:
+            arrays[f"sentinel/{one.threads}/ms"] = one.sentinel
         return arrays
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +112,7 @@ class BenchResult:
             "environment": asdict(self.environment),
             "seed": self.seed,
             "latencies": [latency.to_dict() for latency in self.latencies],
+            "flags": [asdict(flag) for flag in self.flags],
         }
 
 
@@ -124,15 +121,22 @@ def bench(
     *,
     threads: Sequence[int],
     seconds: float,
+    samples: int = 0,
+    processes: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> BenchResult:
-    """Time every subject at every thread count for at least `seconds` each. Raises ExportError."""
+    """Time every subject at every thread count for at least `seconds` and `samples` runs, divided among so
+    many `processes` of each. Raises ExportError.
+    """
     names = [subject.name for subject in subjects]
     if not subjects or len(set(names)) != len(names):
         raise ExportError(f"a bench needs subjects with names of their own, not {names}")
-    if seconds <= 0 or not threads or min(threads) < 1:
-        raise ExportError(f"a bench needs some time and threads, not {seconds} s on {list(threads)} threads")
+    if seconds <= 0 or not threads or min(threads) < 1 or processes < 1:
+        raise ExportError(
+            f"a bench needs some time, threads and processes, not {seconds} s on {list(threads)} threads in "
+            f"{processes} processes"
+        )
     for subject in subjects:
         if subject.inputs.ndim != 4 or not len(subject.inputs):
             raise ExportError(f"{subject.name} needs inputs [n, 3, S, S], not {list(subject.inputs.shape)}")
@@ -140,54 +144,139 @@ def bench(
     counts = list(dict.fromkeys(threads))
     here = environment()
     latencies: list[Latency] = []
+    conditions: list[Conditions] = []
     with tempfile.TemporaryDirectory(prefix="questpress-bench-") as folder:
-        inputs = []
-        for index, subject in enumerate(subjects):
-            inputs.append(Path(folder) / f"{index}.npy")
-            kind = np.uint8 if subject.inputs.dtype == np.uint8 else np.float32
-            np.save(inputs[-1], np.ascontiguousarray(subject.inputs, dtype=kind))
+        files = [
+            saved(subject.inputs, Path(folder) / f"{index}.npy") for index, subject in enumerate(subjects)
+        ]
         for index, count in enumerate(counts):
 
             def part(fraction: float, what: str, index: int = index) -> None:
                 tell((index + min(fraction, 1)) / len(counts), what)
 
+            cores = pinned(count)
             with ExitStack() as resident:
-                workers = [
-                    resident.enter_context(Worker(subject.name, subject.path, file, count, subject.script))
-                    for subject, file in zip(subjects, inputs, strict=True)
+                sentinel = Worker("the sentinel", "", Path(), 1, _SENTINEL, cores[:1])
+                resident.callback(sentinel.close)
+                teams = [
+                    [
+                        Worker(subject.name, subject.path, file, count, subject.script, cores)
+                        for _ in range(processes)
+                    ]
+                    for subject, file in zip(subjects, files, strict=True)
                 ]
-                latencies += _measure(workers, seconds, np.random.default_rng([seed, count]), part)
+                for worker in (worker for team in teams for worker in team):
+                    resident.callback(worker.close)
+                plan = _Plan(count, seconds, samples, cores, np.random.default_rng([seed, count]), part)
+                found, under = plan.measure(teams, sentinel)
+            latencies += found
+            conditions.append(under)
     tell(1.0, "done")
-    return BenchResult(tuple(latencies), here, seed)
+    return BenchResult(tuple(latencies), here, seed, tuple(conditions))
+
+
+def saved(inputs: np.ndarray, file: Path) -> Path:
+    """Write a subject's inputs where its processes read them."""
+    kind = np.uint8 if inputs.dtype == np.uint8 else np.float32
+    np.save(file, np.ascontiguousarray(inputs, dtype=kind))
+    return file
 
 
 def _untold(_fraction: float, _what: str) -> None:
     pass
 
 
-def _measure(
-    workers: Sequence[Worker], seconds: float, rng: np.random.Generator, tell: Progress
-) -> list[Latency]:
-    settled, slowest = [], 0.0
-    for index, worker in enumerate(workers):
-        tell(index / len(workers) * 0.3, f"warming up {worker.name} on {worker.threads} threads")
-        done, median = _warm_up(worker, seconds)
-        settled.append(done)
-        slowest = max(slowest, median / 1000)
-    # A block holds a run of the slowest, so that no subject gets more than a round's share of the time.
-    block = max(min(max(seconds / 20, 0.1), 1.0), slowest)
-    blocks: list[list[np.ndarray]] = [[] for _ in workers]
-    spent = np.zeros(len(workers))
-    while spent.min() < seconds or len(blocks[0]) < _LEAST_ROUNDS:
-        tell(0.3 + 0.7 * spent.min() / seconds, f"timing on {workers[0].threads} threads")
-        for index in rng.permutation(len(workers)):
-            samples = workers[index].block(block)
-            blocks[index].append(samples)
-            spent[index] += samples.sum() / 1000
-    return [
-        summarise(worker.name, worker.threads, of_worker, done)
-        for worker, of_worker, done in zip(workers, blocks, settled, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Plan:
+    """One thread count: for how long, where, and in which order."""
+
+    threads: int
+    seconds: float
+    samples: int
+    cores: tuple[int, ...]
+    rng: np.random.Generator
+    tell: Progress
+
+    def measure(
+        self, teams: Sequence[Sequence[Worker]], sentinel: Worker
+    ) -> tuple[list[Latency], Conditions]:
+        workers = [worker for team in teams for worker in team]
+        self.tell(0.0, f"loading on {_counted(self.threads)}")
+        for worker in (sentinel, *workers):
+            worker.ready()
+        settled, slowest = self._warm_up(teams)
+        # A block holds a run of the slowest, so that no subject gets more than a round's share of the time.
+        least = self.seconds / LEAST_ROUNDS
+        block = max(min(_BLOCK_SECONDS, least), min(slowest, least))
+        before, used = noise.read(), _cpu_seconds([sentinel, *workers])
+        blocks, readings = self._rounds(teams, sentinel, block)
+        after, used = noise.read(), _cpu_seconds([sentinel, *workers]) - used
+        processes = len(teams[0])
+        latencies = [
+            summarise(team[0].name, self.threads, of_team, done, processes)
+            for team, of_team, done in zip(teams, blocks, settled, strict=True)
+        ]
+        flags = [
+            *noise.of_machine(before, after, used, self.cores, self.threads),
+            *noise.of_sentinel(readings, self.threads),
+            *noise.of_latencies(latencies, readings, self.threads),
+        ]
+        return latencies, Conditions(
+            self.threads,
+            rounds=len(readings),
+            processes=processes,
+            block_seconds=block,
+            cores=self.cores,
+            governor=governor(self.cores),
+            sentinel=readings,
+            spread=process_spread(latencies),
+            flags=tuple(flags),
+            unchecked=tuple(noise.unchecked(before, self.cores)),
+        )
+
+    def _warm_up(self, teams: Sequence[Sequence[Worker]]) -> tuple[list[bool], float]:
+        """Which subjects settled, and the slowest one's median in seconds."""
+        settled, slowest = [], 0.0
+        for index, team in enumerate(teams):
+            self.tell(index / len(teams) * 0.3, f"warming up {team[0].name} on {_counted(self.threads)}")
+            warmed = [_warm_up(worker, self.seconds / len(team)) for worker in team]
+            settled.append(all(done for done, _ in warmed))
+            slowest = max(slowest, *(median / 1000 for _, median in warmed))
+        return settled, slowest
+
+    def _rounds(
+        self, teams: Sequence[Sequence[Worker]], sentinel: Worker, block: float
+    ) -> tuple[list[list[np.ndarray]], np.ndarray]:
+        blocks: list[list[np.ndarray]] = [[] for _ in teams]
+        readings: list[float] = []
+        spent, runs = np.zeros(len(teams)), np.zeros(len(teams))
+        while not self._enough(len(readings), len(teams[0]), spent, runs):
+            self.tell(0.3 + 0.7 * self._share(spent, runs), f"timing on {_counted(self.threads)}")
+            turn = len(readings) % len(teams[0])
+            readings.append(float(sentinel.block(0.0)[0]))
+            for index in self.rng.permutation(len(teams)):
+                samples = teams[index][turn].block(block)
+                blocks[index].append(samples)
+                spent[index] += samples.sum() / 1000
+                runs[index] += len(samples)
+        return blocks, np.array(readings)
+
+    def _enough(self, rounds: int, processes: int, spent: np.ndarray, runs: np.ndarray) -> bool:
+        if rounds < LEAST_ROUNDS or rounds % processes:
+            return False
+        return bool(spent.min() >= self.seconds and runs.min() >= self.samples)
+
+    def _share(self, spent: np.ndarray, runs: np.ndarray) -> float:
+        of_runs = runs.min() / self.samples if self.samples else 1.0
+        return float(min(1.0, spent.min() / self.seconds, of_runs))
+
+
+def _counted(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def _cpu_seconds(workers: Sequence[Worker]) -> float:
+    return sum(worker.cpu_seconds for worker in workers)
 
 
 def _warm_up(worker: Worker, seconds: float) -> tuple[bool, float]:
@@ -205,49 +294,3 @@ def _warm_up(worker: Worker, seconds: float) -> tuple[bool, float]:
         if spent >= most:
             return agree, median
         last = median
-
-
-def summarise(subject: str, threads: int, blocks: Sequence[np.ndarray], settled: bool = True) -> Latency:
-    """The figures of a subject's blocks, float64 milliseconds each; percentiles interpolate linearly."""
-    samples = np.concatenate(blocks)
-    given = {
-        p: float(np.percentile(samples, p)) if len(samples) >= least else None
-        for p, least in MINIMUM_SAMPLES.items()
-    }
-    return Latency(
-        subject,
-        threads,
-        p50=given[50],
-        p90=given[90],
-        p95=given[95],
-        p99=given[99],
-        mean=float(samples.mean()),
-        n=len(samples),
-        settled=settled,
-        samples=samples,
-        rounds=np.repeat(np.arange(len(blocks)), [len(block) for block in blocks]),
-    )
-
-
-def speedup(subject: Latency, baseline: Latency, *, seed: int = 0, resamples: int = 2000) -> Speedup:
-    """Compare two subjects that ran in the same rounds. Raises ValueError where they did not."""
-    if subject.threads != baseline.threads or subject.rounds.max() != baseline.rounds.max():
-        raise ValueError(f"{subject.subject} and {baseline.subject} did not run in the same rounds")
-    ratios = _medians(baseline) / _medians(subject)
-    rng = np.random.default_rng(seed)
-    drawn = np.median(ratios[rng.integers(0, len(ratios), (resamples, len(ratios)))], axis=1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Speedup(
-        subject.subject,
-        baseline.subject,
-        subject.threads,
-        float(np.median(ratios)),
-        float(low),
-        float(high),
-    )
-
-
-def _medians(latency: Latency) -> np.ndarray:
-    return np.array(
-        [np.median(latency.samples[latency.rounds == r]) for r in range(latency.rounds.max() + 1)]
-    )

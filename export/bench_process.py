@@ -24,15 +24,31 @@ _BLOCK_SECONDS = 120.0  # beyond the block itself: room for one run of a slow ne
 class Worker:
     """A process that holds one network and times it on request; ends with the `with` block.
 
-    `script`, a Python program and its arguments, serves requests as `bench_worker` does, for another runtime
-    than ONNX Runtime.
+    It is started at once, and is ready when the block is entered. `script`, a Python program and its
+    arguments, serves requests as `bench_worker` does, for another runtime than ONNX Runtime. `cores` are
+    those it is pinned to, if any.
     """
 
     def __init__(
-        self, name: str, model: Path | str, inputs: Path, threads: int, script: Sequence[str] = ()
+        self,
+        name: str,
+        model: Path | str,
+        inputs: Path,
+        threads: int,
+        script: Sequence[str] = (),
+        cores: Sequence[int] = (),
     ) -> None:
         self.name = name
         self.threads = threads
+        self.cpu_seconds = 0.0
+        """Processor time it has used, as of its last answer."""
+        self._request = {
+            "model": str(model),
+            "inputs": str(inputs),
+            "threads": threads,
+            "cores": list(cores),
+        }
+        self._ready = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
         # The child finds what the parent found, and nothing of the folder the user happens to be in.
         search = os.pathsep.join(entry for entry in sys.path if entry)
@@ -44,16 +60,18 @@ class Worker:
             stderr=self._errors,
             env=os.environ | {"PYTHONPATH": search},
         )
-        try:
-            request = {"model": str(model), "inputs": str(inputs), "threads": threads}
-            self._ask(request, _LOAD_SECONDS)
-        except BaseException:
-            self.close()
-            raise
 
-    def block(self, seconds: float) -> np.ndarray:
-        """Times of runs over at least `seconds`, float64 [runs], milliseconds. Raises ExportError."""
-        return self._ask({"seconds": seconds}, seconds + _BLOCK_SECONDS)
+    def ready(self) -> None:
+        """Wait until it has loaded its network. Raises ExportError."""
+        if not self._ready:
+            self._ask(self._request, _LOAD_SECONDS)
+            self._ready = True
+
+    def block(self, seconds: float, batch: int = 1) -> np.ndarray:
+        """Times of runs over at least `seconds`, float64 [runs], milliseconds; `batch` images a run. Raises
+        ExportError.
+        """
+        return self._ask({"seconds": seconds, "batch": batch}, seconds + _BLOCK_SECONDS)
 
     def _ask(self, request: dict[str, Any], limit: float) -> np.ndarray:
         pipe_in, pipe_out = self._process.stdin, self._process.stdout
@@ -80,6 +98,7 @@ class Worker:
             raise ExportError(f"{self.name} cannot be timed: {head['error']}")
         if len(body) != head.get("bytes", 0):
             raise ExportError(self._obituary(overdue.is_set(), limit))
+        self.cpu_seconds = head.get("cpu", self.cpu_seconds)
         return np.frombuffer(body, dtype=np.float64)
 
     def _obituary(self, overdue: bool, limit: float) -> str:
@@ -111,6 +130,11 @@ class Worker:
         self._errors.close()
 
     def __enter__(self) -> Worker:
+        try:
+            self.ready()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(

@@ -66,3 +66,13 @@ def is_arm() -> bool:
 def has_vnni() -> bool:
     """Whether products of int8 are summed in 32 bits by one instruction (x86's VNNI)."""
     return runtime.target_of_this_machine() == "x86-vnni"
+
+
+def session_options() -> list[str]:
+    """What `runtime.session` sets, as text."""
+    return [
+        "CPUExecutionProvider",
+        "intra_op_num_threads = the threads told, inter_op_num_threads = 1",
+        "execution_mode = sequential, graph_optimization_level = all (without Pad_Fusion)",
+        "intra-op threads spin within a run and stop between runs",
+    ]

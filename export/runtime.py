@@ -396,11 +396,19 @@ def allowed_cores() -> int:
 
 def _cgroup_quota(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
     """CPUs the tightest enclosing cgroup (v2 or v1) grants; at least 1, inf without a limit or off Linux."""
-    quota = math.inf
+    folders = cgroup_folders(proc, root)
+    quotas = [_v1_quota(folder) if first else _v2_quota(folder) for folder, first in folders]
+    return max(1.0, min(quotas, default=math.inf))
+
+
+def cgroup_folders(
+    proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[Path, bool]]:
+    """The folders of the cgroups that limit this process's CPU time, and whether each is of version 1."""
     try:
         lines = proc.read_text().splitlines()
     except (OSError, ValueError):
-        return quota
+        return
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
@@ -410,10 +418,9 @@ def _cgroup_quota(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
         # Inside a container the path of the host may be named while only the root is mounted.
         inner = mount / group.lstrip("/")
         for folder in (inner, *inner.parents):
-            quota = min(quota, _v1_quota(folder) if controllers else _v2_quota(folder))
+            yield folder, bool(controllers)
             if folder == mount:
                 break
-    return max(1.0, quota)
 
 
 def _v2_quota(folder: Path) -> float:

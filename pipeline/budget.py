@@ -6,12 +6,11 @@ loss within the budget is never refused, and one or two images of a small select
 """
 
 import numpy as np
-from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from ..export.search import Verdict
 from . import evaluate
+from .significance import SIGNIFICANT, mcnemar
 
-SIGNIFICANT = 0.05
 FEW = 2
 """Images that may be lost in any case."""
 
@@ -42,9 +41,3 @@ class Budget:
         p = mcnemar(worse, better)
         refused = lost > self.max_drop and (worse - better > FEW or p < SIGNIFICANT)
         return Verdict(score, lost, not refused, sqnr, {"p": p})
-
-
-def mcnemar(worse: int, better: int) -> float:
-    """The exact two-sided p of McNemar's test, from how many images one file alone has right and the other
-    alone."""
-    return float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0

@@ -17,6 +17,8 @@ COMMANDS = {
     },
     "Measure and look": {
         "predict": "predict:predict",
+        "validate": "validate:validate",
+        "bench": "bench:bench",
     },
     "Around it": {
         "models": "lists:models",

@@ -12,6 +12,8 @@ from .device import Engine
 from .scores import Accuracy, ClassResult, Score
 
 BATCH = 128
+AT_ONCE = 4096
+"""Images whose classes are ranked together."""
 UNEVEN = 1.5
 """Classes are uneven when the largest has more than this many times the images of the smallest."""
 
@@ -61,11 +63,22 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> Accuracy:
         balanced = 100 * float(
             (np.bincount(labels[right], minlength=len(counts))[present] / counts[present]).mean()
         )
-    top5 = None
-    if logits.shape[1] > 10:
-        best = np.argpartition(-logits, 4, axis=1)[:, :5]
-        top5 = 100 * float((best == labels[:, None]).any(1).mean())
-    return Accuracy.of(int(right.sum()), len(labels), balanced=balanced, top5=top5)
+    five = top5(logits, labels)
+    return Accuracy.of(
+        int(right.sum()), len(labels), balanced=balanced, top5=None if five is None else five.top1
+    )
+
+
+def top5(logits: np.ndarray, labels: np.ndarray) -> Accuracy | None:
+    """How often the label is among the five likeliest classes, of more than ten; else None."""
+    if logits.shape[1] <= 10:
+        return None
+    correct = 0
+    for start in range(0, len(logits), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        best = np.argpartition(-logits[some], 4, axis=1)[:, :5]
+        correct += int((best == labels[some, None]).any(1).sum())
+    return Accuracy.of(correct, len(labels))
 
 
 def percent(logits: np.ndarray, labels: np.ndarray) -> float:

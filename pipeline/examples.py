@@ -59,13 +59,14 @@ def examples(
             teacher_probability=None if teacher is None else teacher[i][1],
             student=student[i][0],
             student_probability=student[i][1],
-            png=_png(images[i]),
+            png=thumbnail(images[i]),
         )
         for i in chosen
     ]
 
 
-def _png(image: np.ndarray) -> str:
+def thumbnail(image: np.ndarray) -> str:
+    """A rendered image, uint8 [S,S,3], at most 128 pixels wide: base64 of a PNG."""
     side = min(128, image.shape[0])
     small = PillowImage.fromarray(image).resize((side, side), PillowImage.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -18,6 +18,7 @@ from ..export.runtime import Classifier, allowed_cores
 from ..models.build import check_size
 from ..models.catalogue import multiply_adds
 from ..models.names import resolve as resolve_name
+from .bench_images import INPUTS
 from .data.decode import rendered
 from .data.image_set import ImageSet
 from .errors import UsageError
@@ -27,7 +28,7 @@ from .report.sizes import write
 from .resolve import own_image_size, resolve
 from .results import Latency, Report, Resolutions, Size, Speedup, Subject
 from .run import compress, read_options
-from .stages.bench import INPUTS, MOST_THREADS
+from .stages.bench import MOST_THREADS
 
 FILE = "resolutions.json"
 NOT_HERE = ("student_size", "until", "dry_run")

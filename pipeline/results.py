@@ -6,6 +6,7 @@ Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 
 from typing import Any
 
+from .bench_results import Bench
 from .int8_results import Int8Search, Recovery
 from .scores import Accuracy, Calibration, ClassResult, MultiLabelScore, Result, Score, Speedup, Temperature
 
@@ -21,6 +22,8 @@ class Latency(Result):
     p99: float | None = None
     mean: float
     n: int
+    intervals: dict[str, tuple[float | None, float | None]] = {}
+    """95 %, distribution-free, by the percentile's name; an end is None where the runs do not bound it."""
 
 
 class Parity(Result):
@@ -249,6 +252,8 @@ class Report(Result):
     int8: list[Int8Search] = []
     """The search for each target; the first one's file is ``student_int8``."""
     recovery: Recovery | None = None
+    bench: Bench | None = None
+    """How latency was measured, and all that was; None of runs that are older."""
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: list[list[int]] | None = None

@@ -1,7 +1,5 @@
 """The whole job: check, then stage after stage, each done only where it is missing."""
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from .resolve import DIGITS, resolve
 from .results import Report
 from .run_folder import Done, RunFolder
 from .stopping import STOP
+from .typed import command
 
 TRAINING = ("teacher", rounds.ROUND, "student")
 """Stages in which all ranks work."""
@@ -233,7 +232,7 @@ def _stages(
         # Processes that torchrun has restarted go on.
         folder.open(fresh=options.fresh and not voice.attempt())
         folder.refuse_other_options(config)
-        folder.begin(config, _repeatable(options), _command())
+        folder.begin(config, _repeatable(options), command())
     with display.stage("start") as progress:
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
@@ -292,13 +291,8 @@ def _dry_run(options: Options, images: ImageSet, device: str, display: Display) 
         display.say(line)
     return Report(
         title="dry run",
-        command=_command(),
+        command=command(),
         method=options.method,
         image_size=options.image_size or 0,
         config=options.model_dump(mode="json"),
     )
-
-
-def _command() -> str:
-    """What was typed, for the report; a script's own path is of no use elsewhere."""
-    return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])

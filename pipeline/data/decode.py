@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import PIL
@@ -23,6 +23,7 @@ from ..files import digest, sha256
 from .image_set import Image, ImageSet, Progress, Skipped
 from .pixels import Pixels, ragged
 
+T = TypeVar("T")
 VERSION = 1
 # A panorama is cut to this aspect at its centre, so that one image cannot take the memory of hundreds.
 LONGEST_ASPECT = 4
@@ -180,7 +181,7 @@ def _each_once(
     workers: int | None,
 ) -> Decoded:
     def results() -> Iterator[np.ndarray | str]:
-        return _in_order(images, form, progress, workers or allowed_cores())
+        return made_of_each(images, form, progress, workers)
 
     if cache is None or not images:
         return _kept(images, *_in_memory(list(results())))
@@ -198,10 +199,20 @@ def decoder() -> dict[str, Any]:
     return {"version": VERSION, "runtime": sha256(Path(runtime.__file__)), "pillow": PIL.__version__}
 
 
-def _in_order(
-    images: Sequence[Image], form: Callable[[np.ndarray], np.ndarray], progress: Progress | None, workers: int
-) -> Iterator[np.ndarray | str]:
-    """Each image's pixels, or why there are none. Pillow works outside Python's lock: threads do."""
+def made_of_each(
+    images: Sequence[Image],
+    form: Callable[[np.ndarray], T],
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> Iterator[T | str]:
+    """What ``form`` makes of each image's pixels, in their order, or why there are none.
+
+    Few images are in memory at a time. Pillow works outside Python's lock: threads do.
+
+    Raises:
+        JobError: an image has changed since the data set was opened.
+    """
+    workers = workers or allowed_cores()
 
     # Few enough at a time that big photos don't fill the memory.
     with ThreadPoolExecutor(workers) as threads:
@@ -221,7 +232,7 @@ def _in_order(
             threads.shutdown(cancel_futures=True)
 
 
-def pixels_or_reason(image: Image, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | str:
+def pixels_or_reason(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
     """An image's pixels in a form, or why there are none.
 
     Raises:

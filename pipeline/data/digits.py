@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from .given import Given
 from .image_set import Image, ImageSet, array_key
-from .split import assemble
 
 
 def open_digits(*, select_fraction: float | None = None) -> ImageSet:
@@ -12,6 +12,11 @@ def open_digits(*, select_fraction: float | None = None) -> ImageSet:
     Their 17 levels of grey (0 to 16) are spread over 0 to 255. Source: UCI Optical Recognition of
     Handwritten Digits (Alpaydin and Kaynak 1998), its test part.
     """
+    return read_digits().assembled(select_fraction)
+
+
+def read_digits() -> Given:
+    """The same images, without roles."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -20,10 +25,5 @@ def open_digits(*, select_fraction: float | None = None) -> ImageSet:
     for number, (pixels, label) in enumerate(zip(grey, data.target, strict=True)):
         rgb = np.repeat(pixels[:, :, None], 3, axis=2)
         images.append(Image(f"{label}/{number:04d}", int(label), array_key(rgb), rgb))
-    return assemble(
-        "digits",
-        "the built-in digits",
-        [str(digit) for digit in range(10)],
-        {"train": images},
-        select_fraction,
-    )
+    digits = tuple(str(digit) for digit in range(10))
+    return Given("digits", "the built-in digits", digits, {"train": images}, has_roles=False)

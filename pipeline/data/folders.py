@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .content import Walk, hashed
+from .given import Given
 from .image_set import ImageSet, Progress, Role, printable
-from .split import assemble, listed
+from .split import listed
 
 # Those of torchvision's ImageFolder, and GIF.
 EXTENSIONS = frozenset(
@@ -39,6 +40,18 @@ def open_folder(
     Raises:
         UsageError: the folder is missing, a file, empty, or not of this form, or its classes don't fit.
     """
+    return read_folder(path, progress=progress).assembled(select_fraction)
+
+
+def read_folder(path: Path, *, to_learn: bool = True, progress: Progress | None = None) -> Given:
+    """The images in a folder, with the roles that its folders name.
+
+    ``to_learn``: train is needed where there are roles, and each role needs every class. Without it the
+    images are for validation alone: ``test`` may stand by itself, and a role has the classes that it has.
+
+    Raises:
+        UsageError: as ``open_folder``.
+    """
     shown = printable(str(path))
     if not path.exists():
         raise UsageError(f"There is no data folder {shown}; check the path given as --data.")
@@ -48,26 +61,33 @@ def open_folder(
         )
     walk = Walk(path.resolve(), path)
     try:
-        classes, files = _classes_and_files(walk, shown)
+        classes, files, roles = _classes_and_files(walk, shown, to_learn)
     except PermissionError as error:
         raise UsageError(
             f"{printable(str(error.filename))} may not be read; check its permissions."
         ) from error
-    given = hashed(files, walk, progress)
-    return assemble(
-        printable(path.resolve().name), shown, classes, given, select_fraction, walk.skipped, walk.ignored
+    return Given(
+        printable(path.resolve().name),
+        shown,
+        tuple(classes),
+        hashed(files, walk, progress),
+        has_roles=roles,
+        skipped=tuple(walk.skipped),
+        ignored=walk.ignored,
     )
 
 
 _Files = dict[Role, list[tuple[Path, int]]]
 
 
-def _classes_and_files(walk: Walk, shown: str) -> tuple[list[str], _Files]:
+def _classes_and_files(walk: Walk, shown: str, to_learn: bool) -> tuple[list[str], _Files, bool]:
+    """The classes, the files of each role, and whether folders have given the roles."""
     folders, loose = _inside(walk, walk.top)
     roles = {folder: ROLE_FOLDERS.get(folder.name.lower()) for folder in folders}
     role_folders = {folder: role for folder, role in roles.items() if role}
-    if "train" not in role_folders.values():
-        if role_folders and len(role_folders) == len(folders):
+    all_roles = bool(role_folders) and len(role_folders) == len(folders)
+    if "train" not in role_folders.values() and (to_learn or not all_roles):
+        if all_roles:
             names = listed([folder.name for folder in role_folders])
             raise UsageError(
                 f"{shown} has {names} but no 'train' folder; add one, or give the class folders alone."
@@ -75,12 +95,12 @@ def _classes_and_files(walk: Walk, shown: str) -> tuple[list[str], _Files]:
         role_folders = {}  # a class may be called 'test'; without 'train' beside it, it is no role
     if not role_folders:
         _expect_folders(walk, shown, folders, loose)
-        return _whole(walk, folders)
+        return *_whole(walk, folders), False
     walk.ignored += len(loose)
     for folder in folders:
         if folder not in role_folders:
             walk.skip(folder, "stands beside 'train' but is neither val nor test")
-    return _by_role(walk, role_folders)
+    return *_by_role(walk, role_folders, to_learn), True
 
 
 def _expect_folders(walk: Walk, shown: str, folders: Sequence[Path], loose: Sequence[Path]) -> None:
@@ -104,7 +124,7 @@ def _whole(walk: Walk, folders: Sequence[Path]) -> tuple[list[str], _Files]:
     return names, {"train": found}
 
 
-def _by_role(walk: Walk, role_folders: dict[Path, Role]) -> tuple[list[str], _Files]:
+def _by_role(walk: Walk, role_folders: dict[Path, Role], to_learn: bool) -> tuple[list[str], _Files]:
     by_name: dict[Role, dict[str, list[Path]]] = {}
     folder_of: dict[Role, str] = {}
     for top, role in role_folders.items():
@@ -126,11 +146,13 @@ def _by_role(walk: Walk, role_folders: dict[Path, Role]) -> tuple[list[str], _Fi
             raise UsageError(f"The class folders in '{top.name}' hold no images.")
     if "test" not in by_name and "select" in by_name:
         by_name["test"], folder_of["test"] = by_name.pop("select"), folder_of.pop("select")
-    classes = list(by_name["train"])
-    for role in by_name:
-        _same_classes(folder_of["train"], classes, folder_of[role], list(by_name[role]))
+    classes = list(dict.fromkeys(name for role in by_name.values() for name in role))
+    if to_learn:
+        classes = list(by_name["train"])
+        for role in by_name:
+            _same_classes(folder_of["train"], classes, folder_of[role], list(by_name[role]))
     return classes, {
-        role: [(file, label) for label, name in enumerate(classes) for file in by_name[role][name]]
+        role: [(file, label) for label, name in enumerate(classes) for file in by_name[role].get(name, ())]
         for role in by_name
     }
 

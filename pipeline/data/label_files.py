@@ -9,9 +9,10 @@ from ..errors import UsageError
 from .coco import read_coco
 from .content import Labels, Walk, hashed
 from .folders import ROLE_FOLDERS
+from .given import Given
 from .image_set import ImageSet, Progress, Role, printable
 from .label_rows import JSON_LINES, TABLES, Row, read_rows
-from .split import assemble, listed
+from .split import listed
 
 COCO = ".json"
 SUFFIXES = (*TABLES, *sorted(JSON_LINES), COCO)
@@ -43,6 +44,19 @@ def open_label_file(
     Raises:
         UsageError: the file is not of this form, names images that are not there, or its classes don't fit.
     """
+    return read_label_file(path, data_dir=data_dir, progress=progress).assembled(select_fraction)
+
+
+def read_label_file(
+    path: Path, *, data_dir: Path | None = None, to_learn: bool = True, progress: Progress | None = None
+) -> Given:
+    """The images that a labels file names, with the roles that it gives them.
+
+    Without ``to_learn`` the images are for validation alone: none needs to be there to train on.
+
+    Raises:
+        UsageError: as ``open_label_file``.
+    """
     files = _with_its_like(path)
     read = {role: _read(one, path) for role, one in files.items()}
     top = data_dir if data_dir is not None else _home(path)
@@ -51,13 +65,14 @@ def open_label_file(
     walk = _walk(top)
     multi_label = any(one.multi_label for one in read.values())
     found = {role: one.located(walk) for role, one in read.items()}
-    by_role = _by_role(found, files)
+    by_role = _by_role(found, files, to_learn)
     classes = _classes(list(read.values()))
-    if len(classes) < 2 and not multi_label:
+    if to_learn and len(classes) < 2 and not multi_label:
         raise UsageError(
             f"{printable(str(path))} has only one class, '{classes[0]}'; two or more can be told apart."
         )
-    _check_trained(classes, by_role, printable(path.name))
+    if to_learn:
+        _check_trained(classes, by_role, printable(path.name))
     number = {name: label for label, name in enumerate(classes)}
     numbered: dict[Role, list[tuple[Path, Labels]]] = {
         role: [
@@ -66,13 +81,13 @@ def open_label_file(
         ]
         for role, rows in by_role.items()
     }
-    return assemble(
+    return Given(
         printable(_home(path).resolve().name),
         printable(str(path)),
-        classes,
+        tuple(classes),
         hashed(numbered, walk, progress),
-        select_fraction,
-        walk.skipped,
+        has_roles=len(files) > 1 or any(row.role for one in read.values() for row in one.rows),
+        skipped=tuple(walk.skipped),
         multi_label=multi_label,
     )
 
@@ -195,7 +210,7 @@ def _with_its_like(path: Path) -> dict[Role, Path]:
 
 
 def _by_role(
-    found: Mapping[Role, dict[Path, Row]], files: Mapping[Role, Path]
+    found: Mapping[Role, dict[Path, Row]], files: Mapping[Role, Path], to_learn: bool
 ) -> dict[Role, dict[Path, Row]]:
     """The images of each role, by the files' names or by what the one file says of each."""
     by_role: dict[Role, dict[Path, Row]] = {}
@@ -208,7 +223,7 @@ def _by_role(
                     "the two out."
                 )
             by_role.setdefault(row.role or named, {})[file] = row
-    if "train" not in by_role:
+    if to_learn and "train" not in by_role:
         raise UsageError("The labels file has no image to train on; give some the split 'train'.")
     if "test" not in by_role and "select" in by_role:
         by_role["test"] = by_role.pop("select")

@@ -13,10 +13,10 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from ..errors import UsageError
+from .given import Given
 from .image_set import Image, ImageSet, Progress, Role, Skipped, array_key, printable
 from .shards import SYNONYMS, index, local_splits
 from .sources import Row, Table
-from .split import assemble
 
 # What each kind of name needs installed.
 PACKAGES = {"torch": "torchvision", "hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}
@@ -44,10 +44,22 @@ def open_named(
     Raises:
         UsageError: the set is not there, its package is missing, it has no classes, or it is too large.
     """
+    given = read_named(name, data_dir=data_dir, download=download, progress=progress)
+    return given.assembled(select_fraction)
+
+
+def read_named(
+    name: str, *, data_dir: Path | None = None, download: bool = False, progress: Progress | None = None
+) -> Given:
+    """The images of a data set by its name in timm, in its own splits.
+
+    Raises:
+        UsageError: as ``open_named``.
+    """
     prefix = name.partition("/")[0].lower()
     if prefix == "wds" and data_dir is not None and (splits := local_splits(data_dir)):
         indexed = index(splits, progress)
-        return _assembled(name, indexed.given, None, select_fraction, indexed.skipped)
+        return _assembled(name, indexed.given, None, indexed.skipped)
     if find_spec(PACKAGES[prefix]) is None:
         package = PACKAGES[prefix].replace("_", "-")
         raise UsageError(f"{name} needs the package {package}; install it with: pip install {package}")
@@ -58,16 +70,15 @@ def open_named(
     given: dict[Role, list[Image]] = {
         role: list(_images(name, role, dataset, progress)) for role, dataset in datasets.items()
     }
-    return _assembled(name, given, datasets["train"], select_fraction)
+    return _assembled(name, given, datasets["train"])
 
 
 def _assembled(
     name: str,
     given: dict[Role, list[Image]],
     dataset: Any,
-    select_fraction: float | None,
     skipped: Sequence[Skipped] = (),
-) -> ImageSet:
+) -> Given:
     # Published test splits often come without labels, written as −1.
     given = {role: [image for image in images if image.label >= 0] for role, images in given.items()}
     given = {role: images for role, images in given.items() if images}
@@ -76,7 +87,7 @@ def _assembled(
     if "test" not in given and "select" in given:
         given["test"] = given.pop("select")
     classes = _class_names(dataset, 1 + max(image.label for images in given.values() for image in images))
-    return assemble(name, name, classes, given, select_fraction, skipped)
+    return Given(name, name, tuple(classes), given, has_roles=len(given) > 1, skipped=tuple(skipped))
 
 
 def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Role, Any]:

@@ -1,13 +1,16 @@
 """``--data``: the built-in digits, a folder, a labels file, or a data set by timm's name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import UsageError
-from .digits import open_digits
-from .folders import open_folder
+from .digits import read_digits
+from .folders import read_folder
+from .given import Given
 from .image_set import ImageSet, Progress, printable
-from .label_files import SUFFIXES, is_label_file, label_files_in, open_label_file
+from .label_files import SUFFIXES, is_label_file, label_files_in, read_label_file
 
 DIGITS = "digits"
 
@@ -25,31 +28,44 @@ def open_data(
     Raises:
         UsageError: there is none of this name, or it is not usable; one sentence says why and what to do.
     """
+    given = read_data(data, data_dir=data_dir, download=download, progress=progress)
+    with _pointing_at_labels(Path(data).expanduser()):
+        return given.assembled(select_fraction)
+
+
+def read_data(
+    data: str,
+    *,
+    data_dir: Path | None = None,
+    download: bool = False,
+    to_learn: bool = True,
+    progress: Progress | None = None,
+) -> Given:
+    """The images that ``--data`` names, as they were given.
+
+    Without ``to_learn`` they are for validation alone: a class, or a role, may be missing.
+
+    Raises:
+        UsageError: as ``open_data``.
+    """
     path = Path(data).expanduser()
     if data == DIGITS:
-        return open_digits(select_fraction=select_fraction)
+        return read_digits()
     if path.is_file():
         if not is_label_file(path):
             raise UsageError(
                 f"{printable(str(path))} is a file; --data takes a folder that holds a folder of images for "
                 f"each class, or a labels file ({', '.join(SUFFIXES)})."
             )
-        return open_label_file(path, data_dir=data_dir, select_fraction=select_fraction, progress=progress)
+        return read_label_file(path, data_dir=data_dir, to_learn=to_learn, progress=progress)
     if path.exists():
-        try:
-            return open_folder(path, select_fraction=select_fraction, progress=progress)
-        except UsageError as error:
-            found = label_files_in(path)
-            if not found:
-                raise
-            raise UsageError(f"{error} If {' or '.join(found)} has the labels, name it as --data.") from error
+        with _pointing_at_labels(path):
+            return read_folder(path, to_learn=to_learn, progress=progress)
 
-    from .named import PREFIXES, open_named
+    from .named import PREFIXES, read_named
 
     if "/" in data and data.partition("/")[0].lower() in PREFIXES:
-        return open_named(
-            data, data_dir=data_dir, download=download, select_fraction=select_fraction, progress=progress
-        )
+        return read_named(data, data_dir=data_dir, download=download, progress=progress)
     kinds = ", ".join(f"{prefix}/…" for prefix in PREFIXES)
     near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7)
     near += [
@@ -60,6 +76,18 @@ def open_data(
         f"There is no data folder {data}; --data takes a folder of class folders, a labels file, "
         f"'{DIGITS}', or a name of timm's ({kinds}).{hint}"
     )
+
+
+@contextmanager
+def _pointing_at_labels(path: Path) -> Iterator[None]:
+    """What is wrong with a folder of images, with the labels files that it holds."""
+    try:
+        yield
+    except UsageError as error:
+        found = label_files_in(path) if path.is_dir() else []
+        if not found:
+            raise
+        raise UsageError(f"{error} If {' or '.join(found)} has the labels, name it as --data.") from error
 
 
 def _beside(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """What the report says of honest probabilities: the diagrams, the table, and sentences that read them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..results import Report
@@ -66,14 +67,14 @@ class Section:
 def section(report: Report) -> Section:
     """Empty where nothing was measured."""
     diagrams = [
-        _diagram(column, measured)
+        diagram(column, measured)
         for column in compared(report)
         if (measured := column.subject.calibration) is not None
     ]
-    return Section(" ".join(sentences(report)), diagrams, _caption(diagrams), table(report))
+    return Section(" ".join(sentences(report)), diagrams, caption(diagrams), table(report))
 
 
-def _caption(diagrams: list[Reliability]) -> str:
+def caption(diagrams: list[Reliability]) -> str:
     told = (
         "A dot: the test images’ answers in one range of confidence, as high as the percentage of them that "
         "is right. On the dashed line they are right as often as they say, below it less often. "
@@ -143,8 +144,14 @@ def line(report: Report) -> str | None:
 
 def table(report: Report) -> Table:
     """A row for each network, and another for each file as it would be without the temperature."""
+    told = "The teacher’s figures are those of its weights in torch, the students’ those of the files."
+    return table_of(every(report), told)
+
+
+def table_of(columns: Sequence[Column], told: str = "") -> Table:
+    """The same of any networks; ``told`` ends its note."""
     rows = []
-    for column in every(report):
+    for column in columns:
         measured = column.subject.calibration
         if measured is not None:
             rows.append(_row(column.role, measured))
@@ -152,11 +159,10 @@ def table(report: Report) -> Table:
                 rows.append(_row(f"{column.role}, without temperature", measured.before))
     note = (
         "ECE: expected calibration error over 15 bins of confidence; its interval is a bootstrap over the "
-        "images, and begins at 0 where an honest network would often show as much. Entropy and NLL in nats. "
-        "The teacher’s figures are those of its weights in torch, the students’ those of the files."
+        "images, and begins at 0 where an honest network would often show as much. Entropy and NLL in nats."
     )
-    columns = ["", "ECE", "95 % interval", "says", "is right", "entropy", "NLL", "images"]
-    return Table("Calibration", columns, rows, note=note)
+    names = ["", "ECE", "95 % interval", "says", "is right", "entropy", "NLL", "images"]
+    return Table("Calibration", names, rows, note=f"{note} {told}".strip())
 
 
 def _row(name: str, measured: Calibration) -> list[str]:
@@ -177,7 +183,7 @@ def _named(column: Column) -> str:
     return column.role[:1].lower() + column.role[1:]
 
 
-def _diagram(column: Column, measured: Calibration) -> Reliability:
+def diagram(column: Column, measured: Calibration) -> Reliability:
     n = measured.n
     note = f"ECE {figures.percent(measured.ece, n)} "
     note += f"({figures.percent_interval(measured.ece_low, measured.ece_high, n)})"

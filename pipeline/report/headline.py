@@ -195,7 +195,7 @@ def _selected(column: Column, score: Score | None) -> str:
 
 def notes(report: Report) -> list[str]:
     """The run's warnings, then what the figures themselves give to think about."""
-    found = [*report.warnings, *budget.notes(report)]
+    found = [*report.warnings, *_restless(report), *budget.notes(report)]
     headless = [one.name for one in report.teachers if one.head == "none"]
     if headless and report.method != "none":
         found.append(
@@ -223,6 +223,14 @@ def notes(report: Report) -> list[str]:
             f"its 95 % interval is {figures.points(_width(score))[1:]} wide."
         )
     return list(dict.fromkeys(found))
+
+
+def _restless(report: Report) -> list[str]:
+    if report.bench is None or not report.bench.flags:
+        return []
+    first = report.bench.flags[0]
+    more = "" if len(report.bench.flags) == 1 else " More under Latency."
+    return [f"This machine was not quiet while latency was measured: {first.sentence}{more}"]
 
 
 def _not_faster(one: Pace) -> bool:

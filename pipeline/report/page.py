@@ -10,6 +10,8 @@ from ..results import Example, Report
 from . import calibration, details, figures, headline, int8, learned, pictures, several_labels, tables
 from .charts import Lines, Rows
 from .headline import KeyFigure
+from .latency import Section as LatencySection
+from .latency import section as latency_section
 from .pictures import Training
 from .subjects import threads
 from .tables import Table
@@ -72,6 +74,7 @@ class Page:
     comparison: Table
     speedups: Table
     latency: Table
+    bench: LatencySection
     int8: int8.Section
     trainings: list[Training]
     epochs: Table
@@ -99,13 +102,14 @@ def page(report: Report) -> Page:
     several = report.data is not None and report.data.multi_label
     classes = several_labels.classes(report) if several else tables.classes(report)
     calibrated, quantized = calibration.section(report), int8.section(report)
-    matrix, examples = _matrix(report), _examples(report)
+    confusion, examples = _matrix(report), _examples(report)
     there = {
         ("comparison", "Comparison"): side_by_side or comparison.rows,
+        ("latency", "Latency"): report.bench,
         ("int8", "Int8"): quantized.targets or quantized.recovery.rows,
         ("training", "Training"): trainings,
         ("images", "Test images"): examples,
-        ("classes", "Classes"): classes.rows or confused.rows or matrix,
+        ("classes", "Classes"): classes.rows or confused.rows or confusion,
         ("calibration", "Calibration"): calibrated.diagrams,
         ("words", "Words" if words.rows else "Watched"): words.rows or watched,
         ("details", "Details"): True,
@@ -123,16 +127,17 @@ def page(report: Report) -> Page:
         comparison=comparison,
         speedups=tables.speedups(report),
         latency=tables.latency(report),
+        bench=latency_section(report),
         int8=quantized,
         trainings=trainings,
         epochs=details.epochs(report),
         examples=examples,
         examples_note=_examples_note(report, len(examples)),
-        examples_table=_examples_table(examples),
+        examples_table=examples_table(examples),
         classes=classes,
         most_classes=MOST_CLASSES,
-        confusion=matrix,
-        confusion_table=_matrix_table(matrix),
+        confusion=confusion,
+        confusion_table=matrix_table(confusion),
         confused=confused,
         calibration=calibrated,
         words=words,
@@ -162,9 +167,13 @@ def page(report: Report) -> Page:
 
 def _matrix(report: Report) -> Matrix | None:
     counts = report.confusion
-    if not counts or len(counts) > MOST_MATRIX_CLASSES:
+    return matrix(counts, tables.class_names(report, len(counts))) if counts else None
+
+
+def matrix(counts: list[list[int]], names: list[str]) -> Matrix | None:
+    """None of more classes than can be read."""
+    if len(counts) > MOST_MATRIX_CLASSES:
         return None
-    names = tables.class_names(report, len(counts))
     rows = []
     for truth, row in enumerate(counts):
         total = sum(row)
@@ -180,7 +189,7 @@ def _matrix(report: Report) -> Matrix | None:
     return Matrix(names, rows)
 
 
-def _matrix_table(matrix: Matrix | None) -> Table:
+def matrix_table(matrix: Matrix | None) -> Table:
     """The matrix where colours cannot be shown."""
     if matrix is None:
         return Table("Confusion", [], [])
@@ -195,10 +204,10 @@ def _examples(report: Report) -> list[Picture]:
         right = one.student == one.label
         return right, one.student_probability if right else -one.student_probability, one.name
 
-    return [_picture(one) for one in sorted(report.examples, key=order)[:MOST_EXAMPLES]]
+    return [picture(one) for one in sorted(report.examples, key=order)[:MOST_EXAMPLES]]
 
 
-def _picture(one: Example) -> Picture:
+def picture(one: Example) -> Picture:
     png, side = _png(one.png)
     return Picture(
         name=one.name,
@@ -218,7 +227,7 @@ def _picture(one: Example) -> Picture:
     )
 
 
-def _examples_table(pictures: list[Picture]) -> Table:
+def examples_table(pictures: list[Picture]) -> Table:
     """The answers where the pictures cannot be shown."""
     rows = [
         [

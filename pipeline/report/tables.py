@@ -24,11 +24,11 @@ class Table:
     left: int = 1
     """Otherwise: so many columns of words, before those of numbers."""
 
-    def first(self, most: int) -> "Table":
-        """The table cut to so many rows, which its note then says."""
+    def first(self, most: int, where: str = "report.json") -> "Table":
+        """The table cut to so many rows, which its note then says; all are in the file ``where``."""
         if len(self.rows) <= most:
             return self
-        cut = f"The first {most:,} of {len(self.rows):,}; all are in report.json."
+        cut = f"The first {most:,} of {len(self.rows):,}; all are in {where}."
         return replace(self, rows=self.rows[:most], note=f"{self.note} {cut}".strip())
 
 
@@ -117,7 +117,10 @@ def speedups(report: Report) -> Table:
 
 
 def latency(report: Report) -> Table:
-    rows = []
+    """Of reports that hold no bench of their own; see ``latency.py`` for that."""
+    rows: list[list[str]] = []
+    if report.bench is not None:
+        return Table("Latency of one image", [], [])
     for column in every(report):
         for count in threads(report):
             measured = column.subject.latency_ms.get(count)

@@ -9,9 +9,13 @@ from rich.text import Text
 
 from ..doctor import Diagnosis
 from ..results import Report, Resolutions
-from . import budget, calibration, figures, sizes
+from ..validation.results import Validation
+from . import budget, calibration, figures, sizes, validation
 from .headline import notes, title
 from .subjects import compared, measure, shipped, threads
+
+MOST_PAIRS = 6
+"""Of more, those with the first file are printed; all are on the page."""
 
 
 def table(report: Report) -> Table:
@@ -63,6 +67,38 @@ def show_sizes(found: Resolutions, console: Console | None = None) -> None:
         drawn.add_row(*(Text(row[n]) for n in kept))
     console.print(drawn)
     console.print(Text(f"Report:   {Path(found.folder) / 'report.html'}"), soft_wrap=True)
+
+
+def show_validation(found: Validation, console: Console | None = None) -> None:
+    """Print a row for each file, what is to be noted, how the files differ, and the page to open."""
+    console = console or Console()
+    drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    drawn.add_column("")
+    top5 = any(one.top5 for one in found.networks)
+    taught = any(one.agreement for one in found.networks)
+    names = [validation.measure(found), "95 % interval", *(["top-5"] if top5 else []), "NLL", "ECE"]
+    for name in [*names, *(["like teacher"] if taught else [])]:
+        drawn.add_column(name, justify="right", no_wrap=True)
+    for one in found.networks:
+        score, measured = one.score, one.calibration
+        drawn.add_row(
+            Text(one.name),
+            figures.percent(score.percent, score.n) if score else figures.MISSING,
+            figures.percent_interval(score.low, score.high, score.n) if score else figures.MISSING,
+            *([figures.percent(one.top5.top1, one.top5.n) if one.top5 else figures.MISSING] if top5 else []),
+            figures.significant(measured.nll) if measured else figures.MISSING,
+            figures.percent(measured.ece, measured.n) if measured else figures.MISSING,
+            *([figures.percent(one.agreement.top1 if one.agreement else None, found.n)] if taught else []),
+        )
+    console.print(drawn)
+    for pair in found.pairs:
+        if found.first.name in (pair.first, pair.second) or len(found.pairs) <= MOST_PAIRS:
+            console.print(Text(validation.told(pair, found.n)), soft_wrap=True)
+    for note in [*found.warnings, *found.notes]:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+    if found.folder is not None:
+        console.print(Text(f"Page:     {Path(found.folder) / 'validation.html'}"), soft_wrap=True)
+        console.print(Text(f"Mistakes: {Path(found.folder) / 'mistakes.csv'}"), soft_wrap=True)
 
 
 def show(report: Report, folder: Path | None = None, console: Console | None = None) -> None:

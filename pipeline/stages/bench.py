@@ -1,14 +1,19 @@
-"""bench: latency of teacher and student, each file in its own process on this machine."""
+"""bench: latency of teacher and student, each file in its own processes on this machine."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from ...export import bench as latency
 from ...export.onnx_export import OUTPUT, check_parity, export_onnx
-from ...export.runtime import allowed_cores, metadata, normalise
-from ..files import whole
+from ...export.runtime import ImageError, allowed_cores, decode_image, metadata, normalise
+from ..bench_images import INPUTS, SYNTHETIC_SIZE, different, synthetic
+from ..bench_measure import Protocol, Subject, measure
+from ..bench_report import LATER, bench_facts
+from ..bench_results import Bench, TimedFile
+from ..files import sha256, whole
 from ..int8_results import Int8Search
 from ..job import Job, Member, takes_pixels
 from ..run_folder import Done
@@ -17,10 +22,23 @@ from .export import STUDENT_ONNX, origin
 
 FOLDER = Path("bench")
 SAMPLES = FOLDER / "latency.npz"
-INPUTS = 64
-"""Different images that a subject sees in turn."""
 
 MOST_THREADS = 4
+
+SHORT = Protocol(
+    seconds=2.0,
+    samples=0,
+    processes=2,
+    threads=(),
+    starts=2,
+    whole_seconds=0.5,
+    batch_seconds=0.15,
+    batches=(1, 4, 16),
+)
+"""Within a run: what `compress bench` does in more time."""
+
+LEAST_SECONDS = 1.0
+"""Shorter benches have one process of each file, and nothing beside the latencies."""
 
 
 def run(job: Job) -> Done:
@@ -32,29 +50,53 @@ def run(job: Job) -> Done:
         *(_subject(job, name, file, job.teachers[t]) for t, (name, file) in enumerate(files.items())),
         *(_subject(job, name, file, job.student, pixels=takes_pixels(job)) for name, file in own.items()),
     ]
-    threads = sorted({1, min(allowed_cores(), MOST_THREADS)})
-    result = latency.bench(
+    images, told = _pictures(job)
+    found, raw = measure(
         subjects,
-        threads=threads,
-        seconds=job.options.bench_seconds,
-        seed=job.options.seed,
+        _protocol(job),
+        images=images,
+        images_told=told,
+        command=job.folder.record["command"],
         progress=lambda share, what: job.stage.update("timing", share, 1.0, more=what),
     )
-    samples: dict[str, Any] = {}
-    for one in result.latencies:
-        samples[f"{one.subject}.{one.threads}.ms"] = one.samples
-        samples[f"{one.subject}.{one.threads}.round"] = one.rounds
+    found = found.model_copy(update={"samples_file": SAMPLES.as_posix()})
     with whole(job.folder.path / SAMPLES) as part, part.open("wb") as file:
-        np.savez_compressed(file, **samples)
-    unsettled = [one for one in result.latencies if not one.settled]
-    if unsettled:
-        named = ", ".join(f"{one.subject} on {one.threads} threads" for one in unsettled)
-        job.display.warn(f"This machine was restless: the warm-up of {named} did not settle within 2 %.")
+        np.savez_compressed(file, **raw)  # type: ignore[arg-type]
+    (job.folder.path / LATER).unlink(missing_ok=True)
+    for flag in found.flags:
+        job.display.note(f"{flag.threads} thread{'s' if flag.threads > 1 else ''}: {flag.sentence}")
     # Of a teacher beyond 2 GB, the weights lie beside the graph.
     beside = [file.with_name(f"{file.name}.data") for file in files.values()]
     weights = [file for file in beside if (job.folder.path / file).exists()]
     outputs = [file.as_posix() for file in (SAMPLES, *files.values(), *weights)]
-    return Done(_line(result, threads), outputs, _facts(result, threads, names, teachers))
+    return Done(_line(found), outputs, _facts(found, teachers))
+
+
+def _protocol(job: Job) -> Protocol:
+    seconds = job.options.bench_seconds
+    threads = tuple(sorted({1, min(allowed_cores(), MOST_THREADS)}))
+    plan = replace(SHORT, seconds=seconds, threads=threads, seed=job.options.seed)
+    if seconds < LEAST_SECONDS:
+        return replace(plan, processes=1, starts=0, whole_seconds=0.0, batch_seconds=0.0)
+    return plan
+
+
+def _pictures(job: Job) -> tuple[list[bytes], str]:
+    """Encoded test images as they are in the data; pictures made up where they never were files."""
+    contents = []
+    for image in job.data.role("test")[:INPUTS]:
+        content = image.read()
+        if isinstance(content, bytes):
+            try:
+                decode_image(content)
+            except ImageError:  # counted where accuracy was measured
+                continue
+            contents.append(content)
+    if contents:
+        return contents, f"{len(contents)} test images"
+    width, height = SYNTHETIC_SIZE
+    contents = synthetic(job.options.seed)
+    return contents, f"{len(contents)} made-up photos, JPEG of {width} × {height} pixels"
 
 
 def _int8(job: Job) -> dict[str, Path]:
@@ -82,74 +124,52 @@ def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
         metadata=metadata(preprocessing, job.data.classes if member.classes else (), origin(job)),
         output=OUTPUT if member.classes else "features",
     )
-    import torch
-
     pixels, _, _ = job.rendered("test", member)
     check_parity(network, path, torch.from_numpy(normalise(pixels[:8].numpy(), preprocessing)))
     return file, written.bytes
 
 
-def _subject(job: Job, name: str, file: Path, member: Member, *, pixels: bool = False) -> latency.Subject:
+def _subject(job: Job, name: str, file: Path, member: Member, *, pixels: bool = False) -> Subject:
     rendered, _, _ = job.rendered("test", member)
-    inputs = rendered[:INPUTS].numpy()
+    inputs = different(rendered[:INPUTS].numpy(), INPUTS)
     if not pixels:
         inputs = normalise(inputs, job.preprocessing(member))
-    return latency.Subject(name, job.folder.path / file, inputs)
+    path = job.folder.path / file
+    beside = path.with_name(f"{path.name}.data")
+    return Subject(
+        TimedFile(
+            name=name,
+            key=name,
+            file=file.as_posix(),
+            sha256=sha256(path),
+            bytes=sum(one.stat().st_size for one in (path, beside) if one.exists()),
+            runtime="onnxruntime",
+            input=f"{inputs.dtype} [1, {', '.join(map(str, inputs.shape[1:]))}]",
+            inputs=f"{min(INPUTS, len(rendered))} test images",
+        ),
+        path,
+        inputs,
+        any_batch=name.startswith("student"),
+        classifies=member.classes > 0 and name.startswith("student"),
+    )
 
 
-def _facts(
-    result: latency.BenchResult,
-    threads: list[int],
-    names: list[str],
-    teachers: list[tuple[Path, int]],
-) -> dict[str, Any]:
-    def measured(subject: str) -> dict[str, Any]:
-        found = {str(n): result.latency(subject, n) for n in threads}
-        return {
-            n: {"p50": one.p50, "p90": one.p90, "p95": one.p95, "p99": one.p99, "mean": one.mean, "n": one.n}
-            for n, one in found.items()
-        }
-
-    def speedups(subject: str, baselines: list[str]) -> list[dict[str, Any]]:
-        return [
-            {"over": base, "threads": n, "ratio": one.ratio, "low": one.low, "high": one.high}
-            for base in baselines
-            for n in threads
-            for one in [result.speedup(subject, base, n)]
-        ]
-
+def _facts(found: Bench, teachers: list[tuple[Path, int]]) -> dict[str, Any]:
+    facts = bench_facts(found)
     of_teachers = [
-        {"bytes": size, "file": file.as_posix(), "latency_ms": measured(name)}
-        for name, (file, size) in zip(names, teachers, strict=True)
+        {"bytes": size, "file": file.as_posix(), **one}
+        for (file, size), one in zip(teachers, facts["teachers"], strict=True)
     ]
     # An ensemble is as large as its members together; nobody has timed it as one.
     together = of_teachers[0] if len(teachers) == 1 else {"bytes": sum(size for _, size in teachers)}
-    machine = result.environment
-    of_int8 = {}
-    if any(one.subject == "student_int8" for one in result.latencies):
-        of_int8["student_int8"] = {
-            "latency_ms": measured("student_int8"),
-            "speedups": speedups("student_int8", [*names, "student"]),
-        }
-    return {
-        "teachers": of_teachers,
-        "teacher": together,
-        "student": {"latency_ms": measured("student"), "speedups": speedups("student", names)},
-        **of_int8,
-        "environment": {
-            "cpu": machine.cpu,
-            "machine": machine.machine,
-            "instruction sets": ", ".join(machine.flags),
-            "cores allowed": str(machine.cores),
-            "load when timing began": "" if machine.load is None else f"{machine.load:.2f}",
-        },
-    }
+    return {**facts, "teachers": of_teachers, "teacher": together}
 
 
-def _line(result: latency.BenchResult, threads: list[int]) -> str:
+def _line(found: Bench) -> str:
     parts = []
-    for n in threads:
-        p50 = [f"{one.p50:.3g}" if one.p50 else "–" for one in result.latencies if one.threads == n]
-        parts.append(f"{' / '.join(p50)} ms on {n} thread{'s' if n > 1 else ''}")
-    subjects = " / ".join(dict.fromkeys(one.subject.replace("_", " ") for one in result.latencies))
+    for n in found.threads:
+        p50 = [one.p50 for one in found.latencies if one.threads == n]
+        told = " / ".join(f"{one:.3g}" if one else "–" for one in p50)
+        parts.append(f"{told} ms on {n} thread{'s' if n > 1 else ''}")
+    subjects = " / ".join(one.name.replace("_", " ") for one in found.subjects)
     return f"p50 of {subjects}: {'; '.join(parts)}"

@@ -8,6 +8,7 @@ import yaml
 
 from ...export.artifact import tool_versions
 from .. import methods, recipes
+from ..bench_report import with_later_bench
 from ..job import Job
 from ..methods.feed import RECONSTRUCTION
 from ..report.figures import together
@@ -33,7 +34,7 @@ def write(folder: RunFolder) -> None:
 def assemble(folder: RunFolder) -> Report:
     """The report of a run from its folder alone."""
     config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
-    facts = folder.facts()
+    facts = with_later_bench(folder.path, folder.facts())
     environment = {
         "python": platform.python_version(),
         **tool_versions(),

@@ -12,7 +12,7 @@ from ...export.quantize import recipe_of
 from ...export.runtime import Classifier
 from ...export.targets import right_here
 from ...models.pretrained import is_free
-from .. import calibration, evaluate
+from .. import calibration, evaluate, per_image
 from ..evaluate import agreement
 from ..examples import examples, said
 from ..int8_results import Int8Search
@@ -72,6 +72,10 @@ def run(job: Job) -> Done:
         {"accuracy": of_targets[name].model_dump(exclude_none=True)} if name in of_targets else {}
         for name in job.options.target
     ]
+    outputs = [MANIFEST.as_posix()]
+    if not job.data.multi_label:
+        per_image.save(job.folder.path / per_image.FILE, decoded.keys.numpy(), labels, answers)
+        outputs.append(per_image.FILE)
     _warn(job, scores["student"])
     _write_manifest(job, scores["student"], of_targets, thresholds)
     alike, score = subjects[ships].agreement, scores[ships]
@@ -81,7 +85,7 @@ def run(job: Job) -> Done:
     return Done(
         f"of {len(labels)} test images: fp32 {scores['student'].told}{both} "
         f"({score.low:.1f} to {score.high:.1f}){told}",
-        [MANIFEST.as_posix()],
+        outputs,
         facts,
     )
 

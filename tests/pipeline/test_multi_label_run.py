@@ -16,6 +16,7 @@ from questpress.pipeline.report.terminal import table
 from questpress.pipeline.resolve import resolve
 from questpress.pipeline.results import Report
 from questpress.pipeline.run import read_options
+from questpress.pipeline.validate import validate
 from safetensors.numpy import load_file
 
 from . import little
@@ -135,6 +136,27 @@ def test_the_teachers_agreement_is_about_the_very_labels(run: Path, labels: Path
     student = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
     alike = int((teacher == student).all(1).sum())
     assert report["student_int8"]["agreement"]["correct"] == alike
+
+
+def test_validate_scores_the_files_as_the_report_does(run: Path, tmp_path: Path) -> None:
+    found, report = validate(run, out=tmp_path, quiet=True), little.report(run)
+    assert found.multi_label and found.n == report["data"]["test"]
+    for one, key in zip(found.networks, ("student_int8", "student"), strict=False):
+        score = one.multi_label
+        assert score is not None and one.accuracy is None and one.confusion is None
+        assert score.map == pytest.approx(report[key]["multi_label"]["map"])
+        assert score.micro_f1 == pytest.approx(report[key]["multi_label"]["micro_f1"])
+        shown = {of.label: of.n for of in score.classes}
+        assert {of.label: of.n for of in one.per_class} == shown
+    assert not (run / "bench" / "teacher.onnx").exists() and "No teacher" in found.notes[0]
+    rows = list(csv.DictReader((tmp_path / "mistakes.csv").open(encoding="utf-8")))
+    assert len(rows) == sum(one.mistakes for one in found.networks)
+    assert all(set(one["label"].split(", ")) != set(one["answer"].split(", ")) for one in rows)
+    assert "average precision" in (tmp_path / "validation.html").read_text()
+
+
+def test_a_network_of_one_label_is_not_asked_about_images_of_several(labels: Path, finished: Path) -> None:
+    little.refused(little.compress("validate", finished, "--data", labels), 2, "images of several labels")
 
 
 def test_the_same_command_does_nothing_again(run: Path, labels: Path, cache: Path) -> None:

@@ -1,0 +1,145 @@
+"""Which files a bench times: those of run folders and artifact folders, and any .onnx file by itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..export.runtime import ArtifactError, read_manifest
+from ..export.targets import TARGETS, timed_here
+from .errors import UsageError
+from .onnx_input import OnnxInput, onnx_input
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file to time. ``key`` is its part in a run; ``name`` is made unique later."""
+
+    path: Path
+    name: str
+    shown: str
+    """As the results call it: never with what lies above the folder that was given."""
+    key: str | None
+    takes: OnnxInput
+
+
+@dataclass(frozen=True)
+class Files:
+    """All that is to be timed, what is left out and why, and the images of the runs' own data."""
+
+    found: list[Found]
+    notes: list[str]
+    runs: list[Path]
+    """The run folders among what was given."""
+
+
+def find(paths: Sequence[Path], image_size: int | None = None) -> Files:
+    """The files that ``paths`` stand for, each with a name of its own.
+
+    Args:
+        paths: run folders, artifact folders and .onnx files.
+        image_size: the side of the input where a file leaves it open.
+
+    Raises:
+        UsageError: one of them is none of these, or cannot be timed.
+    """
+    if not paths:
+        raise UsageError("Name a run folder, an artifact folder or an .onnx file to time.")
+    groups, notes = [], []
+    for path in paths:
+        if path.is_dir():
+            found, left = _of_folder(path, image_size)
+            groups.append(found)
+            notes += left
+        elif path.exists():
+            name = path.name.removesuffix(".onnx")
+            groups.append([Found(path, name, path.name, None, onnx_input(path, image_size))])
+        else:
+            raise UsageError(f"There is no {path}; name a run folder, an artifact folder or an .onnx file.")
+    named = _named(paths, groups)
+    if not named:
+        raise UsageError(f"Nothing can be timed here: {'; '.join(notes)}.")
+    return Files(named, notes, [path for path in paths if (path / "run.json").is_file()])
+
+
+def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[str]]:
+    """A run's teachers first, then the float file, then int8."""
+    try:
+        folder, manifest = read_manifest(path)
+    except ArtifactError as error:
+        raise UsageError(f"{error}.") from error
+    found, notes = [], []
+    for teacher in _teachers(path):
+        key = teacher.stem.replace(".", " ")
+        shown = teacher.relative_to(path).as_posix()
+        found.append(Found(teacher, key, shown, key, onnx_input(teacher, image_size)))
+    left = timed_here(TARGETS)
+    for entry in sorted(manifest["files"], key=lambda entry: entry["precision"] != "fp32"):
+        why = left.get(entry["target"]) if entry["target"] is not None else None
+        if why is not None:
+            notes.append(f"{entry['name']} is {why}")
+            continue
+        file = folder / entry["name"]
+        shown = file.relative_to(path).as_posix()
+        name, part = _role(entry, {one.key for one in found})
+        found.append(Found(file, name, shown, part, onnx_input(file, image_size)))
+    return found, notes
+
+
+def _role(entry: dict[str, Any], taken: set[str | None]) -> tuple[str, str | None]:
+    """Of a shipped file: its name, and its key where it is the first of its precision."""
+    precision = str(entry["precision"])
+    key = {"fp32": "student", "int8": "student_int8"}.get(precision)
+    if key is None or key in taken:
+        return " ".join(filter(None, (precision, entry["target"]))), None
+    return precision, key
+
+
+def _teachers(path: Path) -> list[Path]:
+    """Those that a run has timed, in order."""
+    return sorted(path.glob("bench/teacher*.onnx"))
+
+
+def _named(paths: Sequence[Path], groups: Sequence[Sequence[Found]]) -> list[Found]:
+    """Names of one group as they are; of several with what they came from; the same ones numbered."""
+    several = len(groups) > 1
+    of_folders = _distinct([path for path in paths if path.is_dir()])
+    of_files = _distinct([path.with_suffix("") for path in paths if not path.is_dir()])
+    named: list[Found] = []
+    for path, group in zip(paths, groups, strict=True):
+        for one in group:
+            if path.is_dir():
+                name = f"{of_folders[path]} {one.name}" if several else one.name
+                key, shown = (None if several else one.key), f"{of_folders[path]}/{one.shown}"
+                named.append(replace(one, name=name, key=key, shown=shown if several else one.shown))
+            else:
+                named.append(replace(one, name=of_files[path.with_suffix("")]))
+    counts: dict[str, int] = {}
+    unique = []
+    for one in named:
+        counts[one.name] = counts.get(one.name, 0) + 1
+        again = counts[one.name]
+        unique.append(one if again == 1 else replace(one, name=f"{one.name} ({again})"))
+    return unique
+
+
+def _distinct(paths: Sequence[Path]) -> dict[Path, str]:
+    """The shortest ends of paths that tell different ones apart."""
+    whole = {path: path.resolve().parts for path in paths}
+    for length in range(1, max((len(parts) for parts in whole.values()), default=1) + 1):
+        ends = {path: "/".join(parts[-length:]) for path, parts in whole.items()}
+        if len(set(ends.values())) == len(set(whole.values())):
+            return ends
+    return {path: path.name for path in paths}
+
+
+def images_of_run(run: Path) -> Path | None:
+    """The folder of images that a run was made from, where it still is one."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        data = Path(str(config["data"])).expanduser()
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None  # of a run that is older or was cut short: there are other pictures
+    return data if data.is_dir() else None

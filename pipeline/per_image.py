@@ -1,0 +1,49 @@
+"""What each file that ships has answered to the test images: with it two runs are compared image by image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from .files import whole
+
+FILE = "test_answers.safetensors"
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """``keys`` int64 [n] tell the images by their content, ``labels`` and ``answers`` [n] are class numbers,
+    the answers by what the report calls the file.
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    answers: Mapping[str, np.ndarray]
+
+    def right(self, file: str) -> np.ndarray:
+        """bool [n], of the images in the order of their keys."""
+        return np.asarray((self.answers[file] == self.labels)[np.argsort(self.keys, kind="stable")])
+
+    def same_images(self, other: "PerImage") -> bool:
+        return np.array_equal(np.sort(self.keys), np.sort(other.keys))
+
+
+def save(path: Path, keys: np.ndarray, labels: np.ndarray, logits: Mapping[str, np.ndarray]) -> None:
+    """Write the answers of files with these ``logits`` [n,classes] to images of one label each, whole or not
+    at all.
+    """
+    answers = {file: one.argmax(1).astype(np.int32) for file, one in logits.items()}
+    with whole(path) as part:
+        save_file({"keys": keys, "labels": labels.astype(np.int32), **answers}, part)
+
+
+def load(path: Path) -> PerImage | None:
+    """None where there are none: of older runs, and of images with several labels."""
+    try:
+        found = load_file(path)
+        return PerImage(found.pop("keys"), found.pop("labels"), found)
+    except (OSError, SafetensorError, KeyError):
+        return None

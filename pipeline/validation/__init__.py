@@ -1,0 +1,1 @@
+"""What `compress validate` is made of; see `pipeline/validate.py`."""
