@@ -27,7 +27,8 @@
                          (95 % interval), and what else was measured; null where it was not
     checksum         sha256 of all of the above, as `runtime.checksum` writes it; older ones have none
 
-Nothing in it names a user, a host or a local path.
+Nothing in it names a user, a host or a local path. `predict.py` and `README.md` lie beside and are not in it:
+no answer depends on them, and the README is written anew whenever more is known.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class BenchResult:
     latencies: tuple[Latency, ...]
     environment: Environment
     seed: int
-    conditions: tuple[Conditions, ...]
+    conditions: tuple[Conditions, ...] = ()
 
     @property
     def flags(self) -> list[Flag]:
@@ -92,7 +92,7 @@ class BenchResult:
     def speedup(self, subject: str, baseline: str, threads: int) -> Speedup:
         """Raises KeyError for what wasn't measured."""
         one, other = self.latency(subject, threads), self.latency(baseline, threads)
-        spread = next(c.spread for c in self.conditions if c.threads == threads)
+        spread = next((c.spread for c in self.conditions if c.threads == threads), None)
         return speedup(one, other, spread=spread, seed=self.seed)
 
     def raw(self) -> dict[str, np.ndarray]:

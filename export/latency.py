@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,11 @@ class Latency:
     def to_dict(self) -> dict[str, Any]:
         """All but the samples, for JSON."""
         aside = ("samples", "rounds", "intervals")
-        told = {name: value for name, value in self.__dict__.items() if name not in aside}
+        told = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in aside}
         ends = {name: [one.low, one.high] for name, one in self.intervals.items()}
         return {**told, "intervals": ends}
 
-    @property
+    @cached_property
     def medians(self) -> np.ndarray:
         """Of each round, float64 [rounds]."""
         return np.array([np.median(block) for block in self.blocks])

@@ -174,8 +174,8 @@ def of_latencies(latencies: Sequence[Latency], readings: np.ndarray, threads: in
         "drift",
         abs(change),
         threads,
-        f"{furthest[0].upper()}{furthest[1:]} became {_percent(abs(change))} "
-        f"{'slower' if change > 0 else 'faster'} from the first third of the rounds to the last.",
+        f"In the last third of the rounds {furthest} was {_percent(abs(change))} "
+        f"{'slower' if change > 0 else 'faster'} than in the first.",
     )
     apart = {one.subject: float(np.ptp(one.of_processes)) for one in latencies}
     widest = max(apart, key=lambda name: apart[name])

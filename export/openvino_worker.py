@@ -20,7 +20,15 @@ def in_openvino(model: str, threads: int, shape: tuple[int, ...]) -> Run:
     network = core.read_model(model)
     network.reshape(shape)
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(network, "CPU", settings).create_infer_request()
+    try:
+        request = core.compile_model(network, "CPU", settings).create_infer_request()
+    except RuntimeError as error:
+        if "No suitable implementations" not in str(error):
+            raise
+        raise RuntimeError(
+            "OpenVINO has no kernel for one of its layers on this processor; with "
+            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI in the environment it leaves AMX aside"
+        ) from error
     return lambda image: request.infer({0: image}, share_inputs=True)[0]
 
 

@@ -1,7 +1,5 @@
 """`compress bench`: latency of run folders, artifact folders and .onnx files on this machine."""
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from .bench_results import Bench, TimedFile
 from .errors import UsageError
 from .files import sha256, whole, write_text
 from .progress import Display
+from .typed import command
 
 FOLDER = Path("bench-results")
 """Where results go that belong to no single run."""
@@ -109,7 +108,7 @@ def bench(
             protocol,
             images=pictures.contents,
             images_told=pictures.told,
-            command=_command(),
+            command=command(),
             notes=files.notes,
             progress=lambda share, what: progress.update("timing", share, 1.0, more=what),
         )
@@ -235,8 +234,3 @@ def _writable(folder: Path) -> None:
         raise UsageError(
             f"--out {folder} cannot be written: {error.strerror}; name another folder."
         ) from error
-
-
-def _command() -> str:
-    """What was typed, for the report; a script's own path is of no use elsewhere."""
-    return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])

@@ -118,7 +118,7 @@ def measure(
         samples=protocol.samples,
         seed=protocol.seed,
         subjects=[one.told for one in subjects],
-        latencies=[_latency(one) for one in found.latencies],
+        latencies=[timed_latency(one) for one in found.latencies],
         speedups=_speedups(found, [one.told.name for one in subjects]),
         images=images_told if whole else None,
         end_to_end=[_way(one) for one in whole],
@@ -131,7 +131,7 @@ def measure(
         flags=[NoiseFlag(**vars(flag)) for flag in found.flags],
         notes=list(notes),
         session=session_options(),
-        environment=told_environment(machine),
+        environment={**told_environment(machine), **_versions(subjects)},
     )
     return bench, raw
 
@@ -146,6 +146,10 @@ def told_environment(machine: latency.Environment) -> dict[str, str]:
         "onnxruntime": machine.onnxruntime,
         "load when timing began": "" if machine.load is None else f"{machine.load:.2f}",
     }
+
+
+def _versions(subjects: Sequence[Subject]) -> dict[str, str]:
+    return {name: RUNTIMES[name].version for name in dict.fromkeys(one.told.runtime for one in subjects)}
 
 
 def _timed(one: Subject) -> latency.Subject:
@@ -199,7 +203,7 @@ def percentiles(one: Latency) -> dict[str, Percentile]:
     }
 
 
-def _latency(one: Latency) -> TimedLatency:
+def timed_latency(one: Latency) -> TimedLatency:
     return TimedLatency(
         subject=one.subject,
         threads=one.threads,

@@ -19,6 +19,8 @@ COMMANDS = {
         "predict": "predict:predict",
         "validate": "validate:validate",
         "bench": "bench:bench",
+        "compare": "compare:compare",
+        "report": "report:report",
     },
     "Around it": {
         "models": "lists:models",
@@ -92,6 +94,8 @@ def cli() -> None:
     compress --teacher resnet50 --student mobilenetv2                 the built-in digits, in minutes
     compress --teacher resnet50 --student mobilenetv2 --data photos/ --out runs/shop
     compress predict runs/shop photo.jpg                              ask the network that came out
+    compress validate runs/shop --data new-photos/                    how it does on other labelled images
+    compress compare runs/*                                           runs against each other
     compress models 'mobilenet*'                                      names, sizes, licences
 
     Options without a command go to `run`: `compress run --help` lists them.

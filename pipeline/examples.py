@@ -1,18 +1,18 @@
 """A few test images with what the shipped file and the teacher say to them, for the report."""
 
-import base64
-import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image as PillowImage
 
 from ..export.runtime import sigmoid, softmax
 from . import multi_label
 from .data.image_set import Image
 from .results import Example
+from .thumbnail import thumbnail
 
 EXAMPLES = 12
+LARGEST = 128
+"""Pixels of an example's side as shown."""
 NONE = "no class"
 """The answer where none of a multi-label set's classes is in it."""
 
@@ -59,16 +59,7 @@ def examples(
             teacher_probability=None if teacher is None else teacher[i][1],
             student=student[i][0],
             student_probability=student[i][1],
-            png=thumbnail(images[i]),
+            png=thumbnail(images[i], min(LARGEST, len(images[i]))),
         )
         for i in chosen
     ]
-
-
-def thumbnail(image: np.ndarray) -> str:
-    """A rendered image, uint8 [S,S,3], at most 128 pixels wide: base64 of a PNG."""
-    side = min(128, image.shape[0])
-    small = PillowImage.fromarray(image).resize((side, side), PillowImage.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()

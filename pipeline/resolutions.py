@@ -146,6 +146,8 @@ def _together(
             seed=seed,
             progress=lambda share, what: progress.update("timing", share, 1.0, more=what),
         )
+    for flag in result.flags:
+        display.note(flag.sentence)
     largest = max(reports)
     machine = result.environment
     found = Resolutions(

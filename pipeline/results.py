@@ -9,6 +9,7 @@ from typing import Any
 from .bench_results import Bench
 from .int8_results import Int8Search, Recovery
 from .scores import Accuracy, Calibration, ClassResult, MultiLabelScore, Result, Score, Speedup, Temperature
+from .word_results import Words
 
 SCHEMA_VERSION = 1
 
@@ -93,24 +94,6 @@ class DataSummary(Result):
     """Groups of identical images across given folders or classes, by name."""
     fingerprint: str
     multi_label: bool = False
-
-
-class Words(Result):
-    """QuEST's vocabulary of one teacher."""
-
-    teacher: str
-    words: int
-    asked: int
-    features: int
-    features_used: int
-    perplexity: float
-    mu: float
-    level: str = "map"
-    note: str | None = None
-    top: int | None = None
-    """m, the words of p_T that a store keeps at each position."""
-    lost_mass: float | None = None
-    """The share of p_T that it loses with the others, on average."""
 
 
 class Round(Result):

@@ -252,12 +252,14 @@ def _stages(
             _do(stage, key, stage_run(stage), job)
             if ranks.lead:
                 report.write(folder)
-    if ranks.lead and not all((folder.path / name).is_file() for name in report.FILES):
+    if ranks.lead and not report.written(folder):
         report.write(folder)
     return report.assemble(folder)
 
 
 def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
+    from .stages.report import tools_here
+
     started = time.perf_counter()
     job.key = key
     job.display.warnings.clear()
@@ -265,6 +267,7 @@ def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
         done = run(job)
     if job.ranks.lead:
         seconds = time.perf_counter() - started
+        job.folder.record["tools"] = tools_here()
         job.folder.finish(stage, key, done, seconds, job.display.warnings)
         job.folder.drop_checkpoints(stage)
         job.display.done(stage, done.summary, seconds)

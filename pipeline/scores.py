@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 class Result(BaseModel):
     # A loss that is not finite is the text "NaN" or "Infinity" in JSON, which reads back as the number.
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
 
 
 class Accuracy(Result):

@@ -7,4 +7,6 @@ from pathlib import Path
 
 def command() -> str:
     """The command line of this process; a script's own path is of no use elsewhere."""
-    return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
+    name = Path(sys.argv[0]).name or "python"
+    begun = ["python", "-m", "questpress.pipeline"] if name == "__main__.py" else [name]
+    return shlex.join([*begun, *sys.argv[1:]])

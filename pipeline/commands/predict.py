@@ -20,7 +20,8 @@ def predict(
 ) -> None:
     """Ask a compressed network what it sees.
 
-    ARTIFACT is a run folder, an artifact folder or one of its .onnx files; IMAGES are files.
+    ARTIFACT is a run folder, an artifact folder or one of its .onnx files; IMAGES are files, or folders of
+    them.
     """
     from ..predict import predict as answer
 

@@ -59,6 +59,9 @@ class Preparation:
     """A folder for what is too large for memory."""
     seed: int
     note: Callable[[str], None]
+    seen: Callable[[int, frozenset[str], int], Iterable[tuple[np.ndarray, Readout]]] | None = None
+    """``seen(t, reads, most)``: a few images that the report may show pieces of, as teacher ``t`` gets them,
+    uint8 [B,S,S,3], with its readouts."""
 
 
 @dataclass(frozen=True)

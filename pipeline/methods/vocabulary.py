@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import JobError, UsageError
 from .base import Preparation
 from .features import Features
+from .word_patches import usage_facts
 
 FILE = "vocabulary.safetensors"
 VERSION = 2
@@ -47,10 +48,13 @@ class Vocabulary:
     features_used: int
     perplexity: float
     note: str | None
+    usage: Tensor | None = None
+    """Of how many features each word is the nearest, int64 [K]; None in vocabularies of older versions."""
 
     def facts(self) -> dict[str, Any]:
-        facts = {key: value for key, value in asdict(self).items() if key not in ("words", "sample")}
-        return {"words": len(self.words), **facts}
+        apart = ("words", "sample", "usage")
+        facts = {key: value for key, value in asdict(self).items() if key not in apart}
+        return {"words": len(self.words), **facts, **usage_facts(self.usage)}
 
 
 def learn_vocabulary(
@@ -189,6 +193,7 @@ def describe(features: Features, words: np.ndarray) -> dict[str, Any]:
         "sample": torch.from_numpy(features.get_subset(sampled)),
         "mu": distance / features.count(),
         "perplexity": float(perplexity(torch.from_numpy(usage).double())),
+        "usage": torch.from_numpy(usage),
     }
 
 
@@ -201,7 +206,7 @@ def perplexity(usage: Tensor) -> Tensor:
 def _write(path: Path, learned: dict[str, Any]) -> None:
     metadata = {"mu": repr(learned["mu"]), "perplexity": repr(learned["perplexity"])}
     # The cache answers a full disk, which safetensors' own writer would not tell as an OSError.
-    tensors = {name: learned[name].contiguous() for name in ("words", "sample")}
+    tensors = {name: learned[name].contiguous() for name in ("words", "sample", "usage")}
     path.write_bytes(save(tensors, metadata))
 
 
@@ -209,5 +214,5 @@ def _read(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         # Not a map of a file that others may write.
-        tensors = {name: file.get_tensor(name).clone() for name in ("words", "sample")}
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     return {**tensors, "mu": float(metadata["mu"]), "perplexity": float(metadata["perplexity"])}

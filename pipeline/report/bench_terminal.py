@@ -12,16 +12,26 @@ from . import bench_tables, figures
 from .latency import disturbed
 from .tables import Table
 
+LONGEST = 34
+"""Of a name in a table; the rest of it is in bench.json."""
+
 
 def show(bench: Bench, folder: Path, console: Console | None = None) -> None:
     """Print the tables, the flags, and where the results are."""
     console = console or Console()
-    shown = [_percentiles(bench), bench_tables.speedups(bench), bench_tables.end_to_end(bench)]
-    shown += [bench_tables.cold_starts(bench), bench_tables.throughput(bench), bench_tables.mlperf(bench)]
-    for table in shown:
-        if table.rows:
-            console.print(drawn(table))
-            console.print()
+    _show(console, _percentiles(bench))
+    speedups = bench_tables.speedups(bench)
+    if all(len(row[0]) <= LONGEST for row in speedups.rows):
+        _show(console, speedups)
+    else:
+        _show_lines(console, speedups)
+    for table in (
+        bench_tables.end_to_end(bench),
+        bench_tables.cold_starts(bench),
+        bench_tables.throughput(bench),
+        bench_tables.mlperf(bench),
+    ):
+        _show(console, table)
     for flag in bench.flags:
         console.print(Text(f"{figures.threads(str(flag.threads))}, {flag.name}: {flag.sentence}"))
     for note in bench.notes:
@@ -29,6 +39,21 @@ def show(bench: Bench, folder: Path, console: Console | None = None) -> None:
     console.print(Text(disturbed(bench)))
     for path in _paths(folder):
         console.print(Text(path), soft_wrap=True)
+
+
+def _show(console: Console, table: Table) -> None:
+    if table.rows:
+        console.print(drawn(table))
+        console.print()
+
+
+def _show_lines(console: Console, table: Table) -> None:
+    """A line for each cell, where names are too long for columns."""
+    console.print(Text(table.title, style="bold"))
+    for name, *cells in table.rows:
+        told = "; ".join(f"{count} {cell}" for count, cell in zip(table.columns[1:], cells, strict=True))
+        console.print(Text(f"{name}: {told}"))
+    console.print()
 
 
 def drawn(table: Table) -> Drawn:
@@ -49,6 +74,7 @@ def drawn(table: Table) -> Drawn:
             justify="left" if words else "right",
             no_wrap=words,
             overflow="ellipsis" if words else "fold",
+            max_width=LONGEST if words else None,
         )
     for row in table.rows:
         made.add_row(*(Text(cell) for cell in row))

@@ -152,12 +152,20 @@ class Lines:
     y_ticks: list[Tick]
     kind: str = "lines"
     note: str = ""
+    x_name: str = "epoch"
 
 
 def lines(
-    title: str, curves: Sequence[Curve], *, from_zero: bool = True, top: float | None = None
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    from_zero: bool = True,
+    top: float | None = None,
+    x_name: str = "epoch",
 ) -> Lines | None:
-    """Curves over epochs, the axis from zero unless told otherwise; ``top`` is the highest it can reach."""
+    """Curves over epochs or what else ``x_name`` says, the axis from zero unless told otherwise; ``top`` is
+    the highest it can reach.
+    """
     finite = [(curve, [_finite(value) for value in curve.values]) for curve in curves]
     finite = [(curve, values) for curve, values in finite if any(v is not None for v in values)]
     if not finite:
@@ -182,7 +190,9 @@ def lines(
     def down(value: float) -> float:
         return round(TOP + PLOT_HEIGHT * (high - value) / (high - low), 1)
 
-    drawn = [_draw(curve, values, style, across, down) for style, (curve, values) in enumerate(finite)]
+    drawn = [
+        _draw(curve, values, style, across, down, x_name) for style, (curve, values) in enumerate(finite)
+    ]
     told = "; ".join(
         f"{'' if curve.label == title else curve.label + ' '}from {_first(values)} to {_last(values)}"
         for curve, values in finite
@@ -195,22 +205,25 @@ def lines(
         del marked[1]
     return Lines(
         title,
-        f"{title} by epoch: {told}.",
+        f"{title} by {x_name}: {told}.",
         TOP + PLOT_HEIGHT + BOTTOM,
         drawn,
         [Tick(across(epoch), str(epoch)) for epoch in marked],
         [Tick(down(value), label) for value, label in ticks(low, high, step)],
+        x_name=x_name,
     )
 
 
-def _draw(curve: Curve, values: list[float | None], style: int, across: Place, down: Place) -> DrawnCurve:
+def _draw(
+    curve: Curve, values: list[float | None], style: int, across: Place, down: Place, x_name: str
+) -> DrawnCurve:
     pieces: list[list[tuple[float, float, str]]] = [[]]
     for epoch, value in zip(curve.epochs, values, strict=True):
         if value is None:
             pieces.append([])
         else:
             pieces[-1].append(
-                (across(epoch), down(value), f"{curve.label}, epoch {epoch}: {axis_number(value)}")
+                (across(epoch), down(value), f"{curve.label}, {x_name} {epoch}: {axis_number(value)}")
             )
     points = [point for piece in pieces for point in piece]
     return DrawnCurve(

@@ -1,13 +1,14 @@
 """The tables at the end of the page: files and their origin, data, stages, epochs, and every option."""
 
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..results import Epoch, Report, Subject
 from . import figures
-from .subjects import every, shipped
+from .subjects import every, measure, shipped
 from .tables import Table
 
 
@@ -65,6 +66,20 @@ def roles(report: Report) -> Table:
     return Table("Data", ["role", "images"], rows, note=note)
 
 
+def repeat(report: Report) -> Table:
+    """Which command measures which figures again."""
+    if not report.config.get("out"):
+        return Table("To measure again", [], [])
+    run, data = (shlex.quote(str(report.config.get(name) or "")) for name in ("out", "data"))
+    rows = []
+    if report.artifact is not None:
+        rows.append([f"{measure(report)} and calibration", f"compress validate {run} --data {data}"])
+        rows.append(["latency", f"compress bench {run}"])
+        rows.append(["the files that ship, and int8", f"compress export {run}"])
+    rows.append(["these pages, of the same figures", f"compress report {run}"])
+    return Table("To measure again", ["what", "command"], rows, code=frozenset({1}), text=True)
+
+
 def skipped(report: Report) -> Table:
     found = report.data.skipped if report.data else []
     rows = [[name, reason] for name, reason in found]
@@ -92,7 +107,7 @@ def training(report: Report) -> Table:
         stage: [epoch for epoch in report.epochs if epoch.stage == stage]
         for stage in dict.fromkeys(epoch.stage for epoch in report.epochs)
     }
-    measures: dict[str, Callable[[list[Epoch]], str | None]] = {
+    costs: dict[str, Callable[[list[Epoch]], str | None]] = {
         "images/s": lambda epochs: _rate([epoch.images_per_second for epoch in epochs]),
         "an epoch": lambda epochs: _median([epoch.seconds for epoch in epochs], figures.duration),
         "peak memory": _peak_memory,
@@ -103,8 +118,8 @@ def training(report: Report) -> Table:
     }
     known = {
         name: cells
-        for name, measure in measures.items()
-        if any(cells := [measure(epochs) for epochs in trainings.values()])
+        for name, cost in costs.items()
+        if any(cells := [cost(epochs) for epochs in trainings.values()])
     }
     rows = [
         [stage, *(cells[i] or figures.MISSING for cells in known.values())]

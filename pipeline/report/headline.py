@@ -9,12 +9,25 @@ from .subjects import Column, Pace, compared, measure, of, pace, shipped, thread
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One of two bars that a figure compares; ``share`` of the longer one, percent."""
+
+    label: str
+    key: str
+    share: float
+
+
+@dataclass(frozen=True)
 class KeyFigure:
-    """One of the big figures: ``value`` large, ``meaning`` under it, ``lines`` with the small print."""
+    """One of the big figures: ``value`` large, ``meaning`` under it, ``lines`` with the small print.
+
+    ``bars`` show what ``lines`` say.
+    """
 
     value: str
     meaning: str
     lines: list[str] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
 
     @property
     def known(self) -> bool:
@@ -77,7 +90,13 @@ def _smaller(report: Report) -> KeyFigure:
     lines.insert(0, f"{figures.megabytes(own)} instead of {figures.megabytes(theirs)}")
     ratio = theirs / own
     word = "smaller" if ratio > 1 else "larger" if ratio < 1 else "as large"
-    return KeyFigure(figures.times(max(ratio, 1 / ratio)), f"{word} than the teacher", lines)
+    bars = _bars((teacher, theirs), (ships, own))
+    return KeyFigure(figures.times(max(ratio, 1 / ratio)), f"{word} than the teacher", lines, bars)
+
+
+def _bars(*measured: tuple[Column, float]) -> list[Bar]:
+    longest = max(value for _, value in measured)
+    return [Bar(column.short, column.key, round(100 * value / longest, 1)) for column, value in measured]
 
 
 def _size_against(own: int, other: int) -> str:
@@ -104,14 +123,16 @@ def _faster(report: Report) -> KeyFigure:
     meaning = f"{word} {_reference(first)}, {figures.threads(first.threads)}"
     lines = [_certainty(first)]
     own, other = ships.subject.latency_ms.get(first.threads), first.over.subject.latency_ms.get(first.threads)
+    bars: list[Bar] = []
     if own is not None and other is not None and own.p50 is not None and other.p50 is not None:
+        bars = _bars((first.over, other.p50), (ships, own.p50))
         lines.append(f"median {figures.milliseconds(own.p50)} instead of {figures.milliseconds(other.p50)}")
     lines += [f"{figures.threads(one.threads)}: {in_words(one)}" for one in measured[1:]]
     if measured[0].over is over:
         against = pace(ships, own_fp32, first.threads)
         if against is not None:
             lines.append(f"against its own fp32: {in_words(against)}")
-    return KeyFigure(value, meaning, lines)
+    return KeyFigure(value, meaning, lines, bars)
 
 
 def speed(one: Pace) -> tuple[str, str]:
@@ -178,6 +199,11 @@ def _accurate(report: Report) -> KeyFigure:
         figures.percent(score.percent, score.n),
         f"{measure(report)} of the {ships.role.lower()} file",
         own + lines,
+        [
+            Bar(column.short, column.key, round(column.subject.score.percent, 1))
+            for column in compared(report)
+            if column.subject.score is not None and column.key in ("teacher", ships.key)
+        ],
     )
 
 
@@ -258,11 +284,12 @@ def machine(report: Report) -> str | None:
     parts = []
     for names, label in (
         (("cpu", "cpu_model", "processor"), ""),
-        (("cores_allowed", "cores", "cpu_count"), " cores"),
+        (("cores_allowed", "cores", "cpu_count"), " core"),
         (("os", "system", "machine"), ""),
         (("onnxruntime", "onnx_runtime"), "ONNX Runtime "),
     ):
         value = next((known[name] for name in names if known.get(name)), None)
         if value:
-            parts.append(f"{label}{value}" if label.endswith("Runtime ") else f"{value}{label}")
+            many = "s" if label == " core" and value != "1" else ""
+            parts.append(f"{label}{value}" if label.endswith("Runtime ") else f"{value}{label}{many}")
     return " · ".join(parts) or None

@@ -1,18 +1,16 @@
 """What a page of the report shows, in reading order: made once, rendered as HTML and as Markdown."""
 
-import base64
-import binascii
-import re
-import struct
 from dataclasses import dataclass
 
 from ..results import Example, Report
-from . import calibration, details, figures, headline, int8, learned, pictures, several_labels, tables
+from . import calibration, details, figures, headline, int8, learned, pictures, several_labels, tables, words
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .latency import Section as LatencySection
 from .latency import section as latency_section
+from .pareto import Pareto
 from .pictures import Training
+from .png import png
 from .subjects import threads
 from .tables import Table
 
@@ -20,7 +18,6 @@ MOST_MATRIX_CLASSES = 20
 """A confusion matrix of more classes is unreadable: the most confused pairs are told instead."""
 MOST_CLASSES = 40
 MOST_EXAMPLES = 24
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,7 @@ class Page:
     machine: str | None
     timed: bool
     sections: list[tuple[str, str]]
+    trade: Pareto | None
     side_by_side: list[Rows]
     comparison: Table
     speedups: Table
@@ -87,7 +85,7 @@ class Page:
     confusion_table: Table
     confused: Table
     calibration: calibration.Section
-    words: Table
+    words: words.Section
     watched: list[Lines]
     command: str
     details: list[Table]
@@ -98,7 +96,7 @@ class Page:
 def page(report: Report) -> Page:
     side_by_side, comparison = pictures.comparison(report), tables.comparison(report)
     trainings, watched = pictures.trainings(report), pictures.watched(report)
-    confused, words = tables.confused(report), tables.words(report)
+    confused, quest = tables.confused(report), words.section(report)
     several = report.data is not None and report.data.multi_label
     classes = several_labels.classes(report) if several else tables.classes(report)
     calibrated, quantized = calibration.section(report), int8.section(report)
@@ -111,7 +109,7 @@ def page(report: Report) -> Page:
         ("images", "Test images"): examples,
         ("classes", "Classes"): classes.rows or confused.rows or confusion,
         ("calibration", "Calibration"): calibrated.diagrams,
-        ("words", "Words" if words.rows else "Watched"): words.rows or watched,
+        ("words", "Words" if quest.table.rows else "Watched"): quest.table.rows or watched,
         ("details", "Details"): True,
     }
     return Page(
@@ -123,6 +121,7 @@ def page(report: Report) -> Page:
         machine=headline.machine(report),
         timed=bool(threads(report)),
         sections=[section for section, content in there.items() if content],
+        trade=pictures.trade(report),
         side_by_side=side_by_side,
         comparison=comparison,
         speedups=tables.speedups(report),
@@ -140,10 +139,11 @@ def page(report: Report) -> Page:
         confusion_table=matrix_table(confusion),
         confused=confused,
         calibration=calibrated,
-        words=words,
+        words=quest,
         watched=watched,
         command=report.command,
         details=[
+            details.repeat(report),
             details.stages(report),
             details.training(report),
             learned.rounds(report),
@@ -208,7 +208,7 @@ def _examples(report: Report) -> list[Picture]:
 
 
 def picture(one: Example) -> Picture:
-    png, side = _png(one.png)
+    content, side = png(one.png)
     return Picture(
         name=one.name,
         label=one.label,
@@ -222,7 +222,7 @@ def picture(one: Example) -> Picture:
             else figures.percent(100 * one.teacher_probability)
         ),
         teacher_right=one.teacher == one.label,
-        png=png,
+        png=content,
         small=side < 100,
     )
 
@@ -241,18 +241,6 @@ def examples_table(pictures: list[Picture]) -> Table:
         for one in pictures
     ]
     return Table("Test images", ["image", "is", "student", "teacher"], rows, code=frozenset({0}), text=True)
-
-
-def _png(text: str) -> tuple[str, int]:
-    """The text if it is a PNG in base64, and the image's longer side in pixels; else nothing and 0."""
-    text = re.sub(r"\s", "", text)
-    try:
-        content = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return "", 0
-    if not content.startswith(PNG) or len(content) < 24:
-        return "", 0
-    return text, max(struct.unpack(">II", content[16:24]))
 
 
 def _examples_note(report: Report, shown: int) -> str:

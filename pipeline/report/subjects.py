@@ -16,6 +16,11 @@ class Column:
     role: str
     subject: Subject
 
+    @property
+    def short(self) -> str:
+        """The role where there is little room: Teacher, fp32, int8."""
+        return self.role.removeprefix("Student ")
+
 
 def measure(report: Report) -> str:
     """What the networks are compared by."""

@@ -201,25 +201,3 @@ def confused(report: Report, most: int = 20) -> Table:
 def class_names(report: Report, n: int) -> list[str]:
     known = report.data.classes if report.data else []
     return [known[i] if i < len(known) else f"class {i}" for i in range(n)]
-
-
-def words(report: Report) -> Table:
-    rows = [
-        [
-            one.teacher,
-            one.level,
-            figures.count(one.words) + (f" (of {one.asked:,} asked)" if one.asked != one.words else ""),
-            f"{one.features_used:,} of {one.features:,}",
-            figures.number(one.perplexity),
-            figures.percent(100 * one.perplexity / one.words) if one.words else figures.MISSING,
-            figures.number(one.mu),
-        ]
-        for one in report.words
-    ]
-    return Table(
-        "Vocabulary",
-        ["teacher", "readout", "words", "features clustered", "perplexity", "of the words", "μ"],
-        rows,
-        note=" ".join(dict.fromkeys(one.note for one in report.words if one.note)),
-        left=2,
-    )

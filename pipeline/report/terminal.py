@@ -7,10 +7,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..comparison.results import ComparedRun, Comparison, Group
 from ..doctor import Diagnosis
 from ..results import Report, Resolutions
 from ..validation.results import Validation
-from . import budget, calibration, figures, sizes, validation
+from . import budget, calibration, comparison, figures, sizes, validation
 from .headline import notes, title
 from .subjects import compared, measure, shipped, threads
 
@@ -99,6 +100,44 @@ def show_validation(found: Validation, console: Console | None = None) -> None:
     if found.folder is not None:
         console.print(Text(f"Page:     {Path(found.folder) / 'validation.html'}"), soft_wrap=True)
         console.print(Text(f"Mistakes: {Path(found.folder) / 'mistakes.csv'}"), soft_wrap=True)
+
+
+def show_comparison(found: Comparison, console: Console | None = None) -> None:
+    """Print a row for each run, what is best and what is noise, and the page to open."""
+    console = console or Console()
+    for group in found.groups:
+        title = f"On {group.data}, {group.n:,} test images" if group.n else group.data or "without data yet"
+        drawn = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+        drawn.add_column("")
+        drawn.add_column("method")
+        latency = "latency" if found.threads is None else figures.threads(str(found.threads))
+        for name in (comparison.measure(found, group), "95 % interval", latency, "size"):
+            drawn.add_column(name, justify="right", no_wrap=True)
+        drawn.add_column("")
+        for name in group.runs:
+            drawn.add_row(*(Text(cell) for cell in _compared(found.run(name), group)))
+        console.print(drawn)
+        for sentence in comparison.sentences(found, group):
+            console.print(Text(sentence), soft_wrap=True)
+    for note in found.warnings:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+    if found.folder is not None:
+        console.print(Text(f"Page: {Path(found.folder) / 'comparison.html'}"), soft_wrap=True)
+
+
+def _compared(run: ComparedRun, group: Group) -> list[str]:
+    ships = run.ships
+    score = ships.score if ships is not None else None
+    noise = {one.run: "noise" if one.within_noise else "worse" for one in group.accuracies}
+    return [
+        run.name,
+        run.method,
+        figures.percent(score.percent, score.n) if score else figures.MISSING,
+        figures.percent_interval(score.low, score.high, score.n) if score else figures.MISSING,
+        figures.milliseconds(ships.p50 if ships is not None else None),
+        figures.megabytes(ships.bytes if ships is not None else None),
+        "best" if run.name == group.best else noise.get(run.name, "not finished" if run.missing else ""),
+    ]
 
 
 def show(report: Report, folder: Path | None = None, console: Console | None = None) -> None:

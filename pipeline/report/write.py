@@ -15,6 +15,9 @@ from ..results import Report
 from .page import page
 from .tables import Table
 
+MOST_MARKDOWN = 65_000
+"""Characters of report.md; GitHub takes 65,536 in a comment."""
+
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.md and report.html into ``folder``, each whole or not at all.
@@ -24,7 +27,7 @@ def write_report(report: Report, folder: Path) -> None:
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
-    report = _writable(report)
+    report = writable(report)
     rendered = {
         "report.json": report.model_dump_json(indent=2) + "\n",
         "report.md": markdown(report),
@@ -34,7 +37,7 @@ def write_report(report: Report, folder: Path) -> None:
         write_text(folder / name, text)
 
 
-def _writable(report: Report) -> Report:
+def writable(report: Report) -> Report:
     """The same report with bytes of file names that are no UTF-8 spelled out, as ``\\xff``."""
 
     def spelled(content: Any) -> Any:
@@ -62,16 +65,41 @@ def as_html(template: str, shown: Any) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The same content in GitHub's Markdown; every text is escaped for HTML and for Markdown."""
-    return as_markdown("report.md.j2", page(report))
+    """The same content in GitHub's Markdown; every text is escaped for HTML and for Markdown.
+
+    It is shorter than the 65,536 characters that a pull request's comment holds: where it would not be,
+    folded tables lose rows and long names their ends, and at last the end is left out.
+    """
+    shown = page(report)
+    for rows, letters in ((40, None), (40, 120), (12, 60), (4, 40)):
+        text = as_markdown("report.md.j2", shown, rows, letters)
+        if len(text) <= MOST_MARKDOWN:
+            return text
+    cut = text[: text.rfind("\n\n", 0, MOST_MARKDOWN - 200)]
+    unclosed = "\n\n</details>" * (cut.count("<details>") - cut.count("</details>"))
+    return f"{cut}{unclosed}\n\nThe rest is in report.html and report.json.\n"
 
 
-def as_markdown(template: str, shown: Any) -> str:
-    """A page by one of our Markdown templates, which finds ``shown`` as ``page``."""
-    # Short enough for the 65,536 characters a pull request can hold.
-    environment = _environment(40, finalize=_plain_markdown, table=_table, fenced=_fenced)
+def as_markdown(template: str, shown: Any, most_rows: int = 40, most_letters: int | None = None) -> str:
+    """A page by one of our Markdown templates, which finds ``shown`` as ``page``; folded tables show
+    ``most_rows`` rows, and cells ``most_letters`` letters.
+    """
+
+    def table(one: Table) -> Markup:
+        return _table(one, most_letters)
+
+    environment = _environment(
+        most_rows, finalize=_plain_markdown, table=table, fenced=_fenced, as_it_is=Markup
+    )
     text = environment.get_template(template).render(page=shown)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def as_plain(template: str, **shown: Any) -> str:
+    """A text by one of our templates for other languages, in which nothing is escaped."""
+    environment = _environment(0)
+    environment.autoescape = False
+    return environment.get_template(template).render(**shown)
 
 
 def _environment(
@@ -116,27 +144,33 @@ def _code(value: str) -> Markup:
     return Markup(f"<code>{_plain_markdown(value)}</code>")
 
 
-def _table(table: Table) -> Markup:
+def _table(table: Table, most_letters: int | None = None) -> Markup:
     """A table with its note below; nothing where there are no rows."""
+
+    def short(text: str) -> str:
+        return text if most_letters is None or len(text) <= most_letters else f"{text[: most_letters - 1]}…"
+
     if not table.rows:
         return Markup()
     lines = [
-        [_plain_markdown(name) for name in table.columns],
+        [_plain_markdown(short(name)) for name in table.columns],
         ["---" if table.text or i < table.left else "---:" for i in range(len(table.columns))],
     ]
     for row in table.rows:
-        lines.append([(_code if i in table.code else _plain_markdown)(cell) for i, cell in enumerate(row)])
+        lines.append(
+            [(_code if i in table.code else _plain_markdown)(short(cell)) for i, cell in enumerate(row)]
+        )
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     if table.note:
         text += f"\n\n{_plain_markdown(table.note)}"
     return Markup(text)
 
 
-def _fenced(value: str) -> Markup:
+def _fenced(value: str, language: str = "sh") -> Markup:
     """A code block whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall("`+", value)), default=0)
     fence = "`" * max(3, longest + 1)
-    return Markup(f"{fence}sh\n{value}\n{fence}")
+    return Markup(f"{fence}{language}\n{value.rstrip()}\n{fence}")
 
 
 def _one_line(text: str) -> str:

@@ -23,8 +23,9 @@ STUDENT_ONNX = ARTIFACT / "student.onnx"
 def run(job: Job) -> Done:
     import torch
 
-    # The manifest comes last: an artifact without one is not finished.
-    (job.folder.path / ARTIFACT / "manifest.json").unlink(missing_ok=True)
+    # The manifest comes last: an artifact without one is not finished. What is said of the old one goes.
+    for name in ("manifest.json", "README.md"):
+        (job.folder.path / ARTIFACT / name).unlink(missing_ok=True)
     student = job.student
     network = trained_network(job, student)
     preprocessing = job.preprocessing(student)

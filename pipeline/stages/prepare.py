@@ -6,11 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from ...models.weights import classifier_weight
-from .. import methods
+from .. import evaluate, methods
+from ..data.image_set import Role
 from ..data.schedule import FIXED_SEED
 from ..device import inference_engine, use_threads
 from ..files import digest, whole
@@ -71,6 +73,12 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
             yield teacher(t)(batch, reads)
             job.stage.update(f"reading {tutors[t].name}", first + len(batch), len(job.train.images), "images")
 
+    def seen(t: int, reads: frozenset[str], most: int) -> Iterator[tuple[np.ndarray, Readout]]:
+        role: Role = "select" if job.data.role("select") else "train"
+        pixels, _, _ = job.rendered(role, tutors[t], most)
+        for first, batch in evaluate.batches(pixels, job.device):
+            yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
+
     def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
         whole_key = digest(
             {
@@ -94,4 +102,5 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
         # Words belong to the teacher and not to a run: else no run could use another's stored answers.
         seed=FIXED_SEED,
         note=job.display.note,
+        seen=seen,
     )

@@ -2,15 +2,18 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ...export.artifact import tool_versions
+from ...export.standalone import PREDICT
 from .. import methods, recipes
 from ..bench_report import with_later_bench
 from ..job import Job
 from ..methods.feed import RECONSTRUCTION
+from ..report.card import README, write_beside
 from ..report.figures import together
 from ..report.write import write_report
 from ..results import Epoch, Reconstruction, Report, StageTime
@@ -26,21 +29,29 @@ def run(job: Job) -> Done:
     return Done(", ".join(FILES), [])
 
 
-def write(folder: RunFolder) -> None:
-    """Write the three files anew with what is known by now."""
-    write_report(assemble(folder), folder.path)
+def write(folder: RunFolder) -> Report:
+    """Write the three files anew with what is known by now, and what lies beside the files that ship."""
+    report = assemble(folder)
+    write_report(report, folder.path)
+    if report.artifact is not None:
+        write_beside(report, folder.path / report.artifact)
+    return report
+
+
+def written(folder: RunFolder) -> bool:
+    """Whether all of these files are there."""
+    files = [Path(name) for name in FILES]
+    if "validate" in folder.record["stages"]:
+        files += [ARTIFACT / name for name in (README, PREDICT)]
+    return all((folder.path / file).is_file() for file in files)
 
 
 def assemble(folder: RunFolder) -> Report:
     """The report of a run from its folder alone."""
     config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
     facts = with_later_bench(folder.path, folder.facts())
-    environment = {
-        "python": platform.python_version(),
-        **tool_versions(),
-        **facts.pop("environment", {}),
-        **_engines(folder),
-    }
+    tools = folder.record.get("tools") or tools_here()
+    environment = {**tools, **facts.pop("environment", {}), **_engines(folder)}
     stages, epochs = folder.record["stages"], _epochs(folder)
     return Report(
         title=f"{config['student']} from {together(config['teacher'])}",
@@ -63,6 +74,11 @@ def assemble(folder: RunFolder) -> Report:
         artifact=ARTIFACT.as_posix() if "validate" in stages else None,
         **facts,
     )
+
+
+def tools_here() -> dict[str, str]:
+    """The versions that stages are done with now."""
+    return {"python": platform.python_version(), **tool_versions()}
 
 
 def _recipe(config: Mapping[str, Any]) -> str | None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...export.runtime import render
+from ..csv_cells import harmless
 from ..data.decode import pixels_or_reason
 from ..data.image_set import Image
 from ..evaluate import AT_ONCE
-from ..examples import said, several, thumbnail
+from ..examples import LARGEST, said, several
 from ..results import Example
+from ..thumbnail import thumbnail
 from .measure import in_order_of, thresholds_of
 from .networks import Asked
 
@@ -21,8 +23,6 @@ COLUMNS = (
     "network", "file", "label", "answer", "probability", "right", "teacher_answer", "teacher_probability",
     "teacher_right",
 )  # fmt: skip
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of a formula."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ def as_csv(rows: Iterable[Answered]) -> str:
     return text.getvalue()
 
 
-def harmless(cell: str) -> str:
-    """The cell; with an apostrophe before it where a spreadsheet would compute it."""
-    return f"'{cell}" if cell.lstrip(" ").startswith(FORMULA) else cell
-
-
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
@@ -132,7 +127,7 @@ def pictured(
                 teacher_probability=one.teacher_probability,
                 student=one.answer,
                 student_probability=one.probability,
-                png="" if isinstance(pixels, str) else thumbnail(pixels),
+                png="" if isinstance(pixels, str) else thumbnail(pixels, min(LARGEST, len(pixels))),
             )
         )
     return found

@@ -34,6 +34,8 @@ def test_the_run_folder_holds_what_the_design_lists(finished):
         "artifact/student.onnx",
         "artifact/student.int8.onnx",
         "artifact/manifest.json",
+        "artifact/README.md",
+        "artifact/predict.py",
     }
     assert not [name for name in names if name.startswith("checkpoint/") or ".part" in name]
 

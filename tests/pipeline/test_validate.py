@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Classifier, decode_image
+from questpress.pipeline.csv_cells import harmless
 from questpress.pipeline.scores import Accuracy
 from questpress.pipeline.significance import holm, mcnemar, unpaired
 from questpress.pipeline.validate import validate
-from questpress.pipeline.validation import lists, measure
+from questpress.pipeline.validation import measure
 from questpress.pipeline.validation.results import Validation
 from safetensors.numpy import load_file
 
@@ -167,7 +168,7 @@ def test_mistakes_come_with_the_surest_at_the_head(found: Validation, finished: 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx", "  =x"])
 def test_no_cell_is_a_formula(cell: str) -> None:
-    assert lists.harmless(cell) == f"'{cell}" and lists.harmless("dress-1") == "dress-1"
+    assert harmless(cell) == f"'{cell}" and harmless("dress-1") == "dress-1"
 
 
 def test_labels_are_matched_by_name_whatever_their_order_and_some_may_be_missing(

@@ -1,5 +1,6 @@
 """The page in a real browser, where there is one."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,28 +11,33 @@ from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.write import html
 from questpress.pipeline.results import Report
 
-from . import int8_reports, reports
+from . import bench_reports, int8_reports, reports
+from .test_words_section import with_words
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser found: looked for {', '.join(NAMES)}")
 
 
-def opened(page: str, folder: Path, width: int) -> list[str]:
+def opened(page: str, folder: Path, width: int, *more: str) -> list[str]:
     """What the browser's console said when the page was opened at this width."""
     file = folder / "report.html"
     file.write_text(page, encoding="utf-8")
     command = [
         str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
         "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={width},900", f"--screenshot={folder / 'page.png'}", file.as_uri(),
+        f"--window-size={width},900", f"--screenshot={folder / 'page.png'}", *more, file.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (folder / "page.png").exists(), done.stderr
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize("report", [int8_reports.with_int8(), reports.bare()], ids=["int8", "bare"])
+@pytest.mark.parametrize(
+    "report",
+    [int8_reports.with_int8(), bench_reports.with_bench(), reports.bare()],
+    ids=["int8", "bench", "bare"],
+)
 def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Path) -> None:
     assert opened(html(report), tmp_path, 1280) == []
 
@@ -46,7 +52,10 @@ def test_the_page_is_not_wider_than_the_window(width: int, tmp_path: Path) -> No
         search.not_timed = "".join(["long"] * 30)
         search.float_parts = [FloatPart(name="node" * 30, op_type="Op" * 20, why="reason" * 20)]
         search.worst = [("tensor" * 30, 3.0)]
-    page = html(report.model_copy(update={"int8": long}))
+    bench = bench_reports.bench(flags=[bench_reports.STEAL])
+    for subject in bench.subjects:
+        subject.key, subject.file = None, "a/long/name" * 9
+    page = html(report.model_copy(update={"int8": long, "bench": bench}))
     page = page.replace("<details", "<details open")
     page = re.sub(r"<meta http-equiv=.*?>", "", page)
     wide = "'wide ' + document.documentElement.scrollWidth + ' of ' + innerWidth"
@@ -58,3 +67,90 @@ def test_the_page_is_not_wider_than_the_window(width: int, tmp_path: Path) -> No
     found = re.search(r"wide (\d+) of (\d+)", told)
     assert found, told
     assert int(found[1]) <= int(found[2]) == width
+
+
+MEASURE = """<script>
+addEventListener('load', () => {
+  const wrong = [];
+  for (const one of document.querySelectorAll('svg[role=img], img, .patches, .versus, .confusion')) {
+    const box = one.getBoundingClientRect();
+    const scrolls = one.closest('.scroll') !== null;
+    if (box.width < 5 || box.height < 5) wrong.push('no size: ' + one.outerHTML.slice(0, 80));
+    if (!scrolls && (box.left < 0 || box.right > innerWidth + 0.5)) wrong.push('outside: ' + one.outerHTML.slice(0, 80));
+    if (one.tagName === 'IMG' && !one.naturalWidth) wrong.push('not drawn: ' + one.alt);
+  }
+  for (const one of document.querySelectorAll('svg text')) {
+    const height = one.getBoundingClientRect().height;
+    if (height && height < 10) wrong.push('tiny: ' + one.textContent + ' ' + height);
+  }
+  for (const one of document.querySelectorAll('table')) {
+    if (MODE === 'print' && one.getBoundingClientRect().right > innerWidth + 0.5)
+      wrong.push('cut: ' + one.querySelector('caption').textContent);
+  }
+  const ground = getComputedStyle(document.body).backgroundColor;
+  const pictures = document.querySelectorAll('svg[role=img], img').length;
+  console.log('measured ' + JSON.stringify({width: innerWidth, wide: document.documentElement.scrollWidth, ground, pictures, wrong}));
+});
+</script>"""  # noqa: E501
+
+
+def measured(page: str, folder: Path, widths: list[int], scheme: str) -> list[dict]:
+    """What a script finds in the page at these widths: the page itself allows none, its copy does."""
+    page = re.sub(r"<meta http-equiv=.*?>", "", page.replace("<details", "<details open"))
+    if scheme == "print":
+        page = page.replace("@media print", "@media all").replace("@media screen and", "@media not all and")
+    script = MEASURE.replace("MODE", f"'{scheme}'")
+    (folder / "measured.html").write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    # In frames: windows of a browser have a least width of their own.
+    frames = "".join(
+        f'<iframe src="measured.html" style="border: 0; width: {width}px; height: 800px"></iframe>'
+        for width in widths
+    )
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    outer = f'<meta name="color-scheme" content="{"dark" if dark else "light"}">{frames}'
+    told = opened(outer, folder, 1800, *dark)
+    found = [json.loads(one[1]) for line in told if (one := re.search(r'"measured (\{.*\})"', line))]
+    assert len(found) == len(widths), told
+    return sorted(found, key=lambda one: one["width"])
+
+
+def everything() -> Report:
+    """A report with all the kinds of pictures there are."""
+    return with_words().model_copy(update={"int8": int8_reports.with_int8().int8})
+
+
+@pytest.mark.parametrize(("scheme", "ground"), [("light", "rgb(252, 252, 251)"), ("dark", "rgb(20, 22, 26)")])
+def test_every_picture_is_seen_on_a_phone_and_on_a_screen(scheme: str, ground: str, tmp_path: Path) -> None:
+    phone, screen = measured(html(everything()), tmp_path, [390, 1280], scheme)
+    for found, width in ((phone, 390), (screen, 1280)):
+        assert found["wrong"] == []
+        assert found["wide"] <= found["width"] == width
+        assert found["ground"] == ground
+        assert found["pictures"] > 25
+
+
+def test_no_table_is_cut_in_print(tmp_path: Path) -> None:
+    # 178 mm, what A4 has between the margins.
+    [found] = measured(html(everything()), tmp_path, [673], "print")
+    assert [one for one in found["wrong"] if not one.startswith("tiny")] == []
+    assert found["ground"] == "rgb(255, 255, 255)"
+
+
+def requests(page: str, folder: Path) -> set[str]:
+    """Addresses that the page made the browser ask for."""
+    opened(page, folder, 1280, f"--log-net-log={folder / 'net.json'}", "--net-log-capture-mode=Everything")
+    log = json.loads((folder / "net.json").read_text(encoding="utf-8"))
+    found = (event.get("params", {}) for event in log["events"])
+    # The browser's own requests have no origin; those of a file's page come from an opaque one, "null".
+    asked = {
+        one["url"] for one in found if "url" in one and one.get("initiator") not in (None, "not an origin")
+    }
+    return {url for url in asked if not url.startswith(("file:", "data:"))}
+
+
+def test_the_page_makes_no_request(tmp_path: Path) -> None:
+    page = html(everything())
+    assert requests(page, tmp_path) == set()
+    beacon = '<img src="http://127.0.0.1:9/beacon">'
+    open_page = re.sub(r"<meta http-equiv=.*?>", "", page).replace("</body>", f"{beacon}</body>")
+    assert requests(open_page, tmp_path) == {"http://127.0.0.1:9/beacon"}, "a request would have been seen"

@@ -148,7 +148,7 @@ def test_the_plot_has_words_and_a_link_leads_to_the_section() -> None:
     [told] = [
         value
         for tag, name, value in read.attributes
-        if (tag, name) == ("svg", "aria-label") and "over latency" in str(value)
+        if (tag, name) == ("svg", "aria-label") and "minmax" in str(value)
     ]
     assert "1 minmax: 87.8 % at 0.671 ms" in str(told) and "ships: entropy, biases corrected: 3" in str(told)
 

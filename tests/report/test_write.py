@@ -1,13 +1,17 @@
+import base64
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.write import html, markdown, write_report
 from questpress.pipeline.results import Epoch, Report
 from questpress.pipeline.scores import ClassResult
+from questpress.pipeline.word_results import ShownWord
 
 from . import int8_reports, reports
 
@@ -157,7 +161,7 @@ def test_no_id_is_given_twice_and_every_picture_has_words() -> None:
     read = Reader(html(reports.full()))
     assert len(read.ids()) == len(set(read.ids()))
     pictures = [one for one in read.attributes if one == ("svg", "role", "img")]
-    assert len(pictures) == 3 + 6 + 4
+    assert len(pictures) == 1 + 3 + 6 + 4
     described = [value for tag, name, value in read.attributes if tag == "svg" and name == "aria-label"]
     assert len(described) == len(pictures) and all(described)
     images = [value for tag, name, value in read.attributes if tag == "img" and name == "alt"]
@@ -298,3 +302,31 @@ def test_the_markdown_of_a_large_run_still_fits_a_pull_request() -> None:
     text = markdown(report)
     assert len(text) < 65_536
     assert "The first 40 of 900; all are in report.json." in text
+
+
+def test_the_markdown_fits_whatever_the_names_are() -> None:
+    for length in (100, 400, 3000):
+        names = [f"{i} {'long name ' * (length // 10)}" for i in range(20)]
+        report = reports.full(names)
+        assert report.data is not None
+        report.data.skipped = [(f"{names[0]}/{i}.jpg", "truncated") for i in range(3000)]
+        report.data.duplicates = [names] * 50
+        text = markdown(report)
+        assert len(text) <= 65_000
+        assert text.count("<details>") == text.count("</details>")
+        assert text.startswith("# mobilenetv2_100 distilled from resnet34")
+
+
+def test_a_page_with_all_its_pictures_can_be_mailed() -> None:
+    """Pictures of noise, which no PNG makes small."""
+
+    def noise(side: int) -> str:
+        buffer = io.BytesIO()
+        Image.effect_noise((side, side), 80).convert("RGB").save(buffer, "PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    report = reports.full()
+    examples = [one.model_copy(update={"png": noise(128)}) for one in (report.examples * 2)[:12]]
+    shown = [ShownWord(rank=i + 1, share=1.0, patches=[noise(48)] * 6) for i in range(9)]
+    words = [report.words[0].model_copy(update={"shown": shown})]
+    assert len(html(report.model_copy(update={"examples": examples, "words": words}))) < 1_500_000

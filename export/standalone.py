@@ -1,0 +1,79 @@
+"""predict.py, which lies in every artifact folder: the runtime and the command in one file.
+
+It is `runtime.py` as it is, so that it answers to the bit as the files were validated, and behind it
+`command.py` without its imports of ours. It needs numpy, Pillow and onnxruntime.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib import resources
+from pathlib import Path
+
+from .errors import ExportError
+
+PREDICT = "predict.py"
+
+_FUTURE = "from __future__ import annotations\n"
+
+_HEAD = "# Of a questpress artifact: python predict.py photo.jpg, or from predict import Classifier.\n"
+
+_NEEDS = """
+if __name__ == "__main__":
+    import importlib.util
+    import sys
+
+    lacking = {"numpy": "numpy", "PIL": "pillow", "onnxruntime": "onnxruntime"}
+    lacking = {name: package for name, package in lacking.items() if not importlib.util.find_spec(name)}
+    if lacking:
+        needed = " ".join(lacking.values())
+        sys.exit(f"Error: not installed here: {', '.join(lacking.values())}; try: pip install {needed}")
+"""
+
+_END = """
+
+if __name__ == "__main__":
+    run()
+"""
+
+
+def predict_py() -> str:
+    """The text of predict.py; the same questpress gives the same bytes."""
+    before, after = _read("runtime.py").split(_FUTURE, 1)
+    line = "# " + "-" * 105
+    return f"{_HEAD}{before}{_FUTURE}{_NEEDS}{after}\n\n{line}\n# The command\n\n{_command()}{_END}"
+
+
+def write_predict(folder: Path) -> Path:
+    """Write `folder`/predict.py, whole or not at all; nothing is written where it is there already.
+
+    Raises ExportError where that fails.
+    """
+    path, text = folder / PREDICT, predict_py().encode()
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        if path.is_file() and path.read_bytes() == text:
+            return path
+        temporary.write_bytes(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _command() -> str:
+    """command.py without its docstring and what it imports from the runtime, which stands before it."""
+    source = _read("command.py")
+    lines = source.splitlines(keepends=True)
+    for node in reversed(ast.parse(source).body):
+        ours = isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__")
+        said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if ours or said:
+            del lines[node.lineno - 1 : node.end_lineno]
+    return "".join(lines).strip() + "\n"
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What `compress compare` is made of; see `pipeline/compare.py`."""

@@ -1,0 +1,112 @@
+"""What a run's report tells of its files, and the interval of a median from the runs that were timed."""
+
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binom  # type: ignore[import-untyped]
+
+from .. import rounds
+from ..report.figures import together
+from ..report.headline import machine, missing
+from ..report.subjects import Column, of
+from ..results import Report
+from ..scores import Speedup
+from .results import ComparedFile, ComparedRun, Kind
+from .runs import Run
+
+SAMPLES = Path("bench") / "latency.npz"
+OF_THE_STUDENT = ("prepare", "student", "qat", rounds.ROUND)
+"""Stages in which it is made."""
+
+KINDS: dict[str, Kind] = {"student_int8": "int8", "student": "fp32", "teacher": "teacher"}
+
+
+def measured(run: Run, threads: int | None) -> ComparedRun:
+    """A run as it is compared."""
+    report = run.report
+    files = {kind: _file(run, of(report, key), kind, threads) for key, kind in KINDS.items()}
+    student = report.student or report.student_int8
+    seconds = [one.seconds for one in report.stages if rounds.kind(one.stage) in OF_THE_STUDENT]
+    seed = report.config.get("seed")
+    return ComparedRun(
+        name=run.name,
+        source=str(run.source),
+        method=report.method,
+        teacher=together([one.name for one in report.teachers] or _teachers(report)),
+        student=student.name if student is not None else str(report.config.get("student", "")),
+        image_size=report.image_size,
+        parameters=student.parameters if student is not None else None,
+        int8=files["int8"],
+        fp32=files["fp32"],
+        of_teacher=files["teacher"],
+        training_seconds=sum(seconds) if seconds else None,
+        seed=seed if isinstance(seed, int) else None,
+        data=report.data.name if report.data is not None else None,
+        fingerprint=report.data.fingerprint if report.data is not None else None,
+        machine=machine(report) if _timed(report) else None,
+        missing=missing(report),
+    )
+
+
+def _teachers(report: Report) -> list[str]:
+    named = report.config.get("teacher", [])
+    return [str(one) for one in named] if isinstance(named, list) else [str(named)]
+
+
+def _timed(report: Report) -> bool:
+    return any(one is not None and one.latency_ms for one in (report.student, report.student_int8))
+
+
+def thread_counts(report: Report) -> set[int]:
+    """At which its files that ship were timed."""
+    files = (report.student, report.student_int8)
+    return {int(count) for one in files if one is not None for count in one.latency_ms}
+
+
+def _file(run: Run, column: Column | None, kind: Kind, threads: int | None) -> ComparedFile | None:
+    if column is None or (kind == "teacher" and column.subject.score is None):
+        return None
+    subject = column.subject
+    latency = subject.latency_ms.get(str(threads))
+    low = high = None
+    if latency is not None and latency.p50 is not None:
+        # What newer reports say themselves.
+        low, high = getattr(latency, "intervals", {}).get("p50") or _interval(run, column.key, threads)
+    return ComparedFile(
+        kind=kind,
+        network=subject.name,
+        bytes=subject.bytes,
+        accuracy=subject.accuracy,
+        multi_label=subject.multi_label,
+        ece=subject.calibration.ece if subject.calibration is not None else None,
+        p50=latency.p50 if latency is not None else None,
+        p50_low=low,
+        p50_high=high,
+        speedup=_speedup(subject.speedups, threads),
+    )
+
+
+def _speedup(speedups: list[Speedup], threads: int | None) -> Speedup | None:
+    return next((one for one in speedups if one.over == "teacher" and one.threads == threads), None)
+
+
+def _interval(run: Run, key: str, threads: int | None) -> tuple[float | None, float | None]:
+    """From the raw samples of the bench, where they are there."""
+    if run.folder is None or not (run.folder / SAMPLES).is_file():
+        return None, None
+    try:
+        with np.load(run.folder / SAMPLES, allow_pickle=False) as samples:
+            return interval_of_median(samples[f"{key}.{threads}.ms"])
+    except (OSError, ValueError, KeyError):  # of another version: the interval is not known
+        return None, None
+
+
+def interval_of_median(samples: np.ndarray) -> tuple[float | None, float | None]:
+    """The order statistics between which the median lies with 95 %, whatever the distribution: an end is None
+    where so few samples don't bound it.
+    """
+    n, ordered = len(samples), np.sort(samples)
+    below = int(binom.ppf(0.025, n, 0.5)) - 1
+    if below < 0 or n == 0:
+        return None, None
+    return float(ordered[below]), float(ordered[n - 1 - below])

@@ -1,0 +1,197 @@
+"""What disturbs a bench is noticed, and what does not is not."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from questpress.export import noise
+from questpress.export.bench import Subject, bench
+from questpress.export.cores import governor, pinned
+from questpress.export.latency import summarise
+from questpress.export.noise import Reading
+
+# A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
+# half a percent a process, as networks do. It serves requests itself, so that it starts in no time.
+KNOWN = """
+import json, os, random, struct, sys, time
+chance = random.Random(os.urandom(8))
+own = float(sys.argv[1]) * chance.lognormvariate(0, 0.005)
+def answer(head, body=b""):
+    sys.stdout.buffer.write(json.dumps(head).encode() + b"\\n" + body)
+    sys.stdout.buffer.flush()
+sys.stdin.readline()
+answer({"ready": True})
+for line in sys.stdin:
+    end = time.perf_counter() + json.loads(line)["seconds"]
+    times = []
+    while not times or time.perf_counter() < end:
+        wanted = own * chance.lognormvariate(0, 0.02)
+        start = time.perf_counter()
+        while (taken := 1000 * (time.perf_counter() - start)) < wanted:
+            pass
+        times.append(taken)
+    answer({"bytes": 8 * len(times), "cpu": time.process_time()}, struct.pack(f"{len(times)}d", *times))
+"""
+
+
+def known(folder: Path, name: str, milliseconds: float) -> Subject:
+    script = folder / "known.py"
+    script.write_text(KNOWN)
+    return Subject(name, "", np.zeros((1, 3, 8, 8), np.float32), (str(script), str(milliseconds)))
+
+
+def test_the_ratio_of_known_latencies_lies_in_its_interval(tmp_path: Path) -> None:
+    subjects = [known(tmp_path, "slow", 1.5), known(tmp_path, "fast", 1.0)]
+    found = bench(subjects, threads=[1], seconds=1.0, processes=2).speedup("fast", "slow", 1)
+    assert found.low <= 1.5 <= found.high and found.verdict == "faster"
+    assert 1.4 < found.ratio < 1.6
+
+
+def test_the_same_file_twice_is_no_difference_19_times_of_20(tmp_path: Path) -> None:
+    pair = [known(tmp_path, "A", 0.5), known(tmp_path, "A again", 0.5)]
+    verdicts = [
+        bench(pair, threads=[1], seconds=0.1, processes=2, seed=seed).speedup("A again", "A", 1).verdict
+        for seed in range(20)
+    ]
+    assert verdicts.count("no difference") >= 19
+
+
+@contextmanager
+def neighbour(core: int) -> Iterator[None]:
+    code = f"import os\nos.sched_setaffinity(0, [{core}])\nprint(flush=True)\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_busy_neighbour_is_noticed(tmp_path: Path) -> None:
+    if not pinned(1) or noise.read().busy is None:
+        pytest.skip("this system neither pins processes nor counts cores' time")
+    with neighbour(pinned(1)[0]):
+        result = bench([known(tmp_path, "A", 0.5)], threads=[1], seconds=1.0)
+    [found] = [flag for flag in result.flags if flag.name == "neighbour"]
+    assert found.threads == 1 and found.figures["found"] > 0.2
+    assert found.sentence.endswith("of the cores that it ran on.")
+
+
+def reading(
+    at: float,
+    busy: Mapping[int, float] | None,
+    stolen: Mapping[int, float] | None = None,
+    throttled: int | None = 0,
+) -> Reading:
+    return Reading(
+        at, busy, stolen if stolen is not None or busy is None else dict.fromkeys(busy, 0.0), throttled
+    )
+
+
+def names(flags: list[noise.Flag]) -> list[str]:
+    return [flag.name for flag in flags]
+
+
+def test_own_time_is_no_neighbours() -> None:
+    before = reading(0, {0: 5.0, 1: 5.0})
+    quiet = reading(10, {0: 15.0, 1: 5.1})
+    assert noise.of_machine(before, quiet, 9.9, (0,), 1) == []
+    [flag] = noise.of_machine(before, quiet, 9.0, (0,), 1)
+    assert flag.name == "neighbour" and flag.figures == {"found": pytest.approx(0.1), "limit": 0.05}
+    elsewhere = reading(10, {0: 15.0, 1: 12.0})
+    assert names(noise.of_machine(before, elsewhere, 9.9, (0,), 1)) == ["machine"]
+    # The other core is its own too with two threads.
+    assert names(noise.of_machine(before, elsewhere, 16.9, (0, 1), 2)) == []
+
+
+def test_stolen_and_refused_time_is_told() -> None:
+    before = reading(0, {0: 0.0}, {0: 1.0})
+    after = reading(10, {0: 10.0}, {0: 1.5}, 3)
+    found = noise.of_machine(before, after, 10.0, (0,), 1)
+    assert names(found) == ["steal", "throttled"]
+    assert found[0].sentence == "The host gave 5 % of this virtual machine's cores to others."
+    assert found[1].sentence == "The container's CPU quota stopped its processes 3 times."
+
+
+def test_what_a_system_does_not_tell_is_named() -> None:
+    nothing = reading(0, None, throttled=None)
+    assert noise.unchecked(nothing, ()) == ["neighbour", "machine", "steal", "throttled"]
+    assert noise.of_machine(nothing, reading(9, None, throttled=None), 1.0, (), 1) == []
+    assert noise.unchecked(reading(0, {0: 1.0}), (0,)) == []
+
+
+def test_the_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "stat").write_text(
+        "cpu  300 0 100 900 5 0 0 7 0 0\n"
+        "cpu0 100 20 50 400 5 3 2 7 0 0\ncpu1 200 0 50 500 0 0 0 0 0 0\nintr 5\n"
+    )
+    ticks = os.sysconf("SC_CLK_TCK")
+    found = noise.read(tmp_path)
+    assert found.busy == {0: 175 / ticks, 1: 250 / ticks} and found.stolen == {0: 7 / ticks, 1: 0.0}
+    assert noise.read(tmp_path / "none").busy is None
+
+
+@pytest.mark.parametrize("line", ["0::/a/b", "3:cpu,cpuacct:/a/b"])
+def test_throttling_is_counted_by_both_versions_of_cgroups(tmp_path: Path, line: str) -> None:
+    root = tmp_path / "fs"
+    mount = root if line.startswith("0") else root / "cpu,cpuacct"
+    (mount / "a" / "b").mkdir(parents=True)
+    (tmp_path / "cgroup").write_text(f"{line}\n")
+    assert noise.throttled(tmp_path / "cgroup", root) is None
+    (mount / "a" / "b" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 0\nthrottled_usec 0\n")
+    (mount / "a" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 4\nthrottled_time 70\n")
+    assert noise.throttled(tmp_path / "cgroup", root) == 4
+
+
+def test_a_sentinel_that_changes_its_pace_is_told() -> None:
+    rng = np.random.default_rng(0)
+    assert noise.of_sentinel(rng.normal(2.0, 0.01, 50), 1) == []
+    [flag] = noise.of_sentinel(np.concatenate([np.full(25, 2.0), np.full(25, 2.4)]), 1)
+    assert flag.name == "sentinel" and flag.figures["found"] == pytest.approx(0.4 / 2.2)
+
+
+def test_drift_and_processes_that_differ_are_told() -> None:
+    rng = np.random.default_rng(0)
+    steady, still = rng.normal(2.0, 0.02, 60), rng.normal(1.0, 0.005, 60)
+    latency = summarise("a", 1, [np.array([one]) for one in steady], processes=2)
+    assert noise.of_latencies([latency], still, 1) == []
+    rising = steady * np.linspace(1, 1.1, 60)
+    latency = summarise("a", 1, [np.array([one]) for one in rising], processes=2)
+    [flag] = noise.of_latencies([latency], still, 1)
+    assert flag.name == "drift" and flag.sentence.startswith(
+        "In the last third of the rounds a was 7.6 % slower"
+    )
+    apart = steady * np.tile([1.0, 1.05], 30)
+    latency = summarise("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
+    assert names(noise.of_latencies([latency], still, 1)) == ["repeat", "unsettled"]
+
+
+def test_scatter_alone_is_no_drift() -> None:
+    rng = np.random.default_rng(1)
+    assert sum(noise.drift(np.exp(rng.normal(0, 0.1, 30))) != 0 for _ in range(200)) <= 4
+
+
+def test_threads_get_physical_cores_of_the_fastest_kind_and_core_0_last(tmp_path: Path) -> None:
+    for core in range(6):  # 0 and 1 share a core, as do 2 and 3; 4 and 5 are small ones
+        folder = tmp_path / f"cpu{core}"
+        (folder / "topology").mkdir(parents=True)
+        (folder / "cpufreq").mkdir()
+        pair = "0-1" if core < 2 else "2-3" if core < 4 else str(core)
+        (folder / "topology" / "thread_siblings_list").write_text(f"{pair}\n")
+        (folder / "cpufreq" / "cpuinfo_max_freq").write_text("5000\n" if core < 4 else "3000\n")
+        (folder / "cpufreq" / "scaling_governor").write_text("performance\n" if core < 4 else "powersave\n")
+    assert pinned(1, system=tmp_path, allowed=range(6)) == (2,)
+    assert pinned(2, system=tmp_path, allowed=range(6)) == (0, 2)
+    assert pinned(4, system=tmp_path, allowed=range(6)) == (0, 2, 4, 5)
+    assert pinned(2, system=tmp_path, allowed=[1, 4]) == (1, 4)
+    assert pinned(3, system=tmp_path, allowed=[1, 4]) == ()
+    assert governor((0, 4), system=tmp_path) == "performance, powersave"
+    assert governor((9,), system=tmp_path) is None

@@ -1,0 +1,44 @@
+import ast
+from pathlib import Path
+
+from questpress.export import command, runtime
+from questpress.export.standalone import predict_py, write_predict
+
+
+def names(source: str) -> list[str]:
+    """What a module defines at its top."""
+    return [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
+def test_it_is_the_runtime_and_the_command_and_no_name_is_taken_twice() -> None:
+    ours = [Path(module.__file__).read_text(encoding="utf-8") for module in (runtime, command)]
+    made = names(predict_py())
+    assert made == [*names(ours[0]), *names(ours[1])]
+    assert len(made) == len(set(made))
+
+
+def test_it_holds_the_runtime_to_the_letter() -> None:
+    before, after = Path(runtime.__file__).read_text(encoding="utf-8").split("import hashlib\n", 1)
+    assert after.rstrip() in predict_py()
+    assert before.split("from __future__")[0] in predict_py()
+
+
+def test_it_imports_nothing_of_ours() -> None:
+    found = {
+        alias.name.split(".")[0] if isinstance(node, ast.Import) else (node.module or "").split(".")[0]
+        for node in ast.walk(ast.parse(predict_py()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert "questpress" not in found and "" not in found
+    assert not [n for n in ast.walk(ast.parse(predict_py())) if isinstance(n, ast.ImportFrom) and n.level]
+
+
+def test_what_is_there_already_is_not_written_again(tmp_path: Path) -> None:
+    path = write_predict(tmp_path)
+    before = path.stat().st_mtime_ns
+    assert write_predict(tmp_path).stat().st_mtime_ns == before
+    path.write_text("changed")
+    write_predict(tmp_path)
+    assert path.read_text(encoding="utf-8") == predict_py()
+    assert [file.name for file in tmp_path.iterdir()] == ["predict.py"]

@@ -1,0 +1,139 @@
+"""What a page needs for those who see little, hear it, or have no mouse."""
+
+import re
+from html.parser import HTMLParser
+from importlib import resources
+
+import pytest
+from questpress.pipeline.report.write import html
+
+from . import int8_reports, reports
+from .test_words_section import with_words
+
+CSS = resources.files("questpress.pipeline.report").joinpath("report.css").read_text(encoding="utf-8")
+LIGHT, DARK = re.findall(r":root \{(.*?)\}", CSS, re.S)
+Colour = tuple[float, ...]
+
+
+def colours(theme: str) -> dict[str, Colour]:
+    found = dict(re.findall(r"--([\w-]+): #([0-9a-f]{6})", theme))
+    return {name: tuple(int(value[i : i + 2], 16) for i in (0, 2, 4)) for name, value in found.items()}
+
+
+def luminance(colour: Colour) -> float:
+    """WCAG 2's relative luminance of sRGB values 0 to 255."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: Colour, other: Colour) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def mixed(colour: Colour, share: float, other: Colour) -> Colour:
+    return tuple(share * a + (1 - share) * b for a, b in zip(colour, other, strict=True))
+
+
+def test_contrast_is_computed_as_wcag_says() -> None:
+    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    assert contrast((118, 118, 118), (255, 255, 255)) == pytest.approx(4.54, abs=0.01)
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("text", "on"),
+    [
+        ("ink", "paper"),
+        ("muted", "paper"),
+        ("accent", "paper"),
+        ("rust", "paper"),
+        ("ink", "notes"),
+        ("ink", "panel"),
+    ],
+)
+def test_text_is_told_from_its_ground(theme: str, text: str, on: str) -> None:
+    found = colours(theme)
+    assert contrast(found[text], found[on]) >= 4.5
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_numbers_in_the_confusion_matrix_are_told_from_every_shade(theme: str) -> None:
+    found = colours(theme)
+    shades = [mixed(found["accent"], 0.45 * share / 100, found["panel"]) for share in range(101)]
+    shades += [mixed(found["rust"], 0.1 + 0.4 * share / 100, found["panel"]) for share in range(101)]
+    assert "calc(var(--share) * .45)" in CSS and "calc(10% + var(--share) * .4)" in CSS
+    assert min(contrast(found["ink"], shade) for shade in shades) >= 4.5
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("mark", ["teacher", "fp32", "accent", "rust", "s0", "s1", "s2", "s3", "s4", "s5"])
+def test_marks_and_curves_are_told_from_the_paper(theme: str, mark: str) -> None:
+    found = colours(theme)
+    assert contrast(found[mark], found["paper"]) >= 3
+
+
+def test_print_is_light_whatever_the_screen_is() -> None:
+    assert "@media screen and (prefers-color-scheme: dark)" in CSS
+    assert CSS.count("prefers-color-scheme: dark") == 1
+
+
+class Outline(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.headings: list[int] = []
+        self.tables: list[set[str]] = []
+        self.pictures: list[set[str]] = []
+        self.cells: list[dict[str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if re.fullmatch(r"h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "table":
+            self.tables.append(set())
+        if tag == "caption":
+            self.tables[-1].add("caption")
+        if tag == "th":
+            self.cells.append(dict(attrs))
+        if tag == "svg" and ("aria-hidden", "true") not in attrs:
+            assert ("role", "img") in attrs and dict(attrs).get("aria-label")
+            self.pictures.append(set())
+        if tag == "desc":
+            self.pictures[-1].add("desc")
+
+
+PAGES = {
+    "full": reports.full(),
+    "words": with_words(),
+    "int8": int8_reports.with_int8(),
+    "bare": reports.bare(),
+    "many classes": reports.full([f"class {i}" for i in range(60)]),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_headings_tables_and_pictures_are_in_order(name: str) -> None:
+    found = Outline(html(PAGES[name]))
+    assert found.headings[0] == 1 and found.headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(found.headings, found.headings[1:], strict=False))
+    assert all("caption" in table for table in found.tables)
+    assert all(cell.get("scope") in ("row", "col") for cell in found.cells)
+    assert all(picture == {"desc"} for picture in found.pictures)
+
+
+def test_the_keyboard_finds_its_way() -> None:
+    page = html(reports.full())
+    body = page.split("<body>")[1]
+    first = re.search(r"<a [^>]*>", body)
+    assert first is not None and 'class="skip"' in first[0]
+    target = re.search(r'href="#([\w-]+)"', first[0])
+    assert target is not None and f'id="{target[1]}"' in page
+    # What scrolls can be reached, and what has the focus is seen.
+    assert all('tabindex="0"' in one for one in re.findall(r'<div class="scroll"[^>]*>', page))
+    assert ":focus-visible { outline: 2px" in CSS and "outline: none" not in CSS and "outline: 0" not in CSS
+
+
+def test_right_and_wrong_are_told_in_words_and_signs_beside_their_colours() -> None:
+    page = html(reports.full())
+    assert 'aria-label="wrong">✗' in page and 'aria-label="right">✓' in page

@@ -1,0 +1,327 @@
+"""The comparison of runs: which is best, what is noise, and what the picture and the tables show of it."""
+
+import csv
+import io
+import json
+import random
+from collections.abc import Callable
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from questpress.pipeline import per_image
+from questpress.pipeline.cli import cli
+from questpress.pipeline.compare import as_csv, compare
+from questpress.pipeline.comparison.differences import frontier
+from questpress.pipeline.comparison.measured import interval_of_median
+from questpress.pipeline.comparison.results import ComparedFile, Comparison
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.report.comparison import pages
+from questpress.pipeline.report.frontier import Spot, overlap, plots, shortened
+from questpress.pipeline.results import Report
+from questpress.pipeline.scores import Accuracy
+
+from . import reports
+
+N = 372
+
+Made = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Made:
+    """Writes a made-up run: its report and, with ``right``, what its files answered to the test images."""
+
+    def write(
+        name: str,
+        correct: int,
+        *,
+        p50: float = 0.7,
+        right: np.ndarray | None = None,
+        fingerprint: str = "5fd1c0a9",
+        cpu: str = "AMD EPYC 9555",
+        **more: object,
+    ) -> Path:
+        report = reports.full()
+        assert report.student_int8 is not None and report.data is not None
+        latency = report.student_int8.latency_ms["1"].model_copy(update={"p50": p50})
+        ships = report.student_int8.model_copy(
+            update={"accuracy": Accuracy.of(correct, N), "latency_ms": {"1": latency}}
+        )
+        update = {
+            "student_int8": ships,
+            "data": report.data.model_copy(update={"fingerprint": fingerprint}),
+            "environment": {**report.environment, "cpu": cpu},
+            "config": {**report.config, "seed": 7},
+        }
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+        report = report.model_copy(update={**update, **more})
+        (folder / "report.json").write_text(report.model_dump_json(), encoding="utf-8")
+        if right is not None:
+            logits = np.stack([~right, right], 1).astype(np.float32)
+            keys = np.random.default_rng(len(name)).permutation(N)
+            # Every run keeps them in an order of its own.
+            per_image.save(
+                folder / per_image.FILE,
+                keys,
+                np.ones(N, dtype=np.int64),
+                {"student_int8": logits[keys], "student": logits[keys]},
+            )
+        bench = folder / "bench"
+        bench.mkdir()
+        samples = p50 + np.random.default_rng(0).normal(0, 0.01, 400)
+        with (bench / "latency.npz").open("wb") as file:
+            np.savez_compressed(file, **{"student_int8.1.ms": samples})
+        return folder
+
+    return write
+
+
+def right(correct: int, wrong: range) -> np.ndarray:
+    """bool [N]: all right but those in ``wrong`` and the last ones, ``correct`` in all."""
+    found = np.ones(N, dtype=bool)
+    found[list(wrong)] = False
+    found[N - (int(found.sum()) - correct) :] = False
+    assert found.sum() == correct
+    return found
+
+
+def test_the_same_images_are_compared_one_by_one(make: Made, tmp_path: Path) -> None:
+    # 11 images that only the best has right, none the other way round: p = 2 / 2^11, doubled by Holm.
+    make("best", 340, right=right(340, range(0)))
+    make("worse", 329, right=right(329, range(11)))
+    make("noise", 338, right=right(338, range(2)))
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [group] = found.groups
+    assert group.best == "best" and group.runs == ["best", "noise", "worse"]
+    noise, worse = group.accuracies
+    assert (noise.run, noise.within_noise, noise.paired) == ("noise", True, True)
+    assert noise.p == noise.p_holm == pytest.approx(0.5)
+    assert worse.p == pytest.approx(2 / 2**11) and worse.p_holm == pytest.approx(4 / 2**11)
+    assert not worse.within_noise and worse.points == pytest.approx(-1100 / N)
+    for page in pages(found).values():
+        assert "Within noise of it: noise (−0.5 points, p = 0.500)." in page
+        assert "Worse: worse (−3.0 points, p = 0.002)." in page
+        assert "McNemar" in page and "chi-squared" not in page
+
+
+def test_without_kept_answers_the_shares_are_compared_and_that_is_said(make: Made, tmp_path: Path) -> None:
+    make("best", 340, right=right(340, range(0)))
+    make("worse", 329)
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [one] = found.groups[0].accuracies
+    pooled = 669 / (2 * N)
+    z = (11 / N) / (pooled * (1 - pooled) * 2 / N) ** 0.5
+    assert not one.paired and one.within_noise  # the images one by one would have told them apart
+    assert one.p == pytest.approx(float(np.exp(-(z**2) / 2)), rel=0.6) and one.p > 0.05
+    assert one.low is not None and one.high is not None and one.low < one.points < one.high
+    text = pages(found)["comparison.md"]
+    assert ", unpaired" in text and "compress validate RUN RUN" in text
+
+
+def test_answers_that_are_not_the_reports_are_not_used(make: Made, tmp_path: Path) -> None:
+    make("best", 340, right=right(340, range(0)))
+    make("changed", 335, right=right(338, range(2)))
+    [one] = compare(tmp_path / "runs", out=tmp_path / "out").groups[0].accuracies
+    assert not one.paired
+
+
+def test_latencies_are_told_apart_by_their_intervals_and_only_on_one_machine(
+    make: Made, tmp_path: Path
+) -> None:
+    make("fast", 330, p50=0.700)
+    make("same", 330, p50=0.7001)
+    make("slow", 330, p50=0.9)
+    make("elsewhere", 330, p50=0.1, cpu="Cortex-A76")
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    here, there = sorted(found.groups[0].machines, key=lambda one: -len(one.runs))
+    assert here.runs == ["fast", "same", "slow"] and there.runs == ["elsewhere"]
+    same, slow = here.latencies
+    assert (same.verdict, slow.verdict) == ("no difference", "slower")
+    assert slow.ratio == pytest.approx(0.9 / 0.7)
+    assert "different machines" in found.warnings[0] and "compress bench" in found.warnings[0]
+    assert "together" in " ".join(found.notes)
+
+
+def test_runs_of_other_images_stand_in_a_group_of_their_own(make: Made, tmp_path: Path) -> None:
+    make("photos", 330)
+    make("other", 371, fingerprint="0badcafe")
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    assert [group.best for group in found.groups] == ["other", "photos"]
+    assert all(not group.accuracies for group in found.groups)
+    assert "2 different sets of images" in found.warnings[0]
+
+
+def test_a_run_that_is_not_finished_is_shown_with_what_it_has(make: Made, tmp_path: Path) -> None:
+    make("done", 330)
+    make("begun", 330, student_int8=None, int8=[])
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    assert "begun is not finished: the int8 file is missing." in found.warnings
+    begun = found.run("begun")
+    assert begun.int8 is None and begun.fp32 is not None and begun.ships == begun.fp32
+    assert all("begun" in page for page in pages(found).values())
+
+
+def test_folders_of_runs_reports_and_sizes_are_taken_once_each(make: Made, tmp_path: Path) -> None:
+    first, second = make("a/64", 330), make("b/64", 331)
+    (tmp_path / "runs" / "a" / "resolutions.json").write_text(json.dumps({"sizes": [{"folder": "64"}]}))
+    given = [tmp_path / "runs" / "a", first, second / "report.json", tmp_path / "runs" / "b"]
+    found = compare(given, out=tmp_path / "out")
+    assert sorted(one.name for one in found.runs) == ["a/64", "b/64"]
+    alone = tmp_path / "alone.json"
+    alone.write_text((first / "report.json").read_text(), encoding="utf-8")
+    assert compare(alone, out=tmp_path / "out").runs[0].source == str(alone)
+
+
+def test_what_other_versions_know_is_passed_over(make: Made, tmp_path: Path) -> None:
+    file = make("newer", 330) / "report.json"
+    content = json.loads(file.read_text())
+    content["unheard_of"] = content["student"]["strange"] = {"x": 1}
+    file.write_text(json.dumps(content))
+    assert compare(file, out=tmp_path / "out").runs[0].name == "newer"
+    del content["title"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="no report of this version"):
+        compare(file, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", ["nowhere", "empty", "empty/file.txt"])
+def test_what_is_no_run_is_one_sentence(given: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "file.txt").write_text("no report")
+    result = CliRunner().invoke(cli, ["compare", str(tmp_path / given), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and result.stderr.startswith("Error: ") and not result.stdout
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_threads_that_nobody_timed_are_refused(make: Made, tmp_path: Path) -> None:
+    make("one", 330)
+    with pytest.raises(UsageError, match="--threads 3: no run was timed at so many; there are figures for 1"):
+        compare(tmp_path / "runs", out=tmp_path / "out", threads=3)
+
+
+def test_the_command_prints_the_table_or_json(make: Made, tmp_path: Path) -> None:
+    make("one", 330)
+    make("two", 331)
+    asked = ["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(cli, asked).stdout
+    for words in ("On clothing, 372 test images", "two", "best", "noise", "comparison.html"):
+        assert words in shown, words
+    found = Comparison.model_validate_json(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
+    assert found == Comparison.model_validate_json((tmp_path / "out" / "comparison.json").read_text())
+    assert CliRunner().invoke(cli, [*asked, "--quiet"]).stdout == ""
+
+
+def test_the_table_for_programs_has_full_numbers_and_no_formula(make: Made, tmp_path: Path) -> None:
+    make("=cmd()", 330, method="+quest")
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [row] = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert row["run"] == "'=cmd()" and row["method"] == "'+quest" and row["seed"] == "7"
+    assert float(row["int8_score"]) == pytest.approx(100 * 330 / N)
+    assert float(row["int8_p50_low"]) < float(row["int8_p50_high"])
+    assert float(row["training_seconds"]) == pytest.approx(8.4 + 1260.9)
+
+
+def test_names_are_escaped(make: Made, tmp_path: Path) -> None:
+    report = reports.full()
+    assert report.data is not None
+    evil = "<script>alert(1)</script>"
+    make("<img src=x>", 330, method=evil, data=report.data.model_copy(update={"name": evil}))
+    texts = pages(compare(tmp_path / "runs", out=tmp_path / "out"))
+    for text in texts.values():
+        assert "<script" not in text and "<img" not in text and "alert(1)" in text
+
+
+def test_the_frontier_is_what_nothing_else_dominates() -> None:
+    chance = random.Random(3)
+    every = [
+        (
+            f"{i}",
+            ComparedFile(kind="int8", network="n", p50=chance.randint(1, 9), accuracy=Accuracy.of(k, 99)),
+        )
+        for i, k in enumerate(chance.randint(40, 99) for _ in range(40))
+    ]
+
+    def dominated(name: str, one: ComparedFile) -> bool:
+        return any(
+            (other.p50, -_top(other), other_name) < (one.p50, -_top(one), name)
+            and other.p50 <= one.p50  # type: ignore[operator]
+            and _top(other) >= _top(one)
+            for other_name, other in every
+        )
+
+    assert [name for name, _ in frontier(every)] == [
+        name for name, one in sorted(every, key=lambda point: point[1].p50 or 0) if not dominated(name, one)
+    ]
+
+
+def _top(one: ComparedFile) -> float:
+    assert one.accuracy is not None
+    return one.accuracy.top1
+
+
+def test_the_medians_interval_are_the_order_statistics_that_hold_it() -> None:
+    samples = np.arange(11.0)[::-1].copy()
+    # Of 11 samples, one is below the median or fewer with (1 + 11) / 2^11 = 0.6 %, two with 3.3 %.
+    assert interval_of_median(samples) == (1.0, 9.0)
+    low, high = interval_of_median(np.arange(400.0))
+    assert low is not None and high == 399 - low
+    below = [sum(comb(400, k) for k in range(int(low) + more)) / 2**400 for more in (1, 2)]
+    assert below[0] < 0.025 <= below[1]
+    assert interval_of_median(np.arange(5.0)) == (None, None)
+    assert interval_of_median(np.empty(0)) == (None, None)
+
+
+def test_labels_lie_neither_on_each_other_nor_on_points() -> None:
+    chance = random.Random(1)
+    spots = [
+        Spot(f"resnet50-mobilenet-{i}", "student_int8", 1 + chance.random() / 5, 70 + 8 * chance.random(),
+             69, 79, 2_500_000, f"text {i}", on_frontier=i < 4)
+        for i in range(14)
+    ]  # fmt: skip
+    for plot in plots(spots, "ms", "described"):
+        boxes = []
+        for label in plot.labels:
+            wide = 6.6 * len(label.text)
+            left = {"start": label.x, "end": label.x - wide, "middle": label.x - wide / 2}[label.anchor]
+            boxes.append((left, label.y - 11, left + wide, label.y + 3))
+            assert left >= 0 and left + wide <= plot.width
+        assert len(boxes) >= (10 if plot.kind == "wide" else 4)
+        for i, box in enumerate(boxes):
+            assert not any(overlap(box, other) for other in boxes[:i])
+            for one in plot.spots:
+                circle = (one.x - one.radius, one.y - one.radius, one.x + one.radius, one.y + one.radius)
+                assert not overlap(box, circle)
+
+
+def test_areas_are_proportional_to_sizes_and_axes_start_where_they_should() -> None:
+    small = Spot("small", "student_int8", 0.2, 70, 68, 72, 1_000_000, "small", on_frontier=True)
+    large = Spot("large", "teacher", 12.0, 90, 88, 92, 16_000_000, "large", on_frontier=True)
+    wide, narrow = plots([small, large], "ms", "described")
+    for plot in (wide, narrow):
+        radius = {one.text: one.radius for one in plot.spots}
+        # Sixteen times the size is four times the radius, and none is too small to be seen.
+        assert radius["small"] == pytest.approx(max(radius["large"] / 4, 3.5), abs=0.06)
+        assert [tick.text for tick in plot.x_ticks] == ["0.2", "0.5", "1", "2", "5", "10"]
+    assert plots([], "ms", "") == []
+    [flat, _] = plots([small], "ms", "described")
+    assert flat.x_ticks[0].text == "0"
+
+
+def test_long_names_are_shortened_in_their_middle() -> None:
+    assert shortened("short", 10) == "short"
+    assert shortened("resnet50-mobilenetv2-quest-seed3", 12) == "resne…-seed3"
+
+
+def test_reports_alone_are_enough(tmp_path: Path) -> None:
+    files = []
+    for i, report in enumerate((reports.full(), reports.bare(), reports.teacher_only())):
+        file = tmp_path / f"{i}.json"
+        file.write_text(Report.model_dump_json(report), encoding="utf-8")
+        files.append(file)
+    found = compare(files, out=tmp_path / "out")
+    assert len(found.runs) == 3 and sum("not finished" in told for told in found.warnings) == 2
