@@ -119,8 +119,8 @@ def _manifest_seeds() -> list[bytes]:
     manifest = {
         "schema_version": 1,
         "preprocessing": {
-            "size": 32, "crop_pct": 0.9, "interpolation": "bilinear", "crop_mode": "center", "mean": [0.5] * 3,
-            "std": [0.25] * 3,
+            "size": 32, "crop_pct": 0.9, "interpolation": "bilinear", "crop_mode": "center",
+            "mean": [0.5] * 3, "std": [0.25] * 3,
         },
         "labels": ["a", "b"],
         "origin": {},
