@@ -1,5 +1,6 @@
 """`compress bench`: latency of run folders, artifact folders and .onnx files on this machine."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,29 +92,30 @@ def bench(
             runtime_named(name)
         except ExportError as error:
             raise UsageError(f"--runtime {name}: {error}.") from error
-    files = find([Path(path) for path in paths], image_size)
-    pictures = _pictures([Path(one) for one in images], files, seed)
-    folder = results_folder(paths, out)
-    _writable(folder)
-    subjects = [
-        subject
-        for one in files.found
-        for subject in _subjects(one, list(dict.fromkeys(runtimes)), pictures, seed)
-    ]
-    for note in files.notes:
-        display.note(note)
-    if images and not any(subject.classifies for subject in subjects):
-        display.note("--images is of no use: no file here says how images are prepared for it")
-    with display.stage("bench") as progress:
-        found, raw = measure(
-            subjects,
-            protocol,
-            images=pictures.contents,
-            images_told=pictures.told,
-            command=command(),
-            notes=files.notes,
-            progress=lambda share, what: progress.update("timing", share, 1.0, more=what),
-        )
+    with tempfile.TemporaryDirectory(prefix="questpress-bench-") as aside:
+        files = find([Path(path) for path in paths], Path(aside), image_size)
+        pictures = _pictures([Path(one) for one in images], files, seed)
+        folder = results_folder(paths, out)
+        _writable(folder)
+        subjects = [
+            subject
+            for one in files.found
+            for subject in _subjects(one, list(dict.fromkeys(runtimes)), pictures, seed)
+        ]
+        for note in files.notes:
+            display.note(note)
+        if images and not any(subject.classifies for subject in subjects):
+            display.note("--images is of no use: no file here says how images are prepared for it")
+        with display.stage("bench") as progress:
+            found, raw = measure(
+                subjects,
+                protocol,
+                images=pictures.contents,
+                images_told=pictures.told,
+                command=command(),
+                notes=files.notes,
+                progress=lambda share, what: progress.update("timing", share, 1.0, more=what),
+            )
     found = found.model_copy(update={"samples_file": SAMPLES})
     save(found, raw, folder)
     if out is None and folder != FOLDER:

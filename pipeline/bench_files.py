@@ -10,7 +10,7 @@ import yaml
 from ..export.runtime import ArtifactError, read_manifest
 from ..export.targets import TARGETS, timed_here
 from .errors import UsageError
-from .onnx_input import OnnxInput, onnx_input
+from .onnx_input import OnnxInput, foreign_input, onnx_input
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class Files:
     """The run folders among what was given."""
 
 
-def find(paths: Sequence[Path], image_size: int | None = None) -> Files:
+def find(paths: Sequence[Path], aside: Path, image_size: int | None = None) -> Files:
     """The files that ``paths`` stand for, each with a name of its own.
 
     Args:
         paths: run folders, artifact folders and .onnx files.
+        aside: a folder for the bytes of single .onnx files as they were looked at: these are what is timed.
         image_size: the side of the input where a file leaves it open.
 
     Raises:
@@ -54,8 +55,10 @@ def find(paths: Sequence[Path], image_size: int | None = None) -> Files:
             groups.append(found)
             notes += left
         elif path.exists():
-            name = path.name.removesuffix(".onnx")
-            groups.append([Found(path, name, path.name, None, onnx_input(path, image_size))])
+            content, takes = foreign_input(path, image_size)
+            copy = aside / f"{len(groups)}.onnx"
+            copy.write_bytes(content)
+            groups.append([Found(copy, path.name.removesuffix(".onnx"), path.name, None, takes)])
         else:
             raise UsageError(f"There is no {path}; name a run folder, an artifact folder or an .onnx file.")
     named = _named(paths, groups)

@@ -1,6 +1,9 @@
-"""The state of an interrupted training, on disk."""
+"""The state of an interrupted training, on disk: the newest one, and the one before it."""
 
+import hashlib
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -8,33 +11,83 @@ from zipfile import BadZipFile
 import torch
 
 from .errors import JobError
-from .files import whole
+from .files import sha256, whole
+
+MARK = b"\nsha256 "
+"""Before the checksum at the file's end, which torch's reader passes over: a flipped bit in a tensor would
+otherwise be read as a number like any other."""
+
+_TAIL = len(MARK) + hashlib.sha256().digest_size * 2
 
 
 class Checkpoint:
-    """One training's state after its last finished epoch; it belongs to ``key`` and to no other training."""
+    """One training's state after its last saved step; it belongs to ``key`` and to no other training."""
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, warn: Callable[[str], None] | None = None) -> None:
+        """``warn`` is told when the newest state is damaged and the one before it is taken."""
         self.path = path
+        self.previous = path.with_suffix(f".previous{path.suffix}")
         self.key = key
+        self.warn = warn or (lambda _: None)
 
     def save(self, state: dict[str, Any]) -> None:
         # Given a path, torch would not say that the disk is full.
-        with whole(self.path) as part, part.open("wb") as file:
-            torch.save({"key": self.key, **state}, file)
+        with whole(self.path) as part:
+            with part.open("wb") as file:
+                torch.save({"key": self.key, **state}, file)
+            sum = sha256(part).encode()
+            with part.open("ab") as file:
+                file.write(MARK + sum)
+                file.flush()
+                os.fsync(file.fileno())
+            if self.path.exists():
+                self.path.replace(self.previous)
 
     def load(self, device: str) -> dict[str, Any] | None:
-        """The state, or None where there is none of this training.
+        """The newest state that is whole, or None where there is none of this training.
 
         Raises:
-            JobError: the file is damaged.
+            JobError: what there is is damaged.
         """
-        if not self.path.exists():
-            return None
-        try:
-            state = torch.load(self.path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError, KeyError) as error:
+        there = [path for path in (self.path, self.previous) if path.exists()]
+        for path in there:
+            state = _read(path, device)
+            if state is None:
+                continue
+            if state.get("key") != self.key:
+                return None
+            if path != there[0]:
+                self.warn(
+                    f"The checkpoint {there[0]} is damaged: the training goes on from the one before it."
+                )
+            return state
+        if there:
             raise JobError(
-                f"The checkpoint {self.path} is damaged; delete it to train from the start of this stage."
-            ) from error
-        return state if state.get("key") == self.key else None
+                f"The checkpoint {there[0]} is damaged, and there is no other; delete it to train from the "
+                "start of this stage."
+            )
+        return None
+
+
+def _read(path: Path, device: str) -> dict[str, Any] | None:
+    """What was saved, or None where it is not as it was written."""
+    if not _intact(path):
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError, KeyError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def _intact(path: Path) -> bool:
+    """Whether the checksum at the file's end is that of what stands before it."""
+    size = path.stat().st_size - _TAIL
+    if size <= 0:
+        return False
+    seen = hashlib.sha256()
+    with path.open("rb") as file:
+        while size and (chunk := file.read(min(size, 1 << 20))):
+            seen.update(chunk)
+            size -= len(chunk)
+        return file.read() == MARK + seen.hexdigest().encode()

@@ -130,7 +130,7 @@ def learn(
     Raises:
         JobError: there is no memory for even the smallest part of a step.
     """
-    checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key)
+    checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key, job.display.warn)
     pixels, labels, _ = job.rendered("select", member)
     views_of = views_of or Schedule(job.policy, plan.seed)
     views = job.views_drawn_with(views_of.view_seed, member.image_size)

@@ -7,6 +7,8 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from ..export.errors import ExportError
+from ..export.foreign import read_foreign
 from ..export.runtime import METADATA_PREFIX
 from .errors import UsageError
 
@@ -35,7 +37,8 @@ class OnnxInput:
 
 
 def onnx_input(path: Path, image_size: int | None = None) -> OnnxInput:
-    """
+    """Of a file of a run, whose weights may lie beside it.
+
     Raises:
         UsageError: it is no ONNX file, keeps weights where they should not be, or takes something other than
             single images.
@@ -46,6 +49,23 @@ def onnx_input(path: Path, image_size: int | None = None) -> OnnxInput:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     except (DecodeError, ValueError) as error:
         raise UsageError(f"{path} is no ONNX file; name one that ends in .onnx, or a folder.") from error
+    return _taken(path, model, image_size)
+
+
+def foreign_input(path: Path, image_size: int | None = None) -> tuple[bytes, OnnxInput]:
+    """Of a file that somebody else may have made, and its bytes: what was looked at is what is to be run.
+
+    Raises:
+        UsageError: as for ``onnx_input``, or it is not to be trusted.
+    """
+    try:
+        content, model = read_foreign(path)
+    except ExportError as error:
+        raise UsageError(f"{error}.") from error
+    return content, _taken(path, model, image_size)
+
+
+def _taken(path: Path, model: onnx.ModelProto, image_size: int | None) -> OnnxInput:
     graph = model.graph
     if not graph.node or not graph.output:
         raise UsageError(f"{path} is no ONNX file, or an empty one; name one that holds a network.")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..export.command import ask
+from ..export.errors import ExportError
+from ..export.foreign import read_foreign
 from ..export.runtime import ArtifactError, Classifier
 from .errors import UsageError
 
@@ -24,7 +26,11 @@ def predict(
         UsageError: the artifact cannot be loaded.
     """
     try:
-        classifier = Classifier.load(artifact, file=file, threads=threads)
-    except ArtifactError as error:
+        if artifact.is_file() and file is None:
+            content, _ = read_foreign(artifact)
+            classifier = Classifier(content, artifact.name, threads=threads)
+        else:
+            classifier = Classifier.load(artifact, file=file, threads=threads)
+    except (ArtifactError, ExportError) as error:
         raise UsageError(f"{error}.") from error
     return ask(classifier, images, top=top, as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from . import recipes, rounds, voice
+from . import bounded_yaml, recipes, rounds, voice
 from .cache import Cache
 from .data.image_set import ImageSet
 from .device import choose_device
@@ -152,7 +152,7 @@ def flag(name: str) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = bounded_yaml.read(path)
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -211,10 +211,23 @@ def _run(
     ranks: Ranks,
 ) -> Report:
     assert options.out is not None
+    folder = RunFolder(options.out, writes=ranks.lead)
+    with folder.locked():
+        return _stages(options, given, images, folder, device, display, ranks)
+
+
+def _stages(
+    options: Options,
+    given: frozenset[str],
+    images: ImageSet,
+    folder: RunFolder,
+    device: str,
+    display: Display,
+    ranks: Ranks,
+) -> Report:
     from .stages import report, stage_run
 
     config = {**hashed(options), "data_content": images.fingerprint}
-    folder = RunFolder(options.out, writes=ranks.lead)
     with ranks.lead_first():
         # Processes that torchrun has restarted go on.
         folder.open(fresh=options.fresh and not voice.attempt())

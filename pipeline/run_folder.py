@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from .errors import UsageError
 from .files import digest, remove, sha256, write_json, write_text
+from .lock import locked
 from .options import Options, group
 from .rounds import stages_of_config
 
@@ -54,15 +56,7 @@ class RunFolder:
             self.record = self._read(file)
             return
         self.check()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UsageError(
-                f"--out {self.path} cannot be written: {error.strerror}; name another folder."
-            ) from error
+        self._make()
         if file.exists():
             self.record = self._read(file)
             for kind in ("part", "old"):  # left by a process that was killed
@@ -75,6 +69,33 @@ class RunFolder:
             self.save()
             self.drop_checkpoints("")
             self.metrics.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that writes here, as long as the block runs; one that does not write may come.
+
+        Raises:
+            UsageError: the folder cannot be made or written.
+            JobError: another process is at work in it.
+        """
+        if not self.writes:
+            yield
+            return
+        self.check()
+        self._make()
+        with locked(self.path):
+            yield
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--out {self.path} cannot be written: {error.strerror}; name another folder."
+            ) from error
 
     def check(self) -> None:
         """

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,4 +106,20 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
 def test_readme_leads_to_every_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text]
+    assert not missing, missing
+
+
+def test_every_package_that_is_installed_is_told_with_its_licence() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    ]
+    rows = [
+        line
+        for line in (DOCS / "dependencies.md").read_text(encoding="utf-8").splitlines()
+        if line[:1] == "|"
+    ]
+    told = {name for row in rows for name in re.findall(r"[\w-]+", row.split("|")[1])}
+    missing = {re.split(r"[<>=!~ ]", one)[0] for one in declared} - told
     assert not missing, missing

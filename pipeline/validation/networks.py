@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ...export.errors import ExportError
+from ...export.foreign import read_foreign
 from ...export.runtime import (
     ArtifactError,
     Classifier,
@@ -99,7 +101,11 @@ def _of_file(path: Path, file: str | None, threads: int | None) -> list[Asked]:
         raise UsageError(f"--file {file} chooses among an artifact's files, and {path} is a file itself.")
     if path.suffix.lower() != ".onnx":
         raise UsageError(f"{path} is no .onnx file: name a run folder, an artifact folder or an .onnx file.")
-    classifier = Classifier(path.read_bytes(), path.name, threads=threads)
+    try:
+        content, _ = read_foreign(path)
+    except ExportError as error:
+        raise UsageError(f"{error}.") from error
+    classifier = Classifier(content, path.name, threads=threads)
     return [Asked(path.stem, (classifier,), path, (path,), run=_run_of(path.parent))]
 
 

@@ -210,9 +210,9 @@ def test_a_file_says_what_it_takes(tmp_path: Path) -> None:
 
 def test_what_cannot_be_timed_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
-    refused(compress("bench", tmp_path / "text.onnx"), 2, "text.onnx", "no ONNX file")
+    refused(compress("bench", tmp_path / "text.onnx"), 2, "text.onnx", "is no ONNX file")
     (tmp_path / "empty.onnx").touch()
-    refused(compress("bench", tmp_path / "empty.onnx"), 2, "empty.onnx", "no ONNX file")
+    refused(compress("bench", tmp_path / "empty.onnx"), 2, "empty.onnx", "holds no network")
     refused(compress("bench", tmp_path / "none.onnx"), 2, "There is no", "none.onnx")
     refused(compress("bench", tmp_path), 2, "manifest.json")
     file = changed(tmp_path / "open.onnx", [1, 3, "h", "w"])
@@ -253,17 +253,17 @@ def test_a_runtime_that_is_missing_is_named_with_the_command_for_it(
 
 
 def test_files_for_other_processors_are_left_out_and_named(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = {"x86": "made for x86", "x86-vnni": "made for x86-vnni", "arm64": "made for arm64"}
     monkeypatch.setattr("questpress.pipeline.bench_files.timed_here", lambda _: left)
-    found = find([finished])
+    found = find([finished], tmp_path)
     assert [one.name for one in found.found] == ["teacher", "fp32"]
     assert len(found.notes) == 1 and found.notes[0].startswith("student.int8.onnx is made for")
 
 
-def test_several_runs_are_told_apart(finished: Path) -> None:
-    names = [one.name for one in find([finished, finished / "artifact"]).found]
+def test_several_runs_are_told_apart(finished: Path, tmp_path: Path) -> None:
+    names = [one.name for one in find([finished, finished / "artifact"], tmp_path).found]
     assert names == ["colours teacher", "colours fp32", "colours int8", "artifact fp32", "artifact int8"]
 
 

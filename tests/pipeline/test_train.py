@@ -197,10 +197,38 @@ def test_a_checkpoint_of_another_training_is_not_used(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     learn(supervised(), tmp_path / "c.pt", epochs=1)
     content = (tmp_path / "c.pt").read_bytes()
-    for damage in (content[: len(content) // 2], b"", b"no checkpoint at all"):
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1  # in the middle of a tensor, where torch does not look
+    for damage in (content[: len(content) // 2], b"", b"no checkpoint at all", bytes(flipped)):
         (tmp_path / "c.pt").write_bytes(damage)
-        with pytest.raises(JobError, match=r"c\.pt is damaged; delete it"):
+        (tmp_path / "c.previous.pt").unlink(missing_ok=True)
+        with pytest.raises(JobError, match=r"c\.pt is damaged, and there is no other; delete it"):
             learn(supervised(), tmp_path / "c.pt", epochs=1)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "half of it", "gone"])
+def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_path, damage):
+    whole = distillation()
+    learn(whole, tmp_path / "whole.pt", epochs=3)
+    learn(distillation(), tmp_path / "c.pt", epochs=3)
+    newest, before = tmp_path / "c.pt", tmp_path / "c.previous.pt"
+    assert torch.load(before, weights_only=True)["epoch"] == 2
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":  # killed between the two renames
+        newest.unlink()
+    else:
+        newest.write_bytes(content if damage == "a flipped bit" else content[:1000])
+    told: list[str] = []
+    assert Checkpoint(newest, "key", told.append).load("cpu")["epoch"] == 2
+    assert told == (
+        []
+        if damage == "gone"
+        else [f"The checkpoint {newest} is damaged: the training goes on from the one before it."]
+    )
+    resumed = distillation()
+    assert [epoch.epoch for epoch in learn(resumed, newest, epochs=3)] == [3]
+    assert equal(state(resumed), state(whole))
 
 
 def test_views_and_their_order_follow_from_seed_and_epoch_alone():

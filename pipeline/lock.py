@@ -1,0 +1,65 @@
+"""One process at a time works on a run folder; the system lets go of the lock when the process ends."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import JobError
+
+FILE = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock while the block runs. It is the system's own lock on a file, and so outlives no
+    crash; where a file system has none, two processes are not told of each other.
+
+    Raises:
+        JobError: another process holds it.
+    """
+    with (folder / FILE).open("a+") as file:
+        if not _take(file.fileno()):
+            raise JobError(
+                f"{folder} is being worked on by another process{_holder(folder)}: wait for it to end, or "
+                "name another --out."
+            )
+        file.truncate(0)
+        file.write(json.dumps({"process": os.getpid(), "since": time.strftime("%H:%M:%S")}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _take(handle: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            # Beyond what is written, so that others can still read who it is.
+            os.lseek(handle, 1 << 20, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _holder(folder: Path) -> str:
+    try:
+        told = json.loads((folder / FILE).read_text())
+        return f" (number {told['process']}, since {told['since']})"
+    except (OSError, ValueError, KeyError, TypeError):  # it has only just taken it, or is about to end
+        return ""

@@ -1,0 +1,53 @@
+"""Options from a file that somebody else has written."""
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from questpress.pipeline import bounded_yaml
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.run import read_options
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(PLAIN)
+def test_what_yaml_wrote_is_read_back(content):
+    text = yaml.safe_dump(content, allow_unicode=True)
+    assert bounded_yaml.load(text) == yaml.safe_load(text)
+
+
+def test_an_alias_stands_for_its_anchor():
+    assert bounded_yaml.load("a: &x [1, 2]\nb: *x\n") == {"a": [1, 2], "b": [1, 2]}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(8)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BOMB, "values with those that aliases repeat"),
+        ("a: &a [*a]", "contains itself"),
+        ("[" * 50 + "]" * 50, "nested more than 20 deep"),
+        ("[" * 100_000, "nested more than 20 deep"),
+        ("x: " + "a" * 1_100_000, "characters"),
+        ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("x: [1", "expected"),
+    ],
+)
+def test_bombs_tags_and_damage_are_refused_in_a_sentence(text, told, tmp_path):
+    with pytest.raises(yaml.YAMLError, match=told):
+        bounded_yaml.load(text)
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"--config .*options\.yaml is not YAML") as refused:
+        read_options({"config": str(file)})
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
