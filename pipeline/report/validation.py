@@ -348,13 +348,13 @@ def confused(network: Network) -> Table:
 
 def _mistakes(found: Validation) -> str:
     first, shown = found.first, len(found.examples)
-    told = f"{first.name} has {figures.counted(first.mistakes, 'image')} wrong"
+    told = f"The file {first.name} has {figures.counted(first.mistakes, 'image')} wrong"
     told += ", the surest answers first" if first.mistakes > 1 else ""
     told += f"; here are {shown}, all are in mistakes.csv" if shown < first.mistakes else ""
     told += ". Each with its probability" + (
         ", that of exactly these labels, were they independent of each other." if found.multi_label else "."
     )
-    return told[:1].upper() + told[1:]
+    return told
 
 
 def _calibration(found: Validation) -> calibration.Section:
