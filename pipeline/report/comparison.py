@@ -8,7 +8,7 @@ from ..comparison.results import AccuracyDifference, ComparedFile, ComparedRun, 
 from . import figures
 from .frontier import Plot, Spot, plots
 from .tables import Table
-from .validation import p_value
+from .validation_tables import p_value
 from .write import as_html, as_markdown
 
 KEYS = {"int8": "student_int8", "fp32": "student", "teacher": "teacher"}

@@ -11,7 +11,7 @@ from ..comparison.results import ComparedRun, Comparison, Group
 from ..doctor import Diagnosis
 from ..results import Report, Resolutions
 from ..validation.results import Validation
-from . import budget, calibration, comparison, figures, sizes, validation
+from . import budget, calibration, comparison, figures, sizes, validation, validation_tables
 from .headline import notes, title
 from .subjects import compared, measure, shipped, threads
 
@@ -94,7 +94,7 @@ def show_validation(found: Validation, console: Console | None = None) -> None:
     console.print(drawn)
     for pair in found.pairs:
         if found.first.name in (pair.first, pair.second) or len(found.pairs) <= MOST_PAIRS:
-            console.print(Text(validation.told(pair, found.n)), soft_wrap=True)
+            console.print(Text(validation_tables.told(pair, found.n)), soft_wrap=True)
     for note in [*found.warnings, *found.notes]:
         console.print(Text(f"Note: {note}"), soft_wrap=True)
     if found.folder is not None:

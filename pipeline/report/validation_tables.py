@@ -1,0 +1,155 @@
+"""What a validation says in tables, and of files in pairs: the pages and the terminal say the same."""
+
+from collections.abc import Callable
+
+from ..scores import Accuracy, Score
+from ..validation.results import ClassMeasure, Network, Pair, Validation
+from . import figures
+from .tables import Table
+
+MOST_CONFUSED = 20
+
+
+def networks(found: Validation) -> Table:
+    """Measures down, files across; a measure nobody has is left out."""
+    every = found.networks
+
+    def row(name: str, value: Callable[[Network], str | None]) -> list[list[str]]:
+        values = [value(one) for one in every]
+        return [[name, *(one or figures.MISSING for one in values)]] if any(values) else []
+
+    rows = row("mAP" if found.multi_label else "Accuracy", lambda one: _percent(one.score))
+    rows += row("95 % interval", lambda one: _interval(one.score))
+    rows += row("Right", lambda one: _counts(one.accuracy))
+    rows += row("Mean over classes", lambda one: _balanced(one.accuracy))
+    rows += row("Top-5 accuracy", lambda one: _percent(one.top5))
+    rows += row("… 95 % interval", lambda one: _interval(one.top5))
+    rows += row("F1 of all labels", lambda one: _of_labels(one, "micro_f1"))
+    rows += row("F1, mean over classes", lambda one: _of_labels(one, "macro_f1"))
+    rows += row("Agreement with the teacher", lambda one: _percent(one.agreement))
+    rows += row("… 95 % interval", lambda one: _interval(one.agreement))
+    rows += row("NLL", lambda one: figures.significant(one.calibration.nll) if one.calibration else None)
+    rows += row("ECE", lambda one: figures.percent(one.calibration.ece, found.n) if one.calibration else None)
+    rows += row("ONNX file", lambda one: figures.megabytes(one.bytes))
+    return Table("Files", ["", *(one.name for one in every)], rows)
+
+
+def _percent(score: Score | None) -> str | None:
+    return figures.percent(score.percent, score.n) if score else None
+
+
+def _interval(score: Score | None) -> str | None:
+    return figures.percent_interval(score.low, score.high, score.n) if score else None
+
+
+def _counts(accuracy: Accuracy | None) -> str | None:
+    return f"{accuracy.correct:,} of {accuracy.n:,}" if accuracy else None
+
+
+def _balanced(accuracy: Accuracy | None) -> str | None:
+    known = accuracy is not None and accuracy.balanced is not None
+    return figures.percent(accuracy.balanced, accuracy.n) if accuracy and known else None
+
+
+def _of_labels(one: Network, measured: str) -> str | None:
+    score = one.multi_label
+    return figures.percent(getattr(score, measured), score.n) if score else None
+
+
+def pairs(found: Validation) -> Table:
+    """Every two files on the same images."""
+    rows = [
+        [
+            f"{one.first} against {one.second}",
+            f"{one.first_alone:,}",
+            f"{one.second_alone:,}",
+            figures.points(one.points, found.n),
+            p_value(one.p),
+            p_value(one.p_holm),
+            in_words(one),
+        ]
+        for one in found.pairs
+    ]
+    exact = ", its labels being the very ones" if found.multi_label else ""
+    note = (
+        f"McNemar’s exact test: how many images one file alone has right{exact}. "
+        "The word goes by p corrected for the number of pairs (Holm), at 5 %."
+    )
+    names = ["", "first alone", "second alone", "difference", "p", "p, Holm", ""]
+    return Table("In pairs, on the same images", names, rows, note=note)
+
+
+def in_words(one: Pair) -> str:
+    """A pair's verdict: no difference that these images can tell is not the same as none."""
+    return "no measurable difference" if one.verdict == "no difference" else one.verdict
+
+
+def told(one: Pair, n: int) -> str:
+    """int8 against fp32: −0.3 points, no measurable difference (p = 1.000)."""
+    p = p_value(one.p_holm)
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
+    return f"{one.first} against {one.second}: {figures.points(one.points, n)}, {in_words(one)} ({p})"
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def classes(network: Network) -> Table:
+    """A row per class: recall and precision with their intervals."""
+    precise = {one.label: one for one in network.multi_label.classes} if network.multi_label else {}
+    rows = []
+    for one in network.per_class:
+        row = [one.label, figures.count(one.n), *_share(one.recall), *_share(one.precision), _f1(one)]
+        if precise:
+            of = precise.get(one.label)
+            row.append(figures.MISSING if of is None else figures.percent(of.average_precision, of.n))
+        rows.append(row)
+    names = ["class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1"]
+    note = "Recall: of a class’s images, those that are answered so. Precision: of the answers, those right."
+    return Table(
+        f"By class, {network.name}", [*names, *(["average precision"] if precise else [])], rows, note=note
+    )
+
+
+def _share(share: Accuracy | None) -> tuple[str, str]:
+    if share is None:
+        return figures.MISSING, figures.MISSING
+    return figures.percent(share.top1), figures.percent_interval(share.low, share.high)
+
+
+def _f1(one: ClassMeasure) -> str:
+    return figures.percent(one.f1)
+
+
+def confused(network: Network) -> Table:
+    """The pairs of classes that are confused most often."""
+    rows = [
+        [one.label, one.answer, figures.count(one.n), figures.percent(one.share)]
+        for one in network.confused[:MOST_CONFUSED]
+    ]
+    more = len(network.confused) - len(rows)
+    note = f"The {MOST_CONFUSED} most frequent; validation.json has more." if more > 0 else ""
+    return Table("Most confused", ["true class", "answer", "images", "of the class"], rows, note=note, left=2)
+
+
+def files(found: Validation) -> Table:
+    rows = [
+        [
+            one.name,
+            one.file,
+            one.source,
+            f"{one.image_size} px",
+            figures.megabytes(one.bytes),
+            one.sha256,
+            "" if one.fused else f"made for {one.target}, asked without integer kernels",
+        ]
+        for one in found.networks
+    ]
+    names = ["", "file", "named as", "image", "size", "sha256", "how"]
+    return Table("Files asked", names, rows, code=frozenset({1, 2, 5}), text=True)
+
+
+def skipped(found: Validation) -> Table:
+    rows = [[name, reason] for name, reason in found.skipped]
+    return Table("Left out", ["file", "why"], rows, code=frozenset({0}), text=True)
