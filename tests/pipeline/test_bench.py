@@ -189,7 +189,7 @@ def test_mlperfs_estimates_are_upper_bounds(tmp_path: Path, monkeypatch: pytest.
 def changed(path: Path, dims: list[int | str], kind: int = onnx.TensorProto.FLOAT) -> Path:
     """A network whose input is told to be another."""
     model = onnx.load(colour_classifier(path, {}, 8))
-    model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("pixels", kind, dims))
+    model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("input", kind, dims))
     onnx.save(model, path)
     return path
 
