@@ -25,7 +25,7 @@ from .grid import positions, shared_grid
 from .quest_parameters import Parameters
 from .vocabulary import check_words, learn_vocabulary, perplexity
 from .word_loss import Nearest, Whole, divergence
-from .word_patches import images_to_see, patches_facts
+from .word_patches import shown_words
 from .word_targets import answer, closeness, draw, enough, nearest, stored
 
 LIKELY_TOP = 32
@@ -87,10 +87,9 @@ class Quest(base.Method):
                 tensors[f"{t}.{level}.mu"] = torch.tensor(learned.mu)
                 tensors[f"{t}.{level}.top"] = torch.tensor(top)
                 fact = {"teacher": name, "level": level, **learned.facts(), "top": top, "lost_mass": lost}
-                if not facts and preparation.seen is not None:
+                if not facts:
                     read = readout(level, teacher)
-                    seen = preparation.seen(t, frozenset({read}), images_to_see(grid))
-                    fact |= patches_facts(seen, read, grid, learned.words, learned.usage)
+                    fact |= shown_words(preparation, t, read, grid, learned.words, learned.usage)
                 facts.append(fact)
         summary = "; ".join(
             f"{f['words']} words from {f['features_used']:,} of {f['features']:,} features, perplexity "

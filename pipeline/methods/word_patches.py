@@ -1,15 +1,20 @@
 """A few words as pictures: the patches of images whose features are nearest to them, for the report."""
 
+import json
 from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..thumbnail import thumbnail
-from .base import Readout
+from .base import Preparation, Readout
 from .features import nearest
 from .grid import positions
 
+FILE, VERSION = "patches.json", 1
 WORDS, PATCHES = 9, 6
 SIDE = 48
 """Pixels of a patch as shown."""
@@ -18,7 +23,7 @@ CURVE = 64
 """Ranks at which the words' usage is told."""
 
 
-def usage_facts(usage: Tensor | None) -> dict[str, object]:
+def usage_facts(usage: Tensor | None) -> dict[str, Any]:
     """How unevenly words are used, for the report; nothing where an older vocabulary does not tell."""
     if usage is None:
         return {}
@@ -35,13 +40,47 @@ def images_to_see(grid: tuple[int, int]) -> int:
     return max(1, min(MOST_IMAGES, MOST_POSITIONS // (grid[0] * grid[1])))
 
 
+def shown_words(
+    preparation: Preparation,
+    teacher: int,
+    level: str,
+    grid: tuple[int, int],
+    words: Tensor,
+    usage: Tensor | None,
+) -> dict[str, Any]:
+    """What ``patches_facts`` finds in a few images that the preparation gives; from the cache where an
+    earlier run has looked, so that nobody need ask the teacher.
+    """
+    look = preparation.seen
+    if look is None:
+        return {}
+    most = images_to_see(grid)
+
+    def write(path: Path) -> None:
+        seen = look(teacher, frozenset({level}), most)
+        facts = patches_facts(seen, level, grid, words, usage)
+        (path / FILE).write_text(json.dumps(facts), encoding="utf-8")
+
+    key = {
+        "version": VERSION,
+        "level": level,
+        "grid": list(grid),
+        "most": most,
+        "words": sha256(words.numpy().tobytes()).hexdigest(),
+        "usage": usage is not None,
+    }
+    found = preparation.shared(teacher, "patches", key, write) / FILE
+    facts: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    return facts
+
+
 def patches_facts(
     seen: Iterable[tuple[np.ndarray, Readout]],
     level: str,
     grid: tuple[int, int],
     words: Tensor,
     usage: Tensor | None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Some words, spread over their ranks by usage, each with the patches nearest to it, one an image.
 
     Args:

@@ -1,5 +1,8 @@
 import base64
 import io
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from questpress.pipeline.methods.word_patches import (
     images_to_see,
     patch_side,
     patches_facts,
+    shown_words,
     usage_facts,
 )
 
@@ -103,3 +107,29 @@ def test_usage_is_told_in_falling_order_with_the_words_nobody_uses() -> None:
     long = usage_facts(torch.arange(4096))
     assert len(long["usage"]) == 64 and long["usage"][0] == (1, 4095) and long["usage"][-1] == (4096, 0)
     assert usage_facts(None) == {}
+
+
+def test_what_was_seen_once_is_not_looked_for_again(tmp_path: Path) -> None:
+    looks, keys = [], []
+
+    def seen(t: int, reads: frozenset[str], most: int):
+        looks.append((t, reads, most))
+        pixels = np.zeros((2, 8, 8, 3), np.uint8)
+        return [(pixels, {"map": torch.tensor([[[[0.0]]], [[[1.0]]]])})]
+
+    def shared(t: int, kind: str, key: dict, write: Callable[[Path], None]) -> Path:
+        folder = tmp_path / f"{t}.{kind}"
+        if not folder.exists():
+            folder.mkdir()
+            write(folder)
+        keys.append(key)
+        return folder
+
+    preparation = SimpleNamespace(seen=seen, shared=shared)
+    words = torch.tensor([[0.0], [1.0]])
+    both = [shown_words(preparation, 0, "map", (1, 1), words, None) for _ in range(2)]
+    assert looks == [(0, frozenset({"map"}), 256)]
+    assert both[0] == both[1] and len(both[0]["shown"]) == 2
+    shown_words(preparation, 1, "map", (1, 1), words + 1, None)
+    assert keys[0] == keys[1] != keys[2]
+    assert shown_words(SimpleNamespace(seen=None), 0, "map", (1, 1), words, None) == {}
