@@ -11,6 +11,7 @@ from ..export.runtime import ArtifactError, read_manifest
 from ..export.targets import TARGETS, timed_here
 from .errors import UsageError
 from .onnx_input import OnnxInput, foreign_input, onnx_input
+from .unfinished import refuse_unfinished
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def find(paths: Sequence[Path], aside: Path, image_size: int | None = None) -> F
 
 def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[str]]:
     """A run's teachers first, then the float file, then int8."""
+    refuse_unfinished(path)
     try:
         folder, manifest = read_manifest(path)
     except ArtifactError as error:

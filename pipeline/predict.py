@@ -8,6 +8,7 @@ from ..export.errors import ExportError
 from ..export.foreign import read_foreign
 from ..export.runtime import ArtifactError, Classifier
 from .errors import UsageError
+from .unfinished import refuse_unfinished
 
 
 def predict(
@@ -25,6 +26,7 @@ def predict(
     Raises:
         UsageError: the artifact cannot be loaded.
     """
+    refuse_unfinished(artifact)
     try:
         if artifact.is_file() and file is None:
             content, _ = read_foreign(artifact)

@@ -26,6 +26,7 @@ from ..files import sha256
 from ..multi_label import thresholds_of
 from ..results import Subject
 from ..run_folder import RunFolder
+from ..unfinished import refuse_unfinished
 
 NONE = "none"
 """`--teacher none`: no teacher is asked."""
@@ -110,10 +111,7 @@ def _of_file(path: Path, file: str | None, threads: int | None) -> list[Asked]:
 
 
 def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[str]) -> list[Asked]:
-    if (path / "run.json").is_file() and not (path / "artifact" / "manifest.json").is_file():
-        raise UsageError(
-            f"{path} holds a run that has nothing to ship yet: repeat the command that began it."
-        )
+    refuse_unfinished(path)
     folder, manifest = read_manifest(path)
     entries = [entry for entry in manifest["files"] if file in (None, entry["name"])]
     if not entries:

@@ -161,3 +161,11 @@ def test_verbose_tells_what_was_chosen_and_of_each_epoch(data, cache, tmp_path):
     assert [line.split(":")[0] for line in epochs] == ["teacher epoch 1/2", "teacher epoch 2/2"]
     report = little.report(tmp_path / "run")
     assert f"loss {report['epochs'][0]['losses']['loss']:.4g}" in epochs[0]
+
+
+@pytest.mark.parametrize("command", [["predict", "RUN", "photo.jpg"], ["bench", "RUN"], ["validate", "RUN"]])
+def test_a_run_that_is_not_finished_is_told_from_what_is_no_run(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"schema_version": 1, "stages": {}}')
+    result = compress(*(str(tmp_path / "run") if word == "RUN" else word for word in command))
+    little.refused(result, 2, "has nothing to ship yet: repeat the command that began it")
