@@ -75,7 +75,7 @@ def test_a_ratio_is_of_times_or_of_rates_and_says_whether_it_is_as_asked_for() -
     assert [row["text"] for row in found] == ["both", "alone", "rate", "no goal"]
     assert [row["ratio"] for row in found] == pytest.approx([1.1, 2.2, 2.2, 2.2])
     assert [row["reached"] for row in found] == [True, False, True, None]
-    assert "| both | time | 1.10 | 1.10 to 1.10 | ≤ 1.15 | yes |" in rounds.ratios_table(found)
+    assert "| both | time | 1.10 | 1.08 to 1.12 | ≤ 1.15 | yes |" in rounds.ratios_table(found)
 
 
 def test_a_goal_inside_the_interval_is_undecided() -> None:
