@@ -13,6 +13,7 @@ import numpy as np
 from click.testing import CliRunner, Result
 from PIL import Image as PillowImage
 from questpress.pipeline.cli import cli
+from questpress.pipeline.lock import FILE as LOCK
 from safetensors.numpy import load_file
 
 CLASSES = ("blue", "green", "red")
@@ -120,9 +121,9 @@ def weights(file: Path) -> dict[str, bytes]:
 
 
 def files(root: Path, but: Sequence[str] = ()) -> dict[str, tuple[int, bytes]]:
-    """Every file below a folder: its time of change and its content."""
+    """Every file below a folder but a run's lock: its time of change and its content."""
     return {
         path.relative_to(root).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.relative_to(root).as_posix() not in but
+        if path.is_file() and path.relative_to(root).as_posix() not in (LOCK, *but)
     }
