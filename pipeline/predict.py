@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ..export.command import ask
 from ..export.errors import ExportError
-from ..export.foreign import read_foreign
 from ..export.runtime import ArtifactError, Classifier
 from .errors import UsageError
 from .unfinished import refuse_unfinished
@@ -29,6 +28,8 @@ def predict(
     refuse_unfinished(artifact)
     try:
         if artifact.is_file() and file is None:
+            from ..export.foreign import read_foreign  # with onnx, which the folders do without
+
             content, _ = read_foreign(artifact)
             classifier = Classifier(content, artifact.name, threads=threads)
         else:

@@ -15,6 +15,7 @@ from ..files import write_text
 from ..results import Report, Subject
 from ..scores import Accuracy
 from . import calibration, figures, tables
+from .bench_tables import percentiles
 from .card_front import front
 from .headline import in_words, machine, score_in_words, title
 from .subjects import Column, every, measure, of, pace, shipped, threads
@@ -76,7 +77,7 @@ def _card(report: Report, manifest: Mapping[str, Any]) -> Card:
         limits=_limits(report, several=several),
         evaluation=_evaluation(report),
         measured=_measured(report),
-        latency=tables.latency(report),
+        latency=tables.latency(report) if report.bench is None else percentiles(report.bench),
         timed=_timed(report),
         steps=_steps(p, pixels=pixels),
         on_a_pi=_on_a_pi(manifest),
