@@ -64,7 +64,7 @@ def test_the_example_trains_a_student_and_its_weight_is_left_alone(data, cache, 
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(out)
-    assert report["method_parameters"] == {"attention.beta": "500"}
+    assert report["method_parameters"] == {"attention.beta": 500.0}
     assert all(epoch["losses"]["attention"] > 0 for epoch in report["epochs"] if epoch["stage"] == "student")
     assert report["balance"] == []
 

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_runs_killed_at_random_moments_end_in_the_bits_of_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)  # where its processes find it
     kills = load("kills")
-    outcomes = list(kills.campaign(tmp_path, 3, seed=1))
-    assert [outcome.differs for outcome in outcomes] == [()] * 3
+    outcomes = list(kills.campaign(tmp_path, 2, seed=1))
+    assert [outcome.differs for outcome in outcomes] == [()] * 2
     # The comparison sees something: weights, curves of both trainings, answers of the store.
     names = kills.left_by(tmp_path / "whole")
     for kind in ("teacher.safetensors", "student.safetensors", "curve of the student, epoch 8", "answers "):

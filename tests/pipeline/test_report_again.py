@@ -64,10 +64,10 @@ def test_another_folder_may_take_the_report_and_the_run_stays_as_it_is(a_run: Pa
 
 def test_versions_in_the_report_are_those_of_the_measurement(a_run: Path) -> None:
     record = little.record(a_run)
-    record["tools"]["onnxruntime"] = "0.1.2"
+    record["tools"]["torch"] = "0.1.2"
     (a_run / "run.json").write_text(json.dumps(record))
     little.compress("report", a_run)
-    assert little.report(a_run)["environment"]["onnxruntime"] == "0.1.2"
+    assert little.report(a_run)["environment"]["torch"] == "0.1.2"
 
 
 def test_what_is_no_run_is_refused_in_one_sentence(tmp_path: Path, a_run: Path) -> None:
