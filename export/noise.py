@@ -26,12 +26,12 @@ LIMITS = {
     "steal": 0.01,
     # Times that the cgroup was out of its CPU quota: each stops all threads for up to a tenth of a second.
     "throttled": 0.0,
-    # Middle 80 percent of the sentinel's readings, over their median: three to four percent where all is
-    # quiet, 10 to 30 where a core changes between its base and its highest frequency.
+    # Middle 80 percent of the sentinel's readings, over their median: 2 to 7 percent in quiet benches on two
+    # cores of a Xeon (`benchmarks/bench_noise.py`), 10 and more where something happened.
     "sentinel": 0.10,
     # Medians of the last third of the rounds against those of the first.
     "drift": 0.03,
-    # Fastest against slowest process of the same file: 1.3 to 2 percent of eight, where all is quiet.
+    # Fastest against slowest process of the same file: 0.1 to 3.4 percent in the same quiet benches.
     "repeat": 0.05,
 }
 """Above these a flag is raised; relative, but for `throttled`, which counts. `benchmarks/bench_noise.py`

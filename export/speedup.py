@@ -19,7 +19,8 @@ from .latency import Latency
 
 PROCESS_SPREAD = 0.006
 """Standard deviation of the latency of processes of the same file, relative, where a bench has only one
-process of each: eight processes each of three files differed by 0.4 to 0.6 percent on two cores of a Xeon."""
+process of each. `benchmarks/bench_noise.py` prints what a machine shows: 0.4 percent, the median of 14
+benches of an int8 MobileNetV2 on two cores of a Xeon; half as much again is assumed."""
 
 COMPUTED_AT = 0.98
 """The level at which intervals are computed that are told as 95 %. Machines disturb in ways that no model

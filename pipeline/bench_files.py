@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..export.runtime import ArtifactError, read_manifest
 from ..export.targets import TARGETS, timed_here
 from .errors import UsageError
 from .onnx_input import OnnxInput, foreign_input, onnx_input
+from .run_folder import read_config
 from .unfinished import refuse_unfinished
 
 
@@ -143,8 +142,7 @@ def _distinct(paths: Sequence[Path]) -> dict[Path, str]:
 def images_of_run(run: Path) -> Path | None:
     """The folder of images that a run was made from, where it still is one."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        data = Path(str(config["data"])).expanduser()
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        data = Path(str(read_config(run)["data"])).expanduser()
+    except (UsageError, KeyError):
         return None  # of a run that is older or was cut short: there are other pictures
     return data if data.is_dir() else None

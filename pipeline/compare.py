@@ -126,9 +126,9 @@ def _notes(grouped: Sequence[Group], threads: int | None) -> list[str]:
     if any(machine.latencies for group in grouped for machine in group.machines):
         found.append(
             f"Latency: one image, {threads} thread{'' if threads == 1 else 's'}; slower is what has no "
-            "part of "
-            "its median’s 95 % interval in common with the fastest one’s. The runs were timed at different "
-            "hours: for a difference of a few percent time them together, with `compress bench RUN RUN`."
+            "part of its median’s 95 % interval in common with the fastest one’s. The runs were timed at "
+            "different hours: for a difference of a few percent time them together, with `compress bench "
+            "RUN RUN`."
         )
     return found
 

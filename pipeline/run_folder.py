@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from . import bounded_yaml
 from .errors import UsageError
 from .files import digest, remove, sha256, write_json, write_text
 from .lock import locked
@@ -29,6 +30,24 @@ class Done:
     """Paths inside the run folder; a folder stands for all files below it."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """A part of the report; see ``stages.report``."""
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The options of a run, as its config.yaml has them.
+
+    Raises:
+        UsageError: the file is not there, or holds no options.
+    """
+    file = run / "config.yaml"
+    try:
+        content = bounded_yaml.read(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{file} cannot be read as a run's options ({' '.join(str(error).split())})."
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} holds no options.")
+    return content
 
 
 class RunFolder:

@@ -1,9 +1,4 @@
-"""What a run's report tells of its files, and the interval of a median from the runs that were timed."""
-
-from pathlib import Path
-
-import numpy as np
-from scipy.stats import binom  # type: ignore[import-untyped]
+"""What a run's report tells of its files."""
 
 from .. import rounds
 from ..report.figures import together
@@ -14,7 +9,6 @@ from ..scores import Speedup
 from .results import ComparedFile, ComparedRun, Kind
 from .runs import Run
 
-SAMPLES = Path("bench") / "latency.npz"
 OF_THE_STUDENT = ("prepare", "student", "qat", rounds.ROUND)
 """Stages in which it is made."""
 
@@ -24,7 +18,7 @@ KINDS: dict[str, Kind] = {"student_int8": "int8", "student": "fp32", "teacher": 
 def measured(run: Run, threads: int | None) -> ComparedRun:
     """A run as it is compared."""
     report = run.report
-    files = {kind: _file(run, of(report, key), kind, threads) for key, kind in KINDS.items()}
+    files = {kind: _file(of(report, key), kind, threads) for key, kind in KINDS.items()}
     student = report.student or report.student_int8
     seconds = [one.seconds for one in report.stages if rounds.kind(one.stage) in OF_THE_STUDENT]
     seed = report.config.get("seed")
@@ -63,15 +57,14 @@ def thread_counts(report: Report) -> set[int]:
     return {int(count) for one in files if one is not None for count in one.latency_ms}
 
 
-def _file(run: Run, column: Column | None, kind: Kind, threads: int | None) -> ComparedFile | None:
+def _file(column: Column | None, kind: Kind, threads: int | None) -> ComparedFile | None:
     if column is None or (kind == "teacher" and column.subject.score is None):
         return None
     subject = column.subject
     latency = subject.latency_ms.get(str(threads))
     low = high = None
     if latency is not None and latency.p50 is not None:
-        # What newer reports say themselves.
-        low, high = getattr(latency, "intervals", {}).get("p50") or _interval(run, column.key, threads)
+        low, high = latency.intervals.get("p50", (None, None))
     return ComparedFile(
         kind=kind,
         network=subject.name,
@@ -88,25 +81,3 @@ def _file(run: Run, column: Column | None, kind: Kind, threads: int | None) -> C
 
 def _speedup(speedups: list[Speedup], threads: int | None) -> Speedup | None:
     return next((one for one in speedups if one.over == "teacher" and one.threads == threads), None)
-
-
-def _interval(run: Run, key: str, threads: int | None) -> tuple[float | None, float | None]:
-    """From the raw samples of the bench, where they are there."""
-    if run.folder is None or not (run.folder / SAMPLES).is_file():
-        return None, None
-    try:
-        with np.load(run.folder / SAMPLES, allow_pickle=False) as samples:
-            return interval_of_median(samples[f"{key}.{threads}.ms"])
-    except (OSError, ValueError, KeyError):  # of another version: the interval is not known
-        return None, None
-
-
-def interval_of_median(samples: np.ndarray) -> tuple[float | None, float | None]:
-    """The order statistics between which the median lies with 95 %, whatever the distribution: an end is None
-    where so few samples don't bound it.
-    """
-    n, ordered = len(samples), np.sort(samples)
-    below = int(binom.ppf(0.025, n, 0.5)) - 1
-    if below < 0 or n == 0:
-        return None, None
-    return float(ordered[below]), float(ordered[n - 1 - below])

@@ -144,7 +144,7 @@ def _speeds(found: Comparison, machine: Machine, *, many: bool) -> list[str]:
     for verdict, words in (
         ("no difference", "No measurable difference from it"),
         ("slower", "Slower"),
-        ("not known", "Slower or not, which is not known without the bench’s samples"),
+        ("not known", "Slower or not, which a report without intervals does not tell"),
     ):
         some = [one for one in machine.latencies if one.verdict == verdict]
         if some:
@@ -169,9 +169,8 @@ def _picture(found: Comparison, group: Group, machine: Machine) -> Picture | Non
         drawn,
         [(key, text) for kind, (key, text) in zip(KEYS, LEGEND, strict=True) if kind in kinds],
         f"Timed on {machine.machine}. Area: size of the file, the largest {figures.megabytes(largest)}. "
-        "Upright "
-        "line: 95 % interval. Staircase: nothing is both faster and more accurate than the points on it; the "
-        "others are paler. Thin lines join a run’s two files.",
+        "Upright line: 95 % interval. Staircase: nothing is both faster and more accurate than the points on "
+        "it; the others are paler. Thin lines join a run’s two files.",
     )
 
 

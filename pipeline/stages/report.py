@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...export.artifact import tool_versions
 from ...export.standalone import PREDICT
 from .. import methods, recipes
@@ -18,7 +16,7 @@ from ..report.figures import together
 from ..report.write import write_report
 from ..results import Epoch, Reconstruction, Report, StageTime
 from ..rounds import number
-from ..run_folder import Done, RunFolder
+from ..run_folder import Done, RunFolder, read_config
 from .export import ARTIFACT
 
 FILES = ("report.html", "report.md", "report.json")
@@ -48,7 +46,7 @@ def written(folder: RunFolder) -> bool:
 
 def assemble(folder: RunFolder) -> Report:
     """The report of a run from its folder alone."""
-    config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(folder.path)
     facts = with_later_bench(folder.path, folder.facts())
     tools = folder.record.get("tools") or tools_here()
     environment = {**tools, **facts.pop("environment", {}), **_engines(folder)}

@@ -6,10 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import yaml
 
 from ..data.given import Given
 from ..data.image_set import ROLES, Image, Progress, Role, Skipped, in_order, printable
@@ -17,7 +16,7 @@ from ..data.open import open_data, read_data
 from ..data.split import listed
 from ..errors import UsageError
 from ..files import digest
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, read_config
 from .networks import Asked
 
 Part = Literal["train", "select", "test", "all"]
@@ -135,7 +134,9 @@ def _learned(given: Given, part: Part, runs: Collection[Path]) -> list[str]:
         if known is None:
             continue
         try:
-            same = given.assembled(_config(run).get("select_fraction")).fingerprint == known["fingerprint"]
+            same = (
+                given.assembled(read_config(run).get("select_fraction")).fingerprint == known["fingerprint"]
+            )
         except UsageError:
             same = False
         if same:
@@ -172,7 +173,7 @@ def own(runs: Sequence[Path], part: Part | None, progress: Progress) -> Chosen:
                 "with --data."
             )
     assert known is not None
-    config = _config(runs[0])
+    config = read_config(runs[0])
     try:
         found = open_data(
             config["data"],
@@ -217,15 +218,6 @@ def _record(run: Path) -> RunFolder:
     record = RunFolder(run, writes=False)
     record.open(fresh=False)
     return record
-
-
-def _config(run: Path) -> dict[str, Any]:
-    file = run / "config.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read ({' '.join(str(error).split())}); name --data.") from error
-    return content if isinstance(content, dict) else {}
 
 
 def known_to_all(chosen: Chosen, networks: Sequence[Asked], *, ignore_unknown: bool) -> Chosen:

@@ -244,8 +244,7 @@ def _given_teacher(path: Path, threads: int | None) -> Asked:
     if found is None:
         raise UsageError(
             f"--teacher {path} is neither an .onnx file nor a run folder with a bench/teacher.onnx, which "
-            "the "
-            f"bench stage writes; {NONE} leaves the teacher out."
+            f"the bench stage writes; {NONE} leaves the teacher out."
         )
     return replace(found, name="teacher")
 

@@ -81,7 +81,8 @@ def test_a_busy_neighbour_is_noticed(tmp_path: Path) -> None:
     with neighbour(pinned(1)[0]):
         result = bench([known(tmp_path, "A", 0.5)], threads=[1], seconds=1.0)
     [found] = [flag for flag in result.flags if flag.name == "neighbour"]
-    assert found.threads == 1 and found.figures["found"] > 0.2
+    # How much a neighbour gets is for the system to say, and for who else is there.
+    assert found.threads == 1 and found.figures["found"] > noise.LIMITS["neighbour"]
     assert found.sentence.endswith("of the cores that it ran on.")
 
 

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from questpress.pipeline.report_again import schema
 from questpress.pipeline.results import Report
 
@@ -89,3 +90,11 @@ def test_a_changed_manifest_is_told_of(a_run: Path) -> None:
     manifest = a_run / "artifact" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("colours", "colors"))
     little.refused(little.compress("report", a_run), 1, "was changed after it was written")
+
+
+@pytest.mark.parametrize("content", ["a: [1", "just a text", "a: &a [*a]"])
+def test_damaged_options_are_told_and_the_report_stays(a_run: Path, content: str) -> None:
+    before = (a_run / "report.html").read_bytes()
+    (a_run / "config.yaml").write_text(content)
+    little.refused(little.compress("report", a_run), 2, "config.yaml")
+    assert (a_run / "report.html").read_bytes() == before

@@ -5,7 +5,6 @@ import io
 import json
 import random
 from collections.abc import Callable
-from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from questpress.pipeline import per_image
 from questpress.pipeline.cli import cli
 from questpress.pipeline.compare import as_csv, compare
 from questpress.pipeline.comparison.differences import frontier
-from questpress.pipeline.comparison.measured import interval_of_median
 from questpress.pipeline.comparison.results import ComparedFile, Comparison
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.report.comparison import pages
@@ -46,7 +44,9 @@ def make(tmp_path: Path) -> Made:
     ) -> Path:
         report = reports.full()
         assert report.student_int8 is not None and report.data is not None
-        latency = report.student_int8.latency_ms["1"].model_copy(update={"p50": p50})
+        latency = report.student_int8.latency_ms["1"].model_copy(
+            update={"p50": p50, "intervals": {"p50": (p50 - 0.001, p50 + 0.001)}}
+        )
         ships = report.student_int8.model_copy(
             update={"accuracy": Accuracy.of(correct, N), "latency_ms": {"1": latency}}
         )
@@ -71,11 +71,6 @@ def make(tmp_path: Path) -> Made:
                 np.ones(N, dtype=np.int64),
                 {"student_int8": logits[keys], "student": logits[keys]},
             )
-        bench = folder / "bench"
-        bench.mkdir()
-        samples = p50 + np.random.default_rng(0).normal(0, 0.01, 400)
-        with (bench / "latency.npz").open("wb") as file:
-            np.savez_compressed(file, **{"student_int8.1.ms": samples})
         return folder
 
     return write
@@ -262,18 +257,6 @@ def test_the_frontier_is_what_nothing_else_dominates() -> None:
 def _top(one: ComparedFile) -> float:
     assert one.accuracy is not None
     return one.accuracy.top1
-
-
-def test_the_medians_interval_are_the_order_statistics_that_hold_it() -> None:
-    samples = np.arange(11.0)[::-1].copy()
-    # Of 11 samples, one is below the median or fewer with (1 + 11) / 2^11 = 0.6 %, two with 3.3 %.
-    assert interval_of_median(samples) == (1.0, 9.0)
-    low, high = interval_of_median(np.arange(400.0))
-    assert low is not None and high == 399 - low
-    below = [sum(comb(400, k) for k in range(int(low) + more)) / 2**400 for more in (1, 2)]
-    assert below[0] < 0.025 <= below[1]
-    assert interval_of_median(np.arange(5.0)) == (None, None)
-    assert interval_of_median(np.empty(0)) == (None, None)
 
 
 def test_labels_lie_neither_on_each_other_nor_on_points() -> None:
