@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .bench_results import Bench, TimedFile
 from .errors import UsageError
 from .files import sha256, whole, write_text
 from .progress import Display
+from .run_folder import RunFolder
 from .typed import command
 
 FOLDER = Path("bench-results")
@@ -83,7 +85,7 @@ def bench(
     Raises:
         UsageError: a path or an option is wrong; nothing was started.
         ExportError: a file cannot be timed.
-        JobError: the results cannot be written.
+        JobError: the results cannot be written, or another process works on the run.
     """
     display = Display(quiet=quiet)
     protocol = _protocol(seconds, quick, mlperf, threads, seed)
@@ -92,10 +94,12 @@ def bench(
             runtime_named(name)
         except ExportError as error:
             raise UsageError(f"--runtime {name}: {error}.") from error
-    with tempfile.TemporaryDirectory(prefix="questpress-bench-") as aside:
+    folder = results_folder(paths, out)
+    of_run = out is None and folder != FOLDER
+    alone = RunFolder(folder.parent).locked() if of_run else nullcontext()
+    with alone, tempfile.TemporaryDirectory(prefix="questpress-bench-") as aside:
         files = find([Path(path) for path in paths], Path(aside), image_size)
         pictures = _pictures([Path(one) for one in images], files, seed)
-        folder = results_folder(paths, out)
         _writable(folder)
         subjects = [
             subject
@@ -116,12 +120,12 @@ def bench(
                 notes=files.notes,
                 progress=lambda share, what: progress.update("timing", share, 1.0, more=what),
             )
-    found = found.model_copy(update={"samples_file": SAMPLES})
-    save(found, raw, folder)
-    if out is None and folder != FOLDER:
-        from .bench_report import report_anew
+        found = found.model_copy(update={"samples_file": SAMPLES})
+        save(found, raw, folder)
+        if of_run:
+            from .bench_report import report_anew
 
-        report_anew(folder.parent)
+            report_anew(folder.parent)
     return found
 
 

@@ -22,7 +22,7 @@ def report_again(folder: Path, out: Path | None = None) -> tuple[Report, list[Pa
 
     Raises:
         UsageError: the folder holds no run, or no stage of it is done.
-        JobError: the files cannot be written.
+        JobError: the files cannot be written, or another process works on the run.
     """
     from .stages import report
 
@@ -36,7 +36,8 @@ def report_again(folder: Path, out: Path | None = None) -> tuple[Report, list[Pa
             f"({run.record.get('command', 'compress …')})."
         )
     if out is None:
-        found = report.write(run)
+        with RunFolder(folder).locked():
+            found = report.write(run)
     else:
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is a file; name a folder.")

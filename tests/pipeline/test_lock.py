@@ -38,6 +38,15 @@ def test_a_second_process_is_refused_and_changes_nothing(held, data, cache):
     assert little.files(folder) == before
 
 
+@pytest.mark.parametrize("command", [["bench", "--quick"], ["report"]])
+def test_what_else_writes_into_a_run_waits_for_nobody_and_is_refused(held, command):
+    folder, _ = held
+    before = little.files(folder)
+    result = little.compress(command[0], folder, *command[1:])
+    little.refused(result, 1, "being worked on by another process")
+    assert little.files(folder) == before
+
+
 def test_a_crash_lets_go_of_the_lock(held):
     folder, process = held
     process.kill()
