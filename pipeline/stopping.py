@@ -37,6 +37,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
+        self._turn = threading.RLock()
         self._forget()
 
     def _forget(self) -> None:
@@ -48,20 +49,25 @@ class Stop:
 
     @contextmanager
     def listens(self) -> Iterator[None]:
-        """In this block SIGTERM is taken for Ctrl-C, and both as told above."""
-        self._forget()
-        before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # A shell has its background jobs ignore Ctrl-C.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    before[number] = signal.signal(number, self._told)
-        self._hears = signal.SIGTERM in before
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        """In this block SIGTERM is taken for Ctrl-C, and both as told above.
+
+        Jobs of several threads take turns here: signals, torch's random numbers and its threads belong to
+        the process, and a job that shared them would not end as it ends alone.
+        """
+        with self._turn:
+            self._forget()
+            before: dict[signal.Signals, Any] = {}
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    # A shell has its background jobs ignore Ctrl-C.
+                    if signal.getsignal(number) is not signal.SIG_IGN:
+                        before[number] = signal.signal(number, self._told)
+            self._hears = signal.SIGTERM in before
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextmanager
     def after(self, seconds: float | None) -> Iterator[None]:
