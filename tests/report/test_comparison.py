@@ -233,6 +233,7 @@ def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> Non
     make("fast", 300, p50=0.5)
     make("twin", 300, p50=0.5)
     make("beaten", 299, p50=0.6)
+    make("unknown", 372, p50=float("inf"), student=None)
     found = compare(tmp_path / "runs", out=tmp_path / "out")
     [machine] = found.groups[0].machines
     fp32 = ["fast fp32", "twin fp32", "beaten fp32"]
