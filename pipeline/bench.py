@@ -49,7 +49,8 @@ class Pictures:
 
 
 def bench(
-    *paths: str | Path,
+    paths: str | Path | Sequence[str | Path],
+    *,
     seconds: float | None = None,
     quick: bool = False,
     mlperf: bool = False,
@@ -87,6 +88,7 @@ def bench(
         ExportError: a file cannot be timed.
         JobError: the results cannot be written, or another process works on the run.
     """
+    named = [Path(one) for one in ([paths] if isinstance(paths, str | Path) else paths)]
     display = Display(quiet=quiet)
     protocol = _protocol(seconds, quick, mlperf, threads, seed)
     for name in runtimes:
@@ -94,11 +96,11 @@ def bench(
             runtime_named(name)
         except ExportError as error:
             raise UsageError(f"--runtime {name}: {error}.") from error
-    folder = results_folder(paths, out)
+    folder = results_folder(named, out)
     of_run = out is None and folder != FOLDER
     alone = RunFolder(folder.parent).locked() if of_run else nullcontext()
     with alone, tempfile.TemporaryDirectory(prefix="questpress-bench-") as aside:
-        files = find([Path(path) for path in paths], Path(aside), image_size)
+        files = find(named, Path(aside), image_size)
         pictures = _pictures([Path(one) for one in images], files, seed)
         _writable(folder)
         subjects = [
@@ -129,11 +131,11 @@ def bench(
     return found
 
 
-def results_folder(paths: Sequence[str | Path], out: str | Path | None) -> Path:
+def results_folder(paths: Sequence[Path], out: str | Path | None) -> Path:
     """Where results go: ``out``, or ``bench/`` of the one run folder, or ``bench-results/``."""
     if out is not None:
         return Path(out)
-    single = Path(paths[0]) if len(paths) == 1 else None
+    single = paths[0] if len(paths) == 1 else None
     return FOLDER if single is None or not (single / "run.json").is_file() else single / "bench"
 
 

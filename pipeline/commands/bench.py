@@ -66,7 +66,7 @@ def bench(
 
     found = told(
         lambda: measured(
-            *paths,
+            paths,
             seconds=seconds,
             quick=quick,
             mlperf=mlperf,

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
+from ..frontier import frontier
 from ..per_image import PerImage
 from ..significance import SIGNIFICANT, holm, mcnemar, unpaired
 from .results import AccuracyDifference, ComparedFile, ComparedRun, Group, LatencyDifference, Machine
@@ -123,7 +125,7 @@ def machines(runs: Sequence[ComparedRun]) -> list[Machine]:
                 machine=machine or "an unknown machine",
                 runs=[one.name for one in own],
                 latencies=[_slower(one, own[0]) for one in own[1:]],
-                frontier=[name for name, _ in frontier(points(own))],
+                frontier=_frontier(points(own)),
             )
         )
     return found
@@ -174,20 +176,15 @@ def points(runs: Sequence[ComparedRun]) -> list[Point]:
 
 
 def _drawn(file: ComparedFile | None) -> bool:
-    return file is not None and file.score is not None and bool(file.p50)
+    if file is None or file.score is None or file.p50 is None:
+        return False
+    return isfinite(file.p50) and file.p50 > 0 and isfinite(file.score.percent)
 
 
-def frontier(every: Sequence[Point]) -> list[Point]:
-    """The points that no other is at least as accurate and as fast as; the fastest first."""
-    kept: list[Point] = []
-    most = float("-inf")
-    for name, one in sorted(every, key=lambda point: (point[1].p50 or 0.0, -_of(point[1]), point[0])):
-        if _of(one) > most:
-            kept.append((name, one))
-            most = _of(one)
-    return kept
+def _frontier(every: Sequence[Point]) -> list[str]:
+    return [every[i][0] for i in frontier([_place(one) for _, one in every])]
 
 
-def _of(file: ComparedFile) -> float:
-    assert file.score is not None
-    return file.score.percent
+def _place(file: ComparedFile) -> tuple[float, float]:
+    assert file.p50 is not None and file.score is not None
+    return file.p50, file.score.percent

@@ -103,7 +103,7 @@ class Machine(Result):
     runs: list[str]
     latencies: list[LatencyDifference] = []
     frontier: list[str] = []
-    """Points that no other one is at least as accurate and as fast as, the fastest first: ``run kind``."""
+    """Files that no other beats in accuracy and latency, the fastest first: ``run kind``."""
 
 
 class Group(Result):

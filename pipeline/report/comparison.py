@@ -6,21 +6,13 @@ from dataclasses import dataclass
 from ..comparison.differences import points
 from ..comparison.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
 from . import figures
-from .frontier import Plot, Spot, plots
 from .tables import Table
+from .tradeoff import Spot, Tradeoff, tradeoff
 from .validation_tables import p_value
 from .write import as_html, as_markdown
 
 KEYS = {"int8": "student_int8", "fp32": "student", "teacher": "teacher"}
 LEGEND = [("student_int8", "student, int8"), ("student", "student, fp32"), ("teacher", "teacher")]
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    plots: list[Plot]
-    legend: list[tuple[str, str]]
-    note: str
 
 
 @dataclass(frozen=True)
@@ -30,7 +22,7 @@ class Section:
     id: str
     title: str
     sentences: list[str]
-    pictures: list[Picture]
+    pictures: list[Tradeoff]
     table: Table
 
 
@@ -152,54 +144,27 @@ def _speeds(found: Comparison, machine: Machine, *, many: bool) -> list[str]:
     return told
 
 
-def _picture(found: Comparison, group: Group, machine: Machine) -> Picture | None:
-    own = [found.run(name) for name in machine.runs]
-    every = points(own)
-    if not every:
-        return None
-    spots = [_spot(name, one, machine) for name, one in every]
-    name = measure(found, group)
-    title = f"{name[:1].upper()}{name[1:]} against latency"
-    threads = figures.threads(str(found.threads))
-    drawn = plots(spots, f"ms for one image, {threads}", _described(title, spots, machine))
-    largest = max(spot.bytes for spot in spots)
+def _picture(found: Comparison, group: Group, machine: Machine) -> Tradeoff | None:
+    every = points([found.run(name) for name in machine.runs])
     kinds = {one.kind for _, one in every}
-    return Picture(
-        title,
-        drawn,
-        [(key, text) for kind, (key, text) in zip(KEYS, LEGEND, strict=True) if kind in kinds],
-        f"Timed on {machine.machine}. Area: size of the file, the largest {figures.megabytes(largest)}. "
-        "Upright line: 95 % interval. Staircase: nothing is both faster and more accurate than the points on "
-        "it; the others are paler. Thin lines join a run’s two files.",
+    name = measure(found, group)
+    return tradeoff(
+        f"{name[:1].upper()}{name[1:]} over latency",
+        [_spot(name, one, machine) for name, one in every],
+        x_name=f"median ms an image, {figures.threads(str(found.threads))}",
+        note=f"Timed on {machine.machine}.",
+        legend=[(key, text) for kind, (key, text) in zip(KEYS, LEGEND, strict=True) if kind in kinds],
     )
 
 
 def _spot(name: str, file: ComparedFile, machine: Machine) -> Spot:
-    score = file.score
-    assert score is not None and file.p50 is not None
+    assert file.score is not None and file.p50 is not None
     run, _, kind = name.rpartition(" ")
-    on_frontier = name in machine.frontier
-    label = {"int8": run, "teacher": run, "fp32": f"{run} fp32" if on_frontier else ""}[kind]
-    interval = figures.percent_interval(score.low, score.high, score.n)
-    text = f"{name}: {figures.percent(score.percent, score.n)} ({interval}), "
-    text += f"{figures.milliseconds(file.p50)}, {figures.megabytes(file.bytes)}"
-    return Spot(
-        label,
-        KEYS[kind],
-        file.p50,
-        score.percent,
-        score.low,
-        score.high,
-        file.bytes or 0,
-        text,
-        on_frontier,
-        run if kind != "teacher" else "",
-    )
-
-
-def _described(title: str, spots: Sequence[Spot], machine: Machine) -> str:
-    told = "; ".join(spot.text for spot in spots)
-    return f"{title}. {told}. On the frontier: {', '.join(machine.frontier)}."
+    # The two files of a run differ little: one label is mostly enough.
+    fp32 = f"{run} fp32" if name in machine.frontier else ""
+    label = {"int8": run, "teacher": run, "fp32": fp32}[kind]
+    run = run if kind != "teacher" else ""
+    return Spot.of(name, KEYS[kind], file.score, file.p50, file.bytes, label=label, run=run)
 
 
 def table(found: Comparison, group: Group) -> Table:

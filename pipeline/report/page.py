@@ -8,11 +8,11 @@ from .charts import Lines, Rows
 from .headline import KeyFigure
 from .latency import Section as LatencySection
 from .latency import section as latency_section
-from .pareto import Pareto
 from .pictures import Training
 from .png import png
 from .subjects import threads
 from .tables import Table
+from .tradeoff import Tradeoff
 
 MOST_MATRIX_CLASSES = 20
 """A confusion matrix of more classes is unreadable: the most confused pairs are told instead."""
@@ -67,7 +67,7 @@ class Page:
     machine: str | None
     timed: bool
     sections: list[tuple[str, str]]
-    trade: Pareto | None
+    trade: Tradeoff | None
     side_by_side: list[Rows]
     comparison: Table
     speedups: Table

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from ..results import Epoch, Report
 from . import figures
 from .charts import Curve, Lines, Mark, Rows, bars, dots, lines
-from .pareto import Candidate, Pareto, pareto
 from .subjects import Column, compared, every, measure, threads
+from .tradeoff import Spot, Tradeoff, tradeoff
 
 
 def comparison(report: Report) -> list[Rows]:
@@ -55,35 +55,26 @@ def comparison(report: Report) -> list[Rows]:
     return [one for one in drawn if one is not None]
 
 
-def trade(report: Report) -> Pareto | None:
+def trade(report: Report) -> Tradeoff | None:
     """What is paid in accuracy for what is won in time and size, at the fewest threads that were timed."""
     for count in threads(report)[:1]:
-        columns = [one for column in every(report) if (one := candidate(column, column.short, count))]
-        if len(columns) > 1:
-            return pareto(
+        spots = [one for column in every(report) if (one := _spot(column, count))]
+        if len(spots) > 1:
+            return tradeoff(
                 f"{measure_title(report)} over latency",
-                columns,
+                spots,
                 x_name=f"median ms an image, {figures.threads(count)}",
-                note="area: size of the file; upright line: 95 % interval; "
-                "dashed: what nothing here beats in both",
             )
     return None
 
 
-def candidate(column: Column, label: str, count: str) -> Candidate | None:
-    """A network in a picture of accuracy over latency; None where one of them is not known."""
+def _spot(column: Column, count: str) -> Spot | None:
+    """None where accuracy or latency is not known."""
     subject, measured = column.subject, column.subject.latency_ms.get(count)
     score = subject.score
     if score is None or measured is None or measured.p50 is None:
         return None
-    told = f"{figures.percent(score.percent, score.n)} "
-    told += f"({figures.percent_interval(score.low, score.high, score.n)}) at "
-    told += figures.milliseconds(measured.p50)
-    if subject.bytes is not None:
-        told += f", {figures.megabytes(subject.bytes)}"
-    return Candidate(
-        label, column.key, measured.p50, score.percent, told, score.low, score.high, subject.bytes
-    )
+    return Spot.of(column.short, column.key, score, measured.p50, subject.bytes, label=column.short)
 
 
 @dataclass(frozen=True)

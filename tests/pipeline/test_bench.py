@@ -12,8 +12,9 @@ import questpress.pipeline.bench as verb
 from questpress.pipeline import bench_images
 from questpress.pipeline.bench import MLPERF, NORMAL, QUICK, bench
 from questpress.pipeline.bench_files import find
+from questpress.pipeline.bench_measure import Subject
 from questpress.pipeline.bench_results import Bench, NoiseFlag
-from questpress.pipeline.errors import UsageError
+from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.onnx_input import onnx_input
 from questpress.pipeline.run_folder import RunFolder
 from questpress.pipeline.stages.report import assemble
@@ -173,6 +174,19 @@ def test_strict_fails_after_all_is_saved_where_anything_disturbed_it(
     kept = Bench.model_validate_json((tmp_path / "out/bench.json").read_text())
     assert [one.name for one in kept.flags] == ["steal"] and (tmp_path / "out/bench.npz").exists()
     assert compress("bench", file, "--out", tmp_path / "out").exit_code == 0
+
+
+def test_one_path_or_a_list_of_them_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(subjects: list[Subject], *_: object, **__: object) -> None:
+        raise JobError(" ".join(one.told.name for one in subjects))
+
+    monkeypatch.setattr(verb, "measure", named)
+    first, second = (str(colour_classifier(tmp_path / f"{name}.onnx", {}, 8)) for name in ("a", "b"))
+    for paths, asked in ((first, "a"), (Path(second), "b"), ([first, second], "a b")):
+        with pytest.raises(JobError, match=f"^{asked}$"):
+            bench(paths, out=tmp_path / "out", quiet=True)
+    with pytest.raises(UsageError, match="Name a run folder"):
+        bench([], out=tmp_path / "out", quiet=True)
 
 
 def test_mlperfs_estimates_are_upper_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from questpress.pipeline.compare import compare
 from questpress.pipeline.int8_results import FloatPart
+from questpress.pipeline.report.comparison import pages
 from questpress.pipeline.report.write import html
 from questpress.pipeline.results import Report
 
@@ -45,7 +47,14 @@ def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Pat
 MEASURE = """<script>
 addEventListener('load', () => {
   const wrong = [];
+  const shown = one => getComputedStyle(one).display !== 'none';
+  for (const one of document.querySelectorAll('.tradeoff')) {
+    const drawn = [...one.querySelectorAll('svg[role=img]')].filter(shown);
+    const wanted = innerWidth > 960 ? 'wide' : 'narrow';
+    if (drawn.length !== 1 || drawn[0].getAttribute('class') !== wanted) wrong.push(`${drawn.length} of two`);
+  }
   for (const one of document.querySelectorAll('svg[role=img], img, .patches, .versus, .confusion')) {
+    if (!shown(one)) continue;
     const box = one.getBoundingClientRect();
     const scrolls = one.closest('.scroll') !== null;
     if (box.width < 5 || box.height < 5) wrong.push('no size: ' + one.outerHTML.slice(0, 80));
@@ -61,7 +70,7 @@ addEventListener('load', () => {
       wrong.push('cut: ' + one.querySelector('caption').textContent);
   }
   const ground = getComputedStyle(document.body).backgroundColor;
-  const pictures = document.querySelectorAll('svg[role=img], img').length;
+  const pictures = [...document.querySelectorAll('svg[role=img], img')].filter(shown).length;
   console.log('measured ' + JSON.stringify({width: innerWidth, wide: document.documentElement.scrollWidth, ground, pictures, wrong}));
 });
 </script>"""  # noqa: E501
@@ -118,6 +127,15 @@ def test_every_picture_is_seen_on_a_phone_and_on_a_screen(scheme: str, ground: s
         assert found["wide"] <= found["width"] == width
         assert found["ground"] == ground
         assert found["pictures"] > 25
+
+
+def test_a_comparisons_picture_is_seen_on_a_phone_and_on_a_screen(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(reports.full().model_dump_json(), encoding="utf-8")
+    page = pages(compare(file, out=tmp_path / "out"))["comparison.html"]
+    for found in measured(page, tmp_path, [390, 961], "light"):
+        assert found["wrong"] == [] and found["wide"] <= found["width"]
+        assert found["pictures"] == 1
 
 
 def test_no_table_is_cut_in_print(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from click.testing import CliRunner
 from questpress.pipeline import per_image
 from questpress.pipeline.cli import cli
 from questpress.pipeline.compare import as_csv, compare
-from questpress.pipeline.comparison.differences import frontier
-from questpress.pipeline.comparison.results import ComparedFile, Comparison
+from questpress.pipeline.comparison.results import Comparison
 from questpress.pipeline.errors import UsageError
+from questpress.pipeline.report.comparison import page as shown
 from questpress.pipeline.report.comparison import pages
-from questpress.pipeline.report.frontier import Spot, overlap, plots, shortened
 from questpress.pipeline.results import Report
 from questpress.pipeline.scores import Accuracy
 
@@ -231,73 +229,21 @@ def test_names_are_escaped(make: Made, tmp_path: Path) -> None:
         assert "<script" not in text and "<img" not in text and "alert(1)" in text
 
 
-def test_the_frontier_is_what_nothing_else_dominates() -> None:
-    chance = random.Random(3)
-    every = [
-        (
-            f"{i}",
-            ComparedFile(kind="int8", network="n", p50=chance.randint(1, 9), accuracy=Accuracy.of(k, 99)),
-        )
-        for i, k in enumerate(chance.randint(40, 99) for _ in range(40))
-    ]
-
-    def dominated(name: str, one: ComparedFile) -> bool:
-        return any(
-            (other.p50, -_top(other), other_name) < (one.p50, -_top(one), name)
-            and other.p50 <= one.p50  # type: ignore[operator]
-            and _top(other) >= _top(one)
-            for other_name, other in every
-        )
-
-    assert [name for name, _ in frontier(every)] == [
-        name for name, one in sorted(every, key=lambda point: point[1].p50 or 0) if not dominated(name, one)
-    ]
-
-
-def _top(one: ComparedFile) -> float:
-    assert one.accuracy is not None
-    return one.accuracy.top1
-
-
-def test_labels_lie_neither_on_each_other_nor_on_points() -> None:
-    chance = random.Random(1)
-    spots = [
-        Spot(f"resnet50-mobilenet-{i}", "student_int8", 1 + chance.random() / 5, 70 + 8 * chance.random(),
-             69, 79, 2_500_000, f"text {i}", on_frontier=i < 4)
-        for i in range(14)
-    ]  # fmt: skip
-    for plot in plots(spots, "ms", "described"):
-        boxes = []
-        for label in plot.labels:
-            wide = 6.6 * len(label.text)
-            left = {"start": label.x, "end": label.x - wide, "middle": label.x - wide / 2}[label.anchor]
-            boxes.append((left, label.y - 11, left + wide, label.y + 3))
-            assert left >= 0 and left + wide <= plot.width
-        assert len(boxes) >= (10 if plot.kind == "wide" else 4)
-        for i, box in enumerate(boxes):
-            assert not any(overlap(box, other) for other in boxes[:i])
-            for one in plot.spots:
-                circle = (one.x - one.radius, one.y - one.radius, one.x + one.radius, one.y + one.radius)
-                assert not overlap(box, circle)
-
-
-def test_areas_are_proportional_to_sizes_and_axes_start_where_they_should() -> None:
-    small = Spot("small", "student_int8", 0.2, 70, 68, 72, 1_000_000, "small", on_frontier=True)
-    large = Spot("large", "teacher", 12.0, 90, 88, 92, 16_000_000, "large", on_frontier=True)
-    wide, narrow = plots([small, large], "ms", "described")
-    for plot in (wide, narrow):
-        radius = {one.text: one.radius for one in plot.spots}
-        # Sixteen times the size is four times the radius, and none is too small to be seen.
-        assert radius["small"] == pytest.approx(max(radius["large"] / 4, 3.5), abs=0.06)
-        assert [tick.text for tick in plot.x_ticks] == ["0.2", "0.5", "1", "2", "5", "10"]
-    assert plots([], "ms", "") == []
-    [flat, _] = plots([small], "ms", "described")
-    assert flat.x_ticks[0].text == "0"
-
-
-def test_long_names_are_shortened_in_their_middle() -> None:
-    assert shortened("short", 10) == "short"
-    assert shortened("resnet50-mobilenetv2-quest-seed3", 12) == "resne…-seed3"
+def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> None:
+    make("fast", 300, p50=0.5)
+    make("twin", 300, p50=0.5)
+    make("beaten", 299, p50=0.6)
+    make("unknown", 372, p50=float("inf"), student=None)
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [machine] = found.groups[0].machines
+    fp32 = ["fast fp32", "twin fp32", "beaten fp32"]
+    assert machine.frontier == ["fast int8", "twin int8", *fp32, "resnet34 teacher"]
+    told = f"Faster or more accurate than any other: {', '.join(machine.frontier)}."
+    for text in pages(found).values():
+        assert told in " ".join(text.split())
+    [picture] = shown(found).sections[0].pictures
+    for plot in picture.plots:
+        assert sorted(one.text.split(":")[0] for one in plot.spots if one.best) == sorted(machine.frontier)
 
 
 def test_reports_alone_are_enough(tmp_path: Path) -> None:

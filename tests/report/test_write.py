@@ -161,7 +161,8 @@ def test_no_id_is_given_twice_and_every_picture_has_words() -> None:
     read = Reader(html(reports.full()))
     assert len(read.ids()) == len(set(read.ids()))
     pictures = [one for one in read.attributes if one == ("svg", "role", "img")]
-    assert len(pictures) == 1 + 3 + 6 + 4
+    # Accuracy over latency is there for a wide window and for a phone.
+    assert len(pictures) == 2 + 3 + 6 + 4
     described = [value for tag, name, value in read.attributes if tag == "svg" and name == "aria-label"]
     assert len(described) == len(pictures) and all(described)
     images = [value for tag, name, value in read.attributes if tag == "img" and name == "alt"]
