@@ -1,4 +1,4 @@
-"""Hours on a device, in minutes: an artifact is asked by several threads, about good and damaged images, on and on.
+"""An artifact that is asked by several threads, about good and damaged images, on and on.
 
     python benchmarks/long_load.py RUN --images FOLDER --minutes 30
 
@@ -187,7 +187,7 @@ def watch(load: Load, seconds: float) -> list[tuple[int, int, int]]:
     found = []
     ends = time.monotonic() + seconds
     while time.monotonic() < ends and not load.stop.wait(1.0):
-        found.append((resident(), len(os.listdir("/proc/self/fd")), threading.active_count()))
+        found.append((resident(), len(list(Path("/proc/self/fd").iterdir())), threading.active_count()))
         if len(found) % 60 == 0:
             print(f"{len(found) // 60} min: {found[-1][0] / 1e6:.1f} MB, {dict(load.counts)}", flush=True)
     return found

@@ -3,11 +3,11 @@
     python benchmarks/resources.py growth --images 600
     python benchmarks/resources.py leaks --jobs 50
 
-``growth`` runs the whole job on made pictures, 1, 4 and 16 times so many, and watches its process and all those
-that it starts. *Private* memory is what they hold for themselves; files that are mapped (decoded images, the
-teacher's stored answers) can be given back to the disk at any time and are told apart. ``leaks`` runs little
-jobs one after the other in one process and counts what each left: memory, open files, processes, threads and
-temporary folders. Linux only: both read /proc.
+``growth`` runs the whole job on made pictures, 1, 4 and 16 times so many, and watches its process and all
+those that it starts. *Private* memory is what they hold for themselves; files that are mapped (decoded images,
+the teacher's stored answers) can be given back to the disk at any time and are told apart. ``leaks`` runs
+little jobs one after the other in one process and counts what each left: memory, open files, processes,
+threads and temporary files. Linux only: both read /proc.
 """
 
 import argparse
@@ -123,11 +123,11 @@ def leaks(jobs: int) -> None:
             gc.collect()
             left = {
                 "megabytes": holds(os.getpid())["private"] / 1e6,
-                "open files": len(os.listdir("/proc/self/fd")),
+                "open files": len(list(Path("/proc/self/fd").iterdir())),
                 "processes": len(list(family(os.getpid()))),
-                "threads": len(os.listdir("/proc/self/task")),
+                "threads": len(list(Path("/proc/self/task").iterdir())),
                 "threads of Python": threading.active_count(),
-                "temporary files": len(os.listdir(folder / "temporary")),
+                "temporary files": len(list((folder / "temporary").iterdir())),
             }
             found.append(left)
             print(json.dumps({"job": number + 1, **left}), file=sys.stderr, flush=True)
