@@ -198,9 +198,8 @@ def told(load: Load, watched: list[tuple[int, int, int]], options: argparse.Name
     memory, files, threads = (list(column) for column in zip(*watched, strict=True))
     thirds = [max(memory[n * third : (n + 1) * third] or memory[-1:]) for n in range(3)]
     grew = thirds[2] - thirds[1]
-    print(
-        f"{len(watched) / 60:.1f} minutes, {options.threads} threads that ask and one that loads: {dict(load.counts)}"
-    )
+    print(f"{len(watched) / 60:.1f} minutes, {options.threads} threads that ask, one that loads")
+    print(", ".join(f"{number:,} {what}" for what, number in load.counts.items()))
     print(f"wrong: {len(load.wrong)}")
     for one in load.wrong[:10]:
         print(f"  {one}")

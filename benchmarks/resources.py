@@ -4,9 +4,9 @@
     python benchmarks/resources.py leaks --jobs 50
 
 ``growth`` runs the whole job on made pictures, 1, 4 and 16 times so many, and watches its process and all
-those that it starts. *Private* memory is what they hold for themselves; files that are mapped (decoded images,
-the teacher's stored answers) can be given back to the disk at any time and are told apart. ``leaks`` runs
-little jobs one after the other in one process and counts what each left: memory, open files, processes,
+those that it starts. *Private* memory is what they hold for themselves; files that are mapped (decoded
+images, the teacher's stored answers) can be given back to the disk at any time and are told apart. ``leaks``
+runs little jobs one after the other in one process and counts what each left: memory, open files, processes,
 threads and temporary files. Linux only: both read /proc.
 """
 

@@ -22,6 +22,7 @@ from torch import nn
 from . import runtime
 from .errors import ExportError
 from .opset import check_opset
+from .reshapes import constant_reshapes
 from .uint8_front import INPUT
 from .uint8_input import take_pixels
 
@@ -75,6 +76,8 @@ def export_onnx(
             f"{model.opset_imports['']}; ask for that one, or for none"
         )
     _fold_computed_weights(model)
+    if constant_reshapes(model):
+        optimizer.remove_unused_nodes(model)
     _strip(model)
     model.metadata_props.update(sorted(metadata.items()))
     model.producer_name, model.producer_version = "questpress", None
