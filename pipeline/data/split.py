@@ -109,7 +109,7 @@ def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -
         keys = ranked[label] if label < len(ranked) else []
         if len(keys) + (label in torn_labels) < 3:
             raise UsageError(
-                f"Class '{name}' has {_distinct(len(keys))}; three or more are needed, "
+                f"Class '{name}' has {_distinct(len(keys), label, images)}; three or more are needed, "
                 "so that one each can train, select and test."
             )
         tested = share(len(keys), TEST_FRACTION, len(keys) - 2)
@@ -131,7 +131,7 @@ def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> d
         keys = ranked[label] if label < len(ranked) else []
         if len(keys) + (label in torn_labels) < 2 or not keys:
             raise UsageError(
-                f"Class '{name}' has {_distinct(len(keys))} to train on; two are needed to hold one out "
+                f"Class '{name}' has {_distinct(len(keys), label, images)} to train on; two are needed to hold one out "
                 "for selecting (--select-fraction 0 holds none out)."
             )
         selected = share(len(keys), fraction, len(keys) - (label not in torn_labels))
@@ -146,10 +146,13 @@ def _by_role(images: list[Image], role_of: dict[str, Role]) -> dict[Role, list[I
     return roles
 
 
-def _distinct(count: int) -> str:
+def _distinct(count: int, label: int, images: Sequence[Image]) -> str:
+    """A class's images of different content, and its files where they are more."""
+    files = sum(image.label == label for image in images)
     if count == 0:
-        return "no image of its own"
-    return "one image" if count == 1 else f"{count} different images"
+        return "no image of its own" + (": all it has stands under other classes too" if files else "")
+    told = "one image" if count == 1 else f"{count} different images"
+    return told if files <= count else f"{told} in {files} files"
 
 
 def _check_every_class(

@@ -166,7 +166,14 @@ def test_two_folders_of_one_meaning_are_refused(tmp_path: Path) -> None:
 def test_fewer_than_three_different_images_in_a_class_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 5, "b": 2})
     (tmp_path / "b/copy.png").write_bytes((tmp_path / "b/0.png").read_bytes())
-    assert "Class 'b' has 2 different images; three or more are needed" in refused(tmp_path)
+    assert "Class 'b' has 2 different images in 3 files; three or more are needed" in refused(tmp_path)
+
+
+def test_a_class_whose_images_are_all_anothers_too_says_so(tmp_path: Path) -> None:
+    folder(tmp_path, {"a": 5, "b": 1})
+    (tmp_path / "b/0.png").write_bytes((tmp_path / "a/0.png").read_bytes())
+    told = "Class 'b' has no image of its own: all it has stands under other classes too; three or more are needed"
+    assert told in refused(tmp_path)
 
 
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
