@@ -172,8 +172,7 @@ def test_fewer_than_three_different_images_in_a_class_are_refused(tmp_path: Path
 def test_a_class_whose_images_are_all_anothers_too_says_so(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 5, "b": 1})
     (tmp_path / "b/0.png").write_bytes((tmp_path / "a/0.png").read_bytes())
-    told = "Class 'b' has no image of its own: all it has stands under other classes too; three or more are needed"
-    assert told in refused(tmp_path)
+    assert "Class 'b' has no image of its own: all it has stands under other classes too" in refused(tmp_path)
 
 
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
