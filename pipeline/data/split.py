@@ -131,8 +131,8 @@ def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> d
         keys = ranked[label] if label < len(ranked) else []
         if len(keys) + (label in torn_labels) < 2 or not keys:
             raise UsageError(
-                f"Class '{name}' has {_distinct(len(keys), label, images)} to train on; two are needed to hold "
-                "one out for selecting (--select-fraction 0 holds none out)."
+                f"Class '{name}' has {_distinct(len(keys), label, images)} to train on; two are needed to "
+                "hold one out for selecting (--select-fraction 0 holds none out)."
             )
         selected = share(len(keys), fraction, len(keys) - (label not in torn_labels))
         role_of.update((key, "select" if rank < selected else "train") for rank, key in enumerate(keys))

@@ -76,7 +76,7 @@ def run(job: Job) -> Done:
     if not job.data.multi_label:
         per_image.save(job.folder.path / per_image.FILE, decoded.keys.numpy(), labels, answers)
         outputs.append(per_image.FILE)
-    _warn(job, scores["student"])
+    _warn(job, scores["student"], labels)
     _write_manifest(job, scores["student"], of_targets, thresholds)
     alike, score = subjects[ships].agreement, scores[ships]
     name = "int8" if ships == "student_int8" else "it"
@@ -155,9 +155,22 @@ def _temperature(job: Job) -> float | None:
     return value
 
 
-def _warn(job: Job, student: Score) -> None:
+def _warn(job: Job, student: Score, labels: np.ndarray) -> None:
     known = job.folder.facts()
     teacher = Subject.model_validate(known["teacher"]).score
+    if not job.data.multi_label:
+        commonest = 100 * float(np.bincount(labels).max()) / len(labels)
+        guessing = [
+            f"the {who} ({score.told})"
+            for who, score in (("teacher", teacher), ("student", student))
+            if score is not None and score.low <= commonest
+        ]
+        if guessing:
+            told = " and ".join(guessing)
+            job.display.warn(
+                f"{told[0].upper()}{told[1:]} cannot be told from always answering the commonest class, which "
+                f"{commonest:.1f} % of the test images show: more images, or more epochs, are needed."
+            )
     if job.options.method != "none" and teacher is not None and teacher.percent <= student.percent:
         job.display.warn(
             f"The teacher ({teacher.told}) is no better than the student ended up ({student.told}): "

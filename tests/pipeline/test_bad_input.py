@@ -325,3 +325,16 @@ def test_options_that_belong_together_train(data, cache, tmp_path, more):
     assert result.exit_code == 0, result.output
     found = report(tmp_path / "run")
     assert all(np.isfinite(e["losses"]["loss"]) for e in found["epochs"]) and len(found["epochs"]) == 2
+
+
+def test_networks_that_only_guess_are_told(cache, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("p", "q"):  # nothing in the pictures tells the classes apart
+        (tmp_path / "noise" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            PillowImage.fromarray(pixels).save(tmp_path / "noise" / name / f"{number}.png")
+    result = job(tmp_path / "noise", tmp_path / "run", cache, "--teacher-epochs", "1", "--epochs", "1")
+    assert result.exit_code == 0, result.output
+    [note] = [one for one in report(tmp_path / "run")["warnings"] if "commonest class" in one]
+    assert "which 50.0 % of the test images show" in note
