@@ -168,8 +168,8 @@ def _warn(job: Job, student: Score, labels: np.ndarray) -> None:
         if guessing:
             told = " and ".join(guessing)
             job.display.warn(
-                f"{told[0].upper()}{told[1:]} cannot be told from always answering the commonest class, which "
-                f"{commonest:.1f} % of the test images show: more images, or more epochs, are needed."
+                f"{told[0].upper()}{told[1:]} cannot be told from always answering the commonest class, "
+                f"which {commonest:.1f} % of the test images show: more images, or more epochs, are needed."
             )
     if job.options.method != "none" and teacher is not None and teacher.percent <= student.percent:
         job.display.warn(
