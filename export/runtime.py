@@ -685,7 +685,7 @@ def _read_metadata(
         labels = [str(label) for label in json.loads(entries[METADATA_PREFIX + "labels"])]
         stated = json.loads(entries.get(METADATA_PREFIX + "thresholds", "null"))
         thresholds = _thresholds({"task": entries.get(METADATA_PREFIX + "task"), "thresholds": stated})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"the questpress metadata of {name} cannot be read: {error}") from error
     return preprocessing, labels, thresholds
 
@@ -741,7 +741,7 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
                 raise ValueError(f"a file may not be named {entry['name']!r}")
             int(entry["bytes"]), str(entry["sha256"]), str(entry["precision"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
     return folder, manifest
 
