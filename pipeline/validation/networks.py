@@ -127,11 +127,10 @@ def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[st
                 f"{entry['name']} asks it without integer kernels, as it is meant."
             )
             continue
-        classifier = Classifier(
-            read_verified(folder, entry), entry["name"], threads=threads, **_said(manifest)
-        )
+        content = read_verified(folder, entry)
+        classifier = Classifier(content, entry["name"], threads=threads, **_said(manifest))
         if not fused:
-            classifier.session = session(folder / entry["name"], classifier.threads, fuse=False)
+            classifier.session = session(content, classifier.threads, fuse=False)
         kind = str(entry["precision"])
         alone = sum(other["precision"] == kind for other in manifest["files"]) == 1
         name = kind if alone or target is None else f"{kind} {target}"
