@@ -105,7 +105,7 @@ def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) ->
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     try:
-        with _no_pillow_warnings():
+        with no_pillow_warnings():
             Image.init()
             with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
                 _refuse_large(name, image, max_pixels)
@@ -205,7 +205,7 @@ _warnings_saved: warnings.catch_warnings | None = None
 
 
 @contextmanager
-def _no_pillow_warnings() -> Iterator[None]:
+def no_pillow_warnings() -> Iterator[None]:
     """Keep Pillow's remarks about odd files quiet. Python's own context manager alone isn't safe among
     threads.
     """
@@ -853,6 +853,8 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
                 raise ValueError(f"a file may not be named {entry['name']!r}")
             int(entry["bytes"]), str(entry["sha256"]), str(entry["precision"])
+            if not isinstance(entry.setdefault("target", None), str | None):
+                raise ValueError(f"a file may not be for {entry['target']!r}")
     except _UNREADABLE as error:
         raise ArtifactError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
     return folder, manifest
@@ -905,7 +907,7 @@ def _choose(
     able = (here, "x86", None) if here == "x86-vnni" else (here, None)
     for target in able:
         for entry in files:
-            of_precision = entry["precision"] == precision and entry.get("target") == target
+            of_precision = entry["precision"] == precision and entry["target"] == target
             if entry["name"] == name or (name is None and of_precision):
                 return entry
     for entry in files:

@@ -94,7 +94,7 @@ def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[st
 
 
 def _verify(folder: Path, entry: dict[str, Any]) -> None:
-    """What lies in the file must be what the manifest says; of one with weights beside it that is not said."""
+    """What lies in a file is what the manifest says; of one with weights beside it that is not said."""
     if (folder / f"{entry['name']}.data").exists():
         return
     try:

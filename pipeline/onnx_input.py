@@ -109,6 +109,7 @@ def _shape(
     first, second, third = (int(one or 0) for one in rest)
     if max(first, second, third) > LARGEST_SIDE:
         raise UsageError(
-            f"{path} takes images of [{first}, {second}, {third}]; a side has {LARGEST_SIDE:,} pixels at most."
+            f"{path} takes images of [{first}, {second}, {third}], and a side has at most {LARGEST_SIDE:,} "
+            "pixels."
         )
     return kind, (first, second, third), batch in (None, 0)

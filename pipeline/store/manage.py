@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cache import Cache
+from ..console import safe_console
 from ..data.views import LISTED
 from ..errors import UsageError
 from ..files import digest
@@ -69,9 +70,9 @@ def list_store(cache: Cache, *, as_json: bool) -> None:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = safe_console(highlight=False)
     # What is read by a program or a file's reader is not folded to the width of a terminal.
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    return console if console.is_terminal else safe_console(highlight=False, width=160)
 
 
 def _table(found: list[Stored]) -> Table:

@@ -188,6 +188,7 @@ def entry(artifact: Path) -> dict[str, Any]:
         {"files": {"a": 1}},
         {"files": [3]},
         {"files": []},
+        {"files": [{"name": "student.onnx", "precision": "fp32", "bytes": 1, "sha256": "", "target": {}}]},
         {"task": "multi-label", "thresholds": [10**400] * 3},
         {"schema_version": 2},
         {"schema_version": [1]},
