@@ -1,128 +1,99 @@
-"""SIGKILL at random moments of a small run, each gone on with to its end: do the weights come out to the bit?
+"""SIGKILL at random moments of a small run, each gone on with to its end: does it come out to the bit?
 
-    python benchmarks/kills.py --kills 20
+    python benchmarks/kills.py --kills 200 --out kills.jsonl
 
-A teacher trained from scratch, a vocabulary, the store of the teacher's answers and a student, on little
-pictures and on one thread. The moments are drawn evenly, with ``--seed``, over the processor's time that an
-uninterrupted run takes, so that a busy machine changes nothing. Each run has a folder and a cache of its own.
-What is compared: every file of weights, every curve (without its times) and every array of the store, whose
-checksums are verified too. Linux only: it reads /proc.
+The run has every stage (little_run.py). A kill falls into a stage drawn evenly and, within it, into a moment
+drawn evenly over the processor's time that this stage takes uninterrupted, so that a busy machine changes
+nothing; the killed run begins as a copy of the uninterrupted one before that stage. Then the same command is
+given again. What is compared: weights, ONNX files, manifest, int8 ranges and options by their bytes, curves,
+the run's record and the report without times, and every array of the store, whose checksums are verified too.
+Processes that the killed one leaves behind are counted. Outcomes are appended to --out: the same command
+goes on where it was cut. Linux only: it reads /proc.
 """
 
 import argparse
 import json
-import math
-import multiprocessing
-import os
 import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["questpress.pipeline.run", "questpress.pipeline.stages.student"])
-
-CLASSES = ("blue", "green", "red")
-OPTIONS = (
-    "--teacher", "cifar_resnet14", "--teacher-weights", "none", "--student", "cifar_resnet8",
-    "--image-size", "16", "--batch-size", "16", "--teacher-epochs", "4", "--epochs", "8",
-    "--set", "quest.words=8", "--store-views", "3", "--until", "student", "--quiet",
-)  # fmt: skip
-SECONDS = "seconds.txt"
-"""Where a run that has ended leaves the seconds of the processor that it took."""
-
-TIMED = ("images_per_second", "seconds", "shares", "peak_memory_bytes", "mfu")
+from little_run import below, differences, gone, left_by, pictures, run_options, staged, stages, start, used
 
 
 @dataclass(frozen=True)
 class Outcome:
     """One run that was killed and gone on with."""
 
+    number: int
+    stage: str
     moment: float
-    """Seconds of the processor after its start."""
+    """Seconds of the processor after the process began."""
     during: str
-    """What ran then, as far as the run folder tells."""
+    """What ran when it was killed, as far as the run folder tells."""
+    left: int
+    """Processes that did not end with it."""
     differs: tuple[str, ...]
     """What is not as in the uninterrupted run; empty: all is, to the bit."""
 
 
-def pictures(root: Path, count: int = 30) -> Path:
-    """Noisy pictures in the colours of their classes."""
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = np.random.default_rng([label, number]).integers(0, 120, (20, 24, 3))
-            pixels[..., 2 - label] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number:03d}.png")
-    return root
+def campaign(
+    work: Path, numbers: Sequence[int], seed: int, of: Sequence[str] | None = None
+) -> Iterator[Outcome]:
+    """The uninterrupted run, in one go and stage by stage, then interrupted ones.
 
-
-def campaign(work: Path, kills: int, seed: int) -> Iterator[Outcome]:
-    """The uninterrupted run, then ``kills`` interrupted ones."""
+    Args:
+        of: the stages that kills fall into; all of them where none is named.
+    """
     data = pictures(work / "pictures")
     whole = work / "whole"
-    run(data, whole).join()
-    seconds = float((whole / SECONDS).read_text())
+    whole.mkdir()
+    uninterrupted = start(run_options(data, whole, "--quiet"), work / "told")
+    uninterrupted.join()
+    if uninterrupted.exitcode:
+        raise SystemExit((work / "told.err").read_text())
     expected = left_by(whole)
-    draw = random.Random(seed)
-    for number in range(kills):
+    seconds = staged(data, work / "staged", work / "before")
+    if differs := differences(left_by(work / "staged"), expected):
+        raise SystemExit(f"Two uninterrupted runs differ: {', '.join(differs)}.")
+    for number in numbers:
+        draw = random.Random(f"{seed} {number}")
+        stage = draw.choice(of or stages())
         out = work / f"killed{number}"
-        while True:
-            moment = draw.uniform(0, seconds)
-            killed = run(data, out)
-            while used(killed) < moment:
-                time.sleep(0.001)
-            during = where(out)
-            killed.kill()
-            killed.join()
-            if not (out / SECONDS).exists():
-                break
-            shutil.rmtree(out)  # it was quicker than the uninterrupted one
-        went_on = run(data, out)
+        moment, during, left = _killed(data, work / "before" / stage, out, seconds[stage], draw)
+        went_on = start(run_options(data, out, "--quiet"), work / "told")
         went_on.join()
         if went_on.exitcode:
-            yield Outcome(moment, during, (f"exit code {went_on.exitcode}",))
-            continue
-        found = left_by(out)
-        differs = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-        yield Outcome(moment, during, tuple(differs))
+            told = (work / "told.err").read_text().strip()
+            differs = (f"exit code {went_on.exitcode}", told[-2000:])
+        else:
+            differs = differences(left_by(out), expected)
+        yield Outcome(number, stage, moment, during, left, differs)
+        if not differs:
+            shutil.rmtree(out)
 
 
-def used(process: multiprocessing.process.BaseProcess) -> float:
-    """Seconds of the processor that a process has taken; no end of them when it is gone."""
-    try:
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return math.inf
-    return math.inf if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def run(data: Path, out: Path) -> multiprocessing.process.BaseProcess:
-    """The command in a process of its own."""
-    arguments = (*OPTIONS, "--data", str(data), "--out", str(out / "run"), "--cache", str(out / "cache"))
-    out.mkdir(exist_ok=True)
-    process = CONTEXT.Process(target=_command, args=(arguments, out / SECONDS))
-    process.start()
-    return process
-
-
-def _command(arguments: tuple[str, ...], seconds: Path) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    from questpress.pipeline.cli import cli
-
-    with open(os.devnull, "w") as nothing:  # noqa: PTH123  (no file)
-        os.dup2(nothing.fileno(), 1)
-    sys.argv = ["compress", *arguments]
-    cli(list(arguments), prog_name="compress", standalone_mode=False)
-    seconds.write_text(str(time.process_time()))
+def _killed(
+    data: Path, before: Path, out: Path, seconds: float, draw: random.Random
+) -> tuple[float, str, int]:
+    """A copy of ``before``, gone on with and killed: the moment, what ran, and how many processes it left."""
+    while True:
+        shutil.copytree(before, out)
+        moment = draw.uniform(0, seconds)
+        process = start(run_options(data, out, "--quiet"), out / "told")
+        while used(process.pid) < moment:
+            time.sleep(0.001)
+        children, during = below(process.pid), where(out)
+        process.kill()
+        process.join()
+        if process.exitcode == -9:
+            return moment, during, 0 if gone(children) else len(children)
+        shutil.rmtree(out)  # it was quicker than the uninterrupted one
 
 
 def where(out: Path) -> str:
@@ -131,35 +102,11 @@ def where(out: Path) -> str:
     if not record.exists():
         return "start"
     done = json.loads(record.read_text())["stages"]
-    stage = next((name for name in ("teacher", "prepare", "student") if name not in done), "end")
+    stage = next((name for name in stages() if name not in done), "end")
     curve = out / "run" / "metrics.jsonl"
     lines = curve.read_text().splitlines() if curve.exists() else []
     epochs = sum(json.loads(line)["stage"] == stage for line in lines)
     return f"{stage}, {epochs} epochs done" if epochs else stage
-
-
-def left_by(out: Path) -> dict[str, object]:
-    """What a run has left, by name; a damaged entry of the cache is told by its place."""
-    from questpress.pipeline.cache import Cache
-    from safetensors.numpy import load_file
-
-    found: dict[str, object] = {}
-    for file in sorted((out / "run").glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            found[f"{file.name} {name}"] = tensor.tobytes()
-    for line in (out / "run" / "metrics.jsonl").read_text().splitlines():
-        content = json.loads(line)
-        name = f"curve of the {content['stage']}, epoch {content['epoch']}"
-        found[name] = {key: value for key, value in content.items() if key not in TIMED}
-    cache = Cache(out / "cache")
-    for entry in sorted((out / "cache").glob("*/*")):
-        if entry.name.startswith("."):
-            continue  # half-written by the killed process, and swept up after a day
-        place = cache.get(entry.parent.name, entry.name)
-        found[f"{entry.parent.name} {entry.name}"] = place is not None
-        for file in sorted(place.glob("*.npy")) if place else []:
-            found[f"{entry.name} {file.name}"] = file.read_bytes()
-    return found
 
 
 def main() -> None:
@@ -168,16 +115,26 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON lines; what stands there already is not done again")
+    parser.add_argument("--stage", action="append", help="kill in this stage alone")
     arguments = parser.parse_args()
-    equal = 0
+    known = arguments.out.read_text().splitlines() if arguments.out and arguments.out.exists() else []
+    outcomes = [json.loads(line) for line in known]
+    numbers = sorted(set(range(arguments.kills)) - {one["number"] for one in outcomes})
     with tempfile.TemporaryDirectory() as work:
-        for outcome in campaign(Path(work), arguments.kills, arguments.seed):
-            equal += not outcome.differs
-            verdict = ", ".join(outcome.differs[:3]) + " differ" if outcome.differs else "equal to the bit"
+        for outcome in campaign(Path(work), numbers, arguments.seed, arguments.stage):
+            outcomes.append(asdict(outcome))
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(asdict(outcome)) + "\n")
+            verdict = f"{', '.join(outcome.differs[:3])} differ" if outcome.differs else "equal to the bit"
             print(f"killed after {outcome.moment:5.2f} s ({outcome.during}): {verdict}", flush=True)
-    print(f"{equal} of {arguments.kills} killed runs ended as the uninterrupted one, to the bit: weights,")
-    print("curves and the teacher's stored answers, whose checksums hold.")
-    sys.exit(equal != arguments.kills)
+    equal = sum(not one["differs"] for one in outcomes)
+    left = sum(one["left"] for one in outcomes)
+    print(f"{equal} of {len(outcomes)} killed runs ended as the uninterrupted one, to the bit;")
+    print(f"{left} processes outlived the one that was killed. Kills by stage:")
+    print(", ".join(f"{name} {count}" for name, count in Counter(one["stage"] for one in outcomes).items()))
+    sys.exit(equal != len(outcomes) or left > 0)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ no answer depends on them, and the README is written anew whenever more is known
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +43,7 @@ from typing import Any
 from . import runtime
 from .errors import ExportError
 from .onnx_export import OnnxFile
+from .writing import write_whole
 
 _TOOLS = ("questpress", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
 
@@ -107,25 +107,16 @@ def write_manifest(
         "files": [shipped.to_dict() for shipped in files],
     }
     path = folder / runtime.MANIFEST
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for entry in manifest["files"]:
             runtime.read_verified(folder, entry)
         manifest["checksum"] = runtime.checksum(json.loads(json.dumps(manifest)))  # of what a reader gets
-        with temporary.open("w", encoding="utf-8") as out:
-            json.dump(manifest, out, indent=2, ensure_ascii=False, allow_nan=False)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+        write_whole(path, f"{text}\n".encode())
     except runtime.ArtifactError as error:
         raise ExportError(str(error)) from error
     except (TypeError, ValueError) as error:
         raise ExportError(f"{path} cannot hold what it was given: {error}") from error
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from .errors import ExportError
 from .opset import check_opset
 from .uint8_front import INPUT
 from .uint8_input import take_pixels
+from .writing import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -101,17 +101,7 @@ def export_onnx(
 def write_onnx(proto: onnx.ModelProto, path: Path) -> OnnxFile:
     """Write a model whole or not at all, the same bytes for the same model."""
     content = proto.SerializeToString(deterministic=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content)
     return OnnxFile(
         path, len(content), hashlib.sha256(content).hexdigest(), opset_of(proto), proto.ir_version
     )

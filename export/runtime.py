@@ -770,7 +770,7 @@ def metadata(
     }
 
 
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What reading JSON of another form than ours may raise: numbers too large and brackets too deep, too."""
 
 

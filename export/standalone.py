@@ -10,7 +10,7 @@ import ast
 from importlib import resources
 from pathlib import Path
 
-from .errors import ExportError
+from .writing import write_whole
 
 PREDICT = "predict.py"
 
@@ -51,16 +51,8 @@ def write_predict(folder: Path) -> Path:
     Raises ExportError where that fails.
     """
     path, text = folder / PREDICT, predict_py().encode()
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        if path.is_file() and path.read_bytes() == text:
-            return path
-        temporary.write_bytes(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    if not path.is_file() or path.read_bytes() != text:
+        write_whole(path, text)
     return path
 
 

@@ -139,14 +139,17 @@ def _read_torch(file: Path) -> Any:
 
 def tensors_digest(path: Path) -> str:
     """SHA-256 over the names, types, shapes and bytes of a safetensors file's tensors, whatever it says of
-    itself: of equal weights equal, whichever run wrote them.
+    itself: of equal weights equal, whichever run wrote them. Raises ModelError.
     """
     found = hashlib.sha256()
-    with safe_open(path, "pt") as file:
-        for name in sorted(file.keys()):
-            tensor = file.get_tensor(name)
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    try:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"The safetensors file {path} is damaged: {_brief(error)}.") from error
     return found.hexdigest()
 
 

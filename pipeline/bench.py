@@ -26,6 +26,7 @@ from .errors import UsageError
 from .files import sha256, whole, write_text
 from .progress import Display
 from .run_folder import RunFolder
+from .sealed import with_checksum
 from .typed import command
 
 FOLDER = Path("bench-results")
@@ -120,7 +121,7 @@ def bench(
                 notes=files.notes,
                 progress=lambda share, what: progress.update("timing", share, 1.0, more=what),
             )
-        found = found.model_copy(update={"samples_file": SAMPLES})
+        found = with_checksum(found.model_copy(update={"samples_file": SAMPLES}))
         save(found, raw, folder)
         if of_run:
             from .bench_report import report_anew

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..export.runtime import ArtifactError, read_manifest, read_verified
 from ..export.targets import TARGETS, timed_here
+from .config_file import read_config
 from .errors import UsageError
 from .onnx_input import OnnxInput, foreign_input, onnx_input
-from .run_folder import read_config
 from .unfinished import refuse_unfinished
 
 

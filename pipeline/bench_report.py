@@ -1,6 +1,5 @@
 """A run's report with a later bench in it: what `compress bench RUN` measured stands for what the run did."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from .bench_results import Bench, TimedLatency
+from .errors import JobError
 from .run_folder import RunFolder
+from .sealed import read_sealed
 
 LATER = Path("bench/bench.json")
 """What `compress bench` leaves in a run folder. The run's own bench removes it."""
@@ -40,10 +41,23 @@ def with_later_bench(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def later_bench(folder: Path) -> Bench | None:
-    """None where there is none, or of another version."""
+    """None where there is none, or of another version.
+
+    Raises:
+        JobError: it is damaged.
+    """
+    file = folder / LATER
+    if not file.exists():
+        return None
     try:
-        return Bench.model_validate(json.loads((folder / LATER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError):
+        content = read_sealed(file)
+    except (OSError, ValueError) as error:
+        raise JobError(
+            f"{file} is damaged ({error}): delete it, or measure again with compress bench {folder}."
+        ) from error
+    try:
+        return Bench.model_validate(content)
+    except ValidationError:
         return None
 
 

@@ -170,6 +170,8 @@ class Bench(Result):
     """The runtime's options."""
     environment: dict[str, str]
     samples_file: str | None = None
+    checksum: str | None = None
+    """Of ``bench.json``: SHA-256 of all the rest as canonical JSON."""
 
     def latency(self, subject: str, threads: int) -> TimedLatency | None:
         found = (one for one in self.latencies if (one.subject, one.threads) == (subject, threads))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import JobError
-from .files import sha256
+from .files import flush, sha256
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,9 @@ def _put(root: Path, kind: str, key: str, write: Callable[[Path], None]) -> Path
         checksums = {file.relative_to(part).as_posix(): sha256(file) for file in _files(part)}
         (part / CHECKSUMS).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
         _flush(part)
-        return _settle(part, place)
+        settled = _settle(part, place)
+        flush(place.parent)
+        return settled
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -123,7 +125,7 @@ def _damage(place: Path) -> str | None:
             return "has lost or gained files"
         damaged = [name for name, file in files.items() if sha256(file) != checksums[name]]
         return f"is damaged ({damaged[0]} has changed)" if damaged else None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"cannot be read ({error})"
 
 
@@ -153,6 +155,5 @@ def _files(folder: Path) -> list[Path]:
 
 def _flush(folder: Path) -> None:
     for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
+        flush(file)
+    flush(folder)

@@ -3,9 +3,9 @@
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import torch
@@ -20,21 +20,39 @@ otherwise be read as a number like any other."""
 _TAIL = len(MARK) + hashlib.sha256().digest_size * 2
 
 
+class Curve(Protocol):
+    """A training's epochs as lines of text, which are kept with its state."""
+
+    lines: list[str]
+
+    def go_on(self, lines: Sequence[str]) -> None: ...
+
+
 class Checkpoint:
     """One training's state after its last saved step; it belongs to ``key`` and to no other training."""
 
-    def __init__(self, path: Path, key: str, warn: Callable[[str], None] | None = None) -> None:
-        """``warn`` is told when the newest state is damaged and the one before it is taken."""
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        warn: Callable[[str], None] | None = None,
+        curve: Curve | None = None,
+    ) -> None:
+        """``warn`` is told when the newest state is damaged and the one before it is taken; ``curve`` is
+        saved with each state, and told what was saved with the one that is loaded.
+        """
         self.path = path
         self.previous = path.with_suffix(f".previous{path.suffix}")
         self.key = key
         self.warn = warn or (lambda _: None)
+        self.curve = curve
 
     def save(self, state: dict[str, Any]) -> None:
+        lines = [] if self.curve is None else self.curve.lines
         # Given a path, torch would not say that the disk is full.
         with whole(self.path) as part:
             with part.open("wb") as file:
-                torch.save({"key": self.key, **state}, file)
+                torch.save({"key": self.key, "curve": lines, **state}, file)
             sum = sha256(part).encode()
             with part.open("ab") as file:
                 file.write(MARK + sum)
@@ -60,6 +78,9 @@ class Checkpoint:
                 self.warn(
                     f"The checkpoint {there[0]} is damaged: the training goes on from the one before it."
                 )
+            lines = state.pop("curve", None)  # older ones have none
+            if self.curve is not None and lines is not None:
+                self.curve.go_on(lines)
             return state
         if there:
             raise JobError(

@@ -13,7 +13,9 @@ from .comparison.runs import Run, runs
 from .csv_cells import harmless
 from .errors import UsageError
 from .files import write_text
+from .record import RECORD
 from .report.figures import counted
+from .run_folder import RunFolder
 from .typed import command
 
 FOLDER = "comparison"
@@ -73,8 +75,20 @@ def _threads(found: Sequence[Run], asked: int | None) -> int | None:
 
 
 def _answers(found: Sequence[Run]) -> dict[str, per_image.PerImage]:
-    each = {one.name: per_image.load(one.folder / per_image.FILE) for one in found if one.folder is not None}
+    each = {one.name: _kept(one.folder) for one in found if one.folder is not None}
     return {name: kept for name, kept in each.items() if kept is not None}
+
+
+def _kept(run: Path) -> per_image.PerImage | None:
+    """
+    Raises:
+        JobError: they are not as the run has left them.
+    """
+    if (run / RECORD).is_file():
+        folder = RunFolder(run, writes=False)
+        folder.open(fresh=False)
+        folder.check_left(per_image.FILE)
+    return per_image.load(run / per_image.FILE)
 
 
 def _title(every: Sequence[ComparedRun], grouped: Sequence[Group]) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from .config_file import read_config
 from .errors import UsageError
 from .results import Report
 from .run import compress
@@ -13,7 +14,7 @@ def export_again(folder: Path, **options: Any) -> Report:
     """Do a run's stages from export on with other options of theirs; the teacher and the student stay.
 
     Raises:
-        UsageError: the folder holds no run, or one whose student is not finished.
+        UsageError: the folder holds no run, one whose student is not finished, or other options than those.
     """
     if not (folder / "run.json").is_file():
         raise UsageError(f"{folder} holds no run: name a folder that compress has made.")
@@ -24,4 +25,5 @@ def export_again(folder: Path, **options: Any) -> Report:
             f"{folder} holds a run whose student is not finished: repeat the command that began it "
             f"({run.record.get('command', 'compress …')})."
         )
+    read_config(folder)  # as the run has left it
     return compress(config=folder / "config.yaml", out=folder, **options)

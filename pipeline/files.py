@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ _MODE = 0o666 & ~_MASK  # safetensors makes files that only their owner can read
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; when the block ends well, the file or folder written there
-    is flushed to the disk and takes ``path``'s place in one step. When it does not, ``path`` stays as it was.
+    """Give a temporary name beside ``path``; when the block ends well, the file written there is flushed to
+    the disk and takes ``path``'s place in one step. When it does not, ``path`` stays as it was.
 
     Raises:
         JobError: the disk is full or the place cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         _replace(part, path)
     except Exception as error:
@@ -38,7 +38,8 @@ def whole(path: Path) -> Iterator[Path]:
             f"Could not write {path}: {refusal.strerror or refusal}; what was there before is unchanged."
         ) from error
     finally:
-        remove(part)
+        with suppress(OSError):  # where it could not be made, it cannot be removed either
+            remove(part)
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
@@ -55,6 +56,12 @@ def _refusal(error: BaseException | None) -> OSError | None:
 def write_text(path: Path, text: str) -> None:
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Write a text unless it stands there already: then the file keeps its time of change."""
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+        write_text(path, text)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -74,25 +81,18 @@ def digest(content: Any) -> str:
 
 
 def _replace(part: Path, path: Path) -> None:
-    for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
-        if file.is_file():
-            file.chmod(_MODE)
-        _flush(file)
-    if part.is_dir() and path.is_dir():
-        # A folder cannot be renamed over one that is not empty: the old one steps aside first.
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.rename(old)
-        part.rename(path)
-        shutil.rmtree(old)
-    else:
-        part.replace(path)
-    _flush(path.parent)
+    part.chmod(_MODE)
+    flush(part)
+    part.replace(path)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file, or a folder's list of files, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a folder to flush it
-    handle = os.open(path, os.O_RDONLY)
+    # Windows flushes what may be written alone.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

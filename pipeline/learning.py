@@ -130,7 +130,6 @@ def learn(
     Raises:
         JobError: there is no memory for even the smallest part of a step.
     """
-    checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key, job.display.warn)
     pixels, labels, _ = job.rendered("select", member)
     views_of = views_of or Schedule(job.policy, plan.seed)
     views = job.views_drawn_with(views_of.view_seed, member.image_size)
@@ -162,6 +161,7 @@ def learn(
     parts = MicroBatch(job, what, plan)
     complete = measured(job, task, member)
     with closing(Log(job, what)) as log:
+        checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key, job.display.warn, log)
         while not parts.fits(
             lambda size: train(
                 task,

@@ -1,13 +1,16 @@
 """One process at a time works on a run folder; the system lets go of the lock when the process ends."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import JobError
+
+_log = logging.getLogger(__name__)
 
 FILE = ".lock"
 
@@ -15,7 +18,7 @@ FILE = ".lock"
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock while the block runs. It is the system's own lock on a file, and so outlives no
-    crash; where a file system has none, two processes are not told of each other.
+    crash; where a file system has none, that is logged, and two processes are not told of each other.
 
     Raises:
         JobError: another process holds it.
@@ -26,13 +29,16 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder} is being worked on by another process{_holder(folder)}: wait for it to end, or "
                 "name another --out."
             )
-        file.truncate(0)
-        file.write(json.dumps({"process": os.getpid(), "since": time.strftime("%H:%M:%S")}))
-        file.flush()
+        with suppress(OSError):  # on a full disk nobody learns who it is; the lock holds all the same
+            os.truncate(file.fileno(), 0)
+            os.write(
+                file.fileno(),
+                json.dumps({"process": os.getpid(), "since": time.strftime("%H:%M:%S")}).encode(),
+            )
         try:
             yield
         finally:
-            file.truncate(0)
+            os.truncate(file.fileno(), 0)
 
 
 def _take(handle: int) -> bool:
@@ -50,9 +56,10 @@ def _take(handle: int) -> bool:
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # on NFS the one, on others the other
         return False
-    except OSError:  # a file system without locks
+    except OSError as error:
+        _log.warning("This file system has no locks (%s): see that no other process works here.", error)
         return True
     return True
 
@@ -61,5 +68,11 @@ def _holder(folder: Path) -> str:
     try:
         told = json.loads((folder / FILE).read_text())
         return f" (number {told['process']}, since {told['since']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just taken it, or is about to end
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # it has only just taken it, or is about to end
         return ""

@@ -1,9 +1,9 @@
 """A training's curves: what an epoch gave and cost, in ``metrics.jsonl`` and in the trackers."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..models.catalogue import multiply_adds
+from . import curves
 from .files import write_text
 from .job import Job, Member
 from .mfu import peak, utilisation
@@ -36,34 +36,48 @@ def measured(job: Job, task: DistillationTask, member: Member) -> Callable[[Epoc
 class Log:
     """Appends epochs to ``metrics.jsonl``, each of them once, however often the training was interrupted.
 
-    The trackers that were asked for are told of them too. Of several ranks one writes.
+    They are kept in the training's checkpoint too, and told to the trackers that were asked for. Of several
+    ranks one writes.
     """
 
     def __init__(self, job: Job, what: str) -> None:
-        self.file = job.folder.metrics
+        self.folder = job.folder
         self.detail = job.display.detail
         self.what = what
+        self.lines = curves.of_training(job.folder.curves(), what)
+        """This training's epochs up to now, or those of an earlier attempt."""
         self.trackers = Trackers(job, what) if job.ranks.lead else None
 
     def __call__(self, epoch: Epoch) -> None:
         if self.trackers is None:
             return
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        before = {line: json.loads(line) for line in lines}
-        kept = [line for line, content in before.items() if not self._replaced(content, epoch)]
-        write_text(self.file, "\n".join([*kept, epoch.model_dump_json()]) + "\n")
+        others = self._others()
+        known = {str(curves.training_of(line)) for line in [*others, *self.lines]}
+        # An earlier attempt's epochs that are to come again go.
+        before = [line for line in self.lines if curves.epoch_of(line) < epoch.epoch]
+        self.lines = [*before, epoch.model_dump_json()]
+        self._write(others)
         self.detail(_in_words(epoch))
-        self.trackers(epoch, frozenset(str(content["stage"]) for content in before.values()))
+        self.trackers(epoch, frozenset(known))
+
+    def go_on(self, lines: Sequence[str]) -> None:
+        """Go on from these epochs, which a checkpoint has kept."""
+        self.lines = list(lines)
+        if self.trackers is not None:
+            self._write(self._others())
 
     def close(self) -> None:
         if self.trackers is not None:
             self.trackers.close()
 
-    def _replaced(self, line: dict[str, object], epoch: Epoch) -> bool:
-        """An earlier attempt's line of this training: the same epoch, or one that is to come again."""
-        number = line["epoch"]
-        assert isinstance(number, int)
-        return line["stage"] == self.what and number >= epoch.epoch
+    def _others(self) -> list[str]:
+        """The epochs of other trainings."""
+        return [line for line in self.folder.curves() if curves.training_of(line) != self.what]
+
+    def _write(self, others: Sequence[str]) -> None:
+        lines = [*others, *self.lines]
+        if lines != curves.read(self.folder.metrics):
+            write_text(self.folder.metrics, "\n".join(lines) + "\n")
 
 
 def _in_words(epoch: Epoch) -> str:

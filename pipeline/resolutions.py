@@ -5,7 +5,6 @@ teacher is trained or tuned once, in a run folder of its own; every student has 
 are timed once more, together, since figures of different hours do not compare.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +21,13 @@ from .bench_images import INPUTS
 from .data.decode import rendered
 from .data.image_set import ImageSet
 from .errors import UsageError
-from .files import digest, write_json
+from .files import digest, write_text
 from .progress import Display
 from .report.sizes import write
 from .resolve import own_image_size, resolve
 from .results import Latency, Report, Resolutions, Size, Speedup, Subject
 from .run import compress, read_options
+from .sealed import read_sealed, with_checksum
 from .stages.bench import MOST_THREADS
 
 FILE = "resolutions.json"
@@ -180,7 +180,8 @@ def _together(
         },
         timed=timed,
     )
-    write_json(out / FILE, found.model_dump(mode="json"))
+    found = with_checksum(found)
+    write_text(out / FILE, found.model_dump_json(indent=2) + "\n")
     return found
 
 
@@ -235,8 +236,8 @@ def _timed(
 
 
 def _before(file: Path) -> Resolutions | None:
-    """What was found the last time; None where there is none, or of another version."""
+    """What was found the last time; None where there is none, a damaged one, or one of another version."""
     try:
-        return Resolutions.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        return Resolutions.model_validate(read_sealed(file))
     except (OSError, ValueError, ValidationError):
         return None

@@ -248,6 +248,8 @@ class Report(Result):
     """Every option, resolved."""
     artifact: str | None = None
     """Path of the folder that ships, inside the run folder."""
+    checksum: str | None = None
+    """SHA-256 of all the rest as canonical JSON; None of older versions."""
 
 
 class Size(Result):
@@ -276,3 +278,5 @@ class Resolutions(Result):
     environment: dict[str, str]
     timed: str
     """The files that were timed and how: a digest."""
+    checksum: str | None = None
+    """SHA-256 of all the rest as canonical JSON."""

@@ -233,6 +233,7 @@ def _stages(
         folder.open(fresh=options.fresh and not voice.attempt())
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
+    kept = True
     with display.stage("start") as progress:
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
@@ -248,11 +249,13 @@ def _stages(
             done = ranks.share(folder.finished(stage, key) if ranks.lead else None)
             if done is not None:
                 display.done(stage, done.summary, None)
+                kept = True
                 continue
+            kept = False
             _do(stage, key, stage_run(stage), job)
             if ranks.lead:
                 report.write(folder)
-    if ranks.lead and not report.written(folder):
+    if ranks.lead and kept:  # what is as it should be stays untouched
         report.write(folder)
     return report.assemble(folder)
 

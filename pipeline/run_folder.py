@@ -1,6 +1,6 @@
 """The run folder: which stages are done, what they left, and what it came from."""
 
-import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,15 +10,16 @@ from typing import Any
 
 import yaml
 
-from . import bounded_yaml
-from .errors import UsageError
-from .files import digest, remove, sha256, write_json, write_text
+from . import curves
+from .config_file import FILE, read_config
+from .errors import JobError, UsageError
+from .files import digest, remove, sha256, write_text
 from .lock import locked
-from .options import Options, group
+from .option_changes import differences
+from .record import RECORD, SCHEMA_VERSION, read_record, write_record
 from .rounds import stages_of_config
 
-SCHEMA_VERSION = 1
-_NAMES = {"data_content": "the data's images"}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,6 @@ class Done:
     """Paths inside the run folder; a folder stands for all files below it."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """A part of the report; see ``stages.report``."""
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """The options of a run, as its config.yaml has them.
-
-    Raises:
-        UsageError: the file is not there, or holds no options.
-    """
-    file = run / "config.yaml"
-    try:
-        content = bounded_yaml.read(file)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{file} cannot be read as a run's options ({' '.join(str(error).split())})."
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} holds no options.")
-    return content
 
 
 class RunFolder:
@@ -65,22 +48,22 @@ class RunFolder:
         Raises:
             UsageError: the path is a file, cannot be written, or holds something other than a run.
         """
-        file = self.path / "run.json"
+        file = self.path / RECORD
         if not self.writes:
             if not file.exists():
                 raise UsageError(
                     f"--out {self.path} is not the folder that rank 0 has made: name one on a file system "
                     "that all machines share."
                 )
-            self.record = self._read(file)
+            self.record = read_record(self.path)
             return
         self.check()
         self._make()
         if file.exists():
-            self.record = self._read(file)
-            for kind in ("part", "old"):  # left by a process that was killed
-                for left in self.path.rglob(f".*.{kind}"):
-                    remove(left)
+            self.record = read_record(self.path)
+            for left in self.path.rglob(".*.part"):  # by a process that was killed
+                remove(left)
+            self._mend_curves()
         if fresh:
             self.record["stages"] = {}
             for choices in ("engines", "micro_batches", "resident"):
@@ -123,9 +106,9 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file; name a folder, new or of an earlier run.")
-        if not self.path.exists() or (self.path / "run.json").exists():
+        if not self.path.exists() or (self.path / RECORD).exists():
             return
-        if any(p for p in self.path.iterdir() if p.name != "config.yaml" and not p.name.startswith(".")):
+        if any(p for p in self.path.iterdir() if p.name != FILE and not p.name.startswith(".")):
             raise UsageError(
                 f"--out {self.path} holds other files and no run; name an empty or a new folder."
             )
@@ -143,6 +126,33 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def options(self) -> dict[str, Any]:
+        """All of the run's options, as far as they belong into a config.yaml.
+
+        Raises:
+            UsageError: it is an older run, and its config.yaml cannot be read.
+        """
+        known = self.record.get("options")
+        return dict(known) if known is not None else read_config(self.path)
+
+    def curves(self) -> list[str]:
+        """The lines of metrics.jsonl in the order of the stages, of those that are done as they were then."""
+        there = curves.read(self.metrics)
+        found: list[str] = []
+        for stage in self.stages:
+            known = self.record["stages"].get(stage, {}).get("curve")
+            found += curves.of_stage(there, stage) if known is None else known
+        of_others = [
+            line for line in there if not any(curves.of_stage([line], stage) for stage in self.stages)
+        ]
+        return [*found, *of_others]
+
+    def _mend_curves(self) -> None:
+        known = {line for stage in self.record["stages"].values() for line in stage.get("curve", ())}
+        if known - set(curves.read(self.metrics)):
+            _log.warning("%s was damaged: the curves of stages that are done are written anew.", self.metrics)
+            write_text(self.metrics, "\n".join(self.curves()) + "\n")
+
     def drop_checkpoints(self, stage: str) -> None:
         """Remove the checkpoints of a stage that is done."""
         for checkpoint in self.checkpoints.glob(f"{stage}*.pt"):
@@ -156,16 +166,7 @@ class RunFolder:
         before = self.record.get("config")
         if not self.record["stages"] or before is None:
             return
-        # What is made of the student is cheap: with other options of that kind it is made anew.
-        was, now = (
-            _single({name: value for name, value in one.items() if not _of_export(name)})
-            for one in (before, config)
-        )
-        changes = [
-            f"{name} was {_short(was.get(name))}, now {_short(now.get(name))}"
-            for name in sorted({*was, *now})
-            if was.get(name) != now.get(name)
-        ]
+        changes = differences(before, config)
         if not changes:
             return
         raise UsageError(
@@ -177,11 +178,10 @@ class RunFolder:
         """Record what is about to run: ``config`` is what enters the stages' hashes, ``options`` is all."""
         self.record["config"] = dict(config)
         self.record["command"] = command
+        self.record["options"] = dict(options)
         if not self.writes:
             return
-        write_text(
-            self.path / "config.yaml", yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
-        )
+        write_text(self.path / FILE, yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
         self.save()
 
     def key(self, stage: str, config: Mapping[str, Any]) -> str:
@@ -196,27 +196,49 @@ class RunFolder:
     def finished(self, stage: str, key: str) -> Done | None:
         """What the stage left, if it ran for this key and its files are as it left them."""
         entry = self.record["stages"].get(stage)
-        if entry is None or entry["key"] != key:
+        if entry is None or entry["key"] != key or not self._as_left(entry):
             return None
-        for name, sum in entry["outputs"].items():
-            file = self.path / name
-            if not file.is_file() or sha256(file) != sum:
-                return None
         return Done(entry["summary"], list(entry["outputs"]), entry["facts"])
 
+    def _as_left(self, entry: Mapping[str, Any]) -> bool:
+        files = ((self.path / name, sum) for name, sum in entry["outputs"].items())
+        return all(file.is_file() and sha256(file) == sum for file, sum in files)
+
+    def check_left(self, name: str) -> None:
+        """
+        Raises:
+            JobError: a file of the run is not as its stage has left it.
+        """
+        file = self.path / name
+        outputs = (entry["outputs"] for entry in self.record["stages"].values())
+        left = {one: sum for entry in outputs for one, sum in entry.items()}
+        if name in left and file.is_file() and sha256(file) != left[name]:
+            raise JobError(
+                f"{file} is not as the run has left it: repeat the command that began the run, which makes "
+                "it anew."
+            )
+
     def finish(self, stage: str, key: str, done: Done, seconds: float, warnings: Sequence[str]) -> None:
-        """Record a stage as done; what later stages left no longer follows from it and is forgotten."""
+        """Record a stage as done; what later stages left is forgotten, unless it is all there and the very
+        same files are back that it was made from.
+        """
         stages = self.record["stages"]
-        for later in self.stages[self.stages.index(stage) + 1 :]:
-            stages.pop(later, None)
         files = [file for name in done.outputs for file in self._files(self.path / name)]
+        outputs = {file.relative_to(self.path).as_posix(): sha256(file) for file in files}
+        before = stages.get(stage)
+        follows = before is not None and (before["key"], before["outputs"]) == (key, outputs)
+        for later in self.stages[self.stages.index(stage) + 1 :]:
+            follows = follows and later in stages and self._as_left(stages[later])
+            if not follows:
+                stages.pop(later, None)
         stages[stage] = {
             "key": key,
             "summary": done.summary,
             "seconds": round(seconds, 2),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "outputs": {file.relative_to(self.path).as_posix(): sha256(file) for file in files},
+            "outputs": outputs,
             "warnings": list(warnings),
+            "curve": curves.of_stage(curves.read(self.metrics), stage),
             "facts": done.facts,
         }
         self.save()
@@ -235,22 +257,7 @@ class RunFolder:
 
     def save(self) -> None:
         if self.writes:
-            write_json(self.path / "run.json", self.record)
-
-    def _read(self, file: Path) -> dict[str, Any]:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{file} cannot be read as a run's record ({error}); name another --out."
-            ) from error
-        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{file} was not written by this version of questpress; name another --out.")
-        return record
-
-
-def _of_export(name: str) -> bool:
-    return name in Options.model_fields and group(name) == "Export"
+            write_record(self.path, self.record)
 
 
 def _merged(known: Any, more: Any) -> Any:
@@ -263,19 +270,3 @@ def _merged(known: Any, more: Any) -> Any:
     if isinstance(known, list) and isinstance(more, list) and len(known) == len(more):
         return [_merged(a, b) for a, b in zip(known, more, strict=True)]
     return more
-
-
-def _single(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by the names the user knows, each setting of a method for itself."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= {f"weight {name}" if key == "weight" else name: one for name, one in value.items()}
-        else:
-            found[_NAMES.get(key, key.replace("_", "-"))] = value
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"

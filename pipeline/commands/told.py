@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+OF_THE_SYSTEM = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENXIO", "ENODEV", "EBUSY",
+        "ETIMEDOUT", "ENAMETOOLONG", "ENOTDIR", "EISDIR", "ELOOP", "EMFILE", "ENFILE", "ENOMEM",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+"""What the file system refuses to anybody; other numbers, such as a file that is not there, tell of a defect
+of ours, which wants a traceback."""
+
 
 def told(job: Callable[[], T], *, resumes: bool = False) -> T:
     """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback.
@@ -34,7 +45,7 @@ def told(job: Callable[[], T], *, resumes: bool = False) -> T:
     except KeyboardInterrupt:
         ended("\nStopped." + (" The same command goes on where this one was." if resumes else ""), 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in OF_THE_SYSTEM:
             raise
         ended(f"Error: {error.filename or 'a file'}: {error.strerror}; what was there is unchanged.", 1)
     except Exception as error:

@@ -1,6 +1,5 @@
 """Which runs are compared: run folders, folders of them, and reports."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from ..errors import UsageError
 from ..results import Report
 from ..run_folder import RunFolder
+from ..sealed import read_sealed
 
 RUN, REPORT, RESOLUTIONS = "run.json", "report.json", "resolutions.json"
 
@@ -69,7 +69,7 @@ def _sizes(path: Path) -> Iterator[Path]:
     """The students of `compress resolutions`; its teacher's own run has none."""
     file = path / RESOLUTIONS
     try:
-        for one in json.loads(file.read_text(encoding="utf-8"))["sizes"]:
+        for one in read_sealed(file)["sizes"]:
             if _is_run(path / one["folder"]):
                 yield path / one["folder"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -93,13 +93,17 @@ def _report(place: Path) -> Report:
             raise UsageError(f"{place} holds a run without its config.yaml; it cannot be read.")
         return assemble(record)
     try:
-        return _read(json.loads(file.read_text(encoding="utf-8")))
+        return _read(read_sealed(file))
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # not UTF-8, not JSON, or of another form
+    except ValidationError as error:
         raise UsageError(
             f"{file} is no report of this version of questpress; the command that made the run writes it "
             "anew."
+        ) from error
+    except ValueError as error:  # not UTF-8, not JSON, or not as it was written
+        raise UsageError(
+            f"{file} is no report, or damaged ({error}): compress report writes it anew."
         ) from error
 
 

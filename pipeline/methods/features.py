@@ -31,12 +31,15 @@ class Features:
 
     def __init__(self, n: int, channels: int, file: Path | None) -> None:
         """``file``: where to stream from; None keeps them in memory."""
-        self.data: np.ndarray = (
-            np.empty((n, channels), np.float32)
-            if file is None
-            else np.memmap(file, np.float16, "w+", shape=(n, channels))
-        )
-        self.streamed = file is not None
+        self.file = file
+        self.data: np.ndarray
+        if file is None:
+            self.data = np.empty((n, channels), np.float32)
+        else:
+            # Written as a file: through a memory map a full disk would kill the process.
+            with file.open("wb") as empty:
+                empty.truncate(2 * n * channels)
+            self.data = np.memmap(file, np.float16, "r", shape=(n, channels))
         self.device = torch.device("cpu")
 
     def fill(self, maps: Iterable[Tensor], grid: tuple[int, int], of: int) -> bool:
@@ -52,9 +55,13 @@ class Features:
             index = torch.arange(seen, seen + len(rows))
             chosen = rows[((index + 1) * n // of > index * n // of).to(rows.device)]
             finite = finite and bool(torch.isfinite(chosen).all())
-            if self.streamed:
-                chosen = chosen.clamp(-HALF, HALF)
-            self.data[taken : taken + len(chosen)] = chosen.cpu().numpy()
+            if self.file is None:
+                self.data[taken : taken + len(chosen)] = chosen.cpu().numpy()
+            else:
+                halves = chosen.clamp(-HALF, HALF).cpu().numpy().astype(np.float16)
+                with self.file.open("r+b") as file:
+                    file.seek(2 * taken * self.dim())
+                    file.write(halves.data)
             seen, taken = seen + len(rows), taken + len(chosen)
         return finite
 
@@ -76,7 +83,7 @@ class Features:
         from faiss.contrib import clustering
 
         faiss.omp_set_num_threads(torch.get_num_threads())
-        if self.streamed or self.device.type != "cpu":
+        if self.file is not None or self.device.type != "cpu":
             with contextlib.redirect_stdout(io.StringIO()):  # it prints whatever verbose says
                 words: np.ndarray = clustering.kmeans(
                     k, self, niter=iterations, seed=seed % 2**31, verbose=False

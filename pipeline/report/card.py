@@ -12,7 +12,7 @@ from typing import Any
 from ...export.plain_text import spelled_out
 from ...export.runtime import UINT8, Preprocessing, read_manifest
 from ...export.standalone import write_predict
-from ..files import write_text
+from ..files import write_changed
 from ..results import Report, Subject
 from ..scores import Accuracy
 from . import calibration, figures, tables
@@ -57,7 +57,7 @@ def write_beside(report: Report, folder: Path) -> None:
     """
     _, manifest = read_manifest(folder)
     write_predict(folder)
-    write_text(folder / README, card(writable(report), manifest))
+    write_changed(folder / README, card(writable(report), manifest))
 
 
 def card(report: Report, manifest: Mapping[str, Any]) -> str:

@@ -11,8 +11,9 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...export.plain_text import spelled_out
-from ..files import write_text
+from ..files import write_changed
 from ..results import Report
+from ..sealed import with_checksum
 from .page import page
 from .tables import Table
 
@@ -35,12 +36,12 @@ def write_report(report: Report, folder: Path) -> None:
         "report.html": html(report),
     }
     for name, text in rendered.items():
-        write_text(folder / name, text)
+        write_changed(folder / name, text)
 
 
 def writable(report: Report) -> Report:
-    """The same report with bytes of file names that are no UTF-8 spelled out, as ``\\xff``, and characters
-    that would steer a terminal.
+    """The same report with its checksum, and bytes of file names that are no UTF-8 spelled out, as ``\\xff``,
+    and characters that would steer a terminal.
     """
 
     def spelled(content: Any) -> Any:
@@ -52,7 +53,7 @@ def writable(report: Report) -> Report:
             return [spelled(one) for one in content]
         return content
 
-    return Report.model_validate(spelled(report.model_dump()))
+    return with_checksum(Report.model_validate(spelled(report.model_dump())))
 
 
 def html(report: Report) -> str:

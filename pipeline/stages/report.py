@@ -2,21 +2,19 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...export.artifact import tool_versions
-from ...export.standalone import PREDICT
 from .. import methods, recipes
 from ..bench_report import with_later_bench
 from ..job import Job
 from ..methods.feed import RECONSTRUCTION
-from ..report.card import README, write_beside
+from ..report.card import write_beside
 from ..report.figures import together
-from ..report.write import write_report
+from ..report.write import writable, write_report
 from ..results import Epoch, Reconstruction, Report, StageTime
 from ..rounds import number
-from ..run_folder import Done, RunFolder, read_config
+from ..run_folder import Done, RunFolder
 from .export import ARTIFACT
 
 FILES = ("report.html", "report.md", "report.json")
@@ -36,22 +34,14 @@ def write(folder: RunFolder) -> Report:
     return report
 
 
-def written(folder: RunFolder) -> bool:
-    """Whether all of these files are there."""
-    files = [Path(name) for name in FILES]
-    if "validate" in folder.record["stages"]:
-        files += [ARTIFACT / name for name in (README, PREDICT)]
-    return all((folder.path / file).is_file() for file in files)
-
-
 def assemble(folder: RunFolder) -> Report:
     """The report of a run from its folder alone."""
-    config = read_config(folder.path)
+    config = folder.options()
     facts = with_later_bench(folder.path, folder.facts())
     tools = folder.record.get("tools") or tools_here()
     environment = {**tools, **facts.pop("environment", {}), **_engines(folder)}
     stages, epochs = folder.record["stages"], _epochs(folder)
-    return Report(
+    found = Report(
         title=f"{config['student']} from {together(config['teacher'])}",
         command=folder.record["command"],
         method=config["method"],
@@ -72,6 +62,7 @@ def assemble(folder: RunFolder) -> Report:
         artifact=ARTIFACT.as_posix() if "validate" in stages else None,
         **facts,
     )
+    return writable(found)
 
 
 def tools_here() -> dict[str, str]:
@@ -89,10 +80,7 @@ def _recipe(config: Mapping[str, Any]) -> str | None:
 
 
 def _epochs(folder: RunFolder) -> list[Epoch]:
-    if not folder.metrics.exists():
-        return []
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-    return [Epoch.model_validate_json(line) for line in lines]
+    return [Epoch.model_validate_json(line) for line in folder.curves()]
 
 
 def _reconstruction(epochs: Sequence[Epoch], config: Mapping[str, Any]) -> list[Reconstruction]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..cache import Cache
+from ..config_file import read_config
 from ..console import safe_console
 from ..device import Engine, choose_device, use_threads
 from ..errors import JobError, UsageError
@@ -97,6 +98,7 @@ def _job(run: Path, cache: Path | None, display: Display, progress: Stage) -> Jo
         raise UsageError(f"{run} is not a run folder; name one that compress has made, such as runs/shop.")
     folder = RunFolder(run, writes=False)
     folder.open(fresh=False)
+    read_config(run)  # as the run has left it
     options = read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache})
     if not options.store_views:
         raise UsageError(f"{run} has asked its teachers at every step: it has stored nothing.")

@@ -10,13 +10,14 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ..config_file import read_config
 from ..data.given import Given
 from ..data.image_set import ROLES, Image, Progress, Role, Skipped, in_order, printable
 from ..data.open import open_data, read_data
 from ..data.split import listed
 from ..errors import UsageError
 from ..files import digest
-from ..run_folder import RunFolder, read_config
+from ..run_folder import RunFolder
 from .networks import Asked
 
 Part = Literal["train", "select", "test", "all"]

@@ -253,6 +253,7 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
 
     Raises:
         UsageError: it has no head, or its weights lie outside of its file.
+        JobError: it is not as the run has left it.
     """
     alone = run / BENCH / "teacher.onnx"
     files = [alone] if alone.is_file() else sorted((run / BENCH).glob("teacher.*.onnx"))
@@ -269,6 +270,9 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
     beyond = [file for file in files if file.with_name(f"{file.name}.data").exists()]
     if beyond:
         raise UsageError(f"{beyond[0]} keeps its weights, of more than 2 GB, in a file beside it.")
+    for file in files:
+        for name in (file, run / file.with_suffix(".safetensors").name):
+            record.check_left(name.relative_to(run).as_posix())
     known = facts.get("teacher")
     return Asked(
         "teacher",

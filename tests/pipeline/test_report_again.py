@@ -76,7 +76,8 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path: Path, a_run: Path) 
     file = tmp_path / "file"
     file.touch()
     little.refused(little.compress("report", a_run, "--out", file), 2, "is a file")
-    (a_run / "run.json").write_text("{")
+    for name in ("run.json", ".run.json"):
+        (a_run / name).write_text("{")
     little.refused(little.compress("report", a_run), 2, "cannot be read as a run's record")
     started = tmp_path / "started"
     started.mkdir()
@@ -93,8 +94,11 @@ def test_a_changed_manifest_is_told_of(a_run: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["a: [1", "just a text", "a: &a [*a]"])
-def test_damaged_options_are_told_and_the_report_stays(a_run: Path, content: str) -> None:
+def test_damaged_options_of_an_older_run_are_told_and_the_report_stays(a_run: Path, content: str) -> None:
     before = (a_run / "report.html").read_bytes()
+    record = little.record(a_run)
+    del record["options"]  # which were in config.yaml alone
+    (a_run / "run.json").write_text(json.dumps(record))
     (a_run / "config.yaml").write_text(content)
     little.refused(little.compress("report", a_run), 2, "config.yaml")
     assert (a_run / "report.html").read_bytes() == before

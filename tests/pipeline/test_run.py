@@ -19,7 +19,7 @@ from . import little
 from .little import compress, files, job, python, record, refused, report, weights
 
 # Which of them a run writes anew although nothing was missing: the options and how it was called.
-REWRITTEN = ("config.yaml", "run.json")
+REWRITTEN = ("config.yaml", "run.json", ".run.json")
 
 
 def test_the_run_folder_holds_what_the_design_lists(finished):

@@ -58,7 +58,7 @@ def make(tmp_path: Path) -> Made:
         }
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text("{}")
+        (folder / "run.json").write_text('{"schema_version": 1, "stages": {}}')
         report = report.model_copy(update={**update, **more})
         (folder / "report.json").write_text(report.model_dump_json(), encoding="utf-8")
         if right is not None:

@@ -1,0 +1,100 @@
+"""A disk that is full after a random amount of writing: a tmpfs with ballast that leaves just so much."""
+
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from fault_cases import DEFECT, TOLD, Case, judged, kept
+from fault_flips import run
+from little_run import differences, left_by, pictures, run_options, staged, stages, start
+
+SIZE = 16 << 20
+TIMES = 50
+ON_IT = ("everything", "run", "cache", "temporary files")
+
+
+@contextmanager
+def little_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def temporary_in(folder: str) -> None:
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None
+
+
+def cases(work: Path, seed: int) -> Iterator[Case]:
+    data = pictures(work / "pictures")
+    staged(data, work / "whole", work / "before")
+    expected = left_by(work / "whole")
+    for number in range(TIMES):
+        draw = random.Random(f"{seed} {number}")
+        where, stage = ON_IT[number % len(ON_IT)], draw.choice(stages())
+        yield Case(
+            f"{number} {where}",
+            where,
+            f"compress, from {stage} on",
+            partial(_try, data, work, where, stage, draw, expected),
+        )
+
+
+def _try(
+    data: Path, work: Path, where: str, stage: str, draw: random.Random, expected: dict[str, object]
+) -> tuple[str, str]:
+    with little_disk(work / "disk") as disk:
+        try:
+            return _on(disk, data, work, where, stage, draw, expected)
+        finally:
+            shutil.rmtree(work / "case", ignore_errors=True)
+
+
+def _on(
+    disk: Path,
+    data: Path,
+    work: Path,
+    where: str,
+    stage: str,
+    draw: random.Random,
+    expected: dict[str, object],
+) -> tuple[str, str]:
+    out, told = work / "case", work / "told"
+    out.mkdir()
+    for name in ("run", "cache", "temporary"):
+        place = (disk if where.startswith(("everything", name)) else out) / name
+        before = work / "before" / stage / name
+        if before.exists():
+            shutil.copytree(before, place)
+        else:
+            place.mkdir()
+        if place.parent != out:
+            (out / name).symlink_to(place)
+    # Up to what the run writes from nothing to its end, without what is replaced.
+    growth = sum(f.stat().st_size for f in (work / "whole").rglob("*") if f.is_file())
+    room = int(draw.uniform(0, 1) ** 2 * growth)
+    (disk / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - room)))
+    good = kept(out)
+    arguments = run_options(data, out, "--quiet")
+    process = start(arguments, told, temporary_in, str(out / "temporary"))
+    process.join()
+    said = Path(f"{told}.err").read_text()
+    verdict, sentence = judged(process.exitcode, said, good, out, expected)
+    if verdict != TOLD:
+        return verdict, sentence or f"{room} bytes were enough"
+    half = [file.name for file in (out / "run").rglob(".*") if file.suffix in (".part", ".tmp")]
+    (disk / "ballast").unlink()
+    code, said, _ = run(arguments, told)
+    if code:
+        return DEFECT, f"with room again: exit code {code}: {said.strip()[-1000:]}"
+    differs = [*half, *differences(left_by(out), expected)]
+    return (DEFECT, f"with room again differ: {', '.join(differs[:5])}") if differs else (TOLD, sentence)
