@@ -36,7 +36,7 @@ class _Stage(BaseModel):
 
 
 class _Config(BaseModel):
-    rounds: int = Field(1, ge=1, le=1000)
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 1
     qat: bool = False
 
 
