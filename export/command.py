@@ -1,5 +1,5 @@
 """The command that an artifact's predict.py is: ask a network about image files; `compress predict` asks by
-it too. `standalone.py` puts it behind the runtime, so that it knows nothing else of ours.
+it too. `standalone.py` puts it behind the runtime and plain_text.py, so that it knows nothing else of ours.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from PIL import Image
 
+from .plain_text import json_spelled_out, spelled_out
 from .runtime import _FORMATS, ArtifactError, Classifier, ImageError, Prediction
 
 
@@ -28,17 +29,21 @@ def ask(classifier: Classifier, paths: Iterable[Path], *, top: int = 3, as_json:
             found = _images_below(path) if path.is_dir() else [path]
         except ImageError as error:
             unread += 1
-            print(f"Error: {error}", file=sys.stderr)
+            _tell(error)
             continue
         for file in found:
             try:
                 [answer] = classifier.predict([file], top)
             except ImageError as error:
                 unread += 1
-                print(f"Error: {error}", file=sys.stderr)
+                _tell(error)
             else:
                 print(_line(file, answer, as_json=as_json, several=classifier.thresholds is not None))
     return unread
+
+
+def _tell(error: Exception) -> None:
+    print(spelled_out(f"Error: {error}"), file=sys.stderr)
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -58,10 +63,11 @@ def _line(path: Path, answer: Prediction, *, as_json: bool, several: bool) -> st
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     if as_json:
         has = {"labels": _named(answer.labels)} if several else {}
-        return json.dumps({"image": name, **has, "answers": _named(answer.top)}, ensure_ascii=False)
+        said = {"image": name, **has, "answers": _named(answer.top)}
+        return json_spelled_out(json.dumps(said, ensure_ascii=False))
     shown = answer.labels if several else answer.top
     told = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in shown)
-    return f"{name}: {told or 'none of the labels'}"
+    return spelled_out(f"{name}: {told or 'none of the labels'}")
 
 
 def _named(answers: Iterable[tuple[str, float]]) -> list[dict[str, str | float]]:
@@ -70,7 +76,7 @@ def _named(answers: Iterable[tuple[str, float]]) -> list[dict[str, str | float]]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"Error: {message}; --help lists the options.\n")
+        self.exit(2, spelled_out(f"Error: {message}; --help lists the options.") + "\n")
 
 
 def _whole_number(text: str) -> int:
@@ -96,10 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         classifier = Classifier.load(asked.artifact, file=asked.file, threads=asked.threads)
+        return 1 if ask(classifier, asked.images, top=asked.top, as_json=asked.json) else 0
     except ArtifactError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        _tell(error)
         return 1
-    return 1 if ask(classifier, asked.images, top=asked.top, as_json=asked.json) else 0
 
 
 def run() -> NoReturn:

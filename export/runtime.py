@@ -33,6 +33,10 @@ from PIL import Image, ImageCms
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 26
+"""Bytes. That of 21,000 classes has a third of a million."""
+LARGEST_FILE = (1 << 31) - 1
+"""Bytes of an ONNX file; protobuf holds no more."""
 METADATA_PREFIX = "questpress."
 MULTI_LABEL = "multi-label"
 UINT8 = "uint8"
@@ -101,15 +105,12 @@ def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) ->
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     try:
-        with _no_pillow_warnings():
+        with no_pillow_warnings():
             Image.init()
             with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(
-                        f"cannot read {name}: {width}×{height} pixels are more than the {max_pixels} allowed"
-                    )
+                _refuse_large(name, image, max_pixels)
                 image.load()
+                _refuse_large(name, image, max_pixels)  # an icon's header may lie of the picture inside it
                 return _rgb(_upright(image))
     except ImageError:
         raise
@@ -120,6 +121,14 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"cannot read {name}: {reason}") from error
+
+
+def _refuse_large(name: str, image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"cannot read {name}: {width}×{height} pixels are more than the {max_pixels} allowed"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -196,7 +205,7 @@ _warnings_saved: warnings.catch_warnings | None = None
 
 
 @contextmanager
-def _no_pillow_warnings() -> Iterator[None]:
+def no_pillow_warnings() -> Iterator[None]:
     """Keep Pillow's remarks about odd files quiet. Python's own context manager alone isn't safe among
     threads.
     """
@@ -229,6 +238,8 @@ _FILTERS = {
     "hamming": Image.Resampling.HAMMING,
 }
 _CROP_MODES = ("center", "squash", "border")
+LARGEST_SIDE = 1 << 13
+"""Of a network's input, in pixels: one image of it takes 800 MB. What asks for more is no artifact."""
 _MAX_RESIZED = 1 << 25  # pixels; an image much longer than wide is resized only where the crop will be
 
 
@@ -257,6 +268,8 @@ class Preprocessing:
                 f"preprocessing needs positive sizes, not size={self.size}, resize={self.resize}, "
                 f"crop_fraction={self.crop_fraction}"
             )
+        if self.size > LARGEST_SIDE or self.resize > 16 * LARGEST_SIDE:
+            raise ValueError(f"no network takes images of {self.size} pixels cut from {self.resize}")
         if self.interpolation not in _FILTERS:
             raise ValueError(f"no filter {self.interpolation!r}; there are {', '.join(_FILTERS)}")
         if self.crop_mode not in _CROP_MODES:
@@ -309,6 +322,8 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Raises ValueError where `to_dict` of this version could not have written `values`."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"preprocessing is {type(values).__name__} and no table")
         if values.get("version") != SCHEMA_VERSION or values.get("library") != "Pillow":
             raise ValueError(
                 f"no preprocessing of version {values.get('version')!r} with {values.get('library')!r} here"
@@ -325,7 +340,7 @@ class Preprocessing:
                 mean=(r, g, b),
                 std=(sr, sg, sb),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"preprocessing lacks or garbles {error}") from error
 
 
@@ -493,6 +508,8 @@ def session(
     # Threads wait busily within a run, where microseconds count, and give the cores back between runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Or else bytes that look like ONNX Runtime's own format are read as that, by another parser.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     name = "a model given as bytes" if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(
@@ -505,6 +522,74 @@ def session(
     except Exception as error:  # onnxruntime's exceptions have no common public class
         reason = " ".join(str(error).split())
         raise ArtifactError(f"onnxruntime cannot load {name}: {reason}") from error
+
+
+# ONNX's messages as far as they lead to tensors (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto):
+# the number of a field, and the message in it.
+_WAYS_TO_TENSORS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+_EXTERNAL = (13, 14)  # a tensor's external_data and data_location
+_VARINT, _EIGHT_BYTES, _COUNTED, _FOUR_BYTES = 0, 1, 2, 5  # of protobuf's fields
+_MOST_FIELDS = 10_000_000  # a network of a thousand nodes has some thirty thousand
+
+
+def refuse_outside(model: bytes, name: str) -> None:
+    """Refuse a model that takes weights from other files: what ships is one file, and whoever made it is not
+    to choose what is read on this machine. Nothing but the messages' frames is read, and no runtime is asked.
+
+    Raises ArtifactError, also where the bytes are no ONNX model.
+    """
+    content = memoryview(model)
+    waiting, fields = [("model", 0, len(content))], 0
+    try:
+        while waiting:
+            kind, place, end = waiting.pop()
+            ways = _WAYS_TO_TENSORS.get(kind, {})
+            while place < end:
+                key, place = _varint(content, place)
+                number, wire = key >> 3, key & 7
+                fields += 1
+                if fields > _MOST_FIELDS:
+                    raise ValueError(f"more than {_MOST_FIELDS:,} fields")
+                value = size = 0
+                if wire == _VARINT:
+                    value, place = _varint(content, place)
+                elif wire == _COUNTED:
+                    size, place = _varint(content, place)
+                elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
+                    size = 8 if wire == _EIGHT_BYTES else 4
+                else:
+                    raise ValueError(f"a field of kind {wire}")
+                if place + size > end:
+                    raise ValueError("a field that ends beyond its message")
+                if kind == "tensor" and number in _EXTERNAL and (value or wire == _COUNTED):
+                    raise ArtifactError(f"{name} keeps data in another file, which is refused")
+                if wire == _COUNTED and number in ways:
+                    waiting.append((ways[number], place, place + size))
+                place += size
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(f"{name} is no ONNX file, or a damaged one: {error}") from error
+
+
+def _varint(content: memoryview, place: int) -> tuple[int, int]:
+    """Protobuf's number of 7 bits a byte at a place, and the place behind it."""
+    value = shift = 0
+    while True:
+        byte = content[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
 
 
 @dataclass(frozen=True)
@@ -534,7 +619,8 @@ class Classifier:
         labels: Sequence[str] | None = None,
         thresholds: Sequence[float] | None = None,
     ) -> None:
-        """What isn't given is read from the model's own metadata; ArtifactError where that lacks it.
+        """What isn't given is read from the model's own metadata; ArtifactError where that lacks it, and
+        where the model is none that takes images and answers with a number for each label.
 
         `thresholds`, one for each label, are those of a network for images of several labels; then each label
         has a probability of its own.
@@ -543,6 +629,7 @@ class Classifier:
         self.threads = default_threads() if threads is None else threads
         if self.threads < 1:
             raise ValueError(f"a classifier needs at least one thread, not {threads}")
+        refuse_outside(model, name)
         self.session = session(model, self.threads)
         own_preprocessing, own_labels, own_thresholds = _read_metadata(
             self.session.get_modelmeta().custom_metadata_map, name, needed=not (preprocessing and labels)
@@ -551,9 +638,13 @@ class Classifier:
             thresholds = own_thresholds
         self.preprocessing: Preprocessing = preprocessing or own_preprocessing  # type: ignore[assignment]
         self.labels: tuple[str, ...] = tuple(labels or own_labels)
-        self._input = self.session.get_inputs()[0].name
-        self.takes_pixels: bool = self.session.get_inputs()[0].type == "tensor(uint8)"
-        classes = self.session.get_outputs()[0].shape[-1]
+        given, answers = self.session.get_inputs(), self.session.get_outputs()
+        if len(given) != 1 or not answers or given[0].type not in ("tensor(uint8)", "tensor(float)"):
+            kinds = ", ".join(one.type for one in given) or "nothing"
+            raise ArtifactError(f"{name} takes {kinds}, and not images alone")
+        self._input = given[0].name
+        self.takes_pixels: bool = given[0].type == "tensor(uint8)"
+        classes = answers[0].shape[-1] if answers[0].shape else None
         if isinstance(classes, int) and classes != len(self.labels):
             raise ArtifactError(f"{name} answers with {classes} classes but names {len(self.labels)}")
         self.thresholds = None if thresholds is None else np.asarray(thresholds, dtype=np.float64)
@@ -576,7 +667,7 @@ class Classifier:
         """
         path = Path(path)
         if path.is_file():
-            return cls(path.read_bytes(), path.name, threads=threads)
+            return cls(_whole_file(path), path.name, threads=threads)
         folder, manifest = read_manifest(path)
         entry = _choose(manifest["files"], folder, file, precision)
         return cls(
@@ -598,14 +689,23 @@ class Classifier:
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """What `feed` gives, float32 [B, 3, S, S] or of a file that takes pixels uint8 [B, S, S, 3], to
-        logits float32 [B, classes]. Raises ValueError where such a file is given anything else.
+        logits float32 [B, classes]. Raises ValueError where such a file is given anything else, and
+        ArtifactError where onnxruntime fails or the answer has another shape.
         """
         if self.takes_pixels and batch.dtype != np.uint8:
             raise ValueError(f"{self.name} takes pixels, uint8 [B, S, S, 3], not {batch.dtype}")
         if len(batch) == 0:
             return np.empty((0, len(self.labels)), dtype=np.float32)
         fed = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
-        return self.session.run(None, {self._input: fed})[0]
+        try:
+            answer = self.session.run(None, {self._input: fed})[0]
+        except Exception as error:  # onnxruntime's exceptions have no common public class
+            reason = " ".join(str(error).split())
+            raise ArtifactError(f"onnxruntime cannot run {self.name}: {reason}") from error
+        shape, expected = getattr(answer, "shape", None), (len(batch), len(self.labels))
+        if shape != expected:
+            raise ArtifactError(f"{self.name} answers with {shape} where {expected} was due")
+        return answer
 
     def predict(
         self, images: Iterable[Pixels | str | Path | bytes], top: int = 5, *, batch_size: int = 16
@@ -670,6 +770,17 @@ def metadata(
     }
 
 
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading JSON of another form than ours may raise: numbers too large and brackets too deep, too."""
+
+
+def _labels(stated: Any) -> list[str]:
+    """Raises ValueError where they are no list of texts, or an empty one."""
+    if not isinstance(stated, list) or not stated or not all(isinstance(label, str) for label in stated):
+        raise ValueError("labels must be strings")
+    return stated
+
+
 def _read_metadata(
     entries: Mapping[str, str], name: str, *, needed: bool
 ) -> tuple[Preprocessing | None, list[str], list[float] | None]:
@@ -682,10 +793,10 @@ def _read_metadata(
         raise ArtifactError(f"{name} is of version {version}; this runtime reads version {SCHEMA_VERSION}")
     try:
         preprocessing = Preprocessing.from_dict(json.loads(entries[METADATA_PREFIX + "preprocessing"]))
-        labels = [str(label) for label in json.loads(entries[METADATA_PREFIX + "labels"])]
+        labels = _labels(json.loads(entries[METADATA_PREFIX + "labels"]))
         stated = json.loads(entries.get(METADATA_PREFIX + "thresholds", "null"))
         thresholds = _thresholds({"task": entries.get(METADATA_PREFIX + "task"), "thresholds": stated})
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise ArtifactError(f"the questpress metadata of {name} cannot be read: {error}") from error
     return preprocessing, labels, thresholds
 
@@ -719,6 +830,8 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise ArtifactError(f"{path} {problem}: name a run folder, an artifact folder or an .onnx file")
     where = folder / MANIFEST
     try:
+        if where.stat().st_size > LARGEST_MANIFEST:
+            raise ValueError(f"no manifest has {where.stat().st_size:,} bytes")
         manifest = json.loads(where.read_text(encoding="utf-8"))
         version = manifest["schema_version"]
         if version != SCHEMA_VERSION:
@@ -732,8 +845,7 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
                 "the artifact anew, or take it from where it came"
             )
         Preprocessing.from_dict(manifest["preprocessing"])
-        if not all(isinstance(label, str) for label in manifest["labels"]):
-            raise ValueError("labels must be strings")
+        _labels(manifest["labels"])
         thresholds = _thresholds(manifest)
         if thresholds is not None and len(thresholds) != len(manifest["labels"]):
             raise ValueError("each label needs a threshold")
@@ -741,7 +853,9 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
                 raise ValueError(f"a file may not be named {entry['name']!r}")
             int(entry["bytes"]), str(entry["sha256"]), str(entry["precision"])
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            if not isinstance(entry.setdefault("target", None), str | None):
+                raise ValueError(f"a file may not be for {entry['target']!r}")
+    except _UNREADABLE as error:
         raise ArtifactError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
     return folder, manifest
 
@@ -755,13 +869,23 @@ def checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
+def _whole_file(path: Path) -> bytes:
+    """A model file's bytes. Raises ArtifactError; a pipe or a device is not waited for."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ArtifactError(f"{path} cannot be read: it is not a file")
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+                raise ArtifactError(f"{path} cannot be read: it is larger than 2 GB, which no ONNX file is")
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:
     """The bytes of a file of the manifest, after checking its size and sha256. Raises ArtifactError."""
     path = folder / entry["name"]
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    content = _whole_file(path)
     if len(content) != entry["bytes"]:
         raise ArtifactError(
             f"{path} is damaged: {len(content)} bytes where {MANIFEST} says {entry['bytes']}; "

@@ -1,7 +1,7 @@
 """predict.py, which lies in every artifact folder: the runtime and the command in one file.
 
 It is `runtime.py` as it is, so that it answers to the bit as the files were validated, and behind it
-`command.py` without its imports of ours. It needs numpy, Pillow and onnxruntime.
+`plain_text.py` and `command.py` without their imports of ours. It needs numpy, Pillow and onnxruntime.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def predict_py() -> str:
     """The text of predict.py; the same questpress gives the same bytes."""
     before, after = _read("runtime.py").split(_FUTURE, 1)
     line = "# " + "-" * 105
-    return f"{_HEAD}{before}{_FUTURE}{_NEEDS}{after}\n\n{line}\n# The command\n\n{_command()}{_END}"
+    command = f"{_without_ours('plain_text.py')}\n\n{_without_ours('command.py')}"
+    return f"{_HEAD}{before}{_FUTURE}{_NEEDS}{after}\n\n{line}\n# The command\n\n{command}{_END}"
 
 
 def write_predict(folder: Path) -> Path:
@@ -55,9 +56,9 @@ def write_predict(folder: Path) -> Path:
     return path
 
 
-def _command() -> str:
-    """command.py without its docstring and what it imports from the runtime, which stands before it."""
-    source = _read("command.py")
+def _without_ours(name: str) -> str:
+    """A module without its docstring and what it imports from those that stand before it."""
+    source = _read(name)
     lines = source.splitlines(keepends=True)
     for node in reversed(ast.parse(source).body):
         ours = isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__")

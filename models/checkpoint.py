@@ -5,6 +5,7 @@ import hashlib
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raise ModelError(
                 f"{file} is a folder; name the weights file in it (.safetensors, .pth, .th, .bin)."
             )
+        if not file.is_file():
+            raise ModelError(f"{file} is no file, but something that would be waited for.")
         with file.open("rb") as stream:
             head = stream.read(9)
             stream.seek(0)
@@ -71,13 +74,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         labels = _labels({key: _from_json(value) for key, value in metadata.items()})
         where = ""
     elif head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        if head[:1] == b"P":
+            _refuse_packed(file)
         content = _read_torch(file)
-        tensors, where = _find_weights(content)
+        tensors, where = _find_weights(content, set())
         labels = _labels(content) if isinstance(content, Mapping) else None
     else:
         raise ModelError(f"{file} is neither a safetensors file nor a torch checkpoint.")
     if not tensors:
         raise ModelError(f"There are no weights in {file}: it holds no named tensors.")
+    _refuse_odd(tensors, file)
     source = f"{file.name} ({where})" if where else file.name
     return Checkpoint(tensors, labels, source, digest, metadata)
 
@@ -114,8 +120,39 @@ def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged header fails in many ways
         raise ModelError(f"The safetensors file {file} is damaged: {_brief(error)}.") from error
+
+
+def _refuse_packed(file: Path) -> None:
+    """torch writes its archives as they are: one that is packed, or whose parts lie over each other, may come
+    to any size when it is read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except Exception as error:  # as above
+        raise ModelError(
+            f"The checkpoint {file} is damaged or not a torch checkpoint: {_brief(error)}."
+        ) from error
+    if any(one.compress_type != zipfile.ZIP_STORED for one in parts):
+        raise ModelError(f"The checkpoint {file} is a packed archive; unpack it, or save it with torch anew.")
+    if sum(one.file_size for one in parts) > file.stat().st_size:
+        raise ModelError(f"The checkpoint {file} is damaged: it says to hold more bytes than it has.")
+
+
+def _refuse_odd(tensors: StateDict, file: Path) -> None:
+    """Weights are real numbers that lie in memory one after another; nothing else can be loaded into a
+    network.
+    """
+    for name, tensor in tensors.items():
+        packed = tensor.is_quantized or tensor.is_nested or tensor.is_complex()
+        if packed or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without numbers" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+            raise ModelError(
+                f"The checkpoint {file} holds a tensor {name[:60]!r} that is no plain one ({kind}); save its "
+                "state_dict as dense float numbers."
+            )
 
 
 def _read_torch(file: Path) -> Any:
@@ -153,20 +190,22 @@ def tensors_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def _find_weights(content: Any, depth: int = 0) -> tuple[StateDict, str]:
+def _find_weights(content: Any, seen: set[int], depth: int = 0) -> tuple[StateDict, str]:
     """The named tensors in a checkpoint, and under which keys they lay.
 
-    The averaged weights where there are any, else those under a usual name, else the largest collection.
+    The averaged weights where there are any, else those under a usual name, else the largest collection. What
+    was ``seen`` is not looked at again: a collection may hold itself, and many times.
     """
-    if isinstance(content, nn.Module) or not isinstance(content, Mapping) or depth > 4:
+    if not isinstance(content, Mapping) or depth > 4 or id(content) in seen:
         return {}, ""
+    seen.add(id(content))
     tensors = {
         key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
     }
     nested: dict[str, tuple[StateDict, str]] = {}
     for key, value in content.items():
         if isinstance(key, str) and not key.lower().startswith(_NOT_WEIGHTS):
-            found, inner = _find_weights(value, depth + 1)
+            found, inner = _find_weights(value, seen, depth + 1)
             if found:
                 nested[key] = (found, f"{key}.{inner}" if inner else key)
     largest = max((len(found) for found, _ in nested.values()), default=0)
@@ -216,7 +255,7 @@ def _ordered(table: Any) -> tuple[str, ...] | None:
 def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

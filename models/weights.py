@@ -54,9 +54,12 @@ def load_into(
         raise ModelError(_head_sentence(checkpoint, network, weights, target))
     # A head of which one part fits by chance is still another head.
     dropped = {key for key in {*weights, *target} if key in head} if odd else set()
-    network.load_state_dict(
-        {key: value for key, value in weights.items() if key not in dropped}, strict=not odd
-    )
+    fitting = {key: value for key, value in weights.items() if key not in dropped}
+    try:
+        network.load_state_dict(fitting, strict=not odd)
+    except RuntimeError as error:  # numbers of a kind that torch cannot turn into the network's
+        told = " ".join(str(error).split())[:300]
+        raise ModelError(f"The weights in {checkpoint.source} cannot be taken over: {told}") from error
     return LoadReport(
         missing=tuple(key for key in target if key in dropped),
         unexpected=tuple(key for key in weights if key in dropped and key not in target),
@@ -86,16 +89,14 @@ def fitted(weights: StateDict, target: StateDict) -> StateDict:
     """The weights without the wrapper prefix (`module.`, `model.`, `backbone.`, …) that hides most of the
     target's names. What lies outside the prefix belongs to something else and is left out."""
     # In the file's order: of two networks side by side, as contrastive training keeps them, the first.
-    prefixes = {"": None}
+    matches = {"": sum(key in target for key in weights)}
     for key in weights:
-        parts = key.split(".")
-        prefixes.update({".".join(parts[:depth]) + ".": None for depth in range(1, min(len(parts), 4))})
-
-    def matches(prefix: str) -> int:
-        return sum(key.startswith(prefix) and key[len(prefix) :] in target for key in weights)
-
-    best = max(sorted(prefixes, key=len), key=matches)
-    if 2 * matches(best) < len(target):  # too few to be this network; a chance match would only hide the rest
+        parts = key.split(".", 4)
+        for depth in range(1, min(len(parts), 4)):
+            prefix = ".".join(parts[:depth]) + "."
+            matches[prefix] = matches.get(prefix, 0) + (key[len(prefix) :] in target)
+    best = max(sorted(matches, key=len), key=matches.__getitem__)
+    if 2 * matches[best] < len(target):  # too few to be this network; a chance match would only hide the rest
         return dict(weights)
     return {key[len(best) :]: value for key, value in weights.items() if key.startswith(best)}
 

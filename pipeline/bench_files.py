@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..export.runtime import ArtifactError, read_manifest
+from ..export.runtime import ArtifactError, read_manifest, read_verified
 from ..export.targets import TARGETS, timed_here
 from .config_file import read_config
 from .errors import UsageError
@@ -86,10 +86,21 @@ def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[st
             notes.append(f"{entry['name']} is {why}")
             continue
         file = folder / entry["name"]
+        _verify(folder, entry)
         shown = file.relative_to(path).as_posix()
         name, part = _role(entry, {one.key for one in found})
         found.append(Found(file, name, shown, part, onnx_input(file, image_size)))
     return found, notes
+
+
+def _verify(folder: Path, entry: dict[str, Any]) -> None:
+    """What lies in a file is what the manifest says; of one with weights beside it that is not said."""
+    if (folder / f"{entry['name']}.data").exists():
+        return
+    try:
+        read_verified(folder, entry)
+    except ArtifactError as error:
+        raise UsageError(f"{error}.") from error
 
 
 def _role(entry: dict[str, Any], taken: set[str | None]) -> tuple[str, str | None]:

@@ -48,7 +48,10 @@ def load(text: str) -> Any:
         raise yaml.YAMLError(
             f"it has {values:,} values with those that aliases repeat, more than {MOST_VALUES:,}"
         )
-    return yaml.SafeLoader("").construct_document(root)
+    try:
+        return yaml.SafeLoader("").construct_document(root)
+    except (ValueError, OverflowError) as error:  # a day or a number that there is none of
+        raise yaml.YAMLError(f"it has a value that is none ({error})") from error
 
 
 def _values(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:

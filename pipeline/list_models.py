@@ -1,12 +1,12 @@
 """`compress models`: names, sizes and licences."""
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..models.catalogue import describe
 from ..models.errors import ModelError, UnknownModel
 from ..models.names import matching, nearest
+from .console import safe_console
 from .errors import UsageError
 
 COUNTED = 60
@@ -24,7 +24,7 @@ def list_models(pattern: str, image_size: int | None) -> None:
         near = nearest(pattern.strip("*?"))
         advice = f" The nearest are {', '.join(near)}." if near else ""
         raise UsageError(f"No model matches '{pattern}'.{advice}")
-    console = Console(highlight=False)
+    console = safe_console(highlight=False)
     if len(names) > COUNTED:
         for name in names:
             console.print(Text(name))

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..export.errors import ExportError
 from ..export.foreign import read_foreign
-from ..export.runtime import METADATA_PREFIX
+from ..export.runtime import LARGEST_SIDE, METADATA_PREFIX
 from .errors import UsageError
 
 _KINDS: dict[int, np.dtype] = {
@@ -37,29 +36,27 @@ class OnnxInput:
 
 
 def onnx_input(path: Path, image_size: int | None = None) -> OnnxInput:
-    """Of a file of a run, whose weights may lie beside it.
+    """Of a file of a run, whose weights may lie in the one file beside it that is named after it.
 
     Raises:
-        UsageError: it is no ONNX file, keeps weights where they should not be, or takes something other than
-            single images.
+        UsageError: it is no ONNX file or one that is not to be trusted, or takes something other than single
+            images.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
-    except (DecodeError, ValueError) as error:
-        raise UsageError(f"{path} is no ONNX file; name one that ends in .onnx, or a folder.") from error
-    return _taken(path, model, image_size)
+    return _read(path, image_size, beside=True)[1]
 
 
 def foreign_input(path: Path, image_size: int | None = None) -> tuple[bytes, OnnxInput]:
     """Of a file that somebody else may have made, and its bytes: what was looked at is what is to be run.
 
     Raises:
-        UsageError: as for ``onnx_input``, or it is not to be trusted.
+        UsageError: as for ``onnx_input``; such a file keeps all of its weights in itself.
     """
+    return _read(path, image_size, beside=False)
+
+
+def _read(path: Path, image_size: int | None, *, beside: bool) -> tuple[bytes, OnnxInput]:
     try:
-        content, model = read_foreign(path)
+        content, model = read_foreign(path, beside=beside)
     except ExportError as error:
         raise UsageError(f"{error}.") from error
     return content, _taken(path, model, image_size)
@@ -67,8 +64,6 @@ def foreign_input(path: Path, image_size: int | None = None) -> tuple[bytes, Onn
 
 def _taken(path: Path, model: onnx.ModelProto, image_size: int | None) -> OnnxInput:
     graph = model.graph
-    if not graph.node or not graph.output:
-        raise UsageError(f"{path} is no ONNX file, or an empty one; name one that holds a network.")
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [one for one in graph.input if one.name not in weights]
     if len(inputs) != 1:
@@ -77,13 +72,14 @@ def _taken(path: Path, model: onnx.ModelProto, image_size: int | None) -> OnnxIn
             f"{path} has not one input but {len(inputs)} ({named}); only single images can be timed."
         )
     kind, shape, any_batch = _shape(path, inputs[0], image_size)
-    beside = _beside(path, graph)
+    data = path.with_name(f"{path.name}.data")
+    outside = any(one.data_location == onnx.TensorProto.EXTERNAL for one in graph.initializer)
     return OnnxInput(
         shape=shape,
         kind=kind,
         any_batch=any_batch,
         ours=any(one.key == f"{METADATA_PREFIX}version" for one in model.metadata_props),
-        bytes=path.stat().st_size + sum(file.stat().st_size for file in beside),
+        bytes=path.stat().st_size + (data.stat().st_size if outside else 0),
     )
 
 
@@ -111,25 +107,9 @@ def _shape(
             raise UsageError(f"{path} leaves the size of its images open; name one with --image-size.")
         rest = [one or image_size for one in rest]
     first, second, third = (int(one or 0) for one in rest)
+    if max(first, second, third) > LARGEST_SIDE:
+        raise UsageError(
+            f"{path} takes images of [{first}, {second}, {third}], and a side has at most {LARGEST_SIDE:,} "
+            "pixels."
+        )
     return kind, (first, second, third), batch in (None, 0)
-
-
-def _beside(path: Path, graph: onnx.GraphProto) -> list[Path]:
-    """The files with weights that do not lie in the graph.
-
-    Raises:
-        UsageError: one of them is missing or not in the graph's own folder.
-    """
-    places = {
-        entry.value
-        for tensor in graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for place in places:
-        if Path(place).is_absolute() or ".." in Path(place).parts:
-            raise UsageError(f"{path} wants weights from outside its folder ({place}); that is refused.")
-        if not (path.parent / place).is_file():
-            raise UsageError(f"{path} keeps its weights in {place}, which is not there; copy it beside it.")
-    return [path.parent / place for place in sorted(places)]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+from .console import safe_console
 
 PLAIN_SECONDS = 10.0
 """Where the output is no terminal, a line of progress is written at most this often."""
@@ -28,7 +29,7 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = safe_console(stderr=True, quiet=quiet, highlight=False)
         self.live = self.console.is_terminal and not quiet
         self.verbose = verbose and not quiet
         self.warnings: list[str] = []

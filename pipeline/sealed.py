@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from . import bounded_json
 from .files import digest, write_text
 
 R = TypeVar("R", bound=BaseModel)
@@ -35,12 +36,9 @@ def read_sealed(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, is nested too deep, or is not as it was written.
+        ValueError: it is no JSON, is too large or nested too deep, or is not as it was written.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+    content = bounded_json.read(path)
     if isinstance(content, dict) and content.get(CHECKSUM) not in (None, _of(content)):
         raise ValueError("it is not as it was written: its checksum does not hold")
     return content

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
 
+from ...export.plain_text import spelled_out
 from .. import voice
 from ..stopping import STOP, TIME_LIMIT_EXIT, TimeLimit
 
@@ -59,8 +60,18 @@ def told(job: Callable[[], T], *, resumes: bool = False) -> T:
 
 def ended(sentence: str, code: int) -> NoReturn:
     if voice.first_to_end():
-        click.echo(sentence, err=True)
+        click.echo(_readable(sentence), err=True)
     sys.exit(code)
+
+
+LONGEST = 4000
+"""Characters of a sentence: a name in it may come from a file, and be of any length."""
+
+
+def _readable(sentence: str) -> str:
+    if len(sentence) > LONGEST:
+        sentence = f"{sentence[: LONGEST * 3 // 4]} … {sentence[-LONGEST // 4 :]}"
+    return spelled_out(sentence, but="\n")
 
 
 def show_report(report: "Report", *, as_json: bool) -> None:

@@ -70,8 +70,11 @@ def _sizes(path: Path) -> Iterator[Path]:
     file = path / RESOLUTIONS
     try:
         for one in read_sealed(file)["sizes"]:
-            if _is_run(path / one["folder"]):
-                yield path / one["folder"]
+            child = path / one["folder"]
+            if not child.resolve().is_relative_to(path.resolve()):
+                raise ValueError(f"{one['folder']!r} is not in this folder")
+            if _is_run(child):
+                yield child
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
 

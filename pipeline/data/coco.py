@@ -33,7 +33,8 @@ def read_coco(path: Path) -> tuple[list[Row], list[str]]:
             f"{name} is no COCO annotations file, which has lists of {', '.join(_PARTS)}; a labels file of "
             "another kind is a .csv or .jsonl."
         )
-    names = _by_number(name, "categories", "name", parts["categories"])
+    categories = _by_number(name, "categories", "name", parts["categories"])
+    names = {number: printable(one) for number, one in categories.items()}
     if len(set(names.values())) < len(names):
         twice = next(one for one in names.values() if list(names.values()).count(one) > 1)
         raise UsageError(f"{name} has two categories named '{twice}'; give each a name of its own.")
@@ -44,8 +45,9 @@ def read_coco(path: Path) -> tuple[list[Row], list[str]]:
             annotation.get(key) if isinstance(annotation, dict) else None
             for key in ("image_id", "category_id")
         )
-        if image not in files or category not in names:
-            missing = f"image {image}" if image not in files else f"category {category}"
+        known = isinstance(image, int) and image in files
+        if not known or not isinstance(category, int) or category not in names:
+            missing = printable(f"category {category}" if known else f"image {image}")[:80]
             raise UsageError(f"{name} has an annotation of {missing}, which it does not list.")
         shown[image].add(category)
     if not shown:

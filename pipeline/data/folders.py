@@ -1,6 +1,7 @@
 """A data set that is a folder of class folders, with or without train, val and test folders above them."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -117,11 +118,20 @@ def _expect_folders(walk: Walk, shown: str, folders: Sequence[Path], loose: Sequ
 
 
 def _whole(walk: Walk, folders: Sequence[Path]) -> tuple[list[str], _Files]:
-    names = [printable(folder.name) for folder in folders]
+    names = _names(folders)
     found = [(file, label) for label, folder in enumerate(folders) for file in _images(walk, folder)]
     if not found:
         raise UsageError(f"The folders in {printable(str(walk.top))} hold no images.")
     return names, {"train": found}
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The classes' names: the folders', as they can be printed."""
+    names = [printable(folder.name) for folder in folders]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise UsageError(f"Two class folders are called {twice} where they are printed; rename one.")
+    return names
 
 
 def _by_role(walk: Walk, role_folders: dict[Path, Role], to_learn: bool) -> tuple[list[str], _Files]:
@@ -140,7 +150,8 @@ def _by_role(walk: Walk, role_folders: dict[Path, Role], to_learn: bool) -> tupl
                 "put the images of each class into a folder of its name."
             )
         walk.ignored += len(loose)
-        files = {printable(folder.name): list(_images(walk, folder)) for folder in class_folders}
+        names = _names(class_folders)
+        files = {name: list(_images(walk, folder)) for name, folder in zip(names, class_folders, strict=True)}
         by_name[role] = {name: found for name, found in files.items() if found}
         if not by_name[role]:
             raise UsageError(f"The class folders in '{top.name}' hold no images.")

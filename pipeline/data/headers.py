@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image as PillowImage
 
+from ...export.runtime import no_pillow_warnings
 from .image_set import Image
 
 SAMPLE = 256
@@ -24,7 +25,7 @@ def _size(image: Image) -> tuple[int, int] | None:
         content = image.read()
         if not isinstance(content, bytes):
             return content.shape[0], content.shape[1]
-        with PillowImage.open(io.BytesIO(content)) as header:
+        with no_pillow_warnings(), PillowImage.open(io.BytesIO(content)) as header:
             return header.height, header.width
-    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError):
+    except Exception:  # a damaged file makes Pillow raise nearly anything; decoding will tell of it
         return None

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ...export.plain_text import spelled_out
 from ..files import digest
 
 Role = Literal["train", "select", "test"]
@@ -139,5 +140,7 @@ def array_key(pixels: np.ndarray) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name that can be printed and written as UTF-8, whatever bytes it is made of."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A name that can be printed and written as UTF-8, whatever bytes or characters it is made of: what would
+    steer a terminal or turn the direction of writing is spelled out.
+    """
+    return spelled_out(name)

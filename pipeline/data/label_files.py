@@ -139,7 +139,7 @@ class _Read:
                 )
             if file in found:
                 self._check_same(row, found[file])
-            elif not file.is_file():
+            elif not _is_file(file):
                 missing.append(row)
             elif not file.resolve().is_relative_to(walk.root):
                 walk.skip(file, "a link that leads out of the data folder")
@@ -159,7 +159,7 @@ class _Read:
             return walk.top
         split = self.path.stem.rpartition("_")[2]
         likely = ["", split, "images", f"images/{split}"]
-        here = [walk.top / part for part in likely if (walk.top / part / self.rows[0].file).is_file()]
+        here = [walk.top / part for part in likely if _is_file(walk.top / part / self.rows[0].file)]
         return here[0] if here else walk.top
 
     def _check_same(self, row: Row, other: Row) -> None:
@@ -169,6 +169,14 @@ class _Read:
                 f"{printable(self.path.name)} has {printable(row.file)} in {other.place} and in {row.place}, "
                 f"with different {what}; write it once, with all its labels."
             )
+
+
+def _is_file(path: Path) -> bool:
+    """False too where no file could have this name."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _read(path: Path, asked: Path) -> _Read:

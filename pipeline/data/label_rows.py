@@ -101,9 +101,10 @@ def _header(name: str, cells: list[str], delimiter: str) -> list[str]:
     header = [cell.strip().lower() for cell in cells]
     if any(not set(COLUMNS[column]) & set(header) for column in ("file", "labels")):
         between = "a tab" if delimiter == "\t" else "a comma"
+        begins = printable(delimiter.join(cells)[:80])
         raise UsageError(
-            f"{name} begins with '{delimiter.join(cells)[:80]}'; its first line must name the columns, with "
-            f"{between} between them, as in file{delimiter}labels or file{delimiter}labels{delimiter}split."
+            f"{name} begins with '{begins}'; its first line must name the columns, with {between} between "
+            f"them, as in file{delimiter}labels or file{delimiter}labels{delimiter}split."
         )
     return header
 
@@ -154,7 +155,7 @@ def _labels(given: Any, where: str, *, whole: bool) -> tuple[str, ...]:
     given = given if isinstance(given, list) else [given]
     if not all(isinstance(one, str | int) and not isinstance(one, bool) for one in given):
         raise UsageError(f'{where}: labels are texts, as in ["cat", "dog"].')
-    return tuple(dict.fromkeys(text for one in given if (text := str(one).strip())))
+    return tuple(dict.fromkeys(text for one in given if (text := printable(str(one).strip()))))
 
 
 def _role(given: Any, where: str) -> Role | None:
@@ -162,5 +163,5 @@ def _role(given: Any, where: str) -> Role | None:
     if not word:
         return None
     if word not in ROLE_FOLDERS:
-        raise UsageError(f"{where}: there is no split '{word}'; say {', '.join(ROLE_FOLDERS)}.")
+        raise UsageError(f"{where}: there is no split '{printable(word)}'; say {', '.join(ROLE_FOLDERS)}.")
     return ROLE_FOLDERS[word]

@@ -7,6 +7,7 @@ class the number in its ``.cls``, or in its ``.json`` under the split's ``alt_la
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,9 @@ SYNONYMS: dict[Role, tuple[str, ...]] = {
 IMAGES = ("jpg", "jpeg", "png", "webp")
 # Hashing waits for the disk as much as for the processor.
 THREADS = 8
+MOST_CLASSES = 1_000_000
+LARGEST_TEXT = 1 << 20
+"""Bytes of a sample's ``.cls`` or ``.json``."""
 _SAMPLE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _APART = re.compile(r"__[^/]*__($|/)")
 
@@ -50,7 +54,10 @@ class Indexed:
 
 def local_splits(folder: Path) -> dict[Role, Split] | None:
     """The splits that ``_info.json`` lists, or else the shards that are called ``train*.tar`` and so on; None
-    where there are none, or some of them are no plain tar files in ``folder``.
+    where there are none, or some of them are no plain tar files.
+
+    Raises:
+        UsageError: ``_info.json`` names a file outside of ``folder``, or is of another form.
     """
     listed = _listed(folder)
     splits: dict[Role, Split] = {}
@@ -59,10 +66,11 @@ def local_splits(folder: Path) -> dict[Role, Split] | None:
             if listed is None:
                 shards, label = tuple(sorted(folder.glob(f"{name}[-_.0-9]*tar"))), ""
             elif name in listed:
-                shards = tuple(folder / str(file) for file in listed[name].get("filenames", ()))
-                label = str(listed[name].get("alt_label", "") or "")
+                shards, label = _of_split(folder, name, listed[name])
             else:
                 continue
+            for shard in shards:
+                _refuse_outside(folder, shard)
             if shards:
                 splits[role] = Split(shards, label)
                 break
@@ -97,18 +105,40 @@ def _listed(folder: Path) -> dict[str, Any] | None:
     for name in INFO:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, dict) and isinstance(content.get("splits"), dict):
             return dict(content["splits"])
     return None
 
 
+def _of_split(folder: Path, name: str, said: Any) -> tuple[tuple[Path, ...], str]:
+    files = said.get("filenames", ()) if isinstance(said, dict) else None
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
+        raise UsageError(
+            f"{printable(str(folder))}: the list of shards names no files for the split '{name}'; make it "
+            "anew."
+        )
+    return tuple(folder / file for file in files), str(said.get("alt_label", "") or "")
+
+
+def _refuse_outside(folder: Path, shard: Path) -> None:
+    try:
+        inside = shard.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+        inside = False
+    if not inside:
+        raise UsageError(
+            f"The shard {printable(str(shard))} is not in {printable(str(folder))}, and nothing outside of "
+            "it is read; put it there."
+        )
+
+
 def _plain(shard: Path) -> bool:
     try:
         with tarfile.open(shard, "r:"):
             return True
-    except (OSError, tarfile.TarError):
+    except (OSError, ValueError, tarfile.TarError):
         return False
 
 
@@ -136,7 +166,7 @@ def _samples(role: Role, shard: Path, label: str) -> tuple[list[Image], list[Ski
                     key = hashlib.sha256(_content(stream, image)).hexdigest()
                     source = Span(shard, image.offset_data, image.size)
                     images.append(Image(f"{name}{Path(image.name).suffix}", number, key, source))
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
         raise UsageError(
             f"The shard {printable(str(shard))} is damaged ({error}); fetch it again or take it out."
         ) from error
@@ -169,22 +199,30 @@ def _label(sample: _Sample, stream: Any, label: str, name: str) -> int | None:
     member = sample.members.get("json" if label else "cls")
     if member is None:
         return None
+    if member.size > LARGEST_TEXT:
+        raise UsageError(f"The label of {name} is no class number: it has {member.size:,} bytes.")
     text = _content(stream, member)
     try:
-        if not label:
-            return int(text)
-        from timm.data.readers.targets import get_field
-
-        return int(get_field(json.loads(text), label))
+        number = int(text) if not label else _in_json(text, label)
     except KeyError:
         return None
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"The label of {name} is no class number ({error}).") from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UsageError(f"The label of {name} is no class number ({str(error)[:200]}).") from error
+    if number >= MOST_CLASSES:
+        raise UsageError(f"The label of {name} is {number}, and there are {MOST_CLASSES:,} classes at most.")
+    return number
+
+
+def _in_json(text: bytes, label: str) -> int:
+    from timm.data.readers.targets import get_field
+
+    return int(get_field(json.loads(text), label))
 
 
 def _content(stream: Any, member: tarfile.TarInfo) -> bytes:
+    # Not what the header says, for which there may be neither bytes nor memory.
+    if not 0 <= member.size <= os.fstat(stream.fileno()).st_size - member.offset_data:
+        raise tarfile.ReadError("it ends in the middle of a file")
     stream.seek(member.offset_data)
     content: bytes = stream.read(member.size)
-    if len(content) < member.size:
-        raise tarfile.ReadError("it ends in the middle of a file")
     return content

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ...models.names import resolve
+from .. import bounded_yaml
 from ..errors import UsageError
 from ..options import Options
 
@@ -87,7 +88,12 @@ def parse(name: str, text: str) -> Recipe:
     Raises:
         UsageError: it has a key that means nothing, or lacks one.
     """
-    content = yaml.safe_load(text)
+    try:
+        content = bounded_yaml.load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"The recipe {name} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"The recipe {name} holds no options.")
     _check_keys(name, "key", content, _KEYS)
     missing = _NEEDED - set(content)
     if missing:

@@ -8,6 +8,7 @@ from rich.table import Table as Drawn
 from rich.text import Text
 
 from ..bench_results import Bench
+from ..console import safe_console
 from . import bench_tables, figures
 from .latency import disturbed
 from .tables import Table
@@ -18,7 +19,7 @@ LONGEST = 34
 
 def show(bench: Bench, folder: Path, console: Console | None = None) -> None:
     """Print the tables, the flags, and where the results are."""
-    console = console or Console()
+    console = console or safe_console()
     _show(console, _percentiles(bench))
     speedups = bench_tables.speedups(bench)
     if all(len(row[0]) <= LONGEST for row in speedups.rows):

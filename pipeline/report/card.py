@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...export.plain_text import spelled_out
 from ...export.runtime import UINT8, Preprocessing, read_manifest
 from ...export.standalone import write_predict
 from ..files import write_changed
@@ -68,7 +69,7 @@ def _card(report: Report, manifest: Mapping[str, Any]) -> Card:
     p = Preprocessing.from_dict(manifest["preprocessing"])
     several, pixels = manifest.get("task") is not None, manifest.get("input") == UINT8
     return Card(
-        front=front(report, manifest),
+        front=spelled_out(front(report, manifest), but="\n"),
         title=title(report),
         lead=_lead(report, manifest),
         details=_details(report, manifest, p),

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..comparison.results import ComparedRun, Comparison, Group
+from ..console import safe_console
 from ..doctor import Diagnosis
 from ..results import Report, Resolutions
 from ..validation.results import Validation
@@ -57,7 +58,7 @@ def table(report: Report) -> Table:
 
 def show_sizes(found: Resolutions, console: Console | None = None) -> None:
     """Print the table of the sizes, and the paths to open."""
-    console = console or Console()
+    console = console or safe_console()
     made = sizes.table(found)
     drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
     # The rest is in the report: a terminal is 80 columns wide.
@@ -72,7 +73,7 @@ def show_sizes(found: Resolutions, console: Console | None = None) -> None:
 
 def show_validation(found: Validation, console: Console | None = None) -> None:
     """Print a row for each file, what is to be noted, how the files differ, and the page to open."""
-    console = console or Console()
+    console = console or safe_console()
     drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
     drawn.add_column("")
     top5 = any(one.top5 for one in found.networks)
@@ -104,7 +105,7 @@ def show_validation(found: Validation, console: Console | None = None) -> None:
 
 def show_comparison(found: Comparison, console: Console | None = None) -> None:
     """Print a row for each run, what is best and what is noise, and the page to open."""
-    console = console or Console()
+    console = console or safe_console()
     for group in found.groups:
         title = f"On {group.data}, {group.n:,} test images" if group.n else group.data or "without data yet"
         drawn = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -147,7 +148,7 @@ def show(report: Report, folder: Path | None = None, console: Console | None = N
     Args:
         folder: the run folder; without it the one the run was told to write to.
     """
-    console = console or Console()
+    console = console or safe_console()
     fp32 = budget.fp32_ships(report)
     if fp32 is not None:
         console.print(Text(fp32))
@@ -167,7 +168,7 @@ def show(report: Report, folder: Path | None = None, console: Console | None = N
 
 def show_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
     """Print what was looked at, by groups, with what to do where something is not right."""
-    console = console or Console(highlight=False)
+    console = console or safe_console(highlight=False)
     marks = {"ok": "[green]✓[/green]", "note": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
     group = None
     for one in found.findings:

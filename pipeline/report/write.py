@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...export.plain_text import spelled_out
 from ..files import write_changed
 from ..results import Report
 from ..sealed import with_checksum
@@ -39,13 +40,13 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def writable(report: Report) -> Report:
-    """The same report with its checksum, and bytes of file names that are no UTF-8 spelled out, as
-    ``\\xff``.
+    """The same report with its checksum, and bytes of file names that are no UTF-8 spelled out, as ``\\xff``,
+    and characters that would steer a terminal.
     """
 
     def spelled(content: Any) -> Any:
         if isinstance(content, str):
-            return content.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            return spelled_out(content, but="\n\t")
         if isinstance(content, dict):
             return {spelled(key): spelled(value) for key, value in content.items()}
         if isinstance(content, (list, tuple)):
@@ -62,7 +63,7 @@ def html(report: Report) -> str:
 
 def as_html(template: str, shown: Any) -> str:
     """A page by one of our HTML templates, which finds ``shown`` as ``page``."""
-    environment = _environment(1000, coordinate=_coordinate, count_of=lambda n: f"({n:,})")
+    environment = _environment(1000, finalize=_plain, coordinate=_coordinate, count_of=lambda n: f"({n:,})")
     style = Markup(_read("report.css"))
     return environment.get_template(template).render(page=shown, style=style)
 
@@ -135,11 +136,18 @@ def _coordinate(value: float) -> str:
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
+def _plain(value: Any) -> Any:
+    """Text of which no character turns the page's direction; what is already marked up stays."""
+    return (
+        spelled_out(value, but="\n\t") if isinstance(value, str) and not hasattr(value, "__html__") else value
+    )
+
+
 def _plain_markdown(value: Any) -> Any:
     """Text that Markdown shows as it is, in one line; what is already marked up stays."""
     if value is None or hasattr(value, "__html__"):
         return value
-    return Markup(SPECIAL.sub(r"\\\1", escape(_one_line(str(value)), quote=False)))
+    return Markup(SPECIAL.sub(r"\\\1", escape(spelled_out(_one_line(str(value))), quote=False)))
 
 
 def _code(value: str) -> Markup:

@@ -7,6 +7,7 @@ from typing import Any
 from ...export.artifact import tool_versions
 from .. import methods, recipes
 from ..bench_report import with_later_bench
+from ..errors import UsageError
 from ..job import Job
 from ..methods.feed import RECONSTRUCTION
 from ..report.card import write_beside
@@ -35,7 +36,23 @@ def write(folder: RunFolder) -> Report:
 
 
 def assemble(folder: RunFolder) -> Report:
-    """The report of a run from its folder alone."""
+    """The report of a run from its folder alone.
+
+    Raises:
+        UsageError: what the folder says of itself is not of the form that stages leave.
+        JobError: a later bench in it is damaged.
+    """
+    try:
+        return _assembled(folder)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{folder.path} holds a record from which no report can be made ({type(error).__name__}: "
+            f"{told}); repeat the command that began the run, with --fresh."
+        ) from error
+
+
+def _assembled(folder: RunFolder) -> Report:
     config = folder.options()
     facts = with_later_bench(folder.path, folder.facts())
     tools = folder.record.get("tools") or tools_here()

@@ -10,17 +10,39 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .. import bounded_json
 from ..cache import Cache
+from ..console import safe_console
 from ..data.views import LISTED
 from ..errors import UsageError
 from ..files import digest
 from ..report import figures
 from .entry import ABOUT
 from .store import KIND
+
+
+class _Answer(BaseModel):
+    readout: str
+    top: int | None = None
+
+
+class _About(BaseModel):
+    """The form of what an entry says of itself, as far as it is listed."""
+
+    teacher: str
+    data: str
+    source: Any
+    answer: _Answer
+    images: int
+    view: int
+    bytes_per_image: int
+    lost_mass: float | None
+
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -69,9 +91,9 @@ def list_store(cache: Cache, *, as_json: bool) -> None:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = safe_console(highlight=False)
     # What is read by a program or a file's reader is not folded to the width of a terminal.
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    return console if console.is_terminal else safe_console(highlight=False, width=160)
 
 
 def _table(found: list[Stored]) -> Table:
@@ -103,12 +125,12 @@ def stored(cache: Cache) -> tuple[list[Stored], int]:
     broken = 0
     for folder, used, size in entries(cache):
         try:
-            about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            of_what = {"source": about["source"], "images": about["images"], "answer": about["answer"]}
-            about["teacher"], about["data"], about["view"], about["bytes_per_image"], about["lost_mass"]
-        except (OSError, ValueError, KeyError, TypeError):
+            about = bounded_json.read(folder / ABOUT)
+            _About.model_validate(about)
+        except (OSError, ValueError):
             broken += 1
             continue
+        of_what = {"source": about["source"], "images": about["images"], "answer": about["answer"]}
         groups.setdefault(digest(of_what), []).append((about, size, used))
     found = sorted(groups.values(), key=lambda group: -max(used for *_, used in group))
     return [_stored(group) for group in found], broken

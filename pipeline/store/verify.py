@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
 from ..cache import Cache
 from ..config_file import read_config
+from ..console import safe_console
 from ..device import Engine, choose_device, use_threads
 from ..errors import JobError, UsageError
 from ..files import sha256
@@ -83,7 +83,7 @@ def verify(run: Path, cache: Path | None, share: float) -> None:
             f"None of the answers that {run} has learned from is in {job.cache.root} any more; --cache names "
             "another folder."
         )
-    console = Console(highlight=False)
+    console = safe_console(highlight=False)
     for one in compared:
         console.print(Text(str(one)), soft_wrap=True)
     wanted = len(views) * sum(len(source.answers) for source in store.sources)

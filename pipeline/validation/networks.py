@@ -127,11 +127,10 @@ def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[st
                 f"{entry['name']} asks it without integer kernels, as it is meant."
             )
             continue
-        classifier = Classifier(
-            read_verified(folder, entry), entry["name"], threads=threads, **_said(manifest)
-        )
+        content = read_verified(folder, entry)
+        classifier = Classifier(content, entry["name"], threads=threads, **_said(manifest))
         if not fused:
-            classifier.session = session(folder / entry["name"], classifier.threads, fuse=False)
+            classifier.session = session(content, classifier.threads, fuse=False)
         kind = str(entry["precision"])
         alone = sum(other["precision"] == kind for other in manifest["files"]) == 1
         name = kind if alone or target is None else f"{kind} {target}"
@@ -263,7 +262,7 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
     record = RunFolder(run, writes=False)
     record.open(fresh=False)
     facts = record.facts()
-    heads = [one.get("head") for one in facts.get("teachers", ())]
+    known, heads = _of_teachers(run, facts)
     if len(heads) == len(files):
         files = [file for file, head in zip(files, heads, strict=True) if head != "none"]
     if not files:
@@ -274,7 +273,6 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
     for file in files:
         for name in (file, run / file.with_suffix(".safetensors").name):
             record.check_left(name.relative_to(run).as_posix())
-    known = facts.get("teacher")
     return Asked(
         "teacher",
         tuple(Classifier(file.read_bytes(), file.name, threads=threads) for file in files),
@@ -282,5 +280,15 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
         tuple(files),
         is_teacher=True,
         run=run,
-        of_teacher=None if known is None else thresholds_of(Subject.model_validate(known)),
+        of_teacher=None if known is None else thresholds_of(known),
     )
+
+
+def _of_teachers(run: Path, facts: dict[str, Any]) -> tuple[Subject | None, list[str | None]]:
+    """What a run has found of its teachers together, and of which kind the head of each is."""
+    try:
+        known = facts.get("teacher")
+        heads = [one.get("head") for one in facts.get("teachers", ())]
+        return None if known is None else Subject.model_validate(known), heads
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"The record of {run} does not say of its teachers what a run says") from error

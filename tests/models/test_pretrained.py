@@ -1,3 +1,4 @@
+import os
 import time
 
 import huggingface_hub
@@ -71,13 +72,33 @@ def test_weights_in_the_cache_are_used_without_asking_anyone(cache):
     assert fetched.label_descriptions is not None and "tench" in fetched.label_descriptions[0]
 
 
-def test_a_damaged_file_in_the_cache_is_named(cache):
+def snapshot_in(cache):
     cfg = timm.models.get_pretrained_cfg("test_resnet")
     repository = cache / f"models--{cfg.hf_hub_id.replace('/', '--')}"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    (snapshot / "model.safetensors").write_bytes(b"not weights")
+    return snapshot
+
+
+def test_a_damaged_file_in_the_cache_is_named(cache):
+    (snapshot_in(cache) / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match=r"delete .*model.safetensors"):
         fetch_pretrained("test_resnet")
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_published_weights_that_would_run_code_do_not(cache, name):
+    torch.save({"state_dict": {}, "extra": Hostile(str(cache / "was_run"))}, snapshot_in(cache) / name)
+    with pytest.raises(ModelError, match=f"cannot be loaded.*delete .*{name}"):
+        fetch_pretrained("test_resnet")
+    assert not (cache / "was_run").exists()

@@ -41,6 +41,16 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x: " + "a" * 1_100_000, "characters"),
         ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("x: [1", "expected"),
+        ("x: 2001-99-99", "a value that is none"),
+        ("x: " + "9" * 5000, "a value that is none"),
+        ("x: !!binary '\u00e9'", "base64|ASCII|ascii"),
+        ("x: !!int 'a'", "a value that is none"),
+        ("? [a, b]\n: c", "unhashable"),
+        (
+            "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 20_000) + "]}",
+            "values with those that aliases repeat",
+        ),
+        ("x: \x1b", "special characters are not allowed"),
     ],
 )
 def test_bombs_tags_and_damage_are_refused_in_a_sentence(text, told, tmp_path):

@@ -195,6 +195,34 @@ def test_a_checkpoint_that_would_run_code_is_not_opened(data, cache, tmp_path, m
     assert not (tmp_path / "made_by_a_pickle").exists()
 
 
+def test_a_students_checkpoint_that_would_run_code_is_not_opened(named, data, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Dangerous()}, tmp_path / "w.pth")
+    more = (
+        "--student-weights",
+        tmp_path / "w.pth",
+        "--until",
+        "student",
+        "--method",
+        "none",
+        "--epochs",
+        "1",
+    )
+    refused(teach(data, tmp_path, cache, named, *more), 1, "w.pth", "could run code")
+    assert not (tmp_path / "made_by_a_pickle").exists()
+
+
+def test_a_runs_teacher_that_was_exchanged_for_a_pickle_is_not_opened(
+    named, data, cache, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert teach(data, tmp_path, cache, named).exit_code == 0
+    torch.save({"state_dict": {}, "extra": Dangerous()}, tmp_path / "run" / "teacher.safetensors")
+    refused(teach(data, tmp_path / "other", cache, tmp_path / "run" / "teacher.safetensors"), 1, "damaged")
+    assert teach(data, tmp_path, cache, named).exit_code == 0  # made anew, by its checksum
+    assert not (tmp_path / "made_by_a_pickle").exists()
+
+
 def test_weights_that_are_not_finite_are_not_taught_from(trained, data, cache, tmp_path):
     broken = build(NAME, num_classes=3, image_size=16)
     broken.load_state_dict(trained.state_dict())

@@ -1,6 +1,7 @@
 """The training loop on toys: it learns, repeats, goes on where it stopped, and stops where it must."""
 
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -229,6 +230,21 @@ def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_pat
     resumed = distillation()
     assert [epoch.epoch for epoch in learn(resumed, newest, epochs=3)] == [3]
     assert equal(state(resumed), state(whole))
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_checkpoint_that_would_run_code_does_not_whoever_has_written_its_checksum(tmp_path):
+    Checkpoint(tmp_path / "c.pt", "key").save({"epoch": 1, "extra": Hostile(str(tmp_path / "was_run"))})
+    with pytest.raises(JobError, match=r"c\.pt is damaged"):
+        Checkpoint(tmp_path / "c.pt", "key").load("cpu")
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_views_and_their_order_follow_from_seed_and_epoch_alone():

@@ -1,0 +1,278 @@
+"""What the runtime on a device does with a model or an artifact that somebody made who means harm. There is
+no onnx there to look with.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+from questpress.export import command, runtime
+from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, refuse_outside
+
+from . import hostile_onnx
+from .networks import LABELS, PREPROCESSING, colour_classifier
+
+READS = [one for one, told in hostile_onnx.HARMS if "another file" in told or "train with" in told]
+
+
+@pytest.mark.parametrize("harm", READS)
+def test_weights_in_other_files_are_refused_before_a_session_is_made(
+    harm: Callable[[onnx.ModelProto], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "session", lambda *_, **__: pytest.fail("a session was made"))
+    model = hostile_onnx.little()
+    harm(model)
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=r"^x\.onnx keeps data in another file, which is refused$"):
+        Classifier.load(tmp_path / "x.onnx")
+
+
+def test_the_place_alone_is_enough_to_be_refused() -> None:
+    model = hostile_onnx.little()
+    model.graph.initializer[0].data_location = TensorProto.EXTERNAL
+    with pytest.raises(ArtifactError, match="another file"):
+        refuse_outside(model.SerializeToString(), "x")
+    model.graph.initializer[0].data_location = TensorProto.DEFAULT
+    refuse_outside(model.SerializeToString(), "x")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x3a",  # a graph without a length
+        b"\x3a\xff\xff\xff\xff\x0f",  # of more bytes than there are
+        b"\x3b",  # a group, which ONNX has none of
+        b"\xff" * 12,  # a number without an end
+        b"\x3a\x02\x2a\x05",  # a tensor that ends beyond its graph
+    ],
+)
+def test_what_is_no_message_is_no_onnx_file(content: bytes) -> None:
+    with pytest.raises(ArtifactError, match="is no ONNX file, or a damaged one"):
+        refuse_outside(content, "x")
+
+
+def test_a_file_of_fields_without_end_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_MOST_FIELDS", 1000)
+    with pytest.raises(ArtifactError, match="more than 1,000 fields"):
+        refuse_outside(b"\x08\x01" * 1001, "x")
+
+
+def test_a_file_that_begins_like_onnx_runtimes_own_format_is_read_as_onnx(tmp_path: Path) -> None:
+    """Else what was looked at as ONNX would be run as something else."""
+    path = colour_classifier(tmp_path / "x.onnx")
+    content = path.read_bytes()
+    assert content[:2] == b"\x08\x08"  # the version of the format, then whose it is
+    path.write_bytes(content[:2] + b"\x12\x04ORTM" + content[2:])
+    assert path.read_bytes()[4:8] == b"ORTM"
+    assert Classifier.load(path, threads=1).labels == tuple(LABELS)
+
+
+def colours(tmp_path: Path, harm: Callable[[onnx.ModelProto], None]) -> Path:
+    model = onnx.load(colour_classifier(tmp_path / "x.onnx"))
+    harm(model)
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    return tmp_path / "x.onnx"
+
+
+def two_inputs(model: onnx.ModelProto) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
+
+
+def takes_text(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
+    model.graph.node[0].CopyFrom(helper.make_node("Identity", ["input"], ["pooled"]))
+    del model.graph.node[1:]
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("pooled", TensorProto.STRING, None))
+
+
+def other_answers(model: onnx.ModelProto) -> None:
+    del model.graph.node[2:]
+    model.graph.node.append(helper.make_node("Concat", ["flat", "flat"], ["twice"], axis=1))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("twice", TensorProto.FLOAT, None))
+
+
+def answers_of_any_size(model: onnx.ModelProto) -> None:
+    del model.graph.node[2:]
+    model.graph.node.append(helper.make_node("NonZero", ["flat"], ["where"]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("where", TensorProto.INT64, None))
+
+
+def other_size(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 9
+
+
+def no_labels(model: onnx.ModelProto) -> None:
+    helper.set_model_props(model, runtime.metadata(PREPROCESSING, [], {}))
+
+
+def deep_labels(model: onnx.ModelProto) -> None:
+    entries = {one.key: one.value for one in model.metadata_props}
+    helper.set_model_props(model, {**entries, "questpress.labels": "[" * 100_000})
+
+
+def a_later_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 99_999
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (two_inputs, r"takes tensor\(float\), tensor\(float\), and not images alone"),
+        (takes_text, r"takes tensor\(string\), and not images alone"),
+        (other_answers, "answers with 6 classes but names 3"),
+        (answers_of_any_size, r"answers with \(2, 0\) where \(1, 3\) was due"),
+        (other_size, "onnxruntime cannot run x.onnx"),
+        (no_labels, "labels must be strings"),
+        (deep_labels, "metadata of x.onnx cannot be read"),
+        (a_later_opset, "onnxruntime cannot load"),
+    ],
+)
+def test_a_network_for_something_else_is_one_sentence(
+    harm: Callable[[onnx.ModelProto], None], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match=told) as refused:
+        Classifier.load(colours(tmp_path, harm), threads=1).predict([np.zeros((8, 8, 3), np.uint8)])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A folder that says of itself what is true."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    content = colour_classifier(folder / "student.onnx").read_bytes()
+    sha256 = runtime.hashlib.sha256(content).hexdigest()
+    entry = {"name": "student.onnx", "precision": "fp32", "target": None, "bytes": len(content)}
+    manifest = {
+        "schema_version": 1,
+        "preprocessing": PREPROCESSING.to_dict(),
+        "labels": LABELS,
+        "files": [{**entry, "sha256": sha256}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def changed(artifact: Path, **change: Any) -> Path:
+    """The artifact with a manifest that its author has changed, with a checksum that fits."""
+    manifest = json.loads((artifact / "manifest.json").read_text()) | change
+    (artifact / "manifest.json").write_text(
+        json.dumps(manifest | {"checksum": runtime.checksum(manifest)}), encoding="utf-8"
+    )
+    return artifact
+
+
+def entry(artifact: Path) -> dict[str, Any]:
+    [found] = json.loads((artifact / "manifest.json").read_text())["files"]
+    return dict(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preprocessing": "large"},
+        {"preprocessing": {**PREPROCESSING.to_dict(), "size": 10**6}},
+        {"preprocessing": {**PREPROCESSING.to_dict(), "resize": 10**18}},
+        {"preprocessing": {**PREPROCESSING.to_dict(), "size": float("inf")}},
+        {"preprocessing": {**PREPROCESSING.to_dict(), "crop_fraction": 10**400}},
+        {"labels": "red"},
+        {"labels": {"red": 1}},
+        {"labels": []},
+        {"files": {"a": 1}},
+        {"files": [3]},
+        {"files": []},
+        {"files": [{"name": "student.onnx", "precision": "fp32", "bytes": 1, "sha256": "", "target": {}}]},
+        {"task": "multi-label", "thresholds": [10**400] * 3},
+        {"schema_version": 2},
+        {"schema_version": [1]},
+    ],
+)
+def test_a_manifest_of_another_form_is_one_sentence(artifact: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError) as refused:
+        Classifier.load(changed(artifact, **change), threads=1)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "", "null", '"x"', "\udcff", '{"schema_version": 1}'])
+def test_a_manifest_that_is_none_is_one_sentence(artifact: Path, text: str) -> None:
+    (artifact / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read"):
+        Classifier.load(artifact)
+
+
+def test_a_manifest_that_says_it_has_gigabytes_is_not_read(artifact: Path) -> None:
+    with (artifact / "manifest.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ArtifactError, match=r"no manifest has 1,099,511,627,776 bytes"):
+        Classifier.load(artifact)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a\0b", "../student.onnx", "/etc/passwd", "x" * 5000])
+def test_a_file_is_looked_for_in_the_folder_alone(artifact: Path, name: str) -> None:
+    with pytest.raises(ArtifactError) as refused:
+        Classifier.load(changed(artifact, files=[entry(artifact) | {"name": name}]))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_neither_a_pipe_nor_a_device_is_waited_for(artifact: Path) -> None:
+    (artifact / "student.onnx").unlink()
+    os.mkfifo(artifact / "student.onnx")
+    with pytest.raises(ArtifactError, match="it is not a file"):
+        Classifier.load(artifact)
+    (artifact / "student.onnx").unlink()
+    (artifact / "student.onnx").symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError, match="it is not a file"):
+        Classifier.load(artifact)
+
+
+def test_a_file_that_says_it_has_gigabytes_is_not_read(artifact: Path) -> None:
+    with (artifact / "student.onnx").open("r+b") as file:
+        file.truncate(1 << 40)
+    for path in (artifact, artifact / "student.onnx"):
+        with pytest.raises(ArtifactError, match="larger than 2 GB"):
+            Classifier.load(path)
+
+
+STEERING = "red\x1b]0;owned\x07\x9b31m\u202eder\ud800\u2028"
+
+
+def test_names_do_not_steer_the_terminal(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = changed(artifact, labels=[STEERING, "green", "blue"])
+    photo = artifact.parent / "photo\x1b[2J.png"
+    Image.new("RGB", (8, 8), "red").save(photo)
+    for more in ([], ["--json"]):
+        assert command.main(["--artifact", str(folder), "--threads", "1", *more, str(photo)]) == 0
+        told = capsys.readouterr().out
+        assert all(letter.isprintable() or letter in " \n" for letter in told)
+        if more:
+            assert json.loads(told)["answers"][0]["label"] == STEERING
+        else:
+            escaped = "red\\x1b]0;owned\\x07\\x9b31m\\u202eder\\ud800\\u2028"
+            assert "photo\\x1b[2J.png" in told and escaped in told
+    photo.write_text("no image")
+    assert command.main(["--artifact", str(folder), "--threads", "1", str(photo)]) == 1
+    assert command.main(["--artifact", f"{folder}\x1b[2J", str(photo)]) == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_answer_is_an_error_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = colours(tmp_path, other_size)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photo.png")
+    assert command.main(["--artifact", str(file), str(tmp_path / "photo.png")]) == 1
+    assert capsys.readouterr().err.startswith("Error: onnxruntime cannot run x.onnx")
+
+
+def test_sizes_that_are_used_are_allowed() -> None:
+    assert Preprocessing.of(2048, 0.25).resize == 8192
+    with pytest.raises(ValueError, match="no network takes images of 20000 pixels"):
+        Preprocessing.of(20_000)

@@ -1,0 +1,55 @@
+import io
+
+import pytest
+from questpress.pipeline.commands.told import ended
+from questpress.pipeline.console import safe_console
+from questpress.pipeline.progress import Display
+from rich.table import Table
+from rich.text import Text
+
+NAME = "red\x1b]0;owned\x9b2J\u202ebd"
+SHOWN = "red\\x1b]0;owned\\x9b2J\\u202ebd"
+
+
+def test_names_in_tables_and_lines_do_not_steer_the_terminal() -> None:
+    file = io.StringIO()
+    console = safe_console(file=file, width=120, color_system=None)
+    drawn = Table(title=Text(NAME))
+    drawn.add_column(Text(NAME))
+    drawn.add_row(Text(NAME))
+    console.print(drawn)
+    console.print(Text(f"Note: {NAME}"), soft_wrap=True)
+    told = file.getvalue()
+    assert told.count(SHOWN) == 4 and f"Note: {SHOWN}\n" in told
+    assert all(letter.isprintable() or letter == "\n" for letter in told)
+
+
+def test_colours_and_movements_of_our_own_still_reach_the_terminal() -> None:
+    file = io.StringIO()
+    console = safe_console(file=file, width=80, force_terminal=True, color_system="standard", no_color=False)
+    console.print("[green]fine[/green]")
+    console.show_cursor(False)
+    assert "\x1b[32mfine\x1b[0m" in file.getvalue() and "\x1b[?25l" in file.getvalue()
+
+
+def test_a_name_without_end_makes_no_sentence_without_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ended(f"Error: {'x' * 1_000_000} is missing; give it.", 2)
+    told = capsys.readouterr().err
+    assert told.startswith("Error: xxx") and told.endswith("xxx is missing; give it.\n") and len(told) < 4100
+
+
+def test_what_a_job_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(quiet=False, verbose=True)
+    with display.stage(NAME) as stage:
+        display.say(NAME)
+        display.note(NAME)
+        display.warn(NAME)
+        display.detail(NAME)
+        display.done("teacher", NAME, 1.0)
+        stage.update(NAME, 1, 2)
+    with pytest.raises(SystemExit):
+        ended(f"\nError: {NAME}", 2)
+    told = capsys.readouterr().err
+    assert told.count(SHOWN) == 6 and f"\nError: {SHOWN}\n" in told
+    assert all(letter.isprintable() or letter == "\n" for letter in told)
