@@ -84,12 +84,16 @@ def odd(folder: Path) -> list[Path]:
 
 
 def ask(
-    classifier: Classifier, images: list[Path], refused: list[Path | bytes], load: Load, seed: int
+    classifier: Classifier,
+    images: list[Path],
+    refused: list[Path | bytes],
+    load: Load,
+    seed: int,
+    rest: float,
 ) -> None:
     """Random batches, every fourth with a damaged image in it."""
-    expected = EXPECTED
     draw = random.Random(seed)
-    while not load.stop.is_set():
+    while not load.stop.wait(rest):
         chosen = draw.choices(images, k=draw.choice((1, 1, 2, 5, 17)))
         if draw.random() < 0.25:
             asked: list[Path | bytes] = [*chosen, draw.choice(refused)]
@@ -103,8 +107,8 @@ def ask(
                     load.fails(f"an odd sentence: {error}")
             continue
         for file, found in zip(chosen, classifier.predict(chosen), strict=True):
-            if not alike(found, expected[file]):
-                load.fails(f"{file}: {found} instead of {expected[file]}")
+            if not alike(found, EXPECTED[file]):
+                load.fails(f"{file}: {found} instead of {EXPECTED[file]}")
         load.count("answered", len(chosen))
 
 
@@ -143,6 +147,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="a folder of images")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=2, help="that ask one classifier")
+    parser.add_argument("--rest", type=float, default=0, help="seconds after each batch, on a machine in use")
     options = parser.parse_args()
     files = [one for one in sorted(options.images.rglob("*")) if one.suffix.lower() in EXTENSIONS]
     images = random.Random(0).sample(files, min(200, len(files)))
@@ -159,7 +164,9 @@ def main() -> None:
         shared = Classifier.load(options.run, threads=1)
         threads = [
             *(
-                threading.Thread(target=guarded, args=(load, ask, shared, images, refused, load, seed))
+                threading.Thread(
+                    target=guarded, args=(load, ask, shared, images, refused, load, seed, options.rest)
+                )
                 for seed in range(options.threads)
             ),
             threading.Thread(target=guarded, args=(load, load_again, options.run, images, load)),
@@ -194,6 +201,8 @@ def watch(load: Load, seconds: float) -> list[tuple[int, int, int]]:
 
 
 def told(load: Load, watched: list[tuple[int, int, int]], options: argparse.Namespace) -> None:
+    if not watched:
+        sys.exit("\n".join(load.wrong))
     third = max(1, len(watched) // 3)
     memory, files, threads = (list(column) for column in zip(*watched, strict=True))
     thirds = [max(memory[n * third : (n + 1) * third] or memory[-1:]) for n in range(3)]
