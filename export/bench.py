@@ -10,7 +10,6 @@ they tell are the flags of `noise`.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from .latency import Latency, summarise
 from .machine import Environment, environment
 from .noise import Flag
 from .speedup import Speedup, Spread, process_spread, speedup
+from .writing import scratch
 
 LEAST_ROUNDS = 20
 """Of fewer rounds no interval means much."""
@@ -145,10 +145,8 @@ def bench(
     here = environment()
     latencies: list[Latency] = []
     conditions: list[Conditions] = []
-    with tempfile.TemporaryDirectory(prefix="questpress-bench-") as folder:
-        files = [
-            saved(subject.inputs, Path(folder) / f"{index}.npy") for index, subject in enumerate(subjects)
-        ]
+    with scratch() as folder:
+        files = [saved(subject.inputs, folder / f"{index}.npy") for index, subject in enumerate(subjects)]
         for index, count in enumerate(counts):
 
             def part(fraction: float, what: str, index: int = index) -> None:

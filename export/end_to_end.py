@@ -6,7 +6,6 @@ Pillow decodes and resizes on one thread, whatever the network has.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from .bench_process import Worker
 from .cores import pinned
 from .end_to_end_worker import STEPS
 from .latency import Latency, summarise
+from .writing import scratch
 
 _SCRIPT = ("-m", f"{__package__}.end_to_end_worker")
 _LEAST_ROUNDS = 5
@@ -50,8 +50,7 @@ def end_to_end(
     cores = pinned(threads)
     rng = np.random.default_rng(seed)
     blocks: list[list[np.ndarray]] = [[] for _ in files]
-    with tempfile.TemporaryDirectory(prefix="questpress-bench-") as name, ExitStack() as resident:
-        folder = Path(name)
+    with scratch() as folder, ExitStack() as resident:
         for index, image in enumerate(images):
             (folder / f"{index:04d}").write_bytes(image)
         workers = [Worker(name, file, folder, threads, _SCRIPT, cores) for name, file in files]

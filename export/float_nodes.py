@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import onnx
 from onnx import TensorProto
 
 from . import runtime
+from .writing import scratch
 
 # With an integer kernel in ONNX Runtime on CPUs, or folded into the integer node before them.
 _INTEGER_KERNELS = frozenset(
@@ -53,8 +53,8 @@ def float_nodes(model: str | Path | bytes, kept: Collection[str] = ()) -> list[F
     conversions from and to integers are nodes of it, too. `kept` names nodes that were left out of
     quantization on purpose. Raises runtime.ArtifactError where onnxruntime cannot load the model.
     """
-    with tempfile.TemporaryDirectory(prefix="questpress-") as folder:
-        path = Path(folder) / "optimised.onnx"
+    with scratch() as folder:
+        path = folder / "optimised.onnx"
         runtime.session(model, 1, optimised=path)
         running = onnx.load(str(path), load_external_data=False)
     if isinstance(model, bytes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 
 from . import runtime
 from .errors import CalibratorError, ExportError
+from .writing import scratch
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,10 @@ def calibrate_ranges(
     kind, options = METHODS[method]
     input_name = model.graph.input[0].name
     n = 0
-    with tempfile.TemporaryDirectory(prefix="questpress-") as folder, quiet():
-        path = Path(folder) / "float.onnx"
+    with scratch() as folder, quiet():
+        path = folder / "float.onnx"
         onnx.save(model, str(path))
-        augmented = Path(folder) / "augmented.onnx"
+        augmented = folder / "augmented.onnx"
         calibrator = create_calibrator(
             path, list(op_types), str(augmented), calibrate_method=kind, extra_options=dict(options)
         )

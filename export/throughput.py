@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from .bench import Subject, saved
 from .bench_process import Worker
 from .cores import pinned
+from .writing import scratch
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 _ROUNDS = 3
@@ -50,9 +49,9 @@ def throughput(
     found = []
     cores = pinned(threads)
     rng = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory(prefix="questpress-bench-") as folder:
+    with scratch() as folder:
         for index, subject in enumerate(subjects):
-            file = saved(subject.inputs, Path(folder) / f"{index}.npy")
+            file = saved(subject.inputs, folder / f"{index}.npy")
             with ExitStack() as resident:
                 worker = resident.enter_context(
                     Worker(subject.name, subject.path, file, threads, subject.script, cores)

@@ -3,9 +3,51 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ExportError
+
+LEAST_ROOM = 1 << 20
+"""Bytes that must still fit where a writer failed: else that is why."""
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder, gone with the block.
+
+    Raises ExportError where there is no room for it: not every library's writer says so by itself, and what
+    it has cut short fails only when it is read.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="questpress-")
+    except OSError as error:
+        raise ExportError(_no_room(error.strerror or str(error))) from error
+    with folder as name:
+        try:
+            yield Path(name)
+        except Exception as error:
+            if hasattr(error, "exit_code") or _has_room(Path(name)):
+                raise
+            raise ExportError(_no_room("the disk is full")) from error
+
+
+def _has_room(folder: Path) -> bool:
+    try:
+        (folder / "room").write_bytes(bytes(LEAST_ROOM))
+        (folder / "room").unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _no_room(why: str) -> str:
+    return (
+        f"there is no room for temporary files in {tempfile.gettempdir()} ({why}): free some, or name "
+        "another folder by the environment variable TMPDIR"
+    )
 
 
 def write_whole(path: Path, content: bytes) -> None:

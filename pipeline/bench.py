@@ -1,6 +1,5 @@
 """`compress bench`: latency of run folders, artifact folders and .onnx files on this machine."""
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import numpy as np
 from ..export.errors import ExportError
 from ..export.runtime import ArtifactError, Classifier, default_threads
 from ..export.runtimes import runtime_named
+from ..export.writing import scratch
 from .bench_files import Files, Found, find, images_of_run
 from .bench_images import (
     SYNTHETIC_SIZE,
@@ -100,8 +100,8 @@ def bench(
     folder = results_folder(named, out)
     of_run = out is None and folder != FOLDER
     alone = RunFolder(folder.parent).locked() if of_run else nullcontext()
-    with alone, tempfile.TemporaryDirectory(prefix="questpress-bench-") as aside:
-        files = find(named, Path(aside), image_size)
+    with alone, scratch() as aside:
+        files = find(named, aside, image_size)
         pictures = _pictures([Path(one) for one in images], files, seed)
         _writable(folder)
         subjects = [

@@ -1,6 +1,5 @@
 """The bench itself, for a run's stage and for `compress bench`: latencies, then what stands beside them."""
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from ..export.latency import Latency
 from ..export.machine import session_options
 from ..export.runtimes import RUNTIMES
 from ..export.throughput import BATCHES, throughput
+from ..export.writing import scratch
 from .bench_results import (
     Bench,
     Conditions,
@@ -188,10 +188,8 @@ def _starts(
 
 @contextmanager
 def _inputs_of(subjects: Sequence[Subject]) -> Any:
-    with tempfile.TemporaryDirectory(prefix="questpress-bench-") as folder:
-        yield [
-            latency.saved(one.inputs[:1], Path(folder) / f"{index}.npy") for index, one in enumerate(subjects)
-        ]
+    with scratch() as folder:
+        yield [latency.saved(one.inputs[:1], folder / f"{index}.npy") for index, one in enumerate(subjects)]
 
 
 def percentiles(one: Latency) -> dict[str, Percentile]:

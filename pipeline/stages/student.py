@@ -60,6 +60,8 @@ def run(job: Job) -> Done:
                 f"the weight of {method} is left as it is: its gradients and those of the labels meet in no "
                 f"map of {name}, so --balance auto cannot compare them"
             )
+    if store is not None and job.ranks.lead:
+        store.look_up(schedule_of(job).used(o.epochs))  # those too that an interrupted run has learned from
     shipped = task.shipped
     outputs = [member.file]
     if job.ranks.lead and job.round is None and task.trainee.methods:

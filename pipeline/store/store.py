@@ -127,6 +127,13 @@ class Store:
                 what = f"asking {source.name}, view {number} of {len(missing)}"
                 self._map(t, view, self._computed(t, view, places, ask, what))
 
+    def look_up(self, views: range) -> None:
+        """Have the answers to these views at hand too, as far as they are stored."""
+        for t in range(len(self.sources)):
+            for view in views:
+                if (t, view) not in self._open and None not in (places := self.find(t, view)):
+                    self._map(t, view, places)
+
     def _map(self, t: int, view: int, places: Sequence[Path | None]) -> None:
         parts = [
             mapped(place, answer)

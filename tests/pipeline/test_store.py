@@ -124,6 +124,21 @@ def test_the_share_of_p_t_that_is_lost_is_told(tmp_path):
     assert of_logits.lost_mass() is None
 
 
+def test_the_share_that_is_lost_is_that_of_views_before_an_interruption_too(tmp_path):
+    uninterrupted, resumed = store(tmp_path, Toy(), answers=[words(1)]), store(tmp_path, answers=[words(1)])
+    uninterrupted.open(range(3))
+    shares = []
+    for view in range(3):
+        one = store(tmp_path, answers=[words(1)])
+        one.open(range(view, view + 1))
+        shares.append(one.lost_mass())
+    last = min(range(3), key=lambda view: shares[view])
+    resumed.open(range(last, last + 1))
+    assert resumed.lost_mass() != uninterrupted.lost_mass()
+    resumed.look_up(range(5))  # what is not stored is not computed for that
+    assert resumed.lost_mass() == uninterrupted.lost_mass() and resumed.computed == 0
+
+
 def test_a_second_store_reads_the_first_ones_answers_and_never_loads_the_teacher(tmp_path):
     first, second = store(tmp_path, Toy(), answers=[LOGITS, words()]), store(tmp_path, answers=[words()])
     first.open(range(3))
