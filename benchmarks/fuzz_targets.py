@@ -27,7 +27,9 @@ TARGETS = {
     "onnx": Target(networks.onnx_seeds, networks.onnx),
     "device": Target(networks.onnx_seeds, networks.device),
     "manifest": Target(networks.manifest_seeds, networks.manifest),
-    "yaml": Target(lambda: [b"teacher: resnet50\nset: {quest.tau: 0.2}\na: &a [1]\nb: *a\n"], records.yaml_text),
+    "yaml": Target(
+        lambda: [b"teacher: resnet50\nset: {quest.tau: 0.2}\na: &a [1]\nb: *a\n"], records.yaml_text
+    ),
     "csv": Target(lambda: [b"file,labels,role\na.jpg,cat dog,train\n"], data.labels("csv")),
     "jsonl": Target(
         lambda: [b'{"file": "a.jpg", "labels": ["cat"], "role": "train"}\n'], data.labels("jsonl")

@@ -310,6 +310,27 @@ def test_images_that_lie_of_their_size_are_refused(what: str) -> None:
         decode_image(lying()[what])
 
 
+def test_a_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
+    out = io.BytesIO()
+    PillowImage.new("I", (16, 16)).save(out, "TIFF")
+    whole = bytearray(out.getvalue())
+    height = whole.index(struct.pack("<HHI", 257, 4, 1)) + 8
+    assert decode_image(bytes(whole)).shape == (16, 16, 3)
+    whole[height : height + 4] = struct.pack("<I", 4_194_320)
+    with pytest.raises(ImageError, match="parts of the picture are missing"):
+        decode_image(bytes(whole))
+
+
+def test_a_large_picture_of_float_numbers_takes_little_more_than_its_pixels() -> None:
+    out = io.BytesIO()
+    PillowImage.new("F", (2000, 2000), 0.5).save(out, "TIFF")
+    tracemalloc.start()
+    pixels = decode_image(out.getvalue())
+    assert tracemalloc.get_traced_memory()[1] < 2000 * 2000 * 24
+    tracemalloc.stop()
+    assert pixels.shape == (2000, 2000, 3) and pixels.min() == pixels.max() == 128
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_of_an_animation_the_first_frame_is_seen(kind: str) -> None:
     first, *others = [PillowImage.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
