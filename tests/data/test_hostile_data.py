@@ -155,6 +155,18 @@ def test_class_folders_that_would_steer_a_terminal_are_spelled_out(tmp_path: Pat
     assert all(letter.isprintable() for image in data.train for letter in image.name)
 
 
+def test_a_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
+    folder(tmp_path, {"cat": 4, "dog": 4})
+    with (tmp_path / "cat" / "large.png").open("wb") as file:
+        file.truncate(1 << 40)  # none of it on the disk
+    data = open_data(str(tmp_path), select_fraction=0)
+    [skipped] = data.skipped
+    assert len(data) == 8 and skipped.name == "cat/large.png" and skipped.unreadable
+    assert "1,099,511,627,776 bytes, more than" in skipped.reason
+    with pytest.raises(OSError, match="more than"):
+        Image("large", 0, "", tmp_path / "cat" / "large.png").read()
+
+
 def test_two_folders_of_one_shown_name_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a\x1b": 3, "a\\x1b": 3, "b": 3})
     assert "Two class folders are called a\\x1b" in refused(tmp_path)
