@@ -62,12 +62,21 @@ def read_foreign(path: Path, *, beside: bool = False) -> tuple[bytes, onnx.Model
             content = file.read()
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    return content, parsed(content, str(path), _beside(path) if beside else None)
+
+
+def parsed(content: bytes, name: str, beside: str | None = None) -> onnx.ModelProto:
+    """The model in a file's bytes; see ``refuse_hostile``.
+
+    Raises:
+        ExportError: it is no ONNX file, or one that is not to be trusted.
+    """
     try:
         model = onnx.ModelProto.FromString(content)
     except (DecodeError, ValueError) as error:
-        raise ExportError(f"{path} is no ONNX file") from error
-    refuse_hostile(model, str(path), _beside(path) if beside else None)
-    return content, model
+        raise ExportError(f"{name} is no ONNX file") from error
+    refuse_hostile(model, name, beside)
+    return model
 
 
 def _beside(path: Path) -> str | None:

@@ -109,6 +109,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
             Image.init()
             with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
                 _refuse_large(name, image, max_pixels)
+                _refuse_gaps(name, image)
                 image.load()
                 _refuse_large(name, image, max_pixels)  # an icon's header may lie of the picture inside it
                 return _rgb(_upright(image))
@@ -129,6 +130,16 @@ def _refuse_large(name: str, image: Image.Image, max_pixels: int) -> None:
         raise ImageError(
             f"cannot read {name}: {width}×{height} pixels are more than the {max_pixels} allowed"
         )
+
+
+def _refuse_gaps(name: str, image: Image.Image) -> None:
+    """A TIFF may say that it is larger than all of its parts: Pillow would fill the rest with black."""
+    tiles = getattr(image, "tile", None)
+    if image.format != "TIFF" or not tiles:
+        return
+    covered = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in tiles)
+    if covered < image.width * image.height:
+        raise ImageError(f"cannot read {name}: parts of the picture are missing")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -168,20 +179,40 @@ def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     bits = _first(tags.get(258), 16) if tags else 16
     if bits == 32 and image.mode == "I" and _first(tags.get(339), 1) == 1:
         values = values.view(np.uint32)  # TIFF's unsigned samples, which Pillow has signed ones for only
+    grey = np.empty(values.shape, dtype=np.uint8)
+    blocks = _blocks(values)
     if image.mode != "F" and bits <= 16:
-        grey = (values.astype(np.int64) >> (bits - 8)).clip(0, 255)
+        for rows in blocks:
+            grey[rows] = (values[rows].astype(np.int64) >> (bits - 8)).clip(0, 255)
     else:
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0)
-        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        ends = [(finite.min(), finite.max()) for rows in blocks if (finite := _finite(values[rows])).size]
+        low, high = float(min(one for one, _ in ends)), float(max(one for _, one in ends))
         usual = [bound for bound in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= bound]
         if low < 0 or not usual:
             low, span = low, (high - low) or 1.0
         else:
             low, span = 0.0, float(usual[0])
-        grey = np.round((values - low) * (255 / span))
+        for rows in blocks:
+            grey[rows] = np.round((_finite(values[rows]) - low) * (255 / span))
     if tags and _first(tags.get(262), 1) == 0:  # TIFF's WhiteIsZero, which Pillow undoes for 8 bits only
         grey = 255 - grey
-    return grey.astype(np.uint8), shown
+    return grey, shown
+
+
+def _blocks(values: np.ndarray) -> list[slice]:
+    """Rows of an array a million numbers at a time: wider copies of a whole picture would be many times its
+    size.
+    """
+    height, width = values.shape
+    rows = max(1, (1 << 20) // max(1, width))
+    return [slice(start, start + rows) for start in range(0, height, rows)]
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """As float64, with zero for what is no number and the ends of float32 for what has no end."""
+    end = float(np.finfo(np.float32).max)
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=end, neginf=-end)
 
 
 def _first(value: Any, default: int) -> int:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .image_set import Image, Progress, Role, Skipped, printable
+from .image_set import Image, Progress, Role, Skipped, printable, refuse_large
 
 # Hashing waits for the disk as much as for the processor.
 HASHING_THREADS = 8
@@ -65,6 +65,7 @@ def hashed(
 def _content_key(file: Path) -> str | OSError:
     try:
         with file.open("rb") as stream:
+            refuse_large(stream)
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         return error

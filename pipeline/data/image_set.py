@@ -1,10 +1,12 @@
 """What a data set is: images with their classes, each in one of three roles."""
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -16,6 +18,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 # Called with (done, total) from the thread that started the work.
 Progress = Callable[[int, int], None]
+
+LARGEST = 1 << 30
+"""Bytes of an encoded image."""
 
 Source = Path | bytes | np.ndarray | Callable[[], bytes]
 
@@ -49,10 +54,12 @@ class Image:
         """The encoded file, or the pixels (uint8 [H, W, 3]) of an image that never was a file.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: the file cannot be read, or is larger than an image is.
         """
         if isinstance(self.source, Path):
-            return self.source.read_bytes()
+            with self.source.open("rb") as file:
+                refuse_large(file)
+                return file.read()
         if isinstance(self.source, bytes | np.ndarray):
             return self.source
         return self.source()
@@ -125,6 +132,16 @@ class ImageSet:
                 for label in image.labels:
                     counts[role][label] += 1
         return counts
+
+
+def refuse_large(file: BinaryIO) -> None:
+    """
+    Raises:
+        OSError: an open file is larger than an image is.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > LARGEST:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {LARGEST:,} allowed")
 
 
 def in_order(images: Sequence[Image]) -> tuple[Image, ...]:

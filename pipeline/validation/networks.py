@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...export.errors import ExportError
-from ...export.foreign import read_foreign
+from ...export.foreign import parsed, read_foreign
 from ...export.runtime import (
     ArtifactError,
     Classifier,
@@ -128,6 +128,10 @@ def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[st
             )
             continue
         content = read_verified(folder, entry)
+        try:
+            parsed(content, str(folder / entry["name"]))
+        except ExportError as error:
+            raise UsageError(f"{error}.") from error
         classifier = Classifier(content, entry["name"], threads=threads, **_said(manifest))
         if not fused:
             classifier.session = session(content, classifier.threads, fuse=False)

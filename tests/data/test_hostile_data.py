@@ -155,6 +155,18 @@ def test_class_folders_that_would_steer_a_terminal_are_spelled_out(tmp_path: Pat
     assert all(letter.isprintable() for image in data.train for letter in image.name)
 
 
+def test_a_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
+    folder(tmp_path, {"cat": 4, "dog": 4})
+    with (tmp_path / "cat" / "large.png").open("wb") as file:
+        file.truncate(1 << 40)  # none of it on the disk
+    data = open_data(str(tmp_path), select_fraction=0)
+    [skipped] = data.skipped
+    assert len(data) == 8 and skipped.name == "cat/large.png" and skipped.unreadable
+    assert "1,099,511,627,776 bytes, more than" in skipped.reason
+    with pytest.raises(OSError, match="more than"):
+        Image("large", 0, "", tmp_path / "cat" / "large.png").read()
+
+
 def test_two_folders_of_one_shown_name_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a\x1b": 3, "a\\x1b": 3, "b": 3})
     assert "Two class folders are called a\\x1b" in refused(tmp_path)
@@ -308,6 +320,27 @@ def lying() -> dict[str, bytes]:
 def test_images_that_lie_of_their_size_are_refused(what: str) -> None:
     with pytest.raises(ImageError):
         decode_image(lying()[what])
+
+
+def test_a_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
+    out = io.BytesIO()
+    PillowImage.new("I", (16, 16)).save(out, "TIFF")
+    whole = bytearray(out.getvalue())
+    height = whole.index(struct.pack("<HHI", 257, 4, 1)) + 8
+    assert decode_image(bytes(whole)).shape == (16, 16, 3)
+    whole[height : height + 4] = struct.pack("<I", 4_194_320)
+    with pytest.raises(ImageError, match="parts of the picture are missing"):
+        decode_image(bytes(whole))
+
+
+def test_a_large_picture_of_float_numbers_takes_little_more_than_its_pixels() -> None:
+    out = io.BytesIO()
+    PillowImage.new("F", (2000, 2000), 0.5).save(out, "TIFF")
+    tracemalloc.start()
+    pixels = decode_image(out.getvalue())
+    assert tracemalloc.get_traced_memory()[1] < 2000 * 2000 * 24
+    tracemalloc.stop()
+    assert pixels.shape == (2000, 2000, 3) and pixels.min() == pixels.max() == 128
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
