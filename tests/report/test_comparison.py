@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from questpress.pipeline import per_image
 from questpress.pipeline.cli import cli
 from questpress.pipeline.compare import as_csv, compare
+from questpress.pipeline.comparison.differences import points
 from questpress.pipeline.comparison.results import Comparison
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.report.comparison import page as shown
@@ -244,6 +245,18 @@ def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> Non
     [picture] = shown(found).sections[0].pictures
     for plot in picture.plots:
         assert sorted(one.text.split(":")[0] for one in plot.spots if one.best) == sorted(machine.frontier)
+
+
+def test_a_teacher_of_several_runs_is_as_fast_as_any_of_them_has_found_it(make: Made, tmp_path: Path) -> None:
+    teacher = reports.full().teacher
+    assert teacher is not None
+    latency = teacher.latency_ms["1"]
+    for name, p50 in (("disturbed", 20.0), ("quiet", 9.0), ("restless", 12.0)):
+        slower = latency.model_copy(update={"p50": p50})
+        make(name, 300, teacher=teacher.model_copy(update={"latency_ms": {"1": slower}}))
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [(name, file)] = [one for one in points(found.runs) if one[0].endswith("teacher")]
+    assert name == "resnet34 teacher" and file.p50 == 9.0
 
 
 def test_reports_alone_are_enough(tmp_path: Path) -> None:
