@@ -1,8 +1,9 @@
-"""A picture of a run's report in a browser, as docs/report.png is one.
+"""A picture of a page in a browser: docs/report.png is one of a report, docs/compare.png of a comparison.
 
     python benchmarks/screenshot.py runs/clothing docs/report.png
+    python benchmarks/screenshot.py comparison/comparison.html docs/compare.png --height 1260
 
-It needs Chromium or Chrome. The page is written anew first, as `compress report` does.
+It needs Chromium or Chrome. A run's report is written anew first, as `compress report` does.
 """
 
 import shutil
@@ -49,10 +50,13 @@ def shrink(file: Path) -> None:
 @click.option("--height", default=1500, show_default=True)
 @click.option("--dark", is_flag=True)
 def main(run: Path, file: Path, width: int, height: int, dark: bool) -> None:
-    """Picture the report of RUN into FILE, a PNG."""
-    with tempfile.TemporaryDirectory() as folder:
-        report_again(run, Path(folder))
-        picture(Path(folder) / "report.html", file, width, height, dark=dark)
+    """Picture the report of RUN, or a page, into FILE, a PNG."""
+    if run.suffix == ".html":
+        picture(run, file, width, height, dark=dark)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report_again(run, Path(folder))
+            picture(Path(folder) / "report.html", file, width, height, dark=dark)
     shrink(file)
     size = file.stat().st_size
     click.echo(f"{file}: {size:,} bytes")
