@@ -216,7 +216,7 @@ def _ordered(table: Any) -> tuple[str, ...] | None:
 def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -106,7 +106,7 @@ def stored(cache: Cache) -> tuple[list[Stored], int]:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
             of_what = {"source": about["source"], "images": about["images"], "answer": about["answer"]}
             about["teacher"], about["data"], about["view"], about["bytes_per_image"], about["lost_mass"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             broken += 1
             continue
         groups.setdefault(digest(of_what), []).append((about, size, used))
