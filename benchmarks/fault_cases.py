@@ -24,9 +24,10 @@ class Case:
 
 def kept(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
     """Every file of a run folder and its cache that may not change without need, whole."""
+    places = (folder / "run", folder / "cache")  # which may be links
     return {
         name: file.read_bytes()
-        for file in sorted(folder.rglob("*"))
+        for file in sorted(one for place in places for one in place.rglob("*"))
         if file.is_file()
         and (name := file.relative_to(folder).as_posix()).removeprefix("run/") not in (*OWN, *PAGES, *but)
         and not any(part.startswith(".") for part in Path(name).parts)

@@ -69,7 +69,8 @@ def read_record(run: Path) -> dict[str, Any]:
         record = _copy(run)
         if record is None:
             raise UsageError(
-                f"{file} cannot be read as a run's record ({error}); name another --out."
+                f"{file} cannot be read as a run's record ({error}); name another --out, or start this one "
+                "over with --fresh."
             ) from error
         _log.warning("%s is damaged (%s): its copy %s is read instead.", file, error, COPY)
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:

@@ -60,17 +60,15 @@ class RunFolder:
         self.check()
         self._make()
         if file.exists():
-            self.record = read_record(self.path)
             for left in self.path.rglob(".*.part"):  # by a process that was killed
                 remove(left)
-            self._mend_curves()
         if fresh:
-            self.record["stages"] = {}
-            for choices in ("engines", "micro_batches", "resident"):
-                self.record.pop(choices, None)
             self.save()
             self.drop_checkpoints("")
             self.metrics.unlink(missing_ok=True)
+        elif file.exists():
+            self.record = read_record(self.path)
+            self._mend_curves()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

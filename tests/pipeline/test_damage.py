@@ -54,6 +54,14 @@ def test_a_record_that_is_damaged_twice_is_told(a_run, content):
     assert little.files(a_run) == before
 
 
+def test_a_run_whose_record_is_lost_can_be_started_over(a_run, data, cache):
+    for name in ("run.json", ".run.json"):
+        (a_run / name).write_text("{")
+    refused(job(data, a_run, cache), 2, "--fresh")
+    assert job(data, a_run, cache, "--fresh", "--until", "teacher").exit_code == 0
+    assert list(record(a_run)["stages"]) == ["teacher"]
+
+
 @pytest.mark.parametrize("option", ["calibration_images: 16", "batch_size: 16", "seed: 0"])
 def test_options_that_the_run_was_not_made_with_are_not_taken_from_its_config(a_run, option):
     flip(a_run / "config.yaml", option.encode())
