@@ -176,6 +176,8 @@ def _content(name: str, file: Path, out: Path) -> dict[str, object]:
         content = _untimed(json.loads(_anywhere(file, out)))
         if name != "report.json":
             content["stages"].get("report", {}).pop("key", None)  # follows from the bench's times
+            for engine in content.get("engines", {}).values():
+                engine.pop("key")  # of the stage that has used it last
         return {f"{name} {key}": value for key, value in content.items()}
     if name == "metrics.jsonl":
         return {
@@ -192,6 +194,8 @@ def _anywhere(file: Path, out: Path) -> str:
 
 
 def _untimed(content: Any) -> Any:
+    if isinstance(content, str) and content.startswith('{"stage":'):  # a line of a curve
+        return _untimed(json.loads(content))
     if isinstance(content, dict):
         return {key: _untimed(value) for key, value in content.items() if key not in TIMED | TOLD}
     return [_untimed(one) for one in content] if isinstance(content, list) else content
