@@ -36,8 +36,8 @@ def run(
             rows.append(json.dumps({"file": file, "labels": [name]}))
     (root / "labels.jsonl").write_text("\n".join(rows))
     out = root / "run"
-    more = ("--method", "none", "--teacher-epochs", "1", "--epochs", "1", "--cache", cache)
-    given = ("--data", root / "labels.jsonl", "--out", out)
+    more = ("--method", "none", "--teacher-epochs", "1", "--epochs", "1", "--until", "validate")
+    given = ("--data", root / "labels.jsonl", "--out", out, "--cache", cache)
     done = little.compress(*little.NETWORKS, *little.SMALL, *given, *more)
     assert done.exit_code == 0, (done.output, done.exception)
     (root / "told.txt").write_text(done.output)
