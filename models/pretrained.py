@@ -3,6 +3,7 @@
 import hashlib
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,32 @@ def is_free(stated: str | None) -> bool:
     return stated is not None and stated.lower() in FREE_LICENCES
 
 
+class Unavailable(ModelError):
+    """Published weights that cannot be had here; ``missing``: (name, option of the command, reason) each."""
+
+    def __init__(self, missing: Sequence[tuple[str, str, str]]) -> None:
+        self.missing = tuple(missing)
+        super().__init__(_ways_out(missing))
+
+
+def check_published(wanted: Sequence[tuple[str, str]], *, download: bool = True) -> None:
+    """Whether the published weights of all these can be had: (name, option of the command) each.
+
+    download: put what is not there into the cache; else only ask for it. Raises Unavailable, which names all
+    that cannot be had, and ModelError for a name without published weights.
+    """
+    missing: list[tuple[str, str, str]] = []
+    for name, option in dict.fromkeys(wanted):
+        full = resolve(name)
+        cfg = _published(full, option)
+        try:
+            _file(full, cfg, option, download)
+        except Unavailable as error:
+            missing += error.missing
+    if missing:
+        raise Unavailable(missing)
+
+
 def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint:
     """The published weights of a name (its default tag where none is given), from the cache or the internet.
 
@@ -53,13 +80,10 @@ def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint
     import timm
 
     full = resolve(name)
-    cfg = pretrained_cfg(full)
-    if not has_pretrained(full):
-        raise ModelError(
-            f"There are no published weights for {full}: give a file ({option} FILE), train from scratch "
-            f"({option} none), or pick a model that has some (`compress models` shows which)."
-        )
-    file, source = _from_hub(full, cfg, option) if cfg.hf_hub_id else _from_url(full, cfg, option)
+    cfg = _published(full, option)
+    had = _file(full, cfg, option, download=True)
+    assert had is not None
+    file, source = had
     try:
         with torch.random.fork_rng(devices=[]):
             network = timm.create_model(
@@ -81,7 +105,22 @@ def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint
     )
 
 
-def _from_hub(full: str, cfg: Any, option: str) -> tuple[Path, str]:
+def _published(full: str, option: str) -> Any:
+    if not has_pretrained(full):
+        raise ModelError(
+            f"There are no published weights for {full}: give a file ({option} FILE), train from scratch "
+            f"({option} none), or pick a model that has some (`compress models` shows which)."
+        )
+    return pretrained_cfg(full)
+
+
+def _file(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
+    """The weights file and where it is from; None where it was only asked for, and could be had."""
+    get = _from_hub if cfg.hf_hub_id else _from_url
+    return get(full, cfg, option, download)
+
+
+def _from_hub(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
     """The weights file in Hugging Face's cache, downloaded if it isn't there."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
@@ -98,21 +137,23 @@ def _from_hub(full: str, cfg: Any, option: str) -> tuple[Path, str]:
         try:
             # One question without retries: offline, the download would go on trying for most of a minute.
             get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=PROBE_SECONDS)
+            if not download:
+                return None
             return Path(
                 hf_hub_download(repository, filename, revision=revision)
             ), f"{repository} on Hugging Face"
         except EntryNotFoundError:
             continue
         except OfflineModeIsEnabled as error:
-            raise ModelError(_ways_out(full, "HF_HUB_OFFLINE is set", option)) from error
+            raise Unavailable([(full, option, "HF_HUB_OFFLINE is set")]) from error
         except HfHubHTTPError as error:
-            raise ModelError(_ways_out(full, f"{repository} answered: {error}", option)) from error
+            raise Unavailable([(full, option, f"{repository} answered: {error}")]) from error
         except Exception as error:  # the http library behind the hub differs by version, and so do its errors
-            raise ModelError(_ways_out(full, "huggingface.co cannot be reached", option)) from error
-    raise ModelError(_ways_out(full, f"{repository} has no weights file", option))
+            raise Unavailable([(full, option, "huggingface.co cannot be reached")]) from error
+    raise Unavailable([(full, option, f"{repository} has no weights file")])
 
 
-def _from_url(full: str, cfg: Any, option: str) -> tuple[Path, str]:
+def _from_url(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
     """The weights file in torch's cache, downloaded if it isn't there."""
     from timm.models._hub import check_cached_file, download_cached_file
 
@@ -125,18 +166,25 @@ def _from_url(full: str, cfg: Any, option: str) -> tuple[Path, str]:
                 urllib.request.Request(address, method="HEAD"), timeout=PROBE_SECONDS
             ):
                 pass
+            if not download:
+                return None
         return Path(download_cached_file(cfg.url)), address
     except (OSError, urllib.error.URLError, RuntimeError) as error:
-        raise ModelError(_ways_out(full, f"{address} cannot be reached", option)) from error
+        raise Unavailable([(full, option, f"{address} cannot be reached")]) from error
 
 
-def _ways_out(full: str, reason: str, option: str) -> str:
+def _ways_out(missing: Sequence[tuple[str, str, str]]) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    names = " and ".join(dict.fromkeys(full for full, _, _ in missing))
+    reasons = "; ".join(dict.fromkeys(reason for _, _, reason in missing))
+    options = list(dict.fromkeys(option for _, option, _ in missing))
+    a_file = "a weights file" if len(options) == 1 else "weights files"
     return (
-        f"The published weights of {full} cannot be had: {reason}. Three ways out: give a weights file "
-        f"({option} FILE); train from scratch ({option} none); or run this once where there is internet, and "
-        f"copy that machine's Hugging Face cache to {HF_HUB_CACHE} (or set HF_HOME)."
+        f"The published weights of {names} cannot be had: {reasons}. Three ways out: give {a_file} "
+        f"({' '.join(f'{option} FILE' for option in options)}); train from scratch "
+        f"({' '.join(f'{option} none' for option in options)}); or run this once where there is internet, "
+        f"and copy that machine's Hugging Face cache to {HF_HUB_CACHE} (or set HF_HOME)."
     )
 
 

@@ -1,7 +1,7 @@
 """The whole job: check, then stage after stage, each done only where it is missing."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .files import sha256
 from .job import Job
 from .options import Options, enters, group, pairs
 from .progress import Display
+from .published import check_weights
 from .ranks import Ranks, check_ranks, join, leave
 from .resolve import DIGITS, resolve
 from .results import Report
@@ -233,12 +234,14 @@ def _stages(
         folder.open(fresh=options.fresh and not voice.attempt())
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
+        left = [stage for stage in _asked(options, folder) if stage not in folder.record["stages"]]
+        check_weights(options, left, download=True)
     kept = True
     with display.stage("start") as progress:
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
         )
-        for stage in folder.stages[: folder.stages.index(options.until) + 1 if options.until else None]:
+        for stage in _asked(options, folder):
             if rounds.kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()
                 if not ranks.lead:
@@ -258,6 +261,11 @@ def _stages(
     if ranks.lead and kept:  # what is as it should be stays untouched
         report.write(folder)
     return report.assemble(folder)
+
+
+def _asked(options: Options, folder: RunFolder) -> Sequence[str]:
+    """The stages up to the one that was asked for."""
+    return folder.stages[: folder.stages.index(options.until) + 1 if options.until else None]
 
 
 def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
@@ -293,6 +301,8 @@ def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dry_run(options: Options, images: ImageSet, device: str, display: Display) -> Report:
+    short = options.until in ("teacher", "prepare")
+    check_weights(options, ("teacher",) if short else ("teacher", "student"), download=False)
     for line in estimate(options, images, device):
         display.say(line)
     return Report(

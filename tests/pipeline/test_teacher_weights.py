@@ -246,6 +246,22 @@ def test_without_internet_the_three_ways_out_are_told_within_seconds(data, cache
     assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run/checkpoint").exists()
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_the_student_lacks_is_told_before_a_teacher_is_trained(data, cache, tmp_path, monkeypatch, dry):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = (
+        "--student", "mobilenetv3_small_050", *SMALL, "--data", data, "--image-size", "32",
+        "--out", tmp_path / "run", "--cache", cache, *(["--dry-run"] if dry else []),
+    )  # fmt: skip
+    alone = compress("--teacher", little.TEACHER, "--teacher-weights", "none", *asked)
+    told = refused(alone, 1, "--student-weights FILE", "--student-weights none", "mobilenetv3_small_050")
+    assert "--teacher-weights" not in told
+    both = compress("--teacher", "resnet18", *asked)
+    refused(both, 1, "--teacher-weights none --student-weights none", "resnet18", "mobilenetv3_small_050")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_a_runs_own_teacher_is_another_runs_weights(finished, data, cache, tmp_path):
     result = compress(
         "--teacher", little.TEACHER, "--student", STUDENT, *SMALL, "--epochs", "1", "--data", data, "--cache",
