@@ -6,6 +6,7 @@ from pathlib import Path
 from ..export.command import ask
 from ..export.errors import ExportError
 from ..export.runtime import ArtifactError, Classifier
+from .data.folders import EXTENSIONS
 from .errors import UsageError
 from .unfinished import refuse_unfinished
 
@@ -26,6 +27,11 @@ def predict(
         UsageError: the artifact cannot be loaded.
     """
     refuse_unfinished(artifact)
+    if artifact.suffix.lower() in EXTENSIONS and artifact.is_file():
+        raise UsageError(
+            f"{artifact} is an image: name the run or its artifact first, then the images, as in "
+            f"compress predict RUN {artifact.name}."
+        )
     try:
         if artifact.is_file() and file is None:
             from ..export.foreign import read_foreign  # with onnx, which the folders do without

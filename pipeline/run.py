@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from . import bounded_yaml, recipes, rounds, voice
 from .cache import Cache
+from .data.folders import one_role_alone
 from .data.image_set import ImageSet
 from .device import choose_device
 from .errors import UsageError
@@ -87,6 +88,8 @@ def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
             "The built-in handwritten digits (1,797 images) stand in for your data; "
             "name your own with --data FOLDER, a folder of class folders."
         )
+    if (alone := one_role_alone(Path(str(chosen.data)).expanduser())) is not None:
+        display.note(alone)
     display.detail(f"chosen: {_chosen(chosen, asked)}")
     if chosen.dry_run:
         RunFolder(chosen.out).check()

@@ -114,7 +114,28 @@ def _expect_folders(walk: Walk, shown: str, folders: Sequence[Path], loose: Sequ
         raise UsageError(
             f"{shown} holds no class folders{links}; put the images of each class into a folder."
         )
+    if len(folders) == 1 and not loose and len(_inside(walk, folders[0])[0]) > 1:
+        inner = printable(str(Path(shown) / folders[0].name))
+        raise UsageError(f"{shown} holds one folder, and that holds the others: name it, --data {inner}.")
     walk.ignored += len(loose)
+
+
+def one_role_alone(path: Path) -> str | None:
+    """A sentence where the folder is one role of a data set, whose other roles lie beside it."""
+    path = path.resolve()
+    if path.name.lower() not in ROLE_FOLDERS or not path.is_dir():
+        return None
+    beside = sorted(
+        one.name
+        for one in path.parent.iterdir()
+        if one != path and one.is_dir() and one.name.lower() in ROLE_FOLDERS
+    )
+    if not beside:
+        return None
+    return (
+        f"{listed(beside)} beside {printable(path.name)} {'is' if len(beside) == 1 else 'are'} not used: "
+        f"--data {printable(path.parent.name)} takes them all"
+    )
 
 
 def _whole(walk: Walk, folders: Sequence[Path]) -> tuple[list[str], _Files]:

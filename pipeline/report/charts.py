@@ -95,7 +95,9 @@ def dots(title: str, marks: Sequence[Mark], note: str = "") -> Rows | None:
 
     drawn, height = _stack(marks, place, 2, fixed_text=True)
     marked = [Tick(place(value), label) for value, label in ticks(start, end, step)]
-    return Rows(title, _told(title, marks), "dots", height + 18, drawn, marked, note)
+    cut = "the axis does not start at 0" if start else ""
+    told = "; ".join(one for one in (note, cut) if one)
+    return Rows(title, _told(title, marks), "dots", height + 18, drawn, marked, told)
 
 
 def _stack(

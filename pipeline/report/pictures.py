@@ -44,7 +44,7 @@ def comparison(report: Report) -> list[Rows]:
     ]
     drawn = [
         bars("Size", sizes, "ONNX file; 1 MB is 1,000,000 bytes"),
-        dots(measure_title(report), scores, "test images; line: 95 % interval; the axis does not start at 0"),
+        dots(measure_title(report), scores, "test images; line: 95 % interval"),
         bars(
             "Latency",
             latencies,

@@ -200,7 +200,7 @@ def _scores(found: Validation) -> Rows | None:
         if (score := one.score) is not None
     ]
     title = "mAP" if found.multi_label else "Accuracy"
-    return dots(title, marks, "line: 95 % interval; the axis does not start at 0")
+    return dots(title, marks, "line: 95 % interval")
 
 
 def _recall(network: Network) -> Rows | None:

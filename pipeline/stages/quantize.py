@@ -214,9 +214,8 @@ def _line(job: Job, one: Int8Search) -> str:
         if best.lost < 0
         else "loses no"
     )
-    faster = "" if best.speedup is None else f", {best.speedup.ratio:.2f} times as fast as fp32"
     return (
-        f"{one.file}, {best.bytes / 1e6:.2f} MB, {size:.2f} times smaller{faster}; {best.name}, the best of "
+        f"{one.file}, {best.bytes / 1e6:.2f} MB, {size:.2f} times smaller; {best.name}, the best of "
         f"{len(one.tried)}, {word} {unit} on {one.n} {one.role} images"
     )
 

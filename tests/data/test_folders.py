@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data.folders import open_folder
+from questpress.pipeline.data.folders import one_role_alone, open_folder
 from questpress.pipeline.data.image_set import ROLES
 from questpress.pipeline.errors import UsageError
 
@@ -173,6 +173,21 @@ def test_a_class_whose_images_are_all_anothers_too_says_so(tmp_path: Path) -> No
     folder(tmp_path, {"a": 5, "b": 1})
     (tmp_path / "b/0.png").write_bytes((tmp_path / "a/0.png").read_bytes())
     assert "Class 'b' has no image of its own: all it has stands under other classes too" in refused(tmp_path)
+
+
+def test_one_level_too_high_names_the_folder_that_was_meant(tmp_path: Path) -> None:
+    folder(tmp_path / "photos", {f"{role}/{c}": 3 for role in ("train", "test") for c in "ab"})
+    told = f"{tmp_path} holds one folder, and that holds the others: name it, --data {tmp_path / 'photos'}."
+    assert told in refused(tmp_path)
+
+
+def test_one_level_too_low_is_told_by_what_lies_beside_it(tmp_path: Path) -> None:
+    folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
+    told = one_role_alone(tmp_path / "train")
+    assert told == f"'test', 'val' beside train are not used: --data {tmp_path.name} takes them all"
+    assert one_role_alone(tmp_path) is None and one_role_alone(tmp_path / "train/a") is None
+    folder(tmp_path / "alone", {"train/a": 3, "train/b": 3})
+    assert one_role_alone(tmp_path / "alone/train") is None
 
 
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:

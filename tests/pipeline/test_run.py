@@ -208,6 +208,11 @@ def test_predict_and_the_runtime_do_without_torch(finished, data):
     assert "%" in result.stdout
 
 
+def test_predict_with_the_image_first_says_what_comes_first(finished, data):
+    photo = data / "red" / "000.png"
+    refused(compress("predict", photo, finished), 2, "is an image", "compress predict RUN 000.png")
+
+
 def test_predict_names_an_unreadable_image_answers_the_others_and_exits_with_1(finished, data, tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     result = compress("predict", finished, tmp_path / "text.jpg", data / "red" / "000.png")
