@@ -1,7 +1,8 @@
 """`--dry-run`: how long a job will take here and how much disk, roughly, before anything is begun."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,11 @@ from ..models.catalogue import describe
 from .data.image_set import ImageSet
 from .device import use_threads
 from .options import Options
+from .progress import Display
+from .published import check_weights
+from .results import Report
+from .run_folder import RunFolder
+from .typed import command
 
 STEP = 3.0
 """A training step costs about three forward passes: one forward, two backward."""
@@ -20,6 +26,33 @@ EFFICIENCY = 0.3
 
 WEIGHT_COPIES = 5
 """Teacher's weights, its ONNX file, and a checkpoint with the optimizer's two moments."""
+
+
+def dry_run(
+    options: Options, config: Mapping[str, Any], images: ImageSet, device: str, display: Display
+) -> Report:
+    """Refuse what the job itself would refuse before it begins, and tell the estimate; nothing is written.
+
+    Args:
+        config: what enters the stages' hashes.
+
+    Raises:
+        UsageError, JobError: see ``RunFolder.look``.
+        ModelError: published weights cannot be had.
+    """
+    assert options.out is not None
+    RunFolder(options.out).look(config, fresh=options.fresh)
+    short = options.until in ("teacher", "prepare")
+    check_weights(options, ("teacher",) if short else ("teacher", "student"), download=False)
+    for line in estimate(options, images, device):
+        display.say(line)
+    return Report(
+        title="dry run",
+        command=command(),
+        method=options.method,
+        image_size=options.image_size or 0,
+        config=options.model_dump(mode="json"),
+    )
 
 
 def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:

@@ -15,7 +15,7 @@ from ..models.names import resolve as resolve_name
 from . import evaluate
 from .cache import Cache
 from .data.decode import Canonical, Decoded, Readable, check_unreadable, decode, decoder, rendered
-from .data.image_set import ImageSet, Role, Skipped
+from .data.image_set import ROLES, ImageSet, Role
 from .data.render import Views
 from .data.room import Resident, choose
 from .data.streamed import Sized, StreamedViews, measured, rendered_batches
@@ -279,18 +279,18 @@ class Job:
         else:
             yield from evaluate.batches(self.rendered(role, member)[0], self.device)
 
-    def unreadable(self) -> list[Skipped]:
-        """The images that cannot be read, in any role.
+    def readable(self) -> ImageSet:
+        """The data without the images that cannot be read; these are among its skipped files.
 
         Raises:
             JobError: they are more than one in a hundred.
         """
-        skipped = [*self.data.skipped, *self.train.skipped]
-        for role in ("select", "test"):
-            skipped += self.rendered(role, self.student)[2].skipped
+        train = self.train
+        select, test = (self.rendered(role, self.student)[2] for role in ROLES[1:])
+        skipped = (*self.data.skipped, *train.skipped, *select.skipped, *test.skipped)
         opened = len(self.data) + sum(one.unreadable for one in self.data.skipped)
         check_unreadable(skipped, opened)
-        return skipped
+        return replace(self.data, train=train.images, select=select.images, test=test.images, skipped=skipped)
 
     def _progress(self, work: str) -> Callable[[int, int], None]:
         return lambda done, total: self.stage.update(work, done, total, "images")

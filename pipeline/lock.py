@@ -25,10 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with (folder / FILE).open("a+") as file:
         if not _take(file.fileno()):
-            raise JobError(
-                f"{folder} is being worked on by another process{_holder(folder)}: wait for it to end, or "
-                "name another --out."
-            )
+            raise _busy(folder)
         with suppress(OSError):  # on a full disk nobody learns who it is; the lock holds all the same
             os.truncate(file.fileno(), 0)
             os.write(
@@ -39,6 +36,26 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             os.truncate(file.fileno(), 0)
+
+
+def refuse_locked(folder: Path) -> None:
+    """Look whether the folder's lock is free, and write nothing.
+
+    Raises:
+        JobError: another process holds it.
+    """
+    if not (folder / FILE).exists():
+        return
+    with (folder / FILE).open("r+") as file:
+        if not _take(file.fileno()):
+            raise _busy(folder)
+
+
+def _busy(folder: Path) -> JobError:
+    return JobError(
+        f"{folder} is being worked on by another process{_holder(folder)}: wait for it to end, or "
+        "name another --out."
+    )
 
 
 def _take(handle: int) -> bool:

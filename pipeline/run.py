@@ -14,7 +14,7 @@ from .data.folders import one_role_alone
 from .data.image_set import ImageSet
 from .device import choose_device
 from .errors import UsageError
-from .estimate import estimate
+from .estimate import dry_run
 from .files import sha256
 from .job import Job
 from .options import Options, enters, group, pairs
@@ -92,8 +92,7 @@ def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
         display.note(alone)
     display.detail(f"chosen: {_chosen(chosen, asked)}")
     if chosen.dry_run:
-        RunFolder(chosen.out).check()
-        return _dry_run(chosen, images, device, display)
+        return dry_run(chosen, _config(chosen, images), images, device, display)
     return _run(chosen, frozenset(asked.model_fields_set), images, device, display, ranks)
 
 
@@ -202,6 +201,10 @@ def hashed(options: Options) -> dict[str, Any]:
     }
 
 
+def _config(options: Options, images: ImageSet) -> dict[str, Any]:
+    return {**hashed(options), "data_content": images.fingerprint}
+
+
 def _content(source: str) -> str:
     return source if source in ("auto", "none") else f"sha256 {sha256(Path(source))}"
 
@@ -231,7 +234,7 @@ def _stages(
 ) -> Report:
     from .stages import report, stage_run
 
-    config = {**hashed(options), "data_content": images.fingerprint}
+    config = _config(options, images)
     with ranks.lead_first():
         # Processes that torchrun has restarted go on.
         folder.open(fresh=options.fresh and not voice.attempt())
@@ -301,17 +304,3 @@ def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if (enters(name) if name in Options.model_fields else "teacher") in stages
     }
-
-
-def _dry_run(options: Options, images: ImageSet, device: str, display: Display) -> Report:
-    short = options.until in ("teacher", "prepare")
-    check_weights(options, ("teacher",) if short else ("teacher", "student"), download=False)
-    for line in estimate(options, images, device):
-        display.say(line)
-    return Report(
-        title="dry run",
-        command=command(),
-        method=options.method,
-        image_size=options.image_size or 0,
-        config=options.model_dump(mode="json"),
-    )

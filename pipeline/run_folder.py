@@ -13,8 +13,8 @@ import yaml
 from . import curves
 from .config_file import FILE, read_config
 from .errors import JobError, UsageError
-from .files import digest, remove, sha256, write_text
-from .lock import locked
+from .files import digest, remove, sha256, unwritable, write_text
+from .lock import locked, refuse_locked
 from .option_changes import differences
 from .record import RECORD, SCHEMA_VERSION, read_record, write_record
 from .rounds import stages_of_config
@@ -93,9 +93,25 @@ class RunFolder:
             probe.touch()
             probe.unlink(missing_ok=True)
         except OSError as error:
-            raise UsageError(
-                f"--out {self.path} cannot be written: {error.strerror}; name another folder."
-            ) from error
+            raise self._unwritable(error.strerror) from error
+
+    def _unwritable(self, why: str | None) -> UsageError:
+        return UsageError(f"--out {self.path} cannot be written: {why}; name another folder.")
+
+    def look(self, config: Mapping[str, Any], *, fresh: bool) -> None:
+        """Refuse what a run with these options would refuse before its first stage, and write nothing.
+
+        Raises:
+            UsageError: the folder cannot be made or written, or holds something else or other options.
+            JobError: another process is at work in it.
+        """
+        self.check()
+        if (why := unwritable(self.path)) is not None:
+            raise self._unwritable(why)
+        refuse_locked(self.path)
+        if not fresh and (self.path / RECORD).exists():
+            self.record = read_record(self.path)
+            self.refuse_other_options(config)
 
     def check(self) -> None:
         """

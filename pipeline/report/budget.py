@@ -50,6 +50,30 @@ def keeps(report: Report, search: Int8Search) -> str:
     return f"{told}; {which} ships: {ships.name}, {change(ships.lost, search.n)}."
 
 
+def missed(search: Int8Search, qat: bool) -> str | None:
+    """Where what ships loses more than the budget: by how much, why it ships, and what to do; else None.
+
+    Args:
+        qat: whether the student has learned on as the int8 network.
+    """
+    ships = shipping(search)
+    if ships is None or ships.lost <= search.max_drop:
+        return None
+    lost = figures.counted(round(search.n * ships.lost / 100), "image")
+    return (
+        f"int8 for {search.target} loses {ships.lost:.2f} points on {images(search)}, more than the "
+        f"{search.max_drop:g} of --max-drop. It ships all the same, since the loss is {lost}, and one or two "
+        f"may be chance. {remedies(qat)}"
+    )
+
+
+def remedies(qat: bool) -> str:
+    """What to do where int8 costs too much."""
+    fp32 = "compress predict RUN --file student.onnx asks the fp32 file, which loses nothing"
+    learn = "compress export RUN --qat lets the student learn on as the int8 network, to lose less; "
+    return f"Remedy: {fp32}." if qat else f"Remedies: {learn}{fp32}."
+
+
 def images(search: Int8Search) -> str:
     return figures.counted(search.n, f"{ROLES.get(search.role, search.role)} image")
 

@@ -239,7 +239,7 @@ def notes(report: Report) -> list[str]:
         if lost < -1:
             found.append(
                 f"Quantization costs {measure(report)}: {figures.points(lost, int8.subject.score.n)} "
-                "against fp32."
+                f"against fp32. {budget.remedies(bool(report.config.get('qat')))}"
             )
     ships = shipped(report)
     if ships is not None and ships.subject.score and _width(ships.subject.score) > 10:

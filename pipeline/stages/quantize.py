@@ -22,6 +22,7 @@ from ..files import whole
 from ..int8_results import FloatPart, Int8Search, TriedInt8
 from ..job import Job
 from ..qat import recovered
+from ..report.budget import missed
 from ..run_folder import Done
 from ..scores import Speedup
 from ..shipped import shipped_logits
@@ -76,6 +77,8 @@ def run(job: Job) -> Done:
                     shutil.copyfile(result.chosen.file.path, part)
                 shipped[name] = result.chosen.file
             found.append(_told(job, result, name, role, len(labels), budget, times))
+            if (told := missed(found[-1], o.qat)) is not None:
+                job.display.warn(told)
             for one in found[-1].tried:
                 job.display.detail(f"{name}, {one.name}: {one.score:.2f}, {one.lost:+.2f} points lost")
     for left in (job.folder.path / ARTIFACT).glob("student.int8*.onnx"):

@@ -253,18 +253,17 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
 
 
 def _data(job: Job) -> DataSummary:
-    skipped = job.unreadable()
+    data = job.readable()
     for member in job.teachers:
         for role in ("select", "test"):
             job.rendered(role, member)
-    data = job.data
     if data.duplicates:
         job.display.warn(
             f"{len(data.duplicates)} of the images stand in the data more than once, across folders or "
             "classes; the report lists them"
         )
-    if skipped:
-        job.display.warn(f"{len(skipped)} files were left out; the report lists them")
+    if data.skipped:
+        job.display.warn(f"{len(data.skipped)} files were left out; the report lists them")
     return DataSummary(
         name=data.name,
         classes=list(data.classes),
@@ -272,9 +271,9 @@ def _data(job: Job) -> DataSummary:
         select=len(data.select),
         test=len(data.test),
         per_class={role: dict(zip(data.classes, data.counts[role], strict=True)) for role in ROLES},
-        skipped=[(one.name, one.reason) for one in skipped],
+        skipped=[(one.name, one.reason) for one in data.skipped],
         duplicates=[list(group.names) for group in data.duplicates],
-        fingerprint=data.fingerprint,
+        fingerprint=job.data.fingerprint,  # of all that was given: what a run goes on with
         multi_label=data.multi_label,
     )
 

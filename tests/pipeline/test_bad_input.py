@@ -215,6 +215,10 @@ def test_a_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp
     skipped = dict(map(tuple, found["skipped"]))
     assert set(skipped) == {"red/text.jpg", "blue/half.png", "green/empty.jpg"}
     assert all(skipped.values())
+    # Of the 302 that are not empty two cannot be read, and none of these is counted.
+    assert found["train"] + found["select"] + found["test"] == 300
+    for role in ("train", "select", "test"):
+        assert sum(found["per_class"][role].values()) == found[role]
     assert any("left out" in line for line in report(tmp_path / "run")["warnings"])
 
 

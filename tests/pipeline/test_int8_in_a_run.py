@@ -162,6 +162,31 @@ def test_where_no_candidate_holds_the_budget_the_fp32_file_ships(
     assert "no int8" in result.stderr
 
 
+def test_what_ships_beyond_the_budget_is_warned_of_with_its_remedies(
+    a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    budget = quantize.Budget
+
+    class OneImageLost(budget):
+        def verdict(self, logits: Any) -> Any:
+            return replace(super().verdict(logits), lost=100 / len(self.labels), holds=True)
+
+    monkeypatch.setattr(quantize, "Budget", OneImageLost)
+    result = little.compress("export", out, "--max-drop", "0.7", "--calibration", "minmax")
+    assert result.exit_code == 0, (result.output, result.exception)
+    [told] = [warning for warning in report(out)["warnings"] if "--max-drop" in warning]
+    assert told in result.stderr
+    for word in (
+        "loses 16.67 points on 6 select images, more than the 0.7 of --max-drop",
+        "the loss is 1 image, and one or two may be chance",
+        "compress export RUN --qat",
+        "--file student.onnx",
+    ):
+        assert word in told
+
+
 def test_the_same_run_gives_the_same_bytes(a_run: Path, tmp_path: Path, data: Path, cache: Path) -> None:
     out = tmp_path / "run"
     assert job(data, out, cache, "--calibration", "auto", "--until", "validate").exit_code == 0

@@ -61,7 +61,11 @@ def test_a_larger_file_is_called_larger() -> None:
 
 def test_lost_accuracy_and_a_wide_interval_are_noted() -> None:
     told = headline.notes(with_int8(accuracy=Accuracy.of(30, 50)))
-    assert any(note.startswith("Quantization costs accuracy: −") for note in told)
+    [costs] = [note for note in told if note.startswith("Quantization costs accuracy: −")]
+    assert "compress export RUN --qat" in costs and "--file student.onnx" in costs
+    learned = with_int8(accuracy=Accuracy.of(30, 50)).model_copy(update={"config": {"qat": True}})
+    [costs] = [note for note in headline.notes(learned) if note.startswith("Quantization costs")]
+    assert "--qat" not in costs and "--file student.onnx" in costs
     assert any(note.startswith("On 50 test images the accuracy is uncertain") for note in told)
 
 
