@@ -63,6 +63,19 @@ def table(outcomes: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def by_file(outcomes: Sequence[dict[str, str]]) -> str:
+    """What became of damage, by file and command, as Markdown; `–`: it was not tried."""
+    verbs = list(dict.fromkeys(one["verb"] for one in outcomes))
+    lines = [f"| damaged | {' | '.join(verbs)} |", f"|---|{'---|' * len(verbs)}"]
+    for what in dict.fromkeys(one["what"] for one in outcomes):
+        cells = []
+        for verb in verbs:
+            tried = Counter(one["verdict"] for one in outcomes if (one["what"], one["verb"]) == (what, verb))
+            cells.append(", ".join(f"{count} {verdict}" for verdict, count in tried.items()) or "–")
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     import fault_disk
     import fault_flips
@@ -77,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=[*kinds, "all"])
+    parser.add_argument("kind", choices=[*kinds, "all", "none"], help="none: the tables of --out alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines; what stands there already is not done again")
     arguments = parser.parse_args()
@@ -85,7 +98,8 @@ def main() -> None:
     outcomes = [json.loads(line) for line in known]
     logging.disable()  # what the cache says of damage that is looked for here
     names = {(one["kind"], one["name"]) for one in outcomes}
-    for kind in kinds if arguments.kind == "all" else [arguments.kind]:
+    wanted = {"all": list(kinds), "none": []}.get(arguments.kind, [arguments.kind])
+    for kind in wanted:
         with tempfile.TemporaryDirectory() as work:
             for outcome in campaign(kinds[kind](Path(work), arguments.seed), kind, names):
                 outcomes.append(asdict(outcome))
@@ -93,7 +107,8 @@ def main() -> None:
                     with arguments.out.open("a") as file:
                         file.write(json.dumps(asdict(outcome)) + "\n")
                 print(f"{outcome.verdict:<12} {kind} {outcome.name}: {outcome.told}", flush=True)
-    print(table(outcomes))
+    print(table([one for one in outcomes if one["kind"] != "flips"]))
+    print(by_file([one for one in outcomes if one["kind"] == "flips"]))
     sys.exit(any(one["verdict"] == DEFECT for one in outcomes))
 
 

@@ -57,7 +57,15 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             if self.path.exists():
-                self.path.replace(self.previous)
+                self._keep()
+
+    def _keep(self) -> None:
+        """Give what is the newest now a second name, so that there is a newest at any time."""
+        try:
+            self.previous.unlink(missing_ok=True)
+            self.previous.hardlink_to(self.path)
+        except OSError:  # a file system without second names
+            self.path.replace(self.previous)
 
     def load(self, device: str) -> dict[str, Any] | None:
         """The newest state that is whole, or None where there is none of this training.

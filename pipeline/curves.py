@@ -6,7 +6,7 @@ from there.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -31,10 +31,15 @@ def epoch_of(line: str) -> int:
     return int(json.loads(line)["epoch"])
 
 
-def of_stage(lines: Iterable[str], stage: str) -> list[str]:
-    """Those of a stage's trainings: of several teachers, ``teacher 0``, ``teacher 1`` … belong to it."""
-    trainings = ((training_of(line), line) for line in lines)
-    return [line for name, line in trainings if name == stage or str(name).startswith(f"{stage} ")]
+def by_stage(lines: Iterable[str], stages: Sequence[str]) -> dict[str | None, list[str]]:
+    """Lines by the stage whose trainings they tell of, None for those of no such stage: of several teachers,
+    ``teacher 0``, ``teacher 1`` … belong to ``teacher``.
+    """
+    found: dict[str | None, list[str]] = {stage: [] for stage in (*stages, None)}
+    for line in lines:
+        name = str(training_of(line))
+        found[next((one for one in stages if name == one or name.startswith(f"{one} ")), None)].append(line)
+    return found
 
 
 def of_training(lines: Iterable[str], training: str) -> list[str]:

@@ -151,15 +151,10 @@ class RunFolder:
 
     def curves(self) -> list[str]:
         """The lines of metrics.jsonl in the order of the stages, of those that are done as they were then."""
-        there = curves.read(self.metrics)
-        found: list[str] = []
-        for stage in self.stages:
-            known = self.record["stages"].get(stage, {}).get("curve")
-            found += curves.of_stage(there, stage) if known is None else known
-        of_others = [
-            line for line in there if not any(curves.of_stage([line], stage) for stage in self.stages)
-        ]
-        return [*found, *of_others]
+        there = curves.by_stage(curves.read(self.metrics), self.stages)
+        for stage, entry in self.record["stages"].items():
+            there[stage] = entry.get("curve", there.get(stage, []))  # older ones have none
+        return [line for stage in (*self.stages, None) for line in there[stage]]
 
     def _mend_curves(self) -> None:
         known = {line for stage in self.record["stages"].values() for line in stage.get("curve", ())}
@@ -252,7 +247,7 @@ class RunFolder:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "outputs": outputs,
             "warnings": list(warnings),
-            "curve": curves.of_stage(curves.read(self.metrics), stage),
+            "curve": curves.by_stage(curves.read(self.metrics), [stage])[stage],
             "facts": done.facts,
         }
         self.save()

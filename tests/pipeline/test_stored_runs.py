@@ -273,8 +273,13 @@ def test_verify_says_what_it_cannot_do(copied: Path, tmp_path: Path):
     config = copied / "run" / "config.yaml"
     asks = config.read_text().replace("store_views: 2", "store_views: 0")
     config.write_text(asks)
+    refused(verify(copied / "run"), 2, "config.yaml is not as the run has left it (store_views)")
+    known = little.record(copied / "run")
+    of_another = {**known, "options": {**known["options"], "store_views": 0}}
+    (copied / "run" / "run.json").write_text(json.dumps(of_another))
     refused(verify(copied / "run"), 2, "at every step")
     config.write_text(asks.replace("store_views: 0", "store_views: 2"))
+    (copied / "run" / "run.json").write_text(json.dumps(known))
     save_file({"a": torch.zeros(1)}, copied / "run" / "prepared.safetensors")
     refused(verify(copied / "run"), 1, "prepared.safetensors is not as the run has left it")
     assert little.compress("store", "verify", copied / "run", "--share", "0").exit_code == 2
