@@ -338,7 +338,8 @@ def test_networks_that_only_guess_are_told(cache, tmp_path):
         for number in range(20):
             pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
             PillowImage.fromarray(pixels).save(tmp_path / "noise" / name / f"{number}.png")
-    result = job(tmp_path / "noise", tmp_path / "run", cache, "--teacher-epochs", "1", "--epochs", "1")
+    short = ("--teacher-epochs", "1", "--epochs", "1", "--until", "validate")
+    result = job(tmp_path / "noise", tmp_path / "run", cache, *short)
     assert result.exit_code == 0, result.output
     [note] = [one for one in report(tmp_path / "run")["warnings"] if "commonest class" in one]
     assert "which 50.0 % of the test images show" in note
