@@ -857,6 +857,11 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(path)
     folder = next((f for f in (path, path / "artifact") if (f / MANIFEST).is_file()), None)
     if folder is None:
+        held = [f.name for f in sorted(path.glob("student*.onnx"))] if path.is_dir() else []
+        if held:
+            raise ArtifactError(
+                f"{path} holds {held[0]} but no {MANIFEST} to it: copy the artifact folder anew"
+            )
         problem = f"holds no {MANIFEST}" if path.is_dir() else "does not exist"
         raise ArtifactError(f"{path} {problem}: name a run folder, an artifact folder or an .onnx file")
     where = folder / MANIFEST
@@ -916,7 +921,16 @@ def _whole_file(path: Path) -> bytes:
 def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:
     """The bytes of a file of the manifest, after checking its size and sha256. Raises ArtifactError."""
     path = folder / entry["name"]
-    content = _whole_file(path)
+    try:
+        content = _whole_file(path)
+    except ArtifactError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        fp32 = folder / "student.onnx"
+        instead = f", or ask the fp32 file, with --file {fp32.name}" if fp32.is_file() else ""
+        raise ArtifactError(
+            f"{path} is missing, which {MANIFEST} names: copy the artifact folder anew{instead}"
+        ) from error
     if len(content) != entry["bytes"]:
         raise ArtifactError(
             f"{path} is damaged: {len(content)} bytes where {MANIFEST} says {entry['bytes']}; "

@@ -46,8 +46,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     for name in chosen.teacher:
         resolve_name(name)
     resolve_name(chosen.student)
-    for source in [*chosen.teacher_weights, chosen.student_weights]:
-        _check_weights_file(source)
+    for source in chosen.teacher_weights:
+        _check_weights_file(source, "teacher")
+    _check_weights_file(chosen.student_weights, "student")
     teacher_list.check_labels(chosen)
     if chosen.image_size is None:
         chosen.image_size = own_image_size(chosen)
@@ -282,9 +283,16 @@ def _check_weights_of_losses(chosen: Options, methods: list[str]) -> None:
         raise UsageError("With these weights nothing is left to learn from; leave one loss above zero.")
 
 
-def _check_weights_file(source: str) -> None:
-    if source not in ("auto", "none") and not Path(source).is_file():
+def _check_weights_file(source: str, whose: str) -> None:
+    path = Path(source)
+    if source in ("auto", "none") or path.is_file():
+        return
+    if not path.is_dir():
         raise UsageError(f"The weights file {source} does not exist; say auto, none or an existing file.")
+    # A run's own: of several teachers each has a number.
+    inside = sorted(path.glob(f"{whose}.safetensors")) or sorted(path.glob(f"{whose}.*.safetensors"))
+    advice = f"name a file in it, as in {inside[0]}" if inside else "say auto, none or an existing file"
+    raise UsageError(f"--{whose}-weights {source} is a folder; {advice}.")
 
 
 def _check_optimizer(name: str) -> None:

@@ -105,6 +105,11 @@ def _report(place: Path) -> Report:
             "anew."
         ) from error
     except ValueError as error:  # not UTF-8, not JSON, or not as it was written
+        if file.suffix != Path(REPORT).suffix:
+            raise UsageError(
+                f"{file} is neither a run folder nor a report.json: name run folders that compress has made, "
+                "a folder of them, or their report.json."
+            ) from error
         raise UsageError(
             f"{file} is no report, or damaged ({error}): compress report writes it anew."
         ) from error

@@ -103,7 +103,7 @@ class Readable:
     @property
     def keys(self) -> Tensor:
         """int64 [N]: the first 63 bits of each content hash, which views are drawn from."""
-        return torch.tensor([int(image.key[:16], 16) >> 1 for image in self.images], dtype=torch.int64)
+        return torch.tensor([image.number for image in self.images], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

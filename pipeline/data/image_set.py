@@ -46,6 +46,11 @@ class Image:
         return cls(name, several[0] if several else -1, key, source, several)
 
     @property
+    def number(self) -> int:
+        """The first 63 bits of its key, as views are drawn from them."""
+        return int(self.key[:16], 16) >> 1
+
+    @property
     def labels(self) -> tuple[int, ...]:
         """All its classes: the one of a single-label set."""
         return (self.label,) if self.several is None else self.several

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
-from .. import calibration, evaluate, multi_label
+from .. import calibration, evaluate, multi_label, train_images
 from ..data.image_set import ROLES, Role
 from ..data.render import Normalise
 from ..device import Engine, choose_engine, use_threads
@@ -40,7 +40,7 @@ def run(job: Job) -> Done:
     # Whatever is wrong with one of them is found before another is trained.
     begun = [_start(job, t) for t in range(len(job.teachers))]
     _refuse_copies(job, begun[0])
-    subjects, outputs, answers = [], [ANSWERS], {}
+    subjects, outputs, answers = [], [ANSWERS, train_images.FILE], {}
     for t in range(len(begun)):
         subject, test = _teacher(job, t, begun.pop(0))
         if test is not None:
@@ -50,6 +50,7 @@ def run(job: Job) -> Done:
     if job.ranks.lead:
         with whole(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
+        train_images.save(job.folder.path, job.train.keys.numpy())
     teacher = _together(job, subjects, list(answers.values()))
     facts: dict[str, Any] = {
         "data": data.model_dump(exclude_none=True),

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from .. import train_images
 from ..config_file import read_config
 from ..data.given import Given
 from ..data.image_set import ROLES, Image, Progress, Role, Skipped, in_order, printable
@@ -17,6 +18,7 @@ from ..data.open import open_data, read_data
 from ..data.split import listed
 from ..errors import UsageError
 from ..files import digest
+from ..report.figures import counted
 from ..run_folder import RunFolder
 from .networks import Asked
 
@@ -86,7 +88,7 @@ def choose(
     images = [image for role in roles for image in given.images.get(role, ())]
     if not images:
         raise UsageError(f"{given.source} holds no image that can be read.")
-    warnings = [*_copies(images), *_learned(given, part, runs)]
+    warnings = [*_copies(images), *_learned(given, images, part, runs)]
     return Chosen(
         given.name,
         given.source,
@@ -125,10 +127,23 @@ def _copies(images: Sequence[Image]) -> list[str]:
     return told
 
 
-def _learned(given: Given, part: Part, runs: Collection[Path]) -> list[str]:
-    """Whether a network has learned from these images."""
-    if part == "test":
-        return []
+def _learned(given: Given, images: Sequence[Image], part: Part, runs: Collection[Path]) -> list[str]:
+    """Whether a network has learned from these images, or from some of them."""
+    whole = [] if part == "test" else _of_the_run(given, runs)
+    return whole or [told for run in runs if (told := _trained_on(images, run)) is not None]
+
+
+def _trained_on(images: Sequence[Image], run: Path) -> str | None:
+    known = train_images.load(run)
+    seen = sum(image.number in known for image in images)
+    if not seen:
+        return None
+    were = f"{seen:,} of {counted(len(images), 'image')} {'was' if seen == 1 else 'were'}"
+    return f"{were} trained on by {run.name}: on them the figures are better than on new ones."
+
+
+def _of_the_run(given: Given, runs: Collection[Path]) -> list[str]:
+    """Whether these are all the images of one of the runs."""
     for run in runs:
         record = _record(run)
         known = record.facts().get("data")

@@ -90,7 +90,7 @@ def test_a_damaged_file_is_refused(run: Path) -> None:
     with pytest.raises(ArtifactError, match=r"is damaged: \d+ bytes where"):
         Classifier.load(run)
     path.unlink()
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="is missing"):
         Classifier.load(run)
     assert Classifier.load(run, precision="fp32").labels == tuple(LABELS)
 
@@ -159,6 +159,25 @@ def test_what_is_no_artifact_is_refused_in_a_sentence(tmp_path: Path) -> None:
     colour_classifier(tmp_path / "two.onnx", runtime.metadata(PREPROCESSING, ["red", "green"], {}))
     with pytest.raises(ArtifactError, match="3 classes but names 2"):
         Classifier.load(tmp_path / "two.onnx")
+
+
+def test_what_is_missing_of_an_artifact_is_named_with_what_to_do(run: Path) -> None:
+    folder = run / "artifact"
+    (folder / "student.int8.onnx").unlink()
+    again = "copy the artifact folder anew"
+    with pytest.raises(ArtifactError) as refusal:
+        Classifier.load(run)
+    assert str(refusal.value) == (
+        f"{folder / 'student.int8.onnx'} is missing, which manifest.json names: {again}, or ask the fp32 "
+        "file, with --file student.onnx"
+    )
+    assert Classifier.load(run, file="student.onnx").labels == tuple(LABELS)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=f"holds student.onnx but no manifest.json to it: {again}$"):
+        Classifier.load(folder)
+    (folder / "student.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"holds no manifest\.json: name a run folder"):
+        Classifier.load(folder)
 
 
 def test_an_unreadable_image_is_named(run: Path, tmp_path: Path) -> None:

@@ -80,6 +80,20 @@ def test_a_wrong_option_is_named_before_anything_starts(data, cache, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_weights_that_are_a_folder_are_named_with_the_file_that_is_meant(data, tmp_path, whose):
+    (tmp_path / "shop").mkdir()
+    file = tmp_path / "shop" / f"{whose}.safetensors"
+    given = (
+        "--teacher", little.TEACHER, "--student", little.STUDENT, *SMALL, "--data", data,
+        "--out", tmp_path / "run", f"--{whose}-weights", tmp_path / "shop",
+    )  # fmt: skip
+    told = f"--{whose}-weights {tmp_path / 'shop'} is a folder; "
+    refused(compress(*given), 2, f"{told}say auto, none or an existing file.")
+    file.touch()
+    refused(compress(*given), 2, f"{told}name a file in it, as in {file}.")
+
+
 @pytest.mark.parametrize(
     "more",
     [

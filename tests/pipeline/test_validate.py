@@ -224,6 +224,20 @@ def test_of_given_roles_the_test_images_are_asked(finished: Path, tmp_path: Path
     assert "no select images but train and test" in told
 
 
+def test_training_images_are_known_again_among_others_and_elsewhere(
+    finished: Path, data: Path, more: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(more, tmp_path / "other"))  # 5 green ones, none of the run's
+    for file in (data / "green").iterdir():
+        shutil.copy(file, other / "green" / f"again-{file.name}")
+    trained = little.report(finished)["data"]["per_class"]["train"]["green"]
+    out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
+    assert validate(finished, data=other, **out).warnings == [
+        f"{trained} of 35 images were trained on by colours: on them the figures are better than on new ones."
+    ]
+    assert validate(finished, data=more, **out).warnings == []
+
+
 def test_the_runs_own_training_images_are_not_taken_for_new_ones(
     finished: Path, data: Path, tmp_path: Path
 ) -> None:

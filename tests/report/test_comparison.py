@@ -192,6 +192,12 @@ def test_what_is_no_run_is_one_sentence(given: str, tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+def test_an_image_is_neither_a_run_nor_a_report(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(UsageError, match=r"photo\.jpg is neither a run folder nor a report\.json"):
+        compare(tmp_path / "photo.jpg", out=tmp_path / "out")
+
+
 def test_threads_that_nobody_timed_are_refused(make: Made, tmp_path: Path) -> None:
     make("one", 330)
     with pytest.raises(UsageError, match="--threads 3: no run was timed at so many; there are figures for 1"):
