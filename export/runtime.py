@@ -927,7 +927,7 @@ def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         fp32 = folder / "student.onnx"
-        instead = f", or ask the fp32 file, with --file {fp32.name}" if fp32.is_file() else ""
+        instead = f", or name the fp32 file, {fp32.name}" if fp32.is_file() else ""
         raise ArtifactError(
             f"{path} is missing, which {MANIFEST} names: copy the artifact folder anew{instead}"
         ) from error
