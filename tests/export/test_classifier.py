@@ -168,8 +168,8 @@ def test_what_is_missing_of_an_artifact_is_named_with_what_to_do(run: Path) -> N
     with pytest.raises(ArtifactError) as refusal:
         Classifier.load(run)
     assert str(refusal.value) == (
-        f"{folder / 'student.int8.onnx'} is missing, which manifest.json names: {again}, or ask the fp32 "
-        "file, with --file student.onnx"
+        f"{folder / 'student.int8.onnx'} is missing, which manifest.json names: {again}, or name the fp32 "
+        "file, student.onnx"
     )
     assert Classifier.load(run, file="student.onnx").labels == tuple(LABELS)
     (folder / "manifest.json").unlink()
