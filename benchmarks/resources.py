@@ -55,19 +55,15 @@ def family(root: int) -> Iterator[int]:
 
 
 def holds(process: int) -> dict[str, int]:
-    """Bytes: private ones and those of mapped files; none of a process that has gone."""
+    """Bytes: private ones and those of mapped files; none of a process that has gone. What several processes
+    share is divided among them: a child has all of its parent's memory for a moment.
+    """
     try:
-        lines = dict(line.split(":") for line in Path(f"/proc/{process}/status").read_text().splitlines())
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
         return {"private": 0, "mapped": 0}
-    kilobytes = {
-        name: int(lines[name].split()[0]) if name in lines else 0
-        for name in ("RssAnon", "RssFile", "RssShmem")
-    }
-    return {
-        "private": 1024 * (kilobytes["RssAnon"] + kilobytes["RssShmem"]),
-        "mapped": 1024 * kilobytes["RssFile"],
-    }
+    share = {name: 1024 * int(size.split()[0]) for name, size in (line.split(":") for line in lines)}
+    return {"private": share["Pss_Anon"] + share["Pss_Shmem"], "mapped": share["Pss_File"]}
 
 
 def growth(images: int, side: int) -> None:
