@@ -58,25 +58,26 @@ def write_whole(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            part.write_bytes(content)
+            flush(part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise ExportError(
             f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
         ) from error
 
 
-def flush_folder(folder: Path) -> None:
-    """Bring a folder's list of files to the disk, without which a new name may be gone after a power cut."""
-    if os.name == "nt":  # it cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Bring a file to the disk, or a folder's list of files, without which a new name may be gone after a
+    power cut.
+    """
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder to flush it
+    # Windows flushes what may be written alone.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

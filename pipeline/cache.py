@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from ..export.writing import flush
 from .errors import JobError
-from .files import flush, sha256
+from .files import sha256
 
 _log = logging.getLogger(__name__)
 

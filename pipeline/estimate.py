@@ -41,9 +41,9 @@ def dry_run(
         ModelError: published weights cannot be had.
     """
     assert options.out is not None
-    RunFolder(options.out).look(config, fresh=options.fresh)
-    short = options.until in ("teacher", "prepare")
-    check_weights(options, ("teacher",) if short else ("teacher", "student"), download=False)
+    folder = RunFolder(options.out)
+    folder.look(config, fresh=options.fresh)
+    check_weights(options, folder.left(options.until), download=False)
     for line in estimate(options, images, device):
         display.say(line)
     return Report(

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..export.writing import flush
 from .errors import JobError
 
 _MASK = os.umask(0)
@@ -86,18 +87,6 @@ def _replace(part: Path, path: Path) -> None:
     flush(part)
     part.replace(path)
     flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Bring a file, or a folder's list of files, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder to flush it
-    # Windows flushes what may be written alone.
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The whole job: check, then stage after stage, each done only where it is missing."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -240,14 +240,13 @@ def _stages(
         folder.open(fresh=options.fresh and not voice.attempt())
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
-        left = [stage for stage in _asked(options, folder) if stage not in folder.record["stages"]]
-        check_weights(options, left, download=True)
+        check_weights(options, folder.left(options.until), download=True)
     kept = True
     with display.stage("start") as progress:
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
         )
-        for stage in _asked(options, folder):
+        for stage in folder.asked(options.until):
             if rounds.kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()
                 if not ranks.lead:
@@ -267,11 +266,6 @@ def _stages(
     if ranks.lead and kept:  # what is as it should be stays untouched
         report.write(folder)
     return report.assemble(folder)
-
-
-def _asked(options: Options, folder: RunFolder) -> Sequence[str]:
-    """The stages up to the one that was asked for."""
-    return folder.stages[: folder.stages.index(options.until) + 1 if options.until else None]
 
 
 def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:

@@ -112,6 +112,7 @@ class RunFolder:
         if not fresh and (self.path / RECORD).exists():
             self.record = read_record(self.path)
             self.refuse_other_options(config)
+        self.record["config"] = dict(config)
 
     def check(self) -> None:
         """
@@ -135,6 +136,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoint"
+
+    def asked(self, until: str | None) -> tuple[str, ...]:
+        """The stages up to that one, or all."""
+        return self.stages[: self.stages.index(until) + 1 if until else None]
+
+    def left(self, until: str | None) -> list[str]:
+        """Those of them of which the record does not say that they are done."""
+        return [stage for stage in self.asked(until) if stage not in self.record["stages"]]
 
     @property
     def metrics(self) -> Path:

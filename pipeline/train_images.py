@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from .files import whole
@@ -19,7 +18,4 @@ def save(run: Path, keys: np.ndarray) -> None:
 
 def load(run: Path) -> frozenset[int]:
     """The keys; none of an older run, which has not noted them."""
-    try:
-        return frozenset(load_file(run / FILE)["keys"].tolist())
-    except (OSError, SafetensorError, KeyError):
-        return frozenset()
+    return frozenset(load_file(run / FILE)["keys"].tolist()) if (run / FILE).exists() else frozenset()

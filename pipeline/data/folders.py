@@ -122,19 +122,15 @@ def _expect_folders(walk: Walk, shown: str, folders: Sequence[Path], loose: Sequ
 
 def one_role_alone(path: Path) -> str | None:
     """A sentence where the folder is one role of a data set, whose other roles lie beside it."""
-    path = path.resolve()
+    path = path.absolute()
     if path.name.lower() not in ROLE_FOLDERS or not path.is_dir():
         return None
-    beside = sorted(
-        one.name
-        for one in path.parent.iterdir()
-        if one != path and one.is_dir() and one.name.lower() in ROLE_FOLDERS
-    )
+    beside = [name for name in ROLE_FOLDERS if name != path.name.lower() and (path.parent / name).is_dir()]
     if not beside:
         return None
     return (
         f"{listed(beside)} beside {printable(path.name)} {'is' if len(beside) == 1 else 'are'} not used: "
-        f"--data {printable(path.parent.name)} takes them all"
+        f"--data {printable(str(path.parent))} takes them all"
     )
 
 

@@ -134,6 +134,7 @@ def _learned(given: Given, images: Sequence[Image], part: Part, runs: Collection
 
 
 def _trained_on(images: Sequence[Image], run: Path) -> str | None:
+    _record(run).check_left(train_images.FILE)
     known = train_images.load(run)
     seen = sum(image.number in known for image in images)
     if not seen:

@@ -295,4 +295,4 @@ def _of_teachers(run: Path, facts: dict[str, Any]) -> tuple[Subject | None, list
         heads = [one.get("head") for one in facts.get("teachers", ())]
         return None if known is None else Subject.model_validate(known), heads
     except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"The record of {run} does not say of its teachers what a run says") from error
+        raise UsageError(f"The record of {run} does not say of its teachers what a run says.") from error

@@ -184,7 +184,7 @@ def test_one_level_too_high_names_the_folder_that_was_meant(tmp_path: Path) -> N
 def test_one_level_too_low_is_told_by_what_lies_beside_it(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
     told = one_role_alone(tmp_path / "train")
-    assert told == f"'test', 'val' beside train are not used: --data {tmp_path.name} takes them all"
+    assert told == f"'val', 'test' beside train are not used: --data {tmp_path} takes them all"
     assert one_role_alone(tmp_path) is None and one_role_alone(tmp_path / "train/a") is None
     folder(tmp_path / "alone", {"train/a": 3, "train/b": 3})
     assert one_role_alone(tmp_path / "alone/train") is None

@@ -262,6 +262,16 @@ def test_what_the_student_lacks_is_told_before_a_teacher_is_trained(data, cache,
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
 
 
+def test_who_has_trained_already_is_asked_for_no_weights(a_run, data, cache, monkeypatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "questpress.pipeline.estimate.check_weights", lambda _, stages, **__: asked.append(stages)
+    )
+    result = little.job(data, a_run, cache, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert asked == [[]]
+
+
 def test_a_runs_own_teacher_is_another_runs_weights(finished, data, cache, tmp_path):
     result = compress(
         "--teacher", little.TEACHER, "--student", STUDENT, *SMALL, "--epochs", "1", "--data", data, "--cache",
