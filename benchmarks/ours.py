@@ -31,8 +31,9 @@ from questpress.pipeline.plan import Plan
 from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.shapes import shapes
 from questpress.pipeline.store.store import Source, Store
-from questpress.pipeline.task import DistillationTask, Teacher
+from questpress.pipeline.task import DistillationTask
 from questpress.pipeline.train import backward
+from questpress.pipeline.trainee import Teacher
 from questpress.pipeline.trial import fastest
 from torch import Tensor, nn
 

@@ -241,7 +241,6 @@ def _stages(
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
         check_weights(options, folder.left(options.until), download=True)
-    kept = True
     with display.stage("start") as progress:
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
@@ -257,15 +256,11 @@ def _stages(
             done = ranks.share(folder.finished(stage, key) if ranks.lead else None)
             if done is not None:
                 display.done(stage, done.summary, None)
-                kept = True
                 continue
-            kept = False
             _do(stage, key, stage_run(stage), job)
             if ranks.lead:
                 report.write(folder)
-    if ranks.lead and kept:  # what is as it should be stays untouched
-        report.write(folder)
-    return report.assemble(folder)
+    return report.write(folder) if ranks.lead else report.assemble(folder)
 
 
 def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:

@@ -17,8 +17,9 @@ from .methods.base import Method
 from .quantized_student import QuantizedReadouts
 from .store.of_run import store_of
 from .store.store import Store
-from .task import DistillationTask, Teacher
+from .task import DistillationTask
 from .trained import load_teacher
+from .trainee import Teacher
 
 TEACHERS = "student's teachers"
 """Under which the run folder keeps the engine that the teachers answer with."""

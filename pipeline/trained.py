@@ -9,7 +9,7 @@ from ..models.checkpoint import load_saved, tensors_digest
 from ..models.weights import load_into
 from .device import Engine
 from .job import Job, Member
-from .task import Teacher
+from .trainee import Teacher
 
 
 def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str, str]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...export.onnx_export import OUTPUT, check_parity, export_onnx
+from ...export.onnx_export import OUTPUT, export_onnx
+from ...export.parity import check_parity
 from ...export.runtime import ImageError, allowed_cores, decode_image, metadata, normalise
 from ..bench_images import INPUTS, SYNTHETIC_SIZE, different, synthetic
 from ..bench_measure import Protocol, Subject, measure

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ...export.onnx_export import OnnxFile, check_parity, export_onnx, with_metadata
+from ...export.onnx_export import OnnxFile, export_onnx, with_metadata
+from ...export.parity import check_parity
 from ...export.runtime import metadata, normalise
 from ...export.uint8_front import Outside
 from ...export.uint8_input import front_of

@@ -19,8 +19,8 @@ from ..files import digest, whole
 from ..job import Job
 from ..methods.base import Method, Parameters, Preparation, Readout
 from ..run_folder import Done
-from ..task import Teacher
 from ..trained import load_teacher, trained_network, weights_digest
+from ..trainee import Teacher
 
 SCRATCH = "scratch"
 

@@ -12,8 +12,9 @@ import torch
 from questpress.export import runtime
 from questpress.export.bench import Subject, bench
 from questpress.export.errors import ExportError
-from questpress.export.onnx_export import OnnxFile, check_parity, export_onnx
+from questpress.export.onnx_export import OnnxFile, export_onnx
 from questpress.export.opset import LEAST_OPSET, greatest_opset
+from questpress.export.parity import check_parity
 from questpress.export.quantize import quantize_int8
 from timm.layers import StdConv2d
 from torch import nn

@@ -14,7 +14,8 @@ from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.errors import ExportError
-from questpress.export.onnx_export import OnnxFile, check_parity, export_onnx
+from questpress.export.onnx_export import OnnxFile, export_onnx
+from questpress.export.parity import check_parity
 from questpress.export.quantize import quantize_int8
 from questpress.export.uint8_front import PIXELS, Folded, Outside
 from questpress.export.uint8_input import attach, front_of, split

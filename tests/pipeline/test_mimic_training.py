@@ -10,7 +10,8 @@ from questpress.models.widen import Widened, widen
 from questpress.pipeline.methods import lsh, mimic
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.optimizer import build_optimizer
-from questpress.pipeline.task import DistillationTask, Teacher
+from questpress.pipeline.task import DistillationTask
+from questpress.pipeline.trainee import Teacher
 from torch import nn
 
 from .test_train import CLASSES, ENGINE, SIDE, Interrupted, equal, interrupt_in, learn, network, plan, state

@@ -30,8 +30,9 @@ from questpress.pipeline.ranks import Ranks, join, leave
 from questpress.pipeline.results import Epoch
 from questpress.pipeline.stopping import STOP
 from questpress.pipeline.store.store import Source, Store
-from questpress.pipeline.task import DistillationTask, Teacher
+from questpress.pipeline.task import DistillationTask
 from questpress.pipeline.train import train
+from questpress.pipeline.trainee import Teacher
 from torch import Tensor, nn
 
 from . import little, several

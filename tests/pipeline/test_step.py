@@ -14,7 +14,8 @@ from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.optimizer import build_optimizer
 from questpress.pipeline.plan import Plan
 from questpress.pipeline.ranks import Ranks
-from questpress.pipeline.task import DistillationTask, Teacher
+from questpress.pipeline.task import DistillationTask
+from questpress.pipeline.trainee import Teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 

@@ -24,8 +24,9 @@ from questpress.pipeline.methods.word_targets import answer as words_answer
 from questpress.pipeline.store import entry
 from questpress.pipeline.store.manage import remove
 from questpress.pipeline.store.store import BATCH, KIND, Source, Store
-from questpress.pipeline.task import DistillationTask, Teacher
+from questpress.pipeline.task import DistillationTask
 from questpress.pipeline.train import train
+from questpress.pipeline.trainee import Teacher
 
 from .test_train import ENGINE, POLICY, SIDE, equal, geometry, network, plan, state, views
 

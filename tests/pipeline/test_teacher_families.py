@@ -11,7 +11,8 @@ from questpress.pipeline.device import Engine
 from questpress.pipeline.methods import base
 from questpress.pipeline.methods.quest import Parameters, Quest
 from questpress.pipeline.shapes import check_methods, shapes
-from questpress.pipeline.task import DistillationTask, Teacher
+from questpress.pipeline.task import DistillationTask
+from questpress.pipeline.trainee import Teacher
 
 STUDENT, SIZE, CLASSES, WORDS = "mobilenetv2_035", 64, 3, 6
 ENGINE = Engine("cpu", 1, "fp32")

@@ -27,8 +27,9 @@ from questpress.pipeline.optimizer import build_optimizer, schedule
 from questpress.pipeline.plan import Plan
 from questpress.pipeline.ranks import Ranks
 from questpress.pipeline.results import Epoch
-from questpress.pipeline.task import DistillationTask, Teacher
+from questpress.pipeline.task import DistillationTask
 from questpress.pipeline.train import train
+from questpress.pipeline.trainee import Teacher
 
 from .little import picture
 
