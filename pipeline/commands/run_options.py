@@ -19,21 +19,28 @@ class Grouped(click.Command):
         records: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 name = str(parameter.name)
                 heading = group(name) if name in Options.model_fields else "Running"
                 records[heading].append(record)
         for name in GROUPS:
-            with formatter.section(name):
-                formatter.write_dl(records[name], col_max=28)
-        with formatter.section("What is chosen where you say nothing (from scratch | from weights)"):
-            formatter.write_dl(
-                [
-                    (option, scratch if weights in (scratch, "the same") else f"{scratch} | {weights}")
-                    for option, scratch, weights in defaults.lines()
-                ],
-                col_max=28,
-            )
+            _section(formatter, name, records[name])
+        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
+        _section(
+            formatter,
+            "What is chosen where you say nothing (from scratch | from weights)",
+            [
+                (option, scratch if weights in (scratch, "the same") else f"{scratch} | {weights}")
+                for option, scratch, weights in defaults.lines()
+                if own & set(option.split(", "))
+            ],
+        )
+
+
+def _section(formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
+    if rows:  # click has no list of nothing
+        with formatter.section(heading):
+            formatter.write_dl(rows, col_max=28)
 
 
 def made_option(name: str, annotation: Any, default: Any, help: str) -> click.Option:

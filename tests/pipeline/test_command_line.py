@@ -4,8 +4,10 @@ import subprocess
 import time
 from importlib import metadata
 
+import click
 import pytest
 from questpress.pipeline import defaults
+from questpress.pipeline.cli import COMMANDS, cli
 from questpress.pipeline.commands.run_options import GROUPS
 from questpress.pipeline.options import Options, group
 
@@ -45,6 +47,24 @@ def test_help_lists_every_option_under_its_heading():
         at = told.index(f"--{shown}")
         heading = [name for name, place in zip(GROUPS, places, strict=True) if place < at][-1]
         assert heading == group(name), shown
+
+
+@pytest.mark.parametrize("name", [name for named in COMMANDS.values() for name in named])
+def test_every_command_explains_itself_and_each_of_its_options(name):
+    told = compress(name, "--help")
+    assert told.exit_code == 0, told.stderr
+    made = cli.get_command(click.Context(cli), name)
+    parts = made.commands.values() if isinstance(made, click.Group) else [made]
+    for part in parts:
+        shown = compress(name, *([part.name] if part is not made else []), "--help")
+        assert shown.exit_code == 0, shown.stderr
+        for parameter in part.params:
+            is_option = isinstance(parameter, click.Option)
+            assert (parameter.opts[0] if is_option else parameter.human_readable_name) in shown.stdout
+
+
+def test_the_help_of_export_shows_no_defaults_of_options_it_does_not_have():
+    assert "What is chosen" not in compress("export", "--help").stdout
 
 
 def test_help_shows_the_table_of_defaults():
