@@ -13,9 +13,9 @@ from .data.image_set import ImageSet
 from .device import use_threads
 from .options import Options
 from .progress import Display
-from .published import check_weights
 from .results import Report
 from .run_folder import RunFolder
+from .starting_weights import check_weights
 from .typed import command
 
 STEP = 3.0
@@ -43,7 +43,7 @@ def dry_run(
     assert options.out is not None
     folder = RunFolder(options.out)
     folder.look(config, fresh=options.fresh)
-    check_weights(options, folder.left(options.until), download=False)
+    check_weights(options, images, folder.left(options.until), download=False)
     for line in estimate(options, images, device):
         display.say(line)
     return Report(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..export.plain_text import spelled_out
 from .stopping import seconds
 
 STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
@@ -31,7 +32,7 @@ def pairs(value: Any) -> Any:
     for item in value:
         key, equals, setting = str(item).partition("=")
         if not equals:
-            raise ValueError(f"'{item}' is not of the form KEY=VALUE")
+            raise ValueError(f"'{spelled_out(str(item))}' is not of the form KEY=VALUE")
         # A value with commas is a list, as in quest.levels=map,map@2.
         found[key.strip()] = setting.split(",") if "," in setting else setting.strip()
     return found
@@ -45,7 +46,7 @@ def _time(value: Any) -> Any:
     return seconds(value) if isinstance(value, str) else value
 
 
-Time = Annotated[float, BeforeValidator(_time), Field(gt=0)]
+Time = Annotated[float, BeforeValidator(_time), Field(gt=0, le=1e9)]
 Names = Annotated[list[str], BeforeValidator(_listed)]
 Settings = Annotated[dict[str, Any], BeforeValidator(pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_listed)]
@@ -106,6 +107,7 @@ class Options(BaseModel):
         group="Weights",
         enters="teacher",
         ge=1,
+        le=100,
     )
     student_weights: str = option(
         "auto, none or a file, as for the teacher", "auto", group="Weights", enters="student"
@@ -163,6 +165,7 @@ class Options(BaseModel):
         group="Method",
         enters="prepare",
         ge=1,
+        le=100,
     )
 
     epochs: int | None = option("epochs of the student", group="Training", enters="student", ge=1)

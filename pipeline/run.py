@@ -19,11 +19,11 @@ from .files import sha256
 from .job import Job
 from .options import Options, enters, group, pairs
 from .progress import Display
-from .published import check_weights
 from .ranks import Ranks, check_ranks, join, leave
 from .resolve import DIGITS, resolve
 from .results import Report
 from .run_folder import Done, RunFolder
+from .starting_weights import check_weights
 from .stopping import STOP
 from .typed import command
 
@@ -166,6 +166,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 _PARTS = {
+    "data": ("data_dir", "download"),
     "crop": ("crop_scale", "pad", "pad_mode"),
     "schedule": ("milestones",),
     "weight": ("balance",),  # chosen by whether a weight was asked for
@@ -240,7 +241,7 @@ def _stages(
         folder.open(fresh=options.fresh and not voice.attempt())
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
-        check_weights(options, folder.left(options.until), download=True)
+        check_weights(options, images, folder.left(options.until), download=True)
     with display.stage("start") as progress:
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..export.plain_text import spelled_out
+
 TIME_LIMIT_EXIT = 75
 """Exit code of a job that its --time-limit has ended: EX_TEMPFAIL of sysexits.h, "try again"."""
 
@@ -140,5 +142,5 @@ def seconds(text: str) -> float:
         ValueError: it is not of this form.
     """
     if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
-        raise ValueError(f"'{text}' is no time; write it as 3h50m, 90m or 45s")
+        raise ValueError(f"'{spelled_out(text)}' is no time; write it as 3h50m, 90m or 45s")
     return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))

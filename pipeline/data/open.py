@@ -50,6 +50,7 @@ def read_data(
     """
     path = Path(data).expanduser()
     if data == DIGITS:
+        _refuse_unused("the built-in digits", data_dir, download)
         return read_digits()
     if path.is_file():
         if not is_label_file(path):
@@ -57,8 +58,10 @@ def read_data(
                 f"{printable(str(path))} is a file; --data takes a folder that holds a folder of images for "
                 f"each class, or a labels file ({', '.join(SUFFIXES)})."
             )
+        _refuse_unused("a labels file", None, download)
         return read_label_file(path, data_dir=data_dir, to_learn=to_learn, progress=progress)
     if path.exists():
+        _refuse_unused("a folder", data_dir, download)
         with _pointing_at_labels(path):
             return read_folder(path, to_learn=to_learn, progress=progress)
 
@@ -76,6 +79,16 @@ def read_data(
         f"There is no data folder {data}; --data takes a folder of class folders, a labels file, "
         f"'{DIGITS}', or a name of timm's ({kinds}).{hint}"
     )
+
+
+def _refuse_unused(what: str, data_dir: Path | None, download: bool) -> None:
+    """
+    Raises:
+        UsageError: an option is given that belongs to data of another kind.
+    """
+    for option, given in (("--data-dir", data_dir is not None), ("--download", download)):
+        if given:
+            raise UsageError(f"{option} is of no use where --data is {what}; leave it out.")
 
 
 @contextmanager

@@ -204,6 +204,11 @@ def test_what_is_no_time_is_refused(text, data, cache, tmp_path):
     little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
 
 
+@pytest.mark.parametrize("text", ["\udcff", "9" * 20 + "d", "0s"])
+def test_a_time_limit_that_no_clock_can_keep_is_refused(text, data, cache, tmp_path):
+    little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
+
+
 @posix
 def test_the_time_limit_ends_a_training_with_75_and_the_command_goes_on(data, cache, tmp_path):
     more = ("--epochs", "40", "--until", "student")

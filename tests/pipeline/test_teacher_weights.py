@@ -262,10 +262,22 @@ def test_what_the_student_lacks_is_told_before_a_teacher_is_trained(data, cache,
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_students_weights_that_do_not_fit_are_told_before_a_teacher_is_trained(data, cache, tmp_path, dry):
+    save_weights(build("cifar_wrn_16_1", num_classes=3, image_size=16), tmp_path / "w.safetensors", {})
+    (tmp_path / "w.txt").write_text("no weights at all")
+    for name, word in (("w.safetensors", "conv1.weight"), ("w.txt", "w.txt")):
+        given = ("--student-weights", tmp_path / name, *(["--dry-run"] if dry else []))
+        told = refused(little.job(data, tmp_path / "run", cache, *given), 1, name, word)
+        assert "teacher" not in told
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_who_has_trained_already_is_asked_for_no_weights(a_run, data, cache, monkeypatch):
     asked: list[list[str]] = []
     monkeypatch.setattr(
-        "questpress.pipeline.estimate.check_weights", lambda _, stages, **__: asked.append(stages)
+        "questpress.pipeline.estimate.check_weights",
+        lambda _options, _data, stages, **_: asked.append(stages),
     )
     result = little.job(data, a_run, cache, "--dry-run")
     assert result.exit_code == 0, result.output
