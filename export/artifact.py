@@ -34,6 +34,7 @@ no answer depends on them, and the README is written anew whenever more is known
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +45,8 @@ from . import runtime
 from .errors import ExportError
 from .onnx_export import OnnxFile
 from .writing import write_whole
+
+_HOME = re.compile(r"~[^/\\]*[/\\]")
 
 _TOOLS = ("questpress", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
 
@@ -93,7 +96,7 @@ def write_manifest(
     names = [shipped.file.path.name for shipped in files]
     if len(set(names)) != len(names):
         raise ExportError(f"an artifact cannot hold two files of one name: {', '.join(names)}")
-    local = [text for text in _strings(origin) if Path(text).is_absolute() or text.startswith("~")]
+    local = [text for text in _strings(origin) if Path(text).is_absolute() or _HOME.match(text)]
     if local:
         raise ExportError(f"an artifact may not name a path of this machine, and its origin does: {local[0]}")
     manifest: dict[str, Any] = {

@@ -95,7 +95,8 @@ class Worker:
         finally:
             timer.cancel()
         if "error" in head:
-            raise ExportError(f"{self.name} cannot be timed: {head['error']}")
+            told = str(head["error"]).replace(str(self._request["model"]), self.name)
+            raise ExportError(f"{self.name} cannot be timed: {told}")
         if len(body) != head.get("bytes", 0):
             raise ExportError(self._obituary(overdue.is_set(), limit))
         self.cpu_seconds = head.get("cpu", self.cpu_seconds)

@@ -135,7 +135,7 @@ def _order_statistics(ordered: np.ndarray, p: float, repetition: float = 1.0) ->
     tail = (1 - LEVEL) / 2
     whole = math.floor(counted)
     below, above = binom.ppf(tail, whole, p), binom.ppf(1 - tail, whole, p) + 1
-    first, last = math.floor(below / whole * n), math.ceil(above / whole * n)
+    first, last = math.floor(below * n / whole), math.ceil(above * n / whole)
     return Interval(
         float(ordered[first - 1]) if first >= 1 else None,
         float(ordered[last - 1]) if last <= n else None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,14 +25,14 @@ from .opset import check_opset
 from .reshapes import constant_reshapes
 from .uint8_front import INPUT
 from .uint8_input import take_pixels
-from .writing import write_whole
+from .writing import flush, write_whole
 
 log = logging.getLogger(__name__)
 
 OPSET = 18
 OUTPUT, BATCH = "logits", "batch"
-# Protobuf holds 2 GB; above this the weights go into a file of their own beside the graph.
-_SINGLE_FILE_LIMIT = 1_900_000_000
+SINGLE_FILE = 1_900_000_000
+"""Bytes of weights that lie in the graph's own file: protobuf holds 2 GB. More go into a file beside it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def export_onnx(
         [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     )
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    large = size > _SINGLE_FILE_LIMIT
+    large = size > SINGLE_FILE
     if large and pixels is None:
         return _write_with_external_data(model, path)
     proto = onnx_ir.to_proto(model)
@@ -218,18 +220,29 @@ def _strip(model: onnx_ir.Model) -> None:
 
 
 def _write_with_external_data(model: onnx_ir.Model, path: Path) -> OnnxFile:
+    """Weights and graph, each whole or not at all; the graph, which names the weights' file, takes its place
+    last.
+    """
     data = path.with_name(path.name + ".data")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        onnx_ir.save(model, path, external_data=data.name)
-        onnx.checker.check_model(str(path))
+        part.mkdir()
+        onnx_ir.save(model, part / path.name, external_data=data.name)
+        onnx.checker.check_model(str(part / path.name))
+        graph, size = (part / path.name).read_bytes(), (part / data.name).stat().st_size
+        for file in (data, path):
+            flush(part / file.name)
+            (part / file.name).replace(file)
+        flush(path.parent)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the exported graph is not valid ONNX: {_sentence(error)}") from error
-    graph = path.read_bytes()
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return OnnxFile(
         path,
-        len(graph) + data.stat().st_size,
+        len(graph) + size,
         hashlib.sha256(graph).hexdigest(),
         model.opset_imports[""],
         model.ir_version,

@@ -27,6 +27,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# ONNX Runtime of 1.31 and later tells its makers of the machine it runs on, and keeps a number for it in the
+# user's cache, unless this is said before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import numpy as np
 import onnxruntime as ort
 from PIL import Image, ImageCms
@@ -269,6 +273,8 @@ _FILTERS = {
     "hamming": Image.Resampling.HAMMING,
 }
 _CROP_MODES = ("center", "squash", "border")
+_FARTHEST = 1e6
+"""Of means and deviations, in units of the lightest pixel: beyond it, float32 has no room for them."""
 LARGEST_SIDE = 1 << 13
 """Of a network's input, in pixels: one image of it takes 800 MB. What asks for more is no artifact."""
 _MAX_RESIZED = 1 << 25  # pixels; an image much longer than wide is resized only where the crop will be
@@ -305,11 +311,13 @@ class Preprocessing:
             raise ValueError(f"no filter {self.interpolation!r}; there are {', '.join(_FILTERS)}")
         if self.crop_mode not in _CROP_MODES:
             raise ValueError(f"no crop mode {self.crop_mode!r}; there are {', '.join(_CROP_MODES)}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, self.mean)):
+        if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError(
                 f"preprocessing needs three means and deviations, not {self.mean} and {self.std}"
             )
-        if not all(0 < value < math.inf for value in self.std):
+        if not all(abs(value) <= _FARTHEST for value in self.mean):
+            raise ValueError(f"no image of pixels in [0, 1] has means of {self.mean}")
+        if not all(1 / _FARTHEST <= value <= _FARTHEST for value in self.std):
             raise ValueError(f"preprocessing needs positive deviations, not {self.std}")
 
     @classmethod
@@ -519,13 +527,19 @@ def target_of_this_machine() -> str:
 
 
 def session(
-    model: str | Path | bytes, threads: int, *, fuse: bool = True, optimised: str | Path | None = None
+    model: str | Path | bytes,
+    threads: int,
+    *,
+    fuse: bool = True,
+    optimised: str | Path | None = None,
+    name: str = "a model given as bytes",
 ) -> ort.InferenceSession:
     """The one way questpress runs a model file: measured, validated and shipped with these options.
 
-    `optimised` names a file to write the graph to as it runs on this machine. Without `fuse` an int8 file
-    computes in float between quantizing and dequantizing: what it means, without the integer kernels of this
-    processor. Raises ArtifactError where onnxruntime cannot load the model.
+    `name` is what bytes are called where they cannot be loaded; `optimised` names a file to write the graph
+    to as it runs on this machine. Without `fuse` an int8 file computes in float between quantizing and
+    dequantizing: what it means, without the integer kernels of this processor. Raises ArtifactError where
+    onnxruntime cannot load the model.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -541,7 +555,7 @@ def session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Or else bytes that look like ONNX Runtime's own format are read as that, by another parser.
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    name = "a model given as bytes" if isinstance(model, bytes) else str(model)
+    name = name if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(
             model if isinstance(model, bytes) else str(model),
@@ -661,7 +675,7 @@ class Classifier:
         if self.threads < 1:
             raise ValueError(f"a classifier needs at least one thread, not {threads}")
         refuse_outside(model, name)
-        self.session = session(model, self.threads)
+        self.session = session(model, self.threads, name=name)
         own_preprocessing, own_labels, own_thresholds = _read_metadata(
             self.session.get_modelmeta().custom_metadata_map, name, needed=not (preprocessing and labels)
         )
@@ -736,7 +750,18 @@ class Classifier:
         shape, expected = getattr(answer, "shape", None), (len(batch), len(self.labels))
         if shape != expected:
             raise ArtifactError(f"{self.name} answers with {shape} where {expected} was due")
+        if answer.dtype.kind not in "fiu":
+            raise ArtifactError(f"{self.name} answers with {answer.dtype}, and not with numbers")
         return answer
+
+    def answers(self, pixels: np.ndarray) -> np.ndarray:
+        """Rendered images, uint8 [B, S, S, 3], to logits float32 [B, classes] of which the largest of each
+        image is a finite number. Raises ArtifactError where it is none.
+        """
+        logits = self.logits(self.feed(pixels))
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise ArtifactError(f"{self.name} answers with numbers that are not finite")
+        return logits
 
     def predict(
         self, images: Iterable[Pixels | str | Path | bytes], top: int = 5, *, batch_size: int = 16
@@ -747,7 +772,7 @@ class Classifier:
         while chunk := list(islice(queue, batch_size)):
             decoded = [image if isinstance(image, np.ndarray) else decode_image(image) for image in chunk]
             pixels = np.stack([render(image, self.preprocessing) for image in decoded])
-            for row in self.probabilities(self.logits(self.feed(pixels))):
+            for row in self.probabilities(self.answers(pixels)):
                 order = np.argsort(-row, kind="stable")
                 likeliest = [(self.labels[index], float(row[index])) for index in order[: max(1, top)]]
                 given = order[:1] if self.thresholds is None else order[(row >= self.thresholds)[order]]

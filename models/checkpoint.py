@@ -75,7 +75,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         where = ""
     elif head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         if head[:1] == b"P":
-            _refuse_packed(file)
+            refuse_packed(file)
         content = _read_torch(file)
         tensors, where = _find_weights(content, set())
         labels = _labels(content) if isinstance(content, Mapping) else None
@@ -124,9 +124,12 @@ def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
         raise ModelError(f"The safetensors file {file} is damaged: {_brief(error)}.") from error
 
 
-def _refuse_packed(file: Path) -> None:
+def refuse_packed(file: Path) -> None:
     """torch writes its archives as they are: one that is packed, or whose parts lie over each other, may come
     to any size when it is read.
+
+    Raises:
+        ModelError: this is one.
     """
     try:
         with zipfile.ZipFile(file) as archive:

@@ -3,6 +3,7 @@
 import hashlib
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from .build import pretrained_cfg
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, refuse_packed
 from .errors import ModelError
 from .names import resolve
 
@@ -84,6 +85,8 @@ def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint
     had = _file(full, cfg, option, download=True)
     assert had is not None
     file, source = had
+    if file.suffix != ".npz" and zipfile.is_zipfile(file):  # numpy's archives may be packed
+        refuse_packed(file)
     try:
         with torch.random.fork_rng(devices=[]):
             network = timm.create_model(

@@ -75,7 +75,7 @@ def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[st
     except ArtifactError as error:
         raise UsageError(f"{error}.") from error
     found, notes = [], []
-    for teacher in _teachers(path):
+    for teacher in timed_teachers(path):
         key = teacher.stem.replace(".", " ")
         shown = teacher.relative_to(path).as_posix()
         found.append(Found(teacher, key, shown, key, onnx_input(teacher, image_size)))
@@ -94,9 +94,7 @@ def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[st
 
 
 def _verify(folder: Path, entry: dict[str, Any]) -> None:
-    """What lies in a file is what the manifest says; of one with weights beside it that is not said."""
-    if (folder / f"{entry['name']}.data").exists():
-        return
+    """What lies in a file is what the manifest says; of weights beside it that is not said."""
     try:
         read_verified(folder, entry)
     except ArtifactError as error:
@@ -112,9 +110,12 @@ def _role(entry: dict[str, Any], taken: set[str | None]) -> tuple[str, str | Non
     return precision, key
 
 
-def _teachers(path: Path) -> list[Path]:
-    """Those that a run has timed, in order."""
-    return sorted(path.glob("bench/teacher*.onnx"))
+def timed_teachers(run: Path) -> list[Path]:
+    """The files of a run's teachers, in their order: ``teacher.onnx``, or ``teacher.0.onnx`` and so on."""
+    several = (run / "bench").glob("teacher.*.onnx")
+    numbered = [(file.suffixes[0][1:], file) for file in several if file.suffixes[0][1:].isdecimal()]
+    alone = run / "bench" / "teacher.onnx"
+    return [alone] if alone.is_file() else [file for _, file in sorted(numbered, key=lambda one: int(one[0]))]
 
 
 def _named(paths: Sequence[Path], groups: Sequence[Sequence[Found]]) -> list[Found]:

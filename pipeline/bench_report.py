@@ -89,7 +89,7 @@ def bench_facts(found: Bench) -> dict[str, Any]:
                 for one in speedups
             ],
         }
-    teachers = [facts.pop(key) for key in sorted(facts) if key.startswith("teacher")]
+    teachers = [facts.pop(key) for key in list(facts) if key.startswith("teacher")]
     of_teachers: dict[str, Any] = {"teachers": teachers}
     if len(teachers) == 1:
         of_teachers["teacher"] = teachers[0]

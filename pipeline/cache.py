@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..export.writing import flush
 from .errors import JobError
-from .files import sha256
+from .files import concerns, sha256
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class Cache:
         try:
             return _put(self.root, kind, key, write)
         except OSError as error:
+            if not concerns(error, self.root):
+                raise
             if self._temporary is None:
                 _log.warning(
                     "The cache folder %s cannot be written (%s); nothing is kept. --cache names another.",
@@ -79,6 +81,8 @@ class Cache:
         try:
             return _put(Path(self._temporary.name), kind, key, write)
         except OSError as error:
+            if not concerns(error, Path(self._temporary.name)):
+                raise
             raise JobError(
                 f"Neither the cache folder {self.root} nor {self._temporary.name} can be written "
                 f"({error.strerror or error}); free some space or name another folder with --cache."

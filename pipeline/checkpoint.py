@@ -78,7 +78,13 @@ class Checkpoint:
             state = _read(path, device)
             if state is None:
                 continue
-            if state.get("key") != self.key:
+            mine = state.get("key") == self.key
+            if path != there[0] and not mine:
+                self.warn(
+                    f"The checkpoint {there[0]} is damaged, and the one before it is of another training: "
+                    "this one begins at its start."
+                )
+            if not mine:
                 return None
             if path != there[0]:
                 self.warn(

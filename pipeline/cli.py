@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from . import voice
+from .commands.told import ended
+from .stopping import STOP
 
 COMMANDS = {
     "Make": {
@@ -72,6 +74,14 @@ class Shorthand(click.Group):
         if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """To be stopped while a command is still being loaded is to be stopped."""
+        try:
+            with STOP.listens():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ended("\nStopped.", 130)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Of several processes one says what is wrong with the command line."""

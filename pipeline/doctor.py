@@ -139,7 +139,8 @@ def _trouble(requirement: Requirement) -> str | None:
             import_module(COMPILED[requirement.name])
         # Libraries that do not fit together fail in many ways when they are loaded.
         except Exception as error:
-            return f"{version} cannot be loaded ({str(error).splitlines()[0]})"
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            return f"{version} cannot be loaded ({first})"
     return None
 
 

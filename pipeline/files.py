@@ -34,7 +34,7 @@ def whole(path: Path) -> Iterator[Path]:
         _replace(part, path)
     except Exception as error:
         refusal = _refusal(error)
-        if refusal is None or hasattr(error, "exit_code"):
+        if refusal is None or hasattr(error, "exit_code") or not concerns(refusal, path.parent):
             raise
         raise JobError(
             f"Could not write {path}: {refusal.strerror or refusal}; what was there before is unchanged."
@@ -53,6 +53,15 @@ def _refusal(error: BaseException | None) -> OSError | None:
             return OSError(int(number[1]), os.strerror(int(number[1])))
         error = error.__cause__ or error.__context__
     return error
+
+
+def concerns(error: OSError, folder: Path) -> bool:
+    """Whether an error is, or may be, of writing below a folder, and not of a file elsewhere."""
+    if not isinstance(error.filename, str | bytes):
+        return True
+    named = Path(os.fsdecode(error.filename)).absolute()
+    place = folder.absolute()
+    return named == place or place in named.parents or named in place.parents
 
 
 def write_text(path: Path, text: str) -> None:

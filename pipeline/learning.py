@@ -45,14 +45,17 @@ def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float, seed: int) -
     )
 
 
-def engine(job: Job, what: str, choose: Callable[[str], Engine]) -> Engine:
+def engine(job: Job, what: str, choose: Callable[[str], Engine], precision: str | None = None) -> Engine:
     """The engine for ``what``: the one recorded where this training was begun on this device.
 
     A precision that is asked for wins over the recorded one. ``choose`` makes an engine from a precision.
+
+    Args:
+        precision: the only one that ``what`` can have, whatever is asked for.
     """
     engines = job.folder.record.setdefault("engines", {})
     entry = engines.get(what)
-    asked = job.options.precision
+    asked = precision or job.options.precision
     if entry is not None and entry["key"] == job.key and entry["device"] == job.device:
         if asked in ("auto", entry["precision"]):
             return Engine.of(entry)

@@ -90,7 +90,8 @@ def _shape(
     kind = _KINDS.get(int(tensor.elem_type))
     sides = [one.dim_value if one.HasField("dim_value") else None for one in tensor.shape.dim]
     if kind is None or len(sides) != 4:
-        name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        known = tensor.elem_type in onnx.TensorProto.DataType.values()
+        name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no known type"
         shown = ", ".join("?" if one is None else str(one) for one in sides)
         raise UsageError(
             f"{path} takes {name} [{shown}]; an image is float [1, 3, H, W] or uint8 [1, H, W, 3]."

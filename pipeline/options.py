@@ -6,9 +6,10 @@ The command line, `config.yaml`, the Python API and the documentation are all ma
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from ..export.plain_text import spelled_out
+from .limits import within
 from .stopping import seconds
 
 STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
@@ -39,7 +40,10 @@ def pairs(value: Any) -> Any:
 
 
 def _epochs(value: Any) -> Any:
-    return [int(part) for part in value.split(",")] if isinstance(value, str) else value
+    epochs = [int(part) for part in value.split(",")] if isinstance(value, str) else value
+    if isinstance(epochs, list) and (epochs != sorted(set(epochs)) or epochs[0] < 1):
+        raise ValueError("epochs stand in rising order, from 1 on, as in 150,180,210")
+    return epochs
 
 
 def _time(value: Any) -> Any:
@@ -59,6 +63,7 @@ class Options(BaseModel):
     """What the user asked for; a value of None is chosen for him (see ``defaults``)."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+    _within = field_validator("*")(within)
 
     teacher: Names = option("timm name of the teacher", ..., group="What", enters="teacher", min_length=1)
     student: str = option(

@@ -32,8 +32,10 @@ def predict(
             f"{artifact} is an image: name the run or its artifact first, then the images, as in "
             f"compress predict RUN {artifact.name}."
         )
+    if artifact.is_file() and file is not None:
+        raise UsageError(f"--file chooses a file of an artifact; {artifact} is one already.")
     try:
-        if artifact.is_file() and file is None:
+        if artifact.is_file():
             from ..export.foreign import read_foreign  # with onnx, which the folders do without
 
             content, _ = read_foreign(artifact)

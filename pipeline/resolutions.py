@@ -17,6 +17,7 @@ from ..export.runtime import Classifier, allowed_cores
 from ..models.build import check_size
 from ..models.catalogue import multiply_adds
 from ..models.names import resolve as resolve_name
+from . import voice
 from .bench_images import INPUTS
 from .data.decode import rendered
 from .data.image_set import ImageSet
@@ -48,6 +49,8 @@ def resolutions(sizes: Sequence[int], **given: Any) -> Resolutions:
     for name in NOT_HERE:
         if given.get(name):
             raise UsageError(f"--{name.replace('_', '-')} belongs to a single run; leave it out here.")
+    if not voice.alone():
+        raise UsageError("Several sizes are trained by one process alone; start it without torchrun.")
     if not sizes:
         raise UsageError("--sizes names no size; write them as in --sizes 64,96,128.")
     asked = read_options({name: value for name, value in given.items() if value is not None})

@@ -17,6 +17,7 @@ from .errors import UsageError
 from .methods.base import Parameters
 from .options import Options
 from .shapes import check_methods, shapes
+from .shapes import parameters as parameters_of
 
 DIGITS = "digits"
 
@@ -83,6 +84,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
             "--calibrate fits a temperature on select images, and this data has none: hold some out, as with "
             "--select-fraction 0.1."
         )
+    _check_ships(chosen, len(data.classes))
     check_methods(
         parameters,
         chosen.teacher,
@@ -117,6 +119,22 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     return chosen, data
 
 
+def _check_ships(chosen: Options, classes: int) -> None:
+    """
+    Raises:
+        UsageError: the student is larger than a file that ships.
+    """
+    from ..export.onnx_export import SINGLE_FILE
+
+    assert chosen.image_size is not None
+    count = parameters_of(chosen.student, classes, chosen.student_size or chosen.image_size)
+    if 4 * count > SINGLE_FILE:
+        raise UsageError(
+            f"--student {chosen.student} has {count / 1e6:,.1f} million parameters, more than an ONNX file "
+            "of 2 GB holds; take a smaller one."
+        )
+
+
 def own_image_size(options: Options) -> int:
     """Side in pixels of the networks' input, where it is not asked for."""
     return 64 if options.data == DIGITS else default_image_size(options.student)
@@ -137,9 +155,10 @@ def _choose(chosen: Options, data: ImageSet) -> None:
         chosen.student_weights == "auto" and not has_pretrained(chosen.student)
     )
     chosen.select_fraction = 0.1 if chosen.select_fraction is None else chosen.select_fraction
-    chosen.optimizer = chosen.optimizer or "adamw"
+    chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
     _check_optimizer(chosen.optimizer)
-    batch = chosen.batch_size = chosen.batch_size or defaults.batch_size(images)
+    # A batch is no more than there is, and its learning rate that of what it is.
+    batch = chosen.batch_size = min(chosen.batch_size or defaults.batch_size(images), images)
     chosen.epochs = chosen.epochs or defaults.epochs("student", images, scratch=scratch)
     chosen.teacher_epochs = chosen.teacher_epochs or defaults.epochs(
         "teacher", images, scratch=teacher_scratch

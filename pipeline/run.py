@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from . import bounded_yaml, recipes, rounds, voice
+from . import bounded_yaml, methods, recipes, rounds, voice
 from .cache import Cache
 from .data.folders import one_role_alone
 from .data.image_set import ImageSet
@@ -90,6 +90,10 @@ def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
         )
     if (alone := one_role_alone(Path(str(chosen.data)).expanduser())) is not None:
         display.note(alone)
+    if asked.batch_size and chosen.batch_size != asked.batch_size:
+        display.note(f"--batch-size {asked.batch_size} is more than there are: all images are one batch")
+    if chosen.milestones and chosen.milestones[-1] >= max(chosen.epochs or 0, chosen.teacher_epochs or 0):
+        display.note(f"--milestones: epoch {chosen.milestones[-1]} is not before the end of the training")
     display.detail(f"chosen: {_chosen(chosen, asked)}")
     if chosen.dry_run:
         return dry_run(chosen, _config(chosen, images), images, device, display)
@@ -142,7 +146,8 @@ def read_options(given: Mapping[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise UsageError(f"{flag(name)} {first['input']}: {first['msg']}.") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{flag(name)} {first['input']}: {reason}.") from error
 
 
 _EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
@@ -166,6 +171,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 _PARTS = {
+    "optimizer": ("lr", "teacher_lr", "qat_lr"),  # a plain SGD's rates are many times an adaptive one's
+    "qat": ("qat_epochs", "qat_lr"),
     "data": ("data_dir", "download"),
     "crop": ("crop_scale", "pad", "pad_mode"),
     "schedule": ("milestones",),
@@ -178,18 +185,27 @@ _PARTS = {
 def _over(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A config's options with the given ones winning, of settings and losses' weights each for itself."""
     # What belongs to another choice than the given one has no use here.
-    aside = {part for choice, parts in _PARTS.items() if choice in given for part in parts}
+    other = [choice for choice in _PARTS if choice in given and given[choice] != config.get(choice)]
+    aside = {part for choice in other for part in _PARTS[choice]}
+    if any(_weighs(str(one).partition("=")[0].strip()) for one in given.get("settings", ())):
+        aside.add("balance")
     merged = {**{name: value for name, value in config.items() if name not in aside}, **given}
-    methods = [name.strip() for name in str(given.get("method", "")).split("+")]
+    named = [name.strip() for name in str(given.get("method", "")).split("+")]
     for name in ("settings", "weight"):
         kept, more = config.get(name), given.get(name, {})
         malformed = isinstance(more, list) and not all("=" in str(one) for one in more)
         if not isinstance(kept, Mapping) or malformed:
             continue  # told when the options are checked
         if "method" in given:  # what was set for another method has no use here
-            kept = {key: value for key, value in kept.items() if key.split(".")[0] in (*methods, "ce")}
+            kept = {key: value for key, value in kept.items() if key.split(".")[0] in (*named, "ce")}
         merged[name] = {**kept, **pairs(more)}
     return merged
+
+
+def _weighs(setting: str) -> bool:
+    """Whether a setting, METHOD.KEY, is a weight of a method's loss."""
+    method, _, key = setting.partition(".")
+    return method in methods.known() and key in methods.load(method).weights
 
 
 def hashed(options: Options) -> dict[str, Any]:

@@ -29,6 +29,11 @@ def shapes(name: str, classes: int, image_size: int) -> Shapes:
     return Shapes(maps=maps, vector=found.vector, logits=found.logits)
 
 
+def parameters(name: str, classes: int, image_size: int) -> int:
+    """How many numbers a network with a head for so many classes learns."""
+    return sum(one.numel() for one in _readouts(name, classes, image_size).parameters())
+
+
 def check_methods(
     chosen: Mapping[str, Parameters],
     teachers: Sequence[str],

@@ -83,8 +83,8 @@ def fastest(
     """
     rule = task.engine
     kind = torch.device(rule.device).type
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Several processes must compute alike, and each would find its own.
+    if _several_processes():
+        # They must compute alike, and each would find its own.
         return Trial(replace(rule, compile="default") if compile == "on" else rule)
     least = 4 * (1 + ROUNDS[0])  # steps: the rule's engine alone, a race, and room for slower steps in it
     raced: Sequence[Challenge] = [_precision, _layout, _threads] if kind == "cpu" else []
@@ -163,7 +163,7 @@ def compiled_or_not(
     note: Callable[[str], None],
 ) -> Engine:
     """The engine that a training was begun with; uncompiled where this machine cannot compile it any more."""
-    if engine.compile == "off":
+    if engine.compile == "off" or _several_processes():  # a step of one alone would wait for the others
         return engine
     kind = torch.device(engine.device).type
     runners = _Runners(task, batch, make_optimizer)
@@ -174,6 +174,10 @@ def compiled_or_not(
         return engine
     finally:
         runners.close()
+
+
+def _several_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def can_compile(kind: str) -> bool:

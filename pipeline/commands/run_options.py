@@ -47,7 +47,8 @@ def made_option(name: str, annotation: Any, default: Any, help: str) -> click.Op
     """One option of `run`; its value is None unless it was given, so that a config file is not overridden."""
     kind = _without_none(annotation)
     shown = {"settings": "set", "json_": "json"}.get(name, name).replace("_", "-")
-    if kind is bool and default is None:
+    # What a config may hold can be taken back.
+    if kind is bool and (default is None or group(name) != "Running"):
         return click.Option([f"--{shown}/--no-{shown}", name], default=None, help=help)
     if kind is bool:
         return click.Option([f"--{shown}", name], is_flag=True, default=None, help=help)

@@ -136,5 +136,6 @@ def _validated(name: str, values: Mapping[str, Any]) -> Parameters:
         first = error.errors()[0]
         if not first["loc"]:  # it is about how several go together
             raise UsageError(f"--set {name}.…: {first['ctx']['error']}.") from error
+        reason = first["msg"].lower().removeprefix("value error, ")
         key = ".".join(str(part) for part in (name, *first["loc"]) if not isinstance(part, int))
-        raise UsageError(f"--set {key}={first['input']}: {first['msg'].lower()}.") from error
+        raise UsageError(f"--set {key}={first['input']}: {reason}.") from error

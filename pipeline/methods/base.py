@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, distributed, nn
+
+from ..limits import within
 
 Readout = Mapping[str, Tensor]
 """What a method sees of one network on one batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N]."""
@@ -19,6 +21,7 @@ class Parameters(BaseModel):
     """A method's own parameters, set by ``--set METHOD.KEY=VALUE`` and checked by name and type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    _within = field_validator("*")(within)
 
     def for_epochs(self, epochs: int) -> Self:
         """With what was left open and depends on the length of the training."""

@@ -124,8 +124,8 @@ class Mimic(base.Method):
         cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes], images: int
     ) -> None:
         if parameters.variant == "l2":
-            for key in ("hashes", "std"):
-                if (value := getattr(parameters, key)) is not None:
+            for key in ("hashes", "std", "bias"):
+                if (value := getattr(parameters, key)) != type(parameters).model_fields[key].default:
                     raise UsageError(
                         f"--set mimic.{key}={value} is about hashes, and mimic.variant=l2 has none; take one."
                     )

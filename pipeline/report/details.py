@@ -70,10 +70,10 @@ def repeat(report: Report) -> Table:
     """Which command measures which figures again."""
     if not report.config.get("out"):
         return Table("To measure again", [], [])
-    run, data = (shlex.quote(str(report.config.get(name) or "")) for name in ("out", "data"))
+    run = shlex.quote(str(report.config["out"]))
     rows = []
     if report.artifact is not None:
-        rows.append([f"{measure(report)} and calibration", f"compress validate {run} --data {data}"])
+        rows.append([f"{measure(report)} and calibration", f"compress validate {run}"])
         rows.append(["latency", f"compress bench {run}"])
         rows.append(["the files that ship, and int8", f"compress export {run}"])
     rows.append(["these pages, of the same figures", f"compress report {run}"])

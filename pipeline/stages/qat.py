@@ -59,7 +59,7 @@ def run(job: Job) -> Done:
     heads = _heads(job)
     readouts.embed = None if heads is None else load_embed(heads)
     # Ranges are exact numbers, which bf16 is too coarse for.
-    chosen = engine(job, "qat", lambda _: Engine(job.device, threads(), "fp32"))
+    chosen = engine(job, "qat", lambda only: Engine(job.device, threads(), only), precision="fp32")
     use_threads(chosen.threads)
     task, store = student_task(job, readouts, chosen, normalise=given)
     if heads is not None:

@@ -48,7 +48,7 @@ def assemble(folder: RunFolder) -> Report:
         told = " ".join(str(error).split())[:300]
         raise UsageError(
             f"{folder.path} holds a record from which no report can be made ({type(error).__name__}: "
-            f"{told}); repeat the command that began the run, with --fresh."
+            f"{told}): it was edited, or left by another version of compress. Its weights are as they were."
         ) from error
 
 

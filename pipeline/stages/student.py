@@ -1,11 +1,12 @@
 """student: the small network learns from the teachers; what ships is a plain timm state_dict."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from ...models.checkpoint import save_weights
-from .. import evaluate
+from .. import evaluate, methods
 from ..data.image_set import Role
 from ..device import Engine, choose_engine, use_threads
 from ..files import whole
@@ -56,10 +57,7 @@ def run(job: Job) -> Done:
     compared = {one.method for one in balanced}
     for method in task.trainee.methods:
         if o.balance == "auto" and method not in compared:
-            job.display.note(
-                f"the weight of {method} is left as it is: its gradients and those of the labels meet in no "
-                f"map of {name}, so --balance auto cannot compare them"
-            )
+            job.display.note(f"the weight of {method} is left as it is: {_not_compared(method, name)}")
     if store is not None and job.ranks.lead:
         store.look_up(schedule_of(job).used(o.epochs))  # those too that an interrupted run has learned from
     shipped = task.shipped
@@ -142,6 +140,15 @@ def _use(job: Job, store: Store) -> StoreUse:
         bytes_per_view=store.bytes_per_view,
         lost_mass=store.lost_mass(),
         computed=store.computed,
+    )
+
+
+def _not_compared(method: str, student: str) -> str:
+    if methods.load(method).pull[1] == math.inf:
+        return "nothing is known of which weight does good"
+    return (
+        f"its gradients, or those of the labels, were not to be seen in the last map of {student}, so that "
+        "--balance auto cannot compare them"
     )
 
 

@@ -54,7 +54,7 @@ def ask(
 
 def _together(network: Asked, pixels: np.ndarray) -> np.ndarray:
     """float32 [B,classes]: logits, of several teachers those of their mean probabilities."""
-    each = [one.logits(one.feed(pixels)) for one in network.classifiers]
+    each = [one.answers(pixels) for one in network.classifiers]
     return calibration.together(each, multilabel=network.several).astype(np.float32)
 
 

@@ -21,6 +21,7 @@ from ...export.runtime import (
 )
 from ...export.targets import TARGETS, right_here
 from ...models.checkpoint import tensors_digest
+from ..bench_files import timed_teachers
 from ..errors import UsageError
 from ..files import sha256
 from ..multi_label import thresholds_of
@@ -30,8 +31,6 @@ from ..unfinished import refuse_unfinished
 
 NONE = "none"
 """`--teacher none`: no teacher is asked."""
-
-BENCH = Path("bench")
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[st
             raise UsageError(f"{error}.") from error
         classifier = Classifier(content, entry["name"], threads=threads, **_said(manifest))
         if not fused:
-            classifier.session = session(content, classifier.threads, fuse=False)
+            classifier.session = session(content, classifier.threads, fuse=False, name=entry["name"])
         kind = str(entry["precision"])
         alone = sum(other["precision"] == kind for other in manifest["files"]) == 1
         name = kind if alone or target is None else f"{kind} {target}"
@@ -259,8 +258,7 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
         UsageError: it has no head, or its weights lie outside of its file.
         JobError: it is not as the run has left it.
     """
-    alone = run / BENCH / "teacher.onnx"
-    files = [alone] if alone.is_file() else sorted((run / BENCH).glob("teacher.*.onnx"))
+    files = timed_teachers(run)
     if not files:
         return None
     record = RunFolder(run, writes=False)

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, read_manifest, write_manifest
 from questpress.export.onnx_export import OnnxFile
-from questpress.export.runtime import ArtifactError, Classifier, ImageError
+from questpress.export.runtime import ArtifactError, Classifier, ImageError, Preprocessing
 
 from .networks import LABELS, PREPROCESSING, colour_classifier
 
@@ -245,6 +246,8 @@ def test_a_manifest_refuses_what_it_should_not_say(run: Path) -> None:
 
     with pytest.raises(ExportError, match="path of this machine"):
         write([], {"data": {"folder": str(folder.resolve())}})
+    with pytest.raises(ExportError, match="path of this machine"):
+        write([], {"data": "~somebody/photos"})
     with pytest.raises(ExportError, match="two files of one name"):
         write([ShippedFile(student, "fp32"), ShippedFile(student, "int8")], {})
     with pytest.raises(ExportError, match="damaged"):
@@ -280,3 +283,38 @@ def test_a_cgroups_quota_limits_the_cores(tmp_path: Path) -> None:
     assert runtime._cgroup_quota(proc, root) == float("inf")
     assert runtime._cgroup_quota(tmp_path / "none", root) == float("inf")
     assert runtime.allowed_cores() >= 1 and 1 <= runtime.default_threads() <= 4
+
+
+def test_a_name_may_begin_with_a_tilde(run: Path) -> None:
+    write_manifest(
+        run / "artifact",
+        files=[],
+        preprocessing=PREPROCESSING,
+        labels=LABELS,
+        origin={"data": "~photos 2024"},
+    )
+    assert json.loads((run / "artifact" / "manifest.json").read_text())["origin"] == {"data": "~photos 2024"}
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((1e300, 0, 0), (1, 1, 1)), ((0, 0, 0), (1, 1e-45, 1)), ((0, 0, float("nan")), (1, 1, 1))],
+)
+def test_means_and_deviations_that_float32_cannot_hold_are_refused(
+    mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"means|deviations"):
+        Preprocessing.of(8, mean=mean, std=std)
+
+
+def test_a_network_may_rule_out_classes_by_minus_infinity(tmp_path: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    model = onnx.load(file)
+    weights = np.float32(10) * np.eye(3, dtype=np.float32)
+    weights[:, 2] = -np.inf
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights, "weights"))
+    onnx.save(model, file)
+    classifier = Classifier(file.read_bytes(), "net.onnx")
+    classifier.preprocessing = Preprocessing.of(8, mean=(-1, -1, -1), std=(1, 1, 1))  # inputs above zero
+    [answer] = classifier.predict([np.full((8, 8, 3), 9, np.uint8)])
+    assert dict(answer.top)[LABELS[2]] == 0

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from questpress.export.early_stopping import estimate, least_runs
-from questpress.export.latency import PERCENTILES, Latency, summarise
+from questpress.export.latency import PERCENTILES, Latency, _order_statistics, summarise
 from questpress.export.speedup import PROCESS_SPREAD, Spread, process_spread, speedup
+from scipy.stats import binom
 
 
 def test_the_fewest_runs_of_a_percentile_are_those_of_mlperfs_load_generator() -> None:
@@ -166,3 +167,13 @@ def test_a_speedup_is_the_median_of_the_rounds_ratios() -> None:
     assert speedup(fast, slow) == found
     with pytest.raises(ValueError, match="same rounds"):
         speedup(fast, summarise("slow", 2, [np.array([1.0])] * 3))
+
+
+@pytest.mark.parametrize("n", [22, 100, 231, 662])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.99])
+def test_an_intervals_ends_are_the_binomials_ranks_exactly(n: int, p: float) -> None:
+    ordered = np.arange(1, n + 1, dtype=float)
+    found = _order_statistics(ordered, p)
+    first, last = int(binom.ppf(0.025, n, p)), int(binom.ppf(0.975, n, p)) + 1
+    assert found.low == (ordered[first - 1] if first >= 1 else None)
+    assert found.high == (ordered[last - 1] if last <= n else None)

@@ -230,7 +230,7 @@ def test_a_network_that_cannot_be_exported_is_named_and_no_file_is_left(tmp_path
 def test_a_network_beyond_protobufs_limit_keeps_its_weights_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("questpress.export.onnx_export._SINGLE_FILE_LIMIT", 1000)
+    monkeypatch.setattr("questpress.export.onnx_export.SINGLE_FILE", 1000)
     network = small_conv_net()
     file = export_onnx(network, tmp_path / "big.onnx", 16, metadata=METADATA)
     data = tmp_path / "big.onnx.data"

@@ -56,6 +56,26 @@ def bare(device: Path, *arguments: str, folder: Path | None = None) -> subproces
     )
 
 
+def test_it_writes_nothing_and_tells_nobody(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    # ONNX Runtime 1.31 keeps a number for the device there, and sends it away.
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    for asked in (
+        predict(device, "photos/red/000.png"),
+        subprocess.run(
+            [sys.executable, "-c", "import questpress.export.targets"], capture_output=True, text=True
+        ),
+        subprocess.run(
+            little.command("predict", device / "artifact", device / "photos"), capture_output=True, text=True
+        ),
+    ):
+        assert asked.returncode == 0, asked.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
 def predict(device: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return bare(device, "artifact/predict.py", *arguments)
 

@@ -1,5 +1,6 @@
 """What is wrong with the arguments or the data is one sentence and an exit code, and nothing is lost."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image as PillowImage
+from questpress.pipeline.run import _over as over
 
 from . import little
 from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refused, report
@@ -65,6 +67,14 @@ from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refu
         (["--seed", "-1"], ["--seed -1"]),
         (["--rounds", "2147483648"], ["--rounds 2147483648", "less than or equal to 100"]),
         (["--teachers-from-seeds", "9" * 23], ["--teachers-from-seeds", "less than or equal to 100"]),
+        (["--seed", "9" * 23], ["--seed", "at most 4294967295"]),
+        (["--epochs", str(2**40)], ["--epochs", "at most 4294967295"]),
+        (["--lr", "1e-300"], ["--lr 1e-300", "from 1e-30 to 1e+30"]),
+        (["--weight", "ce=1e300"], ["--weight", "from 1e-30 to 1e+30"]),
+        (["--set", "quest.tau=1e-300"], ["quest.tau=1e-300", "from 1e-30 to 1e+30"]),
+        (["--milestones", "3,2,1"], ["--milestones 3,2,1", "rising order"]),
+        (["--milestones", "-1"], ["--milestones -1", "from 1 on"]),
+        (["--optimizer", ""], ["There is no optimizer ''"]),
         (["--data-dir", "elsewhere"], ["--data-dir", "no use where --data is a folder"]),
         (["--download"], ["--download", "no use where --data is a folder"]),
         (["--set", "\udcff"], ["'\\xff' is not of the form KEY=VALUE"]),
@@ -362,3 +372,48 @@ def test_networks_that_only_guess_are_told(cache, tmp_path):
     assert result.exit_code == 0, result.output
     [note] = [one for one in report(tmp_path / "run")["warnings"] if "commonest class" in one]
     assert "which 50.0 % of the test images show" in note
+
+
+def test_what_was_chosen_for_another_choice_of_a_config_is_chosen_anew():
+    config = {
+        "optimizer": "adamw",
+        "lr": 0.0028,
+        "balance": "auto",
+        "qat": True,
+        "qat_epochs": 2,
+        "crop": "pad",
+        "pad": 2,
+    }
+    assert over(config, {"optimizer": "sgd"}).get("lr") is None
+    assert over(config, {"optimizer": "adamw"})["lr"] == 0.0028
+    assert over(config, {"settings": ["quest.alpha=5"]}).get("balance") is None
+    assert over(config, {"settings": ["quest.tau=5"]})["balance"] == "auto"
+    without = over(config, {"qat": False})
+    assert without["qat"] is False and "qat_epochs" not in without
+    assert over(config, {"crop": "pad"})["pad"] == 2
+
+
+def test_a_batch_larger_than_the_data_learns_at_the_rate_of_what_there_is(data, cache, tmp_path):
+    asked = (
+        *NETWORKS,
+        *SMALL,
+        "--data",
+        data,
+        "--cache",
+        cache,
+        "--out",
+        tmp_path / "run",
+        "--dry-run",
+        "--json",
+    )
+    large, all_of_it = (compress(*asked, "--batch-size", size) for size in ("1000000", "45"))
+    assert "all images are one batch" in large.stderr and "all images" not in all_of_it.stderr
+    rates = [json.loads(one.stdout)["config"]["lr"] for one in (large, all_of_it)]
+    sizes = [json.loads(one.stdout)["config"]["batch_size"] for one in (large, all_of_it)]
+    assert rates[0] == pytest.approx(2.8e-3 * (sizes[0] / 64) ** 0.5, abs=1e-6) and sizes[0] < 60
+
+
+def test_a_student_that_no_file_holds_is_refused_before_it_is_trained(data, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("questpress.export.onnx_export.SINGLE_FILE", 10_000)
+    refused(job(data, tmp_path / "run", cache), 2, "--student cifar_resnet8", "2 GB")
+    assert not (tmp_path / "run").exists()

@@ -11,8 +11,9 @@ import pytest
 import questpress.pipeline.bench as verb
 from questpress.pipeline import bench_images
 from questpress.pipeline.bench import MLPERF, NORMAL, QUICK, bench
-from questpress.pipeline.bench_files import find
+from questpress.pipeline.bench_files import find, timed_teachers
 from questpress.pipeline.bench_measure import Subject
+from questpress.pipeline.bench_report import bench_facts
 from questpress.pipeline.bench_results import Bench, NoiseFlag
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.onnx_input import onnx_input
@@ -20,6 +21,7 @@ from questpress.pipeline.run_folder import RunFolder
 from questpress.pipeline.stages.report import assemble
 
 from ..export.networks import colour_classifier
+from ..report import bench_reports
 from .little import compress, refused
 
 SHORT = ("--seconds", "0.1", "--threads", "1", "--quick")
@@ -304,3 +306,38 @@ def test_images_that_no_file_can_be_asked_about_are_said_to_be_of_no_use(
     file = colour_classifier(tmp_path / "net.onnx", {}, 8)
     result = compress("bench", file, "--images", data, "--out", tmp_path / "out")
     assert result.exit_code == 0 and "--images is of no use" in result.stderr
+
+
+def test_teachers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    for number in range(12):
+        (tmp_path / "bench" / f"teacher.{number}.onnx").touch()
+    (tmp_path / "bench" / "teacher.old.onnx").touch()
+    names = [file.name for file in timed_teachers(tmp_path)]
+    assert names == [f"teacher.{number}.onnx" for number in range(12)]
+    (tmp_path / "bench" / "teacher.onnx").touch()
+    assert [file.name for file in timed_teachers(tmp_path)] == ["teacher.onnx"]
+
+
+def test_latencies_of_many_teachers_are_each_ones_own() -> None:
+    found = bench_reports.bench()
+    timed = [
+        one.model_copy(update={"name": f"teacher {t}", "key": f"teacher {t}"})
+        for t in range(12)
+        for one in found.subjects[:1]
+    ]
+    times = [
+        one.model_copy(update={"subject": f"teacher {t}", "mean": float(t)})
+        for t in range(12)
+        for one in found.latencies[:1]
+    ]
+    facts = bench_facts(found.model_copy(update={"subjects": timed, "latencies": times, "speedups": []}))
+    means = [next(iter(one["latency_ms"].values()))["mean"] for one in facts["teachers"]]
+    assert means == [float(t) for t in range(12)]
+
+
+def test_a_file_beside_a_shipped_one_does_not_keep_it_from_being_checked(a_run: Path) -> None:
+    file = a_run / "artifact" / "student.onnx"
+    (a_run / "artifact" / "student.onnx.data").touch()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    refused(compress("bench", a_run), 2, "student.onnx is damaged")

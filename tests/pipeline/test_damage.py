@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from questpress.export.errors import ExportError
 from questpress.pipeline import curves, lock
 from questpress.pipeline.checkpoint import Checkpoint
 from questpress.pipeline.errors import JobError
@@ -250,3 +251,21 @@ def test_streamed_features_on_a_full_disk_are_an_error_and_not_the_end_of_the_pr
             held.fill([torch.rand(64, 1024, 1, 1)], (1, 1), 64)
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_an_export_that_fails_leaves_the_artifact_that_there_was(a_run, monkeypatch):
+    def fails(*_, **__):
+        raise ExportError("it does not compute what the network does")
+
+    before = {file.name: file.read_bytes() for file in (a_run / "artifact").iterdir()}
+    monkeypatch.setattr("questpress.pipeline.stages.export.check_parity", fails)
+    refused(compress("export", a_run, "--opset", "19"), 1, "does not compute")
+    assert {file.name: file.read_bytes() for file in (a_run / "artifact").iterdir()} == before
+
+
+def test_an_input_that_is_missing_is_not_told_as_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, whole(tmp_path / "out.bin") as part:
+        part.write_bytes((tmp_path.parent / "elsewhere" / "in.bin").read_bytes())
+    assert "in.bin" in str(raised.value) and list(tmp_path.iterdir()) == []
+    with pytest.raises(JobError, match="Could not write"), whole(tmp_path / "out.bin") as part:
+        (part / "no such folder").write_bytes(b"")

@@ -102,3 +102,11 @@ def test_a_hub_that_does_not_answer_is_a_note_and_one_that_refuses_has_answered(
 def test_json_holds_the_same(diagnosis):
     told = json.loads(compress("doctor", "--offline", "--json").stdout)
     assert [one["name"] for one in told["findings"]] == [one.name for one in diagnosis.findings]
+
+
+def test_a_package_that_fails_without_a_word_is_told_by_the_kind_of_its_error(monkeypatch):
+    def broken(_module):
+        raise ImportError
+
+    monkeypatch.setattr(doctor, "import_module", broken)
+    assert doctor._trouble(Requirement("torchvision>=0.1")).endswith("cannot be loaded (ImportError)")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -122,3 +123,33 @@ def test_a_bench_times_only_what_the_manifest_says(tmp_path: Path) -> None:
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     refused(compress("bench", tmp_path), 2, "student.onnx", "is damaged")
+
+
+def test_no_option_keeps_predict_from_looking_at_a_file(tmp_path: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    refused(
+        compress("predict", file, "--file", "student.onnx", tmp_path / "a.png"), 2, "--file", "is one already"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_answers_that_are_no_numbers_are_not_told_as_answers(
+    tmp_path: Path, data: Path, value: float
+) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    model = onnx.load(file)
+    model.graph.initializer[0].CopyFrom(
+        onnx.numpy_helper.from_array(np.full((3, 3), value, np.float32), "weights")
+    )
+    onnx.save(model, file)
+    for command in (["predict", file, data / "red" / "000.png"], ["validate", file, "--data", data]):
+        refused(compress(*command, *(["--out", tmp_path / "v"] * (command[0] == "validate"))), 1,
+                       "net.onnx answers with numbers that are not finite")  # fmt: skip
+
+
+def test_an_input_of_no_known_kind_is_told(tmp_path: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    model = onnx.load(file)
+    model.graph.input[0].type.tensor_type.elem_type = 999
+    onnx.save(model, file)
+    refused(compress("bench", file), 2, "net.onnx", "takes no known type")

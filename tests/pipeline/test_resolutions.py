@@ -114,3 +114,11 @@ def test_sizes_that_cannot_be_are_refused(
 ) -> None:
     refused(of_sizes(data, tmp_path / "run", cache, sizes, *more), 2, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(
+    data: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    refused(of_sizes(data, tmp_path / "run", cache, "8"), 2, "by one process alone", "without torchrun")

@@ -290,3 +290,15 @@ def test_what_a_killed_process_left_half_written_is_swept_up(a_run, data, cache)
     (a_run / "checkpoint" / ".student.pt.1.part").write_bytes(b"half")
     assert job(data, a_run, cache).exit_code == 0
     assert sorted(path.name for path in a_run.rglob(".*")) == [".lock", ".run.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_to_be_stopped_while_a_command_is_loaded_is_one_word_too(number):
+    code = (
+        "import os, sys\n"
+        "from questpress.pipeline import cli\n"
+        f"cli.import_module = lambda name: os.kill(os.getpid(), {int(number)})\n"
+        "cli.cli(['doctor'])"
+    )
+    stopped = little.python(code)
+    assert stopped.returncode == 130 and stopped.stderr.strip() == "Stopped."

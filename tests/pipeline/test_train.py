@@ -447,3 +447,12 @@ def test_an_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
         assert group["weight_decay"] == 0.0
         everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
         assert sorted(everything) == sorted(id(p) for p in made.trainable_module.parameters())
+
+
+def test_a_damaged_checkpoint_before_that_of_another_training_is_told(tmp_path):
+    newest = tmp_path / "c.pt"
+    learn(supervised(), newest, epochs=2, key="another")
+    newest.write_bytes(b"damaged")
+    told: list[str] = []
+    assert Checkpoint(newest, "key", told.append).load("cpu") is None
+    assert len(told) == 1 and "is damaged" in told[0] and "begins at its start" in told[0]

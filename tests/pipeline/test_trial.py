@@ -282,3 +282,24 @@ def test_hyper_threads_are_counted_as_their_core(tmp_path: Any, monkeypatch: Any
     monkeypatch.setattr("questpress.pipeline.device.allowed_cores", lambda: 4)
     assert cores(tmp_path) == 2
     assert cores(tmp_path / "nowhere") == 4
+
+
+def test_of_several_processes_none_takes_a_step_alone(
+    task: DistillationTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(trial, "attempt", lambda *_: pytest.fail("a step was taken"))
+    compiled = replace(RULE, compile="default")
+    assert trial.compiled_or_not(task, (), optimizer, compiled, pytest.fail) == compiled
+
+
+def test_a_precision_that_a_training_has_by_its_nature_stays_when_another_is_asked_for() -> None:
+    notes: list[str] = []
+    job = SimpleNamespace(
+        folder=SimpleNamespace(record={}, save=lambda: None), key="k", device="cpu",
+        options=SimpleNamespace(precision="bf16"), display=SimpleNamespace(note=notes.append),
+    )  # fmt: skip
+    for _ in range(2):  # begun, and gone on with
+        found = learning.engine(job, "qat", lambda only: replace(RULE, precision=only), precision="fp32")  # type: ignore[arg-type]
+        assert found.precision == "fp32"
+    assert notes == []

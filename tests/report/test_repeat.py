@@ -9,7 +9,7 @@ def test_each_figure_names_the_command_that_measures_it_again() -> None:
     report.config |= {"out": "runs/my shop", "data": "photos"}
     commands = [row[1] for row in details.repeat(report).rows]
     assert commands == [
-        "compress validate 'runs/my shop' --data photos",
+        "compress validate 'runs/my shop'",
         "compress bench 'runs/my shop'",
         "compress export 'runs/my shop'",
         "compress report 'runs/my shop'",
