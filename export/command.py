@@ -42,7 +42,7 @@ def ask(classifier: Classifier, paths: Iterable[Path], *, top: int = 3, as_json:
     return unread
 
 
-def _tell(error: Exception) -> None:
+def _tell(error: Exception | str) -> None:
     print(spelled_out(f"Error: {error}"), file=sys.stderr)
 
 
@@ -110,14 +110,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """`main` as a program of its own."""
-    for stream in (sys.stdout, sys.stderr):
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # they may be closed
+    for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = main()
-        sys.stdout.flush()
+        for stream in streams:
+            stream.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever read the answers has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # the disk behind the answers is full, or whoever read them has gone
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _tell(f"the answers cannot be written: {error.strerror}")
         code = 1
     sys.exit(code)

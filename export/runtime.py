@@ -370,7 +370,7 @@ class Preprocessing:
         try:
             r, g, b = (float(value) for value in values["mean"])
             sr, sg, sb = (float(value) for value in values["std"])
-            return cls(
+            found = cls(
                 size=int(values["size"]),
                 resize=int(values["resize"]),
                 crop_fraction=float(values["crop_fraction"]),
@@ -381,6 +381,10 @@ class Preprocessing:
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"preprocessing lacks or garbles {error}") from error
+        for key, value in found.to_dict().items():
+            if values.get(key) != value:
+                raise ValueError(f"no preprocessing with {key} {values.get(key)!r} here")
+        return found
 
 
 def render(image: Pixels, p: Preprocessing) -> Pixels:
@@ -867,10 +871,11 @@ def _thresholds(said: Mapping[str, Any]) -> list[float] | None:
         return None
     if task != MULTI_LABEL:
         raise ValueError(f"this runtime knows no task {task!r}")
-    thresholds = [float(one) for one in said["thresholds"]]
-    if not all(0 <= one <= 1 for one in thresholds):
+    thresholds = said["thresholds"]
+    numbers = isinstance(thresholds, list) and all(isinstance(one, int | float) for one in thresholds)
+    if not numbers or not all(0 <= one <= 1 for one in thresholds):
         raise ValueError("thresholds must be probabilities")
-    return thresholds
+    return [float(one) for one in thresholds]
 
 
 def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -895,9 +900,9 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"no manifest has {where.stat().st_size:,} bytes")
         manifest = json.loads(where.read_text(encoding="utf-8"))
         version = manifest["schema_version"]
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION or isinstance(version, bool | float):
             raise ArtifactError(
-                f"{where} is of version {version}; this runtime reads version {SCHEMA_VERSION}"
+                f"{where} is of version {version!r}; this runtime reads version {SCHEMA_VERSION}"
             )
         stated = manifest.get("checksum", checksum(manifest))  # older ones have none
         if stated != checksum(manifest):

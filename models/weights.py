@@ -1,5 +1,6 @@
 """Fitting weights to a network: prefixes, other formats and image sizes, and a head for other classes."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ def load_into(
     # A head of which one part fits by chance is still another head.
     dropped = {key for key in {*weights, *target} if key in head} if odd else set()
     fitting = {key: value for key, value in weights.items() if key not in dropped}
+    _refuse_broken(fitting, target, checkpoint)
     try:
         network.load_state_dict(fitting, strict=not odd)
     except RuntimeError as error:  # numbers of a kind that torch cannot turn into the network's
@@ -65,6 +67,27 @@ def load_into(
         unexpected=tuple(key for key in weights if key in dropped and key not in target),
         head_replaced=bool(odd),
     )
+
+
+def _refuse_broken(weights: StateDict, target: StateDict, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        ModelError: some are no numbers, or whole ones where the network computes with others.
+    """
+    for key, value in weights.items():
+        if key not in target or not target[key].is_floating_point():
+            continue
+        if not value.is_floating_point():
+            raise ModelError(
+                f"The weights in {checkpoint.source} cannot be taken over: {key!r} holds whole numbers "
+                f"({value.dtype}) where the network has {target[key].dtype}."
+            )
+        # Minus infinity may stand in a mask.
+        if not bool((value.float() < math.inf).all()):
+            raise ModelError(
+                f"The weights in {checkpoint.source} are broken: {key!r} holds numbers that are not finite; "
+                "take others."
+            )
 
 
 def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:

@@ -1,5 +1,6 @@
 """The command line: a file for each command, imported when it is asked for."""
 
+import errno
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -8,7 +9,7 @@ from typing import Any
 import click
 
 from . import voice
-from .commands.told import ended
+from .commands.told import OF_THE_SYSTEM, ended, unwritten, written
 from .stopping import STOP
 
 COMMANDS = {
@@ -76,12 +77,20 @@ class Shorthand(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """To be stopped while a command is still being loaded is to be stopped."""
+        """What a command itself does not hear: that it is to stop while it is still being loaded, and that
+        what it prints cannot be written.
+        """
         try:
             with STOP.listens():
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+            written()
         except KeyboardInterrupt:
             ended("\nStopped.", 130)
+        except OSError as error:
+            if error.errno not in OF_THE_SYSTEM | {errno.EPIPE} or error.filename is not None:
+                raise
+            unwritten(error)
+        return result
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Of several processes one says what is wrong with the command line."""

@@ -6,12 +6,11 @@ import torch
 
 from .errors import JobError
 from .job import Job
+from .out_of_memory import out_of_memory
 from .plan import Plan
 
 SMALLEST = 2
 """BatchNorm needs two."""
-
-_SENTENCES = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 class MicroBatch:
@@ -33,7 +32,7 @@ class MicroBatch:
         try:
             train(self.size)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             self._halve()
         else:
@@ -66,9 +65,3 @@ class MicroBatch:
             f"no memory for {before} images at once: each step of {self.plan.batch_size} is taken in parts "
             f"of {size} (its gradients are the same; BatchNorm's statistics are those of the parts)"
         )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """A GPU's out-of-memory has a class of its own; its libraries', mps's and a CPU's are sentences."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _SENTENCES)

@@ -18,6 +18,7 @@ from .estimate import dry_run
 from .files import sha256
 from .job import Job
 from .options import Options, enters, group, pairs
+from .places import refuse_inside_data
 from .progress import Display
 from .ranks import Ranks, check_ranks, join, leave
 from .resolve import DIGITS, resolve
@@ -81,6 +82,7 @@ def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
         raise UsageError("--quiet and --verbose ask for opposite things; leave one out.")
     chosen, images = resolve(asked)
     assert chosen.out is not None
+    refuse_inside_data(chosen.data, {"--out": chosen.out, "--cache": chosen.cache})
     device = choose_device(chosen.device, ranks)
     check_ranks(chosen, ranks, len(images.train), device)
     if chosen.data == DIGITS:

@@ -14,6 +14,7 @@ from .data.image_set import Progress
 from .errors import UsageError
 from .files import remove, write_text
 from .multi_label import EVEN
+from .places import refuse_inside_data
 from .progress import Display
 from .report.figures import counted
 from .stopping import STOP
@@ -82,6 +83,8 @@ def validate(
         students, notes = open_students(paths, file, threads)
         teachers, whose, more = open_teachers(students, None if teacher is None else str(teacher), threads)
         folder = _folder(paths, out)
+        if data is not None:
+            refuse_inside_data(data, {"--out": folder})
         runs = list(dict.fromkeys(one.run for one in students if one.run is not None))
         reading = progress("reading images")
         if data is None:

@@ -1,6 +1,7 @@
 """What goes wrong for the user is one sentence and an exit code; what went well is shown by the report."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -9,6 +10,7 @@ import click
 
 from ...export.plain_text import spelled_out
 from .. import voice
+from ..out_of_memory import out_of_memory
 from ..stopping import STOP, TIME_LIMIT_EXIT, TimeLimit
 
 if TYPE_CHECKING:
@@ -53,9 +55,31 @@ def told(job: Callable[[], T], *, resumes: bool = False) -> T:
         code = getattr(error, "exit_code", None)
         if code is not None:
             ended(f"Error: {error}", code)
+        if out_of_memory(error):
+            ended(
+                "Error: there is not enough memory here for it: end other programs, or take smaller images "
+                "(--image-size), parts of steps (--micro-batch) or networks.",
+                1,
+            )
         if voice.first_to_end():
             raise
         sys.exit(1)  # this process has lost the one that has told why
+
+
+def written() -> None:
+    """Bring what was printed out of this process, while it can still be told that it cannot be."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def unwritten(error: OSError) -> NoReturn:
+    """End where the answers cannot be printed: their disk is full, or whoever read them has gone."""
+    if sys.stdout is not None:  # or the interpreter tries once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        sys.exit(1)
+    ended(f"Error: the output cannot be written: {error.strerror}.", 1)
 
 
 def ended(sentence: str, code: int) -> NoReturn:

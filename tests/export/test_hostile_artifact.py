@@ -276,3 +276,15 @@ def test_sizes_that_are_used_are_allowed() -> None:
     assert Preprocessing.of(2048, 0.25).resize == 8192
     with pytest.raises(ValueError, match="no network takes images of 20000 pixels"):
         Preprocessing.of(20_000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"colour": "BGR"}, {"antialias": False}, {"mean": "123"}, {"size": "8"}, {"size": 8.5},
+        {"std": [1e308] * 3}, {"mean": [1e39] * 3}, {"std": [1e-45] * 3},
+    ],
+)  # fmt: skip
+def test_preprocessing_that_nobody_has_written_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"preprocessing|means"):
+        Preprocessing.from_dict({**PREPROCESSING.to_dict(), **change})

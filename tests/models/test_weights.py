@@ -161,3 +161,24 @@ def test_timms_own_training_checkpoints_fit(tmp_path):
     network = build("mobilenetv3_small_050", num_classes=3, image_size=64)
     load_into(network, read_checkpoint(tmp_path / "last.pth.tar"))
     assert same(network, source.state_dict())
+
+
+def test_weights_that_were_cut_to_whole_numbers_are_refused():
+    network = build("cifar_resnet8", num_classes=3, image_size=16)
+    cut = {key: value.int() for key, value in network.state_dict().items()}
+    with pytest.raises(ModelError, match=r"'conv1.weight' holds whole numbers \(torch.int32\)"):
+        load_into(network, Checkpoint(cut, None, "cut.pth", "0"))
+
+
+def test_minus_infinity_in_a_mask_is_no_broken_weight():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(2, 2)
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    load_into(Masked(), Checkpoint(Masked().state_dict(), None, "masked.pth", "0"))
+    for bad in (torch.inf, torch.nan):
+        broken = {**Masked().state_dict(), "mask": torch.tensor([0.0, bad])}
+        with pytest.raises(ModelError, match="'mask' holds numbers that are not finite"):
+            load_into(Masked(), Checkpoint(broken, None, "masked.pth", "0"))

@@ -417,3 +417,31 @@ def test_a_student_that_no_file_holds_is_refused_before_it_is_trained(data, cach
     monkeypatch.setattr("questpress.export.onnx_export.SINGLE_FILE", 10_000)
     refused(job(data, tmp_path / "run", cache), 2, "--student cifar_resnet8", "2 GB")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+def test_nothing_is_written_among_the_classes(tmp_path, cache, option):
+    data = photos(tmp_path / "photos")
+    places = {"--out": tmp_path / "run", "--cache": cache, option: data / "mine"}
+    asked = (*NETWORKS, *SMALL, "--data", data, *(one for pair in places.items() for one in pair))
+    refused(compress(*asked), 2, f"{option} {data / 'mine'}", "taken for a class")
+    refused(compress(*asked, "--dry-run"), 2, "taken for a class")
+    assert not (data / "mine").exists() and not (tmp_path / "run").exists()
+    hidden = {**places, option: data / ".mine"}
+    beside = (
+        *NETWORKS,
+        *SMALL,
+        "--data",
+        data,
+        *(one for pair in hidden.items() for one in pair),
+        "--dry-run",
+    )
+    assert compress(*beside).exit_code == 0
+
+
+def test_memory_that_runs_out_is_one_sentence(data, cache, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr("questpress.pipeline.stages.export.export_onnx", full)
+    refused(job(data, tmp_path / "run", cache), 1, "not enough memory", "--image-size")

@@ -1,8 +1,10 @@
 """The command line itself: its help, its shorthand, and what it imports."""
 
 import subprocess
+import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 import click
 import pytest
@@ -189,3 +191,26 @@ def test_a_run_that_is_not_finished_is_told_from_what_is_no_run(command, tmp_pat
     (tmp_path / "run" / "run.json").write_text('{"schema_version": 1, "stages": {}}')
     result = compress(*(str(tmp_path / "run") if word == "RUN" else word for word in command))
     little.refused(result, 2, "has nothing to ship yet: repeat the command that began it")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_answers_that_cannot_be_written_are_one_sentence(finished, data):
+    image = data / "red" / "000.png"
+    predict = [sys.executable, str(finished / "artifact" / "predict.py")]
+    for asked in (
+        command("report", finished, "--json"),
+        command("recipes"),
+        command("predict", finished, image),
+        [*predict, str(image)],
+    ):
+        with Path("/dev/full").open("w") as full:
+            result = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert "No space left" in result.stderr
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *predict, str(image)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert closed.stderr == ""

@@ -229,7 +229,8 @@ def test_weights_that_are_not_finite_are_not_taught_from(trained, data, cache, t
     with torch.no_grad():
         broken.conv1.weight[0, 0, 0, 0] = float("nan")
     save_weights(broken, tmp_path / "w.safetensors", {})
-    refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1)
+    told = refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1, "conv1.weight", "not finite")
+    assert "w.safetensors" in told and not (tmp_path / "run/teacher.safetensors").exists()
 
 
 def test_without_internet_the_three_ways_out_are_told_within_seconds(data, cache, tmp_path, monkeypatch):
