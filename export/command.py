@@ -15,7 +15,7 @@ from typing import NoReturn
 from PIL import Image
 
 from .plain_text import json_spelled_out, spelled_out
-from .runtime import _FORMATS, ArtifactError, Classifier, ImageError, Prediction
+from .runtime import _FORMATS, MOST_THREADS, ArtifactError, Classifier, ImageError, Prediction
 
 
 def ask(classifier: Classifier, paths: Iterable[Path], *, top: int = 3, as_json: bool = False) -> int:
@@ -85,6 +85,13 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    count = _whole_number(text)
+    if count > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} threads are more than {MOST_THREADS}")
+    return count
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python predict.py IMAGE…`: 0, 1 where something cannot be read; 2 is the exit of a wrong option."""
     parser = _Parser(description="Ask the network of an artifact folder what it sees.")
@@ -92,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=_whole_number, default=3, help="answers for each image [default: 3]")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--file", help="which .onnx of the folder answers [default: int8 for this processor]")
-    parser.add_argument("--threads", type=_whole_number, help="[default: the cores allowed, at most 4]")
+    parser.add_argument("--threads", type=_threads, help="[default: the cores allowed, at most 4]")
     parser.add_argument(
         "--artifact",
         type=Path,

@@ -41,6 +41,7 @@ LARGEST_MANIFEST = 1 << 26
 """Bytes. That of 21,000 classes has a third of a million."""
 LARGEST_FILE = (1 << 31) - 1
 """Bytes of an ONNX file; protobuf holds no more."""
+MOST_THREADS = 1024
 METADATA_PREFIX = "questpress."
 MULTI_LABEL = "multi-label"
 UINT8 = "uint8"
@@ -676,8 +677,8 @@ class Classifier:
         """
         self.name = name
         self.threads = default_threads() if threads is None else threads
-        if self.threads < 1:
-            raise ValueError(f"a classifier needs at least one thread, not {threads}")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"a classifier has 1 to {MOST_THREADS} threads, not {threads}")
         refuse_outside(model, name)
         self.session = session(model, self.threads, name=name)
         own_preprocessing, own_labels, own_thresholds = _read_metadata(

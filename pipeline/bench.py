@@ -1,5 +1,6 @@
 """`compress bench`: latency of run folders, artifact folders and .onnx files on this machine."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from .bench_measure import Protocol, Subject, measure
 from .bench_results import Bench, TimedFile
 from .errors import UsageError
 from .files import sha256, whole, write_text
+from .limits import MOST_THREADS, MOST_WHOLE
 from .progress import Display
 from .run_folder import RunFolder
 from .sealed import with_checksum
@@ -111,6 +113,8 @@ def bench(
         ]
         for note in files.notes:
             display.note(note)
+        if image_size is not None and not any(one.takes.any_size for one in files.found):
+            display.note("--image-size is of no use: every file here says itself how large its images are")
         if images and not any(subject.classifies for subject in subjects):
             display.note("--images is of no use: no file here says how images are prepared for it")
         with display.stage("bench") as progress:
@@ -167,14 +171,20 @@ def _protocol(
 ) -> Protocol:
     if quick and mlperf:
         raise UsageError("--quick and --mlperf exclude each other; leave one out.")
-    if seconds is not None and not seconds > 0:
+    if seconds is not None and not 0 < seconds < math.inf:
         raise UsageError(f"--seconds {seconds:g} is no time; name more than 0.")
-    if threads is not None and (not threads or min(threads) < 1):
-        raise UsageError(f"--threads {','.join(map(str, threads))}: a thread count is 1 or more.")
+    if threads is not None and (not threads or not 1 <= min(threads) <= max(threads) <= MOST_THREADS):
+        counts = ",".join(map(str, threads))
+        raise UsageError(f"--threads {counts}: a thread count is 1 to {MOST_THREADS}.")
+    if not 0 <= seed <= MOST_WHOLE:
+        raise UsageError(f"--seed {seed}: a seed is 0 to {MOST_WHOLE}.")
     chosen = QUICK if quick else MLPERF if mlperf else NORMAL
-    counts = sorted({1, default_threads()}) if threads is None else sorted(set(threads))
+    wanted = {1, default_threads()} if threads is None else set(threads)
     return replace(
-        chosen, seconds=chosen.seconds if seconds is None else seconds, threads=tuple(counts), seed=seed
+        chosen,
+        seconds=chosen.seconds if seconds is None else seconds,
+        threads=tuple(sorted(wanted)),
+        seed=seed,
     )
 
 

@@ -1,5 +1,6 @@
 """YAML from a user's file: plain values alone, and no more of them than an options file could hold."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def load(text: str) -> Any:
         raise yaml.YAMLError(f"it has a value that is none ({error})") from error
 
 
+def _refuse_twice(keys: Iterable[str]) -> None:
+    """YAML forbids it, and its reader takes the last without a word."""
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise yaml.YAMLError(f"it says {key[:60]!r} twice")
+        seen.add(key)
+
+
 def _values(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
     """How many values a node holds, itself included; each node is counted once and remembered."""
     if id(node) in above:
@@ -64,5 +74,6 @@ def _values(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
             inner = node.value
         elif isinstance(node, yaml.MappingNode):
             inner = [one for pair in node.value for one in pair]
+            _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         known[id(node)] = 1 + sum(_values(one, known, above | {id(node)}) for one in inner)
     return known[id(node)]

@@ -25,6 +25,8 @@ class OnnxInput:
     kind: np.dtype
     any_batch: bool
     """Whether it takes batches of any size, and not single images alone."""
+    any_size: bool
+    """Whether the file leaves the size of its images open."""
     ours: bool
     """Whether the file carries questpress's preprocessing and labels."""
     bytes: int
@@ -71,13 +73,14 @@ def _taken(path: Path, model: onnx.ModelProto, image_size: int | None) -> OnnxIn
         raise UsageError(
             f"{path} has not one input but {len(inputs)} ({named}); only single images can be timed."
         )
-    kind, shape, any_batch = _shape(path, inputs[0], image_size)
+    kind, shape, any_batch, any_size = _shape(path, inputs[0], image_size)
     data = path.with_name(f"{path.name}.data")
     outside = any(one.data_location == onnx.TensorProto.EXTERNAL for one in graph.initializer)
     return OnnxInput(
         shape=shape,
         kind=kind,
         any_batch=any_batch,
+        any_size=any_size,
         ours=any(one.key == f"{METADATA_PREFIX}version" for one in model.metadata_props),
         bytes=path.stat().st_size + (data.stat().st_size if outside else 0),
     )
@@ -85,7 +88,7 @@ def _taken(path: Path, model: onnx.ModelProto, image_size: int | None) -> OnnxIn
 
 def _shape(
     path: Path, given: onnx.ValueInfoProto, image_size: int | None
-) -> tuple[np.dtype, tuple[int, int, int], bool]:
+) -> tuple[np.dtype, tuple[int, int, int], bool, bool]:
     tensor = given.type.tensor_type
     kind = _KINDS.get(int(tensor.elem_type))
     sides = [one.dim_value if one.HasField("dim_value") else None for one in tensor.shape.dim]
@@ -103,7 +106,8 @@ def _shape(
         )
     channels = 2 if kind == np.uint8 and rest[0] not in (1, 3) else 0
     rest[channels] = rest[channels] or 3
-    if None in rest or 0 in rest:
+    any_size = None in rest or 0 in rest
+    if any_size:
         if image_size is None:
             raise UsageError(f"{path} leaves the size of its images open; name one with --image-size.")
         rest = [one or image_size for one in rest]
@@ -113,4 +117,4 @@ def _shape(
             f"{path} takes images of [{first}, {second}, {third}], and a side has at most {LARGEST_SIDE:,} "
             "pixels."
         )
-    return kind, (first, second, third), batch in (None, 0)
+    return kind, (first, second, third), batch in (None, 0), any_size

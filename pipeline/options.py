@@ -6,10 +6,10 @@ The command line, `config.yaml`, the Python API and the documentation are all ma
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from ..export.plain_text import spelled_out
-from .limits import within
+from .limits import no_truth, within
 from .stopping import seconds
 
 STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
@@ -64,6 +64,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
     _within = field_validator("*")(within)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        return no_truth(value, cls.model_fields[str(info.field_name)].annotation)
 
     teacher: Names = option("timm name of the teacher", ..., group="What", enters="teacher", min_length=1)
     student: str = option(

@@ -169,7 +169,19 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} holds no options; write one 'name: value' a line.")
-    return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = {"set": "settings"}.get(str(key), str(key).replace("-", "_"))
+        if name in found:
+            raise UsageError(f"--config {path} says {name} twice; leave one of them out.")
+        if name in _OF_THE_COMMAND:
+            raise UsageError(f"--config {path}: {name} is said on the command line alone; leave it out.")
+        if value is not None:
+            found[name] = value
+    return found
+
+
+_OF_THE_COMMAND = ("config", "json", "json_")
 
 
 _PARTS = {

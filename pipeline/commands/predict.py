@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from ..limits import MOST_THREADS
 from .told import told
 
 
@@ -13,7 +14,9 @@ from .told import told
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="answers for each image")
 @click.option("--file", "file", help="which .onnx of the artifact answers [default: the int8 one]")
-@click.option("--threads", type=click.IntRange(1), help="threads [default: the cores allowed, at most 4]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="threads [default: the cores allowed, at most 4]"
+)
 @click.option("--json", "as_json", is_flag=True, help="one JSON object a line")
 def predict(
     artifact: Path, images: tuple[Path, ...], top: int, file: str | None, threads: int | None, as_json: bool

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ..limits import MOST_THREADS
 from .told import told
 
 
@@ -35,7 +36,9 @@ from .told import told
     type=click.Path(path_type=Path),
     help="where the pages and lists go [default: validation/ in the one run folder, else here]",
 )
-@click.option("--threads", type=click.IntRange(1), help="threads [default: the cores allowed, at most 4]")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="threads [default: the cores allowed, at most 4]"
+)
 @click.option("--json", "as_json", is_flag=True, help="print what validation.json holds")
 @click.option("--quiet", is_flag=True, help="no progress on standard error")
 def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None:

@@ -15,7 +15,7 @@ from PIL import ImageOps
 from ..errors import UsageError
 from .given import Given
 from .image_set import Image, ImageSet, Progress, Role, Skipped, array_key, printable
-from .shards import SYNONYMS, index, local_splits
+from .shards import SYNONYMS, index, local_splits, not_plain
 from .sources import Row, Table
 
 # What each kind of name needs installed.
@@ -62,6 +62,11 @@ def read_named(
         return _assembled(name, indexed.given, None, indexed.skipped)
     if find_spec(PACKAGES[prefix]) is None:
         package = PACKAGES[prefix].replace("_", "-")
+        if prefix == "wds" and data_dir is not None and (odd := not_plain(data_dir)) is not None:
+            raise UsageError(
+                f"{name}: {printable(str(odd))} is no plain .tar file; unpack it, or install what reads "
+                f"others: pip install {package}"
+            )
         raise UsageError(f"{name} needs the package {package}; install it with: pip install {package}")
     if prefix in ("torch", "wds", "tfds") and data_dir is None:
         how = "; --download fetches it there" if prefix != "wds" else ""
@@ -80,6 +85,13 @@ def _assembled(
     skipped: Sequence[Skipped] = (),
 ) -> Given:
     # Published test splits often come without labels, written as −1.
+    unlabelled = [
+        Skipped(image.name, "it has no label (−1)")
+        for images in given.values()
+        if any(image.label >= 0 for image in images)
+        for image in images
+        if image.label < 0
+    ]
     given = {role: [image for image in images if image.label >= 0] for role, images in given.items()}
     given = {role: images for role, images in given.items() if images}
     if "train" not in given:
@@ -87,7 +99,7 @@ def _assembled(
     if "test" not in given and "select" in given:
         given["test"] = given.pop("select")
     classes = _class_names(dataset, 1 + max(image.label for images in given.values() for image in images))
-    return Given(name, name, tuple(classes), given, has_roles=len(given) > 1, skipped=tuple(skipped))
+    return Given(name, name, tuple(classes), given, has_roles=len(given) > 1, skipped=(*skipped, *unlabelled))
 
 
 def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Role, Any]:

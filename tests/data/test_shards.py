@@ -184,3 +184,23 @@ def test_a_table_of_hugging_faces_is_read_at_random_by_workers(
     form = Canonical("short_side", 8)
     assert measured(images.train, form, workers).widths.equal(decode(images.train, form).pixels.widths)
     workers.close()
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "empty"])
+def test_a_shard_that_is_packed_or_empty_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(named, "find_spec", lambda _: None)
+    if mode == "empty":
+        (tmp_path / "train.tar").touch()
+    else:
+        shard(tmp_path / "train.tar", samples(0, 8), mode)
+    told = refused(tmp_path)
+    assert "train.tar is no plain .tar file; unpack it" in told and "pip install webdataset" in told
+
+
+def test_an_image_without_a_label_among_others_is_left_out_and_listed(tmp_path: Path) -> None:
+    shard(tmp_path / "train.tar", samples(0, 12) | {"odd.png": png(99), "odd.cls": b"-1"})
+    images = opened(tmp_path)
+    assert "train/train.tar/odd" in [one.name.removesuffix(".png") for one in images.skipped]
+    assert "odd" not in " ".join(image.name for image in images.train)

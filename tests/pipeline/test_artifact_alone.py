@@ -119,6 +119,7 @@ def test_compress_predict_takes_folders_too(device: Path, finished: Path) -> Non
         (["--file", "best.onnx", "photos"], 1, "holds no best.onnx"),
         (["--artifact", "photos", "photos"], 1, "photos holds no manifest.json"),
         (["--threads", "0", "photos"], 2, "'0' is not a whole number from 1 on"),
+        (["--threads", "9" * 20, "photos"], 2, "threads are more than 1024"),
         (["--tpo", "3", "photos"], 2, "unrecognized arguments: --tpo"),
         ([], 2, "the following arguments are required: IMAGE"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from PIL import Image as PillowImage
 from questpress.pipeline.run import _over as over
+from questpress.pipeline.run import read_options
 
 from . import little
 from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refused, report
@@ -36,6 +37,11 @@ from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refu
         (["--set", "quest.tau=0.2", "--set", "quest.delta=12"], ["delta has no effect beside tau"]),
         (["--set", "quest.words=41", "--set", "quest.features=40"], ["quest.words=41", "40 features"]),
         (["--set", "quest.words=0.5"], ["quest.words=0.5", "integer"]),
+        (
+            ["--method", "mimic", "--set", "mimic.variant=l2", "--set", "mimic.bias=mean"],
+            ["mimic.bias=mean is about hashes"],
+        ),
+        (["--method", "kd", "--set", "kd.tau=1e300"], ["kd.tau=1e300", "from 1e-30 to 1e+30"]),
         (["--method", "none", "--set", "quest.tau=1"], ["none has no parameters"]),
         (["--weight", "dkd=1"], ["--weight dkd=1", "quest, ce"]),
         (["--method", "kd", "--weight", "quest=1"], ["--weight quest=1", "kd, ce"]),
@@ -74,7 +80,6 @@ from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refu
         (["--set", "quest.tau=1e-300"], ["quest.tau=1e-300", "from 1e-30 to 1e+30"]),
         (["--milestones", "3,2,1"], ["--milestones 3,2,1", "rising order"]),
         (["--milestones", "-1"], ["--milestones -1", "from 1 on"]),
-        (["--optimizer", ""], ["There is no optimizer ''"]),
         (["--data-dir", "elsewhere"], ["--data-dir", "no use where --data is a folder"]),
         (["--download"], ["--download", "no use where --data is a folder"]),
         (["--set", "\udcff"], ["'\\xff' is not of the form KEY=VALUE"]),
@@ -117,6 +122,8 @@ def test_weights_that_are_a_folder_are_named_with_the_file_that_is_meant(data, t
         ["--until", "nowhere"],
         ["--epoch", "3"],
         ["--nonsense"],
+        ["--out", ""],
+        ["--out="],
     ],
 )
 def test_what_click_refuses_ends_with_2_as_well(more):
@@ -153,6 +160,13 @@ def config(tmp_path: Path, text: str) -> Path:
         ("epochs: many", ["--epochs many", "integer"]),
         ("seed: [1, 2]", ["--seed"]),
         ("settings: {quest.tua: 1}", ["quest.tua", "quest.tau"]),
+        ("set: {quest.tua: 1}", ["quest.tua", "quest.tau"]),
+        ("epochs: yes", ["--epochs True", "other than yes or no"]),
+        ("epochs: 1\nepochs: 5", ["'epochs' twice"]),
+        ("batch-size: 4\nbatch_size: 8", ["batch_size twice"]),
+        ("json: true", ["json is said on the command line alone"]),
+        ("config: other.yaml", ["config is said on the command line alone"]),
+        ('cache: "\\ud800"', ["--cache \\ud800", "half a character"]),
         ("settings: 3", ["--set 3"]),
         ("teacher: {a: 1}", ["--teacher"]),
         ("data: 5", ["--data 5"]),
@@ -173,6 +187,17 @@ def test_a_wrong_config_is_refused(data, tmp_path, text, words):
     )
     refused(result, 2, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_on_and_off_of_a_config_are_the_words(tmp_path):
+    asked = read_options(
+        {
+            "teacher": "resnet18",
+            "student": "resnet18",
+            "config": config(tmp_path, "balance: off\ncompile: on\nqat: yes"),
+        }
+    )
+    assert (asked.balance, asked.compile, asked.qat) == ("off", "on", True)
 
 
 def test_a_config_that_is_not_there_or_not_text_is_refused(tmp_path):

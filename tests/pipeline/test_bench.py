@@ -244,10 +244,19 @@ def test_what_cannot_be_timed_is_one_sentence(tmp_path: Path) -> None:
     refused(compress("bench", file, "--threads", "two"), 2, "--threads two")
     refused(compress("bench", file, "--threads", "0"), 2, "--threads 0")
     refused(compress("bench", file, "--seconds", "0"), 2, "--seconds 0")
+    refused(compress("bench", file, "--seconds", "inf"), 2, "--seconds inf")
+    refused(compress("bench", file, "--threads", "1000000"), 2, "1 to 1024")
+    refused(compress("bench", file, "--seed", "-1"), 2, "--seed -1")
     refused(compress("bench", file, "--images", tmp_path / "photos"), 2, "photos", "--images")
     refused(compress("bench", file, "--images", tmp_path / "text.onnx"), 2, "None of the images can be read")
     (tmp_path / "file").touch()
     refused(compress("bench", file, "--out", tmp_path / "file"), 2, "--out", "file")
+
+
+def test_a_size_that_no_file_leaves_open_is_said_to_be_of_no_use(tmp_path: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    result = compress("bench", file, "--image-size", "9", *SHORT, "--out", tmp_path / "b")
+    assert result.exit_code == 0 and "--image-size is of no use" in result.stderr
 
 
 def test_weights_from_elsewhere_are_refused(tmp_path: Path) -> None:
