@@ -4,6 +4,8 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from ...export.artifact import tool_versions
 from .. import methods, recipes
 from ..bench_report import with_later_bench
@@ -45,11 +47,17 @@ def assemble(folder: RunFolder) -> Report:
     try:
         return _assembled(folder)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        told = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"{folder.path} holds a record from which no report can be made ({type(error).__name__}: "
-            f"{told}): it was edited, or left by another version of compress. Its weights are as they were."
+            f"{folder.path} holds a record from which no report can be made ({_brief(error)}): it was "
+            "edited or damaged, or left by another version of compress. Its weights are as they were."
         ) from error
+
+
+def _brief(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{error.title}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _assembled(folder: RunFolder) -> Report:
