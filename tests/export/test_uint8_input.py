@@ -128,7 +128,7 @@ FOLDED = {
     "two branches": (TwoBranches, 32, 4),
     "padded as in TensorFlow": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 33, 4),
     "the same, unevenly": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 32, 4),
-    "patches": (lambda: of_timm("vit_tiny_patch16_224", img_size=32), 32, 3),
+    "patches": (lambda: of_timm("vit_tiny_patch16_224", img_size=32, depth=2), 32, 3),
 }
 
 
