@@ -84,15 +84,16 @@ class Shorthand(click.Group):
         """
         try:
             with STOP.listens():
-                result = super().invoke(ctx)
-            written()
+                try:
+                    return super().invoke(ctx)
+                finally:
+                    written()
         except KeyboardInterrupt:
             ended("\nStopped.", 130)
         except OSError as error:
             if error.errno not in OF_THE_SYSTEM | {errno.EPIPE} or error.filename is not None:
                 raise
             unwritten(error)
-        return result
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Of several processes one says what is wrong with the command line."""
