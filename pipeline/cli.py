@@ -72,8 +72,10 @@ class Shorthand(click.Group):
                 )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if any(not one or (one.startswith("--") and one.endswith("=")) for one in args):
-            ctx.fail("One of the arguments is empty: is a variable in it not set?")
+        for before, one in zip(["", *args], args, strict=False):
+            if not one or (one.startswith("--") and one.endswith("=")):
+                named = one.rstrip("=") or (before if before.startswith("-") else "an argument")
+                ended(f"Error: {named} is empty; say something, or leave it out.", 2)
         if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
