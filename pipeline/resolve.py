@@ -172,8 +172,10 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
     _check_schedule(chosen)
     _check_averages(chosen)
-    chosen.warmup_epochs = _warmup("", chosen.warmup_epochs, chosen.epochs)
-    chosen.teacher_warmup_epochs = _warmup("teacher-", chosen.teacher_warmup_epochs, chosen.teacher_epochs)
+    chosen.warmup_epochs = _warmup("", chosen.warmup_epochs, chosen.epochs, chosen.recipe)
+    chosen.teacher_warmup_epochs = _warmup(
+        "teacher-", chosen.teacher_warmup_epochs, chosen.teacher_epochs, chosen.recipe
+    )
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
     int8_options.complete(chosen)
@@ -233,12 +235,13 @@ def _check_averages(chosen: Options) -> None:
         )
 
 
-def _warmup(whose: str, asked: float | None, epochs: int) -> float:
+def _warmup(whose: str, asked: float | None, epochs: int, recipe: str | None) -> float:
     if asked is None:
         return defaults.warmup_epochs(epochs)
     if asked >= epochs:
         raise UsageError(
-            f"--{whose}warmup-epochs {asked:g} leaves nothing of --{whose}epochs {epochs}; take fewer."
+            f"--{whose}warmup-epochs {asked:g}{f' of --recipe {recipe}' if recipe else ''} leaves nothing of "
+            f"--{whose}epochs {epochs}; take fewer."
         )
     return asked
 

@@ -94,8 +94,12 @@ def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
         display.note(alone)
     if asked.batch_size and chosen.batch_size != asked.batch_size:
         display.note(f"--batch-size {asked.batch_size} is more than there are: all images are one batch")
-    if chosen.milestones and chosen.milestones[-1] >= max(chosen.epochs or 0, chosen.teacher_epochs or 0):
-        display.note(f"--milestones: epoch {chosen.milestones[-1]} is not before the end of the training")
+    longest = max(chosen.epochs or 0, chosen.teacher_epochs or 0)
+    if late := [str(epoch) for epoch in chosen.milestones or () if epoch >= longest]:
+        display.note(
+            f"the learning rate does not fall at epoch {', '.join(late)} of --milestones: the training has "
+            f"{longest} epochs"
+        )
     display.detail(f"chosen: {_chosen(chosen, asked)}")
     if chosen.dry_run:
         return dry_run(chosen, _config(chosen, images), images, device, display)

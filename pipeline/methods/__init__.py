@@ -51,6 +51,8 @@ def names(method: str) -> list[str]:
     parts = [part.strip() for part in method.split("+")]
     there = known()
     for part in parts:
+        if part == "none":
+            raise UsageError(f"--method {method}: none is no teacher at all, and stands alone.")
         if part not in there:
             near = difflib.get_close_matches(part, there, n=2, cutoff=0.4)
             did_you_mean = f" Did you mean {' or '.join(near)}?" if near else ""

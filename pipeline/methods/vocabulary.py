@@ -133,8 +133,9 @@ def check_words(words: int | None, features: int) -> None:
     """
     if words is not None and words > features:
         raise UsageError(
-            f"--set quest.words={words}: k-means has {features:,} features (one for each position of the map "
-            "in each training image, or quest.features of them), and a word needs one; ask for fewer words."
+            f"quest.words={words}: k-means has {features:,} features (one for each position of the map "
+            "in each training image, or quest.features of them), and a word needs one; ask for fewer words, "
+            f"as in --set quest.words={max(2, features // 8)}."
         )
 
 

@@ -17,7 +17,7 @@ def role(bench: Bench, name: str) -> str:
     if key in ROLES:
         return ROLES[str(key)]
     if key is not None and key.startswith("teacher "):
-        return f"Teacher {int(key.split()[1]) + 1}"
+        return f"Teacher {key.split()[1]}"
     return name
 
 

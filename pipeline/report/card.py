@@ -152,6 +152,11 @@ def _making(report: Report, manifest: Mapping[str, Any]) -> list[str]:
     learned = sum(1 for epoch in report.epochs if epoch.stage == "student")
     epochs = f", {figures.counted(learned, 'epoch')}" if learned else ""
     told.append(f"Method: {method}{source}{epochs}.")
+    if (rounds := report.config.get("rounds", 1)) > 1:
+        told.append(
+            f"Rounds: {rounds}, each with a new student; from the second on the student of the one before is "
+            "the teacher. The last one ships."
+        )
     if data is not None:
         told.append(
             f"Images: {data.name}; {data.train:,} to train, {data.select:,} to select, {data.test:,} to "

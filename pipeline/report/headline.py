@@ -7,6 +7,9 @@ from ..scores import Accuracy, Score
 from . import budget, figures
 from .subjects import Column, Pace, compared, measure, of, pace, shipped, threads
 
+FEW = 1000
+"""Test images with which an interval without width means little."""
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -248,6 +251,13 @@ def notes(report: Report) -> list[str]:
             f"On {figures.counted(score.n, 'test image')} the {measure(report)} is uncertain: "
             f"its 95 % interval is {figures.points(_width(score))[1:]} wide."
         )
+    elif ships is not None and ships.subject.score and _width(ships.subject.score) == 0:
+        score = ships.subject.score  # of an mAP: a share's interval always has a width
+        if score.n < FEW:
+            found.append(
+                f"On {figures.counted(score.n, 'test image')} the {measure(report)} is uncertain, whatever "
+                "its 95 % interval says: where all is right, a bootstrap has none."
+            )
     return list(dict.fromkeys(found))
 
 

@@ -42,7 +42,7 @@ def compared(report: Report) -> list[Column]:
 def every(report: Report) -> list[Column]:
     """As `compared`, with each single teacher before the ensemble where there are several."""
     singles = report.teachers if len(report.teachers) > 1 else []
-    each = [Column(f"teacher {i}", f"Teacher {i + 1}", subject) for i, subject in enumerate(singles)]
+    each = [Column(f"teacher {i}", f"Teacher {i}", subject) for i, subject in enumerate(singles)]
     return each + compared(report)
 
 

@@ -101,5 +101,6 @@ def origin(job: Job, temperature: float | None = None) -> dict[str, Any]:
         "licences": sorted(
             {s["licence"] for s in [facts["student"], *facts["teachers"]] if s.get("licence")}
         ),
+        **({} if job.options.rounds == 1 else {"rounds": job.options.rounds}),
         **({} if temperature is None else {"temperature": temperature}),
     }

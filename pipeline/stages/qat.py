@@ -23,6 +23,7 @@ from ..int8_results import Recovery
 from ..job import Job
 from ..learning import engine, learn, plan
 from ..quantized_student import QuantizedReadouts, normalise_for
+from ..report.figures import counted
 from ..run_folder import Done
 from ..store.of_run import schedule_of
 from ..student_task import reads_of, student_task
@@ -83,9 +84,14 @@ def run(job: Job) -> Done:
         fake_test=_accuracy(job, task, "test"),
         file=qat.GRAPH.as_posix(),
     )
-    on = "" if found.fake_select is None else f": {found.fake_select:.2f} % of the select images as int8"
+    on = ""
+    if found.fake_select is not None:
+        score = (
+            f"mAP {found.fake_select:.2f} % on" if job.data.multi_label else f"{found.fake_select:.2f} % of"
+        )
+        on = f": {score} the select images as int8"
     return Done(
-        f"{member.name}, {o.qat_epochs} epochs under fake quantization by {o.method}{on}",
+        f"{member.name}, {counted(o.qat_epochs, 'epoch')} under fake quantization by {o.method}{on}",
         [qat.GRAPH.as_posix(), qat.RANGES.as_posix()],
         {"recovery": found.model_dump(exclude_none=True)},
     )

@@ -16,7 +16,7 @@ from ..report.card import write_beside
 from ..report.figures import together
 from ..report.write import writable, write_report
 from ..results import Epoch, Reconstruction, Report, StageTime
-from ..rounds import number
+from ..rounds import kind, number
 from ..run_folder import Done, RunFolder
 from .export import ARTIFACT
 
@@ -65,7 +65,9 @@ def _assembled(folder: RunFolder) -> Report:
     facts = with_later_bench(folder.path, folder.facts())
     tools = folder.record.get("tools") or tools_here()
     environment = {**tools, **facts.pop("environment", {}), **_engines(folder)}
-    stages, epochs = folder.record["stages"], _epochs(folder)
+    # What the options do not ask for any more has no part in what ships.
+    stages = {name: entry for name, entry in folder.record["stages"].items() if name in folder.stages}
+    epochs = _epochs(folder)
     found = Report(
         title=f"{config['student']} from {together(config['teacher'])}",
         command=folder.record["command"],
@@ -105,7 +107,9 @@ def _recipe(config: Mapping[str, Any]) -> str | None:
 
 
 def _epochs(folder: RunFolder) -> list[Epoch]:
-    return [Epoch.model_validate_json(line) for line in folder.curves()]
+    epochs = [Epoch.model_validate_json(line) for line in folder.curves()]
+    trainings = {kind(stage) for stage in folder.stages}
+    return [epoch for epoch in epochs if kind(epoch.stage) in trainings]
 
 
 def _reconstruction(epochs: Sequence[Epoch], config: Mapping[str, Any]) -> list[Reconstruction]:

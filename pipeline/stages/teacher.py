@@ -214,7 +214,10 @@ def _above_chance(
     logits = select if select is not None else _measure(job, member, network, exact, "train", most)
     assert logits is not None
     labels = job.rendered(role, member, most)[1].numpy()
-    what = f"its head has the right number of classes but not these ones, or not in this order. {_OTHER_HEAD}"
+    what = (
+        "its head has the right number of classes but not these ones or not in this order, or it has not "
+        f"learned enough. {_OTHER_HEAD}"
+    )
     if job.data.multi_label:
         score = multi_label.score(logits, labels)
         by_chance = multi_label.near_chance(score, labels, NEAR_CHANCE)

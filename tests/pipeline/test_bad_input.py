@@ -46,6 +46,7 @@ from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refu
         (["--weight", "dkd=1"], ["--weight dkd=1", "quest, ce"]),
         (["--method", "kd", "--weight", "quest=1"], ["--weight quest=1", "kd, ce"]),
         (["--method", "quest+"], ["There is no method ''"]),
+        (["--method", "quest+none"], ["none is no teacher at all", "stands alone"]),
         (["--recipe", "quest-cifar10"], ["quest-cifar10", "Did you mean quest-cifar100"]),
         (["--weight", "ce=-1"], ["--weight ce=-1", "negative"]),
         (["--weight", "ce=much"], ["--weight", "much"]),

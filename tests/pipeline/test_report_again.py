@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from questpress.pipeline.report_again import schema
 from questpress.pipeline.results import Report
+from questpress.pipeline.run_folder import RunFolder
 
 from . import little
 
@@ -102,3 +103,17 @@ def test_damaged_options_of_an_older_run_are_told_and_the_report_stays(a_run: Pa
     (a_run / "config.yaml").write_text(content)
     little.refused(little.compress("report", a_run), 2, "config.yaml")
     assert (a_run / "report.html").read_bytes() == before
+
+
+def test_a_stage_that_the_options_ask_for_no_more_is_not_told_of(a_run: Path) -> None:
+    folder = RunFolder(a_run)
+    folder.open(fresh=False)
+    student = folder.record["stages"]["student"]
+    line = json.dumps(json.loads(folder.curves()[-1]) | {"stage": "qat"})
+    folder.record["stages"]["qat"] = {**student, "summary": "learned on as int8", "curve": [line]}
+    folder.save()
+    (a_run / "metrics.jsonl").write_text((a_run / "metrics.jsonl").read_text() + line + "\n")
+    assert little.compress("report", a_run).exit_code == 0
+    found = json.loads((a_run / "report.json").read_text())
+    assert "qat" not in {one["stage"] for one in found["stages"]} | {one["stage"] for one in found["epochs"]}
+    assert "learned on as int8" not in (a_run / "report.md").read_text()

@@ -53,7 +53,7 @@ def test_the_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
     assert found["title"] == f"{STUDENT} from 2 × {TEACHER}"
     for page in ("report.md", "report.html"):
         text = (seeds / page).read_text()
-        assert "Teacher 1" in text and "Teacher 2" in text and "All teachers" in text
+        assert "Teacher 0" in text and "Teacher 1" in text and "All teachers" in text
 
 
 def test_a_run_from_seeds_is_repeated_by_its_config(seeds: Path, cache: Path) -> None:

@@ -123,3 +123,10 @@ def test_hostile_names_stay_text() -> None:
 def test_a_thousand_classes_are_counted_and_not_listed() -> None:
     text = card(reports.full(), manifest(labels=[f"class {i}" for i in range(1000)]))
     assert "class 39, … 1,000 in all" in text and "class 40," not in text
+
+
+def test_several_rounds_are_told() -> None:
+    report = reports.full()
+    assert "Rounds" not in card(report, manifest())
+    report.config["rounds"] = 3
+    assert "Rounds: 3, each with a new student" in card(report, manifest())

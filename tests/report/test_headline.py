@@ -1,7 +1,7 @@
 from questpress.pipeline.report import headline
 from questpress.pipeline.report.page import page
 from questpress.pipeline.results import Report, Speedup
-from questpress.pipeline.scores import Accuracy
+from questpress.pipeline.scores import Accuracy, MultiLabelScore
 
 from . import reports
 
@@ -106,9 +106,18 @@ def test_several_teachers_stand_beside_their_ensemble() -> None:
         update={"teachers": [report.teachers[0]] * 2, "teacher": together, "student_int8": int8}
     )
     shown = page(two)
-    assert shown.comparison.columns[1:4] == ["Teacher 1", "Teacher 2", "All teachers"]
+    assert shown.comparison.columns[1:4] == ["Teacher 0", "Teacher 1", "All teachers"]
     assert shown.title == "mobilenetv2_100 distilled from 2 × resnet34"
     assert shown.key_figures[1].meaning == "faster than its own fp32 file, 1 thread"
     rows = {row[0]: row[1] for row in shown.speedups.rows}
-    assert rows["Student int8 against teacher 1"] == "18.2× faster, without interval"
-    assert rows["Student int8 against teacher 2"] == "17.0× faster (16.5–17.5×)"
+    assert rows["Student int8 against teacher 0"] == "18.2× faster, without interval"
+    assert rows["Student int8 against teacher 1"] == "17.0× faster (16.5–17.5×)"
+
+
+def test_a_map_of_a_few_images_that_are_all_right_is_called_uncertain() -> None:
+    report = reports.full()
+    assert report.student_int8 is not None
+    perfect = MultiLabelScore(map=100, low=100, high=100, n=9, micro_f1=100, macro_f1=100)
+    int8 = report.student_int8.model_copy(update={"accuracy": None, "multi_label": perfect})
+    told = headline.notes(report.model_copy(update={"student_int8": int8}))
+    assert any("On 9 test images" in note and "whatever its 95 % interval says" in note for note in told)

@@ -59,6 +59,10 @@ def test_the_table_has_every_candidate_in_the_order_they_were_tried() -> None:
 def test_what_no_candidate_has_is_no_column() -> None:
     columns = int8.section(int8_reports.with_int8()).targets[1].tried.columns
     assert {"kept float", "also", "1 thread", "of fp32’s speed"}.isdisjoint(columns)
+    report = int8_reports.with_int8()
+    bare = [one.model_copy(update={"p": None}) for one in report.int8[0].tried]
+    table = int8.tried(report, report.int8[0].model_copy(update={"tried": bare}))
+    assert "McNemar’s p" not in table.columns and "McNemar" not in table.note
     assert "SQNR" in columns
 
 
