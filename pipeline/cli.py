@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from . import voice
 from .commands.told import OF_THE_SYSTEM, ended, unwritten, written
@@ -62,6 +63,16 @@ class Shorthand(click.Group):
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
             ctx.fail(f"There is no command {args[0]!r}; {meant}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Options without a command are those of ``run`` here, too."""
+        found = super().shell_complete(ctx, incomplete)
+        run = self.get_command(ctx, "run") if incomplete.startswith("-") else None
+        return (
+            found
+            if run is None
+            else [*found, *run.shell_complete(click.Context(run, parent=ctx), incomplete)]
+        )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, named in COMMANDS.items():

@@ -35,8 +35,12 @@ TABLE: tuple[Row, ...] = (
     Row("--teacher-epochs", "10; 60 from 2,000, 100 from 100,000 images", "10; 5 from 100,000 images"),
     Row("--batch-size", "32; 64 from 2,000, 128 from 20,000, 256 from 200,000 images", "the same"),
     Row("--optimizer", "adamw", "adamw"),
-    Row("--lr", "0.0028 at batch 64, in proportion to √batch", "0.0004 at batch 64, likewise"),
-    Row("--teacher-lr", "half of --lr's", "half of --lr's"),
+    Row(
+        "--lr",
+        "0.0028 at batch 64, in proportion to √batch; 50 times that with SGD",
+        "0.0004 at batch 64, likewise",
+    ),
+    Row("--teacher-lr", "half of --lr's default", "half of --lr's default"),
     Row("--schedule", "cosine to zero", "the same"),
     Row("--warmup-epochs, --teacher-warmup-epochs", "a tenth of the epochs, at most 5", "the same"),
     Row("--weight-decay", "0.05", "0.05"),
@@ -51,7 +55,8 @@ TABLE: tuple[Row, ...] = (
     Row("--image-size", "the student's own; 64 for digits", "the same"),
     Row(
         "--store-views",
-        "30, or the epochs where they are fewer, if their answers are likely to fit into 4 GiB; else 0",
+        "30, or the epochs where they are fewer, if their answers are likely to fit into 4 GiB; else, and "
+        "with a recipe, 0",
         "the same",
     ),
     Row("--seed", "0", "0"),

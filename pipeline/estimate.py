@@ -13,6 +13,7 @@ from .data.image_set import ImageSet
 from .device import use_threads
 from .options import Options
 from .progress import Display
+from .report.figures import counted
 from .results import Report
 from .run_folder import RunFolder
 from .starting_weights import check_weights
@@ -118,5 +119,5 @@ def convolution_rate(device: str) -> float:
 
 def _spoken(minutes: float) -> str:
     if minutes < 90:
-        return f"{max(1, round(minutes))} minutes"
+        return counted(max(1, round(minutes)), "minute")
     return f"{minutes / 60:.0f} hours" if minutes < 60 * 48 else f"{minutes / 60 / 24:.0f} days"

@@ -10,20 +10,21 @@ from .run import compress
 from .run_folder import RunFolder
 
 
-def export_again(folder: Path, **options: Any) -> Report:
+def export_again(folder: str | Path, **options: Any) -> Report:
     """Do a run's stages from export on with other options of theirs; the teacher and the student stay.
 
     Raises:
         UsageError: the folder holds no run, one whose student is not finished, or other options than those.
     """
+    folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise UsageError(f"{folder} holds no run: name a folder that compress has made.")
     run = RunFolder(folder, writes=False)
     run.open(fresh=False)
     if "student" not in run.record["stages"]:
         raise UsageError(
-            f"{folder} holds a run whose student is not finished: repeat the command that began it "
-            f"({run.record.get('command', 'compress …')})."
+            f"{folder} holds a run whose student is not finished: repeat the command that began it, without "
+            f"--until ({run.record.get('command', 'compress …')})."
         )
     read_config(folder)  # as the run has left it
     return compress(config=folder / "config.yaml", out=folder, **options)

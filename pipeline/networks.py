@@ -25,6 +25,8 @@ class Start:
     head: Literal["kept", "replaced", "none"]
     licence: str | None
     """Of pretrained weights; None where they are the user's own or there are none."""
+    names_classes: bool = False
+    """Whether the weights say of their head that it knows these classes in this order."""
 
 
 def start(
@@ -83,6 +85,7 @@ def start(
         _described(source, checkpoint),
         head="kept" if keep else "replaced",
         licence=_licence(source, checkpoint),
+        names_classes=_names(checkpoint, classes),
     )
 
 
@@ -100,12 +103,17 @@ def _fits(
     count = class_count(checkpoint, network)
     if count != len(classes):
         return False
-    named = [names for names in (checkpoint.label_names, checkpoint.label_descriptions) if names is not None]
-    wanted = [plain(label) for label in classes]
-    if not named or any([plain(label) for label in names] == wanted for names in named):
+    if (checkpoint.label_names or checkpoint.label_descriptions) is None or _names(checkpoint, classes):
         return True
     note(f"the head of {checkpoint.source} has other classes of the same number: it is replaced")
     return False
+
+
+def _names(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
+    """Whether a file names just these classes, in this order."""
+    named = [names for names in (checkpoint.label_names, checkpoint.label_descriptions) if names is not None]
+    wanted = [plain(label) for label in classes]
+    return any([plain(label) for label in names] == wanted for names in named)
 
 
 def plain(label: str) -> str:

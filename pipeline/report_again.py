@@ -14,7 +14,7 @@ from .run_folder import RunFolder
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 
 
-def report_again(folder: Path, out: Path | None = None) -> tuple[Report, list[Path]]:
+def report_again(folder: str | Path, out: str | Path | None = None) -> tuple[Report, list[Path]]:
     """Write report.html, report.md and report.json of a run anew, into its own folder or another.
 
     Returns:
@@ -26,6 +26,7 @@ def report_again(folder: Path, out: Path | None = None) -> tuple[Report, list[Pa
     """
     from .stages import report
 
+    folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise UsageError(f"{folder} holds no run: name a folder that compress has made.")
     run = RunFolder(folder, writes=False)
@@ -36,14 +37,16 @@ def report_again(folder: Path, out: Path | None = None) -> tuple[Report, list[Pa
             f"({run.record.get('command', 'compress …')})."
         )
     if out is None:
+        out = folder
         with RunFolder(folder).locked():
             found = report.write(run)
     else:
+        out = Path(out)
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is a file; name a folder.")
         found = report.assemble(run)
         write_report(found, out)
-    return found, [(out or folder) / name for name in report.FILES]
+    return found, [out / name for name in report.FILES]
 
 
 class _Schema(GenerateJsonSchema):

@@ -24,6 +24,7 @@ from .data.image_set import ImageSet
 from .errors import UsageError
 from .files import digest, write_text
 from .progress import Display
+from .report.figures import counted
 from .report.sizes import write
 from .resolve import own_image_size, resolve
 from .results import Latency, Report, Resolutions, Size, Speedup, Subject
@@ -155,7 +156,7 @@ def _together(
     machine = result.environment
     found = Resolutions(
         title=f"{first.student.name if first.student else ''} from {first.teacher.name} at "
-        f"{len(reports)} image sizes",
+        f"{counted(len(reports), 'image size')}",
         folder=str(out),
         command=first.command,
         method=first.method,

@@ -276,6 +276,9 @@ def _stages(
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
         check_weights(options, images, folder.left(options.until), download=True)
+    trains = any(rounds.kind(stage) in (*TRAINING, "qat") for stage in folder.left(options.until))
+    if (options.tensorboard or options.track) and not trains:
+        display.note("there are no curves to send: nothing is left to train")
     with display.stage("start") as progress:
         job = Job(
             options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks

@@ -19,6 +19,7 @@ from . import calibration, figures, tables
 from .bench_tables import percentiles
 from .card_front import front
 from .headline import in_words, machine, score_in_words, title
+from .int8 import LEARNED
 from .subjects import Column, every, measure, of, pace, shipped, threads
 from .tables import Table
 from .write import as_markdown, as_plain, writable
@@ -152,6 +153,14 @@ def _making(report: Report, manifest: Mapping[str, Any]) -> list[str]:
     learned = sum(1 for epoch in report.epochs if epoch.stage == "student")
     epochs = f", {figures.counted(learned, 'epoch')}" if learned else ""
     told.append(f"Method: {method}{source}{epochs}.")
+    recovered = [one for search in report.int8 for one in search.tried if one.name == LEARNED and one.ships]
+    if report.recovery is not None and recovered:
+        told.append(
+            f"The int8 file learned on for {figures.counted(report.recovery.epochs, 'epoch')} under fake "
+            "quantization: its weights are not those of the float file."
+        )
+    if report.config.get("ema") or report.config.get("average_last"):
+        told.append("The weights that ship are a mean over the last part of the training.")
     if (rounds := report.config.get("rounds", 1)) > 1:
         told.append(
             f"Rounds: {rounds}, each with a new student; from the second on the student of the one before is "

@@ -99,7 +99,7 @@ def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray | None
         return _headless(job, member, begun), None
     if begun.head == "kept":
         select = _measure(job, member, network, exact, "select")
-        _above_chance(job, member, network, exact, select)
+        _above_chance(job, member, network, exact, select, certain=begun.names_classes)
         if "teacher_epochs" in job.given:
             job.display.note(
                 f"the head of {name} fits and is used as it is: --teacher-epochs has nothing to do"
@@ -201,10 +201,14 @@ def _scores(job: Job, member: Member, test: np.ndarray, select: np.ndarray | Non
 
 
 def _above_chance(
-    job: Job, member: Member, network: nn.Module, exact: Engine, select: np.ndarray | None
+    job: Job, member: Member, network: nn.Module, exact: Engine, select: np.ndarray | None, *, certain: bool
 ) -> None:
     """A head that fits by its size may still be another task's: measured first, on select (or on test images'
     like, training ones, where nothing is held out).
+
+    Args:
+        certain: whether the weights name the classes of their head: then it can only be a weak one, which
+            is told.
 
     Raises:
         JobError: it is no better than chance.
@@ -214,26 +218,33 @@ def _above_chance(
     logits = select if select is not None else _measure(job, member, network, exact, "train", most)
     assert logits is not None
     labels = job.rendered(role, member, most)[1].numpy()
-    what = (
-        "its head has the right number of classes but not these ones or not in this order, or it has not "
-        f"learned enough. {_OTHER_HEAD}"
-    )
+    found = _near_chance(job, logits, labels)
+    if found is None:
+        return
+    told = f"The teacher {member.name} {found[0]} {role} images, near chance ({found[1]})"
+    if not certain:
+        raise JobError(
+            f"{told}: its head has the right number of classes but not these ones or not in this order, or "
+            f"it has not learned enough. {_OTHER_HEAD}"
+        )
+    job.display.warn(f"{told}: it knows these classes, but has not learned enough to teach them.")
+
+
+def _near_chance(job: Job, logits: np.ndarray, labels: np.ndarray) -> tuple[str, str] | None:
+    """How good the answers are, and what chance would give; None where they are better than that."""
     if job.data.multi_label:
         score = multi_label.score(logits, labels)
         by_chance = multi_label.near_chance(score, labels, NEAR_CHANCE)
-        if by_chance is not None:
-            raise JobError(
-                f"The teacher {member.name} has mAP {score.map:.1f} % on the {score.n} {role} images, "
-                f"near chance ({by_chance:.1f} %, the mean share of images that show a class): {what}"
-            )
-        return
+        if by_chance is None:
+            return None
+        share = f"{by_chance:.1f} %, the mean share of images that show a class"
+        return f"has mAP {score.map:.1f} % on the {score.n}", share
     measured = evaluate.accuracy(logits, labels)
     chance = 100 * float(np.bincount(labels).max()) / len(labels)
-    if measured.top1 < NEAR_CHANCE * chance or measured.low <= chance:
-        raise JobError(
-            f"The teacher {member.name} is right on {measured.top1:.1f} % of the {measured.n} {role} images, "
-            f"near chance ({chance:.1f} %, the share of the commonest class): {what}"
-        )
+    if measured.top1 >= NEAR_CHANCE * chance and measured.low > chance:
+        return None
+    share = f"{chance:.1f} %, the share of the commonest class"
+    return f"is right on {measured.top1:.1f} % of the {measured.n}", share
 
 
 _OTHER_HEAD = "Say --teacher-head replace to tune it on the data, or name weights trained for these classes."

@@ -155,6 +155,14 @@ def test_a_head_near_chance_stops_the_job_and_says_why(trained, data, cache, tmp
     assert not (tmp_path / "run/teacher.safetensors").exists()
 
 
+def test_a_weak_head_that_names_these_classes_is_told_and_taught_from(data, cache, tmp_path):
+    weak = build(NAME, num_classes=3, image_size=16, seed=5)
+    save_weights(weak, tmp_path / "w.safetensors", {"labels": json.dumps(CLASSES)})
+    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "near chance" in result.stderr and "has not learned enough to teach them" in result.stderr
+
+
 def test_weights_of_another_network_are_refused_by_their_keys(data, cache, tmp_path):
     save_weights(build("cifar_wrn_16_1", num_classes=3, image_size=16), tmp_path / "w.safetensors", {})
     refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1, "w.safetensors", "conv1.weight")

@@ -4,9 +4,10 @@ from typing import Any
 import pytest
 import yaml
 from questpress.export.runtime import Preprocessing
+from questpress.pipeline.int8_results import Recovery
 from questpress.pipeline.report.card import card
 
-from . import reports
+from . import int8_reports, reports
 from .test_write import HOSTILE
 
 
@@ -130,3 +131,17 @@ def test_several_rounds_are_told() -> None:
     assert "Rounds" not in card(report, manifest())
     report.config["rounds"] = 3
     assert "Rounds: 3, each with a new student" in card(report, manifest())
+
+
+def test_weights_that_are_not_the_float_files_are_told() -> None:
+    report = int8_reports.with_int8()
+    assert "fake quantization" not in card(report, manifest()) and "mean over" not in card(report, manifest())
+    search = report.int8[0]
+    learned = [one.model_copy(update={"name": "learned"}) if one.ships else one for one in search.tried]
+    recovery = Recovery(epochs=1, fake_select=90.0, fake_test=90.0, file="qat/student.onnx")
+    taught = report.model_copy(
+        update={"int8": [search.model_copy(update={"tried": learned})], "recovery": recovery}
+    )
+    taught.config["ema"] = 0.9
+    text = " ".join(card(taught, manifest()).split())
+    assert "learned on for 1 epoch under fake quantization" in text and "a mean over the last part" in text
