@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,7 +76,7 @@ def space_to_depth() -> nn.Module:
     return AfterAConvolution(SpaceToDepth())
 
 
-def of_timm(name: str, **more: int) -> nn.Module:
+def of_timm(name: str, **more: Any) -> nn.Module:
     return timm.create_model(name, num_classes=4, **more)
 
 
@@ -123,7 +124,7 @@ def maps_of_first_layer(path: Path, batch: np.ndarray) -> list[np.ndarray]:
 
 FOLDED = {
     "mobilenetv2": (lambda: of_timm("mobilenetv2_035"), 32, 4),
-    "resnet18": (lambda: of_timm("resnet18"), 33, 4),
+    "resnet18": (lambda: of_timm("resnet18", layers=(1, 1, 1, 1)), 33, 4),
     "without padding": (valid, 32, 3),
     "two branches": (TwoBranches, 32, 4),
     "padded as in TensorFlow": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 33, 4),

@@ -200,7 +200,6 @@ def test_answers_that_cannot_be_written_are_one_sentence(finished, data):
     predict = [sys.executable, str(finished / "artifact" / "predict.py")]
     for asked in (
         command("report", finished, "--json"),
-        command("recipes"),
         command("predict", finished, image),
         [*predict, str(image)],
     ):

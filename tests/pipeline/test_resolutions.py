@@ -1,7 +1,6 @@
 """``compress resolutions``: one teacher, a student for each size, one report."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,6 @@ def of_sizes(data: Path, out: Path, cache: Path, sizes: str, *more: str | Path) 
         "resolutions", "--sizes", sizes, *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "kd",
         "--data", data, "--out", out, "--cache", cache, *more,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def any_teacher() -> Iterator[None]:
-    """Teachers of two epochs know little, and are good enough here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("questpress.pipeline.stages.teacher._above_chance", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

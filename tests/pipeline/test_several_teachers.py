@@ -85,12 +85,6 @@ def test_teachers_of_different_networks_teach_together(
     assert len(found["words"]) == (2 if method == "quest" else 0)
 
 
-@pytest.fixture
-def hardly_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kept head may be near chance, as one is after two epochs."""
-    monkeypatch.setattr("questpress.pipeline.stages.teacher._above_chance", lambda *_: None)
-
-
 def trained(file: Path, labels: tuple[str, ...], name: str = TEACHER) -> Path:
     network = build(name, num_classes=len(labels), image_size=16, seed=0)
     save_weights(network, file, {"labels": json.dumps(labels)})
@@ -112,7 +106,6 @@ def test_weights_and_heads_are_given_once_or_once_for_each_teacher(
 
 
 def test_weights_and_heads_belong_to_the_teachers_in_their_order(
-    hardly_trained: None,  # noqa: ARG001
     finished: Path,
     data: Path,
     cache: Path,
@@ -156,7 +149,6 @@ def test_a_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
 
 
 def test_another_head_is_replaced_next_to_one_that_fits_where_that_is_said(
-    hardly_trained: None,  # noqa: ARG001
     finished: Path,
     data: Path,
     cache: Path,

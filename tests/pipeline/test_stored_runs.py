@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,6 @@ def wide(*arguments: str | Path) -> Any:
     result = little.compress(*arguments)
     assert result.exit_code == 0, (result.output, result.exception)
     return result
-
-
-@pytest.fixture(scope="module", autouse=True)
-def any_teacher() -> Iterator[None]:
-    """Teachers of two epochs know little, and are good enough here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("questpress.pipeline.stages.teacher._above_chance", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
