@@ -67,12 +67,10 @@ class Shorthand(click.Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Options without a command are those of ``run`` here, too."""
         found = super().shell_complete(ctx, incomplete)
-        run = self.get_command(ctx, "run") if incomplete.startswith("-") else None
-        return (
-            found
-            if run is None
-            else [*found, *run.shell_complete(click.Context(run, parent=ctx), incomplete)]
-        )
+        run = self.get_command(ctx, "run")
+        if run is not None and incomplete.startswith("-"):
+            found += run.shell_complete(click.Context(run, parent=ctx), incomplete)
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, named in COMMANDS.items():

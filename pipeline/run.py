@@ -202,8 +202,8 @@ _PARTS = {
 
 def _over(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A config's options with the given ones winning, of settings and losses' weights each for itself."""
-    # What belongs to another choice than the given one has no use here.
-    other = [choice for choice in _PARTS if choice in given and given[choice] != config.get(choice)]
+    # What belongs to the config's choice has no use with another one.
+    other = [one for one in _PARTS if one in given and one in config and given[one] != config[one]]
     aside = {part for choice in other for part in _PARTS[choice]}
     if any(_weighs(str(one).partition("=")[0].strip()) for one in given.get("settings", ())):
         aside.add("balance")

@@ -103,7 +103,7 @@ def index(splits: Mapping[Role, Split], progress: Progress | None = None) -> Ind
 
 def not_plain(folder: Path) -> Path | None:
     """The first shard that is packed, empty or damaged."""
-    return next((shard for shard in sorted(folder.glob("*tar*")) if not _plain(shard)), None)
+    return next((shard for shard in sorted(folder.glob("*.tar*")) if not _plain(shard)), None)
 
 
 def _listed(folder: Path) -> dict[str, Any] | None:

@@ -140,11 +140,12 @@ def tried(report: Report, search: Int8Search) -> Table:
         if any(row[name] != figures.MISSING for row in candidates)
     ]
     rows = [[row.get(name, figures.MISSING) for name in columns] for row in (fp32, *candidates)]
-    test = "McNemar’s exact test and the" if "McNemar’s p" in columns else "The"
     note = (
-        f"{measure_title(report)} on {budget.images(search)}. {test} SQNR, the signal-to-noise ratio of the "
-        f"logits, {'are' if 'McNemar’s p' in columns else 'is'} against fp32."
+        f"{measure_title(report)} on {budget.images(search)}. SQNR: the signal-to-noise ratio of the logits "
+        "against fp32."
     )
+    if "McNemar’s p" in columns:
+        note += " McNemar’s test is the exact one, against fp32."
     if any(one.speedup is not None for one in search.tried):
         note += " Speed: ratio of the medians with its 95 % interval, paired."
     left = sum(name in WORDS for name in columns)

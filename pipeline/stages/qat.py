@@ -86,10 +86,8 @@ def run(job: Job) -> Done:
     )
     on = ""
     if found.fake_select is not None:
-        score = (
-            f"mAP {found.fake_select:.2f} % on" if job.data.multi_label else f"{found.fake_select:.2f} % of"
-        )
-        on = f": {score} the select images as int8"
+        kind, of = ("mAP ", "on") if job.data.multi_label else ("", "of")
+        on = f": {kind}{found.fake_select:.2f} % {of} the select images as int8"
     return Done(
         f"{member.name}, {counted(o.qat_epochs, 'epoch')} under fake quantization by {o.method}{on}",
         [qat.GRAPH.as_posix(), qat.RANGES.as_posix()],

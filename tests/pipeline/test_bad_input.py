@@ -411,6 +411,9 @@ def test_what_was_chosen_for_another_choice_of_a_config_is_chosen_anew():
         "pad": 2,
     }
     assert over(config, {"optimizer": "sgd"}).get("lr") is None
+    assert over({"lr": 0.1, "qat_epochs": 2}, {"optimizer": "sgd", "qat": True}).items() >= {
+        ("lr", 0.1), ("qat_epochs", 2)
+    }  # fmt: skip
     assert over(config, {"optimizer": "adamw"})["lr"] == 0.0028
     assert over(config, {"settings": ["quest.alpha=5"]}).get("balance") is None
     assert over(config, {"settings": ["quest.tau=5"]})["balance"] == "auto"
