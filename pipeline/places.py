@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from .data.image_set import printable
+from ..export.plain_text import spelled_out
 from .errors import UsageError
 
 
@@ -26,6 +26,6 @@ def refuse_inside_data(data: str | Path, written: Mapping[str, Path | None]) -> 
         below = place.expanduser().resolve().relative_to(inside)
         if not any(part.startswith(".") for part in below.parts):  # hidden folders are passed over
             raise UsageError(
-                f"{option} {printable(str(place))} lies in the data folder {printable(str(data))}, where it "
-                f"would be taken for a class; name a folder elsewhere with {option}."
+                f"{option} {spelled_out(str(place))} lies in the data folder "
+                f"{spelled_out(str(data))}, where it would be taken for a class; name a folder elsewhere with {option}."
             )

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .grid import positions
-from .word_loss import ON_DEVICE
 
 CHUNK = 1 << 25
 """Numbers that are looked at together where features are streamed: 128 MB."""
+
+ON_DEVICE = 1 << 26
+"""Elements of a block's matrix on a GPU: large enough to fill it, small beside its memory."""
 
 HALF = float(np.finfo(np.float16).max)
 

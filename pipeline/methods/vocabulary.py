@@ -15,7 +15,6 @@ from torch import Tensor
 from ..errors import JobError, UsageError
 from .base import Preparation
 from .features import Features
-from .word_patches import usage_facts
 
 FILE = "vocabulary.safetensors"
 VERSION = 2
@@ -31,6 +30,21 @@ SAMPLE = 1024
 
 MEMORY_LIMIT = 4 * 1024**3
 """Bytes of features held in memory; more are streamed from a file."""
+
+CURVE = 64
+"""Ranks at which the words' usage is told."""
+
+
+def usage_facts(usage: Tensor | None) -> dict[str, Any]:
+    """How unevenly words are used, for the report; nothing where an older vocabulary does not tell."""
+    if usage is None:
+        return {}
+    counts = np.sort(usage.numpy())[::-1]
+    ranks = np.unique(np.linspace(0, len(counts) - 1, CURVE).astype(np.int64))
+    return {
+        "usage": [(int(rank) + 1, int(counts[rank])) for rank in ranks],
+        "dead": int((counts == 0).sum()),
+    }
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .features import ON_DEVICE
+
 CACHED = 1 << 19
 """Elements of a block's matrix on a CPU: 2 MB, which the caches hold (half or twice as many are as fast)."""
-
-ON_DEVICE = 1 << 26
-"""The same on a GPU: large enough to fill it, small beside its memory."""
 
 LOOKED_AT = 1024
 """About so many positions of a batch are looked at where that costs a search for the likeliest word."""

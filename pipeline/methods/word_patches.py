@@ -19,20 +19,6 @@ WORDS, PATCHES = 9, 6
 SIDE = 48
 """Pixels of a patch as shown."""
 MOST_IMAGES, MOST_POSITIONS = 256, 256 * 49
-CURVE = 64
-"""Ranks at which the words' usage is told."""
-
-
-def usage_facts(usage: Tensor | None) -> dict[str, Any]:
-    """How unevenly words are used, for the report; nothing where an older vocabulary does not tell."""
-    if usage is None:
-        return {}
-    counts = np.sort(usage.numpy())[::-1]
-    ranks = np.unique(np.linspace(0, len(counts) - 1, CURVE).astype(np.int64))
-    return {
-        "usage": [(int(rank) + 1, int(counts[rank])) for rank in ranks],
-        "dead": int((counts == 0).sum()),
-    }
 
 
 def images_to_see(grid: tuple[int, int]) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from questpress.pipeline.methods.vocabulary import usage_facts
 from questpress.pipeline.methods.word_patches import (
     PATCHES,
     WORDS,
@@ -15,7 +16,6 @@ from questpress.pipeline.methods.word_patches import (
     patch_side,
     patches_facts,
     shown_words,
-    usage_facts,
 )
 
 GRID = (4, 4)
