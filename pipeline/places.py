@@ -26,6 +26,6 @@ def refuse_inside_data(data: str | Path, written: Mapping[str, Path | None]) -> 
         below = place.expanduser().resolve().relative_to(inside)
         if not any(part.startswith(".") for part in below.parts):  # hidden folders are passed over
             raise UsageError(
-                f"{option} {spelled_out(str(place))} lies in the data folder "
-                f"{spelled_out(str(data))}, where it would be taken for a class; name a folder elsewhere with {option}."
+                f"{option} {spelled_out(str(place))} lies in the data folder {spelled_out(str(data))}, "
+                f"where it would be taken for a class; name a folder elsewhere with {option}."
             )
