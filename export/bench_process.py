@@ -18,7 +18,9 @@ import numpy as np
 from .errors import ExportError
 
 _LOAD_SECONDS = 300.0
-_BLOCK_SECONDS = 120.0  # beyond the block itself: room for one run of a slow network on a busy machine
+_BLOCK_TIMEOUT_SECONDS = (
+    120.0  # beyond the block itself: room for one run of a slow network on a busy machine
+)
 
 
 class Worker:
@@ -71,7 +73,7 @@ class Worker:
         """Times of runs over at least `seconds`, float64 [runs], milliseconds; `batch` images a run. Raises
         ExportError.
         """
-        return self._ask({"seconds": seconds, "batch": batch}, seconds + _BLOCK_SECONDS)
+        return self._ask({"seconds": seconds, "batch": batch}, seconds + _BLOCK_TIMEOUT_SECONDS)
 
     def _ask(self, request: dict[str, Any], limit: float) -> np.ndarray:
         pipe_in, pipe_out = self._process.stdin, self._process.stdout

@@ -66,7 +66,9 @@ def cold_starts(
         for index, start in enumerate(starts):
             progress((turn * len(starts) + index) / (processes * len(starts)), f"starting {start.name}")
             found[index].append(_once(start, threads, cores))
-    return [_summary(start.name, threads, each) for start, each in zip(starts, found, strict=True)]
+    return [
+        _summarize_cold_start(start.name, threads, each) for start, each in zip(starts, found, strict=True)
+    ]
 
 
 def _once(start: Start, threads: int, cores: Sequence[int]) -> dict[str, float]:
@@ -97,7 +99,7 @@ def _once(start: Start, threads: int, cores: Sequence[int]) -> dict[str, float]:
     return answer
 
 
-def _summary(name: str, threads: int, each: Sequence[dict[str, float]]) -> ColdStart:
+def _summarize_cold_start(name: str, threads: int, each: Sequence[dict[str, float]]) -> ColdStart:
     def middle(key: str) -> float:
         return float(median(one[key] for one in each))
 

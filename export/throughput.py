@@ -84,10 +84,10 @@ def _of_one(
             batch = taken[index]
             worker.block(0.0, batch)  # the first after another batch makes room for it
             times[batch].append(worker.block(seconds / _ROUNDS, batch))
-    return [_summary(worker, batch, blocks) for batch, blocks in times.items()]
+    return [_summarize_throughput(worker, batch, blocks) for batch, blocks in times.items()]
 
 
-def _summary(worker: Worker, batch: int, blocks: Sequence[np.ndarray]) -> Throughput:
+def _summarize_throughput(worker: Worker, batch: int, blocks: Sequence[np.ndarray]) -> Throughput:
     rates = sorted(1000 * batch / float(np.median(block)) for block in blocks)
     samples = np.concatenate(blocks)
     return Throughput(

@@ -39,11 +39,11 @@ def loads(text: str) -> Any:
         depth += 1
         if depth > DEEPEST:
             raise ValueError("it is nested too deep")
-        level = [inner for one in level for inner in _inside(one) if isinstance(inner, dict | list)]
+        level = [inner for one in level for inner in _children(one) if isinstance(inner, dict | list)]
     return content
 
 
-def _inside(content: Any) -> Any:
+def _children(content: Any) -> Any:
     if isinstance(content, dict):
         return content.values()
     return content if isinstance(content, list) else ()

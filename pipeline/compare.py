@@ -87,8 +87,8 @@ def _kept(run: Path) -> per_image.PerImage | None:
     if (run / RECORD).is_file():
         folder = RunFolder(run, writes=False)
         folder.open(fresh=False)
-        folder.check_left(per_image.FILE)
-    return per_image.load(run / per_image.FILE)
+        folder.check_left(per_image.PREDICTIONS_FILE)
+    return per_image.read_predictions(run / per_image.PREDICTIONS_FILE)
 
 
 def _title(every: Sequence[ComparedRun], grouped: Sequence[Group]) -> str:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from .files import whole
 
-FILE = "test_answers.safetensors"
+PREDICTIONS_FILE = "test_answers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class PerImage:
         return np.array_equal(np.sort(self.keys), np.sort(other.keys))
 
 
-def save(path: Path, keys: np.ndarray, labels: np.ndarray, logits: Mapping[str, np.ndarray]) -> None:
+def write_predictions(
+    path: Path, keys: np.ndarray, labels: np.ndarray, logits: Mapping[str, np.ndarray]
+) -> None:
     """Write the answers of files with these ``logits`` [n,classes] to images of one label each, whole or not
     at all.
     """
@@ -40,7 +42,7 @@ def save(path: Path, keys: np.ndarray, labels: np.ndarray, logits: Mapping[str, 
         save_file({"keys": keys, "labels": labels.astype(np.int32), **answers}, part)
 
 
-def load(path: Path) -> PerImage | None:
+def read_predictions(path: Path) -> PerImage | None:
     """None where there are none: of older runs, and of images with several labels."""
     try:
         found = load_file(path)

@@ -16,7 +16,7 @@ LOWEST, HIGHEST = 0.05, 20.0
 HALVINGS = 40
 """Of the bracket's logarithm: T is then known to eleven digits."""
 
-CHUNK = 1 << 22
+TEMPERATURE_CHUNK = 1 << 22
 """Logits that are computed with at once, in float64."""
 
 
@@ -102,6 +102,6 @@ def _nll(beta: float, z: Tensor, y: Tensor) -> float:
 
 
 def _chunks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK // z.shape[1])
+    rows = max(1, TEMPERATURE_CHUNK // z.shape[1])
     for part, labels in zip(z.split(rows), y.split(rows), strict=True):
         yield part.double(), labels

@@ -7,15 +7,19 @@ from safetensors.numpy import load_file, save_file
 
 from .files import whole
 
-FILE = "train_images.safetensors"
+TRAIN_IMAGES_FILE = "train_images.safetensors"
 
 
-def save(run: Path, keys: np.ndarray) -> None:
+def write_train_images(run: Path, keys: np.ndarray) -> None:
     """Write the keys, int64 [n], of the images that can be read, whole or not at all."""
-    with whole(run / FILE) as part:
+    with whole(run / TRAIN_IMAGES_FILE) as part:
         save_file({"keys": keys}, part)
 
 
-def load(run: Path) -> frozenset[int]:
+def read_train_images(run: Path) -> frozenset[int]:
     """The keys; none of an older run, which has not noted them."""
-    return frozenset(load_file(run / FILE)["keys"].tolist()) if (run / FILE).exists() else frozenset()
+    return (
+        frozenset(load_file(run / TRAIN_IMAGES_FILE)["keys"].tolist())
+        if (run / TRAIN_IMAGES_FILE).exists()
+        else frozenset()
+    )

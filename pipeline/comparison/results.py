@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..scores import Accuracy, MultiLabelScore, Result, Score, Speedup
 
-SCHEMA_VERSION = 1
+COMPARISON_SCHEMA_VERSION = 1
 
 Kind = Literal["int8", "fp32", "teacher"]
 
@@ -122,7 +122,7 @@ class Group(Result):
 class Comparison(Result):
     """Runs against each other."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = COMPARISON_SCHEMA_VERSION
     title: str
     command: str
     threads: int | None = None

@@ -15,8 +15,8 @@ from PIL import ImageOps
 from ..errors import UsageError
 from .given import Given
 from .image_set import Image, ImageSet, Progress, Role, Skipped, array_key, printable
+from .image_sources import Row, Table
 from .shards import SYNONYMS, index, local_splits, not_plain
-from .sources import Row, Table
 
 # What each kind of name needs installed.
 PACKAGES = {"torch": "torchvision", "hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .image_set import Image, Progress, Role, Skipped, printable
-from .sources import Span
+from .image_sources import Span
 
 INFO = ("_info.json", "info.json")
 SYNONYMS: dict[Role, tuple[str, ...]] = {

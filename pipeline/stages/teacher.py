@@ -40,7 +40,7 @@ def run(job: Job) -> Done:
     # Whatever is wrong with one of them is found before another is trained.
     begun = [_start(job, t) for t in range(len(job.teachers))]
     _refuse_copies(job, begun[0])
-    subjects, outputs, answers = [], [ANSWERS, train_images.FILE], {}
+    subjects, outputs, answers = [], [ANSWERS, train_images.TRAIN_IMAGES_FILE], {}
     for t in range(len(begun)):
         subject, test = _teacher(job, t, begun.pop(0))
         if test is not None:
@@ -50,7 +50,7 @@ def run(job: Job) -> Done:
     if job.ranks.lead:
         with whole(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
-        train_images.save(job.folder.path, job.train.keys.numpy())
+        train_images.write_train_images(job.folder.path, job.train.keys.numpy())
     teacher = _together(job, subjects, list(answers.values()))
     facts: dict[str, Any] = {
         "data": data.model_dump(exclude_none=True),

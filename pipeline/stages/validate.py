@@ -74,8 +74,10 @@ def run(job: Job) -> Done:
     ]
     outputs = [MANIFEST.as_posix()]
     if not job.data.multi_label:
-        per_image.save(job.folder.path / per_image.FILE, decoded.keys.numpy(), labels, answers)
-        outputs.append(per_image.FILE)
+        per_image.write_predictions(
+            job.folder.path / per_image.PREDICTIONS_FILE, decoded.keys.numpy(), labels, answers
+        )
+        outputs.append(per_image.PREDICTIONS_FILE)
     _warn(job, scores["student"], labels)
     _write_manifest(job, scores["student"], of_targets, thresholds)
     alike, score = subjects[ships].agreement, scores[ships]

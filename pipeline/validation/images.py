@@ -134,8 +134,8 @@ def _learned(given: Given, images: Sequence[Image], part: Part, runs: Collection
 
 
 def _trained_on(images: Sequence[Image], run: Path) -> str | None:
-    _record(run).check_left(train_images.FILE)
-    known = train_images.load(run)
+    _record(run).check_left(train_images.TRAIN_IMAGES_FILE)
+    known = train_images.read_train_images(run)
     seen = sum(image.number in known for image in images)
     if not seen:
         return None

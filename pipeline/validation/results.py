@@ -8,7 +8,7 @@ from typing import Literal
 from ..results import Example
 from ..scores import Accuracy, Calibration, MultiLabelScore, Result, Score
 
-SCHEMA_VERSION = 1
+VALIDATION_SCHEMA_VERSION = 1
 
 Verdict = Literal["better", "no difference", "worse"]
 
@@ -102,7 +102,7 @@ class Pair(Result):
 class Validation(Result):
     """Files asked about labelled images."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = VALIDATION_SCHEMA_VERSION
     title: str
     command: str
     data: str

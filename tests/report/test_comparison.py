@@ -64,8 +64,8 @@ def make(tmp_path: Path) -> Made:
             logits = np.stack([~right, right], 1).astype(np.float32)
             keys = np.random.default_rng(len(name)).permutation(N)
             # Every run keeps them in an order of its own.
-            per_image.save(
-                folder / per_image.FILE,
+            per_image.write_predictions(
+                folder / per_image.PREDICTIONS_FILE,
                 keys,
                 np.ones(N, dtype=np.int64),
                 {"student_int8": logits[keys], "student": logits[keys]},
