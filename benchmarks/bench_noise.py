@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from questpress.export import noise
-from questpress.export.bench import BenchResult, Subject, bench
 from questpress.export.cores import pinned
+from questpress.export.latency import noise
+from questpress.export.latency.runner import BenchResult, Subject, bench
 from questpress.pipeline.onnx_input import onnx_input
 
 

@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 from cells import Cell, Table, markdown, run_and_write, spoken
-from questpress.pipeline.scores import Accuracy
+from questpress.pipeline.runs.scores import Accuracy
 
 QUEST = ["--method", "quest", "--set", "quest.words=1024"]
 

@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 from cells import markdown
 from questpress.export.runtime import softmax
-from questpress.pipeline.calibration import measure
+from questpress.pipeline.evaluation.calibration import measure
 
 CLASSES = 10
 MANY = 400_000

@@ -98,7 +98,7 @@ def shard_seeds() -> list[bytes]:
 
 
 def shards(work: Path) -> Callable[[bytes], None]:
-    from questpress.pipeline.data.shards import index, local_splits
+    from questpress.pipeline.data.sources.webdataset import index, local_splits
     from questpress.pipeline.errors import UsageError
 
     def read(content: bytes) -> None:

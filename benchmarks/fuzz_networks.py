@@ -42,8 +42,8 @@ def onnx_seeds() -> list[bytes]:
 
 
 def onnx(work: Path) -> Callable[[bytes], None]:
+    from questpress.export.conversion.untrusted import read_foreign
     from questpress.export.errors import ExportError
-    from questpress.export.foreign import read_foreign
     from questpress.export.runtime import ArtifactError, refuse_outside
 
     def read(content: bytes) -> None:
@@ -64,7 +64,7 @@ def device(_work: Path) -> Callable[[bytes], None]:
     """Without onnx: whatever onnx finds to lie in another file must be refused."""
     import onnx
     from google.protobuf.message import DecodeError
-    from questpress.export.foreign import _tensors
+    from questpress.export.conversion.untrusted import _tensors
     from questpress.export.foreign_graphs import graphs
     from questpress.export.runtime import ArtifactError, refuse_outside
 

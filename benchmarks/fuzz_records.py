@@ -11,7 +11,7 @@ from pathlib import Path
 
 def yaml_text(_work: Path) -> Callable[[bytes], None]:
     import yaml
-    from questpress.pipeline import bounded_yaml
+    from questpress.pipeline.config import bounded_yaml
 
     def read(content: bytes) -> None:
         try:
@@ -40,7 +40,7 @@ def run_seeds() -> list[bytes]:
 
 def run(work: Path) -> Callable[[bytes], None]:
     from questpress.pipeline.errors import UsageError
-    from questpress.pipeline.run_folder import RunFolder
+    from questpress.pipeline.runs.folder import RunFolder
 
     def read(content: bytes) -> None:
         (work / "run.json").write_bytes(content)
@@ -61,7 +61,7 @@ def store_seeds() -> list[bytes]:
 
 
 def store(work: Path) -> Callable[[bytes], None]:
-    from questpress.pipeline.cache import CHECKSUMS, Cache
+    from questpress.pipeline.runs.cache import CHECKSUMS, Cache
 
     cache = Cache(work / "cache")
 

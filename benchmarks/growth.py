@@ -40,7 +40,7 @@ def loss(images: int, words: int, device: str) -> Callable[[], None]:
     """QuEST's loss on random features."""
     import torch
     from questpress.pipeline.methods.base import Shapes
-    from questpress.pipeline.methods.quest import Quest
+    from questpress.pipeline.methods.quest.quest import Quest
     from questpress.pipeline.methods.quest_parameters import Parameters
 
     random = torch.Generator().manual_seed(0)
@@ -116,7 +116,7 @@ KINDS: dict[str, Callable[[int, int, str], Callable[[], None]]] = {
 def case(kind: str, images: int, words: int, device: str, threads: int, seconds: float) -> dict[str, float]:
     """Seconds of one run, the median over so many seconds of them, and what they add to memory, in MB."""
     import torch
-    from questpress.pipeline.device import use_threads
+    from questpress.pipeline.runs.device import use_threads
 
     use_threads(threads)
     cuda = device.startswith("cuda")
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for all that was measured")
     parser.add_argument("--case", nargs=3, metavar=("KIND", "IMAGES", "WORDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from questpress.export.machine import environment
+    from questpress.export.latency.machine import environment
     from questpress.export.runtime import allowed_cores
 
     threads = options.threads or allowed_cores()
@@ -227,7 +227,7 @@ def main() -> None:
     machine = environment()
     print(f"{machine.cpu}, {machine.cores} cores, {options.device}, {threads} threads\n\n{table(found)}")
     if options.out:
-        from questpress.pipeline.files import write_json
+        from questpress.pipeline.runs.files import write_json
 
         write_json(
             options.out,

@@ -23,9 +23,9 @@ from cells import run_and_write
 from int8_files import KINDS, PEERS, WITHOUT, missing, versions
 from int8_making import File, Images, files_of, read
 from int8_tables import tables
-from questpress.export.bench import BenchResult, Progress, Subject, bench, environment
+from questpress.export.latency.runner import BenchResult, Progress, Subject, bench, environment
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.files import whole, write_json
+from questpress.pipeline.runs.files import whole, write_json
 
 OPENVINO = Path(__file__).with_name("openvino_worker.py")
 MODELS = (

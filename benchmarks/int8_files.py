@@ -59,7 +59,7 @@ class Kind:
 
 
 def ours(fp32: Path, images: np.ndarray, out: Path, without: str | None = None) -> None:
-    from questpress.export.quantize import quantize_int8
+    from questpress.export.int8.quantizer import quantize_int8
 
     if without is not None:
         del RULES[without]  # in this process, which makes one file
@@ -161,7 +161,7 @@ def write_fp32(name: str, images: np.ndarray, out: Path, seed: int) -> None:
     timm starts some of them at γ = 0, which would leave whole branches of nothing but zeros to quantize.
     """
     import torch
-    from questpress.export.onnx_export import export_onnx
+    from questpress.export.conversion.onnx_export import export_onnx
     from questpress.models.build import build
 
     size = images.shape[-1]

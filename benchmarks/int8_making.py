@@ -16,8 +16,8 @@ from questpress import export
 from questpress.export.runtime import Preprocessing, normalise
 from questpress.models.build import geometry
 from questpress.pipeline.data.decode import rendered
-from questpress.pipeline.data.open import open_data
-from questpress.pipeline.files import digest, sha256, write_json
+from questpress.pipeline.data.sources import open_data
+from questpress.pipeline.runs.files import digest, sha256, write_json
 
 INPUTS = 64
 """Different images that a subject sees in turn; none of them is calibrated on."""

@@ -27,8 +27,8 @@ CONTEXT.set_forkserver_preload(
     [
         "little_run",
         *(f"questpress.pipeline.stages.{name}" for name in _STAGES),
-        "questpress.pipeline.run",
-        "questpress.pipeline.validate",
+        "questpress.pipeline.api.run",
+        "questpress.pipeline.api.validate",
         "torch.onnx._internal.exporter._core",
         "torch._dynamo",
         "onnxscript.function_libs.torch_lib.ops",
@@ -90,7 +90,7 @@ def _command(arguments: tuple[str, ...], told: str, fault: Callable[..., None] |
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
-    from questpress.pipeline.cli import cli
+    from questpress.pipeline.cli.main import cli
 
     for number, end in ((1, "out"), (2, "err")):
         handle = os.open(f"{told}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -134,7 +134,7 @@ def gone(numbers: list[int], seconds: float = 10) -> bool:
 
 
 def stages() -> tuple[str, ...]:
-    from questpress.pipeline.rounds import stages_of
+    from questpress.pipeline.config.stages import stages_of
 
     return stages_of(1, qat=True)
 
@@ -202,7 +202,7 @@ def _untimed(content: Any) -> Any:
 
 
 def _cached(root: Path) -> Iterator[tuple[str, object]]:
-    from questpress.pipeline.cache import Cache
+    from questpress.pipeline.runs.cache import Cache
 
     cache = Cache(root)
     for entry in sorted(root.glob("*/*")):

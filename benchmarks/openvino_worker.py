@@ -1,4 +1,4 @@
-"""A bench worker for OpenVINO: the requests of ``questpress.export.bench_worker``, another runtime.
+"""A bench worker for OpenVINO: the requests of ``questpress.export.latency.bench_worker``, another runtime.
 
     python benchmarks/openvino_worker.py ALL
 
@@ -9,7 +9,7 @@ import os
 import sys
 
 import openvino as ov
-from questpress.export.bench_worker import Run, serve
+from questpress.export.latency.bench_worker import Run, serve
 
 
 def in_openvino(model: str, threads: int, shape: tuple[int, ...]) -> Run:

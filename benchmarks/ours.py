@@ -13,28 +13,28 @@ from questpress.models.checkpoint import read_checkpoint
 from questpress.models.weights import load_into
 from questpress.pipeline import methods
 from questpress.pipeline.batches import Ask, Batch, Batches
-from questpress.pipeline.cache import Cache
+from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode
-from questpress.pipeline.data.image_set import Image
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.schedule import Schedule
 from questpress.pipeline.data.views import ViewPolicy
-from questpress.pipeline.device import Engine, choose_engine, inference_engine
-from questpress.pipeline.files import digest
 from questpress.pipeline.meter import Meter
 from questpress.pipeline.methods.base import Method, Preparation, Readout, Shapes
 from questpress.pipeline.methods.grid import shared_grid
-from questpress.pipeline.methods.quest import readout
-from questpress.pipeline.methods.vocabulary import FEATURES_PER_WORD
-from questpress.pipeline.optimizer import build_optimizer, schedule
+from questpress.pipeline.methods.quest.quest import readout
+from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD
+from questpress.pipeline.methods.shapes import shapes
 from questpress.pipeline.plan import Plan
-from questpress.pipeline.ranks import Ranks
-from questpress.pipeline.shapes import shapes
-from questpress.pipeline.store.store import Source, Store
-from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import backward
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.device import Engine, choose_engine, inference_engine
+from questpress.pipeline.runs.files import digest
 from questpress.pipeline.trainee import Teacher
-from questpress.pipeline.trial import fastest
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.compute.engine_search import fastest
+from questpress.pipeline.training.loop import backward
+from questpress.pipeline.training.optimizer import build_optimizer, schedule
+from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.teacher_cache import Source, Store
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-3

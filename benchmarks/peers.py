@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from ours import LEARNING_RATE, Setting
 from pictures import Pictures
-from questpress.pipeline.device import Engine
+from questpress.pipeline.runs.device import Engine
 from torch import Tensor, nn
 
 REPEAT = 100

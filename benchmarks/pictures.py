@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 from questpress.export.runtime import decode_image
-from questpress.pipeline.data.image_set import Image, ImageSet, array_key
+from questpress.pipeline.data.dataset import Image, ImageSet, array_key
 from torch.utils.data import Dataset
 
 PHOTO = (375, 500)

@@ -1,5 +1,5 @@
-"""Training and inference rates by precision, layout and compiling: what ``pipeline/device.py`` and
-``pipeline/trial.py`` choose by.
+"""Training and inference rates by precision, layout and compiling: what ``pipeline/runs/device.py`` and
+``pipeline/training/compute/engine_search.py`` choose by.
 
     python benchmarks/precision.py --size 64 --networks mobilenetv2_100,resnet18
     python benchmarks/precision.py --size 32 --batch 128 --networks cifar_resnet20 --compile
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from questpress.models.build import build
 from questpress.models.fold import fold_batch_norm
 from questpress.models.readout import Readouts
-from questpress.pipeline.device import Engine, bf16_pays, choose_device, choose_engine, use_threads
+from questpress.pipeline.runs.device import Engine, bf16_pays, choose_device, choose_engine, use_threads
 
 READS = frozenset({"map", "logits"})
 Step = Callable[[], None]

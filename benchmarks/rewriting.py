@@ -20,8 +20,8 @@ import onnxruntime as ort
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import quantize_int8
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.rewriting import RULES
 from torch import nn
 

@@ -20,10 +20,10 @@ import onnxruntime as ort
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import prepare, quantize, write_int8
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8.quantizer import prepare, quantize, write_int8
+from questpress.export.int8.targets import target
 from questpress.export.ranges import calibrate_ranges
-from questpress.export.targets import target
 
 ROUNDS, SECONDS, SIZE = 25, 0.12, 224
 

@@ -28,13 +28,13 @@ import peers
 import torch
 from ours import Setting
 from pictures import made_up
-from questpress.export.machine import environment
+from questpress.export.latency.machine import environment
 from questpress.export.runtime import allowed_cores
-from questpress.pipeline.data.image_set import ImageSet
-from questpress.pipeline.data.open import open_data
-from questpress.pipeline.device import choose_device, device_name, use_threads
-from questpress.pipeline.files import write_json
-from questpress.pipeline.methods.quest import LIKELY_TOP
+from questpress.pipeline.data.dataset import ImageSet
+from questpress.pipeline.data.sources import open_data
+from questpress.pipeline.methods.quest.quest import LIKELY_TOP
+from questpress.pipeline.runs.device import choose_device, device_name, use_threads
+from questpress.pipeline.runs.files import write_json
 from rounds import Comparison, Subject, compare, measure, nothing, rates, rates_table, ratios_table
 
 

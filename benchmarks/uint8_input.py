@@ -15,9 +15,9 @@ import onnx
 import timm
 import torch
 from cells import markdown
-from questpress.export import uint8_input
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import quantize_int8
+from questpress.export.conversion import pixel_input
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.runtime import Preprocessing, normalise, session
 from questpress.export.uint8_front import Outside
 
@@ -31,9 +31,9 @@ def files(network: torch.nn.Module, pixels: np.ndarray, folder: Path) -> dict[st
     export_onnx(network, fp32["floats"], SIDE, metadata={})
     export_onnx(network, fp32["folded"], SIDE, metadata={}, pixels=P)
     model = onnx.load(str(fp32["floats"]))
-    fold, uint8_input.fold_normalisation = uint8_input.fold_normalisation, lambda *_: None
-    assert isinstance(uint8_input.take_pixels(model, P.mean, P.std), Outside)
-    uint8_input.fold_normalisation = fold
+    fold, pixel_input.fold_normalisation = pixel_input.fold_normalisation, lambda *_: None
+    assert isinstance(pixel_input.take_pixels(model, P.mean, P.std), Outside)
+    pixel_input.fold_normalisation = fold
     onnx.save(model, str(fp32["before"]))
     int8 = {name: folder / f"{name}.int8.onnx" for name in fp32}
     for name, file in fp32.items():

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from questpress.export.runtime import allowed_cores
-from questpress.pipeline.device import use_threads
 from questpress.pipeline.methods.features import Features
+from questpress.pipeline.runs.device import use_threads
 
 BATCH, SIDE, CENTRES = 256, 8, 1000
 

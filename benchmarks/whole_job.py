@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import markdown
-from questpress.pipeline.files import write_json
+from questpress.pipeline.runs.files import write_json
 
 TEACHER = "teacher.safetensors"
 

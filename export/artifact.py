@@ -42,9 +42,9 @@ from pathlib import Path
 from typing import Any
 
 from . import runtime
+from .conversion.onnx_export import OnnxFile
 from .errors import ExportError
-from .onnx_export import OnnxFile
-from .writing import write_whole
+from .files import write_whole
 
 _HOME = re.compile(r"~[^/\\]*[/\\]")
 

@@ -15,9 +15,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from .fake_quantize import FakeQuantized
 from .graph_network import GraphNetwork, Values
-from .quantize import Prepared
+from .int8.fake_quantize import FakeQuantized
+from .int8.quantizer import Prepared
 from .scope import WEIGHTED
 
 BUDGET = 1_000_000_000

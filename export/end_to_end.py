@@ -15,9 +15,9 @@ import numpy as np
 
 from .bench_process import Worker
 from .cores import pinned
-from .end_to_end_worker import STEPS
-from .latency import Latency, summarise
-from .writing import scratch
+from .files import scratch
+from .latency.end_to_end_worker import STEPS
+from .latency.statistics import Latency, summarise
 
 _SCRIPT = ("-m", f"{__package__}.end_to_end_worker")
 _LEAST_ROUNDS = 5

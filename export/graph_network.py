@@ -17,7 +17,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from .errors import NotInTorchError
-from .graph_operators import OPERATORS
+from .int8.torch_graph import OPERATORS
 
 Values = dict[str, Any]
 """Of each tensor by name: torch tensors, and constants of integers as numpy arrays."""

@@ -17,7 +17,7 @@ from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 
 from . import runtime
 from .errors import CalibratorError, ExportError
-from .writing import scratch
+from .files import scratch
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .fake_quantize import FakeQuantized
-from .quantize import Prepared
+from .int8.fake_quantize import FakeQuantized
+from .int8.quantizer import Prepared
 
 
 @dataclass(frozen=True)

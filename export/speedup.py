@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .latency import Latency
+from .latency.statistics import Latency
 
 PROCESS_SPREAD = 0.006
 """Standard deviation of the latency of processes of the same file, relative, where a bench has only one

@@ -10,7 +10,7 @@ import ast
 from importlib import resources
 from pathlib import Path
 
-from .writing import write_whole
+from .files import write_whole
 
 PREDICT = "predict.py"
 

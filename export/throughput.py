@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bench import Subject, saved
 from .bench_process import Worker
 from .cores import pinned
-from .writing import scratch
+from .files import scratch
+from .latency.runner import Subject, saved
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 _ROUNDS = 3

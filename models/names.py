@@ -60,7 +60,7 @@ _LOOK_ALIKES = str.maketrans("oil", "011")
 
 def register() -> None:
     """Make the CIFAR networks known to timm. Calling it again does nothing."""
-    from . import cifar_mobile, cifar_resnet, cifar_shuffle, cifar_vgg, cifar_wrn  # noqa: F401
+    from .cifar import mobilenet, resnet, shufflenet, vgg, wide_resnet  # noqa: F401
 
 
 def known() -> list[str]:

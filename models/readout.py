@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .widen import Widened, is_linear
+from .projection import Widened, is_linear
 
 Reads = frozenset[str]
 LOGITS: Reads = frozenset({"logits"})

@@ -10,7 +10,7 @@ __all__ = ["compress"]
 
 def __getattr__(name: str) -> Any:
     if name == "compress":  # torch comes with it, and `--help` does not wait for torch
-        from .run import compress
+        from .api.run import compress
 
         return compress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """``python -m questpress.pipeline`` is ``compress``."""
 
-from .cli import cli
+from .cli.main import cli
 
 
 def main() -> None:

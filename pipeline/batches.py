@@ -10,12 +10,12 @@ from torch import Tensor
 from .data.ahead import one_ahead, sent
 from .data.render import Views
 from .data.schedule import Schedule
-from .data.streamed import StreamedViews
+from .data.streaming import StreamedViews
 from .data.views import draw_keys, permutation
 from .methods.base import Readout
 from .plan import Plan
-from .ranks import Ranks
-from .store.store import Store
+from .training.compute.distributed import Ranks
+from .training.teacher_cache import Store
 
 Ask = Callable[[Tensor], Sequence[Readout]]
 """Teachers: views, uint8 [B,3,S,S], to each one's readouts."""

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..export.runtime import Classifier, ImageError, decode_image, render
-from .data.folders import EXTENSIONS
+from .data.sources.folders import EXTENSIONS
 from .errors import UsageError
 
 INPUTS = 64

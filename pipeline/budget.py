@@ -7,8 +7,8 @@ loss within the budget is never refused, and one or two images of a small select
 
 import numpy as np
 
-from ..export.search import Verdict
-from . import evaluate
+from ..export.int8.search import Verdict
+from .evaluation import metrics
 from .significance import SIGNIFICANT, mcnemar
 
 FEW = 2
@@ -25,11 +25,11 @@ class Budget:
             labels: class numbers [n], or [n,classes] of zeros and ones where images have several labels.
         """
         self.answers, self.labels, self.max_drop = answers, labels, max_drop
-        self.score = evaluate.percent(answers, labels)
+        self.score = metrics.percent(answers, labels)
 
     def verdict(self, logits: np.ndarray) -> Verdict:
         """What a candidate with these logits is worth."""
-        score = evaluate.percent(logits, self.labels)
+        score = metrics.percent(logits, self.labels)
         lost = self.score - score
         noise = float(np.square(logits.astype(np.float64) - self.answers).sum())
         power = float(np.square(self.answers, dtype=np.float64).sum())

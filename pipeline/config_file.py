@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from . import bounded_yaml
+from .config import bounded_yaml
 from .errors import UsageError
-from .record import read_record
+from .runs.record import read_record
 
 FILE = "config.yaml"
 

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 
-from ..export.plain_text import spelled_out
+from ..export.text import spelled_out
 
 
 def safe_console(**options: Any) -> Console:

@@ -1,6 +1,6 @@
 """Cells of a CSV file that a spreadsheet may open: text from outside must not become a formula."""
 
-from ..export.plain_text import spelled_out
+from ..export.text import spelled_out
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a spreadsheet takes for the beginning of one."""

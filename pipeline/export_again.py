@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from .api.run import compress
 from .config_file import read_config
 from .errors import UsageError
-from .results import Report
-from .run import compress
-from .run_folder import RunFolder
+from .runs.folder import RunFolder
+from .runs.results import Report
 
 
 def export_again(folder: str | Path, **options: Any) -> Report:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.widen import Widened
-from .task import DistillationTask
+from ..models.projection import Widened
+from .training.task import DistillationTask
 
 _EMBED = "embed"
 

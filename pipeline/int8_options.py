@@ -3,8 +3,8 @@
 from ..export.errors import ExportError
 from ..export.opset import check_opset
 from ..export.runtime import target_of_this_machine
+from .config.options import Options
 from .errors import UsageError
-from .options import Options
 
 QAT_SHARE = 10
 """--epochs over --qat-epochs, unless it is said."""

@@ -1,6 +1,6 @@
 """What the search for int8 found, for the report."""
 
-from .scores import Result, Score, Speedup
+from .runs.scores import Result, Score, Speedup
 
 
 class TriedInt8(Result):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import JobError
-from .ranks import Ranks
+from .training.compute.distributed import Ranks
 
 
 class Meter:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from .errors import JobError
-from .job import Job
 from .out_of_memory import out_of_memory
 from .plan import Plan
+from .training.job import Job
 
 SMALLEST = 2
 """BatchNorm needs two."""

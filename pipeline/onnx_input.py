@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ..export.conversion.untrusted import read_foreign
 from ..export.errors import ExportError
-from ..export.foreign import read_foreign
 from ..export.runtime import LARGEST_SIDE, METADATA_PREFIX
 from .errors import UsageError
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .options import Options, group
+from .config.options import Options, group
 
 _NAMES = {"data_content": "the data's images"}
 

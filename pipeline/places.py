@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..export.plain_text import spelled_out
+from ..export.text import spelled_out
 from .errors import UsageError
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..export.command import ask
 from ..export.errors import ExportError
+from ..export.predict_cli import ask
 from ..export.runtime import ArtifactError, Classifier
-from .data.folders import EXTENSIONS
+from .data.sources.folders import EXTENSIONS
 from .errors import UsageError
 from .unfinished import refuse_unfinished
 
@@ -36,7 +36,7 @@ def predict(
         raise UsageError(f"--file chooses a file of an artifact; {artifact} is one already.")
     try:
         if artifact.is_file():
-            from ..export.foreign import read_foreign  # with onnx, which the folders do without
+            from ..export.conversion.untrusted import read_foreign  # with onnx, which the folders do without
 
             content, _ = read_foreign(artifact)
             classifier = Classifier(content, artifact.name, threads=threads)

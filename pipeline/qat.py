@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 
 from ..export.bias_correction import with_all_biases
-from ..export.fake_quantize import FakeQuantized
+from ..export.conversion.onnx_export import write_onnx
 from ..export.graph_network import with_weights
-from ..export.onnx_export import write_onnx
-from ..export.quantize import Overrides, Prepared, prepare, quantize
+from ..export.int8.fake_quantize import FakeQuantized
+from ..export.int8.quantizer import Overrides, Prepared, prepare, quantize
+from ..export.int8.search import Learned
+from ..export.int8.targets import Target
 from ..export.ranges import Batches, calibrate_ranges
-from ..export.search import Learned
-from ..export.targets import Target
 from .errors import JobError
-from .files import whole, write_json
-from .job import Job
+from .runs.files import whole, write_json
+from .training.job import Job
 
 FOLDER = Path("qat")
 GRAPH = FOLDER / "student.onnx"

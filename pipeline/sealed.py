@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from . import bounded_json
-from .files import digest, write_text
+from .runs.files import digest, write_text
 
 R = TypeVar("R", bound=BaseModel)
 

@@ -7,7 +7,7 @@ from math import hypot
 import numpy as np
 from scipy.stats import binomtest, chi2_contingency  # type: ignore[import-untyped]
 
-from .scores import Accuracy
+from .runs.scores import Accuracy
 
 SIGNIFICANT = 0.05
 

@@ -5,9 +5,9 @@ from itertools import combinations
 from pathlib import Path
 
 from ..models.checkpoint import read_checkpoint
+from ..models.initialize import plain
+from .config.options import Options
 from .errors import UsageError
-from .networks import plain
-from .options import Options
 
 FITTING = ("auto", "keep")
 """Ways to treat a head that may leave it as it is."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from .errors import JobError
-from .scores import Temperature
+from .runs.scores import Temperature
 
 LOWEST, HIGHEST = 0.05, 20.0
 """Between which a temperature is looked for."""

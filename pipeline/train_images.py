@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from .files import whole
+from .runs.files import whole
 
 TRAIN_IMAGES_FILE = "train_images.safetensors"
 

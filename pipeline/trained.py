@@ -7,9 +7,9 @@ from torch import nn
 from ..models.build import build
 from ..models.checkpoint import load_saved, tensors_digest
 from ..models.weights import load_into
-from .device import Engine
-from .job import Job, Member
+from .runs.device import Engine
 from .trainee import Teacher
+from .training.job import Job, Member
 
 
 def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str, str]:

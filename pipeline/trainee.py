@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from ..models.build import Geometry
 from ..models.fold import fold_batch_norm
 from ..models.readout import Readouts
-from .balance import Balance
 from .cross_entropy import cross_entropy
 from .data.render import Normalise
-from .device import Engine
 from .methods.base import Method
-from .quantized_student import QuantizedReadouts
-from .ranks import Ranks
+from .methods.gradient_balance import Balance
+from .runs.device import Engine
+from .training.compute.distributed import Ranks
+from .training.quantized import QuantizedReadouts
 
 LAST_MAP = ("map_pre", "map", "logits")
 """Where losses are compared: in the last map there is, where the methods read it."""

@@ -1,6 +1,6 @@
 """What is known of QuEST's words, for the report."""
 
-from .scores import Result
+from .runs.scores import Result
 
 
 class ShownWord(Result):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 import pytest
-from questpress.pipeline import defaults
-from questpress.pipeline.cli import cli
+from questpress.pipeline.cli.main import cli
+from questpress.pipeline.config import defaults
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

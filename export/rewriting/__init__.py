@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 
 import onnx
 
+from ..int8.rewrite import Graph
 from .batch_norm import fold_batch_norm
 from .channels import pad_depthwise_channels
-from .graph import Graph
 from .hard_sigmoid import clip_hard_sigmoid
 from .hard_swish import multiply_hard_swish
 from .no_ops import drop_no_ops

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from .graph import Graph, attribute
+from ..int8.rewrite import Graph, attribute
 
 _FLOATS = (np.float32, np.float64)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from ..int8.rewrite import Graph, attribute
 from .affine import can_take_affine, take_affine
-from .graph import Graph, attribute
 
 
 def fold_batch_norm(graph: Graph) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 
-from .graph import Graph, attribute
+from ..int8.rewrite import Graph, attribute
 
 MULTIPLE = 16
 """ONNX Runtime's integer depthwise kernel on x86 takes 16 channels at once, the rest one by one."""

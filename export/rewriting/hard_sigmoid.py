@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import helper
 
+from ..int8.rewrite import Graph, attribute
 from .affine import can_take_affine, take_affine
-from .graph import Graph, attribute
 
 
 def clip_hard_sigmoid(graph: Graph) -> int:

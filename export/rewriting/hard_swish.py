@@ -7,8 +7,8 @@ import math
 import numpy as np
 from onnx import helper
 
+from ..int8.rewrite import Graph
 from .affine import can_take_affine, take_affine
-from .graph import Graph
 
 
 def multiply_hard_swish(graph: Graph) -> int:

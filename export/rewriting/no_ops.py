@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Graph
+from ..int8.rewrite import Graph
 
 
 def drop_no_ops(graph: Graph) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import helper
 
-from .graph import Graph, attribute
+from ..int8.rewrite import Graph, attribute
 
 
 def pool_globally(graph: Graph) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .told import told
+from ..cli.errors import told
 
 
 @click.command()
@@ -24,7 +24,7 @@ def compare(
 
     RUN is a run folder, a folder of run folders (also of `resolutions`), or a report.json.
     """
-    from ..compare import compare as compared
+    from ..api.compare import compare as compared
 
     found = told(lambda: compared(runs, out=out, threads=threads))
     if as_json:

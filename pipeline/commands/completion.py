@@ -16,7 +16,7 @@ def completion(shell: str) -> None:
     compress completion zsh >> ~/.zshrc
     compress completion fish > ~/.config/fish/completions/compress.fish
     """
-    from ..cli import cli
+    from ..cli.main import cli
 
     made = get_completion_class(shell)
     assert made is not None  # click has one for each of these

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .told import told
+from ..cli.errors import told
 
 
 @click.command()
@@ -17,7 +17,7 @@ def doctor(cache: Path | None, offline: bool, as_json: bool) -> None:
 
     The exit code is 1 where the job cannot run here.
     """
-    from ..doctor import doctor as examine
+    from ..api.doctor import doctor as examine
     from ..report.terminal import show_diagnosis
 
     found = told(lambda: examine(cache=cache, offline=offline))

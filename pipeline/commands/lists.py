@@ -2,13 +2,13 @@
 
 import click
 
-from .told import told
+from ..cli.errors import told
 
 
 @click.command("recipes")
 def list_recipes() -> None:
     """List the papers' recipes, for --recipe."""
-    from .. import recipes
+    from ..config import recipes
 
     for name in recipes.names():
         recipe = recipes.load(name)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from ..limits import MOST_THREADS
-from .told import told
+from ..cli.errors import told
+from ..config.limits import MOST_THREADS
 
 
 @click.command()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .told import told
+from ..cli.errors import told
 
 
 @click.command()
@@ -19,8 +19,8 @@ def report(folder: Path | None, out: Path | None, schema: bool, as_json: bool, q
     RUN is a run folder. Nothing is computed: what its stages have found is shown as this version shows it.
     Without --out the artifact's README.md is written anew too.
     """
-    from ..report_again import report_again
-    from ..report_again import schema as schema_of
+    from ..api.again import report_again
+    from ..api.again import schema as schema_of
 
     if schema:
         if folder is not None or out is not None or as_json or quiet:

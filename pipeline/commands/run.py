@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from .. import voice
-from ..options import group
-from .run_options import Grouped, all_options, given
-from .told import show_report, told
+from ..cli.errors import show_report, told
+from ..cli.options import Grouped, all_options, given
+from ..config.options import group
 
 
 @click.command(cls=Grouped)
@@ -18,7 +18,7 @@ def run(**options: Any) -> None:
     The same command again does only what is missing; an interrupted one goes on where it stopped.
     """
 
-    from ..run import compress
+    from ..api.run import compress
 
     asked = given(options)
     report = told(lambda: compress(**asked), resumes=True)
@@ -39,8 +39,8 @@ def resolutions(sizes: str, **options: Any) -> None:
     Takes the options of `run`; each student has a run folder of its own below --out. The same command again
     does only what is missing.
     """
-    from ..resolutions import resolutions as of_sizes
-    from ..resolutions import whole_numbers
+    from ..api.sweep import resolutions as of_sizes
+    from ..api.sweep import whole_numbers
 
     asked = given(options)
     found = told(lambda: of_sizes(whole_numbers(sizes), **asked), resumes=True)

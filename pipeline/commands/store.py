@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .told import told
+from ..cli.errors import told
 
 
 @click.group()
@@ -22,8 +22,8 @@ _cache = click.option(
 @click.option("--json", "as_json", is_flag=True, help="one JSON list")
 def list_store(cache: Path | None, as_json: bool) -> None:
     """List the answers by teacher, data and readout: how many views, how large, when last used."""
-    from ..cache import Cache
-    from ..store.manage import list_store as show_list
+    from ..api.teacher_cache import list_store as show_list
+    from ..runs.cache import Cache
 
     told(lambda: show_list(Cache(cache), as_json=as_json))
 
@@ -43,7 +43,7 @@ def verify(run: Path, cache: Path | None, share: float) -> None:
 
     RUN is a run folder. Where its answers are wrong or damaged, the exit code is 1.
     """
-    from ..store.verify import verify as verified
+    from ..api.verify_cache import verify as verified
 
     told(lambda: verified(run, cache, share))
 
@@ -53,8 +53,8 @@ def verify(run: Path, cache: Path | None, share: float) -> None:
 @_cache
 def prune(keep: str, cache: Path | None) -> None:
     """Remove the answers that were used longest ago, until no more than SIZE is left."""
-    from ..cache import Cache
-    from ..store.manage import prune as make_room
-    from ..store.manage import size
+    from ..api.teacher_cache import prune as make_room
+    from ..api.teacher_cache import size
+    from ..runs.cache import Cache
 
     told(lambda: make_room(Cache(cache), size(keep)))

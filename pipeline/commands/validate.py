@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from ..limits import MOST_THREADS
-from .told import told
+from ..cli.errors import told
+from ..config.limits import MOST_THREADS
 
 
 @click.command()
@@ -47,8 +47,8 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
     ARTIFACT is a run folder, an artifact folder or one of its .onnx files; several are compared on the same
     images.
     """
-    from ..validate import as_json as dumped
-    from ..validate import validate as asked
+    from ..api.validate import as_json as dumped
+    from ..api.validate import validate as asked
 
     found = told(lambda: asked(artifacts, **options))
     if as_json:

@@ -1,1 +1,1 @@
-"""What `compress compare` is made of; see `pipeline/compare.py`."""
+"""What `compress compare` is made of; see `pipeline/api/compare.py`."""

@@ -4,10 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from ..evaluation.results import (
+    AccuracyDifference,
+    ComparedFile,
+    ComparedRun,
+    Group,
+    LatencyDifference,
+    Machine,
+)
 from ..frontier import frontier
-from ..per_image import PerImage
+from ..runs.predictions import PerImage
 from ..significance import SIGNIFICANT, holm, mcnemar, unpaired
-from .results import AccuracyDifference, ComparedFile, ComparedRun, Group, LatencyDifference, Machine
 
 KEYS = {"int8": "student_int8", "fp32": "student"}
 """By what the answers of a file are kept."""

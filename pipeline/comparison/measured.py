@@ -1,15 +1,15 @@
 """What a run's report tells of its files."""
 
-from .. import rounds
-from ..report.figures import together
+from ..config import stages
+from ..evaluation.results import ComparedFile, ComparedRun, Kind
+from ..report.format import together
 from ..report.headline import machine, missing
 from ..report.subjects import Column, of
-from ..results import Report
-from ..scores import Speedup
-from .results import ComparedFile, ComparedRun, Kind
+from ..runs.results import Report
+from ..runs.scores import Speedup
 from .runs import Run
 
-OF_THE_STUDENT = ("prepare", "student", "qat", rounds.ROUND)
+OF_THE_STUDENT = ("prepare", "student", "qat", stages.ROUND)
 """Stages in which it is made."""
 
 KINDS: dict[str, Kind] = {"student_int8": "int8", "student": "fp32", "teacher": "teacher"}
@@ -20,7 +20,7 @@ def measured(run: Run, threads: int | None) -> ComparedRun:
     report = run.report
     files = {kind: _file(of(report, key), kind, threads) for key, kind in KINDS.items()}
     student = report.student or report.student_int8
-    seconds = [one.seconds for one in report.stages if rounds.kind(one.stage) in OF_THE_STUDENT]
+    seconds = [one.seconds for one in report.stages if stages.kind(one.stage) in OF_THE_STUDENT]
     seed = report.config.get("seed")
     return ComparedRun(
         name=run.name,

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import UsageError
-from ..results import Report
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
+from ..runs.results import Report
 from ..sealed import read_sealed
 
 RUN, REPORT, RESOLUTIONS = "run.json", "report.json", "resolutions.json"

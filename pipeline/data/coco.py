@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .image_set import printable
+from .dataset import printable
 from .label_rows import Row, read_text
 
 # Of a file of half a gigabyte that is mostly outlines, what we keep while it is read.

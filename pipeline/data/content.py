@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .image_set import Image, Progress, Role, Skipped, printable, refuse_large
+from .dataset import Image, Progress, Role, Skipped, printable, refuse_large
 
 # Hashing waits for the disk as much as for the processor.
 HASHING_THREADS = 8

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ...export import runtime
 from ...export.runtime import ImageError, Preprocessing, allowed_cores, decode_image, render
-from ..cache import Cache
 from ..errors import JobError
-from ..files import digest, sha256
-from .image_set import Image, ImageSet, Progress, Skipped
+from ..runs.cache import Cache
+from ..runs.files import digest, sha256
+from .dataset import Image, ImageSet, Progress, Skipped
 from .pixels import Pixels, ragged
 
 T = TypeVar("T")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from .dataset import Image, ImageSet, array_key
 from .given import Given
-from .image_set import Image, ImageSet, array_key
 
 
 def open_digits(*, select_fraction: float | None = None) -> ImageSet:

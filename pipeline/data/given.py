@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .image_set import Image, ImageSet, Role, Skipped
-from .split import assemble
+from .dataset import Image, ImageSet, Role, Skipped
+from .splits import assemble
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image as PillowImage
 
 from ...export.runtime import no_pillow_warnings
-from .image_set import Image
+from .dataset import Image
 
 SAMPLE = 256
 """Images whose headers are read, evenly spread."""

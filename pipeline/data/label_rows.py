@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .folders import ROLE_FOLDERS
-from .image_set import Role, printable
+from .dataset import Role, printable
+from .sources.folders import ROLE_FOLDERS
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = frozenset((".jsonl", ".ndjson"))

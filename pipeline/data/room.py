@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..cache import Cache
-from ..device import free_memory
+from ..runs.cache import Cache
+from ..runs.device import free_memory
+from .dataset import Image
 from .decode import Canonical, canonical_key
 from .headers import sampled_sizes
-from .image_set import Image
 
 Resident = Literal["device", "host", "workers"]
 

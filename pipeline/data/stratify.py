@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from ..errors import UsageError
-from .image_set import Image, Role
+from .dataset import Image, Role
 from .shares import TEST_FRACTION, share
 
 NO_CLASS = -1

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, distributed, nn
 
-from ..limits import within
+from ..config.limits import within
 
 Readout = Mapping[str, Tensor]
 """What a method sees of one network on one batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N]."""
@@ -113,7 +113,7 @@ class Method(nn.Module):
     """Which of its parameters weigh its loss; who sets one of them needs no ``--balance auto``."""
     pull: ClassVar[tuple[float, float]] = (0.0, math.inf)
     """Least and most gradient of the loss, over that of the cross-entropy, on the student's last map in the
-    first steps, at which the method was seen to do good: for ``pipeline/balance.py``. Where nothing is known
+    first steps, at which the method was seen to do good: for ``pipeline/methods/gradient_balance.py``. Where nothing is known
     of that, its weight is left alone."""
 
     @classmethod
@@ -142,7 +142,7 @@ class Method(nn.Module):
     @classmethod
     def widens(cls, parameters: Any, student: Shapes, teachers: Sequence[Shapes]) -> int | None:
         """The width that the student's ``vector`` has while it learns, by a linear layer of its own that is
-        merged into its classifier before anything ships (``models/widen.py``); None: its own.
+        merged into its classifier before anything ships (``models/projection.py``); None: its own.
         """
         return None
 

@@ -12,7 +12,7 @@ teacher classifies correctly; where it is right on none, the loss is 0. s is the
 classifier weight, b = −median of f_T·Wᵀ over the training images, or −mean, or 0.
 
 A student whose vector has another width learns with Linear(D_S→D_T) before its last linear; both are merged
-into one before anything ships (``models/widen.py``). In the authors' training on several classes an image
+into one before anything ships (``models/projection.py``). In the authors' training on several classes an image
 the new layer at first learns alone, by L without the cross-entropy: ``alone`` epochs, here of one training
 whose schedule goes on.
 

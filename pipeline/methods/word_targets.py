@@ -13,8 +13,8 @@ from ..data.random_bits import words as random_words
 from . import base
 from .features import ON_DEVICE
 from .grid import positions
-from .vocabulary import Vocabulary
-from .word_loss import CACHED, Nearest
+from .quest.loss import CACHED, Nearest
+from .quest.vocabulary import Vocabulary
 
 ACCEPTED = 0.06
 """Share of p_T that a store may lose with the words it does not keep, on average over positions."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from ..bench_results import Bench, Percentile, TimedSpeedup
-from . import figures
+from ..runs.bench_results import Bench, Percentile, TimedSpeedup
+from . import format
 from .tables import Table
 
 SHOWN = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}
@@ -29,8 +29,8 @@ def percentiles(bench: Bench) -> Table:
             role(bench, one.subject),
             str(one.threads),
             *(interval(one.percentiles.get(name)) for name in names),
-            figures.milliseconds(one.mean)[:-3],
-            figures.count(one.n),
+            format.milliseconds(one.mean)[:-3],
+            format.count(one.n),
         ]
         for one in bench.latencies
     ]
@@ -44,11 +44,11 @@ def percentiles(bench: Bench) -> Table:
 
 def interval(one: Percentile | None) -> str:
     if one is None:
-        return figures.MISSING
-    value = figures.significant(one.value)
+        return format.MISSING
+    value = format.significant(one.value)
     if one.low is None and one.high is None:
         return value
-    ends = [figures.significant(end) if end is not None else "" for end in (one.low, one.high)]
+    ends = [format.significant(end) if end is not None else "" for end in (one.low, one.high)]
     return f"{value} ({'–'.join(ends)})"
 
 
@@ -57,10 +57,10 @@ def speedups(bench: Bench) -> Table:
     rows: dict[tuple[str, str], list[str]] = {}
     for one in bench.speedups:
         name = f"{role(bench, one.subject)} against {lower(role(bench, one.over))}"
-        row = rows.setdefault((one.subject, one.over), [name, *[figures.MISSING] * len(counts)])
+        row = rows.setdefault((one.subject, one.over), [name, *[format.MISSING] * len(counts)])
         row[1 + counts.index(one.threads)] = in_words(one)
     note = "Ratio of the medians of each round, with its 95 % interval."
-    columns = ["", *(figures.threads(str(count)) for count in counts)]
+    columns = ["", *(format.threads(str(count)) for count in counts)]
     return Table("Against each other", columns, list(rows.values()), note=note)
 
 
@@ -72,10 +72,10 @@ def lower(text: str) -> str:
 def in_words(one: TimedSpeedup) -> str:
     """2.10× faster (2.05–2.14×); no difference (0.98–1.02×); 1.30× slower (1.25–1.35×)."""
     if one.verdict == "no difference":
-        return f"no difference ({figures.times_interval(one.low, one.high)})"
+        return f"no difference ({format.times_interval(one.low, one.high)})"
     if one.verdict == "slower":
-        return f"{figures.times(1 / one.ratio)} slower ({figures.times_interval(1 / one.high, 1 / one.low)})"
-    return f"{figures.times(one.ratio)} faster ({figures.times_interval(one.low, one.high)})"
+        return f"{format.times(1 / one.ratio)} slower ({format.times_interval(1 / one.high, 1 / one.low)})"
+    return f"{format.times(one.ratio)} faster ({format.times_interval(one.low, one.high)})"
 
 
 def end_to_end(bench: Bench) -> Table:
@@ -90,7 +90,7 @@ def end_to_end(bench: Bench) -> Table:
     ]
     note = ""
     if rows:
-        threads = figures.threads(str(bench.end_to_end[0].threads))
+        threads = format.threads(str(bench.end_to_end[0].threads))
         note = f"Median milliseconds on {bench.images}, {threads}; Pillow decodes and resizes on one."
     columns = ["", "decode", "resize", "normalise", "run", "all together", "p90"]
     return Table("From image file to answer", columns, rows, note=note)
@@ -103,8 +103,8 @@ def cold_starts(bench: Bench) -> Table:
             _ms(one.import_ms),
             _ms(one.session_ms),
             _ms(one.first_run_ms),
-            figures.megabytes(one.peak_bytes),
-            figures.megabytes(_own(one.peak_bytes, one.runtime_bytes)),
+            format.megabytes(one.peak_bytes),
+            format.megabytes(_own(one.peak_bytes, one.runtime_bytes)),
         ]
         for one in bench.cold_starts
     ]
@@ -112,8 +112,8 @@ def cold_starts(bench: Bench) -> Table:
     if rows:
         first = bench.cold_starts[0]
         note = (
-            f"Medians of {figures.counted(first.processes, 'fresh process', 'fresh processes')}, "
-            f"milliseconds, {figures.threads(str(first.threads))}; the file lies in the system’s cache."
+            f"Medians of {format.counted(first.processes, 'fresh process', 'fresh processes')}, "
+            f"milliseconds, {format.threads(str(first.threads))}; the file lies in the system’s cache."
         )
     columns = ["", "import runtime", "open file", "first run", "peak memory", "of which the file’s"]
     return Table("Cold start", columns, rows, note=note)
@@ -135,20 +135,20 @@ def throughput(bench: Bench) -> Table:
             [
                 role(bench, name),
                 *(
-                    figures.MISSING if one is None else figures.significant(one.images_per_second)
+                    format.MISSING if one is None else format.significant(one.images_per_second)
                     for one in rates
                 ),
             ]
         )
     note = ""
     if rows:
-        note = f"Images a second at each batch, {figures.threads(str(bench.throughput[0].threads))}."
+        note = f"Images a second at each batch, {format.threads(str(bench.throughput[0].threads))}."
     return Table("Throughput", ["", *(f"batch {batch}" for batch in batches)], rows, note=note)
 
 
 def mlperf(bench: Bench) -> Table:
     rows = [
-        [role(bench, one.subject), str(one.threads), _ms(one.p90), _ms(one.p99), figures.count(one.n)]
+        [role(bench, one.subject), str(one.threads), _ms(one.p90), _ms(one.p99), format.count(one.n)]
         for one in bench.mlperf
     ]
     note = (
@@ -163,7 +163,7 @@ def files(bench: Bench) -> Table:
         [
             role(bench, one.name),
             one.file,
-            figures.megabytes(one.bytes),
+            format.megabytes(one.bytes),
             _runtime(bench, one.runtime),
             one.input,
             one.inputs,
@@ -190,24 +190,24 @@ def conditions(bench: Bench) -> Table:
     rows = [
         row("cores pinned to", lambda i: ", ".join(map(str, each[i].cores)) or "none"),
         row("governor", lambda i: each[i].governor or "not told"),
-        row("rounds, of blocks", lambda i: f"{each[i].rounds}, {figures.significant(each[i].block_ms)} ms"),
+        row("rounds, of blocks", lambda i: f"{each[i].rounds}, {format.significant(each[i].block_ms)} ms"),
         row("processes of each file", lambda i: str(each[i].processes)),
         row(
             "spread between them",
             lambda i: (
-                figures.significant(each[i].process_spread, 2)
+                format.significant(each[i].process_spread, 2)
                 + (" %" if each[i].process_spread_measured else " % assumed")
             ),
         ),
         row("sentinel, p10–p90", lambda i: _sentinel(each[i].sentinel_ms)),
         row("not checked", lambda i: ", ".join(each[i].unchecked) or "nothing"),
     ]
-    columns = ["", *(figures.threads(str(one.threads)) for one in each)]
+    columns = ["", *(format.threads(str(one.threads)) for one in each)]
     return Table("How it was measured", columns, rows, text=True)
 
 
 def _sentinel(readings: tuple[float, float, float]) -> str:
-    low, _, high = (figures.significant(one) for one in readings)
+    low, _, high = (format.significant(one) for one in readings)
     return f"{low}–{high} ms"
 
 
@@ -218,4 +218,4 @@ def machine(bench: Bench) -> Table:
 
 
 def _ms(value: float | None) -> str:
-    return figures.MISSING if value is None else figures.significant(value)
+    return format.MISSING if value is None else format.significant(value)

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table as Drawn
 from rich.text import Text
 
-from ..bench_results import Bench
 from ..console import safe_console
-from . import bench_tables, figures
+from ..runs.bench_results import Bench
+from . import bench_tables, format
 from .latency import disturbed
 from .tables import Table
 
@@ -34,7 +34,7 @@ def show(bench: Bench, folder: Path, console: Console | None = None) -> None:
     ):
         _show(console, table)
     for flag in bench.flags:
-        console.print(Text(f"{figures.threads(str(flag.threads))}, {flag.name}: {flag.sentence}"))
+        console.print(Text(f"{format.threads(str(flag.threads))}, {flag.name}: {flag.sentence}"))
     for note in bench.notes:
         console.print(Text(f"Note: {note}."))
     console.print(Text(disturbed(bench)))
@@ -91,7 +91,7 @@ def _percentiles(bench: Bench) -> Table:
             str(one.threads),
             bench_tables.interval(one.percentiles.get("p50")),
             *(_value(one.percentiles[name].value if name in one.percentiles else None) for name in names[1:]),
-            figures.count(one.n),
+            format.count(one.n),
         ]
         for one in bench.latencies
     ]
@@ -99,7 +99,7 @@ def _percentiles(bench: Bench) -> Table:
 
 
 def _value(value: float | None) -> str:
-    return figures.MISSING if value is None else figures.significant(value)
+    return format.MISSING if value is None else format.significant(value)
 
 
 def _paths(folder: Path) -> Sequence[str]:

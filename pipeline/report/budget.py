@@ -1,8 +1,8 @@
 """What int8 may cost and what it costs, in sentences; where nothing holds the budget, what ships instead."""
 
 from ..int8_results import Int8Search, TriedInt8
-from ..results import Report
-from . import figures
+from ..runs.results import Report
+from . import format
 from .subjects import measure
 
 ROLES = {"train": "training"}
@@ -27,11 +27,11 @@ def fp32_ships(report: Report) -> str | None:
 
 def none_holds(report: Report, search: Int8Search) -> str:
     """Of 9 int8 candidates for arm64 none keeps within 0.5 points …; the best, minmax, loses 1.7 points."""
-    counted = figures.counted(len(search.tried), "int8 candidate")
+    counted = format.counted(len(search.tried), "int8 candidate")
     told = f"of {counted} for {search.target} none {_within(report, search)} on {images(search)}"
     best = min(search.tried, key=lambda one: one.lost, default=None)
     if best is not None:
-        told += f"; the best, {best.name}, loses {figures.points(best.lost, search.n)[1:]}"
+        told += f"; the best, {best.name}, loses {format.points(best.lost, search.n)[1:]}"
     return told
 
 
@@ -59,7 +59,7 @@ def missed(search: Int8Search, qat: bool) -> str | None:
     ships = shipping(search)
     if ships is None or ships.lost <= search.max_drop:
         return None
-    lost = figures.counted(round(search.n * ships.lost / 100), "image")
+    lost = format.counted(round(search.n * ships.lost / 100), "image")
     return (
         f"int8 for {search.target} loses {ships.lost:.2f} points on {images(search)}, more than the "
         f"{search.max_drop:g} of --max-drop. It ships all the same, since the loss is {lost}, and one or two "
@@ -75,7 +75,7 @@ def remedies(qat: bool) -> str:
 
 
 def images(search: Int8Search) -> str:
-    return figures.counted(search.n, f"{ROLES.get(search.role, search.role)} image")
+    return format.counted(search.n, f"{ROLES.get(search.role, search.role)} image")
 
 
 def _within(report: Report, search: Int8Search, verb: str = "keeps") -> str:
@@ -86,7 +86,7 @@ def _within(report: Report, search: Int8Search, verb: str = "keeps") -> str:
 
 def change(lost: float, n: int) -> str:
     """A loss as what it changes: −1.7 points."""
-    return figures.points(round(-lost, 6) + 0.0, n)
+    return format.points(round(-lost, 6) + 0.0, n)
 
 
 def notes(report: Report) -> list[str]:

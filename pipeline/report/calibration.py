@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..results import Report
-from ..scores import Accuracy, Calibration, ReliabilityBin
-from . import figures
+from ..runs.results import Report
+from ..runs.scores import Accuracy, Calibration, ReliabilityBin
+from . import format
 from .charts import WIDTH, Tick
 from .subjects import Column, compared, every, shipped
 from .tables import Table
@@ -96,14 +96,14 @@ def sentences(report: Report) -> list[str]:
     if fit is None:
         return found
     told = f"The files’ logits are divided by a temperature of {fit.value:.2f}, fitted on "
-    told += figures.counted(fit.n, "select image")
+    told += format.counted(fit.n, "select image")
     if fit.low is not None and fit.high is not None:
         told += f" (95 % interval {fit.low:.2f}–{fit.high:.2f})"
     if ships is not None and measured is not None and measured.before is not None:
         before = measured.before
         told += (
-            f"; without it the {_named(ships)} file would say {figures.percent(before.confidence, before.n)}"
-            f", with an ECE of {figures.percent(before.ece, before.n)}"
+            f"; without it the {_named(ships)} file would say {format.percent(before.confidence, before.n)}"
+            f", with an ECE of {format.percent(before.ece, before.n)}"
         )
     return [*found, f"{told}."]
 
@@ -113,7 +113,7 @@ def reading(column: Column, measured: Calibration) -> str:
     several = column.role.startswith("Teachers")
     says, is_right = ("say", "they are right") if several else ("says", "it is right")
     n = measured.n
-    confidence, accuracy = (figures.percent(one, n) for one in (measured.confidence, measured.accuracy))
+    confidence, accuracy = (format.percent(one, n) for one in (measured.confidence, measured.accuracy))
     if measured.multilabel:
         told = f"The {_named(column)} on average {says} {confidence} of a class that is there {accuracy}"
     else:
@@ -123,12 +123,12 @@ def reading(column: Column, measured: Calibration) -> str:
 
 def verdict(measured: Calibration) -> str:
     gap = measured.confidence - measured.accuracy
-    size = figures.points(abs(gap), measured.n)[1:]
+    size = format.points(abs(gap), measured.n)[1:]
     if measured.gap_low > 0:
         return f"over-confident by {size}"
     if measured.gap_high < 0:
         return f"under-confident by {size}"
-    return f"honest on average, as far as {figures.counted(measured.n, 'image')} can tell"
+    return f"honest on average, as far as {format.counted(measured.n, 'image')} can tell"
 
 
 def line(report: Report) -> str | None:
@@ -137,8 +137,8 @@ def line(report: Report) -> str | None:
     for column in compared(report):
         measured = column.subject.calibration
         if measured is not None:
-            before = f"{figures.percent(measured.before.ece, measured.n)} → " if measured.before else ""
-            parts.append(f"{_named(column)} {before}{figures.percent(measured.ece, measured.n)}")
+            before = f"{format.percent(measured.before.ece, measured.n)} → " if measured.before else ""
+            parts.append(f"{_named(column)} {before}{format.percent(measured.ece, measured.n)}")
     return f"ECE: {', '.join(parts)}" if parts else None
 
 
@@ -169,13 +169,13 @@ def _row(name: str, measured: Calibration) -> list[str]:
     n = measured.n
     return [
         name,
-        figures.percent(measured.ece, n),
-        figures.percent_interval(measured.ece_low, measured.ece_high, n),
-        figures.percent(measured.confidence, n),
-        figures.percent(measured.accuracy, n),
-        figures.significant(measured.entropy),
-        figures.significant(measured.nll),
-        figures.count(n),
+        format.percent(measured.ece, n),
+        format.percent_interval(measured.ece_low, measured.ece_high, n),
+        format.percent(measured.confidence, n),
+        format.percent(measured.accuracy, n),
+        format.significant(measured.entropy),
+        format.significant(measured.nll),
+        format.count(n),
     ]
 
 
@@ -185,8 +185,8 @@ def _named(column: Column) -> str:
 
 def diagram(column: Column, measured: Calibration) -> Reliability:
     n = measured.n
-    note = f"ECE {figures.percent(measured.ece, n)} "
-    note += f"({figures.percent_interval(measured.ece_low, measured.ece_high, n)})"
+    note = f"ECE {format.percent(measured.ece, n)} "
+    note += f"({format.percent_interval(measured.ece_low, measured.ece_high, n)})"
     bins = [one for one in measured.bins if one.n]
     told = "; ".join(_told(one) for one in bins)
     before = measured.before.bins if measured.before is not None else []
@@ -220,8 +220,8 @@ def up(accuracy: float) -> float:
 
 def _told(one: ReliabilityBin) -> str:
     assert one.confidence is not None and one.accuracy is not None
-    answers = figures.counted(one.n, "answer")
-    return f"{answers} at {figures.percent(one.confidence)}, right {figures.percent(one.accuracy)}"
+    answers = format.counted(one.n, "answer")
+    return f"{answers} at {format.percent(one.confidence)}, right {format.percent(one.accuracy)}"
 
 
 def _dot(one: ReliabilityBin) -> Dot:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...export.plain_text import spelled_out
 from ...export.runtime import UINT8, Preprocessing, read_manifest
 from ...export.standalone import write_predict
-from ..files import write_changed
-from ..results import Report, Subject
-from ..scores import Accuracy
-from . import calibration, figures, tables
+from ...export.text import spelled_out
+from ..runs.files import write_changed
+from ..runs.results import Report, Subject
+from ..runs.scores import Accuracy
+from . import calibration, format, tables
 from .bench_tables import percentiles
 from .card_front import front
 from .headline import in_words, machine, score_in_words, title
@@ -99,8 +99,8 @@ def _card(report: Report, manifest: Mapping[str, Any]) -> Card:
 
 def _lead(report: Report, manifest: Mapping[str, Any]) -> str:
     ships, p = shipped(report), manifest["preprocessing"]
-    size = figures.megabytes(manifest["files"][0]["bytes"])
-    told = f"Tells {figures.counted(len(manifest['labels']), 'class', 'classes')} apart in images of "
+    size = format.megabytes(manifest["files"][0]["bytes"])
+    told = f"Tells {format.counted(len(manifest['labels']), 'class', 'classes')} apart in images of "
     told += f"{p['size']} × {p['size']} pixels, with a file of {size}."
     if ships is not None and ships.subject.score is not None:
         told += f" Its {measure(report)} on {ships.subject.score.n:,} test images is "
@@ -119,15 +119,15 @@ def _details(report: Report, manifest: Mapping[str, Any], p: Preprocessing) -> T
                 entry["name"],
                 entry["precision"],
                 entry["target"] or "any",
-                figures.megabytes(entry["bytes"]),
-                figures.percent(score, accuracy.get("n")),
+                format.megabytes(entry["bytes"]),
+                format.percent(score, accuracy.get("n")),
                 f"{entry['opset']}, IR {entry['ir_version']}",
             ]
         )
     network = shipped(report)
     note = f"The network is timm’s {manifest['origin']['student']}"
     if network is not None and network.subject.parameters is not None:
-        note += f", {figures.millions(network.subject.parameters)} parameters"
+        note += f", {format.millions(network.subject.parameters)} parameters"
     note += f". Input: {p.size} × {p.size} pixels, RGB. SHA-256 of each file: manifest.json."
     columns = ["file", "precision", "processor", "size", measure(report), "opset"]
     return Table("Files", columns, rows, code=frozenset({0}), text=True, note=note)
@@ -151,12 +151,12 @@ def _making(report: Report, manifest: Mapping[str, Any]) -> list[str]:
     method = "plain training, without a teacher" if report.method == "none" else report.method
     source = f" ({report.method_source})" if report.method_source else ""
     learned = sum(1 for epoch in report.epochs if epoch.stage == "student")
-    epochs = f", {figures.counted(learned, 'epoch')}" if learned else ""
+    epochs = f", {format.counted(learned, 'epoch')}" if learned else ""
     told.append(f"Method: {method}{source}{epochs}.")
     recovered = [one for search in report.int8 for one in search.tried if one.name == LEARNED and one.ships]
     if report.recovery is not None and recovered:
         told.append(
-            f"The int8 file learned on for {figures.counted(report.recovery.epochs, 'epoch')} under fake "
+            f"The int8 file learned on for {format.counted(report.recovery.epochs, 'epoch')} under fake "
             "quantization: its weights are not those of the float file."
         )
     if report.config.get("ema") or report.config.get("average_last"):
@@ -202,7 +202,7 @@ def _limits(report: Report, *, several: bool) -> list[str]:
     )[:3]
     if len(ships.subject.per_class) > 2 and worst:
         found = ", ".join(
-            f"{one.label} ({figures.percent(100 * one.correct / one.n)} of {one.n:,})" for one in worst
+            f"{one.label} ({format.percent(100 * one.correct / one.n)} of {one.n:,})" for one in worst
         )
         told.append(f"Weakest at: {found}.")
     if ships.subject.calibration is not None:
@@ -214,8 +214,8 @@ def _evaluation(report: Report) -> Table:
     rows = [
         [
             column.role,
-            figures.percent(score.percent, score.n),
-            figures.percent_interval(score.low, score.high, score.n),
+            format.percent(score.percent, score.n),
+            format.percent_interval(score.low, score.high, score.n),
             f"{score.correct:,} of {score.n:,}" if isinstance(score, Accuracy) else f"{score.n:,}",
             _agreement(column),
         ]
@@ -228,7 +228,7 @@ def _evaluation(report: Report) -> Table:
 
 def _agreement(column: Column) -> str:
     found = column.subject.agreement
-    return figures.percent(found.top1, found.n) if found else figures.MISSING
+    return format.percent(found.top1, found.n) if found else format.MISSING
 
 
 def _measured(report: Report) -> list[str]:
@@ -252,7 +252,7 @@ def _timed(report: Report) -> str:
             one = pace(ships, over, count)
             if one is not None:
                 found.append(
-                    f"{ships.role} against {over.role.lower()}, {figures.threads(count)}: {in_words(one)}."
+                    f"{ships.role} against {over.role.lower()}, {format.threads(count)}: {in_words(one)}."
                 )
     return " ".join([f"On {where}." if where else "", *found]).strip()
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from ..results import Report
-from ..scores import Accuracy
+from ..runs.results import Report
+from ..runs.scores import Accuracy
 from .headline import title
 from .subjects import every
 

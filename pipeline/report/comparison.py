@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..comparison.differences import points
-from ..comparison.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
-from . import figures
+from ..evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
+from . import format
 from .tables import Table
 from .tradeoff import Spot, Tradeoff, tradeoff
 from .validation_tables import p_value
@@ -66,7 +66,7 @@ def page(found: Comparison) -> Page:
 def _section(found: Comparison, group: Group, number: int) -> Section:
     title = f"On {group.data}" if group.data else "Without data yet"
     if group.n:
-        title += f", {figures.counted(group.n, 'test image')}"
+        title += f", {format.counted(group.n, 'test image')}"
     return Section(
         id=f"group-{number}",
         title=title,
@@ -108,8 +108,8 @@ def _best(found: Comparison, group: Group) -> str:
     ships = found.run(group.best).ships
     assert ships is not None and ships.score is not None
     score = ships.score
-    interval = figures.percent_interval(score.low, score.high, score.n)
-    value = f"{figures.percent(score.percent, score.n)} (95 % interval {interval})"
+    interval = format.percent_interval(score.low, score.high, score.n)
+    value = f"{format.percent(score.percent, score.n)} (95 % interval {interval})"
     rank = "the most accurate" if group.accuracies else "the only one that was measured"
     return f"{group.best} is {rank}: {measure(found, group)} {value}, {ships.kind}."
 
@@ -120,7 +120,7 @@ def _each(differences: Sequence[AccuracyDifference], group: Group) -> str:
 
 def in_words(one: AccuracyDifference, n: int | None) -> str:
     """−0.8 points, p = 0.512."""
-    told = figures.points(one.points, n)
+    told = format.points(one.points, n)
     if one.p_holm is None:
         return f"{told}, intervals {'overlap' if one.within_noise else 'apart'}"
     p = p_value(one.p_holm)
@@ -132,7 +132,7 @@ def _speeds(found: Comparison, machine: Machine, *, many: bool) -> list[str]:
     first = found.run(machine.runs[0]).ships
     assert first is not None
     where = f" on {machine.machine}" if many else ""
-    told = [f"Fastest{where}: {machine.runs[0]}, {figures.milliseconds(first.p50)}."]
+    told = [f"Fastest{where}: {machine.runs[0]}, {format.milliseconds(first.p50)}."]
     for verdict, words in (
         ("no difference", "No measurable difference from it"),
         ("slower", "Slower"),
@@ -140,7 +140,7 @@ def _speeds(found: Comparison, machine: Machine, *, many: bool) -> list[str]:
     ):
         some = [one for one in machine.latencies if one.verdict == verdict]
         if some:
-            told.append(f"{words}: {', '.join(f'{one.run} ({figures.times(one.ratio)})' for one in some)}.")
+            told.append(f"{words}: {', '.join(f'{one.run} ({format.times(one.ratio)})' for one in some)}.")
     return told
 
 
@@ -151,7 +151,7 @@ def _picture(found: Comparison, group: Group, machine: Machine) -> Tradeoff | No
     return tradeoff(
         f"{name[:1].upper()}{name[1:]} over latency",
         [_spot(name, one, machine) for name, one in every],
-        x_name=f"median ms an image, {figures.threads(str(found.threads))}",
+        x_name=f"median ms an image, {format.threads(str(found.threads))}",
         note=f"Timed on {machine.machine}.",
         legend=[(key, text) for kind, (key, text) in zip(KEYS, LEGEND, strict=True) if kind in kinds],
     )
@@ -181,7 +181,7 @@ def table(found: Comparison, group: Group) -> Table:
 
 
 def _row(run: ComparedRun, against: AccuracyDifference | None, group: Group) -> list[str]:
-    difference = "best" if run.name == group.best else figures.MISSING
+    difference = "best" if run.name == group.best else format.MISSING
     if against is not None:
         difference = f"{in_words(against, group.n)}: {'noise' if against.within_noise else 'worse'}"
     ships = run.ships
@@ -192,9 +192,9 @@ def _row(run: ComparedRun, against: AccuracyDifference | None, group: Group) -> 
         run.teacher,
         run.student,
         f"{run.image_size} px",
-        figures.millions(run.parameters),
-        figures.megabytes(run.int8.bytes if run.int8 else None),
-        figures.megabytes(run.fp32.bytes if run.fp32 else None),
+        format.millions(run.parameters),
+        format.megabytes(run.int8.bytes if run.int8 else None),
+        format.megabytes(run.fp32.bytes if run.fp32 else None),
         _score(run.int8),
         _score(run.fp32),
         difference,
@@ -202,35 +202,35 @@ def _row(run: ComparedRun, against: AccuracyDifference | None, group: Group) -> 
         _faster(run.int8),
         _p50(run.fp32),
         _faster(run.fp32),
-        figures.percent(ece, group.n),
-        figures.MISSING if run.training_seconds is None else figures.duration(run.training_seconds),
-        figures.MISSING if run.seed is None else str(run.seed),
-        figures.MISSING if run.fingerprint is None else run.fingerprint[:8],
+        format.percent(ece, group.n),
+        format.MISSING if run.training_seconds is None else format.duration(run.training_seconds),
+        format.MISSING if run.seed is None else str(run.seed),
+        format.MISSING if run.fingerprint is None else run.fingerprint[:8],
     ]
 
 
 def _score(file: ComparedFile | None) -> str:
     if file is None or file.score is None:
-        return figures.MISSING
+        return format.MISSING
     one = file.score
-    return f"{figures.percent(one.percent, one.n)} ({figures.percent_interval(one.low, one.high, one.n)})"
+    return f"{format.percent(one.percent, one.n)} ({format.percent_interval(one.low, one.high, one.n)})"
 
 
 def _p50(file: ComparedFile | None) -> str:
-    return figures.milliseconds(file.p50 if file is not None else None)
+    return format.milliseconds(file.p50 if file is not None else None)
 
 
 def _faster(file: ComparedFile | None) -> str:
     if file is None or file.speedup is None:
-        return figures.MISSING
+        return format.MISSING
     return (
-        f"{figures.times(file.speedup.ratio)} ({figures.times_interval(file.speedup.low, file.speedup.high)})"
+        f"{format.times(file.speedup.ratio)} ({format.times_interval(file.speedup.low, file.speedup.high)})"
     )
 
 
 def _sources(found: Comparison) -> Table:
     rows = [
-        [one.name, one.source, one.machine or figures.MISSING, one.fingerprint or figures.MISSING]
+        [one.name, one.source, one.machine or format.MISSING, one.fingerprint or format.MISSING]
         for one in found.runs
     ]
     columns = ["run", "where", "timed on", "data’s fingerprint"]

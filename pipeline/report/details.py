@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..results import Epoch, Report, Subject
-from . import figures
+from ..runs.results import Epoch, Report, Subject
+from . import format
 from .subjects import every, measure, shipped
 from .tables import Table
 
@@ -16,9 +16,9 @@ def files(report: Report) -> Table:
     rows = [
         [
             column.role,
-            column.subject.file or figures.MISSING,
-            f"{column.subject.bytes:,}" if column.subject.bytes is not None else figures.MISSING,
-            column.subject.sha256 or figures.MISSING,
+            column.subject.file or format.MISSING,
+            f"{column.subject.bytes:,}" if column.subject.bytes is not None else format.MISSING,
+            column.subject.sha256 or format.MISSING,
         ]
         for column in every(report)
         if column.subject.file or column.subject.sha256
@@ -31,8 +31,8 @@ def origins(report: Report) -> Table:
         [
             column.role,
             column.subject.weights,
-            column.subject.head or figures.MISSING,
-            column.subject.licence or figures.MISSING,
+            column.subject.head or format.MISSING,
+            column.subject.licence or format.MISSING,
             _format(column.subject),
         ]
         for column in every(report)
@@ -45,7 +45,7 @@ def _format(subject: Subject) -> str:
     parts = [
         f"{name} {value}" for name, value in (("opset", subject.opset), ("IR", subject.ir_version)) if value
     ]
-    return "ONNX, " + ", ".join(parts) if parts else figures.MISSING
+    return "ONNX, " + ", ".join(parts) if parts else format.MISSING
 
 
 def quantization(report: Report) -> Table:
@@ -95,9 +95,9 @@ def duplicates(report: Report) -> Table:
 
 
 def stages(report: Report) -> Table:
-    rows = [[one.stage, figures.duration(one.seconds), one.summary] for one in report.stages]
+    rows = [[one.stage, format.duration(one.seconds), one.summary] for one in report.stages]
     total = sum(one.seconds for one in report.stages)
-    note = f"{figures.duration(total)} in all." if rows else ""
+    note = f"{format.duration(total)} in all." if rows else ""
     return Table("Stages", ["stage", "time", "result"], rows, note=note, text=True)
 
 
@@ -109,11 +109,11 @@ def training(report: Report) -> Table:
     }
     costs: dict[str, Callable[[list[Epoch]], str | None]] = {
         "images/s": lambda epochs: _rate([epoch.images_per_second for epoch in epochs]),
-        "an epoch": lambda epochs: _median([epoch.seconds for epoch in epochs], figures.duration),
+        "an epoch": lambda epochs: _median([epoch.seconds for epoch in epochs], format.duration),
         "peak memory": _peak_memory,
         "share of the steps": _shares,
         "of the device’s peak": lambda epochs: _median(
-            [epoch.mfu for epoch in epochs], lambda mfu: figures.percent(100 * mfu)
+            [epoch.mfu for epoch in epochs], lambda mfu: format.percent(100 * mfu)
         ),
     }
     known = {
@@ -122,7 +122,7 @@ def training(report: Report) -> Table:
         if any(cells := [cost(epochs) for epochs in trainings.values()])
     }
     rows = [
-        [stage, *(cells[i] or figures.MISSING for cells in known.values())]
+        [stage, *(cells[i] or format.MISSING for cells in known.values())]
         for i, stage in enumerate(trainings)
     ]
     note = "Medians over the epochs, without the evaluation after each."
@@ -137,12 +137,12 @@ def _median(values: Iterable[float | None], told: Callable[[float], str]) -> str
 
 
 def _rate(values: Iterable[float]) -> str | None:
-    return _median((value for value in values if value < 1e15), lambda rate: figures.number(round(rate)))
+    return _median((value for value in values if value < 1e15), lambda rate: format.number(round(rate)))
 
 
 def _peak_memory(epochs: list[Epoch]) -> str | None:
     found = [epoch.peak_memory_bytes for epoch in epochs if epoch.peak_memory_bytes is not None]
-    return figures.megabytes(max(found)) if found else None
+    return format.megabytes(max(found)) if found else None
 
 
 def _shares(epochs: list[Epoch]) -> str | None:
@@ -154,7 +154,7 @@ def _shares(epochs: list[Epoch]) -> str | None:
         phase: 100 * sum(shares.get(phase, 0.0) * seconds for shares, seconds in timed) / whole
         for phase in phases
     }
-    return ", ".join(f"{phase} {figures.percent(share)}" for phase, share in together.items()) or None
+    return ", ".join(f"{phase} {format.percent(share)}" for phase, share in together.items()) or None
 
 
 def epochs(report: Report) -> Table:
@@ -162,11 +162,11 @@ def epochs(report: Report) -> Table:
         [
             one.stage,
             f"{one.epoch:,} of {one.epochs:,}",
-            ", ".join(f"{name} {figures.number(value)}" for name, value in one.losses.items()),
-            figures.percent(one.train_accuracy),
-            figures.percent(one.select_accuracy),
-            figures.number(one.learning_rate),
-            figures.number(round(one.images_per_second)) if one.images_per_second < 1e15 else figures.MISSING,
+            ", ".join(f"{name} {format.number(value)}" for name, value in one.losses.items()),
+            format.percent(one.train_accuracy),
+            format.percent(one.select_accuracy),
+            format.number(one.learning_rate),
+            format.number(round(one.images_per_second)) if one.images_per_second < 1e15 else format.MISSING,
         ]
         for one in report.epochs
     ]
@@ -181,12 +181,12 @@ def store(report: Report) -> Table:
         return Table("Teachers’ stored answers", [], [])
     rows = [
         ["views of each image", f"{used.views:,}" + (", all there are" if used.complete else "")],
-        ["a view of all images", figures.megabytes(used.bytes_per_view)],
-        ["all views", figures.megabytes(used.views * used.bytes_per_view)],
+        ["a view of all images", format.megabytes(used.bytes_per_view)],
+        ["all views", format.megabytes(used.views * used.bytes_per_view)],
         ["views that a teacher was asked about", f"{used.computed:,}"],
     ]
     if used.lost_mass is not None:
-        rows.append(["share of p_T that is left out", f"{figures.significant(100 * used.lost_mass)} %"])
+        rows.append(["share of p_T that is left out", f"{format.significant(100 * used.lost_mass)} %"])
     return Table("Teachers’ stored answers", ["", "value"], rows, text=True)
 
 
@@ -201,13 +201,13 @@ def config(report: Report) -> Table:
 def method(report: Report) -> Table:
     origin = {"source": report.method_source, "recipe": report.recipe}
     balance = {
-        f"balance.{one.method}": f"gradient {figures.number(one.pull)} times the labels', where "
-        f"{figures.number(one.least)} to {figures.number(one.most)} does good: weight times "
-        f"{figures.number(one.factor)}"
+        f"balance.{one.method}": f"gradient {format.number(one.pull)} times the labels', where "
+        f"{format.number(one.least)} to {format.number(one.most)} does good: weight times "
+        f"{format.number(one.factor)}"
         for one in report.balance
     }
     hashes = {
-        f"hashes of {one.teacher}": f"{one.hashes:,}, s = {figures.number(one.std)}, bias: {one.bias}"
+        f"hashes of {one.teacher}": f"{one.hashes:,}, s = {format.number(one.std)}, bias: {one.bias}"
         for one in report.hashes
     }
     content = {name: value for name, value in origin.items() if value} | report.method_parameters

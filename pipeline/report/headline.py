@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from ..results import Report
-from ..scores import Accuracy, Score
-from . import budget, figures
+from ..runs.results import Report
+from ..runs.scores import Accuracy, Score
+from . import budget, format
 from .subjects import Column, Pace, compared, measure, of, pace, shipped, threads
 
 FEW = 1000
@@ -34,7 +34,7 @@ class KeyFigure:
 
     @property
     def known(self) -> bool:
-        return self.value != figures.MISSING
+        return self.value != format.MISSING
 
 
 def title(report: Report) -> str:
@@ -46,7 +46,7 @@ def title(report: Report) -> str:
     if teacher is None:
         return student.subject.name
     names = [one.name for one in report.teachers] or [teacher.subject.name]
-    return f"{student.subject.name} distilled from {figures.together(names)}"
+    return f"{student.subject.name} distilled from {format.together(names)}"
 
 
 def lead(report: Report) -> str:
@@ -58,13 +58,13 @@ def lead(report: Report) -> str:
     sentence += "Plain training" if report.method == "none" else f"Method {report.method}"
     data = report.data
     if data is not None:
-        sentence += f" on {data.name}, {figures.counted(len(data.classes), 'class', 'classes')}"
+        sentence += f" on {data.name}, {format.counted(len(data.classes), 'class', 'classes')}"
         sentence += ", several of which an image may show," if data.multi_label else ","
     sentence += f" at {report.image_size} × {report.image_size} pixels"
     if report.teacher_image_size not in (None, report.image_size) and report.method != "none":
         sentence += f" (the teacher at {report.teacher_image_size} × {report.teacher_image_size})"
     if data is not None:
-        sentence += f": {figures.counted(data.train, 'image')} to train, {data.select:,} to select, "
+        sentence += f": {format.counted(data.train, 'image')} to train, {data.select:,} to select, "
         sentence += f"{data.test:,} to test"
     sentence += "."
     int8 = report.student_int8
@@ -82,19 +82,19 @@ def key_figures(report: Report) -> list[KeyFigure]:
 def _smaller(report: Report) -> KeyFigure:
     ships, teacher, student = shipped(report), of(report, "teacher"), of(report, "student")
     if ships is None or not ships.subject.bytes:
-        return KeyFigure(figures.MISSING, "size not known yet")
+        return KeyFigure(format.MISSING, "size not known yet")
     own = ships.subject.bytes
     lines = []
     if ships.key == "student_int8" and student is not None and student.subject.bytes:
         lines.append(f"{_size_against(own, student.subject.bytes)} its own fp32 file")
     if teacher is None or not teacher.subject.bytes:
-        return KeyFigure(figures.megabytes(own), f"the {ships.role.lower()} file", lines)
+        return KeyFigure(format.megabytes(own), f"the {ships.role.lower()} file", lines)
     theirs = teacher.subject.bytes
-    lines.insert(0, f"{figures.megabytes(own)} instead of {figures.megabytes(theirs)}")
+    lines.insert(0, f"{format.megabytes(own)} instead of {format.megabytes(theirs)}")
     ratio = theirs / own
     word = "smaller" if ratio > 1 else "larger" if ratio < 1 else "as large"
     bars = _bars((teacher, theirs), (ships, own))
-    return KeyFigure(figures.times(max(ratio, 1 / ratio)), f"{word} than the teacher", lines, bars)
+    return KeyFigure(format.times(max(ratio, 1 / ratio)), f"{word} than the teacher", lines, bars)
 
 
 def _bars(*measured: tuple[Column, float]) -> list[Bar]:
@@ -105,7 +105,7 @@ def _bars(*measured: tuple[Column, float]) -> list[Bar]:
 def _size_against(own: int, other: int) -> str:
     if own == other:
         return "as large as"
-    return f"{figures.times(max(own, other) / min(own, other))} {'smaller' if own < other else 'larger'} than"
+    return f"{format.times(max(own, other) / min(own, other))} {'smaller' if own < other else 'larger'} than"
 
 
 def _faster(report: Report) -> KeyFigure:
@@ -119,18 +119,18 @@ def _faster(report: Report) -> KeyFigure:
     if not measured or ships is None:
         search = budget.first(report)
         if search is not None and search.file is not None and search.not_timed is not None:
-            return KeyFigure(figures.MISSING, "latency not known", [search.not_timed])
-        return KeyFigure(figures.MISSING, "latency not measured yet")
+            return KeyFigure(format.MISSING, "latency not known", [search.not_timed])
+        return KeyFigure(format.MISSING, "latency not measured yet")
     first = measured[0]
     value, word = speed(first)
-    meaning = f"{word} {_reference(first)}, {figures.threads(first.threads)}"
+    meaning = f"{word} {_reference(first)}, {format.threads(first.threads)}"
     lines = [_certainty(first)]
     own, other = ships.subject.latency_ms.get(first.threads), first.over.subject.latency_ms.get(first.threads)
     bars: list[Bar] = []
     if own is not None and other is not None and own.p50 is not None and other.p50 is not None:
         bars = _bars((first.over, other.p50), (ships, own.p50))
-        lines.append(f"median {figures.milliseconds(own.p50)} instead of {figures.milliseconds(other.p50)}")
-    lines += [f"{figures.threads(one.threads)}: {in_words(one)}" for one in measured[1:]]
+        lines.append(f"median {format.milliseconds(own.p50)} instead of {format.milliseconds(other.p50)}")
+    lines += [f"{format.threads(one.threads)}: {in_words(one)}" for one in measured[1:]]
     if measured[0].over is over:
         against = pace(ships, own_fp32, first.threads)
         if against is not None:
@@ -141,10 +141,10 @@ def _faster(report: Report) -> KeyFigure:
 def speed(one: Pace) -> tuple[str, str]:
     """The ratio and its word, never a flattering one: a slower network is said to be slower."""
     if one.verdict == "no difference":
-        return figures.times(one.ratio), "the speed: no measurable difference from"
+        return format.times(one.ratio), "the speed: no measurable difference from"
     if one.ratio < 1:
-        return figures.times(1 / one.ratio), "slower than"
-    return figures.times(one.ratio), "faster than"
+        return format.times(1 / one.ratio), "slower than"
+    return format.times(one.ratio), "faster than"
 
 
 def in_words(one: Pace) -> str:
@@ -153,7 +153,7 @@ def in_words(one: Pace) -> str:
         value, word = speed(one)
         return f"{value} {word.split()[0]}, without interval"
     if one.verdict == "no difference":
-        return f"no measurable difference ({figures.times_interval(one.low, one.high)})"
+        return f"no measurable difference ({format.times_interval(one.low, one.high)})"
     value, word = speed(one)
     return f"{value} {word.split()[0]} ({_interval(one)})"
 
@@ -162,8 +162,8 @@ def _interval(one: Pace) -> str:
     """In the direction of the word: of a slower network, the interval of how many times slower it is."""
     assert one.low is not None and one.high is not None
     if one.verdict == "slower":
-        return figures.times_interval(1 / one.high, 1 / one.low)
-    return figures.times_interval(one.low, one.high)
+        return format.times_interval(1 / one.high, 1 / one.low)
+    return format.times_interval(one.low, one.high)
 
 
 def _certainty(one: Pace) -> str:
@@ -189,17 +189,17 @@ def _accurate(report: Report) -> KeyFigure:
     score = ships.subject.score if ships is not None else None
     if ships is None or score is None:
         lines += [_selected(c, c.subject.select_score) for c in compared(report) if c.subject.select_score]
-        return KeyFigure(figures.MISSING, f"{measure(report)} on test images not measured", lines)
-    own = [f"95 % interval {figures.percent_interval(score.low, score.high, score.n)}"]
+        return KeyFigure(format.MISSING, f"{measure(report)} on test images not measured", lines)
+    own = [f"95 % interval {format.percent_interval(score.low, score.high, score.n)}"]
     if isinstance(score, Accuracy):
-        own.append(f"{score.correct:,} of {figures.counted(score.n, 'test image')}")
+        own.append(f"{score.correct:,} of {format.counted(score.n, 'test image')}")
         if score.balanced is not None:
-            own.append(f"mean over the classes {figures.percent(score.balanced, score.n)}")
+            own.append(f"mean over the classes {format.percent(score.balanced, score.n)}")
     else:
-        own.append(f"mean of the classes’ average precision on {figures.counted(score.n, 'test image')}")
-        own.append(f"F1 of its labels {figures.percent(score.micro_f1, score.n)}")
+        own.append(f"mean of the classes’ average precision on {format.counted(score.n, 'test image')}")
+        own.append(f"F1 of its labels {format.percent(score.micro_f1, score.n)}")
     return KeyFigure(
-        figures.percent(score.percent, score.n),
+        format.percent(score.percent, score.n),
         f"{measure(report)} of the {ships.role.lower()} file",
         own + lines,
         [
@@ -213,9 +213,9 @@ def _accurate(report: Report) -> KeyFigure:
 def score_in_words(score: Score | None) -> str:
     """97.2 % (93.7–98.8 %)."""
     if score is None:
-        return figures.MISSING
-    interval = figures.percent_interval(score.low, score.high, score.n)
-    return f"{figures.percent(score.percent, score.n)} ({interval})"
+        return format.MISSING
+    interval = format.percent_interval(score.low, score.high, score.n)
+    return f"{format.percent(score.percent, score.n)} ({interval})"
 
 
 def _selected(column: Column, score: Score | None) -> str:
@@ -235,27 +235,27 @@ def notes(report: Report) -> list[str]:
     for column, over in ((int8, student), (shipped(report), teacher)):
         slow = [one for count in threads(report) if (one := pace(column, over, count)) and _not_faster(one)]
         if slow and column is not None and over is not None:
-            told = "; ".join(f"{in_words(one)} with {figures.threads(one.threads)}" for one in slow)
+            told = "; ".join(f"{in_words(one)} with {format.threads(one.threads)}" for one in slow)
             found.append(f"{column.role} is not faster than {over.role.lower()} on this machine: {told}.")
     if int8 is not None and student is not None and int8.subject.score and student.subject.score:
         lost = int8.subject.score.percent - student.subject.score.percent
         if lost < -1:
             found.append(
-                f"Quantization costs {measure(report)}: {figures.points(lost, int8.subject.score.n)} "
+                f"Quantization costs {measure(report)}: {format.points(lost, int8.subject.score.n)} "
                 f"against fp32. {budget.remedies(bool(report.config.get('qat')))}"
             )
     ships = shipped(report)
     if ships is not None and ships.subject.score and _width(ships.subject.score) > 10:
         score = ships.subject.score
         found.append(
-            f"On {figures.counted(score.n, 'test image')} the {measure(report)} is uncertain: "
-            f"its 95 % interval is {figures.points(_width(score))[1:]} wide."
+            f"On {format.counted(score.n, 'test image')} the {measure(report)} is uncertain: "
+            f"its 95 % interval is {format.points(_width(score))[1:]} wide."
         )
     elif ships is not None and ships.subject.score and _width(ships.subject.score) == 0:
         score = ships.subject.score  # of an mAP: a share's interval always has a width
         if score.n < FEW:
             found.append(
-                f"On {figures.counted(score.n, 'test image')} the {measure(report)} is uncertain, whatever "
+                f"On {format.counted(score.n, 'test image')} the {measure(report)} is uncertain, whatever "
                 "its 95 % interval says: where all is right, a bootstrap has none."
             )
     return list(dict.fromkeys(found))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import inf
 
 from ..int8_results import Int8Search, TriedInt8
-from ..results import Report
-from . import budget, figures
+from ..runs.results import Report
+from . import budget, format
 from .pictures import measure_title
 from .scatter import Level, Point, Scatter, Series, scatter
 from .subjects import measure
@@ -59,11 +59,11 @@ def sentences(report: Report, search: Int8Search) -> list[str]:
         found.append("A larger loss is not refused where it is of one or two images.")
     if search.file is not None and search.accuracy is not None:
         score = search.accuracy
-        told = f"{search.file} has {figures.percent(score.percent, score.n)} "
-        told += f"({figures.percent_interval(score.low, score.high, score.n)}) of "
-        told += figures.counted(score.n, "test image")
+        told = f"{search.file} has {format.percent(score.percent, score.n)} "
+        told += f"({format.percent_interval(score.low, score.high, score.n)}) of "
+        told += format.counted(score.n, "test image")
         if report.student is not None and (fp32 := report.student.score) is not None:
-            told += f", fp32 {figures.percent(fp32.percent, fp32.n)}"
+            told += f", fp32 {format.percent(fp32.percent, fp32.n)}"
         found.append(f"{told}.")
     if search.not_timed is not None:
         found.append(f"Its latency is unknown: {search.not_timed}.")
@@ -108,7 +108,7 @@ def chart(report: Report, search: Int8Search) -> Scatter | None:
 
 
 def _said(score: float, p50: float, search: Int8Search) -> str:
-    return f"{figures.percent(score, search.n)} at {figures.milliseconds(p50)}"
+    return f"{format.percent(score, search.n)} at {format.milliseconds(p50)}"
 
 
 def _levels(search: Int8Search) -> list[Level]:
@@ -116,9 +116,9 @@ def _levels(search: Int8Search) -> list[Level]:
     least = search.fp32_score - search.max_drop
     if not search.max_drop:
         return [Level("fp32: no less is allowed", least, "budget", above=False)]
-    told = f"budget {figures.percent(least, search.n)}"
+    told = f"budget {format.percent(least, search.n)}"
     return [
-        Level(f"fp32 {figures.percent(search.fp32_score, search.n)}", search.fp32_score, "student"),
+        Level(f"fp32 {format.percent(search.fp32_score, search.n)}", search.fp32_score, "student"),
         Level(told, least, "budget", above=False),
     ]
 
@@ -127,19 +127,19 @@ def tried(report: Report, search: Int8Search) -> Table:
     """fp32, then a row for each candidate in the order they were tried."""
     fp32 = {
         "candidate": "fp32",
-        "result": figures.MISSING if search.file is not None else "ships",
-        measure(report): figures.percent(search.fp32_score, search.n),
-        "1 thread": figures.milliseconds(search.p50_fp32),
-        "file": figures.megabytes(report.student.bytes if report.student is not None else None),
+        "result": format.MISSING if search.file is not None else "ships",
+        measure(report): format.percent(search.fp32_score, search.n),
+        "1 thread": format.milliseconds(search.p50_fp32),
+        "file": format.megabytes(report.student.bytes if report.student is not None else None),
     }
     candidates = [_row(report, number, one, search) for number, one in enumerate(search.tried, 1)]
     # What no candidate has, such as float islands or a time, needs no column.
     columns = [
         name
         for name in (candidates[0] if candidates else {})
-        if any(row[name] != figures.MISSING for row in candidates)
+        if any(row[name] != format.MISSING for row in candidates)
     ]
-    rows = [[row.get(name, figures.MISSING) for name in columns] for row in (fp32, *candidates)]
+    rows = [[row.get(name, format.MISSING) for name in columns] for row in (fp32, *candidates)]
     note = (
         f"{measure_title(report)} on {budget.images(search)}. SQNR: the signal-to-noise ratio of the logits "
         "against fp32."
@@ -154,34 +154,34 @@ def tried(report: Report, search: Int8Search) -> Table:
 
 def _row(report: Report, number: int, one: TriedInt8, search: Int8Search) -> dict[str, str]:
     also = [("equalised", one.equalised), ("biases corrected", one.bias_corrected)]
-    speed = figures.MISSING
+    speed = format.MISSING
     if one.speedup is not None:
-        speed = figures.times(one.speedup.ratio)
-        speed += f" ({figures.times_interval(one.speedup.low, one.speedup.high)})"
+        speed = format.times(one.speedup.ratio)
+        speed += f" ({format.times_interval(one.speedup.low, one.speedup.high)})"
     return {
         "no.": str(number),
         "candidate": one.name,
         "result": "ships" if one.ships else "holds" if one.holds else "refused",
         "calibration": one.calibration,
-        "also": ", ".join(name for name, done in also if done) or figures.MISSING,
-        "kept float": f"{len(one.kept_float):,}" if one.kept_float else figures.MISSING,
-        measure(report): figures.percent(one.score, search.n),
+        "also": ", ".join(name for name, done in also if done) or format.MISSING,
+        "kept float": f"{len(one.kept_float):,}" if one.kept_float else format.MISSING,
+        measure(report): format.percent(one.score, search.n),
         "against fp32": budget.change(one.lost, search.n),
-        "McNemar’s p": figures.MISSING if one.p is None else probability(one.p),
+        "McNemar’s p": format.MISSING if one.p is None else probability(one.p),
         "SQNR": decibels(one.sqnr),
-        "1 thread": figures.milliseconds(one.p50),
+        "1 thread": format.milliseconds(one.p50),
         "of fp32’s speed": speed,
-        "file": figures.megabytes(one.bytes),
+        "file": format.megabytes(one.bytes),
     }
 
 
 def probability(p: float) -> str:
     """0.63, 0.041, 1; below 0.001 that it is."""
-    return "< 0.001" if p < 0.001 else "1" if p > 0.995 else figures.significant(p, 2)
+    return "< 0.001" if p < 0.001 else "1" if p > 0.995 else format.significant(p, 2)
 
 
 def decibels(sqnr: float) -> str:
-    return "no error" if sqnr == inf else f"{figures.significant(sqnr)} dB"
+    return "no error" if sqnr == inf else f"{format.significant(sqnr)} dB"
 
 
 def worst(search: Int8Search) -> Table:
@@ -222,15 +222,15 @@ def recovery(report: Report) -> Table:
 
 
 def _compared(role: str, n: int | None, fake: float, file: float | None) -> list[str]:
-    difference = figures.MISSING if file is None else figures.points(round(file - fake, 6) + 0.0, n)
-    return [role, figures.count(n), figures.percent(fake, n), figures.percent(file, n), difference]
+    difference = format.MISSING if file is None else format.points(round(file - fake, 6) + 0.0, n)
+    return [role, format.count(n), format.percent(fake, n), format.percent(file, n), difference]
 
 
 def recovery_text(report: Report) -> str:
     found, search = report.recovery, budget.first(report)
     if found is None:
         return ""
-    told = f"With --qat the student learned on for {figures.counted(found.epochs, 'epoch')} "
+    told = f"With --qat the student learned on for {format.counted(found.epochs, 'epoch')} "
     told += "as the int8 network that it will be."
     ships = budget.shipping(search) if search is not None else None
     if search is None:

@@ -6,9 +6,9 @@ from math import isfinite
 
 import numpy as np
 
-from ..bench_results import Bench, TimedLatency
-from ..results import Report
-from . import bench_tables, figures
+from ..runs.bench_results import Bench, TimedLatency
+from ..runs.results import Report
+from . import bench_tables, format
 from .charts import LABEL, VALUE, WIDTH, Tick, nice, ticks
 from .tables import Table
 
@@ -84,7 +84,7 @@ def of_bench(bench: Bench) -> Section:
 def flags(bench: Bench) -> list[str]:
     """What disturbed it, each with its thread count; then what could not be measured."""
     found = [
-        f"{figures.threads(str(one.threads)).capitalize()}, {one.name}: {one.sentence}" for one in bench.flags
+        f"{format.threads(str(one.threads)).capitalize()}, {one.name}: {one.sentence}" for one in bench.flags
     ]
     return [*found, *(f"{note[0].upper()}{note[1:]}." for note in bench.notes)]
 
@@ -95,11 +95,11 @@ def protocol(bench: Bench) -> list[str]:
     pinned = any(one.cores for one in bench.conditions)
     runs = f" and {bench.samples:,} runs" if bench.samples else ""
     each = "process of its own" if processes == 1 else f"{processes} processes of its own, which take turns"
-    blocks = figures.significant(max(one.block_ms for one in bench.conditions))
+    blocks = format.significant(max(one.block_ms for one in bench.conditions))
     return [
         f"Every file ran in {'a ' if processes == 1 else ''}{each}, "
         + ("pinned to as many cores as it has threads" if pinned else "not pinned, since this system cannot")
-        + f", for at least {figures.significant(bench.seconds)} s{runs} at each thread count, one image at a "
+        + f", for at least {format.significant(bench.seconds)} s{runs} at each thread count, one image at a "
         "time, after a warm-up until two windows agreed within 2 %.",
         f"Rounds of blocks of {blocks} ms in random order (seed {bench.seed}); no run was left out.",
         disturbed(bench),
@@ -134,7 +134,7 @@ def hills(bench: Bench, threads: int) -> Hills | None:
     begin = step * np.ceil(low / step)
     marked = [Tick(place(value), f"{text}×") for value, text in ticks(float(begin), high, step)]
     return Hills(
-        title=f"How steady, {figures.threads(str(threads))}",
+        title=f"How steady, {format.threads(str(threads))}",
         description=_told(bench, threads, shown),
         height=8 + len(rows) * ROW + 20,
         rows=rows,
@@ -173,8 +173,8 @@ def _hill(
         key=next((s.key for s in bench.subjects if s.name == one.subject and s.key), "") or "other",
         y=round(base, 1),
         outline=" ".join(f"{x:.1f},{y:.1f}" for x, y in points),
-        text=figures.milliseconds(one.p50),
-        beyond=f"{figures.percent(100 * beyond)} beyond" if beyond >= 0.005 else "",
+        text=format.milliseconds(one.p50),
+        beyond=f"{format.percent(100 * beyond)} beyond" if beyond >= 0.005 else "",
         p90=round(left + (right - left) * (ratio - ends[0]) / (ends[1] - ends[0]), 1)
         if ratio is not None and isfinite(ratio) and ends[0] <= ratio <= ends[1]
         else None,
@@ -186,6 +186,6 @@ def _told(bench: Bench, threads: int, shown: Sequence[TimedLatency]) -> str:
     rows = []
     for one in shown:
         p90 = one.percentiles.get("p90")
-        over = f", p90 {figures.milliseconds(p90.value)}" if p90 is not None else ""
-        rows.append(f"{bench_tables.role(bench, one.subject)}: median {figures.milliseconds(one.p50)}{over}")
-    return f"Distribution of single runs on {figures.threads(str(threads))}. {'; '.join(rows)}."
+        over = f", p90 {format.milliseconds(p90.value)}" if p90 is not None else ""
+        rows.append(f"{bench_tables.role(bench, one.subject)}: median {format.milliseconds(one.p50)}{over}")
+    return f"Distribution of single runs on {format.threads(str(threads))}. {'; '.join(rows)}."

@@ -1,8 +1,8 @@
 """From whom the student learned what: how well its translated map meets each teacher's."""
 
-from ..results import Report
-from ..scores import Score
-from . import figures
+from ..runs.results import Report
+from ..runs.scores import Score
+from . import format
 from .tables import Table
 
 
@@ -11,9 +11,9 @@ def rounds(report: Report) -> Table:
 
     def measured(score: Score | None) -> list[str]:
         if score is None:
-            return [figures.MISSING] * 2
-        interval = figures.percent_interval(score.low, score.high, score.n)
-        return [figures.percent(score.percent, score.n), interval]
+            return [format.MISSING] * 2
+        interval = format.percent_interval(score.low, score.high, score.n)
+        return [format.percent(score.percent, score.n), interval]
 
     last = report.config.get("rounds", 1)
     rows = [
@@ -42,8 +42,8 @@ def reconstruction(report: Report) -> Table:
         [
             *([one.stage] if several else []),
             one.teacher,
-            figures.number(one.first),
-            figures.number(one.error),
+            format.number(one.first),
+            format.number(one.error),
         ]
         for one in report.reconstruction
     ]

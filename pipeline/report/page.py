@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..results import Example, Report
-from . import calibration, details, figures, headline, int8, learned, pictures, several_labels, tables, words
+from ..runs.results import Example, Report
+from . import calibration, details, format, headline, int8, learned, pictures, several_labels, tables, words
 from .charts import Lines, Rows
 from .headline import KeyFigure
 from .latency import Section as LatencySection
@@ -213,13 +213,13 @@ def picture(one: Example) -> Picture:
         name=one.name,
         label=one.label,
         student=one.student,
-        student_probability=figures.percent(100 * one.student_probability),
+        student_probability=format.percent(100 * one.student_probability),
         student_right=one.student == one.label,
         teacher=one.teacher,
         teacher_probability=(
-            figures.MISSING
+            format.MISSING
             if one.teacher_probability is None
-            else figures.percent(100 * one.teacher_probability)
+            else format.percent(100 * one.teacher_probability)
         ),
         teacher_right=one.teacher == one.label,
         png=content,
@@ -234,7 +234,7 @@ def examples_table(pictures: list[Picture]) -> Table:
             one.name,
             one.label,
             f"{one.student} ({one.student_probability}), {'right' if one.student_right else 'wrong'}",
-            figures.MISSING
+            format.MISSING
             if one.teacher is None
             else f"{one.teacher} ({one.teacher_probability}), {'right' if one.teacher_right else 'wrong'}",
         ]

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..results import Epoch, Report
-from . import figures
+from ..runs.results import Epoch, Report
+from . import format
 from .charts import Curve, Lines, Mark, Rows, bars, dots, lines
 from .subjects import Column, compared, every, measure, threads
 from .tradeoff import Spot, Tradeoff, tradeoff
@@ -13,7 +13,7 @@ def comparison(report: Report) -> list[Rows]:
     """Size, accuracy, latency: as far as they are known."""
     columns = compared(report)
     sizes = [
-        Mark(column.role, column.key, column.subject.bytes / 1e6, figures.megabytes(column.subject.bytes))
+        Mark(column.role, column.key, column.subject.bytes / 1e6, format.megabytes(column.subject.bytes))
         for column in columns
         if column.subject.bytes is not None
     ]
@@ -22,7 +22,7 @@ def comparison(report: Report) -> list[Rows]:
             column.role,
             column.key,
             score.percent,
-            figures.percent(score.percent, score.n),
+            format.percent(score.percent, score.n),
             score.low,
             score.high,
         )
@@ -34,9 +34,9 @@ def comparison(report: Report) -> list[Rows]:
             column.role,
             column.key,
             measured.p50,
-            figures.milliseconds(measured.p50),
+            format.milliseconds(measured.p50),
             high=measured.p90,
-            group=figures.threads(count),
+            group=format.threads(count),
         )
         for count in threads(report)
         for column in columns
@@ -63,7 +63,7 @@ def trade(report: Report) -> Tradeoff | None:
             return tradeoff(
                 f"{measure_title(report)} over latency",
                 spots,
-                x_name=f"median ms an image, {figures.threads(count)}",
+                x_name=f"median ms an image, {format.threads(count)}",
             )
     return None
 

@@ -1,8 +1,8 @@
 """What the report tells of each class where images have several labels."""
 
-from ..results import Report
-from ..scores import ClassScore
-from . import figures
+from ..runs.results import Report
+from ..runs.scores import ClassScore
+from . import format
 from .subjects import Column, every, shipped
 from .tables import Table
 
@@ -21,7 +21,7 @@ def classes(report: Report) -> Table:
     rows = [
         [
             name,
-            *(figures.count(counts.get(name, 0)) for counts in roles.values()),
+            *(format.count(counts.get(name, 0)) for counts in roles.values()),
             *(_precision(of.get(name)) for of in scores),
             *(_threshold(thresholds.get(name)) if thresholds else ()),
         ]
@@ -42,10 +42,10 @@ def _scores(column: Column) -> dict[str, ClassScore]:
 
 
 def _precision(of: ClassScore | None) -> str:
-    return figures.percent(of.average_precision, of.n) if of is not None else figures.MISSING
+    return format.percent(of.average_precision, of.n) if of is not None else format.MISSING
 
 
 def _threshold(of: ClassScore | None) -> tuple[str, str]:
     if of is None:
-        return figures.MISSING, figures.MISSING
-    return figures.significant(of.threshold, 2), figures.percent(of.f1, of.n)
+        return format.MISSING, format.MISSING
+    return format.significant(of.threshold, 2), format.percent(of.f1, of.n)

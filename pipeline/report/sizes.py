@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import write_text
-from ..results import Resolutions, Size, Subject
-from . import figures
+from ..runs.files import write_text
+from ..runs.results import Resolutions, Size, Subject
+from . import format
 from .scatter import Point, Scatter, Series, scatter
 from .tables import Table
 from .write import as_html, as_markdown
@@ -65,7 +65,7 @@ def _lead(found: Resolutions) -> str:
 
 def _machine(found: Resolutions) -> str:
     machine = found.environment
-    return f"{machine['cpu']}, {figures.counted(int(machine['cores allowed']), 'core')} allowed"
+    return f"{machine['cpu']}, {format.counted(int(machine['cores allowed']), 'core')} allowed"
 
 
 def _series(
@@ -81,7 +81,7 @@ def _series(
             cost, score = x(one, subject), subject.score
             if cost is None or score is None:
                 continue
-            text = f"{one.size} px {figures.percent(score.percent, score.n)} at {told(cost)}"
+            text = f"{one.size} px {format.percent(score.percent, score.n)} at {told(cost)}"
             # The two files of a size differ little: one label is enough.
             label = str(one.size) if key == KINDS[0][0] or one.student_int8 is None else ""
             points.append(Point(label, cost, score.percent, text, score.low, score.high))
@@ -99,8 +99,8 @@ def _latencies(found: Resolutions) -> list[Scatter | None]:
 
     return [
         scatter(
-            f"{_measure(found)} over latency, {figures.threads(str(threads))}",
-            _series(found, p50(threads), figures.milliseconds),
+            f"{_measure(found)} over latency, {format.threads(str(threads))}",
+            _series(found, p50(threads), format.milliseconds),
             x_name="median ms an image",
             note="with 95 % intervals",
         )
@@ -111,7 +111,7 @@ def _latencies(found: Resolutions) -> list[Scatter | None]:
 def _gmacs(found: Resolutions) -> Scatter | None:
     return scatter(
         f"{_measure(found)} over arithmetic",
-        _series(found, lambda one, _: one.gmacs, lambda gmacs: f"{figures.significant(gmacs)} GMACs"),
+        _series(found, lambda one, _: one.gmacs, lambda gmacs: f"{format.significant(gmacs)} GMACs"),
         x_name="billions of multiply-adds an image",
         note="with 95 % intervals",
     )
@@ -121,7 +121,7 @@ def table(found: Resolutions) -> Table:
     """A row for each file, the largest size first, and the teacher at the end."""
     counts = [str(count) for count in found.threads]
     columns = ["Student", "File", _measure(found), "95 % interval", "GMACs", "Size"]
-    columns += [f"{figures.threads(count)}, median" for count in counts]
+    columns += [f"{format.threads(count)}, median" for count in counts]
     columns += ["faster than the largest"]
     rows = []
     for one in found.sizes:
@@ -129,13 +129,13 @@ def table(found: Resolutions) -> Table:
             subject: Subject | None = getattr(one, key)
             if subject is None:
                 continue
-            gmacs = figures.MISSING if one.gmacs is None else figures.significant(one.gmacs)
+            gmacs = format.MISSING if one.gmacs is None else format.significant(one.gmacs)
             rows.append(
-                [f"{one.size} px", name, *_accuracy(subject), gmacs, figures.megabytes(subject.bytes)]
+                [f"{one.size} px", name, *_accuracy(subject), gmacs, format.megabytes(subject.bytes)]
                 + [_p50(subject, count) for count in counts]
                 + [_faster(subject, found.threads)]
             )
-    dashes = [figures.MISSING] * (len(columns) - 4)
+    dashes = [format.MISSING] * (len(columns) - 4)
     rows.append([f"teacher, {found.teacher_image_size} px", "torch", *_accuracy(found.teacher), *dashes])
     return Table("Sizes", columns, rows, left=2)
 
@@ -143,9 +143,9 @@ def table(found: Resolutions) -> Table:
 def _accuracy(subject: Subject) -> Sequence[str]:
     score = subject.score
     if score is None:
-        return figures.MISSING, figures.MISSING
-    interval = figures.percent_interval(score.low, score.high, score.n)
-    return figures.percent(score.percent, score.n), interval
+        return format.MISSING, format.MISSING
+    interval = format.percent_interval(score.low, score.high, score.n)
+    return format.percent(score.percent, score.n), interval
 
 
 def _measure(found: Resolutions) -> str:
@@ -154,16 +154,16 @@ def _measure(found: Resolutions) -> str:
 
 def _p50(subject: Subject, count: str) -> str:
     measured = subject.latency_ms.get(count)
-    return figures.milliseconds(measured.p50 if measured else None)
+    return format.milliseconds(measured.p50 if measured else None)
 
 
 def _faster(subject: Subject, threads: Sequence[int]) -> str:
     """On the most threads, with the paired interval."""
     measured = [one for one in subject.speedups if one.threads == max(threads)]
     if not measured:
-        return figures.MISSING
+        return format.MISSING
     [one] = measured
-    return f"{figures.times(one.ratio)} ({figures.times_interval(one.low, one.high)}), {one.verdict}"
+    return f"{format.times(one.ratio)} ({format.times_interval(one.low, one.high)}), {one.verdict}"
 
 
 def _files(found: Resolutions) -> Table:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..results import Report, Subject
+from ..runs.results import Report, Subject
 
 Verdict = Literal["faster", "no difference", "slower"]
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..results import Report, Subject
-from ..scores import Accuracy, ClassResult, Score
-from . import figures
+from ..runs.results import Report, Subject
+from ..runs.scores import Accuracy, ClassResult, Score
+from . import format
 from .headline import in_words
 from .subjects import every, measure, paces, threads
 
@@ -39,12 +39,12 @@ def comparison(report: Report) -> Table:
 
     def row(name: str, value: Callable[[Subject], str | None]) -> list[list[str]]:
         values = [value(network) for network in networks]
-        return [[name, *(one or figures.MISSING for one in values)]] if any(values) else []
+        return [[name, *(one or format.MISSING for one in values)]] if any(values) else []
 
     def latency(count: str) -> Callable[[Subject], str | None]:
         def p50(network: Subject) -> str | None:
             measured = network.latency_ms.get(count)
-            return figures.milliseconds(measured.p50) if measured else None
+            return format.milliseconds(measured.p50) if measured else None
 
         return p50
 
@@ -60,24 +60,24 @@ def comparison(report: Report) -> Table:
     rows += row("… 95 % interval", lambda s: _interval(s.agreement))
     rows += row("Select images, before export", lambda s: _percent(s.select_score))
     rows += row("… 95 % interval", lambda s: _interval(s.select_score))
-    rows += row("ONNX file", lambda s: figures.megabytes(s.bytes) if s.bytes is not None else None)
+    rows += row("ONNX file", lambda s: format.megabytes(s.bytes) if s.bytes is not None else None)
     for count in threads(report):
-        rows += row(f"Median latency, {figures.threads(count)}", latency(count))
-    rows += row("Parameters", lambda s: figures.millions(s.parameters) if s.parameters is not None else None)
+        rows += row(f"Median latency, {format.threads(count)}", latency(count))
+    rows += row("Parameters", lambda s: format.millions(s.parameters) if s.parameters is not None else None)
     rows += row(
-        "Multiply-adds", lambda s: f"{figures.significant(s.gmacs)} G" if s.gmacs is not None else None
+        "Multiply-adds", lambda s: f"{format.significant(s.gmacs)} G" if s.gmacs is not None else None
     )
-    rows += row("Export against torch", lambda s: figures.tiny(s.parity.max_abs) if s.parity else None)
-    rows += row("… by the logits’ spread", lambda s: figures.tiny(s.parity.max_rel) if s.parity else None)
+    rows += row("Export against torch", lambda s: format.tiny(s.parity.max_abs) if s.parity else None)
+    rows += row("… by the logits’ spread", lambda s: format.tiny(s.parity.max_rel) if s.parity else None)
     return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])
 
 
 def _percent(score: Score | None) -> str | None:
-    return figures.percent(score.percent, score.n) if score else None
+    return format.percent(score.percent, score.n) if score else None
 
 
 def _interval(score: Score | None) -> str | None:
-    return figures.percent_interval(score.low, score.high, score.n) if score else None
+    return format.percent_interval(score.low, score.high, score.n) if score else None
 
 
 def _counts(accuracy: Accuracy | None) -> str | None:
@@ -87,17 +87,17 @@ def _counts(accuracy: Accuracy | None) -> str | None:
 def _of_labels(subject: Subject, measured: str) -> str | None:
     """Where images have several labels."""
     score = subject.multi_label
-    return figures.percent(getattr(score, measured), score.n) if score else None
+    return format.percent(getattr(score, measured), score.n) if score else None
 
 
 def _balanced(accuracy: Accuracy | None) -> str | None:
     return (
-        figures.percent(accuracy.balanced, accuracy.n) if accuracy and accuracy.balanced is not None else None
+        format.percent(accuracy.balanced, accuracy.n) if accuracy and accuracy.balanced is not None else None
     )
 
 
 def _top5(accuracy: Accuracy | None) -> str | None:
-    return figures.percent(accuracy.top5, accuracy.n) if accuracy and accuracy.top5 is not None else None
+    return format.percent(accuracy.top5, accuracy.n) if accuracy and accuracy.top5 is not None else None
 
 
 def speedups(report: Report) -> Table:
@@ -106,11 +106,11 @@ def speedups(report: Report) -> Table:
     rows: dict[str, list[str]] = {}
     for one in measured:
         name = f"{one.column.role} against {one.over.role.lower()}"
-        row = rows.setdefault(name, [name, *[figures.MISSING] * len(counts)])
+        row = rows.setdefault(name, [name, *[format.MISSING] * len(counts)])
         row[1 + counts.index(one.threads)] = in_words(one)
     return Table(
         "Speed against each other",
-        ["", *(figures.threads(count) for count in counts)],
+        ["", *(format.threads(count) for count in counts)],
         list(rows.values()),
         note="Ratio of the median latencies, with its 95 % interval where one was measured.",
     )
@@ -130,8 +130,8 @@ def latency(report: Report) -> Table:
                     [
                         column.role,
                         count,
-                        *(figures.milliseconds(v) for v in values),
-                        figures.count(measured.n),
+                        *(format.milliseconds(v) for v in values),
+                        format.count(measured.n),
                     ]
                 )
     return Table(
@@ -154,7 +154,7 @@ def classes(report: Report) -> Table:
     rows = [
         [
             name,
-            *(figures.count(counts.get(name, 0)) for counts in roles.values()),
+            *(format.count(counts.get(name, 0)) for counts in roles.values()),
             *(_of_class(result.get(name)) for result in results),
         ]
         for name in names
@@ -169,8 +169,8 @@ def _labels(report: Report, given: Iterable[list[ClassResult]]) -> list[str]:
 
 def _of_class(result: ClassResult | None) -> str:
     if result is None or result.n == 0:
-        return figures.MISSING
-    return figures.percent(100 * result.correct / result.n)
+        return format.MISSING
+    return format.percent(100 * result.correct / result.n)
 
 
 def confused(report: Report, most: int = 20) -> Table:
@@ -190,7 +190,7 @@ def confused(report: Report, most: int = 20) -> Table:
             names[truth],
             names[answer],
             f"{count:,}",
-            figures.percent(100 * count / sum(report.confusion[truth])),
+            format.percent(100 * count / sum(report.confusion[truth])),
         ]
         for count, truth, answer in pairs[:most]
     ]

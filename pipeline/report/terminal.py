@@ -7,12 +7,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..comparison.results import ComparedRun, Comparison, Group
+from ..api.doctor import Diagnosis
 from ..console import safe_console
-from ..doctor import Diagnosis
-from ..results import Report, Resolutions
+from ..evaluation.results import ComparedRun, Comparison, Group
+from ..runs.results import Report, Resolutions
 from ..validation.results import Validation
-from . import budget, calibration, comparison, figures, sizes, validation, validation_tables
+from . import budget, calibration, comparison, format, sizes, validation, validation_tables
 from .headline import notes, title
 from .subjects import compared, measure, shipped, threads
 
@@ -37,20 +37,20 @@ def table(report: Report) -> Table:
         padding=(0, 2, 0, 0),
     )
     drawn.add_column("")
-    for name in (measure(report), "95 % interval", "size", *(figures.threads(count) for count in counts)):
+    for name in (measure(report), "95 % interval", "size", *(format.threads(count) for count in counts)):
         drawn.add_column(name, justify="right", no_wrap=True)
     for column in compared(report):
         network, score = column.subject, column.subject.score
-        interval = figures.MISSING
+        interval = format.MISSING
         if score:
-            interval = figures.percent_interval(score.low, score.high, score.n)
+            interval = format.percent_interval(score.low, score.high, score.n)
         latencies = (network.latency_ms.get(count) for count in counts)
         drawn.add_row(
             column.role,
-            figures.percent(score.percent, score.n) if score else figures.MISSING,
+            format.percent(score.percent, score.n) if score else format.MISSING,
             interval,
-            figures.megabytes(network.bytes),
-            *(figures.milliseconds(one.p50 if one else None) for one in latencies),
+            format.megabytes(network.bytes),
+            *(format.milliseconds(one.p50 if one else None) for one in latencies),
             style="bold" if column == ships else "",
         )
     return drawn
@@ -85,12 +85,12 @@ def show_validation(found: Validation, console: Console | None = None) -> None:
         score, measured = one.score, one.calibration
         drawn.add_row(
             Text(one.name),
-            figures.percent(score.percent, score.n) if score else figures.MISSING,
-            figures.percent_interval(score.low, score.high, score.n) if score else figures.MISSING,
-            *([figures.percent(one.top5.top1, one.top5.n) if one.top5 else figures.MISSING] if top5 else []),
-            figures.significant(measured.nll) if measured else figures.MISSING,
-            figures.percent(measured.ece, measured.n) if measured else figures.MISSING,
-            *([figures.percent(one.agreement.top1 if one.agreement else None, found.n)] if taught else []),
+            format.percent(score.percent, score.n) if score else format.MISSING,
+            format.percent_interval(score.low, score.high, score.n) if score else format.MISSING,
+            *([format.percent(one.top5.top1, one.top5.n) if one.top5 else format.MISSING] if top5 else []),
+            format.significant(measured.nll) if measured else format.MISSING,
+            format.percent(measured.ece, measured.n) if measured else format.MISSING,
+            *([format.percent(one.agreement.top1 if one.agreement else None, found.n)] if taught else []),
         )
     console.print(drawn)
     for pair in found.pairs:
@@ -111,7 +111,7 @@ def show_comparison(found: Comparison, console: Console | None = None) -> None:
         drawn = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
         drawn.add_column("")
         drawn.add_column("method")
-        latency = "latency" if found.threads is None else figures.threads(str(found.threads))
+        latency = "latency" if found.threads is None else format.threads(str(found.threads))
         for name in (comparison.measure(found, group), "95 % interval", latency, "size"):
             drawn.add_column(name, justify="right", no_wrap=True)
         drawn.add_column("")
@@ -133,10 +133,10 @@ def _compared(run: ComparedRun, group: Group) -> list[str]:
     return [
         run.name,
         run.method,
-        figures.percent(score.percent, score.n) if score else figures.MISSING,
-        figures.percent_interval(score.low, score.high, score.n) if score else figures.MISSING,
-        figures.milliseconds(ships.p50 if ships is not None else None),
-        figures.megabytes(ships.bytes if ships is not None else None),
+        format.percent(score.percent, score.n) if score else format.MISSING,
+        format.percent_interval(score.low, score.high, score.n) if score else format.MISSING,
+        format.milliseconds(ships.p50 if ships is not None else None),
+        format.megabytes(ships.bytes if ships is not None else None),
         "best" if run.name == group.best else noise.get(run.name, "not finished" if run.missing else ""),
     ]
 

@@ -10,8 +10,8 @@ from math import ceil, floor, isfinite, log10, sqrt
 from typing import Self
 
 from ..frontier import frontier
-from ..scores import Score
-from . import figures
+from ..runs.scores import Score
+from . import format
 from .charts import Tick, axis_number, nice, ticks
 from .labels import Label, Named, placed
 
@@ -56,9 +56,9 @@ class Spot:
         cls, name: str, key: str, score: Score, p50: float, size: int | None, *, label: str, run: str = ""
     ) -> Self:
         """Of what was measured; ``size`` in bytes."""
-        text = f"{figures.percent(score.percent, score.n)} "
-        text += f"({figures.percent_interval(score.low, score.high, score.n)}) at {figures.milliseconds(p50)}"
-        text += "" if size is None else f", {figures.megabytes(size)}"
+        text = f"{format.percent(score.percent, score.n)} "
+        text += f"({format.percent_interval(score.low, score.high, score.n)}) at {format.milliseconds(p50)}"
+        text += "" if size is None else f", {format.megabytes(size)}"
         return cls(name, key, p50, score.percent, text, score.low, score.high, size, label, run)
 
 
@@ -145,7 +145,7 @@ def _note(spots: Sequence[Spot], best: Sequence[int], *, joined: bool) -> str:
     told = []
     largest = max((spot.bytes or 0 for spot in spots), default=0)
     if largest:
-        told.append(f"Area: size of the file, the largest {figures.megabytes(largest)}.")
+        told.append(f"Area: size of the file, the largest {format.megabytes(largest)}.")
     if any(spot.low is not None for spot in spots):
         told.append("Upright line: 95 % interval.")
     if len(best) > 1:

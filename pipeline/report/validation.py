@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..results import Report, Subject
-from ..scores import Accuracy
+from ..runs.results import Report, Subject
+from ..runs.scores import Accuracy
 from ..validation.results import Network, Validation
-from . import calibration, figures, validation_tables
+from . import calibration, format, validation_tables
 from .charts import Mark, Rows, dots
 from .headline import KeyFigure, machine, score_in_words
 from .page import (
@@ -121,7 +121,7 @@ def machine_line(environment: dict[str, str]) -> str | None:
     """The machine in one line."""
     told = machine(Report(title="", command="", method="", image_size=1, environment=environment))
     threads = environment.get("threads")
-    return f"{told} · {figures.threads(threads)}" if told and threads else told
+    return f"{told} · {format.threads(threads)}" if told and threads else told
 
 
 def measure(found: Validation) -> str:
@@ -134,8 +134,8 @@ def _taught(found: Validation) -> bool:
 
 def _lead(found: Validation) -> str:
     students = sum(one.role == "student" for one in found.networks)
-    told = f"{figures.counted(students, 'file')} asked about {figures.count(found.n)} {ROLES[found.role]} "
-    told += f"of {found.data}, {figures.counted(len(found.per_class), 'class', 'classes')}"
+    told = f"{format.counted(students, 'file')} asked about {format.count(found.n)} {ROLES[found.role]} "
+    told += f"of {found.data}, {format.counted(len(found.per_class), 'class', 'classes')}"
     told += ", several of which an image may show" if found.multi_label else ""
     return f"{told}, in ONNX Runtime with the options that ship."
 
@@ -144,22 +144,22 @@ def _key_figures(found: Validation) -> list[KeyFigure]:
     first, score = found.first, found.first.score
     known = []
     if score is not None:
-        lines = [f"95 % interval {figures.percent_interval(score.low, score.high, score.n)}"]
+        lines = [f"95 % interval {format.percent_interval(score.low, score.high, score.n)}"]
         if isinstance(score, Accuracy):
-            lines.append(f"{score.correct:,} of {figures.counted(score.n, 'image')}")
+            lines.append(f"{score.correct:,} of {format.counted(score.n, 'image')}")
         lines += [f"{one.name} {score_in_words(one.score)}" for one in found.networks[1:]]
         known.append(
-            KeyFigure(figures.percent(score.percent, score.n), f"{measure(found)} of {first.name}", lines)
+            KeyFigure(format.percent(score.percent, score.n), f"{measure(found)} of {first.name}", lines)
         )
     if first.agreement is not None:
         one = first.agreement
         known.append(
             KeyFigure(
-                figures.percent(one.top1, one.n),
+                format.percent(one.top1, one.n),
                 f"{'the same labels' if found.multi_label else 'the same answer'} as the teacher",
                 [
-                    f"95 % interval {figures.percent_interval(one.low, one.high, one.n)}",
-                    f"different on {figures.counted(one.n - one.correct, 'image')}",
+                    f"95 % interval {format.percent_interval(one.low, one.high, one.n)}",
+                    f"different on {format.counted(one.n - one.correct, 'image')}",
                 ],
             )
         )
@@ -167,11 +167,11 @@ def _key_figures(found: Validation) -> list[KeyFigure]:
         measured = first.calibration
         known.append(
             KeyFigure(
-                figures.percent(measured.ece, measured.n),
+                format.percent(measured.ece, measured.n),
                 "expected calibration error",
                 [
                     "95 % interval "
-                    f"{figures.percent_interval(measured.ece_low, measured.ece_high, measured.n)}",
+                    f"{format.percent_interval(measured.ece_low, measured.ece_high, measured.n)}",
                     calibration.verdict(measured),
                 ],
             )
@@ -192,7 +192,7 @@ def _scores(found: Validation) -> Rows | None:
             _cut(one.name, 14),
             _key(one),
             score.percent,
-            figures.percent(score.percent, score.n),
+            format.percent(score.percent, score.n),
             score.low,
             score.high,
         )
@@ -209,7 +209,7 @@ def _recall(network: Network) -> Rows | None:
         return None
     marks = [
         Mark(
-            _cut(one.label, 14), _key(network), share.top1, figures.percent(share.top1), share.low, share.high
+            _cut(one.label, 14), _key(network), share.top1, format.percent(share.top1), share.low, share.high
         )
         for one in network.per_class
         if (share := one.recall) is not None
@@ -223,7 +223,7 @@ def _cut(text: str, most: int) -> str:
 
 def _mistakes(found: Validation) -> str:
     first, shown = found.first, len(found.examples)
-    told = f"The file {first.name} has {figures.counted(first.mistakes, 'image')} wrong"
+    told = f"The file {first.name} has {format.counted(first.mistakes, 'image')} wrong"
     told += ", the surest answers first" if first.mistakes > 1 else ""
     told += f"; here are {shown}, all are in mistakes.csv" if shown < first.mistakes else ""
     told += ". Each with its probability" + (

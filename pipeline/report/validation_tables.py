@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from ..scores import Accuracy, Score
+from ..runs.scores import Accuracy, Score
 from ..validation.results import ClassMeasure, Network, Pair, Validation
-from . import figures
+from . import format
 from .tables import Table
 
 MOST_CONFUSED = 20
@@ -16,7 +16,7 @@ def networks(found: Validation) -> Table:
 
     def row(name: str, value: Callable[[Network], str | None]) -> list[list[str]]:
         values = [value(one) for one in every]
-        return [[name, *(one or figures.MISSING for one in values)]] if any(values) else []
+        return [[name, *(one or format.MISSING for one in values)]] if any(values) else []
 
     rows = row("mAP" if found.multi_label else "Accuracy", lambda one: _percent(one.score))
     rows += row("95 % interval", lambda one: _interval(one.score))
@@ -28,18 +28,18 @@ def networks(found: Validation) -> Table:
     rows += row("F1, mean over classes", lambda one: _of_labels(one, "macro_f1"))
     rows += row("Agreement with the teacher", lambda one: _percent(one.agreement))
     rows += row("… 95 % interval", lambda one: _interval(one.agreement))
-    rows += row("NLL", lambda one: figures.significant(one.calibration.nll) if one.calibration else None)
-    rows += row("ECE", lambda one: figures.percent(one.calibration.ece, found.n) if one.calibration else None)
-    rows += row("ONNX file", lambda one: figures.megabytes(one.bytes))
+    rows += row("NLL", lambda one: format.significant(one.calibration.nll) if one.calibration else None)
+    rows += row("ECE", lambda one: format.percent(one.calibration.ece, found.n) if one.calibration else None)
+    rows += row("ONNX file", lambda one: format.megabytes(one.bytes))
     return Table("Files", ["", *(one.name for one in every)], rows)
 
 
 def _percent(score: Score | None) -> str | None:
-    return figures.percent(score.percent, score.n) if score else None
+    return format.percent(score.percent, score.n) if score else None
 
 
 def _interval(score: Score | None) -> str | None:
-    return figures.percent_interval(score.low, score.high, score.n) if score else None
+    return format.percent_interval(score.low, score.high, score.n) if score else None
 
 
 def _counts(accuracy: Accuracy | None) -> str | None:
@@ -48,12 +48,12 @@ def _counts(accuracy: Accuracy | None) -> str | None:
 
 def _balanced(accuracy: Accuracy | None) -> str | None:
     known = accuracy is not None and accuracy.balanced is not None
-    return figures.percent(accuracy.balanced, accuracy.n) if accuracy and known else None
+    return format.percent(accuracy.balanced, accuracy.n) if accuracy and known else None
 
 
 def _of_labels(one: Network, measured: str) -> str | None:
     score = one.multi_label
-    return figures.percent(getattr(score, measured), score.n) if score else None
+    return format.percent(getattr(score, measured), score.n) if score else None
 
 
 def pairs(found: Validation) -> Table:
@@ -63,7 +63,7 @@ def pairs(found: Validation) -> Table:
             f"{one.first} against {one.second}",
             f"{one.first_alone:,}",
             f"{one.second_alone:,}",
-            figures.points(one.points, found.n),
+            format.points(one.points, found.n),
             p_value(one.p),
             p_value(one.p_holm),
             in_words(one),
@@ -88,7 +88,7 @@ def told(one: Pair, n: int) -> str:
     """int8 against fp32: −0.3 points, no measurable difference (p = 1.000)."""
     p = p_value(one.p_holm)
     p = f"p {p}" if p.startswith("<") else f"p = {p}"
-    return f"{one.first} against {one.second}: {figures.points(one.points, n)}, {in_words(one)} ({p})"
+    return f"{one.first} against {one.second}: {format.points(one.points, n)}, {in_words(one)} ({p})"
 
 
 def p_value(p: float) -> str:
@@ -100,10 +100,10 @@ def classes(network: Network) -> Table:
     precise = {one.label: one for one in network.multi_label.classes} if network.multi_label else {}
     rows = []
     for one in network.per_class:
-        row = [one.label, figures.count(one.n), *_share(one.recall), *_share(one.precision), _f1(one)]
+        row = [one.label, format.count(one.n), *_share(one.recall), *_share(one.precision), _f1(one)]
         if precise:
             of = precise.get(one.label)
-            row.append(figures.MISSING if of is None else figures.percent(of.average_precision, of.n))
+            row.append(format.MISSING if of is None else format.percent(of.average_precision, of.n))
         rows.append(row)
     names = ["class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1"]
     note = "Recall: of a class’s images, those that are answered so. Precision: of the answers, those right."
@@ -114,18 +114,18 @@ def classes(network: Network) -> Table:
 
 def _share(share: Accuracy | None) -> tuple[str, str]:
     if share is None:
-        return figures.MISSING, figures.MISSING
-    return figures.percent(share.top1), figures.percent_interval(share.low, share.high)
+        return format.MISSING, format.MISSING
+    return format.percent(share.top1), format.percent_interval(share.low, share.high)
 
 
 def _f1(one: ClassMeasure) -> str:
-    return figures.percent(one.f1)
+    return format.percent(one.f1)
 
 
 def confused(network: Network) -> Table:
     """The pairs of classes that are confused most often."""
     rows = [
-        [one.label, one.answer, figures.count(one.n), figures.percent(one.share)]
+        [one.label, one.answer, format.count(one.n), format.percent(one.share)]
         for one in network.confused[:MOST_CONFUSED]
     ]
     more = len(network.confused) - len(rows)
@@ -140,7 +140,7 @@ def files(found: Validation) -> Table:
             one.file,
             one.source,
             f"{one.image_size} px",
-            figures.megabytes(one.bytes),
+            format.megabytes(one.bytes),
             one.sha256,
             "" if one.fused else f"made for {one.target}, asked without integer kernels",
         ]

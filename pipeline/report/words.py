@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..results import Report
+from ..runs.results import Report
 from ..word_results import ShownWord, Words
-from . import figures
+from . import format
 from .charts import Curve, Lines, lines
 from .png import png
 from .tables import Table
@@ -55,7 +55,7 @@ def sentences(report: Report) -> list[str]:
         dead = (
             f"{one.dead:,} {'word' if one.dead == 1 else 'words'}{of} {'is' if one.dead == 1 else 'are'} no"
         )
-        most = figures.significant(100 * one.usage[0][1] / one.features_used, 2)
+        most = format.significant(100 * one.usage[0][1] / one.features_used, 2)
         first = dead if one.dead else f"Every word{of} is some"
         told.append(f"{first} feature’s nearest; the most used one is that of {most} % of the features.")
     return told
@@ -70,8 +70,8 @@ def _usage(one: Words, *, several: bool) -> Lines | None:
 def _shown(one: ShownWord, words: Words) -> Shown:
     place = f"Word {one.rank:,} of {words.words:,}"
     patches = [found for patch in one.patches if (found := png(patch)[0])]
-    share = f"nearest to {figures.significant(one.share, 2)} % of the features"
-    what = figures.counted(len(patches), "patch", "patches")
+    share = f"nearest to {format.significant(one.share, 2)} % of the features"
+    what = format.counted(len(patches), "patch", "patches")
     return Shown(place, share, f"{place} by use: the {what} of images nearest to it", patches)
 
 
@@ -83,7 +83,7 @@ def _note(words: Words, report: Report) -> str:
     told += "first and each of another image"
     if words.patch is not None and words.seen is not None:
         told += f": {words.patch} × {words.patch} pixels around a position of the map, looked for in "
-        told += figures.counted(words.seen, "image")
+        told += format.counted(words.seen, "image")
     return f"{told}."
 
 
@@ -92,11 +92,11 @@ def table(report: Report) -> Table:
         [
             one.teacher,
             one.level,
-            figures.count(one.words) + (f" (of {one.asked:,} asked)" if one.asked != one.words else ""),
+            format.count(one.words) + (f" (of {one.asked:,} asked)" if one.asked != one.words else ""),
             f"{one.features_used:,} of {one.features:,}",
-            figures.number(one.perplexity),
-            figures.percent(100 * one.perplexity / one.words) if one.words else figures.MISSING,
-            figures.number(one.mu),
+            format.number(one.perplexity),
+            format.percent(100 * one.perplexity / one.words) if one.words else format.MISSING,
+            format.number(one.mu),
         ]
         for one in report.words
     ]

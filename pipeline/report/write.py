@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...export.plain_text import spelled_out
-from ..files import write_changed
-from ..results import Report
+from ...export.text import spelled_out
+from ..runs.files import write_changed
+from ..runs.results import Report
 from ..sealed import with_checksum
 from .page import page
 from .tables import Table

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..rounds import kind
+from ..config.stages import kind
 
 if TYPE_CHECKING:
-    from ..job import Job
-    from ..run_folder import Done
+    from ..runs.folder import Done
+    from ..training.job import Job
 
 
 def stage_run(name: str) -> "Callable[[Job], Done]":
-    """The function that does a stage; see :func:`~questpress.pipeline.rounds.stages_of`."""
+    """The function that does a stage; see :func:`~questpress.pipeline.config.stages.stages_of`."""
     run: Callable[[Job], Done] = import_module(f".{kind(name)}", __package__).run
     return run

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...export.onnx_export import OUTPUT, export_onnx
+from ...export.conversion.onnx_export import OUTPUT, export_onnx
 from ...export.parity import check_parity
 from ...export.runtime import ImageError, allowed_cores, decode_image, metadata, normalise
 from ..bench_images import INPUTS, SYNTHETIC_SIZE, different, synthetic
-from ..bench_measure import Protocol, Subject, measure
-from ..bench_report import LATER, bench_facts
-from ..bench_results import Bench, TimedFile
-from ..files import sha256, whole
+from ..evaluation.latency import Protocol, Subject, measure
 from ..int8_results import Int8Search
-from ..job import Job, Member, takes_pixels
-from ..run_folder import Done
+from ..report.assemble import LATER, bench_facts
+from ..runs.bench_results import Bench, TimedFile
+from ..runs.files import sha256, whole
+from ..runs.folder import Done
 from ..trained import trained_network
+from ..training.job import Job, Member, takes_pixels
 from .export import STUDENT_ONNX, origin
 
 FOLDER = Path("bench")

@@ -5,16 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from ...export.onnx_export import OnnxFile, export_onnx, with_metadata
+from ...export.conversion.onnx_export import OnnxFile, export_onnx, with_metadata
+from ...export.conversion.pixel_input import front_of
 from ...export.parity import check_parity
 from ...export.runtime import metadata, normalise
 from ...export.uint8_front import Outside
-from ...export.uint8_input import front_of
-from ..files import whole
-from ..job import Job, takes_pixels
-from ..run_folder import Done
-from ..shipped import tempered, thresholds
+from ..evaluation.inference import tempered, thresholds
+from ..runs.files import whole
+from ..runs.folder import Done
 from ..trained import trained_network
+from ..training.job import Job, takes_pixels
 
 PARITY_IMAGES = 32
 ARTIFACT = Path("artifact")

@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from ...models.weights import classifier_weight
-from .. import evaluate, methods
-from ..data.image_set import Role
+from .. import methods
+from ..data.dataset import Role
 from ..data.schedule import FIXED_SEED
-from ..device import inference_engine, use_threads
-from ..files import digest, whole
-from ..job import Job
+from ..evaluation import metrics
 from ..methods.base import Method, Parameters, Preparation, Readout
-from ..run_folder import Done
+from ..runs.device import inference_engine, use_threads
+from ..runs.files import digest, whole
+from ..runs.folder import Done
 from ..trained import load_teacher, trained_network, weights_digest
 from ..trainee import Teacher
+from ..training.job import Job
 
 SCRATCH = "scratch"
 
@@ -76,7 +77,7 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
     def seen(t: int, reads: frozenset[str], most: int) -> Iterator[tuple[np.ndarray, Readout]]:
         role: Role = "select" if job.data.role("select") else "train"
         pixels, _, _ = job.rendered(role, tutors[t], most)
-        for first, batch in evaluate.batches(pixels, job.device):
+        for first, batch in metrics.batches(pixels, job.device):
             yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
 
     def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:

@@ -2,7 +2,7 @@
 
 The exported graph is trained, with its batch norm folded and rewritten as it will be quantized; every
 rounding stands where ONNX Runtime's quantizer puts it. Weights and ranges learn together (see
-``export/fake_quantize.py``), and the quantizer gets both. Weights of 8 bits are fine-tuned by a fraction of
+``export/int8/fake_quantize.py``), and the quantizer gets both. Weights of 8 bits are fine-tuned by a fraction of
 the student's learning rate (Jacob et al., CVPR 2018, arXiv 1712.05877, section 3).
 """
 
@@ -11,24 +11,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...export import targets
+from ...export.int8 import targets
 from ...export.runtime import normalise
-from .. import evaluate, qat
-from ..calibration_images import calibration_batches, calibration_images
-from ..data.image_set import Role
+from .. import qat
+from ..data.dataset import Role
 from ..data.render import Normalise
-from ..device import Engine, threads, use_threads
+from ..evaluation import metrics
 from ..heads import load_embed, load_heads
 from ..int8_results import Recovery
-from ..job import Job
-from ..learning import engine, learn, plan
-from ..quantized_student import QuantizedReadouts, normalise_for
-from ..report.figures import counted
-from ..run_folder import Done
+from ..report.format import counted
+from ..runs.device import Engine, threads, use_threads
+from ..runs.folder import Done
 from ..store.of_run import schedule_of
-from ..student_task import reads_of, student_task
-from ..task import DistillationTask
 from ..trained import trained_network
+from ..training.job import Job
+from ..training.quantized import QuantizedReadouts, normalise_for
+from ..training.student import reads_of, student_task
+from ..training.task import DistillationTask
+from ..training.trainer import engine, learn, plan
+from .calibration_images import calibration_batches, calibration_images
 from .export import STUDENT_ONNX
 from .student import HEADS
 
@@ -109,5 +110,5 @@ def _accuracy(job: Job, task: DistillationTask, role: Role) -> float | None:
         return None
     exact = Engine("cpu", threads(), "fp32")
     network, given = task.network.cpu(), task.trainee.normalise.cpu()
-    answers: np.ndarray = evaluate.logits(network, given, pixels, exact).numpy()
-    return evaluate.percent(answers, labels.numpy())
+    answers: np.ndarray = metrics.logits(network, given, pixels, exact).numpy()
+    return metrics.percent(answers, labels.numpy())

@@ -9,23 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from ...export import bench, targets
-from ...export.float_nodes import KEPT, float_nodes
-from ...export.machine import has_vnni, is_arm
-from ...export.quantize import Int8File, prepare
+from ...export.int8 import targets
+from ...export.int8.float_nodes import KEPT, float_nodes
+from ...export.int8.quantizer import Int8File, prepare
+from ...export.int8.search import Candidate, Search, Verdict, search
+from ...export.latency import runner
+from ...export.latency.machine import has_vnni, is_arm
 from ...export.ranges import METHODS
 from ...export.runtime import int8_flags
-from ...export.search import Candidate, Search, Verdict, search
 from ..budget import Budget
-from ..calibration_images import CalibrationImages, calibration_batches, calibration_images
-from ..files import whole
+from ..evaluation.inference import shipped_logits
 from ..int8_results import FloatPart, Int8Search, TriedInt8
-from ..job import Job
 from ..qat import recovered
 from ..report.budget import missed
-from ..run_folder import Done
-from ..scores import Speedup
-from ..shipped import shipped_logits
+from ..runs.files import whole
+from ..runs.folder import Done
+from ..runs.scores import Speedup
+from ..training.job import Job
+from .calibration_images import CalibrationImages, calibration_batches, calibration_images
 from .export import ARTIFACT, STUDENT_ONNX
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
@@ -112,13 +113,13 @@ def _judge(job: Job, budget: Budget, pixels: np.ndarray, target: str) -> Callabl
     return lambda file: budget.verdict(shipped_logits(job, file, pixels, fuse=fuse))
 
 
-def _times(job: Job, result: Search, target: str, inputs: np.ndarray) -> bench.BenchResult | None:
+def _times(job: Job, result: Search, target: str, inputs: np.ndarray) -> runner.BenchResult | None:
     """Latency of every candidate and of the fp32 file, on one thread, in the same rounds."""
     if targets.timed_here([target])[target] is not None:
         return None
-    subjects = [bench.Subject("fp32", job.folder.path / STUDENT_ONNX, inputs)]
-    subjects += [bench.Subject(one.file.path.name, one.file.path, inputs) for one in result.candidates]
-    return bench.bench(
+    subjects = [runner.Subject("fp32", job.folder.path / STUDENT_ONNX, inputs)]
+    subjects += [runner.Subject(one.file.path.name, one.file.path, inputs) for one in result.candidates]
+    return runner.bench(
         subjects,
         threads=[1],
         seconds=min(SECONDS, job.options.bench_seconds),
@@ -134,7 +135,7 @@ def _told(
     role: str,
     n: int,
     budget: Budget,
-    times: bench.BenchResult | None,
+    times: runner.BenchResult | None,
 ) -> Int8Search:
     chosen = result.chosen
     tried = [_tried(one, chosen, times) for one in result.candidates]
@@ -158,7 +159,7 @@ def _told(
     )
 
 
-def _tried(one: Candidate, chosen: Candidate | None, times: bench.BenchResult | None) -> TriedInt8:
+def _tried(one: Candidate, chosen: Candidate | None, times: runner.BenchResult | None) -> TriedInt8:
     p50, speedup = None, None
     if times is not None:
         p50 = times.latency(one.file.path.name, 1).p50

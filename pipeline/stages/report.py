@@ -7,17 +7,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...export.artifact import tool_versions
-from .. import methods, recipes
-from ..bench_report import with_later_bench
+from .. import methods
+from ..config import recipes
+from ..config.stages import kind, number
 from ..errors import UsageError
-from ..job import Job
 from ..methods.feed import RECONSTRUCTION
+from ..report.assemble import with_later_bench
 from ..report.card import write_beside
-from ..report.figures import together
+from ..report.format import together
 from ..report.write import writable, write_report
-from ..results import Epoch, Reconstruction, Report, StageTime
-from ..rounds import kind, number
-from ..run_folder import Done, RunFolder
+from ..runs.folder import Done, RunFolder
+from ..runs.results import Epoch, Reconstruction, Report, StageTime
+from ..training.job import Job
 from .export import ARTIFACT
 
 FILES = ("report.html", "report.md", "report.json")

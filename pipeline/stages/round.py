@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from safetensors import safe_open
 
-from ..job import Job
-from ..run_folder import Done
+from ..runs.folder import Done
+from ..training.job import Job
 from . import prepare, student
 
 

@@ -6,22 +6,23 @@ from typing import Any
 import numpy as np
 
 from ...models.checkpoint import save_weights
-from .. import evaluate, methods
-from ..data.image_set import Role
-from ..device import Engine, choose_engine, use_threads
-from ..files import whole
+from ...models.initialize import parameters, start, student_source
+from .. import methods
+from ..data.dataset import Role
+from ..evaluation import metrics
 from ..heads import save_heads
-from ..job import Job
-from ..learning import engine, learn, plan
-from ..networks import parameters, start, student_source
-from ..report import figures
-from ..results import BalancedWeight, Round, StoreUse, Subject
-from ..run_folder import Done
+from ..report import format
+from ..runs.device import Engine, choose_engine, use_threads
+from ..runs.files import whole
+from ..runs.folder import Done
+from ..runs.results import BalancedWeight, Round, StoreUse, Subject
 from ..store.of_run import schedule_of
-from ..store.store import Store
-from ..student_task import student_task
-from ..task import DistillationTask
 from ..trained import weights_metadata
+from ..training.job import Job
+from ..training.student import student_task
+from ..training.task import DistillationTask
+from ..training.teacher_cache import Store
+from ..training.trainer import engine, learn, plan
 
 HEADS = "student.heads.safetensors"
 """The methods' heads in the run folder, for quantization-aware training."""
@@ -77,7 +78,7 @@ def run(job: Job) -> Done:
     )
     select = _answers(job, task, chosen, "select")
     if select is not None:
-        subject = subject.model_copy(update=evaluate.selected(*select))
+        subject = subject.model_copy(update=metrics.selected(*select))
     score = subject.select_score
     measured = f": {score.told} of {score.n} select images" if score is not None else ""
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
@@ -101,7 +102,7 @@ def _answers(
     if not len(labels):
         return None
     exact = Engine(job.device, chosen.threads, "fp32")
-    answers = evaluate.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
+    answers = metrics.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
     return answers, labels.numpy()
 
 
@@ -113,7 +114,7 @@ def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) 
         teacher=job.tutors[0].name if job.place == 0 else f"round {job.place}",
         seed=job.seed,
         select_accuracy=subject.select_score,
-        accuracy=None if test is None else evaluate.score(*test),
+        accuracy=None if test is None else metrics.score(*test),
         file=job.student.file,
     )
     return [*job.folder.facts().get("rounds", [])[: job.place], mine.model_dump(exclude_none=True)]
@@ -123,11 +124,11 @@ def _say_store(job: Job, store: Store) -> None:
     store.open(schedule_of(job).needed(0))
     use, images = _use(job, store), len(job.train.images)
     views = f"all {use.views} views" if use.complete else f"{use.views} fixed views"
-    lost = "" if use.lost_mass is None else f", without {figures.significant(100 * use.lost_mass)} % of p_T"
+    lost = "" if use.lost_mass is None else f", without {format.significant(100 * use.lost_mass)} % of p_T"
     job.display.note(
         f"the teachers' answers to {views} of each image are stored in {job.cache.root}: "
-        f"{use.bytes_per_view // images:,} bytes a view{lost}, {figures.megabytes(use.bytes_per_view)} a "
-        f"view of all images, {figures.megabytes(use.views * use.bytes_per_view)} in all"
+        f"{use.bytes_per_view // images:,} bytes a view{lost}, {format.megabytes(use.bytes_per_view)} a "
+        f"view of all images, {format.megabytes(use.views * use.bytes_per_view)} in all"
     )
 
 

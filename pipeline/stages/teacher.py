@@ -9,20 +9,21 @@ from torch import nn
 
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
-from .. import calibration, evaluate, multi_label, train_images
-from ..data.image_set import ROLES, Role
+from ...models.initialize import Start, parameters, start
+from .. import train_images
+from ..data.dataset import ROLES, Role
 from ..data.render import Normalise
-from ..device import Engine, choose_engine, use_threads
 from ..errors import JobError
-from ..files import whole
-from ..job import Job, Member
-from ..learning import engine, learn, plan
-from ..networks import Start, parameters, start
-from ..report.figures import together
-from ..results import DataSummary, Subject
-from ..run_folder import Done
-from ..task import DistillationTask
+from ..evaluation import calibration, metrics, multi_label
+from ..report.format import together
+from ..runs.device import Engine, choose_engine, use_threads
+from ..runs.files import whole
+from ..runs.folder import Done
+from ..runs.results import DataSummary, Subject
 from ..trained import weights_metadata
+from ..training.job import Job, Member
+from ..training.task import DistillationTask
+from ..training.trainer import engine, learn, plan
 
 ANSWERS = "teacher_answers.safetensors"
 """The logits on the test role of each teacher that has a head, fp32: what the student is compared with."""
@@ -178,7 +179,7 @@ def _measure(
         return None
     geometry = job.geometry(member)
     normalise = Normalise(geometry.mean, geometry.std).to(job.device)
-    mine = evaluate.logits(
+    mine = metrics.logits(
         network,
         normalise,
         pixels[job.ranks.mine(len(pixels))],
@@ -192,11 +193,11 @@ def _scores(job: Job, member: Member, test: np.ndarray, select: np.ndarray | Non
     """What its answers to the test and the select images tell of a teacher, as fields of ``Subject``."""
     labels, selecting = (job.rendered(role, member)[1].numpy() for role in ("test", "select"))
     if select is None:
-        return evaluate.measured(test, labels, job.data.classes)
+        return metrics.measured(test, labels, job.data.classes)
     thresholds = multi_label.choose_thresholds(select, selecting) if job.data.multi_label else None
     return {
-        **evaluate.measured(test, labels, job.data.classes, thresholds),
-        **evaluate.selected(select, selecting),
+        **metrics.measured(test, labels, job.data.classes, thresholds),
+        **metrics.selected(select, selecting),
     }
 
 
@@ -239,7 +240,7 @@ def _near_chance(job: Job, logits: np.ndarray, labels: np.ndarray) -> tuple[str,
             return None
         share = f"{by_chance:.1f} %, the mean share of images that show a class"
         return f"has mAP {score.map:.1f} % on the {score.n}", share
-    measured = evaluate.accuracy(logits, labels)
+    measured = metrics.accuracy(logits, labels)
     chance = 100 * float(np.bincount(labels).max()) / len(labels)
     if measured.top1 >= NEAR_CHANCE * chance and measured.low > chance:
         return None
@@ -264,7 +265,7 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
     labels = job.rendered("test", job.teachers[0])[1].numpy()
     logits = calibration.together(answers, multilabel=job.data.multi_label)
     thresholds = multi_label.mean_thresholds(subjects)
-    return found.model_copy(update=evaluate.measured(logits, labels, job.data.classes, thresholds))
+    return found.model_copy(update=metrics.measured(logits, labels, job.data.classes, thresholds))
 
 
 def _data(job: Job) -> DataSummary:

@@ -7,21 +7,22 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ...export.artifact import ShippedFile, write_manifest
-from ...export.onnx_export import OnnxFile, describe
-from ...export.quantize import recipe_of
+from ...export.conversion.onnx_export import OnnxFile, describe
+from ...export.int8.quantizer import recipe_of
+from ...export.int8.targets import right_here
 from ...export.runtime import Classifier
-from ...export.targets import right_here
 from ...models.pretrained import is_free
-from .. import calibration, evaluate, per_image
-from ..evaluate import agreement
-from ..examples import examples, said
+from ..evaluation import calibration, metrics
+from ..evaluation.examples import examples, said
+from ..evaluation.inference import shipped_logits
+from ..evaluation.metrics import agreement
+from ..evaluation.multi_label import thresholds_of
 from ..int8_results import Int8Search
-from ..job import Job, takes_pixels
-from ..multi_label import thresholds_of
-from ..results import Subject
-from ..run_folder import Done
-from ..scores import Calibration, Score
-from ..shipped import shipped_logits
+from ..runs import predictions
+from ..runs.folder import Done
+from ..runs.results import Subject
+from ..runs.scores import Calibration, Score
+from ..training.job import Job, takes_pixels
 from .export import ARTIFACT, STUDENT_ONNX, origin
 from .quantize import STUDENT_INT8
 from .teacher import ANSWERS
@@ -48,7 +49,7 @@ def run(job: Job) -> Done:
     thresholds = Classifier(file.read_bytes(), file.name).thresholds
     of_teacher = thresholds_of(Subject.model_validate(job.folder.facts()["teacher"]))
     measured = {
-        key: evaluate.measured(logits, labels, classes, thresholds)
+        key: metrics.measured(logits, labels, classes, thresholds)
         | ({} if teacher is None else {"agreement": agreement(logits, teacher, thresholds, of_teacher)})
         for key, logits in answers.items()
     }
@@ -59,7 +60,7 @@ def run(job: Job) -> Done:
     }
     _calibrate(job, facts, answers, labels)
     if not job.data.multi_label:
-        facts["confusion"] = evaluate.confusion(shipped, labels)
+        facts["confusion"] = metrics.confusion(shipped, labels)
     said_by_teacher = None if teacher is None else said(teacher, classes, of_teacher)
     said_by_student = said(shipped, classes, thresholds)
     facts["examples"] = [
@@ -74,10 +75,10 @@ def run(job: Job) -> Done:
     ]
     outputs = [MANIFEST.as_posix()]
     if not job.data.multi_label:
-        per_image.write_predictions(
-            job.folder.path / per_image.PREDICTIONS_FILE, decoded.keys.numpy(), labels, answers
+        predictions.write_predictions(
+            job.folder.path / predictions.PREDICTIONS_FILE, decoded.keys.numpy(), labels, answers
         )
-        outputs.append(per_image.PREDICTIONS_FILE)
+        outputs.append(predictions.PREDICTIONS_FILE)
     _warn(job, scores["student"], labels)
     _write_manifest(job, scores["student"], of_targets, thresholds)
     alike, score = subjects[ships].agreement, scores[ships]
@@ -113,9 +114,7 @@ def _of_targets(
             scores[name] = first
             continue
         logits = shipped_logits(job, job.folder.path / file, images, fuse=right_here(name))
-        found = Subject(
-            name="", weights="", **evaluate.measured(logits, labels, job.data.classes, thresholds)
-        )
+        found = Subject(name="", weights="", **metrics.measured(logits, labels, job.data.classes, thresholds))
         assert found.score is not None
         scores[name] = found.score
     return scores

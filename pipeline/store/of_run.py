@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..data.schedule import FIXED_SEED, Schedule
-from ..device import Engine
-from ..files import digest
-from ..job import Job, Member
 from ..methods.base import Answer, Method
+from ..runs.device import Engine
+from ..runs.files import digest
 from ..trained import load_teacher, weights_digest
-from .store import Source, Store
+from ..training.job import Job, Member
+from ..training.teacher_cache import Source, Store
 
 
 def schedule_of(job: Job) -> Schedule:

@@ -1,1 +1,1 @@
-"""What `compress validate` is made of; see `pipeline/validate.py`."""
+"""What `compress validate` is made of; see `pipeline/api/validate.py`."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...export.runtime import Pixels, Preprocessing, render
-from .. import calibration
+from ..api.validate_inputs import Asked
+from ..data.dataset import Image, Progress, Skipped
 from ..data.decode import check_unreadable, made_of_each
-from ..data.image_set import Image, Progress, Skipped
 from ..errors import UsageError
-from .networks import Asked
+from ..evaluation import calibration
 
 BATCH = 32
 

@@ -11,16 +11,16 @@ from typing import Literal, get_args
 import numpy as np
 
 from .. import train_images
+from ..api.validate_inputs import Asked
 from ..config_file import read_config
+from ..data.dataset import ROLES, Image, Progress, Role, Skipped, in_order, printable
 from ..data.given import Given
-from ..data.image_set import ROLES, Image, Progress, Role, Skipped, in_order, printable
-from ..data.open import open_data, read_data
-from ..data.split import listed
+from ..data.sources import open_data, read_data
+from ..data.splits import listed
 from ..errors import UsageError
-from ..files import digest
-from ..report.figures import counted
-from ..run_folder import RunFolder
-from .networks import Asked
+from ..report.format import counted
+from ..runs.files import digest
+from ..runs.folder import RunFolder
 
 Part = Literal["train", "select", "test", "all"]
 PARTS: tuple[Part, ...] = get_args(Part)

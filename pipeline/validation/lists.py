@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...export.runtime import render
+from ..api.validate_answers import in_order_of, thresholds_of
+from ..api.validate_inputs import Asked
 from ..csv_cells import harmless
+from ..data.dataset import Image
 from ..data.decode import pixels_or_reason
-from ..data.image_set import Image
-from ..evaluate import AT_ONCE
-from ..examples import LARGEST, said, several
-from ..results import Example
+from ..evaluation.examples import LARGEST, said, several
+from ..evaluation.metrics import AT_ONCE
+from ..runs.results import Example
 from ..thumbnail import thumbnail
-from .measure import in_order_of, thresholds_of
-from .networks import Asked
 
 COLUMNS = (
     "network", "file", "label", "answer", "probability", "right", "teacher_answer", "teacher_probability",

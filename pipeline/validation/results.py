@@ -5,8 +5,8 @@ Accuracies, shares and probabilities of calibration are percentages, those of si
 
 from typing import Literal
 
-from ..results import Example
-from ..scores import Accuracy, Calibration, MultiLabelScore, Result, Score
+from ..runs.results import Example
+from ..runs.scores import Accuracy, Calibration, MultiLabelScore, Result, Score
 
 VALIDATION_SCHEMA_VERSION = 1
 

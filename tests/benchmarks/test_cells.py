@@ -133,7 +133,7 @@ def test_seeds_are_spoken_as_mean_and_deviation() -> None:
 
 def test_the_crd_table_names_networks_and_recipes_that_exist() -> None:
     from questpress.models.names import resolve
-    from questpress.pipeline import recipes
+    from questpress.pipeline.config import recipes
 
     crd = load("crd")
     for teacher, student, published in crd.PAIRS.values():

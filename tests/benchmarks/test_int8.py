@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from questpress.export.bench import BenchResult, environment, summarise
+from questpress.export.latency.runner import BenchResult, environment, summarise
 
 from .test_cells import load
 

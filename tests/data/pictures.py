@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as PillowImage
-from questpress.pipeline.data.image_set import Image, array_key
+from questpress.pipeline.data.dataset import Image, array_key
 
 
 def pixels(seed: int, height: int = 12, width: int = 16) -> np.ndarray:

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.cache import Cache
 from questpress.pipeline.errors import JobError
+from questpress.pipeline.runs.cache import Cache
 
 
 def writing(text: str):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Preprocessing, decode_image, render
-from questpress.pipeline.cache import Cache
+from questpress.pipeline.data.dataset import Skipped
 from questpress.pipeline.data.decode import Canonical, check_unreadable, decode, rendered
-from questpress.pipeline.data.folders import open_folder
-from questpress.pipeline.data.image_set import Skipped
-from questpress.pipeline.data.open import open_data
+from questpress.pipeline.data.sources import open_data
+from questpress.pipeline.data.sources.folders import open_folder
 from questpress.pipeline.errors import JobError
+from questpress.pipeline.runs.cache import Cache
 
 from .pictures import folder, in_memory, pixels, save, smooth
 

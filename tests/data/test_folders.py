@@ -2,8 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data.folders import one_role_alone, open_folder
-from questpress.pipeline.data.image_set import ROLES
+from questpress.pipeline.data.dataset import ROLES
+from questpress.pipeline.data.sources.folders import one_role_alone, open_folder
 from questpress.pipeline.errors import UsageError
 
 from .pictures import folder, save

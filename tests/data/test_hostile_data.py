@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import ImageError, decode_image
+from questpress.pipeline.data.dataset import Image, array_key
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.headers import sampled_sizes
-from questpress.pipeline.data.image_set import Image, array_key
-from questpress.pipeline.data.open import open_data
+from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.errors import UsageError
 
 from .pictures import folder, pixels, save

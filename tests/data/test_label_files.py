@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from questpress.pipeline.data.image_set import ImageSet
-from questpress.pipeline.data.open import open_data
+from questpress.pipeline.data.dataset import ImageSet
+from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.errors import UsageError
 
 from .pictures import save

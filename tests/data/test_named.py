@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PillowImage
-from questpress.pipeline.data import named
-from questpress.pipeline.data.image_set import ROLES
-from questpress.pipeline.data.open import open_data
+from questpress.pipeline.data.dataset import ROLES
+from questpress.pipeline.data.sources import open_data, timm_datasets
 from questpress.pipeline.errors import UsageError
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -87,7 +86,7 @@ def test_an_unknown_set_of_torchvision_is_refused(tmp_path: Path) -> None:
     [("hfds/cifar10", "datasets"), ("WDS/shop", "webdataset"), ("tfds/mnist", "tensorflow-datasets")],
 )
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, data: str, package: str) -> None:
-    monkeypatch.setattr(named, "find_spec", lambda _: None)
+    monkeypatch.setattr(timm_datasets, "find_spec", lambda _: None)
     assert f"pip install {package}" in refused(data)
 
 
@@ -96,7 +95,7 @@ def test_a_stream_of_unknown_length_is_refused(monkeypatch: pytest.MonkeyPatch) 
         raise ValueError("Dataset length is unknown, please pass `num_samples` explicitly.")
 
     monkeypatch.setattr("timm.data.create_dataset", create)
-    monkeypatch.setattr(named, "find_spec", lambda _: True)
+    monkeypatch.setattr(timm_datasets, "find_spec", lambda _: True)
     assert "use hfds/" in refused("hfids/someone/pets")
 
 
@@ -150,7 +149,7 @@ def of_timm(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any]) -> None:
         return splits[split]
 
     monkeypatch.setattr("timm.data.create_dataset", create)
-    monkeypatch.setattr(named, "find_spec", lambda _: True)
+    monkeypatch.setattr(timm_datasets, "find_spec", lambda _: True)
 
 
 def test_a_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,7 +162,7 @@ def test_a_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_streamed_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of_timm(monkeypatch, {"train": Streamed(40)})
-    monkeypatch.setattr(named, "IN_MEMORY", 20 * 6 * 8 * 3)
+    monkeypatch.setattr(timm_datasets, "IN_MEMORY", 20 * 6 * 8 * 3)
     assert "held in memory" in refused("wds/pets", data_dir=tmp_path)
 
 

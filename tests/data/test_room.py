@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.cache import Cache
 from questpress.pipeline.data import headers, room
 from questpress.pipeline.data.decode import Canonical, decode
-from questpress.pipeline.data.folders import open_folder
 from questpress.pipeline.data.room import canonical_bytes, choose
+from questpress.pipeline.data.sources.folders import open_folder
+from questpress.pipeline.runs.cache import Cache
 
 from .pictures import folder, in_memory, pixels
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import decode_image
-from questpress.pipeline.data import named
+from questpress.pipeline.data.dataset import ROLES, ImageSet
 from questpress.pipeline.data.decode import Canonical, decode
-from questpress.pipeline.data.image_set import ROLES, ImageSet
-from questpress.pipeline.data.open import open_data
-from questpress.pipeline.data.streamed import measured
+from questpress.pipeline.data.sources import open_data, timm_datasets
+from questpress.pipeline.data.streaming import measured
 from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.errors import UsageError
 
@@ -76,7 +75,7 @@ def refused(root: Path) -> str:
 
 
 def test_images_in_shards_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(named, "IN_MEMORY", 0)
+    monkeypatch.setattr(timm_datasets, "IN_MEMORY", 0)
     images = opened(shop(tmp_path))
     assert images.classes == ("0", "1") and images.counts["train"] == [12, 12]
     assert images.counts["test"] == [3, 3]
@@ -137,7 +136,7 @@ def test_a_label_that_is_no_number_is_named(tmp_path: Path) -> None:
 def test_what_is_no_plain_tar_file_goes_to_timms_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(named, "find_spec", lambda _: None)
+    monkeypatch.setattr(timm_datasets, "find_spec", lambda _: None)
     shop(tmp_path)
     shard(tmp_path / "shop-val-0.tar", samples(30, 6), "w:gz")
     assert "pip install webdataset" in refused(tmp_path)
@@ -190,7 +189,7 @@ def test_a_table_of_hugging_faces_is_read_at_random_by_workers(
 def test_a_shard_that_is_packed_or_empty_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(named, "find_spec", lambda _: None)
+    monkeypatch.setattr(timm_datasets, "find_spec", lambda _: None)
     if mode == "empty":
         (tmp_path / "train.tar").touch()
     else:

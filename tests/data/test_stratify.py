@@ -4,8 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
-from questpress.pipeline.data.image_set import ROLES, Image, ImageSet
-from questpress.pipeline.data.split import assemble
+from questpress.pipeline.data.dataset import ROLES, Image, ImageSet
+from questpress.pipeline.data.splits import assemble
 from questpress.pipeline.errors import UsageError
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image as PillowImage
 from questpress.export.runtime import Preprocessing
-from questpress.pipeline.cache import Cache
+from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode, rendered
-from questpress.pipeline.data.folders import open_folder
-from questpress.pipeline.data.image_set import Image
 from questpress.pipeline.data.render import Views
-from questpress.pipeline.data.streamed import StreamedViews, measured, rendered_batches
+from questpress.pipeline.data.sources.folders import open_folder
+from questpress.pipeline.data.streaming import StreamedViews, measured, rendered_batches
 from questpress.pipeline.data.views import ViewPolicy
 from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.errors import JobError
+from questpress.pipeline.runs.cache import Cache
 
 from .pictures import in_memory, pixels, save, smooth
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from questpress.export import bench_process, runtime
-from questpress.export.bench import LEAST_ROUNDS, Subject, bench
 from questpress.export.bench_process import Worker
 from questpress.export.errors import ExportError
-from questpress.export.machine import environment
+from questpress.export.latency.machine import environment
+from questpress.export.latency.runner import LEAST_ROUNDS, Subject, bench
 
 from .networks import colour_classifier
 
@@ -77,7 +77,7 @@ def test_idle_workers_cost_no_time(tmp_path: Path) -> None:
 
 def test_the_worker_imports_no_torch() -> None:
     code = (
-        "import sys, questpress.export.bench_worker\n"
+        "import sys, questpress.export.latency.bench_worker\n"
         "print([m for m in ('torch', 'onnx', 'timm', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -92,7 +92,7 @@ def test_a_bench_runs_from_python_c_in_a_folder_with_misleading_names(tmp_path: 
 import sys
 sys.path = [entry for entry in sys.path if entry]
 import numpy
-from questpress.export.bench import Subject, bench
+from questpress.export.latency.runner import Subject, bench
 inputs = numpy.zeros((2, 3, 8, 8), numpy.float32)
 print(bench([Subject("a", {str(s.path)!r}, inputs)], threads=[1], seconds=0.05).latencies[0].n > 0)
 """
@@ -185,7 +185,7 @@ def test_the_environment_names_the_processor_and_no_host() -> None:
 SLEEPER = """
 import sys
 import time
-from questpress.export.bench_worker import serve
+from questpress.export.latency.bench_worker import serve
 
 def load(model, threads, shape):
     assert model.endswith("a.onnx") and shape == (1, 3, 8, 8)

@@ -7,11 +7,11 @@ import torch
 from onnx import helper, numpy_helper
 from questpress.export import bias_correction
 from questpress.export.bias_correction import bias_corrected, with_all_biases
-from questpress.export.fake_quantize import FakeQuantized
-from questpress.export.quantize import Prepared, quantize
+from questpress.export.int8.fake_quantize import FakeQuantized
+from questpress.export.int8.quantizer import Prepared, quantize
+from questpress.export.int8.targets import target
 from questpress.export.ranges import calibrate_ranges
 from questpress.export.scope import int8_scope
-from questpress.export.targets import target
 
 from .graphs import answers, assert_same_answers, graph_of, weights
 

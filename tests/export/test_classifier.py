@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, read_manifest, write_manifest
-from questpress.export.onnx_export import OnnxFile
+from questpress.export.conversion.onnx_export import OnnxFile
 from questpress.export.runtime import ArtifactError, Classifier, ImageError, Preprocessing
 
 from .networks import LABELS, PREPROCESSING, colour_classifier

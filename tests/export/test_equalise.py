@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from questpress.export.equalise import CLEAR, equalised, layer_pairs
-from questpress.export.quantize import Prepared
+from questpress.export.int8.correction import CLEAR, equalised, layer_pairs
+from questpress.export.int8.quantizer import Prepared
 from questpress.export.rewriting import rewrite
 from questpress.export.scope import int8_scope
 

@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 from onnx import helper
-from questpress.export import quantize, runtime
-from questpress.export.float_nodes import (
+from questpress.export import runtime
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8 import quantizer
+from questpress.export.int8.float_nodes import (
     BETWEEN,
     GIVES_FLOAT,
     KEPT,
@@ -20,10 +22,9 @@ from questpress.export.float_nodes import (
     FloatNode,
     float_nodes,
 )
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import Scope, int8_scope, quantize_int8
+from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
+from questpress.export.int8.targets import TARGETS
 from questpress.export.rewriting import RULES
-from questpress.export.targets import TARGETS
 
 from .graphs import graph_of, weights
 
@@ -77,7 +78,7 @@ def test_what_was_kept_on_purpose_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         first = next(n.name for n in model.graph.node if n.op_type == "Conv")
         return Scope(int8_scope(model).op_types, (first,))
 
-    monkeypatch.setattr(quantize, "int8_scope", scope)
+    monkeypatch.setattr(quantizer, "int8_scope", scope)
     path = int8_of("resnet18", tmp_path)
     stem = next(n.name for n in onnx.load(str(path)).graph.node if n.op_type == "Conv")
     assert FloatNode(stem, "Conv", KEPT) in float_nodes(path, [stem])

@@ -10,10 +10,10 @@ import pytest
 import timm
 from onnx import TensorProto, helper, numpy_helper
 from questpress.export import foreign_graphs
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.conversion.untrusted import read_foreign
 from questpress.export.errors import ExportError
-from questpress.export.foreign import read_foreign
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import quantize_int8
+from questpress.export.int8.quantizer import quantize_int8
 
 from .hostile_onnx import HARMS, define, external, little
 

@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 from onnx import helper, numpy_helper
+from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import ExportError
 from questpress.export.graph_network import GraphNetwork, with_weights
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import prepare
+from questpress.export.int8.quantizer import prepare
 
 from .graphs import answers, graph_of, weights
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from questpress.export import runtime
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import prepare
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8.quantizer import prepare
+from questpress.export.int8.search import Verdict, search
+from questpress.export.int8.targets import target
 from questpress.export.ranges import METHODS
-from questpress.export.search import Verdict, search
-from questpress.export.targets import target
 from sklearn.datasets import load_digits
 from torch import nn
 

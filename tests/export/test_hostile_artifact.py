@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from PIL import Image
-from questpress.export import command, runtime
+from questpress.export import predict_cli, runtime
 from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, refuse_outside
 
 from . import hostile_onnx
@@ -249,7 +249,7 @@ def test_names_do_not_steer_the_terminal(artifact: Path, capsys: pytest.CaptureF
     photo = artifact.parent / "photo\x1b[2J.png"
     Image.new("RGB", (8, 8), "red").save(photo)
     for more in ([], ["--json"]):
-        assert command.main(["--artifact", str(folder), "--threads", "1", *more, str(photo)]) == 0
+        assert predict_cli.main(["--artifact", str(folder), "--threads", "1", *more, str(photo)]) == 0
         told = capsys.readouterr().out
         assert all(letter.isprintable() or letter in " \n" for letter in told)
         if more:
@@ -258,8 +258,8 @@ def test_names_do_not_steer_the_terminal(artifact: Path, capsys: pytest.CaptureF
             escaped = "red\\x1b]0;owned\\x07\\x9b31m\\u202eder\\ud800\\u2028"
             assert "photo\\x1b[2J.png" in told and escaped in told
     photo.write_text("no image")
-    assert command.main(["--artifact", str(folder), "--threads", "1", str(photo)]) == 1
-    assert command.main(["--artifact", f"{folder}\x1b[2J", str(photo)]) == 1
+    assert predict_cli.main(["--artifact", str(folder), "--threads", "1", str(photo)]) == 1
+    assert predict_cli.main(["--artifact", f"{folder}\x1b[2J", str(photo)]) == 1
     assert "\x1b" not in capsys.readouterr().err
 
 
@@ -268,7 +268,7 @@ def test_a_network_that_cannot_answer_is_an_error_and_no_traceback(
 ) -> None:
     file = colours(tmp_path, other_size)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "photo.png")
-    assert command.main(["--artifact", str(file), str(tmp_path / "photo.png")]) == 1
+    assert predict_cli.main(["--artifact", str(file), str(tmp_path / "photo.png")]) == 1
     assert capsys.readouterr().err.startswith("Error: onnxruntime cannot run x.onnx")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from questpress.export.early_stopping import estimate, least_runs
-from questpress.export.latency import PERCENTILES, Latency, _order_statistics, summarise
+from questpress.export.latency.statistics import PERCENTILES, Latency, _order_statistics, summarise
 from questpress.export.speedup import PROCESS_SPREAD, Spread, process_spread, speedup
 from scipy.stats import binom
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from questpress.export import noise
-from questpress.export.bench import Subject, bench
 from questpress.export.cores import governor, pinned
-from questpress.export.latency import summarise
-from questpress.export.noise import Reading
+from questpress.export.latency import noise
+from questpress.export.latency.noise import Reading
+from questpress.export.latency.runner import Subject, bench
+from questpress.export.latency.statistics import summarise
 
 # A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
 # a fifth of one a process. It serves requests itself, so that it starts in no time.

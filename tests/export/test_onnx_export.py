@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.bench import Subject, bench
+from questpress.export.conversion.onnx_export import OnnxFile, export_onnx
 from questpress.export.errors import ExportError
-from questpress.export.onnx_export import OnnxFile, export_onnx
+from questpress.export.int8.quantizer import quantize_int8
+from questpress.export.latency.runner import Subject, bench
 from questpress.export.opset import LEAST_OPSET, greatest_opset
 from questpress.export.parity import check_parity
-from questpress.export.quantize import quantize_int8
 from timm.layers import StdConv2d
 from torch import nn
 
@@ -230,7 +230,7 @@ def test_a_network_that_cannot_be_exported_is_named_and_no_file_is_left(tmp_path
 def test_a_network_beyond_protobufs_limit_keeps_its_weights_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("questpress.export.onnx_export.SINGLE_FILE", 1000)
+    monkeypatch.setattr("questpress.export.conversion.onnx_export.SINGLE_FILE", 1000)
     network = small_conv_net()
     file = export_onnx(network, tmp_path / "big.onnx", 16, metadata=METADATA)
     data = tmp_path / "big.onnx.data"
@@ -291,7 +291,7 @@ def test_an_opset_out_of_range_is_refused(opset: int, tmp_path: Path) -> None:
 def test_an_opset_that_the_exporter_did_not_honour_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("questpress.export.onnx_export.check_opset", lambda _: None)
+    monkeypatch.setattr("questpress.export.conversion.onnx_export.check_opset", lambda _: None)
     with pytest.raises(ExportError, match="cannot be written in opset 17: the exporter wrote opset 18; ask"):
         export_onnx(small_conv_net(), tmp_path / "a.onnx", 16, metadata={}, opset=17)
     assert not list(tmp_path.iterdir())

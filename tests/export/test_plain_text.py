@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from questpress.export.plain_text import json_spelled_out, spelled_out
+from questpress.export.text import json_spelled_out, spelled_out
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import timm
 import torch
 from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
+from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import ExportError
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import quantize_int8
+from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.scope import int8_scope
 from sklearn.datasets import load_digits
 from torch import nn
@@ -103,7 +103,7 @@ def test_the_same_input_gives_the_same_bytes_in_any_process(fp32: Path, tmp_path
     here = quantize_int8(fp32, tmp_path / "here.onnx", [images(16)])
     np.save(tmp_path / "images.npy", images(16))
     code = (
-        "import numpy, sys; from questpress.export.quantize import quantize_int8; "
+        "import numpy, sys; from questpress.export.int8.quantizer import quantize_int8; "
         "quantize_int8(sys.argv[1], sys.argv[2], [numpy.load(sys.argv[3])])"
     )
     for seed in ("1", "2"):

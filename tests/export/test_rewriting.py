@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from onnx import helper
-from questpress.export.onnx_export import export_onnx
+from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.rewriting import RULES, rewrite
 from torch import nn
 

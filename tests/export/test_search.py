@@ -12,15 +12,15 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from questpress.export import ranges
+from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import CalibratorError, ExportError
-from questpress.export.fake_quantize import FakeQuantized
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import Prepared, prepare, quantize, recipe_of
+from questpress.export.int8.fake_quantize import FakeQuantized
+from questpress.export.int8.quantizer import Prepared, prepare, quantize, recipe_of
+from questpress.export.int8.search import Judge, Learned, Search, Verdict, search
+from questpress.export.int8.targets import target
 from questpress.export.ranges import METHODS, calibrate_ranges
 from questpress.export.scope import int8_scope
-from questpress.export.search import Judge, Learned, Search, Verdict, search
 from questpress.export.sensitivity import sensitivity
-from questpress.export.targets import target
 
 from .graphs import graph_of, weights
 from .networks import small_conv_net

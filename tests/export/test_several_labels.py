@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
-from questpress.export.onnx_export import OnnxFile, with_metadata
+from questpress.export.conversion.onnx_export import OnnxFile, with_metadata
 from questpress.export.runtime import ArtifactError, Classifier
 
 from .test_classifier import LABELS, PREPROCESSING, colour_classifier

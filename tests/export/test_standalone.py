@@ -1,7 +1,7 @@
 import ast
 from pathlib import Path
 
-from questpress.export import command, plain_text, runtime
+from questpress.export import predict_cli, runtime, text
 from questpress.export.standalone import predict_py, write_predict
 
 
@@ -11,7 +11,7 @@ def names(source: str) -> list[str]:
 
 
 def test_it_is_the_runtime_and_the_command_and_no_name_is_taken_twice() -> None:
-    ours = [Path(module.__file__).read_text(encoding="utf-8") for module in (runtime, plain_text, command)]
+    ours = [Path(module.__file__).read_text(encoding="utf-8") for module in (runtime, text, predict_cli)]
     made = names(predict_py())
     assert made == [name for source in ours for name in names(source)]
     assert len(made) == len(set(made))

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from questpress.models.build import build
 from questpress.models.checkpoint import read_checkpoint
-from questpress.models.cifar_resnet import ZeroPadShortcut
-from questpress.models.cifar_shuffle import shuffled
+from questpress.models.cifar.resnet import ZeroPadShortcut
+from questpress.models.cifar.shufflenet import shuffled
 from questpress.models.weights import load_into
 from torch import nn
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from questpress.models.build import build
 from questpress.models.errors import ModelError
+from questpress.models.projection import Widened, merged, widen
 from questpress.models.readout import Readouts
 from questpress.models.weights import classifier_weight
-from questpress.models.widen import Widened, merged, widen
 from torch import nn
 
 NETWORKS = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from click.testing import CliRunner, Result
 from PIL import Image as PillowImage
-from questpress.pipeline.cli import cli
+from questpress.pipeline.cli.main import cli
 from questpress.pipeline.lock import FILE as LOCK
 from safetensors.numpy import load_file
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["questpress.pipeline.run", "questpress.pipeline.stages.student"])
+CONTEXT.set_forkserver_preload(["questpress.pipeline.api.run", "questpress.pipeline.stages.student"])
 
 
 class Started:
@@ -49,7 +49,7 @@ def start(folder: Path, do: Callable[..., Any], *arguments: Any, count: int = 2)
 
 def command(*arguments: str | Path) -> None:
     """The command line."""
-    from questpress.pipeline.cli import cli
+    from questpress.pipeline.cli.main import cli
 
     if hasattr(os, "sched_setaffinity"):  # one thread each
         allowed = sorted(os.sched_getaffinity(0))

@@ -66,7 +66,7 @@ def test_it_writes_nothing_and_tells_nobody(
     for asked in (
         predict(device, "photos/red/000.png"),
         subprocess.run(
-            [sys.executable, "-c", "import questpress.export.targets"], capture_output=True, text=True
+            [sys.executable, "-c", "import questpress.export.int8.targets"], capture_output=True, text=True
         ),
         subprocess.run(
             little.command("predict", device / "artifact", device / "photos"), capture_output=True, text=True

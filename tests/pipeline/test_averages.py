@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 from questpress.pipeline.averages import Averages
-from questpress.pipeline.checkpoint import Checkpoint
-from questpress.pipeline.results import Epoch
-from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import train
+from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.loop import train
+from questpress.pipeline.training.task import DistillationTask
 from torch import nn
 
 from . import little

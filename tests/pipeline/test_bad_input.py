@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image as PillowImage
-from questpress.pipeline.run import _over as over
-from questpress.pipeline.run import read_options
+from questpress.pipeline.api.run import _over as over
+from questpress.pipeline.api.run import read_options
 
 from . import little
 from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refused, report
@@ -443,7 +443,7 @@ def test_a_batch_larger_than_the_data_learns_at_the_rate_of_what_there_is(data, 
 
 
 def test_a_student_that_no_file_holds_is_refused_before_it_is_trained(data, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("questpress.export.onnx_export.SINGLE_FILE", 10_000)
+    monkeypatch.setattr("questpress.export.conversion.onnx_export.SINGLE_FILE", 10_000)
     refused(job(data, tmp_path / "run", cache), 2, "--student cifar_resnet8", "2 GB")
     assert not (tmp_path / "run").exists()
 

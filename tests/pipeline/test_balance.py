@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
-from questpress.pipeline import balance
-from questpress.pipeline.balance import STEPS, Balance, pull
+from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.api.run import read_options
+from questpress.pipeline.methods import gradient_balance
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.dkd import Dkd
 from questpress.pipeline.methods.dkd import Parameters as DkdParameters
+from questpress.pipeline.methods.gradient_balance import STEPS, Balance, pull
 from questpress.pipeline.methods.kd import Kd, Parameters
-from questpress.pipeline.methods.quest import Quest
-from questpress.pipeline.resolve import resolve
-from questpress.pipeline.run import read_options
-from questpress.pipeline.task import DistillationTask
+from questpress.pipeline.methods.quest.quest import Quest
+from questpress.pipeline.training.task import DistillationTask
 from torch import Tensor
 
 from . import little
@@ -141,7 +141,9 @@ def test_the_last_map_of_every_student_family_lies_on_the_way_to_its_logits(stud
 def test_an_interrupted_training_goes_on_with_the_balance_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(balance, "STEPS", 5)  # of three steps an epoch: the comparison ends in the second
+    monkeypatch.setattr(
+        gradient_balance, "STEPS", 5
+    )  # of three steps an epoch: the comparison ends in the second
 
     def task():
         return distillation(weights={"quest": 1000.0}, balance=True)

@@ -10,14 +10,14 @@ import onnx
 import pytest
 import questpress.pipeline.bench as verb
 from questpress.pipeline import bench_images
-from questpress.pipeline.bench import MLPERF, NORMAL, QUICK, bench
-from questpress.pipeline.bench_files import find, timed_teachers
-from questpress.pipeline.bench_measure import Subject
-from questpress.pipeline.bench_report import bench_facts
-from questpress.pipeline.bench_results import Bench, NoiseFlag
+from questpress.pipeline.api.bench import MLPERF, NORMAL, QUICK, bench
 from questpress.pipeline.errors import JobError, UsageError
+from questpress.pipeline.evaluation.latency import Subject
 from questpress.pipeline.onnx_input import onnx_input
-from questpress.pipeline.run_folder import RunFolder
+from questpress.pipeline.report.assemble import bench_facts
+from questpress.pipeline.runs.artifacts import find, timed_teachers
+from questpress.pipeline.runs.bench_results import Bench, NoiseFlag
+from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.stages.report import assemble
 
 from ..export.networks import colour_classifier
@@ -283,7 +283,7 @@ def test_files_for_other_processors_are_left_out_and_named(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = {"x86": "made for x86", "x86-vnni": "made for x86-vnni", "arm64": "made for arm64"}
-    monkeypatch.setattr("questpress.pipeline.bench_files.timed_here", lambda _: left)
+    monkeypatch.setattr("questpress.pipeline.runs.artifacts.timed_here", lambda _: left)
     found = find([finished], tmp_path)
     assert [one.name for one in found.found] == ["teacher", "fp32"]
     assert len(found.notes) == 1 and found.notes[0].startswith("student.int8.onnx is made for")

@@ -4,9 +4,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from questpress.pipeline import bounded_yaml
+from questpress.pipeline.api.run import read_options
+from questpress.pipeline.config import bounded_yaml
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.run import read_options
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -9,8 +9,8 @@ import pytest
 from questpress.export.runtime import Classifier
 from questpress.pipeline.data.digits import open_digits
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.results import Report
-from questpress.pipeline.shipped import check_tempered
+from questpress.pipeline.evaluation.inference import check_tempered
+from questpress.pipeline.runs.results import Report
 
 from . import little
 from .little import refused, report

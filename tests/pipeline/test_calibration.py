@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline import calibration
-from questpress.pipeline.calibration import Answers, bin_of, measure, together
 from questpress.pipeline.errors import JobError
+from questpress.pipeline.evaluation import calibration
+from questpress.pipeline.evaluation.calibration import Answers, bin_of, measure, together
 from questpress.pipeline.temperature import HIGHEST, LOWEST, fit_temperature
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from questpress.pipeline.clock import MOST_UNREAD, Clock
+from questpress.pipeline.training.monitoring.profiling import MOST_UNREAD, Clock
 
 
 class Time:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 import pytest
-from questpress.pipeline import defaults
-from questpress.pipeline.cli import COMMANDS, cli
-from questpress.pipeline.commands.run_options import GROUPS
-from questpress.pipeline.options import Options, group
+from questpress.pipeline.cli.main import COMMANDS, cli
+from questpress.pipeline.cli.options import GROUPS
+from questpress.pipeline.config import defaults
+from questpress.pipeline.config.options import Options, group
 
 from . import little
 from .little import command, compress, python
@@ -25,7 +25,7 @@ HEAVY = "{'torch', 'timm', 'torchvision', 'onnx', 'onnxruntime', 'sklearn', 'fai
 def test_help_imports_nothing_heavy_and_takes_less_than_half_a_second_of_cpu(arguments):
     code = (
         "import sys, time\n"
-        "from questpress.pipeline.cli import cli\n"
+        "from questpress.pipeline.cli.main import cli\n"
         "try: cli(sys.argv[1:], prog_name='compress')\n"
         "except SystemExit as end: assert not end.code\n"
         f"print('heavy:', sorted({HEAVY} & set(sys.modules)))\n"
@@ -123,7 +123,7 @@ def test_models_without_a_pattern_lists_names_alone_and_quickly():
 
 def test_importing_the_package_does_not_import_torch():
     result = python(
-        "import sys, questpress.pipeline, questpress.pipeline.cli, questpress.export.runtime\n"
+        "import sys, questpress.pipeline, questpress.pipeline.cli.main, questpress.export.runtime\n"
         "assert 'torch' not in sys.modules"
     )
     assert result.returncode == 0, result.stderr
@@ -165,7 +165,7 @@ def test_a_wrong_command_gets_the_nearest_one():
 
 
 def test_colours_are_off_when_asked():
-    code = "from questpress.pipeline.progress import Display\nDisplay(quiet=False).warn('a colour')"
+    code = "from questpress.pipeline.runs.console import Display\nDisplay(quiet=False).warn('a colour')"
     coloured = python(code, FORCE_COLOR="1", NO_COLOR="")
     plain = python(code, FORCE_COLOR="1", NO_COLOR="1")
     assert "\x1b[33m" in coloured.stderr

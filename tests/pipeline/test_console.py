@@ -1,9 +1,9 @@
 import io
 
 import pytest
-from questpress.pipeline.commands.told import ended
+from questpress.pipeline.cli.errors import ended
 from questpress.pipeline.console import safe_console
-from questpress.pipeline.progress import Display
+from questpress.pipeline.runs.console import Display
 from rich.table import Table
 from rich.text import Text
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from questpress.export.errors import ExportError
 from questpress.pipeline import curves, lock
-from questpress.pipeline.checkpoint import Checkpoint
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.files import whole
 from questpress.pipeline.methods.features import Features
-from questpress.pipeline.metrics import Log
+from questpress.pipeline.runs.files import whole
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.monitoring.metrics import Log
 
 from . import little
 from .little import compress, job, record, refused, report
@@ -102,10 +102,12 @@ class Folder:
 
 
 def test_a_curve_goes_on_from_the_checkpoint_and_not_from_a_damaged_file(tmp_path, monkeypatch, finished):
-    monkeypatch.setattr("questpress.pipeline.metrics.Trackers", lambda *_: lambda *_: None)
+    monkeypatch.setattr(
+        "questpress.pipeline.training.monitoring.metrics.Trackers", lambda *_: lambda *_: None
+    )
     folder = Folder(tmp_path)
     run = type("Job", (), {"folder": folder, "display": Display(), "ranks": type("R", (), {"lead": True})})()
-    from questpress.pipeline.results import Epoch
+    from questpress.pipeline.runs.results import Epoch
 
     epochs = [Epoch.model_validate(one) for one in report(finished)["epochs"] if one["stage"] == "student"]
     log = Log(run, "student")
@@ -228,7 +230,7 @@ def test_a_dying_disk_is_one_sentence(a_run, monkeypatch):
     def dying(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run.json")
 
-    monkeypatch.setattr("questpress.pipeline.report_again.report_again", dying)
+    monkeypatch.setattr("questpress.pipeline.api.again.report_again", dying)
     refused(compress("report", a_run), 1, "run.json: Input/output error")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from questpress.pipeline import doctor
+from questpress.pipeline.api import doctor
 
 from .little import compress
 

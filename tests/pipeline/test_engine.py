@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from questpress.pipeline.device import Engine, free_memory
-from questpress.pipeline.learning import engine
+from questpress.pipeline.runs.device import Engine, free_memory
+from questpress.pipeline.training.trainer import engine
 
 
 class Run:

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from questpress.pipeline.evaluate import accuracy, agreement, confusion, per_class
-from questpress.pipeline.scores import Accuracy
+from questpress.pipeline.evaluation.metrics import accuracy, agreement, confusion, per_class
+from questpress.pipeline.runs.scores import Accuracy
 
 
 def one_hot(answers: list[int], classes: int) -> np.ndarray:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from questpress.pipeline import bounded_json
-from questpress.pipeline.cache import Cache
+from questpress.pipeline.api import teacher_cache
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.run_folder import RunFolder
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.sealed import sealed
-from questpress.pipeline.store import manage
 
 from .little import compress, refused
 
@@ -159,9 +159,9 @@ def test_an_entry_of_the_store_of_another_form_is_counted_as_unreadable(
         (tmp_path / "answers" / name).mkdir(parents=True)
         text = said if isinstance(said, str) else json.dumps(said)
         (tmp_path / "answers" / name / "about.json").write_text(text)
-    found, broken = manage.stored(Cache(tmp_path))
+    found, broken = teacher_cache.stored(Cache(tmp_path))
     assert len(found) == 1 and broken == 1
-    manage.list_store(Cache(tmp_path), as_json=False)
+    teacher_cache.list_store(Cache(tmp_path), as_json=False)
     assert "1 of the entries cannot be read" in capsys.readouterr().out
 
 
@@ -170,7 +170,7 @@ def test_names_in_the_store_do_not_steer_the_terminal(
 ) -> None:
     (tmp_path / "answers" / "a").mkdir(parents=True)
     (tmp_path / "answers" / "a" / "about.json").write_text(json.dumps(about(teacher="t\x1b[2J\u202e")))
-    manage.list_store(Cache(tmp_path), as_json=False)
+    teacher_cache.list_store(Cache(tmp_path), as_json=False)
     told = capsys.readouterr().out
     assert "t\\x1b[2J" in told and "\x1b" not in told and "\u202e" not in told
 

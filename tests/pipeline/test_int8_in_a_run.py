@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
 from questpress.export.runtime import Classifier
 from questpress.pipeline.int8_results import FloatPart, TriedInt8
-from questpress.pipeline.scores import Speedup
+from questpress.pipeline.runs.scores import Speedup
 from questpress.pipeline.stages import quantize
 
 from . import little

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from questpress.pipeline import stages
-from questpress.pipeline.files import whole, write_text
-from questpress.pipeline.options import STAGES
+from questpress.pipeline.config.options import STAGES
+from questpress.pipeline.runs.files import whole, write_text
 
 from . import little
 from .little import files, job, record, report, weights

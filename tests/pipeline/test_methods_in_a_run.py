@@ -6,7 +6,7 @@ import onnx
 import pytest
 from questpress.models.build import build
 from questpress.pipeline import methods
-from questpress.pipeline.student_task import weights_of_losses
+from questpress.pipeline.training.student import weights_of_losses
 from safetensors.torch import load_file
 
 from . import little

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from questpress.pipeline import train as loop
 from questpress.pipeline.batches import Batch
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.meter import Meter
 from questpress.pipeline.micro_batch import MicroBatch
-from questpress.pipeline.ranks import Ranks
-from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import backward
+from questpress.pipeline.training import loop
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.loop import backward
+from questpress.pipeline.training.task import DistillationTask
 
 from . import little
 from .little import job, record, weights

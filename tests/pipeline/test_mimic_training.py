@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from questpress.models.build import build, geometry
-from questpress.models.widen import Widened, widen
+from questpress.models.projection import Widened, widen
 from questpress.pipeline.methods import lsh, mimic
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.optimizer import build_optimizer
-from questpress.pipeline.task import DistillationTask
 from questpress.pipeline.trainee import Teacher
+from questpress.pipeline.training.optimizer import build_optimizer
+from questpress.pipeline.training.task import DistillationTask
 from torch import nn
 
 from .test_train import CLASSES, ENGINE, SIDE, Interrupted, equal, interrupt_in, learn, network, plan, state

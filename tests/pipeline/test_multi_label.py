@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from questpress.export.runtime import sigmoid
-from questpress.pipeline import methods, multi_label
+from questpress.pipeline import methods
 from questpress.pipeline.cross_entropy import cross_entropy
-from questpress.pipeline.data.label_files import open_label_file
+from questpress.pipeline.data.sources.label_files import open_label_file
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.examples import said
+from questpress.pipeline.evaluation import multi_label
+from questpress.pipeline.evaluation.examples import said
 from questpress.pipeline.meter import Meter
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.ranks import Ranks
+from questpress.pipeline.training.compute.distributed import Ranks
 from sklearn.metrics import average_precision_score, f1_score
 
 N, C = 60, 4

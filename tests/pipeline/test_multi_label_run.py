@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 from questpress.export.runtime import Classifier, sigmoid
-from questpress.pipeline import multi_label
-from questpress.pipeline.data.open import open_data
+from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.validate import validate
+from questpress.pipeline.data.sources import open_data
+from questpress.pipeline.evaluation import multi_label
 from questpress.pipeline.report.terminal import table
-from questpress.pipeline.resolve import resolve
-from questpress.pipeline.results import Report
-from questpress.pipeline.run import read_options
-from questpress.pipeline.validate import validate
+from questpress.pipeline.runs.results import Report
 from safetensors.numpy import load_file
 
 from . import little

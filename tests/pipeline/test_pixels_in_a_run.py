@@ -78,7 +78,7 @@ def test_predict_reads_a_photo(of_pixels: Path, data: Path) -> None:
 def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
     data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("questpress.export.uint8_input.fold_normalisation", lambda *_: None)
+    monkeypatch.setattr("questpress.export.conversion.pixel_input.fold_normalisation", lambda *_: None)
     result = little.job(data, tmp_path, cache, "--input", "uint8")
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(tmp_path)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 from questpress.export.bias_correction import with_all_biases
-from questpress.export.fake_quantize import FakeQuantized
-from questpress.export.onnx_export import export_onnx
-from questpress.export.quantize import prepare, quantize
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8.fake_quantize import FakeQuantized
+from questpress.export.int8.quantizer import prepare, quantize
+from questpress.export.int8.targets import target
 from questpress.export.ranges import calibrate_ranges
-from questpress.export.targets import target
 from questpress.models.build import build
 from questpress.models.readout import Readouts
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.quantized_student import QuantizedReadouts
+from questpress.pipeline.training.quantized import QuantizedReadouts
 from safetensors.numpy import load_file
 
 from .little import job, report

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.methods import parameters, word_loss
+from questpress.pipeline.methods import parameters
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.methods.quest import Parameters, Quest, WordPrediction
-from questpress.pipeline.methods.vocabulary import perplexity
+from questpress.pipeline.methods.quest import loss
+from questpress.pipeline.methods.quest.quest import Parameters, Quest, WordPrediction
+from questpress.pipeline.methods.quest.vocabulary import perplexity
 from questpress.pipeline.methods.word_targets import assign
 from scipy.special import log_softmax, softmax
 
@@ -253,7 +254,7 @@ def test_the_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements,
         return [loss.detach(), student.grad, one.weight.grad, one.gamma.grad, *quest_.watched().values()]
 
     whole = learned()
-    monkeypatch.setattr(word_loss, "CACHED", elements)
+    monkeypatch.setattr(loss, "CACHED", elements)
     for ours, theirs in zip(learned(), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 

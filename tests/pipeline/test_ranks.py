@@ -13,26 +13,26 @@ from typing import Any
 import pytest
 import torch
 from questpress.models.build import geometry
-from questpress.models.widen import widen
-from questpress.pipeline import evaluate
-from questpress.pipeline import train as loop
-from questpress.pipeline.cache import Cache
-from questpress.pipeline.checkpoint import Checkpoint
+from questpress.models.projection import widen
 from questpress.pipeline.data.render import Normalise, Views
 from questpress.pipeline.data.schedule import Schedule
+from questpress.pipeline.evaluation import metrics
 from questpress.pipeline.methods.base import Method, Shapes
 from questpress.pipeline.methods.kd import Kd
 from questpress.pipeline.methods.kd import Parameters as KdParameters
 from questpress.pipeline.methods.mimic import Mimic
 from questpress.pipeline.methods.mimic import Parameters as MimicParameters
-from questpress.pipeline.methods.quest import Parameters, Quest
-from questpress.pipeline.ranks import Ranks, join, leave
-from questpress.pipeline.results import Epoch
-from questpress.pipeline.stopping import STOP
-from questpress.pipeline.store.store import Source, Store
-from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import train
+from questpress.pipeline.methods.quest.quest import Parameters, Quest
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.interrupt import STOP
+from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.trainee import Teacher
+from questpress.pipeline.training import loop
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.compute.distributed import Ranks, join, leave
+from questpress.pipeline.training.loop import train
+from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.teacher_cache import Source, Store
 from torch import Tensor, nn
 
 from . import little, several
@@ -125,9 +125,9 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
     answers: list[Tensor] = []
 
     def measured(net: nn.Module) -> float:
-        mine = evaluate.logits(net, Normalise(g.mean, g.std), pixels[ranks.mine(131)], ENGINE)
+        mine = metrics.logits(net, Normalise(g.mean, g.std), pixels[ranks.mine(131)], ENGINE)
         answers.append(ranks.gather(mine))
-        return evaluate.accuracy(answers[-1].numpy(), seen.labels[:131].numpy()).top1
+        return metrics.accuracy(answers[-1].numpy(), seen.labels[:131].numpy()).top1
 
     if stop_after is not None:
         count_down(task, stop_after if ranks.number == ranks.count - 1 else None)
@@ -239,7 +239,7 @@ def test_the_network_that_is_measured_is_the_one_that_ships(trained: Path) -> No
     g = geometry("cifar_resnet8", SIDE)
     seen = views(170)
     pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
-    answers = evaluate.logits(net, Normalise(g.mean, g.std), pixels, ENGINE)
+    answers = metrics.logits(net, Normalise(g.mean, g.std), pixels, ENGINE)
     torch.testing.assert_close(found["answers"][-1], answers, atol=1e-4, rtol=1e-4)
 
 

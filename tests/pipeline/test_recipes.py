@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from questpress.pipeline import methods, recipes
+from questpress.pipeline import methods
+from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.api.run import read_options
+from questpress.pipeline.config import recipes
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.resolve import resolve
-from questpress.pipeline.run import read_options
 
 from . import little
 

@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.report_again import schema
-from questpress.pipeline.results import Report
-from questpress.pipeline.run_folder import RunFolder
+from questpress.pipeline.api.again import schema
+from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.runs.results import Report
 
 from . import little
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from questpress.pipeline import metrics
-from questpress.pipeline.rounds import number, stages_of
+from questpress.pipeline.config.stages import number, stages_of
 from questpress.pipeline.stages import prepare
+from questpress.pipeline.training.monitoring import metrics
 
 from . import little
 from .little import job, record, refused, report, weights

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import questpress.pipeline
 import yaml
-from questpress.pipeline.options import STAGES
-from questpress.pipeline.results import Report
+from questpress.pipeline.config.options import STAGES
+from questpress.pipeline.runs.results import Report
 
 from . import little
 from .little import compress, files, job, python, record, refused, report, weights
@@ -198,7 +198,7 @@ def test_predict_answers_from_a_run_an_artifact_or_one_file_alone(finished, data
 
 def test_predict_and_the_runtime_do_without_torch(finished, data):
     code = (
-        "import sys; from questpress.pipeline.cli import cli\n"
+        "import sys; from questpress.pipeline.cli.main import cli\n"
         "try: cli(['predict', *sys.argv[1:]])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert not {'torch', 'timm', 'torchvision', 'onnx'} & set(sys.modules)"

@@ -9,7 +9,7 @@ import yaml
 from click.testing import Result
 from questpress.models.build import build
 from questpress.models.checkpoint import save_weights
-from questpress.pipeline.report.figures import together
+from questpress.pipeline.report.format import together
 
 from . import little
 from .little import CLASSES, STUDENT, TEACHER, compress, refused, report, weights

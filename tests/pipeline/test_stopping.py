@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from questpress.models.build import build, geometry
-from questpress.pipeline import compress, stages, stopping
-from questpress.pipeline import train as loop
-from questpress.pipeline.checkpoint import Checkpoint
-from questpress.pipeline.results import Epoch
-from questpress.pipeline.stopping import STOP, TIME_LIMIT_EXIT, TimeLimit, seconds
-from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import train
+from questpress.pipeline import compress, stages
+from questpress.pipeline.runs import interrupt
+from questpress.pipeline.runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit, seconds
+from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training import loop
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.loop import train
+from questpress.pipeline.training.task import DistillationTask
 from torch import nn
 
 from . import little
@@ -136,7 +137,7 @@ def test_a_second_signal_does_not_wait_for_the_step_and_an_echo_is_no_second_one
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # a scheduler's and torchrun's
             assert STOP.asked is KeyboardInterrupt
-            monkeypatch.setattr(stopping, "SAME_SECONDS", 0.0)
+            monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         STOP._forget()

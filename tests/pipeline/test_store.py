@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.cache import Cache
-from questpress.pipeline.checkpoint import Checkpoint
+from questpress.pipeline.api.teacher_cache import remove
 from questpress.pipeline.data.schedule import Schedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods import base, load, parameters
 from questpress.pipeline.methods.base import Answer, Shapes
 from questpress.pipeline.methods.word_targets import answer as words_answer
+from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.store import entry
-from questpress.pipeline.store.manage import remove
-from questpress.pipeline.store.store import BATCH, KIND, Source, Store
-from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.train import train
 from questpress.pipeline.trainee import Teacher
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.loop import train
+from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.teacher_cache import BATCH, KIND, Source, Store
 
 from .test_train import ENGINE, POLICY, SIDE, equal, geometry, network, plan, state, views
 

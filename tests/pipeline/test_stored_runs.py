@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.cache import CHECKSUMS
-from questpress.pipeline.device import Engine
+from questpress.pipeline.api.teacher_cache import size
+from questpress.pipeline.api.verify_cache import _job, difference
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.files import digest, sha256
-from questpress.pipeline.job import Job
-from questpress.pipeline.progress import Display
+from questpress.pipeline.runs.cache import CHECKSUMS
+from questpress.pipeline.runs.console import Display
+from questpress.pipeline.runs.device import Engine
+from questpress.pipeline.runs.files import digest, sha256
 from questpress.pipeline.store import of_run
-from questpress.pipeline.store.manage import size
-from questpress.pipeline.store.verify import _job, difference
+from questpress.pipeline.training.job import Job
 from safetensors.torch import load_file, save_file
 
 from . import little

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from questpress.export.runtime import Classifier
-from questpress.pipeline import recipes
+from questpress.pipeline.config import recipes
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import ViewPolicy, boxes

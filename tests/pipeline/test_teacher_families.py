@@ -7,12 +7,12 @@ import torch
 from questpress.models.build import build, geometry
 from questpress.models.errors import ModelError
 from questpress.pipeline import methods
-from questpress.pipeline.device import Engine
 from questpress.pipeline.methods import base
-from questpress.pipeline.methods.quest import Parameters, Quest
-from questpress.pipeline.shapes import check_methods, shapes
-from questpress.pipeline.task import DistillationTask
+from questpress.pipeline.methods.quest.quest import Parameters, Quest
+from questpress.pipeline.methods.shapes import check_methods, shapes
+from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.trainee import Teacher
+from questpress.pipeline.training.task import DistillationTask
 
 STUDENT, SIZE, CLASSES, WORDS = "mobilenetv2_035", 64, 3, 6
 ENGINE = Engine("cpu", 1, "fp32")

@@ -10,7 +10,7 @@ import torch
 from questpress.export.runtime import Preprocessing, decode_image, render
 from questpress.models.build import build, geometry
 from questpress.models.checkpoint import save_weights
-from questpress.pipeline.data.folders import open_folder
+from questpress.pipeline.data.sources.folders import open_folder
 from torch import nn
 
 from . import little
@@ -285,7 +285,7 @@ def test_a_students_weights_that_do_not_fit_are_told_before_a_teacher_is_trained
 def test_who_has_trained_already_is_asked_for_no_weights(a_run, data, cache, monkeypatch):
     asked: list[list[str]] = []
     monkeypatch.setattr(
-        "questpress.pipeline.estimate.check_weights",
+        "questpress.pipeline.api.dry_run.check_weights",
         lambda _options, _data, stages, **_: asked.append(stages),
     )
     result = little.job(data, a_run, cache, "--dry-run")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from questpress.export.runtime import Classifier, ImageError
 from questpress.pipeline import compress
-from questpress.pipeline.results import Report
+from questpress.pipeline.runs.results import Report
 
 from . import little
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from questpress.pipeline.config.options import Options
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.job import Job
-from questpress.pipeline.metrics import Log
-from questpress.pipeline.options import Options
-from questpress.pipeline.progress import Display
-from questpress.pipeline.ranks import Ranks
-from questpress.pipeline.results import Epoch
-from questpress.pipeline.run_folder import RunFolder
-from questpress.pipeline.trackers import asked, check, config, values
+from questpress.pipeline.runs.console import Display
+from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.job import Job
+from questpress.pipeline.training.monitoring.metrics import Log
+from questpress.pipeline.training.monitoring.trackers import asked, check, config, values
 
 from . import little
 

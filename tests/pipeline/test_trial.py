@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from questpress.pipeline import learning, trial
 from questpress.pipeline.batches import Batch
-from questpress.pipeline.device import Engine, cores
-from questpress.pipeline.optimizer import build_optimizer
-from questpress.pipeline.ranks import Ranks
-from questpress.pipeline.task import DistillationTask
-from questpress.pipeline.trial import Trial, fastest
+from questpress.pipeline.runs.device import Engine, cores
+from questpress.pipeline.training import trainer
+from questpress.pipeline.training.compute import engine_search
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.compute.engine_search import Trial, fastest
+from questpress.pipeline.training.optimizer import build_optimizer
+from questpress.pipeline.training.task import DistillationTask
 
 from .test_step import BATCH, batch, distillation, plan
 
@@ -32,8 +33,8 @@ def task() -> DistillationTask:
 
 @pytest.fixture
 def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "bf16_pays", lambda _: True)
-    monkeypatch.setattr(trial, "cores", lambda: 1)
+    monkeypatch.setattr(engine_search, "bf16_pays", lambda _: True)
+    monkeypatch.setattr(engine_search, "cores", lambda: 1)
 
 
 Timer = Callable[[Callable[[Engine], float]], list[Engine]]
@@ -51,7 +52,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, bf16: None) -> Timer:  # noqa: ARG001
                 tried.append(engine)
             return seconds(engine)
 
-        monkeypatch.setattr(trial._Runners, "seconds", step)
+        monkeypatch.setattr(engine_search._Runners, "seconds", step)
         return tried
 
     return install
@@ -114,7 +115,7 @@ def test_a_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask,
 
     timed(step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "time", clock)
+        patch.setattr(engine_search, "time", clock)
         for steps in (800, 1600, 5000):
             spent = 0.0
             run(task, steps)
@@ -142,14 +143,14 @@ def test_bf16_is_not_tried_where_the_processor_has_none(
     task: DistillationTask, timed: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = timed(lambda _: 0.1)
-    monkeypatch.setattr(trial, "bf16_pays", lambda _: False)
+    monkeypatch.setattr(engine_search, "bf16_pays", lambda _: False)
     run(task)
     assert {engine.precision for engine in tried} == {"fp32"}
 
 
 def test_one_thread_a_core_is_tried_where_cores_have_several(timed: Timer, monkeypatch: Any) -> None:
     rule = Engine("cpu", 4, "fp32")
-    monkeypatch.setattr(trial, "cores", lambda: 2)
+    monkeypatch.setattr(engine_search, "cores", lambda: 2)
     timed(lambda e: 0.05 if e.threads == 2 else 0.1)
     found, _ = run(distillation("none", rule))
     assert found.engine.threads == 2 and "on 4 threads" in str(found)
@@ -178,7 +179,7 @@ def test_the_race_leaves_no_trace(task: DistillationTask) -> None:
 
 
 def test_what_teachers_weigh_is_in_memory_once(task: DistillationTask) -> None:
-    made = trial._copy(task)
+    made = engine_search._copy(task)
     for one, two in zip(task.teachers.parameters(), made.teachers.parameters(), strict=True):
         assert one is two
     for one, two in zip(task.trainable_module.parameters(), made.trainable_module.parameters(), strict=True):
@@ -189,7 +190,7 @@ def test_what_teachers_weigh_is_in_memory_once(task: DistillationTask) -> None:
 def test_compiling_is_tried_in_long_trainings_alone(
     task: DistillationTask, timed: Timer, monkeypatch: Any, hours: float, tried: bool
 ) -> None:
-    monkeypatch.setattr(trial, "can_compile", lambda _: True)
+    monkeypatch.setattr(engine_search, "can_compile", lambda _: True)
     seen = timed(lambda e: 0.05 if e.compile != "off" else 0.1)
     found, _ = run(task, int(hours * 3600 / 0.1), compile="auto")
     assert any(engine.compile == "default" for engine in seen) == tried
@@ -231,7 +232,7 @@ def settle(timed: Timer) -> Callable[..., tuple[Engine, list[str]]]:
         pixels, labels = batch()
         first = Batch(pixels, labels, labels, None)
         how_long = plan(epochs=LONG)
-        learning.settle(job, "student", task, how_long, first, BATCH)  # type: ignore[arg-type]
+        trainer.settle(job, "student", task, how_long, first, BATCH)  # type: ignore[arg-type]
         return task.engine, job.notes
 
     return settle
@@ -279,7 +280,7 @@ def test_hyper_threads_are_counted_as_their_core(tmp_path: Any, monkeypatch: Any
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(siblings + "\n")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr("questpress.pipeline.device.allowed_cores", lambda: 4)
+    monkeypatch.setattr("questpress.pipeline.runs.device.allowed_cores", lambda: 4)
     assert cores(tmp_path) == 2
     assert cores(tmp_path / "nowhere") == 4
 
@@ -288,9 +289,9 @@ def test_of_several_processes_none_takes_a_step_alone(
     task: DistillationTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(trial, "attempt", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(engine_search, "attempt", lambda *_: pytest.fail("a step was taken"))
     compiled = replace(RULE, compile="default")
-    assert trial.compiled_or_not(task, (), optimizer, compiled, pytest.fail) == compiled
+    assert engine_search.compiled_or_not(task, (), optimizer, compiled, pytest.fail) == compiled
 
 
 def test_a_precision_that_a_training_has_by_its_nature_stays_when_another_is_asked_for() -> None:
@@ -300,6 +301,6 @@ def test_a_precision_that_a_training_has_by_its_nature_stays_when_another_is_ask
         options=SimpleNamespace(precision="bf16"), display=SimpleNamespace(note=notes.append),
     )  # fmt: skip
     for _ in range(2):  # begun, and gone on with
-        found = learning.engine(job, "qat", lambda only: replace(RULE, precision=only), precision="fp32")  # type: ignore[arg-type]
+        found = trainer.engine(job, "qat", lambda only: replace(RULE, precision=only), precision="fp32")  # type: ignore[arg-type]
         assert found.precision == "fp32"
     assert notes == []

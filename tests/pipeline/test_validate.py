@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
-from questpress.export.plain_text import spelled_out
 from questpress.export.runtime import Classifier, decode_image
+from questpress.export.text import spelled_out
+from questpress.pipeline.api import validate_answers
+from questpress.pipeline.api.validate import validate
 from questpress.pipeline.csv_cells import harmless
-from questpress.pipeline.scores import Accuracy
+from questpress.pipeline.runs.scores import Accuracy
 from questpress.pipeline.significance import holm, mcnemar, unpaired
-from questpress.pipeline.validate import validate
-from questpress.pipeline.validation import measure
 from questpress.pipeline.validation.results import Validation
 from safetensors.numpy import load_file
 
@@ -120,7 +120,7 @@ def test_mcnemar_holm_and_newcombe_are_those_by_hand() -> None:
 
 
 def test_top5_counts_labels_among_the_five_likeliest() -> None:
-    from questpress.pipeline.evaluate import top5
+    from questpress.pipeline.evaluation.metrics import top5
 
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=(60, 12)), rng.integers(0, 12, 60)
@@ -138,7 +138,7 @@ def test_a_verdict_needs_a_corrected_p_below_five_percent() -> None:
     right = np.arange(40) < 30
     few, many = right.copy(), right.copy()
     few[:3], many[:14] = False, False
-    one, two, three = measure.pairs(["a", "b", "c"], [right, few, many])
+    one, two, three = validate_answers.pairs(["a", "b", "c"], [right, few, many])
     assert (one.verdict, two.verdict, three.verdict) == ("no difference", "better", "better")
     assert (one.first_alone, one.second_alone, one.points) == (3, 0, 7.5)
     assert one.p_holm >= one.p == pytest.approx(0.25)

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.cache import Cache
 from questpress.pipeline.errors import JobError, UsageError
-from questpress.pipeline.files import digest
-from questpress.pipeline.methods import features, vocabulary
+from questpress.pipeline.methods import features
 from questpress.pipeline.methods.base import Preparation, Readout, Shapes
 from questpress.pipeline.methods.features import Features
-from questpress.pipeline.methods.vocabulary import Vocabulary, learn_vocabulary
+from questpress.pipeline.methods.quest import vocabulary
+from questpress.pipeline.methods.quest.vocabulary import Vocabulary, learn_vocabulary
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.files import digest
 
 C, H, W = 3, 4, 5
 

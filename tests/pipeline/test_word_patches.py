@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from questpress.pipeline.methods.vocabulary import usage_facts
-from questpress.pipeline.methods.word_patches import (
+from questpress.pipeline.methods.quest.patches import (
     PATCHES,
     WORDS,
     images_to_see,
@@ -17,6 +16,7 @@ from questpress.pipeline.methods.word_patches import (
     patches_facts,
     shown_words,
 )
+from questpress.pipeline.methods.quest.vocabulary import usage_facts
 
 GRID = (4, 4)
 SIZE = 32

@@ -1,9 +1,9 @@
 """A bench made by hand, and a report with it."""
 
 import numpy as np
-from questpress.export.latency import summarise
-from questpress.pipeline.bench_measure import timed_latency
-from questpress.pipeline.bench_results import (
+from questpress.export.latency.statistics import summarise
+from questpress.pipeline.evaluation.latency import timed_latency
+from questpress.pipeline.runs.bench_results import (
     Bench,
     Conditions,
     Early,
@@ -16,7 +16,7 @@ from questpress.pipeline.bench_results import (
     TimedSpeedup,
     Whole,
 )
-from questpress.pipeline.results import Report
+from questpress.pipeline.runs.results import Report
 
 from . import reports
 

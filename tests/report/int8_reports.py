@@ -3,8 +3,8 @@
 from typing import Any
 
 from questpress.pipeline.int8_results import FloatPart, Int8Search, Recovery, TriedInt8
-from questpress.pipeline.results import Report, Speedup
-from questpress.pipeline.scores import Accuracy
+from questpress.pipeline.runs.results import Report, Speedup
+from questpress.pipeline.runs.scores import Accuracy
 
 from .reports import full, without
 

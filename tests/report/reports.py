@@ -7,7 +7,7 @@ from math import exp
 from typing import Any
 
 from PIL import Image, ImageDraw
-from questpress.pipeline.results import (
+from questpress.pipeline.runs.results import (
     DataSummary,
     Epoch,
     Example,
@@ -19,7 +19,7 @@ from questpress.pipeline.results import (
     Subject,
     Words,
 )
-from questpress.pipeline.scores import Accuracy, ClassResult
+from questpress.pipeline.runs.scores import Accuracy, ClassResult
 
 GARMENTS = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 

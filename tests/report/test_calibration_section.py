@@ -4,13 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from questpress.pipeline.calibration import measure
+from questpress.pipeline.evaluation.calibration import measure
 from questpress.pipeline.report import calibration
 from questpress.pipeline.report.subjects import compared
 from questpress.pipeline.report.terminal import show
 from questpress.pipeline.report.write import html, markdown
-from questpress.pipeline.results import Report
-from questpress.pipeline.scores import Calibration, Temperature
+from questpress.pipeline.runs.results import Report
+from questpress.pipeline.runs.scores import Calibration, Temperature
 from rich.console import Console
 
 from . import reports

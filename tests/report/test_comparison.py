@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from questpress.pipeline import per_image
-from questpress.pipeline.cli import cli
-from questpress.pipeline.compare import as_csv, compare
+from questpress.pipeline.api.compare import as_csv, compare
+from questpress.pipeline.cli.main import cli
 from questpress.pipeline.comparison.differences import points
-from questpress.pipeline.comparison.results import Comparison
 from questpress.pipeline.errors import UsageError
+from questpress.pipeline.evaluation.results import Comparison
 from questpress.pipeline.report.comparison import page as shown
 from questpress.pipeline.report.comparison import pages
-from questpress.pipeline.results import Report
-from questpress.pipeline.scores import Accuracy
+from questpress.pipeline.runs import predictions
+from questpress.pipeline.runs.results import Report
+from questpress.pipeline.runs.scores import Accuracy
 
 from . import reports
 
@@ -64,8 +64,8 @@ def make(tmp_path: Path) -> Made:
             logits = np.stack([~right, right], 1).astype(np.float32)
             keys = np.random.default_rng(len(name)).permutation(N)
             # Every run keeps them in an order of its own.
-            per_image.write_predictions(
-                folder / per_image.PREDICTIONS_FILE,
+            predictions.write_predictions(
+                folder / predictions.PREDICTIONS_FILE,
                 keys,
                 np.ones(N, dtype=np.int64),
                 {"student_int8": logits[keys], "student": logits[keys]},

@@ -2,7 +2,7 @@
 
 from questpress.pipeline.report import details
 from questpress.pipeline.report.write import html, markdown
-from questpress.pipeline.results import Epoch, Report, StoreUse
+from questpress.pipeline.runs.results import Epoch, Report, StoreUse
 
 from . import reports
 

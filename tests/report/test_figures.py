@@ -1,5 +1,5 @@
 import pytest
-from questpress.pipeline.report import figures
+from questpress.pipeline.report import format
 
 
 @pytest.mark.parametrize(
@@ -14,36 +14,36 @@ from questpress.pipeline.report import figures
     ],
 )
 def test_milliseconds_have_three_significant_digits(value: float, text: str) -> None:
-    assert figures.milliseconds(value) == text
+    assert format.milliseconds(value) == text
 
 
 def test_percentages_have_two_decimals_only_where_the_images_can_tell_them_apart() -> None:
-    assert figures.percent(97.222, 180) == "97.2 %"
-    assert figures.percent(97.222, 10_000) == "97.22 %"
-    assert figures.percent_interval(93.68, 98.81, 180) == "93.7–98.8 %"
+    assert format.percent(97.222, 180) == "97.2 %"
+    assert format.percent(97.222, 10_000) == "97.22 %"
+    assert format.percent_interval(93.68, 98.81, 180) == "93.7–98.8 %"
 
 
 def test_a_percentage_below_a_hundred_is_never_rounded_up_to_it() -> None:
-    assert figures.percent(99.996, 100_000) == "99.99 %"
-    assert figures.percent(100.0, 180) == "100.0 %"
+    assert format.percent(99.996, 100_000) == "99.99 %"
+    assert format.percent(100.0, 180) == "100.0 %"
 
 
 def test_megabytes_are_a_million_bytes() -> None:
-    assert figures.megabytes(2_548_907) == "2.55 MB"
-    assert figures.megabytes(94_100_000) == "94.1 MB"
-    assert figures.megabytes(21_300) == "0.0213 MB"
+    assert format.megabytes(2_548_907) == "2.55 MB"
+    assert format.megabytes(94_100_000) == "94.1 MB"
+    assert format.megabytes(21_300) == "0.0213 MB"
 
 
 def test_ratios_durations_and_differences_read_as_people_write_them() -> None:
-    assert [figures.times(x) for x in (0.972, 8.4, 25.31, 112.4, 0.0123)] == [
+    assert [format.times(x) for x in (0.972, 8.4, 25.31, 112.4, 0.0123)] == [
         "0.97×", "8.40×", "25.3×", "112×", "0.0123×",
     ]  # fmt: skip
-    assert [figures.duration(x) for x in (4.21, 59.97, 192, 3840)] == [
+    assert [format.duration(x) for x in (4.21, 59.97, 192, 3840)] == [
         "4.2 s", "1 min 00 s", "3 min 12 s", "1 h 04 min",
     ]  # fmt: skip
-    assert figures.points(-1.13) == "−1.1 points"
+    assert format.points(-1.13) == "−1.1 points"
 
 
 def test_what_is_unknown_is_a_dash_and_what_is_not_finite_says_so() -> None:
-    assert figures.percent(None) == figures.milliseconds(None) == figures.megabytes(None) == "–"
-    assert figures.number(float("nan")) == figures.significant(float("inf")) == "not finite"
+    assert format.percent(None) == format.milliseconds(None) == format.megabytes(None) == "–"
+    assert format.number(float("nan")) == format.significant(float("inf")) == "not finite"

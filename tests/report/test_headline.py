@@ -1,7 +1,7 @@
 from questpress.pipeline.report import headline
 from questpress.pipeline.report.page import page
-from questpress.pipeline.results import Report, Speedup
-from questpress.pipeline.scores import Accuracy, MultiLabelScore
+from questpress.pipeline.runs.results import Report, Speedup
+from questpress.pipeline.runs.scores import Accuracy, MultiLabelScore
 
 from . import reports
 

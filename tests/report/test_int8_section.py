@@ -10,7 +10,7 @@ from questpress.pipeline.report.page import page
 from questpress.pipeline.report.scatter import Scatter
 from questpress.pipeline.report.terminal import show
 from questpress.pipeline.report.write import html, markdown
-from questpress.pipeline.results import Report
+from questpress.pipeline.runs.results import Report
 from rich.console import Console
 
 from . import int8_reports, reports

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.comparison.differences import groups
-from questpress.pipeline.comparison.results import ComparedFile, ComparedRun, Comparison
+from questpress.pipeline.evaluation.results import ComparedFile, ComparedRun, Comparison
 from questpress.pipeline.report import comparison, validation
-from questpress.pipeline.results import Example
-from questpress.pipeline.scores import Accuracy, Calibration, ReliabilityBin, Speedup
+from questpress.pipeline.runs.results import Example
+from questpress.pipeline.runs.scores import Accuracy, Calibration, ReliabilityBin, Speedup
 from questpress.pipeline.validation.results import ClassMeasure, Network, Validation
 
 from . import reports

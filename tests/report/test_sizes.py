@@ -2,7 +2,7 @@
 
 from questpress.pipeline.report import sizes
 from questpress.pipeline.report.write import as_html, as_markdown
-from questpress.pipeline.results import Resolutions, Size
+from questpress.pipeline.runs.results import Resolutions, Size
 
 from . import reports
 

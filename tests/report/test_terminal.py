@@ -2,7 +2,7 @@ import io
 from pathlib import Path
 
 from questpress.pipeline.report.terminal import show, table
-from questpress.pipeline.results import Report
+from questpress.pipeline.runs.results import Report
 from rich.console import Console
 
 from . import reports

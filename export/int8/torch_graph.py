@@ -1,0 +1,210 @@
+"""ONNX operators in torch, as convolutional networks use them: `OPERATORS[op](attributes, *inputs)`.
+
+Shapes, axes and bounds are constants and come as numpy arrays; semantics are those of opset 18 and later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import NotInTorchError
+
+Attributes = Mapping[str, Any]
+
+
+def _pads(a: Attributes, dims: int) -> list[int]:
+    """In torch's order: the last dimension first."""
+    if a.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        raise NotInTorchError(f"auto_pad {a['auto_pad'].decode()} cannot be computed in torch here")
+    pads = list(a.get("pads", [0] * 2 * dims))
+    return [side for i in reversed(range(dims)) for side in (pads[i], pads[i + dims])]
+
+
+def _padded(x: Tensor, a: Attributes, value: float = 0.0) -> tuple[Tensor, list[int]]:
+    """The input, padded where the two ends differ, and what padding is left to do, for each dimension."""
+    dims = x.dim() - 2
+    pads = _pads(a, dims)
+    if all(pads[2 * i] == pads[2 * i + 1] for i in range(dims)):
+        return x, [pads[2 * i] for i in reversed(range(dims))]
+    return F.pad(x, pads, value=value), [0] * dims
+
+
+def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    x, padding = _padded(x, a)
+    dims = x.dim() - 2
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+    strides, dilations = list(a.get("strides", [1] * dims)), list(a.get("dilations", [1] * dims))
+    result: Tensor = convolve(x, w, b, strides, padding, dilations, a.get("group", 1))
+    return result
+
+
+def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    x = x.mT if a.get("transA", 0) else x
+    w = w.mT if a.get("transB", 0) else w
+    y = a.get("alpha", 1.0) * (x @ w) if a.get("alpha", 1.0) != 1 else x @ w
+    return y if b is None else y + a.get("beta", 1.0) * b
+
+
+def _clip(_: Attributes, x: Tensor, least: Any = None, most: Any = None) -> Tensor:
+    for bound, cut in ((least, torch.clamp_min), (most, torch.clamp_max)):
+        x = x if bound is None else cut(x, float(bound.item()))
+    return x
+
+
+def _max_pool(a: Attributes, x: Tensor) -> Tensor:
+    x, padding = _padded(x, a, float("-inf"))
+    kernel = list(a["kernel_shape"])
+    strides = list(a.get("strides", [1] * len(kernel)))
+    dilations = list(a.get("dilations", [1] * len(kernel)))
+    return F.max_pool2d(x, kernel, strides, padding, dilations, bool(a.get("ceil_mode", 0)))
+
+
+def _average_pool(a: Attributes, x: Tensor) -> Tensor:
+    counted = bool(a.get("count_include_pad", 0))
+    x, padding = _padded(x, a) if counted else (x, _symmetric(a, x.dim() - 2))
+    kernel = list(a["kernel_shape"])
+    strides = list(a.get("strides", [1] * len(kernel)))
+    return F.avg_pool2d(x, kernel, strides, padding, bool(a.get("ceil_mode", 0)), counted)
+
+
+def _symmetric(a: Attributes, dims: int) -> list[int]:
+    pads = _pads(a, dims)
+    if any(pads[2 * i] != pads[2 * i + 1] for i in range(dims)):
+        raise NotInTorchError("an AveragePool with uneven padding cannot be computed in torch here")
+    return [pads[2 * i] for i in reversed(range(dims))]
+
+
+def _reshape(a: Attributes, x: Tensor, shape: np.ndarray) -> Tensor:
+    keeps = not a.get("allowzero", 0)
+    return x.reshape([x.shape[i] if n == 0 and keeps else n for i, n in enumerate(shape.tolist())])
+
+
+def _flatten(a: Attributes, x: Tensor) -> Tensor:
+    axis = a.get("axis", 1)
+    rows = int(np.prod(x.shape[:axis], dtype=np.int64))
+    return x.reshape(rows, -1)
+
+
+def _pad(a: Attributes, x: Tensor, pads: np.ndarray, value: Any = None, axes: Any = None) -> Tensor:
+    dims = x.dim()
+    chosen = list(range(dims)) if axes is None else [int(axis) % dims for axis in axes]
+    sides = [(0, 0)] * dims
+    for i, axis in enumerate(chosen):
+        sides[axis] = int(pads[i]), int(pads[i + len(chosen)])
+    mode = {b"constant": "constant", b"reflect": "reflect", b"edge": "replicate"}[a.get("mode", b"constant")]
+    flat = [side for pair in reversed(sides) for side in pair]
+    if mode == "constant":
+        return F.pad(x, flat, value=0.0 if value is None else float(value))
+    return F.pad(x, flat[: 2 * (dims - 2)], mode=mode)
+
+
+def _reduce_mean(a: Attributes, x: Tensor, axes: Any = None) -> Tensor:
+    over = a.get("axes") if axes is None else axes.tolist()
+    return x.mean(dim=list(over) if over else None, keepdim=bool(a.get("keepdims", 1)))
+
+
+def _squeeze(_: Attributes, x: Tensor, axes: Any = None) -> Tensor:
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
+
+
+def _unsqueeze(_: Attributes, x: Tensor, axes: np.ndarray) -> Tensor:
+    dims = x.dim() + len(axes)  # axes count those of the result
+    for axis in sorted(int(axis) % dims for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _split(a: Attributes, x: Tensor, sizes: Any = None) -> tuple[Tensor, ...]:
+    axis = a.get("axis", 0)
+    parts = sizes.tolist() if sizes is not None else a["num_outputs"]
+    if isinstance(parts, list):
+        return torch.split(x, parts, dim=axis)
+    return torch.chunk(x, parts, dim=axis)
+
+
+def _slice(_: Attributes, x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Tensor:
+    index = [slice(None)] * x.dim()
+    for i, start in enumerate(starts.tolist()):
+        axis = i if axes is None else int(axes[i])
+        step = 1 if steps is None else int(steps[i])
+        if step < 1:
+            raise NotInTorchError("a Slice that goes backwards cannot be computed in torch here")
+        index[axis] = slice(start, int(ends[i]), step)
+    return x[tuple(index)]
+
+
+def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
+    return torch.clamp(a.get("alpha", 0.2) * x + a.get("beta", 0.5), 0, 1)
+
+
+def _batch_norm(a: Attributes, x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return F.batch_norm(x, mean.detach(), var.detach(), w, b, eps=a.get("epsilon", 1e-5))
+
+
+def _gelu(a: Attributes, x: Tensor) -> Tensor:
+    return F.gelu(x, approximate=a.get("approximate", b"none").decode())
+
+
+def _number(x: Any, like: Any) -> Any:
+    """A scalar constant as a number of torch's; everything else as it is."""
+    if isinstance(x, np.ndarray):
+        return x.item() if x.ndim == 0 else torch.from_numpy(np.ascontiguousarray(x)).to(like.device)
+    return x
+
+
+def _two(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def apply(_: Attributes, x: Any, y: Any) -> Any:
+        like = x if isinstance(x, Tensor) else y
+        return operation(_number(x, like), _number(y, like))
+
+    return apply
+
+
+def _concat(a: Attributes, *parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim=a["axis"])
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": _two(lambda x, y: x + y),
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "Clip": _clip,
+    "Concat": _concat,
+    "Conv": _conv,
+    "Div": _two(lambda x, y: x / y),
+    "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
+    "Erf": lambda _, x: torch.erf(x),
+    "Flatten": _flatten,
+    "Gelu": _gelu,
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda _, x: x.mean(dim=tuple(range(2, x.dim())), keepdim=True),
+    "GlobalMaxPool": lambda _, x: x.amax(dim=tuple(range(2, x.dim())), keepdim=True),
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": lambda _, x: F.hardswish(x),
+    "Identity": lambda _, x: x,
+    "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
+    "MatMul": _two(lambda x, y: x @ y),
+    "MaxPool": _max_pool,
+    "Mul": _two(lambda x, y: x * y),
+    "PRelu": lambda _, x, slope: torch.where(x < 0, x * slope, x),
+    "Pad": _pad,
+    "ReduceMean": _reduce_mean,
+    "Relu": lambda _, x: F.relu(x),
+    "Reshape": _reshape,
+    "Sigmoid": lambda _, x: torch.sigmoid(x),
+    "Slice": _slice,
+    "Softmax": lambda a, x: torch.softmax(x, dim=a.get("axis", -1)),
+    "Softplus": lambda _, x: F.softplus(x),
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Sub": _two(lambda x, y: x - y),
+    "Tanh": lambda _, x: torch.tanh(x),
+    "Transpose": lambda a, x: x.permute(*a.get("perm", reversed(range(x.dim())))),
+    "Unsqueeze": _unsqueeze,
+}

@@ -1,0 +1,123 @@
+"""`--dry-run`: how long a job will take here and how much disk, roughly, before anything is begun."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...export.runtime import allowed_cores
+from ...models.catalogue import describe
+from ..config.options import Options
+from ..data.dataset import ImageSet
+from ..report.format import counted
+from ..runs.console import Display
+from ..runs.device import use_threads
+from ..runs.folder import RunFolder
+from ..runs.results import Report
+from ..training.weights import check_weights
+from ..typed import command
+
+STEP = 3.0
+"""A training step costs about three forward passes: one forward, two backward."""
+
+EFFICIENCY = 0.3
+"""Share of the rate of one large convolution that a whole network in training reaches, roughly."""
+
+WEIGHT_COPIES = 5
+"""Teacher's weights, its ONNX file, and a checkpoint with the optimizer's two moments."""
+
+
+def dry_run(
+    options: Options, config: Mapping[str, Any], images: ImageSet, device: str, display: Display
+) -> Report:
+    """Refuse what the job itself would refuse before it begins, and tell the estimate; nothing is written.
+
+    Args:
+        config: what enters the stages' hashes.
+
+    Raises:
+        UsageError, JobError: see ``RunFolder.look``.
+        ModelError: published weights cannot be had.
+    """
+    assert options.out is not None
+    folder = RunFolder(options.out)
+    folder.look(config, fresh=options.fresh)
+    check_weights(options, images, folder.left(options.until), download=False)
+    for line in estimate(options, images, device):
+        display.say(line)
+    return Report(
+        title="dry run",
+        command=command(),
+        method=options.method,
+        image_size=options.image_size or 0,
+        config=options.model_dump(mode="json"),
+    )
+
+
+def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
+    """Lines to show: what would run, for how long, with how much disk."""
+    assert options.image_size and options.epochs and options.teacher_epochs
+    rate = EFFICIENCY * convolution_rate(device)
+    train, size = len(data.train), options.image_size
+    teachers = [describe(name, size) for name in options.teacher]
+    student = describe(options.student, options.student_size or size)
+    several = ", several an image" if data.multi_label else ""
+    lines = [
+        f"{data.name}: {len(data.classes)} classes{several}; {train} train, {len(data.select)} select, "
+        f"{len(data.test)} test images, at {size} px",
+    ]
+    macs = 0.0
+    heads = zip(teachers, options.teacher_weights, options.teacher_head, strict=True)
+    for teacher, weights, head in heads:
+        told = f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
+        told += f"{teacher.gmacs or 0.0:.2f} GMACs, "
+        if head == "none":
+            lines.append(told + "without its head, as it is")
+            continue
+        how = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
+        macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
+        lines.append(f"{told}{how} for {options.teacher_epochs} epochs")
+    distilling = sum(teacher.gmacs or 0.0 for teacher in teachers) if options.method != "none" else 0.0
+    own = student.gmacs or 0.0
+    # In each further round a student is the teacher.
+    macs += (STEP * own + distilling + (options.rounds - 1) * (STEP + 1) * own) * train * options.epochs
+    if options.qat:
+        assert options.qat_epochs
+        macs += (STEP * own + distilling) * train * options.qat_epochs
+    lines.append(
+        f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, "
+        f"{student.gmacs or 0.0:.2f} GMACs at {options.student_size or size} px, {options.epochs} epochs "
+        f"with method {options.method}"
+        + (f", {options.rounds} rounds" if options.rounds > 1 else "")
+        + (f", and {options.qat_epochs} under fake quantization" if options.qat else "")
+    )
+    weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
+    disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2
+    lines.append(
+        f"about {_spoken(macs / rate / 60)} on {device} here, rather more than less; "
+        f"about {disk / 1e9:.1f} GB of disk"
+    )
+    return lines
+
+
+def convolution_rate(device: str) -> float:
+    """GMACs a second of a 3×3 convolution over 256 channels on the device, from a short trial in fp32."""
+    use_threads(allowed_cores())
+    layer = nn.Conv2d(256, 256, 3, padding=1).to(device)
+    images = torch.randn(8, 256, 28, 28, device=device)
+    macs = 8 * 28 * 28 * 256 * 256 * 9 / 1e9
+    with torch.no_grad():
+        layer(images).sum().item()
+        started, runs = time.perf_counter(), 0
+        while time.perf_counter() - started < 0.3:
+            layer(images).sum().item()
+            runs += 1
+    return macs * runs / (time.perf_counter() - started)
+
+
+def _spoken(minutes: float) -> str:
+    if minutes < 90:
+        return counted(max(1, round(minutes)), "minute")
+    return f"{minutes / 60:.0f} hours" if minutes < 60 * 48 else f"{minutes / 60 / 24:.0f} days"

@@ -1,0 +1,194 @@
+"""Who gets which role. The answer depends on content alone: not on names, places, order or a random state."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from ..errors import UsageError
+from .dataset import ROLES, Duplicate, Image, ImageSet, Role, Skipped, in_order
+from .shares import SELECT_FRACTION, TEST_FRACTION, share
+from .stratify import split_sets
+
+
+def check_select_fraction(fraction: float | None) -> float:
+    """The fraction asked for, or the default.
+
+    Raises:
+        UsageError: it is not in [0, 1).
+    """
+    if fraction is None:
+        return SELECT_FRACTION
+    if not 0 <= fraction < 1:
+        raise UsageError(
+            f"--select-fraction is {fraction:g}; give a number from 0 up to, but not including, 1."
+        )
+    return fraction
+
+
+def assemble(
+    name: str,
+    source: str,
+    classes: Sequence[str],
+    given: Mapping[Role, Sequence[Image]],
+    select_fraction: float | None,
+    skipped: Sequence[Skipped] = (),
+    ignored: int = 0,
+    *,
+    multi_label: bool = False,
+) -> ImageSet:
+    """Make an image set of what was given.
+
+    ``given`` holds ``train`` alone (80/10/10 is split off by content), ``train`` and ``test`` (select is held
+    out of train), or all three (taken as they are). Content never ends up in two roles: the later of train,
+    select, test keeps it where it was given twice; content under two classes goes to train when we split.
+    A ``multi_label`` set is split by ``stratify``, and only its train role must have every class.
+
+    Raises:
+        UsageError: fewer than two classes, a class too small to be in every role, or a wrong fraction.
+    """
+    fraction = check_select_fraction(select_fraction)
+    if len(classes) < 2:
+        found = f"only one class, '{classes[0]}'" if classes else "no classes"
+        raise UsageError(
+            f"{source} has {found}; put the images of two or more classes into a folder for each."
+        )
+    roles, removed = _one_role_each({role: list(given.get(role, ())) for role in ROLES})
+    if multi_label and ("test" not in given or "select" not in given):
+        roles = {**roles, **split_sets(roles["train"], classes, fraction, test="test" not in given)}
+    elif "test" not in given:
+        roles = _split_whole(roles["train"], classes, fraction)
+    elif "select" not in given:
+        roles = {**_hold_out(roles["train"], classes, fraction), "test": roles["test"]}
+    _check_every_class(roles, classes, ("train",) if multi_label else ROLES)
+    ordered = {role: in_order(roles[role]) for role in ROLES}
+    return ImageSet(
+        name=name,
+        source=source,
+        classes=tuple(classes),
+        **ordered,
+        skipped=tuple(skipped),
+        duplicates=_duplicates(ordered, removed),
+        ignored=ignored,
+        multi_label=multi_label,
+    )
+
+
+def _one_role_each(given: dict[Role, list[Image]]) -> tuple[dict[Role, list[Image]], dict[str, list[Image]]]:
+    """Take content out of a role where a later role holds it too; also give what was taken out, by key."""
+    removed: dict[str, list[Image]] = defaultdict(list)
+    taken: set[str] = set()
+    roles: dict[Role, list[Image]] = {}
+    for role in reversed(ROLES):
+        roles[role] = []
+        for image in given[role]:
+            if image.key in taken:
+                removed[image.key].append(image)
+            else:
+                roles[role].append(image)
+        taken.update(image.key for image in given[role])
+    return roles, removed
+
+
+def _ranked(images: Sequence[Image]) -> tuple[list[list[str]], set[str]]:
+    """Distinct content of each class by rank of its hash, and content that stands under two classes."""
+    labels: dict[str, set[int]] = defaultdict(set)
+    for image in images:
+        labels[image.key].add(image.label)
+    torn = {key for key, found in labels.items() if len(found) > 1}
+    ranks: dict[int, list[str]] = defaultdict(list)
+    for key in sorted(labels.keys() - torn):
+        ranks[next(iter(labels[key]))].append(key)
+    size = max((label for found in labels.values() for label in found), default=-1) + 1
+    return [ranks[label] for label in range(size)], torn
+
+
+def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Role, list[Image]]:
+    ranked, torn = _ranked(images)
+    torn_labels = {image.label for image in images if image.key in torn}
+    role_of: dict[str, Role] = dict.fromkeys(torn, "train")
+    for label, name in enumerate(classes):
+        keys = ranked[label] if label < len(ranked) else []
+        if len(keys) + (label in torn_labels) < 3:
+            raise UsageError(
+                f"Class '{name}' has {_distinct(len(keys), label, images)}; three or more are needed, "
+                "so that one each can train, select and test."
+            )
+        tested = share(len(keys), TEST_FRACTION, len(keys) - 2)
+        # Select is ranked after test, so the test role is the same whatever fraction is asked for.
+        selected = share(len(keys), fraction, len(keys) - tested - (label not in torn_labels))
+        for rank, key in enumerate(keys):
+            last: Role = "select" if fraction > 0 and rank < tested + selected else "train"
+            role_of[key] = "test" if rank < tested else last
+    return _by_role(images, role_of)
+
+
+def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Role, list[Image]]:
+    if fraction == 0:
+        return {"train": images, "select": []}
+    ranked, torn = _ranked(images)
+    torn_labels = {image.label for image in images if image.key in torn}
+    role_of: dict[str, Role] = dict.fromkeys(torn, "train")
+    for label, name in enumerate(classes):
+        keys = ranked[label] if label < len(ranked) else []
+        if len(keys) + (label in torn_labels) < 2 or not keys:
+            raise UsageError(
+                f"Class '{name}' has {_distinct(len(keys), label, images)} to train on; two are needed to "
+                "hold one out for selecting (--select-fraction 0 holds none out)."
+            )
+        selected = share(len(keys), fraction, len(keys) - (label not in torn_labels))
+        role_of.update((key, "select" if rank < selected else "train") for rank, key in enumerate(keys))
+    return _by_role(images, role_of)
+
+
+def _by_role(images: list[Image], role_of: dict[str, Role]) -> dict[Role, list[Image]]:
+    roles: dict[Role, list[Image]] = {role: [] for role in ROLES}
+    for image in images:
+        roles[role_of[image.key]].append(image)
+    return roles
+
+
+def _distinct(count: int, label: int, images: Sequence[Image]) -> str:
+    """A class's images of different content, and its files where they are more."""
+    files = sum(image.label == label for image in images)
+    if count == 0:
+        return "no image of its own" + (": all it has stands under other classes too" if files else "")
+    told = "one image" if count == 1 else f"{count} different images"
+    return told if files <= count else f"{told} in {files} files"
+
+
+def _check_every_class(
+    roles: Mapping[Role, Sequence[Image]], classes: Sequence[str], needed: Sequence[Role]
+) -> None:
+    for role in needed:
+        if role == "select" and not roles[role]:
+            continue
+        present = {label for image in roles[role] for label in image.labels}
+        missing = [name for label, name in enumerate(classes) if label not in present]
+        if missing:
+            raise UsageError(
+                f"No image of {listed(missing)} is left for the role '{role}': what the folders hold "
+                "of it stands in another role too; add images of it."
+            )
+
+
+def _duplicates(
+    roles: Mapping[Role, Sequence[Image]], removed: dict[str, list[Image]]
+) -> tuple[Duplicate, ...]:
+    copies: dict[str, list[tuple[Role, Image]]] = defaultdict(list)
+    for role in ROLES:
+        for image in roles[role]:
+            copies[image.key].append((role, image))
+    found = []
+    for key, kept in copies.items():
+        gone = removed.get(key, [])
+        labels = {image.labels for image in [*gone, *(image for _, image in kept)]}
+        if gone or len(labels) > 1:
+            taken_out = tuple(sorted(image.name for image in gone))
+            names = tuple(sorted([*taken_out, *(image.name for _, image in kept)]))
+            found.append(Duplicate(names, kept[0][0], taken_out, len(labels) > 1))
+    return tuple(sorted(found, key=lambda duplicate: duplicate.names))
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """'a', 'b' and 3 more."""
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

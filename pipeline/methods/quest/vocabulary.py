@@ -1,0 +1,233 @@
+"""QuEST's vocabulary: k-means over a teacher's features by faiss, shared through the cache."""
+
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ...errors import JobError, UsageError
+from ..base import Preparation
+from ..features import Features
+
+FILE = "vocabulary.safetensors"
+VERSION = 2
+
+WORDS = 4096
+"""K where none is asked for: the paper's."""
+
+FEATURES_PER_WORD = 39
+"""Features that a word should at least be learned from; faiss warns below it."""
+
+SAMPLE = 1024
+"""Features that are kept beside the words."""
+
+MEMORY_LIMIT = 4 * 1024**3
+"""Bytes of features held in memory; more are streamed from a file."""
+
+CURVE = 64
+"""Ranks at which the words' usage is told."""
+
+
+def usage_facts(usage: Tensor | None) -> dict[str, Any]:
+    """How unevenly words are used, for the report; nothing where an older vocabulary does not tell."""
+    if usage is None:
+        return {}
+    counts = np.sort(usage.numpy())[::-1]
+    ranks = np.unique(np.linspace(0, len(counts) - 1, CURVE).astype(np.int64))
+    return {
+        "usage": [(int(rank) + 1, int(counts[rank])) for rank in ranks],
+        "dead": int((counts == 0).sum()),
+    }
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """K words [K,C], fp32, with the facts of their making; μ is the mean squared distance to the nearest.
+
+    ``sample`` [n,C] are some of the features, drawn evenly: what a temperature does is tried on them.
+    """
+
+    words: Tensor
+    sample: Tensor
+    mu: float
+    asked: int
+    features: int
+    features_used: int
+    perplexity: float
+    note: str | None
+    usage: Tensor | None = None
+    """Of how many features each word is the nearest, int64 [K]; None in vocabularies of older versions."""
+
+    def facts(self) -> dict[str, Any]:
+        apart = ("words", "sample", "usage")
+        facts = {key: value for key, value in asdict(self).items() if key not in apart}
+        return {"words": len(self.words), **facts, **usage_facts(self.usage)}
+
+
+def learn_vocabulary(
+    preparation: Preparation,
+    *,
+    teacher: int,
+    level: str,
+    grid: tuple[int, int],
+    words: int | None,
+    iterations: int,
+    limit: int | None,
+) -> Vocabulary:
+    """Words of one teacher's map at one level, from the cache where an earlier run has learned them.
+
+    Args:
+        grid: (H, W) to which the teacher's map is average-pooled first.
+        words: K as asked for; None: 4,096, or with a note fewer, so that each has 39 features or more.
+        limit: the largest number of features k-means may use; None is all.
+
+    Raises:
+        UsageError: there are fewer features than words.
+        JobError: there is no room for them, or the features are not finite, or all the same.
+    """
+    channels, *_ = preparation.teachers[teacher].maps[level]
+    features = preparation.images * grid[0] * grid[1]
+    used, streamed = _place(
+        min(features, limit or features), channels, preparation, asked_for=limit is not None
+    )
+    check_words(words, used)
+    k = words or max(2, min(WORDS, used // FEATURES_PER_WORD))
+    note = None
+    if k < (words or WORDS):
+        note = (
+            f"{k} words instead of {WORDS}: {used:,} features are enough for {k} "
+            f"({FEATURES_PER_WORD} or more each)"
+        )
+    elif k * FEATURES_PER_WORD > used:
+        note = (
+            f"{used:,} features are few for {k} words; {used // FEATURES_PER_WORD} would have "
+            f"{FEATURES_PER_WORD} or more each"
+        )
+    if note:
+        preparation.note(note)
+    if used < features:
+        preparation.note(f"k-means uses {used:,} of {features:,} features, drawn evenly")
+    key = {
+        "version": VERSION,
+        "level": level,
+        "grid": list(grid),
+        "k": k,
+        "iterations": iterations,
+        "used": used,
+        "streamed": streamed,
+        "seed": preparation.seed,
+    }
+
+    def write(path: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=preparation.scratch) as scratch:
+            held = Features(used, channels, Path(scratch) / "features.f16" if streamed else None)
+            maps = (readout[level] for readout in preparation.readouts(teacher, frozenset([level])))
+            if not held.fill(maps, grid, features):
+                raise JobError(
+                    f"The features of {preparation.teacher_names[teacher]} are not finite numbers: its "
+                    "weights are broken; try other weights or train the teacher anew."
+                )
+            _write(path / FILE, describe(held, held.kmeans(k, iterations, preparation.seed)))
+
+    learned = _read(preparation.shared(teacher, "vocabulary", key, write) / FILE)
+    return Vocabulary(asked=words or WORDS, features=features, features_used=used, note=note, **learned)
+
+
+def check_words(words: int | None, features: int) -> None:
+    """
+    Raises:
+        UsageError: more words are asked for than there are features to learn them from.
+    """
+    if words is not None and words > features:
+        raise UsageError(
+            f"quest.words={words}: k-means has {features:,} features (one for each position of the map "
+            "in each training image, or quest.features of them), and a word needs one; ask for fewer words, "
+            f"as in --set quest.words={max(2, features // 8)}."
+        )
+
+
+def _place(wanted: int, channels: int, preparation: Preparation, *, asked_for: bool) -> tuple[int, bool]:
+    """How many features are used, and whether they are streamed from the disk instead of held in memory.
+
+    All of them in memory where they fit in 4 GiB; else in a file, where half of the free disk holds it; else
+    as many as fit in memory, unless so many were asked for.
+
+    Raises:
+        JobError: there is no room for the features that were asked for.
+    """
+    if 4 * channels * wanted <= MEMORY_LIMIT:
+        return wanted, False
+    free = shutil.disk_usage(preparation.scratch).free
+    if 2 * channels * wanted <= free // 2:
+        return wanted, True
+    if asked_for:
+        raise JobError(
+            f"{wanted:,} features of {channels} channels need {4 * channels * wanted / 1e9:.0f} GB free at "
+            f"{preparation.scratch}, half of them for the features; there are {free / 1e9:.0f} GB. Make "
+            "room, or ask for fewer with --set quest.features."
+        )
+    return MEMORY_LIMIT // (4 * channels), False
+
+
+def describe(features: Features, words: np.ndarray) -> dict[str, Any]:
+    """The words with μ, the mean squared distance to the nearest, and the perplexity of the assignment.
+
+    Raises:
+        JobError: all features are the same, or each is a word.
+    """
+    usage = np.zeros(len(words), np.int64)
+    distance = square = 0.0
+    total = np.zeros(features.dim())
+    for chunk, distances, word in features.nearest(words):
+        distance += float(distances.sum(dtype=np.float64))
+        square += float(np.einsum("nc,nc->", chunk, chunk, dtype=np.float64))
+        total += chunk.sum(0, dtype=np.float64)
+        usage += np.bincount(word, minlength=len(words))
+    # Below fp32's resolution of ‖f‖² a distance is rounding alone.
+    rounding = 1e-6 * square
+    if not square - float(total @ total) / features.count() > rounding:
+        raise JobError(
+            "All features of the teacher are the same: it sees no difference between the images; check its "
+            "weights and the data."
+        )
+    if not distance > rounding:
+        raise JobError(
+            f"Each of the teacher's features is one of the {len(words)} words: nothing is left to tell how "
+            "near a word is; ask for fewer with --set quest.words."
+        )
+    sampled = np.unique(np.linspace(0, features.count() - 1, SAMPLE).astype(np.int64))
+    return {
+        "words": torch.from_numpy(words),
+        "sample": torch.from_numpy(features.get_subset(sampled)),
+        "mu": distance / features.count(),
+        "perplexity": float(perplexity(torch.from_numpy(usage).double())),
+        "usage": torch.from_numpy(usage),
+    }
+
+
+def perplexity(usage: Tensor) -> Tensor:
+    """exp(H) of the words' usage [K], counts or frequencies: how many words are in even use."""
+    p = usage / usage.sum()
+    return torch.special.entr(p).sum().exp()
+
+
+def _write(path: Path, learned: dict[str, Any]) -> None:
+    metadata = {"mu": repr(learned["mu"]), "perplexity": repr(learned["perplexity"])}
+    # The cache answers a full disk, which safetensors' own writer would not tell as an OSError.
+    tensors = {name: learned[name].contiguous() for name in ("words", "sample", "usage")}
+    path.write_bytes(save(tensors, metadata))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        # Not a map of a file that others may write.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    return {**tensors, "mu": float(metadata["mu"]), "perplexity": float(metadata["perplexity"])}

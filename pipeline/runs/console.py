@@ -1,0 +1,151 @@
+"""What the person at the terminal sees: a line for each finished stage, a live bar for the one that runs."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+from ..console import safe_console
+
+PLAIN_SECONDS = 10.0
+"""Where the output is no terminal, a line of progress is written at most this often."""
+
+LOGGER = "questpress"
+"""Above the loggers of all our modules."""
+
+RATE_SECONDS = 15.0
+"""Rates are of the last so many seconds."""
+
+
+class Display:
+    """Writes to standard error, so that standard output holds the result alone.
+
+    Colours follow the terminal, and the variables NO_COLOR and FORCE_COLOR (https://no-color.org).
+    """
+
+    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
+        self.console = safe_console(stderr=True, quiet=quiet, highlight=False)
+        self.live = self.console.is_terminal and not quiet
+        self.verbose = verbose and not quiet
+        self.warnings: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A choice that was made for the user."""
+        self.console.print(f"[dim]  note: {escape(text)}[/dim]", soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """What is said only when asked for with --verbose."""
+        if self.verbose:
+            self.console.print(f"[dim]  {escape(text)}[/dim]", soft_wrap=True)
+
+    @contextmanager
+    def remarks(self) -> Iterator[None]:
+        """While the block runs, what our own loggers are told is a detail."""
+        if not self.verbose:
+            yield
+            return
+        logger, handler = logging.getLogger(LOGGER), _Remarks(self)
+        before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know before he trusts the result; it stands in the report too."""
+        self.warnings.append(text)
+        self.console.print(f"[yellow]  warning: {escape(text)}[/yellow]", soft_wrap=True)
+
+    def done(self, stage: str, summary: str, seconds: float | None) -> None:
+        """The line of a finished stage; ``seconds`` is None for one that an earlier run had finished."""
+        took = "kept" if seconds is None else f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+        self.console.print(
+            f"[green]✓[/green] [bold]{stage:<9}[/bold] {escape(summary)} [dim]({took})[/dim]", soft_wrap=True
+        )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator["Stage"]:
+        """A running stage; its bars live as long as the block."""
+        if not self.live:
+            yield Stage(self, name, None)
+            return
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.fields[stage]:<9}[/bold] {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[more]}[/dim]"),
+            console=self.console,
+            transient=True,
+        ) as progress:
+            yield Stage(self, name, progress)
+
+
+class _Remarks(logging.Handler):
+    """Shows each record as a detail; where an exception comes with it, its last line."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self.display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            text += f": {type(error).__name__}: {error}"
+        self.display.detail(text)
+
+
+class Stage:
+    """Progress of one stage: one piece of work at a time, each with a rate and the time left."""
+
+    def __init__(self, display: Display, name: str, progress: Progress | None) -> None:
+        self.display = display
+        self.name = name
+        self.progress = progress
+        self.task: TaskID | None = None
+        self.work: str | None = None
+        self.spoken = 0.0
+        self.seen: deque[tuple[float, float]] = deque()
+
+    def update(
+        self, work: str, done: float, total: float, unit: str = "", more: str = "", scale: int = 1
+    ) -> None:
+        """``done`` of ``total`` of some ``work``; the rate counts ``scale`` units for each."""
+        now = time.monotonic()
+        if work != self.work:
+            self.work, self.spoken = work, now
+            self.seen.clear()
+            if self.progress is not None:
+                if self.task is not None:
+                    self.progress.remove_task(self.task)
+                self.task = self.progress.add_task(work, total=total, stage=self.name, rate="", more="")
+        rate = self._rate(now, done)
+        spoken = f"{rate * scale:,.0f} {unit}/s" if unit and rate else ""
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=done, total=total, rate=spoken, more=more)
+        elif now - self.spoken >= PLAIN_SECONDS and rate:
+            self.spoken = now
+            left = (total - done) / rate
+            facts: list[Any] = [f"{100 * done / total:.0f} %", spoken, f"{left:.0f} s left", more]
+            self.display.say(f"  {self.name}: {work}: {', '.join(str(fact) for fact in facts if fact)}")
+
+    def _rate(self, now: float, done: float) -> float:
+        """Work a second over the last while, so that a stall is seen and soon forgotten."""
+        self.seen.append((now, done))
+        while len(self.seen) > 2 and now - self.seen[1][0] > RATE_SECONDS:
+            self.seen.popleft()
+        begun, before = self.seen[0]
+        return (done - before) / (now - begun) if now > begun else 0.0

@@ -1,0 +1,282 @@
+"""The report as data: what `report.json` holds, and what `compress(...)` returns.
+
+Every field that is not known yet is ``None`` or empty: the report is written anew after each stage.
+Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
+"""
+
+from typing import Any
+
+from .bench_results import Bench
+from ..int8_results import Int8Search, Recovery
+from .scores import Accuracy, Calibration, ClassResult, MultiLabelScore, Result, Score, Speedup, Temperature
+from ..word_results import Words
+
+SCHEMA_VERSION = 1
+
+
+class Latency(Result):
+    """Milliseconds of one run at batch 1; a percentile is None where too few runs were measured for it."""
+
+    p50: float | None
+    p90: float | None
+    p95: float | None = None
+    p99: float | None = None
+    mean: float
+    n: int
+    intervals: dict[str, tuple[float | None, float | None]] = {}
+    """95 %, distribution-free, by the percentile's name; an end is None where the runs do not bound it."""
+
+
+class Parity(Result):
+    """Largest difference of the exported file's logits from torch's: absolute, and by the logits' spread."""
+
+    max_abs: float
+    max_rel: float
+    n: int
+
+
+class Subject(Result):
+    """One network as a file: what is known of it."""
+
+    name: str
+    """timm's name, e.g. ``mobilenetv2_100``."""
+    weights: str
+    """Where its weights started: ``pretrained``, ``scratch`` or the name and hash of a file."""
+    parameters: int | None = None
+    gmacs: float | None = None
+    accuracy: Accuracy | None = None
+    select_accuracy: Accuracy | None = None
+    """Top-1 of the weights in torch on the select role: what decides whether the job goes on."""
+    multi_label: MultiLabelScore | None = None
+    """In the place of ``accuracy`` and ``per_class`` where images have several labels."""
+    select_multi_label: MultiLabelScore | None = None
+    """In the place of ``select_accuracy``."""
+    agreement: Accuracy | None = None
+    """How often this file's answer is the teacher's (``correct`` counts the agreements)."""
+    per_class: list["ClassResult"] = []
+    calibration: Calibration | None = None
+    bytes: int | None = None
+    latency_ms: dict[str, Latency] = {}
+    """By thread count, as text."""
+    speedups: list[Speedup] = []
+    parity: Parity | None = None
+    file: str | None = None
+    """Path inside the run folder."""
+    sha256: str | None = None
+    licence: str | None = None
+    head: str | None = None
+    """For a teacher: ``kept``, ``replaced`` or ``none``."""
+    opset: int | None = None
+    ir_version: int | None = None
+    quantization: dict[str, Any] | None = None
+
+    @property
+    def score(self) -> Score | None:
+        """On the test images."""
+        return self.accuracy or self.multi_label
+
+    @property
+    def select_score(self) -> Score | None:
+        return self.select_accuracy or self.select_multi_label
+
+
+class DataSummary(Result):
+    name: str
+    classes: list[str]
+    train: int
+    select: int
+    test: int
+    per_class: dict[str, dict[str, int]]
+    """role -> class -> number of images."""
+    skipped: list[tuple[str, str]] = []
+    """(name, reason) of each image that could not be read."""
+    duplicates: list[list[str]] = []
+    """Groups of identical images across given folders or classes, by name."""
+    fingerprint: str
+    multi_label: bool = False
+
+
+class Round(Result):
+    """One of the students of ``--rounds``; see ``pipeline/config/stages.py``."""
+
+    round: int
+    teacher: str
+    """Whom it learned from: the teacher's name, or the round before."""
+    seed: int
+    accuracy: Score | None = None
+    """Of its weights in torch, fp32, on the test role."""
+    select_accuracy: Score | None = None
+    file: str
+    """Its weights, a path inside the run folder."""
+
+
+class Reconstruction(Result):
+    """FEED: how far the student's translated map is from a teacher's, in a training's last epoch."""
+
+    stage: str
+    teacher: str
+    error: float
+    """L1 between the maps scaled to length 1, over √n: 0 is the same direction, about 1.1 a random one."""
+    first: float
+    """The same in the first epoch."""
+
+
+class Hashes(Result):
+    """The hashes of one teacher's vector; see ``pipeline/methods/mimic.py``."""
+
+    teacher: str
+    hashes: int
+    std: float
+    bias: str
+
+
+class BalancedWeight(Result):
+    """What ``--balance auto`` found and did; see ``pipeline/methods/gradient_balance.py``."""
+
+    method: str
+    pull: float
+    """Gradient of the method's weighted loss over that of the cross-entropy, on the student's last map."""
+    least: float
+    most: float
+    """Between which pulls the method was seen to do good."""
+    factor: float
+    """What the weight was multiplied by; 1 where the pull lies between them."""
+
+
+class StoreUse(Result):
+    """The teachers' stored answers that the student learned from; see ``docs/store.md``."""
+
+    views: int
+    """Fixed views of each image."""
+    complete: bool
+    """Whether these are all the different views there are."""
+    bytes_per_view: int
+    lost_mass: float | None = None
+    """QuEST: the share of p_T that they lose, on average; the largest of the views'."""
+    computed: int
+    """Views about which a teacher was asked when this training was last started; all others were stored."""
+
+
+class Epoch(Result):
+    """One line of `metrics.jsonl`."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    images_per_second: float
+    learning_rate: float
+    losses: dict[str, float]
+    """Means over the epoch of each weighted loss, and ``loss``, their sum."""
+    watched: dict[str, float] = {}
+    """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
+    train_accuracy: float | None = None
+    """None where images have several labels."""
+    select_accuracy: float | None = None
+    """Top-1, or mAP where images have several labels."""
+    seconds: float | None = None
+    """Of training, without the select role's evaluation."""
+    shares: dict[str, float] = {}
+    """Share of the steps' time in each phase: ``data``, ``teacher``, ``student``; together 1."""
+    peak_memory_bytes: int | None = None
+    """A GPU's tensors at most since this training began here; on a CPU, the process since its start."""
+    mfu: float | None = None
+    """Share, 0 to 1, of the device's peak that the networks' own arithmetic takes; see ``mfu.py``."""
+
+
+class Example(Result):
+    """A test image with the answers of teacher and shipped student, for the report."""
+
+    name: str
+    label: str
+    teacher: str | None = None
+    """None where no teacher has a head, and so no answer."""
+    teacher_probability: float | None = None
+    student: str
+    student_probability: float
+    png: str
+    """The image as the student sees it, base64 of a PNG."""
+
+
+class StageTime(Result):
+    stage: str
+    seconds: float
+    summary: str
+    """The line the terminal showed."""
+
+
+class Report(Result):
+    """Everything a run knows; `report.html` and `report.md` show the same."""
+
+    schema_version: int = SCHEMA_VERSION
+    title: str
+    command: str
+    method: str
+    """As named on the command line, e.g. ``quest`` or ``none``."""
+    method_parameters: dict[str, Any] = {}
+    method_source: str | None = None
+    """The papers of the methods."""
+    recipe: str | None = None
+    image_size: int
+    """Side of the student's input in pixels."""
+    teacher_image_size: int | None = None
+    data: DataSummary | None = None
+    teachers: list[Subject] = []
+    teacher: Subject | None = None
+    """The one teacher, or the ensemble of several."""
+    student: Subject | None = None
+    student_int8: Subject | None = None
+    words: list[Words] = []
+    reconstruction: list[Reconstruction] = []
+    rounds: list[Round] = []
+    hashes: list[Hashes] = []
+    balance: list[BalancedWeight] = []
+    store: StoreUse | None = None
+    temperature: Temperature | None = None
+    int8: list[Int8Search] = []
+    """The search for each target; the first one's file is ``student_int8``."""
+    recovery: Recovery | None = None
+    bench: Bench | None = None
+    """How latency was measured, and all that was; None of runs that are older."""
+    epochs: list[Epoch] = []
+    examples: list[Example] = []
+    confusion: list[list[int]] | None = None
+    """Rows: true class; columns: answer of the file that ships; over the test role."""
+    warnings: list[str] = []
+    stages: list[StageTime] = []
+    environment: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    """Every option, resolved."""
+    artifact: str | None = None
+    """Path of the folder that ships, inside the run folder."""
+    checksum: str | None = None
+    """SHA-256 of all the rest as canonical JSON; None of older versions."""
+
+
+class Size(Result):
+    """One student: what it looks at, what it costs, and its two files as timed together with the others'."""
+
+    size: int
+    folder: str
+    gmacs: float | None
+    student: Subject
+    student_int8: Subject | None = None
+    """None where no int8 candidate kept within the budget: then the fp32 file ships."""
+
+
+class Resolutions(Result):
+    """What ``resolutions.json`` holds; accuracies are those of the runs' own reports."""
+
+    title: str
+    folder: str
+    command: str
+    method: str
+    teacher: Subject
+    teacher_image_size: int
+    sizes: list[Size]
+    """The largest first."""
+    threads: list[int]
+    environment: dict[str, str]
+    timed: str
+    """The files that were timed and how: a digest."""
+    checksum: str | None = None
+    """SHA-256 of all the rest as canonical JSON."""

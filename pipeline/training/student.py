@@ -1,0 +1,119 @@
+"""The task in which a student learns: its methods, its teachers or the store of their answers."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ...models.projection import widen
+from ...models.readout import Readouts
+from .. import methods
+from ..methods.base import Method
+from ..runs.device import Engine, inference_engine
+from ..store.of_run import store_of
+from ..trained import load_teacher
+from ..trainee import Teacher
+from .job import Job
+from .quantized import QuantizedReadouts
+from .task import DistillationTask
+from .teacher_cache import Store
+from .trainer import engine
+
+TEACHERS = "student's teachers"
+"""Under which the run folder keeps the engine that the teachers answer with."""
+
+
+def width_of(job: Job) -> int | None:
+    """To which width a method has the student's vector brought while it learns; None: it stays as it is."""
+    names = methods.names(job.options.method)
+    if not names:
+        return None
+    parameters = methods.parameters(names, job.options.settings)
+    student, teachers = job.shapes(job.student), [job.shapes(tutor) for tutor in job.tutors]
+    asked = (methods.load(name).widens(parameters[name], student, teachers) for name in names)
+    return next((width for width in asked if width is not None), None)
+
+
+def methods_of(job: Job) -> dict[str, Method]:
+    """The run's methods by name, made from what ``prepare`` has left."""
+    o = job.options
+    names = methods.names(o.method)
+    parameters = methods.parameters(names, o.settings)
+    classes = {name: methods.load(name) for name in names}
+    width = width_of(job)
+    student = job.shapes(job.student) if width is None else replace(job.shapes(job.student), vector=width)
+    teachers = [job.shapes(tutor) for tutor in job.tutors] if names else []
+    prepared = load_file(job.folder.path / job.prepared) if any(c.prepares for c in classes.values()) else {}
+    made: dict[str, Method] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        for name in names:
+            own = {
+                key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
+            }
+            made[name] = classes[name](parameters[name], student, teachers, own)
+    return made
+
+
+def reads_of(job: Job) -> frozenset[str]:
+    """What the methods look at in the student."""
+    return _union(method.of_student for method in methods_of(job).values())
+
+
+def student_task(
+    job: Job, network: nn.Module, chosen: Engine, *, normalise: nn.Module | None = None
+) -> tuple[DistillationTask, Store | None]:
+    """What is trained and, unless the teachers are asked at every step, the store of their answers.
+
+    Args:
+        network: the student, or the readouts of a fake-quantized one, which goes on where the student ended
+            and is not averaged.
+        normalise: what brings pixels to it, where that is not the student's mean and deviation.
+    """
+    o = job.options
+    heads = methods_of(job)
+    width = width_of(job)
+    goes_on = isinstance(network, QuantizedReadouts)
+    if width is not None and not goes_on:
+        Readouts(network).check_widening()  # with numbers: the shapes alone were looked at before
+        widen(network, width, job.seed)
+    asked: list[Teacher] = []
+    store = None
+    if heads:
+        answering = engine(job, TEACHERS, lambda asked: inference_engine(job.device, asked))
+        if o.store_views:
+            store = store_of(job, heads, answering)
+        else:
+            asked = [load_teacher(job, tutor, answering) for tutor in job.tutors]
+    task = DistillationTask(
+        network,
+        job.geometry(job.student),
+        chosen,
+        label_smoothing=o.label_smoothing or 0.0,
+        teachers=asked,
+        teacher_reads=[
+            _union(method.of_teachers[t][1] for method in heads.values()) for t in range(len(asked))
+        ],
+        methods=heads,
+        student_reads=_union(method.of_student for method in heads.values()),
+        weights=weights_of_losses(o.weight, {name: type(method) for name, method in heads.items()}),
+        balance=o.balance == "auto",
+        ema=None if goes_on else o.ema,
+        average_last=None if goes_on else o.average_last,
+        ranks=job.ranks,
+        normalise=normalise,
+        epochs_before=(o.epochs or 0) if goes_on else 0,
+    )
+    return task, store
+
+
+def _union(reads: Iterable[frozenset[str]]) -> frozenset[str]:
+    return frozenset().union(*reads)
+
+
+def weights_of_losses(given: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:
+    """Cross-entropy has the paper's weight where a method stands alone, and 1 in a sum."""
+    alone = next(iter(classes.values())).cross_entropy if len(classes) == 1 else 1.0
+    return {"ce": alone, **given}

@@ -1,0 +1,54 @@
+"""Whether the weights that a job starts from can be had and fit: asked before hours of work, not after."""
+
+from collections.abc import Collection
+
+from ...models.initialize import start
+from ...models.pretrained import check_published, has_pretrained
+from ..config.options import Options
+from ..data.dataset import ImageSet
+
+
+def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, download: bool) -> None:
+    """Load the weights files that these stages will load, ask for the published ones, and put these into the
+    cache if ``download``.
+
+    Raises:
+        ModelError: a file's weights cannot be read or do not fit; or published ones cannot be had: all of
+            them are named, with the options that do without.
+    """
+    published: list[tuple[str, str]] = []
+    size = options.image_size
+    if "teacher" in stages:
+        teachers = zip(options.teacher, options.teacher_weights, options.teacher_head, strict=True)
+        for number, (name, source, head) in enumerate(teachers):
+            if source == "auto":
+                published.append((name, "--teacher-weights"))
+            elif source != "none":
+                _try_file(name, source, head, data, size, options.seed + number, "teacher", None)
+    if "student" in stages:
+        name, source = options.student, options.student_weights
+        # A student without published weights starts from scratch.
+        if source == "auto" and has_pretrained(name):
+            published.append((name, "--student-weights"))
+        elif source not in ("auto", "none"):
+            size = options.student_size or size
+            _try_file(name, source, "auto", data, size, options.seed, "student", options.activation)
+    check_published(published, download=download)
+
+
+def _try_file(
+    name: str,
+    source: str,
+    head: str,
+    data: ImageSet,
+    image_size: int | None,
+    seed: int,
+    role: str,
+    activation: str | None,
+) -> None:
+    assert image_size is not None
+    start(name, source, head, data.classes, image_size, seed, _told_later, role, activation)
+
+
+def _told_later(_note: str) -> None:
+    """The stage that loads the weights says the same again."""
