@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from questpress.export.cores import pinned
 from questpress.export.latency import noise
+from questpress.export.latency.noise import pinned
 from questpress.export.latency.runner import BenchResult, Subject, bench
-from questpress.pipeline.onnx_input import onnx_input
+from questpress.pipeline.runs.artifacts import onnx_input
 
 
 @contextmanager

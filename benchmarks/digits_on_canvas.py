@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PillowImage
 from questpress.pipeline.data.dataset import ROLES
-from questpress.pipeline.data.digits import open_digits
+from questpress.pipeline.data.sources.timm_datasets import open_digits
 
 CANVAS = 48
 """Pixels of a side: four quarters of 24."""

@@ -60,8 +60,7 @@ def images(_work: Path) -> Callable[[bytes], None]:
 
 def labels(suffix: str) -> Callable[[Path], Callable[[bytes], None]]:
     def make(work: Path) -> Callable[[bytes], None]:
-        from questpress.pipeline.data.coco import read_coco
-        from questpress.pipeline.data.label_rows import read_rows
+        from questpress.pipeline.data.sources.label_files import read_coco, read_rows
         from questpress.pipeline.errors import UsageError
 
         file = work / f"labels.{suffix}"

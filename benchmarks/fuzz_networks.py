@@ -64,8 +64,7 @@ def device(_work: Path) -> Callable[[bytes], None]:
     """Without onnx: whatever onnx finds to lie in another file must be refused."""
     import onnx
     from google.protobuf.message import DecodeError
-    from questpress.export.conversion.untrusted import _tensors
-    from questpress.export.foreign_graphs import graphs
+    from questpress.export.conversion.untrusted import _tensors, graphs
     from questpress.export.runtime import ArtifactError, refuse_outside
 
     def read(content: bytes) -> None:

@@ -23,11 +23,11 @@ def yaml_text(_work: Path) -> Callable[[bytes], None]:
 
 
 def json_text(_work: Path) -> Callable[[bytes], None]:
-    from questpress.pipeline import bounded_json
+    from questpress.pipeline.runs import record
 
     def read(content: bytes) -> None:
         with contextlib.suppress(ValueError):
-            bounded_json.loads(content.decode("utf-8"))
+            record.loads(content.decode("utf-8"))
 
     return read
 

@@ -40,8 +40,7 @@ def loss(images: int, words: int, device: str) -> Callable[[], None]:
     """QuEST's loss on random features."""
     import torch
     from questpress.pipeline.methods.base import Shapes
-    from questpress.pipeline.methods.quest.quest import Quest
-    from questpress.pipeline.methods.quest_parameters import Parameters
+    from questpress.pipeline.methods.quest.quest import Parameters, Quest
 
     random = torch.Generator().manual_seed(0)
     teacher = torch.randn(images, CHANNELS, SIDE, SIDE, generator=random).to(device)
@@ -90,7 +89,7 @@ def step(images: int, words: int, device: str) -> Callable[[], None]:
 def kmeans(images: int, words: int, device: str) -> Callable[[], None]:
     """The vocabulary of random features, in memory, in few iterations."""
     import torch
-    from questpress.pipeline.methods.features import Features
+    from questpress.pipeline.methods.quest.vocabulary import Features
 
     random = torch.Generator().manual_seed(0)
 

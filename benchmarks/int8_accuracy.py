@@ -24,16 +24,15 @@ from typing import Any
 import numpy as np
 import yaml
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
-from questpress.export.int8.quantizer import prepare, quantize, write_int8
+from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, quiet, write_int8
 from questpress.export.int8.targets import target
-from questpress.export.ranges import calibrate_ranges, quiet
 from questpress.export.runtime import Classifier, decode_image, preprocess
+from questpress.pipeline.api.again import export_again
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.budget import mcnemar
 from questpress.pipeline.config.options import Options
 from questpress.pipeline.data.dataset import Image
-from questpress.pipeline.export_again import export_again
-from questpress.pipeline.qat import recovered
+from questpress.pipeline.stages.qat import recovered
+from questpress.pipeline.stages.quantize import mcnemar
 
 
 class Chunks(CalibrationDataReader):

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from questpress.export.rewriting import RULES
+from questpress.export.int8.rewrite import RULES
 from questpress.export.runtime import session
 
 

@@ -12,28 +12,23 @@ from questpress.models.build import Geometry, build, geometry
 from questpress.models.checkpoint import read_checkpoint
 from questpress.models.weights import load_into
 from questpress.pipeline import methods
-from questpress.pipeline.batches import Ask, Batch, Batches
 from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.render import Views
-from questpress.pipeline.data.schedule import Schedule
-from questpress.pipeline.data.views import ViewPolicy
-from questpress.pipeline.meter import Meter
+from questpress.pipeline.data.views import Schedule, ViewPolicy
 from questpress.pipeline.methods.base import Method, Preparation, Readout, Shapes
-from questpress.pipeline.methods.grid import shared_grid
 from questpress.pipeline.methods.quest.quest import readout
-from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD
+from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD, shared_grid
 from questpress.pipeline.methods.shapes import shapes
-from questpress.pipeline.plan import Plan
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.device import Engine, choose_engine, inference_engine
 from questpress.pipeline.runs.files import digest
-from questpress.pipeline.trainee import Teacher
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.compute.engine_search import fastest
-from questpress.pipeline.training.loop import backward
-from questpress.pipeline.training.optimizer import build_optimizer, schedule
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.loop import Ask, Batch, Batches, backward
+from questpress.pipeline.training.monitoring.metrics import Meter
+from questpress.pipeline.training.optimizer import Plan, build_optimizer, schedule
+from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import Source, Store
 from torch import Tensor, nn
 

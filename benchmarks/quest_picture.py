@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.run import read_options
-from questpress.pipeline.heads import load_heads
-from questpress.pipeline.methods.grid import positions
 from questpress.pipeline.methods.quest.quest import Quest, WordPrediction
+from questpress.pipeline.methods.quest.vocabulary import positions
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.console import Display
 from questpress.pipeline.runs.device import Engine, threads
 from questpress.pipeline.runs.folder import RunFolder
-from questpress.pipeline.trained import load_teacher, trained_network
 from questpress.pipeline.training.job import Job
-from questpress.pipeline.training.student import student_task
+from questpress.pipeline.training.student import load_heads, student_task
+from questpress.pipeline.training.weights import load_teacher, trained_network
 from torch import Tensor
 
 PHOTO, ROW, PATCH, WORDS, PATCHES = 320, 52, 48, 6, 4

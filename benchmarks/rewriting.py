@@ -22,7 +22,7 @@ import torch
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8.quantizer import quantize_int8
-from questpress.export.rewriting import RULES
+from questpress.export.int8.rewrite import RULES
 from torch import nn
 
 ROUNDS, SECONDS, SIZE = 15, 0.2, 224

@@ -2,7 +2,8 @@
 
 A round is a block of steps of every subject, in seeded random order. Of a block comes one number,
 milliseconds an image: what waits for the device, for data or for a worker process is in it, which medians
-over steps would hide. Ratios are taken within rounds, with the paired bootstrap of ``export/latency/runner.py``.
+over steps would hide. Ratios are taken within rounds, with the paired bootstrap of
+``export/latency/runner.py``.
 """
 
 import time
@@ -12,8 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from cells import markdown
-from questpress.export.latency.statistics import Latency, summarise
-from questpress.export.speedup import Speedup, speedup
+from questpress.export.latency.statistics import Latency, Speedup, speedup, summarise
 
 
 def nothing() -> None:

@@ -21,9 +21,8 @@ import timm
 import torch
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.int8.quantizer import prepare, quantize, write_int8
+from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, write_int8
 from questpress.export.int8.targets import target
-from questpress.export.ranges import calibrate_ranges
 
 ROUNDS, SECONDS, SIZE = 25, 0.12, 224
 

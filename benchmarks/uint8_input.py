@@ -17,9 +17,9 @@ import torch
 from cells import markdown
 from questpress.export.conversion import pixel_input
 from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.conversion.pixel_input import Outside
 from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.runtime import Preprocessing, normalise, session
-from questpress.export.uint8_front import Outside
 
 SIDE, IMAGES = 224, 16
 P = Preprocessing.of(SIDE)

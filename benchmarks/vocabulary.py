@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from questpress.export.runtime import allowed_cores
-from questpress.pipeline.methods.features import Features
+from questpress.pipeline.methods.quest.vocabulary import Features
 from questpress.pipeline.runs.device import use_threads
 
 BATCH, SIDE, CENTRES = 256, 8, 1000

@@ -19,7 +19,7 @@ FORBIDDEN = {
 }
 ONCE = {
     # A reader that this process has pickled for its own workers.
-    "pickle.loads": "pipeline/data/image_sources.py",
+    "pickle.loads": "pipeline/data/dataset.py",
 }
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
@@ -22,12 +27,90 @@ from torch import nn
 from .. import runtime
 from ..errors import ExportError
 from ..files import flush, write_whole
-from ..opset import check_opset
-from ..reshapes import constant_reshapes
-from ..uint8_front import INPUT
-from .pixel_input import take_pixels
+from .pixel_input import INPUT, take_pixels
 
 log = logging.getLogger(__name__)
+
+
+LEAST_OPSET = 18
+"""torch's exporter writes no older one, whatever it is asked for."""
+
+
+@cache
+def greatest_opset() -> int:
+    """The newest opset that the installed onnx knows and the installed onnxruntime runs."""
+    newest: int = onnx.defs.onnx_opset_version()
+    return next(opset for opset in range(newest, LEAST_OPSET - 1, -1) if _runs(opset))
+
+
+def check_opset(opset: int) -> None:
+    """Raise ExportError where no file of this opset can be written and run here."""
+    if not LEAST_OPSET <= opset <= greatest_opset():
+        raise ExportError(
+            f"opset {opset} cannot be written and run here: choose one from {LEAST_OPSET} to "
+            f"{greatest_opset()} (onnxruntime {version('onnxruntime')}, onnx {version('onnx')})"
+        )
+
+
+def _runs(opset: int) -> bool:
+    """Whether onnxruntime loads a model of this opset: it says so nowhere but in its answer."""
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+        "one node",
+        [value("x", onnx.TensorProto.FLOAT, [1])],
+        [value("y", onnx.TensorProto.FLOAT, [1])],
+    )
+    imports = [onnx.helper.make_opsetid("", opset)]
+    ir_version = onnx.helper.find_min_ir_version_for(imports)
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+    try:
+        runtime.session(model.SerializeToString(), 1)
+    except runtime.ArtifactError as refusal:
+        log.debug("opset %d: %s", opset, refusal)
+        return False
+    return True
+
+
+_CONSTANT = ("Constant", "")
+
+
+def constant_reshapes(model: onnx_ir.Model) -> int:
+    """Give such reshapes the target [-1, …], and return how many there were; the graph computes the same.
+
+    PyTorch 2.11's exporter writes ``x.flatten(1)`` as Shape, Slice or Concat, and Reshape, where later ones
+    write one Reshape. What counts the elements keeps a graph from being calibrated, equalised and trained as
+    a chain of float operators, and costs two more kernels a run.
+    """
+    graph = model.graph
+    found = 0
+    for node in [node for node in graph if node.op_type == "Reshape" and node.domain == ""]:
+        target, output = node.inputs[1], node.outputs[0]
+        if target is None or _known(target) or output.shape is None or not output.shape:
+            continue
+        batch, *rest = output.shape.dims
+        if isinstance(batch, int) or not all(isinstance(size, int) and size > 0 for size in rest):
+            continue
+        name = f"{output.name}_target"
+        constant = onnx_ir.tensor(np.array([-1, *rest], np.int64), name=name)
+        value = onnx_ir.Value(
+            name=name,
+            const_value=constant,
+            shape=onnx_ir.Shape([len(output.shape)]),
+            type=onnx_ir.TensorType(onnx_ir.DataType.INT64),
+        )
+        graph.register_initializer(value)
+        node.replace_input_with(1, value)
+        found += 1
+    return found
+
+
+def _known(value: onnx_ir.Value) -> bool:
+    producer = value.producer()
+    return value.const_value is not None or (
+        producer is not None and (producer.op_type, producer.domain) == _CONSTANT
+    )
+
 
 OPSET = 18
 OUTPUT, BATCH = "logits", "batch"
@@ -273,3 +356,126 @@ def _sentence(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the file's logits are from the network's: the largest difference over all images and batch
+    sizes.
+
+    `max_rel` is that difference over the spread (largest minus smallest) of the network's logits.
+    """
+
+    max_abs: float
+    max_rel: float
+    n: int
+    batch_sizes: tuple[int, ...]
+
+
+def check_parity(
+    network: nn.Module,
+    onnx_path: str | Path,
+    images: torch.Tensor,
+    *,
+    pixels: np.ndarray | None = None,
+    batch_sizes: Sequence[int] = (1, 5),
+    tolerance: float = 1e-4,
+) -> Parity:
+    """Compare the file in onnxruntime with the network in torch on `images`, float32 [N, 3, S, S],
+    preprocessed; of a file that takes pixels, `pixels` are the same images, uint8 [N, S, S, 3].
+
+    Passes where the largest difference is within `tolerance`, absolute or relative to the logits' spread; an
+    image must get the same answer at every batch size, too. Raises ExportError, saying by how much, and where
+    logits aren't finite. The network computes in float32 on the CPU, as a copy.
+    """
+    if not len(images):
+        raise ExportError("there are no images to compare the exported file with the network on")
+    network = getattr(network, "_orig_mod", network)
+    twin = copy.deepcopy(network).cpu().float().eval()
+    images = images.detach().cpu().float()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = torch.cat([twin(chunk) for chunk in images.split(max(batch_sizes))]).numpy()
+    # External weights are found beside the file, so it is opened by its path.
+    session = runtime.session(Path(onnx_path), runtime.default_threads())
+    if (session.get_inputs()[0].type == "tensor(uint8)") != (pixels is not None):
+        raise ExportError(f"{onnx_path} takes pixels, and is compared on them, or neither")
+    fed = images.numpy() if pixels is None else pixels
+    answers = [
+        np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in _chunks(fed, size)])
+        for size in batch_sizes
+    ]
+    if any(answer.shape != expected.shape for answer in answers):
+        raise ExportError(
+            f"{onnx_path} gives logits of shape {answers[0].shape}, the network {expected.shape}"
+        )
+    if not all(np.isfinite(logits).all() for logits in (expected, *answers)):
+        raise ExportError(f"the logits of the network or of {onnx_path} are not all finite numbers")
+    spread = float(expected.max() - expected.min())
+    max_abs = max(float(np.abs(answer - expected).max()) for answer in answers)
+    between = max(float(np.abs(answer - answers[0]).max()) for answer in answers)
+
+    def relative(difference: float) -> float:
+        return difference / spread if spread > 0 else (0.0 if difference == 0 else float("inf"))
+
+    parity = Parity(max_abs, relative(max_abs), len(images), tuple(batch_sizes))
+    if min(parity.max_abs, parity.max_rel) > tolerance:
+        raise ExportError(
+            f"{onnx_path} does not compute what the network does: on {parity.n} images its logits differ by "
+            f"up to {parity.max_abs:.2g} ({parity.max_rel:.2g} of their spread), {tolerance:g} is allowed"
+        )
+    if min(between, relative(between)) > tolerance:
+        raise ExportError(
+            f"{onnx_path} answers differently at batch sizes {', '.join(map(str, batch_sizes))}: by up to "
+            f"{between:.2g}, {tolerance:g} is allowed"
+        )
+    return parity
+
+
+def _chunks(images: np.ndarray, size: int) -> list[np.ndarray]:
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+TOLERANCE = 1e-4
+"""Largest difference of the folded logits times T from the network's own, by the largest of these."""
+
+
+class Tempered(nn.Module):
+    """A network whose logits are divided by T after its last layer."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network = network
+        self.factor = 1 / temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images)
+        return logits * self.factor
+
+
+def fold_temperature(
+    network: nn.Module, temperature: float, images: torch.Tensor
+) -> tuple[nn.Module, Literal["last layer", "after the logits"]]:
+    """A copy of ``network`` whose logits are divided by ``temperature``, and where that happens.
+
+    Weight and bias of the classifier (timm's ``get_classifier``, a Linear or Conv2d) are divided, which costs
+    nothing at inference. Where the logits are not that layer's plain output (two heads, a norm after it, tied
+    or standardised weights), which ``images``, float32 [N,3,S,S], preprocessed, tell, the division becomes
+    one more operation after the network.
+
+    Raises ValueError where the temperature is not a positive number.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"a temperature is a positive number, not {temperature}")
+    twin = copy.deepcopy(network).cpu().float().eval()
+    get = getattr(twin, "get_classifier", None)
+    classifier = get() if callable(get) else None
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        if isinstance(classifier, nn.Linear | nn.Conv2d):
+            expected = twin(images)
+            classifier.weight /= temperature
+            if classifier.bias is not None:
+                classifier.bias /= temperature
+            off = (twin(images) * temperature - expected).abs().max()
+            if off <= TOLERANCE * expected.abs().max():
+                return twin, "last layer"
+    return Tempered(copy.deepcopy(network).cpu().float().eval(), temperature), "after the logits"

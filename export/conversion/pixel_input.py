@@ -13,16 +13,279 @@ the fourth channel themselves. Where the first layer isn't a plain convolution, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType
 
 from ..errors import ExportError
-from ..first_layer import FirstLayer, first_layer
-from ..uint8_front import INPUT, PIXELS, PLANES, SCALE, Folded, Front, Outside, read_front
+
+INPUT, PLANES, PIXELS = "input", "uint8_planes", "pixels"
+"""Names of a file's input, uint8 [batch, S, S, 3], of its planes, uint8 [batch, 3 or 4, S, S], and of what
+its core takes, float32 [batch, 3 or 4, S, S].
+"""
+
+SCALE = np.float32(1 / 255)
+_Z, _MASK = "uint8_zero_point", "uint8_mask"
+_FACTOR, _SHIFT = "uint8_factor", "uint8_shift"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The normalisation is in the core's first weights; the core takes (u − zero_point)/255.
+
+    `mask` is the pixel value of a fourth channel, where there is one.
+    """
+
+    zero_point: int
+    mask: int | None
+
+    told = "normalisation folded into the first convolution"
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.mask is None else 4
+
+    def feed(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S, 3] to what the core takes, float32 [B, 3 or 4, S, S]."""
+        planes = pixels.transpose(0, 3, 1, 2)
+        if self.mask is not None:
+            planes = np.pad(planes, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=self.mask)
+        return np.ascontiguousarray((planes.astype(np.float32) - self.zero_point) * SCALE)
+
+    def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:
+        """ONNX Runtime's `TensorQuantOverrides` for the core's input: pixels are quantized already."""
+        kind, dtype = (QuantType.QInt8, np.int8) if signed else (QuantType.QUInt8, np.uint8)
+        zero_point = np.array(self.zero_point - (128 if signed else 0), dtype=dtype)
+        return {PIXELS: [{"quant_type": kind, "scale": np.array(SCALE), "zero_point": zero_point}]}
+
+    def nodes(self, height: int, width: int) -> tuple[list[NodeProto], list[TensorProto]]:
+        """From the file's input to the core's, and their constants."""
+        nodes = _Nodes()
+        step = nodes.constant("uint8_step", SCALE)
+        zero_point = nodes.constant(_Z, np.uint8(self.zero_point))
+        if self.mask is None:
+            nodes.add("Transpose", [INPUT], PLANES, perm=[0, 3, 1, 2])
+        else:
+            # ONNX Runtime would move a transpose behind the padding, where it goes pixel by pixel and takes
+            # five times as long; it moves none across this reshaping.
+            flat = nodes.constant("uint8_flat_shape", np.array([0, -1, 3]))
+            pads = nodes.constant("uint8_pads", np.array([0, 0, 0, 0, 1, 0]))
+            shape = nodes.constant("uint8_shape", np.array([0, 4, height, width]))
+            nodes.add("Reshape", [INPUT, flat], "uint8_flat")
+            nodes.add("Transpose", ["uint8_flat"], "uint8_colours", perm=[0, 2, 1])
+            mask = nodes.constant(_MASK, np.uint8(self.mask))
+            nodes.add("Pad", ["uint8_colours", pads, mask], "uint8_masked")
+            nodes.add("Reshape", ["uint8_masked", shape], PLANES)
+        nodes.add("DequantizeLinear", [PLANES, step, zero_point], PIXELS)
+        return nodes.nodes, nodes.constants
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The core is as it was; float nodes in front of it compute u · factor + shift of each channel."""
+
+    factor: tuple[float, ...]
+    shift: tuple[float, ...]
+    told = "normalisation in float, before the network"
+    channels = 3
+
+    @classmethod
+    def of(cls, mean: Sequence[float], std: Sequence[float]) -> Outside:
+        return cls(tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)))
+
+    def feed(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S, 3] to what the core takes, float32 [B, 3, S, S]."""
+        planes = pixels.transpose(0, 3, 1, 2).astype(np.float32)
+        factor, shift = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.factor, self.shift))
+        return np.ascontiguousarray(planes * factor + shift)
+
+    def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:
+        """None: the core's input is quantized as any other tensor."""
+        return {}
+
+    def nodes(self, height: int, width: int) -> tuple[list[NodeProto], list[TensorProto]]:
+        """From the file's input to the core's, and their constants."""
+        nodes = _Nodes()
+        factor = nodes.constant(_FACTOR, np.array(self.factor, dtype=np.float32))
+        zero_point = nodes.constant(_Z, np.zeros(3, dtype=np.uint8))
+        shift = nodes.constant(_SHIFT, np.array(self.shift, dtype=np.float32)[:, None, None])
+        nodes.add("Transpose", [INPUT], PLANES, perm=[0, 3, 1, 2])
+        nodes.add("DequantizeLinear", [PLANES, factor, zero_point], "uint8_scaled", axis=1)
+        nodes.add("Add", ["uint8_scaled", shift], PIXELS)
+        return nodes.nodes, nodes.constants
+
+
+Front = Folded | Outside
+
+
+def read_front(constants: Sequence[TensorProto]) -> Front | None:
+    """The front that a file with these constants has; None where it has none."""
+    values = {t.name: numpy_helper.to_array(t) for t in constants if t.name.startswith("uint8_")}
+    if {_FACTOR, _SHIFT} <= values.keys():
+        return Outside(tuple(values[_FACTOR].ravel().tolist()), tuple(values[_SHIFT].ravel().tolist()))
+    if _Z in values:
+        return Folded(int(values[_Z]), int(values[_MASK]) if _MASK in values else None)
+    return None
+
+
+class _Nodes:
+    """Nodes named as what they give, and constants."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+
+    def constant(self, name: str, value: Any) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def add(self, kind: str, takes: list[str], gives: str, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(kind, takes, [gives], name=gives, **attributes))
+
+
+_Constants = dict[str, TensorProto]
+
+
+@dataclass
+class Convolution:
+    """A first convolution: weight float64 [out, 3, kh, kw], bias float64 [out], padding [top, left, bottom,
+    right] with that of a Pad before it.
+    """
+
+    node: NodeProto
+    weight: np.ndarray
+    bias: np.ndarray | None
+    pads: np.ndarray
+
+    def add_bias(self, more: np.ndarray) -> None:
+        self.bias = more if self.bias is None else self.bias + more
+
+
+@dataclass
+class FirstLayer:
+    """All convolutions that see the input; what is changed in them stands in the graph after `write`."""
+
+    model: ModelProto
+    convolutions: list[Convolution]
+    pad_nodes: list[NodeProto]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any of them sees padding."""
+        return any(convolution.pads.any() for convolution in self.convolutions)
+
+    def write(self) -> None:
+        """Put weights, biases and padding into the graph; a Pad is then within its convolution."""
+        graph = self.model.graph
+        source = graph.input[0].name
+        constants = {tensor.name: tensor for tensor in graph.initializer}
+        for convolution in self.convolutions:
+            node = convolution.node
+            constants[node.input[1]].CopyFrom(_float(convolution.weight, node.input[1]))
+            if convolution.bias is not None:
+                if len(node.input) > 2 and node.input[2]:
+                    constants[node.input[2]].CopyFrom(_float(convolution.bias, node.input[2]))
+                else:
+                    name = f"{node.input[1]}_bias"
+                    graph.initializer.append(_float(convolution.bias, name))
+                    del node.input[2:]
+                    node.input.append(name)
+            node.input[0] = source
+            kept = [a for a in node.attribute if a.name not in ("pads", "auto_pad")]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("pads", convolution.pads.tolist())])
+        for pad in self.pad_nodes:
+            graph.node.remove(pad)
+        changed = {convolution.node.input[1] for convolution in self.convolutions}
+        shapes = [value for value in graph.value_info if value.name not in changed]
+        del graph.value_info[:]
+        graph.value_info.extend(shapes)
+
+
+def first_layer(model: ModelProto) -> FirstLayer | None:
+    """The input's convolutions, each perhaps behind a Pad with zeros; None where anything else sees it."""
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    uses: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            uses.setdefault(name, []).append(node)
+    convolutions, pad_nodes = [], []
+    for node in uses.get(graph.input[0].name, []):
+        if _asks_for_no_channels(node):
+            continue
+        around = np.zeros(4, dtype=np.int64)
+        fed = [node]
+        if node.op_type == "Pad":
+            found = _zeros_around(node, constants)
+            if found is None:
+                return None
+            around, fed = found, uses.get(node.output[0], [])
+            pad_nodes.append(node)
+        for one in fed:
+            convolution = _convolution(one, around, constants, uses)
+            if convolution is None:
+                return None
+            convolutions.append(convolution)
+    return FirstLayer(model, convolutions, pad_nodes) if convolutions else None
+
+
+def _convolution(
+    node: NodeProto, around: np.ndarray, constants: _Constants, uses: dict[str, list[NodeProto]]
+) -> Convolution | None:
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    own = [name for name in node.input[1:] if name]
+    plain = (
+        node.op_type == "Conv"
+        and attributes.get("group", 1) == 1
+        and attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+        and all(name in constants and len(uses[name]) == 1 for name in own)
+    )
+    if not plain:
+        return None
+    weight, *bias = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in own)
+    if weight.ndim != 4 or weight.shape[1] != 3:
+        return None
+    pads = np.array(attributes.get("pads", [0, 0, 0, 0]), dtype=np.int64) + around
+    return Convolution(node, weight, bias[0] if bias else None, pads)
+
+
+def _asks_for_no_channels(node: NodeProto) -> bool:
+    """Whether this is a Shape of the batch alone, or of height and width."""
+    if node.op_type != "Shape":
+        return False
+    ends = {a.name: a.i for a in node.attribute}
+    return 1 not in range(4)[ends.get("start", 0) : ends.get("end", 4)]
+
+
+def _zeros_around(node: NodeProto, constants: _Constants) -> np.ndarray | None:
+    """[top, left, bottom, right] of a Pad that lays zeros around height and width; None of any other."""
+    mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
+    given = [numpy_helper.to_array(constants[name]) if name in constants else None for name in node.input[1:]]
+    unknown = any(value is None for name, value in zip(node.input[1:], given, strict=True) if name)
+    if mode != b"constant" or unknown or not given:
+        return None
+    pads, value, axes = [*given, None, None][:3]
+    assert pads is not None
+    if value is not None and np.any(value != 0):
+        return None
+    before, after = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.int64)
+    places = np.arange(4) if axes is None else axes.ravel() % 4
+    half = len(places)
+    before[places], after[places] = pads[:half], pads[half:]
+    around = np.concatenate([before[2:], after[2:]])
+    if before[:2].any() or after[:2].any() or (around < 0).any():
+        return None
+    return around
+
+
+def _float(values: np.ndarray, name: str) -> TensorProto:
+    return numpy_helper.from_array(values.astype(np.float32), name)
 
 
 def take_pixels(model: ModelProto, mean: Sequence[float], std: Sequence[float]) -> Front:

@@ -21,9 +21,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from torch import Tensor
 
-from ..graph_network import GraphNetwork
-from .quantizer import Prepared
+from .fake_quantize import FakeQuantized
+from .quantizer import WEIGHTED, Prepared
+from .torch_graph import GraphNetwork, Values
 
 CLEAR = 0.8
 """Of ReLU6's bound: what a scaled channel's calibrated maximum may reach."""
@@ -232,3 +234,152 @@ def _flattens(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], chan
         return all(a.i == 1 for a in node.attribute if a.name == "axis")
     shape = constants.get(node.input[1])
     return shape is not None and numpy_helper.to_array(shape).tolist()[1:] in ([channels], [-1])
+
+
+BUDGET = 1_000_000_000
+"""Bytes of activations held at once: with all images a layer is computed before the next one begins."""
+
+
+@torch.no_grad()
+def bias_corrected(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> Prepared:
+    """The float graph with corrected biases, to be quantized by the same ranges.
+
+    Args:
+        network: the graph's quantized form; its weights are the graph's.
+        images: calibration images, float32 [n,3,S,S]; as many are used as the budget has room for.
+
+    A layer whose bias is no constant of its own keeps it.
+    """
+    exact = GraphNetwork(prepared.model).eval()
+    used = images[: _room(exact, images)]
+    means = _means(exact, used)
+    biases = _own_biases(prepared.model)
+    corrected = {}
+    values: Values = {network.input: torch.from_numpy(used)}
+    for step in network.steps:
+        network.compute(step, values)
+        if step.name in means and step.name in biases:
+            (output,) = step.outputs
+            error = _channels(values[output]) - means[step.name]
+            corrected[biases[step.name]] = error
+            values[output] -= error.view(1, -1, *[1] * (values[output].dim() - 2))
+        for name in step.finished:
+            values.pop(name, None)
+    return replace(prepared, model=_with_biases(prepared.model, corrected))
+
+
+def with_all_biases(prepared: Prepared) -> Prepared:
+    """Give each convolution and Gemm without a bias one of zeros, so that it can be corrected."""
+    model = onnx.ModelProto()
+    model.CopyFrom(prepared.model)
+    weights = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) > 2 or node.input[1] not in weights:
+            continue
+        turned = node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
+        outputs = weights[node.input[1]].dims[1 if turned else 0]
+        zeros = numpy_helper.from_array(np.zeros(outputs, np.float32), f"{node.name}_bias")
+        model.graph.initializer.append(zeros)
+        node.input.append(zeros.name)
+    return replace(prepared, model=model)
+
+
+def _own_biases(model: onnx.ModelProto) -> dict[str, str]:
+    """The bias's name, by that of its node, where no other node uses it."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    uses = [name for node in model.graph.node for name in node.input]
+    return {
+        node.name: node.input[2]
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm")
+        and len(node.input) > 2
+        and node.input[2] in constants
+        and uses.count(node.input[2]) == 1
+        and all(a.f == 1 for a in node.attribute if a.name == "beta")
+    }
+
+
+def _means(network: GraphNetwork, images: np.ndarray) -> dict[str, Tensor]:
+    """The mean of each layer's output in each channel, [C], by the layer's name."""
+    sums: dict[str, Tensor] = {}
+    layers = [step for step in network.steps if step.op_type in WEIGHTED]
+    for chunk in np.array_split(images, max(1, len(images) // 8)):
+        found = network(torch.from_numpy(chunk), wanted=[step.outputs[0] for step in layers])
+        for step in layers:
+            mean = _channels(found[step.outputs[0]]) * len(chunk)
+            sums[step.name] = sums[step.name] + mean if step.name in sums else mean
+    return {name: total / len(images) for name, total in sums.items()}
+
+
+def _channels(x: Tensor) -> Tensor:
+    return x.double().mean(dim=[d for d in range(x.dim()) if d != 1]).float()
+
+
+def _room(network: GraphNetwork, images: np.ndarray) -> int:
+    """How many images' activations the budget holds, at least one."""
+    values: Values = {network.input: torch.from_numpy(images[:1])}
+    most = 0
+    for step in network.steps:
+        network.compute(step, values)
+        held = {v.data_ptr(): v.nbytes for v in values.values() if isinstance(v, Tensor)}
+        most = max(most, sum(held.values()))
+        for name in step.finished:
+            values.pop(name, None)
+    return max(1, BUDGET // (2 * most))  # rounding makes a copy of what it rounds
+
+
+def _with_biases(model: onnx.ModelProto, errors: dict[str, Tensor]) -> onnx.ModelProto:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for tensor in changed.graph.initializer:
+        if tensor.name in errors:
+            value = numpy_helper.to_array(tensor) - errors[tensor.name].numpy()
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
+    return changed
+
+
+@dataclass(frozen=True)
+class Source:
+    """One rounding and what it does to the logits when all else is float."""
+
+    tensor: str
+    """An activation or a weight, by its name in the float graph."""
+    nodes: tuple[str, ...]
+    """Those to keep float so that it is not rounded."""
+    sqnr: float
+    """Signal to quantization noise of the logits, decibels."""
+
+
+@torch.no_grad()
+def sensitivity(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> list[Source]:
+    """Every rounding of the quantized graph, the worst first; those alike in the order of the graph.
+
+    Args:
+        network: the quantized form of the prepared graph.
+        images: float32 [n,3,S,S]; the more, the truer and the slower.
+    """
+    x = torch.from_numpy(images)
+    with network.rounding(frozenset()):
+        exact = network(x)[network.output].double()
+    power = float(exact.square().sum())
+    found = []
+    for tensor in network.sources():
+        with network.rounding(frozenset({tensor})):
+            noise = float((network(x)[network.output].double() - exact).square().sum())
+        sqnr = 10 * np.log10(power / noise) if noise and power else float("inf")
+        found.append(Source(tensor, _nodes(prepared, tensor), round(float(sqnr), 3)))
+    return sorted(found, key=lambda source: source.sqnr)
+
+
+def _nodes(prepared: Prepared, tensor: str) -> tuple[str, ...]:
+    """The makers and readers of a tensor; beyond a ReLU or Clip what it cuts, which would be rounded in its
+    place.
+    """
+    nodes = prepared.model.graph.node
+    makers = {name: node for node in nodes for name in node.output}
+    around = {node.name for node in nodes if tensor in (*node.input, *node.output)}
+    maker = makers.get(tensor)
+    while maker is not None and maker.op_type in ("Relu", "Clip"):
+        maker = makers.get(maker.input[0])
+        around |= set() if maker is None else {maker.name}
+    return tuple(node.name for node in nodes if node.name in around)

@@ -18,10 +18,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from ..graph_network import GraphNetwork, Step, Values
 from .quantizer import Overrides, Prepared
 from .targets import Target
-from .torch_graph import OPERATORS
+from .torch_graph import OPERATORS, GraphNetwork, Step, Values
 
 _QUANTIZED = "_quantized"
 """What ONNX Runtime's quantizer appends to the name of a weight or bias."""

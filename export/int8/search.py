@@ -22,13 +22,21 @@ import numpy as np
 import onnx
 from onnxruntime.quantization.calibrate import TensorsData
 
-from ..bias_correction import bias_corrected, with_all_biases
 from ..errors import CalibratorError, ExportError, NotInTorchError
-from ..ranges import METHODS, Batches, calibrate_ranges, chunks
-from ..sensitivity import Source, sensitivity
-from .correction import equalised
+from .correction import Source, bias_corrected, equalised, sensitivity, with_all_biases
 from .fake_quantize import FakeQuantized
-from .quantizer import Int8File, Overrides, Prepared, quantize, recipe, write_int8
+from .quantizer import (
+    METHODS,
+    Batches,
+    Int8File,
+    Overrides,
+    Prepared,
+    calibrate_ranges,
+    chunks,
+    quantize,
+    recipe,
+    write_int8,
+)
 from .targets import Target
 
 LOOKED_AT = 128

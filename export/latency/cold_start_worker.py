@@ -1,4 +1,6 @@
-"""One cold start: `python -m questpress.export.latency.cold_start_worker` in a process that has done nothing before.
+"""Measure one cold start in a process that has done nothing before.
+
+Run as `python -m questpress.export.latency.cold_start_worker`.
 
 One JSON line on stdin says what to load and run once; one on stdout tells how long each step took, in
 milliseconds, and the most memory it had, in bytes.

@@ -1,7 +1,7 @@
 """A bench worker for the whole way from an image file to an answer, each step timed.
 
-`python -m questpress.export.latency.end_to_end_worker`: as `bench_worker`, but `inputs` is a folder of encoded
-images, and a run's times are four: decoding, resizing, normalising, running.
+`python -m questpress.export.latency.end_to_end_worker`: as `bench_worker`, but `inputs` is a folder of
+encoded images, and a run's times are four: decoding, resizing, normalising, running.
 """
 
 from __future__ import annotations

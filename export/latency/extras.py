@@ -11,13 +11,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from ..cores import pinned
+import numpy as np
+
 from ..errors import ExportError
-from ..runtimes import RUNTIMES
+from ..files import scratch
+from .end_to_end_worker import STEPS
+from .machine import RUNTIMES
+from .noise import pinned
+from .runner import Subject, Worker, saved
+from .statistics import Latency, summarise
 
 _SECONDS = 300.0
 
@@ -114,4 +121,150 @@ def _summarize_cold_start(name: str, threads: int, each: Sequence[dict[str, floa
         tuple(one["session_ms"] for one in each),
         int(middle("peak_bytes")) if known else None,
         int(middle("runtime_bytes")) if known else None,
+    )
+
+
+_SCRIPT = ("-m", f"{__package__}.end_to_end_worker")
+_LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Milliseconds of one image: the steps' medians by name, and `total`, of their sums run by run."""
+
+    subject: str
+    threads: int
+    steps: dict[str, float]
+    total: Latency
+    samples: np.ndarray
+    """float64 [n, 4], the steps of each run."""
+
+
+def end_to_end(
+    files: Sequence[tuple[str, Path]],
+    images: Sequence[bytes],
+    *,
+    threads: int,
+    seconds: float,
+    seed: int = 0,
+    progress: Callable[[float, str], None],
+) -> list[EndToEnd]:
+    """`files` are names and .onnx files with questpress's metadata; `images` encoded pictures that can be
+    read, seen in turn. Raises ExportError.
+    """
+    cores = pinned(threads)
+    rng = np.random.default_rng(seed)
+    blocks: list[list[np.ndarray]] = [[] for _ in files]
+    with scratch() as folder, ExitStack() as resident:
+        for index, image in enumerate(images):
+            (folder / f"{index:04d}").write_bytes(image)
+        workers = [Worker(name, file, folder, threads, _SCRIPT, cores) for name, file in files]
+        for worker in workers:
+            resident.callback(worker.close)
+        for worker in workers:
+            worker.ready()
+            worker.block(seconds / 4)  # warm-up
+        block, spent = seconds / max(_LEAST_ROUNDS, round(seconds / 0.25)), np.zeros(len(files))
+        while spent.min() < seconds or len(blocks[0]) < _LEAST_ROUNDS:
+            progress(float(min(1.0, spent.min() / seconds)), "from image file to answer")
+            for index in rng.permutation(len(files)):
+                blocks[index].append(workers[index].block(block).reshape(-1, len(STEPS)))
+                spent[index] += blocks[index][-1].sum() / 1000
+    return [
+        EndToEnd(
+            name,
+            threads,
+            dict(zip(STEPS, (float(one) for one in np.median(np.concatenate(rows), axis=0)), strict=True)),
+            summarise(name, threads, [row.sum(axis=1) for row in rows]),
+            np.concatenate(rows),
+        )
+        for (name, _), rows in zip(files, blocks, strict=True)
+    ]
+
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+_ROUNDS = 3
+_SLOWEST = 5.0
+"""Larger batches are left out once one takes so many seconds."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """`images_per_second` is the batch over the median time of one; `low` and `high` are the rounds' slowest
+    and fastest.
+    """
+
+    subject: str
+    threads: int
+    batch: int
+    images_per_second: float
+    low: float
+    high: float
+    n: int
+
+
+def throughput(
+    subjects: Sequence[Subject],
+    *,
+    threads: int,
+    seconds: float,
+    batches: Sequence[int] = BATCHES,
+    seed: int = 0,
+    progress: Callable[[float, str], None],
+) -> list[Throughput]:
+    """Every subject at every batch for at least `seconds`, in rounds of seeded random order, one subject
+    after another. Its file must take any batch. Raises ExportError.
+    """
+    found = []
+    cores = pinned(threads)
+    rng = np.random.default_rng(seed)
+    with scratch() as folder:
+        for index, subject in enumerate(subjects):
+            file = saved(subject.inputs, folder / f"{index}.npy")
+            with ExitStack() as resident:
+                worker = resident.enter_context(
+                    Worker(subject.name, subject.path, file, threads, subject.script, cores)
+                )
+
+                def tell(share: float, index: int = index, name: str = subject.name) -> None:
+                    progress((index + share) / len(subjects), f"batches of {name}")
+
+                found += _of_one(worker, batches, seconds, rng, tell)
+    return found
+
+
+def _of_one(
+    worker: Worker,
+    batches: Sequence[int],
+    seconds: float,
+    rng: np.random.Generator,
+    tell: Callable[[float], None],
+) -> list[Throughput]:
+    taken = []
+    for batch in batches:
+        taken.append(batch)
+        worker.block(0.0, batch)
+        if worker.block(0.0, batch)[0] > 1000 * _SLOWEST:
+            break
+    times: dict[int, list[np.ndarray]] = {batch: [] for batch in taken}
+    for turn in range(_ROUNDS):
+        tell(turn / _ROUNDS)
+        for index in rng.permutation(len(taken)):
+            batch = taken[index]
+            worker.block(0.0, batch)  # the first after another batch makes room for it
+            times[batch].append(worker.block(seconds / _ROUNDS, batch))
+    return [_summarize_throughput(worker, batch, blocks) for batch, blocks in times.items()]
+
+
+def _summarize_throughput(worker: Worker, batch: int, blocks: Sequence[np.ndarray]) -> Throughput:
+    rates = sorted(1000 * batch / float(np.median(block)) for block in blocks)
+    samples = np.concatenate(blocks)
+    return Throughput(
+        worker.name,
+        worker.threads,
+        batch,
+        1000 * batch / float(np.median(samples)),
+        rates[0],
+        rates[-1],
+        len(samples),
     )

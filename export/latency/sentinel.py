@@ -1,6 +1,7 @@
 """A fixed computation, timed again and again: where its time changes, the machine has changed.
 
-`python -m questpress.export.latency.sentinel` in a process of its own, pinned where the subjects are. The computation
+`python -m questpress.export.latency.sentinel` in a process of its own, pinned where the subjects are.
+The computation
 is a hash of the same 64 KiB: it fits every core's cache, so that its time follows the core's frequency and
 whoever else is on the core, and nothing else.
 """

@@ -10,19 +10,27 @@ import numpy as np
 
 from ...export.errors import ExportError
 from ...export.files import scratch
+from ...export.latency.machine import runtime_named
 from ...export.runtime import ArtifactError, Classifier, default_threads
-from ...export.runtimes import runtime_named
-from ..bench_images import SYNTHETIC_SIZE, image_files, inputs_of_images, random_inputs, readable, synthetic
 from ..config.limits import MOST_THREADS, MOST_WHOLE
 from ..errors import UsageError
-from ..evaluation.latency import Protocol, Subject, measure
+from ..evaluation.latency import (
+    SYNTHETIC_SIZE,
+    Protocol,
+    Subject,
+    image_files,
+    inputs_of_images,
+    measure,
+    random_inputs,
+    readable,
+    synthetic,
+)
 from ..runs.artifacts import Files, Found, find, images_of_run
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.console import Display
-from ..runs.files import sha256, whole, write_text
+from ..runs.files import command, sha256, whole, write_text
 from ..runs.folder import RunFolder
-from ..sealed import with_checksum
-from ..typed import command
+from ..runs.record import with_checksum
 
 FOLDER = Path("bench-results")
 """Where results go that belong to no single run."""

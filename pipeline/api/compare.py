@@ -2,21 +2,431 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
-from ..comparison.differences import groups
-from ..comparison.measured import measured, thread_counts
-from ..comparison.runs import Run, runs
-from ..csv_cells import harmless
+from pydantic import ValidationError
+
+from ..config import stages
 from ..errors import UsageError
-from ..evaluation.results import ComparedRun, Comparison, Group
-from ..report.format import counted
+from ..evaluation.metrics import SIGNIFICANT, frontier, holm, mcnemar, unpaired
+from ..evaluation.results import (
+    AccuracyDifference,
+    ComparedFile,
+    ComparedRun,
+    Comparison,
+    Group,
+    Kind,
+    LatencyDifference,
+    Machine,
+)
+from ..report.format import counted, together
+from ..report.headline import machine, missing
+from ..report.subjects import Column, of
 from ..runs import predictions
-from ..runs.files import write_text
+from ..runs.files import command, harmless, write_text
 from ..runs.folder import RunFolder
-from ..runs.record import RECORD
-from ..typed import command
+from ..runs.predictions import PerImage
+from ..runs.record import RECORD, read_sealed
+from ..runs.results import Report
+from ..runs.scores import Speedup
+
+KEYS = {"int8": "student_int8", "fp32": "student"}
+"""By what the answers of a file are kept."""
+
+
+def groups(runs: Sequence[ComparedRun], answers: Mapping[str, PerImage]) -> list[Group]:
+    """Runs of the same data together, in the order of their first ones.
+
+    Args:
+        answers: to its test images, by run.
+    """
+    found = []
+    for fingerprint in dict.fromkeys(one.fingerprint for one in runs):
+        own = sorted((one for one in runs if one.fingerprint == fingerprint), key=_falling)
+        scored = [one for one in own if _percent(one) is not None]
+        scores = [one.ships.score for one in own if one.ships is not None and one.ships.score is not None]
+        found.append(
+            Group(
+                data=own[0].data,
+                fingerprint=fingerprint,
+                n=scores[0].n if scores else None,
+                runs=[one.name for one in own],
+                best=scored[0].name if scored else None,
+                accuracies=accuracies(scored, answers),
+                machines=machines(own),
+            )
+        )
+    return found
+
+
+def _percent(run: ComparedRun) -> float | None:
+    score = run.ships.score if run.ships is not None else None
+    return None if score is None else score.percent
+
+
+def _falling(run: ComparedRun) -> tuple[bool, float, str]:
+    percent = _percent(run)
+    return percent is None, -(percent or 0.0), run.name
+
+
+@dataclass(frozen=True)
+class _Test:
+    p: float | None
+    paired: bool
+    low: float | None = None
+    high: float | None = None
+    apart: bool = False
+    """Whether the intervals do not overlap, where there is no p."""
+
+
+def accuracies(scored: Sequence[ComparedRun], answers: Mapping[str, PerImage]) -> list[AccuracyDifference]:
+    """Every run's file that ships against that of the first one, which is the most accurate."""
+    if not scored:
+        return []
+    best, *others = scored
+    tests = [_test(one, best, answers) for one in others]
+    known = [one.p for one in tests if one.p is not None]
+    corrected = iter(holm(known))
+    found = []
+    for one, test in zip(others, tests, strict=True):
+        p_holm = None if test.p is None else next(corrected)
+        own, top = _percent(one), _percent(best)
+        assert own is not None and top is not None
+        found.append(
+            AccuracyDifference(
+                run=one.name,
+                best=best.name,
+                points=own - top,
+                low=test.low,
+                high=test.high,
+                p=test.p,
+                p_holm=p_holm,
+                paired=test.paired,
+                within_noise=not test.apart if p_holm is None else p_holm >= SIGNIFICANT,
+            )
+        )
+    return found
+
+
+def _test(run: ComparedRun, best: ComparedRun, answers: Mapping[str, PerImage]) -> _Test:
+    """Image by image where both runs have kept their answers to the same images, else from the shares."""
+    own, top = run.ships, best.ships
+    assert own is not None and top is not None and own.score is not None and top.score is not None
+    mine, theirs = _right(run, own, answers), _right(best, top, answers)
+    if mine is not None and theirs is not None and mine[0].same_images(theirs[0]):
+        right, other = mine[0].right(mine[1]), theirs[0].right(theirs[1])
+        return _Test(mcnemar(int((other & ~right).sum()), int((right & ~other).sum())), paired=True)
+    if own.accuracy is None or top.accuracy is None:
+        apart = own.score.high < top.score.low
+        return _Test(None, paired=False, apart=apart)
+    test = unpaired(own.accuracy, top.accuracy)
+    return _Test(test.p, paired=False, low=test.low, high=test.high)
+
+
+def _right(
+    run: ComparedRun, file: ComparedFile, answers: Mapping[str, PerImage]
+) -> tuple[PerImage, str] | None:
+    """The run's answers, if they are those of which the report tells, and the file's key in them."""
+    kept, key = answers.get(run.name), KEYS.get(file.kind, "")
+    if kept is None or key not in kept.answers or file.accuracy is None:
+        return None
+    right = kept.right(key)
+    same = (int(right.sum()), len(right)) == (file.accuracy.correct, file.accuracy.n)
+    return (kept, key) if same else None
+
+
+def machines(runs: Sequence[ComparedRun]) -> list[Machine]:
+    """The runs that were timed, by machine."""
+    timed = [one for one in runs if one.ships is not None and one.ships.p50]
+    found = []
+    for name in dict.fromkeys(one.machine for one in timed):
+        own = sorted((one for one in timed if one.machine == name), key=lambda one: (_p50(one), one.name))
+        found.append(
+            Machine(
+                machine=name or "an unknown machine",
+                runs=[one.name for one in own],
+                latencies=[_slower(one, own[0]) for one in own[1:]],
+                frontier=_frontier(points(own)),
+            )
+        )
+    return found
+
+
+def _p50(run: ComparedRun) -> float:
+    assert run.ships is not None and run.ships.p50 is not None
+    return run.ships.p50
+
+
+def _slower(run: ComparedRun, fastest: ComparedRun) -> LatencyDifference:
+    own, first = run.ships, fastest.ships
+    assert own is not None and first is not None
+    if own.p50_low is None or first.p50_high is None:
+        verdict = "not known"
+    else:
+        verdict = "slower" if own.p50_low > first.p50_high else "no difference"
+    return LatencyDifference.model_validate(
+        {
+            "run": run.name,
+            "fastest": fastest.name,
+            "ratio": _p50(run) / _p50(fastest),
+            "verdict": verdict,
+        }
+    )
+
+
+Point = tuple[str, ComparedFile]
+"""A file that was both measured and timed, by the name of the run (a teacher's by its own) and its kind."""
+
+
+def points(runs: Sequence[ComparedRun]) -> list[Point]:
+    """The files of these runs that have an accuracy and a latency; a teacher that several runs have is there
+    once, as fast as any of them has found it.
+    """
+    found: list[Point] = []
+    teachers: dict[tuple[str, float], tuple[str, ComparedFile]] = {}
+    for run in runs:
+        found += [(f"{run.name} {one.kind}", one) for one in (run.int8, run.fp32) if _drawn(one) and one]
+        teacher = run.of_teacher
+        if teacher is not None and _drawn(teacher) and teacher.score is not None:
+            key = (run.teacher, teacher.score.percent)
+            known = teachers.get(key)
+            # What disturbs a machine makes a network slower: its fastest run tells most of it.
+            if known is None or (teacher.p50 or 0.0) < (known[1].p50 or 0.0):
+                teachers[key] = (run.name, teacher)
+    names = [name for name, _ in teachers]
+    for (name, _), (run_name, one) in teachers.items():
+        apart = name if names.count(name) == 1 else f"{name} of {run_name}"
+        found.append((f"{apart} teacher", one))
+    return found
+
+
+def _drawn(file: ComparedFile | None) -> bool:
+    if file is None or file.score is None or file.p50 is None:
+        return False
+    return isfinite(file.p50) and file.p50 > 0 and isfinite(file.score.percent)
+
+
+def _frontier(every: Sequence[Point]) -> list[str]:
+    return [every[i][0] for i in frontier([_place(one) for _, one in every])]
+
+
+def _place(file: ComparedFile) -> tuple[float, float]:
+    assert file.p50 is not None and file.score is not None
+    return file.p50, file.score.percent
+
+
+RUN, REPORT, RESOLUTIONS = "run.json", "report.json", "resolutions.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """``name`` tells it from the others; ``folder`` is None where only its report was named."""
+
+    name: str
+    source: Path
+    folder: Path | None
+    report: Report
+
+
+def runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run once, in the order named; those of a folder of runs by name.
+
+    Raises:
+        UsageError: one is no run, nor a folder of runs, nor a report.
+    """
+    found = {place.resolve(): place for path in paths for place in _places(path)}
+    places = list(found.values())
+    return [
+        Run(name, place, _folder(place), _report(place))
+        for name, place in zip(_names(list(found)), places, strict=True)
+    ]
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """A run's folder or report, or those in a folder."""
+    if path.is_file():
+        yield path.parent if path.name == REPORT and (path.parent / RUN).is_file() else path
+    elif _is_run(path):
+        yield path
+    elif (path / RESOLUTIONS).is_file():
+        yield from _sizes(path)
+    elif path.is_dir():
+        inside = [one for one in sorted(path.iterdir()) if one.is_dir()]
+        children = [one for one in inside if _is_run(one) or (one / RESOLUTIONS).is_file()]
+        if not children:
+            raise UsageError(
+                f"{path} holds no run, nor does a folder in it: name run folders that compress has made, a "
+                "folder of them, or their report.json."
+            )
+        for child in children:
+            yield from _places(child)
+    else:
+        raise UsageError(f"{path} does not exist: name run folders that compress has made.")
+
+
+def _is_run(path: Path) -> bool:
+    return (path / RUN).is_file() or (path / REPORT).is_file()
+
+
+def _sizes(path: Path) -> Iterator[Path]:
+    """The students of `compress resolutions`; its teacher's own run has none."""
+    file = path / RESOLUTIONS
+    try:
+        for one in read_sealed(file)["sizes"]:
+            child = path / one["folder"]
+            if not child.resolve().is_relative_to(path.resolve()):
+                raise ValueError(f"{one['folder']!r} is not in this folder")
+            if _is_run(child):
+                yield child
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _folder(place: Path) -> Path | None:
+    if place.is_dir():
+        return place
+    return None
+
+
+def _report(place: Path) -> Report:
+    file = place / REPORT if place.is_dir() else place
+    if not file.is_file():  # stopped before its first stage was done
+        from ..stages.report import assemble
+
+        record = RunFolder(place, writes=False)
+        record.open(fresh=False)
+        if not (place / "config.yaml").is_file():
+            raise UsageError(f"{place} holds a run without its config.yaml; it cannot be read.")
+        return assemble(record)
+    try:
+        return _read(read_sealed(file))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except ValidationError as error:
+        raise UsageError(
+            f"{file} is no report of this version of questpress; the command that made the run writes it "
+            "anew."
+        ) from error
+    except ValueError as error:  # not UTF-8, not JSON, or not as it was written
+        if file.suffix != Path(REPORT).suffix:
+            raise UsageError(
+                f"{file} is neither a run folder nor a report.json: name run folders that compress has made, "
+                "a folder of them, or their report.json."
+            ) from error
+        raise UsageError(
+            f"{file} is no report, or damaged ({error}): compress report writes it anew."
+        ) from error
+
+
+def _read(content: Any) -> Report:
+    """A report, without what only other versions of questpress know.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        unknown = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+        if len(unknown) < error.error_count():
+            raise
+    for loc in unknown:
+        place = content
+        for part in loc[:-1]:
+            place = place[part]
+        del place[loc[-1]]
+    return Report.model_validate(content)
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that no other has."""
+    parts = [(one.parent if one.name == REPORT else one).parts for one in places]
+    names = []
+    for own in parts:
+        length = 1
+        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
+            length += 1
+        names.append("/".join(own[-length:]))
+    return names
+
+
+OF_THE_STUDENT = ("prepare", "student", "qat", stages.ROUND)
+"""Stages in which it is made."""
+
+KINDS: dict[str, Kind] = {"student_int8": "int8", "student": "fp32", "teacher": "teacher"}
+
+
+def measured(run: Run, threads: int | None) -> ComparedRun:
+    """A run as it is compared."""
+    report = run.report
+    files = {kind: _file(of(report, key), kind, threads) for key, kind in KINDS.items()}
+    student = report.student or report.student_int8
+    seconds = [one.seconds for one in report.stages if stages.kind(one.stage) in OF_THE_STUDENT]
+    seed = report.config.get("seed")
+    return ComparedRun(
+        name=run.name,
+        source=str(run.source),
+        method=report.method,
+        teacher=together([one.name for one in report.teachers] or _teachers(report)),
+        student=student.name if student is not None else str(report.config.get("student", "")),
+        image_size=report.image_size,
+        parameters=student.parameters if student is not None else None,
+        int8=files["int8"],
+        fp32=files["fp32"],
+        of_teacher=files["teacher"],
+        training_seconds=sum(seconds) if seconds else None,
+        seed=seed if isinstance(seed, int) else None,
+        data=report.data.name if report.data is not None else None,
+        fingerprint=report.data.fingerprint if report.data is not None else None,
+        machine=machine(report) if _timed(report) else None,
+        missing=missing(report),
+    )
+
+
+def _teachers(report: Report) -> list[str]:
+    named = report.config.get("teacher", [])
+    return [str(one) for one in named] if isinstance(named, list) else [str(named)]
+
+
+def _timed(report: Report) -> bool:
+    return any(one is not None and one.latency_ms for one in (report.student, report.student_int8))
+
+
+def thread_counts(report: Report) -> set[int]:
+    """At which its files that ship were timed."""
+    files = (report.student, report.student_int8)
+    return {int(count) for one in files if one is not None for count in one.latency_ms}
+
+
+def _file(column: Column | None, kind: Kind, threads: int | None) -> ComparedFile | None:
+    if column is None or (kind == "teacher" and column.subject.score is None):
+        return None
+    subject = column.subject
+    latency = subject.latency_ms.get(str(threads))
+    low = high = None
+    if latency is not None and latency.p50 is not None:
+        low, high = latency.intervals.get("p50", (None, None))
+    return ComparedFile(
+        kind=kind,
+        network=subject.name,
+        bytes=subject.bytes,
+        accuracy=subject.accuracy,
+        multi_label=subject.multi_label,
+        ece=subject.calibration.ece if subject.calibration is not None else None,
+        p50=latency.p50 if latency is not None else None,
+        p50_low=low,
+        p50_high=high,
+        speedup=_speedup(subject.speedups, threads),
+    )
+
+
+def _speedup(speedups: list[Speedup], threads: int | None) -> Speedup | None:
+    return next((one for one in speedups if one.over == "teacher" and one.threads == threads), None)
+
 
 FOLDER = "comparison"
 

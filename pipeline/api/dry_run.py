@@ -14,10 +14,10 @@ from ..data.dataset import ImageSet
 from ..report.format import counted
 from ..runs.console import Display
 from ..runs.device import use_threads
+from ..runs.files import command
 from ..runs.folder import RunFolder
 from ..runs.results import Report
 from ..training.weights import check_weights
-from ..typed import command
 
 STEP = 3.0
 """A training step costs about three forward passes: one forward, two backward."""

@@ -1,25 +1,121 @@
 """Stage 0: every name, option and data folder is checked, and what the user left open is chosen."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+from ...export.conversion.onnx_export import check_opset
+from ...export.errors import ExportError
+from ...export.runtime import target_of_this_machine
 from ...models.build import check_activation, check_size, default_image_size, geometry
+from ...models.checkpoint import read_checkpoint
 from ...models.errors import ModelError
+from ...models.initialize import plain
 from ...models.names import resolve as resolve_name
 from ...models.pretrained import has_pretrained
-from .. import int8_options, methods, teacher_list
+from .. import methods
 from ..config import defaults, stages
 from ..config.options import Options
 from ..data.dataset import ImageSet
-from ..data.headers import sampled_sizes
+from ..data.decode import sampled_sizes
 from ..data.sources import open_data
 from ..errors import UsageError
 from ..methods.base import Parameters
 from ..methods.shapes import check_methods, shapes
 from ..methods.shapes import parameters as parameters_of
 from ..training.monitoring import trackers
+
+QAT_SHARE = 10
+"""--epochs over --qat-epochs, unless it is said."""
+
+QAT_LR = 0.1
+"""--qat-lr over --lr, unless it is said."""
+
+
+def complete(chosen: Options) -> None:
+    """Choose what was left open; ``epochs`` and ``lr`` are chosen already.
+
+    Raises:
+        UsageError: a target is named twice, there is no such opset, or an option belongs to --qat, which was
+            not asked for.
+    """
+    try:
+        check_opset(chosen.opset)
+    except ExportError as error:
+        raise UsageError(f"--opset {chosen.opset}: {error}.") from error
+    # Checked again when it is assigned.
+    chosen.target = chosen.target or [target_of_this_machine()]  # type: ignore[list-item]
+    twice = next((name for name in chosen.target if chosen.target.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--target {twice} is given twice; name each target once.")
+    if not chosen.qat:
+        for name in ("qat_epochs", "qat_lr"):
+            if getattr(chosen, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is a part of --qat, which was not asked for: say --qat, too.")
+        if chosen.until == "qat":
+            raise UsageError("--until qat: there is no such stage without --qat; say it, too.")
+        return
+    assert chosen.epochs and chosen.lr
+    chosen.qat_epochs = chosen.qat_epochs or max(1, round(chosen.epochs / QAT_SHARE))
+    chosen.qat_lr = chosen.qat_lr or QAT_LR * chosen.lr
+
+
+FITTING = ("auto", "keep")
+"""Ways to treat a head that may leave it as it is."""
+
+
+def from_seeds(options: Options) -> None:
+    """Name the one teacher as often as ``--teachers-from-seeds`` says; a resolved list stays as it is.
+
+    Raises:
+        UsageError: there are several already, or they would be one network.
+    """
+    count = options.teachers_from_seeds
+    if count == 1:
+        return
+    if len(set(options.teacher)) > 1 or len(options.teacher) not in (1, count):
+        raise UsageError(
+            f"--teachers-from-seeds {count} is about one architecture, and --teacher is given "
+            f"{len(options.teacher)} times; name one, or say --teachers-from-seeds 1."
+        )
+    for head in options.teacher_head:
+        if head in ("keep", "none"):
+            raise UsageError(
+                f"--teachers-from-seeds {count}: with --teacher-head {head} no teacher is trained, and all "
+                f"{count} would be the same network; say --teacher-head replace, or --teachers-from-seeds 1."
+            )
+    options.teacher = options.teacher[:1] * count
+
+
+def check_labels(options: Options) -> None:
+    """
+    Raises:
+        UsageError: two weights files say that their heads are for different classes.
+    """
+    if len(set(options.teacher_weights)) == 1:
+        return
+    known: dict[str, tuple[str, ...]] = {}
+    for source, head in zip(options.teacher_weights, options.teacher_head, strict=True):
+        if source not in ("auto", "none", *known) and head in FITTING:
+            labels = read_checkpoint(Path(source)).label_names
+            if labels is not None:
+                known[source] = labels
+    for (one, classes), (other, others) in combinations(known.items(), 2):
+        if [plain(label) for label in classes] != [plain(label) for label in others]:
+            raise UsageError(
+                "The teachers are for different classes or have them in another order: "
+                f"{one} has {_brief(classes)}, {other} has {_brief(others)}; say --teacher-head for each "
+                "--teacher, and replace for one that is to be tuned to the data."
+            )
+
+
+def _brief(classes: Sequence[str]) -> str:
+    first = ", ".join(classes[:3])
+    return first if len(classes) <= 3 else f"{first} … ({len(classes)} classes)"
+
 
 DIGITS = "digits"
 
@@ -33,7 +129,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         UsageError, UnknownModel: an option, a name or the data folder is wrong.
     """
     chosen = options.model_copy(deep=True)
-    teacher_list.from_seeds(chosen)
+    from_seeds(chosen)
     _check_lists(chosen)
     stages.check(chosen)
     _check_store(chosen)
@@ -52,7 +148,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     for source in chosen.teacher_weights:
         _check_weights_file(source, "teacher")
     _check_weights_file(chosen.student_weights, "student")
-    teacher_list.check_labels(chosen)
+    check_labels(chosen)
     if chosen.image_size is None:
         chosen.image_size = own_image_size(chosen)
     if chosen.student_size is not None and chosen.student_size > chosen.image_size:
@@ -180,7 +276,7 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     )
     chosen.weight_decay = 0.05 if chosen.weight_decay is None else chosen.weight_decay
     chosen.label_smoothing = chosen.label_smoothing or 0.0
-    int8_options.complete(chosen)
+    complete(chosen)
     _choose_views(chosen, data)
 
 

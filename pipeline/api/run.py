@@ -8,25 +8,24 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from .. import methods, voice
+from .. import methods
 from ..config import bounded_yaml, recipes
 from ..config import stages as rounds
 from ..config.options import Options, enters, group, pairs
 from ..data.dataset import ImageSet
 from ..data.sources.folders import one_role_alone
 from ..errors import UsageError
-from ..places import refuse_inside_data
 from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device
-from ..runs.files import sha256
+from ..runs.files import command, refuse_inside_data, sha256
 from ..runs.folder import Done, RunFolder
 from ..runs.interrupt import STOP
 from ..runs.results import Report
+from ..training.compute import distributed
 from ..training.compute.distributed import Ranks, check_ranks, join, leave
 from ..training.job import Job
 from ..training.weights import check_weights
-from ..typed import command
 from .dry_run import dry_run
 from .resolve import DIGITS, resolve
 
@@ -50,7 +49,8 @@ def compress(
         teacher: timm's name of the teacher, or several.
         student: timm's name of the student.
         data: a folder, a timm data set name, or ``digits``.
-        options: any of :class:`~questpress.pipeline.config.options.Options`; ``config`` names a YAML file of them.
+        options: any of :class:`~questpress.pipeline.config.options.Options`; ``config`` names a YAML
+            file of them.
 
     Returns:
         What ``report.json`` in the run folder holds.
@@ -73,7 +73,7 @@ def compress(
             with STOP.after(asked.time_limit), display.remarks():
                 return _compress(asked, ranks, display)
         except BaseException:
-            voice.first_to_end()  # decided before the other processes notice that this one is gone
+            distributed.first_to_end()  # decided before the other processes notice that this one is gone
             raise
         finally:
             leave()
@@ -274,7 +274,7 @@ def _stages(
     config = _config(options, images)
     with ranks.lead_first():
         # Processes that torchrun has restarted go on.
-        folder.open(fresh=options.fresh and not voice.attempt())
+        folder.open(fresh=options.fresh and not distributed.attempt())
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
         check_weights(options, images, folder.left(options.until), download=True)

@@ -15,15 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import bounded_json
-from ..console import safe_console
 from ..data.views import LISTED
 from ..errors import UsageError
 from ..report import format
+from ..runs import record
 from ..runs.cache import Cache
+from ..runs.console import safe_console
 from ..runs.files import digest
-from ..store.entry import ABOUT
-from ..training.teacher_cache import KIND
+from ..training.teacher_cache import ABOUT, KIND
 
 
 class _Answer(BaseModel):
@@ -125,7 +124,7 @@ def stored(cache: Cache) -> tuple[list[Stored], int]:
     broken = 0
     for folder, used, size in entries(cache):
         try:
-            about = bounded_json.read(folder / ABOUT)
+            about = record.read(folder / ABOUT)
             _About.model_validate(about)
         except (OSError, ValueError):
             broken += 1

@@ -13,19 +13,15 @@ from ...export.latency.machine import environment
 from ..data.dataset import Progress
 from ..errors import UsageError
 from ..evaluation.multi_label import EVEN
-from ..places import refuse_inside_data
+from ..evaluation.results import Network, Validation
 from ..report.format import counted
 from ..runs.console import Display
-from ..runs.files import remove, write_text
+from ..runs.files import command, refuse_inside_data, remove, write_text
 from ..runs.interrupt import STOP
-from ..typed import command
-from ..validation import images as chosen_images
-from ..validation import lists
-from ..validation.ask import Answers, ask
-from ..validation.images import PARTS, Chosen, Part
-from ..validation.results import Network, Validation
 from . import validate_answers
-from .validate_inputs import Asked, open_students, open_teachers
+from . import validate_inputs as chosen_images
+from .validate_answers import Answers, ask
+from .validate_inputs import PARTS, Asked, Chosen, Part, open_students, open_teachers
 
 FOLDER = "validation"
 EXAMPLES = 48
@@ -99,7 +95,12 @@ def validate(
         found = _Found(students, teachers, whose, chosen, answers)
         result = found.validation([*notes, *more, *unlike], folder, progress("drawing mistakes"))
     every = [one for each in found.answered for one in each]
-    write(result, folder, lists.mistakes(every), lists.differences(every) if whose else None)
+    write(
+        result,
+        folder,
+        validate_answers.mistakes(every),
+        validate_answers.differences(every) if whose else None,
+    )
     return result
 
 
@@ -158,12 +159,14 @@ class _Found:
         ]
 
     @cached_property
-    def answered(self) -> list[list[lists.Answered]]:
+    def answered(self) -> list[list[validate_answers.Answered]]:
         """Of each student."""
         found = []
         for one, logits, targets in zip(self.students, self.answers.logits, self.targets, strict=False):
             teacher, others = self._teacher(one)
-            found.append(lists.answered(one, logits, targets, self.answers.images, teacher, others))
+            found.append(
+                validate_answers.answered(one, logits, targets, self.answers.images, teacher, others)
+            )
         return found
 
     def _teacher(self, student: Asked) -> tuple[Asked | None, np.ndarray | None]:
@@ -177,7 +180,7 @@ class _Found:
         names = [one.name for one in self.networks]
         each = zip(self.networks, self.answers.logits, self.targets, strict=True)
         rights = [validate_answers.right(one, logits, targets) for one, logits, targets in each]
-        wrong = lists.mistakes(self.answered[0])
+        wrong = validate_answers.mistakes(self.answered[0])
         counts = Counter(label for image in images for label in image.labels)
         skipped = [*chosen.skipped, *self.answers.skipped]
         unread = [one for one in skipped if one.unreadable]
@@ -197,7 +200,7 @@ class _Found:
             per_class={name: counts[label] for label, name in enumerate(chosen.classes) if counts[label]},
             networks=[self._network(place) for place in range(len(names))],
             pairs=validate_answers.pairs(names, rights),
-            examples=lists.pictured(wrong, first, EXAMPLES, progress),
+            examples=validate_answers.pictured(wrong, first, EXAMPLES, progress),
             skipped=[(one.name, one.reason) for one in skipped],
             warnings=warnings,
             notes=list(notes),
@@ -244,8 +247,8 @@ def _sources(students: Sequence[Asked]) -> str:
 def write(
     found: Validation,
     folder: Path,
-    mistakes: Sequence[lists.Answered],
-    differences: Sequence[lists.Answered] | None,
+    mistakes: Sequence[validate_answers.Answered],
+    differences: Sequence[validate_answers.Answered] | None,
 ) -> None:
     """Write the page, the same as Markdown and as JSON, and the lists of images, each whole or not at all.
 
@@ -257,10 +260,10 @@ def write(
     texts = {
         **pages(found),
         "validation.json": as_json(found) + "\n",
-        "mistakes.csv": lists.as_csv(mistakes),
+        "mistakes.csv": validate_answers.as_csv(mistakes),
     }
     if differences is not None:
-        texts["differences.csv"] = lists.as_csv(differences)
+        texts["differences.csv"] = validate_answers.as_csv(differences)
     for name, text in texts.items():
         write_text(folder / name, text)
     if differences is None:  # an earlier one would be about another teacher

@@ -1,15 +1,26 @@
 """What a network's logits amount to: accuracy, each class, calibration, agreement, and files in pairs."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from ...export.runtime import Pixels, Preprocessing, render
+from ..data.dataset import Image, Progress, Skipped
+from ..data.decode import check_unreadable, made_of_each, pixels_or_reason
+from ..errors import UsageError
 from ..evaluation import calibration, metrics, multi_label
+from ..evaluation.examples import LARGEST, said, several
+from ..evaluation.metrics import AT_ONCE, SIGNIFICANT, holm, mcnemar
+from ..evaluation.results import ClassMeasure, Confused, Pair, Verdict
+from ..methods.quest.patches import thumbnail
+from ..runs.files import harmless
+from ..runs.results import Example
 from ..runs.scores import Accuracy
-from ..significance import SIGNIFICANT, holm, mcnemar
-from ..validation.results import ClassMeasure, Confused, Pair, Verdict
 from .validate_inputs import Asked
 
 MOST_IN_MATRIX = 100
@@ -150,3 +161,187 @@ def _confused(table: np.ndarray, labels: Sequence[str]) -> list[Confused]:
         for truth, answer in pairs
         if missed[truth, answer]
     ]
+
+
+COLUMNS = (
+    "network", "file", "label", "answer", "probability", "right", "teacher_answer", "teacher_probability",
+    "teacher_right",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A network's answer to an image; ``teacher`` is its teacher's, None where there is none."""
+
+    network: str
+    image: Image
+    label: str
+    answer: str
+    probability: float
+    teacher: str | None = None
+    teacher_probability: float | None = None
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.label
+
+    @property
+    def differs(self) -> bool:
+        return self.teacher is not None and self.teacher != self.answer
+
+
+def answered(
+    network: Asked,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    images: Sequence[Image],
+    teacher: Asked | None = None,
+    others: np.ndarray | None = None,
+) -> list[Answered]:
+    """Each image with the network's answer and its teacher's, the surest first."""
+    labels = network.labels
+    truths = [labels[row] if targets.ndim == 1 else several(row, labels) for row in targets]
+    own = _said(network, logits, labels)
+    theirs: list[tuple[str, float]] | None = None
+    columns = None if teacher is None else in_order_of(network, teacher)
+    if teacher is not None and others is not None and columns is not None:
+        theirs = _said(teacher, others[:, columns], labels, columns)
+    found = [
+        Answered(network.name, image, truth, *answer, *(theirs[i] if theirs is not None else (None, None)))
+        for i, (image, truth, answer) in enumerate(zip(images, truths, own, strict=True))
+    ]
+    return sorted(found, key=lambda one: (-one.probability, one.image.name))
+
+
+def _said(
+    network: Asked, logits: np.ndarray, labels: Sequence[str], columns: Sequence[int] | None = None
+) -> list[tuple[str, float]]:
+    thresholds = None
+    if network.several:
+        thresholds = thresholds_of(network)
+        thresholds = thresholds if columns is None else thresholds[list(columns)]
+    parts = (logits[start : start + AT_ONCE] for start in range(0, len(logits), AT_ONCE))
+    return [one for part in parts for one in said(part, labels, thresholds)]
+
+
+def mistakes(every: Iterable[Answered]) -> list[Answered]:
+    return [one for one in every if not one.right]
+
+
+def differences(every: Iterable[Answered]) -> list[Answered]:
+    """Where student and teacher differ."""
+    return [one for one in every if one.differs]
+
+
+def as_csv(rows: Iterable[Answered]) -> str:
+    """A table with a header, in which no cell is a formula to a spreadsheet."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for one in rows:
+        theirs = "" if one.teacher is None else _yes(one.teacher == one.label)
+        cells = (one.network, one.image.name, one.label, one.answer, _probability(one.probability))
+        more = (_yes(one.right), one.teacher or "", _probability(one.teacher_probability), theirs)
+        writer.writerow([harmless(cell) for cell in (*cells, *more)])
+    return text.getvalue()
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _probability(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
+
+
+def pictured(
+    rows: Sequence[Answered], network: Asked, most: int, progress: Callable[[int, int], None]
+) -> list[Example]:
+    """The first of the images, as the network sees them."""
+    form = network.classifiers[0].preprocessing
+    found = []
+    for done, one in enumerate(rows[:most], 1):
+        pixels = pixels_or_reason(one.image, lambda image: render(image, form))
+        progress(done, min(most, len(rows)))
+        found.append(
+            Example(
+                name=one.image.name,
+                label=one.label,
+                teacher=one.teacher,
+                teacher_probability=one.teacher_probability,
+                student=one.answer,
+                student_probability=one.probability,
+                png="" if isinstance(pixels, str) else thumbnail(pixels, min(LARGEST, len(pixels))),
+            )
+        )
+    return found
+
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Answers:
+    """``logits[i]`` float32 [n,classes of network i] to ``images``, those that could be read."""
+
+    images: tuple[Image, ...]
+    logits: list[np.ndarray]
+    skipped: tuple[Skipped, ...]
+
+
+def ask(
+    images: Sequence[Image], networks: Sequence[Asked], skipped: Sequence[Skipped], progress: Progress
+) -> Answers:
+    """The networks' logits.
+
+    Args:
+        skipped: what was left out before; of all images 1 % may be unreadable.
+
+    Raises:
+        JobError: more are unreadable, or an image has changed since it was opened.
+        UsageError: none can be read.
+    """
+    forms = list(dict.fromkeys(one.classifiers[0].preprocessing for one in networks))
+    kept: list[Image] = []
+    unread: list[Skipped] = []
+    found: list[list[np.ndarray]] = [[] for _ in networks]
+    for batch, rendered in _batches(images, _rendered(forms), unread, progress):
+        kept += batch
+        for logits, one in zip(found, networks, strict=True):
+            pixels = rendered[forms.index(one.classifiers[0].preprocessing)]
+            logits.append(_together(one, pixels))
+    before = sum(one.unreadable for one in skipped)
+    check_unreadable([*skipped, *unread], len(images) + before)
+    if not kept:
+        raise UsageError("None of the images can be read.")
+    return Answers(tuple(kept), [np.concatenate(each) for each in found], tuple(unread))
+
+
+def _together(network: Asked, pixels: np.ndarray) -> np.ndarray:
+    """float32 [B,classes]: logits, of several teachers those of their mean probabilities."""
+    each = [one.answers(pixels) for one in network.classifiers]
+    return calibration.together(each, multilabel=network.several).astype(np.float32)
+
+
+def _rendered(forms: Sequence[Preprocessing]) -> Callable[[Pixels], list[Pixels]]:
+    return lambda image: [render(image, form) for form in forms]
+
+
+def _batches(
+    images: Sequence[Image],
+    form: Callable[[Pixels], list[Pixels]],
+    unread: list[Skipped],
+    progress: Progress,
+) -> Iterator[tuple[list[Image], list[np.ndarray]]]:
+    """Batches of readable images, rendered in each form: uint8 [B,S,S,3]. The others go to ``unread``."""
+    batch: list[tuple[Image, list[Pixels]]] = []
+    for done, (image, made) in enumerate(zip(images, made_of_each(images, form), strict=True), 1):
+        if isinstance(made, str):
+            unread.append(Skipped(image.name, made, unreadable=True))
+        else:
+            batch.append((image, made))
+        if batch and (len(batch) == BATCH or done == len(images)):
+            columns = zip(*(pixels for _, pixels in batch), strict=True)
+            yield [one for one, _ in batch], [np.stack(column) for column in columns]
+            batch = []
+        progress(done, len(images))

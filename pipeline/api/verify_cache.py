@@ -10,20 +10,16 @@ import numpy as np
 from rich.text import Text
 from torch import Tensor
 
-from ..config_file import read_config
-from ..console import safe_console
 from ..errors import JobError, UsageError
 from ..methods.base import Answer
 from ..runs.cache import Cache
-from ..runs.console import Display, Stage
+from ..runs.console import Display, Stage, safe_console
 from ..runs.device import Engine, choose_device, use_threads
 from ..runs.files import sha256
-from ..runs.folder import RunFolder
-from ..store.entry import mapped
-from ..store.of_run import schedule_of, store_of
+from ..runs.folder import RunFolder, read_config
 from ..training.job import Job
 from ..training.student import TEACHERS, methods_of
-from ..training.teacher_cache import KIND, Ask, Store
+from ..training.teacher_cache import KIND, Ask, Store, mapped, schedule_of, store_of
 from .resolve import resolve
 from .run import read_options
 

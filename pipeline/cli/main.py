@@ -9,32 +9,20 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from .. import voice
 from ..runs.interrupt import STOP
+from ..training.compute import distributed
 from .errors import OF_THE_SYSTEM, ended, unwritten, written
 
 COMMANDS = {
-    "Make": {
-        "run": "run:run",
-        "resolutions": "run:resolutions",
-        "export": "run:export",
-    },
-    "Measure and look": {
-        "predict": "predict:predict",
-        "validate": "validate:validate",
-        "bench": "bench:bench",
-        "compare": "compare:compare",
-        "report": "report:report",
-    },
-    "Around it": {
-        "models": "lists:models",
-        "recipes": "lists:list_recipes",
-        "store": "store:store",
-        "doctor": "doctor:doctor",
-        "completion": "completion:completion",
-    },
+    "Make": ("run", "resolutions", "export"),
+    "Measure and look": ("predict", "validate", "bench", "compare", "report"),
+    "Around it": ("models", "recipes", "store", "doctor"),
 }
-"""heading -> command -> where it is, below `commands/`, as FILE:NAME."""
+"""Names of commands by heading; ``commands.py`` is imported when one of them is needed."""
+
+
+FUNCTIONS = {"recipes": "list_recipes"}
+"""Functions in ``commands.py`` whose name is not the command's."""
 
 
 class Shorthand(click.Group):
@@ -46,13 +34,11 @@ class Shorthand(click.Group):
         return [name for named in COMMANDS.values() for name in named]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for named in COMMANDS.values():
-            if cmd_name in named:
-                file, name = named[cmd_name].split(":")
-                found = getattr(import_module(f"{__package__}.commands.{file}"), name)
-                assert isinstance(found, click.Command)
-                return found
-        return None
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        found = getattr(import_module(".commands", __package__), FUNCTIONS.get(cmd_name, cmd_name))
+        assert isinstance(found, click.Command)
+        return found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -108,7 +94,7 @@ class Shorthand(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Of several processes one says what is wrong with the command line."""
-        if voice.leads():
+        if distributed.leads():
             return super().main(*args, **extra)
         try:
             return super().main(*args, **{**extra, "standalone_mode": False})

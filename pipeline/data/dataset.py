@@ -3,10 +3,13 @@
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -166,3 +169,134 @@ def printable(name: str) -> str:
     steer a terminal or turn the direction of writing is spelled out.
     """
     return spelled_out(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """``size`` bytes of a file from ``offset`` on: a member of a tar file, say."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def __call__(self) -> bytes:
+        """
+        Raises:
+            OSError: the file cannot be read, or is shorter than it was.
+        """
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            content = stream.read(self.size)
+        if len(content) < self.size:
+            raise OSError(f"{self.file.name} is shorter than it was")
+        return content
+
+
+class Table:
+    """A reader of timm's that gives (file, label) by number, such as that of Hugging Face's data sets.
+
+    It is pickled once and opened once in each process: its rows travel with every batch, it does not.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def read(self, row: int) -> bytes:
+        content, _ = self.reader[row]
+        with content:
+            found: bytes = content.read()
+            return found
+
+    @cached_property
+    def _pickled(self) -> tuple[str, "_Once"]:
+        content = pickle.dumps(self.reader)
+        return hashlib.sha256(content).hexdigest(), _Once(content)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, self._pickled
+
+
+@dataclass(frozen=True)
+class _Once:
+    """Equal to any other, so that a table is known by its hash alone."""
+
+    pickled: bytes = field(compare=False, hash=False, repr=False)
+
+
+@lru_cache(maxsize=8)
+def _opened(_: str, once: _Once) -> Table:
+    return Table(pickle.loads(once.pickled))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table."""
+
+    table: Table
+    row: int
+
+    def __call__(self) -> bytes:
+        return self.table.read(self.row)
+
+
+# Hashing waits for the disk as much as for the processor.
+HASHING_THREADS = 8
+_EMPTY = hashlib.sha256(b"").hexdigest()
+
+Labels = int | tuple[int, ...]
+"""The class of an image, or its several classes in a multi-label set."""
+
+
+@dataclass
+class Walk:
+    """What a walk through a data folder meets besides images."""
+
+    root: Path  # resolved: what lies outside of it is not followed
+    top: Path  # as given: names are relative to it
+    skipped: list[Skipped] = field(default_factory=list)
+    ignored: int = 0
+
+    def skip(self, path: Path, reason: str, unreadable: bool = False) -> None:
+        self.skipped.append(Skipped(self.name(path), reason, unreadable))
+
+    def name(self, path: Path) -> str:
+        return printable(path.relative_to(self.top).as_posix())
+
+
+def hashed(
+    files: Mapping[Role, Sequence[tuple[Path, Labels]]], walk: Walk, progress: Progress | None
+) -> dict[Role, list[Image]]:
+    """The images in these files; those that are empty or cannot be read are skipped."""
+    total, done = sum(map(len, files.values())), 0
+    given: dict[Role, list[Image]] = {}
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        for role, found in files.items():
+            given[role] = []
+            # In slices, so that an interrupt waits for few files and not for all.
+            keys = (
+                key
+                for start in range(0, len(found), 512)
+                for key in threads.map(_content_key, [file for file, _ in found[start : start + 512]])
+            )
+            for (file, labels), key in zip(found, keys, strict=True):
+                done += 1
+                if isinstance(key, OSError):
+                    walk.skip(file, f"could not be read: {key.strerror or key}", unreadable=True)
+                elif key == _EMPTY:  # all such files would count as one image under many classes
+                    walk.skip(file, "the file is empty", unreadable=True)
+                elif isinstance(labels, tuple):
+                    given[role].append(Image.of_several(walk.name(file), labels, key, file))
+                else:
+                    given[role].append(Image(walk.name(file), labels, key, file))
+                if progress:
+                    progress(done, total)
+    return given
+
+
+def _content_key(file: Path) -> str | OSError:
+    try:
+        with file.open("rb") as stream:
+            refuse_large(stream)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        return error

@@ -1,11 +1,12 @@
 """Images decoded once: for training in one canonical form, for testing as the runtime renders them."""
 
 import hashlib
+import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,12 +17,67 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from ...export import runtime
-from ...export.runtime import ImageError, Preprocessing, allowed_cores, decode_image, render
+from ...export.runtime import (
+    ImageError,
+    Preprocessing,
+    allowed_cores,
+    decode_image,
+    no_pillow_warnings,
+    render,
+)
 from ..errors import JobError
 from ..runs.cache import Cache
 from ..runs.files import digest, sha256
 from .dataset import Image, ImageSet, Progress, Skipped
-from .pixels import Pixels, ragged
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """N images in one buffer.
+
+    ``data`` is uint8 [P, 3], the RGB pixels of all images row by row, one image after the other (possibly
+    memory-mapped, possibly on an accelerator). ``offsets`` (in pixels), ``heights`` and ``widths`` are
+    int64 [N] and stay on the host, since what is computed from them is small.
+    """
+
+    data: Tensor
+    offsets: Tensor
+    heights: Tensor
+    widths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    @property
+    def same_size(self) -> bool:
+        return len(self) > 0 and bool(
+            (self.heights == self.heights[0]).all() and (self.widths == self.widths[0]).all()
+        )
+
+    def image(self, index: int) -> Tensor:
+        """A view of one image: uint8 [H, W, 3]."""
+        start, height, width = (int(x[index]) for x in (self.offsets, self.heights, self.widths))
+        return self.data[start : start + height * width].view(height, width, 3)
+
+    def stacked(self) -> Tensor:
+        """A view of all images: uint8 [N, H, W, 3]. Raises ValueError where sizes differ."""
+        if not self.same_size:
+            raise ValueError("only images of one size can be stacked")
+        return self.data.view(len(self), int(self.heights[0]), int(self.widths[0]), 3)
+
+    def to(self, device: torch.device | str) -> "Pixels":
+        return replace(self, data=self.data.to(device))
+
+
+def ragged(data: Tensor, sizes: Tensor) -> Pixels:
+    """Pixels from a buffer (uint8 [P, 3]) and the images' sizes (int64 [N, 2]: height, width)."""
+    areas = sizes[:, 0] * sizes[:, 1]
+    return Pixels(data, areas.cumsum(0) - areas, sizes[:, 0].clone(), sizes[:, 1].clone())
+
 
 T = TypeVar("T")
 VERSION = 1
@@ -321,3 +377,26 @@ def split_off(
         Skipped(images[position].name, reason, unreadable=True) for position, reason in reasons.items()
     )
     return kept, skipped
+
+
+SAMPLE = 256
+"""Images whose headers are read, evenly spread."""
+
+
+def sampled_sizes(images: Sequence[Image]) -> list[tuple[int, int]]:
+    """Height and width of about ``SAMPLE`` of the images, or of all where they are fewer; what cannot be read
+    is left out, since decoding will tell of it.
+    """
+    sizes = (_size(image) for image in images[:: max(1, len(images) // SAMPLE)])
+    return [size for size in sizes if size is not None]
+
+
+def _size(image: Image) -> tuple[int, int] | None:
+    try:
+        content = image.read()
+        if not isinstance(content, bytes):
+            return content.shape[0], content.shape[1]
+        with no_pillow_warnings(), PillowImage.open(io.BytesIO(content)) as header:
+            return header.height, header.width
+    except Exception:  # a damaged file makes Pillow raise nearly anything; decoding will tell of it
+        return None

@@ -1,12 +1,93 @@
 """Who gets which role. The answer depends on content alone: not on names, places, order or a random state."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..errors import UsageError
 from .dataset import ROLES, Duplicate, Image, ImageSet, Role, Skipped, in_order
-from .shares import SELECT_FRACTION, TEST_FRACTION, share
-from .stratify import split_sets
+
+TEST_FRACTION = 0.1
+SELECT_FRACTION = 0.1
+
+
+def share(count: int, fraction: float, most: int) -> int:
+    """How many of ``count`` images a role gets: the fraction, but one at least."""
+    return min(max(1, round(count * fraction)), max(1, most))
+
+
+NO_CLASS = -1
+"""Images of no class are held out like those of a class."""
+
+
+def split_sets(
+    images: Sequence[Image], classes: Sequence[str], fraction: float, *, test: bool
+) -> dict[Role, list[Image]]:
+    """``images`` as train and select, and with ``test`` as test too; in proportion to each class.
+
+    A tenth is tested on, ``fraction`` selected on, of each class one image at least where it has one to
+    spare: two stay for the roles after test, one stays in train. Content that is given with different classes
+    goes to train.
+
+    Raises:
+        UsageError: no class has an image to spare for test.
+    """
+    sets: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for image in images:
+        sets[image.key].add(image.labels)
+    agreed = {key: next(iter(found)) for key, found in sets.items() if len(found) == 1}
+    counts = Counter(label for key in sets for label in {label for one in sets[key] for label in one})
+    role_of: dict[str, Role] = dict.fromkeys(sets, "train")
+    if test:
+        tested = held_out(agreed, counts, TEST_FRACTION, 2)
+        if not tested:
+            raise UsageError(
+                f"None of the {len(classes)} classes has three different images; three or more of a class "
+                "are needed, so that one each can train, select and test."
+            )
+        role_of.update(dict.fromkeys(tested, "test"))
+        agreed = {key: labels for key, labels in agreed.items() if key not in tested}
+        counts -= Counter(label for key in tested for label in next(iter(sets[key])))
+        # Of all images, not of those that are left.
+        fraction = min(1.0, fraction / (1 - TEST_FRACTION))
+    if fraction > 0:
+        role_of.update(dict.fromkeys(held_out(agreed, counts, fraction, 1), "select"))
+    roles: dict[Role, list[Image]] = {"train": [], "select": []}
+    if test:
+        roles["test"] = []
+    for image in images:
+        roles[role_of[image.key]].append(image)
+    return roles
+
+
+def held_out(
+    contents: Mapping[str, tuple[int, ...]], counts: Mapping[int, int], fraction: float, least: int
+) -> set[str]:
+    """Keys of the contents taken out: of each class the fraction, but one at least, and ``least`` stay.
+
+    Args:
+        contents: classes by key.
+        counts: images of each class in all, those that may not be taken out included.
+    """
+    of_class: dict[int, list[str]] = defaultdict(list)
+    for key in sorted(contents):
+        for label in contents[key] or (NO_CLASS,):
+            of_class[label].append(key)
+    left = {**counts, NO_CLASS: len(of_class.get(NO_CLASS, ())) + least}
+    held: Counter[int] = Counter()
+    taken: set[str] = set()
+    for label in sorted(of_class, key=lambda label: (len(of_class[label]), label)):
+        wanted = share(len(of_class[label]), fraction, left[label] - least)
+        for key in of_class[label]:
+            if held[label] >= wanted:
+                break
+            labels = contents[key] or (NO_CLASS,)
+            if key not in taken and all(left[one] > least for one in labels):
+                taken.add(key)
+                for one in labels:
+                    held[one] += 1
+                    left[one] -= 1
+    return taken
 
 
 def check_select_fraction(fraction: float | None) -> float:
@@ -192,3 +273,34 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """'a', 'b' and 3 more."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@dataclass(frozen=True)
+class Given:
+    """``images`` by the role they were given; without ``has_roles`` all are in train, and none has one."""
+
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    images: Mapping[Role, Sequence[Image]]
+    has_roles: bool
+    skipped: tuple[Skipped, ...] = ()
+    ignored: int = 0
+    multi_label: bool = False
+
+    def assembled(self, select_fraction: float | None) -> ImageSet:
+        """The image set to learn from; see ``split.assemble``.
+
+        Raises:
+            UsageError: as ``split.assemble``.
+        """
+        return assemble(
+            self.name,
+            self.source,
+            self.classes,
+            self.images,
+            select_fraction,
+            self.skipped,
+            self.ignored,
+            multi_label=self.multi_label,
+        )

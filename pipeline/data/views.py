@@ -12,7 +12,52 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .random_bits import below, uniform, words
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+Word = Tensor | int
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words; the four are broadcast together."""
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
+    a, b, c, d = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
+    first, second = key
+    for _ in range(_ROUNDS):
+        # The high word of a product: the 64 bits are right even where their sign is not.
+        ac, cc = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (
+            ((cc >> 32) & _MASK) ^ b ^ first,
+            cc & _MASK,
+            ((ac >> 32) & _MASK) ^ d ^ second,
+            ac & _MASK,
+        )
+        first, second = (first + _WEYL[0]) & _MASK, (second + _WEYL[1]) & _MASK
+    return a, b, c, d
+
+
+def words(seed: int, keys: Tensor, views: Word, draw: Word) -> tuple[Tensor, ...]:
+    """Four independent words, int64 in [0, 2³²), for each image key and view; shapes are broadcast.
+
+    ``keys`` are int64 in [0, 2⁶³), ``views`` and ``draw`` in [0, 2³²); of ``seed`` the lower 64 bits count.
+    """
+    return philox((keys & _MASK, keys >> 32, views, draw), (seed & _MASK, (seed >> 32) & _MASK))
+
+
+def uniform(word: Tensor) -> Tensor:
+    """float32 in [0, 1) from a word: its upper 24 bits, exact on every device."""
+    return (word >> 8).to(torch.float32) * 2.0**-24
+
+
+def below(word: Tensor, limit: Word) -> Tensor:
+    """int64 in [0, limit) from a word, for limits up to 2³¹: the upper half of their product.
+
+    No value is likelier than another by more than limit / 2³².
+    """
+    return (word * limit) >> 32
+
 
 LISTED = 1 << 31
 """View numbers from this one on name an image's different views one by one, as ``every_view`` lists them."""
@@ -203,3 +248,66 @@ def _ratios(ratio: tuple[float, float]) -> Tensor:
     return torch.tensor(
         [round(math.exp(low + (high - low) * t) * 2**20) / 2**20 for t in steps], dtype=torch.float64
     )
+
+
+FIXED_SEED = 0
+"""Views that are to be met again, by other epochs and by runs with other seeds, are drawn with this seed."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """View numbers by epoch; the views themselves are drawn with ``view_seed``.
+
+    - ``views`` is None: a new view each epoch, drawn with the run's seed.
+    - ``views`` V: V fixed views in turn, the same for runs of every seed.
+    - V at least as many as there are different views: each epoch's new view, by the run's seed, named by its
+      number in the list of them.
+    """
+
+    policy: ViewPolicy
+    seed: int
+    views: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every view there is belongs to the fixed ones, so that the draw is free."""
+        count = self.policy.count
+        return (
+            self.views is not None
+            and count is not None
+            and self.views >= count
+            and self.policy.kind == "pad_crop"
+        )
+
+    @property
+    def fixed(self) -> int | None:
+        """V, or fewer where there are not so many different views; None: a new view each epoch."""
+        if self.views is None:
+            return None
+        if self.complete or self.policy.count == 1:
+            return self.policy.count
+        return self.views
+
+    @property
+    def view_seed(self) -> int:
+        return self.seed if self.views is None else FIXED_SEED
+
+    def numbers(self, keys: Tensor, epoch: int) -> Tensor:
+        """The view number of each image [N] in an epoch."""
+        if self.complete:
+            return listed(self.policy, self.seed, keys, torch.full_like(keys, epoch))
+        return torch.full_like(keys, epoch if self.fixed is None else epoch % self.fixed)
+
+    def needed(self, epoch: int) -> range:
+        """The view numbers that may come up in an epoch."""
+        if self.complete:
+            assert self.policy.count is not None
+            return range(LISTED, LISTED + self.policy.count)
+        view = epoch if self.fixed is None else epoch % self.fixed
+        return range(view, view + 1)
+
+    def used(self, epochs: int) -> range:
+        """The view numbers that may come up in so many epochs."""
+        if self.complete:
+            return self.needed(0)
+        return range(epochs if self.fixed is None else min(epochs, self.fixed))

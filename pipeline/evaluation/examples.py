@@ -6,8 +6,8 @@ import numpy as np
 
 from ...export.runtime import sigmoid, softmax
 from ..data.dataset import Image
+from ..methods.quest.patches import thumbnail
 from ..runs.results import Example
-from ..thumbnail import thumbnail
 from . import multi_label
 
 EXAMPLES = 12

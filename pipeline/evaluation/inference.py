@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...export.conversion.onnx_export import OnnxFile
+from ...export.conversion.onnx_export import OnnxFile, fold_temperature
 from ...export.runtime import Classifier, session
-from ...export.temperature import fold_temperature
 from ..errors import JobError
 from ..runs.scores import Temperature
-from ..temperature import fit_temperature
 from ..training.job import Job
 from . import multi_label
+from .calibration import fit_temperature
 
 BATCH = 32
 TOLERANCE = 1e-4

@@ -1,10 +1,13 @@
 """Answers of a network over a role's images, and what they amount to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import hypot
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest, chi2_contingency  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from ..runs.device import Engine
@@ -143,3 +146,70 @@ def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
     flat = np.bincount(labels * n + logits.argmax(1), minlength=n * n)
     table: list[list[int]] = flat.reshape(n, n).tolist()
     return table
+
+
+SIGNIFICANT = 0.05
+
+
+def mcnemar(worse: int, better: int) -> float:
+    """The exact two-sided p of McNemar's test, from how many images one file alone has right and the other
+    alone."""
+    return float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of several tests, made larger so that of all of them together 5 % are wrong at most (Holm
+    1979); in the order given.
+    """
+    order = np.argsort(np.asarray(p, dtype=np.float64), kind="stable")
+    adjusted, least = [1.0] * len(p), 0.0
+    for rank, place in enumerate(order.tolist()):
+        least = max(least, min(1.0, (len(p) - rank) * p[place]))
+        adjusted[place] = least
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """Two shares of different images: ``p`` of the chi-squared test without correction, and the interval of
+    their difference in points (first minus second).
+    """
+
+    p: float
+    low: float
+    high: float
+
+
+def unpaired(first: Accuracy, second: Accuracy) -> Unpaired:
+    """Two accuracies of which it is not known which images they are about.
+
+    The interval is Newcombe's (1998, method 10): from both Wilson intervals.
+    """
+    table = [[one.correct, one.n - one.correct] for one in (first, second)]
+    all_alike = any(sum(column) == 0 for column in zip(*table, strict=True))
+    p = 1.0 if all_alike else float(chi2_contingency(table, correction=False).pvalue)
+    difference = first.top1 - second.top1
+    return Unpaired(
+        p,
+        difference - hypot(first.top1 - first.low, second.high - second.top1),
+        difference + hypot(first.high - first.top1, second.top1 - second.low),
+    )
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Those that no other beats: none is as cheap and as good, and better in one of the two.
+
+    Args:
+        points: what each costs (less is better) and what it gives (more is better), both finite.
+
+    Returns:
+        Their indices, the cheapest first.
+    """
+    kept: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        last = points[kept[-1]] if kept else None
+        # Of two alike in both neither beats the other: only their order or their names could choose one, and
+        # a reader would take the other for worse.
+        if last is None or points[i][1] > last[1] or points[i] == last:
+            kept.append(i)
+    return kept

@@ -113,7 +113,7 @@ class Method(nn.Module):
     """Which of its parameters weigh its loss; who sets one of them needs no ``--balance auto``."""
     pull: ClassVar[tuple[float, float]] = (0.0, math.inf)
     """Least and most gradient of the loss, over that of the cross-entropy, on the student's last map in the
-    first steps, at which the method was seen to do good: for ``pipeline/methods/gradient_balance.py``. Where nothing is known
+    first steps, at which the method was seen to do good: for ``gradient_balance.py``. Where nothing is known
     of that, its weight is left alone."""
 
     @classmethod

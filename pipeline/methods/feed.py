@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from . import base
-from .grid import pooled, shared_grid
+from .quest.vocabulary import pooled, shared_grid
 
 SLOPE = 0.1
 """Of LeakyReLU below zero."""

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ..errors import JobError
 from ..runs.bench_results import Bench, TimedLatency
 from ..runs.folder import RunFolder
-from ..sealed import read_sealed
+from ..runs.record import read_sealed
 
 LATER = Path("bench/bench.json")
 """What `compress bench` leaves in a run folder. The run's own bench removes it."""

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table as Drawn
 from rich.text import Text
 
-from ..console import safe_console
 from ..runs.bench_results import Bench
+from ..runs.console import safe_console
 from . import bench_tables, format
 from .latency import disturbed
 from .tables import Table

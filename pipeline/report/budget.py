@@ -1,7 +1,6 @@
 """What int8 may cost and what it costs, in sentences; where nothing holds the budget, what ships instead."""
 
-from ..int8_results import Int8Search, TriedInt8
-from ..runs.results import Report
+from ..runs.results import Int8Search, Report, TriedInt8
 from . import format
 from .subjects import measure
 

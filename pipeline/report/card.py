@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...export.artifact import write_predict
 from ...export.runtime import UINT8, Preprocessing, read_manifest
-from ...export.standalone import write_predict
 from ...export.text import spelled_out
 from ..runs.files import write_changed
 from ..runs.results import Report, Subject

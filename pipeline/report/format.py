@@ -3,6 +3,10 @@
 A value that is missing is a dash, one that is not finite says so; sizes are megabytes of 1,000,000 bytes.
 """
 
+import base64
+import binascii
+import re
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from math import floor, isfinite, log10
@@ -124,3 +128,18 @@ def number(value: float) -> str:
     if abs(value) < 1e-3:
         return minus(f"{value:.2e}")
     return significant(value, 4)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def png(text: str) -> tuple[str, int]:
+    """The text if it is a PNG in base64, and the image's longer side in pixels; else nothing and 0."""
+    text = re.sub(r"\s", "", text)
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return "", 0
+    if not content.startswith(PNG) or len(content) < 24:
+        return "", 0
+    return text, max(struct.unpack(">II", content[16:24]))

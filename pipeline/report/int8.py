@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from ..int8_results import Int8Search, TriedInt8
-from ..runs.results import Report
+from ..runs.results import Int8Search, Report, TriedInt8
 from . import budget, format
 from .pictures import measure_title
 from .scatter import Level, Point, Scatter, Series, scatter

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from ..runs.results import Example, Report
 from . import calibration, details, format, headline, int8, learned, pictures, several_labels, tables, words
 from .charts import Lines, Rows
+from .format import png
 from .headline import KeyFigure
 from .latency import Section as LatencySection
 from .latency import section as latency_section
 from .pictures import Training
-from .png import png
 from .subjects import threads
 from .tables import Table
 from .tradeoff import Tradeoff

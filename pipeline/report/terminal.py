@@ -8,10 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..api.doctor import Diagnosis
-from ..console import safe_console
-from ..evaluation.results import ComparedRun, Comparison, Group
+from ..evaluation.results import ComparedRun, Comparison, Group, Validation
+from ..runs.console import safe_console
 from ..runs.results import Report, Resolutions
-from ..validation.results import Validation
 from . import budget, calibration, comparison, format, sizes, validation, validation_tables
 from .headline import notes, title
 from .subjects import compared, measure, shipped, threads

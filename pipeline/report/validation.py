@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from ..evaluation.results import Network, Validation
 from ..runs.results import Report, Subject
 from ..runs.scores import Accuracy
-from ..validation.results import Network, Validation
 from . import calibration, format, validation_tables
 from .charts import Mark, Rows, dots
 from .headline import KeyFigure, machine, score_in_words

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from ..evaluation.results import ClassMeasure, Network, Pair, Validation
 from ..runs.scores import Accuracy, Score
-from ..validation.results import ClassMeasure, Network, Pair, Validation
 from . import format
 from .tables import Table
 

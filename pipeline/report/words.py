@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..runs.results import Report
-from ..word_results import ShownWord, Words
+from ..runs.results import Report, ShownWord, Words
 from . import format
 from .charts import Curve, Lines, lines
-from .png import png
+from .format import png
 from .tables import Table
 
 

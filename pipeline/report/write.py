@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from ...export.text import spelled_out
 from ..runs.files import write_changed
+from ..runs.record import with_checksum
 from ..runs.results import Report
-from ..sealed import with_checksum
 from .page import page
 from .tables import Table
 

@@ -1,16 +1,46 @@
 """What the person at the terminal sees: a line for each finished stage, a live bar for the one that runs."""
 
+from typing import Any
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
+from ...export.text import spelled_out
 import logging
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from ..console import safe_console
+
+
+def safe_console(**options: Any) -> Console:
+    """Rich's console with these options. What it is given to print may hold the names of classes and files of
+    whoever made them: characters that would steer the terminal are spelled out.
+    """
+    made = Console(**options)
+    made.push_render_hook(_Spelling())
+    return made
+
+
+class _Spelling(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_SpelledOut(one) for one in renderables]
+
+
+class _SpelledOut:
+    """What another renderable shows, its own colours and movements aside spelled out."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.inner, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(spelled_out(segment.text, but="\n"), segment.style)
+
 
 PLAIN_SECONDS = 10.0
 """Where the output is no terminal, a line of progress is written at most this often."""

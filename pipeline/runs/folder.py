@@ -1,23 +1,136 @@
 """The run folder: which stages are done, what they left, and what it came from."""
 
+from pathlib import Path
+from typing import Any
+import yaml
+from ..config import bounded_yaml
+from ..errors import UsageError
+from .record import read_record
+import json
+from collections.abc import Mapping
+from ..config.options import Options, group
+from collections.abc import Iterable, Sequence
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import yaml
-
-from .. import curves
-from ..config_file import FILE, read_config
 from ..errors import JobError, UsageError
 from .files import digest, remove, sha256, unwritable, write_text
-from ..lock import locked, refuse_locked
-from ..option_changes import differences
+from .files import locked, refuse_locked
 from .record import RECORD, SCHEMA_VERSION, read_record, write_record
 from ..config.stages import stages_of_config
+
+
+
+FILE = "config.yaml"
+
+MOVED = ("data", "data_dir")
+"""Options that may be changed by hand: images can come to lie elsewhere."""
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The options of a run, as its config.yaml has them.
+
+    Raises:
+        UsageError: the file is not there, holds no options, or others than the run was made with.
+    """
+    file = run / FILE
+    try:
+        content = bounded_yaml.read(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{file} cannot be read as a run's options ({' '.join(str(error).split())})."
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} holds no options.")
+    known = read_record(run).get("options", content)  # older ones have none
+    changed = [
+        str(name)
+        for name in {**known, **content}
+        if name not in known or name not in content or (content[name] != known[name] and name not in MOVED)
+    ]
+    if changed:
+        raise UsageError(
+            f"{file} is not as the run has left it ({', '.join(changed[:3])}): repeat the command that began "
+            "the run, which writes it anew."
+        )
+    return content
+
+
+_NAMES = {"data_content": "the data's images"}
+
+
+def differences(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What has changed, such as ``epochs was 12, now 13``; options of export don't count, since what is made
+    of the student is cheap: with others of that kind it is made anew.
+    """
+    was, now = (
+        _single({name: value for name, value in one.items() if not _of_export(name)})
+        for one in (before, config)
+    )
+    return [
+        f"{name} was {_short(was.get(name))}, now {_short(now.get(name))}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
+
+
+def _of_export(name: str) -> bool:
+    return name in Options.model_fields and group(name) == "Export"
+
+
+def _single(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names the user knows, each setting of a method for itself."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= {f"weight {name}" if key == "weight" else name: one for name, one in value.items()}
+        else:
+            found[_NAMES.get(key, key.replace("_", "-"))] = value
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def read(file: Path) -> list[str]:
+    """The lines that can be read as epochs; none where there is no file."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if training_of(line) is not None]
+
+
+def training_of(line: str) -> str | None:
+    """Which training an epoch belongs to; None where the line is no epoch."""
+    try:
+        content = json.loads(line)
+        return str(content["stage"]) if isinstance(content["epoch"], int) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def epoch_of(line: str) -> int:
+    return int(json.loads(line)["epoch"])
+
+
+def by_stage(lines: Iterable[str], stages: Sequence[str]) -> dict[str | None, list[str]]:
+    """Lines by the stage whose trainings they tell of, None for those of no such stage: of several teachers,
+    ``teacher 0``, ``teacher 1`` … belong to ``teacher``.
+    """
+    found: dict[str | None, list[str]] = {stage: [] for stage in (*stages, None)}
+    for line in lines:
+        name = str(training_of(line))
+        found[next((one for one in stages if name == one or name.startswith(f"{one} ")), None)].append(line)
+    return found
+
+
+def of_training(lines: Iterable[str], training: str) -> list[str]:
+    return [line for line in lines if training_of(line) == training]
+
 
 _log = logging.getLogger(__name__)
 
@@ -160,14 +273,14 @@ class RunFolder:
 
     def curves(self) -> list[str]:
         """The lines of metrics.jsonl in the order of the stages, of those that are done as they were then."""
-        there = curves.by_stage(curves.read(self.metrics), self.stages)
+        there = by_stage(read(self.metrics), self.stages)
         for stage, entry in self.record["stages"].items():
             there[stage] = entry.get("curve", there.get(stage, []))  # older ones have none
         return [line for stage in (*self.stages, None) for line in there[stage]]
 
     def _mend_curves(self) -> None:
         known = {line for stage in self.record["stages"].values() for line in stage.get("curve", ())}
-        if known - set(curves.read(self.metrics)):
+        if known - set(read(self.metrics)):
             _log.warning("%s was damaged: the curves of stages that are done are written anew.", self.metrics)
             write_text(self.metrics, "\n".join(self.curves()) + "\n")
 
@@ -256,7 +369,7 @@ class RunFolder:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "outputs": outputs,
             "warnings": list(warnings),
-            "curve": curves.by_stage(curves.read(self.metrics), [stage])[stage],
+            "curve": by_stage(read(self.metrics), [stage])[stage],
             "facts": done.facts,
         }
         self.save()
@@ -288,3 +401,14 @@ def _merged(known: Any, more: Any) -> Any:
     if isinstance(known, list) and isinstance(more, list) and len(known) == len(more):
         return [_merged(a, b) for a, b in zip(known, more, strict=True)]
     return more
+
+
+def refuse_unfinished(path: Path) -> None:
+    """
+    Raises:
+        UsageError: ``path`` is the folder of a run that has not come to its artifact.
+    """
+    if (path / "run.json").is_file() and not (path / "artifact" / "manifest.json").is_file():
+        raise UsageError(
+            f"{path} holds a run that has nothing to ship yet: repeat the command that began it."
+        )

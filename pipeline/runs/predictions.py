@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-
 from .files import whole
+
+
 
 PREDICTIONS_FILE = "test_answers.safetensors"
 
@@ -49,3 +49,21 @@ def read_predictions(path: Path) -> PerImage | None:
         return PerImage(found.pop("keys"), found.pop("labels"), found)
     except (OSError, SafetensorError, KeyError):
         return None
+
+
+TRAIN_IMAGES_FILE = "train_images.safetensors"
+
+
+def write_train_images(run: Path, keys: np.ndarray) -> None:
+    """Write the keys, int64 [n], of the images that can be read, whole or not at all."""
+    with whole(run / TRAIN_IMAGES_FILE) as part:
+        save_file({"keys": keys}, part)
+
+
+def read_train_images(run: Path) -> frozenset[int]:
+    """The keys; none of an older run, which has not noted them."""
+    return (
+        frozenset(load_file(run / TRAIN_IMAGES_FILE)["keys"].tolist())
+        if (run / TRAIN_IMAGES_FILE).exists()
+        else frozenset()
+    )

@@ -4,12 +4,123 @@ Every field that is not known yet is ``None`` or empty: the report is written an
 Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
+from .scores import Result, Score, Speedup
+from .scores import Result
 from typing import Any
-
 from .bench_results import Bench
-from ..int8_results import Int8Search, Recovery
 from .scores import Accuracy, Calibration, ClassResult, MultiLabelScore, Result, Score, Speedup, Temperature
-from ..word_results import Words
+
+
+
+class TriedInt8(Result):
+    """One candidate: how it was made, and what its file gave."""
+
+    name: str
+    calibration: str
+    equalised: bool
+    bias_corrected: bool
+    kept_float: list[str]
+    """Nodes that stay float for accuracy's sake."""
+    score: float
+    """Top-1, or mAP where images have several labels; percent."""
+    lost: float
+    """Points lost to the fp32 file; negative where it is better."""
+    p: float | None = None
+    """McNemar's exact test against the fp32 file; None where images have several labels."""
+    sqnr: float
+    """Of its logits against the fp32 file's, decibels."""
+    holds: bool
+    """Whether the loss is within the budget."""
+    ships: bool
+    bytes: int
+    p50: float | None = None
+    """Median milliseconds of one image on one thread; None where it was not timed."""
+    speedup: Speedup | None = None
+    """Over the fp32 file, timed in the same rounds."""
+
+
+class FloatPart(Result):
+    """A node of the optimised graph that still computes in float."""
+
+    name: str
+    op_type: str
+    why: str
+
+
+class Int8Search(Result):
+    """The search for one target."""
+
+    target: str
+    file: str | None
+    """What ships, a path inside the run folder; None where nothing held the budget."""
+    max_drop: float
+    role: str
+    """On which images accuracy was measured: ``select``, or ``train`` where there are none of these."""
+    n: int
+    fp32_score: float
+    p50_fp32: float | None = None
+    tried: list[TriedInt8]
+    worst: list[tuple[str, float]] = []
+    """Where float islands were tried: the roundings that cost most, with the signal-to-noise ratio of the
+    logits when each is alone, decibels."""
+    float_parts: list[FloatPart] = []
+    accuracy: Score | None = None
+    """Of the file that ships, on the test role."""
+    not_timed: str | None = None
+    """Why it cannot be timed on this machine."""
+    slow: str | None = None
+    """Where int8 is not faster than fp32: why, and which students would be."""
+
+
+class Recovery(Result):
+    """Quantization-aware training; what its file gives is told by the search, whose candidate it is."""
+
+    epochs: int
+    fake_select: float | None
+    """Of the fake-quantized network in torch, on select; percent."""
+    fake_test: float | None
+    file: str
+    """The float graph with the weights it learned."""
+
+
+class ShownWord(Result):
+    """A word as the pieces of images that are nearest to it."""
+
+    rank: int
+    """Its place among all words, the most used first, from 1."""
+    share: float
+    """Percent of the features whose nearest word it is."""
+    patches: list[str]
+    """The nearest first, each of another image; base64 of a PNG."""
+
+
+class Words(Result):
+    """QuEST's vocabulary of one teacher."""
+
+    teacher: str
+    words: int
+    asked: int
+    features: int
+    features_used: int
+    perplexity: float
+    mu: float
+    level: str = "map"
+    note: str | None = None
+    top: int | None = None
+    """m, the words of p_T that a store keeps at each position."""
+    lost_mass: float | None = None
+    """The share of p_T that it loses with the others, on average."""
+    usage: list[tuple[int, int]] = []
+    """(rank, features whose nearest word it is) at some of the ranks, the most used word first."""
+    dead: int | None = None
+    """Words that are no feature's nearest."""
+    shown: list[ShownWord] = []
+    """Some, spread over the ranks; of the first vocabulary alone."""
+    patch: int | None = None
+    """Side of the patches in pixels of the teacher's input."""
+    seen: int | None = None
+    """Images that patches were looked for in."""
+
 
 SCHEMA_VERSION = 1
 

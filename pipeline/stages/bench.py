@@ -7,18 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...export.conversion.onnx_export import OUTPUT, export_onnx
-from ...export.parity import check_parity
+from ...export.conversion.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import ImageError, allowed_cores, decode_image, metadata, normalise
-from ..bench_images import INPUTS, SYNTHETIC_SIZE, different, synthetic
-from ..evaluation.latency import Protocol, Subject, measure
-from ..int8_results import Int8Search
+from ..evaluation.latency import INPUTS, SYNTHETIC_SIZE, Protocol, Subject, different, measure, synthetic
 from ..report.assemble import LATER, bench_facts
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.files import sha256, whole
 from ..runs.folder import Done
-from ..trained import trained_network
+from ..runs.results import Int8Search
 from ..training.job import Job, Member, takes_pixels
+from ..training.weights import trained_network
 from .export import STUDENT_ONNX, origin
 
 FOLDER = Path("bench")

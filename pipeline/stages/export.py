@@ -5,16 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from ...export.conversion.onnx_export import OnnxFile, export_onnx, with_metadata
-from ...export.conversion.pixel_input import front_of
-from ...export.parity import check_parity
+from ...export.conversion.onnx_export import OnnxFile, check_parity, export_onnx, with_metadata
+from ...export.conversion.pixel_input import Outside, front_of
 from ...export.runtime import metadata, normalise
-from ...export.uint8_front import Outside
 from ..evaluation.inference import tempered, thresholds
 from ..runs.files import whole
 from ..runs.folder import Done
-from ..trained import trained_network
 from ..training.job import Job, takes_pixels
+from ..training.weights import trained_network
 
 PARITY_IMAGES = 32
 ARTIFACT = Path("artifact")

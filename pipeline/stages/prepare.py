@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from ...models.weights import classifier_weight
 from .. import methods
 from ..data.dataset import Role
-from ..data.schedule import FIXED_SEED
+from ..data.views import FIXED_SEED
 from ..evaluation import metrics
 from ..methods.base import Method, Parameters, Preparation, Readout
 from ..runs.device import inference_engine, use_threads
 from ..runs.files import digest, whole
 from ..runs.folder import Done
-from ..trained import load_teacher, trained_network, weights_digest
-from ..trainee import Teacher
 from ..training.job import Job
+from ..training.task import Teacher
+from ..training.weights import load_teacher, trained_network, weights_digest
 
 SCRATCH = "scratch"
 

@@ -2,36 +2,111 @@
 
 The exported graph is trained, with its batch norm folded and rewritten as it will be quantized; every
 rounding stands where ONNX Runtime's quantizer puts it. Weights and ranges learn together (see
-``export/int8/fake_quantize.py``), and the quantizer gets both. Weights of 8 bits are fine-tuned by a fraction of
+``export/int8/fake_quantize.py``), and the quantizer gets both. Weights of 8 bits are fine-tuned by a
+fraction of
 the student's learning rate (Jacob et al., CVPR 2018, arXiv 1712.05877, section 3).
 """
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
+from ...export.conversion.onnx_export import write_onnx
 from ...export.int8 import targets
+from ...export.int8.correction import with_all_biases
+from ...export.int8.fake_quantize import FakeQuantized
+from ...export.int8.quantizer import Batches, Overrides, Prepared, calibrate_ranges, prepare, quantize
+from ...export.int8.search import Learned
+from ...export.int8.targets import Target
+from ...export.int8.torch_graph import with_weights
 from ...export.runtime import normalise
-from .. import qat
 from ..data.dataset import Role
 from ..data.render import Normalise
+from ..errors import JobError
 from ..evaluation import metrics
-from ..heads import load_embed, load_heads
-from ..int8_results import Recovery
 from ..report.format import counted
 from ..runs.device import Engine, threads, use_threads
+from ..runs.files import whole, write_json
 from ..runs.folder import Done
-from ..store.of_run import schedule_of
-from ..trained import trained_network
+from ..runs.results import Recovery
 from ..training.job import Job
 from ..training.quantized import QuantizedReadouts, normalise_for
-from ..training.student import reads_of, student_task
+from ..training.student import load_embed, load_heads, reads_of, student_task
 from ..training.task import DistillationTask
+from ..training.teacher_cache import schedule_of
 from ..training.trainer import engine, learn, plan
+from ..training.weights import trained_network
 from .calibration_images import calibration_batches, calibration_images
 from .export import STUDENT_ONNX
 from .student import HEADS
+
+FOLDER = Path("qat")
+GRAPH = FOLDER / "student.onnx"
+"""The float graph with the weights it learned; it goes into the quantizer and does not ship."""
+
+RANGES = FOLDER / "ranges.json"
+
+
+def begun(fp32: Path, calibration: Batches, types: Target) -> tuple[Prepared, FakeQuantized]:
+    """The graph of a float file and its fake-quantized form, with ranges by MinMax.
+
+    Args:
+        calibration: images as the file takes them.
+
+    Raises:
+        JobError: the graph has an operator that cannot be trained here.
+    """
+    prepared = with_all_biases(prepare(fp32))
+    ranges, _ = calibrate_ranges(prepared.model, prepared.fed(calibration), "minmax", prepared.scope.op_types)
+    return prepared, FakeQuantized(prepared, quantize(prepared, ranges, types), types)
+
+
+def save(job: Job, prepared: Prepared, network: FakeQuantized) -> None:
+    """Write the learned graph and its ranges into the run folder."""
+    (job.folder.path / FOLDER).mkdir(exist_ok=True)
+    with whole(job.folder.path / GRAPH) as part:
+        write_onnx(with_weights(prepared.model, network), part)
+    ranges = {
+        name: {"scale": float(one["scale"]), "zero_point": int(one["zero_point"])}
+        for name, one in network.overrides().items()
+    }
+    write_json(job.folder.path / RANGES, {"target": job.options.target[0], "ranges": ranges})
+
+
+def recovered(run: Path, prepared: Prepared) -> tuple[str, Learned]:
+    """The target that was learned for, and the graph and ranges for its search.
+
+    Args:
+        run: the run folder.
+        prepared: the float graph that ships.
+
+    Raises:
+        JobError: what the stage left cannot be read.
+    """
+    try:
+        model = onnx.load(str(run / GRAPH))
+        left = json.loads((run / RANGES).read_text(encoding="utf-8"))
+        target, ranges = left["target"], left["ranges"]
+    except (OSError, ValueError, KeyError) as error:
+        raise JobError(f"{run / FOLDER} cannot be read ({error}): say --fresh to make it anew.") from error
+    return target, Learned(replace(prepared, model=model), _overrides(ranges, target))
+
+
+def _overrides(ranges: dict[str, dict[str, Any]], target: str) -> Overrides:
+    kind = np.int8 if target == "arm64" else np.uint8
+    return {
+        name: {
+            "scale": np.array(one["scale"], np.float32),
+            "zero_point": np.array(one["zero_point"], kind),
+        }
+        for name, one in ranges.items()
+    }
+
 
 LOOKED_AT = 4
 """Images by which readouts are found in the graph."""
@@ -47,7 +122,7 @@ def run(job: Job) -> Done:
     images = normalise(pixels, preprocessing)
     types = targets.target(o.target[0])
     fp32 = job.folder.path / STUDENT_ONNX
-    prepared, network = qat.begun(fp32, calibration_batches(job, calibration), types)
+    prepared, network = begun(fp32, calibration_batches(job, calibration), types)
     geometry = job.geometry(member)
     given = normalise_for(prepared.front, Normalise(geometry.mean, geometry.std))
     looked_at = torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -78,12 +153,12 @@ def run(job: Job) -> Done:
         race=False,
     )
     network.cpu().eval()
-    qat.save(job, prepared, network)
+    save(job, prepared, network)
     found = Recovery(
         epochs=o.qat_epochs,
         fake_select=_accuracy(job, task, "select"),
         fake_test=_accuracy(job, task, "test"),
-        file=qat.GRAPH.as_posix(),
+        file=GRAPH.as_posix(),
     )
     on = ""
     if found.fake_select is not None:
@@ -91,7 +166,7 @@ def run(job: Job) -> Done:
         on = f": {kind}{found.fake_select:.2f} % {of} the select images as int8"
     return Done(
         f"{member.name}, {counted(o.qat_epochs, 'epoch')} under fake quantization by {o.method}{on}",
-        [qat.GRAPH.as_posix(), qat.RANGES.as_posix()],
+        [GRAPH.as_posix(), RANGES.as_posix()],
         {"recovery": found.model_dump(exclude_none=True)},
     )
 

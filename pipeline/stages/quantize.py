@@ -11,23 +11,55 @@ import numpy as np
 
 from ...export.int8 import targets
 from ...export.int8.float_nodes import KEPT, float_nodes
-from ...export.int8.quantizer import Int8File, prepare
+from ...export.int8.quantizer import METHODS, Int8File, prepare
 from ...export.int8.search import Candidate, Search, Verdict, search
 from ...export.latency import runner
 from ...export.latency.machine import has_vnni, is_arm
-from ...export.ranges import METHODS
 from ...export.runtime import int8_flags
-from ..budget import Budget
+from ..evaluation import metrics
 from ..evaluation.inference import shipped_logits
-from ..int8_results import FloatPart, Int8Search, TriedInt8
-from ..qat import recovered
+from ..evaluation.metrics import SIGNIFICANT, mcnemar
 from ..report.budget import missed
 from ..runs.files import whole
 from ..runs.folder import Done
+from ..runs.results import FloatPart, Int8Search, TriedInt8
 from ..runs.scores import Speedup
 from ..training.job import Job
 from .calibration_images import CalibrationImages, calibration_batches, calibration_images
 from .export import ARTIFACT, STUDENT_ONNX
+from .qat import recovered
+
+FEW = 2
+"""Images that may be lost in any case."""
+
+
+class Budget:
+    """The fp32 file's answers on the images that decide, and how much may be lost of them."""
+
+    def __init__(self, answers: np.ndarray, labels: np.ndarray, max_drop: float) -> None:
+        """
+        Args:
+            answers: the fp32 file's logits [n,classes], n > 0.
+            labels: class numbers [n], or [n,classes] of zeros and ones where images have several labels.
+        """
+        self.answers, self.labels, self.max_drop = answers, labels, max_drop
+        self.score = metrics.percent(answers, labels)
+
+    def verdict(self, logits: np.ndarray) -> Verdict:
+        """What a candidate with these logits is worth."""
+        score = metrics.percent(logits, self.labels)
+        lost = self.score - score
+        noise = float(np.square(logits.astype(np.float64) - self.answers).sum())
+        power = float(np.square(self.answers, dtype=np.float64).sum())
+        sqnr = 10 * float(np.log10(power / noise)) if noise and power else float("inf")
+        if self.labels.ndim == 2:
+            return Verdict(score, lost, lost <= self.max_drop, sqnr)
+        right, was_right = logits.argmax(1) == self.labels, self.answers.argmax(1) == self.labels
+        worse, better = int((was_right & ~right).sum()), int((right & ~was_right).sum())
+        p = mcnemar(worse, better)
+        refused = lost > self.max_drop and (worse - better > FEW or p < SIGNIFICANT)
+        return Verdict(score, lost, not refused, sqnr, {"p": p})
+
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
 """Of the first target; see :func:`file_of`."""

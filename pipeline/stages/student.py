@@ -10,19 +10,17 @@ from ...models.initialize import parameters, start, student_source
 from .. import methods
 from ..data.dataset import Role
 from ..evaluation import metrics
-from ..heads import save_heads
 from ..report import format
 from ..runs.device import Engine, choose_engine, use_threads
 from ..runs.files import whole
 from ..runs.folder import Done
 from ..runs.results import BalancedWeight, Round, StoreUse, Subject
-from ..store.of_run import schedule_of
-from ..trained import weights_metadata
 from ..training.job import Job
-from ..training.student import student_task
+from ..training.student import save_heads, student_task
 from ..training.task import DistillationTask
-from ..training.teacher_cache import Store
+from ..training.teacher_cache import Store, schedule_of
 from ..training.trainer import engine, learn, plan
+from ..training.weights import weights_metadata
 
 HEADS = "student.heads.safetensors"
 """The methods' heads in the run folder, for quantization-aware training."""

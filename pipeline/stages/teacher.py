@@ -10,20 +10,20 @@ from torch import nn
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from ...models.initialize import Start, parameters, start
-from .. import train_images
 from ..data.dataset import ROLES, Role
 from ..data.render import Normalise
 from ..errors import JobError
 from ..evaluation import calibration, metrics, multi_label
 from ..report.format import together
+from ..runs import predictions
 from ..runs.device import Engine, choose_engine, use_threads
 from ..runs.files import whole
 from ..runs.folder import Done
 from ..runs.results import DataSummary, Subject
-from ..trained import weights_metadata
 from ..training.job import Job, Member
 from ..training.task import DistillationTask
 from ..training.trainer import engine, learn, plan
+from ..training.weights import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
 """The logits on the test role of each teacher that has a head, fp32: what the student is compared with."""
@@ -41,7 +41,7 @@ def run(job: Job) -> Done:
     # Whatever is wrong with one of them is found before another is trained.
     begun = [_start(job, t) for t in range(len(job.teachers))]
     _refuse_copies(job, begun[0])
-    subjects, outputs, answers = [], [ANSWERS, train_images.TRAIN_IMAGES_FILE], {}
+    subjects, outputs, answers = [], [ANSWERS, predictions.TRAIN_IMAGES_FILE], {}
     for t in range(len(begun)):
         subject, test = _teacher(job, t, begun.pop(0))
         if test is not None:
@@ -51,7 +51,7 @@ def run(job: Job) -> Done:
     if job.ranks.lead:
         with whole(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
-        train_images.write_train_images(job.folder.path, job.train.keys.numpy())
+        predictions.write_train_images(job.folder.path, job.train.keys.numpy())
     teacher = _together(job, subjects, list(answers.values()))
     facts: dict[str, Any] = {
         "data": data.model_dump(exclude_none=True),

@@ -17,10 +17,9 @@ from ..evaluation.examples import examples, said
 from ..evaluation.inference import shipped_logits
 from ..evaluation.metrics import agreement
 from ..evaluation.multi_label import thresholds_of
-from ..int8_results import Int8Search
 from ..runs import predictions
 from ..runs.folder import Done
-from ..runs.results import Subject
+from ..runs.results import Int8Search, Subject
 from ..runs.scores import Calibration, Score
 from ..training.job import Job, takes_pixels
 from .export import ARTIFACT, STUDENT_ONNX, origin

@@ -17,8 +17,7 @@ from ..config.stages import ROUND
 from ..data.dataset import ROLES, ImageSet, Role
 from ..data.decode import Canonical, Decoded, Readable, check_unreadable, decode, decoder, rendered
 from ..data.render import Views
-from ..data.room import Resident, choose
-from ..data.streaming import Sized, StreamedViews, measured, rendered_batches
+from ..data.streaming import Resident, Sized, StreamedViews, choose, measured, rendered_batches
 from ..data.views import ViewPolicy
 from ..data.workers import Workers, worker_count
 from ..errors import JobError

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...export.conversion.pixel_input import Folded, Front
 from ...export.int8.fake_quantize import FakeQuantized
-from ...export.uint8_front import Folded, Front
 from ...models.readout import Readouts, Reads
 from ..errors import JobError
 

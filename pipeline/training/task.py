@@ -6,21 +6,218 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy
 from timm.task import TrainingTask
-from timm.utils import distribute_bn, unwrap_model
+from timm.utils import ModelEmaV3, distribute_bn, unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from ...models.build import Geometry
+from ...models.fold import fold_batch_norm
 from ...models.projection import merged
-from ..averages import Averages
+from ...models.readout import Readouts
+from ..data.render import Normalise
 from ..methods.base import Method
+from ..methods.gradient_balance import Balance
 from ..runs.device import Engine
 from ..runs.results import BalancedWeight
-from ..trainee import Teacher, Trainee
 from .compute.distributed import Ranks
 from .monitoring.profiling import Clock
+from .quantized import QuantizedReadouts
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """The cross-entropy of logits [B,N], the mean over the batch.
+
+    Args:
+        labels: class numbers [B]; or float32 [B,N], 1 for each class of an image of a multi-label set. Then
+            it is the sum over the classes of each one's own: minus the logarithm of the probability of just
+            these labels, as it is for one label. (A mean, timm's default, would be the weaker beside a
+            method's loss the more classes there are.)
+        smoothing: of the labels: towards 1/N, or in a multi-label set towards 1/2.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    own = BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
+    loss: Tensor = own(logits, labels)
+    return loss
+
+
+LAST_MAP = ("map_pre", "map", "logits")
+"""Where losses are compared: in the last map there is, where the methods read it."""
+
+
+class Teacher(nn.Module):
+    """A frozen network that answers with readouts: eval mode, no gradients, its own normalisation."""
+
+    def __init__(self, network: nn.Module, geometry: Geometry, engine: Engine) -> None:
+        super().__init__()
+        size = self.image_size = geometry.image_size
+        self.readouts = Readouts(fold_batch_norm(network, torch.randn(1, 3, size, size)), size)
+        self.normalise = Normalise(geometry.mean, geometry.std)
+        self.requires_grad_(False)
+        self.eval()
+        self.use(engine)
+
+    def use(self, engine: Engine) -> None:
+        """Compute by this engine from now on."""
+        self.engine = engine
+        self.to(memory_format=engine.memory_format)
+        # Without CUDA graphs: theirs share memory with the student's, which may be at work at the same time.
+        self.readouts.compile_features(None if engine.compile == "off" else "default")
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    # Not inference_mode: its tensors cannot be saved for the student's backward pass.
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, reads: frozenset[str]) -> dict[str, Tensor]:
+        with self.engine.autocast():
+            images = self.normalise(pixels).contiguous(memory_format=self.engine.memory_format)
+            return self.readouts(images, reads)
+
+
+class Trainee(nn.Module):
+    """All that is trained: the network that ships, and the methods' heads that do not."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        geometry: Geometry,
+        methods: Mapping[str, Method],
+        reads: frozenset[str],
+        weights: Mapping[str, float],
+        label_smoothing: float,
+        balance: bool,
+        engine: Engine,
+        ranks: Ranks,
+        normalise: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.readouts = Readouts(network) if not isinstance(network, QuantizedReadouts) else network
+        self.normalise = normalise or Normalise(geometry.mean, geometry.std)
+        self.methods = nn.ModuleDict(methods)
+        self.last_map = next(read for read in LAST_MAP if read in self.readouts.offers)
+        self.balance = Balance(methods, ranks) if balance and methods else None
+        self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
+        self.weights = dict(weights)
+        self.label_smoothing = label_smoothing
+        self.engine = engine
+
+    def use(self, engine: Engine) -> None:
+        """Compute by this engine from now on."""
+        self.engine = engine
+        self.to(memory_format=engine.memory_format)
+        self.readouts.compile_features(engine.compile_mode)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        teachers: Sequence[Mapping[str, Tensor]],
+        epoch: int,
+        keys: Tensor | None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Weighted losses by name, and the logits [B,N]."""
+        images = self.normalise(pixels).contiguous(memory_format=self.engine.memory_format)
+        alone = [name for name in self.methods if self._method(name).embeds_alone(epoch)]
+        self.readouts.embeds_alone = bool(alone)
+        student = self.readouts(images, self.reads)
+        entropy = cross_entropy(student["logits"].float(), labels, self.label_smoothing)
+        with self.engine.autocast_heads():
+            of_methods = {
+                name: {
+                    part: self.weights[name] * loss
+                    for part, loss in method(student, teachers, labels, epoch, keys).items()
+                }
+                for name, method in self.methods.items()
+                if not alone or name in alone
+            }
+        if self.balance is not None and not alone:
+            of_methods = self._balanced(of_methods, entropy, student[self.last_map], epoch)
+        losses = {part: loss for parts in of_methods.values() for part, loss in parts.items()}
+        if self.weights["ce"] and not alone:
+            losses = {"ce": self.weights["ce"] * entropy, **losses}
+        return losses, student["logits"]
+
+    def _balanced(
+        self, of_methods: dict[str, dict[str, Tensor]], entropy: Tensor, last_map: Tensor, epoch: int
+    ) -> dict[str, dict[str, Tensor]]:
+        assert self.balance is not None
+        if self.balance.compares:
+            whole = {
+                name: torch.stack(list(parts.values())).sum() / self._method(name).strength(epoch)
+                for name, parts in of_methods.items()
+            }
+            self.balance.compare(whole, entropy, last_map)
+        factors = self.balance.factors()
+        return {
+            name: {part: factors[name] * loss for part, loss in parts.items()}
+            for name, parts in of_methods.items()
+        }
+
+    def embeds_alone(self, epoch: int) -> bool:
+        """Whether nothing learns yet but the layer that widens the student's vector."""
+        return any(self._method(name).embeds_alone(epoch) for name in self.methods)
+
+    def _method(self, name: str) -> Method:
+        method = self.methods[name]
+        assert isinstance(method, Method)
+        return method
+
+
+class Averages:
+    """At most one of the two; without either the trained network itself is what ships.
+
+    - ``ema``: θ' ← d·θ' + (1 − d)·θ after each step, with d rising to ``ema`` over the first steps (timm).
+    - ``last``: the mean of θ after each of the last epochs, BatchNorm statistics too (Izmailov et al.:
+      "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018).
+    """
+
+    def __init__(self, network: nn.Module, ema: float | None = None, last: int | None = None) -> None:
+        self.network = network
+        self.epochs = last
+        self.ema = ModelEmaV3(network, decay=ema, use_warmup=True) if ema is not None else None
+        self.last = AveragedModel(network, use_buffers=True) if last is not None else None
+        self.steps = 0
+
+    @property
+    def shipped(self) -> nn.Module:
+        """The network as it would ship now."""
+        if self.ema is not None:
+            return self.ema.module
+        if self.last is not None and int(self.last.n_averaged):
+            module: nn.Module = self.last.module
+            return module
+        return self.network
+
+    def step(self) -> None:
+        """After each step of the training."""
+        if self.ema is not None:
+            self.steps += 1
+            self.ema.update(self.network, step=self.steps)
+
+    def end_epoch(self, left: int) -> None:
+        """After an epoch, when ``left`` are still to come."""
+        if self.last is not None and self.epochs is not None and left < self.epochs:
+            self.last.update_parameters(self.network)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"steps": self.steps}
+        for name, one in (("ema", self.ema), ("last", self.last)):
+            if one is not None:
+                state[name] = one.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        for name, one in (("ema", self.ema), ("last", self.last)):
+            if one is not None:
+                one.load_state_dict(state[name])
+
 
 _NEW_NAME = "forward_sync_buffers"
 _SYNC_BUFFERS = (

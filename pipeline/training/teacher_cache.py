@@ -13,25 +13,120 @@ was interrupted is computed anew.
 """
 
 import errno
+import json
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.ahead import sent
+from ..data.render import sent
+from ..data.views import FIXED_SEED, Schedule
 from ..errors import JobError
-from ..methods.base import Answer, Readout
+from ..methods.base import Answer, Method, Readout
 from ..report import format
 from ..runs.cache import Cache
-from ..runs.device import free_memory
+from ..runs.device import Engine, free_memory
 from ..runs.files import digest
-from ..store.entry import SCHEMA, Rows, create, describe, lost_mass, mapped, tensor
 from .compute.distributed import Ranks
+from .job import Job, Member
+from .weights import load_teacher, weights_digest
+
+ABOUT = "about.json"
+SCHEMA = 1
+
+
+def create(folder: Path, answer: Answer, images: int) -> None:
+    """The files of an answer's arrays [images,…], with their headers and nothing else yet."""
+    for name, (shape, kind) in answer.arrays.items():
+        descr = np.lib.format.dtype_to_descr(np.dtype(kind))
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": descr, "fortran_order": False, "shape": (images, *shape)}
+            )
+
+
+class Rows:
+    """One of these files, written by rows.
+
+    Written as a file and not through a memory map, through which a full disk would kill the process.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], kind: str) -> None:
+        self.kind = np.dtype(kind)
+        self.row = math.prod(shape) * self.kind.itemsize
+        self.file = path.open("r+b")
+        np.lib.format.read_magic(self.file)
+        np.lib.format.read_array_header_1_0(self.file)
+        self.begins = self.file.tell()
+
+    def write(self, start: int, values: Tensor, teacher: str) -> None:
+        """Rows from ``start`` on.
+
+        Raises:
+            JobError: the numbers do not fit into the type.
+            OSError: the disk is full.
+        """
+        if self.kind.kind == "f" and not bool(torch.isfinite(values.half()).all()):
+            raise JobError(
+                f"{teacher} answers with numbers that are not finite or beyond 65,504, which half precision "
+                "cannot hold: check its weights, or train without a store (--store-views 0)."
+            )
+        self.file.seek(self.begins + start * self.row)
+        self.file.write(np.ascontiguousarray(values.cpu().numpy().astype(self.kind)).data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def describe(folder: Path, answer: Answer, about: Mapping[str, Any]) -> None:
+    """Write what the entry is: the last of its files."""
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in answer.arrays}
+    content = {
+        "schema": SCHEMA,
+        **about,
+        "bytes_per_image": answer.bytes_per_image,
+        "answer": dict(answer.key),
+        "lost_mass": lost_mass(arrays),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    (folder / ABOUT).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def mapped(folder: Path, answer: Answer) -> dict[str, np.ndarray]:
+    """The arrays, memory-mapped."""
+    with suppress(OSError):  # where the cache may only be read
+        (folder / ABOUT).touch()  # when it was last used, for `compress store prune`
+    try:
+        # Copy on write: torch knows no read-only tensors, and nothing must ever change the files.
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in answer.arrays}
+    except OSError as error:  # verified a moment ago
+        raise JobError(
+            f"The stored answers {folder} were removed as they were about to be read; the same command "
+            "computes them again."
+        ) from error
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """An array as torch's; numbers of 16 bits as int16, with which torch can do more than with uint16."""
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+
+
+def lost_mass(arrays: Mapping[str, np.ndarray]) -> float | None:
+    """The largest mean share of p_T that the arrays have lost; None where they hold no words."""
+    lost = [float(array.mean(dtype=np.float64)) for name, array in arrays.items() if name.endswith(".lost")]
+    return max(lost, default=None)
+
 
 KIND = "answers"
 BATCH = 128
@@ -281,3 +376,57 @@ class Store:
         """The largest mean share of p_T that the answers to an open view have lost; None without words."""
         lost = [lost_mass(arrays) for arrays in self._open.values()]
         return max((one for one in lost if one is not None), default=None)
+
+
+def schedule_of(job: Job) -> Schedule:
+    """Which views the student is shown."""
+    return Schedule(job.policy, job.seed, job.options.store_views or None)
+
+
+def store_of(job: Job, methods: Mapping[str, Method], answering: Engine) -> Store:
+    """The answers that these methods want of the run's teachers, who compute with ``answering``."""
+    views = job.views_drawn_with(schedule_of(job).view_seed, job.tutors[0].image_size)
+
+    def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
+        plan = ((indices, torch.full_like(indices, view)) for indices in batches)
+        return (pixels for pixels, *_ in views.batches(plan, job.device))
+
+    def show(what: str, done: int, total: int) -> None:
+        job.stage.update(what, done, total, "images")
+
+    def source(t: int, tutor: Member) -> Source:
+        return Source(
+            tutor.name,
+            job.data.name,
+            _key(job, tutor, answering),
+            _answers(methods, t),
+            partial(load_teacher, job, tutor, answering),
+        )
+
+    sources = [source(t, tutor) for t, tutor in enumerate(job.tutors)]
+    return Store(job.cache, sources, len(views), render, show, job.ranks)
+
+
+def _answers(methods: Mapping[str, Method], t: int) -> Sequence[Answer]:
+    """What all methods want, each thing once."""
+    wanted: dict[str, Answer] = {}
+    for method in methods.values():
+        for answer in method.answers(t):
+            wanted.setdefault(digest(answer.key), answer)
+    return list(wanted.values())
+
+
+def _key(job: Job, tutor: Member, answering: Engine) -> dict[str, object]:
+    geometry = job.geometry(tutor)
+    return {
+        "weights": weights_digest(job, tutor),
+        "architecture": tutor.name,
+        "precision": answering.precision,
+        "mean": list(geometry.mean),
+        "std": list(geometry.std),
+        "images": digest(job.train.keys.tolist()),
+        "form": job.form,
+        "policy": asdict(job.policy),
+        "seed": FIXED_SEED,
+        "size": tutor.image_size,
+    }

@@ -1,11 +1,55 @@
 """Whether the weights that a job starts from can be had and fit: asked before hours of work, not after."""
 
+import json
 from collections.abc import Collection
 
+from torch import nn
+
+from ...models.build import build
+from ...models.checkpoint import load_saved, tensors_digest
 from ...models.initialize import start
 from ...models.pretrained import check_published, has_pretrained
+from ...models.weights import load_into
 from ..config.options import Options
 from ..data.dataset import ImageSet
+from ..runs.device import Engine
+from .job import Job, Member
+from .task import Teacher
+
+
+def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str, str]:
+    """What a weights file says of itself: with it, the file can be another run's ``--teacher-weights``."""
+    return {
+        "architecture": member.name,
+        # A network without a head knows no classes.
+        **({"labels": json.dumps(list(job.data.classes), ensure_ascii=False)} if member.classes else {}),
+        "key": job.key,
+        **({} if member.activation is None else {"activation": member.activation}),
+        # What was made from weights under a licence stays under it.
+        **({} if licence is None else {"licence": licence}),
+    }
+
+
+def trained_network(job: Job, member: Member) -> nn.Module:
+    """A finished network, on the CPU, in eval mode."""
+    network = build(
+        member.name,
+        num_classes=member.classes,
+        image_size=member.image_size,
+        activation=member.activation,
+    )
+    load_into(network, load_saved(job.folder.path / member.file))
+    return network.eval()
+
+
+def weights_digest(job: Job, member: Member) -> str:
+    """What tells a finished network's weights from any others, in whichever run they came to be."""
+    return tensors_digest(job.folder.path / member.file)
+
+
+def load_teacher(job: Job, tutor: Member, engine: Engine) -> Teacher:
+    """A finished network as a teacher, frozen, on the run's device."""
+    return Teacher(trained_network(job, tutor), job.geometry(tutor), engine).to(job.device)
 
 
 def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, download: bool) -> None:

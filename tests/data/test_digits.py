@@ -1,6 +1,6 @@
 import numpy as np
 from questpress.pipeline.data.dataset import ROLES
-from questpress.pipeline.data.digits import open_digits
+from questpress.pipeline.data.sources.timm_datasets import open_digits
 from sklearn.datasets import load_digits
 
 

@@ -17,8 +17,7 @@ import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import ImageError, decode_image
 from questpress.pipeline.data.dataset import Image, array_key
-from questpress.pipeline.data.decode import Canonical, decode
-from questpress.pipeline.data.headers import sampled_sizes
+from questpress.pipeline.data.decode import Canonical, decode, sampled_sizes
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.errors import UsageError
 

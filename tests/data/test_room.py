@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data import headers, room
+from questpress.pipeline.data import streaming
 from questpress.pipeline.data.decode import Canonical, decode
-from questpress.pipeline.data.room import canonical_bytes, choose
 from questpress.pipeline.data.sources.folders import open_folder
+from questpress.pipeline.data.streaming import canonical_bytes, choose
 from questpress.pipeline.runs.cache import Cache
 
 from .pictures import folder, in_memory, pixels
@@ -16,7 +16,7 @@ def test_the_size_of_all_is_told_from_some_headers(tmp_path: Path, monkeypatch: 
     images = in_memory([pixels(n, 40 + n, 90) for n in range(20)])
     exact = decode(images, FORM).pixels.nbytes
     assert canonical_bytes(images, FORM) == exact
-    monkeypatch.setattr(headers, "SAMPLE", 5)
+    monkeypatch.setattr("questpress.pipeline.data.decode.SAMPLE", 5)
     assert canonical_bytes(images, FORM) == pytest.approx(exact, rel=0.1)
     assert canonical_bytes(images, Canonical("square", 24)) == 20 * 3 * 24**2
     files = open_folder(folder(tmp_path, {"a": 4, "b": 4})).train
@@ -39,9 +39,9 @@ def test_pixels_go_to_the_first_place_they_fit_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device, memory, disk, way: str, word: str
 ) -> None:
     images = in_memory([pixels(n) for n in range(4)])  # 2,304 bytes
-    monkeypatch.setattr(room, "free_memory", lambda _: device)
-    monkeypatch.setattr(room, "host_memory", lambda: memory)
-    monkeypatch.setattr(room, "free_disk", lambda _: disk)
+    monkeypatch.setattr(streaming, "free_memory", lambda _: device)
+    monkeypatch.setattr(streaming, "host_memory", lambda: memory)
+    monkeypatch.setattr(streaming, "free_disk", lambda _: disk)
     cache = Cache(tmp_path)
     chosen, why = choose(images, FORM, "cuda", cache)
     assert chosen == way and word in (why or "") and (why is None) == (way == "device")
@@ -54,11 +54,13 @@ def test_a_gpu_that_shares_the_hosts_memory_is_limited_by_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = in_memory([pixels(n) for n in range(4)])
-    monkeypatch.setattr(room, "host_memory", lambda: 1e3)
+    monkeypatch.setattr(streaming, "host_memory", lambda: 1e3)
     assert choose(images, FORM, "mps", Cache(tmp_path))[0] == "workers"
     assert choose(images, FORM, "cpu", Cache(tmp_path))[0] == "device"  # a mapped file
 
 
 def test_this_machine_has_memory_and_a_disk(tmp_path: Path) -> None:
-    assert room.host_memory() > 1e6
-    assert room.free_disk(tmp_path / "not" / "yet") == pytest.approx(room.free_disk(tmp_path), rel=0.1)
+    assert streaming.host_memory() > 1e6
+    assert streaming.free_disk(tmp_path / "not" / "yet") == pytest.approx(
+        streaming.free_disk(tmp_path), rel=0.1
+    )

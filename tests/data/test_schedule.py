@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.data.pixels import ragged
+from questpress.pipeline.data.decode import ragged
 from questpress.pipeline.data.render import Views
-from questpress.pipeline.data.schedule import FIXED_SEED, Schedule
-from questpress.pipeline.data.views import LISTED, ViewPolicy
+from questpress.pipeline.data.views import FIXED_SEED, LISTED, Schedule, ViewPolicy
 
 SIDE, COUNT = 8, 40
 PAD = ViewPolicy("pad_crop", side=SIDE, crop=SIDE, pad=2, flip=True)  # 5 · 5 · 2 = 50 views

@@ -1,8 +1,17 @@
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.data.random_bits import below, philox, uniform, words
-from questpress.pipeline.data.views import ViewPolicy, boxes, every_view, jitter, permutation
+from questpress.pipeline.data.views import (
+    ViewPolicy,
+    below,
+    boxes,
+    every_view,
+    jitter,
+    permutation,
+    philox,
+    uniform,
+    words,
+)
 from torch import Tensor
 from torchvision.transforms import v2
 

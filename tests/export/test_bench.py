@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from questpress.export import bench_process, runtime
-from questpress.export.bench_process import Worker
+from questpress.export import runtime
 from questpress.export.errors import ExportError
+from questpress.export.latency import runner
 from questpress.export.latency.machine import environment
-from questpress.export.latency.runner import LEAST_ROUNDS, Subject, bench
+from questpress.export.latency.runner import LEAST_ROUNDS, Subject, Worker, bench
 
 from .networks import colour_classifier
 
@@ -126,7 +126,7 @@ def test_a_worker_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
     s = subject(tmp_path, "a", 8)
     np.save(tmp_path / "inputs.npy", s.inputs)
     with Worker("a", s.path, tmp_path / "inputs.npy", 1) as worker:
-        monkeypatch.setattr(bench_process, "_BLOCK_TIMEOUT_SECONDS", -29.5)
+        monkeypatch.setattr(runner, "_BLOCK_TIMEOUT_SECONDS", -29.5)
         with pytest.raises(ExportError, match="no answer within 0 s"):
             worker.block(30)
     assert worker._process.poll() is not None

@@ -5,13 +5,11 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from questpress.export import bias_correction
-from questpress.export.bias_correction import bias_corrected, with_all_biases
+from questpress.export.int8 import correction
+from questpress.export.int8.correction import bias_corrected, with_all_biases
 from questpress.export.int8.fake_quantize import FakeQuantized
-from questpress.export.int8.quantizer import Prepared, quantize
+from questpress.export.int8.quantizer import Prepared, calibrate_ranges, int8_scope, quantize
 from questpress.export.int8.targets import target
-from questpress.export.ranges import calibrate_ranges
-from questpress.export.scope import int8_scope
 
 from .graphs import answers, assert_same_answers, graph_of, weights
 
@@ -134,6 +132,6 @@ def test_few_images_are_used_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     ready = prepared(two_layers(b=weights(6), c=weights(4)))
     ranges, _ = calibrate_ranges(ready.model, [IMAGES], "minmax", ready.scope.op_types)
     network = fake(ready, ranges)
-    monkeypatch.setattr(bias_correction, "BUDGET", 1)
+    monkeypatch.setattr(correction, "BUDGET", 1)
     one = bias_corrected(ready, network, IMAGES)
     assert np.array_equal(constant(one, "b"), constant(bias_corrected(ready, network, IMAGES[:1]), "b"))

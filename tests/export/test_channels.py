@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from questpress.export.rewriting import rewrite
+from questpress.export.int8.rewrite import rewrite
 
 from .graphs import assert_same_answers, graph_of, weights
 

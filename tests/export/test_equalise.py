@@ -7,9 +7,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from questpress.export.int8.correction import CLEAR, equalised, layer_pairs
-from questpress.export.int8.quantizer import Prepared
-from questpress.export.rewriting import rewrite
-from questpress.export.scope import int8_scope
+from questpress.export.int8.quantizer import Prepared, int8_scope
+from questpress.export.int8.rewrite import rewrite
 
 from .graphs import answers, graph_of, weights
 

@@ -12,10 +12,15 @@ from onnx import helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8.fake_quantize import FakeQuantized, Range
-from questpress.export.int8.quantizer import Prepared, prepare, quantize, write_int8
+from questpress.export.int8.quantizer import (
+    Prepared,
+    calibrate_ranges,
+    int8_scope,
+    prepare,
+    quantize,
+    write_int8,
+)
 from questpress.export.int8.targets import target
-from questpress.export.ranges import calibrate_ranges
-from questpress.export.scope import int8_scope
 
 from .graphs import graph_of, weights
 from .networks import signal_to_noise, small_conv_net

@@ -23,8 +23,8 @@ from questpress.export.int8.float_nodes import (
     float_nodes,
 )
 from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
+from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.targets import TARGETS
-from questpress.export.rewriting import RULES
 
 from .graphs import graph_of, weights
 

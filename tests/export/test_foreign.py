@@ -9,7 +9,7 @@ import onnx
 import pytest
 import timm
 from onnx import TensorProto, helper, numpy_helper
-from questpress.export import foreign_graphs
+from questpress.export.conversion import untrusted
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.conversion.untrusted import read_foreign
 from questpress.export.errors import ExportError
@@ -36,7 +36,7 @@ def test_what_is_not_to_be_trusted_is_refused_in_a_sentence(
 
 
 def test_too_many_nodes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(foreign_graphs, "MOST_NODES", 1)
+    monkeypatch.setattr(untrusted, "MOST_NODES", 1)
     (tmp_path / "many.onnx").write_bytes(little().SerializeToString())
     with pytest.raises(ExportError, match="more than 1 nodes"):
         read_foreign(tmp_path / "many.onnx")

@@ -11,8 +11,8 @@ import torch
 from onnx import helper, numpy_helper
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import ExportError
-from questpress.export.graph_network import GraphNetwork, with_weights
 from questpress.export.int8.quantizer import prepare
+from questpress.export.int8.torch_graph import GraphNetwork, with_weights
 
 from .graphs import answers, graph_of, weights
 

@@ -12,10 +12,9 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.int8.quantizer import prepare
+from questpress.export.int8.quantizer import METHODS, prepare
 from questpress.export.int8.search import Verdict, search
 from questpress.export.int8.targets import target
-from questpress.export.ranges import METHODS
 from sklearn.datasets import load_digits
 from torch import nn
 

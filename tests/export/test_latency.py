@@ -4,9 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from questpress.export.early_stopping import estimate, least_runs
-from questpress.export.latency.statistics import PERCENTILES, Latency, _order_statistics, summarise
-from questpress.export.speedup import PROCESS_SPREAD, Spread, process_spread, speedup
+from questpress.export.latency.statistics import (
+    PERCENTILES,
+    PROCESS_SPREAD,
+    Latency,
+    Spread,
+    _order_statistics,
+    estimate,
+    least_runs,
+    process_spread,
+    speedup,
+    summarise,
+)
 from scipy.stats import binom
 
 

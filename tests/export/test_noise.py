@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from questpress.export.cores import governor, pinned
 from questpress.export.latency import noise
-from questpress.export.latency.noise import Reading
+from questpress.export.latency.noise import Reading, governor, pinned
 from questpress.export.latency.runner import Subject, bench
 from questpress.export.latency.statistics import summarise
 

@@ -10,12 +10,16 @@ import pytest
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.conversion.onnx_export import OnnxFile, export_onnx
+from questpress.export.conversion.onnx_export import (
+    LEAST_OPSET,
+    OnnxFile,
+    check_parity,
+    export_onnx,
+    greatest_opset,
+)
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.latency.runner import Subject, bench
-from questpress.export.opset import LEAST_OPSET, greatest_opset
-from questpress.export.parity import check_parity
 from timm.layers import StdConv2d
 from torch import nn
 

@@ -18,8 +18,7 @@ from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import ExportError
-from questpress.export.int8.quantizer import quantize_int8
-from questpress.export.scope import int8_scope
+from questpress.export.int8.quantizer import int8_scope, quantize_int8
 from sklearn.datasets import load_digits
 from torch import nn
 

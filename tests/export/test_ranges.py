@@ -7,9 +7,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper
-from questpress.export import ranges
 from questpress.export.errors import ExportError
-from questpress.export.ranges import CHUNK, METHODS, calibrate_ranges, chunks
+from questpress.export.int8 import quantizer
+from questpress.export.int8.quantizer import CHUNK, METHODS, calibrate_ranges, chunks
 
 from .graphs import graph_of, weights
 
@@ -60,7 +60,7 @@ def test_an_outlier_of_the_first_chunk_is_in_the_histogram_at_the_end(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collected: list[Mapping[str, tuple[np.ndarray, ...]]] = []
-    collector = ranges.calibrate.HistogramCollector
+    collector = quantizer.calibrate.HistogramCollector
     compute = collector.compute_collection_result
 
     def watched(self: object) -> object:
@@ -119,7 +119,7 @@ def test_the_moving_average_is_its_recurrence_over_chunks() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_no_more_than_a_chunk_of_images_is_held_at_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    session = ranges._session
+    session = quantizer._session
 
     class Watched:
         def __init__(self, real: ort.InferenceSession) -> None:
@@ -132,7 +132,7 @@ def test_no_more_than_a_chunk_of_images_is_held_at_once(method: str, monkeypatch
         def __getattr__(self, name: str) -> object:
             return getattr(self.real, name)
 
-    monkeypatch.setattr(ranges, "_session", lambda path: Watched(session(path)))
+    monkeypatch.setattr(quantizer, "_session", lambda path: Watched(session(path)))
     _, n = calibrate_ranges(two_layers(), [images(20), images(3)], method, OPERATORS)
     assert seen == [8, 8, 4, 3] and n == 23
 

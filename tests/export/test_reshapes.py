@@ -5,7 +5,7 @@ import onnx
 import onnx_ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from questpress.export.reshapes import constant_reshapes
+from questpress.export.conversion.onnx_export import constant_reshapes
 
 from .graphs import answers
 

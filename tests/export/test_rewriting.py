@@ -12,7 +12,7 @@ import timm
 import torch
 from onnx import helper
 from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.rewriting import RULES, rewrite
+from questpress.export.int8.rewrite import RULES, rewrite
 from torch import nn
 
 from .graphs import answers, assert_same_answers, graph_of, operators, weights

@@ -11,16 +11,22 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from questpress.export import ranges
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import CalibratorError, ExportError
+from questpress.export.int8 import quantizer
+from questpress.export.int8.correction import sensitivity
 from questpress.export.int8.fake_quantize import FakeQuantized
-from questpress.export.int8.quantizer import Prepared, prepare, quantize, recipe_of
+from questpress.export.int8.quantizer import (
+    METHODS,
+    Prepared,
+    calibrate_ranges,
+    int8_scope,
+    prepare,
+    quantize,
+    recipe_of,
+)
 from questpress.export.int8.search import Judge, Learned, Search, Verdict, search
 from questpress.export.int8.targets import target
-from questpress.export.ranges import METHODS, calibrate_ranges
-from questpress.export.scope import int8_scope
-from questpress.export.sensitivity import sensitivity
 
 from .graphs import graph_of, weights
 from .networks import small_conv_net
@@ -249,11 +255,11 @@ def test_the_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rou
 def test_a_calibrator_that_cannot_cope_is_left_out_and_named(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = ranges.create_calibrator
+    create = quantizer.create_calibrator
 
     def greedy(*given: Any, **more: Any) -> Any:
         calibrator = create(*given, **more)
-        if more["calibrate_method"] == ranges.CalibrationMethod.Entropy:
+        if more["calibrate_method"] == quantizer.CalibrationMethod.Entropy:
 
             def collect(_: Any) -> None:
                 raise MemoryError
@@ -261,7 +267,7 @@ def test_a_calibrator_that_cannot_cope_is_left_out_and_named(
             calibrator.collect_data = collect
         return calibrator
 
-    monkeypatch.setattr(ranges, "create_calibrator", greedy)
+    monkeypatch.setattr(quantizer, "create_calibrator", greedy)
     found = search(small, [images(24)], TYPES, tmp_path, lambda _: Verdict(90.0, 0.0, True, 30.0))
     assert [one.name for one in found.candidates] == ["minmax", "moving-average", "percentile"]
     assert found.stopped is not None and "entropy needs more memory" in found.stopped

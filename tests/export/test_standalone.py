@@ -2,7 +2,7 @@ import ast
 from pathlib import Path
 
 from questpress.export import predict_cli, runtime, text
-from questpress.export.standalone import predict_py, write_predict
+from questpress.export.artifact import predict_py, write_predict
 
 
 def names(source: str) -> list[str]:

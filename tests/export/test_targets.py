@@ -13,10 +13,9 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile, export_onnx
 from questpress.export.errors import ExportError
 from questpress.export.int8 import targets
-from questpress.export.int8.quantizer import prepare, quantize_int8
+from questpress.export.int8.quantizer import prepare, quantize_int8, stem
 from questpress.export.int8.targets import TARGETS, right_here, target, timed_here
 from questpress.export.latency import machine
-from questpress.export.scope import stem
 
 from .graphs import graph_of, weights
 from .networks import LABELS, PREPROCESSING, colour_classifier, small_conv_net

@@ -7,9 +7,7 @@ import pytest
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.parity import check_parity
-from questpress.export.temperature import Tempered, fold_temperature
+from questpress.export.conversion.onnx_export import Tempered, check_parity, export_onnx, fold_temperature
 from torch import nn
 
 from .networks import LABELS, PREPROCESSING, small_conv_net

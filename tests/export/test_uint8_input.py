@@ -14,12 +14,10 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
-from questpress.export.conversion.onnx_export import OnnxFile, export_onnx
-from questpress.export.conversion.pixel_input import attach, front_of, split
+from questpress.export.conversion.onnx_export import OnnxFile, check_parity, export_onnx
+from questpress.export.conversion.pixel_input import PIXELS, Folded, Outside, attach, front_of, split
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import quantize_int8
-from questpress.export.parity import check_parity
-from questpress.export.uint8_front import PIXELS, Folded, Outside
 from torch import nn
 
 from .networks import signal_to_noise, small_conv_net

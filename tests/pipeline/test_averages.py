@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from questpress.pipeline.averages import Averages
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.loop import train
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.task import Averages, DistillationTask
 from torch import nn
 
 from . import little

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import questpress.pipeline.bench as verb
-from questpress.pipeline import bench_images
+import questpress.pipeline.api.bench as verb
 from questpress.pipeline.api.bench import MLPERF, NORMAL, QUICK, bench
 from questpress.pipeline.errors import JobError, UsageError
+from questpress.pipeline.evaluation import latency
 from questpress.pipeline.evaluation.latency import Subject
-from questpress.pipeline.onnx_input import onnx_input
 from questpress.pipeline.report.assemble import bench_facts
-from questpress.pipeline.runs.artifacts import find, timed_teachers
+from questpress.pipeline.runs.artifacts import find, onnx_input, timed_teachers
 from questpress.pipeline.runs.bench_results import Bench, NoiseFlag
 from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.stages.report import assemble
@@ -275,7 +274,7 @@ def test_a_runtime_that_is_missing_is_named_with_the_command_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = colour_classifier(tmp_path / "net.onnx", {}, 8)
-    monkeypatch.setattr("questpress.export.runtimes.find_spec", lambda _: None)
+    monkeypatch.setattr("questpress.export.latency.machine.find_spec", lambda _: None)
     refused(compress("bench", file, "--runtime", "openvino"), 2, "pip install 'openvino>=2025.0'")
 
 
@@ -296,14 +295,14 @@ def test_several_runs_are_told_apart(finished: Path, tmp_path: Path) -> None:
 
 def test_few_pictures_give_different_inputs() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    inputs = bench_images.different(pictures, 20)
+    inputs = latency.different(pictures, 20)
     assert len({one.tobytes() for one in inputs}) == 20
     np.testing.assert_array_equal(inputs[:3], pictures)
 
 
 def test_made_up_photos_are_the_same_each_time_and_as_large_as_photos() -> None:
-    first, again = bench_images.synthetic(5, 1), bench_images.synthetic(5, 1)
-    assert first == again != bench_images.synthetic(6, 1)
+    first, again = latency.synthetic(5, 1), latency.synthetic(5, 1)
+    assert first == again != latency.synthetic(6, 1)
     assert 100_000 < len(first[0]) < 600_000
 
 

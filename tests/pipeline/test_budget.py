@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from questpress.pipeline.budget import Budget, mcnemar
+from questpress.pipeline.stages.quantize import Budget, mcnemar
 
 
 def answers(right: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarray:

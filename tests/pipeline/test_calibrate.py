@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from questpress.export.runtime import Classifier
-from questpress.pipeline.data.digits import open_digits
+from questpress.pipeline.data.sources.timm_datasets import open_digits
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.evaluation.inference import check_tempered
 from questpress.pipeline.runs.results import Report

@@ -7,8 +7,15 @@ import pytest
 import torch
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.evaluation import calibration
-from questpress.pipeline.evaluation.calibration import Answers, bin_of, measure, together
-from questpress.pipeline.temperature import HIGHEST, LOWEST, fit_temperature
+from questpress.pipeline.evaluation.calibration import (
+    HIGHEST,
+    LOWEST,
+    Answers,
+    bin_of,
+    fit_temperature,
+    measure,
+    together,
+)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -222,7 +229,7 @@ def test_the_temperatures_interval_holds_the_true_one_about_as_often_as_it_says(
 def test_logits_of_many_images_are_taken_in_parts(monkeypatch):
     logits, labels = honest(500)
     whole = fit_temperature(2 * logits, labels)
-    monkeypatch.setattr("questpress.pipeline.temperature.TEMPERATURE_CHUNK", 64)
+    monkeypatch.setattr("questpress.pipeline.evaluation.calibration.TEMPERATURE_CHUNK", 64)
     parts = fit_temperature(2 * logits, labels)
     assert parts.value == pytest.approx(whole.value, rel=1e-9)
     assert parts.high == pytest.approx(whole.high, rel=1e-9)

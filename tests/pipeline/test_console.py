@@ -2,8 +2,7 @@ import io
 
 import pytest
 from questpress.pipeline.cli.errors import ended
-from questpress.pipeline.console import safe_console
-from questpress.pipeline.runs.console import Display
+from questpress.pipeline.runs.console import Display, safe_console
 from rich.table import Table
 from rich.text import Text
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from questpress.export.errors import ExportError
-from questpress.pipeline import curves, lock
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.methods.features import Features
+from questpress.pipeline.methods.quest.vocabulary import Features
+from questpress.pipeline.runs import files, folder
 from questpress.pipeline.runs.files import whole
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.monitoring.metrics import Log
@@ -98,7 +98,7 @@ class Folder:
         self.metrics = path / "metrics.jsonl"
 
     def curves(self) -> list[str]:
-        return curves.read(self.metrics)
+        return folder.read(self.metrics)
 
 
 def test_a_curve_goes_on_from_the_checkpoint_and_not_from_a_damaged_file(tmp_path, monkeypatch, finished):
@@ -208,11 +208,11 @@ def test_a_file_system_without_locks_is_told_of_and_worked_on(tmp_path, monkeypa
         monkeypatch.setattr(fcntl, "flock", flock)
 
     refusing(errno.ENOLCK)
-    with lock.locked(tmp_path):
+    with files.locked(tmp_path):
         pass
     assert "has no locks" in caplog.text
     refusing(errno.EACCES)  # how some of them say that another has it
-    with pytest.raises(JobError, match="another process"), lock.locked(tmp_path):
+    with pytest.raises(JobError, match="another process"), files.locked(tmp_path):
         pass
 
 
@@ -220,9 +220,9 @@ def test_a_lock_on_a_full_disk_holds_without_a_name(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, lock.locked(tmp_path):
+    with monkeypatch.context() as patch, files.locked(tmp_path):
         patch.setattr(os, "write", full)
-        with pytest.raises(JobError, match="another process"), lock.locked(tmp_path):
+        with pytest.raises(JobError, match="another process"), files.locked(tmp_path):
             pass
 
 

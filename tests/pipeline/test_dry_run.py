@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from questpress.pipeline.lock import locked
 from questpress.pipeline.runs import files as written
+from questpress.pipeline.runs.files import locked
 
 from .little import files, job, refused
 

@@ -1,6 +1,6 @@
 import random
 
-from questpress.pipeline.frontier import frontier
+from questpress.pipeline.evaluation.metrics import frontier
 
 
 def test_the_frontier_is_what_nothing_beats_in_both() -> None:

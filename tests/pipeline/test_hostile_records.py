@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from questpress.pipeline import bounded_json
 from questpress.pipeline.api import teacher_cache
 from questpress.pipeline.errors import UsageError
+from questpress.pipeline.runs import record as bounded_json
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.folder import RunFolder
-from questpress.pipeline.sealed import sealed
+from questpress.pipeline.runs.record import sealed
 
 from .little import compress, refused
 

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
 from questpress.export.runtime import Classifier
-from questpress.pipeline.int8_results import FloatPart, TriedInt8
+from questpress.pipeline.runs.results import FloatPart, TriedInt8
 from questpress.pipeline.runs.scores import Speedup
 from questpress.pipeline.stages import quantize
 
@@ -25,7 +25,7 @@ from .little import job, record, refused, report
 def x86_vnni(one_thread: None) -> Any:  # noqa: ARG001  (which has candidates untimed)
     """A processor with VNNI, whatever the tests run on, and candidates timed."""
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("export.runtime", "export.targets", "pipeline.int8_options"):
+        for place in ("export.runtime", "export.int8.targets", "pipeline.api.resolve"):
             patch.setattr(f"questpress.{place}.target_of_this_machine", lambda: "x86-vnni")
         patch.setattr(quantize, "_times", TIMES)
         yield

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.lock import FILE, locked
+from questpress.pipeline.runs.files import FILE, locked
 
 from . import little
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from questpress.pipeline.lock import locked
+from questpress.pipeline.runs.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

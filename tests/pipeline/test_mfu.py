@@ -3,8 +3,14 @@
 import pytest
 import torch
 from questpress.models.catalogue import describe, multiply_adds
-from questpress.pipeline.mfu import inference_flops, peak, peak_of, training_flops, utilisation
-from questpress.pipeline.peak_memory import peak_memory
+from questpress.pipeline.training.monitoring.profiling import (
+    inference_flops,
+    peak,
+    peak_memory,
+    peak_of,
+    training_flops,
+    utilisation,
+)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from questpress.pipeline.batches import Batch
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.meter import Meter
-from questpress.pipeline.micro_batch import MicroBatch
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.loop import backward
+from questpress.pipeline.training.loop import Batch, backward
+from questpress.pipeline.training.monitoring.metrics import Meter
 from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.trainer import MicroBatch
 
 from . import little
 from .little import job, record, weights

@@ -11,7 +11,7 @@ from click.testing import Result
 from questpress.models.build import build
 from questpress.pipeline import methods
 from questpress.pipeline.errors import JobError, UsageError
-from questpress.pipeline.methods import lsh, mimic
+from questpress.pipeline.methods import mimic
 from questpress.pipeline.methods.base import Preparation, Shapes
 from safetensors.torch import load_file
 
@@ -138,7 +138,7 @@ def test_stored_answers_give_the_loss_of_the_rounded_vector() -> None:
 def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
     rng = np.random.default_rng(1)
     width, hashes = 16, 40_000
-    weight = lsh.draw(hashes, width, std=0.03, seed=3)
+    weight = mimic.draw(hashes, width, std=0.03, seed=3)
     f = rng.normal(size=width)
     angles = np.linspace(0.05, 3.0, 12)
     side = rng.normal(size=width)
@@ -147,7 +147,7 @@ def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
         rng.uniform(0.1, 9) * (np.cos(x) * f / np.linalg.norm(f) + np.sin(x) * side / np.linalg.norm(side))
         for x in angles
     ]
-    bits = lsh.bits(lsh.project(tensor(np.stack([f, *others])), weight, torch.zeros(hashes)))
+    bits = mimic.bits(mimic.project(tensor(np.stack([f, *others])), weight, torch.zeros(hashes)))
     equal = (bits[:1] == bits[1:]).float().mean(1).numpy()
     # A share of 40,000 bits has a standard error of at most 0.0025.
     np.testing.assert_allclose(equal, 1 - angles / np.pi, atol=0.01)
@@ -157,11 +157,11 @@ def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
 @pytest.mark.parametrize("n", [1, 50, 51])
 def test_medians_in_blocks_are_numpys(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     features = np.random.default_rng(2).normal(size=(n, D)).astype(np.float32)
-    weight = lsh.draw(11, D, 0.5, seed=0)
+    weight = mimic.draw(11, D, 0.5, seed=0)
     expected = np.median(features @ weight.numpy().T, axis=0)
-    for block in (1, 3 * n, lsh.BLOCK):
-        monkeypatch.setattr(lsh, "BLOCK", block)
-        found = lsh.medians(features, weight, torch.device("cpu"))
+    for block in (1, 3 * n, mimic.BLOCK):
+        monkeypatch.setattr(mimic, "BLOCK", block)
+        found = mimic.medians(features, weight, torch.device("cpu"))
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.models.projection import Widened, widen
-from questpress.pipeline.methods import lsh, mimic
+from questpress.pipeline.methods import mimic
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.trainee import Teacher
 from questpress.pipeline.training.optimizer import build_optimizer
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import nn
 
 from .test_train import CLASSES, ENGINE, SIDE, Interrupted, equal, interrupt_in, learn, network, plan, state
@@ -30,7 +29,7 @@ def widened(
         mimic.Parameters(alone=alone, variant=variant),
         shapes,
         [shapes],
-        {"0.weight": lsh.draw(HASHES, WIDTH, 0.1, seed=0), "0.bias": torch.zeros(HASHES)},
+        {"0.weight": mimic.draw(HASHES, WIDTH, 0.1, seed=0), "0.bias": torch.zeros(HASHES)},
     )
     g = geometry("cifar_resnet8", SIDE)
     teacher = build("cifar_wrn_16_2", num_classes=CLASSES, image_size=SIDE, seed=7)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from questpress.export.runtime import sigmoid
 from questpress.pipeline import methods
-from questpress.pipeline.cross_entropy import cross_entropy
 from questpress.pipeline.data.sources.label_files import open_label_file
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation import multi_label
 from questpress.pipeline.evaluation.examples import said
-from questpress.pipeline.meter import Meter
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.monitoring.metrics import Meter
+from questpress.pipeline.training.task import cross_entropy
 from sklearn.metrics import average_precision_score, f1_score
 
 N, C = 60, 4

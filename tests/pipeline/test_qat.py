@@ -9,12 +9,11 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from questpress.export.bias_correction import with_all_biases
 from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8.correction import with_all_biases
 from questpress.export.int8.fake_quantize import FakeQuantized
-from questpress.export.int8.quantizer import prepare, quantize
+from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize
 from questpress.export.int8.targets import target
-from questpress.export.ranges import calibrate_ranges
 from questpress.models.build import build
 from questpress.models.readout import Readouts
 from questpress.pipeline.errors import JobError

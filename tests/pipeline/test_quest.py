@@ -7,9 +7,9 @@ from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods import parameters
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.quest import loss
+from questpress.pipeline.methods.quest.loss import assign
 from questpress.pipeline.methods.quest.quest import Parameters, Quest, WordPrediction
 from questpress.pipeline.methods.quest.vocabulary import perplexity
-from questpress.pipeline.methods.word_targets import assign
 from scipy.special import log_softmax, softmax
 
 # All different, so that no axis can be taken for another.

@@ -15,7 +15,7 @@ import torch
 from questpress.models.build import geometry
 from questpress.models.projection import widen
 from questpress.pipeline.data.render import Normalise, Views
-from questpress.pipeline.data.schedule import Schedule
+from questpress.pipeline.data.views import Schedule
 from questpress.pipeline.evaluation import metrics
 from questpress.pipeline.methods.base import Method, Shapes
 from questpress.pipeline.methods.kd import Kd
@@ -26,12 +26,11 @@ from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.interrupt import STOP
 from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.trainee import Teacher
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.compute.distributed import Ranks, join, leave
 from questpress.pipeline.training.loop import train
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import Source, Store
 from torch import Tensor, nn
 

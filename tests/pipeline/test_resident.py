@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data import room
+from questpress.pipeline.data import streaming
 
 from . import little
 
@@ -29,7 +29,7 @@ def test_a_run_says_that_workers_decode_and_keeps_to_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, cache = tmp_path / "run", tmp_path / "cache"
-    monkeypatch.setattr(room, "free_disk", lambda _: 1e3)
+    monkeypatch.setattr(streaming, "free_disk", lambda _: 1e3)
     first = little.job(data, out, cache, "--until", "teacher")
     assert first.exit_code == 0 and "decoded by workers" in first.stderr and "free at" in first.stderr
     monkeypatch.undo()

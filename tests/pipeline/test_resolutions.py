@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from questpress.models.catalogue import multiply_adds
-from questpress.pipeline.budget import Budget
 from questpress.pipeline.runs.results import Resolutions
+from questpress.pipeline.stages.quantize import Budget
 
 from . import little
 from .little import compress, files, refused

@@ -122,7 +122,7 @@ def test_the_words_stand_in_the_report_with_their_features_and_perplexity(digits
 
 def test_the_accuracy_in_the_report_is_what_the_shipped_file_gets_on_the_test_images(digits):
     from questpress.export.runtime import Classifier
-    from questpress.pipeline.data.digits import open_digits
+    from questpress.pipeline.data.sources.timm_datasets import open_digits
 
     test = open_digits().test
     for subject, name in (("student", "student.onnx"), ("student_int8", "student.int8.onnx")):
@@ -138,7 +138,7 @@ def test_the_agreement_counts_equal_answers_of_teacher_and_file(digits):
     from questpress.models.build import build, geometry
     from questpress.models.checkpoint import read_checkpoint
     from questpress.models.weights import load_into
-    from questpress.pipeline.data.digits import open_digits
+    from questpress.pipeline.data.sources.timm_datasets import open_digits
 
     teacher = build(little.TEACHER, num_classes=10, image_size=16)
     load_into(teacher, read_checkpoint(digits / "teacher.safetensors"))

@@ -8,14 +8,12 @@ import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.pipeline import methods
-from questpress.pipeline.meter import Meter
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.plan import Plan
 from questpress.pipeline.runs.device import Engine
-from questpress.pipeline.trainee import Teacher
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.optimizer import build_optimizer
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.monitoring.metrics import Meter
+from questpress.pipeline.training.optimizer import Plan, build_optimizer
+from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 

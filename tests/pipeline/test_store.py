@@ -15,17 +15,16 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.api.teacher_cache import remove
-from questpress.pipeline.data.schedule import Schedule
+from questpress.pipeline.data.views import Schedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods import base, load, parameters
 from questpress.pipeline.methods.base import Answer, Shapes
-from questpress.pipeline.methods.word_targets import answer as words_answer
+from questpress.pipeline.methods.quest.loss import answer as words_answer
 from questpress.pipeline.runs.cache import Cache
-from questpress.pipeline.store import entry
-from questpress.pipeline.trainee import Teacher
+from questpress.pipeline.training import teacher_cache
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.loop import train
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import BATCH, KIND, Source, Store
 
 from .test_train import ENGINE, POLICY, SIDE, equal, geometry, network, plan, state, views
@@ -245,7 +244,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(tmp_path, monkey
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(entry.Rows, "write", full)
+    monkeypatch.setattr(teacher_cache.Rows, "write", full)
     with pytest.raises(JobError, match=r"no room in .* 0\.00690 MB for each view: .*--store-views 0\.$"):
         store(tmp_path, Toy(), answers=[LOGITS, words()]).open(range(1))
     assert list((tmp_path / KIND).iterdir()) == []

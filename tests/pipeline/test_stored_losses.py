@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from questpress.pipeline import methods
 from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.methods.quest.loss import Nearest, divergence
+from questpress.pipeline.methods.quest.loss import Nearest, divergence, draw
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
-from questpress.pipeline.methods.word_targets import draw
 
 from .test_quest import (
     C_S,

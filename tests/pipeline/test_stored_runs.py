@@ -19,7 +19,7 @@ from questpress.pipeline.runs.cache import CHECKSUMS
 from questpress.pipeline.runs.console import Display
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.files import digest, sha256
-from questpress.pipeline.store import of_run
+from questpress.pipeline.training import teacher_cache
 from questpress.pipeline.training.job import Job
 from safetensors.torch import load_file, save_file
 
@@ -99,7 +99,7 @@ def never(*_: Any) -> None:
 def test_another_seed_method_or_student_reads_the_answers_and_never_loads_the_teacher(
     copied: Path, data: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ):
-    for module in ("student_task", "stages.prepare", "store.of_run"):
+    for module in ("training.student", "stages.prepare", "training.teacher_cache"):
         monkeypatch.setattr(f"questpress.pipeline.{module}.load_teacher", never)
     teacher = copied / "run" / "teacher.safetensors"
     result = little.compress(
@@ -139,7 +139,7 @@ def other_images(job: Job) -> Job:
 
 
 def _key(job: Job, engine: Engine) -> dict[str, object]:
-    return of_run._key(job, job.tutors[0], engine)
+    return teacher_cache._key(job, job.tutors[0], engine)
 
 
 @pytest.mark.parametrize(

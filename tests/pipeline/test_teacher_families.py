@@ -11,8 +11,7 @@ from questpress.pipeline.methods import base
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.methods.shapes import check_methods, shapes
 from questpress.pipeline.runs.device import Engine
-from questpress.pipeline.trainee import Teacher
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.task import DistillationTask, Teacher
 
 STUDENT, SIZE, CLASSES, WORDS = "mobilenetv2_035", 64, 3, 6
 ENGINE = Engine("cpu", 1, "fp32")

@@ -12,24 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
-from questpress.pipeline.batches import Batches
 from questpress.pipeline.data.dataset import Image, array_key
-from questpress.pipeline.data.pixels import ragged
+from questpress.pipeline.data.decode import ragged
 from questpress.pipeline.data.render import Normalise, Views
-from questpress.pipeline.data.schedule import Schedule
-from questpress.pipeline.data.views import ViewPolicy
+from questpress.pipeline.data.views import Schedule, ViewPolicy
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
-from questpress.pipeline.plan import Plan
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.trainee import Teacher
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.loop import train
-from questpress.pipeline.training.optimizer import build_optimizer, schedule
-from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.loop import Batches, train
+from questpress.pipeline.training.optimizer import Plan, build_optimizer, schedule
+from questpress.pipeline.training.task import DistillationTask, Teacher
 
 from .little import picture
 

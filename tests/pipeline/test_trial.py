@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from questpress.pipeline.batches import Batch
 from questpress.pipeline.runs.device import Engine, cores
 from questpress.pipeline.training import trainer
 from questpress.pipeline.training.compute import engine_search
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.compute.engine_search import Trial, fastest
+from questpress.pipeline.training.loop import Batch
 from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask
 

@@ -14,10 +14,10 @@ from questpress.export.runtime import Classifier, decode_image
 from questpress.export.text import spelled_out
 from questpress.pipeline.api import validate_answers
 from questpress.pipeline.api.validate import validate
-from questpress.pipeline.csv_cells import harmless
+from questpress.pipeline.evaluation.metrics import holm, mcnemar, unpaired
+from questpress.pipeline.evaluation.results import Validation
+from questpress.pipeline.runs.files import harmless
 from questpress.pipeline.runs.scores import Accuracy
-from questpress.pipeline.significance import holm, mcnemar, unpaired
-from questpress.pipeline.validation.results import Validation
 from safetensors.numpy import load_file
 
 from . import little

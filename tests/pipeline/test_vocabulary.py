@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.errors import JobError, UsageError
-from questpress.pipeline.methods import features
 from questpress.pipeline.methods.base import Preparation, Readout, Shapes
-from questpress.pipeline.methods.features import Features
 from questpress.pipeline.methods.quest import vocabulary
-from questpress.pipeline.methods.quest.vocabulary import Vocabulary, learn_vocabulary
+from questpress.pipeline.methods.quest.vocabulary import Features, Vocabulary, learn_vocabulary
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.files import digest
 
@@ -201,7 +199,7 @@ def test_features_streamed_from_a_file_give_the_words_of_those_in_memory(tmp_pat
     maps = blobs(60, CENTRES)
     in_memory = Teacher(maps, tmp_path / "one").learn(2)
     monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
-    monkeypatch.setattr(features, "CHUNK", 97 * C)
+    monkeypatch.setattr(vocabulary, "CHUNK", 97 * C)
     (tmp_path / "two").mkdir()
     streamed = Teacher(maps, tmp_path / "two").learn(2)
     order = [w.words[:, 0].argsort() for w in (in_memory, streamed)]
@@ -220,10 +218,10 @@ def drawn(n: int, channels: int) -> np.ndarray:
 
 def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
     f, words = drawn(500, 9), drawn(7, 9)
-    monkeypatch.setattr(features, "ON_DEVICE", 7 * 33)
-    by_torch = features.nearest_on(torch.device("cpu"), f, words)
+    monkeypatch.setattr(vocabulary, "ON_DEVICE", 7 * 33)
+    by_torch = vocabulary.nearest_on(torch.device("cpu"), f, words)
     distances = ((f[:, None].astype(float) - words[None]) ** 2).sum(2)
-    for distance, word in (by_torch, features.nearest(f, words)):
+    for distance, word in (by_torch, vocabulary.nearest(f, words)):
         np.testing.assert_allclose(distance, distances.min(1), rtol=1e-4, atol=1e-5)
         assert np.array_equal(word, distances.argmin(1))
 

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from questpress.pipeline.int8_results import FloatPart, Int8Search, Recovery, TriedInt8
-from questpress.pipeline.runs.results import Report, Speedup
+from questpress.pipeline.runs.results import FloatPart, Int8Search, Recovery, Report, Speedup, TriedInt8
 from questpress.pipeline.runs.scores import Accuracy
 
 from .reports import full, without

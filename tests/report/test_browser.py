@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.api.compare import compare
-from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.comparison import pages
 from questpress.pipeline.report.write import html
-from questpress.pipeline.runs.results import Report
+from questpress.pipeline.runs.results import FloatPart, Report
 
 from . import bench_reports, int8_reports, reports
 from .test_words_section import with_words

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import yaml
 from questpress.export.runtime import Preprocessing
-from questpress.pipeline.int8_results import Recovery
 from questpress.pipeline.report.card import card
+from questpress.pipeline.runs.results import Recovery
 
 from . import int8_reports, reports
 from .test_write import HOSTILE

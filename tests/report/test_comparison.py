@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from questpress.pipeline.api.compare import as_csv, compare
+from questpress.pipeline.api.compare import as_csv, compare, points
 from questpress.pipeline.cli.main import cli
-from questpress.pipeline.comparison.differences import points
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation.results import Comparison
 from questpress.pipeline.report.comparison import page as shown

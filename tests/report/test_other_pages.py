@@ -4,12 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.comparison.differences import groups
-from questpress.pipeline.evaluation.results import ComparedFile, ComparedRun, Comparison
+from questpress.pipeline.api.compare import groups
+from questpress.pipeline.evaluation.results import (
+    ClassMeasure,
+    ComparedFile,
+    ComparedRun,
+    Comparison,
+    Network,
+    Validation,
+)
 from questpress.pipeline.report import comparison, validation
 from questpress.pipeline.runs.results import Example
 from questpress.pipeline.runs.scores import Accuracy, Calibration, ReliabilityBin, Speedup
-from questpress.pipeline.validation.results import ClassMeasure, Network, Validation
 
 from . import reports
 from .test_browser import BROWSER, NAMES, opened

@@ -1,6 +1,6 @@
 from questpress.pipeline.report.words import section
 from questpress.pipeline.report.write import html, markdown
-from questpress.pipeline.word_results import ShownWord
+from questpress.pipeline.runs.results import ShownWord
 
 from . import reports
 

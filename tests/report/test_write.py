@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.int8_results import FloatPart
 from questpress.pipeline.report.write import html, markdown, write_report
-from questpress.pipeline.runs.results import Epoch, Report
+from questpress.pipeline.runs.results import Epoch, FloatPart, Report, ShownWord
 from questpress.pipeline.runs.scores import ClassResult
-from questpress.pipeline.word_results import ShownWord
 
 from . import int8_reports, reports
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ..dataset import ImageSet, Progress, printable
-from ..digits import read_digits
-from ..given import Given
+from ..splits import Given
 from .folders import read_folder
 from .label_files import SUFFIXES, is_label_file, label_files_in, read_label_file
+from .timm_datasets import read_digits
 
 DIGITS = "digits"
 

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UsageError
-from ..content import Walk, hashed
-from ..dataset import ImageSet, Progress, Role, printable
-from ..given import Given
-from ..splits import listed
+from ..dataset import ImageSet, Progress, Role, Walk, hashed, printable
+from ..splits import Given, listed
 
 # Those of torchvision's ImageFolder, and GIF.
 EXTENSIONS = frozenset(

@@ -13,9 +13,8 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from ...errors import UsageError
-from ..dataset import Image, ImageSet, Progress, Role, Skipped, array_key, printable
-from ..given import Given
-from ..image_sources import Row, Table
+from ..dataset import Image, ImageSet, Progress, Role, Row, Skipped, Table, array_key, printable
+from ..splits import Given
 from .webdataset import SYNONYMS, index, local_splits, not_plain
 
 # What each kind of name needs installed.
@@ -215,3 +214,26 @@ def _class_names(dataset: Any, count: int) -> list[str]:
     named = (names.get(index, index) for index in range(count))
     # ImageNet's names are tuples of synonyms.
     return [", ".join(name) if isinstance(name, tuple) else str(name) for name in named]
+
+
+def open_digits(*, select_fraction: float | None = None) -> ImageSet:
+    """scikit-learn's ``load_digits``: 1,797 real 8×8 images of the digits 0 to 9, as uint8 RGB.
+
+    Their 17 levels of grey (0 to 16) are spread over 0 to 255. Source: UCI Optical Recognition of
+    Handwritten Digits (Alpaydin and Kaynak 1998), its test part.
+    """
+    return read_digits().assembled(select_fraction)
+
+
+def read_digits() -> Given:
+    """The same images, without roles."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    grey = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    images = []
+    for number, (pixels, label) in enumerate(zip(grey, data.target, strict=True)):
+        rgb = np.repeat(pixels[:, :, None], 3, axis=2)
+        images.append(Image(f"{label}/{number:04d}", int(label), array_key(rgb), rgb))
+    digits = tuple(str(digit) for digit in range(10))
+    return Given("digits", "the built-in digits", digits, {"train": images}, has_roles=False)

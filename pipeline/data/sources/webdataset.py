@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ..dataset import Image, Progress, Role, Skipped, printable
-from ..image_sources import Span
+from ..dataset import Image, Progress, Role, Skipped, Span, printable
 
 INFO = ("_info.json", "info.json")
 SYNONYMS: dict[Role, tuple[str, ...]] = {

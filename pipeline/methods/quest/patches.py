@@ -1,5 +1,7 @@
 """A few words as pictures: the patches of images whose features are nearest to them, for the report."""
 
+import base64
+import io
 import json
 from collections.abc import Iterable
 from hashlib import sha256
@@ -7,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
-from ...thumbnail import thumbnail
 from ..base import Preparation, Readout
-from ..features import nearest
-from ..grid import positions
+from .vocabulary import nearest, positions
+
+
+def thumbnail(image: np.ndarray, side: int) -> str:
+    """An image uint8 [H,W,3] at ``side`` pixels, as base64 of a PNG."""
+    small = Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
 
 FILE, VERSION = "patches.json", 1
 WORDS, PATCHES = 9, 6

@@ -10,15 +10,56 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ... import voice
 from ...config.options import Options
 from ...errors import UsageError
+
+ANSWER = timedelta(seconds=10)
+"""How long the processes' meeting point may take to answer."""
+
+
+def alone() -> bool:
+    """Whether this process was not started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def leads() -> bool:
+    """Whether this is the process that speaks as long as all goes well."""
+    return alone() or os.environ.get("RANK") == "0"
+
+
+def attempt() -> int:
+    """How often torchrun has restarted the processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def meet() -> None:
+    """Remember the way to the processes' meeting point, which one of them may soon take with it."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _meeting.append(TCPStore(host, port, is_master=False, timeout=ANSWER))
+
+
+@cache
+def first_to_end() -> bool:
+    """Whether this process is the first to tell that the job ends before its time."""
+    if alone():
+        return True
+    try:
+        return int(_meeting[-1].add(f"questpress ends {attempt()}", 1)) == 1
+    except (IndexError, RuntimeError):  # they have not met, or it was in a process that is gone
+        return leads()
+
+
+_meeting: list[Any] = []
+
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for another, which may be learning a vocabulary; torchrun ends those left alone."""
@@ -100,14 +141,14 @@ def join() -> Ranks:
     Raises:
         UsageError: torchrun's processes cannot find one another.
     """
-    if voice.alone():
+    if alone():
         return Ranks()
     count = int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=PATIENCE)
-            voice.meet()
+            meet()
         except (KeyError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"The {count} processes could not find one another ({error}); start them with torchrun, as "
@@ -117,7 +158,7 @@ def join() -> Ranks:
     ranks = Ranks(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
     if not ranks.lead:  # what rank 0 says once is enough
         warnings.simplefilter("ignore")
-        logging.getLogger(__package__).setLevel(logging.ERROR)
+        logging.getLogger("questpress").setLevel(logging.ERROR)
     return ranks
 
 

@@ -1,15 +1,21 @@
 """A training's curves: what an epoch gave and cost, in ``metrics.jsonl`` and in the trackers."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ....models.catalogue import multiply_adds
-from ... import curves
-from ...mfu import peak, utilisation
-from ...peak_memory import forget_peak, peak_memory
+from ...errors import JobError
+from ...runs import folder
 from ...runs.files import write_text
 from ...runs.results import Epoch
+from ..compute.distributed import Ranks
 from ..job import Job, Member
 from ..task import DistillationTask
+from .profiling import forget_peak, peak, peak_memory, utilisation
 from .trackers import Trackers
 
 
@@ -44,7 +50,7 @@ class Log:
         self.folder = job.folder
         self.detail = job.display.detail
         self.what = what
-        self.lines = curves.of_training(job.folder.curves(), what)
+        self.lines = folder.of_training(job.folder.curves(), what)
         """This training's epochs up to now, or those of an earlier attempt."""
         self.trackers = Trackers(job, what) if job.ranks.lead else None
 
@@ -52,9 +58,9 @@ class Log:
         if self.trackers is None:
             return
         others = self._others()
-        known = {str(curves.training_of(line)) for line in [*others, *self.lines]}
+        known = {str(folder.training_of(line)) for line in [*others, *self.lines]}
         # An earlier attempt's epochs that are to come again go.
-        before = [line for line in self.lines if curves.epoch_of(line) < epoch.epoch]
+        before = [line for line in self.lines if folder.epoch_of(line) < epoch.epoch]
         self.lines = [*before, epoch.model_dump_json()]
         self._write(others)
         self.detail(_in_words(epoch))
@@ -72,11 +78,11 @@ class Log:
 
     def _others(self) -> list[str]:
         """The epochs of other trainings."""
-        return [line for line in self.folder.curves() if curves.training_of(line) != self.what]
+        return [line for line in self.folder.curves() if folder.training_of(line) != self.what]
 
     def _write(self, others: Sequence[str]) -> None:
         lines = [*others, *self.lines]
-        if lines != curves.read(self.folder.metrics):
+        if lines != folder.read(self.folder.metrics):
             write_text(self.folder.metrics, "\n".join(lines) + "\n")
 
 
@@ -87,3 +93,72 @@ def _in_words(epoch: Epoch) -> str:
     select = "" if epoch.select_accuracy is None else f", select {epoch.select_accuracy:.2f} %"
     rate = f"{epoch.images_per_second:,.0f} images/s"
     return f"{epoch.stage} epoch {epoch.epoch}/{epoch.epochs}: {losses}{seen}{select}, {rate}"
+
+
+class Meter:
+    """Sums since the last reset; a part of the training's state, so that a resumed epoch counts whole."""
+
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self.device = device
+        self.ranks = ranks
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.images = 0
+        self.several = False
+
+    @torch.no_grad()
+    def add(self, result: Mapping[str, Tensor], labels: Tensor) -> None:
+        """One batch's losses, each a mean over its images, and its answers."""
+        for key, value in result.items():
+            if key != "output":
+                self.sums[key] = self.sums.get(key, 0) + value.detach().float() * len(labels)
+        if labels.ndim == 1:
+            self.correct += (result["output"].argmax(1) == labels).sum()
+        self.several = labels.ndim > 1
+        self.images += len(labels)
+
+    def means(self, epoch: int, *, of_all: bool = False) -> dict[str, float]:
+        """Mean losses of this rank, or of all. This is where the host waits for the device.
+
+        Raises:
+            JobError: they are not finite.
+        """
+        sums = torch.stack([*self.sums.values(), self._images().float()])
+        *values, images = (self.ranks.sum(sums) if of_all else sums).tolist()
+        means = {key: value / max(images, 1) for key, value in zip(self.sums, values, strict=True)}
+        if not math.isfinite(means["loss"]):
+            broken = ", ".join(key for key, value in means.items() if not math.isfinite(value))
+            raise JobError(
+                f"The loss became {means['loss']} in epoch {epoch + 1} ({broken}); the weights after "
+                f"epoch {epoch} are kept. Try a lower --lr (or --teacher-lr), a longer --warmup-epochs "
+                "or --precision fp32."
+            )
+        return means
+
+    def accuracy(self) -> float | None:
+        """Top-1 in percent on the training views of all ranks; None where images have several labels, whose
+        ranking is not a sum over batches.
+        """
+        if self.several:
+            return None
+        correct, images = self.ranks.sum(torch.stack([self.correct, self._images()])).tolist()
+        return 100 * correct / images
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of all ranks; all of them have to ask."""
+        return {
+            "sums": {key: self.ranks.sum(value) for key, value in self.sums.items()},
+            "correct": self.ranks.sum(self.correct),
+            "images": int(self.ranks.sum(self._images())),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums = self.ranks.of_lead(dict(state["sums"]))
+        self.correct = self.ranks.of_lead({"correct": state["correct"]})["correct"]
+        self.images = state["images"] if self.ranks.lead else 0
+
+    def _images(self) -> Tensor:
+        return torch.tensor(self.images, device=self.device)

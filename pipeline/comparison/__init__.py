@@ -1,1 +1,0 @@
-"""What `compress compare` is made of; see `pipeline/api/compare.py`."""

@@ -1,1 +1,0 @@
-"""What `compress validate` is made of; see `pipeline/api/validate.py`."""
