@@ -58,7 +58,7 @@ TEACHERS = {"feed from 2": 2, "feed from 3": 3, "kd from 3": 3}
 TRAINING = [
     "--student", "cifar_resnet20", "--student-weights", "none", "--image-size", "32", "--epochs", "30",
     "--batch-size", "128", "--optimizer", "sgd", "--lr", "0.1", "--schedule", "cosine",
-    "--warmup-epochs", "1", "--weight-decay", "0.0005", "--decay-all", "--select-fraction", "0",
+    "--warmup-epochs", "1", "--weight-decay", "0.0005", "--decay-all", "--val-fraction", "0",
     "--crop", "pad", "--pad", "4", "--flip", "--balance", "off",
 ]  # fmt: skip
 

@@ -45,7 +45,7 @@ class File:
 
 
 class Images:
-    """What the networks are calibrated on and timed with, drawn by a seed from the train and select roles.
+    """What the networks are calibrated on and timed with, drawn by a seed from the train and val roles.
 
     Raises:
         SystemExit: there are too few, in one sentence.
@@ -53,14 +53,14 @@ class Images:
 
     def __init__(self, data: str, count: int, seed: int, size: int) -> None:
         found = open_data(data)
-        if len(found.train) < count or not found.select:
+        if len(found.train) < count or not found.val:
             raise SystemExit(
-                f"{found.source} has {len(found.train)} images in its train role and {len(found.select)} in "
-                f"its select role; calibration takes {count} of the first (--images), timing the second"
+                f"{found.source} has {len(found.train)} images in its train role and {len(found.val)} in "
+                f"its val role; calibration takes {count} of the first (--images), timing the second"
             )
         random = np.random.default_rng(seed)
         self.calibration = [found.train[i] for i in random.permutation(len(found.train))[:count]]
-        self.inputs = [found.select[i] for i in random.permutation(len(found.select))[:INPUTS]]
+        self.inputs = [found.val[i] for i in random.permutation(len(found.val))[:INPUTS]]
         self.name, self.size = found.name, size
 
     def described(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python benchmarks/quest_picture.py runs/shop --image 3 --out docs/quest.png
 
-From a finished QuEST run: a select image with its positions, the teacher's nearest word at each of them, and
+From a finished QuEST run: a val image with its positions, the teacher's nearest word at each of them, and
 for one position the likeliest words of the teacher (p_T) and what the trained student predicts (p_S), each
-word shown as the patches of other select images that are nearest to it.
+word shown as the patches of other val images that are nearest to it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEACHER, STUDENT = "#1f6feb", "#d2691e"
 
 @dataclass
 class Seen:
-    """What a run's networks see of the select role: pixels uint8 [n,3,S,S], and for each of the h·w positions
+    """What a run's networks see of the val role: pixels uint8 [n,3,S,S], and for each of the h·w positions
     of each image p_T and p_S [n,h·w,K] and the squared distances to the words [n,h·w,K].
     """
 
@@ -66,7 +66,7 @@ def look(run: Path, cache: Path | None) -> Seen:
         assert isinstance(term, WordPrediction)
         teacher = load_teacher(job, job.tutors[term.teacher], engine)
         for_teacher, for_student = (
-            job.rendered("select", member)[0].permute(0, 3, 1, 2)
+            job.rendered("val", member)[0].permute(0, 3, 1, 2)
             for member in (job.tutors[term.teacher], job.student)
         )
         p_t, p_s, distances = [], [], []
@@ -194,9 +194,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
-    parser.add_argument(
-        "--image", type=int, help="number of the select image [default: of the best position]"
-    )
+    parser.add_argument("--image", type=int, help="number of the val image [default: of the best position]")
     parser.add_argument("--place", type=int, help="number of the position [default: where both agree most]")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/quest.png"))

@@ -186,7 +186,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def _images(pair: Pair, options: argparse.Namespace) -> ImageSet:
     count = options.images or pair.images
     if options.data:
-        given = open_data(options.data, select_fraction=0)
+        given = open_data(options.data, val_fraction=0)
         some = given.train[:: -(-len(given.train) // count)]
         return replace(given, source=f"{len(some)} images of {given.name}", train=some)
     return made_up(count, options.classes, pair.size if pair.size <= 64 else None, options.seed)

@@ -65,7 +65,7 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     student = describe(options.student, options.student_size or size)
     several = ", several an image" if data.multi_label else ""
     lines = [
-        f"{data.name}: {len(data.classes)} classes{several}; {train} train, {len(data.select)} select, "
+        f"{data.name}: {len(data.classes)} classes{several}; {train} train, {len(data.val)} val, "
         f"{len(data.test)} test images, at {size} px",
     ]
     macs = 0.0

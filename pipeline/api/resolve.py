@@ -170,17 +170,17 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         chosen.data,
         data_dir=chosen.data_dir,
         download=chosen.download,
-        select_fraction=chosen.select_fraction,
+        val_fraction=chosen.val_fraction,
     )
     if data.multi_label:
         methods.check_multi_label(parameters)
     # What pull does good is known of images with one label only.
     silent: Literal["auto", "off"] = "off" if asked_for or data.multi_label else "auto"
     chosen.balance = "off" if not parameters else chosen.balance or silent
-    if chosen.calibrate and not data.select:
+    if chosen.calibrate and not data.val:
         raise UsageError(
-            "--calibrate fits a temperature on select images, and this data has none: hold some out, as with "
-            "--select-fraction 0.1."
+            "--calibrate fits a temperature on val images, and this data has none: hold some out, as with "
+            "--val-fraction 0.1."
         )
     _check_ships(chosen, len(data.classes))
     check_methods(
@@ -252,7 +252,7 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     scratch = chosen.student_weights == "none" or (
         chosen.student_weights == "auto" and not has_pretrained(chosen.student)
     )
-    chosen.select_fraction = 0.1 if chosen.select_fraction is None else chosen.select_fraction
+    chosen.val_fraction = 0.1 if chosen.val_fraction is None else chosen.val_fraction
     chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
     _check_optimizer(chosen.optimizer)
     # A batch is no more than there is, and its learning rate that of what it is.

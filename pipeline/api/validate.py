@@ -49,7 +49,7 @@ def validate(
         data: whatever ``--data`` of a run may be; without it the test images of the run itself.
         data_dir: where a named data set lies; the folder of a labels file's images.
         download: fetch a named data set that is not there.
-        role: ``train``, ``select``, ``test`` or ``all``; without it ``test`` where the images have roles.
+        role: ``train``, ``val``, ``test`` or ``all``; without it ``test`` where the images have roles.
         teacher: an .onnx file or a run folder; ``none`` for no teacher; without it the runs' own.
         file: the one of an artifact folder's files to ask; without it all that this machine computes.
         ignore_unknown: pass over images of classes that a network does not know.

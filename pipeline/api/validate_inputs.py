@@ -294,7 +294,7 @@ def _of_teachers(run: Path, facts: dict[str, Any]) -> tuple[Subject | None, list
         raise UsageError(f"The record of {run} does not say of its teachers what a run says.") from error
 
 
-Part = Literal["train", "select", "test", "all"]
+Part = Literal["train", "val", "test", "all"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -423,9 +423,7 @@ def _of_the_run(given: Given, runs: Collection[Path]) -> list[str]:
         if known is None:
             continue
         try:
-            same = (
-                given.assembled(read_config(run).get("select_fraction")).fingerprint == known["fingerprint"]
-            )
+            same = given.assembled(read_config(run).get("val_fraction")).fingerprint == known["fingerprint"]
         except UsageError:
             same = False
         if same:
@@ -467,7 +465,7 @@ def own(runs: Sequence[Path], part: Part | None, progress: Progress) -> Chosen:
         found = open_data(
             config["data"],
             data_dir=None if config.get("data_dir") is None else Path(config["data_dir"]),
-            select_fraction=config.get("select_fraction"),
+            val_fraction=config.get("val_fraction"),
             progress=progress,
         )
     except UsageError as error:
@@ -489,8 +487,8 @@ def own(runs: Sequence[Path], part: Part | None, progress: Progress) -> Chosen:
     warnings = []
     if part in ("train", "all"):
         warnings = ["The networks have learned from these images: the figures are better than on new ones."]
-    elif part == "select":
-        warnings = ["The select images have decided what ships: the figures are better than on new ones."]
+    elif part == "val":
+        warnings = ["The val images have decided what ships: the figures are better than on new ones."]
     return Chosen(
         found.name,
         found.source,

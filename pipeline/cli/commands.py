@@ -172,7 +172,7 @@ def bench(
 @click.option("--download", is_flag=True, help="download a named data set when it is not there")
 @click.option(
     "--role",
-    type=click.Choice(["train", "select", "test", "all"]),
+    type=click.Choice(["train", "val", "test", "all"]),
     help="which of the images [default: test where they have roles, else all]",
 )
 @click.option(

@@ -51,7 +51,7 @@ TABLE: tuple[Row, ...] = (
     Row("--pad-mode", "zeros", "zeros"),
     Row("--flip", "yes; no for digits", "the same"),
     Row("--color-jitter", "0", "0"),
-    Row("--select-fraction", "0.1", "0.1"),
+    Row("--val-fraction", "0.1", "0.1"),
     Row("--image-size", "the student's own; 64 for digits", "the same"),
     Row(
         "--store-views",

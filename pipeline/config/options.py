@@ -258,7 +258,7 @@ class Options(BaseModel):
         ge=8,
         le=4096,
     )
-    select_fraction: float | None = option(
+    val_fraction: float | None = option(
         "share of train held out for selecting, where the data has no val/ of its own [default: 0.1]",
         group="Images",
         enters="teacher",
@@ -291,7 +291,7 @@ class Options(BaseModel):
     )
 
     calibrate: bool = option(
-        "fit one temperature on the select role and fold it into the exported files, so that their "
+        "fit one temperature on the val role and fold it into the exported files, so that their "
         "probabilities are honest",
         False,
         group="Export",
@@ -321,7 +321,7 @@ class Options(BaseModel):
         enters="quantize",
     )
     max_drop: float = option(
-        "points of accuracy that int8 may lose on the select role",
+        "points of accuracy that int8 may lose on the val role",
         0.5,
         group="Export",
         enters="quantize",

@@ -16,7 +16,7 @@ import numpy as np
 from ...export.text import spelled_out
 from ..runs.files import digest
 
-Role = Literal["train", "select", "test"]
+Role = Literal["train", "val", "test"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 # Called with (done, total) from the thread that started the work.
@@ -97,7 +97,7 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in three roles: ``train``, ``select`` (for choosing while training) and ``test``.
+    """Images in three roles: ``train``, ``val`` (for choosing while training) and ``test``.
 
     Within a role the images are ordered by class, content and name, so that equal fingerprints mean an equal
     order wherever the files lie and whatever they are called.
@@ -107,7 +107,7 @@ class ImageSet:
     source: str
     classes: tuple[str, ...]
     train: tuple[Image, ...]
-    select: tuple[Image, ...]
+    val: tuple[Image, ...]
     test: tuple[Image, ...]
     skipped: tuple[Skipped, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
@@ -116,10 +116,10 @@ class ImageSet:
     """Whether an image may have several classes, or none."""
 
     def role(self, role: Role) -> tuple[Image, ...]:
-        return {"train": self.train, "select": self.select, "test": self.test}[role]
+        return {"train": self.train, "val": self.val, "test": self.test}[role]
 
     def __len__(self) -> int:
-        return len(self.train) + len(self.select) + len(self.test)
+        return len(self.train) + len(self.val) + len(self.test)
 
     @property
     def fingerprint(self) -> str:

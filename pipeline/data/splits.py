@@ -23,7 +23,7 @@ NO_CLASS = -1
 def split_sets(
     images: Sequence[Image], classes: Sequence[str], fraction: float, *, test: bool
 ) -> dict[Role, list[Image]]:
-    """``images`` as train and select, and with ``test`` as test too; in proportion to each class.
+    """``images`` as train and val, and with ``test`` as test too; in proportion to each class.
 
     A tenth is tested on, ``fraction`` selected on, of each class one image at least where it has one to
     spare: two stay for the roles after test, one stays in train. Content that is given with different classes
@@ -43,7 +43,7 @@ def split_sets(
         if not tested:
             raise UsageError(
                 f"None of the {len(classes)} classes has three different images; three or more of a class "
-                "are needed, so that one each can train, select and test."
+                "are needed, so that one each can train, val and test."
             )
         role_of.update(dict.fromkeys(tested, "test"))
         agreed = {key: labels for key, labels in agreed.items() if key not in tested}
@@ -51,8 +51,8 @@ def split_sets(
         # Of all images, not of those that are left.
         fraction = min(1.0, fraction / (1 - TEST_FRACTION))
     if fraction > 0:
-        role_of.update(dict.fromkeys(held_out(agreed, counts, fraction, 1), "select"))
-    roles: dict[Role, list[Image]] = {"train": [], "select": []}
+        role_of.update(dict.fromkeys(held_out(agreed, counts, fraction, 1), "val"))
+    roles: dict[Role, list[Image]] = {"train": [], "val": []}
     if test:
         roles["test"] = []
     for image in images:
@@ -90,7 +90,7 @@ def held_out(
     return taken
 
 
-def check_select_fraction(fraction: float | None) -> float:
+def check_val_fraction(fraction: float | None) -> float:
     """The fraction asked for, or the default.
 
     Raises:
@@ -99,9 +99,7 @@ def check_select_fraction(fraction: float | None) -> float:
     if fraction is None:
         return SELECT_FRACTION
     if not 0 <= fraction < 1:
-        raise UsageError(
-            f"--select-fraction is {fraction:g}; give a number from 0 up to, but not including, 1."
-        )
+        raise UsageError(f"--val-fraction is {fraction:g}; give a number from 0 up to, but not including, 1.")
     return fraction
 
 
@@ -110,7 +108,7 @@ def assemble(
     source: str,
     classes: Sequence[str],
     given: Mapping[Role, Sequence[Image]],
-    select_fraction: float | None,
+    val_fraction: float | None,
     skipped: Sequence[Skipped] = (),
     ignored: int = 0,
     *,
@@ -118,26 +116,26 @@ def assemble(
 ) -> ImageSet:
     """Make an image set of what was given.
 
-    ``given`` holds ``train`` alone (80/10/10 is split off by content), ``train`` and ``test`` (select is held
+    ``given`` holds ``train`` alone (80/10/10 is split off by content), ``train`` and ``test`` (val is held
     out of train), or all three (taken as they are). Content never ends up in two roles: the later of train,
-    select, test keeps it where it was given twice; content under two classes goes to train when we split.
+    val, test keeps it where it was given twice; content under two classes goes to train when we split.
     A ``multi_label`` set is split by ``stratify``, and only its train role must have every class.
 
     Raises:
         UsageError: fewer than two classes, a class too small to be in every role, or a wrong fraction.
     """
-    fraction = check_select_fraction(select_fraction)
+    fraction = check_val_fraction(val_fraction)
     if len(classes) < 2:
         found = f"only one class, '{classes[0]}'" if classes else "no classes"
         raise UsageError(
             f"{source} has {found}; put the images of two or more classes into a folder for each."
         )
     roles, removed = _one_role_each({role: list(given.get(role, ())) for role in ROLES})
-    if multi_label and ("test" not in given or "select" not in given):
+    if multi_label and ("test" not in given or "val" not in given):
         roles = {**roles, **split_sets(roles["train"], classes, fraction, test="test" not in given)}
     elif "test" not in given:
         roles = _split_whole(roles["train"], classes, fraction)
-    elif "select" not in given:
+    elif "val" not in given:
         roles = {**_hold_out(roles["train"], classes, fraction), "test": roles["test"]}
     _check_every_class(roles, classes, ("train",) if multi_label else ROLES)
     ordered = {role: in_order(roles[role]) for role in ROLES}
@@ -191,20 +189,20 @@ def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -
         if len(keys) + (label in torn_labels) < 3:
             raise UsageError(
                 f"Class '{name}' has {_distinct(len(keys), label, images)}; three or more are needed, "
-                "so that one each can train, select and test."
+                "so that one each can train, val and test."
             )
         tested = share(len(keys), TEST_FRACTION, len(keys) - 2)
         # Select is ranked after test, so the test role is the same whatever fraction is asked for.
         selected = share(len(keys), fraction, len(keys) - tested - (label not in torn_labels))
         for rank, key in enumerate(keys):
-            last: Role = "select" if fraction > 0 and rank < tested + selected else "train"
+            last: Role = "val" if fraction > 0 and rank < tested + selected else "train"
             role_of[key] = "test" if rank < tested else last
     return _by_role(images, role_of)
 
 
 def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Role, list[Image]]:
     if fraction == 0:
-        return {"train": images, "select": []}
+        return {"train": images, "val": []}
     ranked, torn = _ranked(images)
     torn_labels = {image.label for image in images if image.key in torn}
     role_of: dict[str, Role] = dict.fromkeys(torn, "train")
@@ -213,10 +211,10 @@ def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> d
         if len(keys) + (label in torn_labels) < 2 or not keys:
             raise UsageError(
                 f"Class '{name}' has {_distinct(len(keys), label, images)} to train on; two are needed to "
-                "hold one out for selecting (--select-fraction 0 holds none out)."
+                "hold one out for selecting (--val-fraction 0 holds none out)."
             )
         selected = share(len(keys), fraction, len(keys) - (label not in torn_labels))
-        role_of.update((key, "select" if rank < selected else "train") for rank, key in enumerate(keys))
+        role_of.update((key, "val" if rank < selected else "train") for rank, key in enumerate(keys))
     return _by_role(images, role_of)
 
 
@@ -240,7 +238,7 @@ def _check_every_class(
     roles: Mapping[Role, Sequence[Image]], classes: Sequence[str], needed: Sequence[Role]
 ) -> None:
     for role in needed:
-        if role == "select" and not roles[role]:
+        if role == "val" and not roles[role]:
             continue
         present = {label for image in roles[role] for label in image.labels}
         missing = [name for label, name in enumerate(classes) if label not in present]
@@ -288,7 +286,7 @@ class Given:
     ignored: int = 0
     multi_label: bool = False
 
-    def assembled(self, select_fraction: float | None) -> ImageSet:
+    def assembled(self, val_fraction: float | None) -> ImageSet:
         """The image set to learn from; see ``split.assemble``.
 
         Raises:
@@ -299,7 +297,7 @@ class Given:
             self.source,
             self.classes,
             self.images,
-            select_fraction,
+            val_fraction,
             self.skipped,
             self.ignored,
             multi_label=self.multi_label,

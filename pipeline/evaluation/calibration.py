@@ -208,7 +208,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> Temperature:
         JobError: there is no image, or a logit is not finite.
     """
     if not len(logits):
-        raise JobError("--calibrate has no select image to fit a temperature on; hold some out.")
+        raise JobError("--calibrate has no val image to fit a temperature on; hold some out.")
     if not np.isfinite(logits).all():
         raise JobError("--calibrate found logits that are not finite; leave it out to see where from.")
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)

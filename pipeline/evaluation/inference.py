@@ -41,7 +41,7 @@ def tempered(
     file: Path,
     export: Callable[[nn.Module, float | None], OnnxFile],
 ) -> tuple[nn.Module, OnnxFile, Temperature]:
-    """Fit a temperature to an exported file on the select role, fold it into the network, export that.
+    """Fit a temperature to an exported file on the val role, fold it into the network, export that.
 
     Args:
         network: what ``file`` was exported from.
@@ -52,24 +52,24 @@ def tempered(
         The network with the temperature, its file, and how the temperature was found.
 
     Raises:
-        JobError: there is no select image, or the new file answers differently.
+        JobError: there is no val image, or the new file answers differently.
     """
-    pixels, labels, _ = job.rendered("select", job.student)
+    pixels, labels, _ = job.rendered("val", job.student)
     if not len(pixels):
         raise JobError(
-            "--calibrate fits a temperature on select images, and there is none to be read; hold some out, "
-            "as with --select-fraction 0.1."
+            "--calibrate fits a temperature on val images, and there is none to be read; hold some out, "
+            "as with --val-fraction 0.1."
         )
-    select = pixels.numpy()
-    plain = shipped_logits(job, file, select)
+    val = pixels.numpy()
+    plain = shipped_logits(job, file, val)
     fit = fit_temperature(plain, labels.numpy())
     if fit.note:
         job.display.warn(
-            f"--calibrate, on {fit.n} select images: {fit.note}; temperature {fit.value:g} is used."
+            f"--calibrate, on {fit.n} val images: {fit.note}; temperature {fit.value:g} is used."
         )
     network, folded = fold_temperature(network, fit.value, images)
     exported = export(network, fit.value)
-    check_tempered(plain, shipped_logits(job, file, select), fit.value)
+    check_tempered(plain, shipped_logits(job, file, val), fit.value)
     return network, exported, fit.model_copy(update={"folded": folded})
 
 
@@ -90,8 +90,8 @@ def check_tempered(plain: np.ndarray, divided: np.ndarray, temperature: float) -
 
 
 def thresholds(job: Job, file: Path) -> list[float]:
-    """Each class's best threshold for a file's answers to the select images, which have several labels."""
-    pixels, labels, _ = job.rendered("select", job.student)
+    """Each class's best threshold for a file's answers to the val images, which have several labels."""
+    pixels, labels, _ = job.rendered("val", job.student)
     if not len(labels):
         return [multi_label.EVEN] * len(job.data.classes)
     logits = shipped_logits(job, file, pixels.numpy())

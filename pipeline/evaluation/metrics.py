@@ -112,10 +112,10 @@ def measured(
 
 
 def selected(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What the select images tell of a network before export, as a field of ``Subject``."""
+    """What the val images tell of a network before export, as a field of ``Subject``."""
     if labels.ndim == 1:
-        return {"select_accuracy": accuracy(logits, labels)}
-    return {"select_multi_label": multi_label.score(logits, labels)}
+        return {"val_accuracy": accuracy(logits, labels)}
+    return {"val_multi_label": multi_label.score(logits, labels)}
 
 
 def agreement(

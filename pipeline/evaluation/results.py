@@ -108,7 +108,7 @@ class Validation(Result):
     data: str
     source: str
     role: str
-    """``train``, ``select``, ``test``, or ``all``: the images whatever their role."""
+    """``train``, ``val``, ``test``, or ``all``: the images whatever their role."""
     n: int
     images: str
     """A digest of the images' content and labels: equal ones mean the same images."""

@@ -96,7 +96,7 @@ def sentences(report: Report) -> list[str]:
     if fit is None:
         return found
     told = f"The files’ logits are divided by a temperature of {fit.value:.2f}, fitted on "
-    told += format.counted(fit.n, "select image")
+    told += format.counted(fit.n, "val image")
     if fit.low is not None and fit.high is not None:
         told += f" (95 % interval {fit.low:.2f}–{fit.high:.2f})"
     if ships is not None and measured is not None and measured.before is not None:

@@ -168,7 +168,7 @@ def _making(report: Report, manifest: Mapping[str, Any]) -> list[str]:
         )
     if data is not None:
         told.append(
-            f"Images: {data.name}; {data.train:,} to train, {data.select:,} to select, {data.test:,} to "
+            f"Images: {data.name}; {data.train:,} to train, {data.val:,} to val, {data.test:,} to "
             "test. No image has two of these roles."
         )
     if "temperature" in origin:

@@ -58,9 +58,7 @@ def roles(report: Report) -> Table:
     data = report.data
     if data is None:
         return Table("Data", [], [])
-    rows = [
-        [role, f"{n:,}"] for role, n in (("train", data.train), ("select", data.select), ("test", data.test))
-    ]
+    rows = [[role, f"{n:,}"] for role, n in (("train", data.train), ("val", data.val), ("test", data.test))]
     note = f"{data.name}; fingerprint {data.fingerprint}. Skipped images: {len(data.skipped):,}. "
     note += f"Groups of identical images: {len(data.duplicates):,}."
     return Table("Data", ["role", "images"], rows, note=note)
@@ -164,13 +162,13 @@ def epochs(report: Report) -> Table:
             f"{one.epoch:,} of {one.epochs:,}",
             ", ".join(f"{name} {format.number(value)}" for name, value in one.losses.items()),
             format.percent(one.train_accuracy),
-            format.percent(one.select_accuracy),
+            format.percent(one.val_accuracy),
             format.number(one.learning_rate),
             format.number(round(one.images_per_second)) if one.images_per_second < 1e15 else format.MISSING,
         ]
         for one in report.epochs
     ]
-    columns = ["stage", "epoch", "losses", "train", "select", "learning rate", "images/s"]
+    columns = ["stage", "epoch", "losses", "train", "val", "learning rate", "images/s"]
     return Table("Epochs", columns, rows, text=True)
 
 

@@ -64,7 +64,7 @@ def lead(report: Report) -> str:
     if report.teacher_image_size not in (None, report.image_size) and report.method != "none":
         sentence += f" (the teacher at {report.teacher_image_size} × {report.teacher_image_size})"
     if data is not None:
-        sentence += f": {format.counted(data.train, 'image')} to train, {data.select:,} to select, "
+        sentence += f": {format.counted(data.train, 'image')} to train, {data.val:,} to val, "
         sentence += f"{data.test:,} to test"
     sentence += "."
     int8 = report.student_int8
@@ -188,7 +188,7 @@ def _accurate(report: Report) -> KeyFigure:
     ]
     score = ships.subject.score if ships is not None else None
     if ships is None or score is None:
-        lines += [_selected(c, c.subject.select_score) for c in compared(report) if c.subject.select_score]
+        lines += [_selected(c, c.subject.val_score) for c in compared(report) if c.subject.val_score]
         return KeyFigure(format.MISSING, f"{measure(report)} on test images not measured", lines)
     own = [f"95 % interval {format.percent_interval(score.low, score.high, score.n)}"]
     if isinstance(score, Accuracy):
@@ -219,7 +219,7 @@ def score_in_words(score: Score | None) -> str:
 
 
 def _selected(column: Column, score: Score | None) -> str:
-    return f"{column.role.lower()} {score_in_words(score)} on select images, before export"
+    return f"{column.role.lower()} {score_in_words(score)} on val images, before export"
 
 
 def notes(report: Report) -> list[str]:

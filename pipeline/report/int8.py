@@ -206,10 +206,10 @@ def recovery(report: Report) -> Table:
     rows = []
     if found.fake_select is not None:
         file, n = None, None
-        if search is not None and search.role == "select":
+        if search is not None and search.role == "val":
             n = search.n
             file = learned.score if learned is not None else None
-        rows.append(_compared("select", n, found.fake_select, file))
+        rows.append(_compared("val", n, found.fake_select, file))
     if found.fake_test is not None:
         score = report.student_int8.score if report.student_int8 is not None else None
         ships = learned is not None and learned.ships

@@ -20,14 +20,14 @@ def rounds(report: Report) -> Table:
         [
             str(one.round) + (" (ships)" if one.round == last else ""),
             one.teacher,
-            *measured(one.select_accuracy),
+            *measured(one.val_accuracy),
             *measured(one.accuracy),
         ]
         for one in report.rounds
     ]
     return Table(
         "Rounds",
-        ["round", "taught by", "select images", "95 % interval", "test images", "95 % interval"],
+        ["round", "taught by", "val images", "95 % interval", "test images", "95 % interval"],
         rows,
         note="The student of each round is the teacher of the next. Measured with the weights in torch, "
         "before export.",

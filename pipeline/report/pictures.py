@@ -157,7 +157,7 @@ def _losses(epochs: list[Epoch]) -> list[Curve]:
 def _accuracies(epochs: list[Epoch]) -> list[Curve]:
     return [
         _curve("train", epochs, [epoch.train_accuracy for epoch in epochs]),
-        _curve("select", epochs, [epoch.select_accuracy for epoch in epochs]),
+        _curve("val", epochs, [epoch.val_accuracy for epoch in epochs]),
     ]
 
 

@@ -12,7 +12,7 @@ def classes(report: Report) -> Table:
     with the F1 that it gives.
     """
     roles = report.data.per_class if report.data else {}
-    roles = {role: roles[role] for role in ("train", "select", "test") if role in roles}
+    roles = {role: roles[role] for role in ("train", "val", "test") if role in roles}
     columns = [column for column in every(report) if column.subject.multi_label]
     ships = shipped(report)
     thresholds = _scores(ships) if ships is not None else {}

@@ -58,8 +58,8 @@ def comparison(report: Report) -> Table:
     rows += row("Top-5 accuracy", lambda s: _top5(s.accuracy))
     rows += row("Agreement with the teacher", lambda s: _percent(s.agreement))
     rows += row("… 95 % interval", lambda s: _interval(s.agreement))
-    rows += row("Select images, before export", lambda s: _percent(s.select_score))
-    rows += row("… 95 % interval", lambda s: _interval(s.select_score))
+    rows += row("Val images, before export", lambda s: _percent(s.val_score))
+    rows += row("… 95 % interval", lambda s: _interval(s.val_score))
     rows += row("ONNX file", lambda s: format.megabytes(s.bytes) if s.bytes is not None else None)
     for count in threads(report):
         rows += row(f"Median latency, {format.threads(count)}", latency(count))
@@ -146,7 +146,7 @@ def classes(report: Report) -> Table:
     """A row per class: images by role, and each network's accuracy on the test images."""
     columns = [column for column in every(report) if column.subject.per_class]
     roles = report.data.per_class if report.data else {}
-    roles = {role: roles[role] for role in ("train", "select", "test") if role in roles}
+    roles = {role: roles[role] for role in ("train", "val", "test") if role in roles}
     names = _labels(report, [column.subject.per_class for column in columns])
     if not roles and not columns:
         return Table("Classes", [], [])

@@ -24,7 +24,7 @@ from .write import as_html, as_markdown
 
 ROLES = {
     "train": "training images",
-    "select": "select images",
+    "val": "val images",
     "test": "test images",
     "all": "images",
 }

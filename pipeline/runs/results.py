@@ -55,7 +55,7 @@ class Int8Search(Result):
     """What ships, a path inside the run folder; None where nothing held the budget."""
     max_drop: float
     role: str
-    """On which images accuracy was measured: ``select``, or ``train`` where there are none of these."""
+    """On which images accuracy was measured: ``val``, or ``train`` where there are none of these."""
     n: int
     fp32_score: float
     p50_fp32: float | None = None
@@ -77,7 +77,7 @@ class Recovery(Result):
 
     epochs: int
     fake_select: float | None
-    """Of the fake-quantized network in torch, on select; percent."""
+    """Of the fake-quantized network in torch, on val; percent."""
     fake_test: float | None
     file: str
     """The float graph with the weights it learned."""
@@ -156,12 +156,12 @@ class Subject(Result):
     parameters: int | None = None
     gmacs: float | None = None
     accuracy: Accuracy | None = None
-    select_accuracy: Accuracy | None = None
-    """Top-1 of the weights in torch on the select role: what decides whether the job goes on."""
+    val_accuracy: Accuracy | None = None
+    """Top-1 of the weights in torch on the val role: what decides whether the job goes on."""
     multi_label: MultiLabelScore | None = None
     """In the place of ``accuracy`` and ``per_class`` where images have several labels."""
-    select_multi_label: MultiLabelScore | None = None
-    """In the place of ``select_accuracy``."""
+    val_multi_label: MultiLabelScore | None = None
+    """In the place of ``val_accuracy``."""
     agreement: Accuracy | None = None
     """How often this file's answer is the teacher's (``correct`` counts the agreements)."""
     per_class: list["ClassResult"] = []
@@ -187,15 +187,15 @@ class Subject(Result):
         return self.accuracy or self.multi_label
 
     @property
-    def select_score(self) -> Score | None:
-        return self.select_accuracy or self.select_multi_label
+    def val_score(self) -> Score | None:
+        return self.val_accuracy or self.val_multi_label
 
 
 class DataSummary(Result):
     name: str
     classes: list[str]
     train: int
-    select: int
+    val: int
     test: int
     per_class: dict[str, dict[str, int]]
     """role -> class -> number of images."""
@@ -216,7 +216,7 @@ class Round(Result):
     seed: int
     accuracy: Score | None = None
     """Of its weights in torch, fp32, on the test role."""
-    select_accuracy: Score | None = None
+    val_accuracy: Score | None = None
     file: str
     """Its weights, a path inside the run folder."""
 
@@ -282,10 +282,10 @@ class Epoch(Result):
     """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
     train_accuracy: float | None = None
     """None where images have several labels."""
-    select_accuracy: float | None = None
+    val_accuracy: float | None = None
     """Top-1, or mAP where images have several labels."""
     seconds: float | None = None
-    """Of training, without the select role's evaluation."""
+    """Of training, without the val role's evaluation."""
     shares: dict[str, float] = {}
     """Share of the steps' time in each phase: ``data``, ``teacher``, ``student``; together 1."""
     peak_memory_bytes: int | None = None

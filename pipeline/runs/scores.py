@@ -149,7 +149,7 @@ class Calibration(Result):
 
 
 class Temperature(Result):
-    """What ``--calibrate`` fitted on ``n`` select images and folded into the exported files."""
+    """What ``--calibrate`` fitted on ``n`` val images and folded into the exported files."""
 
     value: float
     low: float | None = None

@@ -74,7 +74,7 @@ def run(job: Job) -> Done:
     }
     if fit is not None:
         facts["temperature"] = fit.model_dump(exclude_none=True)
-    told = "" if fit is None else f"; temperature {fit.value:.3g} fitted on {fit.n} select images"
+    told = "" if fit is None else f"; temperature {fit.value:.3g} fitted on {fit.n} val images"
     return Done(
         f"{STUDENT_ONNX.as_posix()}, {file.bytes / 1e6:.2f} MB, opset {file.opset}; "
         f"equal to torch within {parity.max_abs:.1e} on {parity.n} images{told}",

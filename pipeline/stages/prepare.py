@@ -75,7 +75,7 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
             job.stage.update(f"reading {tutors[t].name}", first + len(batch), len(job.train.images), "images")
 
     def seen(t: int, reads: frozenset[str], most: int) -> Iterator[tuple[np.ndarray, Readout]]:
-        role: Role = "select" if job.data.role("select") else "train"
+        role: Role = "val" if job.data.role("val") else "train"
         pixels, _, _ = job.rendered(role, tutors[t], most)
         for first, batch in metrics.batches(pixels, job.device):
             yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)

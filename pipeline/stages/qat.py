@@ -156,14 +156,14 @@ def run(job: Job) -> Done:
     save(job, prepared, network)
     found = Recovery(
         epochs=o.qat_epochs,
-        fake_select=_accuracy(job, task, "select"),
+        fake_select=_accuracy(job, task, "val"),
         fake_test=_accuracy(job, task, "test"),
         file=GRAPH.as_posix(),
     )
     on = ""
     if found.fake_select is not None:
         kind, of = ("mAP ", "on") if job.data.multi_label else ("", "of")
-        on = f": {kind}{found.fake_select:.2f} % {of} the select images as int8"
+        on = f": {kind}{found.fake_select:.2f} % {of} the val images as int8"
     return Done(
         f"{member.name}, {counted(o.qat_epochs, 'epoch')} under fake quantization by {o.method}{on}",
         [GRAPH.as_posix(), RANGES.as_posix()],

@@ -126,12 +126,12 @@ def run(job: Job) -> Done:
 
 def _deciding(job: Job, calibration: CalibrationImages) -> tuple[np.ndarray, np.ndarray, str]:
     """The images on which candidates are compared, their labels, and which role they are of."""
-    pixels, labels, _ = job.rendered("select", job.student)
+    pixels, labels, _ = job.rendered("val", job.student)
     if len(labels):
-        return pixels.numpy(), labels.numpy(), "select"
+        return pixels.numpy(), labels.numpy(), "val"
     job.display.warn(
-        "There are no select images: what int8 costs in accuracy is measured on the training images that it "
-        "is calibrated on, which flatters it (--select-fraction 0.1 holds some out)."
+        "There are no val images: what int8 costs in accuracy is measured on the training images that it "
+        "is calibrated on, which flatters it (--val-fraction 0.1 holds some out)."
     )
     return calibration.pixels, calibration.labels, "train"
 

@@ -74,11 +74,11 @@ def run(job: Job) -> Done:
         parameters=parameters(shipped),
         licence=begun.licence,
     )
-    select = _answers(job, task, chosen, "select")
-    if select is not None:
-        subject = subject.model_copy(update=metrics.selected(*select))
-    score = subject.select_score
-    measured = f": {score.told} of {score.n} select images" if score is not None else ""
+    val = _answers(job, task, chosen, "val")
+    if val is not None:
+        subject = subject.model_copy(update=metrics.selected(*val))
+    score = subject.val_score
+    measured = f": {score.told} of {score.n} val images" if score is not None else ""
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     return Done(
         f"{name}, {o.epochs} epochs {how}{measured}",
@@ -111,7 +111,7 @@ def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) 
         round=job.place + 1,
         teacher=job.tutors[0].name if job.place == 0 else f"round {job.place}",
         seed=job.seed,
-        select_accuracy=subject.select_score,
+        val_accuracy=subject.val_score,
         accuracy=None if test is None else metrics.score(*test),
         file=job.student.file,
     )

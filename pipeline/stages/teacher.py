@@ -99,15 +99,15 @@ def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray | None
     if begun.head == "none":
         return _headless(job, member, begun), None
     if begun.head == "kept":
-        select = _measure(job, member, network, exact, "select")
-        _above_chance(job, member, network, exact, select, certain=begun.names_classes)
+        val = _measure(job, member, network, exact, "val")
+        _above_chance(job, member, network, exact, val, certain=begun.names_classes)
         if "teacher_epochs" in job.given:
             job.display.note(
                 f"the head of {name} fits and is used as it is: --teacher-epochs has nothing to do"
             )
     else:
         network = _train(job, t, begun)
-        select = _measure(job, member, network, exact, "select")
+        val = _measure(job, member, network, exact, "val")
     test = _measure(job, member, network, exact, "test")
     assert test is not None
     _save(job, member, network, begun)
@@ -117,7 +117,7 @@ def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray | None
         head=begun.head,
         licence=begun.licence,
         parameters=parameters(network),
-        **_scores(job, member, test, select),
+        **_scores(job, member, test, val),
     )
     return subject, test
 
@@ -189,22 +189,22 @@ def _measure(
     return job.ranks.gather(mine).numpy()
 
 
-def _scores(job: Job, member: Member, test: np.ndarray, select: np.ndarray | None) -> dict[str, Any]:
-    """What its answers to the test and the select images tell of a teacher, as fields of ``Subject``."""
-    labels, selecting = (job.rendered(role, member)[1].numpy() for role in ("test", "select"))
-    if select is None:
+def _scores(job: Job, member: Member, test: np.ndarray, val: np.ndarray | None) -> dict[str, Any]:
+    """What its answers to the test and the val images tell of a teacher, as fields of ``Subject``."""
+    labels, selecting = (job.rendered(role, member)[1].numpy() for role in ("test", "val"))
+    if val is None:
         return metrics.measured(test, labels, job.data.classes)
-    thresholds = multi_label.choose_thresholds(select, selecting) if job.data.multi_label else None
+    thresholds = multi_label.choose_thresholds(val, selecting) if job.data.multi_label else None
     return {
         **metrics.measured(test, labels, job.data.classes, thresholds),
-        **metrics.selected(select, selecting),
+        **metrics.selected(val, selecting),
     }
 
 
 def _above_chance(
-    job: Job, member: Member, network: nn.Module, exact: Engine, select: np.ndarray | None, *, certain: bool
+    job: Job, member: Member, network: nn.Module, exact: Engine, val: np.ndarray | None, *, certain: bool
 ) -> None:
-    """A head that fits by its size may still be another task's: measured first, on select (or on test images'
+    """A head that fits by its size may still be another task's: measured first, on val (or on test images'
     like, training ones, where nothing is held out).
 
     Args:
@@ -214,9 +214,9 @@ def _above_chance(
     Raises:
         JobError: it is no better than chance.
     """
-    role: Role = "select" if select is not None else "train"
-    most = None if select is not None else MEASURED
-    logits = select if select is not None else _measure(job, member, network, exact, "train", most)
+    role: Role = "val" if val is not None else "train"
+    most = None if val is not None else MEASURED
+    logits = val if val is not None else _measure(job, member, network, exact, "train", most)
     assert logits is not None
     labels = job.rendered(role, member, most)[1].numpy()
     found = _near_chance(job, logits, labels)
@@ -271,7 +271,7 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
 def _data(job: Job) -> DataSummary:
     data = job.readable()
     for member in job.teachers:
-        for role in ("select", "test"):
+        for role in ("val", "test"):
             job.rendered(role, member)
     if data.duplicates:
         job.display.warn(
@@ -284,7 +284,7 @@ def _data(job: Job) -> DataSummary:
         name=data.name,
         classes=list(data.classes),
         train=len(data.train),
-        select=len(data.select),
+        val=len(data.val),
         test=len(data.test),
         per_class={role: dict(zip(data.classes, data.counts[role], strict=True)) for role in ROLES},
         skipped=[(one.name, one.reason) for one in data.skipped],

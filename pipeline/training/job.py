@@ -285,11 +285,11 @@ class Job:
             JobError: they are more than one in a hundred.
         """
         train = self.train
-        select, test = (self.rendered(role, self.student)[2] for role in ROLES[1:])
-        skipped = (*self.data.skipped, *train.skipped, *select.skipped, *test.skipped)
+        val, test = (self.rendered(role, self.student)[2] for role in ROLES[1:])
+        skipped = (*self.data.skipped, *train.skipped, *val.skipped, *test.skipped)
         opened = len(self.data) + sum(one.unreadable for one in self.data.skipped)
         check_unreadable(skipped, opened)
-        return replace(self.data, train=train.images, select=select.images, test=test.images, skipped=skipped)
+        return replace(self.data, train=train.images, val=val.images, test=test.images, skipped=skipped)
 
     def _progress(self, work: str) -> Callable[[int, int], None]:
         return lambda done, total: self.stage.update(work, done, total, "images")

@@ -150,7 +150,7 @@ def train(
     """Train ``task`` for ``plan.epochs`` epochs, going on from ``checkpoint`` where there is one.
 
     Args:
-        evaluate: the network's top-1 in percent on the select role; None where there is no such role.
+        evaluate: the network's top-1 in percent on the val role; None where there is no such role.
         show: called now and then with (steps done, steps in all, losses).
         log: called after each epoch.
         views_of: which view an epoch shows of each image; None: a new one each epoch.
@@ -214,7 +214,7 @@ def train(
                     losses=losses,
                     watched={key: float(value) for key, value in task.watched().items()},
                     train_accuracy=accuracy,
-                    select_accuracy=evaluate(task.shipped),
+                    val_accuracy=evaluate(task.shipped),
                     seconds=seconds,
                     shares=task.clock.shares(),
                 )

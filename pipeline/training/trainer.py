@@ -188,11 +188,11 @@ def learn(
     Raises:
         JobError: there is no memory for even the smallest part of a step.
     """
-    pixels, labels, _ = job.rendered("select", member)
+    pixels, labels, _ = job.rendered("val", member)
     views_of = views_of or Schedule(job.policy, plan.seed)
     views = job.views_drawn_with(views_of.view_seed, member.image_size)
 
-    def select_accuracy(network: nn.Module) -> float | None:
+    def val_accuracy(network: nn.Module) -> float | None:
         if not len(labels):
             return None
         mine = pixels[job.ranks.mine(len(pixels))]
@@ -227,7 +227,7 @@ def learn(
                 replace(plan, micro_batch=size),
                 checkpoint,
                 stage=what,
-                evaluate=select_accuracy,
+                evaluate=val_accuracy,
                 show=show,
                 log=lambda epoch: log(complete(epoch)),
                 views_of=views_of,

@@ -140,7 +140,7 @@ def broken(kind: str, path: Path) -> None:
 def test_an_unreadable_image_is_skipped_and_listed(tmp_path: Path, kind: str) -> None:
     folder(tmp_path, {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
     broken(kind, tmp_path / "train/a/broken.jpg")
-    images = open_data(str(tmp_path), select_fraction=0)
+    images = open_data(str(tmp_path), val_fraction=0)
     for cache in (None, Cache(tmp_path / "cache"), Cache(tmp_path / "cache")):
         done = decode(images.train, PHOTO, cache=cache)
         (skipped,) = (*images.skipped, *done.skipped)
@@ -202,7 +202,7 @@ def test_grey_cmyk_palette_16_bit_and_rotated_images_are_read_rightly(tmp_path: 
         **options,
     )
     images = open_data(str(tmp_path))
-    every = [*images.train, *images.select, *images.test]
+    every = [*images.train, *images.val, *images.test]
     done = decode(every, PHOTO)
     position = [one.name for one in done.images].index(f"a/{name}")
     got = done.pixels.image(position).numpy().astype(int)

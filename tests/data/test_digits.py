@@ -19,5 +19,5 @@ def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
 
 def test_the_digits_are_split_10_percent_for_each_class() -> None:
     counts = open_digits().counts
-    assert all(17 <= n <= 19 for role in ("select", "test") for n in counts[role])
+    assert all(17 <= n <= 19 for role in ("val", "test") for n in counts[role])
     assert open_digits().fingerprint == open_digits().fingerprint

@@ -21,7 +21,7 @@ def refused(path: Path, **options: float) -> str:
 def test_class_folders_alone_are_split_with_every_class_in_every_role(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path / "pets", {"dog": 20, "cat": 30}))
     assert images.name == "pets" and images.classes == ("cat", "dog")
-    assert images.counts == {"train": [24, 16], "select": [3, 2], "test": [3, 2]}
+    assert images.counts == {"train": [24, 16], "val": [3, 2], "test": [3, 2]}
     assert all(not Path(image.name).is_absolute() for role in ROLES for image in images.role(role))
 
 
@@ -36,20 +36,20 @@ def test_classes_are_sorted_as_torchvision_sorts_them(tmp_path: Path) -> None:
 def test_of_two_given_folders_the_second_is_the_test_role(tmp_path: Path, train: str, test: str) -> None:
     folder(tmp_path, {f"{train}/a": 20, f"{train}/b": 20, f"{test}/a": 4, f"{test}/b": 5})
     images = open_folder(tmp_path)
-    assert images.counts == {"train": [18, 18], "select": [2, 2], "test": [4, 5]}
+    assert images.counts == {"train": [18, 18], "val": [2, 2], "test": [4, 5]}
     assert all(image.name.startswith(test) for image in images.test)
-    assert open_folder(tmp_path, select_fraction=0).counts["train"] == [20, 20]
+    assert open_folder(tmp_path, val_fraction=0).counts["train"] == [20, 20]
 
 
 def test_three_given_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": n for role, n in (("train", 5), ("val", 1), ("test", 2)) for c in "ab"})
     images = open_folder(tmp_path)
-    assert images.counts == {"train": [5, 5], "select": [1, 1], "test": [2, 2]}
+    assert images.counts == {"train": [5, 5], "val": [1, 1], "test": [2, 2]}
 
 
 def test_train_alone_is_the_whole_set(tmp_path: Path) -> None:
     folder(tmp_path, {"train/a": 10, "train/b": 10})
-    assert open_folder(tmp_path).counts == {"train": [8, 8], "select": [1, 1], "test": [1, 1]}
+    assert open_folder(tmp_path).counts == {"train": [8, 8], "val": [1, 1], "test": [1, 1]}
 
 
 def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path: Pat
 def test_identical_images_across_folders_are_reported_and_leave_train(tmp_path: Path) -> None:
     folder(tmp_path, {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 2})
     (tmp_path / "train/a/copy.png").write_bytes((tmp_path / "test/b/0.png").read_bytes())
-    images = open_folder(tmp_path, select_fraction=0)
+    images = open_folder(tmp_path, val_fraction=0)
     (duplicate,) = images.duplicates
     assert duplicate.names == ("test/b/0.png", "train/a/copy.png")
     assert duplicate.removed == ("train/a/copy.png",) and duplicate.two_classes

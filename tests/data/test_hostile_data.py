@@ -30,7 +30,7 @@ SHOWN = "red\\x1b]0,owned\\x07\\x9b2J\\u202ebd\\u2028x"
 
 def refused(data: str | Path, **more: Any) -> str:
     with pytest.raises(UsageError) as found:
-        open_data(str(data), select_fraction=0, **more)
+        open_data(str(data), val_fraction=0, **more)
     told = str(found.value)
     assert all(letter.isprintable() for letter in told)
     return told
@@ -89,7 +89,7 @@ def test_a_link_that_leads_out_is_left_out_and_told(form: str, tmp_path: Path) -
     (tmp_path / "set" / "out.png").symlink_to(save(tmp_path / "secret.png", 99))
     rows = [(name, "cat" if n % 2 else "dog") for n, name in enumerate(names)]
     file = labels(tmp_path / "set", form, [*rows, ("out.png", "cat")])
-    data = open_data(str(file), select_fraction=0)
+    data = open_data(str(file), val_fraction=0)
     assert [(one.name, one.reason) for one in data.skipped] == [
         ("out.png", "a link that leads out of the data folder")
     ]
@@ -102,7 +102,7 @@ def test_labels_that_would_steer_a_terminal_are_spelled_out(form: str, tmp_path:
     file = labels(
         tmp_path / "set", form, [(one, STEERING if n % 2 else "dog") for n, one in enumerate(names)]
     )
-    data = open_data(str(file), select_fraction=0)
+    data = open_data(str(file), val_fraction=0)
     assert sorted(data.classes) == ["dog", SHOWN]
 
 
@@ -112,7 +112,7 @@ def test_half_a_character_in_json_is_spelled_out(tmp_path: Path) -> None:
         file = labels(
             tmp_path / "set", form, [(one, "\ud83d" if n % 2 else "dog") for n, one in enumerate(names)]
         )
-        assert sorted(open_data(str(file), select_fraction=0).classes) == ["\\ud83d", "dog"]
+        assert sorted(open_data(str(file), val_fraction=0).classes) == ["\\ud83d", "dog"]
         file.unlink()
 
 
@@ -149,7 +149,7 @@ def test_annotations_of_another_form_are_one_sentence(annotation: Any, tmp_path:
 
 def test_class_folders_that_would_steer_a_terminal_are_spelled_out(tmp_path: Path) -> None:
     folder(tmp_path, {STEERING: 4, "dog": 4})
-    data = open_data(str(tmp_path), select_fraction=0)
+    data = open_data(str(tmp_path), val_fraction=0)
     assert sorted(data.classes) == ["dog", SHOWN]
     assert all(letter.isprintable() for image in data.train for letter in image.name)
 
@@ -158,7 +158,7 @@ def test_a_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
     folder(tmp_path, {"cat": 4, "dog": 4})
     with (tmp_path / "cat" / "large.png").open("wb") as file:
         file.truncate(1 << 40)  # none of it on the disk
-    data = open_data(str(tmp_path), select_fraction=0)
+    data = open_data(str(tmp_path), val_fraction=0)
     [skipped] = data.skipped
     assert len(data) == 8 and skipped.name == "cat/large.png" and skipped.unreadable
     assert "1,099,511,627,776 bytes, more than" in skipped.reason
@@ -176,7 +176,7 @@ def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
     folder(tmp_path, {"cat": 4, "dog": 4})
     os.mkfifo(tmp_path / "cat" / "pipe.png")
     (tmp_path / "dog" / "zero.png").symlink_to("/dev/zero")
-    data = open_data(str(tmp_path), select_fraction=0)
+    data = open_data(str(tmp_path), val_fraction=0)
     assert len(data) == 8 and data.ignored == 1
     assert [one.reason for one in data.skipped] == ["a link that leads out of the data folder"]
 
@@ -213,7 +213,7 @@ def test_members_are_never_written_whatever_their_names(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     shard(tmp_path / "a" / "b" / "train.tar", members | {"/etc/evil.png": png(99), "/etc/evil.cls": b"1"})
     before = sorted(tmp_path.rglob("*"))
-    data = open_data("wds/set", data_dir=tmp_path / "a" / "b", select_fraction=0)
+    data = open_data("wds/set", data_dir=tmp_path / "a" / "b", val_fraction=0)
     assert len(data) == 13 and sorted(tmp_path.rglob("*")) == before
 
 
@@ -227,7 +227,7 @@ def test_links_and_devices_in_a_shard_are_passed_over(kind: bytes, tmp_path: Pat
         info = tarfile.TarInfo("x/evil.png")
         info.type, info.linkname = kind, "/etc/passwd"
         tar.addfile(info)
-    assert len(open_data("wds/set", data_dir=tmp_path, select_fraction=0)) == 12
+    assert len(open_data("wds/set", data_dir=tmp_path, val_fraction=0)) == 12
 
 
 @pytest.mark.parametrize("label", [b"1000000", b"9" * 4000, b"1" * 5000, b"x" * (1 << 21), b"[" * 100_000])

@@ -49,7 +49,7 @@ def coco(path: Path, files: list[str], shown: list[list[str]], **more: Any) -> P
 
 
 def by_name(data: ImageSet) -> dict[str, list[str]]:
-    images = (*data.train, *data.select, *data.test)
+    images = (*data.train, *data.val, *data.test)
     return {image.name: [data.classes[label] for label in image.labels] for image in images}
 
 
@@ -67,7 +67,7 @@ def test_a_table_with_several_labels_makes_a_multi_label_set(tmp_path: Path) -> 
     data = open_data(str(table(tmp_path, rows)))
     assert data.multi_label and data.classes == CLASSES and data.name == tmp_path.name
     assert by_name(data) == dict(zip(names, labels, strict=True))
-    for role in ("train", "select", "test"):
+    for role in ("train", "val", "test"):
         assert all(data.counts[role])
     assert data.counts["train"][0] == sum("cat" in by_name(data)[image.name] for image in data.train)
 
@@ -111,7 +111,7 @@ def test_a_column_of_splits_gives_the_roles(tmp_path: Path) -> None:
     rows = [f"{n},{';'.join(f)},{r}" for n, f, r in zip(names, labels, role, strict=True)]
     data = open_data(str(table(tmp_path, rows, "file,labels,split")))
     assert {image.name for image in data.train} == set(names[:10])
-    assert {image.name for image in data.select} == set(names[10:14])
+    assert {image.name for image in data.val} == set(names[10:14])
     assert {image.name for image in data.test} == set(names[14:])
 
 
@@ -119,7 +119,7 @@ def test_a_file_named_after_train_brings_those_for_the_other_roles(tmp_path: Pat
     names, labels = pictures(tmp_path, 24), sets_of(24)
     rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
     table(tmp_path, rows[16:], name="valid.csv")
-    data = open_data(str(table(tmp_path, rows[:16], name="train.csv")), select_fraction=0)
+    data = open_data(str(table(tmp_path, rows[:16], name="train.csv")), val_fraction=0)
     assert {image.name for image in data.test} == set(names[16:])  # without a test file, it is what tests
     table(tmp_path, rows[16:], name="val.csv")
     refused(tmp_path / "train.csv", "'val.csv' and 'valid.csv'")

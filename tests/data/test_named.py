@@ -41,7 +41,7 @@ def fake_cifar(root: Path, kind: type[CIFAR10], classes: int, each: int = 3) -> 
 def test_torchvisions_cifar_comes_by_timms_name(tmp_path: Path, monkeypatch, name, kind, classes) -> None:
     without_checksums(monkeypatch, kind)
     data = fake_cifar(tmp_path, kind, classes)
-    images = open_data(f"torch/{name}", data_dir=tmp_path, select_fraction=0)
+    images = open_data(f"torch/{name}", data_dir=tmp_path, val_fraction=0)
     assert images.classes == tuple(f"class {n}" for n in range(classes))
     assert len(images.train) == len(data["train"]) and len(images.test) == len(data["test"])
     by_name = {image.name: image for role in ROLES for image in images.role(role)}
@@ -49,8 +49,8 @@ def test_torchvisions_cifar_comes_by_timms_name(tmp_path: Path, monkeypatch, nam
     assert first.label == 4
     expected = data["train"][4].reshape(3, 32, 32).transpose(1, 2, 0)
     np.testing.assert_array_equal(first.read(), expected)
-    held_out = open_data(f"torch/{name}", data_dir=tmp_path, select_fraction=0.34)
-    assert min(held_out.counts["select"]) >= 1 and len(held_out.test) == len(data["test"])
+    held_out = open_data(f"torch/{name}", data_dir=tmp_path, val_fraction=0.34)
+    assert min(held_out.counts["val"]) >= 1 and len(held_out.test) == len(data["test"])
 
 
 def refused(data: str, **options: Any) -> str:
@@ -156,7 +156,7 @@ def test_a_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp
     of_timm(monkeypatch, {"train": Streamed(40), "validation": Streamed(10)})
     images = open_data("wds/pets", data_dir=tmp_path)
     assert images.classes == ("cat", "dog")
-    assert images.counts == {"train": [18, 18], "select": [2, 2], "test": [5, 5]}
+    assert images.counts == {"train": [18, 18], "val": [2, 2], "test": [5, 5]}
     assert images.train[0].read().shape == (6, 8, 3)
 
 
@@ -169,7 +169,7 @@ def test_a_streamed_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPat
 def test_encoded_files_are_read_when_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": Random(40), "validation": Random(50), "test": Random(60, label=-1)}
     of_timm(monkeypatch, splits)
-    images = open_data("hfds/someone/pets", select_fraction=0)
+    images = open_data("hfds/someone/pets", val_fraction=0)
     # The test split has no labels, so validation tests.
     assert images.classes == ("cat", "dog") and (len(images.train), len(images.test)) == (40, 50)
     assert isinstance(images.test[0].read(), bytes)

@@ -64,7 +64,7 @@ def shop(root: Path) -> Path:
 
 
 def opened(root: Path, **options: Any) -> ImageSet:
-    return open_data("wds/shop", data_dir=root, select_fraction=0, **options)
+    return open_data("wds/shop", data_dir=root, val_fraction=0, **options)
 
 
 def refused(root: Path) -> str:
@@ -82,7 +82,7 @@ def test_images_in_shards_are_read_where_they_lie(tmp_path: Path, monkeypatch: p
     for role in ROLES:
         for image in images.role(role):
             number = int(Path(image.name).stem)
-            assert image.name.startswith(f"{'train' if role == 'train' else 'select'}/shop-")
+            assert image.name.startswith(f"{'train' if role == 'train' else 'val'}/shop-")
             assert image.label == number % 2
             content = image.read()
             assert content == png(number) and len(pickle.dumps(image)) < 500
@@ -172,7 +172,7 @@ def test_a_table_of_hugging_faces_is_read_at_random_by_workers(
         (tmp_path / "pets").mkdir(exist_ok=True)
         table = pyarrow.Table.from_pydict(rows, schema=features.arrow_schema)
         pyarrow.parquet.write_table(table, tmp_path / "pets" / f"{name}.parquet")
-    images = open_data(f"hfds/{tmp_path / 'pets'}", data_dir=tmp_path / "arrow", select_fraction=0)
+    images = open_data(f"hfds/{tmp_path / 'pets'}", data_dir=tmp_path / "arrow", val_fraction=0)
     assert images.classes == ("cat", "dog") and (len(images.train), len(images.test)) == (24, 6)
     assert {image.read() for image in images.train} == {png(n) for n in range(24)}
     one, all_ = len(pickle.dumps(images.train[:1])), len(pickle.dumps(images.train))

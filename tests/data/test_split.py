@@ -70,7 +70,7 @@ def test_names_and_order_of_the_files_do_not_matter() -> None:
 
 def test_a_hundred_images_are_split_80_10_10() -> None:
     done = split([image(label, f"{label} {n}") for label in range(2) for n in range(100)], 2)
-    assert done.counts == {"train": [80, 80], "select": [10, 10], "test": [10, 10]}
+    assert done.counts == {"train": [80, 80], "val": [10, 10], "test": [10, 10]}
 
 
 def test_the_test_role_is_the_same_whatever_is_held_out_for_selecting() -> None:
@@ -78,7 +78,7 @@ def test_the_test_role_is_the_same_whatever_is_held_out_for_selecting() -> None:
     sets_of_tests = {tuple(one.key for one in split(images, 2, fraction).test) for fraction in (None, 0, 0.3)}
     assert len(sets_of_tests) == 1
     without = split(images, 2, 0)
-    assert without.select == () and len(without.train) == 72
+    assert without.val == () and len(without.train) == 72
 
 
 def test_copies_stay_together_and_content_under_two_classes_trains() -> None:
@@ -96,7 +96,7 @@ def test_held_out_images_come_from_train_and_leave_test_alone() -> None:
     test = [image(label, f"t{label} {n}") for label in range(2) for n in range(7)]
     given = {"train": train, "test": test}
     done = assemble("set", "set", ["a", "b"], given, None)
-    assert done.counts == {"train": [45, 45], "select": [5, 5], "test": [7, 7]}
+    assert done.counts == {"train": [45, 45], "val": [5, 5], "test": [7, 7]}
     assert assemble("set", "set", ["a", "b"], given, 0).counts["train"] == [50, 50]
 
 
@@ -109,7 +109,7 @@ def test_what_also_stands_in_test_is_taken_out_of_train_and_reported() -> None:
         image(1, "t1", "test/1/t1"),
     ]
     done = assemble("set", "set", ["a", "b"], {"train": train, "test": test}, 0)
-    assert done.counts == {"train": [8, 10], "select": [0, 0], "test": [2, 2]}
+    assert done.counts == {"train": [8, 10], "val": [0, 0], "test": [2, 2]}
     assert [(d.names, d.kept, d.removed, d.two_classes) for d in done.duplicates] == [
         (("test/0/4", "train/0/4"), "test", ("train/0/4",), False),
         (("test/1/5", "train/0/5"), "test", ("train/0/5",), True),
@@ -121,10 +121,10 @@ def test_the_fingerprint_changes_with_any_content_class_or_role(change: str) -> 
     def roles(changed: str = "") -> ImageSet:
         train = [image(0, "a"), image(1, "b"), image(0, "other" if changed == "content" else "c")]
         train.append(image(1 if changed == "label" else 0, "d"))
-        select, test = [image(0, "e"), image(1, "f")], [image(0, "g"), image(1, "h")]
-        (select if changed == "role" else train).append(image(0, "i"))
+        val, test = [image(0, "e"), image(1, "f")], [image(0, "g"), image(1, "h")]
+        (val if changed == "role" else train).append(image(0, "i"))
         classes = ["a", "z" if changed == "class" else "b"]
-        return assemble("set", "set", classes, {"train": train, "select": select, "test": test}, None)
+        return assemble("set", "set", classes, {"train": train, "val": val, "test": test}, None)
 
     assert roles().fingerprint == roles().fingerprint
     assert roles(change).fingerprint != roles().fingerprint
@@ -132,7 +132,7 @@ def test_the_fingerprint_changes_with_any_content_class_or_role(change: str) -> 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
-    with pytest.raises(UsageError, match="--select-fraction"):
+    with pytest.raises(UsageError, match="--val-fraction"):
         split([image(label, n) for label in range(2) for n in range(5)], 2, fraction)
 
 

@@ -28,16 +28,16 @@ def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
     data = split(many(2000, [0.5, 0.2, 0.05, 0.01]), 4)
     for label in range(4):
         whole = sum(data.counts[role][label] for role in ROLES)
-        for role in ("select", "test"):
+        for role in ("val", "test"):
             assert data.counts[role][label] == pytest.approx(0.1 * whole, abs=max(2, 0.02 * whole))
-    assert len(data.test) == pytest.approx(200, rel=0.1) and len(data.select) == pytest.approx(200, rel=0.1)
+    assert len(data.test) == pytest.approx(200, rel=0.1) and len(data.val) == pytest.approx(200, rel=0.1)
 
 
 def test_images_of_no_class_are_held_out_like_the_others() -> None:
     data = split([*many(300, [0.4, 0.3]), *(image(1000 + n) for n in range(100))], 2)
     empty = {role: sum(not one.labels for one in data.role(role)) for role in ROLES}
     assert empty["test"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
-    assert empty["select"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
+    assert empty["val"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
 
 
 def test_the_roles_follow_from_content_alone() -> None:
@@ -69,7 +69,7 @@ def test_a_given_test_role_stays_as_it_is() -> None:
     given = {"train": images[:150], "test": images[150:]}
     data = assemble("x", "x", ["0", "1"], given, None, multi_label=True)
     assert {one.key for one in data.test} == {one.key for one in images[150:]}
-    assert len(data.select) == pytest.approx(15, abs=3)
+    assert len(data.val) == pytest.approx(15, abs=3)
 
 
 def test_too_few_images_for_three_roles_are_refused() -> None:

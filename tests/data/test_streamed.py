@@ -48,7 +48,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Image, ...]:
     for name in ("test/a/0.png", "test/b/1.png"):
         save(root / name, hash(name) % 100)
     (root / BROKEN).write_bytes((root / "train/a/0.jpg").read_bytes()[:300])
-    return open_folder(root, select_fraction=0).train
+    return open_folder(root, val_fraction=0).train
 
 
 def canonical(policy: ViewPolicy) -> Canonical:
@@ -134,7 +134,7 @@ def test_images_without_a_file_are_sent_to_workers(workers: Workers) -> None:
 def test_an_image_that_vanishes_or_changes_stops_the_job(workers: Workers, tmp_path: Path) -> None:
     for name in ("a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"):
         save(tmp_path / name, int(name[2]))
-    images = open_folder(tmp_path, select_fraction=0).train
+    images = open_folder(tmp_path, val_fraction=0).train
     _, streamed = both(images, POLICIES["center"], workers)
     file = tmp_path / images[1].name
     save(file, 77)

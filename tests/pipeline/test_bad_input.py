@@ -84,7 +84,7 @@ from .little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refu
         (["--data-dir", "elsewhere"], ["--data-dir", "no use where --data is a folder"]),
         (["--download"], ["--download", "no use where --data is a folder"]),
         (["--set", "\udcff"], ["'\\xff' is not of the form KEY=VALUE"]),
-        (["--select-fraction", "1"], ["--select-fraction 1"]),
+        (["--val-fraction", "1"], ["--val-fraction 1"]),
         (["--label-smoothing", "1"], ["--label-smoothing 1"]),
         (["--image-size", "4"], ["--image-size 4"]),
         (["--bench-seconds", "0"], ["--bench-seconds 0"]),
@@ -271,8 +271,8 @@ def test_a_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp
     assert set(skipped) == {"red/text.jpg", "blue/half.png", "green/empty.jpg"}
     assert all(skipped.values())
     # Of the 302 that are not empty two cannot be read, and none of these is counted.
-    assert found["train"] + found["select"] + found["test"] == 300
-    for role in ("train", "select", "test"):
+    assert found["train"] + found["val"] + found["test"] == 300
+    for role in ("train", "val", "test"):
         assert sum(found["per_class"][role].values()) == found[role]
     assert any("left out" in line for line in report(tmp_path / "run")["warnings"])
 
@@ -308,7 +308,7 @@ def test_every_odd_kind_of_image_takes_part(cache, tmp_path):
     assert result.exit_code == 0, result.output
     found = report(tmp_path / "run")["data"]
     assert found["skipped"] == []
-    assert sum(found["per_class"][role]["red"] for role in ("train", "select", "test")) == 29
+    assert sum(found["per_class"][role]["red"] for role in ("train", "val", "test")) == 29
 
 
 def test_data_that_changes_under_a_run_is_refused(cache, tmp_path):

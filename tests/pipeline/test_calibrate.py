@@ -126,12 +126,12 @@ def test_several_teachers_are_measured_each_and_together(data, cache, tmp_path):
     assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["accuracy"]["top1"])
 
 
-def test_without_select_images_it_is_refused_before_anything_starts(cache, tmp_path):
+def test_without_val_images_it_is_refused_before_anything_starts(cache, tmp_path):
     given = little.photos(
         tmp_path / "data", {f"{r}/{c}": n for r, n in (("train", 12), ("val", 4)) for c in little.CLASSES}
     )
-    result = little.job(given, tmp_path / "run", cache, "--select-fraction", "0", "--calibrate")
-    refused(result, 2, "--calibrate", "--select-fraction 0.1")
+    result = little.job(given, tmp_path / "run", cache, "--val-fraction", "0", "--calibrate")
+    refused(result, 2, "--calibrate", "--val-fraction 0.1")
     assert not (tmp_path / "run").exists()
 
 

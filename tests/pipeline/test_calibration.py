@@ -251,7 +251,7 @@ def test_logits_that_are_all_alike_keep_temperature_1():
 
 
 def test_without_images_or_with_logits_that_are_not_finite_no_temperature_is_fitted():
-    with pytest.raises(JobError, match="select"):
+    with pytest.raises(JobError, match="val"):
         fit_temperature(np.empty((0, 3), dtype=np.float32), np.empty(0, dtype=np.int64))
     with pytest.raises(JobError, match="finite"):
         fit_temperature(np.array([[np.inf, 0.0]], dtype=np.float32), np.array([0]))

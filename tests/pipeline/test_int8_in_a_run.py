@@ -65,7 +65,7 @@ def test_each_calibrator_is_tried_and_one_ships(a_run: Path) -> None:
     assert ships["p50"] > 0 and ships["speedup"]["over"] == "fp32"
     file = a_run / found["file"]
     assert ships["bytes"] == file.stat().st_size
-    assert found["role"] == "select" and found["n"] == 6
+    assert found["role"] == "val" and found["n"] == 6
     kinds = {one["op_type"] for one in found["float_parts"]}
     assert "QuantizeLinear" in kinds or "DequantizeLinear" in kinds
     assert not list(a_run.glob(".int8*"))  # candidates leave nothing behind
@@ -179,7 +179,7 @@ def test_what_ships_beyond_the_budget_is_warned_of_with_its_remedies(
     [told] = [warning for warning in report(out)["warnings"] if "--max-drop" in warning]
     assert told in result.stderr
     for word in (
-        "loses 16.67 points on 6 select images, more than the 0.7 of --max-drop",
+        "loses 16.67 points on 6 val images, more than the 0.7 of --max-drop",
         "the loss is 1 image, and one or two may be chance",
         "compress export RUN --qat",
         "--file student.onnx",
@@ -197,15 +197,15 @@ def test_the_same_run_gives_the_same_bytes(a_run: Path, tmp_path: Path, data: Pa
     assert sums[0] == sums[1]
 
 
-def test_without_select_images_the_training_images_decide_and_it_is_said(
+def test_without_val_images_the_training_images_decide_and_it_is_said(
     tmp_path: Path, data: Path, cache: Path
 ) -> None:
     out = tmp_path / "run"
-    result = job(data, out, cache, "--select-fraction", "0", "--until", "quantize")
+    result = job(data, out, cache, "--val-fraction", "0", "--until", "quantize")
     assert result.exit_code == 0, (result.output, result.exception)
     (found,) = report(out)["int8"]
     assert found["role"] == "train" and found["n"] == 16
-    assert "There are no select images" in result.stderr
+    assert "There are no val images" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_targets_are_one_for_each_class_of_an_image(tmp_path: Path) -> None:
         rows.append(f"{n}.png,{'a;c' if n % 2 else 'b'}")
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     data = open_label_file(tmp_path / "labels.csv")
-    images = (*data.train, *data.select, *data.test)
+    images = (*data.train, *data.val, *data.test)
     found = Readable(images, ()).targets(data)
     assert found.dtype == torch.float32
     for image, row in zip(images, found.tolist(), strict=True):

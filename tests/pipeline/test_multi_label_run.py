@@ -76,16 +76,16 @@ def test_the_report_has_map_and_f1_of_the_files_that_ship(run: Path, labels: Pat
         assert found["low"] <= found["map"] <= found["high"] and found["n"] == len(test)
     losses = [one["losses"] for one in report["epochs"] if one["stage"] == "student"]
     assert all({"loss", "ce", *METHODS.split("+")} == set(one) for one in losses)
-    assert all(one["train_accuracy"] is None and one["select_accuracy"] > 0 for one in report["epochs"])
+    assert all(one["train_accuracy"] is None and one["val_accuracy"] > 0 for one in report["epochs"])
 
 
-def test_the_thresholds_are_the_fp32_files_best_on_the_select_images(run: Path, labels: Path) -> None:
+def test_the_thresholds_are_the_fp32_files_best_on_the_val_images(run: Path, labels: Path) -> None:
     manifest = json.loads((run / "artifact" / "manifest.json").read_text())
     assert manifest["task"] == "multi-label" and len(manifest["thresholds"]) == 10
     data = open_data(str(labels))
-    answers = Classifier.load(run, precision="fp32").predict([i.read() for i in data.select], top=10)
+    answers = Classifier.load(run, precision="fp32").predict([i.read() for i in data.val], top=10)
     p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
-    targets = np.array([[label in i.labels for label in range(10)] for i in data.select], dtype=np.float32)
+    targets = np.array([[label in i.labels for label in range(10)] for i in data.val], dtype=np.float32)
     expected = multi_label.choose_thresholds(np.log(p) - np.log1p(-p), targets)
     np.testing.assert_allclose(manifest["thresholds"], expected, atol=1e-6)
     for name in ("student.onnx", "student.int8.onnx"):

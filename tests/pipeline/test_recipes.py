@@ -30,7 +30,7 @@ def options(recipe: str, teacher: str = "cifar_resnet56", student: str = "cifar_
 def test_every_recipe_makes_valid_options_for_every_pair(name: str, teacher: str) -> None:
     chosen = options(name, teacher, PAIRS[teacher])
     methods.parameters(methods.names(chosen.method), chosen.settings)
-    assert (chosen.select_fraction, chosen.balance, chosen.decay_all) == (0, "off", True)
+    assert (chosen.val_fraction, chosen.balance, chosen.decay_all) == (0, "off", True)
     assert chosen.student_weights == "none"  # the papers' students start from scratch
 
 
@@ -96,7 +96,7 @@ def test_the_report_names_the_recipe_its_source_and_what_was_changed(
 def test_the_papers_recipes_train_on_all_of_train(data: Path) -> None:
     given = {"recipe": "kd-cifar100", "teacher": little.TEACHER, "student": little.STUDENT, "data": str(data)}
     _, images = resolve(read_options(given))
-    assert len(images.select) == 0
+    assert len(images.val) == 0
 
 
 WELL = "about: a\nsource: b\noptions: {lr: 0.1}\n"

@@ -22,7 +22,7 @@ def test_workers_train_the_very_student_that_decoded_images_train(
     # Of the training images, nothing but their sizes was written.
     assert len(list((cache / "sizes").iterdir())) == 1
     rendered = sum(file.stat().st_size for file in cache.rglob("pixels.bin"))
-    assert rendered <= 16 * 16 * 3 * (ours["select"] + ours["test"])
+    assert rendered <= 16 * 16 * 3 * (ours["val"] + ours["test"])
 
 
 def test_a_run_says_that_workers_decode_and_keeps_to_it(

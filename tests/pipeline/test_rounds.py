@@ -56,9 +56,9 @@ def test_the_report_has_each_rounds_accuracy(rounds: Path) -> None:
         (2, "round 1", 1, "student.safetensors"),
     ]
     for one in found["rounds"]:
-        assert one["select_accuracy"]["n"] == found["data"]["select"]
+        assert one["val_accuracy"]["n"] == found["data"]["val"]
         assert one["accuracy"]["n"] == found["data"]["test"]
-    assert found["student"]["select_accuracy"] == found["rounds"][1]["select_accuracy"]
+    assert found["student"]["val_accuracy"] == found["rounds"][1]["val_accuracy"]
     assert {epoch["stage"] for epoch in found["epochs"]} == {"teacher", "round 1", "student"}
     for page in ("report.md", "report.html"):
         assert "2 (ships)" in (rounds / page).read_text()

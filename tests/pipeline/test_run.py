@@ -57,7 +57,7 @@ def test_the_built_in_digits_are_named_as_such_in_one_line(digits):
 
 def test_the_digits_have_three_roles_of_80_10_and_10_percent(digits):
     data = report(digits)["data"]
-    assert (data["train"], data["select"], data["test"]) == (1439, 179, 179)
+    assert (data["train"], data["val"], data["test"]) == (1439, 179, 179)
     assert all(min(counts.values()) > 0 for counts in data["per_class"].values())
 
 
@@ -482,16 +482,16 @@ def test_two_teachers_are_a_list_and_their_ensemble_is_the_teacher(data, cache, 
     assert (out / "teacher.0.safetensors").exists() and (out / "teacher.1.safetensors").exists()
 
 
-def test_select_fraction_0_trains_on_everything_but_the_test_images(cache, tmp_path):
+def test_val_fraction_0_trains_on_everything_but_the_test_images(cache, tmp_path):
     given = little.photos(
         tmp_path / "data", {f"{r}/{c}": n for r, n in (("train", 12), ("val", 4)) for c in little.CLASSES}
     )
     out = tmp_path / "run"
-    result = job(given, out, cache, "--select-fraction", "0", "--until", "validate")
+    result = job(given, out, cache, "--val-fraction", "0", "--until", "validate")
     assert result.exit_code == 0, result.output
     found = report(out)
-    assert (found["data"]["train"], found["data"]["select"], found["data"]["test"]) == (36, 0, 12)
-    assert found["student"]["select_accuracy"] is None and found["student"]["accuracy"]["n"] == 12
+    assert (found["data"]["train"], found["data"]["val"], found["data"]["test"]) == (36, 0, 12)
+    assert found["student"]["val_accuracy"] is None and found["student"]["accuracy"]["n"] == 12
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")

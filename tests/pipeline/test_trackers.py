@@ -58,11 +58,11 @@ def train(job: Job, numbers: range, stage: str = "student", close: bool = True) 
 
 def test_an_epoch_is_told_in_scalars_by_name_and_what_is_unknown_is_left_out():
     told = values(
-        epoch(2, watched={"gamma (map)": 12.0}, select_accuracy=80.0, shares={"data": 0.25, "student": 0.75},
+        epoch(2, watched={"gamma (map)": 12.0}, val_accuracy=80.0, shares={"data": 0.25, "student": 0.75},
               mfu=0.3, peak_memory_bytes=10**9)
     )  # fmt: skip
     assert told == {
-        "loss/sum": 2.5, "loss/ce": 0.5, "loss/quest": 2.0, "accuracy/select": 80.0, "learning_rate": 0.1,
+        "loss/sum": 2.5, "loss/ce": 0.5, "loss/quest": 2.0, "accuracy/val": 80.0, "learning_rate": 0.1,
         "watched/gamma (map)": 12.0, "speed/images_per_second": 100.0, "speed/mfu": 0.3,
         "speed/share_data": 0.25, "speed/share_student": 0.75, "memory/peak_bytes": 10**9,
     }  # fmt: skip

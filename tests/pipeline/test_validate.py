@@ -218,10 +218,10 @@ def test_of_given_roles_the_test_images_are_asked(finished: Path, tmp_path: Path
     found = validate(finished, data=data, role="all", **out)
     assert found.n == 9 and found.role == "all"
     told = little.refused(
-        little.compress("validate", finished, "--data", data, "--role", "select", "--out", tmp_path / "out"),
+        little.compress("validate", finished, "--data", data, "--role", "val", "--out", tmp_path / "out"),
         2,
     )
-    assert "no select images but train and test" in told
+    assert "no val images but train and test" in told
 
 
 def test_training_images_are_known_again_among_others_and_elsewhere(

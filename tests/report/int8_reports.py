@@ -9,7 +9,7 @@ from .reports import full, without
 
 
 def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.684, **more: Any) -> TriedInt8:
-    """A candidate that has so many of 400 select images wrong more than fp32, which has 360 right."""
+    """A candidate that has so many of 400 val images wrong more than fp32, which has 360 right."""
     return TriedInt8(
         **{
             "name": name,
@@ -42,7 +42,7 @@ def searched(target: str, candidates: list[TriedInt8], **more: Any) -> Int8Searc
             "target": target,
             "file": "artifact/student.int8.onnx" if ships else None,
             "max_drop": 0.5,
-            "role": "select",
+            "role": "val",
             "n": 400,
             "fp32_score": 90.0,
             "p50_fp32": 1.31,

@@ -82,7 +82,7 @@ def full(classes: list[str] | None = None) -> Report:
         gmacs=0.674,
         licence="Apache-2.0",
         head="replaced",
-        select_accuracy=Accuracy.of(312, 341),
+        val_accuracy=Accuracy.of(312, 341),
         file="bench/teacher.onnx",
         sha256="9c2f" * 16,
         opset=20,
@@ -123,7 +123,7 @@ def full(classes: list[str] | None = None) -> Report:
             "calibration": {"images": 512, "method": "minmax"},
         },
     )  # fmt: skip
-    counts = {"train": [9 * t for t in test], "select": list(test), "test": test}
+    counts = {"train": [9 * t for t in test], "val": list(test), "test": test}
     return Report(
         title="mobilenetv2 from resnet34 on clothing",
         command="compress --teacher resnet34 --student mobilenetv2 --data photos/clothing --image-size 96",
@@ -135,7 +135,7 @@ def full(classes: list[str] | None = None) -> Report:
             name="clothing",
             classes=names,
             train=sum(counts["train"]),
-            select=sum(counts["select"]),
+            val=sum(counts["val"]),
             test=n,
             per_class={role: dict(zip(names, numbers, strict=True)) for role, numbers in counts.items()},
             skipped=[("train/hat/0213.jpg", "truncated: the file ends within the image")],
@@ -174,7 +174,7 @@ def full(classes: list[str] | None = None) -> Report:
         confusion=confusion,
         warnings=["The teacher's weights are under a licence that is not a free one: CC BY-NC 4.0."],
         stages=[
-            StageTime(stage="teacher", seconds=412.2, summary="resnet34, 91.5 % on 341 select images"),
+            StageTime(stage="teacher", seconds=412.2, summary="resnet34, 91.5 % on 341 val images"),
             StageTime(stage="prepare", seconds=8.4, summary="704 words, perplexity 432"),
             StageTime(stage="student", seconds=1260.9, summary="mobilenetv2_100, 60 epochs"),
             StageTime(stage="bench", seconds=21.3, summary="0.684 ms at 1 thread"),
@@ -194,7 +194,7 @@ def full(classes: list[str] | None = None) -> Report:
             "epochs": 60,
             "set": {"quest": {"words": 4096}},
             "download": False,
-            "select_fraction": 0.1,
+            "val_fraction": 0.1,
         },
         artifact="artifact",
     )
@@ -225,7 +225,7 @@ def epochs(stage: str, n: int) -> list[Epoch]:
                 losses={**losses, "loss": sum(losses.values())},
                 watched=watched,
                 train_accuracy=97 - 62 * decay + 60 * noise,
-                select_accuracy=91 - 56 * decay + 90 * noise,
+                val_accuracy=91 - 56 * decay + 90 * noise,
                 seconds=20.5,
                 shares={"data": 0.08, "teacher": 0.32, "student": 0.6} if stage == "student" else {},
                 peak_memory_bytes=1_840_000_000 if stage == "student" else 1_210_000_000,

@@ -57,7 +57,7 @@ def test_the_section_stands_in_html_and_markdown_with_every_networks_figures():
     for one in (page, text):
         assert "Calibration" in one and ece in one and before in one
         assert "Student int8, without temperature" in one
-        assert "temperature of 2.00, fitted on 341 select images (95 % interval 1.80–2.20)" in one
+        assert "temperature of 2.00, fitted on 341 val images (95 % interval 1.80–2.20)" in one
         assert "is a bootstrap over the images" in one
 
 

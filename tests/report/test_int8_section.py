@@ -120,17 +120,17 @@ def test_a_target_of_other_processors_has_a_table_and_no_plot() -> None:
 def test_the_text_says_how_the_candidates_fared() -> None:
     first = int8.section(int8_reports.with_int8()).targets[0].text
     assert first.startswith(
-        "Of 4 candidates 2 keep within 0.5 points of fp32’s accuracy on 400 select images; "
+        "Of 4 candidates 2 keep within 0.5 points of fp32’s accuracy on 400 val images; "
         "the most accurate of them ships: entropy, biases corrected, −0.2 points."
     )
     assert "A larger loss is not refused" not in first
     second = int8.section(int8_reports.with_int8()).targets[1].text
     assert second.startswith(
-        "The only candidate keeps within 0.5 points of fp32’s accuracy on 400 select images; "
+        "The only candidate keeps within 0.5 points of fp32’s accuracy on 400 val images; "
         "it ships: minmax, +0.0 points."
     )
     both = int8.section(int8_reports.with_recovery()).targets[0].text
-    assert both.startswith("Both candidates keep within 0.5 points of fp32’s accuracy on 400 select images;")
+    assert both.startswith("Both candidates keep within 0.5 points of fp32’s accuracy on 400 val images;")
     report = int8_reports.with_int8()
     few = report.int8[0].model_copy(update={"max_drop": 0.1})
     told = int8.section(report.model_copy(update={"int8": [few]})).targets[0].text
@@ -165,7 +165,7 @@ def test_without_a_search_there_is_no_section() -> None:
 
 FIRST_LINE = (
     "The fp32 file ships: of 2 int8 candidates for x86-vnni none keeps within 0.5 points of fp32’s accuracy "
-    "on 400 select images; the best, entropy, loses 1.8 points."
+    "on 400 val images; the best, entropy, loses 1.8 points."
 )
 
 
@@ -202,7 +202,7 @@ def test_a_second_target_without_a_file_is_a_note() -> None:
     notes = headline.notes(report.model_copy(update={"int8": [report.int8[0], lost]}))
     assert (
         "No int8 file for arm64: of 1 int8 candidate for arm64 none keeps within 0.5 points of fp32’s "
-        "accuracy on 400 select images; the best, minmax, loses 1.5 points."
+        "accuracy on 400 val images; the best, minmax, loses 1.5 points."
     ) in notes
     assert not headline.lead(report).startswith("The fp32")
 
@@ -232,7 +232,7 @@ def test_recovery_compares_training_with_the_file_on_the_same_images() -> None:
     top1, n = report.student_int8.accuracy.top1, report.student_int8.accuracy.n
     section = int8.section(report)
     assert section.recovery.rows == [
-        ["select", "400", "90.5 %", "89.8 %", "−0.8 points"],
+        ["val", "400", "90.5 %", "89.8 %", "−0.8 points"],
         ["test", f"{n}", "84.0 %", f"{top1:.1f} %", f"+{top1 - 84:.1f} points"],
     ]
     assert section.recovery_text.startswith("With --qat the student learned on for 4 epochs")
@@ -250,7 +250,7 @@ def test_recovery_does_not_compare_another_candidates_test_accuracy() -> None:
 def test_recovery_alone_is_shown_as_far_as_it_is_known() -> None:
     report = reports.bare().model_copy(update={"recovery": int8_reports.with_recovery().recovery})
     assert int8.section(report).recovery.rows == [
-        ["select", "–", "90.5 %", "–", "–"],
+        ["val", "–", "90.5 %", "–", "–"],
         ["test", "–", "84.0 %", "–", "–"],
     ]
     assert [id for id, _ in page(report).sections] == ["int8", "details"]

@@ -128,10 +128,10 @@ def test_a_report_of_a_run_under_way_is_whole(state: str, tmp_path: Path) -> Non
     assert "None" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_without_test_images_the_page_shows_the_accuracy_on_select_images() -> None:
+def test_without_test_images_the_page_shows_the_accuracy_on_val_images() -> None:
     report = reports.teacher_only()
     assert "accuracy on test images not measured" in html(report)
-    assert "teacher 91.5 % (88.1–94.0 %) on select images, before export" in markdown(report)
+    assert "teacher 91.5 % (88.1–94.0 %) on val images, before export" in markdown(report)
 
 
 def test_the_same_report_gives_the_same_bytes() -> None:

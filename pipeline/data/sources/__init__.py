@@ -20,7 +20,7 @@ def open_data(
     *,
     data_dir: Path | None = None,
     download: bool = False,
-    select_fraction: float | None = None,
+    val_fraction: float | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """The image set that ``--data`` names, with its roles.
@@ -30,7 +30,7 @@ def open_data(
     """
     given = read_data(data, data_dir=data_dir, download=download, progress=progress)
     with _pointing_at_labels(Path(data).expanduser()):
-        return given.assembled(select_fraction)
+        return given.assembled(val_fraction)
 
 
 def read_data(

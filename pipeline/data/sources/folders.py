@@ -19,7 +19,7 @@ EXTENSIONS = frozenset(
 )
 ROLE_FOLDERS: dict[str, Role] = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "select"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 # Folders that systems leave behind; hidden ones are passed over anyway.
@@ -27,7 +27,7 @@ NOT_CLASSES = frozenset(("__MACOSX", "@eaDir", "lost+found", "__pycache__"))
 
 
 def open_folder(
-    path: Path, *, select_fraction: float | None = None, progress: Progress | None = None
+    path: Path, *, val_fraction: float | None = None, progress: Progress | None = None
 ) -> ImageSet:
     """The image set in a folder.
 
@@ -39,7 +39,7 @@ def open_folder(
     Raises:
         UsageError: the folder is missing, a file, empty, or not of this form, or its classes don't fit.
     """
-    return read_folder(path, progress=progress).assembled(select_fraction)
+    return read_folder(path, progress=progress).assembled(val_fraction)
 
 
 def read_folder(path: Path, *, to_learn: bool = True, progress: Progress | None = None) -> Given:
@@ -170,8 +170,8 @@ def _by_role(walk: Walk, role_folders: dict[Path, Role], to_learn: bool) -> tupl
         by_name[role] = {name: found for name, found in files.items() if found}
         if not by_name[role]:
             raise UsageError(f"The class folders in '{top.name}' hold no images.")
-    if "test" not in by_name and "select" in by_name:
-        by_name["test"], folder_of["test"] = by_name.pop("select"), folder_of.pop("select")
+    if "test" not in by_name and "val" in by_name:
+        by_name["test"], folder_of["test"] = by_name.pop("val"), folder_of.pop("val")
     classes = list(dict.fromkeys(name for role in by_name.values() for name in role))
     if to_learn:
         classes = list(by_name["train"])

@@ -249,7 +249,7 @@ def open_label_file(
     path: Path,
     *,
     data_dir: Path | None = None,
-    select_fraction: float | None = None,
+    val_fraction: float | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """The image set of a labels file.
@@ -270,7 +270,7 @@ def open_label_file(
     Raises:
         UsageError: the file is not of this form, names images that are not there, or its classes don't fit.
     """
-    return read_label_file(path, data_dir=data_dir, progress=progress).assembled(select_fraction)
+    return read_label_file(path, data_dir=data_dir, progress=progress).assembled(val_fraction)
 
 
 def read_label_file(
@@ -459,8 +459,8 @@ def _by_role(
             by_role.setdefault(row.role or named, {})[file] = row
     if to_learn and "train" not in by_role:
         raise UsageError("The labels file has no image to train on; give some the split 'train'.")
-    if "test" not in by_role and "select" in by_role:
-        by_role["test"] = by_role.pop("select")
+    if "test" not in by_role and "val" in by_role:
+        by_role["test"] = by_role.pop("val")
     return by_role
 
 
@@ -477,7 +477,7 @@ def _check_trained(classes: Iterable[str], by_role: Mapping[Role, dict[Path, Row
         UsageError: a class is seen in another role than train alone.
     """
     shown = {role: {one for row in rows.values() for one in row.labels} for role, rows in by_role.items()}
-    for role, what in (("test", "testing"), ("select", "selecting")):
+    for role, what in (("test", "testing"), ("val", "selecting")):
         only = [one for one in classes if one in shown.get(role, ()) and one not in shown["train"]]  # type: ignore[call-overload]
         if only:
             raise UsageError(

@@ -30,12 +30,12 @@ def open_named(
     *,
     data_dir: Path | None = None,
     download: bool = False,
-    select_fraction: float | None = None,
+    val_fraction: float | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """A data set by its name in timm (``timm.data.create_dataset``), with that set's own training split.
 
-    Its validation split is the select role where there is a labelled test split too, and the test role where
+    Its validation split is the val role where there is a labelled test split too, and the test role where
     there is none. ``data_dir`` is where its files are or go; ``download`` lets them be fetched. Encoded
     images stay where they are (Hugging Face's tables, WebDataset's tar files in ``data_dir``); what a reader
     only streams, and torchvision's small sets, is held in memory, up to 4 GiB of pixels.
@@ -44,7 +44,7 @@ def open_named(
         UsageError: the set is not there, its package is missing, it has no classes, or it is too large.
     """
     given = read_named(name, data_dir=data_dir, download=download, progress=progress)
-    return given.assembled(select_fraction)
+    return given.assembled(val_fraction)
 
 
 def read_named(
@@ -95,8 +95,8 @@ def _assembled(
     given = {role: images for role, images in given.items() if images}
     if "train" not in given:
         raise UsageError(f"{name} has no labelled training images.")
-    if "test" not in given and "select" in given:
-        given["test"] = given.pop("select")
+    if "test" not in given and "val" in given:
+        given["test"] = given.pop("val")
     classes = _class_names(dataset, 1 + max(image.label for images in given.values() for image in images))
     return Given(name, name, tuple(classes), given, has_roles=len(given) > 1, skipped=(*skipped, *unlabelled))
 
@@ -105,7 +105,7 @@ def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> di
     """timm's data sets of the splits there are; ``train`` always."""
     found: dict[Role, Any] = {"train": _create(name, "train", data_dir, download)}
     # torchvision's sets have two halves: whatever isn't 'train' is the other one.
-    roles: tuple[Role, ...] = ("select",) if prefix == "torch" else ("select", "test")
+    roles: tuple[Role, ...] = ("val",) if prefix == "torch" else ("val", "test")
     for role in roles:
         for split in SYNONYMS[role]:
             try:
@@ -216,13 +216,13 @@ def _class_names(dataset: Any, count: int) -> list[str]:
     return [", ".join(name) if isinstance(name, tuple) else str(name) for name in named]
 
 
-def open_digits(*, select_fraction: float | None = None) -> ImageSet:
+def open_digits(*, val_fraction: float | None = None) -> ImageSet:
     """scikit-learn's ``load_digits``: 1,797 real 8×8 images of the digits 0 to 9, as uint8 RGB.
 
     Their 17 levels of grey (0 to 16) are spread over 0 to 255. Source: UCI Optical Recognition of
     Handwritten Digits (Alpaydin and Kaynak 1998), its test part.
     """
-    return read_digits().assembled(select_fraction)
+    return read_digits().assembled(val_fraction)
 
 
 def read_digits() -> Given:

@@ -22,7 +22,7 @@ from ..dataset import Image, Progress, Role, Skipped, Span, printable
 INFO = ("_info.json", "info.json")
 SYNONYMS: dict[Role, tuple[str, ...]] = {
     "train": ("train",),
-    "select": ("validation", "val", "valid"),
+    "val": ("validation", "val", "valid"),
     "test": ("test",),
 }
 IMAGES = ("jpg", "jpeg", "png", "webp")

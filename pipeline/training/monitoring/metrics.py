@@ -87,12 +87,12 @@ class Log:
 
 
 def _in_words(epoch: Epoch) -> str:
-    """student epoch 3/20: loss 1.204, quest 0.310, select 71.2 %, 259 images/s."""
+    """student epoch 3/20: loss 1.204, quest 0.310, val 71.2 %, 259 images/s."""
     losses = ", ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
     seen = "".join(f", {name} {value:.4g}" for name, value in epoch.watched.items())
-    select = "" if epoch.select_accuracy is None else f", select {epoch.select_accuracy:.2f} %"
+    val = "" if epoch.val_accuracy is None else f", val {epoch.val_accuracy:.2f} %"
     rate = f"{epoch.images_per_second:,.0f} images/s"
-    return f"{epoch.stage} epoch {epoch.epoch}/{epoch.epochs}: {losses}{seen}{select}, {rate}"
+    return f"{epoch.stage} epoch {epoch.epoch}/{epoch.epochs}: {losses}{seen}{val}, {rate}"
 
 
 class Meter:

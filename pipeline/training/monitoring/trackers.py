@@ -111,7 +111,7 @@ def values(epoch: Epoch) -> dict[str, float]:
     found: dict[str, float | None] = {
         **{f"loss/{'sum' if name == 'loss' else name}": value for name, value in epoch.losses.items()},
         "accuracy/train": epoch.train_accuracy,
-        "accuracy/select": epoch.select_accuracy,
+        "accuracy/val": epoch.val_accuracy,
         "learning_rate": epoch.learning_rate,
         **{f"watched/{name}": value for name, value in epoch.watched.items()},
         "speed/images_per_second": epoch.images_per_second,
