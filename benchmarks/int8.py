@@ -25,7 +25,7 @@ from int8_making import File, Images, files_of, read
 from int8_tables import tables
 from questpress.export.latency.runner import BenchResult, Progress, Subject, bench, environment
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.runs.files import whole, write_json
+from questpress.pipeline.runs.files import atomic_write, write_json
 
 OPENVINO = Path(__file__).with_name("openvino_worker.py")
 MODELS = (
@@ -92,7 +92,7 @@ class Trials:
         subjects = [Subject(kind, files[kind].path, inputs, script(kind)) for kind in timed(files)]
         result = bench(subjects, threads=[threads], seconds=self.seconds, seed=self.seed, progress=told(name))
         samples: dict[str, Any] = dict(result.raw())
-        with whole(self.folder / f"{name}.npz") as part, part.open("wb") as raw:
+        with atomic_write(self.folder / f"{name}.npz") as part, part.open("wb") as raw:
             np.savez_compressed(raw, **samples)
         found = {"made_with": self._made_with(files, threads), **figures(result, files, threads)}
         write_json(self.folder / f"{name}.json", found)

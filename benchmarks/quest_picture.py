@@ -64,10 +64,10 @@ def look(run: Path, cache: Path | None) -> Seen:
         assert isinstance(method, Quest)
         term = method.terms[0]
         assert isinstance(term, WordPrediction)
-        teacher = load_teacher(job, job.tutors[term.teacher], engine)
+        teacher = load_teacher(job, job.current_teachers[term.teacher], engine)
         for_teacher, for_student = (
             job.rendered("val", member)[0].permute(0, 3, 1, 2)
-            for member in (job.tutors[term.teacher], job.student)
+            for member in (job.current_teachers[term.teacher], job.student)
         )
         p_t, p_s, distances = [], [], []
         for of_teacher, of_student in zip(for_teacher.split(64), for_student.split(64), strict=True):

@@ -28,7 +28,7 @@ from ..evaluation.latency import (
 from ..runs.artifacts import Files, Found, find, images_of_run
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.console import Display
-from ..runs.files import command, sha256, whole, write_text
+from ..runs.files import atomic_write, command, sha256, write_text
 from ..runs.folder import RunFolder
 from ..runs.record import with_checksum
 
@@ -162,7 +162,7 @@ def save(found: Bench, raw: dict[str, np.ndarray], folder: Path) -> None:
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
-    with whole(folder / SAMPLES) as part, part.open("wb") as file:
+    with atomic_write(folder / SAMPLES) as part, part.open("wb") as file:
         np.savez_compressed(file, **raw)  # type: ignore[arg-type]
     write_text(folder / RESULTS, found.model_dump_json(indent=2) + "\n")
 

@@ -19,7 +19,7 @@ from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device
 from ..runs.files import command, refuse_inside_data, sha256
-from ..runs.folder import Done, RunFolder
+from ..runs.folder import RunFolder, StageResult
 from ..runs.interrupt import STOP
 from ..runs.results import Report
 from ..training.compute import distributed
@@ -69,7 +69,7 @@ def compress(
         ranks = join()
         try:
             asked = read_options({key: value for key, value in given.items() if value is not None})
-            display = Display(quiet=asked.quiet or not ranks.lead, verbose=asked.verbose)
+            display = Display(quiet=asked.quiet or not ranks.is_main, verbose=asked.verbose)
             with STOP.after(asked.time_limit), display.remarks():
                 return _compress(asked, ranks, display)
         except BaseException:
@@ -255,7 +255,7 @@ def _run(
     ranks: Ranks,
 ) -> Report:
     assert options.out is not None
-    folder = RunFolder(options.out, writes=ranks.lead)
+    folder = RunFolder(options.out, writes=ranks.is_main)
     with folder.locked():
         return _stages(options, given, images, folder, device, display, ranks)
 
@@ -272,7 +272,7 @@ def _stages(
     from ..stages import report, stage_run
 
     config = _config(options, images)
-    with ranks.lead_first():
+    with ranks.main_first():
         # Processes that torchrun has restarted go on.
         folder.open(fresh=options.fresh and not distributed.attempt())
         folder.refuse_other_options(config)
@@ -288,30 +288,30 @@ def _stages(
         for stage in folder.asked(options.until):
             if rounds.kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()
-                if not ranks.lead:
+                if not ranks.is_main:
                     return report.assemble(folder)
                 job.ranks = ranks = Ranks()
             progress.name, job.round = stage, rounds.number(stage)
             key = folder.key(stage, _entering(stage, config))
-            done = ranks.share(folder.finished(stage, key) if ranks.lead else None)
+            done = ranks.share(folder.finished(stage, key) if ranks.is_main else None)
             if done is not None:
                 display.done(stage, done.summary, None)
                 continue
             _do(stage, key, stage_run(stage), job)
-            if ranks.lead:
+            if ranks.is_main:
                 report.write(folder)
-    return report.write(folder) if ranks.lead else report.assemble(folder)
+    return report.write(folder) if ranks.is_main else report.assemble(folder)
 
 
-def _do(stage: str, key: str, run: Callable[[Job], Done], job: Job) -> None:
+def _do(stage: str, key: str, run: Callable[[Job], StageResult], job: Job) -> None:
     from ..stages.report import tools_here
 
     started = time.perf_counter()
     job.key = key
     job.display.warnings.clear()
-    if job.ranks.lead or rounds.kind(stage) in TRAINING:
+    if job.ranks.is_main or rounds.kind(stage) in TRAINING:
         done = run(job)
-    if job.ranks.lead:
+    if job.ranks.is_main:
         seconds = time.perf_counter() - started
         job.folder.record["tools"] = tools_here()
         job.folder.finish(stage, key, done, seconds, job.display.warnings)

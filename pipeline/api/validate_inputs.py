@@ -17,7 +17,7 @@ from ...export.runtime import ArtifactError, Classifier, Preprocessing, read_man
 from ...models.checkpoint import tensors_digest
 from ..data.dataset import ROLES, Image, Progress, Role, Skipped, in_order, printable
 from ..data.sources import open_data, read_data
-from ..data.splits import Given, listed
+from ..data.splits import UnsplitDataset, listed
 from ..errors import UsageError
 from ..evaluation.multi_label import thresholds_of
 from ..report.format import counted
@@ -373,7 +373,7 @@ def choose(
     )
 
 
-def _without_role(given: Given, part: Part) -> str:
+def _without_role(given: UnsplitDataset, part: Part) -> str:
     if not given.has_roles:
         return (
             f"{given.source} has no roles, so that --role {part} names none of its images; leave it out, "
@@ -399,7 +399,7 @@ def _copies(images: Sequence[Image]) -> list[str]:
     return told
 
 
-def _learned(given: Given, images: Sequence[Image], part: Part, runs: Collection[Path]) -> list[str]:
+def _learned(given: UnsplitDataset, images: Sequence[Image], part: Part, runs: Collection[Path]) -> list[str]:
     """Whether a network has learned from these images, or from some of them."""
     whole = [] if part == "test" else _of_the_run(given, runs)
     return whole or [told for run in runs if (told := _trained_on(images, run)) is not None]
@@ -415,7 +415,7 @@ def _trained_on(images: Sequence[Image], run: Path) -> str | None:
     return f"{were} trained on by {run.name}: on them the figures are better than on new ones."
 
 
-def _of_the_run(given: Given, runs: Collection[Path]) -> list[str]:
+def _of_the_run(given: UnsplitDataset, runs: Collection[Path]) -> list[str]:
     """Whether these are all the images of one of the runs."""
     for run in runs:
         record = _record(run)

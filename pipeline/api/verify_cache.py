@@ -106,7 +106,7 @@ def _job(run: Path, cache: Path | None, display: Display, progress: Stage) -> Jo
     job = Job(chosen, frozenset(), images, folder, Cache(cache), display, choose_device(None), progress)
     stages = folder.record["stages"]
     left = {name: sum for stage in stages.values() for name, sum in stage["outputs"].items()}
-    for name in [*(tutor.file for tutor in job.tutors), job.prepared]:
+    for name in [*(teacher.file for teacher in job.current_teachers), job.prepared]:
         if name in left and (not (run / name).is_file() or sha256(run / name) != left[name]):
             raise JobError(f"{run / name} is not as the run has left it: nothing can be compared with it.")
     return job

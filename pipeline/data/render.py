@@ -23,7 +23,7 @@ from .views import ViewPolicy, boxes, jitter
 T = TypeVar("T", bound=Iterable[Tensor])
 
 
-def one_ahead(batches: Iterator[T], device: torch.device | str) -> Iterator[T]:
+def prefetch(batches: Iterator[T], device: torch.device | str) -> Iterator[T]:
     """The same batches, iterables of their tensors. On an NVIDIA GPU each is made, on a stream of its own,
     while the one before it is worked on; elsewhere each is made when it is asked for.
     """
@@ -49,7 +49,7 @@ def one_ahead(batches: Iterator[T], device: torch.device | str) -> Iterator[T]:
         yield ready
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host on the device; with CUDA by way of pinned memory, from which a copy waits for
     nothing and is not waited for.
     """
@@ -115,13 +115,13 @@ def brought(
         packed[end : end + length] = pixels.data[start : start + length]
         end += length
     moved = box.long() - torch.stack([top, *[torch.zeros_like(top)] * 3], 1)
-    there = Pixels(sent(packed, device), lengths.cumsum(0) - lengths, height, width)
+    there = Pixels(to_device(packed, device), lengths.cumsum(0) - lengths, height, width)
     return there, torch.arange(len(indices)), moved
 
 
 def _all_sent(device: torch.device, *columns: Tensor) -> Sequence[Tensor]:
     """Numbers from the host, [B] each, as int64 on the device, in one copy that nothing waits for."""
-    return sent(torch.stack([column.long() for column in columns]), device).unbind()
+    return to_device(torch.stack([column.long() for column in columns]), device).unbind()
 
 
 def _padded_crops(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, policy: ViewPolicy) -> Tensor:
@@ -216,7 +216,7 @@ def colour_jittered(views: Tensor, factors: Tensor) -> Tensor:
     As torchvision's ColorJitter changes them, but rounded once, at the end: scale; blend with the image's
     mean grey; blend with each pixel's own grey (ITU-R 601). ``views`` uint8 [B, 3, S, S].
     """
-    brightness, contrast, saturation = sent(factors, views.device).view(-1, 3, 1, 1, 1).unbind(1)
+    brightness, contrast, saturation = to_device(factors, views.device).view(-1, 3, 1, 1, 1).unbind(1)
     image = (views.to(torch.float32) * brightness).clamp(0, 255)
     # Row by row, then the rows: the same sum however many threads there are.
     mean = _grey(image).mean(3, keepdim=True).mean(2, keepdim=True)
@@ -285,7 +285,7 @@ class Views:
         views = render_views(self.pixels, indices, box, flips, size or self.size, self.policy, device)
         if self.policy.color_jitter:
             views = colour_jittered(views, jitter(self.policy, self.seed, keys, view_numbers))
-        return views, sent(self.labels[indices], device)
+        return views, to_device(self.labels[indices], device)
 
     def batches(
         self,
@@ -302,4 +302,4 @@ class Views:
             batch = self.batch(indices, numbers, device)
             return batch if also is None else (*batch, self.batch(indices, numbers, device, also)[0])
 
-        return one_ahead((made(indices, numbers) for indices, numbers in plan), device)
+        return prefetch((made(indices, numbers) for indices, numbers in plan), device)

@@ -274,7 +274,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class UnsplitDataset:
     """``images`` by the role they were given; without ``has_roles`` all are in train, and none has one."""
 
     name: str

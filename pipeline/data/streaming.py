@@ -34,7 +34,7 @@ from .decode import (
     split_off,
     write_sizes,
 )
-from .render import colour_jittered, one_ahead, render_views, sent
+from .render import colour_jittered, prefetch, render_views, to_device
 from .views import ViewPolicy, boxes, jitter
 from .workers import Workers
 
@@ -119,7 +119,7 @@ class StreamedViews:
         """
         size = size or self.size
         [views] = _apart(self._cut(indices, view_numbers, (size,))(), (size,))
-        return sent(views, device), sent(self.labels[indices], device)
+        return to_device(views, device), to_device(self.labels[indices], device)
 
     def batches(
         self,
@@ -133,7 +133,7 @@ class StreamedViews:
             JobError: an image can no longer be read, or a worker died.
         """
         sizes = (self.size,) if also is None else (self.size, also)
-        return one_ahead(self._made(plan, device, sizes), device)
+        return prefetch(self._made(plan, device, sizes), device)
 
     def _made(
         self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str, sizes: tuple[int, ...]
@@ -146,8 +146,8 @@ class StreamedViews:
                 yield self._cut(indices, view_numbers, sizes)
 
         for together in self.workers.map(tasks()):
-            views, *more = _apart(sent(together, device), sizes)
-            yield views, sent(begun.popleft(), device), *more
+            views, *more = _apart(to_device(together, device), sizes)
+            yield views, to_device(begun.popleft(), device), *more
 
     def _cut(self, indices: Tensor, view_numbers: Tensor, sizes: tuple[int, ...]) -> "Cut":
         keys, height, width = self.keys[indices], self.images.heights[indices], self.images.widths[indices]

@@ -28,7 +28,7 @@ _MODE = 0o666 & ~_MASK  # safetensors makes files that only their owner can read
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; when the block ends well, the file written there is flushed to
     the disk and takes ``path``'s place in one step. When it does not, ``path`` stays as it was.
 
@@ -73,7 +73,7 @@ def concerns(error: OSError, folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -136,7 +136,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Done:
+class StageResult:
     """What a stage leaves: files in the run folder, its part of the report, and one line to show."""
 
     summary: str
@@ -324,12 +324,12 @@ class RunFolder:
             {"stage": stage, "schema": SCHEMA_VERSION, "options": dict(config), "upstream": upstream}
         )
 
-    def finished(self, stage: str, key: str) -> Done | None:
+    def finished(self, stage: str, key: str) -> StageResult | None:
         """What the stage left, if it ran for this key and its files are as it left them."""
         entry = self.record["stages"].get(stage)
         if entry is None or entry["key"] != key or not self._as_left(entry):
             return None
-        return Done(entry["summary"], list(entry["outputs"]), entry["facts"])
+        return StageResult(entry["summary"], list(entry["outputs"]), entry["facts"])
 
     def _as_left(self, entry: Mapping[str, Any]) -> bool:
         files = ((self.path / name, sum) for name, sum in entry["outputs"].items())
@@ -349,7 +349,7 @@ class RunFolder:
                 "it anew."
             )
 
-    def finish(self, stage: str, key: str, done: Done, seconds: float, warnings: Sequence[str]) -> None:
+    def finish(self, stage: str, key: str, done: StageResult, seconds: float, warnings: Sequence[str]) -> None:
         """Record a stage as done; what later stages left is forgotten, unless it is all there and the very
         same files are back that it was made from.
         """

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from .files import whole
+from .files import atomic_write
 
 
 
@@ -38,7 +38,7 @@ def write_predictions(
     at all.
     """
     answers = {file: one.argmax(1).astype(np.int32) for file, one in logits.items()}
-    with whole(path) as part:
+    with atomic_write(path) as part:
         save_file({"keys": keys, "labels": labels.astype(np.int32), **answers}, part)
 
 
@@ -56,7 +56,7 @@ TRAIN_IMAGES_FILE = "train_images.safetensors"
 
 def write_train_images(run: Path, keys: np.ndarray) -> None:
     """Write the keys, int64 [n], of the images that can be read, whole or not at all."""
-    with whole(run / TRAIN_IMAGES_FILE) as part:
+    with atomic_write(run / TRAIN_IMAGES_FILE) as part:
         save_file({"keys": keys}, part)
 
 

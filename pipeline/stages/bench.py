@@ -12,10 +12,10 @@ from ...export.runtime import ImageError, allowed_cores, decode_image, metadata,
 from ..evaluation.latency import INPUTS, SYNTHETIC_SIZE, Protocol, Subject, different, measure, synthetic
 from ..report.assemble import LATER, bench_facts
 from ..runs.bench_results import Bench, TimedFile
-from ..runs.files import sha256, whole
-from ..runs.folder import Done
+from ..runs.files import atomic_write, sha256
+from ..runs.folder import StageResult
 from ..runs.results import Int8Search
-from ..training.job import Job, Member, takes_pixels
+from ..training.job import Job, NetworkSpec, takes_pixels
 from ..training.weights import trained_network
 from .export import STUDENT_ONNX, origin
 
@@ -40,7 +40,7 @@ LEAST_SECONDS = 1.0
 """Shorter benches have one process of each file, and nothing beside the latencies."""
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     teachers = [_export_teacher(job, t) for t in range(len(job.teachers))]
     names = ["teacher"] if len(teachers) == 1 else [f"teacher {t}" for t in range(len(teachers))]
     files = dict(zip(names, [file for file, _ in teachers], strict=True))
@@ -59,7 +59,7 @@ def run(job: Job) -> Done:
         progress=lambda share, what: job.stage.update("timing", share, 1.0, more=what),
     )
     found = found.model_copy(update={"samples_file": SAMPLES.as_posix()})
-    with whole(job.folder.path / SAMPLES) as part, part.open("wb") as file:
+    with atomic_write(job.folder.path / SAMPLES) as part, part.open("wb") as file:
         np.savez_compressed(file, **raw)  # type: ignore[arg-type]
     (job.folder.path / LATER).unlink(missing_ok=True)
     for flag in found.flags:
@@ -68,7 +68,7 @@ def run(job: Job) -> Done:
     beside = [file.with_name(f"{file.name}.data") for file in files.values()]
     weights = [file for file in beside if (job.folder.path / file).exists()]
     outputs = [file.as_posix() for file in (SAMPLES, *files.values(), *weights)]
-    return Done(_line(found), outputs, _facts(found, teachers))
+    return StageResult(_line(found), outputs, _facts(found, teachers))
 
 
 def _protocol(job: Job) -> Protocol:
@@ -128,7 +128,7 @@ def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
     return file, written.bytes
 
 
-def _subject(job: Job, name: str, file: Path, member: Member, *, pixels: bool = False) -> Subject:
+def _subject(job: Job, name: str, file: Path, member: NetworkSpec, *, pixels: bool = False) -> Subject:
     rendered, _, _ = job.rendered("test", member)
     inputs = different(rendered[:INPUTS].numpy(), INPUTS)
     if not pixels:

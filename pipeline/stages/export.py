@@ -9,8 +9,8 @@ from ...export.conversion.onnx_export import OnnxFile, check_parity, export_onnx
 from ...export.conversion.pixel_input import Outside, front_of
 from ...export.runtime import metadata, normalise
 from ..evaluation.inference import tempered, thresholds
-from ..runs.files import whole
-from ..runs.folder import Done
+from ..runs.files import atomic_write
+from ..runs.folder import StageResult
 from ..training.job import Job, takes_pixels
 from ..training.weights import trained_network
 
@@ -19,7 +19,7 @@ ARTIFACT = Path("artifact")
 STUDENT_ONNX = ARTIFACT / "student.onnx"
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     import torch
 
     student = job.student
@@ -29,7 +29,7 @@ def run(job: Job) -> Done:
     shown = pixels[:PARITY_IMAGES].numpy()
     images = torch.from_numpy(normalise(shown, preprocessing))
     folded = preprocessing if takes_pixels(job) else None
-    with whole(job.folder.path / STUDENT_ONNX) as part:
+    with atomic_write(job.folder.path / STUDENT_ONNX) as part:
 
         def about(temperature: float | None, chosen: list[float] | None = None) -> dict[str, str]:
             classes = job.data.classes
@@ -75,7 +75,7 @@ def run(job: Job) -> Done:
     if fit is not None:
         facts["temperature"] = fit.model_dump(exclude_none=True)
     told = "" if fit is None else f"; temperature {fit.value:.3g} fitted on {fit.n} val images"
-    return Done(
+    return StageResult(
         f"{STUDENT_ONNX.as_posix()}, {file.bytes / 1e6:.2f} MB, opset {file.opset}; "
         f"equal to torch within {parity.max_abs:.1e} on {parity.n} images{told}",
         [STUDENT_ONNX.as_posix()],

@@ -17,8 +17,8 @@ from ..data.views import FIXED_SEED
 from ..evaluation import metrics
 from ..methods.base import Method, Parameters, Preparation, Readout
 from ..runs.device import inference_engine, use_threads
-from ..runs.files import digest, whole
-from ..runs.folder import Done
+from ..runs.files import atomic_write, digest
+from ..runs.folder import StageResult
 from ..training.job import Job
 from ..training.task import Teacher
 from ..training.weights import load_teacher, trained_network, weights_digest
@@ -26,12 +26,12 @@ from ..training.weights import load_teacher, trained_network, weights_digest
 SCRATCH = "scratch"
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     chosen = methods.names(job.options.method)
     parameters = methods.parameters(chosen, job.options.settings)
     preparing = [(name, methods.load(name)) for name in chosen if methods.load(name).prepares]
     if not preparing:
-        return Done("nothing to prepare" if chosen else "no method, nothing to prepare")
+        return StageResult("nothing to prepare" if chosen else "no method, nothing to prepare")
     # What a killed run has left there would never be missed.
     scratch = job.folder.path / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
@@ -47,7 +47,7 @@ def _prepare(
     preparing: Sequence[tuple[str, type[Method]]],
     parameters: Mapping[str, Parameters],
     preparation: Preparation,
-) -> Done:
+) -> StageResult:
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
     lines = []
@@ -56,27 +56,29 @@ def _prepare(
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in prepared.tensors.items()}
         facts |= prepared.facts
         lines.append(prepared.summary)
-    with whole(job.folder.path / job.prepared) as part:
+    with atomic_write(job.folder.path / job.prepared) as part:
         save_file(tensors, part, {"key": job.key})
-    return Done("; ".join(lines), [job.prepared], facts)
+    return StageResult("; ".join(lines), [job.prepared], facts)
 
 
 def _preparation(job: Job, scratch: Path) -> Preparation:
     use_threads(inference_engine(job.device, "fp32").threads)
-    tutors = job.tutors
+    current_teachers = job.current_teachers
 
     @lru_cache(maxsize=1)
     def teacher(t: int) -> Teacher:
-        return load_teacher(job, tutors[t], inference_engine(job.device, "fp32"))
+        return load_teacher(job, current_teachers[t], inference_engine(job.device, "fp32"))
 
     def readouts(t: int, reads: frozenset[str]) -> Iterator[Readout]:
-        for first, batch in job.rendered_batches("train", tutors[t]):
+        for first, batch in job.rendered_batches("train", current_teachers[t]):
             yield teacher(t)(batch, reads)
-            job.stage.update(f"reading {tutors[t].name}", first + len(batch), len(job.train.images), "images")
+            job.stage.update(
+                f"reading {current_teachers[t].name}", first + len(batch), len(job.train.images), "images"
+            )
 
     def seen(t: int, reads: frozenset[str], most: int) -> Iterator[tuple[np.ndarray, Readout]]:
         role: Role = "val" if job.data.role("val") else "train"
-        pixels, _, _ = job.rendered(role, tutors[t], most)
+        pixels, _, _ = job.rendered(role, current_teachers[t], most)
         for first, batch in metrics.batches(pixels, job.device):
             yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
 
@@ -84,20 +86,20 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
         whole_key = digest(
             {
                 **key,
-                "teacher": weights_digest(job, tutors[t]),
+                "teacher": weights_digest(job, current_teachers[t]),
                 "data": job.data.fingerprint,
-                "geometry": job.preprocessing(tutors[t]).to_dict(),
+                "geometry": job.preprocessing(current_teachers[t]).to_dict(),
             }
         )
         return job.cache.get(kind, whole_key) or job.cache.put(kind, whole_key, write)
 
     return Preparation(
         student=job.shapes(job.student),
-        teachers=[job.shapes(tutor) for tutor in tutors],
-        teacher_names=[tutor.name for tutor in tutors],
+        teachers=[job.shapes(teacher) for teacher in current_teachers],
+        teacher_names=[teacher.name for teacher in current_teachers],
         images=len(job.train.images),
         readouts=readouts,
-        classifier=lambda t: classifier_weight(trained_network(job, tutors[t])),
+        classifier=lambda t: classifier_weight(trained_network(job, current_teachers[t])),
         shared=shared,
         scratch=scratch,
         # Words belong to the teacher and not to a run: else no run could use another's stored answers.

@@ -31,8 +31,8 @@ from ..errors import JobError
 from ..evaluation import metrics
 from ..report.format import counted
 from ..runs.device import Engine, threads, use_threads
-from ..runs.files import whole, write_json
-from ..runs.folder import Done
+from ..runs.files import atomic_write, write_json
+from ..runs.folder import StageResult
 from ..runs.results import Recovery
 from ..training.job import Job
 from ..training.quantized import QuantizedReadouts, normalise_for
@@ -69,7 +69,7 @@ def begun(fp32: Path, calibration: Batches, types: Target) -> tuple[Prepared, Fa
 def save(job: Job, prepared: Prepared, network: FakeQuantized) -> None:
     """Write the learned graph and its ranges into the run folder."""
     (job.folder.path / FOLDER).mkdir(exist_ok=True)
-    with whole(job.folder.path / GRAPH) as part:
+    with atomic_write(job.folder.path / GRAPH) as part:
         write_onnx(with_weights(prepared.model, network), part)
     ranges = {
         name: {"scale": float(one["scale"]), "zero_point": int(one["zero_point"])}
@@ -112,7 +112,7 @@ LOOKED_AT = 4
 """Images by which readouts are found in the graph."""
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     o = job.options
     assert o.qat_epochs and o.qat_lr
     member = job.student
@@ -164,7 +164,7 @@ def run(job: Job) -> Done:
     if found.fake_select is not None:
         kind, of = ("mAP ", "on") if job.data.multi_label else ("", "of")
         on = f": {kind}{found.fake_select:.2f} % {of} the val images as int8"
-    return Done(
+    return StageResult(
         f"{member.name}, {counted(o.qat_epochs, 'epoch')} under fake quantization by {o.method}{on}",
         [GRAPH.as_posix(), RANGES.as_posix()],
         {"recovery": found.model_dump(exclude_none=True)},

@@ -20,8 +20,8 @@ from ..evaluation import metrics
 from ..evaluation.inference import shipped_logits
 from ..evaluation.metrics import SIGNIFICANT, mcnemar
 from ..report.budget import missed
-from ..runs.files import whole
-from ..runs.folder import Done
+from ..runs.files import atomic_write
+from ..runs.folder import StageResult
 from ..runs.results import FloatPart, Int8Search, TriedInt8
 from ..runs.scores import Speedup
 from ..training.job import Job
@@ -78,7 +78,7 @@ def file_of(job: Job, target: str) -> Path:
     return STUDENT_INT8 if first else ARTIFACT / f"student.int8.{target}.onnx"
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     o = job.options
     calibration = calibration_images(job)
     prepared = prepare(job.folder.path / STUDENT_ONNX)
@@ -106,7 +106,7 @@ def run(job: Job) -> Done:
             file = file_of(job, name)
             times = _times(job, result, name, inputs)
             if result.chosen is not None:
-                with whole(job.folder.path / file) as part:
+                with atomic_write(job.folder.path / file) as part:
                     shutil.copyfile(result.chosen.file.path, part)
                 shipped[name] = result.chosen.file
             found.append(_told(job, result, name, role, len(labels), budget, times))
@@ -117,7 +117,7 @@ def run(job: Job) -> Done:
     for left in (job.folder.path / ARTIFACT).glob("student.int8*.onnx"):
         if left.relative_to(job.folder.path) not in [file_of(job, name) for name in shipped]:
             left.unlink()  # of a target that is no longer asked for
-    return Done(
+    return StageResult(
         "; ".join(_line(job, one) for one in found),
         [file_of(job, name).as_posix() for name in shipped],
         _facts(job, found, shipped),

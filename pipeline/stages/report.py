@@ -16,7 +16,7 @@ from ..report.assemble import with_later_bench
 from ..report.card import write_beside
 from ..report.format import together
 from ..report.write import writable, write_report
-from ..runs.folder import Done, RunFolder
+from ..runs.folder import RunFolder, StageResult
 from ..runs.results import Epoch, Reconstruction, Report, StageTime
 from ..training.job import Job
 from .export import ARTIFACT
@@ -24,9 +24,9 @@ from .export import ARTIFACT
 FILES = ("report.html", "report.md", "report.json")
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     write(job.folder)
-    return Done(", ".join(FILES), [])
+    return StageResult(", ".join(FILES), [])
 
 
 def write(folder: RunFolder) -> Report:

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 from safetensors import safe_open
 
-from ..runs.folder import Done
+from ..runs.folder import StageResult
 from ..training.job import Job
 from . import prepare, student
 
 
-def run(job: Job) -> Done:
-    prepared = _prepared(job) if job.ranks.lead else []
+def run(job: Job) -> StageResult:
+    prepared = _prepared(job) if job.ranks.is_main else []
     job.ranks.wait()
     learned = student.run(job)
     # All else that is known of it is told of the student that ships.
-    return Done(learned.summary, [*prepared, *learned.outputs], {"rounds": learned.facts["rounds"]})
+    return StageResult(learned.summary, [*prepared, *learned.outputs], {"rounds": learned.facts["rounds"]})
 
 
 def _prepared(job: Job) -> Sequence[str]:

@@ -12,8 +12,8 @@ from ..data.dataset import Role
 from ..evaluation import metrics
 from ..report import format
 from ..runs.device import Engine, choose_engine, use_threads
-from ..runs.files import whole
-from ..runs.folder import Done
+from ..runs.files import atomic_write
+from ..runs.folder import StageResult
 from ..runs.results import BalancedWeight, Round, StoreUse, Subject
 from ..training.job import Job
 from ..training.student import save_heads, student_task
@@ -26,11 +26,11 @@ HEADS = "student.heads.safetensors"
 """The methods' heads in the run folder, for quantization-aware training."""
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     o, member = job.options, job.student
     name = member.name
     assert o.epochs and o.lr and o.warmup_epochs is not None
-    with job.ranks.lead_first():  # the others find downloaded weights
+    with job.ranks.main_first():  # the others find downloaded weights
         begun = start(
             name,
             student_source(name, o.student_weights, job.display.note),
@@ -57,16 +57,16 @@ def run(job: Job) -> Done:
     for method in task.trainee.methods:
         if o.balance == "auto" and method not in compared:
             job.display.note(f"the weight of {method} is left as it is: {_not_compared(method, name)}")
-    if store is not None and job.ranks.lead:
+    if store is not None and job.ranks.is_main:
         store.look_up(schedule_of(job).used(o.epochs))  # those too that an interrupted run has learned from
     shipped = task.shipped
     outputs = [member.file]
-    if job.ranks.lead and job.round is None and task.trainee.methods:
-        with whole(job.folder.path / HEADS) as part:
+    if job.ranks.is_main and job.round is None and task.trainee.methods:
+        with atomic_write(job.folder.path / HEADS) as part:
             save_heads(task, part)
         outputs.append(HEADS)
-    if job.ranks.lead:
-        with whole(job.folder.path / member.file) as part:
+    if job.ranks.is_main:
+        with atomic_write(job.folder.path / member.file) as part:
             save_weights(shipped, part, weights_metadata(job, member, begun.licence))
     subject = Subject(
         name=name,
@@ -80,7 +80,7 @@ def run(job: Job) -> Done:
     score = subject.val_score
     measured = f": {score.told} of {score.n} val images" if score is not None else ""
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
-    return Done(
+    return StageResult(
         f"{name}, {o.epochs} epochs {how}{measured}",
         outputs,
         {
@@ -109,7 +109,7 @@ def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) 
     test = _answers(job, task, chosen, "test")
     mine = Round(
         round=job.place + 1,
-        teacher=job.tutors[0].name if job.place == 0 else f"round {job.place}",
+        teacher=job.current_teachers[0].name if job.place == 0 else f"round {job.place}",
         seed=job.seed,
         val_accuracy=subject.val_score,
         accuracy=None if test is None else metrics.score(*test),

@@ -17,10 +17,10 @@ from ..evaluation import calibration, metrics, multi_label
 from ..report.format import together
 from ..runs import predictions
 from ..runs.device import Engine, choose_engine, use_threads
-from ..runs.files import whole
-from ..runs.folder import Done
+from ..runs.files import atomic_write
+from ..runs.folder import StageResult
 from ..runs.results import DataSummary, Subject
-from ..training.job import Job, Member
+from ..training.job import Job, NetworkSpec
 from ..training.task import DistillationTask
 from ..training.trainer import engine, learn, plan
 from ..training.weights import weights_metadata
@@ -35,8 +35,8 @@ MEASURED = 10_000
 """Training images that this is found out on where nothing is held out: enough, and soon read."""
 
 
-def run(job: Job) -> Done:
-    with job.ranks.lead_first():  # the others find the images in the cache
+def run(job: Job) -> StageResult:
+    with job.ranks.main_first():  # the others find the images in the cache
         data = _data(job)
     # Whatever is wrong with one of them is found before another is trained.
     begun = [_start(job, t) for t in range(len(job.teachers))]
@@ -48,8 +48,8 @@ def run(job: Job) -> Done:
             answers[str(t)] = test
         subjects.append(subject)
         outputs.append(job.teachers[t].file)
-    if job.ranks.lead:
-        with whole(job.folder.path / ANSWERS) as part:
+    if job.ranks.is_main:
+        with atomic_write(job.folder.path / ANSWERS) as part:
             save_file(answers, part)
         predictions.write_train_images(job.folder.path, job.train.keys.numpy())
     teacher = _together(job, subjects, list(answers.values()))
@@ -58,12 +58,12 @@ def run(job: Job) -> Done:
         "teachers": [subject.model_dump(exclude_none=True) for subject in subjects],
         "teacher": teacher.model_dump(exclude_none=True),
     }
-    return Done("; ".join(_line(subject) for subject in subjects), outputs, facts)
+    return StageResult("; ".join(_line(subject) for subject in subjects), outputs, facts)
 
 
 def _start(job: Job, t: int) -> Start:
     o, member = job.options, job.teachers[t]
-    with job.ranks.lead_first():  # the others find downloaded weights
+    with job.ranks.main_first():  # the others find downloaded weights
         return start(
             member.name,
             o.teacher_weights[t],
@@ -122,7 +122,7 @@ def _teacher(job: Job, t: int, begun: Start) -> tuple[Subject, np.ndarray | None
     return subject, test
 
 
-def _headless(job: Job, member: Member, begun: Start) -> Subject:
+def _headless(job: Job, member: NetworkSpec, begun: Start) -> Subject:
     """A teacher whose features alone teach: there is no class to tune it on, nor an accuracy to measure."""
     if "teacher_epochs" in job.given:
         job.display.note(
@@ -138,9 +138,9 @@ def _headless(job: Job, member: Member, begun: Start) -> Subject:
     )
 
 
-def _save(job: Job, member: Member, network: nn.Module, begun: Start) -> None:
-    if job.ranks.lead:
-        with whole(job.folder.path / member.file) as part:
+def _save(job: Job, member: NetworkSpec, network: nn.Module, begun: Start) -> None:
+    if job.ranks.is_main:
+        with atomic_write(job.folder.path / member.file) as part:
             save_weights(network, part, weights_metadata(job, member, begun.licence))
 
 
@@ -171,7 +171,7 @@ def _train(job: Job, t: int, begun: Start) -> nn.Module:
 
 
 def _measure(
-    job: Job, member: Member, network: nn.Module, exact: Engine, role: Role, most: int | None = None
+    job: Job, member: NetworkSpec, network: nn.Module, exact: Engine, role: Role, most: int | None = None
 ) -> np.ndarray | None:
     """fp32 logits on a role [n,classes], or on ``most`` of its images; None where it is empty."""
     pixels, labels, _ = job.rendered(role, member, most)
@@ -189,7 +189,7 @@ def _measure(
     return job.ranks.gather(mine).numpy()
 
 
-def _scores(job: Job, member: Member, test: np.ndarray, val: np.ndarray | None) -> dict[str, Any]:
+def _scores(job: Job, member: NetworkSpec, test: np.ndarray, val: np.ndarray | None) -> dict[str, Any]:
     """What its answers to the test and the val images tell of a teacher, as fields of ``Subject``."""
     labels, selecting = (job.rendered(role, member)[1].numpy() for role in ("test", "val"))
     if val is None:
@@ -202,7 +202,7 @@ def _scores(job: Job, member: Member, test: np.ndarray, val: np.ndarray | None) 
 
 
 def _above_chance(
-    job: Job, member: Member, network: nn.Module, exact: Engine, val: np.ndarray | None, *, certain: bool
+    job: Job, member: NetworkSpec, network: nn.Module, exact: Engine, val: np.ndarray | None, *, certain: bool
 ) -> None:
     """A head that fits by its size may still be another task's: measured first, on val (or on test images'
     like, training ones, where nothing is held out).

@@ -18,7 +18,7 @@ from ..evaluation.inference import shipped_logits
 from ..evaluation.metrics import agreement
 from ..evaluation.multi_label import thresholds_of
 from ..runs import predictions
-from ..runs.folder import Done
+from ..runs.folder import StageResult
 from ..runs.results import Int8Search, Subject
 from ..runs.scores import Calibration, Score
 from ..training.job import Job, takes_pixels
@@ -29,7 +29,7 @@ from .teacher import ANSWERS
 MANIFEST = ARTIFACT / "manifest.json"
 
 
-def run(job: Job) -> Done:
+def run(job: Job) -> StageResult:
     pixels, labels_, decoded = job.rendered("test", job.student)
     images, labels = pixels.numpy(), labels_.numpy()
     teacher = _teacher(job)
@@ -84,7 +84,7 @@ def run(job: Job) -> Done:
     name = "int8" if ships == "student_int8" else "it"
     told = f"; {name} answers like the teacher on {alike.top1:.1f} %" if alike else ""
     both = f", int8 {score.told}" if ships == "student_int8" else ""
-    return Done(
+    return StageResult(
         f"of {len(labels)} test images: fp32 {scores['student'].told}{both} "
         f"({score.low:.1f} to {score.high:.1f}){told}",
         outputs,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import JobError
-from ..runs.files import sha256, whole
+from ..runs.files import atomic_write, sha256
 
 MARK = b"\nsha256 "
 """Before the checksum at the file's end, which torch's reader passes over: a flipped bit in a tensor would
@@ -48,7 +48,7 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         lines = [] if self.curve is None else self.curve.lines
         # Given a path, torch would not say that the disk is full.
-        with whole(self.path) as part:
+        with atomic_write(self.path) as part:
             with part.open("wb") as file:
                 torch.save({"key": self.key, "curve": lines, **state}, file)
             sum = sha256(part).encode()

@@ -38,7 +38,7 @@ RESIZED_CROPS_FROM = 1.5
 
 
 @dataclass(frozen=True)
-class Member:
+class NetworkSpec:
     """One of a run's networks."""
 
     name: str
@@ -81,15 +81,15 @@ class Job:
         return self.options.image_size
 
     @property
-    def student(self) -> Member:
+    def student(self) -> NetworkSpec:
         """The one of the current round."""
         return self._student(self.round)
 
-    def _student(self, of_round: int | None) -> Member:
+    def _student(self, of_round: int | None) -> NetworkSpec:
         size = self.options.student_size or self.image_size
         file = STUDENT if of_round is None else f"round.{of_round}.safetensors"
         name, activation = resolve_name(self.options.student), self.options.activation
-        return Member(name, size, len(self.data.classes), file, activation)
+        return NetworkSpec(name, size, len(self.data.classes), file, activation)
 
     @property
     def place(self) -> int:
@@ -112,11 +112,11 @@ class Job:
         return "prepared.safetensors" if self.round is None else f"prepared.round.{self.round}.safetensors"
 
     @property
-    def teachers(self) -> list[Member]:
+    def teachers(self) -> list[NetworkSpec]:
         """Those that were named."""
         several = len(self.options.teacher) > 1
         return [
-            Member(
+            NetworkSpec(
                 resolve_name(name),
                 self.image_size,
                 0 if head == "none" else len(self.data.classes),
@@ -128,18 +128,18 @@ class Job:
         ]
 
     @property
-    def tutors(self) -> list[Member]:
+    def current_teachers(self) -> list[NetworkSpec]:
         """Those that the student learns from: those that were named, or the student of the round before."""
         return [self._student(self.place)] if self.place else self.teachers
 
-    def shapes(self, member: Member) -> Shapes:
+    def shapes(self, member: NetworkSpec) -> Shapes:
         """Sizes of a network's readouts."""
         return shapes(member.name, member.classes, member.image_size)
 
-    def geometry(self, member: Member) -> Geometry:
+    def geometry(self, member: NetworkSpec) -> Geometry:
         return geometry(member.name, member.image_size)
 
-    def preprocessing(self, member: Member) -> Preprocessing:
+    def preprocessing(self, member: NetworkSpec) -> Preprocessing:
         """The runtime's path from an image to the input of a network."""
         g = self.geometry(member)
         return Preprocessing.of(g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
@@ -246,7 +246,9 @@ class Job:
         """The same images' views, drawn with another seed and at another size."""
         return replace(self.views, seed=seed, size=size)
 
-    def rendered(self, role: Role, member: Member, most: int | None = None) -> tuple[Tensor, Tensor, Decoded]:
+    def rendered(
+        self, role: Role, member: NetworkSpec, most: int | None = None
+    ) -> tuple[Tensor, Tensor, Decoded]:
         """A role as the runtime renders it for a network: uint8 [N,S,S,3], its labels (see
         ``decode.Readable.targets``), and its images.
 
@@ -265,7 +267,7 @@ class Job:
             return empty, labels, decoded
         return decoded.pixels.stacked(), labels, decoded
 
-    def rendered_batches(self, role: Role, member: Member) -> Iterator[tuple[int, Tensor]]:
+    def rendered_batches(self, role: Role, member: NetworkSpec) -> Iterator[tuple[int, Tensor]]:
         """As ``rendered``, a batch at a time: (index of the first, uint8 [B,3,S,S] on the device). Training
         images are neither decoded ahead nor written anywhere where workers decode them.
         """

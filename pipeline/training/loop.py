@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data.render import Views, one_ahead, sent
+from ..data.render import Views, prefetch, to_device
 from ..data.streaming import StreamedViews
 from ..data.views import Schedule, draw_keys, permutation
 from ..errors import JobError
@@ -115,9 +115,9 @@ class Batches:
                     answers = self.store.batch(indices, numbers[indices], self.device)
                 elif self.ask is not None:
                     answers, more = self.ask(*more or [pixels]), []
-                yield Batch(pixels, labels, sent(draws[indices], self.device), answers, *more)
+                yield Batch(pixels, labels, to_device(draws[indices], self.device), answers, *more)
 
-        yield from one_ahead(made(), self.device)
+        yield from prefetch(made(), self.device)
 
 
 LOG_SECONDS = 0.5
@@ -284,7 +284,7 @@ class TrainingState:
             "epoch": epoch,
             "step": step,
         }
-        if self.ranks.lead:
+        if self.ranks.is_main:
             self.checkpoint.save(state)
 
     def load(self) -> tuple[int, int]:
@@ -293,7 +293,7 @@ class TrainingState:
         Raises:
             JobError: the checkpoint is damaged, or a rank does not see it.
         """
-        state = self.checkpoint.load(str(self.task.device)) if self.ranks.lead else None
+        state = self.checkpoint.load(str(self.task.device)) if self.ranks.is_main else None
         if not self.ranks.share(state is not None):
             self.save(0, 0)  # whatever comes, the training can be begun again
             return 0, 0

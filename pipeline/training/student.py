@@ -31,7 +31,7 @@ def width_of(job: Job) -> int | None:
     if not names:
         return None
     parameters = methods.parameters(names, job.options.settings)
-    student, teachers = job.shapes(job.student), [job.shapes(tutor) for tutor in job.tutors]
+    student, teachers = job.shapes(job.student), [job.shapes(teacher) for teacher in job.current_teachers]
     asked = (methods.load(name).widens(parameters[name], student, teachers) for name in names)
     return next((width for width in asked if width is not None), None)
 
@@ -44,7 +44,7 @@ def methods_of(job: Job) -> dict[str, Method]:
     classes = {name: methods.load(name) for name in names}
     width = width_of(job)
     student = job.shapes(job.student) if width is None else replace(job.shapes(job.student), vector=width)
-    teachers = [job.shapes(tutor) for tutor in job.tutors] if names else []
+    teachers = [job.shapes(teacher) for teacher in job.current_teachers] if names else []
     prepared = load_file(job.folder.path / job.prepared) if any(c.prepares for c in classes.values()) else {}
     made: dict[str, Method] = {}
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +86,7 @@ def student_task(
         if o.store_views:
             store = store_of(job, heads, answering)
         else:
-            asked = [load_teacher(job, tutor, answering) for tutor in job.tutors]
+            asked = [load_teacher(job, teacher, answering) for teacher in job.current_teachers]
     task = DistillationTask(
         network,
         job.geometry(job.student),

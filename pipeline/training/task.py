@@ -80,7 +80,7 @@ class Teacher(nn.Module):
             return self.readouts(images, reads)
 
 
-class Trainee(nn.Module):
+class StudentModule(nn.Module):
     """All that is trained: the network that ships, and the methods' heads that do not."""
 
     def __init__(
@@ -269,7 +269,7 @@ class DistillationTask(TrainingTask):
         self.epochs_before = epochs_before
         self.epoch = 0
         methods = methods or {}
-        self.trainable_module = Trainee(
+        self.trainable_module = StudentModule(
             network,
             geometry,
             methods,
@@ -301,9 +301,9 @@ class DistillationTask(TrainingTask):
         return next((teacher.image_size for teacher in self.teachers if isinstance(teacher, Teacher)), None)
 
     @property
-    def trainee(self) -> Trainee:
+    def trainee(self) -> StudentModule:
         trainee = unwrap_model(self.trainable_module)
-        assert isinstance(trainee, Trainee)
+        assert isinstance(trainee, StudentModule)
         return trainee
 
     @property

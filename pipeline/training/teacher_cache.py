@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.render import sent
+from ..data.render import to_device
 from ..data.views import FIXED_SEED, Schedule
 from ..errors import JobError
 from ..methods.base import Answer, Method, Readout
@@ -36,7 +36,7 @@ from ..runs.cache import Cache
 from ..runs.device import Engine, free_memory
 from ..runs.files import digest
 from .compute.distributed import Ranks
-from .job import Job, Member
+from .job import Job, NetworkSpec
 from .weights import load_teacher, weights_digest
 
 ABOUT = "about.json"
@@ -206,7 +206,7 @@ class Store:
             for view in views:
                 if (t, view) in self._open:
                     continue
-                places = self.ranks.share(self.find(t, view) if self.ranks.lead else None)
+                places = self.ranks.share(self.find(t, view) if self.ranks.is_main else None)
                 if None in places:
                     missing[view] = places
                 else:
@@ -264,17 +264,17 @@ class Store:
             for name, rows in self._rows(t, view, indices[where], device).items():
                 if name not in batch:
                     batch[name] = rows.new_empty((len(indices), *rows.shape[1:]))
-                batch[name][sent(where, device)] = rows
+                batch[name][to_device(where, device)] = rows
         return batch
 
     def _rows(self, t: int, view: int, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
         resident = self._resident.get((t, view))
         if resident is not None:
-            on_device = sent(indices, device)
+            on_device = to_device(indices, device)
             return {name: array[on_device] for name, array in resident.items()}
         chosen = indices.numpy()
         arrays = self._open[t, view].items()
-        return {name: sent(tensor(array[chosen]), device) for name, array in arrays}
+        return {name: to_device(tensor(array[chosen]), device) for name, array in arrays}
 
     def _computed(
         self, t: int, view: int, found: Sequence[Path | None], ask: Ask, what: str
@@ -287,7 +287,7 @@ class Store:
         self.computed += 1
         places = list(found)
         missing = [a for a, place in enumerate(found) if place is None]
-        if not self.ranks.lead:
+        if not self.ranks.is_main:
             while (folders := self.ranks.share(None)) is not None:
                 self._pass(t, view, folders, ask, what)
             return list(self.ranks.share(None))
@@ -334,7 +334,7 @@ class Store:
         if self.ranks.most([full])[0]:
             return True
         source = self.sources[t]
-        if self.ranks.lead:
+        if self.ranks.is_main:
             about = {
                 "teacher": source.name,
                 "data": source.data,
@@ -385,7 +385,7 @@ def schedule_of(job: Job) -> Schedule:
 
 def store_of(job: Job, methods: Mapping[str, Method], answering: Engine) -> Store:
     """The answers that these methods want of the run's teachers, who compute with ``answering``."""
-    views = job.views_drawn_with(schedule_of(job).view_seed, job.tutors[0].image_size)
+    views = job.views_drawn_with(schedule_of(job).view_seed, job.current_teachers[0].image_size)
 
     def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
         plan = ((indices, torch.full_like(indices, view)) for indices in batches)
@@ -394,16 +394,16 @@ def store_of(job: Job, methods: Mapping[str, Method], answering: Engine) -> Stor
     def show(what: str, done: int, total: int) -> None:
         job.stage.update(what, done, total, "images")
 
-    def source(t: int, tutor: Member) -> Source:
+    def source(t: int, teacher: NetworkSpec) -> Source:
         return Source(
-            tutor.name,
+            teacher.name,
             job.data.name,
-            _key(job, tutor, answering),
+            _key(job, teacher, answering),
             _answers(methods, t),
-            partial(load_teacher, job, tutor, answering),
+            partial(load_teacher, job, teacher, answering),
         )
 
-    sources = [source(t, tutor) for t, tutor in enumerate(job.tutors)]
+    sources = [source(t, teacher) for t, teacher in enumerate(job.current_teachers)]
     return Store(job.cache, sources, len(views), render, show, job.ranks)
 
 
@@ -416,11 +416,11 @@ def _answers(methods: Mapping[str, Method], t: int) -> Sequence[Answer]:
     return list(wanted.values())
 
 
-def _key(job: Job, tutor: Member, answering: Engine) -> dict[str, object]:
-    geometry = job.geometry(tutor)
+def _key(job: Job, teacher: NetworkSpec, answering: Engine) -> dict[str, object]:
+    geometry = job.geometry(teacher)
     return {
-        "weights": weights_digest(job, tutor),
-        "architecture": tutor.name,
+        "weights": weights_digest(job, teacher),
+        "architecture": teacher.name,
         "precision": answering.precision,
         "mean": list(geometry.mean),
         "std": list(geometry.std),
@@ -428,5 +428,5 @@ def _key(job: Job, tutor: Member, answering: Engine) -> dict[str, object]:
         "form": job.form,
         "policy": asdict(job.policy),
         "seed": FIXED_SEED,
-        "size": tutor.image_size,
+        "size": teacher.image_size,
     }

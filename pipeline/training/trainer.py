@@ -13,7 +13,7 @@ from ..evaluation import metrics
 from ..runs.device import Engine, device_name, use_threads
 from .checkpoint import Checkpoint
 from .compute.engine_search import compiled_or_not, fastest
-from .job import Job, Member
+from .job import Job, NetworkSpec
 from .loop import Batch, Batches, train
 from .monitoring.metrics import Log, measured
 from .optimizer import Plan, build_optimizer
@@ -130,7 +130,7 @@ def settle(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch
         first: the first step's batch.
         images: how many there are in all.
     """
-    chosen = _settled(job, what, task, plan, first, images) if job.ranks.lead else task.engine
+    chosen = _settled(job, what, task, plan, first, images) if job.ranks.is_main else task.engine
     # Of several ranks one tries, and all take what it has found.
     chosen = replace(job.ranks.share(chosen), device=task.engine.device)
     use_threads(chosen.threads)
@@ -171,7 +171,7 @@ def learn(
     plan: Plan,
     *,
     what: str,
-    member: Member,
+    member: NetworkSpec,
     views_of: Schedule | None = None,
     store: Store | None = None,
     race: bool = True,

@@ -13,11 +13,11 @@ from ...models.weights import load_into
 from ..config.options import Options
 from ..data.dataset import ImageSet
 from ..runs.device import Engine
-from .job import Job, Member
+from .job import Job, NetworkSpec
 from .task import Teacher
 
 
-def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str, str]:
+def weights_metadata(job: Job, member: NetworkSpec, licence: str | None) -> dict[str, str]:
     """What a weights file says of itself: with it, the file can be another run's ``--teacher-weights``."""
     return {
         "architecture": member.name,
@@ -30,7 +30,7 @@ def weights_metadata(job: Job, member: Member, licence: str | None) -> dict[str,
     }
 
 
-def trained_network(job: Job, member: Member) -> nn.Module:
+def trained_network(job: Job, member: NetworkSpec) -> nn.Module:
     """A finished network, on the CPU, in eval mode."""
     network = build(
         member.name,
@@ -42,14 +42,14 @@ def trained_network(job: Job, member: Member) -> nn.Module:
     return network.eval()
 
 
-def weights_digest(job: Job, member: Member) -> str:
+def weights_digest(job: Job, member: NetworkSpec) -> str:
     """What tells a finished network's weights from any others, in whichever run they came to be."""
     return tensors_digest(job.folder.path / member.file)
 
 
-def load_teacher(job: Job, tutor: Member, engine: Engine) -> Teacher:
+def load_teacher(job: Job, teacher: NetworkSpec, engine: Engine) -> Teacher:
     """A finished network as a teacher, frozen, on the run's device."""
-    return Teacher(trained_network(job, tutor), job.geometry(tutor), engine).to(job.device)
+    return Teacher(trained_network(job, teacher), job.geometry(teacher), engine).to(job.device)
 
 
 def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, download: bool) -> None:

@@ -12,7 +12,7 @@ from questpress.export.errors import ExportError
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.quest.vocabulary import Features
 from questpress.pipeline.runs import files, folder
-from questpress.pipeline.runs.files import whole
+from questpress.pipeline.runs.files import atomic_write
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.monitoring.metrics import Log
 
@@ -106,7 +106,9 @@ def test_a_curve_goes_on_from_the_checkpoint_and_not_from_a_damaged_file(tmp_pat
         "questpress.pipeline.training.monitoring.metrics.Trackers", lambda *_: lambda *_: None
     )
     folder = Folder(tmp_path)
-    run = type("Job", (), {"folder": folder, "display": Display(), "ranks": type("R", (), {"lead": True})})()
+    run = type(
+        "Job", (), {"folder": folder, "display": Display(), "ranks": type("R", (), {"is_main": True})}
+    )()
     from questpress.pipeline.runs.results import Epoch
 
     epochs = [Epoch.model_validate(one) for one in report(finished)["epochs"] if one["stage"] == "student"]
@@ -236,7 +238,10 @@ def test_a_dying_disk_is_one_sentence(a_run, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(JobError, match="Could not write"), whole(tmp_path / "file" / "deeper" / "a.txt"):
+    with (
+        pytest.raises(JobError, match="Could not write"),
+        atomic_write(tmp_path / "file" / "deeper" / "a.txt"),
+    ):
         pass
 
 
@@ -266,8 +271,8 @@ def test_an_export_that_fails_leaves_the_artifact_that_there_was(a_run, monkeypa
 
 
 def test_an_input_that_is_missing_is_not_told_as_a_file_that_cannot_be_written(tmp_path):
-    with pytest.raises(FileNotFoundError) as raised, whole(tmp_path / "out.bin") as part:
+    with pytest.raises(FileNotFoundError) as raised, atomic_write(tmp_path / "out.bin") as part:
         part.write_bytes((tmp_path.parent / "elsewhere" / "in.bin").read_bytes())
     assert "in.bin" in str(raised.value) and list(tmp_path.iterdir()) == []
-    with pytest.raises(JobError, match="Could not write"), whole(tmp_path / "out.bin") as part:
+    with pytest.raises(JobError, match="Could not write"), atomic_write(tmp_path / "out.bin") as part:
         (part / "no such folder").write_bytes(b"")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from questpress.pipeline import stages
 from questpress.pipeline.config.options import STAGES
-from questpress.pipeline.runs.files import whole, write_text
+from questpress.pipeline.runs.files import atomic_write, write_text
 
 from . import little
 from .little import files, job, record, report, weights
@@ -139,7 +139,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
 
 def test_a_block_that_fails_leaves_nothing_behind(tmp_path):
     def fails() -> None:
-        with whole(tmp_path / "a.txt") as part:
+        with atomic_write(tmp_path / "a.txt") as part:
             part.write_text("half")
             raise KeyError("x")
 

@@ -136,7 +136,7 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
         Checkpoint(folder / f"{case}.pt", "key"), stage="student", evaluate=measured, show=lambda *_: None,
         log=epochs.append, views_of=views_of, store=store, ranks=ranks,
     )  # fmt: skip
-    if ranks.lead:
+    if ranks.is_main:
         outcome = {
             "weights": {**dict(task.trainee.named_parameters()), **dict(task.trainee.named_buffers())},
             "shipped": task.shipped.state_dict(),
@@ -172,7 +172,7 @@ def all_cases(folder: Path) -> None:
         try:
             twenty_steps("quest", stopped, ranks, stop_after=13)
         except KeyboardInterrupt:
-            assert torch.load(stopped / "quest.pt")["step"] == 3 if ranks.lead else True
+            assert torch.load(stopped / "quest.pt")["step"] == 3 if ranks.is_main else True
         else:
             raise AssertionError("nobody stopped")
     twenty_steps("quest", folder / "stopped2", ranks)

@@ -139,7 +139,7 @@ def other_images(job: Job) -> Job:
 
 
 def _key(job: Job, engine: Engine) -> dict[str, object]:
-    return teacher_cache._key(job, job.tutors[0], engine)
+    return teacher_cache._key(job, job.current_teachers[0], engine)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ..dataset import ImageSet, Progress, printable
-from ..splits import Given
+from ..splits import UnsplitDataset
 from .folders import read_folder
 from .label_files import SUFFIXES, is_label_file, label_files_in, read_label_file
 from .timm_datasets import read_digits
@@ -40,7 +40,7 @@ def read_data(
     download: bool = False,
     to_learn: bool = True,
     progress: Progress | None = None,
-) -> Given:
+) -> UnsplitDataset:
     """The images that ``--data`` names, as they were given.
 
     Without ``to_learn`` they are for validation alone: a class, or a role, may be missing.

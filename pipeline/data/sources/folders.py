@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ..dataset import ImageSet, Progress, Role, Walk, hashed, printable
-from ..splits import Given, listed
+from ..splits import UnsplitDataset, listed
 
 # Those of torchvision's ImageFolder, and GIF.
 EXTENSIONS = frozenset(
@@ -42,7 +42,7 @@ def open_folder(
     return read_folder(path, progress=progress).assembled(val_fraction)
 
 
-def read_folder(path: Path, *, to_learn: bool = True, progress: Progress | None = None) -> Given:
+def read_folder(path: Path, *, to_learn: bool = True, progress: Progress | None = None) -> UnsplitDataset:
     """The images in a folder, with the roles that its folders name.
 
     ``to_learn``: train is needed where there are roles, and each role needs every class. Without it the
@@ -65,7 +65,7 @@ def read_folder(path: Path, *, to_learn: bool = True, progress: Progress | None 
         raise UsageError(
             f"{printable(str(error.filename))} may not be read; check its permissions."
         ) from error
-    return Given(
+    return UnsplitDataset(
         printable(path.resolve().name),
         shown,
         tuple(classes),

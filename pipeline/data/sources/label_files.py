@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ..dataset import ImageSet, Labels, Progress, Role, Walk, hashed, printable
-from ..splits import Given, listed
+from ..splits import UnsplitDataset, listed
 from .folders import ROLE_FOLDERS
 
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -275,7 +275,7 @@ def open_label_file(
 
 def read_label_file(
     path: Path, *, data_dir: Path | None = None, to_learn: bool = True, progress: Progress | None = None
-) -> Given:
+) -> UnsplitDataset:
     """The images that a labels file names, with the roles that it gives them.
 
     Without ``to_learn`` the images are for validation alone: none needs to be there to train on.
@@ -307,7 +307,7 @@ def read_label_file(
         ]
         for role, rows in by_role.items()
     }
-    return Given(
+    return UnsplitDataset(
         printable(_home(path).resolve().name),
         printable(str(path)),
         tuple(classes),

@@ -14,7 +14,7 @@ from PIL import ImageOps
 
 from ...errors import UsageError
 from ..dataset import Image, ImageSet, Progress, Role, Row, Skipped, Table, array_key, printable
-from ..splits import Given
+from ..splits import UnsplitDataset
 from .webdataset import SYNONYMS, index, local_splits, not_plain
 
 # What each kind of name needs installed.
@@ -49,7 +49,7 @@ def open_named(
 
 def read_named(
     name: str, *, data_dir: Path | None = None, download: bool = False, progress: Progress | None = None
-) -> Given:
+) -> UnsplitDataset:
     """The images of a data set by its name in timm, in its own splits.
 
     Raises:
@@ -82,7 +82,7 @@ def _assembled(
     given: dict[Role, list[Image]],
     dataset: Any,
     skipped: Sequence[Skipped] = (),
-) -> Given:
+) -> UnsplitDataset:
     # Published test splits often come without labels, written as −1.
     unlabelled = [
         Skipped(image.name, "it has no label (−1)")
@@ -98,7 +98,9 @@ def _assembled(
     if "test" not in given and "val" in given:
         given["test"] = given.pop("val")
     classes = _class_names(dataset, 1 + max(image.label for images in given.values() for image in images))
-    return Given(name, name, tuple(classes), given, has_roles=len(given) > 1, skipped=(*skipped, *unlabelled))
+    return UnsplitDataset(
+        name, name, tuple(classes), given, has_roles=len(given) > 1, skipped=(*skipped, *unlabelled)
+    )
 
 
 def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Role, Any]:
@@ -225,7 +227,7 @@ def open_digits(*, val_fraction: float | None = None) -> ImageSet:
     return read_digits().assembled(val_fraction)
 
 
-def read_digits() -> Given:
+def read_digits() -> UnsplitDataset:
     """The same images, without roles."""
     from sklearn.datasets import load_digits
 
@@ -236,4 +238,4 @@ def read_digits() -> Given:
         rgb = np.repeat(pixels[:, :, None], 3, axis=2)
         images.append(Image(f"{label}/{number:04d}", int(label), array_key(rgb), rgb))
     digits = tuple(str(digit) for digit in range(10))
-    return Given("digits", "the built-in digits", digits, {"train": images}, has_roles=False)
+    return UnsplitDataset("digits", "the built-in digits", digits, {"train": images}, has_roles=False)

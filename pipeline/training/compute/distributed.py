@@ -76,7 +76,7 @@ class Ranks:
         """Among the processes of this machine."""
 
     @property
-    def lead(self) -> bool:
+    def is_main(self) -> bool:
         return self.number == 0
 
     def wait(self) -> None:
@@ -110,7 +110,7 @@ class Ranks:
 
     def of_lead(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums that count once: rank 0's as they are, and zeros on the others."""
-        return sums if self.lead else {name: torch.zeros_like(value) for name, value in sums.items()}
+        return sums if self.is_main else {name: torch.zeros_like(value) for name, value in sums.items()}
 
     def gather(self, part: Tensor) -> Tensor:
         """All ranks' parts [n_r,…], of any lengths, one after the other, on every rank's host."""
@@ -126,12 +126,12 @@ class Ranks:
         return slice(n * self.number // self.count, n * (self.number + 1) // self.count)
 
     @contextmanager
-    def lead_first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """The block, first by rank 0 alone (to fetch or make what all need) and then by the others."""
-        if not self.lead:
+        if not self.is_main:
             self.wait()
         yield
-        if self.lead:
+        if self.is_main:
             self.wait()
 
 
@@ -156,7 +156,7 @@ def join() -> Ranks:
             ) from error
     _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
-    if not ranks.lead:  # what rank 0 says once is enough
+    if not ranks.is_main:  # what rank 0 says once is enough
         warnings.simplefilter("ignore")
         logging.getLogger("questpress").setLevel(logging.ERROR)
     return ranks

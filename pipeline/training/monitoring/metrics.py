@@ -13,20 +13,20 @@ from ...runs import folder
 from ...runs.files import write_text
 from ...runs.results import Epoch
 from ..compute.distributed import Ranks
-from ..job import Job, Member
+from ..job import Job, NetworkSpec
 from ..task import DistillationTask
 from .profiling import forget_peak, peak, peak_memory, utilisation
 from .trackers import Trackers
 
 
-def measured(job: Job, task: DistillationTask, member: Member) -> Callable[[Epoch], Epoch]:
+def measured(job: Job, task: DistillationTask, member: NetworkSpec) -> Callable[[Epoch], Epoch]:
     """What adds to an epoch the memory it took and, where the device's peak is known, its share of that."""
     forget_peak(job.device)
     best = peak(job.device, task.engine.precision)
     gmacs: list[float | None] = []
     if best is not None:
         # Teachers whose answers are stored are not in the task and cost nothing.
-        asked = [member, *(job.tutors if len(task.teachers) else [])]
+        asked = [member, *(job.current_teachers if len(task.teachers) else [])]
         gmacs = [multiply_adds(one.name, one.image_size, one.classes) for one in asked]
 
     def complete(epoch: Epoch) -> Epoch:
@@ -52,7 +52,7 @@ class Log:
         self.what = what
         self.lines = folder.of_training(job.folder.curves(), what)
         """This training's epochs up to now, or those of an earlier attempt."""
-        self.trackers = Trackers(job, what) if job.ranks.lead else None
+        self.trackers = Trackers(job, what) if job.ranks.is_main else None
 
     def __call__(self, epoch: Epoch) -> None:
         if self.trackers is None:
@@ -158,7 +158,7 @@ class Meter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = self.ranks.of_lead(dict(state["sums"]))
         self.correct = self.ranks.of_lead({"correct": state["correct"]})["correct"]
-        self.images = state["images"] if self.ranks.lead else 0
+        self.images = state["images"] if self.ranks.is_main else 0
 
     def _images(self) -> Tensor:
         return torch.tensor(self.images, device=self.device)
