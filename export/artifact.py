@@ -183,7 +183,7 @@ def predict_py() -> str:
     """The text of predict.py; the same questpress gives the same bytes."""
     before, after = _read("runtime.py").split(_FUTURE, 1)
     line = "# " + "-" * 105
-    command = f"{_without_ours('plain_text.py')}\n\n{_without_ours('command.py')}"
+    command = f"{_without_ours('text.py')}\n\n{_without_ours('predict_cli.py')}"
     return f"{_HEAD}{before}{_FUTURE}{_NEEDS}{after}\n\n{line}\n# The command\n\n{command}{_END}"
 
 

@@ -15,6 +15,7 @@ from ..config.options import Options, enters, group, pairs
 from ..data.dataset import ImageSet
 from ..data.sources.folders import one_role_alone
 from ..errors import UsageError
+from ..runs import main_process
 from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device
@@ -22,7 +23,6 @@ from ..runs.files import command, refuse_inside_data, sha256
 from ..runs.folder import RunFolder, StageResult
 from ..runs.interrupt import STOP
 from ..runs.results import Report
-from ..training.compute import distributed
 from ..training.compute.distributed import Ranks, check_ranks, join, leave
 from ..training.job import Job
 from ..training.weights import check_weights
@@ -73,7 +73,7 @@ def compress(
             with STOP.after(asked.time_limit), display.remarks():
                 return _compress(asked, ranks, display)
         except BaseException:
-            distributed.first_to_end()  # decided before the other processes notice that this one is gone
+            main_process.first_to_end()  # decided before the other processes notice that this one is gone
             raise
         finally:
             leave()
@@ -274,7 +274,7 @@ def _stages(
     config = _config(options, images)
     with ranks.main_first():
         # Processes that torchrun has restarted go on.
-        folder.open(fresh=options.fresh and not distributed.attempt())
+        folder.open(fresh=options.fresh and not main_process.attempt())
         folder.refuse_other_options(config)
         folder.begin(config, _repeatable(options), command())
         check_weights(options, images, folder.left(options.until), download=True)

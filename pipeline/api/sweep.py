@@ -23,12 +23,12 @@ from ..errors import UsageError
 from ..evaluation.latency import INPUTS
 from ..report.format import counted
 from ..report.sizes import write
+from ..runs import main_process
 from ..runs.console import Display
 from ..runs.files import digest, write_text
 from ..runs.record import read_sealed, with_checksum
 from ..runs.results import Latency, Report, Resolutions, Size, Speedup, Subject
 from ..stages.bench import MOST_THREADS
-from ..training.compute import distributed
 from .resolve import own_image_size, resolve
 from .run import compress, read_options
 
@@ -50,7 +50,7 @@ def resolutions(sizes: Sequence[int], **given: Any) -> Resolutions:
     for name in NOT_HERE:
         if given.get(name):
             raise UsageError(f"--{name.replace('_', '-')} belongs to a single run; leave it out here.")
-    if not distributed.alone():
+    if not main_process.alone():
         raise UsageError("Several sizes are trained by one process alone; start it without torchrun.")
     if not sizes:
         raise UsageError("--sizes names no size; write them as in --sizes 64,96,128.")

@@ -8,7 +8,7 @@ import click
 
 from ..config.limits import MOST_THREADS
 from ..config.options import group
-from ..training.compute import distributed
+from ..runs import main_process
 from .errors import ended, show_report, told
 from .options import Grouped, all_options, given
 
@@ -24,7 +24,7 @@ def run(**options: Any) -> None:
 
     asked = given(options)
     report = told(lambda: compress(**asked), resumes=True)
-    if distributed.leads():
+    if main_process.leads():
         show_report(report, as_json=bool(options["json_"]))
 
 
@@ -61,7 +61,7 @@ def export(folder: Path, **options: Any) -> None:
 
     RUN is a run folder; what is not said stays as it was. Nothing that was trained is trained again.
     """
-    from ..api.again import export_again
+    from ..api.export import export_again
 
     asked = given(options)
     report = told(lambda: export_again(folder, **asked), resumes=True)
@@ -250,8 +250,8 @@ def report(folder: Path | None, out: Path | None, schema: bool, as_json: bool, q
     RUN is a run folder. Nothing is computed: what its stages have found is shown as this version shows it.
     Without --out the artifact's README.md is written anew too.
     """
-    from ..api.again import report_again
-    from ..api.again import schema as schema_of
+    from ..api.report import report_again
+    from ..api.report import schema as schema_of
 
     if schema:
         if folder is not None or out is not None or as_json or quiet:
@@ -285,7 +285,7 @@ def predict(
     ARTIFACT is a run folder, an artifact folder or one of its .onnx files; IMAGES are files, or folders of
     them.
     """
-    from ..api.again import predict as answer
+    from ..api.predict import predict as answer
 
     unread = told(lambda: answer(artifact, images, top=top, file=file, threads=threads, as_json=as_json))
     sys.exit(1 if unread else 0)
@@ -364,7 +364,7 @@ def models(pattern: str, image_size: int | None) -> None:
 
     PATTERN is a name or one with wildcards, such as 'mobilenet*'.
     """
-    from ..api.again import list_models
+    from ..api.models import list_models
 
     told(lambda: list_models(pattern, image_size))
 

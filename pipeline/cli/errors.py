@@ -10,8 +10,8 @@ import click
 
 from ...export.text import spelled_out
 from ..errors import out_of_memory
+from ..runs import main_process
 from ..runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit
-from ..training.compute import distributed
 
 if TYPE_CHECKING:
     from ..runs.results import Report
@@ -61,7 +61,7 @@ def told(job: Callable[[], T], *, resumes: bool = False) -> T:
                 "(--image-size), parts of steps (--micro-batch) or networks.",
                 1,
             )
-        if distributed.first_to_end():
+        if main_process.first_to_end():
             raise
         sys.exit(1)  # this process has lost the one that has told why
 
@@ -83,7 +83,7 @@ def unwritten(error: OSError) -> NoReturn:
 
 
 def ended(sentence: str, code: int) -> NoReturn:
-    if distributed.first_to_end():
+    if main_process.first_to_end():
         click.echo(_readable(sentence), err=True)
     sys.exit(code)
 

@@ -9,8 +9,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from ..runs import main_process
 from ..runs.interrupt import STOP
-from ..training.compute import distributed
 from .errors import OF_THE_SYSTEM, ended, unwritten, written
 
 COMMANDS = {
@@ -94,7 +94,7 @@ class Shorthand(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Of several processes one says what is wrong with the command line."""
-        if distributed.leads():
+        if main_process.leads():
             return super().main(*args, **extra)
         try:
             return super().main(*args, **{**extra, "standalone_mode": False})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .base import Method, Parameters
 
 METHODS: Mapping[str, str] = {
-    "quest": "quest:Quest",
+    "quest": "quest.quest:Quest",
     "kd": "kd:Kd",
     "dkd": "dkd:Dkd",
     "dist": "dist:Dist",

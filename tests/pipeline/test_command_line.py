@@ -129,13 +129,6 @@ def test_importing_the_package_does_not_import_torch():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_what_the_shell_needs(shell):
-    told = compress("completion", shell)
-    assert told.exit_code == 0
-    assert f"_COMPRESS_COMPLETE={shell}_complete" in told.stdout
-
-
 @pytest.mark.parametrize(
     ("words", "offered"),
     [

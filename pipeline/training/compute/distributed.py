@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,47 +18,7 @@ from torch import Tensor
 
 from ...config.options import Options
 from ...errors import UsageError
-
-ANSWER = timedelta(seconds=10)
-"""How long the processes' meeting point may take to answer."""
-
-
-def alone() -> bool:
-    """Whether this process was not started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-
-def leads() -> bool:
-    """Whether this is the process that speaks as long as all goes well."""
-    return alone() or os.environ.get("RANK") == "0"
-
-
-def attempt() -> int:
-    """How often torchrun has restarted the processes."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def meet() -> None:
-    """Remember the way to the processes' meeting point, which one of them may soon take with it."""
-    from torch.distributed import TCPStore
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    _meeting.append(TCPStore(host, port, is_master=False, timeout=ANSWER))
-
-
-@cache
-def first_to_end() -> bool:
-    """Whether this process is the first to tell that the job ends before its time."""
-    if alone():
-        return True
-    try:
-        return int(_meeting[-1].add(f"questpress ends {attempt()}", 1)) == 1
-    except (IndexError, RuntimeError):  # they have not met, or it was in a process that is gone
-        return leads()
-
-
-_meeting: list[Any] = []
-
+from ...runs import main_process
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for another, which may be learning a vocabulary; torchrun ends those left alone."""
@@ -141,14 +100,14 @@ def join() -> Ranks:
     Raises:
         UsageError: torchrun's processes cannot find one another.
     """
-    if alone():
+    if main_process.alone():
         return Ranks()
     count = int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=PATIENCE)
-            meet()
+            main_process.meet()
         except (KeyError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"The {count} processes could not find one another ({error}); start them with torchrun, as "
