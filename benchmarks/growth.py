@@ -89,7 +89,7 @@ def step(images: int, words: int, device: str) -> Callable[[], None]:
 def kmeans(images: int, words: int, device: str) -> Callable[[], None]:
     """The vocabulary of random features, in memory, in few iterations."""
     import torch
-    from questpress.pipeline.methods.quest.vocabulary import Features
+    from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix
 
     random = torch.Generator().manual_seed(0)
 

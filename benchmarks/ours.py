@@ -16,7 +16,7 @@ from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import Schedule, ViewPolicy
-from questpress.pipeline.methods.base import Method, Preparation, Readout, Shapes
+from questpress.pipeline.methods.base import Method, PrepareContext, Features, Shapes
 from questpress.pipeline.methods.quest.quest import readout
 from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD, shared_grid
 from questpress.pipeline.methods.shapes import shapes
@@ -164,7 +164,7 @@ class Setting:
         )
         wanted = min(len(self.views), -(-FEATURES_PER_WORD * self.words // (height * width)))
 
-        def answers(_: int, reads: frozenset[str]) -> Iterable[Readout]:
+        def answers(_: int, reads: frozenset[str]) -> Iterable[Features]:
             for indices in torch.arange(wanted).split(self.batch):
                 yield self.frozen(self.views.batch(indices, torch.zeros_like(indices), self.device)[0], reads)
 
@@ -172,7 +172,7 @@ class Setting:
             return self.cache.put(kind, digest(dict(key)), write)
 
         own = methods.parameters(["quest"], settings)["quest"]
-        preparation = Preparation(
+        preparation = PrepareContext(
             student=student,
             teachers=[teacher],
             teacher_names=[self.teacher],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from questpress.export.runtime import allowed_cores
-from questpress.pipeline.methods.quest.vocabulary import Features
+from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix
 from questpress.pipeline.runs.device import use_threads
 
 BATCH, SIDE, CENTRES = 256, 8, 1000
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         file = Path(folder) / "features.f16" if options.streamed else None
-        held = Features(options.features, options.channels, file)
+        held = FeatureMatrix(options.features, options.channels, file)
         made = BATCH * SIDE * SIDE * -(-options.features // (BATCH * SIDE * SIDE))
         assert held.fill(maps(options.features, options.channels), (SIDE, SIDE), made)
         filled = time.perf_counter()

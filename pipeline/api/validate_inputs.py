@@ -15,7 +15,7 @@ from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, right_here
 from ...export.runtime import ArtifactError, Classifier, Preprocessing, read_manifest, read_verified, session
 from ...models.checkpoint import tensors_digest
-from ..data.dataset import ROLES, Image, Progress, Role, Skipped, in_order, printable
+from ..data.dataset import SPLITS, Image, Progress, Split, Skipped, in_order, printable
 from ..data.sources import open_data, read_data
 from ..data.splits import UnsplitDataset, listed
 from ..errors import UsageError
@@ -356,7 +356,7 @@ def choose(
         part = "test" if given.has_roles else "all"
     if part != "all" and not given.images.get(part):
         raise UsageError(_without_role(given, part))
-    roles: Sequence[Role] = ROLES if part == "all" else (part,)
+    roles: Sequence[Split] = SPLITS if part == "all" else (part,)
     images = [image for role in roles for image in given.images.get(role, ())]
     if not images:
         raise UsageError(f"{given.source} holds no image that can be read.")
@@ -380,7 +380,7 @@ def _without_role(given: UnsplitDataset, part: Part) -> str:
             "or say "
             "--role all."
         )
-    there = [role for role in ROLES if given.images.get(role)]
+    there = [role for role in SPLITS if given.images.get(role)]
     return f"{given.source} has no {part} images but {' and '.join(there)} images: say --role {there[-1]}."
 
 
@@ -481,7 +481,7 @@ def own(runs: Sequence[Path], part: Part | None, progress: Progress) -> Chosen:
             "or changed. Name the images to ask about with --data."
         )
     part = part or "test"
-    images = found.role(part) if part != "all" else tuple(i for role in ROLES for i in found.role(role))
+    images = found.split(part) if part != "all" else tuple(i for role in SPLITS for i in found.split(role))
     if not images:
         raise UsageError(f"{runs[0]} has no {part} images; say --role test.")
     warnings = []

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..errors import JobError, UsageError
-from ..methods.base import Answer
+from ..methods.base import CachedOutput
 from ..runs.cache import Cache
 from ..runs.console import Display, Stage, safe_console
 from ..runs.device import Engine, choose_device, use_threads
@@ -196,7 +196,7 @@ def _compare(
                 )
 
 
-def _kept(answer: Answer, name: str, values: Tensor) -> np.ndarray:
+def _kept(answer: CachedOutput, name: str, values: Tensor) -> np.ndarray:
     """As the store would keep it."""
     array: np.ndarray = values.cpu().numpy().astype(answer.arrays[name][1])
     return array

@@ -16,8 +16,8 @@ import numpy as np
 from ...export.text import spelled_out
 from ..runs.files import digest
 
-Role = Literal["train", "val", "test"]
-ROLES: tuple[Role, ...] = get_args(Role)
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 # Called with (done, total) from the thread that started the work.
 Progress = Callable[[int, int], None]
@@ -90,7 +90,7 @@ class Duplicate:
     """
 
     names: tuple[str, ...]
-    kept: Role
+    kept: Split
     removed: tuple[str, ...] = ()
     two_classes: bool = False
 
@@ -115,8 +115,8 @@ class ImageSet:
     multi_label: bool = False
     """Whether an image may have several classes, or none."""
 
-    def role(self, role: Role) -> tuple[Image, ...]:
-        return {"train": self.train, "val": self.val, "test": self.test}[role]
+    def split(self, split: Split) -> tuple[Image, ...]:
+        return {"train": self.train, "val": self.val, "test": self.test}[split]
 
     def __len__(self) -> int:
         return len(self.train) + len(self.val) + len(self.test)
@@ -124,7 +124,7 @@ class ImageSet:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the classes and each image's content, class and role; names don't count."""
-        every = [(image, role) for role in ROLES for image in self.role(role)]
+        every = [(image, role) for role in SPLITS for image in self.split(role)]
         if self.multi_label:
             of_several = sorted((image.key, image.labels, role) for image, role in every)
             return digest({"classes": self.classes, "images": of_several, "multi_label": True})
@@ -132,11 +132,11 @@ class ImageSet:
         return digest({"classes": self.classes, "images": images})
 
     @property
-    def counts(self) -> dict[Role, list[int]]:
+    def counts(self) -> dict[Split, list[int]]:
         """Images of each class (in the order of ``classes``), by role."""
-        counts = {role: [0] * len(self.classes) for role in ROLES}
-        for role in ROLES:
-            for image in self.role(role):
+        counts = {role: [0] * len(self.classes) for role in SPLITS}
+        for role in SPLITS:
+            for image in self.split(role):
                 for label in image.labels:
                     counts[role][label] += 1
         return counts
@@ -264,11 +264,11 @@ class Walk:
 
 
 def hashed(
-    files: Mapping[Role, Sequence[tuple[Path, Labels]]], walk: Walk, progress: Progress | None
-) -> dict[Role, list[Image]]:
+    files: Mapping[Split, Sequence[tuple[Path, Labels]]], walk: Walk, progress: Progress | None
+) -> dict[Split, list[Image]]:
     """The images in these files; those that are empty or cannot be read are skipped."""
     total, done = sum(map(len, files.values())), 0
-    given: dict[Role, list[Image]] = {}
+    given: dict[Split, list[Image]] = {}
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         for role, found in files.items():
             given[role] = []

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .dataset import ROLES, Duplicate, Image, ImageSet, Role, Skipped, in_order
+from .dataset import SPLITS, Duplicate, Image, ImageSet, Split, Skipped, in_order
 
 TEST_FRACTION = 0.1
 SELECT_FRACTION = 0.1
@@ -22,7 +22,7 @@ NO_CLASS = -1
 
 def split_sets(
     images: Sequence[Image], classes: Sequence[str], fraction: float, *, test: bool
-) -> dict[Role, list[Image]]:
+) -> dict[Split, list[Image]]:
     """``images`` as train and val, and with ``test`` as test too; in proportion to each class.
 
     A tenth is tested on, ``fraction`` selected on, of each class one image at least where it has one to
@@ -37,7 +37,7 @@ def split_sets(
         sets[image.key].add(image.labels)
     agreed = {key: next(iter(found)) for key, found in sets.items() if len(found) == 1}
     counts = Counter(label for key in sets for label in {label for one in sets[key] for label in one})
-    role_of: dict[str, Role] = dict.fromkeys(sets, "train")
+    role_of: dict[str, Split] = dict.fromkeys(sets, "train")
     if test:
         tested = held_out(agreed, counts, TEST_FRACTION, 2)
         if not tested:
@@ -52,7 +52,7 @@ def split_sets(
         fraction = min(1.0, fraction / (1 - TEST_FRACTION))
     if fraction > 0:
         role_of.update(dict.fromkeys(held_out(agreed, counts, fraction, 1), "val"))
-    roles: dict[Role, list[Image]] = {"train": [], "val": []}
+    roles: dict[Split, list[Image]] = {"train": [], "val": []}
     if test:
         roles["test"] = []
     for image in images:
@@ -107,7 +107,7 @@ def assemble(
     name: str,
     source: str,
     classes: Sequence[str],
-    given: Mapping[Role, Sequence[Image]],
+    given: Mapping[Split, Sequence[Image]],
     val_fraction: float | None,
     skipped: Sequence[Skipped] = (),
     ignored: int = 0,
@@ -130,15 +130,15 @@ def assemble(
         raise UsageError(
             f"{source} has {found}; put the images of two or more classes into a folder for each."
         )
-    roles, removed = _one_role_each({role: list(given.get(role, ())) for role in ROLES})
+    roles, removed = _one_role_each({role: list(given.get(role, ())) for role in SPLITS})
     if multi_label and ("test" not in given or "val" not in given):
         roles = {**roles, **split_sets(roles["train"], classes, fraction, test="test" not in given)}
     elif "test" not in given:
         roles = _split_whole(roles["train"], classes, fraction)
     elif "val" not in given:
         roles = {**_hold_out(roles["train"], classes, fraction), "test": roles["test"]}
-    _check_every_class(roles, classes, ("train",) if multi_label else ROLES)
-    ordered = {role: in_order(roles[role]) for role in ROLES}
+    _check_every_class(roles, classes, ("train",) if multi_label else SPLITS)
+    ordered = {role: in_order(roles[role]) for role in SPLITS}
     return ImageSet(
         name=name,
         source=source,
@@ -151,12 +151,12 @@ def assemble(
     )
 
 
-def _one_role_each(given: dict[Role, list[Image]]) -> tuple[dict[Role, list[Image]], dict[str, list[Image]]]:
+def _one_role_each(given: dict[Split, list[Image]]) -> tuple[dict[Split, list[Image]], dict[str, list[Image]]]:
     """Take content out of a role where a later role holds it too; also give what was taken out, by key."""
     removed: dict[str, list[Image]] = defaultdict(list)
     taken: set[str] = set()
-    roles: dict[Role, list[Image]] = {}
-    for role in reversed(ROLES):
+    roles: dict[Split, list[Image]] = {}
+    for role in reversed(SPLITS):
         roles[role] = []
         for image in given[role]:
             if image.key in taken:
@@ -180,10 +180,10 @@ def _ranked(images: Sequence[Image]) -> tuple[list[list[str]], set[str]]:
     return [ranks[label] for label in range(size)], torn
 
 
-def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Role, list[Image]]:
+def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Split, list[Image]]:
     ranked, torn = _ranked(images)
     torn_labels = {image.label for image in images if image.key in torn}
-    role_of: dict[str, Role] = dict.fromkeys(torn, "train")
+    role_of: dict[str, Split] = dict.fromkeys(torn, "train")
     for label, name in enumerate(classes):
         keys = ranked[label] if label < len(ranked) else []
         if len(keys) + (label in torn_labels) < 3:
@@ -195,17 +195,17 @@ def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -
         # Select is ranked after test, so the test role is the same whatever fraction is asked for.
         selected = share(len(keys), fraction, len(keys) - tested - (label not in torn_labels))
         for rank, key in enumerate(keys):
-            last: Role = "val" if fraction > 0 and rank < tested + selected else "train"
+            last: Split = "val" if fraction > 0 and rank < tested + selected else "train"
             role_of[key] = "test" if rank < tested else last
     return _by_role(images, role_of)
 
 
-def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Role, list[Image]]:
+def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> dict[Split, list[Image]]:
     if fraction == 0:
         return {"train": images, "val": []}
     ranked, torn = _ranked(images)
     torn_labels = {image.label for image in images if image.key in torn}
-    role_of: dict[str, Role] = dict.fromkeys(torn, "train")
+    role_of: dict[str, Split] = dict.fromkeys(torn, "train")
     for label, name in enumerate(classes):
         keys = ranked[label] if label < len(ranked) else []
         if len(keys) + (label in torn_labels) < 2 or not keys:
@@ -218,8 +218,8 @@ def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> d
     return _by_role(images, role_of)
 
 
-def _by_role(images: list[Image], role_of: dict[str, Role]) -> dict[Role, list[Image]]:
-    roles: dict[Role, list[Image]] = {role: [] for role in ROLES}
+def _by_role(images: list[Image], role_of: dict[str, Split]) -> dict[Split, list[Image]]:
+    roles: dict[Split, list[Image]] = {role: [] for role in SPLITS}
     for image in images:
         roles[role_of[image.key]].append(image)
     return roles
@@ -235,7 +235,7 @@ def _distinct(count: int, label: int, images: Sequence[Image]) -> str:
 
 
 def _check_every_class(
-    roles: Mapping[Role, Sequence[Image]], classes: Sequence[str], needed: Sequence[Role]
+    roles: Mapping[Split, Sequence[Image]], classes: Sequence[str], needed: Sequence[Split]
 ) -> None:
     for role in needed:
         if role == "val" and not roles[role]:
@@ -250,10 +250,10 @@ def _check_every_class(
 
 
 def _duplicates(
-    roles: Mapping[Role, Sequence[Image]], removed: dict[str, list[Image]]
+    roles: Mapping[Split, Sequence[Image]], removed: dict[str, list[Image]]
 ) -> tuple[Duplicate, ...]:
-    copies: dict[str, list[tuple[Role, Image]]] = defaultdict(list)
-    for role in ROLES:
+    copies: dict[str, list[tuple[Split, Image]]] = defaultdict(list)
+    for role in SPLITS:
         for image in roles[role]:
             copies[image.key].append((role, image))
     found = []
@@ -280,7 +280,7 @@ class UnsplitDataset:
     name: str
     source: str
     classes: tuple[str, ...]
-    images: Mapping[Role, Sequence[Image]]
+    images: Mapping[Split, Sequence[Image]]
     has_roles: bool
     skipped: tuple[Skipped, ...] = ()
     ignored: int = 0

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from ..config.limits import within
 
-Readout = Mapping[str, Tensor]
+Features = Mapping[str, Tensor]
 """What a method sees of one network on one batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N]."""
 
 
@@ -40,11 +40,11 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PrepareContext:
     """What a method gets to prepare itself from: the frozen teachers over the training images.
 
     ``readouts(t, reads)`` runs teacher ``t`` (eval mode, fp32) once over all training images under the
-    *test* transform, in a fixed order, and yields one :data:`Readout` per batch on the training device.
+    *test* transform, in a fixed order, and yields the features of one batch on the training device.
     ``shared(t, kind, key, write)`` returns a folder of the cache that runs share, filled by ``write(folder)``
     when it is not there yet; ``key`` is all it depends on besides teacher ``t``'s weights, the data and the
     geometry of the images.
@@ -54,7 +54,7 @@ class Preparation:
     teachers: Sequence[Shapes]
     teacher_names: Sequence[str]
     images: int
-    readouts: Callable[[int, frozenset[str]], Iterable[Readout]]
+    readouts: Callable[[int, frozenset[str]], Iterable[Features]]
     classifier: Callable[[int], Tensor | None]
     """The weight [N,D] of a teacher's last linear layer; None without a head."""
     shared: Callable[[int, str, Mapping[str, Any], Callable[[Path], None]], Path]
@@ -62,13 +62,13 @@ class Preparation:
     """A folder for what is too large for memory."""
     seed: int
     note: Callable[[str], None]
-    seen: Callable[[int, frozenset[str], int], Iterable[tuple[np.ndarray, Readout]]] | None = None
+    seen: Callable[[int, frozenset[str], int], Iterable[tuple[np.ndarray, Features]]] | None = None
     """``seen(t, reads, most)``: a few images that the report may show pieces of, as teacher ``t`` gets them,
     uint8 [B,S,S,3], with its readouts."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PrepareResult:
     """What ``prepare`` leaves behind: tensors for the run folder, facts for the report, a line to show."""
 
     tensors: Mapping[str, Tensor]
@@ -78,7 +78,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class CachedOutput:
     """A part of what a teacher says to a view, in the compact form in which a store keeps it."""
 
     key: Mapping[str, Any]
@@ -87,7 +87,7 @@ class Answer:
     """The readouts it is made from."""
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
     """Shape for one image and numpy's dtype of each array, by the name that ``forward`` finds it under."""
-    compact: Callable[[Readout], dict[str, Tensor]]
+    compact: Callable[[Features], dict[str, Tensor]]
     """From the readouts of a batch to these arrays [B,…]."""
 
     @property
@@ -152,7 +152,7 @@ class Method(nn.Module):
         return sum(_half(read, teacher).bytes_per_image for read in cls.teacher_reads(parameters, teacher))
 
     @classmethod
-    def prepare(cls, parameters: Any, preparation: Preparation) -> Prepared:
+    def prepare(cls, parameters: Any, preparation: PrepareContext) -> PrepareResult:
         """What the method needs of the teachers before training starts."""
         raise NotImplementedError
 
@@ -167,15 +167,15 @@ class Method(nn.Module):
         self.of_student = self.reads(parameters, student)
         self.of_teachers = [(teacher, self.teacher_reads(parameters, teacher)) for teacher in teachers]
 
-    def answers(self, t: int) -> Sequence[Answer]:
+    def answers(self, t: int) -> Sequence[CachedOutput]:
         """What a store keeps of teacher ``t`` for this method: its readouts in half precision."""
         shapes, reads = self.of_teachers[t]
         return [_half(read, shapes) for read in sorted(reads)]
 
     def forward(
         self,
-        student: Readout,
-        teachers: Sequence[Readout],
+        student: Features,
+        teachers: Sequence[Features],
         labels: Tensor,
         epoch: int,
         keys: Tensor | None = None,
@@ -210,10 +210,10 @@ class Method(nn.Module):
         return {}
 
 
-def _half(read: str, shapes: Shapes) -> Answer:
+def _half(read: str, shapes: Shapes) -> CachedOutput:
     sizes = {"logits": (shapes.logits,), "vector": (shapes.vector or 0,)}
     shape = sizes[read] if read in sizes else shapes.maps[read]
-    return Answer(
+    return CachedOutput(
         key={"readout": read},
         reads=frozenset({read}),
         arrays={read: (shape, "float16")},
@@ -221,7 +221,7 @@ def _half(read: str, shapes: Shapes) -> Answer:
     )
 
 
-class Watch(nn.Module):
+class RunningSums(nn.Module):
     """Running sums on the device, so that watching a training costs no synchronisation."""
 
     def __init__(self) -> None:

@@ -51,8 +51,8 @@ class Dist(LogitMethod):
 
     def forward(
         self,
-        student: base.Readout,
-        teachers: Sequence[base.Readout],
+        student: base.Features,
+        teachers: Sequence[base.Features],
         labels: Tensor,
         epoch: int,
         keys: Tensor | None = None,

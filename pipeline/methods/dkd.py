@@ -68,8 +68,8 @@ class Dkd(LogitMethod):
 
     def forward(
         self,
-        student: base.Readout,
-        teachers: Sequence[base.Readout],
+        student: base.Features,
+        teachers: Sequence[base.Features],
         labels: Tensor,
         epoch: int,
         keys: Tensor | None = None,

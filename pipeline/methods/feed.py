@@ -82,12 +82,12 @@ class Feed(base.Method):
         self.transforms = nn.ModuleList(
             transform(parameters, channels, teacher.maps["map"][0]) for teacher in teachers
         )
-        self.watch = base.Watch()
+        self.watch = base.RunningSums()
 
     def forward(
         self,
-        student: base.Readout,
-        teachers: Sequence[base.Readout],
+        student: base.Features,
+        teachers: Sequence[base.Features],
         labels: Tensor,
         epoch: int,
         keys: Tensor | None = None,
@@ -101,7 +101,7 @@ class Feed(base.Method):
         self.watch.add(images=each.new_tensor(len(labels)), errors=each * len(labels))
         return {"feed": self.beta * each.sum()}
 
-    def answers(self, t: int) -> Sequence[base.Answer]:
+    def answers(self, t: int) -> Sequence[base.CachedOutput]:
         return [_answer(self.student, self.of_teachers[t][0])]
 
     def watched(self) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def unit(x: Tensor) -> Tensor:
         return flat / torch.where(length > 0, length, 1.0)
 
 
-def _answer(student: base.Shapes, teacher: base.Shapes) -> base.Answer:
+def _answer(student: base.Shapes, teacher: base.Shapes) -> base.CachedOutput:
     """A teacher's map at the common grid, in half precision; scaled to a root mean square of 1, so that it
     cannot overflow: the loss looks at its direction alone.
     """
@@ -160,11 +160,11 @@ def _answer(student: base.Shapes, teacher: base.Shapes) -> base.Answer:
     grid = shared_grid(student.maps["map"], teacher.maps["map"])
     shape = (channels, *grid)
 
-    def compact(readout: base.Readout) -> dict[str, Tensor]:
+    def compact(readout: base.Features) -> dict[str, Tensor]:
         scaled = unit(pooled(readout["map"], grid)) * math.sqrt(math.prod(shape))
         return {UNIT: scaled.unflatten(1, shape).half()}
 
-    return base.Answer(
+    return base.CachedOutput(
         key={"readout": "map", "scaled": "unit root mean square", "grid": list(grid)},
         reads=frozenset({"map"}),
         arrays={UNIT: (shape, "float16")},

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Method, Parameters, Readout, Shapes
+from .base import Method, Parameters, Features, Shapes
 
 
 class LogitMethod(Method):
@@ -32,7 +32,7 @@ def standardised(z: Tensor) -> Tensor:
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
 
-def teacher_logits(teachers: Sequence[Readout], tau: float, standardise: bool = False) -> Tensor:
+def teacher_logits(teachers: Sequence[Features], tau: float, standardise: bool = False) -> Tensor:
     """One teacher's logits [B,N]; of several, those whose softmax at τ is the mean of theirs at τ."""
     each = [exact(t["logits"]) for t in teachers]
     each = [standardised(z) for z in each] if standardise else each
@@ -47,7 +47,7 @@ def divergence(log_p_s: Tensor, log_p_t: Tensor) -> Tensor:
     return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
 
 
-def binary_teacher_logits(teachers: Sequence[Readout], tau: float) -> Tensor:
+def binary_teacher_logits(teachers: Sequence[Features], tau: float) -> Tensor:
     """One teacher's logits [B,N]; of several, those whose sigmoid at τ is the mean of theirs at τ."""
     each = [exact(t["logits"]) for t in teachers]
     if len(each) == 1:

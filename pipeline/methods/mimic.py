@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from ..errors import JobError, UsageError
 from . import base
-from .quest.vocabulary import Features
+from .quest.vocabulary import FeatureMatrix
 
 BLOCK = 1 << 25
 """Numbers of a block of projections: 128 MB, whatever the number of features and hashes."""
@@ -185,7 +185,7 @@ class Mimic(base.Method):
         return None if width == student.vector else width
 
     @classmethod
-    def prepare(cls, parameters: Parameters, preparation: base.Preparation) -> base.Prepared:
+    def prepare(cls, parameters: Parameters, preparation: base.PrepareContext) -> base.PrepareResult:
         """Draw each teacher's hashes, and find their bias in one pass over the training images."""
         tensors: dict[str, Tensor] = {}
         facts: list[Mapping[str, Any]] = []
@@ -199,7 +199,7 @@ class Mimic(base.Method):
             tensors |= {f"{t}.weight": made["weight"], f"{t}.bias": made["bias"]}
             facts.append({"teacher": name, "hashes": m, "std": std, "bias": parameters.bias})
         lines = [f"{f['hashes']} hashes of {f['teacher']}, s = {f['std']:.3g}" for f in facts]
-        return base.Prepared(tensors, {"hashes": facts}, "; ".join(lines) or "no hashes to draw")
+        return base.PrepareResult(tensors, {"hashes": facts}, "; ".join(lines) or "no hashes to draw")
 
     def __init__(
         self,
@@ -218,8 +218,8 @@ class Mimic(base.Method):
 
     def forward(
         self,
-        student: base.Readout,
-        teachers: Sequence[base.Readout],
+        student: base.Features,
+        teachers: Sequence[base.Features],
         labels: Tensor,
         epoch: int,
         keys: Tensor | None = None,
@@ -259,9 +259,9 @@ class Mimicked(nn.Module):
         self.variant = variant
         self.register_buffer("weight", None if weight is None else weight.float(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
-        self.watch = base.Watch()
+        self.watch = base.RunningSums()
 
-    def forward(self, f_s: Tensor, teacher: base.Readout, labels: Tensor) -> Tensor:
+    def forward(self, f_s: Tensor, teacher: base.Features, labels: Tensor) -> Tensor:
         """
         Args:
             f_s: [B,D_T], the student's part of it.
@@ -300,7 +300,7 @@ def _width(network: base.Shapes) -> int:
     return network.vector
 
 
-def _std(parameters: Parameters, preparation: base.Preparation, t: int) -> float:
+def _std(parameters: Parameters, preparation: base.PrepareContext, t: int) -> float:
     if parameters.std is not None:
         return parameters.std
     classifier = preparation.classifier(t)
@@ -309,7 +309,7 @@ def _std(parameters: Parameters, preparation: base.Preparation, t: int) -> float
 
 
 def _hashes(
-    parameters: Parameters, preparation: base.Preparation, t: int, m: int, std: float
+    parameters: Parameters, preparation: base.PrepareContext, t: int, m: int, std: float
 ) -> dict[str, Tensor]:
     """W [M,D_T] and b [M], from the cache where an earlier run has made them."""
     width, n = _width(preparation.teachers[t]), preparation.images
@@ -329,7 +329,7 @@ def _hashes(
     }
 
     def write(path: Path) -> None:
-        held = Features(used, width, None)
+        held = FeatureMatrix(used, width, None)
         vectors = (readout["vector"] for readout in preparation.readouts(t, frozenset({"vector"})))
         if not held.fill((f[:, :, None, None] for f in vectors), (1, 1), n):
             raise JobError(

@@ -83,7 +83,7 @@ def _protocol(job: Job) -> Protocol:
 def _pictures(job: Job) -> tuple[list[bytes], str]:
     """Encoded test images as they are in the data; pictures made up where they never were files."""
     contents = []
-    for image in job.data.role("test")[:INPUTS]:
+    for image in job.data.split("test")[:INPUTS]:
         content = image.read()
         if isinstance(content, bytes):
             try:

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from ...models.weights import classifier_weight
 from .. import methods
-from ..data.dataset import Role
+from ..data.dataset import Split
 from ..data.views import FIXED_SEED
 from ..evaluation import metrics
-from ..methods.base import Method, Parameters, Preparation, Readout
+from ..methods.base import Method, Parameters, PrepareContext, Features
 from ..runs.device import inference_engine, use_threads
 from ..runs.files import atomic_write, digest
 from ..runs.folder import StageResult
@@ -46,7 +46,7 @@ def _prepare(
     job: Job,
     preparing: Sequence[tuple[str, type[Method]]],
     parameters: Mapping[str, Parameters],
-    preparation: Preparation,
+    preparation: PrepareContext,
 ) -> StageResult:
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def _prepare(
     return StageResult("; ".join(lines), [job.prepared], facts)
 
 
-def _preparation(job: Job, scratch: Path) -> Preparation:
+def _preparation(job: Job, scratch: Path) -> PrepareContext:
     use_threads(inference_engine(job.device, "fp32").threads)
     current_teachers = job.current_teachers
 
@@ -69,15 +69,15 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
     def teacher(t: int) -> Teacher:
         return load_teacher(job, current_teachers[t], inference_engine(job.device, "fp32"))
 
-    def readouts(t: int, reads: frozenset[str]) -> Iterator[Readout]:
+    def readouts(t: int, reads: frozenset[str]) -> Iterator[Features]:
         for first, batch in job.rendered_batches("train", current_teachers[t]):
             yield teacher(t)(batch, reads)
             job.stage.update(
                 f"reading {current_teachers[t].name}", first + len(batch), len(job.train.images), "images"
             )
 
-    def seen(t: int, reads: frozenset[str], most: int) -> Iterator[tuple[np.ndarray, Readout]]:
-        role: Role = "val" if job.data.role("val") else "train"
+    def seen(t: int, reads: frozenset[str], most: int) -> Iterator[tuple[np.ndarray, Features]]:
+        role: Split = "val" if job.data.split("val") else "train"
         pixels, _, _ = job.rendered(role, current_teachers[t], most)
         for first, batch in metrics.batches(pixels, job.device):
             yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
@@ -93,7 +93,7 @@ def _preparation(job: Job, scratch: Path) -> Preparation:
         )
         return job.cache.get(kind, whole_key) or job.cache.put(kind, whole_key, write)
 
-    return Preparation(
+    return PrepareContext(
         student=job.shapes(job.student),
         teachers=[job.shapes(teacher) for teacher in current_teachers],
         teacher_names=[teacher.name for teacher in current_teachers],

@@ -25,7 +25,7 @@ from ...export.int8.search import Learned
 from ...export.int8.targets import Target
 from ...export.int8.torch_graph import with_weights
 from ...export.runtime import normalise
-from ..data.dataset import Role
+from ..data.dataset import Split
 from ..data.render import Normalise
 from ..errors import JobError
 from ..evaluation import metrics
@@ -178,7 +178,7 @@ def _heads(job: Job) -> Path | None:
     return job.folder.path / HEADS
 
 
-def _accuracy(job: Job, task: DistillationTask, role: Role) -> float | None:
+def _accuracy(job: Job, task: DistillationTask, role: Split) -> float | None:
     """Top-1 or mAP of the fake-quantized network in torch, percent."""
     pixels, labels, _ = job.rendered(role, job.student)
     if not len(labels):

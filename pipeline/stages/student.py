@@ -8,7 +8,7 @@ import numpy as np
 from ...models.checkpoint import save_weights
 from ...models.initialize import parameters, start, student_source
 from .. import methods
-from ..data.dataset import Role
+from ..data.dataset import Split
 from ..evaluation import metrics
 from ..report import format
 from ..runs.device import Engine, choose_engine, use_threads
@@ -93,7 +93,7 @@ def run(job: Job) -> StageResult:
 
 
 def _answers(
-    job: Job, task: DistillationTask, chosen: Engine, role: Role
+    job: Job, task: DistillationTask, chosen: Engine, role: Split
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Logits of the weights that ship, in torch and fp32, and labels; None where the role is empty."""
     pixels, labels, _ = job.rendered(role, job.student)

@@ -10,7 +10,7 @@ from torch import nn
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from ...models.initialize import Start, parameters, start
-from ..data.dataset import ROLES, Role
+from ..data.dataset import SPLITS, Split
 from ..data.render import Normalise
 from ..errors import JobError
 from ..evaluation import calibration, metrics, multi_label
@@ -171,7 +171,7 @@ def _train(job: Job, t: int, begun: Start) -> nn.Module:
 
 
 def _measure(
-    job: Job, member: NetworkSpec, network: nn.Module, exact: Engine, role: Role, most: int | None = None
+    job: Job, member: NetworkSpec, network: nn.Module, exact: Engine, role: Split, most: int | None = None
 ) -> np.ndarray | None:
     """fp32 logits on a role [n,classes], or on ``most`` of its images; None where it is empty."""
     pixels, labels, _ = job.rendered(role, member, most)
@@ -214,7 +214,7 @@ def _above_chance(
     Raises:
         JobError: it is no better than chance.
     """
-    role: Role = "val" if val is not None else "train"
+    role: Split = "val" if val is not None else "train"
     most = None if val is not None else MEASURED
     logits = val if val is not None else _measure(job, member, network, exact, "train", most)
     assert logits is not None
@@ -286,7 +286,7 @@ def _data(job: Job) -> DataSummary:
         train=len(data.train),
         val=len(data.val),
         test=len(data.test),
-        per_class={role: dict(zip(data.classes, data.counts[role], strict=True)) for role in ROLES},
+        per_class={role: dict(zip(data.classes, data.counts[role], strict=True)) for role in SPLITS},
         skipped=[(one.name, one.reason) for one in data.skipped],
         duplicates=[list(group.names) for group in data.duplicates],
         fingerprint=job.data.fingerprint,  # of all that was given: what a run goes on with

@@ -14,7 +14,7 @@ from ...models.build import Geometry, geometry
 from ...models.names import resolve as resolve_name
 from ..config.options import Options
 from ..config.stages import ROUND
-from ..data.dataset import ROLES, ImageSet, Role
+from ..data.dataset import SPLITS, ImageSet, Split
 from ..data.decode import Canonical, Decoded, Readable, check_unreadable, decode, decoder, rendered
 from ..data.render import Views
 from ..data.streaming import Resident, Sized, StreamedViews, choose, measured, rendered_batches
@@ -247,14 +247,14 @@ class Job:
         return replace(self.views, seed=seed, size=size)
 
     def rendered(
-        self, role: Role, member: NetworkSpec, most: int | None = None
+        self, role: Split, member: NetworkSpec, most: int | None = None
     ) -> tuple[Tensor, Tensor, Decoded]:
         """A role as the runtime renders it for a network: uint8 [N,S,S,3], its labels (see
         ``decode.Readable.targets``), and its images.
 
         ``most`` images at most, spread evenly over the classes.
         """
-        images = self.data.role(role)
+        images = self.data.split(role)
         decoded = rendered(
             images[:: max(1, math.ceil(len(images) / most))] if most else images,
             self.preprocessing(member),
@@ -267,7 +267,7 @@ class Job:
             return empty, labels, decoded
         return decoded.pixels.stacked(), labels, decoded
 
-    def rendered_batches(self, role: Role, member: NetworkSpec) -> Iterator[tuple[int, Tensor]]:
+    def rendered_batches(self, role: Split, member: NetworkSpec) -> Iterator[tuple[int, Tensor]]:
         """As ``rendered``, a batch at a time: (index of the first, uint8 [B,3,S,S] on the device). Training
         images are neither decoded ahead nor written anywhere where workers decode them.
         """
@@ -287,7 +287,7 @@ class Job:
             JobError: they are more than one in a hundred.
         """
         train = self.train
-        val, test = (self.rendered(role, self.student)[2] for role in ROLES[1:])
+        val, test = (self.rendered(role, self.student)[2] for role in SPLITS[1:])
         skipped = (*self.data.skipped, *train.skipped, *val.skipped, *test.skipped)
         opened = len(self.data) + sum(one.unreadable for one in self.data.skipped)
         check_unreadable(skipped, opened)

@@ -13,7 +13,7 @@ from ..data.render import Views, prefetch, to_device
 from ..data.streaming import StreamedViews
 from ..data.views import Schedule, draw_keys, permutation
 from ..errors import JobError
-from ..methods.base import Readout, Watch
+from ..methods.base import Features, RunningSums
 from ..runs.interrupt import STOP
 from ..runs.results import Epoch
 from .checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from .optimizer import Plan, build_optimizer, schedule
 from .task import DistillationTask
 from .teacher_cache import Store
 
-Ask = Callable[[Tensor], Sequence[Readout]]
+Ask = Callable[[Tensor], Sequence[Features]]
 """Teachers: views, uint8 [B,3,S,S], to each one's readouts."""
 
 
@@ -35,7 +35,7 @@ class Batch:
     labels: Tensor
     keys: Tensor
     """int64 [B]: what the methods' random draws follow."""
-    answers: Sequence[Readout] | None
+    answers: Sequence[Features] | None
     """Each teacher's, from the store or asked ahead; None where the step asks."""
     full: Tensor | None = None
     """The same views as teachers see them that the step asks; None: as the student does."""
@@ -61,7 +61,7 @@ class Batch:
         parts = max(1, min(math.ceil(len(self) / size), len(self) // 2))
         for part in range(parts):
             rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
-            answers: list[Readout] | None = None
+            answers: list[Features] | None = None
             if self.answers is not None:
                 answers = [{name: part[rows] for name, part in one.items()} for one in self.answers]
             full = None if self.full is None else self.full[rows]
@@ -110,7 +110,7 @@ class Batches:
 
         def made() -> Iterator[Batch]:
             for indices, (pixels, labels, *more) in zip(parts, pixels_of, strict=True):
-                answers: Sequence[Readout] | None = None
+                answers: Sequence[Features] | None = None
                 if self.store is not None:
                     answers = self.store.batch(indices, numbers[indices], self.device)
                 elif self.ask is not None:
@@ -312,8 +312,8 @@ class TrainingState:
         self.ranks.wait()  # before rank 0 writes the next one
         return int(state["epoch"]), int(state["step"])
 
-    def watches(self) -> list[Watch]:
-        return [module for module in self.task.trainee.modules() if isinstance(module, Watch)]
+    def watches(self) -> list[RunningSums]:
+        return [module for module in self.task.trainee.modules() if isinstance(module, RunningSums)]
 
 
 def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..data.render import to_device
 from ..data.views import FIXED_SEED, Schedule
 from ..errors import JobError
-from ..methods.base import Answer, Method, Readout
+from ..methods.base import CachedOutput, Method, Features
 from ..report import format
 from ..runs.cache import Cache
 from ..runs.device import Engine, free_memory
@@ -43,7 +43,7 @@ ABOUT = "about.json"
 SCHEMA = 1
 
 
-def create(folder: Path, answer: Answer, images: int) -> None:
+def create(folder: Path, answer: CachedOutput, images: int) -> None:
     """The files of an answer's arrays [images,…], with their headers and nothing else yet."""
     for name, (shape, kind) in answer.arrays.items():
         descr = np.lib.format.dtype_to_descr(np.dtype(kind))
@@ -89,7 +89,7 @@ class Rows:
         self.file.close()
 
 
-def describe(folder: Path, answer: Answer, about: Mapping[str, Any]) -> None:
+def describe(folder: Path, answer: CachedOutput, about: Mapping[str, Any]) -> None:
     """Write what the entry is: the last of its files."""
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in answer.arrays}
     content = {
@@ -103,7 +103,7 @@ def describe(folder: Path, answer: Answer, about: Mapping[str, Any]) -> None:
     (folder / ABOUT).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def mapped(folder: Path, answer: Answer) -> dict[str, np.ndarray]:
+def mapped(folder: Path, answer: CachedOutput) -> dict[str, np.ndarray]:
     """The arrays, memory-mapped."""
     with suppress(OSError):  # where the cache may only be read
         (folder / ABOUT).touch()  # when it was last used, for `compress store prune`
@@ -138,7 +138,7 @@ ON_DEVICE = 0.25
 Render = Callable[[Iterable[Tensor], int], Iterator[Tensor]]
 """(batches of indices [B], view number) to those views, uint8 [B,3,S,S] each on the teacher's device."""
 
-Ask = Callable[[Tensor, frozenset[str]], Readout]
+Ask = Callable[[Tensor, frozenset[str]], Features]
 """A teacher: views and the readouts wanted, to those readouts."""
 
 
@@ -151,7 +151,7 @@ class Source:
     """What the images are called."""
     key: Mapping[str, Any]
     """All that its answers depend on besides the view: weights, arithmetic, images, how views are drawn."""
-    answers: Sequence[Answer]
+    answers: Sequence[CachedOutput]
     load: Callable[[], Ask]
     """The teacher itself, wanted only where something is missing."""
 
@@ -186,7 +186,7 @@ class Store:
     def bytes_per_view(self) -> int:
         return self.images * sum(a.bytes_per_image for source in self.sources for a in source.answers)
 
-    def key(self, t: int, answer: Answer, view: int) -> str:
+    def key(self, t: int, answer: CachedOutput, view: int) -> str:
         about = {"schema": SCHEMA, "images": self.images, "batch": BATCH, "view": view}
         arrays = {name: [list(shape), kind] for name, (shape, kind) in answer.arrays.items()}
         return digest({**about, "source": self.sources[t].key, "answer": answer.key, "arrays": arrays})
@@ -237,7 +237,7 @@ class Store:
         ]
         self._open[t, view] = {name: array for part in parts for name, array in part.items()}
 
-    def batch(self, indices: Tensor, views: Tensor, device: torch.device) -> list[Readout]:
+    def batch(self, indices: Tensor, views: Tensor, device: torch.device) -> list[Features]:
         """Each teacher's answers to the opened views ``views`` of images ``indices`` (int64 [B] both)."""
         present = views.unique().tolist()
         return [self._batch(t, indices, views, present, device) for t in range(len(self.sources))]
@@ -255,7 +255,7 @@ class Store:
 
     def _batch(
         self, t: int, indices: Tensor, views: Tensor, present: Sequence[int], device: torch.device
-    ) -> Readout:
+    ) -> Features:
         if len(present) == 1:
             return self._rows(t, present[0], indices, device)
         batch: dict[str, Tensor] = {}
@@ -407,9 +407,9 @@ def store_of(job: Job, methods: Mapping[str, Method], answering: Engine) -> Stor
     return Store(job.cache, sources, len(views), render, show, job.ranks)
 
 
-def _answers(methods: Mapping[str, Method], t: int) -> Sequence[Answer]:
+def _answers(methods: Mapping[str, Method], t: int) -> Sequence[CachedOutput]:
     """What all methods want, each thing once."""
-    wanted: dict[str, Answer] = {}
+    wanted: dict[str, CachedOutput] = {}
     for method in methods.values():
         for answer in method.answers(t):
             wanted.setdefault(digest(answer.key), answer)

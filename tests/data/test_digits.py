@@ -1,5 +1,5 @@
 import numpy as np
-from questpress.pipeline.data.dataset import ROLES
+from questpress.pipeline.data.dataset import SPLITS
 from questpress.pipeline.data.sources.timm_datasets import open_digits
 from sklearn.datasets import load_digits
 
@@ -8,8 +8,8 @@ def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
     images = open_digits()
     assert len(images) == 1797 and images.classes == tuple("0123456789")
     source = load_digits().images
-    for role in ROLES:
-        for image in images.role(role)[:5]:
+    for role in SPLITS:
+        for image in images.split(role)[:5]:
             pixels = image.read()
             assert isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (8, 8, 3)
             number = int(image.name.split("/")[1])

@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data.dataset import ROLES
+from questpress.pipeline.data.dataset import SPLITS
 from questpress.pipeline.data.sources.folders import one_role_alone, open_folder
 from questpress.pipeline.errors import UsageError
 
@@ -22,7 +22,7 @@ def test_class_folders_alone_are_split_with_every_class_in_every_role(tmp_path: 
     images = open_folder(folder(tmp_path / "pets", {"dog": 20, "cat": 30}))
     assert images.name == "pets" and images.classes == ("cat", "dog")
     assert images.counts == {"train": [24, 16], "val": [3, 2], "test": [3, 2]}
-    assert all(not Path(image.name).is_absolute() for role in ROLES for image in images.role(role))
+    assert all(not Path(image.name).is_absolute() for role in SPLITS for image in images.split(role))
 
 
 def test_classes_are_sorted_as_torchvision_sorts_them(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path: Path) 
     (tmp_path / "README").write_text("no image")
     images = open_folder(tmp_path)
     assert len(images) == 9 and images.ignored == 4
-    assert any(image.name.startswith("a/deep/deeper/") for role in ROLES for image in images.role(role))
+    assert any(image.name.startswith("a/deep/deeper/") for role in SPLITS for image in images.split(role))
 
 
 def test_links_that_lead_out_are_not_followed_and_a_linked_root_is(tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     images = open_folder(tmp_path)
-    names = [image.name for role in ROLES for image in images.role(role)]
+    names = [image.name for role in SPLITS for image in images.split(role)]
     assert "a/caf\\xe9.png" in names
     assert "\n".join(names).encode("utf-8")
-    (one,) = [image for role in ROLES for image in images.role(role) if "caf" in image.name]
+    (one,) = [image for role in SPLITS for image in images.split(role) if "caf" in image.name]
     assert one.read() == (tmp_path / "x.png").read_bytes()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PillowImage
-from questpress.pipeline.data.dataset import ROLES
+from questpress.pipeline.data.dataset import SPLITS
 from questpress.pipeline.data.sources import open_data, timm_datasets
 from questpress.pipeline.errors import UsageError
 from torch.utils.data import IterableDataset
@@ -44,7 +44,7 @@ def test_torchvisions_cifar_comes_by_timms_name(tmp_path: Path, monkeypatch, nam
     images = open_data(f"torch/{name}", data_dir=tmp_path, val_fraction=0)
     assert images.classes == tuple(f"class {n}" for n in range(classes))
     assert len(images.train) == len(data["train"]) and len(images.test) == len(data["test"])
-    by_name = {image.name: image for role in ROLES for image in images.role(role)}
+    by_name = {image.name: image for role in SPLITS for image in images.split(role)}
     first = by_name["train/0000004"]
     assert first.label == 4
     expected = data["train"][4].reshape(3, 32, 32).transpose(1, 2, 0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import decode_image
-from questpress.pipeline.data.dataset import ROLES, ImageSet
+from questpress.pipeline.data.dataset import SPLITS, ImageSet
 from questpress.pipeline.data.decode import Canonical, decode
 from questpress.pipeline.data.sources import open_data, timm_datasets
 from questpress.pipeline.data.streaming import measured
@@ -79,8 +79,8 @@ def test_images_in_shards_are_read_where_they_lie(tmp_path: Path, monkeypatch: p
     images = opened(shop(tmp_path))
     assert images.classes == ("0", "1") and images.counts["train"] == [12, 12]
     assert images.counts["test"] == [3, 3]
-    for role in ROLES:
-        for image in images.role(role):
+    for role in SPLITS:
+        for image in images.split(role):
             number = int(Path(image.name).stem)
             assert image.name.startswith(f"{'train' if role == 'train' else 'val'}/shop-")
             assert image.label == number % 2
@@ -115,7 +115,7 @@ def test_labels_may_stand_in_json_as_for_timm(tmp_path: Path) -> None:
     info = {"splits": {"train": split("train", ["a.tar"], [12], alt_label="meta/label")}}
     (tmp_path / "_info.json").write_text(json.dumps(info))
     images = opened(tmp_path)
-    found = [image for role in ROLES for image in images.role(role)]
+    found = [image for role in SPLITS for image in images.split(role)]
     assert sorted(int(Path(image.name).stem) % 3 for image in found) == [1] * 4 + [2] * 4
     assert all(image.label == int(Path(image.name).stem) % 3 - 1 for image in found)
 

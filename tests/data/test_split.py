@@ -4,7 +4,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from questpress.pipeline.data.dataset import ROLES, Image, ImageSet
+from questpress.pipeline.data.dataset import SPLITS, Image, ImageSet
 from questpress.pipeline.data.splits import assemble
 from questpress.pipeline.errors import UsageError
 
@@ -19,7 +19,7 @@ def split(images: list[Image], classes: int, fraction: float | None = None) -> I
 
 
 def role_of(images: ImageSet) -> dict[str, str]:
-    return {one.key: role for role in ROLES for one in images.role(role)}
+    return {one.key: role for role in SPLITS for one in images.split(role)}
 
 
 # Contents overlap on purpose: copies within a class, and the same content under two classes.
@@ -42,7 +42,7 @@ def test_no_image_has_two_roles_and_every_class_has_every_role(contents: list[li
             return
     done = split(images, len(contents), fraction)
     assert len(done) == len(images)
-    keys = [{one.key for one in done.role(role)} for role in ROLES]
+    keys = [{one.key for one in done.split(role)} for role in SPLITS]
     assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
     assert all(min(counts) >= 1 for counts in done.counts.values())
 

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from questpress.pipeline.data.dataset import ROLES, Image, ImageSet
+from questpress.pipeline.data.dataset import SPLITS, Image, ImageSet
 from questpress.pipeline.data.splits import assemble
 from questpress.pipeline.errors import UsageError
 
@@ -27,7 +27,7 @@ def split(images: list[Image], classes: int, fraction: float | None = None) -> I
 def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
     data = split(many(2000, [0.5, 0.2, 0.05, 0.01]), 4)
     for label in range(4):
-        whole = sum(data.counts[role][label] for role in ROLES)
+        whole = sum(data.counts[role][label] for role in SPLITS)
         for role in ("val", "test"):
             assert data.counts[role][label] == pytest.approx(0.1 * whole, abs=max(2, 0.02 * whole))
     assert len(data.test) == pytest.approx(200, rel=0.1) and len(data.val) == pytest.approx(200, rel=0.1)
@@ -35,7 +35,7 @@ def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
 
 def test_images_of_no_class_are_held_out_like_the_others() -> None:
     data = split([*many(300, [0.4, 0.3]), *(image(1000 + n) for n in range(100))], 2)
-    empty = {role: sum(not one.labels for one in data.role(role)) for role in ROLES}
+    empty = {role: sum(not one.labels for one in data.split(role)) for role in SPLITS}
     assert empty["test"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
     assert empty["val"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
 
@@ -51,8 +51,8 @@ def test_the_roles_follow_from_content_alone() -> None:
 def test_every_class_stays_in_train_and_a_rare_one_is_still_tested() -> None:
     images = [*many(100, [0.5, 0.4, 0, 0]), image(900, 0, 2), image(901, 2), image(902, 1, 2), image(903, 3)]
     counts = split(images, 4).counts
-    assert [counts[role][2] for role in ROLES] == [1, 1, 1]
-    assert [counts[role][3] for role in ROLES] == [1, 0, 0]
+    assert [counts[role][2] for role in SPLITS] == [1, 1, 1]
+    assert [counts[role][3] for role in SPLITS] == [1, 0, 0]
 
 
 def test_content_with_two_sets_of_labels_goes_to_train_and_is_told() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from questpress.export.errors import ExportError
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.methods.quest.vocabulary import Features
+from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix
 from questpress.pipeline.runs import files, folder
 from questpress.pipeline.runs.files import atomic_write
 from questpress.pipeline.training.checkpoint import Checkpoint
@@ -253,7 +253,7 @@ def test_streamed_features_on_a_full_disk_are_an_error_and_not_the_end_of_the_pr
     if os.geteuid() or subprocess.run(asked, capture_output=True).returncode:
         pytest.skip("only root may mount a little disk")
     try:
-        held = Features(64, 1024, tmp_path / "features.f16")  # 128 kB, once they are written
+        held = FeatureMatrix(64, 1024, tmp_path / "features.f16")  # 128 kB, once they are written
         with pytest.raises(OSError, match="No space left"):
             held.fill([torch.rand(64, 1024, 1, 1)], (1, 1), 64)
     finally:

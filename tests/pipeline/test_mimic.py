@@ -12,7 +12,7 @@ from questpress.models.build import build
 from questpress.pipeline import methods
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.methods import mimic
-from questpress.pipeline.methods.base import Preparation, Shapes
+from questpress.pipeline.methods.base import PrepareContext, Shapes
 from safetensors.torch import load_file
 
 from . import little
@@ -185,7 +185,7 @@ class Given:
 
     def prepare(self, **given: Any) -> Any:
         teacher = shapes(self.vectors.shape[1], 0 if self.classifier is None else N)
-        preparation = Preparation(
+        preparation = PrepareContext(
             student=shapes(), teachers=[teacher], teacher_names=["teacher"], images=len(self.vectors),
             readouts=self.readouts, shared=self.shared, scratch=self.path, seed=5, note=self.notes.append,
             classifier=lambda _t: None if self.classifier is None else tensor(self.classifier),

@@ -18,7 +18,7 @@ from questpress.pipeline.api.teacher_cache import remove
 from questpress.pipeline.data.views import Schedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods import base, load, parameters
-from questpress.pipeline.methods.base import Answer, Shapes
+from questpress.pipeline.methods.base import CachedOutput, Shapes
 from questpress.pipeline.methods.quest.loss import answer as words_answer
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.training import teacher_cache
@@ -50,7 +50,7 @@ class Toy:
         return {name: self.factor * found[name] for name in reads}
 
 
-def words(m: int = 2, tau: float = 500.0, vocabulary: torch.Tensor = WORDS) -> Answer:
+def words(m: int = 2, tau: float = 500.0, vocabulary: torch.Tensor = WORDS) -> CachedOutput:
     return words_answer("map", GRID, vocabulary, tau, m)
 
 
@@ -58,7 +58,7 @@ def store(
     root: Path,
     teacher: Callable[..., Any] | None = None,
     *,
-    answers: Iterable[Answer] = (LOGITS,),
+    answers: Iterable[CachedOutput] = (LOGITS,),
     images: int = IMAGES,
     seed: int = 0,
     **key: Any,

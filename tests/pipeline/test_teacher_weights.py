@@ -23,7 +23,7 @@ def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A role's images [N,3,16,16] and labels, by hand."""
     g = geometry(NAME, 16)
     p = Preprocessing.of(16, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
-    images = open_folder(data).role(role)  # type: ignore[arg-type]
+    images = open_folder(data).split(role)  # type: ignore[arg-type]
     pixels = np.stack([render(decode_image(image.read()), p) for image in images])  # type: ignore[arg-type]
     x = torch.from_numpy((pixels / 255 - np.array(g.mean)) / np.array(g.std)).permute(0, 3, 1, 2).float()
     return x, torch.tensor([image.label for image in images])

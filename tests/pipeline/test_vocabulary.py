@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.errors import JobError, UsageError
-from questpress.pipeline.methods.base import Preparation, Readout, Shapes
+from questpress.pipeline.methods.base import PrepareContext, Features, Shapes
 from questpress.pipeline.methods.quest import vocabulary
-from questpress.pipeline.methods.quest.vocabulary import Features, Vocabulary, learn_vocabulary
+from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix, Vocabulary, learn_vocabulary
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.files import digest
 
@@ -25,7 +25,7 @@ class Teacher:
         self.notes: list[str] = []
         self.cache = Cache(cache)
 
-    def readouts(self, t: int, reads: frozenset[str]) -> Iterator[Readout]:
+    def readouts(self, t: int, reads: frozenset[str]) -> Iterator[Features]:
         self.read += 1
         assert (t, reads) == (0, frozenset({"map"}))
         for start in range(0, len(self.maps), self.batch):
@@ -35,9 +35,9 @@ class Teacher:
         whole = digest(dict(key))
         return self.cache.get(kind, whole) or self.cache.put(kind, whole, write)
 
-    def preparation(self, seed: int = 0) -> Preparation:
+    def preparation(self, seed: int = 0) -> PrepareContext:
         shapes = Shapes({"map": tuple(self.maps.shape[1:])}, vector=None, logits=2)  # type: ignore[dict-item]
-        return Preparation(
+        return PrepareContext(
             student=shapes,
             teachers=[shapes],
             teacher_names=["toy"],
@@ -60,7 +60,7 @@ class Teacher:
 
 
 def gathered(teacher: Teacher, grid: tuple[int, int], of: int, used: int) -> np.ndarray:
-    held = Features(used, teacher.maps.shape[1], None)
+    held = FeatureMatrix(used, teacher.maps.shape[1], None)
     maps = (readout["map"] for readout in teacher.readouts(0, frozenset({"map"})))
     assert held.fill(maps, grid, of)
     return held.data

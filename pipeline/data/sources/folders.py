@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UsageError
-from ..dataset import ImageSet, Progress, Role, Walk, hashed, printable
+from ..dataset import ImageSet, Progress, Split, Walk, hashed, printable
 from ..splits import UnsplitDataset, listed
 
 # Those of torchvision's ImageFolder, and GIF.
@@ -17,7 +17,7 @@ EXTENSIONS = frozenset(
         *("tif", "tiff", "ppm", "pgm", "pbm", "pnm", "gif"),
     )
 )
-ROLE_FOLDERS: dict[str, Role] = {
+ROLE_FOLDERS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -76,7 +76,7 @@ def read_folder(path: Path, *, to_learn: bool = True, progress: Progress | None 
     )
 
 
-_Files = dict[Role, list[tuple[Path, int]]]
+_Files = dict[Split, list[tuple[Path, int]]]
 
 
 def _classes_and_files(walk: Walk, shown: str, to_learn: bool) -> tuple[list[str], _Files, bool]:
@@ -149,9 +149,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _by_role(walk: Walk, role_folders: dict[Path, Role], to_learn: bool) -> tuple[list[str], _Files]:
-    by_name: dict[Role, dict[str, list[Path]]] = {}
-    folder_of: dict[Role, str] = {}
+def _by_role(walk: Walk, role_folders: dict[Path, Split], to_learn: bool) -> tuple[list[str], _Files]:
+    by_name: dict[Split, dict[str, list[Path]]] = {}
+    folder_of: dict[Split, str] = {}
     for top, role in role_folders.items():
         if role in by_name:
             raise UsageError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ..dataset import ImageSet, Labels, Progress, Role, Walk, hashed, printable
+from ..dataset import ImageSet, Labels, Progress, Split, Walk, hashed, printable
 from ..splits import UnsplitDataset, listed
 from .folders import ROLE_FOLDERS
 
@@ -34,7 +34,7 @@ class Row:
 
     file: str
     labels: tuple[str, ...]
-    role: Role | None
+    role: Split | None
     place: str
 
 
@@ -162,7 +162,7 @@ def _labels(given: Any, where: str, *, whole: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for one in given if (text := printable(str(one).strip()))))
 
 
-def _role(given: Any, where: str) -> Role | None:
+def _role(given: Any, where: str) -> Split | None:
     word = str(given).strip().lower() if given is not None else ""
     if not word:
         return None
@@ -300,7 +300,7 @@ def read_label_file(
     if to_learn:
         _check_trained(classes, by_role, printable(path.name))
     number = {name: label for label, name in enumerate(classes)}
-    numbered: dict[Role, list[tuple[Path, Labels]]] = {
+    numbered: dict[Split, list[tuple[Path, Labels]]] = {
         role: [
             (file, tuple(number[name] for name in row.labels) if multi_label else number[row.labels[0]])
             for file, row in rows.items()
@@ -425,9 +425,9 @@ def _walk(top: Path) -> Walk:
     return Walk(top.resolve(), top)
 
 
-def _with_its_like(path: Path) -> dict[Role, Path]:
+def _with_its_like(path: Path) -> dict[Split, Path]:
     """The labels file and, where its name says train, those for the other roles beside it."""
-    files: dict[Role, Path] = {"train": path}
+    files: dict[Split, Path] = {"train": path}
     word = _TRAIN.search(path.stem)
     if word is None:
         return files
@@ -444,10 +444,10 @@ def _with_its_like(path: Path) -> dict[Role, Path]:
 
 
 def _by_role(
-    found: Mapping[Role, dict[Path, Row]], files: Mapping[Role, Path], to_learn: bool
-) -> dict[Role, dict[Path, Row]]:
+    found: Mapping[Split, dict[Path, Row]], files: Mapping[Split, Path], to_learn: bool
+) -> dict[Split, dict[Path, Row]]:
     """The images of each role, by the files' names or by what the one file says of each."""
-    by_role: dict[Role, dict[Path, Row]] = {}
+    by_role: dict[Split, dict[Path, Row]] = {}
     for named, rows in found.items():
         for file, row in rows.items():
             if row.role is not None and len(files) > 1:
@@ -471,7 +471,7 @@ def _classes(read: Sequence[_Read]) -> list[str]:
     return [name for name in dict.fromkeys(listed_in_order) if name in seen] or sorted(seen)
 
 
-def _check_trained(classes: Iterable[str], by_role: Mapping[Role, dict[Path, Row]], name: str) -> None:
+def _check_trained(classes: Iterable[str], by_role: Mapping[Split, dict[Path, Row]], name: str) -> None:
     """
     Raises:
         UsageError: a class is seen in another role than train alone.

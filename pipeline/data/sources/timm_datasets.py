@@ -13,7 +13,7 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from ...errors import UsageError
-from ..dataset import Image, ImageSet, Progress, Role, Row, Skipped, Table, array_key, printable
+from ..dataset import Image, ImageSet, Progress, Split, Row, Skipped, Table, array_key, printable
 from ..splits import UnsplitDataset
 from .webdataset import SYNONYMS, index, local_splits, not_plain
 
@@ -71,7 +71,7 @@ def read_named(
         how = "; --download fetches it there" if prefix != "wds" else ""
         raise UsageError(f"{name} needs --data-dir, the folder its files are in{how}.")
     datasets = _splits(name, prefix, data_dir, download)
-    given: dict[Role, list[Image]] = {
+    given: dict[Split, list[Image]] = {
         role: list(_images(name, role, dataset, progress)) for role, dataset in datasets.items()
     }
     return _assembled(name, given, datasets["train"])
@@ -79,7 +79,7 @@ def read_named(
 
 def _assembled(
     name: str,
-    given: dict[Role, list[Image]],
+    given: dict[Split, list[Image]],
     dataset: Any,
     skipped: Sequence[Skipped] = (),
 ) -> UnsplitDataset:
@@ -103,11 +103,11 @@ def _assembled(
     )
 
 
-def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Role, Any]:
+def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Split, Any]:
     """timm's data sets of the splits there are; ``train`` always."""
-    found: dict[Role, Any] = {"train": _create(name, "train", data_dir, download)}
+    found: dict[Split, Any] = {"train": _create(name, "train", data_dir, download)}
     # torchvision's sets have two halves: whatever isn't 'train' is the other one.
-    roles: tuple[Role, ...] = ("val",) if prefix == "torch" else ("val", "test")
+    roles: tuple[Split, ...] = ("val",) if prefix == "torch" else ("val", "test")
     for role in roles:
         for split in SYNONYMS[role]:
             try:
@@ -154,7 +154,7 @@ def _create(name: str, split: str, data_dir: Path | None, download: bool) -> Any
         raise UsageError(f"{name} could not be opened{where}: {reason}") from error
 
 
-def _images(name: str, role: Role, dataset: Any, progress: Progress | None) -> Iterator[Image]:
+def _images(name: str, role: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     if files:  # torchvision's sets of files
         for number, (path, label) in enumerate(files):
@@ -176,7 +176,7 @@ def _images(name: str, role: Role, dataset: Any, progress: Progress | None) -> I
         yield from _in_memory(name, role, dataset, progress)
 
 
-def _in_memory(name: str, role: Role, dataset: Any, progress: Progress | None) -> Iterator[Image]:
+def _in_memory(name: str, role: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
     from torch.utils.data import IterableDataset
 
     streamed = isinstance(dataset, IterableDataset)

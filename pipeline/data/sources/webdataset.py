@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ..dataset import Image, Progress, Role, Skipped, Span, printable
+from ..dataset import Image, Progress, Split, Skipped, Span, printable
 
 INFO = ("_info.json", "info.json")
-SYNONYMS: dict[Role, tuple[str, ...]] = {
+SYNONYMS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "val": ("validation", "val", "valid"),
     "test": ("test",),
@@ -36,7 +36,7 @@ _APART = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardSplit:
     """The shards of a role, and the field of the ``.json`` that holds the class ('' for ``.cls``)."""
 
     shards: tuple[Path, ...]
@@ -47,11 +47,11 @@ class Split:
 class Indexed:
     """What shards hold; ``skipped`` are samples without an image or a class."""
 
-    given: dict[Role, list[Image]] = field(default_factory=dict)
+    given: dict[Split, list[Image]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def local_splits(folder: Path) -> dict[Role, Split] | None:
+def local_splits(folder: Path) -> dict[Split, ShardSplit] | None:
     """The splits that ``_info.json`` lists, or else the shards that are called ``train*.tar`` and so on; None
     where there are none, or some of them are no plain tar files.
 
@@ -59,7 +59,7 @@ def local_splits(folder: Path) -> dict[Role, Split] | None:
         UsageError: ``_info.json`` names a file outside of ``folder``, or is of another form.
     """
     listed = _listed(folder)
-    splits: dict[Role, Split] = {}
+    splits: dict[Split, ShardSplit] = {}
     for role, names in SYNONYMS.items():
         for name in names:
             if listed is None:
@@ -71,14 +71,14 @@ def local_splits(folder: Path) -> dict[Role, Split] | None:
             for shard in shards:
                 _refuse_outside(folder, shard)
             if shards:
-                splits[role] = Split(shards, label)
+                splits[role] = ShardSplit(shards, label)
                 break
     if "train" not in splits or not all(_plain(shard) for split in splits.values() for shard in split.shards):
         return None
     return splits
 
 
-def index(splits: Mapping[Role, Split], progress: Progress | None = None) -> Indexed:
+def index(splits: Mapping[Split, ShardSplit], progress: Progress | None = None) -> Indexed:
     """Every labelled image, in the order of shards and members. Each shard is read through once.
 
     Raises:
@@ -154,7 +154,7 @@ class _Sample:
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
 
 
-def _samples(role: Role, shard: Path, label: str) -> tuple[list[Image], list[Skipped]]:
+def _samples(role: Split, shard: Path, label: str) -> tuple[list[Image], list[Skipped]]:
     images, skipped = [], []
     try:
         with tarfile.open(shard, "r:") as tar, shard.open("rb") as stream:

@@ -210,7 +210,7 @@ def nearest(f_t: Tensor, words: Tensor, tau: float, m: int) -> tuple[Nearest, Te
 
 
 def enough(
-    asked: int | None, learned: Vocabulary, tau: float, preparation: base.Preparation
+    asked: int | None, learned: Vocabulary, tau: float, preparation: base.PrepareContext
 ) -> tuple[int, float]:
     """m, the words that a stored p_T keeps, and the share of p_T that the others have on average.
 
@@ -233,21 +233,21 @@ def enough(
     return top, lost[top - 1]
 
 
-def answer(read: str, grid: tuple[int, int], words: Tensor, tau: float, m: int) -> base.Answer:
+def answer(read: str, grid: tuple[int, int], words: Tensor, tau: float, m: int) -> base.CachedOutput:
     """What a store keeps of a map: each position's m likeliest words, as numbers of 16 bits, p_T over them in
     fp16, and the mass that the others had.
     """
     places = grid[0] * grid[1]
     number = "uint16" if len(words) <= 1 << 16 else "int32"
 
-    def compact(readout: base.Readout) -> dict[str, Tensor]:
+    def compact(readout: base.Features) -> dict[str, Tensor]:
         f_t = positions(readout[read], grid)
         kept, lost = nearest(f_t, words.to(f_t.device), tau, m)
         parts = {"ids": kept.ids, "p": kept.p, "lost": lost}
         return {f"{read}.{name}": part.unflatten(0, (-1, places)) for name, part in parts.items()}
 
     content = words.cpu().contiguous().numpy().tobytes()
-    return base.Answer(
+    return base.CachedOutput(
         key={
             "readout": read,
             "words": hashlib.sha256(content).hexdigest(),

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..base import Preparation, Readout
+from ..base import PrepareContext, Features
 from .vocabulary import nearest, positions
 
 
@@ -37,7 +37,7 @@ def images_to_see(grid: tuple[int, int]) -> int:
 
 
 def shown_words(
-    preparation: Preparation,
+    preparation: PrepareContext,
     teacher: int,
     level: str,
     grid: tuple[int, int],
@@ -71,7 +71,7 @@ def shown_words(
 
 
 def patches_facts(
-    seen: Iterable[tuple[np.ndarray, Readout]],
+    seen: Iterable[tuple[np.ndarray, Features]],
     level: str,
     grid: tuple[int, int],
     words: Tensor,

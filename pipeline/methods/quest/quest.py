@@ -127,7 +127,7 @@ class Quest(base.Method):
         return sum(h * w * 4 * (parameters.top or LIKELY_TOP) for h, w in grids)
 
     @classmethod
-    def prepare(cls, parameters: Parameters, preparation: base.Preparation) -> base.Prepared:
+    def prepare(cls, parameters: Parameters, preparation: base.PrepareContext) -> base.PrepareResult:
         """Learn one vocabulary for each teacher and level by k-means over the teacher's features."""
         tensors: dict[str, Tensor] = {}
         facts: list[Mapping[str, Any]] = []
@@ -159,7 +159,7 @@ class Quest(base.Method):
             f"{f['perplexity']:.0f}"
             for f in facts
         )
-        return base.Prepared(tensors, {"words": facts}, summary)
+        return base.PrepareResult(tensors, {"words": facts}, summary)
 
     def __init__(
         self,
@@ -190,8 +190,8 @@ class Quest(base.Method):
 
     def forward(
         self,
-        student: base.Readout,
-        teachers: Sequence[base.Readout],
+        student: base.Features,
+        teachers: Sequence[base.Features],
         labels: Tensor,
         epoch: int,
         keys: Tensor | None = None,
@@ -199,7 +199,7 @@ class Quest(base.Method):
         terms = [term(student, teachers, epoch, keys) for term in self._predictions()]
         return {"quest": self.alpha * torch.stack(terms).sum()}
 
-    def answers(self, t: int) -> Sequence[base.Answer]:
+    def answers(self, t: int) -> Sequence[base.CachedOutput]:
         return [term.answer() for term in self._predictions() if term.teacher == t]
 
     def scales(self) -> list[nn.Parameter]:
@@ -253,10 +253,10 @@ class WordPrediction(nn.Module):
         self.register_buffer("words", words.float(), persistent=False)
         self.weight = nn.Parameter(torch.randn(len(words), channels) * (2 / channels) ** 0.5)
         self.gamma = nn.Parameter(torch.tensor(gamma))
-        self.watch = base.Watch()
+        self.watch = base.RunningSums()
 
     def forward(
-        self, student: base.Readout, teachers: Sequence[base.Readout], epoch: int, keys: Tensor | None
+        self, student: base.Features, teachers: Sequence[base.Features], epoch: int, keys: Tensor | None
     ) -> Tensor:
         f_s = positions(student[self.reads], self.grid)
         teacher = teachers[self.teacher]
@@ -278,7 +278,7 @@ class WordPrediction(nn.Module):
             return nearest(f_t, self.words, self.tau, self.top)[0]
         return Whole(lambda rows: closeness(f_t[rows], self.words, self.tau), len(f_t))
 
-    def answer(self) -> base.Answer:
+    def answer(self) -> base.CachedOutput:
         return answer(self.teacher_reads, self.grid, self.words, self.tau, self.stored)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...errors import JobError, UsageError
-from ..base import Preparation
+from ..base import PrepareContext
 
 
 def shared_grid(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> tuple[int, int]:
@@ -46,7 +46,7 @@ ON_DEVICE = 1 << 26
 HALF = float(np.finfo(np.float16).max)
 
 
-class Features:
+class FeatureMatrix:
     """n features of C channels: float32 in memory, or float16 in a file that is read in chunks.
 
     What k-means finds hardly feels the rounding to half precision; values beyond its range are cut to it. The
@@ -234,7 +234,7 @@ class Vocabulary:
 
 
 def learn_vocabulary(
-    preparation: Preparation,
+    preparation: PrepareContext,
     *,
     teacher: int,
     level: str,
@@ -289,7 +289,7 @@ def learn_vocabulary(
 
     def write(path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=preparation.scratch) as scratch:
-            held = Features(used, channels, Path(scratch) / "features.f16" if streamed else None)
+            held = FeatureMatrix(used, channels, Path(scratch) / "features.f16" if streamed else None)
             maps = (readout[level] for readout in preparation.readouts(teacher, frozenset([level])))
             if not held.fill(maps, grid, features):
                 raise JobError(
@@ -315,7 +315,7 @@ def check_words(words: int | None, features: int) -> None:
         )
 
 
-def _place(wanted: int, channels: int, preparation: Preparation, *, asked_for: bool) -> tuple[int, bool]:
+def _place(wanted: int, channels: int, preparation: PrepareContext, *, asked_for: bool) -> tuple[int, bool]:
     """How many features are used, and whether they are streamed from the disk instead of held in memory.
 
     All of them in memory where they fit in 4 GiB; else in a file, where half of the free disk holds it; else
@@ -338,7 +338,7 @@ def _place(wanted: int, channels: int, preparation: Preparation, *, asked_for: b
     return MEMORY_LIMIT // (4 * channels), False
 
 
-def describe(features: Features, words: np.ndarray) -> dict[str, Any]:
+def describe(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
     """The words with μ, the mean squared distance to the nearest, and the perplexity of the assignment.
 
     Raises:
