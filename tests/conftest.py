@@ -1,9 +1,91 @@
-"""Toy networks are slower on many threads than on one, and several test runs share a machine."""
+"""Fixtures of all tests.
+
+Toy networks are slower on many threads than on one, and several test runs share a machine.
+"""
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
+
+import torch
+
+from tests.support import little
 
 # A shell has its background jobs ignore Ctrl-C, and so would every process that a test starts there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Little networks on one thread, so that a busy machine does not slow them down."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("runs.device", "stages.teacher", "stages.bench", "api.dry_run", "api.sweep"):
+            patch.setattr(f"questpress.pipeline.{module}.allowed_cores", lambda: 1)
+        torch.set_num_threads(1)
+        # Two processes more for each run; test_int8_in_a_run.py has them.
+        patch.setattr("questpress.pipeline.stages.quantize._times", lambda *_: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def little_threads(one_thread: None) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of twenty little pictures."""
+    return little.photos(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="session")
+def finished(
+    one_thread: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+    data: Path,
+    cache: Path,
+) -> Path:
+    """The run folder of a whole little job. Nobody changes it: see ``a_run`` for one to change."""
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    result = little.job(data, out, cache)
+    assert result.exit_code == 0, (result.output, result.exception)
+    (out.parent / "stderr.txt").write_text(result.stderr)
+    (out.parent / "stdout.txt").write_text(result.stdout)
+    return out
+
+
+@pytest.fixture
+def a_run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def digits(
+    one_thread: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+    cache: Path,
+) -> Path:
+    """The run folder of the built-in digits with little networks, timed on two threads as well."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("questpress.pipeline.stages.bench.allowed_cores", lambda: 2)
+        result = little.compress(
+            *little.NETWORKS, "--image-size", "16", "--teacher-epochs", "3", "--epochs", "2",
+            "--batch-size", "32", "--bench-seconds", "0.2", "--set", "quest.words=64", "--out", out,
+            "--cache", cache,
+        )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    (out.parent / "stderr.txt").write_text(result.stderr)
+    return out

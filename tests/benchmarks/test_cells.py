@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from ..pipeline import little
+from tests.support import little
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from questpress.export.latency.runner import BenchResult, environment, summarise
 
-from .test_cells import load
+from tests.benchmarks.test_cells import load
 
 int8_files, int8_making, int8_tables, int8 = (
     load(name) for name in ("int8_files", "int8_making", "int8_tables", "int8")

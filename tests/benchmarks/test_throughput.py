@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from .test_cells import load
+from tests.benchmarks.test_cells import load
 
 rounds, pictures, ours, peers, throughput, growth, whole_job = (
     load(name) for name in ("rounds", "pictures", "ours", "peers", "throughput", "growth", "whole_job")

@@ -12,7 +12,7 @@ from questpress.pipeline.data.sources.folders import open_folder
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.cache import Cache
 
-from .pictures import folder, in_memory, pixels, save, smooth
+from tests.support.pictures import folder, in_memory, pixels, save, smooth
 
 PHOTO = Canonical("short_side", 32)
 

@@ -21,8 +21,8 @@ from questpress.pipeline.data.decode import Canonical, decode, sampled_sizes
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.errors import UsageError
 
-from .pictures import folder, pixels, save
-from .test_shards import png, samples, shard, split
+from tests.data.sources.test_shards import png, samples, shard, split
+from tests.support.pictures import folder, pixels, save
 
 STEERING = "red\x1b]0,owned\x07\x9b2J\u202ebd\u2028x"
 SHOWN = "red\\x1b]0,owned\\x07\\x9b2J\\u202ebd\\u2028x"

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from .pictures import in_memory, pixels, smooth
+from tests.support.pictures import in_memory, pixels, smooth
 
 PHOTOS = ViewPolicy("resized_crop")
 

@@ -7,7 +7,7 @@ from questpress.pipeline.data.sources.folders import open_folder
 from questpress.pipeline.data.streaming import canonical_bytes, choose
 from questpress.pipeline.runs.cache import Cache
 
-from .pictures import folder, in_memory, pixels
+from tests.support.pictures import folder, in_memory, pixels
 
 FORM = Canonical("short_side", 32)
 

@@ -17,7 +17,7 @@ from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.cache import Cache
 
-from .pictures import in_memory, pixels, save, smooth
+from tests.support.pictures import in_memory, pixels, save, smooth
 
 SIZE = 24
 POLICIES = {

@@ -14,7 +14,7 @@ from questpress.export.artifact import ShippedFile, read_manifest, write_manifes
 from questpress.export.conversion.onnx_export import OnnxFile
 from questpress.export.runtime import ArtifactError, Classifier, ImageError, Preprocessing
 
-from .networks import LABELS, PREPROCESSING, colour_classifier
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier
 
 
 @pytest.fixture

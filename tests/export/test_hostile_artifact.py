@@ -16,8 +16,8 @@ from PIL import Image
 from questpress.export import predict_cli, runtime
 from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, refuse_outside
 
-from . import hostile_onnx
-from .networks import LABELS, PREPROCESSING, colour_classifier
+from tests.support import hostile_onnx
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier
 
 READS = [one for one, told in hostile_onnx.HARMS if "another file" in told or "train with" in told]
 

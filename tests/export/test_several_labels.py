@@ -11,7 +11,7 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile, with_metadata
 from questpress.export.runtime import ArtifactError, Classifier
 
-from .test_classifier import LABELS, PREPROCESSING, colour_classifier
+from tests.export.test_classifier import LABELS, PREPROCESSING, colour_classifier
 
 THRESHOLDS = [0.9, 0.2, 0.5]
 

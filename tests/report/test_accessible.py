@@ -7,8 +7,8 @@ from importlib import resources
 import pytest
 from questpress.pipeline.report.write import html
 
-from . import int8_reports, reports
-from .test_words_section import with_words
+from tests.report.test_words_section import with_words
+from tests.support import int8_reports, reports
 
 CSS = resources.files("questpress.pipeline.report").joinpath("report.css").read_text(encoding="utf-8")
 LIGHT, DARK = re.findall(r":root \{(.*?)\}", CSS, re.S)

@@ -12,8 +12,8 @@ from questpress.pipeline.report.comparison import pages
 from questpress.pipeline.report.write import html
 from questpress.pipeline.runs.results import FloatPart, Report
 
-from . import bench_reports, int8_reports, reports
-from .test_words_section import with_words
+from tests.report.test_words_section import with_words
+from tests.support import bench_reports, int8_reports, reports
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)

@@ -13,8 +13,8 @@ from questpress.pipeline.runs.results import Report
 from questpress.pipeline.runs.scores import Calibration, Temperature
 from rich.console import Console
 
-from . import reports
-from .test_write import Reader
+from tests.report.test_write import Reader
+from tests.support import reports
 
 
 def measured(scale: float, n: int = 800, temperature: float | None = None) -> Calibration:

@@ -7,8 +7,8 @@ from questpress.export.runtime import Preprocessing
 from questpress.pipeline.report.card import card
 from questpress.pipeline.runs.results import Recovery
 
-from . import int8_reports, reports
-from .test_write import HOSTILE
+from tests.report.test_write import HOSTILE
+from tests.support import int8_reports, reports
 
 
 def manifest(labels: list[str] | None = None, **more: Any) -> dict[str, Any]:

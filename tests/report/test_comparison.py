@@ -19,7 +19,7 @@ from questpress.pipeline.runs import predictions
 from questpress.pipeline.runs.results import Report
 from questpress.pipeline.runs.scores import Accuracy
 
-from . import reports
+from tests.support import reports
 
 N = 372
 

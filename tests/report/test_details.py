@@ -4,7 +4,7 @@ from questpress.pipeline.report import details
 from questpress.pipeline.report.write import html, markdown
 from questpress.pipeline.runs.results import Epoch, Report, StoreUse
 
-from . import reports
+from tests.support import reports
 
 
 def epoch(stage: str, number: int, rate: float = 100.0, **more: object) -> Epoch:

@@ -3,7 +3,7 @@ from questpress.pipeline.report.page import page
 from questpress.pipeline.runs.results import Report, Speedup
 from questpress.pipeline.runs.scores import Accuracy, MultiLabelScore
 
-from . import reports
+from tests.support import reports
 
 
 def with_int8(**changes: object) -> Report:

@@ -13,8 +13,8 @@ from questpress.pipeline.report.write import html, markdown
 from questpress.pipeline.runs.results import Report
 from rich.console import Console
 
-from . import int8_reports, reports
-from .test_write import Reader
+from tests.report.test_write import Reader
+from tests.support import int8_reports, reports
 
 
 def printed(report: Report) -> str:

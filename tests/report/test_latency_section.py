@@ -7,7 +7,7 @@ import pytest
 from questpress.pipeline.report import bench_tables, latency
 from questpress.pipeline.report.write import html, markdown
 
-from . import bench_reports, reports
+from tests.support import bench_reports, reports
 
 
 def test_a_report_without_a_bench_has_no_section() -> None:

@@ -17,8 +17,8 @@ from questpress.pipeline.report import comparison, validation
 from questpress.pipeline.runs.results import Example
 from questpress.pipeline.runs.scores import Accuracy, Calibration, ReliabilityBin, Speedup
 
-from . import reports
-from .test_browser import BROWSER, NAMES, opened
+from tests.report.test_browser import BROWSER, NAMES, opened
+from tests.support import reports
 
 WIDTHS = (390, 1280)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser found: looked for {', '.join(NAMES)}")

@@ -1,7 +1,7 @@
 from questpress.pipeline.report import details
 from questpress.pipeline.report.write import html
 
-from . import reports
+from tests.support import reports
 
 
 def test_each_figure_names_the_command_that_measures_it_again() -> None:

@@ -4,7 +4,7 @@ from questpress.pipeline.report import sizes
 from questpress.pipeline.report.write import as_html, as_markdown
 from questpress.pipeline.runs.results import Resolutions, Size
 
-from . import reports
+from tests.support import reports
 
 
 def found(*, without: int) -> Resolutions:

@@ -5,7 +5,7 @@ from questpress.pipeline.report.terminal import show, table
 from questpress.pipeline.runs.results import Report
 from rich.console import Console
 
-from . import reports
+from tests.support import reports
 
 
 def printed(report: Report, width: int = 120) -> str:

@@ -9,7 +9,7 @@ from questpress.pipeline.report.pictures import trade
 from questpress.pipeline.report.tradeoff import DOT, Plot, Spot, Tradeoff, tradeoff
 from questpress.pipeline.report.write import html, markdown
 
-from . import reports
+from tests.support import reports
 
 
 def spot(name: str, x: float, y: float, size: int | None = None, **more: str) -> Spot:

@@ -2,7 +2,7 @@ from questpress.pipeline.report.words import section
 from questpress.pipeline.report.write import html, markdown
 from questpress.pipeline.runs.results import ShownWord
 
-from . import reports
+from tests.support import reports
 
 
 def with_words(**more: object):

@@ -11,7 +11,7 @@ from questpress.pipeline.report.write import html, markdown, write_report
 from questpress.pipeline.runs.results import Epoch, FloatPart, Report, ShownWord
 from questpress.pipeline.runs.scores import ClassResult
 
-from . import int8_reports, reports
+from tests.support import int8_reports, reports
 
 PARTIAL = {
     "nothing yet": reports.bare(),

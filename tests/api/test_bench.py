@@ -1,0 +1,351 @@
+"""`compress bench`: what is timed, what is said of it, and where it goes."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import questpress.pipeline.api.bench as verb
+from questpress.pipeline.api.bench import MLPERF, NORMAL, QUICK, bench
+from questpress.pipeline.errors import JobError, UsageError
+from questpress.pipeline.evaluation import latency
+from questpress.pipeline.evaluation.latency import Subject
+from questpress.pipeline.report.assemble import bench_facts
+from questpress.pipeline.runs.artifacts import find, onnx_input, timed_teachers
+from questpress.pipeline.runs.bench_results import Bench, NoiseFlag
+from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.stages.report import assemble
+
+from tests.support import bench_reports
+from tests.support.little import compress, refused
+from tests.support.networks import colour_classifier
+
+SHORT = ("--seconds", "0.1", "--threads", "1", "--quick")
+
+
+LITTLE = replace(QUICK, samples=0, starts=1, whole_seconds=0.05, batch_seconds=0.02, batches=(1, 4))
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fresh process of each file, and two batches."""
+    monkeypatch.setattr(verb, "QUICK", LITTLE)
+
+
+@pytest.fixture(scope="module")
+def timed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A copy of a finished run after `compress bench`, and what that printed."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("timed") / "shop"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verb, "QUICK", LITTLE)
+        result = compress("bench", run, *SHORT)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return run, result.stdout
+
+
+def test_a_runs_teacher_and_both_files_are_timed_in_every_way(timed: tuple[Path, str]) -> None:
+    run, _ = timed
+    found = Bench.model_validate_json((run / "bench/bench.json").read_text())
+    assert [(one.name, one.key) for one in found.subjects] == [
+        ("teacher", "teacher"), ("fp32", "student"), ("int8", "student_int8"),
+    ]  # fmt: skip
+    assert [one.file for one in found.subjects] == [
+        "bench/teacher.onnx", "artifact/student.onnx", "artifact/student.int8.onnx",
+    ]  # fmt: skip
+    assert [(one.subject, one.over) for one in found.speedups] == [
+        ("fp32", "teacher"), ("int8", "teacher"), ("int8", "fp32"),
+    ]  # fmt: skip
+    for one in found.latencies:
+        median = one.percentiles["p50"]
+        assert (
+            one.n >= 11
+            and len(one.quantiles) == 101
+            and one.quantiles[50] == pytest.approx(median.value, rel=1e-4)
+        )
+        assert (median.low or 0) <= median.value <= (median.high or np.inf)
+    assert {one.subject for one in found.end_to_end} == {"teacher", "fp32", "int8"}
+    for way in found.end_to_end:
+        assert min(way.decode, way.resize, way.normalise, way.run) > 0
+    assert found.images == "60 images of the run's data"
+    assert {one.subject for one in found.cold_starts} == {"teacher", "fp32", "int8"}
+    for start in found.cold_starts:
+        assert min(start.import_ms, start.session_ms, start.first_run_ms) > 0
+        assert (start.peak_bytes or 0) > (start.runtime_bytes or 0) > 1e7
+    assert {(one.subject, one.batch) for one in found.throughput} == {
+        (name, batch) for name in ("teacher", "fp32", "int8") for batch in (1, 4)
+    }
+    [under] = found.conditions
+    assert under.rounds >= 20 and under.processes == 2 and len(under.cores) <= 1
+    assert found.environment["cpu"] and found.session
+
+
+def test_the_raw_samples_are_kept_beside_it(timed: tuple[Path, str]) -> None:
+    run, _ = timed
+    found = Bench.model_validate_json((run / "bench/bench.json").read_text())
+    with np.load(run / "bench" / str(found.samples_file)) as raw:
+        for one in found.latencies:
+            samples = raw[f"{one.subject}/{one.threads}/ms"]
+            assert len(samples) == len(raw[f"{one.subject}/{one.threads}/round"]) == one.n
+            assert one.mean == pytest.approx(samples.mean())
+        assert len(raw["sentinel/1/ms"]) == found.conditions[0].rounds
+        steps = raw["int8/1/from image file/ms"]
+        assert steps.shape[1] == 4
+
+
+def test_the_runs_report_shows_what_was_found(timed: tuple[Path, str], finished: Path) -> None:
+    run, _ = timed
+    found = json.loads((run / "bench/bench.json").read_text())
+    report = json.loads((run / "report.json").read_text())
+    before = json.loads((finished / "report.json").read_text())
+    assert report["bench"] == found != before["bench"]
+    [int8] = [one for one in found["latencies"] if one["subject"] == "int8"]
+    assert report["student_int8"]["latency_ms"]["1"]["p50"] == int8["percentiles"]["p50"]["value"]
+    assert {one["over"] for one in report["student_int8"]["speedups"]} == {"teacher", "student"}
+    assert report["student_int8"]["accuracy"] == before["student_int8"]["accuracy"]
+    page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
+    for title in (
+        "Percentiles",
+        "Against each other",
+        "From image file to answer",
+        "Cold start",
+        "Throughput",
+    ):
+        assert f"<h3>{title}</h3>" in page and f"### {title}" in text
+    assert 'class="hill student_int8"' in page
+    assert "To measure it again" in page and "```sh" in text
+
+
+def test_a_later_bench_of_other_files_is_not_shown(timed: tuple[Path, str], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(timed[0], tmp_path / "run"))
+    later = json.loads((run / "bench/bench.json").read_text())
+    later["subjects"][1]["sha256"], later["checksum"] = "0" * 64, None
+    (run / "bench/bench.json").write_text(json.dumps(later))
+    folder = RunFolder(run, writes=False)
+    folder.open(fresh=False)
+    report = assemble(folder)
+    assert report.bench is not None and report.bench.subjects[1].name == "student"
+
+
+def test_the_terminal_shows_tables_of_80_columns(timed: tuple[Path, str]) -> None:
+    run, shown = timed
+    lines = shown.splitlines()
+    assert max(len(line.rstrip()) for line in lines if not line.startswith(("Report", "Results"))) <= 80
+    for title in ("Milliseconds of one image", "Against each other", "Cold start", "Throughput"):
+        assert title in shown
+    assert f"Report:   {run / 'report.html'}" in lines
+    assert f"Results:  {run / 'bench/bench.json'}" in lines
+
+
+def test_plain_files_are_compared_and_kept_in_a_folder_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        colour_classifier(tmp_path / folder / "net.onnx", {}, 8)
+    result = compress("bench", "a/net.onnx", "b/net.onnx", *SHORT, "--json", "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = Bench.model_validate_json(result.stdout)
+    assert [one.name for one in found.subjects] == ["a/net", "b/net"]
+    assert found.subjects[0].inputs == "64 inputs of random numbers" and not found.end_to_end
+    assert [(one.subject, one.over) for one in found.speedups] == [("b/net", "a/net")]
+    assert found == Bench.model_validate_json((tmp_path / "bench-results/bench.json").read_text())
+
+
+def test_strict_fails_after_all_is_saved_where_anything_disturbed_it(
+    timed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    steal = NoiseFlag(name="steal", threads=1, sentence="The host gave 5 % of its cores to others.")
+
+    def bench_with(*flags: NoiseFlag) -> None:
+        answer = found.model_copy(update={"flags": list(flags)}), {"a": np.zeros(1)}
+        monkeypatch.setattr(verb, "measure", lambda *_, **__: answer)
+
+    bench_with()
+    assert compress("bench", file, "--strict", "--out", tmp_path / "quiet").exit_code == 0
+    bench_with(steal)
+    result = compress("bench", file, "--strict", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "--strict: the machine was not quiet (steal)." in result.stderr
+    assert steal.sentence in " ".join(result.stdout.split())
+    kept = Bench.model_validate_json((tmp_path / "out/bench.json").read_text())
+    assert [one.name for one in kept.flags] == ["steal"] and (tmp_path / "out/bench.npz").exists()
+    assert compress("bench", file, "--out", tmp_path / "out").exit_code == 0
+
+
+def test_one_path_or_a_list_of_them_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(subjects: list[Subject], *_: object, **__: object) -> None:
+        raise JobError(" ".join(one.told.name for one in subjects))
+
+    monkeypatch.setattr(verb, "measure", named)
+    first, second = (str(colour_classifier(tmp_path / f"{name}.onnx", {}, 8)) for name in ("a", "b"))
+    for paths, asked in ((first, "a"), (Path(second), "b"), ([first, second], "a b")):
+        with pytest.raises(JobError, match=f"^{asked}$"):
+            bench(paths, out=tmp_path / "out", quiet=True)
+    with pytest.raises(UsageError, match="Name a run folder"):
+        bench([], out=tmp_path / "out", quiet=True)
+
+
+def test_mlperfs_estimates_are_upper_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (MLPERF.seconds, MLPERF.samples, NORMAL.seconds, QUICK.seconds) == (600.0, 662, 10.0, 3.0)
+    short = replace(LITTLE, processes=1, samples=662, starts=0, batch_seconds=0.0, mlperf=True)
+    monkeypatch.setattr(verb, "MLPERF", short)
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    found = bench(file, mlperf=True, seconds=0.1, threads=[1], out=tmp_path / "out", quiet=True)
+    [one], [latency] = found.mlperf, found.latencies
+    assert one.p90 is not None and one.p90 >= latency.percentiles["p90"].value
+    assert one.p99 is not None and one.p99 >= one.p90
+
+
+def changed(path: Path, dims: list[int | str], kind: int = onnx.TensorProto.FLOAT) -> Path:
+    """A network whose input is told to be another."""
+    model = onnx.load(colour_classifier(path, {}, 8))
+    model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("input", kind, dims))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_file_says_what_it_takes(tmp_path: Path) -> None:
+    fixed = onnx_input(changed(tmp_path / "a.onnx", [1, 3, 8, 8]))
+    assert (fixed.shape, fixed.any_batch, fixed.ours, fixed.told) == (
+        (3, 8, 8),
+        False,
+        False,
+        "float32 [1, 3, 8, 8]",
+    )
+    open_ = onnx_input(changed(tmp_path / "b.onnx", ["n", 3, "h", "w"]), image_size=16)
+    assert (open_.shape, open_.any_batch) == ((3, 16, 16), True)
+    pixels = onnx_input(changed(tmp_path / "c.onnx", ["n", 8, 8, 3], onnx.TensorProto.UINT8))
+    assert (pixels.shape, pixels.kind) == ((8, 8, 3), np.uint8)
+
+
+def test_what_cannot_be_timed_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("no model")
+    refused(compress("bench", tmp_path / "text.onnx"), 2, "text.onnx", "is no ONNX file")
+    (tmp_path / "empty.onnx").touch()
+    refused(compress("bench", tmp_path / "empty.onnx"), 2, "empty.onnx", "holds no network")
+    refused(compress("bench", tmp_path / "none.onnx"), 2, "There is no", "none.onnx")
+    refused(compress("bench", tmp_path), 2, "manifest.json")
+    file = changed(tmp_path / "open.onnx", [1, 3, "h", "w"])
+    refused(compress("bench", file), 2, "--image-size")
+    file = changed(tmp_path / "batch.onnx", [4, 3, 8, 8])
+    refused(compress("bench", file), 2, "4 images at once")
+    file = changed(tmp_path / "huge.onnx", [1, 3, 1_000_000, 9])
+    refused(compress("bench", file), 2, "at most 8,192")
+    file = changed(tmp_path / "words.onnx", [1, 77], onnx.TensorProto.INT64)
+    refused(compress("bench", file), 2, "int64 [1, 77]")
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    refused(compress("bench", file, "--quick", "--mlperf"), 2, "exclude each other")
+    refused(compress("bench", file, "--threads", "two"), 2, "--threads two")
+    refused(compress("bench", file, "--threads", "0"), 2, "--threads 0")
+    refused(compress("bench", file, "--seconds", "0"), 2, "--seconds 0")
+    refused(compress("bench", file, "--seconds", "inf"), 2, "--seconds inf")
+    refused(compress("bench", file, "--threads", "1000000"), 2, "1 to 1024")
+    refused(compress("bench", file, "--seed", "-1"), 2, "--seed -1")
+    refused(compress("bench", file, "--images", tmp_path / "photos"), 2, "photos", "--images")
+    refused(compress("bench", file, "--images", tmp_path / "text.onnx"), 2, "None of the images can be read")
+    (tmp_path / "file").touch()
+    refused(compress("bench", file, "--out", tmp_path / "file"), 2, "--out", "file")
+
+
+def test_a_size_that_no_file_leaves_open_is_said_to_be_of_no_use(tmp_path: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    result = compress("bench", file, "--image-size", "9", *SHORT, "--out", tmp_path / "b")
+    assert result.exit_code == 0 and "--image-size is of no use" in result.stderr
+
+
+def test_weights_from_elsewhere_are_refused(tmp_path: Path) -> None:
+    model = onnx.load(colour_classifier(tmp_path / "net.onnx", {}, 8))
+    tensor = model.graph.initializer[0]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../weights")
+    tensor.ClearField("raw_data")
+    tensor.ClearField("float_data")
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match=r"in another file '\.\./weights'"):
+        onnx_input(tmp_path / "net.onnx")
+
+
+def test_a_runtime_that_is_missing_is_named_with_the_command_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    monkeypatch.setattr("questpress.export.latency.machine.find_spec", lambda _: None)
+    refused(compress("bench", file, "--runtime", "openvino"), 2, "pip install 'openvino>=2025.0'")
+
+
+def test_files_for_other_processors_are_left_out_and_named(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = {"x86": "made for x86", "x86-vnni": "made for x86-vnni", "arm64": "made for arm64"}
+    monkeypatch.setattr("questpress.pipeline.runs.artifacts.timed_here", lambda _: left)
+    found = find([finished], tmp_path)
+    assert [one.name for one in found.found] == ["teacher", "fp32"]
+    assert len(found.notes) == 1 and found.notes[0].startswith("student.int8.onnx is made for")
+
+
+def test_several_runs_are_told_apart(finished: Path, tmp_path: Path) -> None:
+    names = [one.name for one in find([finished, finished / "artifact"], tmp_path).found]
+    assert names == ["colours teacher", "colours fp32", "colours int8", "artifact fp32", "artifact int8"]
+
+
+def test_few_pictures_give_different_inputs() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    inputs = latency.different(pictures, 20)
+    assert len({one.tobytes() for one in inputs}) == 20
+    np.testing.assert_array_equal(inputs[:3], pictures)
+
+
+def test_made_up_photos_are_the_same_each_time_and_as_large_as_photos() -> None:
+    first, again = latency.synthetic(5, 1), latency.synthetic(5, 1)
+    assert first == again != latency.synthetic(6, 1)
+    assert 100_000 < len(first[0]) < 600_000
+
+
+def test_images_that_no_file_can_be_asked_about_are_said_to_be_of_no_use(
+    timed: tuple[Path, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
+    monkeypatch.setattr(verb, "measure", lambda *_, **__: (found, {"a": np.zeros(1)}))
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    result = compress("bench", file, "--images", data, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "--images is of no use" in result.stderr
+
+
+def test_teachers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    for number in range(12):
+        (tmp_path / "bench" / f"teacher.{number}.onnx").touch()
+    (tmp_path / "bench" / "teacher.old.onnx").touch()
+    names = [file.name for file in timed_teachers(tmp_path)]
+    assert names == [f"teacher.{number}.onnx" for number in range(12)]
+    (tmp_path / "bench" / "teacher.onnx").touch()
+    assert [file.name for file in timed_teachers(tmp_path)] == ["teacher.onnx"]
+
+
+def test_latencies_of_many_teachers_are_each_ones_own() -> None:
+    found = bench_reports.bench()
+    timed = [
+        one.model_copy(update={"name": f"teacher {t}", "key": f"teacher {t}"})
+        for t in range(12)
+        for one in found.subjects[:1]
+    ]
+    times = [
+        one.model_copy(update={"subject": f"teacher {t}", "mean": float(t)})
+        for t in range(12)
+        for one in found.latencies[:1]
+    ]
+    facts = bench_facts(found.model_copy(update={"subjects": timed, "latencies": times, "speedups": []}))
+    means = [next(iter(one["latency_ms"].values()))["mean"] for one in facts["teachers"]]
+    assert means == [float(t) for t in range(12)]
+
+
+def test_a_file_beside_a_shipped_one_does_not_keep_it_from_being_checked(a_run: Path) -> None:
+    file = a_run / "artifact" / "student.onnx"
+    (a_run / "artifact" / "student.onnx.data").touch()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    refused(compress("bench", a_run), 2, "student.onnx is damaged")

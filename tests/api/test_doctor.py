@@ -1,0 +1,112 @@
+"""`compress doctor`: what it finds, and what it says of what is missing."""
+
+import json
+import urllib.error
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from questpress.pipeline.api import doctor
+
+from tests.support.little import compress
+
+
+@pytest.fixture
+def diagnosis():
+    return doctor.doctor(offline=True)
+
+
+def named(found: doctor.Diagnosis, name: str) -> doctor.Finding:
+    (one,) = [one for one in found.findings if one.name == name]
+    return one
+
+
+def test_a_machine_that_runs_the_tests_is_fit(diagnosis):
+    assert diagnosis.fit, [one for one in diagnosis.findings if one.verdict == "missing"]
+    assert named(diagnosis, "torch").told == metadata.version("torch")
+    assert named(diagnosis, "--target here").told in ("x86", "x86-vnni", "arm64")
+
+
+def test_every_declared_package_is_looked_at(diagnosis):
+    looked_at = {one.name for one in diagnosis.findings if one.group == "Packages"}
+    declared = {
+        Requirement(line).name for line in metadata.requires("questpress") or [] if "extra" not in line
+    }
+    assert looked_at == declared and len(declared) > 15
+
+
+@pytest.mark.parametrize(
+    ("line", "trouble"),
+    [
+        ("torch>=999", f"{metadata.version('torch')} is not >=999"),
+        ("no-such-package-at-all>=1", "is not installed"),
+        ("torch>=1.0", None),
+    ],
+)
+def test_an_old_and_an_absent_package_are_told(line, trouble):
+    assert doctor._trouble(Requirement(line)) == trouble
+
+
+def test_a_package_whose_parts_do_not_fit_is_told_with_the_reason(monkeypatch):
+    def broken(_module):
+        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    monkeypatch.setattr(doctor, "import_module", broken)
+    trouble = doctor._trouble(Requirement("torchvision>=0.1"))
+    version = metadata.version("torchvision")
+    assert trouble == f"{version} cannot be loaded (operator torchvision::nms does not exist)"
+
+
+def test_what_is_missing_has_a_command_and_the_exit_code_is_1(monkeypatch):
+    monkeypatch.setattr(doctor, "_requirements", lambda: [(Requirement("no-such-package>=2"), None)])
+    result = compress("doctor", "--offline")
+    assert result.exit_code == 1
+    assert "✗ no-such-package: is not installed" in result.stdout
+    assert "→ pip install 'no-such-package>=2'" in result.stdout
+    assert result.stdout.rstrip().endswith("compress cannot run here: 1 thing is missing.")
+
+
+def test_an_extra_that_is_not_there_is_only_a_note(monkeypatch):
+    monkeypatch.setattr(doctor, "_requirements", lambda: [(Requirement("wandb>=999999"), "wandb")])
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", absent)
+    (one,) = doctor._extras()
+    assert (one.verdict, one.remedy) == ("note", "pip install 'questpress[wandb]'")
+    assert "--track wandb needs it" in one.told
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda path, _mode: Path(path) != tmp_path)
+    one = doctor._folder("cache", tmp_path / "cache", "--cache")
+    assert one.verdict == "missing"
+    assert one.told == f"{tmp_path / 'cache'} cannot be written"
+    assert one.remedy == "name another folder with --cache"
+
+
+def test_a_hub_that_does_not_answer_is_a_note_and_one_that_refuses_has_answered():
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    def refuses(request, **_):
+        raise urllib.error.HTTPError(request.full_url, 403, "forbidden", {}, None)
+
+    away = doctor._hub(unreachable)
+    assert away.verdict == "note" and "(no route to host)" in away.told and "--teacher-weights" in away.remedy
+    assert doctor._hub(refuses).verdict == "ok"
+
+
+def test_json_holds_the_same(diagnosis):
+    told = json.loads(compress("doctor", "--offline", "--json").stdout)
+    assert [one["name"] for one in told["findings"]] == [one.name for one in diagnosis.findings]
+
+
+def test_a_package_that_fails_without_a_word_is_told_by_the_kind_of_its_error(monkeypatch):
+    def broken(_module):
+        raise ImportError
+
+    monkeypatch.setattr(doctor, "import_module", broken)
+    assert doctor._trouble(Requirement("torchvision>=0.1")).endswith("cannot be loaded (ImportError)")

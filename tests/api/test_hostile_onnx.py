@@ -1,0 +1,155 @@
+"""A hostile .onnx file at every door that takes one: each command refuses it in one sentence, and no runtime
+has seen it.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from questpress.export import runtime
+
+from tests.support import hostile_onnx
+from tests.support.little import compress, photos, refused
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier
+
+SOME = [
+    (hostile_onnx.external, "another file"),
+    (hostile_onnx.external_in_a_function, "another file"),
+    (hostile_onnx.external_to_train_with, "to train with"),
+    (hostile_onnx.a_strange_domain, "not ONNX's own"),
+    (hostile_onnx.a_promise, "24 bytes"),
+    (hostile_onnx.functions_of_functions, "more than 200,000 nodes"),
+    (hostile_onnx.a_circle, "in a circle"),
+]
+
+
+@pytest.fixture
+def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*_: object, **__: object) -> None:
+        pytest.fail("a runtime has seen it")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", made)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos(tmp_path_factory.mktemp("colours"), dict.fromkeys(("red", "green", "blue"), 2))
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    return colour_classifier(tmp_path / "sound.onnx")
+
+
+def doors(file: Path, sound: Path, colours: Path, out: Path) -> Iterator[list[str | Path]]:
+    """Every command that takes an .onnx file."""
+    yield ["bench", file, "--out", out]
+    yield ["bench", sound, file, "--out", out]
+    yield ["predict", file, colours]
+    yield ["validate", file, "--data", colours, "--out", out]
+
+
+@pytest.mark.parametrize(("harm", "told"), SOME)
+@pytest.mark.usefixtures("no_session")
+def test_a_single_file_is_refused_by_every_command(
+    harm: hostile_onnx.Harm, told: str, colours: Path, tmp_path: Path, sound: Path
+) -> None:
+    model = hostile_onnx.little()
+    harm(model)
+    file = tmp_path / "hostile.onnx"
+    file.write_bytes(model.SerializeToString())
+    for door in doors(file, sound, colours, tmp_path / "out"):
+        sentence = refused(compress(*door), 2, "hostile.onnx")
+        assert told in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hostile_teacher_is_refused(colours: Path, tmp_path: Path, sound: Path) -> None:
+    model = hostile_onnx.little()
+    hostile_onnx.external(model)
+    (tmp_path / "hostile.onnx").write_bytes(model.SerializeToString())
+    door = ["validate", sound, "--data", colours, "--teacher", tmp_path / "hostile.onnx"]
+    refused(compress(*door, "--out", tmp_path / "out"), 2, "hostile.onnx", "another file")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x3a", b"ORTM" * 100, b"not a network"])
+@pytest.mark.usefixtures("no_session")
+def test_what_is_no_onnx_file_is_refused_by_every_command(
+    content: bytes, colours: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "hostile.onnx"
+    file.write_bytes(content)
+    for door in (["bench", file], ["predict", file, colours], ["validate", file, "--data", colours]):
+        assert "hostile.onnx" in refused(compress(*door), 2)
+
+
+def test_an_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its checksums hold: they say that nothing was damaged, not whose it is."""
+    monkeypatch.setattr(runtime, "session", lambda *_, **__: pytest.fail("a runtime has seen it"))
+    model = onnx.load(colour_classifier(tmp_path / "student.onnx"))
+    hostile_onnx.external(model)
+    content = model.SerializeToString()
+    (tmp_path / "student.onnx").write_bytes(content)
+    entry = {"name": "student.onnx", "precision": "fp32", "target": None, "bytes": len(content)}
+    manifest = {
+        "schema_version": 1,
+        "preprocessing": PREPROCESSING.to_dict(),
+        "labels": LABELS,
+        "files": [{**entry, "sha256": runtime.hashlib.sha256(content).hexdigest()}],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for door in (
+        ["bench", tmp_path],
+        ["predict", tmp_path, colours],
+        ["validate", tmp_path, "--data", colours],
+    ):
+        assert "another file" in refused(compress(*door), 2)
+
+
+def test_a_bench_times_only_what_the_manifest_says(tmp_path: Path) -> None:
+    content = colour_classifier(tmp_path / "student.onnx").read_bytes()
+    entry = {"name": "student.onnx", "precision": "fp32", "target": None, "bytes": len(content)}
+    manifest = {
+        "schema_version": 1,
+        "preprocessing": PREPROCESSING.to_dict(),
+        "labels": LABELS,
+        "files": [{**entry, "sha256": "0" * 64}],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    refused(compress("bench", tmp_path), 2, "student.onnx", "is damaged")
+
+
+def test_no_option_keeps_predict_from_looking_at_a_file(tmp_path: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    refused(
+        compress("predict", file, "--file", "student.onnx", tmp_path / "a.png"), 2, "--file", "is one already"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_answers_that_are_no_numbers_are_not_told_as_answers(
+    tmp_path: Path, data: Path, value: float
+) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    model = onnx.load(file)
+    model.graph.initializer[0].CopyFrom(
+        onnx.numpy_helper.from_array(np.full((3, 3), value, np.float32), "weights")
+    )
+    onnx.save(model, file)
+    for command in (["predict", file, data / "red" / "000.png"], ["validate", file, "--data", data]):
+        refused(compress(*command, *(["--out", tmp_path / "v"] * (command[0] == "validate"))), 1,
+                       "net.onnx answers with numbers that are not finite")  # fmt: skip
+
+
+def test_an_input_of_no_known_kind_is_told(tmp_path: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    model = onnx.load(file)
+    model.graph.input[0].type.tensor_type.elem_type = 999
+    onnx.save(model, file)
+    refused(compress("bench", file), 2, "net.onnx", "takes no known type")

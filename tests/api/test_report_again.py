@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import pytest
+from questpress.pipeline.api.report import schema
+from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.runs.results import Report
+
+from tests.support import little
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_schema_in_docs_is_current() -> None:
+    """Where it is not: compress report --schema > docs/report.schema.json."""
+    assert (DOCS / "report.schema.json").read_text(encoding="utf-8") == schema()
+
+
+def test_the_schema_names_every_field_and_says_what_it_is(finished: Path) -> None:
+    made = json.loads(schema())
+    assert set(made["properties"]) == set(Report.model_fields)
+    assert set(little.report(finished)) <= set(made["properties"])
+    assert made["properties"]["confusion"]["description"].startswith("Rows: true class")
+
+
+def test_the_command_prints_the_schema_alone() -> None:
+    assert little.compress("report", "--schema").stdout == schema()
+    assert little.compress("report", "--schema", "somewhere").exit_code == 2
+
+
+def test_the_report_of_a_run_is_written_anew_from_its_folder(a_run: Path) -> None:
+    names = ("report.html", "report.md", "report.json", "artifact/README.md", "artifact/predict.py")
+    before = {name: (a_run / name).read_bytes() for name in names}
+    for name in names:
+        (a_run / name).unlink()
+    done = little.compress("report", a_run)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [str(a_run / name) for name in names[:3]]
+    # Paths of the run folder apart, which was copied, they are the same.
+    assert before["artifact/README.md"] == (a_run / "artifact/README.md").read_bytes()
+    assert before["artifact/predict.py"] == (a_run / "artifact/predict.py").read_bytes()
+    assert json.loads(before["report.json"]).keys() == little.report(a_run).keys()
+
+
+def test_the_report_of_a_run_under_way_is_written_too(a_run: Path) -> None:
+    record = little.record(a_run)
+    for stage in list(record["stages"])[2:]:
+        del record["stages"][stage]
+    (a_run / "run.json").write_text(json.dumps(record))
+    assert little.compress("report", a_run, "--quiet").stdout == ""
+    assert little.report(a_run)["student_int8"] is None
+    assert "Not in this report yet: the student" in (a_run / "report.md").read_text(encoding="utf-8")
+
+
+def test_another_folder_may_take_the_report_and_the_run_stays_as_it_is(a_run: Path, tmp_path: Path) -> None:
+    before = little.files(a_run)
+    done = little.compress("report", a_run, "--out", tmp_path / "new" / "place", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["title"] == little.report(a_run)["title"]
+    assert sorted(file.name for file in (tmp_path / "new" / "place").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    assert little.files(a_run) == before
+
+
+def test_versions_in_the_report_are_those_of_the_measurement(a_run: Path) -> None:
+    record = little.record(a_run)
+    record["tools"]["torch"] = "0.1.2"
+    (a_run / "run.json").write_text(json.dumps(record))
+    little.compress("report", a_run)
+    assert little.report(a_run)["environment"]["torch"] == "0.1.2"
+
+
+def test_what_is_no_run_is_refused_in_one_sentence(tmp_path: Path, a_run: Path) -> None:
+    little.refused(little.compress("report", tmp_path), 2, "holds no run")
+    file = tmp_path / "file"
+    file.touch()
+    little.refused(little.compress("report", a_run, "--out", file), 2, "is a file")
+    for name in ("run.json", ".run.json"):
+        (a_run / name).write_text("{")
+    little.refused(little.compress("report", a_run), 2, "cannot be read as a run's record")
+    started = tmp_path / "started"
+    started.mkdir()
+    (started / "run.json").write_text(
+        json.dumps({"schema_version": 1, "stages": {}, "command": "compress -x"})
+    )
+    little.refused(little.compress("report", started), 2, "nothing is done yet", "compress -x")
+
+
+def test_a_changed_manifest_is_told_of(a_run: Path) -> None:
+    manifest = a_run / "artifact" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("colours", "colors"))
+    little.refused(little.compress("report", a_run), 1, "was changed after it was written")
+
+
+@pytest.mark.parametrize("content", ["a: [1", "just a text", "a: &a [*a]"])
+def test_damaged_options_of_an_older_run_are_told_and_the_report_stays(a_run: Path, content: str) -> None:
+    before = (a_run / "report.html").read_bytes()
+    record = little.record(a_run)
+    del record["options"]  # which were in config.yaml alone
+    (a_run / "run.json").write_text(json.dumps(record))
+    (a_run / "config.yaml").write_text(content)
+    little.refused(little.compress("report", a_run), 2, "config.yaml")
+    assert (a_run / "report.html").read_bytes() == before
+
+
+def test_a_stage_that_the_options_ask_for_no_more_is_not_told_of(a_run: Path) -> None:
+    folder = RunFolder(a_run)
+    folder.open(fresh=False)
+    student = folder.record["stages"]["student"]
+    line = json.dumps(json.loads(folder.curves()[-1]) | {"stage": "qat"})
+    folder.record["stages"]["qat"] = {**student, "summary": "learned on as int8", "curve": [line]}
+    folder.save()
+    (a_run / "metrics.jsonl").write_text((a_run / "metrics.jsonl").read_text() + line + "\n")
+    assert little.compress("report", a_run).exit_code == 0
+    found = json.loads((a_run / "report.json").read_text())
+    assert "qat" not in {one["stage"] for one in found["stages"]} | {one["stage"] for one in found["epochs"]}
+    assert "learned on as int8" not in (a_run / "report.md").read_text()

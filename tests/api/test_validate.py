@@ -1,0 +1,329 @@
+"""`compress validate`: the figures by hand, labels by name, and what is said of data that don't fit."""
+
+import csv
+import io
+import json
+import shutil
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+from questpress.export.runtime import Classifier, decode_image
+from questpress.export.text import spelled_out
+from questpress.pipeline.api import validate_answers
+from questpress.pipeline.api.validate import validate
+from questpress.pipeline.evaluation.metrics import holm, mcnemar, unpaired
+from questpress.pipeline.evaluation.results import Validation
+from questpress.pipeline.runs.files import harmless
+from questpress.pipeline.runs.scores import Accuracy
+from safetensors.numpy import load_file
+
+from tests.support import little
+
+WIDE = {"blue": 4, "green": 5, "red": 6}
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images that no run has seen, as class folders without roles."""
+    return little.photos(tmp_path_factory.mktemp("more") / "more", WIDE, first=77)
+
+
+@pytest.fixture(scope="module")
+def found(finished: Path, more: Path, tmp_path_factory: pytest.TempPathFactory) -> Validation:
+    return validate(finished, data=more, out=tmp_path_factory.mktemp("out"), quiet=True)
+
+
+def logits(classifier: Classifier, files: list[Path]) -> np.ndarray:
+    """One image at a time, as the device would."""
+    found = []
+    for file in files:
+        [answer] = classifier.predict([decode_image(file)], top=len(classifier.labels))
+        found.append([np.log(dict(answer.top)[label]) for label in classifier.labels])
+    return np.array(found)
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    z, p = 1.959963984540054, k / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
+
+
+def test_the_figures_are_those_of_asking_each_image_by_itself(
+    found: Validation, finished: Path, more: Path
+) -> None:
+    files = sorted(more.rglob("*.png"))
+    assert found.n == len(files) == 15 and found.role == "all" and found.per_class == WIDE
+    labels = np.array([little.CLASSES.index(file.parent.name) for file in files])
+    own = {}
+    for one in found.networks:
+        classifier = Classifier.load(finished / ("bench" if one.role == "teacher" else "artifact") / one.file)
+        answers = logits(classifier, files)
+        own[one.name], said = answers.argmax(1), answers.argmax(1)
+        correct = int((said == labels).sum())
+        assert one.accuracy is not None and one.accuracy.correct == correct and one.mistakes == 15 - correct
+        if 0 < correct < 15:
+            assert (one.accuracy.low, one.accuracy.high) == pytest.approx(wilson(correct, 15))
+        nll = -np.mean([answers[i, label] for i, label in enumerate(labels)])
+        assert one.calibration is not None and one.calibration.nll == pytest.approx(nll, abs=1e-4)
+        table = np.zeros((3, 3), dtype=int)
+        np.add.at(table, (labels, said), 1)
+        assert one.confusion == table.tolist()
+        for number, of in enumerate(one.per_class):
+            assert (of.n, of.answered, of.correct) == (
+                table[number].sum(), table[:, number].sum(), table[number, number],
+            )  # fmt: skip
+            if of.recall is not None:
+                assert of.recall.top1 == pytest.approx(100 * table[number, number] / table[number].sum())
+    assert [one.name for one in found.networks] == ["int8", "fp32", "teacher"]
+    alike = int((own["int8"] == own["teacher"]).sum())
+    assert found.first.agreement is not None and found.first.agreement.correct == alike
+    assert found.first.teacher == "teacher" and found.networks[-1].teacher is None
+    pair = next(one for one in found.pairs if {one.first, one.second} == {"int8", "teacher"})
+    right = {name: said == labels for name, said in own.items()}
+    assert pair.first_alone == int((right["int8"] & ~right["teacher"]).sum())
+    assert pair.p == pytest.approx(mcnemar(pair.first_alone, pair.second_alone))
+
+
+def test_without_data_the_runs_own_test_images_are_asked(finished: Path, tmp_path: Path) -> None:
+    result = little.compress("validate", finished, "--out", tmp_path, "--json", "--teacher", "none")
+    assert result.exit_code == 0, result.output
+    found, report = Validation.model_validate_json(result.stdout), little.report(finished)
+    assert found.role == "test" and found.n == report["data"]["test"] and not found.warnings
+    for one, key in zip(found.networks, ("student_int8", "student"), strict=True):
+        assert one.accuracy is not None
+        assert one.accuracy.correct == report[key]["accuracy"]["correct"]
+        assert one.agreement is None
+    assert not (tmp_path / "differences.csv").exists() and not any(one.png for one in found.examples)
+
+
+def test_the_validate_stage_keeps_each_files_answers(finished: Path) -> None:
+    kept, report = load_file(finished / "test_answers.safetensors"), little.report(finished)
+    for key in ("student", "student_int8"):
+        right = int((kept[key] == kept["labels"]).sum())
+        assert right == report[key]["accuracy"]["correct"] and len(kept[key]) == report["data"]["test"]
+
+
+def test_mcnemar_holm_and_newcombe_are_those_by_hand() -> None:
+    tail = sum(comb(10, k) for k in range(3)) / 2**10
+    assert mcnemar(2, 8) == pytest.approx(2 * tail) and mcnemar(0, 0) == 1
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    # Newcombe (1998), table II: 56/70 against 48/80, method 10.
+    one = unpaired(Accuracy.of(56, 70), Accuracy.of(48, 80))
+    assert (one.low, one.high) == pytest.approx((5.24, 33.39), abs=0.01)
+    pooled = 104 / 150
+    z = 0.2 / (pooled * (1 - pooled) * (1 / 70 + 1 / 80)) ** 0.5
+    assert one.p == pytest.approx(0.0080, abs=2e-4) and z == pytest.approx(2.65, abs=0.01)
+
+
+def test_top5_counts_labels_among_the_five_likeliest() -> None:
+    from questpress.pipeline.evaluation.metrics import top5
+
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(60, 12)), rng.integers(0, 12, 60)
+    expected = sum(label in np.argsort(-row)[:5] for row, label in zip(scores, labels, strict=True))
+    found = top5(scores, labels)
+    assert (
+        found is not None
+        and found.correct == expected
+        and (found.low, found.high) == pytest.approx(wilson(expected, 60))
+    )
+    assert top5(scores[:, :10], labels) is None
+
+
+def test_a_verdict_needs_a_corrected_p_below_five_percent() -> None:
+    right = np.arange(40) < 30
+    few, many = right.copy(), right.copy()
+    few[:3], many[:14] = False, False
+    one, two, three = validate_answers.pairs(["a", "b", "c"], [right, few, many])
+    assert (one.verdict, two.verdict, three.verdict) == ("no difference", "better", "better")
+    assert (one.first_alone, one.second_alone, one.points) == (3, 0, 7.5)
+    assert one.p_holm >= one.p == pytest.approx(0.25)
+
+
+def test_mistakes_come_with_the_surest_at_the_head(found: Validation, finished: Path, more: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO((Path(str(found.folder)) / "mistakes.csv").read_text())))
+    assert [one["network"] for one in rows] == sorted(
+        (one["network"] for one in rows), key=["int8", "fp32", "teacher"].index
+    )
+    own = [one for one in rows if one["network"] == "int8"]
+    assert len(own) == found.first.mistakes and all(one["right"] == "no" for one in own)
+    assert [float(one["probability"]) for one in own] == sorted(
+        (float(one["probability"]) for one in own), reverse=True
+    )
+    classifier = Classifier.load(finished)
+    for one in own:
+        [answer] = classifier.predict([more / one["file"]])
+        assert (answer.label, one["label"]) == (one["answer"], Path(one["file"]).parent.name)
+        assert float(one["probability"]) == pytest.approx(answer.probability, abs=1e-5)
+    differ = list(csv.DictReader(io.StringIO((Path(str(found.folder)) / "differences.csv").read_text())))
+    assert all(one["answer"] != one["teacher_answer"] for one in differ)
+    agreement = found.first.agreement
+    assert agreement is not None
+    assert sum(one["network"] == "int8" for one in differ) == agreement.n - agreement.correct
+    assert [one.name for one in found.examples] == [one["file"] for one in own]
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx", "  =x"])
+def test_no_cell_is_a_formula(cell: str) -> None:
+    assert harmless(cell) == spelled_out(f"'{cell}") and harmless("dress-1") == "dress-1"
+
+
+def test_labels_are_matched_by_name_whatever_their_order_and_some_may_be_missing(
+    finished: Path, more: Path, tmp_path: Path
+) -> None:
+    # Numbered backwards: a table's classes are sorted by name, and so are those of folders.
+    lines = [f"{file.relative_to(more)},{file.parent.name}" for file in sorted(more.rglob("*.png"))]
+    (more / "labels.csv").write_text(
+        "file,label\n" + "\n".join(line for line in lines if "green" not in line)
+    )
+    some = validate(finished, data=more / "labels.csv", out=tmp_path, teacher="none", quiet=True)
+    (more / "labels.csv").unlink()
+    assert some.per_class == {"blue": 4, "red": 6} and some.first.confusion is not None
+    assert [sum(row) for row in some.first.confusion] == [4, 0, 6]
+    assert some.first.per_class[1].recall is None
+    every = validate(finished, data=more, out=tmp_path, teacher="none", quiet=True)
+    assert every.first.confusion is not None
+    assert [some.first.confusion[0], some.first.confusion[2]] == [
+        every.first.confusion[0],
+        every.first.confusion[2],
+    ]
+
+
+def test_an_unknown_class_is_refused_by_name_or_passed_over(
+    finished: Path, more: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(more, tmp_path / "other"))
+    little.photos(other, {"Reds": 3, "violet": 2})
+    out = ("--out", tmp_path / "out", "--teacher", "none")
+    told = little.refused(
+        little.compress("validate", finished, "--data", other, *out),
+        2,
+        "'Reds', 'violet'",
+        "--ignore-unknown",
+    )
+    assert "'Reds' may be its 'red'" in told
+    result = little.compress("validate", finished, "--data", other, *out, "--ignore-unknown", "--json")
+    found = Validation.model_validate_json(result.stdout)
+    assert found.n == 15 and "5 images were left out" in found.warnings[0]
+
+
+def test_of_given_roles_the_test_images_are_asked(finished: Path, tmp_path: Path) -> None:
+    data = little.photos(tmp_path / "data", {"test/red": 3, "test/blue": 2, "train/red": 4})
+    out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
+    assert validate(finished, data=data, **out).per_class == {"blue": 2, "red": 3}
+    found = validate(finished, data=data, role="all", **out)
+    assert found.n == 9 and found.role == "all"
+    told = little.refused(
+        little.compress("validate", finished, "--data", data, "--role", "val", "--out", tmp_path / "out"),
+        2,
+    )
+    assert "no val images but train and test" in told
+
+
+def test_training_images_are_known_again_among_others_and_elsewhere(
+    finished: Path, data: Path, more: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(more, tmp_path / "other"))  # 5 green ones, none of the run's
+    for file in (data / "green").iterdir():
+        shutil.copy(file, other / "green" / f"again-{file.name}")
+    trained = little.report(finished)["data"]["per_class"]["train"]["green"]
+    out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
+    assert validate(finished, data=other, **out).warnings == [
+        f"{trained} of 35 images were trained on by colours: on them the figures are better than on new ones."
+    ]
+    assert validate(finished, data=more, **out).warnings == []
+
+
+def test_the_runs_own_training_images_are_not_taken_for_new_ones(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
+    found = validate(finished, data=data, out=tmp_path, teacher="none", quiet=True)
+    assert found.n == 60 and "has learned from 48 of them" in found.warnings[0]
+    train = validate(finished, role="train", out=tmp_path, teacher="none", quiet=True)
+    assert train.n == 48 and "have learned from these images" in train.warnings[0]
+
+
+def test_one_file_alone_is_asked_with_its_own_labels(finished: Path, more: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(finished / "artifact" / "student.onnx", tmp_path / "alone.onnx"))
+    teacher = finished / "bench" / "teacher.onnx"
+    found = validate([file, finished], data=more, teacher=teacher, out=tmp_path / "out", quiet=True)
+    assert [one.name for one in found.networks] == ["alone", "colours int8", "colours fp32", "teacher"]
+    assert found.networks[0].accuracy == found.networks[2].accuracy
+    pair = next(one for one in found.pairs if (one.first, one.second) == ("alone", "colours fp32"))
+    assert (pair.first_alone, pair.second_alone, pair.p) == (0, 0, 1.0)
+    assert len(found.pairs) == 6 and all(one.teacher == "teacher" for one in found.networks[:3])
+    little.refused(little.compress("validate", file), 2, "--data is missing")
+    nobody = validate(file, data=more, out=tmp_path / "out", quiet=True)
+    assert "No teacher was asked" in nobody.notes[0] and not (tmp_path / "out" / "differences.csv").exists()
+
+
+def test_too_many_broken_images_stop_it_and_few_are_listed(
+    finished: Path, more: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(more, tmp_path / "other"))
+    (other / "red" / "broken.png").write_bytes(b"\x89PNG not really")
+    (other / "red" / "empty.png").write_bytes(b"")
+    asked = ("validate", finished, "--data", other, "--teacher", "none", "--out", tmp_path / "out")
+    told = little.refused(little.compress(*asked), 1, "2 of 17 images cannot be read", "red/broken.png")
+    assert "red/empty.png (the file is empty)" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_broken_image_of_many_is_counted_and_listed(finished: Path, tmp_path: Path) -> None:
+    data = little.photos(tmp_path / "data", {"red": 120, "blue": 1})
+    (data / "red" / "broken.png").write_bytes(b"\x89PNG not really")
+    found = validate(finished, data=data, teacher="none", out=tmp_path / "out", quiet=True)
+    assert found.n == 121 and found.skipped[0][0] == "red/broken.png"
+    assert "1 image could not be read and are left out." in found.warnings
+
+
+def test_data_that_have_gone_or_changed_are_said_to_be_so(a_run: Path, tmp_path: Path) -> None:
+    config = (a_run / "config.yaml").read_text()
+    data = str(json.loads((a_run / "report.json").read_text())["config"]["data"])
+    (a_run / "config.yaml").write_text(config.replace(data, str(tmp_path / "gone")))
+    little.refused(little.compress("validate", a_run), 2, "cannot be read from here", "--data")
+    changed = Path(shutil.copytree(data, tmp_path / "changed"))
+    PillowImage.fromarray(little.picture(0, 12345)).save(changed / "blue" / "000.png")
+    (a_run / "config.yaml").write_text(config.replace(data, str(changed)))
+    little.refused(little.compress("validate", a_run), 2, "no longer what", "--data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], ["nowhere does not exist"]),
+        (["{run}", "--file", "student.int4.onnx"], ["has no file student.int4.onnx"]),
+        (["{run}", "--teacher", "nobody.onnx"], ["neither an .onnx file nor a run folder"]),
+        (["{run}/config.yaml"], ["is no .onnx file"]),
+        (["{run}", "--out", "{run}/config.yaml"], ["is a file; name a folder"]),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence(finished: Path, arguments: list[str], words: list[str]) -> None:
+    filled = [one.format(run=finished) for one in arguments]
+    little.refused(little.compress("validate", *filled), 2, *words)
+
+
+def test_the_pages_escape_names_and_tell_the_same(found: Validation) -> None:
+    from questpress.pipeline.report.validation import pages
+
+    name = "<script>alert(1)</script>"
+    evil = found.model_copy(deep=True)
+    evil.first.classes[0] = evil.first.per_class[0].label = evil.title = name
+    evil.skipped = [(name, name)]
+    texts = pages(evil)
+    assert "<script" not in texts["validation.html"] and "<script" not in texts["validation.md"]
+    for words in ("In pairs, on the same images", "By class, int8", "Calibration", "mistakes.csv"):
+        assert words in texts["validation.html"] and words in texts["validation.md"], words
+
+
+def test_the_terminal_shows_a_row_for_each_file_and_what_to_open(
+    finished: Path, more: Path, tmp_path: Path
+) -> None:
+    result = little.compress("validate", finished, "--data", more, "--out", tmp_path, "--quiet")
+    assert result.exit_code == 0 and not result.stderr
+    for words in ("int8", "fp32", "teacher", "95 % interval", "int8 against fp32", "validation.html"):
+        assert words in result.stdout, words

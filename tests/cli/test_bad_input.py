@@ -1,0 +1,476 @@
+"""What is wrong with the arguments or the data is one sentence and an exit code, and nothing is lost."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image as PillowImage
+from questpress.pipeline.api.run import _over as over
+from questpress.pipeline.api.run import read_options
+
+from tests.support import little
+from tests.support.little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refused, report
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--teacher", "resnet5O"], ["resnet5O", "resnet50"]),
+        (["--student", "mobilnetv2"], ["mobilnetv2", "mobilenetv2"]),
+        (["--student", "no_network_at_all_xyz"], ["no_network_at_all_xyz"]),
+        (["--method", "qest"], ["qest", "Did you mean quest"]),
+        (["--method", "quest+quest"], ["quest twice"]),
+        (["--set", "quest.tua=0.2"], ["quest.tua", "Did you mean quest.tau"]),
+        (["--set", "dkd.alpha=1"], ["dkd.alpha", "quest"]),
+        (["--set", "tau=1"], ["tau=1", "METHOD.KEY=VALUE"]),
+        (["--set", "quest.tau"], ["quest.tau", "KEY=VALUE"]),
+        (["--set", "quest.tau=warm"], ["quest.tau=warm", "number"]),
+        (["--set", "quest.tau=-1"], ["quest.tau=-1", "greater than 0"]),
+        (["--set", "quest.words=many"], ["quest.words=many", "integer"]),
+        (["--set", "quest.words=1"], ["quest.words=1", "2"]),
+        (["--set", "quest.words=769"], ["quest.words=769", "768 features", "fewer words"]),
+        (["--set", "quest.levels=map,vector"], ["quest.levels=vector", "pattern"]),
+        (["--set", "quest.levels=map,map"], ["twice in levels"]),
+        (["--set", "quest.tau=0.2", "--set", "quest.delta=12"], ["delta has no effect beside tau"]),
+        (["--set", "quest.words=41", "--set", "quest.features=40"], ["quest.words=41", "40 features"]),
+        (["--set", "quest.words=0.5"], ["quest.words=0.5", "integer"]),
+        (
+            ["--method", "mimic", "--set", "mimic.variant=l2", "--set", "mimic.bias=mean"],
+            ["mimic.bias=mean is about hashes"],
+        ),
+        (["--method", "kd", "--set", "kd.tau=1e300"], ["kd.tau=1e300", "from 1e-30 to 1e+30"]),
+        (["--method", "none", "--set", "quest.tau=1"], ["none has no parameters"]),
+        (["--weight", "dkd=1"], ["--weight dkd=1", "quest, ce"]),
+        (["--method", "kd", "--weight", "quest=1"], ["--weight quest=1", "kd, ce"]),
+        (["--method", "quest+"], ["There is no method ''"]),
+        (["--method", "quest+none"], ["none is no teacher at all", "stands alone"]),
+        (["--recipe", "quest-cifar10"], ["quest-cifar10", "Did you mean quest-cifar100"]),
+        (["--weight", "ce=-1"], ["--weight ce=-1", "negative"]),
+        (["--weight", "ce=much"], ["--weight", "much"]),
+        (["--weight", "ce=0", "--weight", "quest=0"], ["nothing is left to learn"]),
+        (["--method", "none", "--weight", "ce=0"], ["nothing is left to learn"]),
+        (["--schedule", "multistep"], ["--milestones"]),
+        (["--milestones", "1,2", "--schedule", "cosine"], ["multistep"]),
+        (["--milestones", "one,2"], ["--milestones", "one"]),
+        (["--optimizer", "adamv"], ["adamv", "adam"]),
+        (["--device", "tpu"], ["--device tpu", "cuda"]),
+        (["--device", "cpu:x"], ["--device cpu:x"]),
+        (["--teacher-weights", "auto", "--teacher-weights", "none"], ["2 times for 1 teachers"]),
+        (["--crop", "resized", "--pad", "2"], ["--pad", "--crop pad"]),
+        (["--crop", "pad", "--crop-scale", "0.5"], ["--crop-scale", "--crop resized"]),
+        (["--crop", "pad", "--pad", "16"], ["--pad 16"]),
+        (["--epochs", "3", "--warmup-epochs", "3"], ["--warmup-epochs 3", "--epochs 3"]),
+        (["--teacher-epochs", "2", "--teacher-warmup-epochs", "5"], ["--teacher-warmup-epochs 5"]),
+        (["--epochs", "0"], ["--epochs 0", "greater than or equal to 1"]),
+        (["--lr", "0"], ["--lr 0"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--weight-decay", "inf"], ["--weight-decay inf", "finite"]),
+        (["--set", "quest.tau=inf"], ["quest.tau=inf", "finite"]),
+        (["--weight", "ce=nan"], ["--weight", "finite"]),
+        (["--batch-size", "1"], ["--batch-size 1"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--rounds", "2147483648"], ["--rounds 2147483648", "less than or equal to 100"]),
+        (["--teachers-from-seeds", "9" * 23], ["--teachers-from-seeds", "less than or equal to 100"]),
+        (["--seed", "9" * 23], ["--seed", "at most 4294967295"]),
+        (["--epochs", str(2**40)], ["--epochs", "at most 4294967295"]),
+        (["--lr", "1e-300"], ["--lr 1e-300", "from 1e-30 to 1e+30"]),
+        (["--weight", "ce=1e300"], ["--weight", "from 1e-30 to 1e+30"]),
+        (["--set", "quest.tau=1e-300"], ["quest.tau=1e-300", "from 1e-30 to 1e+30"]),
+        (["--milestones", "3,2,1"], ["--milestones 3,2,1", "rising order"]),
+        (["--milestones", "-1"], ["--milestones -1", "from 1 on"]),
+        (["--data-dir", "elsewhere"], ["--data-dir", "no use where --data is a folder"]),
+        (["--download"], ["--download", "no use where --data is a folder"]),
+        (["--set", "\udcff"], ["'\\xff' is not of the form KEY=VALUE"]),
+        (["--val-fraction", "1"], ["--val-fraction 1"]),
+        (["--label-smoothing", "1"], ["--label-smoothing 1"]),
+        (["--image-size", "4"], ["--image-size 4"]),
+        (["--bench-seconds", "0"], ["--bench-seconds 0"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_named_before_anything_starts(data, cache, tmp_path, more, words):
+    given = list(NETWORKS)
+    for option in ("--teacher", "--student", "--teacher-weights"):
+        if option in more and option != "--student":
+            at = given.index(option)
+            del given[at : at + 2]
+    result = compress(*given, *SMALL, "--data", data, "--out", tmp_path / "run", "--cache", cache, *more)
+    refused(result, 2, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_weights_that_are_a_folder_are_named_with_the_file_that_is_meant(data, tmp_path, whose):
+    (tmp_path / "shop").mkdir()
+    file = tmp_path / "shop" / f"{whose}.safetensors"
+    given = (
+        "--teacher", little.TEACHER, "--student", little.STUDENT, *SMALL, "--data", data,
+        "--out", tmp_path / "run", f"--{whose}-weights", tmp_path / "shop",
+    )  # fmt: skip
+    told = f"--{whose}-weights {tmp_path / 'shop'} is a folder; "
+    refused(compress(*given), 2, f"{told}say auto, none or an existing file.")
+    file.touch()
+    refused(compress(*given), 2, f"{told}name a file in it, as in {file}.")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--epochs", "many"],
+        ["--schedule", "linear"],
+        ["--until", "nowhere"],
+        ["--epoch", "3"],
+        ["--nonsense"],
+        ["--out", ""],
+        ["--out="],
+    ],
+)
+def test_what_click_refuses_ends_with_2_as_well(more):
+    result = compress(*NETWORKS, *more)
+    assert result.exit_code == 2 and "Error" in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("given", "missing"), [((), "teacher"), (("--teacher", "resnet18"), "student")])
+def test_a_missing_name_is_asked_for(given, missing):
+    refused(compress("run", *given), 2, f"--{missing} is missing", "timm")
+
+
+def test_a_known_command_and_an_unknown_one():
+    assert compress("nonsense").exit_code == 2
+    refused(compress("models", "mobilenetv2_10O"), 2, "mobilenetv2_100")
+
+
+# The config file.
+
+
+def config(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "config.yaml").write_text(text)
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", ["'epoch'", "Did you mean"]),
+        ("- a\n- b", ["no options"]),
+        ("just text", ["no options"]),
+        ("", ["no options"]),
+        ("a: [1", ["not YAML"]),
+        ("epochs: many", ["--epochs many", "integer"]),
+        ("seed: [1, 2]", ["--seed"]),
+        ("settings: {quest.tua: 1}", ["quest.tua", "quest.tau"]),
+        ("set: {quest.tua: 1}", ["quest.tua", "quest.tau"]),
+        ("epochs: yes", ["--epochs True", "other than yes or no"]),
+        ("epochs: 1\nepochs: 5", ["'epochs' twice"]),
+        ("batch-size: 4\nbatch_size: 8", ["batch_size twice"]),
+        ("json: true", ["json is said on the command line alone"]),
+        ("config: other.yaml", ["config is said on the command line alone"]),
+        ('cache: "\\ud800"', ["--cache \\ud800", "half a character"]),
+        ("settings: 3", ["--set 3"]),
+        ("teacher: {a: 1}", ["--teacher"]),
+        ("data: 5", ["--data 5"]),
+    ],
+)
+def test_a_wrong_config_is_refused(data, tmp_path, text, words):
+    given = [] if text.startswith("teacher") else ["--teacher", little.TEACHER]
+    where = [] if text.startswith("data") else ["--data", data]
+    result = compress(
+        *given,
+        "--student",
+        little.STUDENT,
+        *where,
+        "--out",
+        tmp_path / "run",
+        "--config",
+        config(tmp_path, text),
+    )
+    refused(result, 2, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_and_off_of_a_config_are_the_words(tmp_path):
+    asked = read_options(
+        {
+            "teacher": "resnet18",
+            "student": "resnet18",
+            "config": config(tmp_path, "balance: off\ncompile: on\nqat: yes"),
+        }
+    )
+    assert (asked.balance, asked.compile, asked.qat) == ("off", "on", True)
+
+
+def test_a_config_that_is_not_there_or_not_text_is_refused(tmp_path):
+    refused(compress(*NETWORKS, "--config", tmp_path / "none.yaml"), 2, "none.yaml", "No such file")
+    refused(compress(*NETWORKS, "--config", tmp_path), 2, "cannot be read")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    refused(compress(*NETWORKS, "--config", tmp_path / "bytes.yaml"), 2, "bytes.yaml", "not YAML")
+
+
+def test_a_config_may_name_options_as_the_command_line_does(data, cache, tmp_path):
+    text = yaml.safe_dump({"teacher": little.TEACHER, "teacher-weights": "none", "student": little.STUDENT,
+                           "image-size": 16, "teacher-epochs": 1, "data": str(data)})  # fmt: skip
+    result = compress(
+        "--config", config(tmp_path, text), "--out", tmp_path / "run", "--cache", cache, "--until", "teacher"
+    )
+    assert result.exit_code == 0, result.output
+
+
+# The data folder.
+
+
+def given(tmp_path: Path, cache: Path, data: Path, *more: str):
+    return job(data, tmp_path / "run", cache, "--until", "teacher", *more)
+
+
+def test_a_missing_data_folder_is_refused_with_the_nearest_beside_it(cache, tmp_path):
+    photos(tmp_path / "photos")
+    refused(given(tmp_path, cache, tmp_path / "fotos"), 2, "fotos", "photos")
+    refused(given(tmp_path, cache, tmp_path / "nowhere" / "at" / "all"), 2, "nowhere")
+
+
+def test_a_file_for_a_data_folder_is_refused(cache, tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    refused(given(tmp_path, cache, tmp_path / "photos.zip"), 2, "is a file")
+
+
+def test_an_empty_data_folder_is_refused(cache, tmp_path):
+    (tmp_path / "photos").mkdir()
+    refused(given(tmp_path, cache, tmp_path / "photos"), 2, "no class folders")
+    (tmp_path / "photos" / "red").mkdir()
+    refused(given(tmp_path, cache, tmp_path / "photos"), 2, "no images")
+
+
+def test_one_class_alone_is_refused(cache, tmp_path):
+    refused(given(tmp_path, cache, photos(tmp_path / "photos", {"red": 20})), 2, "class")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_than_three_images_in_a_class_are_refused(cache, tmp_path):
+    data = photos(tmp_path / "photos", {"red": 20, "blue": 2})
+    refused(given(tmp_path, cache, data), 2, "blue", "three")
+
+
+def test_classes_that_differ_between_train_and_val_are_named(cache, tmp_path):
+    data = photos(tmp_path / "photos", {"train/red": 9, "train/blue": 9, "val/red": 4, "val/green": 4})
+    refused(given(tmp_path, cache, data), 2, "blue", "green", "train", "val")
+
+
+def test_a_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp_path):
+    data = photos(tmp_path / "photos", dict.fromkeys(CLASSES, 100))
+    (data / "red" / "text.jpg").write_text("this is no image")
+    whole = (data / "blue" / "000.png").read_bytes()
+    (data / "blue" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (data / "green" / "empty.jpg").touch()
+    result = given(tmp_path, cache, data)
+    assert result.exit_code == 0, result.output
+    assert "3 files were left out" in result.stderr
+    found = report(tmp_path / "run")["data"]
+    skipped = dict(map(tuple, found["skipped"]))
+    assert set(skipped) == {"red/text.jpg", "blue/half.png", "green/empty.jpg"}
+    assert all(skipped.values())
+    # Of the 302 that are not empty two cannot be read, and none of these is counted.
+    assert found["train"] + found["val"] + found["test"] == 300
+    for role in ("train", "val", "test"):
+        assert sum(found["per_class"][role].values()) == found[role]
+    assert any("left out" in line for line in report(tmp_path / "run")["warnings"])
+
+
+def test_too_many_unreadable_images_stop_the_job_and_the_first_five_are_named(cache, tmp_path):
+    data = photos(tmp_path / "photos", dict.fromkeys(CLASSES, 30))
+    for number in range(7):
+        (data / "red" / f"text{number}.jpg").write_text(f"no image {number}")
+    line = refused(given(tmp_path, cache, data), 1, "7 of 97", "1%", "and 2 more")
+    for number in range(5):
+        assert f"text{number}.jpg" in line
+    assert not (tmp_path / "run/teacher.safetensors").exists()
+
+
+def test_every_odd_kind_of_image_takes_part(cache, tmp_path):
+    data = photos(tmp_path / "photos")
+    rng = np.random.default_rng(0)
+    colour = PillowImage.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    folder = data / "red"
+    colour.convert("L").save(folder / "grey.png")
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    colour.convert("P").save(folder / "palette.gif")
+    colour.convert("RGBA").save(folder / "alpha.webp")
+    colour.convert("1").save(folder / "bits.tiff")
+    PillowImage.fromarray(rng.integers(0, 65536, (30, 30), dtype=np.uint16)).save(folder / "deep.png")
+    exif = PillowImage.Exif()
+    exif[0x0112] = 6
+    colour.save(folder / "turned.jpg", exif=exif)
+    colour.resize((1, 1)).save(folder / "pixel.png")
+    colour.resize((300, 3)).save(folder / "long.png")
+    (folder / "notes.txt").write_text("not an image, and not called one")
+    result = given(tmp_path, cache, data)
+    assert result.exit_code == 0, result.output
+    found = report(tmp_path / "run")["data"]
+    assert found["skipped"] == []
+    assert sum(found["per_class"][role]["red"] for role in ("train", "val", "test")) == 29
+
+
+def test_data_that_changes_under_a_run_is_refused(cache, tmp_path):
+    data = photos(tmp_path / "photos")
+    assert given(tmp_path, cache, data).exit_code == 0
+    little.PillowImage.fromarray(little.picture(0, 12345)).save(data / "red" / "000.png")
+    refused(given(tmp_path, cache, data), 2, "images", "--fresh")
+
+
+# The run folder.
+
+
+def test_out_may_not_be_a_file(data, cache, tmp_path):
+    (tmp_path / "run").write_text("precious")
+    refused(job(data, tmp_path / "run", cache), 2, "is a file")
+    assert (tmp_path / "run").read_text() == "precious"
+    refused(job(data, tmp_path / "run" / "inside", cache), 2, "inside", "cannot be written")
+
+
+def test_out_may_not_hold_other_files(data, cache, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    refused(job(data, tmp_path / "run", cache), 2, "holds other files")
+    refused(job(data, tmp_path / "run", cache, "--fresh"), 2, "holds other files")
+    assert files(tmp_path / "run").keys() == {"thesis.txt"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', "\x00"])
+def test_a_record_that_is_not_one_is_refused(data, cache, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(text)
+    refused(job(data, tmp_path / "run", cache), 2, "run.json", "--out")
+    assert (tmp_path / "run" / "run.json").read_text() == text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_out_must_be_writable(data, cache, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused(job(data, tmp_path / "locked" / "run", cache), 2, "cannot be written", "Permission denied")
+
+
+def test_a_cache_that_cannot_be_written_costs_time_but_not_the_job(data, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    result = job(data, tmp_path / "run", tmp_path / "cache", "--until", "prepare")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "cache").read_text() == "a file"
+
+
+# Milestones and warm-up as they should be.
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--schedule", "multistep", "--milestones", "1,2"),
+        ("--milestones", "1"),
+        ("--schedule", "constant", "--warmup-epochs", "0"),
+        ("--warmup-epochs", "0.5", "--teacher-warmup-epochs", "0"),
+        ("--optimizer", "sgd", "--decay-all", "--label-smoothing", "0.1", "--weight", "ce=0.5"),
+        ("--crop", "resized", "--crop-scale", "0.5", "--color-jitter", "0.3"),
+        ("--crop", "center", "--no-flip"),
+        ("--pad", "0"),
+        ("--pad-mode", "reflect", "--flip"),
+        ("--batch-size", "1000"),
+        ("--precision", "bf16"),
+        ("--set", "quest.levels=map,map@1", "--set", "quest.tau=0.2"),
+    ],
+)
+def test_options_that_belong_together_train(data, cache, tmp_path, more):
+    result = job(
+        data, tmp_path / "run", cache, "--epochs", "1", "--teacher-epochs", "1", "--until", "student", *more
+    )
+    assert result.exit_code == 0, result.output
+    found = report(tmp_path / "run")
+    assert all(np.isfinite(e["losses"]["loss"]) for e in found["epochs"]) and len(found["epochs"]) == 2
+
+
+def test_networks_that_only_guess_are_told(cache, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("p", "q"):  # nothing in the pictures tells the classes apart
+        (tmp_path / "noise" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            PillowImage.fromarray(pixels).save(tmp_path / "noise" / name / f"{number}.png")
+    short = ("--teacher-epochs", "1", "--epochs", "1", "--until", "validate")
+    result = job(tmp_path / "noise", tmp_path / "run", cache, *short)
+    assert result.exit_code == 0, result.output
+    [note] = [one for one in report(tmp_path / "run")["warnings"] if "commonest class" in one]
+    assert "which 50.0 % of the test images show" in note
+
+
+def test_what_was_chosen_for_another_choice_of_a_config_is_chosen_anew():
+    config = {
+        "optimizer": "adamw",
+        "lr": 0.0028,
+        "balance": "auto",
+        "qat": True,
+        "qat_epochs": 2,
+        "crop": "pad",
+        "pad": 2,
+    }
+    assert over(config, {"optimizer": "sgd"}).get("lr") is None
+    assert over({"lr": 0.1, "qat_epochs": 2}, {"optimizer": "sgd", "qat": True}).items() >= {
+        ("lr", 0.1), ("qat_epochs", 2)
+    }  # fmt: skip
+    assert over(config, {"optimizer": "adamw"})["lr"] == 0.0028
+    assert over(config, {"settings": ["quest.alpha=5"]}).get("balance") is None
+    assert over(config, {"settings": ["quest.tau=5"]})["balance"] == "auto"
+    without = over(config, {"qat": False})
+    assert without["qat"] is False and "qat_epochs" not in without
+    assert over(config, {"crop": "pad"})["pad"] == 2
+
+
+def test_a_batch_larger_than_the_data_learns_at_the_rate_of_what_there_is(data, cache, tmp_path):
+    asked = (
+        *NETWORKS,
+        *SMALL,
+        "--data",
+        data,
+        "--cache",
+        cache,
+        "--out",
+        tmp_path / "run",
+        "--dry-run",
+        "--json",
+    )
+    large, all_of_it = (compress(*asked, "--batch-size", size) for size in ("1000000", "45"))
+    assert "all images are one batch" in large.stderr and "all images" not in all_of_it.stderr
+    rates = [json.loads(one.stdout)["config"]["lr"] for one in (large, all_of_it)]
+    sizes = [json.loads(one.stdout)["config"]["batch_size"] for one in (large, all_of_it)]
+    assert rates[0] == pytest.approx(2.8e-3 * (sizes[0] / 64) ** 0.5, abs=1e-6) and sizes[0] < 60
+
+
+def test_a_student_that_no_file_holds_is_refused_before_it_is_trained(data, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("questpress.export.conversion.onnx_export.SINGLE_FILE", 10_000)
+    refused(job(data, tmp_path / "run", cache), 2, "--student cifar_resnet8", "2 GB")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+def test_nothing_is_written_among_the_classes(tmp_path, cache, option):
+    data = photos(tmp_path / "photos")
+    places = {"--out": tmp_path / "run", "--cache": cache, option: data / "mine"}
+    asked = (*NETWORKS, *SMALL, "--data", data, *(one for pair in places.items() for one in pair))
+    refused(compress(*asked), 2, f"{option} {data / 'mine'}", "taken for a class")
+    refused(compress(*asked, "--dry-run"), 2, "taken for a class")
+    assert not (data / "mine").exists() and not (tmp_path / "run").exists()
+    hidden = {**places, option: data / ".mine"}
+    beside = (
+        *NETWORKS,
+        *SMALL,
+        "--data",
+        data,
+        *(one for pair in hidden.items() for one in pair),
+        "--dry-run",
+    )
+    assert compress(*beside).exit_code == 0
+
+
+def test_memory_that_runs_out_is_one_sentence(data, cache, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr("questpress.pipeline.stages.export.export_onnx", full)
+    refused(job(data, tmp_path / "run", cache), 1, "not enough memory", "--image-size")

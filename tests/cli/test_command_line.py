@@ -1,0 +1,209 @@
+"""The command line itself: its help, its shorthand, and what it imports."""
+
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import click
+import pytest
+from questpress.pipeline.cli.main import COMMANDS, cli
+from questpress.pipeline.cli.options import GROUPS
+from questpress.pipeline.config import defaults
+from questpress.pipeline.config.options import Options, group
+
+from tests.support import little
+from tests.support.little import command, compress, python
+
+HEAVY = "{'torch', 'timm', 'torchvision', 'onnx', 'onnxruntime', 'sklearn', 'faiss', 'matplotlib', 'numpy'}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["predict", "--help"], ["models", "-h"]]
+)
+def test_help_imports_nothing_heavy_and_takes_less_than_half_a_second_of_cpu(arguments):
+    code = (
+        "import sys, time\n"
+        "from questpress.pipeline.cli.main import cli\n"
+        "try: cli(sys.argv[1:], prog_name='compress')\n"
+        "except SystemExit as end: assert not end.code\n"
+        f"print('heavy:', sorted({HEAVY} & set(sys.modules)))\n"
+        "print('seconds:', time.process_time())"
+    )
+    spent = []
+    for _ in range(3):  # the fastest of three: the machine may be busy, and the first run compiles
+        result = python(code, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert "heavy: []" in result.stdout, result.stdout[-200:]
+        spent.append(float(result.stdout.rsplit(":", 1)[1]))
+    assert min(spent) < 0.5
+
+
+def test_help_lists_every_option_under_its_heading():
+    told = compress("run", "--help").stdout
+    places = [told.index(f"{name}:") for name in GROUPS]
+    assert places == sorted(places)
+    for name in Options.model_fields:
+        shown = {"settings": "set", "json_": "json"}.get(name, name).replace("_", "-")
+        at = told.index(f"--{shown}")
+        heading = [name for name, place in zip(GROUPS, places, strict=True) if place < at][-1]
+        assert heading == group(name), shown
+
+
+@pytest.mark.parametrize("name", [name for named in COMMANDS.values() for name in named])
+def test_every_command_explains_itself_and_each_of_its_options(name):
+    told = compress(name, "--help")
+    assert told.exit_code == 0, told.stderr
+    made = cli.get_command(click.Context(cli), name)
+    parts = made.commands.values() if isinstance(made, click.Group) else [made]
+    for part in parts:
+        shown = compress(name, *([part.name] if part is not made else []), "--help")
+        assert shown.exit_code == 0, shown.stderr
+        for parameter in part.params:
+            is_option = isinstance(parameter, click.Option)
+            assert (parameter.opts[0] if is_option else parameter.human_readable_name) in shown.stdout
+
+
+def test_the_help_of_export_shows_no_defaults_of_options_it_does_not_have():
+    assert "What is chosen" not in compress("export", "--help").stdout
+
+
+def test_help_shows_the_table_of_defaults():
+    told = " ".join(compress("run", "--help").stdout.split())
+    for option, scratch, _ in defaults.lines():
+        assert option in told
+        assert " ".join(scratch.split()) in told
+
+
+def test_help_has_no_line_that_a_terminal_would_wrap():
+    assert max(map(len, compress("run", "--help").stdout.splitlines())) <= 110
+
+
+def test_every_option_has_a_help_text():
+    assert all(field.description for field in Options.model_fields.values())
+
+
+def test_options_without_a_command_go_to_run(data, tmp_path):
+    given = (*little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--dry-run")
+    short, long = compress(*given), compress("run", *given)
+    assert short.exit_code == long.exit_code == 0
+    assert short.stderr.splitlines()[:-1] == long.stderr.splitlines()[:-1]
+
+
+def test_the_module_is_the_command_too():
+    result = subprocess.run(command("--help"), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.startswith("Usage: compress ")
+
+
+def test_the_installed_command_is_the_modules():
+    [entry] = [e for e in metadata.entry_points(group="console_scripts") if e.name == "compress"]
+    assert entry.value == "questpress.pipeline.__main__:main"
+
+
+def test_the_version_is_that_of_the_package():
+    assert metadata.version("questpress") in compress("--version").stdout
+
+
+def test_models_lists_names_parameters_and_gmacs():
+    result = compress("models", "cifar_resnet8*")
+    assert result.exit_code == 0
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
+    assert set(rows) == {"cifar_resnet8", "cifar_resnet8x4"}
+    assert "0.08 M" in rows["cifar_resnet8"] and "0.01" in rows["cifar_resnet8"]
+    assert "1.23 M" in rows["cifar_resnet8x4"]
+
+
+def test_models_without_a_pattern_lists_names_alone_and_quickly():
+    started = time.monotonic()
+    result = compress("models")
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) > 500
+    assert time.monotonic() - started < 20
+
+
+def test_importing_the_package_does_not_import_torch():
+    result = python(
+        "import sys, questpress.pipeline, questpress.pipeline.cli.main, questpress.export.runtime\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("compress exp", ["export"]),
+        ("compress run --met", ["--method"]),
+        ("compress --teacher-w", ["--teacher-weights", "--teacher-warmup-epochs"]),
+        ("compress run --method qu", ["quest"]),
+        ("compress run --method quest+k", ["quest+kd"]),
+        ("compress run --recipe cqkd-i", ["cqkd-imagenet"]),
+        ("compress run --target x86-", ["x86-vnni"]),
+    ],
+)
+def test_a_shell_is_offered_commands_options_and_their_values(words, offered):
+    result = python(
+        "from questpress.pipeline.__main__ import main; main()",
+        _COMPRESS_COMPLETE="bash_complete",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.split()) - 1),
+    )
+    assert [line.split(",")[1] for line in result.stdout.split()] == offered, result.stderr
+
+
+def test_a_wrong_command_gets_the_nearest_one():
+    result = compress("exprt", "runs/shop")
+    assert result.exit_code == 2
+    assert "There is no command 'exprt'; did you mean export?" in result.stderr
+
+
+def test_colours_are_off_when_asked():
+    code = "from questpress.pipeline.runs.console import Display\nDisplay(quiet=False).warn('a colour')"
+    coloured = python(code, FORCE_COLOR="1", NO_COLOR="")
+    plain = python(code, FORCE_COLOR="1", NO_COLOR="1")
+    assert "\x1b[33m" in coloured.stderr
+    assert "\x1b[3" not in plain.stderr and "warning: a colour" in plain.stderr
+
+
+def test_verbose_and_quiet_exclude_each_other(tmp_path):
+    result = compress(*little.NETWORKS, "--quiet", "--verbose", "--out", tmp_path / "run")
+    little.refused(result, 2, "--quiet and --verbose")
+
+
+def test_verbose_tells_what_was_chosen_and_of_each_epoch(data, cache, tmp_path):
+    told = little.job(data, tmp_path / "run", cache, "--until", "teacher", "--verbose").stderr
+    assert "chosen: " in told and "--optimizer adamw" in told and "--image-size" not in told
+    epochs = [line.strip() for line in told.splitlines() if line.strip().startswith("teacher epoch ")]
+    assert [line.split(":")[0] for line in epochs] == ["teacher epoch 1/2", "teacher epoch 2/2"]
+    report = little.report(tmp_path / "run")
+    assert f"loss {report['epochs'][0]['losses']['loss']:.4g}" in epochs[0]
+
+
+@pytest.mark.parametrize("command", [["predict", "RUN", "photo.jpg"], ["bench", "RUN"], ["validate", "RUN"]])
+def test_a_run_that_is_not_finished_is_told_from_what_is_no_run(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"schema_version": 1, "stages": {}}')
+    result = compress(*(str(tmp_path / "run") if word == "RUN" else word for word in command))
+    little.refused(result, 2, "has nothing to ship yet: repeat the command that began it")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_answers_that_cannot_be_written_are_one_sentence(finished, data):
+    image = data / "red" / "000.png"
+    predict = [sys.executable, str(finished / "artifact" / "predict.py")]
+    for asked in (
+        command("report", finished, "--json"),
+        command("predict", finished, image),
+        [*predict, str(image)],
+    ):
+        with Path("/dev/full").open("w") as full:
+            result = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert "No space left" in result.stderr
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *predict, str(image)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert closed.stderr == ""

@@ -1,0 +1,207 @@
+import os
+from pathlib import Path
+
+import pytest
+from questpress.pipeline.data.dataset import SPLITS
+from questpress.pipeline.data.sources.folders import one_role_alone, open_folder
+from questpress.pipeline.errors import UsageError
+
+from tests.support.pictures import folder, save
+
+
+def refused(path: Path, **options: float) -> str:
+    with pytest.raises(UsageError) as caught:
+        open_folder(path, **options)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".")
+    assert caught.value.exit_code == 2
+    return sentence
+
+
+def test_class_folders_alone_are_split_with_every_class_in_every_role(tmp_path: Path) -> None:
+    images = open_folder(folder(tmp_path / "pets", {"dog": 20, "cat": 30}))
+    assert images.name == "pets" and images.classes == ("cat", "dog")
+    assert images.counts == {"train": [24, 16], "val": [3, 2], "test": [3, 2]}
+    assert all(not Path(image.name).is_absolute() for role in SPLITS for image in images.split(role))
+
+
+def test_classes_are_sorted_as_torchvision_sorts_them(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    folder(tmp_path, dict.fromkeys(("b", "B", "10", "9", "ä", "a b", "test"), 3))
+    assert list(open_folder(tmp_path).classes) == ImageFolder(tmp_path).classes
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "testing"), ("train", "valid")])
+def test_of_two_given_folders_the_second_is_the_test_role(tmp_path: Path, train: str, test: str) -> None:
+    folder(tmp_path, {f"{train}/a": 20, f"{train}/b": 20, f"{test}/a": 4, f"{test}/b": 5})
+    images = open_folder(tmp_path)
+    assert images.counts == {"train": [18, 18], "val": [2, 2], "test": [4, 5]}
+    assert all(image.name.startswith(test) for image in images.test)
+    assert open_folder(tmp_path, val_fraction=0).counts["train"] == [20, 20]
+
+
+def test_three_given_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    folder(tmp_path, {f"{role}/{c}": n for role, n in (("train", 5), ("val", 1), ("test", 2)) for c in "ab"})
+    images = open_folder(tmp_path)
+    assert images.counts == {"train": [5, 5], "val": [1, 1], "test": [2, 2]}
+
+
+def test_train_alone_is_the_whole_set(tmp_path: Path) -> None:
+    folder(tmp_path, {"train/a": 10, "train/b": 10})
+    assert open_folder(tmp_path).counts == {"train": [8, 8], "val": [1, 1], "test": [1, 1]}
+
+
+def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path: Path) -> None:
+    assert open_folder(folder(tmp_path, {"test": 3, "other": 3})).classes == ("other", "test")
+
+
+def test_identical_images_across_folders_are_reported_and_leave_train(tmp_path: Path) -> None:
+    folder(tmp_path, {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 2})
+    (tmp_path / "train/a/copy.png").write_bytes((tmp_path / "test/b/0.png").read_bytes())
+    images = open_folder(tmp_path, val_fraction=0)
+    (duplicate,) = images.duplicates
+    assert duplicate.names == ("test/b/0.png", "train/a/copy.png")
+    assert duplicate.removed == ("train/a/copy.png",) and duplicate.two_classes
+    assert images.counts["train"] == [5, 5]
+
+
+def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path: Path) -> None:
+    folder(tmp_path, {"a": 3, "b": 3, "a/deep/deeper": 2, ".git": 1})
+    save(tmp_path / "b/.hidden.png", 90)
+    save(tmp_path / "b/upper.PNG", 91)
+    (tmp_path / "b/notes.txt").write_text("no image")
+    (tmp_path / "README").write_text("no image")
+    images = open_folder(tmp_path)
+    assert len(images) == 9 and images.ignored == 4
+    assert any(image.name.startswith("a/deep/deeper/") for role in SPLITS for image in images.split(role))
+
+
+def test_links_that_lead_out_are_not_followed_and_a_linked_root_is(tmp_path: Path) -> None:
+    root = folder(tmp_path / "real", {"a": 4, "b": 4})
+    outside = save(tmp_path / "outside/secret.png", 99)
+    (root / "a/out.png").symlink_to(outside)
+    (root / "b/dir").symlink_to(outside.parent)
+    (root / "a/inside.png").symlink_to(root / "b/0.png")
+    (root / "a/broken.png").symlink_to(root / "nothing")
+    (root / "b/loop").symlink_to(root / "b")
+    (tmp_path / "linked").symlink_to(root)
+    images = open_folder(tmp_path / "linked")
+    assert {(one.name, one.reason.split(" to ")[0]) for one in images.skipped} == {
+        ("a/out.png", "a link that leads out of the data folder"),
+        ("b/dir", "a link that leads out of the data folder"),
+        ("a/broken.png", "a link that leads nowhere"),
+        ("b/loop", "a link"),
+    }
+    assert len(images) == 9 and images.name == "real"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
+def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
+    folder(tmp_path, {"a": 3, "b": 3})
+    strange = os.fsencode(tmp_path) + b"/a/caf\xe9.png"
+    try:
+        Path(os.fsdecode(strange)).write_bytes(save(tmp_path / "x.png", 50).read_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    images = open_folder(tmp_path)
+    names = [image.name for role in SPLITS for image in images.split(role)]
+    assert "a/caf\\xe9.png" in names
+    assert "\n".join(names).encode("utf-8")
+    (one,) = [image for role in SPLITS for image in images.split(role) if "caf" in image.name]
+    assert one.read() == (tmp_path / "x.png").read_bytes()
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    assert "There is no data folder" in refused(tmp_path / "nowhere")
+
+
+def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "is a file" in refused(save(tmp_path / "one.png", 0))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    assert "no class folders" in refused(tmp_path)
+
+
+def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
+    assert "hold no images" in refused(folder(tmp_path, {"a": 0, "b": 0}))
+
+
+def test_an_empty_class_folder_is_refused(tmp_path: Path) -> None:
+    assert "Class 'b' has no image" in refused(folder(tmp_path, {"a": 5, "b": 0, "c": 5}))
+
+
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    assert "only one class, 'a'" in refused(folder(tmp_path, {"a": 5}))
+
+
+def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
+    assert "images but no class folders" in refused(folder(tmp_path, {"": 5}))
+    assert "images but no class folders" in refused(folder(tmp_path / "set", {"train": 5, "test": 5}))
+
+
+def test_classes_that_differ_between_train_and_val_are_named(tmp_path: Path) -> None:
+    folder(tmp_path, {"train/cat": 3, "train/dog": 3, "val/cat": 3, "val/hound": 3})
+    sentence = refused(tmp_path)
+    assert "only 'train' has images of 'dog'" in sentence and "only 'val' has images of 'hound'" in sentence
+
+
+def test_a_class_without_images_in_val_differs_too(tmp_path: Path) -> None:
+    folder(tmp_path, {"train/cat": 3, "train/dog": 3, "val/cat": 3, "val/dog": 0})
+    assert "only 'train' has images of 'dog'" in refused(tmp_path)
+
+
+def test_val_and_test_without_train_are_refused(tmp_path: Path) -> None:
+    assert "no 'train' folder" in refused(
+        folder(tmp_path, {"val/a": 3, "val/b": 3, "test/a": 3, "test/b": 3})
+    )
+
+
+def test_two_folders_of_one_meaning_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "validation") for c in "ab"})
+    assert "mean the same" in refused(tmp_path)
+
+
+def test_fewer_than_three_different_images_in_a_class_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path, {"a": 5, "b": 2})
+    (tmp_path / "b/copy.png").write_bytes((tmp_path / "b/0.png").read_bytes())
+    assert "Class 'b' has 2 different images in 3 files; three or more are needed" in refused(tmp_path)
+
+
+def test_a_class_whose_images_are_all_anothers_too_says_so(tmp_path: Path) -> None:
+    folder(tmp_path, {"a": 5, "b": 1})
+    (tmp_path / "b/0.png").write_bytes((tmp_path / "a/0.png").read_bytes())
+    assert "Class 'b' has no image of its own: all it has stands under other classes too" in refused(tmp_path)
+
+
+def test_one_level_too_high_names_the_folder_that_was_meant(tmp_path: Path) -> None:
+    folder(tmp_path / "photos", {f"{role}/{c}": 3 for role in ("train", "test") for c in "ab"})
+    told = f"{tmp_path} holds one folder, and that holds the others: name it, --data {tmp_path / 'photos'}."
+    assert told in refused(tmp_path)
+
+
+def test_one_level_too_low_is_told_by_what_lies_beside_it(tmp_path: Path) -> None:
+    folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
+    told = one_role_alone(tmp_path / "train")
+    assert told == f"'val', 'test' beside train are not used: --data {tmp_path} takes them all"
+    assert one_role_alone(tmp_path) is None and one_role_alone(tmp_path / "train/a") is None
+    folder(tmp_path / "alone", {"train/a": 3, "train/b": 3})
+    assert one_role_alone(tmp_path / "alone/train") is None
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    folder(tmp_path, {"a": 3, "b": 3})
+    (tmp_path / "b").chmod(0)
+    try:
+        if os.access(tmp_path / "b", os.R_OK):
+            pytest.skip("this user may read everything")
+        assert "may not be read" in refused(tmp_path)
+    finally:
+        (tmp_path / "b").chmod(0o755)
+
+
+def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    open_folder(folder(tmp_path, {"a": 3, "b": 4}), progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(n, 7) for n in range(1, 8)]

@@ -1,0 +1,273 @@
+"""Labels files: what they say is what the set has, and what is wrong with one is a sentence."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from questpress.pipeline.data.dataset import ImageSet
+from questpress.pipeline.data.sources import open_data
+from questpress.pipeline.errors import UsageError
+
+from tests.support.pictures import save
+
+CLASSES = ("cat", "dog", "fox")
+
+
+def pictures(folder: Path, count: int, first: int = 0) -> list[str]:
+    return [save(folder / f"{n:03d}.png", first + n).name for n in range(count)]
+
+
+def sets_of(count: int) -> list[list[str]]:
+    """Every third image shows one class, the others two."""
+    return [sorted({CLASSES[n % 3], CLASSES[(n * n + n // 3) % 3]}) for n in range(count)]
+
+
+def table(folder: Path, rows: list[str], header: str = "file,labels", name: str = "labels.csv") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return folder / name
+
+
+def coco(path: Path, files: list[str], shown: list[list[str]], **more: Any) -> Path:
+    """Annotations whose category numbers neither begin at 0 nor are in the order of the names."""
+    number = {"fox": 1, "cat": 7, "dog": 90, "unseen": 3}
+    annotations = [
+        {"id": 10 * i + k, "image_id": 100 + i, "category_id": number[one], "segmentation": [[1, 2, 3]]}
+        for i, labels in enumerate(shown)
+        for k, one in enumerate([*labels, *labels])  # two boxes of a class are one label
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [{"id": 100 + i, "file_name": file, "width": 16} for i, file in enumerate(files)],
+        "annotations": annotations,
+        "categories": [{"id": number[name], "name": name} for name in ("cat", "dog", "fox", "unseen")],
+    } | more
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def by_name(data: ImageSet) -> dict[str, list[str]]:
+    images = (*data.train, *data.val, *data.test)
+    return {image.name: [data.classes[label] for label in image.labels] for image in images}
+
+
+def refused(path: Path, *words: str, **more: Any) -> None:
+    with pytest.raises(UsageError) as found:
+        open_data(str(path), **more)
+    assert str(found.value).endswith((".", ".)"))
+    for word in words:
+        assert word in str(found.value), found.value
+
+
+def test_a_table_with_several_labels_makes_a_multi_label_set(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 40), sets_of(40)
+    rows = [f"{name}, {' ; '.join(found)};" for name, found in zip(names, labels, strict=True)]
+    data = open_data(str(table(tmp_path, rows)))
+    assert data.multi_label and data.classes == CLASSES and data.name == tmp_path.name
+    assert by_name(data) == dict(zip(names, labels, strict=True))
+    for role in ("train", "val", "test"):
+        assert all(data.counts[role])
+    assert data.counts["train"][0] == sum("cat" in by_name(data)[image.name] for image in data.train)
+
+
+def test_one_label_for_each_image_makes_the_set_that_class_folders_make(tmp_path: Path) -> None:
+    names = pictures(tmp_path / "pool", 30)
+    for n, name in enumerate(names):
+        (tmp_path / "folders" / CLASSES[n % 3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "pool" / name, tmp_path / "folders" / CLASSES[n % 3] / name)
+    path = table(tmp_path, [f"pool/{name},{CLASSES[n % 3]}" for n, name in enumerate(names)])
+    from_table, from_folders = open_data(str(path)), open_data(str(tmp_path / "folders"))
+    assert not from_table.multi_label
+    assert from_table.fingerprint == from_folders.fingerprint
+    assert [image.key for image in from_table.train] == [image.key for image in from_folders.train]
+
+
+def test_json_lines_and_a_tab_separated_table_say_the_same_as_a_comma_separated_one(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 20), sets_of(20)
+    pairs = list(zip(names, labels, strict=True))
+    lines = [json.dumps({"image": name, "labels": found}) for name, found in pairs]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    comma = open_data(str(table(tmp_path, [f"{name},{';'.join(found)}" for name, found in pairs])))
+    tab = open_data(
+        str(table(tmp_path, [f"{';'.join(f)}\t{n}" for n, f in pairs], "Tags\tFilename", "a.tsv"))
+    )
+    assert by_name(comma) == by_name(open_data(str(tmp_path / "a.jsonl"))) == by_name(tab)
+    assert comma.fingerprint == tab.fingerprint
+
+
+def test_a_spreadsheets_mark_and_line_ends_are_no_part_of_the_labels(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 20), sets_of(20)
+    rows = [f'"{name}","{";".join(found)}"' for name, found in zip(names, labels, strict=True)]
+    path = tmp_path / "labels.csv"
+    path.write_bytes("\r\n".join(["\ufefffile,labels", *rows]).encode())
+    assert open_data(str(path)).classes == CLASSES
+
+
+def test_a_column_of_splits_gives_the_roles(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 18), sets_of(18)
+    role = ["train"] * 10 + ["Val"] * 4 + ["testing"] * 4
+    rows = [f"{n},{';'.join(f)},{r}" for n, f, r in zip(names, labels, role, strict=True)]
+    data = open_data(str(table(tmp_path, rows, "file,labels,split")))
+    assert {image.name for image in data.train} == set(names[:10])
+    assert {image.name for image in data.val} == set(names[10:14])
+    assert {image.name for image in data.test} == set(names[14:])
+
+
+def test_a_file_named_after_train_brings_those_for_the_other_roles(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 24), sets_of(24)
+    rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
+    table(tmp_path, rows[16:], name="valid.csv")
+    data = open_data(str(table(tmp_path, rows[:16], name="train.csv")), val_fraction=0)
+    assert {image.name for image in data.test} == set(names[16:])  # without a test file, it is what tests
+    table(tmp_path, rows[16:], name="val.csv")
+    refused(tmp_path / "train.csv", "'val.csv' and 'valid.csv'")
+
+
+def test_cocos_annotations_find_their_images_and_keep_those_that_show_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "coco"
+    train = pictures(root / "train2017", 24)
+    val = pictures(root / "val2017", 8, first=100)
+    shown = sets_of(24)
+    shown[5] = []
+    path = coco(root / "annotations" / "instances_train2017.json", train, shown)
+    coco(root / "annotations" / "instances_val2017.json", val, sets_of(8))
+    data = open_data(str(path))
+    assert data.multi_label and data.name == "coco"
+    assert data.classes == ("fox", "cat", "dog")  # by number, and without the one that no image shows
+    found = by_name(data)
+    assert set(found["train2017/000.png"]) == set(shown[0]) and found["train2017/005.png"] == []
+    assert {image.name for image in data.test} == {f"val2017/{name}" for name in val}
+    elsewhere = tmp_path / "labels"
+    coco(elsewhere / "x.json", train, sets_of(24))
+    refused(elsewhere / "x.json", "24 of the 24 images", "000.png", "--data-dir")
+    assert len(open_data(str(elsewhere / "x.json"), data_dir=root / "train2017")) == 24
+
+
+def test_a_set_of_several_labels_has_another_fingerprint_when_a_label_changes(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 20), sets_of(20)
+    first = open_data(
+        str(table(tmp_path, [f"{n},{';'.join(f)}" for n, f in zip(names, labels, strict=True)]))
+    )
+    labels[0] = ["cat", "dog", "fox"]
+    then = open_data(str(table(tmp_path, [f"{n},{';'.join(f)}" for n, f in zip(names, labels, strict=True)])))
+    assert first.fingerprint != then.fingerprint
+
+
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    names = pictures(tmp_path, 3)
+    rows = [f"{name},cat;dog" for name in (*names, "gone.png", "lost.png")]
+    refused(table(tmp_path, rows), "2 of the 5 images", "gone.png (line 5)", "--data-dir")
+
+
+@pytest.mark.parametrize("outside", ["../secret.png", "/etc/passwd", "a/../../secret.png"])
+def test_nothing_outside_of_the_images_folder_is_read(tmp_path: Path, outside: str) -> None:
+    save(tmp_path / "secret.png", 0)
+    pictures(tmp_path / "set", 3)
+    rows = ["000.png,cat", f"{outside},dog"]
+    refused(table(tmp_path / "set", rows), "line 3", outside, "not in")
+
+
+def test_a_link_that_leads_out_is_left_out_and_told(tmp_path: Path) -> None:
+    save(tmp_path / "secret.png", 500)
+    names, labels = pictures(tmp_path / "set", 20), sets_of(20)
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
+    rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
+    data = open_data(str(table(tmp_path / "set", [*rows, "link.png,cat"])))
+    assert [(one.name, one.reason) for one in data.skipped] == [
+        ("link.png", "a link that leads out of the data folder")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "words"),
+    [
+        ("file,labels", ["000.png,cat", "001.png,"], ["line 3", "001.png has no labels"]),
+        ("file,labels", ["000.png,cat", "001.png, ; "], ["line 3", "has no labels"]),
+        ("file,labels", ["000.png,cat", ",dog"], ["line 3", "no file"]),
+        ("file,labels", ["000.png,cat,dog"], ["line 2", "cat;dog"]),
+        ("000.png,cat", ["001.png,dog"], ["begins with '000.png,cat'", "file,labels"]),
+        ("file;labels", ["000.png;dog"], ["a comma between them"]),
+        ("file,labels", [], ["names no images"]),
+        ("file,labels", ["000.png,cat", "001.png,cat"], ["only one class, 'cat'"]),
+        (
+            "file,labels",
+            ["000.png,cat", "001.png,dog", "000.png,dog"],
+            ["line 2", "line 4", "different labels"],
+        ),
+        ("file,labels,split", ["000.png,cat,train", "001.png,dog,"], ["1 of its 2 images", "line 3"]),
+        ("file,labels,split", ["000.png,cat,best"], ["no split 'best'", "train"]),
+        ("file,labels,split", ["000.png,cat;dog,train", "001.png,fox,test"], ["'fox' for testing alone"]),
+        ("file,labels,split", ["000.png,cat,val", "001.png,dog,test"], ["no image to train on"]),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told_with_its_line(
+    tmp_path: Path, header: str, rows: list[str], words: list[str]
+) -> None:
+    pictures(tmp_path, 3)
+    refused(table(tmp_path, rows, header), *words)
+
+
+def test_the_same_row_twice_is_one_image(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 20), sets_of(20)
+    rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
+    assert len(open_data(str(table(tmp_path, [*rows, *rows])))) == 20
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"file": "000.png", "labels": ["cat"', ["line 2", "no JSON"]),
+        ('["000.png", "cat"]', ["line 2", "list"]),
+        ('{"file": "000.png", "labels": []}', ["line 2", "no labels"]),
+        ('{"file": "000.png", "labels": [0.5]}', ["line 2", "labels are texts"]),
+        ('{"file": "000.png"}', ["line 2", "no labels"]),
+    ],
+)
+def test_what_is_wrong_with_json_lines_is_told_with_the_line(
+    tmp_path: Path, line: str, words: list[str]
+) -> None:
+    pictures(tmp_path, 3)
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"file": "001.png", "labels": ["cat", "dog"]}\n' + line, encoding="utf-8")
+    refused(path, *words)
+
+
+def test_a_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(b"file,labels\na.png,cat\nb.png,caf\xe9\n")
+    refused(tmp_path / "labels.csv", "not UTF-8 (line 3)")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"annotations": []}, ["no annotations"]),
+        ({"categories": {}}, ["no COCO annotations file"]),
+        ({"annotations": [{"image_id": 100, "category_id": 44}]}, ["category 44"]),
+        ({"annotations": [{"image_id": 9, "category_id": 7}]}, ["image 9"]),
+        (
+            {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]},
+            ["two categories named 'cat'"],
+        ),
+        ({"images": [{"id": "a", "file_name": "000.png"}]}, ["images has no number"]),
+    ],
+)
+def test_what_is_wrong_with_cocos_annotations_is_told(
+    tmp_path: Path, more: dict[str, Any], words: list[str]
+) -> None:
+    names = pictures(tmp_path, 3)
+    refused(coco(tmp_path / "x.json", names, sets_of(3), **more), *words)
+
+
+def test_a_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "labels.xlsx").write_bytes(b"PK")
+    refused(tmp_path / "labels.xlsx", "is a file", ".csv")
+    (tmp_path / "labels.json").write_text("[1, 2")
+    refused(tmp_path / "labels.json", "no JSON")
+
+
+def test_a_folder_without_class_folders_points_at_the_labels_file_in_it(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", 3)
+    path = table(tmp_path, ["images/000.png,cat;dog"])
+    refused(tmp_path, "only one class, 'images'", f"{path} has the labels, name it as --data")

@@ -1,0 +1,227 @@
+"""A job that is killed, interrupted or out of disk: nothing is lost, and the next run completes it."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from questpress.pipeline import stages
+from questpress.pipeline.config.options import STAGES
+from questpress.pipeline.runs.files import atomic_write, write_text
+
+from tests.support import little
+from tests.support.little import files, job, record, report, weights
+
+
+def started(arguments: list[str], tmp_path: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=little.one_core if sys.platform != "win32" else None,
+        cwd=tmp_path,
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 50) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def wait_for_an_epoch(checkpoint: Path, process: "subprocess.Popen[str]") -> None:
+    """Until a training's first epoch is saved."""
+    wait_for(checkpoint, process)
+    while torch.load(checkpoint, weights_only=True)["epoch"] < 1:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX only")
+@pytest.mark.parametrize("what", ["teacher", "student"])
+def test_a_run_killed_while_training_gives_the_weights_of_an_uninterrupted_one(data, cache, tmp_path, what):
+    more = ("--teacher-epochs", "6", "--epochs", "6", "--until", "student")
+    killed = started(little.little_command(data, tmp_path / "killed", cache, *more), tmp_path)
+    wait_for_an_epoch(tmp_path / "killed" / "checkpoint" / f"{what}.pt", killed)
+    killed.kill()
+    killed.communicate()
+    assert what not in record(tmp_path / "killed")["stages"]
+
+    went_on = job(data, tmp_path / "killed", cache, *more)
+    assert went_on.exit_code == 0, went_on.output
+    assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
+    for name in ("teacher.safetensors", "student.safetensors"):
+        assert weights(tmp_path / "killed" / name) == weights(tmp_path / "whole" / name)
+
+    def curve(run: str) -> list[tuple[str, int, dict[str, float]]]:
+        return [(e["stage"], e["epoch"], e["losses"]) for e in report(tmp_path / run)["epochs"]]
+
+    assert curve("killed") == curve("whole") and len(curve("whole")) == 12
+    assert not list((tmp_path / "killed" / "checkpoint").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Ctrl-C, and what schedulers and containers send
+def test_being_told_to_stop_ends_with_130_and_a_sentence_on_how_to_go_on(data, cache, tmp_path, name):
+    more = ("--epochs", "500", "--until", "student")
+    process = started(little.little_command(data, tmp_path / "run", cache, *more), tmp_path)
+    wait_for(tmp_path / "run" / "checkpoint" / "student.pt", process)
+    process.send_signal(getattr(signal, name))
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "goes on where" in stderr.splitlines()[-1] and stdout == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_in_any_stage_leaves_a_run_that_goes_on(finished, data, cache, tmp_path, monkeypatch, stage):
+    out = tmp_path / "run"
+    if stage not in ("teacher", "prepare", "student"):  # what comes before them is to be interrupted too
+        up_to(finished, out, stage)
+
+    real = stages.stage_run
+
+    def interrupting(name: str):
+        def interrupted(_: object) -> None:
+            raise KeyboardInterrupt
+
+        return interrupted if name == stage else real(name)
+
+    monkeypatch.setattr(stages, "stage_run", interrupting)
+    stopped = job(data, out, cache)
+    assert stopped.exit_code == 130
+    assert "The same command goes on" in stopped.stderr and "Traceback" not in stopped.stderr
+    before = list(record(out)["stages"])
+    assert before == list(STAGES[: STAGES.index(stage)])
+    monkeypatch.setattr(stages, "stage_run", real)
+    went_on = job(data, out, cache, "--until", stage if stage in STAGES[4:] else "export")
+    assert went_on.exit_code == 0, went_on.output
+    assert went_on.stderr.count("(kept)") == len(before)
+    assert stage in record(out)["stages"]
+    assert weights(out / "student.safetensors") == weights(finished / "student.safetensors")
+    assert [e["losses"] for e in report(out)["epochs"]] == [e["losses"] for e in report(finished)["epochs"]]
+
+
+def test_a_checkpoint_that_is_damaged_is_named(data, cache, tmp_path):
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--until", "teacher").exit_code == 0
+    (out / "checkpoint").mkdir(exist_ok=True)
+    (out / "checkpoint" / "student.pt").write_bytes(b"PK\x03\x04 half a checkpoint")
+    little.refused(job(data, out, cache, "--until", "student"), 1, "student.pt is damaged", "delete")
+
+
+# A full disk.
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    from questpress.pipeline.errors import JobError
+
+    write_text(tmp_path / "a.txt", "before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JobError, match="No space left on device; what was there before is unchanged"):
+        write_text(tmp_path / "a.txt", "after")
+    assert files(tmp_path).keys() == {"a.txt"} and (tmp_path / "a.txt").read_text() == "before"
+
+
+def test_a_block_that_fails_leaves_nothing_behind(tmp_path):
+    def fails() -> None:
+        with atomic_write(tmp_path / "a.txt") as part:
+            part.write_text("half")
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fails()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["fsync", "checkpoint", "weights"])
+def test_a_full_disk_while_training_is_one_sentence_and_nothing_is_lost(
+    data, cache, tmp_path, monkeypatch, kind
+):
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--until", "prepare").exit_code == 0
+    before = files(out)
+    if kind == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    elif kind == "checkpoint":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr("questpress.models.checkpoint.save_file", full)
+    result = job(data, out, cache, "--until", "student")
+    little.refused(result, 1, "No space left on device", "unchanged")
+    after = files(out)
+    for name in before.keys() - {"config.yaml", "run.json", ".run.json", "metrics.jsonl"}:
+        assert after[name] == before[name], name
+    assert not [name for name in after if ".part" in name]
+    monkeypatch.undo()
+    assert job(data, out, cache, "--until", "student").exit_code == 0
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    asked = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(asked, capture_output=True).returncode:
+        pytest.skip("only root may mount a little disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, room: int) -> None:
+    """Leave so many bytes."""
+    left = shutil.disk_usage(disk).free - room
+    (disk / "ballast").write_bytes(bytes(left))
+
+
+def up_to(finished: Path, out: Path, stage: str) -> None:
+    """A copy of a finished run as it was before a stage."""
+    shutil.copytree(finished, out)
+    known = record(out)
+    for later in STAGES[STAGES.index(stage) :]:
+        for name in known["stages"].pop(later)["outputs"]:
+            (out / name).unlink()
+    write_text(out / "run.json", json.dumps(known))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+@pytest.mark.parametrize(("stage", "room"), [(stage, 4096) for stage in STAGES] + [("student", 60_000)])
+def test_a_disk_that_is_really_full_is_one_sentence_in_any_stage(
+    finished, data, cache, little_disk, stage, room
+):
+    out = little_disk / "run"
+    up_to(finished, out, stage)
+    before = files(
+        out,
+        ("run.json", ".run.json", "config.yaml", "report.html", "report.md", "report.json", "metrics.jsonl"),
+    )
+    fill(little_disk, room)
+    result = job(data, out, cache)
+    if result.exit_code == 0:
+        pytest.skip("this stage needs less")
+    line = little.refused(result, 1, "No space left on device")
+    assert str(out) in line
+    after = files(out)
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after if ".part" in name or ".tmp" in name]
+    done = len(record(out)["stages"])
+    assert sorted(record(out)["stages"]) == sorted(STAGES[:done])
+    (little_disk / "ballast").unlink()
+    went_on = job(data, out, cache, "--until", stage)
+    assert went_on.exit_code == 0, went_on.output
+    assert went_on.stderr.count("(kept)") >= STAGES.index(stage)

@@ -1,0 +1,31 @@
+"""SIGKILL at random moments: what is gone on with ends as if nothing had happened (benchmarks/kills.py)."""
+
+import sys
+
+import pytest
+
+from tests.benchmarks.test_cells import FOLDER, load
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+
+
+def test_a_run_killed_at_a_random_moment_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)  # where its processes find it
+    kills = load("kills")
+    outcomes = list(kills.campaign(tmp_path, range(1), 0, ["student"]))
+    assert [(outcome.differs, outcome.left) for outcome in outcomes] == [((), 0)]
+    # The comparison sees something: weights, files that ship, curves, figures, answers of the store.
+    names = kills.left_by(tmp_path / "whole")
+    for name in (
+        "teacher.safetensors", "student.safetensors", "artifact/student.int8.onnx", "artifact/manifest.json",
+        "metrics.jsonl student 3", "report.json student_int8", "run.json stages",
+    ):  # fmt: skip
+        assert name in names
+    assert sum("map.ids.npy" in name for name in names) == 2  # of two views
+    # And what is damaged.
+    [entry, *_] = (tmp_path / "whole" / "cache" / "answers").glob("*/map.p.npy")
+    entry.write_bytes(entry.read_bytes()[:-2] + b"\0\1")
+    (tmp_path / "whole" / "run" / "student.safetensors").write_bytes(b"")
+    found = kills.left_by(tmp_path / "whole")
+    differs = kills.differences(found, names)
+    assert f"cache answers {entry.parent.name}" in differs and "student.safetensors" in differs

@@ -1,0 +1,183 @@
+"""Images of several labels through a whole job: two to four of the built-in digits on one canvas."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+from questpress.export.runtime import Classifier, sigmoid
+from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.validate import validate
+from questpress.pipeline.data.sources import open_data
+from questpress.pipeline.evaluation import multi_label
+from questpress.pipeline.report.terminal import table
+from questpress.pipeline.runs.results import Report
+from safetensors.numpy import load_file
+
+from tests.support import little
+
+METHODS = "quest+kd+mimic+feed"
+
+
+def canvases() -> ModuleType:
+    """A script of benchmarks/, which is no package."""
+    path = Path(__file__).parents[2] / "benchmarks" / "digits_on_canvas.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found: Path = canvases().write(tmp_path_factory.mktemp("data") / "canvas", images=160, seed=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(labels: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "canvas"
+    result = little.job(labels, out, cache, "--method", METHODS, "--until", "validate")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+def test_the_same_seed_lays_the_same_digits(labels: Path, tmp_path: Path) -> None:
+    again = canvases().write(tmp_path, images=5, seed=1)
+    rows, others = (list(csv.reader(path.open(encoding="utf-8"))) for path in (again, labels))
+    assert rows == others[:6]
+    for name, shown in rows[1:]:
+        assert (tmp_path / name).read_bytes() == (labels.parent / name).read_bytes()
+        assert 1 <= len(shown.split(";")) <= 4  # two of the four may be the same digit
+
+
+def test_the_report_has_map_and_f1_of_the_files_that_ship(run: Path, labels: Path) -> None:
+    report, data = little.report(run), open_data(str(labels))
+    assert report["data"]["multi_label"] and report["confusion"] is None
+    test = data.test
+    targets = np.array([[label in image.labels for label in range(10)] for image in test], dtype=np.float32)
+    for key, name in (("student", "student.onnx"), ("student_int8", "student.int8.onnx")):
+        found = report[key]["multi_label"]
+        assert report[key]["accuracy"] is None and report[key]["per_class"] == []
+        classifier = Classifier.load(run, file=name)
+        answers = classifier.predict([image.read() for image in test], top=10)
+        p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
+        logits = np.log(p) - np.log1p(-p)
+        assert found["map"] == pytest.approx(multi_label.mean_average_precision(logits, targets), abs=0.05)
+        decided = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
+        right = 2 * (decided & (targets > 0)).sum() / (decided.sum() + targets.sum())
+        assert found["micro_f1"] == pytest.approx(100 * right)
+        assert found["low"] <= found["map"] <= found["high"] and found["n"] == len(test)
+    losses = [one["losses"] for one in report["epochs"] if one["stage"] == "student"]
+    assert all({"loss", "ce", *METHODS.split("+")} == set(one) for one in losses)
+    assert all(one["train_accuracy"] is None and one["val_accuracy"] > 0 for one in report["epochs"])
+
+
+def test_the_thresholds_are_the_fp32_files_best_on_the_val_images(run: Path, labels: Path) -> None:
+    manifest = json.loads((run / "artifact" / "manifest.json").read_text())
+    assert manifest["task"] == "multi-label" and len(manifest["thresholds"]) == 10
+    data = open_data(str(labels))
+    answers = Classifier.load(run, precision="fp32").predict([i.read() for i in data.val], top=10)
+    p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
+    targets = np.array([[label in i.labels for label in range(10)] for i in data.val], dtype=np.float32)
+    expected = multi_label.choose_thresholds(np.log(p) - np.log1p(-p), targets)
+    np.testing.assert_allclose(manifest["thresholds"], expected, atol=1e-6)
+    for name in ("student.onnx", "student.int8.onnx"):
+        model = onnx.load(run / "artifact" / name)
+        entries = {entry.key: entry.value for entry in model.metadata_props}
+        assert entries["questpress.task"] == "multi-label"
+        assert json.loads(entries["questpress.thresholds"]) == manifest["thresholds"]
+    assert set(manifest["files"][0]["accuracy"]) == {"map", "n", "low", "high", "micro_f1", "macro_f1"}
+
+
+def test_one_file_alone_answers_as_the_folder_does(run: Path, labels: Path) -> None:
+    images = sorted((labels.parent / "images").iterdir())[:4]
+    alone = Classifier.load(run / "artifact" / "student.int8.onnx").predict(images)
+    assert alone == Classifier.load(run).predict(images)
+    for answer in alone:
+        assert answer.top[0] == (answer.label, answer.probability)
+
+
+def test_predict_prints_the_labels_above_their_thresholds(run: Path, labels: Path) -> None:
+    image = labels.parent / "images" / "00000.png"
+    [expected] = Classifier.load(run).predict([image])
+    told = little.compress("predict", run, image).stdout
+    shown = ", ".join(f"{label} {100 * p:.1f} %" for label, p in expected.labels)
+    assert told == f"{image}: {shown or 'none of the labels'}\n"
+    found = json.loads(little.compress("predict", run, image, "--json").stdout)
+    assert [one["label"] for one in found["labels"]] == [label for label, _ in expected.labels]
+    assert len(found["answers"]) == 3
+
+
+def test_the_page_shows_map_and_each_class_and_no_confusion(run: Path) -> None:
+    for name in ("report.html", "report.md"):
+        text = (run / name).read_text()
+        for words in ("mAP", "several of which an image may show", "threshold", "F1 of all labels"):
+            assert words in text, (name, words)
+        for words in ("Confusion", "Most confused", "Accuracy"):
+            assert words not in text, (name, words)
+    columns = [column.header for column in table(Report.model_validate(little.report(run))).columns]
+    assert columns[1] == "mAP"
+    example = little.report(run)["examples"][0]
+    assert ", " in example["label"] and 0 < example["student_probability"] <= 1
+
+
+def test_the_teachers_agreement_is_about_the_very_labels(run: Path, labels: Path) -> None:
+    report, data = little.report(run), open_data(str(labels))
+    thresholds = np.array([one["threshold"] for one in report["teacher"]["multi_label"]["classes"]])
+    teacher = sigmoid(load_file(run / "teacher_answers.safetensors")["0"]) >= thresholds
+    answers = Classifier.load(run).predict([image.read() for image in data.test])
+    student = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
+    alike = int((teacher == student).all(1).sum())
+    assert report["student_int8"]["agreement"]["correct"] == alike
+
+
+def test_validate_scores_the_files_as_the_report_does(run: Path, tmp_path: Path) -> None:
+    found, report = validate(run, out=tmp_path, quiet=True), little.report(run)
+    assert found.multi_label and found.n == report["data"]["test"]
+    for one, key in zip(found.networks, ("student_int8", "student"), strict=False):
+        score = one.multi_label
+        assert score is not None and one.accuracy is None and one.confusion is None
+        assert score.map == pytest.approx(report[key]["multi_label"]["map"])
+        assert score.micro_f1 == pytest.approx(report[key]["multi_label"]["micro_f1"])
+        shown = {of.label: of.n for of in score.classes}
+        assert {of.label: of.n for of in one.per_class} == shown
+    assert not (run / "bench" / "teacher.onnx").exists() and "No teacher" in found.notes[0]
+    rows = list(csv.DictReader((tmp_path / "mistakes.csv").open(encoding="utf-8")))
+    assert len(rows) == sum(one.mistakes for one in found.networks)
+    assert all(set(one["label"].split(", ")) != set(one["answer"].split(", ")) for one in rows)
+    assert "average precision" in (tmp_path / "validation.html").read_text()
+
+
+def test_a_network_of_one_label_is_not_asked_about_images_of_several(labels: Path, finished: Path) -> None:
+    little.refused(little.compress("validate", finished, "--data", labels), 2, "images of several labels")
+
+
+def test_the_same_command_does_nothing_again(run: Path, labels: Path, cache: Path) -> None:
+    before = little.files(run / "artifact")
+    assert little.job(labels, run, cache, "--method", METHODS, "--until", "validate").exit_code == 0
+    assert little.files(run / "artifact") == before
+
+
+def test_methods_for_one_label_and_a_file_without_images_are_refused(
+    labels: Path, tmp_path: Path, cache: Path
+) -> None:
+    dkd = ("--method", "dkd", "--set", "dkd.tau=2")
+    given = (*little.NETWORKS, *little.SMALL, "--cache", cache, "--out", tmp_path / "out")
+    little.refused(little.compress(*given, "--data", labels, *dkd), 2, "several labels", "quest")
+    (tmp_path / "labels.csv").write_text("file,labels\na.png,cat;dog\n")
+    little.refused(
+        little.compress(*given, "--data", tmp_path / "labels.csv"), 2, "1 of the 1 images", "a.png"
+    )
+
+
+def test_weights_are_not_balanced_unless_asked_for(run: Path, labels: Path) -> None:
+    assert little.record(run)["config"]["balance"] == "off"
+    given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(labels), "image_size": 16}
+    assert resolve(read_options({**given, "balance": "auto"}))[0].balance == "auto"

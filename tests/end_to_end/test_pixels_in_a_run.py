@@ -1,0 +1,101 @@
+"""A whole run with --input uint8: the files that ship take pixels, and everything beside them knows it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from questpress.export import runtime
+from questpress.export.runtime import Classifier
+
+from tests.support import little
+
+
+@pytest.fixture(scope="module")
+def of_pixels(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
+    """The finished run's job, but for what the files take."""
+    assert finished.is_dir()
+    out = tmp_path_factory.mktemp("runs") / "pixels"
+    result = little.job(data, out, cache, "--input", "uint8")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "student.int8.onnx"])
+def test_both_files_take_pixels_and_say_so(of_pixels: Path, name: str) -> None:
+    model = onnx.load(str(of_pixels / "artifact" / name))
+    taken = model.graph.input[0].type.tensor_type
+    assert taken.elem_type == onnx.TensorProto.UINT8
+    assert [d.dim_param or d.dim_value for d in taken.shape.dim] == ["batch", 16, 16, 3]
+    assert {entry.key: entry.value for entry in model.metadata_props}["questpress.input"] == "uint8"
+
+
+def test_the_manifest_and_the_report_say_what_the_files_take(of_pixels: Path, finished: Path) -> None:
+    assert json.loads((of_pixels / "artifact" / "manifest.json").read_text())["input"] == "uint8"
+    report = little.report(of_pixels)
+    said = report["student_int8"]["quantization"]["input"]
+    assert said == "uint8; normalisation folded into the first convolution"
+    assert "normalisation folded" in (of_pixels / "report.html").read_text()
+    assert report["config"]["input"] == "uint8" and little.report(finished)["config"]["input"] == "float"
+
+
+def test_the_same_student_ships_as_without(of_pixels: Path, finished: Path, data: Path) -> None:
+    ours, theirs = little.report(of_pixels), little.report(finished)
+    assert little.weights(of_pixels / "student.safetensors") == little.weights(
+        finished / "student.safetensors"
+    )
+    assert ours["student"]["accuracy"] == theirs["student"]["accuracy"]
+    assert ours["student"]["parity"]["max_abs"] < 1e-4
+    photos = sorted(data.glob("*/00*.png"))
+    for precision, most in (("fp32", 1e-4), ("int8", 0.1)):
+        answers = [
+            [dict(answer.top) for answer in classifier.predict(photos)]
+            for classifier in (
+                runtime.Classifier.load(folder, precision=precision) for folder in (of_pixels, finished)
+            )
+        ]
+        for a, b in zip(*answers, strict=True):
+            assert max(abs(a[label] - b[label]) for label in a) <= most
+
+
+def test_the_bench_has_timed_the_files_on_pixels(of_pixels: Path) -> None:
+    report = little.report(of_pixels)
+    for subject in ("teacher", "student", "student_int8"):
+        assert report[subject]["latency_ms"]["1"]["n"] > 0
+    session = runtime.session(of_pixels / "artifact" / "student.onnx", 1)
+    with pytest.raises(Exception, match="tensor\\(uint8\\)"):
+        session.run(None, {"input": np.zeros((1, 3, 16, 16), np.float32)})
+
+
+def test_predict_reads_a_photo(of_pixels: Path, data: Path) -> None:
+    photo = next(data.glob("red/*.png"))
+    result = little.compress("predict", of_pixels, photo)
+    assert result.exit_code == 0 and f"{photo}: " in result.stdout and "%" in result.stdout
+
+
+def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("questpress.export.conversion.pixel_input.fold_normalisation", lambda *_: None)
+    result = little.job(data, tmp_path, cache, "--input", "uint8")
+    assert result.exit_code == 0, (result.output, result.exception)
+    report = little.report(tmp_path)
+    [note] = [text for text in report["warnings"] if text.startswith("--input uint8: ")]
+    assert "about 10 %" in note and little.STUDENT in note
+    assert report["student_int8"]["quantization"]["input"].endswith("in float, before the network")
+    assert report["student"]["parity"]["max_abs"] < 1e-4
+
+
+def test_a_run_for_floats_is_made_anew_for_pixels_and_trains_nothing(
+    a_run: Path, tmp_path: Path, data: Path, cache: Path
+) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(a_run, out)
+    trained = little.record(out)["stages"]["student"]["finished"]
+    result = little.job(data, out, cache, "--input", "uint8", "--until", "validate")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert little.record(out)["stages"]["student"]["finished"] == trained
+    files = [out / "artifact" / name for name in ("student.onnx", "student.int8.onnx")]
+    assert all(Classifier(file.read_bytes(), file.name).takes_pixels for file in files)

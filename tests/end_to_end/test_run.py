@@ -1,0 +1,501 @@
+"""The whole command, on little networks: what it leaves, and what it does the second time."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import questpress.pipeline
+import yaml
+from questpress.pipeline.config.options import STAGES
+from questpress.pipeline.runs.results import Report
+
+from tests.support import little
+from tests.support.little import compress, files, job, python, record, refused, report, weights
+
+# Which of them a run writes anew although nothing was missing: the options and how it was called.
+REWRITTEN = ("config.yaml", "run.json", ".run.json")
+CALLED = (*REWRITTEN, "report.html", "report.md", "report.json")
+
+
+def test_the_run_folder_holds_what_the_design_lists(finished):
+    names = set(files(finished))
+    assert names >= {
+        "config.yaml", "run.json", "teacher.safetensors", "student.safetensors", "metrics.jsonl",
+        "bench/teacher.onnx", "bench/latency.npz",
+        "artifact/student.onnx", "artifact/student.int8.onnx", "artifact/manifest.json",
+        "report.html", "report.md", "report.json",
+    }  # fmt: skip
+    assert {name for name in names if name.startswith("artifact/")} == {
+        "artifact/student.onnx",
+        "artifact/student.int8.onnx",
+        "artifact/manifest.json",
+        "artifact/README.md",
+        "artifact/predict.py",
+    }
+    assert not [name for name in names if name.startswith("checkpoint/") or ".part" in name]
+
+
+def test_each_stage_is_told_in_one_line_and_the_end_names_the_two_paths(finished):
+    told = (finished.parent / "stderr.txt").read_text().splitlines()
+    done = [line.split()[1] for line in told if line.startswith("✓")]
+    assert done == list(STAGES)
+    end = (finished.parent / "stdout.txt").read_text()
+    assert str(finished / "report.html") in end.replace("\n", "")
+    assert str(finished / "artifact") in end.replace("\n", "")
+
+
+def test_the_built_in_digits_are_named_as_such_in_one_line(digits):
+    first = (digits.parent / "stderr.txt").read_text().splitlines()[0]
+    assert "built-in" in first and "--data" in first
+
+
+def test_the_digits_have_three_roles_of_80_10_and_10_percent(digits):
+    data = report(digits)["data"]
+    assert (data["train"], data["val"], data["test"]) == (1439, 179, 179)
+    assert all(min(counts.values()) > 0 for counts in data["per_class"].values())
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The two p₀ from which p lies 1.96 standard errors of n samples: (p − p₀)² = z²p₀(1 − p₀)/n."""
+    z2 = 1.959963984540054**2
+    roots = np.roots([1 + z2 / n, -(2 * p + z2 / n), p * p])
+    return float(min(roots.real)), float(max(roots.real))
+
+
+@pytest.mark.parametrize("subject", ["teacher", "student", "student_int8"])
+def test_the_report_has_the_promised_fields_of_each_subject(digits, subject):
+    found = report(digits)[subject]
+    accuracy = found["accuracy"]
+    assert accuracy["n"] == 179
+    assert accuracy["top1"] == pytest.approx(100 * accuracy["correct"] / 179)
+    low, high = wilson(accuracy["top1"] / 100, 179)
+    assert accuracy["low"] == pytest.approx(100 * low, abs=1e-6)
+    assert accuracy["high"] == pytest.approx(100 * high, abs=1e-6)
+    file = digits / found["file"]
+    assert found["bytes"] == file.stat().st_size and file.suffix == ".onnx"
+    assert set(found["latency_ms"]) == {"1", "2"}
+    for one in found["latency_ms"].values():
+        assert 0 < one["p50"] <= one["p90"] and one["n"] >= 20
+
+
+def test_the_report_names_its_schema_its_teachers_and_the_parity_of_the_export(digits):
+    found = report(digits)
+    assert found["schema_version"] == 1
+    assert [one["name"] for one in found["teachers"]] == [little.TEACHER]
+    assert found["teachers"][0] == found["teacher"]
+    parity = found["student"]["parity"]
+    assert min(parity["max_abs"], parity["max_rel"]) <= 1e-4
+    Report.model_validate(found)
+
+
+def test_the_teacher_of_the_digits_is_trained_from_scratch_and_learns(digits):
+    teacher = report(digits)["teacher"]
+    assert teacher["weights"] == "scratch"
+    assert teacher["accuracy"]["top1"] > 50
+    curve = [e for e in report(digits)["epochs"] if e["stage"] == "teacher"]
+    assert [e["epoch"] for e in curve] == [1, 2, 3]
+    assert curve[-1]["losses"]["loss"] < curve[0]["losses"]["loss"]
+
+
+def test_the_students_losses_add_up_in_every_epoch(digits):
+    curve = [e for e in report(digits)["epochs"] if e["stage"] == "student"]
+    assert len(curve) == 2
+    for epoch in curve:
+        assert set(epoch["losses"]) == {"loss", "ce", "quest"}
+        assert epoch["losses"]["loss"] == pytest.approx(epoch["losses"]["ce"] + epoch["losses"]["quest"])
+        assert {"perplexity", "max_p_t", "word_accuracy", "gamma"} <= set(epoch["watched"])
+
+
+def test_the_words_stand_in_the_report_with_their_features_and_perplexity(digits):
+    [words] = report(digits)["words"]
+    assert words["words"] == words["asked"] == 64
+    # 16 pixels over a stride of 4: a grid of 4 × 4 positions.
+    assert words["features"] == words["features_used"] == 1439 * 16
+    assert 1 < words["perplexity"] <= 64
+
+
+def test_the_accuracy_in_the_report_is_what_the_shipped_file_gets_on_the_test_images(digits):
+    from questpress.export.runtime import Classifier
+    from questpress.pipeline.data.sources.timm_datasets import open_digits
+
+    test = open_digits().test
+    for subject, name in (("student", "student.onnx"), ("student_int8", "student.int8.onnx")):
+        classifier = Classifier.load(digits / "artifact" / name)
+        answers = classifier.predict([image.read() for image in test], top=1)
+        right = sum(answer.label == str(image.label) for answer, image in zip(answers, test, strict=True))
+        assert right == report(digits)[subject]["accuracy"]["correct"]
+
+
+def test_the_agreement_counts_equal_answers_of_teacher_and_file(digits):
+    import torch
+    from questpress.export.runtime import Classifier, Preprocessing, render
+    from questpress.models.build import build, geometry
+    from questpress.models.checkpoint import read_checkpoint
+    from questpress.models.weights import load_into
+    from questpress.pipeline.data.sources.timm_datasets import open_digits
+
+    teacher = build(little.TEACHER, num_classes=10, image_size=16)
+    load_into(teacher, read_checkpoint(digits / "teacher.safetensors"))
+    g = geometry(little.TEACHER, 16)
+    p = Preprocessing.of(16, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
+    test = open_digits().test
+    images = torch.from_numpy(np.stack([render(image.read(), p) for image in test])).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (g.mean, g.std))
+    with torch.no_grad():
+        said = teacher.eval()((images / 255 - mean) / std).argmax(1).tolist()
+    right = sum(a == image.label for a, image in zip(said, test, strict=True))
+    assert right == report(digits)["teacher"]["accuracy"]["correct"]
+    answers = Classifier.load(digits).predict([image.read() for image in test], top=1)
+    alike = sum(answer.label == str(a) for answer, a in zip(answers, said, strict=True))
+    assert alike == report(digits)["student_int8"]["agreement"]["correct"]
+
+
+def test_the_int8_file_is_smaller_and_the_manifest_vouches_for_both(digits):
+    import hashlib
+
+    manifest = json.loads((digits / "artifact/manifest.json").read_text())
+    by_name = {entry["name"]: entry for entry in manifest["files"]}
+    assert set(by_name) == {"student.onnx", "student.int8.onnx"}
+    for name, entry in by_name.items():
+        content = (digits / "artifact" / name).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["bytes"] == len(content)
+        assert {"top1", "n", "low", "high"} <= set(entry["accuracy"])
+    assert manifest["labels"] == [str(digit) for digit in range(10)]
+    assert manifest["origin"]["method"] == "quest"
+    assert manifest["origin"]["teachers"][0]["name"] == little.TEACHER
+    assert by_name["student.int8.onnx"]["bytes"] < by_name["student.onnx"]["bytes"] / 2.5
+
+
+def test_no_path_of_this_machine_stands_in_the_artifact(finished):
+    for name, (_, content) in files(finished / "artifact").items():
+        assert str(finished.parent).encode() not in content, name
+        assert str(Path.home()).encode() + b"/" not in content, name
+        assert b"site-packages" not in content, name
+
+
+@pytest.mark.parametrize("place", ["", "artifact", "artifact/student.int8.onnx", "artifact/student.onnx"])
+def test_predict_answers_from_a_run_an_artifact_or_one_file_alone(finished, data, tmp_path, place):
+    source = finished / place
+    if source.is_file():  # alone: nothing of the artifact beside it
+        source = Path(shutil.copy(source, tmp_path))
+    image = next((data / "red").iterdir())
+    result = compress("predict", source, image, data / "blue" / "000.png", "--json", "--top", "3")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [str(image), str(data / "blue" / "000.png")]
+    for line in lines:
+        assert {answer["label"] for answer in line["answers"]} == set(little.CLASSES)
+        probabilities = [answer["probability"] for answer in line["answers"]]
+        assert math.isclose(sum(probabilities), 1, abs_tol=1e-6)
+        assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_predict_and_the_runtime_do_without_torch(finished, data):
+    code = (
+        "import sys; from questpress.pipeline.cli.main import cli\n"
+        "try: cli(['predict', *sys.argv[1:]])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'timm', 'torchvision', 'onnx'} & set(sys.modules)"
+    )
+    result = python(code, finished, next((data / "red").iterdir()))
+    assert result.returncode == 0, result.stderr
+    assert "%" in result.stdout
+
+
+def test_predict_with_the_image_first_says_what_comes_first(finished, data):
+    photo = data / "red" / "000.png"
+    refused(compress("predict", photo, finished), 2, "is an image", "compress predict RUN 000.png")
+
+
+def test_predict_names_an_unreadable_image_answers_the_others_and_exits_with_1(finished, data, tmp_path):
+    (tmp_path / "text.jpg").write_text("not an image")
+    result = compress("predict", finished, tmp_path / "text.jpg", data / "red" / "000.png")
+    assert result.exit_code == 1
+    assert "text.jpg" in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stdout.splitlines()) == 1 and "000.png" in result.stdout
+
+
+def test_predict_from_a_folder_without_an_artifact_says_so(tmp_path):
+    refused(compress("predict", tmp_path, "a.png"), 2, str(tmp_path))
+    refused(compress("predict", tmp_path / "none", "a.png"), 2, "none")
+
+
+def test_a_changed_file_of_the_artifact_is_not_trusted(a_run, data):
+    file = a_run / "artifact/student.int8.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    refused(compress("predict", a_run, data / "red" / "000.png"), 2, "student.int8.onnx")
+
+
+def test_a_second_run_of_the_same_command_changes_nothing(a_run, data, cache):
+    job(data, a_run, cache)  # whose report names this copy
+    before, stages = files(a_run, REWRITTEN), record(a_run)["stages"]
+    result = job(data, a_run, cache)
+    assert result.exit_code == 0, result.output
+    assert files(a_run, REWRITTEN) == before
+    assert record(a_run)["stages"] == stages
+    assert result.stderr.count("(kept)") == len(STAGES)
+
+
+def test_a_moved_data_folder_with_the_same_images_is_the_same_data(a_run, data, cache, tmp_path):
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    assert job(moved, a_run, cache).stderr.count("(kept)") == len(STAGES)
+
+
+def test_other_options_are_refused_and_the_difference_is_named(a_run, data, cache):
+    before = files(a_run)
+    line = refused(job(data, a_run, cache, "--epochs", "3"), 2, "epochs", "2", "3", "--fresh")
+    assert "teacher-epochs" not in line
+    assert files(a_run) == before
+    refused(job(data, a_run, cache, "--set", "quest.tau=0.2"), 2, "quest.tau was null, now 0.2")
+    line = refused(
+        job(data, a_run, cache, "--set", "quest.iterations=5"), 2, "quest.iterations was 20, now 5"
+    )
+    assert "quest.tau" not in line
+    refused(job(data, a_run, cache, "--weight", "ce=0.5"), 2, "weight ce was null, now 0.5")
+    refused(job(data, a_run, cache, "--method", "quest", "--seed", "5"), 2, "seed was 0, now 5")
+
+
+def test_other_images_are_refused(a_run, data, cache, tmp_path):
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    little.PillowImage.fromarray(little.picture(2, 999_999)).save(other / "red/another.png")
+    refused(job(other, a_run, cache), 2, "images")
+
+
+@pytest.mark.parametrize("option", [("--until", "export"), ("--device", "cpu"), ("--quiet",), ("--json",)])
+def test_options_that_change_no_result_are_not_refused(a_run, data, cache, option):
+    before = files(a_run, CALLED)
+    result = job(data, a_run, cache, *option)
+    assert result.exit_code == 0, result.output
+    assert files(a_run, CALLED) == before
+
+
+def test_until_stops_after_its_stage_and_the_next_run_goes_on(data, cache, tmp_path):
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--until", "prepare").exit_code == 0
+    assert list(record(out)["stages"]) == ["teacher", "prepare"]
+    assert not (out / "student.safetensors").exists()
+    early = report(out)
+    assert early["teacher"]["accuracy"]["n"] == 6 and early["student"] is None
+    teacher = files(out)["teacher.safetensors"]
+    result = job(data, out, cache, "--until", "export")
+    assert result.stderr.count("(kept)") == 2
+    assert files(out)["teacher.safetensors"] == teacher
+    assert list(record(out)["stages"]) == ["teacher", "prepare", "student", "export"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("student.safetensors", 2),
+        ("artifact/student.onnx", 3),
+        ("artifact/student.int8.onnx", 4),
+        ("artifact/manifest.json", 5),
+        ("bench/teacher.onnx", 6),
+    ],
+)
+@pytest.mark.parametrize("harm", ["deleted", "damaged"])
+def test_an_output_that_is_missing_or_damaged_is_made_again(a_run, data, cache, tmp_path, name, kept, harm):
+    whole = (a_run / name).read_bytes()
+    if harm == "deleted":
+        (a_run / name).unlink()
+    else:
+        (a_run / name).write_bytes(whole[:-100])
+    until = ("--until", "bench" if name.startswith("bench") else "validate")
+    result = job(data, a_run, cache, *until)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("(kept)") >= kept
+    if name.endswith(".safetensors"):
+        (tmp_path / "whole.safetensors").write_bytes(whole)
+        assert weights(a_run / name) == weights(tmp_path / "whole.safetensors")
+    elif name != "artifact/manifest.json":
+        assert (a_run / name).read_bytes() == whole
+    again = job(data, a_run, cache, *until).stderr
+    assert again.count("(kept)") == again.count("✓")
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "report.json"])
+def test_a_deleted_report_is_written_again(a_run, data, cache, name):
+    (a_run / name).unlink()
+    assert job(data, a_run, cache).exit_code == 0
+    assert (a_run / name).stat().st_size > 0
+
+
+def test_fresh_starts_over_and_gives_the_same_student(a_run, data, cache):
+    student = weights(a_run / "student.safetensors")
+    result = job(data, a_run, cache, "--fresh", "--until", "student")
+    assert "(kept)" not in result.stderr
+    assert list(record(a_run)["stages"]) == ["teacher", "prepare", "student"]
+    assert weights(a_run / "student.safetensors") == student
+    assert len(report(a_run)["epochs"]) == 4
+
+
+def test_fresh_takes_other_options(a_run, data, cache):
+    result = job(data, a_run, cache, "--fresh", "--seed", "1", "--until", "teacher")
+    assert result.exit_code == 0, result.output
+    assert report(a_run)["config"]["seed"] == 1
+
+
+def test_the_same_student_is_the_same_file_to_the_byte(finished, data, cache, tmp_path):
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--until", "student").exit_code == 0
+    for name in ("teacher.safetensors", "student.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_run_with_the_same_teacher_and_data_takes_its_vocabulary_from_the_cache(data, cache, tmp_path):
+    for epochs in ("1", "2"):
+        out = tmp_path / epochs
+        assert job(data, out, cache, "--epochs", epochs, "--seed", "7", "--until", "prepare").exit_code == 0
+        entries = {path.name for path in (cache / "vocabulary").iterdir()}
+        if epochs == "1":
+            before = entries
+    assert entries == before
+
+
+def test_another_seed_gives_another_student(finished, data, cache, tmp_path):
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--seed", "1", "--until", "student").exit_code == 0
+    assert weights(out / "student.safetensors") != weights(finished / "student.safetensors")
+
+
+def test_method_none_trains_the_student_without_a_teachers_loss(data, cache, tmp_path):
+    out = tmp_path / "run"
+    result = compress(
+        *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "none", "--data", data, "--out", out,
+        "--cache", cache,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = report(out)
+    assert found["method"] == "none" and found["words"] == []
+    student = [e for e in found["epochs"] if e["stage"] == "student"]
+    assert all(set(e["losses"]) == {"loss", "ce"} for e in student)
+    assert found["student_int8"]["accuracy"]["n"] == 6
+
+
+def test_a_runs_config_gives_the_same_run_elsewhere(finished, cache, tmp_path):
+    out = tmp_path / "again"
+    result = compress(
+        "--config", finished / "config.yaml", "--out", out, "--cache", cache, "--until", "student"
+    )
+    assert result.exit_code == 0, result.output
+    assert weights(out / "student.safetensors") == weights(finished / "student.safetensors")
+    assert record(out)["config"] == record(finished)["config"]
+
+
+def test_the_command_line_wins_over_the_config(finished, cache, tmp_path):
+    out = tmp_path / "again"
+    result = compress(
+        "--config", finished / "config.yaml", "--out", out, "--cache", cache, "--until", "teacher",
+        "--seed", "3", "--teacher-epochs", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    before = yaml.safe_load((finished / "config.yaml").read_text())
+    assert (config.pop("seed"), config.pop("teacher_epochs")) == (3, 1)
+    assert (before.pop("seed"), before.pop("teacher_epochs")) == (0, 2)
+    assert config == before
+
+
+def test_one_setting_on_the_command_line_leaves_the_configs_others(finished, cache, tmp_path):
+    out = tmp_path / "again"
+    result = compress(
+        "--config", finished / "config.yaml", "--out", out, "--cache", cache, "--until", "teacher",
+        "--set", "quest.tau=0.2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    settings = yaml.safe_load((out / "config.yaml").read_text())["settings"]
+    assert settings["quest.words"] == 8 and settings["quest.tau"] == 0.2
+
+
+def test_method_none_on_the_command_line_wins_over_a_config_with_quest(finished, cache, tmp_path):
+    out = tmp_path / "again"
+    result = compress(
+        "--config", finished / "config.yaml", "--out", out, "--cache", cache, "--until", "teacher",
+        "--method", "none",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert report(out)["method"] == "none"
+
+
+def comparable(found: dict[str, Any]) -> Report:
+    """A report without how the run was called: this one's folder is a copy."""
+    config = {**found["config"], "out": ""}
+    return Report.model_validate({**found, "command": "", "config": config})
+
+
+def test_json_prints_the_report_and_nothing_else_to_stdout(a_run, data, cache):
+    result = job(data, a_run, cache, "--json")
+    assert comparable(json.loads(result.stdout)) == comparable(report(a_run))
+
+
+def test_quiet_says_nothing_but_the_result(a_run, data, cache):
+    result = job(data, a_run, cache, "--quiet")
+    assert result.stderr == "" and "Student int8" in result.stdout
+
+
+def test_a_dry_run_estimates_time_and_disk_and_makes_nothing(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = job(data, tmp_path / "run", tmp_path / "cache", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "minute" in result.stderr and "GB" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_run_folder_is_named_after_teacher_student_and_data(data, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = compress(
+        *little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", cache, "--until", "teacher"
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "runs" / f"{little.TEACHER}-{little.STUDENT}-colours" / "run.json").exists()
+
+
+def test_the_python_function_is_the_command_and_returns_the_typed_report(a_run, data, cache):
+    returned = questpress.pipeline.compress(
+        teacher=little.TEACHER, teacher_weights="none", student=little.STUDENT, data=data, out=a_run,
+        cache=cache, image_size=16, batch_size=16, bench_seconds=0.1, calibration_images=16,
+        teacher_epochs=2, epochs=2, settings={"quest.words": 8}, quiet=True,
+    )  # fmt: skip
+    assert isinstance(returned, Report)
+    assert comparable(returned.model_dump()) == comparable(report(a_run))
+    assert returned.student_int8 is not None and returned.student_int8.accuracy is not None
+    assert returned.student_int8.accuracy.n == 6
+
+
+def test_two_teachers_are_a_list_and_their_ensemble_is_the_teacher(data, cache, tmp_path):
+    out = tmp_path / "run"
+    result = job(data, out, cache, "--teacher", little.STUDENT, "--set", "quest.iterations=3")
+    assert result.exit_code == 0, result.output
+    found = report(out)
+    assert [one["name"] for one in found["teachers"]] == [little.TEACHER, little.STUDENT]
+    assert found["teacher"]["weights"] == "ensemble"
+    assert found["teacher"]["accuracy"]["n"] == 6
+    assert len(found["words"]) == 2
+    assert (out / "teacher.0.safetensors").exists() and (out / "teacher.1.safetensors").exists()
+
+
+def test_val_fraction_0_trains_on_everything_but_the_test_images(cache, tmp_path):
+    given = little.photos(
+        tmp_path / "data", {f"{r}/{c}": n for r, n in (("train", 12), ("val", 4)) for c in little.CLASSES}
+    )
+    out = tmp_path / "run"
+    result = job(given, out, cache, "--val-fraction", "0", "--until", "validate")
+    assert result.exit_code == 0, result.output
+    found = report(out)
+    assert (found["data"]["train"], found["data"]["val"], found["data"]["test"]) == (36, 0, 12)
+    assert found["student"]["val_accuracy"] is None and found["student"]["accuracy"]["n"] == 12
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+def test_the_run_does_not_depend_on_the_folder_it_is_started_in(a_run, data, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = job(data, Path(os.path.relpath(a_run)), cache)
+    assert result.stderr.count("(kept)") == len(STAGES), result.output

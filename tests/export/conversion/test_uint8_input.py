@@ -1,0 +1,317 @@
+"""A file that takes pixels answers as one that takes normalised floats, at the borders too, also in int8."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+from questpress.export import runtime
+from questpress.export.artifact import ShippedFile, write_manifest
+from questpress.export.conversion.onnx_export import OnnxFile, check_parity, export_onnx
+from questpress.export.conversion.pixel_input import PIXELS, Folded, Outside, attach, front_of, split
+from questpress.export.errors import ExportError
+from questpress.export.int8.quantizer import quantize_int8
+from torch import nn
+
+from tests.support.networks import signal_to_noise, small_conv_net
+
+IMAGENET = runtime.Preprocessing.of(
+    32, 1.0, "bilinear", "squash", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
+LABELS = ["a", "b", "c", "d"]
+
+
+class TwoBranches(nn.Module):
+    """The input feeds two convolutions, of which one sees padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, 2, 1)
+        self.narrow = nn.Conv2d(3, 8, 1, 2)
+        self.classifier = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier((self.wide(x) + self.narrow(x)).relu().mean((2, 3)))
+
+
+class AfterAConvolution(nn.Module):
+    """A classifier of four classes behind whatever looks at the image."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.classifier = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.stem(x).relu().mean((2, 3)))
+
+
+class SpaceToDepth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 8, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(nn.functional.pixel_unshuffle(x, 2))
+
+
+def valid() -> nn.Module:
+    return AfterAConvolution(nn.Conv2d(3, 8, 3, 2, 0))
+
+
+def mirrored() -> nn.Module:
+    return AfterAConvolution(nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"))
+
+
+def space_to_depth() -> nn.Module:
+    return AfterAConvolution(SpaceToDepth())
+
+
+def of_timm(name: str, **more: Any) -> nn.Module:
+    return timm.create_model(name, num_classes=4, **more)
+
+
+def pictures(size: int) -> np.ndarray:
+    """Noise, black, white, and frames of one pixel, uint8 [n, S, S, 3]."""
+    rng = np.random.default_rng(0)
+    found = rng.integers(0, 256, (10, size, size, 3)).astype(np.uint8)
+    found[0], found[1], found[2, 1:-1, 1:-1], found[3, 1:-1, 1:-1] = 0, 255, 0, 255
+    found[4] = 114
+    found[4, :, -1] = [255, 0, 90]
+    return found
+
+
+def logits(path: Path, batch: np.ndarray) -> np.ndarray:
+    return runtime.session(path, 1).run(None, {"input": batch})[0]
+
+
+def both(
+    network: nn.Module, folder: Path, size: int, p: runtime.Preprocessing = IMAGENET
+) -> tuple[Path, Path]:
+    """The same network in a file that takes floats, and in one that takes pixels."""
+    of_floats, of_pixels = folder / "floats.onnx", folder / "pixels.onnx"
+    export_onnx(network, of_floats, size, metadata=runtime.metadata(p, LABELS, {}))
+    about = runtime.metadata(p, LABELS, {}, takes_pixels=True)
+    export_onnx(network, of_pixels, size, metadata=about, pixels=p)
+    return of_floats, of_pixels
+
+
+def maps_of_first_layer(path: Path, batch: np.ndarray) -> list[np.ndarray]:
+    """What the first convolutions give, whole."""
+    model = onnx.load(str(path))
+    taken = {model.graph.input[0].name}
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "Conv" and taken & {node.input[0]}:
+            found.append(node.output[0])
+        elif taken & set(node.input):
+            taken |= set(node.output)
+    del model.graph.output[:]
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in found
+    )
+    return ort.InferenceSession(model.SerializeToString()).run(None, {"input": batch})
+
+
+FOLDED = {
+    "mobilenetv2": (lambda: of_timm("mobilenetv2_035"), 32, 4),
+    "resnet18": (lambda: of_timm("resnet18", layers=(1, 1, 1, 1)), 33, 4),
+    "without padding": (valid, 32, 3),
+    "two branches": (TwoBranches, 32, 4),
+    "padded as in TensorFlow": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 33, 4),
+    "the same, unevenly": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 32, 4),
+    "patches": (lambda: of_timm("vit_tiny_patch16_224", img_size=32, depth=2), 32, 3),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_folded_into_the_first_convolution_the_answers_are_the_same(name: str, tmp_path: Path) -> None:
+    make, size, channels = FOLDED[name]
+    torch.manual_seed(0)
+    of_floats, of_pixels = both(make().eval(), tmp_path, size)
+    shown = pictures(size)
+    normalised = runtime.normalise(shown, IMAGENET)
+    front = front_of(of_pixels)
+    assert isinstance(front, Folded) and front.channels == channels
+    np.testing.assert_allclose(logits(of_pixels, shown), logits(of_floats, normalised), atol=1e-4, rtol=0)
+    ours, theirs = maps_of_first_layer(of_pixels, shown), maps_of_first_layer(of_floats, normalised)
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=0)
+    types = [node.op_type for node in onnx.load(str(of_pixels)).graph.node]
+    assert types.count("Pad") == (channels == 4)
+
+
+@pytest.mark.parametrize(("mean", "mask"), [((0.0, 0.0, 0.0), False), ((1.0, 1.0, 0.9), True)])
+def test_any_mean_is_folded_exactly(mean: tuple[float, float, float], mask: bool, tmp_path: Path) -> None:
+    p = runtime.Preprocessing.of(16, 1.0, "bilinear", "squash", mean=mean, std=(0.5, 0.1, 1.0))
+    of_floats, of_pixels = both(small_conv_net(), tmp_path, 16, p)
+    front = front_of(of_pixels)
+    assert isinstance(front, Folded) and (front.mask is not None) == mask
+    shown = pictures(16)
+    expected = logits(of_floats, runtime.normalise(shown, p))
+    np.testing.assert_allclose(logits(of_pixels, shown), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("make", [mirrored, space_to_depth])
+def test_what_cannot_be_folded_is_computed_before_the_network(make: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    of_floats, of_pixels = both(make().eval(), tmp_path, 32)
+    shown = pictures(32)
+    assert isinstance(front_of(of_pixels), Outside)
+    expected = logits(of_floats, runtime.normalise(shown, IMAGENET))
+    np.testing.assert_allclose(logits(of_pixels, shown), expected, atol=1e-4, rtol=0)
+    int8 = quantize_int8(of_pixels, tmp_path / "int8.onnx", [shown])
+    assert int8.recipe["input"] == "uint8; normalisation in float, before the network"
+    assert signal_to_noise(expected, logits(int8.path, shown)) > 20
+
+
+def test_parity_is_shown_on_the_pixels_themselves(tmp_path: Path) -> None:
+    network = small_conv_net()
+    _, of_pixels = both(network, tmp_path, 16)
+    shown = pictures(16)
+    images = torch.from_numpy(runtime.normalise(shown, IMAGENET))
+    assert check_parity(network, of_pixels, images, pixels=shown).max_abs <= 1e-4
+    with pytest.raises(ExportError, match="differ"):
+        check_parity(network, of_pixels, images, pixels=shown[::-1].copy())
+    with pytest.raises(ExportError, match="takes pixels"):
+        check_parity(network, of_pixels, images)
+
+
+def optimised(path: Path, to: Path) -> onnx.GraphProto:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(to), 3
+    ort.InferenceSession(str(path), options, disabled_optimizers=["Pad_Fusion"])
+    return onnx.load(str(to)).graph
+
+
+def test_int8_takes_the_pixels_without_a_step_in_float(tmp_path: Path) -> None:
+    of_floats, of_pixels = both(small_conv_net(), tmp_path, 32)
+    shown, fresh = pictures(32), pictures(32)[::-1, ::-1].copy()
+    normalised = runtime.normalise(fresh, IMAGENET)
+    a = quantize_int8(of_floats, tmp_path / "a.onnx", [runtime.normalise(shown, IMAGENET)])
+    b = quantize_int8(of_pixels, tmp_path / "b.onnx", [shown])
+    expected = logits(of_floats, normalised)
+    lost = signal_to_noise(expected, logits(a.path, normalised))
+    assert signal_to_noise(expected, logits(b.path, fresh)) > min(25, lost - 3)
+    assert b.recipe["input"] == "uint8; normalisation folded into the first convolution"
+    nodes = optimised(b.path, tmp_path / "optimised.onnx").node
+    first = next(i for i, node in enumerate(nodes) if node.op_type == "QLinearConv")
+    assert {node.op_type for node in nodes[:first]} == {"Reshape", "Transpose", "Pad"}
+    assert not any(node.op_type == "QuantizeLinear" for node in nodes)
+
+
+def test_an_int8_file_of_pixels_is_the_same_twice(tmp_path: Path) -> None:
+    _, of_pixels = both(small_conv_net(), tmp_path, 16)
+    a, b = (quantize_int8(of_pixels, tmp_path / f"{n}.onnx", [pictures(16)]) for n in "ab")
+    assert a.sha256 == b.sha256
+    _, again = both(small_conv_net(), tmp_path, 16)
+    assert again.read_bytes() == of_pixels.read_bytes()
+
+
+def test_signed_activations_take_the_same_pixels_shifted(tmp_path: Path) -> None:
+    """As for arm64: the shift by 128 loses nothing."""
+    _, of_pixels = both(small_conv_net(), tmp_path, 16)
+    core = onnx.load(str(of_pixels))
+    front = split(core)
+    [override] = front.overrides(signed=True)[PIXELS]
+    scale, zero_point = float(override["scale"]), int(override["zero_point"])
+    fed = front.feed(pictures(16))
+    signed = np.rint(fed / scale) + zero_point
+    assert override["zero_point"].dtype == np.int8 and signed.min() >= -128 and signed.max() <= 127
+    np.testing.assert_allclose((signed - zero_point) * scale, fed, atol=1e-6)
+
+
+def test_what_is_attached_can_be_taken_off_again(tmp_path: Path) -> None:
+    of_floats, of_pixels = both(small_conv_net(), tmp_path, 16)
+    model, shown = onnx.load(str(of_pixels)), pictures(16)
+    whole = model.SerializeToString(deterministic=True)
+    front = split(model)
+    core = ort.InferenceSession(model.SerializeToString())
+    assert core.get_inputs()[0].shape == ["batch", 4, 16, 16]
+    [answer] = core.run(None, {PIXELS: front.feed(shown)})
+    np.testing.assert_allclose(answer, logits(of_pixels, shown), atol=1e-5)
+    attach(model, front)
+    assert sorted(node.name for node in model.graph.node) == sorted(
+        node.name for node in onnx.load_from_string(whole).graph.node
+    )
+    np.testing.assert_array_equal(
+        ort.InferenceSession(model.SerializeToString()).run(None, {"input": shown})[0],
+        ort.InferenceSession(whole).run(None, {"input": shown})[0],
+    )
+    with pytest.raises(ExportError, match="not one of pixels"):
+        split(onnx.load(str(of_floats)))
+
+
+def test_the_fourth_channels_weights_do_not_coarsen_the_others(tmp_path: Path) -> None:
+    """None is the largest of its output channel, and all are as large as they may be."""
+    _, of_pixels = both(small_conv_net(), tmp_path, 16)
+    model = onnx.load(str(of_pixels))
+    front = front_of(of_pixels)
+    weight = next(numpy_helper.to_array(t) for t in model.graph.initializer if list(t.dims)[1:] == [4, 3, 3])
+    largest = np.abs(weight).max((2, 3))
+    assert (largest[:, 3] <= largest[:, :3].max(1) * 1.0001).all()
+    assert isinstance(front, Folded) and front.mask is not None
+    nearer = largest[:, 3] * (front.mask - front.zero_point) / max(1, front.mask - front.zero_point - 1)
+    assert (nearer > largest[:, :3].max(1)).any()
+
+
+def artifact(folder: Path, file: Path, *, takes_pixels: bool) -> Path:
+    content = file.read_bytes()
+    folder.mkdir()
+    (folder / file.name).write_bytes(content)
+    sha = runtime.hashlib.sha256(content).hexdigest()
+    shipped = OnnxFile(folder / file.name, len(content), sha, 18, 8)
+    write_manifest(
+        folder,
+        files=[ShippedFile(shipped, "fp32")],
+        preprocessing=IMAGENET,
+        labels=LABELS,
+        origin={},
+        takes_pixels=takes_pixels,
+    )
+    return folder
+
+
+def test_a_photo_gets_the_same_answer_either_way(tmp_path: Path) -> None:
+    of_floats, of_pixels = both(small_conv_net(), tmp_path, 32)
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3)).astype(np.uint8))
+    coarse.resize((70, 50)).save(tmp_path / "photo.jpg")
+    a = artifact(tmp_path / "floats", of_floats, takes_pixels=False)
+    b = artifact(tmp_path / "taken", of_pixels, takes_pixels=True)
+    answers = []
+    for classifier in (
+        runtime.Classifier.load(a, precision="fp32"),
+        runtime.Classifier.load(b, precision="fp32"),
+        runtime.Classifier.load(of_pixels),
+    ):
+        [answer] = classifier.predict([tmp_path / "photo.jpg"], top=4)
+        answers.append(answer)
+    assert answers[0].label == answers[1].label == answers[2].label
+    for answer in answers[1:]:
+        assert [label for label, _ in answer.top] == [label for label, _ in answers[0].top]
+        np.testing.assert_allclose([p for _, p in answer.top], [p for _, p in answers[0].top], atol=1e-5)
+    assert "input" not in json.loads((a / "manifest.json").read_text())
+    assert json.loads((b / "manifest.json").read_text())["input"] == "uint8"
+
+
+def test_a_classifier_of_pixels_refuses_floats(tmp_path: Path) -> None:
+    _, of_pixels = both(small_conv_net(), tmp_path, 32)
+    classifier = runtime.Classifier.load(of_pixels)
+    with pytest.raises(ValueError, match="uint8"):
+        classifier.logits(np.zeros((1, 3, 32, 32), np.float32))
+    assert classifier.logits(classifier.feed(np.zeros((0, 32, 32, 3), np.uint8))).shape == (0, 4)
+
+
+def test_calibration_on_floats_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    _, of_pixels = both(small_conv_net(), tmp_path, 16)
+    with pytest.raises(ExportError, match="takes pixels, uint8, and is calibrated on float32"):
+        quantize_int8(of_pixels, tmp_path / "a.onnx", [np.zeros((2, 3, 16, 16), np.float32)])

@@ -1,0 +1,222 @@
+"""Equalised channels change the ranges and not the function."""
+
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from questpress.export.int8.correction import CLEAR, equalised, layer_pairs
+from questpress.export.int8.quantizer import Prepared, int8_scope
+from questpress.export.int8.rewrite import rewrite
+
+from tests.support.graphs import answers, graph_of, weights
+
+node = helper.make_node
+IMAGES = weights(24, 3, 8, 8, seed=5)
+SIX = {"zero": np.float32(0), "six": np.float32(6)}
+UNEVEN = np.array([0.01, 0.1, 1, 1, 10, 100], np.float32)
+
+
+def prepared(model: onnx.ModelProto) -> Prepared:
+    return Prepared(model, int8_scope(model), ())
+
+
+def constant(model: onnx.ModelProto, name: str) -> np.ndarray:
+    (found,) = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name == name]
+    return found
+
+
+def uneven(*, between: list[onnx.NodeProto], depthwise: bool = False) -> onnx.ModelProto:
+    """A writer whose channels differ ten-thousandfold, and a reader that takes that back."""
+    nodes = [
+        node("Conv", ["input", "w", "b"], ["a"], name="writer", pads=[1, 1, 1, 1]),
+        *between,
+        *(
+            [node("Conv", ["m", "d"], ["output"], name="reader", group=6)]
+            if depthwise
+            else [node("Conv", ["m", "v"], ["output"], name="reader")]
+        ),
+    ]
+    column = UNEVEN[:, None, None, None]
+    constants = {
+        "w": weights(6, 3, 3, 3) * column,
+        "b": weights(6, seed=1) * UNEVEN,
+        "v": weights(4, 6, 1, 1, seed=2) / UNEVEN[:, None, None],
+        "d": weights(6, 1, 3, 3, seed=3) / column,
+        **SIX,
+    }
+    return graph_of(nodes, constants)
+
+
+RELU = [node("Relu", ["a"], ["m"], name="relu")]
+POOLED = [node("Relu", ["a"], ["p"], name="relu"), node("MaxPool", ["p"], ["m"], kernel_shape=[2, 2])]
+
+
+def spans(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
+    """The largest value of each channel of the writer's output."""
+    looked = onnx.ModelProto()
+    looked.CopyFrom(model)
+    looked.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
+    return np.abs(answers(looked, batch)[1]).max(axis=(0, 2, 3))
+
+
+def assert_same_function(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    batch = weights(16, 3, 8, 8, seed=11)
+    for optimised in (True, False):
+        (was,), (now,) = (answers(model, batch, optimised=optimised) for model in (before, after))
+        assert np.abs(now - was).max() <= 1e-4 * np.abs(was).max()
+
+
+@pytest.mark.parametrize("between", [RELU, POOLED], ids=["relu", "relu and pooling"])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_across_relu_channels_come_together_and_the_function_stays(
+    between: list[onnx.NodeProto], depthwise: bool
+) -> None:
+    ready = prepared(uneven(between=between, depthwise=depthwise))
+    untouched = ready.model.SerializeToString()
+    level = equalised(ready, IMAGES)
+    assert level is not None and ready.model.SerializeToString() == untouched
+    assert_same_function(ready.model, level.model)
+    was, now = spans(ready.model, IMAGES), spans(level.model, IMAGES)
+    assert was.max() / was.min() > 1e3
+    assert now.max() / now.min() < (1.01 if depthwise else 10)
+
+
+def test_the_scales_are_the_roots_of_the_ranges_ratios() -> None:
+    model = uneven(between=RELU)
+    level = equalised(prepared(model), IMAGES)
+    assert level is not None
+    v = np.abs(constant(model, "v"))[:, :, 0, 0]
+    r = (v / v.max(axis=1, keepdims=True)).max(axis=0)
+    s = np.sqrt(spans(model, IMAGES) / r)
+    s = np.clip(s / np.median(s), 1e-3, 1e3)
+    column = s[:, None, None, None]
+    assert np.allclose(constant(level.model, "w"), constant(model, "w") / column, rtol=1e-4)
+    assert np.allclose(constant(level.model, "b"), constant(model, "b") / s, rtol=1e-4)
+    assert np.allclose(constant(level.model, "v"), constant(model, "v") * s[:, None, None], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [node("HardSwish", ["a"], ["m"])],
+        [node("Sigmoid", ["a"], ["m"])],
+        [node("Relu", ["a"], ["r"]), node("Add", ["r", "a"], ["m"])],
+        [node("Clip", ["a", "minus", "six"], ["m"])],
+        [node("Clip", ["a", "zero"], ["m"])],
+        [node("Clip", ["a", "zero", "six"], ["c"]), node("Clip", ["c", "zero", "six"], ["m"])],
+    ],
+    ids=["hard-swish", "sigmoid", "residual", "clip from below 0", "clip without end", "twice"],
+)
+def test_across_anything_else_nothing_is_scaled(between: list[onnx.NodeProto]) -> None:
+    model = uneven(between=RELU)
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(uneven_nodes(between))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(-1), "minus"))
+    assert layer_pairs(model) == []
+    assert equalised(prepared(model), IMAGES) is None
+
+
+def uneven_nodes(between: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    return [
+        node("Conv", ["input", "w", "b"], ["a"], name="writer"),
+        *between,
+        node("Conv", ["m", "v"], ["output"], name="reader"),
+    ]
+
+
+def test_a_map_with_two_readers_or_given_out_and_shared_weights_stay() -> None:
+    w = {"w": weights(3, 3, 1, 1), "v": weights(3, 3, 1, 1, seed=1)}
+    twice = [
+        node("Conv", ["input", "w"], ["a"], name="writer"),
+        node("Conv", ["a", "v"], ["b"], name="reader"),
+        node("Add", ["a", "b"], ["output"], name="sum"),
+    ]
+    assert layer_pairs(graph_of(twice, w)) == []
+    given_out = [twice[0], node("Conv", ["a", "v"], ["output"], name="reader")]
+    assert layer_pairs(graph_of(given_out, w, outputs=("output", "a"))) == []
+    shared = [twice[0], node("Conv", ["a", "w"], ["output"], name="reader")]
+    assert layer_pairs(graph_of(shared, w)) == []
+    assert [(p.writer, p.reader) for p in layer_pairs(graph_of(given_out, w))] == [("writer", "reader")]
+
+
+def test_across_relu6_only_channels_clear_of_six_are_scaled() -> None:
+    relu6 = [node("Clip", ["a", "zero", "six"], ["m"], name="relu6")]
+    model = uneven(between=relu6)
+    assert [p.bound for p in layer_pairs(model)] == [6.0]
+    level = equalised(prepared(model), IMAGES)
+    assert level is not None
+    looked = onnx.ModelProto()
+    looked.CopyFrom(model)
+    looked.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
+    top = answers(looked, IMAGES)[1].max(axis=(0, 2, 3))
+    clear = top < CLEAR * 6
+    assert 0 < clear.sum() < 6
+    moved = np.abs(constant(level.model, "w") / constant(model, "w") - 1).max(axis=(1, 2, 3)) > 1e-6
+    assert not moved[~clear].any() and moved[clear].any()
+    now = spans_above(level.model)
+    assert (now[clear] <= CLEAR * 6 + 1e-4).all()
+    assert (now[clear & (top < 0.5)] > top[clear & (top < 0.5)]).all()
+    (was,), (found,) = answers(model, IMAGES), answers(level.model, IMAGES)
+    assert np.abs(found - was).max() <= 1e-4 * np.abs(was).max()
+
+
+def spans_above(model: onnx.ModelProto) -> np.ndarray:
+    looked = onnx.ModelProto()
+    looked.CopyFrom(model)
+    looked.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
+    return answers(looked, IMAGES)[1].max(axis=(0, 2, 3))
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_channels_of_nothing_stay_so_and_divide_nothing(bounded: bool) -> None:
+    cut = ("Clip", ["zero", "six"]) if bounded else ("Relu", [])
+    nodes = [
+        node("Conv", ["input", "w", "b"], ["a"], name="writer"),
+        node(cut[0], ["a", *cut[1]], ["c"], name="cut"),
+        node("Conv", ["c", "dw"], ["d"], name="depthwise", group=5),
+        node(cut[0], ["d", *cut[1]], ["e"], name="cut again"),
+        node("Conv", ["e", "v"], ["output"], name="reader"),
+    ]
+    constants = {
+        "w": weights(5, 3, 1, 1),
+        "b": weights(5),
+        "dw": weights(5, 1, 3, 3, seed=1),
+        "v": weights(4, 5, 1, 1, seed=2),
+        **SIX,
+    }
+    model = graph_of(nodes, constants)
+    assert rewrite(model, ["pad_depthwise_channels"])
+    padded = {n.name: n.input[1] for n in model.graph.node if n.op_type == "Conv"}
+    assert constant(model, padded["depthwise"]).shape == (16, 1, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        level = equalised(prepared(model), IMAGES)
+    assert level is not None
+    for name, axis in (("writer", 0), ("depthwise", 0), ("reader", 1)):
+        w = constant(level.model, padded[name])
+        assert np.isfinite(w).all() and not np.take(w, range(5, 16), axis).any()
+    assert_same_function(model, level.model)
+
+
+def test_a_head_behind_global_pooling_takes_up_the_scales() -> None:
+    nodes = [
+        node("Conv", ["input", "w", "b"], ["a"], name="writer"),
+        node("Relu", ["a"], ["r"], name="relu"),
+        node("GlobalAveragePool", ["r"], ["p"], name="pool"),
+        node("Flatten", ["p"], ["f"], name="flat"),
+        node("Gemm", ["f", "v"], ["output"], name="head"),
+    ]
+    for turned, v in ((0, weights(6, 4, seed=2)), (1, weights(4, 6, seed=2))):
+        nodes[-1] = node("Gemm", ["f", "v"], ["output"], name="head", transB=turned)
+        by_channel = UNEVEN[None] if turned else UNEVEN[:, None]
+        column = UNEVEN[:, None, None, None]
+        model = graph_of(
+            nodes,
+            {"w": weights(6, 3, 1, 1) * column, "b": weights(6) * UNEVEN, "v": v / by_channel},
+        )
+        level = equalised(prepared(model), IMAGES)
+        assert level is not None
+        assert not np.allclose(constant(level.model, "v"), constant(model, "v"))
+        assert_same_function(model, level.model)

@@ -1,0 +1,115 @@
+"""The nodes of a file that run in float are named with the reason."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from onnx import helper
+from questpress.export import runtime
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.int8 import quantizer
+from questpress.export.int8.float_nodes import (
+    BETWEEN,
+    GIVES_FLOAT,
+    KEPT,
+    OF_THE_ANSWERS,
+    OF_THE_INPUT,
+    FloatNode,
+    float_nodes,
+)
+from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
+from questpress.export.int8.rewrite import RULES
+from questpress.export.int8.targets import TARGETS
+
+from tests.support.graphs import graph_of, weights
+
+node = helper.make_node
+
+
+def images(n: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, 3, size, size), dtype=np.float32)
+
+
+@pytest.fixture(autouse=True)
+def no_float_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left in float for its speed."""
+    for name, one in TARGETS.items():
+        monkeypatch.setitem(TARGETS, name, replace(one, float_stem=False))
+
+
+def int8_of(name: str, folder: Path, rules: Collection[str] | None = None) -> Path:
+    torch.manual_seed(0)
+    path = export_onnx(timm.create_model(name, num_classes=5), folder / "a.onnx", 32, metadata={}).path
+    return quantize_int8(path, folder / "b.onnx", [images(8)], rules=rules).path
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_of_a_whole_int8_network_only_the_ends_are_float(name: str, tmp_path: Path) -> None:
+    path = int8_of(name, tmp_path)
+    ends = [("QuantizeLinear", OF_THE_INPUT), ("DequantizeLinear", OF_THE_ANSWERS)]
+    assert [(n.operator, n.reason) for n in float_nodes(path)] == ends
+    assert float_nodes(path.read_bytes()) == float_nodes(path)
+
+
+def test_operators_without_an_integer_kernel_are_named(tmp_path: Path) -> None:
+    others = RULES.keys() - {"clip_hard_sigmoid", "multiply_hard_swish"}
+    path = int8_of("mobilenetv3_small_050", tmp_path, others)
+    file = {n.name: n.op_type for n in onnx.load(str(path)).graph.node}
+    found = float_nodes(path)
+    for operator in ("HardSigmoid", "HardSwish"):
+        named = {n.name for n in found if n.operator == operator}
+        assert named == {name for name, kind in file.items() if kind == operator} != set()
+        reason = f"ONNX Runtime has no integer kernel for {operator}"
+        assert {n.reason for n in found if n.operator == operator} == {reason}
+    assert {n.reason for n in found if n.operator not in ("HardSigmoid", "HardSwish")} == {
+        OF_THE_INPUT,
+        OF_THE_ANSWERS,
+        BETWEEN,
+    }
+
+
+def test_what_was_kept_on_purpose_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scope(model: onnx.ModelProto) -> Scope:
+        first = next(n.name for n in model.graph.node if n.op_type == "Conv")
+        return Scope(int8_scope(model).op_types, (first,))
+
+    monkeypatch.setattr(quantizer, "int8_scope", scope)
+    path = int8_of("resnet18", tmp_path)
+    stem = next(n.name for n in onnx.load(str(path)).graph.node if n.op_type == "Conv")
+    assert FloatNode(stem, "Conv", KEPT) in float_nodes(path, [stem])
+    without = next(n for n in float_nodes(path) if n.name == stem)
+    assert without.reason == "an integer kernel exists, but the node reads the input in float"
+
+
+def test_a_float_file_says_of_each_node_what_it_reads() -> None:
+    nodes = [
+        node("Conv", ["input", "w"], ["x"], name="first"),
+        node("Erf", ["x"], ["y"], name="second"),
+        node("Conv", ["y", "v"], ["output"], name="third"),
+    ]
+    model = graph_of(nodes, {"w": weights(16, 3, 1, 1), "v": weights(4, 16, 1, 1)})
+    reasons = {n.name: n.reason for n in float_nodes(model.SerializeToString())}
+    assert reasons["first"] == "an integer kernel exists, but the node reads the input in float"
+    assert reasons["second"] == "ONNX Runtime has no integer kernel for Erf"
+    assert reasons["third"].startswith("an integer kernel exists, but the node reads what ")
+
+
+def test_an_output_that_is_not_converted_is_the_reason() -> None:
+    one, zero = {"s": np.float32(0.1)}, {"z": np.array(0, np.uint8)}
+    nodes = [
+        node("QuantizeLinear", ["input", "s", "z"], ["q"], name="q"),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
+        node("Sigmoid", ["d"], ["output"], name="sigmoid"),
+    ]
+    found = float_nodes(graph_of(nodes, one | zero).SerializeToString())
+    assert found[-1] == FloatNode("sigmoid", "Sigmoid", GIVES_FLOAT)
+
+
+def test_a_file_that_cannot_be_run_is_refused() -> None:
+    with pytest.raises(runtime.ArtifactError, match="onnxruntime cannot load a model given as bytes"):
+        float_nodes(b"nothing")

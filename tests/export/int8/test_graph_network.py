@@ -1,0 +1,290 @@
+"""An ONNX graph in torch computes what ONNX Runtime computes of it."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from onnx import helper, numpy_helper
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.errors import ExportError
+from questpress.export.int8.quantizer import prepare
+from questpress.export.int8.torch_graph import GraphNetwork, with_weights
+
+from tests.support.graphs import answers, graph_of, weights
+
+node = helper.make_node
+
+
+def computed(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
+    network = GraphNetwork(model).eval()
+    with torch.no_grad():
+        return network(torch.from_numpy(batch))[network.output].numpy()
+
+
+def assert_same(model: onnx.ModelProto, batch: np.ndarray, tolerance: float = 1e-5) -> None:
+    (expected,) = answers(model, batch, optimised=False)
+    found = computed(model, batch)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance * max(1.0, float(np.ptp(expected)))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_efficientnet", "test_resnet"])
+def test_networks_of_many_families_answer_as_torchs(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=7).train()
+    with torch.no_grad():
+        network(torch.randn(8, 3, 32, 32))  # so that no batch norm is the identity
+    network.eval()
+    file = export_onnx(network, tmp_path / "a.onnx", 32, metadata={})
+    batch = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(batch).numpy()
+    spread = float(np.ptp(expected))
+    for model in (onnx.load(str(file.path)), prepare(file.path).model):
+        assert np.abs(computed(model, batch.numpy()) - expected).max() <= 1e-4 * spread
+
+
+def test_a_dense_network_answers_as_torchs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.models.DenseNet(num_classes=5, growth_rate=8, block_config=(2, 2, 2, 2)).eval()
+    file = export_onnx(network, tmp_path / "a.onnx", 32, metadata={})
+    batch = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(batch).numpy()
+    found = computed(prepare(file.path).model, batch.numpy())
+    assert np.abs(found - expected).max() <= 1e-4 * float(np.ptp(expected))
+
+
+W = {"w": weights(4, 3, 3, 3), "b": weights(4)}
+HEAD = {"head": weights(192, 5), "bias": weights(5)}
+SCALARS = {"zero": np.float32(0), "six": np.float32(6), "half": np.float32(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants"),
+    [
+        ([node("Conv", ["input", "w", "b"], ["output"], pads=[0, 1, 2, 0], strides=[2, 1])], W),
+        ([node("Conv", ["input", "w"], ["output"], pads=[2, 1, 2, 1], dilations=[2, 1])], W),
+        (
+            [node("Conv", ["input", "w"], ["output"], group=3, pads=[1, 1, 1, 1])],
+            {"w": weights(6, 1, 3, 3)},
+        ),
+        (
+            [node("MaxPool", ["input"], ["output"], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)],
+            {},
+        ),
+        (
+            [node("MaxPool", ["input"], ["output"], kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1])],
+            {},
+        ),
+        (
+            [
+                node(
+                    *("AveragePool", ["input"], ["output"]),
+                    kernel_shape=[3, 3],
+                    strides=[2, 2],
+                    pads=[1, 1, 1, 1],
+                    ceil_mode=1,
+                )
+            ],
+            {},
+        ),
+        (
+            [
+                node(
+                    *("AveragePool", ["input"], ["output"]),
+                    kernel_shape=[3, 2],
+                    pads=[0, 1, 1, 0],
+                    count_include_pad=1,
+                )
+            ],
+            {},
+        ),
+        (
+            [node("Flatten", ["input"], ["f"]), node("Gemm", ["f", "head", "bias"], ["output"])],
+            HEAD,
+        ),
+        (
+            [
+                node("Flatten", ["input"], ["f"]),
+                node("Gemm", ["f", "head"], ["output"], transB=1, alpha=0.5),
+            ],
+            {"head": weights(5, 192)},
+        ),
+        (
+            [
+                node("Flatten", ["input"], ["f"]),
+                node("Gemm", ["f", "head", "bias"], ["output"], alpha=2.0, beta=3.0),
+            ],
+            HEAD,
+        ),
+        ([node("Clip", ["input", "zero", "six"], ["output"])], SCALARS),
+        ([node("Clip", ["input", "half"], ["output"])], SCALARS),
+        ([node("Clip", ["input", "", "half"], ["output"])], SCALARS),
+        ([node("Clip", ["input"], ["output"])], {}),
+        (
+            [node("Pad", ["input", "pads", "half"], ["output"])],
+            {"pads": np.array([0, 0, 1, 2, 0, 0, 3, 0]), **SCALARS},
+        ),
+        (
+            [node("Pad", ["input", "pads", "", "axes"], ["output"], mode="reflect")],
+            {"pads": np.array([1, 2, 3, 0]), "axes": np.array([2, -1])},
+        ),
+        (
+            [
+                node("Split", ["input", "sizes"], ["a", "b"], axis=1),
+                node("Concat", ["b", "a"], ["output"], axis=1),
+            ],
+            {"sizes": np.array([1, 2])},
+        ),
+        (
+            [
+                node("Split", ["input"], ["a", "b", "c"], axis=2, num_outputs=3),
+                node("Concat", ["c", "a", "b"], ["output"], axis=2),
+            ],
+            {},
+        ),
+        (
+            [node("Slice", ["input", "from", "to", "over", "by"], ["output"])],
+            {
+                "from": np.array([1, -6]),
+                "to": np.array([3, 2**62]),
+                "over": np.array([1, -1]),
+                "by": np.array([1, 2]),
+            },
+        ),
+        (
+            [
+                node("Reshape", ["input", "shape"], ["r"]),
+                node("Transpose", ["r"], ["output"], perm=[0, 2, 1]),
+            ],
+            {"shape": np.array([0, 6, -1])},
+        ),
+        ([node("Transpose", ["input"], ["output"])], {}),
+        (
+            [
+                node("ReduceMean", ["input", "axes"], ["m"], keepdims=0),
+                node("Unsqueeze", ["m", "new"], ["output"]),
+            ],
+            {"axes": np.array([2, 3]), "new": np.array([-1, -2])},
+        ),
+        (
+            [
+                node("GlobalAveragePool", ["input"], ["g"]),
+                node("Squeeze", ["g", "axes"], ["output"]),
+            ],
+            {"axes": np.array([2, 3])},
+        ),
+        ([node("HardSigmoid", ["input"], ["output"], alpha=1 / 6)], {}),
+        ([node("HardSwish", ["input"], ["output"])], {}),
+        ([node("Mul", ["input", "half"], ["m"]), node("Sub", ["six", "m"], ["output"])], SCALARS),
+        ([node("Gelu", ["input"], ["output"], approximate="tanh")], {}),
+        ([node("PRelu", ["input", "slope"], ["output"])], {"slope": weights(3, 1, 1)}),
+        ([node("LeakyRelu", ["input"], ["output"])], {}),
+        ([node("Softmax", ["input"], ["output"], axis=1)], {}),
+        (
+            [node("BatchNormalization", ["input", "s", "t", "m", "v"], ["output"], epsilon=1e-3)],
+            {k: np.abs(weights(3, seed=i)) for i, k in enumerate("stmv")},
+        ),
+    ],
+    ids=lambda value: "-".join(n.op_type for n in value) if isinstance(value, list) else "",
+)
+def test_an_operator_computes_what_onnx_runtime_does(
+    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]
+) -> None:
+    opset = 20 if nodes[0].op_type == "Gelu" else 18
+    assert_same(graph_of(nodes, constants, opset=opset), 3 * weights(2, 3, 8, 8, seed=7))
+
+
+def test_a_max_pool_whose_last_window_begins_in_the_padding_is_as_onnx_runtimes() -> None:
+    attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "ceil_mode": 1}
+    for size in (7, 8):
+        model = graph_of(
+            [node("MaxPool", ["input"], ["output"], **attributes)], {}, given=("batch", 3, size, size)
+        )
+        assert_same(model, weights(2, 3, size, size) - 5)
+
+
+def two_layers() -> onnx.ModelProto:
+    nodes = [
+        node("Conv", ["input", "layer.w"], ["a"], name="conv"),
+        node("Clip", ["a", "zero", "six"], ["b"], name="clip"),
+        node("Flatten", ["b"], ["c"], name="flat"),
+        node("Gemm", ["c", "head", "bias"], ["output"], name="gemm"),
+    ]
+    constants = {
+        "layer.w": weights(4, 3, 3, 3),
+        "zero": np.float32(0),
+        "six": np.float32(6),
+        "head": weights(144, 5, seed=1),
+        "bias": weights(5, seed=2),
+    }
+    return graph_of(nodes, constants)
+
+
+def test_weights_are_the_float_constants_and_go_back_into_a_copy_of_the_graph() -> None:
+    model = two_layers()
+    untouched = model.SerializeToString()
+    network = GraphNetwork(model)
+    assert sorted(network.names) == ["bias", "head", "layer.w"]
+    assert {p.shape for p in network.parameters()} == {(4, 3, 3, 3), (144, 5), (5,)}
+    assert with_weights(model, network).SerializeToString() == untouched
+    with torch.no_grad():
+        network.weight("layer.w").mul_(2)
+        network.weight("bias").add_(1)
+    changed = with_weights(model, network)
+    held = {t.name: numpy_helper.to_array(t) for t in changed.graph.initializer}
+    assert np.array_equal(held["layer.w"], 2 * weights(4, 3, 3, 3))
+    assert np.array_equal(held["bias"], weights(5, seed=2) + 1)
+    batch = weights(2, 3, 8, 8, seed=3)
+    with torch.no_grad():
+        found = network(torch.from_numpy(batch))["output"].numpy()
+    (expected,) = answers(changed, batch)
+    assert np.abs(found - expected).max() <= 1e-5 * float(np.ptp(expected))
+    assert model.SerializeToString() == untouched
+
+
+def test_weights_learn_by_torchs_gradients() -> None:
+    network = GraphNetwork(two_layers())
+    batch = torch.from_numpy(weights(2, 3, 8, 8, seed=3))
+    network(batch)["output"].square().sum().backward()
+    w, head, bias = (network.weight(name) for name in ("layer.w", "head", "bias"))
+    own = [one.detach().clone().requires_grad_() for one in (w, head, bias)]
+    middle = torch.nn.functional.conv2d(batch, own[0]).clamp(0, 6).flatten(1)
+    (middle @ own[1] + own[2]).square().sum().backward()
+    for one, other in zip((w, head, bias), own, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_wanted_are_given_by_name_and_no_others() -> None:
+    network = GraphNetwork(two_layers()).eval()
+    batch = torch.from_numpy(weights(2, 3, 8, 8, seed=3))
+    with torch.no_grad():
+        found = network(batch, wanted=["a", "b"])
+    assert sorted(found) == ["a", "b", "output"]
+    assert torch.equal(found["b"], found["a"].clamp(0, 6))
+    assert found["a"].min() < 0
+
+
+def test_an_operator_that_is_not_there_is_named_in_a_sentence() -> None:
+    model = graph_of([node("CumSum", ["input", "axis"], ["output"], name="sums")], {"axis": np.array(1)})
+    with pytest.raises(ExportError, match=r"has the operator CumSum \(sums\), which cannot be computed in"):
+        GraphNetwork(model)
+
+
+def test_what_torch_cannot_pad_is_named_in_a_sentence() -> None:
+    for nodes, reason in [
+        ([node("Conv", ["input", "w"], ["output"], auto_pad="SAME_UPPER")], "auto_pad SAME_UPPER cannot be"),
+        (
+            [node("AveragePool", ["input"], ["output"], kernel_shape=[2, 2], pads=[0, 0, 1, 1])],
+            "an AveragePool with uneven padding cannot be",
+        ),
+    ]:
+        with pytest.raises(ExportError, match=reason), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            computed(graph_of(nodes, W), weights(1, 3, 8, 8))

@@ -1,0 +1,276 @@
+"""The search goes step by step, stops where the budget holds, and takes the best of what holds it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from questpress.export.conversion.onnx_export import export_onnx
+from questpress.export.errors import CalibratorError, ExportError
+from questpress.export.int8 import quantizer
+from questpress.export.int8.correction import sensitivity
+from questpress.export.int8.fake_quantize import FakeQuantized
+from questpress.export.int8.quantizer import (
+    METHODS,
+    Prepared,
+    calibrate_ranges,
+    int8_scope,
+    prepare,
+    quantize,
+    recipe_of,
+)
+from questpress.export.int8.search import Judge, Learned, Search, Verdict, search
+from questpress.export.int8.targets import target
+
+from tests.support.graphs import graph_of, weights
+from tests.support.networks import small_conv_net
+
+node = helper.make_node
+TYPES = target("x86-vnni")
+
+
+def images(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, 3, 16, 16), dtype=np.float32) * 2 + 1
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    path = tmp_path_factory.mktemp("search") / "small.onnx"
+    return prepare(export_onnx(small_conv_net(), path, 16, metadata={}).path)
+
+
+def told(verdicts: Sequence[Verdict]) -> Judge:
+    """A judge who says these things in turn, the last of them again and again."""
+    left = list(verdicts)
+
+    def judge(path: Path) -> Verdict:
+        assert path.is_file()
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return judge
+
+
+def says(score: float, holds: bool, sqnr: float = 10.0) -> Verdict:
+    return Verdict(score, 100 - score, holds, sqnr)
+
+
+NO = says(50, False)
+
+
+def found(small: Prepared, folder: Path, judge: Judge, **more: object) -> Search:
+    folder.mkdir()
+    return search(small, [images(24)], TYPES, folder, judge, **more)  # type: ignore[arg-type]
+
+
+def names(result: Search) -> list[str]:
+    return [one.name for one in result.candidates]
+
+
+def test_where_the_budget_holds_at_once_only_calibrators_are_tried(small: Prepared, tmp_path: Path) -> None:
+    verdicts = [says(90, True), says(92, True), NO, says(91, True), NO]
+    said: list[str] = []
+    result = found(small, tmp_path / "a", told(verdicts), tell=said.append)
+    assert names(result) == said == list(METHODS)
+    assert result.chosen is result.candidates[1] and result.sources == () and result.stopped is None
+
+
+def test_steps_come_in_their_order_and_end_with_the_first_that_holds(small: Prepared, tmp_path: Path) -> None:
+    result = found(small, tmp_path / "a", told([NO]), calibrators=["minmax", "percentile"])
+    every = names(result)
+    # Nothing was better than the first calibrator, so every step starts from it.
+    assert every[:4] == ["minmax", "percentile", "minmax, equalised", "minmax, biases corrected"]
+    islands = result.candidates[4:]
+    assert islands and all(one.name == f"minmax, {len(one.kept_float)} nodes float" for one in islands)
+    assert result.chosen is None and result.sources
+    for n in range(1, len(every)):
+        first = found(
+            small,
+            tmp_path / f"b{n}",
+            told([*[NO] * n, says(80, True), NO]),
+            calibrators=["minmax", "percentile"],
+        )
+        assert names(first) == every[: max(n + 1, 2)]
+        assert first.chosen is first.candidates[n]
+        assert bool(first.sources) == (n >= 4)
+        if n in (2, 4):
+            assert recipe_of(first.candidates[n].file.path) == first.candidates[n].file.recipe
+
+
+def test_a_step_starts_from_the_best_so_far(small: Prepared, tmp_path: Path) -> None:
+    verdicts = [NO, says(60, False), says(70, False), says(40, False), says(75, False), says(10, False)]
+    result = found(small, tmp_path / "a", told(verdicts), calibrators=["minmax", "moving-average"])
+    assert names(result)[:5] == [
+        "minmax",
+        "moving-average",
+        "moving-average, equalised",
+        "moving-average, equalised, biases corrected",
+        # what correction made worse is not built upon
+        f"moving-average, equalised, {len(result.candidates[4].kept_float)} nodes float",
+    ]
+    last = result.candidates[4]
+    assert last.equalised and not last.corrected and last.calibration == "moving-average"
+    assert last.file.recipe["equalised"] and not last.file.recipe["bias_corrected"]
+    assert last.file.recipe["calibration"] == {"method": "moving-average", "images": 24}
+
+
+def test_islands_grow_and_each_holds_the_one_before(small: Prepared, tmp_path: Path) -> None:
+    result = found(small, tmp_path / "a", told([NO]), calibrators=["minmax"])
+    islands = [set(one.kept_float) for one in result.candidates if one.kept_float]
+    assert len(islands) >= 2
+    for less, more in pairwise(islands):
+        assert less < more
+    worst = result.sources[0]
+    assert islands[0] == set(worst.nodes) and worst.sqnr == min(one.sqnr for one in result.sources)
+    for one in result.candidates:
+        if one.kept_float:
+            assert set(one.kept_float) <= set(one.file.recipe["kept_float"])
+
+
+def test_of_what_holds_the_most_accurate_ships_then_the_nearest_then_the_first(
+    small: Prepared, tmp_path: Path
+) -> None:
+    for n, (verdicts, chosen) in enumerate(
+        [
+            ([says(90, True), says(95, False, 99), says(91, True, 1), says(90, True, 50)], 2),
+            ([says(90, True, 10), says(90, True, 30), says(90, True, 20), says(80, True, 90)], 1),
+            ([says(90, True, 30), says(90, True, 30), says(90, True, 30), says(90, True, 30)], 0),
+        ]
+    ):
+        result = found(small, tmp_path / str(n), told(verdicts))
+        assert result.chosen is result.candidates[chosen]
+
+
+def test_of_equally_accurate_candidates_the_one_with_fewer_islands_ranks_higher(
+    small: Prepared, tmp_path: Path
+) -> None:
+    one = found(small, tmp_path / "a", told([says(90, True)]), calibrators=["minmax"]).candidates[0]
+    island = replace(one, kept_float=("a", "b"), verdict=says(90, True, 99))
+    assert one.rank > island.rank
+    assert replace(island, verdict=says(90.1, True, 1)).rank > one.rank
+    assert replace(one, verdict=says(99, False)).rank < island.rank
+
+
+def test_learned_ranges_are_a_candidate_and_in_its_file(small: Prepared, tmp_path: Path) -> None:
+    ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
+    network = FakeQuantized(small, quantize(small, ranges, TYPES), TYPES)
+    with torch.no_grad():
+        for one in network.ranges.values():
+            one.logs.fill_(-0.25)
+    overrides = network.overrides()
+    result = found(
+        small,
+        tmp_path / "a",
+        told([says(95, True), says(90, True)]),
+        learned=Learned(small, overrides),
+        calibrators=["minmax"],
+    )
+    assert names(result) == ["learned", "minmax"] and result.chosen is result.candidates[0]
+    model = onnx.load(str(result.candidates[0].file.path))
+    held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    rounded = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    assert len(rounded) == len(overrides)
+    for one in rounded:
+        name = one.input[0].removesuffix("_QuantizeLinear_Input")
+        assert np.array_equal(held[one.input[1]], overrides[name]["scale"])
+    alone = found(
+        small, tmp_path / "b", told([says(95, True)]), learned=Learned(small, overrides), calibrators=[]
+    )
+    assert names(alone) == ["learned"]
+
+
+def test_learned_ranges_that_do_not_hold_are_not_equalised_but_corrected(
+    small: Prepared, tmp_path: Path
+) -> None:
+    ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
+    overrides = FakeQuantized(small, quantize(small, ranges, TYPES), TYPES).overrides()
+    result = found(
+        small,
+        tmp_path / "a",
+        told([says(80, False), says(70, False), says(85, True)]),
+        learned=Learned(small, overrides),
+        calibrators=["minmax"],
+    )
+    assert names(result) == ["learned", "minmax", "learned, biases corrected"]
+
+
+def test_without_a_calibrator_there_is_nothing_to_search(small: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"^a search for int8 needs a calibrator, and there is none$"):
+        found(small, tmp_path / "a", told([NO]), calibrators=[])
+
+
+def test_a_graph_that_torch_cannot_compute_is_searched_by_calibrators_alone_and_says_so(
+    tmp_path: Path,
+) -> None:
+    nodes = [
+        node("Conv", ["input", "w"], ["a"], name="conv"),
+        node("CumSum", ["a", "axis"], ["b"], name="sums"),
+        node("Conv", ["b", "v"], ["output"], name="last"),
+    ]
+    constants = {"w": weights(4, 3, 1, 1), "v": weights(2, 4, 1, 1), "axis": np.array(2)}
+    model = graph_of(nodes, constants, given=("batch", 3, 16, 16))
+    odd = Prepared(model, int8_scope(model), ())
+    result = found(odd, tmp_path / "a", told([NO]))
+    assert names(result) == list(METHODS) and result.chosen is None
+    assert result.stopped is not None and "operator CumSum (sums)" in result.stopped
+    held = found(odd, tmp_path / "b", told([says(90, True)]))
+    assert held.chosen is not None and held.stopped is None
+
+
+def test_the_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rounded(
+    small: Prepared,
+) -> None:
+    types = target("arm64")
+    ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
+    network = FakeQuantized(small, quantize(small, ranges, types), types).eval()
+    sources = sensitivity(small, network, images(8))
+    assert {one.tensor for one in sources} == set(network.sources())
+    assert [one.sqnr for one in sources] == sorted(one.sqnr for one in sources)
+    made = {name: n for n in small.model.graph.node for name in n.output}
+    for one in sources:
+        assert one.nodes
+        rounded = {
+            name.removesuffix("_QuantizeLinear_Input").removesuffix("_quantized")
+            for n in quantize(small, ranges, types, kept_float=one.nodes).graph.node
+            if n.op_type in ("QuantizeLinear", "DequantizeLinear")
+            for name in n.input[:1]
+        }
+        assert one.tensor not in rounded
+        maker = made.get(one.tensor)
+        if maker is not None and maker.op_type in ("Relu", "Clip"):
+            assert maker.input[0] not in rounded  # what the activation cuts is not rounded in its place
+    x = torch.from_numpy(images(8))
+    with torch.no_grad(), network.rounding(frozenset()):
+        exact = network(x)[network.output].double()
+    with torch.no_grad(), network.rounding(frozenset({sources[0].tensor})):
+        noise = (network(x)[network.output].double() - exact).square().sum()
+    assert sources[0].sqnr == pytest.approx(10 * np.log10(float(exact.square().sum() / noise)), abs=1e-3)
+
+
+def test_a_calibrator_that_cannot_cope_is_left_out_and_named(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = quantizer.create_calibrator
+
+    def greedy(*given: Any, **more: Any) -> Any:
+        calibrator = create(*given, **more)
+        if more["calibrate_method"] == quantizer.CalibrationMethod.Entropy:
+
+            def collect(_: Any) -> None:
+                raise MemoryError
+
+            calibrator.collect_data = collect
+        return calibrator
+
+    monkeypatch.setattr(quantizer, "create_calibrator", greedy)
+    found = search(small, [images(24)], TYPES, tmp_path, lambda _: Verdict(90.0, 0.0, True, 30.0))
+    assert [one.name for one in found.candidates] == ["minmax", "moving-average", "percentile"]
+    assert found.stopped is not None and "entropy needs more memory" in found.stopped
+    with pytest.raises(CalibratorError, match="entropy"):
+        search(small, [images(24)], TYPES, tmp_path, lambda _: Verdict(90.0, 0.0, True, 30.0),
+               calibrators=["entropy"])  # fmt: skip

@@ -1,0 +1,261 @@
+"""The artifact folder on a device, where there is nothing but numpy, Pillow and onnxruntime."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from questpress.export.runtime import Classifier
+
+from tests.support import little
+
+ALONE = """
+import sys
+
+ABLE = {*sys.stdlib_module_names, "numpy", "PIL", "onnxruntime", "sitecustomize", "predict"}
+
+class Refusal:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in ABLE and not name.startswith("_"):
+            raise ModuleNotFoundError(f"No module named {name!r}: this is a bare device", name=name)
+
+sys.meta_path.insert(0, Refusal())
+"""
+
+
+@pytest.fixture(scope="module")
+def device(finished: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact folder copied away, with a photo and a folder of them."""
+    root = tmp_path_factory.mktemp("device")
+    shutil.copytree(finished / "artifact", root / "artifact")
+    (root / "bare").mkdir()
+    (root / "bare" / "sitecustomize.py").write_text(ALONE)
+    shutil.copytree(data / "red", root / "photos" / "red")
+    shutil.copy(data / "blue" / "003.png", root / "photos" / "blue one.PNG")
+    (root / "photos" / "notes.txt").write_text("no image")
+    shutil.copy(data / "blue" / "003.png", root / "artifact" / "photo.jpg")
+    return root
+
+
+def bare(device: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """An interpreter that can import nothing else."""
+    environment = {**os.environ, "PYTHONPATH": str(device / "bare"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder or device,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_it_writes_nothing_and_tells_nobody(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    # ONNX Runtime 1.31 keeps a number for the device there, and sends it away.
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    for asked in (
+        predict(device, "photos/red/000.png"),
+        subprocess.run(
+            [sys.executable, "-c", "import questpress.export.int8.targets"], capture_output=True, text=True
+        ),
+        subprocess.run(
+            little.command("predict", device / "artifact", device / "photos"), capture_output=True, text=True
+        ),
+    ):
+        assert asked.returncode == 0, asked.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def predict(device: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return bare(device, "artifact/predict.py", *arguments)
+
+
+def test_it_answers_to_the_bit_as_the_package_does(device: Path, finished: Path) -> None:
+    done = predict(device, "--json", "--threads", "1", "--top", "3", "photos")
+    assert (done.returncode, done.stderr) == (0, "")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 21
+    assert [one["image"] for one in answers[:2]] == ["photos/blue one.PNG", "photos/red/000.png"]
+    ours = Classifier.load(finished / "artifact", threads=1)
+    for one in answers:
+        [expected] = ours.predict([device / one["image"]], top=3)
+        assert [(a["label"], a["probability"]) for a in one["answers"]] == expected.top
+
+
+def test_the_bare_interpreter_is_bare(device: Path) -> None:
+    done = bare(device, "-c", "import questpress")
+    assert "bare device" in done.stderr
+    assert "bare device" in bare(device, "-c", "import torch").stderr
+
+
+def test_it_answers_as_compress_predict_does(device: Path, finished: Path) -> None:
+    photo = str(device / "photos" / "red" / "000.png")
+    ours = little.compress("predict", finished, photo, "--threads", "1")
+    assert predict(device, photo, "--threads", "1").stdout == ours.stdout
+    assert re.match(r".*000\.png: \w+ [\d.]+ %, \w+ [\d.]+ %, \w+ [\d.]+ %\n", ours.stdout)
+
+
+def test_compress_predict_takes_folders_too(device: Path, finished: Path) -> None:
+    done = little.compress("predict", finished, device / "photos")
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) == 21
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nowhere.jpg"], 1, "cannot read nowhere.jpg: No such file or directory"),
+        (["photos/notes.txt"], 1, "cannot read photos/notes.txt: it is not an image"),
+        (["bare"], 1, "bare holds no image"),
+        (["--file", "best.onnx", "photos"], 1, "holds no best.onnx"),
+        (["--artifact", "photos", "photos"], 1, "photos holds no manifest.json"),
+        (["--threads", "0", "photos"], 2, "'0' is not a whole number from 1 on"),
+        (["--threads", "9" * 20, "photos"], 2, "threads are more than 1024"),
+        (["--tpo", "3", "photos"], 2, "unrecognized arguments: --tpo"),
+        ([], 2, "the following arguments are required: IMAGE"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(device: Path, arguments: list[str], code: int, said: str) -> None:
+    done = predict(device, *arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("Error: ") and said in line
+
+
+def test_the_images_that_can_be_read_are_answered_beside_one_that_cannot(device: Path) -> None:
+    done = predict(device, "nowhere.jpg", "photos/blue one.PNG")
+    assert done.returncode == 1
+    assert done.stdout.startswith("photos/blue one.PNG: ") and "nowhere.jpg" in done.stderr
+
+
+def test_a_changed_model_file_is_refused(device: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(device / "artifact", tmp_path / "artifact")
+    file = folder / "student.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = bare(device, str(folder / "predict.py"), "--file", "student.onnx", "photos")
+    assert done.returncode == 1 and "student.onnx is damaged: its sha256 is not" in done.stderr
+
+
+def test_a_device_without_the_packages_is_told_what_to_install(device: Path, tmp_path: Path) -> None:
+    code = f"import runpy, sys; sys.argv = ['predict.py', 'x']; runpy.run_path({str(device / 'artifact' / 'predict.py')!r}, run_name='__main__')"  # noqa: E501
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # without site-packages
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: not installed here: numpy, pillow, onnxruntime; try: pip install numpy pillow onnxruntime\n"
+    )
+
+
+def blocks(device: Path, language: str) -> list[str]:
+    text = (device / "artifact" / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)\n```", text, re.S)
+
+
+def test_every_line_of_python_in_the_readme_runs(device: Path) -> None:
+    found = blocks(device, "python")
+    assert len(found) == 2
+    for code in found:
+        done = bare(device, "-c", code, folder=device / "artifact")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (device / "artifact" / "photo.ppm").read_bytes().startswith(b"P6\n16 16\n255\n")
+    (device / "artifact" / "photo.ppm").unlink()
+
+
+def test_every_command_of_the_readme_that_asks_the_network_runs(device: Path) -> None:
+    """Those that install packages and the compiler's are not run here."""
+    lines = [line for block in blocks(device, "sh") for line in block.splitlines()]
+    asked = [line for line in lines if line.startswith("python predict.py")]
+    others = {line.split()[0] for line in lines if line not in asked}
+    assert len(asked) == 2 and others == {"pip", "python3", ".", "g++", "LD_LIBRARY_PATH=onnxruntime/lib"}
+    for line in asked:
+        done = bare(device, *line.split()[1:], folder=device / "artifact")
+        assert done.returncode == 0 and done.stdout.startswith("photo.jpg: ")
+
+
+HOME = Path(os.environ.get("ONNXRUNTIME_HOME", "/nowhere"))
+
+
+@pytest.mark.skipif(
+    not (HOME / "include" / "onnxruntime_cxx_api.h").is_file() or shutil.which("g++") is None,
+    reason="no g++, or no ONNX Runtime for C++: name a folder with include/ and lib/ in ONNXRUNTIME_HOME",
+)
+def test_the_program_in_cpp_answers_as_python_does(device: Path, tmp_path: Path) -> None:
+    [source] = blocks(device, "cpp")
+    (tmp_path / "classify.cpp").write_text(source)
+    (tmp_path / "onnxruntime").symlink_to(HOME)
+    lines = [line for block in blocks(device, "sh") for line in block.splitlines()]
+    [compiled] = [line for line in lines if line.startswith("g++")]
+    subprocess.run(compiled.split(), cwd=tmp_path, check=True, timeout=120)
+    bare(device, "-c", blocks(device, "python")[1], folder=device / "artifact")
+    photo = device / "artifact" / "photo.ppm"
+    done = subprocess.run(
+        [tmp_path / "classify", device / "artifact" / "student.onnx", photo],
+        env={**os.environ, "LD_LIBRARY_PATH": str(HOME / "lib")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    photo.unlink()
+    told = predict(device, "artifact/photo.jpg", "--file", "student.onnx", "--threads", "1", "--json")
+    expected = json.loads(told.stdout)["answers"]
+    found = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
+    assert [label for label, _ in found] == [one["label"] for one in expected]
+    for (_, p), one in zip(found, expected, strict=True):
+        assert float(p) == pytest.approx(one["probability"], abs=1e-6)
+
+
+def front(device: Path) -> dict:
+    text = (device / "artifact" / "README.md").read_text(encoding="utf-8")
+    _, written, _ = text.split("---\n", 2)
+    found = yaml.safe_load(written)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_card_says_what_was_measured_in_the_hubs_form(device: Path, finished: Path) -> None:
+    report, card = little.report(finished), front(device)
+    assert card["pipeline_tag"] == "image-classification" and card["library_name"] == "onnx"
+    [model] = card["model-index"]
+    [result] = model["results"]
+    accuracy = report["student_int8"]["accuracy"]
+    assert result["dataset"] == {"name": "colours", "type": "colours", "split": "test"}
+    assert result["metrics"][0]["value"] == pytest.approx(accuracy["top1"] / 100, abs=1e-6)
+    assert f"of {accuracy['n']} test images" in result["metrics"][0]["name"]
+    assert "license" not in card
+
+
+def test_the_card_is_written_anew_when_more_is_known_and_names_nothing_of_this_machine(
+    finished: Path, tmp_path: Path
+) -> None:
+    text = (finished / "artifact" / "README.md").read_text(encoding="utf-8")
+    latency = little.report(finished)["student_int8"]["latency_ms"]["1"]
+    assert "## Latency" in text and f"{latency['p50']:.3g}"[:4] in text
+    local = (str(finished.parent), str(tmp_path.parent), os.uname().nodename, str(Path.home()) + "/")
+    assert not [one for one in local if one in text]
+
+
+def test_a_deleted_card_is_written_again_by_the_same_command(a_run: Path, data: Path, cache: Path) -> None:
+    before = (a_run / "artifact" / "README.md").read_bytes()
+    (a_run / "artifact" / "README.md").unlink()
+    (a_run / "artifact" / "predict.py").unlink()
+    result = little.job(data, a_run, cache)
+    assert result.exit_code == 0, result.output
+    assert (a_run / "artifact" / "README.md").read_bytes() == before
+    assert (a_run / "artifact" / "predict.py").is_file()

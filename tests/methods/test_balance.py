@@ -1,0 +1,200 @@
+"""What --balance auto compares, what it changes, and that it is remembered."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from questpress.models.build import build, geometry
+from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.api.run import read_options
+from questpress.pipeline.methods import gradient_balance
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.dkd import Dkd
+from questpress.pipeline.methods.dkd import Parameters as DkdParameters
+from questpress.pipeline.methods.gradient_balance import STEPS, Balance, pull
+from questpress.pipeline.methods.kd import Kd, Parameters
+from questpress.pipeline.methods.quest.quest import Quest
+from questpress.pipeline.training.task import DistillationTask
+from torch import Tensor
+
+from tests.support import little
+from tests.training.test_train import ENGINE, Interrupted, distillation, equal, learn, state
+
+SHAPES = Shapes({}, vector=None, logits=3)
+LEAST, MOST = Kd.pull
+
+
+def kd() -> Kd:
+    return Kd(Parameters(), SHAPES, [SHAPES], {})
+
+
+def step(of: Balance, r: float) -> None:
+    """One step in which the method's gradient is r times that of the cross-entropy."""
+    f_s = torch.tensor([[3.0, -2.0]], requires_grad=True)
+    cross_entropy = (f_s * torch.tensor([0.6, 0.8])).sum()
+    assert of.compares
+    of.compare({"kd": (f_s * torch.tensor([-r, 0.0])).sum()}, cross_entropy, f_s)
+    of.end_step()
+
+
+def test_the_pull_of_a_loss_is_the_norm_of_its_gradient_on_the_map() -> None:
+    f_s = torch.randn(2, 3, 4, 5, requires_grad=True)
+    assert float(pull((3 * f_s[0, 0]).sum(), f_s)) == pytest.approx(3 * 20**0.5)
+    assert float(pull((torch.ones(1, requires_grad=True)).sum(), f_s)) == 0
+
+
+@pytest.mark.parametrize("r", [LEAST * 1.01, (LEAST * MOST) ** 0.5, MOST * 0.99])
+def test_a_weight_that_is_not_far_off_is_left_exactly_as_it_is(r: float) -> None:
+    found = Balance({"kd": kd()})
+    step(found, r)
+    assert float(found.factors()["kd"]) == 1
+
+
+@pytest.mark.parametrize(("r", "end"), [(MOST * 40, MOST), (LEAST / 50, LEAST)])
+def test_a_weight_out_of_proportion_is_brought_to_the_nearer_end(r: float, end: float) -> None:
+    found = Balance({"kd": kd()})
+    step(found, r)
+    assert float(found.factors()["kd"]) == pytest.approx(end / r, rel=1e-5)
+
+
+def test_the_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -> None:
+    found = Balance({"kd": kd()})
+    for number in range(STEPS):
+        step(found, 1000.0 if number % 2 else 10.0)
+    [one] = found.found()
+    assert one.pull == pytest.approx(100, rel=1e-4)
+    assert one.factor == pytest.approx(MOST / 100, rel=1e-4)
+    assert not found.compares
+
+
+def test_nothing_is_compared_outside_of_training() -> None:
+    found = Balance({"kd": kd()})
+    assert found.compares
+    assert not found.eval().compares
+    with torch.no_grad():
+        assert not found.train().compares
+
+
+def test_a_loss_that_does_not_come_from_the_map_keeps_its_weight_and_is_not_reported() -> None:
+    found = Balance({"kd": kd()})
+    f_s = torch.ones(2, requires_grad=True)
+    assert found.compares
+    found.compare({"kd": torch.ones(1, requires_grad=True).sum()}, f_s.sum(), f_s)
+    assert float(found.factors()["kd"]) == 1
+    assert found.found() == []
+
+
+def test_a_warm_up_is_not_taken_for_a_weight_too_low() -> None:
+    dkd = Dkd(DkdParameters(warmup=20), SHAPES, [SHAPES], {})
+    z_s, z_t, labels = torch.randn(4, 3), {"logits": torch.randn(4, 3)}, torch.tensor([0, 1, 2, 0])
+    first, full = (dkd({"logits": z_s}, [z_t], labels, epoch)["dkd"] for epoch in (0, 30))
+    assert float(first / dkd.strength(0)) == pytest.approx(float(full))
+    assert [dkd.strength(epoch) for epoch in (0, 9, 19, 100)] == [0.05, 0.5, 1.0, 1.0]
+
+
+def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Losses of a batch with and without balance, and the factor between them by hand."""
+    torch.manual_seed(1)
+    images, labels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1, 2] * 2)
+    plain, balanced = (distillation(weights={"quest": weight}, balance=on) for on in (False, True))
+    # Training mode changes BatchNorm's statistics alone, which no loss of the same step sees.
+    trainee, teacher = plain.trainable_module, plain.teachers[0](images, frozenset({"map"}))
+    student = trainee.readouts(trainee.normalise(images), frozenset({"map", "logits"}))
+    quest = trainee.methods["quest"](student, [teacher], labels, 0)["quest"]
+    gradients = [
+        torch.autograd.grad(loss, student["map"], retain_graph=True)[0].norm()
+        for loss in (weight * quest, F.cross_entropy(student["logits"], labels))
+    ]
+    r = float(gradients[0] / gradients[1])
+    by_hand = min(max(r, Quest.pull[0]), Quest.pull[1]) / r
+    return plain(images, labels), balanced(images, labels), by_hand
+
+
+@pytest.mark.parametrize("weight", [1000.0, 1e-4])
+def test_the_losses_of_a_step_are_scaled_by_what_their_gradients_ask_for(weight: float) -> None:
+    without, with_, factor = seen(weight)
+    assert factor != 1
+    assert with_["quest"].item() == pytest.approx(factor * without["quest"].item(), rel=1e-4)
+    assert with_["ce"].item() == without["ce"].item()
+    assert with_["loss"].item() == pytest.approx((with_["ce"] + with_["quest"]).item(), rel=1e-6)
+
+
+def test_weights_below_the_range_all_end_at_the_same_strength() -> None:
+    one, another = seen(1e-4)[1], seen(1e-3)[1]
+    assert one["quest"].item() == pytest.approx(another["quest"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("student", ["cifar_vgg8", "cifar_resnet8", "resnet10t", "mobilenetv3_small_050"])
+def test_the_last_map_of_every_student_family_lies_on_the_way_to_its_logits(student: str) -> None:
+    trainee = DistillationTask(
+        build(student, num_classes=3, image_size=32, seed=0), geometry(student, 32), ENGINE,
+        methods={"kd": kd()}, balance=True,
+    ).trainable_module  # fmt: skip
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    read = trainee.readouts(trainee.normalise(images), trainee.reads)
+    assert float(pull(read["logits"].square().sum(), read[trainee.last_map])) > 0
+    assert read[trainee.last_map].dim() == 4
+
+
+def test_an_interrupted_training_goes_on_with_the_balance_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gradient_balance, "STEPS", 5
+    )  # of three steps an epoch: the comparison ends in the second
+
+    def task():
+        return distillation(weights={"quest": 1000.0}, balance=True)
+
+    whole = task()
+    learn(whole, tmp_path / "whole.pt")
+    assert whole.balanced()[0].factor < 0.1
+
+    def interrupt(epoch) -> None:
+        if epoch.epoch == 2:
+            raise Interrupted
+
+    broken = task()
+    with pytest.raises(Interrupted):
+        learn(broken, tmp_path / "parts.pt", log=interrupt)
+    rest = task()
+    learn(rest, tmp_path / "parts.pt")
+    assert equal(state(whole), state(rest))
+    assert whole.balanced() == rest.balanced()
+
+
+def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    heavy = ("--weight", "quest=500", "--until", "student", "--epochs", "1")
+    result = little.job(data, out, cache, *heavy, "--balance", "auto")
+    assert result.exit_code == 0, result.output
+    assert "the weight of quest was multiplied by" in result.stderr
+    report = json.loads((out / "report.json").read_text())
+    [one] = report["balance"]
+    assert one["method"] == "quest"
+    assert one["factor"] == pytest.approx(one["most"] / one["pull"], rel=1e-4)
+    assert "balance.quest" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, "auto"),
+        ({"weight": ["quest=2"]}, "off"),
+        ({"weight": ["ce=2"]}, "auto"),
+        ({"settings": ["quest.alpha=1"]}, "off"),
+        ({"settings": ["quest.delta=12"]}, "auto"),
+        ({"weight": ["quest=2"], "balance": "auto"}, "auto"),
+        ({"recipe": "kd-cifar100"}, "off"),
+        ({"recipe": "kd-cifar100", "balance": "auto"}, "auto"),
+        ({"method": "none"}, "off"),
+        ({"method": "none", "balance": "auto"}, "off"),
+    ],
+)
+def test_balance_is_off_where_a_weight_or_a_recipe_was_asked_for(
+    options: dict[str, object], chosen: str, data: Path
+) -> None:
+    given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(data), **options}
+    assert resolve(read_options(given))[0].balance == chosen

@@ -1,0 +1,234 @@
+"""FEED against its formula, written out in numpy, and in a run with teachers of different networks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from questpress.models.build import build as network
+from questpress.pipeline import methods
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.feed import Feed, error
+from safetensors.torch import load_file
+
+from tests.support import little
+
+B, C_S = 3, 4
+STUDENT, FINER, COARSER = (C_S, 4, 6), (5, 8, 6), (2, 2, 3)
+"""The student's map, and one of a teacher whose grid is finer, and one whose is coarser."""
+RNG = np.random.default_rng(0)
+X_S, X_T, X_U = (RNG.standard_normal((B, *size)) for size in (STUDENT, FINER, COARSER))
+LABELS = torch.zeros(B, dtype=torch.long)
+
+
+def shapes(size: tuple[int, int, int]) -> Shapes:
+    return Shapes({"map": size}, vector=None, logits=2)
+
+
+def feed(*teachers: tuple[int, int, int], **settings: Any) -> Feed:
+    torch.manual_seed(1)
+    parameters = methods.parameters(["feed"], {f"feed.{key}": value for key, value in settings.items()})
+    method = methods.load("feed")(parameters["feed"], shapes(STUDENT), [shapes(t) for t in teachers], {})
+    assert isinstance(method, Feed)
+    return method.double()
+
+
+def readout(x: np.ndarray) -> dict[str, torch.Tensor]:
+    return {"map": torch.tensor(x)}
+
+
+def loss(method: Feed, *teachers: np.ndarray, student: np.ndarray = X_S) -> float:
+    given = [readout(x) for x in teachers]
+    return method(readout(student), given, LABELS, 0)["feed"].item()
+
+
+def pooled(x: np.ndarray, h: int, w: int) -> np.ndarray:
+    n, c = x.shape[:2]
+    return x.reshape(n, c, h, x.shape[2] // h, w, x.shape[3] // w).mean((3, 5))
+
+
+def convolved(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """A convolution of stride 1 that keeps the grid, zeros around."""
+    k = weight.shape[-1] // 2
+    around = np.pad(x, ((0, 0), (0, 0), (k, k), (k, k)))
+    windows = np.lib.stride_tricks.sliding_window_view(around, weight.shape[-2:], (2, 3))
+    return np.einsum("bchwij,ocij->bohw", windows, weight) + bias[:, None, None]
+
+
+def translated(x: np.ndarray, transform: torch.nn.Module, slope: float) -> np.ndarray:
+    for layer in transform.children():
+        if isinstance(layer, torch.nn.Conv2d):
+            assert layer.bias is not None
+            x = convolved(x, layer.weight.detach().numpy(), layer.bias.detach().numpy())
+            x = np.where(x > 0, x, slope * x)
+    return x
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    """The L1 between maps of length 1, over √n, the mean over the batch."""
+    n = a[0].size
+    rows = [x / np.linalg.norm(x.ravel()) - y / np.linalg.norm(y.ravel()) for x, y in zip(a, b, strict=True)]
+    return float(np.mean([np.abs(row).sum() / n**0.5 for row in rows]))
+
+
+def by_hand(method: Feed, slope: float = 0.1) -> list[float]:
+    """Each teacher's error: the teacher's map is pooled where it is finer, else the student's is."""
+    return [
+        relative(pooled(X_T, 4, 6), translated(X_S, method.transforms[0], slope)),
+        relative(X_U, translated(pooled(X_S, 2, 3), method.transforms[1], slope)),
+    ]
+
+
+def with_biases(method: Feed) -> Feed:
+    for name, parameter in method.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return method
+
+
+def test_the_loss_is_the_sum_of_normalised_l1_over_teachers_of_other_grids_and_widths() -> None:
+    method = with_biases(feed(FINER, COARSER, beta=3))
+    assert loss(method, X_T, X_U) == pytest.approx(3 * sum(by_hand(method)), rel=1e-9)
+
+
+def test_a_linear_transform_is_one_convolution_of_single_positions() -> None:
+    method = with_biases(feed(FINER, COARSER, transform="linear"))
+    assert [p.shape for p in method.transforms[0].parameters()] == [(5, C_S, 1, 1), (5,)]
+    assert loss(method, X_T, X_U) == pytest.approx(8.4 * sum(by_hand(method, slope=1)), rel=1e-9)
+
+
+def test_a_nonlinear_transform_goes_through_the_students_and_the_teachers_width() -> None:
+    [transform] = feed(FINER, norm="true").transforms
+    kinds = [type(layer).__name__ for layer in transform.children()]
+    assert kinds == ["Conv2d", "BatchNorm2d", "LeakyReLU"] * 3
+    weights = [p.shape for p in transform.parameters() if p.ndim == 4]
+    assert weights == [(C_S, C_S, 3, 3), (5, C_S, 3, 3), (5, 5, 3, 3)]
+
+
+def test_the_error_of_each_teacher_is_watched_on_its_own() -> None:
+    method = feed(FINER, COARSER)
+    for _ in range(2):
+        loss(method, X_T, X_U)
+    watched = method.watched()
+    assert list(watched) == ["reconstruction_error (0)", "reconstruction_error (1)"]
+    assert [float(one) for one in watched.values()] == pytest.approx(by_hand(method), rel=1e-6)
+    assert method.watched() == {}
+    one = feed(FINER)
+    loss(one, X_T)
+    assert list(one.watched()) == ["reconstruction_error"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"transform": "linear"}])
+def test_gradients_equal_finite_differences(settings: dict[str, Any]) -> None:
+    method = feed(FINER, COARSER, **settings)
+    teachers = [readout(X_T), readout(X_U)]
+
+    def of_map(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = method({"map": x}, teachers, LABELS, 0)["feed"]
+        return result
+
+    assert torch.autograd.gradcheck(of_map, torch.tensor(X_S, requires_grad=True))
+
+
+@pytest.mark.parametrize("size", [(16, 4, 4), (64, 8, 8), (512, 7, 7)])
+def test_between_random_directions_the_error_is_the_same_for_every_size_of_map(
+    size: tuple[int, int, int],
+) -> None:
+    x, y = torch.tensor(RNG.standard_normal((2, 8, *size)))
+    # The mean of |a − b| for two standard normal numbers is 2/√π.
+    assert error(x, y).mean().item() == pytest.approx(2 / np.pi**0.5, rel=0.02)
+
+
+def test_a_map_in_the_teachers_direction_has_no_loss_whatever_its_length() -> None:
+    x = torch.tensor(X_T)
+    assert error(x, 7 * x).tolist() == pytest.approx([0] * B, abs=1e-12)
+
+
+def test_maps_of_zeros_give_finite_gradients_and_the_teachers_teach_nothing() -> None:
+    student = torch.zeros(B, *STUDENT, dtype=torch.float64, requires_grad=True)
+    teacher = X_T.copy()
+    teacher[1:] = 0
+    method = feed(FINER)
+    result = method({"map": student}, [readout(teacher)], LABELS, 0)["feed"]
+    result.backward()
+    assert result.item() > 0
+    assert student.grad is not None and bool(student.grad.isfinite().all())
+    assert student.grad[0].abs().sum() > 0 and not student.grad[1:].any()
+    assert loss(method, np.zeros_like(X_T)) == 0
+
+
+def test_half_precision_maps_are_compared_in_single_precision() -> None:
+    large = torch.full((1, 2048, 7, 7), 100.0, dtype=torch.float16)  # whose length is beyond half precision
+    found = error(large, large.roll(1, 1))
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(0, abs=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(large.bfloat16(), -large.bfloat16()).item() == pytest.approx(2, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_the_loss_from_stored_answers_is_the_one_from_the_teacher(scale: float) -> None:
+    method = feed(FINER, COARSER)
+    stored = []
+    for t, x in enumerate((X_T, X_U)):
+        [answer] = method.answers(t)
+        parts = answer.compact(readout(scale * x))
+        assert {name: (part.shape[1:], part.dtype) for name, part in parts.items()} == {
+            name: (shape, torch.float16) for name, (shape, _) in answer.arrays.items()
+        }
+        assert answer.bytes_per_image == Feed.stored_bytes(None, shapes(STUDENT), shapes((FINER, COARSER)[t]))
+        stored.append(parts)
+    assert stored[0]["map.unit"].shape == (B, 5, 4, 6)
+    from_store = method(readout(X_S), stored, LABELS, 0)["feed"].item()
+    assert from_store == pytest.approx(loss(method, X_T, X_U), rel=1e-3)
+
+
+TEACHERS = (
+    "--teacher", "cifar_resnet14", "--teacher", "cifar_vgg8", "--teacher-weights", "none",
+    "--teacher-weights", "none", "--student", little.STUDENT,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With teachers of other grids and widths."""
+    out = tmp_path_factory.mktemp("runs") / "feed"
+    result = little.compress(
+        *TEACHERS, *little.SMALL, *little.SHORT, "--method", "feed", "--data", data, "--out", out,
+        "--cache", cache, "--until", "student",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+def test_nothing_of_the_transforms_is_in_the_student(run: Path) -> None:
+    plain = network(little.STUDENT, num_classes=3, image_size=16, seed=0)
+    assert load_file(run / "student.safetensors").keys() == plain.state_dict().keys()
+
+
+def test_the_report_has_each_teachers_reconstruction_error(run: Path) -> None:
+    report = little.report(run)
+    last = [epoch for epoch in report["epochs"] if epoch["stage"] == "student"][-1]
+    errors = [last["watched"][f"reconstruction_error ({t})"] for t in (0, 1)]
+    assert all(0 < one < 1.5 for one in errors)
+    assert 8.4 * sum(errors) == pytest.approx(last["losses"]["feed"] / factor(report), rel=1e-3)
+    assert [(one["teacher"], one["error"]) for one in report["reconstruction"]] == [
+        ("cifar_resnet14", pytest.approx(errors[0])),
+        ("cifar_vgg8", pytest.approx(errors[1])),
+    ]
+    for page in ("report.html", "report.md"):
+        assert "Reconstruction" in (run / page).read_text()
+
+
+def factor(report: dict[str, Any]) -> float:
+    return float(next(one["factor"] for one in report["balance"]))
+
+
+def test_a_transform_is_what_torch_makes_of_its_layers() -> None:
+    """The numpy convolution above is torch's."""
+    method = with_biases(feed(FINER))
+    [transform] = method.transforms
+    expected = transform(torch.tensor(X_S)).detach().numpy()
+    np.testing.assert_allclose(translated(X_S, transform, 0.1), expected, rtol=1e-9)
+    assert F.leaky_relu(torch.tensor(-1.0), 0.1).item() == pytest.approx(-0.1)

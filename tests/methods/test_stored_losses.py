@@ -1,0 +1,222 @@
+"""The methods' losses from stored answers, against their formulas in numpy and against asking the teacher."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from questpress.pipeline import methods
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.quest.loss import Nearest, divergence, draw
+from questpress.pipeline.methods.quest.quest import Parameters, Quest
+
+from tests.methods.test_quest import (
+    C_S,
+    C_T,
+    LABELS,
+    B,
+    H,
+    K,
+    W,
+    drawn,
+    log_p_student,
+    p_teacher,
+    tensor,
+    term,
+)
+
+TAU, PLACES = 0.9, H * W
+F_T, F_S, WORDS = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+
+
+def method(stored: int, words: np.ndarray = WORDS, **given) -> Quest:
+    torch.manual_seed(0)
+    return Quest(
+        Parameters(tau=(TAU,), **given),
+        Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
+        [Shapes({"map": (words.shape[1], H, W)}, vector=None, logits=2)],
+        {"0.map.words": tensor(words), "0.map.mu": torch.tensor(1.0), "0.map.top": torch.tensor(stored)},
+    )
+
+
+def answered(quest: Quest, f_t: np.ndarray = F_T) -> dict[str, torch.Tensor]:
+    """What a store gives back for a teacher's map: through the files' types."""
+    [answer] = quest.answers(0)
+    parts = answer.compact({"map": tensor(f_t)})
+    assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == {
+        name: shape for name, (shape, _) in answer.arrays.items()
+    }
+    as_kept = {name: part.numpy().astype(answer.arrays[name][1]) for name, part in parts.items()}
+    return {
+        name: torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+        for name, array in as_kept.items()
+    }
+
+
+def loss(quest: Quest, teacher: dict[str, torch.Tensor], epoch: int = 0, keys=None) -> float:
+    return quest({"map": tensor(F_S)}, [teacher], LABELS[:B], epoch, keys)["quest"].item()
+
+
+def kept_target(ids: np.ndarray, p: np.ndarray, k: int) -> np.ndarray:
+    """[B,P,m] of a store as a dense p_T [B,K,H,W] in float64."""
+    dense = np.zeros((B, PLACES, k))
+    p = p.astype(np.float64)
+    np.put_along_axis(dense, ids.astype(np.int64), p / p.sum(-1, keepdims=True), 2)
+    return dense.transpose(0, 2, 1).reshape(B, k, H, W)
+
+
+def kl(p: np.ndarray, log_q: np.ndarray) -> float:
+    """Mean over batch and positions of Σ_k p (log p − log q), 0 · log 0 = 0."""
+    terms = np.where(p > 0, p * (np.log(np.where(p > 0, p, 1)) - log_q), 0)
+    return float(terms.sum(1).mean())
+
+
+@pytest.mark.parametrize("m", [1, 4, K])
+def test_the_stored_loss_is_the_dense_loss_of_the_kept_words(m):
+    quest = method(m)
+    stored = answered(quest)
+    assert stored["map.ids"].shape == (B, PLACES, m) and stored["map.p"].dtype == torch.float16
+    weight = term(quest).weight.detach().numpy().astype(float)
+    target = kept_target(stored["map.ids"].numpy(), stored["map.p"].numpy(), K)
+    assert loss(quest, stored) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=1e-5)
+
+
+@pytest.mark.parametrize("m", [1, 4, K])
+def test_the_kept_words_are_the_likeliest_and_what_they_lost_is_what_the_others_had(m):
+    stored = answered(method(m))
+    p = p_teacher(F_T, WORDS, TAU).transpose(0, 2, 3, 1).reshape(B, PLACES, K)
+    best = -np.sort(-p, axis=2)[..., :m]
+    np.testing.assert_array_equal(stored["map.ids"].numpy(), np.argsort(-p, axis=2)[..., :m])
+    np.testing.assert_allclose(
+        stored["map.p"].numpy(), best / best.sum(2, keepdims=True), rtol=1e-3, atol=1e-6
+    )
+    np.testing.assert_allclose(stored["map.lost"].numpy(), 1 - best.sum(2), rtol=1e-3, atol=1e-6)
+
+
+def test_with_every_word_kept_the_stored_loss_is_the_online_one_within_half_precision():
+    quest = method(K)
+    assert loss(quest, answered(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
+
+
+def test_the_loss_of_the_m_likeliest_words_is_the_same_stored_and_online():
+    quest = method(4, top=4)
+    assert loss(quest, answered(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
+
+
+def test_words_beyond_the_32767th_are_found_again():
+    many = drawn(5, 40_000, 2)
+    f_t = drawn(6, B, 2, H, W)
+    quest = method(3, many)
+    stored = answered(quest, f_t)
+    p = p_teacher(f_t, many, TAU).transpose(0, 2, 3, 1).reshape(B, PLACES, -1)
+    found = stored["map.ids"].numpy().view(np.uint16)
+    assert found.max() > 32_767
+    np.testing.assert_allclose(
+        np.take_along_axis(p, found.astype(np.int64), 2), -np.sort(-p, axis=2)[..., :3], rtol=1e-3
+    )
+    weight = term(quest).weight.detach().numpy().astype(float)
+    target = kept_target(found, stored["map.p"].numpy(), 40_000)
+    assert loss(quest, stored) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
+def test_a_logit_methods_loss_from_stored_logits_is_that_of_the_rounded_logits(name):
+    logits, student = 3 * drawn(1, 6, 7), torch.from_numpy(3 * drawn(2, 6, 7)).float()
+    shapes = Shapes({}, vector=3, logits=7)
+    made = methods.load(name)(methods.parameters([name], {})[name], shapes, [shapes], {})
+    [answer] = made.answers(0)
+    stored = answer.compact({"logits": torch.from_numpy(logits).float()})
+    assert stored["logits"].dtype == torch.float16 and answer.bytes_per_image == 14
+
+    def of(teacher: torch.Tensor) -> float:
+        labels = torch.arange(6)
+        return sum(
+            one.item() for one in made({"logits": student}, [{"logits": teacher}], labels, 99).values()
+        )
+
+    assert of(stored["logits"]) == of(torch.from_numpy(logits.astype(np.float16)).float())
+    assert of(stored["logits"]) == pytest.approx(of(torch.from_numpy(logits).float()), rel=5e-3)
+
+
+def target(n: int, k: int, m: int) -> Nearest:
+    ids = torch.from_numpy(np.argsort(drawn(4, n, k), axis=1)[:, :m].copy())
+    return Nearest(ids, torch.from_numpy(np.abs(drawn(5, n, m))).softmax(1))
+
+
+def inputs(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    f_s, weight = (
+        F.normalize(torch.from_numpy(drawn(seed, rows, 5)), dim=1) for seed, rows in ((1, n), (2, k))
+    )
+    return (
+        f_s.requires_grad_(),
+        weight.requires_grad_(),
+        torch.tensor(3.0, dtype=torch.float64, requires_grad=True),
+    )
+
+
+def nothing(*_: torch.Tensor) -> None:
+    pass
+
+
+def test_the_divergence_from_kept_words_passes_autograds_own_check():
+    kept = target(6, 9, 4)
+    assert torch.autograd.gradcheck(lambda *given: divergence(*given, kept, nothing), inputs(6, 9))
+
+
+def test_its_value_and_gradients_are_those_of_torchs_log_softmax():
+    kept = target(6, 9, 4)
+    ours, plain = inputs(6, 9), inputs(6, 9)
+    f_s, weight, gamma = plain
+    log_p_s = F.log_softmax(gamma * f_s @ weight.T, dim=1).gather(1, kept.ids)
+    formula = (kept.p * (kept.p.log() - log_p_s)).sum()
+    formula.backward()
+    value = divergence(*ours, kept, nothing)
+    value.backward()
+    torch.testing.assert_close(value, formula, rtol=1e-12, atol=0)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
+KEYS = torch.from_numpy(np.random.default_rng(0).integers(0, 2**63 - 1, B))
+
+
+def test_so_many_positions_are_drawn_of_each_image_the_same_for_an_epoch_and_others_in_the_next():
+    rows = draw(KEYS, 3, B, PLACES, 7).view(B, 7)
+    for image, chosen in enumerate(rows.tolist()):
+        assert len(set(chosen)) == 7
+        assert all(image * PLACES <= row < (image + 1) * PLACES for row in chosen)
+    assert torch.equal(rows, draw(KEYS, 3, B, PLACES, 7).view(B, 7))
+    # Whatever else is in the batch.
+    assert torch.equal(draw(KEYS[1:2], 3, 1, PLACES, 7), rows[1] - PLACES)
+    assert not torch.equal(rows, draw(KEYS, 4, B, PLACES, 7).view(B, 7))
+    assert not torch.equal(rows, draw(KEYS + 1, 3, B, PLACES, 7).view(B, 7))
+
+
+def test_every_position_is_drawn_equally_often():
+    epochs = 2000
+    drawn_ = torch.cat([draw(KEYS, epoch, B, PLACES, 5) for epoch in range(epochs)])
+    often = torch.bincount(drawn_, minlength=B * PLACES).double() / epochs
+    deviation = (5 / PLACES * (1 - 5 / PLACES) / epochs) ** 0.5
+    assert float((often - 5 / PLACES).abs().max()) < 4.5 * deviation
+
+
+def test_the_mean_over_many_epochs_of_drawn_positions_is_the_loss_over_all():
+    whole, sampled = method(K), method(K, positions=5)
+    online = {"map": tensor(F_T)}
+    losses = [loss(sampled, online, epoch, KEYS) for epoch in range(400)]
+    error = np.std(losses) / len(losses) ** 0.5
+    assert np.std(losses) > 0
+    assert abs(np.mean(losses) - loss(whole, online)) < 4 * error
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_the_same_positions_are_drawn_online_and_stored(epoch):
+    quest = method(K, positions=5)
+    stored = loss(quest, answered(quest), epoch, KEYS)
+    online = loss(quest, {"map": tensor(F_T)}, epoch, KEYS)
+    assert stored == pytest.approx(online, rel=5e-3)
+    assert loss(quest, {"map": tensor(F_T)}, epoch + 1, KEYS) != online
+
+
+def test_as_many_positions_as_there_are_are_all_of_them():
+    online = {"map": tensor(F_T)}
+    assert loss(method(K, positions=PLACES), online) == loss(method(K), online)

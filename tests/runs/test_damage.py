@@ -1,0 +1,278 @@
+"""Flipped bytes in a run folder: what can be made again is, and what cannot is told."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from questpress.export.errors import ExportError
+from questpress.pipeline.errors import JobError
+from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix
+from questpress.pipeline.runs import files, folder
+from questpress.pipeline.runs.files import atomic_write
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.monitoring.metrics import Log
+
+from tests.support import little
+from tests.support.little import compress, job, record, refused, report
+
+NESTED = "[" * 100_000
+
+
+def flip(file: Path, at: bytes | None = None) -> None:
+    """Change one bit, in the middle or in the last byte of ``at``."""
+    content = bytearray(file.read_bytes())
+    place = len(content) // 2 if at is None else content.index(at) + len(at) - 1
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+# The record of a run.
+
+
+def test_a_damaged_record_is_read_from_its_copy_and_written_anew(a_run, data, cache, caplog):
+    before = (a_run / "run.json").read_bytes()
+    flip(a_run / "run.json", b'"train": 4')  # of 58 images, and still JSON
+    done = compress("report", a_run, "--json")
+    assert done.exit_code == 0 and "its copy .run.json is read instead" in caplog.text
+    assert json.loads(done.stdout)["teacher"]["accuracy"] == json.loads(before)["stages"]["teacher"]["facts"][
+        "teacher"
+    ]["accuracy"] | {"balanced": None, "top5": None}
+    assert job(data, a_run, cache).exit_code == 0
+    assert record(a_run)["stages"] == json.loads(before)["stages"]
+
+
+@pytest.mark.parametrize("content", ["", "{", NESTED, '{"schema_version": 1, "stages": {}, "checksum": "0"}'])
+def test_a_record_that_is_damaged_twice_is_told(a_run, content):
+    for name in ("run.json", ".run.json"):
+        (a_run / name).write_text(content)
+    before = little.files(a_run)
+    for command in (("report", a_run), ("validate", a_run), ("export", a_run)):
+        refused(compress(*command), 2, "run.json cannot be read as a run's record")
+    assert little.files(a_run) == before
+
+
+def test_a_run_whose_record_is_lost_can_be_started_over(a_run, data, cache):
+    for name in ("run.json", ".run.json"):
+        (a_run / name).write_text("{")
+    refused(job(data, a_run, cache), 2, "--fresh")
+    assert job(data, a_run, cache, "--fresh", "--until", "teacher").exit_code == 0
+    assert list(record(a_run)["stages"]) == ["teacher"]
+
+
+@pytest.mark.parametrize("option", ["calibration_images: 16", "batch_size: 16", "seed: 0"])
+def test_options_that_the_run_was_not_made_with_are_not_taken_from_its_config(a_run, option):
+    flip(a_run / "config.yaml", option.encode())
+    refused(compress("export", a_run), 2, "config.yaml", "repeat the command that began the run")
+    assert compress("report", a_run).exit_code == 0  # has them from the record
+
+
+# Curves.
+
+
+def test_curves_of_stages_that_are_done_are_made_good(a_run, data, cache, caplog):
+    file = a_run / "metrics.jsonl"
+    before, told = file.read_bytes(), report(a_run)["epochs"]
+    flip(file, b'"loss":1')
+    file.write_bytes(file.read_bytes()[:-40])
+    assert compress("report", a_run).exit_code == 0
+    assert report(a_run)["epochs"] == told
+    assert job(data, a_run, cache).exit_code == 0
+    assert file.read_bytes() == before and "metrics.jsonl was damaged" in caplog.text
+
+
+class Display:
+    def detail(self, text: str) -> None:
+        pass
+
+    warn = detail
+
+
+class Folder:
+    """What a training's log wants of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.metrics = path / "metrics.jsonl"
+
+    def curves(self) -> list[str]:
+        return folder.read(self.metrics)
+
+
+def test_a_curve_goes_on_from_the_checkpoint_and_not_from_a_damaged_file(tmp_path, monkeypatch, finished):
+    monkeypatch.setattr(
+        "questpress.pipeline.training.monitoring.metrics.Trackers", lambda *_: lambda *_: None
+    )
+    folder = Folder(tmp_path)
+    run = type(
+        "Job", (), {"folder": folder, "display": Display(), "ranks": type("R", (), {"is_main": True})}
+    )()
+    from questpress.pipeline.runs.results import Epoch
+
+    epochs = [Epoch.model_validate(one) for one in report(finished)["epochs"] if one["stage"] == "student"]
+    log = Log(run, "student")
+    for epoch in epochs:
+        log(epoch)
+    Checkpoint(tmp_path / "student.pt", "key", curve=log).save({"epoch": 2})
+    before = folder.metrics.read_bytes()
+    assert len(before.splitlines()) == 2
+    flip(folder.metrics, b'"epoch":2')
+    resumed = Log(run, "student")
+    state = Checkpoint(tmp_path / "student.pt", "key", curve=resumed).load("cpu")
+    assert state == {"key": "key", "epoch": 2} and folder.metrics.read_bytes() == before
+
+
+# Files that stages and commands leave.
+
+
+def test_a_damaged_network_is_trained_again_and_what_was_made_from_it_is_kept(a_run, data, cache):
+    before = little.files(a_run)
+    flip(a_run / "student.safetensors")
+    done = job(data, a_run, cache)
+    assert done.exit_code == 0
+    after = little.files(a_run)
+    assert after["student.safetensors"][1] == before["student.safetensors"][1]
+    assert done.stderr.count("(kept)") == 7
+    for name in ("artifact/student.onnx", "artifact/manifest.json", "bench/latency.npz"):
+        assert after[name] == before[name]
+
+
+def test_a_damaged_export_is_made_again_with_the_manifest_that_it_takes_away(a_run, data, cache):
+    before = little.files(a_run)
+    flip(a_run / "artifact" / "student.onnx")
+    assert job(data, a_run, cache).exit_code == 0
+    after = little.files(a_run)
+    for name in ("artifact/student.onnx", "artifact/student.int8.onnx", "artifact/manifest.json"):
+        assert after[name][1] == before[name][1]
+
+
+def test_a_damaged_report_is_written_anew_and_what_is_as_it_should_be_is_not(a_run, data, cache):
+    assert job(data, a_run, cache).exit_code == 0  # names this folder
+    before = little.files(a_run)
+    for name in ("report.json", "artifact/README.md"):
+        flip(a_run / name)
+    assert job(data, a_run, cache).exit_code == 0
+    after = little.files(a_run)
+    for name in ("report.json", "artifact/README.md"):
+        assert after[name][1] == before[name][1]
+    assert after["report.html"] == before["report.html"]
+
+
+def test_a_damaged_report_is_not_compared(a_run, tmp_path):
+    flip(a_run / "report.json", b'"train": 4')
+    refused(
+        compress("compare", a_run, a_run, "--out", tmp_path / "out"),
+        2,
+        "report.json",
+        "checksum does not hold",
+    )
+
+
+def test_kept_answers_and_teachers_that_are_damaged_are_not_believed(a_run, finished, tmp_path):
+    flip(a_run / "test_answers.safetensors")
+    refused(
+        compress("compare", a_run, finished, "--out", tmp_path / "out"),
+        1,
+        "test_answers",
+        "repeat the command",
+    )
+    flip(a_run / "bench" / "teacher.onnx")
+    refused(
+        compress("validate", a_run, "--out", tmp_path / "out"),
+        1,
+        "teacher.onnx",
+        "not as the run has left it",
+    )
+
+
+def test_a_damaged_later_bench_is_told(a_run):
+    (a_run / "bench" / "bench.json").write_text('{"checksum": "0"}')
+    refused(compress("report", a_run), 1, "bench.json is damaged", "compress bench")
+
+
+def test_a_manifest_nested_without_end_is_told(a_run, data):
+    (a_run / "artifact" / "manifest.json").write_text(NESTED)
+    refused(compress("predict", a_run, data / "red" / "000.png"), 2, "manifest.json cannot be read")
+
+
+# What the system refuses.
+
+
+def test_a_file_system_without_locks_is_told_of_and_worked_on(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refusing(number: int):
+        def flock(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refusing(errno.ENOLCK)
+    with files.locked(tmp_path):
+        pass
+    assert "has no locks" in caplog.text
+    refusing(errno.EACCES)  # how some of them say that another has it
+    with pytest.raises(JobError, match="another process"), files.locked(tmp_path):
+        pass
+
+
+def test_a_lock_on_a_full_disk_holds_without_a_name(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, files.locked(tmp_path):
+        patch.setattr(os, "write", full)
+        with pytest.raises(JobError, match="another process"), files.locked(tmp_path):
+            pass
+
+
+def test_a_dying_disk_is_one_sentence(a_run, monkeypatch):
+    def dying(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "run.json")
+
+    monkeypatch.setattr("questpress.pipeline.api.again.report_again", dying)
+    refused(compress("report", a_run), 1, "run.json: Input/output error")
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(JobError, match="Could not write"),
+        atomic_write(tmp_path / "file" / "deeper" / "a.txt"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_streamed_features_on_a_full_disk_are_an_error_and_not_the_end_of_the_process(tmp_path):
+    import torch
+
+    asked = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(asked, capture_output=True).returncode:
+        pytest.skip("only root may mount a little disk")
+    try:
+        held = FeatureMatrix(64, 1024, tmp_path / "features.f16")  # 128 kB, once they are written
+        with pytest.raises(OSError, match="No space left"):
+            held.fill([torch.rand(64, 1024, 1, 1)], (1, 1), 64)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_an_export_that_fails_leaves_the_artifact_that_there_was(a_run, monkeypatch):
+    def fails(*_, **__):
+        raise ExportError("it does not compute what the network does")
+
+    before = {file.name: file.read_bytes() for file in (a_run / "artifact").iterdir()}
+    monkeypatch.setattr("questpress.pipeline.stages.export.check_parity", fails)
+    refused(compress("export", a_run, "--opset", "19"), 1, "does not compute")
+    assert {file.name: file.read_bytes() for file in (a_run / "artifact").iterdir()} == before
+
+
+def test_an_input_that_is_missing_is_not_told_as_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, atomic_write(tmp_path / "out.bin") as part:
+        part.write_bytes((tmp_path.parent / "elsewhere" / "in.bin").read_bytes())
+    assert "in.bin" in str(raised.value) and list(tmp_path.iterdir()) == []
+    with pytest.raises(JobError, match="Could not write"), atomic_write(tmp_path / "out.bin") as part:
+        (part / "no such folder").write_bytes(b"")

@@ -1,0 +1,186 @@
+"""Records of a run, of a bench and of the store that somebody has written by hand, or another version: every
+command that reads them says one sentence, and reads nothing outside of the folder.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from questpress.pipeline.api import teacher_cache
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.runs import record as bounded_json
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.runs.record import sealed
+
+from tests.support.little import compress, refused
+
+STAGE = {"key": "k", "summary": "s", "seconds": 1.0, "outputs": {}, "warnings": [], "facts": {}}
+DEEP: Any = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+
+def record(**more: Any) -> dict[str, Any]:
+    return {"schema_version": 1, "stages": {"teacher": STAGE}, "config": {}, "command": "compress", **more}
+
+
+def stage(**more: Any) -> dict[str, Any]:
+    return record(stages={"teacher": {**STAGE, **more}})
+
+
+def run(folder: Path, content: Any) -> Path:
+    """A run folder with a record whose checksum holds."""
+    folder.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(sealed(content))
+    (folder / "run.json").write_text(text)
+    (folder / "config.yaml").write_text("teacher: a\nstudent: b\ndata: digits\n")
+    return folder
+
+
+HOSTILE = [
+    record(schema_version=2),
+    record(schema_version="1"),
+    record(stages=[]),
+    record(stages={"teacher": 1}),
+    stage(facts=[]),
+    stage(outputs=["a"]),
+    stage(outputs={"../../etc/passwd": "0"}),
+    stage(outputs={"/etc/passwd": "0"}),
+    stage(outputs={"a\0b": "0"}),
+    stage(warnings="none"),
+    record(config={"rounds": 10**12}),
+    record(config={"rounds": "many"}),
+    record(config=[]),
+    record(engines={"teacher": 3}),
+    record(command=["rm"]),
+    record(deep=DEEP),
+    "[" * 200_000,
+    "null",
+    "\x00",
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_record_of_another_form_is_one_sentence_of_every_command(content: Any, tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", content)
+    (folder / "artifact").mkdir()
+    (folder / "artifact" / "manifest.json").write_text("{}")
+    for command in ("report", "export", "compare"):
+        assert "run.json" in refused(compress(command, folder), 2)
+    assert "run.json" in refused(compress("store", "verify", folder), 2)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"teacher": 3},
+        {"data": {"name": 1}},
+        {"int8": {}},
+        {"unknown": 1},
+        {"environment": 3},
+        {"teacher": {"name": "x\x1b[2J", "accuracy": "high"}},
+    ],
+)
+def test_findings_of_another_form_are_one_sentence(facts: dict[str, Any], tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", stage(facts=facts))
+    refused(compress("report", folder), 2, "from which no report can be made")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, "[]", "{}", '{"schema_version": 99}', "9" * 5000, json.dumps(DEEP)]
+)
+def test_a_report_of_another_form_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(text)
+    for place in (tmp_path, tmp_path / "report.json"):
+        assert "report.json" in refused(compress("compare", place, "--out", tmp_path / "out"), 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, [], {"sizes": 3}, {"sizes": [3]}, {"sizes": [{"folder": 3}]}, {"sizes": [{"folder": "../x"}]}],
+)
+def test_a_list_of_sizes_of_another_form_is_one_sentence(content: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    run(tmp_path / "x", record())
+    (folder / "resolutions.json").write_text(json.dumps(content))
+    refused(compress("compare", folder, "--out", tmp_path / "out"), 2, "resolutions.json")
+
+
+def test_no_record_is_read_without_end(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", record())
+    with (folder / "run.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match="more than 268,435,456 bytes"):
+        RunFolder(folder, writes=False).open(fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 100_000, "too deep"),
+        ("[" * 61 + "]" * 61, "too deep"),
+        ("{", "Expecting"),
+        ("9" * 5000, "digits"),
+    ],
+)
+def test_json_that_is_none_of_ours_is_a_value_error(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        bounded_json.loads(text)
+    assert bounded_json.loads("[" * 60 + "]" * 60)
+
+
+def about(**more: Any) -> dict[str, Any]:
+    said = {"teacher": "t", "data": "d", "source": "s", "images": 2, "view": 0, "bytes_per_image": 4}
+    return {**said, "answer": {"readout": "logits"}, "lost_mass": None, **more}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        about(teacher=3),
+        about(answer={}),
+        about(answer=[]),
+        about(images="many"),
+        about(lost_mass="much"),
+        about(view=None),
+        about(source=DEEP),
+        "[" * 200_000,
+    ],
+)
+def test_an_entry_of_the_store_of_another_form_is_counted_as_unreadable(
+    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, said in (("a", about()), ("b", content)):
+        (tmp_path / "answers" / name).mkdir(parents=True)
+        text = said if isinstance(said, str) else json.dumps(said)
+        (tmp_path / "answers" / name / "about.json").write_text(text)
+    found, broken = teacher_cache.stored(Cache(tmp_path))
+    assert len(found) == 1 and broken == 1
+    teacher_cache.list_store(Cache(tmp_path), as_json=False)
+    assert "1 of the entries cannot be read" in capsys.readouterr().out
+
+
+def test_names_in_the_store_do_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "answers" / "a").mkdir(parents=True)
+    (tmp_path / "answers" / "a" / "about.json").write_text(json.dumps(about(teacher="t\x1b[2J\u202e")))
+    teacher_cache.list_store(Cache(tmp_path), as_json=False)
+    told = capsys.readouterr().out
+    assert "t\\x1b[2J" in told and "\x1b" not in told and "\u202e" not in told
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", '"x"', "null", "{}", '{"../../x": "0"}', '{"a": []}'])
+def test_checksums_of_another_form_are_a_damaged_entry(text: str, tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "a").write_text("b")
+
+    cache = Cache(tmp_path)
+    entry = cache.put("kind", "key", write)
+    (entry / "sha256.json").write_text(text)
+    assert cache.get("kind", "key") is None and not entry.exists()

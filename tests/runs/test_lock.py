@@ -1,0 +1,64 @@
+"""Two processes on one run folder: the second is refused, and a crash leaves no lock behind."""
+
+import subprocess
+import sys
+
+import pytest
+from questpress.pipeline.errors import JobError
+from questpress.pipeline.runs.files import FILE, locked
+
+from tests.support import little
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from questpress.pipeline.runs.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def held(a_run):
+    """A run folder that another process works on, and that process."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, a_run], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield a_run, process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_refused_and_changes_nothing(held, data, cache):
+    folder, process = held
+    before = little.files(folder)
+    result = little.job(data, folder, cache, "--fresh")
+    little.refused(result, 1, "being worked on by another process", f"(number {process.pid}, since ")
+    assert little.files(folder) == before
+
+
+@pytest.mark.parametrize("command", [["bench", "--quick"], ["report"]])
+def test_what_else_writes_into_a_run_waits_for_nobody_and_is_refused(held, command):
+    folder, _ = held
+    before = little.files(folder)
+    result = little.compress(command[0], folder, *command[1:])
+    little.refused(result, 1, "being worked on by another process")
+    assert little.files(folder) == before
+
+
+def test_a_crash_lets_go_of_the_lock(held):
+    folder, process = held
+    process.kill()
+    process.wait()
+    with locked(folder):
+        pass
+
+
+def test_the_lock_is_let_go_at_the_end_and_after_an_error(tmp_path):
+    with locked(tmp_path), pytest.raises(JobError, match="another process"), locked(tmp_path):
+        pass
+    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+        _ = 1 / 0
+    with locked(tmp_path):
+        assert (tmp_path / FILE).exists()

@@ -1,0 +1,145 @@
+"""A whole little run with --calibrate beside one without."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from questpress.export.runtime import Classifier
+from questpress.pipeline.data.sources.timm_datasets import open_digits
+from questpress.pipeline.errors import JobError
+from questpress.pipeline.evaluation.inference import check_tempered
+from questpress.pipeline.runs.results import Report
+
+from tests.support import little
+from tests.support.little import refused, report
+
+
+def run(out: Path, cache: Path, *more: str) -> None:
+    result = little.compress(
+        *little.NETWORKS, "--method", "none", "--image-size", "16", "--teacher-epochs", "1", "--epochs", "4",
+        "--batch-size", "32", "--calibration-images", "32", "--until", "validate", "--out", out,
+        "--cache", cache, *more,
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+@pytest.fixture(scope="module")
+def plain(one_thread: None, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:  # noqa: ARG001
+    out = tmp_path_factory.mktemp("plain") / "run"
+    run(out, cache)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tempered(one_thread: None, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:  # noqa: ARG001
+    out = tmp_path_factory.mktemp("tempered") / "run"
+    run(out, cache, "--calibrate")
+    return out
+
+
+def logits(out: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of a shipped file on the test images, and their labels."""
+    from questpress.export.runtime import preprocess
+
+    test = open_digits().test
+    classifier = Classifier.load(out / "artifact" / name)
+    batch = preprocess([image.read() for image in test], classifier.preprocessing)
+    return classifier.logits(batch), np.array([image.label for image in test])
+
+
+def test_the_student_is_the_same_file_and_its_fp32_logits_are_divided_by_the_temperature(plain, tempered):
+    assert (plain / "student.safetensors").read_bytes() == (tempered / "student.safetensors").read_bytes()
+    t = report(tempered)["temperature"]["value"]
+    assert 0.05 < t < 20 and abs(t - 1) > 0.02
+    (before, _), (after, _) = logits(plain, "student.onnx"), logits(tempered, "student.onnx")
+    assert np.allclose(after * t, before, atol=1e-4)
+    assert (after.argmax(1) == before.argmax(1)).all()
+
+
+def test_accuracy_and_every_answer_stay_what_they_were(plain, tempered):
+    a, b = report(plain), report(tempered)
+    assert a["student"]["accuracy"] == b["student"]["accuracy"]
+    assert a["confusion"] == b["confusion"]
+    assert a["student"]["per_class"] == b["student"]["per_class"]
+
+
+def test_the_temperature_is_in_the_manifest_and_in_both_files(plain, tempered):
+    t = report(tempered)["temperature"]["value"]
+    manifest = json.loads((tempered / "artifact/manifest.json").read_text())
+    assert manifest["origin"]["temperature"] == t
+    for name in ("student.onnx", "student.int8.onnx"):
+        entries = Classifier.load(tempered / "artifact" / name).session.get_modelmeta().custom_metadata_map
+        assert json.loads(entries["questpress.origin"])["temperature"] == t
+    assert "temperature" not in json.loads((plain / "artifact/manifest.json").read_text())["origin"]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("student", "student.onnx"), ("student_int8", "student.int8.onnx")]
+)
+def test_calibration_is_measured_on_each_shipped_file_before_and_after(plain, tempered, key, name):
+    found = report(tempered)
+    measured = found[key]["calibration"]
+    t = found["temperature"]["value"]
+    given, labels = logits(tempered, name)
+    assert measured["temperature"] == t and measured["n"] == len(labels) == 179
+    assert measured["nll"] == pytest.approx(nll(given, labels), rel=1e-4)
+    assert measured["before"]["nll"] == pytest.approx(nll(given * t, labels), rel=1e-4)
+    assert measured["ece"] != measured["before"]["ece"]
+    assert measured["accuracy"] == pytest.approx(found[key]["accuracy"]["top1"])
+    without = report(plain)[key]["calibration"]
+    assert without["before"] is None and without["temperature"] is None
+    if key == "student":
+        assert measured["before"]["ece"] == pytest.approx(without["ece"], abs=0.01)
+    assert found["temperature"]["nll_after"] < found["temperature"]["nll_before"]
+
+
+def nll(z: np.ndarray, labels: np.ndarray) -> float:
+    z = z.astype(np.float64)
+    return float((np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels]).mean())
+
+
+def test_the_teachers_calibration_is_measured_too(plain):
+    found = report(plain)
+    assert found["teacher"]["calibration"]["n"] == 179
+    assert found["teachers"][0]["calibration"] == found["teacher"]["calibration"]
+    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["accuracy"]["top1"])
+    Report.model_validate(found)
+
+
+def test_the_report_shows_it(tempered):
+    t = report(tempered)["temperature"]["value"]
+    for name in ("report.html", "report.md"):
+        page = (tempered / name).read_text()
+        assert "Calibration" in page and "NLL" in page and f"{t:.2f}" in page
+
+
+def test_several_teachers_are_measured_each_and_together(data, cache, tmp_path):
+    out = tmp_path / "run"
+    result = little.job(
+        data, out, cache, "--teacher", little.STUDENT, "--method", "quest", "--until", "validate"
+    )
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = report(out)
+    assert [one["calibration"]["n"] for one in found["teachers"]] == [6, 6]
+    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["accuracy"]["top1"])
+
+
+def test_without_val_images_it_is_refused_before_anything_starts(cache, tmp_path):
+    given = little.photos(
+        tmp_path / "data", {f"{r}/{c}": n for r, n in (("train", 12), ("val", 4)) for c in little.CLASSES}
+    )
+    result = little.job(given, tmp_path / "run", cache, "--val-fraction", "0", "--calibrate")
+    refused(result, 2, "--calibrate", "--val-fraction 0.1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_answers_otherwise_is_not_shipped():
+    plain = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
+    check_tempered(plain, plain / np.float32(1.7), 1.7)
+    check_tempered(np.zeros((3, 2), np.float32), np.zeros((3, 2), np.float32), 2.0)
+    with pytest.raises(JobError, match="temperature"):
+        check_tempered(plain, plain / np.float32(1.7), 1.71)
+    with pytest.raises(JobError, match="temperature"):
+        check_tempered(plain, plain * np.float32(np.nan), 1.7)

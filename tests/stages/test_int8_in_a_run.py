@@ -1,0 +1,283 @@
+"""Targets, the search and what is left of it in a run; `compress export` on a run that is done."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+from questpress.export import runtime
+from questpress.export.runtime import Classifier
+from questpress.pipeline.runs.results import FloatPart, TriedInt8
+from questpress.pipeline.runs.scores import Speedup
+from questpress.pipeline.stages import quantize
+
+from tests.support import little
+from tests.support.little import job, record, refused, report
+
+TIMES = quantize._times  # as it is before conftest.py replaces it
+
+
+@pytest.fixture(scope="module")
+def x86_vnni(one_thread: None) -> Any:  # noqa: ARG001  (which has candidates untimed)
+    """A processor with VNNI, whatever the tests run on, and candidates timed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("export.runtime", "export.int8.targets", "pipeline.api.resolve"):
+            patch.setattr(f"questpress.{place}.target_of_this_machine", lambda: "x86-vnni")
+        patch.setattr(quantize, "_times", TIMES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def a_run(
+    x86_vnni: None,  # noqa: ARG001
+    one_thread: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+    data: Path,
+    cache: Path,
+) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "run"
+    result = job(data, out, cache, "--calibration", "auto", "--until", "validate")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    return json.loads((out / "artifact" / "manifest.json").read_text(encoding="utf-8"))
+
+
+def activations(file: Path) -> set[int]:
+    model = onnx.load(str(file))
+    values = {t.name: t.data_type for t in model.graph.initializer}
+    return {values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+
+def test_each_calibrator_is_tried_and_one_ships(a_run: Path) -> None:
+    (found,) = report(a_run)["int8"]
+    assert found["target"] == "x86-vnni" and found["file"] == "artifact/student.int8.onnx"
+    names = [one["name"] for one in found["tried"]]
+    assert names[:4] == ["minmax", "moving-average", "entropy", "percentile"]
+    (ships,) = [one for one in found["tried"] if one["ships"]]
+    assert ships["holds"] and ships["score"] == max(one["score"] for one in found["tried"] if one["holds"])
+    assert ships["p50"] > 0 and ships["speedup"]["over"] == "fp32"
+    file = a_run / found["file"]
+    assert ships["bytes"] == file.stat().st_size
+    assert found["role"] == "val" and found["n"] == 6
+    kinds = {one["op_type"] for one in found["float_parts"]}
+    assert "QuantizeLinear" in kinds or "DequantizeLinear" in kinds
+    assert not list(a_run.glob(".int8*"))  # candidates leave nothing behind
+
+
+def test_the_calibration_images_are_recorded_by_hash(a_run: Path) -> None:
+    recipe = report(a_run)["student_int8"]["quantization"]
+    assert len(recipe["calibration"]["calibration_hash"]) == 64 and recipe["calibration"]["images"] == 16
+    said = {e.key: e.value for e in onnx.load(str(a_run / "artifact/student.int8.onnx")).metadata_props}
+    assert json.loads(said["questpress.quantization"]) == recipe
+
+
+def test_export_makes_files_for_other_targets_and_trains_nothing(a_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    trained = record(out)["stages"]["student"]["finished"]
+    result = little.compress(
+        "export",
+        out,
+        "--target",
+        "x86-vnni",
+        "--target",
+        "arm64",
+        "--target",
+        "x86",
+        "--calibration",
+        "minmax",
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert record(out)["stages"]["student"]["finished"] == trained
+    names = {entry["target"]: entry["name"] for entry in manifest(out)["files"]}
+    assert names == {
+        "x86-vnni": "student.int8.onnx",
+        "arm64": "student.int8.arm64.onnx",
+        "x86": "student.int8.x86.onnx",
+        None: "student.onnx",
+    }
+    artifact = out / "artifact"
+    assert activations(artifact / "student.int8.onnx") == {TensorProto.UINT8}
+    assert activations(artifact / "student.int8.arm64.onnx") == {TensorProto.INT8}
+    weights = [
+        numpy_helper.to_array(t)
+        for t in onnx.load(str(artifact / "student.int8.x86.onnx")).graph.initializer
+        if t.data_type == TensorProto.INT8 and t.name.endswith("weight_quantized")
+    ]
+    assert weights and max(int(abs(w.astype(int)).max()) for w in weights) <= 64
+    found = {one["target"]: one for one in report(out)["int8"]}
+    assert "cannot be timed here" in found["arm64"]["not_timed"] and found["arm64"]["accuracy"]["n"] > 0
+    assert found["x86"]["not_timed"] is None
+    assert all(one["p50"] is None for one in found["arm64"]["tried"])
+    # What answers on this processor, and on one of the others.
+    assert Classifier.load(artifact).name == "student.int8.onnx"
+    # Asked for one target alone, what was made for the others goes.
+    assert little.compress("export", out, "--target", "x86-vnni").exit_code == 0
+    assert sorted(p.name for p in artifact.glob("*.onnx")) == ["student.int8.onnx", "student.onnx"]
+
+
+def test_a_device_takes_the_file_of_its_own_processor(
+    a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    assert little.compress("export", out, "--target", "x86-vnni", "--target", "arm64").exit_code == 0
+    for machine, name in {
+        "x86-vnni": "student.int8.onnx",
+        "arm64": "student.int8.arm64.onnx",
+        "x86": "student.onnx",  # VNNI's sums would saturate there
+    }.items():
+        monkeypatch.setattr(runtime, "target_of_this_machine", lambda machine=machine: machine)
+        assert Classifier.load(out / "artifact").name == name
+
+
+def test_where_no_candidate_holds_the_budget_the_fp32_file_ships(
+    a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    budget = quantize.Budget
+
+    class Strict(budget):
+        def verdict(self, logits: Any) -> Any:
+            return replace(super().verdict(logits), holds=False)
+
+    monkeypatch.setattr(quantize, "Budget", Strict)
+    result = little.compress("export", out, "--max-drop", "0", "--bench-seconds", "0.1")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert [entry["name"] for entry in manifest(out)["files"]] == ["student.onnx"]
+    assert not list((out / "artifact").glob("student.int8*"))
+    told = report(out)
+    assert told["student_int8"] is None and told["int8"][0]["file"] is None
+    names = [one["name"] for one in told["int8"][0]["tried"]]
+    assert any("biases corrected" in name for name in names) and any("nodes float" in name for name in names)
+    assert Classifier.load(out).name == "student.onnx"
+    assert "no int8" in result.stderr
+
+
+def test_what_ships_beyond_the_budget_is_warned_of_with_its_remedies(
+    a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(a_run, out)
+    budget = quantize.Budget
+
+    class OneImageLost(budget):
+        def verdict(self, logits: Any) -> Any:
+            return replace(super().verdict(logits), lost=100 / len(self.labels), holds=True)
+
+    monkeypatch.setattr(quantize, "Budget", OneImageLost)
+    result = little.compress("export", out, "--max-drop", "0.7", "--calibration", "minmax")
+    assert result.exit_code == 0, (result.output, result.exception)
+    [told] = [warning for warning in report(out)["warnings"] if "--max-drop" in warning]
+    assert told in result.stderr
+    for word in (
+        "loses 16.67 points on 6 val images, more than the 0.7 of --max-drop",
+        "the loss is 1 image, and one or two may be chance",
+        "compress export RUN --qat",
+        "--file student.onnx",
+    ):
+        assert word in told
+
+
+def test_the_same_run_gives_the_same_bytes(a_run: Path, tmp_path: Path, data: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--calibration", "auto", "--until", "validate").exit_code == 0
+    sums = [
+        hashlib.sha256((folder / "artifact/student.int8.onnx").read_bytes()).hexdigest()
+        for folder in (a_run, out)
+    ]
+    assert sums[0] == sums[1]
+
+
+def test_without_val_images_the_training_images_decide_and_it_is_said(
+    tmp_path: Path, data: Path, cache: Path
+) -> None:
+    out = tmp_path / "run"
+    result = job(data, out, cache, "--val-fraction", "0", "--until", "quantize")
+    assert result.exit_code == 0, (result.output, result.exception)
+    (found,) = report(out)["int8"]
+    assert found["role"] == "train" and found["n"] == 16
+    assert "There are no val images" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--target", "x86", "--target", "x86"], "--target x86 is given twice"),
+        (["--target", "riscv"], "riscv"),
+        (["--opset", "17"], "--opset 17"),
+        (["--opset", "999"], "--opset 999"),
+        (["--qat-epochs", "2"], "--qat-epochs is a part of --qat"),
+        (["--until", "qat"], "no such stage without --qat"),
+        (["--activation", "relu6"], "has no activation that relu6 could stand in for"),
+        (["--max-drop", "-1"], "max-drop"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    tmp_path: Path, data: Path, cache: Path, options: list[str], sentence: str
+) -> None:
+    result = job(data, tmp_path / "run", cache, *options)
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.stderr.split()) and "Traceback" not in result.output
+
+
+def test_export_of_what_is_no_finished_run_is_one_sentence(tmp_path: Path, data: Path, cache: Path) -> None:
+    assert "holds no run" in refused(little.compress("export", tmp_path), 2)
+    out = tmp_path / "run"
+    assert job(data, out, cache, "--until", "teacher").exit_code == 0
+    assert "whose student is not finished" in refused(little.compress("export", out), 2)
+
+
+def test_a_bad_option_leaves_the_artifact_whole(a_run: Path) -> None:
+    before = {p.name: p.read_bytes() for p in (a_run / "artifact").iterdir()}
+    assert little.compress("export", a_run, "--opset", "3").exit_code == 2
+    assert {p.name: p.read_bytes() for p in (a_run / "artifact").iterdir()} == before
+
+
+def test_another_activation_is_built_told_and_not_mistaken(tmp_path: Path, data: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--student", "mobilenetv3_small_050", "--student-weights", "none", "--image-size", "32")
+    result = job(data, out, cache, *options, "--activation", "relu6", "--until", "validate")
+    assert result.exit_code == 0, (result.output, result.exception)
+    kinds = {node.op_type for node in onnx.load(str(out / "artifact/student.onnx")).graph.node}
+    assert "HardSwish" not in kinds and "Clip" in kinds
+    again = job(
+        data, tmp_path / "other", cache, *options[:2], "--student-weights", out / "student.safetensors",
+        "--image-size", "32", "--until", "student",
+    )  # fmt: skip
+    assert again.exit_code != 0 and "--activation relu6" in again.stderr
+
+
+def tried(low: float) -> TriedInt8:
+    return TriedInt8(
+        name="minmax", calibration="minmax", equalised=False, bias_corrected=False, kept_float=[],
+        score=90.0, lost=0.0, sqnr=30.0, holds=True, ships=True, bytes=1, p50=1.0,
+        speedup=Speedup(over="fp32", threads=1, ratio=low + 0.05, low=low, high=low + 0.1),
+    )  # fmt: skip
+
+
+def test_int8_that_is_not_faster_says_why_and_which_students_would_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = "ONNX Runtime has no integer kernel for HardSigmoid"
+    parts = [FloatPart(name="a", op_type="HardSigmoid", why=kernel)] * 3
+    for function, value in {"is_arm": False, "has_vnni": True}.items():
+        monkeypatch.setattr(quantize, function, lambda value=value: value)
+    assert quantize.why_slow(tried(1.01), parts) is None
+    told = quantize.why_slow(tried(0.9), parts)
+    assert told is not None and "3 of its nodes run in float" in told and "--activation relu6" in told
+    assert "so small" in (quantize.why_slow(tried(0.9), []) or "")
+    monkeypatch.setattr(quantize, "has_vnni", lambda: False)
+    assert "VNNI" in (quantize.why_slow(tried(0.9), parts) or "")
+    monkeypatch.setattr(quantize, "is_arm", lambda: True)
+    monkeypatch.setattr(quantize, "int8_flags", lambda: ("i8mm",))
+    assert "no dot product" in (quantize.why_slow(tried(0.9), parts) or "")

@@ -1,0 +1,74 @@
+"""Methods inside a whole run: a sum of them learns together, and nothing of them ships."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+from questpress.models.build import build
+from questpress.pipeline import methods
+from questpress.pipeline.training.student import weights_of_losses
+from safetensors.torch import load_file
+
+from tests.support import little
+
+
+@pytest.fixture(scope="module")
+def of_all(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run with every method there is."""
+    out = tmp_path_factory.mktemp("runs") / "all"
+    weights = ("--weight", "kd=0.25", "--weight", "ce=2")
+    every = ("--method", "+".join(methods.METHODS))
+    result = little.job(data, out, cache, *every, *weights, "--balance", "off", "--until", "export")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+@pytest.mark.parametrize("run", ["finished", "of_all"])
+def test_the_student_that_ships_is_timms_plain_network_without_heads(
+    run: str, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(run)
+    plain = build(little.STUDENT, num_classes=3, image_size=16, seed=0)
+    shipped = load_file(folder / "student.safetensors")
+    assert {name: tensor.shape for name, tensor in shipped.items()} == {
+        name: tensor.shape for name, tensor in plain.state_dict().items()
+    }
+    plain.load_state_dict(shipped, strict=True)
+    weights = onnx.load(folder / "artifact" / "student.onnx").graph.initializer
+    # BatchNorm is folded into the convolutions: weights and biases are left, and no head's matrix among them.
+    numbers = sum(len(onnx.numpy_helper.to_array(one).ravel()) for one in weights)
+    assert numbers <= sum(parameter.numel() for parameter in plain.parameters())
+
+
+def test_every_method_of_a_sum_gives_its_weighted_loss(of_all: Path) -> None:
+    for epoch in little.report(of_all)["epochs"]:
+        if epoch["stage"] == "student":
+            losses = epoch["losses"]
+            assert set(losses) == {"loss", "ce", *methods.METHODS}
+            assert sum(losses[name] for name in ("ce", *methods.METHODS)) == pytest.approx(
+                losses["loss"], rel=1e-5
+            )
+
+
+def test_the_report_names_the_papers_of_all_methods(of_all: Path) -> None:
+    source = little.report(of_all)["method_source"]
+    for name in methods.METHODS:
+        assert methods.load(name).paper in source
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("none", {}, {"ce": 1.0}),
+        ("kd", {}, {"ce": 0.1}),
+        ("quest", {}, {"ce": 1.0}),
+        ("quest+kd", {}, {"ce": 1.0}),
+        ("kd", {"ce": 0.7}, {"ce": 0.7}),
+        ("quest+dkd", {"dkd": 0.5, "ce": 2}, {"dkd": 0.5, "ce": 2}),
+    ],
+)
+def test_the_cross_entropy_has_the_papers_weight_alone_and_one_in_a_sum(
+    method: str, given: dict[str, float], expected: dict[str, float]
+) -> None:
+    classes = {name: methods.load(name) for name in methods.names(method)}
+    assert weights_of_losses(given, classes) == expected

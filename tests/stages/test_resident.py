@@ -1,0 +1,38 @@
+"""--resident: where training pixels are changes neither a run's weights nor its report."""
+
+import json
+from pathlib import Path
+
+import pytest
+from questpress.pipeline.data import streaming
+
+from tests.support import little
+
+
+def test_workers_train_the_very_student_that_decoded_images_train(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    result = little.job(data, out, cache, "--resident", "workers", "--until", "student")
+    assert result.exit_code == 0, (result.output, result.exception)
+    for name in ("teacher.safetensors", "prepared.safetensors", "student.safetensors"):
+        assert little.weights(out / name) == little.weights(finished / name)
+    ours, theirs = (json.loads((run / "report.json").read_text())["data"] for run in (out, finished))
+    assert ours == theirs
+    # Of the training images, nothing but their sizes was written.
+    assert len(list((cache / "sizes").iterdir())) == 1
+    rendered = sum(file.stat().st_size for file in cache.rglob("pixels.bin"))
+    assert rendered <= 16 * 16 * 3 * (ours["val"] + ours["test"])
+
+
+def test_a_run_says_that_workers_decode_and_keeps_to_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    monkeypatch.setattr(streaming, "free_disk", lambda _: 1e3)
+    first = little.job(data, out, cache, "--until", "teacher")
+    assert first.exit_code == 0 and "decoded by workers" in first.stderr and "free at" in first.stderr
+    monkeypatch.undo()
+    second = little.job(data, out, cache, "--until", "student")
+    assert second.exit_code == 0 and "as this run was begun" in second.stderr
+    assert little.record(out)["resident"] == "workers"

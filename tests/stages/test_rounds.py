@@ -1,0 +1,122 @@
+"""Rounds: the student of each is the teacher of the next."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from questpress.pipeline.config.stages import number, stages_of
+from questpress.pipeline.stages import prepare
+from questpress.pipeline.training.monitoring import metrics
+
+from tests.support import little
+from tests.support.little import job, record, refused, report, weights
+
+ROUNDS = ("--rounds", "2")
+"""Of QuEST, so that each round has words of its own."""
+
+
+@pytest.fixture(scope="module")
+def rounds(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "rounds"
+    result = job(data, out, cache, *ROUNDS, "--until", "export")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+def test_each_round_but_the_last_is_a_stage_before_prepare() -> None:
+    assert stages_of(1)[:3] == ("teacher", "prepare", "student")
+    assert stages_of(3)[:5] == ("teacher", "round 1", "round 2", "prepare", "student")
+    assert [number(stage) for stage in stages_of(3)[:4]] == [None, 1, 2, None]
+
+
+def test_the_first_round_is_a_run_without_rounds(rounds: Path, finished: Path) -> None:
+    assert list(record(rounds)["stages"]) == ["teacher", "round 1", "prepare", "student", "export"]
+    assert weights(rounds / "round.1.safetensors") == weights(finished / "student.safetensors")
+
+
+def test_a_round_is_a_run_whose_teacher_is_the_student_of_the_round_before(
+    rounds: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    result = little.compress(
+        "--teacher", little.STUDENT, "--teacher-weights", rounds / "round.1.safetensors",
+        "--student", little.STUDENT, *little.SMALL, *little.SHORT, "--set", "quest.words=8", "--data", data,
+        "--out", tmp_path / "run", "--cache", cache, "--seed", "1", "--until", "student",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert report(tmp_path / "run")["teachers"][0]["head"] == "kept"
+    assert weights(tmp_path / "run" / "student.safetensors") == weights(rounds / "student.safetensors")
+    assert weights(rounds / "student.safetensors") != weights(rounds / "round.1.safetensors")
+
+
+def test_the_report_has_each_rounds_accuracy(rounds: Path) -> None:
+    found = report(rounds)
+    told = [(one["round"], one["teacher"], one["seed"], one["file"]) for one in found["rounds"]]
+    assert told == [
+        (1, little.TEACHER, 0, "round.1.safetensors"),
+        (2, "round 1", 1, "student.safetensors"),
+    ]
+    for one in found["rounds"]:
+        assert one["val_accuracy"]["n"] == found["data"]["val"]
+        assert one["accuracy"]["n"] == found["data"]["test"]
+    assert found["student"]["val_accuracy"] == found["rounds"][1]["val_accuracy"]
+    assert {epoch["stage"] for epoch in found["epochs"]} == {"teacher", "round 1", "student"}
+    for page in ("report.md", "report.html"):
+        assert "2 (ships)" in (rounds / page).read_text()
+
+
+@pytest.mark.parametrize("stage", ["round 1", "student"])
+def test_a_run_that_is_interrupted_in_a_round_goes_on_there(
+    rounds: Path, data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    real = metrics.Log.__call__
+
+    def interrupting(log: metrics.Log, epoch: Any) -> None:
+        if (epoch.stage, epoch.epoch) == (stage, 2):
+            raise KeyboardInterrupt
+        real(log, epoch)
+
+    monkeypatch.setattr(metrics.Log, "__call__", interrupting)
+    out = tmp_path / "run"
+    assert job(data, out, cache, *ROUNDS, "--until", "student").exit_code == 130
+    assert stage not in record(out)["stages"] and (out / "checkpoint" / f"{stage}.pt").exists()
+    monkeypatch.undo()
+    if stage == "round 1":  # its words are there
+        monkeypatch.setattr(prepare, "run", lambda job: real_prepare(job) if job.round is None else 1 / 0)
+    went_on = job(data, out, cache, *ROUNDS, "--until", "student")
+    assert went_on.exit_code == 0, (went_on.output, went_on.exception)
+    assert went_on.stderr.count("(kept)") == (1 if stage == "round 1" else 3)
+    for name in ("round.1.safetensors", "student.safetensors"):
+        assert weights(out / name) == weights(rounds / name)
+    losses = [(epoch["stage"], epoch["losses"]) for epoch in report(out)["epochs"]]
+    assert losses == [(epoch["stage"], epoch["losses"]) for epoch in report(rounds)["epochs"]]
+    assert report(out)["rounds"] == report(rounds)["rounds"]
+    assert not list((out / "checkpoint").iterdir())
+
+
+real_prepare = prepare.run
+
+
+def test_a_second_command_does_nothing_and_other_rounds_are_another_run(
+    rounds: Path, data: Path, cache: Path
+) -> None:
+    again = job(data, rounds, cache, *ROUNDS, "--until", "export")
+    assert again.exit_code == 0 and again.stderr.count("(kept)") == 5
+    refused(job(data, rounds, cache, "--rounds", "3"), 2, "rounds was 2, now 3")
+
+
+def test_rounds_want_one_teacher_and_a_method(data: Path, cache: Path, tmp_path: Path) -> None:
+    def asked(*more: str) -> Any:
+        return little.compress(
+            *little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--cache", cache,
+            *ROUNDS, *more,
+        )  # fmt: skip
+
+    refused(asked("--teacher", little.STUDENT), 2, "--rounds 2 with 2 teachers", "name one --teacher")
+    refused(asked("--teachers-from-seeds", "3"), 2, "--rounds 2 with 3 teachers")
+    refused(asked("--method", "none"), 2, "--rounds 2", "--method none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimate_counts_the_rounds(data: Path, cache: Path, tmp_path: Path) -> None:
+    result = job(data, tmp_path / "run", cache, "--rounds", "4", "--dry-run")
+    assert result.exit_code == 0 and ", 4 rounds" in result.stderr

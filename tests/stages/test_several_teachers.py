@@ -1,0 +1,184 @@
+"""Several teachers: of different networks, of one network from seeds, and such as do not go together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from questpress.models.build import build
+from questpress.models.checkpoint import save_weights
+from questpress.pipeline.report.format import together
+
+from tests.support import little
+from tests.support.little import CLASSES, STUDENT, TEACHER, compress, refused, report, weights
+
+COMMON = ("--student", STUDENT, *little.SMALL, *little.SHORT)
+
+
+def distilled(data: Path, out: Path, cache: Path, *more: str | Path) -> Result:
+    return compress(*COMMON, "--data", data, "--out", out, "--cache", cache, *more)
+
+
+@pytest.fixture(scope="module")
+def seeds(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two teachers of one architecture."""
+    out = tmp_path_factory.mktemp("runs") / "seeds"
+    result = distilled(
+        data, out, cache, "--teacher", TEACHER, "--teacher-weights", "none", "--teachers-from-seeds", "2",
+        "--method", "feed+kd", "--set", "feed.transform=linear", "--until", "student",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+def test_the_first_teacher_from_seeds_is_the_one_alone_and_the_second_has_a_seed_of_its_own(
+    seeds: Path, finished: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    assert weights(seeds / "teacher.0.safetensors") == weights(finished / "teacher.safetensors")
+    other = distilled(
+        data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher-weights", "none", "--seed", "1",
+        "--until", "teacher",
+    )  # fmt: skip
+    assert other.exit_code == 0
+    assert weights(seeds / "teacher.1.safetensors") == weights(tmp_path / "run" / "teacher.safetensors")
+
+
+def test_the_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
+    found = report(seeds)
+    assert [one["name"] for one in found["teachers"]] == [TEACHER] * 2
+    assert all(one["accuracy"]["n"] == found["data"]["test"] for one in found["teachers"])
+    assert found["teacher"]["name"] == f"2 × {TEACHER}" and found["teacher"]["weights"] == "ensemble"
+    assert found["title"] == f"{STUDENT} from 2 × {TEACHER}"
+    for page in ("report.md", "report.html"):
+        text = (seeds / page).read_text()
+        assert "Teacher 0" in text and "Teacher 1" in text and "All teachers" in text
+
+
+def test_a_run_from_seeds_is_repeated_by_its_config(seeds: Path, cache: Path) -> None:
+    assert yaml.safe_load((seeds / "config.yaml").read_text())["teacher"] == [TEACHER] * 2
+    again = compress(
+        "--config", seeds / "config.yaml", "--out", seeds, "--cache", cache, "--until", "student"
+    )
+    assert again.exit_code == 0 and again.stderr.count("(kept)") == 3
+
+
+def test_one_teacher_from_seeds_is_one_teacher(finished: Path, data: Path, cache: Path) -> None:
+    result = little.job(data, finished, cache, "--teachers-from-seeds", "1")
+    assert result.exit_code == 0 and result.stderr.count("(kept)") == 8
+
+
+@pytest.mark.parametrize("method", ["feed", "kd", "quest"])
+def test_teachers_of_different_networks_teach_together(
+    data: Path, cache: Path, tmp_path: Path, method: str
+) -> None:
+    words = ("--set", "quest.words=8") if method == "quest" else ()
+    result = distilled(
+        data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher", "cifar_vgg8", "--teacher-weights",
+        "none", "--method", method, *words, "--until", "student",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = report(tmp_path / "run")
+    assert [one["name"] for one in found["teachers"]] == [TEACHER, "cifar_vgg8"]
+    assert all(epoch["losses"].get(method, 1) > 0 for epoch in found["epochs"])
+    assert len(found["words"]) == (2 if method == "quest" else 0)
+
+
+def trained(file: Path, labels: tuple[str, ...], name: str = TEACHER) -> Path:
+    network = build(name, num_classes=len(labels), image_size=16, seed=0)
+    save_weights(network, file, {"labels": json.dumps(labels)})
+    return file
+
+
+def asked(data: Path, out: Path, cache: Path, *more: str | Path) -> Any:
+    return distilled(data, out, cache, "--teacher", TEACHER, "--teacher", "cifar_resnet20", *more)
+
+
+@pytest.mark.parametrize("option", ["--teacher-weights", "--teacher-head"])
+def test_weights_and_heads_are_given_once_or_once_for_each_teacher(
+    data: Path, cache: Path, tmp_path: Path, option: str
+) -> None:
+    value = {"--teacher-weights": "none", "--teacher-head": "auto"}[option]
+    given = [option, value] * 3
+    line = refused(asked(data, tmp_path / "run", cache, *given), 2, option, "3 times for 2 teachers")
+    assert "once for each --teacher" in line
+
+
+def test_weights_and_heads_belong_to_the_teachers_in_their_order(
+    finished: Path,
+    data: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    result = distilled(
+        data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher", STUDENT, "--teacher-weights",
+        finished / "teacher.safetensors", "--teacher-weights", "none", "--teacher-head", "keep",
+        "--teacher-head", "auto", "--until", "teacher",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    first, second = report(tmp_path / "run")["teachers"]
+    assert (first["head"], second["head"]) == ("kept", "replaced")
+    assert first["weights"].startswith("teacher.safetensors") and second["weights"] == "scratch"
+    assert weights(tmp_path / "run" / "teacher.0.safetensors") == weights(finished / "teacher.safetensors")
+
+
+@pytest.mark.parametrize("others", [("cat", "dog", "horse"), ("blue", "red", "green"), ("one", "two")])
+@pytest.mark.parametrize("head", ["auto", "keep"])
+def test_weights_that_say_they_are_for_different_classes_do_not_go_together(
+    data: Path, cache: Path, tmp_path: Path, others: tuple[str, ...], head: str
+) -> None:
+    one = trained(tmp_path / "one.safetensors", CLASSES)
+    two = trained(tmp_path / "two.safetensors", others, "cifar_resnet20")
+    files = ("--teacher-weights", one, "--teacher-weights", two)
+    result = asked(data, tmp_path / "run", cache, *files, "--teacher-head", head)
+    refused(result, 2, "different classes", "one.safetensors has blue, green, red", ", ".join(others))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
+    two = trained(tmp_path / "two.safetensors", ("a", "b", "c", "d"), "cifar_resnet20")
+    result = asked(
+        data, tmp_path / "run", cache, "--teacher-weights", "none", "--teacher-weights", two,
+        "--teacher-head", "auto", "--teacher-head", "keep",
+    )  # fmt: skip
+    refused(result, 1, "two.safetensors has 4 classes and the data 3", "--teacher-head replace")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_another_head_is_replaced_next_to_one_that_fits_where_that_is_said(
+    finished: Path,
+    data: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    two = trained(tmp_path / "two.safetensors", ("cat", "dog", "horse"), "cifar_resnet20")
+    result = asked(
+        data, tmp_path / "run", cache, "--teacher-weights", finished / "teacher.safetensors",
+        "--teacher-weights", two, "--teacher-head", "auto", "--teacher-head", "replace", "--until", "teacher",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [one["head"] for one in report(tmp_path / "run")["teachers"]] == ["kept", "replaced"]
+
+
+def test_teachers_from_seeds_are_of_one_network_and_each_is_trained(
+    finished: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    seeds = ("--teachers-from-seeds", "3")
+    refused(asked(data, out, cache, *seeds), 2, "--teachers-from-seeds 3", "--teacher is given 2 times")
+
+    def one(*more: str | Path) -> Any:
+        return distilled(data, out, cache, "--teacher", TEACHER, *seeds, *more)
+
+    fits = ("--teacher-weights", finished / "teacher.safetensors")
+    for head in ("keep", "none"):
+        refused(one(*fits, "--teacher-head", head), 2, "--teachers-from-seeds 3", f"--teacher-head {head}")
+    refused(one(*fits), 1, "--teachers-from-seeds 3", f"the head of {TEACHER}", "--teacher-head replace")
+
+
+def test_teachers_in_words() -> None:
+    assert together(["a"]) == "a" and together(["a", "b"]) == "a + b"
+    assert together(["a", "b", "a"]) == "2 × a + b"

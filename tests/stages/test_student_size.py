@@ -1,0 +1,110 @@
+"""A student that looks at smaller images than its teacher: CQKD."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from questpress.export.runtime import Classifier
+from questpress.pipeline.config import recipes
+from questpress.pipeline.data.decode import Canonical, decode
+from questpress.pipeline.data.render import Views
+from questpress.pipeline.data.views import ViewPolicy, boxes
+from torch.nn.functional import interpolate
+
+from tests.support import little
+from tests.support.little import compress, job, refused, report
+from tests.support.pictures import in_memory, smooth
+
+SMALLER = ("--student-size", "12", "--method", "quest+kd", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def smaller(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A whole run whose teacher sees 16 pixels and whose student 12; the teacher is asked at every step."""
+    out = tmp_path_factory.mktemp("runs") / "smaller"
+    result = job(data, out, cache, *SMALLER, "--store-views", "0")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out
+
+
+def test_everything_that_ships_is_of_the_students_size(smaller: Path, data: Path) -> None:
+    for name in ("student.onnx", "student.int8.onnx"):
+        shape = onnx.load(smaller / "artifact" / name).graph.input[0].type.tensor_type.shape.dim
+        assert [side.dim_value for side in shape[2:]] == [12, 12]
+    manifest = json.loads((smaller / "artifact" / "manifest.json").read_text())
+    assert manifest["preprocessing"]["size"] == 12
+    teacher = onnx.load(smaller / "bench" / "teacher.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert teacher[2].dim_value == 16
+    photo = next((data / "red").iterdir())
+    assert Classifier.load(smaller).predict([photo])[0].label in little.CLASSES
+    told = report(smaller)
+    assert (told["image_size"], told["teacher_image_size"]) == (12, 16)
+    assert told["student"]["accuracy"]["n"] == told["teacher"]["accuracy"]["n"]
+    assert "12 × 12 pixels (the teacher at 16 × 16)" in (smaller / "report.md").read_text()
+
+
+def test_stored_answers_belong_to_the_teachers_size(data: Path, tmp_path: Path, cache: Path) -> None:
+    """A student of either size reads what the teacher has said to its own views."""
+    asked = (
+        *(*little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", cache),
+        *("--store-views", "2", "--method", "kd", "--precision", "fp32", "--until", "student"),
+    )
+    for size in ("16", "12", "8"):
+        result = compress(*asked, "--student-size", size, "--out", tmp_path / size)
+        assert result.exit_code == 0, (result.output, result.exception)
+    assert [report(tmp_path / size)["store"]["computed"] for size in ("16", "12", "8")] == [2, 0, 0]
+    assert "student-size" not in json.dumps(little.record(tmp_path / "16")["config"])
+
+
+def test_a_stored_run_with_every_view_learns_what_an_asked_one_does(tmp_path: Path, cache: Path) -> None:
+    """With one view there is, the store holds what the teacher would say."""
+    photos = little.photos(tmp_path / "photos")
+    one_view = (*SMALLER, "--crop", "center", "--no-flip", "--balance", "off", "--set", "quest.top=8")
+    for name, views in (("stored", "1"), ("asked", "0")):
+        until = ("--until", "student")
+        result = job(photos, tmp_path / name, cache, *one_view, "--store-views", views, *until)
+        assert result.exit_code == 0, (result.output, result.exception)
+    stored, asked = (
+        [epoch["losses"]["kd"] for epoch in report(tmp_path / name)["epochs"] if epoch["stage"] == "student"]
+        for name in ("stored", "asked")
+    )
+    assert stored == pytest.approx(asked, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["pad_crop", "resized_crop"])
+def test_the_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
+    policy = (
+        ViewPolicy("pad_crop", side=32, crop=32, pad=4) if kind == "pad_crop" else ViewPolicy("resized_crop")
+    )
+    form = Canonical("square", 32) if kind == "pad_crop" else Canonical("short_side", 48)
+    done = decode(in_memory([smooth(n, 70, 50) for n in range(6)]), form)
+    views = Views(done.pixels, done.labels, done.keys, policy, 3, 32)
+    indices, numbers = torch.arange(6), torch.full((6,), 5)
+    small, full = views.batch(indices, numbers, size=16)[0], views.batch(indices, numbers)[0]
+    down = interpolate(full.float(), (16, 16), mode="bilinear", antialias=True)
+    # One reduction or two: the same content, a little less sharp.
+    assert (small.float() - down).abs().mean() < (0.51 if kind == "pad_crop" else 2.0)
+    pixels = done.pixels
+    box, _ = boxes(policy, 3, done.keys, numbers, pixels.heights, pixels.widths)
+    assert len({tuple(row) for row in box.tolist()}) > 1, "the crops differ, so that the comparison says much"
+
+
+def test_a_student_of_larger_images_is_refused(data: Path, tmp_path: Path, cache: Path) -> None:
+    result = job(data, tmp_path / "run", cache, "--student-size", "20")
+    refused(result, 2, "--student-size 20", "--image-size 16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_is_the_papers() -> None:
+    chosen = recipes.load("cqkd-imagenet").options
+    assert (chosen["image_size"], chosen["student_size"], chosen["epochs"]) == (224, 112, 20)
+    assert (chosen["optimizer"], chosen["schedule"], chosen["lr"]) == ("adamw", "onecycle", 1e-3)
+    assert chosen["settings"] == {"kd.tau": 20.0, "kd.weight": 0.5} and chosen["weight"] == {"ce": 0.5}
+
+
+def test_an_estimate_counts_the_students_own_size(data: Path, tmp_path: Path) -> None:
+    asked = (*little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--dry-run")
+    told = {size: compress(*asked, "--student-size", size).output for size in ("16", "8")}
+    assert "at 16 px, " in told["16"] and "at 8 px, " in told["8"]

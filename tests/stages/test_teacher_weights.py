@@ -1,0 +1,319 @@
+"""Where a teacher's weights come from, what becomes of its head, and what is refused."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from questpress.export.runtime import Preprocessing, decode_image, render
+from questpress.models.build import build, geometry
+from questpress.models.checkpoint import save_weights
+from questpress.pipeline.data.sources.folders import open_folder
+from torch import nn
+
+from tests.support import little
+from tests.support.little import CLASSES, SMALL, STUDENT, compress, refused, report
+
+NAME = "cifar_resnet8"
+
+
+def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A role's images [N,3,16,16] and labels, by hand."""
+    g = geometry(NAME, 16)
+    p = Preprocessing.of(16, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
+    images = open_folder(data).split(role)  # type: ignore[arg-type]
+    pixels = np.stack([render(decode_image(image.read()), p) for image in images])  # type: ignore[arg-type]
+    x = torch.from_numpy((pixels / 255 - np.array(g.mean)) / np.array(g.std)).permute(0, 3, 1, 2).float()
+    return x, torch.tensor([image.label for image in images])
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, one_thread: None) -> nn.Module:  # noqa: ARG001
+    """A network that knows the colours, trained by a plain loop of torch."""
+    network: nn.Module = build(NAME, num_classes=3, image_size=16, seed=3)
+    images, labels = normalised(data, "train")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(15):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def named(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its weights as a file that knows its classes."""
+    file = tmp_path_factory.mktemp("weights") / "colours.safetensors"
+    save_weights(trained, file, {"labels": json.dumps(CLASSES)})
+    return file
+
+
+def teach(data: Path, tmp_path: Path, cache: Path, weights: Path | str, *more: str):
+    return compress(
+        "--teacher", NAME, "--student", STUDENT, *SMALL, "--teacher-epochs", "1", "--data", data,
+        "--out", tmp_path / "run", "--cache", cache, "--until", "teacher", "--teacher-weights", weights,
+        *more,
+    )  # fmt: skip
+
+
+def teacher(tmp_path: Path) -> dict:
+    return report(tmp_path / "run")["teacher"]
+
+
+def test_weights_that_fit_are_used_as_they_are_and_measured_as_torch_measures_them(
+    trained, named, data, cache, tmp_path
+):
+    result = teach(data, tmp_path, cache, named)
+    assert result.exit_code == 0, result.output
+    for role, key in (("test", "accuracy"), ("val", "val_accuracy")):
+        images, labels = normalised(data, role)
+        with torch.no_grad():
+            right = int((trained(images).argmax(1) == labels).sum())
+        assert teacher(tmp_path)[key]["correct"] == right and teacher(tmp_path)[key]["n"] == len(labels)
+    assert (
+        teacher(tmp_path)["head"] == "kept" and "colours.safetensors (sha256" in teacher(tmp_path)["weights"]
+    )
+    assert report(tmp_path / "run")["epochs"] == []
+    before = trained.state_dict()
+    after = little.load_file(tmp_path / "run/teacher.safetensors")
+    assert all(np.array_equal(after[key], before[key].numpy()) for key in before)
+
+
+@pytest.mark.parametrize("form", ["nested", "module.", "plain", "model with optimizer"])
+def test_a_torch_checkpoint_is_understood_however_it_is_nested(trained, data, cache, tmp_path, form):
+    weights = trained.state_dict()
+    prefixed = {f"module.{key}": value for key, value in weights.items()}
+    content = {
+        "nested": {"state_dict": prefixed, "epoch": 7},
+        "module.": prefixed,
+        "plain": weights,
+        "model with optimizer": {"model": weights, "optimizer": {"state": {}, "param_groups": []}},
+    }[form]
+    torch.save(content, tmp_path / "weights.pth")
+    result = teach(data, tmp_path, cache, tmp_path / "weights.pth")
+    assert result.exit_code == 0, result.output
+    assert teacher(tmp_path)["head"] == "kept"
+    after = little.load_file(tmp_path / "run/teacher.safetensors")
+    assert all(np.array_equal(after[key], weights[key].numpy()) for key in weights)
+
+
+def test_a_head_for_other_classes_of_the_same_number_is_replaced_and_tuned(trained, data, cache, tmp_path):
+    save_weights(trained, tmp_path / "w.safetensors", {"labels": json.dumps(["cat", "dog", "horse"])})
+    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "other classes" in result.stderr
+    assert teacher(tmp_path)["head"] == "replaced"
+    assert [e["stage"] for e in report(tmp_path / "run")["epochs"]] == ["teacher"]
+
+
+def test_class_names_are_compared_without_case_and_underscores(trained, data, cache, tmp_path):
+    save_weights(trained, tmp_path / "w.safetensors", {"labels": json.dumps(["Blue", "GREEN", "red "])})
+    assert teach(data, tmp_path, cache, tmp_path / "w.safetensors").exit_code == 0
+    assert teacher(tmp_path)["head"] == "kept"
+
+
+def test_a_head_of_another_size_is_replaced_and_tuned(data, cache, tmp_path):
+    save_weights(build(NAME, num_classes=7, image_size=16, seed=1), tmp_path / "w.safetensors", {})
+    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
+    assert result.exit_code == 0, result.output
+    assert teacher(tmp_path)["head"] == "replaced"
+
+
+def test_replace_tunes_a_teacher_whose_head_fits(named, data, cache, tmp_path):
+    assert teach(data, tmp_path, cache, named, "--teacher-head", "replace").exit_code == 0
+    assert teacher(tmp_path)["head"] == "replaced"
+
+
+def test_keep_with_another_number_of_classes_is_refused(data, cache, tmp_path):
+    save_weights(build(NAME, num_classes=7, image_size=16, seed=1), tmp_path / "w.safetensors", {})
+    refused(
+        teach(data, tmp_path, cache, tmp_path / "w.safetensors", "--teacher-head", "keep"),
+        1, "7 classes", "3", "--teacher-head replace",
+    )  # fmt: skip
+
+
+def test_keep_without_weights_is_refused(data, cache, tmp_path):
+    refused(teach(data, tmp_path, cache, "none", "--teacher-head", "keep"), 2, "keep", "none")
+
+
+def test_a_head_near_chance_stops_the_job_and_says_why(trained, data, cache, tmp_path):
+    lost = build(NAME, num_classes=3, image_size=16, seed=3)
+    lost.load_state_dict(trained.state_dict())
+    with torch.no_grad():  # the same classes in another order: right on none of the images
+        lost.fc.weight.copy_(lost.fc.weight.roll(1, 0).clone())
+        lost.fc.bias.copy_(lost.fc.bias.roll(1, 0).clone())
+    save_weights(lost, tmp_path / "w.safetensors", {})
+    refused(
+        teach(data, tmp_path, cache, tmp_path / "w.safetensors"),
+        1,
+        "chance",
+        "33.3 %",
+        "--teacher-head replace",
+    )
+    assert not (tmp_path / "run/teacher.safetensors").exists()
+
+
+def test_a_weak_head_that_names_these_classes_is_told_and_taught_from(data, cache, tmp_path):
+    weak = build(NAME, num_classes=3, image_size=16, seed=5)
+    save_weights(weak, tmp_path / "w.safetensors", {"labels": json.dumps(CLASSES)})
+    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "near chance" in result.stderr and "has not learned enough to teach them" in result.stderr
+
+
+def test_weights_of_another_network_are_refused_by_their_keys(data, cache, tmp_path):
+    save_weights(build("cifar_wrn_16_1", num_classes=3, image_size=16), tmp_path / "w.safetensors", {})
+    refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1, "w.safetensors", "conv1.weight")
+
+
+def test_the_same_weights_in_another_place_are_the_same_and_others_in_the_same_place_are_not(
+    trained, named, data, cache, tmp_path
+):
+    assert teach(data, tmp_path, cache, named).exit_code == 0
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(named.read_bytes())
+    again = teach(data, tmp_path, cache, moved)
+    assert again.exit_code == 0 and "(kept)" in again.stderr, again.output
+    save_weights(trained, moved, {"labels": json.dumps(CLASSES), "another": "file"})
+    refused(teach(data, tmp_path, cache, moved), 2, "teacher-weights was", "--fresh")
+
+
+def test_a_weights_file_that_is_not_there_is_refused_before_anything_starts(data, cache, tmp_path):
+    refused(teach(data, tmp_path, cache, tmp_path / "none.pth"), 2, "none.pth")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"PK\x03\x04 half an archive"])
+def test_a_file_that_holds_no_weights_is_refused(data, cache, tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    refused(teach(data, tmp_path, cache, tmp_path / "w.pth"), 1, "w.pth")
+
+
+class Dangerous:
+    def __reduce__(self):
+        return Path.touch, (Path("made_by_a_pickle"),)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_opened(data, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Dangerous()}, tmp_path / "w.pth")
+    refused(teach(data, tmp_path, cache, tmp_path / "w.pth"), 1, "w.pth")
+    assert not (tmp_path / "made_by_a_pickle").exists()
+
+
+def test_a_students_checkpoint_that_would_run_code_is_not_opened(named, data, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Dangerous()}, tmp_path / "w.pth")
+    more = (
+        "--student-weights",
+        tmp_path / "w.pth",
+        "--until",
+        "student",
+        "--method",
+        "none",
+        "--epochs",
+        "1",
+    )
+    refused(teach(data, tmp_path, cache, named, *more), 1, "w.pth", "could run code")
+    assert not (tmp_path / "made_by_a_pickle").exists()
+
+
+def test_a_runs_teacher_that_was_exchanged_for_a_pickle_is_not_opened(
+    named, data, cache, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert teach(data, tmp_path, cache, named).exit_code == 0
+    torch.save({"state_dict": {}, "extra": Dangerous()}, tmp_path / "run" / "teacher.safetensors")
+    refused(teach(data, tmp_path / "other", cache, tmp_path / "run" / "teacher.safetensors"), 1, "damaged")
+    assert teach(data, tmp_path, cache, named).exit_code == 0  # made anew, by its checksum
+    assert not (tmp_path / "made_by_a_pickle").exists()
+
+
+def test_weights_that_are_not_finite_are_not_taught_from(trained, data, cache, tmp_path):
+    broken = build(NAME, num_classes=3, image_size=16)
+    broken.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        broken.conv1.weight[0, 0, 0, 0] = float("nan")
+    save_weights(broken, tmp_path / "w.safetensors", {})
+    told = refused(teach(data, tmp_path, cache, tmp_path / "w.safetensors"), 1, "conv1.weight", "not finite")
+    assert "w.safetensors" in told and not (tmp_path / "run/teacher.safetensors").exists()
+
+
+def test_without_internet_the_three_ways_out_are_told_within_seconds(data, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    result = compress(
+        "--teacher", "resnet18", "--student", STUDENT, *SMALL, "--data", data, "--image-size", "32",
+        "--out", tmp_path / "run", "--cache", cache,
+    )  # fmt: skip
+    refused(result, 1, "--teacher-weights FILE", "--teacher-weights none", "where there is internet")
+    assert time.monotonic() - started < 20
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run/checkpoint").exists()
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_the_student_lacks_is_told_before_a_teacher_is_trained(data, cache, tmp_path, monkeypatch, dry):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = (
+        "--student", "mobilenetv3_small_050", *SMALL, "--data", data, "--image-size", "32",
+        "--out", tmp_path / "run", "--cache", cache, *(["--dry-run"] if dry else []),
+    )  # fmt: skip
+    alone = compress("--teacher", little.TEACHER, "--teacher-weights", "none", *asked)
+    told = refused(alone, 1, "--student-weights FILE", "--student-weights none", "mobilenetv3_small_050")
+    assert "--teacher-weights" not in told
+    both = compress("--teacher", "resnet18", *asked)
+    refused(both, 1, "--teacher-weights none --student-weights none", "resnet18", "mobilenetv3_small_050")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_students_weights_that_do_not_fit_are_told_before_a_teacher_is_trained(data, cache, tmp_path, dry):
+    save_weights(build("cifar_wrn_16_1", num_classes=3, image_size=16), tmp_path / "w.safetensors", {})
+    (tmp_path / "w.txt").write_text("no weights at all")
+    for name, word in (("w.safetensors", "conv1.weight"), ("w.txt", "w.txt")):
+        given = ("--student-weights", tmp_path / name, *(["--dry-run"] if dry else []))
+        told = refused(little.job(data, tmp_path / "run", cache, *given), 1, name, word)
+        assert "teacher" not in told
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_who_has_trained_already_is_asked_for_no_weights(a_run, data, cache, monkeypatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "questpress.pipeline.api.dry_run.check_weights",
+        lambda _options, _data, stages, **_: asked.append(stages),
+    )
+    result = little.job(data, a_run, cache, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert asked == [[]]
+
+
+def test_a_runs_own_teacher_is_another_runs_weights(finished, data, cache, tmp_path):
+    result = compress(
+        "--teacher", little.TEACHER, "--student", STUDENT, *SMALL, "--epochs", "1", "--data", data, "--cache",
+        cache, "--out", tmp_path / "run", "--teacher-weights", finished / "teacher.safetensors",
+        "--teacher-head", "replace", "--teacher-epochs", "1", "--until", "teacher",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+
+def test_a_student_without_published_weights_starts_from_scratch_with_a_note(finished):
+    told = (finished.parent / "stderr.txt").read_text()
+    assert f"timm has no pretrained weights of {STUDENT}: the student starts from scratch" in told
+    assert report(finished)["student"]["weights"] == "scratch"
+
+
+def test_a_students_weights_file_is_where_it_starts(named, data, cache, tmp_path):
+    result = compress(
+        "--teacher", NAME, "--teacher-weights", named, "--student", NAME, "--student-weights", named, *SMALL,
+        "--epochs", "1", "--lr", "1e-9", "--data", data, "--cache", cache, "--out", tmp_path / "run",
+        "--set", "quest.words=8", "--until", "student",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    started, student = little.load_file(named), little.load_file(tmp_path / "run/student.safetensors")
+    assert np.allclose(student["conv1.weight"], started["conv1.weight"], atol=1e-6)

@@ -1,0 +1,143 @@
+"""A teacher without a head: self-supervised weights teach by their features alone."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from questpress.models.build import build
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.support import little
+
+NAME = "cifar_wrn_16_1"
+OPTIONS = (
+    "--teacher", NAME, "--student", little.STUDENT, *little.SMALL, "--epochs", "2", "--teacher-head", "none",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def contrastive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as momentum contrast leaves it: two encoders with projectors, a queue, an optimizer."""
+    network = build(NAME, num_classes=0, image_size=32, seed=7)
+    state: dict[str, torch.Tensor] = {}
+    for encoder, factor in (("encoder_q", 1.0), ("encoder_k", 0.5)):
+        for key, value in network.state_dict().items():
+            state[f"module.{encoder}.{key}"] = factor * value if value.is_floating_point() else value
+        for layer, size in (("0", (64, 64)), ("2", (128, 64))):
+            state[f"module.{encoder}.fc.{layer}.weight"] = torch.randn(size)
+    state["module.queue"] = torch.randn(128, 256)
+    file = tmp_path_factory.mktemp("weights") / "contrastive.pth"
+    torch.save({"epoch": 200, "state_dict": state, "optimizer": {"state": {}}}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def of_features(contrastive: Path, data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "headless"
+    result = little.compress(
+        *OPTIONS, "--teacher-weights", contrastive, "--method", "mimic", "--set", "mimic.hashes=32",
+        "--data", data, "--out", out, "--cache", cache,
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    (out.parent / "stderr.txt").write_text(result.stderr)
+    (out.parent / "stdout.txt").write_text(result.stdout)
+    return out
+
+
+def test_its_backbone_is_loaded_whatever_else_the_file_holds_and_is_not_tuned(of_features: Path) -> None:
+    plain: nn.Module = build(NAME, num_classes=0, image_size=32, seed=7)
+    kept = load_file(of_features / "teacher.safetensors")
+    assert kept.keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, kept[key]) for key, value in plain.state_dict().items())
+    assert not any(one["stage"] == "teacher" for one in little.report(of_features)["epochs"])
+
+
+def test_it_has_no_accuracy_and_every_page_says_so(of_features: Path) -> None:
+    report = little.report(of_features)
+    assert report["teacher"]["head"] == "none" and report["teacher"]["accuracy"] is None
+    assert report["student_int8"]["accuracy"]["n"] > 0 and report["student_int8"]["agreement"] is None
+    assert report["examples"] and all(one["teacher"] is None for one in report["examples"])
+    told = f"{NAME} has no head"
+    for text in (
+        (of_features / "report.html").read_text(),
+        (of_features / "report.md").read_text().replace("\\", ""),
+        " ".join((of_features.parent / "stdout.txt").read_text().split()),
+    ):
+        assert told in text
+        assert "None" not in text
+    assert "features alone, no accuracy" in (of_features.parent / "stderr.txt").read_text()
+
+
+def test_its_features_are_timed_as_onnx(of_features: Path) -> None:
+    graph = onnx.load(of_features / "bench" / "teacher.onnx").graph
+    assert [one.name for one in graph.output] == ["features"]
+    assert little.report(of_features)["teacher"]["latency_ms"]["1"]["n"] > 0
+    manifest = json.loads((of_features / "artifact" / "manifest.json").read_text())
+    assert manifest["origin"]["teachers"][0]["name"] == NAME
+
+
+def test_hashes_take_their_deviation_from_the_width_and_the_loss_all_samples(of_features: Path) -> None:
+    report = little.report(of_features)
+    assert report["hashes"][0]["std"] == pytest.approx(64**-0.5)
+    assert "teacher_right" not in report["epochs"][-1]["watched"]
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [("kd", ()), ("dkd", ()), ("dist", ()), ("mimic", ("--set", "mimic.variant=lshl2_s"))]
+)
+def test_methods_that_read_logits_are_refused(
+    method: str, more: tuple[str, ...], contrastive: Path, data: Path, tmp_path: Path
+) -> None:
+    result = little.compress(
+        *OPTIONS,
+        "--teacher-weights",
+        contrastive,
+        "--method",
+        method,
+        *more,
+        "--data",
+        data,
+        "--out",
+        tmp_path,
+    )
+    told = little.refused(result, 2, f"{method} reads the logits of {NAME}", "--teacher-head none")
+    assert "take a method of features" in told
+
+
+@pytest.mark.parametrize("more", [("--teacher-weights", "none"), ("--data", "digits")])
+def test_without_weights_it_is_refused(more: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    result = little.compress(*OPTIONS, "--method", "mimic", "--data", data, "--out", tmp_path, *more)
+    little.refused(result, 2, "--teacher-head none is for a teacher that has learned already", "scratch")
+
+
+def test_weights_of_a_deeper_network_are_not_taken_for_the_same_one_with_a_projector(
+    data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "deeper.pth"
+    torch.save(build("cifar_wrn_40_1", num_classes=0, image_size=32, seed=0).state_dict(), file)
+    result = little.compress(
+        *OPTIONS, "--teacher-weights", file, "--method", "mimic", "--data", data, "--out", tmp_path / "run"
+    )
+    little.refused(result, 1, "don't fit cifar_wrn_16_1", "unexpected")
+
+
+def test_beside_a_teacher_with_a_head_the_ensemble_is_of_those_that_have_one(
+    contrastive: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    result = little.compress(
+        *OPTIONS, "--teacher", little.TEACHER, "--teacher-head", "auto", "--teacher-weights", contrastive,
+        "--teacher-weights", "none", "--teacher-epochs", "2", "--method", "quest+mimic",
+        "--set", "quest.words=8", "--set", "mimic.hashes=32", "--data", data, "--out", tmp_path / "run",
+        "--cache", cache, "--until", "validate",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    report = little.report(tmp_path / "run")
+    first, second = report["teachers"]
+    assert first["accuracy"] is None and second["accuracy"] is not None
+    assert report["teacher"]["accuracy"]["correct"] == second["accuracy"]["correct"]
+    assert report["student_int8"]["agreement"] is not None
+    shipped = load_file(tmp_path / "run" / "student.safetensors")
+    assert shipped["fc.weight"].shape == (3, 64)  # learned as 128 numbers, 64 for each teacher

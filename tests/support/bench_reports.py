@@ -1,0 +1,154 @@
+"""A bench made by hand, and a report with it."""
+
+import numpy as np
+from questpress.export.latency.statistics import summarise
+from questpress.pipeline.evaluation.latency import timed_latency
+from questpress.pipeline.runs.bench_results import (
+    Bench,
+    Conditions,
+    Early,
+    NoiseFlag,
+    Percentile,
+    Rate,
+    Start,
+    TimedFile,
+    TimedLatency,
+    TimedSpeedup,
+    Whole,
+)
+from questpress.pipeline.runs.results import Report
+
+from tests.support import reports
+
+NAMES = {"teacher": 12.43, "student": 1.31, "student_int8": 0.684}
+STEAL = NoiseFlag(
+    name="steal",
+    threads=2,
+    sentence="The host gave 5 % of this virtual machine's cores to others.",
+    figures={"found": 0.05, "limit": 0.01},
+)
+
+
+def timed(name: str, threads: int, median: float, n: int = 700) -> TimedLatency:
+    """Runs of about ten percent's spread and a long tail."""
+    rng = np.random.default_rng([len(name), threads])
+    runs = median * (0.97 + rng.gamma(1.5, 0.03, n))
+    return timed_latency(summarise(name, threads, np.array_split(runs, 20)))
+
+
+def bench(**more: object) -> Bench:
+    latencies = [timed(name, n, median / n) for n in (1, 2) for name, median in NAMES.items()]
+    return Bench(
+        command="compress bench runs/shop",
+        finished="2026-11-21T12:00:00+0000",
+        seconds=10,
+        samples=662,
+        seed=0,
+        subjects=[
+            TimedFile(
+                name=name,
+                key=name,
+                file=f"artifact/{name}.onnx",
+                sha256="41ae" * 16,
+                bytes=2_548_907,
+                runtime="onnxruntime",
+                input="float32 [1, 3, 96, 96]",
+                inputs="64 images of the run's data",
+            )
+            for name in NAMES
+        ],
+        latencies=latencies,
+        speedups=[
+            TimedSpeedup(
+                subject="student_int8",
+                over="teacher",
+                threads=1,
+                ratio=18.2,
+                low=17.9,
+                high=18.5,
+                verdict="faster",
+            ),
+            TimedSpeedup(
+                subject="student_int8",
+                over="student",
+                threads=1,
+                ratio=0.8,
+                low=0.75,
+                high=0.84,
+                verdict="slower",
+            ),
+            TimedSpeedup(
+                subject="student_int8",
+                over="student",
+                threads=2,
+                ratio=1.0,
+                low=0.98,
+                high=1.03,
+                verdict="no difference",
+            ),
+        ],
+        images="64 images of the run's data",
+        end_to_end=[
+            Whole(
+                subject="student_int8",
+                threads=2,
+                decode=6.1,
+                resize=1.9,
+                normalise=0.2,
+                run=0.34,
+                n=300,
+                total={
+                    "p50": Percentile(value=8.61, low=8.55, high=8.7),
+                    "p90": Percentile(value=9.2, low=9.1, high=None),
+                },
+            )
+        ],
+        cold_starts=[
+            Start(
+                subject="student_int8",
+                threads=2,
+                processes=5,
+                import_ms=140,
+                session_ms=41,
+                session_ms_each=[41.0] * 5,
+                first_run_ms=3.2,
+                peak_bytes=66_000_000,
+                runtime_bytes=54_000_000,
+            )
+        ],
+        throughput=[
+            Rate(
+                subject="student_int8",
+                threads=2,
+                batch=batch,
+                images_per_second=1450 + batch,
+                low=1400,
+                high=1500,
+            )
+            for batch in (1, 8)
+        ],
+        mlperf=[Early(subject="student_int8", threads=1, n=5000, p90=0.71, p99=None)],
+        conditions=[
+            Conditions(
+                threads=n,
+                rounds=100,
+                processes=3,
+                block_ms=100,
+                cores=list(range(n)),
+                governor="performance",
+                sentinel_ms=(1.19, 1.2, 1.22),
+                process_spread=0.41,
+                process_spread_measured=True,
+                unchecked=["throttled"],
+            )
+            for n in (1, 2)
+        ],
+        flags=[],
+        session=["CPUExecutionProvider"],
+        environment={"cpu": "AMD EPYC", "onnxruntime": "1.31.1"},
+        samples_file="bench.npz",
+    ).model_copy(update=more)
+
+
+def with_bench(**more: object) -> Report:
+    return reports.full().model_copy(update={"bench": bench(**more)})

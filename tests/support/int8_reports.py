@@ -1,0 +1,101 @@
+"""Reports made by hand of searches for int8: one that found a file, one that did not, and recovery."""
+
+from typing import Any
+
+from questpress.pipeline.runs.results import FloatPart, Int8Search, Recovery, Report, Speedup, TriedInt8
+from questpress.pipeline.runs.scores import Accuracy
+
+from tests.support.reports import full, without
+
+
+def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.684, **more: Any) -> TriedInt8:
+    """A candidate that has so many of 400 val images wrong more than fp32, which has 360 right."""
+    return TriedInt8(
+        **{
+            "name": name,
+            "calibration": name.split(",")[0],
+            "equalised": "equalised" in name,
+            "bias_corrected": "corrected" in name,
+            "kept_float": [],
+            "score": (360 - wrong) / 4,
+            "lost": wrong / 4,
+            "p": 1.0 if not wrong else 0.5 ** abs(wrong),
+            "sqnr": 24.0 - wrong / 2,
+            "holds": wrong <= 2,
+            "ships": ships,
+            "bytes": 2_548_907,
+            "p50": p50,
+            "speedup": None
+            if p50 is None
+            else Speedup(
+                over="fp32", threads=1, ratio=1.31 / p50, low=1.31 / p50 - 0.03, high=1.31 / p50 + 0.03
+            ),
+            **more,
+        }
+    )
+
+
+def searched(target: str, candidates: list[TriedInt8], **more: Any) -> Int8Search:
+    ships = any(one.ships for one in candidates)
+    return Int8Search(
+        **{
+            "target": target,
+            "file": "artifact/student.int8.onnx" if ships else None,
+            "max_drop": 0.5,
+            "role": "val",
+            "n": 400,
+            "fp32_score": 90.0,
+            "p50_fp32": 1.31,
+            "tried": candidates,
+            **more,
+        }
+    )
+
+
+def with_int8() -> Report:
+    """Two targets: one that is timed, whose third candidate holds, and one for another processor."""
+    report = full()
+    assert report.student_int8 is not None
+    arm = "student.int8.arm64.onnx"
+    here = searched(
+        "x86-vnni",
+        [
+            tried("minmax", 9, p50=0.671),
+            tried("entropy", 5, p50=0.674),
+            tried("entropy, biases corrected", 1, ships=True),
+            tried("percentile", 0, kept_float=["conv_1", "conv_7"], p50=0.9),
+        ],
+        accuracy=report.student_int8.accuracy,
+        worst=[("features.0.0", 11.5), ("features.17.conv", 14.25)],
+        float_parts=[
+            FloatPart(name="conv_1", op_type="Conv", why="kept in float for accuracy"),
+            FloatPart(
+                name="logits", op_type="DequantizeLinear", why="the conversion of the answers to float"
+            ),
+        ],
+    )
+    there = searched(
+        "arm64",
+        [tried("minmax", 0, ships=True, p50=None)],
+        file=f"artifact/{arm}",
+        p50_fp32=None,
+        accuracy=Accuracy.of(300, 371),
+        not_timed="made for arm64, and this machine is x86-vnni: it cannot be timed here",
+    )
+    return report.model_copy(update={"int8": [here, there]})
+
+
+def with_recovery(*, learned_ships: bool = True) -> Report:
+    report = full()
+    candidates = [
+        tried("learned", 1, ships=learned_ships),
+        tried("minmax", 2, ships=not learned_ships),
+    ]
+    recovery = Recovery(epochs=4, fake_select=90.5, fake_test=84.0, file="qat/student.onnx")
+    return report.model_copy(update={"int8": [searched("x86-vnni", candidates)], "recovery": recovery})
+
+
+def without_int8_file() -> Report:
+    """No candidate kept within the budget, so the fp32 file ships."""
+    search = searched("x86-vnni", [tried("minmax", 13), tried("entropy", 7)])
+    return without("student_int8").model_copy(update={"int8": [search], "warnings": []})

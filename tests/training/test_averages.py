@@ -1,0 +1,120 @@
+"""What ships with --ema and --average-last: the mean as numpy has it, and the network that was measured."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.loop import train
+from questpress.pipeline.training.task import Averages, DistillationTask
+from torch import nn
+
+from tests.support import little
+from tests.support.little import report, weights
+from tests.training.test_train import equal, plan, state, supervised, views
+
+State = dict[str, np.ndarray]
+
+
+def taken(network: nn.Module) -> State:
+    return {name: value.detach().double().numpy().copy() for name, value in network.state_dict().items()}
+
+
+def watched(task: DistillationTask, tmp_path: Path, epochs: int = 3) -> tuple[list[State], list[State]]:
+    """The network's state after every step, and after every epoch."""
+    steps: list[State] = []
+    ends: list[State] = []
+    real = task.end_step
+
+    def end_step() -> None:
+        real()
+        steps.append(taken(task.network))
+
+    task.end_step = end_step  # type: ignore[method-assign]
+
+    def log(_: Epoch) -> None:
+        ends.append(taken(task.network))
+
+    train(
+        task, views(), plan(epochs=epochs), Checkpoint(tmp_path / "c.pt", "key"), stage="student",
+        evaluate=lambda _: None, show=lambda *_: None, log=log,
+    )  # fmt: skip
+    return steps, ends
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+def test_a_running_mean_is_the_recursion_over_all_steps(tmp_path: Path, decay: float) -> None:
+    task = supervised(ema=decay)
+    steps, _ = watched(task, tmp_path)
+    assert len(steps) == 9
+    mean = steps[0]  # the first step's own weights: nothing is kept of those that were never trained
+    for number, now in enumerate(steps[1:], 1):
+        d = min(decay, 1 - (1 + number) ** (-2 / 3))  # timm's warm-up
+        mean = {name: d * mean[name] + (1 - d) * now[name] for name in mean}
+    shipped = taken(task.shipped)
+    assert task.shipped is not task.network
+    for name, value in shipped.items():
+        if "num_batches" not in name:
+            np.testing.assert_allclose(value, mean[name], atol=1e-5, err_msg=name)
+    assert any(np.abs(shipped[name] - steps[-1][name]).max() > 1e-4 for name in shipped)
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_the_average_of_the_last_epochs_is_their_mean_statistics_included(tmp_path: Path, last: int) -> None:
+    task = supervised(average_last=last)
+    _, ends = watched(task, tmp_path)
+    shipped = taken(task.shipped)
+    for name, value in shipped.items():
+        if "num_batches" not in name:
+            mean = np.mean([end[name] for end in ends[-last:]], axis=0)
+            np.testing.assert_allclose(value, mean, atol=1e-6, err_msg=name)
+
+
+def test_before_the_last_epochs_the_network_itself_is_what_is_measured() -> None:
+    network = supervised().network
+    averages = Averages(network, last=2)
+    averages.end_epoch(left=2)
+    assert averages.shipped is network
+    averages.end_epoch(left=1)
+    assert averages.shipped is not network
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"average_last": 3}])
+def test_averages_go_on_where_they_stopped(tmp_path: Path, changes: dict[str, Any]) -> None:
+    class Stopped(Exception):
+        pass
+
+    def run(file: str, stop: int | None) -> DistillationTask:
+        task = supervised(**changes)
+
+        def log(epoch: Epoch) -> None:
+            if epoch.epoch == stop:
+                raise Stopped
+
+        train(
+            task, views(), plan(epochs=4), Checkpoint(tmp_path / file, "key"), stage="student",
+            evaluate=lambda _: None, show=lambda *_: None, log=log,
+        )  # fmt: skip
+        return task
+
+    whole = run("whole.pt", None)
+    with pytest.raises(Stopped):
+        run("stopped.pt", 3)
+    went_on = run("stopped.pt", None)
+    assert equal(state(went_on), state(whole))
+    assert equal(dict(went_on.shipped.state_dict()), dict(whole.shipped.state_dict()))
+
+
+@pytest.mark.parametrize("option", [("--ema", "0.9"), ("--average-last", "2")])
+def test_the_file_that_ships_is_the_average_whose_accuracy_is_told(finished, data, cache, tmp_path, option):
+    out = tmp_path / "run"
+    result = little.job(data, out, cache, "--until", "export", *option)
+    assert result.exit_code == 0, result.output
+    assert weights(out / "teacher.safetensors") == weights(finished / "teacher.safetensors")
+    assert weights(out / "student.safetensors") != weights(finished / "student.safetensors")
+    last = [e["val_accuracy"] for e in report(out)["epochs"] if e["stage"] == "student"][-1]
+    subject = report(out)["student"]
+    assert subject["val_accuracy"]["top1"] == last
+    assert subject["parity"]["max_abs"] < 1e-4  # the exported file is that network too

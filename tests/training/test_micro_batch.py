@@ -1,0 +1,193 @@
+"""A step taken in parts has the gradients of the whole, and memory that runs out halves the parts."""
+
+from typing import Any
+
+import pytest
+import torch
+from questpress.pipeline.errors import JobError
+from questpress.pipeline.training import loop
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.loop import Batch, backward
+from questpress.pipeline.training.monitoring.metrics import Meter
+from questpress.pipeline.training.task import DistillationTask
+from questpress.pipeline.training.trainer import MicroBatch
+
+from tests.support import little
+from tests.support.little import job, record, weights
+from tests.training.test_ranks import SHAPES, TEACHER_READS, Kd, KdParameters, without_batch_norm
+from tests.training.test_train import distillation, network, plan, views
+
+
+def batch(size: int) -> Batch:
+    given = views(size)
+    pixels, labels = given.batch(torch.arange(size), torch.zeros(size, dtype=torch.int64))
+    return Batch(pixels, labels, given.keys, None)
+
+
+def kd(**changes: Any) -> DistillationTask:
+    task = distillation(
+        teacher_reads=[TEACHER_READS["kd"]],
+        methods={"kd": Kd(KdParameters(), SHAPES, [SHAPES], {})},
+        student_reads=TEACHER_READS["kd"],
+        **changes,
+    )
+    without_batch_norm(task.network)
+    return task
+
+
+def quest(**changes: Any) -> DistillationTask:
+    task = distillation(**changes)
+    without_batch_norm(task.network)
+    return task
+
+
+def gradients(task: DistillationTask, given: Batch, size: int | None) -> tuple[dict[str, Any], Meter]:
+    meter = Meter(task.device, Ranks())
+    task.train()
+    backward(task, given, size, meter)
+    return {
+        name: parameter.grad
+        for name, parameter in task.trainee.named_parameters()
+        if parameter.grad is not None
+    }, meter
+
+
+@pytest.mark.parametrize("make", [quest, kd])
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+def test_parts_give_the_gradients_and_the_losses_of_the_whole(make: Any, size: int) -> None:
+    given = batch(16)
+    whole, at_once = gradients(make(), given, None)
+    parts, summed = gradients(make(), given, size)
+    assert whole.keys() == parts.keys() and len(whole) > 10
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+    # A divergence near 0 is a difference of large sums: what is left of them is rounded as they are.
+    assert summed.means(0) == pytest.approx(at_once.means(0), rel=1e-6, abs=1e-6)
+    assert summed.accuracy() == at_once.accuracy()
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "parts"),
+    [(16, None, [16]), (16, 16, [16]), (16, 4, [4] * 4), (16, 5, [4] * 4), (10, 4, [3, 3, 4]),
+     (9, 4, [3, 3, 3]), (3, 2, [3]), (5, 2, [2, 3]), (2, 2, [2])],
+)  # fmt: skip
+def test_parts_are_even_and_never_of_a_single_image(images: int, size: int | None, parts: list[int]) -> None:
+    found = list(batch(images).split(size))
+    assert [len(part) for part in found] == parts
+    assert torch.equal(torch.cat([part.keys for part in found]), batch(images).keys)
+
+
+def test_a_step_in_parts_counts_once_for_the_balance_and_shows_the_ratio_of_the_whole() -> None:
+    given, tasks = batch(16), [kd(balance=True, weights={"kd": 20.0}) for _ in range(2)]
+    for task, size in zip(tasks, (None, 4), strict=True):
+        gradients(task, given, size)
+        task.end_step()
+    whole, parts = (task.balanced()[0] for task in tasks)
+    assert tasks[1].trainee.balance is not None and tasks[1].trainee.balance.steps == 1
+    assert parts.pull == pytest.approx(whole.pull, rel=1e-4)
+
+
+# Memory that runs out.
+
+
+def holds(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device on which more than so many images of a training step have no place; what it was asked."""
+    asked: list[int] = []
+    real = DistillationTask.forward
+
+    def forward(task: DistillationTask, input: torch.Tensor, *rest: Any) -> Any:
+        asked.append(len(input))
+        if len(input) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(task, input, *rest)
+
+    monkeypatch.setattr(DistillationTask, "forward", forward)
+    return asked
+
+
+UNTIL = ("--until", "student", "--store-views", "2")
+
+
+def test_memory_that_runs_out_halves_the_parts_and_changes_no_weight(data, cache, tmp_path, monkeypatch):
+    asked_for = job(data, tmp_path / "asked", cache, *UNTIL, "--micro-batch", "4")
+    assert asked_for.exit_code == 0, asked_for.output
+    asked = holds(4, monkeypatch)
+    result = job(data, tmp_path / "found", cache, *UNTIL)
+    assert result.exit_code == 0, result.output
+    assert asked[:3] == [16, 8, 4] and asked.count(16) == asked.count(8) == 2 and set(asked) == {16, 8, 4}
+    warned = [line for line in result.stderr.splitlines() if "no memory for" in line]
+    assert len(warned) == 4 and ["parts of 8" in line for line in warned] == [True, False] * 2
+    assert {name: one["size"] for name, one in record(tmp_path / "found")["micro_batches"].items()} == {
+        "teacher": 4, "student": 4,
+    }  # fmt: skip
+    for name in ("teacher.safetensors", "student.safetensors"):
+        assert weights(tmp_path / "found" / name) == weights(tmp_path / "asked" / name)
+
+
+def test_a_run_that_goes_on_uses_the_size_that_was_found(data, cache, tmp_path, monkeypatch):
+    assert job(data, tmp_path / "run", cache, "--until", "prepare").exit_code == 0
+    asked = holds(8, monkeypatch)
+    real, epochs = loop.Meter.means, [0]
+
+    def interrupted(meter: loop.Meter, epoch: int, **more: Any) -> Any:
+        epochs[0] += bool(more)
+        if epochs[0] == 2:
+            raise KeyboardInterrupt
+        return real(meter, epoch, **more)
+
+    monkeypatch.setattr(loop.Meter, "means", interrupted)
+    assert job(data, tmp_path / "run", cache, *UNTIL).exit_code == 130
+    assert asked[:2] == [16, 8] and asked.count(16) == 1
+    monkeypatch.setattr(loop.Meter, "means", real)
+    asked.clear()
+    went_on = job(data, tmp_path / "run", cache, *UNTIL)
+    assert went_on.exit_code == 0 and "no memory" not in went_on.stderr
+    assert set(asked) == {8}
+    asked.clear()
+    fresh = job(data, tmp_path / "run", cache, *UNTIL, "--fresh")
+    assert fresh.exit_code == 0 and asked[0] == 16
+
+
+def test_without_memory_for_the_smallest_part_it_is_one_sentence(data, cache, tmp_path, monkeypatch):
+    holds(1, monkeypatch)
+    result = job(data, tmp_path / "run", cache, *UNTIL)
+    little.refused(result, 1, "no memory for 2 images at once", "smaller network")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_every_library_s_words_for_it_are_known(error: Exception) -> None:
+    class Folder:
+        record: dict[str, Any] = {}  # noqa: RUF012
+
+        def save(self) -> None:
+            pass
+
+    class AJob:
+        ranks, folder, key, device = Ranks(), Folder(), "key", "cpu"
+
+        class display:
+            warn = staticmethod(lambda _: None)
+
+    parts = MicroBatch(AJob(), "student", plan(batch_size=16))  # type: ignore[arg-type]
+
+    def fails(_: int | None) -> None:
+        raise error
+
+    assert not parts.fits(fails) and parts.size == 8
+    with pytest.raises(ValueError, match="another"):
+        parts.fits(lambda _: (_ for _ in ()).throw(ValueError("another")))
+    AJob.ranks = Ranks(1, 2)
+    with pytest.raises(JobError, match="Rank 1 has no memory on cpu for 8 images"):
+        MicroBatch(AJob(), "student", plan(batch_size=16)).fits(fails)  # type: ignore[arg-type]
+
+
+def test_the_toy_has_no_batch_norm() -> None:
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in without_batch_norm(network()).modules())

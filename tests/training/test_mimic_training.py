@@ -1,0 +1,150 @@
+"""Training with a layer for another width: what learns, what is averaged, stopped and merged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from questpress.models.build import build, geometry
+from questpress.models.projection import Widened, widen
+from questpress.pipeline.methods import mimic
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.training.optimizer import build_optimizer
+from questpress.pipeline.training.task import DistillationTask, Teacher
+from torch import nn
+
+from tests.training.test_train import (
+    CLASSES,
+    ENGINE,
+    SIDE,
+    Interrupted,
+    equal,
+    interrupt_in,
+    learn,
+    network,
+    plan,
+    state,
+)
+
+WIDTH, HASHES = 128, 40
+
+
+def widened(
+    engine: Any = ENGINE, alone: int = 0, variant: Any = "lshl2_s", **changes: Any
+) -> DistillationTask:
+    """resnet8, whose vector has 64 numbers, learns from a teacher with 128."""
+    student = network()
+    widen(student, WIDTH, seed=0)
+    shapes = Shapes({}, vector=WIDTH, logits=CLASSES)
+    method = mimic.Mimic(
+        mimic.Parameters(alone=alone, variant=variant),
+        shapes,
+        [shapes],
+        {"0.weight": mimic.draw(HASHES, WIDTH, 0.1, seed=0), "0.bias": torch.zeros(HASHES)},
+    )
+    g = geometry("cifar_resnet8", SIDE)
+    teacher = build("cifar_wrn_16_2", num_classes=CLASSES, image_size=SIDE, seed=7)
+    values: dict[str, Any] = {
+        "teachers": [Teacher(teacher, g, ENGINE)],
+        "teacher_reads": [frozenset({"vector", "logits"})],
+        "methods": {"mimic": method},
+        "student_reads": frozenset({"vector"}),
+        "balance": True,
+    }
+    return DistillationTask(student, g, engine, **{**values, **changes})
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(8) % CLASSES
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(
+    tmp_path: Path, stop: int, optimizer: str
+) -> None:
+    whole = widened(alone=1, ema=0.9)
+    learn(whole, tmp_path / "whole.pt", optimizer=optimizer)
+    with pytest.raises(Interrupted):
+        learn(widened(alone=1, ema=0.9), tmp_path / "c.pt", log=interrupt_in(stop), optimizer=optimizer)
+    resumed = widened(alone=1, ema=0.9)
+    learn(resumed, tmp_path / "c.pt", optimizer=optimizer)
+    assert equal(state(resumed), state(whole))
+    assert equal(dict(resumed.shipped.state_dict()), dict(whole.shipped.state_dict()))
+
+
+@pytest.mark.parametrize("average", [{}, {"ema": 0.5}, {"average_last": 2}])
+def test_what_ships_is_the_plain_network_that_answers_as_the_trained_or_averaged_one(
+    tmp_path: Path, average: dict[str, Any]
+) -> None:
+    task = widened(**average)
+    learn(task, tmp_path / "c.pt")
+    plain = network()
+    plain.load_state_dict(task.shipped.state_dict(), strict=True)
+    images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    learned = task.averages.shipped
+    assert isinstance(learned.get_classifier(), Widened)  # type: ignore[operator]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), learned.eval()(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_while_the_new_layer_learns_alone_no_other_weight_moves(optimizer: str) -> None:
+    task = widened(alone=1, variant="lshl2").train()
+    moves = build_optimizer(task, plan(optimizer=optimizer, weight_decay=0.1, decay_all=True))
+    moved: list[set[str]] = []
+    for task.epoch in (0, 1):
+        before = {name: value.detach().clone() for name, value in task.network.named_parameters()}
+        moves.zero_grad(set_to_none=True)
+        task(*batch())["loss"].backward()
+        moves.step()
+        task.end_step()
+        after = dict(task.network.named_parameters())
+        moved.append({name for name, value in before.items() if not torch.equal(value, after[name])})
+    assert moved == [{"fc.embed.weight", "fc.embed.bias"}, set(before)]
+
+
+def test_weights_are_balanced_after_the_epochs_in_which_the_new_layer_learns_alone() -> None:
+    task = widened(alone=1, variant="lshl2").train()
+    task(*batch())
+    task.end_step()
+    assert task.balanced() == []
+    task.epoch = 1
+    task(*batch())
+    task.end_step()
+    [found] = task.balanced()
+    assert found.pull > 0
+
+
+def test_a_step_in_parts_is_the_whole_steps_but_for_batch_norm() -> None:
+    task = widened(variant="lshl2", balance=False).eval()  # statistics of its own no part has then
+    images, labels = batch()
+    task(images, labels)["loss"].backward()
+    whole = {
+        name: value.grad.clone() for name, value in task.network.named_parameters() if value.grad is not None
+    }
+    task.zero_grad(set_to_none=True)
+    for half in (slice(0, 4), slice(4, 8)):
+        (task(images[half], labels[half])["loss"] / 2).backward()
+    assert whole.keys() == {name for name, _ in task.network.named_parameters()}
+    for name, value in task.network.named_parameters():
+        torch.testing.assert_close(value.grad, whole[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_network_before_the_head_can_be_compiled_beside_the_new_layer() -> None:
+    task = widened(variant="lshl2", balance=False).eval()
+    plain = task(*batch())
+    called: list[nn.Module] = []
+    real = task.network.forward_features
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        called.append(task.network)
+        return real(x)  # type: ignore[operator,no-any-return]
+
+    task.trainee.readouts.compiled["forward_features"] = features
+    compiled = task(*batch())
+    assert called
+    torch.testing.assert_close(compiled["loss"], plain["loss"])
+    torch.testing.assert_close(compiled["output"], plain["output"])

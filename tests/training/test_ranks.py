@@ -1,0 +1,370 @@
+"""Several processes train as one does, speak with one voice, stop together and go on, also alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from questpress.models.build import geometry
+from questpress.models.projection import widen
+from questpress.pipeline.data.render import Normalise, Views
+from questpress.pipeline.data.views import Schedule
+from questpress.pipeline.evaluation import metrics
+from questpress.pipeline.methods.base import Method, Shapes
+from questpress.pipeline.methods.kd import Kd
+from questpress.pipeline.methods.kd import Parameters as KdParameters
+from questpress.pipeline.methods.mimic import Mimic
+from questpress.pipeline.methods.mimic import Parameters as MimicParameters
+from questpress.pipeline.methods.quest.quest import Parameters, Quest
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.interrupt import STOP
+from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training import loop
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.compute.distributed import Ranks, join, leave
+from questpress.pipeline.training.loop import train
+from questpress.pipeline.training.task import DistillationTask, Teacher
+from questpress.pipeline.training.teacher_cache import Source, Store
+from torch import Tensor, nn
+
+from tests.support import little, several
+from tests.support.little import files, record, report, weights
+from tests.training.test_train import CLASSES, ENGINE, SIDE, network, plan, views
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+
+SHAPES = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
+TEACHER_READS = {
+    "kd": frozenset({"logits"}),
+    "quest": frozenset({"map"}),
+    "mimic": frozenset({"vector"}),
+}
+
+
+def without_batch_norm(net: nn.Module) -> nn.Module:
+    """Each rank's statistics are of its own images; a norm of each image for itself knows no ranks."""
+    for module in net.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(4, child.num_features))
+    return net
+
+
+def a_method(name: str) -> Method:
+    torch.manual_seed(0)
+    if name == "kd":
+        return Kd(KdParameters(), SHAPES, [SHAPES], {})
+    if name == "mimic":
+        hashes = {"0.weight": torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) / 8}
+        # The mean over the images that a teacher is right on is each rank's own, so it is taken over all.
+        mimicked = MimicParameters(variant="lshl2", alone=1)
+        return Mimic(mimicked, SHAPES, [SHAPES], {**hashes, "0.bias": torch.zeros(40)})
+    words = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
+    prepared = {"0.map.words": words, "0.map.mu": torch.tensor(10.0), "0.map.top": torch.tensor(3)}
+    return Quest(Parameters(words=5), SHAPES, [SHAPES], prepared)
+
+
+def a_store(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: Ranks) -> Store:
+    def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
+        plan = ((indices, torch.full_like(indices, view)) for indices in batches)
+        return (pixels for pixels, _ in given.batches(plan))
+
+    source = Source("teacher", "images", {"t": 0}, method.answers(0), lambda: teacher)
+    return Store(Cache(cache), [source], len(given), render, lambda *_: None, ranks)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "quest": {"method": "quest"},
+    "kd": {"method": "kd"},
+    "quest from the store": {"method": "quest", "store": True},
+    "balanced": {"method": "kd", "balance": True, "weights": {"kd": 5.0}},
+    "in parts": {"method": "quest", "micro_batch": 3},
+    "with a running mean": {"method": "kd", "ema": 0.9},
+    "with a layer for another width": {"method": "mimic", "widened": 64},
+    "with batch norm": {"method": "kd", "frozen": False},
+}
+
+
+def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None = None) -> None:
+    """Two epochs of ten steps; rank 0 writes down what came of them."""
+    o = CASES[case]
+    name = o["method"]
+    method = a_method(name)
+    g = geometry("cifar_resnet8", SIDE)
+    teacher = Teacher(network(seed=7), g, ENGINE)
+    student = without_batch_norm(network()) if o.get("frozen", True) else network()
+    if "widened" in o:
+        widen(student, o["widened"], seed=0)
+    task = DistillationTask(
+        student,
+        g,
+        ENGINE,
+        teachers=[] if o.get("store") else [teacher],
+        teacher_reads=[] if o.get("store") else [TEACHER_READS[name]],
+        methods={name: method},
+        student_reads=TEACHER_READS[name],
+        weights=o.get("weights"),
+        balance=o.get("balance", False),
+        ema=o.get("ema"),
+        ranks=ranks,
+    )
+    if ranks.count > 1:
+        task.prepare_distributed()
+    seen, views_of = views(170), Schedule(views().policy, 0, 2 if o.get("store") else None)
+    given = views(83)
+    store = a_store(method, given, teacher, folder / "cache", ranks) if o.get("store") else None
+    pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
+    answers: list[Tensor] = []
+
+    def measured(net: nn.Module) -> float:
+        mine = metrics.logits(net, Normalise(g.mean, g.std), pixels[ranks.mine(131)], ENGINE)
+        answers.append(ranks.gather(mine))
+        return metrics.accuracy(answers[-1].numpy(), seen.labels[:131].numpy()).top1
+
+    if stop_after is not None:
+        count_down(task, stop_after if ranks.number == ranks.count - 1 else None)
+    epochs: list[Epoch] = []
+    train(
+        task, given, plan(epochs=2, optimizer="sgd", lr=0.005, micro_batch=o.get("micro_batch")),
+        Checkpoint(folder / f"{case}.pt", "key"), stage="student", evaluate=measured, show=lambda *_: None,
+        log=epochs.append, views_of=views_of, store=store, ranks=ranks,
+    )  # fmt: skip
+    if ranks.is_main:
+        outcome = {
+            "weights": {**dict(task.trainee.named_parameters()), **dict(task.trainee.named_buffers())},
+            "shipped": task.shipped.state_dict(),
+            "answers": torch.stack(answers),
+            "epochs": [
+                {**e.losses, **e.watched, "train": e.train_accuracy, "val": e.val_accuracy} for e in epochs
+            ],
+        }
+        torch.save(outcome, folder / f"{case}.{ranks.count}.outcome")
+
+
+def count_down(task: DistillationTask, steps: int | None) -> None:
+    """Have this process told to stop after so many steps."""
+    loop.AGREE_SECONDS = 0.0
+    real, done = task.end_step, [0]
+
+    def end_step() -> None:
+        real()
+        done[0] += 1
+        if done[0] == steps:
+            STOP.asked = KeyboardInterrupt
+
+    task.end_step = end_step  # type: ignore[method-assign]
+
+
+def all_cases(folder: Path) -> None:
+    ranks = join()
+    for case in CASES:
+        twenty_steps(case, folder, ranks)
+    for count in (1, 2):
+        stopped = folder / f"stopped{count}"
+        stopped.mkdir(exist_ok=True)
+        try:
+            twenty_steps("quest", stopped, ranks, stop_after=13)
+        except KeyboardInterrupt:
+            assert torch.load(stopped / "quest.pt")["step"] == 3 if ranks.is_main else True
+        else:
+            raise AssertionError("nobody stopped")
+    twenty_steps("quest", folder / "stopped2", ranks)
+    leave()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what two processes made of every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started = several.start(folder, all_cases, folder)
+    assert started.codes() == [0, 0], started.said(0) + started.said(1)
+    return folder
+
+
+def outcome(folder: Path, case: str, count: int) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(folder / f"{case}.{count}.outcome", weights_only=True)
+    return loaded
+
+
+# KD's gradients between two networks that hardly differ are small differences of large numbers. Their size,
+# which the balance sums the logarithms of, is rounded in the fourth figure on some processors.
+TOLERANCE = {"balanced": (1e-4, 1e-3)}
+
+
+def assert_close(one: dict[str, Any], two: dict[str, Any], atol: float = 1e-5, rtol: float = 0) -> None:
+    for part in ("weights", "shipped"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            torch.testing.assert_close(
+                value, two[part][name], atol=atol, rtol=rtol, msg=lambda m, at=f"{part} {name}": f"{at}: {m}"
+            )
+    torch.testing.assert_close(one["answers"], two["answers"], atol=10 * atol, rtol=rtol)
+    for a, b in zip(one["epochs"], two["epochs"], strict=True):
+        assert a == pytest.approx(b, abs=atol, rel=rtol)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "with batch norm"])
+def test_two_processes_equal_one_after_twenty_steps(trained: Path, tmp_path: Path, case: str) -> None:
+    twenty_steps(case, tmp_path, Ranks())
+    alone, together = outcome(tmp_path, case, 1), outcome(trained, case, 2)
+    assert_close(alone, together, *TOLERANCE.get(case, ()))
+    assert together["answers"].shape[1] == 131  # every image once, though 131 is odd
+
+
+def test_the_answers_of_a_store_do_not_depend_on_how_many_filled_it(trained: Path, tmp_path: Path) -> None:
+    twenty_steps("quest from the store", tmp_path, Ranks())
+
+    def arrays(root: Path) -> dict[str, bytes]:
+        found = files(root / "cache").items()
+        return {name: content for name, (_, content) in found if name.endswith(".npy")}
+
+    assert arrays(trained) == arrays(tmp_path) and len(arrays(trained)) == 6
+    assert not list((trained / "cache").rglob("*.part"))
+
+
+def test_the_network_that_is_measured_is_the_one_that_ships(trained: Path) -> None:
+    """With statistics of their own, ranks would each measure another network."""
+    found = outcome(trained, "with batch norm", 2)
+    net = network()
+    net.load_state_dict(found["shipped"])
+    g = geometry("cifar_resnet8", SIDE)
+    seen = views(170)
+    pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
+    answers = metrics.logits(net, Normalise(g.mean, g.std), pixels, ENGINE)
+    torch.testing.assert_close(found["answers"][-1], answers, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stop_that_one_process_hears_of_stops_both_and_either_number_of_them_goes_on(
+    trained: Path, tmp_path: Path, count: int
+) -> None:
+    folder = trained / f"stopped{count}"
+    if count == 1:
+        twenty_steps("quest", folder, Ranks())
+    twenty_steps("quest", tmp_path, Ranks())
+    went_on, whole = outcome(folder, "quest", count), outcome(tmp_path, "quest", 1)
+    # The epoch that was broken off and the sums it had are whole again.
+    assert len(went_on["epochs"]) == 1
+    whole["epochs"], whole["answers"] = whole["epochs"][1:], whole["answers"][1:]
+    assert_close(went_on, whole)
+
+
+# The command.
+
+
+def arguments(data: Path, out: Path, cache: Path, *more: str) -> list[str]:
+    return little.little_command(data, out, cache, *more)[3:]
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def fields(content: Any) -> Any:
+    """The names in a report, without what they say; which percentiles have intervals is how fast it ran."""
+    if isinstance(content, dict):
+        return {name: None if name == "intervals" else fields(value) for name, value in content.items()}
+    return [fields(content[0])] if isinstance(content, list) and content else None
+
+
+def test_the_whole_command_with_two_processes(finished, data, cache, tmp_path):
+    out = tmp_path / "run"
+    first = several.start(tmp_path / "first", several.command, *arguments(data, out, cache))
+    assert first.codes() == [0, 0], first.said(0) + first.said(1)
+    assert first.said(1) == ""
+    said = lines(first.said(0))
+    assert len(said) == len(set(said)) and sum("✓" in line for line in said) == 8
+
+    def names(run: Path) -> set[str]:
+        return set(files(run))
+
+    assert names(out) == names(finished)
+    # What differs by name is what was found in this run alone: warnings, notes.
+    known, other = fields(report(out)), fields(report(finished))
+    for name in ("teachers", "teacher", "student", "student_int8", "data", "epochs", "words", "stages"):
+        assert known[name] == other[name], name
+    assert len(report(out)["epochs"]) == len(report(finished)["epochs"]) == 4
+    assert report(out)["teacher"]["accuracy"]["n"] == report(finished)["teacher"]["accuracy"]["n"]
+
+    before = {name: weights(out / name) for name in ("teacher.safetensors", "student.safetensors")}
+    again = several.start(tmp_path / "again", several.command, *arguments(data, out, cache))
+    assert again.codes() == [0, 0] and again.said(1) == ""
+    assert again.said(0).count("(kept)") == 8
+    assert {name: weights(out / name) for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [(("--batch-size", "15"), "cannot be shared evenly"), (("--nonsense",), "No such option")],
+)
+def test_a_refusal_is_one_sentence(data, cache, tmp_path, more, words):
+    started = several.start(
+        tmp_path / "said", several.command, *arguments(data, tmp_path / "run", cache, *more)
+    )
+    assert started.codes() == [2, 2]
+    said = started.said(0) + started.said(1)
+    assert said.count("Error: ") == 1 and words in said and "Traceback" not in said
+
+
+def one_fails(*options: str) -> None:
+    """The command, whose second process finds no memory in its first step."""
+    if os.environ["RANK"] == "1":
+
+        def full(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("no memory")
+
+        loop.backward = full
+    several.command(*options)
+
+
+def test_what_goes_wrong_in_one_process_is_told_once_and_ends_both(data, cache, tmp_path):
+    started = several.start(tmp_path / "said", one_fails, *arguments(data, tmp_path / "run", cache))
+    assert started.codes() == [1, 1]
+    said = started.said(0) + started.said(1)
+    assert "Traceback" not in said and said.count("Error: ") == 1
+    assert "Rank 1 has no memory on cpu for 8 images of a step; --micro-batch 4" in said
+
+
+def test_torchrun_told_to_stop_ends_cleanly_and_the_command_goes_on_alone(data, cache, tmp_path):
+    more = ("--epochs", "60", "--store-views", "2", "--until", "student")
+    out = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python",
+            *little.little_command(data, out, cache, *more),
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=little.one_core, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(lambda: any('"stage":"student"' in line for line in curve(out)), launcher)
+    launcher.send_signal(signal.SIGTERM)
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert stderr.count("Stopped. The same command goes on") == 1, stderr
+    assert "✓ student" not in stderr and "Error: " not in stderr
+    stopped = len(curve(out))
+    assert (out / "checkpoint" / "student.pt").exists() and 2 < stopped < 62
+    went_on = little.job(data, out, cache, *more)
+    assert went_on.exit_code == 0, went_on.output
+    assert "student" in record(out)["stages"] and len(curve(out)) == 62
+    assert [json.loads(line)["epoch"] for line in curve(out)] == [1, 2, *range(1, 61)]
+
+
+def curve(out: Path) -> list[str]:
+    file = out / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def wait_for(done: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,315 @@
+"""Being told to stop at any step: the place in the epoch is kept, and going on ends in the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from questpress.models.build import build, geometry
+from questpress.pipeline import compress, stages
+from questpress.pipeline.runs import interrupt
+from questpress.pipeline.runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit, seconds
+from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training import loop
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.loop import train
+from questpress.pipeline.training.task import DistillationTask
+from torch import nn
+
+from tests.end_to_end.test_interrupted import started, wait_for
+from tests.support import little
+from tests.support.little import job, record, report, weights
+from tests.training.test_train import (
+    CLASSES,
+    ENGINE,
+    SIDE,
+    distillation,
+    equal,
+    plan,
+    state,
+    supervised,
+    views,
+)
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked() -> Iterator[None]:
+    STOP._forget()
+    yield
+    STOP._forget()
+
+
+def dropping() -> DistillationTask:
+    """A network with dropout and stochastic depth."""
+    network = build("cifar_resnet8", num_classes=CLASSES, image_size=SIDE, seed=0)
+
+    class Dropping(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept = torch.rand(len(x), 1, 1, 1) < 0.8 if self.training else torch.ones(len(x), 1, 1, 1)
+            return nn.functional.dropout(self.block(x), 0.2, self.training) * kept
+
+    network.layer2 = Dropping(network.layer2)  # type: ignore[assignment, arg-type]
+    return DistillationTask(network, geometry("cifar_resnet8", SIDE), ENGINE)
+
+
+KINDS: dict[str, tuple[Callable[[], DistillationTask], dict[str, Any]]] = {
+    "adam": (distillation, {}),
+    "momentum": (distillation, {"optimizer": "sgd", "lr": 0.02}),
+    "milestones": (supervised, {"schedule": "multistep", "milestones": (1, 2)}),
+    "dropout": (dropping, {}),
+    "running mean": (lambda: supervised(ema=0.9), {}),
+    "average": (lambda: supervised(average_last=2), {}),
+    "balance": (lambda: distillation(balance=True, weights={"quest": 100.0}), {}),
+    "parts": (distillation, {"micro_batch": 3}),
+}
+
+
+def learn(task: DistillationTask, file: Path, told_after: int | None = None, **changes: Any) -> list[Epoch]:
+    """Train, told to stop during the step after so many."""
+    epochs: list[Epoch] = []
+    real, done = task.end_step, [0]
+
+    def end_step() -> None:
+        real()
+        done[0] += 1
+        if done[0] == told_after:
+            signal.raise_signal(signal.SIGTERM)
+
+    task.end_step = end_step  # type: ignore[method-assign]
+    with STOP.listens():
+        train(
+            task, views(40), plan(**changes), Checkpoint(file, "key"), stage="student",
+            evaluate=lambda _: None, show=lambda *_: None, log=epochs.append,
+        )  # fmt: skip
+    return epochs
+
+
+def facts(epoch: Epoch) -> dict[str, Any]:
+    """What an epoch found, without how fast it was."""
+    timed = {"images_per_second", "seconds", "shares", "peak_memory_bytes", "mfu"}
+    return epoch.model_dump(exclude=timed)
+
+
+@posix
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("told_after", [2, 5, 8])  # in an epoch of five steps, at its end, in the next one
+def test_a_training_stopped_at_a_step_goes_on_to_the_same_bits(tmp_path, kind, told_after):
+    make, changes = KINDS[kind]
+    whole = make()
+    curve = learn(whole, tmp_path / "whole.pt", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        learn(make(), tmp_path / "c.pt", told_after, **changes)
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert saved["epoch"] * 5 + saved["step"] == told_after
+    went_on = make()
+    with torch.no_grad():  # what the new process starts from must not matter
+        for parameter in went_on.trainee.parameters():
+            parameter.add_(1)
+    rest = learn(went_on, tmp_path / "c.pt", **changes)
+    assert equal(state(went_on), state(whole))
+    assert equal(dict(went_on.shipped.state_dict()), dict(whole.shipped.state_dict()))
+    assert [facts(one) for one in rest] == [facts(one) for one in curve[saved["epoch"] :]]
+    assert went_on.balanced() == whole.balanced()
+
+
+def test_a_long_epoch_is_saved_while_it_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    places: list[tuple[int, int]] = []
+    real = Checkpoint.save
+
+    def save(of: Checkpoint, what: dict[str, Any]) -> None:
+        places.append((what["epoch"], what["step"]))
+        real(of, what)
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    learn(supervised(), tmp_path / "c.pt", epochs=2)
+    steps = [(epoch, step) for epoch in (0, 1) for step in range(1, 6)]
+    assert places == [(0, 0), *steps[:5], (1, 0), *steps[5:], (2, 0)]
+
+
+@posix
+def test_a_second_signal_does_not_wait_for_the_step_and_an_echo_is_no_second_one(monkeypatch):
+    with STOP.listens():
+        with STOP.waits():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # a scheduler's and torchrun's
+            assert STOP.asked is KeyboardInterrupt
+            monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        STOP._forget()
+        with pytest.raises(KeyboardInterrupt):  # outside of a training nothing waits
+            signal.raise_signal(signal.SIGINT)
+
+
+@posix
+def test_signals_are_heard_as_before_once_the_job_is_over(monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with STOP.listens():
+        assert signal.getsignal(signal.SIGTERM) == STOP._told
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    # nohup and a shell's background jobs
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    with STOP.listens():
+        pass
+    monkeypatch.undo()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@posix
+def test_a_time_limit_interrupts_waiting_and_ends_with_its_block():
+    with STOP.listens():
+        begun = time.monotonic()
+        with pytest.raises(TimeLimit), STOP.after(0.2):
+            subprocess.run(["sleep", "20"])
+        assert time.monotonic() - begun < 10
+        with STOP.after(0.2):
+            pass
+        time.sleep(0.4)  # nothing comes any more
+
+
+def test_in_a_thread_of_its_own_a_training_hears_the_time_limit(tmp_path):
+    told: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with STOP.listens(), STOP.after(0.5):
+                train(
+                    supervised(), views(40), plan(epochs=10_000), Checkpoint(tmp_path / "c.pt", "key"),
+                    stage="student", evaluate=lambda _: None, show=lambda *_: None, log=lambda _: None,
+                )  # fmt: skip
+        except BaseException as error:
+            told.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert [type(one) for one in told] == [TimeLimit]
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["epoch"] < 10_000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3h50m", 13_800), ("90m", 5400), ("45s", 45), ("2d", 172_800), ("1.5h", 5400)]
+)
+def test_times_are_read(text, expected):
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "90", "1h30", "h", "-5m", "5 m"])
+def test_what_is_no_time_is_refused(text, data, cache, tmp_path):
+    with pytest.raises(ValueError, match="is no time"):
+        seconds(text)
+    little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
+
+
+@pytest.mark.parametrize("text", ["\udcff", "9" * 20 + "d", "0s"])
+def test_a_time_limit_that_no_clock_can_keep_is_refused(text, data, cache, tmp_path):
+    little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
+
+
+@posix
+def test_the_time_limit_ends_a_training_with_75_and_the_command_goes_on(data, cache, tmp_path):
+    more = ("--epochs", "40", "--until", "student")
+    assert job(data, tmp_path / "run", cache, "--until", "prepare", "--epochs", "40").exit_code == 0
+
+    def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(task: DistillationTask) -> Any:
+            time.sleep(0.05)
+            return real(task)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillationTask, "end_step", slowly(DistillationTask.end_step))
+        stopped = job(data, tmp_path / "run", cache, *more, "--time-limit", "4s")
+    assert stopped.exit_code == TIME_LIMIT_EXIT, stopped.output
+    assert "--time-limit is reached" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert (tmp_path / "run" / "checkpoint" / "student.pt").exists()
+    assert job(data, tmp_path / "run", cache, *more).exit_code == 0
+    assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
+    went_on, whole = (weights(tmp_path / name / "student.safetensors") for name in ("run", "whole"))
+    assert went_on == whole
+    curves = [[e["losses"] for e in report(tmp_path / name)["epochs"]] for name in ("run", "whole")]
+    assert curves[0] == curves[1] and len(curves[0]) == 42
+
+
+@posix
+def test_the_time_limit_ends_a_stage_without_steps_too(finished, data, cache, tmp_path, monkeypatch):
+    real = stages.stage_run
+
+    def waiting(name: str) -> Callable[[Any], Any]:
+        return real(name) if name != "prepare" else lambda _: subprocess.run(["sleep", "60"])
+
+    monkeypatch.setattr(stages, "stage_run", waiting)
+    assert job(data, tmp_path / "run", cache, "--until", "teacher").exit_code == 0
+    begun = time.monotonic()
+    stopped = job(data, tmp_path / "run", cache, "--time-limit", "2s")
+    assert stopped.exit_code == TIME_LIMIT_EXIT and time.monotonic() - begun < 30
+    monkeypatch.undo()
+    assert job(data, tmp_path / "run", cache, "--until", "student").exit_code == 0
+    assert weights(tmp_path / "run" / "student.safetensors") == weights(finished / "student.safetensors")
+
+
+@posix
+def test_the_function_hears_the_time_limit_and_leaves_no_clock_running(data, cache, tmp_path):
+    options = {
+        "teacher": little.TEACHER, "teacher_weights": "none", "student": little.STUDENT, "data": data,
+        "out": tmp_path / "run", "cache": cache, "image_size": 16, "batch_size": 16, "quiet": True,
+        "settings": {"quest.words": 8}, "teacher_epochs": 1000, "epochs": 1000,
+    }  # fmt: skip
+    before = threading.active_count()
+    with pytest.raises(TimeLimit):
+        compress(**options, time_limit="3s")
+    time.sleep(0.1)
+    assert threading.active_count() <= before
+    assert signal.getsignal(signal.SIGTERM) != STOP._told
+
+
+@posix
+def test_a_run_told_to_stop_in_the_middle_of_its_epochs_gives_the_weights_of_an_uninterrupted_one(
+    data, cache, tmp_path
+):
+    more = ("--epochs", "25", "--until", "student")
+    out = tmp_path / "run"
+    process = started(little.little_command(data, out, cache, *more), tmp_path)
+    wait_for(out / "checkpoint" / "student.pt", process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert "student" not in record(out)["stages"]
+    assert job(data, out, cache, *more).exit_code == 0
+    assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
+    assert weights(out / "student.safetensors") == weights(tmp_path / "whole" / "student.safetensors")
+
+
+def test_what_a_killed_process_left_half_written_is_swept_up(a_run, data, cache):
+    (a_run / f".student.safetensors.{os.getpid()}.part").write_bytes(b"half")
+    (a_run / "checkpoint").mkdir(exist_ok=True)
+    (a_run / "checkpoint" / ".student.pt.1.part").write_bytes(b"half")
+    assert job(data, a_run, cache).exit_code == 0
+    assert sorted(path.name for path in a_run.rglob(".*")) == [".lock", ".run.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_to_be_stopped_while_a_command_is_loaded_is_one_word_too(number):
+    code = (
+        "import os, sys\n"
+        "from questpress.pipeline import cli\n"
+        f"cli.import_module = lambda name: os.kill(os.getpid(), {int(number)})\n"
+        "cli.cli(['doctor'])"
+    )
+    stopped = little.python(code)
+    assert stopped.returncode == 130 and stopped.stderr.strip() == "Stopped."

@@ -1,0 +1,454 @@
+"""The training loop on toys: it learns, repeats, goes on where it stopped, and stops where it must."""
+
+import math
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from questpress.models.build import build, geometry
+from questpress.pipeline.data.dataset import Image, array_key
+from questpress.pipeline.data.decode import ragged
+from questpress.pipeline.data.render import Normalise, Views
+from questpress.pipeline.data.views import Schedule, ViewPolicy
+from questpress.pipeline.errors import JobError
+from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.quest.quest import Parameters, Quest
+from questpress.pipeline.runs.device import Engine
+from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.loop import Batches, train
+from questpress.pipeline.training.optimizer import Plan, build_optimizer, schedule
+from questpress.pipeline.training.task import DistillationTask, Teacher
+
+from tests.support.little import picture
+
+SIDE, CLASSES = 16, 3
+ENGINE = Engine("cpu", 1, "fp32")
+POLICY = ViewPolicy("pad_crop", side=SIDE, crop=SIDE, pad=2, flip=True)
+
+
+def views(count: int = 24, seed: int = 0) -> Views:
+    arrays = [picture(i % CLASSES, i, SIDE, SIDE) for i in range(count)]
+    images = [Image(str(i), i % CLASSES, array_key(a), a) for i, a in enumerate(arrays)]
+    keys = torch.tensor([int(image.key[:16], 16) >> 1 for image in images])
+    data = torch.from_numpy(np.concatenate([a.reshape(-1, 3) for a in arrays]))
+    pixels = ragged(data, torch.full((count, 2), SIDE))
+    return Views(pixels, torch.tensor([i.label for i in images]), keys, POLICY, seed, SIDE)
+
+
+def plan(**changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "epochs": 3, "batch_size": 8, "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine",
+        "milestones": (), "warmup_epochs": 0.5, "weight_decay": 0.05, "decay_all": False,
+        "label_smoothing": 0.0, "seed": 0,
+    }  # fmt: skip
+    return Plan(**{**values, **changes})
+
+
+def network(seed: int = 0) -> torch.nn.Module:
+    return build("cifar_resnet8", num_classes=CLASSES, image_size=SIDE, seed=seed)
+
+
+def distillation(**changes: Any) -> DistillationTask:
+    """A student with QuEST's head and a frozen teacher."""
+    torch.manual_seed(0)
+    shapes = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
+    words = torch.from_numpy(np.random.default_rng(0).random((5, 64), dtype=np.float32))
+    quest = Quest(
+        Parameters(words=5), shapes, [shapes], {"0.map.words": words, "0.map.mu": torch.tensor(10.0)}
+    )
+    g = geometry("cifar_resnet8", SIDE)
+    values: dict[str, Any] = {
+        "teachers": [Teacher(network(seed=7), g, ENGINE)],
+        "teacher_reads": [frozenset({"map"})],
+        "methods": {"quest": quest},
+        "student_reads": frozenset({"map"}),
+    }
+    return DistillationTask(network(), g, ENGINE, **{**values, **changes})
+
+
+def supervised(**changes: Any) -> DistillationTask:
+    return DistillationTask(network(), geometry("cifar_resnet8", SIDE), ENGINE, **changes)
+
+
+def learn(
+    task: DistillationTask,
+    file: Path,
+    *,
+    given: Views | None = None,
+    log: Callable[[Epoch], None] = lambda _: None,
+    key: str = "key",
+    **changes: Any,
+) -> list[Epoch]:
+    epochs: list[Epoch] = []
+
+    def logged(epoch: Epoch) -> None:
+        epochs.append(epoch)
+        log(epoch)
+
+    train(
+        task, given or views(), plan(**changes), Checkpoint(file, key), stage="student",
+        evaluate=lambda _: None, show=lambda *_: None, log=logged,
+    )  # fmt: skip
+    return epochs
+
+
+def batches(
+    views: Views, plan: Plan, epoch: int, steps: int, begun: int = 0
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    views_of = Schedule(views.policy, views.seed)
+    source = Batches(views, views_of, None, plan, Ranks(), torch.device("cpu"))
+    return [(batch.pixels, batch.labels) for batch in source.of(epoch, steps, begun)]
+
+
+def state(task: DistillationTask) -> dict[str, torch.Tensor]:
+    named = [*task.trainee.named_parameters(), *task.trainee.named_buffers()]
+    return {key: value.detach().clone() for key, value in named}
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_in(number: int) -> Callable[[Epoch], None]:
+    def log(epoch: Epoch) -> None:
+        if epoch.epoch == number:
+            raise Interrupted
+
+    return log
+
+
+@pytest.mark.parametrize("make", [supervised, distillation])
+def test_the_loss_goes_down(tmp_path, make):
+    epochs = learn(make(), tmp_path / "c.pt", epochs=6)
+    losses = [epoch.losses["loss"] for epoch in epochs]
+    assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5, 6]
+    assert losses[-1] < 0.7 * losses[0]
+    accuracy = epochs[-1].train_accuracy
+    assert accuracy is not None and accuracy > 80
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(tmp_path, stop, optimizer):
+    whole = distillation()
+    curve = learn(whole, tmp_path / "whole.pt", optimizer=optimizer)
+    with pytest.raises(Interrupted):
+        learn(distillation(), tmp_path / "c.pt", log=interrupt_in(stop), optimizer=optimizer)
+    resumed = distillation()
+    with torch.no_grad():  # what the new process starts from must not matter
+        for parameter in resumed.trainable_module.parameters():
+            parameter.add_(1)
+    if stop == 1:  # no epoch was finished: a new process starts from the same weights
+        resumed = distillation()
+    rest = learn(resumed, tmp_path / "c.pt", optimizer=optimizer)
+    assert [epoch.epoch for epoch in rest] == list(range(stop, 4))
+    assert equal(state(resumed), state(whole))
+    assert [epoch.losses for epoch in rest] == [epoch.losses for epoch in curve[stop - 1 :]]
+
+
+def test_the_heads_of_a_method_are_in_the_checkpoint_but_not_in_the_network_that_ships(tmp_path):
+    task = distillation()
+    learn(task, tmp_path / "c.pt", epochs=1)
+    assert set(task.network.state_dict()) == set(network().state_dict())
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert torch.equal(
+        saved["task_state"]["methods"]["quest.terms.0.weight"], state(task)["methods.quest.terms.0.weight"]
+    )
+    assert saved["epoch"] == 1
+
+
+def test_the_heads_learn_with_the_students_optimizer(tmp_path):
+    task = distillation()
+    before = state(task)
+    learn(task, tmp_path / "c.pt", epochs=1)
+    for key in ("methods.quest.terms.0.weight", "methods.quest.terms.0.gamma"):
+        assert not torch.equal(state(task)[key], before[key])
+    decayed = torch.load(tmp_path / "c.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert sum(len(group["params"]) for group in decayed) == len(list(task.trainable_module.parameters()))
+
+
+def test_a_finished_training_is_not_done_again(tmp_path):
+    task = distillation()
+    learn(task, tmp_path / "c.pt")
+    again = distillation()
+    assert learn(again, tmp_path / "c.pt") == []
+    assert equal(state(again), state(task))
+
+
+def test_a_checkpoint_of_another_training_is_not_used(tmp_path):
+    learn(supervised(), tmp_path / "c.pt", epochs=1, key="another")
+    assert len(learn(supervised(), tmp_path / "c.pt", epochs=1, key="this")) == 1
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    learn(supervised(), tmp_path / "c.pt", epochs=1)
+    content = (tmp_path / "c.pt").read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1  # in the middle of a tensor, where torch does not look
+    for damage in (content[: len(content) // 2], b"", b"no checkpoint at all", bytes(flipped)):
+        (tmp_path / "c.pt").write_bytes(damage)
+        (tmp_path / "c.previous.pt").unlink(missing_ok=True)
+        with pytest.raises(JobError, match=r"c\.pt is damaged, and there is no other; delete it"):
+            learn(supervised(), tmp_path / "c.pt", epochs=1)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "half of it", "gone"])
+def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_path, damage):
+    whole = distillation()
+    learn(whole, tmp_path / "whole.pt", epochs=3)
+    learn(distillation(), tmp_path / "c.pt", epochs=3)
+    newest, before = tmp_path / "c.pt", tmp_path / "c.previous.pt"
+    assert torch.load(before, weights_only=True)["epoch"] == 2
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":  # killed between the two renames
+        newest.unlink()
+    else:
+        newest.write_bytes(content if damage == "a flipped bit" else content[:1000])
+    told: list[str] = []
+    assert Checkpoint(newest, "key", told.append).load("cpu")["epoch"] == 2
+    assert told == (
+        []
+        if damage == "gone"
+        else [f"The checkpoint {newest} is damaged: the training goes on from the one before it."]
+    )
+    resumed = distillation()
+    assert [epoch.epoch for epoch in learn(resumed, newest, epochs=3)] == [3]
+    assert equal(state(resumed), state(whole))
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_checkpoint_that_would_run_code_does_not_whoever_has_written_its_checksum(tmp_path):
+    Checkpoint(tmp_path / "c.pt", "key").save({"epoch": 1, "extra": Hostile(str(tmp_path / "was_run"))})
+    with pytest.raises(JobError, match=r"c\.pt is damaged"):
+        Checkpoint(tmp_path / "c.pt", "key").load("cpu")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_views_and_their_order_follow_from_seed_and_epoch_alone():
+    def drawn(seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = batches(views(seed=seed), plan(seed=seed), epoch, 3)
+        return torch.cat([images for images, _ in found]), torch.cat([labels for _, labels in found])
+
+    first, labels = drawn(0, 0)
+    assert first.shape == (24, 3, SIDE, SIDE) and first.dtype == torch.uint8
+    assert sorted(labels.tolist()) == sorted([i % CLASSES for i in range(24)])
+    torch.manual_seed(123)
+    assert torch.equal(first, drawn(0, 0)[0])
+    for other in (drawn(0, 1), drawn(1, 0)):
+        assert not torch.equal(first, other[0]) and not torch.equal(labels, other[1])
+
+
+def test_the_same_weights_come_out_whatever_was_drawn_before(tmp_path):
+    one = distillation()
+    learn(one, tmp_path / "a.pt", epochs=2)
+    two = distillation()
+    torch.manual_seed(99)
+    torch.rand(17)
+    learn(two, tmp_path / "b.pt", epochs=2)
+    assert equal(state(one), state(two))
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    task = distillation()
+    kept: dict[str, torch.Tensor] = {}
+
+    def poison(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            kept.update(state(task))
+
+            def broken(*_: Any) -> torch.Tensor:
+                return torch.tensor(math.nan, requires_grad=True)
+
+            task.trainable_module.methods["quest"].terms[0].forward = broken
+
+    with pytest.raises(JobError) as told:
+        learn(task, tmp_path / "c.pt", log=poison, epochs=4)
+    sentence = str(told.value)
+    assert "nan in epoch 3" in sentence and "quest" in sentence and "--lr" in sentence
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert saved["epoch"] == 2
+    good = {key.removeprefix("readouts.network."): value for key, value in kept.items()}
+    assert all(torch.equal(value, good[key]) for key, value in saved["state_dict"].items())
+
+
+def test_a_learning_rate_far_too_high_leaves_only_finite_weights_in_the_checkpoint(tmp_path):
+    with pytest.raises(JobError, match="Try a lower --lr"):
+        learn(supervised(), tmp_path / "c.pt", lr=1e30, optimizer="sgd", warmup_epochs=0, epochs=30)
+    if (tmp_path / "c.pt").exists():
+        saved = torch.load(tmp_path / "c.pt", weights_only=True)["state_dict"]
+        assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
+    [epoch] = learn(supervised(), tmp_path / "c.pt", given=views(10), batch_size=64, epochs=1)
+    assert plan(batch_size=64).steps(10) == 1
+    [(images, labels)] = batches(views(10), plan(batch_size=64), 0, 1)
+    assert len(images) == len(labels) == 10
+    assert math.isfinite(epoch.losses["loss"])
+
+
+def test_an_epoch_has_full_batches_only():
+    assert plan(batch_size=8).steps(31) == 3
+
+
+def test_the_teacher_stays_in_eval_mode_and_its_statistics_as_they_were(tmp_path):
+    task = distillation()
+    teacher = task.teachers[0]
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    learn(task, tmp_path / "c.pt", epochs=2)
+    assert not any(module.training for module in teacher.modules())
+    assert equal(before, dict(teacher.state_dict()))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert task.network.training
+
+
+def test_the_students_statistics_do_move(tmp_path):
+    task = supervised()
+    before = {key: value.clone() for key, value in task.network.state_dict().items() if "running_mean" in key}
+    learn(task, tmp_path / "c.pt", epochs=1)
+    after = task.network.state_dict()
+    assert all(not torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_cross_entropy_is_torchs_with_its_weight_and_smoothing(smoothing):
+    task = supervised(label_smoothing=smoothing, weights={"ce": 0.5})
+    [(images, labels), *_] = batches(views(), plan(), 0, 1)
+    task.eval()
+    result = task(images, labels)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in task_statistics())
+    logits = task.network((images.float() / 255 - mean) / std)
+    log_p = logits.log_softmax(1)
+    by_hand = -((1 - smoothing) * log_p[torch.arange(8), labels] + smoothing * log_p.mean(1)).mean()
+    assert result["ce"].item() == pytest.approx(0.5 * by_hand.item(), rel=1e-4)
+    assert result["ce"].item() == pytest.approx(
+        0.5 * F.cross_entropy(logits, labels, label_smoothing=smoothing).item(), rel=1e-4
+    )
+    assert result["loss"].item() == result["ce"].item()
+
+
+def task_statistics() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    g = geometry("cifar_resnet8", SIDE)
+    return tuple(g.mean), tuple(g.std)
+
+
+def test_each_loss_has_its_weight_and_the_loss_is_their_sum():
+    [(images, labels), *_] = batches(views(), plan(), 0, 1)
+    plain = distillation().eval()(images, labels)
+    weighted = distillation(weights={"ce": 0.25, "quest": 3.0}).eval()(images, labels)
+    assert weighted["ce"].item() == pytest.approx(0.25 * plain["ce"].item(), rel=1e-6)
+    assert weighted["quest"].item() == pytest.approx(3 * plain["quest"].item(), rel=1e-6)
+    assert weighted["loss"].item() == pytest.approx(
+        weighted["ce"].item() + weighted["quest"].item(), rel=1e-6
+    )
+
+
+def test_without_weight_there_is_no_cross_entropy():
+    [(images, labels), *_] = batches(views(), plan(), 0, 1)
+    result = distillation(weights={"ce": 0.0})(images, labels)
+    assert "ce" not in result and result["loss"].item() == result["quest"].item()
+
+
+def test_pixels_are_normalised_by_the_networks_own_statistics():
+    g = geometry("cifar_resnet8", SIDE)
+    images = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
+    by_hand = (images.double() / 255 - torch.tensor(g.mean).double().view(1, 3, 1, 1)) / torch.tensor(
+        g.std
+    ).double().view(1, 3, 1, 1)
+    torch.testing.assert_close(Normalise(g.mean, g.std)(images).double(), by_hand, atol=1e-5, rtol=0)
+
+
+def rates(steps: int, **changes: Any) -> list[float]:
+    """The learning rate of every step."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=changes.get("lr", 2e-3))
+    p = plan(**changes)
+    scheduler = schedule(optimizer, p, steps)
+    found = []
+    for step in range(p.epochs * steps):
+        scheduler.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine_to_zero():
+    found = rates(10, epochs=10, warmup_epochs=2, lr=1.0)
+    assert found[0] == pytest.approx(0.01)
+    assert all(b > a for a, b in pairwise(found[:20]))
+    assert all(b < a for a, b in pairwise(found[20:]))
+    for step in (20, 55, 99):
+        assert found[step] == pytest.approx(0.5 * (1 + math.cos(math.pi * step / 100)), abs=0.02)
+
+
+def test_multistep_divides_the_rate_by_ten_at_each_milestone():
+    found = rates(4, epochs=6, warmup_epochs=0, lr=1.0, schedule="multistep", milestones=(2, 4))
+    # timm counts a step ahead: the last step of the epoch before is the first at the lower rate.
+    assert found == pytest.approx([1.0] * 7 + [0.1] * 8 + [0.01] * 9)
+
+
+def test_a_constant_rate_is_constant_after_the_warm_up():
+    found = rates(4, epochs=6, warmup_epochs=1, lr=0.5, schedule="constant")
+    assert found[4:] == pytest.approx([0.5] * 20) and found[0] < 0.01
+
+
+def test_one_cycle_is_torchs():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=50, pct_start=0.1, cycle_momentum=False
+    )
+    expected = []
+    for _ in range(50):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    found = rates(5, epochs=10, warmup_epochs=1, lr=1.0, schedule="onecycle")
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert rates(1, epochs=1, warmup_epochs=0, lr=1.0, schedule="onecycle") == [1.0]
+
+
+def test_biases_norms_and_gammas_are_not_decayed_unless_all_is_asked_for(tmp_path):
+    for decay_all, expected in ((False, {0.0, 0.05}), (True, {0.05})):
+        learn(supervised(), tmp_path / f"{decay_all}.pt", epochs=1, decay_all=decay_all)
+        groups = torch.load(tmp_path / f"{decay_all}.pt", weights_only=True)["optimizer"]["param_groups"]
+        assert {group["weight_decay"] for group in groups} == expected
+
+
+def test_an_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
+    """QuEST's γ has to come from 3 to nearly 20; an adaptive learning rate's steps don't get there."""
+    for name, factor in (("adamw", 50.0), ("sgd", 1.0)):
+        made = distillation()
+        optimizer = build_optimizer(made, plan(optimizer=name))
+        [group] = [g for g in optimizer.param_groups if any(p is made.scales()[0] for p in g["params"])]
+        assert group["params"] == made.scales()
+        assert group["lr_scale"] == factor
+        assert group["weight_decay"] == 0.0
+        everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
+        assert sorted(everything) == sorted(id(p) for p in made.trainable_module.parameters())
+
+
+def test_a_damaged_checkpoint_before_that_of_another_training_is_told(tmp_path):
+    newest = tmp_path / "c.pt"
+    learn(supervised(), newest, epochs=2, key="another")
+    newest.write_bytes(b"damaged")
+    told: list[str] = []
+    assert Checkpoint(newest, "key", told.append).load("cpu") is None
+    assert len(told) == 1 and "is damaged" in told[0] and "begins at its start" in told[0]

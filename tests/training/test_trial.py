@@ -1,0 +1,306 @@
+"""The race of engines: the clearly faster one wins, short trainings have none, and none leaves a trace."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from questpress.pipeline.runs.device import Engine, cores
+from questpress.pipeline.training import trainer
+from questpress.pipeline.training.compute import engine_search
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.compute.engine_search import Trial, fastest
+from questpress.pipeline.training.loop import Batch
+from questpress.pipeline.training.optimizer import build_optimizer
+from questpress.pipeline.training.task import DistillationTask
+
+from tests.training.test_step import BATCH, batch, distillation, plan
+
+RULE = Engine("cpu", 1, "fp32")
+LONG = 100_000
+
+
+def optimizer(task: DistillationTask) -> torch.optim.Optimizer:
+    return build_optimizer(task, plan())
+
+
+@pytest.fixture
+def task() -> DistillationTask:
+    return distillation("quest+kd", RULE)
+
+
+@pytest.fixture
+def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_search, "bf16_pays", lambda _: True)
+    monkeypatch.setattr(engine_search, "cores", lambda: 1)
+
+
+Timer = Callable[[Callable[[Engine], float]], list[Engine]]
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, bf16: None) -> Timer:  # noqa: ARG001
+    """Steps that take what a test says; the engines that were tried, in order."""
+
+    def install(seconds: Callable[[Engine], float]) -> list[Engine]:
+        tried: list[Engine] = []
+
+        def step(_self: Any, engine: Engine) -> float:
+            if engine not in tried:
+                tried.append(engine)
+            return seconds(engine)
+
+        monkeypatch.setattr(engine_search._Runners, "seconds", step)
+        return tried
+
+    return install
+
+
+def run(task: DistillationTask, steps: int = LONG, **changes: Any) -> tuple[Trial, list[str]]:
+    notes: list[str] = []
+    asked: dict[str, Any] = {"precision": "auto", "compile": "off", "note": notes.append}
+    return fastest(task, batch(), optimizer, steps, **{**asked, **changes}), notes
+
+
+def test_the_clearly_faster_engine_is_chosen_and_told_in_one_line(
+    task: DistillationTask, timed: Timer
+) -> None:
+    tried = timed(
+        lambda e: 0.1 * (0.5 if e.precision == "bf16" else 1) * (2 if e.layout == "contiguous" else 1)
+    )
+    found, _ = run(task)
+    fast = replace(RULE, precision="bf16")
+    assert found.engine == fast
+    assert tried == [RULE, fast, replace(fast, layout="contiguous")]
+    assert found.rates == {RULE: BATCH / 0.1, fast: BATCH / 0.05, tried[2]: BATCH / 0.1}
+    assert str(found) == "bf16, channels last, 1 thread: 160 images/s, against 80 in fp32 and 80 contiguous"
+
+
+def test_a_gain_within_what_measurements_scatter_changes_nothing(
+    task: DistillationTask, timed: Timer
+) -> None:
+    timed(lambda e: 0.1 if e == RULE else 0.097)
+    assert run(task)[0].engine == RULE
+
+
+@pytest.mark.parametrize("steps", [1, 100, 799])
+def test_a_short_training_keeps_the_rules_choice_untried(
+    task: DistillationTask, timed: Timer, steps: int
+) -> None:
+    tried = timed(lambda e: 0.1 if e == RULE else 0.01)
+    assert run(task, steps)[0] == Trial(RULE) and tried == []
+
+
+def test_several_processes_compute_alike_and_so_by_the_rule(
+    task: DistillationTask, timed: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = timed(lambda e: 0.1 if e == RULE else 0.01)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert run(task, compile="auto")[0] == Trial(RULE)
+    assert run(task, compile="on")[0] == Trial(replace(RULE, compile="default"))
+    assert tried == []
+
+
+def test_a_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask, timed: Timer) -> None:
+    spent = 0.0
+    clock = SimpleNamespace(perf_counter=lambda: spent)
+
+    def step(engine: Engine) -> float:
+        nonlocal spent
+        seconds = 0.1 if engine == RULE else 0.15
+        spent += seconds
+        return seconds
+
+    timed(step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_search, "time", clock)
+        for steps in (800, 1600, 5000):
+            spent = 0.0
+            run(task, steps)
+            assert spent <= 1.3 * 0.02 * 0.1 * steps
+
+
+def test_a_hopeless_engine_is_out_after_one_round(task: DistillationTask, timed: Timer) -> None:
+    calls = {"slow": 0}
+
+    def step(engine: Engine) -> float:
+        calls["slow"] += engine.precision == "bf16"
+        return 10.0 if engine.precision == "bf16" else 0.1
+
+    timed(step)
+    assert run(task)[0].engine == RULE and calls["slow"] == 2
+
+
+def test_a_precision_that_the_user_fixed_is_not_tried(task: DistillationTask, timed: Timer) -> None:
+    tried = timed(lambda e: 0.01 if e.precision == "bf16" else 0.1)
+    assert run(task, precision="fp32")[0].engine == RULE
+    assert {engine.precision for engine in tried} == {"fp32"}
+
+
+def test_bf16_is_not_tried_where_the_processor_has_none(
+    task: DistillationTask, timed: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = timed(lambda _: 0.1)
+    monkeypatch.setattr(engine_search, "bf16_pays", lambda _: False)
+    run(task)
+    assert {engine.precision for engine in tried} == {"fp32"}
+
+
+def test_one_thread_a_core_is_tried_where_cores_have_several(timed: Timer, monkeypatch: Any) -> None:
+    rule = Engine("cpu", 4, "fp32")
+    monkeypatch.setattr(engine_search, "cores", lambda: 2)
+    timed(lambda e: 0.05 if e.threads == 2 else 0.1)
+    found, _ = run(distillation("none", rule))
+    assert found.engine.threads == 2 and "on 4 threads" in str(found)
+
+
+@pytest.mark.usefixtures("bf16")
+def test_the_race_leaves_no_trace(task: DistillationTask) -> None:
+    def traces() -> dict[str, Any]:
+        kept = {**dict(task.named_parameters()), **dict(task.named_buffers())}
+        tensors = kept | {"rng": torch.get_rng_state()}
+        strides = {name: value.stride() for name, value in kept.items()}
+        flags = {name: module.training for name, module in task.named_modules()}
+        return {
+            "values": {name: value.clone() for name, value in tensors.items()},
+            "rest": (strides, flags, task.engine, torch.get_num_threads(), task.watched(),
+                     [p.grad for p in task.parameters()], task.trainable_module.balance.steps),
+        }  # fmt: skip
+
+    before = traces()
+    found, notes = run(task)
+    assert len(found.rates) == 3 and not notes
+    after = traces()
+    assert before["rest"] == after["rest"]
+    for name, value in before["values"].items():
+        assert torch.equal(value, after["values"][name]), name
+
+
+def test_what_teachers_weigh_is_in_memory_once(task: DistillationTask) -> None:
+    made = engine_search._copy(task)
+    for one, two in zip(task.teachers.parameters(), made.teachers.parameters(), strict=True):
+        assert one is two
+    for one, two in zip(task.trainable_module.parameters(), made.trainable_module.parameters(), strict=True):
+        assert one.data_ptr() != two.data_ptr()
+
+
+@pytest.mark.parametrize(("hours", "tried"), [(0.5, False), (2.0, True)])
+def test_compiling_is_tried_in_long_trainings_alone(
+    task: DistillationTask, timed: Timer, monkeypatch: Any, hours: float, tried: bool
+) -> None:
+    monkeypatch.setattr(engine_search, "can_compile", lambda _: True)
+    seen = timed(lambda e: 0.05 if e.compile != "off" else 0.1)
+    found, _ = run(task, int(hours * 3600 / 0.1), compile="auto")
+    assert any(engine.compile == "default" for engine in seen) == tried
+    assert found.engine.compile == ("default" if tried else "off")
+
+
+def test_compiling_that_fails_is_told_and_the_training_goes_on_uncompiled(
+    task: DistillationTask, timed: Timer
+) -> None:
+    def step(engine: Engine) -> float:
+        if engine.compile != "off":
+            raise RuntimeError("no compiler\nhere")
+        return 0.1
+
+    timed(step)
+    found, notes = run(task, steps=1, compile="on")
+    assert found.engine == RULE
+    assert notes == ["compiling failed (RuntimeError: no compiler here), so the training goes on uncompiled"]
+
+
+class Run:
+    """What ``settle`` needs of a job."""
+
+    def __init__(self, record: dict[str, Any], **options: str) -> None:
+        self.notes: list[str] = []
+        self.options = SimpleNamespace(**{"precision": "auto", "compile": "auto", **options})
+        self.folder = SimpleNamespace(record=record, save=lambda: None)
+        self.display = SimpleNamespace(note=self.notes.append)
+        self.ranks = Ranks()
+
+
+@pytest.fixture
+def settle(timed: Timer) -> Callable[..., tuple[Engine, list[str]]]:
+    timed(lambda e: 0.01 if e.precision == "bf16" else 0.1)
+
+    def settle(record: dict[str, Any], **options: str) -> tuple[Engine, list[str]]:
+        task = distillation("none", Engine.of(record["engines"]["student"]))
+        job = Run(record, **options)
+        pixels, labels = batch()
+        first = Batch(pixels, labels, labels, None)
+        how_long = plan(epochs=LONG)
+        trainer.settle(job, "student", task, how_long, first, BATCH)  # type: ignore[arg-type]
+        return task.engine, job.notes
+
+    return settle
+
+
+def old_record() -> dict[str, Any]:
+    """As it was written before engines had a layout."""
+    return {"engines": {"student": {"key": "k", "device": "cpu", "threads": 1, "precision": "fp32"}}}
+
+
+def test_what_was_found_is_recorded_and_used_again_without_another_race(settle: Any) -> None:
+    record = old_record()
+    engine, notes = settle(record, compile="off")
+    assert engine == replace(RULE, precision="bf16")
+    assert notes == [
+        "engine: bf16, channels last, 1 thread: 800 images/s, against 80 in fp32 and 800 contiguous"
+    ]
+    entry = record["engines"]["student"]
+    assert Engine.of(entry) == engine and entry["key"] == "k"
+    assert entry["trial"]["fp32, channels last, 1 thread"] == 80.0
+    assert settle(record, compile="off") == (engine, [])
+
+
+def test_a_training_that_was_begun_goes_on_without_a_race(settle: Any) -> None:
+    record = old_record()
+    record["engines"]["student"]["trial"] = {}
+    assert settle(record) == (RULE, [])
+
+
+def test_compile_that_is_asked_for_wins_over_the_recorded_one_and_is_told(settle: Any) -> None:
+    record = old_record()
+    record["engines"]["student"]["trial"] = {}
+    engine, notes = settle(record, compile="on")
+    assert engine.compile == "default"
+    assert notes == ["student was begun uncompiled and goes on compiled"]
+    engine, notes = settle(record)
+    assert engine.compile == "default" and notes == []
+    engine, notes = settle(record, compile="off")
+    assert engine.compile == "off" and notes == ["student was begun compiled and goes on uncompiled"]
+
+
+def test_hyper_threads_are_counted_as_their_core(tmp_path: Any, monkeypatch: Any) -> None:
+    for number, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings + "\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr("questpress.pipeline.runs.device.allowed_cores", lambda: 4)
+    assert cores(tmp_path) == 2
+    assert cores(tmp_path / "nowhere") == 4
+
+
+def test_of_several_processes_none_takes_a_step_alone(
+    task: DistillationTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(engine_search, "attempt", lambda *_: pytest.fail("a step was taken"))
+    compiled = replace(RULE, compile="default")
+    assert engine_search.compiled_or_not(task, (), optimizer, compiled, pytest.fail) == compiled
+
+
+def test_a_precision_that_a_training_has_by_its_nature_stays_when_another_is_asked_for() -> None:
+    notes: list[str] = []
+    job = SimpleNamespace(
+        folder=SimpleNamespace(record={}, save=lambda: None), key="k", device="cpu",
+        options=SimpleNamespace(precision="bf16"), display=SimpleNamespace(note=notes.append),
+    )  # fmt: skip
+    for _ in range(2):  # begun, and gone on with
+        found = trainer.engine(job, "qat", lambda only: replace(RULE, precision=only), precision="fp32")  # type: ignore[arg-type]
+        assert found.precision == "fp32"
+    assert notes == []
