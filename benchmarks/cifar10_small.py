@@ -21,7 +21,7 @@ QUEST = ["--method", "quest", "--set", "quest.words=1024"]
 
 MIMIC = ("l2", "lsh", "lshl2", "lshl2_s")
 
-FEED = ["--method", "feed", "--store-views", "10"]
+FEED = ["--method", "feed", "--cache-views", "10"]
 
 PAIR = "resnet56_a:resnet20"
 
@@ -49,7 +49,7 @@ METHODS = {
     "feed from 2": [*FEED],
     "feed from 3": [*FEED],
     "feed in 2 rounds": [*FEED, "--rounds", "2"],
-    "kd from 3": ["--method", "kd", "--store-views", "10"],
+    "kd from 3": ["--method", "kd", "--cache-views", "10"],
 }
 
 TEACHERS = {"feed from 2": 2, "feed from 3": 3, "kd from 3": 3}

@@ -83,9 +83,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="comma-separated [default: 0]")
     parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command goes on")
     parser.add_argument(
-        "--store-views", help="fixed views whose answers by the teacher are stored [default: 0]"
+        "--cache-views", help="fixed views whose answers by the teacher are stored [default: 0]"
     )
-    parser.add_argument("--store-top", help="words of QuEST's targets that are stored")
+    parser.add_argument("--cache-top", help="words of QuEST's targets that are stored")
     parser.add_argument("--epochs", help="other than the recipes' 240, for a trial")
     options = parser.parse_args()
     pairs, chosen = options.pairs.split(","), options.methods.split(",")
@@ -96,8 +96,8 @@ def main() -> None:
     common = ["--data", options.data]
     if options.epochs:
         common += ["--epochs", options.epochs, "--teacher-epochs", options.epochs]
-    stored = ["--store-views", options.store_views] if options.store_views else []
-    top = ["--store-top", options.store_top] if options.store_top else []
+    stored = ["--cache-views", options.cache_views] if options.cache_views else []
+    top = ["--cache-top", options.cache_top] if options.cache_top else []
     methods = {
         name: [*(stored if name != "none" else []), *(top if name == "quest" else [])] for name in chosen
     }

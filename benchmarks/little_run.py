@@ -39,7 +39,7 @@ CLASSES = ("blue", "green", "red")
 OPTIONS = (
     "--teacher", "cifar_resnet14", "--teacher-weights", "none", "--student", "cifar_resnet8",
     "--image-size", "16", "--batch-size", "16", "--teacher-epochs", "2", "--epochs", "3",
-    "--set", "quest.words=8", "--store-views", "2", "--calibration", "minmax", "--calibration-images", "16",
+    "--set", "quest.words=8", "--cache-views", "2", "--calibration", "minmax", "--calibration-images", "16",
     "--qat", "--qat-epochs", "1", "--max-drop", "100", "--bench-seconds", "0.02",
 )  # fmt: skip
 

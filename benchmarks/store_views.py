@@ -4,23 +4,23 @@ The CPU protocol of ``cifar10_small.py`` with QuEST as it is by default (1,024 w
 teacher asked at every step (online), then from a store of V views of each image and m words of each position,
 and with N of the 64 positions drawn for each image and epoch. Cells with the same m share their store.
 
-    python benchmarks/store_views.py --data cifar10/ --weights resnet56-4bfd9763.th --out runs/store_views
+    python benchmarks/cache_views.py --data cifar10/ --weights resnet56-4bfd9763.th --out runs/cache_views
 """
 
 from cells import Cell, Table, markdown, run_and_write
 from cifar10_small import PAIR, QUEST, TRAINING, protocol, rows
 
 CELLS = {
-    "V = 30, m = 128": ["--store-views", "30", "--store-top", "128"],
-    "V = 10, m = 32": ["--store-views", "10", "--store-top", "32"],
-    "V = 3, m = 32": ["--store-views", "3", "--store-top", "32"],
+    "V = 30, m = 128": ["--cache-views", "30", "--cache-top", "128"],
+    "V = 10, m = 32": ["--cache-views", "10", "--cache-top", "32"],
+    "V = 3, m = 32": ["--cache-views", "3", "--cache-top", "32"],
     "V = 10, m = 32, 16 positions": [
-        "--store-views", "10", "--store-top", "32", "--set", "quest.positions=16",
+        "--cache-views", "10", "--cache-top", "32", "--set", "quest.positions=16",
     ],
-    "V = 10, m = 8": ["--store-views", "10", "--store-top", "8"],
-    "online": ["--store-views", "0"],
-    "V = 1, m = 32": ["--store-views", "1", "--store-top", "32"],
-    "V = 10, m = 32, 8 positions": ["--store-views", "10", "--store-top", "32", "--set", "quest.positions=8"],
+    "V = 10, m = 8": ["--cache-views", "10", "--cache-top", "8"],
+    "online": ["--cache-views", "0"],
+    "V = 1, m = 32": ["--cache-views", "1", "--cache-top", "32"],
+    "V = 10, m = 32, 8 positions": ["--cache-views", "10", "--cache-top", "32", "--set", "quest.positions=8"],
 }  # fmt: skip
 
 

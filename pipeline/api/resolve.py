@@ -134,7 +134,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     stages.check(chosen)
     _check_store(chosen)
     trackers.check(chosen)
-    parameters = methods.parameters(methods.names(chosen.method), chosen.settings)
+    parameters = methods.parse_parameters(methods.parse_methods(chosen.method), chosen.settings)
     # A weight that was asked for is not to be second-guessed.
     asked_for = chosen.recipe is not None or any(
         name in chosen.weight
@@ -281,28 +281,28 @@ def _choose(chosen: Options, data: ImageSet) -> None:
 
 
 def _check_store(chosen: Options) -> None:
-    names = methods.names(chosen.method)
-    if not names and chosen.store_views:
-        raise UsageError(f"--store-views {chosen.store_views}: with --method none no teacher is asked.")
-    if chosen.store_top is None:
+    names = methods.parse_methods(chosen.method)
+    if not names and chosen.cache_views:
+        raise UsageError(f"--cache-views {chosen.cache_views}: with --method none no teacher is asked.")
+    if chosen.cache_top is None:
         return
     if "quest" not in names:
         raise UsageError(
-            f"--store-top {chosen.store_top} is about QuEST's words, and --method is {chosen.method}."
+            f"--cache-top {chosen.cache_top} is about QuEST's words, and --method is {chosen.method}."
         )
-    if chosen.store_views == 0:
-        raise UsageError(f"--store-top {chosen.store_top} has no effect with --store-views 0.")
-    top = str(chosen.settings.setdefault("quest.top", chosen.store_top))
-    if top != str(chosen.store_top):
+    if chosen.cache_views == 0:
+        raise UsageError(f"--cache-top {chosen.cache_top} has no effect with --cache-views 0.")
+    top = str(chosen.settings.setdefault("quest.top", chosen.cache_top))
+    if top != str(chosen.cache_top):
         raise UsageError(
-            f"--store-top {chosen.store_top} and --set quest.top={top} contradict each other; take one."
+            f"--cache-top {chosen.cache_top} and --set quest.top={top} contradict each other; take one."
         )
 
 
 def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes: int, images: int) -> None:
     if not parameters:
-        chosen.store_views = 0
-    if chosen.store_views is not None:
+        chosen.cache_views = 0
+    if chosen.cache_views is not None:
         return
     assert chosen.image_size is not None and chosen.epochs is not None
     size = chosen.image_size
@@ -320,7 +320,7 @@ def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes
         )
         bytes_per_image = max(bytes_per_image, as_teacher)
     # A recipe is followed to the letter: a new view each epoch.
-    chosen.store_views = 0 if chosen.recipe else defaults.store_views(chosen.epochs, images * bytes_per_image)
+    chosen.cache_views = 0 if chosen.recipe else defaults.cache_views(chosen.epochs, images * bytes_per_image)
 
 
 def _check_averages(chosen: Options) -> None:

@@ -197,7 +197,7 @@ _PARTS = {
     "crop": ("crop_scale", "pad", "pad_mode"),
     "schedule": ("milestones",),
     "weight": ("balance",),  # chosen by whether a weight was asked for
-    "method": ("store_views", "store_top"),
+    "method": ("cache_views", "cache_top"),
 }
 """Options that belong to one choice of another."""
 
@@ -225,7 +225,7 @@ def _over(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 def _weighs(setting: str) -> bool:
     """Whether a setting, METHOD.KEY, is a weight of a method's loss."""
     method, _, key = setting.partition(".")
-    return method in methods.known() and key in methods.load(method).weights
+    return method in methods.list_methods() and key in methods.load(method).weights
 
 
 def hashed(options: Options) -> dict[str, Any]:

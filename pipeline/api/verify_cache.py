@@ -96,7 +96,7 @@ def _job(run: Path, cache: Path | None, display: Display, progress: Stage) -> Jo
     folder.open(fresh=False)
     read_config(run)  # as the run has left it
     options = read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache})
-    if not options.store_views:
+    if not options.cache_views:
         raise UsageError(f"{run} has asked its teachers at every step: it has stored nothing.")
     if TEACHERS not in folder.record.get("engines", {}):
         raise UsageError(f"{run} has not come to the student yet: it has stored nothing.")

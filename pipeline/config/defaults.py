@@ -12,12 +12,12 @@ ADAPTIVE_SCALE = 50.0
 """SGD's usual learning rates are so many times those of the adaptive optimizers (0.1 against 0.002)."""
 
 
-STORE_VIEWS = 30
+CACHE_VIEWS = 30
 """Ten views of each image, met three times each, taught no worse than chance tells from new ones each epoch
 (docs/benchmarks.md); most trainings by default have 20 to 60 epochs.
 """
 
-STORE_BYTES = 4 << 30
+CACHE_BYTES = 4 << 30
 """What a store may take without being asked for."""
 
 
@@ -54,7 +54,7 @@ TABLE: tuple[Row, ...] = (
     Row("--val-fraction", "0.1", "0.1"),
     Row("--image-size", "the student's own; 64 for digits", "the same"),
     Row(
-        "--store-views",
+        "--cache-views",
         "30, or the epochs where they are fewer, if their answers are likely to fit into 4 GiB; else, and "
         "with a recipe, 0",
         "the same",
@@ -96,10 +96,10 @@ def adaptive(optimizer: str) -> bool:
     return optimizer not in ("sgd", "momentum", "nesterov", "sgdp", "sgdw", "nesterovw")
 
 
-def store_views(epochs: int, bytes_per_view: int) -> int:
+def cache_views(epochs: int, bytes_per_view: int) -> int:
     """Views whose answers are stored; 0 where they would take too much room."""
-    views = min(epochs, STORE_VIEWS)
-    return views if views * bytes_per_view <= STORE_BYTES else 0
+    views = min(epochs, CACHE_VIEWS)
+    return views if views * bytes_per_view <= CACHE_BYTES else 0
 
 
 def warmup_epochs(epochs: int) -> float:

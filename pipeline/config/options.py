@@ -154,14 +154,14 @@ class Options(BaseModel):
         enters="student",
     )
 
-    store_views: int | None = option(
+    cache_views: int | None = option(
         "fixed views of each image whose answers by the teachers are stored and used by later epochs and runs; "
         "0: ask the teachers at every step",
         group="Method",
         enters="student",
         ge=0,
     )
-    store_top: int | None = option(
+    cache_top: int | None = option(
         "words of each position that the store keeps of QuEST's target: --set quest.top for stored answers "
         "[default: as many as lose no more than 6 %]",
         group="Method",

@@ -174,7 +174,7 @@ def epochs(report: Report) -> Table:
 
 def store(report: Report) -> Table:
     """What the student learned from instead of asking the teachers at every step."""
-    used = report.store
+    used = report.teacher_cache
     if used is None:
         return Table("Teachers’ stored answers", [], [])
     rows = [

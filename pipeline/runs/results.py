@@ -254,7 +254,7 @@ class BalancedWeight(Result):
     """What the weight was multiplied by; 1 where the pull lies between them."""
 
 
-class StoreUse(Result):
+class TeacherCacheUse(Result):
     """The teachers' stored answers that the student learned from; see ``docs/store.md``."""
 
     views: int
@@ -341,7 +341,7 @@ class Report(Result):
     rounds: list[Round] = []
     hashes: list[Hashes] = []
     balance: list[BalancedWeight] = []
-    store: StoreUse | None = None
+    teacher_cache: TeacherCacheUse | None = None
     temperature: Temperature | None = None
     int8: list[Int8Search] = []
     """The search for each target; the first one's file is ``student_int8``."""

@@ -14,7 +14,7 @@ from ..report import format
 from ..runs.device import Engine, choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
-from ..runs.results import BalancedWeight, Round, StoreUse, Subject
+from ..runs.results import BalancedWeight, Round, TeacherCacheUse, Subject
 from ..training.job import Job
 from ..training.student import save_heads, student_task
 from ..training.task import DistillationTask
@@ -86,7 +86,7 @@ def run(job: Job) -> StageResult:
         {
             "student": subject.model_dump(exclude_none=True),
             "balance": [one.model_dump() for one in balanced],
-            **({} if store is None else {"store": _use(job, store).model_dump()}),
+            **({} if store is None else {"teacher_cache": _use(job, store).model_dump()}),
             **({} if o.rounds == 1 else {"rounds": _rounds(job, task, chosen, subject)}),
         },
     )
@@ -130,10 +130,10 @@ def _say_store(job: Job, store: Store) -> None:
     )
 
 
-def _use(job: Job, store: Store) -> StoreUse:
+def _use(job: Job, store: Store) -> TeacherCacheUse:
     schedule = schedule_of(job)
     assert job.options.epochs is not None
-    return StoreUse(
+    return TeacherCacheUse(
         views=len(schedule.used(job.options.epochs)),
         complete=schedule.complete,
         bytes_per_view=store.bytes_per_view,

@@ -27,10 +27,10 @@ TEACHERS = "student's teachers"
 
 def width_of(job: Job) -> int | None:
     """To which width a method has the student's vector brought while it learns; None: it stays as it is."""
-    names = methods.names(job.options.method)
+    names = methods.parse_methods(job.options.method)
     if not names:
         return None
-    parameters = methods.parameters(names, job.options.settings)
+    parameters = methods.parse_parameters(names, job.options.settings)
     student, teachers = job.shapes(job.student), [job.shapes(teacher) for teacher in job.current_teachers]
     asked = (methods.load(name).widens(parameters[name], student, teachers) for name in names)
     return next((width for width in asked if width is not None), None)
@@ -39,8 +39,8 @@ def width_of(job: Job) -> int | None:
 def methods_of(job: Job) -> dict[str, Method]:
     """The run's methods by name, made from what ``prepare`` has left."""
     o = job.options
-    names = methods.names(o.method)
-    parameters = methods.parameters(names, o.settings)
+    names = methods.parse_methods(o.method)
+    parameters = methods.parse_parameters(names, o.settings)
     classes = {name: methods.load(name) for name in names}
     width = width_of(job)
     student = job.shapes(job.student) if width is None else replace(job.shapes(job.student), vector=width)
@@ -83,7 +83,7 @@ def student_task(
     store = None
     if heads:
         answering = engine(job, TEACHERS, lambda asked: inference_engine(job.device, asked))
-        if o.store_views:
+        if o.cache_views:
             store = store_of(job, heads, answering)
         else:
             asked = [load_teacher(job, teacher, answering) for teacher in job.current_teachers]

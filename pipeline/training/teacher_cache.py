@@ -77,7 +77,7 @@ class Rows:
         if self.kind.kind == "f" and not bool(torch.isfinite(values.half()).all()):
             raise JobError(
                 f"{teacher} answers with numbers that are not finite or beyond 65,504, which half precision "
-                "cannot hold: check its weights, or train without a store (--store-views 0)."
+                "cannot hold: check its weights, or train without a store (--cache-views 0)."
             )
         self.file.seek(self.begins + start * self.row)
         self.file.write(np.ascontiguousarray(values.cpu().numpy().astype(self.kind)).data)
@@ -314,7 +314,7 @@ class Store:
         return JobError(
             f"There is no room in {self.cache.root} for the teachers' answers, "
             f"{format.megabytes(self.bytes_per_view)} for each view: free some (compress store prune), name "
-            "another folder with --cache, store fewer views with --store-views, or none with --store-views 0."
+            "another folder with --cache, store fewer views with --cache-views, or none with --cache-views 0."
         )
 
     def _pass(self, t: int, view: int, folders: Mapping[int, Path], ask: Ask, what: str) -> bool:
@@ -380,7 +380,7 @@ class Store:
 
 def schedule_of(job: Job) -> Schedule:
     """Which views the student is shown."""
-    return Schedule(job.policy, job.seed, job.options.store_views or None)
+    return Schedule(job.policy, job.seed, job.options.cache_views or None)
 
 
 def store_of(job: Job, methods: Mapping[str, Method], answering: Engine) -> Store:

@@ -41,7 +41,7 @@ def test_each_size_has_a_run_of_its_own_and_all_share_one_teacher(two_sizes: Pat
     assert all(one["teacher"]["head"] == "kept" for one in reports.values())
     assert {size: one["image_size"] for size, one in reports.items()} == {"8": 8, "12": 12}
     assert {one["teacher_image_size"] for one in reports.values()} == {16}
-    assert reports["12"]["store"]["computed"] > 0 == reports["8"]["store"]["computed"], "answered once"
+    assert reports["12"]["teacher_cache"]["computed"] > 0 == reports["8"]["teacher_cache"]["computed"], "answered once"
 
 
 def test_the_report_has_each_files_accuracy_arithmetic_and_latency_of_one_bench(two_sizes: Path) -> None:

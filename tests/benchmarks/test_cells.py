@@ -144,7 +144,7 @@ def test_the_crd_table_names_networks_and_recipes_that_exist() -> None:
 
 def test_the_crd_table_shows_the_difference_to_what_was_published(tmp_path: Path) -> None:
     crd = load("crd")
-    built = crd._cells(tmp_path, ["r56:r20"], {"none": [], "quest": ["--store-views", "30"]}, "0,1", [])
+    built = crd._cells(tmp_path, ["r56:r20"], {"none": [], "quest": ["--cache-views", "30"]}, "0,1", [])
     assert [cell.name for cell in built] == [
         "cifar_resnet56.teacher.0",
         "r56-r20.none.0", "r56-r20.quest.0", "r56-r20.none.1", "r56-r20.quest.1",

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import little
 from tests.support.little import refused, report, weights
 
-VIEWS = ("--store-views", "2", "--epochs", "3", "--precision", "fp32", "--until", "student")
+VIEWS = ("--cache-views", "2", "--epochs", "3", "--precision", "fp32", "--until", "student")
 
 
 def wide(*arguments: str | Path) -> Any:
@@ -69,7 +69,7 @@ def entries(cache: Path) -> dict[tuple[str, int], Path]:
 def test_the_run_says_what_it_stores(first: Path):
     [line] = [line for line in (first / "stderr.txt").read_text().splitlines() if "are stored in" in line]
     run = report(first / "run")
-    top, used = run["words"][0]["top"], run["store"]
+    top, used = run["words"][0]["top"], run["teacher_cache"]
     # 16 positions of m words (2 + 2 bytes each) and the mass lost, and 3 logits.
     per_image = 16 * (4 * top + 2) + 3 * 2
     images = run["data"]["train"]
@@ -108,7 +108,7 @@ def test_another_seed_method_or_student_reads_the_answers_and_never_loads_the_te
         "--out", copied / "other", "--cache", copied / "cache", *VIEWS, *more,
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
-    assert report(copied / "other")["store"]["computed"] == 0
+    assert report(copied / "other")["teacher_cache"]["computed"] == 0
     assert len(entries(copied / "cache")) == 4
 
 
@@ -116,10 +116,10 @@ def test_the_same_run_with_the_answers_there_gives_the_same_weights(copied: Path
     shutil.rmtree(copied / "run")
     method = ("--method", "quest+kd")
     again = little.job(data, copied / "run", copied / "cache", *VIEWS, *method)
-    assert again.exit_code == 0 and report(copied / "run")["store"]["computed"] == 0
+    assert again.exit_code == 0 and report(copied / "run")["teacher_cache"]["computed"] == 0
     shutil.rmtree(copied / "cache" / "answers")
     anew = little.job(data, copied / "anew", copied / "cache", *VIEWS, *method)
-    assert anew.exit_code == 0 and report(copied / "anew")["store"]["computed"] == 2
+    assert anew.exit_code == 0 and report(copied / "anew")["teacher_cache"]["computed"] == 2
     assert weights(copied / "run" / "student.safetensors") == weights(copied / "anew" / "student.safetensors")
 
 
@@ -194,7 +194,7 @@ def test_the_list_tells_what_is_stored(first: Path):
     assert by_readout["logits"]["bytes_per_view"] == images * 6 and by_readout["logits"]["top"] is None
     assert by_readout["map"]["bytes_per_view"] == images * 16 * (4 * top + 2)
     assert by_readout["map"]["top"] == top
-    assert by_readout["map"]["lost_mass"] == pytest.approx(run["store"]["lost_mass"], rel=1e-6)
+    assert by_readout["map"]["lost_mass"] == pytest.approx(run["teacher_cache"]["lost_mass"], rel=1e-6)
     plain = wide("store", "list", "--cache", first / "cache").stdout.splitlines()
     assert len(plain) == 4 and plain[0].startswith("teacher") and little.TEACHER in plain[1]
 
@@ -263,14 +263,14 @@ def test_verify_says_what_it_cannot_do(copied: Path, tmp_path: Path):
     refused(verify(tmp_path / "nowhere"), 2, "nowhere is not a run folder")
     refused(verify(copied / "run", tmp_path / "empty"), 1, "None of the answers", "--cache")
     config = copied / "run" / "config.yaml"
-    asks = config.read_text().replace("store_views: 2", "store_views: 0")
+    asks = config.read_text().replace("cache_views: 2", "cache_views: 0")
     config.write_text(asks)
-    refused(verify(copied / "run"), 2, "config.yaml is not as the run has left it (store_views)")
+    refused(verify(copied / "run"), 2, "config.yaml is not as the run has left it (cache_views)")
     known = little.record(copied / "run")
-    of_another = {**known, "options": {**known["options"], "store_views": 0}}
+    of_another = {**known, "options": {**known["options"], "cache_views": 0}}
     (copied / "run" / "run.json").write_text(json.dumps(of_another))
     refused(verify(copied / "run"), 2, "at every step")
-    config.write_text(asks.replace("store_views: 0", "store_views: 2"))
+    config.write_text(asks.replace("cache_views: 0", "cache_views: 2"))
     (copied / "run" / "run.json").write_text(json.dumps(known))
     save_file({"a": torch.zeros(1)}, copied / "run" / "prepared.safetensors")
     refused(verify(copied / "run"), 1, "prepared.safetensors is not as the run has left it")

@@ -35,7 +35,7 @@ def tensor(x: np.ndarray) -> torch.Tensor:
 def made(given: Mapping[str, Any], teachers: int = 1, classes: int = N) -> mimic.Mimic:
     hashes = {"weight": tensor(WEIGHT), "bias": tensor(BIAS)}
     prepared = {f"{t}.{key}": value for t in range(teachers) for key, value in hashes.items()}
-    kind = methods.parameters(["mimic"], {f"mimic.{key}": value for key, value in given.items()})["mimic"]
+    kind = methods.parse_parameters(["mimic"], {f"mimic.{key}": value for key, value in given.items()})["mimic"]
     return mimic.Mimic(kind, shapes(teachers * D), [shapes(classes=classes)] * teachers, prepared)
 
 
@@ -265,7 +265,7 @@ def mimicking(data: Path, out: Path, cache: Path, *more: str) -> Result:
 WIDE = ("--teacher", "cifar_wrn_16_2", "--teacher-weights", "none", "--student", "cifar_resnet8")
 
 
-@pytest.mark.parametrize("more", [(), ("--ema", "0.5", "--store-views", "2", "--set", "mimic.variant=lshl2")])
+@pytest.mark.parametrize("more", [(), ("--ema", "0.5", "--cache-views", "2", "--set", "mimic.variant=lshl2")])
 def test_a_student_of_another_width_ships_as_the_plain_network(
     data: Path, cache: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:

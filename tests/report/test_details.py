@@ -2,7 +2,7 @@
 
 from questpress.pipeline.report import details
 from questpress.pipeline.report.write import html, markdown
-from questpress.pipeline.runs.results import Epoch, Report, StoreUse
+from questpress.pipeline.runs.results import Epoch, Report, TeacherCacheUse
 
 from tests.support import reports
 
@@ -53,8 +53,8 @@ def test_the_cost_of_training_stands_in_html_and_markdown() -> None:
 
 
 def test_what_was_stored_of_the_teachers_answers_is_told() -> None:
-    use = StoreUse(views=50, complete=True, bytes_per_view=16_512_000, lost_mass=0.0143, computed=7)
-    table = details.store(reports.bare().model_copy(update={"store": use}))
+    use = TeacherCacheUse(views=50, complete=True, bytes_per_view=16_512_000, lost_mass=0.0143, computed=7)
+    table = details.store(reports.bare().model_copy(update={"teacher_cache": use}))
     assert table.rows == [
         ["views of each image", "50, all there are"],
         ["a view of all images", "16.5 MB"],
@@ -62,8 +62,8 @@ def test_what_was_stored_of_the_teachers_answers_is_told() -> None:
         ["views that a teacher was asked about", "7"],
         ["share of p_T that is left out", "1.43 %"],
     ]
-    plain = StoreUse(views=3, complete=False, bytes_per_view=600, computed=0)
-    assert details.store(reports.bare().model_copy(update={"store": plain})).rows[0] == [
+    plain = TeacherCacheUse(views=3, complete=False, bytes_per_view=600, computed=0)
+    assert details.store(reports.bare().model_copy(update={"teacher_cache": plain})).rows[0] == [
         "views of each image",
         "3",
     ]

@@ -24,7 +24,7 @@ SMALLER = ("--student-size", "12", "--method", "quest+kd", "--precision", "fp32"
 def smaller(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A whole run whose teacher sees 16 pixels and whose student 12; the teacher is asked at every step."""
     out = tmp_path_factory.mktemp("runs") / "smaller"
-    result = job(data, out, cache, *SMALLER, "--store-views", "0")
+    result = job(data, out, cache, *SMALLER, "--cache-views", "0")
     assert result.exit_code == 0, (result.output, result.exception)
     return out
 
@@ -49,12 +49,12 @@ def test_stored_answers_belong_to_the_teachers_size(data: Path, tmp_path: Path, 
     """A student of either size reads what the teacher has said to its own views."""
     asked = (
         *(*little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", cache),
-        *("--store-views", "2", "--method", "kd", "--precision", "fp32", "--until", "student"),
+        *("--cache-views", "2", "--method", "kd", "--precision", "fp32", "--until", "student"),
     )
     for size in ("16", "12", "8"):
         result = compress(*asked, "--student-size", size, "--out", tmp_path / size)
         assert result.exit_code == 0, (result.output, result.exception)
-    assert [report(tmp_path / size)["store"]["computed"] for size in ("16", "12", "8")] == [2, 0, 0]
+    assert [report(tmp_path / size)["teacher_cache"]["computed"] for size in ("16", "12", "8")] == [2, 0, 0]
     assert "student-size" not in json.dumps(little.record(tmp_path / "16")["config"])
 
 
@@ -64,7 +64,7 @@ def test_a_stored_run_with_every_view_learns_what_an_asked_one_does(tmp_path: Pa
     one_view = (*SMALLER, "--crop", "center", "--no-flip", "--balance", "off", "--set", "quest.top=8")
     for name, views in (("stored", "1"), ("asked", "0")):
         until = ("--until", "student")
-        result = job(photos, tmp_path / name, cache, *one_view, "--store-views", views, *until)
+        result = job(photos, tmp_path / name, cache, *one_view, "--cache-views", views, *until)
         assert result.exit_code == 0, (result.output, result.exception)
     stored, asked = (
         [epoch["losses"]["kd"] for epoch in report(tmp_path / name)["epochs"] if epoch["stage"] == "student"]

@@ -105,7 +105,7 @@ def holds(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-UNTIL = ("--until", "student", "--store-views", "2")
+UNTIL = ("--until", "student", "--cache-views", "2")
 
 
 def test_memory_that_runs_out_halves_the_parts_and_changes_no_weight(data, cache, tmp_path, monkeypatch):

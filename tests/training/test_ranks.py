@@ -333,7 +333,7 @@ def test_what_goes_wrong_in_one_process_is_told_once_and_ends_both(data, cache, 
 
 
 def test_torchrun_told_to_stop_ends_cleanly_and_the_command_goes_on_alone(data, cache, tmp_path):
-    more = ("--epochs", "60", "--store-views", "2", "--until", "student")
+    more = ("--epochs", "60", "--cache-views", "2", "--until", "student")
     out = tmp_path / "run"
     launcher = subprocess.Popen(
         [

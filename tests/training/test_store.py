@@ -17,7 +17,7 @@ import torch
 from questpress.pipeline.api.teacher_cache import remove
 from questpress.pipeline.data.views import Schedule
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.methods import base, load, parameters
+from questpress.pipeline.methods import base, load, parse_parameters
 from questpress.pipeline.methods.base import CachedOutput, Shapes
 from questpress.pipeline.methods.quest.loss import answer as words_answer
 from questpress.pipeline.runs.cache import Cache
@@ -245,7 +245,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(teacher_cache.Rows, "write", full)
-    with pytest.raises(JobError, match=r"no room in .* 0\.00690 MB for each view: .*--store-views 0\.$"):
+    with pytest.raises(JobError, match=r"no room in .* 0\.00690 MB for each view: .*--cache-views 0\.$"):
         store(tmp_path, Toy(), answers=[LOGITS, words()]).open(range(1))
     assert list((tmp_path / KIND).iterdir()) == []
 
@@ -280,7 +280,7 @@ class ToyTeacher(Teacher):
 def task(*, asks: bool) -> DistillationTask:
     torch.manual_seed(0)
     shapes = Shapes({"map": (64, 4, 4)}, vector=64, logits=CLASSES)
-    kd = load("kd")(parameters(["kd"], {})["kd"], shapes, [shapes], {})
+    kd = load("kd")(parse_parameters(["kd"], {})["kd"], shapes, [shapes], {})
     return DistillationTask(
         network(),
         geometry("cifar_resnet8", SIDE),
