@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 from PIL import Image
-from questpress.pipeline.api.again import report_again
+from questpress.pipeline.api.report import report_again
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MOST_BYTES = 300_000

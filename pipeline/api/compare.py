@@ -24,8 +24,8 @@ from ..evaluation.results import (
     Machine,
 )
 from ..report.format import counted, together
-from ..report.headline import machine, missing
-from ..report.subjects import Column, of
+from ..report.networks import Column, of
+from ..report.summary import machine, missing
 from ..runs import predictions
 from ..runs.files import command, harmless, write_text
 from ..runs.folder import RunFolder
@@ -563,7 +563,7 @@ def write(found: Comparison, folder: Path) -> None:
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
-    from ..report.comparison import pages
+    from ..report.pages.comparison import pages
 
     texts = {
         **pages(found),

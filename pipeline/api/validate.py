@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...export.files import remove
 from ...export.latency.machine import environment
 from ..data.dataset import Progress
 from ..errors import UsageError
@@ -16,7 +17,7 @@ from ..evaluation.multi_label import EVEN
 from ..evaluation.results import Network, Validation
 from ..report.format import counted
 from ..runs.console import Display
-from ..runs.files import command, refuse_inside_data, remove, write_text
+from ..runs.files import command, refuse_inside_data, write_text
 from ..runs.interrupt import STOP
 from . import validate_answers
 from . import validate_inputs as chosen_images
@@ -255,7 +256,7 @@ def write(
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
-    from ..report.validation import pages
+    from ..report.pages.validation import pages
 
     texts = {
         **pages(found),

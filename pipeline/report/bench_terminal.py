@@ -10,7 +10,7 @@ from rich.text import Text
 from ..runs.bench_results import Bench
 from ..runs.console import safe_console
 from . import bench_tables, format
-from .latency import disturbed
+from .sections.latency import disturbed
 from .tables import Table
 
 LONGEST = 34

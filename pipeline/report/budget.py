@@ -2,7 +2,7 @@
 
 from ..runs.results import Int8Search, Report, TriedInt8
 from . import format
-from .subjects import measure
+from .networks import measure
 
 ROLES = {"train": "training"}
 

@@ -8,8 +8,8 @@ import yaml
 
 from ..runs.results import Report
 from ..runs.scores import Accuracy
-from .headline import title
-from .subjects import every
+from .summary import title
+from .networks import every
 
 
 def front(report: Report, manifest: Mapping[str, Any]) -> str:

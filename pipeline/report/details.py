@@ -8,7 +8,7 @@ from typing import Any
 
 from ..runs.results import Epoch, Report, Subject
 from . import format
-from .subjects import every, measure, shipped
+from .networks import every, measure, shipped
 from .tables import Table
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..runs.results import Epoch, Report
 from . import format
 from .charts import Curve, Lines, Mark, Rows, bars, dots, lines
-from .subjects import Column, compared, every, measure, threads
+from .networks import Column, compared, every, measure, threads
 from .tradeoff import Spot, Tradeoff, tradeoff
 
 

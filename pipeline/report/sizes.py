@@ -9,7 +9,7 @@ from ..runs.results import Resolutions, Size, Subject
 from . import format
 from .scatter import Point, Scatter, Series, scatter
 from .tables import Table
-from .write import as_html, as_markdown
+from .render import as_html, as_markdown
 
 ASIDE = ("GMACs", "Size", "faster than the largest")
 """Columns of the table that a terminal has no room for."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from ..runs.results import Report, Subject
 from ..runs.scores import Accuracy, ClassResult, Score
 from . import format
-from .headline import in_words
-from .subjects import every, measure, paces, threads
+from .summary import in_words
+from .networks import every, measure, paces, threads
 
 
 @dataclass(frozen=True)

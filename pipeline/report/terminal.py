@@ -11,9 +11,11 @@ from ..api.doctor import Diagnosis
 from ..evaluation.results import ComparedRun, Comparison, Group, Validation
 from ..runs.console import safe_console
 from ..runs.results import Report, Resolutions
-from . import budget, calibration, comparison, format, sizes, validation, validation_tables
-from .headline import notes, title
-from .subjects import compared, measure, shipped, threads
+from . import budget, format, sizes, validation_tables
+from .sections import calibration
+from .pages import comparison, validation
+from .summary import notes, title
+from .networks import compared, measure, shipped, threads
 
 MOST_PAIRS = 6
 """Of more, those with the first file are printed; all are on the page."""

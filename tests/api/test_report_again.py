@@ -108,9 +108,9 @@ def test_damaged_options_of_an_older_run_are_told_and_the_report_stays(a_run: Pa
 def test_a_stage_that_the_options_ask_for_no_more_is_not_told_of(a_run: Path) -> None:
     folder = RunFolder(a_run)
     folder.open(fresh=False)
-    student = folder.record["stages"]["student"]
+    student = folder.record.stages["student"]
     line = json.dumps(json.loads(folder.curves()[-1]) | {"stage": "qat"})
-    folder.record["stages"]["qat"] = {**student, "summary": "learned on as int8", "curve": [line]}
+    folder.record.stages["qat"] = student.model_copy(update={"summary": "learned on as int8", "curve": [line]})
     folder.save()
     (a_run / "metrics.jsonl").write_text((a_run / "metrics.jsonl").read_text() + line + "\n")
     assert little.compress("report", a_run).exit_code == 0

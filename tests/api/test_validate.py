@@ -308,7 +308,7 @@ def test_what_cannot_be_asked_is_one_sentence(finished: Path, arguments: list[st
 
 
 def test_the_pages_escape_names_and_tell_the_same(found: Validation) -> None:
-    from questpress.pipeline.report.validation import pages
+    from questpress.pipeline.report.pages.validation import pages
 
     name = "<script>alert(1)</script>"
     evil = found.model_copy(deep=True)

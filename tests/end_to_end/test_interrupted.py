@@ -132,7 +132,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
 
     write_text(tmp_path / "a.txt", "before")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(JobError, match="No space left on device; what was there before is unchanged"):
+    with pytest.raises(JobError, match="No space left on device. Its previous content is unchanged"):
         write_text(tmp_path / "a.txt", "after")
     assert files(tmp_path).keys() == {"a.txt"} and (tmp_path / "a.txt").read_text() == "before"
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from questpress.export.runtime import Classifier, sigmoid
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.validate import validate
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.evaluation import multi_label

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from importlib import resources
 
 import pytest
-from questpress.pipeline.report.write import html
+from questpress.pipeline.report.render import html
 
 from tests.report.test_words_section import with_words
 from tests.support import int8_reports, reports

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.api.compare import compare
-from questpress.pipeline.report.comparison import pages
-from questpress.pipeline.report.write import html
+from questpress.pipeline.report.pages.comparison import pages
+from questpress.pipeline.report.render import html
 from questpress.pipeline.runs.results import FloatPart, Report
 
 from tests.report.test_words_section import with_words

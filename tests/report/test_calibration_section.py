@@ -5,10 +5,10 @@ import io
 import numpy as np
 import pytest
 from questpress.pipeline.evaluation.calibration import measure
-from questpress.pipeline.report import calibration
-from questpress.pipeline.report.subjects import compared
+from questpress.pipeline.report.sections import calibration
+from questpress.pipeline.report.networks import compared
 from questpress.pipeline.report.terminal import show
-from questpress.pipeline.report.write import html, markdown
+from questpress.pipeline.report.render import html, markdown
 from questpress.pipeline.runs.results import Report
 from questpress.pipeline.runs.scores import Calibration, Temperature
 from rich.console import Console

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 from questpress.export.runtime import Preprocessing
-from questpress.pipeline.report.card import card
+from questpress.pipeline.report.model_card import card
 from questpress.pipeline.runs.results import Recovery
 
 from tests.report.test_write import HOSTILE

@@ -13,8 +13,8 @@ from questpress.pipeline.api.compare import as_csv, compare, points
 from questpress.pipeline.cli.main import cli
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation.results import Comparison
-from questpress.pipeline.report.comparison import page as shown
-from questpress.pipeline.report.comparison import pages
+from questpress.pipeline.report.pages.comparison import page as shown
+from questpress.pipeline.report.pages.comparison import pages
 from questpress.pipeline.runs import predictions
 from questpress.pipeline.runs.results import Report
 from questpress.pipeline.runs.scores import Accuracy

@@ -1,7 +1,7 @@
 """What the details at the end of the page say of the trainings."""
 
 from questpress.pipeline.report import details
-from questpress.pipeline.report.write import html, markdown
+from questpress.pipeline.report.render import html, markdown
 from questpress.pipeline.runs.results import Epoch, Report, TeacherCacheUse
 
 from tests.support import reports

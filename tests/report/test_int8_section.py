@@ -5,11 +5,12 @@ import re
 from math import inf
 
 import pytest
-from questpress.pipeline.report import headline, int8
-from questpress.pipeline.report.page import page
+from questpress.pipeline.report import summary
+from questpress.pipeline.report.sections import int8
+from questpress.pipeline.report.pages.run import page
 from questpress.pipeline.report.scatter import Scatter
 from questpress.pipeline.report.terminal import show
-from questpress.pipeline.report.write import html, markdown
+from questpress.pipeline.report.render import html, markdown
 from questpress.pipeline.runs.results import Report
 from rich.console import Console
 
@@ -171,7 +172,7 @@ FIRST_LINE = (
 
 def test_where_no_candidate_holds_the_first_line_says_that_the_fp32_file_ships() -> None:
     report = int8_reports.without_int8_file()
-    assert headline.lead(report).startswith(f"{FIRST_LINE} Method quest on clothing")
+    assert summary.lead(report).startswith(f"{FIRST_LINE} Method quest on clothing")
     assert markdown(report).split("\n\n")[1].startswith(FIRST_LINE)
     assert html(report).split('<p class="lead">')[1].startswith(FIRST_LINE)
     assert printed(report).startswith(FIRST_LINE)
@@ -181,13 +182,13 @@ def test_where_no_candidate_holds_the_first_line_says_that_the_fp32_file_ships()
 def test_then_the_key_figures_are_those_of_the_fp32_file() -> None:
     report = int8_reports.without_int8_file()
     assert report.student is not None and report.student.accuracy is not None
-    smaller, faster, accurate = headline.key_figures(report)
+    smaller, faster, accurate = summary.key_figures(report)
     assert (smaller.value, smaller.meaning) == ("9.52×", "smaller than the teacher")
     assert smaller.lines == ["8.94 MB instead of 85.1 MB"]
     assert (faster.value, faster.meaning) == ("9.49×", "faster than the teacher, 1 thread")
     assert accurate.value == f"{report.student.accuracy.top1:.1f} %"
     assert accurate.meaning == "accuracy of the student fp32 file"
-    assert headline.missing(report) == []
+    assert summary.missing(report) == []
     table = int8.section(report).targets[0].tried
     results = [row[table.columns.index("result")] for row in table.rows]
     assert results == ["ships", "refused", "refused"]
@@ -199,19 +200,19 @@ def test_a_second_target_without_a_file_is_a_note() -> None:
     lost = report.int8[1].model_copy(
         update={"file": None, "tried": [int8_reports.tried("minmax", 6, p50=None)], "accuracy": None}
     )
-    notes = headline.notes(report.model_copy(update={"int8": [report.int8[0], lost]}))
+    notes = summary.notes(report.model_copy(update={"int8": [report.int8[0], lost]}))
     assert (
         "No int8 file for arm64: of 1 int8 candidate for arm64 none keeps within 0.5 points of fp32’s "
         "accuracy on 400 val images; the best, minmax, loses 1.5 points."
     ) in notes
-    assert not headline.lead(report).startswith("The fp32")
+    assert not summary.lead(report).startswith("The fp32")
 
 
 def test_why_int8_is_not_faster_is_a_note_on_the_first_screen() -> None:
     report = int8_reports.with_int8()
     slow = report.int8[0].model_copy(update={"slow": "int8 is not faster than fp32 here: no dot product."})
     report = report.model_copy(update={"int8": [slow]})
-    assert "Int8 is not faster than fp32 here: no dot product." in headline.notes(report)
+    assert "Int8 is not faster than fp32 here: no dot product." in summary.notes(report)
     assert "> **Please note:** Int8 is not faster than fp32 here: no dot product." in markdown(report)
     assert "<li>Int8 is not faster than fp32 here: no dot product.</li>" in html(report)
     assert "Note: Int8 is not faster than fp32 here: no dot product." in printed(report)
@@ -222,7 +223,7 @@ def test_a_default_target_of_other_processors_has_no_latency_and_says_why() -> N
     assert report.student_int8 is not None
     untimed = report.student_int8.model_copy(update={"latency_ms": {}, "speedups": []})
     report = report.model_copy(update={"int8": report.int8[1:], "student_int8": untimed})
-    _, faster, _ = headline.key_figures(report)
+    _, faster, _ = summary.key_figures(report)
     assert not faster.known and faster.lines == [report.int8[0].not_timed]
 
 

@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from questpress.pipeline.report import bench_tables, latency
-from questpress.pipeline.report.write import html, markdown
+from questpress.pipeline.report import bench_tables
+from questpress.pipeline.report.sections import latency
+from questpress.pipeline.report.render import html, markdown
 
 from tests.support import bench_reports, reports
 

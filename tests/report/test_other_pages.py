@@ -13,7 +13,7 @@ from questpress.pipeline.evaluation.results import (
     Network,
     Validation,
 )
-from questpress.pipeline.report import comparison, validation
+from questpress.pipeline.report.pages import comparison, validation
 from questpress.pipeline.runs.results import Example
 from questpress.pipeline.runs.scores import Accuracy, Calibration, ReliabilityBin, Speedup
 

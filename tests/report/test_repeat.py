@@ -1,5 +1,5 @@
 from questpress.pipeline.report import details
-from questpress.pipeline.report.write import html
+from questpress.pipeline.report.render import html
 
 from tests.support import reports
 

@@ -1,7 +1,7 @@
 """Students of several image sizes in one report, where one of them has no int8 file."""
 
 from questpress.pipeline.report import sizes
-from questpress.pipeline.report.write import as_html, as_markdown
+from questpress.pipeline.report.render import as_html, as_markdown
 from questpress.pipeline.runs.results import Resolutions, Size
 
 from tests.support import reports

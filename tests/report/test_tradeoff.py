@@ -7,7 +7,7 @@ import pytest
 from questpress.pipeline.report.labels import LETTER, overlap, shortened
 from questpress.pipeline.report.pictures import trade
 from questpress.pipeline.report.tradeoff import DOT, Plot, Spot, Tradeoff, tradeoff
-from questpress.pipeline.report.write import html, markdown
+from questpress.pipeline.report.render import html, markdown
 
 from tests.support import reports
 

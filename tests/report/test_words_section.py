@@ -1,5 +1,5 @@
-from questpress.pipeline.report.words import section
-from questpress.pipeline.report.write import html, markdown
+from questpress.pipeline.report.sections.vocabulary import section
+from questpress.pipeline.report.render import html, markdown
 from questpress.pipeline.runs.results import ShownWord
 
 from tests.support import reports

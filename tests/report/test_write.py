@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.report.write import html, markdown, write_report
+from questpress.pipeline.report.render import html, markdown, write_report
 from questpress.pipeline.runs.results import Epoch, FloatPart, Report, ShownWord
 from questpress.pipeline.runs.scores import ClassResult
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from ..runs.results import Report, ShownWord, Words
-from . import format
-from .charts import Curve, Lines, lines
-from .format import png
-from .tables import Table
+from ...runs.results import Report, ShownWord, Words
+from .. import format
+from ..charts import Curve, Lines, lines
+from ..format import png
+from ..tables import Table
 
 
 @dataclass(frozen=True)

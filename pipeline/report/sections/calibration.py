@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..runs.results import Report
-from ..runs.scores import Accuracy, Calibration, ReliabilityBin
-from . import format
-from .charts import WIDTH, Tick
-from .subjects import Column, compared, every, shipped
-from .tables import Table
+from ...runs.results import Report
+from ...runs.scores import Accuracy, Calibration, ReliabilityBin
+from .. import format
+from ..charts import WIDTH, Tick
+from ..networks import Column, compared, every, shipped
+from ..tables import Table
 
 LEFT, TOP, SIDE = 46, 8, 236
 STRIP_TOP, STRIP = TOP + SIDE + 12, 34

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..api.compare import points
-from ..evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
-from . import format
-from .tables import Table
-from .tradeoff import Spot, Tradeoff, tradeoff
-from .validation_tables import p_value
-from .write import as_html, as_markdown
+from ...api.compare import points
+from ...evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
+from .. import format
+from ..tables import Table
+from ..tradeoff import Spot, Tradeoff, tradeoff
+from ..validation_tables import p_value
+from ..render import as_html, as_markdown
 
 KEYS = {"int8": "student_int8", "fp32": "student", "teacher": "teacher"}
 LEGEND = [("student_int8", "student, int8"), ("student", "student, fp32"), ("teacher", "teacher")]

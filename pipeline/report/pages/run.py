@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
-from ..runs.results import Example, Report
-from . import calibration, details, format, headline, int8, learned, pictures, several_labels, tables, words
-from .charts import Lines, Rows
-from .format import png
-from .headline import KeyFigure
-from .latency import Section as LatencySection
-from .latency import section as latency_section
-from .pictures import Training
-from .subjects import threads
-from .tables import Table
-from .tradeoff import Tradeoff
+from ...runs.results import Example, Report
+from ..sections import calibration, int8, training, classes as several_labels, vocabulary as words
+from .. import details, format, summary, pictures, tables
+from ..charts import Lines, Rows
+from ..format import png
+from ..summary import KeyFigure
+from ..sections.latency import Section as LatencySection
+from ..sections.latency import section as latency_section
+from ..pictures import Training
+from ..networks import threads
+from ..tables import Table
+from ..tradeoff import Tradeoff
 
 MOST_MATRIX_CLASSES = 20
 """A confusion matrix of more classes is unreadable: the most confused pairs are told instead."""
@@ -113,12 +114,12 @@ def page(report: Report) -> Page:
         ("details", "Details"): True,
     }
     return Page(
-        title=headline.title(report),
-        lead=headline.lead(report),
-        notes=headline.notes(report),
-        missing=headline.missing(report),
-        key_figures=headline.key_figures(report),
-        machine=headline.machine(report),
+        title=summary.title(report),
+        lead=summary.lead(report),
+        notes=summary.notes(report),
+        missing=summary.missing(report),
+        key_figures=summary.key_figures(report),
+        machine=summary.machine(report),
         timed=bool(threads(report)),
         sections=[section for section, content in there.items() if content],
         trade=pictures.trade(report),
@@ -146,8 +147,8 @@ def page(report: Report) -> Page:
             details.repeat(report),
             details.stages(report),
             details.training(report),
-            learned.rounds(report),
-            learned.reconstruction(report),
+            training.rounds(report),
+            training.reconstruction(report),
             details.store(report),
             details.roles(report),
             details.origins(report),

@@ -1,9 +1,9 @@
 """From whom the student learned what: how well its translated map meets each teacher's."""
 
-from ..runs.results import Report
-from ..runs.scores import Score
-from . import format
-from .tables import Table
+from ...runs.results import Report
+from ...runs.scores import Score
+from .. import format
+from ..tables import Table
 
 
 def rounds(report: Report) -> Table:

@@ -2,25 +2,17 @@
 
 from dataclasses import dataclass
 
-from ..evaluation.results import Network, Validation
-from ..runs.results import Report, Subject
-from ..runs.scores import Accuracy
-from . import calibration, format, validation_tables
-from .charts import Mark, Rows, dots
-from .headline import KeyFigure, machine, score_in_words
-from .page import (
-    MOST_CLASSES,
-    MOST_MATRIX_CLASSES,
-    Matrix,
-    Picture,
-    examples_table,
-    matrix,
-    matrix_table,
-    picture,
-)
-from .subjects import Column
-from .tables import Table
-from .write import as_html, as_markdown
+from ...evaluation.results import Network, Validation
+from ...runs.results import Report, Subject
+from ...runs.scores import Accuracy
+from ..sections import calibration
+from .. import format, validation_tables
+from ..charts import Mark, Rows, dots
+from ..summary import KeyFigure, machine, score_in_words
+from .run import MOST_CLASSES, MOST_MATRIX_CLASSES, Matrix, Picture, examples_table, matrix, matrix_table, picture
+from ..networks import Column
+from ..tables import Table
+from ..render import as_html, as_markdown
 
 ROLES = {
     "train": "training images",

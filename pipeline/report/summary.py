@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ..runs.results import Report
 from ..runs.scores import Accuracy, Score
 from . import budget, format
-from .subjects import Column, Pace, compared, measure, of, pace, shipped, threads
+from .networks import Column, Pace, compared, measure, of, pace, shipped, threads
 
 FEW = 1000
 """Test images with which an interval without width means little."""

@@ -1,10 +1,10 @@
 """What the report tells of each class where images have several labels."""
 
-from ..runs.results import Report
-from ..runs.scores import ClassScore
-from . import format
-from .subjects import Column, every, shipped
-from .tables import Table
+from ...runs.results import Report
+from ...runs.scores import ClassScore
+from .. import format
+from ..networks import Column, every, shipped
+from ..tables import Table
 
 
 def classes(report: Report) -> Table:

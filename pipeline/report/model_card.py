@@ -15,14 +15,15 @@ from ...export.text import spelled_out
 from ..runs.files import write_changed
 from ..runs.results import Report, Subject
 from ..runs.scores import Accuracy
-from . import calibration, format, tables
+from .sections import calibration
+from . import format, tables
 from .bench_tables import percentiles
 from .card_front import front
-from .headline import in_words, machine, score_in_words, title
-from .int8 import LEARNED
-from .subjects import Column, every, measure, of, pace, shipped, threads
+from .summary import in_words, machine, score_in_words, title
+from .sections.int8 import LEARNED
+from .networks import Column, every, measure, of, pace, shipped, threads
 from .tables import Table
-from .write import as_markdown, as_plain, writable
+from .render import as_markdown, as_plain, writable
 
 README = "README.md"
 

@@ -6,11 +6,11 @@ from math import isfinite
 
 import numpy as np
 
-from ..runs.bench_results import Bench, TimedLatency
-from ..runs.results import Report
-from . import bench_tables, format
-from .charts import LABEL, VALUE, WIDTH, Tick, nice, ticks
-from .tables import Table
+from ...runs.bench_results import Bench, TimedLatency
+from ...runs.results import Report
+from .. import bench_tables, format
+from ..charts import LABEL, VALUE, WIDTH, Tick, nice, ticks
+from ..tables import Table
 
 ROW = 40
 CURVE = 26

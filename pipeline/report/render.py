@@ -14,7 +14,7 @@ from ...export.text import spelled_out
 from ..runs.files import write_changed
 from ..runs.record import with_checksum
 from ..runs.results import Report
-from .page import page
+from .pages.run import page
 from .tables import Table
 
 MOST_MARKDOWN = 65_000

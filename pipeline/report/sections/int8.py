@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from ..runs.results import Int8Search, Report, TriedInt8
-from . import budget, format
-from .pictures import measure_title
-from .scatter import Level, Point, Scatter, Series, scatter
-from .subjects import measure
-from .tables import Table
+from ...runs.results import Int8Search, Report, TriedInt8
+from .. import budget, format
+from ..pictures import measure_title
+from ..scatter import Level, Point, Scatter, Series, scatter
+from ..networks import measure
+from ..tables import Table
 
 LEARNED = "learned"
 """The candidate of quantization-aware training."""
