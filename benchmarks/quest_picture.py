@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.options import read_options
 from questpress.pipeline.methods.quest.quest import Quest, WordPrediction
 from questpress.pipeline.methods.quest.vocabulary import positions
 from questpress.pipeline.runs.cache import Cache

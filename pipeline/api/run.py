@@ -5,13 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from .. import methods
-from ..config import bounded_yaml, recipes
 from ..config import stages as rounds
-from ..config.options import Options, enters, group, pairs
+from ..config.options import Options, enters, flag, group
 from ..data.dataset import ImageSet
 from ..data.sources.folders import one_role_alone
 from ..errors import UsageError
@@ -27,6 +22,7 @@ from ..training.compute.distributed import Ranks, check_ranks, join, leave
 from ..training.job import Job
 from ..training.weights import check_weights
 from .dry_run import dry_run
+from .options import read_options
 from .resolve import DIGITS, resolve
 
 TRAINING = ("teacher", rounds.ROUND, "student")
@@ -119,115 +115,6 @@ def _chosen(options: Options, asked: Options) -> str:
     return ", ".join(told)
 
 
-def read_options(given: Mapping[str, Any]) -> Options:
-    """Options from a recipe and a config file, where they are named, with ``given`` winning over both.
-
-    Raises:
-        UsageError: an option is unknown, missing or of the wrong type.
-    """
-    merged = dict(given)
-    if given.get("config") is not None:
-        merged = _over(_read_config(Path(given["config"])), given)
-    # A field cannot be called json, which pydantic has taken: its alias is.
-    if "json_" in merged:
-        merged["json"] = merged.pop("json_")
-    known = {field.alias or name for name, field in Options.model_fields.items()}
-    for name in merged:
-        if name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(
-                f"There is no option '{name}'.{f' Did you mean {near[0]}?' if near else ''} "
-                "compress run --help lists them."
-            )
-    for needed in ("teacher", "student"):
-        if not merged.get(needed):
-            raise UsageError(
-                f"--{needed} is missing; name a timm model, as in --{needed} {_EXAMPLES[needed]}."
-            )
-    if merged.get("recipe"):
-        teachers = [merged["teacher"]] if isinstance(merged["teacher"], str) else merged["teacher"]
-        merged = _over(recipes.load(str(merged["recipe"])).for_pair(teachers, merged["student"]), merged)
-    try:
-        return Options.model_validate(merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{flag(name)} {first['input']}: {reason}.") from error
-
-
-_EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
-
-
-def flag(name: str) -> str:
-    """An option's name on the command line."""
-    return {"settings": "--set", "json_": "--json"}.get(name, f"--{name.replace('_', '-')}")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = bounded_yaml.read(path)
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path} holds no options; write one 'name: value' a line.")
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        name = {"set": "settings"}.get(str(key), str(key).replace("-", "_"))
-        if name in found:
-            raise UsageError(f"--config {path} says {name} twice; leave one of them out.")
-        if name in _OF_THE_COMMAND:
-            raise UsageError(f"--config {path}: {name} is said on the command line alone; leave it out.")
-        if value is not None:
-            found[name] = value
-    return found
-
-
-_OF_THE_COMMAND = ("config", "json", "json_")
-
-
-_PARTS = {
-    "optimizer": ("lr", "teacher_lr", "qat_lr"),  # a plain SGD's rates are many times an adaptive one's
-    "qat": ("qat_epochs", "qat_lr"),
-    "data": ("data_dir", "download"),
-    "crop": ("crop_scale", "pad", "pad_mode"),
-    "schedule": ("milestones",),
-    "weight": ("balance",),  # chosen by whether a weight was asked for
-    "method": ("cache_views", "cache_top"),
-}
-"""Options that belong to one choice of another."""
-
-
-def _over(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's options with the given ones winning, of settings and losses' weights each for itself."""
-    # What belongs to the config's choice has no use with another one.
-    other = [one for one in _PARTS if one in given and one in config and given[one] != config[one]]
-    aside = {part for choice in other for part in _PARTS[choice]}
-    if any(_weighs(str(one).partition("=")[0].strip()) for one in given.get("settings", ())):
-        aside.add("balance")
-    merged = {**{name: value for name, value in config.items() if name not in aside}, **given}
-    named = [name.strip() for name in str(given.get("method", "")).split("+")]
-    for name in ("settings", "weight"):
-        kept, more = config.get(name), given.get(name, {})
-        malformed = isinstance(more, list) and not all("=" in str(one) for one in more)
-        if not isinstance(kept, Mapping) or malformed:
-            continue  # told when the options are checked
-        if "method" in given:  # what was set for another method has no use here
-            kept = {key: value for key, value in kept.items() if key.split(".")[0] in (*named, "ce")}
-        merged[name] = {**kept, **pairs(more)}
-    return merged
-
-
-def _weighs(setting: str) -> bool:
-    """Whether a setting, METHOD.KEY, is a weight of a method's loss."""
-    method, _, key = setting.partition(".")
-    return method in methods.list_methods() and key in methods.load(method).weights
-
-
 def hashed(options: Options) -> dict[str, Any]:
     """The options that change a stage's result; of a weights file its content counts, not its place."""
     values = {name: value for name, value in options.model_dump(mode="json").items() if enters(name)}
@@ -313,7 +200,7 @@ def _do(stage: str, key: str, run: Callable[[Job], StageResult], job: Job) -> No
         done = run(job)
     if job.ranks.is_main:
         seconds = time.perf_counter() - started
-        job.folder.record["tools"] = tools_here()
+        job.folder.record.tools = tools_here()
         job.folder.finish(stage, key, done, seconds, job.display.warnings)
         job.folder.drop_checkpoints(stage)
         job.display.done(stage, done.summary, seconds)

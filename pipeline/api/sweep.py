@@ -29,8 +29,9 @@ from ..runs.files import digest, write_text
 from ..runs.record import read_sealed, with_checksum
 from ..runs.results import Latency, Report, Resolutions, Size, Speedup, Subject
 from ..stages.bench import MOST_THREADS
+from .options import read_options
 from .resolve import own_image_size, resolve
-from .run import compress, read_options
+from .run import compress
 
 FILE = "resolutions.json"
 NOT_HERE = ("student_size", "until", "dry_run")

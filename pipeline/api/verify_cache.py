@@ -20,8 +20,8 @@ from ..runs.folder import RunFolder, read_config
 from ..training.job import Job
 from ..training.student import TEACHERS, methods_of
 from ..training.teacher_cache import KIND, Ask, Store, mapped, schedule_of, store_of
+from .options import read_options
 from .resolve import resolve
-from .run import read_options
 
 ROUNDING = {"fp32": 0.01, "bf16": 0.05}
 """Length of the difference of two answers over the answer's own length that rounding explains. Another engine
@@ -70,7 +70,7 @@ def verify(run: Path, cache: Path | None, share: float) -> None:
     with display.stage("verify") as progress:
         job = _job(run, cache, display, progress)
         views = schedule_of(job).used(job.options.epochs or 0)
-        engine = replace(Engine.of(job.folder.record["engines"][TEACHERS]), device=job.device)
+        engine = replace(Engine.of(job.folder.record.engines[TEACHERS].model_dump()), device=job.device)
         use_threads(engine.threads)
         store = store_of(job, methods_of(job), engine)
         compared, missing = _verified(store, views, share, engine.precision)
@@ -98,13 +98,13 @@ def _job(run: Path, cache: Path | None, display: Display, progress: Stage) -> Jo
     options = read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache})
     if not options.cache_views:
         raise UsageError(f"{run} has asked its teachers at every step: it has stored nothing.")
-    if TEACHERS not in folder.record.get("engines", {}):
+    if TEACHERS not in folder.record.engines:
         raise UsageError(f"{run} has not come to the student yet: it has stored nothing.")
     chosen, images = resolve(options)
-    if images.fingerprint != folder.record["config"]["data_content"]:
+    if images.fingerprint != folder.record.config["data_content"]:
         raise JobError(f"--data {chosen.data} no longer holds the images that {run} was made with.")
     job = Job(chosen, frozenset(), images, folder, Cache(cache), display, choose_device(None), progress)
-    stages = folder.record["stages"]
+    stages = folder.record.stages
     left = {name: sum for stage in stages.values() for name, sum in stage["outputs"].items()}
     for name in [*(teacher.file for teacher in job.current_teachers), job.prepared]:
         if name in left and (not (run / name).is_file() or sha256(run / name) != left[name]):

@@ -408,3 +408,8 @@ def group(name: str) -> str:
     extra = Options.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["group"])
+
+
+def flag(name: str) -> str:
+    """Return an option's name on the command line."""
+    return {"settings": "--set", "json_": "--json"}.get(name, f"--{name.replace('_', '-')}")

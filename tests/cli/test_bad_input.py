@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image as PillowImage
-from questpress.pipeline.api.run import _over as over
-from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.options import merge_options, read_options
 
 from tests.support import little
 from tests.support.little import CLASSES, NETWORKS, SMALL, compress, files, job, photos, refused, report
@@ -165,8 +164,8 @@ def config(tmp_path: Path, text: str) -> Path:
         ("epochs: yes", ["--epochs True", "other than yes or no"]),
         ("epochs: 1\nepochs: 5", ["'epochs' twice"]),
         ("batch-size: 4\nbatch_size: 8", ["batch_size twice"]),
-        ("json: true", ["json is said on the command line alone"]),
-        ("config: other.yaml", ["config is said on the command line alone"]),
+        ("json: true", ["json can only be set on the command line"]),
+        ("config: other.yaml", ["config can only be set on the command line"]),
         ('cache: "\\ud800"', ["--cache \\ud800", "half a character"]),
         ("settings: 3", ["--set 3"]),
         ("teacher: {a: 1}", ["--teacher"]),
@@ -410,16 +409,16 @@ def test_what_was_chosen_for_another_choice_of_a_config_is_chosen_anew():
         "crop": "pad",
         "pad": 2,
     }
-    assert over(config, {"optimizer": "sgd"}).get("lr") is None
-    assert over({"lr": 0.1, "qat_epochs": 2}, {"optimizer": "sgd", "qat": True}).items() >= {
+    assert merge_options(config, {"optimizer": "sgd"}).get("lr") is None
+    assert merge_options({"lr": 0.1, "qat_epochs": 2}, {"optimizer": "sgd", "qat": True}).items() >= {
         ("lr", 0.1), ("qat_epochs", 2)
     }  # fmt: skip
-    assert over(config, {"optimizer": "adamw"})["lr"] == 0.0028
-    assert over(config, {"settings": ["quest.alpha=5"]}).get("balance") is None
-    assert over(config, {"settings": ["quest.tau=5"]})["balance"] == "auto"
-    without = over(config, {"qat": False})
+    assert merge_options(config, {"optimizer": "adamw"})["lr"] == 0.0028
+    assert merge_options(config, {"settings": ["quest.alpha=5"]}).get("balance") is None
+    assert merge_options(config, {"settings": ["quest.tau=5"]})["balance"] == "auto"
+    without = merge_options(config, {"qat": False})
     assert without["qat"] is False and "qat_epochs" not in without
-    assert over(config, {"crop": "pad"})["pad"] == 2
+    assert merge_options(config, {"crop": "pad"})["pad"] == 2
 
 
 def test_a_batch_larger_than_the_data_learns_at_the_rate_of_what_there_is(data, cache, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.options import read_options
 from questpress.pipeline.config import bounded_yaml
 from questpress.pipeline.errors import UsageError
 
@@ -58,6 +58,6 @@ def test_bombs_tags_and_damage_are_refused_in_a_sentence(text, told, tmp_path):
         bounded_yaml.load(text)
     file = tmp_path / "options.yaml"
     file.write_text(text)
-    with pytest.raises(UsageError, match=r"--config .*options\.yaml is not YAML") as refused:
+    with pytest.raises(UsageError, match=r"--config .*options\.yaml is not valid YAML") as refused:
         read_options({"config": str(file)})
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600

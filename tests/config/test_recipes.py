@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from questpress.pipeline import methods
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.options import read_options
 from questpress.pipeline.config import recipes
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods.base import Shapes
@@ -29,7 +29,7 @@ def options(recipe: str, teacher: str = "cifar_resnet56", student: str = "cifar_
 @pytest.mark.parametrize("teacher", PAIRS)
 def test_every_recipe_makes_valid_options_for_every_pair(name: str, teacher: str) -> None:
     chosen = options(name, teacher, PAIRS[teacher])
-    methods.parameters(methods.names(chosen.method), chosen.settings)
+    methods.parse_parameters(methods.parse_methods(chosen.method), chosen.settings)
     assert (chosen.val_fraction, chosen.balance, chosen.decay_all) == (0, "off", True)
     assert chosen.student_weights == "none"  # the papers' students start from scratch
 
@@ -40,7 +40,7 @@ def test_quest_on_cifar_is_the_papers_recipe() -> None:
     assert (chosen.lr, chosen.milestones, chosen.schedule) == (0.05, [150, 180, 210], "multistep")
     assert (chosen.weight_decay, chosen.warmup_epochs, chosen.label_smoothing) == (5e-4, 0, 0)
     assert (chosen.crop, chosen.pad, chosen.pad_mode, chosen.flip) == ("pad", 4, "reflect", True)
-    quest = methods.parameters(["quest"], chosen.settings)["quest"].model_dump()
+    quest = methods.parse_parameters(["quest"], chosen.settings)["quest"].model_dump()
     assert (quest["tau"], quest["words"], quest["alpha"], quest["gamma"]) == (0.2, 4096, 1, 3)
     assert quest["iterations"] == 20
 
@@ -130,13 +130,13 @@ def test_a_switch_that_changes_defaults_does_so_beside_a_recipe_too() -> None:
     chosen = options("kd-cifar100", settings=["kd.standardise=true"])
     kd = methods.load("kd")
     shapes = Shapes({}, vector=None, logits=3)
-    built = kd(methods.parameters(["kd"], chosen.settings)["kd"], shapes, [shapes], {})
+    built = kd(methods.parse_parameters(["kd"], chosen.settings)["kd"], shapes, [shapes], {})
     assert (built.tau, built.weight) == (2.0, 9.0)
 
 
 def test_a_parameter_of_a_recipe_can_be_unset() -> None:
     chosen = options("quest-cifar100", settings=["quest.tau=none", "quest.delta=12"])
-    quest = methods.parameters(["quest"], chosen.settings)["quest"].model_dump()
+    quest = methods.parse_parameters(["quest"], chosen.settings)["quest"].model_dump()
     assert (quest["tau"], quest["delta"]) == (None, 12)
 
 
@@ -152,6 +152,6 @@ def test_dkds_warm_up_is_the_papers_share_of_the_training(data: Path, epochs: in
 def test_feed_on_cifar_trains_five_teachers_from_seeds() -> None:
     chosen = options("feed-cifar100")
     assert (chosen.method, chosen.teachers_from_seeds, chosen.teacher_weights) == ("feed", 5, ["none"])
-    feed = methods.parameters(["feed"], chosen.settings)["feed"].model_dump()
+    feed = methods.parse_parameters(["feed"], chosen.settings)["feed"].model_dump()
     # 500 times the mean of 4,096 numbers, as Factor Transfer has it, is so many times their sum over √4,096.
     assert feed["beta"] * 4096**0.5 == 500

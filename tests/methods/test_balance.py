@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.api.run import read_options
+from questpress.pipeline.api.options import read_options
 from questpress.pipeline.methods import gradient_balance
 from questpress.pipeline.methods.base import Shapes
 from questpress.pipeline.methods.dkd import Dkd

@@ -1,0 +1,111 @@
+"""Merge a recipe, a config file and the options given by the user into ``Options``."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .. import methods
+from ..config import bounded_yaml, recipes
+from ..config.options import Options, flag, pairs
+from ..errors import UsageError
+
+EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
+
+COMMAND_LINE_ONLY = ("config", "json", "json_")
+
+DEPENDENT_OPTIONS = {
+    "optimizer": ("lr", "teacher_lr", "qat_lr"),  # SGD's learning rates are much larger than AdamW's
+    "qat": ("qat_epochs", "qat_lr"),
+    "data": ("data_dir", "download"),
+    "crop": ("crop_scale", "pad", "pad_mode"),
+    "schedule": ("milestones",),
+    "weight": ("balance",),  # its default depends on whether a weight is set
+    "method": ("cache_views", "cache_top"),
+}
+"""Options of a config or recipe that are dropped when the user changes the option they depend on."""
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+    """Return the options of a recipe and a config file, if they are named, overridden by ``given``.
+
+    Raises:
+        UsageError: an option is unknown, missing or of the wrong type.
+    """
+    merged = dict(given)
+    if given.get("config") is not None:
+        merged = merge_options(_read_config(Path(given["config"])), given)
+    # A pydantic field cannot be called json; its alias can.
+    if "json_" in merged:
+        merged["json"] = merged.pop("json_")
+    known = {field.alias or name for name, field in Options.model_fields.items()}
+    for name in merged:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"Unknown option '{name}'.{f' Did you mean {near[0]}?' if near else ''} "
+                "See compress run --help."
+            )
+    for name, example in EXAMPLES.items():
+        if not merged.get(name):
+            raise UsageError(f"--{name} is missing. Set it to a timm model, such as --{name} {example}.")
+    if merged.get("recipe"):
+        teachers = [merged["teacher"]] if isinstance(merged["teacher"], str) else merged["teacher"]
+        recipe = recipes.load(str(merged["recipe"])).for_pair(teachers, merged["student"])
+        merged = merge_options(recipe, merged)
+    try:
+        return Options.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{flag(str(first['loc'][0]))} {first['input']}: {reason}.") from error
+
+
+def merge_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` overridden by ``given``; ``settings`` and ``weight`` are merged key by key."""
+    changed = [
+        name for name in DEPENDENT_OPTIONS if name in given and name in config and given[name] != config[name]
+    ]
+    dropped = {dependent for name in changed for dependent in DEPENDENT_OPTIONS[name]}
+    if any(_is_loss_weight(str(setting).partition("=")[0].strip()) for setting in given.get("settings", ())):
+        dropped.add("balance")
+    merged = {**{name: value for name, value in config.items() if name not in dropped}, **given}
+    method_names = [name.strip() for name in str(given.get("method", "")).split("+")]
+    for name in ("settings", "weight"):
+        kept, more = config.get(name), given.get(name, {})
+        malformed = isinstance(more, list) and not all("=" in str(pair) for pair in more)
+        if not isinstance(kept, Mapping) or malformed:
+            continue  # rejected by the validation of Options
+        if "method" in given:  # settings of other methods do not apply
+            kept = {key: value for key, value in kept.items() if key.split(".")[0] in (*method_names, "ce")}
+        merged[name] = {**kept, **pairs(more)}
+    return merged
+
+
+def _is_loss_weight(setting: str) -> bool:
+    method, _, key = setting.partition(".")
+    return method in methods.known() and key in methods.load(method).weights
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = bounded_yaml.read(path)
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} does not contain options. Write one 'name: value' a line.")
+    options: dict[str, Any] = {}
+    for key, value in content.items():
+        name = {"set": "settings"}.get(str(key), str(key).replace("-", "_"))
+        if name in options:
+            raise UsageError(f"--config {path} contains {name} twice. Remove one of them.")
+        if name in COMMAND_LINE_ONLY:
+            raise UsageError(f"--config {path}: {name} can only be set on the command line. Remove it.")
+        if value is not None:
+            options[name] = value
+    return options
