@@ -46,7 +46,7 @@ from typing import Any
 from . import runtime
 from .conversion.onnx_export import OnnxFile
 from .errors import ExportError
-from .files import write_whole
+from .files import write_bytes
 
 _HOME = re.compile(r"~[^/\\]*[/\\]")
 
@@ -117,7 +117,7 @@ def write_manifest(
             runtime.read_verified(folder, entry)
         manifest["checksum"] = runtime.checksum(json.loads(json.dumps(manifest)))  # of what a reader gets
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-        write_whole(path, f"{text}\n".encode())
+        write_bytes(path, f"{text}\n".encode())
     except runtime.ArtifactError as error:
         raise ExportError(str(error)) from error
     except (TypeError, ValueError) as error:
@@ -194,7 +194,7 @@ def write_predict(folder: Path) -> Path:
     """
     path, text = folder / PREDICT, predict_py().encode()
     if not path.is_file() or path.read_bytes() != text:
-        write_whole(path, text)
+        write_bytes(path, text)
     return path
 
 

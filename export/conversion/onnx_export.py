@@ -26,7 +26,7 @@ from torch import nn
 
 from .. import runtime
 from ..errors import ExportError
-from ..files import flush, write_whole
+from ..files import flush, write_bytes
 from .pixel_input import INPUT, take_pixels
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def export_onnx(
 def write_onnx(proto: onnx.ModelProto, path: Path) -> OnnxFile:
     """Write a model whole or not at all, the same bytes for the same model."""
     content = proto.SerializeToString(deterministic=True)
-    write_whole(path, content)
+    write_bytes(path, content)
     return OnnxFile(
         path, len(content), hashlib.sha256(content).hexdigest(), opset_of(proto), proto.ir_version
     )

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto
 
 from .. import runtime
-from ..files import scratch
+from ..files import temporary_folder
 
 # With an integer kernel in ONNX Runtime on CPUs, or folded into the integer node before them.
 _INTEGER_KERNELS = frozenset(
@@ -53,7 +53,7 @@ def float_nodes(model: str | Path | bytes, kept: Collection[str] = ()) -> list[F
     conversions from and to integers are nodes of it, too. `kept` names nodes that were left out of
     quantization on purpose. Raises runtime.ArtifactError where onnxruntime cannot load the model.
     """
-    with scratch() as folder:
+    with temporary_folder() as folder:
         path = folder / "optimised.onnx"
         runtime.session(model, 1, optimised=path)
         running = onnx.load(str(path), load_external_data=False)

@@ -28,7 +28,7 @@ from .. import runtime
 from ..conversion.onnx_export import OnnxFile, write_onnx
 from ..conversion.pixel_input import Folded, Front, attach, has_uint8_input, split
 from ..errors import CalibratorError, ExportError
-from ..files import scratch
+from ..files import temporary_folder
 from .rewrite import FOR_INTEGERS, RULES, rewrite
 from .targets import Target, target
 
@@ -122,7 +122,7 @@ def calibrate_ranges(
     kind, options = METHODS[method]
     input_name = model.graph.input[0].name
     n = 0
-    with scratch() as folder, quiet():
+    with temporary_folder() as folder, quiet():
         path = folder / "float.onnx"
         onnx.save(model, str(path))
         augmented = folder / "augmented.onnx"

@@ -19,7 +19,7 @@ from statistics import median
 import numpy as np
 
 from ..errors import ExportError
-from ..files import scratch
+from ..files import temporary_folder
 from .end_to_end_worker import STEPS
 from .machine import RUNTIMES
 from .noise import pinned
@@ -155,7 +155,7 @@ def end_to_end(
     cores = pinned(threads)
     rng = np.random.default_rng(seed)
     blocks: list[list[np.ndarray]] = [[] for _ in files]
-    with scratch() as folder, ExitStack() as resident:
+    with temporary_folder() as folder, ExitStack() as resident:
         for index, image in enumerate(images):
             (folder / f"{index:04d}").write_bytes(image)
         workers = [Worker(name, file, folder, threads, _SCRIPT, cores) for name, file in files]
@@ -218,7 +218,7 @@ def throughput(
     found = []
     cores = pinned(threads)
     rng = np.random.default_rng(seed)
-    with scratch() as folder:
+    with temporary_folder() as folder:
         for index, subject in enumerate(subjects):
             file = saved(subject.inputs, folder / f"{index}.npy")
             with ExitStack() as resident:

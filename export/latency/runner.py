@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError
-from ..files import scratch
+from ..files import temporary_folder
 from . import noise
 from .machine import Environment, environment
 from .noise import Flag, governor, pinned
@@ -278,7 +278,7 @@ def bench(
     here = environment()
     latencies: list[Latency] = []
     conditions: list[Conditions] = []
-    with scratch() as folder:
+    with temporary_folder() as folder:
         files = [saved(subject.inputs, folder / f"{index}.npy") for index, subject in enumerate(subjects)]
         for index, count in enumerate(counts):
 

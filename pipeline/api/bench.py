@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...export.errors import ExportError
-from ...export.files import scratch
+from ...export.files import temporary_folder
 from ...export.latency.machine import runtime_named
 from ...export.runtime import ArtifactError, Classifier, default_threads
 from ..config.limits import MOST_THREADS, MOST_WHOLE
@@ -28,7 +28,7 @@ from ..evaluation.latency import (
 from ..runs.artifacts import Files, Found, find, images_of_run
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.console import Display
-from ..runs.files import atomic_write, command, sha256, write_text
+from ..runs.files import atomic_write, check_writable, command, sha256, write_text
 from ..runs.folder import RunFolder
 from ..runs.record import with_checksum
 
@@ -103,10 +103,10 @@ def bench(
     folder = results_folder(named, out)
     of_run = out is None and folder != FOLDER
     alone = RunFolder(folder.parent).locked() if of_run else nullcontext()
-    with alone, scratch() as aside:
+    with alone, temporary_folder() as aside:
         files = find(named, aside, image_size)
         pictures = _pictures([Path(one) for one in images], files, seed)
-        _writable(folder)
+        check_writable(folder)
         subjects = [
             subject
             for one in files.found
@@ -242,19 +242,3 @@ def _subjects(one: Found, runtimes: Sequence[str], pictures: Pictures, seed: int
         for runtime in runtimes
     ]
 
-
-def _writable(folder: Path) -> None:
-    """Before minutes are spent on what cannot be kept.
-
-    Raises:
-        UsageError: the folder cannot be made, or not be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"--out {folder} cannot be written: {error.strerror}; name another folder."
-        ) from error

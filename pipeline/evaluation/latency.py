@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ...export.files import scratch
+from ...export.files import temporary_folder
 from ...export.latency import extras, statistics
 from ...export.latency import runner as latency
 from ...export.latency.extras import BATCHES, EndToEnd, end_to_end, throughput
@@ -191,7 +191,7 @@ def _starts(
 
 @contextmanager
 def _inputs_of(subjects: Sequence[Subject]) -> Any:
-    with scratch() as folder:
+    with temporary_folder() as folder:
         yield [latency.saved(one.inputs[:1], folder / f"{index}.npy") for index, one in enumerate(subjects)]
 
 

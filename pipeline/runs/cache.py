@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from ...export.files import flush
+from ...export.files import concerns, flush
 from ..errors import JobError
-from .files import concerns, sha256
+from .files import sha256
 
 _log = logging.getLogger(__name__)
 

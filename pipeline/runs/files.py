@@ -3,73 +3,28 @@
 import errno
 import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
-from ...export.files import flush
-from ..errors import JobError
 import logging
-import time
-from collections.abc import Mapping
-from ...export.text import spelled_out
-from ..errors import UsageError
+import os
 import shlex
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ...export import files
+from ...export.text import spelled_out
+from ..errors import JobError, UsageError
 
 
-
-_MASK = os.umask(0)
-os.umask(_MASK)
-_MODE = 0o666 & ~_MASK  # safetensors makes files that only their owner can read
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; when the block ends well, the file written there is flushed to
-    the disk and takes ``path``'s place in one step. When it does not, ``path`` stays as it was.
+def atomic_write(path: Path) -> AbstractContextManager[Path]:
+    """Return ``export.files.atomic_write`` with the pipeline's error class.
 
     Raises:
-        JobError: the disk is full or the place cannot be written.
+        JobError: the disk is full or the folder cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        _replace(part, path)
-    except Exception as error:
-        refusal = _refusal(error)
-        if refusal is None or hasattr(error, "exit_code") or not concerns(refusal, path.parent):
-            raise
-        raise JobError(
-            f"Could not write {path}: {refusal.strerror or refusal}; what was there before is unchanged."
-        ) from error
-    finally:
-        with suppress(OSError):  # where it could not be made, it cannot be removed either
-            remove(part)
-
-
-def _refusal(error: BaseException | None) -> OSError | None:
-    """What the operating system said, where an error comes from that: torch's writer raises another error on
-    top, and safetensors' has only its number in the text.
-    """
-    while error is not None and not isinstance(error, OSError):
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            return OSError(int(number[1]), os.strerror(int(number[1])))
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def concerns(error: OSError, folder: Path) -> bool:
-    """Whether an error is, or may be, of writing below a folder, and not of a file elsewhere."""
-    if not isinstance(error.filename, str | bytes):
-        return True
-    named = Path(os.fsdecode(error.filename)).absolute()
-    place = folder.absolute()
-    return named == place or place in named.parents or named in place.parents
+    return files.atomic_write(path, JobError)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,32 +54,21 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _replace(part: Path, path: Path) -> None:
-    part.chmod(_MODE)
-    flush(part)
-    part.replace(path)
-    flush(path.parent)
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Check that a folder can be written, or created. Nothing is written.
 
-
-def remove(path: Path) -> None:
-    """A file, or a folder and all that is in it."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why a folder cannot be written, or made where there is none; None where nothing is seen against it.
-    Nothing is written.
+    Raises:
+        UsageError: it cannot.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        return os.strerror(errno.ENOTDIR if there.exists() else errno.EEXIST)
-    if os.access(there, os.W_OK | os.X_OK):
-        return None
-    read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
-    return os.strerror(errno.EROFS if read_only else errno.EACCES)
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        reason = errno.ENOTDIR if existing.exists() else errno.EEXIST
+    elif os.access(existing, os.W_OK | os.X_OK):
+        return
+    else:
+        read_only = hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY
+        reason = errno.EROFS if read_only else errno.EACCES
+    raise UsageError(f"{option} {folder} cannot be written: {os.strerror(reason)}. Choose another folder.")
 
 
 _log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 import yaml
+from ...export.files import remove
 from ..config import bounded_yaml
 from ..errors import UsageError
 from .record import read_record
@@ -16,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ..errors import JobError, UsageError
-from .files import digest, remove, sha256, unwritable, write_text
+from .files import check_writable, digest, sha256, write_text
 from .files import locked, refuse_locked
-from .record import RECORD, SCHEMA_VERSION, read_record, write_record
+from .record import RECORD, SCHEMA_VERSION, RunRecord, StageEntry, read_record, write_record
 from ..config.stages import stages_of_config
 
 
@@ -44,7 +45,7 @@ def read_config(run: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise UsageError(f"{file} holds no options.")
-    known = read_record(run).get("options", content)  # older ones have none
+    known = read_record(run).options
     changed = [
         str(name)
         for name in {**known, **content}
@@ -153,7 +154,7 @@ class RunFolder:
         """``writes``: whether this process writes it; of several ranks one does."""
         self.path = path
         self.writes = writes
-        self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "stages": {}}
+        self.record = RunRecord()
 
     def open(self, *, fresh: bool) -> None:
         """Make the folder where there is none, and read what it holds.
@@ -195,21 +196,10 @@ class RunFolder:
             yield
             return
         self.check()
-        self._make()
+        check_writable(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
             yield
-
-    def _make(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritable(error.strerror) from error
-
-    def _unwritable(self, why: str | None) -> UsageError:
-        return UsageError(f"--out {self.path} cannot be written: {why}; name another folder.")
 
     def look(self, config: Mapping[str, Any], *, fresh: bool) -> None:
         """Refuse what a run with these options would refuse before its first stage, and write nothing.
@@ -219,13 +209,12 @@ class RunFolder:
             JobError: another process is at work in it.
         """
         self.check()
-        if (why := unwritable(self.path)) is not None:
-            raise self._unwritable(why)
+        check_writable(self.path)
         refuse_locked(self.path)
         if not fresh and (self.path / RECORD).exists():
             self.record = read_record(self.path)
             self.refuse_other_options(config)
-        self.record["config"] = dict(config)
+        self.record.config = dict(config)
 
     def check(self) -> None:
         """
@@ -244,7 +233,7 @@ class RunFolder:
     @property
     def stages(self) -> tuple[str, ...]:
         """The run's stages, in order."""
-        return stages_of_config(self.record.get("config", {}))
+        return stages_of_config(self.record.config)
 
     @property
     def checkpoints(self) -> Path:
@@ -256,30 +245,25 @@ class RunFolder:
 
     def left(self, until: str | None) -> list[str]:
         """Those of them of which the record does not say that they are done."""
-        return [stage for stage in self.asked(until) if stage not in self.record["stages"]]
+        return [stage for stage in self.asked(until) if stage not in self.record.stages]
 
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     def options(self) -> dict[str, Any]:
-        """All of the run's options, as far as they belong into a config.yaml.
-
-        Raises:
-            UsageError: it is an older run, and its config.yaml cannot be read.
-        """
-        known = self.record.get("options")
-        return dict(known) if known is not None else read_config(self.path)
+        """All of the run's options, as far as they belong into a config.yaml."""
+        return dict(self.record.options)
 
     def curves(self) -> list[str]:
         """The lines of metrics.jsonl in the order of the stages, of those that are done as they were then."""
         there = by_stage(read(self.metrics), self.stages)
-        for stage, entry in self.record["stages"].items():
-            there[stage] = entry.get("curve", there.get(stage, []))  # older ones have none
+        for stage, entry in self.record.stages.items():
+            there[stage] = entry.curve
         return [line for stage in (*self.stages, None) for line in there[stage]]
 
     def _mend_curves(self) -> None:
-        known = {line for stage in self.record["stages"].values() for line in stage.get("curve", ())}
+        known = {line for stage in self.record.stages.values() for line in stage.curve}
         if known - set(read(self.metrics)):
             _log.warning("%s was damaged: the curves of stages that are done are written anew.", self.metrics)
             write_text(self.metrics, "\n".join(self.curves()) + "\n")
@@ -294,8 +278,8 @@ class RunFolder:
         Raises:
             UsageError: the folder was made with other options than those of export; the sentence names them.
         """
-        before = self.record.get("config")
-        if not self.record["stages"] or before is None:
+        before = self.record.config
+        if not self.record.stages:
             return
         changes = differences(before, config)
         if not changes:
@@ -307,9 +291,9 @@ class RunFolder:
 
     def begin(self, config: Mapping[str, Any], options: Mapping[str, Any], command: str) -> None:
         """Record what is about to run: ``config`` is what enters the stages' hashes, ``options`` is all."""
-        self.record["config"] = dict(config)
-        self.record["command"] = command
-        self.record["options"] = dict(options)
+        self.record.config = dict(config)
+        self.record.command = command
+        self.record.options = dict(options)
         if not self.writes:
             return
         write_text(self.path / FILE, yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
@@ -318,21 +302,21 @@ class RunFolder:
     def key(self, stage: str, config: Mapping[str, Any]) -> str:
         """The hash of all that a stage's result depends on: its options and what the stage before left."""
         index = self.stages.index(stage)
-        before = self.record["stages"].get(self.stages[index - 1]) if index else None
-        upstream = {"key": before["key"], "outputs": before["outputs"]} if before else None
+        before = self.record.stages.get(self.stages[index - 1]) if index else None
+        upstream = {"key": before.key, "outputs": before.outputs} if before else None
         return digest(
             {"stage": stage, "schema": SCHEMA_VERSION, "options": dict(config), "upstream": upstream}
         )
 
     def finished(self, stage: str, key: str) -> StageResult | None:
         """What the stage left, if it ran for this key and its files are as it left them."""
-        entry = self.record["stages"].get(stage)
-        if entry is None or entry["key"] != key or not self._as_left(entry):
+        entry = self.record.stages.get(stage)
+        if entry is None or entry.key != key or not self._as_left(entry):
             return None
-        return StageResult(entry["summary"], list(entry["outputs"]), entry["facts"])
+        return StageResult(entry.summary, list(entry.outputs), entry.facts)
 
-    def _as_left(self, entry: Mapping[str, Any]) -> bool:
-        files = ((self.path / name, sum) for name, sum in entry["outputs"].items())
+    def _as_left(self, entry: StageEntry) -> bool:
+        files = ((self.path / name, sum) for name, sum in entry.outputs.items())
         return all(file.is_file() and sha256(file) == sum for file, sum in files)
 
     def check_left(self, name: str) -> None:
@@ -341,7 +325,7 @@ class RunFolder:
             JobError: a file of the run is not as its stage has left it.
         """
         file = self.path / name
-        outputs = (entry["outputs"] for entry in self.record["stages"].values())
+        outputs = (entry.outputs for entry in self.record.stages.values())
         left = {one: sum for entry in outputs for one, sum in entry.items()}
         if name in left and file.is_file() and sha256(file) != left[name]:
             raise JobError(
@@ -353,34 +337,34 @@ class RunFolder:
         """Record a stage as done; what later stages left is forgotten, unless it is all there and the very
         same files are back that it was made from.
         """
-        stages = self.record["stages"]
+        stages = self.record.stages
         files = [file for name in done.outputs for file in self._files(self.path / name)]
         outputs = {file.relative_to(self.path).as_posix(): sha256(file) for file in files}
         before = stages.get(stage)
-        follows = before is not None and (before["key"], before["outputs"]) == (key, outputs)
+        follows = before is not None and (before.key, before.outputs) == (key, outputs)
         for later in self.stages[self.stages.index(stage) + 1 :]:
             follows = follows and later in stages and self._as_left(stages[later])
             if not follows:
                 stages.pop(later, None)
-        stages[stage] = {
-            "key": key,
-            "summary": done.summary,
-            "seconds": round(seconds, 2),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "outputs": outputs,
-            "warnings": list(warnings),
-            "curve": by_stage(read(self.metrics), [stage])[stage],
-            "facts": done.facts,
-        }
+        stages[stage] = StageEntry(
+            key=key,
+            summary=done.summary,
+            seconds=round(seconds, 2),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            outputs=outputs,
+            warnings=list(warnings),
+            curve=by_stage(read(self.metrics), [stage])[stage],
+            facts=dict(done.facts),
+        )
         self.save()
 
     def facts(self) -> dict[str, Any]:
         """What the stages that are done have found, put together: a part of the report."""
         merged: dict[str, Any] = {}
         for stage in self.stages:
-            entry = self.record["stages"].get(stage)
+            entry = self.record.stages.get(stage)
             if entry is not None:
-                merged = _merged(merged, entry["facts"])
+                merged = _merged(merged, entry.facts)
         return merged
 
     def _files(self, path: Path) -> list[Path]:
