@@ -27,7 +27,7 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, quiet, write_int8
 from questpress.export.int8.targets import target
 from questpress.export.runtime import Classifier, decode_image, preprocess
-from questpress.pipeline.api.again import export_again
+from questpress.pipeline.api.export import export_again
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.config.options import Options
 from questpress.pipeline.data.dataset import Image

@@ -33,18 +33,13 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def little_threads(one_thread: None) -> None:
-    pass
-
-
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
     """Three classes of twenty little pictures."""
     return little.photos(tmp_path_factory.mktemp("data") / "colours")
 

@@ -232,7 +232,7 @@ def test_a_dying_disk_is_one_sentence(a_run, monkeypatch):
     def dying(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run.json")
 
-    monkeypatch.setattr("questpress.pipeline.api.again.report_again", dying)
+    monkeypatch.setattr("questpress.pipeline.api.report.report_again", dying)
     refused(compress("report", a_run), 1, "run.json: Input/output error")
 
 
