@@ -104,13 +104,13 @@ class Table:
             "arguments": list(cell.arguments),
             "train_images": content["data"]["train"],
             "environment": content["environment"],
-            "top1": subject["accuracy"]["top1"],
+            "top1": subject["score"]["percent"],
             "n": subject["accuracy"]["n"],
             "low": subject["accuracy"]["low"],
             "high": subject["accuracy"]["high"],
             "calibration": _short(subject.get("calibration")),
             "int8": (content.get("student_int8") or {}).get("accuracy"),
-            "teacher": content["teacher"]["accuracy"]["top1"],
+            "teacher": content["teacher"]["score"]["percent"],
             "epochs": len(epochs),
             "images_per_second": statistics.median([e["images_per_second"] for e in epochs])
             if epochs

@@ -1,6 +1,6 @@
 """Images of several labels to try things on: two to four of the built-in digits on one canvas.
 
-    python benchmarks/digits_on_canvas.py FOLDER --images 2000
+    python -m benchmarks.digits_on_canvas FOLDER --images 2000
 
 writes FOLDER/images/*.png and FOLDER/labels.csv (file, labels). The digits are scikit-learn's handwritten
 ones, at one and a half to two and a half times their size, each in a quarter of the canvas of its own. The

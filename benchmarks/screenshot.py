@@ -1,7 +1,7 @@
 """A picture of a page in a browser: docs/report.png is one of a report, docs/compare.png of a comparison.
 
-    python benchmarks/screenshot.py runs/clothing docs/report.png
-    python benchmarks/screenshot.py comparison/comparison.html docs/compare.png --height 1260
+    python -m benchmarks.screenshot runs/clothing docs/report.png
+    python -m benchmarks.screenshot comparison/comparison.html docs/compare.png --height 1260
 
 It needs Chromium or Chrome. A run's report is written anew first, as `compress report` does.
 """

@@ -13,6 +13,7 @@ from questpress.pipeline.config import defaults
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+SCRIPTS = ("benchmarks.", "tests.campaigns.")
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
@@ -51,7 +52,7 @@ BENCHMARKS = [
     pytest.param(words, id=f"{page.stem}: {' '.join(words)[:70]}")
     for page in PAGES
     for words in commands(page)
-    if any(word.startswith("benchmarks/") for word in words)
+    if any(word.startswith(SCRIPTS) for word in words)
 ]
 
 
@@ -84,13 +85,16 @@ def test_every_command_in_the_docs_is_one(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("words", BENCHMARKS)
 def test_every_benchmark_in_the_docs_is_there_with_its_options(words: list[str]) -> None:
-    place = next(i for i, word in enumerate(words) if word.startswith("benchmarks/"))
-    script = ROOT / words[place]
-    assert script.is_file(), words[place]
-    known = script.read_text(encoding="utf-8")
-    for module in re.findall(r"^from (\w+) import", known, flags=re.M):  # options may be shared
-        beside = script.with_name(f"{module}.py")
-        known += beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    place = next(i for i, word in enumerate(words) if word.startswith(SCRIPTS))
+    scripts = [words[place]]
+    known = ""
+    for script in scripts:  # options may be shared
+        text = ROOT.joinpath(*script.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        scripts += [
+            name for name in re.findall(r"^from ([\w.]+) import", text, flags=re.M)
+            if name.startswith(SCRIPTS) and name not in scripts
+        ]
+        known += text
     own = words[place + 1 :]
     for word in own[: own.index("--")] if "--" in own else own:
         if word.startswith("--"):

@@ -1,30 +1,15 @@
 """The benchmarks' harness: cells that are done once, in slices of time, and a table of what they gave."""
 
-import importlib.util
 import json
 import statistics
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks import cells
+from benchmarks.papers import crd
 from tests.support import little
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """A script of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cells = load("cells")
 
 
 @pytest.fixture
@@ -135,7 +120,6 @@ def test_the_crd_table_names_networks_and_recipes_that_exist() -> None:
     from questpress.models.names import resolve
     from questpress.pipeline.config import recipes
 
-    crd = load("crd")
     for teacher, student, published in crd.PAIRS.values():
         assert resolve(teacher) == teacher and resolve(student) == student
         assert 50 < published["none"] < published["teacher"] < 90
@@ -143,7 +127,6 @@ def test_the_crd_table_names_networks_and_recipes_that_exist() -> None:
 
 
 def test_the_crd_table_shows_the_difference_to_what_was_published(tmp_path: Path) -> None:
-    crd = load("crd")
     built = crd._cells(tmp_path, ["r56:r20"], {"none": [], "quest": ["--cache-views", "30"]}, "0,1", [])
     assert [cell.name for cell in built] == [
         "cifar_resnet56.teacher.0",

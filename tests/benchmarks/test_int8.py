@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from questpress.export.latency.runner import BenchResult, environment, summarise
 
-from tests.benchmarks.test_cells import load
-
-int8_files, int8_making, int8_tables, int8 = (
-    load(name) for name in ("int8_files", "int8_making", "int8_tables", "int8")
-)
+from benchmarks.int8 import compare as int8
+from benchmarks.int8 import files as int8_files
+from benchmarks.int8 import making as int8_making
+from benchmarks.int8 import tables as int8_tables
 
 SMALL = (
     "--models", "cifar_resnet8", "--size", "16", "--images", "16", "--threads", "1", "--seconds", "0.05",

@@ -13,11 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.test_cells import load
-
-rounds, pictures, ours, peers, throughput, growth, whole_job = (
-    load(name) for name in ("rounds", "pictures", "ours", "peers", "throughput", "growth", "whole_job")
-)
+from benchmarks.training import ours, peers, pictures, rounds, throughput, whole_job
+from tests.campaigns import growth
 
 
 class Clock:

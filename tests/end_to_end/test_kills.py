@@ -1,17 +1,15 @@
-"""SIGKILL at random moments: what is gone on with ends as if nothing had happened (benchmarks/kills.py)."""
+"""A run killed at a random moment ends as if nothing had happened (tests/campaigns/kills.py)."""
 
 import sys
 
 import pytest
 
-from tests.benchmarks.test_cells import FOLDER, load
+from tests.campaigns import kills
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 
 
-def test_a_run_killed_at_a_random_moment_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)  # where its processes find it
-    kills = load("kills")
+def test_a_run_killed_at_a_random_moment_ends_in_the_bits_of_an_uninterrupted_one(tmp_path):
     outcomes = list(kills.campaign(tmp_path, range(1), 0, ["student"]))
     assert [(outcome.differs, outcome.left) for outcome in outcomes] == [((), 0)]
     # The comparison sees something: weights, files that ship, curves, figures, answers of the store.

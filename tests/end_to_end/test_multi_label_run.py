@@ -1,17 +1,15 @@
 """Images of several labels through a whole job: two to four of the built-in digits on one canvas."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
 import pytest
 from questpress.export.runtime import Classifier, sigmoid
-from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.options import read_options
+from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.validate import validate
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.evaluation import multi_label
@@ -19,24 +17,15 @@ from questpress.pipeline.report.terminal import table
 from questpress.pipeline.runs.results import Report
 from safetensors.numpy import load_file
 
+from benchmarks import digits_on_canvas
 from tests.support import little
 
 METHODS = "quest+kd+mimic+feed"
 
 
-def canvases() -> ModuleType:
-    """A script of benchmarks/, which is no package."""
-    path = Path(__file__).parents[2] / "benchmarks" / "digits_on_canvas.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found: Path = canvases().write(tmp_path_factory.mktemp("data") / "canvas", images=160, seed=1)
+    found: Path = digits_on_canvas.write(tmp_path_factory.mktemp("data") / "canvas", images=160, seed=1)
     return found
 
 
@@ -49,7 +38,7 @@ def run(labels: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> 
 
 
 def test_the_same_seed_lays_the_same_digits(labels: Path, tmp_path: Path) -> None:
-    again = canvases().write(tmp_path, images=5, seed=1)
+    again = digits_on_canvas.write(tmp_path, images=5, seed=1)
     rows, others = (list(csv.reader(path.open(encoding="utf-8"))) for path in (again, labels))
     assert rows == others[:6]
     for name, shown in rows[1:]:

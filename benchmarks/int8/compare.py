@@ -1,0 +1,183 @@
+"""Latency of int8 files: ours against other tools' on the same networks and images, all in paired rounds.
+
+    python -m benchmarks.int8.compare --data clothing/ --out runs/int8
+
+The peers aren't dependencies of ours: pip install nncf openvino onnxslim. The networks are timm's with random
+weights, since speed is a matter of types and graphs and not of values; what each tool does with them is in
+``files.py``. A subject runs in a process of its own, all subjects of a network and a thread count in the
+same rounds; a ratio is the median over rounds of the ratio of medians, with its paired bootstrap 95 %
+interval. The same command goes on where it stopped; what was made or timed with something else is done anew.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from questpress.export.latency.runner import BenchResult, Progress, Subject, bench, environment
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.runs.files import atomic_write, write_json
+
+from benchmarks.cells import run_and_write
+from benchmarks.int8.files import KINDS, PEERS, WITHOUT, missing, versions
+from benchmarks.int8.making import File, Images, files_of, read
+from benchmarks.int8.tables import tables
+
+OPENVINO = """
+import os
+os.environ["ONEDNN_MAX_CPU_ISA"] = {instructions!r}  # read at the first compilation
+from questpress.export.latency.openvino_worker import main
+main()
+"""
+MODELS = (
+    "mobilenetv2_100", "resnet18", "resnet50",
+    "mobilenetv3_large_100", "mobilenetv4_conv_small", "efficientnet_lite0",
+)  # fmt: skip
+
+
+@dataclass
+class Trials:
+    """Every network at every thread count, in a folder from which it goes on."""
+
+    folder: Path
+    models: Sequence[str]
+    threads: Sequence[int]
+    kinds: Sequence[str]
+    images: Images
+    seconds: float
+    seed: int
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, budget: float | None) -> bool:
+        """Do what is missing, beginning nothing after `budget` seconds; whether all is done."""
+        ends = None if budget is None else time.monotonic() + budget
+
+        def left() -> bool:
+            return ends is None or time.monotonic() < ends
+
+        for model in self.models:
+            files = files_of(self.folder / model, model, self.kinds, self.images, self.seed, left)
+            for threads in self.threads if files else ():
+                name = f"{model}.{threads}"
+                result = self._done(name, files, threads)
+                if result is None and left():
+                    result = self._time(name, model, files, threads)
+                if result is not None:
+                    self.done[name] = {"model": model, "threads": threads, **result}
+        return len(self.done) == len(self.models) * len(self.threads)
+
+    def write(self, path: Path, about: Mapping[str, Any]) -> None:
+        write_json(path, {**about, "cells": list(self.done.values())})
+
+    def _made_with(self, files: Mapping[str, File], threads: int) -> dict[str, Any]:
+        """All that a cell's figures depend on."""
+        here = environment()
+        return {
+            "files": {kind: file.error or file.sha256 for kind, file in files.items()},
+            "images": self.images.described(),
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "threads": threads,
+            "versions": versions(self.kinds),
+            "machine": {"cpu": here.cpu, "flags": list(here.flags), "cores": here.cores},
+        }
+
+    def _done(self, name: str, files: Mapping[str, File], threads: int) -> dict[str, Any] | None:
+        """An earlier call's figures, where they are of these files, on this machine, timed as long."""
+        found = read(self.folder / f"{name}.json")
+        made_with = json.loads(json.dumps(self._made_with(files, threads)))
+        return found if found is not None and found["made_with"] == made_with else None
+
+    def _time(self, name: str, model: str, files: Mapping[str, File], threads: int) -> dict[str, Any]:
+        _, inputs = self.images.of(model)
+        subjects = [Subject(kind, files[kind].path, inputs, script(kind)) for kind in timed(files)]
+        result = bench(subjects, threads=[threads], seconds=self.seconds, seed=self.seed, progress=told(name))
+        samples: dict[str, Any] = dict(result.raw())
+        with atomic_write(self.folder / f"{name}.npz") as part, part.open("wb") as raw:
+            np.savez_compressed(raw, **samples)
+        found = {"made_with": self._made_with(files, threads), **figures(result, files, threads)}
+        write_json(self.folder / f"{name}.json", found)
+        return found
+
+
+def figures(result: BenchResult, files: Mapping[str, File], threads: int) -> dict[str, Any]:
+    """One cell: latency of each subject, and how many times faster than each other one ours is."""
+    kinds = timed(files)
+    speedups = [result.speedup("ours", kind, threads) for kind in kinds if kind != "ours"]
+    return {
+        "files": {kind: file.to_dict() for kind, file in files.items()},
+        "latencies": {kind: result.latency(kind, threads).to_dict() for kind in kinds},
+        "ours_against": {one.baseline: {**asdict(one), "verdict": one.verdict} for one in speedups},
+        "environment": asdict(result.environment),
+    }
+
+
+def timed(files: Mapping[str, File]) -> list[str]:
+    """The kinds there is a file of, but for those that leave a rule out and are byte for byte ours."""
+    return [
+        kind
+        for kind, file in files.items()
+        if file.error is None and not (kind in WITHOUT and file.sha256 == files["ours"].sha256)
+    ]
+
+
+def script(kind: str) -> tuple[str, ...]:
+    """What times it in the place of ONNX Runtime's worker."""
+    instructions = KINDS[kind].openvino
+    return () if instructions is None else ("-c", OPENVINO.format(instructions=instructions))
+
+
+def told(name: str) -> Progress:
+    """Say what is being timed, once for each change of it."""
+    last = ""
+
+    def tell(_fraction: float, what: str) -> None:
+        nonlocal last
+        if what != last and what != "done":
+            print(f"== {name}: {what}", file=sys.stderr, flush=True)
+        last = what
+
+    return tell
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(MODELS), help="timm's names")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"some of {', '.join(PEERS)}, or none")
+    parser.add_argument("--rules", action="store_true", help="peers: ours with each rewriting rule left out")
+    parser.add_argument("--threads", default="1,2", help="each a row")
+    parser.add_argument("--seconds", type=float, default=10.0, help="at least, for each subject of a row")
+    parser.add_argument("--data", default="digits", help="as compress takes it")
+    parser.add_argument("--images", type=int, default=128, help="of the train role, to calibrate on")
+    parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of images, weights and the order of blocks")
+    parser.add_argument("--budget", help="begin nothing after this time: 9m, 2h")
+    parser.add_argument("--out", type=Path, required=True, help="a folder, where the same command goes on")
+    o = parser.parse_args(arguments)
+    if o.rules and o.peers != parser.get_default("peers"):
+        parser.error("--rules and --peers are two tables: give one of them")
+    peers = () if o.peers == "none" else tuple(o.peers.split(","))
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        parser.error(f"--peers: there is no {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    kinds = ("fp32", "ours", *(WITHOUT if o.rules else peers))
+    if absent := missing(kinds):
+        raise SystemExit(absent)
+    threads = [int(count) for count in o.threads.split(",")]
+    try:
+        images = Images(o.data, o.images, o.seed, o.size)
+    except UsageError as error:
+        raise SystemExit(str(error)) from None
+    trials = Trials(o.out, o.models.split(","), threads, kinds, images, o.seconds, o.seed)
+    about = {"benchmark": "int8", "kinds": {kind: KINDS[kind].title for kind in kinds}}
+    run_and_write(trials, o.budget, about, lambda: tables(list(trials.done.values()), kinds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""How QuEST sees a photo, in one picture: docs/quest.png.
+
+    python -m benchmarks.papers.quest_picture runs/shop --image 3 --out docs/quest.png
+
+From a finished QuEST run: a val image with its positions, the teacher's nearest word at each of them, and
+for one position the likeliest words of the teacher (p_T) and what the trained student predicts (p_S), each
+word shown as the patches of other val images that are nearest to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from questpress.pipeline.api.options import read_options
+from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.methods.quest.quest import Quest, WordPrediction
+from questpress.pipeline.methods.quest.vocabulary import positions
+from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.console import Display
+from questpress.pipeline.runs.device import Engine, threads
+from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.training.job import Job
+from questpress.pipeline.training.student import load_heads, student_task
+from questpress.pipeline.training.weights import load_teacher, trained_network
+from torch import Tensor
+
+PHOTO, ROW, PATCH, WORDS, PATCHES = 320, 52, 48, 6, 4
+INK, FAINT, PAPER = "#1b1f24", "#6b7280", "#ffffff"
+TEACHER, STUDENT = "#1f6feb", "#d2691e"
+
+
+@dataclass
+class Seen:
+    """What a run's networks see of the val role: pixels uint8 [n,3,S,S], and for each of the h·w positions
+    of each image p_T and p_S [n,h·w,K] and the squared distances to the words [n,h·w,K].
+    """
+
+    pixels: Tensor
+    grid: tuple[int, int]
+    p_t: Tensor
+    p_s: Tensor
+    distances: Tensor
+
+
+@torch.no_grad()
+def look(run: Path, cache: Path | None) -> Seen:
+    folder = RunFolder(run, writes=False)
+    folder.open(fresh=False)
+    chosen, images = resolve(read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache}))
+    with Display(quiet=True).stage("picture") as stage:
+        job = Job(chosen, frozenset(), images, folder, Cache(cache), Display(quiet=True), "cpu", stage)
+        engine = Engine("cpu", threads(), "fp32")
+        task, _ = student_task(job, trained_network(job, job.student), engine)
+        load_heads(task, folder.path / "student.heads.safetensors")
+        task.eval()
+        method = task.trainee.methods["quest"]
+        assert isinstance(method, Quest)
+        term = method.terms[0]
+        assert isinstance(term, WordPrediction)
+        teacher = load_teacher(job, job.current_teachers[term.teacher], engine)
+        for_teacher, for_student = (
+            job.rendered("val", member)[0].permute(0, 3, 1, 2)
+            for member in (job.current_teachers[term.teacher], job.student)
+        )
+        p_t, p_s, distances = [], [], []
+        for of_teacher, of_student in zip(for_teacher.split(64), for_student.split(64), strict=True):
+            f_t = positions(
+                teacher(of_teacher, frozenset({term.teacher_level}))[term.teacher_level], term.grid
+            )
+            squared = torch.cdist(f_t.float(), term.words).square()
+            f_s = task.trainee.readouts(task.trainee.normalise(of_student), frozenset({term.student_level}))[
+                term.student_level
+            ]
+            cosine = F.normalize(positions(f_s, term.grid).float(), dim=1) @ F.normalize(term.weight, dim=1).T
+            n, places = len(of_teacher), term.grid[0] * term.grid[1]
+            distances.append(squared.view(n, places, -1))
+            p_t.append((-squared / term.tau).softmax(1).view(n, places, -1))
+            p_s.append((term.gamma * cosine).softmax(1).view(n, places, -1))
+    return Seen(for_student, term.grid, torch.cat(p_t), torch.cat(p_s), torch.cat(distances))
+
+
+def photo(pixels: Tensor, side: int) -> Image.Image:
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def colour(word: int) -> tuple[int, int, int]:
+    r, g, b = colorsys.hsv_to_rgb((word * 0.618034) % 1, 0.55, 0.95)
+    return int(255 * r), int(255 * g), int(255 * b)
+
+
+def cell(seen: Seen, place: int, side: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a position in a square picture."""
+    h, w = seen.grid
+    y, x = divmod(place, w)
+    return x * side / w, y * side / h, (x + 1) * side / w, (y + 1) * side / h
+
+
+def patches(seen: Seen, word: int, without: int) -> list[Image.Image]:
+    """The nearest positions of different images, each with half a cell's surround on every side."""
+    found = []
+    best, places = seen.distances[:, :, word].min(1)
+    for image in best.argsort().tolist():
+        if image != without and len(found) < PATCHES:
+            side = 4 * PHOTO
+            left, top, right, _ = cell(seen, int(places[image]), side)
+            around = (right - left) / 2
+            # At the picture's edge the surround lies on one side.
+            x, y = (min(max(one - around, 0), side - 4 * around) for one in (left, top))
+            box = tuple(round(one) for one in (x, y, x + 4 * around, y + 4 * around))
+            found.append(photo(seen.pixels[image], side).crop(box).resize((PATCH, PATCH)))
+    return found
+
+
+def draw(seen: Seen, image: int, place: int) -> Image.Image:
+    words = seen.p_t[image, place].topk(WORDS).indices.tolist()
+    width, height = 3 * PHOTO + 220, max(PHOTO + 120, WORDS * ROW + 130)
+    canvas = Image.new("RGB", (width, height), PAPER)
+    pen, text, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(12)
+    marked = cell(seen, place, PHOTO)
+    base = photo(seen.pixels[image], PHOTO)
+
+    def frame(left: int, title: str, about: Sequence[str]) -> None:
+        pen.text((left, 12), title, INK, text)
+        for n, line in enumerate(about):
+            pen.text((left, 36 + PHOTO + 10 + 16 * n), line, FAINT, small)
+
+    h, w = seen.grid
+    frame(16, "a photo", [f"{h} by {w} positions of the last map;", "one of them marked"])
+    canvas.paste(base, (16, 36))
+    frame(32 + PHOTO, "the teacher’s words", ["the nearest word at each position,", "by number and colour"])
+    canvas.paste(base.convert("L").convert("RGB"), (32 + PHOTO, 36))
+    for n in range(h * w):
+        word = int(seen.p_t[image, n].argmax())
+        box = cell(seen, n, PHOTO)
+        tint = Image.new("RGB", (round(box[2] - box[0]), round(box[3] - box[1])), colour(word))
+        at = (round(32 + PHOTO + box[0]), round(36 + box[1]))
+        under = canvas.crop((*at, at[0] + tint.width, at[1] + tint.height))
+        canvas.paste(Image.blend(under, tint, 0.55), at)
+        pen.text((at[0] + 5, at[1] + 4), str(word), INK, small)
+    for left in (16, 32 + PHOTO):
+        pen.rectangle(
+            (left + marked[0], 36 + marked[1], left + marked[2], 36 + marked[3]), outline="#d1242f", width=3
+        )
+    bars(canvas, pen, seen, image, place, words, 48 + 2 * PHOTO)
+    return canvas
+
+
+def bars(
+    canvas: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    seen: Seen,
+    image: int,
+    place: int,
+    words: Sequence[int],
+    left: int,
+) -> None:
+    """p_T and p_S of the marked position, word by word, with the patches nearest to each."""
+    text, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    pen.text((left, 12), "there: what teacher and student say", INK, text)
+    at, room = left + 60 + PATCHES * (PATCH + 4), 190
+    most = float(max(seen.p_t[image, place].max(), seen.p_s[image, place].max()))
+    for n, word in enumerate(words):
+        top = 36 + n * ROW
+        pen.rectangle((left, top, left + 48, top + PATCH), fill=colour(word))
+        pen.text((left + 6, top + 16), str(word), INK, small)
+        for i, patch in enumerate(patches(seen, word, image)):
+            canvas.paste(patch, (left + 54 + i * (PATCH + 4), top))
+        for i, (p, ink) in enumerate(((seen.p_t, TEACHER), (seen.p_s, STUDENT))):
+            share = float(p[image, place, word])
+            y = top + 4 + 21 * i
+            pen.rectangle((at, y, at + max(1.0, room * share / most), y + 17), fill=ink)
+            pen.text((at + room * share / most + 5, y + 1), f"{100 * share:.0f} %", INK, small)
+    y = 36 + len(words) * ROW + 10
+    for line, ink in (
+        ("p_T, the teacher: soft assignment to the nearest words", TEACHER),
+        ("p_S, the student: predicted from its own, smaller map", STUDENT),
+    ):
+        pen.rectangle((left, y + 2, left + 12, y + 14), fill=ink)
+        pen.text((left + 18, y), line, INK, small)
+        y += 18
+    pen.text((left, y), "beside each word: the patches of other photos nearest to it", FAINT, small)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--image", type=int, help="number of the val image [default: of the best position]")
+    parser.add_argument("--place", type=int, help="number of the position [default: where both agree most]")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/quest.png"))
+    asked = parser.parse_args()
+    seen = look(asked.run, asked.cache)
+    agree = torch.minimum(seen.p_t, seen.p_s).sum(2)  # what the two distributions have in common
+    image = int(agree.mean(1).argmax()) if asked.image is None else asked.image
+    entropy = -(seen.p_t * seen.p_t.clamp_min(1e-9).log()).sum(2)
+    # Of the agreed positions one where the teacher is undecided: a single bar shows nothing.
+    place = int((agree[image] * entropy[image]).argmax()) if asked.place is None else asked.place
+    draw(seen, image, place).save(asked.out, optimize=True)
+    print(f"{asked.out}: image {image}, position {place} of {seen.grid[0]} × {seen.grid[1]}")
+
+
+if __name__ == "__main__":
+    main()
