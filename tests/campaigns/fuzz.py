@@ -54,20 +54,13 @@ def campaign(name: str, seconds: int, out: Path) -> bool:
         (corpus / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "tests.campaigns.fuzz",
-            name,
-            "--seconds",
-            str(seconds),
-            "--out",
-            str(out),
+            sys.executable, "-m", "tests.campaigns.fuzz", name, "--seconds", str(seconds), "--out", str(out),
             "--inside",
         ],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    )  # fmt: skip
     told = done.stdout + done.stderr
     counted = re.search(r"number_of_executed_units:\s*(\d+)", told)
     runs = int(counted[1]) if counted else 0
