@@ -11,6 +11,7 @@ import argparse
 import numpy as np
 from questpress.export.runtime import softmax
 from questpress.pipeline.evaluation.calibration import measure
+from questpress.pipeline.evaluation.likelihood import Softmax
 
 from benchmarks.cells import markdown
 
@@ -35,11 +36,11 @@ def main() -> None:
     rows = []
     for scale in (1.0, 1.25, 2.0):
         rng = np.random.default_rng(0)
-        large = measure(*drawn(rng, MANY, scale))
+        large = measure(*drawn(rng, MANY, scale), Softmax())
         assert large is not None
         truth = 0.0 if scale == 1 else large.ece
         for n in map(int, given.images.split(",")):
-            found = [measure(*drawn(rng, n, scale)) for _ in range(given.trials)]
+            found = [measure(*drawn(rng, n, scale), Softmax()) for _ in range(given.trials)]
             held = [one is not None and one.ece_low <= truth <= one.ece_high for one in found]
             low, high = np.percentile([one.ece for one in found if one is not None], (2.5, 97.5))
             shown = f"{low:.1f} to {high:.1f}"

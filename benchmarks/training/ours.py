@@ -13,7 +13,7 @@ from questpress.models.checkpoint import read_checkpoint
 from questpress.models.weights import load_into
 from questpress.pipeline import methods
 from questpress.pipeline.data.dataset import Image
-from questpress.pipeline.data.decode import Canonical, decode
+from questpress.pipeline.data.decode import Canonical, decode_images
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import Schedule, ViewPolicy
 from questpress.pipeline.methods.base import Features, Method, PrepareContext, Setup, Shapes
@@ -117,7 +117,7 @@ class Setting:
             policy = ViewPolicy("pad_crop", side=self.size, crop=self.size, pad=4)
         else:
             canonical, policy = Canonical("short_side", round(1.5 * self.size)), ViewPolicy("resized_crop")
-        decoded = decode(self.images, canonical)
+        decoded = decode_images(self.images, canonical)
         return Views(decoded.pixels.to(self.device), decoded.labels, decoded.keys, policy, 0, self.size)
 
     @cached_property

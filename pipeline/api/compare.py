@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..config import stages
 from ..errors import UsageError
-from ..evaluation.metrics import SIGNIFICANT, frontier, holm, mcnemar, unpaired
+from ..evaluation.comparison import SIGNIFICANT, compare_unpaired, frontier, holm, mcnemar
 from ..evaluation.results import (
     AccuracyDifference,
     ComparedFile,
@@ -27,12 +27,12 @@ from ..report.format import counted, together
 from ..report.networks import Column, of
 from ..report.summary import machine, missing
 from ..runs import predictions
-from ..runs.files import command, harmless, write_text
+from ..runs.files import command_line, escape_cell, write_text
 from ..runs.folder import RunFolder
 from ..runs.predictions import PerImage
-from ..runs.record import RECORD, read_sealed
+from ..runs.record import RECORD, read_checked
 from ..runs.results import Report
-from ..runs.scores import Speedup
+from ...export.latency.results import Speedup
 
 KEYS = {"int8": "student_int8", "fp32": "student"}
 """By what the answers of a file are kept."""
@@ -120,10 +120,10 @@ def _test(run: ComparedRun, best: ComparedRun, answers: Mapping[str, PerImage]) 
     if mine is not None and theirs is not None and mine[0].same_images(theirs[0]):
         right, other = mine[0].right(mine[1]), theirs[0].right(theirs[1])
         return _Test(mcnemar(int((other & ~right).sum()), int((right & ~other).sum())), paired=True)
-    if own.accuracy is None or top.accuracy is None:
+    if own.score.correct is None or top.score.correct is None:
         apart = own.score.high < top.score.low
         return _Test(None, paired=False, apart=apart)
-    test = unpaired(own.accuracy, top.accuracy)
+    test = compare_unpaired(own.score, top.score)
     return _Test(test.p, paired=False, low=test.low, high=test.high)
 
 
@@ -132,10 +132,10 @@ def _right(
 ) -> tuple[PerImage, str] | None:
     """The run's answers, if they are those of which the report tells, and the file's key in them."""
     kept, key = answers.get(run.name), KEYS.get(file.kind, "")
-    if kept is None or key not in kept.answers or file.accuracy is None:
+    if kept is None or key not in kept.answers or file.score is None:
         return None
     right = kept.right(key)
-    same = (int(right.sum()), len(right)) == (file.accuracy.correct, file.accuracy.n)
+    same = (int(right.sum()), len(right)) == (file.score.correct, file.score.n)
     return (kept, key) if same else None
 
 
@@ -276,7 +276,7 @@ def _sizes(path: Path) -> Iterator[Path]:
     """The students of `compress resolutions`; its teacher's own run has none."""
     file = path / RESOLUTIONS
     try:
-        for one in read_sealed(file)["sizes"]:
+        for one in read_checked(file)["sizes"]:
             child = path / one["folder"]
             if not child.resolve().is_relative_to(path.resolve()):
                 raise ValueError(f"{one['folder']!r} is not in this folder")
@@ -303,7 +303,7 @@ def _report(place: Path) -> Report:
             raise UsageError(f"{place} holds a run without its config.yaml; it cannot be read.")
         return assemble(record)
     try:
-        return _read(read_sealed(file))
+        return _read(read_checked(file))
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
     except ValidationError as error:
@@ -407,19 +407,16 @@ def _file(column: Column | None, kind: Kind, threads: int | None) -> ComparedFil
         return None
     subject = column.subject
     latency = subject.latency_ms.get(str(threads))
-    low = high = None
-    if latency is not None and latency.p50 is not None:
-        low, high = latency.intervals.get("p50", (None, None))
+    median = None if latency is None else latency.percentiles.get("p50")
     return ComparedFile(
         kind=kind,
         network=subject.name,
         bytes=subject.bytes,
-        accuracy=subject.accuracy,
-        multi_label=subject.multi_label,
+        score=None if subject.score is None else subject.score.model_copy(update={"classes": []}),
         ece=subject.calibration.ece if subject.calibration is not None else None,
-        p50=latency.p50 if latency is not None else None,
-        p50_low=low,
-        p50_high=high,
+        p50=median and median.value,
+        p50_low=median and median.low,
+        p50_high=median and median.high,
         speedup=_speedup(subject.speedups, threads),
     )
 
@@ -460,7 +457,7 @@ def compare(
     grouped = groups(every, _answers(found))
     compared = Comparison(
         title=_title(every, grouped),
-        command=command(),
+        command=command_line(),
         threads=count,
         runs=[one for group in grouped for name in group.runs for one in every if one.name == name],
         groups=grouped,
@@ -497,7 +494,7 @@ def _kept(run: Path) -> predictions.PerImage | None:
     if (run / RECORD).is_file():
         folder = RunFolder(run, writes=False)
         folder.open(fresh=False)
-        folder.check_left(predictions.PREDICTIONS_FILE)
+        folder.check_output(predictions.PREDICTIONS_FILE)
     return predictions.read_predictions(run / predictions.PREDICTIONS_FILE)
 
 
@@ -586,7 +583,7 @@ def as_csv(found: Comparison) -> str:
 
 
 def _cell(value: object) -> object:
-    return "" if value is None else harmless(value) if isinstance(value, str) else value
+    return "" if value is None else escape_cell(value) if isinstance(value, str) else value
 
 
 def _row(run: ComparedRun, group: Group) -> Mapping[str, object]:

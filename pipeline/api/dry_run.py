@@ -14,9 +14,10 @@ from ..data.dataset import ImageSet
 from ..report.format import counted
 from ..runs.console import Display
 from ..runs.device import use_threads
-from ..runs.files import command
+from ..runs.files import command_line
 from ..runs.folder import RunFolder
 from ..runs.results import Report
+from ..tasks import task_of
 from ..training.weights import check_weights
 
 STEP = 3.0
@@ -43,13 +44,13 @@ def dry_run(
     """
     assert options.out is not None
     folder = RunFolder(options.out)
-    folder.look(config, fresh=options.fresh)
-    check_weights(options, images, folder.left(options.until), download=False)
+    folder.check(config, fresh=options.fresh)
+    check_weights(options, images, folder.unfinished(options.until), download=False)
     for line in estimate(options, images, device):
         display.say(line)
     return Report(
         title="dry run",
-        command=command(),
+        command=command_line(),
         method=options.method,
         image_size=options.image_size or 0,
         config=options.model_dump(mode="json"),
@@ -63,9 +64,8 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     train, size = len(data.train), options.image_size
     teachers = [describe(name, size) for name in options.teacher]
     student = describe(options.student, options.student_size or size)
-    several = ", several an image" if data.multi_label else ""
     lines = [
-        f"{data.name}: {len(data.classes)} classes{several}; {train} train, {len(data.val)} val, "
+        f"{data.name}: {len(data.classes)} classes{task_of(data).labels_note}; {train} train, {len(data.val)} val, "
         f"{len(data.test)} test images, at {size} px",
     ]
     macs = 0.0

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
 
 from ...export.conversion.onnx_export import check_opset
 from ...export.errors import ExportError
@@ -19,12 +18,13 @@ from .. import methods
 from ..config import defaults, stages
 from ..config.options import Options
 from ..data.dataset import ImageSet
-from ..data.decode import sampled_sizes
+from ..data.decode import sample_sizes
 from ..data.sources import open_data
 from ..errors import UsageError
 from ..methods.base import Parameters
-from ..methods.shapes import check_methods, shapes
-from ..methods.shapes import parameters as parameters_of
+from ..methods.shapes import check_methods, compute_shapes
+from ..methods.shapes import count_parameters as parameters_of
+from ..tasks import task_of
 from ..training.monitoring import trackers
 
 QAT_SHARE = 10
@@ -150,7 +150,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     _check_weights_file(chosen.student_weights, "student")
     check_labels(chosen)
     if chosen.image_size is None:
-        chosen.image_size = own_image_size(chosen)
+        chosen.image_size = default_size(chosen.data, chosen.student)
     if chosen.student_size is not None and chosen.student_size > chosen.image_size:
         raise UsageError(
             f"--student-size {chosen.student_size} is larger than the teacher's --image-size "
@@ -172,10 +172,8 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         download=chosen.download,
         val_fraction=chosen.val_fraction,
     )
-    if data.multi_label:
-        methods.check_multi_label(parameters)
-    # What pull does good is known of images with one label only.
-    silent: Literal["auto", "off"] = "off" if asked_for or data.multi_label else "auto"
+    methods.check_task(parameters, data.task)
+    silent = "off" if asked_for else task_of(data).default_balance
     chosen.balance = "off" if not parameters else chosen.balance or silent
     if chosen.calibrate and not data.val:
         raise UsageError(
@@ -233,9 +231,9 @@ def _check_ships(chosen: Options, classes: int) -> None:
         )
 
 
-def own_image_size(options: Options) -> int:
-    """Side in pixels of the networks' input, where it is not asked for."""
-    return 64 if options.data == DIGITS else default_image_size(options.student)
+def default_size(data: str, student: str) -> int:
+    """Return the default side of the networks' input in pixels."""
+    return 64 if data == DIGITS else default_image_size(student)
 
 
 def _start(source: str, data: str) -> str:
@@ -306,17 +304,17 @@ def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes
         return
     assert chosen.image_size is not None and chosen.epochs is not None
     size = chosen.image_size
-    student = shapes(chosen.student, classes, chosen.student_size or size)
+    student = compute_shapes(chosen.student, classes, chosen.student_size or size)
     bytes_per_image = sum(
-        methods.load(name).stored_bytes(
-            of_method, student, shapes(teacher, 0 if head == "none" else classes, size)
+        methods.load(name).cached_bytes(
+            of_method, student, compute_shapes(teacher, 0 if head == "none" else classes, size)
         )
         for name, of_method in parameters.items()
         for teacher, head in zip(chosen.teacher, chosen.teacher_head, strict=True)
     )
     if chosen.rounds > 1:  # a round's answers are as large as its teacher's maps
         as_teacher = sum(
-            methods.load(name).stored_bytes(p, student, student) for name, p in parameters.items()
+            methods.load(name).cached_bytes(p, student, student) for name, p in parameters.items()
         )
         bytes_per_image = max(bytes_per_image, as_teacher)
     # A recipe is followed to the letter: a new view each epoch.
@@ -436,5 +434,5 @@ def _check_schedule(chosen: Options) -> None:
 
 def _median_short_side(data: ImageSet) -> int:
     """From the headers of a sample of the training images; nothing is decoded."""
-    sizes = sampled_sizes(data.train)
+    sizes = sample_sizes(data.train)
     return round(statistics.median(map(min, sizes))) if sizes else defaults.SMALL_IMAGES + 1

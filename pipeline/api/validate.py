@@ -13,11 +13,10 @@ from ...export.files import remove
 from ...export.latency.machine import environment
 from ..data.dataset import Progress
 from ..errors import UsageError
-from ..evaluation.multi_label import EVEN
 from ..evaluation.results import Network, Validation
 from ..report.format import counted
 from ..runs.console import Display
-from ..runs.files import command, refuse_inside_data, write_text
+from ..runs.files import command_line, check_outside_data, write_text
 from ..runs.interrupt import STOP
 from . import validate_answers
 from . import validate_inputs as chosen_images
@@ -82,7 +81,7 @@ def validate(
         teachers, whose, more = open_teachers(students, None if teacher is None else str(teacher), threads)
         folder = _folder(paths, out)
         if data is not None:
-            refuse_inside_data(data, {"--out": folder})
+            check_outside_data(data, {"--out": folder})
         runs = list(dict.fromkeys(one.run for one in students if one.run is not None))
         reading = progress("reading images")
         if data is None:
@@ -126,9 +125,9 @@ def _alike(
     kept, notes = [], []
     for teacher in teachers:
         of = [one for one in students if whose.get(one.name) == teacher.name]
-        if of[0].several and not teacher.several:  # its file does not know thresholds
-            teacher = replace(teacher, of_teacher=np.full(len(teacher.labels), EVEN))
-        fits = teacher.several == of[0].several
+        if teacher.thresholds is None:  # its file has none, whatever the task
+            teacher = replace(teacher, of_teacher=of[0].task.default_thresholds(len(teacher.labels)))
+        fits = teacher.task is of[0].task
         unlike = [one for one in of if not fits or validate_answers.in_order_of(one, teacher) is None]
         for one in unlike:
             del whose[one.name]
@@ -154,10 +153,8 @@ class _Found:
 
     @cached_property
     def targets(self) -> list[np.ndarray]:
-        several = self.students[0].several
-        return [
-            self.chosen.targets(self.answers.images, one.labels, several=several) for one in self.networks
-        ]
+        task = self.students[0].task
+        return [self.chosen.targets(self.answers.images, one.labels, task) for one in self.networks]
 
     @cached_property
     def answered(self) -> list[list[validate_answers.Answered]]:
@@ -191,13 +188,13 @@ class _Found:
         machine = environment()
         return Validation(
             title=f"{_sources(self.students)} on {chosen.name}",
-            command=command(),
+            command=command_line(),
             data=chosen.name,
             source=chosen.source,
             role=chosen.part,
             n=len(images),
             images=chosen.digest(images),
-            multi_label=first.several,
+            task=first.task.name,
             per_class={name: counts[label] for label, name in enumerate(chosen.classes) if counts[label]},
             networks=[self._network(place) for place in range(len(names))],
             pairs=validate_answers.pairs(names, rights),
@@ -221,7 +218,7 @@ class _Found:
         teacher, others = self._teacher(one)
         agrees = None
         if teacher is not None and others is not None:
-            agrees = validate_answers.agreement(one, logits, teacher, others, several=one.several)
+            agrees = validate_answers.agreement(one, logits, teacher, others)
         return Network(
             name=one.name,
             role="teacher" if one.is_teacher else "student",

@@ -11,16 +11,16 @@ import numpy as np
 
 from ...export.runtime import Pixels, Preprocessing, render
 from ..data.dataset import Image, Progress, Skipped
-from ..data.decode import check_unreadable, made_of_each, pixels_or_reason
+from ..data.decode import check_unreadable, decode_each, read_pixels
 from ..errors import UsageError
-from ..evaluation import calibration, metrics, multi_label
-from ..evaluation.examples import LARGEST, said, several
-from ..evaluation.metrics import AT_ONCE, SIGNIFICANT, holm, mcnemar
-from ..evaluation.results import ClassMeasure, Confused, Pair, Verdict
-from ..methods.quest.patches import thumbnail
-from ..runs.files import harmless
+from ..evaluation import calibration
+from ..evaluation.comparison import SIGNIFICANT, holm, mcnemar
+from ..evaluation.examples import MAX_SIDE
+from ..evaluation.results import Confused, Pair, Verdict
+from ..data.decode import encode_thumbnail
+from ..runs.files import escape_cell
 from ..runs.results import Example
-from ..runs.scores import Accuracy
+from ..runs.scores import Proportion
 from .validate_inputs import Asked
 
 MOST_IN_MATRIX = 100
@@ -36,54 +36,32 @@ def measured(network: Asked, logits: np.ndarray, targets: np.ndarray) -> dict[st
         logits: [n,classes], n > 0.
         targets: class numbers [n], or [n,classes] of zeros and ones where images have several labels.
     """
-    labels = network.labels
-    found: dict[str, Any] = {
-        "calibration": calibration.measure(logits, targets),
+    task, labels, thresholds = network.task, network.labels, network.thresholds
+    table = task.confusion(logits, targets)
+    return {
+        "score": task.score(logits, targets, labels, thresholds),
+        "calibration": calibration.measure(logits, targets, task.likelihood),
         "mistakes": int((~right(network, logits, targets)).sum()),
+        "per_class": task.measure_classes(logits, targets, labels, thresholds),
+        "confusion": None if table is None or len(labels) > MOST_IN_MATRIX else table.tolist(),
+        "confused": [] if table is None else _confused(table, labels),
     }
-    if network.several:
-        thresholds = thresholds_of(network)
-        decided = multi_label.decide(logits, thresholds)
-        return found | {
-            "multi_label": multi_label.score(logits, targets, thresholds, labels),
-            "per_class": _of_decided(decided, targets > 0, labels),
-        }
-    table = metrics.confusion(logits, targets)
-    return found | {
-        "accuracy": metrics.accuracy(logits, targets),
-        "top5": metrics.top5(logits, targets),
-        "per_class": _of_table(np.array(table), labels),
-        "confusion": table if len(labels) <= MOST_IN_MATRIX else None,
-        "confused": _confused(np.array(table), labels),
-    }
-
-
-def thresholds_of(network: Asked) -> np.ndarray:
-    """A multi-label network's; even chances where nothing says any."""
-    known = network.thresholds
-    return np.full(len(network.labels), multi_label.EVEN) if known is None else known
 
 
 def right(network: Asked, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """bool [n]: the answer is the label, or with several labels the very same ones."""
-    if targets.ndim == 1:
-        return np.asarray(logits.argmax(1) == targets)
-    decided = multi_label.decide(logits, thresholds_of(network))
-    return np.asarray((decided == (targets > 0)).all(1))
+    return network.task.is_correct(logits, targets, network.thresholds)
 
 
 def agreement(
-    student: Asked, logits: np.ndarray, teacher: Asked, others: np.ndarray, *, several: bool
-) -> Accuracy | None:
+    student: Asked, logits: np.ndarray, teacher: Asked, others: np.ndarray
+) -> Proportion | None:
     """How often the student's answer is the teacher's; None where they know different classes."""
     columns = in_order_of(student, teacher)
     if columns is None:
         return None
-    if not several:
-        return metrics.agreement(logits, others[:, columns])
-    return metrics.agreement(
-        logits, others[:, columns], thresholds_of(student), thresholds_of(teacher)[columns]
-    )
+    thresholds = None if teacher.thresholds is None else teacher.thresholds[columns]
+    return student.task.agreement(logits, others[:, columns], student.thresholds, thresholds)
 
 
 def in_order_of(student: Asked, teacher: Asked) -> list[int] | None:
@@ -121,29 +99,6 @@ def verdict(difference: float, p: float) -> Verdict:
     if p >= SIGNIFICANT or difference == 0:
         return "no difference"
     return "better" if difference > 0 else "worse"
-
-
-def _of_table(table: np.ndarray, labels: Sequence[str]) -> list[ClassMeasure]:
-    shown, answered, correct = table.sum(1), table.sum(0), table.diagonal()
-    return [_class(*row) for row in zip(labels, shown, answered, correct, strict=True)]
-
-
-def _of_decided(decided: np.ndarray, shown: np.ndarray, labels: Sequence[str]) -> list[ClassMeasure]:
-    counts = (shown.sum(0), decided.sum(0), (decided & shown).sum(0))
-    return [_class(*row) for row in zip(labels, *counts, strict=True)]
-
-
-def _class(label: str, n: int, answered: int, correct: int) -> ClassMeasure:
-    n, answered, correct = int(n), int(answered), int(correct)
-    return ClassMeasure(
-        label=label,
-        n=n,
-        answered=answered,
-        correct=correct,
-        recall=Accuracy.of(correct, n) if n else None,
-        precision=Accuracy.of(correct, answered) if answered else None,
-        f1=200 * correct / (n + answered) if n + answered else None,
-    )
 
 
 def _confused(table: np.ndarray, labels: Sequence[str]) -> list[Confused]:
@@ -200,28 +155,18 @@ def answered(
 ) -> list[Answered]:
     """Each image with the network's answer and its teacher's, the surest first."""
     labels = network.labels
-    truths = [labels[row] if targets.ndim == 1 else several(row, labels) for row in targets]
-    own = _said(network, logits, labels)
+    truths = network.task.describe(targets, labels)
+    own = network.task.decode(logits, labels, network.thresholds)
     theirs: list[tuple[str, float]] | None = None
     columns = None if teacher is None else in_order_of(network, teacher)
     if teacher is not None and others is not None and columns is not None:
-        theirs = _said(teacher, others[:, columns], labels, columns)
+        thresholds = None if teacher.thresholds is None else teacher.thresholds[columns]
+        theirs = network.task.decode(others[:, columns], labels, thresholds)
     found = [
         Answered(network.name, image, truth, *answer, *(theirs[i] if theirs is not None else (None, None)))
         for i, (image, truth, answer) in enumerate(zip(images, truths, own, strict=True))
     ]
     return sorted(found, key=lambda one: (-one.probability, one.image.name))
-
-
-def _said(
-    network: Asked, logits: np.ndarray, labels: Sequence[str], columns: Sequence[int] | None = None
-) -> list[tuple[str, float]]:
-    thresholds = None
-    if network.several:
-        thresholds = thresholds_of(network)
-        thresholds = thresholds if columns is None else thresholds[list(columns)]
-    parts = (logits[start : start + AT_ONCE] for start in range(0, len(logits), AT_ONCE))
-    return [one for part in parts for one in said(part, labels, thresholds)]
 
 
 def mistakes(every: Iterable[Answered]) -> list[Answered]:
@@ -242,7 +187,7 @@ def as_csv(rows: Iterable[Answered]) -> str:
         theirs = "" if one.teacher is None else _yes(one.teacher == one.label)
         cells = (one.network, one.image.name, one.label, one.answer, _probability(one.probability))
         more = (_yes(one.right), one.teacher or "", _probability(one.teacher_probability), theirs)
-        writer.writerow([harmless(cell) for cell in (*cells, *more)])
+        writer.writerow([escape_cell(cell) for cell in (*cells, *more)])
     return text.getvalue()
 
 
@@ -261,7 +206,7 @@ def pictured(
     form = network.classifiers[0].preprocessing
     found = []
     for done, one in enumerate(rows[:most], 1):
-        pixels = pixels_or_reason(one.image, lambda image: render(image, form))
+        pixels = read_pixels(one.image, lambda image: render(image, form))
         progress(done, min(most, len(rows)))
         found.append(
             Example(
@@ -271,7 +216,7 @@ def pictured(
                 teacher_probability=one.teacher_probability,
                 student=one.answer,
                 student_probability=one.probability,
-                png="" if isinstance(pixels, str) else thumbnail(pixels, min(LARGEST, len(pixels))),
+                png="" if isinstance(pixels, str) else encode_thumbnail(pixels, min(MAX_SIDE, len(pixels))),
             )
         )
     return found
@@ -320,7 +265,7 @@ def ask(
 def _together(network: Asked, pixels: np.ndarray) -> np.ndarray:
     """float32 [B,classes]: logits, of several teachers those of their mean probabilities."""
     each = [one.answers(pixels) for one in network.classifiers]
-    return calibration.together(each, multilabel=network.several).astype(np.float32)
+    return network.task.likelihood.ensemble(each).astype(np.float32)
 
 
 def _rendered(forms: Sequence[Preprocessing]) -> Callable[[Pixels], list[Pixels]]:
@@ -335,7 +280,7 @@ def _batches(
 ) -> Iterator[tuple[list[Image], list[np.ndarray]]]:
     """Batches of readable images, rendered in each form: uint8 [B,S,S,3]. The others go to ``unread``."""
     batch: list[tuple[Image, list[Pixels]]] = []
-    for done, (image, made) in enumerate(zip(images, made_of_each(images, form), strict=True), 1):
+    for done, (image, made) in enumerate(zip(images, decode_each(images, form), strict=True), 1):
         if isinstance(made, str):
             unread.append(Skipped(image.name, made, unreadable=True))
         else:

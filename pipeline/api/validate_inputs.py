@@ -15,17 +15,18 @@ from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, right_here
 from ...export.runtime import ArtifactError, Classifier, Preprocessing, read_manifest, read_verified, session
 from ...models.checkpoint import tensors_digest
-from ..data.dataset import SPLITS, Image, Progress, Split, Skipped, in_order, printable
+from ..data.dataset import SPLITS, Image, Progress, Skipped, Split, sort_images, printable
 from ..data.sources import open_data, read_data
-from ..data.splits import UnsplitDataset, listed
+from ..data.splits import UnsplitDataset, quote_names
 from ..errors import UsageError
-from ..evaluation.multi_label import thresholds_of
 from ..report.format import counted
 from ..runs import predictions
 from ..runs.artifacts import timed_teachers
 from ..runs.files import digest, sha256
-from ..runs.folder import RunFolder, read_config, refuse_unfinished
+from ..runs.folder import RunFolder, read_config, check_finished
 from ..runs.results import Subject
+from ..runs.scores import TaskName
+from ..tasks import Task, task_of_file, thresholds_of
 
 NONE = "none"
 """`--teacher none`: no teacher is asked."""
@@ -53,9 +54,8 @@ class Asked:
         return self.classifiers[0].labels
 
     @property
-    def several(self) -> bool:
-        """Whether its images may have several labels."""
-        return self.thresholds is not None
+    def task(self) -> Task:
+        return task_of_file(self.thresholds)
 
     @property
     def thresholds(self) -> np.ndarray | None:
@@ -108,7 +108,7 @@ def _of_file(path: Path, file: str | None, threads: int | None) -> list[Asked]:
 
 
 def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[str]) -> list[Asked]:
-    refuse_unfinished(path)
+    check_finished(path)
     folder, manifest = read_manifest(path)
     entries = [entry for entry in manifest["files"] if file in (None, entry["name"])]
     if not entries:
@@ -272,7 +272,7 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
         raise UsageError(f"{beyond[0]} keeps its weights, of more than 2 GB, in a file beside it.")
     for file in files:
         for name in (file, run / file.with_suffix(".safetensors").name):
-            record.check_left(name.relative_to(run).as_posix())
+            record.check_output(name.relative_to(run).as_posix())
     return Asked(
         "teacher",
         tuple(Classifier(file.read_bytes(), file.name, threads=threads) for file in files),
@@ -307,7 +307,7 @@ class Chosen:
     part: Part
     classes: tuple[str, ...]
     images: tuple[Image, ...]
-    multi_label: bool
+    task: TaskName
     skipped: tuple[Skipped, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -323,18 +323,12 @@ class Chosen:
             sorted([image.key, *(self.classes[label] for label in image.labels)] for image in images)
         )
 
-    def targets(self, images: Sequence[Image], labels: Sequence[str], *, several: bool) -> np.ndarray:
-        """What a network that knows ``labels`` should answer: numbers int64 [n], or where images have
-        ``several`` labels float32 [n,labels] of zeros and ones.
-        """
+    def targets(self, images: Sequence[Image], labels: Sequence[str], task: Task) -> np.ndarray:
+        """Return the images' labels as an array for a network with these class names."""
         place = {name: number for number, name in enumerate(labels)}
         numbers = [place.get(name, -1) for name in self.classes]
-        if not several:
-            return np.array([numbers[image.label] for image in images], dtype=np.int64)
-        found = np.zeros((len(images), len(labels)), dtype=np.float32)
-        for row, image in enumerate(images):
-            found[row, [numbers[label] for label in image.labels if numbers[label] >= 0]] = 1
-        return found
+        known = [[numbers[label] for label in image.labels if numbers[label] >= 0] for image in images]
+        return task.encode(known, len(labels))
 
 
 def choose(
@@ -366,8 +360,8 @@ def choose(
         given.source,
         part,
         given.classes,
-        in_order(images),
-        given.multi_label,
+        sort_images(images),
+        given.task,
         given.skipped,
         tuple(warnings),
     )
@@ -406,7 +400,7 @@ def _learned(given: UnsplitDataset, images: Sequence[Image], part: Part, runs: C
 
 
 def _trained_on(images: Sequence[Image], run: Path) -> str | None:
-    _record(run).check_left(predictions.TRAIN_IMAGES_FILE)
+    _record(run).check_output(predictions.TRAIN_IMAGES_FILE)
     known = predictions.read_train_images(run)
     seen = sum(image.number in known for image in images)
     if not seen:
@@ -495,7 +489,7 @@ def own(runs: Sequence[Path], part: Part | None, progress: Progress) -> Chosen:
         part,
         found.classes,
         images,
-        found.multi_label,
+        found.task,
         found.skipped,
         tuple(warnings),
     )
@@ -513,18 +507,17 @@ def known_to_all(chosen: Chosen, networks: Sequence[Asked], *, ignore_unknown: b
     Raises:
         UsageError: a class is not known, and it was not asked to pass over such; or the kinds differ.
     """
-    several = networks[0].several
+    task = networks[0].task
     for one in networks:
-        if one.several != several:
+        if one.task is not task:
             raise UsageError(
-                f"{networks[0].name} and {one.name} cannot be compared: one answers with one label, the "
-                "other "
-                "with several."
+                f"{networks[0].name} and {one.name} cannot be compared: their tasks are {task.name} and "
+                f"{one.task.name}."
             )
-    if chosen.multi_label and not several:
+    if chosen.task not in task.accepts:
         raise UsageError(
-            f"{chosen.source} has images of several labels, and {networks[0].name} answers with one label; "
-            "name images of one label each."
+            f"{chosen.source}: the labels are {chosen.task}, and the task of {networks[0].name} is "
+            f"{task.name}. Use data of that task."
         )
     unknown = {name: one for one in reversed(networks) for name in chosen.shown if name not in one.labels}
     if not unknown:
@@ -532,12 +525,12 @@ def known_to_all(chosen: Chosen, networks: Sequence[Asked], *, ignore_unknown: b
     if not ignore_unknown:
         raise UsageError(_unknown(chosen, unknown))
     refused = {label for label, name in enumerate(chosen.classes) if name in unknown}
-    # Of an image with several labels the others still count.
-    kept = chosen.images if several else tuple(i for i in chosen.images if i.label not in refused)
+    kept = task.drop_unknown(chosen.images, refused)
+    dropped = len(chosen.images) - len(kept)
     if not kept or not any(name not in unknown for name in chosen.shown):
-        raise UsageError(f"None of the classes of {chosen.source} is known: {listed(list(unknown))}.")
-    told = f"{listed(list(unknown))} {'is' if len(unknown) == 1 else 'are'} not known to the networks: "
-    told += "passed over" if several else f"{len(chosen.images) - len(kept)} images were left out"
+        raise UsageError(f"None of the classes of {chosen.source} is known: {quote_names(list(unknown))}.")
+    told = f"{quote_names(list(unknown))} {'is' if len(unknown) == 1 else 'are'} not known to the networks: "
+    told += f"{dropped} images were left out" if dropped else "these labels are ignored"
     return replace(chosen, images=kept, warnings=(*chosen.warnings, f"{told}."))
 
 
@@ -548,8 +541,8 @@ def _unknown(chosen: Chosen, unknown: dict[str, Asked]) -> str:
     near = [lower[one] for one in get_close_matches(names[0].lower(), lower, n=1, cutoff=0.7)]
     hint = f" ('{names[0]}' may be its '{near[0]}')" if near else ""
     return (
-        f"{chosen.source} has images of {listed(names)}, which {network.name} does not know{hint}; it knows "
-        f"{listed(list(network.labels), 12)}. Rename or remove {'it' if len(names) == 1 else 'them'}, or "
+        f"{chosen.source} has images of {quote_names(names)}, which {network.name} does not know{hint}; it knows "
+        f"{quote_names(list(network.labels), 12)}. Rename or remove {'it' if len(names) == 1 else 'them'}, or "
         "pass "
         "over such images with --ignore-unknown."
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...export.text import spelled_out
 from ..runs.files import digest
+from ..runs.scores import TaskName
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -22,7 +23,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 # Called with (done, total) from the thread that started the work.
 Progress = Callable[[int, int], None]
 
-LARGEST = 1 << 30
+MAX_IMAGE_BYTES = 1 << 30
 """Bytes of an encoded image."""
 
 Source = Path | bytes | np.ndarray | Callable[[], bytes]
@@ -66,7 +67,7 @@ class Image:
         """
         if isinstance(self.source, Path):
             with self.source.open("rb") as file:
-                refuse_large(file)
+                check_file_size(file)
                 return file.read()
         if isinstance(self.source, bytes | np.ndarray):
             return self.source
@@ -112,8 +113,7 @@ class ImageSet:
     skipped: tuple[Skipped, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
     ignored: int = 0  # files that are no images
-    multi_label: bool = False
-    """Whether an image may have several classes, or none."""
+    task: TaskName = "classification"
 
     def split(self, split: Split) -> tuple[Image, ...]:
         return {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -125,11 +125,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """SHA-256 over the classes and each image's content, class and role; names don't count."""
         every = [(image, role) for role in SPLITS for image in self.split(role)]
-        if self.multi_label:
-            of_several = sorted((image.key, image.labels, role) for image, role in every)
-            return digest({"classes": self.classes, "images": of_several, "multi_label": True})
-        images = sorted((image.key, image.label, role) for image, role in every)
-        return digest({"classes": self.classes, "images": images})
+        images = sorted((image.key, image.labels, role) for image, role in every)
+        return digest({"classes": self.classes, "images": images, "task": self.task})
 
     @property
     def counts(self) -> dict[Split, list[int]]:
@@ -142,21 +139,21 @@ class ImageSet:
         return counts
 
 
-def refuse_large(file: BinaryIO) -> None:
+def check_file_size(file: BinaryIO) -> None:
     """
     Raises:
         OSError: an open file is larger than an image is.
     """
     size = os.fstat(file.fileno()).st_size
-    if size > LARGEST:
-        raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {LARGEST:,} allowed")
+    if size > MAX_IMAGE_BYTES:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {MAX_IMAGE_BYTES:,} allowed")
 
 
-def in_order(images: Sequence[Image]) -> tuple[Image, ...]:
+def sort_images(images: Sequence[Image]) -> tuple[Image, ...]:
     return tuple(sorted(images, key=lambda image: (image.labels, image.key, image.name)))
 
 
-def array_key(pixels: np.ndarray) -> str:
+def hash_array(pixels: np.ndarray) -> str:
     """SHA-256 of an array's shape and bytes."""
     shape = "x".join(map(str, pixels.shape))
     return hashlib.sha256(
@@ -172,7 +169,7 @@ def printable(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class FileSpan:
     """``size`` bytes of a file from ``offset`` on: a member of a tar file, say."""
 
     file: Path
@@ -192,7 +189,7 @@ class Span:
         return content
 
 
-class Table:
+class ReaderTable:
     """A reader of timm's that gives (file, label) by number, such as that of Hugging Face's data sets.
 
     It is pickled once and opened once in each process: its rows travel with every batch, it does not.
@@ -224,15 +221,15 @@ class _Once:
 
 
 @lru_cache(maxsize=8)
-def _opened(_: str, once: _Once) -> Table:
-    return Table(pickle.loads(once.pickled))
+def _opened(_: str, once: _Once) -> ReaderTable:
+    return ReaderTable(pickle.loads(once.pickled))
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One row of a table."""
 
-    table: Table
+    table: ReaderTable
     row: int
 
     def __call__(self) -> bytes:
@@ -248,7 +245,7 @@ Labels = int | tuple[int, ...]
 
 
 @dataclass
-class Walk:
+class FolderScan:
     """What a walk through a data folder meets besides images."""
 
     root: Path  # resolved: what lies outside of it is not followed
@@ -263,8 +260,8 @@ class Walk:
         return printable(path.relative_to(self.top).as_posix())
 
 
-def hashed(
-    files: Mapping[Split, Sequence[tuple[Path, Labels]]], walk: Walk, progress: Progress | None
+def hash_files(
+    files: Mapping[Split, Sequence[tuple[Path, Labels]]], walk: FolderScan, progress: Progress | None
 ) -> dict[Split, list[Image]]:
     """The images in these files; those that are empty or cannot be read are skipped."""
     total, done = sum(map(len, files.values())), 0
@@ -296,7 +293,7 @@ def hashed(
 def _content_key(file: Path) -> str | OSError:
     try:
         with file.open("rb") as stream:
-            refuse_large(stream)
+            check_file_size(stream)
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         return error

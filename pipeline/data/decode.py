@@ -1,5 +1,6 @@
 """Images decoded once: for training in one canonical form, for testing as the runtime renders them."""
 
+import base64
 import hashlib
 import io
 import json
@@ -73,7 +74,7 @@ class Pixels:
         return replace(self, data=self.data.to(device))
 
 
-def ragged(data: Tensor, sizes: Tensor) -> Pixels:
+def pack_pixels(data: Tensor, sizes: Tensor) -> Pixels:
     """Pixels from a buffer (uint8 [P, 3]) and the images' sizes (int64 [N, 2]: height, width)."""
     areas = sizes[:, 0] * sizes[:, 1]
     return Pixels(data, areas.cumsum(0) - areas, sizes[:, 0].clone(), sizes[:, 1].clone())
@@ -134,7 +135,7 @@ def _cut(height: int, width: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Readable:
+class ReadableImages:
     """The readable images of a role, and those that were not."""
 
     images: tuple[Image, ...]
@@ -149,7 +150,7 @@ class Readable:
         """What is learned of these images of ``data``: their class numbers int64 [N], or in a multi-label set
         1 for each of their classes and 0 for the others, float32 [N, classes].
         """
-        if not data.multi_label:
+        if data.task == "classification":
             return self.labels
         targets = torch.zeros(len(self.images), len(data.classes))
         for row, image in enumerate(self.images):
@@ -163,20 +164,20 @@ class Readable:
 
 
 @dataclass(frozen=True)
-class Decoded(Readable):
+class DecodedImages(ReadableImages):
     """Readable images and their pixels: ``images[i]`` is ``pixels.image(i)``."""
 
     pixels: Pixels
 
 
-def decode(
+def decode_images(
     images: Sequence[Image],
     canonical: Canonical,
     *,
     cache: Cache | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
-) -> Decoded:
+) -> DecodedImages:
     """Training images in their canonical form; memory-mapped where a cache keeps them.
 
     Raises:
@@ -190,14 +191,14 @@ def canonical_key(images: Sequence[Image], canonical: Canonical) -> str:
     return _key(images, {"canonical": asdict(canonical)})
 
 
-def rendered(
+def render_images(
     images: Sequence[Image],
     preprocessing: Preprocessing,
     *,
     cache: Cache | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
-) -> Decoded:
+) -> DecodedImages:
     """Images as the shipped runtime renders them, from the original file: all S × S, so that
     ``pixels.stacked()`` is uint8 [N, S, S, 3].
 
@@ -235,9 +236,9 @@ def _each_once(
     cache: Cache | None,
     progress: Progress | None,
     workers: int | None,
-) -> Decoded:
+) -> DecodedImages:
     def results() -> Iterator[np.ndarray | str]:
-        return made_of_each(images, form, progress, workers)
+        return decode_each(images, form, progress, workers)
 
     if cache is None or not images:
         return _kept(images, *_in_memory(list(results())))
@@ -247,15 +248,15 @@ def _each_once(
 
 
 def _key(images: Sequence[Image], how: dict[str, Any]) -> str:
-    return digest({"images": [image.key for image in images], **how, "decoder": decoder()})
+    return digest({"images": [image.key for image in images], **how, "decoder": decoder_version()})
 
 
-def decoder() -> dict[str, Any]:
+def decoder_version() -> dict[str, Any]:
     """What the pixels depend on besides the files: our code here, the runtime's, and Pillow's."""
     return {"version": VERSION, "runtime": sha256(Path(runtime.__file__)), "pillow": PIL.__version__}
 
 
-def made_of_each(
+def decode_each(
     images: Sequence[Image],
     form: Callable[[np.ndarray], T],
     progress: Progress | None = None,
@@ -275,7 +276,7 @@ def made_of_each(
         waiting: deque[Any] = deque()
         try:
             for position, image in enumerate(images):
-                waiting.append(threads.submit(pixels_or_reason, image, form))
+                waiting.append(threads.submit(read_pixels, image, form))
                 if len(waiting) > 4 * workers:
                     yield waiting.popleft().result()
                 if progress:
@@ -288,7 +289,7 @@ def made_of_each(
             threads.shutdown(cancel_futures=True)
 
 
-def pixels_or_reason(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
+def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
     """An image's pixels in a form, or why there are none.
 
     Raises:
@@ -322,7 +323,7 @@ def _in_memory(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]
         end = start + array.shape[0] * array.shape[1]
         data[start:end] = torch.tensor(array).view(-1, 3)
         arrays[position], start = np.empty(0), end  # gone as it is copied: the set is in memory once
-    return ragged(data, sizes), reasons
+    return pack_pixels(data, sizes), reasons
 
 
 def _write(folder: Path, results: Iterator[np.ndarray | str]) -> None:
@@ -361,14 +362,14 @@ def _load(entry: Path) -> tuple[Pixels, dict[int, str]]:
     file = entry / "pixels.bin"
     # Copy on write: torch knows no read-only tensors, and nothing must ever change the file.
     flat = np.memmap(file, dtype=np.uint8, mode="c") if file.stat().st_size else np.empty(0, dtype=np.uint8)
-    return ragged(torch.from_numpy(flat).view(-1, 3), sizes), reasons
+    return pack_pixels(torch.from_numpy(flat).view(-1, 3), sizes), reasons
 
 
-def _kept(images: Sequence[Image], pixels: Pixels, reasons: dict[int, str]) -> Decoded:
-    return Decoded(*split_off(images, reasons), pixels)
+def _kept(images: Sequence[Image], pixels: Pixels, reasons: dict[int, str]) -> DecodedImages:
+    return DecodedImages(*separate_unreadable(images, reasons), pixels)
 
 
-def split_off(
+def separate_unreadable(
     images: Sequence[Image], reasons: dict[int, str]
 ) -> tuple[tuple[Image, ...], tuple[Skipped, ...]]:
     """The readable images, and those that ``reasons`` (by position) says are not."""
@@ -383,7 +384,7 @@ SAMPLE = 256
 """Images whose headers are read, evenly spread."""
 
 
-def sampled_sizes(images: Sequence[Image]) -> list[tuple[int, int]]:
+def sample_sizes(images: Sequence[Image]) -> list[tuple[int, int]]:
     """Height and width of about ``SAMPLE`` of the images, or of all where they are fewer; what cannot be read
     is left out, since decoding will tell of it.
     """
@@ -400,3 +401,11 @@ def _size(image: Image) -> tuple[int, int] | None:
             return header.height, header.width
     except Exception:  # a damaged file makes Pillow raise nearly anything; decoding will tell of it
         return None
+
+
+def encode_thumbnail(image: np.ndarray, side: int) -> str:
+    """Return an image uint8 [H, W, 3], resized to ``side`` × ``side`` pixels, as a base64-encoded PNG."""
+    small = PillowImage.fromarray(np.ascontiguousarray(image)).resize((side, side), PillowImage.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .dataset import SPLITS, Duplicate, Image, ImageSet, Split, Skipped, in_order
+from ..runs.scores import TaskName
+from .dataset import SPLITS, Duplicate, Image, ImageSet, Split, Skipped, sort_images
 
 TEST_FRACTION = 0.1
-SELECT_FRACTION = 0.1
+VAL_FRACTION = 0.1
 
 
-def share(count: int, fraction: float, most: int) -> int:
+def count_held_out(count: int, fraction: float, most: int) -> int:
     """How many of ``count`` images a role gets: the fraction, but one at least."""
     return min(max(1, round(count * fraction)), max(1, most))
 
@@ -20,7 +21,7 @@ NO_CLASS = -1
 """Images of no class are held out like those of a class."""
 
 
-def split_sets(
+def split_multi_label(
     images: Sequence[Image], classes: Sequence[str], fraction: float, *, test: bool
 ) -> dict[Split, list[Image]]:
     """``images`` as train and val, and with ``test`` as test too; in proportion to each class.
@@ -39,7 +40,7 @@ def split_sets(
     counts = Counter(label for key in sets for label in {label for one in sets[key] for label in one})
     role_of: dict[str, Split] = dict.fromkeys(sets, "train")
     if test:
-        tested = held_out(agreed, counts, TEST_FRACTION, 2)
+        tested = choose_held_out(agreed, counts, TEST_FRACTION, 2)
         if not tested:
             raise UsageError(
                 f"None of the {len(classes)} classes has three different images; three or more of a class "
@@ -51,7 +52,7 @@ def split_sets(
         # Of all images, not of those that are left.
         fraction = min(1.0, fraction / (1 - TEST_FRACTION))
     if fraction > 0:
-        role_of.update(dict.fromkeys(held_out(agreed, counts, fraction, 1), "val"))
+        role_of.update(dict.fromkeys(choose_held_out(agreed, counts, fraction, 1), "val"))
     roles: dict[Split, list[Image]] = {"train": [], "val": []}
     if test:
         roles["test"] = []
@@ -60,7 +61,7 @@ def split_sets(
     return roles
 
 
-def held_out(
+def choose_held_out(
     contents: Mapping[str, tuple[int, ...]], counts: Mapping[int, int], fraction: float, least: int
 ) -> set[str]:
     """Keys of the contents taken out: of each class the fraction, but one at least, and ``least`` stay.
@@ -77,7 +78,7 @@ def held_out(
     held: Counter[int] = Counter()
     taken: set[str] = set()
     for label in sorted(of_class, key=lambda label: (len(of_class[label]), label)):
-        wanted = share(len(of_class[label]), fraction, left[label] - least)
+        wanted = count_held_out(len(of_class[label]), fraction, left[label] - least)
         for key in of_class[label]:
             if held[label] >= wanted:
                 break
@@ -97,13 +98,13 @@ def check_val_fraction(fraction: float | None) -> float:
         UsageError: it is not in [0, 1).
     """
     if fraction is None:
-        return SELECT_FRACTION
+        return VAL_FRACTION
     if not 0 <= fraction < 1:
         raise UsageError(f"--val-fraction is {fraction:g}; give a number from 0 up to, but not including, 1.")
     return fraction
 
 
-def assemble(
+def assemble_splits(
     name: str,
     source: str,
     classes: Sequence[str],
@@ -112,14 +113,14 @@ def assemble(
     skipped: Sequence[Skipped] = (),
     ignored: int = 0,
     *,
-    multi_label: bool = False,
+    task: TaskName = "classification",
 ) -> ImageSet:
     """Make an image set of what was given.
 
     ``given`` holds ``train`` alone (80/10/10 is split off by content), ``train`` and ``test`` (val is held
     out of train), or all three (taken as they are). Content never ends up in two roles: the later of train,
     val, test keeps it where it was given twice; content under two classes goes to train when we split.
-    A ``multi_label`` set is split by ``stratify``, and only its train role must have every class.
+    A multi-label set is split by ``split_sets``, and only its train split must have every class.
 
     Raises:
         UsageError: fewer than two classes, a class too small to be in every role, or a wrong fraction.
@@ -131,14 +132,14 @@ def assemble(
             f"{source} has {found}; put the images of two or more classes into a folder for each."
         )
     roles, removed = _one_role_each({role: list(given.get(role, ())) for role in SPLITS})
-    if multi_label and ("test" not in given or "val" not in given):
-        roles = {**roles, **split_sets(roles["train"], classes, fraction, test="test" not in given)}
+    if task == "multi-label" and ("test" not in given or "val" not in given):
+        roles = {**roles, **split_multi_label(roles["train"], classes, fraction, test="test" not in given)}
     elif "test" not in given:
         roles = _split_whole(roles["train"], classes, fraction)
     elif "val" not in given:
         roles = {**_hold_out(roles["train"], classes, fraction), "test": roles["test"]}
-    _check_every_class(roles, classes, ("train",) if multi_label else SPLITS)
-    ordered = {role: in_order(roles[role]) for role in SPLITS}
+    _check_every_class(roles, classes, ("train",) if task == "multi-label" else SPLITS)
+    ordered = {role: sort_images(roles[role]) for role in SPLITS}
     return ImageSet(
         name=name,
         source=source,
@@ -147,7 +148,7 @@ def assemble(
         skipped=tuple(skipped),
         duplicates=_duplicates(ordered, removed),
         ignored=ignored,
-        multi_label=multi_label,
+        task=task,
     )
 
 
@@ -191,9 +192,9 @@ def _split_whole(images: list[Image], classes: Sequence[str], fraction: float) -
                 f"Class '{name}' has {_distinct(len(keys), label, images)}; three or more are needed, "
                 "so that one each can train, val and test."
             )
-        tested = share(len(keys), TEST_FRACTION, len(keys) - 2)
+        tested = count_held_out(len(keys), TEST_FRACTION, len(keys) - 2)
         # Select is ranked after test, so the test role is the same whatever fraction is asked for.
-        selected = share(len(keys), fraction, len(keys) - tested - (label not in torn_labels))
+        selected = count_held_out(len(keys), fraction, len(keys) - tested - (label not in torn_labels))
         for rank, key in enumerate(keys):
             last: Split = "val" if fraction > 0 and rank < tested + selected else "train"
             role_of[key] = "test" if rank < tested else last
@@ -213,7 +214,7 @@ def _hold_out(images: list[Image], classes: Sequence[str], fraction: float) -> d
                 f"Class '{name}' has {_distinct(len(keys), label, images)} to train on; two are needed to "
                 "hold one out for selecting (--val-fraction 0 holds none out)."
             )
-        selected = share(len(keys), fraction, len(keys) - (label not in torn_labels))
+        selected = count_held_out(len(keys), fraction, len(keys) - (label not in torn_labels))
         role_of.update((key, "val" if rank < selected else "train") for rank, key in enumerate(keys))
     return _by_role(images, role_of)
 
@@ -244,7 +245,7 @@ def _check_every_class(
         missing = [name for label, name in enumerate(classes) if label not in present]
         if missing:
             raise UsageError(
-                f"No image of {listed(missing)} is left for the role '{role}': what the folders hold "
+                f"No image of {quote_names(missing)} is left for the role '{role}': what the folders hold "
                 "of it stands in another role too; add images of it."
             )
 
@@ -267,7 +268,7 @@ def _duplicates(
     return tuple(sorted(found, key=lambda duplicate: duplicate.names))
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
+def quote_names(names: Sequence[str], most: int = 5) -> str:
     """'a', 'b' and 3 more."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
@@ -284,7 +285,7 @@ class UnsplitDataset:
     has_roles: bool
     skipped: tuple[Skipped, ...] = ()
     ignored: int = 0
-    multi_label: bool = False
+    task: TaskName = "classification"
 
     def assembled(self, val_fraction: float | None) -> ImageSet:
         """The image set to learn from; see ``split.assemble``.
@@ -292,7 +293,7 @@ class UnsplitDataset:
         Raises:
             UsageError: as ``split.assemble``.
         """
-        return assemble(
+        return assemble_splits(
             self.name,
             self.source,
             self.classes,
@@ -300,5 +301,5 @@ class UnsplitDataset:
             val_fraction,
             self.skipped,
             self.ignored,
-            multi_label=self.multi_label,
+            task=self.task,
         )

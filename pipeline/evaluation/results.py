@@ -3,31 +3,43 @@
 Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
+from ...export.latency.results import Speedup
+from ...export.results import Result
 from ..runs.results import Example
-from ..runs.scores import Accuracy, Calibration, MultiLabelScore, Result, Score, Speedup
+from ..runs.scores import Calibration, Proportion, Score, TaskName
 
-VALIDATION_SCHEMA_VERSION = 1
+VALIDATION_SCHEMA_VERSION = 2
 
 Verdict = Literal["better", "no difference", "worse"]
 
 
 class ClassMeasure(Result):
-    """One class: of its ``n`` images ``correct`` are answered with it, of ``answered`` in all. The intervals
-    are Wilson's, 95 %.
-    """
+    """One class: ``n`` images show it, ``answered`` are predicted to, and ``correct`` is both."""
 
     label: str
     n: int
     answered: int
     correct: int
-    recall: Accuracy | None = None
-    """``correct`` of ``n``; None where there is no image of the class."""
-    precision: Accuracy | None = None
-    """``correct`` of ``answered``; None where the class is never the answer."""
+    recall: Proportion | None = None
+    """``correct`` of ``n``; None if no image shows the class."""
+    precision: Proportion | None = None
+    """``correct`` of ``answered``; None if the class is never predicted."""
     f1: float | None = None
-    """None where the class is neither shown nor answered."""
+    """None if the class is neither shown nor predicted."""
+
+    @classmethod
+    def from_counts(cls, label: str, *, n: int, answered: int, correct: int) -> Self:
+        return cls(
+            label=label,
+            n=n,
+            answered=answered,
+            correct=correct,
+            recall=Proportion.from_counts(correct, n) if n else None,
+            precision=Proportion.from_counts(correct, answered) if answered else None,
+            f1=200 * correct / (n + answered) if n + answered else None,
+        )
 
 
 class Confused(Result):
@@ -58,11 +70,7 @@ class Network(Result):
     """False: computed in float between its roundings, since it was made for other processors."""
     image_size: int
     classes: list[str]
-    accuracy: Accuracy | None = None
-    top5: Accuracy | None = None
-    """Above ten classes."""
-    multi_label: MultiLabelScore | None = None
-    """In the place of ``accuracy`` where images have several labels."""
+    score: Score | None = None
     calibration: Calibration | None = None
     per_class: list[ClassMeasure] = []
     confusion: list[list[int]] | None = None
@@ -72,12 +80,8 @@ class Network(Result):
     mistakes: int = 0
     teacher: str | None = None
     """Name of the network that is its teacher."""
-    agreement: Accuracy | None = None
-    """How often its answer is the teacher's."""
-
-    @property
-    def score(self) -> Score | None:
-        return self.accuracy or self.multi_label
+    agreement: Proportion | None = None
+    """Of images with the teacher's prediction."""
 
 
 class Pair(Result):
@@ -112,7 +116,7 @@ class Validation(Result):
     n: int
     images: str
     """A digest of the images' content and labels: equal ones mean the same images."""
-    multi_label: bool = False
+    task: TaskName = "classification"
     per_class: dict[str, int]
     """class -> images of it."""
     networks: list[Network]
@@ -133,7 +137,7 @@ class Validation(Result):
         return self.networks[0]
 
 
-COMPARISON_SCHEMA_VERSION = 1
+COMPARISON_SCHEMA_VERSION = 2
 
 Kind = Literal["int8", "fp32", "teacher"]
 
@@ -144,8 +148,8 @@ class ComparedFile(Result):
     kind: Kind
     network: str
     bytes: int | None = None
-    accuracy: Accuracy | None = None
-    multi_label: MultiLabelScore | None = None
+    score: Score | None = None
+    """Without its classes."""
     ece: float | None = None
     p50: float | None = None
     """Of one image, at the comparison's thread count."""
@@ -154,10 +158,6 @@ class ComparedFile(Result):
     """95 % interval, distribution-free; None where it is not known."""
     speedup: Speedup | None = None
     """Over the run's teacher, timed together with it."""
-
-    @property
-    def score(self) -> Score | None:
-        return self.accuracy or self.multi_label
 
 
 class ComparedRun(Result):

@@ -1,6 +1,4 @@
-"""The methods by name. A method is one file and one class here, or a class of another package that declares
-it as an entry point; nothing else names it.
-"""
+"""Distillation methods by name: one class each, here or in a package that declares an entry point."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..errors import UsageError
+from ..runs.scores import TaskName
 
 if TYPE_CHECKING:
     from .base import Method, Parameters
@@ -25,118 +24,121 @@ METHODS: Mapping[str, str] = {
     "feed": "feed:Feed",
     "mimic": "mimic:Mimic",
 }
-"""Name -> module:class of our own. Imported when used, since torch comes with them."""
+"""Name -> module:class. Imported when used, since they import torch."""
 
 ENTRY_POINTS = "questpress.methods"
-"""Under this group other packages declare methods of theirs: docs/adding-a-method.md."""
+"""The entry-point group for methods of other packages; see docs/adding-a-method.md."""
 
 
-def known() -> list[str]:
-    """The names of all methods: ours, then those of other packages by name."""
-    return [*METHODS, *sorted(_of_others())]
+def list_methods() -> list[str]:
+    """Return the names of all methods: the built-in ones, then those of other packages in sorted order."""
+    return [*METHODS, *sorted(_entry_points())]
 
 
-def _of_others() -> dict[str, EntryPoint]:
-    return {one.name: one for one in entry_points(group=ENTRY_POINTS) if one.name not in METHODS}
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS) if entry.name not in METHODS}
 
 
-def names(method: str) -> list[str]:
-    """The methods in a sum such as ``quest+dkd``; none for ``none``.
+def parse_methods(method: str) -> list[str]:
+    """Split a sum such as ``quest+dkd`` into names; ``none`` gives an empty list.
 
     Raises:
-        UsageError: one of them does not exist, or is named twice.
+        UsageError: a name does not exist or is repeated.
     """
     if method == "none":
         return []
-    parts = [part.strip() for part in method.split("+")]
-    there = known()
-    for part in parts:
-        if part == "none":
-            raise UsageError(f"--method {method}: none is no teacher at all, and stands alone.")
-        if part not in there:
-            near = difflib.get_close_matches(part, there, n=2, cutoff=0.4)
+    names = [name.strip() for name in method.split("+")]
+    available = list_methods()
+    for name in names:
+        if name == "none":
+            raise UsageError(f"--method {method}: 'none' cannot be combined with other methods.")
+        if name not in available:
+            near = difflib.get_close_matches(name, available, n=2, cutoff=0.4)
             did_you_mean = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UsageError(
-                f"There is no method '{part}' in --method {method}.{did_you_mean} "
-                f"There are: {', '.join([*there, 'none'])}; several are added with a plus sign."
+                f"--method {method}: there is no method '{name}'.{did_you_mean} "
+                f"Available: {', '.join([*available, 'none'])}. Combine methods with '+'."
             )
-        if parts.count(part) > 1:
-            raise UsageError(f"--method {method} names {part} twice; name each method once.")
-    return parts
+        if names.count(name) > 1:
+            raise UsageError(f"--method {method}: '{name}' is repeated. Name each method once.")
+    return names
 
 
 def load(name: str) -> type[Method]:
-    """The class of a method that is :func:`known`.
+    """Import the class of an available method.
 
     Raises:
-        UsageError: another package's entry point cannot be imported, or is no method of that name.
+        UsageError: another package's entry point cannot be imported, or is not a method of that name.
     """
     if name in METHODS:
         module, cls = METHODS[name].split(":")
         return getattr(import_module(f".{module}", __package__), cls)
     from .base import Method
 
-    entry = _of_others()[name]
+    entry = _entry_points()[name]
     try:
-        found = entry.load()
-    except Exception as error:  # whatever another package does when it is imported
+        method = entry.load()
+    except Exception as error:  # importing another package may raise anything
         raise UsageError(f"--method {name} ({entry.value}) cannot be imported: {error}.") from error
-    if not (isinstance(found, type) and issubclass(found, Method) and getattr(found, "name", None) == name):
+    if not (
+        isinstance(method, type) and issubclass(method, Method) and getattr(method, "name", None) == name
+    ):
         raise UsageError(
-            f"--method {name} ({entry.value}) is no method of that name: it must be a class made from "
-            "questpress.pipeline.methods.base.Method whose name is the entry point's."
+            f"--method {name} ({entry.value}) is not a method: it must be a subclass of "
+            f"questpress.pipeline.methods.base.Method with name = '{name}'."
         )
-    return found
+    return method
 
 
-def parameters(chosen: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Parameters]:
-    """The parameters of the chosen methods, with ``settings`` such as ``{"quest.tau": "0.2"}`` applied.
+def parse_parameters(methods: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Parameters]:
+    """Return the parameters of the methods, with ``settings`` such as ``{"quest.tau": "0.2"}`` applied.
 
     Raises:
-        UsageError: a setting names no chosen method or no parameter of it, or its value has the wrong type.
+        UsageError: a setting is not a parameter of one of the methods, or its value is invalid.
     """
-    by_method: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    values: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for key, value in settings.items():
         method, _, parameter = key.partition(".")
-        if method not in by_method or not parameter:
-            told = (
-                f"the methods of this run are {', '.join(chosen)}"
-                if chosen
-                else "--method none has no parameters"
+        if method not in values or not parameter:
+            raise UsageError(
+                f"--set {key}={value}: expected METHOD.KEY=VALUE for a method of this run "
+                f"({', '.join(methods) or 'none'})."
             )
-            raise UsageError(f"--set {key}={value}: {told}; write --set METHOD.KEY=VALUE.")
-        fields = load(method).takes.model_fields
+        fields = load(method).parameters_class.model_fields
         if parameter not in fields:
             near = difflib.get_close_matches(parameter, fields, n=1)
             did_you_mean = f" Did you mean {method}.{near[0]}?" if near else ""
             raise UsageError(
                 f"--set {key}={value}: {method} has no parameter '{parameter}'.{did_you_mean} "
-                f"It has: {', '.join(fields)}."
+                f"Available: {', '.join(fields)}."
             )
-        by_method[method][parameter] = None if value == "none" else value
-    return {name: _validated(name, values) for name, values in by_method.items()}
+        values[method][parameter] = None if value == "none" else value
+    return {name: _validate(name, fields) for name, fields in values.items()}
 
 
-def check_multi_label(chosen: Mapping[str, Parameters]) -> None:
-    """
+def check_task(parameters: Mapping[str, Parameters], task: TaskName) -> None:
+    """Check that all methods support a task.
+
     Raises:
-        UsageError: a method cannot learn images of several labels.
+        UsageError: one does not.
     """
-    for name, of_method in chosen.items():
-        reason = load(name).not_multi_label(of_method)
-        if reason is not None:
-            able = [other for other in known() if load(other).not_multi_label(load(other).takes()) is None]
+    for name, chosen in parameters.items():
+        if reason := load(name).unsupported(chosen, task):
+            classes = {other: load(other) for other in list_methods()}
+            able = [
+                other for other, cls in classes.items() if not cls.unsupported(cls.parameters_class(), task)
+            ]
             raise UsageError(
-                f"--method {name} cannot learn images of several labels: {reason}; take {' or '.join(able)}."
+                f"--method {name} does not support {task} data: {reason}. Use {' or '.join(able)}."
             )
 
 
-def _validated(name: str, values: Mapping[str, Any]) -> Parameters:
+def _validate(name: str, values: Mapping[str, Any]) -> Parameters:
     try:
-        return load(name).takes.model_validate(values)
+        return load(name).parameters_class.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # it is about how several go together
+        if not first["loc"]:  # raised by a validator of several parameters
             raise UsageError(f"--set {name}.…: {first['ctx']['error']}.") from error
         reason = first["msg"].lower().removeprefix("value error, ")
         key = ".".join(str(part) for part in (name, *first["loc"]) if not isinstance(part, int))

@@ -1,75 +1,102 @@
-"""What a distillation method is: readouts in, named losses out."""
+"""The contract of a distillation method: features in, named losses out."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, distributed, nn
 
 from ..config.limits import within
+from ..runs.scores import TaskName
 
 Features = Mapping[str, Tensor]
-"""What a method sees of one network on one batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N]."""
+"""One network's features of a batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N], ``map@LEVEL``."""
 
 
 class Parameters(BaseModel):
-    """A method's own parameters, set by ``--set METHOD.KEY=VALUE`` and checked by name and type."""
+    """Parameters of one method, set by ``--set METHOD.KEY=VALUE`` and validated by name and type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     _within = field_validator("*")(within)
 
     def for_epochs(self, epochs: int) -> Self:
-        """With what was left open and depends on the length of the training."""
+        """Return the parameters with defaults that depend on the number of epochs filled in."""
         return self
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a network's readouts, from a dry forward."""
+    """Sizes of a network's features for one image."""
 
     maps: Mapping[str, tuple[int, int, int]]
-    """(C, H, W) of ``map`` and of every further level asked for, by readout name."""
+    """(C, H, W) of ``map`` and of every further level, by name."""
     vector: int | None
     logits: int
-    """0: there is no head."""
+    """0 for a network without a head."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The networks that a method is built for, and the tensors that its ``prepare`` returned."""
+
+    student: Shapes
+    teachers: Sequence[Shapes]
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The features, labels and position in training of one batch."""
+
+    student: Features
+    """With gradients."""
+    teachers: Sequence[Features]
+    """Of the same views, without gradients: each teacher's features, or the arrays of ``cached_outputs``."""
+    labels: Tensor
+    """Class numbers [B], or float32 [B,N] with 1 for each class of a multi-label image."""
+    epoch: int = 0
+    """Number of completed epochs."""
+    keys: Tensor | None = None
+    """int64 [B] derived from image and seed, for random draws that do not depend on the batch."""
 
 
 @dataclass(frozen=True)
 class PrepareContext:
-    """What a method gets to prepare itself from: the frozen teachers over the training images.
+    """Input of ``Method.prepare``: the frozen teachers and the training images.
 
-    ``readouts(t, reads)`` runs teacher ``t`` (eval mode, fp32) once over all training images under the
-    *test* transform, in a fixed order, and yields the features of one batch on the training device.
-    ``shared(t, kind, key, write)`` returns a folder of the cache that runs share, filled by ``write(folder)``
-    when it is not there yet; ``key`` is all it depends on besides teacher ``t``'s weights, the data and the
-    geometry of the images.
+    ``features(t, reads)`` runs teacher ``t`` (eval mode, fp32) once over all training images under the *test*
+    transform, in a fixed order, and yields the features of one batch at a time on the training device.
+    ``cached(t, kind, key, write)`` returns a folder of the cache that all runs share. If it does not exist,
+    ``write(folder)`` fills it. ``key`` holds everything that it depends on besides teacher ``t``'s weights,
+    the data and the image geometry.
     """
 
     student: Shapes
     teachers: Sequence[Shapes]
     teacher_names: Sequence[str]
     images: int
-    readouts: Callable[[int, frozenset[str]], Iterable[Features]]
+    features: Callable[[int, frozenset[str]], Iterable[Features]]
     classifier: Callable[[int], Tensor | None]
-    """The weight [N,D] of a teacher's last linear layer; None without a head."""
-    shared: Callable[[int, str, Mapping[str, Any], Callable[[Path], None]], Path]
+    """Weight [N,D] of a teacher's last linear layer; None without a head."""
+    cached: Callable[[int, str, Mapping[str, Any], Callable[[Path], None]], Path]
     scratch: Path
-    """A folder for what is too large for memory."""
+    """A folder for data that does not fit in memory."""
     seed: int
     note: Callable[[str], None]
-    seen: Callable[[int, frozenset[str], int], Iterable[tuple[np.ndarray, Features]]] | None = None
-    """``seen(t, reads, most)``: a few images that the report may show pieces of, as teacher ``t`` gets them,
-    uint8 [B,S,S,3], with its readouts."""
+    sample: Callable[[int, frozenset[str], int], Iterable[tuple[np.ndarray, Features]]] | None = None
+    """``sample(t, reads, limit)``: up to ``limit`` images for the report, uint8 [B,S,S,3] as teacher ``t``
+    receives them, with its features."""
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What ``prepare`` leaves behind: tensors for the run folder, facts for the report, a line to show."""
+    """Output of ``Method.prepare``: tensors for the run folder, facts for the report, a line to display."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
@@ -79,134 +106,111 @@ class PrepareResult:
 
 @dataclass(frozen=True, eq=False)
 class CachedOutput:
-    """A part of what a teacher says to a view, in the compact form in which a store keeps it."""
+    """A compact form of a teacher's features, as the teacher cache stores them for each view."""
 
     key: Mapping[str, Any]
-    """All it depends on besides the teacher and the view."""
+    """Everything that it depends on besides the teacher and the view."""
     reads: frozenset[str]
-    """The readouts it is made from."""
+    """The features that it is computed from."""
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
-    """Shape for one image and numpy's dtype of each array, by the name that ``forward`` finds it under."""
+    """Shape for one image and numpy dtype of each array, by its name in ``Batch.teachers``."""
     compact: Callable[[Features], dict[str, Tensor]]
-    """From the readouts of a batch to these arrays [B,…]."""
+    """Computes these arrays [B,…] from the features of a batch."""
 
     @property
     def bytes_per_image(self) -> int:
-        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.arrays.values())
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
 
 
 class Method(nn.Module):
-    """One way of learning from teachers. Its own heads are trained with the student and dropped afterwards.
+    """A distillation loss. Its own heads are trained with the student and dropped afterwards.
 
     A subclass declares what it reads, may ``prepare`` in one pass over the data, builds its heads in
-    ``__init__`` and returns its losses, already weighted, from ``forward``.
+    ``__init__`` and returns its weighted losses from ``forward``.
     """
 
     name: ClassVar[str]
-    takes: ClassVar[type[Parameters]]
-    """Its parameters, by name and type."""
+    parameters_class: ClassVar[type[Parameters]]
     paper: ClassVar[str]
     cross_entropy: ClassVar[float] = 1.0
-    """Weight of the cross-entropy on labels when the method stands alone (its paper's)."""
+    """The paper's weight of the cross-entropy on labels, used if the method is the only one."""
     prepares: ClassVar[bool] = False
     weights: ClassVar[frozenset[str]] = frozenset()
-    """Which of its parameters weigh its loss; who sets one of them needs no ``--balance auto``."""
-    pull: ClassVar[tuple[float, float]] = (0.0, math.inf)
-    """Least and most gradient of the loss, over that of the cross-entropy, on the student's last map in the
-    first steps, at which the method was seen to do good: for ``gradient_balance.py``. Where nothing is known
-    of that, its weight is left alone."""
+    """Parameters that weight the loss. ``--balance auto`` is off if the user sets one of them."""
+    gradient_ratio: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    """Range in which the method is known to work: the norm of the loss gradient divided by that of the
+    cross-entropy, at the student's last map in the first steps (see ``gradient_balance.py``). By default it
+    is unknown and the weight is never adjusted."""
 
     @classmethod
     def reads(cls, parameters: Any, network: Shapes) -> frozenset[str]:
-        """Readouts that ``forward`` looks at; a teacher's are the same unless ``teacher_reads`` differs."""
+        """Return the names of the features that ``forward`` reads of the student."""
         raise NotImplementedError
 
     @classmethod
     def teacher_reads(cls, parameters: Any, teacher: Shapes) -> frozenset[str]:
-        """Readouts of a teacher that ``forward`` looks at."""
+        """Return the names of the features that ``forward`` reads of a teacher."""
         return cls.reads(parameters, teacher)
 
     @classmethod
-    def check(cls, parameters: Any, student: Shapes, teachers: Sequence[Shapes], images: int) -> None:
-        """Refuse what cannot work with these networks and so many training images, before anything starts.
+    def check(cls, parameters: Any, setup: Setup, images: int) -> None:
+        """Check the parameters against the networks and the number of training images.
 
         Raises:
-            UsageError: a parameter asks for what there is not.
+            UsageError: a parameter does not fit.
         """
 
     @classmethod
-    def not_multi_label(cls, parameters: Any) -> str | None:
-        """Why the method cannot learn images of several labels; None where it can."""
+    def unsupported(cls, parameters: Any, task: TaskName) -> str | None:
+        """Return why the method does not support a task, or None if it does."""
         return None
 
     @classmethod
-    def widens(cls, parameters: Any, student: Shapes, teachers: Sequence[Shapes]) -> int | None:
-        """The width that the student's ``vector`` has while it learns, by a linear layer of its own that is
-        merged into its classifier before anything ships (``models/projection.py``); None: its own.
+    def student_width(cls, parameters: Any, setup: Setup) -> int | None:
+        """Return the width D to which the student's ``vector`` is projected during training, or None.
+
+        The linear projection is merged into the classifier before export (``models/projection.py``).
         """
         return None
 
     @classmethod
-    def stored_bytes(cls, parameters: Any, student: Shapes, teacher: Shapes) -> int:
-        """Bytes that a store takes for one image's answer of a teacher, as far as is known ahead."""
+    def cached_bytes(cls, parameters: Any, student: Shapes, teacher: Shapes) -> int:
+        """Estimate the bytes that the teacher cache needs for one view of one image."""
         return sum(_half(read, teacher).bytes_per_image for read in cls.teacher_reads(parameters, teacher))
 
     @classmethod
-    def prepare(cls, parameters: Any, preparation: PrepareContext) -> PrepareResult:
-        """What the method needs of the teachers before training starts."""
+    def prepare(cls, parameters: Any, context: PrepareContext) -> PrepareResult:
+        """Compute what the method needs of the teachers before training."""
         raise NotImplementedError
 
-    def __init__(
-        self,
-        parameters: Any,
-        student: Shapes,
-        teachers: Sequence[Shapes],
-        prepared: Mapping[str, Tensor],
-    ) -> None:
+    def __init__(self, parameters: Any, setup: Setup) -> None:
         super().__init__()
-        self.of_student = self.reads(parameters, student)
-        self.of_teachers = [(teacher, self.teacher_reads(parameters, teacher)) for teacher in teachers]
+        self.student_shapes, self.teacher_shapes = setup.student, setup.teachers
+        self.reads_of_student = self.reads(parameters, setup.student)
+        self.reads_of_teachers = [self.teacher_reads(parameters, teacher) for teacher in setup.teachers]
 
-    def answers(self, t: int) -> Sequence[CachedOutput]:
-        """What a store keeps of teacher ``t`` for this method: its readouts in half precision."""
-        shapes, reads = self.of_teachers[t]
-        return [_half(read, shapes) for read in sorted(reads)]
+    def cached_outputs(self, t: int) -> Sequence[CachedOutput]:
+        """Return what the teacher cache stores of teacher ``t``; by default its features in fp16."""
+        return [_half(read, self.teacher_shapes[t]) for read in sorted(self.reads_of_teachers[t])]
 
-    def forward(
-        self,
-        student: Features,
-        teachers: Sequence[Features],
-        labels: Tensor,
-        epoch: int,
-        keys: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Named scalar losses, already weighted.
-
-        Args:
-            student: the student's readouts of the batch, with gradients.
-            teachers: each teacher's readouts of the same views, without; or its ``answers`` to them.
-            labels: [B] class numbers; of a multi-label set float32 [B,N], 1 for each class of an image.
-            epoch: the number of epochs done, for schedules such as a warm-up.
-            keys: [B] int64, what random draws follow besides the epoch: the image and the run's seed.
-        """
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return scalar losses by name, already weighted."""
         raise NotImplementedError
 
-    def embeds_alone(self, epoch: int) -> bool:
-        """Whether after ``epoch`` epochs nothing learns yet but the layer that widens the student's vector,
-        and from this method alone.
-        """
+    def trains_projection_only(self, epoch: int) -> bool:
+        """Return True if only the projection of ``student_width`` is trained, by this method alone."""
         return False
 
-    def strength(self, epoch: int) -> float:
-        """The share of its full weight that the loss has after ``epoch`` epochs: less than 1 in a warm-up."""
+    def warmup_factor(self, epoch: int) -> float:
+        """Return the factor in (0, 1] that ``forward`` applies to the loss after ``epoch`` epochs."""
         return 1.0
 
     def scales(self) -> list[nn.Parameter]:
-        """Learned scales and temperatures, which travel far: see ``train.build_optimizer``."""
+        """Return learned scales and temperatures; see ``training.optimizer.build_optimizer``."""
         return []
 
-    def watched(self) -> dict[str, Tensor]:
-        """Scalars worth seeing (means since the last call), on the device; the call starts them anew."""
+    def metrics(self) -> dict[str, Tensor]:
+        """Return scalars to log, as means since the last call, on the device."""
         return {}
 
 
@@ -217,12 +221,31 @@ def _half(read: str, shapes: Shapes) -> CachedOutput:
         key={"readout": read},
         reads=frozenset({read}),
         arrays={read: (shape, "float16")},
-        compact=lambda readout: {read: readout[read].half()},
+        compact=lambda features: {read: features[read].half()},
     )
 
 
+def shared_grid(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> tuple[int, int]:
+    """Return the grid (H, W) at which two maps (C, H, W) are compared: the coarser of the two."""
+    return min(student[1], teacher[1]), min(student[2], teacher[2])
+
+
+def pool(f: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average-pool a map [B,C,H,W] to ``grid`` (h, w): [B,C,h,w]."""
+    return f if f.shape[-2:] == grid else F.adaptive_avg_pool2d(f, grid)
+
+
+def positions(f: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average-pool a map [B,C,H,W] to ``grid`` (h, w) and return one feature per position, [B·h·w,C]."""
+    f = pool(f, grid)
+    return f.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
+
+
 class RunningSums(nn.Module):
-    """Running sums on the device, so that watching a training costs no synchronisation."""
+    """Sums for metrics, kept on the device so that they cost no synchronization.
+
+    They are part of the module's state, so that a run resumed in the middle of an epoch continues them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,22 +258,20 @@ class RunningSums(nn.Module):
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
 
     def take(self) -> dict[str, Tensor]:
-        """The sums since the last call, over all ranks of the job."""
+        """Return the sums over all ranks since the last call, and reset them."""
         sums, self.sums = self.sums, {}
         if distributed.is_initialized():
             for value in sums.values():
                 distributed.all_reduce(value)
         return sums
 
-    def bring_together(self) -> None:
-        """Leave the sums of all ranks to rank 0, and nothing to the others."""
+    def reduce_to_main(self) -> None:
+        """Add up the sums of all ranks on rank 0, and set those of the other ranks to zero."""
         if distributed.is_initialized():
             for value in self.sums.values():
                 distributed.all_reduce(value)
                 if distributed.get_rank():
                     value.zero_()
-
-    # A training that goes on in the middle of an epoch goes on with its sums.
 
     def get_extra_state(self) -> dict[str, Tensor]:
         return dict(self.sums)

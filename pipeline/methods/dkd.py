@@ -1,4 +1,4 @@
-"""DKD: the divergence of KD taken apart, so that what the teacher knows of the wrong classes weighs more.
+"""DKD: KD's divergence split in two, so that the teacher's ranking of the wrong classes can weigh more.
 
 Zhao, Cui, Song, Qiu, Liang: "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679, eq. 7:
 
@@ -6,11 +6,10 @@ Zhao, Cui, Song, Qiu, Liang: "Decoupled Knowledge Distillation", CVPR 2022, arXi
 
 b = (p_y, 1 − p_y) is the binary probability of the label y against the rest, q the probabilities among the
 rest; both at temperature τ. The authors' β on CIFAR-100 is 8 for most pairs, 2 for resnet56/110, 6 for WRN
-and VGG. With ``standardise`` both logits are z-scored first (Sun et al., CVPR 2024), with that paper's τ = 2
+and VGG. With ``standardize`` both logits are z-scored first (Sun et al., CVPR 2024), with that paper's τ = 2
 and a weight of 9.
 """
 
-from collections.abc import Mapping, Sequence
 from math import ceil
 
 import torch
@@ -18,80 +17,70 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..runs.scores import TaskName
 from . import base
-from .logits import LogitMethod, divergence, exact, standardised, teacher_logits
+from .logits import LogitMethod, divergence, student_logits, teacher_logits
 
-PAPERS_WARMUP = 20
-"""Epochs of the authors' 240."""
+WARMUP_EPOCHS = 20
+"""Of the authors' 240 epochs."""
 
 
 class Parameters(base.Parameters):
-    tau: float | None = Field(None, gt=0, description="τ; none: 4, or 2 with standardise")
+    tau: float | None = Field(None, gt=0, description="τ; none: 4, or 2 with standardize")
     alpha: float = Field(1.0, ge=0, description="α, the weight of the label against the rest")
-    beta: float = Field(8.0, ge=0, description="β, the weight of the rest among themselves")
+    beta: float = Field(8.0, ge=0, description="β, the weight of the divergence among the rest")
     warmup: int | None = Field(
         None, ge=0, description="epochs over which the loss grows to its weight; none: 20 of every 240"
     )
-    standardise: bool = Field(False, description="z-score both logits first")
+    standardize: bool = Field(False, description="z-score both logits first")
 
     def for_epochs(self, epochs: int) -> "Parameters":
         if self.warmup is not None:
             return self
-        return self.model_copy(update={"warmup": min(PAPERS_WARMUP, ceil(epochs * PAPERS_WARMUP / 240))})
+        return self.model_copy(update={"warmup": min(WARMUP_EPOCHS, ceil(epochs * WARMUP_EPOCHS / 240))})
 
 
 class Dkd(LogitMethod):
-    """Match the label's probability and the others' separately; see the module's text for the formula."""
+    """Match label and non-label probabilities separately; the formula is in the module's docstring."""
 
     name = "dkd"
     paper = "Zhao et al., CVPR 2022, arXiv 2203.08679"
-    takes = Parameters
+    parameters_class = Parameters
     weights = frozenset({"alpha", "beta"})
-    # About a third to three times of what the authors' weight (β = 2) gives for resnet56 → resnet20: 4.7.
-    pull = (1.5, 14.0)
+    # A third to three times the ratio of the authors' weight (β = 2) for resnet56 → resnet20, 4.7.
+    gradient_ratio = (1.5, 14.0)
 
     @classmethod
-    def not_multi_label(cls, parameters: Parameters) -> str | None:
-        return "it takes the one label of an image apart from all other classes"
+    def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
+        return (
+            None
+            if task == "classification"
+            else "it separates the one label of an image from all other classes"
+        )
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        student: base.Shapes,
-        teachers: Sequence[base.Shapes],
-        prepared: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(parameters, student, teachers, prepared)
-        self.parameters_ = parameters
-        self.tau = parameters.tau or (2.0 if parameters.standardise else 4.0)
-        self.weight = 9.0 if parameters.standardise else 1.0
+    def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
+        super().__init__(parameters, setup)
+        self.alpha, self.beta, self.standardize = parameters.alpha, parameters.beta, parameters.standardize
+        self.warmup = WARMUP_EPOCHS if parameters.warmup is None else parameters.warmup
+        self.tau = parameters.tau or (2.0 if self.standardize else 4.0)
+        self.weight = 9.0 if self.standardize else 1.0
 
-    def forward(
-        self,
-        student: base.Features,
-        teachers: Sequence[base.Features],
-        labels: Tensor,
-        epoch: int,
-        keys: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        p = self.parameters_
-        z_t = teacher_logits(teachers, self.tau, p.standardise) / self.tau
-        z_s = exact(student["logits"])
-        z_s = (standardised(z_s) if p.standardise else z_s) / self.tau
-        b_t, q_t = decoupled(z_t, labels)
-        b_s, q_s = decoupled(z_s, labels)
-        parts = p.alpha * divergence(b_s, b_t) + p.beta * divergence(q_s, q_t)
-        return {"dkd": self.strength(epoch) * self.weight * self.tau**2 * parts}
+    def forward(self, batch: base.Batch) -> dict[str, Tensor]:
+        z_t = teacher_logits(batch.teachers, self.tau, self.standardize)
+        z_s = student_logits(batch.student, self.standardize)
+        b_t, q_t = decouple(z_t / self.tau, batch.labels)
+        b_s, q_s = decouple(z_s / self.tau, batch.labels)
+        kl = self.alpha * divergence(b_s, b_t) + self.beta * divergence(q_s, q_t)
+        return {"dkd": self.warmup_factor(batch.epoch) * self.weight * self.tau**2 * kl}
 
-    def strength(self, epoch: int) -> float:
-        warmup = PAPERS_WARMUP if self.parameters_.warmup is None else self.parameters_.warmup
-        return min(1.0, (epoch + 1) / warmup) if warmup else 1.0
+    def warmup_factor(self, epoch: int) -> float:
+        return min(1.0, (epoch + 1) / self.warmup) if self.warmup else 1.0
 
 
-def decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B,N] as log b [B,2], the label against the rest, and log q [B,N−1], among the rest."""
+def decouple(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Split logits [B,N] into log b [B,2], the label against the rest, and log q [B,N−1], among the rest."""
     log_p = F.log_softmax(z, dim=1)
-    # Numbers of the other classes [B,N−1]; gathered, since a mask would make the host wait for the device.
+    # Indices of the other classes [B,N−1]. Indexing with a mask would synchronize with the device.
     others = torch.arange(z.shape[1] - 1, device=z.device)
     others = others + (others >= labels[:, None])
     log_rest = log_p.gather(1, others).logsumexp(1, keepdim=True)

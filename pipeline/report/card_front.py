@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..runs.results import Report
-from ..runs.scores import Accuracy
+from . import format
 from .summary import title
 from .networks import every
 
@@ -59,8 +59,13 @@ def _results(report: Report, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         file = column.role.removeprefix("Student ")
         told = f"of {score.n:,} test images, 95 % interval {score.low:.2f} to {score.high:.2f} %, {file} file"
-        kind, what = ("accuracy", "Top-1 accuracy") if isinstance(score, Accuracy) else ("map", "mAP")
-        metrics.append({"type": kind, "name": f"{what} {told}", "value": round(score.percent / 100, 6)})
+        metrics.append(
+            {
+                "type": score.metric.lower(),
+                "name": f"{format.title(score.metric)} {told}",
+                "value": round(score.percent / 100, 6),
+            }
+        )
     if not metrics:
         return []
     dataset = {"name": name, "type": _slug(name), "split": "test"}

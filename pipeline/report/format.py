@@ -113,6 +113,11 @@ def tiny(value: float) -> str:
     return minus(f"{value:.1e}") if isfinite(value) else "not finite"
 
 
+def title(name: str) -> str:
+    """Return a metric's name for a heading: Accuracy, mAP."""
+    return name[:1].upper() + name[1:] if name.islower() else name
+
+
 def together(names: Sequence[str]) -> str:
     """Several networks: ``resnet50 + resnet34``, ``5 × resnet56``."""
     counts = Counter(names)

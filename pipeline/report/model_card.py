@@ -12,9 +12,8 @@ from typing import Any
 from ...export.artifact import write_predict
 from ...export.runtime import UINT8, Preprocessing, read_manifest
 from ...export.text import spelled_out
-from ..runs.files import write_changed
+from ..runs.files import write_if_changed
 from ..runs.results import Report, Subject
-from ..runs.scores import Accuracy
 from .sections import calibration
 from . import format, tables
 from .bench_tables import percentiles
@@ -59,7 +58,7 @@ def write_beside(report: Report, folder: Path) -> None:
     """
     _, manifest = read_manifest(folder)
     write_predict(folder)
-    write_changed(folder / README, card(writable(report), manifest))
+    write_if_changed(folder / README, card(writable(report), manifest))
 
 
 def card(report: Report, manifest: Mapping[str, Any]) -> str:
@@ -197,14 +196,12 @@ def _limits(report: Report, *, several: bool) -> list[str]:
     ships = shipped(report)
     if ships is None:
         return told
+    classes = ships.subject.score.classes if ships.subject.score is not None else []
     worst = sorted(
-        (one for one in ships.subject.per_class if one.n and one.correct < one.n),
-        key=lambda one: (one.correct / one.n, one.label),
+        (one.percent, one.label, one.n) for one in classes if one.percent is not None and one.percent < 100
     )[:3]
-    if len(ships.subject.per_class) > 2 and worst:
-        found = ", ".join(
-            f"{one.label} ({format.percent(100 * one.correct / one.n)} of {one.n:,})" for one in worst
-        )
+    if len(classes) > 2 and worst:
+        found = ", ".join(f"{label} ({format.percent(percent)} of {n:,})" for percent, label, n in worst)
         told.append(f"Weakest at: {found}.")
     if ships.subject.calibration is not None:
         told.append(calibration.reading(ships, ships.subject.calibration))
@@ -217,7 +214,7 @@ def _evaluation(report: Report) -> Table:
             column.role,
             format.percent(score.percent, score.n),
             format.percent_interval(score.low, score.high, score.n),
-            f"{score.correct:,} of {score.n:,}" if isinstance(score, Accuracy) else f"{score.n:,}",
+            f"{score.correct:,} of {score.n:,}" if score.correct is not None else f"{score.n:,}",
             _agreement(column),
         ]
         for column in every(report)
@@ -229,7 +226,7 @@ def _evaluation(report: Report) -> Table:
 
 def _agreement(column: Column) -> str:
     found = column.subject.agreement
-    return format.percent(found.top1, found.n) if found else format.MISSING
+    return format.percent(found.percent, found.n) if found else format.MISSING
 
 
 def _measured(report: Report) -> list[str]:
@@ -239,7 +236,7 @@ def _measured(report: Report) -> list[str]:
         "Measured in ONNX Runtime on the very files of this folder, on test images that had no part in the "
         "training; the teacher’s are those of its weights."
     ]
-    if ships is not None and ships.subject.score is not None and isinstance(ships.subject.score, Accuracy):
+    if ships is not None and ships.subject.score is not None and ships.subject.score.correct is not None:
         told.append("Intervals are Wilson’s.")
     return told
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..runs.results import Report, Subject
+from ..tasks import task_of
 
 Verdict = Literal["faster", "no difference", "slower"]
 
@@ -24,7 +25,7 @@ class Column:
 
 def measure(report: Report) -> str:
     """What the networks are compared by."""
-    return "mAP" if report.data is not None and report.data.multi_label else "accuracy"
+    return task_of(report.data).metric if report.data is not None else "accuracy"
 
 
 def compared(report: Report) -> list[Column]:

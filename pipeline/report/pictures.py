@@ -35,7 +35,7 @@ def comparison(report: Report) -> list[Rows]:
             column.key,
             measured.p50,
             format.milliseconds(measured.p50),
-            high=measured.p90,
+            high=measured.value("p90"),
             group=format.threads(count),
         )
         for count in threads(report)
@@ -101,8 +101,7 @@ def trainings(report: Report) -> list[Training]:
 
 def measure_title(report: Report) -> str:
     """At the head of a picture."""
-    name = measure(report)
-    return name[:1].upper() + name[1:] if name.islower() else name
+    return format.title(measure(report))
 
 
 def watched(report: Report) -> list[Lines]:

@@ -149,7 +149,7 @@ def _accuracy(subject: Subject) -> Sequence[str]:
 
 
 def _measure(found: Resolutions) -> str:
-    return "mAP" if found.teacher.multi_label else "Accuracy"
+    return format.title(found.teacher.score.metric) if found.teacher.score is not None else "Accuracy"
 
 
 def _p50(subject: Subject, count: str) -> str:

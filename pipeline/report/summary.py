@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from ..runs.results import Report
-from ..runs.scores import Accuracy, Score
+from ..runs.scores import Score
+from ..tasks import task_of
 from . import budget, format
 from .networks import Column, Pace, compared, measure, of, pace, shipped, threads
 
@@ -59,7 +60,7 @@ def lead(report: Report) -> str:
     data = report.data
     if data is not None:
         sentence += f" on {data.name}, {format.counted(len(data.classes), 'class', 'classes')}"
-        sentence += ", several of which an image may show," if data.multi_label else ","
+        sentence += f"{task_of(data).labels_note},"
     sentence += f" at {report.image_size} × {report.image_size} pixels"
     if report.teacher_image_size not in (None, report.image_size) and report.method != "none":
         sentence += f" (the teacher at {report.teacher_image_size} × {report.teacher_image_size})"
@@ -191,13 +192,9 @@ def _accurate(report: Report) -> KeyFigure:
         lines += [_selected(c, c.subject.val_score) for c in compared(report) if c.subject.val_score]
         return KeyFigure(format.MISSING, f"{measure(report)} on test images not measured", lines)
     own = [f"95 % interval {format.percent_interval(score.low, score.high, score.n)}"]
-    if isinstance(score, Accuracy):
-        own.append(f"{score.correct:,} of {format.counted(score.n, 'test image')}")
-        if score.balanced is not None:
-            own.append(f"mean over the classes {format.percent(score.balanced, score.n)}")
-    else:
-        own.append(f"mean of the classes’ average precision on {format.counted(score.n, 'test image')}")
-        own.append(f"F1 of its labels {format.percent(score.micro_f1, score.n)}")
+    images = format.counted(score.n, "test image")
+    own.append(f"on {images}" if score.correct is None else f"{score.correct:,} of {images}")
+    own += [f"{name} {format.percent(one.percent, score.n)}" for name, one in score.details.items()]
     return KeyFigure(
         format.percent(score.percent, score.n),
         f"{measure(report)} of the {ships.role.lower()} file",

@@ -1,13 +1,13 @@
 """What a report says in tables, as text: the HTML and the Markdown page show the same."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..runs.results import Report, Subject
-from ..runs.scores import Accuracy, ClassResult, Score
+from ..runs.scores import Proportion, Score
 from . import format
 from .summary import in_words
-from .networks import every, measure, paces, threads
+from .networks import every, paces, threads
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,7 @@ def comparison(report: Report) -> Table:
         return p50
 
     rows = [["Network", *(network.name for network in networks)]]
-    rows += row("mAP" if measure(report) == "mAP" else "Accuracy", lambda s: _percent(s.score))
-    rows += row("95 % interval", lambda s: _interval(s.score))
-    rows += row("F1 of all labels", lambda s: _of_labels(s, "micro_f1"))
-    rows += row("F1, mean over classes", lambda s: _of_labels(s, "macro_f1"))
-    rows += row("Test images, correct", lambda s: _counts(s.accuracy))
-    rows += row("Mean over classes", lambda s: _balanced(s.accuracy))
-    rows += row("Top-5 accuracy", lambda s: _top5(s.accuracy))
+    rows += score_rows([network.score for network in networks])
     rows += row("Agreement with the teacher", lambda s: _percent(s.agreement))
     rows += row("… 95 % interval", lambda s: _interval(s.agreement))
     rows += row("Val images, before export", lambda s: _percent(s.val_score))
@@ -72,32 +66,42 @@ def comparison(report: Report) -> Table:
     return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])
 
 
-def _percent(score: Score | None) -> str | None:
+def _percent(score: Score | Proportion | None) -> str | None:
     return format.percent(score.percent, score.n) if score else None
 
 
-def _interval(score: Score | None) -> str | None:
+def _interval(score: Score | Proportion | None) -> str | None:
     return format.percent_interval(score.low, score.high, score.n) if score else None
 
 
-def _counts(accuracy: Accuracy | None) -> str | None:
-    return f"{accuracy.correct:,} of {accuracy.n:,}" if accuracy else None
+def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
+    """Return rows for a score, its interval and its details, with a column for each network."""
+    known = [score for score in scores if score is not None]
+
+    def row(name: str, value: Callable[[Score], str | None]) -> list[list[str]]:
+        values = [value(score) if score is not None else None for score in scores]
+        return [[name, *(one or format.MISSING for one in values)]] if any(values) else []
+
+    def detail(name: str) -> list[list[str]]:
+        def percent(score: Score) -> str | None:
+            one = score.details.get(name)
+            return format.percent(one.percent, score.n) if one else None
+
+        def interval(score: Score) -> str | None:
+            one = score.details.get(name)
+            return _interval_of(one.low, one.high, score.n) if one else None
+
+        return [*row(f"{name[:1].upper()}{name[1:]}", percent), *row("… 95 % interval", interval)]
+
+    rows = row(format.title(known[0].metric), _percent) if known else []
+    rows += row("95 % interval", _interval)
+    rows += row("Correct images", lambda s: None if s.correct is None else f"{s.correct:,} of {s.n:,}")
+    names = dict.fromkeys(name for score in known for name in score.details)
+    return [*rows, *(line for name in names for line in detail(name))]
 
 
-def _of_labels(subject: Subject, measured: str) -> str | None:
-    """Where images have several labels."""
-    score = subject.multi_label
-    return format.percent(getattr(score, measured), score.n) if score else None
-
-
-def _balanced(accuracy: Accuracy | None) -> str | None:
-    return (
-        format.percent(accuracy.balanced, accuracy.n) if accuracy and accuracy.balanced is not None else None
-    )
-
-
-def _top5(accuracy: Accuracy | None) -> str | None:
-    return format.percent(accuracy.top5, accuracy.n) if accuracy and accuracy.top5 is not None else None
+def _interval_of(low: float | None, high: float | None, n: int) -> str | None:
+    return None if low is None or high is None else format.percent_interval(low, high, n)
 
 
 def speedups(report: Report) -> Table:
@@ -125,7 +129,7 @@ def latency(report: Report) -> Table:
         for count in threads(report):
             measured = column.subject.latency_ms.get(count)
             if measured is not None:
-                values = (measured.p50, measured.p90, measured.p95, measured.p99, measured.mean)
+                values = (*(measured.value(name) for name in ("p50", "p90", "p95", "p99")), measured.mean)
                 rows.append(
                     [
                         column.role,
@@ -140,37 +144,6 @@ def latency(report: Report) -> Table:
         rows,
         note="Batch 1, the model alone. A percentile is left out where too few runs were measured for it.",
     )
-
-
-def classes(report: Report) -> Table:
-    """A row per class: images by role, and each network's accuracy on the test images."""
-    columns = [column for column in every(report) if column.subject.per_class]
-    roles = report.data.per_class if report.data else {}
-    roles = {role: roles[role] for role in ("train", "val", "test") if role in roles}
-    names = _labels(report, [column.subject.per_class for column in columns])
-    if not roles and not columns:
-        return Table("Classes", [], [])
-    results = [{one.label: one for one in column.subject.per_class} for column in columns]
-    rows = [
-        [
-            name,
-            *(format.count(counts.get(name, 0)) for counts in roles.values()),
-            *(_of_class(result.get(name)) for result in results),
-        ]
-        for name in names
-    ]
-    return Table("By class", ["class", *roles, *(column.role for column in columns)], rows)
-
-
-def _labels(report: Report, given: Iterable[list[ClassResult]]) -> list[str]:
-    known = report.data.classes if report.data else []
-    return list(dict.fromkeys([*known, *(one.label for results in given for one in results)]))
-
-
-def _of_class(result: ClassResult | None) -> str:
-    if result is None or result.n == 0:
-        return format.MISSING
-    return format.percent(100 * result.correct / result.n)
 
 
 def confused(report: Report, most: int = 20) -> Table:

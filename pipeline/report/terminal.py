@@ -11,6 +11,7 @@ from ..api.doctor import Diagnosis
 from ..evaluation.results import ComparedRun, Comparison, Group, Validation
 from ..runs.console import safe_console
 from ..runs.results import Report, Resolutions
+from ..runs.scores import Score
 from . import budget, format, sizes, validation_tables
 from .sections import calibration
 from .pages import comparison, validation
@@ -77,9 +78,9 @@ def show_validation(found: Validation, console: Console | None = None) -> None:
     console = console or safe_console()
     drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
     drawn.add_column("")
-    top5 = any(one.top5 for one in found.networks)
+    details = list(dict.fromkeys(name for one in found.networks if one.score for name in one.score.details))
     taught = any(one.agreement for one in found.networks)
-    names = [validation.measure(found), "95 % interval", *(["top-5"] if top5 else []), "NLL", "ECE"]
+    names = [validation.measure(found), "95 % interval", *details, "NLL", "ECE"]
     for name in [*names, *(["like teacher"] if taught else [])]:
         drawn.add_column(name, justify="right", no_wrap=True)
     for one in found.networks:
@@ -88,10 +89,10 @@ def show_validation(found: Validation, console: Console | None = None) -> None:
             Text(one.name),
             format.percent(score.percent, score.n) if score else format.MISSING,
             format.percent_interval(score.low, score.high, score.n) if score else format.MISSING,
-            *([format.percent(one.top5.top1, one.top5.n) if one.top5 else format.MISSING] if top5 else []),
+            *(_detail(score, name) for name in details),
             format.significant(measured.nll) if measured else format.MISSING,
             format.percent(measured.ece, measured.n) if measured else format.MISSING,
-            *([format.percent(one.agreement.top1 if one.agreement else None, found.n)] if taught else []),
+            *([format.percent(one.agreement.percent if one.agreement else None, found.n)] if taught else []),
         )
     console.print(drawn)
     for pair in found.pairs:
@@ -102,6 +103,11 @@ def show_validation(found: Validation, console: Console | None = None) -> None:
     if found.folder is not None:
         console.print(Text(f"Page:     {Path(found.folder) / 'validation.html'}"), soft_wrap=True)
         console.print(Text(f"Mistakes: {Path(found.folder) / 'mistakes.csv'}"), soft_wrap=True)
+
+
+def _detail(score: Score | None, name: str) -> str:
+    detail = score.details.get(name) if score is not None else None
+    return format.percent(detail.percent if detail else None, score.n if score else None)
 
 
 def show_comparison(found: Comparison, console: Console | None = None) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import ceil, floor, isfinite, log10, sqrt
 from typing import Self
 
-from ..evaluation.metrics import frontier
+from ..evaluation.comparison import frontier
 from ..runs.scores import Score
 from . import format
 from .charts import Tick, axis_number, nice, ticks

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 from ..evaluation.results import ClassMeasure, Network, Pair, Validation
-from ..runs.scores import Accuracy, Score
+from ..runs.scores import Proportion
+from ..tasks import TASKS
 from . import format
-from .tables import Table
+from .tables import Table, score_rows
 
 MOST_CONFUSED = 20
 
@@ -18,14 +19,7 @@ def networks(found: Validation) -> Table:
         values = [value(one) for one in every]
         return [[name, *(one or format.MISSING for one in values)]] if any(values) else []
 
-    rows = row("mAP" if found.multi_label else "Accuracy", lambda one: _percent(one.score))
-    rows += row("95 % interval", lambda one: _interval(one.score))
-    rows += row("Right", lambda one: _counts(one.accuracy))
-    rows += row("Mean over classes", lambda one: _balanced(one.accuracy))
-    rows += row("Top-5 accuracy", lambda one: _percent(one.top5))
-    rows += row("… 95 % interval", lambda one: _interval(one.top5))
-    rows += row("F1 of all labels", lambda one: _of_labels(one, "micro_f1"))
-    rows += row("F1, mean over classes", lambda one: _of_labels(one, "macro_f1"))
+    rows = score_rows([one.score for one in every])
     rows += row("Agreement with the teacher", lambda one: _percent(one.agreement))
     rows += row("… 95 % interval", lambda one: _interval(one.agreement))
     rows += row("NLL", lambda one: format.significant(one.calibration.nll) if one.calibration else None)
@@ -34,26 +28,12 @@ def networks(found: Validation) -> Table:
     return Table("Files", ["", *(one.name for one in every)], rows)
 
 
-def _percent(score: Score | None) -> str | None:
+def _percent(score: Proportion | None) -> str | None:
     return format.percent(score.percent, score.n) if score else None
 
 
-def _interval(score: Score | None) -> str | None:
+def _interval(score: Proportion | None) -> str | None:
     return format.percent_interval(score.low, score.high, score.n) if score else None
-
-
-def _counts(accuracy: Accuracy | None) -> str | None:
-    return f"{accuracy.correct:,} of {accuracy.n:,}" if accuracy else None
-
-
-def _balanced(accuracy: Accuracy | None) -> str | None:
-    known = accuracy is not None and accuracy.balanced is not None
-    return format.percent(accuracy.balanced, accuracy.n) if accuracy and known else None
-
-
-def _of_labels(one: Network, measured: str) -> str | None:
-    score = one.multi_label
-    return format.percent(getattr(score, measured), score.n) if score else None
 
 
 def pairs(found: Validation) -> Table:
@@ -70,9 +50,8 @@ def pairs(found: Validation) -> Table:
         ]
         for one in found.pairs
     ]
-    exact = ", its labels being the very ones" if found.multi_label else ""
     note = (
-        f"McNemar’s exact test: how many images one file alone has right{exact}. "
+        f"McNemar’s exact test: how many images only one of the files has right. {TASKS[found.task].prediction_note} "
         "The word goes by p corrected for the number of pairs (Holm), at 5 %."
     )
     names = ["", "first alone", "second alone", "difference", "p", "p, Holm", ""]
@@ -97,13 +76,14 @@ def p_value(p: float) -> str:
 
 def classes(network: Network) -> Table:
     """A row per class: recall and precision with their intervals."""
-    precise = {one.label: one for one in network.multi_label.classes} if network.multi_label else {}
+    scores = network.score.classes if network.score is not None else []
+    precise = {one.label: one for one in scores if one.threshold is not None}
     rows = []
     for one in network.per_class:
         row = [one.label, format.count(one.n), *_share(one.recall), *_share(one.precision), _f1(one)]
         if precise:
             of = precise.get(one.label)
-            row.append(format.MISSING if of is None else format.percent(of.average_precision, of.n))
+            row.append(format.MISSING if of is None else format.percent(of.percent, of.n))
         rows.append(row)
     names = ["class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1"]
     note = "Recall: of a class’s images, those that are answered so. Precision: of the answers, those right."
@@ -112,10 +92,10 @@ def classes(network: Network) -> Table:
     )
 
 
-def _share(share: Accuracy | None) -> tuple[str, str]:
+def _share(share: Proportion | None) -> tuple[str, str]:
     if share is None:
         return format.MISSING, format.MISSING
-    return format.percent(share.top1), format.percent_interval(share.low, share.high)
+    return format.percent(share.percent), format.percent_interval(share.low, share.high)
 
 
 def _f1(one: ClassMeasure) -> str:

@@ -4,11 +4,11 @@ Every field that is not known yet is ``None`` or empty: the report is written an
 Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
-from .scores import Result, Score, Speedup
-from .scores import Result
 from typing import Any
+from ...export.latency.results import Latency, Speedup
+from ...export.results import Parity, Result
 from .bench_results import Bench
-from .scores import Accuracy, Calibration, ClassResult, MultiLabelScore, Result, Score, Speedup, Temperature
+from .scores import Calibration, Proportion, Score, TaskName, Temperature
 
 
 
@@ -22,11 +22,11 @@ class TriedInt8(Result):
     kept_float: list[str]
     """Nodes that stay float for accuracy's sake."""
     score: float
-    """Top-1, or mAP where images have several labels; percent."""
+    """Percent."""
     lost: float
-    """Points lost to the fp32 file; negative where it is better."""
+    """Points lost to the fp32 file; negative if it is better."""
     p: float | None = None
-    """McNemar's exact test against the fp32 file; None where images have several labels."""
+    """McNemar's exact test against the fp32 file; None without a paired test."""
     sqnr: float
     """Of its logits against the fp32 file's, decibels."""
     holds: bool
@@ -64,8 +64,8 @@ class Int8Search(Result):
     """Where float islands were tried: the roundings that cost most, with the signal-to-noise ratio of the
     logits when each is alone, decibels."""
     float_parts: list[FloatPart] = []
-    accuracy: Score | None = None
-    """Of the file that ships, on the test role."""
+    test_score: Score | None = None
+    """Of the file that ships, on the test images."""
     not_timed: str | None = None
     """Why it cannot be timed on this machine."""
     slow: str | None = None
@@ -122,28 +122,7 @@ class Words(Result):
     """Images that patches were looked for in."""
 
 
-SCHEMA_VERSION = 1
-
-
-class Latency(Result):
-    """Milliseconds of one run at batch 1; a percentile is None where too few runs were measured for it."""
-
-    p50: float | None
-    p90: float | None
-    p95: float | None = None
-    p99: float | None = None
-    mean: float
-    n: int
-    intervals: dict[str, tuple[float | None, float | None]] = {}
-    """95 %, distribution-free, by the percentile's name; an end is None where the runs do not bound it."""
-
-
-class Parity(Result):
-    """Largest difference of the exported file's logits from torch's: absolute, and by the logits' spread."""
-
-    max_abs: float
-    max_rel: float
-    n: int
+SCHEMA_VERSION = 2
 
 
 class Subject(Result):
@@ -155,16 +134,12 @@ class Subject(Result):
     """Where its weights started: ``pretrained``, ``scratch`` or the name and hash of a file."""
     parameters: int | None = None
     gmacs: float | None = None
-    accuracy: Accuracy | None = None
-    val_accuracy: Accuracy | None = None
-    """Top-1 of the weights in torch on the val role: what decides whether the job goes on."""
-    multi_label: MultiLabelScore | None = None
-    """In the place of ``accuracy`` and ``per_class`` where images have several labels."""
-    val_multi_label: MultiLabelScore | None = None
-    """In the place of ``val_accuracy``."""
-    agreement: Accuracy | None = None
-    """How often this file's answer is the teacher's (``correct`` counts the agreements)."""
-    per_class: list["ClassResult"] = []
+    score: Score | None = None
+    """On the test images."""
+    val_score: Score | None = None
+    """Of the weights in torch on the val images, before export."""
+    agreement: Proportion | None = None
+    """Of test images with the teacher's prediction, which ``correct`` counts."""
     calibration: Calibration | None = None
     bytes: int | None = None
     latency_ms: dict[str, Latency] = {}
@@ -181,15 +156,6 @@ class Subject(Result):
     ir_version: int | None = None
     quantization: dict[str, Any] | None = None
 
-    @property
-    def score(self) -> Score | None:
-        """On the test images."""
-        return self.accuracy or self.multi_label
-
-    @property
-    def val_score(self) -> Score | None:
-        return self.val_accuracy or self.val_multi_label
-
 
 class DataSummary(Result):
     name: str
@@ -204,7 +170,7 @@ class DataSummary(Result):
     duplicates: list[list[str]] = []
     """Groups of identical images across given folders or classes, by name."""
     fingerprint: str
-    multi_label: bool = False
+    task: TaskName = "classification"
 
 
 class Round(Result):
@@ -214,9 +180,9 @@ class Round(Result):
     teacher: str
     """Whom it learned from: the teacher's name, or the round before."""
     seed: int
-    accuracy: Score | None = None
-    """Of its weights in torch, fp32, on the test role."""
-    val_accuracy: Score | None = None
+    score: Score | None = None
+    """Of its weights in torch, fp32, on the test images."""
+    val_score: Score | None = None
     file: str
     """Its weights, a path inside the run folder."""
 
@@ -281,9 +247,9 @@ class Epoch(Result):
     watched: dict[str, float] = {}
     """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
     train_accuracy: float | None = None
-    """None where images have several labels."""
+    """None if the score is not a proportion of images."""
     val_accuracy: float | None = None
-    """Top-1, or mAP where images have several labels."""
+    """The task's score, percent."""
     seconds: float | None = None
     """Of training, without the val role's evaluation."""
     shares: dict[str, float] = {}

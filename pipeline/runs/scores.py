@@ -1,111 +1,74 @@
-"""How good and how fast a network is: accuracy, scores of several labels, calibration, speed-ups; parts of
-the report as data.
-"""
+"""How accurate, well calibrated and fast a network is: parts of the report as data."""
 
 from math import sqrt
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from ...export.results import Result
 
-
-class Result(BaseModel):
-    # A loss that is not finite is the text "NaN" or "Infinity" in JSON, which reads back as the number.
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
+TaskName = Literal["classification", "multi-label"]
+"""The kinds of labels; see ``pipeline/tasks``."""
 
 
-class Accuracy(Result):
-    """Top-1 accuracy in percent on ``n`` images with its 95 % Wilson interval."""
+class Proportion(Result):
+    """``correct`` of ``n`` in percent, with its 95 % Wilson interval."""
 
-    top1: float
-    n: int
+    percent: float
     low: float
     high: float
+    n: int
     correct: int
-    balanced: float | None = None
-    """Mean of the per-class accuracies, where the classes are uneven."""
-    top5: float | None = None
-
-    @property
-    def percent(self) -> float:
-        return self.top1
-
-    @property
-    def told(self) -> str:
-        return f"{self.top1:.2f} %"
 
     @classmethod
-    def of(
-        cls, correct: int, n: int, *, balanced: float | None = None, top5: float | None = None
-    ) -> "Accuracy":
-        """Wilson's score interval (Wilson 1927) at 95 % for ``correct`` of ``n`` (n > 0)."""
+    def from_counts(cls, correct: int, n: int) -> Self:
+        """Compute Wilson's score interval (Wilson 1927) at 95 % for ``correct`` of ``n`` > 0."""
         z = 1.959963984540054
         p = correct / n
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        center = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        # At the ends the interval reaches 0 and 1 exactly, which rounding misses.
-        low, high = centre - half if correct else 0.0, centre + half if correct < n else 1.0
-        return cls(
-            top1=100 * p,
-            n=n,
-            low=100 * low,
-            high=100 * high,
-            correct=correct,
-            balanced=balanced,
-            top5=top5,
-        )
+        # Rounding would miss the ends, where the interval reaches 0 and 1 exactly.
+        low, high = center - half if correct else 0.0, center + half if correct < n else 1.0
+        return cls(percent=100 * p, low=100 * low, high=100 * high, n=n, correct=correct)
 
 
-class Speedup(Result):
-    """How many times faster than ``over``: ratio of medians with a 95 % paired bootstrap interval."""
+class Measure(Result):
+    """A further metric in percent, with its 95 % interval if one was computed."""
 
-    over: str
-    threads: int
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> Literal["faster", "no difference", "slower"]:
-        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
+    percent: float
+    low: float | None = None
+    high: float | None = None
 
 
 class ClassScore(Result):
-    """One class of a multi-label set on the test images, of which ``n`` show it; percent."""
+    """The score of one class, which ``n`` of the test images show; percent."""
 
     label: str
     n: int
-    average_precision: float | None
-    """None where no image shows the class."""
-    f1: float | None
-    """At ``threshold``; None where the class is neither shown nor answered."""
-    threshold: float
+    percent: float | None
+    """Accuracy, or average precision for multi-label data; None if no image shows the class."""
+    f1: float | None = None
+    """At ``threshold``; None if the class is neither shown nor predicted."""
+    threshold: float | None = None
+    """The probability from which the class is predicted, for multi-label data."""
 
 
-class MultiLabelScore(Result):
-    """Mean average precision in percent on ``n`` images that may have several labels, with its 95 % bootstrap
-    interval over images; see ``multi_label.py``.
-    """
+class Score(Result):
+    """A network's score in percent on ``n`` images, with its 95 % interval."""
 
-    map: float
-    n: int
+    metric: str
+    """``accuracy`` (Wilson interval) or ``mAP`` (bootstrap interval over images)."""
+    percent: float
     low: float
     high: float
-    micro_f1: float
-    """Of all answers together, at each class's threshold."""
-    macro_f1: float
-    """The mean over the classes."""
+    n: int
+    correct: int | None = None
+    """Number of correct images, if the score is a proportion of images."""
+    details: dict[str, Measure] = {}
+    """Further metrics by name: balanced and top-5 accuracy, or micro and macro F1."""
     classes: list[ClassScore] = []
 
     @property
-    def percent(self) -> float:
-        return self.map
-
-    @property
-    def told(self) -> str:
-        return f"mAP {self.map:.2f} %"
-
-
-Score = Accuracy | MultiLabelScore
+    def text(self) -> str:
+        return f"{self.metric} {self.percent:.2f} %"
 
 
 class ReliabilityBin(Result):
@@ -119,10 +82,10 @@ class ReliabilityBin(Result):
 
 
 class Calibration(Result):
-    """How honest a network's probabilities are on ``n`` test images; see ``docs/calibration.md``.
+    """Calibration of a network's probabilities on ``n`` test images; see ``docs/calibration.md``.
 
-    Confidence, accuracy, their gap and the ECE are percentages, entropy and NLL are nats. With several labels
-    an image, each class of each image counts as an answer of its own, and confidence is its probability.
+    Confidence, accuracy, their gap and the ECE are percentages, entropy and NLL are nats. In multi-label data
+    each class of each image is a prediction, and confidence is its probability.
     """
 
     ece: float
@@ -140,7 +103,6 @@ class Calibration(Result):
     entropy: float
     nll: float
     n: int
-    multilabel: bool = False
     bins: list[ReliabilityBin]
     temperature: float | None = None
     """What the file's logits were divided by at export."""
@@ -161,9 +123,3 @@ class Temperature(Result):
     """Nats, on these images: at 1 and at ``value``."""
     folded: Literal["last layer", "after the logits"] = "last layer"
     note: str | None = None
-
-
-class ClassResult(Result):
-    label: str
-    n: int
-    correct: int

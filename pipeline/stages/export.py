@@ -1,16 +1,29 @@
 """export: the student as ONNX, equal to torch on real images or not at all."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from ...export.conversion.onnx_export import OnnxFile, check_parity, export_onnx, with_metadata
+from ...export.conversion.onnx_export import (
+    OnnxFile,
+    check_parity,
+    export_onnx,
+    fold_temperature,
+    with_metadata,
+)
 from ...export.conversion.pixel_input import Outside, front_of
 from ...export.runtime import metadata, normalise
-from ..evaluation.inference import tempered, thresholds
+from ..evaluation.calibration import fit_temperature
+from ..evaluation.inference import compute_onnx_logits
+from ..errors import JobError
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
+from ..runs.scores import Temperature
+from ..tasks import task_of
 from ..training.job import Job, takes_pixels
 from ..training.weights import trained_network
 
@@ -18,10 +31,11 @@ PARITY_IMAGES = 32
 ARTIFACT = Path("artifact")
 STUDENT_ONNX = ARTIFACT / "student.onnx"
 
+MAX_TEMPERATURE_ERROR = 1e-4
+"""Largest difference between a file's logits times T and those before, relative to the largest of these."""
+
 
 def run(job: Job) -> StageResult:
-    import torch
-
     student = job.student
     network = trained_network(job, student)
     preprocessing = job.preprocessing(student)
@@ -49,9 +63,9 @@ def run(job: Job) -> StageResult:
 
         file, fit = export(network, None), None
         if job.options.calibrate:
-            network, file, fit = tempered(job, network, images, part, export)
-        if job.data.multi_label:
-            file = with_metadata(file, about(fit.value if fit else None, thresholds(job, part)))
+            network, file, fit = _calibrate(job, network, images, part, export)
+        if task_of(job.data).has_thresholds:
+            file = with_metadata(file, about(fit.value if fit else None, _choose_thresholds(job, part)))
         parity = check_parity(network, part, images, pixels=shown if folded else None)
         if folded and isinstance(front_of(part), Outside):
             job.display.warn(
@@ -81,6 +95,70 @@ def run(job: Job) -> StageResult:
         [STUDENT_ONNX.as_posix()],
         facts,
     )
+
+
+def onnx_logits(job: Job, file: Path, images: np.ndarray, *, fuse: bool = True) -> np.ndarray:
+    """Return a file's logits [n,classes] and show the progress; see ``compute_onnx_logits``."""
+
+    def show(done: int, total: int) -> None:
+        job.stage.update(f"evaluating {file.name}", done, total, "images")
+
+    return compute_onnx_logits(file, images, show, fuse=fuse)
+
+
+def _calibrate(
+    job: Job,
+    network: nn.Module,
+    images: torch.Tensor,
+    file: Path,
+    export: Callable[[nn.Module, float | None], OnnxFile],
+) -> tuple[nn.Module, OnnxFile, Temperature]:
+    """Fit a temperature to an exported file on the val images, fold it into the network and export it again.
+
+    Args:
+        network: the network that ``file`` was exported from.
+        images: some of its inputs, float32 [N,3,S,S].
+        export: writes ``file``.
+
+    Raises:
+        JobError: there are no val images, or the new file's logits are not the old ones divided by T.
+    """
+    pixels, labels, _ = job.rendered("val", job.student)
+    if not len(pixels):
+        raise JobError("--calibrate: there are no readable val images. Hold some out with --val-fraction 0.1.")
+    val = pixels.numpy()
+    before = onnx_logits(job, file, val)
+    fit = fit_temperature(before, labels.numpy(), task_of(job.data).likelihood)
+    if fit.note:
+        job.display.warn(f"--calibrate: {fit.note}, on {fit.n} val images. Using temperature {fit.value:g}.")
+    network, folded = fold_temperature(network, fit.value, images)
+    exported = export(network, fit.value)
+    check_temperature(before, onnx_logits(job, file, val), fit.value)
+    return network, exported, fit.model_copy(update={"folded": folded})
+
+
+def check_temperature(before: np.ndarray, after: np.ndarray, temperature: float) -> None:
+    """Check that ``after`` times the temperature is ``before``, so that predictions are the same.
+
+    Raises:
+        JobError: it is not.
+    """
+    error = float(np.abs(after * np.float64(temperature) - before).max())
+    largest = float(np.abs(before).max())
+    if not error <= MAX_TEMPERATURE_ERROR * largest:
+        raise JobError(
+            f"--calibrate: with temperature {temperature:.4g} the file's logits of up to {largest:.3g} differ "
+            f"by {error:.2g} from those without. Omit --calibrate."
+        )
+
+
+def _choose_thresholds(job: Job, file: Path) -> list[float]:
+    pixels, labels, _ = job.rendered("val", job.student)
+    logits = onnx_logits(job, file, pixels.numpy()) if len(labels) else np.empty(labels.shape)
+    thresholds = task_of(job.data).choose_thresholds(logits, labels.numpy())
+    assert thresholds is not None
+    chosen: list[float] = thresholds.tolist()
+    return chosen
 
 
 def origin(job: Job, temperature: float | None = None) -> dict[str, Any]:

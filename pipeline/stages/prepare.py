@@ -14,7 +14,7 @@ from ...models.weights import classifier_weight
 from .. import methods
 from ..data.dataset import Split
 from ..data.views import FIXED_SEED
-from ..evaluation import metrics
+from ..evaluation.inference import batches
 from ..methods.base import Method, Parameters, PrepareContext, Features
 from ..runs.device import inference_engine, use_threads
 from ..runs.files import atomic_write, digest
@@ -27,8 +27,8 @@ SCRATCH = "scratch"
 
 
 def run(job: Job) -> StageResult:
-    chosen = methods.names(job.options.method)
-    parameters = methods.parameters(chosen, job.options.settings)
+    chosen = methods.parse_methods(job.options.method)
+    parameters = methods.parse_parameters(chosen, job.options.settings)
     preparing = [(name, methods.load(name)) for name in chosen if methods.load(name).prepares]
     if not preparing:
         return StageResult("nothing to prepare" if chosen else "no method, nothing to prepare")
@@ -69,20 +69,20 @@ def _preparation(job: Job, scratch: Path) -> PrepareContext:
     def teacher(t: int) -> Teacher:
         return load_teacher(job, current_teachers[t], inference_engine(job.device, "fp32"))
 
-    def readouts(t: int, reads: frozenset[str]) -> Iterator[Features]:
+    def features(t: int, reads: frozenset[str]) -> Iterator[Features]:
         for first, batch in job.rendered_batches("train", current_teachers[t]):
             yield teacher(t)(batch, reads)
             job.stage.update(
                 f"reading {current_teachers[t].name}", first + len(batch), len(job.train.images), "images"
             )
 
-    def seen(t: int, reads: frozenset[str], most: int) -> Iterator[tuple[np.ndarray, Features]]:
+    def sample(t: int, reads: frozenset[str], limit: int) -> Iterator[tuple[np.ndarray, Features]]:
         role: Split = "val" if job.data.split("val") else "train"
-        pixels, _, _ = job.rendered(role, current_teachers[t], most)
-        for first, batch in metrics.batches(pixels, job.device):
+        pixels, _, _ = job.rendered(role, current_teachers[t], limit)
+        for first, batch in batches(pixels, job.device):
             yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
 
-    def shared(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    def cached(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
         whole_key = digest(
             {
                 **key,
@@ -98,12 +98,12 @@ def _preparation(job: Job, scratch: Path) -> PrepareContext:
         teachers=[job.shapes(teacher) for teacher in current_teachers],
         teacher_names=[teacher.name for teacher in current_teachers],
         images=len(job.train.images),
-        readouts=readouts,
+        features=features,
         classifier=lambda t: classifier_weight(trained_network(job, current_teachers[t])),
-        shared=shared,
+        cached=cached,
         scratch=scratch,
         # Words belong to the teacher and not to a run: else no run could use another's stored answers.
         seed=FIXED_SEED,
         note=job.display.note,
-        seen=seen,
+        sample=sample,
     )

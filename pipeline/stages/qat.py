@@ -26,14 +26,15 @@ from ...export.int8.targets import Target
 from ...export.int8.torch_graph import with_weights
 from ...export.runtime import normalise
 from ..data.dataset import Split
-from ..data.render import Normalise
+from ..data.render import Normalize
 from ..errors import JobError
-from ..evaluation import metrics
+from ..evaluation.inference import compute_logits
 from ..report.format import counted
 from ..runs.device import Engine, threads, use_threads
 from ..runs.files import atomic_write, write_json
 from ..runs.folder import StageResult
 from ..runs.results import Recovery
+from ..tasks import task_of
 from ..training.job import Job
 from ..training.quantized import QuantizedReadouts, normalise_for
 from ..training.student import load_embed, load_heads, reads_of, student_task
@@ -124,7 +125,7 @@ def run(job: Job) -> StageResult:
     fp32 = job.folder.path / STUDENT_ONNX
     prepared, network = begun(fp32, calibration_batches(job, calibration), types)
     geometry = job.geometry(member)
-    given = normalise_for(prepared.front, Normalise(geometry.mean, geometry.std))
+    given = normalise_for(prepared.front, Normalize(geometry.mean, geometry.std))
     looked_at = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     readouts = QuantizedReadouts(
         network,
@@ -162,8 +163,7 @@ def run(job: Job) -> StageResult:
     )
     on = ""
     if found.fake_select is not None:
-        kind, of = ("mAP ", "on") if job.data.multi_label else ("", "of")
-        on = f": {kind}{found.fake_select:.2f} % {of} the val images as int8"
+        on = f": {task_of(job.data).metric} {found.fake_select:.2f} % on the val images as int8"
     return StageResult(
         f"{member.name}, {counted(o.qat_epochs, 'epoch')} under fake quantization by {o.method}{on}",
         [GRAPH.as_posix(), RANGES.as_posix()],
@@ -185,5 +185,5 @@ def _accuracy(job: Job, task: DistillationTask, role: Split) -> float | None:
         return None
     exact = Engine("cpu", threads(), "fp32")
     network, given = task.network.cpu(), task.trainee.normalise.cpu()
-    answers: np.ndarray = metrics.logits(network, given, pixels, exact).numpy()
-    return metrics.percent(answers, labels.numpy())
+    answers: np.ndarray = compute_logits(network, given, pixels, exact).numpy()
+    return task_of(job.data).percent(answers, labels.numpy())

@@ -16,49 +16,36 @@ from ...export.int8.search import Candidate, Search, Verdict, search
 from ...export.latency import runner
 from ...export.latency.machine import has_vnni, is_arm
 from ...export.runtime import int8_flags
-from ..evaluation import metrics
-from ..evaluation.inference import shipped_logits
-from ..evaluation.metrics import SIGNIFICANT, mcnemar
 from ..report.budget import missed
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import FloatPart, Int8Search, TriedInt8
-from ..runs.scores import Speedup
+from ..tasks import Task, task_of
 from ..training.job import Job
 from .calibration_images import CalibrationImages, calibration_batches, calibration_images
-from .export import ARTIFACT, STUDENT_ONNX
+from .export import ARTIFACT, STUDENT_ONNX, onnx_logits
 from .qat import recovered
-
-FEW = 2
-"""Images that may be lost in any case."""
-
 
 class Budget:
     """The fp32 file's answers on the images that decide, and how much may be lost of them."""
 
-    def __init__(self, answers: np.ndarray, labels: np.ndarray, max_drop: float) -> None:
+    def __init__(self, task: Task, answers: np.ndarray, labels: np.ndarray, max_drop: float) -> None:
         """
         Args:
             answers: the fp32 file's logits [n,classes], n > 0.
-            labels: class numbers [n], or [n,classes] of zeros and ones where images have several labels.
         """
-        self.answers, self.labels, self.max_drop = answers, labels, max_drop
-        self.score = metrics.percent(answers, labels)
+        self.task, self.answers, self.labels, self.max_drop = task, answers, labels, max_drop
+        self.score = task.percent(answers, labels)
 
     def verdict(self, logits: np.ndarray) -> Verdict:
         """What a candidate with these logits is worth."""
-        score = metrics.percent(logits, self.labels)
+        score = self.task.percent(logits, self.labels)
         lost = self.score - score
         noise = float(np.square(logits.astype(np.float64) - self.answers).sum())
         power = float(np.square(self.answers, dtype=np.float64).sum())
         sqnr = 10 * float(np.log10(power / noise)) if noise and power else float("inf")
-        if self.labels.ndim == 2:
-            return Verdict(score, lost, lost <= self.max_drop, sqnr)
-        right, was_right = logits.argmax(1) == self.labels, self.answers.argmax(1) == self.labels
-        worse, better = int((was_right & ~right).sum()), int((right & ~was_right).sum())
-        p = mcnemar(worse, better)
-        refused = lost > self.max_drop and (worse - better > FEW or p < SIGNIFICANT)
-        return Verdict(score, lost, not refused, sqnr, {"p": p})
+        test = self.task.paired_test(self.answers, logits, self.labels)
+        return Verdict(score, lost, lost <= self.max_drop or test.may_be_chance, sqnr, {"p": test.p})
 
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
@@ -85,7 +72,9 @@ def run(job: Job) -> StageResult:
     inputs = next(iter(calibration_batches(job, calibration)()))[:TIMED_INPUTS]
     learned = dict([recovered(job.folder.path, prepared)]) if o.qat else {}
     pixels, labels, role = _deciding(job, calibration)
-    budget = Budget(shipped_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop)
+    budget = Budget(
+        task_of(job.data), onnx_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop
+    )
     found: list[Int8Search] = []
     shipped: dict[str, Int8File] = {}
     for name in o.target:
@@ -142,7 +131,7 @@ def _show(job: Job, target: str, what: str, share: float = 0.0) -> None:
 
 def _judge(job: Job, budget: Budget, pixels: np.ndarray, target: str) -> Callable[[Path], Verdict]:
     fuse = targets.right_here(target)
-    return lambda file: budget.verdict(shipped_logits(job, file, pixels, fuse=fuse))
+    return lambda file: budget.verdict(onnx_logits(job, file, pixels, fuse=fuse))
 
 
 def _times(job: Job, result: Search, target: str, inputs: np.ndarray) -> runner.BenchResult | None:
@@ -195,8 +184,7 @@ def _tried(one: Candidate, chosen: Candidate | None, times: runner.BenchResult |
     p50, speedup = None, None
     if times is not None:
         p50 = times.latency(one.file.path.name, 1).p50
-        faster = times.speedup(one.file.path.name, "fp32", 1)
-        speedup = Speedup(over="fp32", threads=1, ratio=faster.ratio, low=faster.low, high=faster.high)
+        speedup = times.speedup(one.file.path.name, "fp32", 1)
     return TriedInt8(
         name=one.name,
         calibration=one.calibration,
@@ -235,12 +223,11 @@ def _facts(job: Job, found: Sequence[Int8Search], shipped: dict[str, Int8File]) 
 
 
 def _line(job: Job, one: Int8Search) -> str:
-    unit = "mAP" if job.data.multi_label else "points"
     best = next((tried for tried in one.tried if tried.ships), None)
     if best is None:
         return (
             f"no int8 for {one.target}: of {len(one.tried)} candidates none keeps within {one.max_drop:g} "
-            f"{unit} of fp32, so the fp32 file ships"
+            f"points of fp32, so the fp32 file ships"
         )
     size = (job.folder.path / STUDENT_ONNX).stat().st_size / best.bytes
     word = (
@@ -252,7 +239,7 @@ def _line(job: Job, one: Int8Search) -> str:
     )
     return (
         f"{one.file}, {best.bytes / 1e6:.2f} MB, {size:.2f} times smaller; {best.name}, the best of "
-        f"{len(one.tried)}, {word} {unit} on {one.n} {one.role} images"
+        f"{len(one.tried)}, {word} points on {one.n} {one.role} images"
     )
 
 

@@ -9,12 +9,13 @@ from ...models.checkpoint import save_weights
 from ...models.initialize import parameters, start, student_source
 from .. import methods
 from ..data.dataset import Split
-from ..evaluation import metrics
+from ..evaluation.inference import compute_logits
 from ..report import format
 from ..runs.device import Engine, choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import BalancedWeight, Round, TeacherCacheUse, Subject
+from ..tasks import task_of
 from ..training.job import Job
 from ..training.student import save_heads, student_task
 from ..training.task import DistillationTask
@@ -76,9 +77,9 @@ def run(job: Job) -> StageResult:
     )
     val = _answers(job, task, chosen, "val")
     if val is not None:
-        subject = subject.model_copy(update=metrics.selected(*val))
+        subject = subject.model_copy(update={"val_score": task_of(job.data).score(*val)})
     score = subject.val_score
-    measured = f": {score.told} of {score.n} val images" if score is not None else ""
+    measured = f": {score.text} on {score.n} val images" if score is not None else ""
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     return StageResult(
         f"{name}, {o.epochs} epochs {how}{measured}",
@@ -100,7 +101,7 @@ def _answers(
     if not len(labels):
         return None
     exact = Engine(job.device, chosen.threads, "fp32")
-    answers = metrics.logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
+    answers = compute_logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
     return answers, labels.numpy()
 
 
@@ -111,8 +112,8 @@ def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) 
         round=job.place + 1,
         teacher=job.current_teachers[0].name if job.place == 0 else f"round {job.place}",
         seed=job.seed,
-        val_accuracy=subject.val_score,
-        accuracy=None if test is None else metrics.score(*test),
+        val_score=subject.val_score,
+        score=None if test is None else task_of(job.data).score(*test),
         file=job.student.file,
     )
     return [*job.folder.facts().get("rounds", [])[: job.place], mine.model_dump(exclude_none=True)]
@@ -143,7 +144,7 @@ def _use(job: Job, store: Store) -> TeacherCacheUse:
 
 
 def _not_compared(method: str, student: str) -> str:
-    if methods.load(method).pull[1] == math.inf:
+    if methods.load(method).gradient_ratio[1] == math.inf:
         return "nothing is known of which weight does good"
     return (
         f"its gradients, or those of the labels, were not to be seen in the last map of {student}, so that "

@@ -11,15 +11,16 @@ from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from ...models.initialize import Start, parameters, start
 from ..data.dataset import SPLITS, Split
-from ..data.render import Normalise
+from ..data.render import Normalize
 from ..errors import JobError
-from ..evaluation import calibration, metrics, multi_label
+from ..evaluation.inference import compute_logits
 from ..report.format import together
 from ..runs import predictions
 from ..runs.device import Engine, choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import DataSummary, Subject
+from ..tasks import task_of, thresholds_of
 from ..training.job import Job, NetworkSpec
 from ..training.task import DistillationTask
 from ..training.trainer import engine, learn, plan
@@ -27,9 +28,6 @@ from ..training.weights import weights_metadata
 
 ANSWERS = "teacher_answers.safetensors"
 """The logits on the test role of each teacher that has a head, fp32: what the student is compared with."""
-
-NEAR_CHANCE = 1.5
-"""A kept head that is right less often than this many times the commonest class's share knows nothing."""
 
 MEASURED = 10_000
 """Training images that this is found out on where nothing is held out: enough, and soon read."""
@@ -152,6 +150,7 @@ def _train(job: Job, t: int, begun: Start) -> nn.Module:
         begun.network,
         job.geometry(member),
         engine(job, what, lambda asked: choose_engine(job.device, asked, begun.network)),
+        label_task=task_of(job.data),
         label_smoothing=o.label_smoothing or 0.0,
     )
     learn(
@@ -178,8 +177,8 @@ def _measure(
     if not len(labels):
         return None
     geometry = job.geometry(member)
-    normalise = Normalise(geometry.mean, geometry.std).to(job.device)
-    mine = metrics.logits(
+    normalise = Normalize(geometry.mean, geometry.std).to(job.device)
+    mine = compute_logits(
         network,
         normalise,
         pixels[job.ranks.mine(len(pixels))],
@@ -192,12 +191,13 @@ def _measure(
 def _scores(job: Job, member: NetworkSpec, test: np.ndarray, val: np.ndarray | None) -> dict[str, Any]:
     """What its answers to the test and the val images tell of a teacher, as fields of ``Subject``."""
     labels, selecting = (job.rendered(role, member)[1].numpy() for role in ("test", "val"))
+    task = task_of(job.data)
     if val is None:
-        return metrics.measured(test, labels, job.data.classes)
-    thresholds = multi_label.choose_thresholds(val, selecting) if job.data.multi_label else None
+        return {"score": task.score(test, labels, job.data.classes)}
+    thresholds = task.choose_thresholds(val, selecting)
     return {
-        **metrics.measured(test, labels, job.data.classes, thresholds),
-        **metrics.selected(val, selecting),
+        "score": task.score(test, labels, job.data.classes, thresholds),
+        "val_score": task.score(val, selecting),
     }
 
 
@@ -219,33 +219,18 @@ def _above_chance(
     logits = val if val is not None else _measure(job, member, network, exact, "train", most)
     assert logits is not None
     labels = job.rendered(role, member, most)[1].numpy()
-    found = _near_chance(job, logits, labels)
-    if found is None:
+    task = task_of(job.data)
+    score, chance = task.score(logits, labels), task.chance(labels)
+    if not task.is_near_chance(score, labels):
         return
-    told = f"The teacher {member.name} {found[0]} {role} images, near chance ({found[1]})"
+    told = f"The teacher {member.name} has {score.text} on {score.n} {role} images, near chance "
+    told += f"({chance.percent:.1f} %, {chance.meaning})"
     if not certain:
         raise JobError(
             f"{told}: its head has the right number of classes but not these ones or not in this order, or "
             f"it has not learned enough. {_OTHER_HEAD}"
         )
     job.display.warn(f"{told}: it knows these classes, but has not learned enough to teach them.")
-
-
-def _near_chance(job: Job, logits: np.ndarray, labels: np.ndarray) -> tuple[str, str] | None:
-    """How good the answers are, and what chance would give; None where they are better than that."""
-    if job.data.multi_label:
-        score = multi_label.score(logits, labels)
-        by_chance = multi_label.near_chance(score, labels, NEAR_CHANCE)
-        if by_chance is None:
-            return None
-        share = f"{by_chance:.1f} %, the mean share of images that show a class"
-        return f"has mAP {score.map:.1f} % on the {score.n}", share
-    measured = metrics.accuracy(logits, labels)
-    chance = 100 * float(np.bincount(labels).max()) / len(labels)
-    if measured.top1 >= NEAR_CHANCE * chance and measured.low > chance:
-        return None
-    share = f"{chance:.1f} %, the share of the commonest class"
-    return f"is right on {measured.top1:.1f} % of the {measured.n}", share
 
 
 _OTHER_HEAD = "Say --teacher-head replace to tune it on the data, or name weights trained for these classes."
@@ -263,9 +248,15 @@ def _together(job: Job, subjects: list[Subject], answers: list[np.ndarray]) -> S
     if not answers:
         return found
     labels = job.rendered("test", job.teachers[0])[1].numpy()
-    logits = calibration.together(answers, multilabel=job.data.multi_label)
-    thresholds = multi_label.mean_thresholds(subjects)
-    return found.model_copy(update=metrics.measured(logits, labels, job.data.classes, thresholds))
+    task = task_of(job.data)
+    thresholds = [one for subject in subjects if (one := thresholds_of(subject)) is not None]
+    score = task.score(
+        task.likelihood.ensemble(answers),
+        labels,
+        job.data.classes,
+        np.mean(thresholds, axis=0) if thresholds else None,
+    )
+    return found.model_copy(update={"score": score})
 
 
 def _data(job: Job) -> DataSummary:
@@ -290,7 +281,7 @@ def _data(job: Job) -> DataSummary:
         skipped=[(one.name, one.reason) for one in data.skipped],
         duplicates=[list(group.names) for group in data.duplicates],
         fingerprint=job.data.fingerprint,  # of all that was given: what a run goes on with
-        multi_label=data.multi_label,
+        task=data.task,
     )
 
 
@@ -304,4 +295,4 @@ def _line(subject: Subject) -> str:
         if subject.weights == "scratch"
         else "tuned here"
     )
-    return f"{subject.name} ({how}): {subject.score.told} of {subject.score.n} test images"
+    return f"{subject.name} ({how}): {subject.score.text} on {subject.score.n} test images"

@@ -12,17 +12,15 @@ from ...export.int8.quantizer import recipe_of
 from ...export.int8.targets import right_here
 from ...export.runtime import Classifier
 from ...models.pretrained import is_free
-from ..evaluation import calibration, metrics
-from ..evaluation.examples import examples, said
-from ..evaluation.inference import shipped_logits
-from ..evaluation.metrics import agreement
-from ..evaluation.multi_label import thresholds_of
+from ..evaluation import calibration
+from ..evaluation.examples import choose_examples
 from ..runs import predictions
 from ..runs.folder import StageResult
 from ..runs.results import Int8Search, Subject
-from ..runs.scores import Calibration, Score
+from ..runs.scores import Calibration, Proportion, Score
+from ..tasks import task_of, thresholds_of
 from ..training.job import Job, takes_pixels
-from .export import ARTIFACT, STUDENT_ONNX, origin
+from .export import ARTIFACT, STUDENT_ONNX, onnx_logits, origin
 from .quantize import STUDENT_INT8
 from .teacher import ANSWERS
 
@@ -32,60 +30,60 @@ MANIFEST = ARTIFACT / "manifest.json"
 def run(job: Job) -> StageResult:
     pixels, labels_, decoded = job.rendered("test", job.student)
     images, labels = pixels.numpy(), labels_.numpy()
+    task = task_of(job.data)
     teacher = _teacher(job)
     int8 = _int8(job)
     files = {"student": STUDENT_ONNX}
     if job.options.target[0] in int8:
         files["student_int8"] = STUDENT_INT8
-    answers = {key: shipped_logits(job, job.folder.path / file, images) for key, file in files.items()}
+    answers = {key: onnx_logits(job, job.folder.path / file, images) for key, file in files.items()}
     if "student_int8" in files and not right_here(job.options.target[0]):
         file = job.folder.path / STUDENT_INT8
-        answers["student_int8"] = shipped_logits(job, file, images, fuse=False)
+        answers["student_int8"] = onnx_logits(job, file, images, fuse=False)
     ships = list(files)[-1]
     shipped, classes = answers[ships], job.data.classes
     # Those that the file itself names; its own and the teacher's, None where images have one label.
     file = job.folder.path / files[ships]
     thresholds = Classifier(file.read_bytes(), file.name).thresholds
     of_teacher = thresholds_of(Subject.model_validate(job.folder.facts()["teacher"]))
-    measured = {
-        key: metrics.measured(logits, labels, classes, thresholds)
-        | ({} if teacher is None else {"agreement": agreement(logits, teacher, thresholds, of_teacher)})
-        for key, logits in answers.items()
-    }
-    subjects = {key: Subject(name="", weights="", **found) for key, found in measured.items()}
-    facts: dict[str, Any] = {
-        key: subject.model_dump(include=set(measured[key]), exclude_none=True)
-        for key, subject in subjects.items()
-    }
+    scores = {key: task.score(logits, labels, classes, thresholds) for key, logits in answers.items()}
+    facts: dict[str, Any] = {key: {"score": score.model_dump(exclude_none=True)} for key, score in scores.items()}
+    agreements: dict[str, Proportion] = {}
+    if teacher is not None:
+        for key, logits in answers.items():
+            agreements[key] = task.agreement(logits, teacher, thresholds, of_teacher)
+            facts[key]["agreement"] = agreements[key].model_dump()
     _calibrate(job, facts, answers, labels)
-    if not job.data.multi_label:
-        facts["confusion"] = metrics.confusion(shipped, labels)
-    said_by_teacher = None if teacher is None else said(teacher, classes, of_teacher)
-    said_by_student = said(shipped, classes, thresholds)
+    confusion = task.confusion(shipped, labels)
+    if confusion is not None:
+        facts["confusion"] = confusion.tolist()
+    by_teacher = None if teacher is None else task.decode(teacher, classes, of_teacher)
+    by_student = task.decode(shipped, classes, thresholds)
     facts["examples"] = [
         one.model_dump()
-        for one in examples(decoded.images, images, labels, classes, said_by_teacher, said_by_student)
+        for one in choose_examples(
+            decoded.images, images, task.describe(labels, classes), by_teacher, by_student
+        )
     ]
-    scores = {key: subject.score for key, subject in subjects.items() if subject.score is not None}
     of_targets = _of_targets(job, int8, scores.get("student_int8"), images, labels, thresholds)
     facts["int8"] = [
-        {"accuracy": of_targets[name].model_dump(exclude_none=True)} if name in of_targets else {}
+        {"test_score": of_targets[name].model_dump(exclude_none=True)} if name in of_targets else {}
         for name in job.options.target
     ]
     outputs = [MANIFEST.as_posix()]
-    if not job.data.multi_label:
+    if scores["student"].correct is not None:
         predictions.write_predictions(
             job.folder.path / predictions.PREDICTIONS_FILE, decoded.keys.numpy(), labels, answers
         )
         outputs.append(predictions.PREDICTIONS_FILE)
     _warn(job, scores["student"], labels)
     _write_manifest(job, scores["student"], of_targets, thresholds)
-    alike, score = subjects[ships].agreement, scores[ships]
+    alike, score = agreements.get(ships), scores[ships]
     name = "int8" if ships == "student_int8" else "it"
-    told = f"; {name} answers like the teacher on {alike.top1:.1f} %" if alike else ""
-    both = f", int8 {score.told}" if ships == "student_int8" else ""
+    told = f"; {name} answers like the teacher on {alike.percent:.1f} %" if alike else ""
+    both = f", int8 {score.text}" if ships == "student_int8" else ""
     return StageResult(
-        f"of {len(labels)} test images: fp32 {scores['student'].told}{both} "
+        f"of {len(labels)} test images: fp32 {scores['student'].text}{both} "
         f"({score.low:.1f} to {score.high:.1f}){told}",
         outputs,
         facts,
@@ -112,10 +110,8 @@ def _of_targets(
         if first is not None and name == job.options.target[0]:
             scores[name] = first
             continue
-        logits = shipped_logits(job, job.folder.path / file, images, fuse=right_here(name))
-        found = Subject(name="", weights="", **metrics.measured(logits, labels, job.data.classes, thresholds))
-        assert found.score is not None
-        scores[name] = found.score
+        logits = onnx_logits(job, job.folder.path / file, images, fuse=right_here(name))
+        scores[name] = task_of(job.data).score(logits, labels, job.data.classes, thresholds)
     return scores
 
 
@@ -125,24 +121,24 @@ def _teacher(job: Job) -> np.ndarray | None:
     """
     stored = load_file(job.folder.path / ANSWERS)
     answers = [stored[t] for t in sorted(stored, key=int)]
-    return calibration.together(answers, multilabel=job.data.multi_label) if answers else None
+    return task_of(job.data).likelihood.ensemble(answers) if answers else None
 
 
 def _calibrate(job: Job, facts: dict[str, Any], answers: dict[str, np.ndarray], labels: np.ndarray) -> None:
     """Measure how honest each network's probabilities are: the teachers', and the shipped files'."""
     stored = load_file(job.folder.path / ANSWERS)
     each = [stored.get(str(t)) for t in range(len(job.folder.facts()["teachers"]))]
-    found = [None if logits is None else calibration.measure(logits, labels) for logits in each]
+    likelihood = task_of(job.data).likelihood
+    found = [None if logits is None else calibration.measure(logits, labels, likelihood) for logits in each]
     facts["teachers"] = [_part(one) for one in found]
     known = [logits for logits in each if logits is not None]
     if len(each) == 1:
         facts["teacher"] = _part(found[0])
     elif known:
-        logits = calibration.together(known, multilabel=job.data.multi_label)
-        facts["teacher"] = _part(calibration.measure(logits, labels))
+        facts["teacher"] = _part(calibration.measure(likelihood.ensemble(known), labels, likelihood))
     temperature = _temperature(job)
     for key, logits in answers.items():
-        facts[key] |= _part(calibration.measure(logits, labels, temperature))
+        facts[key] |= _part(calibration.measure(logits, labels, likelihood, temperature))
 
 
 def _part(found: Calibration | None) -> dict[str, Any]:
@@ -158,23 +154,22 @@ def _temperature(job: Job) -> float | None:
 def _warn(job: Job, student: Score, labels: np.ndarray) -> None:
     known = job.folder.facts()
     teacher = Subject.model_validate(known["teacher"]).score
-    if not job.data.multi_label:
-        commonest = 100 * float(np.bincount(labels).max()) / len(labels)
-        guessing = [
-            f"the {who} ({score.told})"
-            for who, score in (("teacher", teacher), ("student", student))
-            if score is not None and score.low <= commonest
-        ]
-        if guessing:
-            told = " and ".join(guessing)
-            job.display.warn(
-                f"{told[0].upper()}{told[1:]} cannot be told from always answering the commonest class, "
-                f"which {commonest:.1f} % of the test images show: more images, or more epochs, are needed."
-            )
+    chance = task_of(job.data).chance(labels)
+    guessing = [
+        f"the {who} ({score.text})"
+        for who, score in (("teacher", teacher), ("student", student))
+        if score is not None and score.low <= chance.percent
+    ]
+    if guessing:
+        text = " and ".join(guessing)
+        job.display.warn(
+            f"{text[0].upper()}{text[1:]} may be no better than chance ({chance.percent:.1f} %, "
+            f"{chance.meaning}). Use more images or more epochs."
+        )
     if job.options.method != "none" and teacher is not None and teacher.percent <= student.percent:
         job.display.warn(
-            f"The teacher ({teacher.told}) is no better than the student ended up ({student.told}): "
-            "a better teacher, or more --teacher-epochs, would teach more."
+            f"The teacher ({teacher.text}) is not more accurate than the student ({student.text}). "
+            "Consider a stronger teacher or more --teacher-epochs."
         )
     networks = [*known["teachers"], known["student"]]
     for name, licence in dict.fromkeys((network["name"], network.get("licence")) for network in networks):
@@ -193,8 +188,7 @@ def _write_manifest(
     def described(path: Path) -> OnnxFile:
         return describe(job.folder.path / path)
 
-    def accuracy(score: Score) -> dict[str, Any]:
-        return score.model_dump(exclude_none=True, exclude={"classes"})
+    accuracy = task_of(job.data).manifest_entry
 
     int8 = [
         ShippedFile(

@@ -15,15 +15,15 @@ from ...models.names import resolve as resolve_name
 from ..config.options import Options
 from ..config.stages import ROUND
 from ..data.dataset import SPLITS, ImageSet, Split
-from ..data.decode import Canonical, Decoded, Readable, check_unreadable, decode, decoder, rendered
+from ..data.decode import Canonical, DecodedImages, ReadableImages, check_unreadable, decode_images, decoder_version, render_images
 from ..data.render import Views
-from ..data.streaming import Resident, Sized, StreamedViews, choose, measured, rendered_batches
+from ..data.streaming import Placement, SizedImages, StreamedViews, choose_placement, measure_images, rendered_batches
 from ..data.views import ViewPolicy
 from ..data.workers import Workers, worker_count
 from ..errors import JobError
-from ..evaluation import metrics
+from ..evaluation import inference
 from ..methods.base import Shapes
-from ..methods.shapes import shapes
+from ..methods.shapes import compute_shapes
 from ..runs.cache import Cache
 from ..runs.console import Display, Stage
 from ..runs.device import free_memory
@@ -134,7 +134,7 @@ class Job:
 
     def shapes(self, member: NetworkSpec) -> Shapes:
         """Sizes of a network's readouts."""
-        return shapes(member.name, member.classes, member.image_size)
+        return compute_shapes(member.name, member.classes, member.image_size)
 
     def geometry(self, member: NetworkSpec) -> Geometry:
         return geometry(member.name, member.image_size)
@@ -182,10 +182,10 @@ class Job:
     @property
     def form(self) -> dict[str, Any]:
         """All that the pixels of a view depend on besides the image and how it is drawn."""
-        return {"canonical": asdict(self.canonical), "decoder": decoder()}
+        return {"canonical": asdict(self.canonical), "decoder": decoder_version()}
 
     @cached_property
-    def resident(self) -> Resident:
+    def resident(self) -> Placement:
         """Where training pixels are: what was asked for, or the first of the three that they fit in.
 
         Once workers decode, or don't, a run keeps to it: on a GPU views may differ by a level between the
@@ -193,13 +193,13 @@ class Job:
         """
         if self.options.resident != "auto":
             return self.options.resident
-        kept = self.folder.record.get("resident")
-        way, why = choose(self.data.train, self.canonical, self.device, self.cache)
+        kept = self.folder.record.placement
+        way, why = choose_placement(self.data.train, self.canonical, self.device, self.cache)
         if kept is not None and (kept == "workers") != (way == "workers"):
             way, why = ("workers" if kept == "workers" else "host"), "as this run was begun"
         if why:
             self.display.note(f"{_WAYS[way]}: {why}")
-        self.folder.record["resident"] = way
+        self.folder.record.placement = way
         self.folder.save()
         return way
 
@@ -209,15 +209,15 @@ class Job:
         return Workers(worker_count(self.device), self.device)
 
     @cached_property
-    def train(self) -> Readable:
+    def train(self) -> ReadableImages:
         """The readable training images: with their pixels, or with their sizes where workers decode them."""
         if self.resident == "workers":
             progress = self._progress("checking train")
-            return measured(
+            return measure_images(
                 self.data.train, self.canonical, self.workers, cache=self.cache, progress=progress
             )
         progress = self._progress("decoding train")
-        return decode(self.data.train, self.canonical, cache=self.cache, progress=progress)
+        return decode_images(self.data.train, self.canonical, cache=self.cache, progress=progress)
 
     @cached_property
     def views(self) -> Views | StreamedViews:
@@ -227,11 +227,11 @@ class Job:
         """
         train, seed, size = self.train, self.options.seed, self.image_size
         labels = train.targets(self.data)
-        if isinstance(train, Sized):
+        if isinstance(train, SizedImages):
             return StreamedViews(
                 train, labels, train.keys, self.canonical, self.policy, seed, size, self.workers
             )
-        assert isinstance(train, Decoded)
+        assert isinstance(train, DecodedImages)
         pixels, room = train.pixels, free_memory(self.device)
         if self.resident == "device":
             if pixels.nbytes > room:
@@ -248,14 +248,14 @@ class Job:
 
     def rendered(
         self, role: Split, member: NetworkSpec, most: int | None = None
-    ) -> tuple[Tensor, Tensor, Decoded]:
+    ) -> tuple[Tensor, Tensor, DecodedImages]:
         """A role as the runtime renders it for a network: uint8 [N,S,S,3], its labels (see
         ``decode.Readable.targets``), and its images.
 
         ``most`` images at most, spread evenly over the classes.
         """
         images = self.data.split(role)
-        decoded = rendered(
+        decoded = render_images(
             images[:: max(1, math.ceil(len(images) / most))] if most else images,
             self.preprocessing(member),
             cache=self.cache,
@@ -274,11 +274,11 @@ class Job:
         if role == "train" and self.resident == "workers":
             images, first = self.train.images, 0
             preprocessing = self.preprocessing(member)
-            for pixels in rendered_batches(images, preprocessing, self.workers, metrics.BATCH):
+            for pixels in rendered_batches(images, preprocessing, self.workers, inference.BATCH):
                 yield first, pixels.to(self.device).permute(0, 3, 1, 2)
                 first += len(pixels)
         else:
-            yield from metrics.batches(self.rendered(role, member)[0], self.device)
+            yield from inference.batches(self.rendered(role, member)[0], self.device)
 
     def readable(self) -> ImageSet:
         """The data without the images that cannot be read; these are among its skipped files.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data.render import Views, prefetch, to_device
 from ..data.streaming import StreamedViews
-from ..data.views import Schedule, draw_keys, permutation
+from ..data.views import Schedule, method_keys, draw_order
 from ..errors import JobError
 from ..methods.base import Features, RunningSums
 from ..runs.interrupt import STOP
@@ -97,9 +97,9 @@ class Batches:
     def of(self, epoch: int, steps: int, begun: int) -> Iterator[Batch]:
         """This rank's batches from step ``begun`` on."""
         keys = self.views.keys
-        order = permutation(self.plan.seed, epoch, keys)
+        order = draw_order(self.plan.seed, epoch, keys)
         numbers = self.views_of.numbers(keys, epoch)
-        draws = draw_keys(self.plan.seed, keys)
+        draws = method_keys(self.plan.seed, keys)
         parts = [
             order[step * self.plan.batch_size : (step + 1) * self.plan.batch_size]
             for step in range(begun, steps)
@@ -164,7 +164,7 @@ def train(
     steps = plan.steps(len(views))
     optimizer = build_optimizer(task, plan)
     scheduler = schedule(optimizer, plan, steps)
-    meter = Meter(task.device, ranks)
+    meter = Meter(task.device, ranks, task.label_task)
     state = TrainingState(task, optimizer, meter, checkpoint, ranks)
     views_of = views_of or Schedule(views.policy, views.seed)
     # A GPU's teachers work on the next batch beside the student; in parts of a step they wait for theirs.
@@ -275,7 +275,7 @@ class TrainingState:
         """After ``step`` steps of ``epoch``; all ranks have to."""
         self.task.share_statistics(self.ranks)
         for watch in self.watches():
-            watch.bring_together()
+            watch.reduce_to_main()
         state = {
             **self.task.get_checkpoint_state(),
             "averages": self.task.averages.state_dict(),

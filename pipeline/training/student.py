@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...models.projection import Widened, widen
 from ...models.readout import Readouts
 from .. import methods
-from ..methods.base import Method
+from ..methods.base import Method, Setup
 from ..runs.device import Engine, inference_engine
+from ..tasks import task_of
 from .job import Job
 from .quantized import QuantizedReadouts
 from .task import DistillationTask, Teacher
@@ -31,8 +32,8 @@ def width_of(job: Job) -> int | None:
     if not names:
         return None
     parameters = methods.parse_parameters(names, job.options.settings)
-    student, teachers = job.shapes(job.student), [job.shapes(teacher) for teacher in job.current_teachers]
-    asked = (methods.load(name).widens(parameters[name], student, teachers) for name in names)
+    setup = Setup(job.shapes(job.student), [job.shapes(teacher) for teacher in job.current_teachers])
+    asked = (methods.load(name).student_width(parameters[name], setup) for name in names)
     return next((width for width in asked if width is not None), None)
 
 
@@ -53,13 +54,13 @@ def methods_of(job: Job) -> dict[str, Method]:
             own = {
                 key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
             }
-            made[name] = classes[name](parameters[name], student, teachers, own)
+            made[name] = classes[name](parameters[name], Setup(student, teachers, own))
     return made
 
 
 def reads_of(job: Job) -> frozenset[str]:
     """What the methods look at in the student."""
-    return _union(method.of_student for method in methods_of(job).values())
+    return _union(method.reads_of_student for method in methods_of(job).values())
 
 
 def student_task(
@@ -91,13 +92,14 @@ def student_task(
         network,
         job.geometry(job.student),
         chosen,
+        label_task=task_of(job.data),
         label_smoothing=o.label_smoothing or 0.0,
         teachers=asked,
         teacher_reads=[
-            _union(method.of_teachers[t][1] for method in heads.values()) for t in range(len(asked))
+            _union(method.reads_of_teachers[t] for method in heads.values()) for t in range(len(asked))
         ],
         methods=heads,
-        student_reads=_union(method.of_student for method in heads.values()),
+        student_reads=_union(method.reads_of_student for method in heads.values()),
         weights=weights_of_losses(o.weight, {name: type(method) for name, method in heads.items()}),
         balance=o.balance == "auto",
         ema=None if goes_on else o.ema,

@@ -6,9 +6,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy
 from timm.task import TrainingTask
 from timm.utils import ModelEmaV3, distribute_bn, unwrap_model
 from torch import Tensor, nn
@@ -19,31 +17,15 @@ from ...models.build import Geometry
 from ...models.fold import fold_batch_norm
 from ...models.projection import merged
 from ...models.readout import Readouts
-from ..data.render import Normalise
-from ..methods.base import Method
-from ..methods.gradient_balance import Balance
+from ..data.render import Normalize
+from ..methods.base import Batch, Method
+from ..methods.gradient_balance import GradientBalance
 from ..runs.device import Engine
 from ..runs.results import BalancedWeight
+from ..tasks import CLASSIFICATION, Task
 from .compute.distributed import Ranks
 from .monitoring.profiling import Clock
 from .quantized import QuantizedReadouts
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """The cross-entropy of logits [B,N], the mean over the batch.
-
-    Args:
-        labels: class numbers [B]; or float32 [B,N], 1 for each class of an image of a multi-label set. Then
-            it is the sum over the classes of each one's own: minus the logarithm of the probability of just
-            these labels, as it is for one label. (A mean, timm's default, would be the weaker beside a
-            method's loss the more classes there are.)
-        smoothing: of the labels: towards 1/N, or in a multi-label set towards 1/2.
-    """
-    if labels.ndim == 1:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    own = BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
-    loss: Tensor = own(logits, labels)
-    return loss
 
 
 LAST_MAP = ("map_pre", "map", "logits")
@@ -57,7 +39,7 @@ class Teacher(nn.Module):
         super().__init__()
         size = self.image_size = geometry.image_size
         self.readouts = Readouts(fold_batch_norm(network, torch.randn(1, 3, size, size)), size)
-        self.normalise = Normalise(geometry.mean, geometry.std)
+        self.normalise = Normalize(geometry.mean, geometry.std)
         self.requires_grad_(False)
         self.eval()
         self.use(engine)
@@ -90,7 +72,7 @@ class StudentModule(nn.Module):
         methods: Mapping[str, Method],
         reads: frozenset[str],
         weights: Mapping[str, float],
-        label_smoothing: float,
+        label_loss: nn.Module,
         balance: bool,
         engine: Engine,
         ranks: Ranks,
@@ -98,13 +80,13 @@ class StudentModule(nn.Module):
     ) -> None:
         super().__init__()
         self.readouts = Readouts(network) if not isinstance(network, QuantizedReadouts) else network
-        self.normalise = normalise or Normalise(geometry.mean, geometry.std)
+        self.normalise = normalise or Normalize(geometry.mean, geometry.std)
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(read for read in LAST_MAP if read in self.readouts.offers)
-        self.balance = Balance(methods, ranks) if balance and methods else None
+        self.balance = GradientBalance(methods, ranks.sum) if balance and methods else None
         self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
-        self.label_smoothing = label_smoothing
+        self.label_loss = label_loss
         self.engine = engine
 
     def use(self, engine: Engine) -> None:
@@ -123,15 +105,16 @@ class StudentModule(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Weighted losses by name, and the logits [B,N]."""
         images = self.normalise(pixels).contiguous(memory_format=self.engine.memory_format)
-        alone = [name for name in self.methods if self._method(name).embeds_alone(epoch)]
+        alone = [name for name in self.methods if self._method(name).trains_projection_only(epoch)]
         self.readouts.embeds_alone = bool(alone)
         student = self.readouts(images, self.reads)
-        entropy = cross_entropy(student["logits"].float(), labels, self.label_smoothing)
+        entropy = self.label_loss(student["logits"].float(), labels)
+        batch = Batch(student, teachers, labels, epoch, keys)
         with self.engine.autocast_heads():
             of_methods = {
                 name: {
                     part: self.weights[name] * loss
-                    for part, loss in method(student, teachers, labels, epoch, keys).items()
+                    for part, loss in method(batch).items()
                 }
                 for name, method in self.methods.items()
                 if not alone or name in alone
@@ -147,12 +130,12 @@ class StudentModule(nn.Module):
         self, of_methods: dict[str, dict[str, Tensor]], entropy: Tensor, last_map: Tensor, epoch: int
     ) -> dict[str, dict[str, Tensor]]:
         assert self.balance is not None
-        if self.balance.compares:
+        if self.balance.is_measuring:
             whole = {
-                name: torch.stack(list(parts.values())).sum() / self._method(name).strength(epoch)
+                name: torch.stack(list(parts.values())).sum() / self._method(name).warmup_factor(epoch)
                 for name, parts in of_methods.items()
             }
-            self.balance.compare(whole, entropy, last_map)
+            self.balance.measure(whole, entropy, last_map)
         factors = self.balance.factors()
         return {
             name: {part: factors[name] * loss for part, loss in parts.items()}
@@ -161,7 +144,7 @@ class StudentModule(nn.Module):
 
     def embeds_alone(self, epoch: int) -> bool:
         """Whether nothing learns yet but the layer that widens the student's vector."""
-        return any(self._method(name).embeds_alone(epoch) for name in self.methods)
+        return any(self._method(name).trains_projection_only(epoch) for name in self.methods)
 
     def _method(self, name: str) -> Method:
         method = self.methods[name]
@@ -238,6 +221,7 @@ class DistillationTask(TrainingTask):
         geometry: Geometry,
         engine: Engine,
         *,
+        label_task: Task = CLASSIFICATION,
         label_smoothing: float = 0.0,
         teachers: Sequence[Teacher] = (),
         teacher_reads: Sequence[frozenset[str]] = (),
@@ -265,6 +249,7 @@ class DistillationTask(TrainingTask):
         """
         super().__init__(device=torch.device(engine.device), verbose=False)
         self.engine = engine
+        self.label_task = label_task
         self.clock = Clock(engine.device)
         self.epochs_before = epochs_before
         self.epoch = 0
@@ -275,7 +260,7 @@ class DistillationTask(TrainingTask):
             methods,
             student_reads,
             {"ce": 1.0, **dict.fromkeys(methods, 1.0), **(weights or {})},
-            label_smoothing,
+            label_task.label_loss(label_smoothing),
             balance,
             engine,
             ranks or Ranks(),
@@ -414,7 +399,7 @@ class DistillationTask(TrainingTask):
     def balanced(self) -> list[BalancedWeight]:
         """What the balance of the methods' weights found; it waits for the device."""
         balance = self.trainee.balance
-        return [] if balance is None else balance.found()
+        return [] if balance is None else balance.results()
 
     def scales(self) -> list[nn.Parameter]:
         """The methods' learned scales and temperatures."""
@@ -429,5 +414,5 @@ class DistillationTask(TrainingTask):
         watched: dict[str, Tensor] = {}
         for method in self.trainee.methods.values():
             assert isinstance(method, Method)
-            watched |= method.watched()
+            watched |= method.metrics()
         return watched

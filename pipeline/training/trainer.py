@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from ..data.views import Schedule
-from ..errors import JobError, out_of_memory
-from ..evaluation import metrics
+from ..errors import JobError, is_out_of_memory
+from ..evaluation.inference import compute_logits
 from ..runs.device import Engine, device_name, use_threads
+from ..runs.record import EngineEntry, MicroBatchEntry
+from ..tasks import task_of
 from .checkpoint import Checkpoint
 from .compute.engine_search import compiled_or_not, fastest
 from .job import Job, NetworkSpec
@@ -30,8 +32,8 @@ class MicroBatch:
     def __init__(self, job: Job, what: str, plan: Plan) -> None:
         self.job, self.what, self.plan = job, what, plan
         self.share = plan.batch_size // job.ranks.count
-        recorded = job.folder.record.get("micro_batches", {}).get(what)
-        found = recorded["size"] if recorded and recorded["key"] == job.key else None
+        recorded = job.folder.record.micro_batches.get(what)
+        found = recorded.size if recorded and recorded.key == job.key else None
         self.size: int | None = found or plan.micro_batch
 
     def fits(self, train: Callable[[int | None], None]) -> bool:
@@ -43,7 +45,7 @@ class MicroBatch:
         try:
             train(self.size)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._halve()
         else:
@@ -67,10 +69,7 @@ class MicroBatch:
                 "--image-size, or free its memory."
             )
         self.size = size
-        self.job.folder.record.setdefault("micro_batches", {})[self.what] = {
-            "key": self.job.key,
-            "size": size,
-        }
+        self.job.folder.record.micro_batches[self.what] = MicroBatchEntry(key=self.job.key, size=size)
         self.job.folder.save()
         self.job.display.warn(
             f"no memory for {before} images at once: each step of {self.plan.batch_size} is taken in parts "
@@ -108,17 +107,17 @@ def engine(job: Job, what: str, choose: Callable[[str], Engine], precision: str 
     Args:
         precision: the only one that ``what`` can have, whatever is asked for.
     """
-    engines = job.folder.record.setdefault("engines", {})
+    engines = job.folder.record.engines
     entry = engines.get(what)
     asked = precision or job.options.precision
-    if entry is not None and entry["key"] == job.key and entry["device"] == job.device:
-        if asked in ("auto", entry["precision"]):
-            return Engine.of(entry)
-        job.display.note(f"{what} was begun in {entry['precision']} and goes on in {asked}")
-        chosen = replace(Engine.of(entry), precision=asked, heads="as the network")
+    if entry is not None and entry.key == job.key and entry.device == job.device:
+        if asked in ("auto", entry.precision):
+            return Engine.of(entry.model_dump())
+        job.display.note(f"{what} was begun in {entry.precision} and goes on in {asked}")
+        chosen = replace(Engine.of(entry.model_dump()), precision=asked, heads="as the network")
     else:
         chosen = choose(asked)
-    engines[what] = {"key": job.key, **asdict(chosen), "name": device_name(chosen.device)}
+    engines[what] = EngineEntry(key=job.key, name=device_name(chosen.device), **asdict(chosen))
     job.folder.save()
     return chosen
 
@@ -138,17 +137,17 @@ def settle(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch
 
 
 def _settled(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int) -> Engine:
-    entry = job.folder.record["engines"][what]
+    entry = job.folder.record.engines[what]
     o, note = job.options, job.display.note
     batch = first.pixels, first.labels, first.keys, first.answers, first.full
 
     def optimizer(of: DistillationTask) -> torch.optim.Optimizer:
         return build_optimizer(of, plan)
 
-    if "trial" not in entry:
+    if entry.trial is None:
         steps = plan.epochs * plan.steps(images)
         trial = fastest(task, batch, optimizer, steps, precision=o.precision, compile=o.compile, note=note)
-        entry["trial"] = {str(one): round(rate, 1) for one, rate in trial.rates.items()}
+        entry.trial = {str(one): round(rate, 1) for one, rate in trial.rates.items()}
         if len(trial.rates) > 1:
             note(f"engine: {trial}")
         chosen = trial.engine
@@ -160,7 +159,7 @@ def _settled(job: Job, what: str, task: DistillationTask, plan: Plan, first: Bat
             note(f"{what} was begun {words[not now]} and goes on {words[now]}")
             chosen = replace(chosen, compile="default" if now else "off")
         chosen = compiled_or_not(task, batch, optimizer, chosen, note)
-    entry.update(asdict(chosen))
+    job.folder.record.engines[what] = entry.model_copy(update=asdict(chosen))
     job.folder.save()
     return chosen
 
@@ -196,8 +195,8 @@ def learn(
         if not len(labels):
             return None
         mine = pixels[job.ranks.mine(len(pixels))]
-        answers = job.ranks.gather(metrics.logits(network, task.trainee.normalise, mine, task.engine))
-        return metrics.percent(answers.numpy(), labels.numpy())
+        answers = job.ranks.gather(compute_logits(network, task.trainee.normalise, mine, task.engine))
+        return task_of(job.data).percent(answers.numpy(), labels.numpy())
 
     def show(step: int, steps: int, losses: dict[str, float]) -> None:
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())

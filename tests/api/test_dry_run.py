@@ -4,7 +4,7 @@ import os
 
 import pytest
 from questpress.pipeline.runs import files as written
-from questpress.pipeline.runs.files import locked
+from questpress.pipeline.runs.files import lock
 
 from tests.support.little import files, job, refused
 
@@ -33,7 +33,7 @@ def test_the_same_options_or_a_fresh_start_are_estimated_and_change_nothing(a_ru
 
 def test_a_folder_that_another_works_on_is_refused(tmp_path, data, cache):
     (tmp_path / "run").mkdir()
-    with locked(tmp_path / "run"):
+    with lock(tmp_path / "run"):
         refused_alike(1, "another process", data=data, out=tmp_path / "run", cache=cache)
 
 

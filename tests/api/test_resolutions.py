@@ -36,8 +36,8 @@ def found(out: Path) -> Resolutions:
 
 def test_each_size_has_a_run_of_its_own_and_all_share_one_teacher(two_sizes: Path) -> None:
     reports = {size: little.report(two_sizes / size) for size in ("8", "12")}
-    teachers = [one["teacher"]["accuracy"] for one in reports.values()]
-    assert teachers[0] == teachers[1] == little.report(two_sizes / "teacher")["teacher"]["accuracy"]
+    teachers = [one["teacher"]["score"] for one in reports.values()]
+    assert teachers[0] == teachers[1] == little.report(two_sizes / "teacher")["teacher"]["score"]
     assert all(one["teacher"]["head"] == "kept" for one in reports.values())
     assert {size: one["image_size"] for size, one in reports.items()} == {"8": 8, "12": 12}
     assert {one["teacher_image_size"] for one in reports.values()} == {16}
@@ -52,8 +52,8 @@ def test_the_report_has_each_files_accuracy_arithmetic_and_latency_of_one_bench(
         assert one.gmacs == multiply_adds(little.STUDENT, one.size, 3)
         for key in ("student", "student_int8"):
             subject = getattr(one, key)
-            assert subject.accuracy.model_dump(exclude_none=True) == {
-                name: value for name, value in report[key]["accuracy"].items() if value is not None
+            assert subject.score.model_dump(exclude_none=True) == {
+                name: value for name, value in report[key]["score"].items() if value is not None
             }
             assert all(measured.n > 0 for measured in subject.latency_ms.values())
     assert told.sizes[0].student.speedups == []

@@ -37,7 +37,7 @@ def test_a_cell_is_done_once_and_its_figures_are_the_reports(data: Path, tmp_pat
     assert again.run(None)
     assert report.stat().st_mtime_ns == before
     found = json.loads((out / "a.teacher.3" / "report.json").read_text())
-    assert again.accuracies("a", "teacher") == [found["teacher"]["accuracy"]["top1"]]
+    assert again.accuracies("a", "teacher") == [found["teacher"]["score"]["percent"]]
     assert found["config"]["seed"] == 3
     again.write(out / "results.json", {"benchmark": "little"})
     written = json.loads((out / "results.json").read_text())

@@ -239,7 +239,7 @@ first = given[given.index("--teacher-weights") + 1] == "none"
     "stages": [
         {{"stage": "teacher", "seconds": 10.0 if first else 1.0}}, {{"stage": "student", "seconds": 4.0}}
     ],
-    "student": {{"accuracy": {{"top1": 90.0}}}}, "environment": {{"torch": "2"}},
+    "student": {{"score": {{"percent": 90.0}}}}, "environment": {{"torch": "2"}},
 }}))
 sys.exit(3 if "fails" in given else 0)
 """

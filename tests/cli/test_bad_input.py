@@ -395,8 +395,8 @@ def test_networks_that_only_guess_are_told(cache, tmp_path):
     short = ("--teacher-epochs", "1", "--epochs", "1", "--until", "validate")
     result = job(tmp_path / "noise", tmp_path / "run", cache, *short)
     assert result.exit_code == 0, result.output
-    [note] = [one for one in report(tmp_path / "run")["warnings"] if "commonest class" in one]
-    assert "which 50.0 % of the test images show" in note
+    [note] = [one for one in report(tmp_path / "run")["warnings"] if "chance" in one]
+    assert "50.0 %, the fraction of the largest class" in note
 
 
 def test_what_was_chosen_for_another_choice_of_a_config_is_chosen_anew():

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Preprocessing, decode_image, render
 from questpress.pipeline.data.dataset import Skipped
-from questpress.pipeline.data.decode import Canonical, check_unreadable, decode, rendered
+from questpress.pipeline.data.decode import Canonical, check_unreadable, decode_images, render_images
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.data.sources.folders import open_folder
 from questpress.pipeline.errors import JobError
@@ -56,7 +56,7 @@ def test_images_of_all_sizes_come_back_as_they_are(tmp_path: Path, cached: bool)
     arrays = [pixels(n, 8 + n, 20 - n) for n in range(10)]
     images = in_memory(arrays, labels=list(range(10)))
     for _ in range(2):
-        done = decode(images, PHOTO, cache=Cache(tmp_path) if cached else None, workers=3)
+        done = decode_images(images, PHOTO, cache=Cache(tmp_path) if cached else None, workers=3)
         for number, array in enumerate(arrays):
             np.testing.assert_array_equal(done.pixels.image(number).numpy(), array)
         assert done.labels.tolist() == list(range(10)) and done.skipped == ()
@@ -66,13 +66,13 @@ def test_images_of_all_sizes_come_back_as_they_are(tmp_path: Path, cached: bool)
 def test_test_images_go_the_runtimes_way(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
     preprocessing = Preprocessing.of(8, crop_fraction=0.875)
-    batch = rendered(images, preprocessing, cache=Cache(tmp_path / "cache")).pixels.stacked().numpy()
+    batch = render_images(images, preprocessing, cache=Cache(tmp_path / "cache")).pixels.stacked().numpy()
     for row, image in zip(batch, images, strict=True):
         np.testing.assert_array_equal(row, render(decode_image(tmp_path / image.name), preprocessing))
 
 
 def test_no_images_give_no_pixels(tmp_path: Path) -> None:
-    done = decode([], PHOTO, cache=Cache(tmp_path))
+    done = decode_images([], PHOTO, cache=Cache(tmp_path))
     assert len(done.pixels) == 0 and done.labels.shape == (0,) and done.images == ()
 
 
@@ -80,41 +80,41 @@ def test_decoded_images_are_made_once_and_again_when_damaged(tmp_path: Path) -> 
     images = in_memory([pixels(n) for n in range(4)])
     cache = Cache(tmp_path)
     calls: list[tuple[int, int]] = []
-    first = decode(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
+    first = decode_images(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
     assert calls[-1] == (4, 4)
     calls.clear()
-    decode(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
+    decode_images(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
     assert calls == []
     (file,) = tmp_path.rglob("pixels.bin")
     before = first.pixels.data.clone()
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
-    again = decode(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
+    again = decode_images(images, PHOTO, cache=cache, progress=lambda *call: calls.append(call))
     assert calls[-1] == (4, 4) and again.pixels.data.equal(before)
 
 
 def test_another_form_or_other_images_are_other_entries(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     images = in_memory([pixels(n, 40, 40) for n in range(4)])
-    decode(images, PHOTO, cache=cache)
-    assert decode(images, Canonical("short_side", 16), cache=cache).pixels.image(0).shape == (16, 16, 3)
-    assert decode(images[:2], PHOTO, cache=cache).pixels.image(0).shape == (32, 32, 3)
-    assert rendered(images, Preprocessing.of(8), cache=cache).pixels.stacked().shape == (4, 8, 8, 3)
+    decode_images(images, PHOTO, cache=cache)
+    assert decode_images(images, Canonical("short_side", 16), cache=cache).pixels.image(0).shape == (16, 16, 3)
+    assert decode_images(images[:2], PHOTO, cache=cache).pixels.image(0).shape == (32, 32, 3)
+    assert render_images(images, Preprocessing.of(8), cache=cache).pixels.stacked().shape == (4, 8, 8, 3)
     assert len(list(tmp_path.rglob("pixels.bin"))) == 4
 
 
 def test_writing_to_decoded_images_leaves_the_cache_alone(tmp_path: Path) -> None:
     images = in_memory([pixels(n) for n in range(4)])
-    decode(images, PHOTO, cache=Cache(tmp_path)).pixels.data.zero_()
-    assert decode(images, PHOTO, cache=Cache(tmp_path)).pixels.data.any()
+    decode_images(images, PHOTO, cache=Cache(tmp_path)).pixels.data.zero_()
+    assert decode_images(images, PHOTO, cache=Cache(tmp_path)).pixels.data.any()
 
 
 def test_an_image_that_changes_while_the_job_runs_stops_it(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
     save(tmp_path / images[0].name, 77)
     with pytest.raises(JobError, match=f"{images[0].name} has changed"):
-        decode(images, PHOTO)
+        decode_images(images, PHOTO)
 
 
 def bomb() -> bytes:
@@ -142,7 +142,7 @@ def test_an_unreadable_image_is_skipped_and_listed(tmp_path: Path, kind: str) ->
     broken(kind, tmp_path / "train/a/broken.jpg")
     images = open_data(str(tmp_path), val_fraction=0)
     for cache in (None, Cache(tmp_path / "cache"), Cache(tmp_path / "cache")):
-        done = decode(images.train, PHOTO, cache=cache)
+        done = decode_images(images.train, PHOTO, cache=cache)
         (skipped,) = (*images.skipped, *done.skipped)
         assert skipped.name == "train/a/broken.jpg" and skipped.unreadable and skipped.reason
         assert len(done.images) == len(done.pixels) == 12
@@ -154,7 +154,7 @@ def test_the_test_role_skips_unreadable_images_too(tmp_path: Path) -> None:
     folder(tmp_path, {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
     broken("a text file", tmp_path / "test/b/broken.jpg")
     images = open_data(str(tmp_path))
-    done = rendered(images.test, Preprocessing.of(8))
+    done = render_images(images.test, Preprocessing.of(8))
     assert [one.name for one in done.skipped] == ["test/b/broken.jpg"]
     assert done.pixels.stacked().shape == (4, 8, 8, 3) and done.labels.tolist() == [0, 0, 1, 1]
 
@@ -203,7 +203,7 @@ def test_grey_cmyk_palette_16_bit_and_rotated_images_are_read_rightly(tmp_path: 
     )
     images = open_data(str(tmp_path))
     every = [*images.train, *images.val, *images.test]
-    done = decode(every, PHOTO)
+    done = decode_images(every, PHOTO)
     position = [one.name for one in done.images].index(f"a/{name}")
     got = done.pixels.image(position).numpy().astype(int)
     ramp = np.linspace(0, 255, 24)

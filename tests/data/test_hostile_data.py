@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import ImageError, decode_image
-from questpress.pipeline.data.dataset import Image, array_key
-from questpress.pipeline.data.decode import Canonical, decode, sampled_sizes
+from questpress.pipeline.data.dataset import Image, hash_array
+from questpress.pipeline.data.decode import Canonical, decode_images, sample_sizes
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.errors import UsageError
 
@@ -288,13 +288,13 @@ def test_bombs_are_refused_wherever_they_hide(bombs: dict[str, bytes]) -> None:
 
 
 def test_bombs_in_a_data_folder_are_skipped_and_told(bombs: dict[str, bytes]) -> None:
-    images = [Image("ok", 0, array_key(pixels(0)), pixels(0))]
+    images = [Image("ok", 0, hash_array(pixels(0)), pixels(0))]
     for name, content in bombs.items():
         images.append(Image(name, 0, hashlib.sha256(content).hexdigest(), content))
-    found = decode(images, Canonical("short_side", 8))
+    found = decode_images(images, Canonical("short_side", 8))
     assert [one.name for one in found.images] == ["ok"]
     assert all("more than the" in one.reason and one.unreadable for one in found.skipped)
-    assert len(sampled_sizes(images)) >= 1
+    assert len(sample_sizes(images)) >= 1
 
 
 def lying() -> dict[str, bytes]:

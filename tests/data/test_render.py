@@ -6,16 +6,16 @@ import pytest
 import torch
 from questpress.export import runtime
 from questpress.pipeline.data import render
-from questpress.pipeline.data.decode import Canonical, Decoded, decode
+from questpress.pipeline.data.decode import Canonical, DecodedImages, decode_images
 from questpress.pipeline.data.render import (
-    Normalise,
+    Normalize,
     Views,
-    brought,
-    colour_jittered,
+    copy_crop_rows,
+    jitter_colors,
     render_views,
-    resized_by_products,
+    resize_batched,
 )
-from questpress.pipeline.data.views import ViewPolicy, boxes, every_view
+from questpress.pipeline.data.views import ViewPolicy, draw_crops, list_views
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
@@ -26,16 +26,16 @@ from tests.support.pictures import in_memory, pixels, smooth
 PHOTOS = ViewPolicy("resized_crop")
 
 
-def photos() -> Decoded:
+def photos() -> DecodedImages:
     sizes = [(40, 60), (60, 40), (33, 33), (20, 90), (17, 16), (64, 48)]
-    return decode(in_memory([smooth(n, *size) for n, size in enumerate(sizes)]), Canonical("short_side", 64))
+    return decode_images(in_memory([smooth(n, *size) for n, size in enumerate(sizes)]), Canonical("short_side", 64))
 
 
-def small(count: int = 6, side: int = 12) -> Decoded:
-    return decode(in_memory([pixels(n, side, side) for n in range(count)]), Canonical("square", side))
+def small(count: int = 6, side: int = 12) -> DecodedImages:
+    return decode_images(in_memory([pixels(n, side, side) for n in range(count)]), Canonical("square", side))
 
 
-def views_of(decoded: Decoded, policy: ViewPolicy, size: int, seed: int = 0) -> Views:
+def views_of(decoded: DecodedImages, policy: ViewPolicy, size: int, seed: int = 0) -> Views:
     return Views(decoded.pixels, torch.arange(len(decoded.images)), decoded.keys, policy, seed, size)
 
 
@@ -54,9 +54,9 @@ def test_resized_crops_are_torchvisions_within_one_level(way: str, size: int) ->
     indices = torch.arange(60) % len(done.images)
     views = views_of(done, PHOTOS, size)
     heights, widths = done.pixels.heights[indices], done.pixels.widths[indices]
-    box, flips = boxes(PHOTOS, 0, done.keys[indices], torch.arange(60), heights, widths)
+    box, flips = draw_crops(PHOTOS, 0, done.keys[indices], torch.arange(60), heights, widths)
     if way == "by products":
-        rendered = resized_by_products(done.pixels, indices, box, flips, size)
+        rendered = resize_batched(done.pixels, indices, box, flips, size)
     else:
         rendered, labels = views.batch(indices, torch.arange(60))
         assert labels.equal(indices)
@@ -71,7 +71,7 @@ def test_resized_crops_are_torchvisions_within_one_level(way: str, size: int) ->
 def test_pad_and_crop_is_torchvisions_to_the_bit_for_every_view(mode, side: int, crop: int, pad: int) -> None:
     done = small(2, side)
     policy = ViewPolicy("pad_crop", side=side, crop=crop, pad=pad, mode=mode)
-    box, flips = every_view(policy)
+    box, flips = list_views(policy)
     for index in range(2):
         indices = torch.full((len(box),), index)
         rendered = render_views(done.pixels, indices, box, flips, crop, policy)
@@ -97,7 +97,7 @@ def test_a_view_does_not_depend_on_what_else_is_in_the_batch(policy: ViewPolicy)
 
 def test_a_view_follows_its_image_to_another_place_in_another_set() -> None:
     arrays = [smooth(n, 30, 40) for n in range(4)]
-    here, there = (decode(in_memory(some), Canonical("short_side", 64)) for some in (arrays, arrays[::-1]))
+    here, there = (decode_images(in_memory(some), Canonical("short_side", 64)) for some in (arrays, arrays[::-1]))
     numbers = torch.tensor([3])
     first, _ = views_of(here, PHOTOS, 16).batch(torch.tensor([1]), numbers)
     second, _ = views_of(there, PHOTOS, 16).batch(torch.tensor([2]), numbers)
@@ -110,7 +110,7 @@ def test_a_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
     indices, box = torch.arange(2), torch.tensor([[3, 4, 30, 31], [5, 0, 11, 40]], dtype=torch.int32)
     no, yes = torch.tensor([False, False]), torch.tensor([True, True])
     if way == "by products":
-        plain, mirrored = (resized_by_products(done.pixels, indices, box, f, 9) for f in (no, yes))
+        plain, mirrored = (resize_batched(done.pixels, indices, box, f, 9) for f in (no, yes))
     else:
         plain, mirrored = (render_views(done.pixels, indices, box, f, 9, PHOTOS) for f in (no, yes))
     assert mirrored.equal(plain.flip(-1))
@@ -119,7 +119,7 @@ def test_a_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
 @pytest.mark.parametrize("policy", [PHOTOS, ViewPolicy("pad_crop", side=32, crop=32, pad=4)])
 def test_another_size_shows_the_same_crop(policy: ViewPolicy) -> None:
     if policy.kind == "pad_crop":
-        done = decode(in_memory([smooth(n, 32, 32) for n in range(6)]), Canonical("square", 32))
+        done = decode_images(in_memory([smooth(n, 32, 32) for n in range(6)]), Canonical("square", 32))
     else:
         done = photos()
     views = views_of(done, policy, 32)
@@ -136,7 +136,7 @@ def test_the_whole_crop_at_its_own_size_is_the_image() -> None:
     box = torch.tensor([[0, 0, 12, 12]] * 6, dtype=torch.int32)
     for rendered in (
         render_views(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, PHOTOS),
-        resized_by_products(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12),
+        resize_batched(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12),
     ):
         assert rendered.permute(0, 2, 3, 1).equal(done.pixels.stacked())
 
@@ -147,7 +147,7 @@ def test_no_indices_give_an_empty_batch() -> None:
         batch, labels = views_of(done, policy, 12).batch(empty, empty)
         assert batch.shape == (0, 3, 12, 12) and labels.shape == (0,)
     box = torch.empty(0, 4, dtype=torch.int32)
-    assert resized_by_products(photos().pixels, empty, box, empty.bool(), 5).shape == (0, 3, 5, 5)
+    assert resize_batched(photos().pixels, empty, box, empty.bool(), 5).shape == (0, 3, 5, 5)
 
 
 def test_batches_are_channels_last_in_memory() -> None:
@@ -159,7 +159,7 @@ def test_batches_are_channels_last_in_memory() -> None:
 def test_normalising_is_the_runtimes_to_the_bit() -> None:
     batch = torch.from_numpy(np.stack([pixels(n, 12, 12) for n in range(3)]))
     p = runtime.Preprocessing.of(12, 1.0)
-    ours = Normalise(p.mean, p.std)(batch.permute(0, 3, 1, 2))
+    ours = Normalize(p.mean, p.std)(batch.permute(0, 3, 1, 2))
     np.testing.assert_array_equal(ours.numpy(), runtime.normalise(batch.numpy(), p))
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
@@ -167,7 +167,7 @@ def test_normalising_is_the_runtimes_to_the_bit() -> None:
 def test_colour_jitter_is_torchvisions_in_a_fixed_order() -> None:
     images = torch.from_numpy(np.stack([smooth(n, 16, 16) for n in range(4)])).permute(0, 3, 1, 2)
     factors = torch.tensor([[1.0, 1.0, 1.0], [0.7, 1.3, 0.6], [1.4, 0.6, 1.4], [0.6, 0.6, 0.6]])
-    ours = colour_jittered(images, factors)
+    ours = jitter_colors(images, factors)
     assert ours[0].equal(images[0])
     for image, (brightness, contrast, saturation), got in zip(images, factors.tolist(), ours, strict=True):
         expected = functional.adjust_brightness(image.float() / 255, brightness)
@@ -187,16 +187,16 @@ def test_jittered_views_are_drawn_from_the_view_alone() -> None:
     assert not views.batch(indices, numbers + 6)[0].equal(whole)
 
 
-def boxes_of(done: Decoded, policy: ViewPolicy, count: int = 60) -> tuple[Tensor, Tensor, Tensor]:
+def boxes_of(done: DecodedImages, policy: ViewPolicy, count: int = 60) -> tuple[Tensor, Tensor, Tensor]:
     indices = torch.arange(count) % len(done.images)
     sizes = done.pixels.heights[indices], done.pixels.widths[indices]
-    return indices, *boxes(policy, 0, done.keys[indices], torch.arange(count), *sizes)
+    return indices, *draw_crops(policy, 0, done.keys[indices], torch.arange(count), *sizes)
 
 
 def test_the_two_ways_of_resizing_agree_within_one_level() -> None:
     done = photos()
     indices, box, flips = boxes_of(done, PHOTOS)
-    by_products = resized_by_products(done.pixels, indices, box, flips, 24)
+    by_products = resize_batched(done.pixels, indices, box, flips, 24)
     one_by_one = render_views(done.pixels, indices, box, flips, 24, PHOTOS)
     assert (by_products.int() - one_by_one.int()).abs().max() <= 1
 
@@ -204,7 +204,7 @@ def test_the_two_ways_of_resizing_agree_within_one_level() -> None:
 def test_large_crops_are_resized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     done = photos()
     indices, box, flips = boxes_of(done, PHOTOS)
-    whole = resized_by_products(done.pixels, indices, box, flips, 24)
+    whole = resize_batched(done.pixels, indices, box, flips, 24)
     taken: list[int] = []
     products = render._products
 
@@ -213,12 +213,12 @@ def test_large_crops_are_resized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
         return products(data, numbers, tallest, widest, size)
 
     monkeypatch.setattr(render, "_products", seen)
-    monkeypatch.setattr(render, "PRODUCT_PIXELS", 50_000)
-    pieces = resized_by_products(done.pixels, indices, box, flips, 24)
+    monkeypatch.setattr(render, "MAX_BATCH_PIXELS", 50_000)
+    pieces = resize_batched(done.pixels, indices, box, flips, 24)
     assert len(taken) > 1 and max(taken) <= 50_000
     assert (pieces.int() - whole.int()).abs().max() <= 1
-    monkeypatch.setattr(render, "PRODUCT_PIXELS", 1)
-    assert resized_by_products(done.pixels, indices, box, flips, 24).shape == whole.shape
+    monkeypatch.setattr(render, "MAX_BATCH_PIXELS", 1)
+    assert resize_batched(done.pixels, indices, box, flips, 24).shape == whole.shape
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_large_crops_are_resized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rows_brought_from_the_host_hold_the_same_crops(policy: ViewPolicy) -> None:
     done = small() if policy.kind == "pad_crop" else photos()
     indices, box, flips = boxes_of(done, policy)
-    there, among, moved = brought(done.pixels, indices, box, policy, torch.device("cpu"))
+    there, among, moved = copy_crop_rows(done.pixels, indices, box, policy, torch.device("cpu"))
     assert len(there) == 60
     expected = render_views(done.pixels, indices, box, flips, 12, policy)
     assert render_views(there, among, moved, flips, 12, policy).equal(expected)

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.data import streaming
-from questpress.pipeline.data.decode import Canonical, decode
+from questpress.pipeline.data.decode import Canonical, decode_images
 from questpress.pipeline.data.sources.folders import open_folder
-from questpress.pipeline.data.streaming import canonical_bytes, choose
+from questpress.pipeline.data.streaming import canonical_bytes, choose_placement
 from questpress.pipeline.runs.cache import Cache
 
 from tests.support.pictures import folder, in_memory, pixels
@@ -14,7 +14,7 @@ FORM = Canonical("short_side", 32)
 
 def test_the_size_of_all_is_told_from_some_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = in_memory([pixels(n, 40 + n, 90) for n in range(20)])
-    exact = decode(images, FORM).pixels.nbytes
+    exact = decode_images(images, FORM).pixels.nbytes
     assert canonical_bytes(images, FORM) == exact
     monkeypatch.setattr("questpress.pipeline.data.decode.SAMPLE", 5)
     assert canonical_bytes(images, FORM) == pytest.approx(exact, rel=0.1)
@@ -43,11 +43,11 @@ def test_pixels_go_to_the_first_place_they_fit_in(
     monkeypatch.setattr(streaming, "host_memory", lambda: memory)
     monkeypatch.setattr(streaming, "free_disk", lambda _: disk)
     cache = Cache(tmp_path)
-    chosen, why = choose(images, FORM, "cuda", cache)
+    chosen, why = choose_placement(images, FORM, "cuda", cache)
     assert chosen == way and word in (why or "") and (why is None) == (way == "device")
     if disk == 1e3:
-        decode(images, FORM, cache=cache)
-        assert choose(images, FORM, "cuda", cache)[0] == "device", "what is decoded needs no more room"
+        decode_images(images, FORM, cache=cache)
+        assert choose_placement(images, FORM, "cuda", cache)[0] == "device", "what is decoded needs no more room"
 
 
 def test_a_gpu_that_shares_the_hosts_memory_is_limited_by_it(
@@ -55,8 +55,8 @@ def test_a_gpu_that_shares_the_hosts_memory_is_limited_by_it(
 ) -> None:
     images = in_memory([pixels(n) for n in range(4)])
     monkeypatch.setattr(streaming, "host_memory", lambda: 1e3)
-    assert choose(images, FORM, "mps", Cache(tmp_path))[0] == "workers"
-    assert choose(images, FORM, "cpu", Cache(tmp_path))[0] == "device"  # a mapped file
+    assert choose_placement(images, FORM, "mps", Cache(tmp_path))[0] == "workers"
+    assert choose_placement(images, FORM, "cpu", Cache(tmp_path))[0] == "device"  # a mapped file
 
 
 def test_this_machine_has_memory_and_a_disk(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.data.decode import ragged
+from questpress.pipeline.data.decode import pack_pixels
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import FIXED_SEED, LISTED, Schedule, ViewPolicy
 
@@ -15,7 +15,7 @@ KEYS = torch.from_numpy(np.random.default_rng(0).integers(0, 2**63 - 1, COUNT))
 def shown(schedule: Schedule, epoch: int) -> torch.Tensor:
     """The pixels of every image in an epoch."""
     data = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (COUNT * SIDE * SIDE, 3), np.uint8))
-    pixels = ragged(data, torch.full((COUNT, 2), SIDE))
+    pixels = pack_pixels(data, torch.full((COUNT, 2), SIDE))
     labels = torch.zeros(COUNT, dtype=torch.int64)
     views = Views(pixels, labels, KEYS, schedule.policy, schedule.view_seed, SIDE)
     return views.batch(torch.arange(COUNT), schedule.numbers(KEYS, epoch))[0]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from questpress.pipeline.data.dataset import SPLITS, Image, ImageSet
-from questpress.pipeline.data.splits import assemble
+from questpress.pipeline.data.splits import assemble_splits
 from questpress.pipeline.errors import UsageError
 
 
@@ -15,7 +15,7 @@ def image(label: int, content: int | str, name: str = "") -> Image:
 
 
 def split(images: list[Image], classes: int, fraction: float | None = None) -> ImageSet:
-    return assemble("set", "set", [str(c) for c in range(classes)], {"train": images}, fraction)
+    return assemble_splits("set", "set", [str(c) for c in range(classes)], {"train": images}, fraction)
 
 
 def role_of(images: ImageSet) -> dict[str, str]:
@@ -95,9 +95,9 @@ def test_held_out_images_come_from_train_and_leave_test_alone() -> None:
     train = [image(label, f"{label} {n}") for label in range(2) for n in range(50)]
     test = [image(label, f"t{label} {n}") for label in range(2) for n in range(7)]
     given = {"train": train, "test": test}
-    done = assemble("set", "set", ["a", "b"], given, None)
+    done = assemble_splits("set", "set", ["a", "b"], given, None)
     assert done.counts == {"train": [45, 45], "val": [5, 5], "test": [7, 7]}
-    assert assemble("set", "set", ["a", "b"], given, 0).counts["train"] == [50, 50]
+    assert assemble_splits("set", "set", ["a", "b"], given, 0).counts["train"] == [50, 50]
 
 
 def test_what_also_stands_in_test_is_taken_out_of_train_and_reported() -> None:
@@ -108,7 +108,7 @@ def test_what_also_stands_in_test_is_taken_out_of_train_and_reported() -> None:
         image(1, "0 5", "test/1/5"),
         image(1, "t1", "test/1/t1"),
     ]
-    done = assemble("set", "set", ["a", "b"], {"train": train, "test": test}, 0)
+    done = assemble_splits("set", "set", ["a", "b"], {"train": train, "test": test}, 0)
     assert done.counts == {"train": [8, 10], "val": [0, 0], "test": [2, 2]}
     assert [(d.names, d.kept, d.removed, d.two_classes) for d in done.duplicates] == [
         (("test/0/4", "train/0/4"), "test", ("train/0/4",), False),
@@ -124,7 +124,7 @@ def test_the_fingerprint_changes_with_any_content_class_or_role(change: str) -> 
         val, test = [image(0, "e"), image(1, "f")], [image(0, "g"), image(1, "h")]
         (val if changed == "role" else train).append(image(0, "i"))
         classes = ["a", "z" if changed == "class" else "b"]
-        return assemble("set", "set", classes, {"train": train, "val": val, "test": test}, None)
+        return assemble_splits("set", "set", classes, {"train": train, "val": val, "test": test}, None)
 
     assert roles().fingerprint == roles().fingerprint
     assert roles(change).fingerprint != roles().fingerprint
@@ -145,4 +145,4 @@ def test_a_class_of_two_images_is_refused_by_name() -> None:
 def test_a_class_of_which_test_takes_everything_is_refused() -> None:
     train = [image(0, n) for n in range(9)] + [image(1, "x")]
     with pytest.raises(UsageError, match="'1' is left for the role 'train'"):
-        assemble("set", "set", ["0", "1"], {"train": train, "test": [image(0, "t"), image(1, "x")]}, 0)
+        assemble_splits("set", "set", ["0", "1"], {"train": train, "test": [image(0, "t"), image(1, "x")]}, 0)

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 from questpress.pipeline.data.dataset import SPLITS, Image, ImageSet
-from questpress.pipeline.data.splits import assemble
+from questpress.pipeline.data.splits import assemble_splits
 from questpress.pipeline.errors import UsageError
 
 
@@ -21,7 +21,7 @@ def many(count: int, shares: list[float], seed: int = 0) -> list[Image]:
 
 def split(images: list[Image], classes: int, fraction: float | None = None) -> ImageSet:
     names = [str(label) for label in range(classes)]
-    return assemble("x", "x", names, {"train": images}, fraction, multi_label=True)
+    return assemble_splits("x", "x", names, {"train": images}, fraction, task="multi-label")
 
 
 def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
@@ -67,7 +67,7 @@ def test_content_with_two_sets_of_labels_goes_to_train_and_is_told() -> None:
 def test_a_given_test_role_stays_as_it_is() -> None:
     images = many(200, [0.5, 0.4])
     given = {"train": images[:150], "test": images[150:]}
-    data = assemble("x", "x", ["0", "1"], given, None, multi_label=True)
+    data = assemble_splits("x", "x", ["0", "1"], given, None, task="multi-label")
     assert {one.key for one in data.test} == {one.key for one in images[150:]}
     assert len(data.val) == pytest.approx(15, abs=3)
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image as PillowImage
 from questpress.export.runtime import Preprocessing
 from questpress.pipeline.data.dataset import Image
-from questpress.pipeline.data.decode import Canonical, decode, rendered
+from questpress.pipeline.data.decode import Canonical, decode_images, render_images
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.sources.folders import open_folder
-from questpress.pipeline.data.streaming import StreamedViews, measured, rendered_batches
+from questpress.pipeline.data.streaming import StreamedViews, measure_images, rendered_batches
 from questpress.pipeline.data.views import ViewPolicy
 from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.errors import JobError
@@ -57,7 +57,7 @@ def canonical(policy: ViewPolicy) -> Canonical:
 
 def both(images: tuple[Image, ...], policy: ViewPolicy, workers: Workers) -> tuple[Views, StreamedViews]:
     form = canonical(policy)
-    done, sized = decode(images, form), measured(images, form, workers)
+    done, sized = decode_images(images, form), measure_images(images, form, workers)
     assert sized.images == done.images and sized.skipped == done.skipped
     return (
         Views(done.pixels, done.labels, done.keys, policy, 7, SIZE),
@@ -113,12 +113,12 @@ def test_any_number_of_workers_makes_the_same(images: tuple[Image, ...], workers
 def test_the_pass_for_sizes_is_made_once(images: tuple[Image, ...], workers: Workers, tmp_path: Path) -> None:
     form, calls = canonical(POLICIES["center"]), []
     for _ in range(2):
-        sized = measured(
+        sized = measure_images(
             images, form, workers, cache=Cache(tmp_path), progress=lambda *call: calls.append(call)
         )
         (broken,) = sized.skipped
         assert broken.name == BROKEN and broken.unreadable and broken.reason
-        done = decode(images, form)
+        done = decode_images(images, form)
         assert sized.heights.equal(done.pixels.heights) and sized.widths.equal(done.pixels.widths)
     assert calls == [(21, 21)]
     assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 20_000
@@ -147,7 +147,7 @@ def test_an_image_that_vanishes_or_changes_stops_the_job(workers: Workers, tmp_p
 
 def test_rendering_by_workers_is_the_runtimes(images: tuple[Image, ...], workers: Workers) -> None:
     preprocessing = Preprocessing.of(16)
-    expected = rendered(images, preprocessing)
+    expected = render_images(images, preprocessing)
     batches = list(rendered_batches(expected.images, preprocessing, workers, 8))
     assert [len(batch) for batch in batches] == [8, 8, 4]
     np.testing.assert_array_equal(torch.cat(batches), expected.pixels.stacked())

@@ -4,13 +4,13 @@ import torch
 from questpress.pipeline.data.views import (
     ViewPolicy,
     below,
-    boxes,
-    every_view,
-    jitter,
-    permutation,
+    draw_crops,
+    list_views,
+    draw_color_factors,
+    draw_order,
     philox,
     uniform,
-    words,
+    random_words,
 )
 from torch import Tensor
 from torchvision.transforms import v2
@@ -24,7 +24,7 @@ def keys_of(count: int, seed: int = 0) -> Tensor:
 
 
 def draw(policy: ViewPolicy, keys: Tensor, views: Tensor, height: int = 32, width: int = 32, seed: int = 0):
-    return boxes(policy, seed, keys, views, torch.full_like(keys, height), torch.full_like(keys, width))
+    return draw_crops(policy, seed, keys, views, torch.full_like(keys, height), torch.full_like(keys, width))
 
 
 # Random123's kat_vectors for philox4x32 with 10 rounds
@@ -57,10 +57,10 @@ def test_bits_are_uniform_and_independent_along_every_argument(varied: str) -> N
     steps = torch.arange(count)
     key, zero = torch.tensor([12345]), torch.zeros(1, dtype=torch.int64)
     if varied == "seed":
-        drawn = torch.stack([torch.cat(words(seed, key, zero, 0)) for seed in range(2000)], 1)
+        drawn = torch.stack([torch.cat(random_words(seed, key, zero, 0)) for seed in range(2000)], 1)
     else:
         arguments = {"keys": key, "views": zero, "draw": zero} | {varied: steps}  # consecutive: the hard case
-        drawn = torch.stack(list(words(7, arguments["keys"], arguments["views"], arguments["draw"])))
+        drawn = torch.stack(list(random_words(7, arguments["keys"], arguments["views"], arguments["draw"])))
     for word in drawn:
         assert abs(chi_squared(below(word, 64), 64)) < 5
         assert abs(chi_squared(word & 63, 64)) < 5
@@ -115,7 +115,7 @@ def test_these_views_are_the_same_in_every_release() -> None:
     assert (box.tolist(), flips.tolist()) == (PHOTO_BOXES, PHOTO_FLIPS)
     box, flips = draw(CIFAR, keys, views, seed=42)
     assert (box.tolist(), flips.tolist()) == (CIFAR_BOXES, CIFAR_FLIPS)
-    assert permutation(42, 3, torch.arange(8)).tolist() == ORDER
+    assert draw_order(42, 3, torch.arange(8)).tolist() == ORDER
 
 
 def test_all_162_views_of_pad_4_crop_and_flip_come_equally_often() -> None:
@@ -124,7 +124,7 @@ def test_all_162_views_of_pad_4_crop_and_flip_come_equally_often() -> None:
     assert box[:, :2].min() == -4 and box[:, :2].max() == 4 and (box[:, 2:] == 32).all()
     place = ((box[:, 0] + 4) * 9 + box[:, 1] + 4).long() * 2 + flips
     assert abs(chi_squared(place, 162)) < 5
-    listed, listed_flips = every_view(CIFAR)
+    listed, listed_flips = list_views(CIFAR)
     assert len(listed) == 162
     assert len({(*b, f) for b, f in zip(listed.tolist(), listed_flips.tolist(), strict=True)}) == 162
     drawn = {(*b, f) for b, f in zip(box.tolist(), flips.tolist(), strict=True)}
@@ -136,7 +136,7 @@ def test_views_are_counted_only_where_they_can_be() -> None:
     assert ViewPolicy("center").count == 2 and ViewPolicy("center", flip=False).count == 1
     assert PHOTOS.count is None
     with pytest.raises(ValueError, match="cannot be listed"):
-        every_view(PHOTOS)
+        list_views(PHOTOS)
 
 
 def test_resized_crops_are_distributed_as_torchvisions() -> None:
@@ -201,23 +201,23 @@ def test_a_policy_that_cannot_be_is_refused(wrong: dict) -> None:
 
 def test_an_epochs_order_is_a_permutation_that_images_keep_when_others_leave() -> None:
     keys = keys_of(500)
-    order = permutation(0, 1, keys)
+    order = draw_order(0, 1, keys)
     assert sorted(order.tolist()) == list(range(500))
-    assert not order.equal(permutation(0, 2, keys)) and not order.equal(permutation(1, 1, keys))
+    assert not order.equal(draw_order(0, 2, keys)) and not order.equal(draw_order(1, 1, keys))
     fewer = keys[100:]
-    assert keys[order][torch.isin(keys[order], fewer)].equal(fewer[permutation(0, 1, fewer)])
-    assert permutation(0, 1, torch.tensor([5, 5, 5])).tolist() == [0, 1, 2]
+    assert keys[order][torch.isin(keys[order], fewer)].equal(fewer[draw_order(0, 1, fewer)])
+    assert draw_order(0, 1, torch.tensor([5, 5, 5])).tolist() == [0, 1, 2]
 
 
 def test_orders_of_two_epochs_are_not_related() -> None:
     keys = keys_of(3000)
-    ranks = [permutation(0, epoch, keys).argsort().double() for epoch in range(3)]
+    ranks = [draw_order(0, epoch, keys).argsort().double() for epoch in range(3)]
     for a, b in ((0, 1), (1, 2)):
         assert abs(torch.corrcoef(torch.stack([ranks[a], ranks[b]]))[0, 1]) < 5 / 3000**0.5
 
 
 def test_jitter_factors_lie_around_one() -> None:
-    factors = jitter(ViewPolicy("center", color_jitter=0.4), 0, keys_of(2000), torch.arange(2000))
+    factors = draw_color_factors(ViewPolicy("center", color_jitter=0.4), 0, keys_of(2000), torch.arange(2000))
     assert factors.shape == (2000, 3)
     assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() < 1.4
     assert abs(factors.mean() - 1) < 0.02

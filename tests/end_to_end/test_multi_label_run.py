@@ -12,7 +12,7 @@ from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.validate import validate
 from questpress.pipeline.data.sources import open_data
-from questpress.pipeline.evaluation import multi_label
+from questpress.pipeline.evaluation import average_precision
 from questpress.pipeline.report.terminal import table
 from questpress.pipeline.runs.results import Report
 from safetensors.numpy import load_file
@@ -48,21 +48,21 @@ def test_the_same_seed_lays_the_same_digits(labels: Path, tmp_path: Path) -> Non
 
 def test_the_report_has_map_and_f1_of_the_files_that_ship(run: Path, labels: Path) -> None:
     report, data = little.report(run), open_data(str(labels))
-    assert report["data"]["multi_label"] and report["confusion"] is None
+    assert report["data"]["task"] == "multi-label" and report["confusion"] is None
     test = data.test
     targets = np.array([[label in image.labels for label in range(10)] for image in test], dtype=np.float32)
     for key, name in (("student", "student.onnx"), ("student_int8", "student.int8.onnx")):
-        found = report[key]["multi_label"]
-        assert report[key]["accuracy"] is None and report[key]["per_class"] == []
+        found = report[key]["score"]
+        assert found["metric"] == "mAP" and found["correct"] is None
         classifier = Classifier.load(run, file=name)
         answers = classifier.predict([image.read() for image in test], top=10)
         p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
         logits = np.log(p) - np.log1p(-p)
-        assert found["map"] == pytest.approx(multi_label.mean_average_precision(logits, targets), abs=0.05)
+        assert found["percent"] == pytest.approx(average_precision.mean_average_precision(logits, targets), abs=0.05)
         decided = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
         right = 2 * (decided & (targets > 0)).sum() / (decided.sum() + targets.sum())
-        assert found["micro_f1"] == pytest.approx(100 * right)
-        assert found["low"] <= found["map"] <= found["high"] and found["n"] == len(test)
+        assert found["details"]["micro F1"]["percent"] == pytest.approx(100 * right)
+        assert found["low"] <= found["percent"] <= found["high"] and found["n"] == len(test)
     losses = [one["losses"] for one in report["epochs"] if one["stage"] == "student"]
     assert all({"loss", "ce", *METHODS.split("+")} == set(one) for one in losses)
     assert all(one["train_accuracy"] is None and one["val_accuracy"] > 0 for one in report["epochs"])
@@ -75,7 +75,7 @@ def test_the_thresholds_are_the_fp32_files_best_on_the_val_images(run: Path, lab
     answers = Classifier.load(run, precision="fp32").predict([i.read() for i in data.val], top=10)
     p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
     targets = np.array([[label in i.labels for label in range(10)] for i in data.val], dtype=np.float32)
-    expected = multi_label.choose_thresholds(np.log(p) - np.log1p(-p), targets)
+    expected = average_precision.choose_thresholds(np.log(p) - np.log1p(-p), targets)
     np.testing.assert_allclose(manifest["thresholds"], expected, atol=1e-6)
     for name in ("student.onnx", "student.int8.onnx"):
         model = onnx.load(run / "artifact" / name)
@@ -107,7 +107,7 @@ def test_predict_prints_the_labels_above_their_thresholds(run: Path, labels: Pat
 def test_the_page_shows_map_and_each_class_and_no_confusion(run: Path) -> None:
     for name in ("report.html", "report.md"):
         text = (run / name).read_text()
-        for words in ("mAP", "several of which an image may show", "threshold", "F1 of all labels"):
+        for words in ("mAP", "several per image", "threshold", "Micro F1"):
             assert words in text, (name, words)
         for words in ("Confusion", "Most confused", "Accuracy"):
             assert words not in text, (name, words)
@@ -119,7 +119,7 @@ def test_the_page_shows_map_and_each_class_and_no_confusion(run: Path) -> None:
 
 def test_the_teachers_agreement_is_about_the_very_labels(run: Path, labels: Path) -> None:
     report, data = little.report(run), open_data(str(labels))
-    thresholds = np.array([one["threshold"] for one in report["teacher"]["multi_label"]["classes"]])
+    thresholds = np.array([one["threshold"] for one in report["teacher"]["score"]["classes"]])
     teacher = sigmoid(load_file(run / "teacher_answers.safetensors")["0"]) >= thresholds
     answers = Classifier.load(run).predict([image.read() for image in data.test])
     student = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
@@ -129,12 +129,13 @@ def test_the_teachers_agreement_is_about_the_very_labels(run: Path, labels: Path
 
 def test_validate_scores_the_files_as_the_report_does(run: Path, tmp_path: Path) -> None:
     found, report = validate(run, out=tmp_path, quiet=True), little.report(run)
-    assert found.multi_label and found.n == report["data"]["test"]
+    assert found.task == "multi-label" and found.n == report["data"]["test"]
     for one, key in zip(found.networks, ("student_int8", "student"), strict=False):
-        score = one.multi_label
-        assert score is not None and one.accuracy is None and one.confusion is None
-        assert score.map == pytest.approx(report[key]["multi_label"]["map"])
-        assert score.micro_f1 == pytest.approx(report[key]["multi_label"]["micro_f1"])
+        score = one.score
+        assert score is not None and one.confusion is None
+        assert score.percent == pytest.approx(report[key]["score"]["percent"])
+        micro = report[key]["score"]["details"]["micro F1"]["percent"]
+        assert score.details["micro F1"].percent == pytest.approx(micro)
         shown = {of.label: of.n for of in score.classes}
         assert {of.label: of.n for of in one.per_class} == shown
     assert not (run / "bench" / "teacher.onnx").exists() and "No teacher" in found.notes[0]
@@ -145,7 +146,7 @@ def test_validate_scores_the_files_as_the_report_does(run: Path, tmp_path: Path)
 
 
 def test_a_network_of_one_label_is_not_asked_about_images_of_several(labels: Path, finished: Path) -> None:
-    little.refused(little.compress("validate", finished, "--data", labels), 2, "images of several labels")
+    little.refused(little.compress("validate", finished, "--data", labels), 2, "multi-label")
 
 
 def test_the_same_command_does_nothing_again(run: Path, labels: Path, cache: Path) -> None:
@@ -159,7 +160,7 @@ def test_methods_for_one_label_and_a_file_without_images_are_refused(
 ) -> None:
     dkd = ("--method", "dkd", "--set", "dkd.tau=2")
     given = (*little.NETWORKS, *little.SMALL, "--cache", cache, "--out", tmp_path / "out")
-    little.refused(little.compress(*given, "--data", labels, *dkd), 2, "several labels", "quest")
+    little.refused(little.compress(*given, "--data", labels, *dkd), 2, "multi-label", "quest")
     (tmp_path / "labels.csv").write_text("file,labels\na.png,cat;dog\n")
     little.refused(
         little.compress(*given, "--data", tmp_path / "labels.csv"), 2, "1 of the 1 images", "a.png"

@@ -71,10 +71,10 @@ def wilson(p: float, n: int) -> tuple[float, float]:
 @pytest.mark.parametrize("subject", ["teacher", "student", "student_int8"])
 def test_the_report_has_the_promised_fields_of_each_subject(digits, subject):
     found = report(digits)[subject]
-    accuracy = found["accuracy"]
+    accuracy = found["score"]
     assert accuracy["n"] == 179
-    assert accuracy["top1"] == pytest.approx(100 * accuracy["correct"] / 179)
-    low, high = wilson(accuracy["top1"] / 100, 179)
+    assert accuracy["percent"] == pytest.approx(100 * accuracy["correct"] / 179)
+    low, high = wilson(accuracy["percent"] / 100, 179)
     assert accuracy["low"] == pytest.approx(100 * low, abs=1e-6)
     assert accuracy["high"] == pytest.approx(100 * high, abs=1e-6)
     file = digits / found["file"]
@@ -97,7 +97,7 @@ def test_the_report_names_its_schema_its_teachers_and_the_parity_of_the_export(d
 def test_the_teacher_of_the_digits_is_trained_from_scratch_and_learns(digits):
     teacher = report(digits)["teacher"]
     assert teacher["weights"] == "scratch"
-    assert teacher["accuracy"]["top1"] > 50
+    assert teacher["score"]["percent"] > 50
     curve = [e for e in report(digits)["epochs"] if e["stage"] == "teacher"]
     assert [e["epoch"] for e in curve] == [1, 2, 3]
     assert curve[-1]["losses"]["loss"] < curve[0]["losses"]["loss"]
@@ -129,7 +129,7 @@ def test_the_accuracy_in_the_report_is_what_the_shipped_file_gets_on_the_test_im
         classifier = Classifier.load(digits / "artifact" / name)
         answers = classifier.predict([image.read() for image in test], top=1)
         right = sum(answer.label == str(image.label) for answer, image in zip(answers, test, strict=True))
-        assert right == report(digits)[subject]["accuracy"]["correct"]
+        assert right == report(digits)[subject]["score"]["correct"]
 
 
 def test_the_agreement_counts_equal_answers_of_teacher_and_file(digits):
@@ -150,7 +150,7 @@ def test_the_agreement_counts_equal_answers_of_teacher_and_file(digits):
     with torch.no_grad():
         said = teacher.eval()((images / 255 - mean) / std).argmax(1).tolist()
     right = sum(a == image.label for a, image in zip(said, test, strict=True))
-    assert right == report(digits)["teacher"]["accuracy"]["correct"]
+    assert right == report(digits)["teacher"]["score"]["correct"]
     answers = Classifier.load(digits).predict([image.read() for image in test], top=1)
     alike = sum(answer.label == str(a) for answer, a in zip(answers, said, strict=True))
     assert alike == report(digits)["student_int8"]["agreement"]["correct"]
@@ -283,7 +283,7 @@ def test_until_stops_after_its_stage_and_the_next_run_goes_on(data, cache, tmp_p
     assert list(record(out)["stages"]) == ["teacher", "prepare"]
     assert not (out / "student.safetensors").exists()
     early = report(out)
-    assert early["teacher"]["accuracy"]["n"] == 6 and early["student"] is None
+    assert early["teacher"]["score"]["n"] == 6 and early["student"] is None
     teacher = files(out)["teacher.safetensors"]
     result = job(data, out, cache, "--until", "export")
     assert result.stderr.count("(kept)") == 2
@@ -377,7 +377,7 @@ def test_method_none_trains_the_student_without_a_teachers_loss(data, cache, tmp
     assert found["method"] == "none" and found["words"] == []
     student = [e for e in found["epochs"] if e["stage"] == "student"]
     assert all(set(e["losses"]) == {"loss", "ce"} for e in student)
-    assert found["student_int8"]["accuracy"]["n"] == 6
+    assert found["student_int8"]["score"]["n"] == 6
 
 
 def test_a_runs_config_gives_the_same_run_elsewhere(finished, cache, tmp_path):
@@ -466,8 +466,8 @@ def test_the_python_function_is_the_command_and_returns_the_typed_report(a_run, 
     )  # fmt: skip
     assert isinstance(returned, Report)
     assert comparable(returned.model_dump()) == comparable(report(a_run))
-    assert returned.student_int8 is not None and returned.student_int8.accuracy is not None
-    assert returned.student_int8.accuracy.n == 6
+    assert returned.student_int8 is not None and returned.student_int8.score is not None
+    assert returned.student_int8.score.n == 6
 
 
 def test_two_teachers_are_a_list_and_their_ensemble_is_the_teacher(data, cache, tmp_path):
@@ -477,7 +477,7 @@ def test_two_teachers_are_a_list_and_their_ensemble_is_the_teacher(data, cache, 
     found = report(out)
     assert [one["name"] for one in found["teachers"]] == [little.TEACHER, little.STUDENT]
     assert found["teacher"]["weights"] == "ensemble"
-    assert found["teacher"]["accuracy"]["n"] == 6
+    assert found["teacher"]["score"]["n"] == 6
     assert len(found["words"]) == 2
     assert (out / "teacher.0.safetensors").exists() and (out / "teacher.1.safetensors").exists()
 
@@ -491,7 +491,7 @@ def test_val_fraction_0_trains_on_everything_but_the_test_images(cache, tmp_path
     assert result.exit_code == 0, result.output
     found = report(out)
     assert (found["data"]["train"], found["data"]["val"], found["data"]["test"]) == (36, 0, 12)
-    assert found["student"]["val_accuracy"] is None and found["student"]["accuracy"]["n"] == 12
+    assert found["student"]["val_score"] is None and found["student"]["score"]["n"] == 12
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")

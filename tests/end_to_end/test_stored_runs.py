@@ -1,24 +1,23 @@
-"""Whole runs with a teacher store, and the commands that list, verify and prune it."""
+"""Whole runs with cached teacher outputs, and the commands that list and prune them."""
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from questpress.pipeline.api.teacher_cache import size
-from questpress.pipeline.api.verify_cache import _job, difference
+from questpress.pipeline.api.cache import parse_size
+from questpress.pipeline.api.options import read_options
+from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.runs.cache import CHECKSUMS
+from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.console import Display
 from questpress.pipeline.runs.device import Engine
-from questpress.pipeline.runs.files import digest, sha256
+from questpress.pipeline.runs.files import digest
+from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.training import teacher_cache
 from questpress.pipeline.training.job import Job
 from safetensors.torch import load_file, save_file
@@ -127,7 +126,11 @@ def test_the_same_run_with_the_answers_there_gives_the_same_weights(copied: Path
 def job(copied: Path) -> Job:
     display = Display(quiet=True)
     with display.stage("test") as progress:
-        return _job(copied / "run", copied / "cache", display, progress)
+        run, cache = copied / "run", copied / "cache"
+        options = read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache})
+        chosen, images = resolve(options)
+        folder = RunFolder.read(run)
+        return Job(chosen, frozenset(), images, folder, Cache(cache), display, "cpu", progress)
 
 
 def with_options(job: Job, **options: Any) -> Job:
@@ -177,12 +180,12 @@ def test_a_teachers_key_is_its_weights_and_not_what_its_file_says_of_them(job: J
 
 
 # ---------------------------------------------------------------------------------------------------------
-# compress store
+# compress cache
 
 
 def test_the_list_tells_what_is_stored(first: Path):
     run = report(first / "run")
-    told = json.loads(wide("store", "list", "--json", "--cache", first / "cache").stdout)
+    told = json.loads(wide("cache", "list", "--json", "--cache", first / "cache").stdout)
     by_readout = {one["readout"]: one for one in told}
     images, top = run["data"]["train"], run["words"][0]["top"]
     assert set(by_readout) == {"map", "logits"}
@@ -195,86 +198,13 @@ def test_the_list_tells_what_is_stored(first: Path):
     assert by_readout["map"]["bytes_per_view"] == images * 16 * (4 * top + 2)
     assert by_readout["map"]["top"] == top
     assert by_readout["map"]["lost_mass"] == pytest.approx(run["teacher_cache"]["lost_mass"], rel=1e-6)
-    plain = wide("store", "list", "--cache", first / "cache").stdout.splitlines()
+    plain = wide("cache", "list", "--cache", first / "cache").stdout.splitlines()
     assert len(plain) == 4 and plain[0].startswith("teacher") and little.TEACHER in plain[1]
 
 
 def test_the_list_of_nothing_says_so(tmp_path: Path):
-    assert "No answers are stored in" in wide("store", "list", "--cache", tmp_path).stdout
-    assert json.loads(wide("store", "list", "--json", "--cache", tmp_path).stdout) == []
-
-
-def test_verify_computes_the_answers_again_and_finds_them_equal(first: Path):
-    result = wide("store", "verify", first / "run", "--cache", first / "cache")
-    images = report(first / "run")["data"]["train"]
-    told = result.stdout.splitlines()
-    assert told == [
-        f"{little.TEACHER}, map: {2 * images} answers computed again, all equal to the bit",
-        f"{little.TEACHER}, logits: {2 * images} answers computed again, all equal to the bit",
-        "4 of 4 entries have the checksums they were written with.",
-    ]
-
-
-def test_verify_notices_a_damaged_file_and_the_next_verification_that_it_is_gone(copied: Path):
-    place = entries(copied / "cache")["logits", 1]
-    with (place / "logits.npy").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x55")
-    arguments = ("store", "verify", copied / "run", "--cache", copied / "cache")
-    refused(little.compress(*arguments), 1, "view 1 (logits) was damaged on the disk", "removed")
-    assert "1 are no longer stored" in wide(*arguments).stdout
-
-
-def altered(place: Path, name: str, change: Callable[[np.ndarray], None]) -> None:
-    """An entry whose checksums hold and whose content is another."""
-    array = np.load(place / f"{name}.npy")
-    change(array)
-    np.save(place / f"{name}.npy", array)
-    sums = json.loads((place / CHECKSUMS).read_text())
-    sums[f"{name}.npy"] = sha256(place / f"{name}.npy")
-    (place / CHECKSUMS).write_text(json.dumps(sums))
-
-
-def swapped(array: np.ndarray) -> None:
-    array[[0, 1]] = array[[1, 0]]
-
-
-def nudged(array: np.ndarray) -> None:
-    array *= 1.001
-
-
-def test_verify_refuses_an_answer_that_is_another_images(copied: Path):
-    altered(entries(copied / "cache")["logits", 0], "logits", swapped)
-    result = little.compress("store", "verify", copied / "run", "--cache", copied / "cache")
-    told = refused(result, 1, f"{little.TEACHER}'s answer to view 0 of image", "rounding explains 1 %")
-    assert float(re.search(r"differs by ([\d.e+]+) %", told)[1]) > 1  # type: ignore[index]
-
-
-def test_verify_lets_rounding_pass_and_states_it(copied: Path):
-    altered(entries(copied / "cache")["logits", 0], "logits", nudged)
-    told = wide("store", "verify", copied / "run", "--cache", copied / "cache").stdout
-    assert re.search(r"logits: .* the largest difference 0\.\d+ % \(rounding explains 1 %\)", told)
-
-
-def test_verify_says_what_it_cannot_do(copied: Path, tmp_path: Path):
-    def verify(run: Path, cache: Path = copied / "cache") -> Any:
-        return little.compress("store", "verify", run, "--cache", cache)
-
-    refused(verify(tmp_path / "nowhere"), 2, "nowhere is not a run folder")
-    refused(verify(copied / "run", tmp_path / "empty"), 1, "None of the answers", "--cache")
-    config = copied / "run" / "config.yaml"
-    asks = config.read_text().replace("cache_views: 2", "cache_views: 0")
-    config.write_text(asks)
-    refused(verify(copied / "run"), 2, "config.yaml is not as the run has left it (cache_views)")
-    known = little.record(copied / "run")
-    of_another = {**known, "options": {**known["options"], "cache_views": 0}}
-    (copied / "run" / "run.json").write_text(json.dumps(of_another))
-    refused(verify(copied / "run"), 2, "at every step")
-    config.write_text(asks.replace("cache_views: 0", "cache_views: 2"))
-    (copied / "run" / "run.json").write_text(json.dumps(known))
-    save_file({"a": torch.zeros(1)}, copied / "run" / "prepared.safetensors")
-    refused(verify(copied / "run"), 1, "prepared.safetensors is not as the run has left it")
-    assert little.compress("store", "verify", copied / "run", "--share", "0").exit_code == 2
+    assert "There are no cached teacher outputs in" in wide("cache", "list", "--cache", tmp_path).stdout
+    assert json.loads(wide("cache", "list", "--json", "--cache", tmp_path).stdout) == []
 
 
 def test_prune_removes_what_was_used_longest_ago(copied: Path):
@@ -285,13 +215,13 @@ def test_prune_removes_what_was_used_longest_ago(copied: Path):
         os.utime(place / "about.json", (1e9 - age, 1e9 - age))
     sizes = {at: sum(file.stat().st_size for file in place.iterdir()) for at, place in places.items()}
     keep = sizes["map", 1] + sizes["logits", 0]
-    told = wide("store", "prune", "--keep", str(keep), "--cache", copied / "cache").stdout
+    told = wide("cache", "prune", "--keep", str(keep), "--cache", copied / "cache").stdout
     assert set(entries(copied / "cache")) == {("map", 1), ("logits", 0)}
     assert told.startswith("Removed 2 of 4 entries (")
-    assert wide("store", "prune", "--keep", "1GB", "--cache", copied / "cache").stdout.startswith(
+    assert wide("cache", "prune", "--keep", "1GB", "--cache", copied / "cache").stdout.startswith(
         "Removed 0 of 2"
     )
-    assert wide("store", "prune", "--keep", "0", "--cache", copied / "cache").stdout.startswith(
+    assert wide("cache", "prune", "--keep", "0", "--cache", copied / "cache").stdout.startswith(
         "Removed 2 of 2"
     )
     assert list((copied / "cache" / "answers").iterdir()) == []
@@ -302,28 +232,11 @@ def test_prune_removes_what_was_used_longest_ago(copied: Path):
     [("0", 0), ("10GB", 10**10), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1.5T", 1.5e12), ("512", 512)],
 )
 def test_sizes_are_written_as_people_write_them(text: str, bytes_: float):
-    assert size(text) == bytes_
+    assert parse_size(text) == bytes_
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-1GB", "10 apples", "1e9"])
 def test_what_is_no_size_is_refused(text: str, tmp_path: Path):
-    with pytest.raises(UsageError, match="say how much to keep"):
-        size(text)
-    refused(little.compress("store", "prune", f"--keep={text}", "--cache", tmp_path), 2, "--keep")
-
-
-def test_two_answers_of_words_differ_by_the_share_of_p_t_on_other_words():
-    one = {
-        "map.ids": np.array([[[3, 1], [0, 2]]], np.uint16),
-        "map.p": np.array([[[0.75, 0.25], [0.5, 0.5]]], "f2"),
-    }
-    two = {"map.ids": np.array([[[3, 9], [2, 0]]], np.uint16), "map.p": one["map.p"]}
-    assert difference(one, two) == pytest.approx([0.25 / 2])
-    assert difference(one, one) == pytest.approx([0])
-
-
-def test_two_answers_of_numbers_differ_by_the_length_of_their_difference():
-    one, two = (
-        {"logits": np.array(rows, "f2")} for rows in ([[3.0, 4.0], [1.0, 0.0]], [[3.0, 4.5], [1.0, 0.0]])
-    )
-    assert difference(one, two) == pytest.approx([0.1, 0])
+    with pytest.raises(UsageError, match="--keep must be a size"):
+        parse_size(text)
+    refused(little.compress("cache", "prune", f"--keep={text}", "--cache", tmp_path), 2, "--keep")

@@ -7,15 +7,21 @@ import pytest
 import torch
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.evaluation import calibration
-from questpress.pipeline.evaluation.calibration import (
-    HIGHEST,
-    LOWEST,
-    Answers,
-    bin_of,
-    fit_temperature,
-    measure,
-    together,
-)
+from questpress.pipeline.evaluation.calibration import HIGHEST, LOWEST, bin_of
+from questpress.pipeline.evaluation.likelihood import Likelihood, Predictions, Sigmoid, Softmax
+from questpress.pipeline.runs.scores import Calibration, Temperature
+
+
+def likelihood_of(labels: np.ndarray) -> Likelihood:
+    return Softmax() if labels.ndim == 1 else Sigmoid()
+
+
+def measure(logits: np.ndarray, labels: np.ndarray, temperature: float | None = None) -> Calibration | None:
+    return calibration.measure(logits, labels, likelihood_of(labels), temperature)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> Temperature:
+    return calibration.fit_temperature(logits, labels, likelihood_of(labels))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -54,7 +60,7 @@ def test_ece_entropy_and_nll_are_those_computed_by_hand():
     logits, labels = honest(400)
     p = softmax(logits.astype(np.float64))
     found = measure(logits, labels)
-    assert found is not None and found.n == 400 and not found.multilabel
+    assert found is not None and found.n == 400
     right = (p.argmax(1) == labels).astype(float)
     assert found.ece == pytest.approx(100 * ece_by_hand(p.max(1), right), abs=1e-9)
     assert found.entropy == pytest.approx(float(-(p * np.log(p)).sum(1).mean()))
@@ -88,7 +94,7 @@ def test_torchmetrics_own_bins_hold_their_lower_edge_and_1_alone_and_ours_do_not
     # A confidence on an edge: ours goes with the one a little smaller, torchmetrics' with the larger.
     confidence, right = np.array([edge - 0.03, edge, edge + 0.03, 1.0]), np.array([1.0, 0.0, 1.0, 0.0])
     theirs = float(binary_calibration_error(torch.from_numpy(confidence), torch.from_numpy(right).long(), 15))
-    ours = calibration._ece(Answers(confidence[:, None], right[:, None], 0.0, 0.0))
+    ours = calibration._ece(Predictions(confidence[:, None], right[:, None], 0.0, 0.0))
     assert ours == pytest.approx(ece_by_hand(confidence, right), abs=1e-12)
     gaps = right - confidence
     assert ours == pytest.approx(abs(gaps[0] + gaps[1]) / 4 + abs(gaps[2] + gaps[3]) / 4)
@@ -111,7 +117,7 @@ def test_the_bins_say_what_the_ece_is_made_of():
         found = measure(logits, labels)
         assert found is not None
         n = sum(one.n for one in found.bins)
-        assert n == found.n * (logits.shape[1] if found.multilabel else 1)
+        assert n == found.n * (logits.shape[1] if labels.ndim == 2 else 1)
         gaps = [one.n / n * abs(one.accuracy - one.confidence) for one in found.bins if one.n]
         assert found.ece == pytest.approx(sum(gaps), abs=1e-9)
         for i, one in enumerate(found.bins):
@@ -125,7 +131,7 @@ def test_several_labels_an_image_make_each_class_an_answer_of_its_own():
     logits, there = honest_classes(300)
     there = there.astype(np.float64)
     found = measure(logits, there)
-    assert found is not None and found.multilabel and found.n == 300
+    assert found is not None and found.n == 300
     p = 1 / (1 + np.exp(-logits.astype(np.float64)))
     assert found.ece == pytest.approx(100 * ece_by_hand(p.ravel(), there.ravel()), abs=1e-9)
     theirs = binary_calibration_error(torch.from_numpy(p), torch.from_numpy(there).long(), n_bins=15)
@@ -183,11 +189,11 @@ def test_before_is_the_same_without_the_temperature():
 
 def test_several_teachers_answer_with_the_mean_of_their_probabilities():
     a, b = honest(50, seed=1)[0], honest(50, seed=2)[0]
-    assert np.allclose(softmax(together([a, b])), (softmax(a.astype(float)) + softmax(b.astype(float))) / 2)
+    assert np.allclose(softmax(Softmax().ensemble([a, b])), (softmax(a.astype(float)) + softmax(b.astype(float))) / 2)
     a, b = honest_classes(50, seed=1)[0], honest_classes(50, seed=2)[0]
-    p, q, mean = (1 / (1 + np.exp(-x.astype(float))) for x in (a, b, together([a, b], multilabel=True)))
+    p, q, mean = (1 / (1 + np.exp(-x.astype(float))) for x in (a, b, Sigmoid().ensemble([a, b])))
     assert np.allclose(mean, (p + q) / 2)
-    assert together([a]) is a
+    assert Softmax().ensemble([a]) is a
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5, 8.0])
@@ -229,7 +235,7 @@ def test_the_temperatures_interval_holds_the_true_one_about_as_often_as_it_says(
 def test_logits_of_many_images_are_taken_in_parts(monkeypatch):
     logits, labels = honest(500)
     whole = fit_temperature(2 * logits, labels)
-    monkeypatch.setattr("questpress.pipeline.evaluation.calibration.TEMPERATURE_CHUNK", 64)
+    monkeypatch.setattr("questpress.pipeline.evaluation.calibration.CHUNK", 64)
     parts = fit_temperature(2 * logits, labels)
     assert parts.value == pytest.approx(whole.value, rel=1e-9)
     assert parts.high == pytest.approx(whole.high, rel=1e-9)
@@ -255,3 +261,16 @@ def test_without_images_or_with_logits_that_are_not_finite_no_temperature_is_fit
         fit_temperature(np.empty((0, 3), dtype=np.float32), np.empty(0, dtype=np.int64))
     with pytest.raises(JobError, match="finite"):
         fit_temperature(np.array([[np.inf, 0.0]], dtype=np.float32), np.array([0]))
+
+
+@pytest.mark.parametrize("factor", [0.3, 2.5])
+@pytest.mark.parametrize("kind", [honest, honest_classes])
+def test_temperature_is_that_of_bisection(kind, factor):
+    logits, labels = kind(200)
+    z, y = torch.from_numpy(factor * logits).double(), torch.from_numpy(labels)
+    low, high = 1 / HIGHEST, 1 / LOWEST
+    for _ in range(60):
+        beta = math.sqrt(low * high)
+        slope = float(likelihood_of(labels).slopes(beta, z, y)[0].mean())
+        low, high = (beta, high) if slope < 0 else (low, beta)
+    assert fit_temperature((factor * logits).astype(np.float64), labels).value == pytest.approx(1 / beta, rel=1e-9)

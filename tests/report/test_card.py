@@ -62,8 +62,8 @@ def test_data_of_the_hub_is_named_and_a_folder_is_not() -> None:
 def test_the_card_tells_accuracy_latency_and_their_intervals() -> None:
     text = card(reports.full(), manifest())
     report = reports.full()
-    assert report.student_int8 is not None and report.student_int8.accuracy is not None
-    correct, n = report.student_int8.accuracy.correct, report.student_int8.accuracy.n
+    assert report.student_int8 is not None and report.student_int8.score is not None
+    correct, n = report.student_int8.score.correct, report.student_int8.score.n
     assert f"| Student int8 | {100 * correct / n:.1f} % |" in text and f"{correct} of {n}" in text
     assert "Student int8 against teacher, 1 thread: 18.2× faster (17.9–18.5×)." in text
     assert "| Student int8 | 1 | 0.684 ms |" in text

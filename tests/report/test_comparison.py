@@ -17,7 +17,6 @@ from questpress.pipeline.report.pages.comparison import page as shown
 from questpress.pipeline.report.pages.comparison import pages
 from questpress.pipeline.runs import predictions
 from questpress.pipeline.runs.results import Report
-from questpress.pipeline.runs.scores import Accuracy
 
 from tests.support import reports
 
@@ -46,7 +45,7 @@ def make(tmp_path: Path) -> Made:
             update={"p50": p50, "intervals": {"p50": (p50 - 0.001, p50 + 0.001)}}
         )
         ships = report.student_int8.model_copy(
-            update={"accuracy": Accuracy.of(correct, N), "latency_ms": {"1": latency}}
+            update={"score": reports.accuracy(correct, N), "latency_ms": {"1": latency}}
         )
         update = {
             "student_int8": ships,

@@ -1,7 +1,8 @@
 from questpress.pipeline.report import summary
 from questpress.pipeline.report.pages.run import page
-from questpress.pipeline.runs.results import Report, Speedup
-from questpress.pipeline.runs.scores import Accuracy, MultiLabelScore
+from questpress.export.latency.results import Speedup
+from questpress.pipeline.runs.results import Report
+from questpress.pipeline.runs.scores import Score
 
 from tests.support import reports
 
@@ -22,15 +23,15 @@ def test_the_three_figures_are_size_speed_and_accuracy_of_the_int8_file() -> Non
     assert "95 % interval 17.9–18.5×, paired" in faster.lines
     assert "2 threads: 13.7× faster (13.1–14.4×)" in faster.lines
     report = reports.full()
-    assert report.student_int8 is not None and report.student_int8.accuracy is not None
-    assert accurate.value == f"{report.student_int8.accuracy.top1:.1f} %"
-    assert f"of {report.student_int8.accuracy.n} test images" in accurate.lines[1]
+    assert report.student_int8 is not None and report.student_int8.score is not None
+    assert accurate.value == f"{report.student_int8.score.percent:.1f} %"
+    assert f"of {report.student_int8.score.n} test images" in accurate.lines[1]
     assert any(line.startswith("student fp32 ") for line in accurate.lines)
     assert any(line.startswith("teacher ") for line in accurate.lines)
 
 
 def test_a_slower_int8_file_is_called_slower() -> None:
-    report = with_int8(speedups=[Speedup(over="teacher", threads=1, ratio=0.8, low=0.78, high=0.82)])
+    report = with_int8(speedups=[Speedup(subject="student_int8", over="teacher", threads=1, ratio=0.8, low=0.78, high=0.82)])
     _, faster, _ = summary.key_figures(report)
     assert (faster.value, faster.meaning) == ("1.25×", "slower than the teacher, 1 thread")
     assert "95 % interval 1.22–1.28×, paired" in faster.lines
@@ -41,10 +42,10 @@ def test_a_slower_int8_file_is_called_slower() -> None:
 
 
 def test_a_difference_within_noise_is_not_called_faster() -> None:
-    report = with_int8(speedups=[Speedup(over="student", threads=1, ratio=1.02, low=0.99, high=1.05)])
+    report = with_int8(speedups=[Speedup(subject="student_int8", over="student", threads=1, ratio=1.02, low=0.99, high=1.05)])
     told = summary.notes(report)
     assert any("not faster than student fp32" in note and "no measurable difference" in note for note in told)
-    report = with_int8(speedups=[Speedup(over="teacher", threads=1, ratio=1.02, low=0.99, high=1.05)])
+    report = with_int8(speedups=[Speedup(subject="student_int8", over="teacher", threads=1, ratio=1.02, low=0.99, high=1.05)])
     assert summary.key_figures(report)[1].meaning.startswith("the speed: no measurable difference")
 
 
@@ -60,10 +61,10 @@ def test_a_larger_file_is_called_larger() -> None:
 
 
 def test_lost_accuracy_and_a_wide_interval_are_noted() -> None:
-    told = summary.notes(with_int8(accuracy=Accuracy.of(30, 50)))
+    told = summary.notes(with_int8(score=reports.accuracy(30, 50)))
     [costs] = [note for note in told if note.startswith("Quantization costs accuracy: −")]
     assert "compress export RUN --qat" in costs and "--file student.onnx" in costs
-    learned = with_int8(accuracy=Accuracy.of(30, 50)).model_copy(update={"config": {"qat": True}})
+    learned = with_int8(score=reports.accuracy(30, 50)).model_copy(update={"config": {"qat": True}})
     [costs] = [note for note in summary.notes(learned) if note.startswith("Quantization costs")]
     assert "--qat" not in costs and "--file student.onnx" in costs
     assert any(note.startswith("On 50 test images the accuracy is uncertain") for note in told)
@@ -100,7 +101,7 @@ def test_several_teachers_stand_beside_their_ensemble() -> None:
     report = reports.full()
     assert report.teacher is not None and report.student_int8 is not None
     together = report.teacher.model_copy(update={"name": "both", "latency_ms": {}})
-    over_second = Speedup(over="teacher 1", threads=1, ratio=17.0, low=16.5, high=17.5)
+    over_second = Speedup(subject="student_int8", over="teacher 1", threads=1, ratio=17.0, low=16.5, high=17.5)
     int8 = report.student_int8.model_copy(update={"speedups": [over_second]})
     two = report.model_copy(
         update={"teachers": [report.teachers[0]] * 2, "teacher": together, "student_int8": int8}
@@ -117,7 +118,7 @@ def test_several_teachers_stand_beside_their_ensemble() -> None:
 def test_a_map_of_a_few_images_that_are_all_right_is_called_uncertain() -> None:
     report = reports.full()
     assert report.student_int8 is not None
-    perfect = MultiLabelScore(map=100, low=100, high=100, n=9, micro_f1=100, macro_f1=100)
-    int8 = report.student_int8.model_copy(update={"accuracy": None, "multi_label": perfect})
+    perfect = Score(metric="mAP", percent=100, low=100, high=100, n=9)
+    int8 = report.student_int8.model_copy(update={"score": perfect})
     told = summary.notes(report.model_copy(update={"student_int8": int8}))
     assert any("On 9 test images" in note and "whatever its 95 % interval says" in note for note in told)

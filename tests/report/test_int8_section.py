@@ -181,12 +181,12 @@ def test_where_no_candidate_holds_the_first_line_says_that_the_fp32_file_ships()
 
 def test_then_the_key_figures_are_those_of_the_fp32_file() -> None:
     report = int8_reports.without_int8_file()
-    assert report.student is not None and report.student.accuracy is not None
+    assert report.student is not None and report.student.score is not None
     smaller, faster, accurate = summary.key_figures(report)
     assert (smaller.value, smaller.meaning) == ("9.52×", "smaller than the teacher")
     assert smaller.lines == ["8.94 MB instead of 85.1 MB"]
     assert (faster.value, faster.meaning) == ("9.49×", "faster than the teacher, 1 thread")
-    assert accurate.value == f"{report.student.accuracy.top1:.1f} %"
+    assert accurate.value == f"{report.student.score.percent:.1f} %"
     assert accurate.meaning == "accuracy of the student fp32 file"
     assert summary.missing(report) == []
     table = int8.section(report).targets[0].tried
@@ -198,7 +198,7 @@ def test_then_the_key_figures_are_those_of_the_fp32_file() -> None:
 def test_a_second_target_without_a_file_is_a_note() -> None:
     report = int8_reports.with_int8()
     lost = report.int8[1].model_copy(
-        update={"file": None, "tried": [int8_reports.tried("minmax", 6, p50=None)], "accuracy": None}
+        update={"file": None, "tried": [int8_reports.tried("minmax", 6, p50=None)], "test_score": None}
     )
     notes = summary.notes(report.model_copy(update={"int8": [report.int8[0], lost]}))
     assert (
@@ -229,8 +229,8 @@ def test_a_default_target_of_other_processors_has_no_latency_and_says_why() -> N
 
 def test_recovery_compares_training_with_the_file_on_the_same_images() -> None:
     report = int8_reports.with_recovery()
-    assert report.student_int8 is not None and report.student_int8.accuracy is not None
-    top1, n = report.student_int8.accuracy.top1, report.student_int8.accuracy.n
+    assert report.student_int8 is not None and report.student_int8.score is not None
+    top1, n = report.student_int8.score.percent, report.student_int8.score.n
     section = int8.section(report)
     assert section.recovery.rows == [
         ["val", "400", "90.5 %", "89.8 %", "−0.8 points"],

@@ -53,7 +53,6 @@ def test_what_stands_beside_the_latencies_is_told() -> None:
         ["Student int8", "140", "41.0", "3.20", "66.0 MB", "12.0 MB"]
     ]
     assert bench_tables.throughput(bench).rows == [["Student int8", "1,450", "1,460"]]
-    assert bench_tables.mlperf(bench).rows == [["Student int8", "1", "0.710", "–", "5,000"]]
     assert ["not checked", "throttled", "throttled"] in bench_tables.conditions(bench).rows
 
 

@@ -15,7 +15,8 @@ from questpress.pipeline.evaluation.results import (
 )
 from questpress.pipeline.report.pages import comparison, validation
 from questpress.pipeline.runs.results import Example
-from questpress.pipeline.runs.scores import Accuracy, Calibration, ReliabilityBin, Speedup
+from questpress.pipeline.runs.scores import Calibration, Proportion, ReliabilityBin
+from questpress.export.latency.results import Speedup
 
 from tests.report.test_browser import BROWSER, NAMES, opened
 from tests.support import reports
@@ -52,15 +53,15 @@ def validated() -> str:
                 "precision": precision,
                 "image_size": 96,
                 "classes": names,
-                "accuracy": Accuracy.of(80, 105),
+                "score": reports.accuracy(80, 105),
                 "calibration": calibration(),
                 "per_class": [
-                    ClassMeasure(label=one, n=9, answered=8, correct=7, recall=Accuracy.of(7, 9))
+                    ClassMeasure(label=one, n=9, answered=8, correct=7, recall=Proportion.from_counts(7, 9))
                     for one in names
                 ],
                 "confusion": [[9 if i == k else i % 3 for k in range(12)] for i in range(12)],
                 "teacher": None if role == "teacher" else "teacher",
-                "agreement": None if role == "teacher" else Accuracy.of(90, 105),
+                "agreement": None if role == "teacher" else Proportion.from_counts(90, 105),
                 "mistakes": 25,
             }
         )
@@ -99,12 +100,12 @@ def compared() -> str:
                 "kind": kind,
                 "network": "mobilenetv2_100",
                 "bytes": size,
-                "accuracy": Accuracy.of(correct, 372),
+                "score": reports.accuracy(correct, 372),
                 "ece": 3.0,
                 "p50": p50,
                 "p50_low": p50 * 0.99,
                 "p50_high": p50 * 1.01,
-                "speedup": Speedup(over="teacher", threads=1, ratio=8, low=7.9, high=8.1),
+                "speedup": Speedup(subject="student_int8", over="teacher", threads=1, ratio=8, low=7.9, high=8.1),
             }
         )
 

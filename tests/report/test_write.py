@@ -9,7 +9,6 @@ from PIL import Image
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.report.render import html, markdown, write_report
 from questpress.pipeline.runs.results import Epoch, FloatPart, Report, ShownWord
-from questpress.pipeline.runs.scores import ClassResult
 
 from tests.support import int8_reports, reports
 
@@ -86,10 +85,10 @@ def test_figures_of_the_run_appear_in_html_and_markdown(tmp_path: Path) -> None:
     report = reports.full()
     write_report(report, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
-    assert report.student_int8 and report.student_int8.accuracy
+    assert report.student_int8 and report.student_int8.score
     told = [
         "mobilenetv2_100 distilled from resnet34", "33.4×", "18.2×",
-        f"{report.student_int8.accuracy.top1:.1f} %",
+        f"{report.student_int8.score.percent:.1f} %",
         "0.684 ms", "12.4 ms", "2.55 MB", "85.1 MB", "704", "431.7", "0.01432", "AMD EPYC 9555", "17.9–18.5×",
         report.command, report.warnings[0], "41ae" * 16, "train/hat/0213.jpg", "s8 per channel", "Apache-2.0",
         "21 min 01 s", "calibration.images",
@@ -267,16 +266,6 @@ def test_confusion_cells_hold_the_counts() -> None:
     for i, row in enumerate(report.confusion):
         share = round(100 * row[i] / sum(row))
         assert f'<td class="hit" style="--share:{share}%">{row[i]}</td>' in page
-
-
-def test_classes_of_the_results_missing_from_the_data_are_still_listed() -> None:
-    report = reports.full()
-    assert report.student_int8 is not None
-    more = [*report.student_int8.per_class, ClassResult(label="socks", n=4, correct=1)]
-    report = report.model_copy(
-        update={"student_int8": report.student_int8.model_copy(update={"per_class": more})}
-    )
-    assert "| socks | 0 | 0 | 0 | – | – | 25.0 % |" in markdown(report)
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_the_old_report_stays(tmp_path: Path) -> None:

@@ -37,10 +37,9 @@ def test_a_damaged_record_is_read_from_its_copy_and_written_anew(a_run, data, ca
     before = (a_run / "run.json").read_bytes()
     flip(a_run / "run.json", b'"train": 4')  # of 58 images, and still JSON
     done = compress("report", a_run, "--json")
-    assert done.exit_code == 0 and "its copy .run.json is read instead" in caplog.text
-    assert json.loads(done.stdout)["teacher"]["accuracy"] == json.loads(before)["stages"]["teacher"]["facts"][
-        "teacher"
-    ]["accuracy"] | {"balanced": None, "top5": None}
+    assert done.exit_code == 0 and "Its backup .run.json is used" in caplog.text
+    score = json.loads(before)["stages"]["teacher"]["facts"]["teacher"]["score"]
+    assert score.items() <= json.loads(done.stdout)["teacher"]["score"].items()
     assert job(data, a_run, cache).exit_code == 0
     assert record(a_run)["stages"] == json.loads(before)["stages"]
 
@@ -51,7 +50,7 @@ def test_a_record_that_is_damaged_twice_is_told(a_run, content):
         (a_run / name).write_text(content)
     before = little.files(a_run)
     for command in (("report", a_run), ("validate", a_run), ("export", a_run)):
-        refused(compress(*command), 2, "run.json cannot be read as a run's record")
+        refused(compress(*command), 2, "run.json cannot be read")
     assert little.files(a_run) == before
 
 
@@ -66,22 +65,19 @@ def test_a_run_whose_record_is_lost_can_be_started_over(a_run, data, cache):
 @pytest.mark.parametrize("option", ["calibration_images: 16", "batch_size: 16", "seed: 0"])
 def test_options_that_the_run_was_not_made_with_are_not_taken_from_its_config(a_run, option):
     flip(a_run / "config.yaml", option.encode())
-    refused(compress("export", a_run), 2, "config.yaml", "repeat the command that began the run")
+    refused(compress("export", a_run), 2, "config.yaml", "Run the original command again")
     assert compress("report", a_run).exit_code == 0  # has them from the record
 
 
 # Curves.
 
 
-def test_curves_of_stages_that_are_done_are_made_good(a_run, data, cache, caplog):
-    file = a_run / "metrics.jsonl"
-    before, told = file.read_bytes(), report(a_run)["epochs"]
-    flip(file, b'"loss":1')
-    file.write_bytes(file.read_bytes()[:-40])
+def test_damaged_curves_are_reported(a_run, data, cache, caplog):
+    assert job(data, a_run, cache).exit_code == 0 and "metrics.jsonl" not in caplog.text
+    flip(a_run / "metrics.jsonl", b'"loss":1')
     assert compress("report", a_run).exit_code == 0
-    assert report(a_run)["epochs"] == told
     assert job(data, a_run, cache).exit_code == 0
-    assert file.read_bytes() == before and "metrics.jsonl was damaged" in caplog.text
+    assert "metrics.jsonl is damaged: the curves of teacher in the report may be wrong" in caplog.text
 
 
 class Display:
@@ -98,7 +94,7 @@ class Folder:
         self.metrics = path / "metrics.jsonl"
 
     def curves(self) -> list[str]:
-        return folder.read(self.metrics)
+        return folder.read_curves(self.metrics)
 
 
 def test_a_curve_goes_on_from_the_checkpoint_and_not_from_a_damaged_file(tmp_path, monkeypatch, finished):
@@ -166,7 +162,7 @@ def test_a_damaged_report_is_not_compared(a_run, tmp_path):
         compress("compare", a_run, a_run, "--out", tmp_path / "out"),
         2,
         "report.json",
-        "checksum does not hold",
+        "checksum does not match",
     )
 
 
@@ -176,14 +172,14 @@ def test_kept_answers_and_teachers_that_are_damaged_are_not_believed(a_run, fini
         compress("compare", a_run, finished, "--out", tmp_path / "out"),
         1,
         "test_answers",
-        "repeat the command",
+        "Run the original command again",
     )
     flip(a_run / "bench" / "teacher.onnx")
     refused(
         compress("validate", a_run, "--out", tmp_path / "out"),
         1,
         "teacher.onnx",
-        "not as the run has left it",
+        "was modified after the run wrote it",
     )
 
 
@@ -200,39 +196,29 @@ def test_a_manifest_nested_without_end_is_told(a_run, data):
 # What the system refuses.
 
 
-def test_a_file_system_without_locks_is_told_of_and_worked_on(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_is_reported(tmp_path, monkeypatch, caplog):
     fcntl = pytest.importorskip("fcntl")
 
-    def refusing(number: int):
+    def set_flock_error(number: int):
         def flock(*_: object) -> None:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(fcntl, "flock", flock)
 
-    refusing(errno.ENOLCK)
-    with files.locked(tmp_path):
+    set_flock_error(errno.ENOLCK)
+    with files.lock(tmp_path):
         pass
-    assert "has no locks" in caplog.text
-    refusing(errno.EACCES)  # how some of them say that another has it
-    with pytest.raises(JobError, match="another process"), files.locked(tmp_path):
+    assert "cannot be locked" in caplog.text
+    set_flock_error(errno.EACCES)  # returned by some file systems if the lock is taken
+    with pytest.raises(JobError, match="another process"), files.lock(tmp_path):
         pass
-
-
-def test_a_lock_on_a_full_disk_holds_without_a_name(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch, files.locked(tmp_path):
-        patch.setattr(os, "write", full)
-        with pytest.raises(JobError, match="another process"), files.locked(tmp_path):
-            pass
 
 
 def test_a_dying_disk_is_one_sentence(a_run, monkeypatch):
     def dying(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run.json")
 
-    monkeypatch.setattr("questpress.pipeline.api.report.report_again", dying)
+    monkeypatch.setattr("questpress.pipeline.api.report.report", dying)
     refused(compress("report", a_run), 1, "run.json: Input/output error")
 
 

@@ -9,7 +9,7 @@ import pytest
 from questpress.export.runtime import Classifier
 from questpress.pipeline.data.sources.timm_datasets import open_digits
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.evaluation.inference import check_tempered
+from questpress.pipeline.stages.export import check_temperature
 from questpress.pipeline.runs.results import Report
 
 from tests.support import little
@@ -60,9 +60,8 @@ def test_the_student_is_the_same_file_and_its_fp32_logits_are_divided_by_the_tem
 
 def test_accuracy_and_every_answer_stay_what_they_were(plain, tempered):
     a, b = report(plain), report(tempered)
-    assert a["student"]["accuracy"] == b["student"]["accuracy"]
+    assert a["student"]["score"] == b["student"]["score"]
     assert a["confusion"] == b["confusion"]
-    assert a["student"]["per_class"] == b["student"]["per_class"]
 
 
 def test_the_temperature_is_in_the_manifest_and_in_both_files(plain, tempered):
@@ -87,7 +86,7 @@ def test_calibration_is_measured_on_each_shipped_file_before_and_after(plain, te
     assert measured["nll"] == pytest.approx(nll(given, labels), rel=1e-4)
     assert measured["before"]["nll"] == pytest.approx(nll(given * t, labels), rel=1e-4)
     assert measured["ece"] != measured["before"]["ece"]
-    assert measured["accuracy"] == pytest.approx(found[key]["accuracy"]["top1"])
+    assert measured["accuracy"] == pytest.approx(found[key]["score"]["percent"])
     without = report(plain)[key]["calibration"]
     assert without["before"] is None and without["temperature"] is None
     if key == "student":
@@ -104,7 +103,7 @@ def test_the_teachers_calibration_is_measured_too(plain):
     found = report(plain)
     assert found["teacher"]["calibration"]["n"] == 179
     assert found["teachers"][0]["calibration"] == found["teacher"]["calibration"]
-    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["accuracy"]["top1"])
+    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["score"]["percent"])
     Report.model_validate(found)
 
 
@@ -123,7 +122,7 @@ def test_several_teachers_are_measured_each_and_together(data, cache, tmp_path):
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = report(out)
     assert [one["calibration"]["n"] for one in found["teachers"]] == [6, 6]
-    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["accuracy"]["top1"])
+    assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["score"]["percent"])
 
 
 def test_without_val_images_it_is_refused_before_anything_starts(cache, tmp_path):
@@ -137,9 +136,9 @@ def test_without_val_images_it_is_refused_before_anything_starts(cache, tmp_path
 
 def test_a_file_that_answers_otherwise_is_not_shipped():
     plain = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
-    check_tempered(plain, plain / np.float32(1.7), 1.7)
-    check_tempered(np.zeros((3, 2), np.float32), np.zeros((3, 2), np.float32), 2.0)
+    check_temperature(plain, plain / np.float32(1.7), 1.7)
+    check_temperature(np.zeros((3, 2), np.float32), np.zeros((3, 2), np.float32), 2.0)
     with pytest.raises(JobError, match="temperature"):
-        check_tempered(plain, plain / np.float32(1.7), 1.71)
+        check_temperature(plain, plain / np.float32(1.7), 1.71)
     with pytest.raises(JobError, match="temperature"):
-        check_tempered(plain, plain * np.float32(np.nan), 1.7)
+        check_temperature(plain, plain * np.float32(np.nan), 1.7)

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
 from questpress.export.runtime import Classifier
 from questpress.pipeline.runs.results import FloatPart, TriedInt8
-from questpress.pipeline.runs.scores import Speedup
+from questpress.export.latency.results import Speedup
 from questpress.pipeline.stages import quantize
 
 from tests.support import little
@@ -114,7 +114,7 @@ def test_export_makes_files_for_other_targets_and_trains_nothing(a_run: Path, tm
     ]
     assert weights and max(int(abs(w.astype(int)).max()) for w in weights) <= 64
     found = {one["target"]: one for one in report(out)["int8"]}
-    assert "cannot be timed here" in found["arm64"]["not_timed"] and found["arm64"]["accuracy"]["n"] > 0
+    assert "cannot be timed here" in found["arm64"]["not_timed"] and found["arm64"]["score"]["n"] > 0
     assert found["x86"]["not_timed"] is None
     assert all(one["p50"] is None for one in found["arm64"]["tried"])
     # What answers on this processor, and on one of the others.
@@ -231,7 +231,7 @@ def test_bad_options_are_one_sentence(
 
 
 def test_export_of_what_is_no_finished_run_is_one_sentence(tmp_path: Path, data: Path, cache: Path) -> None:
-    assert "holds no run" in refused(little.compress("export", tmp_path), 2)
+    assert "is not a run folder" in refused(little.compress("export", tmp_path), 2)
     out = tmp_path / "run"
     assert job(data, out, cache, "--until", "teacher").exit_code == 0
     assert "whose student is not finished" in refused(little.compress("export", out), 2)
@@ -261,7 +261,7 @@ def tried(low: float) -> TriedInt8:
     return TriedInt8(
         name="minmax", calibration="minmax", equalised=False, bias_corrected=False, kept_float=[],
         score=90.0, lost=0.0, sqnr=30.0, holds=True, ships=True, bytes=1, p50=1.0,
-        speedup=Speedup(over="fp32", threads=1, ratio=low + 0.05, low=low, high=low + 0.1),
+        speedup=Speedup(subject="student_int8", over="fp32", threads=1, ratio=low + 0.05, low=low, high=low + 0.1),
     )  # fmt: skip
 
 

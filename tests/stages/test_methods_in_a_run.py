@@ -70,5 +70,5 @@ def test_the_report_names_the_papers_of_all_methods(of_all: Path) -> None:
 def test_the_cross_entropy_has_the_papers_weight_alone_and_one_in_a_sum(
     method: str, given: dict[str, float], expected: dict[str, float]
 ) -> None:
-    classes = {name: methods.load(name) for name in methods.names(method)}
+    classes = {name: methods.load(name) for name in methods.parse_methods(method)}
     assert weights_of_losses(given, classes) == expected

@@ -35,4 +35,4 @@ def test_a_run_says_that_workers_decode_and_keeps_to_it(
     monkeypatch.undo()
     second = little.job(data, out, cache, "--until", "student")
     assert second.exit_code == 0 and "as this run was begun" in second.stderr
-    assert little.record(out)["resident"] == "workers"
+    assert little.record(out)["placement"] == "workers"

@@ -57,8 +57,8 @@ def test_the_report_has_each_rounds_accuracy(rounds: Path) -> None:
     ]
     for one in found["rounds"]:
         assert one["val_accuracy"]["n"] == found["data"]["val"]
-        assert one["accuracy"]["n"] == found["data"]["test"]
-    assert found["student"]["val_accuracy"] == found["rounds"][1]["val_accuracy"]
+        assert one["score"]["n"] == found["data"]["test"]
+    assert found["student"]["val_score"] == found["rounds"][1]["val_score"]
     assert {epoch["stage"] for epoch in found["epochs"]} == {"teacher", "round 1", "student"}
     for page in ("report.md", "report.html"):
         assert "2 (ships)" in (rounds / page).read_text()

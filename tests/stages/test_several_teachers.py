@@ -48,7 +48,7 @@ def test_the_first_teacher_from_seeds_is_the_one_alone_and_the_second_has_a_seed
 def test_the_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
     found = report(seeds)
     assert [one["name"] for one in found["teachers"]] == [TEACHER] * 2
-    assert all(one["accuracy"]["n"] == found["data"]["test"] for one in found["teachers"])
+    assert all(one["score"]["n"] == found["data"]["test"] for one in found["teachers"])
     assert found["teacher"]["name"] == f"2 × {TEACHER}" and found["teacher"]["weights"] == "ensemble"
     assert found["title"] == f"{STUDENT} from 2 × {TEACHER}"
     for page in ("report.md", "report.html"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from questpress.export.runtime import Classifier
 from questpress.pipeline.config import recipes
-from questpress.pipeline.data.decode import Canonical, decode
+from questpress.pipeline.data.decode import Canonical, decode_images
 from questpress.pipeline.data.render import Views
-from questpress.pipeline.data.views import ViewPolicy, boxes
+from questpress.pipeline.data.views import ViewPolicy, draw_crops
 from torch.nn.functional import interpolate
 
 from tests.support import little
@@ -41,7 +41,7 @@ def test_everything_that_ships_is_of_the_students_size(smaller: Path, data: Path
     assert Classifier.load(smaller).predict([photo])[0].label in little.CLASSES
     told = report(smaller)
     assert (told["image_size"], told["teacher_image_size"]) == (12, 16)
-    assert told["student"]["accuracy"]["n"] == told["teacher"]["accuracy"]["n"]
+    assert told["student"]["score"]["n"] == told["teacher"]["score"]["n"]
     assert "12 × 12 pixels (the teacher at 16 × 16)" in (smaller / "report.md").read_text()
 
 
@@ -79,7 +79,7 @@ def test_the_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
         ViewPolicy("pad_crop", side=32, crop=32, pad=4) if kind == "pad_crop" else ViewPolicy("resized_crop")
     )
     form = Canonical("square", 32) if kind == "pad_crop" else Canonical("short_side", 48)
-    done = decode(in_memory([smooth(n, 70, 50) for n in range(6)]), form)
+    done = decode_images(in_memory([smooth(n, 70, 50) for n in range(6)]), form)
     views = Views(done.pixels, done.labels, done.keys, policy, 3, 32)
     indices, numbers = torch.arange(6), torch.full((6,), 5)
     small, full = views.batch(indices, numbers, size=16)[0], views.batch(indices, numbers)[0]
@@ -87,7 +87,7 @@ def test_the_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
     # One reduction or two: the same content, a little less sharp.
     assert (small.float() - down).abs().mean() < (0.51 if kind == "pad_crop" else 2.0)
     pixels = done.pixels
-    box, _ = boxes(policy, 3, done.keys, numbers, pixels.heights, pixels.widths)
+    box, _ = draw_crops(policy, 3, done.keys, numbers, pixels.heights, pixels.widths)
     assert len({tuple(row) for row in box.tolist()}) > 1, "the crops differ, so that the comparison says much"
 
 

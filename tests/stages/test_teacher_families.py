@@ -5,11 +5,12 @@ from collections.abc import Mapping
 import pytest
 import torch
 from questpress.models.build import build, geometry
+from questpress.pipeline.methods.base import Setup
 from questpress.models.errors import ModelError
 from questpress.pipeline import methods
 from questpress.pipeline.methods import base
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
-from questpress.pipeline.methods.shapes import check_methods, shapes
+from questpress.pipeline.methods.shapes import check_methods, compute_shapes
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.training.task import DistillationTask, Teacher
 
@@ -36,7 +37,7 @@ def checked(chosen: Mapping[str, base.Parameters], teacher: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_learns_a_teachers_words_whatever_the_teachers_family(name: str) -> None:
     checked({"quest": Parameters()}, name)
-    of_teacher, of_student = (shapes(n, CLASSES, SIZE) for n in (name, STUDENT))
+    of_teacher, of_student = (compute_shapes(n, CLASSES, SIZE) for n in (name, STUDENT))
     reads = Quest.teacher_reads(Parameters(), of_teacher)
     assert [of_teacher.maps[read] for read in reads] == [FAMILIES[name]]
     images = torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte()
@@ -47,7 +48,7 @@ def test_a_student_learns_a_teachers_words_whatever_the_teachers_family(name: st
     words = pooled[:WORDS]
     distance = torch.cdist(pooled, words).square()
     prepared = {"0.map.words": words, "0.map.mu": distance.mean()}
-    quest = Quest(Parameters(words=WORDS), of_student, [of_teacher], prepared)
+    quest = Quest(Parameters(words=WORDS), Setup(of_student, [of_teacher], prepared))
     network = build(STUDENT, num_classes=CLASSES, image_size=SIZE, seed=0)
     task = DistillationTask(
         network,
@@ -75,7 +76,7 @@ def test_a_student_learns_a_teachers_words_whatever_the_teachers_family(name: st
 
 def test_a_vgg_teaches_with_its_map_before_the_relu() -> None:
     for name in ("vgg11_bn", "cifar_vgg8"):
-        reads = Quest.teacher_reads(Parameters(), shapes(name, CLASSES, 32))
+        reads = Quest.teacher_reads(Parameters(), compute_shapes(name, CLASSES, 32))
         assert reads == {"map_pre"}
         teacher = Teacher(build(name, num_classes=CLASSES, image_size=32, seed=1), geometry(name, 32), ENGINE)
         features = teacher(torch.randint(0, 256, (2, 3, 32, 32)).byte(), reads)["map_pre"]
@@ -84,10 +85,10 @@ def test_a_vgg_teaches_with_its_map_before_the_relu() -> None:
 
 def test_a_level_that_a_network_does_not_have_is_refused_with_a_sentence() -> None:
     with pytest.raises(ModelError, match="no feature map 'map@9'"):
-        checked(methods.parameters(["quest"], {"quest.levels": ["map@9"]}), "resnet18")
+        checked(methods.parse_parameters(["quest"], {"quest.levels": ["map@9"]}), "resnet18")
 
 
 def test_logit_methods_ask_no_network_for_a_map() -> None:
     for name in ("kd", "dkd", "dist"):
         cls = methods.load(name)
-        assert cls.reads(methods.parameters([name], {})[name], shapes("resnet18", 3, SIZE)) == {"logits"}
+        assert cls.reads(methods.parse_parameters([name], {})[name], compute_shapes("resnet18", 3, SIZE)) == {"logits"}

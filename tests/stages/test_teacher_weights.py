@@ -67,7 +67,7 @@ def test_weights_that_fit_are_used_as_they_are_and_measured_as_torch_measures_th
 ):
     result = teach(data, tmp_path, cache, named)
     assert result.exit_code == 0, result.output
-    for role, key in (("test", "accuracy"), ("val", "val_accuracy")):
+    for role, key in (("test", "score"), ("val", "val_score")):
         images, labels = normalised(data, role)
         with torch.no_grad():
             right = int((trained(images).argmax(1) == labels).sum())

@@ -57,8 +57,8 @@ def test_its_backbone_is_loaded_whatever_else_the_file_holds_and_is_not_tuned(of
 
 def test_it_has_no_accuracy_and_every_page_says_so(of_features: Path) -> None:
     report = little.report(of_features)
-    assert report["teacher"]["head"] == "none" and report["teacher"]["accuracy"] is None
-    assert report["student_int8"]["accuracy"]["n"] > 0 and report["student_int8"]["agreement"] is None
+    assert report["teacher"]["head"] == "none" and report["teacher"]["score"] is None
+    assert report["student_int8"]["score"]["n"] > 0 and report["student_int8"]["agreement"] is None
     assert report["examples"] and all(one["teacher"] is None for one in report["examples"])
     told = f"{NAME} has no head"
     for text in (
@@ -136,8 +136,8 @@ def test_beside_a_teacher_with_a_head_the_ensemble_is_of_those_that_have_one(
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(tmp_path / "run")
     first, second = report["teachers"]
-    assert first["accuracy"] is None and second["accuracy"] is not None
-    assert report["teacher"]["accuracy"]["correct"] == second["accuracy"]["correct"]
+    assert first["score"] is None and second["score"] is not None
+    assert report["teacher"]["score"]["correct"] == second["score"]["correct"]
     assert report["student_int8"]["agreement"] is not None
     shipped = load_file(tmp_path / "run" / "student.safetensors")
     assert shipped["fc.weight"].shape == (3, 64)  # learned as 128 numbers, 64 for each teacher

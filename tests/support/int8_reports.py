@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from questpress.pipeline.runs.results import FloatPart, Int8Search, Recovery, Report, Speedup, TriedInt8
-from questpress.pipeline.runs.scores import Accuracy
+from questpress.export.latency.results import Speedup
+from questpress.pipeline.runs.results import FloatPart, Int8Search, Recovery, Report, TriedInt8
 
-from tests.support.reports import full, without
+from tests.support.reports import accuracy, full, without
 
 
 def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.684, **more: Any) -> TriedInt8:
@@ -28,7 +28,7 @@ def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.6
             "speedup": None
             if p50 is None
             else Speedup(
-                over="fp32", threads=1, ratio=1.31 / p50, low=1.31 / p50 - 0.03, high=1.31 / p50 + 0.03
+                subject="student_int8", over="fp32", threads=1, ratio=1.31 / p50, low=1.31 / p50 - 0.03, high=1.31 / p50 + 0.03
             ),
             **more,
         }
@@ -65,7 +65,7 @@ def with_int8() -> Report:
             tried("entropy, biases corrected", 1, ships=True),
             tried("percentile", 0, kept_float=["conv_1", "conv_7"], p50=0.9),
         ],
-        accuracy=report.student_int8.accuracy,
+        test_score=report.student_int8.score,
         worst=[("features.0.0", 11.5), ("features.17.conv", 14.25)],
         float_parts=[
             FloatPart(name="conv_1", op_type="Conv", why="kept in float for accuracy"),
@@ -79,7 +79,7 @@ def with_int8() -> Report:
         [tried("minmax", 0, ships=True, p50=None)],
         file=f"artifact/{arm}",
         p50_fp32=None,
-        accuracy=Accuracy.of(300, 371),
+        test_score=accuracy(300, 371),
         not_timed="made for arm64, and this machine is x86-vnni: it cannot be timed here",
     )
     return report.model_copy(update={"int8": [here, there]})

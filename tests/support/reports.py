@@ -3,23 +3,23 @@
 import base64
 import io
 import random
+from collections.abc import Sequence
 from math import exp
 from typing import Any
 
 from PIL import Image, ImageDraw
+from questpress.export.latency.results import Latency, Percentile, Speedup
+from questpress.export.results import Parity
 from questpress.pipeline.runs.results import (
     DataSummary,
     Epoch,
     Example,
-    Latency,
-    Parity,
     Report,
-    Speedup,
     StageTime,
     Subject,
     Words,
 )
-from questpress.pipeline.runs.scores import Accuracy, ClassResult
+from questpress.pipeline.runs.scores import ClassScore, Measure, Proportion, Score
 
 GARMENTS = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 
@@ -36,14 +36,33 @@ def png(seed: int, side: int = 64) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def accuracy(correct: int, n: int, classes: Sequence[ClassScore] = ()) -> Score:
+    proportion = Proportion.from_counts(correct, n)
+    return Score(
+        metric="accuracy",
+        **proportion.model_dump(),
+        details={"balanced accuracy": Measure(percent=proportion.percent - 1.2)},
+        classes=list(classes),
+    )
+
+
 def subject(name: str, correct: int, n: int, size: int, latencies: dict[str, float], **more: Any) -> Subject:
     return Subject(
         name=name,
         weights=more.pop("weights", "scratch"),
-        accuracy=Accuracy.of(correct, n, balanced=100 * correct / n - 1.2),
+        score=accuracy(correct, n, classes=more.pop("classes", [])),
         bytes=size,
         latency_ms={
-            threads: Latency(p50=p50, p90=p50 * 1.08, p95=p50 * 1.15, p99=None, mean=p50 * 1.02, n=412)
+            threads: Latency(
+                subject=name,
+                threads=int(threads),
+                percentiles={
+                    key: Percentile(value=p50 * ratio)
+                    for key, ratio in {"p50": 1, "p90": 1.08, "p95": 1.15}.items()
+                },
+                mean=p50 * 1.02,
+                n=412,
+            )
             for threads, p50 in latencies.items()
         },
         **more,
@@ -63,10 +82,12 @@ def full(classes: list[str] | None = None) -> Report:
         confusion.append(row)
     n, correct = sum(test), sum(confusion[i][i] for i in range(len(names)))
 
-    def per_class(better: int) -> list[ClassResult]:
+    def class_scores(better: int) -> list[ClassScore]:
         return [
-            ClassResult(
-                label=name, n=test[i], correct=min(test[i], confusion[i][i] + (better if i % 2 else 0))
+            ClassScore(
+                label=name,
+                n=test[i],
+                percent=100 * min(test[i], confusion[i][i] + (better if i % 2 else 0)) / test[i],
             )
             for i, name in enumerate(names)
         ]
@@ -77,12 +98,12 @@ def full(classes: list[str] | None = None) -> Report:
         n,
         85_146_000,
         {"1": 12.43, "2": 6.71},
-        per_class=per_class(2),
+        classes=class_scores(2),
         parameters=21_289_802,
         gmacs=0.674,
         licence="Apache-2.0",
         head="replaced",
-        val_accuracy=Accuracy.of(312, 341),
+        val_score=accuracy(312, 341),
         file="bench/teacher.onnx",
         sha256="9c2f" * 16,
         opset=20,
@@ -95,25 +116,25 @@ def full(classes: list[str] | None = None) -> Report:
         n,
         8_942_113,
         {"1": 1.31, "2": 0.823},
-        per_class=per_class(1),
+        classes=class_scores(1),
         parameters=2_236_682,
         gmacs=0.0602,
         parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64),
-        agreement=Accuracy.of(n - 21, n),
-        speedups=[Speedup(over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66)],
+        agreement=Proportion.from_counts(n - 21, n),
+        speedups=[Speedup(subject="student_int8", over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66)],
         file="artifact/student.onnx",
         sha256="b07d" * 16,
         opset=20,
         ir_version=10,
     )
     int8 = subject(
-        "mobilenetv2_100", correct, n, 2_548_907, {"1": 0.684, "2": 0.489}, per_class=per_class(0),
-        agreement=Accuracy.of(n - 26, n), parameters=2_236_682,
+        "mobilenetv2_100", correct, n, 2_548_907, {"1": 0.684, "2": 0.489}, classes=class_scores(0),
+        agreement=Proportion.from_counts(n - 26, n), parameters=2_236_682,
         speedups=[
-            Speedup(over="teacher", threads=1, ratio=18.17, low=17.9, high=18.46),
-            Speedup(over="teacher", threads=2, ratio=13.72, low=13.1, high=14.4),
-            Speedup(over="student", threads=1, ratio=1.92, low=1.88, high=1.95),
-            Speedup(over="student", threads=2, ratio=1.68, low=1.6, high=1.77),
+            Speedup(subject="student_int8", over="teacher", threads=1, ratio=18.17, low=17.9, high=18.46),
+            Speedup(subject="student_int8", over="teacher", threads=2, ratio=13.72, low=13.1, high=14.4),
+            Speedup(subject="student_int8", over="student", threads=1, ratio=1.92, low=1.88, high=1.95),
+            Speedup(subject="student_int8", over="student", threads=2, ratio=1.68, low=1.6, high=1.77),
         ],
         file="artifact/student.int8.onnx", sha256="41ae" * 16, opset=20, ir_version=10,
         quantization={
@@ -250,10 +271,9 @@ def teacher_only() -> Report:
     report = without("student", "student_int8", "words", "examples", "confusion", "artifact", "teacher")
     teacher = report.teachers[0].model_copy(
         update={
-            "accuracy": None,
+            "score": None,
             "latency_ms": {},
             "bytes": None,
-            "per_class": [],
             "file": None,
             "sha256": None,
         }

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from questpress.pipeline.errors import JobError
+from questpress.pipeline.methods.base import Setup
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.loop import Batch, backward
@@ -27,7 +28,7 @@ def batch(size: int) -> Batch:
 def kd(**changes: Any) -> DistillationTask:
     task = distillation(
         teacher_reads=[TEACHER_READS["kd"]],
-        methods={"kd": Kd(KdParameters(), SHAPES, [SHAPES], {})},
+        methods={"kd": Kd(KdParameters(), Setup(SHAPES, [SHAPES], {}))},
         student_reads=TEACHER_READS["kd"],
         **changes,
     )
@@ -42,7 +43,7 @@ def quest(**changes: Any) -> DistillationTask:
 
 
 def gradients(task: DistillationTask, given: Batch, size: int | None) -> tuple[dict[str, Any], Meter]:
-    meter = Meter(task.device, Ranks())
+    meter = Meter(task.device, Ranks(), task.label_task)
     task.train()
     backward(task, given, size, meter)
     return {

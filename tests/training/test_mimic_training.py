@@ -8,7 +8,7 @@ import torch
 from questpress.models.build import build, geometry
 from questpress.models.projection import Widened, widen
 from questpress.pipeline.methods import mimic
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.base import Setup, Shapes
 from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import nn
@@ -36,12 +36,7 @@ def widened(
     student = network()
     widen(student, WIDTH, seed=0)
     shapes = Shapes({}, vector=WIDTH, logits=CLASSES)
-    method = mimic.Mimic(
-        mimic.Parameters(alone=alone, variant=variant),
-        shapes,
-        [shapes],
-        {"0.weight": mimic.draw(HASHES, WIDTH, 0.1, seed=0), "0.bias": torch.zeros(HASHES)},
-    )
+    method = mimic.Mimic(mimic.Parameters(alone=alone, variant=variant), Setup(shapes, [shapes], {"0.weight": mimic.draw_hashes(HASHES, WIDTH, 0.1, seed=0), "0.bias": torch.zeros(HASHES)}))
     g = geometry("cifar_resnet8", SIDE)
     teacher = build("cifar_wrn_16_2", num_classes=CLASSES, image_size=SIDE, seed=7)
     values: dict[str, Any] = {

@@ -14,10 +14,10 @@ import pytest
 import torch
 from questpress.models.build import geometry
 from questpress.models.projection import widen
-from questpress.pipeline.data.render import Normalise, Views
+from questpress.pipeline.data.render import Normalize, Views
 from questpress.pipeline.data.views import Schedule
-from questpress.pipeline.evaluation import metrics
-from questpress.pipeline.methods.base import Method, Shapes
+from questpress.pipeline.evaluation.inference import compute_logits
+from questpress.pipeline.methods.base import Method, Setup, Shapes
 from questpress.pipeline.methods.kd import Kd
 from questpress.pipeline.methods.kd import Parameters as KdParameters
 from questpress.pipeline.methods.mimic import Mimic
@@ -28,6 +28,7 @@ from questpress.pipeline.runs.interrupt import STOP
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.checkpoint import Checkpoint
+from questpress.pipeline.tasks import CLASSIFICATION
 from questpress.pipeline.training.compute.distributed import Ranks, join, leave
 from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import DistillationTask, Teacher
@@ -60,15 +61,15 @@ def without_batch_norm(net: nn.Module) -> nn.Module:
 def a_method(name: str) -> Method:
     torch.manual_seed(0)
     if name == "kd":
-        return Kd(KdParameters(), SHAPES, [SHAPES], {})
+        return Kd(KdParameters(), Setup(SHAPES, [SHAPES], {}))
     if name == "mimic":
         hashes = {"0.weight": torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) / 8}
         # The mean over the images that a teacher is right on is each rank's own, so it is taken over all.
         mimicked = MimicParameters(variant="lshl2", alone=1)
-        return Mimic(mimicked, SHAPES, [SHAPES], {**hashes, "0.bias": torch.zeros(40)})
+        return Mimic(mimicked, Setup(SHAPES, [SHAPES], {**hashes, "0.bias": torch.zeros(40)}))
     words = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
     prepared = {"0.map.words": words, "0.map.mu": torch.tensor(10.0), "0.map.top": torch.tensor(3)}
-    return Quest(Parameters(words=5), SHAPES, [SHAPES], prepared)
+    return Quest(Parameters(words=5), Setup(SHAPES, [SHAPES], prepared))
 
 
 def a_store(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: Ranks) -> Store:
@@ -76,7 +77,7 @@ def a_store(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: 
         plan = ((indices, torch.full_like(indices, view)) for indices in batches)
         return (pixels for pixels, _ in given.batches(plan))
 
-    source = Source("teacher", "images", {"t": 0}, method.answers(0), lambda: teacher)
+    source = Source("teacher", "images", {"t": 0}, method.cached_outputs(0), lambda: teacher)
     return Store(Cache(cache), [source], len(given), render, lambda *_: None, ranks)
 
 
@@ -124,9 +125,9 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
     answers: list[Tensor] = []
 
     def measured(net: nn.Module) -> float:
-        mine = metrics.logits(net, Normalise(g.mean, g.std), pixels[ranks.mine(131)], ENGINE)
+        mine = compute_logits(net, Normalize(g.mean, g.std), pixels[ranks.mine(131)], ENGINE)
         answers.append(ranks.gather(mine))
-        return metrics.accuracy(answers[-1].numpy(), seen.labels[:131].numpy()).top1
+        return CLASSIFICATION.percent(answers[-1].numpy(), seen.labels[:131].numpy())
 
     if stop_after is not None:
         count_down(task, stop_after if ranks.number == ranks.count - 1 else None)
@@ -237,7 +238,7 @@ def test_the_network_that_is_measured_is_the_one_that_ships(trained: Path) -> No
     g = geometry("cifar_resnet8", SIDE)
     seen = views(170)
     pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
-    answers = metrics.logits(net, Normalise(g.mean, g.std), pixels, ENGINE)
+    answers = compute_logits(net, Normalize(g.mean, g.std), pixels, ENGINE)
     torch.testing.assert_close(found["answers"][-1], answers, atol=1e-4, rtol=1e-4)
 
 
@@ -291,7 +292,7 @@ def test_the_whole_command_with_two_processes(finished, data, cache, tmp_path):
     for name in ("teachers", "teacher", "student", "student_int8", "data", "epochs", "words", "stages"):
         assert known[name] == other[name], name
     assert len(report(out)["epochs"]) == len(report(finished)["epochs"]) == 4
-    assert report(out)["teacher"]["accuracy"]["n"] == report(finished)["teacher"]["accuracy"]["n"]
+    assert report(out)["teacher"]["score"]["n"] == report(finished)["teacher"]["score"]["n"]
 
     before = {name: weights(out / name) for name in ("teacher.safetensors", "student.safetensors")}
     again = several.start(tmp_path / "again", several.command, *arguments(data, out, cache))

@@ -56,8 +56,8 @@ def plan(optimizer: str = "adamw", **changes: Any) -> Plan:
 def distillation(method: str, engine: Engine, balance: bool = True) -> DistillationTask:
     """A student, heads as a run makes them, and a teacher."""
     torch.manual_seed(0)
-    names = methods.names(method)
-    parameters = methods.parameters(names, {"quest.words": 7} if "quest" in names else {})
+    names = methods.parse_methods(method)
+    parameters = methods.parse_parameters(names, {"quest.words": 7} if "quest" in names else {})
     classes = {name: methods.load(name) for name in names}
     shapes = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
     prepared = {"0.map.words": torch.rand(7, 64), "0.map.mu": torch.tensor(10.0)}
@@ -88,7 +88,7 @@ def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
 def stepper(task: DistillationTask, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """The loop's step, over one batch."""
     images, labels = batch(str(task.device))
-    meter = Meter(task.device, Ranks())
+    meter = Meter(task.device, Ranks(), task.label_task)
 
     def step() -> None:
         result = task(images, labels)

@@ -19,7 +19,7 @@ from questpress.pipeline.data.views import Schedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods import base, load, parse_parameters
 from questpress.pipeline.methods.base import CachedOutput, Shapes
-from questpress.pipeline.methods.quest.loss import answer as words_answer
+from questpress.pipeline.methods.quest.loss import cached_words as words_answer
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.training import teacher_cache
 from questpress.pipeline.training.checkpoint import Checkpoint

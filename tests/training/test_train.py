@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
-from questpress.pipeline.data.dataset import Image, array_key
-from questpress.pipeline.data.decode import ragged
-from questpress.pipeline.data.render import Normalise, Views
+from questpress.pipeline.data.dataset import Image, hash_array
+from questpress.pipeline.data.decode import pack_pixels
+from questpress.pipeline.data.render import Normalize, Views
 from questpress.pipeline.data.views import Schedule, ViewPolicy
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.base import Setup, Shapes
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.results import Epoch
@@ -36,10 +36,10 @@ POLICY = ViewPolicy("pad_crop", side=SIDE, crop=SIDE, pad=2, flip=True)
 
 def views(count: int = 24, seed: int = 0) -> Views:
     arrays = [picture(i % CLASSES, i, SIDE, SIDE) for i in range(count)]
-    images = [Image(str(i), i % CLASSES, array_key(a), a) for i, a in enumerate(arrays)]
+    images = [Image(str(i), i % CLASSES, hash_array(a), a) for i, a in enumerate(arrays)]
     keys = torch.tensor([int(image.key[:16], 16) >> 1 for image in images])
     data = torch.from_numpy(np.concatenate([a.reshape(-1, 3) for a in arrays]))
-    pixels = ragged(data, torch.full((count, 2), SIDE))
+    pixels = pack_pixels(data, torch.full((count, 2), SIDE))
     return Views(pixels, torch.tensor([i.label for i in images]), keys, POLICY, seed, SIDE)
 
 
@@ -61,9 +61,7 @@ def distillation(**changes: Any) -> DistillationTask:
     torch.manual_seed(0)
     shapes = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
     words = torch.from_numpy(np.random.default_rng(0).random((5, 64), dtype=np.float32))
-    quest = Quest(
-        Parameters(words=5), shapes, [shapes], {"0.map.words": words, "0.map.mu": torch.tensor(10.0)}
-    )
+    quest = Quest(Parameters(words=5), Setup(shapes, [shapes], {"0.map.words": words, "0.map.mu": torch.tensor(10.0)}))
     g = geometry("cifar_resnet8", SIDE)
     values: dict[str, Any] = {
         "teachers": [Teacher(network(seed=7), g, ENGINE)],
@@ -375,7 +373,7 @@ def test_pixels_are_normalised_by_the_networks_own_statistics():
     by_hand = (images.double() / 255 - torch.tensor(g.mean).double().view(1, 3, 1, 1)) / torch.tensor(
         g.std
     ).double().view(1, 3, 1, 1)
-    torch.testing.assert_close(Normalise(g.mean, g.std)(images).double(), by_hand, atol=1e-5, rtol=0)
+    torch.testing.assert_close(Normalize(g.mean, g.std)(images).double(), by_hand, atol=1e-5, rtol=0)
 
 
 def rates(steps: int, **changes: Any) -> list[float]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ..dataset import ImageSet, Labels, Progress, Split, Walk, hashed, printable
-from ..splits import UnsplitDataset, listed
-from .folders import ROLE_FOLDERS
+from ..dataset import ImageSet, Labels, Progress, Split, FolderScan, hash_files, printable
+from ..splits import UnsplitDataset, quote_names
+from .folders import SPLIT_FOLDERS
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = frozenset((".jsonl", ".ndjson"))
@@ -166,9 +166,9 @@ def _role(given: Any, where: str) -> Split | None:
     word = str(given).strip().lower() if given is not None else ""
     if not word:
         return None
-    if word not in ROLE_FOLDERS:
-        raise UsageError(f"{where}: there is no split '{printable(word)}'; say {', '.join(ROLE_FOLDERS)}.")
-    return ROLE_FOLDERS[word]
+    if word not in SPLIT_FOLDERS:
+        raise UsageError(f"{where}: there is no split '{printable(word)}'; say {', '.join(SPLIT_FOLDERS)}.")
+    return SPLIT_FOLDERS[word]
 
 
 # Of a file of half a gigabyte that is mostly outlines, what we keep while it is read.
@@ -289,11 +289,11 @@ def read_label_file(
     if not top.is_dir():
         raise UsageError(f"There is no folder {printable(str(top))}; --data-dir is the folder of the images.")
     walk = _walk(top)
-    multi_label = any(one.multi_label for one in read.values())
+    several = any(one.several for one in read.values())
     found = {role: one.located(walk) for role, one in read.items()}
     by_role = _by_role(found, files, to_learn)
     classes = _classes(list(read.values()))
-    if to_learn and len(classes) < 2 and not multi_label:
+    if to_learn and len(classes) < 2 and not several:
         raise UsageError(
             f"{printable(str(path))} has only one class, '{classes[0]}'; two or more can be told apart."
         )
@@ -302,7 +302,7 @@ def read_label_file(
     number = {name: label for label, name in enumerate(classes)}
     numbered: dict[Split, list[tuple[Path, Labels]]] = {
         role: [
-            (file, tuple(number[name] for name in row.labels) if multi_label else number[row.labels[0]])
+            (file, tuple(number[name] for name in row.labels) if several else number[row.labels[0]])
             for file, row in rows.items()
         ]
         for role, rows in by_role.items()
@@ -311,10 +311,10 @@ def read_label_file(
         printable(_home(path).resolve().name),
         printable(str(path)),
         tuple(classes),
-        hashed(numbered, walk, progress),
+        hash_files(numbered, walk, progress),
         has_roles=len(files) > 1 or any(row.role for one in read.values() for row in one.rows),
         skipped=tuple(walk.skipped),
-        multi_label=multi_label,
+        task="multi-label" if several else "classification",
     )
 
 
@@ -345,9 +345,9 @@ class _Read:
             self.rows, self.classes = read_coco(path)
         else:
             self.rows = read_rows(path)
-        self.multi_label = self.coco or any(len(row.labels) > 1 for row in self.rows)
+        self.several = self.coco or any(len(row.labels) > 1 for row in self.rows)
 
-    def located(self, walk: Walk) -> dict[Path, Row]:
+    def located(self, walk: FolderScan) -> dict[Path, Row]:
         """Each image's file and row.
 
         Raises:
@@ -379,7 +379,7 @@ class _Read:
             )
         return found
 
-    def _folder(self, walk: Walk) -> Path:
+    def _folder(self, walk: FolderScan) -> Path:
         """Where the images are: for COCO's, the first likely folder that has the first image."""
         if not self.coco:
             return walk.top
@@ -420,9 +420,9 @@ def _home(path: Path) -> Path:
     return folder.parent if folder.name.lower() == "annotations" else folder
 
 
-def _walk(top: Path) -> Walk:
+def _walk(top: Path) -> FolderScan:
     top = Path(os.path.normpath(top.absolute()))
-    return Walk(top.resolve(), top)
+    return FolderScan(top.resolve(), top)
 
 
 def _with_its_like(path: Path) -> dict[Split, Path]:
@@ -431,7 +431,7 @@ def _with_its_like(path: Path) -> dict[Split, Path]:
     word = _TRAIN.search(path.stem)
     if word is None:
         return files
-    for other, role in ROLE_FOLDERS.items():
+    for other, role in SPLIT_FOLDERS.items():
         beside = path.with_name(path.stem[: word.start()] + other + path.stem[word.end() :] + path.suffix)
         if role == "train" or not beside.is_file():
             continue
@@ -453,7 +453,7 @@ def _by_role(
             if row.role is not None and len(files) > 1:
                 raise UsageError(
                     f"'{files[named].name}' gives its images a split, and stands beside "
-                    f"{listed([one.name for role, one in files.items() if role != named])}; leave one of "
+                    f"{quote_names([one.name for role, one in files.items() if role != named])}; leave one of "
                     "the two out."
                 )
             by_role.setdefault(row.role or named, {})[file] = row
@@ -481,5 +481,5 @@ def _check_trained(classes: Iterable[str], by_role: Mapping[Split, dict[Path, Ro
         only = [one for one in classes if one in shown.get(role, ()) and one not in shown["train"]]  # type: ignore[call-overload]
         if only:
             raise UsageError(
-                f"{name} has images of {listed(only)} for {what} alone; a class needs images to train on."
+                f"{name} has images of {quote_names(only)} for {what} alone; a class needs images to train on."
             )

@@ -79,8 +79,8 @@ def _section(found: Comparison, group: Group, number: int) -> Section:
 
 
 def measure(found: Comparison, group: Group) -> str:
-    several = any(one.multi_label for name in group.runs for one in _files(found.run(name)))
-    return "mAP" if several else "accuracy"
+    scores = [one.score for name in group.runs for one in _files(found.run(name)) if one.score is not None]
+    return scores[0].metric if scores else "accuracy"
 
 
 def _files(run: ComparedRun) -> list[ComparedFile]:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from ...runs.results import Example, Report
-from ..sections import calibration, int8, training, classes as several_labels, vocabulary as words
+from ...tasks import task_of
+from ..sections import calibration, int8, training, vocabulary as words
+from ..sections.classes import classes as class_table
 from .. import details, format, summary, pictures, tables
 from ..charts import Lines, Rows
 from ..format import png
@@ -98,8 +100,7 @@ def page(report: Report) -> Page:
     side_by_side, comparison = pictures.comparison(report), tables.comparison(report)
     trainings, watched = pictures.trainings(report), pictures.watched(report)
     confused, quest = tables.confused(report), words.section(report)
-    several = report.data is not None and report.data.multi_label
-    classes = several_labels.classes(report) if several else tables.classes(report)
+    classes = class_table(report)
     calibrated, quantized = calibration.section(report), int8.section(report)
     confusion, examples = _matrix(report), _examples(report)
     there = {
@@ -249,8 +250,8 @@ def _examples_note(report: Report, shown: int) -> str:
     both = any(one.teacher is not None for one in report.examples)
     note = f"With the answers of the file that ships{' and of the teacher' if both else ''}, "
     note += "each with its probability. "
-    if report.data is not None and report.data.multi_label:
-        note += "That of several classes is that of exactly these, were they independent of each other. "
+    if report.data is not None and task_of(report.data).prediction_note:
+        note += f"{task_of(report.data).prediction_note} "
     note += "The student’s mistakes come first, the most confident at the head." if wrong else ""
     if shown < len(report.examples):
         note += f" {shown} of {len(report.examples):,}."

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...evaluation.results import Network, Validation
 from ...runs.results import Report, Subject
-from ...runs.scores import Accuracy
+from ...tasks import TASKS
 from ..sections import calibration
 from .. import format, validation_tables
 from ..charts import Mark, Rows, dots
@@ -117,7 +117,7 @@ def machine_line(environment: dict[str, str]) -> str | None:
 
 
 def measure(found: Validation) -> str:
-    return "mAP" if found.multi_label else "accuracy"
+    return TASKS[found.task].metric
 
 
 def _taught(found: Validation) -> bool:
@@ -128,7 +128,7 @@ def _lead(found: Validation) -> str:
     students = sum(one.role == "student" for one in found.networks)
     told = f"{format.counted(students, 'file')} asked about {format.count(found.n)} {ROLES[found.role]} "
     told += f"of {found.data}, {format.counted(len(found.per_class), 'class', 'classes')}"
-    told += ", several of which an image may show" if found.multi_label else ""
+    told += TASKS[found.task].labels_note
     return f"{told}, in ONNX Runtime with the options that ship."
 
 
@@ -137,7 +137,7 @@ def _key_figures(found: Validation) -> list[KeyFigure]:
     known = []
     if score is not None:
         lines = [f"95 % interval {format.percent_interval(score.low, score.high, score.n)}"]
-        if isinstance(score, Accuracy):
+        if score.correct is not None:
             lines.append(f"{score.correct:,} of {format.counted(score.n, 'image')}")
         lines += [f"{one.name} {score_in_words(one.score)}" for one in found.networks[1:]]
         known.append(
@@ -147,8 +147,8 @@ def _key_figures(found: Validation) -> list[KeyFigure]:
         one = first.agreement
         known.append(
             KeyFigure(
-                format.percent(one.top1, one.n),
-                f"{'the same labels' if found.multi_label else 'the same answer'} as the teacher",
+                format.percent(one.percent, one.n),
+                "agreement with the teacher",
                 [
                     f"95 % interval {format.percent_interval(one.low, one.high, one.n)}",
                     f"different on {format.counted(one.n - one.correct, 'image')}",
@@ -191,8 +191,7 @@ def _scores(found: Validation) -> Rows | None:
         for one in found.networks
         if (score := one.score) is not None
     ]
-    title = "mAP" if found.multi_label else "Accuracy"
-    return dots(title, marks, "line: 95 % interval")
+    return dots(format.title(measure(found)), marks, "line: 95 % interval")
 
 
 def _recall(network: Network) -> Rows | None:
@@ -201,7 +200,7 @@ def _recall(network: Network) -> Rows | None:
         return None
     marks = [
         Mark(
-            _cut(one.label, 14), _key(network), share.top1, format.percent(share.top1), share.low, share.high
+            _cut(one.label, 14), _key(network), share.percent, format.percent(share.percent), share.low, share.high
         )
         for one in network.per_class
         if (share := one.recall) is not None
@@ -218,10 +217,7 @@ def _mistakes(found: Validation) -> str:
     told = f"The file {first.name} has {format.counted(first.mistakes, 'image')} wrong"
     told += ", the surest answers first" if first.mistakes > 1 else ""
     told += f"; here are {shown}, all are in mistakes.csv" if shown < first.mistakes else ""
-    told += ". Each with its probability" + (
-        ", that of exactly these labels, were they independent of each other." if found.multi_label else "."
-    )
-    return told
+    return f"{told}. Each with its probability. {TASKS[found.task].prediction_note}".rstrip()
 
 
 def _calibration(found: Validation) -> calibration.Section:

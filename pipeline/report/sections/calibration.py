@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...runs.results import Report
-from ...runs.scores import Accuracy, Calibration, ReliabilityBin
+from ...runs.scores import Calibration, Proportion, ReliabilityBin
 from .. import format
 from ..charts import WIDTH, Tick
 from ..networks import Column, compared, every, shipped
@@ -110,15 +110,11 @@ def sentences(report: Report) -> list[str]:
 
 def reading(column: Column, measured: Calibration) -> str:
     """Says 92.0 % where it is right 88.0 % of the time: over-confident by 4.0 points."""
-    several = column.role.startswith("Teachers")
-    says, is_right = ("say", "they are right") if several else ("says", "it is right")
-    n = measured.n
-    confidence, accuracy = (format.percent(one, n) for one in (measured.confidence, measured.accuracy))
-    if measured.multilabel:
-        told = f"The {_named(column)} on average {says} {confidence} of a class that is there {accuracy}"
-    else:
-        told = f"The {_named(column)} {says} {confidence} where {is_right} {accuracy}"
-    return f"{told} of the time: {verdict(measured)}."
+    confidence, accuracy = (format.percent(one, measured.n) for one in (measured.confidence, measured.accuracy))
+    return (
+        f"The {_named(column)}’s predictions have a mean probability of {confidence}, and {accuracy} are "
+        f"correct: {verdict(measured)}."
+    )
 
 
 def verdict(measured: Calibration) -> str:
@@ -202,7 +198,7 @@ def diagram(column: Column, measured: Calibration) -> Reliability:
         x_ticks=[Tick(across(value), f"{value:g}") for value in ends],
         y_ticks=[Tick(up(value), f"{value:g}") for value in ends],
         diagonal=(across(0), up(0), across(100), up(100)),
-        axis="probability of a class, %" if measured.multilabel else "confidence, %",
+        axis="mean predicted probability, %",
     )
 
 
@@ -226,7 +222,7 @@ def _told(one: ReliabilityBin) -> str:
 
 def _dot(one: ReliabilityBin) -> Dot:
     assert one.confidence is not None and one.accuracy is not None
-    interval = Accuracy.of(round(one.n * one.accuracy / 100), one.n)
+    interval = Proportion.from_counts(round(one.n * one.accuracy / 100), one.n)
     return Dot(across(one.confidence), up(one.accuracy), up(interval.low), up(interval.high), _told(one))
 
 

@@ -1,51 +1,50 @@
-"""What the report tells of each class where images have several labels."""
+"""The classes of the data: number of images and scores."""
 
 from ...runs.results import Report
 from ...runs.scores import ClassScore
+from ...tasks import task_of
 from .. import format
 from ..networks import Column, every, shipped
 from ..tables import Table
 
 
 def classes(report: Report) -> Table:
-    """A row per class: images by role, each network's average precision, and the shipped file's threshold
-    with the F1 that it gives.
-    """
-    roles = report.data.per_class if report.data else {}
-    roles = {role: roles[role] for role in ("train", "val", "test") if role in roles}
-    columns = [column for column in every(report) if column.subject.multi_label]
-    ships = shipped(report)
-    thresholds = _scores(ships) if ships is not None else {}
+    """Return a row per class: images by split, each network's score, and the shipped file's threshold and F1."""
+    columns = [column for column in every(report) if _scores(column)]
+    data, ships = report.data, shipped(report)
+    if data is None:
+        return Table("Classes", [], [])
+    splits = {split: data.per_class[split] for split in ("train", "val", "test") if split in data.per_class}
+    shipped_scores = _scores(ships) if ships is not None else {}
+    thresholds = {label: one for label, one in shipped_scores.items() if one.threshold is not None}
     scores = [_scores(column) for column in columns]
-    names = report.data.classes if report.data else []
     rows = [
         [
             name,
-            *(format.count(counts.get(name, 0)) for counts in roles.values()),
-            *(_precision(of.get(name)) for of in scores),
+            *(format.count(counts.get(name, 0)) for counts in splits.values()),
+            *(_percent(one.get(name)) for one in scores),
             *(_threshold(thresholds.get(name)) if thresholds else ()),
         ]
-        for name in names
+        for name in data.classes
     ]
-    return Table(
-        "By class",
-        ["class", *roles, *(column.role for column in columns), *(("threshold", "F1") if thresholds else ())],
-        rows,
-        note="Average precision on the test images; an image counts under each of its classes."
-        + (f" Threshold and F1: {ships.role.lower()}." if ships is not None and thresholds else ""),
-    )
+    names = ["class", *splits, *(column.role for column in columns)]
+    note = f"{format.title(task_of(data).class_metric)} on the test images." if columns else ""
+    if ships is not None and thresholds:
+        names += ["threshold", "F1"]
+        note += f" Threshold and F1: {ships.role.lower()}."
+    return Table("By class", names, rows, note=note)
 
 
 def _scores(column: Column) -> dict[str, ClassScore]:
-    score = column.subject.multi_label
+    score = column.subject.score
     return {one.label: one for one in score.classes} if score is not None else {}
 
 
-def _precision(of: ClassScore | None) -> str:
-    return format.percent(of.average_precision, of.n) if of is not None else format.MISSING
+def _percent(score: ClassScore | None) -> str:
+    return format.percent(score.percent, score.n) if score is not None else format.MISSING
 
 
-def _threshold(of: ClassScore | None) -> tuple[str, str]:
-    if of is None:
+def _threshold(score: ClassScore | None) -> tuple[str, str]:
+    if score is None or score.threshold is None:
         return format.MISSING, format.MISSING
-    return format.significant(of.threshold, 2), format.percent(of.f1, of.n)
+    return format.significant(score.threshold, 2), format.percent(score.f1, score.n)

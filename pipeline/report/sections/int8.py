@@ -56,8 +56,8 @@ def sentences(report: Report, search: Int8Search) -> list[str]:
     found = [budget.keeps(report, search)]
     if any(one.lost > search.max_drop and one.holds for one in search.tried):
         found.append("A larger loss is not refused where it is of one or two images.")
-    if search.file is not None and search.accuracy is not None:
-        score = search.accuracy
+    if search.file is not None and search.test_score is not None:
+        score = search.test_score
         told = f"{search.file} has {format.percent(score.percent, score.n)} "
         told += f"({format.percent_interval(score.low, score.high, score.n)}) of "
         told += format.counted(score.n, "test image")

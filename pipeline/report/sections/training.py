@@ -20,8 +20,8 @@ def rounds(report: Report) -> Table:
         [
             str(one.round) + (" (ships)" if one.round == last else ""),
             one.teacher,
-            *measured(one.val_accuracy),
-            *measured(one.accuracy),
+            *measured(one.val_score),
+            *measured(one.score),
         ]
         for one in report.rounds
     ]

@@ -12,6 +12,7 @@ from ...errors import JobError
 from ...runs import folder
 from ...runs.files import write_text
 from ...runs.results import Epoch
+from ...tasks import Task
 from ..compute.distributed import Ranks
 from ..job import Job, NetworkSpec
 from ..task import DistillationTask
@@ -50,7 +51,7 @@ class Log:
         self.folder = job.folder
         self.detail = job.display.detail
         self.what = what
-        self.lines = folder.of_training(job.folder.curves(), what)
+        self.lines = folder.select_training(job.folder.curves(), what)
         """This training's epochs up to now, or those of an earlier attempt."""
         self.trackers = Trackers(job, what) if job.ranks.is_main else None
 
@@ -58,9 +59,9 @@ class Log:
         if self.trackers is None:
             return
         others = self._others()
-        known = {str(folder.training_of(line)) for line in [*others, *self.lines]}
+        known = {str(folder.get_training(line)) for line in [*others, *self.lines]}
         # An earlier attempt's epochs that are to come again go.
-        before = [line for line in self.lines if folder.epoch_of(line) < epoch.epoch]
+        before = [line for line in self.lines if folder.get_epoch(line) < epoch.epoch]
         self.lines = [*before, epoch.model_dump_json()]
         self._write(others)
         self.detail(_in_words(epoch))
@@ -78,11 +79,11 @@ class Log:
 
     def _others(self) -> list[str]:
         """The epochs of other trainings."""
-        return [line for line in self.folder.curves() if folder.training_of(line) != self.what]
+        return [line for line in self.folder.curves() if folder.get_training(line) != self.what]
 
     def _write(self, others: Sequence[str]) -> None:
         lines = [*others, *self.lines]
-        if lines != folder.read(self.folder.metrics):
+        if lines != folder.read_curves(self.folder.metrics):
             write_text(self.folder.metrics, "\n".join(lines) + "\n")
 
 
@@ -98,16 +99,17 @@ def _in_words(epoch: Epoch) -> str:
 class Meter:
     """Sums since the last reset; a part of the training's state, so that a resumed epoch counts whole."""
 
-    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, device: torch.device, ranks: Ranks, label_task: Task) -> None:
         self.device = device
         self.ranks = ranks
+        self.label_task = label_task
         self.reset()
 
     def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.images = 0
-        self.several = False
+        self.has_accuracy = True
 
     @torch.no_grad()
     def add(self, result: Mapping[str, Tensor], labels: Tensor) -> None:
@@ -115,9 +117,10 @@ class Meter:
         for key, value in result.items():
             if key != "output":
                 self.sums[key] = self.sums.get(key, 0) + value.detach().float() * len(labels)
-        if labels.ndim == 1:
-            self.correct += (result["output"].argmax(1) == labels).sum()
-        self.several = labels.ndim > 1
+        correct = self.label_task.count_correct(result["output"], labels)
+        self.has_accuracy = correct is not None
+        if correct is not None:
+            self.correct += correct
         self.images += len(labels)
 
     def means(self, epoch: int, *, of_all: bool = False) -> dict[str, float]:
@@ -139,10 +142,8 @@ class Meter:
         return means
 
     def accuracy(self) -> float | None:
-        """Top-1 in percent on the training views of all ranks; None where images have several labels, whose
-        ranking is not a sum over batches.
-        """
-        if self.several:
+        """Return the percentage of correct training views of all ranks; None if the task counts none."""
+        if not self.has_accuracy:
             return None
         correct, images = self.ranks.sum(torch.stack([self.correct, self._images()])).tolist()
         return 100 * correct / images

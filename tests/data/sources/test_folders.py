@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.data.dataset import SPLITS
-from questpress.pipeline.data.sources.folders import one_role_alone, open_folder
+from questpress.pipeline.data.sources.folders import describe_unused_splits, open_folder
 from questpress.pipeline.errors import UsageError
 
 from tests.support.pictures import folder, save
@@ -183,11 +183,11 @@ def test_one_level_too_high_names_the_folder_that_was_meant(tmp_path: Path) -> N
 
 def test_one_level_too_low_is_told_by_what_lies_beside_it(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
-    told = one_role_alone(tmp_path / "train")
+    told = describe_unused_splits(tmp_path / "train")
     assert told == f"'val', 'test' beside train are not used: --data {tmp_path} takes them all"
-    assert one_role_alone(tmp_path) is None and one_role_alone(tmp_path / "train/a") is None
+    assert describe_unused_splits(tmp_path) is None and describe_unused_splits(tmp_path / "train/a") is None
     folder(tmp_path / "alone", {"train/a": 3, "train/b": 3})
-    assert one_role_alone(tmp_path / "alone/train") is None
+    assert describe_unused_splits(tmp_path / "alone/train") is None
 
 
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_table_with_several_labels_makes_a_multi_label_set(tmp_path: Path) -> 
     names, labels = pictures(tmp_path, 40), sets_of(40)
     rows = [f"{name}, {' ; '.join(found)};" for name, found in zip(names, labels, strict=True)]
     data = open_data(str(table(tmp_path, rows)))
-    assert data.multi_label and data.classes == CLASSES and data.name == tmp_path.name
+    assert data.task == "multi-label" and data.classes == CLASSES and data.name == tmp_path.name
     assert by_name(data) == dict(zip(names, labels, strict=True))
     for role in ("train", "val", "test"):
         assert all(data.counts[role])
@@ -79,7 +79,7 @@ def test_one_label_for_each_image_makes_the_set_that_class_folders_make(tmp_path
         shutil.copy(tmp_path / "pool" / name, tmp_path / "folders" / CLASSES[n % 3] / name)
     path = table(tmp_path, [f"pool/{name},{CLASSES[n % 3]}" for n, name in enumerate(names)])
     from_table, from_folders = open_data(str(path)), open_data(str(tmp_path / "folders"))
-    assert not from_table.multi_label
+    assert from_table.task == "classification"
     assert from_table.fingerprint == from_folders.fingerprint
     assert [image.key for image in from_table.train] == [image.key for image in from_folders.train]
 
@@ -134,7 +134,7 @@ def test_cocos_annotations_find_their_images_and_keep_those_that_show_nothing(tm
     path = coco(root / "annotations" / "instances_train2017.json", train, shown)
     coco(root / "annotations" / "instances_val2017.json", val, sets_of(8))
     data = open_data(str(path))
-    assert data.multi_label and data.name == "coco"
+    assert data.task == "multi-label" and data.name == "coco"
     assert data.classes == ("fox", "cat", "dog")  # by number, and without the one that no image shows
     found = by_name(data)
     assert set(found["train2017/000.png"]) == set(shown[0]) and found["train2017/005.png"] == []

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import decode_image
 from questpress.pipeline.data.dataset import SPLITS, ImageSet
-from questpress.pipeline.data.decode import Canonical, decode
+from questpress.pipeline.data.decode import Canonical, decode_images
 from questpress.pipeline.data.sources import open_data, timm_datasets
-from questpress.pipeline.data.streaming import measured
+from questpress.pipeline.data.streaming import measure_images
 from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.errors import UsageError
 
@@ -94,7 +94,7 @@ def test_workers_read_shards(tmp_path: Path) -> None:
     images = opened(shop(tmp_path)).train
     workers = Workers(1)
     form = Canonical("short_side", 8)
-    assert measured(images, form, workers).heights.equal(decode(images, form).pixels.heights)
+    assert measure_images(images, form, workers).heights.equal(decode_images(images, form).pixels.heights)
     workers.close()
 
 
@@ -181,7 +181,7 @@ def test_a_table_of_hugging_faces_is_read_at_random_by_workers(
     assert len({id(image.source.table) for image in again}) == 1
     workers = Workers(1)
     form = Canonical("short_side", 8)
-    assert measured(images.train, form, workers).widths.equal(decode(images.train, form).pixels.widths)
+    assert measure_images(images.train, form, workers).widths.equal(decode_images(images.train, form).pixels.widths)
     workers.close()
 
 

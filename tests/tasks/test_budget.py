@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from questpress.pipeline.stages.quantize import Budget, mcnemar
+from questpress.pipeline.evaluation.comparison import mcnemar
+from questpress.pipeline.stages.quantize import Budget
+from questpress.pipeline.tasks import CLASSIFICATION, MULTI_LABEL
 
 
 def answers(right: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarray:
@@ -13,7 +15,7 @@ def answers(right: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarr
 
 def budget(n: int, max_drop: float) -> tuple[Budget, np.ndarray]:
     labels = np.arange(n) % 3
-    return Budget(answers(np.ones(n, bool), labels), labels, max_drop), labels
+    return Budget(CLASSIFICATION, answers(np.ones(n, bool), labels), labels, max_drop), labels
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_more_than_the_budget_and_more_than_two_images_are_refused(
 def test_images_lost_and_won_are_counted_against_each_other() -> None:
     labels = np.arange(200) % 3
     was_right = np.arange(200) >= 10
-    judge = Budget(answers(was_right, labels), labels, 0.5)
+    judge = Budget(CLASSIFICATION, answers(was_right, labels), labels, 0.5)
     right = was_right.copy()
     right[:6], right[100:107] = True, False  # six won, seven lost
     verdict = judge.verdict(answers(right, labels))
@@ -72,8 +74,8 @@ def test_with_several_labels_the_points_are_those_of_map() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random((60, 3)) < 0.4).astype(np.float32)
     logits = (labels * 4 - 2 + rng.normal(0, 0.3, labels.shape)).astype(np.float32)
-    judge = Budget(logits, labels, 0.5)
+    judge = Budget(MULTI_LABEL, logits, labels, 0.5)
     assert judge.score == pytest.approx(100)
     worse = judge.verdict(-logits)
-    assert worse.lost > 30 and not worse.holds and "p" not in worse.more
+    assert worse.lost > 30 and not worse.holds and worse.more["p"] is None
     assert judge.verdict(logits * 2).holds

@@ -1,6 +1,9 @@
 import random
+from math import comb
 
-from questpress.pipeline.evaluation.metrics import frontier
+import pytest
+from questpress.pipeline.evaluation.comparison import compare_unpaired, frontier, holm, mcnemar
+from questpress.pipeline.runs.scores import Proportion
 
 
 def test_the_frontier_is_what_nothing_beats_in_both() -> None:
@@ -22,3 +25,16 @@ def test_the_frontier_is_what_nothing_beats_in_both() -> None:
 def test_of_two_alike_in_both_each_is_on_it_in_the_order_given() -> None:
     assert frontier([(2, 80), (1, 70), (2, 80), (1, 69), (3, 80)]) == [1, 0, 2]
     assert frontier([]) == []
+
+
+def test_mcnemar_holm_and_newcombe_are_those_by_hand() -> None:
+    tail = sum(comb(10, k) for k in range(3)) / 2**10
+    assert mcnemar(2, 8) == pytest.approx(2 * tail) and mcnemar(0, 0) == 1
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    # Newcombe (1998), table II: 56/70 against 48/80, method 10.
+    one = compare_unpaired(Proportion.from_counts(56, 70), Proportion.from_counts(48, 80))
+    assert (one.low, one.high) == pytest.approx((5.24, 33.39), abs=0.01)
+    pooled = 104 / 150
+    z = 0.2 / (pooled * (1 - pooled) * (1 / 70 + 1 / 80)) ** 0.5
+    assert one.p == pytest.approx(0.0080, abs=2e-4) and z == pytest.approx(2.65, abs=0.01)

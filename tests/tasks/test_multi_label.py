@@ -1,0 +1,155 @@
+"""Scores, decoding and losses of images with several labels, by hand and against scikit-learn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from questpress.export.runtime import sigmoid
+from questpress.pipeline import methods
+from questpress.pipeline.data.dataset import Image
+from questpress.pipeline.data.sources.label_files import open_label_file
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.evaluation import average_precision
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
+from questpress.pipeline.tasks import MULTI_LABEL as TASK
+from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.monitoring.metrics import Meter
+from sklearn.metrics import average_precision_score, f1_score
+
+N, C = 60, 4
+RNG = np.random.default_rng(0)
+TARGETS = (RNG.random((N, C)) < [0.5, 0.3, 0.1, 0.2]).astype(np.float32)
+LOGITS = (3 * TARGETS + 2 * RNG.standard_normal((N, C)) - 2).astype(np.float32).round(1)  # with equal ones
+
+
+def bce(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0) - z * y
+
+
+def test_a_class_that_no_image_shows_counts_nothing_in_the_map() -> None:
+    wider = np.concatenate([TARGETS, np.zeros((N, 1), np.float32)], 1)
+    logits = np.concatenate([LOGITS, LOGITS[:, :1]], 1)
+    score = TASK.score(logits, wider, "abcde")
+    assert score.percent == pytest.approx(TASK.percent(LOGITS, TARGETS))
+    assert score.classes[-1].percent is None and score.classes[-1].n == 0
+
+
+def test_f1_is_that_of_the_labels_at_each_classes_threshold() -> None:
+    thresholds = np.array([0.2, 0.5, 0.7, 0.4])
+    decided = sigmoid(LOGITS) >= thresholds
+    score = TASK.score(LOGITS, TARGETS, "abcd", thresholds)
+    assert score.details["micro F1"].percent == pytest.approx(100 * f1_score(TARGETS, decided, average="micro"))
+    assert score.details["macro F1"].percent == pytest.approx(100 * f1_score(TARGETS, decided, average="macro"))
+    for c, one in enumerate(score.classes):
+        assert one.f1 == pytest.approx(100 * f1_score(TARGETS[:, c], decided[:, c]))
+        assert one.threshold == thresholds[c]
+        assert one.percent == pytest.approx(100 * average_precision_score(TARGETS[:, c], LOGITS[:, c]))
+
+
+def test_the_interval_holds_the_score_and_narrows_with_more_images() -> None:
+    one = TASK.score(LOGITS, TARGETS)
+    many = TASK.score(np.tile(LOGITS, (16, 1)), np.tile(TARGETS, (16, 1)))
+    for score in (one, many):
+        assert 0 <= score.low < score.percent < score.high <= 100
+    assert many.high - many.low == pytest.approx((one.high - one.low) / 4, rel=0.35)
+    perfect = TASK.score(10 * TARGETS - 5, TARGETS)
+    assert (perfect.percent, perfect.low, perfect.high) == (100, 100, 100)
+
+
+def test_many_classes_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TASK.score(LOGITS, TARGETS, "abcd")
+    monkeypatch.setattr(average_precision, "CHUNK", 3 * N)
+    parts = TASK.score(LOGITS, TARGETS, "abcd")
+    assert parts.classes == whole.classes
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+
+
+def test_near_chance_is_about_the_shares_of_the_classes() -> None:
+    assert TASK.chance(TARGETS).percent == pytest.approx(100 * TARGETS.mean())
+    assert TASK.is_near_chance(TASK.score(RNG.standard_normal((N, C)), TARGETS), TARGETS)
+    assert not TASK.is_near_chance(TASK.score(LOGITS, TARGETS), TARGETS)
+
+
+def test_the_same_labels_agree_and_one_other_label_does_not() -> None:
+    ours = np.array([[1, -1], [1, 1], [-1, -1]], dtype=np.float32)
+    theirs = np.array([[2, -1], [1, -1], [-1, -1]], dtype=np.float32)
+    assert TASK.agreement(ours, theirs).correct == 2
+    assert TASK.agreement(ours, theirs, np.array([0.8, 0.5]), np.array([0.8, 0.5])).correct == 1
+    labels = np.array([[1, 0], [1, 0], [0, 0]], dtype=np.float32)
+    assert TASK.is_correct(ours, labels).tolist() == [True, False, True]
+
+
+def test_an_answer_is_the_set_of_labels_with_its_probability() -> None:
+    logits = np.array([[2.0, -1.0, 0.5], [-3.0, -3.0, -3.0]], dtype=np.float32)
+    p = sigmoid(logits)
+    found = TASK.decode(logits, ["a", "b", "c"])
+    assert [answer for answer, _ in found] == ["a, c", "no class"]
+    assert found[0][1] == pytest.approx(p[0, 0] * (1 - p[0, 1]) * p[0, 2])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_cross_entropy_is_the_sum_of_each_classes_own(smoothing: float) -> None:
+    expected = bce(LOGITS, TARGETS * (1 - smoothing) + smoothing / 2).sum(1).mean()
+    found = TASK.label_loss(smoothing)(torch.tensor(LOGITS), torch.tensor(TARGETS))
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_kd_is_the_divergence_of_each_classes_own_probability(teachers: int) -> None:
+    tau, weight = 3.0, 0.7
+    others = [LOGITS, RNG.standard_normal((N, C)).astype(np.float32)][:teachers]
+    student = RNG.standard_normal((N, C)).astype(np.float32)
+    settings = {"kd.tau": str(tau), "kd.weight": str(weight)}
+    parameters = methods.parse_parameters(["kd"], settings)["kd"]
+    shapes = Shapes({}, vector=3, logits=C)
+    method = methods.load("kd")(parameters, Setup(shapes, [shapes] * teachers, {}))
+    readouts = [{"logits": torch.tensor(one)} for one in others]
+    found = method(Batch({"logits": torch.tensor(student)}, readouts, torch.tensor(TARGETS), 0))["kd"]
+    p = np.mean([sigmoid(one / tau) for one in others], axis=0)
+    q = sigmoid(student / tau)
+    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    assert float(found) == pytest.approx(weight * tau**2 * kl.sum(1).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("dkd", {}), ("quest+dist", {}), ("kd", {"kd.standardize": "true"})]
+)
+def test_methods_for_one_label_are_refused(method: str, settings: dict[str, str]) -> None:
+    chosen = methods.parse_parameters(methods.parse_methods(method), settings)
+    with pytest.raises(UsageError, match=r"multi-label data.*Use .*quest"):
+        methods.check_task(chosen, "multi-label")
+
+
+def test_the_training_accuracy_of_several_labels_is_left_open() -> None:
+    meter = Meter(torch.device("cpu"), Ranks(), TASK)
+    meter.add({"loss": torch.tensor(1.0), "output": torch.tensor(LOGITS)}, torch.tensor(TARGETS))
+    assert meter.accuracy() is None and meter.means(0)["loss"] == 1
+
+
+def test_targets_are_one_for_each_class_of_an_image(tmp_path: Path) -> None:
+    from PIL import Image as PillowImage
+    from questpress.pipeline.data.decode import ReadableImages
+
+    rows = ["file,labels"]
+    for n in range(12):
+        PillowImage.new("RGB", (8, 8), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        rows.append(f"{n}.png,{'a;c' if n % 2 else 'b'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    data = open_label_file(tmp_path / "labels.csv")
+    images = (*data.train, *data.val, *data.test)
+    found = ReadableImages(images, ()).targets(data)
+    assert found.dtype == torch.float32
+    for image, row in zip(images, found.tolist(), strict=True):
+        assert row == ([1, 0, 1] if int(image.name[:-4]) % 2 else [0, 1, 0])
+
+
+def test_manifest_entry_has_the_metrics_of_the_runtime() -> None:
+    entry = TASK.manifest_entry(TASK.score(LOGITS, TARGETS))
+    assert list(entry) == ["map", "n", "low", "high", "micro_f1", "macro_f1"]
+
+
+def test_images_with_unknown_labels_are_kept() -> None:
+    assert TASK.encode([[0, 2], []], 3).tolist() == [[1, 0, 1], [0, 0, 0]]
+    images = [Image.of_several("a", [1], "a", Path()), Image.of_several("b", [], "b", Path())]
+    assert TASK.drop_unknown(images, {1}) == tuple(images)
