@@ -1,1 +1,1 @@
-""""""
+"""Latency of model files: worker processes, statistics, checks for disturbances."""

@@ -1,10 +1,11 @@
-"""The machine that this runs on."""
+"""The processor, its cores, and the runtimes that are installed."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from ..errors import ExportError
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a latency was measured; `load` is the machine's one-minute load average when it began."""
+    """Where a latency was measured; `load` is the one-minute load average at the start."""
 
     cpu: str
     machine: str
@@ -29,10 +30,9 @@ class Environment:
 
 
 def environment() -> Environment:
-    """The machine as it is now."""
-    known = _cpuinfo()
+    """Describe this machine."""
     return Environment(
-        cpu=known.get("model name") or _apple_cpu() or platform.processor() or platform.machine(),
+        cpu=_cpu_name() or platform.processor() or platform.machine(),
         machine=f"{platform.system()} {platform.machine()}",
         flags=runtime.int8_flags(),
         cores=runtime.allowed_cores(),
@@ -41,88 +41,125 @@ def environment() -> Environment:
     )
 
 
-def _cpuinfo() -> dict[str, str]:
-    known: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            known.setdefault(key.strip(), value.strip())
-    except OSError:  # not Linux
-        pass
-    return known
-
-
-def _apple_cpu() -> str:
-    if platform.system() != "Darwin":
-        return ""
-    asked = subprocess.run(
-        ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip()
+def _cpu_name() -> str:
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return ""
 
 
 def is_arm() -> bool:
-    """Whether it is a 64-bit Arm."""
+    """Return True on a 64-bit Arm processor."""
     return platform.machine().lower() in ("aarch64", "arm64")
 
 
 def has_vnni() -> bool:
-    """Whether products of int8 are summed in 32 bits by one instruction (x86's VNNI)."""
+    """Return True if one instruction sums int8 products in 32 bits (x86's VNNI)."""
     return runtime.target_of_this_machine() == "x86-vnni"
 
 
-def session_options() -> list[str]:
-    """What `runtime.session` sets, as text."""
-    return [
-        "CPUExecutionProvider",
-        "intra_op_num_threads = the threads told, inter_op_num_threads = 1",
-        "execution_mode = sequential, graph_optimization_level = all (without Pad_Fusion)",
-        "intra-op threads spin within a run and stop between runs",
-    ]
+_SYSTEM = Path("/sys/devices/system/cpu")
+
+
+def choose_cores(
+    threads: int, *, system: Path = _SYSTEM, allowed: Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """Return the cores to pin `threads` threads to: the fastest kind first, then one per physical core as
+    long as there are enough, and core 0, which serves most interrupts, last.
+
+    Empty if the system cannot pin processes (macOS, Windows), or has fewer cores than threads: two threads
+    pinned to one core would wait for each other.
+    """
+    if allowed is None:
+        if not hasattr(os, "sched_setaffinity"):
+            return ()
+        allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed)
+    if threads > len(cores):
+        return ()
+    order = sorted(
+        cores, key=lambda core: (_sibling_index(core, cores, system), -_speed(core, system), -core)
+    )
+    return tuple(sorted(order[:threads]))
+
+
+def read_governor(cores: Iterable[int], *, system: Path = _SYSTEM) -> str | None:
+    """Return what sets the frequency of these cores, such as 'performance'; None if it is not reported."""
+    governors = [_read(system / f"cpu{core}" / "cpufreq" / "scaling_governor") for core in cores]
+    return ", ".join(dict.fromkeys(governor for governor in governors if governor)) or None
+
+
+def _speed(core: int, system: Path) -> int:
+    """Return Linux's capacity of a core on Arm, otherwise its highest frequency."""
+    for file in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        text = _read(system / f"cpu{core}" / file)
+        if text is not None and text.isdigit():
+            return int(text)
+    return 0
+
+
+def _sibling_index(core: int, cores: list[int], system: Path) -> int:
+    """Return the position of a core among the allowed hardware threads of its physical core."""
+    text = _read(system / f"cpu{core}" / "topology" / "thread_siblings_list") or ""
+    return sum(sibling < core for sibling in _parse_core_list(text) if sibling in cores)
+
+
+def _parse_core_list(text: str) -> list[int]:
+    """Parse Linux's lists of cores, such as '0-3,8'."""
+    cores: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit() and (last.isdigit() or not last):
+            cores += range(int(first), int(last or first) + 1)
+    return cores
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """`worker` is the module that serves `bench_worker`'s requests, `load` the function in it that opens a
-    file, and `package` what must be installed.
-    """
+    """A runtime that the bench can time, and the Python package that provides it."""
 
     name: str
-    worker: str
-    load: str
     package: str
-    least: str
-
-    @property
-    def script(self) -> tuple[str, ...]:
-        return ("-m", f"{__package__}.{self.worker}")
-
-    @property
-    def loader(self) -> str:
-        """As MODULE:NAME."""
-        return f"{__package__}.{self.worker}:{self.load}"
+    min_version: str
 
     @property
     def version(self) -> str:
+        """The installed version."""
         return version(self.package)
 
 
 RUNTIMES = {
-    one.name: one
-    for one in (
-        Runtime("onnxruntime", "bench_worker", "in_onnxruntime", "onnxruntime", "1.27"),
-        Runtime("openvino", "openvino_worker", "in_openvino", "openvino", "2025.0"),
-    )
+    "onnxruntime": Runtime("onnxruntime", "onnxruntime", "1.27"),
+    "openvino": Runtime("openvino", "openvino", "2025.0"),
 }
 
+SESSION_OPTIONS = [
+    "CPUExecutionProvider",
+    "intra_op_num_threads = threads, inter_op_num_threads = 1",
+    "execution_mode = sequential, graph_optimization_level = all (without Pad_Fusion)",
+    "intra-op threads spin within a run and stop between runs",
+]
+"""What `runtime.session` sets."""
 
-def runtime_named(name: str) -> Runtime:
-    """Raises ExportError where there is none of this name, or its package is not installed."""
+
+def find_runtime(name: str) -> Runtime:
+    """Return a runtime by name. Raises ExportError if it is unknown or not installed."""
     if name not in RUNTIMES:
-        raise ExportError(f"there is no runtime {name!r}; there are {', '.join(RUNTIMES)}")
-    found = RUNTIMES[name]
-    if find_spec(found.package) is None:
+        raise ExportError(f"unknown runtime {name!r}, choose from {', '.join(RUNTIMES)}")
+    runtime = RUNTIMES[name]
+    if find_spec(runtime.package) is None:
         raise ExportError(
-            f"the runtime {name} is not installed; pip install '{found.package}>={found.least}' brings it"
+            f"{name} is not installed. Run pip install '{runtime.package}>={runtime.min_version}'"
         )
-    return found
+    return runtime

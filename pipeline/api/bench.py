@@ -3,53 +3,51 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ...export.errors import ExportError
 from ...export.files import temporary_folder
-from ...export.latency.machine import runtime_named
+from ...export.latency.machine import find_runtime
 from ...export.runtime import ArtifactError, Classifier, default_threads
 from ..config.limits import MOST_THREADS, MOST_WHOLE
 from ..errors import UsageError
 from ..evaluation.latency import (
-    SYNTHETIC_SIZE,
+    NO_IMAGES,
+    Images,
     Protocol,
     Subject,
-    image_files,
-    inputs_of_images,
+    find_images,
     measure,
     random_inputs,
-    readable,
-    synthetic,
+    read_images,
+    render_inputs,
+    synthesize_images,
 )
 from ..runs.artifacts import Files, Found, find, images_of_run
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.console import Display
-from ..runs.files import atomic_write, check_writable, command, sha256, write_text
+from ..runs.files import atomic_write, check_writable, command_line, sha256, write_text
 from ..runs.folder import RunFolder
 from ..runs.record import with_checksum
 
 FOLDER = Path("bench-results")
-"""Where results go that belong to no single run."""
+"""Default output folder for files that are not one run's."""
 
 RESULTS, SAMPLES = "bench.json", "bench.npz"
 
 NORMAL = Protocol(seconds=10.0, samples=662, processes=3, threads=())
 QUICK = Protocol(
-    seconds=3.0, samples=64, processes=2, threads=(), starts=3, whole_seconds=1.0, batch_seconds=0.2
+    seconds=3.0,
+    samples=64,
+    processes=2,
+    threads=(),
+    cold_starts=3,
+    end_to_end_seconds=1.0,
+    batch_seconds=0.2,
 )
-MLPERF = replace(NORMAL, seconds=600.0, mlperf=True)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Encoded images that can be read, and what they are in words."""
-
-    contents: list[bytes]
-    told: str
 
 
 def bench(
@@ -57,7 +55,6 @@ def bench(
     *,
     seconds: float | None = None,
     quick: bool = False,
-    mlperf: bool = False,
     threads: Sequence[int] | None = None,
     seed: int = 0,
     runtimes: Sequence[str] = ("onnxruntime",),
@@ -66,179 +63,158 @@ def bench(
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> Bench:
-    """Measure how fast files are on this machine; `docs/bench.md` says how.
+    """Measure inference latency on this machine; the method is described in `docs/bench.md`.
 
     Args:
-        paths: run folders, artifact folders and .onnx files, timed together in the same rounds.
-        seconds: at least so many for each file and thread count; 10, or 3 with ``quick``, or 600 with
-            ``mlperf``.
-        quick: a few seconds, and a p99 only where these gave 662 runs.
-        mlperf: as long as MLPerf's single stream, with its early-stopping estimates of p90 and p99.
-        threads: thread counts; 1 and the cores allowed, at most 4.
-        seed: of the rounds' order, the inputs, and the bootstrap.
+        paths: run folders, artifact folders and .onnx files, timed in the same rounds.
+        seconds: minimum time for each file and thread count; default 10, with ``quick`` 3.
+        quick: measure for a few seconds; p99 is reported only if there were 662 runs.
+        threads: thread counts; default 1, and the number of allowed cores up to 4.
+        seed: seed of the order of rounds, of random inputs, and of the bootstrap.
         runtimes: ``onnxruntime``, ``openvino``, or both.
-        images: image files or folders of them, for files that carry their preprocessing; by default those of
-            the run's own data, or pictures made up.
-        image_size: the side of the input where a file leaves it open.
-        out: the folder for ``bench.json`` and ``bench.npz``; by default ``bench/`` in the one run folder that
-            was named, whose report is then written anew, else ``bench-results/``.
-        quiet: no progress on standard error.
+        images: image files or folders, for files that contain their preprocessing; default the run's data,
+            or synthetic images.
+        image_size: input size for files with a dynamic one.
+        out: folder for ``bench.json`` and ``bench.npz``; default ``bench/`` in the run folder if ``paths`` is
+            one, whose report is then updated, otherwise ``bench-results/``.
+        quiet: show no progress on standard error.
 
     Returns:
-        What ``bench.json`` holds.
+        The content of ``bench.json``.
 
     Raises:
         UsageError: a path or an option is wrong; nothing was started.
         ExportError: a file cannot be timed.
-        JobError: the results cannot be written, or another process works on the run.
+        JobError: the results cannot be written, or another process uses the run folder.
     """
-    named = [Path(one) for one in ([paths] if isinstance(paths, str | Path) else paths)]
+    sources = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     display = Display(quiet=quiet)
-    protocol = _protocol(seconds, quick, mlperf, threads, seed)
+    protocol = _choose_protocol(seconds, quick, threads, seed)
     for name in runtimes:
         try:
-            runtime_named(name)
+            find_runtime(name)
         except ExportError as error:
             raise UsageError(f"--runtime {name}: {error}.") from error
-    folder = results_folder(named, out)
-    of_run = out is None and folder != FOLDER
-    alone = RunFolder(folder.parent).locked() if of_run else nullcontext()
-    with alone, temporary_folder() as aside:
-        files = find(named, aside, image_size)
-        pictures = _pictures([Path(one) for one in images], files, seed)
+    folder = results_folder(sources, out)
+    updates_run = out is None and folder != FOLDER
+    lock = RunFolder(folder.parent).locked() if updates_run else nullcontext()
+    with lock, temporary_folder() as temporary:
+        files = find(sources, temporary, image_size)
+        available = _choose_images([Path(image) for image in images], files, seed)
         check_writable(folder)
         subjects = [
             subject
-            for one in files.found
-            for subject in _subjects(one, list(dict.fromkeys(runtimes)), pictures, seed)
+            for file in files.found
+            for subject in _open_subjects(file, list(dict.fromkeys(runtimes)), available, seed)
         ]
         for note in files.notes:
             display.note(note)
-        if image_size is not None and not any(one.takes.any_size for one in files.found):
-            display.note("--image-size is of no use: every file here says itself how large its images are")
+        if image_size is not None and not any(file.takes.any_size for file in files.found):
+            display.note("--image-size has no effect: all files have a fixed input size")
         if images and not any(subject.classifies for subject in subjects):
-            display.note("--images is of no use: no file here says how images are prepared for it")
+            display.note("--images has no effect: no file contains its preprocessing")
         with display.stage("bench") as progress:
-            found, raw = measure(
+            result, samples = measure(
                 subjects,
                 protocol,
-                images=pictures.contents,
-                images_told=pictures.told,
-                command=command(),
+                images=available,
+                command=command_line(),
                 notes=files.notes,
-                progress=lambda share, what: progress.update("timing", share, 1.0, more=what),
+                progress=lambda fraction, step: progress.update("timing", fraction, 1.0, more=step),
             )
-        found = with_checksum(found.model_copy(update={"samples_file": SAMPLES}))
-        save(found, raw, folder)
-        if of_run:
+        result = with_checksum(result.model_copy(update={"samples_file": SAMPLES}))
+        save(result, samples, folder)
+        if updates_run:
             from ..report.assemble import report_anew
 
             report_anew(folder.parent)
-    return found
+    return result
 
 
 def results_folder(paths: Sequence[Path], out: str | Path | None) -> Path:
-    """Where results go: ``out``, or ``bench/`` of the one run folder, or ``bench-results/``."""
+    """Return ``out``, or ``bench/`` in the run folder if ``paths`` is one, otherwise ``bench-results/``."""
     if out is not None:
         return Path(out)
-    single = paths[0] if len(paths) == 1 else None
-    return FOLDER if single is None or not (single / "run.json").is_file() else single / "bench"
+    return paths[0] / "bench" if len(paths) == 1 and (paths[0] / "run.json").is_file() else FOLDER
 
 
-def thread_counts(text: str) -> list[int]:
-    """``1,2`` as numbers.
+def save(result: Bench, samples: dict[str, np.ndarray], folder: Path) -> None:
+    """Write ``bench.npz``, then ``bench.json``.
 
-    Raises:
-        UsageError: they are none.
-    """
-    try:
-        return [int(count) for count in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--threads {text} are no numbers; write them as in --threads 1,2.") from error
-
-
-def save(found: Bench, raw: dict[str, np.ndarray], folder: Path) -> None:
-    """
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
     with atomic_write(folder / SAMPLES) as part, part.open("wb") as file:
-        np.savez_compressed(file, **raw)  # type: ignore[arg-type]
-    write_text(folder / RESULTS, found.model_dump_json(indent=2) + "\n")
+        np.savez_compressed(file, **samples)  # type: ignore[arg-type]
+    write_text(folder / RESULTS, result.model_dump_json(indent=2) + "\n")
 
 
-def _protocol(
-    seconds: float | None, quick: bool, mlperf: bool, threads: Sequence[int] | None, seed: int
+def _choose_protocol(
+    seconds: float | None, quick: bool, threads: Sequence[int] | None, seed: int
 ) -> Protocol:
-    if quick and mlperf:
-        raise UsageError("--quick and --mlperf exclude each other; leave one out.")
     if seconds is not None and not 0 < seconds < math.inf:
-        raise UsageError(f"--seconds {seconds:g} is no time; name more than 0.")
+        raise UsageError(f"--seconds must be greater than 0 and finite, got {seconds:g}.")
     if threads is not None and (not threads or not 1 <= min(threads) <= max(threads) <= MOST_THREADS):
         counts = ",".join(map(str, threads))
-        raise UsageError(f"--threads {counts}: a thread count is 1 to {MOST_THREADS}.")
+        raise UsageError(f"--threads must be 1 to {MOST_THREADS}, got {counts}.")
     if not 0 <= seed <= MOST_WHOLE:
-        raise UsageError(f"--seed {seed}: a seed is 0 to {MOST_WHOLE}.")
-    chosen = QUICK if quick else MLPERF if mlperf else NORMAL
-    wanted = {1, default_threads()} if threads is None else set(threads)
+        raise UsageError(f"--seed must be 0 to {MOST_WHOLE}, got {seed}.")
+    protocol = QUICK if quick else NORMAL
     return replace(
-        chosen,
-        seconds=chosen.seconds if seconds is None else seconds,
-        threads=tuple(sorted(wanted)),
+        protocol,
+        seconds=protocol.seconds if seconds is None else seconds,
+        threads=tuple(sorted({1, default_threads()} if threads is None else set(threads))),
         seed=seed,
     )
 
 
-def _pictures(given: Sequence[Path], files: Files, seed: int) -> Pictures:
-    """Those named, or of the run's own data, or made up; none where no file could be asked about them."""
-    if not given and not any(one.takes.ours for one in files.found):
-        return Pictures([], "no images")
-    if given:
-        contents = readable(image_files(given))
-        return Pictures(contents, f"{len(contents)} images named with --images")
+def _choose_images(paths: Sequence[Path], files: Files, seed: int) -> Images:
+    """Return the images named, or those of the run's data, or synthetic ones; none if no file classifies."""
+    if paths:
+        contents = read_images(find_images(paths))
+        return Images(contents, f"{len(contents)} images from --images")
+    if not any(file.takes.ours for file in files.found):
+        return NO_IMAGES
     for run in files.runs:
         data = images_of_run(run)
         if data is not None:
             try:
-                contents = readable(image_files([data]))
-            except UsageError:  # a data set in another form than a folder of image files
+                contents = read_images(find_images([data]))
+            except UsageError:  # a data set that is not a folder of image files
                 continue
-            return Pictures(contents, f"{len(contents)} images of the run's data")
-    width, height = SYNTHETIC_SIZE
-    contents = synthetic(seed)
-    return Pictures(contents, f"{len(contents)} made-up photos, JPEG of {width} × {height} pixels")
+            return Images(contents, f"{len(contents)} images of the run's data")
+    return synthesize_images(seed)
 
 
-def _subjects(one: Found, runtimes: Sequence[str], pictures: Pictures, seed: int) -> list[Subject]:
-    """A file in every runtime."""
-    takes = one.takes
+def _open_subjects(file: Found, runtimes: Sequence[str], images: Images, seed: int) -> list[Subject]:
+    """Return a subject for each runtime."""
+    takes = file.takes
+    inputs, source, classifies = None, images.description, takes.ours
     if takes.ours:
         try:
-            inputs = inputs_of_images(Classifier.load(one.path, threads=1), pictures.contents)
-            told, classifies = pictures.told, True
-        except ArtifactError:  # a teacher without a head has no labels, and can be timed for all that
-            takes = replace(takes, ours=False)
-    if not takes.ours:
-        inputs, classifies = random_inputs(takes.shape, takes.kind, seed), False
-        told = f"{len(inputs)} inputs of random numbers"
-    hashed = sha256(one.path)
+            inputs = render_inputs(Classifier.load(file.path, threads=1), images.contents)
+        except ArtifactError:  # a teacher without a head has no labels
+            classifies = False
+    if inputs is None:
+        inputs = random_inputs(takes.shape, takes.kind, seed)
+        source = f"{len(inputs)} random inputs"
+    digest = sha256(file.path)
     return [
         Subject(
             TimedFile(
-                name=one.name if len(runtimes) == 1 else f"{one.name} ({runtime})",
-                key=one.key if runtime == runtimes[0] else None,
-                file=one.shown,
-                sha256=hashed,
+                name=file.name if len(runtimes) == 1 else f"{file.name} ({runtime})",
+                key=file.key if runtime == runtimes[0] else None,
+                file=file.shown,
+                sha256=digest,
                 bytes=takes.bytes,
                 runtime=runtime,
                 input=takes.told,
-                inputs=told,
+                inputs=source,
             ),
-            one.path,
+            file.path,
             inputs,
             any_batch=takes.any_batch,
             classifies=classifies,
         )
         for runtime in runtimes
     ]
-

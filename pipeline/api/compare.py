@@ -219,7 +219,9 @@ def _place(file: ComparedFile) -> tuple[float, float]:
     return file.p50, file.score.percent
 
 
-RUN, REPORT, RESOLUTIONS = "run.json", "report.json", "resolutions.json"
+REPORT = "report.json"
+TEACHER = "teacher"
+"""Folder of a sweep's teacher, a run without a student."""
 
 
 @dataclass(frozen=True)
@@ -249,41 +251,21 @@ def runs(paths: Sequence[Path]) -> list[Run]:
 def _places(path: Path) -> Iterator[Path]:
     """A run's folder or report, or those in a folder."""
     if path.is_file():
-        yield path.parent if path.name == REPORT and (path.parent / RUN).is_file() else path
+        yield path.parent if path.name == REPORT and (path.parent / RECORD).is_file() else path
     elif _is_run(path):
         yield path
-    elif (path / RESOLUTIONS).is_file():
-        yield from _sizes(path)
     elif path.is_dir():
-        inside = [one for one in sorted(path.iterdir()) if one.is_dir()]
-        children = [one for one in inside if _is_run(one) or (one / RESOLUTIONS).is_file()]
+        children = [child for child in sorted(path.iterdir()) if child.name != TEACHER and _is_run(child)]
         if not children:
-            raise UsageError(
-                f"{path} holds no run, nor does a folder in it: name run folders that compress has made, a "
-                "folder of them, or their report.json."
-            )
+            raise UsageError(f"{path} is not a run folder and does not contain any.")
         for child in children:
             yield from _places(child)
     else:
-        raise UsageError(f"{path} does not exist: name run folders that compress has made.")
+        raise UsageError(f"{path} does not exist. Set it to a run folder, a folder of runs or a report.json.")
 
 
 def _is_run(path: Path) -> bool:
-    return (path / RUN).is_file() or (path / REPORT).is_file()
-
-
-def _sizes(path: Path) -> Iterator[Path]:
-    """The students of `compress resolutions`; its teacher's own run has none."""
-    file = path / RESOLUTIONS
-    try:
-        for one in read_checked(file)["sizes"]:
-            child = path / one["folder"]
-            if not child.resolve().is_relative_to(path.resolve()):
-                raise ValueError(f"{one['folder']!r} is not in this folder")
-            if _is_run(child):
-                yield child
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
+    return (path / RECORD).is_file() or (path / REPORT).is_file()
 
 
 def _folder(place: Path) -> Path | None:

@@ -15,7 +15,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from ..runs.cache import Cache
-from ..runs.scores import Result
+from ...export.results import Result
 
 DISTRIBUTION = "questpress"
 HUB = "https://huggingface.co"

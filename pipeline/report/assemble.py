@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import JobError
-from ..runs.bench_results import Bench, TimedLatency
+from ..runs.bench_results import Bench
 from ..runs.folder import RunFolder
-from ..runs.record import read_sealed
+from ..runs.record import read_checked
 
 LATER = Path("bench/bench.json")
 """What `compress bench` leaves in a run folder. The run's own bench removes it."""
@@ -50,7 +50,7 @@ def later_bench(folder: Path) -> Bench | None:
     if not file.exists():
         return None
     try:
-        content = read_sealed(file)
+        content = read_checked(file)
     except (OSError, ValueError) as error:
         raise JobError(
             f"{file} is damaged ({error}): delete it, or measure again with compress bench {folder}."
@@ -67,46 +67,28 @@ def _same_files(later: Bench, facts: Mapping[str, Any]) -> bool:
     return "student" in timed and all(timed.get(key) == hashed for key, hashed in now.items() if hashed)
 
 
-def bench_facts(found: Bench) -> dict[str, Any]:
-    """The parts of a report that a bench gives: latencies and speed-ups of the run's networks, the machine,
-    and the bench itself.
+def bench_facts(bench: Bench) -> dict[str, Any]:
+    """Return the parts of a report that a bench provides: latency and speed-ups of the run's networks, the
+    environment, and the bench itself.
     """
-    keys = {one.name: one.key for one in found.subjects if one.key is not None}
+    keys = {file.name: file.key for file in bench.subjects if file.key is not None}
     facts: dict[str, Any] = {}
     for name, key in keys.items():
-        latencies = [one for one in found.latencies if one.subject == name]
-        speedups = [one for one in found.speedups if one.subject == name and one.over in keys]
         facts[key] = {
-            "latency_ms": {str(one.threads): told(one) for one in latencies},
+            "latency_ms": {
+                str(latency.threads): latency.model_dump(mode="json", exclude={"quantiles"})
+                for latency in bench.latencies
+                if latency.subject == name
+            },
             "speedups": [
-                {
-                    "over": keys[one.over],
-                    "threads": one.threads,
-                    "ratio": one.ratio,
-                    "low": one.low,
-                    "high": one.high,
-                }
-                for one in speedups
+                {**speedup.model_dump(mode="json"), "subject": key, "over": keys[speedup.over]}
+                for speedup in bench.speedups
+                if speedup.subject == name and speedup.over in keys
             ],
         }
     teachers = [facts.pop(key) for key in list(facts) if key.startswith("teacher")]
-    of_teachers: dict[str, Any] = {"teachers": teachers}
+    if teachers:
+        facts["teachers"] = teachers
     if len(teachers) == 1:
-        of_teachers["teacher"] = teachers[0]
-    return {
-        **(of_teachers if teachers else {}),
-        **facts,
-        "environment": dict(found.environment),
-        "bench": found.model_dump(mode="json"),
-    }
-
-
-def told(one: TimedLatency) -> dict[str, Any]:
-    """As ``results.Latency`` holds it."""
-    known = {name: one.percentiles[name] for name in ("p50", "p90", "p95", "p99") if name in one.percentiles}
-    return {
-        **{name: known[name].value if name in known else None for name in ("p50", "p90", "p95", "p99")},
-        "mean": one.mean,
-        "n": one.n,
-        "intervals": {name: (found.low, found.high) for name, found in known.items()},
-    }
+        facts["teacher"] = teachers[0]
+    return {**facts, "environment": dict(bench.environment), "bench": bench.model_dump(mode="json")}

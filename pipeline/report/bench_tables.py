@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from ..runs.bench_results import Bench, Percentile, TimedSpeedup
+from ...export.latency.results import Percentile, Speedup
+from ..runs.bench_results import Bench
 from . import format
 from .tables import Table
 
@@ -69,7 +70,7 @@ def lower(text: str) -> str:
     return text[:1].lower() + text[1:] if text.split()[0] in ("Teacher", "Student") else text
 
 
-def in_words(one: TimedSpeedup) -> str:
+def in_words(one: Speedup) -> str:
     """2.10× faster (2.05–2.14×); no difference (0.98–1.02×); 1.30× slower (1.25–1.35×)."""
     if one.verdict == "no difference":
         return f"no difference ({format.times_interval(one.low, one.high)})"
@@ -82,7 +83,7 @@ def end_to_end(bench: Bench) -> Table:
     rows = [
         [
             role(bench, one.subject),
-            *(_ms(value) for value in (one.decode, one.resize, one.normalise, one.run)),
+            *(_ms(value) for value in (one.decode, one.resize, one.normalize, one.run)),
             interval(one.total.get("p50")),
             interval(one.total.get("p90")),
         ]
@@ -92,7 +93,7 @@ def end_to_end(bench: Bench) -> Table:
     if rows:
         threads = format.threads(str(bench.end_to_end[0].threads))
         note = f"Median milliseconds on {bench.images}, {threads}; Pillow decodes and resizes on one."
-    columns = ["", "decode", "resize", "normalise", "run", "all together", "p90"]
+    columns = ["", "decode", "resize", "normalize", "run", "all together", "p90"]
     return Table("From image file to answer", columns, rows, note=note)
 
 
@@ -144,18 +145,6 @@ def throughput(bench: Bench) -> Table:
     if rows:
         note = f"Images a second at each batch, {format.threads(str(bench.throughput[0].threads))}."
     return Table("Throughput", ["", *(f"batch {batch}" for batch in batches)], rows, note=note)
-
-
-def mlperf(bench: Bench) -> Table:
-    rows = [
-        [role(bench, one.subject), str(one.threads), _ms(one.p90), _ms(one.p99), format.count(one.n)]
-        for one in bench.mlperf
-    ]
-    note = (
-        "MLPerf’s early-stopping estimates for a single stream: milliseconds that the percentile is not "
-        "above, with 99 % confidence. Its formula, not an official result."
-    )
-    return Table("MLPerf’s estimates", ["", "threads", "p90", "p99", "runs"], rows, note=note)
 
 
 def files(bench: Bench) -> Table:

@@ -30,7 +30,6 @@ def show(bench: Bench, folder: Path, console: Console | None = None) -> None:
         bench_tables.end_to_end(bench),
         bench_tables.cold_starts(bench),
         bench_tables.throughput(bench),
-        bench_tables.mlperf(bench),
     ):
         _show(console, table)
     for flag in bench.flags:

@@ -9,7 +9,15 @@ import torch
 
 from ...export.conversion.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import ImageError, allowed_cores, decode_image, metadata, normalise
-from ..evaluation.latency import INPUTS, SYNTHETIC_SIZE, Protocol, Subject, different, measure, synthetic
+from ..evaluation.latency import (
+    INPUTS,
+    Images,
+    Protocol,
+    Subject,
+    measure,
+    repeat_shifted,
+    synthesize_images,
+)
 from ..report.assemble import LATER, bench_facts
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.files import atomic_write, sha256
@@ -29,8 +37,8 @@ SHORT = Protocol(
     samples=0,
     processes=2,
     threads=(),
-    starts=2,
-    whole_seconds=0.5,
+    cold_starts=2,
+    end_to_end_seconds=0.5,
     batch_seconds=0.15,
     batches=(1, 4, 16),
 )
@@ -49,13 +57,11 @@ def run(job: Job) -> StageResult:
         *(_subject(job, name, file, job.teachers[t]) for t, (name, file) in enumerate(files.items())),
         *(_subject(job, name, file, job.student, pixels=takes_pixels(job)) for name, file in own.items()),
     ]
-    images, told = _pictures(job)
     found, raw = measure(
         subjects,
         _protocol(job),
-        images=images,
-        images_told=told,
-        command=job.folder.record["command"],
+        images=_choose_images(job),
+        command=job.folder.record.command,
         progress=lambda share, what: job.stage.update("timing", share, 1.0, more=what),
     )
     found = found.model_copy(update={"samples_file": SAMPLES.as_posix()})
@@ -76,12 +82,12 @@ def _protocol(job: Job) -> Protocol:
     threads = tuple(sorted({1, min(allowed_cores(), MOST_THREADS)}))
     plan = replace(SHORT, seconds=seconds, threads=threads, seed=job.options.seed)
     if seconds < LEAST_SECONDS:
-        return replace(plan, processes=1, starts=0, whole_seconds=0.0, batch_seconds=0.0)
+        return replace(plan, processes=1, cold_starts=0, end_to_end_seconds=0.0, batch_seconds=0.0)
     return plan
 
 
-def _pictures(job: Job) -> tuple[list[bytes], str]:
-    """Encoded test images as they are in the data; pictures made up where they never were files."""
+def _choose_images(job: Job) -> Images:
+    """Return encoded test images of the data; synthetic ones if it has no image files."""
     contents = []
     for image in job.data.split("test")[:INPUTS]:
         content = image.read()
@@ -92,10 +98,8 @@ def _pictures(job: Job) -> tuple[list[bytes], str]:
                 continue
             contents.append(content)
     if contents:
-        return contents, f"{len(contents)} test images"
-    width, height = SYNTHETIC_SIZE
-    contents = synthetic(job.options.seed)
-    return contents, f"{len(contents)} made-up photos, JPEG of {width} × {height} pixels"
+        return Images(contents, f"{len(contents)} test images")
+    return synthesize_images(job.options.seed)
 
 
 def _int8(job: Job) -> dict[str, Path]:
@@ -130,7 +134,7 @@ def _export_teacher(job: Job, t: int) -> tuple[Path, int]:
 
 def _subject(job: Job, name: str, file: Path, member: NetworkSpec, *, pixels: bool = False) -> Subject:
     rendered, _, _ = job.rendered("test", member)
-    inputs = different(rendered[:INPUTS].numpy(), INPUTS)
+    inputs = repeat_shifted(rendered[:INPUTS].numpy(), INPUTS)
     if not pixels:
         inputs = normalise(inputs, job.preprocessing(member))
     path = job.folder.path / file

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import questpress.pipeline.api.bench as verb
+from questpress.export.latency.results import Flag
 from questpress.pipeline.api.bench import QUICK, bench
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.evaluation import latency
 from questpress.pipeline.evaluation.latency import Subject
 from questpress.pipeline.report.assemble import bench_facts
 from questpress.pipeline.runs.artifacts import find, onnx_input, timed_teachers
-from questpress.export.latency.results import Flag
 from questpress.pipeline.runs.bench_results import Bench
 from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.stages.report import assemble

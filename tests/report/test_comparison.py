@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from questpress.export.latency.results import Percentile
 from questpress.pipeline.api.compare import as_csv, compare, points
 from questpress.pipeline.cli.main import cli
 from questpress.pipeline.errors import UsageError
@@ -42,7 +43,7 @@ def make(tmp_path: Path) -> Made:
         report = reports.full()
         assert report.student_int8 is not None and report.data is not None
         latency = report.student_int8.latency_ms["1"].model_copy(
-            update={"p50": p50, "intervals": {"p50": (p50 - 0.001, p50 + 0.001)}}
+            update={"percentiles": {"p50": Percentile(value=p50, low=p50 - 0.001, high=p50 + 0.001)}}
         )
         ships = report.student_int8.model_copy(
             update={"score": reports.accuracy(correct, N), "latency_ms": {"1": latency}}
@@ -256,7 +257,7 @@ def test_a_teacher_of_several_runs_is_as_fast_as_any_of_them_has_found_it(make: 
     assert teacher is not None
     latency = teacher.latency_ms["1"]
     for name, p50 in (("disturbed", 20.0), ("quiet", 9.0), ("restless", 12.0)):
-        slower = latency.model_copy(update={"p50": p50})
+        slower = latency.model_copy(update={"percentiles": {"p50": Percentile(value=p50)}})
         make(name, 300, teacher=teacher.model_copy(update={"latency_ms": {"1": slower}}))
     found = compare(tmp_path / "runs", out=tmp_path / "out")
     [(name, file)] = [one for one in points(found.runs) if one[0].endswith("teacher")]

@@ -1,6 +1,6 @@
+from questpress.export.latency.results import Speedup
 from questpress.pipeline.report import summary
 from questpress.pipeline.report.pages.run import page
-from questpress.export.latency.results import Speedup
 from questpress.pipeline.runs.results import Report
 from questpress.pipeline.runs.scores import Score
 

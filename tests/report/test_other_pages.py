@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from questpress.export.latency.results import Speedup
 from questpress.pipeline.api.compare import groups
 from questpress.pipeline.evaluation.results import (
     ClassMeasure,
@@ -16,7 +17,6 @@ from questpress.pipeline.evaluation.results import (
 from questpress.pipeline.report.pages import comparison, validation
 from questpress.pipeline.runs.results import Example
 from questpress.pipeline.runs.scores import Calibration, Proportion, ReliabilityBin
-from questpress.export.latency.results import Speedup
 
 from tests.report.test_browser import BROWSER, NAMES, opened
 from tests.support import reports

@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 from questpress.export import runtime
+from questpress.export.latency.results import Speedup
 from questpress.export.runtime import Classifier
 from questpress.pipeline.runs.results import FloatPart, TriedInt8
-from questpress.export.latency.results import Speedup
 from questpress.pipeline.stages import quantize
 
 from tests.support import little

@@ -1,39 +1,36 @@
 """A bench made by hand, and a report with it."""
 
 import numpy as np
-from questpress.export.latency.statistics import summarise
-from questpress.pipeline.evaluation.latency import timed_latency
-from questpress.pipeline.runs.bench_results import (
-    Bench,
+from questpress.export.latency.results import (
+    ColdStart,
     Conditions,
-    Early,
-    NoiseFlag,
+    EndToEnd,
+    Flag,
+    Latency,
     Percentile,
-    Rate,
-    Start,
-    TimedFile,
-    TimedLatency,
-    TimedSpeedup,
-    Whole,
+    Speedup,
+    Throughput,
 )
+from questpress.export.latency.statistics import Samples, summarize
+from questpress.pipeline.runs.bench_results import Bench, TimedFile
 from questpress.pipeline.runs.results import Report
 
 from tests.support import reports
 
 NAMES = {"teacher": 12.43, "student": 1.31, "student_int8": 0.684}
-STEAL = NoiseFlag(
+STEAL = Flag(
     name="steal",
     threads=2,
     sentence="The host gave 5 % of this virtual machine's cores to others.",
-    figures={"found": 0.05, "limit": 0.01},
+    figures={"value": 0.05, "limit": 0.01},
 )
 
 
-def timed(name: str, threads: int, median: float, n: int = 700) -> TimedLatency:
+def timed(name: str, threads: int, median: float, n: int = 700) -> Latency:
     """Runs of about ten percent's spread and a long tail."""
     rng = np.random.default_rng([len(name), threads])
     runs = median * (0.97 + rng.gamma(1.5, 0.03, n))
-    return timed_latency(summarise(name, threads, np.array_split(runs, 20)))
+    return summarize(Samples.from_blocks(name, threads, np.array_split(runs, 20)))
 
 
 def bench(**more: object) -> Bench:
@@ -59,42 +56,39 @@ def bench(**more: object) -> Bench:
         ],
         latencies=latencies,
         speedups=[
-            TimedSpeedup(
+            Speedup(
                 subject="student_int8",
                 over="teacher",
                 threads=1,
                 ratio=18.2,
                 low=17.9,
                 high=18.5,
-                verdict="faster",
             ),
-            TimedSpeedup(
+            Speedup(
                 subject="student_int8",
                 over="student",
                 threads=1,
                 ratio=0.8,
                 low=0.75,
                 high=0.84,
-                verdict="slower",
             ),
-            TimedSpeedup(
+            Speedup(
                 subject="student_int8",
                 over="student",
                 threads=2,
                 ratio=1.0,
                 low=0.98,
                 high=1.03,
-                verdict="no difference",
             ),
         ],
         images="64 images of the run's data",
         end_to_end=[
-            Whole(
+            EndToEnd(
                 subject="student_int8",
                 threads=2,
                 decode=6.1,
                 resize=1.9,
-                normalise=0.2,
+                normalize=0.2,
                 run=0.34,
                 n=300,
                 total={
@@ -104,7 +98,7 @@ def bench(**more: object) -> Bench:
             )
         ],
         cold_starts=[
-            Start(
+            ColdStart(
                 subject="student_int8",
                 threads=2,
                 processes=5,
@@ -117,7 +111,7 @@ def bench(**more: object) -> Bench:
             )
         ],
         throughput=[
-            Rate(
+            Throughput(
                 subject="student_int8",
                 threads=2,
                 batch=batch,
@@ -127,7 +121,6 @@ def bench(**more: object) -> Bench:
             )
             for batch in (1, 8)
         ],
-        mlperf=[Early(subject="student_int8", threads=1, n=5000, p90=0.71, p99=None)],
         conditions=[
             Conditions(
                 threads=n,

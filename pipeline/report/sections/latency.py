@@ -6,7 +6,8 @@ from math import isfinite
 
 import numpy as np
 
-from ...runs.bench_results import Bench, TimedLatency
+from ....export.latency.results import Latency
+from ...runs.bench_results import Bench
 from ...runs.results import Report
 from .. import bench_tables, format
 from ..charts import LABEL, VALUE, WIDTH, Tick, nice, ticks
@@ -74,7 +75,6 @@ def of_bench(bench: Bench) -> Section:
             bench_tables.end_to_end(bench),
             bench_tables.cold_starts(bench),
             bench_tables.throughput(bench),
-            bench_tables.mlperf(bench),
         ],
         folded=[bench_tables.conditions(bench), bench_tables.files(bench), bench_tables.machine(bench)],
         command=bench.command,
@@ -146,7 +146,7 @@ def hills(bench: Bench, threads: int) -> Hills | None:
 
 def _hill(
     bench: Bench,
-    one: TimedLatency,
+    one: Latency,
     ratios: np.ndarray,
     ends: tuple[float, float],
     left: float,
@@ -181,7 +181,7 @@ def _hill(
     )
 
 
-def _told(bench: Bench, threads: int, shown: Sequence[TimedLatency]) -> str:
+def _told(bench: Bench, threads: int, shown: Sequence[Latency]) -> str:
     """The picture in words, for those who hear it."""
     rows = []
     for one in shown:

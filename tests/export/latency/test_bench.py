@@ -14,7 +14,7 @@ from questpress.export import runtime
 from questpress.export.errors import ExportError
 from questpress.export.latency import runner
 from questpress.export.latency.machine import environment
-from questpress.export.latency.runner import LEAST_ROUNDS, Subject, Worker, bench
+from questpress.export.latency.runner import MIN_ROUNDS, Subject, Worker, bench
 
 from tests.support.networks import colour_classifier
 
@@ -38,20 +38,18 @@ def test_a_bench_times_every_subject_at_every_thread_count(tmp_path: Path) -> No
     assert [(x.subject, x.threads) for x in result.latencies] == [
         (name, count) for count in (1, 2) for name in ("small", "large")
     ]
-    for latency in result.latencies:
-        assert latency.n == len(latency.samples) == len(latency.rounds)
-        assert latency.samples.sum() >= 300  # milliseconds
-        assert latency.rounds.max() + 1 >= LEAST_ROUNDS
-        assert latency.p50 == pytest.approx(np.median(latency.samples))
+    for latency, samples in zip(result.latencies, result.samples, strict=True):
+        assert latency.n == len(samples.ms) == len(samples.rounds)
+        assert samples.ms.sum() >= 300
+        assert samples.rounds.max() + 1 >= MIN_ROUNDS
+        assert latency.p50 == pytest.approx(np.median(samples.ms))
     assert result.latency("small", 1).p50 < result.latency("large", 1).p50
     found = result.speedup("small", "large", 1)
     assert found.ratio > 1 and found.low <= found.ratio <= found.high and found.verdict == "faster"
     assert told == sorted(told) and told[0] >= 0 and told[-1] == 1.0
-    written = json.loads(json.dumps(result.to_dict()))
-    assert written["latencies"][0]["n"] == result.latencies[0].n
-    np.savez(tmp_path / "raw.npz", **result.raw())
+    np.savez(tmp_path / "raw.npz", **result.to_arrays())
     with np.load(tmp_path / "raw.npz") as kept:
-        np.testing.assert_array_equal(kept["large/2/ms"], result.latency("large", 2).samples)
+        np.testing.assert_array_equal(kept["large/2/ms"], result.samples[3].ms)
     with pytest.raises(KeyError):
         result.latency("small", 3)
 
@@ -62,7 +60,7 @@ def test_idle_workers_cost_no_time(tmp_path: Path) -> None:
     s = subject(tmp_path, "large", 256)
     np.save(tmp_path / "inputs.npy", s.inputs)
     with Worker("large", s.path, tmp_path / "inputs.npy", 2) as worker:
-        worker.block(0.1)
+        worker.time_block(0.1)
         stat = Path(f"/proc/{worker._process.pid}/stat")
 
         def ticks() -> int:
@@ -77,8 +75,8 @@ def test_idle_workers_cost_no_time(tmp_path: Path) -> None:
 
 def test_the_worker_imports_no_torch() -> None:
     code = (
-        "import sys, questpress.export.latency.bench_worker\n"
-        "print([m for m in ('torch', 'onnx', 'timm', 'scipy') if m in sys.modules])"
+        "import sys, questpress.export.latency.worker, questpress.export.runtime\n"
+        "print([m for m in ('torch', 'onnx', 'timm', 'scipy', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -118,7 +116,7 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(tmp_path: Path) -> N
     with Worker("a", s.path, tmp_path / "inputs.npy", 1) as worker:
         worker._process.kill()
         with pytest.raises(ExportError, match="a cannot be timed: its process ended with"):
-            worker.block(0.05)
+            worker.time_block(0.05)
     assert worker._process.poll() is not None
 
 
@@ -126,9 +124,9 @@ def test_a_worker_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
     s = subject(tmp_path, "a", 8)
     np.save(tmp_path / "inputs.npy", s.inputs)
     with Worker("a", s.path, tmp_path / "inputs.npy", 1) as worker:
-        monkeypatch.setattr(runner, "_BLOCK_TIMEOUT_SECONDS", -29.5)
-        with pytest.raises(ExportError, match="no answer within 0 s"):
-            worker.block(30)
+        monkeypatch.setattr(runner, "_BLOCK_TIMEOUT", -29.5)
+        with pytest.raises(ExportError, match="no reply within 0 s"):
+            worker.time_block(30)
     assert worker._process.poll() is not None
 
 
@@ -147,7 +145,7 @@ def test_workers_end_with_the_bench_even_when_it_is_interrupted(
     def interrupt(*_: object) -> np.ndarray:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Worker, "block", interrupt)
+    monkeypatch.setattr(Worker, "time_block", interrupt)
     with pytest.raises(KeyboardInterrupt):
         bench([subject(tmp_path, "a", 8), subject(tmp_path, "b", 8)], threads=[1], seconds=0.1)
     assert len(started) == 3 and all(worker._process.poll() is not None for worker in started)
@@ -158,10 +156,10 @@ def test_workers_end_with_the_bench_even_when_it_is_interrupted(
     [
         ({"threads": []}, "threads"),
         ({"threads": [0]}, "threads"),
-        ({"seconds": 0.0}, "some time"),
+        ({"seconds": 0.0}, "must be positive"),
         ({"processes": 0}, "processes"),
-        ({"names": ("a", "a")}, "names of their own"),
-        ({"names": ()}, "names of their own"),
+        ({"names": ("a", "a")}, "distinct names"),
+        ({"names": ()}, "distinct names"),
         ({"n": 0}, r"inputs \[n, 3, S, S\]"),
     ],
 )
@@ -185,7 +183,7 @@ def test_the_environment_names_the_processor_and_no_host() -> None:
 SLEEPER = """
 import sys
 import time
-from questpress.export.latency.bench_worker import serve
+from questpress.export.latency.worker import serve
 
 def load(model, threads, shape):
     assert model.endswith("a.onnx") and shape == (1, 3, 8, 8)
@@ -198,7 +196,7 @@ serve(load)
 def test_a_script_times_another_runtime_in_the_same_rounds(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     plain = subject(tmp_path, "a", 8)
-    asleep = replace(plain, name="asleep", script=(str(tmp_path / "sleeper.py"), "0.02"))
+    asleep = replace(plain, name="asleep", command=(str(tmp_path / "sleeper.py"), "0.02"))
     result = bench([plain, asleep], threads=[1, 2], seconds=0.1)
-    assert 20 <= min(result.latency("asleep", 1).samples) < 40 <= min(result.latency("asleep", 2).samples)
+    assert 20 <= min(result.samples[1].ms) < 40 <= min(result.samples[3].ms)
     assert result.speedup("a", "asleep", 2).verdict == "faster"

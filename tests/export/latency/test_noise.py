@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from questpress.export.latency import noise
-from questpress.export.latency.noise import Reading, governor, pinned
+from questpress.export.latency.machine import choose_cores, read_governor
+from questpress.export.latency.noise import Counters
+from questpress.export.latency.results import Flag
 from questpress.export.latency.runner import Subject, bench
-from questpress.export.latency.statistics import summarise
+from questpress.export.latency.statistics import Samples
 
 # A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
 # a fifth of one a process. It serves requests itself, so that it starts in no time.
@@ -61,7 +63,7 @@ def test_the_same_file_twice_is_no_difference_19_times_of_20(tmp_path: Path) -> 
 
 
 @contextmanager
-def neighbour(core: int) -> Iterator[None]:
+def neighbor(core: int) -> Iterator[None]:
     code = f"import os\nos.sched_setaffinity(0, [{core}])\nprint(flush=True)\nwhile True: pass"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -74,15 +76,15 @@ def neighbour(core: int) -> Iterator[None]:
         process.stdout.close()
 
 
-def test_a_busy_neighbour_is_noticed(tmp_path: Path) -> None:
-    if not pinned(1) or noise.read().busy is None:
+def test_a_busy_neighbor_is_noticed(tmp_path: Path) -> None:
+    if not choose_cores(1) or noise.read_counters().busy is None:
         pytest.skip("this system neither pins processes nor counts cores' time")
-    with neighbour(pinned(1)[0]):
+    with neighbor(choose_cores(1)[0]):
         result = bench([known(tmp_path, "A", 0.5)], threads=[1], seconds=1.0)
-    [found] = [flag for flag in result.flags if flag.name == "neighbour"]
-    # How much a neighbour gets is for the system to say, and for who else is there.
-    assert found.threads == 1 and found.figures["found"] > noise.LIMITS["neighbour"]
-    assert found.sentence.endswith("of the cores that it ran on.")
+    [found] = [flag for flag in result.flags if flag.name == "neighbor"]
+    # How much a neighbor gets is for the system to say, and for who else is there.
+    assert found.threads == 1 and found.figures["value"] > noise.LIMITS["neighbor"]
+    assert found.sentence.endswith("of the cores under test.")
 
 
 def reading(
@@ -90,32 +92,32 @@ def reading(
     busy: Mapping[int, float] | None,
     stolen: Mapping[int, float] | None = None,
     throttled: int | None = 0,
-) -> Reading:
-    return Reading(
+) -> Counters:
+    return Counters(
         at, busy, stolen if stolen is not None or busy is None else dict.fromkeys(busy, 0.0), throttled
     )
 
 
-def names(flags: list[noise.Flag]) -> list[str]:
+def names(flags: list[Flag]) -> list[str]:
     return [flag.name for flag in flags]
 
 
-def test_own_time_is_no_neighbours() -> None:
+def test_own_time_is_no_neighbors() -> None:
     before = reading(0, {0: 5.0, 1: 5.0})
     quiet = reading(10, {0: 15.0, 1: 5.1})
-    assert noise.of_machine(before, quiet, 9.9, (0,), 1) == []
-    [flag] = noise.of_machine(before, quiet, 9.0, (0,), 1)
-    assert flag.name == "neighbour" and flag.figures == {"found": pytest.approx(0.1), "limit": 0.05}
+    assert noise.check_counters(before, quiet, 9.9, (0,), 1) == []
+    [flag] = noise.check_counters(before, quiet, 9.0, (0,), 1)
+    assert flag.name == "neighbor" and flag.figures == {"value": pytest.approx(0.1), "limit": 0.05}
     elsewhere = reading(10, {0: 15.0, 1: 12.0})
-    assert names(noise.of_machine(before, elsewhere, 9.9, (0,), 1)) == ["machine"]
+    assert names(noise.check_counters(before, elsewhere, 9.9, (0,), 1)) == ["machine"]
     # The other core is its own too with two threads.
-    assert names(noise.of_machine(before, elsewhere, 16.9, (0, 1), 2)) == []
+    assert names(noise.check_counters(before, elsewhere, 16.9, (0, 1), 2)) == []
 
 
 def test_stolen_and_refused_time_is_told() -> None:
     before = reading(0, {0: 0.0}, {0: 1.0})
     after = reading(10, {0: 10.0}, {0: 1.5}, 3)
-    found = noise.of_machine(before, after, 10.0, (0,), 1)
+    found = noise.check_counters(before, after, 10.0, (0,), 1)
     assert names(found) == ["steal", "throttled"]
     assert found[0].sentence == "The host gave 5 % of this virtual machine's cores to others."
     assert found[1].sentence == "The container's CPU quota stopped its processes 3 times."
@@ -123,9 +125,9 @@ def test_stolen_and_refused_time_is_told() -> None:
 
 def test_what_a_system_does_not_tell_is_named() -> None:
     nothing = reading(0, None, throttled=None)
-    assert noise.unchecked(nothing, ()) == ["neighbour", "machine", "steal", "throttled"]
-    assert noise.of_machine(nothing, reading(9, None, throttled=None), 1.0, (), 1) == []
-    assert noise.unchecked(reading(0, {0: 1.0}), (0,)) == []
+    assert noise.list_unchecked(nothing, ()) == ["neighbor", "machine", "steal", "throttled"]
+    assert noise.check_counters(nothing, reading(9, None, throttled=None), 1.0, (), 1) == []
+    assert noise.list_unchecked(reading(0, {0: 1.0}), (0,)) == []
 
 
 def test_the_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
@@ -134,9 +136,9 @@ def test_the_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
         "cpu0 100 20 50 400 5 3 2 7 0 0\ncpu1 200 0 50 500 0 0 0 0 0 0\nintr 5\n"
     )
     ticks = os.sysconf("SC_CLK_TCK")
-    found = noise.read(tmp_path)
+    found = noise.read_counters(tmp_path)
     assert found.busy == {0: 175 / ticks, 1: 250 / ticks} and found.stolen == {0: 7 / ticks, 1: 0.0}
-    assert noise.read(tmp_path / "none").busy is None
+    assert noise.read_counters(tmp_path / "none").busy is None
 
 
 @pytest.mark.parametrize("line", ["0::/a/b", "3:cpu,cpuacct:/a/b"])
@@ -145,38 +147,38 @@ def test_throttling_is_counted_by_both_versions_of_cgroups(tmp_path: Path, line:
     mount = root if line.startswith("0") else root / "cpu,cpuacct"
     (mount / "a" / "b").mkdir(parents=True)
     (tmp_path / "cgroup").write_text(f"{line}\n")
-    assert noise.throttled(tmp_path / "cgroup", root) is None
+    assert noise.count_throttled(tmp_path / "cgroup", root) is None
     (mount / "a" / "b" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 0\nthrottled_usec 0\n")
     (mount / "a" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 4\nthrottled_time 70\n")
-    assert noise.throttled(tmp_path / "cgroup", root) == 4
+    assert noise.count_throttled(tmp_path / "cgroup", root) == 4
 
 
 def test_a_sentinel_that_changes_its_pace_is_told() -> None:
     rng = np.random.default_rng(0)
-    assert noise.of_sentinel(rng.normal(2.0, 0.01, 50), 1) == []
-    [flag] = noise.of_sentinel(np.concatenate([np.full(25, 2.0), np.full(25, 2.4)]), 1)
-    assert flag.name == "sentinel" and flag.figures["found"] == pytest.approx(0.4 / 2.2)
+    assert noise.check_sentinel(rng.normal(2.0, 0.01, 50), 1) == []
+    [flag] = noise.check_sentinel(np.concatenate([np.full(25, 2.0), np.full(25, 2.4)]), 1)
+    assert flag.name == "sentinel" and flag.figures["value"] == pytest.approx(0.4 / 2.2)
 
 
 def test_drift_and_processes_that_differ_are_told() -> None:
     rng = np.random.default_rng(0)
     steady, still = rng.normal(2.0, 0.02, 60), rng.normal(1.0, 0.005, 60)
-    latency = summarise("a", 1, [np.array([one]) for one in steady], processes=2)
-    assert noise.of_latencies([latency], still, 1) == []
+    latency = Samples.from_blocks("a", 1, [np.array([one]) for one in steady], processes=2)
+    assert noise.check_samples([latency], still, 1) == []
     rising = steady * np.linspace(1, 1.1, 60)
-    latency = summarise("a", 1, [np.array([one]) for one in rising], processes=2)
-    [flag] = noise.of_latencies([latency], still, 1)
+    latency = Samples.from_blocks("a", 1, [np.array([one]) for one in rising], processes=2)
+    [flag] = noise.check_samples([latency], still, 1)
     assert flag.name == "drift" and flag.sentence.startswith(
         "In the last third of the rounds a was 7.6 % slower"
     )
     apart = steady * np.tile([1.0, 1.08], 30)
-    latency = summarise("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
-    assert names(noise.of_latencies([latency], still, 1)) == ["repeat", "unsettled"]
+    latency = Samples.from_blocks("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
+    assert names(noise.check_samples([latency], still, 1)) == ["repeat", "unsettled"]
 
 
 def test_scatter_alone_is_no_drift() -> None:
     rng = np.random.default_rng(1)
-    assert sum(noise.drift(np.exp(rng.normal(0, 0.1, 30))) != 0 for _ in range(200)) <= 4
+    assert sum(noise.compute_drift(np.exp(rng.normal(0, 0.1, 30))) != 0 for _ in range(200)) <= 4
 
 
 def test_threads_get_physical_cores_of_the_fastest_kind_and_core_0_last(tmp_path: Path) -> None:
@@ -188,10 +190,10 @@ def test_threads_get_physical_cores_of_the_fastest_kind_and_core_0_last(tmp_path
         (folder / "topology" / "thread_siblings_list").write_text(f"{pair}\n")
         (folder / "cpufreq" / "cpuinfo_max_freq").write_text("5000\n" if core < 4 else "3000\n")
         (folder / "cpufreq" / "scaling_governor").write_text("performance\n" if core < 4 else "powersave\n")
-    assert pinned(1, system=tmp_path, allowed=range(6)) == (2,)
-    assert pinned(2, system=tmp_path, allowed=range(6)) == (0, 2)
-    assert pinned(4, system=tmp_path, allowed=range(6)) == (0, 2, 4, 5)
-    assert pinned(2, system=tmp_path, allowed=[1, 4]) == (1, 4)
-    assert pinned(3, system=tmp_path, allowed=[1, 4]) == ()
-    assert governor((0, 4), system=tmp_path) == "performance, powersave"
-    assert governor((9,), system=tmp_path) is None
+    assert choose_cores(1, system=tmp_path, allowed=range(6)) == (2,)
+    assert choose_cores(2, system=tmp_path, allowed=range(6)) == (0, 2)
+    assert choose_cores(4, system=tmp_path, allowed=range(6)) == (0, 2, 4, 5)
+    assert choose_cores(2, system=tmp_path, allowed=[1, 4]) == (1, 4)
+    assert choose_cores(3, system=tmp_path, allowed=[1, 4]) == ()
+    assert read_governor((0, 4), system=tmp_path) == "performance, powersave"
+    assert read_governor((9,), system=tmp_path) is None
