@@ -1,263 +1,211 @@
-"""What a rewriting rule asks of an ONNX graph, and the few ways in which it changes one."""
+"""Rewrite a float ONNX graph into operators that ONNX Runtime runs in integers.
+
+Patterns are matched and replaced by onnxscript's rewriter. Padding the channels of depthwise convolutions
+changes many layers together and is done here.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+from onnxscript.rewriter.pattern import OrValue, RewriteRule, RewriteRuleSet
+from onnxscript.rewriter.rules.common import (
+    fuse_batchnorm_into_conv_rule,
+    fuse_batchnorm_into_conv_transpose_rule,
+    fuse_batchnorm_into_gemm_rule,
+)
 
 
-class Graph:
-    """A model's graph with its constants, who makes each tensor and who reads it; edits show at once.
+def rewrite(model: onnx.ModelProto, rules: Collection[str] | None = None) -> list[str]:
+    """Apply `rules`, or all of RULES, to `model` in place and return the names of those that changed it.
 
-    A constant is an initializer that no input of the graph can override; `Constant` nodes become such.
+    The graph computes the same up to the rounding of float32. Constant nodes become initializers.
+
+    Raises:
+        ValueError: a rule does not exist.
     """
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self._lift_constant_nodes()
-        graph = model.graph
-        given = {value.name for value in graph.input}
-        # What a branch of an If or the body of a Loop reads stands there without being handed in.
-        self.outputs = {value.name for value in graph.output} | _read_inside(graph)
-        self.constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
-        self.nodes = list(graph.node)
-        self._names = given | self.outputs | {tensor.name for tensor in graph.initializer}
-        self._names |= {name for node in self.nodes for name in (node.name, *node.input, *node.output)}
-        self._index()
-
-    def maker(self, tensor: str) -> onnx.NodeProto | None:
-        """The node that gives `tensor`; None of the graph's inputs and of constants."""
-        return self._makers.get(tensor)
-
-    def readers(self, tensor: str) -> list[onnx.NodeProto]:
-        """The nodes that read `tensor`, one of them twice where it reads it twice."""
-        return self._readers.get(tensor, [])
-
-    def feeds_only(self, tensor: str, node: onnx.NodeProto) -> bool:
-        """Whether nothing but `node` sees `tensor`: no other node, and no user of the graph."""
-        readers = self.readers(tensor)
-        return tensor not in self.outputs and len(readers) == 1 and readers[0] is node
-
-    def array(self, name: str) -> np.ndarray | None:
-        """The value of a constant; None where `name` is computed, given, or left out."""
-        tensor = self.constants.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
-
-    def number(self, name: str) -> float | None:
-        """The value of a constant of one element; None of anything else."""
-        array = self.array(name)
-        return None if array is None or array.size != 1 else float(array.ravel()[0])
-
-    def rank(self, name: str) -> int | None:
-        """How many dimensions a tensor is known to have."""
-        graph = self.model.graph
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            if value.name == name and value.type.tensor_type.HasField("shape"):
-                return len(value.type.tensor_type.shape.dim)
-        array = self.array(name)
-        return None if array is None else array.ndim
-
-    def unused(self, name: str) -> str:
-        """`name`, or the first name like it that nothing in the graph has; it counts as taken from now on."""
-        taken, number = name, 2
-        while taken in self._names:
-            taken, number = f"{name}_{number}", number + 1
-        self._names.add(taken)
-        return taken
-
-    def add_constant(self, name: str, array: np.ndarray) -> str:
-        """Hold `array` under a name like `name`; the name."""
-        tensor = numpy_helper.from_array(np.ascontiguousarray(array), self.unused(name))
-        self.model.graph.initializer.append(tensor)
-        self.constants[tensor.name] = self.model.graph.initializer[-1]
-        return tensor.name
-
-    def replace(self, node: onnx.NodeProto, by: Iterable[onnx.NodeProto]) -> None:
-        """Put other nodes, in the order in which they compute, where `node` stands."""
-        place = next(i for i, other in enumerate(self.nodes) if other is node)
-        self.nodes[place : place + 1] = list(by)
-        self._index()
-
-    def read_instead(self, tensor: str, other: str) -> None:
-        """Let every node that reads `tensor` read `other`."""
-        for node in self.nodes:
-            for i, name in enumerate(node.input):
-                if name == tensor:
-                    node.input[i] = other
-        self._index()
-
-    def reindex(self) -> None:
-        """After a node was changed in place."""
-        self._index()
-
-    def write(self) -> None:
-        """Put the nodes back into the model, without constants and shapes that nothing uses any more."""
-        graph = self.model.graph
-        used = {name for node in self.nodes for name in (*node.input, *node.output)}
-        used |= self.outputs | {value.name for value in graph.input}
-        tensors = [tensor for tensor in graph.initializer if tensor.name in used]
-        shapes = [value for value in graph.value_info if value.name in used]
-        for entries, values in (
-            (graph.node, self.nodes),
-            (graph.initializer, tensors),
-            (graph.value_info, shapes),
-        ):
-            del entries[:]
-            entries.extend(values)
-
-    def _index(self) -> None:
-        self._makers = {name: node for node in self.nodes for name in node.output if name}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.nodes:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
-
-    def _lift_constant_nodes(self) -> None:
-        graph = self.model.graph
-        kept = []
-        for node in graph.node:
-            value = attribute(node, "value") if node.op_type == "Constant" else None
-            if value is None or node.output[0] in {output.name for output in graph.output}:
-                kept.append(node)
-                continue
-            graph.initializer.append(value)
-            graph.initializer[-1].name = node.output[0]
-        if len(kept) != len(graph.node):
-            del graph.node[:]
-            graph.node.extend(kept)
+    unknown = sorted(set(rules or ()) - set(RULES))
+    if unknown:
+        raise ValueError(f"unknown rewrite rule {unknown[0]!r}. Choose from {', '.join(RULES)}.")
+    graph = ir.from_proto(model)
+    LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(graph)
+    applied = [name for name, rule in RULES.items() if (rules is None or name in rules) and rule(graph)]
+    RemoveUnusedNodesPass()(graph)
+    model.CopyFrom(ir.to_proto(graph))
+    return applied
 
 
-def _read_inside(graph: onnx.GraphProto) -> set[str]:
-    """Every name that a graph within a node of `graph` reads."""
-    names: set[str] = set()
-    for node in graph.node:
-        for inner in (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH):
-            names |= {name for other in inner.node for name in other.input} | _read_inside(inner)
-            names |= {value.name for value in inner.output}
-    return names
+# onnxscript passes values to the callbacks of a rule by the names in its pattern. They are typed as Any: the
+# pattern guarantees what the types leave open, such as that a value has a producer.
 
 
-def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """The value of an attribute, or `default` where the node doesn't state it."""
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
-_FLOATS = (np.float32, np.float64)
-
-
-def can_take_affine(graph: Graph, tensor: str, reader: onnx.NodeProto) -> bool:
-    """Whether `take_affine` can: `tensor` comes from a Conv or Gemm of constant weights, and only `reader`
-    sees it.
-    """
-    layer = graph.maker(tensor)
-    if layer is None or layer.op_type not in ("Conv", "Gemm") or not graph.feeds_only(tensor, reader):
-        return False
-    weight = graph.array(layer.input[1])
-    return (
-        weight is not None
-        and weight.dtype in _FLOATS
-        and (_bias_name(layer) is None or _bias(graph, layer) is not None)
-    )
-
-
-def take_affine(
-    graph: Graph,
-    tensor: str,
-    reader: onnx.NodeProto,
-    factor: float | np.ndarray,
-    shift: float | np.ndarray,
-) -> str:
-    """Make the layer that gives `tensor` give factor·tensor + shift to `reader`, its only reader.
-
-    Returns the tensor's new name. `factor` and `shift` are numbers, or one for each channel, [C]. The name is
-    another because the values are: ranges observed under the old one are not its own. Weights are
-    computed in float64 and held as new constants: another layer may use the old ones.
-
-    Raises ValueError where `can_take_affine` says no.
-    """
-    layer = graph.maker(tensor)
-    if layer is None or not can_take_affine(graph, tensor, reader):
-        raise ValueError(f"no layer of constant weights gives {tensor} to {reader.name} alone")
-    weight = graph.array(layer.input[1])
-    assert weight is not None
-    bias = _bias(graph, layer)
-    channels_last = layer.op_type == "Gemm" and not attribute(layer, "transB", 0)
-    scale = np.broadcast_to(
-        np.asarray(factor, np.float64), weight.shape[-1:] if channels_last else weight.shape[:1]
-    )
-    along = (1, -1) if channels_last else (-1,) + (1,) * (weight.ndim - 1)
-    new_bias = np.asarray(shift, np.float64) + (0.0 if bias is None else scale * bias)
-    inputs = [
-        layer.input[0],
-        graph.add_constant(layer.input[1], (weight * scale.reshape(along)).astype(weight.dtype)),
-    ]
-    if bias is not None or np.any(new_bias):
-        name = _bias_name(layer) or f"{layer.input[1]}_shift"
-        inputs.append(graph.add_constant(name, np.broadcast_to(new_bias, scale.shape).astype(weight.dtype)))
-    del layer.input[:]
-    layer.input.extend(inputs)
-    for old in [a for a in layer.attribute if a.name == "beta"]:  # the bias holds it now
-        layer.attribute.remove(old)
-    layer.output[0] = graph.unused(f"{tensor}_affine")
-    graph.read_instead(tensor, layer.output[0])
-    return layer.output[0]
-
-
-def _bias_name(layer: onnx.NodeProto) -> str | None:
-    return layer.input[2] if len(layer.input) > 2 and layer.input[2] else None
-
-
-def _bias(graph: Graph, layer: onnx.NodeProto) -> np.ndarray | None:
-    """What the layer adds, float64, one value for all channels or [C]; None where that isn't known."""
-    name = _bias_name(layer)
-    array = None if name is None else graph.array(name)
-    # Gemm's may have a value for each row of the batch.
-    if array is None or (array.ndim == 2 and array.shape[0] != 1) or array.ndim > 2:
+def _constant(value: Any) -> np.ndarray | None:
+    """Return the array of an initializer that no graph input overrides, None for any other value."""
+    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
         return None
-    return array.astype(np.float64).ravel() * (
-        attribute(layer, "beta", 1.0) if layer.op_type == "Gemm" else 1.0
-    )
+    array: np.ndarray = value.const_value.numpy()
+    return array
 
 
-def fold_batch_norm(graph: Graph) -> int:
-    """Fold BatchNormalization into the Conv or Gemm that alone feeds it; how many there were.
+def _array(value: Any) -> np.ndarray:
+    array = _constant(value)
+    assert array is not None
+    return array
 
-    The exporter has folded those of a network of ours; a graph from elsewhere may have some left, each a pass
-    over a feature map in float. Channels of variance 0 are as the graph has them: ε keeps them finite.
+
+def _unused_name(graph: ir.Graph, name: str) -> str:
+    taken = {*graph.initializers, *(output.name for node in graph for output in node.outputs)}
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+def drop_no_ops(model: ir.Model) -> bool:
+    """Remove Identity, and Dropout in inference mode whose mask is not read, except at the graph's outputs.
+
+    onnxscript's rules for Dropout match the attributes that it had before opset 12, and onnx_ir's pass for
+    Identity fails in a branch of an If that returns a value from outside.
     """
-    found = 0
-    for node in [node for node in graph.nodes if node.op_type == "BatchNormalization"]:
-        parameters = [graph.array(name) for name in node.input[1:5]]
-        trains = bool(attribute(node, "training_mode", 0)) or len(node.output) > 1
-        if trains or not can_take_affine(graph, node.input[0], node):
+    dropped = False
+    for node in model.graph:
+        data, output = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type not in ("Identity", "Dropout") or data is None or output.is_graph_output():
             continue
-        if any(parameter is None for parameter in parameters):
+        trains = (
+            len(node.inputs) > 2 and node.inputs[2] is not None and np.any(_constant(node.inputs[2]) != 0)
+        )
+        if trains or any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:]):
             continue
-        found += 1
-        γ, β, mean, variance = (np.asarray(p, np.float64) for p in parameters)
-        factor = γ / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
-        normalised = take_affine(graph, node.input[0], node, factor, β - factor * mean)
-        _give(graph, node, normalised)
-    return found
+        output.replace_all_uses_with(data)
+        model.graph.remove(node, safe=True)
+        dropped = True
+    return dropped
 
 
-def _give(graph: Graph, node: onnx.NodeProto, tensor: str) -> None:
-    """Let the maker of `tensor` give what `node` gave, in the place of `node`."""
-    layer = graph.maker(tensor)
-    assert layer is not None
-    graph.replace(node, [])
-    layer.output[0] = node.output[0]
-    graph.reindex()
+def _is_global_mean(_: Any, x: Any, axes: Any, **__: Any) -> bool:
+    dims = _constant(axes)
+    return x.shape is not None and len(x.shape) == 4 and dims is not None and sorted(dims % 4) == [2, 3]
 
+
+def _pool_globally(op: Any, x: Any, mean: Any, **_: Any) -> Any:
+    node = mean.producer()
+    if node.attributes.get_int("keepdims", 1):
+        return op.GlobalAveragePool(x, _name=node.name)
+    pooled = op.GlobalAveragePool(x, _name=node.name, _outputs=[f"{mean.name}_pooled"])
+    return op.Flatten(pooled, axis=1, _name=f"{node.name}_flatten")
+
+
+# The exporter writes global pooling as ReduceMean, which has no integer kernel in ONNX Runtime: the last
+# feature map would be converted to float for it.
+_GLOBAL_MEAN = RewriteRule(
+    lambda op, x, axes: op.ReduceMean(x, axes, _outputs=["mean"]), _pool_globally, _is_global_mean
+)
+
+
+def _scalable_layer(op: Any, x: Any) -> Any:
+    layers = [op.Conv(x, _allow_other_inputs=True), op.Gemm(x, _allow_other_inputs=True)]
+    return OrValue(layers, name="y")
+
+
+def _has_constant_weights(_: Any, y: Any, **__: Any) -> bool:
+    weight, bias = _weight_and_bias(y)
+    array, offset = _constant(weight), _constant(bias)
+    if array is None or array.dtype not in (np.float32, np.float64):
+        return False
+    # The bias of a Gemm may have a row for each image of the batch.
+    return bias is None or (offset is not None and offset.ndim <= 2 and offset.shape[:-1] in ((), (1,)))
+
+
+def _weight_and_bias(y: Any) -> tuple[Any, Any]:
+    inputs = y.producer().inputs
+    return inputs[1], inputs[2] if len(inputs) > 2 else None
+
+
+def _scaled_layer(op: Any, x: Any, y: Any, factor: float, shift: float) -> Any:
+    """Return factor·y + shift, computed by a copy of the Conv or Gemm that computes y from x.
+
+    Weights are computed in float64 and stored under new names, as another layer may use the old ones. The
+    result has another name than y, as ranges observed for y do not hold for it.
+    """
+    layer = y.producer()
+    weight, bias = _weight_and_bias(y)
+    array = _array(weight)
+    channels_last = layer.op_type == "Gemm" and not layer.attributes.get_int("transB", 0)
+    offset = np.full(array.shape[-1 if channels_last else 0], shift)
+    if bias is not None:
+        beta = layer.attributes.get_float("beta", 1.0)
+        offset = offset + factor * (_array(bias).astype(np.float64).ravel() * beta)
+    inputs = [_initializer(op, layer, weight.name, (array * np.float64(factor)).astype(array.dtype))]
+    if bias is not None or np.any(offset):
+        name = f"{weight.name}_shift" if bias is None else bias.name
+        inputs.append(_initializer(op, layer, name, offset.astype(array.dtype)))
+    attributes = {name: a for name, a in layer.attributes.items() if name != "beta"}  # now in the bias
+    return op.op(layer.op_type, x, *inputs, _name=layer.name, _outputs=[f"{y.name}_affine"], **attributes)
+
+
+def _initializer(op: Any, node: Any, name: str, array: np.ndarray) -> Any:
+    return op.initializer(ir.tensor(np.ascontiguousarray(array)), _unused_name(node.graph, name))
+
+
+def _clip_hard_sigmoid(op: Any, x: Any, y: Any, activation: Any) -> Any:
+    node = activation.producer()
+    alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+    scaled = _scaled_layer(op, x, y, alpha, beta)
+    low, high = (
+        _initializer(op, node, f"{activation.name}_{bound}", np.array(bound, np.float32)) for bound in (0, 1)
+    )
+    return op.Clip(scaled, low, high, _name=node.name)
+
+
+# HardSigmoid, max(0, min(1, α·x + β)), has no integer kernel in ONNX Runtime. With α and β in the layer
+# before it, it is a Clip, which costs nothing: the unsigned range of the layer's output cuts there.
+_HARD_SIGMOID = RewriteRule(
+    lambda op, x: op.HardSigmoid(_scalable_layer(op, x), _outputs=["activation"]),
+    _clip_hard_sigmoid,
+    _has_constant_weights,
+)
+
+
+def _multiply_hard_swish(op: Any, x: Any, activation: Any, y: Any = None) -> Any:
+    node, name = activation.producer(), activation.name
+    unit = 1.0 if y is None else math.sqrt(6)
+    c = x if y is None else _scaled_layer(op, x, y, 1 / unit, 0.0)
+    three, low, six = (
+        _initializer(op, node, f"{name}_{suffix}", np.array(value / unit, np.float32))
+        for suffix, value in (("three", 3), ("zero", 0), ("six", 6))
+    )
+    shifted = op.Add(c, three, _name=f"{node.name}_shift", _outputs=[f"{name}_shifted"])
+    gate = op.Clip(shifted, low, six, _name=f"{node.name}_clip", _outputs=[f"{name}_gate"])
+    if y is not None:
+        return op.Mul(c, gate, _name=node.name)
+    product = op.Mul(c, gate, _name=node.name, _outputs=[f"{name}_product"])
+    sixth = _initializer(op, node, f"{name}_sixth", np.array(1 / 6, np.float32))
+    return op.Mul(product, sixth, _name=f"{node.name}_scale")
+
+
+# HardSwish has no integer kernel in ONNX Runtime; Add and Mul have one, and the Clip costs nothing, as above.
+_HARD_SWISH = RewriteRuleSet(
+    [
+        # x·Clip(x + 3, 0, 6)/6 = c·Clip(c + √6/2, 0, √6) with c = x/√6, computed by the layer before it.
+        RewriteRule(
+            lambda op, x: op.HardSwish(_scalable_layer(op, x), _outputs=["activation"]),
+            _multiply_hard_swish,
+            _has_constant_weights,
+        ),
+        # If no layer can compute c, a multiplication by 1/6 remains.
+        RewriteRule(lambda op, x: op.HardSwish(x, _outputs=["activation"]), _multiply_hard_swish),
+    ]
+)
 
 MULTIPLE = 16
-"""ONNX Runtime's integer depthwise kernel on x86 takes 16 channels at once, the rest one by one."""
+"""ONNX Runtime's integer depthwise kernel on x86 computes 16 channels at once, the rest one by one."""
 
 _CHANNELWISE = (
     *("Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "LeakyRelu", "Identity", "Dropout"),
@@ -265,239 +213,128 @@ _CHANNELWISE = (
 )
 
 
-def pad_depthwise_channels(graph: Graph) -> int:
-    """Give depthwise convolutions channels of nothing up to a multiple of 16; how many there were.
+def pad_depthwise_channels(model: ir.Model) -> bool:
+    """Pad the channels of depthwise convolutions to a multiple of 16.
 
-    The layers that give these channels get weights and biases of 0 for the new ones, those that read them
-    weights of 0: whatever stands in them, nothing comes of it. Where the channels reach the graph's input or
-    output, or a node of another kind, they stay as they are.
+    The layers that write these channels get weights and biases of 0 for the new ones, the layers that read
+    them weights of 0, so that the values between do not matter. Channels that reach the graph's input or
+    output or any other operator are not padded.
     """
-    found = 0
-    for node in list(graph.nodes):
-        channels = _depthwise_channels(graph, node)
+    padded = False
+    for node in model.graph:
+        channels = _depthwise_channels(node)
         if channels is None or channels % MULTIPLE == 0:
             continue
-        span = _span(graph, node)
-        if span is not None:
-            _pad(graph, span, channels, -channels % MULTIPLE)
-            found += len(span.depthwise)
-    return found
+        region = _channel_region(node)
+        if region is not None:
+            _pad(model.graph, region, channels, -channels % MULTIPLE)
+            padded = True
+    return padded
 
 
 @dataclass
-class _Span:
-    """Everything between the layers that give some channels and the layers that read them."""
+class _Region:
+    """The tensors and depthwise convolutions between the dense layers that write and read some channels."""
 
-    tensors: list[str] = field(default_factory=list)
-    givers: list[onnx.NodeProto] = field(default_factory=list)
-    readers: list[onnx.NodeProto] = field(default_factory=list)
-    depthwise: list[onnx.NodeProto] = field(default_factory=list)
+    tensors: list[ir.Value] = field(default_factory=list)
+    writers: list[ir.Node] = field(default_factory=list)
+    readers: list[ir.Node] = field(default_factory=list)
+    depthwise: list[ir.Node] = field(default_factory=list)
 
 
-def _span(graph: Graph, start: onnx.NodeProto) -> _Span | None:
-    """The channels' way from `start` on, up and down; None where it can't be widened."""
-    span = _Span()
-    open_tensors: list[str | None] = [start.input[0]]
+def _channel_region(start: ir.Node) -> _Region | None:
+    """Follow the channels of `start` up and down the graph; None if they cannot be padded."""
+    region = _Region()
+    open_tensors = [start.inputs[0]]
     while open_tensors:
         tensor = open_tensors.pop()
-        if tensor in span.tensors:
+        if tensor in region.tensors:
             continue
-        maker = None if tensor is None else graph.maker(tensor)
-        if tensor is None or maker is None or tensor in graph.outputs:
+        writer = None if tensor is None else tensor.producer()
+        if tensor is None or writer is None or tensor.is_graph_output():
             return None
-        span.tensors.append(tensor)
-        if not _is_dense(graph, maker):
-            open_tensors += _beside(graph, maker, span)
+        region.tensors.append(tensor)
+        if _is_dense(writer):
+            region.writers.append(writer)
         else:
-            span.givers.append(maker)
-        for reader in graph.readers(tensor):
-            if not _is_dense(graph, reader):
-                open_tensors += _beside(graph, reader, span)
-            elif reader not in span.readers:
-                span.readers.append(reader)
-    return span
+            open_tensors += _tensors_of_channelwise(writer, region)
+        for reader, _ in tensor.uses():
+            if not _is_dense(reader):
+                open_tensors += _tensors_of_channelwise(reader, region)
+            elif reader not in region.readers:
+                region.readers.append(reader)
+    return region
 
 
-def _beside(graph: Graph, node: onnx.NodeProto, span: _Span) -> list[str | None]:
-    """The tensors of the same channels at a node that keeps channels apart; [None] at any other node."""
-    if _depthwise_channels(graph, node) is not None:
-        if node not in span.depthwise:
-            span.depthwise.append(node)
-        return [node.input[0], node.output[0]]
-    if node.op_type not in _CHANNELWISE or len(node.output) != 1:
+def _tensors_of_channelwise(node: ir.Node, region: _Region) -> list[ir.Value | None]:
+    """Return the inputs and outputs of a node that computes channels separately, [None] for other nodes."""
+    if _depthwise_channels(node) is not None:
+        if node not in region.depthwise:
+            region.depthwise.append(node)
+        return [node.inputs[0], node.outputs[0]]
+    constants = [array for value in node.inputs if (array := _constant(value)) is not None]
+    is_channelwise = node.op_type in _CHANNELWISE and len(node.outputs) == 1
+    if not is_channelwise or any(array.size != 1 for array in constants):
         return [None]
-    constants = [name for name in node.input if name in graph.constants]
-    if any(graph.number(name) is None for name in constants):
-        return [None]
-    return [*(name for name in node.input if name and name not in constants), node.output[0]]
+    return [*(v for v in node.inputs if v is not None and _constant(v) is None), node.outputs[0]]
 
 
-def _is_dense(graph: Graph, node: onnx.NodeProto) -> bool:
-    """A convolution over all channels, of constant weights."""
-    return (
-        node.op_type == "Conv"
-        and attribute(node, "group", 1) == 1
-        and all(name in graph.constants for name in node.input[1:] if name)
-    )
+def _is_dense(node: ir.Node) -> bool:
+    return _is_constant_conv(node) and node.attributes.get_int("group", 1) == 1
 
 
-def _depthwise_channels(graph: Graph, node: onnx.NodeProto) -> int | None:
-    """How many channels a depthwise convolution of constant weights has; None of any other node."""
-    if node.op_type != "Conv" or any(name and name not in graph.constants for name in node.input[1:]):
+def _depthwise_channels(node: ir.Node) -> int | None:
+    """Return the number of channels of a depthwise convolution of constant weights, None for other nodes."""
+    if not _is_constant_conv(node):
         return None
-    channels, each = graph.constants[node.input[1]].dims[:2]
-    groups = attribute(node, "group", 1)
-    return int(channels) if groups == channels and each == 1 and groups > 1 else None
+    channels, channels_per_group = _array(node.inputs[1]).shape[:2]
+    groups = node.attributes.get_int("group", 1)
+    return channels if groups == channels and channels_per_group == 1 and groups > 1 else None
 
 
-def _pad(graph: Graph, span: _Span, channels: int, more: int) -> None:
-    for node in (*span.givers, *span.depthwise):
-        node.input[1] = _padded(graph, node.input[1], 0, more)
-        if len(node.input) > 2 and node.input[2]:
-            node.input[2] = _padded(graph, node.input[2], 0, more)
-    for node in span.readers:
-        node.input[1] = _padded(graph, node.input[1], 1, more)
-    for node in span.depthwise:
-        next(a for a in node.attribute if a.name == "group").i = channels + more
-    for value in graph.model.graph.value_info:
-        if value.name in span.tensors:
-            value.type.tensor_type.shape.dim[1].dim_value = channels + more
-    graph.reindex()
+def _is_constant_conv(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and all(v is None or _constant(v) is not None for v in node.inputs[1:])
 
 
-def _padded(graph: Graph, name: str, axis: int, more: int) -> str:
-    array = graph.array(name)
-    assert array is not None
-    zeros = np.zeros([more if i == axis else n for i, n in enumerate(array.shape)], array.dtype)
-    return graph.add_constant(name, np.concatenate([array, zeros], axis))
+def _pad(graph: ir.Graph, region: _Region, channels: int, extra: int) -> None:
+    for node in (*region.writers, *region.depthwise):
+        for index, parameter in enumerate(node.inputs):
+            if index > 0 and parameter is not None:
+                node.replace_input_with(index, _padded(graph, parameter, 0, extra))
+    for node in region.readers:
+        node.replace_input_with(1, _padded(graph, node.inputs[1], 1, extra))
+    for node in region.depthwise:
+        node.attributes["group"] = ir.AttrInt64("group", channels + extra)
+    for tensor in region.tensors:
+        if tensor.shape is not None:
+            tensor.shape = ir.Shape([tensor.shape[0], channels + extra, *tensor.shape[2:]])
 
 
-def clip_hard_sigmoid(graph: Graph) -> int:
-    """Write HardSigmoid, max(0, min(1, α·x + β)), as Clip to 0..1 where α and β fit into the layer before it.
-
-    How many there were. HardSigmoid has no integer kernel in ONNX Runtime; a Clip costs nothing, for the
-    unsigned range of what the layer gives is cut there. Where something else reads x, or no Conv or Gemm
-    gives it, the node stays.
-    """
-    found = 0
-    for node in [node for node in graph.nodes if node.op_type == "HardSigmoid"]:
-        if not can_take_affine(graph, node.input[0], node):
-            continue
-        found += 1
-        x = take_affine(
-            graph, node.input[0], node, attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
-        )
-        low, high = (graph.add_constant(f"{node.output[0]}_{n}", np.array(n, np.float32)) for n in (0, 1))
-        graph.replace(node, [helper.make_node("Clip", [x, low, high], [node.output[0]], name=node.name)])
-    return found
+def _padded(graph: ir.Graph, value: Any, axis: int, extra: int) -> ir.Value:
+    array = _array(value)
+    padding = [(0, extra if i == axis else 0) for i in range(array.ndim)]
+    name = _unused_name(graph, value.name)
+    tensor = ir.tensor(np.pad(array, padding), name=name)
+    shape, dtype = ir.Shape(tensor.numpy().shape), ir.TensorType(tensor.dtype)
+    padded = ir.Value(name=name, const_value=tensor, shape=shape, type=dtype)
+    graph.register_initializer(padded)
+    return padded
 
 
-def multiply_hard_swish(graph: Graph) -> int:
-    """Write HardSwish, x·Clip(x + 3, 0, 6)/6, as c·Clip(c + √6/2, 0, √6) where c = x/√6 fits into the layer
-    before it.
-
-    How many there were. The two are equal: both factors of the product take a 1/√6 along. HardSwish has no
-    integer kernel in ONNX Runtime; Add and Mul have one, and the Clip costs nothing, for the unsigned range
-    of the sum is cut there. Where something else reads x, or no Conv or Gemm gives it, a Mul by 1/6 is kept.
-    """
-    found = 0
-    for node in [node for node in graph.nodes if node.op_type == "HardSwish"]:
-        found += 1
-        folds = can_take_affine(graph, node.input[0], node)
-        unit = math.sqrt(6) if folds else 1.0
-        c = take_affine(graph, node.input[0], node, 1 / unit, 0.0) if folds else node.input[0]
-        given = node.output[0]
-        three, low, six = (
-            graph.add_constant(f"{given}_{name}", np.array(value / unit, np.float32))
-            for name, value in (("three", 3), ("zero", 0), ("six", 6))
-        )
-        shifted, gate = graph.unused(f"{given}_shifted"), graph.unused(f"{given}_gate")
-        product = given if folds else graph.unused(f"{given}_product")
-        nodes = [
-            helper.make_node("Add", [c, three], [shifted], name=f"{node.name}_shift"),
-            helper.make_node("Clip", [shifted, low, six], [gate], name=f"{node.name}_clip"),
-            helper.make_node("Mul", [c, gate], [product], name=node.name),
-        ]
-        if not folds:
-            sixth = graph.add_constant(f"{given}_sixth", np.array(1 / 6, np.float32))
-            nodes.append(helper.make_node("Mul", [product, sixth], [given], name=f"{node.name}_scale"))
-        graph.replace(node, nodes)
-    return found
-
-
-def drop_no_ops(graph: Graph) -> int:
-    """Take out Identity and, as a classifier is not trained in this form, Dropout; how many there were.
-
-    What gives the graph's own output stays: nothing may be left without its name.
-    """
-    found = 0
-    for node in [node for node in graph.nodes if node.op_type in ("Identity", "Dropout")]:
-        mask_is_read = any(graph.readers(name) or name in graph.outputs for name in node.output[1:])
-        trains = len(node.input) > 2 and bool(node.input[2]) and graph.number(node.input[2]) != 0
-        if mask_is_read or trains or node.output[0] in graph.outputs or not node.input[0]:
-            continue
-        found += 1
-        graph.read_instead(node.output[0], node.input[0])
-        graph.replace(node, [])
-    return found
-
-
-def pool_globally(graph: Graph) -> int:
-    """Write the mean over height and width as GlobalAveragePool; how many there were.
-
-    The exporter writes global pooling as ReduceMean, which has no integer kernel in ONNX Runtime: the last
-    feature map would be widened to float for it.
-    """
-    found = 0
-    for node in [node for node in graph.nodes if node.op_type == "ReduceMean"]:
-        axes = _axes(graph, node)
-        if axes is None or graph.rank(node.input[0]) != 4 or sorted(axis % 4 for axis in axes) != [2, 3]:
-            continue
-        found += 1
-        given = node.output[0]
-        keeps = bool(attribute(node, "keepdims", 1))
-        pooled = given if keeps else graph.unused(f"{given}_pooled")
-        nodes = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name)]
-        if not keeps:
-            nodes.append(helper.make_node("Flatten", [pooled], [given], name=f"{node.name}_flatten", axis=1))
-        graph.replace(node, nodes)
-    return found
-
-
-def _axes(graph: Graph, node: onnx.NodeProto) -> list[int] | None:
-    """The axes a reduction is known to run over; None where the graph computes them."""
-    if len(node.input) > 1 and node.input[1]:  # an input since opset 18, an attribute before
-        array = graph.array(node.input[1])
-        return None if array is None else [int(axis) for axis in array.ravel()]
-    stated: list[int] | None = attribute(node, "axes")
-    return stated
-
-
-Rule = Callable[[Graph], int]
-
-RULES: dict[str, Rule] = {
-    # In this order: what is in the way of another rule goes first.
+RULES: dict[str, Callable[[ir.Model], bool | int]] = {
+    # In this order: a rule may enable a later one.
     "drop_no_ops": drop_no_ops,
-    "fold_batch_norm": fold_batch_norm,
-    "pool_globally": pool_globally,
-    "clip_hard_sigmoid": clip_hard_sigmoid,
-    "multiply_hard_swish": multiply_hard_swish,
+    "fold_batch_norm": RewriteRuleSet(
+        [
+            fuse_batchnorm_into_conv_rule,
+            fuse_batchnorm_into_conv_transpose_rule,
+            fuse_batchnorm_into_gemm_rule,
+        ]
+    ).apply_to_model,
+    "pool_globally": _GLOBAL_MEAN.apply_to_model,
+    "clip_hard_sigmoid": _HARD_SIGMOID.apply_to_model,
+    "multiply_hard_swish": _HARD_SWISH.apply_to_model,
     "pad_depthwise_channels": pad_depthwise_channels,
 }
-# These pay where what they write runs in integers, and cost something where it doesn't.
+# These pay if what they write runs in integers, and cost time if it does not.
 FOR_INTEGERS = frozenset({"multiply_hard_swish", "pad_depthwise_channels"})
-
-
-def rewrite(model: onnx.ModelProto, rules: Collection[str] | None = None) -> list[str]:
-    """Apply `rules`, or all of RULES, to `model` in place; the names of those that found something to do.
-
-    Each computes what the graph computed, up to the rounding of float32. Raises ValueError for a rule that
-    isn't there.
-    """
-    unknown = sorted(set(rules or ()) - set(RULES))
-    if unknown:
-        raise ValueError(f"no rewriting rule {unknown[0]!r}; there are {', '.join(RULES)}")
-    graph = Graph(model)
-    found = [name for name, rule in RULES.items() if (rules is None or name in rules) and rule(graph)]
-    graph.write()
-    return found
