@@ -70,7 +70,7 @@ def test_the_figures_are_those_of_asking_each_image_by_itself(
         np.add.at(table, (labels, said), 1)
         assert one.confusion == table.tolist()
         for number, of in enumerate(one.per_class):
-            assert (of.n, of.answered, of.correct) == (
+            assert (of.n, of.predicted, of.correct) == (
                 table[number].sum(), table[:, number].sum(), table[number, number],
             )  # fmt: skip
             if of.recall is not None:

@@ -75,12 +75,6 @@ def test_a_cell_is_told_to_stop_when_the_time_is_over_and_begun_only_while_there
     assert table.accuracies("a:b", "none") == []
 
 
-def test_a_command_that_fails_stops_the_table_with_its_name(data: Path, tmp_path: Path) -> None:
-    wrong = cells.Cell("a:b", "none", 0, arguments(data, tmp_path, "--method", "qest"))
-    with pytest.raises(SystemExit, match=r"a-b\.none\.0 failed with exit code 2"):
-        cells.Table(tmp_path / "out", [wrong]).run(None)
-
-
 def test_what_is_done_is_tabulated_even_where_a_later_cell_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,17 +90,6 @@ def test_what_is_done_is_tabulated_even_where_a_later_cell_fails(
     assert (tmp_path / "out" / "results.md").read_text() == "a 50 %"
     assert json.loads((tmp_path / "out" / "results.json").read_text())["benchmark"] == "little"
     assert "the same command goes on" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("text", "expected"), [("45s", 45), ("9m", 540), ("1.5h", 5400)])
-def test_a_budget_is_written_with_its_unit(text: str, expected: float) -> None:
-    assert cells.seconds(text) == expected
-
-
-@pytest.mark.parametrize("text", ["9", "m", "9 m", "-3s", "9w"])
-def test_a_budget_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(SystemExit, match=r"--budget: .* is no time; write it as"):
-        cells.seconds(text)
 
 
 def test_seeds_are_spoken_as_mean_and_deviation() -> None:

@@ -1,6 +1,5 @@
 """int8 side by side: the ratios' arithmetic, what is done once and what anew, and peers that aren't there."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -66,17 +65,6 @@ def test_ratios_are_of_the_same_rounds_and_spoken_with_their_interval() -> None:
     assert "/somewhere" not in json.dumps(one)
 
 
-def test_a_file_that_was_not_made_and_a_restless_machine_are_told() -> None:
-    one = cell({"fp32": [8.0] * 3, "ours": [2.0] * 3}, error="NNCF made no file of resnet18: no reason")
-    one["latencies"]["ours"]["settled"] = False
-    one["environment"]["load"], one["environment"]["cores"] = 1.5, 2
-    text = int8_tables.tables([one], ["fp32", "ours", "nncf"])
-    assert "\n- NNCF made no file of resnet18: no reason\n" in text
-    assert "\n- resnet18 on 2 threads: the warm-up of ours did not settle within 2 %\n" in text
-    assert text.endswith("- other work was running at the start of 1 of 1 rows")
-    assert f"| resnet18 | ours | 2.00 | 30.0 dB | {16 * 'o'} |" in text
-
-
 def test_signal_to_noise_is_of_the_logits_variance() -> None:
     expected = np.array([[1.0, -1.0], [1.0, -1.0]])
     assert int8_files.signal_to_noise(expected, expected + 0.1) == pytest.approx(20)
@@ -107,56 +95,6 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert ours.read_bytes() == whole and set(fewer["cells"][0]["latencies"]) == {"fp32", "ours"}
     untouched = [path for path, at in made.items() if path.stat().st_mtime_ns == at]
     assert sorted(path.name for path in untouched) == ["fp32.onnx", "onnxruntime.onnx"]
-
-
-def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    int8.main([*SMALL, "--out", str(tmp_path), "--peers", "none", "--budget", "0s"])
-    assert "nothing is done yet" in capsys.readouterr().out
-    assert not list(tmp_path.rglob("*.onnx")) and not (tmp_path / "results.json").exists()
-
-
-def test_a_tool_that_fails_is_a_gap_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command(tmp_path, "--peers", "none")
-    (tmp_path / "fails.py").write_text("raise SystemExit('no such operator')")
-    monkeypatch.setattr(int8_making, "FILES", tmp_path / "fails.py")
-    (row,) = command(tmp_path, "--peers", "onnxruntime")["cells"]
-    assert "onnxruntime" not in row["latencies"]
-    said = "- ONNX Runtime's defaults made no file of cifar_resnet8: no such operator"
-    assert said in (tmp_path / "results.md").read_text()
-
-
-def test_a_peer_that_is_not_installed_is_named_with_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there = importlib.util.find_spec
-    absent = ("nncf", "openvino")
-    monkeypatch.setattr(
-        int8_files.importlib.util, "find_spec", lambda name: None if name in absent else there("json")
-    )
-    with pytest.raises(SystemExit) as stopped:
-        int8.main([*SMALL, "--out", str(tmp_path / "out")])
-    assert stopped.value.code == (
-        "nncf, openvino, openvino-vnni, ours-in-openvino cannot be timed without nncf, openvino: "
-        "pip install nncf openvino, or leave out what needs it with --peers onnxruntime,ultralytics"
-    )
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--peers", "tflite"), "there is no tflite; there are onnxruntime, ultralytics, nncf"),
-        (("--images", "5000", "--peers", "none"), r"calibration takes 5000 of the first \(--images\)"),
-        (("--data", "nowhere", "--peers", "none"), "There is no data folder nowhere"),
-    ],
-)
-def test_wrong_options_are_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], said: str
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        int8.main([*SMALL, "--out", str(tmp_path / "out"), *options])
-    text = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
-    assert re.search(said, text)
 
 
 def test_a_rule_left_out_is_a_file_of_its_own_unless_it_does_nothing(

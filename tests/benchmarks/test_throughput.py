@@ -1,11 +1,6 @@
 """The harnesses that take time: rounds of training steps, how costs grow, and the whole job by the clock."""
 
-import json
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.training import ours, peers, pictures, rounds, throughput, whole_job
-from tests.campaigns import growth
+from benchmarks.training import ours, peers, pictures, rounds, throughput
 
 
 class Clock:
@@ -116,14 +110,6 @@ def test_a_pair_is_timed_with_all_that_is_installed(tiny: list[str]) -> None:
     assert "cifar_resnet14 → cifar_resnet8, 16 pixels, batch 8" in throughput.text(found)
 
 
-def test_torchdistill_learns_from_pictures_and_from_our_data(tiny: list[str]) -> None:
-    pytest.importorskip("torchdistill")
-    found = throughput.run("tiny", throughput.parse([*tiny, "--subjects", "torchdistill"]))
-    assert [row["subject"] for row in found["rates"]] == [
-        f"torchdistill KD, {how}" for how in throughput.VARIANTS
-    ]
-
-
 def test_a_package_that_is_missing_is_left_out_with_a_sentence(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,38 +120,6 @@ def test_a_package_that_is_missing_is_left_out_with_a_sentence(
     found = throughput.run("tiny", throughput.parse([*tiny, "--subjects", "supervised;torchdistill"]))
     assert [row["subject"] for row in found["rates"]] == ["supervised"]
     assert "torchdistill is left out: No module named 'torchdistill'" in capsys.readouterr().err
-
-
-def soon(true: Callable[[], bool]) -> bool:
-    """Whether it becomes true within ten seconds: a signal takes its time."""
-    ends = time.monotonic() + 10
-    while not true() and time.monotonic() < ends:
-        time.sleep(0.01)
-    return true()
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes from /proc")
-def test_worker_processes_rest_between_rounds_and_end_at_the_end() -> None:
-    images = pictures.made_up(8, 2, 16).train
-    data = pictures.Pictures(images, 16, repeat=100)
-    data.transform = np.asarray
-    with ExitStack() as held:
-        feed = peers.Feed(torch.utils.data.DataLoader(data, batch_size=4, num_workers=1))
-        held.callback(feed.close)
-        (worker,) = feed.workers
-
-        def stopped() -> bool:
-            return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-        assert soon(stopped)
-        feed.begin()
-        batch, labels = next(feed)
-        assert batch.shape == (4, 16, 16, 3) and labels.tolist() == [0, 1, 0, 1]
-        assert not stopped()
-        feed.end()
-        assert soon(stopped)
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)
 
 
 def test_both_sides_see_equal_networks_and_pixels_where_precision_and_layout_are_equal(
@@ -197,93 +151,4 @@ def test_both_sides_see_equal_networks_and_pixels_where_precision_and_layout_are
     assert next(iter(student.parameters())).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_made_up_photographs_are_jpeg_files_that_our_decoder_and_theirs_read_alike() -> None:
-    photo, other = pictures.made_up(2, 2, None).train
-    assert photo.read()[:2] == b"\xff\xd8" and photo.key != other.key
-    height, width = pictures.PHOTO
-    data = pictures.Pictures([photo, other], None, repeat=3)
-    read, label = data[5]
-    assert len(data) == 6 and label == 1 and read.size == (width, height)
-    np.testing.assert_array_equal(np.asarray(read), pictures.decode_image(other.read()))
-
-
-def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
-    assert growth.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
-
-    def run(_: str, images: int, words: int) -> dict[str, float]:
-        return {"seconds": images * 1e-3, "megabytes": words / 2048}
-
-    found = growth.series("loss", "images", run)
-    assert [case["images"] for case in found["cases"]] == [32, 64, 128, 256]
-    assert {case["words"] for case in found["cases"]} == {2048}
-    assert found["exponents"] == pytest.approx({"seconds": 1, "megabytes": 0})
-    table = growth.table([found])
-    assert "| loss: 32 images at 1×, 2,048 words | ms | 32 | 64 | 128 | 256 | 1.00 |" in table
-
-
-@pytest.mark.parametrize("kind", sorted(growth.KINDS))
-def test_each_kind_of_work_runs(kind: str) -> None:
-    growth.KINDS[kind](4, 8, "cpu")()
-
-
 # Stands for the command: notes what it is called with, and leaves a teacher and a report.
-COMMAND = """#!{python}
-import json, pathlib, sys
-given = sys.argv[3:]
-out = pathlib.Path(given[given.index("--out") + 1])
-out.mkdir()
-(out / "called.json").write_text(json.dumps(given))
-(out / "teacher.safetensors").write_text("weights")
-first = given[given.index("--teacher-weights") + 1] == "none"
-(out / "report.json").write_text(json.dumps({{
-    "stages": [
-        {{"stage": "teacher", "seconds": 10.0 if first else 1.0}}, {{"stage": "student", "seconds": 4.0}}
-    ],
-    "student": {{"score": {{"percent": 90.0}}}}, "environment": {{"torch": "2"}},
-}}))
-sys.exit(3 if "fails" in given else 0)
-"""
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "command"
-    file.write_text(COMMAND.format(python=sys.executable))
-    file.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(file))
-
-
-def whole_job_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["whole_job.py", *arguments])
-    whole_job.main()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
-@pytest.mark.usefixtures("command")
-def test_a_second_student_goes_on_from_the_first_ones_teacher_and_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = tmp_path / "runs"
-    arguments = ["--out", str(runs), "--students", "a,b", "--teacher-weights", "none", "--", "--epochs", "1"]
-    whole_job_of(monkeypatch, *arguments)
-    first, second = (json.loads((runs / run / "called.json").read_text()) for run in ("1", "2"))
-    assert first[:4] == ["--epochs", "1", "--student", "a"] and second[3] == "b"
-    weights = [called[called.index("--teacher-weights") + 1] for called in (first, second)]
-    assert weights == ["none", str(runs / "1" / "teacher.safetensors")]
-    assert first[-2:] == second[-2:] == ["--cache", str(runs / "cache")]
-    table = capsys.readouterr().out
-    assert "| teacher | 10.0 | 1.0 | 0.10 |" in table and "| student | 4.0 | 4.0 | 1.00 |" in table
-    written = json.loads((runs / "whole_job.json").read_text())
-    assert [job["student"] for job in written["jobs"]] == ["a", "b"]
-    with pytest.raises(SystemExit) as usage:
-        whole_job_of(monkeypatch, *arguments)
-    assert usage.value.code == 2 and "is not empty" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
-@pytest.mark.usefixtures("command")
-def test_a_job_that_fails_is_named_with_its_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(SystemExit, match="1 failed with exit code 3"):
-        whole_job_of(monkeypatch, "--out", str(tmp_path / "runs"), "--students", "a", "--", "fails")

@@ -9,7 +9,7 @@ from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.config import recipes
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.base import Setup, Shapes
 
 from tests.support import little
 
@@ -127,10 +127,10 @@ def test_the_command_lists_every_recipe_with_its_source() -> None:
 
 
 def test_a_switch_that_changes_defaults_does_so_beside_a_recipe_too() -> None:
-    chosen = options("kd-cifar100", settings=["kd.standardise=true"])
+    chosen = options("kd-cifar100", settings=["kd.standardize=true"])
     kd = methods.load("kd")
     shapes = Shapes({}, vector=None, logits=3)
-    built = kd(methods.parse_parameters(["kd"], chosen.settings)["kd"], shapes, [shapes], {})
+    built = kd(methods.parse_parameters(["kd"], chosen.settings)["kd"], Setup(shapes, [shapes], {}))
     assert (built.tau, built.weight) == (2.0, 9.0)
 
 

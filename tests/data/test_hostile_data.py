@@ -340,12 +340,3 @@ def test_a_large_picture_of_float_numbers_takes_little_more_than_its_pixels() ->
     assert tracemalloc.get_traced_memory()[1] < 2000 * 2000 * 24
     tracemalloc.stop()
     assert pixels.shape == (2000, 2000, 3) and pixels.min() == pixels.max() == 128
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_an_animation_the_first_frame_is_seen(kind: str) -> None:
-    first, *others = [PillowImage.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
-    out = io.BytesIO()
-    more = {"lossless": True} if kind == "WEBP" else {}
-    first.save(out, kind, save_all=True, append_images=others * 20, **more)
-    assert decode_image(out.getvalue()).reshape(-1, 3).tolist() == [[255, 0, 0]] * 64

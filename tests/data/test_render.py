@@ -138,7 +138,7 @@ def test_the_whole_crop_at_its_own_size_is_the_image() -> None:
         render_views(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12, PHOTOS),
         resize_batched(done.pixels, torch.arange(6), box, torch.zeros(6, dtype=torch.bool), 12),
     ):
-        assert rendered.permute(0, 2, 3, 1).equal(done.pixels.stacked())
+        assert rendered.permute(0, 2, 3, 1).equal(done.pixels.stack())
 
 
 def test_no_indices_give_an_empty_batch() -> None:

@@ -11,7 +11,7 @@ from questpress.pipeline.errors import UsageError
 
 def image(number: int, *labels: int, name: str = "") -> Image:
     key = hashlib.sha256(str(number).encode()).hexdigest()
-    return Image.of_several(name or str(number), labels, key, b"")
+    return Image.with_labels(name or str(number), labels, key, b"")
 
 
 def many(count: int, shares: list[float], seed: int = 0) -> list[Image]:
@@ -42,7 +42,7 @@ def test_images_of_no_class_are_held_out_like_the_others() -> None:
 
 def test_the_roles_follow_from_content_alone() -> None:
     images = many(300, [0.4, 0.2, 0.1])
-    again = [Image.of_several(f"other {one.name}", one.labels, one.key, b"") for one in images[::-1]]
+    again = [Image.with_labels(f"other {one.name}", one.labels, one.key, b"") for one in images[::-1]]
     assert split(images, 3).fingerprint == split(again, 3).fingerprint
     tested = {one.key for one in split(images, 3).test}
     assert tested == {one.key for one in split(images, 3, 0.3).test}

@@ -150,4 +150,4 @@ def test_rendering_by_workers_is_the_runtimes(images: tuple[Image, ...], workers
     expected = render_images(images, preprocessing)
     batches = list(rendered_batches(expected.images, preprocessing, workers, 8))
     assert [len(batch) for batch in batches] == [8, 8, 4]
-    np.testing.assert_array_equal(torch.cat(batches), expected.pixels.stacked())
+    np.testing.assert_array_equal(torch.cat(batches), expected.pixels.stack())

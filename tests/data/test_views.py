@@ -76,19 +76,6 @@ def test_uniform_and_below_stay_in_their_range() -> None:
     assert below(ends, 2**31).tolist() == [0, 2**31 - 1]
 
 
-@pytest.mark.parametrize("policy", [CIFAR, PHOTOS, ViewPolicy("center")])
-def test_a_view_does_not_depend_on_what_else_is_in_the_batch(policy: ViewPolicy) -> None:
-    keys, views = keys_of(64), torch.arange(64)
-    whole, flips = draw(policy, keys, views)
-    order = torch.randperm(64)
-    shuffled, shuffled_flips = draw(policy, keys[order], views[order])
-    assert shuffled.equal(whole[order]) and shuffled_flips.equal(flips[order])
-    for n in (0, 13, 63):
-        box, flip = draw(policy, keys[n : n + 1], views[n : n + 1])
-        assert box[0].equal(whole[n]) and flip[0] == flips[n]
-    assert whole.dtype == torch.int32 and flips.dtype == torch.bool
-
-
 def test_seed_image_and_view_number_each_change_the_view() -> None:
     keys, views = keys_of(200), torch.zeros(200, dtype=torch.int64)
     first = draw(PHOTOS, keys, views)[0]

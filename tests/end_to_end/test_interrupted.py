@@ -48,29 +48,6 @@ def wait_for_an_epoch(checkpoint: Path, process: "subprocess.Popen[str]") -> Non
         time.sleep(0.005)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX only")
-@pytest.mark.parametrize("what", ["teacher", "student"])
-def test_a_run_killed_while_training_gives_the_weights_of_an_uninterrupted_one(data, cache, tmp_path, what):
-    more = ("--teacher-epochs", "6", "--epochs", "6", "--until", "student")
-    killed = started(little.little_command(data, tmp_path / "killed", cache, *more), tmp_path)
-    wait_for_an_epoch(tmp_path / "killed" / "checkpoint" / f"{what}.pt", killed)
-    killed.kill()
-    killed.communicate()
-    assert what not in record(tmp_path / "killed")["stages"]
-
-    went_on = job(data, tmp_path / "killed", cache, *more)
-    assert went_on.exit_code == 0, went_on.output
-    assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
-    for name in ("teacher.safetensors", "student.safetensors"):
-        assert weights(tmp_path / "killed" / name) == weights(tmp_path / "whole" / name)
-
-    def curve(run: str) -> list[tuple[str, int, dict[str, float]]]:
-        return [(e["stage"], e["epoch"], e["losses"]) for e in report(tmp_path / run)["epochs"]]
-
-    assert curve("killed") == curve("whole") and len(curve("whole")) == 12
-    assert not list((tmp_path / "killed" / "checkpoint").iterdir())
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Ctrl-C, and what schedulers and containers send
 def test_being_told_to_stop_ends_with_130_and_a_sentence_on_how_to_go_on(data, cache, tmp_path, name):
@@ -110,14 +87,6 @@ def test_ctrl_c_in_any_stage_leaves_a_run_that_goes_on(finished, data, cache, tm
     assert stage in record(out)["stages"]
     assert weights(out / "student.safetensors") == weights(finished / "student.safetensors")
     assert [e["losses"] for e in report(out)["epochs"]] == [e["losses"] for e in report(finished)["epochs"]]
-
-
-def test_a_checkpoint_that_is_damaged_is_named(data, cache, tmp_path):
-    out = tmp_path / "run"
-    assert job(data, out, cache, "--until", "teacher").exit_code == 0
-    (out / "checkpoint").mkdir(exist_ok=True)
-    (out / "checkpoint" / "student.pt").write_bytes(b"PK\x03\x04 half a checkpoint")
-    little.refused(job(data, out, cache, "--until", "student"), 1, "student.pt is damaged", "delete")
 
 
 # A full disk.
@@ -197,31 +166,3 @@ def up_to(finished: Path, out: Path, stage: str) -> None:
         for name in known["stages"].pop(later)["outputs"]:
             (out / name).unlink()
     write_text(out / "run.json", json.dumps(known))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
-@pytest.mark.parametrize(("stage", "room"), [(stage, 4096) for stage in STAGES] + [("student", 60_000)])
-def test_a_disk_that_is_really_full_is_one_sentence_in_any_stage(
-    finished, data, cache, little_disk, stage, room
-):
-    out = little_disk / "run"
-    up_to(finished, out, stage)
-    before = files(
-        out,
-        ("run.json", ".run.json", "config.yaml", "report.html", "report.md", "report.json", "metrics.jsonl"),
-    )
-    fill(little_disk, room)
-    result = job(data, out, cache)
-    if result.exit_code == 0:
-        pytest.skip("this stage needs less")
-    line = little.refused(result, 1, "No space left on device")
-    assert str(out) in line
-    after = files(out)
-    assert {name: after[name] for name in before} == before
-    assert not [name for name in after if ".part" in name or ".tmp" in name]
-    done = len(record(out)["stages"])
-    assert sorted(record(out)["stages"]) == sorted(STAGES[:done])
-    (little_disk / "ballast").unlink()
-    went_on = job(data, out, cache, "--until", stage)
-    assert went_on.exit_code == 0, went_on.output
-    assert went_on.stderr.count("(kept)") >= STAGES.index(stage)

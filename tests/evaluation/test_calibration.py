@@ -189,7 +189,9 @@ def test_before_is_the_same_without_the_temperature():
 
 def test_several_teachers_answer_with_the_mean_of_their_probabilities():
     a, b = honest(50, seed=1)[0], honest(50, seed=2)[0]
-    assert np.allclose(softmax(Softmax().ensemble([a, b])), (softmax(a.astype(float)) + softmax(b.astype(float))) / 2)
+    assert np.allclose(
+        softmax(Softmax().ensemble([a, b])), (softmax(a.astype(float)) + softmax(b.astype(float))) / 2
+    )
     a, b = honest_classes(50, seed=1)[0], honest_classes(50, seed=2)[0]
     p, q, mean = (1 / (1 + np.exp(-x.astype(float))) for x in (a, b, Sigmoid().ensemble([a, b])))
     assert np.allclose(mean, (p + q) / 2)
@@ -273,4 +275,6 @@ def test_temperature_is_that_of_bisection(kind, factor):
         beta = math.sqrt(low * high)
         slope = float(likelihood_of(labels).slopes(beta, z, y)[0].mean())
         low, high = (beta, high) if slope < 0 else (low, beta)
-    assert fit_temperature((factor * logits).astype(np.float64), labels).value == pytest.approx(1 / beta, rel=1e-9)
+    assert fit_temperature((factor * logits).astype(np.float64), labels).value == pytest.approx(
+        1 / beta, rel=1e-9
+    )

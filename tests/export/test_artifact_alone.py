@@ -137,16 +137,6 @@ def test_the_images_that_can_be_read_are_answered_beside_one_that_cannot(device:
     assert done.stdout.startswith("photos/blue one.PNG: ") and "nowhere.jpg" in done.stderr
 
 
-def test_a_changed_model_file_is_refused(device: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(device / "artifact", tmp_path / "artifact")
-    file = folder / "student.onnx"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    done = bare(device, str(folder / "predict.py"), "--file", "student.onnx", "photos")
-    assert done.returncode == 1 and "student.onnx is damaged: its sha256 is not" in done.stderr
-
-
 def test_a_device_without_the_packages_is_told_what_to_install(device: Path, tmp_path: Path) -> None:
     code = f"import runpy, sys; sys.argv = ['predict.py', 'x']; runpy.run_path({str(device / 'artifact' / 'predict.py')!r}, run_name='__main__')"  # noqa: E501
     done = subprocess.run(

@@ -64,6 +64,7 @@ def test_a_manifest_without_a_task_is_of_one_label_and_one_with_it_has_threshold
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"schema_version": 2}, "is of version 2; this runtime reads version 1"),
         ({"task": "detection"}, "no task 'detection'"),
         ({"thresholds": [0.5]}, "needs a threshold"),
         ({"thresholds": [0.5, 0.5, 7]}, "probabilities"),

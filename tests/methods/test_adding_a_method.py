@@ -10,7 +10,7 @@ import pytest
 import torch
 from questpress.pipeline import methods
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
 
 from tests.support import little
 
@@ -44,9 +44,14 @@ def test_the_examples_loss_is_its_formulas():
     f_s, f_t = random.standard_normal((2, 3, 4, 4)), random.standard_normal((2, 5, 2, 2))
     found = methods.load("attention")
     shapes = [Shapes({"map": shape}, None, 10) for shape in ((3, 4, 4), (5, 2, 2))]
-    method = found(found.takes(beta=7.0), shapes[0], [shapes[1]], {})
+    method = found(found.parameters_class(beta=7.0), Setup(shapes[0], [shapes[1]], {}))
     losses = method(
-        {"map": torch.from_numpy(f_s)}, [{"map": torch.from_numpy(f_t)}], torch.zeros(2, dtype=torch.long), 0
+        Batch(
+            {"map": torch.from_numpy(f_s)},
+            [{"map": torch.from_numpy(f_t)}],
+            torch.zeros(2, dtype=torch.long),
+            0,
+        )
     )
 
     coarse = f_s.reshape(2, 3, 2, 2, 2, 2).mean((3, 5))
@@ -77,5 +82,5 @@ def test_a_method_that_cannot_be_imported_is_told(installed):
 
 def test_what_is_no_method_is_told(installed):
     (installed / "attention.py").write_text("class Attention: name = 'attention'\n")
-    with pytest.raises(UsageError, match="is no method of that name"):
+    with pytest.raises(UsageError, match="is not a method"):
         methods.load("attention")

@@ -10,10 +10,10 @@ from questpress.models.build import build, geometry
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.methods import gradient_balance
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.methods.dkd import Dkd
 from questpress.pipeline.methods.dkd import Parameters as DkdParameters
-from questpress.pipeline.methods.gradient_balance import STEPS, Balance, pull
+from questpress.pipeline.methods.gradient_balance import STEPS, GradientBalance, gradient_norm
 from questpress.pipeline.methods.kd import Kd, Parameters
 from questpress.pipeline.methods.quest.quest import Quest
 from questpress.pipeline.training.task import DistillationTask
@@ -23,54 +23,54 @@ from tests.support import little
 from tests.training.test_train import ENGINE, Interrupted, distillation, equal, learn, state
 
 SHAPES = Shapes({}, vector=None, logits=3)
-LEAST, MOST = Kd.pull
+LEAST, MOST = Kd.gradient_ratio
 
 
 def kd() -> Kd:
-    return Kd(Parameters(), SHAPES, [SHAPES], {})
+    return Kd(Parameters(), Setup(SHAPES, [SHAPES], {}))
 
 
-def step(of: Balance, r: float) -> None:
+def step(of: GradientBalance, r: float) -> None:
     """One step in which the method's gradient is r times that of the cross-entropy."""
     f_s = torch.tensor([[3.0, -2.0]], requires_grad=True)
     cross_entropy = (f_s * torch.tensor([0.6, 0.8])).sum()
-    assert of.compares
-    of.compare({"kd": (f_s * torch.tensor([-r, 0.0])).sum()}, cross_entropy, f_s)
+    assert of.is_measuring
+    of.measure({"kd": (f_s * torch.tensor([-r, 0.0])).sum()}, cross_entropy, f_s)
     of.end_step()
 
 
 def test_the_pull_of_a_loss_is_the_norm_of_its_gradient_on_the_map() -> None:
     f_s = torch.randn(2, 3, 4, 5, requires_grad=True)
-    assert float(pull((3 * f_s[0, 0]).sum(), f_s)) == pytest.approx(3 * 20**0.5)
-    assert float(pull((torch.ones(1, requires_grad=True)).sum(), f_s)) == 0
+    assert float(gradient_norm((3 * f_s[0, 0]).sum(), f_s)) == pytest.approx(3 * 20**0.5)
+    assert float(gradient_norm((torch.ones(1, requires_grad=True)).sum(), f_s)) == 0
 
 
 @pytest.mark.parametrize("r", [LEAST * 1.01, (LEAST * MOST) ** 0.5, MOST * 0.99])
 def test_a_weight_that_is_not_far_off_is_left_exactly_as_it_is(r: float) -> None:
-    found = Balance({"kd": kd()})
+    found = GradientBalance({"kd": kd()})
     step(found, r)
     assert float(found.factors()["kd"]) == 1
 
 
 @pytest.mark.parametrize(("r", "end"), [(MOST * 40, MOST), (LEAST / 50, LEAST)])
 def test_a_weight_out_of_proportion_is_brought_to_the_nearer_end(r: float, end: float) -> None:
-    found = Balance({"kd": kd()})
+    found = GradientBalance({"kd": kd()})
     step(found, r)
     assert float(found.factors()["kd"]) == pytest.approx(end / r, rel=1e-5)
 
 
 def test_the_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -> None:
-    found = Balance({"kd": kd()})
+    found = GradientBalance({"kd": kd()})
     for number in range(STEPS):
         step(found, 1000.0 if number % 2 else 10.0)
-    [one] = found.found()
+    [one] = found.results()
     assert one.pull == pytest.approx(100, rel=1e-4)
     assert one.factor == pytest.approx(MOST / 100, rel=1e-4)
     assert not found.compares
 
 
 def test_nothing_is_compared_outside_of_training() -> None:
-    found = Balance({"kd": kd()})
+    found = GradientBalance({"kd": kd()})
     assert found.compares
     assert not found.eval().compares
     with torch.no_grad():
@@ -78,20 +78,20 @@ def test_nothing_is_compared_outside_of_training() -> None:
 
 
 def test_a_loss_that_does_not_come_from_the_map_keeps_its_weight_and_is_not_reported() -> None:
-    found = Balance({"kd": kd()})
+    found = GradientBalance({"kd": kd()})
     f_s = torch.ones(2, requires_grad=True)
     assert found.compares
     found.compare({"kd": torch.ones(1, requires_grad=True).sum()}, f_s.sum(), f_s)
     assert float(found.factors()["kd"]) == 1
-    assert found.found() == []
+    assert found.results() == []
 
 
 def test_a_warm_up_is_not_taken_for_a_weight_too_low() -> None:
-    dkd = Dkd(DkdParameters(warmup=20), SHAPES, [SHAPES], {})
+    dkd = Dkd(DkdParameters(warmup=20), Setup(SHAPES, [SHAPES], {}))
     z_s, z_t, labels = torch.randn(4, 3), {"logits": torch.randn(4, 3)}, torch.tensor([0, 1, 2, 0])
-    first, full = (dkd({"logits": z_s}, [z_t], labels, epoch)["dkd"] for epoch in (0, 30))
-    assert float(first / dkd.strength(0)) == pytest.approx(float(full))
-    assert [dkd.strength(epoch) for epoch in (0, 9, 19, 100)] == [0.05, 0.5, 1.0, 1.0]
+    first, full = (dkd(Batch({"logits": z_s}, [z_t], labels, epoch))["dkd"] for epoch in (0, 30))
+    assert float(first / dkd.warmup_factor(0)) == pytest.approx(float(full))
+    assert [dkd.warmup_factor(epoch) for epoch in (0, 9, 19, 100)] == [0.05, 0.5, 1.0, 1.0]
 
 
 def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
@@ -108,7 +108,7 @@ def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         for loss in (weight * quest, F.cross_entropy(student["logits"], labels))
     ]
     r = float(gradients[0] / gradients[1])
-    by_hand = min(max(r, Quest.pull[0]), Quest.pull[1]) / r
+    by_hand = min(max(r, Quest.gradient_ratio[0]), Quest.gradient_ratio[1]) / r
     return plain(images, labels), balanced(images, labels), by_hand
 
 
@@ -134,7 +134,7 @@ def test_the_last_map_of_every_student_family_lies_on_the_way_to_its_logits(stud
     ).trainable_module  # fmt: skip
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     read = trainee.readouts(trainee.normalise(images), trainee.reads)
-    assert float(pull(read["logits"].square().sum(), read[trainee.last_map])) > 0
+    assert float(gradient_norm(read["logits"].square().sum(), read[trainee.last_map])) > 0
     assert read[trainee.last_map].dim() == 4
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from questpress.models.build import build as network
 from questpress.pipeline import methods
-from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.methods.feed import Feed, error
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
+from questpress.pipeline.methods.feed import Feed, direction_error
 from safetensors.torch import load_file
 
 from tests.support import little
@@ -29,8 +29,10 @@ def shapes(size: tuple[int, int, int]) -> Shapes:
 
 def feed(*teachers: tuple[int, int, int], **settings: Any) -> Feed:
     torch.manual_seed(1)
-    parameters = methods.parameters(["feed"], {f"feed.{key}": value for key, value in settings.items()})
-    method = methods.load("feed")(parameters["feed"], shapes(STUDENT), [shapes(t) for t in teachers], {})
+    parameters = methods.parse_parameters(["feed"], {f"feed.{key}": value for key, value in settings.items()})
+    method = methods.load("feed")(
+        parameters["feed"], Setup(shapes(STUDENT), [shapes(t) for t in teachers], {})
+    )
     assert isinstance(method, Feed)
     return method.double()
 
@@ -41,7 +43,7 @@ def readout(x: np.ndarray) -> dict[str, torch.Tensor]:
 
 def loss(method: Feed, *teachers: np.ndarray, student: np.ndarray = X_S) -> float:
     given = [readout(x) for x in teachers]
-    return method(readout(student), given, LABELS, 0)["feed"].item()
+    return method(Batch(readout(student), given, LABELS, 0))["feed"].item()
 
 
 def pooled(x: np.ndarray, h: int, w: int) -> np.ndarray:
@@ -111,13 +113,13 @@ def test_the_error_of_each_teacher_is_watched_on_its_own() -> None:
     method = feed(FINER, COARSER)
     for _ in range(2):
         loss(method, X_T, X_U)
-    watched = method.watched()
+    watched = method.metrics()
     assert list(watched) == ["reconstruction_error (0)", "reconstruction_error (1)"]
     assert [float(one) for one in watched.values()] == pytest.approx(by_hand(method), rel=1e-6)
-    assert method.watched() == {}
+    assert method.metrics() == {}
     one = feed(FINER)
     loss(one, X_T)
-    assert list(one.watched()) == ["reconstruction_error"]
+    assert list(one.metrics()) == ["reconstruction_error"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"transform": "linear"}])
@@ -126,7 +128,7 @@ def test_gradients_equal_finite_differences(settings: dict[str, Any]) -> None:
     teachers = [readout(X_T), readout(X_U)]
 
     def of_map(x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = method({"map": x}, teachers, LABELS, 0)["feed"]
+        result: torch.Tensor = method(Batch({"map": x}, teachers, LABELS, 0))["feed"]
         return result
 
     assert torch.autograd.gradcheck(of_map, torch.tensor(X_S, requires_grad=True))
@@ -138,12 +140,12 @@ def test_between_random_directions_the_error_is_the_same_for_every_size_of_map(
 ) -> None:
     x, y = torch.tensor(RNG.standard_normal((2, 8, *size)))
     # The mean of |a − b| for two standard normal numbers is 2/√π.
-    assert error(x, y).mean().item() == pytest.approx(2 / np.pi**0.5, rel=0.02)
+    assert direction_error(x, y).mean().item() == pytest.approx(2 / np.pi**0.5, rel=0.02)
 
 
 def test_a_map_in_the_teachers_direction_has_no_loss_whatever_its_length() -> None:
     x = torch.tensor(X_T)
-    assert error(x, 7 * x).tolist() == pytest.approx([0] * B, abs=1e-12)
+    assert direction_error(x, 7 * x).tolist() == pytest.approx([0] * B, abs=1e-12)
 
 
 def test_maps_of_zeros_give_finite_gradients_and_the_teachers_teach_nothing() -> None:
@@ -151,7 +153,7 @@ def test_maps_of_zeros_give_finite_gradients_and_the_teachers_teach_nothing() ->
     teacher = X_T.copy()
     teacher[1:] = 0
     method = feed(FINER)
-    result = method({"map": student}, [readout(teacher)], LABELS, 0)["feed"]
+    result = method(Batch({"map": student}, [readout(teacher)], LABELS, 0))["feed"]
     result.backward()
     assert result.item() > 0
     assert student.grad is not None and bool(student.grad.isfinite().all())
@@ -161,10 +163,10 @@ def test_maps_of_zeros_give_finite_gradients_and_the_teachers_teach_nothing() ->
 
 def test_half_precision_maps_are_compared_in_single_precision() -> None:
     large = torch.full((1, 2048, 7, 7), 100.0, dtype=torch.float16)  # whose length is beyond half precision
-    found = error(large, large.roll(1, 1))
+    found = direction_error(large, large.roll(1, 1))
     assert found.dtype == torch.float32 and found.item() == pytest.approx(0, abs=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(large.bfloat16(), -large.bfloat16()).item() == pytest.approx(2, rel=1e-3)
+        assert direction_error(large.bfloat16(), -large.bfloat16()).item() == pytest.approx(2, rel=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e5])
@@ -172,15 +174,15 @@ def test_the_loss_from_stored_answers_is_the_one_from_the_teacher(scale: float) 
     method = feed(FINER, COARSER)
     stored = []
     for t, x in enumerate((X_T, X_U)):
-        [answer] = method.answers(t)
+        [answer] = method.cached_outputs(t)
         parts = answer.compact(readout(scale * x))
         assert {name: (part.shape[1:], part.dtype) for name, part in parts.items()} == {
             name: (shape, torch.float16) for name, (shape, _) in answer.arrays.items()
         }
-        assert answer.bytes_per_image == Feed.stored_bytes(None, shapes(STUDENT), shapes((FINER, COARSER)[t]))
+        assert answer.bytes_per_image == Feed.cached_bytes(None, shapes(STUDENT), shapes((FINER, COARSER)[t]))
         stored.append(parts)
     assert stored[0]["map.unit"].shape == (B, 5, 4, 6)
-    from_store = method(readout(X_S), stored, LABELS, 0)["feed"].item()
+    from_store = method(Batch(readout(X_S), stored, LABELS, 0))["feed"].item()
     assert from_store == pytest.approx(loss(method, X_T, X_U), rel=1e-3)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline import methods
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
 
 B, N = 5, 7
 SHAPES = Shapes({}, vector=3, logits=N)
@@ -49,12 +49,14 @@ def loss(
     method = build(name, settings, len(teachers))
     readouts = [{"logits": torch.tensor(z, dtype=torch.float32)} for z in teachers]
     given = {"logits": torch.tensor(student, dtype=torch.float32)}
-    return method(given, readouts, torch.tensor(LABELS), epoch)[name]
+    return method(Batch(given, readouts, torch.tensor(LABELS), epoch))[name]
 
 
 def build(name: str, settings: dict[str, Any], teachers: int = 1) -> Any:
     of_name = {f"{name}.{key}": value for key, value in settings.items()}
-    return methods.load(name)(methods.parameters([name], of_name)[name], SHAPES, [SHAPES] * teachers, {})
+    return methods.load(name)(
+        methods.parse_parameters([name], of_name)[name], Setup(SHAPES, [SHAPES] * teachers, {})
+    )
 
 
 def test_kd_is_the_divergence_of_softened_probabilities_times_tau_squared() -> None:
@@ -66,7 +68,7 @@ def test_kd_is_the_divergence_of_softened_probabilities_times_tau_squared() -> N
 
 def test_kd_with_standardised_logits_is_the_divergence_of_z_scores() -> None:
     expected = 9 * 4 * kl(softmax(z_score(Z_T) / 2), softmax(z_score(Z_S) / 2))
-    assert loss("kd", {"standardise": "true"}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
+    assert loss("kd", {"standardize": "true"}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_several_teachers_are_the_mean_of_their_softened_probabilities() -> None:
@@ -93,7 +95,7 @@ def test_dkd_grows_to_its_weight_over_twenty_epochs() -> None:
 def test_dkd_with_standardised_logits_decouples_z_scores() -> None:
     target, rest = decoupled_kl(z_score(Z_T), z_score(Z_S), 2)
     expected = 9 * 4 * (target + 8 * rest)
-    assert loss("dkd", {"standardise": True}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
+    assert loss("dkd", {"standardize": True}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_dist_is_one_minus_pearsons_correlation_over_rows_and_columns() -> None:
@@ -112,15 +114,15 @@ def test_a_student_that_answers_as_the_teacher_has_no_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
-@pytest.mark.parametrize("standardise", [False, True])
-def test_gradients_equal_finite_differences(name: str, standardise: bool) -> None:
-    if name == "dist" and standardise:
+@pytest.mark.parametrize("standardize", [False, True])
+def test_gradients_equal_finite_differences(name: str, standardize: bool) -> None:
+    if name == "dist" and standardize:
         pytest.skip("DIST has no such switch")
-    method = build(name, {"standardise": True} if standardise else {})
+    method = build(name, {"standardize": True} if standardize else {})
     teacher = [{"logits": torch.tensor(Z_T)}]
 
     def of_logits(z: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = method({"logits": z}, teacher, torch.tensor(LABELS), 30)[name]
+        result: torch.Tensor = method(Batch({"logits": z}, teacher, torch.tensor(LABELS), 30))[name]
         return result
 
     assert torch.autograd.gradcheck(of_logits, torch.tensor(Z_S, requires_grad=True))

@@ -12,7 +12,7 @@ from questpress.models.build import build
 from questpress.pipeline import methods
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.methods import mimic
-from questpress.pipeline.methods.base import PrepareContext, Shapes
+from questpress.pipeline.methods.base import Batch, PrepareContext, Setup, Shapes
 from safetensors.torch import load_file
 
 from tests.support import little
@@ -35,14 +35,16 @@ def tensor(x: np.ndarray) -> torch.Tensor:
 def made(given: Mapping[str, Any], teachers: int = 1, classes: int = N) -> mimic.Mimic:
     hashes = {"weight": tensor(WEIGHT), "bias": tensor(BIAS)}
     prepared = {f"{t}.{key}": value for t in range(teachers) for key, value in hashes.items()}
-    kind = methods.parse_parameters(["mimic"], {f"mimic.{key}": value for key, value in given.items()})["mimic"]
-    return mimic.Mimic(kind, shapes(teachers * D), [shapes(classes=classes)] * teachers, prepared)
+    kind = methods.parse_parameters(["mimic"], {f"mimic.{key}": value for key, value in given.items()})[
+        "mimic"
+    ]
+    return mimic.Mimic(kind, Setup(shapes(teachers * D), [shapes(classes=classes)] * teachers, prepared))
 
 
 def loss(given: Mapping[str, Any], labels: np.ndarray = LABELS, classes: int = N) -> float:
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
     method = made(given, classes=classes)
-    return method({"vector": tensor(F_S)}, [teacher], torch.from_numpy(labels), 0)["mimic"].item()
+    return method(Batch({"vector": tensor(F_S)}, [teacher], torch.from_numpy(labels), 0))["mimic"].item()
 
 
 def l2(f_s: np.ndarray, f_t: np.ndarray) -> np.ndarray:
@@ -87,7 +89,7 @@ def test_labels_with_several_classes_know_no_right_sample() -> None:
 def test_where_the_teacher_is_right_on_none_the_loss_and_its_gradients_are_zero() -> None:
     f_s = tensor(F_S).requires_grad_()
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
-    found = made({})({"vector": f_s}, [teacher], torch.from_numpy(Z_T.argmin(1)), 0)["mimic"]
+    found = made({})(Batch({"vector": f_s}, [teacher], torch.from_numpy(Z_T.argmin(1)), 0))["mimic"]
     found.backward()
     assert found.item() == 0
     assert f_s.grad is not None and not f_s.grad.any()
@@ -98,10 +100,10 @@ def test_each_of_several_teachers_has_its_part_of_the_vector_and_the_loss_is_the
     student = {"vector": tensor(np.concatenate([F_S, F_U], 1))}
     method = made({"variant": "lshl2"}, teachers=2)
     expected = np.mean([l2(F_S, F_T) + hashing(F_S, F_T), hashing(F_U, F_U)])
-    found = method(student, teachers, torch.from_numpy(LABELS), 0)["mimic"].item()
+    found = method(Batch(student, teachers, torch.from_numpy(LABELS), 0))["mimic"].item()
     assert found == pytest.approx(6 * expected, rel=1e-5)
     keys = ("feature_distance", "equal_bits")
-    assert set(method.watched()) == {f"{key} ({t})" for key in keys for t in (0, 1)}
+    assert set(method.metrics()) == {f"{key} ({t})" for key in keys for t in (0, 1)}
 
 
 @pytest.mark.parametrize("variant", ["l2", "lsh", "lshl2", "lshl2_s"])
@@ -110,7 +112,7 @@ def test_gradients_equal_finite_differences(variant: str) -> None:
     teacher = {"vector": torch.from_numpy(F_T), "logits": torch.from_numpy(Z_T)}
 
     def of(f_s: torch.Tensor) -> torch.Tensor:
-        return method({"vector": f_s}, [teacher], torch.from_numpy(LABELS), 0)["mimic"]
+        return method(Batch({"vector": f_s}, [teacher], torch.from_numpy(LABELS), 0))["mimic"]
 
     assert torch.autograd.gradcheck(of, torch.from_numpy(F_S).requires_grad_())
 
@@ -118,27 +120,27 @@ def test_gradients_equal_finite_differences(variant: str) -> None:
 def test_what_is_watched_says_how_near_the_student_is() -> None:
     method = made({})
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
-    method({"vector": tensor(F_T)}, [teacher], torch.from_numpy(LABELS), 0)
-    watched = {key: value.item() for key, value in method.watched().items()}
+    method(Batch({"vector": tensor(F_T)}, [teacher], torch.from_numpy(LABELS), 0))
+    watched = {key: value.item() for key, value in method.metrics().items()}
     assert watched == {"feature_distance": 0, "equal_bits": 1, "teacher_right": 0.5}
-    assert method.watched() == {}
+    assert method.metrics() == {}
 
 
 def test_stored_answers_give_the_loss_of_the_rounded_vector() -> None:
     method = made({})
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
     stored: dict[str, torch.Tensor] = {}
-    for answer in method.answers(0):
+    for answer in method.cached_outputs(0):
         stored |= answer.compact(teacher)
-    assert sum(answer.bytes_per_image for answer in method.answers(0)) == 2 * (D + N)
-    found = method({"vector": tensor(F_S)}, [stored], torch.from_numpy(LABELS), 0)["mimic"].item()
+    assert sum(answer.bytes_per_image for answer in method.cached_outputs(0)) == 2 * (D + N)
+    found = method(Batch({"vector": tensor(F_S)}, [stored], torch.from_numpy(LABELS), 0))["mimic"].item()
     assert found == pytest.approx(loss({}), rel=2e-3)
 
 
 def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
     rng = np.random.default_rng(1)
     width, hashes = 16, 40_000
-    weight = mimic.draw(hashes, width, std=0.03, seed=3)
+    weight = mimic.draw_hashes(hashes, width, std=0.03, seed=3)
     f = rng.normal(size=width)
     angles = np.linspace(0.05, 3.0, 12)
     side = rng.normal(size=width)
@@ -147,7 +149,7 @@ def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
         rng.uniform(0.1, 9) * (np.cos(x) * f / np.linalg.norm(f) + np.sin(x) * side / np.linalg.norm(side))
         for x in angles
     ]
-    bits = mimic.bits(mimic.project(tensor(np.stack([f, *others])), weight, torch.zeros(hashes)))
+    bits = mimic.to_bits(mimic.project(tensor(np.stack([f, *others])), weight, torch.zeros(hashes)))
     equal = (bits[:1] == bits[1:]).float().mean(1).numpy()
     # A share of 40,000 bits has a standard error of at most 0.0025.
     np.testing.assert_allclose(equal, 1 - angles / np.pi, atol=0.01)
@@ -157,11 +159,11 @@ def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
 @pytest.mark.parametrize("n", [1, 50, 51])
 def test_medians_in_blocks_are_numpys(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     features = np.random.default_rng(2).normal(size=(n, D)).astype(np.float32)
-    weight = mimic.draw(11, D, 0.5, seed=0)
+    weight = mimic.draw_hashes(11, D, 0.5, seed=0)
     expected = np.median(features @ weight.numpy().T, axis=0)
     for block in (1, 3 * n, mimic.BLOCK):
         monkeypatch.setattr(mimic, "BLOCK", block)
-        found = mimic.medians(features, weight, torch.device("cpu"))
+        found = mimic.compute_medians(features, weight, torch.device("cpu"))
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -187,7 +189,7 @@ class Given:
         teacher = shapes(self.vectors.shape[1], 0 if self.classifier is None else N)
         preparation = PrepareContext(
             student=shapes(), teachers=[teacher], teacher_names=["teacher"], images=len(self.vectors),
-            readouts=self.readouts, shared=self.shared, scratch=self.path, seed=5, note=self.notes.append,
+            features=self.readouts, cached=self.shared, scratch=self.path, seed=5, note=self.notes.append,
             classifier=lambda _t: None if self.classifier is None else tensor(self.classifier),
         )  # fmt: skip
         return mimic.Mimic.prepare(mimic.Parameters(**given), preparation)
@@ -227,7 +229,7 @@ def test_the_bias_takes_off_the_projections_median_or_mean_or_nothing(tmp_path: 
 def test_of_more_features_than_may_be_held_an_even_sample_gives_the_medians(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mimic, "FEATURES", 10 * D)
+    monkeypatch.setattr(mimic, "MAX_NUMBERS", 10 * D)
     vectors = np.arange(40.0)[:, None] * np.ones((1, D))
     given = Given(tmp_path, vectors, classifier=None)
     found = given.prepare().tensors
@@ -240,19 +242,19 @@ def test_of_more_features_than_may_be_held_an_even_sample_gives_the_medians(
 def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     vectors = RNG.normal(size=(9, D))
     vectors[4, 2] = np.nan
-    with pytest.raises(JobError, match="The vectors of teacher are not finite"):
+    with pytest.raises(JobError, match="teacher: its vectors are not finite"):
         Given(tmp_path, vectors, classifier=None).prepare()
 
 
 @pytest.mark.parametrize(("width", "hashes"), [(64, 2048), (128, 4096), (256, 8192), (512, 2048)])
 def test_there_are_32_hashes_for_each_number_of_a_narrow_vector(width: int, hashes: int) -> None:
-    assert mimic.hashes_of(mimic.Parameters(), width) == hashes
-    assert mimic.hashes_of(mimic.Parameters(hashes=7), width) == 7
+    assert mimic.Parameters().hashes_for(width) == hashes
+    assert mimic.Parameters(hashes=7).hashes_for(width) == 7
 
 
 def test_parameters_of_hashes_are_refused_where_there_are_none() -> None:
-    with pytest.raises(UsageError, match=r"mimic\.hashes=9 is about hashes"):
-        mimic.Mimic.check(mimic.Parameters(variant="l2", hashes=9), shapes(), [shapes()], 10)
+    with pytest.raises(UsageError, match=r"mimic\.hashes=9 has no effect"):
+        mimic.Mimic.check(mimic.Parameters(variant="l2", hashes=9), Setup(shapes(), [shapes()]), 10)
 
 
 def mimicking(data: Path, out: Path, cache: Path, *more: str) -> Result:
@@ -299,8 +301,8 @@ def test_the_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--set", "mimic.alone=2"), "mimic.alone=2 leaves none of --epochs 2"),
-        (("--set", "mimic.alone=1", "--student", "cifar_wrn_16_2"), "there is no new layer to learn alone"),
+        (("--set", "mimic.alone=2"), "mimic.alone=2 must be less than --epochs"),
+        (("--set", "mimic.alone=1", "--student", "cifar_wrn_16_2"), "requires a projection"),
     ],
 )
 def test_epochs_for_the_new_layer_alone_are_refused_where_they_make_no_sense(

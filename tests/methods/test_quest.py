@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.methods import parameters
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods import parse_parameters
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.methods.quest import loss
-from questpress.pipeline.methods.quest.loss import assign
+from questpress.pipeline.methods.quest.loss import assign_words
 from questpress.pipeline.methods.quest.quest import Parameters, Quest, WordPrediction
 from questpress.pipeline.methods.quest.vocabulary import perplexity
 from scipy.special import log_softmax, softmax
@@ -57,9 +57,11 @@ def method(words: np.ndarray, mu: float, teacher=(C_T, H, W), student=(C_S, H, W
     torch.manual_seed(0)
     return Quest(
         Parameters(**given),
-        Shapes({"map": student}, vector=None, logits=2),
-        [Shapes({"map": teacher}, vector=None, logits=2)],
-        {"0.map.words": tensor(words), "0.map.mu": torch.tensor(mu)},
+        Setup(
+            Shapes({"map": student}, vector=None, logits=2),
+            [Shapes({"map": teacher}, vector=None, logits=2)],
+            {"0.map.words": tensor(words), "0.map.mu": torch.tensor(mu)},
+        ),
     )
 
 
@@ -80,7 +82,7 @@ def rows(f: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("size", "tau", "within"), [(1, 0.7, 1e-5), (100, 5000.0, 1e-3)])
 def test_the_soft_assignment_is_a_softmax_over_squared_distances(size, tau, within):
     f, words = size * drawn(1, B, C_T, H, W), size * drawn(2, K, C_T)
-    ours = assign(tensor(rows(f)), tensor(words), tau)
+    ours = assign_words(tensor(rows(f)), tensor(words), tau)
     assert ours.shape == (B * H * W, K)
     np.testing.assert_allclose(ours.exp().numpy(), rows(p_teacher(f, words, tau)), atol=within)
 
@@ -88,9 +90,9 @@ def test_the_soft_assignment_is_a_softmax_over_squared_distances(size, tau, with
 def test_the_soft_assignment_is_computed_in_fp32_under_autocast():
     f, words = tensor(drawn(1, 20, C_T)), tensor(drawn(2, K, C_T))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = assign(f, words, 0.1)
+        inside = assign_words(f, words, 0.1)
     assert inside.dtype == torch.float32
-    assert torch.equal(inside, assign(f, words, 0.1))
+    assert torch.equal(inside, assign_words(f, words, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_the_soft_assignment_is_computed_in_fp32_under_autocast():
 def test_the_loss_is_the_mean_divergence_over_batch_and_positions(parameters, tau):
     f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
     quest_ = method(words, 3.7, **parameters)
-    [(name, loss)] = quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0).items()
+    [(name, loss)] = quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)).items()
     expected = quest(f_t, f_s, words, term(quest_).weight.detach().numpy().astype(float), 3.0, tau)
     assert name == "quest"
     assert loss.item() == pytest.approx(expected, rel=1e-5)
@@ -108,7 +110,9 @@ def test_the_loss_is_the_mean_divergence_over_batch_and_positions(parameters, ta
 def test_alpha_weighs_the_loss():
     f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
     once, twice = (
-        method(words, 1.0, alpha=alpha)({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+        method(words, 1.0, alpha=alpha)(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))[
+            "quest"
+        ]
         for alpha in (1.0, 2.0)
     )
     assert twice.item() == pytest.approx(2 * once.item(), rel=1e-6)
@@ -117,7 +121,7 @@ def test_alpha_weighs_the_loss():
 def test_a_finer_teachers_map_is_pooled_to_the_students_grid():
     f_t, f_s, words = drawn(1, B, C_T, 2 * H, 3 * W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
     quest_ = method(words, 1.0, teacher=(C_T, 2 * H, 3 * W), tau=0.9)
-    loss = quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+    loss = quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))["quest"]
     weight = term(quest_).weight.detach().numpy().astype(float)
     assert loss.item() == pytest.approx(quest(pooled(f_t, (2, 3)), f_s, words, weight, 3.0, 0.9), rel=1e-5)
 
@@ -125,7 +129,7 @@ def test_a_finer_teachers_map_is_pooled_to_the_students_grid():
 def test_a_finer_students_map_is_pooled_to_the_teachers_grid():
     f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, 3 * H, 2 * W), drawn(2, K, C_T)
     quest_ = method(words, 1.0, student=(C_S, 3 * H, 2 * W), tau=0.9)
-    loss = quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+    loss = quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))["quest"]
     weight = term(quest_).weight.detach().numpy().astype(float)
     assert loss.item() == pytest.approx(quest(f_t, pooled(f_s, (3, 2)), words, weight, 3.0, 0.9), rel=1e-5)
 
@@ -136,12 +140,14 @@ def test_two_teachers_losses_are_summed():
     torch.manual_seed(0)
     both = Quest(
         Parameters(tau=0.9),
-        Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
-        [Shapes({"map": (C_T, H, W)}, vector=None, logits=2)] * 2,
-        {f"{t}.map.words": tensor(words) for t in (0, 1)}
-        | {f"{t}.map.mu": torch.tensor(1.0) for t in (0, 1)},
+        Setup(
+            Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
+            [Shapes({"map": (C_T, H, W)}, vector=None, logits=2)] * 2,
+            {f"{t}.map.words": tensor(words) for t in (0, 1)}
+            | {f"{t}.map.mu": torch.tensor(1.0) for t in (0, 1)},
+        ),
     )
-    loss = both({"map": tensor(f_s)}, [{"map": tensor(f)} for f in maps], LABELS, 0)["quest"]
+    loss = both(Batch({"map": tensor(f_s)}, [{"map": tensor(f)} for f in maps], LABELS, 0))["quest"]
     expected = sum(
         quest(f, f_s, words, term(both, t).weight.detach().numpy().astype(float), 3.0, 0.9)
         for t, f in enumerate(maps)
@@ -157,11 +163,13 @@ def test_several_levels_losses_are_summed_each_with_its_own_tau_and_vocabulary()
     f_s = {level: drawn(7, B, *shape) for level, shape in student.items()}
     torch.manual_seed(0)
     both = Quest(
-        Parameters(levels=("map@1", "map"), tau=(0.9, 0.4)),  # type: ignore[arg-type]
-        Shapes(student, vector=None, logits=2),
-        [Shapes(maps, vector=None, logits=2)],
-        {f"0.{level}.words": tensor(words[level]) for level in maps}
-        | {f"0.{level}.mu": torch.tensor(1.0) for level in maps},
+        Parameters(levels=("map@1", "map"), tau=(0.9, 0.4)),
+        Setup(  # type: ignore[arg-type]
+            Shapes(student, vector=None, logits=2),
+            [Shapes(maps, vector=None, logits=2)],
+            {f"0.{level}.words": tensor(words[level]) for level in maps}
+            | {f"0.{level}.mu": torch.tensor(1.0) for level in maps},
+        ),
     )
     readouts = [{level: tensor(f) for level, f in each.items()} for each in (f_s, f_t)]
     expected = sum(
@@ -175,12 +183,18 @@ def test_several_levels_losses_are_summed_each_with_its_own_tau_and_vocabulary()
         )
         for i, (level, tau) in enumerate([("map@1", 0.9), ("map", 0.4)])
     )
-    assert both(readouts[0], [readouts[1]], LABELS, 0)["quest"].item() == pytest.approx(expected, rel=1e-5)
+    assert both(Batch(readouts[0], [readouts[1]], LABELS, 0))["quest"].item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_a_level_is_named_alone_or_in_a_list():
-    assert parameters(["quest"], {"quest.levels": "map@2"})["quest"].model_dump()["levels"] == ("map@2",)
-    assert parameters(["quest"], {"quest.levels": ["map@-2", "map"]})["quest"].model_dump()["levels"] == (
+    assert parse_parameters(["quest"], {"quest.levels": "map@2"})["quest"].model_dump()["levels"] == (
+        "map@2",
+    )
+    assert parse_parameters(["quest"], {"quest.levels": ["map@-2", "map"]})["quest"].model_dump()[
+        "levels"
+    ] == (
         "map@-2",
         "map",
     )
@@ -188,14 +202,16 @@ def test_a_level_is_named_alone_or_in_a_list():
 
 def test_tau_is_one_number_or_one_for_each_level():
     assert Parameters(tau=0.2).model_dump(mode="json")["tau"] == 0.2
-    one = parameters(["quest"], {"quest.tau": "0.2", "quest.levels": ["map@2", "map"]})["quest"]
+    one = parse_parameters(["quest"], {"quest.tau": "0.2", "quest.levels": ["map@2", "map"]})["quest"]
     assert isinstance(one, Parameters) and one.temperature("map", 5.0) == one.temperature("map@2", 5.0) == 0.2
-    each = parameters(["quest"], {"quest.tau": ["0.002", "0.2"], "quest.levels": ["map@2", "map"]})["quest"]
+    each = parse_parameters(["quest"], {"quest.tau": ["0.002", "0.2"], "quest.levels": ["map@2", "map"]})[
+        "quest"
+    ]
     assert isinstance(each, Parameters)
     assert (each.temperature("map@2", 5.0), each.temperature("map", 5.0)) == (0.002, 0.2)
     assert each.model_dump(mode="json")["tau"] == [0.002, 0.2]
-    with pytest.raises(UsageError, match="2 values of tau for 1 levels; give one, or one each"):
-        parameters(["quest"], {"quest.tau": ["0.002", "0.2"]})
+    with pytest.raises(UsageError, match="2 values of tau for 1 levels; set one, or one for each"):
+        parse_parameters(["quest"], {"quest.tau": ["0.002", "0.2"]})
 
 
 def test_the_gradients_are_those_of_the_formula_by_finite_differences():
@@ -203,7 +219,7 @@ def test_the_gradients_are_those_of_the_formula_by_finite_differences():
     quest_ = method(words, 1.0, tau=0.9)
     one = term(quest_)
     student = tensor(f_s).requires_grad_()
-    quest_({"map": student}, [{"map": tensor(f_t)}], LABELS, 0)["quest"].backward()
+    quest_(Batch({"map": student}, [{"map": tensor(f_t)}], LABELS, 0))["quest"].backward()
     weight = one.weight.detach().numpy().astype(float)
     assert student.grad is not None and one.weight.grad is not None and one.gamma.grad is not None
 
@@ -233,8 +249,8 @@ def test_the_gradients_pass_autograds_own_check_in_double_precision():
 
     def loss(f_s: torch.Tensor, weight: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         own = {"terms.0.weight": weight, "terms.0.gamma": gamma}
-        readouts = ({"map": f_s}, [{"map": f_t}], LABELS, 0)
-        return torch.func.functional_call(quest_, own, readouts)["quest"]
+        batch = Batch({"map": f_s}, [{"map": f_t}], LABELS, 0)
+        return torch.func.functional_call(quest_, own, (batch,))["quest"]
 
     f_s = torch.from_numpy(drawn(3, B, C_S, H, W)).requires_grad_()
     assert torch.autograd.gradcheck(loss, (f_s, one.weight, one.gamma))
@@ -247,14 +263,14 @@ def test_the_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements,
     def learned() -> list[torch.Tensor]:
         quest_ = method(words, 1.0, tau=0.9)
         student = tensor(f_s).requires_grad_()
-        loss = quest_({"map": student}, [{"map": tensor(f_t)}], LABELS, 0)["quest"]
+        loss = quest_(Batch({"map": student}, [{"map": tensor(f_t)}], LABELS, 0))["quest"]
         (3 * loss).backward()
         one = term(quest_)
         assert student.grad is not None and one.weight.grad is not None and one.gamma.grad is not None
-        return [loss.detach(), student.grad, one.weight.grad, one.gamma.grad, *quest_.watched().values()]
+        return [loss.detach(), student.grad, one.weight.grad, one.gamma.grad, *quest_.metrics().values()]
 
     whole = learned()
-    monkeypatch.setattr(loss, "CACHED", elements)
+    monkeypatch.setattr(loss, "CPU_BLOCK", elements)
     for ours, theirs in zip(learned(), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
@@ -262,11 +278,11 @@ def test_the_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements,
 def test_without_gradients_the_loss_is_the_same():
     f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
     quest_ = method(words, 1.0, tau=0.9)
-    readouts = ({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)
+    batch = Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)
     with torch.no_grad():
-        inside = quest_(*readouts)["quest"]
+        inside = quest_(batch)["quest"]
     assert not inside.requires_grad
-    torch.testing.assert_close(inside, quest_(*readouts)["quest"].detach())
+    torch.testing.assert_close(inside, quest_(batch)["quest"].detach())
 
 
 def test_the_head_starts_as_the_paper_has_it_and_the_words_are_not_learned():
@@ -289,8 +305,8 @@ def test_what_is_watched_are_means_since_it_was_last_looked_at():
     f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
     quest_ = method(words, 1.0, tau=0.9)
     for _ in range(2):
-        quest_({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)
-    watched = {key: float(value) for key, value in quest_.watched().items()}
+        quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))
+    watched = {key: float(value) for key, value in quest_.metrics().items()}
     p = p_teacher(f_t, words, 0.9)
     log_q = log_p_student(f_s, term(quest_).weight.detach().numpy().astype(float), 3.0)
     usage = np.bincount(p.argmax(1).ravel(), minlength=K) / p.argmax(1).size
@@ -299,4 +315,4 @@ def test_what_is_watched_are_means_since_it_was_last_looked_at():
     assert watched["word_accuracy"] == pytest.approx((p.argmax(1) == log_q.argmax(1)).mean(), rel=1e-5)
     assert watched["perplexity"] == pytest.approx(np.exp(-(used * np.log(used)).sum()), rel=1e-4)
     assert watched["gamma"] == 3.0
-    assert quest_.watched() == {}
+    assert quest_.metrics() == {}

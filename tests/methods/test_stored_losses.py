@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.pipeline import methods
-from questpress.pipeline.methods.base import Shapes
-from questpress.pipeline.methods.quest.loss import Nearest, divergence, draw
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
+from questpress.pipeline.methods.quest.loss import TopWords, divergence, draw_positions
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 
 from tests.methods.test_quest import (
@@ -32,15 +32,17 @@ def method(stored: int, words: np.ndarray = WORDS, **given) -> Quest:
     torch.manual_seed(0)
     return Quest(
         Parameters(tau=(TAU,), **given),
-        Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
-        [Shapes({"map": (words.shape[1], H, W)}, vector=None, logits=2)],
-        {"0.map.words": tensor(words), "0.map.mu": torch.tensor(1.0), "0.map.top": torch.tensor(stored)},
+        Setup(
+            Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
+            [Shapes({"map": (words.shape[1], H, W)}, vector=None, logits=2)],
+            {"0.map.words": tensor(words), "0.map.mu": torch.tensor(1.0), "0.map.top": torch.tensor(stored)},
+        ),
     )
 
 
 def answered(quest: Quest, f_t: np.ndarray = F_T) -> dict[str, torch.Tensor]:
     """What a store gives back for a teacher's map: through the files' types."""
-    [answer] = quest.answers(0)
+    [answer] = quest.cached_outputs(0)
     parts = answer.compact({"map": tensor(f_t)})
     assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == {
         name: shape for name, (shape, _) in answer.arrays.items()
@@ -53,7 +55,7 @@ def answered(quest: Quest, f_t: np.ndarray = F_T) -> dict[str, torch.Tensor]:
 
 
 def loss(quest: Quest, teacher: dict[str, torch.Tensor], epoch: int = 0, keys=None) -> float:
-    return quest({"map": tensor(F_S)}, [teacher], LABELS[:B], epoch, keys)["quest"].item()
+    return quest(Batch({"map": tensor(F_S)}, [teacher], LABELS[:B], epoch, keys))["quest"].item()
 
 
 def kept_target(ids: np.ndarray, p: np.ndarray, k: int) -> np.ndarray:
@@ -122,24 +124,24 @@ def test_words_beyond_the_32767th_are_found_again():
 def test_a_logit_methods_loss_from_stored_logits_is_that_of_the_rounded_logits(name):
     logits, student = 3 * drawn(1, 6, 7), torch.from_numpy(3 * drawn(2, 6, 7)).float()
     shapes = Shapes({}, vector=3, logits=7)
-    made = methods.load(name)(methods.parameters([name], {})[name], shapes, [shapes], {})
-    [answer] = made.answers(0)
+    made = methods.load(name)(methods.parse_parameters([name], {})[name], Setup(shapes, [shapes], {}))
+    [answer] = made.cached_outputs(0)
     stored = answer.compact({"logits": torch.from_numpy(logits).float()})
     assert stored["logits"].dtype == torch.float16 and answer.bytes_per_image == 14
 
     def of(teacher: torch.Tensor) -> float:
         labels = torch.arange(6)
         return sum(
-            one.item() for one in made({"logits": student}, [{"logits": teacher}], labels, 99).values()
+            one.item() for one in made(Batch({"logits": student}, [{"logits": teacher}], labels, 99)).values()
         )
 
     assert of(stored["logits"]) == of(torch.from_numpy(logits.astype(np.float16)).float())
     assert of(stored["logits"]) == pytest.approx(of(torch.from_numpy(logits).float()), rel=5e-3)
 
 
-def target(n: int, k: int, m: int) -> Nearest:
+def target(n: int, k: int, m: int) -> TopWords:
     ids = torch.from_numpy(np.argsort(drawn(4, n, k), axis=1)[:, :m].copy())
-    return Nearest(ids, torch.from_numpy(np.abs(drawn(5, n, m))).softmax(1))
+    return TopWords(ids, torch.from_numpy(np.abs(drawn(5, n, m))).softmax(1))
 
 
 def inputs(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,20 +182,20 @@ KEYS = torch.from_numpy(np.random.default_rng(0).integers(0, 2**63 - 1, B))
 
 
 def test_so_many_positions_are_drawn_of_each_image_the_same_for_an_epoch_and_others_in_the_next():
-    rows = draw(KEYS, 3, B, PLACES, 7).view(B, 7)
+    rows = draw_positions(KEYS, 3, B, PLACES, 7).view(B, 7)
     for image, chosen in enumerate(rows.tolist()):
         assert len(set(chosen)) == 7
         assert all(image * PLACES <= row < (image + 1) * PLACES for row in chosen)
-    assert torch.equal(rows, draw(KEYS, 3, B, PLACES, 7).view(B, 7))
+    assert torch.equal(rows, draw_positions(KEYS, 3, B, PLACES, 7).view(B, 7))
     # Whatever else is in the batch.
-    assert torch.equal(draw(KEYS[1:2], 3, 1, PLACES, 7), rows[1] - PLACES)
-    assert not torch.equal(rows, draw(KEYS, 4, B, PLACES, 7).view(B, 7))
-    assert not torch.equal(rows, draw(KEYS + 1, 3, B, PLACES, 7).view(B, 7))
+    assert torch.equal(draw_positions(KEYS[1:2], 3, 1, PLACES, 7), rows[1] - PLACES)
+    assert not torch.equal(rows, draw_positions(KEYS, 4, B, PLACES, 7).view(B, 7))
+    assert not torch.equal(rows, draw_positions(KEYS + 1, 3, B, PLACES, 7).view(B, 7))
 
 
 def test_every_position_is_drawn_equally_often():
     epochs = 2000
-    drawn_ = torch.cat([draw(KEYS, epoch, B, PLACES, 5) for epoch in range(epochs)])
+    drawn_ = torch.cat([draw_positions(KEYS, epoch, B, PLACES, 5) for epoch in range(epochs)])
     often = torch.bincount(drawn_, minlength=B * PLACES).double() / epochs
     deviation = (5 / PLACES * (1 - 5 / PLACES) / epochs) ** 0.5
     assert float((often - 5 / PLACES).abs().max()) < 4.5 * deviation

@@ -42,9 +42,9 @@ class Teacher:
             teachers=[shapes],
             teacher_names=["toy"],
             images=len(self.maps),
-            readouts=self.readouts,
+            features=self.readouts,
             classifier=lambda _t: None,
-            shared=self.shared,
+            cached=self.shared,
             scratch=self.cache.root,
             seed=seed,
             note=self.notes.append,
@@ -116,15 +116,15 @@ def test_words_that_were_asked_for_are_learned_with_a_note_where_features_are_fe
     few = Teacher(np.random.default_rng(0).normal(size=(58, C, 1, 2)), tmp_path)
     learned = few.learn(3)
     assert len(learned.words) == 3
-    assert few.notes == [learned.note] and "116 features are few for 3 words; 2 would" in few.notes[0]
+    assert few.notes == [learned.note] and "116 features are few for 3 words; 2 words would" in few.notes[0]
 
 
 def test_more_words_than_features_are_refused(tmp_path):
     teacher = Teacher(np.random.default_rng(0).normal(size=(2, C, 1, 2)), tmp_path)
     assert len(teacher.learn(3).words) == 3
-    with pytest.raises(JobError, match="is one of the 4 words"):
+    with pytest.raises(JobError, match="equals one of the 4 words"):
         teacher.learn(4)
-    with pytest.raises(UsageError, match=r"quest\.words=5: k-means has 4 features"):
+    with pytest.raises(UsageError, match=r"quest\.words=5 exceeds the number of features for k-means, 4 "):
         teacher.learn(5)
 
 
@@ -190,7 +190,7 @@ def test_features_that_are_all_the_same_are_refused(tmp_path):
 def test_features_that_are_not_finite_are_refused(tmp_path, value):
     maps = np.random.default_rng(0).normal(size=(30, C, H, W))
     maps[17, 1, 2, 3] = value
-    with pytest.raises(JobError, match="toy are not finite"):
+    with pytest.raises(JobError, match="toy: its features are not finite"):
         Teacher(maps, tmp_path).learn(4)
     assert not list(tmp_path.rglob("vocabulary.safetensors"))
 
@@ -218,10 +218,10 @@ def drawn(n: int, channels: int) -> np.ndarray:
 
 def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
     f, words = drawn(500, 9), drawn(7, 9)
-    monkeypatch.setattr(vocabulary, "ON_DEVICE", 7 * 33)
-    by_torch = vocabulary.nearest_on(torch.device("cpu"), f, words)
+    monkeypatch.setattr(vocabulary, "GPU_BLOCK", 7 * 33)
+    by_torch = vocabulary.nearest_words_on(torch.device("cpu"), f, words)
     distances = ((f[:, None].astype(float) - words[None]) ** 2).sum(2)
-    for distance, word in (by_torch, vocabulary.nearest(f, words)):
+    for distance, word in (by_torch, vocabulary.nearest_words(f, words)):
         np.testing.assert_allclose(distance, distances.min(1), rtol=1e-4, atol=1e-5)
         assert np.array_equal(word, distances.argmin(1))
 
@@ -229,7 +229,7 @@ def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
 def test_features_that_were_asked_for_and_have_no_room_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
     monkeypatch.setattr(vocabulary.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * C * 500}))
-    with pytest.raises(JobError, match="600 features of 3 channels need"):
+    with pytest.raises(JobError, match="600 features of 3 channels require"):
         Teacher(blobs(30, CENTRES), tmp_path).learn(2, limit=600)
 
 

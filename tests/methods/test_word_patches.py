@@ -11,12 +11,12 @@ from PIL import Image
 from questpress.pipeline.methods.quest.patches import (
     PATCHES,
     WORDS,
-    images_to_see,
+    count_images,
     patch_side,
-    patches_facts,
-    shown_words,
+    find_patches,
+    select_patches,
 )
-from questpress.pipeline.methods.quest.vocabulary import usage_facts
+from questpress.pipeline.methods.quest.vocabulary import summarize_usage
 
 GRID = (4, 4)
 SIZE = 32
@@ -39,7 +39,7 @@ def facts() -> dict:
     words = torch.arange(16).float()[:, None] * 10
     usage = torch.arange(16)
     seen = [(pixels[:7], {"map": maps[:7]}), (pixels[7:], {"map": maps[7:]})]
-    return patches_facts(seen, "map", GRID, words, usage)
+    return find_patches(seen, "map", GRID, words, usage)
 
 
 def test_patches_show_the_positions_whose_features_are_nearest_to_the_word(facts: dict) -> None:
@@ -67,7 +67,9 @@ def test_a_word_is_shown_by_patches_of_different_images(facts: dict) -> None:
 def test_a_word_that_is_nearest_in_few_images_has_fewer_patches() -> None:
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     maps = torch.tensor([[[[0.0]]], [[[1.0]]]])
-    facts = patches_facts([(pixels, {"map": maps})], "map", (1, 1), torch.tensor([[0.0], [1.0]]), None)
+    facts = find_patches(
+        [(pixels, {"map": maps})], "map", (1, 1), torch.tensor([[0.0], [1.0]]), torch.tensor([1, 1])
+    )
     assert [(one["rank"], one["share"], len(one["patches"])) for one in facts["shown"]] == [
         (1, 50.0, 1),
         (2, 50.0, 1),
@@ -78,12 +80,12 @@ def test_the_same_images_give_the_same_patches() -> None:
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     maps, words = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.eye(3)
-    both = [patches_facts([(pixels, {"map": maps})], "map", (2, 2), words, None) for _ in range(2)]
+    both = [find_patches([(pixels, {"map": maps})], "map", (2, 2), words, torch.arange(3)) for _ in range(2)]
     assert both[0] == both[1]
 
 
 def test_without_images_nothing_is_shown() -> None:
-    assert patches_facts([], "map", GRID, torch.zeros(2, 1), None) == {}
+    assert find_patches([], "map", GRID, torch.zeros(2, 1), torch.zeros(2)) == {}
 
 
 def test_a_patch_shows_two_cells_or_a_third_to_a_half_of_the_image() -> None:
@@ -96,28 +98,27 @@ def test_a_patch_shows_two_cells_or_a_third_to_a_half_of_the_image() -> None:
 
 
 def test_few_images_are_looked_at_where_maps_are_large() -> None:
-    assert images_to_see((7, 7)) == 256
-    assert images_to_see((56, 56)) == 4
-    assert images_to_see((1000, 1000)) == 1
+    assert count_images((7, 7)) == 256
+    assert count_images((56, 56)) == 4
+    assert count_images((1000, 1000)) == 1
 
 
 def test_usage_is_told_in_falling_order_with_the_words_nobody_uses() -> None:
-    facts = usage_facts(torch.tensor([3, 0, 9, 0, 1]))
+    facts = summarize_usage(torch.tensor([3, 0, 9, 0, 1]))
     assert facts == {"usage": [(1, 9), (2, 3), (3, 1), (4, 0), (5, 0)], "dead": 2}
-    long = usage_facts(torch.arange(4096))
+    long = summarize_usage(torch.arange(4096))
     assert len(long["usage"]) == 64 and long["usage"][0] == (1, 4095) and long["usage"][-1] == (4096, 0)
-    assert usage_facts(None) == {}
 
 
 def test_what_was_seen_once_is_not_looked_for_again(tmp_path: Path) -> None:
     looks, keys = [], []
 
-    def seen(t: int, reads: frozenset[str], most: int):
-        looks.append((t, reads, most))
+    def sample(t: int, reads: frozenset[str], limit: int):
+        looks.append((t, reads, limit))
         pixels = np.zeros((2, 8, 8, 3), np.uint8)
         return [(pixels, {"map": torch.tensor([[[[0.0]]], [[[1.0]]]])})]
 
-    def shared(t: int, kind: str, key: dict, write: Callable[[Path], None]) -> Path:
+    def cached(t: int, kind: str, key: dict, write: Callable[[Path], None]) -> Path:
         folder = tmp_path / f"{t}.{kind}"
         if not folder.exists():
             folder.mkdir()
@@ -125,11 +126,13 @@ def test_what_was_seen_once_is_not_looked_for_again(tmp_path: Path) -> None:
         keys.append(key)
         return folder
 
-    preparation = SimpleNamespace(seen=seen, shared=shared)
+    context = SimpleNamespace(sample=sample, cached=cached)
     words = torch.tensor([[0.0], [1.0]])
-    both = [shown_words(preparation, 0, "map", (1, 1), words, None) for _ in range(2)]
+    vocabulary = SimpleNamespace(words=words, usage=torch.tensor([2, 1]))
+    both = [select_patches(context, 0, "map", (1, 1), vocabulary) for _ in range(2)]
     assert looks == [(0, frozenset({"map"}), 256)]
     assert both[0] == both[1] and len(both[0]["shown"]) == 2
-    shown_words(preparation, 1, "map", (1, 1), words + 1, None)
+    other = SimpleNamespace(words=words + 1, usage=vocabulary.usage)
+    select_patches(context, 1, "map", (1, 1), other)
     assert keys[0] == keys[1] != keys[2]
-    assert shown_words(SimpleNamespace(seen=None), 0, "map", (1, 1), words, None) == {}
+    assert select_patches(SimpleNamespace(sample=None), 0, "map", (1, 1), vocabulary) == {}

@@ -1,6 +1,5 @@
 import os
 import time
-import zipfile
 
 import huggingface_hub
 import pytest
@@ -103,16 +102,3 @@ def test_published_weights_that_would_run_code_do_not(cache, name):
     with pytest.raises(ModelError, match=f"cannot be loaded.*delete .*{name}"):
         fetch_pretrained("test_resnet")
     assert not (cache / "was_run").exists()
-
-
-def test_published_weights_in_a_packed_archive_are_not_unpacked(cache):
-    plain = cache / "plain.bin"
-    torch.save({"conv1.weight": torch.zeros(1000, 1000)}, plain)
-    with (
-        zipfile.ZipFile(plain) as read,
-        zipfile.ZipFile(snapshot_in(cache) / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in read.namelist():
-            packed.writestr(name, read.read(name))
-    with pytest.raises(ModelError, match="packed archive"):
-        fetch_pretrained("test_resnet")

@@ -56,7 +56,7 @@ def validated() -> str:
                 "score": reports.accuracy(80, 105),
                 "calibration": calibration(),
                 "per_class": [
-                    ClassMeasure(label=one, n=9, answered=8, correct=7, recall=Proportion.from_counts(7, 9))
+                    ClassMeasure(label=one, n=9, predicted=8, correct=7, recall=Proportion.from_counts(7, 9))
                     for one in names
                 ],
                 "confusion": [[9 if i == k else i % 3 for k in range(12)] for i in range(12)],

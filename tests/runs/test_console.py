@@ -1,7 +1,7 @@
 import io
 
 import pytest
-from questpress.pipeline.cli.errors import ended
+from questpress.pipeline.cli.errors import fail
 from questpress.pipeline.runs.console import Display, safe_console
 from rich.table import Table
 from rich.text import Text
@@ -33,7 +33,7 @@ def test_colours_and_movements_of_our_own_still_reach_the_terminal() -> None:
 
 def test_a_name_without_end_makes_no_sentence_without_end(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        ended(f"Error: {'x' * 1_000_000} is missing; give it.", 2)
+        fail(f"Error: {'x' * 1_000_000} is missing; give it.", 2)
     told = capsys.readouterr().err
     assert told.startswith("Error: xxx") and told.endswith("xxx is missing; give it.\n") and len(told) < 4100
 
@@ -48,7 +48,7 @@ def test_what_a_job_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixtu
         display.done("teacher", NAME, 1.0)
         stage.update(NAME, 1, 2)
     with pytest.raises(SystemExit):
-        ended(f"\nError: {NAME}", 2)
+        fail(f"\nError: {NAME}", 2)
     told = capsys.readouterr().err
     assert told.count(SHOWN) == 6 and f"\nError: {SHOWN}\n" in told
     assert all(letter.isprintable() or letter == "\n" for letter in told)

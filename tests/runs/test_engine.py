@@ -1,10 +1,10 @@
 """On what a training is computed: chosen once, recorded, and changed by the user alone."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from questpress.pipeline.runs.device import Engine, free_memory
+from questpress.pipeline.runs.record import RunRecord
 from questpress.pipeline.training.trainer import engine
 
 
@@ -12,12 +12,12 @@ class Run:
     """What ``engine`` needs of a job, with a choice that tells itself apart from what is recorded."""
 
     def __init__(
-        self, precision: str = "auto", key: str = "key", record: dict[str, Any] | None = None
+        self, precision: str = "auto", key: str = "key", record: RunRecord | None = None
     ) -> None:
         self.notes: list[str] = []
         self.options = SimpleNamespace(precision=precision)
         self.key, self.device = key, "cpu"
-        self.folder = SimpleNamespace(record={} if record is None else record, save=lambda: None)
+        self.folder = SimpleNamespace(record=RunRecord() if record is None else record, save=lambda: None)
         self.display = SimpleNamespace(note=self.notes.append)
 
     def engine(self, threads: int = 4) -> Engine:

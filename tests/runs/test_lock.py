@@ -5,15 +5,15 @@ import sys
 
 import pytest
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.runs.files import FILE, locked
+from questpress.pipeline.runs.files import LOCK_FILE, lock
 
 from tests.support import little
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from questpress.pipeline.runs.files import locked
-with locked(Path(sys.argv[1])):
+from questpress.pipeline.runs.files import lock
+with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -31,10 +31,10 @@ def held(a_run):
 
 
 def test_a_second_process_is_refused_and_changes_nothing(held, data, cache):
-    folder, process = held
+    folder, _ = held
     before = little.files(folder)
     result = little.job(data, folder, cache, "--fresh")
-    little.refused(result, 1, "being worked on by another process", f"(number {process.pid}, since ")
+    little.refused(result, 1, "in use by another process")
     assert little.files(folder) == before
 
 
@@ -43,7 +43,7 @@ def test_what_else_writes_into_a_run_waits_for_nobody_and_is_refused(held, comma
     folder, _ = held
     before = little.files(folder)
     result = little.compress(command[0], folder, *command[1:])
-    little.refused(result, 1, "being worked on by another process")
+    little.refused(result, 1, "in use by another process")
     assert little.files(folder) == before
 
 
@@ -51,14 +51,14 @@ def test_a_crash_lets_go_of_the_lock(held):
     folder, process = held
     process.kill()
     process.wait()
-    with locked(folder):
+    with lock(folder):
         pass
 
 
 def test_the_lock_is_let_go_at_the_end_and_after_an_error(tmp_path):
-    with locked(tmp_path), pytest.raises(JobError, match="another process"), locked(tmp_path):
+    with lock(tmp_path), pytest.raises(JobError, match="another process"), lock(tmp_path):
         pass
-    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock(tmp_path):
         _ = 1 / 0
-    with locked(tmp_path):
-        assert (tmp_path / FILE).exists()
+    with lock(tmp_path):
+        assert (tmp_path / LOCK_FILE).exists()

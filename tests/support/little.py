@@ -13,7 +13,7 @@ import numpy as np
 from click.testing import CliRunner, Result
 from PIL import Image as PillowImage
 from questpress.pipeline.cli.main import cli
-from questpress.pipeline.runs.files import FILE as LOCK
+from questpress.pipeline.runs.files import LOCK_FILE as LOCK
 from safetensors.numpy import load_file
 
 CLASSES = ("blue", "green", "red")

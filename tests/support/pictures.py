@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as PillowImage
-from questpress.pipeline.data.dataset import Image, array_key
+from questpress.pipeline.data.dataset import Image, hash_array
 
 
 def pixels(seed: int, height: int = 12, width: int = 16) -> np.ndarray:
@@ -38,6 +38,6 @@ def smooth(seed: int, height: int, width: int) -> np.ndarray:
 
 def in_memory(arrays: list[np.ndarray], labels: list[int] | None = None) -> list[Image]:
     return [
-        Image(f"{number}", labels[number] if labels else 0, array_key(array), array)
+        Image(f"{number}", labels[number] if labels else 0, hash_array(array), array)
         for number, array in enumerate(arrays)
     ]

@@ -61,7 +61,7 @@ def test_class_scores_and_confusion_add_up() -> None:
     ]  # fmt: skip
     assert TASK.confusion(logits, labels).tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
     measures = TASK.measure_classes(logits, labels, "abcd")
-    assert [(c.n, c.answered, c.correct) for c in measures] == [(2, 2, 1), (1, 2, 1), (3, 2, 2), (0, 0, 0)]
+    assert [(c.n, c.predicted, c.correct) for c in measures] == [(2, 2, 1), (1, 2, 1), (3, 2, 2), (0, 0, 0)]
     assert measures[1].f1 == pytest.approx(200 / 3) and measures[3].f1 is None
 
 
@@ -87,7 +87,13 @@ def test_label_loss_is_torchs_cross_entropy() -> None:
 
 @pytest.mark.parametrize(
     ("percent", "low", "largest", "near"),
-    [(14.9, 12, 10, True), (15.1, 12, 10, False), (15.1, 9, 10, True), (89, 85, 80, True), (91, 85, 80, False)],
+    [
+        (14.9, 12, 10, True),
+        (15.1, 12, 10, False),
+        (15.1, 9, 10, True),
+        (89, 85, 80, True),
+        (91, 85, 80, False),
+    ],
 )
 def test_near_chance_is_below_one_and_a_half_times_the_largest_class(
     percent: float, low: float, largest: int, near: bool

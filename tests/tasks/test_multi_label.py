@@ -39,8 +39,12 @@ def test_f1_is_that_of_the_labels_at_each_classes_threshold() -> None:
     thresholds = np.array([0.2, 0.5, 0.7, 0.4])
     decided = sigmoid(LOGITS) >= thresholds
     score = TASK.score(LOGITS, TARGETS, "abcd", thresholds)
-    assert score.details["micro F1"].percent == pytest.approx(100 * f1_score(TARGETS, decided, average="micro"))
-    assert score.details["macro F1"].percent == pytest.approx(100 * f1_score(TARGETS, decided, average="macro"))
+    assert score.details["micro F1"].percent == pytest.approx(
+        100 * f1_score(TARGETS, decided, average="micro")
+    )
+    assert score.details["macro F1"].percent == pytest.approx(
+        100 * f1_score(TARGETS, decided, average="macro")
+    )
     for c, one in enumerate(score.classes):
         assert one.f1 == pytest.approx(100 * f1_score(TARGETS[:, c], decided[:, c]))
         assert one.threshold == thresholds[c]
@@ -151,5 +155,5 @@ def test_manifest_entry_has_the_metrics_of_the_runtime() -> None:
 
 def test_images_with_unknown_labels_are_kept() -> None:
     assert TASK.encode([[0, 2], []], 3).tolist() == [[1, 0, 1], [0, 0, 0]]
-    images = [Image.of_several("a", [1], "a", Path()), Image.of_several("b", [], "b", Path())]
+    images = [Image.with_labels("a", [1], "a", Path()), Image.of_several("b", [], "b", Path())]
     assert TASK.drop_unknown(images, {1}) == tuple(images)

@@ -23,9 +23,8 @@ from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import DistillationTask
 from torch import nn
 
-from tests.end_to_end.test_interrupted import started, wait_for
 from tests.support import little
-from tests.support.little import job, record, report, weights
+from tests.support.little import job, report, weights
 from tests.training.test_train import (
     CLASSES,
     ENGINE,
@@ -276,23 +275,6 @@ def test_the_function_hears_the_time_limit_and_leaves_no_clock_running(data, cac
     time.sleep(0.1)
     assert threading.active_count() <= before
     assert signal.getsignal(signal.SIGTERM) != STOP._told
-
-
-@posix
-def test_a_run_told_to_stop_in_the_middle_of_its_epochs_gives_the_weights_of_an_uninterrupted_one(
-    data, cache, tmp_path
-):
-    more = ("--epochs", "25", "--until", "student")
-    out = tmp_path / "run"
-    process = started(little.little_command(data, out, cache, *more), tmp_path)
-    wait_for(out / "checkpoint" / "student.pt", process)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in stderr
-    assert "student" not in record(out)["stages"]
-    assert job(data, out, cache, *more).exit_code == 0
-    assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
-    assert weights(out / "student.safetensors") == weights(tmp_path / "whole" / "student.safetensors")
 
 
 def test_what_a_killed_process_left_half_written_is_swept_up(a_run, data, cache):

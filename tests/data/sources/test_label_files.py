@@ -161,25 +161,6 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     refused(table(tmp_path, rows), "2 of the 5 images", "gone.png (line 5)", "--data-dir")
 
 
-@pytest.mark.parametrize("outside", ["../secret.png", "/etc/passwd", "a/../../secret.png"])
-def test_nothing_outside_of_the_images_folder_is_read(tmp_path: Path, outside: str) -> None:
-    save(tmp_path / "secret.png", 0)
-    pictures(tmp_path / "set", 3)
-    rows = ["000.png,cat", f"{outside},dog"]
-    refused(table(tmp_path / "set", rows), "line 3", outside, "not in")
-
-
-def test_a_link_that_leads_out_is_left_out_and_told(tmp_path: Path) -> None:
-    save(tmp_path / "secret.png", 500)
-    names, labels = pictures(tmp_path / "set", 20), sets_of(20)
-    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
-    rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
-    data = open_data(str(table(tmp_path / "set", [*rows, "link.png,cat"])))
-    assert [(one.name, one.reason) for one in data.skipped] == [
-        ("link.png", "a link that leads out of the data folder")
-    ]
-
-
 @pytest.mark.parametrize(
     ("header", "rows", "words"),
     [

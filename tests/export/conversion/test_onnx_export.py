@@ -253,21 +253,6 @@ def test_a_network_beyond_protobufs_limit_keeps_its_weights_beside_it(
     assert not data.exists()
 
 
-def test_the_file_alone_is_enough_to_predict(tmp_path: Path) -> None:
-    labels = ["a", "b", "c", "d"]
-    network = small_conv_net()
-    preprocessing = runtime.Preprocessing.of(
-        16, 1.0, "bilinear", "center", PREPROCESSING.mean, PREPROCESSING.std
-    )
-    file = export_onnx(network, tmp_path / "a.onnx", 16, metadata=runtime.metadata(preprocessing, labels, {}))
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    (answer,) = runtime.Classifier.load(file.path).predict([image], top=4)
-    with torch.no_grad():
-        expected = network(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).softmax(1)[0]
-    for label, probability in answer.top:
-        assert probability == pytest.approx(float(expected[labels.index(label)]), abs=1e-5)
-
-
 @pytest.mark.parametrize("opset", [LEAST_OPSET, greatest_opset()])
 def test_the_oldest_and_the_newest_opset_are_written_and_quantized(opset: int, tmp_path: Path) -> None:
     network = small_conv_net()
