@@ -78,11 +78,11 @@ from tests.support.little import CLASSES, NETWORKS, SMALL, compress, files, job,
         (["--lr", "1e-300"], ["--lr 1e-300", "from 1e-30 to 1e+30"]),
         (["--weight", "ce=1e300"], ["--weight", "from 1e-30 to 1e+30"]),
         (["--set", "quest.tau=1e-300"], ["quest.tau=1e-300", "from 1e-30 to 1e+30"]),
-        (["--milestones", "3,2,1"], ["--milestones 3,2,1", "rising order"]),
-        (["--milestones", "-1"], ["--milestones -1", "from 1 on"]),
+        (["--milestones", "3,2,1"], ["--milestones 3,2,1", "increasing"]),
+        (["--milestones", "-1"], ["--milestones -1", "positive"]),
         (["--data-dir", "elsewhere"], ["--data-dir", "no use where --data is a folder"]),
         (["--download"], ["--download", "no use where --data is a folder"]),
-        (["--set", "\udcff"], ["'\\xff' is not of the form KEY=VALUE"]),
+        (["--set", "\udcff"], ["expected KEY=VALUE, got '\\xff'"]),
         (["--val-fraction", "1"], ["--val-fraction 1"]),
         (["--label-smoothing", "1"], ["--label-smoothing 1"]),
         (["--image-size", "4"], ["--image-size 4"]),
@@ -153,10 +153,10 @@ def config(tmp_path: Path, text: str) -> Path:
     ("text", "words"),
     [
         ("epoch: 3", ["'epoch'", "Did you mean"]),
-        ("- a\n- b", ["no options"]),
-        ("just text", ["no options"]),
-        ("", ["no options"]),
-        ("a: [1", ["not YAML"]),
+        ("- a\n- b", ["does not contain options"]),
+        ("just text", ["does not contain options"]),
+        ("", ["does not contain options"]),
+        ("a: [1", ["not valid YAML"]),
         ("epochs: many", ["--epochs many", "integer"]),
         ("seed: [1, 2]", ["--seed"]),
         ("settings: {quest.tua: 1}", ["quest.tua", "quest.tau"]),
@@ -204,7 +204,7 @@ def test_a_config_that_is_not_there_or_not_text_is_refused(tmp_path):
     refused(compress(*NETWORKS, "--config", tmp_path / "none.yaml"), 2, "none.yaml", "No such file")
     refused(compress(*NETWORKS, "--config", tmp_path), 2, "cannot be read")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    refused(compress(*NETWORKS, "--config", tmp_path / "bytes.yaml"), 2, "bytes.yaml", "not YAML")
+    refused(compress(*NETWORKS, "--config", tmp_path / "bytes.yaml"), 2, "bytes.yaml", "not valid YAML")
 
 
 def test_a_config_may_name_options_as_the_command_line_does(data, cache, tmp_path):
@@ -385,7 +385,7 @@ def test_a_batch_larger_than_the_data_learns_at_the_rate_of_what_there_is(data, 
 
 
 def test_a_student_that_no_file_holds_is_refused_before_it_is_trained(data, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("questpress.export.conversion.onnx_export.SINGLE_FILE", 10_000)
+    monkeypatch.setattr("questpress.export.conversion.onnx_export.MAX_EMBEDDED_BYTES", 10_000)
     refused(job(data, tmp_path / "run", cache), 2, "--student cifar_resnet8", "2 GB")
     assert not (tmp_path / "run").exists()
 

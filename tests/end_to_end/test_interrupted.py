@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,24 +137,6 @@ def test_a_full_disk_while_training_is_one_sentence_and_nothing_is_lost(
     assert not [name for name in after if ".part" in name]
     monkeypatch.undo()
     assert job(data, out, cache, "--until", "student").exit_code == 0
-
-
-@pytest.fixture
-def little_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    asked = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
-    if sys.platform != "linux" or os.geteuid() or subprocess.run(asked, capture_output=True).returncode:
-        pytest.skip("only root may mount a little disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path, room: int) -> None:
-    """Leave so many bytes."""
-    left = shutil.disk_usage(disk).free - room
-    (disk / "ballast").write_bytes(bytes(left))
 
 
 def up_to(finished: Path, out: Path, stage: str) -> None:

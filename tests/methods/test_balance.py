@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from questpress.models.build import build, geometry
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.options import read_options
-from questpress.pipeline.methods import gradient_balance
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.methods.dkd import Dkd
 from questpress.pipeline.methods.dkd import Parameters as DkdParameters
@@ -20,7 +19,7 @@ from questpress.pipeline.training.task import DistillationTask
 from torch import Tensor
 
 from tests.support import little
-from tests.training.test_train import ENGINE, Interrupted, distillation, equal, learn, state
+from tests.training.test_train import ENGINE, distillation
 
 SHAPES = Shapes({}, vector=None, logits=3)
 LEAST, MOST = Kd.gradient_ratio
@@ -136,33 +135,6 @@ def test_the_last_map_of_every_student_family_lies_on_the_way_to_its_logits(stud
     read = trainee.readouts(trainee.normalise(images), trainee.reads)
     assert float(gradient_norm(read["logits"].square().sum(), read[trainee.last_map])) > 0
     assert read[trainee.last_map].dim() == 4
-
-
-def test_an_interrupted_training_goes_on_with_the_balance_it_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        gradient_balance, "STEPS", 5
-    )  # of three steps an epoch: the comparison ends in the second
-
-    def task():
-        return distillation(weights={"quest": 1000.0}, balance=True)
-
-    whole = task()
-    learn(whole, tmp_path / "whole.pt")
-    assert whole.balanced()[0].factor < 0.1
-
-    def interrupt(epoch) -> None:
-        if epoch.epoch == 2:
-            raise Interrupted
-
-    broken = task()
-    with pytest.raises(Interrupted):
-        learn(broken, tmp_path / "parts.pt", log=interrupt)
-    rest = task()
-    learn(rest, tmp_path / "parts.pt")
-    assert equal(state(whole), state(rest))
-    assert whole.balanced() == rest.balanced()
 
 
 def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache: Path) -> None:

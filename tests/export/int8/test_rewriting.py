@@ -50,9 +50,7 @@ def _content(name: str, size: int, options: tuple[tuple[str, object], ...]) -> b
     ("name", "options", "left"),
     [
         ("mobilenetv3_small_075", {}, set()),
-        ("lcnet_075", {}, set()),
         ("mobilenetv3_small_050", {"act_layer": nn.ReLU6}, set()),
-        ("resnet10t", {"act_layer": nn.Hardswish}, set()),
         ("mobilenetv4_conv_small_035", {}, set()),
         # Squeeze-excite by sigmoid has an integer kernel as it is.
         ("efficientnet_b0", {"act_layer": nn.ReLU}, {"Sigmoid"}),

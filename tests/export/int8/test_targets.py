@@ -112,7 +112,7 @@ def test_a_machine_knows_its_target(
     monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str | None], name: str
 ) -> None:
     pretend(monkeypatch, kind)
-    assert runtime.target_of_this_machine() == name
+    assert runtime.detect_target() == name
     assert machine.has_vnni() == (name == "x86-vnni") and machine.is_arm() == (name == "arm64")
 
 
@@ -140,7 +140,7 @@ def test_what_is_timed_and_what_is_right_on_a_machine(
     pretend(monkeypatch, kind)
     reasons = timed_here(TARGETS)
     assert {name for name, reason in reasons.items() if reason is None} == timed
-    here = runtime.target_of_this_machine()
+    here = runtime.detect_target()
     for name, reason in reasons.items():
         assert reason in (None, f"made for {name}, and this machine is {here}: it cannot be timed here")
     assert {name for name in TARGETS if right_here(name)} == right
@@ -226,12 +226,3 @@ def test_the_stem_is_a_small_first_convolution_of_the_input_alone(fp32: Path) ->
     first = prepared.model.graph.node[0]
     assert (first.name, first.op_type) == (name, "Conv")
     assert prepared.stem(target("x86-vnni")) == (name,) and prepared.stem(target("arm64")) == ()
-
-
-def test_the_recipe_names_the_stem_that_stays_float(fp32: Path, tmp_path: Path) -> None:
-    (name,) = prepare(fp32).stem(target("x86"))
-    kept = {
-        of: quantize_int8(fp32, tmp_path / "a.onnx", [images(8)], target_name=of).recipe["kept_float"]
-        for of in TARGETS
-    }
-    assert kept == {"x86": [name], "x86-vnni": [name], "arm64": []}
