@@ -23,9 +23,10 @@ from ..evaluation.results import (
     LatencyDifference,
     Machine,
 )
-from ..report.format import counted, together
-from ..report.networks import Column, of
-from ..report.summary import machine, missing
+from ..report.format import plural, join_names
+from ..report.networks import Column, find_network
+from ..report.pages.comparison import measured_files
+from ..report.summary import describe_machine, list_missing
 from ..runs import predictions
 from ..runs.files import command_line, escape_cell, write_text
 from ..runs.folder import RunFolder
@@ -150,7 +151,7 @@ def machines(runs: Sequence[ComparedRun]) -> list[Machine]:
                 machine=name or "an unknown machine",
                 runs=[one.name for one in own],
                 latencies=[_slower(one, own[0]) for one in own[1:]],
-                frontier=_frontier(points(own)),
+                frontier=_frontier(measured_files(own)),
             )
         )
     return found
@@ -165,7 +166,7 @@ def _slower(run: ComparedRun, fastest: ComparedRun) -> LatencyDifference:
     own, first = run.ships, fastest.ships
     assert own is not None and first is not None
     if own.p50_low is None or first.p50_high is None:
-        verdict = "not known"
+        verdict = "unknown"
     else:
         verdict = "slower" if own.p50_low > first.p50_high else "no difference"
     return LatencyDifference.model_validate(
@@ -178,40 +179,8 @@ def _slower(run: ComparedRun, fastest: ComparedRun) -> LatencyDifference:
     )
 
 
-Point = tuple[str, ComparedFile]
-"""A file that was both measured and timed, by the name of the run (a teacher's by its own) and its kind."""
-
-
-def points(runs: Sequence[ComparedRun]) -> list[Point]:
-    """The files of these runs that have an accuracy and a latency; a teacher that several runs have is there
-    once, as fast as any of them has found it.
-    """
-    found: list[Point] = []
-    teachers: dict[tuple[str, float], tuple[str, ComparedFile]] = {}
-    for run in runs:
-        found += [(f"{run.name} {one.kind}", one) for one in (run.int8, run.fp32) if _drawn(one) and one]
-        teacher = run.of_teacher
-        if teacher is not None and _drawn(teacher) and teacher.score is not None:
-            key = (run.teacher, teacher.score.percent)
-            known = teachers.get(key)
-            # What disturbs a machine makes a network slower: its fastest run tells most of it.
-            if known is None or (teacher.p50 or 0.0) < (known[1].p50 or 0.0):
-                teachers[key] = (run.name, teacher)
-    names = [name for name, _ in teachers]
-    for (name, _), (run_name, one) in teachers.items():
-        apart = name if names.count(name) == 1 else f"{name} of {run_name}"
-        found.append((f"{apart} teacher", one))
-    return found
-
-
-def _drawn(file: ComparedFile | None) -> bool:
-    if file is None or file.score is None or file.p50 is None:
-        return False
-    return isfinite(file.p50) and file.p50 > 0 and isfinite(file.score.percent)
-
-
-def _frontier(every: Sequence[Point]) -> list[str]:
-    return [every[i][0] for i in frontier([_place(one) for _, one in every])]
+def _frontier(files: Sequence[tuple[str, ComparedFile]]) -> list[str]:
+    return [files[i][0] for i in frontier([_place(file) for _, file in files])]
 
 
 def _place(file: ComparedFile) -> tuple[float, float]:
@@ -277,7 +246,7 @@ def _folder(place: Path) -> Path | None:
 def _report(place: Path) -> Report:
     file = place / REPORT if place.is_dir() else place
     if not file.is_file():  # stopped before its first stage was done
-        from ..stages.report import assemble
+        from ..report.assemble import assemble
 
         record = RunFolder(place, writes=False)
         record.open(fresh=False)
@@ -345,27 +314,27 @@ KINDS: dict[str, Kind] = {"student_int8": "int8", "student": "fp32", "teacher": 
 def measured(run: Run, threads: int | None) -> ComparedRun:
     """A run as it is compared."""
     report = run.report
-    files = {kind: _file(of(report, key), kind, threads) for key, kind in KINDS.items()}
+    files = {kind: _file(find_network(report, key), kind, threads) for key, kind in KINDS.items()}
     student = report.student or report.student_int8
-    seconds = [one.seconds for one in report.stages if stages.kind(one.stage) in OF_THE_STUDENT]
+    seconds = [one.seconds for one in report.stages if stages.get_kind(one.stage) in OF_THE_STUDENT]
     seed = report.config.get("seed")
     return ComparedRun(
         name=run.name,
         source=str(run.source),
         method=report.method,
-        teacher=together([one.name for one in report.teachers] or _teachers(report)),
+        teacher=join_names([one.name for one in report.teachers] or _teachers(report)),
         student=student.name if student is not None else str(report.config.get("student", "")),
         image_size=report.image_size,
         parameters=student.parameters if student is not None else None,
         int8=files["int8"],
         fp32=files["fp32"],
-        of_teacher=files["teacher"],
+        teacher_file=files["teacher"],
         training_seconds=sum(seconds) if seconds else None,
         seed=seed if isinstance(seed, int) else None,
         data=report.data.name if report.data is not None else None,
         fingerprint=report.data.fingerprint if report.data is not None else None,
-        machine=machine(report) if _timed(report) else None,
-        missing=missing(report),
+        machine=describe_machine(report.environment) if _timed(report) else None,
+        missing=list_missing(report),
     )
 
 
@@ -482,14 +451,14 @@ def _kept(run: Path) -> predictions.PerImage | None:
 
 def _title(every: Sequence[ComparedRun], grouped: Sequence[Group]) -> str:
     data = dict.fromkeys(group.data for group in grouped if group.data)
-    return f"{counted(len(every), 'run')}{' on ' if data else ''}{', '.join(data)}"
+    return f"{plural(len(every), 'run')}{' on ' if data else ''}{', '.join(data)}"
 
 
 def _warnings(every: Sequence[ComparedRun], grouped: Sequence[Group]) -> list[str]:
     found = []
     sets = [group for group in grouped if group.fingerprint is not None]
     if len(sets) > 1:
-        names = [f"{group.data} ({counted(len(group.runs), 'run')})" for group in sets]
+        names = [f"{group.data} ({plural(len(group.runs), 'run')})" for group in sets]
         found.append(
             f"The runs are of {len(sets)} different sets of images: {', '.join(names)}. Each set is compared "
             "for itself, since accuracies on different images do not compare."
@@ -542,7 +511,7 @@ def write(found: Comparison, folder: Path) -> None:
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
-    from ..report.pages.comparison import pages
+    from ..report.pages.comparison import render_comparison
 
     texts = {
         **pages(found),
@@ -578,7 +547,7 @@ def _row(run: ComparedRun, group: Group) -> Mapping[str, object]:
         "image_size": run.image_size,
         "parameters": run.parameters,
     }
-    for kind, file in (("int8", run.int8), ("fp32", run.fp32), ("teacher", run.of_teacher)):
+    for kind, file in (("int8", run.int8), ("fp32", run.fp32), ("teacher", run.teacher_file)):
         score = file.score if file is not None else None
         speedup = file.speedup if file is not None else None
         row |= {

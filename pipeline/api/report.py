@@ -1,4 +1,4 @@
-"""Write a run's report again from its folder, and the JSON schema of reports (`compress report`)."""
+"""Write the report of a run again, and the JSON schema of reports (`compress report`)."""
 
 import json
 from pathlib import Path
@@ -7,56 +7,55 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from ..errors import UsageError
-from ..report.write import write_report
+from ..report.assemble import write_report
 from ..runs.folder import RunFolder
 from ..runs.results import SCHEMA_VERSION, Report
 
-SCHEMA = "https://json-schema.org/draft/2020-12/schema"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def report_again(folder: str | Path, out: str | Path | None = None) -> tuple[Report, list[Path]]:
-    """Write report.html, report.md and report.json of a run anew, into its own folder or another.
+def report(folder: str | Path, out: str | Path | None = None) -> tuple[Report, list[Path]]:
+    """Write report.html, report.md and report.json of a run again.
+
+    Args:
+        folder: a run folder, finished or not.
+        out: the folder to write to; the run folder by default.
 
     Returns:
-        What report.json holds, and the files that were written.
+        The content of report.json, and the files written.
 
     Raises:
-        UsageError: the folder holds no run, or no stage of it is done.
-        JobError: the files cannot be written, or another process works on the run.
+        UsageError: the folder is not a run, or none of its stages is done.
+        JobError: the files cannot be written, or another process is using the run.
     """
-    from ..stages import report
+    from ..report import assemble as stage
 
-    folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise UsageError(f"{folder} holds no run: name a folder that compress has made.")
-    run = RunFolder(folder, writes=False)
-    run.open(fresh=False)
-    if not run.record["stages"]:
+    run = RunFolder.read(Path(folder))
+    if not run.record.stages:
         raise UsageError(
-            f"{folder} holds a run of which nothing is done yet: repeat the command that began it "
-            f"({run.record.get('command', 'compress …')})."
+            f"No stage of {folder} is finished. Run the original command again ({run.record.command})."
         )
+    target = run.path if out is None else Path(out)
     if out is None:
-        out = folder
-        with RunFolder(folder).locked():
-            found = report.write(run)
+        run.writes = True
+        with run.locked():
+            result = stage.write(run)
     else:
-        out = Path(out)
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out} is a file; name a folder.")
-        found = report.assemble(run)
-        write_report(found, out)
-    return found, [out / name for name in report.FILES]
+        if target.exists() and not target.is_dir():
+            raise UsageError(f"--out {out} is a file. Set it to a folder.")
+        result = stage.assemble(run)
+        write_report(result, target)
+    return result, [target / name for name in stage.FILES]
 
 
 class _Schema(GenerateJsonSchema):
     def float_schema(self, schema: Any) -> JsonSchemaValue:
-        """A number that is not finite is a text in JSON, see ``scores.Result``."""
+        """Allow the strings of numbers that are not finite, see ``scores.Result``."""
         return {**super().float_schema(schema), "type": ["number", "string"], "pattern": "^(NaN|-?Infinity)$"}
 
 
-def schema() -> str:
-    """The JSON schema of report.json, as docs/report.schema.json holds it."""
-    made = Report.model_json_schema(mode="serialization", schema_generator=_Schema)
-    titled = {"$schema": SCHEMA, **made, "title": f"questpress report, schema version {SCHEMA_VERSION}"}
-    return json.dumps(titled, indent=2, ensure_ascii=False) + "\n"
+def json_schema() -> str:
+    """Return the JSON schema of report.json, which is the content of docs/report.schema.json."""
+    schema = Report.model_json_schema(mode="serialization", schema_generator=_Schema)
+    schema = {"$schema": DIALECT, **schema, "title": f"questpress report, schema version {SCHEMA_VERSION}"}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

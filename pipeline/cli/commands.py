@@ -1,84 +1,175 @@
-"""`compress bench`."""
+"""The commands, each a thin layer over a function of ``api``."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config.limits import MOST_THREADS
-from ..config.options import group
+from ..config.limits import MAX_THREADS
+from ..config.options import get_group
 from ..runs import main_process
-from .errors import ended, show_report, told
-from .options import Grouped, all_options, given
+from .errors import exit_on_error, fail
+from .options import GroupedCommand, run_options, select_given
+
+if TYPE_CHECKING:
+    from ..runs.results import Report
+
+PATH = click.Path(path_type=Path)
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="number of threads [default: the available cores, at most 4]",
+)
+cache_option = click.option("--cache", type=PATH, help="cache folder [default: the user's cache folder]")
+json_option = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+quiet_option = click.option("--quiet", is_flag=True, help="do not print progress")
 
 
-@click.command(cls=Grouped)
+def _print_report(report: "Report", *, as_json: bool) -> None:
+    from ..report.terminal import show_report
+
+    if as_json:
+        click.echo(report.model_dump_json(indent=2, by_alias=True))
+    elif report.stages:
+        show_report(report)
+
+
+@click.command(cls=GroupedCommand)
 def run(**options: Any) -> None:
-    """Distill, export, quantize, validate and measure: the whole job.
+    """Run the whole job: distill, export, quantize, validate and benchmark.
 
-    The same command again does only what is missing; an interrupted one goes on where it stopped.
+    Running the same command again does only what is missing, and resumes an interrupted job.
     """
-
     from ..api.run import compress
 
-    asked = given(options)
-    report = told(lambda: compress(**asked), resumes=True)
-    if main_process.leads():
-        show_report(report, as_json=bool(options["json_"]))
+    report = exit_on_error(lambda: compress(**select_given(options)), resumable=True)
+    if main_process.is_main():
+        _print_report(report, as_json=bool(options["json_"]))
 
 
-run.params += all_options()
+run.params += run_options()
 
 
-@click.command(cls=Grouped)
+@click.command(cls=GroupedCommand)
+@click.option("--students", metavar="NAME,NAME,…", help="timm names of the students [default: --student]")
 @click.option(
-    "--sizes", required=True, metavar="S,S,…", help="sides of the students' input in pixels, as in 64,96,128"
+    "--student-sizes",
+    metavar="S,S,…",
+    help="sides of the students' input in pixels, such as 64,96,128 [default: --image-size]",
 )
-def resolutions(sizes: str, **options: Any) -> None:
-    """One student for each image size, all from one teacher, and accuracy over latency in one report.
+def sweep(students: str | None, student_sizes: str | None, **options: Any) -> None:
+    """Distill several students, or one at several image sizes, from one teacher.
 
-    Takes the options of `run`; each student has a run folder of its own below --out. The same command again
-    does only what is missing.
+    Every student has a run folder below --out, and comparison/ there compares them. The other options are
+    those of `run`. Running the same command again does only what is missing.
     """
-    from ..api.sweep import resolutions as of_sizes
-    from ..api.sweep import whole_numbers
+    from ..api.sweep import sweep
 
-    asked = given(options)
-    found = told(lambda: of_sizes(whole_numbers(sizes), **asked), resumes=True)
+    comparison = exit_on_error(
+        lambda: sweep(
+            students=[name.strip() for name in students.split(",")] if students else [],
+            student_sizes=_parse_integers("--student-sizes", student_sizes, "64,96,128"),
+            **select_given(options),
+        ),
+        resumable=True,
+    )
     if options["json_"]:
-        click.echo(found.model_dump_json(indent=2))
+        click.echo(comparison.model_dump_json(indent=2))
     else:
-        from ..report.terminal import show_sizes
+        from ..report.terminal import show_comparison
 
-        show_sizes(found)
+        show_comparison(comparison)
 
 
-@click.command(cls=Grouped)
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+sweep.params += [option for option in run.params if option.name not in ("student_size", "until", "dry_run")]
+
+
+def _parse_integers(option: str, text: str | None, example: str) -> list[int]:
+    from ..errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise UsageError(f"{option} must be integers, such as {example}, got {text}.") from error
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("folder", metavar="RUN", type=PATH)
 def export(folder: Path, **options: Any) -> None:
-    """Make what ships of a finished run's student anew, for other processors or with other options.
+    """Export a finished run again, for other processors or with other options.
 
-    RUN is a run folder; what is not said stays as it was. Nothing that was trained is trained again.
+    RUN is a run folder. Options that are not given keep the run's values. Nothing is trained again.
     """
-    from ..api.export import export_again
+    from ..api.export import export
 
-    asked = given(options)
-    report = told(lambda: export_again(folder, **asked), resumes=True)
-    show_report(report, as_json=bool(options["json_"]))
+    report = exit_on_error(lambda: export(folder, **select_given(options)), resumable=True)
+    _print_report(report, as_json=bool(options["json_"]))
 
 
 export.params += [
-    one for one in run.params if one.name in ("quiet", "verbose", "json_") or group(str(one.name)) == "Export"
+    option
+    for option in run.params
+    if option.name in ("quiet", "verbose", "json_") or get_group(str(option.name)) == "Export"
 ]
 
 
-# The student's size is the one thing that differs, and none of its stages can be left out.
-resolutions.params += [one for one in run.params if one.name not in ("student_size", "until", "dry_run")]
+@click.command()
+@click.argument("artifact", type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH)
+@click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="number of classes per image")
+@click.option("--file", help="the .onnx file of the artifact to use [default: the int8 file]")
+@threads_option
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object per line")
+def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Classify images with a compressed model.
+
+    ARTIFACT is a run folder, an artifact folder or an .onnx file. IMAGES are files or folders.
+    """
+    from ..api.predict import predict
+
+    unreadable = exit_on_error(lambda: predict(artifact, images, as_json=as_json, **options))
+    sys.exit(1 if unreadable else 0)
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("artifacts", nargs=-1, required=True, type=PATH, metavar="ARTIFACT…")
+@click.option("--data", help="labeled images, as --data of run [default: the run's test images]")
+@click.option("--data-dir", type=PATH, help="folder of a named data set or of a labels file's images")
+@click.option("--download", is_flag=True, help="download a named data set if it is missing")
+@click.option(
+    "--role",
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="split to use [default: test if the data has splits, otherwise all]",
+)
+@click.option("--teacher", help="run folder or .onnx file to compare with, or none [default: the run's teacher]")
+@click.option("--file", help="the .onnx file of an artifact to validate [default: all]")
+@click.option("--ignore-unknown", is_flag=True, help="skip images of classes that a model does not have")
+@click.option("--out", type=PATH, help="output folder [default: validation/ in a single run folder, or here]")
+@threads_option
+@json_option
+@quiet_option
+def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Measure accuracy and calibration of exported models on labeled images.
+
+    ARTIFACT is a run folder, an artifact folder or an .onnx file. Several are compared on the same images.
+    """
+    from ..api.validate import to_json, validate
+
+    validation = exit_on_error(lambda: validate(artifacts, **options))
+    if as_json:
+        click.echo(to_json(validation))
+    else:
+        from ..report.terminal import show_validation
+
+        show_validation(validation)
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=PATH)
 @click.option(
     "--runtime",
     "runtimes",
@@ -86,304 +177,186 @@ resolutions.params += [one for one in run.params if one.name not in ("student_si
     default=("onnxruntime",),
     show_default=True,
     type=click.Choice(("onnxruntime", "openvino")),
-    help="in which runtime; may be given twice, for both",
+    help="inference runtime; can be repeated",
 )
-@click.option("--seconds", type=float, help="of each file and thread count [default: 10]")
-@click.option("--quick", is_flag=True, help="3 seconds, and p99 only where they gave 662 runs")
-@click.option("--mlperf", is_flag=True, help="600 seconds, and MLPerf's estimates of p90 and p99")
-@click.option(
-    "--threads", metavar="N,N,…", help="thread counts [default: 1, and the cores allowed, at most 4]"
-)
-@click.option("--seed", default=0, show_default=True, help="of the rounds' order, the inputs, the bootstrap")
+@click.option("--seconds", type=float, help="seconds per file and number of threads [default: 10]")
+@click.option("--quick", is_flag=True, help="3 seconds; p99 is reported only if 662 runs fit")
+@click.option("--threads", metavar="N,N,…", help="numbers of threads [default: 1 and the available cores, at most 4]")
+@click.option("--seed", default=0, show_default=True, help="seed of the order, the inputs and the bootstrap")
 @click.option(
     "--images",
     multiple=True,
-    type=click.Path(path_type=Path),
-    help="image files, or folders of them [default: the run's own data, or pictures made up]",
+    type=PATH,
+    help="image files or folders; can be repeated [default: the run's data, or synthetic images]",
 )
-@click.option("--image-size", type=click.IntRange(1), help="side of the input where a file leaves it open")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="folder of the results [default: bench/ of the one run, else bench-results/]",
-)
-@click.option("--strict", is_flag=True, help="exit code 1 where anything disturbed the measurement")
-@click.option("--json", "as_json", is_flag=True, help="print what bench.json holds")
-@click.option("--quiet", is_flag=True, help="no progress")
+@click.option("--image-size", type=click.IntRange(1), help="side of the input of files with a dynamic size")
+@click.option("--out", type=PATH, help="output folder [default: bench/ in a single run folder, or bench-results/]")
+@click.option("--strict", is_flag=True, help="exit with code 1 if the measurement was disturbed")
+@json_option
+@quiet_option
 def bench(
-    paths: tuple[Path, ...],
-    runtimes: tuple[str, ...],
-    seconds: float | None,
-    quick: bool,
-    mlperf: bool,
-    threads: str | None,
-    seed: int,
-    images: tuple[Path, ...],
-    image_size: int | None,
-    out: Path | None,
-    strict: bool,
-    as_json: bool,
-    quiet: bool,
+    paths: tuple[Path, ...], threads: str | None, out: Path | None, strict: bool, as_json: bool, **options: Any
 ) -> None:
-    """Measure latency on this machine, so that it can be believed.
+    """Measure inference latency on this machine.
 
-    PATHS are run folders, artifact folders and .onnx files; all are timed together, in the same rounds. Of
-    one run folder the report is written anew with what was found.
+    PATHS are run folders, artifact folders and .onnx files, which are measured together in interleaved rounds.
+    The report of a single run folder is updated.
     """
-    from ..api.bench import bench as measured
-    from ..api.bench import results_folder, thread_counts
+    from ..api.bench import bench, results_folder
 
-    found = told(
-        lambda: measured(
+    result = exit_on_error(
+        lambda: bench(
             paths,
-            seconds=seconds,
-            quick=quick,
-            mlperf=mlperf,
-            threads=None if threads is None else thread_counts(threads),
-            seed=seed,
-            runtimes=runtimes,
-            images=images,
-            image_size=image_size,
+            threads=None if threads is None else _parse_integers("--threads", threads, "1,2"),
             out=out,
-            quiet=quiet,
+            **options,
         )
     )
     if as_json:
-        click.echo(found.model_dump_json(indent=2))
+        click.echo(result.model_dump_json(indent=2))
     else:
-        from ..report.bench_terminal import show
+        from ..report.terminal import show_bench
 
-        show(found, results_folder(paths, out))
-    if strict and found.flags:
-        named = ", ".join(dict.fromkeys(flag.name for flag in found.flags))
-        ended(f"--strict: the machine was not quiet ({named}).", 1)
-    sys.exit(0)
+        show_bench(result, results_folder(paths, out))
+    if strict and result.flags:
+        names = ", ".join(dict.fromkeys(flag.name for flag in result.flags))
+        fail(f"--strict: the measurement was disturbed ({names}).", 1)
 
 
 @click.command()
-@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ARTIFACT…")
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN…")
+@click.option("--out", type=PATH, help="output folder [default: comparison/]")
 @click.option(
-    "--data",
-    help="labelled images: whatever --data of run may be [default: the test images of the run itself]",
+    "--threads",
+    type=click.IntRange(1),
+    help="number of threads of the compared latencies [default: that of most runs]",
 )
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="as of run: where a named set or images lie"
-)
-@click.option("--download", is_flag=True, help="download a named data set when it is not there")
-@click.option(
-    "--role",
-    type=click.Choice(["train", "val", "test", "all"]),
-    help="which of the images [default: test where they have roles, else all]",
-)
-@click.option(
-    "--teacher", help="a run folder or an .onnx file to agree with, or none [default: the run's own]"
-)
-@click.option("--file", help="which .onnx of an artifact folder to ask [default: each]")
-@click.option(
-    "--ignore-unknown", is_flag=True, help="pass over images of classes that a network does not know"
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="where the pages and lists go [default: validation/ in the one run folder, else here]",
-)
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="threads [default: the cores allowed, at most 4]"
-)
-@click.option("--json", "as_json", is_flag=True, help="print what validation.json holds")
-@click.option("--quiet", is_flag=True, help="no progress on standard error")
-def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Ask shipped files about labelled images: accuracy, classes, calibration, mistakes.
-
-    ARTIFACT is a run folder, an artifact folder or one of its .onnx files; several are compared on the same
-    images.
-    """
-    from ..api.validate import as_json as dumped
-    from ..api.validate import validate as asked
-
-    found = told(lambda: asked(artifacts, **options))
-    if as_json:
-        click.echo(dumped(found))
-    else:
-        from ..report.terminal import show_validation
-
-        show_validation(found)
-
-
-@click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN…")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="where the pages and tables go [default: comparison/]"
-)
-@click.option(
-    "--threads", type=click.IntRange(1), help="at which latencies compare [default: where most were timed]"
-)
-@click.option("--json", "as_json", is_flag=True, help="print what comparison.json holds")
+@json_option
 @click.option("--quiet", is_flag=True, help="print nothing")
-def compare(
-    runs: tuple[Path, ...], out: Path | None, threads: int | None, as_json: bool, quiet: bool
-) -> None:
-    """Put runs into one table and one picture, and say which differences are noise.
+def compare(runs: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compare runs in one table and chart, with significance tests.
 
-    RUN is a run folder, a folder of run folders (also of `resolutions`), or a report.json.
+    RUN is a run folder, a folder of run folders, or a report.json.
     """
-    from ..api.compare import compare as compared
+    from ..api.compare import compare
 
-    found = told(lambda: compared(runs, out=out, threads=threads))
+    comparison = exit_on_error(lambda: compare(runs, **options))
     if as_json:
-        click.echo(found.model_dump_json(indent=2))
+        click.echo(comparison.model_dump_json(indent=2))
     elif not quiet:
         from ..report.terminal import show_comparison
 
-        show_comparison(found)
+        show_comparison(comparison)
 
 
 @click.command()
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="folder to write to [default: RUN]")
-@click.option("--schema", is_flag=True, help="print the JSON schema of report.json, and nothing else")
-@click.option("--json", "as_json", is_flag=True, help="print what report.json holds")
+@click.argument("folder", metavar="[RUN]", required=False, type=PATH)
+@click.option("--out", type=PATH, help="output folder [default: RUN]")
+@click.option("--schema", is_flag=True, help="print the JSON schema of report.json and exit")
+@json_option
 @click.option("--quiet", is_flag=True, help="print nothing")
 def report(folder: Path | None, out: Path | None, schema: bool, as_json: bool, quiet: bool) -> None:
-    """Write report.html, report.md and report.json of a run anew, finished or not.
+    """Write report.html, report.md and report.json of a run again.
 
-    RUN is a run folder. Nothing is computed: what its stages have found is shown as this version shows it.
-    Without --out the artifact's README.md is written anew too.
+    RUN is a run folder, finished or not. Nothing is computed. Without --out, the artifact's README.md is
+    written too.
     """
-    from ..api.report import report_again
-    from ..api.report import schema as schema_of
+    from ..api.report import json_schema, report
 
     if schema:
         if folder is not None or out is not None or as_json or quiet:
-            raise click.UsageError("--schema stands alone: it is the same for every run.")
-        click.echo(schema_of(), nl=False)
+            raise click.UsageError("--schema cannot be combined with other arguments.")
+        click.echo(json_schema(), nl=False)
         return
     if folder is None:
-        raise click.UsageError("Name a run folder, as in: compress report runs/shop")
-    found, files = told(lambda: report_again(folder, out))
+        raise click.UsageError("A run folder is required, such as: compress report runs/shop")
+    result, files = exit_on_error(lambda: report(folder, out))
     if as_json:
-        click.echo(found.model_dump_json(indent=2))
+        click.echo(result.model_dump_json(indent=2))
     elif not quiet:
         for file in files:
             click.echo(file)
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="answers for each image")
-@click.option("--file", "file", help="which .onnx of the artifact answers [default: the int8 one]")
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="threads [default: the cores allowed, at most 4]"
-)
-@click.option("--json", "as_json", is_flag=True, help="one JSON object a line")
-def predict(
-    artifact: Path, images: tuple[Path, ...], top: int, file: str | None, threads: int | None, as_json: bool
-) -> None:
-    """Ask a compressed network what it sees.
+@click.argument("pattern", default="*")
+@click.option("--image-size", type=click.IntRange(8), help="side of the input for GMACs [default: the model's]")
+def models(pattern: str, image_size: int | None) -> None:
+    """List networks with parameters, GMACs and the license of their weights.
 
-    ARTIFACT is a run folder, an artifact folder or one of its .onnx files; IMAGES are files, or folders of
-    them.
+    PATTERN is a name, with or without wildcards, such as 'mobilenet*'.
     """
-    from ..api.predict import predict as answer
+    from ..api.models import list_models
+    from .tables import print_models
 
-    unread = told(lambda: answer(artifact, images, top=top, file=file, threads=threads, as_json=as_json))
-    sys.exit(1 if unread else 0)
-
-
-@click.group()
-def store() -> None:
-    """What teachers have said to fixed views of images, kept for later runs."""
+    print_models(exit_on_error(lambda: list_models(pattern, image_size)))
 
 
-_cache = click.option(
-    "--cache", type=click.Path(path_type=Path), help="folder that runs share [default: the user's]"
-)
-
-
-@store.command("list")
-@_cache
-@click.option("--json", "as_json", is_flag=True, help="one JSON list")
-def list_store(cache: Path | None, as_json: bool) -> None:
-    """List the answers by teacher, data and readout: how many views, how large, when last used."""
-    from ..api.teacher_cache import list_store as show_list
-    from ..runs.cache import Cache
-
-    told(lambda: show_list(Cache(cache), as_json=as_json))
-
-
-@store.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@_cache
-@click.option(
-    "--share",
-    default=0.01,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="of each view's batches, one at least",
-)
-def verify(run: Path, cache: Path | None, share: float) -> None:
-    """Compute some of the answers that RUN has learned from again, and compare.
-
-    RUN is a run folder. Where its answers are wrong or damaged, the exit code is 1.
-    """
-    from ..api.verify_cache import verify as verified
-
-    told(lambda: verified(run, cache, share))
-
-
-@store.command()
-@click.option("--keep", required=True, metavar="SIZE", help="how much to keep, as in 10GB, 500MB or 0")
-@_cache
-def prune(keep: str, cache: Path | None) -> None:
-    """Remove the answers that were used longest ago, until no more than SIZE is left."""
-    from ..api.teacher_cache import prune as make_room
-    from ..api.teacher_cache import size
-    from ..runs.cache import Cache
-
-    told(lambda: make_room(Cache(cache), size(keep)))
-
-
-@click.command("recipes")
-def list_recipes() -> None:
-    """List the papers' recipes, for --recipe."""
+@click.command()
+def recipes() -> None:
+    """List the recipes from papers for --recipe."""
     from ..config import recipes
 
-    for name in recipes.names():
-        recipe = recipes.load(name)
+    for name in recipes.list_recipes():
+        recipe = recipes.load_recipe(name)
         click.echo(f"{name:<22}{recipe.about}\n{'':<22}{recipe.source}")
 
 
-@click.command()
-@click.argument("pattern", default="*")
-@click.option(
-    "--image-size", type=click.IntRange(8), help="side in pixels that GMACs are counted for [default: own]"
-)
-def models(pattern: str, image_size: int | None) -> None:
-    """List networks by name, with parameters, GMACs and the licence of their weights.
-
-    PATTERN is a name or one with wildcards, such as 'mobilenet*'.
-    """
-    from ..api.models import list_models
-
-    told(lambda: list_models(pattern, image_size))
+@click.group()
+def cache() -> None:
+    """List or prune cached teacher outputs."""
 
 
-@click.command()
-@click.option("--cache", type=click.Path(path_type=Path), help="folder that runs share [default: the user's]")
-@click.option("--offline", is_flag=True, help="don't ask the internet whether weights can be downloaded")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object")
-def doctor(cache: Path | None, offline: bool, as_json: bool) -> None:
-    """Say what this machine has for the job, what is missing, and how to get it.
+@cache.command("list")
+@cache_option
+@json_option
+def list_command(cache: Path | None, as_json: bool) -> None:
+    """List cached teacher outputs with size and last use."""
+    from ..api.cache import list_cache, outputs_folder
+    from .tables import print_cache
 
-    The exit code is 1 where the job cannot run here.
-    """
-    from ..api.doctor import doctor as examine
-    from ..report.terminal import show_diagnosis
-
-    found = told(lambda: examine(cache=cache, offline=offline))
+    outputs, unreadable = exit_on_error(lambda: list_cache(cache))
     if as_json:
-        click.echo(found.model_dump_json(indent=2))
+        click.echo(json.dumps([asdict(row) for row in outputs], indent=2))
     else:
-        show_diagnosis(found)
-    sys.exit(0 if found.fit else 1)
+        print_cache(outputs, unreadable, outputs_folder(cache))
+
+
+@cache.command()
+@click.option("--keep", required=True, metavar="SIZE", help="size to keep, such as 10GB, 500MB or 0")
+@cache_option
+def prune(keep: str, cache: Path | None) -> None:
+    """Remove the least recently used teacher outputs until at most SIZE is left."""
+    from ..api.cache import outputs_folder, parse_size, prune_cache
+    from ..report.format import megabytes
+
+    pruned = exit_on_error(lambda: prune_cache(parse_size(keep), cache))
+    click.echo(
+        f"Removed {pruned.removed:,} of {pruned.entries:,} entries ({megabytes(pruned.bytes_removed)}). "
+        f"{megabytes(pruned.bytes_left)} left."
+    )
+    if pruned.in_use:
+        click.echo(
+            f"{pruned.in_use:,} entries could not be removed: they are in use, or {outputs_folder(cache)} "
+            "is not writable."
+        )
+
+
+@click.command()
+@cache_option
+@click.option("--offline", is_flag=True, help="do not check whether weights can be downloaded")
+@json_option
+def doctor(cache: Path | None, offline: bool, as_json: bool) -> None:
+    """Check this machine for packages, devices, memory and disk space.
+
+    The exit code is 1 if compress cannot run.
+    """
+    from ..api.doctor import doctor
+    from .tables import print_diagnosis
+
+    diagnosis = exit_on_error(lambda: doctor(cache=cache, offline=offline))
+    if as_json:
+        click.echo(diagnosis.model_dump_json(indent=2))
+    else:
+        print_diagnosis(diagnosis)
+    sys.exit(0 if diagnosis.can_run else 1)

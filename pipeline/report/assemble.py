@@ -1,59 +1,189 @@
-"""A run's report with a later bench in it: what `compress bench RUN` measured stands for what the run did."""
+"""Assemble the report of a run from its folder, and write it."""
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import JobError
+from ...export.artifact import tool_versions
+from ...export.text import spelled_out
+from .. import methods
+from ..config import recipes
+from ..config.stages import get_kind, get_round
+from ..errors import JobError, UsageError
+from ..methods.feed import RECONSTRUCTION
 from ..runs.bench_results import Bench
-from ..runs.folder import RunFolder
-from ..runs.record import read_checked
+from ..runs.files import write_if_changed
+from ..runs.folder import ARTIFACT, RunFolder
+from ..runs.record import read_checked, with_checksum
+from ..runs.results import Epoch, Reconstruction, Report, StageTime
+from . import format
+from .model_card import write_card
+from .pages.run import report_page
+from .render import render_page
 
-LATER = Path("bench/bench.json")
-"""What `compress bench` leaves in a run folder. The run's own bench removes it."""
-
-
-def report_anew(run: Path) -> None:
-    """Write the three files of a run's report with what is known by now."""
-    from ..stages.report import write
-
-    folder = RunFolder(run, writes=False)
-    folder.open(fresh=False)
-    write(folder)
+FILES = ("report.html", "report.md", "report.json")
+LATER_BENCH = Path("bench/bench.json")
+"""The result of `compress bench RUN` in a run folder. The run's own bench removes it."""
 
 
-def with_later_bench(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's facts with the latencies of a bench after it, where there is one of the very same files."""
-    later = later_bench(folder)
-    if later is None or not _same_files(later, facts):
-        return dict(facts)
-    newer = bench_facts(later)
-    over: dict[str, Any] = {"bench": newer["bench"]}
-    for key, one in newer.items():
-        known = facts.get(key)
-        if isinstance(known, Mapping) and key != "bench":
-            over[key] = {**known, **one}
-        elif key == "teachers" and known is not None and len(known) == len(one):
-            over[key] = [{**before, **after} for before, after in zip(known, one, strict=True)]
-    return {**facts, **over}
+def write(folder: RunFolder) -> Report:
+    """Write the report again, and the model card if the run has an artifact."""
+    report = assemble(folder)
+    write_report(report, folder.path)
+    if report.artifact is not None:
+        write_card(report, folder.path / report.artifact)
+    return report
 
 
-def later_bench(folder: Path) -> Bench | None:
-    """None where there is none, or of another version.
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md and report.html into ``folder``, each atomically.
+
+    Any part of ``report`` may be missing. The same report gives the same bytes.
 
     Raises:
-        JobError: it is damaged.
+        JobError: the folder cannot be written or the disk is full.
     """
-    file = folder / LATER
+    report = make_writable(report)
+    pages = render_page(report_page(report), "report")
+    for name, text in {"report.json": report.model_dump_json(indent=2) + "\n", **pages}.items():
+        write_if_changed(folder / name, text)
+
+
+def make_writable(report: Report) -> Report:
+    """Escape control characters and bytes that are not UTF-8, and add the checksum."""
+
+    def escape(content: Any) -> Any:
+        if isinstance(content, str):
+            return spelled_out(content, but="\n\t")
+        if isinstance(content, dict):
+            return {escape(key): escape(value) for key, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return [escape(item) for item in content]
+        return content
+
+    return with_checksum(Report.model_validate(escape(report.model_dump())))
+
+
+def assemble(folder: RunFolder) -> Report:
+    """Return the report of a run.
+
+    Raises:
+        UsageError: the records in the folder do not have the form that stages write.
+        JobError: the result of a later bench is damaged.
+    """
+    try:
+        return _assemble(folder)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"{folder.path}: the record of the run cannot be read ({_summarize(error)}). It was edited, "
+            "damaged, or written by another version of compress. The weights are unchanged."
+        ) from error
+
+
+def _summarize(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{error.title}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _assemble(folder: RunFolder) -> Report:
+    record = folder.record
+    config = record.options
+    facts = _with_later_bench(folder.path, folder.facts())
+    compute = {
+        f"{name} computed on": f"{e.device} ({e.name}), {e.precision}, {format.threads(e.threads)}"
+        for name, e in record.engines.items()
+    }
+    environment = {**(record.tools or tool_versions_here()), **facts.pop("environment", {}), **compute}
+    # Stages that the options do not request any more have no part in what ships.
+    stages = {name: entry for name, entry in record.stages.items() if name in folder.stages}
+    trainings = {get_kind(stage) for stage in folder.stages}
+    epochs = [Epoch.model_validate_json(line) for line in folder.curves()]
+    epochs = [epoch for epoch in epochs if get_kind(epoch.stage) in trainings]
+    papers = [methods.load(name).paper for name in methods.parse_methods(config["method"])]
+    report = Report(
+        title=f"{config['student']} from {format.join_names(config['teacher'])}",
+        command=record.command,
+        method=config["method"],
+        method_parameters=config["settings"],
+        method_source="; ".join(papers) or None,
+        recipe=_describe_recipe(config),
+        image_size=config["student_size"] or config["image_size"],
+        teacher_image_size=config["image_size"],
+        epochs=epochs,
+        reconstruction=list(_reconstruction(epochs, config)),
+        warnings=[text for stage in stages.values() for text in stage.warnings],
+        stages=[
+            StageTime(stage=name, seconds=stage.seconds, summary=stage.summary)
+            for name, stage in stages.items()
+        ],
+        environment=environment,
+        config={**config, "out": str(folder.path)},
+        artifact=ARTIFACT.as_posix() if "validate" in stages else None,
+        **facts,
+    )
+    return make_writable(report)
+
+
+def tool_versions_here() -> dict[str, str]:
+    return {"python": platform.python_version(), **tool_versions()}
+
+
+def _describe_recipe(config: Mapping[str, Any]) -> str | None:
+    """Return the name and the source of the recipe, and the options that differ from it."""
+    if config.get("recipe") is None:
+        return None
+    recipe = recipes.load_recipe(config["recipe"])
+    changes = ", ".join(f"{name} {value}" for name, value in recipe.changes(config).items())
+    return f"{recipe.name} ({recipe.source})" + (f", but {changes}" if changes else "")
+
+
+def _reconstruction(epochs: Sequence[Epoch], config: Mapping[str, Any]) -> Iterable[Reconstruction]:
+    """Yield FEED's reconstruction error of each teacher in each training."""
+    for stage in dict.fromkeys(epoch.stage for epoch in epochs):
+        metrics = [epoch.watched for epoch in epochs if epoch.stage == stage]
+        previous_round = (get_round(stage) or config.get("rounds", 1)) - 1
+        teachers = [f"round {previous_round}"] if previous_round else config["teacher"]
+        names = [name for name in metrics[-1] if name.startswith(RECONSTRUCTION)]
+        for i, name in enumerate(names):
+            first, last = metrics[0][name], metrics[-1][name]
+            yield Reconstruction(stage=stage, teacher=teachers[i], error=last, first=first)
+
+
+def _with_later_bench(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the latencies of a run by those of a later bench of the same files."""
+    bench = _read_later_bench(folder)
+    if bench is None or not _has_same_files(bench, facts):
+        return dict(facts)
+    newer = bench_facts(bench)
+    updated: dict[str, Any] = {**facts, "bench": newer.pop("bench")}
+    for key, value in newer.items():
+        before = facts.get(key)
+        if isinstance(before, Mapping):
+            updated[key] = {**before, **value}
+        elif key == "teachers" and before is not None and len(before) == len(value):
+            updated[key] = [{**old, **new} for old, new in zip(before, value, strict=True)]
+    return updated
+
+
+def _read_later_bench(folder: Path) -> Bench | None:
+    """Return the result of a later bench; None if there is none, or one of another version.
+
+    Raises:
+        JobError: the file is damaged.
+    """
+    file = folder / LATER_BENCH
     if not file.exists():
         return None
     try:
         content = read_checked(file)
     except (OSError, ValueError) as error:
         raise JobError(
-            f"{file} is damaged ({error}): delete it, or measure again with compress bench {folder}."
+            f"{file} is damaged ({error}). Delete it, or run compress bench {folder} again."
         ) from error
     try:
         return Bench.model_validate(content)
@@ -61,16 +191,14 @@ def later_bench(folder: Path) -> Bench | None:
         return None
 
 
-def _same_files(later: Bench, facts: Mapping[str, Any]) -> bool:
-    timed = {one.key: one.sha256 for one in later.subjects if one.key is not None}
-    now = {key: (facts.get(key) or {}).get("sha256") for key in ("student", "student_int8")}
-    return "student" in timed and all(timed.get(key) == hashed for key, hashed in now.items() if hashed)
+def _has_same_files(bench: Bench, facts: Mapping[str, Any]) -> bool:
+    timed = {file.key: file.sha256 for file in bench.subjects if file.key is not None}
+    current = {key: (facts.get(key) or {}).get("sha256") for key in ("student", "student_int8")}
+    return "student" in timed and all(timed.get(key) == sha256 for key, sha256 in current.items() if sha256)
 
 
 def bench_facts(bench: Bench) -> dict[str, Any]:
-    """Return the parts of a report that a bench provides: latency and speed-ups of the run's networks, the
-    environment, and the bench itself.
-    """
+    """Return the parts of a report that a bench provides: latencies, speed-ups, environment, the bench."""
     keys = {file.name: file.key for file in bench.subjects if file.key is not None}
     facts: dict[str, Any] = {}
     for name, key in keys.items():

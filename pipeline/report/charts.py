@@ -1,29 +1,134 @@
-"""The geometry of the report's pictures: numbers in, positions in a small SVG canvas out.
+"""SVG charts: positions are computed here, figures.html.j2 writes the elements, report.css has the colors.
 
-The canvas is as wide as a phone, so that its text keeps its size there; a wide screen shows several in a row.
-Drawing itself is `charts.html.j2`; colours are those of the style sheet, by class name.
+A drawing is as wide as a phone, so that its text keeps its size there; a wide window shows several in a row.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor, isfinite, log10
 
-Place = Callable[[float], float]
+from .tables import Table
+
 WIDTH = 340
-LABEL = 92
-"""Room for the names at the left of bars and dots."""
-VALUE = 76
-"""Room for the numbers at their right."""
-ROW = 26
+LABEL_WIDTH = 92
+"""For names at the left of bars and dots."""
+VALUE_WIDTH = 76
+"""For numbers at their right."""
+ROW_HEIGHT = 26
 PLOT_HEIGHT = 150
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 30
-MOST_POINTS = 40
-"""Longer curves are drawn without a mark for every epoch."""
+MAX_CURVE_MARKS = 40
+"""Longer curves are drawn without a mark for each epoch."""
+
+Position = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An SVG element. Coordinates are text with one decimal at most."""
+
+    tag: str
+    attributes: dict[str, str]
+    text: str = ""
+    tooltip: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    width: float
+    height: float
+    shapes: list[Shape]
+    css: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    description: str
+    drawings: list[Drawing]
+    """One, or one for a wide window and one for a phone."""
+    note: str = ""
+    legend: list[tuple[Drawing, str, str]] = field(default_factory=list)
+    """Symbol, label, and last value of a curve."""
+    kind: str = "chart"
+    table: Table | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        return len(self.drawings) > 1
+
+
+def coordinate(value: float) -> str:
+    return f"{round(value, 1):g}"
+
+
+def line(css: str, x1: float, y1: float, x2: float, y2: float) -> Shape:
+    ends = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
+    return Shape("line", {"class": css, **{name: coordinate(value) for name, value in ends.items()}})
+
+
+def path(css: str, *parts: str | float, tooltip: str = "") -> Shape:
+    """Return a path of commands and coordinates."""
+    d = " ".join(part if isinstance(part, str) else coordinate(part) for part in parts)
+    return Shape("path", {"class": css, "d": d}, tooltip=tooltip)
+
+
+def circle(css: str, x: float, y: float, radius: float, tooltip: str = "") -> Shape:
+    return Shape(
+        "circle",
+        {"class": css, "cx": coordinate(x), "cy": coordinate(y), "r": f"{radius:g}"},
+        tooltip=tooltip,
+    )
+
+
+def rectangle(css: str, x: float, y: float, width: float, height: float) -> Shape:
+    places = {"x": x, "y": y, "width": width, "height": height}
+    return Shape("rect", {"class": css, **{name: coordinate(value) for name, value in places.items()}})
+
+
+def polyline(css: str, points: Sequence[tuple[float, float]], tag: str = "polyline") -> Shape:
+    joined = " ".join(f"{coordinate(x)},{coordinate(y)}" for x, y in points)
+    return Shape(tag, {"class": css, "points": joined})
+
+
+def text(css: str, x: float, y: float, content: str, anchor: str = "start") -> Shape:
+    attributes = {"class": css, "x": coordinate(x), "y": coordinate(y)}
+    if anchor != "start":
+        attributes["text-anchor"] = anchor
+    return Shape("text", attributes, content)
+
+
+def dot_symbol(key: str) -> Drawing:
+    return Drawing(12, 12, [circle(f"dot {key}", 6, 6, 5)])
+
+
+def vertical_whisker(key: str, x: float, low: float, high: float) -> Shape:
+    return path(f"whisker {key}", "M", x - 3, low, "h6m-3 0V", high, "m-3 0h6")
+
+
+def y_axis(ticks: Sequence[tuple[float, str]], position: Position, left: float, right: float) -> list[Shape]:
+    """Return horizontal grid lines with their numbers."""
+    shapes = []
+    for value, label in ticks:
+        y = position(value)
+        shapes.append(line("grid", left, y, right, y))
+        shapes.append(text("tick", left - 6, y + 4, label, "end"))
+    return shapes
+
+
+def vertical_grid(ticks: Sequence[tuple[float, str]], position: Position, height: float) -> list[Shape]:
+    """Return vertical grid lines over the height of a drawing, with their numbers at its bottom."""
+    shapes = []
+    for value, label in ticks:
+        x = position(value)
+        shapes.append(line("grid", x, 0, x, height - 18))
+        shapes.append(text("tick", x, height - 4, label, "middle"))
+    return shapes
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One row of a bar or dot chart: ``value`` in the chart's unit, ``low`` and ``high`` end the whisker."""
+    """A row of a bar or dot chart; ``low`` and ``high`` are the ends of its whisker."""
 
     label: str
     key: str
@@ -34,127 +139,92 @@ class Mark:
     group: str = ""
 
 
-@dataclass(frozen=True)
-class DrawnMark:
-    mark: Mark
-    y: float
-    x: float
-    low: float | None
-    high: float | None
-    text_x: float
-    heading_y: float | None
-
-
-@dataclass(frozen=True)
-class Tick:
-    position: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Bars from zero, or dots on an axis of their own, one row per network."""
-
-    title: str
-    description: str
-    kind: str
-    height: float
-    marks: list[DrawnMark]
-    ticks: list[Tick] = field(default_factory=list)
-    note: str = ""
-
-
-def bars(title: str, marks: Sequence[Mark], note: str = "") -> Rows | None:
-    """Horizontal bars from zero; a whisker reaches from the bar's end to ``high``."""
+def bars(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
+    """Draw horizontal bars from zero, with a whisker from the end of the bar to ``high``."""
     marks = [mark for mark in marks if isfinite(mark.value)]
     if not marks:
         return None
     top = max(max(mark.value, mark.high or 0) for mark in marks) or 1
 
-    def place(value: float) -> float:
-        return round(LABEL + (WIDTH - LABEL - VALUE) * value / top, 1)
+    def x(value: float) -> float:
+        return LABEL_WIDTH + (WIDTH - LABEL_WIDTH - VALUE_WIDTH) * value / top
 
-    drawn, height = _stack(marks, place, 2)
-    return Rows(title, _told(title, marks), "bars", height, drawn, note=note)
+    def draw(mark: Mark, y: float) -> list[Shape]:
+        width = max(x(mark.value) - LABEL_WIDTH, 1)
+        shapes = [rectangle(f"bar {mark.key}", LABEL_WIDTH, y - 8, width, 16)]
+        if mark.high is not None:
+            shapes.append(path("whisker", "M", x(mark.value), y, "H", x(mark.high), "m0 -4v8"))
+        return [*shapes, text("number", x(max(mark.value, mark.high or 0)) + 8, y + 4, mark.text)]
+
+    shapes, height = _rows(marks, draw)
+    return Chart(title, _describe(title, marks), [Drawing(WIDTH, height, shapes)], note)
 
 
-def dots(title: str, marks: Sequence[Mark], note: str = "") -> Rows | None:
-    """Dots with their intervals on a percent axis cut to where they lie: dots, unlike bars, need no zero."""
+def dots(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
+    """Draw percentages as dots with intervals. Dots, unlike bars, need no axis from zero."""
     marks = [mark for mark in marks if isfinite(mark.value)]
     if not marks:
         return None
-    low = min(mark.value if mark.low is None else mark.low for mark in marks)
-    high = max(mark.value if mark.high is None else mark.high for mark in marks)
-    step = nice(max(high - low, 0.5) / 3)
+    start, end, step = percent_range(marks, 3)
+
+    def x(value: float) -> float:
+        width = WIDTH - LABEL_WIDTH - VALUE_WIDTH - 12
+        return LABEL_WIDTH + 6 + width * (value - start) / (end - start)
+
+    def draw(mark: Mark, y: float) -> list[Shape]:
+        whisker = []
+        if mark.low is not None and mark.high is not None:
+            ends = ("M", x(mark.low), y - 4, "v8m0 -4H", x(mark.high), "m0 -4v8")
+            whisker = [path(f"whisker {mark.key}", *ends)]
+        number = text("number", WIDTH - VALUE_WIDTH + 10, y + 4, mark.text)
+        return [*whisker, circle(f"dot {mark.key}", x(mark.value), y, 5), number]
+
+    shapes, height = _rows(marks, draw)
+    grid = vertical_grid(axis_ticks(start, end, step), x, height + 18)
+    note = "; ".join(part for part in (note, "axis does not start at 0" if start else "") if part)
+    return Chart(title, _describe(title, marks), [Drawing(WIDTH, height + 18, [*grid, *shapes])], note)
+
+
+def percent_range(marks: Sequence[Mark], steps: int, *levels: float) -> tuple[float, float, float]:
+    """Return start, end and step of an axis of percentages around the marks and their intervals."""
+    low = min(*(mark.value if mark.low is None else mark.low for mark in marks), 100, *levels)
+    high = max(*(mark.value if mark.high is None else mark.high for mark in marks), *levels, low)
+    step = round_step(max(high - low, 0.5) / steps)
     start, end = floor(low / step) * step, min(100.0, ceil(high / step) * step)
-    if end <= start:
-        start = end - step
-
-    def place(value: float) -> float:
-        return round(LABEL + 6 + (WIDTH - LABEL - VALUE - 12) * (value - start) / (end - start), 1)
-
-    drawn, height = _stack(marks, place, 2, fixed_text=True)
-    marked = [Tick(place(value), label) for value, label in ticks(start, end, step)]
-    cut = "the axis does not start at 0" if start else ""
-    told = "; ".join(one for one in (note, cut) if one)
-    return Rows(title, _told(title, marks), "dots", height + 18, drawn, marked, told)
+    return (start if start < end else end - step), end, step
 
 
-def _stack(
-    marks: Sequence[Mark], place: Place, top: float, fixed_text: bool = False
-) -> tuple[list[DrawnMark], float]:
-    drawn: list[DrawnMark] = []
-    y, group = top, ""
+def _rows(marks: Sequence[Mark], draw: Callable[[Mark, float], list[Shape]]) -> tuple[list[Shape], float]:
+    shapes: list[Shape] = []
+    y, group = 2.0, ""
     for mark in marks:
-        heading = None
         if mark.group != group:
-            y += 20 if not drawn else 28
-            heading, group = y - 8, mark.group
-        x = place(mark.value)
-        low = None if mark.low is None else place(mark.low)
-        high = None if mark.high is None else place(mark.high)
-        text_x = WIDTH - VALUE + 10 if fixed_text else max(x, high or 0) + 8
-        drawn.append(DrawnMark(mark, y + ROW / 2, x, low, high, round(text_x, 1), heading))
-        y += ROW
-    return drawn, y + 2
+            y += 28 if shapes else 20
+            shapes.append(text("group", 0, y - 8, mark.group))
+            group = mark.group
+        middle = y + ROW_HEIGHT / 2
+        shapes += [text("name", 0, middle + 4, mark.label), *draw(mark, middle)]
+        y += ROW_HEIGHT
+    return shapes, y + 2
 
 
-def _told(title: str, marks: Sequence[Mark]) -> str:
-    """The picture in words, for those who hear it."""
+def _describe(title: str, marks: Sequence[Mark]) -> str:
     rows = (f"{mark.group + ', ' if mark.group else ''}{mark.label}: {mark.text}" for mark in marks)
     return f"{title}. {'; '.join(rows)}."
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: ``values`` over ``epochs``; what is not finite leaves a gap."""
+    """``values`` over ``epochs``; a value that is missing or not finite leaves a gap."""
 
     label: str
     epochs: Sequence[int]
     values: Sequence[float | None]
 
-
-@dataclass(frozen=True)
-class DrawnCurve:
-    label: str
-    style: int
-    pieces: list[str]
-    """`points` of an SVG polyline each."""
-    points: list[tuple[float, float, str]]
-    last: str
-
-
-@dataclass(frozen=True)
-class Lines:
-    title: str
-    description: str
-    height: float
-    curves: list[DrawnCurve]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    kind: str = "lines"
-    note: str = ""
-    x_name: str = "epoch"
+    @property
+    def points(self) -> list[tuple[int, float | None]]:
+        finite = [value if value is not None and isfinite(value) else None for value in self.values]
+        return list(zip(self.epochs, finite, strict=True))
 
 
 def lines(
@@ -164,106 +234,100 @@ def lines(
     from_zero: bool = True,
     top: float | None = None,
     x_name: str = "epoch",
-) -> Lines | None:
-    """Curves over epochs or what else ``x_name`` says, the axis from zero unless told otherwise; ``top`` is
-    the highest it can reach.
+) -> Chart | None:
+    """Draw curves over epochs, or over ``x_name``.
+
+    Args:
+        from_zero: include zero in the y axis.
+        top: upper limit of the y axis.
+
+    Returns:
+        None if no value is finite.
     """
-    finite = [(curve, [_finite(value) for value in curve.values]) for curve in curves]
-    finite = [(curve, values) for curve, values in finite if any(v is not None for v in values)]
+    finite = [(curve, [value for _, value in curve.points if value is not None]) for curve in curves]
+    finite = [(curve, values) for curve, values in finite if values]
     if not finite:
         return None
-    seen = [value for _, values in finite for value in values if value is not None]
-    epochs = [epoch for curve, _ in finite for epoch in curve.epochs]
-    low, high = min(seen), max(seen)
+    low, high = min(min(values) for _, values in finite), max(max(values) for _, values in finite)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if high == low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    step = nice((high - low) / 4)
+    step = round_step((high - low) / 4)
     low, high = floor(low / step) * step, ceil(high / step) * step
     if top is not None:
         high = min(high, top)
+    epochs = [epoch for curve, _ in finite for epoch in curve.epochs]
     first, last = min(epochs), max(epochs)
 
-    def across(epoch: float) -> float:
-        share = 0.5 if last == first else (epoch - first) / (last - first)
-        return round(LEFT + 4 + (WIDTH - LEFT - RIGHT - 8) * share, 1)
+    def x(epoch: float) -> float:
+        fraction = 0.5 if last == first else (epoch - first) / (last - first)
+        return LEFT + 4 + (WIDTH - LEFT - RIGHT - 8) * fraction
 
-    def down(value: float) -> float:
-        return round(TOP + PLOT_HEIGHT * (high - value) / (high - low), 1)
+    def y(value: float) -> float:
+        return TOP + PLOT_HEIGHT * (high - value) / (high - low)
 
-    drawn = [
-        _draw(curve, values, style, across, down, x_name) for style, (curve, values) in enumerate(finite)
-    ]
-    told = "; ".join(
-        f"{'' if curve.label == title else curve.label + ' '}from {_first(values)} to {_last(values)}"
-        for curve, values in finite
-    )
-    stride = max(1, ceil(nice((last - first) / 5))) if last > first else 1
-    marked = sorted({first, *(e for e in range(0, last + 1, stride) if first < e), last})
-    if len(marked) > 2 and marked[-1] - marked[-2] < stride * 0.6:
-        del marked[-2]
-    if len(marked) > 2 and marked[1] - marked[0] < stride * 0.6:
-        del marked[1]
-    return Lines(
-        title,
-        f"{title} by {x_name}: {told}.",
-        TOP + PLOT_HEIGHT + BOTTOM,
-        drawn,
-        [Tick(across(epoch), str(epoch)) for epoch in marked],
-        [Tick(down(value), label) for value, label in ticks(low, high, step)],
-        x_name=x_name,
-    )
+    height = TOP + PLOT_HEIGHT + BOTTOM
+    marked = _marked_epochs(first, last)
+    shapes = y_axis(axis_ticks(low, high, step), y, LEFT, WIDTH - RIGHT)
+    shapes += [text("tick", x(epoch), height - 14, str(epoch), "middle") for epoch in marked]
+    if len(marked) < 8:
+        shapes.append(text("tick axis", WIDTH - RIGHT, height - 1, x_name, "end"))
+    for style, (curve, _) in reversed(list(enumerate(finite))):
+        shapes += _draw_curve(curve, f"s{style % 6}", x, y, x_name)
+    legend, note, described = [], "", []
+    for style, (curve, values) in enumerate(finite):
+        symbol = Drawing(22, 8, [line(f"curve s{style % 6}", 1, 4, 21, 4)])
+        legend.append((symbol, curve.label, axis_number(values[-1])))
+        name = "" if curve.label == title else f"{curve.label} "
+        described.append(f"{name}from {axis_number(values[0])} to {axis_number(values[-1])}")
+    if len(finite) == 1 and legend[0][1] == title:
+        legend, note = [], f"last value {legend[0][2]}"
+    description = f"{title} by {x_name}: {'; '.join(described)}."
+    return Chart(title, description, [Drawing(WIDTH, height, shapes)], note, legend)
 
 
-def _draw(
-    curve: Curve, values: list[float | None], style: int, across: Place, down: Place, x_name: str
-) -> DrawnCurve:
-    pieces: list[list[tuple[float, float, str]]] = [[]]
-    for epoch, value in zip(curve.epochs, values, strict=True):
+def _draw_curve(curve: Curve, style: str, x: Position, y: Position, x_name: str) -> list[Shape]:
+    pieces: list[list[tuple[float, float]]] = [[]]
+    marks = []
+    for epoch, value in curve.points:
         if value is None:
             pieces.append([])
         else:
-            pieces[-1].append(
-                (across(epoch), down(value), f"{curve.label}, {x_name} {epoch}: {axis_number(value)}")
-            )
-    points = [point for piece in pieces for point in piece]
-    return DrawnCurve(
-        curve.label,
-        style % 6,
-        [" ".join(f"{x:g},{y:g}" for x, y, _ in piece) for piece in pieces if len(piece) > 1],
-        points if len(points) <= MOST_POINTS else [],
-        _last(values),
-    )
+            pieces[-1].append((x(epoch), y(value)))
+            tooltip = f"{curve.label}, {x_name} {epoch}: {axis_number(value)}"
+            marks.append(circle(f"point {style}", x(epoch), y(value), 2.2, tooltip))
+    drawn = [polyline(f"curve {style}", piece) for piece in pieces if len(piece) > 1]
+    return [*drawn, *(marks if len(marks) <= MAX_CURVE_MARKS else [])]
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and isfinite(value) else None
-
-
-def _first(values: Sequence[float | None]) -> str:
-    return axis_number(next(value for value in values if value is not None))
-
-
-def _last(values: Sequence[float | None]) -> str:
-    return axis_number(next(value for value in reversed(values) if value is not None))
+def _marked_epochs(first: int, last: int) -> list[int]:
+    """Return the first and the last epoch, and round numbers between them that are not too near."""
+    step = max(1, ceil(round_step((last - first) / 5))) if last > first else 1
+    marked = sorted({first, *(epoch for epoch in range(0, last + 1, step) if first < epoch), last})
+    if len(marked) > 2 and marked[-1] - marked[-2] < step * 0.6:
+        del marked[-2]
+    if len(marked) > 2 and marked[1] - marked[0] < step * 0.6:
+        del marked[1]
+    return marked
 
 
 def axis_number(value: float) -> str:
-    """Short, for axes and legends: 0.25, 1,200, 4e−05."""
+    """Format briefly, for axes and legends: 0.25, 1,200, 4e−05."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.3g}".replace("-", "−")
-    return f"{value:,.4g}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}".replace("-", "−")
+        written = f"{value:.3g}"
+    else:
+        written = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return written.replace("-", "−")
 
 
-def nice(step: float) -> float:
-    """The next larger of 1, 2, 2.5, 5 times a power of ten."""
+def round_step(step: float) -> float:
+    """Return the next larger of 1, 2, 2.5, 5 times a power of ten."""
     power = 10.0 ** floor(log10(step))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
-def ticks(start: float, end: float, step: float) -> list[tuple[float, str]]:
-    """Places on an axis, a step apart, and what stands there."""
-    n = floor((end - start) / step + 1e-6)
-    values = [start + i * step for i in range(n + 1)]
+def axis_ticks(start: float, end: float, step: float) -> list[tuple[float, str]]:
+    """Return values from ``start`` to ``end`` with their numbers."""
+    values = [start + i * step for i in range(floor((end - start) / step + 1e-6) + 1)]
     return [(value, axis_number(round(value, 12) + 0.0)) for value in values]

@@ -1,21 +1,19 @@
-"""Numbers as people read them. Every number in the report, in HTML, Markdown and terminal, is written here.
+"""Format the numbers of reports and of the terminal.
 
-A value that is missing is a dash, one that is not finite says so; sizes are megabytes of 1,000,000 bytes.
+A missing value is a dash, a value that is not finite is "not finite". Sizes are in MB of 1,000,000 bytes.
 """
 
-import base64
-import binascii
-import re
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from math import floor, isfinite, log10
+
+from ..runs.scores import Proportion, Score
 
 MISSING = "–"
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """``value`` with so many significant digits, never in exponent form: 0.0412, 1.92, 16.0, 1,230."""
+    """Format with this number of significant digits, never in exponent form: 0.0412, 1.92, 16.0, 1,230."""
     if not isfinite(value):
         return "not finite"
     if value == 0:
@@ -26,12 +24,12 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def minus(text: str) -> str:
-    """With the typographic minus sign, as wide as the digits."""
+    """Replace hyphens by the minus sign, which is as wide as a digit."""
     return text.replace("-", "−")
 
 
 def percent(value: float | None, n: int | None = None) -> str:
-    """A percentage; two decimals where ``n`` images can tell them apart (1,000 or more), else one."""
+    """Format a percentage: with two decimals if it was measured on ``n`` >= 1,000 images, otherwise one."""
     if value is None:
         return MISSING
     if not isfinite(value):
@@ -44,7 +42,7 @@ def percent_interval(low: float, high: float, n: int | None = None) -> str:
 
 
 def points(difference: float, n: int | None = None) -> str:
-    """A difference of two percentages, signed: +0.4 points."""
+    """Format a difference of two percentages: +0.4 points."""
     return minus(f"{difference:+.{_decimals(n)}f} points")
 
 
@@ -60,7 +58,6 @@ def _decimals(n: int | None) -> int:
 
 
 def megabytes(size: int | None) -> str:
-    """Bytes as MB (1,000,000 bytes)."""
     return MISSING if size is None else f"{significant(size / 1e6)} MB"
 
 
@@ -69,7 +66,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio: 0.97×, 8.40×, 25.3×, 112×."""
+    """Format a ratio: 0.97×, 8.40×, 25.3×, 112×."""
     if not isfinite(ratio):
         return "not finite"
     return f"{ratio:.2f}×" if 0.1 <= ratio < 10 else f"{significant(ratio)}×"
@@ -83,13 +80,13 @@ def count(value: int | None) -> str:
     return MISSING if value is None else f"{value:,}"
 
 
-def counted(value: int, singular: str, plural: str | None = None) -> str:
-    """1 thread, 2 threads, 1,797 images."""
-    return f"{value:,} {singular if value == 1 else plural or singular + 's'}"
+def plural(value: int, singular: str, many: str | None = None) -> str:
+    """Format a number of things: 1 thread, 2 threads, 1,797 images."""
+    return f"{value:,} {singular if value == 1 else many or singular + 's'}"
 
 
-def threads(number: str) -> str:
-    return f"{number} thread" if number == "1" else f"{number} threads"
+def threads(number: int | str) -> str:
+    return plural(int(number), "thread")
 
 
 def millions(value: int | None) -> str:
@@ -97,7 +94,7 @@ def millions(value: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, 3 min 12 s, 1 h 04 min."""
+    """Format seconds: 4.2 s, 3 min 12 s, 1 h 04 min."""
     if not isfinite(seconds):
         return "not finite"
     if seconds < 60:
@@ -108,24 +105,24 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def tiny(value: float) -> str:
-    """A difference that should be near zero: 3.1e−06."""
+def scientific(value: float) -> str:
+    """Format a difference that should be near zero: 3.1e−06."""
     return minus(f"{value:.1e}") if isfinite(value) else "not finite"
 
 
 def title(name: str) -> str:
-    """Return a metric's name for a heading: Accuracy, mAP."""
+    """Return the name of a metric for a heading: Accuracy, mAP."""
     return name[:1].upper() + name[1:] if name.islower() else name
 
 
-def together(names: Sequence[str]) -> str:
-    """Several networks: ``resnet50 + resnet34``, ``5 × resnet56``."""
+def join_names(names: Sequence[str]) -> str:
+    """Join names of networks: ``resnet50 + resnet34``, ``5 × resnet56``."""
     counts = Counter(names)
     return " + ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items())
 
 
 def number(value: float) -> str:
-    """Any other number: whole ones with thousands separators, the rest with four significant digits."""
+    """Format any other number: integers with thousands separators, others with four significant digits."""
     if not isfinite(value):
         return "not finite"
     if value == int(value) and abs(value) < 1e15:
@@ -135,16 +132,21 @@ def number(value: float) -> str:
     return significant(value, 4)
 
 
-PNG = b"\x89PNG\r\n\x1a\n"
+def p_value(p: float) -> str:
+    """Format a p-value with its sign: p = 0.041, p < 0.001."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def png(text: str) -> tuple[str, int]:
-    """The text if it is a PNG in base64, and the image's longer side in pixels; else nothing and 0."""
-    text = re.sub(r"\s", "", text)
-    try:
-        content = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return "", 0
-    if not content.startswith(PNG) or len(content) < 24:
-        return "", 0
-    return text, max(struct.unpack(">II", content[16:24]))
+def score(value: Score | Proportion | None) -> str:
+    """Format a score with its 95 % interval: 97.2 % (93.7–98.8 %)."""
+    if value is None:
+        return MISSING
+    return f"{percent(value.percent, value.n)} ({score_interval(value)})"
+
+
+def score_interval(value: Score | Proportion | None) -> str:
+    return MISSING if value is None else percent_interval(value.low, value.high, value.n)
+
+
+def score_percent(value: Score | Proportion | None) -> str:
+    return MISSING if value is None else percent(value.percent, value.n)

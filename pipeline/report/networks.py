@@ -1,70 +1,79 @@
-"""Which networks a report compares, and how fast they are against each other."""
+"""The networks that a report compares, and their speed relative to each other."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from ..runs.results import Report, Subject
 from ..tasks import task_of
+from . import format
 
 Verdict = Literal["faster", "no difference", "slower"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One network of the report. ``key`` names it in `Speedup.over` and in the style sheet."""
+    """A network of the report. ``key`` is its name in `Speedup.over` and in the style sheet."""
 
     key: str
     role: str
     subject: Subject
 
     @property
-    def short(self) -> str:
-        """The role where there is little room: Teacher, fp32, int8."""
+    def short_role(self) -> str:
+        """Teacher, fp32, int8."""
         return self.role.removeprefix("Student ")
 
+    @property
+    def role_in_sentence(self) -> str:
+        return self.role[:1].lower() + self.role[1:]
 
-def measure(report: Report) -> str:
-    """What the networks are compared by."""
+
+def score_name(report: Report) -> str:
+    """Return the name of the score that networks are compared by: accuracy or mAP."""
     return task_of(report.data).metric if report.data is not None else "accuracy"
 
 
-def compared(report: Report) -> list[Column]:
-    """Teacher (the one, or the ensemble), student fp32, student int8: those that are known by now."""
+def compared_networks(report: Report) -> list[Column]:
+    """Return the teacher or the ensemble, the fp32 student and the int8 student, as far as they exist."""
     teacher = report.teacher or (report.teachers[0] if len(report.teachers) == 1 else None)
-    ensemble = len(report.teachers) > 1
-    found = [
-        ("teacher", "All teachers" if ensemble else "Teacher", teacher),
+    columns = [
+        ("teacher", "Teacher ensemble" if len(report.teachers) > 1 else "Teacher", teacher),
         ("student", "Student fp32", report.student),
         ("student_int8", "Student int8", report.student_int8),
     ]
-    return [Column(key, role, subject) for key, role, subject in found if subject is not None]
+    return [Column(key, role, subject) for key, role, subject in columns if subject is not None]
 
 
-def every(report: Report) -> list[Column]:
-    """As `compared`, with each single teacher before the ensemble where there are several."""
-    singles = report.teachers if len(report.teachers) > 1 else []
-    each = [Column(f"teacher {i}", f"Teacher {i}", subject) for i, subject in enumerate(singles)]
-    return each + compared(report)
+def all_networks(report: Report) -> list[Column]:
+    """Return the compared networks, and before an ensemble each of its teachers."""
+    teachers = report.teachers if len(report.teachers) > 1 else []
+    members = [Column(f"teacher {i}", f"Teacher {i}", subject) for i, subject in enumerate(teachers)]
+    return members + compared_networks(report)
 
 
-def of(report: Report, key: str) -> Column | None:
-    return next((column for column in compared(report) if column.key == key), None)
+def find_network(report: Report, key: str) -> Column | None:
+    return next((column for column in compared_networks(report) if column.key == key), None)
 
 
-def shipped(report: Report) -> Column | None:
-    """The int8 file; the fp32 student as long as there is no other."""
-    return of(report, "student_int8") or of(report, "student")
+def shipped_network(report: Report) -> Column | None:
+    """Return the int8 file if there is one, else the fp32 student."""
+    return find_network(report, "student_int8") or find_network(report, "student")
 
 
-def threads(report: Report) -> list[str]:
-    """Every thread count a latency was measured at, the smallest first."""
-    counts = {count for column in every(report) for count in column.subject.latency_ms}
-    return sorted(counts, key=lambda count: (len(count), count))
+def thread_counts(report: Report) -> list[str]:
+    """Return the numbers of threads at which latency was measured, the smallest first."""
+    counts = {count for column in all_networks(report) for count in column.subject.latency_ms}
+    return sorted(counts, key=int)
+
+
+def median_latency(column: Column, threads: str) -> float | None:
+    measured = column.subject.latency_ms.get(threads)
+    return measured.p50 if measured is not None else None
 
 
 @dataclass(frozen=True)
-class Pace:
-    """``column`` against ``over``: how many times faster, with the paired interval where one was measured."""
+class SpeedRatio:
+    """``column`` is ``ratio`` times as fast as ``over``, with the paired 95 % interval if it was measured."""
 
     column: Column
     over: Column
@@ -75,31 +84,48 @@ class Pace:
 
     @property
     def verdict(self) -> Verdict | None:
-        """None without an interval: two medians alone do not tell a difference from noise."""
+        """None without an interval: two medians alone cannot separate a difference from noise."""
         if self.low is None or self.high is None:
             return None
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
 
+    @property
+    def is_faster(self) -> bool:
+        return self.ratio > 1 if self.verdict is None else self.verdict == "faster"
 
-def pace(column: Column | None, over: Column | None, count: str) -> Pace | None:
-    """The measured `Speedup` of ``column`` over ``over`` at ``count`` threads, else the ratio of medians."""
+    @property
+    def headline(self) -> tuple[str, str]:
+        """The ratio and its meaning; of a slower network, how many times slower it is."""
+        if self.verdict == "no difference":
+            return format.times(self.ratio), "no significant difference in speed from"
+        if self.ratio < 1:
+            return format.times(1 / self.ratio), "slower than"
+        return format.times(self.ratio), "faster than"
+
+    @property
+    def interval(self) -> str:
+        if self.low is None or self.high is None:
+            return ""
+        if self.verdict == "slower":
+            return format.times_interval(1 / self.high, 1 / self.low)
+        return format.times_interval(self.low, self.high)
+
+    @property
+    def text(self) -> str:
+        """8.40× faster (8.21–8.62×); no significant difference (0.98–1.03×); 1.10× slower, no interval."""
+        if self.verdict == "no difference":
+            return f"no significant difference ({self.interval})"
+        value, word = self.headline
+        return f"{value} {word.split()[0]}" + (f" ({self.interval})" if self.interval else ", no interval")
+
+
+def compare_speed(column: Column | None, over: Column | None, threads: str) -> SpeedRatio | None:
+    """Return the measured speed-up of ``column`` over ``over``, else the ratio of their median latencies."""
     if column is None or over is None:
         return None
     for name in (over.key, over.subject.name):
         for speedup in column.subject.speedups:
-            if speedup.over == name and str(speedup.threads) == count:
-                return Pace(column, over, count, speedup.ratio, speedup.low, speedup.high)
-    own, other = column.subject.latency_ms.get(count), over.subject.latency_ms.get(count)
-    if own is None or other is None or not own.p50 or not other.p50:
-        return None
-    return Pace(column, over, count, other.p50 / own.p50)
-
-
-def paces(report: Report) -> list[Pace]:
-    """int8 over each teacher, int8 over fp32, fp32 over each teacher, at every thread count."""
-    teachers = [column for column in every(report) if column.key.startswith("teacher")]
-    int8, student = of(report, "student_int8"), of(report, "student")
-    pairs = [*((int8, teacher) for teacher in teachers), (int8, student)]
-    pairs += [(student, teacher) for teacher in teachers]
-    found = [pace(column, over, count) for column, over in pairs for count in threads(report)]
-    return [one for one in found if one is not None]
+            if speedup.over == name and str(speedup.threads) == threads:
+                return SpeedRatio(column, over, threads, speedup.ratio, speedup.low, speedup.high)
+    p50, other = median_latency(column, threads), median_latency(over, threads)
+    return SpeedRatio(column, over, threads, other / p50) if p50 and other else None

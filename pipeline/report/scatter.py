@@ -1,194 +1,340 @@
-"""Points of two measures, one against the other: what it gives over what it costs."""
+"""A scatter chart of accuracy over latency whose labels do not overlap.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import ceil, floor, isfinite
+It is drawn twice, for a wide window and for a phone, so that its text keeps its size on both.
+"""
 
-from .charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Place, Tick, nice, ticks
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, floor, isfinite, log10, sqrt
 
-HEIGHT = 190
-"""Of the plot: taller than a curve's, so that labels find room."""
+from ..evaluation.comparison import frontier
+from ..runs.scores import Score
+from . import format
+from .charts import (
+    Chart,
+    Drawing,
+    Mark,
+    Position,
+    Shape,
+    axis_number,
+    axis_ticks,
+    circle,
+    dot_symbol,
+    line,
+    percent_range,
+    polyline,
+    round_step,
+    text,
+    vertical_whisker,
+    y_axis,
+)
 
-LABEL_WIDTH, LABEL_HEIGHT = 18, 13
-"""Room that a short label takes."""
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 38
+INSET = 10.0
+"""Distance of the data from the top and the bottom of the plot."""
+DOT = 3.5
+"""Radius of the dot at the center of each circle, which stays visible if the file is small."""
+LOGARITHMIC_RATIO = 4.0
+"""Ratio of the largest latency to the smallest from which their axis is logarithmic."""
+MIN_TICK_DISTANCE = 30.0
+FEW_POINTS = 6
+"""Charts of no more points are lower."""
+LETTER, LINE = 6.7, 14.0
+"""Mean width of a letter and height of a line, of labels of 12.5 px."""
+GAP = 5.0
+LEADER = 14.0
+"""A label that is this much farther from its point than necessary gets a line to it."""
+DISTANCES = (0.0, 14.0, 28.0, 44.0, 62.0, 84.0, 110.0, 140.0, 180.0, 230.0, 290.0)
+"""Additional distances from a point at which its label is tried."""
+DIRECTIONS = ((1, 0), (1, -0.8), (1, 0.8), (-1, 0), (-1, -0.8), (-1, 0.8), (0, -1), (0, 1))
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """``low`` and ``high`` end the whisker of ``y``; ``text`` says the point in words."""
+    """A file: ``x`` in ms, ``y`` in percent with its interval."""
 
-    label: str
+    name: str
+    key: str
+    """Its color in the style sheet."""
     x: float
     y: float
     text: str
+    """Its figures in words."""
     low: float | None = None
     high: float | None = None
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points that belong together; ``key`` names them in the style sheet."""
-
-    label: str
-    key: str
-    points: Sequence[Point]
-    joined: bool = True
+    bytes: int | None = None
+    label: str = ""
+    run: str = ""
+    """Files of the same run are joined by a thin line."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line; ``key`` names it in the style sheet, ``above``: where its label stands."""
+    """A horizontal line at ``y`` percent."""
 
     label: str
-    y: float
     key: str
-    above: bool = True
+    y: float
 
 
 @dataclass(frozen=True)
-class DrawnPoint:
+class Label:
+    text: str
     x: float
     y: float
-    low: float | None
-    high: float | None
-    label: str
-    label_x: float
     anchor: str
-    text: str
+    point: Point
+    leader: tuple[float, float] | None
+    """End of the line from the point to the label."""
 
 
-@dataclass(frozen=True)
-class DrawnSeries:
-    label: str
-    key: str
-    line: str
-    """`points` of an SVG polyline; empty where they are not joined."""
-    points: list[DrawnPoint]
-
-
-@dataclass(frozen=True)
-class DrawnLevel:
-    label: str
-    key: str
-    y: float
-    label_y: float
-
-
-@dataclass(frozen=True)
-class Scatter:
-    title: str
-    description: str
-    height: float
-    series: list[DrawnSeries]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    x_name: str
-    kind: str = "scatter"
-    note: str = ""
-    levels: Sequence[DrawnLevel] = ()
+def describe_point(score: Score, p50: float, size: int | None) -> str:
+    measured = f"{format.score(score)} at {format.milliseconds(p50)}"
+    return measured if size is None else f"{measured}, {format.megabytes(size)}"
 
 
 def scatter(
     title: str,
-    series: Sequence[Series],
+    points: Sequence[Point],
     *,
     x_name: str,
     note: str = "",
+    legend: Sequence[tuple[str, str]] = (),
     levels: Sequence[Level] = (),
-    share_labels: bool = False,
-) -> Scatter | None:
-    """Percentages over what they cost; the cost's axis begins at zero, that of percent where they lie.
+    show_frontier: bool = True,
+) -> Chart | None:
+    """Draw points of accuracy over latency; None if none of them is finite.
 
     Args:
-        share_labels: points too near to each other for labels of their own get one together.
+        legend: keys of the style sheet and their meaning.
+        show_frontier: mark the points that no other point exceeds in both accuracy and speed.
     """
-    kept = [_finite(one) for one in series]
-    kept = [one for one in kept if one.points]
-    if not kept:
+    points = [point for point in points if isfinite(point.x) and point.x > 0 and isfinite(point.y)]
+    levels = [level for level in levels if isfinite(level.y)]
+    if not points:
         return None
-    every = [point for one in kept for point in one.points]
-    right = max(point.x for point in every) or 1.0
-    step = nice(right / 4)
-    right = ceil(right / step + 0.15) * step  # room for a label
-    levels = [one for one in levels if isfinite(one.y)]
-    lines = [one.y for one in levels]
-    low = min([point.y if point.low is None else point.low for point in every] + lines)
-    high = max([point.y if point.high is None else point.high for point in every] + lines)
-    y_step = nice(max(high - low, 0.5) / 4)
-    bottom, top = floor(low / y_step) * y_step, min(100.0, ceil(high / y_step) * y_step)
-    if top <= bottom:
-        bottom = top - y_step
-
-    def across(x: float) -> float:
-        return round(LEFT + 4 + (WIDTH - LEFT - RIGHT - 4) * x / right, 1)
-
-    def down(y: float) -> float:
-        return round(TOP + HEIGHT * (top - y) / (top - bottom), 1)
-
-    told = "; ".join(
-        [f"{one.label}: {', '.join(point.text for point in one.points)}" for one in kept]
-        + [f"line: {one.label}" for one in levels]
-    )
-    drawn = [_drawn(one, across, down) for one in kept]
-    return Scatter(
-        title,
-        f"{title}. {told}.",
-        TOP + HEIGHT + BOTTOM,
-        _sharing(drawn) if share_labels else drawn,
-        [Tick(across(x), text) for x, text in ticks(0.0, right, step)],
-        [Tick(down(y), text) for y, text in ticks(bottom, top, y_step)],
-        x_name,
-        note=note,
-        levels=[
-            DrawnLevel(one.label, one.key, down(one.y), down(one.y) + (-4 if one.above else 13))
-            for one in levels
-        ],
-    )
-
-
-def _sharing(drawn: Sequence[DrawnSeries]) -> list[DrawnSeries]:
-    """The same with one label for points of any series that lie together, at the outermost of them."""
-    groups: list[list[DrawnPoint]] = []
-    for point in (point for one in drawn for point in one.points if point.label):
-        near = [group for group in groups if any(_near(point, other) for other in group)]
-        groups = [group for group in groups if group not in near]
-        groups.append([*(other for group in near for other in group), point])
-    labels: dict[int, str] = {}
-    for group in groups:
-        outermost = max(group, key=lambda point: (-point.x if point.anchor == "end" else point.x, point.y))
-        named = sorted(group, key=lambda point: (len(point.label), point.label))
-        labels[id(outermost)] = ", ".join(point.label for point in named)
-    return [
-        replace(one, points=[replace(point, label=labels.get(id(point), "")) for point in one.points])
-        for one in drawn
+    best = frontier([(point.x, point.y) for point in points]) if show_frontier else list(range(len(points)))
+    few = len(points) <= FEW_POINTS
+    drawings = [
+        _Plot(points, best, levels, show_frontier, width, height, radius, letters, x_name).draw(css)
+        for css, width, height, radius, letters in (
+            ("wide", 1000, 300 if few else 470, 26.0, 30),
+            ("narrow", 350, 300 if few else 420, 17.0, 20),
+        )
     ]
+    described = [f"{point.name}: {point.text}" for point in points]
+    described += [f"line: {level.label}" for level in levels]
+    description = f"{title}. {'; '.join(described)}."
+    if show_frontier:
+        names = ", ".join(points[i].name for i in best)
+        description += f" Pareto front (no file is both faster and more accurate): {names}."
+        note = f"{note} {_explain_marks(points, best)}".strip()
+    symbols = [(dot_symbol(key), label, "") for key, label in legend]
+    return Chart(title, description, drawings, note, symbols)
 
 
-def _near(one: DrawnPoint, other: DrawnPoint) -> bool:
-    return abs(one.x - other.x) < LABEL_WIDTH and abs(one.y - other.y) < LABEL_HEIGHT
+def _explain_marks(points: Sequence[Point], best: Sequence[int]) -> str:
+    sentences = []
+    largest = max((point.bytes or 0 for point in points), default=0)
+    if largest:
+        sentences.append(f"Circle area: file size, the largest {format.megabytes(largest)}.")
+    if any(point.low is not None for point in points):
+        sentences.append("Vertical line: 95 % interval.")
+    if len(best) > 1:
+        sentences.append("Dashed line: Pareto front.")
+    if len(best) < len(points):
+        sentences.append("Hollow dot: another file is at least as fast and as accurate.")
+    runs = [point.run for point in points if point.run]
+    if len(set(runs)) < len(runs):
+        sentences.append("A thin line joins the two files of a run.")
+    return " ".join(sentences)
 
 
-def _finite(one: Series) -> Series:
-    points = [point for point in one.points if isfinite(point.x) and isfinite(point.y)]
-    return Series(one.label, one.key, points, one.joined)
+class _Plot:
+    """The scatter chart for one width of the window."""
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        best: Sequence[int],
+        levels: Sequence[Level],
+        show_frontier: bool,
+        width: int,
+        height: int,
+        max_radius: float,
+        max_letters: int,
+        x_name: str,
+    ) -> None:
+        self.points, self.best, self.levels = points, best, levels
+        self.show_frontier, self.max_letters = show_frontier, max_letters
+        self.width, self.height = width, height
+        self.left, self.right, self.bottom = LEFT, width - RIGHT, height - BOTTOM
+        largest = max((point.bytes or 0 for point in points), default=0)
+        self.radii = [
+            round(max_radius * sqrt((point.bytes or 0) / largest), 2) if largest else 0.0 for point in points
+        ]
+        self.x, self.x_ticks = _x_scale(points, LEFT + 4.0, float(self.right))
+        self.x_name = f"{x_name}, logarithmic" if is_logarithmic(points) else x_name
+        marks = [Mark("", "", point.y, "", point.low, point.high) for point in points]
+        low, high, step = percent_range(marks, 5, *(level.y for level in levels))
+        self.y = _scale(high, low, TOP + INSET, height - BOTTOM - INSET)
+        self.y_ticks = axis_ticks(low, high, step)
+
+    def draw(self, css: str) -> Drawing:
+        shapes = y_axis(self.y_ticks, self.y, self.left, self.right)
+        for value, number in self.x_ticks:
+            shapes.append(line("grid", self.x(value), self.bottom, self.x(value), self.bottom + 5))
+            shapes.append(text("tick", self.x(value), self.bottom + 18, number, "middle"))
+        shapes.append(text("tick axis", self.right, self.bottom + 34, self.x_name, "end"))
+        shapes.append(text("tick axis", 0, 9, "%"))
+        for level in self.levels:
+            shapes.append(line(f"level {level.key}", self.left, self.y(level.y), self.right, self.y(level.y)))
+            shapes.append(text("tick halo", self.left + 4, self.y(level.y) - 4, level.label))
+        # Large circles first, so that small ones stay visible.
+        for point, radius in sorted(zip(self.points, self.radii, strict=True), key=lambda pair: -pair[1]):
+            if radius:
+                shapes.append(circle(f"area {point.key}", self.x(point.x), self.y(point.y), radius))
+        shapes += [*self._draw_frontier(), *self._draw_runs()]
+        labels = self.place_labels()
+        for label in labels:
+            if label.leader is not None:
+                shapes.append(line("leader", self.x(label.point.x), self.y(label.point.y), *label.leader))
+        for point in self.points:
+            if point.low is not None and point.high is not None:
+                whisker = vertical_whisker(point.key, self.x(point.x), self.y(point.low), self.y(point.high))
+                shapes.append(whisker)
+        for i in sorted(range(len(self.points)), key=lambda i: i in self.best):
+            point, mark = self.points[i], "dot" if i in self.best else "ring"
+            place = (self.x(point.x), self.y(point.y))
+            shapes.append(circle(f"{mark} {point.key}", *place, DOT, f"{point.name}: {point.text}"))
+        for label in labels:
+            is_best = self.show_frontier and any(self.points[i] is label.point for i in self.best)
+            weight = "best" if is_best else "name"
+            shapes.append(text(f"{weight} halo", label.x, label.y, label.text, label.anchor))
+        return Drawing(self.width, self.height, shapes, css)
+
+    def _draw_frontier(self) -> list[Shape]:
+        """Draw the stairs from each point of the Pareto front across to the next one's latency, and up."""
+        if not self.show_frontier or len(self.best) < 2:
+            return []
+        front = [(self.x(self.points[i].x), self.y(self.points[i].y)) for i in self.best]
+        corners = front[:1]
+        for (_, y), (next_x, next_y) in pairwise(front):
+            corners += [(next_x, y), (next_x, next_y)]
+        return [polyline("stairs", corners)]
+
+    def _draw_runs(self) -> list[Shape]:
+        shapes = []
+        for run in dict.fromkeys(point.run for point in self.points if point.run):
+            files = [point for point in self.points if point.run == run]
+            shapes += [
+                line("pair", self.x(a.x), self.y(a.y), self.x(b.x), self.y(b.y)) for a, b in pairwise(files)
+            ]
+        return shapes
+
+    def place_labels(self) -> list[Label]:
+        """Place a label for each point, those of the Pareto front first; a label without room is left out."""
+        frame = (self.left, TOP - 8.0, float(self.width), float(self.bottom))
+        circles, whiskers = [], []
+        for point, area in zip(self.points, self.radii, strict=True):
+            x, y, r = self.x(point.x), self.y(point.y), max(area, DOT)
+            circles.append((x - r, y - r, x + r, y + r))
+            ends = [self.y(end) for end in (point.low, point.high) if end is not None] or [y]
+            whiskers.append((x - 2, min(ends), x + 2, max(ends)))
+        for level in self.levels:
+            y = self.y(level.y)
+            circles.append((self.left, y - LINE, self.left + 4 + LETTER * len(level.label), y))
+        taken: list[Box] = []
+        labels = []
+        for i in sorted(
+            range(len(self.points)), key=lambda i: (i not in self.best, self.y(self.points[i].y))
+        ):
+            point = self.points[i]
+            if not point.label:
+                continue
+            name = shorten(point.label, self.max_letters)
+            # A label may cover an interval if it has no other place.
+            for obstacles in ([*circles, *taken, *whiskers], [*circles, *taken]):
+                places = self._label_places(point, max(self.radii[i], DOT), name)
+                free = (place for place in places if _is_free(place[0], obstacles, frame))
+                if (place := next(free, None)) is not None:
+                    taken.append(place[0])
+                    labels.append(self._label(point, name, *place))
+                    break
+        return labels
+
+    def _label_places(self, point: Point, radius: float, name: str) -> Iterator[tuple[Box, str, float]]:
+        """Yield possible boxes of a label, nearest first, with their text anchor and distance."""
+        width = LETTER * len(name)
+        for distance in DISTANCES:
+            for right, below in DIRECTIONS:
+                gap = radius + GAP + distance
+                x, y = self.x(point.x) + right * gap, self.y(point.y) + below * gap
+                left = x if right > 0 else x - width if right < 0 else x - width / 2
+                anchor = "start" if right > 0 else "end" if right < 0 else "middle"
+                yield (left, y - LINE / 2, left + width, y + LINE / 2), anchor, distance
+
+    def _label(self, point: Point, name: str, box: Box, anchor: str, distance: float) -> Label:
+        x = {"start": box[0], "end": box[2], "middle": (box[0] + box[2]) / 2}[anchor]
+        y = (box[1] + box[3]) / 2
+        leader = None
+        if distance >= LEADER:
+            edge = box[1] if self.y(point.y) < y else box[3]
+            leader = (x, edge if anchor == "middle" else y)
+        return Label(name, x, y + 4, anchor, point, leader)
 
 
-def _drawn(one: Series, across: Place, down: Place) -> DrawnSeries:
-    points = [_placed(point, across, down) for point in one.points]
-    line = " ".join(f"{point.x:g},{point.y:g}" for point in sorted(points, key=lambda point: point.x))
-    return DrawnSeries(one.label, one.key, line if one.joined and len(points) > 1 else "", points)
+def _scale(low: float, high: float, start: float, end: float) -> Position:
+    return lambda value: round(start + (end - start) * (value - low) / (high - low), 1)
 
 
-def _placed(point: Point, across: Place, down: Place) -> DrawnPoint:
-    x = across(point.x)
-    to_the_left = x > WIDTH * 0.72
-    return DrawnPoint(
-        x,
-        down(point.y),
-        None if point.low is None else down(point.low),
-        None if point.high is None else down(point.high),
-        point.label,
-        x - 8 if to_the_left else x + 8,
-        "end" if to_the_left else "start",
-        point.text,
-    )
+def is_logarithmic(points: Sequence[Point]) -> bool:
+    return max(point.x for point in points) / min(point.x for point in points) >= LOGARITHMIC_RATIO
+
+
+def _x_scale(points: Sequence[Point], start: float, end: float) -> tuple[Position, list[tuple[float, str]]]:
+    """Return positions on the axis of latencies, and its ticks."""
+    low, high = min(point.x for point in points), max(point.x for point in points)
+    if is_logarithmic(points):
+        margin = (high / low) ** 0.09
+        first, last = low / margin, high * margin
+        scale = _scale(log10(first), log10(last), start, end)
+
+        def position(value: float) -> float:
+            return scale(log10(value))
+
+        factors = (1, 2, 5) if high / low > 12 else (1, 1.5, 2, 3, 5, 7)
+        powers = range(floor(log10(first)), ceil(log10(last)) + 1)
+        values = [factor * 10.0**power for power in powers for factor in factors]
+        values = [value for value in values if first <= value <= last]
+    else:
+        step = round_step(high / 5)
+        last = ceil(high / step + 0.2) * step
+        position = _scale(0.0, last, start, end)
+        values = [value for value, _ in axis_ticks(0.0, last, step)]
+    ticks: list[tuple[float, str]] = []
+    for value in values:
+        if not ticks or position(value) - position(ticks[-1][0]) >= MIN_TICK_DISTANCE:
+            ticks.append((value, axis_number(round(value, 9))))
+    return position, ticks
+
+
+def overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _is_free(box: Box, obstacles: Sequence[Box], frame: Box) -> bool:
+    inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
+    return inside and not any(overlap(box, other) for other in obstacles)
+
+
+def shorten(name: str, max_letters: int) -> str:
+    """Replace the middle of a long name by an ellipsis: names of runs often differ at their ends."""
+    if len(name) <= max_letters:
+        return name
+    head = (max_letters - 1) // 2
+    return f"{name[:head]}…{name[head + 1 - max_letters :]}"

@@ -1,176 +1,172 @@
-"""What a report says in tables, as text: the HTML and the Markdown page show the same."""
+"""Tables of text, shown in HTML, in Markdown and in the terminal."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from html import escape
+from typing import Any, TypeVar
 
-from ..runs.results import Report, Subject
-from ..runs.scores import Proportion, Score
+import markupsafe
+from markupsafe import Markup
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from ...export.text import spelled_out
+from ..runs.scores import Score
 from . import format
-from .summary import in_words
-from .networks import every, paces, threads
+
+MAX_TERMINAL_NAME = 34
+"""Characters of a cell in the left columns in the terminal: tables should fit 80 columns."""
+
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
 @dataclass(frozen=True)
 class Table:
-    """``rows`` of text under ``columns``. ``code``: the columns of names, hashes and the like."""
-
     title: str
     columns: list[str]
     rows: list[list[str]]
-    code: frozenset[int] = frozenset()
     note: str = ""
+    code: frozenset[int] = frozenset()
+    """Columns of file names, hashes and the like."""
     text: bool = False
-    """All cells are words, not numbers: aligned to the left."""
+    """All columns hold text and are aligned left."""
     left: int = 1
-    """Otherwise: so many columns of words, before those of numbers."""
+    """Number of columns that are aligned left if the others hold numbers."""
+    wide: bool = False
+    """The first column stays visible while the others scroll."""
 
-    def first(self, most: int, where: str = "report.json") -> "Table":
-        """The table cut to so many rows, which its note then says; all are in the file ``where``."""
-        if len(self.rows) <= most:
+    def first(self, n: int, file: str) -> "Table":
+        """Return the first ``n`` rows, with a note that ``file`` has all of them."""
+        if len(self.rows) <= n:
             return self
-        cut = f"The first {most:,} of {len(self.rows):,}; all are in {where}."
-        return replace(self, rows=self.rows[:most], note=f"{self.note} {cut}".strip())
+        cut = f"The first {n:,} of {len(self.rows):,}; all are in {file}."
+        return replace(self, rows=self.rows[:n], note=f"{self.note} {cut}".strip())
+
+    def to_html(self) -> Markup:
+        """Return the table in a frame that scrolls, with its note; nothing without rows."""
+        if not self.rows:
+            return Markup()
+        head = ""
+        if any(self.columns):
+            cells = [
+                f'<th scope="col"{self._align(i)}>{html_text(name)}</th>' if name else "<td></td>"
+                for i, name in enumerate(self.columns)
+            ]
+            head = f"<thead><tr>{''.join(cells)}</tr></thead>\n"
+        lines = []
+        for first, *rest in self.rows:
+            cells = [f'<th scope="row">{self._html_cell(0, first)}</th>']
+            cells += [
+                f"<td{self._align(i)}>{self._html_cell(i, text)}</td>" for i, text in enumerate(rest, 1)
+            ]
+            lines.append(f"<tr>{''.join(cells)}</tr>\n")
+        title, css = html_text(self.title), "text" if self.text else "numbers"
+        note = f'\n<p class="note">{html_text(self.note)}</p>' if self.note else ""
+        return Markup(
+            f'<div class="scroll{" wide" if self.wide else ""}" role="region" aria-label="{title}" '
+            f'tabindex="0">\n<table class="{css}">\n<caption class="unseen">{title}</caption>\n{head}'
+            f"<tbody>\n{''.join(lines)}</tbody>\n</table>\n</div>{note}"
+        )
+
+    def _align(self, column: int) -> str:
+        return ' class="left"' if column < self.left else ""
+
+    def _html_cell(self, column: int, text: str) -> str:
+        return f"<code>{html_text(text)}</code>" if column in self.code else html_text(text)
+
+    def to_markdown(self, max_chars: int | None = None) -> Markup:
+        """Return a table of GitHub's Markdown with cells of ``max_chars`` at most; nothing without rows."""
+        if not self.rows:
+            return Markup()
+
+        def cell(column: int, text: str) -> str:
+            if max_chars is not None and len(text) > max_chars:
+                text = f"{text[: max_chars - 1]}…"
+            # HTML, because backticks can hold neither backticks nor the bar between cells.
+            return f"<code>{markdown_text(text)}</code>" if column in self.code else markdown_text(text)
+
+        n = len(self.columns)
+        lines = [
+            [cell(-1, name) for name in self.columns],
+            ["---" if self.text or i < self.left else "---:" for i in range(n)],
+            *([cell(i, text) for i, text in enumerate(row)] for row in self.rows),
+        ]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return Markup(f"{text}\n\n{markdown_text(self.note)}" if self.note else text)
+
+    def to_rich(self, bold_row: int | None = None) -> RichTable:
+        """Return the table for the terminal; nothing in it is interpreted as markup."""
+        table = RichTable(
+            title=Text(self.title),
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            pad_edge=False,
+            header_style="",
+            padding=(0, 2, 0, 0),
+        )
+        for i, name in enumerate(self.columns):
+            if self.text or i < self.left:
+                table.add_column(Text(name), no_wrap=True, overflow="ellipsis", max_width=MAX_TERMINAL_NAME)
+            else:
+                table.add_column(Text(name), justify="right", overflow="fold")
+        for i, row in enumerate(self.rows):
+            table.add_row(*(Text(cell) for cell in row), style="bold" if i == bold_row else "")
+        return table
 
 
-def comparison(report: Report) -> Table:
-    """Measures down, networks across; a measure nobody has is left out."""
-    columns = every(report)
-    networks = [column.subject for column in columns]
-
-    def row(name: str, value: Callable[[Subject], str | None]) -> list[list[str]]:
-        values = [value(network) for network in networks]
-        return [[name, *(one or format.MISSING for one in values)]] if any(values) else []
-
-    def latency(count: str) -> Callable[[Subject], str | None]:
-        def p50(network: Subject) -> str | None:
-            measured = network.latency_ms.get(count)
-            return format.milliseconds(measured.p50) if measured else None
-
-        return p50
-
-    rows = [["Network", *(network.name for network in networks)]]
-    rows += score_rows([network.score for network in networks])
-    rows += row("Agreement with the teacher", lambda s: _percent(s.agreement))
-    rows += row("… 95 % interval", lambda s: _interval(s.agreement))
-    rows += row("Val images, before export", lambda s: _percent(s.val_score))
-    rows += row("… 95 % interval", lambda s: _interval(s.val_score))
-    rows += row("ONNX file", lambda s: format.megabytes(s.bytes) if s.bytes is not None else None)
-    for count in threads(report):
-        rows += row(f"Median latency, {format.threads(count)}", latency(count))
-    rows += row("Parameters", lambda s: format.millions(s.parameters) if s.parameters is not None else None)
-    rows += row(
-        "Multiply-adds", lambda s: f"{format.significant(s.gmacs)} G" if s.gmacs is not None else None
-    )
-    rows += row("Export against torch", lambda s: format.tiny(s.parity.max_abs) if s.parity else None)
-    rows += row("… by the logits’ spread", lambda s: format.tiny(s.parity.max_rel) if s.parity else None)
-    return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])
+def html_text(text: str) -> str:
+    """Escape text for HTML and characters that change the direction of writing."""
+    return str(markupsafe.escape(spelled_out(text, but="\n\t")))
 
 
-def _percent(score: Score | Proportion | None) -> str | None:
-    return format.percent(score.percent, score.n) if score else None
+def markdown_text(value: Any) -> Any:
+    """Escape a value for Markdown and HTML and join its lines; `Markup` stays as it is."""
+    if value is None or hasattr(value, "__html__"):
+        return value
+    line = " ".join(str(value).split())
+    return Markup(_MARKDOWN_SPECIAL.sub(r"\\\1", escape(spelled_out(line), quote=False)))
 
 
-def _interval(score: Score | Proportion | None) -> str | None:
-    return format.percent_interval(score.low, score.high, score.n) if score else None
+T = TypeVar("T")
+
+
+def attribute_rows(
+    items: Sequence[T], attributes: Mapping[str, Callable[[T], str | None]]
+) -> list[list[str]]:
+    """Return a row for each attribute that at least one item has: its name, then the value of each item."""
+    rows = []
+    for name, attribute in attributes.items():
+        values = [attribute(item) for item in items]
+        if any(values):
+            rows.append([name, *(value or format.MISSING for value in values)])
+    return rows
 
 
 def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
-    """Return rows for a score, its interval and its details, with a column for each network."""
-    known = [score for score in scores if score is not None]
-
-    def row(name: str, value: Callable[[Score], str | None]) -> list[list[str]]:
-        values = [value(score) if score is not None else None for score in scores]
-        return [[name, *(one or format.MISSING for one in values)]] if any(values) else []
-
-    def detail(name: str) -> list[list[str]]:
-        def percent(score: Score) -> str | None:
-            one = score.details.get(name)
-            return format.percent(one.percent, score.n) if one else None
-
-        def interval(score: Score) -> str | None:
-            one = score.details.get(name)
-            return _interval_of(one.low, one.high, score.n) if one else None
-
-        return [*row(f"{name[:1].upper()}{name[1:]}", percent), *row("… 95 % interval", interval)]
-
-    rows = row(format.title(known[0].metric), _percent) if known else []
-    rows += row("95 % interval", _interval)
-    rows += row("Correct images", lambda s: None if s.correct is None else f"{s.correct:,} of {s.n:,}")
-    names = dict.fromkeys(name for score in known for name in score.details)
-    return [*rows, *(line for name in names for line in detail(name))]
+    """Return rows for a score, its interval and its further metrics, with a column for each network."""
+    measured = [score for score in scores if score is not None]
+    if not measured:
+        return []
+    metrics: dict[str, Callable[[Score | None], str | None]] = {
+        format.title(measured[0].metric): lambda score: score and format.score_percent(score),
+        "95 % interval": lambda score: score and format.score_interval(score),
+        "Correct images": lambda score: (
+            f"{score.correct:,} of {score.n:,}" if score is not None and score.correct is not None else None
+        ),
+    }
+    for name in dict.fromkeys(name for score in measured for name in score.details):
+        metrics[f"{name[:1].upper()}{name[1:]}"] = partial(_detail, name)
+    return attribute_rows(scores, metrics)
 
 
-def _interval_of(low: float | None, high: float | None, n: int) -> str | None:
-    return None if low is None or high is None else format.percent_interval(low, high, n)
-
-
-def speedups(report: Report) -> Table:
-    """A row per pair of networks, a column per thread count."""
-    counts, measured = threads(report), paces(report)
-    rows: dict[str, list[str]] = {}
-    for one in measured:
-        name = f"{one.column.role} against {one.over.role.lower()}"
-        row = rows.setdefault(name, [name, *[format.MISSING] * len(counts)])
-        row[1 + counts.index(one.threads)] = in_words(one)
-    return Table(
-        "Speed against each other",
-        ["", *(format.threads(count) for count in counts)],
-        list(rows.values()),
-        note="Ratio of the median latencies, with its 95 % interval where one was measured.",
-    )
-
-
-def latency(report: Report) -> Table:
-    """Of reports that hold no bench of their own; see ``latency.py`` for that."""
-    rows: list[list[str]] = []
-    if report.bench is not None:
-        return Table("Latency of one image", [], [])
-    for column in every(report):
-        for count in threads(report):
-            measured = column.subject.latency_ms.get(count)
-            if measured is not None:
-                values = (*(measured.value(name) for name in ("p50", "p90", "p95", "p99")), measured.mean)
-                rows.append(
-                    [
-                        column.role,
-                        count,
-                        *(format.milliseconds(v) for v in values),
-                        format.count(measured.n),
-                    ]
-                )
-    return Table(
-        "Latency of one image",
-        ["", "threads", "p50", "p90", "p95", "p99", "mean", "runs"],
-        rows,
-        note="Batch 1, the model alone. A percentile is left out where too few runs were measured for it.",
-    )
-
-
-def confused(report: Report, most: int = 20) -> Table:
-    """The pairs of classes confused most often: (true class, answer), by number of images."""
-    if report.confusion is None:
-        return Table("Most confused", [], [])
-    names = class_names(report, len(report.confusion))
-    pairs = [
-        (count, truth, answer)
-        for truth, row in enumerate(report.confusion)
-        for answer, count in enumerate(row)
-        if count and truth != answer
-    ]
-    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
-    rows = [
-        [
-            names[truth],
-            names[answer],
-            f"{count:,}",
-            format.percent(100 * count / sum(report.confusion[truth])),
-        ]
-        for count, truth, answer in pairs[:most]
-    ]
-    note = f"The {most} most frequent of {len(pairs):,} confused pairs." if len(pairs) > most else ""
-    return Table("Most confused", ["true class", "answer", "images", "of the class"], rows, note=note, left=2)
-
-
-def class_names(report: Report, n: int) -> list[str]:
-    known = report.data.classes if report.data else []
-    return [known[i] if i < len(known) else f"class {i}" for i in range(n)]
+def _detail(name: str, score: Score | None) -> str | None:
+    measure = score.details.get(name) if score is not None else None
+    if score is None or measure is None:
+        return None
+    percent = format.percent(measure.percent, score.n)
+    if measure.low is None or measure.high is None:
+        return percent
+    return f"{percent} ({format.percent_interval(measure.low, measure.high, score.n)})"

@@ -1,193 +1,123 @@
-"""What a run ends with in the terminal: a small table, and what to open."""
+"""Tables and messages at the end of a command in the terminal."""
 
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from ..api.doctor import Diagnosis
-from ..evaluation.results import ComparedRun, Comparison, Group, Validation
+from ..evaluation.results import Comparison, Validation
+from ..runs.bench_results import Bench
 from ..runs.console import safe_console
-from ..runs.results import Report, Resolutions
-from ..runs.scores import Score
-from . import budget, format, sizes, validation_tables
-from .sections import calibration
-from .pages import comparison, validation
-from .summary import notes, title
-from .networks import compared, measure, shipped, threads
+from ..runs.results import Report
+from . import format
+from .networks import compared_networks, median_latency, score_name, shipped_network, thread_counts
+from .pages import comparison as comparison_page
+from .pages import validation as validation_page
+from .sections import calibration, int8, latency
+from .summary import title, warnings
+from .tables import MAX_TERMINAL_NAME, Table
 
-MOST_PAIRS = 6
-"""Of more, those with the first file are printed; all are on the page."""
-
-
-def table(report: Report) -> Table:
-    """A row per network: accuracy (or mAP) with its interval, size, median latency at each thread count; 80
-    columns.
-
-    Names are shown as they are: nothing in them is taken for markup.
-    """
-    counts, ships = threads(report), shipped(report)
-    drawn = Table(
-        title=Text(title(report)),
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        header_style="",
-        padding=(0, 2, 0, 0),
-    )
-    drawn.add_column("")
-    for name in (measure(report), "95 % interval", "size", *(format.threads(count) for count in counts)):
-        drawn.add_column(name, justify="right", no_wrap=True)
-    for column in compared(report):
-        network, score = column.subject, column.subject.score
-        interval = format.MISSING
-        if score:
-            interval = format.percent_interval(score.low, score.high, score.n)
-        latencies = (network.latency_ms.get(count) for count in counts)
-        drawn.add_row(
-            column.role,
-            format.percent(score.percent, score.n) if score else format.MISSING,
-            interval,
-            format.megabytes(network.bytes),
-            *(format.milliseconds(one.p50 if one else None) for one in latencies),
-            style="bold" if column == ships else "",
-        )
-    return drawn
+MAX_PAIRS = 6
+"""Of more pairs, only those with the first file are printed; the page has all."""
 
 
-def show_sizes(found: Resolutions, console: Console | None = None) -> None:
-    """Print the table of the sizes, and the paths to open."""
-    console = console or safe_console()
-    made = sizes.table(found)
-    drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    # The rest is in the report: a terminal is 80 columns wide.
-    kept = [n for n, column in enumerate(made.columns) if column not in sizes.ASIDE]
-    for n in kept:
-        drawn.add_column(made.columns[n], justify="left" if n < made.left else "right", no_wrap=True)
-    for row in made.rows:
-        drawn.add_row(*(Text(row[n]) for n in kept))
-    console.print(drawn)
-    console.print(Text(f"Report:   {Path(found.folder) / 'report.html'}"), soft_wrap=True)
-
-
-def show_validation(found: Validation, console: Console | None = None) -> None:
-    """Print a row for each file, what is to be noted, how the files differ, and the page to open."""
-    console = console or safe_console()
-    drawn = Table(title=Text(found.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    drawn.add_column("")
-    details = list(dict.fromkeys(name for one in found.networks if one.score for name in one.score.details))
-    taught = any(one.agreement for one in found.networks)
-    names = [validation.measure(found), "95 % interval", *details, "NLL", "ECE"]
-    for name in [*names, *(["like teacher"] if taught else [])]:
-        drawn.add_column(name, justify="right", no_wrap=True)
-    for one in found.networks:
-        score, measured = one.score, one.calibration
-        drawn.add_row(
-            Text(one.name),
-            format.percent(score.percent, score.n) if score else format.MISSING,
-            format.percent_interval(score.low, score.high, score.n) if score else format.MISSING,
-            *(_detail(score, name) for name in details),
-            format.significant(measured.nll) if measured else format.MISSING,
-            format.percent(measured.ece, measured.n) if measured else format.MISSING,
-            *([format.percent(one.agreement.percent if one.agreement else None, found.n)] if taught else []),
-        )
-    console.print(drawn)
-    for pair in found.pairs:
-        if found.first.name in (pair.first, pair.second) or len(found.pairs) <= MOST_PAIRS:
-            console.print(Text(validation_tables.told(pair, found.n)), soft_wrap=True)
-    for note in [*found.warnings, *found.notes]:
-        console.print(Text(f"Note: {note}"), soft_wrap=True)
-    if found.folder is not None:
-        console.print(Text(f"Page:     {Path(found.folder) / 'validation.html'}"), soft_wrap=True)
-        console.print(Text(f"Mistakes: {Path(found.folder) / 'mistakes.csv'}"), soft_wrap=True)
-
-
-def _detail(score: Score | None, name: str) -> str:
-    detail = score.details.get(name) if score is not None else None
-    return format.percent(detail.percent if detail else None, score.n if score else None)
-
-
-def show_comparison(found: Comparison, console: Console | None = None) -> None:
-    """Print a row for each run, what is best and what is noise, and the page to open."""
-    console = console or safe_console()
-    for group in found.groups:
-        title = f"On {group.data}, {group.n:,} test images" if group.n else group.data or "without data yet"
-        drawn = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-        drawn.add_column("")
-        drawn.add_column("method")
-        latency = "latency" if found.threads is None else format.threads(str(found.threads))
-        for name in (comparison.measure(found, group), "95 % interval", latency, "size"):
-            drawn.add_column(name, justify="right", no_wrap=True)
-        drawn.add_column("")
-        for name in group.runs:
-            drawn.add_row(*(Text(cell) for cell in _compared(found.run(name), group)))
-        console.print(drawn)
-        for sentence in comparison.sentences(found, group):
-            console.print(Text(sentence), soft_wrap=True)
-    for note in found.warnings:
-        console.print(Text(f"Note: {note}"), soft_wrap=True)
-    if found.folder is not None:
-        console.print(Text(f"Page: {Path(found.folder) / 'comparison.html'}"), soft_wrap=True)
-
-
-def _compared(run: ComparedRun, group: Group) -> list[str]:
-    ships = run.ships
-    score = ships.score if ships is not None else None
-    noise = {one.run: "noise" if one.within_noise else "worse" for one in group.accuracies}
-    return [
-        run.name,
-        run.method,
-        format.percent(score.percent, score.n) if score else format.MISSING,
-        format.percent_interval(score.low, score.high, score.n) if score else format.MISSING,
-        format.milliseconds(ships.p50 if ships is not None else None),
-        format.megabytes(ships.bytes if ships is not None else None),
-        "best" if run.name == group.best else noise.get(run.name, "not finished" if run.missing else ""),
-    ]
-
-
-def show(report: Report, folder: Path | None = None, console: Console | None = None) -> None:
-    """Print that the fp32 file ships where no int8 file does, the table, what of int8 was found, the notes,
-    and the paths to open: the page and the folder that ships.
+def show_report(report: Report, folder: Path | None = None, console: Console | None = None) -> None:
+    """Print the networks of a run, its warnings, and the paths of the report and the artifact.
 
     Args:
-        folder: the run folder; without it the one the run was told to write to.
+        folder: the run folder, if it is not the one of the options.
     """
     console = console or safe_console()
-    fp32 = budget.fp32_ships(report)
-    if fp32 is not None:
-        console.print(Text(fp32))
-    console.print(table(report))
-    calibrated = calibration.line(report)
-    if calibrated is not None:
-        console.print(Text(calibrated))
-    for note in notes(report):
-        console.print(Text(f"Note: {note}"))
+    if (reason := int8.explain_fp32(report)) is not None:
+        console.print(Text(reason))
+    shipped, columns = shipped_network(report), compared_networks(report)
+    bold = columns.index(shipped) if shipped is not None else None
+    console.print(report_table(report).to_rich(bold))
+    if (line := calibration.terminal_line(report)) is not None:
+        console.print(Text(line))
+    for warning in warnings(report):
+        console.print(Text(f"Warning: {warning}"))
     out = folder or (Path(str(report.config["out"])) if report.config.get("out") else None)
     if out is not None:
-        # Paths are printed in one piece, so that they can be clicked or copied.
-        console.print(Text(f"Report:   {out / 'report.html'}"), soft_wrap=True)
+        _print_path(console, "Report:  ", out / "report.html")
         if report.artifact:
-            console.print(Text(f"Artifact: {out / report.artifact}"), soft_wrap=True)
+            _print_path(console, "Artifact:", out / report.artifact)
 
 
-def show_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
-    """Print what was looked at, by groups, with what to do where something is not right."""
-    console = console or safe_console(highlight=False)
-    marks = {"ok": "[green]✓[/green]", "note": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
-    group = None
-    for one in found.findings:
-        if one.group != group:
-            group = one.group
-            console.print(Text(group, style="bold"))
-        console.print(f"  {marks[one.verdict]} {escape(f'{one.name}: {one.told}')}", soft_wrap=True)
-        if one.remedy is not None:
-            console.print(Text(f"      → {one.remedy}"), soft_wrap=True)
-    missing = sum(one.verdict == "missing" for one in found.findings)
-    console.print(
-        "compress can run here."
-        if found.fit
-        else f"compress cannot run here: {missing} thing{'s are' if missing > 1 else ' is'} missing."
-    )
+def _print_path(console: Console, label: str, path: Path) -> None:
+    # In one line, so that it can be copied.
+    console.print(Text(f"{label} {path}"), soft_wrap=True)
+
+
+def report_table(report: Report) -> Table:
+    """Return score, size and median latency of each network, for 80 columns."""
+    counts = thread_counts(report)
+    rows = [
+        [
+            column.role,
+            format.score_percent(column.subject.score),
+            format.score_interval(column.subject.score),
+            format.megabytes(column.subject.bytes),
+            *(format.milliseconds(median_latency(column, count)) for count in counts),
+        ]
+        for column in compared_networks(report)
+    ]
+    columns = ["", score_name(report), "95 % interval", "size", *(format.threads(count) for count in counts)]
+    return Table(title(report), columns, rows)
+
+
+def show_validation(validation: Validation, console: Console | None = None) -> None:
+    """Print the results of each file, pairwise tests, warnings, and the paths of the results."""
+    console = console or safe_console()
+    console.print(validation_page.terminal_table(validation).to_rich())
+    for pair in validation.pairs:
+        if validation.first.name in (pair.first, pair.second) or len(validation.pairs) <= MAX_PAIRS:
+            console.print(Text(validation_page.describe_pair(pair, validation.n)), soft_wrap=True)
+    for note in [*validation.warnings, *validation.notes]:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+    if validation.folder is not None:
+        _print_path(console, "Page:  ", Path(validation.folder) / "validation.html")
+        _print_path(console, "Errors:", Path(validation.folder) / "mistakes.csv")
+
+
+def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the runs of each data set, significant differences, warnings, and the path of the page."""
+    console = console or safe_console()
+    for group in comparison.groups:
+        console.print(comparison_page.terminal_table(comparison, group).to_rich())
+        for sentence in comparison_page.conclusions(comparison, group):
+            console.print(Text(sentence), soft_wrap=True)
+    for warning in comparison.warnings:
+        console.print(Text(f"Warning: {warning}"), soft_wrap=True)
+    if comparison.folder is not None:
+        _print_path(console, "Page:", Path(comparison.folder) / "comparison.html")
+
+
+def show_bench(bench: Bench, folder: Path, console: Console | None = None) -> None:
+    """Print the tables of a bench, disturbances, and the paths of the results."""
+    console = console or safe_console()
+    for table in (latency.brief_percentiles(bench), *latency.other_tables(bench)):
+        if not table.rows:
+            continue
+        if all(len(row[0]) <= MAX_TERMINAL_NAME for row in table.rows) or table.title != "Speedup":
+            console.print(table.to_rich())
+        else:
+            _print_lines(console, table)
+        console.print()
+    for flag in bench.flags:
+        console.print(Text(f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}"))
+    for note in bench.notes:
+        console.print(Text(f"Note: {note}."))
+    console.print(Text(latency.noise_summary(bench)))
+    report = folder.parent / "report.html"
+    if folder.name == "bench" and report.is_file():
+        _print_path(console, "Report: ", report)
+    _print_path(console, "Results:", folder / "bench.json")
+
+
+def _print_lines(console: Console, table: Table) -> None:
+    """Print a line for each row, if the names are too long for columns."""
+    console.print(Text(table.title, style="bold"))
+    for name, *cells in table.rows:
+        parts = (f"{column} {cell}" for column, cell in zip(table.columns[1:], cells, strict=True))
+        console.print(Text(f"{name}: {'; '.join(parts)}"))

@@ -1,9 +1,8 @@
-"""quantize: for each target the int8 file that loses no more than it may, looked for among candidates."""
+"""quantize: search the int8 file of each target that is within the accuracy budget."""
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,160 +15,167 @@ from ...export.int8.search import Candidate, Search, Verdict, search
 from ...export.latency import runner
 from ...export.latency.machine import has_vnni, is_arm
 from ...export.runtime import int8_flags
-from ..report.budget import missed
+from ..data.training_data import TrainingData
+from ..report.sections.int8 import explain_excess
 from ..runs.files import atomic_write
-from ..runs.folder import StageResult
+from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import FloatPart, Int8Search, TriedInt8
-from ..tasks import Task, task_of
-from ..training.job import Job
-from .calibration_images import CalibrationImages, calibration_batches, calibration_images
-from .export import ARTIFACT, STUDENT_ONNX, onnx_logits
-from .qat import recovered
-
-class Budget:
-    """The fp32 file's answers on the images that decide, and how much may be lost of them."""
-
-    def __init__(self, task: Task, answers: np.ndarray, labels: np.ndarray, max_drop: float) -> None:
-        """
-        Args:
-            answers: the fp32 file's logits [n,classes], n > 0.
-        """
-        self.task, self.answers, self.labels, self.max_drop = task, answers, labels, max_drop
-        self.score = task.percent(answers, labels)
-
-    def verdict(self, logits: np.ndarray) -> Verdict:
-        """What a candidate with these logits is worth."""
-        score = self.task.percent(logits, self.labels)
-        lost = self.score - score
-        noise = float(np.square(logits.astype(np.float64) - self.answers).sum())
-        power = float(np.square(self.answers, dtype=np.float64).sum())
-        sqnr = 10 * float(np.log10(power / noise)) if noise and power else float("inf")
-        test = self.task.paired_test(self.answers, logits, self.labels)
-        return Verdict(score, lost, lost <= self.max_drop or test.may_be_chance, sqnr, {"p": test.p})
-
+from ..tasks import Task
+from ..training.context import RunContext
+from .calibration_images import CalibrationImages, draw_calibration_images
+from .export import STUDENT_ONNX, onnx_logits
+from .qat import load_graph
 
 STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
-"""Of the first target; see :func:`file_of`."""
+"""File of the first target."""
 
 SECONDS = 0.5
-"""Of measuring for each candidate."""
+"""Time to measure the latency of each candidate."""
 
 TIMED_INPUTS = 16
 
 FASTER = "left in float, where it is faster or truer for this network"
 
 
-def file_of(job: Job, target: str) -> Path:
-    """Where a target's int8 file ships, in the run folder."""
-    first = target == job.options.target[0]
+class Budget:
+    """The accuracy that int8 may lose, and the fp32 file's logits [n,classes] on the images that decide."""
+
+    def __init__(self, task: Task, logits: np.ndarray, labels: np.ndarray, max_drop: float) -> None:
+        self.task, self.logits, self.labels, self.max_drop = task, logits, labels, max_drop
+        self.score = task.percent(logits, labels)
+
+    def judge(self, logits: np.ndarray) -> Verdict:
+        """Compare a candidate's logits with those of the fp32 file."""
+        score = self.task.percent(logits, self.labels)
+        lost = self.score - score
+        noise = float(np.square(logits.astype(np.float64) - self.logits).sum())
+        power = float(np.square(self.logits, dtype=np.float64).sum())
+        sqnr = 10 * float(np.log10(power / noise)) if noise and power else float("inf")
+        test = self.task.paired_test(self.logits, logits, self.labels)
+        return Verdict(score, lost, lost <= self.max_drop or test.may_be_chance, sqnr, {"p": test.p})
+
+
+def int8_file(context: RunContext, target: str) -> Path:
+    """Return the path of a target's file in the run folder."""
+    first = target == context.options.target[0]
     return STUDENT_INT8 if first else ARTIFACT / f"student.int8.{target}.onnx"
 
 
-def run(job: Job) -> StageResult:
-    o = job.options
-    calibration = calibration_images(job)
-    prepared = prepare(job.folder.path / STUDENT_ONNX)
-    inputs = next(iter(calibration_batches(job, calibration)()))[:TIMED_INPUTS]
-    learned = dict([recovered(job.folder.path, prepared)]) if o.qat else {}
-    pixels, labels, role = _deciding(job, calibration)
-    budget = Budget(
-        task_of(job.data), onnx_logits(job, job.folder.path / STUDENT_ONNX, pixels), labels, o.max_drop
-    )
-    found: list[Int8Search] = []
+def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
+    o, folder = context.options, context.folder.path
+    calibration = draw_calibration_images(data, context.student)
+    batches = calibration.batches(pixel_input=context.has_pixel_input)
+    prepared = prepare(folder / STUDENT_ONNX)
+    timed_inputs = next(iter(batches()))[:TIMED_INPUTS]
+    trained = dict([load_graph(folder, prepared)]) if o.qat else {}
+    pixels, labels, split = _deciding_images(context, data, calibration)
+    budget = Budget(context.task, onnx_logits(context, folder / STUDENT_ONNX, pixels), labels, o.max_drop)
+    searches: list[Int8Search] = []
     shipped: dict[str, Int8File] = {}
-    for name in o.target:
-        with tempfile.TemporaryDirectory(prefix=".int8.", suffix=".part", dir=job.folder.path) as folder:
+    for target in o.target:
+
+        def judge(file: Path, target: str = target) -> Verdict:
+            fuse = targets.right_here(target)
+            return budget.judge(onnx_logits(context, file, pixels, fuse=fuse))
+
+        def show(work: str, fraction: float = 0.0, target: str = target) -> None:
+            context.progress.update(f"int8 for {target}: {work}", fraction, 1.0)
+
+        with tempfile.TemporaryDirectory(prefix=".int8.", suffix=".part", dir=folder) as scratch:
             result = search(
                 prepared,
-                calibration_batches(job, calibration),
-                targets.target(name),
-                Path(folder),
-                _judge(job, budget, pixels, name),
+                batches,
+                targets.target(target),
+                Path(scratch),
+                judge,
                 calibrators=tuple(METHODS) if o.calibration == "auto" else (o.calibration,),
-                learned=learned.get(name),
+                learned=trained.get(target),
                 facts={"calibration_hash": calibration.hash},
-                tell=partial(_show, job, name),
+                tell=show,
             )
             if result.stopped is not None:
-                job.display.warn(f"The search for int8 for {name} left something out: {result.stopped}.")
-            file = file_of(job, name)
-            times = _times(job, result, name, inputs)
+                context.display.warn(f"The int8 search for {target} is incomplete: {result.stopped}.")
+            times = None
+            if targets.timed_here([target])[target] is None:
+                times = _measure_latency(context, result, timed_inputs, show)
+            file = int8_file(context, target)
             if result.chosen is not None:
-                with atomic_write(job.folder.path / file) as part:
+                with atomic_write(folder / file) as part:
                     shutil.copyfile(result.chosen.file.path, part)
-                shipped[name] = result.chosen.file
-            found.append(_told(job, result, name, role, len(labels), budget, times))
-            if (told := missed(found[-1], o.qat)) is not None:
-                job.display.warn(told)
-            for one in found[-1].tried:
-                job.display.detail(f"{name}, {one.name}: {one.score:.2f}, {one.lost:+.2f} points lost")
-    for left in (job.folder.path / ARTIFACT).glob("student.int8*.onnx"):
-        if left.relative_to(job.folder.path) not in [file_of(job, name) for name in shipped]:
-            left.unlink()  # of a target that is no longer asked for
+                shipped[target] = result.chosen.file
+            described = _describe(result, target, file, split, budget, times)
+        searches.append(described)
+        if (text := explain_excess(described, o.qat)) is not None:
+            context.display.warn(text)
+        for tried in described.tried:
+            context.display.detail(
+                f"{target}, {tried.name}: {tried.score:.2f}, {tried.lost:+.2f} points lost"
+            )
+    for left in (folder / ARTIFACT).glob("student.int8*.onnx"):
+        if left.relative_to(folder) not in [int8_file(context, target) for target in shipped]:
+            left.unlink()  # of a target of an earlier command
+    facts: dict[str, Any] = {"int8": [described.model_dump() for described in searches]}
+    if o.target[0] in shipped:
+        facts["student_int8"] = _facts(context, previous["student"], shipped[o.target[0]])
+    fp32_bytes = (folder / STUDENT_ONNX).stat().st_size
     return StageResult(
-        "; ".join(_line(job, one) for one in found),
-        [file_of(job, name).as_posix() for name in shipped],
-        _facts(job, found, shipped),
+        "; ".join(_summarize(described, fp32_bytes) for described in searches),
+        [int8_file(context, target).as_posix() for target in shipped],
+        facts,
     )
 
 
-def _deciding(job: Job, calibration: CalibrationImages) -> tuple[np.ndarray, np.ndarray, str]:
-    """The images on which candidates are compared, their labels, and which role they are of."""
-    pixels, labels, _ = job.rendered("val", job.student)
+def _deciding_images(
+    context: RunContext, data: TrainingData, calibration: CalibrationImages
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return the images on which candidates are compared, their labels and their split."""
+    pixels, labels, _ = data.rendered("val", context.student)
     if len(labels):
         return pixels.numpy(), labels.numpy(), "val"
-    job.display.warn(
-        "There are no val images: what int8 costs in accuracy is measured on the training images that it "
-        "is calibrated on, which flatters it (--val-fraction 0.1 holds some out)."
+    context.display.warn(
+        "There are no val images. The accuracy that int8 loses is measured on its calibration images, which "
+        "underestimates it. Hold some out with --val-fraction 0.1."
     )
     return calibration.pixels, calibration.labels, "train"
 
 
-def _show(job: Job, target: str, what: str, share: float = 0.0) -> None:
-    job.stage.update(f"int8 for {target}: {what}", share, 1.0)
-
-
-def _judge(job: Job, budget: Budget, pixels: np.ndarray, target: str) -> Callable[[Path], Verdict]:
-    fuse = targets.right_here(target)
-    return lambda file: budget.verdict(onnx_logits(job, file, pixels, fuse=fuse))
-
-
-def _times(job: Job, result: Search, target: str, inputs: np.ndarray) -> runner.BenchResult | None:
-    """Latency of every candidate and of the fp32 file, on one thread, in the same rounds."""
-    if targets.timed_here([target])[target] is not None:
-        return None
-    subjects = [runner.Subject("fp32", job.folder.path / STUDENT_ONNX, inputs)]
-    subjects += [runner.Subject(one.file.path.name, one.file.path, inputs) for one in result.candidates]
+def _measure_latency(
+    context: RunContext, result: Search, inputs: np.ndarray, show: Any
+) -> runner.BenchResult:
+    """Measure the latency of all candidates and the fp32 file, interleaved, on one thread."""
+    subjects = [runner.Subject("fp32", context.folder.path / STUDENT_ONNX, inputs)]
+    for candidate in result.candidates:
+        subjects.append(runner.Subject(candidate.file.path.name, candidate.file.path, inputs))
     return runner.bench(
         subjects,
         threads=[1],
-        seconds=min(SECONDS, job.options.bench_seconds),
-        seed=job.options.seed,
-        progress=lambda share, what: _show(job, target, what, share),
+        seconds=min(SECONDS, context.options.bench_seconds),
+        seed=context.options.seed,
+        progress=lambda fraction, work: show(work, fraction),
     )
 
 
-def _told(
-    job: Job,
+def _describe(
     result: Search,
     target: str,
-    role: str,
-    n: int,
+    file: Path,
+    split: str,
     budget: Budget,
     times: runner.BenchResult | None,
 ) -> Int8Search:
     chosen = result.chosen
-    tried = [_tried(one, chosen, times) for one in result.candidates]
-    ships = next((one for one in tried if one.ships), None)
-    # The graph as it runs here tells nothing of another family's processors.
-    here = times is not None and chosen is not None
-    parts = _float_parts(chosen.file, chosen.kept_float) if here and chosen is not None else []
+    tried = [_describe_candidate(candidate, chosen, times) for candidate in result.candidates]
+    ships = next((candidate for candidate in tried if candidate.ships), None)
+    # Known for this family of processors only.
+    parts = []
+    if times is not None and chosen is not None:
+        parts = _float_parts(chosen.file, chosen.kept_float)
     return Int8Search(
         target=target,
-        file=None if chosen is None else file_of(job, target).as_posix(),
+        file=None if chosen is None else file.as_posix(),
         max_drop=budget.max_drop,
-        role=role,
-        n=n,
+        role=split,
+        n=len(budget.labels),
         fp32_score=budget.score,
         p50_fp32=None if times is None else times.latency("fp32", 1).p50,
         tried=tried,
@@ -180,103 +186,102 @@ def _told(
     )
 
 
-def _tried(one: Candidate, chosen: Candidate | None, times: runner.BenchResult | None) -> TriedInt8:
-    p50, speedup = None, None
+def _describe_candidate(
+    candidate: Candidate, chosen: Candidate | None, times: runner.BenchResult | None
+) -> TriedInt8:
+    p50, speedup, name = None, None, candidate.file.path.name
     if times is not None:
-        p50 = times.latency(one.file.path.name, 1).p50
-        speedup = times.speedup(one.file.path.name, "fp32", 1)
+        p50 = times.latency(name, 1).p50
+        speedup = times.speedup(name, "fp32", 1)
+    verdict = candidate.verdict
     return TriedInt8(
-        name=one.name,
-        calibration=one.calibration,
-        equalised=one.equalised,
-        bias_corrected=one.corrected,
-        kept_float=list(one.kept_float),
-        score=one.verdict.score,
-        lost=one.verdict.lost,
-        p=one.verdict.more.get("p"),
-        sqnr=one.verdict.sqnr,
-        holds=one.verdict.holds,
-        ships=one is chosen,
-        bytes=one.file.bytes,
+        name=candidate.name,
+        calibration=candidate.calibration,
+        equalised=candidate.equalised,
+        bias_corrected=candidate.corrected,
+        kept_float=list(candidate.kept_float),
+        score=verdict.score,
+        lost=verdict.lost,
+        p=verdict.more.get("p"),
+        sqnr=verdict.sqnr,
+        holds=verdict.holds,
+        ships=candidate is chosen,
+        bytes=candidate.file.bytes,
         p50=p50,
         speedup=speedup,
     )
 
 
-def _facts(job: Job, found: Sequence[Int8Search], shipped: dict[str, Int8File]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"int8": [one.model_dump() for one in found]}
-    known, first = job.folder.facts()["student"], job.options.target[0]
-    if first in shipped:
-        file = shipped[first]
-        facts["student_int8"] = {
-            "name": job.student.name,
-            "weights": known["weights"],
-            "parameters": known["parameters"],
-            "file": STUDENT_INT8.as_posix(),
-            "bytes": file.bytes,
-            "sha256": file.sha256,
-            "opset": file.opset,
-            "ir_version": file.ir_version,
-            "quantization": file.recipe,
-        }
-    return facts
+def _facts(context: RunContext, student: Mapping[str, Any], file: Int8File) -> dict[str, Any]:
+    """Describe the first target's file.
+
+    Args:
+        student: facts of the fp32 student.
+    """
+    return {
+        "name": context.student.name,
+        "weights": student["weights"],
+        "parameters": student["parameters"],
+        "file": STUDENT_INT8.as_posix(),
+        "bytes": file.bytes,
+        "sha256": file.sha256,
+        "opset": file.opset,
+        "ir_version": file.ir_version,
+        "quantization": file.recipe,
+    }
 
 
-def _line(job: Job, one: Int8Search) -> str:
-    best = next((tried for tried in one.tried if tried.ships), None)
+def _summarize(described: Int8Search, fp32_bytes: int) -> str:
+    n = len(described.tried)
+    best = next((tried for tried in described.tried if tried.ships), None)
     if best is None:
         return (
-            f"no int8 for {one.target}: of {len(one.tried)} candidates none keeps within {one.max_drop:g} "
-            f"points of fp32, so the fp32 file ships"
+            f"no int8 file for {described.target}: none of {n} candidates is within {described.max_drop:g} "
+            "points of fp32; the fp32 file ships"
         )
-    size = (job.folder.path / STUDENT_ONNX).stat().st_size / best.bytes
-    word = (
-        f"loses {best.lost:.2f}"
-        if best.lost > 0
-        else f"gains {-best.lost:.2f}"
-        if best.lost < 0
-        else "loses no"
-    )
+    change = "loses no" if best.lost == 0 else f"{'loses' if best.lost > 0 else 'gains'} {abs(best.lost):.2f}"
     return (
-        f"{one.file}, {best.bytes / 1e6:.2f} MB, {size:.2f} times smaller; {best.name}, the best of "
-        f"{len(one.tried)}, {word} points on {one.n} {one.role} images"
+        f"{described.file}, {best.bytes / 1e6:.2f} MB, {fp32_bytes / best.bytes:.2f} times smaller; "
+        f"{best.name}, the best of {n}, {change} points on {described.n} {described.role} images"
     )
 
 
 def _float_parts(file: Int8File, kept: Sequence[str]) -> list[FloatPart]:
-    """What runs in float; what was left so before accuracy was looked at is so because it is faster."""
-    found = float_nodes(file.path, set(file.recipe["kept_float"]))
+    """Return the nodes that run in float and why.
+
+    Args:
+        kept: nodes kept in float for accuracy; others were kept because they are faster.
+    """
+    nodes = float_nodes(file.path, set(file.recipe["kept_float"]))
     return [
         FloatPart(
-            name=one.name,
-            op_type=one.operator,
-            why=FASTER if one.reason == KEPT and one.name not in kept else one.reason,
+            name=node.name,
+            op_type=node.operator,
+            why=FASTER if node.reason == KEPT and node.name not in kept else node.reason,
         )
-        for one in found
+        for node in nodes
     ]
 
 
 def why_slow(tried: TriedInt8, parts: Sequence[FloatPart]) -> str | None:
-    """Where int8 is not faster than fp32: the reason, and which students would be."""
+    """Explain why int8 is not faster than fp32, and which students would be; None if it is faster."""
     if tried.speedup is None or tried.speedup.low > 1:
         return None
-    computing = [one for one in parts if one.why.startswith(("ONNX Runtime has no", KEPT))]
-    kinds = ", ".join(sorted({one.op_type for one in computing}))
+    in_float = [part for part in parts if part.why.startswith(("ONNX Runtime has no", KEPT))]
+    kinds = ", ".join(sorted({part.op_type for part in in_float}))
     flags = int8_flags()
     if not is_arm() and not has_vnni():
-        reason = "this processor has no instruction for products of int8 (VNNI)"
+        reason = "this processor has no VNNI instructions for int8 products"
     elif is_arm() and "asimddp" not in flags and flags:
-        reason = "this processor has no dot product of int8"
-    elif computing:
-        reason = f"{len(computing)} of its nodes run in float between the integers ({kinds})"
+        reason = "this processor has no int8 dot product instructions"
+    elif in_float:
+        reason = f"{len(in_float)} of its nodes run in float between integer ones ({kinds})"
     else:
-        reason = "the network is so small that converting its input and answers costs what integers save"
+        reason = "the network is so small that the conversion of input and output takes the time saved"
+    relu6 = ""
+    if "HardSwish" in kinds or "HardSigmoid" in kinds:
+        relu6 = ", or mobilenetv3 with --activation relu6"
     return (
-        f"int8 is not faster than fp32 here: {reason}. Students of plain convolutions with ReLU gain most: "
-        "mobilenetv2, mobilenetv4_conv_small, resnet18"
-        + (
-            ", or mobilenetv3 with --activation relu6."
-            if "HardSwish" in kinds or "HardSigmoid" in kinds
-            else "."
-        )
+        f"int8 is not faster than fp32 here: {reason}. Students with plain convolutions and ReLU gain most: "
+        f"mobilenetv2, mobilenetv4_conv_small, resnet18{relu6}."
     )

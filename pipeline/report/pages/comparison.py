@@ -1,191 +1,209 @@
-"""The page of a comparison: what is best and what is noise, one picture for each set of images, one table."""
+"""The page of a comparison: the best run, significant differences, a chart and a table for each data set."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from math import isfinite
 
-from ...api.compare import points
 from ...evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
 from .. import format
+from ..charts import Chart
+from ..page import Page, Section
+from ..render import render_page
+from ..scatter import Point, describe_point, scatter
 from ..tables import Table
-from ..tradeoff import Spot, Tradeoff, tradeoff
-from ..validation_tables import p_value
-from ..render import as_html, as_markdown
 
-KEYS = {"int8": "student_int8", "fp32": "student", "teacher": "teacher"}
-LEGEND = [("student_int8", "student, int8"), ("student", "student, fp32"), ("teacher", "teacher")]
-
-
-@dataclass(frozen=True)
-class Section:
-    """Runs of one set of images."""
-
-    id: str
-    title: str
-    sentences: list[str]
-    pictures: list[Tradeoff]
-    table: Table
+KINDS = {
+    "int8": ("student_int8", "student, int8"),
+    "fp32": ("student", "student, fp32"),
+    "teacher": ("teacher", "teacher"),
+}
+"""Key of the style sheet and meaning of each kind of file."""
 
 
-@dataclass(frozen=True)
-class Page:
-    title: str
-    lead: str
-    warnings: list[str]
-    sections: list[Section]
-    notes: list[str]
-    sources: Table
-    command: str
-    footer: str
+def render_comparison(comparison: Comparison) -> dict[str, str]:
+    """Return the page as HTML and as Markdown, by file name."""
+    return render_page(comparison_page(comparison), "comparison")
 
 
-def pages(found: Comparison) -> dict[str, str]:
-    """File name -> the page, as HTML and as Markdown; every text is escaped."""
-    shown = page(found)
-    return {
-        "comparison.html": as_html("comparison.html.j2", shown),
-        "comparison.md": as_markdown("comparison.md.j2", shown),
-    }
-
-
-def page(found: Comparison) -> Page:
-    """What the page shows, in reading order."""
+def comparison_page(comparison: Comparison) -> Page:
+    groups = [_section(comparison, group, i) for i, group in enumerate(comparison.groups, 1)]
+    details = Section(
+        "Details",
+        "details",
+        text=comparison.notes,
+        command=comparison.command,
+        tables=[_run_folders(comparison)],
+    )
     return Page(
-        title=found.title,
-        lead="What each run’s files gave on its test images, in ONNX Runtime, and what they cost. Int8 and "
-        "fp32 are one student’s two files; the int8 file ships where there is one.",
-        warnings=found.warnings,
-        sections=[_section(found, group, number) for number, group in enumerate(found.groups, 1)],
-        notes=found.notes,
-        sources=_sources(found),
-        command=found.command,
-        footer="questpress. The same content is in comparison.html, comparison.md, comparison.csv and "
-        "comparison.json.",
+        kind="comparison",
+        title=comparison.title,
+        lead="Test results of each run, measured on the exported files in ONNX Runtime. Each student has an "
+        "fp32 and an int8 file; the int8 file ships if there is one.",
+        sections=[*groups, details],
+        footer="questpress. comparison.html, comparison.md, comparison.csv and comparison.json have the same "
+        "content.",
+        data_file="comparison.json",
+        warnings=comparison.warnings,
     )
 
 
-def _section(found: Comparison, group: Group, number: int) -> Section:
+def _section(comparison: Comparison, group: Group, number: int) -> Section:
     title = f"On {group.data}" if group.data else "Without data yet"
     if group.n:
-        title += f", {format.counted(group.n, 'test image')}"
+        title += f", {format.plural(group.n, 'test image')}"
+    charts = [_chart(comparison, group, machine) for machine in group.machines]
     return Section(
-        id=f"group-{number}",
-        title=title,
-        sentences=sentences(found, group),
-        pictures=[
-            picture for machine in group.machines if (picture := _picture(found, group, machine)) is not None
-        ],
-        table=table(found, group),
+        title,
+        f"group-{number}",
+        text=conclusions(comparison, group),
+        figures=[chart for chart in charts if chart is not None],
+        tables=[_table(comparison, group, title)],
     )
 
 
-def measure(found: Comparison, group: Group) -> str:
-    scores = [one.score for name in group.runs for one in _files(found.run(name)) if one.score is not None]
-    return scores[0].metric if scores else "accuracy"
+def score_name(comparison: Comparison, group: Group) -> str:
+    """Return the name of the score of the group's runs: accuracy or mAP."""
+    for name in group.runs:
+        run = comparison.run(name)
+        for file in (run.int8, run.fp32, run.of_teacher):
+            if file is not None and file.score is not None:
+                return file.score.metric
+    return "accuracy"
 
 
-def _files(run: ComparedRun) -> list[ComparedFile]:
-    return [one for one in (run.int8, run.fp32, run.of_teacher) if one is not None]
-
-
-def sentences(found: Comparison, group: Group) -> list[str]:
-    """Which run is the best, which are within noise of it, and which are slower than the fastest."""
-    told = []
+def conclusions(comparison: Comparison, group: Group) -> list[str]:
+    """Return the best run, the runs that differ from it significantly, and the fastest run."""
+    sentences = []
     if group.best is not None:
-        told.append(_best(found, group))
-        within = [one for one in group.accuracies if one.within_noise]
-        worse = [one for one in group.accuracies if not one.within_noise]
+        sentences.append(_describe_best(comparison, group, group.best))
+        within = [difference for difference in group.accuracies if difference.within_noise]
+        worse = [difference for difference in group.accuracies if not difference.within_noise]
         if within:
-            told.append(f"Within noise of it: {_each(within, group)}.")
+            sentences.append(f"Not significantly different: {_join(within, group)}.")
         if worse:
-            told.append(f"Worse: {_each(worse, group)}.")
+            sentences.append(f"Significantly worse: {_join(worse, group)}.")
     for machine in group.machines:
-        told += _speeds(found, machine, many=len(group.machines) > 1)
-    return told
+        sentences += _describe_speed(comparison, machine, several=len(group.machines) > 1)
+    return sentences
 
 
-def _best(found: Comparison, group: Group) -> str:
-    assert group.best is not None
-    ships = found.run(group.best).ships
-    assert ships is not None and ships.score is not None
-    score = ships.score
-    interval = format.percent_interval(score.low, score.high, score.n)
-    value = f"{format.percent(score.percent, score.n)} (95 % interval {interval})"
-    rank = "the most accurate" if group.accuracies else "the only one that was measured"
-    return f"{group.best} is {rank}: {measure(found, group)} {value}, {ships.kind}."
+def _describe_best(comparison: Comparison, group: Group, best: str) -> str:
+    shipped = comparison.run(best).ships
+    assert shipped is not None and shipped.score is not None
+    rank = "Most accurate" if group.accuracies else "Only measured run"
+    name = score_name(comparison, group)
+    return f"{rank}: {best}, {name} {format.score(shipped.score)}, {shipped.kind}."
 
 
-def _each(differences: Sequence[AccuracyDifference], group: Group) -> str:
-    return "; ".join(f"{one.run} ({in_words(one, group.n)})" for one in differences)
+def _join(differences: Sequence[AccuracyDifference], group: Group) -> str:
+    return "; ".join(f"{d.run} ({describe_difference(d, group.n)})" for d in differences)
 
 
-def in_words(one: AccuracyDifference, n: int | None) -> str:
+def describe_difference(difference: AccuracyDifference, n: int | None) -> str:
     """−0.8 points, p = 0.512."""
-    told = format.points(one.points, n)
-    if one.p_holm is None:
-        return f"{told}, intervals {'overlap' if one.within_noise else 'apart'}"
-    p = p_value(one.p_holm)
-    told += f", p {p}" if p.startswith("<") else f", p = {p}"
-    return told if one.paired else f"{told}, unpaired"
+    text = format.points(difference.points, n)
+    if difference.p_holm is None:
+        return f"{text}, intervals {'overlap' if difference.within_noise else 'do not overlap'}"
+    text += f", {format.p_value(difference.p_holm)}"
+    return text if difference.paired else f"{text}, unpaired"
 
 
-def _speeds(found: Comparison, machine: Machine, *, many: bool) -> list[str]:
-    first = found.run(machine.runs[0]).ships
+def _describe_speed(comparison: Comparison, machine: Machine, *, several: bool) -> list[str]:
+    first = comparison.run(machine.runs[0]).ships
     assert first is not None
-    where = f" on {machine.machine}" if many else ""
-    told = [f"Fastest{where}: {machine.runs[0]}, {format.milliseconds(first.p50)}."]
-    for verdict, words in (
-        ("no difference", "No measurable difference from it"),
+    place = f" on {machine.machine}" if several else ""
+    sentences = [f"Fastest{place}: {machine.runs[0]}, {format.milliseconds(first.p50)}."]
+    for verdict, meaning in (
+        ("no difference", "Not significantly slower"),
         ("slower", "Slower"),
-        ("not known", "Slower or not, which a report without intervals does not tell"),
+        ("not known", "Latency without intervals"),
     ):
-        some = [one for one in machine.latencies if one.verdict == verdict]
-        if some:
-            told.append(f"{words}: {', '.join(f'{one.run} ({format.times(one.ratio)})' for one in some)}.")
-    return told
+        runs = [d for d in machine.latencies if d.verdict == verdict]
+        if runs:
+            names = ", ".join(f"{d.run} ({format.times(d.ratio)})" for d in runs)
+            sentences.append(f"{meaning}: {names}.")
+    return sentences
 
 
-def _picture(found: Comparison, group: Group, machine: Machine) -> Tradeoff | None:
-    every = points([found.run(name) for name in machine.runs])
-    kinds = {one.kind for _, one in every}
-    name = measure(found, group)
-    return tradeoff(
-        f"{name[:1].upper()}{name[1:]} over latency",
-        [_spot(name, one, machine) for name, one in every],
-        x_name=f"median ms an image, {format.threads(str(found.threads))}",
-        note=f"Timed on {machine.machine}.",
-        legend=[(key, text) for kind, (key, text) in zip(KEYS, LEGEND, strict=True) if kind in kinds],
+def measured_files(runs: Sequence[ComparedRun]) -> list[tuple[str, ComparedFile]]:
+    """Return the files with both accuracy and latency, named "run kind" or "teacher kind".
+
+    A teacher that several runs share is included once, with its lowest latency: disturbances only make it
+    slower.
+    """
+    files: list[tuple[str, ComparedFile]] = []
+    teachers: dict[tuple[str, float], tuple[str, ComparedFile]] = {}
+    for run in runs:
+        files += [
+            (f"{run.name} {file.kind}", file) for file in (run.int8, run.fp32) if _is_measured(file) and file
+        ]
+        teacher = run.of_teacher
+        if teacher is not None and _is_measured(teacher) and teacher.score is not None:
+            key = (run.teacher, teacher.score.percent)
+            faster = teachers.get(key)
+            if faster is None or (teacher.p50 or 0.0) < (faster[1].p50 or 0.0):
+                teachers[key] = (run.name, teacher)
+    names = [name for name, _ in teachers]
+    for (name, _), (run_name, teacher) in teachers.items():
+        unique = name if names.count(name) == 1 else f"{name} of {run_name}"
+        files.append((f"{unique} teacher", teacher))
+    return files
+
+
+def _is_measured(file: ComparedFile | None) -> bool:
+    if file is None or file.score is None or file.p50 is None:
+        return False
+    return isfinite(file.p50) and file.p50 > 0 and isfinite(file.score.percent)
+
+
+def _chart(comparison: Comparison, group: Group, machine: Machine) -> Chart | None:
+    files = measured_files([comparison.run(name) for name in machine.runs])
+    kinds = {file.kind for _, file in files}
+    return scatter(
+        f"{format.title(score_name(comparison, group))} over latency",
+        [_point(name, file, machine) for name, file in files],
+        x_name=f"median latency in ms, {format.threads(comparison.threads or 1)}",
+        note=f"Benchmarked on {machine.machine}.",
+        legend=[entry for kind, entry in KINDS.items() if kind in kinds],
     )
 
 
-def _spot(name: str, file: ComparedFile, machine: Machine) -> Spot:
+def _point(name: str, file: ComparedFile, machine: Machine) -> Point:
     assert file.score is not None and file.p50 is not None
     run, _, kind = name.rpartition(" ")
-    # The two files of a run differ little: one label is mostly enough.
+    # The two files of a run are near each other: the fp32 file needs a label only on the Pareto front.
     fp32 = f"{run} fp32" if name in machine.frontier else ""
-    label = {"int8": run, "teacher": run, "fp32": fp32}[kind]
-    run = run if kind != "teacher" else ""
-    return Spot.of(name, KEYS[kind], file.score, file.p50, file.bytes, label=label, run=run)
+    return Point(
+        name,
+        KINDS[kind][0],
+        file.p50,
+        file.score.percent,
+        describe_point(file.score, file.p50, file.bytes),
+        file.score.low,
+        file.score.high,
+        file.bytes,
+        label={"int8": run, "teacher": run, "fp32": fp32}[kind],
+        run="" if kind == "teacher" else run,
+    )
 
 
-def table(found: Comparison, group: Group) -> Table:
-    """A row for each run, the most accurate first."""
-    against = {one.run: one for one in group.accuracies}
-    rows = [_row(found.run(name), against.get(name), group) for name in group.runs]
-    title = measure(found, group)
+def _table(comparison: Comparison, group: Group, title: str) -> Table:
+    """Return a row for each run, the most accurate first."""
+    differences = {difference.run: difference for difference in group.accuracies}
+    rows = [_row(comparison.run(name), differences.get(name), group) for name in group.runs]
+    score = score_name(comparison, group)
     columns = [
         "run", "method", "teacher", "student", "image", "parameters", "int8 file", "fp32 file",
-        f"{title} int8", f"{title} fp32", "to the best", "latency int8", "over teacher", "latency fp32",
+        f"{score} int8", f"{score} fp32", "vs. best", "latency int8", "over teacher", "latency fp32",
         "over teacher", "ECE", "training", "seed", "data",
     ]  # fmt: skip
-    return Table("Runs", columns, rows, left=4)
+    return Table(title, columns, rows, left=4, wide=True)
 
 
-def _row(run: ComparedRun, against: AccuracyDifference | None, group: Group) -> list[str]:
-    difference = "best" if run.name == group.best else format.MISSING
-    if against is not None:
-        difference = f"{in_words(against, group.n)}: {'noise' if against.within_noise else 'worse'}"
-    ships = run.ships
-    ece = ships.ece if ships is not None else None
+def _row(run: ComparedRun, difference: AccuracyDifference | None, group: Group) -> list[str]:
+    against_best = "best" if run.name == group.best else format.MISSING
+    if difference is not None:
+        verdict = "not significant" if difference.within_noise else "worse"
+        against_best = f"{describe_difference(difference, group.n)}: {verdict}"
     return [
         run.name,
         run.method,
@@ -195,43 +213,55 @@ def _row(run: ComparedRun, against: AccuracyDifference | None, group: Group) -> 
         format.millions(run.parameters),
         format.megabytes(run.int8.bytes if run.int8 else None),
         format.megabytes(run.fp32.bytes if run.fp32 else None),
-        _score(run.int8),
-        _score(run.fp32),
-        difference,
-        _p50(run.int8),
-        _faster(run.int8),
-        _p50(run.fp32),
-        _faster(run.fp32),
-        format.percent(ece, group.n),
+        format.score(run.int8.score if run.int8 else None),
+        format.score(run.fp32.score if run.fp32 else None),
+        against_best,
+        format.milliseconds(run.int8.p50 if run.int8 else None),
+        _speedup(run.int8),
+        format.milliseconds(run.fp32.p50 if run.fp32 else None),
+        _speedup(run.fp32),
+        format.percent(run.ships.ece if run.ships else None, group.n),
         format.MISSING if run.training_seconds is None else format.duration(run.training_seconds),
         format.MISSING if run.seed is None else str(run.seed),
         format.MISSING if run.fingerprint is None else run.fingerprint[:8],
     ]
 
 
-def _score(file: ComparedFile | None) -> str:
-    if file is None or file.score is None:
-        return format.MISSING
-    one = file.score
-    return f"{format.percent(one.percent, one.n)} ({format.percent_interval(one.low, one.high, one.n)})"
-
-
-def _p50(file: ComparedFile | None) -> str:
-    return format.milliseconds(file.p50 if file is not None else None)
-
-
-def _faster(file: ComparedFile | None) -> str:
+def _speedup(file: ComparedFile | None) -> str:
     if file is None or file.speedup is None:
         return format.MISSING
-    return (
-        f"{format.times(file.speedup.ratio)} ({format.times_interval(file.speedup.low, file.speedup.high)})"
-    )
+    speedup = file.speedup
+    return f"{format.times(speedup.ratio)} ({format.times_interval(speedup.low, speedup.high)})"
 
 
-def _sources(found: Comparison) -> Table:
+def terminal_table(comparison: Comparison, group: Group) -> Table:
+    """Return a row for each run, for 80 columns."""
+    differences = {d.run: "not significant" if d.within_noise else "worse" for d in group.accuracies}
+    rows = []
+    for run in map(comparison.run, group.runs):
+        shipped = run.ships
+        verdict = differences.get(run.name, "unfinished" if run.missing else "")
+        rows.append(
+            [
+                run.name,
+                run.method,
+                format.score_percent(shipped.score if shipped else None),
+                format.score_interval(shipped.score if shipped else None),
+                format.milliseconds(shipped.p50 if shipped else None),
+                format.megabytes(shipped.bytes if shipped else None),
+                "best" if run.name == group.best else verdict,
+            ]
+        )
+    title = f"On {group.data}, {group.n:,} test images" if group.n else group.data or "Without data yet"
+    latency = "latency" if comparison.threads is None else format.threads(comparison.threads)
+    columns = ["", "method", score_name(comparison, group), "95 % interval", latency, "size", ""]
+    return Table(title, columns, rows, left=2)
+
+
+def _run_folders(comparison: Comparison) -> Table:
     rows = [
-        [one.name, one.source, one.machine or format.MISSING, one.fingerprint or format.MISSING]
-        for one in found.runs
+        [run.name, run.source, run.machine or format.MISSING, run.fingerprint or format.MISSING]
+        for run in comparison.runs
     ]
-    columns = ["run", "where", "timed on", "data’s fingerprint"]
-    return Table("Where they are", columns, rows, code=frozenset({1, 3}), text=True)
+    columns = ["run", "path", "benchmarked on", "fingerprint of the data"]
+    return Table("Runs", columns, rows, code=frozenset({1, 3}), text=True)

@@ -1,232 +1,285 @@
-"""The page of a validation: what each file made of the images, against each other, and what it has wrong."""
+"""The page of a validation: results of each file, pairwise tests, errors, classes, calibration."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from ...evaluation.results import Network, Validation
-from ...runs.results import Report, Subject
+from ...evaluation.results import Network, Pair, Validation
+from ...runs.results import Subject
+from ...runs.scores import Proportion
 from ...tasks import TASKS
-from ..sections import calibration
-from .. import format, validation_tables
-from ..charts import Mark, Rows, dots
-from ..summary import KeyFigure, machine, score_in_words
-from .run import MOST_CLASSES, MOST_MATRIX_CLASSES, Matrix, Picture, examples_table, matrix, matrix_table, picture
+from .. import format
+from ..charts import Chart, Mark, dots
 from ..networks import Column
-from ..tables import Table
-from ..render import as_html, as_markdown
+from ..page import MAX_MATRIX_CLASSES, Figure, Gallery, KeyFigure, Page, Section, confusion_matrix
+from ..render import render_page
+from ..sections import calibration
+from ..sections.classes import MAX_CLASSES, MAX_CONFUSED, confused_table, picture
+from ..summary import describe_machine
+from ..tables import Table, attribute_rows, score_rows
 
-ROLES = {
-    "train": "training images",
-    "val": "val images",
-    "test": "test images",
-    "all": "images",
-}
-
-
-@dataclass(frozen=True)
-class Page:
-    title: str
-    lead: str
-    notes: list[str]
-    remarks: list[str]
-    key_figures: list[KeyFigure]
-    machine: str | None
-    sections: list[tuple[str, str]]
-    charts: list[Rows]
-    networks: Table
-    pairs: Table
-    examples: list[Picture]
-    examples_note: str
-    examples_table: Table
-    classes: Table
-    other_classes: list[Table]
-    most_classes: int
-    confusion: Matrix | None
-    confusion_caption: str
-    confusion_table: Table
-    confused: Table
-    calibration: calibration.Section
-    command: str
-    files: Table
-    skipped: Table
-    footer: str
+SPLITS = {"train": "training images", "val": "validation images", "test": "test images", "all": "images"}
+MAX_LABEL = 14
+"""Letters of a name next to a dot."""
 
 
-def pages(found: Validation) -> dict[str, str]:
-    """File name -> the page, as HTML and as Markdown; every text is escaped."""
-    shown = page(found)
-    return {
-        "validation.html": as_html("validation.html.j2", shown),
-        "validation.md": as_markdown("validation.md.j2", shown),
-    }
+def render_validation(validation: Validation) -> dict[str, str]:
+    """Return the page as HTML and as Markdown, by file name."""
+    return render_page(validation_page(validation), "validation")
 
 
-def page(found: Validation) -> Page:
-    """What the page shows, in reading order."""
-    first = found.first
-    pictures = [picture(one) for one in found.examples]
-    confusion = matrix(first.confusion, first.classes) if first.confusion else None
-    tables = [validation_tables.classes(one) for one in found.networks]
-    calibrated = _calibration(found)
-    there = {
-        ("files", "Files"): True,
-        ("mistakes", "Mistakes"): pictures,
-        ("classes", "Classes"): True,
-        ("calibration", "Calibration"): calibrated.diagrams,
-        ("details", "Details"): True,
-    }
+def validation_page(validation: Validation) -> Page:
+    remarks = list(validation.notes)
+    if machine := describe_machine(validation.environment):
+        threads = validation.environment.get("threads")
+        remarks.insert(0, f"Evaluated on {machine}" + (f" · {format.threads(threads)}" if threads else ""))
+    has_teacher = any(network.teacher is not None for network in validation.networks)
     return Page(
-        title=found.title,
-        lead=_lead(found),
-        notes=found.warnings,
-        remarks=found.notes,
-        key_figures=_key_figures(found),
-        machine=machine_line(found.environment),
-        sections=[section for section, content in there.items() if content],
-        charts=[chart for chart in (_scores(found), _recall(first)) if chart is not None],
-        networks=validation_tables.networks(found),
-        pairs=validation_tables.pairs(found),
-        examples=pictures,
-        examples_note=_mistakes(found),
-        examples_table=examples_table(pictures),
-        classes=tables[0],
-        other_classes=tables[1:],
-        most_classes=MOST_CLASSES,
-        confusion=confusion,
-        confusion_caption=f"Rows: true class. Columns: answer of {first.name}. Numbers: images.",
-        confusion_table=matrix_table(confusion),
-        confused=validation_tables.confused(first),
-        calibration=calibrated,
-        command=found.command,
-        files=validation_tables.files(found),
-        skipped=validation_tables.skipped(found),
-        footer="questpress. The same content is in validation.html, validation.md and validation.json; "
-        "every mistake is in mistakes.csv"
-        + (
-            ", and every image on which a file and its teacher differ in differences.csv."
-            if _taught(found)
-            else "."
-        ),
+        kind="validation",
+        title=validation.title,
+        lead=_lead(validation),
+        sections=[
+            _results(validation),
+            _errors(validation),
+            _classes(validation),
+            _calibration(validation),
+            _details(validation),
+        ],
+        footer="questpress. validation.html, validation.md and validation.json have the same content; "
+        "mistakes.csv has every error"
+        + (" and differences.csv every disagreement of a file with its teacher." if has_teacher else "."),
+        data_file="validation.json",
+        warnings=validation.warnings,
+        key_figures=_key_figures(validation),
+        remarks=remarks,
+    ).without_empty_sections()
+
+
+def score_name(validation: Validation) -> str:
+    return TASKS[validation.task].metric
+
+
+def _lead(validation: Validation) -> str:
+    students = sum(network.role == "student" for network in validation.networks)
+    return (
+        f"{format.plural(students, 'file')} evaluated on {format.count(validation.n)} "
+        f"{SPLITS[validation.role]} of {validation.data}, "
+        f"{format.plural(len(validation.per_class), 'class', 'classes')}{TASKS[validation.task].labels_note}, "
+        "in ONNX Runtime with the session options of deployment."
     )
 
 
-def machine_line(environment: dict[str, str]) -> str | None:
-    """The machine in one line."""
-    told = machine(Report(title="", command="", method="", image_size=1, environment=environment))
-    threads = environment.get("threads")
-    return f"{told} · {format.threads(threads)}" if told and threads else told
-
-
-def measure(found: Validation) -> str:
-    return TASKS[found.task].metric
-
-
-def _taught(found: Validation) -> bool:
-    return any(one.teacher is not None for one in found.networks)
-
-
-def _lead(found: Validation) -> str:
-    students = sum(one.role == "student" for one in found.networks)
-    told = f"{format.counted(students, 'file')} asked about {format.count(found.n)} {ROLES[found.role]} "
-    told += f"of {found.data}, {format.counted(len(found.per_class), 'class', 'classes')}"
-    told += TASKS[found.task].labels_note
-    return f"{told}, in ONNX Runtime with the options that ship."
-
-
-def _key_figures(found: Validation) -> list[KeyFigure]:
-    first, score = found.first, found.first.score
-    known = []
-    if score is not None:
-        lines = [f"95 % interval {format.percent_interval(score.low, score.high, score.n)}"]
+def _key_figures(validation: Validation) -> list[KeyFigure]:
+    first, figures = validation.first, []
+    if (score := first.score) is not None:
+        details = [f"95 % interval {format.score_interval(score)}"]
         if score.correct is not None:
-            lines.append(f"{score.correct:,} of {format.counted(score.n, 'image')}")
-        lines += [f"{one.name} {score_in_words(one.score)}" for one in found.networks[1:]]
-        known.append(
-            KeyFigure(format.percent(score.percent, score.n), f"{measure(found)} of {first.name}", lines)
-        )
-    if first.agreement is not None:
-        one = first.agreement
-        known.append(
-            KeyFigure(
-                format.percent(one.percent, one.n),
-                "agreement with the teacher",
-                [
-                    f"95 % interval {format.percent_interval(one.low, one.high, one.n)}",
-                    f"different on {format.counted(one.n - one.correct, 'image')}",
-                ],
-            )
-        )
-    if first.calibration is not None:
-        measured = first.calibration
-        known.append(
-            KeyFigure(
-                format.percent(measured.ece, measured.n),
-                "expected calibration error",
-                [
-                    "95 % interval "
-                    f"{format.percent_interval(measured.ece_low, measured.ece_high, measured.n)}",
-                    calibration.verdict(measured),
-                ],
-            )
-        )
-    return known
+            details.append(f"{score.correct:,} of {format.plural(score.n, 'image')} correct")
+        details += [f"{network.name} {format.score(network.score)}" for network in validation.networks[1:]]
+        meaning = f"{score_name(validation)} of {first.name}"
+        figures.append(KeyFigure(format.score_percent(score), meaning, details))
+    if (agreement := first.agreement) is not None:
+        details = [
+            f"95 % interval {format.score_interval(agreement)}",
+            f"different on {format.plural(agreement.n - agreement.correct, 'image')}",
+        ]
+        figures.append(KeyFigure(format.score_percent(agreement), "agreement with the teacher", details))
+    if (measured := first.calibration) is not None:
+        interval = format.percent_interval(measured.ece_low, measured.ece_high, measured.n)
+        details = [f"95 % interval {interval}", calibration.verdict(measured)]
+        ece = format.percent(measured.ece, measured.n)
+        figures.append(KeyFigure(ece, "expected calibration error", details))
+    return figures
 
 
-def _key(one: Network) -> str:
-    """Names its colour in the style sheet."""
-    if one.role == "teacher":
+def _results(validation: Validation) -> Section:
+    charts = [_score_chart(validation), _recall_chart(validation.first)]
+    return Section(
+        "Results",
+        "results",
+        figures=[chart for chart in charts if chart is not None],
+        tables=[results_table(validation), pairs_table(validation)],
+    )
+
+
+def _key(network: Network) -> str:
+    """Return the network's key in the style sheet."""
+    if network.role == "teacher":
         return "teacher"
-    return "student" if one.precision == "fp32" else "student_int8"
+    return "student" if network.precision == "fp32" else "student_int8"
 
 
-def _scores(found: Validation) -> Rows | None:
+def _score_chart(validation: Validation) -> Chart | None:
     marks = [
-        Mark(
-            _cut(one.name, 14),
-            _key(one),
-            score.percent,
-            format.percent(score.percent, score.n),
-            score.low,
-            score.high,
-        )
-        for one in found.networks
-        if (score := one.score) is not None
+        Mark(_cut(n.name), _key(n), s.percent, format.score_percent(s), s.low, s.high)
+        for n in validation.networks
+        if (s := n.score) is not None
     ]
-    return dots(format.title(measure(found)), marks, "line: 95 % interval")
+    return dots(format.title(score_name(validation)), marks, "line: 95 % interval")
 
 
-def _recall(network: Network) -> Rows | None:
-    """Of a few classes, each with its interval."""
-    if len(network.per_class) > MOST_MATRIX_CLASSES:
+def _recall_chart(network: Network) -> Chart | None:
+    if len(network.per_class) > MAX_MATRIX_CLASSES:
         return None
     marks = [
-        Mark(
-            _cut(one.label, 14), _key(network), share.percent, format.percent(share.percent), share.low, share.high
-        )
-        for one in network.per_class
-        if (share := one.recall) is not None
+        Mark(_cut(c.label), _key(network), r.percent, format.percent(r.percent), r.low, r.high)
+        for c in network.per_class
+        if (r := c.recall) is not None
     ]
     return dots("Recall by class", marks, f"{network.name}; line: 95 % interval")
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
 
 
-def _mistakes(found: Validation) -> str:
-    first, shown = found.first, len(found.examples)
-    told = f"The file {first.name} has {format.counted(first.mistakes, 'image')} wrong"
-    told += ", the surest answers first" if first.mistakes > 1 else ""
-    told += f"; here are {shown}, all are in mistakes.csv" if shown < first.mistakes else ""
-    return f"{told}. Each with its probability. {TASKS[found.task].prediction_note}".rstrip()
+def results_table(validation: Validation) -> Table:
+    """Return a row for each measure that a file has, and a column for each file."""
+    networks = validation.networks
+    measures: dict[str, Callable[[Network], str | None]] = {
+        "Agreement with teacher": lambda n: n.agreement and format.score(n.agreement),
+        "NLL": lambda n: n.calibration and format.significant(n.calibration.nll),
+        "ECE": lambda n: n.calibration and format.percent(n.calibration.ece, validation.n),
+        "ONNX file": lambda n: format.megabytes(n.bytes),
+    }
+    rows = [*score_rows([n.score for n in networks]), *attribute_rows(networks, measures)]
+    return Table("Results", ["", *(network.name for network in networks)], rows)
 
 
-def _calibration(found: Validation) -> calibration.Section:
-    columns = [
-        Column(_key(one), f"File {one.name}", Subject(name=one.name, weights="", calibration=one.calibration))
-        for one in found.networks
+def terminal_table(validation: Validation) -> Table:
+    """Return a row for each file, for 80 columns."""
+    networks = validation.networks
+    measures: dict[str, Callable[[Network], str | None]] = {
+        "NLL": lambda n: n.calibration and format.significant(n.calibration.nll),
+        "ECE": lambda n: n.calibration and format.percent(n.calibration.ece, n.calibration.n),
+        "agreement": lambda n: n.agreement and format.score_percent(n.agreement),
+    }
+    columns = [*score_rows([n.score for n in networks]), *attribute_rows(networks, measures)]
+    names = [column[0] for column in columns]
+    rows = [[n.name, *(column[1 + i] for column in columns)] for i, n in enumerate(networks)]
+    return Table(validation.title, ["", *names], rows)
+
+
+def pairs_table(validation: Validation) -> Table:
+    """Return the tests of every two files on the same images."""
+    rows = [
+        [
+            f"{pair.first} vs. {pair.second}",
+            f"{pair.first_alone:,}",
+            f"{pair.second_alone:,}",
+            format.points(pair.points, validation.n),
+            format.p_value(pair.p).removeprefix("p ").removeprefix("= "),
+            format.p_value(pair.p_holm).removeprefix("p ").removeprefix("= "),
+            describe_verdict(pair),
+        ]
+        for pair in validation.pairs
     ]
-    measured = [(column, one) for column in columns if (one := column.subject.calibration) is not None]
-    diagrams = [calibration.diagram(column, one) for column, one in measured]
-    told = " ".join(calibration.reading(column, one) for column, one in measured)
-    caption = calibration.caption(diagrams).replace("the test images’ answers", "the answers")
-    return calibration.Section(told, diagrams, caption, calibration.table_of(columns))
+    note = (
+        "McNemar’s exact test. Only first, only second: images that only this file classifies correctly. "
+        f"{TASKS[validation.task].prediction_note} Verdict at p < 0.05 after Holm’s correction."
+    )
+    columns = ["", "only first", "only second", "difference", "p", "p (Holm)", "verdict"]
+    return Table("Pairwise tests", columns, rows, note=" ".join(note.split()))
+
+
+def describe_verdict(pair: Pair) -> str:
+    return "not significant" if pair.verdict == "no difference" else pair.verdict
+
+
+def describe_pair(pair: Pair, n: int) -> str:
+    """int8 vs. fp32: −0.3 points, not significant (p = 1.000)."""
+    difference = f"{format.points(pair.points, n)}, {describe_verdict(pair)}"
+    return f"{pair.first} vs. {pair.second}: {difference} ({format.p_value(pair.p_holm)})"
+
+
+def _errors(validation: Validation) -> Section:
+    first, shown = validation.first, len(validation.examples)
+    text = f"{first.name} misclassifies {format.plural(first.mistakes, 'image')}"
+    text += ", most confident errors first" if first.mistakes > 1 else ""
+    text += f"; {shown} are shown, all are in mistakes.csv" if shown < first.mistakes else ""
+    text += f". {TASKS[validation.task].prediction_note}"
+    gallery = Gallery("Errors", [picture(example) for example in validation.examples])
+    return Section("Errors", "errors", text=[text.strip()], figures=[gallery] if shown else [])
+
+
+def _classes(validation: Validation) -> Section:
+    first = validation.first
+    caption = f"Rows: true class. Columns: prediction of {first.name}. Numbers: images."
+    matrix = confusion_matrix(first.confusion, first.classes, caption) if first.confusion else None
+    figures: list[Figure] = [matrix] if matrix is not None else []
+    own, *others = [class_table(network) for network in validation.networks]
+    many, pairs = len(own.rows) > MAX_CLASSES, _confused(first)
+    return Section(
+        "Classes",
+        "classes",
+        figures=figures,
+        tables=[*([] if many else [own]), *([pairs] if matrix is None else [])],
+        folded=[*([own] if many else []), *([pairs] if matrix is not None else []), *others],
+    )
+
+
+def class_table(network: Network) -> Table:
+    """Return recall and precision of each class with their intervals, F1, and the task's class score."""
+    scores = network.score.classes if network.score is not None else []
+    decoded = {score.label: score for score in scores if score.threshold is not None}
+    rows = []
+    for measure in network.per_class:
+        row = [
+            measure.label,
+            format.count(measure.n),
+            *_interval(measure.recall),
+            *_interval(measure.precision),
+        ]
+        row.append(format.percent(measure.f1))
+        if decoded:
+            score = decoded.get(measure.label)
+            row.append(format.MISSING if score is None else format.percent(score.percent, score.n))
+        rows.append(row)
+    columns = ["class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1"]
+    columns += ["average precision"] if decoded else []
+    return Table(f"Results by class, {network.name}", columns, rows)
+
+
+def _interval(value: Proportion | None) -> tuple[str, str]:
+    if value is None:
+        return format.MISSING, format.MISSING
+    return format.percent(value.percent), format.percent_interval(value.low, value.high)
+
+
+def _confused(network: Network) -> Table:
+    rows = [
+        [pair.label, pair.answer, format.count(pair.n), format.percent(pair.share)]
+        for pair in network.confused[:MAX_CONFUSED]
+    ]
+    more = len(network.confused) > MAX_CONFUSED
+    return confused_table(rows, f"The first {MAX_CONFUSED}; more are in validation.json." if more else "")
+
+
+def _calibration(validation: Validation) -> Section:
+    columns = [
+        Column(_key(n), n.name, Subject(name=n.name, weights="", calibration=n.calibration))
+        for n in validation.networks
+    ]
+    return calibration.calibration_section(columns, columns, calibration.describe_all(columns))
+
+
+def _details(validation: Validation) -> Section:
+    files = [
+        [
+            network.name,
+            network.file,
+            network.source,
+            f"{network.image_size} px",
+            format.megabytes(network.bytes),
+            network.sha256,
+            "" if network.fused else f"made for {network.target}; evaluated without integer kernels",
+        ]
+        for network in validation.networks
+    ]
+    columns = ["", "file", "path", "image", "size", "SHA-256", "note"]
+    skipped = [[name, reason] for name, reason in validation.skipped]
+    return Section(
+        "Details",
+        "details",
+        command=validation.command,
+        tables=[Table("Files", columns, files, code=frozenset({1, 2, 5}), text=True)],
+        folded=[Table("Skipped files", ["file", "reason"], skipped, code=frozenset({0}), text=True)],
+    )

@@ -1,164 +1,114 @@
-"""What the report says of honest probabilities: the diagrams, the table, and sentences that read them."""
+"""Calibration in the report: reliability diagrams, a table, and sentences."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...runs.results import Report
 from ...runs.scores import Calibration, Proportion, ReliabilityBin
 from .. import format
-from ..charts import WIDTH, Tick
-from ..networks import Column, compared, every, shipped
+from ..charts import WIDTH, Chart, Drawing, Shape, circle, path, rectangle, text, y_axis
+from ..networks import Column, all_networks, compared_networks, shipped_network
+from ..page import Section
 from ..tables import Table
 
 LEFT, TOP, SIDE = 46, 8, 236
-STRIP_TOP, STRIP = TOP + SIDE + 12, 34
-"""Under the square a strip shows how many answers each bin has."""
-HEIGHT = STRIP_TOP + STRIP + 34
+BARS_TOP, BARS_HEIGHT = TOP + SIDE + 12, 34
+"""Bars below the diagram show the number of predictions of each bin."""
+HEIGHT = BARS_TOP + BARS_HEIGHT + 34
 INSET = 6
-"""Room between the square's edges and 0 and 100 %."""
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A bin's answers: mean confidence across, accuracy up, with its interval; ``text`` says them."""
-
-    x: float
-    y: float
-    low: float
-    high: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Pillar:
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """A reliability diagram. ``before``: the dots without the temperature that was folded in."""
-
-    title: str
-    note: str
-    key: str
-    description: str
-    dots: list[Dot]
-    before: list[Dot]
-    pillars: list[Pillar]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    diagonal: tuple[float, float, float, float]
-    axis: str
-    height: int = HEIGHT
-    width: int = WIDTH
-
-
-@dataclass(frozen=True)
-class Section:
-    text: str
-    diagrams: list[Reliability]
-    caption: str
-    table: Table
+"""Distance of 0 and 100 % from the edges of the diagram."""
 
 
 def section(report: Report) -> Section:
-    """Empty where nothing was measured."""
-    diagrams = [
-        diagram(column, measured)
-        for column in compared(report)
-        if (measured := column.subject.calibration) is not None
-    ]
-    return Section(" ".join(sentences(report)), diagrams, caption(diagrams), table(report))
+    columns = compared_networks(report)
+    text = [*describe_all(columns), *_temperature(report)]
+    note = "Teachers were measured in PyTorch, students on their ONNX files."
+    return calibration_section(columns, all_networks(report), text, note)
 
 
-def caption(diagrams: list[Reliability]) -> str:
-    told = (
-        "A dot: the test images’ answers in one range of confidence, as high as the percentage of them that "
-        "is right. On the dashed line they are right as often as they say, below it less often. "
-        "Upright line: 95 % interval. "
+def calibration_section(
+    columns: Sequence[Column], all_columns: Sequence[Column], sentences: Sequence[str], note: str = ""
+) -> Section:
+    """Return diagrams of ``columns`` and a table of ``all_columns``; empty if none was measured."""
+    charts = [reliability_diagram(column, c) for column in columns if (c := column.subject.calibration)]
+    has_before = any(c.before for column in columns if (c := column.subject.calibration))
+    caption = (
+        "Each dot is a bin of confidence: its accuracy over its mean confidence, with the 95 % interval. "
     )
-    told += "Ring: the same file without its temperature. " if any(one.before for one in diagrams) else ""
-    return told + "Bars: how many answers."
+    caption += "Dashed diagonal: perfect calibration; below it the network is overconfident. "
+    caption += "Rings: the same file without temperature scaling. " if has_before else ""
+    caption += "Bars: number of predictions."
+    return Section(
+        "Calibration",
+        "calibration",
+        text=[" ".join(sentences), caption] if charts else [],
+        figures=charts,
+        tables=[calibration_table(all_columns, note)],
+    )
 
 
-def sentences(report: Report) -> list[str]:
-    """Each network's probabilities read aloud, and what the temperature has changed."""
-    found = [
-        reading(column, measured)
-        for column in compared(report)
-        if (measured := column.subject.calibration) is not None
-    ]
-    fit, ships = report.temperature, shipped(report)
-    measured = ships.subject.calibration if ships is not None else None
+def describe_all(columns: Sequence[Column]) -> list[str]:
+    return [describe(column, c) for column in columns if (c := column.subject.calibration) is not None]
+
+
+def describe(column: Column, calibration: Calibration) -> str:
+    """Teacher: mean confidence 92.0 %, accuracy 88.0 %: overconfident by 4.0 points."""
+    confidence, accuracy = (
+        format.percent(value, calibration.n) for value in (calibration.confidence, calibration.accuracy)
+    )
+    return f"{column.role}: mean confidence {confidence}, accuracy {accuracy}: {verdict(calibration)}."
+
+
+def verdict(calibration: Calibration) -> str:
+    gap = calibration.confidence - calibration.accuracy
+    size = format.points(abs(gap), calibration.n)[1:]
+    if calibration.gap_low > 0:
+        return f"overconfident by {size}"
+    if calibration.gap_high < 0:
+        return f"underconfident by {size}"
+    return f"no significant difference on {format.plural(calibration.n, 'image')}"
+
+
+def _temperature(report: Report) -> list[str]:
+    """Return the fitted temperature and its effect."""
+    fit, shipped = report.temperature, shipped_network(report)
     if fit is None:
-        return found
-    told = f"The files’ logits are divided by a temperature of {fit.value:.2f}, fitted on "
-    told += format.counted(fit.n, "val image")
+        return []
+    sentence = f"The exported logits are divided by a temperature of {fit.value:.2f}, fitted on "
+    sentence += format.plural(fit.n, "validation image")
     if fit.low is not None and fit.high is not None:
-        told += f" (95 % interval {fit.low:.2f}–{fit.high:.2f})"
-    if ships is not None and measured is not None and measured.before is not None:
-        before = measured.before
-        told += (
-            f"; without it the {_named(ships)} file would say {format.percent(before.confidence, before.n)}"
-            f", with an ECE of {format.percent(before.ece, before.n)}"
-        )
-    return [*found, f"{told}."]
+        sentence += f" (95 % interval {fit.low:.2f}–{fit.high:.2f})"
+    before = shipped.subject.calibration.before if shipped and shipped.subject.calibration else None
+    if shipped is not None and before is not None:
+        sentence += f"; without it the {shipped.role_in_sentence} has a mean confidence of "
+        sentence += f"{format.percent(before.confidence, before.n)} and an ECE of "
+        sentence += format.percent(before.ece, before.n)
+    return [f"{sentence}."]
 
 
-def reading(column: Column, measured: Calibration) -> str:
-    """Says 92.0 % where it is right 88.0 % of the time: over-confident by 4.0 points."""
-    confidence, accuracy = (format.percent(one, measured.n) for one in (measured.confidence, measured.accuracy))
-    return (
-        f"The {_named(column)}’s predictions have a mean probability of {confidence}, and {accuracy} are "
-        f"correct: {verdict(measured)}."
-    )
-
-
-def verdict(measured: Calibration) -> str:
-    gap = measured.confidence - measured.accuracy
-    size = format.points(abs(gap), measured.n)[1:]
-    if measured.gap_low > 0:
-        return f"over-confident by {size}"
-    if measured.gap_high < 0:
-        return f"under-confident by {size}"
-    return f"honest on average, as far as {format.counted(measured.n, 'image')} can tell"
-
-
-def line(report: Report) -> str | None:
-    """For the terminal: each network's ECE, and what it was without the temperature."""
+def terminal_line(report: Report) -> str | None:
+    """Return the ECE of each network, and before an arrow its ECE without temperature scaling."""
     parts = []
-    for column in compared(report):
-        measured = column.subject.calibration
-        if measured is not None:
+    for column in compared_networks(report):
+        if (measured := column.subject.calibration) is not None:
             before = f"{format.percent(measured.before.ece, measured.n)} → " if measured.before else ""
-            parts.append(f"{_named(column)} {before}{format.percent(measured.ece, measured.n)}")
+            parts.append(f"{column.role_in_sentence} {before}{format.percent(measured.ece, measured.n)}")
     return f"ECE: {', '.join(parts)}" if parts else None
 
 
-def table(report: Report) -> Table:
-    """A row for each network, and another for each file as it would be without the temperature."""
-    told = "The teacher’s figures are those of its weights in torch, the students’ those of the files."
-    return table_of(every(report), told)
-
-
-def table_of(columns: Sequence[Column], told: str = "") -> Table:
-    """The same of any networks; ``told`` ends its note."""
+def calibration_table(columns: Sequence[Column], note: str = "") -> Table:
+    """Return a row for each network, and one for each exported file without temperature scaling."""
     rows = []
     for column in columns:
-        measured = column.subject.calibration
-        if measured is not None:
+        if (measured := column.subject.calibration) is not None:
             rows.append(_row(column.role, measured))
             if measured.before is not None:
-                rows.append(_row(f"{column.role}, without temperature", measured.before))
+                rows.append(_row(f"{column.role}, no temperature scaling", measured.before))
     note = (
-        "ECE: expected calibration error over 15 bins of confidence; its interval is a bootstrap over the "
-        "images, and begins at 0 where an honest network would often show as much. Entropy and NLL in nats."
+        "ECE: expected calibration error, 15 bins. Its interval is a bootstrap over images; it starts at 0 if "
+        f"a calibrated network would often have this ECE. Entropy and NLL in nats. {note}"
     )
-    names = ["", "ECE", "95 % interval", "says", "is right", "entropy", "NLL", "images"]
-    return Table("Calibration", names, rows, note=f"{note} {told}".strip())
+    columns_ = ["", "ECE", "95 % interval", "mean confidence", "accuracy", "entropy", "NLL", "images"]
+    return Table("Calibration", columns_, rows, note=note.strip())
 
 
 def _row(name: str, measured: Calibration) -> list[str]:
@@ -175,62 +125,60 @@ def _row(name: str, measured: Calibration) -> list[str]:
     ]
 
 
-def _named(column: Column) -> str:
-    return column.role[:1].lower() + column.role[1:]
+def reliability_diagram(column: Column, calibration: Calibration) -> Chart:
+    n, key = calibration.n, column.key
+    note = f"ECE {format.percent(calibration.ece, n)} "
+    note += f"({format.percent_interval(calibration.ece_low, calibration.ece_high, n)})"
+    filled = [part for part in calibration.bins if part.n]
+    before = calibration.before.bins if calibration.before is not None else []
+    ticks = [(value, f"{value:g}") for value in (0.0, 25.0, 50.0, 75.0, 100.0)]
+    shapes = [
+        *y_axis(ticks, y, LEFT, LEFT + SIDE),
+        *(text("tick", x(value), HEIGHT - 18, number, "middle") for value, number in ticks),
+        text("tick axis", LEFT + SIDE, HEIGHT - 3, "confidence, %", "end"),
+        path("diagonal", "M", x(0), y(0), "L", x(100), y(100)),
+        *_count_bars(filled, key),
+        *(_before(part, key) for part in before if part.n),
+        *(shape for part in filled for shape in _dot(part, key)),
+    ]
+    description = f"Reliability diagram of the {column.role_in_sentence}, {note}. "
+    description += f"{'; '.join(_describe_bin(part) for part in filled)}."
+    return Chart(column.role, description, [Drawing(WIDTH, HEIGHT, shapes)], note)
 
 
-def diagram(column: Column, measured: Calibration) -> Reliability:
-    n = measured.n
-    note = f"ECE {format.percent(measured.ece, n)} "
-    note += f"({format.percent_interval(measured.ece_low, measured.ece_high, n)})"
-    bins = [one for one in measured.bins if one.n]
-    told = "; ".join(_told(one) for one in bins)
-    before = measured.before.bins if measured.before is not None else []
-    ends = (0.0, 25.0, 50.0, 75.0, 100.0)
-    return Reliability(
-        title=column.role,
-        note=note,
-        key=column.key,
-        description=f"Reliability of the {_named(column)}, {note}. {told}.",
-        dots=[_dot(one) for one in bins],
-        before=[_dot(one) for one in before if one.n],
-        pillars=_pillars(measured.bins),
-        x_ticks=[Tick(across(value), f"{value:g}") for value in ends],
-        y_ticks=[Tick(up(value), f"{value:g}") for value in ends],
-        diagonal=(across(0), up(0), across(100), up(100)),
-        axis="mean predicted probability, %",
-    )
+def x(confidence: float) -> float:
+    return LEFT + INSET + (SIDE - 2 * INSET) * confidence / 100
 
 
-def _share(value: float) -> float:
-    return INSET + (SIDE - 2 * INSET) * value / 100
+def y(accuracy: float) -> float:
+    return TOP + SIDE - INSET - (SIDE - 2 * INSET) * accuracy / 100
 
 
-def across(confidence: float) -> float:
-    return round(LEFT + _share(confidence), 1)
+def _describe_bin(part: ReliabilityBin) -> str:
+    predictions = format.plural(part.n, "prediction")
+    return f"{predictions} at {format.percent(part.confidence)}, accuracy {format.percent(part.accuracy)}"
 
 
-def up(accuracy: float) -> float:
-    return round(TOP + SIDE - _share(accuracy), 1)
+def _dot(part: ReliabilityBin, key: str) -> list[Shape]:
+    assert part.confidence is not None and part.accuracy is not None
+    interval = Proportion.from_counts(round(part.n * part.accuracy / 100), part.n)
+    place = x(part.confidence)
+    return [
+        path(f"whisker {key}", "M", place, y(interval.low), "V", y(interval.high)),
+        circle(f"dot {key}", place, y(part.accuracy), 4, _describe_bin(part)),
+    ]
 
 
-def _told(one: ReliabilityBin) -> str:
-    assert one.confidence is not None and one.accuracy is not None
-    answers = format.counted(one.n, "answer")
-    return f"{answers} at {format.percent(one.confidence)}, right {format.percent(one.accuracy)}"
+def _before(part: ReliabilityBin, key: str) -> Shape:
+    assert part.confidence is not None and part.accuracy is not None
+    tooltip = f"no temperature scaling: {_describe_bin(part)}"
+    return circle(f"ring {key}", x(part.confidence), y(part.accuracy), 4, tooltip)
 
 
-def _dot(one: ReliabilityBin) -> Dot:
-    assert one.confidence is not None and one.accuracy is not None
-    interval = Proportion.from_counts(round(one.n * one.accuracy / 100), one.n)
-    return Dot(across(one.confidence), up(one.accuracy), up(interval.low), up(interval.high), _told(one))
-
-
-def _pillars(bins: list[ReliabilityBin]) -> list[Pillar]:
-    most = max(one.n for one in bins)
-    found = []
-    for one in bins:
-        if one.n:
-            left, right, height = across(one.low) + 1, across(one.high) - 1, max(STRIP * one.n / most, 1)
-            found.append(Pillar(left, STRIP_TOP + STRIP - height, right - left, height))
-    return found
+def _count_bars(filled: Sequence[ReliabilityBin], key: str) -> list[Shape]:
+    most = max((part.n for part in filled), default=1)
+    shapes = []
+    for part in filled:
+        left, right, height = x(part.low) + 1, x(part.high) - 1, max(BARS_HEIGHT * part.n / most, 1)
+        shapes.append(rectangle(f"bar {key}", left, BARS_TOP + BARS_HEIGHT - height, right - left, height))
+    return shapes

@@ -1,50 +1,138 @@
-"""The classes of the data: number of images and scores."""
+"""Test images with predictions, per-class results and the confusion matrix."""
 
-from ...runs.results import Report
+from ...runs.results import Example, Report
 from ...runs.scores import ClassScore
 from ...tasks import task_of
 from .. import format
-from ..networks import Column, every, shipped
+from ..networks import Column, all_networks, shipped_network
+from ..page import SMALL_IMAGE, Figure, Gallery, Picture, Prediction, Section, check_png, confusion_matrix
 from ..tables import Table
 
+MAX_CLASSES = 40
+"""Longer tables of classes are folded."""
+MAX_EXAMPLES = 24
+MAX_CONFUSED = 20
+CAPTION = "Rows: true class. Columns: prediction of the shipped file. Numbers: test images."
 
-def classes(report: Report) -> Table:
-    """Return a row per class: images by split, each network's score, and the shipped file's threshold and F1."""
-    columns = [column for column in every(report) if _scores(column)]
-    data, ships = report.data, shipped(report)
-    if data is None:
-        return Table("Classes", [], [])
-    splits = {split: data.per_class[split] for split in ("train", "val", "test") if split in data.per_class}
-    shipped_scores = _scores(ships) if ships is not None else {}
-    thresholds = {label: one for label, one in shipped_scores.items() if one.threshold is not None}
-    scores = [_scores(column) for column in columns]
+
+def example_section(report: Report) -> Section:
+    pictures = example_pictures(report.examples)[:MAX_EXAMPLES]
+    both = any(example.teacher is not None for example in report.examples)
+    text = f"Predictions of the shipped file{' and the teacher' if both else ''} with their probabilities. "
+    if report.data is not None and task_of(report.data).prediction_note:
+        text += f"{task_of(report.data).prediction_note} "
+    if any(example.student != example.label for example in report.examples):
+        text += "Errors of the student come first, the most confident ones at the top. "
+    if len(pictures) < len(report.examples):
+        text += f"{len(pictures)} of {len(report.examples):,} are shown."
+    figures = [Gallery("Test images", pictures)] if pictures else []
+    return Section("Test images", "images", text=[text.strip()], figures=figures)
+
+
+def example_pictures(examples: list[Example]) -> list[Picture]:
+    """Return errors, most confident first, then correct predictions, least confident first."""
+
+    def order(example: Example) -> tuple[bool, float, str]:
+        correct = example.student == example.label
+        probability = example.student_probability
+        return correct, probability if correct else -probability, example.name
+
+    return [picture(example) for example in sorted(examples, key=order)]
+
+
+def picture(example: Example) -> Picture:
+    png, side = check_png(example.png)
+
+    def prediction(label: str, probability: float | None) -> Prediction:
+        percent = format.percent(None if probability is None else 100 * probability)
+        return Prediction(label, percent, label == example.label)
+
+    teacher = example.teacher and prediction(example.teacher, example.teacher_probability)
+    student = prediction(example.student, example.student_probability)
+    return Picture(example.name, example.label, student, teacher or None, png, side < SMALL_IMAGE)
+
+
+def section(report: Report) -> Section:
+    counts = report.confusion
+    matrix = confusion_matrix(counts, class_names(report, len(counts)), CAPTION) if counts else None
+    figures: list[Figure] = [matrix] if matrix is not None else []
+    classes, pairs = class_table(report), confused_pairs(report)
+    many = len(classes.rows) > MAX_CLASSES
+    return Section(
+        "Classes",
+        "classes",
+        figures=figures,
+        tables=[*([] if many else [classes]), *([pairs] if matrix is None else [])],
+        folded=[*([classes] if many else []), *([pairs] if matrix is not None else [])],
+    )
+
+
+def class_table(report: Report) -> Table:
+    """Return a row per class: images of each split, the score of each network, and thresholds."""
+    splits = report.data.per_class if report.data else {}
+    splits = {name: splits[name] for name in ("train", "val", "test") if name in splits}
+    columns = [column for column in all_networks(report) if class_scores(column)]
+    scores = [class_scores(column) for column in columns]
+    names = dict.fromkeys([*(report.data.classes if report.data else []), *(n for s in scores for n in s)])
+    shipped = shipped_network(report)
+    decoded = class_scores(shipped) if shipped is not None else {}
+    has_thresholds = any(score.threshold is not None for score in decoded.values())
+    heads = ["class", *splits, *(column.role for column in columns)]
     rows = [
         [
             name,
             *(format.count(counts.get(name, 0)) for counts in splits.values()),
-            *(_percent(one.get(name)) for one in scores),
-            *(_threshold(thresholds.get(name)) if thresholds else ()),
+            *(_percent(by_class.get(name)) for by_class in scores),
+            *(_threshold(decoded.get(name)) if has_thresholds else ()),
         ]
-        for name in data.classes
+        for name in names
     ]
-    names = ["class", *splits, *(column.role for column in columns)]
-    note = f"{format.title(task_of(data).class_metric)} on the test images." if columns else ""
-    if ships is not None and thresholds:
-        names += ["threshold", "F1"]
-        note += f" Threshold and F1: {ships.role.lower()}."
-    return Table("By class", names, rows, note=note)
+    note = f"{format.title(task_of(report.data).class_metric)} on the test images." if report.data else ""
+    if has_thresholds and shipped is not None:
+        heads += ["threshold", "F1"]
+        note += f" An image counts for each of its classes. Threshold and F1: {shipped.role_in_sentence}."
+    return Table("Results by class", heads, rows if splits or columns else [], note=note)
 
 
-def _scores(column: Column) -> dict[str, ClassScore]:
+def class_scores(column: Column) -> dict[str, ClassScore]:
     score = column.subject.score
-    return {one.label: one for one in score.classes} if score is not None else {}
+    return {result.label: result for result in score.classes} if score is not None else {}
 
 
-def _percent(score: ClassScore | None) -> str:
-    return format.percent(score.percent, score.n) if score is not None else format.MISSING
+def _percent(result: ClassScore | None) -> str:
+    return format.percent(result.percent, result.n) if result is not None else format.MISSING
 
 
-def _threshold(score: ClassScore | None) -> tuple[str, str]:
-    if score is None or score.threshold is None:
+def _threshold(result: ClassScore | None) -> tuple[str, str]:
+    if result is None or result.threshold is None:
         return format.MISSING, format.MISSING
-    return format.significant(score.threshold, 2), format.percent(score.f1, score.n)
+    return format.significant(result.threshold, 2), format.percent(result.f1, result.n)
+
+
+def confused_pairs(report: Report) -> Table:
+    """Return the pairs of true class and prediction that are confused most often."""
+    counts = report.confusion or []
+    names = class_names(report, len(counts))
+    pairs = [
+        (n, truth, predicted)
+        for truth, row in enumerate(counts)
+        for predicted, n in enumerate(row)
+        if n and truth != predicted
+    ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    rows = [
+        [names[truth], names[predicted], f"{n:,}", format.percent(100 * n / sum(counts[truth]))]
+        for n, truth, predicted in pairs[:MAX_CONFUSED]
+    ]
+    note = f"The first {MAX_CONFUSED} of {len(pairs):,}." if len(pairs) > MAX_CONFUSED else ""
+    return confused_table(rows, note)
+
+
+def confused_table(rows: list[list[str]], note: str) -> Table:
+    columns = ["true class", "prediction", "images", "of the class"]
+    return Table("Most confused classes", columns, rows, note=note, left=2)
+
+
+def class_names(report: Report, n: int) -> list[str]:
+    names = report.data.classes if report.data else []
+    return [names[i] if i < len(names) else f"class {i}" for i in range(n)]

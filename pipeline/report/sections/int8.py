@@ -1,181 +1,251 @@
-"""How int8 was found: every candidate's accuracy against its latency, what still runs in float, recovery."""
+"""Int8 in the report: the candidates of each target, nodes in float, quantization-aware training."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 
 from ...runs.results import Int8Search, Report, TriedInt8
-from .. import budget, format
-from ..pictures import measure_title
-from ..scatter import Level, Point, Scatter, Series, scatter
-from ..networks import measure
+from .. import format
+from ..charts import Chart
+from ..networks import score_name
+from ..page import Section
+from ..scatter import Level, Point, scatter
 from ..tables import Table
 
-LEARNED = "learned"
-"""The candidate of quantization-aware training."""
-
-WORDS = ("no.", "candidate", "result", "calibration", "also")
-"""Columns of words."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """The search for one target; ``chart`` is None where nothing could be timed."""
-
-    title: str
-    text: str
-    chart: Scatter | None
-    tried: Table
-    folded: list[Table]
-
-
-@dataclass(frozen=True)
-class Section:
-    targets: list[Target]
-    recovery: Table
-    recovery_text: str
+QAT = "learned"
+"""Name of the candidate of quantization-aware training."""
+TEXT_COLUMNS = ("no.", "candidate", "result", "calibration", "corrections")
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
 def section(report: Report) -> Section:
-    """Empty where no int8 file was looked for."""
-    return Section([_target(report, one) for one in report.int8], recovery(report), recovery_text(report))
+    parts = [_target(report, search) for search in report.int8]
+    return Section("Int8 quantization", "int8", sections=[*parts, _qat(report)])
 
 
-def _target(report: Report, search: Int8Search) -> Target:
-    return Target(
-        title=f"For {search.target}",
-        text=" ".join(sentences(report, search)),
-        chart=chart(report, search),
-        tried=tried(report, search),
-        folded=[worst(search), float_parts(search)],
-    )
+def default_search(report: Report) -> Int8Search | None:
+    """Return the search for the default target; None before it is done."""
+    return report.int8[0] if report.int8 else None
 
 
-def sentences(report: Report, search: Int8Search) -> list[str]:
-    """Which candidate ships and why, what it gives on test images, and what could not be measured."""
-    found = [budget.keeps(report, search)]
-    if any(one.lost > search.max_drop and one.holds for one in search.tried):
-        found.append("A larger loss is not refused where it is of one or two images.")
-    if search.file is not None and search.test_score is not None:
-        score = search.test_score
-        told = f"{search.file} has {format.percent(score.percent, score.n)} "
-        told += f"({format.percent_interval(score.low, score.high, score.n)}) of "
-        told += format.counted(score.n, "test image")
-        if report.student is not None and (fp32 := report.student.score) is not None:
-            told += f", fp32 {format.percent(fp32.percent, fp32.n)}"
-        found.append(f"{told}.")
-    if search.not_timed is not None:
-        found.append(f"Its latency is unknown: {search.not_timed}.")
-    if search.slow is not None:
-        found.append(f"{search.slow[:1].upper()}{search.slow[1:]}")
-    return found
+def shipped_candidate(search: Int8Search) -> TriedInt8 | None:
+    return next((candidate for candidate in search.tried if candidate.ships), None)
 
 
-def chart(report: Report, search: Int8Search) -> Scatter | None:
-    """Accuracy on the images that decide over the median on one thread; a number is the table's."""
-
-    def series(label: str, key: str, of: Callable[[TriedInt8], bool]) -> Series:
-        points = [
-            Point(
-                str(number), one.p50, one.score, f"{number} {one.name}: {_said(one.score, one.p50, search)}"
-            )
-            for number, one in enumerate(search.tried, 1)
-            if of(one) and one.p50 is not None
-        ]
-        return Series(label, key, points, joined=False)
-
-    ships = budget.shipping(search)
-    candidates = [
-        series("refused", "refused", lambda one: not one.holds),
-        series("keeps within the budget", "holds", lambda one: one.holds and not one.ships),
-        series(f"ships: {ships.name}" if ships else "ships", "student_int8", lambda one: one.ships),
-    ]
-    if not any(one.points for one in candidates):
+def explain_fp32(report: Report) -> str | None:
+    """Return why the fp32 file ships; None if the default target has an int8 file, or no search yet."""
+    search = default_search(report)
+    if search is None or search.file is not None:
         return None
-    floats = []
-    if search.p50_fp32 is not None:
-        told = f"fp32: {_said(search.fp32_score, search.p50_fp32, search)}"
-        floats = [Point("fp32", search.p50_fp32, search.fp32_score, told)]
-    return scatter(
-        f"{measure_title(report)} over latency",
-        [Series("fp32", "student", floats, joined=False), *candidates],
-        x_name="median ms an image, 1 thread",
-        note=f"{budget.images(search)}; numbers as in the table",
-        levels=_levels(search),
-        share_labels=True,
+    return f"The fp32 file ships: {_explain_none(report, search)}."
+
+
+def _explain_none(report: Report, search: Int8Search) -> str:
+    reason = f"none of {format.plural(len(search.tried), 'int8 candidate')} for {search.target} "
+    reason += f"{_within_budget(report, search)} on {images(search)}"
+    best = min(search.tried, key=lambda candidate: candidate.lost, default=None)
+    if best is not None:
+        reason += f"; the best, {best.name}, loses {format.points(best.lost, search.n)[1:]}"
+    return reason
+
+
+def _within_budget(report: Report, search: Int8Search, verb: str = "is") -> str:
+    reference = f"the fp32 {score_name(report)}"
+    return (
+        f"{verb} within {search.max_drop:g} points of {reference}"
+        if search.max_drop
+        else (f"{'reach' if verb == 'are' else 'reaches'} {reference}")
     )
 
 
-def _said(score: float, p50: float, search: Int8Search) -> str:
-    return f"{format.percent(score, search.n)} at {format.milliseconds(p50)}"
+def images(search: Int8Search) -> str:
+    return format.plural(search.n, f"{SPLITS.get(search.role, search.role)} image")
+
+
+def explain_excess(search: Int8Search, qat: bool) -> str | None:
+    """Return a warning if the shipped candidate loses more than the budget; else None.
+
+    Args:
+        qat: the student was trained with quantization-aware training.
+    """
+    shipped = shipped_candidate(search)
+    if shipped is None or shipped.lost <= search.max_drop:
+        return None
+    lost = format.plural(round(search.n * shipped.lost / 100), "image")
+    return (
+        f"int8 for {search.target} loses {shipped.lost:.2f} points on {images(search)}, more than --max-drop "
+        f"{search.max_drop:g}. It ships because this is {lost} only, which may be chance. "
+        f"{suggest_remedies(qat)}"
+    )
+
+
+def suggest_remedies(qat: bool) -> str:
+    """Return what to do if int8 loses too much accuracy."""
+    fp32 = "use the fp32 file, which loses nothing (compress predict RUN --file student.onnx)"
+    if qat:
+        return f"To avoid the loss, {fp32}."
+    return (
+        "To reduce the loss, fine-tune the student as an int8 network (compress export RUN --qat), or "
+        f"{fp32}."
+    )
+
+
+def warnings(report: Report) -> list[str]:
+    """Return targets without an int8 file, except the default one, and targets on which int8 is slow."""
+    messages = []
+    for i, search in enumerate(report.int8):
+        if i and search.file is None:
+            messages.append(f"No int8 file for {search.target}: {_explain_none(report, search)}.")
+        if search.slow is not None:
+            slow = f"{search.slow[:1].upper()}{search.slow[1:]}"
+            messages.append(f"{search.target}: {search.slow}" if i else slow)
+    return messages
+
+
+def _target(report: Report, search: Int8Search) -> Section:
+    figure = chart(report, search)
+    return Section(
+        f"Candidates for {search.target}",
+        text=[" ".join(_sentences(report, search))],
+        figures=[figure] if figure is not None else [],
+        tables=[candidates(report, search)],
+        folded=[_sensitive_tensors(search), _float_nodes(search)],
+    )
+
+
+def _sentences(report: Report, search: Int8Search) -> list[str]:
+    """Return which candidate ships and why, its test score, and what could not be measured."""
+    sentences = [_choice(report, search)]
+    if any(candidate.lost > search.max_drop and candidate.holds for candidate in search.tried):
+        sentences.append("A loss above the budget is accepted if it is one or two images only.")
+    if search.file is not None and search.test_score is not None:
+        sentence = f"{format.title(score_name(report))} of {search.file} on "
+        sentence += f"{format.plural(search.test_score.n, 'test image')}: {format.score(search.test_score)}"
+        if report.student is not None and report.student.score is not None:
+            sentence += f", fp32 {format.score_percent(report.student.score)}"
+        sentences.append(f"{sentence}.")
+    if search.not_timed is not None:
+        sentences.append(f"Latency not measured: {search.not_timed}.")
+    if search.slow is not None:
+        sentences.append(f"{search.slow[:1].upper()}{search.slow[1:]}")
+    return sentences
+
+
+def _choice(report: Report, search: Int8Search) -> str:
+    shipped = shipped_candidate(search)
+    if shipped is None:
+        reason = _explain_none(report, search)
+        return f"{reason[:1].upper()}{reason[1:]}: no int8 file ships for {search.target}."
+    within = sum(candidate.holds for candidate in search.tried)
+    sentence = f"{within:,} of {format.plural(len(search.tried), 'candidate')} "
+    sentence += f"{_within_budget(report, search, 'are' if within > 1 else 'is')} on {images(search)}"
+    which = "The most accurate one" if within > 1 else "It"
+    return f"{sentence}. {which} ships: {shipped.name}, {_difference(shipped, search)}."
+
+
+def _difference(candidate: TriedInt8, search: Int8Search) -> str:
+    return format.points(round(-candidate.lost, 6) + 0.0, search.n)
+
+
+def chart(report: Report, search: Int8Search) -> Chart | None:
+    """Draw the score that decides over the median latency on one thread; None if nothing was timed."""
+    shipped, points = shipped_candidate(search), []
+
+    def add(key: str, label: str, name: str, score: float, p50: float) -> None:
+        text = f"{format.percent(score, search.n)} at {format.milliseconds(p50)}"
+        points.append(Point(name, key, p50, score, text, label=label))
+
+    for number, candidate in enumerate(search.tried, 1):
+        if candidate.p50 is not None:
+            key = "student_int8" if candidate.ships else "holds" if candidate.holds else "refused"
+            add(key, str(number), f"{number} {candidate.name}", candidate.score, candidate.p50)
+    if not points:
+        return None
+    if search.p50_fp32 is not None:
+        add("student", "fp32", "fp32", search.fp32_score, search.p50_fp32)
+    meanings = {
+        "student": "fp32",
+        "refused": "over budget",
+        "holds": "within budget",
+        "student_int8": f"shipped: {shipped.name}" if shipped else "shipped",
+    }
+    keys = {point.key for point in points}
+    return scatter(
+        f"{format.title(score_name(report))} over latency",
+        points,
+        x_name="median latency in ms, 1 thread",
+        note=f"On {images(search)}. Numbers as in the table.",
+        legend=[(key, meaning) for key, meaning in meanings.items() if key in keys],
+        levels=_levels(search),
+        show_frontier=False,
+    )
 
 
 def _levels(search: Int8Search) -> list[Level]:
-    """The fp32 file's accuracy, and the budget below it."""
-    least = search.fp32_score - search.max_drop
+    """Return lines at the score of fp32 and at the budget below it."""
+    fp32 = Level(f"fp32 {format.percent(search.fp32_score, search.n)}", "student", search.fp32_score)
     if not search.max_drop:
-        return [Level("fp32: no less is allowed", least, "budget", above=False)]
-    told = f"budget {format.percent(least, search.n)}"
-    return [
-        Level(f"fp32 {format.percent(search.fp32_score, search.n)}", search.fp32_score, "student"),
-        Level(told, least, "budget", above=False),
-    ]
+        return [fp32]
+    least = search.fp32_score - search.max_drop
+    return [fp32, Level(f"budget {format.percent(least, search.n)}", "budget", least)]
 
 
-def tried(report: Report, search: Int8Search) -> Table:
-    """fp32, then a row for each candidate in the order they were tried."""
+def candidates(report: Report, search: Int8Search) -> Table:
+    """Return fp32 and the candidates in the order they were tried, without the columns that none has."""
     fp32 = {
         "candidate": "fp32",
         "result": format.MISSING if search.file is not None else "ships",
-        measure(report): format.percent(search.fp32_score, search.n),
-        "1 thread": format.milliseconds(search.p50_fp32),
+        score_name(report): format.percent(search.fp32_score, search.n),
+        "latency": format.milliseconds(search.p50_fp32),
         "file": format.megabytes(report.student.bytes if report.student is not None else None),
     }
-    candidates = [_row(report, number, one, search) for number, one in enumerate(search.tried, 1)]
-    # What no candidate has, such as float islands or a time, needs no column.
-    columns = [
-        name
-        for name in (candidates[0] if candidates else {})
-        if any(row[name] != format.MISSING for row in candidates)
-    ]
-    rows = [[row.get(name, format.MISSING) for name in columns] for row in (fp32, *candidates)]
+    rows = [_row(report, number, candidate, search) for number, candidate in enumerate(search.tried, 1)]
+    columns = [name for name in (rows[0] if rows else {}) if any(row[name] != format.MISSING for row in rows)]
     note = (
-        f"{measure_title(report)} on {budget.images(search)}. SQNR: the signal-to-noise ratio of the logits "
-        "against fp32."
+        f"{format.title(score_name(report))} on {images(search)}. SQNR: signal-to-quantization-noise ratio "
     )
-    if "McNemar’s p" in columns:
-        note += " McNemar’s test is the exact one, against fp32."
-    if any(one.speedup is not None for one in search.tried):
-        note += " Speed: ratio of the medians with its 95 % interval, paired."
-    left = sum(name in WORDS for name in columns)
-    return Table("Candidates", columns, rows if columns else [], note=note, left=left)
+    note += "of the logits."
+    if "McNemar p" in columns:
+        note += " McNemar p: exact test against fp32."
+    if "latency" in columns:
+        note += " Latency: median on 1 thread."
+    if "speedup" in columns:
+        note += " Speedup: over fp32, with 95 % interval."
+    return Table(
+        f"Candidates for {search.target}",
+        columns,
+        [[row.get(name, format.MISSING) for name in columns] for row in (fp32, *rows)] if columns else [],
+        note=note,
+        left=sum(name in TEXT_COLUMNS for name in columns),
+    )
 
 
-def _row(report: Report, number: int, one: TriedInt8, search: Int8Search) -> dict[str, str]:
-    also = [("equalised", one.equalised), ("biases corrected", one.bias_corrected)]
-    speed = format.MISSING
-    if one.speedup is not None:
-        speed = format.times(one.speedup.ratio)
-        speed += f" ({format.times_interval(one.speedup.low, one.speedup.high)})"
+def _row(report: Report, number: int, candidate: TriedInt8, search: Int8Search) -> dict[str, str]:
+    corrections = [
+        name
+        for name, applied in (("equalized", candidate.equalised), ("bias", candidate.bias_corrected))
+        if applied
+    ]
+    speedup = candidate.speedup
     return {
         "no.": str(number),
-        "candidate": one.name,
-        "result": "ships" if one.ships else "holds" if one.holds else "refused",
-        "calibration": one.calibration,
-        "also": ", ".join(name for name, done in also if done) or format.MISSING,
-        "kept float": f"{len(one.kept_float):,}" if one.kept_float else format.MISSING,
-        measure(report): format.percent(one.score, search.n),
-        "against fp32": budget.change(one.lost, search.n),
-        "McNemar’s p": format.MISSING if one.p is None else probability(one.p),
-        "SQNR": decibels(one.sqnr),
-        "1 thread": format.milliseconds(one.p50),
-        "of fp32’s speed": speed,
-        "file": format.megabytes(one.bytes),
+        "candidate": candidate.name,
+        "result": "ships" if candidate.ships else "within budget" if candidate.holds else "over budget",
+        "calibration": candidate.calibration,
+        "corrections": ", ".join(corrections) or format.MISSING,
+        "float nodes": f"{len(candidate.kept_float):,}" if candidate.kept_float else format.MISSING,
+        score_name(report): format.percent(candidate.score, search.n),
+        "vs. fp32": _difference(candidate, search),
+        "McNemar p": format.MISSING if candidate.p is None else probability(candidate.p),
+        "SQNR": decibels(candidate.sqnr),
+        "latency": format.milliseconds(candidate.p50),
+        "speedup": format.MISSING
+        if speedup is None
+        else f"{format.times(speedup.ratio)} ({format.times_interval(speedup.low, speedup.high)})",
+        "file": format.megabytes(candidate.bytes),
     }
 
 
 def probability(p: float) -> str:
-    """0.63, 0.041, 1; below 0.001 that it is."""
+    """Format a p-value in a column: 0.63, 0.041, 1, < 0.001."""
     return "< 0.001" if p < 0.001 else "1" if p > 0.995 else format.significant(p, 2)
 
 
@@ -183,64 +253,60 @@ def decibels(sqnr: float) -> str:
     return "no error" if sqnr == inf else f"{format.significant(sqnr)} dB"
 
 
-def worst(search: Int8Search) -> Table:
-    rows = [[name, decibels(sqnr)] for name, sqnr in search.worst]
-    note = "Signal-to-noise ratio of the logits when this tensor alone is rounded: the worst first."
-    title = f"Roundings that cost most, {search.target}"
-    return Table(title, ["tensor", "SQNR"], rows, code=frozenset({0}), note=note)
+def _sensitive_tensors(search: Int8Search) -> Table:
+    return Table(
+        f"Most sensitive tensors, {search.target}",
+        ["tensor", "SQNR"],
+        [[name, decibels(sqnr)] for name, sqnr in search.worst],
+        note="SQNR of the logits if only this tensor is quantized, worst first.",
+        code=frozenset({0}),
+    )
 
 
-def float_parts(search: Int8Search) -> Table:
-    rows = [[one.name, one.op_type, one.why] for one in search.float_parts]
-    note = "Nodes of the graph as ONNX Runtime runs it on this machine, in their order."
-    title = f"What still runs in float, {search.target}"
-    return Table(title, ["node", "operator", "why"], rows, code=frozenset({0, 1}), note=note, text=True)
+def _float_nodes(search: Int8Search) -> Table:
+    return Table(
+        f"Nodes that run in float, {search.target}",
+        ["node", "operator", "reason"],
+        [[node.name, node.op_type, node.why] for node in search.float_parts],
+        note="Nodes of the graph as optimized by ONNX Runtime on this machine, in their order.",
+        code=frozenset({0, 1}),
+        text=True,
+    )
 
 
-def recovery(report: Report) -> Table:
-    """The network as it was trained to be, and its file, on the same images."""
-    found, search = report.recovery, budget.first(report)
-    if found is None:
-        return Table("Recovery", [], [])
-    learned = next((one for one in search.tried if one.name == LEARNED), None) if search else None
+def _qat(report: Report) -> Section:
+    """Compare the fake-quantized network and its int8 file on the same images."""
+    recovery, search = report.recovery, default_search(report)
+    name = "Quantization-aware training"
+    if recovery is None:
+        return Section(name)
+    candidate = next((c for c in search.tried if c.name == QAT), None) if search else None
     rows = []
-    if found.fake_select is not None:
-        file, n = None, None
-        if search is not None and search.role == "val":
-            n = search.n
-            file = learned.score if learned is not None else None
-        rows.append(_compared("val", n, found.fake_select, file))
-    if found.fake_test is not None:
-        score = report.student_int8.score if report.student_int8 is not None else None
-        ships = learned is not None and learned.ships
-        file = score.percent if ships and score is not None else None
-        rows.append(_compared("test", score.n if score else None, found.fake_test, file))
-    columns = ["", "images", "under fake quantization", "the learned int8 file", "difference"]
-    note = f"{measure_title(report)}: in torch as in training, and of the file in ONNX Runtime."
-    return Table("Recovery", columns, rows, note=note)
+    if recovery.fake_select is not None:
+        on_val = search is not None and search.role == "val"
+        n = search.n if search is not None and on_val else None
+        score = candidate.score if candidate is not None and on_val else None
+        rows.append(_compare("validation", n, recovery.fake_select, score))
+    if recovery.fake_test is not None:
+        test = report.student_int8.score if report.student_int8 is not None else None
+        score = test.percent if candidate is not None and candidate.ships and test is not None else None
+        rows.append(_compare("test", test.n if test else None, recovery.fake_test, score))
+    text = f"The student was fine-tuned with fake quantization for {format.plural(recovery.epochs, 'epoch')}."
+    shipped = shipped_candidate(search) if search is not None else None
+    if search is not None and shipped is None:
+        text += " It is over budget too, so the test score of its int8 file was not measured."
+    elif shipped is not None and shipped.name == QAT:
+        text += " Its int8 file ships."
+    elif shipped is not None:
+        text += f" Another candidate ships ({shipped.name}), so the test score of its file was not measured."
+    note = (
+        f"{format.title(score_name(report))} of the fake-quantized network in PyTorch, and of its int8 file "
+    )
+    note += "in ONNX Runtime."
+    columns = ["split", "images", "fake-quantized", "int8 file", "difference"]
+    return Section(name, text=[text], tables=[Table(name, columns, rows, note=note)])
 
 
-def _compared(role: str, n: int | None, fake: float, file: float | None) -> list[str]:
-    difference = format.MISSING if file is None else format.points(round(file - fake, 6) + 0.0, n)
-    return [role, format.count(n), format.percent(fake, n), format.percent(file, n), difference]
-
-
-def recovery_text(report: Report) -> str:
-    found, search = report.recovery, budget.first(report)
-    if found is None:
-        return ""
-    told = f"With --qat the student learned on for {format.counted(found.epochs, 'epoch')} "
-    told += "as the int8 network that it will be."
-    ships = budget.shipping(search) if search is not None else None
-    if search is None:
-        return told
-    if ships is None:
-        return (
-            f"{told} It did not keep within the budget either, so no test accuracy of its file was measured."
-        )
-    if ships.name != LEARNED:
-        return (
-            f"{told} Another candidate ships, {ships.name}, "
-            "so on the test images the learned one’s file was not measured."
-        )
-    return f"{told} It ships."
+def _compare(split: str, n: int | None, fake: float, score: float | None) -> list[str]:
+    difference = format.MISSING if score is None else format.points(round(score - fake, 6) + 0.0, n)
+    return [split, format.count(n), format.percent(fake, n), format.percent(score, n), difference]

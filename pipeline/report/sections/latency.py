@@ -1,191 +1,337 @@
-"""The section on latency: a picture of how steady each network is, and all that a bench has measured."""
+"""Latency in the report and in the terminal: distributions, percentiles, speed-ups, cold start, throughput."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from math import isfinite
 
 import numpy as np
 
-from ....export.latency.results import Latency
+from ....export.latency.results import Latency, Percentile, Speedup
 from ...runs.bench_results import Bench
 from ...runs.results import Report
-from .. import bench_tables, format
-from ..charts import LABEL, VALUE, WIDTH, Tick, nice, ticks
+from .. import format
+from ..charts import (
+    LABEL_WIDTH,
+    VALUE_WIDTH,
+    WIDTH,
+    Chart,
+    Drawing,
+    Shape,
+    axis_ticks,
+    line,
+    path,
+    polyline,
+    round_step,
+    text,
+    vertical_grid,
+)
+from ..page import Section
 from ..tables import Table
 
+PERCENTILES = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}
+ROLES = {"teacher": "Teacher", "student": "Student fp32", "student_int8": "Student int8"}
 ROW = 40
-CURVE = 26
-"""Height of a row's hill."""
+HISTOGRAM_HEIGHT = 26
 BINS = 40
-WIDEST = 3.0
-"""The picture ends at three times the median at most; what is slower is counted beside it."""
-
-
-@dataclass(frozen=True)
-class Hill:
-    """One network's runs as a shape over its median: ``outline`` are the points of an SVG polygon."""
-
-    label: str
-    key: str
-    y: float
-    outline: str
-    text: str
-    beyond: str
-    p90: float | None
-
-
-@dataclass(frozen=True)
-class Hills:
-    """The distribution of one thread count's runs, each over its own median."""
-
-    title: str
-    description: str
-    height: float
-    rows: list[Hill]
-    ticks: list[Tick]
-    median_x: float
-    note: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """Empty of a run without a bench, and of an older one."""
-
-    pictures: list[Hills] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    flags: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    folded: list[Table] = field(default_factory=list)
-    command: str = ""
+MAX_RATIO = 3.0
+"""The histogram ends at this multiple of the median; the fraction beyond it is written next to it."""
 
 
 def section(report: Report) -> Section:
-    return Section() if report.bench is None else of_bench(report.bench)
-
-
-def of_bench(bench: Bench) -> Section:
-    pictures = [picture for count in bench.threads if (picture := hills(bench, count)) is not None]
+    """Return an empty section before the bench."""
+    bench = report.bench
+    if bench is None:
+        return Section("Latency", "latency")
+    charts = [chart for threads in bench.threads if (chart := histograms(bench, threads)) is not None]
     return Section(
-        pictures=pictures,
-        text=protocol(bench),
-        flags=flags(bench),
-        tables=[
-            bench_tables.percentiles(bench),
-            bench_tables.speedups(bench),
-            bench_tables.end_to_end(bench),
-            bench_tables.cold_starts(bench),
-            bench_tables.throughput(bench),
-        ],
-        folded=[bench_tables.conditions(bench), bench_tables.files(bench), bench_tables.machine(bench)],
+        "Latency",
+        "latency",
+        text=[" ".join(protocol(bench))],
+        warnings=list_warnings(bench),
+        figures=charts,
+        tables=[percentiles(bench), *other_tables(bench)],
+        folded=[conditions(bench), files(bench)],
         command=bench.command,
     )
 
 
-def flags(bench: Bench) -> list[str]:
-    """What disturbed it, each with its thread count; then what could not be measured."""
-    found = [
-        f"{format.threads(str(one.threads)).capitalize()}, {one.name}: {one.sentence}" for one in bench.flags
-    ]
-    return [*found, *(f"{note[0].upper()}{note[1:]}." for note in bench.notes)]
+def list_warnings(bench: Bench) -> list[str]:
+    """Return the disturbances, then what could not be measured."""
+    flags = [f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}" for flag in bench.flags]
+    return [*flags, *(f"{note[0].upper()}{note[1:]}." for note in bench.notes)]
 
 
 def protocol(bench: Bench) -> list[str]:
-    """In three sentences."""
-    processes = max(one.processes for one in bench.conditions)
-    pinned = any(one.cores for one in bench.conditions)
+    processes = max(condition.processes for condition in bench.conditions)
+    pinned = any(condition.cores for condition in bench.conditions)
     runs = f" and {bench.samples:,} runs" if bench.samples else ""
-    each = "process of its own" if processes == 1 else f"{processes} processes of its own, which take turns"
-    blocks = format.significant(max(one.block_ms for one in bench.conditions))
+    block = format.significant(max(condition.block_ms for condition in bench.conditions))
     return [
-        f"Every file ran in {'a ' if processes == 1 else ''}{each}, "
-        + ("pinned to as many cores as it has threads" if pinned else "not pinned, since this system cannot")
-        + f", for at least {format.significant(bench.seconds)} s{runs} at each thread count, one image at a "
-        "time, after a warm-up until two windows agreed within 2 %.",
-        f"Rounds of blocks of {blocks} ms in random order (seed {bench.seed}); no run was left out.",
-        disturbed(bench),
+        f"Batch size 1, model only. Each file ran in {format.plural(processes, 'process', 'processes')} "
+        f"({'pinned to one core per thread' if pinned else 'not pinned: this system cannot'}) for at least "
+        f"{format.significant(bench.seconds)} s{runs} per thread count, after a warm-up until two windows "
+        "agreed within 2 %.",
+        f"Files alternated in blocks of {block} ms in random order (seed {bench.seed}). No run was discarded.",
+        noise_summary(bench),
     ]
 
 
-def disturbed(bench: Bench) -> str:
+def noise_summary(bench: Bench) -> str:
     if bench.flags:
-        names = ", ".join(dict.fromkeys(one.name for one in bench.flags))
-        return f"The machine was not quiet ({names}): doubt small differences."
-    return "A sentinel, the machine’s counters and repeated processes showed nothing that disturbed it."
+        names = ", ".join(dict.fromkeys(flag.name for flag in bench.flags))
+        return f"The measurement was disturbed ({names}): small differences are unreliable."
+    return "No disturbance was detected (reference workload, system counters, repeated processes)."
 
 
-def hills(bench: Bench, threads: int) -> Hills | None:
-    """A row for each network: how its runs lie around their median."""
-    shown = [one for one in bench.latencies if one.threads == threads and one.p50]
+def role(bench: Bench, subject: str) -> str:
+    """Return the role of a network of the run, or the name of any other file."""
+    key = next((file.key for file in bench.subjects if file.name == subject), None)
+    if key is not None and key.startswith("teacher "):
+        return f"Teacher {key.split()[1]}"
+    return ROLES.get(key or "", subject)
+
+
+def percentiles(bench: Bench) -> Table:
+    """Return each latency with its percentiles and their intervals, as ``1.23 (1.21–1.26)``."""
+    names = [name for name in PERCENTILES if any(name in latency.percentiles for latency in bench.latencies)]
+    rows = [
+        [
+            role(bench, latency.subject),
+            str(latency.threads),
+            *(percentile(latency.percentiles.get(name)) for name in names),
+            format.significant(latency.mean),
+            format.count(latency.n),
+        ]
+        for latency in bench.latencies
+    ]
+    few = [label for name, label in PERCENTILES.items() if name not in names and name != "p99_9"]
+    note = "Milliseconds per image, with 95 % intervals."
+    note += f" Too few runs for {' and '.join(few)}." if few else ""
+    heads = ["", "threads", *(PERCENTILES[name] for name in names), "mean", "runs"]
+    return Table("Latency percentiles", heads, rows, note=note)
+
+
+def brief_percentiles(bench: Bench) -> Table:
+    """Return percentiles with the interval of the median only, for 80 columns."""
+    names = ("p50", "p90", "p95", "p99")
+    rows = [
+        [
+            role(bench, latency.subject),
+            str(latency.threads),
+            percentile(latency.percentiles.get("p50")),
+            *(percentile(latency.percentiles.get(name)).partition(" ")[0] for name in names[1:]),
+            format.count(latency.n),
+        ]
+        for latency in bench.latencies
+    ]
+    return Table("Latency in ms, batch size 1", ["", "threads", *names, "runs"], rows)
+
+
+def percentile(value: Percentile | None) -> str:
+    if value is None:
+        return format.MISSING
+    shown = format.significant(value.value)
+    if value.low is None and value.high is None:
+        return shown
+    low, high = (format.significant(end) if end is not None else "" for end in (value.low, value.high))
+    return f"{shown} ({low}–{high})"
+
+
+def other_tables(bench: Bench) -> list[Table]:
+    return [speedups(bench), end_to_end(bench), cold_starts(bench), throughput(bench)]
+
+
+def speedups(bench: Bench) -> Table:
+    """Return a row for each pair of files and a column for each thread count."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for speedup in bench.speedups:
+        other = role(bench, speedup.over)
+        if other.split()[0] in ("Teacher", "Student"):
+            other = other[:1].lower() + other[1:]
+        name = f"{role(bench, speedup.subject)} vs. {other}"
+        row = rows.setdefault((speedup.subject, speedup.over), [name, *[format.MISSING] * len(bench.threads)])
+        row[1 + bench.threads.index(speedup.threads)] = describe_speedup(speedup)
+    heads = ["", *(format.threads(count) for count in bench.threads)]
+    note = "Ratio of the per-round medians, with its 95 % interval."
+    return Table("Speedup", heads, list(rows.values()), note=note)
+
+
+def describe_speedup(speedup: Speedup) -> str:
+    """2.10× faster (2.05–2.14×); no significant difference (0.98–1.02×); 1.30× slower (1.25–1.35×)."""
+    if speedup.verdict == "no difference":
+        return f"no significant difference ({format.times_interval(speedup.low, speedup.high)})"
+    if speedup.verdict == "slower":
+        interval = format.times_interval(1 / speedup.high, 1 / speedup.low)
+        return f"{format.times(1 / speedup.ratio)} slower ({interval})"
+    return f"{format.times(speedup.ratio)} faster ({format.times_interval(speedup.low, speedup.high)})"
+
+
+def end_to_end(bench: Bench) -> Table:
+    rows = [
+        [
+            role(bench, result.subject),
+            *(_ms(value) for value in (result.decode, result.resize, result.normalize, result.run)),
+            percentile(result.total.get("p50")),
+            percentile(result.total.get("p90")),
+        ]
+        for result in bench.end_to_end
+    ]
+    note = ""
+    if rows:
+        threads = format.threads(bench.end_to_end[0].threads)
+        note = f"Median milliseconds on {bench.images}, {threads}; Pillow decodes and resizes on one thread."
+    columns = ["", "decode", "resize", "normalize", "model", "total p50", "total p90"]
+    return Table("End-to-end latency, from image file to prediction", columns, rows, note=note)
+
+
+def cold_starts(bench: Bench) -> Table:
+    rows = []
+    for result in bench.cold_starts:
+        model_bytes = None
+        if result.peak_bytes is not None and result.runtime_bytes is not None:
+            model_bytes = max(0, result.peak_bytes - result.runtime_bytes)
+        rows.append(
+            [
+                role(bench, result.subject),
+                *(_ms(value) for value in (result.import_ms, result.session_ms, result.first_run_ms)),
+                format.megabytes(result.peak_bytes),
+                format.megabytes(model_bytes),
+            ]
+        )
+    note = ""
+    if rows:
+        first = bench.cold_starts[0]
+        note = f"Median milliseconds of {format.plural(first.processes, 'new process', 'new processes')}, "
+        note += f"{format.threads(first.threads)}; the file is in the page cache."
+    columns = ["", "import runtime", "load model", "first run", "peak memory", "of which model"]
+    return Table("Cold start", columns, rows, note=note)
+
+
+def throughput(bench: Bench) -> Table:
+    """Return a row for each file and a column for each batch size."""
+    batches = sorted({result.batch for result in bench.throughput})
+    rates = {(result.subject, result.batch): result.images_per_second for result in bench.throughput}
+    rows = [
+        [role(bench, subject), *(_ms(rates.get((subject, batch))) for batch in batches)]
+        for subject in dict.fromkeys(result.subject for result in bench.throughput)
+    ]
+    note = f"Images per second, {format.threads(bench.throughput[0].threads)}." if rows else ""
+    return Table("Throughput", ["", *(f"batch size {batch}" for batch in batches)], rows, note=note)
+
+
+def files(bench: Bench) -> Table:
+    rows = [
+        [role(bench, file.name), file.file, _runtime(bench, file.runtime), file.input, file.inputs]
+        for file in bench.subjects
+    ]
+    columns = ["", "file", "runtime", "input", "input data"]
+    return Table("Benchmarked files", columns, rows, code=frozenset({1}), text=True)
+
+
+def _runtime(bench: Bench, name: str) -> str:
+    version = bench.environment.get(name)
+    return f"{name} {version}" if version else name
+
+
+def conditions(bench: Bench) -> Table:
+    """Return how each thread count was measured."""
+
+    def row(name: str, value: Callable[[int], str]) -> list[str]:
+        return [name, *(value(i) for i in range(len(bench.conditions)))]
+
+    measured = bench.conditions
+    rows = [
+        row("pinned to cores", lambda i: ", ".join(map(str, measured[i].cores)) or "none"),
+        row("CPU governor", lambda i: measured[i].governor or "unknown"),
+        row("rounds of blocks", lambda i: f"{measured[i].rounds} of {_ms(measured[i].block_ms)} ms"),
+        row("processes per file", lambda i: str(measured[i].processes)),
+        row(
+            "std between processes",
+            lambda i: (
+                f"{format.significant(measured[i].process_spread, 2)} %"
+                + ("" if measured[i].process_spread_measured else " (assumed)")
+            ),
+        ),
+        row(
+            "reference workload, p10–p90",
+            lambda i: f"{_ms(measured[i].sentinel_ms[0])}–{_ms(measured[i].sentinel_ms[2])} ms",
+        ),
+        row("not monitored", lambda i: ", ".join(measured[i].unchecked) or "none"),
+        row("session options", lambda _: ", ".join(bench.session)),
+    ]
+    columns = ["", *(format.threads(condition.threads) for condition in measured)]
+    return Table("Measurement conditions", columns, rows, text=True)
+
+
+def _ms(value: float | None) -> str:
+    return format.MISSING if value is None else format.significant(value)
+
+
+def histograms(bench: Bench, threads: int) -> Chart | None:
+    """Draw the distribution of the latency of each network relative to its median; None without any."""
+    shown = [latency for latency in bench.latencies if latency.threads == threads and latency.p50]
     if not shown:
         return None
-    ratios = {one.subject: np.array(one.quantiles) / (one.p50 or 1.0) for one in shown}
-    low = max(0.5, min(float(one[1]) for one in ratios.values()))
-    high = min(WIDEST, max(1.15, *(float(one[99]) for one in ratios.values())))
-    step = nice((high - low) / 4)
-    left, right = LABEL + 6, WIDTH - VALUE
+    ratios = [np.array(latency.quantiles) / (latency.p50 or 1.0) for latency in shown]
+    low = max(0.5, min(float(ratio[1]) for ratio in ratios))
+    high = min(MAX_RATIO, max(1.15, *(float(ratio[99]) for ratio in ratios)))
+    left, right = LABEL_WIDTH + 6, WIDTH - VALUE_WIDTH
 
-    def place(ratio: float) -> float:
-        return round(left + (right - left) * (ratio - low) / (high - low), 1)
+    def x(ratio: float) -> float:
+        return left + (right - left) * (ratio - low) / (high - low)
 
-    rows = [
-        _hill(bench, one, ratios[one.subject], (low, high), place(low), place(high), 8 + i * ROW)
-        for i, one in enumerate(shown)
-    ]
-    begin = step * np.ceil(low / step)
-    marked = [Tick(place(value), f"{text}×") for value, text in ticks(float(begin), high, step)]
-    return Hills(
-        title=f"How steady, {format.threads(str(threads))}",
-        description=_told(bench, threads, shown),
-        height=8 + len(rows) * ROW + 20,
-        rows=rows,
-        ticks=marked,
-        median_x=place(1.0),
-        note="single runs around their median, which stands at the right",
+    height = 8 + len(shown) * ROW + 20
+    step = round_step((high - low) / 4)
+    ticks = axis_ticks(float(step * np.ceil(low / step)), high, step)
+    shapes = vertical_grid([(value, f"{number}×") for value, number in ticks], x, height)
+    for i, (latency, ratio) in enumerate(zip(shown, ratios, strict=True)):
+        shapes += _histogram(bench, latency, ratio, (low, high), x, 8 + i * ROW + HISTOGRAM_HEIGHT)
+    shapes.append(line("level budget", x(1.0), 0, x(1.0), height - 18))
+    return Chart(
+        f"Latency distribution, {format.threads(threads)}",
+        _describe(bench, threads, shown),
+        [Drawing(WIDTH, height, shapes)],
+        "runs relative to the median; the median is at the right",
     )
 
 
-def _hill(
+def _histogram(
     bench: Bench,
-    one: Latency,
+    latency: Latency,
     ratios: np.ndarray,
     ends: tuple[float, float],
-    left: float,
-    right: float,
-    top: float,
-) -> Hill:
+    x: Callable[[float], float],
+    base: float,
+) -> list[Shape]:
     edges = np.linspace(*ends, BINS + 1)
-    # Quantiles are a distribution function read sideways; equal ones would make it vertical.
+    # The quantiles are the inverse of the distribution function; equal ones would make it vertical.
     rising = ratios + 1e-9 * np.arange(len(ratios))
-    share = np.interp(edges, rising, np.arange(101) / 100)
-    heights = np.diff(share)
+    fractions = np.interp(edges, rising, np.arange(101) / 100)
+    heights = np.diff(fractions)
     heights = heights / (heights.max() or 1.0)
-    base, width = top + CURVE, (right - left) / BINS
-    points = [(left, base)]
-    for i, height in enumerate(heights):
-        y = base - CURVE * float(height)
-        points += [(left + i * width, y), (left + (i + 1) * width, y)]
-    points.append((right, base))
-    beyond = 1 - float(share[-1])
-    p90 = one.percentiles.get("p90")
-    ratio = p90.value / (one.p50 or 1.0) if p90 is not None else None
-    return Hill(
-        label=bench_tables.role(bench, one.subject),
-        key=next((s.key for s in bench.subjects if s.name == one.subject and s.key), "") or "other",
-        y=round(base, 1),
-        outline=" ".join(f"{x:.1f},{y:.1f}" for x, y in points),
-        text=format.milliseconds(one.p50),
-        beyond=f"{format.percent(100 * beyond)} beyond" if beyond >= 0.005 else "",
-        p90=round(left + (right - left) * (ratio - ends[0]) / (ends[1] - ends[0]), 1)
-        if ratio is not None and isfinite(ratio) and ends[0] <= ratio <= ends[1]
-        else None,
-    )
+    points = [(x(ends[0]), base)]
+    for start, end, height in zip(edges, edges[1:], heights, strict=False):
+        y = base - HISTOGRAM_HEIGHT * float(height)
+        points += [(x(float(start)), y), (x(float(end)), y)]
+    points.append((x(ends[1]), base))
+    key = next((file.key for file in bench.subjects if file.name == latency.subject and file.key), "other")
+    shapes = [
+        text("name", 0, base - 6, role(bench, latency.subject)),
+        polyline(f"histogram {key}", points, "polygon"),
+        text("number", WIDTH - 70, base - 6, format.milliseconds(latency.p50)),
+    ]
+    if (p90 := latency.percentiles.get("p90")) is not None:
+        ratio = p90.value / (latency.p50 or 1.0)
+        if isfinite(ratio) and ends[0] <= ratio <= ends[1]:
+            shapes.append(path(f"whisker {key}", "M", x(ratio), base, "v-9", tooltip="p90"))
+    if (beyond := 1 - float(fractions[-1])) >= 0.005:
+        shapes.append(text("tick", WIDTH - 70, base + 7, f"{format.percent(100 * beyond)} beyond"))
+    return shapes
 
 
-def _told(bench: Bench, threads: int, shown: Sequence[Latency]) -> str:
-    """The picture in words, for those who hear it."""
+def _describe(bench: Bench, threads: int, shown: Sequence[Latency]) -> str:
     rows = []
-    for one in shown:
-        p90 = one.percentiles.get("p90")
-        over = f", p90 {format.milliseconds(p90.value)}" if p90 is not None else ""
-        rows.append(f"{bench_tables.role(bench, one.subject)}: median {format.milliseconds(one.p50)}{over}")
-    return f"Distribution of single runs on {format.threads(str(threads))}. {'; '.join(rows)}."
+    for latency in shown:
+        p90 = latency.percentiles.get("p90")
+        tail = f", p90 {format.milliseconds(p90.value)}" if p90 is not None else ""
+        rows.append(f"{role(bench, latency.subject)}: median {format.milliseconds(latency.p50)}{tail}")
+    return f"Distribution of runs, {format.threads(threads)}. {'; '.join(rows)}."

@@ -1,57 +1,190 @@
-"""From whom the student learned what: how well its translated map meets each teacher's."""
+"""Training in the report: curves, epochs, cost, rounds, cached teacher outputs, what methods report."""
 
-from ...runs.results import Report
-from ...runs.scores import Score
+import math
+import statistics
+from collections.abc import Callable, Iterable
+
+from ...runs.results import Epoch, Report
 from .. import format
-from ..tables import Table
+from ..charts import Chart, Curve, lines
+from ..networks import score_name
+from ..page import Section
+from ..tables import Table, attribute_rows
+
+METHOD_METRICS = {
+    "max_p_t": "Mean of the largest p_T",
+    "word_accuracy": "Word accuracy",
+    "gamma": "γ of the cosine head",
+    "feature_distance": "Mean squared distance to the teacher’s vector",
+    "equal_bits": "Fraction of hash bits equal to the teacher’s",
+    "teacher_right": "Fraction of images that the teacher classifies correctly",
+}
+MAX_IMAGES_PER_SECOND = 1e15
+"""Higher throughputs come from epochs without a measurable time."""
 
 
-def rounds(report: Report) -> Table:
-    """The students one after another; the last one ships."""
+def section(report: Report) -> Section:
+    parts = []
+    for stage, epochs in _by_stage(report.epochs).items():
+        rates = _curve("Learning rate", epochs, [epoch.learning_rate for epoch in epochs])
+        charts = [
+            lines("Loss", _losses(epochs)),
+            lines(f"{format.title(score_name(report))}, %", _scores(epochs), from_zero=False, top=100),
+            lines("Learning rate", [rates]),
+        ]
+        parts.append(Section(stage, figures=[chart for chart in charts if chart is not None]))
+    return Section(
+        "Training",
+        "training",
+        sections=parts,
+        tables=[cost_table(report), rounds_table(report), cache_table(report)],
+        folded=[epoch_table(report)],
+    )
 
-    def measured(score: Score | None) -> list[str]:
-        if score is None:
-            return [format.MISSING] * 2
-        interval = format.percent_interval(score.low, score.high, score.n)
-        return [format.percent(score.percent, score.n), interval]
 
+def _by_stage(epochs: Iterable[Epoch]) -> dict[str, list[Epoch]]:
+    stages: dict[str, list[Epoch]] = {}
+    for epoch in epochs:
+        stages.setdefault(epoch.stage, []).append(epoch)
+    return stages
+
+
+def method_charts(report: Report) -> list[Chart]:
+    """Draw each metric that methods report, with a curve for each stage."""
+    epochs = [epoch for epoch in report.epochs if epoch.watched]
+    stages, charts = _by_stage(epochs), []
+    for name in dict.fromkeys(name for epoch in epochs for name in epoch.watched):
+        title = _metric_title(name)
+        curves = [
+            _curve(stage if len(stages) > 1 else title, own, [epoch.watched.get(name) for epoch in own])
+            for stage, own in stages.items()
+        ]
+        charts.append(lines(title, curves))
+    return [chart for chart in charts if chart is not None]
+
+
+def _metric_title(name: str) -> str:
+    """Return the title of a metric; a suffix such as the one of ``gamma (resnet50 map)`` is kept."""
+    key, separator, suffix = name.partition(" (")
+    title = METHOD_METRICS.get(key, key.replace("_", " "))
+    return (title[:1].upper() + title[1:] if title.isascii() else title) + separator + suffix
+
+
+def _losses(epochs: list[Epoch]) -> list[Curve]:
+    """Return the sum, then its terms; a single term without the sum."""
+    names = [name for name in dict.fromkeys(n for epoch in epochs for n in epoch.losses) if name != "loss"]
+    if len(names) != 1:
+        names.insert(0, "loss")
+    return [
+        _curve(
+            "sum" if name == "loss" and len(names) > 1 else name, epochs, [e.losses.get(name) for e in epochs]
+        )
+        for name in names
+    ]
+
+
+def _scores(epochs: list[Epoch]) -> list[Curve]:
+    return [
+        _curve("train", epochs, [epoch.train_accuracy for epoch in epochs]),
+        _curve("val", epochs, [epoch.val_accuracy for epoch in epochs]),
+    ]
+
+
+def _curve(label: str, epochs: list[Epoch], values: list[float | None]) -> Curve:
+    return Curve(label, [epoch.epoch for epoch in epochs], values)
+
+
+def cost_table(report: Report) -> Table:
+    """Return what each training cost, without the measures that none of them has."""
+    stages = _by_stage(report.epochs)
+    costs: dict[str, Callable[[list[Epoch]], str | None]] = {
+        "images/s": lambda epochs: _median(
+            (e.images_per_second for e in epochs if e.images_per_second < MAX_IMAGES_PER_SECOND),
+            lambda value: format.number(round(value)),
+        ),
+        "time per epoch": lambda epochs: _median((e.seconds for e in epochs), format.duration),
+        "peak memory": _peak_memory,
+        "time in": _phases,
+        "MFU": lambda epochs: _median((e.mfu for e in epochs), lambda mfu: format.percent(100 * mfu)),
+    }
+    by_cost = attribute_rows(list(stages.values()), costs)
+    rows = [[stage, *(row[1 + i] for row in by_cost)] for i, stage in enumerate(stages)]
+    columns = [row[0] for row in by_cost]
+    note = "Medians over epochs, without evaluation."
+    note += " MFU: model FLOPs utilization of the device." if "MFU" in columns else ""
+    return Table("Training cost", ["stage", *columns], rows, note=note, text=True)
+
+
+def _median(values: Iterable[float | None], show: Callable[[float], str]) -> str | None:
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return show(statistics.median(finite)) if finite else None
+
+
+def _peak_memory(epochs: list[Epoch]) -> str | None:
+    peaks = [epoch.peak_memory_bytes for epoch in epochs if epoch.peak_memory_bytes is not None]
+    return format.megabytes(max(peaks)) if peaks else None
+
+
+def _phases(epochs: list[Epoch]) -> str | None:
+    """Return the fraction of the time in each phase, over all epochs."""
+    timed = [(epoch.shares, epoch.seconds or 1.0) for epoch in epochs if epoch.shares]
+    total = sum(seconds for _, seconds in timed)
+    percents = {
+        phase: 100 * sum(fractions.get(phase, 0.0) * seconds for fractions, seconds in timed) / total
+        for phase in dict.fromkeys(phase for fractions, _ in timed for phase in fractions)
+    }
+    return ", ".join(f"{phase} {format.percent(percent)}" for phase, percent in percents.items()) or None
+
+
+def epoch_table(report: Report) -> Table:
+    rows = [
+        [
+            epoch.stage,
+            f"{epoch.epoch:,} of {epoch.epochs:,}",
+            ", ".join(f"{name} {format.number(value)}" for name, value in epoch.losses.items()),
+            format.percent(epoch.train_accuracy),
+            format.percent(epoch.val_accuracy),
+            format.number(epoch.learning_rate),
+            format.number(round(epoch.images_per_second))
+            if epoch.images_per_second < MAX_IMAGES_PER_SECOND
+            else format.MISSING,
+        ]
+        for epoch in report.epochs
+    ]
+    columns = ["stage", "epoch", "losses", "train", "val", "learning rate", "images/s"]
+    return Table("Epochs", columns, rows, text=True)
+
+
+def rounds_table(report: Report) -> Table:
+    """Return the student of each round; the last one ships."""
     last = report.config.get("rounds", 1)
     rows = [
         [
-            str(one.round) + (" (ships)" if one.round == last else ""),
-            one.teacher,
-            *measured(one.val_score),
-            *measured(one.score),
+            f"{result.round}{' (shipped)' if result.round == last else ''}",
+            result.teacher,
+            format.score_percent(result.val_score),
+            format.score_interval(result.val_score),
+            format.score_percent(result.score),
+            format.score_interval(result.score),
         ]
-        for one in report.rounds
+        for result in report.rounds
     ]
-    return Table(
-        "Rounds",
-        ["round", "taught by", "val images", "95 % interval", "test images", "95 % interval"],
-        rows,
-        note="The student of each round is the teacher of the next. Measured with the weights in torch, "
-        "before export.",
-        left=2,
-    )
+    columns = ["round", "teacher", "validation", "95 % interval", "test", "95 % interval"]
+    note = "The student of each round is the teacher of the next. Measured in PyTorch, before export."
+    return Table("Rounds", columns, rows, note=note, left=2)
 
 
-def reconstruction(report: Report) -> Table:
-    """FEED's error of each teacher, in the first and in the last epoch."""
-    several = len({one.stage for one in report.reconstruction}) > 1
+def cache_table(report: Report) -> Table:
+    """Return the cached teacher outputs that the student was trained on."""
+    usage = report.teacher_cache
+    if usage is None:
+        return Table("Cached teacher outputs", [], [])
     rows = [
-        [
-            *([one.stage] if several else []),
-            one.teacher,
-            format.number(one.first),
-            format.number(one.error),
-        ]
-        for one in report.reconstruction
+        ["views per image", f"{usage.views:,}" + (" (all possible views)" if usage.complete else "")],
+        ["size of one view of all images", format.megabytes(usage.bytes_per_view)],
+        ["size of all views", format.megabytes(usage.views * usage.bytes_per_view)],
+        ["views computed in this run", f"{usage.computed:,}"],
     ]
-    return Table(
-        "Reconstruction of the teachers’ maps",
-        [*(["training"] if several else []), "teacher", "error, first epoch", "last epoch"],
-        rows,
-        note="The student’s translated map against the teacher’s, both scaled to length 1: mean absolute "
-        "difference over √n, for training images. 0 is the same direction, about 1.1 a random one.",
-        left=2 if several else 1,
-    )
+    if usage.lost_mass is not None:
+        rows.append(["probability mass of p_T not cached", f"{format.significant(100 * usage.lost_mass)} %"])
+    return Table("Cached teacher outputs", ["", ""], rows, text=True)

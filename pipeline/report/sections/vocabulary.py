@@ -1,17 +1,18 @@
-"""What the report says and shows of QuEST's words: how unevenly they are used, and a few as pictures."""
+"""QuEST's visual vocabulary in the report, and the metrics of methods."""
 
 from dataclasses import dataclass
 
 from ...runs.results import Report, ShownWord, Words
 from .. import format
-from ..charts import Curve, Lines, lines
-from ..format import png
+from ..charts import Chart, Curve, lines
+from ..page import Figure, Section, check_png
 from ..tables import Table
+from .training import method_charts
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One word: ``patches`` are PNGs in base64, the nearest first."""
+class Word:
+    """A visual word as PNGs (base64) of the nearest image patches."""
 
     title: str
     note: str
@@ -20,89 +21,106 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Section:
-    text: str
-    usage: list[Lines]
-    shown: list[Shown]
-    shown_note: str
-    table: Table
+class Patches:
+    words: list[Word]
+    note: str
+    kind: str = "patches"
+
+    @property
+    def description(self) -> str:
+        return "; ".join(f"{word.title} {word.note}" for word in self.words) + "."
+
+    @property
+    def table(self) -> Table | None:
+        return None
 
 
 def section(report: Report) -> Section:
-    """Empty where no method has words."""
-    pictured = next((one for one in report.words if one.shown), None)
-    return Section(
-        " ".join(sentences(report)),
-        [chart for one in report.words if (chart := _usage(one, several=len(report.words) > 1))],
-        [] if pictured is None else [_shown(one, pictured) for one in pictured.shown],
-        "" if pictured is None else _note(pictured, report),
-        table(report),
-    )
-
-
-def sentences(report: Report) -> list[str]:
-    if not report.words:
-        return []
-    told = [
-        "The teacher’s feature maps, as the method sees them: every position is described by its nearest "
-        "words. Perplexity is the number of words that are effectively in use."
-    ]
-    for one in report.words:
-        if one.dead is None or not one.usage:
-            continue
-        of = f" of {one.teacher}" if len(report.words) > 1 else ""
-        dead = (
-            f"{one.dead:,} {'word' if one.dead == 1 else 'words'}{of} {'is' if one.dead == 1 else 'are'} no"
+    """Return the vocabulary, or only the metrics of other methods."""
+    shown = next((words for words in report.words if words.shown), None)
+    figures: list[Figure] = []
+    if shown is not None:
+        figures.append(
+            Patches([_word(word, shown) for word in shown.shown], _describe_patches(shown, report))
         )
-        most = format.significant(100 * one.usage[0][1] / one.features_used, 2)
-        first = dead if one.dead else f"Every word{of} is some"
-        told.append(f"{first} feature’s nearest; the most used one is that of {most} % of the features.")
-    return told
-
-
-def _usage(one: Words, *, several: bool) -> Lines | None:
-    title = f"Usage of the words ({one.teacher} {one.level})" if several else "Usage of the words"
-    curve = Curve("features", [rank for rank, _ in one.usage], [float(count) for _, count in one.usage])
-    return lines(title, [curve], x_name="word, the most used first") if one.usage else None
-
-
-def _shown(one: ShownWord, words: Words) -> Shown:
-    place = f"Word {one.rank:,} of {words.words:,}"
-    patches = [found for patch in one.patches if (found := png(patch)[0])]
-    share = f"nearest to {format.significant(one.share, 2)} % of the features"
-    what = format.counted(len(patches), "patch", "patches")
-    return Shown(place, share, f"{place} by use: the {what} of images nearest to it", patches)
-
-
-def _note(words: Words, report: Report) -> str:
-    of = f" of {words.teacher}" if len(report.words) > 1 else ""
-    told = (
-        f"Some words{of}, from the most used to rarer ones, each as the patches nearest to it, the nearest "
+    figures += [chart for words in report.words if (chart := _usage(report, words))]
+    figures += method_charts(report)
+    return Section(
+        "Visual vocabulary" if report.words else "Method metrics",
+        "words",
+        text=[" ".join(_sentences(report))] if report.words else [],
+        figures=figures,
+        tables=[_table(report), _reconstruction(report)],
     )
-    told += "first and each of another image"
+
+
+def _sentences(report: Report) -> list[str]:
+    sentences = [
+        "Each position of the teacher’s feature map is described by its nearest visual words. Perplexity is "
+        "the effective number of words in use."
+    ]
+    for words in report.words:
+        if words.dead is None or not words.usage:
+            continue
+        teacher = f" of {words.teacher}" if len(report.words) > 1 else ""
+        most = format.significant(100 * words.usage[0][1] / words.features_used, 2)
+        unused = f"{format.plural(words.dead, 'word')}{teacher} {'is' if words.dead == 1 else 'are'}"
+        first = f"{unused} never the nearest word" if words.dead else f"No word{teacher} is unused"
+        sentences.append(f"{first}; the most frequent word is the nearest of {most} % of the features.")
+    return sentences
+
+
+def _usage(report: Report, words: Words) -> Chart | None:
+    suffix = f" ({words.teacher} {words.level})" if len(report.words) > 1 else ""
+    ranks, counts = [rank for rank, _ in words.usage], [float(count) for _, count in words.usage]
+    return lines(f"Word frequency{suffix}", [Curve("features", ranks, counts)], x_name="rank of the word")
+
+
+def _word(word: ShownWord, words: Words) -> Word:
+    title = f"Word {word.rank:,} of {words.words:,}"
+    patches = [png for patch in word.patches if (png := check_png(patch)[0])]
+    note = f"nearest word of {format.significant(word.share, 2)} % of the features"
+    description = f"{title} by frequency: {format.plural(len(patches), 'nearest patch', 'nearest patches')}"
+    return Word(title, note, description, patches)
+
+
+def _describe_patches(words: Words, report: Report) -> str:
+    teacher = f" of {words.teacher}" if len(report.words) > 1 else ""
+    sentence = f"Words{teacher} from frequent to rare, each with its nearest patches, one per image"
     if words.patch is not None and words.seen is not None:
-        told += f": {words.patch} × {words.patch} pixels around a position of the map, looked for in "
-        told += format.counted(words.seen, "image")
-    return f"{told}."
+        sentence += f": {words.patch} × {words.patch} pixels around a position of the feature map, from "
+        sentence += format.plural(words.seen, "image")
+    return f"{sentence}."
 
 
-def table(report: Report) -> Table:
+def _table(report: Report) -> Table:
     rows = [
         [
-            one.teacher,
-            one.level,
-            format.count(one.words) + (f" (of {one.asked:,} asked)" if one.asked != one.words else ""),
-            f"{one.features_used:,} of {one.features:,}",
-            format.number(one.perplexity),
-            format.percent(100 * one.perplexity / one.words) if one.words else format.MISSING,
-            format.number(one.mu),
+            words.teacher,
+            words.level,
+            format.count(words.words)
+            + (f" ({words.asked:,} requested)" if words.asked != words.words else ""),
+            f"{words.features_used:,} of {words.features:,}",
+            format.number(words.perplexity),
+            format.percent(100 * words.perplexity / words.words) if words.words else format.MISSING,
+            format.number(words.mu),
         ]
-        for one in report.words
+        for words in report.words
     ]
-    return Table(
-        "Vocabulary",
-        ["teacher", "readout", "words", "features clustered", "perplexity", "of the words", "μ"],
-        rows,
-        note=" ".join(dict.fromkeys(one.note for one in report.words if one.note)),
-        left=2,
+    columns = ["teacher", "features", "words", "clustered features", "perplexity", "perplexity / words", "μ"]
+    note = " ".join(dict.fromkeys(words.note for words in report.words if words.note))
+    return Table("Vocabulary", columns, rows, note=note, left=2)
+
+
+def _reconstruction(report: Report) -> Table:
+    """Return FEED's error for each teacher in the first and the last epoch."""
+    rows = [
+        [result.stage, result.teacher, format.number(result.first), format.number(result.error)]
+        for result in report.reconstruction
+    ]
+    note = (
+        "Mean absolute difference over √n of the student’s translated feature map to the teacher’s, both of "
     )
+    note += "norm 1, on training images: 0 for equal directions, about 1.1 for random ones."
+    columns = ["stage", "teacher", "first epoch", "last epoch"]
+    return Table("Reconstruction error", columns, rows, note=note, left=2)

@@ -1,0 +1,208 @@
+"""Pages as data: a page is a list of sections, which contain text, figures and tables."""
+
+import base64
+import binascii
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from . import format
+from .tables import Table
+
+MAX_MATRIX_CLASSES = 20
+"""A larger confusion matrix is unreadable: the most confused pairs are listed instead."""
+SMALL_IMAGE = 100
+"""Side in pixels below which images are enlarged without smoothing."""
+
+
+class Figure(Protocol):
+    """A chart, matrix or set of images. The macro ``kind`` of figures.html.j2 draws it."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def description(self) -> str:
+        """The figure in words: for screen readers, and in Markdown unless there is a table."""
+        ...
+
+    @property
+    def table(self) -> Table | None:
+        """The same content for Markdown."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One of the bars of a key figure; ``percent`` of the longest one."""
+
+    label: str
+    key: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A large number on the first screen, its meaning, details, and bars that show the same comparison."""
+
+    value: str
+    meaning: str
+    details: list[str] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+
+    @property
+    def is_known(self) -> bool:
+        return self.value != format.MISSING
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page. Empty tables are not shown, ``folded`` ones open on a click."""
+
+    title: str
+    id: str = ""
+    """Anchor of a section that is listed at the head of the page."""
+    text: Sequence[str] = ()
+    """Paragraphs."""
+    warnings: Sequence[str] = ()
+    command: str = ""
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    sections: Sequence["Section"] = ()
+    folded: Sequence[Table] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        tables = any(table.rows for table in (*self.tables, *self.folded))
+        return not (
+            tables or self.figures or self.command or any(not part.is_empty for part in self.sections)
+        )
+
+
+@dataclass(frozen=True)
+class Page:
+    kind: str
+    """The page's name next to that of the program."""
+    title: str
+    lead: str
+    sections: list[Section]
+    footer: str
+    data_file: str
+    """The JSON file with the rows that the page leaves out."""
+    warnings: list[str] = field(default_factory=list)
+    key_figures: list[KeyFigure] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """Lines under the key figures."""
+
+    def without_empty_sections(self) -> "Page":
+        return replace(self, sections=[section for section in self.sections if not section.is_empty])
+
+
+@dataclass(frozen=True)
+class MatrixCell:
+    text: str
+    kind: str
+    percent: int
+    """Percentage of the true class, which sets the strength of the cell's color."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix: rows are true classes, columns predictions."""
+
+    classes: list[str]
+    rows: list[list[MatrixCell]]
+    caption: str
+    kind: str = "matrix"
+
+    @property
+    def description(self) -> str:
+        return self.caption
+
+    @property
+    def table(self) -> Table:
+        rows = [
+            [name, *(cell.text or "0" for cell in row)]
+            for name, row in zip(self.classes, self.rows, strict=True)
+        ]
+        return Table("Confusion matrix (rows: true class, columns: prediction)", ["", *self.classes], rows)
+
+
+def confusion_matrix(counts: list[list[int]], classes: list[str], caption: str) -> Matrix | None:
+    """Return the matrix of counts [true class][prediction]; None if it has too many classes."""
+    if len(counts) > MAX_MATRIX_CLASSES:
+        return None
+    rows = []
+    for truth, row in enumerate(counts):
+        total = sum(row)
+        rows.append(
+            [
+                MatrixCell(
+                    f"{n:,}" if n else "",
+                    "hit" if truth == predicted else "miss" if n else "none",
+                    round(100 * n / total) if total else 0,
+                )
+                for predicted, n in enumerate(row)
+            ]
+        )
+    return Matrix(classes, rows, caption)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    label: str
+    probability: str
+    correct: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.label} ({self.probability}), {'correct' if self.correct else 'wrong'}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A test image and its predictions. ``png`` is empty if the report holds no valid PNG of it."""
+
+    name: str
+    label: str
+    student: Prediction
+    teacher: Prediction | None
+    png: str
+    is_small: bool
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Test images with predictions."""
+
+    title: str
+    pictures: list[Picture]
+    kind: str = "gallery"
+
+    @property
+    def description(self) -> str:
+        return f"{self.title}: {format.plural(len(self.pictures), 'image')}."
+
+    @property
+    def table(self) -> Table:
+        rows = [
+            [p.name, p.label, p.student.text, p.teacher.text if p.teacher else format.MISSING]
+            for p in self.pictures
+        ]
+        return Table(
+            self.title, ["image", "label", "student", "teacher"], rows, code=frozenset({0}), text=True
+        )
+
+
+def check_png(text: str) -> tuple[str, int]:
+    """Return base64 text without whitespace, and the longer side of its PNG; ("", 0) if it is not a PNG."""
+    text = re.sub(r"\s", "", text)
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return "", 0
+    if not content.startswith(b"\x89PNG\r\n\x1a\n") or len(content) < 24:
+        return "", 0
+    return text, max(struct.unpack(">II", content[16:24]))

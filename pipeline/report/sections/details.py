@@ -1,0 +1,151 @@
+"""The end of the report: commands, stages, data, files, weights, and all options."""
+
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from ...runs.results import Report, Subject
+from .. import format
+from ..networks import all_networks, score_name, shipped_network
+from ..page import Section
+from ..tables import Table
+
+MAX_DUPLICATES = 10
+"""Names that are shown of a group of identical images."""
+
+
+def section(report: Report) -> Section:
+    return Section(
+        "Details",
+        "details",
+        command=report.command,
+        tables=[commands(report), _stages(report), _data(report), _weights(report), _files(report)],
+        folded=[
+            _skipped(report),
+            _duplicates(report),
+            _nested_table("Quantization", _quantization(report)),
+            _nested_table(f"Parameters of {report.method}", _method(report)),
+            _nested_table("Environment", report.environment),
+            _nested_table("All options", report.config),
+        ],
+    )
+
+
+def commands(report: Report) -> Table:
+    """Return the commands that measure the figures of the report again."""
+    rows = []
+    if report.config.get("out"):
+        run = shlex.quote(str(report.config["out"]))
+        if report.artifact is not None:
+            rows.append([f"{score_name(report)} and calibration", f"compress validate {run}"])
+            rows.append(["latency", f"compress bench {run}"])
+            rows.append(["export and int8", f"compress export {run}"])
+        rows.append(["report", f"compress report {run}"])
+    return Table("Commands to repeat a part", ["part", "command"], rows, code=frozenset({1}), text=True)
+
+
+def _stages(report: Report) -> Table:
+    rows = [[stage.stage, format.duration(stage.seconds), stage.summary] for stage in report.stages]
+    note = f"Total {format.duration(sum(stage.seconds for stage in report.stages))}."
+    return Table("Stages", ["stage", "time", "result"], rows, note=note, text=True)
+
+
+def _data(report: Report) -> Table:
+    data = report.data
+    if data is None:
+        return Table("Data", [], [])
+    splits = {"training": data.train, "validation": data.val, "test": data.test}
+    note = f"{data.name}; fingerprint {data.fingerprint}. Unreadable images: {len(data.skipped):,}. "
+    note += f"Groups of identical images: {len(data.duplicates):,}."
+    return Table("Data", ["split", "images"], [[name, f"{n:,}"] for name, n in splits.items()], note=note)
+
+
+def _weights(report: Report) -> Table:
+    rows = [
+        [
+            column.role,
+            column.subject.weights,
+            column.subject.head or format.MISSING,
+            column.subject.licence or format.MISSING,
+            _onnx_version(column.subject),
+        ]
+        for column in all_networks(report)
+    ]
+    columns = ["", "initial weights", "head", "license of the weights", "format"]
+    return Table("Weights", columns, rows, text=True)
+
+
+def _onnx_version(subject: Subject) -> str:
+    versions = (("opset", subject.opset), ("IR", subject.ir_version))
+    parts = [f"{name} {value}" for name, value in versions if value]
+    return f"ONNX, {', '.join(parts)}" if parts else format.MISSING
+
+
+def _files(report: Report) -> Table:
+    rows = [
+        [
+            column.role,
+            column.subject.file or format.MISSING,
+            format.count(column.subject.bytes),
+            column.subject.sha256 or format.MISSING,
+        ]
+        for column in all_networks(report)
+        if column.subject.file or column.subject.sha256
+    ]
+    return Table("Files", ["", "file", "bytes", "SHA-256"], rows, code=frozenset({1, 3}), text=True)
+
+
+def _skipped(report: Report) -> Table:
+    rows = [[name, reason] for name, reason in (report.data.skipped if report.data else [])]
+    return Table("Skipped images", ["image", "reason"], rows, code=frozenset({0}), text=True)
+
+
+def _duplicates(report: Report) -> Table:
+    rows = [
+        [
+            f"{len(group):,}",
+            ", ".join(group[:MAX_DUPLICATES]) + (", …" if len(group) > MAX_DUPLICATES else ""),
+        ]
+        for group in (report.data.duplicates if report.data else [])
+    ]
+    return Table("Identical images", ["images", "names"], rows, code=frozenset({1}), text=True)
+
+
+def _quantization(report: Report) -> dict[str, Any]:
+    shipped = shipped_network(report)
+    return (shipped.subject.quantization if shipped else None) or {}
+
+
+def _method(report: Report) -> dict[str, Any]:
+    origin = {"source": report.method_source, "recipe": report.recipe}
+    hashes = {
+        f"hashes of {h.teacher}": f"{h.hashes:,}, s = {format.number(h.std)}, bias: {h.bias}"
+        for h in report.hashes
+    }
+    balance = {
+        f"balance.{weight.method}": f"gradient ratio to the label loss {format.number(weight.pull)}, "
+        f"range {format.number(weight.least)} to {format.number(weight.most)}, weight × "
+        f"{format.number(weight.factor)}"
+        for weight in report.balance
+    }
+    given = {name: value for name, value in origin.items() if value}
+    return given | report.method_parameters | hashes | balance
+
+
+def _nested_table(title: str, content: dict[str, Any]) -> Table:
+    rows = [[name, value] for name, value in _flatten(content)] if content else []
+    return Table(title, ["", ""], rows, code=frozenset({0, 1}), text=True)
+
+
+def _flatten(content: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from _flatten(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, (list, tuple)):
+        yield name, ", ".join(str(item) for item in content) or "none"
+    elif content is None:
+        yield name, "not set"
+    elif isinstance(content, bool):
+        yield name, "yes" if content else "no"
+    else:
+        yield name, str(content)
