@@ -11,13 +11,13 @@ import numpy as np
 
 from ...export.runtime import Pixels, Preprocessing, render
 from ..data.dataset import Image, Progress, Skipped
-from ..data.decode import check_unreadable, decode_each, read_pixels
+from ..data.decode import decode_each
+from ..data.unreadable import check_unreadable, read_pixels
 from ..errors import UsageError
 from ..evaluation import calibration
 from ..evaluation.comparison import SIGNIFICANT, holm, mcnemar
-from ..evaluation.examples import MAX_SIDE
-from ..evaluation.results import Confused, Pair, Verdict
-from ..data.decode import encode_thumbnail
+from ..evaluation.mistakes import make_example, most_confused
+from ..evaluation.results import Pair, Verdict
 from ..runs.files import escape_cell
 from ..runs.results import Example
 from ..runs.scores import Proportion
@@ -25,8 +25,6 @@ from .validate_inputs import Asked
 
 MOST_IN_MATRIX = 100
 """A larger confusion matrix is not kept: the pairs confused most often say what it would."""
-
-MOST_CONFUSED = 100
 
 
 def measured(network: Asked, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def measured(network: Asked, logits: np.ndarray, targets: np.ndarray) -> dict[st
         "mistakes": int((~right(network, logits, targets)).sum()),
         "per_class": task.measure_classes(logits, targets, labels, thresholds),
         "confusion": None if table is None or len(labels) > MOST_IN_MATRIX else table.tolist(),
-        "confused": [] if table is None else _confused(table, labels),
+        "confused": [] if table is None else most_confused(table, labels),
     }
 
 
@@ -99,23 +97,6 @@ def verdict(difference: float, p: float) -> Verdict:
     if p >= SIGNIFICANT or difference == 0:
         return "no difference"
     return "better" if difference > 0 else "worse"
-
-
-def _confused(table: np.ndarray, labels: Sequence[str]) -> list[Confused]:
-    missed = table.copy()
-    np.fill_diagonal(missed, 0)
-    places = np.argsort(-missed, axis=None, kind="stable")[:MOST_CONFUSED]
-    pairs = [divmod(int(place), len(labels)) for place in places]
-    return [
-        Confused(
-            label=labels[truth],
-            answer=labels[answer],
-            n=int(missed[truth, answer]),
-            share=100 * float(missed[truth, answer] / table[truth].sum()),
-        )
-        for truth, answer in pairs
-        if missed[truth, answer]
-    ]
 
 
 COLUMNS = (
@@ -209,14 +190,12 @@ def pictured(
         pixels = read_pixels(one.image, lambda image: render(image, form))
         progress(done, min(most, len(rows)))
         found.append(
-            Example(
-                name=one.image.name,
-                label=one.label,
-                teacher=one.teacher,
-                teacher_probability=one.teacher_probability,
-                student=one.answer,
-                student_probability=one.probability,
-                png="" if isinstance(pixels, str) else encode_thumbnail(pixels, min(MAX_SIDE, len(pixels))),
+            make_example(
+                one.image,
+                one.label,
+                (one.answer, one.probability),
+                None if one.teacher is None or one.teacher_probability is None else (one.teacher, one.teacher_probability),
+                None if isinstance(pixels, str) else pixels,
             )
         )
     return found
@@ -264,7 +243,7 @@ def ask(
 
 def _together(network: Asked, pixels: np.ndarray) -> np.ndarray:
     """float32 [B,classes]: logits, of several teachers those of their mean probabilities."""
-    each = [one.answers(pixels) for one in network.classifiers]
+    each = [one.predict_logits(pixels) for one in network.classifiers]
     return network.task.likelihood.ensemble(each).astype(np.float32)
 
 

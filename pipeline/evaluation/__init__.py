@@ -1,1 +1,1 @@
-""""""
+"""Scores, calibration, inference and comparison of networks."""

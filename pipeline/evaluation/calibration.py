@@ -141,7 +141,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, likelihood: Likeliho
         JobError: there is no image, or a logit is not finite.
     """
     if not len(logits):
-        raise JobError("--calibrate: there are no val images to fit a temperature on. Set --val-fraction 0.1.")
+        raise JobError("--calibrate: there are no val images to fit on. Set --val-fraction 0.1.")
     if not np.isfinite(logits).all():
         raise JobError("--calibrate: some logits are not finite. Omit it to find out which stage made them.")
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)

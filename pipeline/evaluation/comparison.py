@@ -1,4 +1,4 @@
-"""Statistics that compare networks: McNemar's test, Holm's correction, Newcombe's interval, Pareto frontier."""
+"""Statistics that compare networks: McNemar's test, Holm's correction, Newcombe's interval, Pareto front."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...export.runtime import Classifier, session
+from ...export.runtime import Classifier, open_session
 from ..runs.device import Engine
 
 BATCH = 128
@@ -29,7 +29,7 @@ def compute_logits(
     normalize: nn.Module,
     pixels: Tensor,
     engine: Engine,
-    progress: Progress = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Return the network's logits in eval mode, fp32 [N,classes] on the host.
 
@@ -42,25 +42,27 @@ def compute_logits(
     for start, batch in batches(pixels, engine.device):
         with engine.autocast():
             logits.append(network(normalize(batch)).float().cpu())
-        progress(start + len(batch), len(pixels))
+        if progress is not None:
+            progress(start + len(batch), len(pixels))
     network.train(was_training)
     return torch.cat(logits) if logits else torch.empty(0)
 
 
 def compute_onnx_logits(
-    file: Path, images: np.ndarray, progress: Progress = lambda done, total: None, *, fuse: bool = True
+    file: Path, images: np.ndarray, progress: Progress | None = None, *, fuse: bool = True
 ) -> np.ndarray:
     """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,S,S,3], n > 0.
 
     Args:
-        fuse: see ``runtime.session``.
+        fuse: see ``runtime.open_session``.
     """
     classifier = Classifier(file.read_bytes(), file.name)
     if not fuse:
-        classifier.session = session(file, classifier.threads, fuse=False)
+        classifier.session = open_session(file, classifier.threads, fuse=False)
     logits = []
     for start in range(0, len(images), ONNX_BATCH):
         batch = images[start : start + ONNX_BATCH]
-        logits.append(classifier.logits(classifier.feed(batch)))
-        progress(start + len(batch), len(images))
+        logits.append(classifier.logits(classifier.to_input(batch)))
+        if progress is not None:
+            progress(start + len(batch), len(images))
     return np.concatenate(logits)

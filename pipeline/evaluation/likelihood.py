@@ -59,13 +59,13 @@ class Softmax(Likelihood):
     def predict(self, logits: np.ndarray, labels: np.ndarray) -> Predictions:
         rows = max(1, CHUNK // logits.shape[1])
         parts: list[tuple[Tensor, ...]] = []
-        pairs = zip(*(torch.from_numpy(one).split(rows) for one in (logits, labels)), strict=True)
-        for z, target in pairs:
+        chunks = [torch.from_numpy(array).split(rows) for array in (logits, labels)]
+        for z, target in zip(*chunks, strict=True):
             log_p = z.double().log_softmax(1)
             p = log_p.exp()
-            confidence, answer = p.max(1)
+            confidence, predicted = p.max(1)
             entropy, nll = -(p * log_p).sum(1), -log_p.gather(1, target.long()[:, None])[:, 0]
-            parts.append((confidence, (answer == target).double(), entropy, nll))
+            parts.append((confidence, (predicted == target).double(), entropy, nll))
         confidence, correct, entropy, nll = (torch.cat(part) for part in zip(*parts, strict=True))
         return Predictions(
             confidence.numpy()[:, None], correct.numpy()[:, None], float(entropy.mean()), float(nll.mean())

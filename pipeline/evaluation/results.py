@@ -1,6 +1,6 @@
-"""What a comparison of runs found, as data: what `comparison.json` holds, and what `compare(...)` returns.
+"""Content of ``validation.json`` and ``comparison.json``, as ``validate`` and ``compare`` return it.
 
-Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
+Scores are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
 from typing import Literal, Self
@@ -16,95 +16,93 @@ Verdict = Literal["better", "no difference", "worse"]
 
 
 class ClassMeasure(Result):
-    """One class: ``n`` images show it, ``answered`` are predicted to, and ``correct`` is both."""
+    """One class: ``n`` images show it, ``predicted`` are predicted to show it, and ``correct`` is both."""
 
     label: str
     n: int
-    answered: int
+    predicted: int
     correct: int
     recall: Proportion | None = None
     """``correct`` of ``n``; None if no image shows the class."""
     precision: Proportion | None = None
-    """``correct`` of ``answered``; None if the class is never predicted."""
+    """``correct`` of ``predicted``; None if the class is never predicted."""
     f1: float | None = None
     """None if the class is neither shown nor predicted."""
 
     @classmethod
-    def from_counts(cls, label: str, *, n: int, answered: int, correct: int) -> Self:
+    def from_counts(cls, label: str, n: int, predicted: int, correct: int) -> Self:
         return cls(
             label=label,
             n=n,
-            answered=answered,
+            predicted=predicted,
             correct=correct,
             recall=Proportion.from_counts(correct, n) if n else None,
-            precision=Proportion.from_counts(correct, answered) if answered else None,
-            f1=200 * correct / (n + answered) if n + answered else None,
+            precision=Proportion.from_counts(correct, predicted) if predicted else None,
+            f1=200 * correct / (n + predicted) if n + predicted else None,
         )
 
 
 class Confused(Result):
-    """``n`` images of ``label`` were taken for ``answer``, a ``share`` of that class in percent."""
+    """``n`` images of ``label``, ``percent`` of that class, are predicted to be ``predicted``."""
 
     label: str
-    answer: str
+    predicted: str
     n: int
-    share: float
+    percent: float
 
 
 class Network(Result):
-    """One file and what it made of the images."""
+    """One file and its results on the images."""
 
     name: str
     role: Literal["student", "teacher"] = "student"
     source: str
-    """The artifact as it was named."""
+    """Path of the artifact as given."""
     file: str
     bytes: int
     sha256: str
-    """Of several teachers together: their files' and hashes, with ``+`` between them."""
+    """For an ensemble, ``file`` and ``sha256`` are those of its files joined by ``+``."""
     precision: str | None = None
-    """``int8`` or ``fp32``, as its manifest says."""
+    """``int8`` or ``fp32``, from its manifest."""
     target: str | None = None
-    """For which processors an int8 file was made."""
+    """Processors that an int8 file is made for."""
     fused: bool = True
-    """False: computed in float between its roundings, since it was made for other processors."""
+    """False if a file for other processors was computed in float between its roundings."""
     image_size: int
     classes: list[str]
     score: Score | None = None
     calibration: Calibration | None = None
     per_class: list[ClassMeasure] = []
     confusion: list[list[int]] | None = None
-    """Counts [true class][answer], in the order of ``classes``; None above 100 classes."""
+    """Image counts [true class][predicted class]; None above 100 classes or without a single class."""
     confused: list[Confused] = []
-    """The pairs that are confused most often, 100 at most."""
+    """The most frequent 100."""
     mistakes: int = 0
     teacher: str | None = None
-    """Name of the network that is its teacher."""
+    """Name of its teacher in ``networks``."""
     agreement: Proportion | None = None
-    """Of images with the teacher's prediction."""
+    """Proportion of images with the teacher's prediction."""
 
 
 class Pair(Result):
-    """Two files on the same images, by McNemar's exact test; with several labels an image counts as right
-    where its labels are the very ones.
-    """
+    """McNemar's exact test of two files on the same images."""
 
     first: str
     second: str
     first_alone: int
-    """Images that the first has right and the second wrong."""
+    """Number of images that only the first classifies correctly."""
     second_alone: int
     points: float
-    """The first one's share of right images minus the second one's."""
+    """Percentage of correct images of the first minus that of the second."""
     p: float
     p_holm: float
-    """Corrected for the number of pairs (Holm)."""
+    """Holm's correction for the number of pairs."""
     verdict: Verdict
-    """What the first is against the second, by ``p_holm`` at 5 %."""
+    """The first compared with the second, by ``p_holm`` at 5 %."""
 
 
 class Validation(Result):
-    """Files asked about labelled images."""
+    """Results of files on labeled images."""
 
     schema_version: int = VALIDATION_SCHEMA_VERSION
     title: str
@@ -112,25 +110,25 @@ class Validation(Result):
     data: str
     source: str
     role: str
-    """``train``, ``val``, ``test``, or ``all``: the images whatever their role."""
+    """``train``, ``val``, ``test`` or ``all``."""
     n: int
     images: str
-    """A digest of the images' content and labels: equal ones mean the same images."""
+    """Hash of the images' content and labels."""
     task: TaskName = "classification"
     per_class: dict[str, int]
-    """class -> images of it."""
+    """Number of images by class."""
     networks: list[Network]
-    """The files asked for, what ships first, then the teachers."""
+    """Students, the default file first, then teachers."""
     pairs: list[Pair] = []
     examples: list[Example] = []
-    """Mistakes of the first network, the most confident at the head."""
+    """Mistakes of the first network, the most confident first."""
     skipped: list[tuple[str, str]] = []
-    """(name, reason) of each file that was left out."""
+    """(name, reason) of each file that was skipped."""
     warnings: list[str] = []
     notes: list[str] = []
     environment: dict[str, str] = {}
     folder: str | None = None
-    """Where its files were written."""
+    """Path of the written files."""
 
     @property
     def first(self) -> Network:
@@ -143,7 +141,7 @@ Kind = Literal["int8", "fp32", "teacher"]
 
 
 class ComparedFile(Result):
-    """One file of a run: what was measured of it on the run's test images and by the run's bench."""
+    """One file of a run, as measured by the run on its test images and in its bench."""
 
     kind: Kind
     network: str
@@ -152,21 +150,21 @@ class ComparedFile(Result):
     """Without its classes."""
     ece: float | None = None
     p50: float | None = None
-    """Of one image, at the comparison's thread count."""
+    """Median latency of one image at the comparison's number of threads."""
     p50_low: float | None = None
     p50_high: float | None = None
-    """95 % interval, distribution-free; None where it is not known."""
+    """95 % interval, distribution-free."""
     speedup: Speedup | None = None
-    """Over the run's teacher, timed together with it."""
+    """Over the run's teacher, timed in the same bench."""
 
 
 class ComparedRun(Result):
     """One run."""
 
     name: str
-    """The shortest end of its path that no other run's has."""
+    """The shortest unique end of its path."""
     source: str
-    """Its folder, or the report.json that was named."""
+    """Path of the run folder or of its report.json, as given."""
     method: str
     teacher: str
     student: str
@@ -174,71 +172,69 @@ class ComparedRun(Result):
     parameters: int | None = None
     int8: ComparedFile | None = None
     fp32: ComparedFile | None = None
-    of_teacher: ComparedFile | None = None
+    teacher_file: ComparedFile | None = None
     training_seconds: float | None = None
-    """Of the student, with what was prepared for it; without the teacher."""
+    """Time of the prepare and student stages."""
     seed: int | None = None
     data: str | None = None
     fingerprint: str | None = None
     machine: str | None = None
-    """Processor, cores, and ONNX Runtime's version: what latencies depend on."""
+    """Processor, cores and ONNX Runtime version."""
     missing: list[str] = []
-    """What a finished run would have and this one has not."""
+    """Results that an unfinished run lacks."""
 
     @property
     def ships(self) -> ComparedFile | None:
-        """The int8 file; the fp32 one where there is no other."""
+        """The int8 file if there is one, else the fp32 file."""
         return self.int8 or self.fp32
 
 
 class AccuracyDifference(Result):
-    """A run's file that ships against the most accurate one of its group."""
+    """The shipped file of a run compared with the best one of its group."""
 
     run: str
     best: str
     points: float
-    """This one's minus the best one's."""
+    """Score minus the best score."""
     low: float | None = None
     high: float | None = None
-    """95 % interval of ``points`` (Newcombe), where the images are not known to be the same."""
+    """Newcombe's 95 % interval of ``points`` if the images may differ."""
     p: float | None = None
-    """McNemar's exact test where ``paired``, else the chi-squared test; None where images have several
-    labels.
-    """
+    """Of McNemar's exact test if ``paired``, else of the chi-squared test; None for multi-label data."""
     p_holm: float | None = None
-    """Corrected for the group's number of tests (Holm)."""
+    """Holm's correction for the number of tests in the group."""
     paired: bool
     within_noise: bool
 
 
 class LatencyDifference(Result):
-    """A run's file that ships against the fastest one on the same machine."""
+    """The shipped file of a run compared with the fastest one on the same machine."""
 
     run: str
     fastest: str
     ratio: float
-    """How many times as long this one takes."""
-    verdict: Literal["no difference", "slower", "not known"]
-    """By whether the medians' intervals overlap; ``not known`` where one has none."""
+    """Latency divided by the fastest one's."""
+    verdict: Literal["no difference", "slower", "unknown"]
+    """Slower if the medians' intervals do not overlap; unknown if one is missing."""
 
 
 class Machine(Result):
-    """Runs of one group that were timed on one machine, the fastest first."""
+    """Runs of one group timed on one machine, the fastest first."""
 
     machine: str
     runs: list[str]
     latencies: list[LatencyDifference] = []
     frontier: list[str] = []
-    """Files that no other beats in accuracy and latency, the fastest first: ``run kind``."""
+    """Pareto-optimal files in score and latency as ``run kind``, the fastest first."""
 
 
 class Group(Result):
-    """Runs of the same data, the most accurate first."""
+    """Runs on the same data, the best score first."""
 
     data: str | None
     fingerprint: str | None
     n: int | None = None
-    """Test images."""
+    """Number of test images."""
     runs: list[str]
     best: str | None = None
     accuracies: list[AccuracyDifference] = []
@@ -246,13 +242,13 @@ class Group(Result):
 
 
 class Comparison(Result):
-    """Runs against each other."""
+    """Runs compared by their reports."""
 
     schema_version: int = COMPARISON_SCHEMA_VERSION
     title: str
     command: str
     threads: int | None = None
-    """At which latencies are compared; None where none was timed."""
+    """Number of threads at which latencies are compared; None if no run was timed."""
     runs: list[ComparedRun]
     groups: list[Group]
     warnings: list[str] = []
@@ -260,4 +256,4 @@ class Comparison(Result):
     folder: str | None = None
 
     def run(self, name: str) -> ComparedRun:
-        return next(one for one in self.runs if one.name == name)
+        return next(run for run in self.runs if run.name == name)

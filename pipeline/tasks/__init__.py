@@ -4,40 +4,23 @@ One task is one class in one file. To add one, write its file, add its class to 
 ``TaskName`` in ``runs/scores.py``, and let a reader of data sets set ``ImageSet.task``.
 """
 
-from typing import Protocol
-
 import numpy as np
 
+from ..data.dataset import ImageSet
+from ..runs.results import DataSummary
 from ..runs.scores import TaskName
-from .base import Chance, PairedTest, Task, thresholds_of
+from .base import Task, thresholds_of
 from .classification import Classification
 from .multi_label import MultiLabel
 
-__all__ = [
-    "CLASSIFICATION",
-    "MULTI_LABEL",
-    "TASKS",
-    "Chance",
-    "PairedTest",
-    "Task",
-    "task_of",
-    "task_of_file",
-    "thresholds_of",
-]
+__all__ = ["CLASSIFICATION", "MULTI_LABEL", "TASKS", "Task", "task_of", "task_of_file", "thresholds_of"]
 
 CLASSIFICATION, MULTI_LABEL = Classification(), MultiLabel()
 TASKS: dict[TaskName, Task] = {task.name: task for task in (CLASSIFICATION, MULTI_LABEL)}
 
 
-class HasTask(Protocol):
-    """A data set, or the summary of one in a report."""
-
-    @property
-    def task(self) -> TaskName: ...
-
-
-def task_of(data: HasTask) -> Task:
-    """Return the task that a data set is labelled for."""
+def task_of(data: ImageSet | DataSummary) -> Task:
+    """Return the task that a data set is labeled for."""
     return TASKS[data.task]
 
 

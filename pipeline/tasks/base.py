@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy import ndarray
 from torch import Tensor, nn
 
 from ..data.dataset import Image
@@ -14,20 +15,21 @@ from ..evaluation.results import ClassMeasure
 from ..runs.results import Subject
 from ..runs.scores import Proportion, Score, TaskName
 
-Thresholds = np.ndarray | None
+Names = Sequence[str]
+Thresholds = ndarray | None
 """Parameters of decoding, float64 [classes]; None for a task that has none, or for its default."""
 
 
 def thresholds_of(subject: Subject) -> Thresholds:
     """Return the thresholds that a network was scored at."""
     classes = subject.score.classes if subject.score is not None else []
-    known = [one.threshold for one in classes if one.threshold is not None]
-    return np.array(known) if known else None
+    thresholds = [scored.threshold for scored in classes if scored.threshold is not None]
+    return np.array(thresholds) if thresholds else None
 
 
 @dataclass(frozen=True)
 class Chance:
-    """The score of a network that has learned nothing, in percent, and what that is."""
+    """The score of guessing in percent, and its meaning."""
 
     percent: float
     meaning: str
@@ -35,25 +37,24 @@ class Chance:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """p of the paired test of two files, None without one; True if the loss may be chance."""
+    """A test of two files on the same images: its p, and True if the loss may be chance."""
 
     p: float | None
     may_be_chance: bool
 
 
 class Task(ABC):
-    """One kind of labels.
+    """One kind of labels; a subclass overrides what differs.
 
-    Arrays: ``logits`` float32 [n,classes] and ``labels`` as ``data.decode.Readable.targets`` returns them.
+    ``logits`` are float32 [n,classes], ``labels`` as ``data.decode.ReadableImages.targets`` returns them.
     """
 
     name: ClassVar[TaskName]
     metric: ClassVar[str]
-    """Name of the score."""
     class_metric: ClassVar[str]
-    """Name of a class's score."""
+    """Names of the score and of a class's score."""
     likelihood: ClassVar[Likelihood]
-    """Of its probabilities: calibration and ensembles follow from it."""
+    """Model of the probabilities; calibration and ensembles follow from it."""
     default_balance: ClassVar[Literal["auto", "off"]]
     """``--balance`` without the option."""
     has_thresholds: ClassVar[bool] = False
@@ -66,116 +67,87 @@ class Task(ABC):
     """A sentence on what counts as a correct prediction and what its probability means."""
 
     @abstractmethod
-    def encode(self, labels: Sequence[Sequence[int]], classes: int) -> np.ndarray:
-        """Return images' class numbers as an array of labels."""
-
-    @abstractmethod
-    def drop_unknown(self, images: Sequence[Image], unknown: set[int]) -> tuple[Image, ...]:
-        """Return the images that can be evaluated by a network that lacks some of their classes."""
-
-    @abstractmethod
     def label_loss(self, smoothing: float) -> nn.Module:
         """Return the loss of (logits [B,N], labels), the mean over the batch."""
 
-    @abstractmethod
     def count_correct(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Return the number of correct images in a batch; None if the score is not a proportion of images."""
+        return None
+
+    # Labels and predictions.
 
     @abstractmethod
-    def percent(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """Return the score alone, in percent."""
+    def encode(self, labels: Sequence[Sequence[int]], classes: int) -> ndarray:
+        """Return images' class numbers as an array of labels."""
 
-    @abstractmethod
-    def score(
-        self,
-        logits: np.ndarray,
-        labels: np.ndarray,
-        classes: Sequence[str] = (),
-        thresholds: Thresholds = None,
-    ) -> Score:
-        """Return the score with its interval and details, n > 0; of each class too if they are named."""
-
-    @abstractmethod
-    def chance(self, labels: np.ndarray) -> Chance:
-        """Return the score of guessing."""
-
-    @abstractmethod
-    def paired_test(self, fp32: np.ndarray, int8: np.ndarray, labels: np.ndarray) -> PairedTest:
-        """Test whether the int8 logits are worse than the fp32 ones on the same images."""
+    def drop_unknown(self, images: Sequence[Image], unknown: set[int]) -> tuple[Image, ...]:
+        """Return the images that a network without some of their classes can be evaluated on."""
+        return tuple(images)
 
     def default_thresholds(self, classes: int) -> Thresholds:
         """Return the thresholds to decode with if none were chosen."""
         return None
 
-    @abstractmethod
-    def choose_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> Thresholds:
+    def choose_thresholds(self, logits: ndarray, labels: ndarray) -> Thresholds:
         """Return the thresholds that suit validation images best."""
+        return None
 
     @abstractmethod
-    def predict(self, logits: np.ndarray, thresholds: Thresholds = None) -> np.ndarray:
-        """Return predictions in the form of labels, [n,…]."""
+    def predict(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
+        """Return predictions in the form of labels."""
 
     @abstractmethod
-    def describe(self, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
-        """Return each image's labels, or predictions, as text."""
-
-    @abstractmethod
-    def confidence(self, logits: np.ndarray, thresholds: Thresholds = None) -> np.ndarray:
+    def confidence(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
         """Return the probability of each prediction, 0 to 1, [n]."""
 
     @abstractmethod
-    def count_classes(
-        self, predictions: np.ndarray, labels: np.ndarray, classes: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the number of images that show each class, are predicted to, and both."""
-
-    @abstractmethod
-    def confusion(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
-        """Return image counts [true class, predicted class]; None if images have no single class."""
-
-    @abstractmethod
-    def manifest_entry(self, score: Score) -> dict[str, Any]:
-        """Return ``accuracy`` of a file in ``manifest.json``."""
-
-    def is_correct(
-        self, logits: np.ndarray, labels: np.ndarray, thresholds: Thresholds = None
-    ) -> np.ndarray:
-        """Return whether each image's prediction is exactly its labels, bool [n]."""
-        return _equal(self.predict(logits, thresholds), labels)
-
-    def agreement(
-        self,
-        logits: np.ndarray,
-        others: np.ndarray,
-        thresholds: Thresholds = None,
-        other_thresholds: Thresholds = None,
-    ) -> Proportion:
-        """Return the proportion of images with the same prediction by two networks."""
-        same = _equal(self.predict(logits, thresholds), self.predict(others, other_thresholds))
-        return Proportion.from_counts(int(same.sum()), len(same))
+    def describe(self, labels: ndarray, classes: Names) -> list[str]:
+        """Return each image's labels, or predictions, as text."""
 
     def decode(
-        self, logits: np.ndarray, classes: Sequence[str], thresholds: Thresholds = None
+        self, logits: ndarray, classes: Names, thresholds: Thresholds = None
     ) -> list[tuple[str, float]]:
         """Return each image's prediction as text, with its probability."""
         predictions = self.describe(self.predict(logits, thresholds), classes)
         return list(zip(predictions, self.confidence(logits, thresholds).tolist(), strict=True))
 
+    # Scores.
+
+    def percent(self, logits: ndarray, labels: ndarray) -> float:
+        """Return the score alone, in percent."""
+        return self.score(logits, labels).percent
+
+    @abstractmethod
+    def score(
+        self, logits: ndarray, labels: ndarray, classes: Names = (), thresholds: Thresholds = None
+    ) -> Score:
+        """Return the score with its interval and details, n > 0; of each class too if they are named."""
+
+    @abstractmethod
+    def manifest_entry(self, score: Score) -> dict[str, Any]:
+        """Return a score as ``accuracy`` of a file in ``manifest.json``."""
+
+    @abstractmethod
+    def count_classes(self, predictions: ndarray, labels: ndarray, classes: int) -> tuple[ndarray, ...]:
+        """Return the number of images that show each class, that are predicted to, and both."""
+
     def measure_classes(
-        self,
-        logits: np.ndarray,
-        labels: np.ndarray,
-        classes: Sequence[str],
-        thresholds: Thresholds = None,
+        self, logits: ndarray, labels: ndarray, classes: Names, thresholds: Thresholds = None
     ) -> list[ClassMeasure]:
         """Return recall, precision and F1 of each class."""
         counts = self.count_classes(self.predict(logits, thresholds), labels, len(classes))
-        return [
-            ClassMeasure.from_counts(name, n=n, answered=answered, correct=correct)
-            for name, n, answered, correct in zip(classes, *(c.tolist() for c in counts), strict=True)
-        ]
+        rows = zip(classes, *(count.tolist() for count in counts), strict=True)
+        return [ClassMeasure.from_counts(*row) for row in rows]
 
-    def is_near_chance(self, score: Score, labels: np.ndarray) -> bool:
+    def confusion(self, logits: ndarray, labels: ndarray) -> ndarray | None:
+        """Return image counts [true class, predicted class]; None if images have no single class."""
+        return None
+
+    @abstractmethod
+    def chance(self, labels: ndarray) -> Chance:
+        """Return the score of guessing."""
+
+    def is_near_chance(self, score: Score, labels: ndarray) -> bool:
         """Return True if a score is not clearly better than guessing.
 
         That is less than 1.5 times chance, or less than halfway from chance to 100 % if this is lower; or an
@@ -184,7 +156,23 @@ class Task(ABC):
         chance = self.chance(labels).percent
         return score.percent < min(1.5 * chance, (100 + chance) / 2) or score.low <= chance
 
+    # Comparison of networks.
 
-def _equal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    same: np.ndarray = (first == second).reshape(len(first), -1).all(1)
-    return same
+    def is_correct(self, logits: ndarray, labels: ndarray, thresholds: Thresholds = None) -> ndarray:
+        """Return whether each image's prediction is exactly its labels, bool [n]."""
+        return (self.predict(logits, thresholds) == labels).reshape(len(labels), -1).all(1)
+
+    def agreement(
+        self,
+        logits: ndarray,
+        others: ndarray,
+        thresholds: Thresholds = None,
+        other_thresholds: Thresholds = None,
+    ) -> Proportion:
+        """Return the proportion of images with the same prediction by two networks."""
+        same = self.is_correct(logits, self.predict(others, other_thresholds), thresholds)
+        return Proportion.from_counts(int(same.sum()), len(same))
+
+    def paired_test(self, fp32: ndarray, int8: ndarray, labels: ndarray) -> PairedTest:
+        """Test whether the int8 logits are worse than the fp32 ones; a task without a test has no p."""
+        return PairedTest(None, may_be_chance=False)

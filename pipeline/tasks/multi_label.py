@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 from timm.loss import BinaryCrossEntropy
-from torch import Tensor, nn
+from torch import nn
 
 from ...export.runtime import sigmoid
-from ..data.dataset import Image
 from ..evaluation import average_precision
 from ..evaluation.likelihood import Sigmoid
 from ..runs.scores import ClassScore, Measure, Score, TaskName
-from .base import Chance, PairedTest, Task, Thresholds
+from .base import Chance, Names, Task, Thresholds
 
 NO_CLASS = "no class"
+
+MICRO, MACRO = "micro F1", "macro F1"
 
 
 class MultiLabel(Task):
@@ -26,52 +28,59 @@ class MultiLabel(Task):
     likelihood = Sigmoid()
     # The gradient ratios that balancing aims at were measured on images with one label.
     default_balance = "off"
-    has_thresholds = True
     accepts = frozenset[TaskName]({"classification", "multi-label"})
+    has_thresholds = True
     labels_note = " (several per image)"
     prediction_note = (
         "A prediction is a set of labels: it is correct if all are, and its probability assumes that labels "
         "are independent."
     )
 
-    def encode(self, labels: Sequence[Sequence[int]], classes: int) -> np.ndarray:
+    def label_loss(self, smoothing: float) -> nn.Module:
+        """Return the sum of the classes' binary cross-entropies, with labels smoothed towards 1/2.
+
+        It is the negative log-likelihood of the set of labels, as the cross-entropy is of one label. The mean
+        over classes, timm's default, would weigh less against a method's loss the more classes there are.
+        """
+        return BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
+
+    def encode(self, labels: Sequence[Sequence[int]], classes: int) -> ndarray:
         encoded = np.zeros((len(labels), classes), dtype=np.float32)
         for row, shown in enumerate(labels):
             encoded[row, list(shown)] = 1
         return encoded
 
-    def drop_unknown(self, images: Sequence[Image], unknown: set[int]) -> tuple[Image, ...]:
-        return tuple(images)  # the other labels of an image still count
+    def default_thresholds(self, classes: int) -> ndarray:
+        return np.full(classes, average_precision.DEFAULT_THRESHOLD)
 
-    def label_loss(self, smoothing: float) -> nn.Module:
-        """Return the sum of the classes' binary cross-entropies, smoothed towards 1/2.
+    def choose_thresholds(self, logits: ndarray, labels: ndarray) -> ndarray:
+        return average_precision.choose_thresholds(logits, labels)
 
-        It is the negative log-likelihood of the set of labels, as it is for one label. The mean over classes,
-        timm's default, would weigh less beside a method's loss the more classes there are.
-        """
-        return BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
+    def predict(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
+        if thresholds is None:
+            thresholds = self.default_thresholds(logits.shape[1])
+        predictions: ndarray = sigmoid(logits) >= thresholds
+        return predictions
 
-    def count_correct(self, logits: Tensor, labels: Tensor) -> None:
-        return None
+    def confidence(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
+        p = sigmoid(logits)
+        probability: ndarray = np.where(self.predict(logits, thresholds), p, 1 - p).prod(1)
+        return probability
 
-    def percent(self, logits: np.ndarray, labels: np.ndarray) -> float:
+    def describe(self, labels: ndarray, classes: Names) -> list[str]:
+        return [", ".join(classes[int(c)] for c in np.flatnonzero(row)) or NO_CLASS for row in labels]
+
+    def percent(self, logits: ndarray, labels: ndarray) -> float:
         return average_precision.mean_average_precision(logits, labels)
 
     def score(
-        self,
-        logits: np.ndarray,
-        labels: np.ndarray,
-        classes: Sequence[str] = (),
-        thresholds: Thresholds = None,
+        self, logits: ndarray, labels: ndarray, classes: Names = (), thresholds: Thresholds = None
     ) -> Score:
-        if thresholds is None:
-            thresholds = self.default_thresholds(logits.shape[1])
         shown = labels.any(0)
-        predicted = self.predict(logits, thresholds)
         # timm's evaluator has one threshold for all classes: predictions stand in for the logits.
-        decided = np.where(predicted, 1.0, -1.0)
-        micro = average_precision.evaluate(decided, labels)["micro_f1"]
-        macro = average_precision.evaluate(decided[:, shown], labels[:, shown])["macro_f1"]
+        predictions = np.where(self.predict(logits, thresholds), 1.0, -1.0)
+        micro = average_precision.evaluate(predictions, labels)["micro_f1"]
+        macro = average_precision.evaluate(predictions[:, shown], labels[:, shown])["macro_f1"]
         low, high = average_precision.map_interval(logits[:, shown], labels[:, shown])
         return Score(
             metric=self.metric,
@@ -79,62 +88,27 @@ class MultiLabel(Task):
             n=len(logits),
             low=low,
             high=high,
-            details={"micro F1": Measure(percent=micro), "macro F1": Measure(percent=macro)},
+            details={MICRO: Measure(percent=micro), MACRO: Measure(percent=macro)},
             classes=self._score_classes(logits, labels, classes, thresholds) if classes else [],
         )
 
     def _score_classes(
-        self, logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], thresholds: np.ndarray
+        self, logits: ndarray, labels: ndarray, classes: Names, thresholds: Thresholds
     ) -> list[ClassScore]:
         precision = average_precision.class_average_precision(logits, labels)
         measures = self.measure_classes(logits, labels, classes, thresholds)
+        thresholds = self.default_thresholds(len(classes)) if thresholds is None else thresholds
+        rows = zip(measures, precision.tolist(), thresholds.tolist(), strict=True)
         return [
             ClassScore(
-                label=one.label,
-                n=one.n,
-                percent=float(precision[c]) if one.n else None,
-                f1=one.f1,
-                threshold=float(thresholds[c]),
+                label=measure.label,
+                n=measure.n,
+                percent=percent if measure.n else None,
+                f1=measure.f1,
+                threshold=threshold,
             )
-            for c, one in enumerate(measures)
+            for measure, percent, threshold in rows
         ]
-
-    def chance(self, labels: np.ndarray) -> Chance:
-        fractions = labels.mean(0)
-        percent = 100 * float(fractions[fractions > 0].mean())
-        return Chance(percent, "the mean fraction of images that show a class")
-
-    def paired_test(self, fp32: np.ndarray, int8: np.ndarray, labels: np.ndarray) -> PairedTest:
-        return PairedTest(None, may_be_chance=False)
-
-    def default_thresholds(self, classes: int) -> np.ndarray:
-        return np.full(classes, average_precision.DEFAULT_THRESHOLD)
-
-    def choose_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return average_precision.choose_thresholds(logits, labels)
-
-    def predict(self, logits: np.ndarray, thresholds: Thresholds = None) -> np.ndarray:
-        if thresholds is None:
-            thresholds = self.default_thresholds(logits.shape[1])
-        predictions: np.ndarray = sigmoid(logits) >= thresholds
-        return predictions
-
-    def describe(self, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
-        return [", ".join(classes[int(c)] for c in np.flatnonzero(row)) or NO_CLASS for row in labels]
-
-    def confidence(self, logits: np.ndarray, thresholds: Thresholds = None) -> np.ndarray:
-        p = sigmoid(logits)
-        probability: np.ndarray = np.where(self.predict(logits, thresholds), p, 1 - p).prod(1)
-        return probability
-
-    def count_classes(
-        self, predictions: np.ndarray, labels: np.ndarray, classes: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        shown = labels > 0
-        return shown.sum(0), predictions.sum(0), (predictions & shown).sum(0)
-
-    def confusion(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        return None
 
     def manifest_entry(self, score: Score) -> dict[str, Any]:
         return {
@@ -142,6 +116,15 @@ class MultiLabel(Task):
             "n": score.n,
             "low": score.low,
             "high": score.high,
-            "micro_f1": score.details["micro F1"].percent,
-            "macro_f1": score.details["macro F1"].percent,
+            "micro_f1": score.details[MICRO].percent,
+            "macro_f1": score.details[MACRO].percent,
         }
+
+    def count_classes(self, predictions: ndarray, labels: ndarray, classes: int) -> tuple[ndarray, ...]:
+        shown = labels > 0
+        return shown.sum(0), predictions.sum(0), (predictions & shown).sum(0)
+
+    def chance(self, labels: ndarray) -> Chance:
+        fractions = labels.mean(0)
+        percent = 100 * float(fractions[fractions > 0].mean())
+        return Chance(percent, "the mean fraction of images that show a class")

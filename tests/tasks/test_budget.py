@@ -38,7 +38,7 @@ def test_more_than_the_budget_and_more_than_two_images_are_refused(
     judge, labels = budget(n, max_drop)
     right = np.ones(n, bool)
     right[:lost] = False
-    verdict = judge.verdict(answers(right, labels))
+    verdict = judge.judge(answers(right, labels))
     assert verdict.holds is holds
     assert verdict.lost == pytest.approx(100 * lost / n) and verdict.score == pytest.approx(
         100 - 100 * lost / n
@@ -52,7 +52,7 @@ def test_images_lost_and_won_are_counted_against_each_other() -> None:
     judge = Budget(CLASSIFICATION, answers(was_right, labels), labels, 0.5)
     right = was_right.copy()
     right[:6], right[100:107] = True, False  # six won, seven lost
-    verdict = judge.verdict(answers(right, labels))
+    verdict = judge.judge(answers(right, labels))
     assert verdict.lost == pytest.approx(0.5) and verdict.holds
     assert verdict.more["p"] == pytest.approx(mcnemar(7, 6)) == 1.0
 
@@ -66,8 +66,8 @@ def test_mcnemars_exact_test_is_the_binomial_sum() -> None:
 def test_the_noise_is_measured_in_decibels_against_the_float_files_logits() -> None:
     judge, labels = budget(30, 0.5)
     logits = answers(np.ones(30, bool), labels)
-    assert judge.verdict(logits).sqnr == float("inf")
-    assert judge.verdict(logits * 1.1).sqnr == pytest.approx(20, abs=1e-4)
+    assert judge.judge(logits).sqnr == float("inf")
+    assert judge.judge(logits * 1.1).sqnr == pytest.approx(20, abs=1e-4)
 
 
 def test_with_several_labels_the_points_are_those_of_map() -> None:
@@ -76,6 +76,6 @@ def test_with_several_labels_the_points_are_those_of_map() -> None:
     logits = (labels * 4 - 2 + rng.normal(0, 0.3, labels.shape)).astype(np.float32)
     judge = Budget(MULTI_LABEL, logits, labels, 0.5)
     assert judge.score == pytest.approx(100)
-    worse = judge.verdict(-logits)
+    worse = judge.judge(-logits)
     assert worse.lost > 30 and not worse.holds and worse.more["p"] is None
-    assert judge.verdict(logits * 2).holds
+    assert judge.judge(logits * 2).holds

@@ -14,7 +14,7 @@ from questpress.pipeline.evaluation import average_precision
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.tasks import MULTI_LABEL as TASK
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.monitoring.metrics import Meter
+from questpress.pipeline.training.monitoring.meter import Meter
 from sklearn.metrics import average_precision_score, f1_score
 
 N, C = 60, 4
