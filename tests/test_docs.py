@@ -56,7 +56,7 @@ BENCHMARKS = [
 ]
 
 
-def test_the_table_of_defaults_in_the_docs_is_the_codes() -> None:
+def test_table_of_defaults_in_the_docs_is_the_codes() -> None:
     assert defaults.markdown() in (DOCS / "defaults.md").read_text(encoding="utf-8")
 
 
@@ -65,7 +65,7 @@ def test_there_are_commands_in_the_docs() -> None:
 
 
 @pytest.mark.parametrize("arguments", OURS)
-def test_every_command_in_the_docs_is_one(arguments: list[str]) -> None:
+def test_every_documented_command_parses(arguments: list[str]) -> None:
     before = ["", *arguments]
     # An ellipsis stands for more options, or for the value of the option before it.
     arguments = [
@@ -91,7 +91,8 @@ def test_every_benchmark_in_the_docs_is_there_with_its_options(words: list[str])
     for script in scripts:  # options may be shared
         text = ROOT.joinpath(*script.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         scripts += [
-            name for name in re.findall(r"^from ([\w.]+) import", text, flags=re.M)
+            name
+            for name in re.findall(r"^from ([\w.]+) import", text, flags=re.M)
             if name.startswith(SCRIPTS) and name not in scripts
         ]
         known += text
@@ -113,7 +114,7 @@ def test_readme_leads_to_every_page() -> None:
     assert not missing, missing
 
 
-def test_every_package_that_is_installed_is_told_with_its_licence() -> None:
+def test_every_dependency_is_listed_with_its_license() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [
         *project["dependencies"],

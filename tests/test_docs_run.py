@@ -38,7 +38,7 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
-def test_every_command_of_getting_started_does_what_it_says(home):
+def test_every_command_of_getting_started_runs(home):
     ran = []
     for words in commands("getting-started.md"):
         if words[0] == "compress" and words[1] != "doctor":

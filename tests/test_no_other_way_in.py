@@ -34,12 +34,12 @@ def argument(call: ast.Call, name: str) -> object:
     return next((ast.literal_eval(one.value) for one in call.keywords if one.arg == name), None)
 
 
-def test_there_are_sources_to_look_at() -> None:
+def test_sources_are_found() -> None:
     assert len(SOURCES) > 200
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.__name__)
-def test_nothing_that_reads_a_file_can_run_it(room: object) -> None:
+def test_no_reader_can_run_code(room: object) -> None:
     of_room = [file for file in SOURCES if str(file).startswith(tuple(room.__path__))]  # type: ignore[attr-defined]
     for file in of_room:
         for name, call in calls(file):

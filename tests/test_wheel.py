@@ -55,14 +55,14 @@ def recent_setuptools() -> bool:
     return int(version("setuptools").split(".")[0]) >= 77
 
 
-def test_the_wheel_has_every_python_file_of_every_room(names):
+def test_wheel_has_every_python_file(names):
     for room in ROOMS:
         for file in (ROOT / room).rglob("*.py"):
             if "__pycache__" not in file.parts:
                 assert f"questpress/{file.relative_to(ROOT).as_posix()}" in names
 
 
-def test_the_wheel_has_the_templates_styles_and_type_markers(names):
+def test_wheel_has_the_templates_styles_and_type_markers(names):
     for ending in ("*.j2", "*.css", "*.yaml", "py.typed"):
         for room in ROOMS:
             for file in (ROOT / room).rglob(ending):
@@ -72,13 +72,13 @@ def test_the_wheel_has_the_templates_styles_and_type_markers(names):
     assert any(name.endswith(".j2") for name in names)
 
 
-def test_nothing_called_models_or_tests_lands_beside_other_packages(names):
+def test_wheel_has_no_top_level_models_or_tests(names):
     tops = {name.split("/")[0] for name in names}
     assert "questpress" in tops
     assert {top for top in tops if not top.endswith(".dist-info")} == {"questpress"}
     assert not any("/tests/" in name for name in names)
 
 
-def test_the_wheel_has_the_licence_and_the_command(names):
+def test_wheel_has_the_license_and_the_command(names):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert any(name.endswith("entry_points.txt") for name in names)

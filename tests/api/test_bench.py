@@ -18,7 +18,7 @@ from questpress.pipeline.report.assemble import bench_facts
 from questpress.pipeline.runs.artifacts import find, onnx_input, timed_teachers
 from questpress.pipeline.runs.bench_results import Bench
 from questpress.pipeline.runs.folder import RunFolder
-from questpress.pipeline.stages.report import assemble
+from questpress.pipeline.report.assemble import assemble
 
 from tests.support import bench_reports
 from tests.support.little import compress, refused
@@ -47,7 +47,7 @@ def timed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return run, result.stdout
 
 
-def test_a_runs_teacher_and_both_files_are_timed_in_every_way(timed: tuple[Path, str]) -> None:
+def test_runs_teacher_and_both_files_are_timed_in_every_way(timed: tuple[Path, str]) -> None:
     run, _ = timed
     found = Bench.model_validate_json((run / "bench/bench.json").read_text())
     assert [(one.name, one.key) for one in found.subjects] == [
@@ -83,7 +83,7 @@ def test_a_runs_teacher_and_both_files_are_timed_in_every_way(timed: tuple[Path,
     assert found.environment["cpu"] and found.session
 
 
-def test_the_raw_samples_are_kept_beside_it(timed: tuple[Path, str]) -> None:
+def test_raw_samples_are_written_to_the_bench_folder(timed: tuple[Path, str]) -> None:
     run, _ = timed
     found = Bench.model_validate_json((run / "bench/bench.json").read_text())
     with np.load(run / "bench" / str(found.samples_file)) as raw:
@@ -96,7 +96,7 @@ def test_the_raw_samples_are_kept_beside_it(timed: tuple[Path, str]) -> None:
         assert steps.shape[1] == 4
 
 
-def test_the_runs_report_shows_what_was_found(timed: tuple[Path, str], finished: Path) -> None:
+def test_report_shows_the_bench(timed: tuple[Path, str], finished: Path) -> None:
     run, _ = timed
     found = json.loads((run / "bench/bench.json").read_text())
     report = json.loads((run / "report.json").read_text())
@@ -119,7 +119,7 @@ def test_the_runs_report_shows_what_was_found(timed: tuple[Path, str], finished:
     assert "To measure it again" in page and "```sh" in text
 
 
-def test_a_later_bench_of_other_files_is_not_shown(timed: tuple[Path, str], tmp_path: Path) -> None:
+def test_later_bench_of_other_files_is_not_shown(timed: tuple[Path, str], tmp_path: Path) -> None:
     run = Path(shutil.copytree(timed[0], tmp_path / "run"))
     later = json.loads((run / "bench/bench.json").read_text())
     later["subjects"][1]["sha256"], later["checksum"] = "0" * 64, None
@@ -130,7 +130,7 @@ def test_a_later_bench_of_other_files_is_not_shown(timed: tuple[Path, str], tmp_
     assert report.bench is not None and report.bench.subjects[1].name == "student"
 
 
-def test_the_terminal_shows_tables_of_80_columns(timed: tuple[Path, str]) -> None:
+def test_terminal_shows_tables_of_80_columns(timed: tuple[Path, str]) -> None:
     run, shown = timed
     lines = shown.splitlines()
     assert max(len(line.rstrip()) for line in lines if not line.startswith(("Report", "Results"))) <= 80
@@ -140,7 +140,7 @@ def test_the_terminal_shows_tables_of_80_columns(timed: tuple[Path, str]) -> Non
     assert f"Results:  {run / 'bench/bench.json'}" in lines
 
 
-def test_plain_files_are_compared_and_kept_in_a_folder_of_their_own(
+def test_plain_files_are_compared_in_their_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -156,7 +156,7 @@ def test_plain_files_are_compared_and_kept_in_a_folder_of_their_own(
     assert found == Bench.model_validate_json((tmp_path / "bench-results/bench.json").read_text())
 
 
-def test_strict_fails_after_all_is_saved_where_anything_disturbed_it(
+def test_strict_fails_after_saving_if_a_flag_is_raised(
     timed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
@@ -178,7 +178,7 @@ def test_strict_fails_after_all_is_saved_where_anything_disturbed_it(
     assert compress("bench", file, "--out", tmp_path / "out").exit_code == 0
 
 
-def test_one_path_or_a_list_of_them_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_path_or_a_list_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def named(subjects: list[Subject], *_: object, **__: object) -> None:
         raise JobError(" ".join(one.file.name for one in subjects))
 
@@ -199,7 +199,7 @@ def changed(path: Path, dims: list[int | str], kind: int = onnx.TensorProto.FLOA
     return path
 
 
-def test_a_file_says_what_it_takes(tmp_path: Path) -> None:
+def test_input_of_a_file_is_reported(tmp_path: Path) -> None:
     fixed = onnx_input(changed(tmp_path / "a.onnx", [1, 3, 8, 8]))
     assert (fixed.shape, fixed.any_batch, fixed.ours, fixed.told) == (
         (3, 8, 8),
@@ -213,7 +213,7 @@ def test_a_file_says_what_it_takes(tmp_path: Path) -> None:
     assert (pixels.shape, pixels.kind) == ((8, 8, 3), np.uint8)
 
 
-def test_what_cannot_be_timed_is_one_sentence(tmp_path: Path) -> None:
+def test_invalid_bench_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     refused(compress("bench", tmp_path / "text.onnx"), 2, "text.onnx", "is no ONNX file")
     (tmp_path / "empty.onnx").touch()
@@ -241,13 +241,13 @@ def test_what_cannot_be_timed_is_one_sentence(tmp_path: Path) -> None:
     refused(compress("bench", file, "--out", tmp_path / "file"), 2, "--out", "file")
 
 
-def test_a_size_that_no_file_leaves_open_is_said_to_be_has_no_effect(tmp_path: Path) -> None:
+def test_image_size_without_effect_is_reported(tmp_path: Path) -> None:
     file = colour_classifier(tmp_path / "net.onnx", {}, 8)
     result = compress("bench", file, "--image-size", "9", *SHORT, "--out", tmp_path / "b")
     assert result.exit_code == 0 and "--image-size has no effect" in result.stderr
 
 
-def test_weights_from_elsewhere_are_refused(tmp_path: Path) -> None:
+def test_external_weights_are_refused(tmp_path: Path) -> None:
     model = onnx.load(colour_classifier(tmp_path / "net.onnx", {}, 8))
     tensor = model.graph.initializer[0]
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -259,7 +259,7 @@ def test_weights_from_elsewhere_are_refused(tmp_path: Path) -> None:
         onnx_input(tmp_path / "net.onnx")
 
 
-def test_a_runtime_that_is_missing_is_named_with_the_command_for_it(
+def test_runtime_that_is_missing_is_named_with_the_command_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = colour_classifier(tmp_path / "net.onnx", {}, 8)
@@ -277,7 +277,7 @@ def test_files_for_other_processors_are_left_out_and_named(
     assert len(found.notes) == 1 and found.notes[0].startswith("student.int8.onnx is made for")
 
 
-def test_several_runs_are_told_apart(finished: Path, tmp_path: Path) -> None:
+def test_runs_have_distinct_names(finished: Path, tmp_path: Path) -> None:
     names = [one.name for one in find([finished, finished / "artifact"], tmp_path).found]
     assert names == ["colours teacher", "colours fp32", "colours int8", "artifact fp32", "artifact int8"]
 
@@ -289,13 +289,13 @@ def test_few_pictures_give_different_inputs() -> None:
     np.testing.assert_array_equal(inputs[:3], pictures)
 
 
-def test_made_up_photos_are_the_same_each_time_and_as_large_as_photos() -> None:
+def test_generated_photos_are_deterministic_and_photo_sized() -> None:
     first, again = latency.synthesize_images(5, 1), latency.synthesize_images(5, 1)
     assert first == again != latency.synthesize_images(6, 1)
     assert 100_000 < len(first.contents[0]) < 600_000
 
 
-def test_images_that_no_file_can_be_asked_about_are_said_to_be_has_no_effect(
+def test_images_without_effect_are_reported(
     timed: tuple[Path, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
@@ -316,7 +316,7 @@ def test_teachers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [file.name for file in timed_teachers(tmp_path)] == ["teacher.onnx"]
 
 
-def test_latencies_of_many_teachers_are_each_ones_own() -> None:
+def test_latencies_of_many_teachers_keep_their_order() -> None:
     found = bench_reports.bench()
     timed = [
         one.model_copy(update={"name": f"teacher {t}", "key": f"teacher {t}"})
@@ -333,7 +333,7 @@ def test_latencies_of_many_teachers_are_each_ones_own() -> None:
     assert means == [float(t) for t in range(12)]
 
 
-def test_a_file_beside_a_shipped_one_does_not_keep_it_from_being_checked(a_run: Path) -> None:
+def test_extra_file_does_not_disable_checksums(a_run: Path) -> None:
     file = a_run / "artifact" / "student.onnx"
     (a_run / "artifact" / "student.onnx.data").touch()
     file.write_bytes(file.read_bytes()[:-1] + b"x")

@@ -22,13 +22,13 @@ def named(found: doctor.Diagnosis, name: str) -> doctor.Finding:
     return one
 
 
-def test_a_machine_that_runs_the_tests_is_fit(diagnosis):
+def test_machine_that_runs_the_tests_is_fit(diagnosis):
     assert diagnosis.fit, [one for one in diagnosis.findings if one.verdict == "missing"]
     assert named(diagnosis, "torch").told == metadata.version("torch")
     assert named(diagnosis, "--target here").told in ("x86", "x86-vnni", "arm64")
 
 
-def test_every_declared_package_is_looked_at(diagnosis):
+def test_doctor_checks_every_declared_package(diagnosis):
     looked_at = {one.name for one in diagnosis.findings if one.group == "Packages"}
     declared = {
         Requirement(line).name for line in metadata.requires("questpress") or [] if "extra" not in line
@@ -44,11 +44,11 @@ def test_every_declared_package_is_looked_at(diagnosis):
         ("torch>=1.0", None),
     ],
 )
-def test_an_old_and_an_absent_package_are_told(line, trouble):
+def test_old_and_missing_packages_are_reported(line, trouble):
     assert doctor._trouble(Requirement(line)) == trouble
 
 
-def test_a_package_whose_parts_do_not_fit_is_told_with_the_reason(monkeypatch):
+def test_incompatible_package_is_reported_with_the_reason(monkeypatch):
     def broken(_module):
         raise RuntimeError("operator torchvision::nms does not exist\nand more")
 
@@ -58,7 +58,7 @@ def test_a_package_whose_parts_do_not_fit_is_told_with_the_reason(monkeypatch):
     assert trouble == f"{version} cannot be loaded (operator torchvision::nms does not exist)"
 
 
-def test_what_is_missing_has_a_command_and_the_exit_code_is_1(monkeypatch):
+def test_missing_package_has_an_install_command_and_exit_code_1(monkeypatch):
     monkeypatch.setattr(doctor, "_requirements", lambda: [(Requirement("no-such-package>=2"), None)])
     result = compress("doctor", "--offline")
     assert result.exit_code == 1
@@ -67,7 +67,7 @@ def test_what_is_missing_has_a_command_and_the_exit_code_is_1(monkeypatch):
     assert result.stdout.rstrip().endswith("compress cannot run here: 1 thing is missing.")
 
 
-def test_an_extra_that_is_not_there_is_only_a_note(monkeypatch):
+def test_extra_that_is_not_there_is_only_a_note(monkeypatch):
     monkeypatch.setattr(doctor, "_requirements", lambda: [(Requirement("wandb>=999999"), "wandb")])
 
     def absent(name):
@@ -79,7 +79,7 @@ def test_an_extra_that_is_not_there_is_only_a_note(monkeypatch):
     assert "--track wandb needs it" in one.told
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, _mode: Path(path) != tmp_path)
     one = doctor._folder("cache", tmp_path / "cache", "--cache")
     assert one.verdict == "missing"
@@ -87,7 +87,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     assert one.remedy == "name another folder with --cache"
 
 
-def test_a_hub_that_does_not_answer_is_a_note_and_one_that_refuses_has_answered():
+def test_unreachable_hub_is_a_note():
     def unreachable(*_, **__):
         raise urllib.error.URLError("no route to host")
 
@@ -104,7 +104,7 @@ def test_json_holds_the_same(diagnosis):
     assert [one["name"] for one in told["findings"]] == [one.name for one in diagnosis.findings]
 
 
-def test_a_package_that_fails_without_a_word_is_told_by_the_kind_of_its_error(monkeypatch):
+def test_package_failing_without_a_message_shows_the_error_type(monkeypatch):
     def broken(_module):
         raise ImportError
 

@@ -23,7 +23,7 @@ def test_other_options_in_the_same_folder_are_refused(a_run, data, cache):
     assert files(a_run) == before
 
 
-def test_the_same_options_or_a_fresh_start_are_estimated_and_change_nothing(a_run, data, cache):
+def test_same_options_or_fresh_start_are_estimated_without_changes(a_run, data, cache):
     before = files(a_run)
     for more in ((), ("--epochs", "3", "--fresh"), ("--max-drop", "3")):
         result = job(data, a_run, cache, *more, "--dry-run")
@@ -31,19 +31,19 @@ def test_the_same_options_or_a_fresh_start_are_estimated_and_change_nothing(a_ru
     assert files(a_run) == before
 
 
-def test_a_folder_that_another_works_on_is_refused(tmp_path, data, cache):
+def test_folder_that_another_works_on_is_refused(tmp_path, data, cache):
     (tmp_path / "run").mkdir()
     with lock(tmp_path / "run"):
         refused_alike(1, "another process", data=data, out=tmp_path / "run", cache=cache)
 
 
-def test_a_damaged_record_is_refused(tmp_path, data, cache):
+def test_damaged_record_is_refused(tmp_path, data, cache):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")
     refused_alike(2, "run.json", "--fresh", data=data, out=tmp_path / "run", cache=cache)
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, data, cache):
+def test_folder_that_cannot_be_created_is_refused(tmp_path, data, cache):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for out in (tmp_path / "file" / "run", tmp_path / "nowhere", tmp_path / "nowhere" / "run"):
@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, data, cache):
     assert (tmp_path / "file").read_text() == "precious" and not (tmp_path / "gone").exists()
 
 
-def test_a_folder_without_permission_is_refused(tmp_path, data, cache, monkeypatch):
+def test_folder_without_permission_is_refused(tmp_path, data, cache, monkeypatch):
     # Root, as whom tests may run, has every permission.
     asked = []
     monkeypatch.setattr(written.os, "access", lambda path, mode: asked.append((path, mode)))
@@ -62,6 +62,6 @@ def test_a_folder_without_permission_is_refused(tmp_path, data, cache, monkeypat
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_refused(tmp_path, data, cache):
+def test_folder_that_may_not_be_written_is_refused(tmp_path, data, cache):
     (tmp_path / "locked").mkdir(mode=0o500)
     refused_alike(2, "Permission denied", data=data, out=tmp_path / "locked" / "run", cache=cache)

@@ -55,7 +55,7 @@ def doors(file: Path, sound: Path, colours: Path, out: Path) -> Iterator[list[st
 
 @pytest.mark.parametrize(("harm", "told"), SOME)
 @pytest.mark.usefixtures("no_session")
-def test_a_single_file_is_refused_by_every_command(
+def test_single_file_is_refused_by_every_command(
     harm: hostile_onnx.Harm, told: str, colours: Path, tmp_path: Path, sound: Path
 ) -> None:
     model = hostile_onnx.little()
@@ -68,7 +68,7 @@ def test_a_single_file_is_refused_by_every_command(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hostile_teacher_is_refused(colours: Path, tmp_path: Path, sound: Path) -> None:
+def test_hostile_teacher_is_refused(colours: Path, tmp_path: Path, sound: Path) -> None:
     model = hostile_onnx.little()
     hostile_onnx.external(model)
     (tmp_path / "hostile.onnx").write_bytes(model.SerializeToString())
@@ -78,20 +78,18 @@ def test_a_hostile_teacher_is_refused(colours: Path, tmp_path: Path, sound: Path
 
 @pytest.mark.parametrize("content", [b"", b"\x3a", b"ORTM" * 100, b"not a network"])
 @pytest.mark.usefixtures("no_session")
-def test_what_is_no_onnx_file_is_refused_by_every_command(
-    content: bytes, colours: Path, tmp_path: Path
-) -> None:
+def test_non_onnx_file_is_refused_by_every_command(content: bytes, colours: Path, tmp_path: Path) -> None:
     file = tmp_path / "hostile.onnx"
     file.write_bytes(content)
     for door in (["bench", file], ["predict", file, colours], ["validate", file, "--data", colours]):
         assert "hostile.onnx" in refused(compress(*door), 2)
 
 
-def test_an_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
+def test_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All its checksums hold: they say that nothing was damaged, not whose it is."""
-    monkeypatch.setattr(runtime, "session", lambda *_, **__: pytest.fail("a runtime has seen it"))
+    monkeypatch.setattr(runtime, "open_session", lambda *_, **__: pytest.fail("a runtime has seen it"))
     model = onnx.load(colour_classifier(tmp_path / "student.onnx"))
     hostile_onnx.external(model)
     content = model.SerializeToString()
@@ -103,7 +101,9 @@ def test_an_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
         "labels": LABELS,
         "files": [{**entry, "sha256": runtime.hashlib.sha256(content).hexdigest()}],
     }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps(manifest | {"checksum": runtime.compute_checksum(manifest)})
+    )
     for door in (
         ["bench", tmp_path],
         ["predict", tmp_path, colours],
@@ -112,7 +112,7 @@ def test_an_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
         assert "another file" in refused(compress(*door), 2)
 
 
-def test_a_bench_times_only_what_the_manifest_says(tmp_path: Path) -> None:
+def test_bench_checks_files_against_the_manifest(tmp_path: Path) -> None:
     content = colour_classifier(tmp_path / "student.onnx").read_bytes()
     entry = {"name": "student.onnx", "precision": "fp32", "target": None, "bytes": len(content)}
     manifest = {
@@ -121,11 +121,13 @@ def test_a_bench_times_only_what_the_manifest_says(tmp_path: Path) -> None:
         "labels": LABELS,
         "files": [{**entry, "sha256": "0" * 64}],
     }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps(manifest | {"checksum": runtime.compute_checksum(manifest)})
+    )
     refused(compress("bench", tmp_path), 2, "student.onnx", "is damaged")
 
 
-def test_no_option_keeps_predict_from_looking_at_a_file(tmp_path: Path) -> None:
+def test_predict_checks_a_file_whatever_the_options(tmp_path: Path) -> None:
     file = colour_classifier(tmp_path / "net.onnx")
     refused(
         compress("predict", file, "--file", "student.onnx", tmp_path / "a.png"), 2, "--file", "is one already"
@@ -133,9 +135,7 @@ def test_no_option_keeps_predict_from_looking_at_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_answers_that_are_no_numbers_are_not_told_as_answers(
-    tmp_path: Path, data: Path, value: float
-) -> None:
+def test_non_finite_predictions_are_an_error(tmp_path: Path, data: Path, value: float) -> None:
     file = colour_classifier(tmp_path / "net.onnx")
     model = onnx.load(file)
     model.graph.initializer[0].CopyFrom(
@@ -144,10 +144,10 @@ def test_answers_that_are_no_numbers_are_not_told_as_answers(
     onnx.save(model, file)
     for command in (["predict", file, data / "red" / "000.png"], ["validate", file, "--data", data]):
         refused(compress(*command, *(["--out", tmp_path / "v"] * (command[0] == "validate"))), 1,
-                       "net.onnx answers with numbers that are not finite")  # fmt: skip
+                       "net.onnx returns logits that are not finite")  # fmt: skip
 
 
-def test_an_input_of_no_known_kind_is_told(tmp_path: Path) -> None:
+def test_unknown_input_type_is_refused(tmp_path: Path) -> None:
     file = colour_classifier(tmp_path / "net.onnx")
     model = onnx.load(file)
     model.graph.input[0].type.tensor_type.elem_type = 999

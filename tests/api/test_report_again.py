@@ -10,24 +10,24 @@ from tests.support import little
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_schema_in_docs_is_current() -> None:
+def test_schema_in_docs_is_current() -> None:
     """Where it is not: compress report --schema > docs/report.schema.json."""
     assert (DOCS / "report.schema.json").read_text(encoding="utf-8") == json_schema()
 
 
-def test_the_schema_names_every_field_and_says_what_it_is(finished: Path) -> None:
+def test_schema_describes_every_field(finished: Path) -> None:
     made = json.loads(json_schema())
     assert set(made["properties"]) == set(Report.model_fields)
     assert set(little.report(finished)) <= set(made["properties"])
     assert made["properties"]["confusion"]["description"].startswith("Rows: true class")
 
 
-def test_the_command_prints_the_schema_alone() -> None:
+def test_command_prints_the_schema_alone() -> None:
     assert little.compress("report", "--schema").stdout == json_schema()
     assert little.compress("report", "--schema", "somewhere").exit_code == 2
 
 
-def test_the_report_of_a_run_is_written_anew_from_its_folder(a_run: Path) -> None:
+def test_report_is_rendered_again_from_the_run_folder(a_run: Path) -> None:
     names = ("report.html", "report.md", "report.json", "artifact/README.md", "artifact/predict.py")
     before = {name: (a_run / name).read_bytes() for name in names}
     for name in names:
@@ -41,7 +41,7 @@ def test_the_report_of_a_run_is_written_anew_from_its_folder(a_run: Path) -> Non
     assert json.loads(before["report.json"]).keys() == little.report(a_run).keys()
 
 
-def test_the_report_of_a_run_under_way_is_written_too(a_run: Path) -> None:
+def test_report_of_an_unfinished_run_is_rendered(a_run: Path) -> None:
     record = little.record(a_run)
     for stage in list(record["stages"])[2:]:
         del record["stages"][stage]
@@ -51,7 +51,7 @@ def test_the_report_of_a_run_under_way_is_written_too(a_run: Path) -> None:
     assert "Not in this report yet: the student" in (a_run / "report.md").read_text(encoding="utf-8")
 
 
-def test_another_folder_may_take_the_report_and_the_run_stays_as_it_is(a_run: Path, tmp_path: Path) -> None:
+def test_report_in_another_folder_leaves_the_run_unchanged(a_run: Path, tmp_path: Path) -> None:
     before = little.files(a_run)
     done = little.compress("report", a_run, "--out", tmp_path / "new" / "place", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["title"] == little.report(a_run)["title"]
@@ -71,7 +71,7 @@ def test_versions_in_the_report_are_those_of_the_measurement(a_run: Path) -> Non
     assert little.report(a_run)["environment"]["torch"] == "0.1.2"
 
 
-def test_what_is_no_run_is_refused_in_one_sentence(tmp_path: Path, a_run: Path) -> None:
+def test_folder_without_a_run_is_refused(tmp_path: Path, a_run: Path) -> None:
     little.refused(little.compress("report", tmp_path), 2, "is not a run folder")
     file = tmp_path / "file"
     file.touch()
@@ -87,13 +87,13 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path: Path, a_run: Path) 
     little.refused(little.compress("report", started), 2, "nothing is done yet", "compress -x")
 
 
-def test_a_changed_manifest_is_told_of(a_run: Path) -> None:
+def test_changed_manifest_is_reported(a_run: Path) -> None:
     manifest = a_run / "artifact" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("colours", "colors"))
-    little.refused(little.compress("report", a_run), 1, "was changed after it was written")
+    manifest.write_text(manifest.read_text().replace("colours", "shapes"))
+    little.refused(little.compress("report", a_run), 1, "was modified after it was written")
 
 
-def test_a_stage_that_the_options_ask_for_no_more_is_not_told_of(a_run: Path) -> None:
+def test_stage_no_longer_requested_is_omitted(a_run: Path) -> None:
     folder = RunFolder(a_run)
     folder.open(fresh=False)
     student = folder.record.stages["student"]

@@ -34,17 +34,19 @@ def found(out: Path) -> Resolutions:
     return Resolutions.model_validate(json.loads((out / "resolutions.json").read_text()))
 
 
-def test_each_size_has_a_run_of_its_own_and_all_share_one_teacher(two_sizes: Path) -> None:
+def test_each_size_is_a_run_with_the_same_teacher(two_sizes: Path) -> None:
     reports = {size: little.report(two_sizes / size) for size in ("8", "12")}
     teachers = [one["teacher"]["score"] for one in reports.values()]
     assert teachers[0] == teachers[1] == little.report(two_sizes / "teacher")["teacher"]["score"]
     assert all(one["teacher"]["head"] == "kept" for one in reports.values())
     assert {size: one["image_size"] for size, one in reports.items()} == {"8": 8, "12": 12}
     assert {one["teacher_image_size"] for one in reports.values()} == {16}
-    assert reports["12"]["teacher_cache"]["computed"] > 0 == reports["8"]["teacher_cache"]["computed"], "answered once"
+    assert reports["12"]["teacher_cache"]["computed"] > 0 == reports["8"]["teacher_cache"]["computed"], (
+        "answered once"
+    )
 
 
-def test_the_report_has_each_files_accuracy_arithmetic_and_latency_of_one_bench(two_sizes: Path) -> None:
+def test_report_has_accuracy_gmacs_and_latency_of_each_file(two_sizes: Path) -> None:
     told = found(two_sizes)
     assert [one.size for one in told.sizes] == [12, 8] and told.teacher_image_size == 16
     for one in told.sizes:
@@ -65,7 +67,7 @@ def test_the_report_has_each_files_accuracy_arithmetic_and_latency_of_one_bench(
     assert html.count('<svg viewBox="0 0 340') == 1 + len(told.threads) and "<script" not in html
 
 
-def test_the_same_command_again_changes_nothing(two_sizes: Path, data: Path) -> None:
+def test_same_command_again_changes_nothing(two_sizes: Path, data: Path) -> None:
     before = files(two_sizes, but=("report.html", "report.md"))
     result = of_sizes(data, two_sizes, two_sizes.parent / "cache", "8,12")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -74,7 +76,7 @@ def test_the_same_command_again_changes_nothing(two_sizes: Path, data: Path) -> 
     assert kept and all(before[name] == after[name] for name in kept)
 
 
-def test_a_size_whose_int8_loses_too_much_is_told_with_its_fp32_file(
+def test_size_over_the_int8_budget_ships_fp32(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdict = Budget.verdict

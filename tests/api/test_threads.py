@@ -27,7 +27,7 @@ def train(data: Path, cache: Path) -> Callable[..., Report]:
     return one
 
 
-def test_jobs_of_two_threads_end_as_each_ends_alone(train: Callable[..., Report], tmp_path: Path) -> None:
+def test_concurrent_jobs_equal_separate_jobs(train: Callable[..., Report], tmp_path: Path) -> None:
     seeds = (3, 4)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda seed: train(tmp_path / f"beside{seed}", seed=seed), seeds))
@@ -40,7 +40,7 @@ def test_jobs_of_two_threads_end_as_each_ends_alone(train: Callable[..., Report]
     assert alone[0] != alone[1]
 
 
-def test_a_job_that_fails_in_its_thread_leaves_the_turn_to_the_next(
+def test_job_that_fails_in_its_thread_leaves_the_turn_to_the_next(
     train: Callable[..., Report], tmp_path: Path
 ) -> None:
     with ThreadPoolExecutor(1) as threads:
@@ -48,7 +48,7 @@ def test_a_job_that_fails_in_its_thread_leaves_the_turn_to_the_next(
     assert train(tmp_path / "b", seed=1).student is not None
 
 
-def test_one_classifier_answers_four_threads_as_it_answers_one(finished: Path, data: Path) -> None:
+def test_classifier_is_thread_safe(finished: Path, data: Path) -> None:
     classifier = Classifier.load(finished / "artifact", threads=1)
     files = sorted(data.rglob("*.png"))[::4]
     expected = {file: classifier.predict([file])[0] for file in files}

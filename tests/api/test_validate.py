@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Classifier, decode_image
-from questpress.export.text import spelled_out
+from questpress.export.text import escape_controls
 from questpress.pipeline.api import validate_answers
 from questpress.pipeline.api.validate import validate
 from questpress.pipeline.evaluation.comparison import mcnemar
@@ -49,9 +49,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
 
 
-def test_the_figures_are_those_of_asking_each_image_by_itself(
-    found: Validation, finished: Path, more: Path
-) -> None:
+def test_metrics_equal_those_computed_image_by_image(found: Validation, finished: Path, more: Path) -> None:
     files = sorted(more.rglob("*.png"))
     assert found.n == len(files) == 15 and found.role == "all" and found.per_class == WIDE
     labels = np.array([little.CLASSES.index(file.parent.name) for file in files])
@@ -85,7 +83,7 @@ def test_the_figures_are_those_of_asking_each_image_by_itself(
     assert pair.p == pytest.approx(mcnemar(pair.first_alone, pair.second_alone))
 
 
-def test_without_data_the_runs_own_test_images_are_asked(finished: Path, tmp_path: Path) -> None:
+def test_validation_defaults_to_the_runs_test_images(finished: Path, tmp_path: Path) -> None:
     result = little.compress("validate", finished, "--out", tmp_path, "--json", "--teacher", "none")
     assert result.exit_code == 0, result.output
     found, report = Validation.model_validate_json(result.stdout), little.report(finished)
@@ -97,14 +95,14 @@ def test_without_data_the_runs_own_test_images_are_asked(finished: Path, tmp_pat
     assert not (tmp_path / "differences.csv").exists() and not any(one.png for one in found.examples)
 
 
-def test_the_validate_stage_keeps_each_files_answers(finished: Path) -> None:
+def test_validate_stage_stores_predictions_of_each_file(finished: Path) -> None:
     kept, report = load_file(finished / "test_answers.safetensors"), little.report(finished)
     for key in ("student", "student_int8"):
         right = int((kept[key] == kept["labels"]).sum())
         assert right == report[key]["score"]["correct"] and len(kept[key]) == report["data"]["test"]
 
 
-def test_a_verdict_needs_a_corrected_p_below_five_percent() -> None:
+def test_verdict_needs_a_corrected_p_below_five_percent() -> None:
     right = np.arange(40) < 30
     few, many = right.copy(), right.copy()
     few[:3], many[:14] = False, False
@@ -139,12 +137,10 @@ def test_mistakes_come_with_the_surest_at_the_head(found: Validation, finished: 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx", "  =x"])
 def test_no_cell_is_a_formula(cell: str) -> None:
-    assert escape_cell(cell) == spelled_out(f"'{cell}") and escape_cell("dress-1") == "dress-1"
+    assert escape_cell(cell) == escape_controls(f"'{cell}") and escape_cell("dress-1") == "dress-1"
 
 
-def test_labels_are_matched_by_name_whatever_their_order_and_some_may_be_missing(
-    finished: Path, more: Path, tmp_path: Path
-) -> None:
+def test_labels_are_matched_by_name_in_any_order(finished: Path, more: Path, tmp_path: Path) -> None:
     # Numbered backwards: a table's classes are sorted by name, and so are those of folders.
     lines = [f"{file.relative_to(more)},{file.parent.name}" for file in sorted(more.rglob("*.png"))]
     (more / "labels.csv").write_text(
@@ -163,9 +159,7 @@ def test_labels_are_matched_by_name_whatever_their_order_and_some_may_be_missing
     ]
 
 
-def test_an_unknown_class_is_refused_by_name_or_passed_over(
-    finished: Path, more: Path, tmp_path: Path
-) -> None:
+def test_unknown_class_is_refused_or_ignored(finished: Path, more: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(more, tmp_path / "other"))
     little.photos(other, {"Reds": 3, "violet": 2})
     out = ("--out", tmp_path / "out", "--teacher", "none")
@@ -181,7 +175,7 @@ def test_an_unknown_class_is_refused_by_name_or_passed_over(
     assert found.n == 15 and "5 images were left out" in found.warnings[0]
 
 
-def test_of_given_roles_the_test_images_are_asked(finished: Path, tmp_path: Path) -> None:
+def test_test_split_is_used_when_splits_are_given(finished: Path, tmp_path: Path) -> None:
     data = little.photos(tmp_path / "data", {"test/red": 3, "test/blue": 2, "train/red": 4})
     out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
     assert validate(finished, data=data, **out).per_class == {"blue": 2, "red": 3}
@@ -194,7 +188,7 @@ def test_of_given_roles_the_test_images_are_asked(finished: Path, tmp_path: Path
     assert "no val images but train and test" in told
 
 
-def test_training_images_are_known_again_among_others_and_elsewhere(
+def test_training_images_are_recognized_in_other_folders(
     finished: Path, data: Path, more: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(more, tmp_path / "other"))  # 5 green ones, none of the run's
@@ -208,16 +202,14 @@ def test_training_images_are_known_again_among_others_and_elsewhere(
     assert validate(finished, data=more, **out).warnings == []
 
 
-def test_the_runs_own_training_images_are_not_taken_for_new_ones(
-    finished: Path, data: Path, tmp_path: Path
-) -> None:
+def test_training_images_of_the_run_are_reported(finished: Path, data: Path, tmp_path: Path) -> None:
     found = validate(finished, data=data, out=tmp_path, teacher="none", quiet=True)
     assert found.n == 60 and "has learned from 48 of them" in found.warnings[0]
     train = validate(finished, role="train", out=tmp_path, teacher="none", quiet=True)
     assert train.n == 48 and "have learned from these images" in train.warnings[0]
 
 
-def test_one_file_alone_is_asked_with_its_own_labels(finished: Path, more: Path, tmp_path: Path) -> None:
+def test_single_file_is_validated_with_its_own_labels(finished: Path, more: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(finished / "artifact" / "student.onnx", tmp_path / "alone.onnx"))
     teacher = finished / "bench" / "teacher.onnx"
     found = validate([file, finished], data=more, teacher=teacher, out=tmp_path / "out", quiet=True)
@@ -251,7 +243,7 @@ def test_one_broken_image_of_many_is_counted_and_listed(finished: Path, tmp_path
     assert "1 image could not be read and are left out." in found.warnings
 
 
-def test_data_that_have_gone_or_changed_are_said_to_be_so(a_run: Path, tmp_path: Path) -> None:
+def test_missing_or_changed_data_is_refused(a_run: Path, tmp_path: Path) -> None:
     config = (a_run / "config.yaml").read_text()
     data = str(json.loads((a_run / "report.json").read_text())["config"]["data"])
     (a_run / "config.yaml").write_text(config.replace(data, str(tmp_path / "gone")))
@@ -272,13 +264,15 @@ def test_data_that_have_gone_or_changed_are_said_to_be_so(a_run: Path, tmp_path:
         (["{run}", "--out", "{run}/config.yaml"], ["is a file"]),
     ],
 )
-def test_what_cannot_be_asked_is_one_sentence(finished: Path, arguments: list[str], words: list[str]) -> None:
+def test_invalid_validation_arguments_are_refused(
+    finished: Path, arguments: list[str], words: list[str]
+) -> None:
     filled = [one.format(run=finished) for one in arguments]
     little.refused(little.compress("validate", *filled), 2, *words)
 
 
-def test_the_pages_escape_names_and_tell_the_same(found: Validation) -> None:
-    from questpress.pipeline.report.pages.validation import pages
+def test_pages_escape_names(found: Validation) -> None:
+    from questpress.pipeline.report.pages.validation import render_validation
 
     name = "<script>alert(1)</script>"
     evil = found.model_copy(deep=True)
@@ -290,9 +284,7 @@ def test_the_pages_escape_names_and_tell_the_same(found: Validation) -> None:
         assert words in texts["validation.html"] and words in texts["validation.md"], words
 
 
-def test_the_terminal_shows_a_row_for_each_file_and_what_to_open(
-    finished: Path, more: Path, tmp_path: Path
-) -> None:
+def test_terminal_shows_a_row_for_each_file(finished: Path, more: Path, tmp_path: Path) -> None:
     result = little.compress("validate", finished, "--data", more, "--out", tmp_path, "--quiet")
     assert result.exit_code == 0 and not result.stderr
     for words in ("int8", "fp32", "teacher", "95 % interval", "int8 against fp32", "validation.html"):

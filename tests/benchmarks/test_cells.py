@@ -26,7 +26,7 @@ def arguments(data: Path, tmp_path: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_cell_is_done_once_and_its_figures_are_the_reports(data: Path, tmp_path: Path) -> None:
+def test_cell_is_done_once_and_its_figures_are_the_reports(data: Path, tmp_path: Path) -> None:
     plain = cells.Cell("a:b", "none", 3, arguments(data, tmp_path, "--method", "none"))
     teacher = cells.Cell("a", "teacher", 3, plain.arguments, until="teacher")
     out = tmp_path / "out"
@@ -62,9 +62,7 @@ while :; do sleep 0.05; done
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
-def test_a_cell_is_told_to_stop_when_the_time_is_over_and_begun_only_while_there_is_some(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cell_is_interrupted_when_the_budget_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = tmp_path / "command"
     command.write_text(STUBBORN.format(folder=tmp_path))
     command.chmod(0o755)
@@ -75,7 +73,7 @@ def test_a_cell_is_told_to_stop_when_the_time_is_over_and_begun_only_while_there
     assert table.accuracies("a:b", "none") == []
 
 
-def test_what_is_done_is_tabulated_even_where_a_later_cell_fails(
+def test_finished_cells_are_tabulated_if_a_later_cell_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = cells.Table(tmp_path / "out", [])
@@ -99,17 +97,17 @@ def test_seeds_are_spoken_as_mean_and_deviation() -> None:
     assert cells.spoken(values) == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-def test_the_crd_table_names_networks_and_recipes_that_exist() -> None:
+def test_crd_table_names_networks_and_recipes_that_exist() -> None:
     from questpress.models.names import resolve
     from questpress.pipeline.config import recipes
 
     for teacher, student, published in crd.PAIRS.values():
         assert resolve(teacher) == teacher and resolve(student) == student
         assert 50 < published["none"] < published["teacher"] < 90
-    assert set(crd.RECIPES.values()) <= set(recipes.names())
+    assert set(crd.RECIPES.values()) <= set(recipes.list_recipes())
 
 
-def test_the_crd_table_shows_the_difference_to_what_was_published(tmp_path: Path) -> None:
+def test_crd_table_shows_the_difference_to_what_was_published(tmp_path: Path) -> None:
     built = crd._cells(tmp_path, ["r56:r20"], {"none": [], "quest": ["--cache-views", "30"]}, "0,1", [])
     assert [cell.name for cell in built] == [
         "cifar_resnet56.teacher.0",

@@ -71,7 +71,7 @@ def test_signal_to_noise_is_of_the_logits_variance() -> None:
     assert int8_files.signal_to_noise(expected, expected) == float("inf")
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cells_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     first = command(out, "--peers", "onnxruntime")
     (row,) = first["cells"]
@@ -97,7 +97,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(path.name for path in untouched) == ["fp32.onnx", "onnxruntime.onnx"]
 
 
-def test_a_rule_left_out_is_a_file_of_its_own_unless_it_does_nothing(
+def test_omitted_rule_makes_another_file_or_is_reported_as_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = ("without-pool_globally", "without-multiply_hard_swish")  # each is a process of its own

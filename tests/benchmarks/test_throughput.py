@@ -37,7 +37,7 @@ def timed(name: str, *milliseconds: float) -> Any:
     return rounds.summarise(name, 1, [np.array([value]) for value in milliseconds])
 
 
-def test_a_round_is_a_block_of_each_subject_and_gives_milliseconds_an_image(
+def test_round_measures_milliseconds_per_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(monkeypatch)
@@ -51,7 +51,7 @@ def test_a_round_is_a_block_of_each_subject_and_gives_milliseconds_an_image(
     assert clock.calls != sorted(clock.calls)
 
 
-def test_a_ratio_is_of_times_or_of_rates_and_says_whether_it_is_as_asked_for() -> None:
+def test_ratio_compares_times_or_throughput_with_its_goal() -> None:
     measured = [timed("plain", 10, 10, 10), timed("teacher", 10, 10, 10), timed("online", 22, 22, 22)]
     found = rounds.compare(
         measured,
@@ -69,7 +69,7 @@ def test_a_ratio_is_of_times_or_of_rates_and_says_whether_it_is_as_asked_for() -
     assert "| both | time | 1.10 | 1.08 to 1.12 | ≤ 1.15 | yes |" in rounds.ratios_table(found)
 
 
-def test_a_goal_inside_the_interval_is_undecided() -> None:
+def test_goal_inside_the_interval_is_undecided() -> None:
     noisy = timed("online", 5, 20, 5, 20, 10)
     (found,) = rounds.compare(
         [timed("plain", 10, 10, 10, 10, 10), noisy],
@@ -93,7 +93,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch.set_num_threads(threads)
 
 
-def test_a_pair_is_timed_with_all_that_is_installed(tiny: list[str]) -> None:
+def test_pair_is_timed_with_all_that_is_installed(tiny: list[str]) -> None:
     pytest.importorskip("timm")
     found = throughput.run(
         "tiny", throughput.parse([*tiny, "--subjects", "supervised;QuEST;teacher alone;timm"])
@@ -110,7 +110,7 @@ def test_a_pair_is_timed_with_all_that_is_installed(tiny: list[str]) -> None:
     assert "cifar_resnet14 → cifar_resnet8, 16 pixels, batch 8" in throughput.text(found)
 
 
-def test_a_package_that_is_missing_is_left_out_with_a_sentence(
+def test_package_that_is_missing_is_left_out(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(*_: Any) -> Any:
@@ -122,7 +122,7 @@ def test_a_package_that_is_missing_is_left_out_with_a_sentence(
     assert "torchdistill is left out: No module named 'torchdistill'" in capsys.readouterr().err
 
 
-def test_both_sides_see_equal_networks_and_pixels_where_precision_and_layout_are_equal(
+def test_peers_use_equal_networks_and_pixels(
     tmp_path: Path,
 ) -> None:
     images = pictures.made_up(16, 3, 16).train

@@ -152,7 +152,7 @@ def onnx_seeds() -> list[bytes]:
 def onnx_reader(work: Path) -> Callable[[bytes], None]:
     from questpress.export.conversion.untrusted import read_foreign
     from questpress.export.errors import ExportError
-    from questpress.export.runtime import ArtifactError, refuse_outside
+    from questpress.export.runtime import ArtifactError, refuse_external_data
 
     def read(content: bytes) -> None:
         file = work / "foreign.onnx"
@@ -173,7 +173,7 @@ def device_reader(_work: Path) -> Callable[[bytes], None]:
     import onnx
     from google.protobuf.message import DecodeError
     from questpress.export.conversion.untrusted import _tensors, graphs
-    from questpress.export.runtime import ArtifactError, refuse_outside
+    from questpress.export.runtime import ArtifactError, refuse_external_data
 
     def read(content: bytes) -> None:
         try:
@@ -259,7 +259,7 @@ def yaml_reader(_work: Path) -> Callable[[bytes], None]:
 
     def read(content: bytes) -> None:
         try:
-            bounded_yaml.load(content.decode("utf-8"))
+            bounded_yaml.parse_yaml(content.decode("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             return
 

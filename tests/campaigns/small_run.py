@@ -134,7 +134,7 @@ def gone(numbers: list[int], seconds: float = 10) -> bool:
 
 
 def stages() -> tuple[str, ...]:
-    from questpress.pipeline.config.stages import stages_of
+    from questpress.pipeline.config.stages import list_stages
 
     return stages_of(1, qat=True)
 

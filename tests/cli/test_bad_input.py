@@ -89,7 +89,7 @@ from tests.support.little import CLASSES, NETWORKS, SMALL, compress, files, job,
         (["--bench-seconds", "0"], ["--bench-seconds 0"]),
     ],
 )  # fmt: skip
-def test_a_wrong_option_is_named_before_anything_starts(data, cache, tmp_path, more, words):
+def test_wrong_option_is_named_before_anything_starts(data, cache, tmp_path, more, words):
     given = list(NETWORKS)
     for option in ("--teacher", "--student", "--teacher-weights"):
         if option in more and option != "--student":
@@ -126,17 +126,17 @@ def test_weights_that_are_a_folder_are_named_with_the_file_that_is_meant(data, t
         ["--out="],
     ],
 )
-def test_what_click_refuses_ends_with_2_as_well(more):
+def test_usage_errors_of_click_exit_with_2(more):
     result = compress(*NETWORKS, *more)
     assert result.exit_code == 2 and "Error" in result.stderr and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(("given", "missing"), [((), "teacher"), (("--teacher", "resnet18"), "student")])
-def test_a_missing_name_is_asked_for(given, missing):
+def test_missing_teacher_or_student_is_refused(given, missing):
     refused(compress("run", *given), 2, f"--{missing} is missing", "timm")
 
 
-def test_a_known_command_and_an_unknown_one():
+def test_known_and_unknown_commands():
     assert compress("nonsense").exit_code == 2
     refused(compress("models", "mobilenetv2_10O"), 2, "mobilenetv2_100")
 
@@ -172,7 +172,7 @@ def config(tmp_path: Path, text: str) -> Path:
         ("data: 5", ["--data 5"]),
     ],
 )
-def test_a_wrong_config_is_refused(data, tmp_path, text, words):
+def test_wrong_config_is_refused(data, tmp_path, text, words):
     given = [] if text.startswith("teacher") else ["--teacher", little.TEACHER]
     where = [] if text.startswith("data") else ["--data", data]
     result = compress(
@@ -200,14 +200,14 @@ def test_on_and_off_of_a_config_are_the_words(tmp_path):
     assert (asked.balance, asked.compile, asked.qat) == ("off", "on", True)
 
 
-def test_a_config_that_is_not_there_or_not_text_is_refused(tmp_path):
+def test_config_that_is_not_there_or_not_text_is_refused(tmp_path):
     refused(compress(*NETWORKS, "--config", tmp_path / "none.yaml"), 2, "none.yaml", "No such file")
     refused(compress(*NETWORKS, "--config", tmp_path), 2, "cannot be read")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
     refused(compress(*NETWORKS, "--config", tmp_path / "bytes.yaml"), 2, "bytes.yaml", "not valid YAML")
 
 
-def test_a_config_may_name_options_as_the_command_line_does(data, cache, tmp_path):
+def test_config_may_name_options_as_the_command_line_does(data, cache, tmp_path):
     text = yaml.safe_dump({"teacher": little.TEACHER, "teacher-weights": "none", "student": little.STUDENT,
                            "image-size": 16, "teacher-epochs": 1, "data": str(data)})  # fmt: skip
     result = compress(
@@ -223,13 +223,13 @@ def given(tmp_path: Path, cache: Path, data: Path, *more: str):
     return job(data, tmp_path / "run", cache, "--until", "teacher", *more)
 
 
-def test_a_missing_data_folder_is_refused_with_the_nearest_beside_it(cache, tmp_path):
+def test_missing_data_folder_is_refused_with_a_suggestion(cache, tmp_path):
     photos(tmp_path / "photos")
     refused(given(tmp_path, cache, tmp_path / "fotos"), 2, "fotos", "photos")
     refused(given(tmp_path, cache, tmp_path / "nowhere" / "at" / "all"), 2, "nowhere")
 
 
-def test_a_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp_path):
+def test_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp_path):
     data = photos(tmp_path / "photos", dict.fromkeys(CLASSES, 100))
     (data / "red" / "text.jpg").write_text("this is no image")
     whole = (data / "blue" / "000.png").read_bytes()
@@ -285,7 +285,7 @@ def test_out_may_not_hold_other_files(data, cache, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', "\x00"])
-def test_a_record_that_is_not_one_is_refused(data, cache, tmp_path, text):
+def test_record_that_is_not_one_is_refused(data, cache, tmp_path, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(text)
     refused(job(data, tmp_path / "run", cache), 2, "run.json", "--out")
@@ -298,7 +298,7 @@ def test_out_must_be_writable(data, cache, tmp_path):
     refused(job(data, tmp_path / "locked" / "run", cache), 2, "cannot be written", "Permission denied")
 
 
-def test_a_cache_that_cannot_be_written_costs_time_but_not_the_job(data, tmp_path):
+def test_cache_that_cannot_be_written_costs_time_but_not_the_job(data, tmp_path):
     (tmp_path / "cache").write_text("a file")
     result = job(data, tmp_path / "run", tmp_path / "cache", "--until", "prepare")
     assert result.exit_code == 0, result.output
@@ -328,7 +328,7 @@ def test_related_options_train_together(data, cache, tmp_path, more):
     assert all(np.isfinite(e["losses"]["loss"]) for e in found["epochs"]) and len(found["epochs"]) == 2
 
 
-def test_networks_that_only_guess_are_told(cache, tmp_path):
+def test_networks_near_chance_are_reported(cache, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("p", "q"):  # nothing in the pictures tells the classes apart
         (tmp_path / "noise" / name).mkdir(parents=True)
@@ -342,7 +342,7 @@ def test_networks_that_only_guess_are_told(cache, tmp_path):
     assert "50.0 %, the fraction of the largest class" in note
 
 
-def test_what_was_chosen_for_another_choice_of_a_config_is_chosen_anew():
+def test_dependent_defaults_of_a_config_are_resolved_again():
     config = {
         "optimizer": "adamw",
         "lr": 0.0028,
@@ -364,7 +364,7 @@ def test_what_was_chosen_for_another_choice_of_a_config_is_chosen_anew():
     assert merge_options(config, {"crop": "pad"})["pad"] == 2
 
 
-def test_a_batch_larger_than_the_data_learns_at_the_rate_of_what_there_is(data, cache, tmp_path):
+def test_batch_larger_than_the_data_scales_the_learning_rate(data, cache, tmp_path):
     asked = (
         *NETWORKS,
         *SMALL,
@@ -384,14 +384,14 @@ def test_a_batch_larger_than_the_data_learns_at_the_rate_of_what_there_is(data, 
     assert rates[0] == pytest.approx(2.8e-3 * (sizes[0] / 64) ** 0.5, abs=1e-6) and sizes[0] < 60
 
 
-def test_a_student_that_no_file_holds_is_refused_before_it_is_trained(data, cache, tmp_path, monkeypatch):
+def test_student_that_no_file_holds_is_refused_before_it_is_trained(data, cache, tmp_path, monkeypatch):
     monkeypatch.setattr("questpress.export.conversion.onnx_export.MAX_EMBEDDED_BYTES", 10_000)
     refused(job(data, tmp_path / "run", cache), 2, "--student cifar_resnet8", "2 GB")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option", ["--out", "--cache"])
-def test_nothing_is_written_among_the_classes(tmp_path, cache, option):
+def test_outputs_inside_the_data_folder_are_refused(tmp_path, cache, option):
     data = photos(tmp_path / "photos")
     places = {"--out": tmp_path / "run", "--cache": cache, option: data / "mine"}
     asked = (*NETWORKS, *SMALL, "--data", data, *(one for pair in places.items() for one in pair))
@@ -410,7 +410,7 @@ def test_nothing_is_written_among_the_classes(tmp_path, cache, option):
     assert compress(*beside).exit_code == 0
 
 
-def test_memory_that_runs_out_is_one_sentence(data, cache, tmp_path, monkeypatch):
+def test_out_of_memory_is_reported(data, cache, tmp_path, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("could not create a primitive")
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import click
 import pytest
 from questpress.pipeline.cli.main import COMMANDS, cli
-from questpress.pipeline.cli.options import GROUPS
 from questpress.pipeline.config import defaults
-from questpress.pipeline.config.options import Options, group
+from questpress.pipeline.config.options import GROUPS, Options, get_flag, get_group
 
 from tests.support import little
 from tests.support.little import command, compress, python
@@ -22,7 +21,7 @@ HEAVY = "{'torch', 'timm', 'torchvision', 'onnx', 'onnxruntime', 'sklearn', 'fai
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["run", "--help"], ["predict", "--help"], ["models", "-h"]]
 )
-def test_help_imports_nothing_heavy_and_takes_less_than_half_a_second_of_cpu(arguments):
+def test_help_is_fast_and_imports_nothing_heavy(arguments):
     code = (
         "import sys, time\n"
         "from questpress.pipeline.cli.main import cli\n"
@@ -45,14 +44,14 @@ def test_help_lists_every_option_under_its_heading():
     places = [told.index(f"{name}:") for name in GROUPS]
     assert places == sorted(places)
     for name in Options.model_fields:
-        shown = {"settings": "set", "json_": "json"}.get(name, name).replace("_", "-")
-        at = told.index(f"--{shown}")
+        shown = get_flag(name)
+        at = told.index(f"{shown}")
         heading = [name for name, place in zip(GROUPS, places, strict=True) if place < at][-1]
-        assert heading == group(name), shown
+        assert heading == get_group(name), shown
 
 
 @pytest.mark.parametrize("name", [name for named in COMMANDS.values() for name in named])
-def test_every_command_explains_itself_and_each_of_its_options(name):
+def test_every_command_and_option_has_help(name):
     told = compress(name, "--help")
     assert told.exit_code == 0, told.stderr
     made = cli.get_command(click.Context(cli), name)
@@ -65,15 +64,15 @@ def test_every_command_explains_itself_and_each_of_its_options(name):
             assert (parameter.opts[0] if is_option else parameter.human_readable_name) in shown.stdout
 
 
-def test_the_help_of_export_shows_no_defaults_of_options_it_does_not_have():
+def test_help_of_export_shows_no_defaults_of_options_it_does_not_have():
     assert "Defaults (" not in compress("export", "--help").stdout
 
 
 def test_help_shows_the_table_of_defaults():
     told = " ".join(compress("run", "--help").stdout.split())
-    for option, scratch, _ in defaults.lines():
-        assert option in told
-        assert " ".join(scratch.split()) in told
+    for row in defaults.TABLE:
+        assert row.option in told
+        assert row.scratch in told
 
 
 def test_help_has_no_line_that_a_terminal_would_wrap():
@@ -91,17 +90,17 @@ def test_options_without_a_command_go_to_run(data, tmp_path):
     assert short.stderr.splitlines()[:-1] == long.stderr.splitlines()[:-1]
 
 
-def test_the_module_is_the_command_too():
+def test_module_is_the_command_too():
     result = subprocess.run(command("--help"), capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and result.stdout.startswith("Usage: compress ")
 
 
-def test_the_installed_command_is_the_modules():
+def test_installed_command_is_the_modules():
     [entry] = [e for e in metadata.entry_points(group="console_scripts") if e.name == "compress"]
     assert entry.value == "questpress.pipeline.__main__:main"
 
 
-def test_the_version_is_that_of_the_package():
+def test_version_is_that_of_the_package():
     assert metadata.version("questpress") in compress("--version").stdout
 
 
@@ -141,7 +140,7 @@ def test_importing_the_package_does_not_import_torch():
         ("compress run --target x86-", ["x86-vnni"]),
     ],
 )
-def test_a_shell_is_offered_commands_options_and_their_values(words, offered):
+def test_shell_is_offered_commands_options_and_their_values(words, offered):
     result = python(
         "from questpress.pipeline.__main__ import main; main()",
         _COMPRESS_COMPLETE="bash_complete",
@@ -151,13 +150,13 @@ def test_a_shell_is_offered_commands_options_and_their_values(words, offered):
     assert [line.split(",")[1] for line in result.stdout.split()] == offered, result.stderr
 
 
-def test_a_wrong_command_gets_the_nearest_one():
+def test_misspelled_command_gets_a_suggestion():
     result = compress("exprt", "runs/shop")
     assert result.exit_code == 2
     assert "Unknown command 'exprt'. Did you mean export?" in result.stderr
 
 
-def test_colours_are_off_when_asked():
+def test_colors_are_off_when_asked():
     code = "from questpress.pipeline.runs.console import Display\nDisplay(quiet=False).warn('a colour')"
     coloured = python(code, FORCE_COLOR="1", NO_COLOR="")
     plain = python(code, FORCE_COLOR="1", NO_COLOR="1")
@@ -170,7 +169,7 @@ def test_verbose_and_quiet_exclude_each_other(tmp_path):
     little.refused(result, 2, "--quiet and --verbose")
 
 
-def test_verbose_tells_what_was_chosen_and_of_each_epoch(data, cache, tmp_path):
+def test_verbose_shows_defaults_and_epochs(data, cache, tmp_path):
     told = little.job(data, tmp_path / "run", cache, "--until", "teacher", "--verbose").stderr
     assert "chosen: " in told and "--optimizer adamw" in told and "--image-size" not in told
     epochs = [line.strip() for line in told.splitlines() if line.strip().startswith("teacher epoch ")]
@@ -180,7 +179,7 @@ def test_verbose_tells_what_was_chosen_and_of_each_epoch(data, cache, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["predict", "RUN", "photo.jpg"], ["bench", "RUN"], ["validate", "RUN"]])
-def test_a_run_that_is_not_finished_is_told_from_what_is_no_run(command, tmp_path):
+def test_unfinished_run_is_reported(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"schema_version": 1, "stages": {}}')
     result = compress(*(str(tmp_path / "run") if word == "RUN" else word for word in command))
@@ -188,7 +187,7 @@ def test_a_run_that_is_not_finished_is_told_from_what_is_no_run(command, tmp_pat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_answers_that_cannot_be_written_are_one_sentence(finished, data):
+def test_broken_stdout_is_reported(finished, data):
     image = data / "red" / "000.png"
     predict = [sys.executable, str(finished / "artifact" / "predict.py")]
     for asked in (

@@ -19,11 +19,11 @@ PLAIN = st.recursive(
 @given(PLAIN)
 def test_what_yaml_wrote_is_read_back(content):
     text = yaml.safe_dump(content, allow_unicode=True)
-    assert bounded_yaml.load(text) == yaml.safe_load(text)
+    assert bounded_yaml.parse_yaml(text) == yaml.safe_load(text)
 
 
-def test_an_alias_stands_for_its_anchor():
-    assert bounded_yaml.load("a: &x [1, 2]\nb: *x\n") == {"a": [1, 2], "b": [1, 2]}
+def test_alias_stands_for_its_anchor():
+    assert bounded_yaml.parse_yaml("a: &x [1, 2]\nb: *x\n") == {"a": [1, 2], "b": [1, 2]}
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -41,10 +41,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x: " + "a" * 1_100_000, "characters"),
         ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("x: [1", "expected"),
-        ("x: 2001-99-99", "a value that is none"),
-        ("x: " + "9" * 5000, "a value that is none"),
+        ("x: 2001-99-99", "an invalid value"),
+        ("x: " + "9" * 5000, "an invalid value"),
         ("x: !!binary '\u00e9'", "base64|ASCII|ascii"),
-        ("x: !!int 'a'", "a value that is none"),
+        ("x: !!int 'a'", "an invalid value"),
         ("? [a, b]\n: c", "unhashable"),
         (
             "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 20_000) + "]}",
@@ -53,9 +53,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x: \x1b", "special characters are not allowed"),
     ],
 )
-def test_bombs_tags_and_damage_are_refused_in_a_sentence(text, told, tmp_path):
+def test_hostile_yaml_is_refused(text, told, tmp_path):
     with pytest.raises(yaml.YAMLError, match=told):
-        bounded_yaml.load(text)
+        bounded_yaml.parse_yaml(text)
     file = tmp_path / "options.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"--config .*options\.yaml is not valid YAML") as refused:

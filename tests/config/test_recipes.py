@@ -25,7 +25,7 @@ def options(recipe: str, teacher: str = "cifar_resnet56", student: str = "cifar_
     return read_options({"recipe": recipe, "teacher": teacher, "student": student, **given})
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.list_recipes())
 @pytest.mark.parametrize("teacher", PAIRS)
 def test_every_recipe_makes_valid_options_for_every_pair(name: str, teacher: str) -> None:
     chosen = options(name, teacher, PAIRS[teacher])
@@ -71,15 +71,13 @@ def test_pairs_that_the_paper_treats_differently_are(
     assert found == value
 
 
-def test_what_is_given_wins_over_the_recipe_and_the_rest_stays() -> None:
+def test_given_options_override_the_recipe() -> None:
     chosen = options("quest-cifar100", lr=0.2, settings=["quest.tau=0.5"], method="quest+kd")
     assert (chosen.lr, chosen.method, chosen.batch_size) == (0.2, "quest+kd", 64)
     assert chosen.settings["quest.tau"] == "0.5" and chosen.settings["quest.words"] == 4096
 
 
-def test_the_report_names_the_recipe_its_source_and_what_was_changed(
-    data: Path, tmp_path: Path, cache: Path
-) -> None:
+def test_report_names_recipe_source_and_changes(data: Path, tmp_path: Path, cache: Path) -> None:
     run = tmp_path / "run"
     result = little.job(
         data, run, cache, "--recipe", "quest-cifar100", "--milestones", "1", "--until", "student"
@@ -93,7 +91,7 @@ def test_the_report_names_the_recipe_its_source_and_what_was_changed(
     assert "Jain et al., ECCV 2020" in (run / "report.md").read_text()
 
 
-def test_the_papers_recipes_train_on_all_of_train(data: Path) -> None:
+def test_papers_recipes_train_on_all_of_train(data: Path) -> None:
     given = {"recipe": "kd-cifar100", "teacher": little.TEACHER, "student": little.STUDENT, "data": str(data)}
     _, images = resolve(read_options(given))
     assert len(images.val) == 0
@@ -105,28 +103,28 @@ WELL = "about: a\nsource: b\noptions: {lr: 0.1}\n"
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (WELL + "option: {}\n", "unknown key 'option'; did you mean options?"),
-        (WELL.replace("lr", "lrr"), "unknown option 'lrr'; did you mean lr?"),
-        (WELL + "for_students: {'a*': {epoch: 3}}\n", "unknown option 'epoch'; did you mean epochs?"),
-        (WELL + "for_teachers: {'a*': {epoch: 3}}\n", "unknown option 'epoch'; did you mean epochs?"),
+        (WELL + "option: {}\n", "unknown key 'option'. Did you mean options?"),
+        (WELL.replace("lr", "lrr"), "unknown option 'lrr'. Did you mean lr?"),
+        (WELL + "for_students: {'a*': {epoch: 3}}\n", "unknown option 'epoch'. Did you mean epochs?"),
+        (WELL + "for_teachers: {'a*': {epoch: 3}}\n", "unknown option 'epoch'. Did you mean epochs?"),
         (WELL.replace("about: a\n", ""), "no 'about'"),
     ],
 )
-def test_a_recipe_with_a_key_that_means_nothing_is_refused(text: str, told: str) -> None:
-    assert recipes.parse("mine", WELL).options == {"lr": 0.1}
+def test_unknown_recipe_key_is_refused(text: str, told: str) -> None:
+    assert recipes.parse_recipe("mine", WELL).options == {"lr": 0.1}
     with pytest.raises(UsageError, match="recipe mine") as refused:
-        recipes.parse("mine", text)
+        recipes.parse_recipe("mine", text)
     assert told in str(refused.value)
 
 
-def test_the_command_lists_every_recipe_with_its_source() -> None:
+def test_command_lists_every_recipe_with_its_source() -> None:
     shown = little.compress("recipes")
     assert shown.exit_code == 0
-    for name in recipes.names():
-        assert name in shown.stdout and recipes.load(name).source in shown.stdout
+    for name in recipes.list_recipes():
+        assert name in shown.stdout and recipes.load_recipe(name).source in shown.stdout
 
 
-def test_a_switch_that_changes_defaults_does_so_beside_a_recipe_too() -> None:
+def test_switch_changes_defaults_of_a_recipe() -> None:
     chosen = options("kd-cifar100", settings=["kd.standardize=true"])
     kd = methods.load("kd")
     shapes = Shapes({}, vector=None, logits=3)
@@ -134,14 +132,14 @@ def test_a_switch_that_changes_defaults_does_so_beside_a_recipe_too() -> None:
     assert (built.tau, built.weight) == (2.0, 9.0)
 
 
-def test_a_parameter_of_a_recipe_can_be_unset() -> None:
+def test_parameter_of_a_recipe_can_be_unset() -> None:
     chosen = options("quest-cifar100", settings=["quest.tau=none", "quest.delta=12"])
     quest = methods.parse_parameters(["quest"], chosen.settings)["quest"].model_dump()
     assert (quest["tau"], quest["delta"]) == (None, 12)
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(240, 20), (30, 3), (5, 1), (1000, 20)])
-def test_dkds_warm_up_is_the_papers_share_of_the_training(data: Path, epochs: int, warmup: int) -> None:
+def test_dkd_warm_up_is_a_fraction_of_the_training(data: Path, epochs: int, warmup: int) -> None:
     given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(data), "method": "dkd"}
     resolved, _ = resolve(read_options({**given, "epochs": epochs}))
     assert resolved.settings["dkd.warmup"] == warmup

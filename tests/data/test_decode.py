@@ -6,18 +6,18 @@ import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Preprocessing, decode_image, render
 from questpress.pipeline.data.dataset import Skipped
-from questpress.pipeline.data.decode import Canonical, check_unreadable, decode_images, render_images
+from questpress.pipeline.data.decode import Canonical, decode_images, render_images
 from questpress.pipeline.data.sources import open_data
-from questpress.pipeline.data.sources.folders import open_folder
+from questpress.pipeline.data.unreadable import check_unreadable
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.cache import Cache
 
-from tests.support.pictures import folder, in_memory, pixels, save, smooth
+from tests.support.pictures import folder, in_memory, open_folder, pixels, save, smooth
 
 PHOTO = Canonical("short_side", 32)
 
 
-def test_a_photo_is_reduced_to_its_short_side_and_never_enlarged() -> None:
+def test_photo_is_reduced_to_its_short_side_and_never_enlarged() -> None:
     shapes = {
         (64, 96): (32, 48),
         (96, 64): (48, 32),
@@ -30,15 +30,15 @@ def test_a_photo_is_reduced_to_its_short_side_and_never_enlarged() -> None:
         assert PHOTO.convert(pixels(0, height, width)).shape == (*expected, 3)
 
 
-def test_a_panorama_keeps_its_centre() -> None:
+def test_panorama_keeps_its_centre() -> None:
     image = np.zeros((10, 1000, 3), dtype=np.uint8)
     image[:, 480:520] = 255
     assert (PHOTO.convert(image) == 255).all()
 
 
-def test_a_square_image_is_what_the_runtime_would_render() -> None:
+def test_square_image_equals_the_runtimes_rendering() -> None:
     image = smooth(1, 40, 60)
-    expected = render(image, Preprocessing.of(32, crop_fraction=1.0, interpolation="bilinear"))
+    expected = render(image, Preprocessing.create(32, crop_fraction=1.0, interpolation="bilinear"))
     np.testing.assert_array_equal(Canonical("square", 32, "bilinear").of(image), expected)
     same = pixels(0, 32, 32)
     np.testing.assert_array_equal(Canonical("square", 32).of(same), same)
@@ -65,7 +65,7 @@ def test_images_of_all_sizes_come_back_as_they_are(tmp_path: Path, cached: bool)
 
 def test_test_images_go_the_runtimes_way(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
-    preprocessing = Preprocessing.of(8, crop_fraction=0.875)
+    preprocessing = Preprocessing.create(8, crop_fraction=0.875)
     batch = render_images(images, preprocessing, cache=Cache(tmp_path / "cache")).pixels.stack().numpy()
     for row, image in zip(batch, images, strict=True):
         np.testing.assert_array_equal(row, render(decode_image(tmp_path / image.name), preprocessing))
@@ -98,9 +98,13 @@ def test_another_form_or_other_images_are_other_entries(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     images = in_memory([pixels(n, 40, 40) for n in range(4)])
     decode_images(images, PHOTO, cache=cache)
-    assert decode_images(images, Canonical("short_side", 16), cache=cache).pixels.image(0).shape == (16, 16, 3)
+    assert decode_images(images, Canonical("short_side", 16), cache=cache).pixels.image(0).shape == (
+        16,
+        16,
+        3,
+    )
     assert decode_images(images[:2], PHOTO, cache=cache).pixels.image(0).shape == (32, 32, 3)
-    assert render_images(images, Preprocessing.of(8), cache=cache).pixels.stack().shape == (4, 8, 8, 3)
+    assert render_images(images, Preprocessing.create(8), cache=cache).pixels.stack().shape == (4, 8, 8, 3)
     assert len(list(tmp_path.rglob("pixels.bin"))) == 4
 
 
@@ -110,7 +114,7 @@ def test_writing_to_decoded_images_leaves_the_cache_alone(tmp_path: Path) -> Non
     assert decode_images(images, PHOTO, cache=Cache(tmp_path)).pixels.data.any()
 
 
-def test_an_image_that_changes_while_the_job_runs_stops_it(tmp_path: Path) -> None:
+def test_image_that_changes_while_the_job_runs_stops_it(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
     save(tmp_path / images[0].name, 77)
     with pytest.raises(JobError, match=f"{images[0].name} has changed"):
@@ -137,7 +141,7 @@ def broken(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zero bytes", "truncated", "a text file", "a bomb"])
-def test_an_unreadable_image_is_skipped_and_listed(tmp_path: Path, kind: str) -> None:
+def test_unreadable_image_is_skipped_and_listed(tmp_path: Path, kind: str) -> None:
     folder(tmp_path, {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
     broken(kind, tmp_path / "train/a/broken.jpg")
     images = open_data(str(tmp_path), val_fraction=0)
@@ -150,11 +154,11 @@ def test_an_unreadable_image_is_skipped_and_listed(tmp_path: Path, kind: str) ->
         assert done.pixels.image(11).any()
 
 
-def test_the_test_role_skips_unreadable_images_too(tmp_path: Path) -> None:
+def test_test_role_skips_unreadable_images_too(tmp_path: Path) -> None:
     folder(tmp_path, {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
     broken("a text file", tmp_path / "test/b/broken.jpg")
     images = open_data(str(tmp_path))
-    done = render_images(images.test, Preprocessing.of(8))
+    done = render_images(images.test, Preprocessing.create(8))
     assert [one.name for one in done.skipped] == ["test/b/broken.jpg"]
     assert done.pixels.stack().shape == (4, 8, 8, 3) and done.labels.tolist() == [0, 0, 1, 1]
 

@@ -84,7 +84,7 @@ def test_names_of_no_file_are_missing_files(form: str, name: str, tmp_path: Path
 
 
 @FORMS
-def test_a_link_that_leads_out_is_left_out_and_told(form: str, tmp_path: Path) -> None:
+def test_link_out_of_the_folder_is_skipped_and_reported(form: str, tmp_path: Path) -> None:
     names = [save(tmp_path / "set" / f"{n}.png", n).name for n in range(8)]
     (tmp_path / "set" / "out.png").symlink_to(save(tmp_path / "secret.png", 99))
     rows = [(name, "cat" if n % 2 else "dog") for n, name in enumerate(names)]
@@ -97,7 +97,7 @@ def test_a_link_that_leads_out_is_left_out_and_told(form: str, tmp_path: Path) -
 
 
 @FORMS
-def test_labels_that_would_steer_a_terminal_are_spelled_out(form: str, tmp_path: Path) -> None:
+def test_control_characters_in_labels_are_escaped(form: str, tmp_path: Path) -> None:
     names = [save(tmp_path / "set" / f"{n}.png", n).name for n in range(8)]
     file = labels(
         tmp_path / "set", form, [(one, STEERING if n % 2 else "dog") for n, one in enumerate(names)]
@@ -117,7 +117,7 @@ def test_half_a_character_in_json_is_spelled_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[]", "1", "null", '{"images": 1}', '"x"', "1" * 5000])
-def test_json_of_another_form_is_one_sentence(text: str, tmp_path: Path) -> None:
+def test_invalid_json_is_refused(text: str, tmp_path: Path) -> None:
     for name in ("labels.json", "labels.jsonl"):
         (tmp_path / name).write_text(text)
         refused(tmp_path / name)
@@ -134,7 +134,7 @@ def test_json_of_another_form_is_one_sentence(text: str, tmp_path: Path) -> None
         "1",
     ],
 )
-def test_annotations_of_another_form_are_one_sentence(annotation: Any, tmp_path: Path) -> None:
+def test_invalid_annotations_are_refused(annotation: Any, tmp_path: Path) -> None:
     content = {
         "images": [{"id": 1, "file_name": "a.png"}],
         "categories": [{"id": 1, "name": "cat"}],
@@ -147,14 +147,14 @@ def test_annotations_of_another_form_are_one_sentence(annotation: Any, tmp_path:
 # Folders
 
 
-def test_class_folders_that_would_steer_a_terminal_are_spelled_out(tmp_path: Path) -> None:
+def test_control_characters_in_class_folders_are_escaped(tmp_path: Path) -> None:
     folder(tmp_path, {STEERING: 4, "dog": 4})
     data = open_data(str(tmp_path), val_fraction=0)
     assert sorted(data.classes) == ["dog", SHOWN]
     assert all(letter.isprintable() for image in data.train for letter in image.name)
 
 
-def test_a_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
+def test_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
     folder(tmp_path, {"cat": 4, "dog": 4})
     with (tmp_path / "cat" / "large.png").open("wb") as file:
         file.truncate(1 << 40)  # none of it on the disk
@@ -172,7 +172,7 @@ def test_two_folders_of_one_shown_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
     folder(tmp_path, {"cat": 4, "dog": 4})
     os.mkfifo(tmp_path / "cat" / "pipe.png")
     (tmp_path / "dog" / "zero.png").symlink_to("/dev/zero")
@@ -201,11 +201,11 @@ def test_no_list_of_shards_leads_out_of_the_folder(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("files", [{"a.tar": 1}, 3, [3], None])
-def test_a_list_of_shards_of_another_form_is_one_sentence(files: Any, tmp_path: Path) -> None:
+def test_invalid_shard_list_is_refused(files: Any, tmp_path: Path) -> None:
     assert "names no files" in refused("wds/set", data_dir=listed(tmp_path, files))
 
 
-def test_members_are_never_written_whatever_their_names(tmp_path: Path) -> None:
+def test_members_are_never_extracted(tmp_path: Path) -> None:
     members = {f"../../{n}.png": png(n) for n in range(12)} | {
         f"../../{n}.cls": b"%d" % (n % 2) for n in range(12)
     }
@@ -231,13 +231,13 @@ def test_links_and_devices_in_a_shard_are_passed_over(kind: bytes, tmp_path: Pat
 
 
 @pytest.mark.parametrize("label", [b"1000000", b"9" * 4000, b"1" * 5000, b"x" * (1 << 21), b"[" * 100_000])
-def test_a_label_of_any_size_makes_no_more_classes_than_there_are(label: bytes, tmp_path: Path) -> None:
+def test_label_of_any_size_makes_no_more_classes_than_there_are(label: bytes, tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", samples(0, 12) | {"z.png": png(50), "z.cls": label})
     assert "The label of train/train.tar/z is" in refused("wds/set", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("size", [1 << 40, 1 << 62, -1])
-def test_a_shard_that_lies_of_a_size_takes_no_memory(size: int, tmp_path: Path) -> None:
+def test_shard_with_a_false_size_takes_no_memory(size: int, tmp_path: Path) -> None:
     content = bytearray(shard(tmp_path / "train.tar", {"0.png": png(0)}).read_bytes())
     content[124:136] = b"\x80" + size.to_bytes(11, "big") if size > 0 else b"\xff" * 12
     content[148:156] = b" " * 8
@@ -287,7 +287,7 @@ def test_bombs_are_refused_wherever_they_hide(bombs: dict[str, bytes]) -> None:
         decode_image(icon(bomb(192)), max_pixels=10_000)
 
 
-def test_bombs_in_a_data_folder_are_skipped_and_told(bombs: dict[str, bytes]) -> None:
+def test_decompression_bombs_are_skipped_and_reported(bombs: dict[str, bytes]) -> None:
     images = [Image("ok", 0, hash_array(pixels(0)), pixels(0))]
     for name, content in bombs.items():
         images.append(Image(name, 0, hashlib.sha256(content).hexdigest(), content))
@@ -321,7 +321,7 @@ def test_images_that_lie_of_their_size_are_refused(what: str) -> None:
         decode_image(lying()[what])
 
 
-def test_a_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
+def test_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
     out = io.BytesIO()
     PillowImage.new("I", (16, 16)).save(out, "TIFF")
     whole = bytearray(out.getvalue())
@@ -332,7 +332,7 @@ def test_a_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
         decode_image(bytes(whole))
 
 
-def test_a_large_picture_of_float_numbers_takes_little_more_than_its_pixels() -> None:
+def test_large_picture_of_float_numbers_takes_little_more_than_its_pixels() -> None:
     out = io.BytesIO()
     PillowImage.new("F", (2000, 2000), 0.5).save(out, "TIFF")
     tracemalloc.start()

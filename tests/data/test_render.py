@@ -28,7 +28,9 @@ PHOTOS = ViewPolicy("resized_crop")
 
 def photos() -> DecodedImages:
     sizes = [(40, 60), (60, 40), (33, 33), (20, 90), (17, 16), (64, 48)]
-    return decode_images(in_memory([smooth(n, *size) for n, size in enumerate(sizes)]), Canonical("short_side", 64))
+    return decode_images(
+        in_memory([smooth(n, *size) for n, size in enumerate(sizes)]), Canonical("short_side", 64)
+    )
 
 
 def small(count: int = 6, side: int = 12) -> DecodedImages:
@@ -85,7 +87,7 @@ def test_pad_and_crop_is_torchvisions_to_the_bit_for_every_view(mode, side: int,
 @pytest.mark.parametrize(
     "policy", [PHOTOS, ViewPolicy("pad_crop", side=12, crop=12, pad=2), ViewPolicy("center")]
 )
-def test_a_view_does_not_depend_on_what_else_is_in_the_batch(policy: ViewPolicy) -> None:
+def test_view_is_independent_of_the_batch(policy: ViewPolicy) -> None:
     views = views_of(small() if policy.kind == "pad_crop" else photos(), policy, 12)
     indices, numbers = torch.arange(6).repeat(4), torch.arange(24)
     whole, _ = views.batch(indices, numbers)
@@ -95,9 +97,11 @@ def test_a_view_does_not_depend_on_what_else_is_in_the_batch(policy: ViewPolicy)
     assert views.batch(indices[order], numbers[order])[0].equal(whole[order])
 
 
-def test_a_view_follows_its_image_to_another_place_in_another_set() -> None:
+def test_view_follows_its_image_to_another_place_in_another_set() -> None:
     arrays = [smooth(n, 30, 40) for n in range(4)]
-    here, there = (decode_images(in_memory(some), Canonical("short_side", 64)) for some in (arrays, arrays[::-1]))
+    here, there = (
+        decode_images(in_memory(some), Canonical("short_side", 64)) for some in (arrays, arrays[::-1])
+    )
     numbers = torch.tensor([3])
     first, _ = views_of(here, PHOTOS, 16).batch(torch.tensor([1]), numbers)
     second, _ = views_of(there, PHOTOS, 16).batch(torch.tensor([2]), numbers)
@@ -105,7 +109,7 @@ def test_a_view_follows_its_image_to_another_place_in_another_set() -> None:
 
 
 @pytest.mark.parametrize("way", ["one by one", "by products"])
-def test_a_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
+def test_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
     done = photos()
     indices, box = torch.arange(2), torch.tensor([[3, 4, 30, 31], [5, 0, 11, 40]], dtype=torch.int32)
     no, yes = torch.tensor([False, False]), torch.tensor([True, True])
@@ -131,7 +135,7 @@ def test_another_size_shows_the_same_crop(policy: ViewPolicy) -> None:
     assert (reduced - little.float()).abs().mean() < 6
 
 
-def test_the_whole_crop_at_its_own_size_is_the_image() -> None:
+def test_whole_crop_at_its_own_size_is_the_image() -> None:
     done = small()
     box = torch.tensor([[0, 0, 12, 12]] * 6, dtype=torch.int32)
     for rendered in (
@@ -156,15 +160,15 @@ def test_batches_are_channels_last_in_memory() -> None:
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalising_is_the_runtimes_to_the_bit() -> None:
+def test_normalizing_is_the_runtimes_to_the_bit() -> None:
     batch = torch.from_numpy(np.stack([pixels(n, 12, 12) for n in range(3)]))
-    p = runtime.Preprocessing.of(12, 1.0)
+    p = runtime.Preprocessing.create(12, 1.0)
     ours = Normalize(p.mean, p.std)(batch.permute(0, 3, 1, 2))
-    np.testing.assert_array_equal(ours.numpy(), runtime.normalise(batch.numpy(), p))
+    np.testing.assert_array_equal(ours.numpy(), runtime.normalize(batch.numpy(), p))
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_colour_jitter_is_torchvisions_in_a_fixed_order() -> None:
+def test_color_jitter_is_torchvisions_in_a_fixed_order() -> None:
     images = torch.from_numpy(np.stack([smooth(n, 16, 16) for n in range(4)])).permute(0, 3, 1, 2)
     factors = torch.tensor([[1.0, 1.0, 1.0], [0.7, 1.3, 0.6], [1.4, 0.6, 1.4], [0.6, 0.6, 0.6]])
     ours = jitter_colors(images, factors)
@@ -193,7 +197,7 @@ def boxes_of(done: DecodedImages, policy: ViewPolicy, count: int = 60) -> tuple[
     return indices, *draw_crops(policy, 0, done.keys[indices], torch.arange(count), *sizes)
 
 
-def test_the_two_ways_of_resizing_agree_within_one_level() -> None:
+def test_two_ways_of_resizing_agree_within_one_level() -> None:
     done = photos()
     indices, box, flips = boxes_of(done, PHOTOS)
     by_products = resize_batched(done.pixels, indices, box, flips, 24)
@@ -257,7 +261,7 @@ class Copies(TorchDispatchMode):
         ViewPolicy("pad_crop", side=12, crop=12, pad=3, color_jitter=0.4),
     ],
 )
-def test_the_host_never_waits_for_the_device(policy: ViewPolicy, size: int, resident: str) -> None:
+def test_host_never_waits_for_the_device(policy: ViewPolicy, size: int, resident: str) -> None:
     done = small() if policy.kind == "pad_crop" else photos()
     pixels = done.pixels.to("meta") if resident == "device" else done.pixels
     views = Views(pixels, done.labels, done.keys, policy, 0, size)
@@ -276,7 +280,7 @@ def test_planned_batches_are_the_single_ones() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("resident", ["device", "host"])
-def test_a_gpu_makes_batches_ahead_and_is_never_waited_for(resident: str) -> None:
+def test_gpu_makes_batches_ahead_and_is_never_waited_for(resident: str) -> None:
     policy = ViewPolicy("resized_crop", color_jitter=0.4)
     done = photos()
     pixels = done.pixels.to("cuda") if resident == "device" else done.pixels
@@ -294,7 +298,7 @@ def test_a_gpu_makes_batches_ahead_and_is_never_waited_for(resident: str) -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-def test_a_gpu_draws_the_same_crops_and_nearly_the_same_pixels() -> None:
+def test_gpu_draws_the_same_crops_and_nearly_the_same_pixels() -> None:
     for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
         here = views_of(done, policy, 12)
         there = Views(done.pixels.to("cuda"), here.labels, here.keys, policy, 0, 12)

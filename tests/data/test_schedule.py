@@ -3,16 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.data.decode import pack_pixels
-from questpress.pipeline.data.render import Views
-from questpress.pipeline.data.views import FIXED_SEED, LISTED, Schedule, ViewPolicy
+from questpress.pipeline.data.render import Views, pack_pixels
+from questpress.pipeline.data.views import FIXED_SEED, FIRST_LISTED, ViewSchedule, ViewPolicy
 
 SIDE, COUNT = 8, 40
 PAD = ViewPolicy("pad_crop", side=SIDE, crop=SIDE, pad=2, flip=True)  # 5 · 5 · 2 = 50 views
 KEYS = torch.from_numpy(np.random.default_rng(0).integers(0, 2**63 - 1, COUNT))
 
 
-def shown(schedule: Schedule, epoch: int) -> torch.Tensor:
+def shown(schedule: ViewSchedule, epoch: int) -> torch.Tensor:
     """The pixels of every image in an epoch."""
     data = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (COUNT * SIDE * SIDE, 3), np.uint8))
     pixels = pack_pixels(data, torch.full((COUNT, 2), SIDE))
@@ -22,33 +21,33 @@ def shown(schedule: Schedule, epoch: int) -> torch.Tensor:
 
 
 def test_without_fixed_views_each_epoch_shows_new_ones_drawn_with_the_runs_seed():
-    one, other = Schedule(PAD, seed=3), Schedule(PAD, seed=4)
+    one, other = ViewSchedule(PAD, seed=3), ViewSchedule(PAD, seed=4)
     assert not torch.equal(shown(one, 0), shown(one, 1))
     assert not torch.equal(shown(one, 0), shown(other, 0))
-    assert one.needed(7) == range(7, 8) and one.used(9) == range(9)
+    assert one.epoch_views(7) == range(7, 8) and one.all_views(9) == range(9)
 
 
 def test_fixed_views_come_back_after_their_number_of_epochs_and_are_the_same_for_every_seed():
-    one, other = Schedule(PAD, seed=3, views=4), Schedule(PAD, seed=9, views=4)
+    one, other = ViewSchedule(PAD, seed=3, views=4), ViewSchedule(PAD, seed=9, views=4)
     epochs = [shown(one, epoch) for epoch in range(4)]
     for epoch in range(12):
         assert torch.equal(shown(one, epoch), epochs[epoch % 4])
         assert torch.equal(shown(other, epoch), epochs[epoch % 4])
-        assert set(one.numbers(KEYS, epoch).tolist()) == set(one.needed(epoch)) == {epoch % 4}
+        assert set(one.numbers(KEYS, epoch).tolist()) == set(one.epoch_views(epoch)) == {epoch % 4}
     assert not torch.equal(epochs[0], epochs[1])
-    assert one.used(3) == range(3) and one.used(100) == range(4)
-    assert one.view_seed == FIXED_SEED and not one.complete
+    assert one.all_views(3) == range(3) and one.all_views(100) == range(4)
+    assert one.view_seed == FIXED_SEED and not one.covers_all
 
 
 @pytest.mark.parametrize("views", [50, 1000])
-def test_when_every_view_is_stored_an_epoch_shows_what_it_would_show_without_a_store(views):
-    stored, online = Schedule(PAD, seed=5, views=views), Schedule(PAD, seed=5)
-    assert stored.complete
+def test_training_on_all_cached_views_equals_online_views(views):
+    stored, online = ViewSchedule(PAD, seed=5, views=views), ViewSchedule(PAD, seed=5)
+    assert stored.covers_all
     for epoch in (0, 1, 17, 300):
         assert torch.equal(shown(stored, epoch), shown(online, epoch))
-        assert set(stored.numbers(KEYS, epoch).tolist()) <= set(stored.needed(epoch))
-    assert len(stored.needed(0)) == len(stored.used(2)) == 50
-    assert stored.needed(0)[0] == LISTED
+        assert set(stored.numbers(KEYS, epoch).tolist()) <= set(stored.epoch_views(epoch))
+    assert len(stored.epoch_views(0)) == len(stored.all_views(2)) == 50
+    assert stored.epoch_views(0)[0] == FIRST_LISTED
 
 
 @pytest.mark.parametrize(
@@ -60,12 +59,12 @@ def test_when_every_view_is_stored_an_epoch_shows_what_it_would_show_without_a_s
     ],
 )
 def test_fewer_views_than_there_are_are_never_complete(policy):
-    schedule = Schedule(policy, seed=5, views=50)
-    assert not schedule.complete and schedule.used(1000) == range(50)
+    schedule = ViewSchedule(policy, seed=5, views=50)
+    assert not schedule.covers_all and schedule.all_views(1000) == range(50)
 
 
-def test_the_only_view_there_is_is_stored_once():
-    schedule = Schedule(ViewPolicy("center", flip=False), seed=1, views=50)
-    assert schedule.used(60) == range(1)
+def test_only_view_there_is_is_stored_once():
+    schedule = ViewSchedule(ViewPolicy("center", flip=False), seed=1, views=50)
+    assert schedule.all_views(60) == range(1)
     for epoch in range(3):
-        assert set(schedule.numbers(KEYS, epoch).tolist()) == set(schedule.needed(epoch)) == {0}
+        assert set(schedule.numbers(KEYS, epoch).tolist()) == set(schedule.epoch_views(epoch)) == {0}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from questpress.pipeline.data.dataset import SPLITS, Image, ImageSet
-from questpress.pipeline.data.splits import assemble_splits
+from questpress.pipeline.data.splits import UnsplitDataset
 from questpress.pipeline.errors import UsageError
 
 
@@ -15,7 +15,7 @@ def image(label: int, content: int | str, name: str = "") -> Image:
 
 
 def split(images: list[Image], classes: int, fraction: float | None = None) -> ImageSet:
-    return assemble_splits("set", "set", [str(c) for c in range(classes)], {"train": images}, fraction)
+    return UnsplitDataset("set", "set", [str(c) for c in range(classes)], {"train": images}).split(fraction)
 
 
 def role_of(images: ImageSet) -> dict[str, str]:
@@ -28,7 +28,7 @@ sets = st.lists(st.lists(st.integers(0, 60), min_size=8, max_size=40), min_size=
 
 @given(sets, st.sampled_from([None, 0.05, 0.3, 0.9]))
 @settings(max_examples=60, deadline=None)
-def test_no_image_has_two_roles_and_every_class_has_every_role(contents: list[list[int]], fraction) -> None:
+def test_no_image_has_two_roles_and_every_class_has_every_split(contents: list[list[int]], fraction) -> None:
     images = [image(label, content) for label, found in enumerate(contents) for content in found]
     labels: dict[str, set[int]] = {}
     for one in images:
@@ -68,12 +68,12 @@ def test_names_and_order_of_the_files_do_not_matter() -> None:
     assert [one.key for one in first.train] == [one.key for one in second.train]
 
 
-def test_a_hundred_images_are_split_80_10_10() -> None:
+def test_hundred_images_are_split_80_10_10() -> None:
     done = split([image(label, f"{label} {n}") for label in range(2) for n in range(100)], 2)
     assert done.counts == {"train": [80, 80], "val": [10, 10], "test": [10, 10]}
 
 
-def test_the_test_role_is_the_same_whatever_is_held_out_for_selecting() -> None:
+def test_test_split_is_independent_of_the_val_fraction() -> None:
     images = [image(label, f"{label} {n}") for label in range(2) for n in range(40)]
     sets_of_tests = {tuple(one.key for one in split(images, 2, fraction).test) for fraction in (None, 0, 0.3)}
     assert len(sets_of_tests) == 1
@@ -95,12 +95,12 @@ def test_held_out_images_come_from_train_and_leave_test_alone() -> None:
     train = [image(label, f"{label} {n}") for label in range(2) for n in range(50)]
     test = [image(label, f"t{label} {n}") for label in range(2) for n in range(7)]
     given = {"train": train, "test": test}
-    done = assemble_splits("set", "set", ["a", "b"], given, None)
+    done = UnsplitDataset("set", "set", ["a", "b"], given).split(None)
     assert done.counts == {"train": [45, 45], "val": [5, 5], "test": [7, 7]}
-    assert assemble_splits("set", "set", ["a", "b"], given, 0).counts["train"] == [50, 50]
+    assert UnsplitDataset("set", "set", ["a", "b"], given).split(0).counts["train"] == [50, 50]
 
 
-def test_what_also_stands_in_test_is_taken_out_of_train_and_reported() -> None:
+def test_duplicates_of_test_images_leave_train() -> None:
     train = [image(label, f"{label} {n}", f"train/{label}/{n}") for label in range(2) for n in range(10)]
     test = [
         image(0, "0 4", "test/0/4"),
@@ -108,7 +108,7 @@ def test_what_also_stands_in_test_is_taken_out_of_train_and_reported() -> None:
         image(1, "0 5", "test/1/5"),
         image(1, "t1", "test/1/t1"),
     ]
-    done = assemble_splits("set", "set", ["a", "b"], {"train": train, "test": test}, 0)
+    done = UnsplitDataset("set", "set", ["a", "b"], {"train": train, "test": test}).split(0)
     assert done.counts == {"train": [8, 10], "val": [0, 0], "test": [2, 2]}
     assert [(d.names, d.kept, d.removed, d.two_classes) for d in done.duplicates] == [
         (("test/0/4", "train/0/4"), "test", ("train/0/4",), False),
@@ -117,32 +117,34 @@ def test_what_also_stands_in_test_is_taken_out_of_train_and_reported() -> None:
 
 
 @pytest.mark.parametrize("change", ["content", "label", "role", "class"])
-def test_the_fingerprint_changes_with_any_content_class_or_role(change: str) -> None:
+def test_fingerprint_changes_with_any_content_class_or_split(change: str) -> None:
     def roles(changed: str = "") -> ImageSet:
         train = [image(0, "a"), image(1, "b"), image(0, "other" if changed == "content" else "c")]
         train.append(image(1 if changed == "label" else 0, "d"))
         val, test = [image(0, "e"), image(1, "f")], [image(0, "g"), image(1, "h")]
         (val if changed == "role" else train).append(image(0, "i"))
         classes = ["a", "z" if changed == "class" else "b"]
-        return assemble_splits("set", "set", classes, {"train": train, "val": val, "test": test}, None)
+        return UnsplitDataset("set", "set", classes, {"train": train, "val": val, "test": test}).split(None)
 
     assert roles().fingerprint == roles().fingerprint
     assert roles(change).fingerprint != roles().fingerprint
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
+def test_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
     with pytest.raises(UsageError, match="--val-fraction"):
         split([image(label, n) for label in range(2) for n in range(5)], 2, fraction)
 
 
-def test_a_class_of_two_images_is_refused_by_name() -> None:
+def test_class_of_two_images_is_refused_by_name() -> None:
     images = [image(0, n) for n in range(9)] + [image(1, "x"), image(1, "y"), image(1, "y", "copy")]
     with pytest.raises(UsageError, match="Class '1' has 2 different images"):
         split(images, 2)
 
 
-def test_a_class_of_which_test_takes_everything_is_refused() -> None:
+def test_class_of_which_test_takes_everything_is_refused() -> None:
     train = [image(0, n) for n in range(9)] + [image(1, "x")]
-    with pytest.raises(UsageError, match="'1' is left for the role 'train'"):
-        assemble_splits("set", "set", ["0", "1"], {"train": train, "test": [image(0, "t"), image(1, "x")]}, 0)
+    with pytest.raises(UsageError, match="The train split has no image of '1'"):
+        UnsplitDataset(
+            "set", "set", ["0", "1"], {"train": train, "test": [image(0, "t"), image(1, "x")]}
+        ).split(0)

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 from questpress.pipeline.data.dataset import SPLITS, Image, ImageSet
-from questpress.pipeline.data.splits import assemble_splits
+from questpress.pipeline.data.splits import UnsplitDataset
 from questpress.pipeline.errors import UsageError
 
 
@@ -21,7 +21,7 @@ def many(count: int, shares: list[float], seed: int = 0) -> list[Image]:
 
 def split(images: list[Image], classes: int, fraction: float | None = None) -> ImageSet:
     names = [str(label) for label in range(classes)]
-    return assemble_splits("x", "x", names, {"train": images}, fraction, task="multi-label")
+    return UnsplitDataset("x", "x", names, {"train": images}, task="multi-label").split(fraction)
 
 
 def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
@@ -40,7 +40,7 @@ def test_images_of_no_class_are_held_out_like_the_others() -> None:
     assert empty["val"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
 
 
-def test_the_roles_follow_from_content_alone() -> None:
+def test_roles_follow_from_content_alone() -> None:
     images = many(300, [0.4, 0.2, 0.1])
     again = [Image.with_labels(f"other {one.name}", one.labels, one.key, b"") for one in images[::-1]]
     assert split(images, 3).fingerprint == split(again, 3).fingerprint
@@ -55,7 +55,7 @@ def test_every_class_stays_in_train_and_a_rare_one_is_still_tested() -> None:
     assert [counts[role][3] for role in SPLITS] == [1, 0, 0]
 
 
-def test_content_with_two_sets_of_labels_goes_to_train_and_is_told() -> None:
+def test_content_with_two_label_sets_goes_to_train() -> None:
     images = many(100, [0.5, 0.4])
     twice = [image(n, 0, name=f"a{n}") for n in range(100)]
     data = split([*images, *twice], 2)
@@ -64,14 +64,14 @@ def test_content_with_two_sets_of_labels_goes_to_train_and_is_told() -> None:
     assert sum(group.two_classes for group in data.duplicates) == len(torn)
 
 
-def test_a_given_test_role_stays_as_it_is() -> None:
+def test_given_test_role_stays_as_it_is() -> None:
     images = many(200, [0.5, 0.4])
     given = {"train": images[:150], "test": images[150:]}
-    data = assemble_splits("x", "x", ["0", "1"], given, None, task="multi-label")
+    data = UnsplitDataset("x", "x", ["0", "1"], given, task="multi-label").split(None)
     assert {one.key for one in data.test} == {one.key for one in images[150:]}
     assert len(data.val) == pytest.approx(15, abs=3)
 
 
 def test_too_few_images_for_three_roles_are_refused() -> None:
-    with pytest.raises(UsageError, match="three different images"):
+    with pytest.raises(UsageError, match="has 3 different images"):
         split([image(0, 0), image(1, 1), image(2, 0, 1)][:2], 2)

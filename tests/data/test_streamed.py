@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +10,13 @@ from questpress.export.runtime import Preprocessing
 from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode_images, render_images
 from questpress.pipeline.data.render import Views
-from questpress.pipeline.data.sources.folders import open_folder
 from questpress.pipeline.data.streaming import StreamedViews, measure_images, rendered_batches
 from questpress.pipeline.data.views import ViewPolicy
 from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.cache import Cache
 
-from tests.support.pictures import in_memory, pixels, save, smooth
+from tests.support.pictures import in_memory, open_folder, pixels, save, smooth
 
 SIZE = 24
 POLICIES = {
@@ -30,10 +29,8 @@ BROKEN = "train/a/broken.jpg"
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    two = Workers(2)
-    yield two
-    two.close()
+def workers() -> Workers:
+    return Workers(2)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +54,9 @@ def canonical(policy: ViewPolicy) -> Canonical:
 
 def both(images: tuple[Image, ...], policy: ViewPolicy, workers: Workers) -> tuple[Views, StreamedViews]:
     form = canonical(policy)
-    done, sized = decode_images(images, form), measure_images(images, form, workers)
+    with tempfile.TemporaryDirectory() as cache:
+        sized = measure_images(images, form, workers, cache=Cache(Path(cache)))
+    done = decode_images(images, form)
     assert sized.images == done.images and sized.skipped == done.skipped
     return (
         Views(done.pixels, done.labels, done.keys, policy, 7, SIZE),
@@ -86,7 +85,7 @@ def test_workers_make_the_very_views_that_are_cut_from_decoded_images(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_same_crops_come_at_two_sizes_from_one_decoding(
+def test_same_crops_come_at_two_sizes_from_one_decoding(
     images: tuple[Image, ...], workers: Workers, name: str
 ) -> None:
     ahead, streamed = both(images, POLICIES[name], workers)
@@ -107,10 +106,9 @@ def test_any_number_of_workers_makes_the_same(images: tuple[Image, ...], workers
     )
     for a, b in zip(one.batches(plan(20)), two.batches(plan(20)), strict=True):
         assert a[0].equal(b[0])
-    alone.close()
 
 
-def test_the_pass_for_sizes_is_made_once(images: tuple[Image, ...], workers: Workers, tmp_path: Path) -> None:
+def test_pass_for_sizes_is_made_once(images: tuple[Image, ...], workers: Workers, tmp_path: Path) -> None:
     form, calls = canonical(POLICIES["center"]), []
     for _ in range(2):
         sized = measure_images(
@@ -131,22 +129,22 @@ def test_images_without_a_file_are_sent_to_workers(workers: Workers) -> None:
         assert ours[0].equal(theirs[0])
 
 
-def test_an_image_that_vanishes_or_changes_stops_the_job(workers: Workers, tmp_path: Path) -> None:
+def test_image_that_vanishes_or_changes_stops_the_job(workers: Workers, tmp_path: Path) -> None:
     for name in ("a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"):
         save(tmp_path / name, int(name[2]))
     images = open_folder(tmp_path, val_fraction=0).train
     _, streamed = both(images, POLICIES["center"], workers)
     file = tmp_path / images[1].name
     save(file, 77)
-    with pytest.raises(JobError, match=f"{images[1].name} has changed"):
+    with pytest.raises(JobError, match=f"{images[1].name} was changed during the run"):
         list(streamed.batches(plan(len(images))))
     file.unlink()
-    with pytest.raises(JobError, match=f"{images[1].name} could be read when .* no longer can"):
+    with pytest.raises(JobError, match=f"{images[1].name} became unreadable during the run"):
         list(streamed.batches(plan(len(images))))
 
 
 def test_rendering_by_workers_is_the_runtimes(images: tuple[Image, ...], workers: Workers) -> None:
-    preprocessing = Preprocessing.of(16)
+    preprocessing = Preprocessing.create(16)
     expected = render_images(images, preprocessing)
     batches = list(rendered_batches(expected.images, preprocessing, workers, 8))
     assert [len(batch) for batch in batches] == [8, 8, 4]

@@ -4,13 +4,13 @@ import torch
 from questpress.pipeline.data.views import (
     ViewPolicy,
     below,
-    draw_crops,
-    list_views,
     draw_color_factors,
+    draw_crops,
     draw_order,
+    list_views,
     philox,
-    uniform,
     random_words,
+    uniform,
 )
 from torch import Tensor
 from torchvision.transforms import v2
@@ -40,7 +40,7 @@ def draw(policy: ViewPolicy, keys: Tensor, views: Tensor, height: int = 32, widt
         ),
     ],
 )
-def test_philox_gives_the_published_answers(counter, key, expected) -> None:
+def test_philox_matches_the_published_vectors(counter, key, expected) -> None:
     assert tuple(int(word) for word in philox(counter, key)) == expected
 
 
@@ -161,7 +161,7 @@ def test_ten_misses_give_torchvisions_centre_crop() -> None:
         assert box.tolist() == [[params["top"], params["left"], params["height"], params["width"]]] * 5
 
 
-def test_the_centre_view_is_the_largest_square() -> None:
+def test_centre_view_is_the_largest_square() -> None:
     box, flips = draw(ViewPolicy("center", flip=False), keys_of(2), torch.arange(2), 20, 31)
     assert box.tolist() == [[0, 5, 20, 20]] * 2 and not flips.any()
 
@@ -181,12 +181,12 @@ def test_pad_crop_refuses_images_of_another_size() -> None:
         {"kind": "center", "color_jitter": 2.0},
     ],
 )
-def test_a_policy_that_cannot_be_is_refused(wrong: dict) -> None:
+def test_policy_that_cannot_be_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError):
         ViewPolicy(**wrong)
 
 
-def test_an_epochs_order_is_a_permutation_that_images_keep_when_others_leave() -> None:
+def test_epochs_order_is_a_permutation_that_images_keep_when_others_leave() -> None:
     keys = keys_of(500)
     order = draw_order(0, 1, keys)
     assert sorted(order.tolist()) == list(range(500))

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image as PillowImage
 
-from tests.report.test_write import Reader
 from tests.support import little
+from tests.support.pages import Reader
 
 CLASSES = [
     "</style><script>alert(1)</script>",
@@ -48,16 +48,16 @@ def harmless(text: str) -> bool:
     return all(letter.isprintable() or letter in "\n\t" for letter in text)
 
 
-def test_no_line_of_the_job_steers_the_terminal(run: Path) -> None:
+def test_terminal_output_has_no_control_characters(run: Path) -> None:
     assert harmless((run.parent / "told.txt").read_text())
 
 
-def test_no_file_for_people_holds_what_would_steer_one(run: Path) -> None:
+def test_reports_have_no_control_characters(run: Path) -> None:
     for name in ("report.html", "report.md", "report.json", "artifact/README.md", "config.yaml"):
         assert harmless((run / name).read_text(encoding="utf-8")), name
 
 
-def test_the_report_shows_the_names_and_runs_nothing(run: Path) -> None:
+def test_report_escapes_hostile_names(run: Path) -> None:
     read = Reader((run / "report.html").read_text(encoding="utf-8"))
     assert "script" not in read.tags and read.tags.count("style") == 1
     assert not [name for _, name, _ in read.attributes if name.startswith("on")]
@@ -66,14 +66,14 @@ def test_the_report_shows_the_names_and_runs_nothing(run: Path) -> None:
     assert "<script" not in markdown and "<img" not in markdown
 
 
-def test_the_card_is_one_document_with_a_head_that_can_be_read(run: Path) -> None:
+def test_card_is_one_document_with_a_head_that_can_be_read(run: Path) -> None:
     text = (run / "artifact" / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "onnx"
     assert "<script" not in body and "# c" not in body.splitlines()
 
 
-def test_what_ships_answers_with_the_names_as_they_are_shown(run: Path) -> None:
+def test_shipped_labels_are_escaped(run: Path) -> None:
     labels = json.loads((run / "artifact" / "manifest.json").read_text())["labels"]
     assert CLASSES[0] in labels and all(map(harmless, labels))
     image = next(run.parent.glob("*.png"))

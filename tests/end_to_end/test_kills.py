@@ -9,7 +9,7 @@ from tests.campaigns import kills
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 
 
-def test_a_run_killed_at_a_random_moment_ends_in_the_bits_of_an_uninterrupted_one(tmp_path):
+def test_killed_run_resumes_to_the_same_bits(tmp_path):
     outcomes = list(kills.campaign(tmp_path, range(1), 0, ["student"]))
     assert [(outcome.differs, outcome.left) for outcome in outcomes] == [((), 0)]
     # The comparison sees something: weights, files that ship, curves, figures, answers of the store.

@@ -24,7 +24,7 @@ def of_pixels(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: Pa
 
 
 @pytest.mark.parametrize("name", ["student.onnx", "student.int8.onnx"])
-def test_both_files_take_pixels_and_say_so(of_pixels: Path, name: str) -> None:
+def test_both_files_take_pixels(of_pixels: Path, name: str) -> None:
     model = onnx.load(str(of_pixels / "artifact" / name))
     taken = model.graph.input[0].type.tensor_type
     assert taken.elem_type == onnx.TensorProto.UINT8
@@ -32,7 +32,7 @@ def test_both_files_take_pixels_and_say_so(of_pixels: Path, name: str) -> None:
     assert {entry.key: entry.value for entry in model.metadata_props}["questpress.input"] == "uint8"
 
 
-def test_the_manifest_and_the_report_say_what_the_files_take(of_pixels: Path, finished: Path) -> None:
+def test_manifest_and_report_describe_the_input(of_pixels: Path, finished: Path) -> None:
     assert json.loads((of_pixels / "artifact" / "manifest.json").read_text())["input"] == "uint8"
     report = little.report(of_pixels)
     said = report["student_int8"]["quantization"]["input"]
@@ -41,7 +41,7 @@ def test_the_manifest_and_the_report_say_what_the_files_take(of_pixels: Path, fi
     assert report["config"]["input"] == "uint8" and little.report(finished)["config"]["input"] == "float"
 
 
-def test_the_same_student_ships_as_without(of_pixels: Path, finished: Path, data: Path) -> None:
+def test_same_student_ships_as_without(of_pixels: Path, finished: Path, data: Path) -> None:
     ours, theirs = little.report(of_pixels), little.report(finished)
     assert little.weights(of_pixels / "student.safetensors") == little.weights(
         finished / "student.safetensors"
@@ -60,11 +60,11 @@ def test_the_same_student_ships_as_without(of_pixels: Path, finished: Path, data
             assert max(abs(a[label] - b[label]) for label in a) <= most
 
 
-def test_the_bench_has_timed_the_files_on_pixels(of_pixels: Path) -> None:
+def test_bench_has_timed_the_files_on_pixels(of_pixels: Path) -> None:
     report = little.report(of_pixels)
     for subject in ("teacher", "student", "student_int8"):
         assert report[subject]["latency_ms"]["1"]["n"] > 0
-    session = runtime.session(of_pixels / "artifact" / "student.onnx", 1)
+    session = runtime.open_session(of_pixels / "artifact" / "student.onnx", 1)
     with pytest.raises(Exception, match="tensor\\(uint8\\)"):
         session.run(None, {"input": np.zeros((1, 3, 16, 16), np.float32)})
 
@@ -75,7 +75,7 @@ def test_predict_reads_a_photo(of_pixels: Path, data: Path) -> None:
     assert result.exit_code == 0 and f"{photo}: " in result.stdout and "%" in result.stdout
 
 
-def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
+def test_network_without_foldable_layer_ships_with_a_note(
     data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("questpress.export.conversion.pixel_input.fold_normalisation", lambda *_: None)
@@ -88,7 +88,7 @@ def test_a_network_that_nothing_can_be_folded_into_ships_with_a_note(
     assert report["student"]["parity"]["max_abs"] < 1e-4
 
 
-def test_a_run_for_floats_is_made_anew_for_pixels_and_trains_nothing(
+def test_pixel_input_is_exported_again_without_training(
     a_run: Path, tmp_path: Path, data: Path, cache: Path
 ) -> None:
     out = tmp_path / "again"

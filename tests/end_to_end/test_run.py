@@ -23,7 +23,7 @@ REWRITTEN = ("config.yaml", "run.json", ".run.json")
 CALLED = (*REWRITTEN, "report.html", "report.md", "report.json")
 
 
-def test_the_run_folder_holds_what_the_design_lists(finished):
+def test_run_folder_has_the_documented_files(finished):
     names = set(files(finished))
     assert names >= {
         "config.yaml", "run.json", "teacher.safetensors", "student.safetensors", "metrics.jsonl",
@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_the_design_lists(finished):
     assert not [name for name in names if name.startswith("checkpoint/") or ".part" in name]
 
 
-def test_each_stage_is_told_in_one_line_and_the_end_names_the_two_paths(finished):
+def test_terminal_shows_a_line_for_each_stage(finished):
     told = (finished.parent / "stderr.txt").read_text().splitlines()
     done = [line.split()[1] for line in told if line.startswith("✓")]
     assert done == list(STAGES)
@@ -50,19 +50,19 @@ def test_each_stage_is_told_in_one_line_and_the_end_names_the_two_paths(finished
     assert str(finished / "artifact") in end.replace("\n", "")
 
 
-def test_the_built_in_digits_are_named_as_such_in_one_line(digits):
+def test_built_in_digits_are_named_as_such_in_one_line(digits):
     first = (digits.parent / "stderr.txt").read_text().splitlines()[0]
     assert "built-in" in first and "--data" in first
 
 
-def test_the_digits_have_three_roles_of_80_10_and_10_percent(digits):
+def test_digits_have_three_roles_of_80_10_and_10_percent(digits):
     data = report(digits)["data"]
     assert (data["train"], data["val"], data["test"]) == (1439, 179, 179)
     assert all(min(counts.values()) > 0 for counts in data["per_class"].values())
 
 
 @pytest.mark.parametrize("subject", ["teacher", "student", "student_int8"])
-def test_the_report_has_the_promised_fields_of_each_subject(digits, subject):
+def test_report_has_all_fields_of_each_subject(digits, subject):
     found = report(digits)[subject]
     accuracy = found["score"]
     assert accuracy["n"] == 179
@@ -75,7 +75,7 @@ def test_the_report_has_the_promised_fields_of_each_subject(digits, subject):
         assert 0 < one["p50"] <= one["p90"] and one["n"] >= 20
 
 
-def test_the_report_names_its_schema_its_teachers_and_the_parity_of_the_export(digits):
+def test_report_names_its_schema_its_teachers_and_the_parity_of_the_export(digits):
     found = report(digits)
     assert found["schema_version"] == 1
     assert [one["name"] for one in found["teachers"]] == [little.TEACHER]
@@ -85,7 +85,7 @@ def test_the_report_names_its_schema_its_teachers_and_the_parity_of_the_export(d
     Report.model_validate(found)
 
 
-def test_the_teacher_of_the_digits_is_trained_from_scratch_and_learns(digits):
+def test_teacher_of_the_digits_is_trained_from_scratch_and_learns(digits):
     teacher = report(digits)["teacher"]
     assert teacher["weights"] == "scratch"
     assert teacher["score"]["percent"] > 50
@@ -94,7 +94,7 @@ def test_the_teacher_of_the_digits_is_trained_from_scratch_and_learns(digits):
     assert curve[-1]["losses"]["loss"] < curve[0]["losses"]["loss"]
 
 
-def test_the_students_losses_add_up_in_every_epoch(digits):
+def test_students_losses_add_up_in_every_epoch(digits):
     curve = [e for e in report(digits)["epochs"] if e["stage"] == "student"]
     assert len(curve) == 2
     for epoch in curve:
@@ -103,17 +103,18 @@ def test_the_students_losses_add_up_in_every_epoch(digits):
         assert {"perplexity", "max_p_t", "word_accuracy", "gamma"} <= set(epoch["watched"])
 
 
-def test_the_words_stand_in_the_report_with_their_features_and_perplexity(digits):
+def test_words_stand_in_the_report_with_their_features_and_perplexity(digits):
     [words] = report(digits)["words"]
-    assert words["words"] == words["asked"] == 64
+    assert words["words"] == words["requested"] == 64
     # 16 pixels over a stride of 4: a grid of 4 × 4 positions.
     assert words["features"] == words["features_used"] == 1439 * 16
     assert 1 < words["perplexity"] <= 64
 
 
-def test_the_accuracy_in_the_report_is_what_the_shipped_file_gets_on_the_test_images(digits):
+def test_report_accuracy_is_that_of_the_shipped_file(digits):
     from questpress.export.runtime import Classifier
-    from questpress.pipeline.data.sources.timm_datasets import open_digits
+
+    from tests.support.pictures import open_digits
 
     test = open_digits().test
     for subject, name in (("student", "student.onnx"), ("student_int8", "student.int8.onnx")):
@@ -123,13 +124,14 @@ def test_the_accuracy_in_the_report_is_what_the_shipped_file_gets_on_the_test_im
         assert right == report(digits)[subject]["score"]["correct"]
 
 
-def test_the_agreement_counts_equal_answers_of_teacher_and_file(digits):
+def test_agreement_counts_equal_predictions(digits):
     import torch
     from questpress.export.runtime import Classifier, Preprocessing, render
     from questpress.models.build import build, geometry
     from questpress.models.checkpoint import read_checkpoint
     from questpress.models.weights import load_into
-    from questpress.pipeline.data.sources.timm_datasets import open_digits
+
+    from tests.support.pictures import open_digits
 
     teacher = build(little.TEACHER, num_classes=10, image_size=16)
     load_into(teacher, read_checkpoint(digits / "teacher.safetensors"))
@@ -147,7 +149,7 @@ def test_the_agreement_counts_equal_answers_of_teacher_and_file(digits):
     assert alike == report(digits)["student_int8"]["agreement"]["correct"]
 
 
-def test_the_int8_file_is_smaller_and_the_manifest_vouches_for_both(digits):
+def test_int8_file_is_smaller_and_the_manifest_vouches_for_both(digits):
     import hashlib
 
     manifest = json.loads((digits / "artifact/manifest.json").read_text())
@@ -164,7 +166,7 @@ def test_the_int8_file_is_smaller_and_the_manifest_vouches_for_both(digits):
 
 
 @pytest.mark.parametrize("place", ["", "artifact", "artifact/student.int8.onnx", "artifact/student.onnx"])
-def test_predict_answers_from_a_run_an_artifact_or_one_file_alone(finished, data, tmp_path, place):
+def test_predict_accepts_run_artifact_or_file(finished, data, tmp_path, place):
     source = finished / place
     if source.is_file():  # alone: nothing of the artifact beside it
         source = Path(shutil.copy(source, tmp_path))
@@ -180,12 +182,12 @@ def test_predict_answers_from_a_run_an_artifact_or_one_file_alone(finished, data
         assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_predict_with_the_image_first_says_what_comes_first(finished, data):
+def test_predict_with_swapped_arguments_is_refused(finished, data):
     photo = data / "red" / "000.png"
     refused(compress("predict", photo, finished), 2, "is an image", "compress predict RUN 000.png")
 
 
-def test_predict_names_an_unreadable_image_answers_the_others_and_exits_with_1(finished, data, tmp_path):
+def test_predict_reports_an_unreadable_image_and_continues(finished, data, tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     result = compress("predict", finished, tmp_path / "text.jpg", data / "red" / "000.png")
     assert result.exit_code == 1
@@ -193,12 +195,12 @@ def test_predict_names_an_unreadable_image_answers_the_others_and_exits_with_1(f
     assert len(result.stdout.splitlines()) == 1 and "000.png" in result.stdout
 
 
-def test_predict_from_a_folder_without_an_artifact_says_so(tmp_path):
+def test_predict_without_an_artifact_is_refused(tmp_path):
     refused(compress("predict", tmp_path, "a.png"), 2, str(tmp_path))
     refused(compress("predict", tmp_path / "none", "a.png"), 2, "none")
 
 
-def test_a_second_run_of_the_same_command_changes_nothing(a_run, data, cache):
+def test_second_run_of_the_same_command_changes_nothing(a_run, data, cache):
     job(data, a_run, cache)  # whose report names this copy
     before, stages = files(a_run, REWRITTEN), record(a_run)["stages"]
     result = job(data, a_run, cache)
@@ -208,7 +210,7 @@ def test_a_second_run_of_the_same_command_changes_nothing(a_run, data, cache):
     assert result.stderr.count("(kept)") == len(STAGES)
 
 
-def test_a_moved_data_folder_with_the_same_images_is_the_same_data(a_run, data, cache, tmp_path):
+def test_moved_data_folder_with_the_same_images_is_the_same_data(a_run, data, cache, tmp_path):
     moved = Path(shutil.copytree(data, tmp_path / "moved"))
     assert job(moved, a_run, cache).stderr.count("(kept)") == len(STAGES)
 
@@ -241,7 +243,7 @@ def test_options_that_change_no_result_are_not_refused(a_run, data, cache, optio
     assert files(a_run, CALLED) == before
 
 
-def test_until_stops_after_its_stage_and_the_next_run_goes_on(data, cache, tmp_path):
+def test_until_stops_after_its_stage_and_can_resume(data, cache, tmp_path):
     out = tmp_path / "run"
     assert job(data, out, cache, "--until", "prepare").exit_code == 0
     assert list(record(out)["stages"]) == ["teacher", "prepare"]
@@ -328,7 +330,7 @@ def test_method_none_trains_the_student_without_a_teachers_loss(data, cache, tmp
     assert found["student_int8"]["score"]["n"] == 6
 
 
-def test_a_runs_config_gives_the_same_run_elsewhere(finished, cache, tmp_path):
+def test_runs_config_gives_the_same_run_elsewhere(finished, cache, tmp_path):
     out = tmp_path / "again"
     result = compress(
         "--config", finished / "config.yaml", "--out", out, "--cache", cache, "--until", "student"
@@ -338,7 +340,7 @@ def test_a_runs_config_gives_the_same_run_elsewhere(finished, cache, tmp_path):
     assert record(out)["config"] == record(finished)["config"]
 
 
-def test_the_command_line_wins_over_the_config(finished, cache, tmp_path):
+def test_command_line_wins_over_the_config(finished, cache, tmp_path):
     out = tmp_path / "again"
     result = compress(
         "--config", finished / "config.yaml", "--out", out, "--cache", cache, "--until", "teacher",
@@ -370,17 +372,17 @@ def comparable(found: dict[str, Any]) -> Report:
     return Report.model_validate({**found, "command": "", "config": config})
 
 
-def test_json_prints_the_report_and_nothing_else_to_stdout(a_run, data, cache):
+def test_json_prints_only_the_report(a_run, data, cache):
     result = job(data, a_run, cache, "--json")
     assert comparable(json.loads(result.stdout)) == comparable(report(a_run))
 
 
-def test_quiet_says_nothing_but_the_result(a_run, data, cache):
+def test_quiet_prints_only_the_result(a_run, data, cache):
     result = job(data, a_run, cache, "--quiet")
     assert result.stderr == "" and "Student int8" in result.stdout
 
 
-def test_a_dry_run_estimates_time_and_disk_and_makes_nothing(data, tmp_path, monkeypatch):
+def test_dry_run_estimates_time_and_disk_and_writes_nothing(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = job(data, tmp_path / "run", tmp_path / "cache", "--dry-run")
     assert result.exit_code == 0, result.output
@@ -388,7 +390,7 @@ def test_a_dry_run_estimates_time_and_disk_and_makes_nothing(data, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_run_folder_is_named_after_teacher_student_and_data(data, cache, tmp_path, monkeypatch):
+def test_run_folder_is_named_after_teacher_student_and_data(data, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = compress(
         *little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", cache, "--until", "teacher"
@@ -397,7 +399,7 @@ def test_the_run_folder_is_named_after_teacher_student_and_data(data, cache, tmp
     assert (tmp_path / "runs" / f"{little.TEACHER}-{little.STUDENT}-colours" / "run.json").exists()
 
 
-def test_the_python_function_is_the_command_and_returns_the_typed_report(a_run, data, cache):
+def test_python_function_is_the_command_and_returns_the_typed_report(a_run, data, cache):
     returned = questpress.pipeline.compress(
         teacher=little.TEACHER, teacher_weights="none", student=little.STUDENT, data=data, out=a_run,
         cache=cache, image_size=16, batch_size=16, bench_seconds=0.1, calibration_images=16,
@@ -422,7 +424,7 @@ def test_val_fraction_0_trains_on_everything_but_the_test_images(cache, tmp_path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
-def test_the_run_does_not_depend_on_the_folder_it_is_started_in(a_run, data, cache, tmp_path, monkeypatch):
+def test_run_does_not_depend_on_the_folder_it_is_started_in(a_run, data, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = job(data, Path(os.path.relpath(a_run)), cache)
     assert result.stderr.count("(kept)") == len(STAGES), result.output

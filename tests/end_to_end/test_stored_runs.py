@@ -12,14 +12,12 @@ import pytest
 from questpress.pipeline.api.cache import parse_size
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.data.network_spec import NetworkSpec
+from questpress.pipeline.data.training_data import TrainingData
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.runs.cache import Cache
-from questpress.pipeline.runs.console import Display
-from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.files import digest
-from questpress.pipeline.runs.folder import RunFolder
-from questpress.pipeline.training import teacher_cache
-from questpress.pipeline.training.job import Job
+from questpress.pipeline.training.teacher_cache import source_key
 from safetensors.torch import load_file, save_file
 
 from tests.support import little
@@ -65,7 +63,7 @@ def entries(cache: Path) -> dict[tuple[str, int], Path]:
     return found
 
 
-def test_the_run_says_what_it_stores(first: Path):
+def test_run_reports_its_cached_outputs(first: Path):
     [line] = [line for line in (first / "stderr.txt").read_text().splitlines() if "are stored in" in line]
     run = report(first / "run")
     top, used = run["words"][0]["top"], run["teacher_cache"]
@@ -95,7 +93,7 @@ def never(*_: Any) -> None:
         ("--method", "quest+dist", "--student", "cifar_resnet20", "--optimizer", "sgd"),
     ],
 )
-def test_another_seed_method_or_student_reads_the_answers_and_never_loads_the_teacher(
+def test_other_runs_reuse_cached_outputs_without_the_teacher(
     copied: Path, data: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ):
     for module in ("training.student", "stages.prepare", "training.teacher_cache"):
@@ -111,7 +109,7 @@ def test_another_seed_method_or_student_reads_the_answers_and_never_loads_the_te
     assert len(entries(copied / "cache")) == 4
 
 
-def test_the_same_run_with_the_answers_there_gives_the_same_weights(copied: Path, data: Path):
+def test_cached_outputs_give_the_same_weights(copied: Path, data: Path):
     shutil.rmtree(copied / "run")
     method = ("--method", "quest+kd")
     again = little.job(data, copied / "run", copied / "cache", *VIEWS, *method)
@@ -123,67 +121,64 @@ def test_the_same_run_with_the_answers_there_gives_the_same_weights(copied: Path
 
 
 @pytest.fixture
-def job(copied: Path) -> Job:
-    display = Display(quiet=True)
-    with display.stage("test") as progress:
-        run, cache = copied / "run", copied / "cache"
-        options = read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache})
-        chosen, images = resolve(options)
-        folder = RunFolder.read(run)
-        return Job(chosen, frozenset(), images, folder, Cache(cache), display, "cpu", progress)
+def training_data(copied: Path) -> TrainingData:
+    run, cache = copied / "run", copied / "cache"
+    options = read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache})
+    chosen, images = resolve(options)
+    return TrainingData(chosen, images, Cache(cache), "cpu", lambda *_: None)
 
 
-def with_options(job: Job, **options: Any) -> Job:
-    return replace(job, options=job.options.model_copy(update=options))
+def with_options(data: TrainingData, **options: Any) -> TrainingData:
+    return replace(data, options=data.options.model_copy(update=options))
 
 
-def other_images(job: Job) -> Job:
-    return replace(job, data=replace(job.data, train=job.data.train[1:]))
+def other_images(data: TrainingData) -> TrainingData:
+    return replace(data, dataset=replace(data.dataset, train=data.dataset.train[1:]))
 
 
-def _key(job: Job, engine: Engine) -> dict[str, object]:
-    return teacher_cache._key(job, job.current_teachers[0], engine)
+def key_of(data: TrainingData, precision: str = "fp32") -> str:
+    assert data.options.out is not None
+    teacher = NetworkSpec(little.TEACHER, data.image_size, len(data.classes), "teacher.safetensors")
+    return digest(source_key(data.options.out, data, teacher, precision))
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        lambda job: with_options(job, image_size=24),
-        lambda job: with_options(job, pad=1),
-        lambda job: with_options(job, flip=not job.options.flip),
-        lambda job: with_options(job, color_jitter=0.2),
-        lambda job: with_options(job, crop="resized", crop_scale=0.5),
+        lambda data: with_options(data, image_size=24),
+        lambda data: with_options(data, pad=1),
+        lambda data: with_options(data, flip=not data.options.flip),
+        lambda data: with_options(data, color_jitter=0.2),
+        lambda data: with_options(data, crop="resized", crop_scale=0.5),
         other_images,
     ],
     ids=["size", "pad", "flip", "jitter", "crop", "images"],
 )
-def test_other_images_sizes_and_ways_to_draw_views_have_other_keys(job: Job, changed: Callable[[Job], Job]):
-    engine = Engine("cpu", 1, "fp32")
-    key = digest(_key(job, engine))
-    assert digest(_key(changed(job), engine)) != key
-    assert digest(_key(job, replace(engine, precision="bf16"))) != key
-    # What says nothing of an answer does not change it.
-    same = with_options(job, seed=9, epochs=99, batch_size=4, method="dist", lr=1.0)
-    assert digest(_key(same, replace(engine, threads=7))) == key
+def test_key_depends_on_images_sizes_and_view_policy(
+    training_data: TrainingData, changed: Callable[[TrainingData], TrainingData]
+):
+    key = key_of(training_data)
+    assert key_of(changed(training_data)) != key
+    assert key_of(training_data, "bf16") != key
+    assert key_of(with_options(training_data, seed=9, epochs=99, batch_size=4, method="dist", lr=1.0)) == key
 
 
-def test_a_teachers_key_is_its_weights_and_not_what_its_file_says_of_them(job: Job):
-    engine = Engine("cpu", 1, "fp32")
-    key, file = digest(_key(job, engine)), job.folder.path / "teacher.safetensors"
+def test_key_depends_on_weights_and_not_on_their_metadata(training_data: TrainingData, copied: Path):
+    key, file = key_of(training_data), copied / "run" / "teacher.safetensors"
     tensors = load_file(file)
     save_file(tensors, file, {"key": "of another run"})
-    assert digest(_key(job, engine)) == key
+    assert key_of(training_data) == key
     name = next(name for name, tensor in tensors.items() if tensor.dim() == 4)
     tensors[name].view(-1)[0] += 1e-3
     save_file(tensors, file)
-    assert digest(_key(job, engine)) != key
+    assert key_of(training_data) != key
 
 
 # ---------------------------------------------------------------------------------------------------------
 # compress cache
 
 
-def test_the_list_tells_what_is_stored(first: Path):
+def test_list_shows_cached_outputs(first: Path):
     run = report(first / "run")
     told = json.loads(wide("cache", "list", "--json", "--cache", first / "cache").stdout)
     by_readout = {one["readout"]: one for one in told}
@@ -202,12 +197,12 @@ def test_the_list_tells_what_is_stored(first: Path):
     assert len(plain) == 4 and plain[0].startswith("teacher") and little.TEACHER in plain[1]
 
 
-def test_the_list_of_nothing_says_so(tmp_path: Path):
+def test_empty_cache_is_reported(tmp_path: Path):
     assert "There are no cached teacher outputs in" in wide("cache", "list", "--cache", tmp_path).stdout
     assert json.loads(wide("cache", "list", "--json", "--cache", tmp_path).stdout) == []
 
 
-def test_prune_removes_what_was_used_longest_ago(copied: Path):
+def test_prune_removes_the_least_recently_used(copied: Path):
     places = entries(copied / "cache")
     for age, place in enumerate(
         [places["map", 1], places["logits", 0], places["map", 0], places["logits", 1]]
@@ -236,7 +231,7 @@ def test_sizes_are_written_as_people_write_them(text: str, bytes_: float):
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-1GB", "10 apples", "1e9"])
-def test_what_is_no_size_is_refused(text: str, tmp_path: Path):
+def test_invalid_size_is_refused(text: str, tmp_path: Path):
     with pytest.raises(UsageError, match="--keep must be a size"):
         parse_size(text)
     refused(little.compress("cache", "prune", f"--keep={text}", "--cache", tmp_path), 2, "--keep")

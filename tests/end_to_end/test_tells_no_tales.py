@@ -77,7 +77,7 @@ def forms(text: str) -> dict[str, bytes]:
     return found
 
 
-def test_no_shipped_byte_tells_where_by_whom_or_on_what_it_was_made(elsewhere: Path) -> None:
+def test_artifact_names_no_user_host_or_path(elsewhere: Path) -> None:
     content = {file.name: file.read_bytes().lower() for file in elsewhere.rglob("*")}
     assert content.keys() == SHIPPED
     known = {
@@ -93,14 +93,14 @@ def test_no_shipped_byte_tells_where_by_whom_or_on_what_it_was_made(elsewhere: P
                 assert wanted.lower() not in held, (name, form, text)
 
 
-def test_the_search_finds_what_is_hidden() -> None:
+def test_search_finds_planted_strings() -> None:
     for shift in range(3):
         held = base64.b64encode(b"x" * shift + b"/home/somebody/photos" + b"y" * 5).lower()
         assert any(one.lower() in held for one in forms("/home/somebody/photos").values())
     assert forms("ab")["utf-16"] in "xxabxx".encode("utf-16-le")
 
 
-def test_the_networks_carry_no_words_but_their_own(elsewhere: Path) -> None:
+def test_models_contain_no_foreign_strings(elsewhere: Path) -> None:
     for name in ("student.onnx", "student.int8.onnx"):
         model = onnx.load(elsewhere / name)
         assert b".py" not in (elsewhere / name).read_bytes() and not model.doc_string
@@ -112,7 +112,7 @@ def test_the_networks_carry_no_words_but_their_own(elsewhere: Path) -> None:
         assert not any(one.doc_string or one.metadata_props for one in described)
 
 
-def test_the_same_inputs_elsewhere_make_the_same_bytes(elsewhere: Path, finished: Path) -> None:
+def test_same_inputs_make_the_same_bytes(elsewhere: Path, finished: Path) -> None:
     for name in sorted(SHIPPED - {"README.md"}):
         assert (elsewhere / name).read_bytes() == (finished / "artifact" / name).read_bytes(), name
 
@@ -125,7 +125,7 @@ def test_only_measured_times_differ_in_the_card(elsewhere: Path, finished: Path)
     assert told(elsewhere) == told(finished / "artifact")
 
 
-def test_the_manifest_says_no_time_and_no_place(elsewhere: Path) -> None:
+def test_manifest_has_no_time_or_place(elsewhere: Path) -> None:
     manifest = json.loads((elsewhere / "manifest.json").read_text())
     assert manifest["origin"]["data"] == "colours", "the folder's own name, and nothing of what lies above it"
     assert not {"date", "time", "created", "host", "user", "path", "command"} & {

@@ -17,7 +17,7 @@ def test_map_is_the_mean_of_scikit_learns_average_precision() -> None:
     assert average_precision.mean_average_precision(LOGITS, TARGETS) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_weighted_image_counts_as_often_as_copies_of_it() -> None:
+def test_weighted_image_counts_as_often_as_copies_of_it() -> None:
     weights = RNG.integers(0, 4, N).astype(float)
     found = average_precision.average_precision(average_precision.Ranking(LOGITS, TARGETS), weights)
     copies = np.repeat(np.arange(N), weights.astype(int))
@@ -26,7 +26,7 @@ def test_a_weighted_image_counts_as_often_as_copies_of_it() -> None:
         assert found[c] == pytest.approx(expected)
 
 
-def test_a_threshold_has_the_best_f1_of_all_there_are() -> None:
+def test_threshold_has_the_best_f1_of_all_there_are() -> None:
     chosen = average_precision.choose_thresholds(LOGITS, TARGETS)
     p = sigmoid(LOGITS)
     for c in range(C):
@@ -44,7 +44,7 @@ def test_thresholds_at_the_ends() -> None:
     assert split == pytest.approx(0.5)  # halfway between σ(2) and σ(−2)
 
 
-def test_of_equal_thresholds_the_highest_is_chosen() -> None:
+def test_highest_of_equal_thresholds_is_chosen() -> None:
     # One of two taken: precision 1, recall ½. Four taken: ½ and 1. Both have F1 2/3.
     targets = np.array([[1], [0], [0], [1]], dtype=np.float32)
     logits = np.array([[2], [1], [0], [-1]], dtype=np.float32)

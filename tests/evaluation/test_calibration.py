@@ -81,7 +81,7 @@ def test_ece_is_torchmetrics_multiclass_calibration_error():
     assert found is not None and found.ece == pytest.approx(100 * float(theirs), abs=1e-4)
 
 
-def test_a_confidence_on_an_edge_lies_in_the_bin_below_and_1_in_the_last():
+def test_confidence_on_an_edge_is_in_the_lower_bin():
     edges = torch.linspace(0, 1, 16, dtype=torch.float64).numpy()
     assert bin_of(edges).tolist() == [0, *range(15)]
     assert bin_of(np.nextafter(edges[:-1], 1)).tolist() == list(range(15))
@@ -112,7 +112,7 @@ def test_probabilities_of_exactly_1_and_0_have_their_bins():
     assert zeros is not None and zeros.bins[0].n == 8 and zeros.ece == pytest.approx(100 / 8)
 
 
-def test_the_bins_say_what_the_ece_is_made_of():
+def test_ece_is_the_sum_over_bins():
     for logits, labels in (honest(300), honest_classes(200)):
         found = measure(logits, labels)
         assert found is not None
@@ -125,7 +125,7 @@ def test_the_bins_say_what_the_ece_is_made_of():
             assert one.n == 0 or one.low <= one.confidence <= one.high + 1e-9
 
 
-def test_several_labels_an_image_make_each_class_an_answer_of_its_own():
+def test_multi_label_calibration_counts_each_class():
     from torchmetrics.functional.classification import binary_calibration_error
 
     logits, there = honest_classes(300)
@@ -140,7 +140,7 @@ def test_several_labels_an_image_make_each_class_an_answer_of_its_own():
     assert found.entropy == pytest.approx(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean(), rel=1e-6)
 
 
-def test_the_interval_of_an_honest_network_reaches_0_and_that_of_an_overconfident_one_does_not():
+def test_interval_of_a_calibrated_network_reaches_0():
     logits, labels = honest(1000)
     fair, bold = measure(logits, labels), measure(2.5 * logits, labels)
     assert fair is not None and bold is not None
@@ -150,14 +150,14 @@ def test_the_interval_of_an_honest_network_reaches_0_and_that_of_an_overconfiden
     assert bold.gap_low > 5
 
 
-def test_the_interval_narrows_with_the_images_and_is_the_same_every_time():
+def test_interval_narrows_with_the_images_and_is_the_same_every_time():
     few, many = (measure(2.5 * logits, labels) for logits, labels in (honest(200), honest(5000)))
     assert few is not None and many is not None
     assert many.ece_high - many.ece_low < 0.4 * (few.ece_high - few.ece_low)
     assert measure(2.5 * honest(200)[0], honest(200)[1]) == few
 
 
-def test_the_interval_holds_the_true_ece_about_as_often_as_it_says():
+def test_interval_covers_the_true_ece():
     sharp = 2.0
     logits, labels = honest(100_000, seed=99)
     true = measure(sharp * logits, labels)
@@ -187,7 +187,7 @@ def test_before_is_the_same_without_the_temperature():
     assert found.accuracy == plain.accuracy
 
 
-def test_several_teachers_answer_with_the_mean_of_their_probabilities():
+def test_teachers_are_averaged_by_probability():
     a, b = honest(50, seed=1)[0], honest(50, seed=2)[0]
     assert np.allclose(
         softmax(Softmax().ensemble([a, b])), (softmax(a.astype(float)) + softmax(b.astype(float))) / 2
@@ -200,7 +200,7 @@ def test_several_teachers_answer_with_the_mean_of_their_probabilities():
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5, 8.0])
 @pytest.mark.parametrize("kind", [honest, honest_classes])
-def test_the_temperature_of_logits_scaled_by_a_known_factor_is_that_factor(kind, factor):
+def test_temperature_recovers_a_known_scale(kind, factor):
     logits, labels = kind(20_000)
     fit = fit_temperature((factor * logits).astype(np.float32), labels)
     assert fit.value == pytest.approx(factor, rel=0.03)
@@ -210,7 +210,7 @@ def test_the_temperature_of_logits_scaled_by_a_known_factor_is_that_factor(kind,
     assert fit.nll_after <= fit.nll_before
 
 
-def test_the_fitted_temperature_has_the_least_nll_of_all():
+def test_fitted_temperature_has_the_least_nll_of_all():
     for logits, labels in (honest(150, seed=3), honest_classes(150, seed=3)):
         logits = 3 * logits
         fit = fit_temperature(logits, labels)
@@ -224,7 +224,7 @@ def test_the_fitted_temperature_has_the_least_nll_of_all():
         assert fit.nll_after < min(nll(fit.value * 1.01), nll(fit.value / 1.01))
 
 
-def test_the_temperatures_interval_holds_the_true_one_about_as_often_as_it_says():
+def test_temperature_interval_covers_the_true_value():
     held = 0
     for seed in range(60):
         logits, labels = honest(300, seed=seed)
@@ -234,7 +234,7 @@ def test_the_temperatures_interval_holds_the_true_one_about_as_often_as_it_says(
     assert held >= 52
 
 
-def test_logits_of_many_images_are_taken_in_parts(monkeypatch):
+def test_logits_are_processed_in_chunks(monkeypatch):
     logits, labels = honest(500)
     whole = fit_temperature(2 * logits, labels)
     monkeypatch.setattr("questpress.pipeline.evaluation.calibration.CHUNK", 64)
@@ -243,7 +243,7 @@ def test_logits_of_many_images_are_taken_in_parts(monkeypatch):
     assert parts.high == pytest.approx(whole.high, rel=1e-9)
 
 
-def test_a_temperature_beyond_the_bounds_is_the_bound_and_is_told():
+def test_temperature_is_clipped_and_reported():
     logits, _ = honest(100)
     all_right = fit_temperature(logits, logits.argmax(1))
     assert all_right.value == pytest.approx(LOWEST) and all_right.note is not None
@@ -258,7 +258,7 @@ def test_logits_that_are_all_alike_keep_temperature_1():
     assert fit_temperature(np.zeros((9, 4), dtype=np.float32), np.ones((9, 4))).value == 1
 
 
-def test_without_images_or_with_logits_that_are_not_finite_no_temperature_is_fitted():
+def test_temperature_needs_finite_logits():
     with pytest.raises(JobError, match="val"):
         fit_temperature(np.empty((0, 3), dtype=np.float32), np.empty(0, dtype=np.int64))
     with pytest.raises(JobError, match="finite"):

@@ -6,7 +6,7 @@ from questpress.pipeline.evaluation.comparison import compare_unpaired, frontier
 from questpress.pipeline.runs.scores import Proportion
 
 
-def test_the_frontier_is_what_nothing_beats_in_both() -> None:
+def test_frontier_is_not_dominated() -> None:
     chance = random.Random(3)
     points = [(float(chance.randint(1, 9)), float(chance.randint(40, 60))) for _ in range(60)]
 
@@ -22,7 +22,7 @@ def test_the_frontier_is_what_nothing_beats_in_both() -> None:
     assert points[kept[0]] == fastest and points[kept[-1]][1] == max(score for _, score in points)
 
 
-def test_of_two_alike_in_both_each_is_on_it_in_the_order_given() -> None:
+def test_ties_on_the_frontier_keep_their_order() -> None:
     assert frontier([(2, 80), (1, 70), (2, 80), (1, 69), (3, 80)]) == [1, 0, 2]
     assert frontier([]) == []
 

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from questpress.export.text import json_spelled_out, spelled_out
+from questpress.export.text import escape_json, escape_controls
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from questpress.export.text import json_spelled_out, spelled_out
         ("half \ud83d of one", "half \\ud83d of one"),
     ],
 )
-def test_what_would_steer_is_spelled_out(text: str, shown: str) -> None:
-    assert spelled_out(text) == shown
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
+    assert escape_controls(text) == shown
     shown.encode("utf-8")
 
 
@@ -26,14 +26,14 @@ def test_what_would_steer_is_spelled_out(text: str, shown: str) -> None:
     "text", ["plain", "Größe, naïve", "日本語", "العربية", "می‌خواهم", "👩‍🚀", "a\u200eb", "50 % of <b>"]
 )
 def test_names_in_any_writing_stay_as_they_are(text: str) -> None:
-    assert spelled_out(text) == text
+    assert escape_controls(text) == text
 
 
-def test_what_is_asked_for_stays() -> None:
-    assert spelled_out("a\nb\tc\x1b", but="\n\t") == "a\nb\tc\\x1b"
+def test_requested_characters_are_preserved() -> None:
+    assert escape_controls("a\nb\tc\x1b", keep="\n\t") == "a\nb\tc\\x1b"
 
 
-def test_json_says_the_same_in_other_characters() -> None:
+def test_json_escapes_preserve_the_text() -> None:
     content = {"a\x9b": ["\u202e", "\x7f", "plain ü"]}
-    text = json_spelled_out(json.dumps(content, ensure_ascii=False))
+    text = escape_json(json.dumps(content, ensure_ascii=False))
     assert json.loads(text) == content and text == '{"a\\u009b": ["\\u202e", "\\u007f", "plain ü"]}'

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from questpress.export.runtime import Preprocessing, normalise, preprocess, render
+from questpress.export.runtime import Preprocessing, normalize, preprocess, render
 from timm.data import create_transform
 
 SHAPES = [(40, 60), (61, 37), (33, 33), (200, 31), (1, 1), (1, 50), (24, 24), (27, 90), (90, 120)]
@@ -22,7 +22,7 @@ def noise(height: int, width: int) -> np.ndarray:
 def test_inputs_equal_timms_evaluation_transform_exactly(crop_mode: str, interpolation: str) -> None:
     mean, std = (0.485, 0.4, 0.3), (0.229, 0.2, 0.31)
     for crop_fraction in (0.875, 0.9, 1.0, 1.25):
-        p = Preprocessing.of(24, crop_fraction, interpolation, crop_mode, mean, std)
+        p = Preprocessing.create(24, crop_fraction, interpolation, crop_mode, mean, std)
         transform = create_transform(
             (3, 24, 24),
             crop_pct=crop_fraction,
@@ -40,46 +40,46 @@ def test_inputs_equal_timms_evaluation_transform_exactly(crop_mode: str, interpo
             np.testing.assert_array_equal(preprocess([noise(*shape)], p)[0], expected.numpy())
 
 
-def test_the_resized_side_is_rounded_down() -> None:
-    assert Preprocessing.of(224, 0.875).resize == 256
-    assert Preprocessing.of(96, 0.95).resize == math.floor(96 / 0.95) == 101
+def test_resized_side_is_rounded_down() -> None:
+    assert Preprocessing.create(224, 0.875).resize == 256
+    assert Preprocessing.create(96, 0.95).resize == math.floor(96 / 0.95) == 101
 
 
-def test_a_very_long_image_costs_no_more_than_its_crop() -> None:
+def test_very_long_image_costs_no_more_than_its_crop() -> None:
     image = np.zeros((2, 2_000_000, 3), np.uint8)
     image[:, 999_000:1_001_000] = (10, 20, 30)
-    shown = render(image, Preprocessing.of(64, 0.875, "bilinear"))
+    shown = render(image, Preprocessing.create(64, 0.875, "bilinear"))
     assert shown.shape == (64, 64, 3)
     np.testing.assert_array_equal(shown, np.broadcast_to(np.uint8([10, 20, 30]), shown.shape))
 
 
 def test_long_images_are_rendered_nearly_alike_on_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = Preprocessing.of(24, 0.875, "bicubic")
+    p = Preprocessing.create(24, 0.875, "bicubic")
     for shape in [(40, 60), (61, 37), (200, 31), (1, 50)]:
         whole = render(noise(*shape), p)
-        monkeypatch.setattr("questpress.export.runtime._MAX_RESIZED", 0)
+        monkeypatch.setattr("questpress.export.runtime._MAX_RESIZED_PIXELS", 0)
         cut = render(noise(*shape), p)
         monkeypatch.undo()
         assert abs(whole.astype(int) - cut).mean() < 0.5
 
 
-def test_normalising_is_the_formula_in_float32() -> None:
-    p = Preprocessing.of(5, 1.0, "bicubic", "center", (0.1, 0.5, 0.9), (0.2, 0.5, 1.0))
+def test_normalizing_is_the_formula_in_float32() -> None:
+    p = Preprocessing.create(5, 1.0, "bicubic", "center", (0.1, 0.5, 0.9), (0.2, 0.5, 1.0))
     pixels = np.stack([noise(5, 5), noise(5, 5)[::-1]])
     expected = (
         torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - torch.tensor(p.mean).view(1, 3, 1, 1)
     ) / torch.tensor(p.std).view(1, 3, 1, 1)
-    batch = normalise(pixels, p)
+    batch = normalize(pixels, p)
     assert batch.dtype == np.float32 and batch.flags.c_contiguous
     np.testing.assert_array_equal(batch, expected.numpy())
 
 
 def test_no_images_make_an_empty_batch() -> None:
-    assert preprocess([], Preprocessing.of(7)).shape == (0, 3, 7, 7)
+    assert preprocess([], Preprocessing.create(7)).shape == (0, 3, 7, 7)
 
 
 def test_preprocessing_survives_json() -> None:
-    p = Preprocessing.of(96, 0.95, "lanczos", "border", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    p = Preprocessing.create(96, 0.95, "lanczos", "border", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     written = json.loads(json.dumps(p.to_dict()))
     assert Preprocessing.from_dict(written) == p
     assert written["library"] == "Pillow" and written["antialias"] is True and written["version"] == 1
@@ -102,4 +102,4 @@ def test_preprocessing_survives_json() -> None:
 )
 def test_garbled_preprocessing_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        Preprocessing.from_dict(Preprocessing.of(96).to_dict() | change)
+        Preprocessing.from_dict(Preprocessing.create(96).to_dict() | change)

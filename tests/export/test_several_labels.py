@@ -17,7 +17,7 @@ THRESHOLDS = [0.9, 0.2, 0.5]
 
 
 def described(thresholds: list[float] | None) -> dict[str, str]:
-    return runtime.metadata(PREPROCESSING, LABELS, {}, thresholds)
+    return runtime.build_metadata(PREPROCESSING, LABELS, {}, thresholds)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_labels_are_those_that_reach_their_threshold(file: OnnxFile) -> None:
     assert [q for _, q in answer.labels] == sorted((q for _, q in answer.labels), reverse=True)
 
 
-def test_a_network_of_one_label_gives_the_likeliest_and_says_nothing_of_thresholds(tmp_path: Path) -> None:
+def test_single_label_network_has_no_thresholds(tmp_path: Path) -> None:
     assert not {key for key in described(None) if "task" in key or "thresholds" in key}
     colour_classifier(tmp_path / "one.onnx", described(None))
     classifier = Classifier.load(tmp_path / "one.onnx")
@@ -48,7 +48,7 @@ def test_a_network_of_one_label_gives_the_likeliest_and_says_nothing_of_threshol
     assert classifier.thresholds is None and answer.labels == [(answer.label, answer.probability)]
 
 
-def test_a_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(file: OnnxFile) -> None:
+def test_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(file: OnnxFile) -> None:
     folder = file.path.parent
     for thresholds in (None, THRESHOLDS):
         write_manifest(
@@ -64,14 +64,14 @@ def test_a_manifest_without_a_task_is_of_one_label_and_one_with_it_has_threshold
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 2}, "is of version 2; this runtime reads version 1"),
-        ({"task": "detection"}, "no task 'detection'"),
-        ({"thresholds": [0.5]}, "needs a threshold"),
+        ({"schema_version": 2}, "has version 2, this runtime supports version 1"),
+        ({"task": "detection"}, "unknown task 'detection'"),
+        ({"thresholds": [0.5]}, "one threshold per label"),
         ({"thresholds": [0.5, 0.5, 7]}, "probabilities"),
         ({"thresholds": None}, "cannot be read"),
     ],
 )
-def test_a_manifest_that_cannot_be_followed_is_refused(
+def test_manifest_that_cannot_be_followed_is_refused(
     file: OnnxFile, change: dict[str, object], words: str
 ) -> None:
     folder = file.path.parent
@@ -80,7 +80,7 @@ def test_a_manifest_that_cannot_be_followed_is_refused(
         thresholds=THRESHOLDS,
     )  # fmt: skip
     manifest = json.loads(path.read_text()) | change
-    path.write_text(json.dumps(manifest | {"checksum": runtime.checksum(manifest)}))
+    path.write_text(json.dumps(manifest | {"checksum": runtime.compute_checksum(manifest)}))
     with pytest.raises(ArtifactError, match=words):
         Classifier.load(folder)
 

@@ -10,20 +10,20 @@ def names(source: str) -> list[str]:
     return [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
 
 
-def test_it_is_the_runtime_and_the_command_and_no_name_is_taken_twice() -> None:
+def test_predict_py_is_the_runtime_and_the_command() -> None:
     ours = [Path(module.__file__).read_text(encoding="utf-8") for module in (runtime, text, predict_cli)]
     made = names(predict_py())
     assert made == [name for source in ours for name in names(source)]
     assert len(made) == len(set(made))
 
 
-def test_it_holds_the_runtime_to_the_letter() -> None:
+def test_predict_py_contains_the_runtime_verbatim() -> None:
     before, after = Path(runtime.__file__).read_text(encoding="utf-8").split("import hashlib\n", 1)
     assert after.rstrip() in predict_py()
     assert before.split("from __future__")[0] in predict_py()
 
 
-def test_it_imports_nothing_of_ours() -> None:
+def test_predict_py_does_not_import_the_package() -> None:
     found = {
         alias.name.split(".")[0] if isinstance(node, ast.Import) else (node.module or "").split(".")[0]
         for node in ast.walk(ast.parse(predict_py()))
@@ -34,7 +34,7 @@ def test_it_imports_nothing_of_ours() -> None:
     assert not [n for n in ast.walk(ast.parse(predict_py())) if isinstance(n, ast.ImportFrom) and n.level]
 
 
-def test_what_is_there_already_is_not_written_again(tmp_path: Path) -> None:
+def test_unchanged_predict_py_is_not_rewritten(tmp_path: Path) -> None:
     path = write_predict(tmp_path)
     before = path.stat().st_mtime_ns
     assert write_predict(tmp_path).stat().st_mtime_ns == before

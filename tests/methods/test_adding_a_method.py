@@ -39,7 +39,7 @@ def installed(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_examples_loss_is_its_formulas():
+def test_examples_loss_is_its_formulas():
     random = np.random.default_rng(0)
     f_s, f_t = random.standard_normal((2, 3, 4, 4)), random.standard_normal((2, 5, 2, 2))
     found = methods.load("attention")
@@ -61,7 +61,7 @@ def test_the_examples_loss_is_its_formulas():
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_example_trains_a_student_and_its_weight_is_left_alone(data, cache, tmp_path):
+def test_example_trains_a_student_and_its_weight_is_left_alone(data, cache, tmp_path):
     out = tmp_path / "run"
     result = little.compress(
         *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "attention",
@@ -74,13 +74,13 @@ def test_the_example_trains_a_student_and_its_weight_is_left_alone(data, cache, 
     assert report["balance"] == []
 
 
-def test_a_method_that_cannot_be_imported_is_told(installed):
+def test_method_failing_to_import_is_reported(installed):
     (installed / "attention.py").write_text("import nothing_of_the_kind\n")
     with pytest.raises(UsageError, match=r"attention:Attention.*nothing_of_the_kind"):
         methods.load("attention")
 
 
-def test_what_is_no_method_is_told(installed):
+def test_object_that_is_no_method_is_refused(installed):
     (installed / "attention.py").write_text("class Attention: name = 'attention'\n")
     with pytest.raises(UsageError, match="is not a method"):
         methods.load("attention")

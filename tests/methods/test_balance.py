@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
-from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.options import read_options
+from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.methods.dkd import Dkd
 from questpress.pipeline.methods.dkd import Parameters as DkdParameters
@@ -38,27 +38,27 @@ def step(of: GradientBalance, r: float) -> None:
     of.end_step()
 
 
-def test_the_pull_of_a_loss_is_the_norm_of_its_gradient_on_the_map() -> None:
+def test_pull_of_a_loss_is_the_norm_of_its_gradient_on_the_map() -> None:
     f_s = torch.randn(2, 3, 4, 5, requires_grad=True)
     assert float(gradient_norm((3 * f_s[0, 0]).sum(), f_s)) == pytest.approx(3 * 20**0.5)
     assert float(gradient_norm((torch.ones(1, requires_grad=True)).sum(), f_s)) == 0
 
 
 @pytest.mark.parametrize("r", [LEAST * 1.01, (LEAST * MOST) ** 0.5, MOST * 0.99])
-def test_a_weight_that_is_not_far_off_is_left_exactly_as_it_is(r: float) -> None:
+def test_weight_that_is_not_far_off_is_left_exactly_as_it_is(r: float) -> None:
     found = GradientBalance({"kd": kd()})
     step(found, r)
     assert float(found.factors()["kd"]) == 1
 
 
 @pytest.mark.parametrize(("r", "end"), [(MOST * 40, MOST), (LEAST / 50, LEAST)])
-def test_a_weight_out_of_proportion_is_brought_to_the_nearer_end(r: float, end: float) -> None:
+def test_weight_out_of_proportion_is_brought_to_the_nearer_end(r: float, end: float) -> None:
     found = GradientBalance({"kd": kd()})
     step(found, r)
     assert float(found.factors()["kd"]) == pytest.approx(end / r, rel=1e-5)
 
 
-def test_the_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -> None:
+def test_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -> None:
     found = GradientBalance({"kd": kd()})
     for number in range(STEPS):
         step(found, 1000.0 if number % 2 else 10.0)
@@ -68,7 +68,7 @@ def test_the_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -
     assert not found.compares
 
 
-def test_nothing_is_compared_outside_of_training() -> None:
+def test_ratio_is_measured_only_in_training() -> None:
     found = GradientBalance({"kd": kd()})
     assert found.compares
     assert not found.eval().compares
@@ -76,7 +76,7 @@ def test_nothing_is_compared_outside_of_training() -> None:
         assert not found.train().compares
 
 
-def test_a_loss_that_does_not_come_from_the_map_keeps_its_weight_and_is_not_reported() -> None:
+def test_loss_that_does_not_come_from_the_map_keeps_its_weight_and_is_not_reported() -> None:
     found = GradientBalance({"kd": kd()})
     f_s = torch.ones(2, requires_grad=True)
     assert found.compares
@@ -85,7 +85,7 @@ def test_a_loss_that_does_not_come_from_the_map_keeps_its_weight_and_is_not_repo
     assert found.results() == []
 
 
-def test_a_warm_up_is_not_taken_for_a_weight_too_low() -> None:
+def test_warm_up_does_not_change_the_balance() -> None:
     dkd = Dkd(DkdParameters(warmup=20), Setup(SHAPES, [SHAPES], {}))
     z_s, z_t, labels = torch.randn(4, 3), {"logits": torch.randn(4, 3)}, torch.tensor([0, 1, 2, 0])
     first, full = (dkd(Batch({"logits": z_s}, [z_t], labels, epoch))["dkd"] for epoch in (0, 30))
@@ -112,7 +112,7 @@ def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
 
 
 @pytest.mark.parametrize("weight", [1000.0, 1e-4])
-def test_the_losses_of_a_step_are_scaled_by_what_their_gradients_ask_for(weight: float) -> None:
+def test_losses_are_scaled_by_their_gradients(weight: float) -> None:
     without, with_, factor = seen(weight)
     assert factor != 1
     assert with_["quest"].item() == pytest.approx(factor * without["quest"].item(), rel=1e-4)
@@ -126,7 +126,7 @@ def test_weights_below_the_range_all_end_at_the_same_strength() -> None:
 
 
 @pytest.mark.parametrize("student", ["cifar_vgg8", "cifar_resnet8", "resnet10t", "mobilenetv3_small_050"])
-def test_the_last_map_of_every_student_family_lies_on_the_way_to_its_logits(student: str) -> None:
+def test_last_map_is_on_the_path_to_the_logits(student: str) -> None:
     trainee = DistillationTask(
         build(student, num_classes=3, image_size=32, seed=0), geometry(student, 32), ENGINE,
         methods={"kd": kd()}, balance=True,
@@ -137,7 +137,7 @@ def test_the_last_map_of_every_student_family_lies_on_the_way_to_its_logits(stud
     assert read[trainee.last_map].dim() == 4
 
 
-def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache: Path) -> None:
+def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "run"
     heavy = ("--weight", "quest=500", "--until", "student", "--epochs", "1")
     result = little.job(data, out, cache, *heavy, "--balance", "auto")
@@ -165,7 +165,7 @@ def test_a_run_tells_what_the_balance_changed(data: Path, tmp_path: Path, cache:
         ({"method": "none", "balance": "auto"}, "off"),
     ],
 )
-def test_balance_is_off_where_a_weight_or_a_recipe_was_asked_for(
+def test_balance_is_off_for_given_weights_and_recipes(
     options: dict[str, object], chosen: str, data: Path
 ) -> None:
     given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(data), **options}

@@ -90,18 +90,18 @@ def with_biases(method: Feed) -> Feed:
     return method
 
 
-def test_the_loss_is_the_sum_of_normalised_l1_over_teachers_of_other_grids_and_widths() -> None:
+def test_loss_is_the_sum_of_normalized_l1_over_teachers_of_other_grids_and_widths() -> None:
     method = with_biases(feed(FINER, COARSER, beta=3))
     assert loss(method, X_T, X_U) == pytest.approx(3 * sum(by_hand(method)), rel=1e-9)
 
 
-def test_a_linear_transform_is_one_convolution_of_single_positions() -> None:
+def test_linear_transform_is_one_convolution_of_single_positions() -> None:
     method = with_biases(feed(FINER, COARSER, transform="linear"))
     assert [p.shape for p in method.transforms[0].parameters()] == [(5, C_S, 1, 1), (5,)]
     assert loss(method, X_T, X_U) == pytest.approx(8.4 * sum(by_hand(method, slope=1)), rel=1e-9)
 
 
-def test_a_nonlinear_transform_goes_through_the_students_and_the_teachers_width() -> None:
+def test_nonlinear_transform_goes_through_the_students_and_the_teachers_width() -> None:
     [transform] = feed(FINER, norm="true").transforms
     kinds = [type(layer).__name__ for layer in transform.children()]
     assert kinds == ["Conv2d", "BatchNorm2d", "LeakyReLU"] * 3
@@ -109,7 +109,7 @@ def test_a_nonlinear_transform_goes_through_the_students_and_the_teachers_width(
     assert weights == [(C_S, C_S, 3, 3), (5, C_S, 3, 3), (5, 5, 3, 3)]
 
 
-def test_the_error_of_each_teacher_is_watched_on_its_own() -> None:
+def test_error_of_each_teacher_is_a_metric() -> None:
     method = feed(FINER, COARSER)
     for _ in range(2):
         loss(method, X_T, X_U)
@@ -143,12 +143,12 @@ def test_between_random_directions_the_error_is_the_same_for_every_size_of_map(
     assert direction_error(x, y).mean().item() == pytest.approx(2 / np.pi**0.5, rel=0.02)
 
 
-def test_a_map_in_the_teachers_direction_has_no_loss_whatever_its_length() -> None:
+def test_loss_ignores_the_length_of_a_map() -> None:
     x = torch.tensor(X_T)
     assert direction_error(x, 7 * x).tolist() == pytest.approx([0] * B, abs=1e-12)
 
 
-def test_maps_of_zeros_give_finite_gradients_and_the_teachers_teach_nothing() -> None:
+def test_zero_maps_give_finite_gradients() -> None:
     student = torch.zeros(B, *STUDENT, dtype=torch.float64, requires_grad=True)
     teacher = X_T.copy()
     teacher[1:] = 0
@@ -170,7 +170,7 @@ def test_half_precision_maps_are_compared_in_single_precision() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e5])
-def test_the_loss_from_stored_answers_is_the_one_from_the_teacher(scale: float) -> None:
+def test_cached_outputs_give_the_same_loss(scale: float) -> None:
     method = feed(FINER, COARSER)
     stored = []
     for t, x in enumerate((X_T, X_U)):
@@ -204,12 +204,12 @@ def run(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def test_nothing_of_the_transforms_is_in_the_student(run: Path) -> None:
+def test_transforms_are_not_in_the_student(run: Path) -> None:
     plain = network(little.STUDENT, num_classes=3, image_size=16, seed=0)
     assert load_file(run / "student.safetensors").keys() == plain.state_dict().keys()
 
 
-def test_the_report_has_each_teachers_reconstruction_error(run: Path) -> None:
+def test_report_has_each_teachers_reconstruction_error(run: Path) -> None:
     report = little.report(run)
     last = [epoch for epoch in report["epochs"] if epoch["stage"] == "student"][-1]
     errors = [last["watched"][f"reconstruction_error ({t})"] for t in (0, 1)]
@@ -227,7 +227,7 @@ def factor(report: dict[str, Any]) -> float:
     return float(next(one["factor"] for one in report["balance"]))
 
 
-def test_a_transform_is_what_torch_makes_of_its_layers() -> None:
+def test_numpy_transform_matches_torch() -> None:
     """The numpy convolution above is torch's."""
     method = with_biases(feed(FINER))
     [transform] = method.transforms

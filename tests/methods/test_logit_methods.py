@@ -66,7 +66,7 @@ def test_kd_is_the_divergence_of_softened_probabilities_times_tau_squared() -> N
     assert loss("kd", {"tau": 3, "weight": 0.5}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_kd_with_standardised_logits_is_the_divergence_of_z_scores() -> None:
+def test_kd_with_standardized_logits_is_the_divergence_of_z_scores() -> None:
     expected = 9 * 4 * kl(softmax(z_score(Z_T) / 2), softmax(z_score(Z_S) / 2))
     assert loss("kd", {"standardize": "true"}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
 
@@ -92,7 +92,7 @@ def test_dkd_grows_to_its_weight_over_twenty_epochs() -> None:
     assert loss("dkd", {"warmup": 0}, [Z_T], Z_S, epoch=0).item() == pytest.approx(full, rel=1e-5)
 
 
-def test_dkd_with_standardised_logits_decouples_z_scores() -> None:
+def test_dkd_with_standardized_logits_decouples_z_scores() -> None:
     target, rest = decoupled_kl(z_score(Z_T), z_score(Z_S), 2)
     expected = 9 * 4 * (target + 8 * rest)
     assert loss("dkd", {"standardize": True}, [Z_T], Z_S).item() == pytest.approx(expected, rel=1e-4)
@@ -109,7 +109,7 @@ def test_dist_is_one_minus_pearsons_correlation_over_rows_and_columns() -> None:
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
-def test_a_student_that_answers_as_the_teacher_has_no_loss(name: str) -> None:
+def test_loss_is_zero_if_student_equals_teacher(name: str) -> None:
     assert loss(name, {}, [Z_T], Z_T).item() == pytest.approx(0, abs=1e-5)
 
 
@@ -129,5 +129,5 @@ def test_gradients_equal_finite_differences(name: str, standardize: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
-def test_a_logit_method_has_no_heads(name: str) -> None:
+def test_logit_method_has_no_heads(name: str) -> None:
     assert list(build(name, {}).parameters()) == []

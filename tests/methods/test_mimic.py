@@ -72,7 +72,7 @@ def test_each_variant_is_its_formula_times_beta(variant: str, expected: float) -
     assert loss({"variant": variant, "beta": 0.5}) == pytest.approx(0.5 * expected, rel=1e-5)
 
 
-def test_the_default_counts_what_the_teacher_knows_or_everything_where_it_has_no_head() -> None:
+def test_default_variant_depends_on_the_teachers_head() -> None:
     assert loss({}) == loss({"variant": "lshl2_s"})
     assert loss({}, classes=0) == loss({"variant": "lshl2"})
     assert mimic.Mimic.teacher_reads(mimic.Parameters(), shapes(classes=0)) == {"vector"}
@@ -86,7 +86,7 @@ def test_labels_with_several_classes_know_no_right_sample() -> None:
     assert loss({}, several) == loss({"variant": "lshl2"})
 
 
-def test_where_the_teacher_is_right_on_none_the_loss_and_its_gradients_are_zero() -> None:
+def test_loss_is_zero_if_the_teacher_is_always_wrong() -> None:
     f_s = tensor(F_S).requires_grad_()
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
     found = made({})(Batch({"vector": f_s}, [teacher], torch.from_numpy(Z_T.argmin(1)), 0))["mimic"]
@@ -117,7 +117,7 @@ def test_gradients_equal_finite_differences(variant: str) -> None:
     assert torch.autograd.gradcheck(of, torch.from_numpy(F_S).requires_grad_())
 
 
-def test_what_is_watched_says_how_near_the_student_is() -> None:
+def test_metrics_measure_the_feature_distance() -> None:
     method = made({})
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
     method(Batch({"vector": tensor(F_T)}, [teacher], torch.from_numpy(LABELS), 0))
@@ -126,7 +126,7 @@ def test_what_is_watched_says_how_near_the_student_is() -> None:
     assert method.metrics() == {}
 
 
-def test_stored_answers_give_the_loss_of_the_rounded_vector() -> None:
+def test_cached_vectors_give_the_rounded_loss() -> None:
     method = made({})
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
     stored: dict[str, torch.Tensor] = {}
@@ -206,14 +206,14 @@ def test_hashes_are_drawn_by_the_seed_with_the_deviation_of_the_classifier(tmp_p
     assert weight.std().item() == pytest.approx(std, rel=0.05)
 
 
-def test_without_a_head_the_deviation_is_one_over_the_root_of_the_width(tmp_path: Path) -> None:
+def test_hash_std_without_a_head_is_one_over_root_width(tmp_path: Path) -> None:
     found = Given(tmp_path, RNG.normal(size=(30, D)), classifier=None).prepare()
     assert found.facts["hashes"][0] == {
         "teacher": "teacher", "hashes": 32 * D, "std": pytest.approx(D**-0.5), "bias": "median"
     }  # fmt: skip
 
 
-def test_the_bias_takes_off_the_projections_median_or_mean_or_nothing(tmp_path: Path) -> None:
+def test_bias_is_the_negative_median_mean_or_zero(tmp_path: Path) -> None:
     vectors = RNG.gamma(1.0, size=(31, D))
     given = Given(tmp_path, vectors, classifier=RNG.normal(size=(N, D)))
     for bias, centre in (("median", np.median), ("mean", np.mean)):
@@ -226,9 +226,7 @@ def test_the_bias_takes_off_the_projections_median_or_mean_or_nothing(tmp_path: 
     assert given.reads == reads  # neither looks at the images
 
 
-def test_of_more_features_than_may_be_held_an_even_sample_gives_the_medians(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_median_of_many_features_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mimic, "MAX_NUMBERS", 10 * D)
     vectors = np.arange(40.0)[:, None] * np.ones((1, D))
     given = Given(tmp_path, vectors, classifier=None)
@@ -252,7 +250,7 @@ def test_there_are_32_hashes_for_each_number_of_a_narrow_vector(width: int, hash
     assert mimic.Parameters(hashes=7).hashes_for(width) == 7
 
 
-def test_parameters_of_hashes_are_refused_where_there_are_none() -> None:
+def test_hash_parameters_without_hashes_are_refused() -> None:
     with pytest.raises(UsageError, match=r"mimic\.hashes=9 has no effect"):
         mimic.Mimic.check(mimic.Parameters(variant="l2", hashes=9), Setup(shapes(), [shapes()]), 10)
 
@@ -268,7 +266,7 @@ WIDE = ("--teacher", "cifar_wrn_16_2", "--teacher-weights", "none", "--student",
 
 
 @pytest.mark.parametrize("more", [(), ("--ema", "0.5", "--cache-views", "2", "--set", "mimic.variant=lshl2")])
-def test_a_student_of_another_width_ships_as_the_plain_network(
+def test_student_of_another_width_ships_as_the_plain_network(
     data: Path, cache: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     out = tmp_path / "run"
@@ -288,7 +286,7 @@ def test_a_student_of_another_width_ships_as_the_plain_network(
     assert 0 < report["epochs"][-1]["watched"]["equal_bits"] <= 1
 
 
-def test_the_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: Path) -> None:
     more = ("--set", "mimic.alone=1", "--epochs", "2", "--optimizer", "sgd", "--average-last", "2")
     result = mimicking(data, tmp_path / "run", cache, *more)
     assert result.exit_code == 0, (result.output, result.exception)
@@ -305,7 +303,7 @@ def test_the_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: 
         (("--set", "mimic.alone=1", "--student", "cifar_wrn_16_2"), "requires a projection"),
     ],
 )
-def test_epochs_for_the_new_layer_alone_are_refused_where_they_make_no_sense(
+def test_invalid_projection_epochs_are_refused(
     more: tuple[str, ...], told: str, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     little.refused(mimicking(data, tmp_path / "run", cache, *more), 2, told)

@@ -72,6 +72,11 @@ def term(quest: Quest, number: int = 0) -> WordPrediction:
 
 
 LABELS = torch.zeros(B, dtype=torch.int64)
+F_T, F_S, WORDS = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+
+
+def compute_loss(quest: Quest, f_t: np.ndarray = F_T, f_s: np.ndarray = F_S) -> torch.Tensor:
+    return quest(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))["quest"]
 
 
 def rows(f: np.ndarray) -> np.ndarray:
@@ -80,14 +85,14 @@ def rows(f: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("size", "tau", "within"), [(1, 0.7, 1e-5), (100, 5000.0, 1e-3)])
-def test_the_soft_assignment_is_a_softmax_over_squared_distances(size, tau, within):
+def test_soft_assignment_is_a_softmax_over_squared_distances(size, tau, within):
     f, words = size * drawn(1, B, C_T, H, W), size * drawn(2, K, C_T)
     ours = assign_words(tensor(rows(f)), tensor(words), tau)
     assert ours.shape == (B * H * W, K)
     np.testing.assert_allclose(ours.exp().numpy(), rows(p_teacher(f, words, tau)), atol=within)
 
 
-def test_the_soft_assignment_is_computed_in_fp32_under_autocast():
+def test_soft_assignment_is_computed_in_fp32_under_autocast():
     f, words = tensor(drawn(1, 20, C_T)), tensor(drawn(2, K, C_T))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = assign_words(f, words, 0.1)
@@ -98,40 +103,27 @@ def test_the_soft_assignment_is_computed_in_fp32_under_autocast():
 @pytest.mark.parametrize(
     ("parameters", "tau"), [({"tau": 0.9}, 0.9), ({"delta": 10.0}, 0.37), ({"delta": 4.0}, 3.7 / 4)]
 )
-def test_the_loss_is_the_mean_divergence_over_batch_and_positions(parameters, tau):
-    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
-    quest_ = method(words, 3.7, **parameters)
-    [(name, loss)] = quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)).items()
-    expected = quest(f_t, f_s, words, term(quest_).weight.detach().numpy().astype(float), 3.0, tau)
+def test_loss_is_the_mean_divergence_over_batch_and_positions(parameters, tau):
+    quest_ = method(WORDS, 3.7, **parameters)
+    [(name, loss)] = quest_(Batch({"map": tensor(F_S)}, [{"map": tensor(F_T)}], LABELS, 0)).items()
+    expected = quest(F_T, F_S, WORDS, term(quest_).weight.detach().numpy().astype(float), 3.0, tau)
     assert name == "quest"
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_alpha_weighs_the_loss():
-    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
-    once, twice = (
-        method(words, 1.0, alpha=alpha)(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))[
-            "quest"
-        ]
-        for alpha in (1.0, 2.0)
-    )
+    once, twice = (compute_loss(method(WORDS, 1.0, alpha=alpha)) for alpha in (1.0, 2.0))
     assert twice.item() == pytest.approx(2 * once.item(), rel=1e-6)
 
 
-def test_a_finer_teachers_map_is_pooled_to_the_students_grid():
-    f_t, f_s, words = drawn(1, B, C_T, 2 * H, 3 * W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
-    quest_ = method(words, 1.0, teacher=(C_T, 2 * H, 3 * W), tau=0.9)
-    loss = quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))["quest"]
+@pytest.mark.parametrize(("finer_teacher", "finer_student"), [((2, 3), (1, 1)), ((1, 1), (3, 2))])
+def test_finer_map_is_pooled_to_the_coarser_grid(finer_teacher, finer_student):
+    (a, b), (c, d) = finer_teacher, finer_student
+    f_t, f_s = drawn(1, B, C_T, a * H, b * W), drawn(3, B, C_S, c * H, d * W)
+    quest_ = method(WORDS, 1.0, teacher=f_t.shape[1:], student=f_s.shape[1:], tau=0.9)
     weight = term(quest_).weight.detach().numpy().astype(float)
-    assert loss.item() == pytest.approx(quest(pooled(f_t, (2, 3)), f_s, words, weight, 3.0, 0.9), rel=1e-5)
-
-
-def test_a_finer_students_map_is_pooled_to_the_teachers_grid():
-    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, 3 * H, 2 * W), drawn(2, K, C_T)
-    quest_ = method(words, 1.0, student=(C_S, 3 * H, 2 * W), tau=0.9)
-    loss = quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))["quest"]
-    weight = term(quest_).weight.detach().numpy().astype(float)
-    assert loss.item() == pytest.approx(quest(f_t, pooled(f_s, (3, 2)), words, weight, 3.0, 0.9), rel=1e-5)
+    expected = quest(pooled(f_t, finer_teacher), pooled(f_s, finer_student), WORDS, weight, 3.0, 0.9)
+    assert compute_loss(quest_, f_t, f_s).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_teachers_losses_are_summed():
@@ -155,7 +147,7 @@ def test_two_teachers_losses_are_summed():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_several_levels_losses_are_summed_each_with_its_own_tau_and_vocabulary():
+def test_levels_are_summed_with_their_own_tau_and_vocabulary():
     maps = {"map@1": (C_T, 2 * H, 2 * W), "map": (C_T + 2, H, W)}
     student = {"map@1": (C_S, 2 * H, 2 * W), "map": (C_S + 1, H, W)}
     words = {"map@1": drawn(2, K, C_T), "map": drawn(5, K + 3, C_T + 2)}
@@ -188,7 +180,7 @@ def test_several_levels_losses_are_summed_each_with_its_own_tau_and_vocabulary()
     )
 
 
-def test_a_level_is_named_alone_or_in_a_list():
+def test_level_is_named_alone_or_in_a_list():
     assert parse_parameters(["quest"], {"quest.levels": "map@2"})["quest"].model_dump()["levels"] == (
         "map@2",
     )
@@ -214,24 +206,23 @@ def test_tau_is_one_number_or_one_for_each_level():
         parse_parameters(["quest"], {"quest.tau": ["0.002", "0.2"]})
 
 
-def test_the_gradients_are_those_of_the_formula_by_finite_differences():
-    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
-    quest_ = method(words, 1.0, tau=0.9)
+def test_gradients_are_those_of_the_formula_by_finite_differences():
+    quest_ = method(WORDS, 1.0, tau=0.9)
     one = term(quest_)
-    student = tensor(f_s).requires_grad_()
-    quest_(Batch({"map": student}, [{"map": tensor(f_t)}], LABELS, 0))["quest"].backward()
+    student = tensor(F_S).requires_grad_()
+    quest_(Batch({"map": student}, [{"map": tensor(F_T)}], LABELS, 0))["quest"].backward()
     weight = one.weight.detach().numpy().astype(float)
     assert student.grad is not None and one.weight.grad is not None and one.gamma.grad is not None
 
-    def loss(f=f_s, weight=weight, gamma=3.0) -> float:
-        return quest(f_t, f, words, weight, gamma, 0.9)
+    def loss(f=F_S, weight=weight, gamma=3.0) -> float:
+        return quest(F_T, f, WORDS, weight, gamma, 0.9)
 
     step, rng = 1e-5, np.random.default_rng(0)
     for _ in range(8):
-        at = tuple(rng.integers(0, n) for n in f_s.shape)
-        nudge = np.zeros_like(f_s)
+        at = tuple(rng.integers(0, n) for n in F_S.shape)
+        nudge = np.zeros_like(F_S)
         nudge[at] = step
-        slope = (loss(f=f_s + nudge) - loss(f=f_s - nudge)) / (2 * step)
+        slope = (loss(f=F_S + nudge) - loss(f=F_S - nudge)) / (2 * step)
         assert float(student.grad[at]) == pytest.approx(slope, rel=1e-3, abs=1e-7)
         at = tuple(rng.integers(0, n) for n in weight.shape)
         nudge = np.zeros_like(weight)
@@ -242,7 +233,7 @@ def test_the_gradients_are_those_of_the_formula_by_finite_differences():
     assert float(one.gamma.grad) == pytest.approx(slope, rel=1e-3)
 
 
-def test_the_gradients_pass_autograds_own_check_in_double_precision():
+def test_gradients_pass_autograds_own_check_in_double_precision():
     quest_ = method(drawn(2, K, C_T), 1.0, tau=0.9).double()
     f_t = torch.from_numpy(drawn(1, B, C_T, H, W))
     one = term(quest_)
@@ -257,13 +248,12 @@ def test_the_gradients_pass_autograds_own_check_in_double_precision():
 
 
 @pytest.mark.parametrize("elements", [1, K, 5 * K, 1000 * K])
-def test_the_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements, monkeypatch):
-    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
+def test_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements, monkeypatch):
 
     def learned() -> list[torch.Tensor]:
-        quest_ = method(words, 1.0, tau=0.9)
-        student = tensor(f_s).requires_grad_()
-        loss = quest_(Batch({"map": student}, [{"map": tensor(f_t)}], LABELS, 0))["quest"]
+        quest_ = method(WORDS, 1.0, tau=0.9)
+        student = tensor(F_S).requires_grad_()
+        loss = quest_(Batch({"map": student}, [{"map": tensor(F_T)}], LABELS, 0))["quest"]
         (3 * loss).backward()
         one = term(quest_)
         assert student.grad is not None and one.weight.grad is not None and one.gamma.grad is not None
@@ -275,17 +265,16 @@ def test_the_loss_and_its_gradients_are_the_same_in_blocks_of_any_size(elements,
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_without_gradients_the_loss_is_the_same():
-    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
-    quest_ = method(words, 1.0, tau=0.9)
-    batch = Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0)
+def test_loss_is_the_same_without_gradients():
+    quest_ = method(WORDS, 1.0, tau=0.9)
+    batch = Batch({"map": tensor(F_S)}, [{"map": tensor(F_T)}], LABELS, 0)
     with torch.no_grad():
         inside = quest_(batch)["quest"]
     assert not inside.requires_grad
     torch.testing.assert_close(inside, quest_(batch)["quest"].detach())
 
 
-def test_the_head_starts_as_the_paper_has_it_and_the_words_are_not_learned():
+def test_head_is_initialized_as_in_the_paper():
     quest_ = method(drawn(2, 4000, C_T), 1.0)
     weight = term(quest_).weight.detach()
     assert weight.shape == (4000, C_S)
@@ -294,21 +283,20 @@ def test_the_head_starts_as_the_paper_has_it_and_the_words_are_not_learned():
     assert {name for name, _ in quest_.named_parameters()} == {"terms.0.weight", "terms.0.gamma"}
 
 
-def test_the_perplexity_counts_the_words_in_even_use():
+def test_perplexity_counts_the_words_in_even_use():
     assert float(perplexity(torch.tensor([5.0, 5.0, 5.0, 5.0]))) == pytest.approx(4)
     assert float(perplexity(torch.tensor([7.0, 0.0, 0.0]))) == pytest.approx(1)
     p = np.array([0.7, 0.2, 0.1])
     assert float(perplexity(torch.tensor(10 * p))) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
 
 
-def test_what_is_watched_are_means_since_it_was_last_looked_at():
-    f_t, f_s, words = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
-    quest_ = method(words, 1.0, tau=0.9)
+def test_metrics_are_means_since_the_last_call():
+    quest_ = method(WORDS, 1.0, tau=0.9)
     for _ in range(2):
-        quest_(Batch({"map": tensor(f_s)}, [{"map": tensor(f_t)}], LABELS, 0))
+        quest_(Batch({"map": tensor(F_S)}, [{"map": tensor(F_T)}], LABELS, 0))
     watched = {key: float(value) for key, value in quest_.metrics().items()}
-    p = p_teacher(f_t, words, 0.9)
-    log_q = log_p_student(f_s, term(quest_).weight.detach().numpy().astype(float), 3.0)
+    p = p_teacher(F_T, WORDS, 0.9)
+    log_q = log_p_student(F_S, term(quest_).weight.detach().numpy().astype(float), 3.0)
     usage = np.bincount(p.argmax(1).ravel(), minlength=K) / p.argmax(1).size
     used = usage[usage > 0]
     assert watched["max_p_t"] == pytest.approx(p.max(1).mean(), rel=1e-5)

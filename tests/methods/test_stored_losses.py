@@ -11,8 +11,10 @@ from questpress.pipeline.methods.quest.quest import Parameters, Quest
 
 from tests.methods.test_quest import (
     C_S,
-    C_T,
+    F_S,
+    F_T,
     LABELS,
+    WORDS,
     B,
     H,
     K,
@@ -25,7 +27,6 @@ from tests.methods.test_quest import (
 )
 
 TAU, PLACES = 0.9, H * W
-F_T, F_S, WORDS = drawn(1, B, C_T, H, W), drawn(3, B, C_S, H, W), drawn(2, K, C_T)
 
 
 def method(stored: int, words: np.ndarray = WORDS, **given) -> Quest:
@@ -73,7 +74,7 @@ def kl(p: np.ndarray, log_q: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("m", [1, 4, K])
-def test_the_stored_loss_is_the_dense_loss_of_the_kept_words(m):
+def test_cached_loss_equals_the_dense_loss_of_the_kept_words(m):
     quest = method(m)
     stored = answered(quest)
     assert stored["map.ids"].shape == (B, PLACES, m) and stored["map.p"].dtype == torch.float16
@@ -83,7 +84,7 @@ def test_the_stored_loss_is_the_dense_loss_of_the_kept_words(m):
 
 
 @pytest.mark.parametrize("m", [1, 4, K])
-def test_the_kept_words_are_the_likeliest_and_what_they_lost_is_what_the_others_had(m):
+def test_cached_words_are_the_likeliest(m):
     stored = answered(method(m))
     p = p_teacher(F_T, WORDS, TAU).transpose(0, 2, 3, 1).reshape(B, PLACES, K)
     best = -np.sort(-p, axis=2)[..., :m]
@@ -94,12 +95,12 @@ def test_the_kept_words_are_the_likeliest_and_what_they_lost_is_what_the_others_
     np.testing.assert_allclose(stored["map.lost"].numpy(), 1 - best.sum(2), rtol=1e-3, atol=1e-6)
 
 
-def test_with_every_word_kept_the_stored_loss_is_the_online_one_within_half_precision():
+def test_cached_loss_of_all_words_equals_the_online_loss():
     quest = method(K)
     assert loss(quest, answered(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
 
 
-def test_the_loss_of_the_m_likeliest_words_is_the_same_stored_and_online():
+def test_cached_and_online_top_m_losses_are_equal():
     quest = method(4, top=4)
     assert loss(quest, answered(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
 
@@ -121,7 +122,7 @@ def test_words_beyond_the_32767th_are_found_again():
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
-def test_a_logit_methods_loss_from_stored_logits_is_that_of_the_rounded_logits(name):
+def test_logit_methods_loss_from_stored_logits_is_that_of_the_rounded_logits(name):
     logits, student = 3 * drawn(1, 6, 7), torch.from_numpy(3 * drawn(2, 6, 7)).float()
     shapes = Shapes({}, vector=3, logits=7)
     made = methods.load(name)(methods.parse_parameters([name], {})[name], Setup(shapes, [shapes], {}))
@@ -159,12 +160,12 @@ def nothing(*_: torch.Tensor) -> None:
     pass
 
 
-def test_the_divergence_from_kept_words_passes_autograds_own_check():
+def test_divergence_from_kept_words_passes_autograds_own_check():
     kept = target(6, 9, 4)
     assert torch.autograd.gradcheck(lambda *given: divergence(*given, kept, nothing), inputs(6, 9))
 
 
-def test_its_value_and_gradients_are_those_of_torchs_log_softmax():
+def test_divergence_matches_log_softmax():
     kept = target(6, 9, 4)
     ours, plain = inputs(6, 9), inputs(6, 9)
     f_s, weight, gamma = plain
@@ -181,7 +182,7 @@ def test_its_value_and_gradients_are_those_of_torchs_log_softmax():
 KEYS = torch.from_numpy(np.random.default_rng(0).integers(0, 2**63 - 1, B))
 
 
-def test_so_many_positions_are_drawn_of_each_image_the_same_for_an_epoch_and_others_in_the_next():
+def test_drawn_positions_depend_on_image_and_epoch():
     rows = draw_positions(KEYS, 3, B, PLACES, 7).view(B, 7)
     for image, chosen in enumerate(rows.tolist()):
         assert len(set(chosen)) == 7
@@ -201,7 +202,7 @@ def test_every_position_is_drawn_equally_often():
     assert float((often - 5 / PLACES).abs().max()) < 4.5 * deviation
 
 
-def test_the_mean_over_many_epochs_of_drawn_positions_is_the_loss_over_all():
+def test_mean_over_many_epochs_of_drawn_positions_is_the_loss_over_all():
     whole, sampled = method(K), method(K, positions=5)
     online = {"map": tensor(F_T)}
     losses = [loss(sampled, online, epoch, KEYS) for epoch in range(400)]
@@ -211,7 +212,7 @@ def test_the_mean_over_many_epochs_of_drawn_positions_is_the_loss_over_all():
 
 
 @pytest.mark.parametrize("epoch", [0, 5])
-def test_the_same_positions_are_drawn_online_and_stored(epoch):
+def test_same_positions_are_drawn_online_and_stored(epoch):
     quest = method(K, positions=5)
     stored = loss(quest, answered(quest), epoch, KEYS)
     online = loss(quest, {"map": tensor(F_T)}, epoch, KEYS)

@@ -101,7 +101,7 @@ def test_mu_is_the_mean_squared_distance_to_the_nearest_word(tmp_path):
     assert learned.mu == pytest.approx(distances.min(1).mean(), rel=1e-4)
 
 
-def test_the_number_of_words_is_lowered_with_a_note_so_that_each_has_39_features(tmp_path):
+def test_number_of_words_is_reduced_to_39_features_each(tmp_path):
     teacher = Teacher(np.random.default_rng(0).normal(size=(10, C, H, W)), tmp_path)
     learned = teacher.learn(None)
     assert len(learned.words) == 200 // 39 == 5
@@ -110,7 +110,7 @@ def test_the_number_of_words_is_lowered_with_a_note_so_that_each_has_39_features
     assert "5 words instead of 4096" in teacher.notes[0]
 
 
-def test_words_that_were_asked_for_are_learned_with_a_note_where_features_are_few(tmp_path):
+def test_requested_number_of_words_is_kept_with_a_note(tmp_path):
     enough = Teacher(np.random.default_rng(0).normal(size=(39, C, 1, 2)), tmp_path)
     assert len(enough.learn(2).words) == 2 and enough.notes == []
     few = Teacher(np.random.default_rng(0).normal(size=(58, C, 1, 2)), tmp_path)
@@ -128,7 +128,7 @@ def test_more_words_than_features_are_refused(tmp_path):
         teacher.learn(5)
 
 
-def test_the_map_is_pooled_to_the_grid_first(tmp_path):
+def test_map_is_pooled_to_the_grid_first(tmp_path):
     maps = np.random.default_rng(0).normal(size=(9, C, 2 * H, 3 * W))
     teacher = Teacher(maps, tmp_path)
     sample = gathered(teacher, (H, W), 9 * H * W, 9 * H * W)
@@ -137,7 +137,7 @@ def test_the_map_is_pooled_to_the_grid_first(tmp_path):
 
 
 @pytest.mark.parametrize("used", [2, 39, 100, 199, 200])
-def test_the_sample_has_exactly_as_many_features_as_asked_spread_evenly(tmp_path, used):
+def test_sample_has_the_requested_size_and_is_even(tmp_path, used):
     numbers = np.arange(10 * H * W, dtype=float).reshape(10, 1, H, W)
     teacher = Teacher(numbers, tmp_path)
     sample = gathered(teacher, (H, W), 200, used)[:, 0]
@@ -146,14 +146,14 @@ def test_the_sample_has_exactly_as_many_features_as_asked_spread_evenly(tmp_path
     assert gaps.max() <= -(-200 // used) and sample[-1] == 199
 
 
-def test_a_limit_of_features_is_kept_and_noted(tmp_path):
+def test_limit_of_features_is_kept_and_noted(tmp_path):
     teacher = Teacher(np.random.default_rng(0).normal(size=(30, C, H, W)), tmp_path)
     learned = teacher.learn(2, limit=100)
     assert (learned.features, learned.features_used) == (600, 100)
     assert "100 of 600 features" in teacher.notes[0]
 
 
-def test_a_second_run_reads_the_vocabulary_from_the_cache_and_not_the_teacher(tmp_path):
+def test_second_run_reads_the_vocabulary_from_the_cache_and_not_the_teacher(tmp_path):
     maps = np.random.default_rng(0).normal(size=(30, C, H, W))
     first, second = Teacher(maps, tmp_path), Teacher(maps, tmp_path)
     one, two = first.learn(4), second.learn(4)
@@ -164,7 +164,7 @@ def test_a_second_run_reads_the_vocabulary_from_the_cache_and_not_the_teacher(tm
     assert third.read == 1
 
 
-def test_a_vocabulary_damaged_in_the_cache_is_learned_again(tmp_path):
+def test_damaged_vocabulary_is_computed_again(tmp_path):
     maps = np.random.default_rng(0).normal(size=(30, C, H, W))
     words = Teacher(maps, tmp_path).learn(4).words.numpy().copy()
     [file] = tmp_path.rglob("vocabulary.safetensors")
@@ -175,7 +175,7 @@ def test_a_vocabulary_damaged_in_the_cache_is_learned_again(tmp_path):
     assert np.array_equal(again.learn(4).words.numpy(), words) and again.read == 1
 
 
-def test_the_words_are_the_same_every_time(tmp_path):
+def test_words_are_the_same_every_time(tmp_path):
     maps = np.random.default_rng(0).normal(size=(30, C, H, W))
     one, two = (Teacher(maps, tmp_path / name).learn(6).words for name in ("a", "b"))
     assert torch.equal(one, two)
@@ -216,7 +216,7 @@ def drawn(n: int, channels: int) -> np.ndarray:
     return np.random.default_rng(n).normal(size=(n, channels)).astype(np.float32)
 
 
-def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
+def test_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
     f, words = drawn(500, 9), drawn(7, 9)
     monkeypatch.setattr(vocabulary, "GPU_BLOCK", 7 * 33)
     by_torch = vocabulary.nearest_words_on(torch.device("cpu"), f, words)
@@ -226,14 +226,14 @@ def test_the_nearest_words_are_the_same_by_torch_and_by_faiss(monkeypatch):
         assert np.array_equal(word, distances.argmin(1))
 
 
-def test_features_that_were_asked_for_and_have_no_room_are_refused(tmp_path, monkeypatch):
+def test_requested_features_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 0)
     monkeypatch.setattr(vocabulary.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * C * 500}))
     with pytest.raises(JobError, match="600 features of 3 channels require"):
         Teacher(blobs(30, CENTRES), tmp_path).learn(2, limit=600)
 
 
-def test_without_room_on_the_disk_an_even_sample_is_used_and_noted(tmp_path, monkeypatch):
+def test_full_disk_uses_an_even_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "MEMORY_LIMIT", 4 * C * 400)
     monkeypatch.setattr(
         vocabulary.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * C * 60 * H * W})

@@ -12,8 +12,8 @@ from questpress.pipeline.methods.quest.patches import (
     PATCHES,
     WORDS,
     count_images,
-    patch_side,
     find_patches,
+    patch_side,
     select_patches,
 )
 from questpress.pipeline.methods.quest.vocabulary import summarize_usage
@@ -59,12 +59,12 @@ def test_words_are_spread_from_the_most_used_to_the_rarest(facts: dict) -> None:
     assert abs(facts["shown"][0]["share"] - 100 * 15 / 120) < 1e-9
 
 
-def test_a_word_is_shown_by_patches_of_different_images(facts: dict) -> None:
+def test_word_is_shown_by_patches_of_different_images(facts: dict) -> None:
     assert all(len(one["patches"]) == PATCHES for one in facts["shown"])
     assert facts["seen"] == 20 and facts["patch"] == 16
 
 
-def test_a_word_that_is_nearest_in_few_images_has_fewer_patches() -> None:
+def test_word_that_is_nearest_in_few_images_has_fewer_patches() -> None:
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     maps = torch.tensor([[[[0.0]]], [[[1.0]]]])
     facts = find_patches(
@@ -76,7 +76,7 @@ def test_a_word_that_is_nearest_in_few_images_has_fewer_patches() -> None:
     ]
 
 
-def test_the_same_images_give_the_same_patches() -> None:
+def test_same_images_give_the_same_patches() -> None:
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     maps, words = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.eye(3)
@@ -88,7 +88,7 @@ def test_without_images_nothing_is_shown() -> None:
     assert find_patches([], "map", GRID, torch.zeros(2, 1), torch.zeros(2)) == {}
 
 
-def test_a_patch_shows_two_cells_or_a_third_to_a_half_of_the_image() -> None:
+def test_patch_shows_two_cells_or_a_third_to_a_half_of_the_image() -> None:
     assert patch_side(224, (7, 7)) == 75
     assert patch_side(64, (1, 1)) == 64
     assert patch_side(64, (2, 2)) == 32
@@ -97,20 +97,20 @@ def test_a_patch_shows_two_cells_or_a_third_to_a_half_of_the_image() -> None:
     assert patch_side(60, (4, 4)) == 30
 
 
-def test_few_images_are_looked_at_where_maps_are_large() -> None:
+def test_large_maps_use_fewer_images() -> None:
     assert count_images((7, 7)) == 256
     assert count_images((56, 56)) == 4
     assert count_images((1000, 1000)) == 1
 
 
-def test_usage_is_told_in_falling_order_with_the_words_nobody_uses() -> None:
+def test_usage_is_sorted_with_unused_words_last() -> None:
     facts = summarize_usage(torch.tensor([3, 0, 9, 0, 1]))
     assert facts == {"usage": [(1, 9), (2, 3), (3, 1), (4, 0), (5, 0)], "dead": 2}
     long = summarize_usage(torch.arange(4096))
     assert len(long["usage"]) == 64 and long["usage"][0] == (1, 4095) and long["usage"][-1] == (4096, 0)
 
 
-def test_what_was_seen_once_is_not_looked_for_again(tmp_path: Path) -> None:
+def test_patches_are_computed_once(tmp_path: Path) -> None:
     looks, keys = [], []
 
     def sample(t: int, reads: frozenset[str], limit: int):

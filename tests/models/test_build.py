@@ -5,7 +5,7 @@ from questpress.models.build import build, check_size, default_image_size, geome
 from questpress.models.errors import ModelError, UnknownModel
 
 
-def test_a_seed_decides_the_weights_and_leaves_the_global_random_state_alone():
+def test_seed_decides_the_weights_and_leaves_the_global_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -17,7 +17,7 @@ def test_a_seed_decides_the_weights_and_leaves_the_global_random_state_alone():
     assert not torch.equal(first.conv1.weight, other.conv1.weight)
 
 
-def test_the_geometry_is_the_networks_own_and_the_image_size_can_be_changed():
+def test_geometry_is_the_networks_own_and_the_image_size_can_be_changed():
     own = geometry("resnet18.a1_in1k")
     assert (own.image_size, own.crop_fraction, own.interpolation, own.crop_mode) == (
         224,
@@ -31,7 +31,7 @@ def test_the_geometry_is_the_networks_own_and_the_image_size_can_be_changed():
     assert default_image_size("cifar_wrn_16_2") == 32
 
 
-def test_the_cifar_networks_state_the_benchmarks_normalisation_and_the_zero_padded_ones_imagenets():
+def test_cifar_networks_state_the_benchmarks_normalization_and_the_zero_padded_ones_imagenets():
     crd = geometry("cifar_resnet56")
     assert crd.mean == (0.5071, 0.4867, 0.4408) and crd.std == (0.2675, 0.2565, 0.2761)
     assert (crd.image_size, crd.crop_fraction) == (32, 1.0)
@@ -48,7 +48,7 @@ def test_the_cifar_networks_state_the_benchmarks_normalisation_and_the_zero_padd
         ("swin_tiny_patch4_window7_224", 96),
     ],
 )
-def test_convolutions_and_transformers_are_built_for_the_image_size_asked_for(name, size):
+def test_networks_are_built_for_the_image_size(name, size):
     check_size(name, size)
     network = build(name, num_classes=3, image_size=size, seed=0).eval()
     with torch.no_grad():
@@ -56,12 +56,12 @@ def test_convolutions_and_transformers_are_built_for_the_image_size_asked_for(na
     assert network.built_as.image_size == size
 
 
-def test_a_network_without_a_head_gives_its_vector():
+def test_network_without_a_head_gives_its_vector():
     network = build("cifar_resnet8", num_classes=0, image_size=32).eval()
     assert network(torch.randn(1, 3, 32, 32)).shape == (1, 64)
 
 
-def test_an_image_size_that_patches_do_not_divide_is_refused_with_the_next_ones():
+def test_image_size_that_patches_do_not_divide_is_refused_with_the_next_ones():
     for refuse in (
         lambda: check_size("vit_tiny_patch16_224", 100),
         lambda: build("vit_tiny_patch16_224", num_classes=2, image_size=100),
@@ -70,18 +70,18 @@ def test_an_image_size_that_patches_do_not_divide_is_refused_with_the_next_ones(
             refuse()
 
 
-def test_the_patches_of_a_mixer_and_of_a_hybrid_are_known_too():
+def test_patches_of_a_mixer_and_of_a_hybrid_are_known_too():
     with pytest.raises(ModelError, match="64 or 96"):
         check_size("mixer_s32_224", 80)
     with pytest.raises(ModelError, match="96 and 112"):
         check_size("xcit_nano_12_p16_224", 100)
 
 
-def test_an_overlapping_patch_convolution_takes_any_size():
+def test_overlapping_patch_convolution_takes_any_size():
     check_size("pvt_v2_b0", 96)
 
 
-def test_a_network_that_cannot_run_at_a_size_names_one_at_which_it_can():
+def test_network_that_cannot_run_at_a_size_names_one_at_which_it_can():
     with pytest.raises(ModelError, match="240"):
         check_size("crossvit_tiny_240", 96)
     with pytest.raises(ModelError, match="positive"):
@@ -89,7 +89,7 @@ def test_a_network_that_cannot_run_at_a_size_names_one_at_which_it_can():
     check_size("resnet18", 31)
 
 
-def test_a_wrong_name_is_refused_before_anything_is_built():
+def test_wrong_name_is_refused_before_anything_is_built():
     with pytest.raises(UnknownModel):
         build("resnet5O", num_classes=2, image_size=32)
     with pytest.raises(UnknownModel):

@@ -11,7 +11,7 @@ def test_parameters_and_multiply_adds_are_the_published_ones():
     assert entry.image_size == 224 and entry.licence == "apache-2.0" and entry.has_weights
 
 
-def test_multiply_adds_follow_the_image_size_and_an_alias_is_named_beside_its_model():
+def test_multiply_adds_follow_the_image_size_and_an_alias_is_named_next_to_its_model():
     entry = describe("mobilenetv2", 448)
     assert (entry.alias, entry.name) == ("mobilenetv2", "mobilenetv2_100")
     whole = describe("mobilenetv2").gmacs
@@ -20,7 +20,7 @@ def test_multiply_adds_follow_the_image_size_and_an_alias_is_named_beside_its_mo
     assert entry.gmacs - classifier == pytest.approx(4 * (whole - classifier), rel=0.001)
 
 
-def test_a_convolution_is_counted_as_by_hand():
+def test_convolution_is_counted_as_by_hand():
     entry = describe("cifar_vgg8")
     sides, pairs = (32, 16, 8, 4, 4), ((3, 64), (64, 128), (128, 256), (256, 512), (512, 512))
     by_hand = sum(side**2 * 9 * a * b for side, (a, b) in zip(sides, pairs, strict=True)) + 512 * 100
@@ -28,13 +28,13 @@ def test_a_convolution_is_counted_as_by_hand():
     assert not entry.has_weights and entry.licence is None
 
 
-def test_a_large_network_is_described_in_no_time_and_without_its_memory():
+def test_large_network_is_described_in_no_time_and_without_its_memory():
     describe("resnet18")
     started = time.monotonic()
     entry = describe("vit_giant_patch14_dinov2", 224)
     assert entry.parameters > 1e9 and time.monotonic() - started < 10
 
 
-def test_a_wrong_name_is_refused():
+def test_wrong_name_is_refused():
     with pytest.raises(UnknownModel):
         describe("resnet5O")

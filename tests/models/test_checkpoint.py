@@ -48,25 +48,25 @@ def test_tied_weights_are_saved_under_both_names(tmp_path):
         lambda w: {"state_dict": {key: value + 1 for key, value in w.items()}, "state_dict_ema": w},
     ],
 )
-def test_the_weights_are_found_wherever_a_training_program_put_them(tmp_path, wrap):
+def test_weights_are_found_wherever_a_training_program_put_them(tmp_path, wrap):
     torch.save(wrap(weights()), tmp_path / "checkpoint.pth")
     read = read_checkpoint(tmp_path / "checkpoint.pth")
     assert set(read.state_dict) == set(weights())
     assert all(torch.equal(read.state_dict[key], value) for key, value in weights().items())
 
 
-def test_a_few_averaged_tensors_beside_a_whole_network_are_not_the_network(tmp_path):
+def test_partial_averages_are_not_the_network(tmp_path):
     whole = weights() | {f"layer{index}.weight": torch.ones(2) for index in range(4)}
     torch.save({"model": whole, "ema": {"conv.bias": torch.zeros(3)}}, tmp_path / "both.pth")
     assert set(read_checkpoint(tmp_path / "both.pth").state_dict) == set(whole)
 
 
-def test_an_old_style_torch_file_is_read_too(tmp_path):
+def test_old_style_torch_file_is_read_too(tmp_path):
     torch.save(weights(), tmp_path / "old.th", _use_new_zipfile_serialization=False)
     assert set(read_checkpoint(tmp_path / "old.th").state_dict) == set(weights())
 
 
-def test_the_hash_is_that_of_the_file(tmp_path):
+def test_hash_is_that_of_the_file(tmp_path):
     save_file(weights(), tmp_path / "w.safetensors")
     assert (
         read_checkpoint(tmp_path / "w.safetensors").sha256
@@ -115,14 +115,14 @@ def test_pickled_network_is_refused_with_a_hint(tmp_path):
         ("cut.pth", b"PK\x03\x04" + bytes(100), "damaged"),
     ],
 )
-def test_a_damaged_file_is_told_in_one_sentence(tmp_path, name, content, told):
+def test_damaged_file_is_refused(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=told) as raised:
         read_checkpoint(tmp_path / name)
     assert "\n" not in str(raised.value) and name in str(raised.value)
 
 
-def test_a_truncated_checkpoint_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+def test_truncated_missing_and_folder_paths_are_distinguished(tmp_path):
     torch.save(weights(), tmp_path / "whole.pth")
     (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:700])
     with pytest.raises(ModelError, match="damaged"):
@@ -133,13 +133,13 @@ def test_a_truncated_checkpoint_a_missing_file_and_a_folder_are_told_apart(tmp_p
         read_checkpoint(tmp_path)
 
 
-def test_a_file_without_tensors_is_refused(tmp_path):
+def test_file_without_tensors_is_refused(tmp_path):
     torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "empty.pth")
     with pytest.raises(ModelError, match="no weights"):
         read_checkpoint(tmp_path / "empty.pth")
 
 
-def test_equal_weights_have_one_digest_whatever_their_files_say_of_themselves(tmp_path: Path) -> None:
+def test_digest_depends_on_weights_alone(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3), "c": torch.ones(4).bfloat16()}
     digests = []
     for number, metadata in enumerate(({"key": "one"}, {"key": "another", "labels": "[]"})):

@@ -49,14 +49,14 @@ MAPS = {
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
-def test_the_parameter_count_is_the_benchmarks(name, count):
+def test_parameter_count_is_the_benchmarks(name, count):
     with torch.device("meta"):
         network = build(f"cifar_{name}", num_classes=100, image_size=32)
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
 @pytest.mark.parametrize(("name", "shape"), MAPS.items())
-def test_the_last_map_its_mean_and_the_classifier_make_the_logits(name, shape):
+def test_last_map_its_mean_and_the_classifier_make_the_logits(name, shape):
     network = build(f"cifar_{name}", num_classes=7, image_size=32, seed=0).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_last_map_its_mean_and_the_classifier_make_the_logits(name, shape):
     assert network.num_features == shape[0]
 
 
-def test_stopping_early_gives_the_same_level_as_going_on():
+def test_early_exit_gives_the_same_level():
     network = build("cifar_wrn_16_1", num_classes=3, image_size=32, seed=0).eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_stopping_early_gives_the_same_level_as_going_on():
     assert torch.equal(early, levels[1])
 
 
-def test_the_zero_padded_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides():
+def test_zero_padded_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides():
     x = torch.arange(2 * 4 * 4, dtype=torch.float32).reshape(1, 2, 4, 4)
     y = ZeroPadShortcut(2, 2)(x)
     assert y.shape == (1, 4, 2, 2)
@@ -91,7 +91,7 @@ def test_the_zero_padded_shortcut_takes_every_second_pixel_and_pads_channels_on_
     assert not y[:, 0].any() and not y[:, 3].any()
 
 
-def test_a_shuffle_interleaves_the_groups():
+def test_shuffle_interleaves_the_groups():
     x = torch.arange(6.0).reshape(1, 6, 1, 1)
     assert shuffled(x, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5]
 
@@ -107,7 +107,7 @@ def test_convolutions_start_with_the_spread_of_the_fan_out():
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "mobilenetv2_half", "shufflenetv2"])
-def test_the_classifier_can_be_replaced_and_taken_away(name):
+def test_classifier_can_be_replaced_and_taken_away(name):
     network = build(f"cifar_{name}", num_classes=4, image_size=32).eval()
     network.reset_classifier(9)
     assert isinstance(network.get_classifier(), nn.Linear)
@@ -116,12 +116,12 @@ def test_the_classifier_can_be_replaced_and_taken_away(name):
     assert network(torch.randn(1, 3, 32, 32)).shape == (1, network.num_features)
 
 
-def test_a_vgg_pools_once_more_for_larger_images():
+def test_vgg_pools_once_more_for_larger_images():
     network = build("cifar_vgg8", num_classes=4, image_size=64).eval()
     assert network.forward_features(torch.randn(1, 3, 64, 64)).shape[-2:] == (4, 4)
 
 
-def test_a_small_network_learns_from_a_step():
+def test_small_network_learns_from_a_step():
     network = build("cifar_mobilenetv2_half", num_classes=2, image_size=32, seed=0)
     x, y = torch.randn(8, 3, 32, 32), torch.tensor([0, 1] * 4)
     loss = F.cross_entropy(network(x), y)
@@ -130,7 +130,7 @@ def test_a_small_network_learns_from_a_step():
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56])
-def test_the_public_cifar10_weights_load_as_they_are(depth):
+def test_public_cifar10_weights_load_as_they_are(depth):
     folder = os.environ.get("QUESTPRESS_CIFAR_WEIGHTS")
     if not folder:
         pytest.skip("QUESTPRESS_CIFAR_WEIGHTS does not name a folder with resnet20-*.th and its siblings")

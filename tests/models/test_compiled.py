@@ -51,7 +51,7 @@ def test_compiled_readouts_and_their_gradients_are_the_uncompiled_ones(name: str
 
 
 @pytest.mark.usefixtures("captured")
-def test_a_loss_on_the_logits_has_its_gradient_at_a_compiled_networks_map() -> None:
+def test_loss_on_the_logits_has_its_gradient_at_a_compiled_networks_map() -> None:
     readouts = Readouts(build("cifar_resnet8", num_classes=4, image_size=16, seed=0), 16)
     readouts.compile_features("default")
     found = readouts(torch.randn(2, 3, 16, 16), frozenset({"map", "logits"}))
@@ -60,7 +60,7 @@ def test_a_loss_on_the_logits_has_its_gradient_at_a_compiled_networks_map() -> N
 
 
 @pytest.mark.usefixtures("captured")
-def test_a_copy_computes_uncompiled_and_with_its_own_weights() -> None:
+def test_copy_computes_uncompiled_and_with_its_own_weights() -> None:
     readouts = Readouts(build("cifar_resnet8", num_classes=4, image_size=16, seed=0).eval(), 16)
     readouts.compile_features("default")
     other = copy.deepcopy(readouts)
@@ -75,7 +75,7 @@ def test_a_copy_computes_uncompiled_and_with_its_own_weights() -> None:
 
 
 @pytest.mark.usefixtures("captured")
-def test_a_network_is_uncompiled_again_where_no_mode_is_given() -> None:
+def test_network_is_uncompiled_without_a_mode() -> None:
     readouts = Readouts(build("cifar_resnet8", num_classes=4, image_size=16, seed=0), 16)
     readouts.compile_features("default")
     readouts.compile_features(None)

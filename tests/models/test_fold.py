@@ -45,7 +45,7 @@ def batch_norms(network: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_every_readout_of_a_folded_network_is_the_networks_own(name: str) -> None:
+def test_folding_preserves_every_feature(name: str) -> None:
     size, folds, of = FAMILIES[name]
     if name == "vgg11_bn":  # with a head that is not most of the test's time
         network = randomise(timm.create_model(name, num_classes=7, mlp_ratio=0.05))
@@ -65,7 +65,7 @@ def test_every_readout_of_a_folded_network_is_the_networks_own(name: str) -> Non
     torch.testing.assert_close(its(images)["logits"], found["logits"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_folded_network_keeps_its_precision_its_frozen_weights_and_what_build_said_of_it() -> None:
+def test_folding_preserves_precision_and_frozen_weights() -> None:
     network = randomise(build("cifar_resnet8", num_classes=3, image_size=16, seed=0)).requires_grad_(False)
     folded = fold_batch_norm(network, torch.randn(1, 3, 16, 16))
     assert folded.built_as == network.built_as
@@ -179,7 +179,7 @@ class Statistics(Toy):
      (Standardised, 1), (Parametrised, 1), (Statistics, 1)],
 )  # fmt: skip
 @torch.no_grad()
-def test_a_batch_norm_that_is_no_part_of_one_convolution_stays(kind: type[Toy], left: int) -> None:
+def test_batch_norm_of_several_convolutions_is_not_folded(kind: type[Toy], left: int) -> None:
     torch.manual_seed(0)
     network = kind().eval()
     if kind is not Statistics:
@@ -191,7 +191,7 @@ def test_a_batch_norm_that_is_no_part_of_one_convolution_stays(kind: type[Toy], 
 
 
 @torch.no_grad()
-def test_what_cannot_be_folded_does_not_keep_the_rest_from_it() -> None:
+def test_foldable_layers_are_folded_next_to_others() -> None:
     torch.manual_seed(0)
     network = randomise(nn.Sequential(Stack([Toy, Standardised, Toy, Peeks, Toy]))[0])
     images = torch.randn(2, 3, 8, 8)

@@ -44,7 +44,7 @@ def refused(file: Path) -> str:
 )
 @pytest.mark.parametrize("form", ["zip", "old", "plain"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_no_pickle_runs_whatever_the_file_is_called(ending: str, form: str, tmp_path: Path) -> None:
+def test_hostile_pickle_never_runs(ending: str, form: str, tmp_path: Path) -> None:
     target = tmp_path / "was_run"
     content = {"state_dict": {"w": torch.zeros(1)}, "extra": Calls(os.mkdir, str(target))}
     file = tmp_path / f"weights.{ending}"
@@ -78,7 +78,7 @@ def test_no_function_is_called(call: Calls, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("form", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_a_packed_archive_is_not_unpacked(form: int, tmp_path: Path) -> None:
+def test_packed_archive_is_not_unpacked(form: int, tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(4_000_000)}, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -100,7 +100,7 @@ def test_parts_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
     assert "more bytes than it has" in refused(file)
 
 
-def test_a_tensor_that_says_it_is_larger_than_its_storage_takes_no_memory(tmp_path: Path) -> None:
+def test_tensor_larger_than_its_storage_takes_no_memory(tmp_path: Path) -> None:
     storage = torch.zeros(4)._typed_storage()
     for size, stride in (((10**12,), (1,)), ((10**6, 10**6), (0, 0)), ((2,), (10**15,)), ((-1,), (1,))):
         made = Calls(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, OrderedDict())
@@ -128,7 +128,7 @@ def test_tensors_that_are_no_plain_ones_are_refused(
     assert told in said and "'odd'" in said
 
 
-def test_a_collection_that_holds_itself_many_times_is_looked_at_once(tmp_path: Path) -> None:
+def test_recursive_collection_is_visited_once(tmp_path: Path) -> None:
     content: dict[str, Any] = {}
     content |= {str(n): content for n in range(300)}
     torch.save(content, tmp_path / "w.pth")
@@ -159,7 +159,7 @@ def safetensors(header: Any, body: bytes = b"") -> bytes:
         safetensors({"__metadata__": {"labels": 3}}),
     ],
 )
-def test_a_safetensors_file_that_lies_is_refused_and_takes_no_memory(content: bytes, tmp_path: Path) -> None:
+def test_invalid_safetensors_is_refused_without_memory(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
     tracemalloc.start()
     refused(tmp_path / "w.safetensors")
@@ -180,6 +180,6 @@ def test_labels_of_another_form_are_no_labels(said: str, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.pth")
     assert "is no file" in refused(tmp_path / "w.pth")

@@ -12,26 +12,26 @@ def test_every_alias_stands_for_a_model_that_timm_has_and_is_not_a_name_of_timm_
     assert set(ALIASES) & names == set()
 
 
-def test_the_short_names_people_type_resolve_to_timms():
+def test_short_names_people_type_resolve_to_timms():
     assert resolve("mobilenetv2") == "mobilenetv2_100"
     assert resolve("mobilenetv3") == "mobilenetv3_large_100"
     assert resolve("mobilenetv4") == "mobilenetv4_conv_small"
     assert resolve(" resnet18 ") == "resnet18"
 
 
-def test_a_tag_is_kept_also_behind_an_alias():
+def test_tag_is_kept_also_behind_an_alias():
     assert resolve("resnet50.a1_in1k") == "resnet50.a1_in1k"
     assert resolve("mobilenetv2.ra_in1k") == "mobilenetv2_100.ra_in1k"
 
 
-def test_a_wrong_tag_is_answered_with_the_known_ones():
+def test_wrong_tag_lists_the_known_ones():
     with pytest.raises(UnknownModel) as told:
         resolve("resnet18.nonesuch")
     assert "nonesuch" in str(told.value)
     assert all(tag in str(told.value) for tag in tags_of("resnet18"))
 
 
-def test_a_name_that_timm_has_changed_leads_to_the_present_one():
+def test_renamed_timm_model_resolves():
     assert resolve("tf_efficientnet_b0_ns") == "tf_efficientnet_b0.ns_jft_in1k"
 
 
@@ -47,7 +47,7 @@ def test_a_name_that_timm_has_changed_leads_to_the_present_one():
         ("vit_smal", "vit_small"),
     ],
 )
-def test_a_misspelled_name_is_refused_with_the_one_that_was_meant(typed, meant):
+def test_misspelled_name_is_refused_with_the_one_that_was_meant(typed, meant):
     assert meant in nearest(typed)
     with pytest.raises(UnknownModel) as told:
         resolve(typed)
@@ -56,12 +56,12 @@ def test_a_misspelled_name_is_refused_with_the_one_that_was_meant(typed, meant):
 
 
 @pytest.mark.parametrize("typed", ["", ".", "???", "zzzzqqqq"])
-def test_a_name_like_no_other_is_told_where_the_list_is(typed):
+def test_unknown_name_points_to_the_list(typed):
     with pytest.raises(UnknownModel, match="compress models"):
         resolve(typed)
 
 
-def test_a_pattern_lists_names_and_aliases_in_natural_order():
+def test_pattern_lists_names_and_aliases_in_natural_order():
     found = matching("mobilenetv2*")
     assert "mobilenetv2" in found and "mobilenetv2_100" in found
     resnets = matching("cifar_resnet*")
@@ -70,7 +70,7 @@ def test_a_pattern_lists_names_and_aliases_in_natural_order():
     assert matching("nothing_like_it*") == []
 
 
-def test_importing_the_room_and_its_names_imports_neither_torch_nor_timm():
+def test_names_import_neither_torch_nor_timm():
     code = (
         "import sys, questpress.models, questpress.models.names, questpress.models.build;"
         "sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"

@@ -23,18 +23,18 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_whether_there_are_weights_is_known_without_a_network():
+def test_has_weights_builds_no_network():
     assert has_pretrained("resnet50") and has_pretrained("mobilenetv2") and has_pretrained("resnet50.a1_in1k")
     assert not has_pretrained("cifar_resnet56")
 
 
-def test_a_licence_is_free_only_if_it_is_known_to_be():
+def test_license_is_free_only_if_it_is_known_to_be():
     assert licence("resnet50") == "apache-2.0" and is_free(licence("resnet50"))
     assert not is_free(licence("convnextv2_tiny")) and "nc" in (licence("convnextv2_tiny") or "")
     assert licence("cifar_resnet56") is None and not is_free(None) and not is_free("dinov3-license")
 
 
-def test_without_internet_the_three_ways_out_are_told_within_seconds(cache):
+def test_offline_error_lists_three_remedies(cache):
     started = time.monotonic()
     with pytest.raises(ModelError) as told:
         fetch_pretrained("resnet50", option="--student-weights")
@@ -50,13 +50,13 @@ def test_without_internet_the_three_ways_out_are_told_within_seconds(cache):
     assert "\n" not in str(told.value) and told.value.exit_code == 1
 
 
-def test_a_model_nobody_published_weights_for_is_told_so_and_not_that_the_network_is_down():
+def test_model_without_published_weights_is_reported():
     with pytest.raises(ModelError, match="no published weights") as told:
         fetch_pretrained("cifar_resnet56")
     assert "reached" not in str(told.value) and "--teacher-weights none" in str(told.value)
 
 
-def test_weights_in_the_cache_are_used_without_asking_anyone(cache):
+def test_cached_weights_need_no_network(cache):
     cfg = timm.models.get_pretrained_cfg("test_resnet")
     source = timm.create_model("test_resnet", num_classes=cfg.num_classes)
     repository = cache / f"models--{cfg.hf_hub_id.replace('/', '--')}"
@@ -82,7 +82,7 @@ def snapshot_in(cache):
     return snapshot
 
 
-def test_a_damaged_file_in_the_cache_is_named(cache):
+def test_damaged_file_in_the_cache_is_named(cache):
     (snapshot_in(cache) / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match=r"delete .*model.safetensors"):
         fetch_pretrained("test_resnet")

@@ -46,7 +46,7 @@ def test_every_family_gives_map_vector_and_logits_of_the_stated_shapes(family):
 
 
 @torch.no_grad()
-def test_what_is_asked_for_besides_changes_no_readout(family):
+def test_other_requested_features_change_nothing(family):
     readouts, size = family
     x = torch.randn(2, 3, size, size)
     everything = readouts(x, readouts.offers)
@@ -70,7 +70,7 @@ def test_what_is_asked_for_besides_changes_no_readout(family):
     ],
 )
 @torch.no_grad()
-def test_a_spot_in_a_corner_of_the_image_changes_that_side_of_the_map_most(name, size):
+def test_spot_in_a_corner_of_the_image_changes_that_side_of_the_map_most(name, size):
     readouts = Readouts(build(name, num_classes=5, image_size=size, seed=0).eval())
     _, height, width = readouts.shapes.map
     blank = torch.zeros(1, 3, size, size)
@@ -96,7 +96,7 @@ def test_a_spot_in_a_corner_of_the_image_changes_that_side_of_the_map_most(name,
     ],
 )
 @torch.no_grad()
-def test_a_map_of_tokens_is_their_grid_without_class_distillation_and_register_tokens(name, side, prefix):
+def test_map_of_tokens_is_their_grid_without_class_distillation_and_register_tokens(name, side, prefix):
     size = 3 * side
     readouts = Readouts(build(name, num_classes=5, image_size=size, seed=0).eval())
     x = torch.randn(2, 3, size, size)
@@ -107,7 +107,7 @@ def test_a_map_of_tokens_is_their_grid_without_class_distillation_and_register_t
 
 
 @torch.no_grad()
-def test_the_map_of_a_channels_last_network_is_turned_round():
+def test_map_of_a_channels_last_network_is_turned_round():
     readouts = Readouts(build("swin_tiny_patch4_window7_224", num_classes=5, image_size=64, seed=0).eval())
     x = torch.randn(1, 3, 64, 64)
     by_hand = readouts.network.forward_features(x).permute(0, 3, 1, 2)
@@ -130,7 +130,7 @@ def test_levels_are_counted_from_either_end_and_come_in_the_same_pass():
 
 @pytest.mark.parametrize(("name", "size"), [("cifar_vgg8", 32), ("vgg11_bn", 64)])
 @torch.no_grad()
-def test_a_vgg_shows_its_map_before_the_last_relu(name, size):
+def test_vgg_shows_its_map_before_the_last_relu(name, size):
     readouts = Readouts(build(name, num_classes=3, image_size=size, seed=0).eval())
     found = readouts(torch.randn(2, 3, size, size), frozenset({"map", "map_pre", "logits"}))
     assert (found["map_pre"] < 0).any() and found["map_pre"].shape[1:] == readouts.shapes.map_pre
@@ -140,7 +140,7 @@ def test_a_vgg_shows_its_map_before_the_last_relu(name, size):
     assert "map_pre" not in Readouts(build("cifar_resnet8", num_classes=3, image_size=32)).offers
 
 
-def test_looking_at_the_shapes_changes_neither_weights_nor_statistics_nor_flags_nor_the_random_state():
+def test_computing_shapes_changes_no_state():
     network = build("mobilenetv4_conv_small_035", num_classes=3, image_size=64, seed=0).train()
     network.bn1.eval()
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -158,7 +158,7 @@ def test_widths_come_from_a_pass_and_not_from_attributes():
     assert shapes.map == (960, 2, 2) and shapes.vector == 1280 and shapes.logits == 4
 
 
-def test_a_training_step_through_the_readouts_updates_batch_statistics_once():
+def test_training_step_through_the_readouts_updates_batch_statistics_once():
     readouts = Readouts(build("mobilenetv4_conv_small_035", num_classes=3, image_size=64, seed=0).train())
     readouts(torch.randn(4, 3, 64, 64), frozenset({"map", "vector", "logits"}))
     counts = {
@@ -177,13 +177,13 @@ def test_gradients_reach_the_network_from_every_readout():
         assert readouts.network.conv1.weight.grad.abs().sum() > 0
 
 
-def test_the_weights_of_the_wrapped_network_are_those_of_the_plain_one():
+def test_weights_of_the_wrapped_network_are_those_of_the_plain_one():
     network = build("cifar_resnet8", num_classes=3, image_size=32)
     assert Readouts(network).network is network
     assert all(key.startswith("network.") for key in Readouts(network).state_dict())
 
 
-def test_a_network_without_a_map_is_refused_with_a_sentence():
+def test_network_without_a_map_is_refused():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     readouts = Readouts(flat, image_size=8)
     assert readouts.offers == {"logits"} and readouts.shapes.logits == 4
@@ -191,7 +191,7 @@ def test_a_network_without_a_map_is_refused_with_a_sentence():
         readouts(torch.randn(1, 3, 8, 8), frozenset({"map"}))
 
 
-def test_a_readout_that_does_not_exist_is_named_with_those_that_do():
+def test_readout_that_does_not_exist_is_named_with_those_that_do():
     readouts = Readouts(build("cifar_resnet8", num_classes=3, image_size=32))
     with pytest.raises(ModelError, match="levels are 0 to 2"):
         readouts.check(frozenset({"map@7"}))

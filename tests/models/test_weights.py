@@ -20,7 +20,7 @@ def same(network: torch.nn.Module, state_dict: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "student.network."]
 )
-def test_any_wrapper_prefix_is_taken_off(prefix):
+def test_wrapper_prefixes_are_removed(prefix):
     source = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
     wrapped = {prefix + key: value for key, value in source.items()}
     network = build("cifar_resnet8", num_classes=3, image_size=32, seed=2)
@@ -29,7 +29,7 @@ def test_any_wrapper_prefix_is_taken_off(prefix):
     assert report.missing == report.unexpected == () and not report.head_replaced
 
 
-def test_of_a_student_and_a_teacher_in_one_file_the_one_that_fits_is_taken():
+def test_matching_network_of_a_file_is_loaded():
     student = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
     teacher = build("cifar_wrn_16_1", num_classes=3, image_size=32, seed=1).state_dict()
     both = {f"student.{k}": v for k, v in student.items()} | {f"teacher.{k}": v for k, v in teacher.items()}
@@ -38,7 +38,7 @@ def test_of_a_student_and_a_teacher_in_one_file_the_one_that_fits_is_taken():
     assert same(network, teacher)
 
 
-def test_a_file_from_before_batch_counters_is_complete():
+def test_file_from_before_batch_counters_is_complete():
     source = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
     old = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
     network = build("cifar_resnet8", num_classes=3, image_size=32, seed=2)
@@ -47,7 +47,7 @@ def test_a_file_from_before_batch_counters_is_complete():
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet8", "mobilenetv2_035", "convnext_atto", "test_vit"])
-def test_a_head_for_other_classes_is_replaced_only_when_that_is_allowed(name):
+def test_head_for_other_classes_is_replaced_only_when_that_is_allowed(name):
     source = build(name, num_classes=11, image_size=32, seed=1)
     network = build(name, num_classes=3, image_size=32, seed=2)
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -62,7 +62,7 @@ def test_a_head_for_other_classes_is_replaced_only_when_that_is_allowed(name):
         assert torch.equal(value, before[key] if key in report.missing else file.state_dict[key])
 
 
-def test_a_backbone_without_a_head_fits_when_a_new_head_is_allowed():
+def test_backbone_without_a_head_fits_when_a_new_head_is_allowed():
     source = build("test_vit", num_classes=0, image_size=32, seed=1).state_dict()
     network = build("test_vit", num_classes=3, image_size=32, seed=2)
     assert class_count(checkpoint(source), network) is None
@@ -84,13 +84,13 @@ def test_weights_of_another_architecture_are_refused_with_the_keys_and_change_no
     assert same(network, before)
 
 
-def test_a_chance_match_of_a_heads_name_does_not_hide_what_is_unexpected():
+def test_chance_match_of_a_heads_name_does_not_hide_what_is_unexpected():
     source = build("test_convnext", num_classes=3, image_size=32, seed=1).state_dict()
     with pytest.raises(ModelError, match=r"unexpected \(stem.0.weight"):
         load_into(build("resnet18", num_classes=3, image_size=32), checkpoint(source))
 
 
-def test_a_key_of_another_shape_is_named_with_both_shapes():
+def test_key_of_another_shape_is_named_with_both_shapes():
     source = build("cifar_resnet8", num_classes=3, image_size=32, seed=1).state_dict()
     source["conv1.weight"] = torch.zeros(16, 3, 7, 7)
     with pytest.raises(ModelError, match=r"conv1.weight \[16, 3, 7, 7\] for \[16, 3, 3, 3\]"):
@@ -98,7 +98,7 @@ def test_a_key_of_another_shape_is_named_with_both_shapes():
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("test_vit", (64, 96)), ("swinv2_tiny_window8_256", (64, 128))])
-def test_a_transformer_takes_weights_made_for_another_image_size(name, sizes):
+def test_transformer_takes_weights_made_for_another_image_size(name, sizes):
     source = build(name, num_classes=3, image_size=sizes[0], seed=1)
     network = build(name, num_classes=3, image_size=sizes[1], seed=2)
     torch.manual_seed(4)
@@ -114,7 +114,7 @@ def test_a_transformer_takes_weights_made_for_another_image_size(name, sizes):
     assert "head.weight" not in resampled
 
 
-def test_another_image_size_and_another_head_at_once():
+def test_image_size_and_head_can_both_differ():
     source = build("test_vit", num_classes=7, image_size=64, seed=1).state_dict()
     network = build("test_vit", num_classes=3, image_size=96, seed=2)
     assert load_into(network, checkpoint(source), allow_head_mismatch=True).head_replaced

@@ -41,9 +41,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [3, 2000])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_merged_network_gives_the_same_logits_and_is_timms_plain_one(
-    name: str, width: int, images: torch.Tensor
-) -> None:
+def test_merged_network_is_the_plain_network(name: str, width: int, images: torch.Tensor) -> None:
     network = widened(name, width)
     plain = build(name, num_classes=5, image_size=32, seed=0)
     one = merged(network)
@@ -59,7 +57,7 @@ def test_the_merged_network_gives_the_same_logits_and_is_timms_plain_one(
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_its_vector_is_the_embedded_one_which_the_last_linear_reads(name: str, images: torch.Tensor) -> None:
+def test_vector_is_the_projected_one(name: str, images: torch.Tensor) -> None:
     network = widened(name, 17)
     readouts = Readouts(network, 32)
     assert readouts.shapes.vector == 17 and readouts.classifier_reads_vector
@@ -73,7 +71,7 @@ def test_its_vector_is_the_embedded_one_which_the_last_linear_reads(name: str, i
 
 
 @pytest.mark.parametrize("width", [64, 100])
-def test_a_network_that_is_not_narrowed_starts_as_what_it_was(width: int, images: torch.Tensor) -> None:
+def test_projection_of_equal_width_is_the_identity(width: int, images: torch.Tensor) -> None:
     network = build("cifar_resnet8", num_classes=5, image_size=32, seed=0).eval()
     before = copy.deepcopy(network)
     widen(network, width, seed=1)
@@ -81,7 +79,7 @@ def test_a_network_that_is_not_narrowed_starts_as_what_it_was(width: int, images
         assert torch.allclose(network(images), before(images), atol=1e-5)
 
 
-def test_the_start_follows_the_seed_alone() -> None:
+def test_start_follows_the_seed_alone() -> None:
     each = []
     for seed in (1, 1, 2):
         network = build("cifar_resnet8", num_classes=5, image_size=32, seed=0)
@@ -92,14 +90,14 @@ def test_the_start_follows_the_seed_alone() -> None:
     assert torch.equal(each[0], each[1]) and not torch.equal(each[0], each[2])
 
 
-def test_a_classifier_without_a_bias_is_merged_into_one_without() -> None:
+def test_classifier_without_a_bias_is_merged_into_one_without() -> None:
     network = build("cifar_resnet8", num_classes=5, image_size=32, seed=0)
     network.fc = nn.Linear(64, 5, bias=False)
     widen(network, 9, seed=0)
     assert merged(network).fc.bias is None
 
 
-def test_a_classifier_that_is_not_one_linear_on_the_vector_is_refused_with_a_sentence() -> None:
+def test_classifier_that_is_not_one_linear_on_the_vector_is_refused() -> None:
     with torch.device("meta"):
         readouts = Readouts(build("deit_tiny_distilled_patch16_224", num_classes=5), 224)
     with pytest.raises(ModelError, match="is not one linear layer on its penultimate vector"):
@@ -120,7 +118,7 @@ def test_dropout_before_the_classifier_does_not_stand_in_the_way(images: torch.T
         assert torch.allclose(merged(network)(images), network(images), atol=1e-5)
 
 
-def test_the_weight_of_a_classifier_is_found_and_none_where_there_is_none() -> None:
+def test_weight_of_a_classifier_is_found_and_none_where_there_is_none() -> None:
     found = classifier_weight(build("mobilenetv3_small_050", num_classes=5, image_size=32, seed=0))
     assert found is not None and found.shape == (5, 1024)
     assert classifier_weight(build("cifar_resnet8", num_classes=0, image_size=32, seed=0)) is None

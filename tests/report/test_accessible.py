@@ -1,38 +1,41 @@
-"""What a page needs for those who see little, hear it, or have no mouse."""
+"""Accessibility: contrast, structure, descriptions, keyboard."""
 
 import re
 from html.parser import HTMLParser
 from importlib import resources
 
 import pytest
-from questpress.pipeline.report.render import html
 
-from tests.report.test_words_section import with_words
 from tests.support import int8_reports, reports
+from tests.support.pages import html, with_words
 
-CSS = resources.files("questpress.pipeline.report").joinpath("report.css").read_text(encoding="utf-8")
+CSS = (
+    resources.files("questpress.pipeline.report")
+    .joinpath("templates", "report.css")
+    .read_text(encoding="utf-8")
+)
 LIGHT, DARK = re.findall(r":root \{(.*?)\}", CSS, re.S)
-Colour = tuple[float, ...]
+Color = tuple[float, ...]
 
 
-def colours(theme: str) -> dict[str, Colour]:
+def colors(theme: str) -> dict[str, Color]:
     found = dict(re.findall(r"--([\w-]+): #([0-9a-f]{6})", theme))
     return {name: tuple(int(value[i : i + 2], 16) for i in (0, 2, 4)) for name, value in found.items()}
 
 
-def luminance(colour: Colour) -> float:
+def luminance(color: Color) -> float:
     """WCAG 2's relative luminance of sRGB values 0 to 255."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def contrast(one: Colour, other: Colour) -> float:
+def contrast(one: Color, other: Color) -> float:
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
-def mixed(colour: Colour, share: float, other: Colour) -> Colour:
-    return tuple(share * a + (1 - share) * b for a, b in zip(colour, other, strict=True))
+def mixed(color: Color, share: float, other: Color) -> Color:
+    return tuple(share * a + (1 - share) * b for a, b in zip(color, other, strict=True))
 
 
 def test_contrast_is_computed_as_wcag_says() -> None:
@@ -48,32 +51,32 @@ def test_contrast_is_computed_as_wcag_says() -> None:
         ("muted", "paper"),
         ("accent", "paper"),
         ("rust", "paper"),
-        ("ink", "notes"),
+        ("ink", "warning"),
         ("ink", "panel"),
     ],
 )
-def test_text_is_told_from_its_ground(theme: str, text: str, on: str) -> None:
-    found = colours(theme)
+def test_text_has_enough_contrast(theme: str, text: str, on: str) -> None:
+    found = colors(theme)
     assert contrast(found[text], found[on]) >= 4.5
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-def test_numbers_in_the_confusion_matrix_are_told_from_every_shade(theme: str) -> None:
-    found = colours(theme)
+def test_numbers_in_the_confusion_matrix_have_enough_contrast(theme: str) -> None:
+    found = colors(theme)
     shades = [mixed(found["accent"], 0.45 * share / 100, found["panel"]) for share in range(101)]
     shades += [mixed(found["rust"], 0.1 + 0.4 * share / 100, found["panel"]) for share in range(101)]
-    assert "calc(var(--share) * .45)" in CSS and "calc(10% + var(--share) * .4)" in CSS
+    assert "calc(var(--percent) * .45)" in CSS and "calc(10% + var(--percent) * .4)" in CSS
     assert min(contrast(found["ink"], shade) for shade in shades) >= 4.5
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 @pytest.mark.parametrize("mark", ["teacher", "fp32", "accent", "rust", "s0", "s1", "s2", "s3", "s4", "s5"])
-def test_marks_and_curves_are_told_from_the_paper(theme: str, mark: str) -> None:
-    found = colours(theme)
+def test_marks_and_curves_have_enough_contrast(theme: str, mark: str) -> None:
+    found = colors(theme)
     assert contrast(found[mark], found["paper"]) >= 3
 
 
-def test_print_is_light_whatever_the_screen_is() -> None:
+def test_print_has_the_light_theme() -> None:
     assert "@media screen and (prefers-color-scheme: dark)" in CSS
     assert CSS.count("prefers-color-scheme: dark") == 1
 
@@ -113,7 +116,7 @@ PAGES = {
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_headings_tables_and_pictures_are_in_order(name: str) -> None:
+def test_headings_tables_and_figures_are_well_formed(name: str) -> None:
     found = Outline(html(PAGES[name]))
     assert found.headings[0] == 1 and found.headings.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(found.headings, found.headings[1:], strict=False))
@@ -122,7 +125,7 @@ def test_headings_tables_and_pictures_are_in_order(name: str) -> None:
     assert all(picture == {"desc"} for picture in found.pictures)
 
 
-def test_the_keyboard_finds_its_way() -> None:
+def test_page_can_be_used_with_a_keyboard() -> None:
     page = html(reports.full())
     body = page.split("<body>")[1]
     first = re.search(r"<a [^>]*>", body)
@@ -134,6 +137,6 @@ def test_the_keyboard_finds_its_way() -> None:
     assert ":focus-visible { outline: 2px" in CSS and "outline: none" not in CSS and "outline: 0" not in CSS
 
 
-def test_right_and_wrong_are_told_in_words_and_signs_beside_their_colours() -> None:
+def test_predictions_are_marked_by_sign_and_label() -> None:
     page = html(reports.full())
-    assert 'aria-label="wrong">✗' in page and 'aria-label="right">✓' in page
+    assert 'aria-label="wrong">✗' in page and 'aria-label="correct">✓' in page

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.api.compare import compare
-from questpress.pipeline.report.pages.comparison import pages
-from questpress.pipeline.report.render import html
-from questpress.pipeline.runs.results import FloatPart, Report
+from questpress.pipeline.report.pages.comparison import render_comparison
+from tests.support.pages import html, markdown
+from questpress.export.int8.results import FloatNode
+from questpress.pipeline.runs.results import Report
 
-from tests.report.test_words_section import with_words
+from tests.support.pages import with_words
 from tests.support import bench_reports, int8_reports, reports
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -39,7 +40,7 @@ def opened(page: str, folder: Path, width: int, *more: str) -> list[str]:
     [int8_reports.with_int8(), bench_reports.with_bench(), reports.bare()],
     ids=["int8", "bench", "bare"],
 )
-def test_the_browser_has_nothing_to_complain_about(report: Report, tmp_path: Path) -> None:
+def test_browser_has_nothing_to_complain_about(report: Report, tmp_path: Path) -> None:
     assert opened(html(report), tmp_path, 1280) == []
 
 
@@ -101,7 +102,7 @@ def test_long_names_do_not_make_the_page_wider_than_the_window(tmp_path: Path) -
     for search in long:
         search.target = search.tried[0].name = search.file = "a/long/name" * 9
         search.not_timed = "".join(["long"] * 30)
-        search.float_parts = [FloatPart(name="node" * 30, op_type="Op" * 20, why="reason" * 20)]
+        search.float_parts = [FloatNode(name="node" * 30, op_type="Op" * 20, why="reason" * 20)]
         search.worst = [("tensor" * 30, 3.0)]
     bench = bench_reports.bench(flags=[bench_reports.STEAL])
     for subject in bench.subjects:
@@ -128,10 +129,10 @@ def test_every_picture_is_seen_on_a_phone_and_on_a_screen(scheme: str, ground: s
         assert found["pictures"] > 25
 
 
-def test_a_comparisons_picture_is_seen_on_a_phone_and_on_a_screen(tmp_path: Path) -> None:
+def test_comparisons_picture_is_seen_on_a_phone_and_on_a_screen(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(reports.full().model_dump_json(), encoding="utf-8")
-    page = pages(compare(file, out=tmp_path / "out"))["comparison.html"]
+    page = render_comparison(compare(file, out=tmp_path / "out"))["comparison.html"]
     for found in measured(page, tmp_path, [390, 961], "light"):
         assert found["wrong"] == [] and found["wide"] <= found["width"]
         assert found["pictures"] == 1
@@ -156,7 +157,7 @@ def requests(page: str, folder: Path) -> set[str]:
     return {url for url in asked if not url.startswith(("file:", "data:"))}
 
 
-def test_the_page_makes_no_request(tmp_path: Path) -> None:
+def test_page_makes_no_request(tmp_path: Path) -> None:
     page = html(everything())
     assert requests(page, tmp_path) == set()
     beacon = '<img src="http://127.0.0.1:9/beacon">'

@@ -1,7 +1,7 @@
 from questpress.pipeline.report.charts import LABEL, Curve, Mark, bars, dots, lines, nice
 
 
-def test_a_bar_is_as_long_as_its_value_from_zero() -> None:
+def test_bar_is_as_long_as_its_value_from_zero() -> None:
     chart = bars("Size", [Mark("a", "teacher", 40, "40 MB"), Mark("b", "student", 10, "10 MB")])
     assert chart is not None
     long, short = (one.x - LABEL for one in chart.marks)
@@ -9,7 +9,7 @@ def test_a_bar_is_as_long_as_its_value_from_zero() -> None:
     assert chart.description == "Size. a: 40 MB; b: 10 MB."
 
 
-def test_a_dot_lies_inside_its_interval_and_the_axis_inside_a_hundred_percent() -> None:
+def test_dot_lies_inside_its_interval_and_the_axis_inside_a_hundred_percent() -> None:
     chart = dots("Accuracy", [Mark("a", "teacher", 99.4, "99.4 %", 97.0, 99.9)])
     assert chart is not None
     (one,) = chart.marks
@@ -19,7 +19,7 @@ def test_a_dot_lies_inside_its_interval_and_the_axis_inside_a_hundred_percent() 
     assert chart.ticks[0].position <= one.low and one.high <= chart.ticks[-1].position + 60
 
 
-def test_a_curve_falls_where_its_values_fall_and_breaks_where_they_are_not_finite() -> None:
+def test_curve_falls_where_its_values_fall_and_breaks_where_they_are_not_finite() -> None:
     chart = lines("Loss", [Curve("loss", [1, 2, 3, 4, 5], [4.0, 2.0, float("nan"), 1.0, None])])
     assert chart is not None
     (curve,) = chart.curves

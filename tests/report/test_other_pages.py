@@ -88,7 +88,7 @@ def validated() -> str:
         notes=["A note."],
         environment={"cpu": "AMD EPYC 9555", "onnxruntime": "1.27.0", "threads": "2"},
     )  # fmt: skip
-    return validation.pages(found)["validation.html"]
+    return validation.render_validation(found)["validation.html"]
 
 
 def compared() -> str:
@@ -105,7 +105,9 @@ def compared() -> str:
                 "p50": p50,
                 "p50_low": p50 * 0.99,
                 "p50_high": p50 * 1.01,
-                "speedup": Speedup(subject="student_int8", over="teacher", threads=1, ratio=8, low=7.9, high=8.1),
+                "speedup": Speedup(
+                    subject="student_int8", over="teacher", threads=1, ratio=8, low=7.9, high=8.1
+                ),
             }
         )
 
@@ -120,7 +122,7 @@ def compared() -> str:
             parameters=2_236_682,
             int8=file("int8", 300 + 3 * i, 0.6 + 0.01 * i, 2_500_000),
             fp32=file("fp32", 301 + 3 * i, 1.2 + 0.01 * i, 8_900_000),
-            of_teacher=file("teacher", 350, 12.4, 85_000_000),
+            teacher_file=file("teacher", 350, 12.4, 85_000_000),
             training_seconds=3000,
             seed=i,
             data="photos" if i < 9 else "other",
@@ -138,23 +140,21 @@ def compared() -> str:
         warnings=["A warning."],
         notes=["A note."],
     )
-    return comparison.pages(found)["comparison.html"]
+    return comparison.render_comparison(found)["comparison.html"]
 
 
 PAGES = {"validation": validated, "comparison": compared}
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_browser_has_nothing_to_complain_about_and_nothing_is_from_outside(
-    name: str, tmp_path: Path
-) -> None:
+def test_browser_has_nothing_to_complain_about_and_nothing_is_from_outside(name: str, tmp_path: Path) -> None:
     page = PAGES[name]()
     assert opened(page, tmp_path, 1280) == []
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:|#)[a-z]*:?//", page)
     assert "<script" not in page and "default-src 'none'" in page
 
 
-def test_the_pages_fit_their_windows_and_every_picture_is_seen(tmp_path: Path) -> None:
+def test_pages_fit_their_windows_and_every_picture_is_seen(tmp_path: Path) -> None:
     # The pages themselves allow no script; the copies that are measured do, in a frame for each width.
     measure = """<script>
     const pictures = [...document.querySelectorAll('img, svg[role=img]')];

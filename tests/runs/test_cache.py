@@ -18,7 +18,7 @@ def writing(text: str):
     return write
 
 
-def test_an_entry_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_cache_entry_round_trips(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     assert cache.get("words", "k") is None
     place = cache.put("words", "k", writing("x"))
@@ -28,7 +28,7 @@ def test_an_entry_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["changed", "lost", "added", "no checksums", "bad checksums"])
-def test_a_damaged_entry_is_never_trusted(
+def test_damaged_entry_is_never_trusted(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = Cache(tmp_path)
@@ -51,7 +51,7 @@ def test_a_damaged_entry_is_never_trusted(
     assert cache.put("words", "k", writing("new")) == place == cache.get("words", "k")
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_cache_write_leaves_nothing(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         (folder / "half").write_text("h")
         raise KeyboardInterrupt
@@ -71,7 +71,7 @@ def _put(root: Path, number: int) -> None:
     assert len({(place / f"{part}").read_text() for part in range(20)}) == 1
 
 
-def test_processes_that_write_the_same_entry_all_get_a_whole_one(tmp_path: Path) -> None:
+def test_concurrent_writers_get_a_whole_entry(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork" if os.name != "nt" else "spawn")
     writers = [context.Process(target=_put, args=(tmp_path, number)) for number in range(4)]
     for writer in writers:
@@ -83,7 +83,7 @@ def test_processes_that_write_the_same_entry_all_get_a_whole_one(tmp_path: Path)
     assert [entry.name for entry in (tmp_path / "words").iterdir()] == ["k"]
 
 
-def test_what_a_killed_process_left_is_swept_up_after_a_day(tmp_path: Path) -> None:
+def test_parts_of_killed_processes_are_removed_after_a_day(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     for name, age in (("old", 2 * 86400), ("new", 60)):
         left = tmp_path / "words" / f".{name}.1.part"
@@ -93,7 +93,7 @@ def test_what_a_killed_process_left_is_swept_up_after_a_day(tmp_path: Path) -> N
     assert {entry.name for entry in (tmp_path / "words").iterdir()} == {"k", ".new.1.part"}
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_cache_that_cannot_be_written_is_done_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -106,7 +106,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert cache.get("words", "k") == place and (place / "a.txt").read_text() == "x"
 
 
-def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_full_disk_is_reported(tmp_path: Path) -> None:
     def write(_: Path) -> None:
         raise OSError(28, "No space left on device")
 

@@ -10,7 +10,7 @@ NAME = "red\x1b]0;owned\x9b2J\u202ebd"
 SHOWN = "red\\x1b]0;owned\\x9b2J\\u202ebd"
 
 
-def test_names_in_tables_and_lines_do_not_steer_the_terminal() -> None:
+def test_table_cells_have_no_control_characters() -> None:
     file = io.StringIO()
     console = safe_console(file=file, width=120, color_system=None)
     drawn = Table(title=Text(NAME))
@@ -23,7 +23,7 @@ def test_names_in_tables_and_lines_do_not_steer_the_terminal() -> None:
     assert all(letter.isprintable() or letter == "\n" for letter in told)
 
 
-def test_colours_and_movements_of_our_own_still_reach_the_terminal() -> None:
+def test_own_colors_reach_the_terminal() -> None:
     file = io.StringIO()
     console = safe_console(file=file, width=80, force_terminal=True, color_system="standard", no_color=False)
     console.print("[green]fine[/green]")
@@ -31,14 +31,14 @@ def test_colours_and_movements_of_our_own_still_reach_the_terminal() -> None:
     assert "\x1b[32mfine\x1b[0m" in file.getvalue() and "\x1b[?25l" in file.getvalue()
 
 
-def test_a_name_without_end_makes_no_sentence_without_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_name_without_end_makes_no_sentence_without_end(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         fail(f"Error: {'x' * 1_000_000} is missing; give it.", 2)
     told = capsys.readouterr().err
     assert told.startswith("Error: xxx") and told.endswith("xxx is missing; give it.\n") and len(told) < 4100
 
 
-def test_what_a_job_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(quiet=False, verbose=True)
     with display.stage(NAME) as stage:
         display.say(NAME)

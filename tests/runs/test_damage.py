@@ -15,7 +15,6 @@ from questpress.pipeline.runs import files
 from questpress.pipeline.runs.files import atomic_write
 from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.training.checkpoint import Checkpoint
 
 from tests.support import little
 from tests.support.little import compress, job, record, refused, report
@@ -34,7 +33,7 @@ def flip(file: Path, at: bytes | None = None) -> None:
 # The record of a run.
 
 
-def test_a_damaged_record_is_read_from_its_copy_and_written_anew(a_run, data, cache, caplog):
+def test_damaged_record_is_restored_from_its_copy(a_run, data, cache, caplog):
     before = (a_run / "run.json").read_bytes()
     flip(a_run / "run.json", b'"train": 4')  # of 58 images, and still JSON
     done = compress("report", a_run, "--json")
@@ -46,7 +45,7 @@ def test_a_damaged_record_is_read_from_its_copy_and_written_anew(a_run, data, ca
 
 
 @pytest.mark.parametrize("content", ["", "{", NESTED, '{"schema_version": 1, "stages": {}, "checksum": "0"}'])
-def test_a_record_that_is_damaged_twice_is_told(a_run, content):
+def test_record_damaged_twice_is_refused(a_run, content):
     for name in ("run.json", ".run.json"):
         (a_run / name).write_text(content)
     before = little.files(a_run)
@@ -55,7 +54,7 @@ def test_a_record_that_is_damaged_twice_is_told(a_run, content):
     assert little.files(a_run) == before
 
 
-def test_a_run_whose_record_is_lost_can_be_started_over(a_run, data, cache):
+def test_run_whose_record_is_lost_can_be_started_over(a_run, data, cache):
     for name in ("run.json", ".run.json"):
         (a_run / name).write_text("{")
     refused(job(data, a_run, cache), 2, "--fresh")
@@ -64,7 +63,7 @@ def test_a_run_whose_record_is_lost_can_be_started_over(a_run, data, cache):
 
 
 @pytest.mark.parametrize("option", ["calibration_images: 16", "batch_size: 16", "seed: 0"])
-def test_options_that_the_run_was_not_made_with_are_not_taken_from_its_config(a_run, option):
+def test_edited_config_is_refused(a_run, option):
     flip(a_run / "config.yaml", option.encode())
     refused(compress("export", a_run), 2, "config.yaml", "Run the original command again")
     assert compress("report", a_run).exit_code == 0  # has them from the record
@@ -95,7 +94,7 @@ def test_logged_epoch_replaces_later_ones_of_its_training(tmp_path, finished):
 # Files that stages and commands leave.
 
 
-def test_a_damaged_report_is_written_anew_and_what_is_as_it_should_be_is_not(a_run, data, cache):
+def test_damaged_report_is_rendered_again(a_run, data, cache):
     assert job(data, a_run, cache).exit_code == 0  # names this folder
     before = little.files(a_run)
     for name in ("report.json", "artifact/README.md"):
@@ -107,7 +106,7 @@ def test_a_damaged_report_is_written_anew_and_what_is_as_it_should_be_is_not(a_r
     assert after["report.html"] == before["report.html"]
 
 
-def test_a_damaged_report_is_not_compared(a_run, tmp_path):
+def test_damaged_report_is_not_compared(a_run, tmp_path):
     flip(a_run / "report.json", b'"train": 4')
     refused(
         compress("compare", a_run, a_run, "--out", tmp_path / "out"),
@@ -117,7 +116,7 @@ def test_a_damaged_report_is_not_compared(a_run, tmp_path):
     )
 
 
-def test_kept_answers_and_teachers_that_are_damaged_are_not_believed(a_run, finished, tmp_path):
+def test_damaged_predictions_and_teachers_are_refused(a_run, finished, tmp_path):
     flip(a_run / "test_answers.safetensors")
     refused(
         compress("compare", a_run, finished, "--out", tmp_path / "out"),
@@ -134,12 +133,12 @@ def test_kept_answers_and_teachers_that_are_damaged_are_not_believed(a_run, fini
     )
 
 
-def test_a_damaged_later_bench_is_told(a_run):
+def test_damaged_bench_is_reported(a_run):
     (a_run / "bench" / "bench.json").write_text('{"checksum": "0"}')
     refused(compress("report", a_run), 1, "bench.json is damaged", "compress bench")
 
 
-def test_a_manifest_nested_without_end_is_told(a_run, data):
+def test_deeply_nested_manifest_is_refused(a_run, data):
     (a_run / "artifact" / "manifest.json").write_text(NESTED)
     refused(compress("predict", a_run, data / "red" / "000.png"), 2, "manifest.json cannot be read")
 
@@ -165,7 +164,7 @@ def test_file_system_without_locks_is_reported(tmp_path, monkeypatch, caplog):
         pass
 
 
-def test_a_dying_disk_is_one_sentence(a_run, monkeypatch):
+def test_io_error_is_reported(a_run, monkeypatch):
     def dying(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run.json")
 
@@ -173,7 +172,7 @@ def test_a_dying_disk_is_one_sentence(a_run, monkeypatch):
     refused(compress("report", a_run), 1, "run.json: Input/output error")
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+def test_uncreatable_folder_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(JobError, match="Could not write"),
@@ -197,7 +196,7 @@ def test_streamed_features_on_a_full_disk_are_an_error_and_not_the_end_of_the_pr
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-def test_an_export_that_fails_leaves_the_artifact_that_there_was(a_run, monkeypatch):
+def test_export_that_fails_leaves_the_artifact_that_there_was(a_run, monkeypatch):
     def fails(*_, **__):
         raise ExportError("it does not compute what the network does")
 
@@ -207,7 +206,7 @@ def test_an_export_that_fails_leaves_the_artifact_that_there_was(a_run, monkeypa
     assert {file.name: file.read_bytes() for file in (a_run / "artifact").iterdir()} == before
 
 
-def test_an_input_that_is_missing_is_not_told_as_a_file_that_cannot_be_written(tmp_path):
+def test_missing_input_is_not_a_write_error(tmp_path):
     with pytest.raises(FileNotFoundError) as raised, atomic_write(tmp_path / "out.bin") as part:
         part.write_bytes((tmp_path.parent / "elsewhere" / "in.bin").read_bytes())
     assert "in.bin" in str(raised.value) and list(tmp_path.iterdir()) == []

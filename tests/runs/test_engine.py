@@ -5,15 +5,13 @@ from types import SimpleNamespace
 import pytest
 from questpress.pipeline.runs.device import Engine, free_memory
 from questpress.pipeline.runs.record import RunRecord
-from questpress.pipeline.training.trainer import engine
+from questpress.pipeline.training.trainer import choose_run_engine
 
 
 class Run:
-    """What ``engine`` needs of a job, with a choice that tells itself apart from what is recorded."""
+    """The part of a context that ``choose_run_engine`` needs."""
 
-    def __init__(
-        self, precision: str = "auto", key: str = "key", record: RunRecord | None = None
-    ) -> None:
+    def __init__(self, precision: str = "auto", key: str = "key", record: RunRecord | None = None) -> None:
         self.notes: list[str] = []
         self.options = SimpleNamespace(precision=precision)
         self.key, self.device = key, "cpu"
@@ -21,30 +19,30 @@ class Run:
         self.display = SimpleNamespace(note=self.notes.append)
 
     def engine(self, threads: int = 4) -> Engine:
-        return engine(
+        return choose_run_engine(
             self,  # type: ignore[arg-type]
             "student",
             lambda asked: Engine("cpu", threads, "bf16" if asked == "auto" else asked),
         )
 
 
-def test_a_training_goes_on_with_the_engine_it_was_begun_with() -> None:
+def test_resumed_training_keeps_its_engine() -> None:
     first = Run()
     assert first.engine(threads=4) == Engine("cpu", 4, "bf16")
     assert Run(record=first.folder.record).engine(threads=8) == Engine("cpu", 4, "bf16")
     assert Run(record=first.folder.record, key="another").engine(threads=8).threads == 8
 
 
-def test_a_precision_that_is_asked_for_wins_over_the_recorded_one_and_is_told() -> None:
+def test_requested_precision_overrides_the_recorded_one() -> None:
     first = Run()
     first.engine()
     asked = Run("fp32", record=first.folder.record)
     assert asked.engine().precision == "fp32"
-    assert asked.notes == ["student was begun in bf16 and goes on in fp32"]
+    assert asked.notes == ["student was started in bf16 and resumes in fp32"]
     assert Run(record=first.folder.record).engine().precision == "fp32"
 
 
-def test_a_gpu_has_a_limit_of_memory_and_the_host_has_none_of_its_own(
+def test_gpu_has_a_memory_limit_and_the_host_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (8e9, 16e9))

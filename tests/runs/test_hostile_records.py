@@ -64,7 +64,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_record_of_another_form_is_one_sentence_of_every_command(content: Any, tmp_path: Path) -> None:
+def test_invalid_record_is_refused_by_every_command(content: Any, tmp_path: Path) -> None:
     folder = run(tmp_path / "run", content)
     (folder / "artifact").mkdir()
     (folder / "artifact" / "manifest.json").write_text("{}")
@@ -83,7 +83,7 @@ def test_a_record_of_another_form_is_one_sentence_of_every_command(content: Any,
         {"teacher": {"name": "x\x1b[2J", "accuracy": "high"}},
     ],
 )
-def test_findings_of_another_form_are_one_sentence(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_results_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
     folder = run(tmp_path / "run", stage(facts=facts))
     refused(compress("report", folder), 2, "from which no report can be made")
 
@@ -91,7 +91,7 @@ def test_findings_of_another_form_are_one_sentence(facts: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, "[]", "{}", '{"schema_version": 99}', "9" * 5000, json.dumps(DEEP)]
 )
-def test_a_report_of_another_form_is_one_sentence(text: str, tmp_path: Path) -> None:
+def test_invalid_report_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(text)
     for place in (tmp_path, tmp_path / "report.json"):
         assert "report.json" in refused(compress("compare", place, "--out", tmp_path / "out"), 2)
@@ -139,9 +139,7 @@ def about(**more: Any) -> dict[str, Any]:
         "[" * 200_000,
     ],
 )
-def test_an_entry_of_the_store_of_another_form_is_counted_as_unreadable(
-    content: Any, tmp_path: Path
-) -> None:
+def test_entry_of_the_store_of_another_form_is_counted_as_unreadable(content: Any, tmp_path: Path) -> None:
     for name, said in (("a", about()), ("b", content)):
         (tmp_path / "answers" / name).mkdir(parents=True)
         text = said if isinstance(said, str) else json.dumps(said)
@@ -151,7 +149,7 @@ def test_an_entry_of_the_store_of_another_form_is_counted_as_unreadable(
     assert "1 entries cannot be read" in compress("cache", "list", "--cache", tmp_path).stdout
 
 
-def test_names_in_the_store_do_not_steer_the_terminal(tmp_path: Path) -> None:
+def test_cache_listing_has_no_control_characters(tmp_path: Path) -> None:
     (tmp_path / "answers" / "a").mkdir(parents=True)
     (tmp_path / "answers" / "a" / "about.json").write_text(json.dumps(about(teacher="t\x1b[2J\u202e")))
     told = compress("cache", "list", "--cache", tmp_path).stdout

@@ -30,7 +30,7 @@ def held(a_run):
     process.stdout.close()
 
 
-def test_a_second_process_is_refused_and_changes_nothing(held, data, cache):
+def test_second_process_is_refused_and_changes_nothing(held, data, cache):
     folder, _ = held
     before = little.files(folder)
     result = little.job(data, folder, cache, "--fresh")
@@ -39,7 +39,7 @@ def test_a_second_process_is_refused_and_changes_nothing(held, data, cache):
 
 
 @pytest.mark.parametrize("command", [["bench", "--quick"], ["report"]])
-def test_what_else_writes_into_a_run_waits_for_nobody_and_is_refused(held, command):
+def test_other_writers_of_a_locked_run_are_refused(held, command):
     folder, _ = held
     before = little.files(folder)
     result = little.compress(command[0], folder, *command[1:])
@@ -47,7 +47,7 @@ def test_what_else_writes_into_a_run_waits_for_nobody_and_is_refused(held, comma
     assert little.files(folder) == before
 
 
-def test_a_crash_lets_go_of_the_lock(held):
+def test_crash_lets_go_of_the_lock(held):
     folder, process = held
     process.kill()
     process.wait()
@@ -55,7 +55,7 @@ def test_a_crash_lets_go_of_the_lock(held):
         pass
 
 
-def test_the_lock_is_let_go_at_the_end_and_after_an_error(tmp_path):
+def test_lock_is_let_go_at_the_end_and_after_an_error(tmp_path):
     with lock(tmp_path), pytest.raises(JobError, match="another process"), lock(tmp_path):
         pass
     with pytest.raises(ZeroDivisionError), lock(tmp_path):

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from questpress.export.runtime import Classifier
-from questpress.pipeline.data.sources.timm_datasets import open_digits
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.stages.export import check_temperature
 from questpress.pipeline.runs.results import Report
+from questpress.pipeline.stages.export import check_temperature
 
 from tests.support import little
 from tests.support.little import refused, report
+from tests.support.pictures import open_digits
 
 
 def run(out: Path, cache: Path, *more: str) -> None:
@@ -49,7 +49,7 @@ def logits(out: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     return classifier.logits(batch), np.array([image.label for image in test])
 
 
-def test_the_student_is_the_same_file_and_its_fp32_logits_are_divided_by_the_temperature(plain, tempered):
+def test_student_is_the_same_file_and_its_fp32_logits_are_divided_by_the_temperature(plain, tempered):
     assert (plain / "student.safetensors").read_bytes() == (tempered / "student.safetensors").read_bytes()
     t = report(tempered)["temperature"]["value"]
     assert 0.05 < t < 20 and abs(t - 1) > 0.02
@@ -58,13 +58,13 @@ def test_the_student_is_the_same_file_and_its_fp32_logits_are_divided_by_the_tem
     assert (after.argmax(1) == before.argmax(1)).all()
 
 
-def test_accuracy_and_every_answer_stay_what_they_were(plain, tempered):
+def test_calibration_changes_no_prediction(plain, tempered):
     a, b = report(plain), report(tempered)
     assert a["student"]["score"] == b["student"]["score"]
     assert a["confusion"] == b["confusion"]
 
 
-def test_the_temperature_is_in_the_manifest_and_in_both_files(plain, tempered):
+def test_temperature_is_in_the_manifest_and_in_both_files(plain, tempered):
     t = report(tempered)["temperature"]["value"]
     manifest = json.loads((tempered / "artifact/manifest.json").read_text())
     assert manifest["origin"]["temperature"] == t
@@ -99,7 +99,7 @@ def nll(z: np.ndarray, labels: np.ndarray) -> float:
     return float((np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels]).mean())
 
 
-def test_the_teachers_calibration_is_measured_too(plain):
+def test_teachers_calibration_is_measured_too(plain):
     found = report(plain)
     assert found["teacher"]["calibration"]["n"] == 179
     assert found["teachers"][0]["calibration"] == found["teacher"]["calibration"]
@@ -107,7 +107,7 @@ def test_the_teachers_calibration_is_measured_too(plain):
     Report.model_validate(found)
 
 
-def test_the_report_shows_it(tempered):
+def test_report_shows_it(tempered):
     t = report(tempered)["temperature"]["value"]
     for name in ("report.html", "report.md"):
         page = (tempered / name).read_text()
@@ -125,7 +125,7 @@ def test_several_teachers_are_measured_each_and_together(data, cache, tmp_path):
     assert found["teacher"]["calibration"]["accuracy"] == pytest.approx(found["teacher"]["score"]["percent"])
 
 
-def test_without_val_images_it_is_refused_before_anything_starts(cache, tmp_path):
+def test_calibrate_without_val_images_is_refused(cache, tmp_path):
     given = little.photos(
         tmp_path / "data", {f"{r}/{c}": n for r, n in (("train", 12), ("val", 4)) for c in little.CLASSES}
     )
@@ -134,7 +134,7 @@ def test_without_val_images_it_is_refused_before_anything_starts(cache, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_that_answers_otherwise_is_not_shipped():
+def test_file_with_other_predictions_is_not_shipped():
     plain = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
     check_temperature(plain, plain / np.float32(1.7), 1.7)
     check_temperature(np.zeros((3, 2), np.float32), np.zeros((3, 2), np.float32), 2.0)

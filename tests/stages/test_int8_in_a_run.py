@@ -9,10 +9,9 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
-from questpress.export import runtime
+from questpress.export.int8.results import Candidate, FloatNode
 from questpress.export.latency.results import Speedup
 from questpress.export.runtime import Classifier
-from questpress.pipeline.runs.results import FloatPart, TriedInt8
 from questpress.pipeline.stages import quantize
 
 from tests.support import little
@@ -71,7 +70,7 @@ def test_each_calibrator_is_tried_and_one_ships(a_run: Path) -> None:
     assert not list(a_run.glob(".int8*"))  # candidates leave nothing behind
 
 
-def test_the_calibration_images_are_recorded_by_hash(a_run: Path) -> None:
+def test_calibration_images_are_recorded_by_hash(a_run: Path) -> None:
     recipe = report(a_run)["student_int8"]["quantization"]
     assert len(recipe["calibration"]["calibration_hash"]) == 64 and recipe["calibration"]["images"] == 16
     said = {e.key: e.value for e in onnx.load(str(a_run / "artifact/student.int8.onnx")).metadata_props}
@@ -123,22 +122,7 @@ def test_export_makes_files_for_other_targets_and_trains_nothing(a_run: Path, tm
     assert sorted(p.name for p in artifact.glob("*.onnx")) == ["student.int8.onnx", "student.onnx"]
 
 
-def test_a_device_takes_the_file_of_its_own_processor(
-    a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(a_run, out)
-    assert little.compress("export", out, "--target", "x86-vnni", "--target", "arm64").exit_code == 0
-    for machine, name in {
-        "x86-vnni": "student.int8.onnx",
-        "arm64": "student.int8.arm64.onnx",
-        "x86": "student.onnx",  # VNNI's sums would saturate there
-    }.items():
-        monkeypatch.setattr(runtime, "detect_target", lambda machine=machine: machine)
-        assert Classifier.load(out / "artifact").name == name
-
-
-def test_where_no_candidate_holds_the_budget_the_fp32_file_ships(
+def test_fp32_ships_if_no_candidate_is_within_the_budget(
     a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -162,7 +146,7 @@ def test_where_no_candidate_holds_the_budget_the_fp32_file_ships(
     assert "no int8" in result.stderr
 
 
-def test_what_ships_beyond_the_budget_is_warned_of_with_its_remedies(
+def test_file_over_budget_ships_with_a_warning(
     a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -187,9 +171,7 @@ def test_what_ships_beyond_the_budget_is_warned_of_with_its_remedies(
         assert word in told
 
 
-def test_without_val_images_the_training_images_decide_and_it_is_said(
-    tmp_path: Path, data: Path, cache: Path
-) -> None:
+def test_training_images_decide_without_val_images(tmp_path: Path, data: Path, cache: Path) -> None:
     out = tmp_path / "run"
     result = job(data, out, cache, "--val-fraction", "0", "--until", "quantize")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -211,7 +193,7 @@ def test_without_val_images_the_training_images_decide_and_it_is_said(
         (["--max-drop", "-1"], "max-drop"),
     ],
 )
-def test_bad_options_are_one_sentence(
+def test_invalid_int8_options_are_refused(
     tmp_path: Path, data: Path, cache: Path, options: list[str], sentence: str
 ) -> None:
     result = job(data, tmp_path / "run", cache, *options)
@@ -219,20 +201,20 @@ def test_bad_options_are_one_sentence(
     assert sentence in " ".join(result.stderr.split()) and "Traceback" not in result.output
 
 
-def test_export_of_what_is_no_finished_run_is_one_sentence(tmp_path: Path, data: Path, cache: Path) -> None:
+def test_export_of_an_unfinished_run_is_refused(tmp_path: Path, data: Path, cache: Path) -> None:
     assert "is not a run folder" in refused(little.compress("export", tmp_path), 2)
     out = tmp_path / "run"
     assert job(data, out, cache, "--until", "teacher").exit_code == 0
     assert "whose student is not finished" in refused(little.compress("export", out), 2)
 
 
-def test_a_bad_option_leaves_the_artifact_whole(a_run: Path) -> None:
+def test_bad_option_leaves_the_artifact_whole(a_run: Path) -> None:
     before = {p.name: p.read_bytes() for p in (a_run / "artifact").iterdir()}
     assert little.compress("export", a_run, "--opset", "3").exit_code == 2
     assert {p.name: p.read_bytes() for p in (a_run / "artifact").iterdir()} == before
 
 
-def test_another_activation_is_built_told_and_not_mistaken(tmp_path: Path, data: Path, cache: Path) -> None:
+def test_other_activation_is_recorded_and_checked(tmp_path: Path, data: Path, cache: Path) -> None:
     out = tmp_path / "run"
     options = ("--student", "mobilenetv3_small_050", "--student-weights", "none", "--image-size", "32")
     result = job(data, out, cache, *options, "--activation", "relu6", "--until", "validate")
@@ -246,19 +228,19 @@ def test_another_activation_is_built_told_and_not_mistaken(tmp_path: Path, data:
     assert again.exit_code != 0 and "--activation relu6" in again.stderr
 
 
-def tried(low: float) -> TriedInt8:
-    return TriedInt8(
-        name="minmax", calibration="minmax", equalised=False, bias_corrected=False, kept_float=[],
+def tried(low: float) -> Candidate:
+    return Candidate(
+        name="minmax", calibration="minmax", equalized=False, bias_corrected=False, kept_float=[],
         score=90.0, lost=0.0, sqnr=30.0, holds=True, ships=True, bytes=1, p50=1.0,
         speedup=Speedup(subject="student_int8", over="fp32", threads=1, ratio=low + 0.05, low=low, high=low + 0.1),
     )  # fmt: skip
 
 
-def test_int8_that_is_not_faster_says_why_and_which_students_would_be(
+def test_slow_int8_is_explained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernel = "ONNX Runtime has no integer kernel for HardSigmoid"
-    parts = [FloatPart(name="a", op_type="HardSigmoid", why=kernel)] * 3
+    parts = [FloatNode(name="a", op_type="HardSigmoid", why=kernel)] * 3
     for function, value in {"is_arm": False, "has_vnni": True}.items():
         monkeypatch.setattr(quantize, function, lambda value=value: value)
     assert quantize.why_slow(tried(1.01), parts) is None

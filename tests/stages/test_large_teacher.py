@@ -7,11 +7,11 @@ import pytest
 from tests.support import little
 
 
-def test_a_teacher_beyond_the_limit_is_timed_with_its_weights_beside_it(
+def test_large_teacher_is_timed_with_external_weights(
     data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The teacher has 0.7 MB, the student 0.3.
-    monkeypatch.setattr("questpress.export.conversion.onnx_export.SINGLE_FILE", 500_000)
+    monkeypatch.setattr("questpress.export.conversion.onnx_export.MAX_EMBEDDED_BYTES", 500_000)
     result = little.job(data, tmp_path, cache)
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(tmp_path)

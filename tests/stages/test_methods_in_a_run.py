@@ -6,7 +6,7 @@ import onnx
 import pytest
 from questpress.models.build import build
 from questpress.pipeline import methods
-from questpress.pipeline.training.student import weights_of_losses
+from questpress.pipeline.training.student import loss_weights
 from safetensors.torch import load_file
 
 from tests.support import little
@@ -24,7 +24,7 @@ def of_all(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) ->
 
 
 @pytest.mark.parametrize("run", ["finished", "of_all"])
-def test_the_student_that_ships_is_timms_plain_network_without_heads(
+def test_student_that_ships_is_timms_plain_network_without_heads(
     run: str, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(run)
@@ -50,7 +50,7 @@ def test_every_method_of_a_sum_gives_its_weighted_loss(of_all: Path) -> None:
             )
 
 
-def test_the_report_names_the_papers_of_all_methods(of_all: Path) -> None:
+def test_report_names_the_papers_of_all_methods(of_all: Path) -> None:
     source = little.report(of_all)["method_source"]
     for name in methods.METHODS:
         assert methods.load(name).paper in source
@@ -67,8 +67,8 @@ def test_the_report_names_the_papers_of_all_methods(of_all: Path) -> None:
         ("quest+dkd", {"dkd": 0.5, "ce": 2}, {"dkd": 0.5, "ce": 2}),
     ],
 )
-def test_the_cross_entropy_has_the_papers_weight_alone_and_one_in_a_sum(
+def test_cross_entropy_has_the_papers_weight_alone_and_one_in_a_sum(
     method: str, given: dict[str, float], expected: dict[str, float]
 ) -> None:
     classes = {name: methods.load(name) for name in methods.parse_methods(method)}
-    assert weights_of_losses(given, classes) == expected
+    assert loss_weights(given, classes) == expected

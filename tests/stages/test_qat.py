@@ -48,7 +48,7 @@ def test_readouts_are_found_in_the_graph_and_equal_the_networks(name: str, tmp_p
         assert not torch.equal(found(images, reads)["map"], mine["map"])
 
 
-def test_a_readout_that_the_graph_does_not_have_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_feature_in_the_graph_is_refused(tmp_path: Path) -> None:
     network = build("cifar_resnet8", num_classes=5, image_size=16, seed=0).eval()
     other = build("cifar_resnet8", num_classes=5, image_size=16, seed=1).eval()
     graph, images = graph_of(network, 16, tmp_path)
@@ -85,7 +85,7 @@ def recovered(
     return out
 
 
-def test_the_learned_graph_and_ranges_go_into_the_quantizer(recovered: Path) -> None:
+def test_learned_ranges_reach_the_quantizer(recovered: Path) -> None:
     (found,) = report(recovered)["int8"]
     assert found["tried"][0]["name"] == "learned"
     assert report(recovered)["recovery"]["epochs"] == 2
@@ -102,7 +102,7 @@ def test_the_learned_graph_and_ranges_go_into_the_quantizer(recovered: Path) -> 
     assert ranges and all(one["scale"] > 0 for one in ranges.values())
 
 
-def test_the_methods_go_on_with_the_heads_they_have_learned(recovered: Path) -> None:
+def test_methods_resume_with_their_heads(recovered: Path) -> None:
     heads = load_file(recovered / "student.heads.safetensors")
     assert any(name.startswith("methods/") for name in heads)
     lines = [json.loads(line) for line in (recovered / "metrics.jsonl").read_text().splitlines()]

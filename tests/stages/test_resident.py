@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data import streaming
+from questpress.pipeline.data import placement
 
 from tests.support import little
 
@@ -25,11 +25,11 @@ def test_workers_train_the_very_student_that_decoded_images_train(
     assert rendered <= 16 * 16 * 3 * (ours["val"] + ours["test"])
 
 
-def test_a_run_says_that_workers_decode_and_keeps_to_it(
+def test_resident_workers_is_reported_and_kept(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, cache = tmp_path / "run", tmp_path / "cache"
-    monkeypatch.setattr(streaming, "free_disk", lambda _: 1e3)
+    monkeypatch.setattr(placement, "free_disk", lambda _: 1e3)
     first = little.job(data, out, cache, "--until", "teacher")
     assert first.exit_code == 0 and "decoded by workers" in first.stderr and "free at" in first.stderr
     monkeypatch.undo()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from questpress.pipeline.config.stages import number, stages_of
+from questpress.pipeline.config.stages import get_round, list_stages
 from questpress.pipeline.stages import prepare
 from questpress.pipeline.training.monitoring import metrics
 
@@ -24,17 +24,17 @@ def rounds(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_each_round_but_the_last_is_a_stage_before_prepare() -> None:
-    assert stages_of(1)[:3] == ("teacher", "prepare", "student")
-    assert stages_of(3)[:5] == ("teacher", "round 1", "round 2", "prepare", "student")
-    assert [number(stage) for stage in stages_of(3)[:4]] == [None, 1, 2, None]
+    assert list_stages(1)[:3] == ("teacher", "prepare", "student")
+    assert list_stages(3)[:5] == ("teacher", "round 1", "round 2", "prepare", "student")
+    assert [get_round(stage) for stage in list_stages(3)[:4]] == [None, 1, 2, None]
 
 
-def test_the_first_round_is_a_run_without_rounds(rounds: Path, finished: Path) -> None:
+def test_first_round_equals_a_run_without_rounds(rounds: Path, finished: Path) -> None:
     assert list(record(rounds)["stages"]) == ["teacher", "round 1", "prepare", "student", "export"]
     assert weights(rounds / "round.1.safetensors") == weights(finished / "student.safetensors")
 
 
-def test_a_round_is_a_run_whose_teacher_is_the_student_of_the_round_before(
+def test_second_round_is_taught_by_the_first_student(
     rounds: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     result = little.compress(
@@ -48,7 +48,7 @@ def test_a_round_is_a_run_whose_teacher_is_the_student_of_the_round_before(
     assert weights(rounds / "student.safetensors") != weights(rounds / "round.1.safetensors")
 
 
-def test_the_report_has_each_rounds_accuracy(rounds: Path) -> None:
+def test_report_has_each_rounds_accuracy(rounds: Path) -> None:
     found = report(rounds)
     told = [(one["round"], one["teacher"], one["seed"], one["file"]) for one in found["rounds"]]
     assert told == [
@@ -65,23 +65,25 @@ def test_the_report_has_each_rounds_accuracy(rounds: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["round 1", "student"])
-def test_a_run_that_is_interrupted_in_a_round_goes_on_there(
+def test_run_resumes_in_its_round(
     rounds: Path, data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    real = metrics.Log.__call__
+    real = metrics.EpochLog.__call__
 
-    def interrupting(log: metrics.Log, epoch: Any) -> None:
+    def interrupting(log: metrics.EpochLog, epoch: Any) -> None:
         if (epoch.stage, epoch.epoch) == (stage, 2):
             raise KeyboardInterrupt
         real(log, epoch)
 
-    monkeypatch.setattr(metrics.Log, "__call__", interrupting)
+    monkeypatch.setattr(metrics.EpochLog, "__call__", interrupting)
     out = tmp_path / "run"
     assert job(data, out, cache, *ROUNDS, "--until", "student").exit_code == 130
     assert stage not in record(out)["stages"] and (out / "checkpoint" / f"{stage}.pt").exists()
     monkeypatch.undo()
     if stage == "round 1":  # its words are there
-        monkeypatch.setattr(prepare, "run", lambda job: real_prepare(job) if job.round is None else 1 / 0)
+        monkeypatch.setattr(
+            prepare, "run", lambda c, *rest: real_prepare(c, *rest) if c.round.ships else 1 / 0
+        )
     went_on = job(data, out, cache, *ROUNDS, "--until", "student")
     assert went_on.exit_code == 0, (went_on.output, went_on.exception)
     assert went_on.stderr.count("(kept)") == (1 if stage == "round 1" else 3)
@@ -96,9 +98,7 @@ def test_a_run_that_is_interrupted_in_a_round_goes_on_there(
 real_prepare = prepare.run
 
 
-def test_a_second_command_does_nothing_and_other_rounds_are_another_run(
-    rounds: Path, data: Path, cache: Path
-) -> None:
+def test_repeated_rounds_are_kept_and_other_rounds_refused(rounds: Path, data: Path, cache: Path) -> None:
     again = job(data, rounds, cache, *ROUNDS, "--until", "export")
     assert again.exit_code == 0 and again.stderr.count("(kept)") == 5
     refused(job(data, rounds, cache, "--rounds", "3"), 2, "rounds was 2, now 3")
@@ -117,6 +117,6 @@ def test_rounds_want_one_teacher_and_a_method(data: Path, cache: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_the_estimate_counts_the_rounds(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_estimate_counts_the_rounds(data: Path, cache: Path, tmp_path: Path) -> None:
     result = job(data, tmp_path / "run", cache, "--rounds", "4", "--dry-run")
     assert result.exit_code == 0 and ", 4 rounds" in result.stderr

@@ -9,7 +9,7 @@ import yaml
 from click.testing import Result
 from questpress.models.build import build
 from questpress.models.checkpoint import save_weights
-from questpress.pipeline.report.format import together
+from questpress.pipeline.report.format import join_names
 
 from tests.support import little
 from tests.support.little import CLASSES, STUDENT, TEACHER, compress, refused, report, weights
@@ -33,7 +33,7 @@ def seeds(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
-def test_the_first_teacher_from_seeds_is_the_one_alone_and_the_second_has_a_seed_of_its_own(
+def test_teachers_from_seeds_have_their_own_seeds(
     seeds: Path, finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     assert weights(seeds / "teacher.0.safetensors") == weights(finished / "teacher.safetensors")
@@ -45,7 +45,7 @@ def test_the_first_teacher_from_seeds_is_the_one_alone_and_the_second_has_a_seed
     assert weights(seeds / "teacher.1.safetensors") == weights(tmp_path / "run" / "teacher.safetensors")
 
 
-def test_the_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
+def test_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
     found = report(seeds)
     assert [one["name"] for one in found["teachers"]] == [TEACHER] * 2
     assert all(one["score"]["n"] == found["data"]["test"] for one in found["teachers"])
@@ -56,7 +56,7 @@ def test_the_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
         assert "Teacher 0" in text and "Teacher 1" in text and "All teachers" in text
 
 
-def test_a_run_from_seeds_is_repeated_by_its_config(seeds: Path, cache: Path) -> None:
+def test_run_from_seeds_is_repeated_by_its_config(seeds: Path, cache: Path) -> None:
     assert yaml.safe_load((seeds / "config.yaml").read_text())["teacher"] == [TEACHER] * 2
     again = compress(
         "--config", seeds / "config.yaml", "--out", seeds, "--cache", cache, "--until", "student"
@@ -96,7 +96,7 @@ def asked(data: Path, out: Path, cache: Path, *more: str | Path) -> Any:
 
 
 @pytest.mark.parametrize("option", ["--teacher-weights", "--teacher-head"])
-def test_weights_and_heads_are_given_once_or_once_for_each_teacher(
+def test_weights_and_heads_are_given_once_or_per_teacher(
     data: Path, cache: Path, tmp_path: Path, option: str
 ) -> None:
     value = {"--teacher-weights": "none", "--teacher-head": "auto"}[option]
@@ -125,7 +125,7 @@ def test_weights_and_heads_belong_to_the_teachers_in_their_order(
 
 @pytest.mark.parametrize("others", [("cat", "dog", "horse"), ("blue", "red", "green"), ("one", "two")])
 @pytest.mark.parametrize("head", ["auto", "keep"])
-def test_weights_that_say_they_are_for_different_classes_do_not_go_together(
+def test_weights_for_different_classes_are_refused(
     data: Path, cache: Path, tmp_path: Path, others: tuple[str, ...], head: str
 ) -> None:
     one = trained(tmp_path / "one.safetensors", CLASSES)
@@ -136,7 +136,7 @@ def test_weights_that_say_they_are_for_different_classes_do_not_go_together(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
+def test_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
     data: Path, cache: Path, tmp_path: Path
 ) -> None:
     two = trained(tmp_path / "two.safetensors", ("a", "b", "c", "d"), "cifar_resnet20")
@@ -148,7 +148,7 @@ def test_a_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_another_head_is_replaced_next_to_one_that_fits_where_that_is_said(
+def test_head_is_replaced_next_to_a_fitting_one(
     finished: Path,
     data: Path,
     cache: Path,
@@ -180,5 +180,5 @@ def test_teachers_from_seeds_are_of_one_network_and_each_is_trained(
 
 
 def test_teachers_in_words() -> None:
-    assert together(["a"]) == "a" and together(["a", "b"]) == "a + b"
-    assert together(["a", "b", "a"]) == "2 × a + b"
+    assert join_names(["a"]) == "a" and join_names(["a", "b"]) == "a + b"
+    assert join_names(["a", "b", "a"]) == "2 × a + b"

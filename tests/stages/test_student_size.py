@@ -45,7 +45,7 @@ def test_everything_that_ships_is_of_the_students_size(smaller: Path, data: Path
     assert "12 × 12 pixels (the teacher at 16 × 16)" in (smaller / "report.md").read_text()
 
 
-def test_stored_answers_belong_to_the_teachers_size(data: Path, tmp_path: Path, cache: Path) -> None:
+def test_cached_outputs_depend_on_the_teachers_size(data: Path, tmp_path: Path, cache: Path) -> None:
     """A student of either size reads what the teacher has said to its own views."""
     asked = (
         *(*little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", cache),
@@ -58,7 +58,7 @@ def test_stored_answers_belong_to_the_teachers_size(data: Path, tmp_path: Path, 
     assert "student-size" not in json.dumps(little.record(tmp_path / "16")["config"])
 
 
-def test_a_stored_run_with_every_view_learns_what_an_asked_one_does(tmp_path: Path, cache: Path) -> None:
+def test_run_with_all_views_cached_equals_an_online_run(tmp_path: Path, cache: Path) -> None:
     """With one view there is, the store holds what the teacher would say."""
     photos = little.photos(tmp_path / "photos")
     one_view = (*SMALLER, "--crop", "center", "--no-flip", "--balance", "off", "--set", "quest.top=8")
@@ -74,7 +74,7 @@ def test_a_stored_run_with_every_view_learns_what_an_asked_one_does(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["pad_crop", "resized_crop"])
-def test_the_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
+def test_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
     policy = (
         ViewPolicy("pad_crop", side=32, crop=32, pad=4) if kind == "pad_crop" else ViewPolicy("resized_crop")
     )
@@ -91,20 +91,20 @@ def test_the_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
     assert len({tuple(row) for row in box.tolist()}) > 1, "the crops differ, so that the comparison says much"
 
 
-def test_a_student_of_larger_images_is_refused(data: Path, tmp_path: Path, cache: Path) -> None:
+def test_student_of_larger_images_is_refused(data: Path, tmp_path: Path, cache: Path) -> None:
     result = job(data, tmp_path / "run", cache, "--student-size", "20")
     refused(result, 2, "--student-size 20", "--image-size 16")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_recipe_is_the_papers() -> None:
-    chosen = recipes.load("cqkd-imagenet").options
+def test_recipe_is_the_papers() -> None:
+    chosen = recipes.load_recipe("cqkd-imagenet").options
     assert (chosen["image_size"], chosen["student_size"], chosen["epochs"]) == (224, 112, 20)
     assert (chosen["optimizer"], chosen["schedule"], chosen["lr"]) == ("adamw", "onecycle", 1e-3)
     assert chosen["settings"] == {"kd.tau": 20.0, "kd.weight": 0.5} and chosen["weight"] == {"ce": 0.5}
 
 
-def test_an_estimate_counts_the_students_own_size(data: Path, tmp_path: Path) -> None:
+def test_estimate_counts_the_students_own_size(data: Path, tmp_path: Path) -> None:
     asked = (*little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--dry-run")
     told = {size: compress(*asked, "--student-size", size).output for size in ("16", "8")}
     assert "at 16 px, " in told["16"] and "at 8 px, " in told["8"]

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import pytest
 import torch
 from questpress.models.build import build, geometry
-from questpress.pipeline.methods.base import Setup
 from questpress.models.errors import ModelError
 from questpress.pipeline import methods
 from questpress.pipeline.methods import base
+from questpress.pipeline.methods.base import Setup
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.methods.shapes import check_methods, compute_shapes
 from questpress.pipeline.runs.device import Engine
@@ -35,7 +35,7 @@ def checked(chosen: Mapping[str, base.Parameters], teacher: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_student_learns_a_teachers_words_whatever_the_teachers_family(name: str) -> None:
+def test_student_learns_from_any_teacher_family(name: str) -> None:
     checked({"quest": Parameters()}, name)
     of_teacher, of_student = (compute_shapes(n, CLASSES, SIZE) for n in (name, STUDENT))
     reads = Quest.teacher_reads(Parameters(), of_teacher)
@@ -74,7 +74,7 @@ def test_a_student_learns_a_teachers_words_whatever_the_teachers_family(name: st
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_a_vgg_teaches_with_its_map_before_the_relu() -> None:
+def test_vgg_teaches_with_its_map_before_the_relu() -> None:
     for name in ("vgg11_bn", "cifar_vgg8"):
         reads = Quest.teacher_reads(Parameters(), compute_shapes(name, CLASSES, 32))
         assert reads == {"map_pre"}
@@ -83,12 +83,14 @@ def test_a_vgg_teaches_with_its_map_before_the_relu() -> None:
         assert features.min() < 0 < features.max()
 
 
-def test_a_level_that_a_network_does_not_have_is_refused_with_a_sentence() -> None:
+def test_level_that_a_network_does_not_have_is_refused() -> None:
     with pytest.raises(ModelError, match="no feature map 'map@9'"):
         checked(methods.parse_parameters(["quest"], {"quest.levels": ["map@9"]}), "resnet18")
 
 
-def test_logit_methods_ask_no_network_for_a_map() -> None:
+def test_logit_methods_read_no_map() -> None:
     for name in ("kd", "dkd", "dist"):
         cls = methods.load(name)
-        assert cls.reads(methods.parse_parameters([name], {})[name], compute_shapes("resnet18", 3, SIZE)) == {"logits"}
+        assert cls.reads(methods.parse_parameters([name], {})[name], compute_shapes("resnet18", 3, SIZE)) == {
+            "logits"
+        }

@@ -47,7 +47,7 @@ def of_features(contrastive: Path, data: Path, cache: Path, tmp_path_factory: py
     return out
 
 
-def test_its_backbone_is_loaded_whatever_else_the_file_holds_and_is_not_tuned(of_features: Path) -> None:
+def test_headless_backbone_is_loaded_and_not_tuned(of_features: Path) -> None:
     plain: nn.Module = build(NAME, num_classes=0, image_size=32, seed=7)
     kept = load_file(of_features / "teacher.safetensors")
     assert kept.keys() == plain.state_dict().keys()
@@ -55,7 +55,7 @@ def test_its_backbone_is_loaded_whatever_else_the_file_holds_and_is_not_tuned(of
     assert not any(one["stage"] == "teacher" for one in little.report(of_features)["epochs"])
 
 
-def test_it_has_no_accuracy_and_every_page_says_so(of_features: Path) -> None:
+def test_headless_teacher_has_no_accuracy(of_features: Path) -> None:
     report = little.report(of_features)
     assert report["teacher"]["head"] == "none" and report["teacher"]["score"] is None
     assert report["student_int8"]["score"]["n"] > 0 and report["student_int8"]["agreement"] is None
@@ -71,7 +71,7 @@ def test_it_has_no_accuracy_and_every_page_says_so(of_features: Path) -> None:
     assert "features alone, no accuracy" in (of_features.parent / "stderr.txt").read_text()
 
 
-def test_its_features_are_timed_as_onnx(of_features: Path) -> None:
+def test_headless_teacher_is_timed_as_onnx(of_features: Path) -> None:
     graph = onnx.load(of_features / "bench" / "teacher.onnx").graph
     assert [one.name for one in graph.output] == ["features"]
     assert little.report(of_features)["teacher"]["latency_ms"]["1"]["n"] > 0
@@ -108,14 +108,12 @@ def test_methods_that_read_logits_are_refused(
 
 
 @pytest.mark.parametrize("more", [("--teacher-weights", "none"), ("--data", "digits")])
-def test_without_weights_it_is_refused(more: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+def test_headless_teacher_needs_weights(more: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     result = little.compress(*OPTIONS, "--method", "mimic", "--data", data, "--out", tmp_path, *more)
     little.refused(result, 2, "--teacher-head none is for a teacher that has learned already", "scratch")
 
 
-def test_weights_of_a_deeper_network_are_not_taken_for_the_same_one_with_a_projector(
-    data: Path, tmp_path: Path
-) -> None:
+def test_deeper_network_is_not_taken_for_one_with_a_projector(data: Path, tmp_path: Path) -> None:
     file = tmp_path / "deeper.pth"
     torch.save(build("cifar_wrn_40_1", num_classes=0, image_size=32, seed=0).state_dict(), file)
     result = little.compress(
@@ -124,9 +122,7 @@ def test_weights_of_a_deeper_network_are_not_taken_for_the_same_one_with_a_proje
     little.refused(result, 1, "don't fit cifar_wrn_16_1", "unexpected")
 
 
-def test_beside_a_teacher_with_a_head_the_ensemble_is_of_those_that_have_one(
-    contrastive: Path, data: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_ensemble_skips_headless_teachers(contrastive: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     result = little.compress(
         *OPTIONS, "--teacher", little.TEACHER, "--teacher-head", "auto", "--teacher-weights", contrastive,
         "--teacher-weights", "none", "--teacher-epochs", "2", "--method", "quest+mimic",

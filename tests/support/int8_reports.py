@@ -2,19 +2,20 @@
 
 from typing import Any
 
+from questpress.export.int8.results import Candidate, FloatNode
 from questpress.export.latency.results import Speedup
-from questpress.pipeline.runs.results import FloatPart, Int8Search, Recovery, Report, TriedInt8
+from questpress.pipeline.runs.results import Int8Search, Recovery, Report
 
 from tests.support.reports import accuracy, full, without
 
 
-def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.684, **more: Any) -> TriedInt8:
+def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.684, **more: Any) -> Candidate:
     """A candidate that has so many of 400 val images wrong more than fp32, which has 360 right."""
-    return TriedInt8(
+    return Candidate(
         **{
             "name": name,
             "calibration": name.split(",")[0],
-            "equalised": "equalised" in name,
+            "equalized": "equalized" in name,
             "bias_corrected": "corrected" in name,
             "kept_float": [],
             "score": (360 - wrong) / 4,
@@ -28,14 +29,19 @@ def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.6
             "speedup": None
             if p50 is None
             else Speedup(
-                subject="student_int8", over="fp32", threads=1, ratio=1.31 / p50, low=1.31 / p50 - 0.03, high=1.31 / p50 + 0.03
+                subject="student_int8",
+                over="fp32",
+                threads=1,
+                ratio=1.31 / p50,
+                low=1.31 / p50 - 0.03,
+                high=1.31 / p50 + 0.03,
             ),
             **more,
         }
     )
 
 
-def searched(target: str, candidates: list[TriedInt8], **more: Any) -> Int8Search:
+def searched(target: str, candidates: list[Candidate], **more: Any) -> Int8Search:
     ships = any(one.ships for one in candidates)
     return Int8Search(
         **{
@@ -68,8 +74,8 @@ def with_int8() -> Report:
         test_score=report.student_int8.score,
         worst=[("features.0.0", 11.5), ("features.17.conv", 14.25)],
         float_parts=[
-            FloatPart(name="conv_1", op_type="Conv", why="kept in float for accuracy"),
-            FloatPart(
+            FloatNode(name="conv_1", op_type="Conv", why="kept in float for accuracy"),
+            FloatNode(
                 name="logits", op_type="DequantizeLinear", why="the conversion of the answers to float"
             ),
         ],
@@ -91,7 +97,7 @@ def with_recovery(*, learned_ships: bool = True) -> Report:
         tried("learned", 1, ships=learned_ships),
         tried("minmax", 2, ships=not learned_ships),
     ]
-    recovery = Recovery(epochs=4, fake_select=90.5, fake_test=84.0, file="qat/student.onnx")
+    recovery = Recovery(epochs=4, fake_val=90.5, fake_test=84.0, file="qat/student.onnx")
     return report.model_copy(update={"int8": [searched("x86-vnni", candidates)], "recovery": recovery})
 
 

@@ -10,7 +10,7 @@ from questpress.export import runtime
 from torch import nn
 
 LABELS = ["red", "green", "blue"]
-PREPROCESSING = runtime.Preprocessing.of(
+PREPROCESSING = runtime.Preprocessing.create(
     8, 1.0, "bilinear", "squash", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
 
@@ -61,7 +61,7 @@ def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: 
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     if metadata is None:
-        metadata = runtime.metadata(PREPROCESSING, LABELS, {"student": "colours"})
+        metadata = runtime.build_metadata(PREPROCESSING, LABELS, {"student": "colours"})
     helper.set_model_props(model, metadata)
     onnx.save(model, str(path))
     return path

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as PillowImage
-from questpress.pipeline.data.dataset import Image, hash_array
+from questpress.pipeline.data.dataset import Image, ImageSet, Progress, hash_array
+from questpress.pipeline.data.sources.folders import read_folder
+from questpress.pipeline.data.sources.timm_datasets import read_digits
 
 
 def pixels(seed: int, height: int = 12, width: int = 16) -> np.ndarray:
@@ -41,3 +43,13 @@ def in_memory(arrays: list[np.ndarray], labels: list[int] | None = None) -> list
         Image(f"{number}", labels[number] if labels else 0, hash_array(array), array)
         for number, array in enumerate(arrays)
     ]
+
+
+def open_folder(
+    path: Path, *, val_fraction: float | None = None, progress: Progress | None = None
+) -> ImageSet:
+    return read_folder(path, progress=progress).split(val_fraction)
+
+
+def open_digits(*, val_fraction: float | None = None) -> ImageSet:
+    return read_digits().split(val_fraction)

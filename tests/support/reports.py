@@ -121,7 +121,9 @@ def full(classes: list[str] | None = None) -> Report:
         gmacs=0.0602,
         parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64),
         agreement=Proportion.from_counts(n - 21, n),
-        speedups=[Speedup(subject="student_int8", over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66)],
+        speedups=[
+            Speedup(subject="student_int8", over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66)
+        ],
         file="artifact/student.onnx",
         sha256="b07d" * 16,
         opset=20,
@@ -171,7 +173,7 @@ def full(classes: list[str] | None = None) -> Report:
             Words(
                 teacher="resnet34",
                 words=704,
-                asked=4096,
+                requested=4096,
                 features=27612,
                 features_used=27612,
                 perplexity=431.7,

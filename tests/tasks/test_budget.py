@@ -46,7 +46,7 @@ def test_more_than_the_budget_and_more_than_two_images_are_refused(
     assert verdict.more["p"] == pytest.approx(mcnemar(lost, 0))
 
 
-def test_images_lost_and_won_are_counted_against_each_other() -> None:
+def test_mcnemar_counts_lost_and_won_images() -> None:
     labels = np.arange(200) % 3
     was_right = np.arange(200) >= 10
     judge = Budget(CLASSIFICATION, answers(was_right, labels), labels, 0.5)
@@ -63,7 +63,7 @@ def test_mcnemars_exact_test_is_the_binomial_sum() -> None:
     assert mcnemar(5, 1) == pytest.approx(2 * (1 + 6) / 2**6)
 
 
-def test_the_noise_is_measured_in_decibels_against_the_float_files_logits() -> None:
+def test_noise_is_measured_in_decibels_against_the_float_files_logits() -> None:
     judge, labels = budget(30, 0.5)
     logits = answers(np.ones(30, bool), labels)
     assert judge.judge(logits).sqnr == float("inf")

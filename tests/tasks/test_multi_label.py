@@ -8,7 +8,7 @@ import torch
 from questpress.export.runtime import sigmoid
 from questpress.pipeline import methods
 from questpress.pipeline.data.dataset import Image
-from questpress.pipeline.data.sources.label_files import open_label_file
+from questpress.pipeline.data.sources.label_files import read_label_file
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation import average_precision
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
@@ -27,7 +27,7 @@ def bce(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0) - z * y
 
 
-def test_a_class_that_no_image_shows_counts_nothing_in_the_map() -> None:
+def test_class_without_images_is_excluded_from_map() -> None:
     wider = np.concatenate([TARGETS, np.zeros((N, 1), np.float32)], 1)
     logits = np.concatenate([LOGITS, LOGITS[:, :1]], 1)
     score = TASK.score(logits, wider, "abcde")
@@ -51,7 +51,7 @@ def test_f1_is_that_of_the_labels_at_each_classes_threshold() -> None:
         assert one.percent == pytest.approx(100 * average_precision_score(TARGETS[:, c], LOGITS[:, c]))
 
 
-def test_the_interval_holds_the_score_and_narrows_with_more_images() -> None:
+def test_interval_holds_the_score_and_narrows_with_more_images() -> None:
     one = TASK.score(LOGITS, TARGETS)
     many = TASK.score(np.tile(LOGITS, (16, 1)), np.tile(TARGETS, (16, 1)))
     for score in (one, many):
@@ -69,13 +69,13 @@ def test_many_classes_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
 
 
-def test_near_chance_is_about_the_shares_of_the_classes() -> None:
+def test_near_chance_uses_class_frequencies() -> None:
     assert TASK.chance(TARGETS).percent == pytest.approx(100 * TARGETS.mean())
     assert TASK.is_near_chance(TASK.score(RNG.standard_normal((N, C)), TARGETS), TARGETS)
     assert not TASK.is_near_chance(TASK.score(LOGITS, TARGETS), TARGETS)
 
 
-def test_the_same_labels_agree_and_one_other_label_does_not() -> None:
+def test_same_labels_agree_and_one_other_label_does_not() -> None:
     ours = np.array([[1, -1], [1, 1], [-1, -1]], dtype=np.float32)
     theirs = np.array([[2, -1], [1, -1], [-1, -1]], dtype=np.float32)
     assert TASK.agreement(ours, theirs).correct == 2
@@ -84,7 +84,7 @@ def test_the_same_labels_agree_and_one_other_label_does_not() -> None:
     assert TASK.is_correct(ours, labels).tolist() == [True, False, True]
 
 
-def test_an_answer_is_the_set_of_labels_with_its_probability() -> None:
+def test_multi_label_prediction_is_a_set_with_probability() -> None:
     logits = np.array([[2.0, -1.0, 0.5], [-3.0, -3.0, -3.0]], dtype=np.float32)
     p = sigmoid(logits)
     found = TASK.decode(logits, ["a", "b", "c"])
@@ -93,7 +93,7 @@ def test_an_answer_is_the_set_of_labels_with_its_probability() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_cross_entropy_is_the_sum_of_each_classes_own(smoothing: float) -> None:
+def test_cross_entropy_is_the_sum_of_each_classes_own(smoothing: float) -> None:
     expected = bce(LOGITS, TARGETS * (1 - smoothing) + smoothing / 2).sum(1).mean()
     found = TASK.label_loss(smoothing)(torch.tensor(LOGITS), torch.tensor(TARGETS))
     assert float(found) == pytest.approx(expected, rel=1e-6)
@@ -125,7 +125,7 @@ def test_methods_for_one_label_are_refused(method: str, settings: dict[str, str]
         methods.check_task(chosen, "multi-label")
 
 
-def test_the_training_accuracy_of_several_labels_is_left_open() -> None:
+def test_training_accuracy_of_several_labels_is_left_open() -> None:
     meter = Meter(torch.device("cpu"), Ranks(), TASK)
     meter.add({"loss": torch.tensor(1.0), "output": torch.tensor(LOGITS)}, torch.tensor(TARGETS))
     assert meter.accuracy() is None and meter.means(0)["loss"] == 1
@@ -140,7 +140,7 @@ def test_targets_are_one_for_each_class_of_an_image(tmp_path: Path) -> None:
         PillowImage.new("RGB", (8, 8), (20 * n, 0, 0)).save(tmp_path / f"{n}.png")
         rows.append(f"{n}.png,{'a;c' if n % 2 else 'b'}")
     (tmp_path / "labels.csv").write_text("\n".join(rows))
-    data = open_label_file(tmp_path / "labels.csv")
+    data = read_label_file(tmp_path / "labels.csv").split()
     images = (*data.train, *data.val, *data.test)
     found = ReadableImages(images, ()).targets(data)
     assert found.dtype == torch.float32

@@ -44,7 +44,7 @@ def watched(task: DistillationTask, tmp_path: Path, epochs: int = 3) -> tuple[li
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
-def test_a_running_mean_is_the_recursion_over_all_steps(tmp_path: Path, decay: float) -> None:
+def test_running_mean_is_the_recursion_over_all_steps(tmp_path: Path, decay: float) -> None:
     task = supervised(ema=decay)
     steps, _ = watched(task, tmp_path)
     assert len(steps) == 9
@@ -61,7 +61,7 @@ def test_a_running_mean_is_the_recursion_over_all_steps(tmp_path: Path, decay: f
 
 
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_the_average_of_the_last_epochs_is_their_mean_statistics_included(tmp_path: Path, last: int) -> None:
+def test_average_of_the_last_epochs_is_their_mean_statistics_included(tmp_path: Path, last: int) -> None:
     task = supervised(average_last=last)
     _, ends = watched(task, tmp_path)
     shipped = taken(task.shipped)
@@ -71,17 +71,17 @@ def test_the_average_of_the_last_epochs_is_their_mean_statistics_included(tmp_pa
             np.testing.assert_allclose(value, mean, atol=1e-6, err_msg=name)
 
 
-def test_before_the_last_epochs_the_network_itself_is_what_is_measured() -> None:
+def test_network_itself_is_evaluated_before_averaging() -> None:
     network = supervised().network
     averages = Averages(network, last=2)
-    averages.end_epoch(left=2)
+    averages.end_epoch(epochs_left=2)
     assert averages.shipped is network
-    averages.end_epoch(left=1)
+    averages.end_epoch(epochs_left=1)
     assert averages.shipped is not network
 
 
 @pytest.mark.parametrize("option", [("--ema", "0.9"), ("--average-last", "2")])
-def test_the_file_that_ships_is_the_average_whose_accuracy_is_told(finished, data, cache, tmp_path, option):
+def test_averaged_network_is_evaluated_and_shipped(finished, data, cache, tmp_path, option):
     out = tmp_path / "run"
     result = little.job(data, out, cache, "--until", "export", *option)
     assert result.exit_code == 0, result.output

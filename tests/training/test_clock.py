@@ -1,11 +1,11 @@
-"""The clock of the training loop, by a time that the test sets."""
+"""The clock of the training loop."""
 
 import time
 from typing import ClassVar
 
 import pytest
 import torch
-from questpress.pipeline.training.monitoring.profiling import MOST_UNREAD, Clock
+from questpress.pipeline.training.monitoring.meter import MAX_UNREAD, Clock
 
 
 class Time:
@@ -19,21 +19,21 @@ class Time:
         self.now += seconds
 
 
-def test_shares_are_those_of_the_time_and_sum_to_1():
+def test_fractions_are_of_the_measured_time():
     now = Time()
     clock = Clock("cpu", now)
     for _ in range(3):
         with clock("data"):
             now.passes(1)
-        now.passes(50)  # in no phase
+        now.passes(50)  # outside of any phase
         with clock("teacher"):
             now.passes(2)
         with clock("student"):
             now.passes(5)
-    assert clock.shares() == pytest.approx({"data": 1 / 8, "teacher": 2 / 8, "student": 5 / 8})
+    assert clock.fractions() == pytest.approx({"data": 1 / 8, "teacher": 2 / 8, "student": 5 / 8})
 
 
-def test_the_time_of_an_inner_phase_is_not_the_outer_ones():
+def test_inner_phase_interrupts_the_outer_one():
     now = Time()
     clock = Clock("cpu", now)
     with clock("student"):
@@ -44,35 +44,23 @@ def test_the_time_of_an_inner_phase_is_not_the_outer_ones():
                 now.passes(4)
             now.passes(1)
         now.passes(2)
-    assert clock.shares() == pytest.approx({"data": 0.4, "teacher": 0.3, "student": 0.3})
+    assert clock.fractions() == pytest.approx({"data": 0.4, "teacher": 0.3, "student": 0.3})
 
 
-def test_a_phase_within_one_of_its_own_name_is_counted_once():
+def test_reset_clears_the_fractions():
     now = Time()
     clock = Clock("cpu", now)
-    with clock("student"):
-        now.passes(1)
-        with clock("student"):
-            now.passes(2)
-    with clock("data"):
-        now.passes(3)
-    assert clock.shares() == pytest.approx({"student": 0.5, "data": 0.5})
-
-
-def test_after_a_reset_counting_begins_anew_and_without_time_there_are_no_shares():
-    now = Time()
-    clock = Clock("cpu", now)
-    assert clock.shares() == {}
+    assert clock.fractions() == {}
     with clock("data"):
         now.passes(3)
     clock.reset()
-    assert clock.shares() == {}
+    assert clock.fractions() == {}
     with clock("student"):
         now.passes(1)
-    assert clock.shares() == {"student": 1.0}
+    assert clock.fractions() == {"student": 1.0}
 
 
-def test_a_phase_that_fails_is_over():
+def test_failed_phase_ends():
     now = Time()
     clock = Clock("cpu", now)
     with pytest.raises(RuntimeError), clock("student"):
@@ -80,10 +68,10 @@ def test_a_phase_that_fails_is_over():
         raise RuntimeError
     with clock("data"):
         now.passes(2)
-    assert clock.shares() == {"student": 0.5, "data": 0.5}
+    assert clock.fractions() == {"student": 0.5, "data": 0.5}
 
 
-def test_waiting_for_each_item_is_a_phase_and_what_is_done_with_it_is_not():
+def test_iterate_measures_the_wait_for_each_item():
     now = Time()
     clock = Clock("cpu", now)
 
@@ -91,17 +79,17 @@ def test_waiting_for_each_item_is_a_phase_and_what_is_done_with_it_is_not():
         for number in range(3):
             now.passes(1)
             yield number
-        now.passes(1)  # finding out that there are no more
+        now.passes(1)  # until the end of the iterator
 
-    for number in clock.each("data", batches()):
+    for number in clock.iterate("data", batches()):
         assert number < 3
         now.passes(10)
         with clock("student"):
             now.passes(4)
-    assert clock.shares() == {"data": 0.25, "student": 0.75}
+    assert clock.fractions() == {"data": 0.25, "student": 0.75}
 
 
-def test_a_phase_on_a_cpu_costs_less_than_20_microseconds():
+def test_phase_on_cpu_costs_less_than_20_microseconds():
     clock = Clock("cpu")
     fastest = 1.0
     for _ in range(5):
@@ -146,7 +134,7 @@ def gpu(monkeypatch):
     return Event.milliseconds
 
 
-def test_on_a_gpu_nothing_waits_before_the_shares_are_asked_for(gpu):
+def test_gpu_is_not_synchronized_before_fractions(gpu):
     clock = Clock("cuda")
     for _ in range(100):
         with clock("data"):
@@ -156,32 +144,31 @@ def test_on_a_gpu_nothing_waits_before_the_shares_are_asked_for(gpu):
             with clock("teacher"):
                 gpu["main"] += 2
     assert Event.waits == 0
-    assert clock.shares() == pytest.approx({"data": 0.25, "student": 0.25, "teacher": 0.5})
+    assert clock.fractions() == pytest.approx({"data": 0.25, "student": 0.25, "teacher": 0.5})
     assert Event.waits > 0
 
 
-def test_a_stream_beside_the_main_one_takes_nothing_from_its_phases(gpu, monkeypatch):
+def test_phase_in_a_side_stream_is_measured_there(gpu, monkeypatch):
     clock = Clock("cuda:0")
     with clock("student"):
         gpu["main"] += 3
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "side")
         with clock("teacher"):
             gpu["side"] += 1
-            gpu["main"] += 3
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "main")
-        gpu["main"] += 3
-    assert clock.shares() == pytest.approx({"student": 0.9, "teacher": 0.1})
+        gpu["main"] += 6
+    assert clock.fractions() == pytest.approx({"student": 0.9, "teacher": 0.1})
 
 
-def test_of_a_long_epoch_only_the_phases_under_way_are_kept(gpu):
+def test_ended_spans_of_a_long_epoch_are_read(gpu):
     clock = Clock("cuda")
-    for _ in range(2 * MOST_UNREAD):
+    for _ in range(2 * MAX_UNREAD):
         with clock("student"):
             gpu["main"] += 1
-    assert len(clock._unread) <= MOST_UNREAD and Event.waits == 0
+    assert len(clock._unread) <= MAX_UNREAD and Event.waits == 0
     Event.over = False
-    for _ in range(2 * MOST_UNREAD):
+    for _ in range(2 * MAX_UNREAD):
         with clock("data"):
             gpu["main"] += 1
-    assert len(clock._unread) >= 2 * MOST_UNREAD and Event.waits == 0
-    assert clock.shares() == pytest.approx({"student": 0.5, "data": 0.5})
+    assert len(clock._unread) >= 2 * MAX_UNREAD and Event.waits == 0
+    assert clock.fractions() == pytest.approx({"student": 0.5, "data": 0.5})

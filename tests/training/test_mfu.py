@@ -3,13 +3,11 @@
 import pytest
 import torch
 from questpress.models.catalogue import describe, multiply_adds
-from questpress.pipeline.training.monitoring.profiling import (
-    inference_flops,
-    peak,
+from questpress.pipeline.training.monitoring.metrics import (
+    peak_flops,
+    peak_flops_by_name,
     peak_memory,
-    peak_of,
-    training_flops,
-    utilisation,
+    utilization,
 )
 
 
@@ -33,15 +31,17 @@ from questpress.pipeline.training.monitoring.profiling import (
         ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
     ],
 )
-def test_a_gpus_peak_is_its_data_sheets(name, bf16, fp32):
-    assert peak_of(name, "bf16", tf32=False) == (None if bf16 is None else pytest.approx(1e12 * bf16))
-    assert peak_of(name, "fp32", tf32=False) == pytest.approx(1e12 * fp32)
+def test_gpus_peak_is_its_data_sheets(name, bf16, fp32):
+    assert peak_flops_by_name(name, "bf16", tf32=False) == (
+        None if bf16 is None else pytest.approx(1e12 * bf16)
+    )
+    assert peak_flops_by_name(name, "fp32", tf32=False) == pytest.approx(1e12 * fp32)
 
 
-def test_fp32_computed_in_tf32_is_measured_against_tf32_where_the_gpu_knows_it():
-    assert peak_of("NVIDIA A100-SXM4-80GB", "fp32", tf32=True) == 156e12
-    assert peak_of("Tesla T4", "fp32", tf32=True) == 8.1e12
-    assert peak_of("Tesla T4", "fp16", tf32=False) == 65e12
+def test_tf32_peak_is_used_for_tf32_convolutions():
+    assert peak_flops_by_name("NVIDIA A100-SXM4-80GB", "fp32", tf32=True) == 156e12
+    assert peak_flops_by_name("Tesla T4", "fp32", tf32=True) == 8.1e12
+    assert peak_flops_by_name("Tesla T4", "fp16", tf32=False) == 65e12
 
 
 @pytest.mark.parametrize(
@@ -57,41 +57,36 @@ def test_fp32_computed_in_tf32_is_measured_against_tf32_where_the_gpu_knows_it()
         "",
     ],
 )
-def test_a_device_that_is_not_exactly_a_known_one_has_no_peak(name):
-    assert peak_of(name, "bf16", tf32=False) is None
+def test_unknown_device_has_no_peak(name):
+    assert peak_flops_by_name(name, "bf16", tf32=False) is None
 
 
-def test_a_cpus_peak_is_not_known_and_so_neither_is_its_utilisation():
-    assert peak("cpu", "bf16") is None and peak("mps", "fp32") is None
-    assert utilisation(1000, 0.3, [4.1], peak("cpu", "fp32")) is None
+def test_cpu_has_no_peak_and_no_utilization():
+    assert peak_flops("cpu", "bf16") is None and peak_flops("mps", "fp32") is None
+    assert utilization(1000, 0.3, [4.1], peak_flops("cpu", "fp32")) is None
 
 
-def test_the_peak_on_cuda_is_that_of_the_device_and_of_how_its_convolutions_compute(monkeypatch):
+def test_peak_on_cuda_is_that_of_the_device_and_of_how_its_convolutions_compute(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     convolutions = torch.backends.cudnn.conv
     before = convolutions.fp32_precision
     try:
         convolutions.fp32_precision = "tf32"
-        assert peak("cuda:0", "bf16") == 989.5e12 and peak("cuda", "fp32") == 494.5e12
+        assert peak_flops("cuda:0", "bf16") == 989.5e12 and peak_flops("cuda", "fp32") == 494.5e12
         convolutions.fp32_precision = "ieee"
-        assert peak("cuda", "fp32") == 67e12
+        assert peak_flops("cuda", "fp32") == 67e12
     finally:
         convolutions.fp32_precision = before
 
 
-def test_a_training_step_is_three_forward_passes_of_two_flops_a_multiply_add():
-    assert training_flops(0.3) == pytest.approx(6 * 0.3e9)
-    assert inference_flops(4.1) == pytest.approx(2 * 4.1e9)
-
-
-def test_the_utilisation_is_worked_out_by_hand():
+def test_utilization_is_worked_out_by_hand():
     # 10,000 images/s × (6 × 0.3 G + 2 × 4.1 G) = 100 TFLOP/s, of 200.
-    assert utilisation(10_000, 0.3, [4.1], 200e12) == pytest.approx(0.5)
-    assert utilisation(10_000, 0.3, [4.1], 200e12, devices=2) == pytest.approx(0.25)
-    stored = utilisation(10_000, 0.3, [], 200e12)
+    assert utilization(10_000, 0.3, [4.1], 200e12) == pytest.approx(0.5)
+    assert utilization(10_000, 0.3, [4.1], 200e12, devices=2) == pytest.approx(0.25)
+    stored = utilization(10_000, 0.3, [], 200e12)
     assert stored == pytest.approx(0.09)
-    assert utilisation(10_000, None, [], 200e12) is None
-    assert utilisation(10_000, 0.3, [None], 200e12) is None
+    assert utilization(10_000, None, [], 200e12) is None
+    assert utilization(10_000, 0.3, [None], 200e12) is None
 
 
 def test_multiply_adds_are_counted_with_the_datas_own_classes():
@@ -101,7 +96,7 @@ def test_multiply_adds_are_counted_with_the_datas_own_classes():
     assert whole - few == pytest.approx(1280 * 990 / 1e9)
 
 
-def test_the_peak_of_memory_is_in_bytes_and_never_falls():
+def test_peak_of_memory_is_in_bytes_and_never_falls():
     before = peak_memory("cpu")
     if before is None:
         pytest.skip("this system does not tell")

@@ -1,15 +1,17 @@
 """A step taken in parts has the gradients of the whole, and memory that runs out halves the parts."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.base import Setup
+from questpress.pipeline.runs.record import RunRecord
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.loop import Batch, backward
-from questpress.pipeline.training.monitoring.metrics import Meter
+from questpress.pipeline.training.monitoring.meter import Meter
 from questpress.pipeline.training.task import DistillationTask
 from questpress.pipeline.training.trainer import MicroBatch
 
@@ -48,7 +50,7 @@ def gradients(task: DistillationTask, given: Batch, size: int | None) -> tuple[d
     backward(task, given, size, meter)
     return {
         name: parameter.grad
-        for name, parameter in task.trainee.named_parameters()
+        for name, parameter in task.student.named_parameters()
         if parameter.grad is not None
     }, meter
 
@@ -78,13 +80,13 @@ def test_parts_are_even_and_never_of_a_single_image(images: int, size: int | Non
     assert torch.equal(torch.cat([part.keys for part in found]), batch(images).keys)
 
 
-def test_a_step_in_parts_counts_once_for_the_balance_and_shows_the_ratio_of_the_whole() -> None:
+def test_step_in_parts_counts_once_for_the_balance_and_shows_the_ratio_of_the_whole() -> None:
     given, tasks = batch(16), [kd(balance=True, weights={"kd": 20.0}) for _ in range(2)]
     for task, size in zip(tasks, (None, 4), strict=True):
         gradients(task, given, size)
         task.end_step()
-    whole, parts = (task.balanced()[0] for task in tasks)
-    assert tasks[1].trainee.balance is not None and tasks[1].trainee.balance.steps == 1
+    whole, parts = (task.balanced_weights()[0] for task in tasks)
+    assert tasks[1].student.balance is not None and tasks[1].student.balance.steps == 1
     assert parts.pull == pytest.approx(whole.pull, rel=1e-4)
 
 
@@ -116,8 +118,8 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_no_weight(data, cache
     result = job(data, tmp_path / "found", cache, *UNTIL)
     assert result.exit_code == 0, result.output
     assert asked[:3] == [16, 8, 4] and asked.count(16) == asked.count(8) == 2 and set(asked) == {16, 8, 4}
-    warned = [line for line in result.stderr.splitlines() if "no memory for" in line]
-    assert len(warned) == 4 and ["parts of 8" in line for line in warned] == [True, False] * 2
+    warned = [line for line in result.stderr.splitlines() if "not enough memory for" in line]
+    assert len(warned) == 4 and ["micro-batches of 8" in line for line in warned] == [True, False] * 2
     assert {name: one["size"] for name, one in record(tmp_path / "found")["micro_batches"].items()} == {
         "teacher": 4, "student": 4,
     }  # fmt: skip
@@ -125,7 +127,7 @@ def test_memory_that_runs_out_halves_the_parts_and_changes_no_weight(data, cache
         assert weights(tmp_path / "found" / name) == weights(tmp_path / "asked" / name)
 
 
-def test_a_run_that_goes_on_uses_the_size_that_was_found(data, cache, tmp_path, monkeypatch):
+def test_resumed_run_keeps_its_micro_batch(data, cache, tmp_path, monkeypatch):
     assert job(data, tmp_path / "run", cache, "--until", "prepare").exit_code == 0
     asked = holds(8, monkeypatch)
     real, epochs = loop.Meter.means, [0]
@@ -142,17 +144,17 @@ def test_a_run_that_goes_on_uses_the_size_that_was_found(data, cache, tmp_path, 
     monkeypatch.setattr(loop.Meter, "means", real)
     asked.clear()
     went_on = job(data, tmp_path / "run", cache, *UNTIL)
-    assert went_on.exit_code == 0 and "no memory" not in went_on.stderr
+    assert went_on.exit_code == 0 and "not enough memory" not in went_on.stderr
     assert set(asked) == {8}
     asked.clear()
     fresh = job(data, tmp_path / "run", cache, *UNTIL, "--fresh")
     assert fresh.exit_code == 0 and asked[0] == 16
 
 
-def test_without_memory_for_the_smallest_part_it_is_one_sentence(data, cache, tmp_path, monkeypatch):
+def test_out_of_memory_at_the_smallest_micro_batch_is_reported(data, cache, tmp_path, monkeypatch):
     holds(1, monkeypatch)
     result = job(data, tmp_path / "run", cache, *UNTIL)
-    little.refused(result, 1, "no memory for 2 images at once", "smaller network")
+    little.refused(result, 1, "Not enough memory on cpu for 2 images", "smaller network")
 
 
 @pytest.mark.parametrize(
@@ -164,31 +166,26 @@ def test_without_memory_for_the_smallest_part_it_is_one_sentence(data, cache, tm
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_every_library_s_words_for_it_are_known(error: Exception) -> None:
-    class Folder:
-        record: dict[str, Any] = {}  # noqa: RUF012
+def test_out_of_memory_errors_of_every_library_are_recognized(error: Exception) -> None:
+    context: Any = SimpleNamespace(
+        ranks=Ranks(), key="key", device="cpu", display=SimpleNamespace(warn=lambda _: None),
+        folder=SimpleNamespace(record=RunRecord(), save=lambda: None),
+    )  # fmt: skip
+    sizes: list[int | None] = []
 
-        def save(self) -> None:
-            pass
+    def train(size: int | None) -> None:
+        sizes.append(size)
+        if len(sizes) < 3:
+            raise error
 
-    class AJob:
-        ranks, folder, key, device = Ranks(), Folder(), "key", "cpu"
-
-        class display:
-            warn = staticmethod(lambda _: None)
-
-    parts = MicroBatch(AJob(), "student", plan(batch_size=16))  # type: ignore[arg-type]
-
-    def fails(_: int | None) -> None:
-        raise error
-
-    assert not parts.fits(fails) and parts.size == 8
+    MicroBatch(context, "student", plan(batch_size=16)).run(train)
+    assert sizes == [None, 8, 4] and context.folder.record.micro_batches["student"].size == 4
     with pytest.raises(ValueError, match="another"):
-        parts.fits(lambda _: (_ for _ in ()).throw(ValueError("another")))
-    AJob.ranks = Ranks(1, 2)
-    with pytest.raises(JobError, match="Rank 1 has no memory on cpu for 8 images"):
-        MicroBatch(AJob(), "student", plan(batch_size=16)).fits(fails)  # type: ignore[arg-type]
+        MicroBatch(context, "student", plan()).run(lambda _: (_ for _ in ()).throw(ValueError("another")))
+    context.ranks, sizes = Ranks(1, 2), []
+    with pytest.raises(JobError, match="Rank 1: not enough memory on cpu for 4 images"):
+        MicroBatch(context, "student", plan(batch_size=16)).run(train)
 
 
-def test_the_toy_has_no_batch_norm() -> None:
+def test_toy_has_no_batch_norm() -> None:
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in without_batch_norm(network()).modules())

@@ -36,7 +36,14 @@ def widened(
     student = network()
     widen(student, WIDTH, seed=0)
     shapes = Shapes({}, vector=WIDTH, logits=CLASSES)
-    method = mimic.Mimic(mimic.Parameters(alone=alone, variant=variant), Setup(shapes, [shapes], {"0.weight": mimic.draw_hashes(HASHES, WIDTH, 0.1, seed=0), "0.bias": torch.zeros(HASHES)}))
+    method = mimic.Mimic(
+        mimic.Parameters(alone=alone, variant=variant),
+        Setup(
+            shapes,
+            [shapes],
+            {"0.weight": mimic.draw_hashes(HASHES, WIDTH, 0.1, seed=0), "0.bias": torch.zeros(HASHES)},
+        ),
+    )
     g = geometry("cifar_resnet8", SIDE)
     teacher = build("cifar_wrn_16_2", num_classes=CLASSES, image_size=SIDE, seed=7)
     values: dict[str, Any] = {
@@ -57,7 +64,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("stop", [2, 3])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(
+def test_resumed_training_equals_an_uninterrupted_one_to_the_bit(
     tmp_path: Path, stop: int, optimizer: str
 ) -> None:
     whole = widened(alone=1, ema=0.9)
@@ -71,9 +78,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(
 
 
 @pytest.mark.parametrize("average", [{}, {"ema": 0.5}, {"average_last": 2}])
-def test_what_ships_is_the_plain_network_that_answers_as_the_trained_or_averaged_one(
-    tmp_path: Path, average: dict[str, Any]
-) -> None:
+def test_shipped_network_has_the_projection_merged(tmp_path: Path, average: dict[str, Any]) -> None:
     task = widened(**average)
     learn(task, tmp_path / "c.pt")
     plain = network()
@@ -105,15 +110,15 @@ def test_weights_are_balanced_after_the_epochs_in_which_the_new_layer_learns_alo
     task = widened(alone=1, variant="lshl2").train()
     task(*batch())
     task.end_step()
-    assert task.balanced() == []
+    assert task.balanced_weights() == []
     task.epoch = 1
     task(*batch())
     task.end_step()
-    [found] = task.balanced()
+    [found] = task.balanced_weights()
     assert found.pull > 0
 
 
-def test_a_step_in_parts_is_the_whole_steps_but_for_batch_norm() -> None:
+def test_step_in_parts_is_the_whole_steps_but_for_batch_norm() -> None:
     task = widened(variant="lshl2", balance=False).eval()  # statistics of its own no part has then
     images, labels = batch()
     task(images, labels)["loss"].backward()
@@ -128,7 +133,7 @@ def test_a_step_in_parts_is_the_whole_steps_but_for_batch_norm() -> None:
         torch.testing.assert_close(value.grad, whole[name], atol=1e-5, rtol=1e-4)
 
 
-def test_the_network_before_the_head_can_be_compiled_beside_the_new_layer() -> None:
+def test_network_with_a_projection_can_be_compiled() -> None:
     task = widened(variant="lshl2", balance=False).eval()
     plain = task(*batch())
     called: list[nn.Module] = []
@@ -138,7 +143,7 @@ def test_the_network_before_the_head_can_be_compiled_beside_the_new_layer() -> N
         called.append(task.network)
         return real(x)  # type: ignore[operator,no-any-return]
 
-    task.trainee.readouts.compiled["forward_features"] = features
+    task.student.readouts.compiled["forward_features"] = features
     compiled = task(*batch())
     assert called
     torch.testing.assert_close(compiled["loss"], plain["loss"])

@@ -15,7 +15,7 @@ import torch
 from questpress.models.build import geometry
 from questpress.models.projection import widen
 from questpress.pipeline.data.render import Normalize, Views
-from questpress.pipeline.data.views import Schedule
+from questpress.pipeline.data.views import ViewSchedule
 from questpress.pipeline.evaluation.inference import compute_logits
 from questpress.pipeline.methods.base import Method, Setup, Shapes
 from questpress.pipeline.methods.kd import Kd
@@ -26,13 +26,13 @@ from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.interrupt import STOP
 from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.tasks import CLASSIFICATION
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.checkpoint import Checkpoint
-from questpress.pipeline.tasks import CLASSIFICATION
 from questpress.pipeline.training.compute.distributed import Ranks, join, leave
 from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import DistillationTask, Teacher
-from questpress.pipeline.training.teacher_cache import Source, Store
+from questpress.pipeline.training.teacher_cache import TeacherCache, TeacherSource
 from torch import Tensor, nn
 
 from tests.support import little, several
@@ -72,13 +72,13 @@ def a_method(name: str) -> Method:
     return Quest(Parameters(words=5), Setup(SHAPES, [SHAPES], prepared))
 
 
-def a_store(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: Ranks) -> Store:
+def a_store(method: Method, given: Views, teacher: Teacher, cache: Path, ranks: Ranks) -> TeacherCache:
     def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
         plan = ((indices, torch.full_like(indices, view)) for indices in batches)
         return (pixels for pixels, _ in given.batches(plan))
 
-    source = Source("teacher", "images", {"t": 0}, method.cached_outputs(0), lambda: teacher)
-    return Store(Cache(cache), [source], len(given), render, lambda *_: None, ranks)
+    source = TeacherSource("teacher", "images", {"t": 0}, method.cached_outputs(0), lambda: teacher)
+    return TeacherCache(Cache(cache), [source], len(given), render, lambda *_: None, ranks)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -118,28 +118,28 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
     )
     if ranks.count > 1:
         task.prepare_distributed()
-    seen, views_of = views(170), Schedule(views().policy, 0, 2 if o.get("store") else None)
+    seen, views_of = views(170), ViewSchedule(views().policy, 0, 2 if o.get("store") else None)
     given = views(83)
     store = a_store(method, given, teacher, folder / "cache", ranks) if o.get("store") else None
     pixels = seen.batch(torch.arange(131), torch.zeros(131, dtype=torch.int64))[0].permute(0, 2, 3, 1)
     answers: list[Tensor] = []
 
     def measured(net: nn.Module) -> float:
-        mine = compute_logits(net, Normalize(g.mean, g.std), pixels[ranks.mine(131)], ENGINE)
+        mine = compute_logits(net, Normalize(g.mean, g.std), pixels[ranks.part(131)], ENGINE)
         answers.append(ranks.gather(mine))
         return CLASSIFICATION.percent(answers[-1].numpy(), seen.labels[:131].numpy())
 
     if stop_after is not None:
-        count_down(task, stop_after if ranks.number == ranks.count - 1 else None)
+        count_down(task, stop_after if ranks.rank == ranks.count - 1 else None)
     epochs: list[Epoch] = []
     train(
         task, given, plan(epochs=2, optimizer="sgd", lr=0.005, micro_batch=o.get("micro_batch")),
-        Checkpoint(folder / f"{case}.pt", "key"), stage="student", evaluate=measured, show=lambda *_: None,
-        log=epochs.append, views_of=views_of, store=store, ranks=ranks,
+        Checkpoint(folder / f"{case}.pt", "key"), training="student", evaluate=measured, show=lambda *_: None,
+        log=epochs.append, schedule=views_of, cache=store, ranks=ranks,
     )  # fmt: skip
     if ranks.is_main:
         outcome = {
-            "weights": {**dict(task.trainee.named_parameters()), **dict(task.trainee.named_buffers())},
+            "weights": {**dict(task.student.named_parameters()), **dict(task.student.named_buffers())},
             "shipped": task.shipped.state_dict(),
             "answers": torch.stack(answers),
             "epochs": [
@@ -219,7 +219,7 @@ def test_two_processes_equal_one_after_twenty_steps(trained: Path, tmp_path: Pat
     assert together["answers"].shape[1] == 131  # every image once, though 131 is odd
 
 
-def test_the_answers_of_a_store_do_not_depend_on_how_many_filled_it(trained: Path, tmp_path: Path) -> None:
+def test_cached_outputs_are_independent_of_the_number_of_processes(trained: Path, tmp_path: Path) -> None:
     twenty_steps("quest from the store", tmp_path, Ranks())
 
     def arrays(root: Path) -> dict[str, bytes]:
@@ -230,7 +230,7 @@ def test_the_answers_of_a_store_do_not_depend_on_how_many_filled_it(trained: Pat
     assert not list((trained / "cache").rglob("*.part"))
 
 
-def test_the_network_that_is_measured_is_the_one_that_ships(trained: Path) -> None:
+def test_network_that_is_measured_is_the_one_that_ships(trained: Path) -> None:
     """With statistics of their own, ranks would each measure another network."""
     found = outcome(trained, "with batch norm", 2)
     net = network()
@@ -243,9 +243,7 @@ def test_the_network_that_is_measured_is_the_one_that_ships(trained: Path) -> No
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_stop_that_one_process_hears_of_stops_both_and_either_number_of_them_goes_on(
-    trained: Path, tmp_path: Path, count: int
-) -> None:
+def test_stop_of_one_process_stops_all_and_resumes(trained: Path, tmp_path: Path, count: int) -> None:
     folder = trained / f"stopped{count}"
     if count == 1:
         twenty_steps("quest", folder, Ranks())
@@ -275,7 +273,7 @@ def fields(content: Any) -> Any:
     return [fields(content[0])] if isinstance(content, list) and content else None
 
 
-def test_the_whole_command_with_two_processes(finished, data, cache, tmp_path):
+def test_whole_command_with_two_processes(finished, data, cache, tmp_path):
     out = tmp_path / "run"
     first = several.start(tmp_path / "first", several.command, *arguments(data, out, cache))
     assert first.codes() == [0, 0], first.said(0) + first.said(1)
@@ -305,7 +303,7 @@ def test_the_whole_command_with_two_processes(finished, data, cache, tmp_path):
     ("more", "words"),
     [(("--batch-size", "15"), "cannot be shared evenly"), (("--nonsense",), "No such option")],
 )
-def test_a_refusal_is_one_sentence(data, cache, tmp_path, more, words):
+def test_refusal_is_printed_once(data, cache, tmp_path, more, words):
     started = several.start(
         tmp_path / "said", several.command, *arguments(data, tmp_path / "run", cache, *more)
     )
@@ -325,7 +323,7 @@ def one_fails(*options: str) -> None:
     several.command(*options)
 
 
-def test_what_goes_wrong_in_one_process_is_told_once_and_ends_both(data, cache, tmp_path):
+def test_error_of_one_process_is_printed_once(data, cache, tmp_path):
     started = several.start(tmp_path / "said", one_fails, *arguments(data, tmp_path / "run", cache))
     assert started.codes() == [1, 1]
     said = started.said(0) + started.said(1)
@@ -333,7 +331,7 @@ def test_what_goes_wrong_in_one_process_is_told_once_and_ends_both(data, cache, 
     assert "Rank 1 has no memory on cpu for 8 images of a step; --micro-batch 4" in said
 
 
-def test_torchrun_told_to_stop_ends_cleanly_and_the_command_goes_on_alone(data, cache, tmp_path):
+def test_stopped_torchrun_resumes_in_one_process(data, cache, tmp_path):
     more = ("--epochs", "60", "--cache-views", "2", "--until", "student")
     out = tmp_path / "run"
     launcher = subprocess.Popen(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.pipeline import methods
-from questpress.pipeline.methods.base import Shapes
+from questpress.pipeline.methods.base import Setup, Shapes
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.monitoring.metrics import Meter
+from questpress.pipeline.training.monitoring.meter import Meter
 from questpress.pipeline.training.optimizer import Plan, build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,7 +71,9 @@ def distillation(method: str, engine: Engine, balance: bool = True) -> Distillat
         teachers=[Teacher(teacher, g, engine).to(engine.device)] if names else [],
         teacher_reads=[reads] if names else [],
         methods={
-            name: classes[name](parameters[name], shapes, [shapes], prepared if name == "quest" else {})
+            name: classes[name](
+                parameters[name], Setup(shapes, [shapes], prepared if name == "quest" else {})
+            )
             for name in names
         },
         student_reads=reads,
@@ -110,7 +112,7 @@ def test_no_operation_of_a_step_makes_the_host_wait(method: str) -> None:
     assert waiting.seen == []
 
 
-def test_the_watch_for_waiting_sees_what_waits() -> None:
+def test_synchronization_check_detects_a_wait() -> None:
     x = torch.arange(4.0)
     with Waiting() as waiting:
         float(x.sum())
@@ -150,7 +152,7 @@ def gradients(task: DistillationTask, seed: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "momentum"])
-def test_a_fused_optimizer_does_what_the_unfused_one_does(optimizer: str) -> None:
+def test_fused_optimizer_does_what_the_unfused_one_does(optimizer: str) -> None:
     results = []
     for fused in (True, False):
         task = distillation("quest", FP32)
@@ -186,12 +188,12 @@ def test_moments_that_were_saved_in_another_layout_are_the_same_moments(optimize
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "nadamw", "lookahead_adamw"])
-def test_an_optimizer_without_a_fused_form_is_used_as_it_is(optimizer: str) -> None:
+def test_optimizer_without_a_fused_form_is_used_as_it_is(optimizer: str) -> None:
     task = distillation("none", FP32).train()
     stepper(task, build_optimizer(task, plan(optimizer)))()
 
 
-def test_the_layout_changes_where_numbers_lie_and_not_what_they_are() -> None:
+def test_memory_layout_changes_no_result() -> None:
     engines = FP32, Engine("cpu", 1, "fp32", layout="contiguous")
     tasks = [distillation("quest+kd", engine).eval() for engine in engines]
     last, first = (task.network.get_parameter("layer1.0.conv1.weight") for task in tasks)

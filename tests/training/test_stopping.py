@@ -105,7 +105,7 @@ def facts(epoch: Epoch) -> dict[str, Any]:
 @posix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("told_after", [2, 5, 8])  # in an epoch of five steps, at its end, in the next one
-def test_a_training_stopped_at_a_step_goes_on_to_the_same_bits(tmp_path, kind, told_after):
+def test_training_stopped_at_a_step_resumes_to_the_bit(tmp_path, kind, told_after):
     make, changes = KINDS[kind]
     whole = make()
     curve = learn(whole, tmp_path / "whole.pt", **changes)
@@ -124,7 +124,7 @@ def test_a_training_stopped_at_a_step_goes_on_to_the_same_bits(tmp_path, kind, t
     assert went_on.balanced_weights() == whole.balanced_weights()
 
 
-def test_a_long_epoch_is_saved_while_it_lasts(tmp_path, monkeypatch):
+def test_long_epoch_is_saved_while_it_lasts(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     places: list[tuple[int, int]] = []
     real = Checkpoint.save
@@ -140,7 +140,7 @@ def test_a_long_epoch_is_saved_while_it_lasts(tmp_path, monkeypatch):
 
 
 @posix
-def test_a_second_signal_does_not_wait_for_the_step_and_an_echo_is_no_second_one(monkeypatch):
+def test_second_signal_stops_at_once_and_an_echo_does_not(monkeypatch):
     with STOP.listens():
         with STOP.waits():
             signal.raise_signal(signal.SIGTERM)
@@ -155,7 +155,7 @@ def test_a_second_signal_does_not_wait_for_the_step_and_an_echo_is_no_second_one
 
 
 @posix
-def test_signals_are_heard_as_before_once_the_job_is_over(monkeypatch):
+def test_signal_handlers_are_restored(monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with STOP.listens():
         assert signal.getsignal(signal.SIGTERM) == STOP._told
@@ -169,7 +169,7 @@ def test_signals_are_heard_as_before_once_the_job_is_over(monkeypatch):
 
 
 @posix
-def test_a_time_limit_interrupts_waiting_and_ends_with_its_block():
+def test_time_limit_interrupts_waiting_and_ends_with_its_block():
     with STOP.listens():
         begun = time.monotonic()
         with pytest.raises(TimeLimit), STOP.after(0.2):
@@ -180,7 +180,7 @@ def test_a_time_limit_interrupts_waiting_and_ends_with_its_block():
         time.sleep(0.4)  # nothing comes any more
 
 
-def test_in_a_thread_of_its_own_a_training_hears_the_time_limit(tmp_path):
+def test_time_limit_works_in_a_thread(tmp_path):
     told: list[BaseException] = []
 
     def work() -> None:
@@ -208,19 +208,19 @@ def test_times_are_read(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "90", "1h30", "h", "-5m", "5 m"])
-def test_what_is_no_time_is_refused(text, data, cache, tmp_path):
+def test_invalid_time_is_refused(text, data, cache, tmp_path):
     with pytest.raises(ValueError, match="is no time"):
         parse_time(text)
     little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
 
 
 @pytest.mark.parametrize("text", ["\udcff", "9" * 20 + "d", "0s"])
-def test_a_time_limit_that_no_clock_can_keep_is_refused(text, data, cache, tmp_path):
+def test_time_limit_that_no_clock_can_keep_is_refused(text, data, cache, tmp_path):
     little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
 
 
 @posix
-def test_the_time_limit_ends_a_training_with_75_and_the_command_goes_on(data, cache, tmp_path):
+def test_time_limit_exits_with_75_and_can_resume(data, cache, tmp_path):
     more = ("--epochs", "40", "--until", "student")
     assert job(data, tmp_path / "run", cache, "--until", "prepare", "--epochs", "40").exit_code == 0
 
@@ -246,13 +246,13 @@ def test_the_time_limit_ends_a_training_with_75_and_the_command_goes_on(data, ca
 
 
 @posix
-def test_the_time_limit_ends_a_stage_without_steps_too(finished, data, cache, tmp_path, monkeypatch):
-    real = stages.stage_run
+def test_time_limit_ends_a_stage_without_steps_too(finished, data, cache, tmp_path, monkeypatch):
+    real = stages.load_stage
 
     def waiting(name: str) -> Callable[[Any], Any]:
-        return real(name) if name != "prepare" else lambda _: subprocess.run(["sleep", "60"])
+        return real(name) if name != "prepare" else lambda *_: subprocess.run(["sleep", "60"])
 
-    monkeypatch.setattr(stages, "stage_run", waiting)
+    monkeypatch.setattr(stages, "load_stage", waiting)
     assert job(data, tmp_path / "run", cache, "--until", "teacher").exit_code == 0
     begun = time.monotonic()
     stopped = job(data, tmp_path / "run", cache, "--time-limit", "2s")
@@ -262,7 +262,7 @@ def test_the_time_limit_ends_a_stage_without_steps_too(finished, data, cache, tm
     assert weights(tmp_path / "run" / "student.safetensors") == weights(finished / "student.safetensors")
 
 
-def test_what_a_killed_process_left_half_written_is_swept_up(a_run, data, cache):
+def test_partial_files_are_removed(a_run, data, cache):
     (a_run / f".student.safetensors.{os.getpid()}.part").write_bytes(b"half")
     (a_run / "checkpoint").mkdir(exist_ok=True)
     (a_run / "checkpoint" / ".student.pt.1.part").write_bytes(b"half")
@@ -271,7 +271,7 @@ def test_what_a_killed_process_left_half_written_is_swept_up(a_run, data, cache)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_to_be_stopped_while_a_command_is_loaded_is_one_word_too(number):
+def test_signal_while_loading_a_command_prints_one_line(number):
     code = (
         "import os, sys\n"
         "from questpress.pipeline import cli\n"

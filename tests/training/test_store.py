@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.api.teacher_cache import remove
-from questpress.pipeline.data.views import Schedule
+from questpress.pipeline.data.views import ViewSchedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods import base, load, parse_parameters
 from questpress.pipeline.methods.base import CachedOutput, Shapes
@@ -25,7 +25,7 @@ from questpress.pipeline.training import teacher_cache
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import DistillationTask, Teacher
-from questpress.pipeline.training.teacher_cache import BATCH, KIND, Source, Store
+from questpress.pipeline.training.teacher_cache import BATCH, KIND, TeacherCache, TeacherSource
 
 from tests.training.test_train import ENGINE, POLICY, SIDE, equal, geometry, network, plan, state, views
 
@@ -62,7 +62,7 @@ def store(
     images: int = IMAGES,
     seed: int = 0,
     **key: Any,
-) -> Store:
+) -> TeacherCache:
     """A store under ``root``; without a teacher, one that must not load it."""
     of = views(images, seed)
 
@@ -74,15 +74,15 @@ def store(
         assert teacher is not None, "the teacher was loaded"
         return teacher
 
-    source = Source("toy", "pictures", {"weights": "a", **key}, list(answers), loaded)
-    return Store(Cache(root), [source], images, render, lambda *_: None)
+    source = TeacherSource("toy", "pictures", {"weights": "a", **key}, list(answers), loaded)
+    return TeacherCache(Cache(root), [source], images, render, lambda *_: None)
 
 
 def pixels(indices: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return views(IMAGES).batch(indices, numbers)[0]
 
 
-def test_an_answer_comes_back_as_the_compacted_readout(tmp_path):
+def test_cached_output_equals_the_compacted_features(tmp_path):
     one = store(tmp_path, Toy(), answers=[LOGITS, words()])
     one.open(range(2))
     assert one.computed == 2
@@ -98,7 +98,7 @@ def test_an_answer_comes_back_as_the_compacted_readout(tmp_path):
     assert all(torch.equal(alone[name], found[name][:2]) for name in found)
 
 
-def test_the_bytes_of_a_view_are_those_of_its_files(tmp_path):
+def test_bytes_of_a_view_are_those_of_its_files(tmp_path):
     one = store(tmp_path, Toy(), answers=[LOGITS, words()])
     one.open(range(1))
     # Logits: 3 numbers of 2 bytes; words: 4 positions of 2 numbers and probabilities and the mass lost.
@@ -107,7 +107,7 @@ def test_the_bytes_of_a_view_are_those_of_its_files(tmp_path):
     assert sum(array.nbytes for array in arrays) == one.bytes_per_view
 
 
-def test_the_share_of_p_t_that_is_lost_is_told(tmp_path):
+def test_lost_probability_mass_is_recorded(tmp_path):
     one = store(tmp_path, Toy(), answers=[words(1)])
     assert one.lost_mass() is None
     one.open(range(2))
@@ -124,7 +124,7 @@ def test_the_share_of_p_t_that_is_lost_is_told(tmp_path):
     assert of_logits.lost_mass() is None
 
 
-def test_the_share_that_is_lost_is_that_of_views_before_an_interruption_too(tmp_path):
+def test_lost_mass_includes_earlier_views(tmp_path):
     uninterrupted, resumed = store(tmp_path, Toy(), answers=[words(1)]), store(tmp_path, answers=[words(1)])
     uninterrupted.open(range(3))
     shares = []
@@ -135,11 +135,11 @@ def test_the_share_that_is_lost_is_that_of_views_before_an_interruption_too(tmp_
     last = min(range(3), key=lambda view: shares[view])
     resumed.open(range(last, last + 1))
     assert resumed.lost_mass() != uninterrupted.lost_mass()
-    resumed.look_up(range(5))  # what is not stored is not computed for that
+    resumed.open_cached(range(5))  # what is not stored is not computed for that
     assert resumed.lost_mass() == uninterrupted.lost_mass() and resumed.computed == 0
 
 
-def test_a_second_store_reads_the_first_ones_answers_and_never_loads_the_teacher(tmp_path):
+def test_second_cache_reads_entries_without_the_teacher(tmp_path):
     first, second = store(tmp_path, Toy(), answers=[LOGITS, words()]), store(tmp_path, answers=[words()])
     first.open(range(3))
     second.open(range(3))
@@ -170,14 +170,14 @@ def test_only_what_is_missing_is_computed(tmp_path):
         ({}, LOGITS),
     ],
 )
-def test_a_changed_teacher_top_temperature_or_vocabulary_has_another_key(tmp_path, changed, answer):
+def test_changed_teacher_top_temperature_or_vocabulary_has_another_key(tmp_path, changed, answer):
     one, other = store(tmp_path, answers=[words()]), store(tmp_path, answers=[answer], **changed)
     [before], [after] = one.sources[0].answers, other.sources[0].answers
     assert one.key(0, before, 0) != other.key(0, after, 0)
     assert one.key(0, before, 0) == store(tmp_path, answers=[words()]).key(0, words(), 0)
 
 
-def test_every_view_and_number_of_images_has_a_key_of_its_own(tmp_path):
+def test_every_view_and_image_count_has_its_own_key(tmp_path):
     one, fewer = store(tmp_path), store(tmp_path, images=IMAGES - 1)
     assert len({one.key(0, LOGITS, 0), one.key(0, LOGITS, 1), fewer.key(0, LOGITS, 0)}) == 3
 
@@ -188,7 +188,7 @@ def broken_off(pixels: torch.Tensor, reads: frozenset[str]) -> dict[str, torch.T
     return Toy()(pixels, reads)
 
 
-def test_a_view_whose_computation_is_interrupted_is_computed_anew(tmp_path):
+def test_interrupted_view_is_computed_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path, broken_off, answers=[LOGITS, words()]).open(range(1))
     assert list((tmp_path / KIND).iterdir()) == []
@@ -204,7 +204,7 @@ def endless(pixels: torch.Tensor, reads: frozenset[str]) -> dict[str, torch.Tens
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
-def test_a_view_half_written_by_a_process_that_was_killed_is_computed_anew(tmp_path):
+def test_half_written_view_is_computed_again(tmp_path):
     store(tmp_path, Toy()).open(range(1))
     killed = multiprocessing.get_context("fork").Process(
         target=lambda: store(tmp_path, endless).open(range(2))
@@ -224,7 +224,7 @@ def test_a_view_half_written_by_a_process_that_was_killed_is_computed_anew(tmp_p
     assert torch.equal(again.batch(indices, numbers, CPU)[0]["logits"], expected)
 
 
-def test_a_damaged_file_is_noticed_and_computed_anew(tmp_path, caplog):
+def test_damaged_view_is_computed_again(tmp_path, caplog):
     first = store(tmp_path, Toy())
     first.open(range(1))
     [file] = (tmp_path / KIND).rglob("logits.npy")
@@ -240,7 +240,7 @@ def test_a_damaged_file_is_noticed_and_computed_anew(tmp_path, caplog):
     assert torch.equal(again.batch(*asked, CPU)[0]["logits"], expected)
 
 
-def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+def test_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -258,7 +258,7 @@ def test_numbers_that_half_precision_cannot_hold_are_refused(tmp_path, factor):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets nothing be removed that is read")
-def test_what_is_removed_while_a_run_reads_it_stays_readable(tmp_path):
+def test_removed_entry_stays_readable_for_its_reader(tmp_path):
     one = store(tmp_path, Toy())
     one.open(range(1))
     asked = torch.arange(9), torch.zeros(9, dtype=torch.int64)
@@ -295,15 +295,15 @@ def task(*, asks: bool) -> DistillationTask:
 def learned(
     file: Path,
     fixed: int | None,
-    kept: Store | None,
+    kept: TeacherCache | None,
     seed: int = 0,
     log: Callable[..., None] = lambda _: None,
 ) -> dict[str, torch.Tensor]:
-    made, views_of = task(asks=kept is None), Schedule(POLICY, seed, fixed)
+    made, views_of = task(asks=kept is None), ViewSchedule(POLICY, seed, fixed)
     train(
         made, views(24, views_of.view_seed), plan(epochs=4, seed=seed), Checkpoint(file, "key"),
-        stage="student", evaluate=lambda _: None, show=lambda *_: None, log=log, views_of=views_of,
-        store=kept,
+        training="student", evaluate=lambda _: None, show=lambda *_: None, log=log, schedule=views_of,
+        cache=kept,
     )  # fmt: skip
     return state(made)
 
@@ -314,7 +314,7 @@ EXACT = replace(
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_complete_store_trains_the_online_runs_weights_where_answers_are_not_rounded(tmp_path, seed):
+def test_training_from_a_complete_cache_equals_online_training(tmp_path, seed):
     count = POLICY.count
     assert count == 50
     kept = store(tmp_path, Toy(0.05), answers=[EXACT], images=24)
@@ -328,7 +328,7 @@ def test_a_complete_store_trains_the_online_runs_weights_where_answers_are_not_r
         torch.testing.assert_close(half[name], value, rtol=0.05, atol=0.02)
 
 
-def test_a_training_with_a_store_goes_on_after_an_interruption_as_if_there_had_been_none(tmp_path):
+def test_cached_training_resumes_to_the_bit(tmp_path):
     whole = learned(tmp_path / "whole.pt", 2, store(tmp_path / "a", Toy(0.05), images=24))
 
     def stop(epoch: Any) -> None:
@@ -341,7 +341,7 @@ def test_a_training_with_a_store_goes_on_after_an_interruption_as_if_there_had_b
     assert equal(went_on, whole)
 
 
-def test_a_teacher_is_loaded_once_for_views_opened_one_after_the_other_and_then_let_go(tmp_path):
+def test_teacher_is_loaded_once_and_released(tmp_path):
     loads = []
     one = store(tmp_path, Toy())
     [source] = one.sources

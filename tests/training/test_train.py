@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from questpress.models.build import build, geometry
 from questpress.pipeline.data.dataset import Image, hash_array
-from questpress.pipeline.data.render import pack_pixels
-from questpress.pipeline.data.render import Normalize, Views
-from questpress.pipeline.data.views import Schedule, ViewPolicy
+from questpress.pipeline.data.render import Normalize, Views, pack_pixels
+from questpress.pipeline.data.views import ViewPolicy, ViewSchedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.base import Setup, Shapes
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
@@ -61,7 +60,9 @@ def distillation(**changes: Any) -> DistillationTask:
     torch.manual_seed(0)
     shapes = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
     words = torch.from_numpy(np.random.default_rng(0).random((5, 64), dtype=np.float32))
-    quest = Quest(Parameters(words=5), Setup(shapes, [shapes], {"0.map.words": words, "0.map.mu": torch.tensor(10.0)}))
+    quest = Quest(
+        Parameters(words=5), Setup(shapes, [shapes], {"0.map.words": words, "0.map.mu": torch.tensor(10.0)})
+    )
     g = geometry("cifar_resnet8", SIDE)
     values: dict[str, Any] = {
         "teachers": [Teacher(network(seed=7), g, ENGINE)],
@@ -92,7 +93,7 @@ def learn(
         log(epoch)
 
     train(
-        task, given or views(), plan(**changes), Checkpoint(file, key), stage="student",
+        task, given or views(), plan(**changes), Checkpoint(file, key), training="student",
         evaluate=lambda _: None, show=lambda *_: None, log=logged,
     )  # fmt: skip
     return epochs
@@ -101,7 +102,7 @@ def learn(
 def batches(
     views: Views, plan: Plan, epoch: int, steps: int, begun: int = 0
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    views_of = Schedule(views.policy, views.seed)
+    views_of = ViewSchedule(views.policy, views.seed)
     source = BatchSource(views, views_of, None, plan, Ranks(), torch.device("cpu"))
     return [(batch.pixels, batch.labels) for batch in source.batches(epoch, steps, begun)]
 
@@ -128,7 +129,7 @@ def interrupt_in(number: int) -> Callable[[Epoch], None]:
 
 
 @pytest.mark.parametrize("make", [supervised, distillation])
-def test_the_loss_goes_down(tmp_path, make):
+def test_loss_goes_down(tmp_path, make):
     epochs = learn(make(), tmp_path / "c.pt", epochs=6)
     losses = [epoch.losses["loss"] for epoch in epochs]
     assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5, 6]
@@ -137,7 +138,7 @@ def test_the_loss_goes_down(tmp_path, make):
     assert accuracy is not None and accuracy > 80
 
 
-def test_the_heads_of_a_method_are_in_the_checkpoint_but_not_in_the_network_that_ships(tmp_path):
+def test_heads_of_a_method_are_in_the_checkpoint_but_not_in_the_network_that_ships(tmp_path):
     task = distillation()
     learn(task, tmp_path / "c.pt", epochs=1)
     assert set(task.network.state_dict()) == set(network().state_dict())
@@ -148,7 +149,7 @@ def test_the_heads_of_a_method_are_in_the_checkpoint_but_not_in_the_network_that
     assert saved["epoch"] == 1
 
 
-def test_the_heads_learn_with_the_students_optimizer(tmp_path):
+def test_heads_learn_with_the_students_optimizer(tmp_path):
     task = distillation()
     before = state(task)
     learn(task, tmp_path / "c.pt", epochs=1)
@@ -158,7 +159,7 @@ def test_the_heads_learn_with_the_students_optimizer(tmp_path):
     assert sum(len(group["params"]) for group in decayed) == len(list(task.trainable_module.parameters()))
 
 
-def test_a_finished_training_is_not_done_again(tmp_path):
+def test_finished_training_is_not_done_again(tmp_path):
     task = distillation()
     learn(task, tmp_path / "c.pt")
     again = distillation()
@@ -166,12 +167,12 @@ def test_a_finished_training_is_not_done_again(tmp_path):
     assert equal(state(again), state(task))
 
 
-def test_a_checkpoint_of_another_training_is_not_used(tmp_path):
+def test_checkpoint_of_another_training_is_not_used(tmp_path):
     learn(supervised(), tmp_path / "c.pt", epochs=1, key="another")
     assert len(learn(supervised(), tmp_path / "c.pt", epochs=1, key="this")) == 1
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_damaged_checkpoint_is_named(tmp_path):
     learn(supervised(), tmp_path / "c.pt", epochs=1)
     content = (tmp_path / "c.pt").read_bytes()
     flipped = bytearray(content)
@@ -179,7 +180,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     for damage in (content[: len(content) // 2], b"", b"no checkpoint at all", bytes(flipped)):
         (tmp_path / "c.pt").write_bytes(damage)
         (tmp_path / "c.previous.pt").unlink(missing_ok=True)
-        with pytest.raises(JobError, match=r"c\.pt is damaged, and there is no other; delete it"):
+        with pytest.raises(JobError, match=r"c\.pt is damaged, and there is no other\. Delete it"):
             learn(supervised(), tmp_path / "c.pt", epochs=1)
 
 
@@ -201,7 +202,7 @@ def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_pat
     assert told == (
         []
         if damage == "gone"
-        else [f"The checkpoint {newest} is damaged: the training goes on from the one before it."]
+        else [f"The checkpoint {newest} is damaged. Training resumes from the previous one."]
     )
     resumed = distillation()
     assert [epoch.epoch for epoch in learn(resumed, newest, epochs=3)] == [3]
@@ -216,7 +217,7 @@ class Hostile:
         return os.mkdir, (self.target,)
 
 
-def test_a_checkpoint_that_would_run_code_does_not_whoever_has_written_its_checksum(tmp_path):
+def test_checkpoint_never_runs_code(tmp_path):
     Checkpoint(tmp_path / "c.pt", "key").save({"epoch": 1, "extra": Hostile(str(tmp_path / "was_run"))})
     with pytest.raises(JobError, match=r"c\.pt is damaged"):
         Checkpoint(tmp_path / "c.pt", "key").load("cpu")
@@ -237,7 +238,7 @@ def test_views_and_their_order_follow_from_seed_and_epoch_alone():
         assert not torch.equal(first, other[0]) and not torch.equal(labels, other[1])
 
 
-def test_the_same_weights_come_out_whatever_was_drawn_before(tmp_path):
+def test_weights_are_independent_of_earlier_random_draws(tmp_path):
     one = distillation()
     learn(one, tmp_path / "a.pt", epochs=2)
     two = distillation()
@@ -247,7 +248,7 @@ def test_the_same_weights_come_out_whatever_was_drawn_before(tmp_path):
     assert equal(state(one), state(two))
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     task = distillation()
     kept: dict[str, torch.Tensor] = {}
 
@@ -270,7 +271,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_p
     assert all(torch.equal(value, good[key]) for key, value in saved["state_dict"].items())
 
 
-def test_a_learning_rate_far_too_high_leaves_only_finite_weights_in_the_checkpoint(tmp_path):
+def test_learning_rate_far_too_high_leaves_only_finite_weights_in_the_checkpoint(tmp_path):
     with pytest.raises(JobError, match="Try a lower --lr"):
         learn(supervised(), tmp_path / "c.pt", lr=1e30, optimizer="sgd", warmup_epochs=0, epochs=30)
     if (tmp_path / "c.pt").exists():
@@ -278,7 +279,7 @@ def test_a_learning_rate_far_too_high_leaves_only_finite_weights_in_the_checkpoi
         assert all(torch.isfinite(value).all() for value in saved.values())
 
 
-def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
+def test_batch_larger_than_the_data_is_all_of_it(tmp_path):
     [epoch] = learn(supervised(), tmp_path / "c.pt", given=views(10), batch_size=64, epochs=1)
     assert plan(batch_size=64).steps(10) == 1
     [(images, labels)] = batches(views(10), plan(batch_size=64), 0, 1)
@@ -286,11 +287,11 @@ def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
     assert math.isfinite(epoch.losses["loss"])
 
 
-def test_an_epoch_has_full_batches_only():
+def test_epoch_has_full_batches_only():
     assert plan(batch_size=8).steps(31) == 3
 
 
-def test_the_teacher_stays_in_eval_mode_and_its_statistics_as_they_were(tmp_path):
+def test_teacher_stays_in_eval_mode(tmp_path):
     task = distillation()
     teacher = task.teachers[0]
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
@@ -301,7 +302,7 @@ def test_the_teacher_stays_in_eval_mode_and_its_statistics_as_they_were(tmp_path
     assert task.network.training
 
 
-def test_the_students_statistics_do_move(tmp_path):
+def test_students_statistics_do_move(tmp_path):
     task = supervised()
     before = {key: value.clone() for key, value in task.network.state_dict().items() if "running_mean" in key}
     learn(task, tmp_path / "c.pt", epochs=1)
@@ -310,7 +311,7 @@ def test_the_students_statistics_do_move(tmp_path):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_cross_entropy_is_torchs_with_its_weight_and_smoothing(smoothing):
+def test_cross_entropy_is_torchs_with_its_weight_and_smoothing(smoothing):
     task = supervised(label_smoothing=smoothing, weights={"ce": 0.5})
     [(images, labels), *_] = batches(views(), plan(), 0, 1)
     task.eval()
@@ -348,7 +349,7 @@ def test_without_weight_there_is_no_cross_entropy():
     assert "ce" not in result and result["loss"].item() == result["quest"].item()
 
 
-def test_pixels_are_normalised_by_the_networks_own_statistics():
+def test_pixels_are_normalized_by_the_networks_own_statistics():
     g = geometry("cifar_resnet8", SIDE)
     images = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
     by_hand = (images.double() / 255 - torch.tensor(g.mean).double().view(1, 3, 1, 1)) / torch.tensor(
@@ -369,7 +370,7 @@ def rates(steps: int, **changes: Any) -> list[float]:
     return found
 
 
-def test_the_learning_rate_rises_then_falls_along_a_cosine_to_zero():
+def test_learning_rate_rises_then_falls_along_a_cosine_to_zero():
     found = rates(10, epochs=10, warmup_epochs=2, lr=1.0)
     assert found[0] == pytest.approx(0.01)
     assert all(b > a for a, b in pairwise(found[:20]))
@@ -384,7 +385,7 @@ def test_multistep_divides_the_rate_by_ten_at_each_milestone():
     assert found == pytest.approx([1.0] * 7 + [0.1] * 8 + [0.01] * 9)
 
 
-def test_a_constant_rate_is_constant_after_the_warm_up():
+def test_constant_rate_is_constant_after_the_warm_up():
     found = rates(4, epochs=6, warmup_epochs=1, lr=0.5, schedule="constant")
     assert found[4:] == pytest.approx([0.5] * 20) and found[0] < 0.01
 
@@ -404,14 +405,14 @@ def test_one_cycle_is_torchs():
     assert rates(1, epochs=1, warmup_epochs=0, lr=1.0, schedule="onecycle") == [1.0]
 
 
-def test_biases_norms_and_gammas_are_not_decayed_unless_all_is_asked_for(tmp_path):
+def test_biases_and_norms_are_not_decayed_by_default(tmp_path):
     for decay_all, expected in ((False, {0.0, 0.05}), (True, {0.05})):
         learn(supervised(), tmp_path / f"{decay_all}.pt", epochs=1, decay_all=decay_all)
         groups = torch.load(tmp_path / f"{decay_all}.pt", weights_only=True)["optimizer"]["param_groups"]
         assert {group["weight_decay"] for group in groups} == expected
 
 
-def test_an_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
+def test_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
     """QuEST's γ has to come from 3 to nearly 20; an adaptive learning rate's steps don't get there."""
     for name, factor in (("adamw", 50.0), ("sgd", 1.0)):
         made = distillation()
@@ -424,10 +425,10 @@ def test_an_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
         assert sorted(everything) == sorted(id(p) for p in made.trainable_module.parameters())
 
 
-def test_a_damaged_checkpoint_before_that_of_another_training_is_told(tmp_path):
+def test_damaged_previous_checkpoint_of_another_run_is_reported(tmp_path):
     newest = tmp_path / "c.pt"
     learn(supervised(), newest, epochs=2, key="another")
     newest.write_bytes(b"damaged")
     told: list[str] = []
     assert Checkpoint(newest, "key", told.append).load("cpu") is None
-    assert len(told) == 1 and "is damaged" in told[0] and "begins at its start" in told[0]
+    assert len(told) == 1 and "is damaged" in told[0] and "starts from the beginning" in told[0]

@@ -1,17 +1,18 @@
 """The race of engines: the clearly faster one wins, short trainings have none, and none leaves a trace."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from questpress.pipeline.runs.device import Engine, cores
+from questpress.pipeline.runs.record import EngineEntry, RunRecord
 from questpress.pipeline.training import trainer
 from questpress.pipeline.training.compute import engine_search
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.compute.engine_search import Trial, fastest
+from questpress.pipeline.training.compute.engine_search import Trial, find_fastest_engine
 from questpress.pipeline.training.loop import Batch
 from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask
@@ -52,7 +53,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, bf16: None) -> Timer:  # noqa: ARG001
                 tried.append(engine)
             return seconds(engine)
 
-        monkeypatch.setattr(engine_search._Runners, "seconds", step)
+        monkeypatch.setattr(engine_search._StepTimer, "step", step)
         return tried
 
     return install
@@ -61,12 +62,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, bf16: None) -> Timer:  # noqa: ARG001
 def run(task: DistillationTask, steps: int = LONG, **changes: Any) -> tuple[Trial, list[str]]:
     notes: list[str] = []
     asked: dict[str, Any] = {"precision": "auto", "compile": "off", "note": notes.append}
-    return fastest(task, batch(), optimizer, steps, **{**asked, **changes}), notes
+    return find_fastest_engine(task, batch(), optimizer, steps, **{**asked, **changes}), notes
 
 
-def test_the_clearly_faster_engine_is_chosen_and_told_in_one_line(
-    task: DistillationTask, timed: Timer
-) -> None:
+def test_clearly_faster_engine_is_chosen_and_told_in_one_line(task: DistillationTask, timed: Timer) -> None:
     tried = timed(
         lambda e: 0.1 * (0.5 if e.precision == "bf16" else 1) * (2 if e.layout == "contiguous" else 1)
     )
@@ -74,19 +73,17 @@ def test_the_clearly_faster_engine_is_chosen_and_told_in_one_line(
     fast = replace(RULE, precision="bf16")
     assert found.engine == fast
     assert tried == [RULE, fast, replace(fast, layout="contiguous")]
-    assert found.rates == {RULE: BATCH / 0.1, fast: BATCH / 0.05, tried[2]: BATCH / 0.1}
+    assert found.throughput == {RULE: BATCH / 0.1, fast: BATCH / 0.05, tried[2]: BATCH / 0.1}
     assert str(found) == "bf16, channels last, 1 thread: 160 images/s, against 80 in fp32 and 80 contiguous"
 
 
-def test_a_gain_within_what_measurements_scatter_changes_nothing(
-    task: DistillationTask, timed: Timer
-) -> None:
+def test_gain_within_what_measurements_scatter_changes_nothing(task: DistillationTask, timed: Timer) -> None:
     timed(lambda e: 0.1 if e == RULE else 0.097)
     assert run(task)[0].engine == RULE
 
 
 @pytest.mark.parametrize("steps", [1, 100, 799])
-def test_a_short_training_keeps_the_rules_choice_untried(
+def test_short_training_keeps_the_rules_choice_untried(
     task: DistillationTask, timed: Timer, steps: int
 ) -> None:
     tried = timed(lambda e: 0.1 if e == RULE else 0.01)
@@ -103,7 +100,7 @@ def test_several_processes_compute_alike_and_so_by_the_rule(
     assert tried == []
 
 
-def test_a_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask, timed: Timer) -> None:
+def test_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask, timed: Timer) -> None:
     spent = 0.0
     clock = SimpleNamespace(perf_counter=lambda: spent)
 
@@ -122,7 +119,7 @@ def test_a_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask,
             assert spent <= 1.3 * 0.02 * 0.1 * steps
 
 
-def test_a_hopeless_engine_is_out_after_one_round(task: DistillationTask, timed: Timer) -> None:
+def test_hopeless_engine_is_out_after_one_round(task: DistillationTask, timed: Timer) -> None:
     calls = {"slow": 0}
 
     def step(engine: Engine) -> float:
@@ -133,7 +130,7 @@ def test_a_hopeless_engine_is_out_after_one_round(task: DistillationTask, timed:
     assert run(task)[0].engine == RULE and calls["slow"] == 2
 
 
-def test_a_precision_that_the_user_fixed_is_not_tried(task: DistillationTask, timed: Timer) -> None:
+def test_precision_that_the_user_fixed_is_not_tried(task: DistillationTask, timed: Timer) -> None:
     tried = timed(lambda e: 0.01 if e.precision == "bf16" else 0.1)
     assert run(task, precision="fp32")[0].engine == RULE
     assert {engine.precision for engine in tried} == {"fp32"}
@@ -157,7 +154,7 @@ def test_one_thread_a_core_is_tried_where_cores_have_several(timed: Timer, monke
 
 
 @pytest.mark.usefixtures("bf16")
-def test_the_race_leaves_no_trace(task: DistillationTask) -> None:
+def test_race_leaves_no_trace(task: DistillationTask) -> None:
     def traces() -> dict[str, Any]:
         kept = {**dict(task.named_parameters()), **dict(task.named_buffers())}
         tensors = kept | {"rng": torch.get_rng_state()}
@@ -165,13 +162,13 @@ def test_the_race_leaves_no_trace(task: DistillationTask) -> None:
         flags = {name: module.training for name, module in task.named_modules()}
         return {
             "values": {name: value.clone() for name, value in tensors.items()},
-            "rest": (strides, flags, task.engine, torch.get_num_threads(), task.watched(),
+            "rest": (strides, flags, task.engine, torch.get_num_threads(), task.metrics(),
                      [p.grad for p in task.parameters()], task.trainable_module.balance.steps),
         }  # fmt: skip
 
     before = traces()
     found, notes = run(task)
-    assert len(found.rates) == 3 and not notes
+    assert len(found.throughput) == 3 and not notes
     after = traces()
     assert before["rest"] == after["rest"]
     for name, value in before["values"].items():
@@ -197,7 +194,7 @@ def test_compiling_is_tried_in_long_trainings_alone(
     assert found.engine.compile == ("default" if tried else "off")
 
 
-def test_compiling_that_fails_is_told_and_the_training_goes_on_uncompiled(
+def test_compiling_that_fails_is_reported_and_the_training_resumes_uncompiled(
     task: DistillationTask, timed: Timer
 ) -> None:
     def step(engine: Engine) -> float:
@@ -208,13 +205,13 @@ def test_compiling_that_fails_is_told_and_the_training_goes_on_uncompiled(
     timed(step)
     found, notes = run(task, steps=1, compile="on")
     assert found.engine == RULE
-    assert notes == ["compiling failed (RuntimeError: no compiler here), so the training goes on uncompiled"]
+    assert notes == ["compilation failed (RuntimeError: no compiler here); training continues uncompiled"]
 
 
 class Run:
-    """What ``settle`` needs of a job."""
+    """What ``use_fastest_engine`` needs of a context."""
 
-    def __init__(self, record: dict[str, Any], **options: str) -> None:
+    def __init__(self, record: RunRecord, **options: str) -> None:
         self.notes: list[str] = []
         self.options = SimpleNamespace(**{"precision": "auto", "compile": "auto", **options})
         self.folder = SimpleNamespace(record=record, save=lambda: None)
@@ -226,52 +223,53 @@ class Run:
 def settle(timed: Timer) -> Callable[..., tuple[Engine, list[str]]]:
     timed(lambda e: 0.01 if e.precision == "bf16" else 0.1)
 
-    def settle(record: dict[str, Any], **options: str) -> tuple[Engine, list[str]]:
-        task = distillation("none", Engine.of(record["engines"]["student"]))
+    def settle(record: RunRecord, **options: str) -> tuple[Engine, list[str]]:
+        task = distillation("none", Engine.of(record.engines["student"].model_dump()))
         job = Run(record, **options)
         pixels, labels = batch()
         first = Batch(pixels, labels, labels, None)
         how_long = plan(epochs=LONG)
-        trainer.settle(job, "student", task, how_long, first, BATCH)  # type: ignore[arg-type]
+        trainer.use_fastest_engine(job, "student", task, how_long, first, BATCH)  # type: ignore[arg-type]
         return task.engine, job.notes
 
     return settle
 
 
-def old_record() -> dict[str, Any]:
-    """As it was written before engines had a layout."""
-    return {"engines": {"student": {"key": "k", "device": "cpu", "threads": 1, "precision": "fp32"}}}
+def a_record(**more: Any) -> RunRecord:
+    entry = EngineEntry(key="k", name="a processor", **asdict(RULE), **more)
+    return RunRecord(engines={"student": entry})
 
 
 def test_what_was_found_is_recorded_and_used_again_without_another_race(settle: Any) -> None:
-    record = old_record()
+    record = a_record()
     engine, notes = settle(record, compile="off")
     assert engine == replace(RULE, precision="bf16")
     assert notes == [
         "engine: bf16, channels last, 1 thread: 800 images/s, against 80 in fp32 and 800 contiguous"
     ]
-    entry = record["engines"]["student"]
-    assert Engine.of(entry) == engine and entry["key"] == "k"
-    assert entry["trial"]["fp32, channels last, 1 thread"] == 80.0
+    entry = record.engines["student"]
+    assert Engine.of(entry.model_dump()) == engine and entry.key == "k"
+    assert entry.trial == {
+        "bf16, channels last, 1 thread": 800.0, "fp32, channels last, 1 thread": 80.0,
+        "bf16, contiguous, 1 thread": 800.0,
+    }  # fmt: skip
     assert settle(record, compile="off") == (engine, [])
 
 
-def test_a_training_that_was_begun_goes_on_without_a_race(settle: Any) -> None:
-    record = old_record()
-    record["engines"]["student"]["trial"] = {}
+def test_training_that_was_begun_resumes_without_a_race(settle: Any) -> None:
+    record = a_record(trial={})
     assert settle(record) == (RULE, [])
 
 
-def test_compile_that_is_asked_for_wins_over_the_recorded_one_and_is_told(settle: Any) -> None:
-    record = old_record()
-    record["engines"]["student"]["trial"] = {}
+def test_compile_that_is_requested_wins_over_the_recorded_one_and_is_reported(settle: Any) -> None:
+    record = a_record(trial={})
     engine, notes = settle(record, compile="on")
     assert engine.compile == "default"
-    assert notes == ["student was begun uncompiled and goes on compiled"]
+    assert notes == ["student was started uncompiled and resumes compiled"]
     engine, notes = settle(record)
     assert engine.compile == "default" and notes == []
     engine, notes = settle(record, compile="off")
-    assert engine.compile == "off" and notes == ["student was begun compiled and goes on uncompiled"]
+    assert engine.compile == "off" and notes == ["student was started compiled and resumes uncompiled"]
 
 
 def test_hyper_threads_are_counted_as_their_core(tmp_path: Any, monkeypatch: Any) -> None:
@@ -289,18 +287,20 @@ def test_of_several_processes_none_takes_a_step_alone(
     task: DistillationTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(engine_search, "attempt", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(engine_search, "compiles", lambda *_: pytest.fail("a step was taken"))
     compiled = replace(RULE, compile="default")
-    assert engine_search.compiled_or_not(task, (), optimizer, compiled, pytest.fail) == compiled
+    assert engine_search.check_compilation(task, (), optimizer, compiled, pytest.fail) == compiled
 
 
-def test_a_precision_that_a_training_has_by_its_nature_stays_when_another_is_asked_for() -> None:
+def test_precision_that_a_training_has_by_its_nature_stays_when_another_is_requested() -> None:
     notes: list[str] = []
     job = SimpleNamespace(
-        folder=SimpleNamespace(record={}, save=lambda: None), key="k", device="cpu",
+        folder=SimpleNamespace(record=RunRecord(), save=lambda: None), key="k", device="cpu",
         options=SimpleNamespace(precision="bf16"), display=SimpleNamespace(note=notes.append),
     )  # fmt: skip
     for _ in range(2):  # begun, and gone on with
-        found = trainer.engine(job, "qat", lambda only: replace(RULE, precision=only), precision="fp32")  # type: ignore[arg-type]
+        found = trainer.choose_run_engine(
+            job, "qat", lambda only: replace(RULE, precision=only), precision="fp32"
+        )  # type: ignore[arg-type]
         assert found.precision == "fp32"
     assert notes == []

@@ -1,10 +1,11 @@
 import numpy as np
 from questpress.pipeline.data.dataset import SPLITS
-from questpress.pipeline.data.sources.timm_datasets import open_digits
 from sklearn.datasets import load_digits
 
+from tests.support.pictures import open_digits
 
-def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
+
+def test_digits_are_scikit_learns_in_eight_bits() -> None:
     images = open_digits()
     assert len(images) == 1797 and images.classes == tuple("0123456789")
     source = load_digits().images
@@ -17,7 +18,7 @@ def test_the_digits_are_scikit_learns_in_eight_bits() -> None:
             assert load_digits().target[number] == image.label
 
 
-def test_the_digits_are_split_10_percent_for_each_class() -> None:
+def test_digits_are_split_10_percent_for_each_class() -> None:
     counts = open_digits().counts
     assert all(17 <= n <= 19 for role in ("val", "test") for n in counts[role])
     assert open_digits().fingerprint == open_digits().fingerprint

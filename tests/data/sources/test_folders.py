@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline.data.dataset import SPLITS
-from questpress.pipeline.data.sources.folders import describe_unused_splits, open_folder
+from questpress.pipeline.data.sources.folders import describe_unused_splits
 from questpress.pipeline.errors import UsageError
 
-from tests.support.pictures import folder, save
+from tests.support.pictures import folder, open_folder, save
 
 
 def refused(path: Path, **options: float) -> str:
@@ -18,7 +18,7 @@ def refused(path: Path, **options: float) -> str:
     return sentence
 
 
-def test_class_folders_alone_are_split_with_every_class_in_every_role(tmp_path: Path) -> None:
+def test_class_folders_alone_are_split_with_every_class_in_every_split(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path / "pets", {"dog": 20, "cat": 30}))
     assert images.name == "pets" and images.classes == ("cat", "dog")
     assert images.counts == {"train": [24, 16], "val": [3, 2], "test": [3, 2]}
@@ -33,7 +33,7 @@ def test_classes_are_sorted_as_torchvision_sorts_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "testing"), ("train", "valid")])
-def test_of_two_given_folders_the_second_is_the_test_role(tmp_path: Path, train: str, test: str) -> None:
+def test_second_of_two_folders_is_the_test_split(tmp_path: Path, train: str, test: str) -> None:
     folder(tmp_path, {f"{train}/a": 20, f"{train}/b": 20, f"{test}/a": 4, f"{test}/b": 5})
     images = open_folder(tmp_path)
     assert images.counts == {"train": [18, 18], "val": [2, 2], "test": [4, 5]}
@@ -41,7 +41,7 @@ def test_of_two_given_folders_the_second_is_the_test_role(tmp_path: Path, train:
     assert open_folder(tmp_path, val_fraction=0).counts["train"] == [20, 20]
 
 
-def test_three_given_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_three_folders_are_used_as_given(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": n for role, n in (("train", 5), ("val", 1), ("test", 2)) for c in "ab"})
     images = open_folder(tmp_path)
     assert images.counts == {"train": [5, 5], "val": [1, 1], "test": [2, 2]}
@@ -52,7 +52,7 @@ def test_train_alone_is_the_whole_set(tmp_path: Path) -> None:
     assert open_folder(tmp_path).counts == {"train": [8, 8], "val": [1, 1], "test": [1, 1]}
 
 
-def test_a_class_may_be_called_test_where_there_is_no_train_folder(tmp_path: Path) -> None:
+def test_class_may_be_called_test_where_there_is_no_train_folder(tmp_path: Path) -> None:
     assert open_folder(folder(tmp_path, {"test": 3, "other": 3})).classes == ("other", "test")
 
 
@@ -112,15 +112,15 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
     assert one.read() == (tmp_path / "x.png").read_bytes()
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     assert "There is no data folder" in refused(tmp_path / "nowhere")
 
 
-def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     assert "is a file" in refused(save(tmp_path / "one.png", 0))
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
     assert "no class folders" in refused(tmp_path)
 
 
@@ -128,7 +128,7 @@ def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
     assert "hold no images" in refused(folder(tmp_path, {"a": 0, "b": 0}))
 
 
-def test_an_empty_class_folder_is_refused(tmp_path: Path) -> None:
+def test_empty_class_folder_is_refused(tmp_path: Path) -> None:
     assert "Class 'b' has no image" in refused(folder(tmp_path, {"a": 5, "b": 0, "c": 5}))
 
 
@@ -147,7 +147,7 @@ def test_classes_that_differ_between_train_and_val_are_named(tmp_path: Path) -> 
     assert "only 'train' has images of 'dog'" in sentence and "only 'val' has images of 'hound'" in sentence
 
 
-def test_a_class_without_images_in_val_differs_too(tmp_path: Path) -> None:
+def test_class_without_images_in_val_differs_too(tmp_path: Path) -> None:
     folder(tmp_path, {"train/cat": 3, "train/dog": 3, "val/cat": 3, "val/dog": 0})
     assert "only 'train' has images of 'dog'" in refused(tmp_path)
 
@@ -169,7 +169,7 @@ def test_fewer_than_three_different_images_in_a_class_are_refused(tmp_path: Path
     assert "Class 'b' has 2 different images in 3 files; three or more are needed" in refused(tmp_path)
 
 
-def test_a_class_whose_images_are_all_anothers_too_says_so(tmp_path: Path) -> None:
+def test_class_with_only_shared_images_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 5, "b": 1})
     (tmp_path / "b/0.png").write_bytes((tmp_path / "a/0.png").read_bytes())
     assert "Class 'b' has no image of its own: all it has stands under other classes too" in refused(tmp_path)
@@ -181,7 +181,7 @@ def test_one_level_too_high_names_the_folder_that_was_meant(tmp_path: Path) -> N
     assert told in refused(tmp_path)
 
 
-def test_one_level_too_low_is_told_by_what_lies_beside_it(tmp_path: Path) -> None:
+def test_folder_one_level_too_low_is_reported(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
     told = describe_unused_splits(tmp_path / "train")
     assert told == f"'val', 'test' beside train are not used: --data {tmp_path} takes them all"
@@ -190,7 +190,7 @@ def test_one_level_too_low_is_told_by_what_lies_beside_it(tmp_path: Path) -> Non
     assert describe_unused_splits(tmp_path / "alone/train") is None
 
 
-def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+def test_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 3, "b": 3})
     (tmp_path / "b").chmod(0)
     try:
@@ -201,7 +201,7 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
         (tmp_path / "b").chmod(0o755)
 
 
-def test_hashing_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_hashing_reports_progress(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     open_folder(folder(tmp_path, {"a": 3, "b": 4}), progress=lambda done, total: calls.append((done, total)))
     assert calls == [(n, 7) for n in range(1, 8)]

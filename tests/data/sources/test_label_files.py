@@ -61,7 +61,7 @@ def refused(path: Path, *words: str, **more: Any) -> None:
         assert word in str(found.value), found.value
 
 
-def test_a_table_with_several_labels_makes_a_multi_label_set(tmp_path: Path) -> None:
+def test_table_with_several_labels_makes_a_multi_label_set(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 40), sets_of(40)
     rows = [f"{name}, {' ; '.join(found)};" for name, found in zip(names, labels, strict=True)]
     data = open_data(str(table(tmp_path, rows)))
@@ -72,7 +72,7 @@ def test_a_table_with_several_labels_makes_a_multi_label_set(tmp_path: Path) -> 
     assert data.counts["train"][0] == sum("cat" in by_name(data)[image.name] for image in data.train)
 
 
-def test_one_label_for_each_image_makes_the_set_that_class_folders_make(tmp_path: Path) -> None:
+def test_single_labels_make_the_same_set_as_class_folders(tmp_path: Path) -> None:
     names = pictures(tmp_path / "pool", 30)
     for n, name in enumerate(names):
         (tmp_path / "folders" / CLASSES[n % 3]).mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def test_one_label_for_each_image_makes_the_set_that_class_folders_make(tmp_path
     assert [image.key for image in from_table.train] == [image.key for image in from_folders.train]
 
 
-def test_json_lines_and_a_tab_separated_table_say_the_same_as_a_comma_separated_one(tmp_path: Path) -> None:
+def test_json_lines_and_tsv_equal_csv(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
     pairs = list(zip(names, labels, strict=True))
     lines = [json.dumps({"image": name, "labels": found}) for name, found in pairs]
@@ -97,7 +97,7 @@ def test_json_lines_and_a_tab_separated_table_say_the_same_as_a_comma_separated_
     assert comma.fingerprint == tab.fingerprint
 
 
-def test_a_spreadsheets_mark_and_line_ends_are_no_part_of_the_labels(tmp_path: Path) -> None:
+def test_spreadsheets_mark_and_line_ends_are_no_part_of_the_labels(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
     rows = [f'"{name}","{";".join(found)}"' for name, found in zip(names, labels, strict=True)]
     path = tmp_path / "labels.csv"
@@ -105,7 +105,7 @@ def test_a_spreadsheets_mark_and_line_ends_are_no_part_of_the_labels(tmp_path: P
     assert open_data(str(path)).classes == CLASSES
 
 
-def test_a_column_of_splits_gives_the_roles(tmp_path: Path) -> None:
+def test_column_of_splits_gives_the_roles(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 18), sets_of(18)
     role = ["train"] * 10 + ["Val"] * 4 + ["testing"] * 4
     rows = [f"{n},{';'.join(f)},{r}" for n, f, r in zip(names, labels, role, strict=True)]
@@ -115,7 +115,7 @@ def test_a_column_of_splits_gives_the_roles(tmp_path: Path) -> None:
     assert {image.name for image in data.test} == set(names[14:])
 
 
-def test_a_file_named_after_train_brings_those_for_the_other_roles(tmp_path: Path) -> None:
+def test_file_named_after_train_brings_those_for_the_other_roles(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 24), sets_of(24)
     rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
     table(tmp_path, rows[16:], name="valid.csv")
@@ -125,7 +125,7 @@ def test_a_file_named_after_train_brings_those_for_the_other_roles(tmp_path: Pat
     refused(tmp_path / "train.csv", "'val.csv' and 'valid.csv'")
 
 
-def test_cocos_annotations_find_their_images_and_keep_those_that_show_nothing(tmp_path: Path) -> None:
+def test_coco_annotations_keep_images_without_objects(tmp_path: Path) -> None:
     root = tmp_path / "coco"
     train = pictures(root / "train2017", 24)
     val = pictures(root / "val2017", 8, first=100)
@@ -145,7 +145,7 @@ def test_cocos_annotations_find_their_images_and_keep_those_that_show_nothing(tm
     assert len(open_data(str(elsewhere / "x.json"), data_dir=root / "train2017")) == 24
 
 
-def test_a_set_of_several_labels_has_another_fingerprint_when_a_label_changes(tmp_path: Path) -> None:
+def test_set_of_several_labels_has_another_fingerprint_when_a_label_changes(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
     first = open_data(
         str(table(tmp_path, [f"{n},{';'.join(f)}" for n, f in zip(names, labels, strict=True)]))
@@ -183,14 +183,12 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> No
         ("file,labels,split", ["000.png,cat,val", "001.png,dog,test"], ["no image to train on"]),
     ],
 )
-def test_what_is_wrong_with_a_table_is_told_with_its_line(
-    tmp_path: Path, header: str, rows: list[str], words: list[str]
-) -> None:
+def test_table_errors_name_the_line(tmp_path: Path, header: str, rows: list[str], words: list[str]) -> None:
     pictures(tmp_path, 3)
     refused(table(tmp_path, rows, header), *words)
 
 
-def test_the_same_row_twice_is_one_image(tmp_path: Path) -> None:
+def test_same_row_twice_is_one_image(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
     rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
     assert len(open_data(str(table(tmp_path, [*rows, *rows])))) == 20
@@ -206,16 +204,14 @@ def test_the_same_row_twice_is_one_image(tmp_path: Path) -> None:
         ('{"file": "000.png"}', ["line 2", "no labels"]),
     ],
 )
-def test_what_is_wrong_with_json_lines_is_told_with_the_line(
-    tmp_path: Path, line: str, words: list[str]
-) -> None:
+def test_json_lines_errors_name_the_line(tmp_path: Path, line: str, words: list[str]) -> None:
     pictures(tmp_path, 3)
     path = tmp_path / "labels.jsonl"
     path.write_text('{"file": "001.png", "labels": ["cat", "dog"]}\n' + line, encoding="utf-8")
     refused(path, *words)
 
 
-def test_a_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path) -> None:
+def test_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"file,labels\na.png,cat\nb.png,caf\xe9\n")
     refused(tmp_path / "labels.csv", "not UTF-8 (line 3)")
 
@@ -234,21 +230,19 @@ def test_a_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path) -> N
         ({"images": [{"id": "a", "file_name": "000.png"}]}, ["images has no number"]),
     ],
 )
-def test_what_is_wrong_with_cocos_annotations_is_told(
-    tmp_path: Path, more: dict[str, Any], words: list[str]
-) -> None:
+def test_invalid_coco_annotations_are_refused(tmp_path: Path, more: dict[str, Any], words: list[str]) -> None:
     names = pictures(tmp_path, 3)
     refused(coco(tmp_path / "x.json", names, sets_of(3), **more), *words)
 
 
-def test_a_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
+def test_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "labels.xlsx").write_bytes(b"PK")
     refused(tmp_path / "labels.xlsx", "is a file", ".csv")
     (tmp_path / "labels.json").write_text("[1, 2")
     refused(tmp_path / "labels.json", "no JSON")
 
 
-def test_a_folder_without_class_folders_points_at_the_labels_file_in_it(tmp_path: Path) -> None:
+def test_folder_without_class_folders_points_at_the_labels_file_in_it(tmp_path: Path) -> None:
     pictures(tmp_path / "images", 3)
     path = table(tmp_path, ["images/000.png,cat;dog"])
     refused(tmp_path, "only one class, 'images'", f"{path} has the labels, name it as --data")

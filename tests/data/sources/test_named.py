@@ -61,12 +61,12 @@ def refused(data: str, **options: Any) -> str:
     return sentence
 
 
-def test_a_set_that_is_not_there_can_be_downloaded(tmp_path: Path) -> None:
+def test_set_that_is_not_there_can_be_downloaded(tmp_path: Path) -> None:
     assert "--download" in refused("torch/cifar100", data_dir=tmp_path)
     assert "--data-dir" in refused("torch/cifar100")
 
 
-def test_a_download_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_without_network_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from urllib.error import URLError
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -77,7 +77,7 @@ def test_a_download_without_network_says_what_to_do(tmp_path: Path, monkeypatch:
     assert "could not be downloaded" in sentence and "--data-dir" in sentence
 
 
-def test_an_unknown_set_of_torchvision_is_refused(tmp_path: Path) -> None:
+def test_unknown_set_of_torchvision_is_refused(tmp_path: Path) -> None:
     assert "torch/cifra100 could not be opened" in refused("torch/cifra100", data_dir=tmp_path)
 
 
@@ -85,12 +85,12 @@ def test_an_unknown_set_of_torchvision_is_refused(tmp_path: Path) -> None:
     ("data", "package"),
     [("hfds/cifar10", "datasets"), ("WDS/shop", "webdataset"), ("tfds/mnist", "tensorflow-datasets")],
 )
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, data: str, package: str) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, data: str, package: str) -> None:
     monkeypatch.setattr(timm_datasets, "find_spec", lambda _: None)
     assert f"pip install {package}" in refused(data)
 
 
-def test_a_stream_of_unknown_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_of_unknown_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def create(*_: Any, **__: Any) -> None:
         raise ValueError("Dataset length is unknown, please pass `num_samples` explicitly.")
 
@@ -152,7 +152,7 @@ def of_timm(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any]) -> None:
     monkeypatch.setattr(timm_datasets, "find_spec", lambda _: True)
 
 
-def test_a_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of_timm(monkeypatch, {"train": Streamed(40), "validation": Streamed(10)})
     images = open_data("wds/pets", data_dir=tmp_path)
     assert images.classes == ("cat", "dog")
@@ -160,7 +160,7 @@ def test_a_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp
     assert images.train[0].read().shape == (6, 8, 3)
 
 
-def test_a_streamed_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_streamed_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of_timm(monkeypatch, {"train": Streamed(40)})
     monkeypatch.setattr(timm_datasets, "IN_MEMORY", 20 * 6 * 8 * 3)
     assert "held in memory" in refused("wds/pets", data_dir=tmp_path)
@@ -180,7 +180,7 @@ def test_labels_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch,
     assert "no class numbers" in refused("wds/pets", data_dir=tmp_path)
 
 
-def test_a_name_that_is_nothing_says_what_there_is(tmp_path: Path) -> None:
+def test_unknown_data_name_lists_the_choices(tmp_path: Path) -> None:
     sentence = refused("digit")
     assert "Did you mean digits?" in sentence and "torch/…" in sentence
     (tmp_path / "photos").mkdir()

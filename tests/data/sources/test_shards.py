@@ -16,6 +16,7 @@ from questpress.pipeline.data.sources import open_data, timm_datasets
 from questpress.pipeline.data.streaming import measure_images
 from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.errors import UsageError
+from questpress.pipeline.runs.cache import Cache
 
 from tests.support.pictures import pixels
 
@@ -74,7 +75,7 @@ def refused(root: Path) -> str:
     return str(caught.value)
 
 
-def test_images_in_shards_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_in_shards_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_datasets, "IN_MEMORY", 0)
     images = opened(shop(tmp_path))
     assert images.classes == ("0", "1") and images.counts["train"] == [12, 12]
@@ -93,9 +94,10 @@ def test_images_in_shards_are_read_where_they_lie(tmp_path: Path, monkeypatch: p
 def test_workers_read_shards(tmp_path: Path) -> None:
     images = opened(shop(tmp_path)).train
     workers = Workers(1)
-    form = Canonical("short_side", 8)
-    assert measure_images(images, form, workers).heights.equal(decode_images(images, form).pixels.heights)
-    workers.close()
+    form, cache = Canonical("short_side", 8), Cache(tmp_path / "cache")
+    assert measure_images(images, form, workers, cache=cache).heights.equal(
+        decode_images(images, form).pixels.heights
+    )
 
 
 def test_shards_without_a_list_go_by_their_names(tmp_path: Path) -> None:
@@ -121,21 +123,19 @@ def test_labels_may_stand_in_json_as_for_timm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [1024 + 512 + 100, 1024 + 512 + 1024 + 300])
-def test_a_damaged_shard_is_named(tmp_path: Path, kept: int) -> None:
+def test_damaged_shard_is_named(tmp_path: Path, kept: int) -> None:
     shop(tmp_path)
     whole = (tmp_path / "shop-train-1.tar").read_bytes()
     (tmp_path / "shop-train-1.tar").write_bytes(whole[:kept])  # within an image, within a header
     assert "shop-train-1.tar is damaged" in refused(tmp_path)
 
 
-def test_a_label_that_is_no_number_is_named(tmp_path: Path) -> None:
+def test_label_that_is_no_number_is_named(tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", {"0.png": png(0), "0.cls": b"cat"})
     assert "train/train.tar/0 is no class number" in refused(tmp_path)
 
 
-def test_what_is_no_plain_tar_file_goes_to_timms_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compressed_tar_is_read_by_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_datasets, "find_spec", lambda _: None)
     shop(tmp_path)
     shard(tmp_path / "shop-val-0.tar", samples(30, 6), "w:gz")
@@ -154,7 +154,7 @@ def test_timms_reader_finds_the_same_images_and_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("datasets") is None, reason="the package datasets is not installed")
-def test_a_table_of_hugging_faces_is_read_at_random_by_workers(
+def test_table_of_hugging_faces_is_read_at_random_by_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -180,13 +180,14 @@ def test_a_table_of_hugging_faces_is_read_at_random_by_workers(
     again = pickle.loads(pickle.dumps(images.train))
     assert len({id(image.source.table) for image in again}) == 1
     workers = Workers(1)
-    form = Canonical("short_side", 8)
-    assert measure_images(images.train, form, workers).widths.equal(decode_images(images.train, form).pixels.widths)
-    workers.close()
+    form, cache = Canonical("short_side", 8), Cache(tmp_path / "cache")
+    assert measure_images(images.train, form, workers, cache=cache).widths.equal(
+        decode_images(images.train, form).pixels.widths
+    )
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "empty"])
-def test_a_shard_that_is_packed_or_empty_is_named(
+def test_shard_that_is_packed_or_empty_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setattr(timm_datasets, "find_spec", lambda _: None)
@@ -198,7 +199,7 @@ def test_a_shard_that_is_packed_or_empty_is_named(
     assert "train.tar is no plain .tar file; unpack it" in told and "pip install webdataset" in told
 
 
-def test_an_image_without_a_label_among_others_is_left_out_and_listed(tmp_path: Path) -> None:
+def test_image_without_a_label_among_others_is_left_out_and_listed(tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", samples(0, 12) | {"odd.png": png(99), "odd.cls": b"-1"})
     images = opened(tmp_path)
     assert "train/train.tar/odd" in [one.name.removesuffix(".png") for one in images.skipped]

@@ -22,7 +22,7 @@ from tests.support.hostile_onnx import HARMS, define, external, little
     ("harm", "told"),
     HARMS,
 )
-def test_what_is_not_to_be_trusted_is_refused_in_a_sentence(
+def test_untrusted_onnx_file_is_refused(
     harm: Callable[[onnx.ModelProto], None], told: str, tmp_path: Path
 ) -> None:
     model = little()
@@ -43,7 +43,7 @@ def test_too_many_nodes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x08" * 5000, b"\xff" * 100])
-def test_what_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_non_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(content)
     with pytest.raises(ExportError, match=r"is no ONNX file|holds no network"):
         read_foreign(tmp_path / "no.onnx")
@@ -67,7 +67,7 @@ def _length(content: bytes) -> bytes:
     return found + bytes([number])
 
 
-def test_a_file_that_says_it_has_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_sparse_huge_file_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "large.onnx").open("wb") as file:
         file.truncate(1 << 40)  # none of it on the disk
     with pytest.raises(ExportError, match="larger than 2 GB"):
@@ -75,14 +75,14 @@ def test_a_file_that_says_it_has_gigabytes_is_refused_before_it_is_read(tmp_path
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
     with pytest.raises(ExportError, match="is no file"):
         read_foreign(tmp_path / "pipe.onnx")
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])
-def test_weights_of_our_own_large_files_may_lie_beside_them_and_be_no_link(kind: str, tmp_path: Path) -> None:
+def test_external_weights_of_large_models_may_not_be_links(kind: str, tmp_path: Path) -> None:
     model = little()
     external(model)
     model.graph.initializer[0].external_data[0].value = "own.onnx.data"
@@ -101,7 +101,7 @@ def test_weights_of_our_own_large_files_may_lie_beside_them_and_be_no_link(kind:
         read_foreign(file, beside=True)
 
 
-def test_a_file_with_functions_and_branches_of_its_own_is_read(tmp_path: Path) -> None:
+def test_file_with_functions_and_branches_own_is_read(tmp_path: Path) -> None:
     model = little()
     define(model, "F", [helper.make_node("Relu", ["a"], ["b"])])
     model.graph.node.append(helper.make_node("F", ["y"], ["z"], domain="own"))
@@ -118,7 +118,7 @@ def test_a_file_with_functions_and_branches_of_its_own_is_read(tmp_path: Path) -
     assert len(read_foreign(tmp_path / "own.onnx")[1].graph.node) == 5
 
 
-def test_a_folder_and_a_missing_file_are_told_apart_from_a_network(tmp_path: Path) -> None:
+def test_folder_and_missing_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.onnx"):
         with pytest.raises(ExportError, match="is no file"):
             read_foreign(path)

@@ -7,7 +7,12 @@ import pytest
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.conversion.onnx_export import Tempered, check_parity, export_onnx, fold_temperature
+from questpress.export.conversion.onnx_export import (
+    TemperatureScaled,
+    check_parity,
+    export_onnx,
+    fold_temperature,
+)
 from torch import nn
 
 from tests.support.networks import LABELS, PREPROCESSING, small_conv_net
@@ -47,7 +52,7 @@ def logits(network: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("head", [nn.Linear(8, 5), nn.Conv2d(8, 5, 1), nn.Linear(8, 5, bias=False)])
-def test_a_linear_or_convolutional_last_layer_takes_the_temperature(head):
+def test_linear_or_convolutional_last_layer_takes_the_temperature(head):
     network = WithHead(head)
     before, weights = logits(network), {k: v.clone() for k, v in network.state_dict().items()}
     folded, place = fold_temperature(network, 1.7, IMAGES)
@@ -68,10 +73,10 @@ def test_a_linear_or_convolutional_last_layer_takes_the_temperature(head):
     ],
     ids=["norm after", "layer after", "standardised", "no plain layer", "no get_classifier"],
 )
-def test_where_the_logits_are_not_that_layers_the_division_comes_after_them(network):
+def test_temperature_divides_logits_after_other_last_layers(network):
     before = logits(network)
     folded, place = fold_temperature(network, 0.4, IMAGES)
-    assert place == "after the logits" and isinstance(folded, Tempered)
+    assert place == "after the logits" and isinstance(folded, TemperatureScaled)
     assert torch.allclose(logits(folded) * 0.4, before, atol=1e-5)
 
 
@@ -87,7 +92,7 @@ def test_where_the_logits_are_not_that_layers_the_division_comes_after_them(netw
         ("deit_tiny_distilled_patch16_224", "after the logits"),
     ],
 )
-def test_families_of_timm(name, place):
+def test_temperature_works_for_timm_families(name, place):
     size = {"levit_128s": 224}.get(name, 64)
     more = {"img_size": size} if "vit_" in name or "deit" in name else {}
     network = timm.create_model(name, num_classes=7, **more).eval()
@@ -100,7 +105,7 @@ def test_families_of_timm(name, place):
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_the_exported_file_divides_too_and_is_checked_against_the_folded_network(plain, tmp_path: Path):
+def test_exported_file_divides_too_and_is_checked_against_the_folded_network(plain, tmp_path: Path):
     network = small_conv_net(3).eval()
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     if plain:
@@ -110,7 +115,7 @@ def test_the_exported_file_divides_too_and_is_checked_against_the_folded_network
     folded, place = fold_temperature(network, 3.0, images)
     assert place == ("after the logits" if plain else "last layer")
     file = tmp_path / "student.onnx"
-    export_onnx(folded, file, 8, metadata=runtime.metadata(PREPROCESSING, LABELS, {"temperature": 3.0}))
+    export_onnx(folded, file, 8, metadata=runtime.build_metadata(PREPROCESSING, LABELS, {"temperature": 3.0}))
     check_parity(folded, file, images)
     answers = runtime.Classifier.load(file).logits(images.numpy())
     with torch.no_grad():
@@ -131,6 +136,6 @@ class _Named(nn.Module):
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_temperature_is_a_positive_number(temperature):
+def test_temperature_is_a_positive_number(temperature):
     with pytest.raises(ValueError, match="positive"):
         fold_temperature(WithHead(nn.Linear(8, 5)), temperature, IMAGES)

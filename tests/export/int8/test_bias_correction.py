@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from questpress.export.int8 import correction
-from questpress.export.int8.correction import bias_corrected, with_all_biases
+from questpress.export.int8.correction import correct_biases, with_all_biases
 from questpress.export.int8.fake_quantize import FakeQuantized
 from questpress.export.int8.quantizer import Prepared, calibrate_ranges, int8_scope, quantize
 from questpress.export.int8.targets import target
@@ -60,7 +60,7 @@ def test_each_layers_mean_output_is_the_float_ones() -> None:
     ready = prepared(two_layers(b=weights(6, seed=2), c=weights(4, seed=3)))
     ranges, _ = calibrate_ranges(ready.model, [IMAGES], "minmax", ready.scope.op_types)
     before = fake(ready, ranges)
-    corrected = bias_corrected(ready, before, IMAGES)
+    corrected = correct_biases(ready, before, IMAGES)
     after = fake(corrected, ranges)
 
     # By hand: the first layer's error is that of rounded images through rounded weights.
@@ -84,19 +84,19 @@ def test_each_layers_mean_output_is_the_float_ones() -> None:
     assert np.allclose(now, expected, atol=1e-4 * np.ptp(expected))
 
 
-def test_only_biases_change_and_the_graph_given_stays() -> None:
+def test_only_biases_change() -> None:
     ready = prepared(two_layers(b=weights(6), c=weights(4)))
     untouched = ready.model.SerializeToString()
     ranges, _ = calibrate_ranges(ready.model, [IMAGES], "minmax", ready.scope.op_types)
-    corrected = bias_corrected(ready, fake(ready, ranges), IMAGES)
+    corrected = correct_biases(ready, fake(ready, ranges), IMAGES)
     assert ready.model.SerializeToString() == untouched
     for name, changed in {"w": False, "v": False, "b": True, "c": True}.items():
         assert np.array_equal(constant(ready, name), constant(corrected, name)) != changed
-    again = bias_corrected(ready, fake(ready, ranges), IMAGES)
+    again = correct_biases(ready, fake(ready, ranges), IMAGES)
     assert again.model.SerializeToString() == corrected.model.SerializeToString()
 
 
-def test_a_bias_that_two_layers_share_is_left_alone() -> None:
+def test_bias_that_two_layers_share_is_left_alone() -> None:
     nodes = [
         node("Conv", ["input", "w", "shared"], ["a"], name="first"),
         node("Conv", ["a", "v", "shared"], ["b"], name="second"),
@@ -105,23 +105,23 @@ def test_a_bias_that_two_layers_share_is_left_alone() -> None:
     w, v, u = (skewed(3, 3, 1, 1, seed=seed) for seed in range(3))
     ready = prepared(graph_of(nodes, {"w": w, "v": v, "u": u, "shared": weights(3), "own": weights(3)}))
     ranges, _ = calibrate_ranges(ready.model, [IMAGES], "minmax", ready.scope.op_types)
-    corrected = bias_corrected(ready, fake(ready, ranges), IMAGES)
+    corrected = correct_biases(ready, fake(ready, ranges), IMAGES)
     assert np.array_equal(constant(corrected, "shared"), constant(ready, "shared"))
     assert not np.array_equal(constant(corrected, "own"), constant(ready, "own"))
 
 
-def test_layers_without_a_bias_get_one_of_zeros_that_changes_nothing() -> None:
+def test_layers_without_a_bias_get_zeros() -> None:
     ready = prepared(two_layers())
     complete = with_all_biases(ready)
     assert [len(n.input) for n in complete.model.graph.node if n.op_type in ("Conv", "Gemm")] == [3, 3]
     assert constant(complete, "first_bias").shape == (6,) and constant(complete, "head_bias").shape == (4,)
     assert_same_answers(ready.model, complete.model, IMAGES[:4])
     ranges, _ = calibrate_ranges(complete.model, [IMAGES], "minmax", complete.scope.op_types)
-    corrected = bias_corrected(complete, fake(complete, ranges), IMAGES)
+    corrected = correct_biases(complete, fake(complete, ranges), IMAGES)
     assert constant(corrected, "first_bias").any() and constant(corrected, "head_bias").any()
 
 
-def test_a_gemm_whose_weight_is_not_turned_gets_a_bias_of_its_columns() -> None:
+def test_gemm_whose_weight_is_not_turned_gets_a_bias_of_its_columns() -> None:
     nodes = [node("Flatten", ["input"], ["f"]), node("Gemm", ["f", "v"], ["output"], name="head")]
     complete = with_all_biases(prepared(graph_of(nodes, {"v": weights(192, 5)})))
     assert constant(complete, "head_bias").shape == (5,)
@@ -133,5 +133,5 @@ def test_few_images_are_used_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     ranges, _ = calibrate_ranges(ready.model, [IMAGES], "minmax", ready.scope.op_types)
     network = fake(ready, ranges)
     monkeypatch.setattr(correction, "BUDGET", 1)
-    one = bias_corrected(ready, network, IMAGES)
-    assert np.array_equal(constant(one, "b"), constant(bias_corrected(ready, network, IMAGES[:1]), "b"))
+    one = correct_biases(ready, network, IMAGES)
+    assert np.array_equal(constant(one, "b"), constant(correct_biases(ready, network, IMAGES[:1]), "b"))

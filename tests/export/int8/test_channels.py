@@ -24,7 +24,7 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return {n.output[0]: held[n.input[1]] for n in model.graph.node if n.op_type == "Conv"}
 
 
-def test_a_block_with_squeeze_and_excite_is_widened_inside_only() -> None:
+def test_block_with_squeeze_and_excite_is_widened_inside_only() -> None:
     nodes = [
         node("Conv", ["input", "expand", "bias"], ["a"]),
         node("HardSwish", ["a"], ["b"]),

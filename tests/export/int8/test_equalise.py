@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from questpress.export.int8.correction import CLEAR, equalised, layer_pairs
+from questpress.export.int8.correction import CLEAR, equalize, layer_pairs
 from questpress.export.int8.quantizer import Prepared, int8_scope
 from questpress.export.int8.rewrite import rewrite
 
@@ -70,12 +70,12 @@ def assert_same_function(before: onnx.ModelProto, after: onnx.ModelProto) -> Non
 
 @pytest.mark.parametrize("between", [RELU, POOLED], ids=["relu", "relu and pooling"])
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_across_relu_channels_come_together_and_the_function_stays(
+def test_equalization_across_relu_preserves_the_function(
     between: list[onnx.NodeProto], depthwise: bool
 ) -> None:
     ready = prepared(uneven(between=between, depthwise=depthwise))
     untouched = ready.model.SerializeToString()
-    level = equalised(ready, IMAGES)
+    level = equalize(ready, IMAGES)
     assert level is not None and ready.model.SerializeToString() == untouched
     assert_same_function(ready.model, level.model)
     was, now = spans(ready.model, IMAGES), spans(level.model, IMAGES)
@@ -83,9 +83,9 @@ def test_across_relu_channels_come_together_and_the_function_stays(
     assert now.max() / now.min() < (1.01 if depthwise else 10)
 
 
-def test_the_scales_are_the_roots_of_the_ranges_ratios() -> None:
+def test_scales_are_the_roots_of_the_ranges_ratios() -> None:
     model = uneven(between=RELU)
-    level = equalised(prepared(model), IMAGES)
+    level = equalize(prepared(model), IMAGES)
     assert level is not None
     v = np.abs(constant(model, "v"))[:, :, 0, 0]
     r = (v / v.max(axis=1, keepdims=True)).max(axis=0)
@@ -109,13 +109,13 @@ def test_the_scales_are_the_roots_of_the_ranges_ratios() -> None:
     ],
     ids=["hard-swish", "sigmoid", "residual", "clip from below 0", "clip without end", "twice"],
 )
-def test_across_anything_else_nothing_is_scaled(between: list[onnx.NodeProto]) -> None:
+def test_equalization_skips_other_operators(between: list[onnx.NodeProto]) -> None:
     model = uneven(between=RELU)
     del model.graph.node[:], model.graph.value_info[:]
     model.graph.node.extend(uneven_nodes(between))
     model.graph.initializer.append(numpy_helper.from_array(np.float32(-1), "minus"))
     assert layer_pairs(model) == []
-    assert equalised(prepared(model), IMAGES) is None
+    assert equalize(prepared(model), IMAGES) is None
 
 
 def uneven_nodes(between: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
@@ -126,7 +126,7 @@ def uneven_nodes(between: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
     ]
 
 
-def test_a_map_with_two_readers_or_given_out_and_shared_weights_stay() -> None:
+def test_shared_maps_and_weights_are_not_scaled() -> None:
     w = {"w": weights(3, 3, 1, 1), "v": weights(3, 3, 1, 1, seed=1)}
     twice = [
         node("Conv", ["input", "w"], ["a"], name="writer"),
@@ -145,7 +145,7 @@ def test_across_relu6_only_channels_clear_of_six_are_scaled() -> None:
     relu6 = [node("Clip", ["a", "zero", "six"], ["m"], name="relu6")]
     model = uneven(between=relu6)
     assert [p.bound for p in layer_pairs(model)] == [6.0]
-    level = equalised(prepared(model), IMAGES)
+    level = equalize(prepared(model), IMAGES)
     assert level is not None
     looked = onnx.ModelProto()
     looked.CopyFrom(model)
@@ -170,7 +170,7 @@ def spans_above(model: onnx.ModelProto) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-def test_channels_of_nothing_stay_so_and_divide_nothing(bounded: bool) -> None:
+def test_zero_channels_stay_zero(bounded: bool) -> None:
     cut = ("Clip", ["zero", "six"]) if bounded else ("Relu", [])
     nodes = [
         node("Conv", ["input", "w", "b"], ["a"], name="writer"),
@@ -192,7 +192,7 @@ def test_channels_of_nothing_stay_so_and_divide_nothing(bounded: bool) -> None:
     assert constant(model, padded["depthwise"]).shape == (16, 1, 3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        level = equalised(prepared(model), IMAGES)
+        level = equalize(prepared(model), IMAGES)
     assert level is not None
     for name, axis in (("writer", 0), ("depthwise", 0), ("reader", 1)):
         w = constant(level.model, padded[name])
@@ -200,7 +200,7 @@ def test_channels_of_nothing_stay_so_and_divide_nothing(bounded: bool) -> None:
     assert_same_function(model, level.model)
 
 
-def test_a_head_behind_global_pooling_takes_up_the_scales() -> None:
+def test_head_behind_global_pooling_takes_up_the_scales() -> None:
     nodes = [
         node("Conv", ["input", "w", "b"], ["a"], name="writer"),
         node("Relu", ["a"], ["r"], name="relu"),
@@ -216,7 +216,7 @@ def test_a_head_behind_global_pooling_takes_up_the_scales() -> None:
             nodes,
             {"w": weights(6, 3, 1, 1) * column, "b": weights(6) * UNEVEN, "v": v / by_channel},
         )
-        level = equalised(prepared(model), IMAGES)
+        level = equalize(prepared(model), IMAGES)
         assert level is not None
         assert not np.allclose(constant(level.model, "v"), constant(model, "v"))
         assert_same_function(model, level.model)

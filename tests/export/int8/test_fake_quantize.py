@@ -46,7 +46,7 @@ def quantized(prepared: Prepared, name: str, batch: np.ndarray) -> tuple[onnx.Mo
 
 
 def of_file(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
-    return runtime.session(model.SerializeToString(), 1, fuse=False).run(None, {"input": batch})[0]
+    return runtime.open_session(model.SerializeToString(), 1, fuse=False).run(None, {"input": batch})[0]
 
 
 def of_fake(network: FakeQuantized, batch: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ def of_fake(network: FakeQuantized, batch: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["x86", "x86-vnni", "arm64"])
-def test_it_answers_as_the_file_does(prepared: Prepared, name: str) -> None:
+def test_fake_quantization_matches_the_file(prepared: Prepared, name: str) -> None:
     qdq, network = quantized(prepared, name, images(32))
     batch = images(64, seed=1)
     expected, found = of_file(qdq, batch), of_fake(network, batch)
@@ -63,11 +63,11 @@ def test_it_answers_as_the_file_does(prepared: Prepared, name: str) -> None:
     step = float(network.ranges[network.range_of[network.output]].affine()[0])
     off = np.abs(found - expected)
     assert (off <= 2.01 * step).all() and (off > 1e-3 * step).mean() < 0.15
-    exact = runtime.session(prepared.model.SerializeToString(), 1).run(None, {"input": batch})[0]
+    exact = runtime.open_session(prepared.model.SerializeToString(), 1).run(None, {"input": batch})[0]
     assert signal_to_noise(expected, found) > signal_to_noise(exact, expected) + 5
 
 
-def test_a_residual_network_with_squeeze_and_excite_answers_as_its_file(tmp_path: Path) -> None:
+def test_residual_network_matches_its_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=5).train()
     with torch.no_grad():
@@ -75,17 +75,17 @@ def test_a_residual_network_with_squeeze_and_excite_answers_as_its_file(tmp_path
             net(torch.from_numpy(images(16)))
     ready = prepare(export_onnx(net.eval(), tmp_path / "a.onnx", 16, metadata={}).path)
     batch = images(32, seed=1)
-    exact = runtime.session(ready.model.SerializeToString(), 1).run(None, {"input": batch})[0]
+    exact = runtime.open_session(ready.model.SerializeToString(), 1).run(None, {"input": batch})[0]
     for name in ("x86-vnni", "arm64"):
         qdq, network = quantized(ready, name, images(32))
         expected, found = of_file(qdq, batch), of_fake(network, batch)
         assert signal_to_noise(expected, found) > signal_to_noise(exact, expected) + 2
 
 
-def test_without_rounding_it_is_the_float_graph(prepared: Prepared) -> None:
+def test_without_rounding_the_graph_is_float(prepared: Prepared) -> None:
     _, network = quantized(prepared, "x86-vnni", images(32))
     batch = images(8, seed=1)
-    exact = runtime.session(prepared.model.SerializeToString(), 1).run(None, {"input": batch})[0]
+    exact = runtime.open_session(prepared.model.SerializeToString(), 1).run(None, {"input": batch})[0]
     with network.rounding(frozenset()):
         found = of_fake(network, batch)
     assert np.abs(found - exact).max() <= 1e-5 * np.ptp(exact)
@@ -110,7 +110,7 @@ def test_each_rounding_alone_makes_noise_and_together_they_are_all_of_it(prepare
     assert np.array_equal(together, of_fake(network, batch))
 
 
-def test_the_gradient_of_the_numbers_is_one_inside_the_range_and_none_outside() -> None:
+def test_gradient_of_the_numbers_is_one_inside_the_range_and_none_outside() -> None:
     one = Range(0.1, 100, 0, 255)  # from −10.0 to 15.5
     x = torch.tensor([-12.0, -10.2, -9.9, 0.03, 7.77, 15.4, 15.7, 40.0], requires_grad=True)
     given = torch.arange(1.0, 9.0)
@@ -120,7 +120,7 @@ def test_the_gradient_of_the_numbers_is_one_inside_the_range_and_none_outside() 
 
 
 @pytest.mark.parametrize(("zero", "qmin", "qmax"), [(100, 0, 255), (-28, -128, 127)])
-def test_the_gradient_of_an_end_is_that_of_what_it_cuts(zero: int, qmin: int, qmax: int) -> None:
+def test_gradient_of_an_end_is_that_of_what_it_cuts(zero: int, qmin: int, qmax: int) -> None:
     one = Range(0.1, zero, qmin, qmax)
     # What is inside lies on levels, so that all of the gradient comes from what is cut.
     low, high = (qmin - zero) * 0.1, (qmax - zero) * 0.1
@@ -157,7 +157,7 @@ def test_inside_the_range_its_scale_learns_by_the_rounding_error() -> None:
     )
 
 
-def test_an_end_that_is_zero_stays_zero() -> None:
+def test_end_that_is_zero_stays_zero() -> None:
     one = Range(0.02, 0, 0, 255)
     optimizer = torch.optim.Adam(one.parameters(), 0.1)
     x = torch.linspace(-1, 9, 50)
@@ -168,7 +168,7 @@ def test_an_end_that_is_zero_stays_zero() -> None:
     assert one(x).min().item() == 0
 
 
-def test_what_learned_nothing_gives_the_same_file_bit_by_bit(prepared: Prepared, tmp_path: Path) -> None:
+def test_untrained_ranges_give_the_same_file(prepared: Prepared, tmp_path: Path) -> None:
     ranges, _ = calibrate_ranges(prepared.model, [images(32)], "minmax", prepared.scope.op_types)
     for name in ("x86", "x86-vnni", "arm64"):
         types = target(name)
@@ -206,7 +206,7 @@ def test_learned_ranges_are_those_of_the_file(prepared: Prepared) -> None:
     assert signal_to_noise(expected, found) > 30
 
 
-def test_a_block_whose_last_channels_are_zero_gives_no_nan(tmp_path: Path) -> None:
+def test_block_whose_last_channels_are_zero_gives_no_nan(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=5, zero_init_last=True)
     ready = prepare(export_onnx(net.eval(), tmp_path / "a.onnx", 16, metadata={}).path)

@@ -49,7 +49,7 @@ def int8_of(name: str, folder: Path, rules: Collection[str] | None = None) -> Pa
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
-def test_of_a_whole_int8_network_only_the_ends_are_float(name: str, tmp_path: Path) -> None:
+def test_int8_network_is_float_only_at_its_ends(name: str, tmp_path: Path) -> None:
     path = int8_of(name, tmp_path)
     ends = [("QuantizeLinear", OF_THE_INPUT), ("DequantizeLinear", OF_THE_ANSWERS)]
     assert [(n.operator, n.reason) for n in float_nodes(path)] == ends
@@ -73,7 +73,7 @@ def test_operators_without_an_integer_kernel_are_named(tmp_path: Path) -> None:
     }
 
 
-def test_what_was_kept_on_purpose_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_kept_float_on_purpose_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scope(model: onnx.ModelProto) -> Scope:
         first = next(n.name for n in model.graph.node if n.op_type == "Conv")
         return Scope(int8_scope(model).op_types, (first,))
@@ -86,7 +86,7 @@ def test_what_was_kept_on_purpose_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert without.reason == "an integer kernel exists, but the node reads the input in float"
 
 
-def test_a_float_file_says_of_each_node_what_it_reads() -> None:
+def test_nodes_of_a_float_file_are_explained() -> None:
     nodes = [
         node("Conv", ["input", "w"], ["x"], name="first"),
         node("Erf", ["x"], ["y"], name="second"),
@@ -99,7 +99,7 @@ def test_a_float_file_says_of_each_node_what_it_reads() -> None:
     assert reasons["third"].startswith("an integer kernel exists, but the node reads what ")
 
 
-def test_an_output_that_is_not_converted_is_the_reason() -> None:
+def test_output_that_is_not_converted_is_the_reason() -> None:
     one, zero = {"s": np.float32(0.1)}, {"z": np.array(0, np.uint8)}
     nodes = [
         node("QuantizeLinear", ["input", "s", "z"], ["q"], name="q"),
@@ -110,6 +110,6 @@ def test_an_output_that_is_not_converted_is_the_reason() -> None:
     assert found[-1] == FloatNode("sigmoid", "Sigmoid", GIVES_FLOAT)
 
 
-def test_a_file_that_cannot_be_run_is_refused() -> None:
+def test_file_that_cannot_be_run_is_refused() -> None:
     with pytest.raises(runtime.ArtifactError, match="onnxruntime cannot load a model given as bytes"):
         float_nodes(b"nothing")

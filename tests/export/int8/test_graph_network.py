@@ -33,7 +33,7 @@ def assert_same(model: onnx.ModelProto, batch: np.ndarray, tolerance: float = 1e
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_efficientnet", "test_resnet"])
-def test_networks_of_many_families_answer_as_torchs(name: str, tmp_path: Path) -> None:
+def test_networks_match_torch(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=7).train()
     with torch.no_grad():
@@ -121,14 +121,12 @@ FLAT = op("Flatten", "input", "f")
     ],
     ids=lambda value: "-".join(n.op_type for n in value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_an_operator_computes_what_onnx_runtime_does(
-    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]
-) -> None:
+def test_operator_matches_onnx_runtime(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> None:
     opset = 20 if nodes[0].op_type == "Gelu" else 18
     assert_same(graph_of(nodes, constants, opset=opset), 3 * weights(2, 3, 8, 8, seed=7))
 
 
-def test_a_max_pool_whose_last_window_begins_in_the_padding_is_as_onnx_runtimes() -> None:
+def test_max_pool_whose_last_window_begins_in_the_padding_is_as_onnx_runtimes() -> None:
     attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "ceil_mode": 1}
     for size in (7, 8):
         model = graph_of(
@@ -199,13 +197,13 @@ def test_tensors_wanted_are_given_by_name_and_no_others() -> None:
     assert found["a"].min() < 0
 
 
-def test_an_operator_that_is_not_there_is_named_in_a_sentence() -> None:
+def test_unsupported_operator_is_named() -> None:
     model = graph_of([node("CumSum", ["input", "axis"], ["output"], name="sums")], {"axis": np.array(1)})
     with pytest.raises(ExportError, match=r"has the operator CumSum \(sums\), which cannot be computed in"):
         GraphNetwork(model)
 
 
-def test_what_torch_cannot_pad_is_named_in_a_sentence() -> None:
+def test_unsupported_padding_is_named() -> None:
     for nodes, reason in [
         ([node("Conv", ["input", "w"], ["output"], auto_pad="SAME_UPPER")], "auto_pad SAME_UPPER cannot be"),
         (

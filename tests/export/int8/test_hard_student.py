@@ -63,7 +63,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np
 
 
 def answers(path: Path, batch: np.ndarray) -> np.ndarray:
-    return runtime.session(path, 1, fuse=False).run(None, {"input": batch})[0]
+    return runtime.open_session(path, 1, fuse=False).run(None, {"input": batch})[0]
 
 
 def judge_by(fp32: Path, batch: np.ndarray, labels: np.ndarray) -> Callable[[Path], Verdict]:
@@ -88,7 +88,7 @@ class _Images(CalibrationDataReader):
         return self.left.pop() if self.left else None
 
 
-def test_a_student_that_naive_quantization_ruins_keeps_its_accuracy(
+def test_student_that_naive_quantization_ruins_keeps_its_accuracy(
     hard: tuple[Path, np.ndarray, np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     fp32, calibration, rest, labels = hard
@@ -117,7 +117,7 @@ def test_a_student_that_naive_quantization_ruins_keeps_its_accuracy(
         assert not any(one.verdict.holds for one in results[-1].candidates[: len(METHODS)])
 
 
-def test_the_whole_search_gives_the_same_candidates_and_bytes_again(
+def test_whole_search_gives_the_same_candidates_and_bytes_again(
     hard: tuple[Path, np.ndarray, np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     fp32, calibration, rest, labels = hard

@@ -22,7 +22,9 @@ from torch import nn
 
 from tests.support.networks import colour_classifier, signal_to_noise, small_conv_net
 
-METADATA = runtime.build_metadata(runtime.Preprocessing.create(16), ["a", "b", "c", "d"], {"student": "small"})
+METADATA = runtime.build_metadata(
+    runtime.Preprocessing.create(16), ["a", "b", "c", "d"], {"student": "small"}
+)
 
 
 def images(n: int, size: int = 16, seed: int = 0) -> np.ndarray:
@@ -73,7 +75,7 @@ def test_metadata_is_carried_over_and_the_file_predicts_alone(fp32: Path, tmp_pa
     assert runtime.Classifier.load(file.path).labels == ("a", "b", "c", "d")
 
 
-def test_the_same_input_gives_the_same_bytes_in_any_process(fp32: Path, tmp_path: Path) -> None:
+def test_same_input_gives_the_same_bytes_in_any_process(fp32: Path, tmp_path: Path) -> None:
     here = quantize_int8(fp32, tmp_path / "here.onnx", [images(16)])
     np.save(tmp_path / "images.npy", images(16))
     code = (
@@ -96,7 +98,7 @@ def test_how_calibration_images_are_cut_into_batches_does_not_matter(fp32: Path,
     assert whole.sha256 == cut.sha256
 
 
-def test_nothing_is_printed_and_nothing_is_left_behind(
+def test_quantization_prints_and_leaves_nothing(
     fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cwd").mkdir()
@@ -132,7 +134,7 @@ def test_calibration_without_images_or_with_broken_ones_is_refused(fp32: Path, t
     assert not (tmp_path / "a.onnx").exists()
 
 
-def test_a_transformer_keeps_attention_and_its_residual_stream_in_float(tmp_path: Path) -> None:
+def test_transformer_keeps_attention_and_its_residual_stream_in_float(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=5, img_size=32)
     file = export_onnx(network, tmp_path / "vit.onnx", 32, metadata={})
@@ -143,7 +145,7 @@ def test_a_transformer_keeps_attention_and_its_residual_stream_in_float(tmp_path
     assert signal_to_noise(logits(file.path, fresh), logits(int8.path, fresh)) > 20
 
 
-def test_a_head_without_convolutions_and_one_class_quantize(tmp_path: Path) -> None:
+def test_head_without_convolutions_and_one_class_quantize(tmp_path: Path) -> None:
     path = colour_classifier(tmp_path / "colours.onnx", {})
     file = quantize_int8(path, tmp_path / "a.onnx", [images(64, 8)])
     assert signal_to_noise(logits(path, images(8, 8, 1)), logits(file.path, images(8, 8, 1))) > 25

@@ -56,7 +56,9 @@ def _content(name: str, size: int, options: tuple[tuple[str, object], ...]) -> b
         ("efficientnet_b0", {"act_layer": nn.ReLU}, {"Sigmoid"}),
     ],
 )
-def test_a_rewritten_network_answers_as_before(name: str, options: dict[str, object], left: set[str]) -> None:
+def test_rewritten_network_gives_the_same_outputs(
+    name: str, options: dict[str, object], left: set[str]
+) -> None:
     model = exported(name, 64, **options)
     before = copy.deepcopy(model)
     assert rewrite(model)
@@ -98,7 +100,7 @@ def test_only_means_over_height_and_width_are_pooling(axes: tuple[int, ...], kee
 
 @pytest.mark.parametrize("activation", ["HardSwish", "HardSigmoid"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_activation_is_folded_into_the_convolution_before_it(activation: str, bias: bool) -> None:
+def test_activation_is_folded_into_the_convolution_before_it(activation: str, bias: bool) -> None:
     inputs = ["input", "w", "b"] if bias else ["input", "w"]
     nodes = [node("Conv", inputs, ["x"], name="c"), node(activation, ["x"], ["output"], name="a")]
     model = graph_of(nodes, {"w": weights(5, 3, 3, 3), "b": weights(5)})
@@ -111,7 +113,7 @@ def test_an_activation_is_folded_into_the_convolution_before_it(activation: str,
     assert "x" not in {name for n in model.graph.node for name in n.output}
 
 
-def test_an_activation_that_says_its_own_slope_keeps_it() -> None:
+def test_custom_slope_is_preserved() -> None:
     nodes = [node("Conv", ["input", "w"], ["x"]), node("HardSigmoid", ["x"], ["output"], alpha=0.3, beta=0.4)]
     model = graph_of(nodes, {"w": weights(5, 3, 1, 1)})
     before = copy.deepcopy(model)
@@ -121,7 +123,7 @@ def test_an_activation_that_says_its_own_slope_keeps_it() -> None:
 
 @pytest.mark.parametrize("transposed", [0, 1])
 @pytest.mark.parametrize("bias", [None, (5,), (1, 5), (1,), ()])
-def test_the_factors_of_a_gemm_are_kept(transposed: int, bias: tuple[int, ...] | None) -> None:
+def test_factors_of_a_gemm_are_kept(transposed: int, bias: tuple[int, ...] | None) -> None:
     inputs = ["input", "w"] if bias is None else ["input", "w", "b"]
     gemm = node("Gemm", inputs, ["x"], alpha=0.5, beta=2.0, transB=transposed)
     constants = {"w": weights(5, 4) if transposed else weights(4, 5)}
@@ -134,7 +136,7 @@ def test_the_factors_of_a_gemm_are_kept(transposed: int, bias: tuple[int, ...] |
     assert_same_answers(before, model, weights(6, 4, seed=1))
 
 
-def test_a_weight_that_two_layers_share_is_changed_for_one_only() -> None:
+def test_shared_weight_is_copied_before_a_change() -> None:
     nodes = [
         node("Conv", ["input", "w", "b"], ["x"]),
         node("HardSwish", ["x"], ["y"]),
@@ -163,14 +165,14 @@ def conv_and(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("output",)) -> 
     ],
     ids=["read twice", "given out", "not from a layer", "from the input"],
 )
-def test_a_sixth_that_no_layer_can_take_stays_a_product(model: onnx.ModelProto) -> None:
+def test_unfoldable_factor_stays_a_product(model: onnx.ModelProto) -> None:
     before = copy.deepcopy(model)
     assert rewrite(model) == ["multiply_hard_swish"]
     assert operators(model)["Mul"] == 2 and not operators(model)["HardSwish"]
     assert_same_answers(before, model, images(2, 8))
 
 
-def test_a_hard_sigmoid_that_no_layer_can_take_stays() -> None:
+def test_hard_sigmoid_that_no_layer_can_take_stays() -> None:
     for model in (
         conv_and(node("HardSigmoid", ["x"], ["y"]), node("Mul", ["x", "y"], ["output"])),
         conv_and(node("HardSigmoid", ["x"], ["output"]), outputs=("output", "x")),
@@ -201,7 +203,7 @@ def test_weights_that_are_given_or_computed_are_left_alone() -> None:
         assert rewrite(model) == [] and operators(model)["HardSigmoid"] == 1
 
 
-def test_what_a_branch_reads_is_not_changed_for_it() -> None:
+def test_value_read_by_a_branch_is_not_changed() -> None:
     branch = helper.make_graph(
         [node("Identity", ["x"], ["inner"])],
         "branch",
@@ -234,14 +236,14 @@ def test_batch_norm_that_was_left_is_folded(layer: str) -> None:
     assert_same_answers(before, model, images(4, 8) if layer == "Conv" else weights(4, 3))
 
 
-def test_a_batch_norm_before_its_convolution_stays() -> None:
+def test_batch_norm_before_its_convolution_stays() -> None:
     names = ["γ", "β", "mean", "variance"]
     nodes = [node("BatchNormalization", ["input", *names], ["x"]), node("Conv", ["x", "w"], ["output"])]
     model = graph_of(nodes, {"w": weights(5, 3, 3, 3)} | {name: np.ones(3, np.float32) for name in names})
     assert rewrite(model) == [] and operators(model)["BatchNormalization"] == 1
 
 
-def test_dropout_and_identity_are_gone_but_for_what_is_the_answer() -> None:
+def test_dropout_and_identity_are_removed() -> None:
     model = graph_of(
         [
             node("Dropout", ["input", "ratio"], ["a"]),
@@ -257,7 +259,7 @@ def test_dropout_and_identity_are_gone_but_for_what_is_the_answer() -> None:
     assert_same_answers(before, model, images(2, 8))
 
 
-def test_a_dropout_whose_mask_is_read_or_that_trains_stays() -> None:
+def test_dropout_whose_mask_is_read_or_that_trains_stays() -> None:
     masked = graph_of(
         [
             node("Dropout", ["input"], ["a", "mask"]),

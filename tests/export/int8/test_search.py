@@ -1,7 +1,6 @@
 """The search goes step by step, stops where the budget holds, and takes the best of what holds it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from onnx import helper, numpy_helper
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import CalibratorError, ExportError
 from questpress.export.int8 import quantizer
-from questpress.export.int8.correction import sensitivity
+from questpress.export.int8.correction import measure_sensitivity
 from questpress.export.int8.fake_quantize import FakeQuantized
 from questpress.export.int8.quantizer import (
     METHODS,
@@ -25,7 +24,8 @@ from questpress.export.int8.quantizer import (
     quantize,
     recipe_of,
 )
-from questpress.export.int8.search import Judge, Learned, Search, Verdict, search
+from questpress.export.int8.results import Verdict
+from questpress.export.int8.search import Judge, Learned, Search, search
 from questpress.export.int8.targets import target
 
 from tests.support.graphs import graph_of, weights
@@ -57,7 +57,7 @@ def told(verdicts: Sequence[Verdict]) -> Judge:
 
 
 def says(score: float, holds: bool, sqnr: float = 10.0) -> Verdict:
-    return Verdict(score, 100 - score, holds, sqnr)
+    return Verdict(score=score, lost=100 - score, holds=holds, sqnr=sqnr)
 
 
 NO = says(50, False)
@@ -72,19 +72,19 @@ def names(result: Search) -> list[str]:
     return [one.name for one in result.candidates]
 
 
-def test_where_the_budget_holds_at_once_only_calibrators_are_tried(small: Prepared, tmp_path: Path) -> None:
+def test_search_stops_at_calibrators_if_the_budget_holds(small: Prepared, tmp_path: Path) -> None:
     verdicts = [says(90, True), says(92, True), NO, says(91, True), NO]
     said: list[str] = []
-    result = found(small, tmp_path / "a", told(verdicts), tell=said.append)
+    result = found(small, tmp_path / "a", told(verdicts), progress=said.append)
     assert names(result) == said == list(METHODS)
-    assert result.chosen is result.candidates[1] and result.sources == () and result.stopped is None
+    assert result.chosen == 1 and result.sources == () and result.stopped is None
 
 
 def test_steps_come_in_their_order_and_end_with_the_first_that_holds(small: Prepared, tmp_path: Path) -> None:
     result = found(small, tmp_path / "a", told([NO]), calibrators=["minmax", "percentile"])
     every = names(result)
     # Nothing was better than the first calibrator, so every step starts from it.
-    assert every[:4] == ["minmax", "percentile", "minmax, equalised", "minmax, biases corrected"]
+    assert every[:4] == ["minmax", "percentile", "minmax, equalized", "minmax, biases corrected"]
     islands = result.candidates[4:]
     assert islands and all(one.name == f"minmax, {len(one.kept_float)} nodes float" for one in islands)
     assert result.chosen is None and result.sources
@@ -96,27 +96,27 @@ def test_steps_come_in_their_order_and_end_with_the_first_that_holds(small: Prep
             calibrators=["minmax", "percentile"],
         )
         assert names(first) == every[: max(n + 1, 2)]
-        assert first.chosen is first.candidates[n]
+        assert first.chosen == n
         assert bool(first.sources) == (n >= 4)
         if n in (2, 4):
-            assert recipe_of(first.candidates[n].file.path) == first.candidates[n].file.recipe
+            assert read_recipe(first.files[n].path) == first.files[n].recipe
 
 
-def test_a_step_starts_from_the_best_so_far(small: Prepared, tmp_path: Path) -> None:
+def test_step_starts_from_the_best_so_far(small: Prepared, tmp_path: Path) -> None:
     verdicts = [NO, says(60, False), says(70, False), says(40, False), says(75, False), says(10, False)]
     result = found(small, tmp_path / "a", told(verdicts), calibrators=["minmax", "moving-average"])
     assert names(result)[:5] == [
         "minmax",
         "moving-average",
-        "moving-average, equalised",
-        "moving-average, equalised, biases corrected",
+        "moving-average, equalized",
+        "moving-average, equalized, biases corrected",
         # what correction made worse is not built upon
-        f"moving-average, equalised, {len(result.candidates[4].kept_float)} nodes float",
+        f"moving-average, equalized, {len(result.candidates[4].kept_float)} nodes float",
     ]
-    last = result.candidates[4]
-    assert last.equalised and not last.corrected and last.calibration == "moving-average"
-    assert last.file.recipe["equalised"] and not last.file.recipe["bias_corrected"]
-    assert last.file.recipe["calibration"] == {"method": "moving-average", "images": 24}
+    last, made_by = result.candidates[4], result.files[4].recipe
+    assert last.equalized and not last.bias_corrected and last.calibration == "moving-average"
+    assert made_by["equalized"] and not made_by["bias_corrected"]
+    assert made_by["calibration"] == {"method": "moving-average", "images": 24}
 
 
 def test_islands_grow_and_each_holds_the_one_before(small: Prepared, tmp_path: Path) -> None:
@@ -127,14 +127,11 @@ def test_islands_grow_and_each_holds_the_one_before(small: Prepared, tmp_path: P
         assert less < more
     worst = result.sources[0]
     assert islands[0] == set(worst.nodes) and worst.sqnr == min(one.sqnr for one in result.sources)
-    for one in result.candidates:
-        if one.kept_float:
-            assert set(one.kept_float) <= set(one.file.recipe["kept_float"])
+    for candidate, file in zip(result.candidates, result.files, strict=True):
+        assert set(candidate.kept_float) <= set(file.recipe["kept_float"])
 
 
-def test_of_what_holds_the_most_accurate_ships_then_the_nearest_then_the_first(
-    small: Prepared, tmp_path: Path
-) -> None:
+def test_most_accurate_candidate_within_the_budget_ships(small: Prepared, tmp_path: Path) -> None:
     for n, (verdicts, chosen) in enumerate(
         [
             ([says(90, True), says(95, False, 99), says(91, True, 1), says(90, True, 50)], 2),
@@ -143,17 +140,15 @@ def test_of_what_holds_the_most_accurate_ships_then_the_nearest_then_the_first(
         ]
     ):
         result = found(small, tmp_path / str(n), told(verdicts))
-        assert result.chosen is result.candidates[chosen]
+        assert result.chosen == chosen
 
 
-def test_of_equally_accurate_candidates_the_one_with_fewer_islands_ranks_higher(
-    small: Prepared, tmp_path: Path
-) -> None:
+def test_fewer_float_islands_break_ties(small: Prepared, tmp_path: Path) -> None:
     one = found(small, tmp_path / "a", told([says(90, True)]), calibrators=["minmax"]).candidates[0]
-    island = replace(one, kept_float=("a", "b"), verdict=says(90, True, 99))
+    island = one.model_copy(update={"kept_float": ("a", "b"), "sqnr": 99.0})
     assert one.rank > island.rank
-    assert replace(island, verdict=says(90.1, True, 1)).rank > one.rank
-    assert replace(one, verdict=says(99, False)).rank < island.rank
+    assert island.model_copy(update={"score": 90.1, "sqnr": 1.0}).rank > one.rank
+    assert one.model_copy(update={"score": 99.0, "holds": False}).rank < island.rank
 
 
 def test_learned_ranges_are_a_candidate_and_in_its_file(small: Prepared, tmp_path: Path) -> None:
@@ -170,8 +165,8 @@ def test_learned_ranges_are_a_candidate_and_in_its_file(small: Prepared, tmp_pat
         learned=Learned(small, overrides),
         calibrators=["minmax"],
     )
-    assert names(result) == ["learned", "minmax"] and result.chosen is result.candidates[0]
-    model = onnx.load(str(result.candidates[0].file.path))
+    assert names(result) == ["learned", "minmax"] and result.chosen == 0
+    model = onnx.load(str(result.files[0].path))
     held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     rounded = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
     assert len(rounded) == len(overrides)
@@ -184,7 +179,7 @@ def test_learned_ranges_are_a_candidate_and_in_its_file(small: Prepared, tmp_pat
     assert names(alone) == ["learned"]
 
 
-def test_learned_ranges_that_do_not_hold_are_not_equalised_but_corrected(
+def test_learned_ranges_that_do_not_hold_are_not_equalized_but_corrected(
     small: Prepared, tmp_path: Path
 ) -> None:
     ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
@@ -199,12 +194,12 @@ def test_learned_ranges_that_do_not_hold_are_not_equalised_but_corrected(
     assert names(result) == ["learned", "minmax", "learned, biases corrected"]
 
 
-def test_without_a_calibrator_there_is_nothing_to_search(small: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"^a search for int8 needs a calibrator, and there is none$"):
+def test_search_needs_a_calibrator(small: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="requires at least one calibrator"):
         found(small, tmp_path / "a", told([NO]), calibrators=[])
 
 
-def test_a_graph_that_torch_cannot_compute_is_searched_by_calibrators_alone_and_says_so(
+def test_graph_unsupported_by_torch_is_searched_by_calibrators(
     tmp_path: Path,
 ) -> None:
     nodes = [
@@ -222,13 +217,13 @@ def test_a_graph_that_torch_cannot_compute_is_searched_by_calibrators_alone_and_
     assert held.chosen is not None and held.stopped is None
 
 
-def test_the_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rounded(
+def test_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rounded(
     small: Prepared,
 ) -> None:
     types = target("arm64")
     ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
     network = FakeQuantized(small, quantize(small, ranges, types), types).eval()
-    sources = sensitivity(small, network, images(8))
+    sources = measure_sensitivity(small, network, images(8))
     assert {one.tensor for one in sources} == set(network.sources())
     assert [one.sqnr for one in sources] == sorted(one.sqnr for one in sources)
     made = {name: n for n in small.model.graph.node for name in n.output}
@@ -252,7 +247,7 @@ def test_the_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rou
     assert sources[0].sqnr == pytest.approx(10 * np.log10(float(exact.square().sum() / noise)), abs=1e-3)
 
 
-def test_a_calibrator_that_cannot_cope_is_left_out_and_named(
+def test_calibrator_that_cannot_cope_is_left_out_and_named(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create = quantizer.create_calibrator
@@ -268,9 +263,9 @@ def test_a_calibrator_that_cannot_cope_is_left_out_and_named(
         return calibrator
 
     monkeypatch.setattr(quantizer, "create_calibrator", greedy)
-    found = search(small, [images(24)], TYPES, tmp_path, lambda _: Verdict(90.0, 0.0, True, 30.0))
+    found = search(small, [images(24)], TYPES, tmp_path, lambda _: says(90, True))
     assert [one.name for one in found.candidates] == ["minmax", "moving-average", "percentile"]
     assert found.stopped is not None and "entropy needs more memory" in found.stopped
     with pytest.raises(CalibratorError, match="entropy"):
-        search(small, [images(24)], TYPES, tmp_path, lambda _: Verdict(90.0, 0.0, True, 30.0),
+        search(small, [images(24)], TYPES, tmp_path, lambda _: says(90, True),
                calibrators=["entropy"])  # fmt: skip

@@ -79,7 +79,7 @@ def test_zero_points_and_weights_have_the_targets_types(
     assert file.recipe["reduce_range"] == (name == "x86")
 
 
-def test_the_table_says_what_each_target_takes() -> None:
+def test_each_target_has_its_types() -> None:
     assert list(TARGETS) == ["x86", "x86-vnni", "arm64"]
     assert {t.weights for t in TARGETS.values()} == {QuantType.QInt8}
     assert target("arm64").described == {
@@ -90,7 +90,7 @@ def test_the_table_says_what_each_target_takes() -> None:
     assert target("x86").described["activations"] == "uint8 asymmetric"
 
 
-def test_an_unknown_target_is_refused_with_those_there_are(fp32: Path, tmp_path: Path) -> None:
+def test_unknown_target_is_refused_with_the_choices(fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"^there is no target 'riscv'; there are x86, x86-vnni, arm64$"):
         quantize_int8(fp32, tmp_path / "a.onnx", [images(8)], target_name="riscv")
     assert not (tmp_path / "a.onnx").exists()
@@ -108,15 +108,13 @@ def test_an_unknown_target_is_refused_with_those_there_are(fp32: Path, tmp_path:
         (("arm64", None), "arm64"),
     ],
 )
-def test_a_machine_knows_its_target(
-    monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str | None], name: str
-) -> None:
+def test_target_is_detected(monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str | None], name: str) -> None:
     pretend(monkeypatch, kind)
     assert runtime.detect_target() == name
     assert machine.has_vnni() == (name == "x86-vnni") and machine.is_arm() == (name == "arm64")
 
 
-def test_the_environment_tells_the_processor_and_what_decides_its_int8(
+def test_environment_names_the_processor_and_its_int8_flags(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(monkeypatch, VNNI)
@@ -134,7 +132,7 @@ def test_the_environment_tells_the_processor_and_what_decides_its_int8(
         (ARM, {"arm64"}, {"x86", "x86-vnni", "arm64"}),
     ],
 )
-def test_what_is_timed_and_what_is_right_on_a_machine(
+def test_timed_and_exact_targets_of_a_machine(
     monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str], timed: set[str], right: set[str]
 ) -> None:
     pretend(monkeypatch, kind)
@@ -183,7 +181,7 @@ THREE = (
         (NO_VNNI, (), "student.onnx"),
     ],
 )
-def test_the_runtime_takes_the_file_of_this_processor(
+def test_runtime_takes_the_file_of_this_processor(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: tuple[str, str],
@@ -196,9 +194,7 @@ def test_the_runtime_takes_the_file_of_this_processor(
     assert runtime.Classifier.load(folder, precision="fp32").name == "student.onnx"
 
 
-def test_a_file_asked_for_by_name_is_taken_wherever_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_given_by_name_loads_on_any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = artifact(tmp_path / "artifact", *THREE)
     pretend(monkeypatch, NO_VNNI)
     for name, _ in THREE:
@@ -209,7 +205,7 @@ def test_a_file_asked_for_by_name_is_taken_wherever_it_runs(
         runtime.Classifier.load(folder, file="student.int8.mips.onnx")
 
 
-def test_the_stem_is_a_small_first_convolution_of_the_input_alone(fp32: Path) -> None:
+def test_stem_is_a_small_first_convolution_of_the_input_alone(fp32: Path) -> None:
     node = helper.make_node
     nodes = [
         node("Conv", ["input", "small"], ["a"], name="small", pads=[1, 1, 1, 1]),

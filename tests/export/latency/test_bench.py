@@ -25,7 +25,7 @@ def subject(folder: Path, name: str, size: int, n: int = 8) -> Subject:
     return Subject(name, path, inputs)
 
 
-def test_a_bench_times_every_subject_at_every_thread_count(tmp_path: Path) -> None:
+def test_bench_times_every_subject_at_every_thread_count(tmp_path: Path) -> None:
     told: list[float] = []
     subjects = [subject(tmp_path, "small", 8), subject(tmp_path, "large", 512, n=2)]
     result = bench(
@@ -73,7 +73,7 @@ def test_idle_workers_cost_no_time(tmp_path: Path) -> None:
         assert ticks() - before <= 0.1 * os.sysconf("SC_CLK_TCK")
 
 
-def test_the_worker_imports_no_torch() -> None:
+def test_worker_imports_no_torch() -> None:
     code = (
         "import sys, questpress.export.latency.worker, questpress.export.runtime\n"
         "print([m for m in ('torch', 'onnx', 'timm', 'scipy', 'pydantic') if m in sys.modules])"
@@ -82,7 +82,7 @@ def test_the_worker_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_bench_runs_from_python_c_in_a_folder_with_misleading_names(tmp_path: Path) -> None:
+def test_bench_runs_from_python_c_in_a_folder_with_misleading_names(tmp_path: Path) -> None:
     s = subject(tmp_path, "a", 8)
     for trap in ("numpy.py", "json.py", "onnxruntime.py"):
         (tmp_path / trap).write_text("raise SystemExit('the wrong module')")
@@ -100,7 +100,7 @@ print(bench([Subject("a", {str(s.path)!r}, inputs)], threads=[1], seconds=0.05).
     assert (done.stdout.strip(), done.stderr) == ("True", "")
 
 
-def test_a_model_that_cannot_be_loaded_or_run_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_invalid_model_error_names_the_reason(tmp_path: Path) -> None:
     inputs = np.zeros((1, 3, 8, 8), np.float32)
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(ExportError, match=r"text cannot be timed: .*cannot load"):
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_be_loaded_or_run_is_an_error_that_says_why(tmp_path
         bench([Subject("a", path, np.zeros((1, 3, 9, 9), np.float32))], threads=[1], seconds=0.05)
 
 
-def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+def test_worker_that_is_killed_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
     s = subject(tmp_path, "a", 8)
     np.save(tmp_path / "inputs.npy", s.inputs)
     with Worker("a", s.path, tmp_path / "inputs.npy", 1) as worker:
@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(tmp_path: Path) -> N
     assert worker._process.poll() is not None
 
 
-def test_a_worker_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = subject(tmp_path, "a", 8)
     np.save(tmp_path / "inputs.npy", s.inputs)
     with Worker("a", s.path, tmp_path / "inputs.npy", 1) as worker:
@@ -163,7 +163,7 @@ def test_workers_end_with_the_bench_even_when_it_is_interrupted(
         ({"n": 0}, r"inputs \[n, 3, S, S\]"),
     ],
 )
-def test_a_bench_of_nothing_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+def test_empty_bench_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
     names = change.pop("names", ("a", "b"))
     n = change.pop("n", 2)
     subjects = [subject(tmp_path, name, 8, n) for name in names]
@@ -171,7 +171,7 @@ def test_a_bench_of_nothing_is_refused(tmp_path: Path, change: dict[str, object]
         bench(subjects, **{"threads": [1], "seconds": 0.05, **change})
 
 
-def test_the_environment_names_the_processor_and_no_host() -> None:
+def test_environment_names_the_processor_and_no_host() -> None:
     here = environment()
     assert here.cpu and here.cores == runtime.allowed_cores()
     assert here.onnxruntime == runtime.ort.__version__
@@ -193,7 +193,7 @@ serve(load)
 """
 
 
-def test_a_script_times_another_runtime_in_the_same_rounds(tmp_path: Path) -> None:
+def test_script_times_another_runtime_in_the_same_rounds(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     plain = subject(tmp_path, "a", 8)
     asleep = replace(plain, name="asleep", command=(str(tmp_path / "sleeper.py"), "0.02"))

@@ -30,7 +30,7 @@ def one_round(samples: Sequence[float] | np.ndarray, name: str = "a") -> Samples
 
 
 @pytest.mark.parametrize("name", ["p50", "p90", "p99"])
-def test_a_percentiles_interval_holds_the_true_one_95_times_of_100(name: str) -> None:
+def test_percentiles_interval_holds_the_true_one_95_times_of_100(name: str) -> None:
     rng, p, n = np.random.default_rng(1), PERCENTILES[name], 700
     held = 0
     for _ in range(200):
@@ -41,7 +41,7 @@ def test_a_percentiles_interval_holds_the_true_one_95_times_of_100(name: str) ->
     assert held / 200 >= 0.95 - 3 * (0.95 * 0.05 / 200) ** 0.5
 
 
-def test_runs_that_resemble_each_other_count_as_fewer() -> None:
+def test_correlated_runs_count_as_fewer() -> None:
     """Every round has a speed of its own: 700 runs are hardly more than 20."""
     rng, held, naive = np.random.default_rng(2), 0, 0
     for _ in range(150):
@@ -77,9 +77,7 @@ def rounds(
     ("n", "processes", "alike", "spread"),
     [(20, 1, 0.0, 0.0), (20, 1, 0.5, 0.005), (20, 2, 0.3, 0.005), (99, 3, 0.3, 0.005), (99, 3, 0.6, 0.0)],
 )
-def test_a_speedups_interval_holds_the_true_ratio(
-    n: int, processes: int, alike: float, spread: float
-) -> None:
+def test_speedups_interval_holds_the_true_ratio(n: int, processes: int, alike: float, spread: float) -> None:
     """Though rounds resemble each other, processes of one file differ, and the machine drifts."""
     rng, held, no_difference, times = np.random.default_rng(3), 0, 0, 100
     for seed in range(times):
@@ -98,7 +96,7 @@ def test_a_speedups_interval_holds_the_true_ratio(
     assert no_difference / times >= 0.95 - 2 * (0.95 * 0.05 / times) ** 0.5
 
 
-def test_a_difference_of_five_percent_is_found() -> None:
+def test_difference_of_five_percent_is_found() -> None:
     rng = np.random.default_rng(4)
     common = np.zeros(99)
     slow, fast = (
@@ -108,7 +106,7 @@ def test_a_difference_of_five_percent_is_found() -> None:
     assert compute_speedup(fast, slow).verdict == "faster" and compute_speedup(slow, fast).verdict == "slower"
 
 
-def test_one_process_of_each_file_leaves_its_spread_to_be_assumed() -> None:
+def test_single_process_assumes_a_spread() -> None:
     latencies = [one_round([1.0, 1.1]), one_round([2.0, 2.1])]
     assert compute_process_spread(latencies) == ProcessSpread(PROCESS_STD, 0)
     several = Samples.from_blocks("a", 1, [np.array([1.0]), np.array([np.exp(0.02)])] * 10, processes=2)
@@ -145,13 +143,16 @@ def test_no_outlier_is_dropped() -> None:
     assert latency.mean == 50.0 and latency.quantiles[100] == 981.0
 
 
-def test_a_speedup_is_the_median_of_the_rounds_ratios() -> None:
+def test_speedup_is_the_median_of_the_rounds_ratios() -> None:
     slow = Samples.from_blocks("slow", 1, [np.array([4.0, 4.0, 9.0]), np.array([6.0]), np.array([3.0, 3.0])])
     fast = Samples.from_blocks("fast", 1, [np.array([2.0]), np.array([2.0, 2.0, 7.0]), np.array([1.5])])
     found = compute_speedup(fast, slow)
     assert found.ratio == pytest.approx(2.0) and found.low < 2.0 and found.verdict == "faster"
     assert found.high > 3.0  # one of three rounds says so
-    assert compute_speedup(slow, fast).ratio == pytest.approx(0.5) and compute_speedup(slow, fast).verdict == "slower"
+    assert (
+        compute_speedup(slow, fast).ratio == pytest.approx(0.5)
+        and compute_speedup(slow, fast).verdict == "slower"
+    )
     assert compute_speedup(slow, slow).verdict == "no difference"
     assert compute_speedup(fast, slow) == found
     with pytest.raises(ValueError, match="same rounds"):
@@ -160,7 +161,7 @@ def test_a_speedup_is_the_median_of_the_rounds_ratios() -> None:
 
 @pytest.mark.parametrize("n", [22, 100, 231, 662])
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.99])
-def test_an_intervals_ends_are_the_binomials_ranks_exactly(n: int, p: float) -> None:
+def test_intervals_ends_are_the_binomials_ranks_exactly(n: int, p: float) -> None:
     ordered = np.arange(1, n + 1, dtype=float)
     found = _order_statistics(ordered, p)
     first, last = int(binom.ppf(0.025, n, p)), int(binom.ppf(0.975, n, p)) + 1

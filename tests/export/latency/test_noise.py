@@ -46,14 +46,14 @@ def known(folder: Path, name: str, milliseconds: float) -> Subject:
     return Subject(name, "", np.zeros((1, 3, 8, 8), np.float32), (str(script), str(milliseconds)))
 
 
-def test_the_ratio_of_known_latencies_lies_in_its_interval(tmp_path: Path) -> None:
+def test_ratio_of_known_latencies_lies_in_its_interval(tmp_path: Path) -> None:
     subjects = [known(tmp_path, "slow", 1.5), known(tmp_path, "fast", 1.0)]
     found = bench(subjects, threads=[1], seconds=1.0, processes=2).speedup("fast", "slow", 1)
     assert found.low <= 1.5 <= found.high and found.verdict == "faster"
     assert 1.4 < found.ratio < 1.6
 
 
-def test_the_same_file_twice_is_no_difference_19_times_of_20(tmp_path: Path) -> None:
+def test_same_file_twice_is_no_difference_19_times_of_20(tmp_path: Path) -> None:
     pair = [known(tmp_path, "A", 0.5), known(tmp_path, "A again", 0.5)]
     verdicts = [
         bench(pair, threads=[1], seconds=0.1, processes=2, seed=seed).speedup("A again", "A", 1).verdict
@@ -76,7 +76,7 @@ def neighbor(core: int) -> Iterator[None]:
         process.stdout.close()
 
 
-def test_a_busy_neighbor_is_noticed(tmp_path: Path) -> None:
+def test_busy_neighbor_raises_a_flag(tmp_path: Path) -> None:
     if not choose_cores(1) or noise.read_counters().busy is None:
         pytest.skip("this system neither pins processes nor counts cores' time")
     with neighbor(choose_cores(1)[0]):
@@ -114,7 +114,7 @@ def test_own_time_is_no_neighbors() -> None:
     assert names(noise.check_counters(before, elsewhere, 16.9, (0, 1), 2)) == []
 
 
-def test_stolen_and_refused_time_is_told() -> None:
+def test_stolen_and_throttled_time_raises_a_flag() -> None:
     before = reading(0, {0: 0.0}, {0: 1.0})
     after = reading(10, {0: 10.0}, {0: 1.5}, 3)
     found = noise.check_counters(before, after, 10.0, (0,), 1)
@@ -123,14 +123,14 @@ def test_stolen_and_refused_time_is_told() -> None:
     assert found[1].sentence == "The container's CPU quota stopped its processes 3 times."
 
 
-def test_what_a_system_does_not_tell_is_named() -> None:
+def test_unavailable_counters_are_named() -> None:
     nothing = reading(0, None, throttled=None)
     assert noise.list_unchecked(nothing, ()) == ["neighbor", "machine", "steal", "throttled"]
     assert noise.check_counters(nothing, reading(9, None, throttled=None), 1.0, (), 1) == []
     assert noise.list_unchecked(reading(0, {0: 1.0}), (0,)) == []
 
 
-def test_the_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
+def test_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
     (tmp_path / "stat").write_text(
         "cpu  300 0 100 900 5 0 0 7 0 0\n"
         "cpu0 100 20 50 400 5 3 2 7 0 0\ncpu1 200 0 50 500 0 0 0 0 0 0\nintr 5\n"
@@ -153,14 +153,14 @@ def test_throttling_is_counted_by_both_versions_of_cgroups(tmp_path: Path, line:
     assert noise.count_throttled(tmp_path / "cgroup", root) == 4
 
 
-def test_a_sentinel_that_changes_its_pace_is_told() -> None:
+def test_changing_sentinel_raises_a_flag() -> None:
     rng = np.random.default_rng(0)
     assert noise.check_sentinel(rng.normal(2.0, 0.01, 50), 1) == []
     [flag] = noise.check_sentinel(np.concatenate([np.full(25, 2.0), np.full(25, 2.4)]), 1)
     assert flag.name == "sentinel" and flag.figures["value"] == pytest.approx(0.4 / 2.2)
 
 
-def test_drift_and_processes_that_differ_are_told() -> None:
+def test_drift_and_differing_processes_raise_flags() -> None:
     rng = np.random.default_rng(0)
     steady, still = rng.normal(2.0, 0.02, 60), rng.normal(1.0, 0.005, 60)
     latency = Samples.from_blocks("a", 1, [np.array([one]) for one in steady], processes=2)

@@ -1,0 +1,272 @@
+"""The comparison of runs: which is best, what is noise, and what the picture and the tables show of it."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from questpress.export.latency.results import Percentile
+from questpress.pipeline.api.compare import as_csv, compare, points
+from questpress.pipeline.cli.main import cli
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.evaluation.results import Comparison
+from questpress.pipeline.report.pages.comparison import page as shown
+from questpress.pipeline.report.pages.comparison import render_comparison
+from questpress.pipeline.runs import predictions
+from questpress.pipeline.runs.results import Report
+
+from tests.support import reports
+
+N = 372
+
+Made = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Made:
+    """Writes a made-up run: its report and, with ``right``, what its files answered to the test images."""
+
+    def write(
+        name: str,
+        correct: int,
+        *,
+        p50: float = 0.7,
+        right: np.ndarray | None = None,
+        fingerprint: str = "5fd1c0a9",
+        cpu: str = "AMD EPYC 9555",
+        **more: object,
+    ) -> Path:
+        report = reports.full()
+        assert report.student_int8 is not None and report.data is not None
+        latency = report.student_int8.latency_ms["1"].model_copy(
+            update={"percentiles": {"p50": Percentile(value=p50, low=p50 - 0.001, high=p50 + 0.001)}}
+        )
+        ships = report.student_int8.model_copy(
+            update={"score": reports.accuracy(correct, N), "latency_ms": {"1": latency}}
+        )
+        update = {
+            "student_int8": ships,
+            "data": report.data.model_copy(update={"fingerprint": fingerprint}),
+            "environment": {**report.environment, "cpu": cpu},
+            "config": {**report.config, "seed": 7},
+        }
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text('{"schema_version": 1, "stages": {}}')
+        report = report.model_copy(update={**update, **more})
+        (folder / "report.json").write_text(report.model_dump_json(), encoding="utf-8")
+        if right is not None:
+            logits = np.stack([~right, right], 1).astype(np.float32)
+            keys = np.random.default_rng(len(name)).permutation(N)
+            # Every run keeps them in an order of its own.
+            predictions.write_predictions(
+                folder / predictions.PREDICTIONS_FILE,
+                keys,
+                np.ones(N, dtype=np.int64),
+                {"student_int8": logits[keys], "student": logits[keys]},
+            )
+        return folder
+
+    return write
+
+
+def right(correct: int, wrong: range) -> np.ndarray:
+    """bool [N]: all right but those in ``wrong`` and the last ones, ``correct`` in all."""
+    found = np.ones(N, dtype=bool)
+    found[list(wrong)] = False
+    found[N - (int(found.sum()) - correct) :] = False
+    assert found.sum() == correct
+    return found
+
+
+def test_paired_images_are_compared(make: Made, tmp_path: Path) -> None:
+    # 11 images that only the best has right, none the other way round: p = 2 / 2^11, doubled by Holm.
+    make("best", 340, right=right(340, range(0)))
+    make("worse", 329, right=right(329, range(11)))
+    make("noise", 338, right=right(338, range(2)))
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [group] = found.groups
+    assert group.best == "best" and group.runs == ["best", "noise", "worse"]
+    noise, worse = group.accuracies
+    assert (noise.run, noise.within_noise, noise.paired) == ("noise", True, True)
+    assert noise.p == noise.p_holm == pytest.approx(0.5)
+    assert worse.p == pytest.approx(2 / 2**11) and worse.p_holm == pytest.approx(4 / 2**11)
+    assert not worse.within_noise and worse.points == pytest.approx(-1100 / N)
+    for page in render_comparison(found).values():
+        assert "Within noise of it: noise (−0.5 points, p = 0.500)." in page
+        assert "Worse: worse (−3.0 points, p = 0.002)." in page
+        assert "McNemar" in page and "chi-squared" not in page
+
+
+def test_unpaired_runs_are_compared_by_proportions(make: Made, tmp_path: Path) -> None:
+    make("best", 340, right=right(340, range(0)))
+    make("worse", 329)
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [one] = found.groups[0].accuracies
+    pooled = 669 / (2 * N)
+    z = (11 / N) / (pooled * (1 - pooled) * 2 / N) ** 0.5
+    assert not one.paired and one.within_noise  # the images one by one would have told them apart
+    assert one.p == pytest.approx(float(np.exp(-(z**2) / 2)), rel=0.6) and one.p > 0.05
+    assert one.low is not None and one.high is not None and one.low < one.points < one.high
+    text = render_comparison(found)["comparison.md"]
+    assert ", unpaired" in text and "compress validate RUN RUN" in text
+
+
+def test_predictions_of_another_report_are_ignored(make: Made, tmp_path: Path) -> None:
+    make("best", 340, right=right(340, range(0)))
+    make("changed", 335, right=right(338, range(2)))
+    [one] = compare(tmp_path / "runs", out=tmp_path / "out").groups[0].accuracies
+    assert not one.paired
+
+
+def test_latencies_are_compared_by_interval_on_one_machine(make: Made, tmp_path: Path) -> None:
+    make("fast", 330, p50=0.700)
+    make("same", 330, p50=0.7001)
+    make("slow", 330, p50=0.9)
+    make("elsewhere", 330, p50=0.1, cpu="Cortex-A76")
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    here, there = sorted(found.groups[0].machines, key=lambda one: -len(one.runs))
+    assert here.runs == ["fast", "same", "slow"] and there.runs == ["elsewhere"]
+    same, slow = here.latencies
+    assert (same.verdict, slow.verdict) == ("no difference", "slower")
+    assert slow.ratio == pytest.approx(0.9 / 0.7)
+    assert "different machines" in found.warnings[0] and "compress bench" in found.warnings[0]
+    assert "together" in " ".join(found.notes)
+
+
+def test_runs_on_other_images_form_their_own_group(make: Made, tmp_path: Path) -> None:
+    make("photos", 330)
+    make("other", 371, fingerprint="0badcafe")
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    assert [group.best for group in found.groups] == ["other", "photos"]
+    assert all(not group.accuracies for group in found.groups)
+    assert "2 different sets of images" in found.warnings[0]
+
+
+def test_unfinished_run_is_shown_with_its_results(make: Made, tmp_path: Path) -> None:
+    make("done", 330)
+    make("begun", 330, student_int8=None, int8=[])
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    assert "begun is not finished: the int8 file is missing." in found.warnings
+    begun = found.run("begun")
+    assert begun.int8 is None and begun.fp32 is not None and begun.ships == begun.fp32
+    assert all("begun" in page for page in render_comparison(found).values())
+
+
+def test_run_folders_and_reports_are_listed_once(make: Made, tmp_path: Path) -> None:
+    first, second = make("a/64", 330), make("b/64", 331)
+    (tmp_path / "runs" / "a" / "resolutions.json").write_text(json.dumps({"sizes": [{"folder": "64"}]}))
+    given = [tmp_path / "runs" / "a", first, second / "report.json", tmp_path / "runs" / "b"]
+    found = compare(given, out=tmp_path / "out")
+    assert sorted(one.name for one in found.runs) == ["a/64", "b/64"]
+    alone = tmp_path / "alone.json"
+    alone.write_text((first / "report.json").read_text(), encoding="utf-8")
+    assert compare(alone, out=tmp_path / "out").runs[0].source == str(alone)
+
+
+def test_unknown_fields_of_other_versions_are_ignored(make: Made, tmp_path: Path) -> None:
+    file = make("newer", 330) / "report.json"
+    content = json.loads(file.read_text())
+    content["unheard_of"] = content["student"]["strange"] = {"x": 1}
+    file.write_text(json.dumps(content))
+    assert compare(file, out=tmp_path / "out").runs[0].name == "newer"
+    del content["title"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="no report of this version"):
+        compare(file, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", ["nowhere", "empty", "empty/file.txt"])
+def test_path_without_a_run_is_refused(given: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "file.txt").write_text("no report")
+    result = CliRunner().invoke(cli, ["compare", str(tmp_path / given), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and result.stderr.startswith("Error: ") and not result.stdout
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_image_is_not_a_run_or_report(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(UsageError, match=r"photo\.jpg is neither a run folder nor a report\.json"):
+        compare(tmp_path / "photo.jpg", out=tmp_path / "out")
+
+
+def test_untimed_thread_count_is_refused(make: Made, tmp_path: Path) -> None:
+    make("one", 330)
+    with pytest.raises(UsageError, match="--threads 3: no run was timed at so many; there are figures for 1"):
+        compare(tmp_path / "runs", out=tmp_path / "out", threads=3)
+
+
+def test_command_prints_the_table_or_json(make: Made, tmp_path: Path) -> None:
+    make("one", 330)
+    make("two", 331)
+    asked = ["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(cli, asked).stdout
+    for words in ("On clothing, 372 test images", "two", "best", "noise", "comparison.html"):
+        assert words in shown, words
+    found = Comparison.model_validate_json(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
+    assert found == Comparison.model_validate_json((tmp_path / "out" / "comparison.json").read_text())
+    assert CliRunner().invoke(cli, [*asked, "--quiet"]).stdout == ""
+
+
+def test_table_for_programs_has_full_numbers_and_no_formula(make: Made, tmp_path: Path) -> None:
+    make("=cmd()", 330, method="+quest")
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [row] = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert row["run"] == "'=cmd()" and row["method"] == "'+quest" and row["seed"] == "7"
+    assert float(row["int8_score"]) == pytest.approx(100 * 330 / N)
+    assert float(row["int8_p50_low"]) < float(row["int8_p50_high"])
+    assert float(row["training_seconds"]) == pytest.approx(8.4 + 1260.9)
+
+
+def test_names_are_escaped(make: Made, tmp_path: Path) -> None:
+    report = reports.full()
+    assert report.data is not None
+    evil = "<script>alert(1)</script>"
+    make("<img src=x>", 330, method=evil, data=report.data.model_copy(update={"name": evil}))
+    texts = render_comparison(compare(tmp_path / "runs", out=tmp_path / "out"))
+    for text in texts.values():
+        assert "<script" not in text and "<img" not in text and "alert(1)" in text
+
+
+def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> None:
+    make("fast", 300, p50=0.5)
+    make("twin", 300, p50=0.5)
+    make("beaten", 299, p50=0.6)
+    make("unknown", 372, p50=float("inf"), student=None)
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [machine] = found.groups[0].machines
+    fp32 = ["fast fp32", "twin fp32", "beaten fp32"]
+    assert machine.frontier == ["fast int8", "twin int8", *fp32, "resnet34 teacher"]
+    told = f"Faster or more accurate than any other: {', '.join(machine.frontier)}."
+    for text in render_comparison(found).values():
+        assert told in " ".join(text.split())
+    [picture] = shown(found).sections[0].pictures
+    for plot in picture.plots:
+        assert sorted(one.text.split(":")[0] for one in plot.spots if one.best) == sorted(machine.frontier)
+
+
+def test_teacher_of_several_runs_is_as_fast_as_any_of_them_has_found_it(make: Made, tmp_path: Path) -> None:
+    teacher = reports.full().teacher
+    assert teacher is not None
+    latency = teacher.latency_ms["1"]
+    for name, p50 in (("disturbed", 20.0), ("quiet", 9.0), ("restless", 12.0)):
+        slower = latency.model_copy(update={"percentiles": {"p50": Percentile(value=p50)}})
+        make(name, 300, teacher=teacher.model_copy(update={"latency_ms": {"1": slower}}))
+    found = compare(tmp_path / "runs", out=tmp_path / "out")
+    [(name, file)] = [one for one in points(found.runs) if one[0].endswith("teacher")]
+    assert name == "resnet34 teacher" and file.p50 == 9.0
+
+
+def test_reports_alone_are_enough(tmp_path: Path) -> None:
+    files = []
+    for i, report in enumerate((reports.full(), reports.bare(), reports.teacher_only())):
+        file = tmp_path / f"{i}.json"
+        file.write_text(Report.model_dump_json(report), encoding="utf-8")
+        files.append(file)
+    found = compare(files, out=tmp_path / "out")
+    assert len(found.runs) == 3 and sum("not finished" in told for told in found.warnings) == 2

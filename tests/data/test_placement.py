@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+from questpress.pipeline.data import placement
+from questpress.pipeline.data.decode import Canonical, decode_images
+from questpress.pipeline.data.placement import canonical_bytes, choose_placement
+from questpress.pipeline.runs.cache import Cache
+
+from tests.support.pictures import folder, in_memory, open_folder, pixels
+
+FORM = Canonical("short_side", 32)
+
+
+def test_total_size_is_estimated_from_a_sample_of_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = in_memory([pixels(n, 40 + n, 90) for n in range(20)])
+    exact = decode_images(images, FORM).pixels.nbytes
+    assert canonical_bytes(images, FORM) == exact
+    monkeypatch.setattr("questpress.pipeline.data.decode.SAMPLE", 5)
+    assert canonical_bytes(images, FORM) == pytest.approx(exact, rel=0.1)
+    assert canonical_bytes(images, Canonical("square", 24)) == 20 * 3 * 24**2
+    files = open_folder(folder(tmp_path, {"a": 4, "b": 4})).train
+    (tmp_path / files[0].name).write_bytes(b"no image")
+    assert canonical_bytes(files, FORM) == len(files) * 3 * 12 * 16
+    assert canonical_bytes([], FORM) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "disk", "way", "word"),
+    [
+        (1e9, 1e9, 1e9, "device", ""),
+        (1e9, 1e3, 1e9, "device", ""),
+        (1e3, 1e9, 1e9, "host", "free on cuda"),
+        (1e3, 1e3, 1e9, "workers", "of memory"),
+        (1e9, 1e9, 1e3, "workers", "free at"),
+    ],
+)
+def test_pixels_go_to_the_first_place_they_fit_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device, memory, disk, way: str, word: str
+) -> None:
+    images = in_memory([pixels(n) for n in range(4)])  # 2,304 bytes
+    monkeypatch.setattr(placement, "free_memory", lambda _: device)
+    monkeypatch.setattr(placement, "host_memory", lambda: memory)
+    monkeypatch.setattr(placement, "free_disk", lambda _: disk)
+    cache = Cache(tmp_path)
+    chosen, why = choose_placement(images, FORM, "cuda", cache)
+    assert chosen == way and word in (why or "") and (why is None) == (way == "device")
+    if disk == 1e3:
+        decode_images(images, FORM, cache=cache)
+        assert choose_placement(images, FORM, "cuda", cache)[0] == "device", (
+            "what is decoded needs no more room"
+        )
+
+
+def test_gpu_that_shares_the_hosts_memory_is_limited_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = in_memory([pixels(n) for n in range(4)])
+    monkeypatch.setattr(placement, "host_memory", lambda: 1e3)
+    assert choose_placement(images, FORM, "mps", Cache(tmp_path))[0] == "workers"
+    assert choose_placement(images, FORM, "cpu", Cache(tmp_path))[0] == "device"  # a mapped file
+
+
+def test_this_machine_has_memory_and_a_disk(tmp_path: Path) -> None:
+    assert placement.host_memory() > 1e6
+    assert placement.free_disk(tmp_path / "not" / "yet") == pytest.approx(
+        placement.free_disk(tmp_path), rel=0.1
+    )
