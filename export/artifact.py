@@ -1,34 +1,31 @@
-"""The artifact folder: model files, and a manifest that says what they are, how good, and whence.
+"""The artifact folder: model files, `predict.py`, and a manifest that describes them.
 
-`manifest.json`, schema version 1 (`runtime.read_manifest` is its reader on the device):
+`manifest.json`, schema version 1, is read on the device by `runtime.read_manifest`:
 
     schema_version   1
     preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
-    input            "uint8" where the files take pixels, uint8 [batch, S, S, 3] RGB, rendered but not
-                     normalised (mean and std are in the files); absent where they take float32
-                     [batch, 3, S, S], normalised
-    labels           class names, in the order of the logits
-    task             "multi-label" where an image may have several labels (a sigmoid for each); absent where
-                     it has one (softmax)
-    thresholds       for multi-label: of each label, the least probability at which an image has it
-    origin           whence the network: teachers and student with their licences, method, data, and the
-                     temperature that was folded into it, if any; free JSON
-    versions         of the tools that wrote the files
+    input            "uint8" if the models take rendered pixels, uint8 [batch, S, S, 3] RGB, and normalize
+                     them; absent if they take normalized float32 [batch, 3, S, S]
+    labels           class names in the order of the logits
+    task             "multi-label" (sigmoid); absent for one label per image (softmax)
+    thresholds       for multi-label: the smallest probability at which each label is predicted
+    origin           teachers and student with their licenses, method, data, and the temperature folded into
+                     the model, if any; any JSON
+    versions         versions of the tools that wrote the files
     files            for each file:
-        name             within the folder
+        name             name in the folder
         precision        "fp32" or "int8"
-        target           the processor family it is meant for; null: any
-        bytes            its size
-        sha256           of its content
+        target           processor family, null for any
+        bytes, sha256    of its content
         opset            version of ONNX's operator set
-        ir_version       ONNX's format version: what the device's runtime must read at least
-        quantization     the recipe, for int8; null otherwise
-        accuracy         of this very file in ONNX Runtime, percent: top1 (multi-label: map), n, low, high
-                         (95 % interval), and what else was measured; null where it was not
-    checksum         sha256 of all of the above, as `runtime.checksum` writes it; older ones have none
+        ir_version       version of the ONNX format, which the device's runtime must support
+        quantization     the recipe of int8, null otherwise
+        accuracy         of this file in ONNX Runtime, percent: top1 (multi-label: map), n, low, high (95 %
+                         interval), and more; null if not measured
+    checksum         `runtime.compute_checksum` of the other fields
 
-Nothing in it names a user, a host or a local path. `predict.py` and `README.md` lie beside and are not in it:
-no answer depends on them, and the README is written anew whenever more is known.
+The manifest contains no user name, host name or local path. `predict.py` and `README.md` are not listed: no
+prediction depends on them, and the README is rewritten as results become available.
 """
 
 from __future__ import annotations
@@ -48,16 +45,15 @@ from .conversion.onnx_export import OnnxFile
 from .errors import ExportError
 from .files import write_bytes
 
-_HOME = re.compile(r"~[^/\\]*[/\\]")
+PREDICT = "predict.py"
 
+_HOME = re.compile(r"~[^/\\]*[/\\]")
 _TOOLS = ("questpress", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class ShippedFile:
-    """A model file in the artifact folder, and what is known of it. `accuracy` in percent: top1 or map, n,
-    low, high.
-    """
+    """A model file of the artifact; `accuracy` in percent: top1 or map, n, low, high."""
 
     file: OnnxFile
     precision: str
@@ -66,6 +62,7 @@ class ShippedFile:
     target: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the file's entry in the manifest."""
         return {
             "name": self.file.path.name,
             "precision": self.precision,
@@ -89,18 +86,18 @@ def write_manifest(
     thresholds: Sequence[float] | None = None,
     takes_pixels: bool = False,
 ) -> Path:
-    """Write `folder`/manifest.json, whole or not at all, and verify every file against it.
+    """Verify every file and write `folder`/manifest.json atomically.
 
-    Raises ExportError where a file isn't in the folder as described, a name is given twice, or `origin` holds
-    an absolute path.
+    Raises ExportError if a file in the folder differs from its description, a name occurs twice, or `origin`
+    contains an absolute path.
     """
     folder = Path(folder)
     names = [shipped.file.path.name for shipped in files]
     if len(set(names)) != len(names):
-        raise ExportError(f"an artifact cannot hold two files of one name: {', '.join(names)}")
-    local = [text for text in _strings(origin) if Path(text).is_absolute() or _HOME.match(text)]
-    if local:
-        raise ExportError(f"an artifact may not name a path of this machine, and its origin does: {local[0]}")
+        raise ExportError(f"file names in an artifact must be distinct, got {', '.join(names)}")
+    paths = [text for text in _find_strings(origin) if Path(text).is_absolute() or _HOME.match(text)]
+    if paths:
+        raise ExportError(f"the origin in an artifact must not contain a local path, got {paths[0]}")
     manifest: dict[str, Any] = {
         "schema_version": runtime.SCHEMA_VERSION,
         "preprocessing": preprocessing.to_dict(),
@@ -115,64 +112,63 @@ def write_manifest(
     try:
         for entry in manifest["files"]:
             runtime.read_verified(folder, entry)
-        manifest["checksum"] = runtime.checksum(json.loads(json.dumps(manifest)))  # of what a reader gets
+        # Of the content as a reader gets it: JSON has no tuples.
+        manifest["checksum"] = runtime.compute_checksum(json.loads(json.dumps(manifest)))
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         write_bytes(path, f"{text}\n".encode())
     except runtime.ArtifactError as error:
         raise ExportError(str(error)) from error
     except (TypeError, ValueError) as error:
-        raise ExportError(f"{path} cannot hold what it was given: {error}") from error
+        raise ExportError(f"{path} cannot be written as JSON: {error}") from error
     return path
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an artifact (or run) folder, every file verified. Raises runtime.ArtifactError."""
-    found, manifest = runtime.read_manifest(folder)
+    """Return the manifest of an artifact or run folder; verify every file. Raises runtime.ArtifactError."""
+    artifact, manifest = runtime.read_manifest(folder)
     for entry in manifest["files"]:
-        runtime.read_verified(found, entry)
+        runtime.read_verified(artifact, entry)
     return manifest
 
 
 def tool_versions() -> dict[str, str]:
-    """The installed version of every tool that has a part in the files."""
+    """Return the versions of the tools that write the files."""
     versions = {}
     for tool in _TOOLS:
         try:
             versions[tool] = version(tool)
-        except PackageNotFoundError:  # questpress from a source tree that isn't installed
+        except PackageNotFoundError:  # questpress from a source tree that is not installed
             versions[tool] = "unknown"
     return versions
 
 
-def _strings(value: Any) -> list[str]:
+def _find_strings(value: Any) -> list[str]:
+    """Return all strings in a JSON value, keys included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [text for pair in value.items() for part in pair for text in _strings(part)]
+        return [text for pair in value.items() for part in pair for text in _find_strings(part)]
     if isinstance(value, Sequence):
-        return [text for item in value for text in _strings(item)]
+        return [text for item in value for text in _find_strings(item)]
     return []
 
 
-PREDICT = "predict.py"
-
 _FUTURE = "from __future__ import annotations\n"
 
-_HEAD = "# Of a questpress artifact: python predict.py photo.jpg, or from predict import Classifier.\n"
+_USAGE = "# Part of a questpress artifact: python predict.py photo.jpg, or from predict import Classifier.\n"
 
-_NEEDS = """
+_CHECK_PACKAGES = """
 if __name__ == "__main__":
     import importlib.util
     import sys
 
-    lacking = {"numpy": "numpy", "PIL": "pillow", "onnxruntime": "onnxruntime"}
-    lacking = {name: package for name, package in lacking.items() if not importlib.util.find_spec(name)}
-    if lacking:
-        needed = " ".join(lacking.values())
-        sys.exit(f"Error: not installed here: {', '.join(lacking.values())}; try: pip install {needed}")
+    packages = {"numpy": "numpy", "PIL": "pillow", "onnxruntime": "onnxruntime"}
+    missing = [package for name, package in packages.items() if not importlib.util.find_spec(name)]
+    if missing:
+        sys.exit(f"Error: {', '.join(missing)} not installed. Run pip install {' '.join(missing)}")
 """
 
-_END = """
+_RUN = """
 
 if __name__ == "__main__":
     run()
@@ -180,35 +176,32 @@ if __name__ == "__main__":
 
 
 def predict_py() -> str:
-    """The text of predict.py; the same questpress gives the same bytes."""
-    before, after = _read("runtime.py").split(_FUTURE, 1)
+    """Return the text of predict.py: the runtime, and the command line; the same in every artifact."""
+    before, after = _read_source("runtime.py").split(_FUTURE, 1)
     line = "# " + "-" * 105
-    command = f"{_without_ours('text.py')}\n\n{_without_ours('predict_cli.py')}"
-    return f"{_HEAD}{before}{_FUTURE}{_NEEDS}{after}\n\n{line}\n# The command\n\n{command}{_END}"
+    command = f"{_strip_module('text.py')}\n\n{_strip_module('predict_cli.py')}"
+    return f"{_USAGE}{before}{_FUTURE}{_CHECK_PACKAGES}{after}\n\n{line}\n# Command line\n\n{command}{_RUN}"
 
 
 def write_predict(folder: Path) -> Path:
-    """Write `folder`/predict.py, whole or not at all; nothing is written where it is there already.
-
-    Raises ExportError where that fails.
-    """
+    """Write `folder`/predict.py unless it is up to date. Raises ExportError."""
     path, text = folder / PREDICT, predict_py().encode()
     if not path.is_file() or path.read_bytes() != text:
         write_bytes(path, text)
     return path
 
 
-def _without_ours(name: str) -> str:
-    """A module without its docstring and what it imports from those that stand before it."""
-    source = _read(name)
+def _strip_module(name: str) -> str:
+    """Return a module's source without its docstring and its imports of the modules before it."""
+    source = _read_source(name)
     lines = source.splitlines(keepends=True)
     for node in reversed(ast.parse(source).body):
-        ours = isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__")
-        said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if ours or said:
+        is_own = isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__")
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_own or is_docstring:
             del lines[node.lineno - 1 : node.end_lineno]
     return "".join(lines).strip() + "\n"
 
 
-def _read(name: str) -> str:
+def _read_source(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

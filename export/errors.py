@@ -1,15 +1,15 @@
-"""What can go wrong between a trained network and the file that ships, told in one sentence."""
+"""Exceptions of the export package."""
 
 
 class ExportError(Exception):
-    """Exporting, quantizing or timing a network failed (exit code 1)."""
+    """Exporting, quantizing or timing a network failed."""
 
     exit_code = 1
 
 
 class NotInTorchError(ExportError):
-    """A graph with something in it that `graph_operators` cannot compute."""
+    """A graph contains an operator that `int8.torch_graph` does not implement."""
 
 
 class CalibratorError(ExportError):
-    """A calibrator that cannot cope with a network's activations; another may."""
+    """A calibration method failed on a network's activations; another may succeed."""

@@ -1,5 +1,6 @@
-"""The command that an artifact's predict.py is: ask a network about image files; `compress predict` asks by
-it too. `standalone.py` puts it behind the runtime and plain_text.py, so that it knows nothing else of ours.
+"""Command line of `predict.py`, also used by `compress predict`.
+
+`artifact.py` appends this file to `runtime.py` and `text.py`; it must not import anything else of questpress.
 """
 
 from __future__ import annotations
@@ -14,109 +15,115 @@ from typing import NoReturn
 
 from PIL import Image
 
-from .runtime import _FORMATS, MOST_THREADS, ArtifactError, Classifier, ImageError, Prediction
-from .text import json_spelled_out, spelled_out
+from .runtime import _FORMATS, MAX_THREADS, ArtifactError, Classifier, ImageError, Prediction
+from .text import escape_controls, escape_json
 
 
-def ask(classifier: Classifier, paths: Iterable[Path], *, top: int = 3, as_json: bool = False) -> int:
-    """Print a line of answers for each image file, and for each image below a folder; errors go to stderr.
+def print_predictions(
+    classifier: Classifier, paths: Iterable[Path], *, top: int = 3, as_json: bool = False
+) -> int:
+    """Print one line per image file, including those in folders; print errors to stderr.
 
-    Returns how many could not be read.
+    Returns the number of images that could not be read.
     """
-    unread = 0
+    failures = 0
     for path in paths:
         try:
-            found = _images_below(path) if path.is_dir() else [path]
+            files = _find_images(path) if path.is_dir() else [path]
         except ImageError as error:
-            unread += 1
-            _tell(error)
+            failures += 1
+            _print_error(error)
             continue
-        for file in found:
+        for file in files:
             try:
-                [answer] = classifier.predict([file], top)
+                [prediction] = classifier.predict([file], top)
             except ImageError as error:
-                unread += 1
-                _tell(error)
+                failures += 1
+                _print_error(error)
             else:
-                print(_line(file, answer, as_json=as_json, several=classifier.thresholds is not None))
-    return unread
+                print(
+                    _format(file, prediction, as_json=as_json, multi_label=classifier.thresholds is not None)
+                )
+    return failures
 
 
-def _tell(error: Exception | str) -> None:
-    print(spelled_out(f"Error: {error}"), file=sys.stderr)
+def _print_error(error: Exception | str) -> None:
+    print(escape_controls(f"Error: {error}"), file=sys.stderr)
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """By name. Raises ImageError where there are none, or the folder cannot be read."""
-    formats = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+def _find_images(folder: Path) -> list[Path]:
+    """Return the images in a folder and its subfolders, sorted. Raises ImageError if there are none."""
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
     try:
-        found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in formats)
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
     except OSError as error:
         raise ImageError(f"cannot read {folder}: {error.strerror}") from error
-    if not found:
-        raise ImageError(f"{folder} holds no image")
-    return found
+    if not files:
+        raise ImageError(f"{folder} contains no images")
+    return files
 
 
-def _line(path: Path, answer: Prediction, *, as_json: bool, several: bool) -> str:
-    """The likeliest labels; where an image may have `several`, those it has, and in JSON the others too."""
+def _format(path: Path, prediction: Prediction, *, as_json: bool, multi_label: bool) -> str:
+    """Return the most likely labels; for a multi-label model the predicted ones, in JSON both."""
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     if as_json:
-        has = {"labels": _named(answer.labels)} if several else {}
-        said = {"image": name, **has, "answers": _named(answer.top)}
-        return json_spelled_out(json.dumps(said, ensure_ascii=False))
-    shown = answer.labels if several else answer.top
-    told = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in shown)
-    return spelled_out(f"{name}: {told or 'none of the labels'}")
+        labels = {"labels": _to_json(prediction.labels)} if multi_label else {}
+        line = {"image": name, **labels, "top": _to_json(prediction.top)}
+        return escape_json(json.dumps(line, ensure_ascii=False))
+    shown = prediction.labels if multi_label else prediction.top
+    text = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in shown)
+    return escape_controls(f"{name}: {text or 'no label'}")
 
 
-def _named(answers: Iterable[tuple[str, float]]) -> list[dict[str, str | float]]:
-    return [{"label": label, "probability": probability} for label, probability in answers]
+def _to_json(labels: Iterable[tuple[str, float]]) -> list[dict[str, str | float]]:
+    return [{"label": label, "probability": probability} for label, probability in labels]
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, spelled_out(f"Error: {message}; --help lists the options.") + "\n")
+        self.exit(2, escape_controls(f"Error: {message}. See --help.") + "\n")
 
 
-def _whole_number(text: str) -> int:
+def _positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
-def _threads(text: str) -> int:
-    count = _whole_number(text)
-    if count > MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"{text} threads are more than {MOST_THREADS}")
+def _thread_count(text: str) -> int:
+    count = _positive_integer(text)
+    if count > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_THREADS}, got {text}")
     return count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python predict.py IMAGE…`: 0, 1 where something cannot be read; 2 is the exit of a wrong option."""
-    parser = _Parser(description="Ask the network of an artifact folder what it sees.")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
-    parser.add_argument("--top", type=_whole_number, default=3, help="answers for each image [default: 3]")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--file", help="which .onnx of the folder answers [default: int8 for this processor]")
-    parser.add_argument("--threads", type=_threads, help="[default: the cores allowed, at most 4]")
+    """Run the command; return 1 if an image or the model cannot be read, otherwise 0."""
+    parser = _Parser(description="Classify images with the model of an artifact folder.")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file or folder")
+    parser.add_argument(
+        "--top", type=_positive_integer, default=3, help="number of labels per image [default: 3]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--file", help="model file in the folder [default: int8 for this processor]")
+    parser.add_argument("--threads", type=_thread_count, help="[default: number of allowed cores, at most 4]")
     parser.add_argument(
         "--artifact",
         type=Path,
         default=Path(__file__).resolve().parent,
-        help="folder with the manifest.json [default: the one this file lies in]",
+        help="artifact folder [default: the folder of this file]",
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        classifier = Classifier.load(asked.artifact, file=asked.file, threads=asked.threads)
-        return 1 if ask(classifier, asked.images, top=asked.top, as_json=asked.json) else 0
+        classifier = Classifier.load(options.artifact, file=options.file, threads=options.threads)
+        return int(print_predictions(classifier, options.images, top=options.top, as_json=options.json) > 0)
     except ArtifactError as error:
-        _tell(error)
+        _print_error(error)
         return 1
 
 
 def run() -> NoReturn:
-    """`main` as a program of its own."""
+    """Run `main` as a program."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # they may be closed
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -126,10 +133,10 @@ def run() -> NoReturn:
             stream.flush()
     except KeyboardInterrupt:
         code = 130
-    except OSError as error:  # the disk behind the answers is full, or whoever read them has gone
+    except OSError as error:  # stdout is on a full disk, or its reader has exited
         if sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            _tell(f"the answers cannot be written: {error.strerror}")
+            _print_error(f"cannot write the output: {error.strerror}")
         code = 1
     sys.exit(code)

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from questpress.export.int8.rewrite import RULES
-from questpress.export.runtime import session
+from questpress.export.runtime import open_session
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def logits(kind: str, path: Path, images: np.ndarray) -> np.ndarray:
 
         run = in_openvino(str(path), 1, (1, *images.shape[1:]))
         return np.concatenate([run(images[i : i + 1]) for i in range(len(images))])
-    opened = session(path, 1)
+    opened = open_session(path, 1)
     name = opened.get_inputs()[0].name
     return np.concatenate([opened.run(None, {name: images[i : i + 1]})[0] for i in range(len(images))])
 
@@ -202,7 +202,7 @@ def signal_to_noise(expected: np.ndarray, found: np.ndarray) -> float:
 def _reader(fp32: Path, images: np.ndarray) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
-    name = session(fp32, 1).get_inputs()[0].name
+    name = open_session(fp32, 1).get_inputs()[0].name
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from questpress import export
-from questpress.export.runtime import Preprocessing, normalise
+from questpress.export.runtime import Preprocessing, normalize
 from questpress.models.build import geometry
-from questpress.pipeline.data.decode import rendered
+from questpress.pipeline.data.decode import render_images
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.runs.files import digest, sha256, write_json
 
@@ -75,13 +75,13 @@ class Images:
         """For calibration and as inputs, float32 [n, 3, S, S] each, preprocessed as the network's own."""
         g = geometry(model, self.size)
         return self._rendered(
-            Preprocessing.of(g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
+            Preprocessing.create(g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
         )
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  (one set of images in a process)
     def _rendered(self, how: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-        pixels = rendered([*self.calibration, *self.inputs], how).pixels.stacked().numpy()
-        images = normalise(pixels, how)
+        pixels = render_images([*self.calibration, *self.inputs], how).pixels.stack().numpy()
+        images = normalize(pixels, how)
         return images[: len(self.calibration)], images[len(self.calibration) :]
 
 

@@ -60,7 +60,7 @@ def block(session: ort.InferenceSession, images: np.ndarray) -> float:
 def speed_ups(paths: dict[str, Path]) -> None:
     rng = np.random.default_rng(1)
     images = rng.standard_normal((16, 3, SIZE, SIZE), dtype=np.float32)
-    sessions = {name: runtime.session(path, 1) for name, path in paths.items()}
+    sessions = {name: runtime.open_session(path, 1) for name, path in paths.items()}
     taken: dict[str, list[float]] = {name: [] for name in sessions}
     for round_ in range(ROUNDS + 1):
         for index in rng.permutation(len(sessions)):

@@ -34,13 +34,13 @@ def sessions(name: str, folder: Path) -> dict[str, ort.InferenceSession]:
     images = np.random.default_rng(0).standard_normal((8, 3, SIZE, SIZE), dtype=np.float32)
     prepared = prepare(fp32)
     ranges, _ = calibrate_ranges(prepared.model, [images], "minmax", prepared.scope.op_types)
-    types = replace(target(runtime.target_of_this_machine()), float_stem=False)
+    types = replace(target(runtime.detect_target()), float_stem=False)
     first = next(node.name for node in prepared.model.graph.node if node.op_type == "Conv")
     files = {"fp32": fp32}
     for way, kept in {"integers": (), "float": (first,)}.items():
         model = quantize(prepared, ranges, types, kept_float=kept)
         files[way] = write_int8(prepared, model, folder / f"{way}.onnx", {}).path
-    return {way: runtime.session(file, 1) for way, file in files.items()}
+    return {way: runtime.open_session(file, 1) for way, file in files.items()}
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from questpress.export.conversion import pixel_input
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.conversion.pixel_input import Outside
 from questpress.export.int8.quantizer import quantize_int8
-from questpress.export.runtime import Preprocessing, normalise, session
+from questpress.export.runtime import Preprocessing, normalize, open_session
 
 from benchmarks.cells import markdown
 
 SIDE, IMAGES = 224, 16
-P = Preprocessing.of(SIDE)
+P = Preprocessing.create(SIDE)
 
 
 def files(network: torch.nn.Module, pixels: np.ndarray, folder: Path) -> dict[str, dict[str, Path]]:
@@ -38,17 +38,17 @@ def files(network: torch.nn.Module, pixels: np.ndarray, folder: Path) -> dict[st
     onnx.save(model, str(fp32["before"]))
     int8 = {name: folder / f"{name}.int8.onnx" for name in fp32}
     for name, file in fp32.items():
-        shown = normalise(pixels, P) if name == "floats" else pixels
+        shown = normalize(pixels, P) if name == "floats" else pixels
         quantize_int8(file, int8[name], [shown])
     return {"fp32": fp32, "int8": int8}
 
 
 def subjects(made: dict[str, Path], pixels: np.ndarray) -> dict[str, Callable[[int], object]]:
-    floats, folded, before = (session(made[name], 1) for name in ("floats", "folded", "before"))
-    ready = normalise(pixels, P)
+    floats, folded, before = (open_session(made[name], 1) for name in ("floats", "folded", "before"))
+    ready = normalize(pixels, P)
     return {
         "floats, normalised beforehand": lambda i: floats.run(None, {"input": ready[i : i + 1]}),
-        "floats, normalised by numpy": lambda i: floats.run(None, {"input": normalise(pixels[i : i + 1], P)}),
+        "floats, normalised by numpy": lambda i: floats.run(None, {"input": normalize(pixels[i : i + 1], P)}),
         "pixels, folded": lambda i: folded.run(None, {"input": pixels[i : i + 1]}),
         "pixels, in float before the network": lambda i: before.run(None, {"input": pixels[i : i + 1]}),
     }

@@ -262,7 +262,7 @@ def quantize_int8(
 
     Metadata is carried over; the same input gives the same bytes. Raises ExportError.
     """
-    types = target(target_name or runtime.target_of_this_machine())
+    types = target(target_name or runtime.detect_target())
     prepared = prepare(fp32_path, rules)
     ranges, n = calibrate_ranges(prepared.model, prepared.fed(calibration), method, prepared.scope.op_types)
     model = quantize(prepared, ranges, types)

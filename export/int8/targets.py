@@ -7,12 +7,12 @@
 - arm64: activations int8, weights int8: what its dot product and its matrix instructions (i8mm) take.
 
 Sources: ONNX Runtime's documentation on quantization (sections on representation, on U8S8 and its saturation,
-and on Arm), and `benchmarks/int8.py`. Asymmetric everywhere: only then ReLU and Clip fold into the range of
+and on Arm), and `benchmarks/int8/compare.py`. Asymmetric everywhere: only then ReLU and Clip fold into the range of
 the tensor before them, and half of a range is not given to numbers that a ReLU never gives.
 
 On x86 a first convolution of 3 × 3 stays float, unless it takes pixels as they are: over three channels the
 integer kernel has little to sum, and MobileNets are a few percent faster so; one of 7 × 7, as ResNets have
-it, is far slower in float (`benchmarks/stem.py`).
+it, is far slower in float (`benchmarks/int8/stem.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from onnxruntime.quantization import QuantType
 
 from ..errors import ExportError
-from ..runtime import target_of_this_machine
+from ..runtime import detect_target
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def target(name: str) -> Target:
 
 def timed_here(names: Iterable[str]) -> dict[str, str | None]:
     """For each target, why a file of it cannot be timed on this machine; None where it can."""
-    here = target_of_this_machine()
+    here = detect_target()
     return {name: None if _runs(name, here) else _why_not(name, here) for name in names}
 
 
@@ -80,7 +80,7 @@ def right_here(name: str) -> bool:
     """Whether a target's files answer on this machine as on their own. Without VNNI, x86 saturates sums with
     weights of 8 bits, so only its own target's files are right there.
     """
-    return target_of_this_machine() != "x86" or name == "x86"
+    return detect_target() != "x86" or name == "x86"
 
 
 def _runs(name: str, here: str) -> bool:

@@ -36,7 +36,8 @@ def measure_cold_starts(
         for turn in range(processes):
             for index, (subject, runtime) in enumerate(subjects):
                 progress(
-                    (turn * len(subjects) + index) / (processes * len(subjects)), f"cold start of {subject.name}"
+                    (turn * len(subjects) + index) / (processes * len(subjects)),
+                    f"cold start of {subject.name}",
                 )
                 file = save_inputs(subject.inputs[:1], folder / f"{index}.npy")
                 command = worker_command("cold-start", runtime)

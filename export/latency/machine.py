@@ -59,7 +59,7 @@ def is_arm() -> bool:
 
 def has_vnni() -> bool:
     """Return True if one instruction sums int8 products in 32 bits (x86's VNNI)."""
-    return runtime.target_of_this_machine() == "x86-vnni"
+    return runtime.detect_target() == "x86-vnni"
 
 
 _SYSTEM = Path("/sys/devices/system/cpu")
@@ -150,7 +150,7 @@ SESSION_OPTIONS = [
     "execution_mode = sequential, graph_optimization_level = all (without Pad_Fusion)",
     "intra-op threads spin within a run and stop between runs",
 ]
-"""What `runtime.session` sets."""
+"""What `runtime.open_session` sets."""
 
 
 def find_runtime(name: str) -> Runtime:

@@ -250,7 +250,9 @@ def bench(
         )
     for subject in subjects:
         if subject.inputs.ndim != 4 or not len(subject.inputs):
-            raise ExportError(f"{subject.name} requires inputs [n, 3, S, S], got {list(subject.inputs.shape)}")
+            raise ExportError(
+                f"{subject.name} requires inputs [n, 3, S, S], got {list(subject.inputs.shape)}"
+            )
     counts = list(dict.fromkeys(threads))
     machine = environment()
     plans: list[_Plan] = []

@@ -27,8 +27,9 @@ CONFIDENCE_LEVEL = 0.95
 
 PROCESS_STD = 0.006
 """Relative standard deviation assumed between processes of one file if each file had only one process.
-`benchmarks/latency/noise.py` measures it: 0.4 % is the median of 14 benches of an int8 MobileNetV2 on two cores
-of a Xeon; this is half as much again.
+
+`benchmarks/latency/noise.py` measures it: 0.4 % is the median of 14 benches of an int8 MobileNetV2 on two
+cores of a Xeon; this is half as much again.
 """
 
 SPEEDUP_LEVEL = 0.98

@@ -101,7 +101,7 @@ def load_onnxruntime(model: str, threads: int, _shape: tuple[int, ...]) -> Run:
     """Load a file with the options that questpress ships with."""
     from .. import runtime
 
-    session = runtime.session(model, threads)
+    session = runtime.open_session(model, threads)
     name = session.get_inputs()[0].name
     return lambda batch: session.run(None, {name: batch})
 
@@ -209,7 +209,7 @@ def time_steps(classifier: Classifier, image: Path, clock: Callable[[], int]) ->
     times.append(clock())
     rendered = render(pixels, classifier.preprocessing)
     times.append(clock())
-    batch = np.ascontiguousarray(classifier.feed(rendered[None]))
+    batch = np.ascontiguousarray(classifier.to_input(rendered[None]))
     times.append(clock())
     classifier.probabilities(classifier.logits(batch))
     times.append(clock())

@@ -213,7 +213,7 @@ def _without_gpu() -> tuple[str, Verdict, str | None]:
 
 
 def _int8() -> Iterable[Finding]:
-    from ...export.runtime import int8_flags, target_of_this_machine
+    from ...export.runtime import int8_flags, detect_target
 
     target = target_of_this_machine()
     flags = ", ".join(int8_flags()) or "none of those that matter"

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...export.errors import ExportError
-from ...export.predict_cli import ask
+from ...export.predict_cli import print_predictions
 from ...export.runtime import ArtifactError, Classifier
 from ..data.sources.folders import EXTENSIONS
 from ..errors import UsageError
-from ..runs.folder import refuse_unfinished
+from ..runs.folder import check_finished
 
 
 def predict(
@@ -26,7 +26,7 @@ def predict(
     Raises:
         UsageError: the artifact cannot be loaded.
     """
-    refuse_unfinished(artifact)
+    check_finished(artifact)
     if artifact.suffix.lower() in EXTENSIONS and artifact.is_file():
         raise UsageError(
             f"{artifact} is an image: name the run or its artifact first, then the images, as in "
@@ -44,4 +44,4 @@ def predict(
             classifier = Classifier.load(artifact, file=file, threads=threads)
     except (ArtifactError, ExportError) as error:
         raise UsageError(f"{error}.") from error
-    return ask(classifier, images, top=top, as_json=as_json)
+    return print_predictions(classifier, images, top=top, as_json=as_json)

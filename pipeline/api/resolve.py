@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...export.conversion.onnx_export import check_opset
 from ...export.errors import ExportError
-from ...export.runtime import target_of_this_machine
+from ...export.runtime import detect_target
 from ...models.build import check_activation, check_size, default_image_size, geometry
 from ...models.checkpoint import read_checkpoint
 from ...models.errors import ModelError
@@ -46,7 +46,7 @@ def complete(chosen: Options) -> None:
     except ExportError as error:
         raise UsageError(f"--opset {chosen.opset}: {error}.") from error
     # Checked again when it is assigned.
-    chosen.target = chosen.target or [target_of_this_machine()]  # type: ignore[list-item]
+    chosen.target = chosen.target or [detect_target()]  # type: ignore[list-item]
     twice = next((name for name in chosen.target if chosen.target.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"--target {twice} is given twice; name each target once.")
@@ -131,9 +131,9 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     chosen = options.model_copy(deep=True)
     from_seeds(chosen)
     _check_lists(chosen)
-    stages.check(chosen)
+    stages.check_rounds(chosen)
     _check_store(chosen)
-    trackers.check(chosen)
+    trackers.check_trackers(chosen)
     parameters = methods.parse_parameters(methods.parse_methods(chosen.method), chosen.settings)
     # A weight that was asked for is not to be second-guessed.
     asked_for = chosen.recipe is not None or any(
@@ -220,11 +220,11 @@ def _check_ships(chosen: Options, classes: int) -> None:
     Raises:
         UsageError: the student is larger than a file that ships.
     """
-    from ...export.conversion.onnx_export import SINGLE_FILE
+    from ...export.conversion.onnx_export import MAX_EMBEDDED_BYTES
 
     assert chosen.image_size is not None
     count = parameters_of(chosen.student, classes, chosen.student_size or chosen.image_size)
-    if 4 * count > SINGLE_FILE:
+    if 4 * count > MAX_EMBEDDED_BYTES:
         raise UsageError(
             f"--student {chosen.student} has {count / 1e6:,.1f} million parameters, more than an ONNX file "
             "of 2 GB holds; take a smaller one."
@@ -254,15 +254,15 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
     _check_optimizer(chosen.optimizer)
     # A batch is no more than there is, and its learning rate that of what it is.
-    batch = chosen.batch_size = min(chosen.batch_size or defaults.batch_size(images), images)
-    chosen.epochs = chosen.epochs or defaults.epochs("student", images, scratch=scratch)
-    chosen.teacher_epochs = chosen.teacher_epochs or defaults.epochs(
+    batch = chosen.batch_size = min(chosen.batch_size or defaults.choose_batch_size(images), images)
+    chosen.epochs = chosen.epochs or defaults.choose_epochs("student", images, scratch=scratch)
+    chosen.teacher_epochs = chosen.teacher_epochs or defaults.choose_epochs(
         "teacher", images, scratch=teacher_scratch
     )
-    chosen.lr = chosen.lr or defaults.learning_rate(
+    chosen.lr = chosen.lr or defaults.choose_learning_rate(
         "student", batch, scratch=scratch, optimizer=chosen.optimizer
     )
-    chosen.teacher_lr = chosen.teacher_lr or defaults.learning_rate(
+    chosen.teacher_lr = chosen.teacher_lr or defaults.choose_learning_rate(
         "teacher", batch, scratch=teacher_scratch, optimizer=chosen.optimizer
     )
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
@@ -318,7 +318,7 @@ def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes
         )
         bytes_per_image = max(bytes_per_image, as_teacher)
     # A recipe is followed to the letter: a new view each epoch.
-    chosen.cache_views = 0 if chosen.recipe else defaults.cache_views(chosen.epochs, images * bytes_per_image)
+    chosen.cache_views = 0 if chosen.recipe else defaults.choose_cache_views(chosen.epochs, images * bytes_per_image)
 
 
 def _check_averages(chosen: Options) -> None:
@@ -333,7 +333,7 @@ def _check_averages(chosen: Options) -> None:
 
 def _warmup(whose: str, asked: float | None, epochs: int, recipe: str | None) -> float:
     if asked is None:
-        return defaults.warmup_epochs(epochs)
+        return defaults.choose_warmup_epochs(epochs)
     if asked >= epochs:
         raise UsageError(
             f"--{whose}warmup-epochs {asked:g}{f' of --recipe {recipe}' if recipe else ''} leaves nothing of "
@@ -344,7 +344,7 @@ def _warmup(whose: str, asked: float | None, epochs: int, recipe: str | None) ->
 
 def _choose_views(chosen: Options, data: ImageSet) -> None:
     assert chosen.image_size is not None
-    chosen.crop = chosen.crop or ("pad" if defaults.small(_median_short_side(data)) else "resized")
+    chosen.crop = chosen.crop or ("pad" if defaults.is_small(_median_short_side(data)) else "resized")
     for name, crop in (("crop_scale", "resized"), ("pad", "pad"), ("pad_mode", "pad")):
         if getattr(chosen, name) is not None and chosen.crop != crop:
             raise UsageError(
@@ -356,7 +356,7 @@ def _choose_views(chosen: Options, data: ImageSet) -> None:
     elif chosen.crop == "pad":
         if chosen.pad is None:
             resized = int(chosen.image_size / geometry(chosen.student, chosen.image_size).crop_fraction)
-            chosen.pad = defaults.pad(chosen.image_size, resized)
+            chosen.pad = defaults.compute_pad(chosen.image_size, resized)
         chosen.pad_mode = chosen.pad_mode or "zeros"
         if chosen.pad >= chosen.image_size:
             raise UsageError(f"--pad {chosen.pad} is not less than the image size, {chosen.image_size}.")

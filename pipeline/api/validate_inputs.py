@@ -13,13 +13,13 @@ import numpy as np
 from ...export.conversion.untrusted import parsed, read_foreign
 from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, right_here
-from ...export.runtime import ArtifactError, Classifier, Preprocessing, read_manifest, read_verified, session
+from ...export.runtime import ArtifactError, Classifier, Preprocessing, read_manifest, read_verified, open_session
 from ...models.checkpoint import tensors_digest
 from ..data.dataset import SPLITS, Image, Progress, Skipped, Split, sort_images, printable
 from ..data.sources import open_data, read_data
 from ..data.splits import UnsplitDataset, quote_names
 from ..errors import UsageError
-from ..report.format import counted
+from ..report.format import plural
 from ..runs import predictions
 from ..runs.artifacts import timed_teachers
 from ..runs.files import digest, sha256
@@ -131,7 +131,7 @@ def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[st
             raise UsageError(f"{error}.") from error
         classifier = Classifier(content, entry["name"], threads=threads, **_said(manifest))
         if not fused:
-            classifier.session = session(content, classifier.threads, fuse=False, name=entry["name"])
+            classifier.session = open_session(content, classifier.threads, fuse=False, name=entry["name"])
         kind = str(entry["precision"])
         alone = sum(other["precision"] == kind for other in manifest["files"]) == 1
         name = kind if alone or target is None else f"{kind} {target}"
@@ -345,9 +345,9 @@ def choose(
     Raises:
         UsageError: the data are not there or have no image of that role.
     """
-    given = read_data(data, data_dir=data_dir, download=download, to_learn=False, progress=progress)
+    given = read_data(data, data_dir=data_dir, download=download, for_training=False, progress=progress)
     if part is None:
-        part = "test" if given.has_roles else "all"
+        part = "test" if given.has_splits else "all"
     if part != "all" and not given.images.get(part):
         raise UsageError(_without_role(given, part))
     roles: Sequence[Split] = SPLITS if part == "all" else (part,)
@@ -368,7 +368,7 @@ def choose(
 
 
 def _without_role(given: UnsplitDataset, part: Part) -> str:
-    if not given.has_roles:
+    if not given.has_splits:
         return (
             f"{given.source} has no roles, so that --role {part} names none of its images; leave it out, "
             "or say "
@@ -405,7 +405,7 @@ def _trained_on(images: Sequence[Image], run: Path) -> str | None:
     seen = sum(image.number in known for image in images)
     if not seen:
         return None
-    were = f"{seen:,} of {counted(len(images), 'image')} {'was' if seen == 1 else 'were'}"
+    were = f"{seen:,} of {plural(len(images), 'image')} {'was' if seen == 1 else 'were'}"
     return f"{were} trained on by {run.name}: on them the figures are better than on new ones."
 
 
@@ -417,7 +417,7 @@ def _of_the_run(given: UnsplitDataset, runs: Collection[Path]) -> list[str]:
         if known is None:
             continue
         try:
-            same = given.assembled(read_config(run).get("val_fraction")).fingerprint == known["fingerprint"]
+            same = given.split(read_config(run).get("val_fraction")).fingerprint == known["fingerprint"]
         except UsageError:
             same = False
         if same:

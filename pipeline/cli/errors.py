@@ -1,24 +1,21 @@
-"""What goes wrong for the user is one sentence and an exit code; what went well is shown by the report."""
+"""Map exceptions to error messages and exit codes."""
 
 import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import click
 
-from ...export.text import spelled_out
-from ..errors import out_of_memory
+from ...export.text import escape_controls
+from ..errors import is_out_of_memory
 from ..runs import main_process
 from ..runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit
 
-if TYPE_CHECKING:
-    from ..runs.results import Report
-
 T = TypeVar("T")
 
-OF_THE_SYSTEM = {
+SYSTEM_ERRORS = {
     getattr(errno, name)
     for name in (
         "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENXIO", "ENODEV", "EBUSY",
@@ -26,82 +23,69 @@ OF_THE_SYSTEM = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-"""What the file system refuses to anybody; other numbers, such as a file that is not there, tell of a defect
-of ours, which wants a traceback."""
+"""Errors of the file system. Others, such as a missing file, are bugs and are shown with a traceback."""
+
+MAX_MESSAGE = 4000
+"""Characters of a message, which may contain names of any length from files."""
+
+SIGINT_EXIT = 130
 
 
-def told(job: Callable[[], T], *, resumes: bool = False) -> T:
-    """Run a job; what goes wrong for the user is one sentence and an exit code, not a traceback.
+def exit_on_error(job: Callable[[], T], *, resumable: bool = False) -> T:
+    """Run a job and turn its errors into one message and an exit code.
 
-    ``resumes``: whether the same command goes on where it was stopped.
+    Args:
+        job: the function to call.
+        resumable: True if running the same command again resumes the job.
     """
+    resume = " Run the same command again to resume." if resumable else ""
     try:
-        # A scheduler or a container that wants its machine back says SIGTERM; that is Ctrl-C from afar.
-        with STOP.listens():
+        with STOP.listens():  # SIGTERM, sent by schedulers and containers, counts as Ctrl-C
             return job()
     except TimeLimit:
-        ended(
-            "\nStopped: the --time-limit is reached. The same command goes on where this one was.",
-            TIME_LIMIT_EXIT,
-        )
+        fail(f"\nStopped at --time-limit.{resume}", TIME_LIMIT_EXIT)
     except KeyboardInterrupt:
-        ended("\nStopped." + (" The same command goes on where this one was." if resumes else ""), 130)
+        fail(f"\nStopped.{resume}", SIGINT_EXIT)
     except OSError as error:
-        if error.errno not in OF_THE_SYSTEM:
+        if error.errno not in SYSTEM_ERRORS:
             raise
-        ended(f"Error: {error.filename or 'a file'}: {error.strerror}; what was there is unchanged.", 1)
+        fail(f"Error: {error.filename or 'a file'}: {error.strerror}. Existing files are unchanged.", 1)
     except Exception as error:
-        # The rooms have error classes of their own; each tells its exit code.
+        # models/ and export/ have their own error classes with an exit code.
         code = getattr(error, "exit_code", None)
         if code is not None:
-            ended(f"Error: {error}", code)
-        if out_of_memory(error):
-            ended(
-                "Error: there is not enough memory here for it: end other programs, or take smaller images "
-                "(--image-size), parts of steps (--micro-batch) or networks.",
+            fail(f"Error: {error}", code)
+        if is_out_of_memory(error):
+            fail(
+                "Error: out of memory. Close other programs, or reduce --image-size, --micro-batch or the "
+                "size of the networks.",
                 1,
             )
-        if main_process.first_to_end():
+        if main_process.is_first_to_exit():
             raise
-        sys.exit(1)  # this process has lost the one that has told why
+        sys.exit(1)  # another process has failed and reported the reason
 
 
-def written() -> None:
-    """Bring what was printed out of this process, while it can still be told that it cannot be."""
+def flush_output() -> None:
+    """Flush what was printed, so that a write error can still be reported."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
 
 
-def unwritten(error: OSError) -> NoReturn:
-    """End where the answers cannot be printed: their disk is full, or whoever read them has gone."""
-    if sys.stdout is not None:  # or the interpreter tries once more at its end
+def fail_on_output(error: OSError) -> NoReturn:
+    """Exit because the output cannot be written: the disk is full, or its reader has exited."""
+    if sys.stdout is not None:  # otherwise the interpreter tries to flush it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if error.errno == errno.EPIPE:
         sys.exit(1)
-    ended(f"Error: the output cannot be written: {error.strerror}.", 1)
+    fail(f"Error: the output cannot be written: {error.strerror}.", 1)
 
 
-def ended(sentence: str, code: int) -> NoReturn:
-    if main_process.first_to_end():
-        click.echo(_readable(sentence), err=True)
+def fail(message: str, code: int) -> NoReturn:
+    """Print a message, by one process only, and exit."""
+    if main_process.is_first_to_exit():
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE * 3 // 4]} … {message[-MAX_MESSAGE // 4 :]}"
+        click.echo(escape_controls(message, keep="\n"), err=True)
     sys.exit(code)
-
-
-LONGEST = 4000
-"""Characters of a sentence: a name in it may come from a file, and be of any length."""
-
-
-def _readable(sentence: str) -> str:
-    if len(sentence) > LONGEST:
-        sentence = f"{sentence[: LONGEST * 3 // 4]} … {sentence[-LONGEST // 4 :]}"
-    return spelled_out(sentence, but="\n")
-
-
-def show_report(report: "Report", *, as_json: bool) -> None:
-    from ..report.terminal import show
-
-    if as_json:
-        click.echo(report.model_dump_json(indent=2, by_alias=True))
-    elif report.stages:
-        show(report)

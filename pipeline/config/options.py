@@ -1,6 +1,6 @@
-"""Every option of a run: its name, type, help, group, and the first stage whose result it changes.
+"""Every option of a run: its type, help, group, and the first stage whose result it changes.
 
-The command line, `config.yaml`, the Python API and the documentation are all made from this one list.
+The command line, ``config.yaml``, the Python API and docs/command-line.md are made from this list.
 """
 
 from pathlib import Path
@@ -8,111 +8,111 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from ...export.text import spelled_out
-from ..runs.interrupt import seconds
-from .limits import no_truth, within
+from ...export.text import escape_controls
+from ..runs.interrupt import parse_time
+from .limits import check_limits, check_not_boolean
 
+GROUPS = ("Models and data", "Weights", "Method", "Training", "Images", "Export", "Execution")
 STAGES = ("teacher", "prepare", "student", "export", "quantize", "validate", "bench", "report")
 Stage = Literal["teacher", "prepare", "student", "export", "qat", "quantize", "validate", "bench", "report"]
 
 
 def option(help: str, default: Any = None, *, group: str, enters: str | None = None, **limits: Any) -> Any:
-    """A field with its group in `--help` and the first stage whose hash it enters (None: no stage's)."""
+    """Return a field with its heading in ``--help`` and the first stage whose hash it enters, or None."""
     return Field(default, description=help, json_schema_extra={"group": group, "enters": enters}, **limits)
 
 
-def _listed(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
-def pairs(value: Any) -> Any:
-    """``["quest.tau=0.2"]`` as ``{"quest.tau": "0.2"}``; a mapping stays as it is."""
+def parse_pairs(value: Any) -> Any:
+    """Return ``["quest.tau=0.2"]`` as ``{"quest.tau": "0.2"}``, and mappings unchanged."""
     if not isinstance(value, list | tuple):
         return value
-    found = {}
+    pairs = {}
     for item in value:
         key, equals, setting = str(item).partition("=")
         if not equals:
-            raise ValueError(f"'{spelled_out(str(item))}' is not of the form KEY=VALUE")
-        # A value with commas is a list, as in quest.levels=map,map@2.
-        found[key.strip()] = setting.split(",") if "," in setting else setting.strip()
-    return found
+            raise ValueError(f"expected KEY=VALUE, got '{escape_controls(str(item))}'")
+        # A value with commas is a list, such as quest.levels=map,map@2.
+        pairs[key.strip()] = setting.split(",") if "," in setting else setting.strip()
+    return pairs
 
 
-def _epochs(value: Any) -> Any:
+def _parse_epochs(value: Any) -> Any:
     epochs = [int(part) for part in value.split(",")] if isinstance(value, str) else value
     if isinstance(epochs, list) and (epochs != sorted(set(epochs)) or epochs[0] < 1):
-        raise ValueError("epochs stand in rising order, from 1 on, as in 150,180,210")
+        raise ValueError("epochs must be positive and increasing, such as 150,180,210")
     return epochs
 
 
-def _time(value: Any) -> Any:
-    return seconds(value) if isinstance(value, str) else value
+def _parse_time(value: Any) -> Any:
+    return parse_time(value) if isinstance(value, str) else value
 
 
-Time = Annotated[float, BeforeValidator(_time), Field(gt=0, le=1e9)]
-Names = Annotated[list[str], BeforeValidator(_listed)]
-Settings = Annotated[dict[str, Any], BeforeValidator(pairs)]
-Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_listed)]
-Targets = Annotated[list[Literal["x86", "x86-vnni", "arm64"]], BeforeValidator(_listed)]
-Epochs = Annotated[list[int], BeforeValidator(_epochs)]
-Weights = Annotated[dict[str, float], BeforeValidator(pairs)]
+Time = Annotated[float, BeforeValidator(_parse_time), Field(gt=0, le=1e9)]
+Names = Annotated[list[str], BeforeValidator(_to_list)]
+Settings = Annotated[dict[str, Any], BeforeValidator(parse_pairs)]
+Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_to_list)]
+Targets = Annotated[list[Literal["x86", "x86-vnni", "arm64"]], BeforeValidator(_to_list)]
+Epochs = Annotated[list[int], BeforeValidator(_parse_epochs)]
+LossWeights = Annotated[dict[str, float], BeforeValidator(parse_pairs)]
 
 
 class Options(BaseModel):
-    """What the user asked for; a value of None is chosen for him (see ``defaults``)."""
+    """The options of a run. None is replaced by a default that depends on the data, see ``defaults``."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
-    _within = field_validator("*")(within)
+    _check_limits = field_validator("*")(check_limits)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        return no_truth(value, cls.model_fields[str(info.field_name)].annotation)
+    def _check_not_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        return check_not_boolean(value, cls.model_fields[str(info.field_name)].annotation)
 
-    teacher: Names = option("timm name of the teacher", ..., group="What", enters="teacher", min_length=1)
+    teacher: Names = option("timm name of the teacher; repeat for an ensemble", ..., group="Models and data", enters="teacher", min_length=1)
     student: str = option(
-        "timm name of the student, or a short one: mobilenetv2, mobilenetv3, mobilenetv4, resnet18 …",
+        "timm name of the student, or a short name: mobilenetv2, mobilenetv3, mobilenetv4, resnet18 …",
         ...,
-        group="What",
+        group="Models and data",
         enters="prepare",
     )
     activation: Literal["relu", "relu6"] | None = option(
-        "the student's activation, such as relu6 for a mobilenetv3 that is fast in int8 [default: its own]",
-        group="What",
+        "activation of the student, such as relu6 for a mobilenetv3 that is fast in int8 [default: unchanged]",
+        group="Models and data",
         enters="prepare",
     )
     data: str = option(
-        "a folder of class folders (with or without train/ val/ test/), a labels file (.csv, .jsonl, or COCO's .json) for images of several labels, a timm data set name such as torch/cifar100, or digits: the built-in handwritten digits",
+        "folder of class folders (with or without train/ val/ test/), labels file (.csv, .jsonl or COCO .json) for several labels per image, timm data set such as torch/cifar100, or digits, the built-in handwritten digits",
         "digits",
-        group="What",
+        group="Models and data",
     )
     data_dir: Path | None = option(
-        "where a named data set lies or is downloaded to; the folder of a labels file's images", group="What"
+        "folder of a named data set, or of a labels file's images", group="Models and data"
     )
-    download: bool = option("download a named data set when it is not there", False, group="What")
-    out: Path | None = option("the run folder [default: runs/TEACHER-STUDENT-DATA]", group="What")
+    download: bool = option("download a named data set if it is missing", False, group="Models and data")
+    out: Path | None = option("run folder [default: runs/TEACHER-STUDENT-DATA]", group="Models and data")
     config: Path | None = option(
-        "a YAML file of options, such as a run's config.yaml; the command line wins", group="What"
+        "YAML file of options, such as a run's config.yaml; the command line takes precedence", group="Models and data"
     )
 
     teacher_weights: Names = option(
-        "auto: timm's pretrained weights (digits: none); none: from scratch; or a file (safetensors or torch)",
+        "auto: timm's pretrained weights (digits: none); none: random; or a safetensors or torch file",
         ["auto"],
         group="Weights",
         enters="teacher",
         min_length=1,
     )
     teacher_head: Heads = option(
-        "auto: keep a head that fits the data's classes, else replace it and tune the teacher; "
-        "none: a teacher of features alone, which is not tuned",
+        "auto: keep a head that fits the classes, otherwise replace it and fine-tune; keep; replace; none: use the teacher's features only, without fine-tuning",
         ["auto"],
         group="Weights",
         enters="teacher",
         min_length=1,
     )
     teachers_from_seeds: int = option(
-        "train so many teachers of one architecture, each from a seed of its own",
+        "number of teachers of one architecture to train from different seeds",
         1,
         group="Weights",
         enters="teacher",
@@ -120,57 +120,53 @@ class Options(BaseModel):
         le=100,
     )
     student_weights: str = option(
-        "auto, none or a file, as for the teacher", "auto", group="Weights", enters="student"
+        "auto, none or a file, as for --teacher-weights", "auto", group="Weights", enters="student"
     )
 
     method: str = option(
-        "how the student learns: quest, kd, dkd, dist, mimic, feed, a sum such as quest+dkd, or none for no teacher",
+        "distillation method: quest, kd, dkd, dist, mimic, feed, a sum such as quest+dkd, or none to train on labels only",
         "quest",
         group="Method",
         enters="prepare",
     )
     recipe: str | None = option(
-        "a paper's hyper-parameters, such as quest-cifar100 (compress recipes lists them); "
-        "what you say yourself wins over it",
+        "hyperparameters of a paper, such as quest-cifar100 (see compress recipes); other options take precedence",
         group="Method",
     )
     settings: Settings = option(
-        "a method's parameter, METHOD.KEY=VALUE, as in quest.tau=0.2; may be repeated",
+        "parameter of a method, such as quest.tau=0.2; can be repeated",
         {},
         group="Method",
         enters="prepare",
     )
-    weight: Weights = option(
-        "weight of a loss, NAME=VALUE: a method's name, or ce for the cross-entropy; may be repeated",
+    weight: LossWeights = option(
+        "weight of a loss, NAME=VALUE: a method's name, or ce for the cross-entropy; can be repeated",
         {},
         group="Method",
         enters="student",
     )
 
     balance: Literal["auto", "off"] | None = option(
-        "auto: scale a method's weight, up or down, where its gradients are out of proportion to the labels' "
-        "[default: auto; off with a recipe, a weight of your own, or several labels an image]",
+        "auto: rescale a method's weight if its gradients are out of proportion to those of the labels [default: auto; off with a recipe, --weight or multi-label data]",
         group="Method",
         enters="student",
     )
 
     cache_views: int | None = option(
-        "fixed views of each image whose answers by the teachers are stored and used by later epochs and runs; "
-        "0: ask the teachers at every step",
+        "number of fixed views of each image whose teacher outputs are cached and reused in later epochs and runs; 0: new views in every epoch, without a cache",
         group="Method",
         enters="student",
         ge=0,
     )
     cache_top: int | None = option(
-        "words of each position that the store keeps of QuEST's target: --set quest.top for stored answers "
-        "[default: as many as lose no more than 6 %]",
+        "number of visual words cached per position for QuEST, same as --set quest.top [default: enough to lose at most 6 %]",
         group="Method",
         enters="prepare",
         ge=1,
     )
 
     rounds: int = option(
-        "so many students one after another, each the next one's teacher; the last one ships",
+        "number of sequential distillation rounds; each student teaches the next, the last one is exported",
         1,
         group="Method",
         enters="prepare",
@@ -180,98 +176,96 @@ class Options(BaseModel):
 
     epochs: int | None = option("epochs of the student", group="Training", enters="student", ge=1)
     teacher_epochs: int | None = option(
-        "epochs of a teacher that is trained or tuned here", group="Training", enters="teacher", ge=1
+        "epochs of a teacher that is trained or fine-tuned", group="Training", enters="teacher", ge=1
     )
     batch_size: int | None = option(
         "images per step, over all devices", group="Training", enters="teacher", ge=2
     )
     micro_batch: int | None = option(
-        "images on a device at once: a step's gradients are summed over parts of this size (BatchNorm's "
-        "statistics are each part's own) [default: all; halved when memory runs out]",
+        "images per forward pass on a device; gradients of a step are accumulated (BatchNorm statistics are per micro-batch) [default: whole batch, halved if memory runs out]",
         group="Training",
         enters="teacher",
         ge=2,
     )
     sync_bn: bool = option(
-        "with several GPUs, BatchNorm's statistics over all of them",
+        "synchronize BatchNorm statistics across GPUs",
         False,
         group="Training",
         enters="teacher",
     )
     optimizer: str | None = option(
-        "timm's name of the optimizer: adamw, sgd (with Nesterov momentum) …",
+        "timm name of the optimizer: adamw, sgd (with Nesterov momentum) …",
         group="Training",
         enters="teacher",
     )
     lr: float | None = option("peak learning rate of the student", group="Training", enters="student", gt=0)
     teacher_lr: float | None = option(
-        "peak learning rate of a teacher trained or tuned here", group="Training", enters="teacher", gt=0
+        "peak learning rate of a teacher that is trained or fine-tuned", group="Training", enters="teacher", gt=0
     )
     schedule: Literal["cosine", "onecycle", "multistep", "constant"] | None = option(
-        "how the learning rate falls", group="Training", enters="teacher"
+        "learning rate schedule", group="Training", enters="teacher"
     )
     milestones: Epochs | None = option(
-        "epochs at which multistep divides the learning rate by 10, as in 150,180,210",
+        "epochs at which multistep divides the learning rate by 10, such as 150,180,210",
         group="Training",
         enters="teacher",
     )
     warmup_epochs: float | None = option(
-        "epochs over which the student's learning rate rises", group="Training", enters="student", ge=0
+        "warmup epochs of the student", group="Training", enters="student", ge=0
     )
     teacher_warmup_epochs: float | None = option(
-        "the same of a teacher trained or tuned here", group="Training", enters="teacher", ge=0
+        "warmup epochs of a teacher that is trained or fine-tuned", group="Training", enters="teacher", ge=0
     )
     weight_decay: float | None = option("weight decay", group="Training", enters="teacher", ge=0)
     decay_all: bool = option(
-        "decay biases and norms too, as the papers' recipes do", False, group="Training", enters="teacher"
+        "apply weight decay to biases and norms too, as the papers' recipes do", False, group="Training", enters="teacher"
     )
     label_smoothing: float | None = option(
-        "smoothing of the labels in the cross-entropy", group="Training", enters="teacher", ge=0, lt=1
+        "label smoothing of the cross-entropy", group="Training", enters="teacher", ge=0, lt=1
     )
     ema: float | None = option(
-        "ship a running mean of the student's weights with this decay, such as 0.999",
+        "export an exponential moving average of the student's weights with this decay, such as 0.999",
         group="Training",
         enters="student",
         gt=0,
         lt=1,
     )
     average_last: int | None = option(
-        "ship the mean of the student's weights after each of so many last epochs",
+        "export the mean of the student's weights over this number of last epochs",
         group="Training",
         enters="student",
         ge=1,
     )
-    seed: int = option("seed of weights, order and views", 0, group="Training", enters="teacher", ge=0)
+    seed: int = option("seed of weights, order and augmentation", 0, group="Training", enters="teacher", ge=0)
 
     image_size: int | None = option(
-        "side of the networks' input in pixels [default: the student's own; digits: 64]",
+        "side of the input in pixels [default: the student's; digits: 64]",
         group="Images",
         enters="teacher",
         ge=8,
         le=4096,
     )
     student_size: int | None = option(
-        "side of the student's input, where that is less: it sees the teacher's crops scaled down "
-        "[default: --image-size]",
+        "side of the student's input if it is smaller; it sees the teacher's crops scaled down [default: --image-size]",
         group="Images",
         enters="prepare",
         ge=8,
         le=4096,
     )
     val_fraction: float | None = option(
-        "share of train held out for selecting, where the data has no val/ of its own [default: 0.1]",
+        "fraction of the training images used for validation if the data has no val/ [default: 0.1]",
         group="Images",
         enters="teacher",
         ge=0,
         lt=1,
     )
     crop: Literal["pad", "resized", "center"] | None = option(
-        "training crops: pad (shift a little), resized (random-resized-crop) or center",
+        "training crops: pad (shift a few pixels), resized (random resized crop) or center",
         group="Images",
         enters="teacher",
     )
     crop_scale: float | None = option(
-        "smallest share of the picture that a resized crop shows",
+        "smallest fraction of the image area in a resized crop",
         group="Images",
         enters="teacher",
         gt=0,
@@ -279,11 +273,11 @@ class Options(BaseModel):
     )
     pad: int | None = option("pixels of padding of a pad crop", group="Images", enters="teacher", ge=0)
     pad_mode: Literal["zeros", "reflect", "edge"] | None = option(
-        "what the padding shows", group="Images", enters="teacher"
+        "padding mode of a pad crop", group="Images", enters="teacher"
     )
-    flip: bool | None = option("mirror half of the training views", group="Images", enters="teacher")
+    flip: bool | None = option("flip half of the training images horizontally", group="Images", enters="teacher")
     color_jitter: float | None = option(
-        "strength of brightness, contrast and saturation changes",
+        "strength of brightness, contrast and saturation jitter",
         group="Images",
         enters="teacher",
         ge=0,
@@ -291,44 +285,41 @@ class Options(BaseModel):
     )
 
     calibrate: bool = option(
-        "fit one temperature on the val role and fold it into the exported files, so that their "
-        "probabilities are honest",
+        "fit a temperature on the validation split and fold it into the exported files, for calibrated probabilities",
         False,
         group="Export",
         enters="export",
     )
     input: Literal["float", "uint8"] = option(
-        "what the files take: float, normalised outside; or uint8, pixels [batch, S, S, 3] as they are, the "
-        "normalisation being in the first convolution's weights",
+        "input of the exported files: float (normalized), or uint8 (pixels [batch, S, S, 3]; normalization is folded into the first convolution)",
         "float",
         group="Export",
         enters="export",
     )
     calibration_images: int = option(
-        "training images that int8 is calibrated on", 512, group="Export", enters="quantize", ge=1
+        "training images used to calibrate int8", 512, group="Export", enters="quantize", ge=1
     )
     calibration: Literal["auto", "minmax", "moving-average", "entropy", "percentile"] = option(
-        "how activation ranges are chosen; auto: each way is tried, and the best is taken",
+        "method to choose activation ranges; auto: try all and use the best",
         "auto",
         group="Export",
         enters="quantize",
     )
     target: Targets = option(
-        "the processors int8 is for: x86 (safe on all), x86-vnni, arm64; several get a file each "
-        "[default: what this machine is]",
+        "processors of the int8 files: x86 (safe on all), x86-vnni, arm64; repeat for one file each [default: this machine's]",
         [],
         group="Export",
         enters="quantize",
     )
     max_drop: float = option(
-        "points of accuracy that int8 may lose on the val role",
+        "accuracy that int8 may lose on the validation split, in percentage points",
         0.5,
         group="Export",
         enters="quantize",
         ge=0,
     )
     qat: bool = option(
-        "let the student learn on as the int8 network it will be, by the same method from the same teacher",
+        "quantization-aware training: fine-tune the student as int8 with the same method and teacher",
         False,
         group="Export",
         enters="qat",
@@ -340,76 +331,78 @@ class Options(BaseModel):
         "peak learning rate of --qat [default: a tenth of --lr]", group="Export", enters="qat", gt=0
     )
     opset: int = option(
-        "version of ONNX's operators in the files that ship; a higher one needs a newer runtime",
+        "ONNX opset of the exported files; a higher one requires a newer runtime",
         18,
         group="Export",
         enters="export",
     )
     bench_seconds: float = option(
-        "seconds of measuring for each network and thread count", 2.0, group="Export", enters="bench", gt=0
+        "seconds of measurement per network and number of threads", 2.0, group="Export", enters="bench", gt=0
     )
 
-    until: Stage | None = option("stop after this stage", group="Running")
-    fresh: bool = option("start the run over", False, group="Running")
-    dry_run: bool = option("check everything, estimate time and disk, and stop", False, group="Running")
+    until: Stage | None = option("stop after this stage", group="Execution")
+    fresh: bool = option("start the run over", False, group="Execution")
+    dry_run: bool = option("check all options, estimate time and disk space, and stop", False, group="Execution")
     time_limit: Time | None = option(
-        "stop cleanly after this time, such as 3h50m; the same command goes on (exit code 75)",
-        group="Running",
+        "stop after this time, such as 3h50m, with exit code 75; the same command resumes",
+        group="Execution",
     )
-    device: str | None = option("cuda, mps or cpu [default: the first there is]", group="Running")
+    device: str | None = option("cuda, mps or cpu [default: the first available]", group="Execution")
     precision: Literal["auto", "fp32", "bf16"] = option(
-        "arithmetic of training; auto: bf16 where it pays", "auto", group="Running"
+        "precision of training; auto: bf16 if it is faster", "auto", group="Execution"
     )
     compile: Literal["auto", "on", "off"] = option(
-        "torch.compile of the networks in training; auto: where it is measured to pay, in long trainings",
+        "compile the networks with torch.compile; auto: if it is measured to be faster over the whole training",
         "auto",
-        group="Running",
+        group="Execution",
     )
     resident: Literal["auto", "device", "host", "workers"] = option(
-        "where training pixels are: on the device, decoded once in host memory, or decoded by workers when wanted; auto: the first they fit in",
+        "location of training images: device memory, host memory, or decoded on the fly by workers; auto: the first in which they fit",
         "auto",
-        group="Running",
+        group="Execution",
     )
     cache: Path | None = option(
-        "folder for what runs share: decoded images, vocabularies, teachers' answers [default: the user's cache folder]",
-        group="Running",
+        "folder shared by runs: decoded images, vocabularies, teacher outputs [default: the user's cache folder]",
+        group="Execution",
     )
     tensorboard: bool = option(
-        "write the curves for TensorBoard too, into the run folder", False, group="Running"
+        "write TensorBoard logs to the run folder", False, group="Execution"
     )
     track: Literal["wandb", "mlflow"] | None = option(
-        "send the curves to Weights & Biases or MLflow too; without an account or a server they stay in the run folder",
-        group="Running",
+        "log to Weights & Biases or MLflow; without an account or server, to the run folder",
+        group="Execution",
     )
-    quiet: bool = option("say nothing but the result", False, group="Running")
+    quiet: bool = option("print only the result", False, group="Execution")
     verbose: bool = option(
-        "say more: what was chosen, each epoch, each int8 candidate, what the libraries remark",
+        "print defaults, epochs, int8 candidates and log messages",
         False,
-        group="Running",
+        group="Execution",
     )
     json_: bool = Field(
         False,
         alias="json",
-        description="print report.json instead of the table",
-        json_schema_extra={"group": "Running", "enters": None},
+        description="print report.json instead of a table",
+        json_schema_extra={"group": "Execution", "enters": None},
     )
 
 
-def enters(name: str) -> str | None:
-    """The first stage whose result the option changes; None for those that change no result."""
-    extra = Options.model_fields[name].json_schema_extra
-    assert isinstance(extra, dict)
-    stage = extra["enters"]
+def get_stage(name: str) -> str | None:
+    """Return the first stage whose result the option changes, or None."""
+    stage = _extra(name)["enters"]
     return stage if isinstance(stage, str) else None
 
 
-def group(name: str) -> str:
-    """The heading under which `--help` lists the option."""
+def get_group(name: str) -> str:
+    """Return the option's heading in ``--help``."""
+    return str(_extra(name)["group"])
+
+
+def _extra(name: str) -> dict[str, Any]:
     extra = Options.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
-    return str(extra["group"])
+    return extra
 
 
-def flag(name: str) -> str:
-    """Return an option's name on the command line."""
+def get_flag(name: str) -> str:
+    """Return the option's name on the command line."""
     return {"settings": "--set", "json_": "--json"}.get(name, f"--{name.replace('_', '-')}")

@@ -1,13 +1,12 @@
-"""Images decoded once: for training in one canonical form, for testing as the runtime renders them."""
+"""Decode images once: into a canonical form for training, as the runtime renders them for evaluation."""
 
 import base64
-import hashlib
 import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,111 +17,60 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from ...export import runtime
-from ...export.runtime import (
-    ImageError,
-    Preprocessing,
-    allowed_cores,
-    decode_image,
-    no_pillow_warnings,
-    render,
-)
-from ..errors import JobError
+from ...export.runtime import Preprocessing, allowed_cores, render, suppress_pillow_warnings
 from ..runs.cache import Cache
 from ..runs.files import digest, sha256
 from .dataset import Image, ImageSet, Progress, Skipped
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """N images in one buffer.
-
-    ``data`` is uint8 [P, 3], the RGB pixels of all images row by row, one image after the other (possibly
-    memory-mapped, possibly on an accelerator). ``offsets`` (in pixels), ``heights`` and ``widths`` are
-    int64 [N] and stay on the host, since what is computed from them is small.
-    """
-
-    data: Tensor
-    offsets: Tensor
-    heights: Tensor
-    widths: Tensor
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel()
-
-    @property
-    def same_size(self) -> bool:
-        return len(self) > 0 and bool(
-            (self.heights == self.heights[0]).all() and (self.widths == self.widths[0]).all()
-        )
-
-    def image(self, index: int) -> Tensor:
-        """A view of one image: uint8 [H, W, 3]."""
-        start, height, width = (int(x[index]) for x in (self.offsets, self.heights, self.widths))
-        return self.data[start : start + height * width].view(height, width, 3)
-
-    def stacked(self) -> Tensor:
-        """A view of all images: uint8 [N, H, W, 3]. Raises ValueError where sizes differ."""
-        if not self.same_size:
-            raise ValueError("only images of one size can be stacked")
-        return self.data.view(len(self), int(self.heights[0]), int(self.widths[0]), 3)
-
-    def to(self, device: torch.device | str) -> "Pixels":
-        return replace(self, data=self.data.to(device))
-
-
-def pack_pixels(data: Tensor, sizes: Tensor) -> Pixels:
-    """Pixels from a buffer (uint8 [P, 3]) and the images' sizes (int64 [N, 2]: height, width)."""
-    areas = sizes[:, 0] * sizes[:, 1]
-    return Pixels(data, areas.cumsum(0) - areas, sizes[:, 0].clone(), sizes[:, 1].clone())
-
+from .render import Pixels, pack_pixels
+from .unreadable import read_pixels, skip_unreadable
 
 T = TypeVar("T")
 VERSION = 1
-# A panorama is cut to this aspect at its centre, so that one image cannot take the memory of hundreds.
-LONGEST_ASPECT = 4
+
+MAX_ASPECT = 4
+"""Longer images are cropped, so that a panorama does not take the memory of hundreds of images."""
+
+SAMPLE = 256
+"""Approximate number of images whose headers are read to estimate sizes."""
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """The form an image is kept in for training: uint8 RGB, EXIF and colour mode applied by the runtime.
+    """The form in which a training image is kept: uint8 RGB, EXIF and color mode applied by the runtime.
 
-    - ``square``, for small images (pad-and-crop): the short side is resized to ``side`` and the centre
-      ``side`` × ``side`` cut out, both as ``runtime.render`` does it for a test image.
-    - ``short_side``, for photos (random-resized-crop): cut at the centre to an aspect of at most 4:1, then
+    - ``square``, for small images (pad-and-crop): the short side is resized to ``side`` and the central
+      ``side`` × ``side`` is cropped, both as ``runtime.render`` does for a test image.
+    - ``short_side``, for photos (random-resized-crop): center-cropped to an aspect of at most 4:1, then
       reduced so that the short side is at most ``side``; never enlarged, the aspect kept to a pixel.
 
-    ``side`` in pixels; ``filter`` is one of Pillow's, antialiased: 'bilinear', 'bicubic', 'lanczos'.
+    ``side`` is in pixels; ``filter`` is one of Pillow's, antialiased: 'bilinear', 'bicubic', 'lanczos'.
     """
 
     kind: Literal["square", "short_side"]
     side: int
     filter: str = "bicubic"
 
-    def of(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] of any size in this form."""
+    def convert(self, image: np.ndarray) -> np.ndarray:
+        """Return an image, uint8 [H, W, 3], in this form."""
         if self.kind == "square":
-            return render(image, Preprocessing.of(self.side, crop_fraction=1.0, interpolation=self.filter))
+            return render(
+                image, Preprocessing.create(self.side, crop_fraction=1.0, interpolation=self.filter)
+            )
         height, width = image.shape[:2]
-        tall, wide = _cut(height, width)
+        tall, wide = _limit_aspect(height, width)
         top, left = (height - tall) // 2, (width - wide) // 2
         image = np.ascontiguousarray(image[top : top + tall, left : left + wide])
         height, width = self.size(height, width)
         if (height, width) == (tall, wide):
             return image
-        reduced = PillowImage.fromarray(image).resize(
-            (width, height), PillowImage.Resampling[self.filter.upper()]
-        )
-        return np.asarray(reduced)
+        filter = PillowImage.Resampling[self.filter.upper()]
+        return np.asarray(PillowImage.fromarray(image).resize((width, height), filter))
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in this form of an image of ``height`` × ``width`` pixels."""
+        """Return height and width in this form of an image of ``height`` × ``width`` pixels."""
         if self.kind == "square":
             return self.side, self.side
-        tall, wide = _cut(height, width)
+        tall, wide = _limit_aspect(height, width)
         short = min(tall, wide)
         if short <= self.side:
             return tall, wide
@@ -130,25 +78,31 @@ class Canonical:
         return tall, wide
 
 
-def _cut(height: int, width: int) -> tuple[int, int]:
-    return min(height, LONGEST_ASPECT * width), min(width, LONGEST_ASPECT * height)
+def _limit_aspect(height: int, width: int) -> tuple[int, int]:
+    return min(height, MAX_ASPECT * width), min(width, MAX_ASPECT * height)
 
 
 @dataclass(frozen=True)
 class ReadableImages:
-    """The readable images of a role, and those that were not."""
+    """The readable images of a split, and the unreadable ones."""
 
     images: tuple[Image, ...]
     skipped: tuple[Skipped, ...]
 
     @property
+    def keys(self) -> Tensor:
+        """int64 [N]: the first 63 bits of each content hash, from which views are drawn."""
+        return torch.tensor([image.number for image in self.images], dtype=torch.int64)
+
+    @property
     def labels(self) -> Tensor:
-        """int64 [N], of a single-label set."""
+        """Class numbers int64 [N] of a classification set."""
         return torch.tensor([image.label for image in self.images], dtype=torch.int64)
 
     def targets(self, data: ImageSet) -> Tensor:
-        """What is learned of these images of ``data``: their class numbers int64 [N], or in a multi-label set
-        1 for each of their classes and 0 for the others, float32 [N, classes].
+        """Return the labels of these images of ``data`` for training.
+
+        Class numbers int64 [N]; for a multi-label set float32 [N, classes], 1 for each class of an image.
         """
         if data.task == "classification":
             return self.labels
@@ -156,11 +110,6 @@ class ReadableImages:
         for row, image in enumerate(self.images):
             targets[row, list(image.labels)] = 1
         return targets
-
-    @property
-    def keys(self) -> Tensor:
-        """int64 [N]: the first 63 bits of each content hash, which views are drawn from."""
-        return torch.tensor([image.number for image in self.images], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -178,16 +127,17 @@ def decode_images(
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> DecodedImages:
-    """Training images in their canonical form; memory-mapped where a cache keeps them.
+    """Decode training images into their canonical form; memory-mapped if there is a cache.
 
     Raises:
         JobError: an image has changed since the data set was opened.
     """
-    return _each_once(images, canonical.of, {"canonical": asdict(canonical)}, cache, progress, workers)
+    key = canonical_key(images, canonical)
+    return _decode_once(images, canonical.convert, key, cache, progress, workers)
 
 
 def canonical_key(images: Sequence[Image], canonical: Canonical) -> str:
-    """The hash of what ``decode`` makes of these images: its entry ``images/KEY`` in the cache."""
+    """Return the cache key ``images/KEY`` of what ``decode_images`` returns."""
     return _key(images, {"canonical": asdict(canonical)})
 
 
@@ -199,61 +149,42 @@ def render_images(
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> DecodedImages:
-    """Images as the shipped runtime renders them, from the original file: all S × S, so that
-    ``pixels.stacked()`` is uint8 [N, S, S, 3].
+    """Render images from their files as the shipped runtime does, all of them S × S pixels.
+
+    So ``pixels.stack()`` is uint8 [N, S, S, 3].
 
     Raises:
         JobError: an image has changed since the data set was opened.
     """
-    how = {"rendered": asdict(preprocessing)}
-    return _each_once(images, lambda image: render(image, preprocessing), how, cache, progress, workers)
+    key = _key(images, {"rendered": asdict(preprocessing)})
+    return _decode_once(images, lambda image: render(image, preprocessing), key, cache, progress, workers)
 
 
-def check_unreadable(skipped: Sequence[Skipped], total: int, limit: float = 0.01) -> None:
-    """Let a few unreadable images pass, but not many.
-
-    ``skipped`` may hold other things left out; only unreadable images count. ``total`` counts all images,
-    readable or not.
-
-    Raises:
-        JobError: more than ``limit`` of all images are unreadable; names the first five.
-    """
-    unreadable = sorted((one for one in skipped if one.unreadable), key=lambda one: one.name)
-    if len(unreadable) <= limit * total:
-        return
-    first = "; ".join(f"{one.name} ({one.reason})" for one in unreadable[:5])
-    more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-    raise JobError(
-        f"{len(unreadable)} of {total} images cannot be read, more than the {limit:.0%} that may be skipped: "
-        f"{first}{more}; repair or remove them."
-    )
+def _key(images: Sequence[Image], form: dict[str, Any]) -> str:
+    return digest({"images": [image.key for image in images], **form, "decoder": decoder_version()})
 
 
-def _each_once(
+def decoder_version() -> dict[str, Any]:
+    """Return what the pixels depend on besides the files: the versions of this code and of Pillow."""
+    return {"version": VERSION, "runtime": sha256(Path(runtime.__file__)), "pillow": PIL.__version__}
+
+
+def _decode_once(
     images: Sequence[Image],
     form: Callable[[np.ndarray], np.ndarray],
-    how: dict[str, Any],
+    key: str,
     cache: Cache | None,
     progress: Progress | None,
     workers: int | None,
 ) -> DecodedImages:
-    def results() -> Iterator[np.ndarray | str]:
-        return decode_each(images, form, progress, workers)
+    def write(folder: Path) -> None:
+        _write(folder, decode_each(images, form, progress, workers))
 
     if cache is None or not images:
-        return _kept(images, *_in_memory(list(results())))
-    key = _key(images, how)
-    entry = cache.get("images", key) or cache.put("images", key, lambda folder: _write(folder, results()))
-    return _kept(images, *_load(entry))
-
-
-def _key(images: Sequence[Image], how: dict[str, Any]) -> str:
-    return digest({"images": [image.key for image in images], **how, "decoder": decoder_version()})
-
-
-def decoder_version() -> dict[str, Any]:
-    """What the pixels depend on besides the files: our code here, the runtime's, and Pillow's."""
-    return {"version": VERSION, "runtime": sha256(Path(runtime.__file__)), "pillow": PIL.__version__}
+        pixels, reasons = _collect(list(decode_each(images, form, progress, workers)))
+    else:
+        pixels, reasons = _read(cache.get("images", key) or cache.put("images", key, write))
+    return DecodedImages(*skip_unreadable(images, reasons), pixels)
 
 
 def decode_each(
@@ -262,57 +193,32 @@ def decode_each(
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> Iterator[T | str]:
-    """What ``form`` makes of each image's pixels, in their order, or why there are none.
+    """Yield ``read_pixels`` of each image in order, computed by threads: Pillow releases the GIL.
 
-    Few images are in memory at a time. Pillow works outside Python's lock: threads do.
+    Few images are in memory at a time.
 
     Raises:
         JobError: an image has changed since the data set was opened.
     """
     workers = workers or allowed_cores()
-
-    # Few enough at a time that big photos don't fill the memory.
     with ThreadPoolExecutor(workers) as threads:
-        waiting: deque[Any] = deque()
+        pending: deque[Any] = deque()
         try:
             for position, image in enumerate(images):
-                waiting.append(threads.submit(read_pixels, image, form))
-                if len(waiting) > 4 * workers:
-                    yield waiting.popleft().result()
+                pending.append(threads.submit(read_pixels, image, form))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
                 if progress:
-                    progress(position + 1 - len(waiting), len(images))
-            while waiting:
-                yield waiting.popleft().result()
+                    progress(position + 1 - len(pending), len(images))
+            while pending:
+                yield pending.popleft().result()
                 if progress:
-                    progress(len(images) - len(waiting), len(images))
+                    progress(len(images) - len(pending), len(images))
         finally:
             threads.shutdown(cancel_futures=True)
 
 
-def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
-    """An image's pixels in a form, or why there are none.
-
-    Raises:
-        JobError: the image has changed since the data set was opened.
-    """
-    try:
-        return form(_original(image))
-    except ImageError as error:
-        return str(error).partition(": ")[2] or str(error)
-    except OSError as error:
-        return f"could not be read: {error.strerror or error}"
-
-
-def _original(image: Image) -> np.ndarray:
-    content = image.read()
-    if isinstance(content, np.ndarray):
-        return content
-    if hashlib.sha256(content).hexdigest() != image.key:
-        raise JobError(f"{image.name} has changed since the job started; start it again.")
-    return decode_image(content)
-
-
-def _in_memory(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]:
+def _collect(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]:
     reasons = {position: result for position, result in enumerate(results) if isinstance(result, str)}
     arrays = [result for result in results if not isinstance(result, str)]
     results.clear()
@@ -322,7 +228,7 @@ def _in_memory(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]
     for position, array in enumerate(arrays):
         end = start + array.shape[0] * array.shape[1]
         data[start:end] = torch.tensor(array).view(-1, 3)
-        arrays[position], start = np.empty(0), end  # gone as it is copied: the set is in memory once
+        arrays[position], start = np.empty(0), end  # freed, so that the data are in memory only once
     return pack_pixels(data, sizes), reasons
 
 
@@ -340,7 +246,7 @@ def _write(folder: Path, results: Iterator[np.ndarray | str]) -> None:
 
 
 def write_sizes(folder: Path, results: Iterable[tuple[int, int] | str]) -> None:
-    """Write the sizes (height, width) of the readable images and why the others are not."""
+    """Write the sizes (height, width) of readable images, and the reasons of unreadable ones."""
     sizes, reasons = [], {}
     for position, result in enumerate(results):
         if isinstance(result, str):
@@ -351,61 +257,41 @@ def write_sizes(folder: Path, results: Iterable[tuple[int, int] | str]) -> None:
     (folder / "unreadable.json").write_text(json.dumps(list(reasons.items())), encoding="utf-8")
 
 
-def read_sizes(entry: Path) -> tuple[Tensor, dict[int, str]]:
-    """What ``write_sizes`` wrote: int64 [N, 2], and the reasons by position among all images."""
-    sizes = torch.from_numpy(np.load(entry / "sizes.npy"))
-    return sizes, dict(json.loads((entry / "unreadable.json").read_text(encoding="utf-8")))
+def read_sizes(folder: Path) -> tuple[Tensor, dict[int, str]]:
+    """Read what ``write_sizes`` wrote: sizes int64 [N, 2], and reasons by position among all images."""
+    sizes = torch.from_numpy(np.load(folder / "sizes.npy"))
+    return sizes, dict(json.loads((folder / "unreadable.json").read_text(encoding="utf-8")))
 
 
-def _load(entry: Path) -> tuple[Pixels, dict[int, str]]:
-    sizes, reasons = read_sizes(entry)
-    file = entry / "pixels.bin"
-    # Copy on write: torch knows no read-only tensors, and nothing must ever change the file.
+def _read(folder: Path) -> tuple[Pixels, dict[int, str]]:
+    sizes, reasons = read_sizes(folder)
+    file = folder / "pixels.bin"
+    # Copy on write: torch has no read-only tensors, and nothing may change the file.
     flat = np.memmap(file, dtype=np.uint8, mode="c") if file.stat().st_size else np.empty(0, dtype=np.uint8)
     return pack_pixels(torch.from_numpy(flat).view(-1, 3), sizes), reasons
 
 
-def _kept(images: Sequence[Image], pixels: Pixels, reasons: dict[int, str]) -> DecodedImages:
-    return DecodedImages(*separate_unreadable(images, reasons), pixels)
-
-
-def separate_unreadable(
-    images: Sequence[Image], reasons: dict[int, str]
-) -> tuple[tuple[Image, ...], tuple[Skipped, ...]]:
-    """The readable images, and those that ``reasons`` (by position) says are not."""
-    kept = tuple(image for position, image in enumerate(images) if position not in reasons)
-    skipped = tuple(
-        Skipped(images[position].name, reason, unreadable=True) for position, reason in reasons.items()
-    )
-    return kept, skipped
-
-
-SAMPLE = 256
-"""Images whose headers are read, evenly spread."""
-
-
 def sample_sizes(images: Sequence[Image]) -> list[tuple[int, int]]:
-    """Height and width of about ``SAMPLE`` of the images, or of all where they are fewer; what cannot be read
-    is left out, since decoding will tell of it.
-    """
-    sizes = (_size(image) for image in images[:: max(1, len(images) // SAMPLE)])
+    """Return height and width of about ``SAMPLE`` readable images, from their headers."""
+    sizes = (_read_size(image) for image in images[:: max(1, len(images) // SAMPLE)])
     return [size for size in sizes if size is not None]
 
 
-def _size(image: Image) -> tuple[int, int] | None:
+def _read_size(image: Image) -> tuple[int, int] | None:
     try:
         content = image.read()
         if not isinstance(content, bytes):
             return content.shape[0], content.shape[1]
-        with no_pillow_warnings(), PillowImage.open(io.BytesIO(content)) as header:
+        with suppress_pillow_warnings(), PillowImage.open(io.BytesIO(content)) as header:
             return header.height, header.width
-    except Exception:  # a damaged file makes Pillow raise nearly anything; decoding will tell of it
+    except Exception:  # a damaged file makes Pillow raise almost anything; decoding reports it
         return None
 
 
 def encode_thumbnail(image: np.ndarray, side: int) -> str:
     """Return an image uint8 [H, W, 3], resized to ``side`` × ``side`` pixels, as a base64-encoded PNG."""
-    small = PillowImage.fromarray(np.ascontiguousarray(image)).resize((side, side), PillowImage.Resampling.LANCZOS)
+    filter = PillowImage.Resampling.LANCZOS
+    small = PillowImage.fromarray(np.ascontiguousarray(image)).resize((side, side), filter)
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

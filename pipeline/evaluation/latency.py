@@ -262,7 +262,7 @@ def render_inputs(classifier: Classifier, images: Sequence[bytes]) -> np.ndarray
     size = classifier.preprocessing.size
     count = _count_inputs((3, size, size), np.dtype(np.uint8 if classifier.takes_pixels else np.float32))
     rendered = np.stack([render(decode_image(image), classifier.preprocessing) for image in images[:count]])
-    return classifier.feed(repeat_shifted(rendered, count))
+    return classifier.to_input(repeat_shifted(rendered, count))
 
 
 def repeat_shifted(rendered: np.ndarray, count: int) -> np.ndarray:

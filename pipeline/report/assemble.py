@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...export.artifact import tool_versions
-from ...export.text import spelled_out
+from ...export.text import escape_controls
 from .. import methods
 from ..config import recipes
 from ..config.stages import get_kind, get_round
@@ -57,7 +57,7 @@ def make_writable(report: Report) -> Report:
 
     def escape(content: Any) -> Any:
         if isinstance(content, str):
-            return spelled_out(content, but="\n\t")
+            return escape_controls(content, keep="\n\t")
         if isinstance(content, dict):
             return {escape(key): escape(value) for key, value in content.items()}
         if isinstance(content, (list, tuple)):

@@ -12,7 +12,7 @@ import yaml
 
 from ...export.artifact import write_predict
 from ...export.runtime import UINT8, Preprocessing, read_manifest
-from ...export.text import spelled_out
+from ...export.text import escape_controls
 from ..evaluation.likelihood import Sigmoid
 from ..runs.files import write_if_changed
 from ..runs.results import Report, Subject
@@ -65,7 +65,7 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
     )
     return render_markdown_template(
         "model_card.md.j2",
-        metadata=spelled_out(metadata(report, manifest), but="\n"),
+        metadata=escape_controls(metadata(report, manifest), keep="\n"),
         title=title(report),
         lead=_lead(report, manifest),
         files=_files(report, manifest, preprocessing),

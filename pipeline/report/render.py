@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...export.text import spelled_out
+from ...export.text import escape_controls
 from .page import Page
 from .tables import markdown_text
 
@@ -78,7 +78,7 @@ def _read(name: str) -> str:
 
 def _escape_controls(value: Any) -> Any:
     is_text = isinstance(value, str) and not hasattr(value, "__html__")
-    return spelled_out(value, but="\n\t") if is_text else value
+    return escape_controls(value, keep="\n\t") if is_text else value
 
 
 def _fence(value: str, language: str = "sh") -> Markup:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ...export.text import spelled_out
+from ...export.text import escape_controls
 from ..runs.scores import Score
 from . import format
 
@@ -119,7 +119,7 @@ class Table:
 
 def html_text(text: str) -> str:
     """Escape text for HTML and characters that change the direction of writing."""
-    return str(markupsafe.escape(spelled_out(text, but="\n\t")))
+    return str(markupsafe.escape(escape_controls(text, keep="\n\t")))
 
 
 def markdown_text(value: Any) -> Any:
@@ -127,7 +127,7 @@ def markdown_text(value: Any) -> Any:
     if value is None or hasattr(value, "__html__"):
         return value
     line = " ".join(str(value).split())
-    return Markup(_MARKDOWN_SPECIAL.sub(r"\\\1", escape(spelled_out(line), quote=False)))
+    return Markup(_MARKDOWN_SPECIAL.sub(r"\\\1", escape(escape_controls(line), quote=False)))
 
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from ...export.conversion.untrusted import read_foreign
 from ...export.errors import ExportError
-from ...export.runtime import LARGEST_SIDE, METADATA_PREFIX
+from ...export.runtime import MAX_SIDE, METADATA_PREFIX
 from ..errors import UsageError
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from typing import Any
 from ...export.runtime import ArtifactError, read_manifest, read_verified
 from ...export.int8.targets import TARGETS, timed_here
 from .folder import read_config
-from .folder import refuse_unfinished
+from .folder import check_finished
 
 
 
@@ -119,9 +119,9 @@ def _shape(
             raise UsageError(f"{path} leaves the size of its images open; name one with --image-size.")
         rest = [one or image_size for one in rest]
     first, second, third = (int(one or 0) for one in rest)
-    if max(first, second, third) > LARGEST_SIDE:
+    if max(first, second, third) > MAX_SIDE:
         raise UsageError(
-            f"{path} takes images of [{first}, {second}, {third}], and a side has at most {LARGEST_SIDE:,} "
+            f"{path} takes images of [{first}, {second}, {third}], and a side has at most {MAX_SIDE:,} "
             "pixels."
         )
     return kind, (first, second, third), batch in (None, 0), any_size
@@ -183,7 +183,7 @@ def find(paths: Sequence[Path], aside: Path, image_size: int | None = None) -> F
 
 def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[str]]:
     """A run's teachers first, then the float file, then int8."""
-    refuse_unfinished(path)
+    check_finished(path)
     try:
         folder, manifest = read_manifest(path)
     except ArtifactError as error:

@@ -3,7 +3,7 @@
 from typing import Any
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
-from ...export.text import spelled_out
+from ...export.text import escape_controls
 import logging
 import time
 from collections import deque
@@ -39,7 +39,7 @@ class _SpelledOut:
             if segment.control:
                 yield segment
             else:
-                yield Segment(spelled_out(segment.text, but="\n"), segment.style)
+                yield Segment(escape_controls(segment.text, keep="\n"), segment.style)
 
 
 PLAIN_SECONDS = 10.0
@@ -146,7 +146,7 @@ class Stage:
         self.name = name
         self.progress = progress
         self.task: TaskID | None = None
-        self.work: str | None = None
+        self.work: tuple[str, str] | None = None
         self.spoken = 0.0
         self.seen: deque[tuple[float, float]] = deque()
 
@@ -155,8 +155,9 @@ class Stage:
     ) -> None:
         """``done`` of ``total`` of some ``work``; the rate counts ``scale`` units for each."""
         now = time.monotonic()
-        if work != self.work:
-            self.work, self.spoken = work, now
+        # Two stages may do work of the same name, and work may restart from an earlier state.
+        if (self.name, work) != self.work or (self.seen and done < self.seen[-1][1]):
+            self.work, self.spoken = (self.name, work), now
             self.seen.clear()
             if self.progress is not None:
                 if self.task is not None:

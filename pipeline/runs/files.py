@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes, checksums, folder locks and checks of output folders."""
 
 import errno
 import hashlib
@@ -7,14 +7,15 @@ import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ...export import files
-from ...export.text import spelled_out
+from ...export.text import escape_controls
 from ..errors import JobError, UsageError
 
 
@@ -32,8 +33,8 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def write_changed(path: Path, text: str) -> None:
-    """Write a text unless it stands there already: then the file keeps its time of change."""
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a text unless the file has it already, so that its modification time stays."""
     if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
         write_text(path, text)
 
@@ -43,13 +44,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of a JSON-like value in its canonical form: the key of stages and cache entries."""
+    """Return the SHA-256 of a JSON value in canonical form: the key of stages and cache entries."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -73,127 +74,79 @@ def check_writable(folder: Path, option: str = "--out") -> None:
 
 _log = logging.getLogger(__name__)
 
-FILE = ".lock"
+LOCK_FILE = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock while the block runs. It is the system's own lock on a file, and so outlives no
-    crash; where a file system has none, that is logged, and two processes are not told of each other.
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock during the block. The system releases it after a crash.
+
+    If the file system does not support locks, this is logged and the block runs without one.
 
     Raises:
         JobError: another process holds it.
     """
-    with (folder / FILE).open("a+") as file:
-        if not _take(file.fileno()):
-            raise _busy(folder)
-        with suppress(OSError):  # on a full disk nobody learns who it is; the lock holds all the same
-            os.truncate(file.fileno(), 0)
-            os.write(
-                file.fileno(),
-                json.dumps({"process": os.getpid(), "since": time.strftime("%H:%M:%S")}).encode(),
-            )
-        try:
-            yield
-        finally:
-            os.truncate(file.fileno(), 0)
+    file_lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        file_lock.acquire()
+    except Timeout as error:
+        raise JobError(
+            f"{folder} is in use by another process. Wait for it to finish, or set another --out."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        _log.warning("%s cannot be locked (%s). Make sure that no other process uses it.", folder, error)
+    try:
+        yield
+    finally:
+        file_lock.release()
 
 
-def refuse_locked(folder: Path) -> None:
-    """Look whether the folder's lock is free, and write nothing.
+def check_unlocked(folder: Path) -> None:
+    """Check that no process holds the folder's lock. Nothing is written.
 
     Raises:
         JobError: another process holds it.
     """
-    if not (folder / FILE).exists():
-        return
-    with (folder / FILE).open("r+") as file:
-        if not _take(file.fileno()):
-            raise _busy(folder)
+    if (folder / LOCK_FILE).exists():
+        with lock(folder):
+            pass
 
 
-def _busy(folder: Path) -> JobError:
-    return JobError(
-        f"{folder} is being worked on by another process{_holder(folder)}: wait for it to end, or "
-        "name another --out."
-    )
+def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> None:
+    """Check that output folders are not inside the data folder, where they would be read as classes.
 
-
-def _take(handle: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            # Beyond what is written, so that others can still read who it is.
-            os.lseek(handle, 1 << 20, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # on NFS the one, on others the other
-        return False
-    except OSError as error:
-        _log.warning("This file system has no locks (%s): see that no other process works here.", error)
-        return True
-    return True
-
-
-def _holder(folder: Path) -> str:
-    try:
-        told = json.loads((folder / FILE).read_text())
-        return f" (number {told['process']}, since {told['since']})"
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # it has only just taken it, or is about to end
-        return ""
-
-
-def refuse_inside_data(data: str | Path, written: Mapping[str, Path | None]) -> None:
-    """
     Args:
-        data: what ``--data`` names.
-        written: the folders to write to, by their options.
+        data: the value of ``--data``.
+        outputs: folders to write to, by option.
 
     Raises:
-        UsageError: one of them lies in the data folder, where the next command would take it for a class.
+        UsageError: one of them is inside.
     """
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
+    data_folder = Path(data).expanduser()
+    if not data_folder.is_dir():
         return
-    inside = folder.resolve()
-    for option, place in written.items():
-        if place is None or not place.expanduser().resolve().is_relative_to(inside):
+    root = data_folder.resolve()
+    for option, folder in outputs.items():
+        if folder is None or not folder.expanduser().resolve().is_relative_to(root):
             continue
-        below = place.expanduser().resolve().relative_to(inside)
-        if not any(part.startswith(".") for part in below.parts):  # hidden folders are passed over
+        parts = folder.expanduser().resolve().relative_to(root).parts
+        if not any(part.startswith(".") for part in parts):  # hidden folders are not read
             raise UsageError(
-                f"{option} {spelled_out(str(place))} lies in the data folder {spelled_out(str(data))}, "
-                f"where it would be taken for a class; name a folder elsewhere with {option}."
+                f"{option} {escape_controls(str(folder))} is inside the data folder {escape_controls(str(data))}, "
+                "where it would be read as a class. Set it to a folder elsewhere."
             )
 
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of one."""
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
-def harmless(cell: str) -> str:
-    """The cell; with an apostrophe before it where a spreadsheet would compute it, and without characters
-    that would steer the terminal of whoever looks at the file.
-    """
-    guarded = f"'{cell}" if cell.lstrip(" ").startswith(FORMULA) else cell
-    return spelled_out(guarded)
+def escape_cell(cell: str) -> str:
+    """Escape a CSV cell: formulas for spreadsheets, and control characters for terminals."""
+    return escape_controls(f"'{cell}" if cell.lstrip(" ").startswith(FORMULA_PREFIXES) else cell)
 
 
-def command() -> str:
-    """The command line of this process; a script's own path is of no use elsewhere."""
+def command_line() -> str:
+    """Return the command of this process, without the path of the script."""
     name = Path(sys.argv[0]).name or "python"
-    begun = ["python", "-m", "questpress.pipeline"] if name == "__main__.py" else [name]
-    return shlex.join([*begun, *sys.argv[1:]])
+    program = ["python", "-m", "questpress.pipeline"] if name == "__main__.py" else [name]
+    return shlex.join([*program, *sys.argv[1:]])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...export.text import spelled_out
+from ...export.text import escape_controls
 
 TIME_LIMIT_EXIT = 75
 """Exit code of a job that its --time-limit has ended: EX_TEMPFAIL of sysexits.h, "try again"."""
@@ -135,12 +135,12 @@ STOP = Stop()
 """This process's."""
 
 
-def seconds(text: str) -> float:
+def parse_time(text: str) -> float:
     """``3h50m``, ``90m``, ``45s`` or ``2d`` as seconds.
 
     Raises:
         ValueError: it is not of this form.
     """
     if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
-        raise ValueError(f"'{spelled_out(text)}' is no time; write it as 3h50m, 90m or 45s")
+        raise ValueError(f"'{escape_controls(text)}' is no time; write it as 3h50m, 90m or 45s")
     return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))

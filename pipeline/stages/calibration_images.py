@@ -1,47 +1,51 @@
-"""The training images that int8's ranges are taken from: drawn by the seed, rendered as for testing."""
+"""The training images from which int8 ranges are computed, drawn by the seed and rendered as for testing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ...export.runtime import normalise
-from ..data.decode import rendered
-from ..data.views import permutation
+from ...export.runtime import Preprocessing, normalize
+from ..data.decode import render_images
+from ..data.network_spec import NetworkSpec
+from ..data.training_data import TrainingData
+from ..data.views import draw_order
 from ..runs.files import digest
-from ..training.job import Job, takes_pixels
 
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class CalibrationImages:
+    """Rendered images."""
+
     pixels: np.ndarray
     """uint8 [n,S,S,3]."""
     labels: np.ndarray
+    preprocessing: Preprocessing
     hash: str
-    """Of the images, whatever their order."""
+    """Of the set of images, independent of their order."""
+
+    def batches(self, *, pixel_input: bool) -> Callable[[], Iterator[np.ndarray]]:
+        """Return a function that yields batches of a file's input: uint8 pixels, or normalized images."""
+
+        def batches() -> Iterator[np.ndarray]:
+            for start in range(0, len(self.pixels), BATCH):
+                pixels = self.pixels[start : start + BATCH]
+                yield pixels if pixel_input else normalize(pixels, self.preprocessing)
+
+        return batches
 
 
-def calibration_batches(job: Job, images: CalibrationImages) -> Callable[[], Iterator[np.ndarray]]:
-    """The images a few at a time, as the student's files take them: pixels, or normalised."""
-    preprocessing = job.preprocessing(job.student)
-
-    def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(images.pixels), BATCH):
-            pixels = images.pixels[start : start + BATCH]
-            yield pixels if takes_pixels(job) else normalise(pixels, preprocessing)
-
-    return batches
-
-
-def calibration_images(job: Job) -> CalibrationImages:
-    """``--calibration-images`` of them, all where there are fewer."""
-    order = permutation(job.options.seed, 0, job.train.keys)[: job.options.calibration_images].tolist()
-    images = [job.train.images[i] for i in order]
-    decoded = rendered(images, job.preprocessing(job.student))
+def draw_calibration_images(data: TrainingData, student: NetworkSpec) -> CalibrationImages:
+    """Draw ``--calibration-images`` images; all if there are fewer."""
+    o = data.options
+    order = draw_order(o.seed, 0, data.train.keys)[: o.calibration_images].tolist()
+    images = [data.train.images[i] for i in order]
+    decoded = render_images(images, student.preprocessing)
     return CalibrationImages(
-        decoded.pixels.stacked().numpy(),
-        decoded.targets(job.data).numpy(),
+        decoded.pixels.stack().numpy(),
+        decoded.targets(data.dataset).numpy(),
+        student.preprocessing,
         digest(sorted(image.key for image in images)),
     )
