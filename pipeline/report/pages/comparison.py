@@ -64,7 +64,7 @@ def score_name(comparison: Comparison, group: Group) -> str:
     """Return the name of the score of the group's runs: accuracy or mAP."""
     for name in group.runs:
         run = comparison.run(name)
-        for file in (run.int8, run.fp32, run.of_teacher):
+        for file in (run.int8, run.fp32, run.teacher_file):
             if file is not None and file.score is not None:
                 return file.score.metric
     return "accuracy"
@@ -115,7 +115,7 @@ def _describe_speed(comparison: Comparison, machine: Machine, *, several: bool) 
     for verdict, meaning in (
         ("no difference", "Not significantly slower"),
         ("slower", "Slower"),
-        ("not known", "Latency without intervals"),
+        ("unknown", "Latency without intervals"),
     ):
         runs = [d for d in machine.latencies if d.verdict == verdict]
         if runs:
@@ -136,7 +136,7 @@ def measured_files(runs: Sequence[ComparedRun]) -> list[tuple[str, ComparedFile]
         files += [
             (f"{run.name} {file.kind}", file) for file in (run.int8, run.fp32) if _is_measured(file) and file
         ]
-        teacher = run.of_teacher
+        teacher = run.teacher_file
         if teacher is not None and _is_measured(teacher) and teacher.score is not None:
             key = (run.teacher, teacher.score.percent)
             faster = teachers.get(key)

@@ -12,7 +12,7 @@ from ..networks import Column
 from ..page import MAX_MATRIX_CLASSES, Figure, Gallery, KeyFigure, Page, Section, confusion_matrix
 from ..render import render_page
 from ..sections import calibration
-from ..sections.classes import MAX_CLASSES, MAX_CONFUSED, confused_table, picture
+from ..sections.classes import MAX_CLASSES, confused_table, picture
 from ..summary import describe_machine
 from ..tables import Table, attribute_rows, score_rows
 
@@ -206,7 +206,7 @@ def _classes(validation: Validation) -> Section:
     matrix = confusion_matrix(first.confusion, first.classes, caption) if first.confusion else None
     figures: list[Figure] = [matrix] if matrix is not None else []
     own, *others = [class_table(network) for network in validation.networks]
-    many, pairs = len(own.rows) > MAX_CLASSES, _confused(first)
+    many, pairs = len(own.rows) > MAX_CLASSES, confused_table(first.confused, "validation.json")
     return Section(
         "Classes",
         "classes",
@@ -242,15 +242,6 @@ def _interval(value: Proportion | None) -> tuple[str, str]:
     if value is None:
         return format.MISSING, format.MISSING
     return format.percent(value.percent), format.percent_interval(value.low, value.high)
-
-
-def _confused(network: Network) -> Table:
-    rows = [
-        [pair.label, pair.answer, format.count(pair.n), format.percent(pair.share)]
-        for pair in network.confused[:MAX_CONFUSED]
-    ]
-    more = len(network.confused) > MAX_CONFUSED
-    return confused_table(rows, f"The first {MAX_CONFUSED}; more are in validation.json." if more else "")
 
 
 def _calibration(validation: Validation) -> Section:

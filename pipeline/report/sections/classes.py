@@ -1,5 +1,11 @@
 """Test images with predictions, per-class results and the confusion matrix."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...evaluation.mistakes import most_confused
+from ...evaluation.results import Confused
 from ...runs.results import Example, Report
 from ...runs.scores import ClassScore
 from ...tasks import task_of
@@ -111,24 +117,16 @@ def _threshold(result: ClassScore | None) -> tuple[str, str]:
 
 def confused_pairs(report: Report) -> Table:
     """Return the pairs of true class and prediction that are confused most often."""
-    counts = report.confusion or []
-    names = class_names(report, len(counts))
-    pairs = [
-        (n, truth, predicted)
-        for truth, row in enumerate(counts)
-        for predicted, n in enumerate(row)
-        if n and truth != predicted
-    ]
-    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    counts = np.array(report.confusion or np.zeros((0, 0), dtype=int))
+    return confused_table(most_confused(counts, class_names(report, len(counts))), "report.json")
+
+
+def confused_table(pairs: Sequence[Confused], file: str) -> Table:
     rows = [
-        [names[truth], names[predicted], f"{n:,}", format.percent(100 * n / sum(counts[truth]))]
-        for n, truth, predicted in pairs[:MAX_CONFUSED]
+        [pair.label, pair.predicted, format.count(pair.n), format.percent(pair.percent)]
+        for pair in pairs[:MAX_CONFUSED]
     ]
-    note = f"The first {MAX_CONFUSED} of {len(pairs):,}." if len(pairs) > MAX_CONFUSED else ""
-    return confused_table(rows, note)
-
-
-def confused_table(rows: list[list[str]], note: str) -> Table:
+    note = f"The first {MAX_CONFUSED}; more are in {file}." if len(pairs) > MAX_CONFUSED else ""
     columns = ["true class", "prediction", "images", "of the class"]
     return Table("Most confused classes", columns, rows, note=note, left=2)
 

@@ -2,7 +2,8 @@
 
 from math import inf
 
-from ...runs.results import Int8Search, Report, TriedInt8
+from ....export.int8.results import Candidate
+from ...runs.results import Int8Search, Report
 from .. import format
 from ..charts import Chart
 from ..networks import score_name
@@ -26,7 +27,7 @@ def default_search(report: Report) -> Int8Search | None:
     return report.int8[0] if report.int8 else None
 
 
-def shipped_candidate(search: Int8Search) -> TriedInt8 | None:
+def shipped_candidate(search: Int8Search) -> Candidate | None:
     return next((candidate for candidate in search.tried if candidate.ships), None)
 
 
@@ -39,7 +40,7 @@ def explain_fp32(report: Report) -> str | None:
 
 
 def _explain_none(report: Report, search: Int8Search) -> str:
-    reason = f"none of {format.plural(len(search.tried), 'int8 candidate')} for {search.target} "
+    reason = f"no int8 candidate of {len(search.tried):,} for {search.target} "
     reason += f"{_within_budget(report, search)} on {images(search)}"
     best = min(search.tried, key=lambda candidate: candidate.lost, default=None)
     if best is not None:
@@ -141,7 +142,7 @@ def _choice(report: Report, search: Int8Search) -> str:
     return f"{sentence}. {which} ships: {shipped.name}, {_difference(shipped, search)}."
 
 
-def _difference(candidate: TriedInt8, search: Int8Search) -> str:
+def _difference(candidate: Candidate, search: Int8Search) -> str:
     return format.points(round(-candidate.lost, 6) + 0.0, search.n)
 
 
@@ -218,10 +219,10 @@ def candidates(report: Report, search: Int8Search) -> Table:
     )
 
 
-def _row(report: Report, number: int, candidate: TriedInt8, search: Int8Search) -> dict[str, str]:
+def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) -> dict[str, str]:
     corrections = [
         name
-        for name, applied in (("equalized", candidate.equalised), ("bias", candidate.bias_corrected))
+        for name, applied in (("equalized", candidate.equalized), ("bias", candidate.bias_corrected))
         if applied
     ]
     speedup = candidate.speedup
@@ -282,11 +283,11 @@ def _qat(report: Report) -> Section:
         return Section(name)
     candidate = next((c for c in search.tried if c.name == QAT), None) if search else None
     rows = []
-    if recovery.fake_select is not None:
+    if recovery.fake_val is not None:
         on_val = search is not None and search.role == "val"
         n = search.n if search is not None and on_val else None
         score = candidate.score if candidate is not None and on_val else None
-        rows.append(_compare("validation", n, recovery.fake_select, score))
+        rows.append(_compare("validation", n, recovery.fake_val, score))
     if recovery.fake_test is not None:
         test = report.student_int8.score if report.student_int8 is not None else None
         score = test.percent if candidate is not None and candidate.ships and test is not None else None

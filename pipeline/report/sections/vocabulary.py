@@ -99,7 +99,7 @@ def _table(report: Report) -> Table:
             words.teacher,
             words.level,
             format.count(words.words)
-            + (f" ({words.asked:,} requested)" if words.asked != words.words else ""),
+            + (f" ({words.requested:,} requested)" if words.requested != words.words else ""),
             f"{words.features_used:,} of {words.features:,}",
             format.number(words.perplexity),
             format.percent(100 * words.perplexity / words.words) if words.words else format.MISSING,
