@@ -1,16 +1,27 @@
-"""The job: data, methods, training, stages, report and the command line.
+"""Data, methods, training, stages, report and command line.
 
-``questpress.pipeline.compress(teacher=…, student=…, data=…)`` is the command as a function.
+The functions here are the commands: ``questpress.pipeline.compress(teacher=…, student=…, data=…)`` is
+``compress --teacher … --student … --data …``.
 """
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["compress"]
+FUNCTIONS = {
+    "bench": "api.bench",
+    "compare": "api.compare",
+    "compress": "api.run",
+    "export": "api.export",
+    "predict": "api.predict",
+    "sweep": "api.sweep",
+    "validate": "api.validate",
+}
+
+__all__ = list(FUNCTIONS)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compress":  # torch comes with it, and `--help` does not wait for torch
-        from .api.run import compress
-
-        return compress
+    """Import a function when it is used, since most of them import torch."""
+    if name in FUNCTIONS:
+        return getattr(import_module(f".{FUNCTIONS[name]}", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

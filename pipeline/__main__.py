@@ -4,6 +4,7 @@ from .cli.main import cli
 
 
 def main() -> None:
+    """Run the command line."""
     cli(prog_name="compress")
 
 

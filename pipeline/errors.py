@@ -1,38 +1,40 @@
-"""What goes wrong for a person at the keyboard: one sentence each, saying what, where and what to do."""
+"""Errors that are reported to the user as one message, with an exit code and without a traceback."""
 
 
 class QuestpressError(Exception):
-    """A failure that is told in one sentence; the command line prints it without a traceback.
-
-    ``exit_code`` is 2 for wrong usage and 1 for a job that failed.
-    """
+    """Base class; ``exit_code`` is 2 for wrong usage and 1 for a failed job."""
 
     exit_code = 1
 
 
 class UsageError(QuestpressError):
-    """Something in the arguments, the config file or the data folder is wrong; nothing was started."""
+    """An argument, the config file or the data folder is wrong. Nothing was started."""
 
     exit_code = 2
 
 
 class JobError(QuestpressError):
-    """The job was understood and started, but could not be finished."""
+    """The job was started and failed."""
 
     exit_code = 1
 
 
-_SENTENCES = (
+OUT_OF_MEMORY_CLASSES = ("MemoryError", "OutOfMemoryError")
+
+OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "out of memory",
     "_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
-    "could not create a primitive",  # oneDNN's
+    "could not create a primitive",  # oneDNN
 )
-_CLASSES = ("MemoryError", "OutOfMemoryError")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """A GPU's out-of-memory has a class of its own; its libraries', mps's and a CPU's are sentences."""
-    named = any(cls.__name__ in _CLASSES for cls in type(error).__mro__)
-    return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _SENTENCES))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for an out-of-memory error.
+
+    CUDA's has its own class. CUDA's libraries, mps and the CPU raise a RuntimeError with a message.
+    """
+    if any(cls.__name__ in OUT_OF_MEMORY_CLASSES for cls in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)

@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
             patch.setattr(f"questpress.pipeline.{module}.allowed_cores", lambda: 1)
         torch.set_num_threads(1)
         # Two processes more for each run; test_int8_in_a_run.py has them.
-        patch.setattr("questpress.pipeline.stages.quantize._times", lambda *_: None)
+        patch.setattr("questpress.pipeline.stages.quantize._measure_latency", lambda *_: None)
         yield
 
 

@@ -12,7 +12,7 @@ from ...export.errors import ExportError
 from ...export.files import temporary_folder
 from ...export.latency.machine import find_runtime
 from ...export.runtime import ArtifactError, Classifier, default_threads
-from ..config.limits import MOST_THREADS, MOST_WHOLE
+from ..config.limits import MAX_INTEGER, MAX_THREADS
 from ..errors import UsageError
 from ..evaluation.latency import (
     NO_IMAGES,
@@ -125,9 +125,9 @@ def bench(
         result = with_checksum(result.model_copy(update={"samples_file": SAMPLES}))
         save(result, samples, folder)
         if updates_run:
-            from ..report.assemble import report_anew
+            from ..report.assemble import write
 
-            report_anew(folder.parent)
+            write(RunFolder.read(folder.parent))
     return result
 
 
@@ -154,11 +154,11 @@ def _choose_protocol(
 ) -> Protocol:
     if seconds is not None and not 0 < seconds < math.inf:
         raise UsageError(f"--seconds must be greater than 0 and finite, got {seconds:g}.")
-    if threads is not None and (not threads or not 1 <= min(threads) <= max(threads) <= MOST_THREADS):
+    if threads is not None and (not threads or not 1 <= min(threads) <= max(threads) <= MAX_THREADS):
         counts = ",".join(map(str, threads))
-        raise UsageError(f"--threads must be 1 to {MOST_THREADS}, got {counts}.")
-    if not 0 <= seed <= MOST_WHOLE:
-        raise UsageError(f"--seed must be 0 to {MOST_WHOLE}, got {seed}.")
+        raise UsageError(f"--threads must be 1 to {MAX_THREADS}, got {counts}.")
+    if not 0 <= seed <= MAX_INTEGER:
+        raise UsageError(f"--seed must be 0 to {MAX_INTEGER}, got {seed}.")
     protocol = QUICK if quick else NORMAL
     return replace(
         protocol,

@@ -4,12 +4,12 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from ...export.latency.results import Speedup
 from ..config import stages
 from ..errors import UsageError
 from ..evaluation.comparison import SIGNIFICANT, compare_unpaired, frontier, holm, mcnemar
@@ -23,7 +23,7 @@ from ..evaluation.results import (
     LatencyDifference,
     Machine,
 )
-from ..report.format import plural, join_names
+from ..report.format import join_names, plural
 from ..report.networks import Column, find_network
 from ..report.pages.comparison import measured_files
 from ..report.summary import describe_machine, list_missing
@@ -33,7 +33,6 @@ from ..runs.folder import RunFolder
 from ..runs.predictions import PerImage
 from ..runs.record import RECORD, read_checked
 from ..runs.results import Report
-from ...export.latency.results import Speedup
 
 KEYS = {"int8": "student_int8", "fp32": "student"}
 """By what the answers of a file are kept."""
@@ -511,10 +510,11 @@ def write(found: Comparison, folder: Path) -> None:
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
+
     from ..report.pages.comparison import render_comparison
 
     texts = {
-        **pages(found),
+        **render_comparison(found),
         "comparison.csv": as_csv(found),
         "comparison.json": found.model_dump_json(indent=2) + "\n",
     }

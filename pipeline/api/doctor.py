@@ -14,8 +14,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from ..runs.cache import Cache
 from ...export.results import Result
+from ..runs.cache import Cache
 
 DISTRIBUTION = "questpress"
 HUB = "https://huggingface.co"
@@ -213,9 +213,9 @@ def _without_gpu() -> tuple[str, Verdict, str | None]:
 
 
 def _int8() -> Iterable[Finding]:
-    from ...export.runtime import int8_flags, detect_target
+    from ...export.runtime import detect_target, int8_flags
 
-    target = target_of_this_machine()
+    target = detect_target()
     flags = ", ".join(int8_flags()) or "none of those that matter"
     slow = target == "x86" or (target == "arm64" and "asimddp" not in int8_flags())
     yield Finding(

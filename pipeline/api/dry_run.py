@@ -11,7 +11,7 @@ from ...export.runtime import allowed_cores
 from ...models.catalogue import describe
 from ..config.options import Options
 from ..data.dataset import ImageSet
-from ..report.format import counted
+from ..report.format import plural
 from ..runs.console import Display
 from ..runs.device import use_threads
 from ..runs.files import command_line
@@ -119,5 +119,5 @@ def convolution_rate(device: str) -> float:
 
 def _spoken(minutes: float) -> str:
     if minutes < 90:
-        return counted(max(1, round(minutes)), "minute")
+        return plural(max(1, round(minutes)), "minute")
     return f"{minutes / 60:.0f} hours" if minutes < 60 * 48 else f"{minutes / 60 / 24:.0f} days"

@@ -9,21 +9,17 @@ from ..runs.results import Report
 from .run import compress
 
 
-def export_again(folder: str | Path, **options: Any) -> Report:
-    """Do a run's stages from export on with other options of theirs; the teacher and the student stay.
+def export(folder: str | Path, **options: Any) -> Report:
+    """Run the stages from export on with other options of export; teacher and student are kept.
 
     Raises:
-        UsageError: the folder holds no run, one whose student is not finished, or other options than those.
+        UsageError: the folder is not a run, its student is not finished, or other options are given.
     """
-    folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise UsageError(f"{folder} holds no run: name a folder that compress has made.")
-    run = RunFolder(folder, writes=False)
-    run.open(fresh=False)
-    if "student" not in run.record["stages"]:
+    run = RunFolder.read(Path(folder))
+    if "student" not in run.record.stages:
         raise UsageError(
-            f"{folder} holds a run whose student is not finished: repeat the command that began it, without "
-            f"--until ({run.record.get('command', 'compress …')})."
+            f"The student of {folder} is not finished. Run the original command again without --until "
+            f"({run.record.command})."
         )
-    read_config(folder)  # as the run has left it
-    return compress(config=folder / "config.yaml", out=folder, **options)
+    read_config(run.path)  # refuse an edited file
+    return compress(config=run.path / "config.yaml", out=run.path, **options)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from .. import methods
 from ..config import bounded_yaml, recipes
-from ..config.options import Options, flag, pairs
+from ..config.options import Options, get_flag, parse_pairs
 from ..errors import UsageError
 
 EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
@@ -54,14 +54,14 @@ def read_options(given: Mapping[str, Any]) -> Options:
             raise UsageError(f"--{name} is missing. Set it to a timm model, such as --{name} {example}.")
     if merged.get("recipe"):
         teachers = [merged["teacher"]] if isinstance(merged["teacher"], str) else merged["teacher"]
-        recipe = recipes.load(str(merged["recipe"])).for_pair(teachers, merged["student"])
+        recipe = recipes.load_recipe(str(merged["recipe"])).for_pair(teachers, merged["student"])
         merged = merge_options(recipe, merged)
     try:
         return Options.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{flag(str(first['loc'][0]))} {first['input']}: {reason}.") from error
+        raise UsageError(f"{get_flag(str(first['loc'][0]))} {first['input']}: {reason}.") from error
 
 
 def merge_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,18 +81,18 @@ def merge_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
             continue  # rejected by the validation of Options
         if "method" in given:  # settings of other methods do not apply
             kept = {key: value for key, value in kept.items() if key.split(".")[0] in (*method_names, "ce")}
-        merged[name] = {**kept, **pairs(more)}
+        merged[name] = {**kept, **parse_pairs(more)}
     return merged
 
 
 def _is_loss_weight(setting: str) -> bool:
     method, _, key = setting.partition(".")
-    return method in methods.known() and key in methods.load(method).weights
+    return method in methods.list_methods() and key in methods.load(method).weights
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = bounded_yaml.read(path)
+        content = bounded_yaml.read_yaml(path)
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

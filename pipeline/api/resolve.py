@@ -318,7 +318,9 @@ def _choose_store(chosen: Options, parameters: Mapping[str, Parameters], classes
         )
         bytes_per_image = max(bytes_per_image, as_teacher)
     # A recipe is followed to the letter: a new view each epoch.
-    chosen.cache_views = 0 if chosen.recipe else defaults.choose_cache_views(chosen.epochs, images * bytes_per_image)
+    chosen.cache_views = (
+        0 if chosen.recipe else defaults.choose_cache_views(chosen.epochs, images * bytes_per_image)
+    )
 
 
 def _check_averages(chosen: Options) -> None:

@@ -1,25 +1,28 @@
 """The whole job: check, then stage after stage, each done only where it is missing."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..config import stages as rounds
-from ..config.options import Options, enters, flag, group
+from ..config.options import Options, get_flag, get_group, get_stage
 from ..data.dataset import ImageSet
-from ..data.sources.folders import one_role_alone
+from ..data.sources.folders import describe_unused_splits
+from ..data.training_data import TrainingData
 from ..errors import UsageError
 from ..runs import main_process
 from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device
-from ..runs.files import command, refuse_inside_data, sha256
-from ..runs.folder import RunFolder, StageResult
+from ..runs.files import check_outside_data, command_line, sha256
+from ..runs.folder import RunFolder
 from ..runs.interrupt import STOP
 from ..runs.results import Report
+from ..tasks import task_of
 from ..training.compute.distributed import Ranks, check_ranks, join, leave
-from ..training.job import Job
+from ..training.context import RunContext
 from ..training.weights import check_weights
 from .dry_run import dry_run
 from .options import read_options
@@ -69,7 +72,7 @@ def compress(
             with STOP.after(asked.time_limit), display.remarks():
                 return _compress(asked, ranks, display)
         except BaseException:
-            main_process.first_to_end()  # decided before the other processes notice that this one is gone
+            main_process.is_first_to_exit()  # decided before the other processes notice that this one is gone
             raise
         finally:
             leave()
@@ -80,15 +83,15 @@ def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
         raise UsageError("--quiet and --verbose ask for opposite things; leave one out.")
     chosen, images = resolve(asked)
     assert chosen.out is not None
-    refuse_inside_data(chosen.data, {"--out": chosen.out, "--cache": chosen.cache})
-    device = choose_device(chosen.device, ranks)
+    check_outside_data(chosen.data, {"--out": chosen.out, "--cache": chosen.cache})
+    device = choose_device(chosen.device, ranks.local_rank if ranks.count > 1 else None)
     check_ranks(chosen, ranks, len(images.train), device)
     if chosen.data == DIGITS:
         display.say(
             "The built-in handwritten digits (1,797 images) stand in for your data; "
             "name your own with --data FOLDER, a folder of class folders."
         )
-    if (alone := one_role_alone(Path(str(chosen.data)).expanduser())) is not None:
+    if (alone := describe_unused_splits(Path(str(chosen.data)).expanduser())) is not None:
         display.note(alone)
     if asked.batch_size and chosen.batch_size != asked.batch_size:
         display.note(f"--batch-size {asked.batch_size} is more than there are: all images are one batch")
@@ -108,7 +111,7 @@ def _chosen(options: Options, asked: Options) -> str:
     """The options that were not said and have a value now."""
     values, said = _repeatable(options), asked.model_fields_set
     told = [
-        f"{flag(name)} {value}"
+        f"{get_flag(name)} {value}"
         for name, value in values.items()
         if name not in said and value not in (None, [], {}, False)
     ]
@@ -117,7 +120,7 @@ def _chosen(options: Options, asked: Options) -> str:
 
 def hashed(options: Options) -> dict[str, Any]:
     """The options that change a stage's result; of a weights file its content counts, not its place."""
-    values = {name: value for name, value in options.model_dump(mode="json").items() if enters(name)}
+    values = {name: value for name, value in options.model_dump(mode="json").items() if get_stage(name)}
     return {
         **values,
         "teacher_weights": [_content(source) for source in options.teacher_weights],
@@ -156,67 +159,86 @@ def _stages(
     display: Display,
     ranks: Ranks,
 ) -> Report:
-    from ..stages import report, stage_run
+    from ..report import assemble as report
 
     config = _config(options, images)
     with ranks.main_first():
         # Processes that torchrun has restarted go on.
-        folder.open(fresh=options.fresh and not main_process.attempt())
-        folder.refuse_other_options(config)
-        folder.begin(config, _repeatable(options), command())
-        check_weights(options, images, folder.left(options.until), download=True)
-    trains = any(rounds.kind(stage) in (*TRAINING, "qat") for stage in folder.left(options.until))
+        folder.open(fresh=options.fresh and not main_process.count_restarts())
+        folder.check_options(config)
+        folder.begin(config, _repeatable(options), command_line())
+        check_weights(options, images, folder.unfinished(options.until), download=True)
+    trains = any(rounds.get_kind(stage) in (*TRAINING, "qat") for stage in folder.unfinished(options.until))
     if (options.tensorboard or options.track) and not trains:
         display.note("there are no curves to send: nothing is left to train")
     with display.stage("start") as progress:
-        job = Job(
-            options, given, images, folder, Cache(options.cache), display, device, progress, ranks=ranks
+        context = RunContext(
+            options=options,
+            set_options=given,
+            task=task_of(images),
+            dataset_name=images.name,
+            num_classes=len(images.classes),
+            folder=folder,
+            cache=Cache(options.cache),
+            display=display,
+            progress=progress,
+            device=device,
+            ranks=ranks,
         )
-        for stage in folder.asked(options.until):
-            if rounds.kind(stage) not in TOGETHER and ranks.count > 1:
+        data = TrainingData(
+            options,
+            images,
+            context.cache,
+            device,
+            lambda work, done, total: progress.update(work, done, total, "images"),
+            context.place,
+        )
+        for stage in folder.stages_until(options.until):
+            if rounds.get_kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()
                 if not ranks.is_main:
                     return report.assemble(folder)
-                job.ranks = ranks = Ranks()
-            progress.name, job.round = stage, rounds.number(stage)
+                ranks = Ranks()
+                context = replace(context, ranks=ranks)
             key = folder.key(stage, _entering(stage, config))
-            done = ranks.share(folder.finished(stage, key) if ranks.is_main else None)
+            done = ranks.broadcast(folder.finished(stage, key) if ranks.is_main else None)
             if done is not None:
                 display.done(stage, done.summary, None)
                 continue
-            _do(stage, key, stage_run(stage), job)
+            _run_stage(context.for_stage(stage, key), data)
             if ranks.is_main:
                 report.write(folder)
     return report.write(folder) if ranks.is_main else report.assemble(folder)
 
 
-def _do(stage: str, key: str, run: Callable[[Job], StageResult], job: Job) -> None:
-    from ..stages.report import tools_here
+def _run_stage(context: RunContext, data: TrainingData) -> None:
+    from ..report.assemble import tool_versions_here
+    from ..stages import load_stage
 
     started = time.perf_counter()
-    job.key = key
-    job.display.warnings.clear()
-    if job.ranks.is_main or rounds.kind(stage) in TRAINING:
-        done = run(job)
-    if job.ranks.is_main:
+    stage, folder, ranks = context.stage, context.folder, context.ranks
+    context.display.warnings.clear()
+    if ranks.is_main or rounds.get_kind(stage) in TRAINING:
+        result = load_stage(stage)(context, data, folder.facts())
+    if ranks.is_main:
         seconds = time.perf_counter() - started
-        job.folder.record.tools = tools_here()
-        job.folder.finish(stage, key, done, seconds, job.display.warnings)
-        job.folder.drop_checkpoints(stage)
-        job.display.done(stage, done.summary, seconds)
-    job.folder.record = job.ranks.share(job.folder.record)
+        folder.record.tools = tool_versions_here()
+        folder.finish(stage, context.key, result, seconds, context.display.warnings)
+        folder.remove_checkpoints(stage)
+        context.display.done(stage, result.summary, seconds)
+    folder.record = ranks.broadcast(folder.record)
 
 
 def _repeatable(options: Options) -> dict[str, Any]:
     """What config.yaml holds: the job, not where it was written or how it was watched."""
-    apart = {"out", "config"} | {name for name in Options.model_fields if group(name) == "Running"}
+    apart = {"out", "config"} | {name for name in Options.model_fields if get_group(name) == "Execution"}
     return options.model_dump(mode="json", exclude=apart - {"precision"})
 
 
 def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    stages = ("prepare", "student") if rounds.kind(stage) == rounds.ROUND else (stage,)
+    stages = ("prepare", "student") if rounds.get_kind(stage) == rounds.ROUND else (stage,)
     return {
         name: value
         for name, value in config.items()
-        if (enters(name) if name in Options.model_fields else "teacher") in stages
+        if (get_stage(name) if name in Options.model_fields else "teacher") in stages
     }

@@ -14,9 +14,9 @@ from ...export.latency.machine import environment
 from ..data.dataset import Progress
 from ..errors import UsageError
 from ..evaluation.results import Network, Validation
-from ..report.format import counted
+from ..report.format import plural
 from ..runs.console import Display
-from ..runs.files import command_line, check_outside_data, write_text
+from ..runs.files import check_outside_data, command_line, write_text
 from ..runs.interrupt import STOP
 from . import validate_answers
 from . import validate_inputs as chosen_images
@@ -184,7 +184,7 @@ class _Found:
         unread = [one for one in skipped if one.unreadable]
         warnings = list(chosen.warnings)
         if unread:
-            warnings.append(f"{counted(len(unread), 'image')} could not be read and are left out.")
+            warnings.append(f"{plural(len(unread), 'image')} could not be read and are left out.")
         machine = environment()
         return Validation(
             title=f"{_sources(self.students)} on {chosen.name}",
@@ -253,10 +253,11 @@ def write(
     Raises:
         JobError: the folder cannot be written or the disk is full.
     """
-    from ..report.pages.validation import pages
+
+    from ..report.pages.validation import render_validation
 
     texts = {
-        **pages(found),
+        **render_validation(found),
         "validation.json": as_json(found) + "\n",
         "mistakes.csv": validate_answers.as_csv(mistakes),
     }

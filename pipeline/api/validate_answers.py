@@ -51,9 +51,7 @@ def right(network: Asked, logits: np.ndarray, targets: np.ndarray) -> np.ndarray
     return network.task.is_correct(logits, targets, network.thresholds)
 
 
-def agreement(
-    student: Asked, logits: np.ndarray, teacher: Asked, others: np.ndarray
-) -> Proportion | None:
+def agreement(student: Asked, logits: np.ndarray, teacher: Asked, others: np.ndarray) -> Proportion | None:
     """How often the student's answer is the teacher's; None where they know different classes."""
     columns = in_order_of(student, teacher)
     if columns is None:
@@ -194,7 +192,9 @@ def pictured(
                 one.image,
                 one.label,
                 (one.answer, one.probability),
-                None if one.teacher is None or one.teacher_probability is None else (one.teacher, one.teacher_probability),
+                None
+                if one.teacher is None or one.teacher_probability is None
+                else (one.teacher, one.teacher_probability),
                 None if isinstance(pixels, str) else pixels,
             )
         )

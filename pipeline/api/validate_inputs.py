@@ -13,9 +13,16 @@ import numpy as np
 from ...export.conversion.untrusted import parsed, read_foreign
 from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, right_here
-from ...export.runtime import ArtifactError, Classifier, Preprocessing, read_manifest, read_verified, open_session
+from ...export.runtime import (
+    ArtifactError,
+    Classifier,
+    Preprocessing,
+    open_session,
+    read_manifest,
+    read_verified,
+)
 from ...models.checkpoint import tensors_digest
-from ..data.dataset import SPLITS, Image, Progress, Skipped, Split, sort_images, printable
+from ..data.dataset import SPLITS, Image, Progress, Skipped, Split, printable, sort_images
 from ..data.sources import open_data, read_data
 from ..data.splits import UnsplitDataset, quote_names
 from ..errors import UsageError
@@ -23,7 +30,7 @@ from ..report.format import plural
 from ..runs import predictions
 from ..runs.artifacts import timed_teachers
 from ..runs.files import digest, sha256
-from ..runs.folder import RunFolder, read_config, check_finished
+from ..runs.folder import RunFolder, check_finished, read_config
 from ..runs.results import Subject
 from ..runs.scores import TaskName
 from ..tasks import Task, task_of_file, thresholds_of

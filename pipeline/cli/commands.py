@@ -120,7 +120,9 @@ export.params += [
 @click.command()
 @click.argument("artifact", type=PATH)
 @click.argument("images", nargs=-1, required=True, type=PATH)
-@click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="number of classes per image")
+@click.option(
+    "--top", default=3, show_default=True, type=click.IntRange(1), help="number of classes per image"
+)
 @click.option("--file", help="the .onnx file of the artifact to use [default: the int8 file]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object per line")
@@ -145,7 +147,9 @@ def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: 
     type=click.Choice(["train", "val", "test", "all"]),
     help="split to use [default: test if the data has splits, otherwise all]",
 )
-@click.option("--teacher", help="run folder or .onnx file to compare with, or none [default: the run's teacher]")
+@click.option(
+    "--teacher", help="run folder or .onnx file to compare with, or none [default: the run's teacher]"
+)
 @click.option("--file", help="the .onnx file of an artifact to validate [default: all]")
 @click.option("--ignore-unknown", is_flag=True, help="skip images of classes that a model does not have")
 @click.option("--out", type=PATH, help="output folder [default: validation/ in a single run folder, or here]")
@@ -181,7 +185,9 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
 )
 @click.option("--seconds", type=float, help="seconds per file and number of threads [default: 10]")
 @click.option("--quick", is_flag=True, help="3 seconds; p99 is reported only if 662 runs fit")
-@click.option("--threads", metavar="N,N,…", help="numbers of threads [default: 1 and the available cores, at most 4]")
+@click.option(
+    "--threads", metavar="N,N,…", help="numbers of threads [default: 1 and the available cores, at most 4]"
+)
 @click.option("--seed", default=0, show_default=True, help="seed of the order, the inputs and the bootstrap")
 @click.option(
     "--images",
@@ -190,12 +196,19 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
     help="image files or folders; can be repeated [default: the run's data, or synthetic images]",
 )
 @click.option("--image-size", type=click.IntRange(1), help="side of the input of files with a dynamic size")
-@click.option("--out", type=PATH, help="output folder [default: bench/ in a single run folder, or bench-results/]")
+@click.option(
+    "--out", type=PATH, help="output folder [default: bench/ in a single run folder, or bench-results/]"
+)
 @click.option("--strict", is_flag=True, help="exit with code 1 if the measurement was disturbed")
 @json_option
 @quiet_option
 def bench(
-    paths: tuple[Path, ...], threads: str | None, out: Path | None, strict: bool, as_json: bool, **options: Any
+    paths: tuple[Path, ...],
+    threads: str | None,
+    out: Path | None,
+    strict: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure inference latency on this machine.
 
@@ -280,7 +293,9 @@ def report(folder: Path | None, out: Path | None, schema: bool, as_json: bool, q
 
 @click.command()
 @click.argument("pattern", default="*")
-@click.option("--image-size", type=click.IntRange(8), help="side of the input for GMACs [default: the model's]")
+@click.option(
+    "--image-size", type=click.IntRange(8), help="side of the input for GMACs [default: the model's]"
+)
 def models(pattern: str, image_size: int | None) -> None:
     """List networks with parameters, GMACs and the license of their weights.
 

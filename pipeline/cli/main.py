@@ -1,4 +1,4 @@
-"""The command line: a file for each command, imported when it is asked for."""
+"""The command group ``compress``. The commands are imported when one is needed."""
 
 import errno
 import sys
@@ -11,90 +11,86 @@ from click.shell_completion import CompletionItem
 
 from ..runs import main_process
 from ..runs.interrupt import STOP
-from .errors import OF_THE_SYSTEM, ended, unwritten, written
+from .errors import SIGINT_EXIT, SYSTEM_ERRORS, fail, fail_on_output, flush_output
 
 COMMANDS = {
-    "Make": ("run", "resolutions", "export"),
-    "Measure and look": ("predict", "validate", "bench", "compare", "report"),
-    "Around it": ("models", "recipes", "store", "doctor"),
+    "Train and export": ("run", "sweep", "export"),
+    "Inspect and measure": ("predict", "validate", "bench", "compare", "report"),
+    "Setup": ("models", "recipes", "cache", "doctor"),
 }
-"""Names of commands by heading; ``commands.py`` is imported when one of them is needed."""
+"""Command names, each a function in ``commands.py``, by heading."""
 
 
-FUNCTIONS = {"recipes": "list_recipes"}
-"""Functions in ``commands.py`` whose name is not the command's."""
-
-
-class Shorthand(click.Group):
-    """Commands under headings, each imported when it is needed; ``compress OPTIONS`` is ``compress run
-    OPTIONS``.
-    """
+class DefaultGroup(click.Group):
+    """A group with headings, in which ``compress OPTIONS`` means ``compress run OPTIONS``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for named in COMMANDS.values() for name in named]
+        """Return the command names in the order of the help."""
+        return [name for names in COMMANDS.values() for name in names]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        found = getattr(import_module(".commands", __package__), FUNCTIONS.get(cmd_name, cmd_name))
-        assert isinstance(found, click.Command)
-        return found
+        command: click.Command = getattr(import_module(".commands", __package__), cmd_name)
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Reject an unknown command with the nearest name."""
         names = self.list_commands(ctx)
         if args[0] not in names:
             near = get_close_matches(args[0], names, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
-            ctx.fail(f"There is no command {args[0]!r}; {meant}")
+            ctx.fail(
+                f"Unknown command {args[0]!r}. "
+                + (f"Did you mean {near[0]}?" if near else f"Available commands: {', '.join(names)}.")
+            )
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Options without a command are those of ``run`` here, too."""
-        found = super().shell_complete(ctx, incomplete)
+        """Complete the options of ``run`` too."""
+        items = super().shell_complete(ctx, incomplete)
         run = self.get_command(ctx, "run")
         if run is not None and incomplete.startswith("-"):
-            found += run.shell_complete(click.Context(run, parent=ctx), incomplete)
-        return found
+            items += run.shell_complete(click.Context(run, parent=ctx), incomplete)
+        return items
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for heading, named in COMMANDS.items():
+        """Write the commands under their headings."""
+        for heading, names in COMMANDS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
             with formatter.section(heading):
-                found = {name: self.get_command(ctx, name) for name in named}
-                formatter.write_dl(
-                    [(name, one.get_short_help_str(90)) for name, one in found.items() if one is not None]
-                )
+                formatter.write_dl([(name, cmd.get_short_help_str(90)) for name, cmd in commands if cmd])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        for before, one in zip(["", *args], args, strict=False):
-            if not one or (one.startswith("--") and one.endswith("=")):
-                named = one.rstrip("=") or (before if before.startswith("-") else "an argument")
-                ended(f"Error: {named} is empty; say something, or leave it out.", 2)
+        """Reject empty values, and insert ``run`` before options without a command."""
+        for previous, argument in zip(["", *args], args, strict=False):
+            if not argument or (argument.startswith("--") and argument.endswith("=")):
+                name = argument.rstrip("=") or (previous if previous.startswith("-") else "an argument")
+                fail(f"Error: {name} requires a value.", 2)
         if args and args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """What a command itself does not hear: that it is to stop while it is still being loaded, and that
-        what it prints cannot be written.
-        """
+        """Handle signals while the command is imported, and output that cannot be written."""
         try:
             with STOP.listens():
                 try:
                     return super().invoke(ctx)
                 finally:
-                    written()
+                    flush_output()
         except KeyboardInterrupt:
-            ended("\nStopped.", 130)
+            fail("\nStopped.", SIGINT_EXIT)
         except OSError as error:
-            if error.errno not in OF_THE_SYSTEM | {errno.EPIPE} or error.filename is not None:
+            if error.errno not in SYSTEM_ERRORS | {errno.EPIPE} or error.filename is not None:
                 raise
-            unwritten(error)
+            fail_on_output(error)
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Of several processes one says what is wrong with the command line."""
-        if main_process.leads():
+        """Report usage errors on the main process only."""
+        if main_process.is_main():
             return super().main(*args, **extra)
         try:
             return super().main(*args, **{**extra, "standalone_mode": False})
@@ -103,19 +99,19 @@ class Shorthand(click.Group):
 
 
 @click.group(
-    cls=Shorthand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(package_name="questpress", prog_name="compress")
 def cli() -> None:
-    """Turn a big pretrained vision network into a small one that ships.
+    """Distill a large pretrained vision network into a small one, as int8 ONNX.
 
     \b
-    compress --teacher resnet50 --student mobilenetv2                 the built-in digits, in minutes
+    compress --teacher resnet50 --student mobilenetv2                 train on the built-in digits, in minutes
     compress --teacher resnet50 --student mobilenetv2 --data photos/ --out runs/shop
-    compress predict runs/shop photo.jpg                              ask the network that came out
-    compress validate runs/shop --data new-photos/                    how it does on other labelled images
-    compress compare runs/*                                           runs against each other
-    compress models 'mobilenet*'                                      names, sizes, licences
+    compress predict runs/shop photo.jpg                              classify an image
+    compress validate runs/shop --data new-photos/                    measure accuracy on other labeled images
+    compress compare runs/*                                           compare runs
+    compress models 'mobilenet*'                                      list networks, sizes and licenses
 
-    Options without a command go to `run`: `compress run --help` lists them.
+    Options without a command are options of `run`. See compress run --help.
     """

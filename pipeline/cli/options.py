@@ -1,4 +1,4 @@
-"""The options of a run on the command line: made from their one list, shown under headings."""
+"""Create the click options of a run from ``config.options.Options``."""
 
 import types
 from collections.abc import Mapping
@@ -8,91 +8,80 @@ import click
 
 from .. import methods
 from ..config import defaults
-from ..config.options import Options, group
-
-GROUPS = ("What", "Weights", "Method", "Training", "Images", "Export", "Running")
+from ..config.options import GROUPS, Options, get_flag, get_group
 
 
-class Grouped(click.Command):
-    """A command whose options are listed under headings, with the table of defaults at the end."""
+class GroupedCommand(click.Command):
+    """A command whose options are listed under headings, followed by the table of defaults."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options and the table."""
         records: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                name = str(parameter.name)
-                heading = group(name) if name in Options.model_fields else "Running"
-                records[heading].append(record)
-        for name in GROUPS:
-            _section(formatter, name, records[name])
-        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
-        _section(
+                records[_heading(str(parameter.name))].append(record)
+        for heading, rows in records.items():
+            _write_section(formatter, heading, rows)
+        flags = {flag for parameter in self.get_params(ctx) for flag in parameter.opts}
+        _write_section(
             formatter,
-            "What is chosen where you say nothing (from scratch | from weights)",
+            "Defaults (from scratch | from pretrained weights)",
             [
-                (option, scratch if weights in (scratch, "the same") else f"{scratch} | {weights}")
-                for option, scratch, weights in defaults.lines()
-                if own & set(option.split(", "))
+                (row.option, f"{row.scratch} | {row.pretrained}" if row.pretrained else row.scratch)
+                for row in defaults.TABLE
+                if flags & set(row.option.split(", "))
             ],
         )
 
 
-def _section(formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
-    if rows:  # click has no list of nothing
+def _heading(name: str) -> str:
+    if name in Options.model_fields:
+        return get_group(name)
+    return GROUPS[0] if name in ("students", "student_sizes") else GROUPS[-1]
+
+
+def _write_section(formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
+    if rows:  # click fails for an empty list
         with formatter.section(heading):
             formatter.write_dl(rows, col_max=28)
 
 
-def made_option(name: str, annotation: Any, default: Any, help: str) -> click.Option:
-    """One option of `run`; its value is None unless it was given, so that a config file is not overridden."""
+def run_options() -> list[click.Parameter]:
+    """Return all options of ``run`` in the order of ``Options``."""
+    return [
+        make_option(name, field.annotation, field.default, field.description or "")
+        for name, field in Options.model_fields.items()
+    ]
+
+
+def make_option(name: str, annotation: Any, default: Any, help: str) -> click.Option:
+    """Return the click option of a field.
+
+    Its value is None unless it is given, so that it does not override a config file.
+    """
     kind = _without_none(annotation)
-    shown = {"settings": "set", "json_": "json"}.get(name, name).replace("_", "-")
-    # What a config may hold can be taken back.
-    if kind is bool and (default is None or group(name) != "Running"):
-        return click.Option([f"--{shown}/--no-{shown}", name], default=None, help=help)
+    settings: dict[str, Any] = {"default": None, "help": help}
     if kind is bool:
-        return click.Option([f"--{shown}", name], is_flag=True, default=None, help=help)
+        # A config file can set it, so the command line can unset it.
+        can_unset = default is None or get_group(name) != "Execution"
+        names = f"{get_flag(name)}/--no-{get_flag(name)[2:]}" if can_unset else get_flag(name)
+        return click.Option([names, name], is_flag=True, **settings)
     if isinstance(default, str | int | float):
-        help = f"{help} [default: {default}]"
+        settings["help"] = f"{help} [default: {default}]"
     if name == "milestones":
-        return click.Option([f"--{shown}", name], metavar="E,E,…", default=None, help=help)
-    if get_origin(kind) in (list, dict):
-        choices = get_args(get_args(kind)[0]) if get_origin(kind) is list else ()
-        metavar = "KEY=VALUE" if get_origin(kind) is dict else None
-        return click.Option(
-            [f"--{shown}", name],
-            type=click.Choice(choices) if choices else str,
-            multiple=True,
-            default=None,
-            metavar=metavar,
-            help=help,
-        )
-    if get_origin(kind) is Literal:
-        return click.Option([f"--{shown}", name], type=click.Choice(get_args(kind)), default=None, help=help)
-    return click.Option(
-        [f"--{shown}", name],
-        type=kind if kind in (int, float) else str,
-        default=None,
-        help=help,
-        shell_complete=COMPLETED.get(name),
-    )
-
-
-def _methods(_context: click.Context, _option: click.Parameter, begun: str) -> list[str]:
-    *before, last = begun.split("+")
-    names = [*methods.known(), "none"]
-    return ["+".join([*before, name]) for name in names if name.startswith(last) and name not in before]
-
-
-def _recipes(_context: click.Context, _option: click.Parameter, begun: str) -> list[str]:
-    from ..config import recipes
-
-    return [name for name in recipes.names() if name.startswith(begun)]
-
-
-COMPLETED = {"method": _methods, "recipe": _recipes}
-"""What a shell offers for the value of an option."""
+        return click.Option([get_flag(name), name], metavar="E,E,…", **settings)
+    container, parts = get_origin(kind), get_args(kind)
+    if container is Literal:
+        settings["type"] = click.Choice(parts)
+    elif container is dict:
+        settings |= {"type": str, "multiple": True, "metavar": "KEY=VALUE"}
+    elif container is list:
+        choices = get_args(parts[0])
+        settings |= {"type": click.Choice(choices) if choices else str, "multiple": True}
+    else:
+        settings |= {"type": kind if kind in (int, float) else str, "shell_complete": COMPLETIONS.get(name)}
+    return click.Option([get_flag(name), name], **settings)
 
 
 def _without_none(annotation: Any) -> Any:
@@ -101,18 +90,28 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given."""
+def _complete_method(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:
+    *complete, last = incomplete.split("+")
+    names = [
+        name for name in (*methods.list_methods(), "none") if name.startswith(last) and name not in complete
+    ]
+    return ["+".join([*complete, name]) for name in names]
+
+
+def _complete_recipe(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:
+    from ..config import recipes
+
+    return [name for name in recipes.list_recipes() if name.startswith(incomplete)]
+
+
+COMPLETIONS = {"method": _complete_method, "recipe": _complete_recipe}
+"""Functions that complete an option's value in a shell."""
+
+
+def select_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in options.items()
         if value not in (None, ())
     }
-
-
-def all_options() -> list[click.Parameter]:
-    """Every option of `run`, in the order of the list."""
-    return [
-        made_option(name, field.annotation, field.default, field.description or "")
-        for name, field in Options.model_fields.items()
-    ]

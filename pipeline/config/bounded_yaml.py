@@ -1,4 +1,4 @@
-"""YAML from a user's file: plain values alone, and no more of them than an options file could hold."""
+"""Read YAML from users: plain values only, with limits on size, depth and aliases."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,74 +6,72 @@ from typing import Any
 
 import yaml
 
-LARGEST = 1_000_000
-"""Characters."""
+MAX_CHARACTERS = 1_000_000
 
-MOST_VALUES = 20_000
-"""Values, those that aliases repeat counted each time: ten aliases of ten aliases are a hundred."""
+MAX_VALUES = 20_000
+"""Values with aliases expanded: ten aliases of ten aliases are a hundred values."""
 
-DEEPEST = 20
-"""Lists and mappings inside each other."""
+MAX_DEPTH = 20
 
 
-def read(path: Path) -> Any:
-    """The one document in a file, UTF-8.
+def read_yaml(path: Path) -> Any:
+    """Return the document in a UTF-8 file.
 
     Raises:
-        OSError: it cannot be read; UnicodeDecodeError: it is no text; yaml.YAMLError: as for ``load``.
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+        yaml.YAMLError: see ``parse_yaml``.
     """
     with path.open("rb") as file:
-        content = file.read(4 * LARGEST + 1)  # a character has four bytes at most
-    return load(content.decode("utf-8"))
+        content = file.read(4 * MAX_CHARACTERS + 1)  # a character has at most four bytes
+    return parse_yaml(content.decode("utf-8"))
 
 
-def load(text: str) -> Any:
-    """The one document in ``text``.
+def parse_yaml(text: str) -> Any:
+    """Return the document in a text.
 
     Raises:
-        yaml.YAMLError: it is not YAML, has a tag that is no plain value's, or is too large or too deep.
+        yaml.YAMLError: it is not YAML, contains other than plain values, or is too large or too deep.
     """
-    if len(text) > LARGEST:
-        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {LARGEST:,}")
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MAX_CHARACTERS:,}")
     depth = 0
-    # Events come one by one, whatever the depth; to compose nodes is to recurse.
+    # Parsing yields events one by one at any depth; composing nodes is recursive.
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is None:
         return None
-    values = _values(root, {}, set())
-    if values > MOST_VALUES:
-        raise yaml.YAMLError(
-            f"it has {values:,} values with those that aliases repeat, more than {MOST_VALUES:,}"
-        )
+    values = _count_values(root, {}, set())
+    if values > MAX_VALUES:
+        raise yaml.YAMLError(f"it has {values:,} values with aliases expanded, more than {MAX_VALUES:,}")
     try:
         return yaml.SafeLoader("").construct_document(root)
-    except (ValueError, OverflowError) as error:  # a day or a number that there is none of
-        raise yaml.YAMLError(f"it has a value that is none ({error})") from error
+    except (ValueError, OverflowError) as error:  # an impossible date or number
+        raise yaml.YAMLError(f"it has an invalid value ({error})") from error
 
 
-def _refuse_twice(keys: Iterable[str]) -> None:
-    """YAML forbids it, and its reader takes the last without a word."""
+def _check_unique(keys: Iterable[str]) -> None:
+    """Reject repeated keys, which YAML forbids and PyYAML accepts."""
     seen: set[str] = set()
     for key in keys:
         if key in seen:
-            raise yaml.YAMLError(f"it says {key[:60]!r} twice")
+            raise yaml.YAMLError(f"it contains {key[:60]!r} twice")
         seen.add(key)
 
 
-def _values(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """How many values a node holds, itself included; each node is counted once and remembered."""
-    if id(node) in above:
+def _count_values(node: yaml.Node, counts: dict[int, int], parents: set[int]) -> int:
+    """Return the number of values in a node, itself included; ``counts`` are the results by node."""
+    if id(node) in parents:
         raise yaml.YAMLError("an alias in it contains itself")
-    if id(node) not in known:
-        inner: list[yaml.Node] = []
+    if id(node) not in counts:
+        children: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
-            inner = node.value
+            children = node.value
         elif isinstance(node, yaml.MappingNode):
-            inner = [one for pair in node.value for one in pair]
-            _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        known[id(node)] = 1 + sum(_values(one, known, above | {id(node)}) for one in inner)
-    return known[id(node)]
+            children = [child for pair in node.value for child in pair]
+            _check_unique(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        counts[id(node)] = 1 + sum(_count_values(child, counts, parents | {id(node)}) for child in children)
+    return counts[id(node)]

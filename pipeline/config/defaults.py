@@ -1,120 +1,108 @@
-"""What is chosen where the user is silent: one table, used by the job, `--help` and the documentation."""
+"""Defaults that depend on the data, for the job, ``--help`` and the documentation."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 SMALL_IMAGES = 64
-"""Images whose median short side is at most this many pixels are small: shifted, not cropped and resized."""
-
+"""Largest median short side, in pixels, of images that are shifted instead of cropped and resized."""
 
 ADAPTIVE_SCALE = 50.0
-"""SGD's usual learning rates are so many times those of the adaptive optimizers (0.1 against 0.002)."""
-
+"""Learning rate of SGD over that of adaptive optimizers (0.1 and 0.002 are usual)."""
 
 CACHE_VIEWS = 30
-"""Ten views of each image, met three times each, taught no worse than chance tells from new ones each epoch
-(docs/benchmarks.md); most trainings by default have 20 to 60 epochs.
+"""Ten views of each image, seen three times each, cost accuracy; 30 did not measurably (docs/benchmarks.md).
+Most trainings with default options have 20 to 60 epochs.
 """
 
 CACHE_BYTES = 4 << 30
-"""What a store may take without being asked for."""
+"""Largest size of cached teacher outputs by default."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Defaults of one option, for a network trained from scratch and for one that starts from weights."""
+    """Defaults of one option, for a network trained from scratch and from pretrained weights."""
 
     option: str
     scratch: str
-    pretrained: str
+    pretrained: str | None = None
+    """None if it is the same."""
 
 
 TABLE: tuple[Row, ...] = (
     Row("--epochs", "20; 60 from 2,000, 100 from 100,000 images", "20; 10 from 100,000 images"),
     Row("--teacher-epochs", "10; 60 from 2,000, 100 from 100,000 images", "10; 5 from 100,000 images"),
-    Row("--batch-size", "32; 64 from 2,000, 128 from 20,000, 256 from 200,000 images", "the same"),
-    Row("--optimizer", "adamw", "adamw"),
+    Row("--batch-size", "32; 64 from 2,000, 128 from 20,000, 256 from 200,000 images"),
+    Row("--optimizer", "adamw"),
     Row(
         "--lr",
-        "0.0028 at batch 64, in proportion to √batch; 50 times that with SGD",
+        "0.0028 at batch 64, proportional to √batch; 50 times that with SGD",
         "0.0004 at batch 64, likewise",
     ),
-    Row("--teacher-lr", "half of --lr's default", "half of --lr's default"),
-    Row("--schedule", "cosine to zero", "the same"),
-    Row("--warmup-epochs, --teacher-warmup-epochs", "a tenth of the epochs, at most 5", "the same"),
-    Row("--weight-decay", "0.05", "0.05"),
-    Row("--label-smoothing", "0", "0"),
-    Row("--crop", "pad for small images (median short side up to 64), else resized", "the same"),
-    Row("--crop-scale", "0.25 (resized)", "the same"),
-    Row("--pad", "so much that a crop moves an eighth of its size (pad)", "the same"),
-    Row("--pad-mode", "zeros", "zeros"),
-    Row("--flip", "yes; no for digits", "the same"),
-    Row("--color-jitter", "0", "0"),
-    Row("--val-fraction", "0.1", "0.1"),
-    Row("--image-size", "the student's own; 64 for digits", "the same"),
+    Row("--teacher-lr", "half of the default of --lr"),
+    Row("--schedule", "cosine to zero"),
+    Row("--warmup-epochs, --teacher-warmup-epochs", "1/10 of the epochs, at most 5"),
+    Row("--weight-decay", "0.05"),
+    Row("--label-smoothing", "0"),
+    Row("--crop", "pad for small images (median short side up to 64), otherwise resized"),
+    Row("--crop-scale", "0.25 (resized)"),
+    Row("--pad", "a crop moves by up to 1/8 of its size (pad)"),
+    Row("--pad-mode", "zeros"),
+    Row("--flip", "on; off for digits"),
+    Row("--color-jitter", "0"),
+    Row("--val-fraction", "0.1"),
+    Row("--image-size", "the student's; 64 for digits"),
     Row(
-        "--cache-views",
-        "30, or the epochs where they are fewer, if their answers are likely to fit into 4 GiB; else, and "
-        "with a recipe, 0",
-        "the same",
+        "--cache-views", "30, at most --epochs; 0 if the outputs would take more than 4 GiB, or with a recipe"
     ),
-    Row("--seed", "0", "0"),
+    Row("--seed", "0"),
 )
 
 
-def epochs(role: str, images: int, *, scratch: bool) -> int:
-    """Epochs of the ``student`` or a ``teacher`` over so many training images."""
+def choose_epochs(role: str, images: int, *, scratch: bool) -> int:
+    """Return the epochs of the ``student`` or a ``teacher`` for a number of training images."""
+    if scratch:
+        return _by_size(images, (0, 10 if role == "teacher" else 20), (2_000, 60), (100_000, 100))
     if role == "teacher":
-        return (
-            _by_size(images, (0, 10), (2_000, 60), (100_000, 100))
-            if scratch
-            else _by_size(images, (0, 10), (100_000, 5))
-        )
-    return (
-        _by_size(images, (0, 20), (2_000, 60), (100_000, 100))
-        if scratch
-        else _by_size(images, (0, 20), (100_000, 10))
-    )
+        return _by_size(images, (0, 10), (100_000, 5))
+    return _by_size(images, (0, 20), (100_000, 10))
 
 
-def batch_size(images: int) -> int:
+def choose_batch_size(images: int) -> int:
+    """Return the images per step for a number of training images."""
     return _by_size(images, (0, 32), (2_000, 64), (20_000, 128), (200_000, 256))
 
 
-def learning_rate(role: str, batch: int, *, scratch: bool, optimizer: str) -> float:
-    """Peak learning rate; plain SGD wants ``ADAPTIVE_SCALE`` times that of the adaptive optimizers.
-
-    A teacher, the larger network, learns at half the student's rate.
-    """
+def choose_learning_rate(role: str, batch: int, *, scratch: bool, optimizer: str) -> float:
+    """Return the peak learning rate; that of a teacher, the larger network, is half the student's."""
     rate = (2.8e-3 if scratch else 4e-4) * (batch / 64) ** 0.5 * (0.5 if role == "teacher" else 1)
-    return round(rate if adaptive(optimizer) else rate * ADAPTIVE_SCALE, 6)
+    return round(rate if is_adaptive(optimizer) else rate * ADAPTIVE_SCALE, 6)
 
 
-def adaptive(optimizer: str) -> bool:
-    """Whether an optimizer of timm's scales its steps to the gradients it sees."""
+def is_adaptive(optimizer: str) -> bool:
+    """Return True if an optimizer of timm scales its steps by the gradients."""
     return optimizer not in ("sgd", "momentum", "nesterov", "sgdp", "sgdw", "nesterovw")
 
 
-def cache_views(epochs: int, bytes_per_view: int) -> int:
-    """Views whose answers are stored; 0 where they would take too much room."""
+def choose_cache_views(epochs: int, bytes_per_view: int) -> int:
+    """Return the number of views whose teacher outputs are cached; 0 if they would be too large."""
     views = min(epochs, CACHE_VIEWS)
     return views if views * bytes_per_view <= CACHE_BYTES else 0
 
 
-def warmup_epochs(epochs: int) -> float:
+def choose_warmup_epochs(epochs: int) -> float:
+    """Return the epochs over which the learning rate rises."""
     return min(5.0, epochs / 10)
 
 
-def small(median_short_side: int) -> bool:
+def is_small(median_short_side: int) -> bool:
+    """Return True for images that are shifted instead of cropped and resized."""
     return median_short_side <= SMALL_IMAGES
 
 
-def pad(image_size: int, resized: int) -> int:
-    """Pixels of padding so that a crop moves an eighth of its size either way.
+def compute_pad(image_size: int, resized: int) -> int:
+    """Return the pixels of padding with which a crop can move by 1/8 of its size in each direction.
 
-    The image is ``resized`` to the test transform's size before its crop, and what that has over the crop is
-    room to move already.
+    An image ``resized`` to more than ``image_size`` needs less padding.
     """
     return max(0, round(image_size / 8 - (resized - image_size) / 2))
 
@@ -123,12 +111,7 @@ def _by_size(images: int, *steps: tuple[int, Any]) -> Any:
     return next(value for least, value in reversed(steps) if images >= least)
 
 
-def lines() -> Sequence[tuple[str, str, str]]:
-    """The table as (option, from scratch, from weights)."""
-    return [(row.option, row.scratch, row.pretrained) for row in TABLE]
-
-
 def markdown() -> str:
-    """The table as it stands in ``docs/defaults.md``."""
-    rows = [f"| `{row.option}` | {row.scratch} | {row.pretrained} |" for row in TABLE]
-    return "\n".join(["| option | from scratch | from weights |", "|---|---|---|", *rows]) + "\n"
+    """Return the table for docs/command-line.md."""
+    rows = [f"| `{row.option}` | {row.scratch} | {row.pretrained or 'same'} |" for row in TABLE]
+    return "\n".join(["| option | from scratch | from pretrained weights |", "|---|---|---|", *rows]) + "\n"

@@ -1,56 +1,56 @@
-"""Which values an option may have: those that the arithmetic and the system behind it hold."""
+"""Limits on option values that keep arithmetic and file names valid."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-LEAST, MOST = 1e-30, 1e30
-"""Sizes of a float other than zero: what float32 holds, with room for a product."""
+MIN_FLOAT, MAX_FLOAT = 1e-30, 1e30
+"""Absolute values of nonzero floats: the range of float32, with room for a product."""
 
-MOST_THREADS = 1024
-"""Of ONNX Runtime, as in ``export/runtime.py``, which the command line does not load."""
+MAX_THREADS = 1024
+"""Threads of ONNX Runtime, as in ``export/runtime.py``, which imports numpy."""
 
-MOST_WHOLE = 2**32 - 1
-"""Of seeds, counts and sides: what random number generators take as a seed."""
+MAX_INTEGER = 2**32 - 1
+"""The largest seed of the random number generators."""
 
 
-def within(value: Any) -> Any:
-    """
+def check_limits(value: Any) -> Any:
+    """Return an option's value.
+
     Raises:
-        ValueError: it is, or holds, a number beyond these limits or a text that cannot be written.
+        ValueError: the value, or a part of it, is a number outside of the limits or a text that cannot be
+            encoded.
     """
-    held = value.values() if isinstance(value, Mapping) else value
-    for one in held if isinstance(value, Mapping | list | tuple) else [value]:
-        if isinstance(one, float) and one and not LEAST <= abs(one) <= MOST:
-            raise ValueError(f"a number is zero, or from {LEAST:g} to {MOST:g}")
-        if isinstance(one, int) and abs(one) > MOST_WHOLE:
-            raise ValueError(f"a whole number is at most {MOST_WHOLE}")
-        if isinstance(one, str | Path):
-            _refuse_half_characters(str(one))
+    parts = value.values() if isinstance(value, Mapping) else value
+    for part in parts if isinstance(value, Mapping | list | tuple) else [value]:
+        if isinstance(part, float) and part and not MIN_FLOAT <= abs(part) <= MAX_FLOAT:
+            raise ValueError(f"a number must be 0 or from {MIN_FLOAT:g} to {MAX_FLOAT:g}")
+        if isinstance(part, int) and abs(part) > MAX_INTEGER:
+            raise ValueError(f"an integer must be at most {MAX_INTEGER}")
+        if isinstance(part, str | Path):
+            try:
+                os.fsencode(
+                    str(part)
+                )  # file names that are not UTF-8 contain lone surrogates, which are valid
+            except UnicodeEncodeError as error:
+                raise ValueError("the text contains half a character (a lone surrogate)") from error
     return value
 
 
-def _refuse_half_characters(text: str) -> None:
-    """Bytes of a file name that are no UTF-8 have a form of their own, and may stand in a path."""
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError as error:
-        raise ValueError("it holds half a character, which cannot be written") from error
-
-
-def no_truth(value: Any, annotation: Any) -> Any:
-    """YAML takes ``on`` and ``off`` for yes and no, and Python yes for 1.
+def check_not_boolean(value: Any, annotation: Any) -> Any:
+    """Return an option's value, with YAML's booleans ``on`` and ``off`` as text if the option has these choices.
 
     Args:
-        annotation: of the option that has the value.
+        value: the value.
+        annotation: the option's type.
 
     Raises:
-        ValueError: it is yes or no, and something else is wanted.
+        ValueError: the value is a boolean, which Python accepts as 0 or 1, and the option is not.
     """
     if not isinstance(value, bool) or annotation is bool or bool in get_args(annotation):
         return value
-    words = {word for part in (annotation, *get_args(annotation)) for word in get_args(part)}
-    if (word := "on" if value else "off") in words:
-        return word
-    raise ValueError("something other than yes or no is wanted")
+    choices = {choice for part in (annotation, *get_args(annotation)) for choice in get_args(part)}
+    if (choice := "on" if value else "off") in choices:
+        return choice
+    raise ValueError("a value other than yes or no is required")

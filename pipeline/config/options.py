@@ -71,7 +71,13 @@ class Options(BaseModel):
     def _check_not_boolean(cls, value: Any, info: ValidationInfo) -> Any:
         return check_not_boolean(value, cls.model_fields[str(info.field_name)].annotation)
 
-    teacher: Names = option("timm name of the teacher; repeat for an ensemble", ..., group="Models and data", enters="teacher", min_length=1)
+    teacher: Names = option(
+        "timm name of the teacher; repeat for an ensemble",
+        ...,
+        group="Models and data",
+        enters="teacher",
+        min_length=1,
+    )
     student: str = option(
         "timm name of the student, or a short name: mobilenetv2, mobilenetv3, mobilenetv4, resnet18 …",
         ...,
@@ -94,7 +100,8 @@ class Options(BaseModel):
     download: bool = option("download a named data set if it is missing", False, group="Models and data")
     out: Path | None = option("run folder [default: runs/TEACHER-STUDENT-DATA]", group="Models and data")
     config: Path | None = option(
-        "YAML file of options, such as a run's config.yaml; the command line takes precedence", group="Models and data"
+        "YAML file of options, such as a run's config.yaml; the command line takes precedence",
+        group="Models and data",
     )
 
     teacher_weights: Names = option(
@@ -200,7 +207,10 @@ class Options(BaseModel):
     )
     lr: float | None = option("peak learning rate of the student", group="Training", enters="student", gt=0)
     teacher_lr: float | None = option(
-        "peak learning rate of a teacher that is trained or fine-tuned", group="Training", enters="teacher", gt=0
+        "peak learning rate of a teacher that is trained or fine-tuned",
+        group="Training",
+        enters="teacher",
+        gt=0,
     )
     schedule: Literal["cosine", "onecycle", "multistep", "constant"] | None = option(
         "learning rate schedule", group="Training", enters="teacher"
@@ -218,7 +228,10 @@ class Options(BaseModel):
     )
     weight_decay: float | None = option("weight decay", group="Training", enters="teacher", ge=0)
     decay_all: bool = option(
-        "apply weight decay to biases and norms too, as the papers' recipes do", False, group="Training", enters="teacher"
+        "apply weight decay to biases and norms too, as the papers' recipes do",
+        False,
+        group="Training",
+        enters="teacher",
     )
     label_smoothing: float | None = option(
         "label smoothing of the cross-entropy", group="Training", enters="teacher", ge=0, lt=1
@@ -275,7 +288,9 @@ class Options(BaseModel):
     pad_mode: Literal["zeros", "reflect", "edge"] | None = option(
         "padding mode of a pad crop", group="Images", enters="teacher"
     )
-    flip: bool | None = option("flip half of the training images horizontally", group="Images", enters="teacher")
+    flip: bool | None = option(
+        "flip half of the training images horizontally", group="Images", enters="teacher"
+    )
     color_jitter: float | None = option(
         "strength of brightness, contrast and saturation jitter",
         group="Images",
@@ -342,7 +357,9 @@ class Options(BaseModel):
 
     until: Stage | None = option("stop after this stage", group="Execution")
     fresh: bool = option("start the run over", False, group="Execution")
-    dry_run: bool = option("check all options, estimate time and disk space, and stop", False, group="Execution")
+    dry_run: bool = option(
+        "check all options, estimate time and disk space, and stop", False, group="Execution"
+    )
     time_limit: Time | None = option(
         "stop after this time, such as 3h50m, with exit code 75; the same command resumes",
         group="Execution",
@@ -365,9 +382,7 @@ class Options(BaseModel):
         "folder shared by runs: decoded images, vocabularies, teacher outputs [default: the user's cache folder]",
         group="Execution",
     )
-    tensorboard: bool = option(
-        "write TensorBoard logs to the run folder", False, group="Execution"
-    )
+    tensorboard: bool = option("write TensorBoard logs to the run folder", False, group="Execution")
     track: Literal["wandb", "mlflow"] | None = option(
         "log to Weights & Biases or MLflow; without an account or server, to the run folder",
         group="Execution",

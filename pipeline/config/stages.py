@@ -1,11 +1,11 @@
-"""Students one after another, as FEED's sequential form has them: each one is the next one's teacher.
+"""The stages of a run with rounds and quantization-aware training.
 
-Park, Kwak, ECAI 2020, arXiv 1909.10754: the student of round k learns from that of round k − 1, frozen and of
-the same architecture, from a fresh start; the first one from the teacher that was named. Ours: any method may
-teach, and round k draws weights, order and views with ``--seed`` + k − 1, so that the first round is a run
-without rounds.
+Rounds are the sequential form of FEED (Park, Kwak, ECAI 2020, arXiv 1909.10754): the student of round k, trained
+from scratch, learns from the frozen student of round k − 1, of the same architecture, and the first one from the
+teacher. Different from the paper, any method can be used, and round k draws weights, order and views with
+``--seed`` + k − 1, so the first round is the same as a run without rounds.
 
-A round is a stage of its own, before the stages of the last one, whose student ships:
+Each round but the last is a stage before those of the student that is exported:
 
     teacher → round 1 → … → round N−1 → prepare → student → export → …
 """
@@ -13,51 +13,35 @@ A round is a stage of its own, before the stages of the last one, whose student 
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UsageError
-from .options import STAGES, Options
+from .options import STAGES
 
 ROUND = "round"
 QAT = "qat"
 
 
-def stages_of(rounds: int, qat: bool = False) -> tuple[str, ...]:
-    """The stages of a run with so many rounds, with or without quantization-aware training, in order."""
+def list_stages(rounds: int, qat: bool = False) -> tuple[str, ...]:
+    """Return the stages of a run in order."""
     first, second = STAGES.index("prepare"), STAGES.index("quantize")
-    between = [f"{ROUND} {k}" for k in range(1, rounds)]
-    return (*STAGES[:first], *between, *STAGES[first:second], *([QAT] if qat else []), *STAGES[second:])
+    earlier_rounds = [f"{ROUND} {k}" for k in range(1, rounds)]
+    return (
+        *STAGES[:first],
+        *earlier_rounds,
+        *STAGES[first:second],
+        *([QAT] if qat else []),
+        *STAGES[second:],
+    )
 
 
-def stages_of_config(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The same, from the options that a run folder has recorded."""
-    return stages_of(config.get("rounds", 1), config.get("qat", False))
+def list_stages_of_config(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the stages of a run with the options ``config``."""
+    return list_stages(config.get("rounds", 1), config.get("qat", False))
 
 
-def kind(stage: str) -> str:
-    """What a stage does: ``round`` for each of the rounds, else its name."""
+def get_kind(stage: str) -> str:
+    """Return ``round`` for a round, otherwise the stage's name."""
     return stage.partition(" ")[0]
 
 
-def number(stage: str) -> int | None:
-    """k of ``round k``; None for the other stages, which belong to the student that ships."""
-    return int(stage.partition(" ")[2]) if kind(stage) == ROUND else None
-
-
-def check(options: Options) -> None:
-    """
-    Raises:
-        UsageError: rounds were asked for where there is not one teacher to begin with.
-    """
-    if options.rounds == 1:
-        return
-    if options.method == "none":
-        raise UsageError(
-            f"--rounds {options.rounds}: with --method none no student learns from the one before; name a "
-            "method, or leave --rounds out."
-        )
-    if len(options.teacher) > 1 or options.teachers_from_seeds > 1:
-        several = max(len(options.teacher), options.teachers_from_seeds)
-        one = "say --teachers-from-seeds 1" if options.teachers_from_seeds > 1 else "name one --teacher"
-        raise UsageError(
-            f"--rounds {options.rounds} with {several} teachers: each round has one teacher, the student of "
-            f"the round before; {one}, or leave --rounds out."
-        )
+def get_round(stage: str) -> int | None:
+    """Return k for ``round k``, and None for other stages, which belong to the exported student."""
+    return int(stage.partition(" ")[2]) if get_kind(stage) == ROUND else None

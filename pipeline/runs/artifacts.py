@@ -1,22 +1,19 @@
 """Which files a bench times: those of run folders and artifact folders, and any .onnx file by itself."""
 
-from dataclasses import dataclass
-from pathlib import Path
-import numpy as np
-import onnx
-from ...export.conversion.untrusted import read_foreign
-from ...export.errors import ExportError
-from ...export.runtime import MAX_SIDE, METADATA_PREFIX
-from ..errors import UsageError
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
-from ...export.runtime import ArtifactError, read_manifest, read_verified
+
+import numpy as np
+import onnx
+
+from ...export.conversion.untrusted import read_foreign
+from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, timed_here
-from .folder import read_config
-from .folder import check_finished
-
-
+from ...export.runtime import MAX_SIDE, METADATA_PREFIX, ArtifactError, read_manifest, read_verified
+from ..errors import UsageError
+from .folder import check_finished, read_config
 
 _KINDS: dict[int, np.dtype] = {
     int(onnx.TensorProto.FLOAT): np.dtype(np.float32),

@@ -66,9 +66,7 @@ class Bench(Result):
     def latency(self, subject: str, threads: int) -> Latency | None:
         """Return a subject's latency at a thread count, None if it was not measured."""
         matches = (
-            latency
-            for latency in self.latencies
-            if (latency.subject, latency.threads) == (subject, threads)
+            latency for latency in self.latencies if (latency.subject, latency.threads) == (subject, threads)
         )
         return next(matches, None)
 

@@ -1,4 +1,4 @@
-"""What several runs share: files kept under the hash of what they were made from, and verified when read."""
+"""The cache shared by runs: entries named by the hash of their inputs, verified on every read."""
 
 import json
 import logging
@@ -17,18 +17,18 @@ from .files import sha256
 _log = logging.getLogger(__name__)
 
 CHECKSUMS = "sha256.json"
-# What a killed process left half-written is swept up by later ones after this many seconds.
-STALE = 24 * 3600
+
+STALE_SECONDS = 24 * 3600
+"""Age after which the unfinished entry of a killed process is removed."""
 
 
 class Cache:
     """A folder of entries ``KIND/KEY/``, each with the checksums of its files.
 
-    An entry appears whole or not at all, also with several processes at once: it is written beside its place
-    and then renamed. It is never trusted unverified: ``get`` compares every checksum, and removes an entry
-    that doesn't hold, so that it is made again.
+    An entry is written to a temporary folder and then renamed, so it is complete or absent even if several
+    processes write it. ``get`` verifies every checksum and removes a damaged entry, which is then made again.
 
-    Where the folder cannot be written (or the disk is full), that is logged once and entries live in a
+    If the folder cannot be written or the disk is full, this is logged once and entries are kept in a
     temporary folder until the process ends.
     """
 
@@ -41,27 +41,34 @@ class Cache:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def get(self, kind: str, key: str) -> Path | None:
-        """The folder of an entry whose every file is as it was written, or None."""
-        place = self.root / kind / key
-        if self._temporary and not os.path.isdir(place):  # noqa: PTH112
-            place = Path(self._temporary.name) / kind / key
-        if not os.path.isdir(place):  # noqa: PTH112 (Path.is_dir raises where a folder may not be entered)
+        """Return the folder of an entry with valid checksums, or None."""
+        folder = self.root / kind / key
+        # Path.is_dir raises if a parent folder may not be entered.
+        if self._temporary and not os.path.isdir(folder):  # noqa: PTH112
+            folder = Path(self._temporary.name) / kind / key
+        if not os.path.isdir(folder):  # noqa: PTH112
             return None
-        if trouble := _damage(place):
-            _log.warning("The cache entry %s %s; it is removed and made again.", place, trouble)
-            _discard(place)
+        if damage := _find_damage(folder):
+            _log.warning("The cache entry %s %s. It is removed and made again.", folder, damage)
+            discard(folder)
             return None
-        return place
+        return folder
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether there is an entry, unverified: ``get`` may find that it doesn't hold."""
+        """Return True if there is an entry, without verifying it."""
         return (self.root / kind / key).is_dir()
 
     def put(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
-        """Make an entry: ``write`` fills the empty folder it is given. Gives the entry's folder.
+        """Make an entry and return its folder.
 
-        Whatever ``write`` raises is passed on, except that an ``OSError`` is answered by a second try in a
-        temporary folder. When another process was quicker, its entry stays and is the one returned.
+        Args:
+            kind: the subfolder.
+            key: a hash of everything that the content depends on.
+            write: fills an empty folder. It is called a second time, with a temporary folder, if the cache
+                cannot be written.
+
+        Returns:
+            The entry's folder; that of another process if it was written first.
 
         Raises:
             JobError: the temporary folder cannot be written either.
@@ -73,7 +80,8 @@ class Cache:
                 raise
             if self._temporary is None:
                 _log.warning(
-                    "The cache folder %s cannot be written (%s); nothing is kept. --cache names another.",
+                    "The cache folder %s cannot be written (%s), so nothing is cached. "
+                    "Set another folder with --cache.",
                     self.root,
                     error.strerror or error,
                 )
@@ -85,80 +93,79 @@ class Cache:
                 raise
             raise JobError(
                 f"Neither the cache folder {self.root} nor {self._temporary.name} can be written "
-                f"({error.strerror or error}); free some space or name another folder with --cache."
+                f"({error.strerror or error}). Free disk space or set another folder with --cache."
             ) from error
 
 
 def _put(root: Path, kind: str, key: str, write: Callable[[Path], None]) -> Path:
-    place = root / kind / key
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(place.parent)
-    part = place.with_name(f".{key}.{uuid.uuid4().hex}.part")
+    folder = root / kind / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder.parent)
+    part = folder.with_name(f".{key}.{uuid.uuid4().hex}.part")
     try:
         part.mkdir()
         write(part)
         checksums = {file.relative_to(part).as_posix(): sha256(file) for file in _files(part)}
         (part / CHECKSUMS).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
-        _flush(part)
-        settled = _settle(part, place)
-        flush(place.parent)
-        return settled
+        for path in (*part.rglob("*"), part):
+            flush(path)
+        placed = _rename(part, folder)
+        flush(folder.parent)
+        return placed
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _settle(part: Path, place: Path) -> Path:
-    """Rename the new entry into its place, unless a whole one stands there already."""
+def _rename(part: Path, folder: Path) -> Path:
+    """Rename a new entry to its final name, unless a valid entry exists there already."""
     for _ in range(3):
         try:
-            return part.rename(place)
+            return part.rename(folder)
         except OSError:
-            if not place.is_dir():
+            if not folder.is_dir():
                 raise
-            if _damage(place) is None:
-                return place
-            _discard(place)
-    return part.rename(place)
+            if _find_damage(folder) is None:
+                return folder
+            discard(folder)
+    return part.rename(folder)
 
 
-def _damage(place: Path) -> str | None:
-    """What is wrong with an entry, if anything."""
+def _find_damage(folder: Path) -> str | None:
     try:
-        checksums = json.loads((place / CHECKSUMS).read_text(encoding="utf-8"))
-        files = {file.relative_to(place).as_posix(): file for file in _files(place)}
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        files = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
         if files.keys() != checksums.keys():
-            return "has lost or gained files"
+            return "has missing or additional files"
         damaged = [name for name, file in files.items() if sha256(file) != checksums[name]]
         return f"is damaged ({damaged[0]} has changed)" if damaged else None
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"cannot be read ({error})"
 
 
-def _discard(place: Path) -> None:
-    """Remove an entry; renamed first, so that no other process sees half of it."""
-    gone = place.with_name(f".{place.name}.{uuid.uuid4().hex}.gone")
+def discard(folder: Path) -> bool:
+    """Remove an entry and return True, or False if it is in use or the cache is read-only.
+
+    The entry is renamed first, so that no other process finds half of it. A process that has mapped its files
+    into memory can continue to read them, except on Windows, which refuses to remove them.
+    """
+    discarded = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.gone")
     try:
-        place.rename(gone)
+        folder.rename(discarded)
     except OSError:
-        return  # another process was quicker, or the cache is read-only: `put` finds that out
-    shutil.rmtree(gone, ignore_errors=True)
+        return not folder.exists()
+    shutil.rmtree(discarded, ignore_errors=True)
+    return True
 
 
-def _sweep(folder: Path) -> None:
+def _remove_stale(folder: Path) -> None:
     for left in [*folder.glob(".*.part"), *folder.glob(".*.gone")]:
         try:
-            old = time.time() - left.stat().st_mtime > STALE
+            stale = time.time() - left.stat().st_mtime > STALE_SECONDS
         except OSError:
-            continue  # its owner has just finished
-        if old:
+            continue  # its process has just finished
+        if stale:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / CHECKSUMS]
-
-
-def _flush(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        flush(file)
-    flush(folder)

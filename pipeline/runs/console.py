@@ -1,17 +1,18 @@
 """What the person at the terminal sees: a line for each finished stage, a live bar for the one that runs."""
 
-from typing import Any
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
-from rich.segment import Segment
-from ...export.text import escape_controls
 import logging
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 
+from ...export.text import escape_controls
 
 
 def safe_console(**options: Any) -> Console:

@@ -13,7 +13,6 @@ from torch import nn
 from ...export.latency.machine import environment
 from ...export.runtime import allowed_cores
 from ..errors import UsageError
-from ..training.compute.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,15 @@ class Engine:
         return torch.autocast(kind, dtype=torch.bfloat16, enabled="bf16" in (self.precision, self.heads))
 
 
-def choose_device(asked: str | None, ranks: Ranks | None = None) -> str:
+def choose_device(asked: str | None, local_rank: int | None = None) -> str:
     """``asked`` if it is there, else the first of cuda, mps and cpu; of several ranks each has its own GPU.
 
     Raises:
         UsageError: the device asked for does not exist on this machine.
     """
-    if ranks is not None and ranks.count > 1 and torch.cuda.is_available() and asked in (None, "cuda"):
-        asked = f"cuda:{ranks.local}"
-        torch.cuda.set_device(ranks.local)
+    if local_rank is not None and torch.cuda.is_available() and asked in (None, "cuda"):
+        asked = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     there = {
@@ -97,7 +96,7 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
     """The engine for training ``network``; ``precision`` is ``auto``, ``fp32`` or ``bf16``.
 
     On a GPU bf16 pays. On a CPU it does where the processor multiplies in bf16, for networks of dense
-    convolutions and matrices; depthwise convolutions are slower in it than in fp32 (benchmarks/precision.py).
+    convolutions and matrices; depthwise convolutions are slower in it than in fp32 (benchmarks/training/precision.py).
     The methods' heads are matrices.
     """
     pays = precision == "auto" and bf16_pays(device)

@@ -9,22 +9,22 @@ ANSWER = timedelta(seconds=10)
 """How long the processes' meeting point may take to answer."""
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether this process was not started as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
-def leads() -> bool:
+def is_main() -> bool:
     """Whether this is the process that speaks as long as all goes well."""
-    return alone() or os.environ.get("RANK") == "0"
+    return is_single_process() or os.environ.get("RANK") == "0"
 
 
-def attempt() -> int:
+def count_restarts() -> int:
     """How often torchrun has restarted the processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def meet() -> None:
+def connect() -> None:
     """Remember the way to the processes' meeting point, which one of them may soon take with it."""
     from torch.distributed import TCPStore
 
@@ -33,14 +33,14 @@ def meet() -> None:
 
 
 @cache
-def first_to_end() -> bool:
+def is_first_to_exit() -> bool:
     """Whether this process is the first to tell that the job ends before its time."""
-    if alone():
+    if is_single_process():
         return True
     try:
-        return int(_meeting[-1].add(f"questpress ends {attempt()}", 1)) == 1
+        return int(_meeting[-1].add(f"questpress ends {count_restarts()}", 1)) == 1
     except (IndexError, RuntimeError):  # they have not met, or it was in a process that is gone
-        return leads()
+        return is_main()
 
 
 _meeting: list[Any] = []

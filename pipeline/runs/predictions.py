@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
 from .files import atomic_write
-
-
 
 PREDICTIONS_FILE = "test_answers.safetensors"
 

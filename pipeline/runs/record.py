@@ -1,188 +1,209 @@
-"""``run.json``: what a run has done and found, with a checksum, and once more beside it."""
+"""``run.json``: the options and finished stages of a run, with a checksum and a backup copy."""
 
 import json
-import os
-from pathlib import Path
-from typing import Any
-from typing import Any, TypeVar
-from pydantic import BaseModel
-from .files import digest, write_text
 import logging
+import os
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
 from ..errors import UsageError
+from .files import digest, write_text
+
+_log = logging.getLogger(__name__)
+
+MAX_BYTES = 1 << 28
+"""A report of a thousand classes with images has about 10 MB."""
+
+MAX_DEPTH = 60
+
+CHECKSUM = "checksum"
+"""Key of the SHA-256 of all other entries in canonical form, see ``files.digest``."""
+
+SCHEMA_VERSION = 1
+RECORD = "run.json"
+BACKUP = ".run.json"
+"""Read if ``run.json`` is damaged: without a record, days of training would be lost."""
+
+R = TypeVar("R", bound=BaseModel)
 
 
-
-LARGEST = 1 << 28
-"""Bytes. A report of a thousand classes with its pictures has some ten million."""
-
-DEEPEST = 60
-"""Lists and objects inside each other."""
-
-
-def read(path: Path) -> Any:
-    """What a file holds, UTF-8.
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or is too large or too deep.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or is too large or too deeply nested.
     """
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST:,} bytes")
-        return loads(file.read(LARGEST).decode("utf-8"))
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        return parse_json(file.read(MAX_BYTES).decode("utf-8"))
 
 
-def loads(text: str) -> Any:
-    """
+def parse_json(text: str) -> Any:
+    """Return the content of a JSON text.
+
     Raises:
-        ValueError: it is no JSON, or too deep.
+        ValueError: it is not JSON or too deeply nested.
     """
     try:
         content = json.loads(text)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
     level, depth = [content], 0
-    while level:
+    while level := [part for part in level if isinstance(part, dict | list)]:
         depth += 1
-        if depth > DEEPEST:
-            raise ValueError("it is nested too deep")
-        level = [inner for one in level for inner in _children(one) if isinstance(inner, dict | list)]
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        level = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
     return content
 
 
-def _children(content: Any) -> Any:
-    if isinstance(content, dict):
-        return content.values()
-    return content if isinstance(content, list) else ()
-
-
-R = TypeVar("R", bound=BaseModel)
-
-CHECKSUM = "checksum"
-"""The key of it: the SHA-256 of all the rest in its canonical form (``files.digest``)."""
-
-
-def sealed(content: Any) -> dict[str, Any]:
-    """A JSON object with its checksum as the last entry."""
-    plain = json.loads(json.dumps(content))  # as a reader gets it
-    plain.pop(CHECKSUM, None)
-    return {**plain, CHECKSUM: _of(plain)}
-
-
-def write_sealed(path: Path, content: Any) -> None:
-    """Write a JSON object with its checksum, whole or not at all.
-
-    Raises:
-        JobError: the place cannot be written.
-    """
-    write_text(path, json.dumps(sealed(content), indent=2, ensure_ascii=False) + "\n")
-
-
-def read_sealed(path: Path) -> Any:
-    """What was written; files of older versions have no checksum, and are read as they are.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, is too large or nested too deep, or is not as it was written.
-    """
-    content = read(path)
-    if isinstance(content, dict) and content.get(CHECKSUM) not in (None, _of(content)):
-        raise ValueError("it is not as it was written: its checksum does not hold")
-    return content
-
-
-def with_checksum(result: R) -> R:
-    """A result that is written as JSON, with the checksum of that in its field ``checksum``."""
-    said = json.loads(result.model_dump_json())
-    return result.model_copy(update={CHECKSUM: _of(said)})
-
-
-def _of(content: dict[str, Any]) -> str:
+def _compute_checksum(content: dict[str, Any]) -> str:
     return digest({key: value for key, value in content.items() if key != CHECKSUM})
 
 
-_log = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
-RECORD = "run.json"
-COPY = ".run.json"
-"""It stands in where the first is damaged: without its record, days of training would be lost."""
+def add_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its checksum as the last entry."""
+    content = json.loads(json.dumps(content))  # with the keys that a reader gets
+    return {**content, CHECKSUM: _compute_checksum(content)}
 
 
-def _inside(name: str) -> str:
-    """A file of the run, and nothing outside of its folder."""
+def with_checksum(result: R) -> R:
+    """Return a result with the checksum of its JSON form in its field ``checksum``."""
+    checksum = _compute_checksum(json.loads(result.model_dump_json()))
+    return result.model_copy(update={CHECKSUM: checksum})
+
+
+def read_checked(path: Path) -> Any:
+    """Return the content of a JSON file, verifying its checksum if it has one.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, is too large or too deeply nested, or was modified.
+    """
+    content = read_json(path)
+    if isinstance(content, dict) and content.get(CHECKSUM) not in (None, _compute_checksum(content)):
+        raise ValueError("its checksum does not match")
+    return content
+
+
+def _check_inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError(f"{name!r} is not in the run's folder")
+        raise ValueError(f"{name!r} is outside the run folder")
     return name
 
 
-class _Stage(BaseModel):
+class StageEntry(BaseModel):
+    """A finished stage. Written by ``RunFolder.finish``."""
+
     key: str
     summary: str
     seconds: float
-    outputs: dict[Annotated[str, AfterValidator(_inside)], str]
+    finished: str = ""
+    outputs: dict[Annotated[str, AfterValidator(_check_inside)], str]
+    """SHA-256 of each file, by its path in the run folder."""
     warnings: list[str]
-    curve: list[str] = []
+    curves: str = ""
+    """SHA-256 of the stage's lines in ``metrics.jsonl``."""
     facts: dict[str, Any]
 
 
-class _Config(BaseModel):
+class EngineEntry(BaseModel):
+    """The engine of a training (see ``device.Engine``). Written by ``training/trainer.py``."""
+
+    key: str
+    device: str
+    name: str
+    """Name of the GPU or processor."""
+    threads: int
+    precision: str
+    layout: str
+    compile: str
+    heads: str
+    trial: dict[str, float] | None = None
+    """Images per second of each engine that was timed; None before that."""
+
+
+class MicroBatchEntry(BaseModel):
+    """The micro-batch that fits into memory. Written by ``training/trainer.py``."""
+
+    key: str
+    size: int
+
+
+class TrackerEntry(BaseModel):
+    """A tracker's run for a training. Written by ``training/monitoring/trackers.py``."""
+
+    key: str
+    run: str
+
+
+class _StageOptions(BaseModel):
     rounds: Annotated[int, Field(ge=1, le=1000)] = 1
     qat: bool = False
 
 
-class _Record(BaseModel):
-    """The form of a record, as far as it is read without asking."""
+def _check_stage_options(config: dict[str, Any]) -> dict[str, Any]:
+    _StageOptions.model_validate(config)
+    return config
 
-    stages: dict[str, _Stage]
-    config: _Config = _Config()
-    command: str = ""
+
+class RunRecord(BaseModel):
+    """The content of ``run.json``. Sections without a writer here are written by ``RunFolder``."""
+
+    schema_version: int = SCHEMA_VERSION
+    config: Annotated[dict[str, Any], AfterValidator(_check_stage_options)] = {}
+    """The options that enter the stages' keys."""
     options: dict[str, Any] = {}
+    """The options of ``config.yaml``."""
+    command: str = ""
     tools: dict[str, str] = {}
-    engines: dict[str, dict[str, Any]] = {}
-    micro_batches: dict[str, Any] = {}
+    """Versions of Python and packages. Written by ``api/run.py``."""
+    stages: dict[str, StageEntry] = {}
+    engines: dict[str, EngineEntry] = {}
+    micro_batches: dict[str, MicroBatchEntry] = {}
+    trackers: dict[str, TrackerEntry] = {}
+    placement: str | None = None
+    """Where training images are kept (``--resident``). Written by ``training/context.py``."""
 
 
-def write_record(run: Path, record: dict[str, Any]) -> None:
-    for name in (RECORD, COPY):
-        write_sealed(run / name, record)
+def write_record(run: Path, record: RunRecord) -> None:
+    """Write ``run.json`` and its backup.
 
-
-def read_record(run: Path) -> dict[str, Any]:
-    """
     Raises:
-        UsageError: neither file is as it was written, another version has written them, or somebody else.
+        JobError: the folder cannot be written.
+    """
+    text = json.dumps(add_checksum(record.model_dump()), indent=2, ensure_ascii=False) + "\n"
+    for name in (RECORD, BACKUP):
+        write_text(run / name, text)
+
+
+def read_record(run: Path) -> RunRecord:
+    """Return the record of a run, from the backup if ``run.json`` is damaged.
+
+    Raises:
+        UsageError: both files are damaged, or were not written by this version.
     """
     file = run / RECORD
     try:
-        record = read_sealed(file)
+        content = read_checked(file)
     except (OSError, ValueError) as error:
-        record = _copy(run)
-        if record is None:
+        try:
+            content = read_checked(run / BACKUP)
+        except (OSError, ValueError):
             raise UsageError(
-                f"{file} cannot be read as a run's record ({error}); name another --out, or start this one "
-                "over with --fresh."
+                f"{file} cannot be read ({error}). Set another --out, or start the run over with --fresh."
             ) from error
-        _log.warning("%s is damaged (%s): its copy %s is read instead.", file, error, COPY)
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-        raise UsageError(f"{file} was not written by this version of questpress; name another --out.")
+        _log.warning("%s is damaged (%s). Its backup %s is used.", file, error, BACKUP)
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise UsageError(f"{file} was written by another version of questpress. Set another --out.")
     try:
-        _Record.model_validate(record)
+        return RunRecord.model_validate({key: value for key, value in content.items() if key != CHECKSUM})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{file} is no record that compress has written ({where}: {first['msg']}); name another --out."
-        ) from error
-    return record
-
-
-def _copy(run: Path) -> Any:
-    try:
-        return read_sealed(run / COPY)
-    except (OSError, ValueError):
-        return None
+        location = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{file} is not valid ({location}: {first['msg']}). Set another --out.") from error

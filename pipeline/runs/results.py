@@ -5,46 +5,12 @@ Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
 from typing import Any
+
+from ...export.int8.results import Candidate, FloatNode
 from ...export.latency.results import Latency, Speedup
 from ...export.results import Parity, Result
 from .bench_results import Bench
 from .scores import Calibration, Proportion, Score, TaskName, Temperature
-
-
-
-class TriedInt8(Result):
-    """One candidate: how it was made, and what its file gave."""
-
-    name: str
-    calibration: str
-    equalised: bool
-    bias_corrected: bool
-    kept_float: list[str]
-    """Nodes that stay float for accuracy's sake."""
-    score: float
-    """Percent."""
-    lost: float
-    """Points lost to the fp32 file; negative if it is better."""
-    p: float | None = None
-    """McNemar's exact test against the fp32 file; None without a paired test."""
-    sqnr: float
-    """Of its logits against the fp32 file's, decibels."""
-    holds: bool
-    """Whether the loss is within the budget."""
-    ships: bool
-    bytes: int
-    p50: float | None = None
-    """Median milliseconds of one image on one thread; None where it was not timed."""
-    speedup: Speedup | None = None
-    """Over the fp32 file, timed in the same rounds."""
-
-
-class FloatPart(Result):
-    """A node of the optimised graph that still computes in float."""
-
-    name: str
-    op_type: str
-    why: str
 
 
 class Int8Search(Result):
@@ -59,11 +25,11 @@ class Int8Search(Result):
     n: int
     fp32_score: float
     p50_fp32: float | None = None
-    tried: list[TriedInt8]
+    tried: list[Candidate]
     worst: list[tuple[str, float]] = []
     """Where float islands were tried: the roundings that cost most, with the signal-to-noise ratio of the
     logits when each is alone, decibels."""
-    float_parts: list[FloatPart] = []
+    float_parts: list[FloatNode] = []
     test_score: Score | None = None
     """Of the file that ships, on the test images."""
     not_timed: str | None = None
@@ -76,7 +42,7 @@ class Recovery(Result):
     """Quantization-aware training; what its file gives is told by the search, whose candidate it is."""
 
     epochs: int
-    fake_select: float | None
+    fake_val: float | None
     """Of the fake-quantized network in torch, on val; percent."""
     fake_test: float | None
     file: str
@@ -99,7 +65,7 @@ class Words(Result):
 
     teacher: str
     words: int
-    asked: int
+    requested: int
     features: int
     features_used: int
     perplexity: float

@@ -272,7 +272,6 @@ def test_invalid_validation_arguments_are_refused(
 
 
 def test_pages_escape_names(found: Validation) -> None:
-    from questpress.pipeline.report.pages.validation import render_validation
 
     name = "<script>alert(1)</script>"
     evil = found.model_copy(deep=True)

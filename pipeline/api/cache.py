@@ -1,0 +1,153 @@
+"""List and prune cached teacher outputs (`compress cache`)."""
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..data.views import FIRST_LISTED
+from ..errors import UsageError
+from ..runs import record
+from ..runs.cache import Cache, discard
+from ..runs.files import digest
+from ..training.teacher_cache import ABOUT, KIND
+
+UNITS = {
+    "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40,
+}  # fmt: skip
+
+
+class _Output(BaseModel):
+    readout: str
+    top: int | None = None
+
+
+class _About(BaseModel):
+    """The part of an entry's ``about.json`` that is listed."""
+
+    teacher: str
+    data: str
+    source: Any
+    answer: _Output
+    images: int
+    view: int
+    bytes_per_image: int
+    lost_mass: float | None
+
+
+@dataclass(frozen=True)
+class CachedOutputs:
+    """All cached views of one output of one teacher for one set of images."""
+
+    teacher: str
+    data: str
+    readout: str
+    top: int | None
+    """Visual words kept per position; None for outputs that are not words."""
+    views: int
+    listed: bool
+    """True if the views are the list of all different views, False if they are drawn at random."""
+    images: int
+    bytes_per_view: int
+    bytes: int
+    lost_mass: float | None
+    """Largest mean fraction of p_T dropped in a view; None for outputs that are not words."""
+    last_used: str
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of ``prune_cache``, in entries and bytes."""
+
+    entries: int
+    removed: int
+    in_use: int
+    """Entries that could not be removed."""
+    bytes_removed: int
+    bytes_left: int
+
+
+def list_cache(cache: Path | None = None) -> tuple[list[CachedOutputs], int]:
+    """Return the cached teacher outputs, last used first, and the number of unreadable entries."""
+    groups: dict[str, list[tuple[_About, int, float]]] = defaultdict(list)
+    unreadable = 0
+    for folder, used, size in _entries(outputs_folder(cache)):
+        try:
+            about = _About.model_validate(record.read_json(folder / ABOUT))
+        except (OSError, ValueError):
+            unreadable += 1
+            continue
+        key = digest([about.source, about.images, about.answer.model_dump()])
+        groups[key].append((about, size, used))
+    last_used_first = sorted(groups.values(), key=lambda group: -max(used for *_, used in group))
+    return [_summarize(group) for group in last_used_first], unreadable
+
+
+def _summarize(group: list[tuple[_About, int, float]]) -> CachedOutputs:
+    about = group[0][0]
+    last_used = time.localtime(max(used for *_, used in group))
+    return CachedOutputs(
+        teacher=about.teacher,
+        data=about.data,
+        readout=about.answer.readout,
+        top=about.answer.top,
+        views=len(group),
+        listed=all(entry.view >= FIRST_LISTED for entry, *_ in group),
+        images=about.images,
+        bytes_per_view=about.images * about.bytes_per_image,
+        bytes=sum(size for _, size, _ in group),
+        lost_mass=max((entry.lost_mass for entry, *_ in group if entry.lost_mass is not None), default=None),
+        last_used=time.strftime("%Y-%m-%d %H:%M", last_used),
+    )
+
+
+def prune_cache(keep: int, cache: Path | None = None) -> Pruned:
+    """Remove the least recently used teacher outputs until at most ``keep`` bytes are left."""
+    entries = sorted(_entries(outputs_folder(cache)), key=lambda entry: (entry[1], entry[0].name))
+    total = left = sum(size for *_, size in entries)
+    removed = in_use = 0
+    for folder, _, size in entries:
+        if left <= keep:
+            break
+        if discard(folder):
+            left, removed = left - size, removed + 1
+        else:
+            in_use += 1
+    return Pruned(len(entries), removed, in_use, total - left, left)
+
+
+def outputs_folder(cache: Path | None = None) -> Path:
+    """Return the folder of cached teacher outputs."""
+    return Cache(cache).root / KIND
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, float, int]]:
+    """Yield the folder, last use (seconds since 1970) and bytes of each entry."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue  # being written or removed
+        try:
+            size = sum(file.stat().st_size for file in entry.iterdir())
+            about = entry / ABOUT
+            used = (about if about.exists() else entry).stat().st_mtime
+        except OSError:
+            continue  # another process has just removed it
+        yield entry, used, size
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of ``10GB``, ``500 MB``, ``2GiB``, ``1.5T`` or ``0``.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if match is None:
+        raise UsageError(f"--keep must be a size such as 10GB, 500MB or 0, got {text}.")
+    return int(float(match[1]) * UNITS[match[2] or ""])
