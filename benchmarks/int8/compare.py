@@ -31,8 +31,8 @@ from benchmarks.int8.tables import tables
 OPENVINO = """
 import os
 os.environ["ONEDNN_MAX_CPU_ISA"] = {instructions!r}  # read at the first compilation
-from questpress.export.latency.openvino_worker import main
-main()
+from questpress.export.latency.worker import main
+main(["run", "openvino"])
 """
 MODELS = (
     "mobilenetv2_100", "resnet18", "resnet50",
@@ -97,7 +97,7 @@ class Trials:
         _, inputs = self.images.of(model)
         subjects = [Subject(kind, files[kind].path, inputs, script(kind)) for kind in timed(files)]
         result = bench(subjects, threads=[threads], seconds=self.seconds, seed=self.seed, progress=told(name))
-        samples: dict[str, Any] = dict(result.raw())
+        samples: dict[str, Any] = dict(result.to_arrays())
         with atomic_write(self.folder / f"{name}.npz") as part, part.open("wb") as raw:
             np.savez_compressed(raw, **samples)
         found = {"made_with": self._made_with(files, threads), **figures(result, files, threads)}
@@ -111,8 +111,8 @@ def figures(result: BenchResult, files: Mapping[str, File], threads: int) -> dic
     speedups = [result.speedup("ours", kind, threads) for kind in kinds if kind != "ours"]
     return {
         "files": {kind: file.to_dict() for kind, file in files.items()},
-        "latencies": {kind: result.latency(kind, threads).to_dict() for kind in kinds},
-        "ours_against": {one.baseline: {**asdict(one), "verdict": one.verdict} for one in speedups},
+        "latencies": {kind: result.latency(kind, threads).model_dump() for kind in kinds},
+        "ours_against": {speedup.over: speedup.model_dump() for speedup in speedups},
         "environment": asdict(result.environment),
     }
 

@@ -184,9 +184,9 @@ def write_fp32(name: str, images: np.ndarray, out: Path, seed: int) -> None:
 def logits(kind: str, path: Path, images: np.ndarray) -> np.ndarray:
     """Float32 [n, classes], one image at a time, in the runtime that the file is timed in."""
     if KINDS[kind].openvino:
-        from questpress.export.latency.openvino_worker import in_openvino
+        from questpress.export.latency.worker import load_openvino
 
-        run = in_openvino(str(path), 1, (1, *images.shape[1:]))
+        run = load_openvino(str(path), 1, (1, *images.shape[1:]))
         return np.concatenate([run(images[i : i + 1]) for i in range(len(images))])
     opened = open_session(path, 1)
     name = opened.get_inputs()[0].name

@@ -87,7 +87,8 @@ def _threads(cell: Cell) -> str:
 
 
 def _p50(found: Mapping[str, Any] | None) -> str:
-    return "–" if found is None or found["p50"] is None else f"{found['p50']:.3g}"
+    p50 = found and found["percentiles"].get("p50")
+    return f"{p50['value']:.3g}" if p50 else "–"
 
 
 def _ratio(cell: Cell, kind: str) -> str:

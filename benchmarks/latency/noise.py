@@ -1,9 +1,9 @@
 """How far the bench's flags are from what a quiet machine shows, and how often an A/A pair is told apart.
 
     python -m benchmarks.latency.noise NETWORK.onnx --times 20 --seconds 2
-    python -m benchmarks.latency.noise NETWORK.onnx --times 5 --neighbour
+    python -m benchmarks.latency.noise NETWORK.onnx --times 5 --neighbor
 
-The network takes float32 images; it is timed as two subjects, which are the same file. With --neighbour a
+The network takes float32 images; it is timed as two subjects, which are the same file. With --neighbor a
 process beside it keeps a core busy, which every bench is to notice.
 """
 
@@ -19,19 +19,19 @@ from pathlib import Path
 
 import numpy as np
 from questpress.export.latency import noise
-from questpress.export.latency.noise import pinned
+from questpress.export.latency.machine import choose_cores
 from questpress.export.latency.runner import BenchResult, Subject, bench
 from questpress.pipeline.runs.artifacts import onnx_input
 
 
 @contextmanager
-def neighbour(asked: bool) -> Iterator[None]:
+def neighbor(asked: bool) -> Iterator[None]:
     """A process that counts, on the core that one thread is pinned to."""
     if not asked:
         yield
         return
     code = "import os\nos.sched_setaffinity(0, {cores})\nwhile True: pass"
-    process = subprocess.Popen([sys.executable, "-c", code.format(cores=set(pinned(1)) or {0})])
+    process = subprocess.Popen([sys.executable, "-c", code.format(cores=set(choose_cores(1)) or {0})])
     try:
         yield
     finally:
@@ -50,17 +50,17 @@ def told(result: BenchResult) -> dict[str, object]:
     [under] = result.conditions
     threads = under.threads
     ratio = result.speedup("A again", "A", threads)
-    low, middle, high = np.quantile(under.sentinel, [0.1, 0.5, 0.9])
+    low, middle, high = under.sentinel_ms
     return {
         "ratio": ratio.ratio,
         "low": ratio.low,
         "high": ratio.high,
         "verdict": ratio.verdict,
-        "spread": under.spread.deviation,
+        "spread": under.process_spread / 100,
         "sentinel": (high - low) / middle,
-        "drift": max(abs(noise.drift(one.medians)) for one in result.latencies),
-        "repeat": max(float(np.expm1(np.ptp(one.of_processes))) for one in result.latencies),
-        "flags": {flag.name: flag.figures.get("found") for flag in under.flags},
+        "drift": max(abs(noise.compute_drift(samples.medians)) for samples in result.samples),
+        "repeat": max(float(np.expm1(np.ptp(samples.process_medians))) for samples in result.samples),
+        "flags": {flag.name: flag.figures.get("value") for flag in result.flags},
     }
 
 
@@ -71,10 +71,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--neighbour", action="store_true")
+    parser.add_argument("--neighbor", action="store_true")
     asked = parser.parse_args()
     rows = []
-    with neighbour(asked.neighbour):
+    with neighbor(asked.neighbor):
         for seed in range(asked.times):
             row = told(once(asked.file, seed, asked.seconds, asked.processes, asked.threads))
             rows.append(row)

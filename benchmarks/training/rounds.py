@@ -3,7 +3,7 @@
 A round is a block of steps of every subject, in seeded random order. Of a block comes one number,
 milliseconds an image: what waits for the device, for data or for a worker process is in it, which medians
 over steps would hide. Ratios are taken within rounds, with the paired bootstrap of
-``export/latency/runner.py``.
+``export/latency/statistics.py``.
 """
 
 import time
@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from questpress.export.latency.statistics import Latency, Speedup, speedup, summarise
+from questpress.export.latency.results import Speedup
+from questpress.export.latency.statistics import Samples, compute_speedup
 
 from benchmarks.cells import markdown
 
@@ -60,7 +61,7 @@ def measure(
     seed: int = 0,
     synchronise: Callable[[], None] = nothing,
     tell: Callable[[str], None] = lambda _: None,
-) -> list[Latency]:
+) -> list[Samples]:
     """Milliseconds an image of each subject, one sample a round.
 
     Args:
@@ -80,7 +81,7 @@ def measure(
             spent = _block(subjects[index], steps[index], synchronise)
             blocks[index].append(np.array([1000 * spent / (steps[index] * subjects[index].images)]))
     return [
-        summarise(subject.name, threads, of_subject)
+        Samples.from_blocks(subject.name, threads, of_subject)
         for subject, of_subject in zip(subjects, blocks, strict=True)
     ]
 
@@ -109,7 +110,7 @@ def _block(subject: Subject, steps: int, synchronise: Callable[[], None]) -> flo
 
 
 def compare(
-    timed: Iterable[Latency], comparisons: Iterable[Comparison], seed: int = 0
+    timed: Iterable[Samples], comparisons: Iterable[Comparison], seed: int = 0
 ) -> list[dict[str, Any]]:
     """The ratios whose subjects were all measured, each with a 95 % interval and whether it is as asked for.
 
@@ -122,9 +123,9 @@ def compare(
             continue
         subject, baseline = by_name[asked.subject], _sum([by_name[name] for name in asked.baseline])
         found = (
-            speedup(subject, baseline, seed=seed)
+            compute_speedup(subject, baseline, seed=seed)
             if asked.kind == "rate"
-            else speedup(baseline, subject, seed=seed)
+            else compute_speedup(baseline, subject, seed=seed)
         )
         rows.append(
             {
@@ -144,20 +145,20 @@ def _reached(asked: Comparison, found: Speedup) -> bool | None:
     return found.ratio >= asked.goal if asked.kind == "rate" else found.ratio <= asked.goal
 
 
-def _sum(parts: Sequence[Latency]) -> Latency:
+def _sum(parts: Sequence[Samples]) -> Samples:
     """The times of a round added up."""
     if len(parts) == 1:
         return parts[0]
-    samples = np.sum([one.samples for one in parts], axis=0)
+    samples = np.sum([one.ms for one in parts], axis=0)
     name = " + ".join(one.subject for one in parts)
-    return summarise(name, parts[0].threads, [samples[[index]] for index in range(len(samples))])
+    return Samples.from_blocks(name, parts[0].threads, [samples[[index]] for index in range(len(samples))])
 
 
-def rates(timed: Iterable[Latency], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:
+def rates(timed: Iterable[Samples], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:
     """Images a second: the median over the rounds, a bootstrap 95 % interval of it, and each round's."""
     rows = []
     for one in timed:
-        of_round = 1000 / one.samples
+        of_round = 1000 / one.ms
         drawn = np.random.default_rng(seed).integers(0, len(of_round), (resamples, len(of_round)))
         low, high = np.percentile(np.median(of_round[drawn], axis=1), [2.5, 97.5])
         rows.append(

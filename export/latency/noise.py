@@ -28,7 +28,7 @@ LIMITS = {
     # Number of times that the cgroup exceeded its CPU quota; each stops all threads for up to 0.1 s.
     "throttled": 0.0,
     # Middle 80 % of the sentinel's readings over their median: 2 to 7 % in quiet benches on two cores of a
-    # Xeon (`benchmarks/bench_noise.py`), 10 % and more in disturbed ones.
+    # Xeon (`benchmarks/latency/noise.py`), 10 % and more in disturbed ones.
     "sentinel": 0.10,
     # Change of the median from the first to the last third of the rounds.
     "drift": 0.03,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from questpress.export.latency.runner import BenchResult, environment, summarise
+from questpress.export.latency.runner import BenchResult, environment
+from questpress.export.latency.statistics import Samples
 
 from benchmarks.int8 import compare as int8
 from benchmarks.int8 import files as int8_files
@@ -28,7 +29,7 @@ def command(out: Path, *more: str) -> dict[str, Any]:
 def cell(milliseconds: dict[str, list[float]], *, error: str | None = None) -> dict[str, Any]:
     """A row as the benchmark writes it, from each subject's medians of rounds."""
     latencies = tuple(
-        summarise(kind, 2, [np.full(11, median) for median in medians])
+        Samples.from_blocks(kind, 2, [np.full(11, median) for median in medians])
         for kind, medians in milliseconds.items()
     )
     files = {

@@ -34,7 +34,7 @@ class Clock:
 
 
 def timed(name: str, *milliseconds: float) -> Any:
-    return rounds.summarise(name, 1, [np.array([value]) for value in milliseconds])
+    return rounds.Samples.from_blocks(name, 1, [np.array([value]) for value in milliseconds])
 
 
 def test_round_measures_milliseconds_per_image(
@@ -43,7 +43,7 @@ def test_round_measures_milliseconds_per_image(
     clock = Clock(monkeypatch)
     pair = [clock.subject("slow", 0.5, images=10), clock.subject("fast", 0.01, images=2)]
     slow, fast = rounds.measure(pair, seconds=1.0, rounds=5, threads=1)
-    assert slow.samples == pytest.approx([50] * 5) and fast.samples == pytest.approx([5] * 5)
+    assert slow.ms == pytest.approx([50] * 5) and fast.ms == pytest.approx([5] * 5)
     # A fifth of a second each: one slow step, twenty fast ones, with the subject's begin and end around them.
     told = " ".join(clock.calls)
     assert told.count("begin slow slow end slow") == 7  # two blocks of it to warm up
