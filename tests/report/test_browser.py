@@ -1,4 +1,4 @@
-"""The page in a real browser, where there is one."""
+"""Pages in a real browser, if there is one: they fit windows, phones and paper, and request nothing."""
 
 import json
 import re
@@ -7,54 +7,66 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.api.compare import compare
-from questpress.pipeline.report.pages.comparison import render_comparison
-from tests.support.pages import html, markdown
 from questpress.export.int8.results import FloatNode
-from questpress.pipeline.runs.results import Report
+from questpress.pipeline.report.pages.comparison import render_comparison
+from questpress.pipeline.report.pages.validation import render_validation
 
-from tests.support.pages import with_words
-from tests.support import bench_reports, int8_reports, reports
+from tests.support import bench_reports, comparisons, int8_reports, reports
+from tests.support.pages import html, with_everything
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser found: looked for {', '.join(NAMES)}")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser found: {', '.join(NAMES)}")
 
 
-def opened(page: str, folder: Path, width: int, *more: str) -> list[str]:
-    """What the browser's console said when the page was opened at this width."""
+def report_with_long_names() -> str:
+    report = reports.full([f"{'long' * 9} name {i}" for i in range(12)])
+    searches = int8_reports.with_int8().model_copy(deep=True).int8
+    for search in searches:
+        search.target = search.tried[0].name = search.file = "a/long/name" * 9
+        search.not_timed = "long" * 30
+        search.float_parts = [FloatNode(name="node" * 30, op_type="Op" * 20, why="reason" * 20)]
+        search.worst = [("tensor" * 30, 3.0)]
+    bench = bench_reports.bench(flags=[bench_reports.STEAL])
+    for subject in bench.subjects:
+        subject.key, subject.file = None, "a/long/name" * 9
+    return html(report.model_copy(update={"int8": searches, "bench": bench}))
+
+
+PAGES = {
+    "report": lambda: html(with_everything()),
+    "long names": report_with_long_names,
+    "bare": lambda: html(reports.bare()),
+    "validation": lambda: render_validation(comparisons.validation())["validation.html"],
+    "comparison": lambda: render_comparison(comparisons.comparison())["comparison.html"],
+}
+
+
+def open_page(page: str, folder: Path, width: int, *options: str) -> list[str]:
+    """Open the page at this width and return what the browser's console printed."""
     file = folder / "report.html"
     file.write_text(page, encoding="utf-8")
     command = [
         str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
         "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={width},900", f"--screenshot={folder / 'page.png'}", *more, file.as_uri(),
+        f"--window-size={width},900", f"--screenshot={folder / 'page.png'}", *options, file.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (folder / "page.png").exists(), done.stderr
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize(
-    "report",
-    [int8_reports.with_int8(), bench_reports.with_bench(), reports.bare()],
-    ids=["int8", "bench", "bare"],
-)
-def test_browser_has_nothing_to_complain_about(report: Report, tmp_path: Path) -> None:
-    assert opened(html(report), tmp_path, 1280) == []
-
-
 MEASURE = """<script>
 addEventListener('load', () => {
   const wrong = [];
-  const shown = one => getComputedStyle(one).display !== 'none';
-  for (const one of document.querySelectorAll('.tradeoff')) {
-    const drawn = [...one.querySelectorAll('svg[role=img]')].filter(shown);
+  const isShown = element => getComputedStyle(element).display !== 'none';
+  for (const one of document.querySelectorAll('.wide-chart')) {
+    const drawn = [...one.querySelectorAll('svg[role=img]')].filter(isShown);
     const wanted = innerWidth > 960 ? 'wide' : 'narrow';
     if (drawn.length !== 1 || drawn[0].getAttribute('class') !== wanted) wrong.push(`${drawn.length} of two`);
   }
   for (const one of document.querySelectorAll('svg[role=img], img, .patches, .versus, .confusion')) {
-    if (!shown(one)) continue;
+    if (!isShown(one)) continue;
     const box = one.getBoundingClientRect();
     const scrolls = one.closest('.scroll') !== null;
     if (box.width < 5 || box.height < 5) wrong.push('no size: ' + one.outerHTML.slice(0, 80));
@@ -70,96 +82,71 @@ addEventListener('load', () => {
       wrong.push('cut: ' + one.querySelector('caption').textContent);
   }
   const ground = getComputedStyle(document.body).backgroundColor;
-  const pictures = [...document.querySelectorAll('svg[role=img], img')].filter(shown).length;
+  const pictures = [...document.querySelectorAll('svg[role=img], img')].filter(isShown).length;
   console.log('measured ' + JSON.stringify({width: innerWidth, wide: document.documentElement.scrollWidth, ground, pictures, wrong}));
 });
 </script>"""  # noqa: E501
 
 
-def measured(page: str, folder: Path, widths: list[int], scheme: str) -> list[dict]:
-    """What a script finds in the page at these widths: the page itself allows none, its copy does."""
+def measure(page: str, folder: Path, widths: list[int], scheme: str) -> list[dict]:
+    """Return what a script finds in a copy of the page, which allows scripts, at these widths."""
     page = re.sub(r"<meta http-equiv=.*?>", "", page.replace("<details", "<details open"))
     if scheme == "print":
         page = page.replace("@media print", "@media all").replace("@media screen and", "@media tty and")
     script = MEASURE.replace("MODE", f"'{scheme}'")
     (folder / "measured.html").write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
-    # In frames: windows of a browser have a least width of their own.
+    # In frames, because windows of a browser have a minimum width.
     frames = "".join(
         f'<iframe src="measured.html" style="border: 0; width: {width}px; height: 800px"></iframe>'
         for width in widths
     )
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     outer = f'<meta name="color-scheme" content="{"dark" if dark else "light"}">{frames}'
-    told = opened(outer, folder, 1800, *dark)
-    found = [json.loads(one[1]) for line in told if (one := re.search(r'"measured (\{.*\})"', line))]
-    assert len(found) == len(widths), told
-    return sorted(found, key=lambda one: one["width"])
+    lines = open_page(outer, folder, 1800, *dark)
+    results = [json.loads(m[1]) for line in lines if (m := re.search(r'"measured (\{.*\})"', line))]
+    assert len(results) == len(widths), lines
+    return sorted(results, key=lambda result: result["width"])
 
 
-def test_long_names_do_not_make_the_page_wider_than_the_window(tmp_path: Path) -> None:
-    report = reports.full([f"{'long' * 9} name {i}" for i in range(12)])
-    long = int8_reports.with_int8().model_copy(deep=True).int8
-    for search in long:
-        search.target = search.tried[0].name = search.file = "a/long/name" * 9
-        search.not_timed = "".join(["long"] * 30)
-        search.float_parts = [FloatNode(name="node" * 30, op_type="Op" * 20, why="reason" * 20)]
-        search.worst = [("tensor" * 30, 3.0)]
-    bench = bench_reports.bench(flags=[bench_reports.STEAL])
-    for subject in bench.subjects:
-        subject.key, subject.file = None, "a/long/name" * 9
-    page = html(report.model_copy(update={"int8": long, "bench": bench}))
-    for found, width in zip(measured(page, tmp_path, [390, 1280], "light"), (390, 1280), strict=True):
-        assert found["wide"] <= found["width"] == width
+@pytest.mark.parametrize("name", PAGES)
+def test_page_has_no_errors_and_fits_phones_and_screens(name: str, tmp_path: Path) -> None:
+    page = PAGES[name]()
+    assert open_page(page, tmp_path, 1280) == []
+    for result, width in zip(measure(page, tmp_path, [390, 1280], "light"), (390, 1280), strict=True):
+        assert result["wrong"] == []
+        assert result["wide"] <= result["width"] == width
+        assert result["ground"] == "rgb(252, 252, 251)"
+        assert result["pictures"] > 25 or name != "report"
 
 
-def everything() -> Report:
-    """A report with all the kinds of pictures there are."""
-    return with_words().model_copy(
-        update={"int8": int8_reports.with_int8().int8, "bench": bench_reports.with_bench().bench}
-    )
+def test_page_has_a_dark_theme(tmp_path: Path) -> None:
+    for result in measure(html(with_everything()), tmp_path, [390, 1280], "dark"):
+        assert result["wrong"] == [] and result["ground"] == "rgb(20, 22, 26)"
 
 
-@pytest.mark.parametrize(("scheme", "ground"), [("light", "rgb(252, 252, 251)"), ("dark", "rgb(20, 22, 26)")])
-def test_every_picture_is_seen_on_a_phone_and_on_a_screen(scheme: str, ground: str, tmp_path: Path) -> None:
-    phone, screen = measured(html(everything()), tmp_path, [390, 1280], scheme)
-    for found, width in ((phone, 390), (screen, 1280)):
-        assert found["wrong"] == []
-        assert found["wide"] <= found["width"] == width
-        assert found["ground"] == ground
-        assert found["pictures"] > 25
+def test_printed_tables_are_not_cut(tmp_path: Path) -> None:
+    # 178 mm, the width of A4 between the margins.
+    [result] = measure(html(with_everything()), tmp_path, [673], "print")
+    assert [problem for problem in result["wrong"] if not problem.startswith("tiny")] == []
+    assert result["ground"] == "rgb(255, 255, 255)"
 
 
-def test_comparisons_picture_is_seen_on_a_phone_and_on_a_screen(tmp_path: Path) -> None:
-    file = tmp_path / "run.json"
-    file.write_text(reports.full().model_dump_json(), encoding="utf-8")
-    page = render_comparison(compare(file, out=tmp_path / "out"))["comparison.html"]
-    for found in measured(page, tmp_path, [390, 961], "light"):
-        assert found["wrong"] == [] and found["wide"] <= found["width"]
-        assert found["pictures"] == 1
-
-
-def test_no_table_is_cut_in_print(tmp_path: Path) -> None:
-    # 178 mm, what A4 has between the margins.
-    [found] = measured(html(everything()), tmp_path, [673], "print")
-    assert [one for one in found["wrong"] if not one.startswith("tiny")] == []
-    assert found["ground"] == "rgb(255, 255, 255)"
-
-
-def requests(page: str, folder: Path) -> set[str]:
-    """Addresses that the page made the browser ask for."""
-    opened(page, folder, 1280, f"--log-net-log={folder / 'net.json'}", "--net-log-capture-mode=Everything")
+def requested_urls(page: str, folder: Path) -> set[str]:
+    open_page(page, folder, 1280, f"--log-net-log={folder / 'net.json'}", "--net-log-capture-mode=Everything")
     log = json.loads((folder / "net.json").read_text(encoding="utf-8"))
-    found = (event.get("params", {}) for event in log["events"])
-    # The browser's own requests have no origin; those of a file's page come from an opaque one, "null".
-    asked = {
-        one["url"] for one in found if "url" in one and one.get("initiator") not in (None, "not an origin")
+    events = [event.get("params", {}) for event in log["events"]]
+    # Requests of the browser itself have no origin; those of a file's page have an opaque one, "null".
+    urls = {
+        event["url"]
+        for event in events
+        if "url" in event and event.get("initiator") not in (None, "not an origin")
     }
-    return {url for url in asked if not url.startswith(("file:", "data:"))}
+    return {url for url in urls if not url.startswith(("file:", "data:"))}
 
 
-def test_page_makes_no_request(tmp_path: Path) -> None:
-    page = html(everything())
-    assert requests(page, tmp_path) == set()
+def test_page_requests_nothing(tmp_path: Path) -> None:
+    page = html(with_everything())
+    assert requested_urls(page, tmp_path) == set()
     beacon = '<img src="http://127.0.0.1:9/beacon">'
-    open_page = re.sub(r"<meta http-equiv=.*?>", "", page).replace("</body>", f"{beacon}</body>")
-    assert requests(open_page, tmp_path) == {"http://127.0.0.1:9/beacon"}, "a request would have been seen"
+    open_policy = re.sub(r"<meta http-equiv=.*?>", "", page).replace("</body>", f"{beacon}</body>")
+    assert requested_urls(open_policy, tmp_path) == {"http://127.0.0.1:9/beacon"}, "a request would be seen"

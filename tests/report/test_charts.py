@@ -1,44 +1,52 @@
-from questpress.pipeline.report.charts import LABEL, Curve, Mark, bars, dots, lines, nice
+from questpress.pipeline.report.charts import LABEL_WIDTH, Curve, Mark, bars, dots, lines, round_step
+
+from tests.support.charts import center, shapes
 
 
-def test_bar_is_as_long_as_its_value_from_zero() -> None:
+def test_bar_length_is_proportional_to_the_value() -> None:
     chart = bars("Size", [Mark("a", "teacher", 40, "40 MB"), Mark("b", "student", 10, "10 MB")])
     assert chart is not None
-    long, short = (one.x - LABEL for one in chart.marks)
+    long, short = (float(bar.attributes["width"]) for bar in shapes(chart, "bar"))
     assert abs(long / short - 4) < 0.05
+    assert all(bar.attributes["x"] == str(LABEL_WIDTH) for bar in shapes(chart, "bar"))
     assert chart.description == "Size. a: 40 MB; b: 10 MB."
 
 
-def test_dot_lies_inside_its_interval_and_the_axis_inside_a_hundred_percent() -> None:
+def test_dot_is_inside_its_interval_and_the_axis_ends_at_100_percent() -> None:
     chart = dots("Accuracy", [Mark("a", "teacher", 99.4, "99.4 %", 97.0, 99.9)])
     assert chart is not None
-    (one,) = chart.marks
-    assert one.low is not None and one.high is not None
-    assert one.low < one.x < one.high
-    assert float(chart.ticks[-1].text) <= 100
-    assert chart.ticks[0].position <= one.low and one.high <= chart.ticks[-1].position + 60
+    [dot], [whisker] = shapes(chart, "dot"), shapes(chart, "whisker")
+    path = whisker.attributes["d"].split()
+    low, high = path[1], path[5]
+    assert float(low) < center(dot)[0] < float(high)
+    ticks = shapes(chart, "tick")
+    assert float(ticks[-1].text) <= 100
+    assert float(ticks[0].attributes["x"]) <= float(low)
+    assert float(high) <= float(ticks[-1].attributes["x"]) + 60
 
 
-def test_curve_falls_where_its_values_fall_and_breaks_where_they_are_not_finite() -> None:
+def test_curve_falls_with_its_values_and_has_a_gap_if_they_are_not_finite() -> None:
     chart = lines("Loss", [Curve("loss", [1, 2, 3, 4, 5], [4.0, 2.0, float("nan"), 1.0, None])])
     assert chart is not None
-    (curve,) = chart.curves
-    assert len(curve.points) == 3
-    assert [y for _, y, _ in curve.points] == sorted(y for _, y, _ in curve.points)
-    assert len(curve.pieces) == 1 and curve.last == "1"
+    heights = [center(mark)[1] for mark in shapes(chart, "point")]
+    assert len(heights) == 3 and heights == sorted(heights)
+    assert len(shapes(chart, "curve")) == 1
+    assert chart.legend[0][1:] == ("loss", "1")
 
 
-def test_charts_without_a_finite_value_are_not_drawn() -> None:
+def test_chart_without_a_finite_value_is_none() -> None:
     assert lines("Loss", [Curve("loss", [1], [float("inf")]), Curve("ce", [1], [None])]) is None
     assert bars("Size", []) is None and dots("Accuracy", []) is None
 
 
-def test_one_epoch_and_equal_values_still_make_a_picture() -> None:
-    for values in ([0.0], [3.0], [-2.0]):
-        chart = lines("Loss", [Curve("loss", [7], values)], from_zero=False)
-        assert chart is not None and len(chart.curves[0].points) == 1
-        assert [tick.text for tick in chart.x_ticks] == ["7"]
+def test_one_epoch_and_equal_values_can_be_drawn() -> None:
+    for value in (0.0, 3.0, -2.0):
+        chart = lines("Loss", [Curve("loss", [7], [value])], from_zero=False)
+        assert chart is not None and len(shapes(chart, "point")) == 1
+        assert [tick.text for tick in shapes(chart, "tick") if tick.attributes.get("text-anchor") == "middle"] == [
+            "7"
+        ]
 
 
 def test_axis_steps_are_round_numbers() -> None:
-    assert [nice(x) for x in (0.3, 0.11, 7, 26, 1)] == [0.5, 0.2, 10, 50, 1]
+    assert [round_step(x) for x in (0.3, 0.11, 7, 26, 1)] == [0.5, 0.2, 10, 50, 1]

@@ -1,4 +1,4 @@
-"""Calibration in the report: the diagrams' places, the sentence that reads them, the table, the terminal."""
+"""Calibration in the report: diagrams, sentences, table, terminal."""
 
 import io
 
@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from questpress.pipeline.evaluation.calibration import measure
 from questpress.pipeline.evaluation.likelihood import Softmax
+from questpress.pipeline.report.charts import Chart
+from questpress.pipeline.report.networks import compared_networks
 from questpress.pipeline.report.sections import calibration
-from questpress.pipeline.report.networks import compared
 from questpress.pipeline.report.terminal import show_report
-from tests.support.pages import html, markdown
 from questpress.pipeline.runs.results import Report
 from questpress.pipeline.runs.scores import Calibration, Temperature
 from rich.console import Console
 
-from tests.support.pages import Reader
 from tests.support import reports
+from tests.support.charts import center, shapes
+from tests.support.pages import Reader, html, markdown
 
 
 def measured(scale: float, n: int = 800, temperature: float | None = None) -> Calibration:
@@ -23,96 +24,101 @@ def measured(scale: float, n: int = 800, temperature: float | None = None) -> Ca
     logits = 2 * rng.standard_normal((n, 5))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = (p.cumsum(1) < rng.random((n, 1))).sum(1).clip(max=4)
-    found = measure(scale * logits, labels, Softmax(), temperature)
-    assert found is not None
-    return found
+    result = measure(scale * logits, labels, Softmax(), temperature)
+    assert result is not None
+    return result
 
 
 def with_calibration(temperature: float | None = None) -> Report:
     report = reports.full()
     assert report.teacher and report.student and report.student_int8
     scale = 2.0 if temperature is None else 2.0 / temperature
+    student = report.student.model_copy(update={"calibration": measured(scale, temperature=temperature)})
+    int8 = measured(scale * 1.02, temperature=temperature)
+    fit = None
+    if temperature is not None:
+        fit = Temperature(value=temperature, low=1.8, high=2.2, n=341, nll_before=0.9, nll_after=0.8)
     return report.model_copy(
         update={
             "teacher": report.teacher.model_copy(update={"calibration": measured(1.0)}),
-            "student": report.student.model_copy(
-                update={"calibration": measured(scale, temperature=temperature)}
-            ),
-            "student_int8": report.student_int8.model_copy(
-                update={"calibration": measured(scale * 1.02, temperature=temperature)}
-            ),
-            "temperature": None
-            if temperature is None
-            else Temperature(value=temperature, low=1.8, high=2.2, n=341, nll_before=0.9, nll_after=0.8),
+            "student": student,
+            "student_int8": report.student_int8.model_copy(update={"calibration": int8}),
+            "temperature": fit,
         }
     )
 
 
-def test_section_stands_in_html_and_markdown_with_every_networks_figures():
+def test_html_and_markdown_have_the_figures_of_each_network() -> None:
     report = with_calibration(2.0)
-    page, text = html(report), markdown(report)
     assert report.student_int8 and report.student_int8.calibration
-    ece = f"{report.student_int8.calibration.ece:.1f} %"
     assert report.student_int8.calibration.before
-    before = f"{report.student_int8.calibration.before.ece:.1f} %"
-    for one in (page, text):
-        assert "Calibration" in one and ece in one and before in one
-        assert "Student int8, without temperature" in one
-        assert "temperature of 2.00, fitted on 341 val images (95 % interval 1.80–2.20)" in one
-        assert "is a bootstrap over the images" in one
+    ece, before = report.student_int8.calibration.ece, report.student_int8.calibration.before.ece
+    for page in (html(report), markdown(report)):
+        assert "Calibration" in page and f"{ece:.1f} %" in page and f"{before:.1f} %" in page
+        assert "Student int8, no temperature scaling" in page
+        assert "temperature of 2.00, fitted on 341 validation images (95 % interval 1.80–2.20)" in page
+        assert "is a bootstrap over images" in page
 
 
-def test_every_diagram_has_words_and_a_link_leads_to_the_section():
-    read = Reader(html(with_calibration(2.0)))
-    assert read.ids().count("calibration") == 1
-    assert ("a", "href", "#calibration") in read.attributes
-    told = [v for t, name, v in read.attributes if t == "svg" and name == "aria-label" and "Reliab" in str(v)]
-    assert len(told) == 3 and all("right" in str(one) for one in told)
-    assert "None" not in " ".join(read.words)
+def test_diagrams_have_descriptions_and_a_link() -> None:
+    reader = Reader(html(with_calibration(2.0)))
+    assert reader.ids().count("calibration") == 1
+    assert ("a", "href", "#calibration") in reader.attributes
+    described = [
+        str(value)
+        for tag, name, value in reader.attributes
+        if (tag, name) == ("svg", "aria-label") and "Reliability" in str(value)
+    ]
+    assert len(described) == 3 and all("accuracy" in text for text in described)
+    assert "None" not in " ".join(reader.words)
 
 
-def test_without_calibration_there_is_no_section():
+def test_report_without_calibration_has_no_section() -> None:
     for report in (reports.full(), reports.bare(), reports.teacher_only()):
-        assert calibration.section(report).diagrams == [] and calibration.line(report) is None
+        assert calibration.section(report).is_empty and calibration.terminal_line(report) is None
         assert 'id="calibration"' not in html(report)
         assert "## Calibration" not in markdown(report)
 
 
-def test_network_is_said_to_be_over_confident_under_confident_or_honest_as_far_as_one_can_tell():
-    [teacher, *_] = compared(reports.full())
+def test_verdict_depends_on_the_interval_of_the_gap() -> None:
+    [teacher, *_] = compared_networks(reports.full())
     bold, shy, fair = measured(2.0), measured(0.4), measured(1.0)
-    told = calibration.reading(teacher, bold)
-    assert told == (
-        f"The teacher’s predictions have a mean probability of {bold.confidence:.1f} %, and "
-        f"{bold.accuracy:.1f} % are correct: over-confident by {bold.confidence - bold.accuracy:.1f} points."
+    assert calibration.describe(teacher, bold) == (
+        f"Teacher: mean confidence {bold.confidence:.1f} %, accuracy {bold.accuracy:.1f} %: "
+        f"overconfident by {bold.confidence - bold.accuracy:.1f} points."
     )
-    assert "under-confident by" in calibration.reading(teacher, shy)
-    assert "honest on average, as far as 800 images can tell" in calibration.reading(teacher, fair)
+    assert "underconfident by" in calibration.describe(teacher, shy)
+    assert "no significant difference on 800 images" in calibration.describe(teacher, fair)
 
 
-def test_dots_lie_where_confidence_and_accuracy_put_them():
-    [_, _, chart] = calibration.section(with_calibration()).diagrams
+def test_dots_are_at_mean_confidence_and_accuracy() -> None:
     report = with_calibration()
+    [_, _, chart] = calibration.section(report).figures
+    assert isinstance(chart, Chart)
     assert report.student_int8 and report.student_int8.calibration
-    bins = [one for one in report.student_int8.calibration.bins if one.n]
-    assert len(chart.dots) == len(bins) == len(chart.pillars) and chart.before == []
-    for dot, one in zip(chart.dots, bins, strict=True):
-        assert one.confidence is not None and one.accuracy is not None
-        (x0, y0, x1, y1) = chart.diagonal
-        assert (dot.x - x0) / (x1 - x0) == pytest.approx(one.confidence / 100, abs=0.002)
-        assert (dot.y - y0) / (y1 - y0) == pytest.approx(one.accuracy / 100, abs=0.002)
-        assert dot.high <= dot.y <= dot.low
-    tall = max(chart.pillars, key=lambda pillar: pillar.height)
-    assert chart.pillars.index(tall) == max(range(len(bins)), key=lambda i: bins[i].n)
+    bins = [part for part in report.student_int8.calibration.bins if part.n]
+    dots, bars = shapes(chart, "dot"), shapes(chart, "bar")
+    assert len(dots) == len(bars) == len(bins) and not shapes(chart, "ring")
+    [diagonal] = shapes(chart, "diagonal")
+    x0, y0, x1, y1 = (float(c) for c in diagonal.attributes["d"].replace("M", "").replace("L", "").split())
+    for dot, whisker, part in zip(dots, shapes(chart, "whisker"), bins, strict=True):
+        assert part.confidence is not None and part.accuracy is not None
+        x, y = center(dot)
+        assert (x - x0) / (x1 - x0) == pytest.approx(part.confidence / 100, abs=0.002)
+        assert (y - y0) / (y1 - y0) == pytest.approx(part.accuracy / 100, abs=0.002)
+        _, _, low, _, high = whisker.attributes["d"].split()
+        assert float(high) <= y <= float(low)
+    heights = [float(bar.attributes["height"]) for bar in bars]
+    assert heights.index(max(heights)) == max(range(len(bins)), key=lambda i: bins[i].n)
 
 
-def test_terminal_has_a_line_of_it():
+def test_terminal_has_one_line() -> None:
     file = io.StringIO()
     show_report(with_calibration(2.0), console=Console(file=file, width=200, color_system=None))
-    [line] = [one for one in file.getvalue().splitlines() if one.startswith("ECE: ")]
+    [line] = [line for line in file.getvalue().splitlines() if line.startswith("ECE: ")]
     assert "teacher " in line and "student int8 " in line and line.count(" → ") == 2 and len(line) <= 80
 
 
-def test_json_gives_it_back():
+def test_json_round_trip_preserves_calibration() -> None:
     report = with_calibration(2.0)
     assert Report.model_validate_json(report.model_dump_json()) == report

@@ -1,9 +1,5 @@
-"""The pages of validate and compare in a real browser, where there is one."""
+"""Results of validations and comparisons, made by hand."""
 
-import re
-from pathlib import Path
-
-import pytest
 from questpress.export.latency.results import Speedup
 from questpress.pipeline.api.compare import groups
 from questpress.pipeline.evaluation.results import (
@@ -14,15 +10,10 @@ from questpress.pipeline.evaluation.results import (
     Network,
     Validation,
 )
-from questpress.pipeline.report.pages import comparison, validation
 from questpress.pipeline.runs.results import Example
 from questpress.pipeline.runs.scores import Calibration, Proportion, ReliabilityBin
 
-from tests.report.test_browser import BROWSER, NAMES, opened
 from tests.support import reports
-
-WIDTHS = (390, 1280)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser found: looked for {', '.join(NAMES)}")
 
 
 def calibration() -> Calibration:
@@ -37,8 +28,8 @@ def calibration() -> Calibration:
     )  # fmt: skip
 
 
-def validated() -> str:
-    """Long names everywhere, and more files than fit."""
+def validation() -> Validation:
+    """Return a validation with long names."""
     names = [f"{'long' * 9} name {i}" for i in range(12)]
 
     def network(name: str, role: str, precision: str | None) -> Network:
@@ -56,8 +47,8 @@ def validated() -> str:
                 "score": reports.accuracy(80, 105),
                 "calibration": calibration(),
                 "per_class": [
-                    ClassMeasure(label=one, n=9, predicted=8, correct=7, recall=Proportion.from_counts(7, 9))
-                    for one in names
+                    ClassMeasure(label=name, n=9, predicted=8, correct=7, recall=Proportion.from_counts(7, 9))
+                    for name in names
                 ],
                 "confusion": [[9 if i == k else i % 3 for k in range(12)] for i in range(12)],
                 "teacher": None if role == "teacher" else "teacher",
@@ -68,7 +59,7 @@ def validated() -> str:
 
     networks = [network(f"shop{'x' * 30} {kind}", "student", kind) for kind in ("int8", "fp32")]
     networks.append(network("teacher", "teacher", None))
-    found = Validation(
+    return Validation(
         title=f"{'shop' * 20} on photos",
         command="compress validate " + "x" * 200,
         data="photos",
@@ -88,11 +79,10 @@ def validated() -> str:
         notes=["A note."],
         environment={"cpu": "AMD EPYC 9555", "onnxruntime": "1.27.0", "threads": "2"},
     )  # fmt: skip
-    return validation.render_validation(found)["validation.html"]
 
 
-def compared() -> str:
-    """Two groups, many runs, long names."""
+def comparison() -> Comparison:
+    """Return a comparison of many runs with long names, in two groups."""
 
     def file(kind: str, correct: int, p50: float, size: int) -> ComparedFile:
         return ComparedFile.model_validate(
@@ -131,7 +121,7 @@ def compared() -> str:
         )
         for i in range(11)
     ]
-    found = Comparison(
+    return Comparison(
         title="11 runs on photos, other",
         command="compress compare " + "x" * 200,
         threads=1,
@@ -140,45 +130,3 @@ def compared() -> str:
         warnings=["A warning."],
         notes=["A note."],
     )
-    return comparison.render_comparison(found)["comparison.html"]
-
-
-PAGES = {"validation": validated, "comparison": compared}
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_browser_has_nothing_to_complain_about_and_nothing_is_from_outside(name: str, tmp_path: Path) -> None:
-    page = PAGES[name]()
-    assert opened(page, tmp_path, 1280) == []
-    assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:|#)[a-z]*:?//", page)
-    assert "<script" not in page and "default-src 'none'" in page
-
-
-def test_pages_fit_their_windows_and_every_picture_is_seen(tmp_path: Path) -> None:
-    # The pages themselves allow no script; the copies that are measured do, in a frame for each width.
-    measure = """<script>
-    const pictures = [...document.querySelectorAll('img, svg[role=img]')];
-    const seen = pictures.filter(one => one.getBoundingClientRect().width > 20);
-    const whole = [...document.images].every(one => one.naturalWidth > 0);
-    const widest = document.documentElement.scrollWidth;
-    addEventListener('load', () => console.log(
-        `measured ${location.hash} ${widest} of ${innerWidth}, ${seen.length} of ${pictures.length}, ${whole}`
-    ));
-    </script>"""
-    frames = ""
-    for name, made in PAGES.items():
-        page = re.sub(r"<meta http-equiv=.*?>", "", made()).replace("<details", "<details open")
-        page = page.replace("</body>", f"{measure}</body>")
-        (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")
-        for width in WIDTHS:
-            frames += f'<iframe src="{name}.html#{name}" width="{width}" height="900"></iframe>'
-    told = "\n".join(opened(frames, tmp_path, 1400))
-    found = re.findall(r"measured #(\w+) (\d+) of (\d+), (\d+) of (\d+), (\w+)", told)
-    assert sorted((name, int(window)) for name, _, window, *_ in found) == [
-        (name, width) for name in sorted(PAGES) for width in WIDTHS
-    ], told
-    for name, widest, window, seen, pictures, whole in found:
-        assert int(widest) <= int(window) and whole == "true", (name, window)
-        # The comparison's picture is there for two widths, of which one is shown.
-        shown = int(pictures) // 2 if name == "comparison" else int(pictures)
-        assert int(seen) == shown > 0, (name, window)
