@@ -2,7 +2,6 @@
 
 import base64
 import getpass
-import json
 import os
 import platform
 import shutil
@@ -123,12 +122,3 @@ def test_only_measured_times_differ_in_the_card(elsewhere: Path, finished: Path)
         return (folder / "README.md").read_text().split("\n## Latency", 1)[0].splitlines()
 
     assert told(elsewhere) == told(finished / "artifact")
-
-
-def test_manifest_has_no_time_or_place(elsewhere: Path) -> None:
-    manifest = json.loads((elsewhere / "manifest.json").read_text())
-    assert manifest["origin"]["data"] == "colours", "the folder's own name, and nothing of what lies above it"
-    assert not {"date", "time", "created", "host", "user", "path", "command"} & {
-        *manifest,
-        *manifest["origin"],
-    }

@@ -19,7 +19,7 @@ from questpress.pipeline.training.task import DistillationTask
 from torch import Tensor
 
 from tests.support import little
-from tests.training.test_train import ENGINE, distillation
+from tests.support.toys import ENGINE, distillation
 
 SHAPES = Shapes({}, vector=None, logits=3)
 LEAST, MOST = Kd.gradient_ratio

@@ -17,7 +17,7 @@ from questpress.pipeline.stages import quantize
 from tests.support import little
 from tests.support.little import job, record, refused, report
 
-TIMES = quantize._times  # as it is before conftest.py replaces it
+MEASURE_LATENCY = quantize._measure_latency  # as it is before conftest.py replaces it
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def x86_vnni(one_thread: None) -> Any:  # noqa: ARG001  (which has candidates un
     with pytest.MonkeyPatch.context() as patch:
         for place in ("export.runtime", "export.int8.targets", "pipeline.api.resolve"):
             patch.setattr(f"questpress.{place}.target_of_this_machine", lambda: "x86-vnni")
-        patch.setattr(quantize, "_times", TIMES)
+        patch.setattr(quantize, "_measure_latency", MEASURE_LATENCY)
         yield
 
 

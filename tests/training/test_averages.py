@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.support import little
 from tests.support.little import report, weights
-from tests.training.test_train import plan, supervised, views
+from tests.support.toys import plan, supervised, views
 
 State = dict[str, np.ndarray]
 

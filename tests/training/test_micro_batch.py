@@ -17,8 +17,8 @@ from questpress.pipeline.training.trainer import MicroBatch
 
 from tests.support import little
 from tests.support.little import job, record, weights
+from tests.support.toys import distillation, plan, views
 from tests.training.test_ranks import SHAPES, TEACHER_READS, Kd, KdParameters, without_batch_norm
-from tests.training.test_train import distillation, network, plan, views
 
 
 def batch(size: int) -> Batch:
@@ -185,7 +185,3 @@ def test_out_of_memory_errors_of_every_library_are_recognized(error: Exception) 
     context.ranks, sizes = Ranks(1, 2), []
     with pytest.raises(JobError, match="Rank 1: not enough memory on cpu for 4 images"):
         MicroBatch(context, "student", plan(batch_size=16)).run(train)
-
-
-def test_toy_has_no_batch_norm() -> None:
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in without_batch_norm(network()).modules())

@@ -13,17 +13,13 @@ from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import nn
 
-from tests.training.test_train import (
+from tests.support.toys import (
     CLASSES,
     ENGINE,
     SIDE,
-    Interrupted,
-    equal,
-    interrupt_in,
     learn,
     network,
     plan,
-    state,
 )
 
 WIDTH, HASHES = 128, 40
@@ -60,21 +56,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     return images, torch.arange(8) % CLASSES
-
-
-@pytest.mark.parametrize("stop", [2, 3])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_resumed_training_equals_an_uninterrupted_one_to_the_bit(
-    tmp_path: Path, stop: int, optimizer: str
-) -> None:
-    whole = widened(alone=1, ema=0.9)
-    learn(whole, tmp_path / "whole.pt", optimizer=optimizer)
-    with pytest.raises(Interrupted):
-        learn(widened(alone=1, ema=0.9), tmp_path / "c.pt", log=interrupt_in(stop), optimizer=optimizer)
-    resumed = widened(alone=1, ema=0.9)
-    learn(resumed, tmp_path / "c.pt", optimizer=optimizer)
-    assert equal(state(resumed), state(whole))
-    assert equal(dict(resumed.shipped.state_dict()), dict(whole.shipped.state_dict()))
 
 
 @pytest.mark.parametrize("average", [{}, {"ema": 0.5}, {"average_last": 2}])
@@ -116,21 +97,6 @@ def test_weights_are_balanced_after_the_epochs_in_which_the_new_layer_learns_alo
     task.end_step()
     [found] = task.balanced_weights()
     assert found.pull > 0
-
-
-def test_step_in_parts_is_the_whole_steps_but_for_batch_norm() -> None:
-    task = widened(variant="lshl2", balance=False).eval()  # statistics of its own no part has then
-    images, labels = batch()
-    task(images, labels)["loss"].backward()
-    whole = {
-        name: value.grad.clone() for name, value in task.network.named_parameters() if value.grad is not None
-    }
-    task.zero_grad(set_to_none=True)
-    for half in (slice(0, 4), slice(4, 8)):
-        (task(images[half], labels[half])["loss"] / 2).backward()
-    assert whole.keys() == {name for name, _ in task.network.named_parameters()}
-    for name, value in task.network.named_parameters():
-        torch.testing.assert_close(value.grad, whole[name], atol=1e-5, rtol=1e-4)
 
 
 def test_network_with_a_projection_can_be_compiled() -> None:

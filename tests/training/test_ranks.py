@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from tests.support import little, several
 from tests.support.little import files, record, report, weights
-from tests.training.test_train import CLASSES, ENGINE, SIDE, network, plan, views
+from tests.support.toys import CLASSES, ENGINE, SIDE, network, plan, views
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 

@@ -151,23 +151,6 @@ def gradients(task: DistillationTask, seed: int) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(drawn)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "momentum"])
-def test_fused_optimizer_does_what_the_unfused_one_does(optimizer: str) -> None:
-    results = []
-    for fused in (True, False):
-        task = distillation("quest", FP32)
-        made = build_optimizer(task, plan(optimizer))
-        assert all(group["fused"] for group in made.param_groups)
-        for group in made.param_groups:
-            group["fused"] = fused
-        for step in range(8):
-            gradients(task, step)
-            made.step()
-        results.append(list(task.trainable_module.parameters()))
-    for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_moments_that_were_saved_in_another_layout_are_the_same_moments(optimizer: str) -> None:
     results = []

@@ -25,7 +25,7 @@ from torch import nn
 
 from tests.support import little
 from tests.support.little import job, report, weights
-from tests.training.test_train import (
+from tests.support.toys import (
     CLASSES,
     ENGINE,
     SIDE,

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from questpress.pipeline.api.teacher_cache import remove
+from questpress.models.build import geometry
+from questpress.pipeline.runs.cache import discard
 from questpress.pipeline.data.views import ViewSchedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods import base, load, parse_parameters
-from questpress.pipeline.methods.base import CachedOutput, Shapes
+from questpress.pipeline.methods.base import CachedOutput, Setup, Shapes
 from questpress.pipeline.methods.quest.loss import cached_words as words_answer
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.training import teacher_cache
@@ -27,7 +28,7 @@ from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import BATCH, KIND, TeacherCache, TeacherSource
 
-from tests.training.test_train import ENGINE, POLICY, SIDE, equal, geometry, network, plan, state, views
+from tests.support.toys import ENGINE, POLICY, SIDE, equal, network, plan, state, views
 
 CPU = torch.device("cpu")
 GRID, CHANNELS, CLASSES = (2, 2), 3, 3
@@ -172,7 +173,7 @@ def test_only_what_is_missing_is_computed(tmp_path):
 )
 def test_changed_teacher_top_temperature_or_vocabulary_has_another_key(tmp_path, changed, answer):
     one, other = store(tmp_path, answers=[words()]), store(tmp_path, answers=[answer], **changed)
-    [before], [after] = one.sources[0].answers, other.sources[0].answers
+    [before], [after] = one.sources[0].outputs, other.sources[0].outputs
     assert one.key(0, before, 0) != other.key(0, after, 0)
     assert one.key(0, before, 0) == store(tmp_path, answers=[words()]).key(0, words(), 0)
 
@@ -244,15 +245,15 @@ def test_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(teacher_cache.Rows, "write", full)
-    with pytest.raises(JobError, match=r"no room in .* 0\.00690 MB for each view: .*--cache-views 0\.$"):
+    monkeypatch.setattr(teacher_cache.RowWriter, "write", full)
+    with pytest.raises(JobError, match=r"the disk is full; .* 0\.00690 MB per view.*--cache-views"):
         store(tmp_path, Toy(), answers=[LOGITS, words()]).open(range(1))
     assert list((tmp_path / KIND).iterdir()) == []
 
 
 @pytest.mark.parametrize("factor", [1e6, float("nan")])
 def test_numbers_that_half_precision_cannot_hold_are_refused(tmp_path, factor):
-    with pytest.raises(JobError, match="toy answers with numbers that are not finite or beyond 65,504"):
+    with pytest.raises(JobError, match="The outputs of toy are not finite, or larger than 65,504"):
         store(tmp_path, Toy(factor)).open(range(1))
     assert list((tmp_path / KIND).iterdir()) == []
 
@@ -264,7 +265,7 @@ def test_removed_entry_stays_readable_for_its_reader(tmp_path):
     asked = torch.arange(9), torch.zeros(9, dtype=torch.int64)
     before = one.batch(*asked, CPU)[0]["logits"].clone()
     [folder] = (tmp_path / KIND).iterdir()
-    assert remove(folder) and list((tmp_path / KIND).iterdir()) == []
+    assert discard(folder) and list((tmp_path / KIND).iterdir()) == []
     assert torch.equal(one.batch(*asked, CPU)[0]["logits"], before)
 
 
@@ -280,7 +281,7 @@ class ToyTeacher(Teacher):
 def task(*, asks: bool) -> DistillationTask:
     torch.manual_seed(0)
     shapes = Shapes({"map": (64, 4, 4)}, vector=64, logits=CLASSES)
-    kd = load("kd")(parse_parameters(["kd"], {})["kd"], shapes, [shapes], {})
+    kd = load("kd")(parse_parameters(["kd"], {})["kd"], Setup(shapes, [shapes]))
     return DistillationTask(
         network(),
         geometry("cifar_resnet8", SIDE),
@@ -348,4 +349,4 @@ def test_teacher_is_loaded_once_and_released(tmp_path):
     one.sources = [replace(source, load=lambda: loads.append(1) or source.load())]
     for view in (0, 1, 2, 0):
         one.open(range(view, view + 1))
-    assert len(loads) == 1 and one.computed == 3 and not one._asked
+    assert len(loads) == 1 and one.computed == 3 and not one._loaded
