@@ -181,7 +181,7 @@ def test_parity_is_shown_on_the_pixels_themselves(tmp_path: Path) -> None:
     assert check_parity(network, of_pixels, images, pixels=shown).max_abs <= 1e-4
     with pytest.raises(ExportError, match="differ"):
         check_parity(network, of_pixels, images, pixels=shown[::-1].copy())
-    with pytest.raises(ExportError, match="takes pixels"):
+    with pytest.raises(ExportError, match="required for a uint8 input"):
         check_parity(network, of_pixels, images)
 
 
