@@ -1,1 +1,1 @@
-""""""
+"""Int8 quantization: rewriting, calibration, the search, and fake quantization in torch."""

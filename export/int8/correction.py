@@ -52,7 +52,7 @@ class Pair:
 
 
 @torch.no_grad()
-def equalised(prepared: Prepared, images: np.ndarray) -> Prepared | None:
+def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
     """The same function with equalised channels, to be calibrated anew; None where no pair of layers can be.
 
     Args:
@@ -241,7 +241,7 @@ BUDGET = 1_000_000_000
 
 
 @torch.no_grad()
-def bias_corrected(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> Prepared:
+def correct_biases(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> Prepared:
     """The float graph with corrected biases, to be quantized by the same ranges.
 
     Args:
@@ -351,7 +351,7 @@ class Source:
 
 
 @torch.no_grad()
-def sensitivity(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> list[Source]:
+def measure_sensitivity(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> list[Source]:
     """Every rounding of the quantized graph, the worst first; those alike in the order of the graph.
 
     Args:

@@ -30,7 +30,7 @@ from ..conversion.pixel_input import Folded, Front, attach, has_uint8_input, spl
 from ..errors import CalibratorError, ExportError
 from ..files import temporary_folder
 from .rewrite import FOR_INTEGERS, RULES, rewrite
-from .targets import Target, target
+from .targets import Target, find_target
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def quantize_int8(
 
     Metadata is carried over; the same input gives the same bytes. Raises ExportError.
     """
-    types = target(target_name or runtime.detect_target())
+    types = find_target(target_name or runtime.detect_target())
     prepared = prepare(fp32_path, rules)
     ranges, n = calibrate_ranges(prepared.model, prepared.fed(calibration), method, prepared.scope.op_types)
     model = quantize(prepared, ranges, types)
@@ -319,7 +319,7 @@ def write_int8(
     return Int8File(file.path, file.bytes, file.sha256, file.opset, file.ir_version, dict(made_by))
 
 
-def recipe_of(path: Path) -> dict[str, Any] | None:
+def read_recipe(path: Path) -> dict[str, Any] | None:
     """The recipe that an int8 file was written with; None of a file that says nothing of it."""
     model = onnx.load(str(path), load_external_data=False)
     said = {entry.key: entry.value for entry in model.metadata_props}

@@ -1,20 +1,20 @@
-"""The search for an int8 file that loses no more than it may, and is as fast as that allows.
+"""Search for the int8 file that loses no more accuracy than allowed and is as fast as that permits.
 
-    1. every calibrator, and ranges that were learned, if any       on the graph as it is
-    2. the best of them on the equalised graph
+    1. every calibrator, and ranges from quantization-aware training   on the graph as it is
+    2. the best of them on the equalized graph
     3. the best so far with corrected biases
-    4. the best so far with float islands: the parts that suffer most stay float, more of them each time
+    4. the best so far with float islands: the most sensitive parts stay float, more of them each time
 
-Each step is taken only where no candidate has held the budget yet. Of those that hold it the most accurate
-ships; of equally accurate ones the one with the fewest float islands, which is the faster one; of these the
-one whose logits are nearest to the float file's, then the first. No measured time decides, so that the same
-input gives the same bytes; times are measured by the caller and recorded.
+Each step is taken only if no candidate is within the budget yet. Of those within it the most accurate ships;
+of equally accurate ones the one with the fewest float islands, which is the fastest; of these the one whose
+logits are closest to those of the float file, then the first. Measured times do not decide, so that the same
+input gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import onnx
 from onnxruntime.quantization.calibrate import TensorsData
 
 from ..errors import CalibratorError, ExportError, NotInTorchError
-from .correction import Source, bias_corrected, equalised, sensitivity, with_all_biases
+from .correction import Source, correct_biases, equalize, measure_sensitivity, with_all_biases
 from .fake_quantize import FakeQuantized
 from .quantizer import (
     METHODS,
@@ -37,53 +37,19 @@ from .quantizer import (
     recipe,
     write_int8,
 )
+from .results import Candidate, Verdict
 from .targets import Target
 
-LOOKED_AT = 128
-"""Images by which channels are equalised and biases corrected: their activations are held at once."""
+CORRECTION_IMAGES = 128
+"""Images for equalizing channels and correcting biases, whose activations are held at once."""
 
-WATCHED = 16
-"""Images on which the parts' sensitivity is measured, each part for itself."""
+SENSITIVITY_IMAGES = 16
+"""Images on which the sensitivity of each part is measured separately."""
 
-MOST_ISLANDS = 0.5
-"""Share of the roundings that may be kept float at most; beyond, int8 is no gain."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was measured of a candidate's file."""
-
-    score: float
-    """Accuracy, the more the better; percent."""
-    lost: float
-    """Points lost to the float file; negative where it is better."""
-    holds: bool
-    """Whether that is within the budget."""
-    sqnr: float
-    """Of its logits against the float file's, decibels."""
-    more: Mapping[str, Any] = field(default_factory=dict)
-
+MAX_FLOAT_FRACTION = 0.5
+"""Fraction of the roundings that may be kept float at most; beyond it int8 gains nothing."""
 
 Judge = Callable[[Path], Verdict]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to int8, and what came of it."""
-
-    name: str
-    calibration: str
-    equalised: bool
-    corrected: bool
-    kept_float: tuple[str, ...]
-    verdict: Verdict
-    file: Int8File
-
-    @property
-    def rank(self) -> tuple[bool, float, int, float]:
-        """The larger, the better."""
-        v = self.verdict
-        return v.holds, v.score, -len(self.kept_float), v.sqnr
 
 
 @dataclass(frozen=True)
@@ -96,31 +62,40 @@ class Learned:
 
 @dataclass(frozen=True)
 class Search:
-    """All candidates in the order they were tried, and the one that ships; None where none holds."""
+    """All candidates and their files in the order in which they were tried."""
 
     candidates: tuple[Candidate, ...]
-    chosen: Candidate | None
+    files: tuple[Int8File, ...]
     sources: tuple[Source, ...] = ()
-    """The roundings of the best candidate, the worst first, where step 4 was reached."""
+    """The roundings of the best candidate, the worst first, if step 4 was reached."""
     stopped: str | None = None
-    """What had to be left out, and why: a calibrator that could not cope, or steps 2 to 4 where the graph
-    cannot be computed in torch."""
+    """What was left out and why: a failed calibrator, or steps 2 to 4 if torch cannot compute the graph."""
+
+    @property
+    def chosen(self) -> int | None:
+        """Index of the candidate that ships; None if none is within the budget."""
+        return next((i for i, candidate in enumerate(self.candidates) if candidate.ships), None)
 
 
 @dataclass(frozen=True)
-class _Way:
-    """What a candidate is made from."""
+class _Variant:
+    """The inputs of a candidate."""
 
     name: str
     prepared: Prepared
     ranges: TensorsData
     images: int
-    """From how many the ranges are."""
+    """Number of images that the ranges were measured on."""
     calibration: str
     overrides: Overrides | None = None
-    equalised: bool = False
-    corrected: bool = False
+    equalized: bool = False
+    bias_corrected: bool = False
     kept_float: tuple[str, ...] = ()
+
+    def quantized(self, types: Target) -> onnx.ModelProto:
+        return quantize(
+            self.prepared, self.ranges, types, kept_float=self.kept_float, overrides=self.overrides
+        )
 
 
 def search(
@@ -133,123 +108,147 @@ def search(
     calibrators: Sequence[str] = tuple(METHODS),
     learned: Learned | None = None,
     facts: Mapping[str, Any] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Search:
-    """Look for the best int8 form of a prepared graph under the judge's budget.
+    """Search for the best int8 form of a prepared graph within the judge's budget.
 
     Args:
-        calibration: preprocessed images as the file takes them (see `quantize_int8`); ranges are taken from
-            all of them, biases and scales of channels from the first `LOOKED_AT`.
+        calibration: preprocessed images as the file takes them (see `quantize_int8`). Ranges are measured on
+            all of them, biases and scales of channels on the first `CORRECTION_IMAGES`.
         folder: where candidates' files are written, `0.onnx`, `1.onnx` …
-        judge: measures a file and says whether it holds the budget.
+        judge: measures a file and compares it with the budget.
         learned: a graph and ranges from quantization-aware training, another candidate of step 1.
-        facts: what the recipe says of the calibration besides its method and the number of images.
+        facts: further entries of the recipe's `calibration`.
 
-    Raises ExportError.
+    Raises:
+        ExportError: there is no calibrator and nothing learned, or quantization failed.
     """
     if not calibrators and learned is None:
-        raise ExportError("a search for int8 needs a calibrator, and there is none")
-    tried: list[Candidate] = []
-    failed: list[str] = []
-    ways: list[_Way] = []
-
-    def attempt(way: _Way) -> None:
-        tell(way.name)
-        said = {"method": way.calibration, "images": way.images, **(facts or {})}
-        made_by = {
-            **recipe(way.prepared, types, said, way.kept_float),
-            "equalised": way.equalised,
-            "bias_corrected": way.corrected,
-        }
-        file = write_int8(way.prepared, _qdq(way, types), folder / f"{len(tried)}.onnx", made_by)
-        verdict = judge(file.path)
-        candidate = Candidate(
-            way.name, way.calibration, way.equalised, way.corrected, way.kept_float, verdict, file
-        )
-        tried.append(candidate)
-        ways.append(way)
-
-    def best() -> int:
-        return max(range(len(tried)), key=lambda i: (tried[i].rank, -i))
-
-    def ended(sources: Sequence[Source] = (), stopped: str | None = None) -> Search:
-        first = tried[best()]
-        told = "; ".join([*failed, *([stopped] if stopped else [])]) or None
-        return Search(tuple(tried), first if first.verdict.holds else None, tuple(sources), told)
-
-    def ranges_of(graph: Prepared, method: str) -> tuple[TensorsData, int]:
-        return calibrate_ranges(graph.model, fed, method, graph.scope.op_types)
-
-    def held() -> bool:
-        return tried[best()].verdict.holds
-
-    def recover() -> Sequence[Source]:
-        """Steps 2 to 4."""
-        images = _first(fed, LOOKED_AT)
-        way = ways[best()]
-        if way.overrides is None and (level := equalised(way.prepared, images)) is not None:
-            ranges, _ = ranges_of(level, way.calibration)
-            attempt(
-                replace(way, name=f"{way.name}, equalised", prepared=level, ranges=ranges, equalised=True)
-            )
-            if held():
-                return ()
-        way = ways[best()]
-        fake = FakeQuantized(way.prepared, _qdq(way, types), types).eval()
-        corrected = bias_corrected(way.prepared, fake, images)
-        attempt(replace(way, name=f"{way.name}, biases corrected", prepared=corrected, corrected=True))
-        if held():
-            return ()
-        way = ways[best()]
-        fake = FakeQuantized(way.prepared, _qdq(way, types), types).eval()
-        tell("sensitivity")
-        sources = sensitivity(way.prepared, fake, images[:WATCHED])
-        for nodes in _islands(sources):
-            attempt(replace(way, name=f"{way.name}, {len(nodes)} nodes float", kept_float=nodes))
-            if held():
-                break
-        return sources
-
+        raise ExportError("The int8 search requires at least one calibrator.")
+    attempts = _Attempts(types, folder, judge, facts or {}, progress)
     complete = with_all_biases(prepared)
-    fed = prepared.fed(calibration)
+    batches = prepared.fed(calibration)
     if learned is not None:
-        ranges = ranges_of(learned.prepared, "minmax")  # of what no range was learned for
-        attempt(_Way("learned", learned.prepared, *ranges, "learned", learned.overrides))
+        # For tensors without a learned range.
+        ranges = calibrate_ranges(learned.prepared.model, batches, "minmax", learned.prepared.scope.op_types)
+        attempts.add(_Variant("learned", learned.prepared, *ranges, "learned", learned.overrides))
+    failures: list[str] = []
     for method in calibrators:
         try:
-            ranges = ranges_of(complete, method)
+            ranges = calibrate_ranges(complete.model, batches, method, complete.scope.op_types)
         except CalibratorError as error:
-            if method == calibrators[-1] and not tried:
+            if method == calibrators[-1] and not attempts.candidates:
                 raise
-            tell(str(error))
-            failed.append(str(error))
+            progress(str(error))
+            failures.append(str(error))
             continue
-        attempt(_Way(method, complete, *ranges, method))
-    if held():
-        return ended()
-    try:
-        return ended(recover())
-    except NotInTorchError as error:
-        return ended(stopped=str(error))
+        attempts.add(_Variant(method, complete, *ranges, method))
+    sources: Sequence[Source] = ()
+    if not attempts.hold:
+        try:
+            sources = _recover(attempts, batches)
+        except NotInTorchError as error:
+            failures.append(str(error))
+    best = attempts.candidates[attempts.best]
+    best.ships = best.holds
+    stopped = "; ".join(failures) or None
+    return Search(tuple(attempts.candidates), tuple(attempts.files), tuple(sources), stopped)
 
 
-def _qdq(way: _Way, types: Target) -> onnx.ModelProto:
-    return quantize(way.prepared, way.ranges, types, kept_float=way.kept_float, overrides=way.overrides)
+class _Attempts:
+    """The candidates so far; `add` writes and judges another one."""
+
+    def __init__(
+        self,
+        types: Target,
+        folder: Path,
+        judge: Judge,
+        facts: Mapping[str, Any],
+        progress: Callable[[str], None],
+    ) -> None:
+        self.types, self.folder, self.judge, self.facts, self.progress = types, folder, judge, facts, progress
+        self.variants: list[_Variant] = []
+        self.candidates: list[Candidate] = []
+        self.files: list[Int8File] = []
+
+    @property
+    def best(self) -> int:
+        return max(range(len(self.candidates)), key=lambda i: (self.candidates[i].rank, -i))
+
+    @property
+    def hold(self) -> bool:
+        """True if a candidate is within the budget."""
+        return self.candidates[self.best].holds
+
+    def add(self, variant: _Variant) -> None:
+        self.progress(variant.name)
+        calibration = {"method": variant.calibration, "images": variant.images, **self.facts}
+        made_by = {
+            **recipe(variant.prepared, self.types, calibration, variant.kept_float),
+            "equalized": variant.equalized,
+            "bias_corrected": variant.bias_corrected,
+        }
+        path = self.folder / f"{len(self.files)}.onnx"
+        file = write_int8(variant.prepared, variant.quantized(self.types), path, made_by)
+        candidate = Candidate(
+            name=variant.name,
+            calibration=variant.calibration,
+            equalized=variant.equalized,
+            bias_corrected=variant.bias_corrected,
+            kept_float=variant.kept_float,
+            bytes=file.bytes,
+            **self.judge(file.path).model_dump(),
+        )
+        self.variants.append(variant)
+        self.candidates.append(candidate)
+        self.files.append(file)
 
 
-def _first(batches: Batches, most: int) -> np.ndarray:
-    found: list[np.ndarray] = []
-    for chunk in chunks(batches):
-        found.append(chunk)
-        if sum(map(len, found)) >= most:
+def _recover(attempts: _Attempts, batches: Batches) -> Sequence[Source]:
+    """Take steps 2 to 4 until a candidate is within the budget; return the roundings if step 4 is reached."""
+    types, images = attempts.types, _first(batches, CORRECTION_IMAGES)
+    variant = attempts.variants[attempts.best]
+    if variant.overrides is None and (equalized := equalize(variant.prepared, images)) is not None:
+        ranges, _ = calibrate_ranges(equalized.model, batches, variant.calibration, equalized.scope.op_types)
+        attempts.add(
+            replace(
+                variant, name=f"{variant.name}, equalized", prepared=equalized, ranges=ranges, equalized=True
+            )
+        )
+        if attempts.hold:
+            return ()
+    variant = attempts.variants[attempts.best]
+    network = FakeQuantized(variant.prepared, variant.quantized(types), types).eval()
+    corrected = correct_biases(variant.prepared, network, images)
+    attempts.add(
+        replace(variant, name=f"{variant.name}, biases corrected", prepared=corrected, bias_corrected=True)
+    )
+    if attempts.hold:
+        return ()
+    variant = attempts.variants[attempts.best]
+    network = FakeQuantized(variant.prepared, variant.quantized(types), types).eval()
+    attempts.progress("sensitivity")
+    sources = measure_sensitivity(variant.prepared, network, images[:SENSITIVITY_IMAGES])
+    for nodes in _islands(sources):
+        attempts.add(replace(variant, name=f"{variant.name}, {len(nodes)} nodes float", kept_float=nodes))
+        if attempts.hold:
             break
-    return np.concatenate(found)[:most]
+    return sources
+
+
+def _first(batches: Batches, count: int) -> np.ndarray:
+    images: list[np.ndarray] = []
+    for chunk in chunks(batches):
+        images.append(chunk)
+        if sum(map(len, images)) >= count:
+            break
+    return np.concatenate(images)[:count]
 
 
 def _islands(sources: Sequence[Source]) -> Iterable[tuple[str, ...]]:
-    """The nodes of the worst 1, 2, 4, 8 … roundings."""
+    """Yield the nodes of the worst 1, 2, 4, 8 … roundings."""
     count, before = 1, 0
-    while count <= MOST_ISLANDS * len(sources):
+    while count <= MAX_FLOAT_FRACTION * len(sources):
         nodes = tuple(dict.fromkeys(node for source in sources[:count] for node in source.nodes))
         if len(nodes) > before:
             yield nodes

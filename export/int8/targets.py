@@ -1,4 +1,4 @@
-"""For which processors an int8 file is made, and in which types each of them is fast and right.
+"""Processor families that int8 files are made for, and the types in which each is fast and exact.
 
 - x86: activations uint8, weights int8 of 7 bits. Without VNNI pairs of products are summed in 16 bits, which
   saturate with weights of 8 bits; with 7 they never do, and it costs no time.
@@ -7,12 +7,12 @@
 - arm64: activations int8, weights int8: what its dot product and its matrix instructions (i8mm) take.
 
 Sources: ONNX Runtime's documentation on quantization (sections on representation, on U8S8 and its saturation,
-and on Arm), and `benchmarks/int8/compare.py`. Asymmetric everywhere: only then ReLU and Clip fold into the range of
-the tensor before them, and half of a range is not given to numbers that a ReLU never gives.
+and on Arm), and `benchmarks/int8/compare.py`. Asymmetric everywhere: only then ReLU and Clip fold into the
+range of the tensor before them, and no half of a range is wasted on numbers that a ReLU never returns.
 
-On x86 a first convolution of 3 × 3 stays float, unless it takes pixels as they are: over three channels the
-integer kernel has little to sum, and MobileNets are a few percent faster so; one of 7 × 7, as ResNets have
-it, is far slower in float (`benchmarks/int8/stem.py`).
+On x86 a first convolution of 3 × 3 stays float unless the input is uint8: over three channels the integer
+kernel has little to sum, and float makes MobileNets a few percent faster. One of 7 × 7, as in ResNets, is far
+slower in float (`benchmarks/int8/rewriting.py`).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ..runtime import detect_target
 
 @dataclass(frozen=True)
 class Target:
-    """The types of one family of processors."""
+    """The types for one family of processors."""
 
     name: str
     activations: QuantType
     weights: QuantType
     symmetric: bool
-    """Whether activations' zero point is 0."""
+    """True if the zero point of activations is 0."""
     reduce_range: bool
-    """Whether weights keep to 7 bits."""
+    """True if weights use 7 bits only."""
     float_stem: bool
-    """Whether a small first convolution is faster in float (see `scope.stem`)."""
+    """True if a small first convolution is faster in float (see `quantizer.stem`)."""
 
     @property
     def described(self) -> dict[str, str | bool]:
-        """For a recipe: JSON-ready."""
+        """Description for a recipe, JSON-ready."""
         names = {QuantType.QUInt8: "uint8", QuantType.QInt8: "int8"}
         return {
             "activations": f"{names[self.activations]} {'symmetric' if self.symmetric else 'asymmetric'}",
@@ -63,29 +63,27 @@ TARGETS = {
 }
 
 
-def target(name: str) -> Target:
-    """Raises ExportError, naming what there is."""
+def find_target(name: str) -> Target:
+    """Return a target by name. Raises ExportError, listing all targets, if it does not exist."""
     if name not in TARGETS:
-        raise ExportError(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
+        raise ExportError(f"Unknown target {name!r}. Choose from {', '.join(TARGETS)}.")
     return TARGETS[name]
 
 
-def timed_here(names: Iterable[str]) -> dict[str, str | None]:
-    """For each target, why a file of it cannot be timed on this machine; None where it can."""
+def explain_untimed(names: Iterable[str]) -> dict[str, str | None]:
+    """Return for each target why its file cannot be timed on this machine; None if it can."""
     here = detect_target()
-    return {name: None if _runs(name, here) else _why_not(name, here) for name in names}
+    return {
+        name: None
+        if name == here or (name, here) == ("x86", "x86-vnni")
+        else f"made for {name}, this machine is {here}"
+        for name in names
+    }
 
 
-def right_here(name: str) -> bool:
-    """Whether a target's files answer on this machine as on their own. Without VNNI, x86 saturates sums with
-    weights of 8 bits, so only its own target's files are right there.
+def is_exact_here(name: str) -> bool:
+    """Return True if a target's files compute the same on this machine as on their own.
+
+    Without VNNI, x86 saturates sums with weights of 8 bits, so only files for x86 itself are exact there.
     """
     return detect_target() != "x86" or name == "x86"
-
-
-def _runs(name: str, here: str) -> bool:
-    return name == here or (name, here) == ("x86", "x86-vnni")
-
-
-def _why_not(name: str, here: str) -> str:
-    return f"made for {name}, and this machine is {here}: it cannot be timed here"

@@ -1,6 +1,4 @@
-"""The complete bench, for a run's stage and for `compress bench`: latency, then end to end, cold start and
-throughput; and the inputs that files are timed on.
-"""
+"""The complete bench, for a run's stage and for `compress bench`, and the inputs that files are timed on."""
 
 import io
 import time

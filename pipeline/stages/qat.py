@@ -64,7 +64,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     prepared, graph = fake_quantize(
         folder / STUDENT_ONNX,
         calibration.batches(pixel_input=context.has_pixel_input),
-        targets.target(o.target[0]),
+        targets.find_target(o.target[0]),
     )
     normalization: torch.nn.Module = Normalize(student.geometry.mean, student.geometry.std)
     if isinstance(prepared.front, Folded):

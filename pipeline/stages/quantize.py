@@ -11,7 +11,8 @@ import numpy as np
 from ...export.int8 import targets
 from ...export.int8.float_nodes import KEPT, float_nodes
 from ...export.int8.quantizer import METHODS, Int8File, prepare
-from ...export.int8.search import Candidate, Search, Verdict, search
+from ...export.int8.results import Candidate, FloatNode, Verdict
+from ...export.int8.search import Search, search
 from ...export.latency import runner
 from ...export.latency.machine import has_vnni, is_arm
 from ...export.runtime import int8_flags
@@ -19,7 +20,7 @@ from ..data.training_data import TrainingData
 from ..report.sections.int8 import explain_excess
 from ..runs.files import atomic_write
 from ..runs.folder import ARTIFACT, StageResult
-from ..runs.results import FloatPart, Int8Search, TriedInt8
+from ..runs.results import Int8Search
 from ..tasks import Task
 from ..training.context import RunContext
 from .calibration_images import CalibrationImages, draw_calibration_images
@@ -52,7 +53,8 @@ class Budget:
         power = float(np.square(self.logits, dtype=np.float64).sum())
         sqnr = 10 * float(np.log10(power / noise)) if noise and power else float("inf")
         test = self.task.paired_test(self.logits, logits, self.labels)
-        return Verdict(score, lost, lost <= self.max_drop or test.may_be_chance, sqnr, {"p": test.p})
+        holds = lost <= self.max_drop or test.may_be_chance
+        return Verdict(score=score, lost=lost, holds=holds, sqnr=sqnr, p=test.p)
 
 
 def int8_file(context: RunContext, target: str) -> Path:
@@ -75,7 +77,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     for target in o.target:
 
         def judge(file: Path, target: str = target) -> Verdict:
-            fuse = targets.right_here(target)
+            fuse = targets.is_exact_here(target)
             return budget.judge(onnx_logits(context, file, pixels, fuse=fuse))
 
         def show(work: str, fraction: float = 0.0, target: str = target) -> None:
@@ -85,24 +87,24 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
             result = search(
                 prepared,
                 batches,
-                targets.target(target),
+                targets.find_target(target),
                 Path(scratch),
                 judge,
                 calibrators=tuple(METHODS) if o.calibration == "auto" else (o.calibration,),
                 learned=trained.get(target),
                 facts={"calibration_hash": calibration.hash},
-                tell=show,
+                progress=show,
             )
             if result.stopped is not None:
                 context.display.warn(f"The int8 search for {target} is incomplete: {result.stopped}.")
             times = None
-            if targets.timed_here([target])[target] is None:
+            if targets.explain_untimed([target])[target] is None:
                 times = _measure_latency(context, result, timed_inputs, show)
             file = int8_file(context, target)
             if result.chosen is not None:
+                shipped[target] = result.files[result.chosen]
                 with atomic_write(folder / file) as part:
-                    shutil.copyfile(result.chosen.file.path, part)
-                shipped[target] = result.chosen.file
+                    shutil.copyfile(shipped[target].path, part)
             described = _describe(result, target, file, split, budget, times)
         searches.append(described)
         if (text := explain_excess(described, o.qat)) is not None:
@@ -144,8 +146,7 @@ def _measure_latency(
 ) -> runner.BenchResult:
     """Measure the latency of all candidates and the fp32 file, interleaved, on one thread."""
     subjects = [runner.Subject("fp32", context.folder.path / STUDENT_ONNX, inputs)]
-    for candidate in result.candidates:
-        subjects.append(runner.Subject(candidate.file.path.name, candidate.file.path, inputs))
+    subjects += [runner.Subject(file.path.name, file.path, inputs) for file in result.files]
     return runner.bench(
         subjects,
         threads=[1],
@@ -163,52 +164,28 @@ def _describe(
     budget: Budget,
     times: runner.BenchResult | None,
 ) -> Int8Search:
-    chosen = result.chosen
-    tried = [_describe_candidate(candidate, chosen, times) for candidate in result.candidates]
-    ships = next((candidate for candidate in tried if candidate.ships), None)
+    if times is not None:
+        for candidate, tried_file in zip(result.candidates, result.files, strict=True):
+            candidate.p50 = times.latency(tried_file.path.name, 1).p50
+            candidate.speedup = times.speedup(tried_file.path.name, "fp32", 1)
+    ships = None if result.chosen is None else result.candidates[result.chosen]
     # Known for this family of processors only.
     parts = []
-    if times is not None and chosen is not None:
-        parts = _float_parts(chosen.file, chosen.kept_float)
+    if times is not None and result.chosen is not None:
+        parts = _float_nodes(result.files[result.chosen], result.candidates[result.chosen].kept_float)
     return Int8Search(
         target=target,
-        file=None if chosen is None else file.as_posix(),
+        file=None if ships is None else file.as_posix(),
         max_drop=budget.max_drop,
         role=split,
         n=len(budget.labels),
         fp32_score=budget.score,
         p50_fp32=None if times is None else times.latency("fp32", 1).p50,
-        tried=tried,
+        tried=list(result.candidates),
         float_parts=parts,
         slow=None if ships is None else why_slow(ships, parts),
         worst=[(source.tensor, source.sqnr) for source in result.sources[:20]],
-        not_timed=targets.timed_here([target])[target],
-    )
-
-
-def _describe_candidate(
-    candidate: Candidate, chosen: Candidate | None, times: runner.BenchResult | None
-) -> TriedInt8:
-    p50, speedup, name = None, None, candidate.file.path.name
-    if times is not None:
-        p50 = times.latency(name, 1).p50
-        speedup = times.speedup(name, "fp32", 1)
-    verdict = candidate.verdict
-    return TriedInt8(
-        name=candidate.name,
-        calibration=candidate.calibration,
-        equalised=candidate.equalised,
-        bias_corrected=candidate.corrected,
-        kept_float=list(candidate.kept_float),
-        score=verdict.score,
-        lost=verdict.lost,
-        p=verdict.more.get("p"),
-        sqnr=verdict.sqnr,
-        holds=verdict.holds,
-        ships=candidate is chosen,
-        bytes=candidate.file.bytes,
-        p50=p50,
-        speedup=speedup,
+        not_timed=targets.explain_untimed([target])[target],
     )
 
 
@@ -246,24 +223,19 @@ def _summarize(described: Int8Search, fp32_bytes: int) -> str:
     )
 
 
-def _float_parts(file: Int8File, kept: Sequence[str]) -> list[FloatPart]:
+def _float_nodes(file: Int8File, kept: Sequence[str]) -> list[FloatNode]:
     """Return the nodes that run in float and why.
 
     Args:
         kept: nodes kept in float for accuracy; others were kept because they are faster.
     """
-    nodes = float_nodes(file.path, set(file.recipe["kept_float"]))
     return [
-        FloatPart(
-            name=node.name,
-            op_type=node.operator,
-            why=FASTER if node.reason == KEPT and node.name not in kept else node.reason,
-        )
-        for node in nodes
+        node.model_copy(update={"why": FASTER}) if node.why == KEPT and node.name not in kept else node
+        for node in float_nodes(file.path, set(file.recipe["kept_float"]))
     ]
 
 
-def why_slow(tried: TriedInt8, parts: Sequence[FloatPart]) -> str | None:
+def why_slow(tried: Candidate, parts: Sequence[FloatNode]) -> str | None:
     """Explain why int8 is not faster than fp32, and which students would be; None if it is faster."""
     if tried.speedup is None or tried.speedup.low > 1:
         return None

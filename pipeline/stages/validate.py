@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 from ...export.artifact import ShippedFile, write_manifest
 from ...export.conversion.onnx_export import describe
-from ...export.int8.quantizer import recipe_of
-from ...export.int8.targets import right_here
+from ...export.int8.quantizer import read_recipe
+from ...export.int8.targets import is_exact_here
 from ...export.runtime import Classifier
 from ...models.pretrained import is_free
 from ..data.training_data import TrainingData
@@ -37,7 +37,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     logits = {"student": onnx_logits(context, folder / STUDENT_ONNX, images)}
     ships = "student"
     if o.target[0] in int8:
-        ships, fuse = "student_int8", right_here(o.target[0])
+        ships, fuse = "student_int8", is_exact_here(o.target[0])
         logits[ships] = onnx_logits(context, folder / STUDENT_INT8, images, fuse=fuse)
     file = folder / (STUDENT_INT8 if ships == "student_int8" else STUDENT_ONNX)
     thresholds = Classifier(file.read_bytes(), file.name).thresholds
@@ -75,7 +75,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         if target == o.target[0]:
             targets[target] = scores["student_int8"]
         else:
-            values = onnx_logits(context, folder / path, images, fuse=right_here(target))
+            values = onnx_logits(context, folder / path, images, fuse=is_exact_here(target))
             targets[target] = task.score(values, labels, classes, thresholds)
     facts["int8"] = [
         {"test_score": targets[target].model_dump(exclude_none=True)} if target in targets else {}
@@ -172,7 +172,7 @@ def _write_manifest(
     folder, accuracy = context.folder.path, context.task.manifest_entry
     int8 = [
         ShippedFile(
-            describe(folder / path), "int8", accuracy(targets[target]), recipe_of(folder / path), target
+            describe(folder / path), "int8", accuracy(targets[target]), read_recipe(folder / path), target
         )
         for target, path in _int8_files(previous).items()
     ]

@@ -75,9 +75,7 @@ def with_int8() -> Report:
         worst=[("features.0.0", 11.5), ("features.17.conv", 14.25)],
         float_parts=[
             FloatNode(name="conv_1", op_type="Conv", why="kept in float for accuracy"),
-            FloatNode(
-                name="logits", op_type="DequantizeLinear", why="the conversion of the answers to float"
-            ),
+            FloatNode(name="logits", op_type="DequantizeLinear", why="conversion of the output to float"),
         ],
     )
     there = searched(

@@ -9,12 +9,12 @@ from questpress.export.int8 import correction
 from questpress.export.int8.correction import correct_biases, with_all_biases
 from questpress.export.int8.fake_quantize import FakeQuantized
 from questpress.export.int8.quantizer import Prepared, calibrate_ranges, int8_scope, quantize
-from questpress.export.int8.targets import target
+from questpress.export.int8.targets import find_target
 
 from tests.support.graphs import answers, assert_same_answers, graph_of, weights
 
 node = helper.make_node
-TYPES = target("arm64")  # whose first convolution is int8, too
+TYPES = find_target("arm64")  # whose first convolution is int8, too
 IMAGES = np.abs(weights(40, 3, 8, 8, seed=9))
 
 

@@ -20,7 +20,7 @@ from questpress.export.int8.quantizer import (
     quantize,
     write_int8,
 )
-from questpress.export.int8.targets import target
+from questpress.export.int8.targets import find_target
 
 from tests.support.graphs import graph_of, weights
 from tests.support.networks import signal_to_noise, small_conv_net
@@ -40,7 +40,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def quantized(prepared: Prepared, name: str, batch: np.ndarray) -> tuple[onnx.ModelProto, FakeQuantized]:
     ranges, _ = calibrate_ranges(prepared.model, [batch], "minmax", prepared.scope.op_types)
-    types = target(name)
+    types = find_target(name)
     qdq = quantize(prepared, ranges, types)
     return qdq, FakeQuantized(prepared, qdq, types).eval()
 
@@ -171,7 +171,7 @@ def test_end_that_is_zero_stays_zero() -> None:
 def test_untrained_ranges_give_the_same_file(prepared: Prepared, tmp_path: Path) -> None:
     ranges, _ = calibrate_ranges(prepared.model, [images(32)], "minmax", prepared.scope.op_types)
     for name in ("x86", "x86-vnni", "arm64"):
-        types = target(name)
+        types = find_target(name)
         plain = quantize(prepared, ranges, types)
         overrides = FakeQuantized(prepared, plain, types).overrides()
         assert overrides
@@ -184,7 +184,7 @@ def test_untrained_ranges_give_the_same_file(prepared: Prepared, tmp_path: Path)
 
 
 def test_learned_ranges_are_those_of_the_file(prepared: Prepared) -> None:
-    types = target("x86-vnni")
+    types = find_target("x86-vnni")
     ranges, _ = calibrate_ranges(prepared.model, [images(32)], "minmax", prepared.scope.op_types)
     network = FakeQuantized(prepared, quantize(prepared, ranges, types), types).eval()
     with torch.no_grad():

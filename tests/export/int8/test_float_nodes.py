@@ -14,15 +14,15 @@ from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8 import quantizer
 from questpress.export.int8.float_nodes import (
-    BETWEEN,
-    GIVES_FLOAT,
+    CONVERTS_BETWEEN,
+    CONVERTS_INPUT,
+    CONVERTS_OUTPUT,
     KEPT,
-    OF_THE_ANSWERS,
-    OF_THE_INPUT,
-    FloatNode,
+    WRITES_FLOAT,
     float_nodes,
 )
 from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
+from questpress.export.int8.results import FloatNode
 from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.targets import TARGETS
 
@@ -51,8 +51,8 @@ def int8_of(name: str, folder: Path, rules: Collection[str] | None = None) -> Pa
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
 def test_int8_network_is_float_only_at_its_ends(name: str, tmp_path: Path) -> None:
     path = int8_of(name, tmp_path)
-    ends = [("QuantizeLinear", OF_THE_INPUT), ("DequantizeLinear", OF_THE_ANSWERS)]
-    assert [(n.operator, n.reason) for n in float_nodes(path)] == ends
+    ends = [("QuantizeLinear", CONVERTS_INPUT), ("DequantizeLinear", CONVERTS_OUTPUT)]
+    assert [(n.op_type, n.why) for n in float_nodes(path)] == ends
     assert float_nodes(path.read_bytes()) == float_nodes(path)
 
 
@@ -62,14 +62,14 @@ def test_operators_without_an_integer_kernel_are_named(tmp_path: Path) -> None:
     file = {n.name: n.op_type for n in onnx.load(str(path)).graph.node}
     found = float_nodes(path)
     for operator in ("HardSigmoid", "HardSwish"):
-        named = {n.name for n in found if n.operator == operator}
+        named = {n.name for n in found if n.op_type == operator}
         assert named == {name for name, kind in file.items() if kind == operator} != set()
         reason = f"ONNX Runtime has no integer kernel for {operator}"
-        assert {n.reason for n in found if n.operator == operator} == {reason}
-    assert {n.reason for n in found if n.operator not in ("HardSigmoid", "HardSwish")} == {
-        OF_THE_INPUT,
-        OF_THE_ANSWERS,
-        BETWEEN,
+        assert {n.why for n in found if n.op_type == operator} == {reason}
+    assert {n.why for n in found if n.op_type not in ("HardSigmoid", "HardSwish")} == {
+        CONVERTS_INPUT,
+        CONVERTS_OUTPUT,
+        CONVERTS_BETWEEN,
     }
 
 
@@ -81,9 +81,9 @@ def test_nodes_kept_float_on_purpose_are_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(quantizer, "int8_scope", scope)
     path = int8_of("resnet18", tmp_path)
     stem = next(n.name for n in onnx.load(str(path)).graph.node if n.op_type == "Conv")
-    assert FloatNode(stem, "Conv", KEPT) in float_nodes(path, [stem])
+    assert FloatNode(name=stem, op_type="Conv", why=KEPT) in float_nodes(path, [stem])
     without = next(n for n in float_nodes(path) if n.name == stem)
-    assert without.reason == "an integer kernel exists, but the node reads the input in float"
+    assert without.why == "an integer kernel exists, but the node reads the input in float"
 
 
 def test_nodes_of_a_float_file_are_explained() -> None:
@@ -93,10 +93,10 @@ def test_nodes_of_a_float_file_are_explained() -> None:
         node("Conv", ["y", "v"], ["output"], name="third"),
     ]
     model = graph_of(nodes, {"w": weights(16, 3, 1, 1), "v": weights(4, 16, 1, 1)})
-    reasons = {n.name: n.reason for n in float_nodes(model.SerializeToString())}
+    reasons = {n.name: n.why for n in float_nodes(model.SerializeToString())}
     assert reasons["first"] == "an integer kernel exists, but the node reads the input in float"
     assert reasons["second"] == "ONNX Runtime has no integer kernel for Erf"
-    assert reasons["third"].startswith("an integer kernel exists, but the node reads what ")
+    assert reasons["third"].startswith("an integer kernel exists, but the node reads the float output of ")
 
 
 def test_output_that_is_not_converted_is_the_reason() -> None:
@@ -107,7 +107,7 @@ def test_output_that_is_not_converted_is_the_reason() -> None:
         node("Sigmoid", ["d"], ["output"], name="sigmoid"),
     ]
     found = float_nodes(graph_of(nodes, one | zero).SerializeToString())
-    assert found[-1] == FloatNode("sigmoid", "Sigmoid", GIVES_FLOAT)
+    assert found[-1] == FloatNode(name="sigmoid", op_type="Sigmoid", why=WRITES_FLOAT)
 
 
 def test_file_that_cannot_be_run_is_refused() -> None:

@@ -22,17 +22,17 @@ from questpress.export.int8.quantizer import (
     int8_scope,
     prepare,
     quantize,
-    recipe_of,
+    read_recipe,
 )
 from questpress.export.int8.results import Verdict
 from questpress.export.int8.search import Judge, Learned, Search, search
-from questpress.export.int8.targets import target
+from questpress.export.int8.targets import find_target
 
 from tests.support.graphs import graph_of, weights
 from tests.support.networks import small_conv_net
 
 node = helper.make_node
-TYPES = target("x86-vnni")
+TYPES = find_target("x86-vnni")
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:
@@ -220,7 +220,7 @@ def test_graph_unsupported_by_torch_is_searched_by_calibrators(
 def test_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rounded(
     small: Prepared,
 ) -> None:
-    types = target("arm64")
+    types = find_target("arm64")
     ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
     network = FakeQuantized(small, quantize(small, ranges, types), types).eval()
     sources = measure_sensitivity(small, network, images(8))

@@ -14,7 +14,7 @@ from questpress.export.conversion.onnx_export import OnnxFile, export_onnx
 from questpress.export.errors import ExportError
 from questpress.export.int8 import targets
 from questpress.export.int8.quantizer import prepare, quantize_int8, stem
-from questpress.export.int8.targets import TARGETS, right_here, target, timed_here
+from questpress.export.int8.targets import TARGETS, explain_untimed, find_target, is_exact_here
 from questpress.export.latency import machine
 
 from tests.support.graphs import graph_of, weights
@@ -82,16 +82,16 @@ def test_zero_points_and_weights_have_the_targets_types(
 def test_each_target_has_its_types() -> None:
     assert list(TARGETS) == ["x86", "x86-vnni", "arm64"]
     assert {t.weights for t in TARGETS.values()} == {QuantType.QInt8}
-    assert target("arm64").described == {
+    assert find_target("arm64").described == {
         "activations": "int8 asymmetric",
         "weights": "int8 symmetric per channel",
         "reduce_range": False,
     }
-    assert target("x86").described["activations"] == "uint8 asymmetric"
+    assert find_target("x86").described["activations"] == "uint8 asymmetric"
 
 
 def test_unknown_target_is_refused_with_the_choices(fp32: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"^there is no target 'riscv'; there are x86, x86-vnni, arm64$"):
+    with pytest.raises(ExportError, match=r"^Unknown target 'riscv'\. Choose from x86, x86-vnni, arm64\.$"):
         quantize_int8(fp32, tmp_path / "a.onnx", [images(8)], target_name="riscv")
     assert not (tmp_path / "a.onnx").exists()
 
@@ -136,13 +136,13 @@ def test_timed_and_exact_targets_of_a_machine(
     monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str], timed: set[str], right: set[str]
 ) -> None:
     pretend(monkeypatch, kind)
-    reasons = timed_here(TARGETS)
+    reasons = explain_untimed(TARGETS)
     assert {name for name, reason in reasons.items() if reason is None} == timed
     here = runtime.detect_target()
     for name, reason in reasons.items():
-        assert reason in (None, f"made for {name}, and this machine is {here}: it cannot be timed here")
-    assert {name for name in TARGETS if right_here(name)} == right
-    assert targets.timed_here([]) == {}
+        assert reason in (None, f"made for {name}, this machine is {here}")
+    assert {name for name in TARGETS if is_exact_here(name)} == right
+    assert targets.explain_untimed([]) == {}
 
 
 def artifact(folder: Path, *int8: tuple[str, str | None]) -> Path:
@@ -218,7 +218,7 @@ def test_stem_is_a_small_first_convolution_of_the_input_alone(fp32: Path) -> Non
     deep = [node("Conv", ["input", "w"], ["output"], name="deep")]
     assert stem(graph_of(deep, {"w": weights(4, 8, 3, 3)}, given=("batch", 8, 8, 8))) == ()
     prepared = prepare(fp32)
-    (name,) = prepared.stem(target("x86"))
+    (name,) = prepared.stem(find_target("x86"))
     first = prepared.model.graph.node[0]
     assert (first.name, first.op_type) == (name, "Conv")
-    assert prepared.stem(target("x86-vnni")) == (name,) and prepared.stem(target("arm64")) == ()
+    assert prepared.stem(find_target("x86-vnni")) == (name,) and prepared.stem(find_target("arm64")) == ()
