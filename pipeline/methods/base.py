@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, distributed, nn
 
-from ..config.limits import within
+from ..config.limits import check_limits
 from ..runs.scores import TaskName
 
 Features = Mapping[str, Tensor]
@@ -23,7 +23,7 @@ class Parameters(BaseModel):
     """Parameters of one method, set by ``--set METHOD.KEY=VALUE`` and validated by name and type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    _within = field_validator("*")(within)
+    _within = field_validator("*")(check_limits)
 
     def for_epochs(self, epochs: int) -> Self:
         """Return the parameters with defaults that depend on the number of epochs filled in."""

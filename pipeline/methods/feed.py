@@ -1,25 +1,25 @@
 """FEED: feature-level ensemble, the student's map translated into each teacher's.
 
-Park, Kwak: "FEED: Feature-level Ensemble for Knowledge Distillation", ECAI 2020, arXiv 1909.10754. A
-transform of its own for each teacher T_i turns the student's last map x_S into that teacher's x_Ti, used
-raw; only the directions of the flattened maps are compared:
+Park, Kwak: "FEED: Feature-level Ensemble for Knowledge Distillation", ECAI 2020, arXiv 1909.10754. For each
+teacher T_i, a nonlinear transform turns the student's last map x_S into that teacher's raw map x_Ti. Only the
+directions of the flattened maps are compared:
 
     L = β · Σ_i 1/√n_i · ‖ x_Ti/‖x_Ti‖₂ − NTL_i(x_S)/‖NTL_i(x_S)‖₂ ‖₁      n_i = C·H·W of x_Ti
 
-The factor 1/√n_i is ours: between unit vectors the sum of absolute differences grows as √n, and with it one
-β serves maps of every size. The values of the method it is built on, Factor Transfer (Kim et al., NeurIPS
-2018), weigh the mean over n numbers: its 500 for n = 4,096 (CIFAR) and 1000 for n = 12,544 (ImageNet) are
-β = 7.8 and 8.9 here. The default is midway.
+The factor 1/√n_i is ours: between unit vectors the sum of absolute differences grows as √n, so with the
+factor one β fits maps of every size. The values of the method it is based on, Factor Transfer (Kim et al.,
+NeurIPS 2018), weight the mean over n numbers: its 500 for n = 4,096 (CIFAR) and 1000 for n = 12,544
+(ImageNet) are β = 7.8 and 8.9 here. The default is midway.
 
 NTL_i, dropped afterwards: three 3×3 convolutions C_S → C_S → C_Ti → C_Ti, each followed by LeakyReLU(0.1).
-Ours, where the paper leaves it open: these channels; no BatchNorm, as in Factor Transfer's code, from which
-the values of β are (``norm`` adds it); Kaiming's initialisation; the ``linear`` transform to compare with,
-one 1×1 convolution; that the finer of two maps is average-pooled to the coarser's grid; and that the maps are
-those after the last activation, of a VGG too.
+The paper leaves open, and we chose: these channels; no BatchNorm, as in the Factor Transfer code that the
+values of β come from (``norm`` adds it); Kaiming initialization; the ``linear`` transform for comparison, one
+1×1 convolution; average pooling of the finer map to the coarser grid; and maps after the last activation,
+also for a VGG.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -27,17 +27,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from . import base
-from .quest.vocabulary import pooled, shared_grid
 
-SLOPE = 0.1
-"""Of LeakyReLU below zero."""
+NEGATIVE_SLOPE = 0.1
+"""Of LeakyReLU."""
 
-UNIT = "map.unit"
-"""The name of a stored map."""
-
+CACHED_MAP = "map.unit"
+"""Name of the teacher's map in the teacher cache."""
 
 RECONSTRUCTION = "reconstruction_error"
-"""Under which the error of a teacher is watched; with several its number follows in brackets."""
+"""Name of the metric; with several teachers their index follows in parentheses."""
 
 
 class Parameters(base.Parameters):
@@ -49,124 +47,116 @@ class Parameters(base.Parameters):
 
 
 class Feed(base.Method):
-    """Translate the student's map into each teacher's; see the module's text for the formula."""
+    """Translate the student's map into each teacher's; the formula is in the module's docstring."""
 
     name = "feed"
     paper = "Park, Kwak, ECAI 2020, arXiv 1909.10754"
-    takes = Parameters
+    parameters_class = Parameters
     weights = frozenset({"beta"})
-    # As strong as the labels: for resnet56 → resnet20 on CIFAR-10 the parent method's weight gives 0.13, and
-    # ten times of it did better by 4 points (docs/benchmarks.md).
-    pull = (1.0, 8.0)
+    # As strong as the labels: for resnet56 → resnet20 on CIFAR-10 the weight of Factor Transfer gives 0.13,
+    # and ten times that weight was 4 points better (docs/benchmarks.md).
+    gradient_ratio = (1.0, 8.0)
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
         return frozenset({"map"})
 
     @classmethod
-    def stored_bytes(cls, parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> int:
-        return _answer(student, teacher).bytes_per_image
+    def cached_bytes(cls, parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> int:
+        return _cached_map(student, teacher).bytes_per_image
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        student: base.Shapes,
-        teachers: Sequence[base.Shapes],
-        prepared: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(parameters, student, teachers, prepared)
+    def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
+        super().__init__(parameters, setup)
         self.beta = parameters.beta
-        self.student = student
-        self.grids = [shared_grid(student.maps["map"], teacher.maps["map"]) for teacher in teachers]
-        channels = student.maps["map"][0]
+        maps = [teacher.maps["map"] for teacher in setup.teachers]
+        student = setup.student.maps["map"]
+        self.grids = [base.shared_grid(student, teacher) for teacher in maps]
         self.transforms = nn.ModuleList(
-            transform(parameters, channels, teacher.maps["map"][0]) for teacher in teachers
+            build_transform(parameters, student[0], channels) for channels, *_ in maps
         )
-        self.watch = base.RunningSums()
+        self.sums = base.RunningSums()
 
-    def forward(
-        self,
-        student: base.Features,
-        teachers: Sequence[base.Features],
-        labels: Tensor,
-        epoch: int,
-        keys: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        parts = zip(self.transforms, self.grids, teachers, strict=True)
-        errors = [
-            error(x_t[UNIT] if UNIT in x_t else pooled(x_t["map"], grid), ntl(pooled(student["map"], grid)))
-            for ntl, grid, x_t in parts
-        ]
-        each = torch.stack([one.mean() for one in errors])
-        self.watch.add(images=each.new_tensor(len(labels)), errors=each * len(labels))
-        return {"feed": self.beta * each.sum()}
+    def forward(self, batch: base.Batch) -> dict[str, Tensor]:
+        x_s = batch.student["map"]
+        errors = torch.stack(
+            [
+                direction_error(_teacher_map(teacher, grid), ntl(base.pool(x_s, grid))).mean()
+                for ntl, grid, teacher in zip(self.transforms, self.grids, batch.teachers, strict=True)
+            ]
+        )
+        images = len(batch.labels)
+        self.sums.add(images=errors.new_tensor(images), errors=errors * images)
+        return {"feed": self.beta * errors.sum()}
 
-    def answers(self, t: int) -> Sequence[base.CachedOutput]:
-        return [_answer(self.student, self.of_teachers[t][0])]
+    def cached_outputs(self, t: int) -> Sequence[base.CachedOutput]:
+        return [_cached_map(self.student_shapes, self.teacher_shapes[t])]
 
-    def watched(self) -> dict[str, Tensor]:
-        """The reconstruction error of each teacher: 0 is its very direction, about 1.1 a random one."""
-        sums = self.watch.take()
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the error per teacher: 0 for the same direction, about 1.1 for a random one."""
+        sums = self.sums.take()
         if not sums:
             return {}
         means = sums["errors"] / sums["images"]
-        one = len(means) == 1
-        return {RECONSTRUCTION if one else f"{RECONSTRUCTION} ({t})": mean for t, mean in enumerate(means)}
+        if len(means) == 1:
+            return {RECONSTRUCTION: means[0]}
+        return {f"{RECONSTRUCTION} ({t})": mean for t, mean in enumerate(means)}
 
 
-def transform(parameters: Parameters, channels: int, of_teacher: int) -> nn.Sequential:
-    """NTL_i from the student's channels C_S to the teacher's C_T; maps [B,C_S,H,W] to [B,C_T,H,W]."""
-    if parameters.transform == "linear":
-        plan, size = [(channels, of_teacher)], 1
-    else:
-        plan, size = [(channels, channels), (channels, of_teacher), (of_teacher, of_teacher)], 3
+def build_transform(parameters: Parameters, c_s: int, c_t: int) -> nn.Sequential:
+    """Build NTL_i, from maps [B,C_S,H,W] to [B,C_T,H,W]."""
+    linear = parameters.transform == "linear"
+    channels, size = ([(c_s, c_t)], 1) if linear else ([(c_s, c_s), (c_s, c_t), (c_t, c_t)], 3)
     layers: list[nn.Module] = []
-    for wide_in, wide_out in plan:
-        convolution = nn.Conv2d(wide_in, wide_out, size, padding=size // 2, bias=not parameters.norm)
-        nn.init.kaiming_normal_(convolution.weight, a=SLOPE if size == 3 else 1.0)
+    for c_in, c_out in channels:
+        convolution = nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=not parameters.norm)
+        nn.init.kaiming_normal_(convolution.weight, a=1.0 if linear else NEGATIVE_SLOPE)
         if convolution.bias is not None:
             nn.init.zeros_(convolution.bias)
         layers.append(convolution)
         if parameters.norm:
-            layers.append(nn.BatchNorm2d(wide_out))
-        if parameters.transform == "nonlinear":
-            layers.append(nn.LeakyReLU(SLOPE))
+            layers.append(nn.BatchNorm2d(c_out))
+        if not linear:
+            layers.append(nn.LeakyReLU(NEGATIVE_SLOPE))
     return nn.Sequential(*layers)
 
 
-def error(x_t: Tensor, translated: Tensor) -> Tensor:
-    """1/√n · ‖ x_T/‖x_T‖ − y/‖y‖ ‖₁ of each sample: [B], fp32 or better, from maps [B,C,H,W].
+def direction_error(x_t: Tensor, translated: Tensor) -> Tensor:
+    """Return 1/√n · ‖ x_T/‖x_T‖ − y/‖y‖ ‖₁ of each sample [B], in fp32 or wider, from maps [B,C,H,W].
 
-    A teacher's map of nothing but zeros has no direction and teaches nothing: 0.
+    A teacher's map of zeros has no direction; its error is 0.
     """
-    target, answer = unit(x_t), unit(translated)
-    differences = (target - answer).abs().sum(1) / math.sqrt(target.shape[1])
+    target, output = to_unit(x_t), to_unit(translated)
+    differences = (target - output).abs().sum(1) / math.sqrt(target.shape[1])
     return torch.where(target.any(1), differences, 0.0)
 
 
-def unit(x: Tensor) -> Tensor:
-    """Maps [B,C,H,W], flattened and of length 1: [B,C·H·W], fp32 or better; zeros stay zeros."""
+def to_unit(x: Tensor) -> Tensor:
+    """Flatten maps [B,C,H,W] and scale them to length 1: [B,C·H·W], fp32 or wider. Zeros stay zeros."""
     with torch.autocast(x.device.type, enabled=False):
         flat = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1)
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         return flat / torch.where(length > 0, length, 1.0)
 
 
-def _answer(student: base.Shapes, teacher: base.Shapes) -> base.CachedOutput:
-    """A teacher's map at the common grid, in half precision; scaled to a root mean square of 1, so that it
-    cannot overflow: the loss looks at its direction alone.
-    """
-    channels = teacher.maps["map"][0]
-    grid = shared_grid(student.maps["map"], teacher.maps["map"])
-    shape = (channels, *grid)
+def _teacher_map(teacher: base.Features, grid: tuple[int, int]) -> Tensor:
+    return teacher[CACHED_MAP] if CACHED_MAP in teacher else base.pool(teacher["map"], grid)
 
-    def compact(readout: base.Features) -> dict[str, Tensor]:
-        scaled = unit(pooled(readout["map"], grid)) * math.sqrt(math.prod(shape))
-        return {UNIT: scaled.unflatten(1, shape).half()}
+
+def _cached_map(student: base.Shapes, teacher: base.Shapes) -> base.CachedOutput:
+    """Return the teacher's map on the shared grid in fp16, scaled to a root mean square of 1.
+
+    The scale prevents overflow and does not matter to the loss, which compares directions.
+    """
+    grid = base.shared_grid(student.maps["map"], teacher.maps["map"])
+    shape = (teacher.maps["map"][0], *grid)
+
+    def compact(features: base.Features) -> dict[str, Tensor]:
+        scaled = to_unit(base.pool(features["map"], grid)) * math.sqrt(math.prod(shape))
+        return {CACHED_MAP: scaled.unflatten(1, shape).half()}
 
     return base.CachedOutput(
         key={"readout": "map", "scaled": "unit root mean square", "grid": list(grid)},
         reads=frozenset({"map"}),
-        arrays={UNIT: (shape, "float16")},
+        arrays={CACHED_MAP: (shape, "float16")},
         compact=compact,
     )

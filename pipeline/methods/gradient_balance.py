@@ -1,116 +1,118 @@
-"""Weights that fit the pair: a method whose pull on the student is out of proportion is brought back.
+"""Adjust a method's weight if its gradients are out of proportion to those of the labels.
 
-A method's weight was found by its authors for their networks; for another teacher or student it may be ten
-times too much or too little. Of twelve feature losses in the CRD benchmark four end below no teacher at all
-on ResNet-50 → MobileNetV2. What a weight does shows in the gradients that the losses send into the student,
-as GradNorm (Chen et al., ICML 2018, arXiv 1711.02257) and VQGAN's adaptive weight (Esser et al., CVPR 2021,
-arXiv 2012.09841, eq. 7) use them:
+The authors of a method tuned its weight for their networks; for another pair it may be wrong by a factor of
+ten. Of twelve feature losses in the CRD benchmark, four are worse than no teacher at all on ResNet-50 →
+MobileNetV2. The effect of a weight shows in the gradients that the losses send into the student, as in
+GradNorm (Chen et al., ICML 2018, arXiv 1711.02257) and VQGAN's adaptive weight (Esser et al., CVPR 2021,
+arXiv 2012.09841, eq. 7):
 
     r = ‖∂(w·L)/∂f_S‖ / ‖∂L_CE/∂f_S‖      f_S: the student's last map, of the whole batch; L_CE unweighted
 
-A method states between which r it was seen to do good, ``pull``. A weight whose r lies between them stays as
-it is; one outside is scaled to the nearer end:
+A method declares the range of r in which it is known to work, ``gradient_ratio``. A weight with r inside the
+range is kept; otherwise it is scaled to the nearer end:
 
-    w ← w · clip(r, least, most) / r
+    w ← w · clip(r, low, high) / r
 
-Nothing is known of the best r of a pair, only where r did good: so what lies there is left alone, and what
-does not is moved no further than it must be. r is a geometric mean over the first steps; while they last,
-the mean so far is used, and afterwards the factor stays.
+The best r of a pair is unknown, so weights are changed no further than into the range. r is the geometric
+mean over the first steps. During these steps the mean so far is used; afterwards the factor is fixed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..runs.results import BalancedWeight
-from ..training.compute.distributed import Ranks
 from .base import Method
 
 STEPS = 50
-"""Training steps over which the gradients are compared."""
+"""Training steps in which gradients are measured."""
 
 
-class Balance(nn.Module):
-    """The factors of a run's methods; a part of the training's state, so that a resumed run keeps them."""
+class GradientBalance(nn.Module):
+    """The weight factors of a run's methods, saved in checkpoints so that a resumed run keeps them."""
 
     logs: Tensor
     counts: Tensor
-    least: Tensor
-    most: Tensor
+    low: Tensor
+    high: Tensor
 
-    def __init__(self, methods: Mapping[str, Method], ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, methods: Mapping[str, Method], sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
         super().__init__()
-        self.ranks = ranks or Ranks()
-        self.methods = list(methods)  # names alone: the methods themselves are the trainee's
+        self.sum_over_ranks = sum_over_ranks
+        self.methods = list(methods)  # names only: the modules belong to the student module
         self.steps = 0
         self._squares: Tensor | None = None
         self.register_buffer("logs", torch.zeros(len(methods)))
         self.register_buffer("counts", torch.zeros(len(methods)))
-        for end, name in enumerate(("least", "most")):
-            ends = torch.tensor([method.pull[end] for method in methods.values()])
+        for end, name in enumerate(("low", "high")):
+            ends = torch.tensor([method.gradient_ratio[end] for method in methods.values()])
             self.register_buffer(name, ends, persistent=False)
 
     @property
-    def compares(self) -> bool:
-        """Whether the next training step is one of the first."""
+    def is_measuring(self) -> bool:
+        """Return True during the first ``STEPS`` training steps."""
         return self.training and torch.is_grad_enabled() and self.steps < STEPS
 
-    def compare(self, losses: Mapping[str, Tensor], cross_entropy: Tensor, f_s: Tensor) -> None:
-        """Take a step's gradients into account, or those of one of its parts.
+    def measure(self, losses: Mapping[str, Tensor], cross_entropy: Tensor, f_s: Tensor) -> None:
+        """Measure the gradients of a step, or of one of its micro-batches.
 
-        With parts, r is that of the parts so far, and at the end of the step that of the whole batch.
+        With micro-batches, r is that of the parts so far, and at the end of the step that of the whole batch.
 
         Args:
-            losses: each method's weighted loss at its full strength, a scalar.
+            losses: each method's weighted loss without its warm-up factor, a scalar.
             cross_entropy: the unweighted cross-entropy on the labels.
-            f_s: [B,C,H,W] the student's last map, from which all of them come.
+            f_s: [B,C,H,W] the student's last map, from which all losses are computed.
         """
-        each = torch.stack([pull(loss, f_s) for loss in (cross_entropy, *(losses[m] for m in self.methods))])
-        squares = self.ranks.sum(each.square())  # of all ranks' images
+        norms = torch.stack(
+            [gradient_norm(loss, f_s) for loss in (cross_entropy, *(losses[m] for m in self.methods))]
+        )
+        squares = self.sum_over_ranks(norms.square())
         self._squares = squares if self._squares is None else self._squares + squares
 
     def end_step(self) -> None:
-        """After a training step: what it showed is one step's, however many parts it had."""
+        """Add the measured ratios of a training step to the mean."""
         if self._squares is not None:
-            self.logs, self.counts = self._so_far()
+            self.logs, self.counts = self._sums()
             self._squares = None
             self.steps += 1
 
-    def _so_far(self) -> tuple[Tensor, Tensor]:
-        """Sums of log r and how many there are, the step that has not ended included."""
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Return the sums of log r and their counts, including the current step."""
         if self._squares is None:
             return self.logs, self.counts
-        reference, *rest = self._squares.sqrt()
-        pulls = torch.stack(rest)
-        # A loss that is exactly zero, or does not come from this map, tells nothing.
-        seen = (pulls > 0) & (reference > 0)
-        return self.logs + torch.where(seen, pulls / reference, 1.0).log(), self.counts + seen
+        reference, *norms = self._squares.sqrt()
+        gradients = torch.stack(norms)
+        # A loss of exactly zero, or one that does not depend on this map, has no ratio.
+        valid = (gradients > 0) & (reference > 0)
+        return self.logs + torch.where(valid, gradients / reference, 1.0).log(), self.counts + valid
 
     def ratios(self) -> Tensor:
-        """Each method's r so far; one that does good where nothing was seen."""
-        logs, counts = self._so_far()
-        return torch.where(counts > 0, (logs / counts.clamp(min=1)).exp(), self.least)
+        """Return each method's mean r; the low end of the range if there is none."""
+        logs, counts = self._sums()
+        return torch.where(counts > 0, (logs / counts.clamp(min=1)).exp(), self.low)
 
     def factors(self) -> dict[str, Tensor]:
-        """What each method's weight is multiplied by."""
+        """Return the factor of each method's weight."""
         r = self.ratios()
-        factors = torch.where(r > 0, torch.clip(r, self.least, self.most) / r, 1.0)
+        factors = torch.where(r > 0, torch.clip(r, self.low, self.high) / r, 1.0)
         return dict(zip(self.methods, factors, strict=True))
 
-    def found(self) -> list[BalancedWeight]:
-        """For the report: the methods of which something was known and seen. It waits for the device."""
-        columns = (self.ratios(), self.least, self.most, self.factors().values(), self._so_far()[1])
+    def results(self) -> list[BalancedWeight]:
+        """Return a report entry for each measured method with a known range. Synchronizes with the device."""
+        columns = (self.ratios(), self.low, self.high, self.factors().values(), self._sums()[1])
         return [
             BalancedWeight(
-                method=name, pull=float(r), least=float(least), most=float(most), factor=float(factor)
+                method=name, pull=float(r), least=float(low), most=float(high), factor=float(factor)
             )
-            for name, r, least, most, factor, count in zip(self.methods, *columns, strict=True)
-            if count and float(most) != math.inf
+            for name, r, low, high, factor, count in zip(self.methods, *columns, strict=True)
+            if count and float(high) != math.inf
         ]
 
-    # The steps are counted on the host, since to ask the device is to wait for it; so they are no buffer.
+    # A host-side counter instead of a buffer: reading a buffer would synchronize with the device.
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)
@@ -119,7 +121,7 @@ class Balance(nn.Module):
         self.steps, self._squares = int(state), None
 
 
-def pull(loss: Tensor, f_s: Tensor) -> Tensor:
-    """‖∂loss/∂f_S‖, fp32; 0 where the loss does not come from f_S."""
+def gradient_norm(loss: Tensor, f_s: Tensor) -> Tensor:
+    """Return ‖∂loss/∂f_S‖ in fp32; 0 if the loss does not depend on f_S."""
     (gradient,) = torch.autograd.grad(loss, f_s, retain_graph=True, allow_unused=True)
     return torch.zeros((), device=f_s.device) if gradient is None else gradient.float().norm()

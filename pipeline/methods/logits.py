@@ -1,4 +1,4 @@
-"""What the logit methods share: softened probabilities, their divergence, and standardised logits."""
+"""Shared by the logit methods: softened probabilities, their divergence, and logit standardization."""
 
 import math
 from collections.abc import Sequence
@@ -7,58 +7,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Method, Parameters, Features, Shapes
+from .base import Features, Method, Parameters, Shapes
 
 
 class LogitMethod(Method):
-    """A method that looks at logits alone, of student and teachers."""
+    """A method that reads the logits of student and teachers only."""
 
     @classmethod
     def reads(cls, parameters: Parameters, network: Shapes) -> frozenset[str]:
         return frozenset({"logits"})
 
 
-def exact(z: Tensor) -> Tensor:
-    """Logits in fp32 or better: softmax and divergence are not for half precision."""
+def to_fp32(z: Tensor) -> Tensor:
+    """Return logits in fp32 or wider; softmax and divergence lose too much in half precision."""
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-def standardised(z: Tensor) -> Tensor:
-    """Logits [B,N] with mean 0 and deviation 1 in each row.
+def standardize(z: Tensor) -> Tensor:
+    """Scale each row of logits [B,N] to mean 0 and std 1.
 
     Sun, Ren, Li, Wang, Cao: "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv 2403.01427:
-    the student is freed from matching the teacher's range, and learns the relations alone.
+    the student need not match the teacher's range, only its relations.
     """
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
 
-def teacher_logits(teachers: Sequence[Features], tau: float, standardise: bool = False) -> Tensor:
-    """One teacher's logits [B,N]; of several, those whose softmax at τ is the mean of theirs at τ."""
-    each = [exact(t["logits"]) for t in teachers]
-    each = [standardised(z) for z in each] if standardise else each
-    if len(each) == 1:
-        return each[0]
-    soft = torch.stack([F.log_softmax(z / tau, dim=1) for z in each])
-    return tau * (soft.logsumexp(0) - math.log(len(each)))
+def student_logits(student: Features, standardized: bool = False) -> Tensor:
+    """Return the student's logits [B,N] in fp32."""
+    z = to_fp32(student["logits"])
+    return standardize(z) if standardized else z
+
+
+def teacher_logits(teachers: Sequence[Features], tau: float, standardized: bool = False) -> Tensor:
+    """Return the teacher's logits [B,N]; for several, logits whose softmax at τ is the mean of theirs."""
+    logits = [student_logits(teacher, standardized) for teacher in teachers]
+    if len(logits) == 1:
+        return logits[0]
+    log_p = torch.stack([F.log_softmax(z / tau, dim=1) for z in logits])
+    return tau * (log_p.logsumexp(0) - math.log(len(logits)))
 
 
 def divergence(log_p_s: Tensor, log_p_t: Tensor) -> Tensor:
-    """KL(p_T ‖ p_S), the mean over the batch, from log-probabilities [B,N]."""
+    """Return KL(p_T ‖ p_S), the mean over the batch, from log-probabilities [B,N]."""
     return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
 
 
 def binary_teacher_logits(teachers: Sequence[Features], tau: float) -> Tensor:
-    """One teacher's logits [B,N]; of several, those whose sigmoid at τ is the mean of theirs at τ."""
-    each = [exact(t["logits"]) for t in teachers]
-    if len(each) == 1:
-        return each[0]
-    log_p = torch.stack([F.logsigmoid(z / tau) for z in each]).logsumexp(0)
-    log_q = torch.stack([F.logsigmoid(-z / tau) for z in each]).logsumexp(0)
+    """Return the teacher's logits [B,N]; for several, logits whose sigmoid at τ is the mean of theirs."""
+    logits = [to_fp32(teacher["logits"]) for teacher in teachers]
+    if len(logits) == 1:
+        return logits[0]
+    log_p = torch.stack([F.logsigmoid(z / tau) for z in logits]).logsumexp(0)
+    log_q = torch.stack([F.logsigmoid(-z / tau) for z in logits]).logsumexp(0)
     return tau * (log_p - log_q)
 
 
 def binary_divergence(z_s: Tensor, z_t: Tensor) -> Tensor:
-    """KL of the binary probabilities (σ(z), 1 − σ(z)), the sum over classes and the mean over the batch."""
+    """Return KL of (σ(z), 1 − σ(z)) from logits [B,N], the sum over classes and the mean over the batch."""
     p_t = z_t.sigmoid()
-    there, absent = (F.logsigmoid(sign * z_t) - F.logsigmoid(sign * z_s) for sign in (1, -1))
-    return (p_t * there + (1 - p_t) * absent).sum(1).mean()
+    present, absent = (F.logsigmoid(sign * z_t) - F.logsigmoid(sign * z_s) for sign in (1, -1))
+    return (p_t * present + (1 - p_t) * absent).sum(1).mean()

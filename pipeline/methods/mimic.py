@@ -1,4 +1,4 @@
-"""Feature mimicking: the student's penultimate vector follows the teacher's, in value and in direction.
+"""Feature mimicking: the student's penultimate vector matches the teacher's, in value and in direction.
 
 Wang, Ge, Wu: "Distilling Knowledge by Mimicking Features", TPAMI 2021, arXiv 2011.01424. With f_T [B,D_T] and
 f_S [B,D_T] the raw vectors that the last linear layers read:
@@ -8,31 +8,29 @@ f_S [B,D_T] the raw vectors that the last linear layers read:
     L     = CE + β · mean over samples of L_l2, L_lsh, or both
 
 ``l2``, ``lsh`` and ``lshl2`` (the sum) take the mean over all samples, ``lshl2_s`` over those that the
-teacher classifies correctly; where it is right on none, the loss is 0. s is the deviation of the teacher's
-classifier weight, b = −median of f_T·Wᵀ over the training images, or −mean, or 0.
+teacher classifies correctly; if there are none, the loss is 0. s is the std of the teacher's classifier
+weight, b = −median of f_T·Wᵀ over the training images, or −mean, or 0.
 
 A student whose vector has another width learns with Linear(D_S→D_T) before its last linear; both are merged
-into one before anything ships (``models/projection.py``).
-In the authors' training on several classes an image
-the new layer at first learns alone, by L without the cross-entropy: ``alone`` epochs, here of one training
-whose schedule goes on.
+into one before export (``models/projection.py``). In the authors' multi-label training the new layer is first
+trained alone, by L without the cross-entropy: ``alone`` epochs, here within one training and one schedule.
 
-Ours, where the paper is silent or has something else:
+Ours, where the paper is silent or differs:
 
 - Medians and means are taken over the images under the test transform; the authors' over a pass of augmented
   views.
-- Where ``hashes`` is not set, M = 32·D_T up to D_T = 256 (the paper's rule for CIFAR) and 2048 beyond (its M
-  for ImageNet).
-- A teacher without a head has s = 1/√D_T and ``lshl2``, since nothing tells where it is right.
-- Labels with several classes an image (float, [B,N]) know no right or wrong sample: ``lshl2_s`` is then
-  ``lshl2``. The paper's β for these (VOC07: 1 with l2, 0.5 with lsh and lshl2; COCO: 3) belong to a binary
-  cross-entropy that is a mean over the N classes; here it is their sum, so that its weight, ``--weight ce=``,
-  is 1/N for the paper's proportion. Its two stages are ``alone``.
-- Several teachers: the student's vector is as wide as theirs together, each teacher has its part of it, and
-  the loss is the mean of theirs.
+- If ``hashes`` is not set, M = 32·D_T up to D_T = 256 (the paper's rule for CIFAR) and 2048 beyond (its M for
+  ImageNet).
+- A teacher without a head has s = 1/√D_T and ``lshl2``, since there are no predictions to be correct.
+- Multi-label samples (float labels [B,N]) are neither correct nor wrong: ``lshl2_s`` is then ``lshl2``. The
+  paper's β for these (VOC07: 1 with l2, 0.5 with lsh and lshl2; COCO: 3) belong to a binary cross-entropy
+  that is a mean over the N classes. Here it is their sum, so ``--weight ce=`` must be 1/N for the paper's
+  proportion. Its two stages are ``alone``.
+- Several teachers: the student's vector is as wide as all of theirs concatenated, each teacher is matched by
+  its part of it, and the loss is the mean over teachers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,55 +45,19 @@ from ..errors import JobError, UsageError
 from . import base
 from .quest.vocabulary import FeatureMatrix
 
-BLOCK = 1 << 25
-"""Numbers of a block of projections: 128 MB, whatever the number of features and hashes."""
-
-
-def draw(hashes: int, width: int, std: float, seed: int) -> Tensor:
-    """W [hashes,width] ~ N(0, std²), fp32, by the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    return std * torch.randn(hashes, width, generator=generator)
-
-
-def project(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """a = f·Wᵀ + b [B,M] of features f [B,D], for the sake of signs in fp32 or better even under autocast."""
-    with torch.autocast(f.device.type, enabled=False):
-        kind = torch.promote_types(f.dtype, weight.dtype)
-        return F.linear(f.to(kind), weight.to(kind), bias.to(kind))
-
-
-def bits(a: Tensor) -> Tensor:
-    """h = 1[a > 0], as numbers."""
-    return (a > 0).to(a.dtype)
-
-
-def hash_loss(a_s: Tensor, h: Tensor) -> Tensor:
-    """Each sample's mean over the hashes of BCE(σ(a_s), h), [B]: a_s [B,M] the student's, h [B,M] bits."""
-    return F.binary_cross_entropy_with_logits(a_s, h, reduction="none").mean(1)
-
-
-def medians(features: np.ndarray, weight: Tensor, device: torch.device) -> Tensor:
-    """The median of each hash's projection over n features [n,D], fp32 [M]; ``device`` computes the products.
-
-    Block by block of hashes: besides the features no more than twice ``BLOCK`` numbers are held (a block's
-    projections and numpy's copy of them), or twice n where that is more.
-    """
-    rows = torch.from_numpy(features).to(device)
-    size = max(1, BLOCK // len(rows))
-    each = [np.median((rows @ part.to(device).T).cpu().numpy(), axis=0) for part in weight.split(size)]
-    return torch.from_numpy(np.concatenate(each)).to(weight.dtype)
-
-
 Variant = Literal["l2", "lsh", "lshl2", "lshl2_s"]
 
-WIDE = 256
-"""The widest vector with 32 hashes a number; see ``hashes_of``."""
+CIFAR_WIDTH = 256
+"""The widest vector with 32 hashes per number."""
 
-HASHES = 2048
-"""M for wider ones."""
+IMAGENET_HASHES = 2048
+"""M for wider vectors."""
 
-FEATURES = 1 << 28
-"""Numbers of the features that the medians are taken over: 1 GiB; of more an even sample is used."""
+MAX_NUMBERS = 1 << 28
+"""Numbers of features that medians are computed from, 1 GiB; of more features an even sample is used."""
+
+BLOCK = 1 << 25
+"""Numbers in a block of projections, 128 MB."""
 
 FILE = "hashes.safetensors"
 VERSION = 1
@@ -113,43 +75,37 @@ class Parameters(base.Parameters):
         None, gt=0, description="s of the hashes; none: that of the teacher's classifier weight"
     )
     bias: Literal["median", "mean", "zero"] = Field(
-        "median", description="what the hashes' bias takes off: the projections' median or mean, or nothing"
+        "median", description="the hashes' bias: minus the median or mean of the projections, or zero"
     )
     alone: int = Field(
-        0,
-        ge=0,
-        description="epochs at first in which the new layer of a student of another width learns alone",
+        0, ge=0, description="first epochs in which only the projection to the teacher's width is trained"
     )
 
     def for_epochs(self, epochs: int) -> "Parameters":
         if self.alone >= epochs:
             raise UsageError(
-                f"--set mimic.alone={self.alone} leaves none of --epochs {epochs} for the student itself; "
-                "take fewer, or more epochs."
+                f"--set mimic.alone={self.alone} must be less than --epochs, which is {epochs}. "
+                "Lower it or train for more epochs."
             )
         return self
 
+    def variant_for(self, teacher: base.Shapes) -> Variant:
+        return self.variant or ("lshl2_s" if teacher.logits else "lshl2")
 
-def variant_of(parameters: Parameters, teacher: base.Shapes) -> Variant:
-    """What a teacher is mimicked by."""
-    return parameters.variant or ("lshl2_s" if teacher.logits else "lshl2")
-
-
-def hashes_of(parameters: Parameters, width: int) -> int:
-    """M for a teacher's vector of this width."""
-    return parameters.hashes or (32 * width if width <= WIDE else HASHES)
+    def hashes_for(self, width: int) -> int:
+        return self.hashes or (32 * width if width <= CIFAR_WIDTH else IMAGENET_HASHES)
 
 
 class Mimic(base.Method):
-    """Follow the teacher's penultimate vector; see the module's text for the formulas."""
+    """Match the teacher's penultimate vector; the formulas are in the module's docstring."""
 
     name = "mimic"
     paper = "Wang, Ge, Wu, TPAMI 2021, arXiv 2011.01424"
-    takes = Parameters
+    parameters_class = Parameters
     prepares = True
     weights = frozenset({"beta"})
-    # About a third to three times of what the authors' weight gives for resnet56 → resnet20 on CIFAR-10: 2.9.
-    pull = (1.0, 9.0)
+    # A third to three times the ratio of the authors' weight for resnet56 → resnet20 on CIFAR-10, 2.9.
+    gradient_ratio = (1.0, 9.0)
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
@@ -157,99 +113,83 @@ class Mimic(base.Method):
 
     @classmethod
     def teacher_reads(cls, parameters: Parameters, teacher: base.Shapes) -> frozenset[str]:
-        masked = variant_of(parameters, teacher) == "lshl2_s"
+        masked = parameters.variant_for(teacher) == "lshl2_s"
         return frozenset({"vector", "logits"} if masked else {"vector"})
 
     @classmethod
-    def check(
-        cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes], images: int
-    ) -> None:
+    def check(cls, parameters: Parameters, setup: base.Setup, images: int) -> None:
         if parameters.variant == "l2":
             for key in ("hashes", "std", "bias"):
                 if (value := getattr(parameters, key)) != type(parameters).model_fields[key].default:
                     raise UsageError(
-                        f"--set mimic.{key}={value} is about hashes, and mimic.variant=l2 has none; take one."
+                        f"--set mimic.{key}={value} has no effect with mimic.variant=l2, which uses no "
+                        "hashes. Remove one of them."
                     )
-
-        if parameters.alone and cls.widens(parameters, student, teachers) is None:
+        if parameters.alone and cls.student_width(parameters, setup) is None:
             raise UsageError(
-                f"--set mimic.alone={parameters.alone}: the student's vector is as wide as the teacher's, so "
-                "there is no new layer to learn alone; leave it out."
+                f"--set mimic.alone={parameters.alone} requires a projection, but the student's vector is "
+                "as wide as the teacher's. Remove it."
             )
 
     @classmethod
-    def widens(
-        cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes]
-    ) -> int | None:
-        width = sum(_width(teacher) for teacher in teachers)
-        return None if width == student.vector else width
+    def student_width(cls, parameters: Parameters, setup: base.Setup) -> int | None:
+        width = sum(_width(teacher) for teacher in setup.teachers)
+        return None if width == setup.student.vector else width
 
     @classmethod
-    def prepare(cls, parameters: Parameters, preparation: base.PrepareContext) -> base.PrepareResult:
-        """Draw each teacher's hashes, and find their bias in one pass over the training images."""
+    def prepare(cls, parameters: Parameters, context: base.PrepareContext) -> base.PrepareResult:
+        """Draw each teacher's hashes, and compute their bias in one pass over the training images."""
         tensors: dict[str, Tensor] = {}
         facts: list[Mapping[str, Any]] = []
-        for t, (name, teacher) in enumerate(
-            zip(preparation.teacher_names, preparation.teachers, strict=True)
-        ):
-            if variant_of(parameters, teacher) == "l2":
+        for t, (name, teacher) in enumerate(zip(context.teacher_names, context.teachers, strict=True)):
+            if parameters.variant_for(teacher) == "l2":
                 continue
-            m, std = hashes_of(parameters, _width(teacher)), _std(parameters, preparation, t)
-            made = _hashes(parameters, preparation, t, m, std)
-            tensors |= {f"{t}.weight": made["weight"], f"{t}.bias": made["bias"]}
+            m, std = parameters.hashes_for(_width(teacher)), _std(parameters, context, t)
+            hashes = _prepare_hashes(parameters, context, t, m, std)
+            tensors |= {f"{t}.weight": hashes["weight"], f"{t}.bias": hashes["bias"]}
             facts.append({"teacher": name, "hashes": m, "std": std, "bias": parameters.bias})
         lines = [f"{f['hashes']} hashes of {f['teacher']}, s = {f['std']:.3g}" for f in facts]
-        return base.PrepareResult(tensors, {"hashes": facts}, "; ".join(lines) or "no hashes to draw")
+        return base.PrepareResult(tensors, {"hashes": facts}, "; ".join(lines) or "no hashes needed")
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        student: base.Shapes,
-        teachers: Sequence[base.Shapes],
-        prepared: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(parameters, student, teachers, prepared)
+    def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
+        super().__init__(parameters, setup)
         self.beta, self.alone = parameters.beta, parameters.alone
-        self.widths = [_width(teacher) for teacher in teachers]
+        self.widths = [_width(teacher) for teacher in setup.teachers]
         self.terms = nn.ModuleList(
-            Mimicked(variant_of(parameters, teacher), prepared.get(f"{t}.weight"), prepared.get(f"{t}.bias"))
-            for t, teacher in enumerate(teachers)
+            MimicTerm(
+                parameters.variant_for(teacher),
+                setup.prepared.get(f"{t}.weight"),
+                setup.prepared.get(f"{t}.bias"),
+            )
+            for t, teacher in enumerate(setup.teachers)
         )
 
-    def forward(
-        self,
-        student: base.Features,
-        teachers: Sequence[base.Features],
-        labels: Tensor,
-        epoch: int,
-        keys: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        parts = student["vector"].split(self.widths, dim=1)
+    def forward(self, batch: base.Batch) -> dict[str, Tensor]:
+        parts = batch.student["vector"].split(self.widths, dim=1)
         losses = [
-            term(part, teacher, labels)
-            for term, part, teacher in zip(self._terms(), parts, teachers, strict=True)
+            term(f_s, teacher, batch.labels)
+            for term, f_s, teacher in zip(self._terms(), parts, batch.teachers, strict=True)
         ]
         return {"mimic": self.beta * torch.stack(losses).mean()}
 
-    def embeds_alone(self, epoch: int) -> bool:
+    def trains_projection_only(self, epoch: int) -> bool:
         return epoch < self.alone
 
-    def watched(self) -> dict[str, Tensor]:
-        one = len(self.terms) == 1
+    def metrics(self) -> dict[str, Tensor]:
         return {
-            key if one else f"{key} ({t})": value
+            key if len(self.terms) == 1 else f"{key} ({t})": value
             for t, term in enumerate(self._terms())
-            for key, value in term.watched().items()
+            for key, value in term.metrics().items()
         }
 
-    def _terms(self) -> Iterator["Mimicked"]:
+    def _terms(self) -> Iterator["MimicTerm"]:
         for term in self.terms:
-            assert isinstance(term, Mimicked)
+            assert isinstance(term, MimicTerm)
             yield term
 
 
-class Mimicked(nn.Module):
-    """The loss of one teacher: L_l2, L_lsh or both, the mean over all samples or those it is right on."""
+class MimicTerm(nn.Module):
+    """The loss of one teacher: L_l2, L_lsh or both, the mean over all or the correctly classified samples."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -259,88 +199,127 @@ class Mimicked(nn.Module):
         self.variant = variant
         self.register_buffer("weight", None if weight is None else weight.float(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
-        self.watch = base.RunningSums()
+        self.sums = base.RunningSums()
 
     def forward(self, f_s: Tensor, teacher: base.Features, labels: Tensor) -> Tensor:
-        """
+        """Return the scalar loss.
+
         Args:
-            f_s: [B,D_T], the student's part of it.
+            f_s: [B,D_T], the part of the student's vector for this teacher.
             teacher: its ``vector`` [B,D_T] and, for ``lshl2_s``, its ``logits`` [B,N].
             labels: [B] class numbers, or float [B,N].
         """
         f_s = f_s.to(torch.promote_types(f_s.dtype, torch.float32))
         f_t = teacher["vector"].to(f_s.dtype)
-        each = f_s.new_zeros(len(f_s))
+        losses = f_s.new_zeros(len(f_s))
         if self.variant != "lsh":
             square = (f_s - f_t).square().mean(1)
-            self.watch.add(samples=square.new_full((), len(square)), l2=square.sum())
-            each = each + square
+            self.sums.add(samples=square.new_full((), len(square)), l2=square.sum())
+            losses = losses + square
         if self.variant != "l2":
             assert self.weight is not None and self.bias is not None
             a_s = project(f_s, self.weight, self.bias)
-            h = bits(project(f_t, self.weight, self.bias))
-            equal = (bits(a_s) == h).to(h.dtype).mean(1)
-            self.watch.add(hashed=equal.new_full((), len(equal)), equal=equal.sum())
-            each = each + hash_loss(a_s, h)
+            h = to_bits(project(f_t, self.weight, self.bias))
+            equal = (to_bits(a_s) == h).to(h.dtype).mean(1)
+            self.sums.add(hashed=equal.new_full((), len(equal)), equal=equal.sum())
+            losses = losses + hash_loss(a_s, h)
         if self.variant != "lshl2_s" or labels.ndim > 1:
-            return each.mean()
-        right = teacher["logits"].argmax(1) == labels
-        self.watch.add(judged=each.new_full((), len(each)), right=right.sum())
-        return torch.where(right, each, 0.0).sum() / right.sum().clamp(min=1)
+            return losses.mean()
+        correct = teacher["logits"].argmax(1) == labels
+        self.sums.add(classified=losses.new_full((), len(losses)), correct=correct.sum())
+        return torch.where(correct, losses, 0.0).sum() / correct.sum().clamp(min=1)
 
-    def watched(self) -> dict[str, Tensor]:
-        sums = self.watch.take()
-        found = {"feature_distance": ("l2", "samples"), "equal_bits": ("equal", "hashed")}
-        found["teacher_right"] = ("right", "judged")
-        return {key: sums[part] / sums[of] for key, (part, of) in found.items() if part in sums}
+    def metrics(self) -> dict[str, Tensor]:
+        sums = self.sums.take()
+        means = {
+            "feature_distance": ("l2", "samples"),
+            "equal_bits": ("equal", "hashed"),
+            "teacher_right": ("correct", "classified"),
+        }
+        return {key: sums[total] / sums[count] for key, (total, count) in means.items() if total in sums}
+
+
+def draw_hashes(hashes: int, width: int, std: float, seed: int) -> Tensor:
+    """Draw W [hashes,width] ~ N(0, std²), fp32, from the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return std * torch.randn(hashes, width, generator=generator)
+
+
+def project(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return f·Wᵀ + b [B,M] of features f [B,D], in fp32 or wider even under autocast: signs matter."""
+    with torch.autocast(f.device.type, enabled=False):
+        dtype = torch.promote_types(f.dtype, weight.dtype)
+        return F.linear(f.to(dtype), weight.to(dtype), bias.to(dtype))
+
+
+def to_bits(a: Tensor) -> Tensor:
+    """Return 1[a > 0] in a's dtype."""
+    return (a > 0).to(a.dtype)
+
+
+def hash_loss(a_s: Tensor, h: Tensor) -> Tensor:
+    """Return BCE(σ(a_s), h), the mean over the hashes: [B] from a_s [B,M] and bits h [B,M]."""
+    return F.binary_cross_entropy_with_logits(a_s, h, reduction="none").mean(1)
+
+
+def compute_medians(features: np.ndarray, weight: Tensor, device: torch.device) -> Tensor:
+    """Return the median of each hash's projection over n features [n,D], fp32 [M], computed on ``device``.
+
+    Works on blocks of hashes: at most twice ``BLOCK`` numbers are held besides the features (a block's
+    projections and numpy's copy of them), or twice n if that is more.
+    """
+    rows = torch.from_numpy(features).to(device)
+    size = max(1, BLOCK // len(rows))
+    blocks = [np.median((rows @ block.to(device).T).cpu().numpy(), axis=0) for block in weight.split(size)]
+    return torch.from_numpy(np.concatenate(blocks)).to(weight.dtype)
 
 
 def _width(network: base.Shapes) -> int:
-    assert network.vector is not None  # it is read, so it is there
+    assert network.vector is not None  # ``reads`` contains it
     return network.vector
 
 
-def _std(parameters: Parameters, preparation: base.PrepareContext, t: int) -> float:
+def _std(parameters: Parameters, context: base.PrepareContext, t: int) -> float:
     if parameters.std is not None:
         return parameters.std
-    classifier = preparation.classifier(t)
-    found = 0.0 if classifier is None else float(classifier.float().std())
-    return found or _width(preparation.teachers[t]) ** -0.5
+    classifier = context.classifier(t)
+    std = 0.0 if classifier is None else float(classifier.float().std())
+    return std or _width(context.teachers[t]) ** -0.5
 
 
-def _hashes(
-    parameters: Parameters, preparation: base.PrepareContext, t: int, m: int, std: float
+def _prepare_hashes(
+    parameters: Parameters, context: base.PrepareContext, t: int, m: int, std: float
 ) -> dict[str, Tensor]:
-    """W [M,D_T] and b [M], from the cache where an earlier run has made them."""
-    width, n = _width(preparation.teachers[t]), preparation.images
-    used = min(n, FEATURES // width)
-    weight = draw(m, width, std, preparation.seed)
+    """Return W [M,D_T] and b [M], from the cache if a run has computed them before."""
+    width, n = _width(context.teachers[t]), context.images
+    used = min(n, MAX_NUMBERS // width)
+    weight = draw_hashes(m, width, std, context.seed)
     if parameters.bias == "zero":
         return {"weight": weight, "bias": torch.zeros(m)}
     if used < n:
-        preparation.note(f"the hashes' {parameters.bias} is that of {used:,} of {n:,} images, drawn evenly")
+        context.note(f"the {parameters.bias} of the hashes is computed from {used:,} of {n:,} images")
     key = {
         "version": VERSION,
         "hashes": m,
         "std": std,
         "bias": parameters.bias,
         "used": used,
-        "seed": preparation.seed,
+        "seed": context.seed,
     }
 
     def write(path: Path) -> None:
-        held = FeatureMatrix(used, width, None)
-        vectors = (readout["vector"] for readout in preparation.readouts(t, frozenset({"vector"})))
-        if not held.fill((f[:, :, None, None] for f in vectors), (1, 1), n):
+        matrix = FeatureMatrix(used, width, None)
+        vectors = (features["vector"] for features in context.features(t, frozenset({"vector"})))
+        if not matrix.fill((f[:, :, None, None] for f in vectors), (1, 1), n):
             raise JobError(
-                f"The vectors of {preparation.teacher_names[t]} are not finite numbers: its weights are "
-                "broken; try other weights or train the teacher anew."
+                f"{context.teacher_names[t]}: its vectors are not finite, so its weights are broken. "
+                "Use other weights or train the teacher again."
             )
-        centre = (
-            medians(held.data, weight, held.device)
+        center = (
+            compute_medians(matrix.data, weight, matrix.device)
             if parameters.bias == "median"
-            else weight @ torch.from_numpy(held.data.mean(0, dtype="float64")).float()
+            else weight @ torch.from_numpy(matrix.data.mean(0, dtype="float64")).float()
         )
-        (path / FILE).write_bytes(save({"weight": weight, "bias": -centre}))
+        (path / FILE).write_bytes(save({"weight": weight, "bias": -center}))
 
-    return load((preparation.shared(t, "hashes", key, write) / FILE).read_bytes())
+    return load((context.cached(t, "hashes", key, write) / FILE).read_bytes())

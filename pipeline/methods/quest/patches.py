@@ -1,7 +1,5 @@
-"""A few words as pictures: the patches of images whose features are nearest to them, for the report."""
+"""Image patches that illustrate visual words in the report: those whose features are nearest to a word."""
 
-import base64
-import io
 import json
 from collections.abc import Iterable
 from hashlib import sha256
@@ -9,140 +7,125 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from ..base import PrepareContext, Features
-from .vocabulary import nearest, positions
-
-
-def thumbnail(image: np.ndarray, side: int) -> str:
-    """An image uint8 [H,W,3] at ``side`` pixels, as base64 of a PNG."""
-    small = Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
+from ...data.decode import encode_thumbnail
+from ..base import Features, PrepareContext, positions
+from .vocabulary import Vocabulary, nearest_words
 
 FILE, VERSION = "patches.json", 1
 WORDS, PATCHES = 9, 6
 SIDE = 48
-"""Pixels of a patch as shown."""
-MOST_IMAGES, MOST_POSITIONS = 256, 256 * 49
+"""Pixels of a patch in the report."""
+MAX_IMAGES, MAX_POSITIONS = 256, 256 * 49
+"""Limits that keep the search to a few seconds."""
 
 
-def images_to_see(grid: tuple[int, int]) -> int:
-    """So many that a few seconds suffice."""
-    return max(1, min(MOST_IMAGES, MOST_POSITIONS // (grid[0] * grid[1])))
+def count_images(grid: tuple[int, int]) -> int:
+    return max(1, min(MAX_IMAGES, MAX_POSITIONS // (grid[0] * grid[1])))
 
 
-def shown_words(
-    preparation: PrepareContext,
-    teacher: int,
-    level: str,
-    grid: tuple[int, int],
-    words: Tensor,
-    usage: Tensor | None,
+def select_patches(
+    context: PrepareContext, teacher: int, level: str, grid: tuple[int, int], vocabulary: Vocabulary
 ) -> dict[str, Any]:
-    """What ``patches_facts`` finds in a few images that the preparation gives; from the cache where an
-    earlier run has looked, so that nobody need ask the teacher.
-    """
-    look = preparation.seen
-    if look is None:
+    """Return ``find_patches`` for a few images, from the cache if a run has computed it before."""
+    sample = context.sample
+    if sample is None:
         return {}
-    most = images_to_see(grid)
+    limit = count_images(grid)
 
     def write(path: Path) -> None:
-        seen = look(teacher, frozenset({level}), most)
-        facts = patches_facts(seen, level, grid, words, usage)
+        images = sample(teacher, frozenset({level}), limit)
+        facts = find_patches(images, level, grid, vocabulary.words, vocabulary.usage)
         (path / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
     key = {
         "version": VERSION,
         "level": level,
         "grid": list(grid),
-        "most": most,
-        "words": sha256(words.numpy().tobytes()).hexdigest(),
-        "usage": usage is not None,
+        "most": limit,
+        "words": sha256(vocabulary.words.numpy().tobytes()).hexdigest(),
+        "usage": True,
     }
-    found = preparation.shared(teacher, "patches", key, write) / FILE
-    facts: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    folder = context.cached(teacher, "patches", key, write)
+    facts: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
     return facts
 
 
-def patches_facts(
-    seen: Iterable[tuple[np.ndarray, Features]],
+def find_patches(
+    sample: Iterable[tuple[np.ndarray, Features]],
     level: str,
     grid: tuple[int, int],
     words: Tensor,
-    usage: Tensor | None,
+    usage: Tensor,
 ) -> dict[str, Any]:
-    """Some words, spread over their ranks by usage, each with the patches nearest to it, one an image.
+    """Return words spread over their ranks by usage, each with its nearest patches, one per image.
 
     Args:
-        seen: rendered images uint8 [B,S,S,3] with the teacher's readouts of them.
-        level: the readout that the words [K,C] belong to.
-        usage: of each word [K], over the training images; None: these images' own is taken.
+        sample: rendered images uint8 [B,S,S,3] with the teacher's features.
+        level: the feature that the words [K,C] belong to.
+        usage: of each word [K], over the training images.
     """
-    images, features = [], []
-    for pixels, readout in seen:
-        images.append(pixels)
-        features.append(positions(readout[level].float(), grid).cpu().numpy())
-    if not images:
+    batches = [
+        (pixels, positions(features[level].float(), grid).cpu().numpy()) for pixels, features in sample
+    ]
+    if not batches:
         return {}
-    pixels, rows = np.concatenate(images), np.concatenate(features)
-    distance, word = nearest(np.ascontiguousarray(rows), words.numpy())
-    counts = np.bincount(word, minlength=len(words)) if usage is None else usage.numpy()
+    pixels, rows = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    distance, word = nearest_words(np.ascontiguousarray(rows), words.numpy())
+    counts = usage.numpy()
     by_usage = np.argsort(-counts, kind="stable")
     rank = np.empty(len(words), np.int64)
     rank[by_usage] = np.arange(len(words))
-    image = np.arange(len(rows)) // (grid[0] * grid[1])
+    places = grid[0] * grid[1]
+    image = np.arange(len(rows)) // places
     shown = [
         {
             "rank": int(rank[chosen]) + 1,
             "share": float(100 * counts[chosen] / counts.sum()),
             "patches": [
-                thumbnail(_patch(pixels[image[place]], place % (grid[0] * grid[1]), grid), SIDE)
-                for place in _nearest_of(chosen, word, distance, image)
+                encode_thumbnail(_cut_patch(pixels[image[row]], row % places, grid), SIDE)
+                for row in _nearest_rows(chosen, word, distance, image)
             ],
         }
-        for chosen in _chosen(by_usage, word, image)
+        for chosen in _spread_words(by_usage, word, image)
     ]
     return {"shown": shown, "patch": patch_side(pixels.shape[1], grid), "seen": len(pixels)}
 
 
-def _chosen(by_usage: np.ndarray, word: np.ndarray, image: np.ndarray) -> list[int]:
-    """Words that are the nearest in enough images to be shown, evenly spread from the most used."""
+def _spread_words(by_usage: np.ndarray, word: np.ndarray, image: np.ndarray) -> list[int]:
+    """Return words that are the nearest in sufficiently many images, evenly spread over their ranks."""
     pairs = np.unique(np.stack([word, image]), axis=1)
-    images_of = np.bincount(pairs[0], minlength=len(by_usage))[by_usage]
-    for enough in range(PATCHES, 0, -1):
-        able = by_usage[images_of >= enough]
-        if len(able) >= WORDS:
+    images = np.bincount(pairs[0], minlength=len(by_usage))[by_usage]
+    for required in range(PATCHES, 0, -1):
+        candidates = by_usage[images >= required]
+        if len(candidates) >= WORDS:
             break
-    spread = np.unique(np.linspace(0, len(able) - 1, WORDS).round().astype(np.int64))
-    return [int(one) for one in able[spread]]
+    spread = np.unique(np.linspace(0, len(candidates) - 1, WORDS).round().astype(np.int64))
+    return [int(candidate) for candidate in candidates[spread]]
 
 
-def _nearest_of(chosen: int, word: np.ndarray, distance: np.ndarray, image: np.ndarray) -> list[int]:
-    """Positions whose nearest word this is, the nearest first, and of each image only the nearest."""
-    places = np.flatnonzero(word == chosen)
-    places = places[np.argsort(distance[places], kind="stable")]
-    _, first = np.unique(image[places], return_index=True)
-    return [int(one) for one in places[np.sort(first)][:PATCHES]]
+def _nearest_rows(chosen: int, word: np.ndarray, distance: np.ndarray, image: np.ndarray) -> list[int]:
+    """Return the rows with this nearest word, one per image, the nearest first."""
+    rows = np.flatnonzero(word == chosen)
+    rows = rows[np.argsort(distance[rows], kind="stable")]
+    _, first = np.unique(image[rows], return_index=True)
+    return [int(row) for row in rows[np.sort(first)][:PATCHES]]
 
 
 def patch_side(size: int, grid: tuple[int, int]) -> int:
-    """Of a patch, in pixels of the image: two cells of the grid, but a third to a half of the image, and
-    a cell at least.
+    """Return the side of a patch in pixels: two grid cells, limited to a third to a half of the image.
+
+    It is never smaller than one cell.
     """
     cell = size / min(grid)
     return round(max(cell, size / 3, min(2 * cell, size / 2)))
 
 
-def _patch(image: np.ndarray, place: int, grid: tuple[int, int]) -> np.ndarray:
-    """The surroundings of a position, moved inwards where they would leave the image [S,S,3]."""
+def _cut_patch(image: np.ndarray, place: int, grid: tuple[int, int]) -> np.ndarray:
+    """Cut the surroundings of a position, moved inwards at the border of the image [S,S,3]."""
     size = len(image)
     side = patch_side(size, grid)
-    middles = ((place // grid[1] + 0.5) * size / grid[0], (place % grid[1] + 0.5) * size / grid[1])
-    top, left = (min(max(round(middle - side / 2), 0), size - side) for middle in middles)
+    centers = ((place // grid[1] + 0.5) * size / grid[0], (place % grid[1] + 0.5) * size / grid[1])
+    top, left = (min(max(round(center - side / 2), 0), size - side) for center in centers)
     return image[top : top + side, left : left + side]

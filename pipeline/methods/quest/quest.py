@@ -2,15 +2,15 @@
 
 Jain, Gidaris, Komodakis, Pérez, Cord: "QuEST: Quantized Embedding Space for Transferring Knowledge",
 ECCV 2020, arXiv 1912.01540. The teacher's last feature map is quantized into visual words; the student learns
-to predict, at every position, how the teacher's feature is spread over the words:
+to predict, at every position, the soft assignment of the teacher's feature to the words:
 
     p_T(k) = softmax_k(−‖f_T − v_k‖² / τ)                        soft assignment to the words v_1 … v_K
     p_S(k) = softmax_k(γ · ⟨W_k/‖W_k‖, f_S/‖f_S‖⟩)               the student's cosine head, γ learned
     L      = α · mean over batch and positions of KL(p_T ‖ p_S)
 
-The paper's formula sums over positions, its code averages; so does this. Without a τ, the temperature
-follows the features' own scale, as in the same group's OBoW (Gidaris et al., CVPR 2021): τ = μ/δ with μ the
-mean squared distance of a feature to its nearest word.
+The paper's formula sums over positions, its code averages, and so do we. Without a τ, the temperature follows
+the scale of the features, as in the same group's OBoW (Gidaris et al., CVPR 2021): τ = μ/δ with μ the mean
+squared distance of a feature to its nearest word.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,31 +22,45 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor, nn
 
 from .. import base
-from .loss import Nearest, Whole, answer, closeness, divergence, draw, enough, nearest, stored
-from .patches import shown_words
-from .vocabulary import check_words, learn_vocabulary, perplexity, positions, shared_grid
+from .loss import (
+    AllWords,
+    TopWords,
+    cached_words,
+    choose_top,
+    divergence,
+    draw_positions,
+    read_cached_words,
+    top_words,
+    word_logits,
+)
+from .patches import select_patches
+from .vocabulary import check_words, learn_vocabulary, perplexity
 
 DELTA = 10.0
-"""δ where none is asked for; OBoW has 10 to 15."""
+"""Default δ; OBoW uses 10 to 15."""
+
+LIKELY_TOP = 32
+"""Estimated m of a cached soft assignment without ``top``."""
 
 
-def _listed(value: Any) -> Any:
+def _to_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | float | int) else value
 
 
-def _alone(value: tuple[float, ...]) -> float | list[float]:
+def _from_tuple(value: tuple[float, ...]) -> float | list[float]:
     return value[0] if len(value) == 1 else list(value)
 
 
-Taus = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed), PlainSerializer(_alone)]
-
+Taus = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_to_tuple), PlainSerializer(_from_tuple)
+]
 Levels = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^map(_pre|@(0|-?[1-9]\d*))?$")], ...], BeforeValidator(_listed)
+    tuple[Annotated[str, Field(pattern=r"^map(_pre|@(0|-?[1-9]\d*))?$")], ...], BeforeValidator(_to_tuple)
 ]
 
 
 class Parameters(base.Parameters):
-    """Symbols as in ``quest.py``."""
+    """Symbols as in the module's docstring."""
 
     words: int | None = Field(
         None, ge=2, description="K, the size of the vocabulary; none: 4096, or fewer with little data"
@@ -60,99 +74,91 @@ class Parameters(base.Parameters):
     levels: Levels = Field(("map",), min_length=1, description="feature maps to use: map, map@1, map@-2 …")
     iterations: int = Field(20, ge=1, description="k-means iterations")
     features: int | None = Field(
-        None, ge=2, description="how many features k-means may use; none: all of them"
+        None, ge=2, description="maximum number of features for k-means; none: all of them"
     )
     top: int | None = Field(
         None,
         ge=1,
-        description="m, the likeliest words that p_T keeps at each position; none: all of them, "
-        "or in a store so many that no more than 6 % of it is lost",
+        description="m, the likeliest words that p_T keeps at each position; none: all of them, or in the "
+        "teacher cache as many as keep 94 % of it",
     )
     positions: int | None = Field(
         None, ge=1, description="positions drawn for each image and epoch; none: all of them"
     )
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "Parameters":
+    def _check_combination(self) -> "Parameters":
         if len(set(self.levels)) < len(self.levels):
-            raise ValueError("a level is named twice in levels; name each once")
+            raise ValueError("levels must not be repeated")
         if self.tau is not None and self.delta != DELTA:
-            raise ValueError("delta has no effect beside tau; give one of them")
+            raise ValueError("delta has no effect with tau; set one of them")
         if self.tau is not None and len(self.tau) not in (1, len(self.levels)):
             raise ValueError(
-                f"{len(self.tau)} values of tau for {len(self.levels)} levels; give one, or one each"
+                f"{len(self.tau)} values of tau for {len(self.levels)} levels; set one, or one for each"
             )
         return self
 
     def temperature(self, level: str, mu: float) -> float:
-        """τ of a level, where the mean squared distance to the nearest word is μ."""
+        """Return τ of a level with mean squared distance μ to the nearest word."""
         if self.tau is None:
             return mu / self.delta
         return self.tau[self.levels.index(level)] if len(self.tau) > 1 else self.tau[0]
 
 
-LIKELY_TOP = 32
-"""About as many words as a store keeps of a position at most, where it is not asked for."""
-
-
 class Quest(base.Method):
-    """Predict the teacher's visual words; see the module's text for the formulas."""
+    """Predict the teacher's visual words; the formulas are in the module's docstring."""
 
     name = "quest"
     paper = "Jain et al., ECCV 2020, arXiv 1912.01540"
-    takes = Parameters
+    parameters_class = Parameters
     prepares = True
     weights = frozenset({"alpha"})
     # At least as strong as the labels. For resnet56 → resnet20 on CIFAR-10 α = 1 gives 0.25 and α = 30, which
-    # did better there, 7.4; on photos of garments it did better too (docs/benchmarks.md).
-    pull = (1.0, 8.0)
+    # was better, 7.4; higher was also better on photos of garments (docs/benchmarks.md).
+    gradient_ratio = (1.0, 8.0)
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
-        return frozenset(readout(level, network) for level in parameters.levels)
+        return frozenset(level_name(level, network) for level in parameters.levels)
 
     @classmethod
-    def check(
-        cls, parameters: Parameters, student: base.Shapes, teachers: Sequence[base.Shapes], images: int
-    ) -> None:
-        for teacher in teachers:
-            for level in parameters.levels:
-                h, w = shared_grid(_map(level, student), _map(level, teacher))
+    def check(cls, parameters: Parameters, setup: base.Setup, images: int) -> None:
+        for teacher in setup.teachers:
+            for h, w in _grids(parameters, setup.student, teacher):
                 check_words(parameters.words, min(images * h * w, parameters.features or images * h * w))
 
     @classmethod
-    def stored_bytes(cls, parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> int:
-        grids = [shared_grid(_map(level, student), _map(level, teacher)) for level in parameters.levels]
-        # A word's number and its probability, 2 bytes each.
-        return sum(h * w * 4 * (parameters.top or LIKELY_TOP) for h, w in grids)
+    def cached_bytes(cls, parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> int:
+        # Two bytes each for a word's index and its probability.
+        positions = sum(h * w for h, w in _grids(parameters, student, teacher))
+        return positions * 4 * (parameters.top or LIKELY_TOP)
 
     @classmethod
-    def prepare(cls, parameters: Parameters, preparation: base.PrepareContext) -> base.PrepareResult:
+    def prepare(cls, parameters: Parameters, context: base.PrepareContext) -> base.PrepareResult:
         """Learn one vocabulary for each teacher and level by k-means over the teacher's features."""
         tensors: dict[str, Tensor] = {}
         facts: list[Mapping[str, Any]] = []
-        for t, name in enumerate(preparation.teacher_names):
-            for level in parameters.levels:
-                student, teacher = preparation.student, preparation.teachers[t]
-                grid = shared_grid(_map(level, student), _map(level, teacher))
-                learned = learn_vocabulary(
-                    preparation,
+        for t, (name, teacher) in enumerate(zip(context.teacher_names, context.teachers, strict=True)):
+            grids = _grids(parameters, context.student, teacher)
+            for level, grid in zip(parameters.levels, grids, strict=True):
+                read = level_name(level, teacher)
+                vocabulary = learn_vocabulary(
+                    context,
                     teacher=t,
-                    level=readout(level, teacher),
+                    level=read,
                     grid=grid,
                     words=parameters.words,
                     iterations=parameters.iterations,
                     limit=parameters.features,
                 )
-                tau = parameters.temperature(level, learned.mu)
-                top, lost = enough(parameters.top, learned, tau, preparation)
-                tensors[f"{t}.{level}.words"] = learned.words
-                tensors[f"{t}.{level}.mu"] = torch.tensor(learned.mu)
+                tau = parameters.temperature(level, vocabulary.mu)
+                top, lost = choose_top(parameters.top, vocabulary, tau, context.note)
+                tensors[f"{t}.{level}.words"] = vocabulary.words
+                tensors[f"{t}.{level}.mu"] = torch.tensor(vocabulary.mu)
                 tensors[f"{t}.{level}.top"] = torch.tensor(top)
-                fact = {"teacher": name, "level": level, **learned.facts(), "top": top, "lost_mass": lost}
+                fact = {"teacher": name, "level": level, **vocabulary.facts(), "top": top, "lost_mass": lost}
                 if not facts:
-                    read = readout(level, teacher)
-                    fact |= shown_words(preparation, t, read, grid, learned.words, learned.usage)
+                    fact |= select_patches(context, t, read, grid, vocabulary)
                 facts.append(fact)
         summary = "; ".join(
             f"{f['words']} words from {f['features_used']:,} of {f['features']:,} features, perplexity "
@@ -161,154 +167,114 @@ class Quest(base.Method):
         )
         return base.PrepareResult(tensors, {"words": facts}, summary)
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        student: base.Shapes,
-        teachers: Sequence[base.Shapes],
-        prepared: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(parameters, student, teachers, prepared)
+    def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
+        super().__init__(parameters, setup)
         self.alpha = parameters.alpha
         self.terms = nn.ModuleList(
-            WordPrediction(
-                readout(level, student),
-                t,
-                readout(level, teacher),
-                words=prepared[f"{t}.{level}.words"],
-                tau=parameters.temperature(level, float(prepared[f"{t}.{level}.mu"])),
-                grid=shared_grid(_map(level, student), _map(level, teacher)),
-                channels=_map(level, student)[0],
-                gamma=parameters.gamma,
-                top=parameters.top,
-                stored=int(prepared.get(f"{t}.{level}.top", len(prepared[f"{t}.{level}.words"]))),
-                positions=parameters.positions,
-            )
-            for t, teacher in enumerate(teachers)
+            WordPrediction(parameters, setup, t, level)
+            for t in range(len(setup.teachers))
             for level in parameters.levels
         )
 
-    def forward(
-        self,
-        student: base.Features,
-        teachers: Sequence[base.Features],
-        labels: Tensor,
-        epoch: int,
-        keys: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        terms = [term(student, teachers, epoch, keys) for term in self._predictions()]
-        return {"quest": self.alpha * torch.stack(terms).sum()}
+    def forward(self, batch: base.Batch) -> dict[str, Tensor]:
+        return {"quest": self.alpha * torch.stack([term(batch) for term in self.terms]).sum()}
 
-    def answers(self, t: int) -> Sequence[base.CachedOutput]:
-        return [term.answer() for term in self._predictions() if term.teacher == t]
+    def cached_outputs(self, t: int) -> Sequence[base.CachedOutput]:
+        return [term.cached_output() for term in self._terms() if term.teacher == t]
 
     def scales(self) -> list[nn.Parameter]:
-        return [term.gamma for term in self._predictions()]
+        return [term.gamma for term in self._terms()]
 
-    def watched(self) -> dict[str, Tensor]:
-        one = len(self.terms) == 1
+    def metrics(self) -> dict[str, Tensor]:
         return {
-            key if one else f"{key} ({term.teacher} {term.teacher_reads})": value
-            for term in self._predictions()
-            for key, value in term.watched().items()
+            key if len(self.terms) == 1 else f"{key} ({term.teacher} {term.teacher_level})": value
+            for term in self._terms()
+            for key, value in term.metrics().items()
         }
 
-    def _predictions(self) -> Iterator["WordPrediction"]:
+    def _terms(self) -> Iterator["WordPrediction"]:
         for term in self.terms:
             assert isinstance(term, WordPrediction)
             yield term
 
 
 class WordPrediction(nn.Module):
-    """The loss of one teacher's vocabulary at one level: mean over batch and positions of KL(p_T ‖ p_S)."""
+    """The loss for one teacher and level: mean over batch and positions of KL(p_T ‖ p_S)."""
 
     words: Tensor
 
-    def __init__(
-        self,
-        reads: str,
-        teacher: int,
-        teacher_reads: str,
-        *,
-        words: Tensor,
-        tau: float,
-        grid: tuple[int, int],
-        channels: int,
-        gamma: float,
-        top: int | None,
-        stored: int,
-        positions: int | None,
-    ) -> None:
-        """
-        Args:
-            top: m, the words that p_T keeps at each position; None: all.
-            stored: m of a stored answer.
-            positions: how many positions are drawn for each image and epoch; None: all.
-        """
+    def __init__(self, parameters: Parameters, setup: base.Setup, t: int, level: str) -> None:
         super().__init__()
-        self.reads, self.teacher, self.teacher_reads = reads, teacher, teacher_reads
-        self.tau, self.grid, self.top, self.stored = tau, grid, top, stored
-        places = grid[0] * grid[1]
-        self.drawn = positions if positions is not None and positions < places else None
+        student, teacher = setup.student, setup.teachers[t]
+        self.teacher = t
+        self.student_level, self.teacher_level = level_name(level, student), level_name(level, teacher)
+        channels, *_ = student.maps[self.student_level]
+        self.grid = base.shared_grid(student.maps[self.student_level], teacher.maps[self.teacher_level])
+        words = setup.prepared[f"{t}.{level}.words"]
+        self.tau = parameters.temperature(level, float(setup.prepared[f"{t}.{level}.mu"]))
+        self.top = parameters.top
+        self.cached_top = int(setup.prepared.get(f"{t}.{level}.top", len(words)))
+        places = self.grid[0] * self.grid[1]
+        self.drawn = parameters.positions if (parameters.positions or places) < places else None
         self.register_buffer("words", words.float(), persistent=False)
         self.weight = nn.Parameter(torch.randn(len(words), channels) * (2 / channels) ** 0.5)
-        self.gamma = nn.Parameter(torch.tensor(gamma))
-        self.watch = base.RunningSums()
+        self.gamma = nn.Parameter(torch.tensor(parameters.gamma))
+        self.sums = base.RunningSums()
 
-    def forward(
-        self, student: base.Features, teachers: Sequence[base.Features], epoch: int, keys: Tensor | None
-    ) -> Tensor:
-        f_s = positions(student[self.reads], self.grid)
-        teacher = teachers[self.teacher]
-        answered = f"{self.teacher_reads}.ids" in teacher
-        if answered:
-            of_teacher = [teacher[f"{self.teacher_reads}.{part}"].flatten(0, 1) for part in ("ids", "p")]
+    def forward(self, batch: base.Batch) -> Tensor:
+        f_s = base.positions(batch.student[self.student_level], self.grid)
+        teacher = batch.teachers[self.teacher]
+        is_cached = f"{self.teacher_level}.ids" in teacher
+        if is_cached:
+            rows = [teacher[f"{self.teacher_level}.{part}"].flatten(0, 1) for part in ("ids", "p")]
         else:
-            of_teacher = [positions(teacher[self.teacher_reads], self.grid)]
+            rows = [base.positions(teacher[self.teacher_level], self.grid)]
         if self.drawn is not None:
             places = self.grid[0] * self.grid[1]
-            chosen = draw(keys, epoch, len(f_s) // places, places, self.drawn).to(f_s.device)
-            f_s, *of_teacher = (rows[chosen] for rows in (f_s, *of_teacher))
-        target = stored(*of_teacher) if answered else self._target(*of_teacher)
+            drawn = draw_positions(batch.keys, batch.epoch, len(f_s) // places, places, self.drawn)
+            f_s, *rows = (row[drawn.to(f_s.device)] for row in (f_s, *rows))
+        p_t = read_cached_words(*rows) if is_cached else self._soft_assignment(*rows)
         f_s, weight = F.normalize(f_s, dim=1), F.normalize(self.weight, dim=1)
-        return divergence(f_s, weight, self.gamma, target, self._look) / len(f_s)
+        return divergence(f_s, weight, self.gamma, p_t, self._record) / len(f_s)
 
-    def _target(self, f_t: Tensor) -> Nearest | Whole:
+    def _soft_assignment(self, f_t: Tensor) -> TopWords | AllWords:
         if self.top is not None and self.top < len(self.words):
-            return nearest(f_t, self.words, self.tau, self.top)[0]
-        return Whole(lambda rows: closeness(f_t[rows], self.words, self.tau), len(f_t))
+            return top_words(f_t, self.words, self.tau, self.top)[0]
+        return AllWords(lambda rows: word_logits(f_t[rows], self.words, self.tau), len(f_t))
 
-    def answer(self) -> base.CachedOutput:
-        return answer(self.teacher_reads, self.grid, self.words, self.tau, self.stored)
+    def cached_output(self) -> base.CachedOutput:
+        return cached_words(self.teacher_level, self.grid, self.words, self.tau, self.cached_top)
 
     @torch.no_grad()
-    def _look(self, word: Tensor, top: Tensor, right: Tensor) -> None:
-        ones = torch.ones_like(top)
-        usage = torch.zeros(len(self.words), dtype=top.dtype, device=top.device)
-        self.watch.add(
+    def _record(self, word: Tensor, p: Tensor, correct: Tensor) -> None:
+        ones = torch.ones_like(p)
+        usage = torch.zeros(len(self.words), dtype=p.dtype, device=p.device)
+        self.sums.add(
             positions=ones.sum(),
             usage=usage.index_add_(0, word, ones),
-            max_p_t=top.sum(),
-            right=right.sum(),
+            max_p_t=p.sum(),
+            correct=correct.sum(),
         )
 
-    def watched(self) -> dict[str, Tensor]:
-        sums = self.watch.take()
+    def metrics(self) -> dict[str, Tensor]:
+        sums = self.sums.take()
         if not sums:
             return {}
-        n = sums["positions"]
         return {
             "perplexity": perplexity(sums["usage"]),
-            "max_p_t": sums["max_p_t"] / n,
-            "word_accuracy": sums["right"] / n,
+            "max_p_t": sums["max_p_t"] / sums["positions"],
+            "word_accuracy": sums["correct"] / sums["positions"],
             "gamma": self.gamma.detach(),
         }
 
 
-def readout(level: str, network: base.Shapes) -> str:
-    """The readout that holds a level's map: for the last level of a VGG, the map before its ReLU."""
+def level_name(level: str, network: base.Shapes) -> str:
+    """Return the feature for a level; for the last level of a VGG, the map before its ReLU."""
     return "map_pre" if level == "map" and "map_pre" in network.maps else level
 
 
-def _map(level: str, network: base.Shapes) -> tuple[int, int, int]:
-    return network.maps[readout(level, network)]
+def _grids(parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> Sequence[tuple[int, int]]:
+    return [
+        base.shared_grid(student.maps[level_name(level, student)], teacher.maps[level_name(level, teacher)])
+        for level in parameters.levels
+    ]

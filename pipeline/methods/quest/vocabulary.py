@@ -1,4 +1,4 @@
-"""QuEST's vocabulary: k-means over a teacher's features by faiss, shared through the cache."""
+"""QuEST's vocabulary: k-means by faiss over a teacher's features, shared by all runs through the cache."""
 
 import contextlib
 import io
@@ -12,105 +12,109 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ...errors import JobError, UsageError
-from ..base import PrepareContext
+from ..base import PrepareContext, positions
 
+FILE = "vocabulary.safetensors"
+VERSION = 2
 
-def shared_grid(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> tuple[int, int]:
-    """The grid (H, W) at which two maps [C,H,W] meet: the finer one is average-pooled to the coarser."""
-    return min(student[1], teacher[1]), min(student[2], teacher[2])
+WORDS = 4096
+"""Default K, the paper's."""
 
+FEATURES_PER_WORD = 39
+"""Minimum number of features per word for the default K; faiss warns below it."""
 
-def pooled(f: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map [B,C,H,W], average-pooled to the grid (h, w) where that is another: [B,C,h,w]."""
-    return f if f.shape[-2:] == grid else F.adaptive_avg_pool2d(f, grid)
+SAMPLE = 1024
+"""Number of features that are stored with the words."""
 
+USAGE_RANKS = 64
+"""Number of ranks at which the report shows the usage of words."""
 
-def positions(f: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map [B,C,H,W], average-pooled to the grid (h, w), as the features [B·h·w,C] of its positions."""
-    f = pooled(f, grid)
-    return f.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
-
+MEMORY_LIMIT = 4 * 1024**3
+"""Bytes of features held in memory; more are streamed from a file."""
 
 CHUNK = 1 << 25
-"""Numbers that are looked at together where features are streamed: 128 MB."""
+"""Numbers read at a time from streamed features: 128 MB."""
 
-ON_DEVICE = 1 << 26
-"""Elements of a block's matrix on a GPU: large enough to fill it, small beside its memory."""
+GPU_BLOCK = 1 << 26
+"""Elements of a block's matrix on a GPU: large enough to fill it, small compared to its memory."""
 
-HALF = float(np.finfo(np.float16).max)
+FP16_MAX = float(np.finfo(np.float16).max)
 
 
 class FeatureMatrix:
     """n features of C channels: float32 in memory, or float16 in a file that is read in chunks.
 
-    What k-means finds hardly feels the rounding to half precision; values beyond its range are cut to it. The
-    class answers as ``faiss.contrib.clustering.DatasetAssign`` does, so that faiss's k-means runs over
-    features in a file, and with a GPU's distances where the teacher runs on one: ImageNet's 10 million
-    features of 2,048 channels against 4,096 words are 160 TFLOP an iteration.
+    Rounding to half precision hardly changes the result of k-means; values beyond its range are clipped. The
+    class implements the interface of ``faiss.contrib.clustering.DatasetAssign``, so that faiss's k-means runs
+    over features in a file, and computes distances on a GPU if the teacher runs on one: ImageNet's 10 million
+    features of 2,048 channels against 4,096 words take 160 TFLOP per iteration.
     """
 
     def __init__(self, n: int, channels: int, file: Path | None) -> None:
-        """``file``: where to stream from; None keeps them in memory."""
+        """Allocate the matrix in ``file``, or in memory if it is None."""
         self.file = file
         self.data: np.ndarray
         if file is None:
             self.data = np.empty((n, channels), np.float32)
         else:
-            # Written as a file: through a memory map a full disk would kill the process.
+            # Write through a file handle: a full disk kills a process that writes through a memory map.
             with file.open("wb") as empty:
                 empty.truncate(2 * n * channels)
             self.data = np.memmap(file, np.float16, "r", shape=(n, channels))
         self.device = torch.device("cpu")
 
-    def fill(self, maps: Iterable[Tensor], grid: tuple[int, int], of: int) -> bool:
-        """Take n of the ``of`` features in these maps [B,C,H,W], evenly; whether all are finite.
+    def fill(self, maps: Iterable[Tensor], grid: tuple[int, int], total: int) -> bool:
+        """Store n evenly spaced features out of ``total``, and return True if all of them are finite.
 
-        Position i of the stream is taken when it crosses into the next of n equal parts. Maps are
-        average-pooled to ``grid`` first.
+        Feature i of the stream is stored if it crosses into the next of n equal parts.
+
+        Args:
+            maps: [B,C,H,W], average-pooled to ``grid`` first.
+            grid: (h, w).
+            total: number of positions in all maps.
         """
-        n, seen, taken, finite = len(self.data), 0, 0, True
+        n, seen, stored, finite = len(self.data), 0, 0, True
         for f in maps:
             self.device = f.device
             rows = positions(f.float(), grid)
             index = torch.arange(seen, seen + len(rows))
-            chosen = rows[((index + 1) * n // of > index * n // of).to(rows.device)]
+            chosen = rows[((index + 1) * n // total > index * n // total).to(rows.device)]
             finite = finite and bool(torch.isfinite(chosen).all())
             if self.file is None:
-                self.data[taken : taken + len(chosen)] = chosen.cpu().numpy()
+                self.data[stored : stored + len(chosen)] = chosen.cpu().numpy()
             else:
-                halves = chosen.clamp(-HALF, HALF).cpu().numpy().astype(np.float16)
+                halves = chosen.clamp(-FP16_MAX, FP16_MAX).cpu().numpy().astype(np.float16)
                 with self.file.open("r+b") as file:
-                    file.seek(2 * taken * self.dim())
+                    file.seek(2 * stored * self.dim())
                     file.write(halves.data)
-            seen, taken = seen + len(rows), taken + len(chosen)
+            seen, stored = seen + len(rows), stored + len(chosen)
         return finite
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All features in order, float32 [m,C] with at most CHUNK numbers each."""
+        """Yield all features in order, float32 [m,C] with at most ``CHUNK`` numbers at a time."""
         size = max(1, CHUNK // self.dim())
         for start in range(0, len(self.data), size):
             yield np.asarray(self.data[start : start + size], np.float32)
 
     def nearest(self, words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Each chunk, with the squared distance to its features' nearest words and the words' numbers."""
-        find = nearest if self.device.type == "cpu" else partial(nearest_on, self.device)
+        """Yield each chunk with the squared distances to the nearest words, and these words' indices."""
+        search = nearest_words if self.device.type == "cpu" else partial(nearest_words_on, self.device)
         for chunk in self.chunks():
-            yield chunk, *find(chunk, words)
+            yield chunk, *search(chunk, words)
 
     def kmeans(self, k: int, iterations: int, seed: int) -> np.ndarray:
-        """The words [k,C], float32: Lloyd's algorithm by faiss, L2 on raw features, from k random ones."""
+        """Compute words [k,C], float32: Lloyd's algorithm by faiss, L2 on raw features, random start."""
         import faiss
         from faiss.contrib import clustering
 
         faiss.omp_set_num_threads(torch.get_num_threads())
         if self.file is not None or self.device.type != "cpu":
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints whatever verbose says
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints even with verbose=False
                 words: np.ndarray = clustering.kmeans(
                     k, self, niter=iterations, seed=seed % 2**31, verbose=False
                 )
@@ -120,16 +124,16 @@ class FeatureMatrix:
             k,
             niter=iterations,
             seed=seed % 2**31,
-            # faiss samples 256 features a word unless told otherwise.
+            # By default faiss samples 256 features per word.
             max_points_per_centroid=len(self.data),
             min_points_per_centroid=1,
         )
         in_memory.train(self.data)
-        found = in_memory.centroids
-        assert found is not None
-        return found.copy()
+        centroids = in_memory.centroids
+        assert centroids is not None
+        return centroids.copy()
 
-    # What faiss.contrib.clustering.kmeans asks for.
+    # The interface of faiss.contrib.clustering.DatasetAssign.
 
     def count(self) -> int:
         return len(self.data)
@@ -143,19 +147,19 @@ class FeatureMatrix:
     def assign_to(
         self, centroids: np.ndarray, weights: Any = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Nearest centroid and squared distance to it [n], and the sum of each centroid's features."""
+        """Return the nearest centroid, the squared distance to it [n], and the feature sum per centroid."""
         words, distances = [], []
         sums = torch.zeros(centroids.shape, dtype=torch.float64)
         for chunk, distance, word in self.nearest(centroids):
-            of_chunk = torch.zeros(centroids.shape)
-            sums += of_chunk.index_add_(0, torch.from_numpy(word), torch.from_numpy(chunk))
+            chunk_sums = torch.zeros(centroids.shape)
+            sums += chunk_sums.index_add_(0, torch.from_numpy(word), torch.from_numpy(chunk))
             words.append(word)
             distances.append(distance)
         return np.concatenate(words), np.concatenate(distances), sums.float().numpy()
 
 
-def nearest(features: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distance to the nearest word, and its number, for each of the features [n,C]."""
+def nearest_words(features: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squared distance to the nearest word and its index for features [n,C], by faiss."""
     import faiss
 
     index = faiss.IndexFlatL2(words.shape[1])
@@ -164,77 +168,56 @@ def nearest(features: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.nda
     return distance[:, 0], word[:, 0]
 
 
-def nearest_on(
+def nearest_words_on(
     device: torch.device, features: np.ndarray, words: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same by torch on a device."""
+    """Return the same as ``nearest_words``, computed by torch on a device."""
     f, v = torch.from_numpy(features).to(device), torch.from_numpy(words).to(device)
     # ‖f − v‖² = ‖f‖² + ‖v‖² − 2⟨f,v⟩, in fp32: half precision would cancel.
-    parts = [
-        torch.addmm(v.square().sum(1), part, v.T, alpha=-2).min(dim=1)
-        for part in f.split(ON_DEVICE // len(v))
+    blocks = [
+        torch.addmm(v.square().sum(1), block, v.T, alpha=-2).min(dim=1)
+        for block in f.split(GPU_BLOCK // len(v))
     ]
-    distance = torch.cat([part.values for part in parts]) + f.square().sum(1)
-    return distance.clamp(min=0).cpu().numpy(), torch.cat([part.indices for part in parts]).cpu().numpy()
+    distance = torch.cat([block.values for block in blocks]) + f.square().sum(1)
+    return distance.clamp(min=0).cpu().numpy(), torch.cat([block.indices for block in blocks]).cpu().numpy()
 
 
-FILE = "vocabulary.safetensors"
-VERSION = 2
+@dataclass(frozen=True)
+class Vocabulary:
+    """K words [K,C], fp32, with statistics of the features they were learned from."""
 
-WORDS = 4096
-"""K where none is asked for: the paper's."""
+    words: Tensor
+    sample: Tensor
+    """Some of the features [n,C], evenly spaced, on which temperatures are evaluated."""
+    usage: Tensor
+    """Number of features nearest to each word, int64 [K]."""
+    mu: float
+    """Mean squared distance to the nearest word."""
+    requested: int
+    """K as requested, or the default."""
+    features: int
+    features_used: int
+    perplexity: float
+    note: str | None
 
-FEATURES_PER_WORD = 39
-"""Features that a word should at least be learned from; faiss warns below it."""
-
-SAMPLE = 1024
-"""Features that are kept beside the words."""
-
-MEMORY_LIMIT = 4 * 1024**3
-"""Bytes of features held in memory; more are streamed from a file."""
-
-CURVE = 64
-"""Ranks at which the words' usage is told."""
+    def facts(self) -> dict[str, Any]:
+        tensors = ("words", "sample", "usage")
+        facts = {key: value for key, value in asdict(self).items() if key not in tensors}
+        return {"words": len(self.words), **facts, **summarize_usage(self.usage)}
 
 
-def usage_facts(usage: Tensor | None) -> dict[str, Any]:
-    """How unevenly words are used, for the report; nothing where an older vocabulary does not tell."""
-    if usage is None:
-        return {}
+def summarize_usage(usage: Tensor) -> dict[str, Any]:
+    """Return for the report how unevenly words are used: counts at some ranks, and unused words."""
     counts = np.sort(usage.numpy())[::-1]
-    ranks = np.unique(np.linspace(0, len(counts) - 1, CURVE).astype(np.int64))
+    ranks = np.unique(np.linspace(0, len(counts) - 1, USAGE_RANKS).astype(np.int64))
     return {
         "usage": [(int(rank) + 1, int(counts[rank])) for rank in ranks],
         "dead": int((counts == 0).sum()),
     }
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """K words [K,C], fp32, with the facts of their making; μ is the mean squared distance to the nearest.
-
-    ``sample`` [n,C] are some of the features, drawn evenly: what a temperature does is tried on them.
-    """
-
-    words: Tensor
-    sample: Tensor
-    mu: float
-    asked: int
-    features: int
-    features_used: int
-    perplexity: float
-    note: str | None
-    usage: Tensor | None = None
-    """Of how many features each word is the nearest, int64 [K]; None in vocabularies of older versions."""
-
-    def facts(self) -> dict[str, Any]:
-        apart = ("words", "sample", "usage")
-        facts = {key: value for key, value in asdict(self).items() if key not in apart}
-        return {"words": len(self.words), **facts, **usage_facts(self.usage)}
-
-
 def learn_vocabulary(
-    preparation: PrepareContext,
+    context: PrepareContext,
     *,
     teacher: int,
     level: str,
@@ -243,39 +226,40 @@ def learn_vocabulary(
     iterations: int,
     limit: int | None,
 ) -> Vocabulary:
-    """Words of one teacher's map at one level, from the cache where an earlier run has learned them.
+    """Learn words of one teacher's map, or read them from the cache if a run has learned them before.
 
     Args:
-        grid: (H, W) to which the teacher's map is average-pooled first.
-        words: K as asked for; None: 4,096, or with a note fewer, so that each has 39 features or more.
-        limit: the largest number of features k-means may use; None is all.
+        level: the map's name.
+        grid: (H, W) to which the map is average-pooled first.
+        words: K; None: 4,096, or fewer with a note, so that each has at least 39 features.
+        limit: maximum number of features for k-means; None: all.
 
     Raises:
         UsageError: there are fewer features than words.
-        JobError: there is no room for them, or the features are not finite, or all the same.
+        JobError: they do not fit on the disk, are not finite, or are all the same.
     """
-    channels, *_ = preparation.teachers[teacher].maps[level]
-    features = preparation.images * grid[0] * grid[1]
-    used, streamed = _place(
-        min(features, limit or features), channels, preparation, asked_for=limit is not None
+    channels, *_ = context.teachers[teacher].maps[level]
+    features = context.images * grid[0] * grid[1]
+    used, streamed = _choose_storage(
+        min(features, limit or features), channels, context, required=limit is not None
     )
     check_words(words, used)
     k = words or max(2, min(WORDS, used // FEATURES_PER_WORD))
     note = None
     if k < (words or WORDS):
         note = (
-            f"{k} words instead of {WORDS}: {used:,} features are enough for {k} "
+            f"{k} words instead of {WORDS}: {used:,} features are sufficient for {k} "
             f"({FEATURES_PER_WORD} or more each)"
         )
     elif k * FEATURES_PER_WORD > used:
         note = (
-            f"{used:,} features are few for {k} words; {used // FEATURES_PER_WORD} would have "
+            f"{used:,} features are few for {k} words; {used // FEATURES_PER_WORD} words would have "
             f"{FEATURES_PER_WORD} or more each"
         )
     if note:
-        preparation.note(note)
+        context.note(note)
     if used < features:
-        preparation.note(f"k-means uses {used:,} of {features:,} features, drawn evenly")
+        context.note(f"k-means uses {used:,} of {features:,} features, evenly spaced")
     key = {
         "version": VERSION,
         "level": level,
@@ -284,62 +268,65 @@ def learn_vocabulary(
         "iterations": iterations,
         "used": used,
         "streamed": streamed,
-        "seed": preparation.seed,
+        "seed": context.seed,
     }
 
     def write(path: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=preparation.scratch) as scratch:
-            held = FeatureMatrix(used, channels, Path(scratch) / "features.f16" if streamed else None)
-            maps = (readout[level] for readout in preparation.readouts(teacher, frozenset([level])))
-            if not held.fill(maps, grid, features):
+        with tempfile.TemporaryDirectory(dir=context.scratch) as scratch:
+            matrix = FeatureMatrix(used, channels, Path(scratch) / "features.f16" if streamed else None)
+            maps = (batch[level] for batch in context.features(teacher, frozenset([level])))
+            if not matrix.fill(maps, grid, features):
                 raise JobError(
-                    f"The features of {preparation.teacher_names[teacher]} are not finite numbers: its "
-                    "weights are broken; try other weights or train the teacher anew."
+                    f"{context.teacher_names[teacher]}: its features are not finite, so its weights are "
+                    "broken. Use other weights or train the teacher again."
                 )
-            _write(path / FILE, describe(held, held.kmeans(k, iterations, preparation.seed)))
+            _write(path / FILE, measure_words(matrix, matrix.kmeans(k, iterations, context.seed)))
 
-    learned = _read(preparation.shared(teacher, "vocabulary", key, write) / FILE)
-    return Vocabulary(asked=words or WORDS, features=features, features_used=used, note=note, **learned)
+    learned = _read(context.cached(teacher, "vocabulary", key, write) / FILE)
+    return Vocabulary(requested=words or WORDS, features=features, features_used=used, note=note, **learned)
 
 
 def check_words(words: int | None, features: int) -> None:
-    """
+    """Check that there are at least as many features as words.
+
     Raises:
-        UsageError: more words are asked for than there are features to learn them from.
+        UsageError: there are fewer.
     """
     if words is not None and words > features:
         raise UsageError(
-            f"quest.words={words}: k-means has {features:,} features (one for each position of the map "
-            "in each training image, or quest.features of them), and a word needs one; ask for fewer words, "
-            f"as in --set quest.words={max(2, features // 8)}."
+            f"--set quest.words={words} exceeds the number of features for k-means, {features:,} (one for "
+            "each position of the map in each training image, limited by quest.features). Use fewer "
+            f"words, such as --set quest.words={max(2, features // 8)}."
         )
 
 
-def _place(wanted: int, channels: int, preparation: PrepareContext, *, asked_for: bool) -> tuple[int, bool]:
-    """How many features are used, and whether they are streamed from the disk instead of held in memory.
+def _choose_storage(
+    wanted: int, channels: int, context: PrepareContext, *, required: bool
+) -> tuple[int, bool]:
+    """Return the number of features to use, and True if they are streamed from a file.
 
-    All of them in memory where they fit in 4 GiB; else in a file, where half of the free disk holds it; else
-    as many as fit in memory, unless so many were asked for.
+    All are held in memory if they take at most 4 GiB, or in a file if it takes at most half of the free disk.
+    Otherwise as many are used as fit in memory, unless ``required``.
 
     Raises:
-        JobError: there is no room for the features that were asked for.
+        JobError: the required features do not fit.
     """
     if 4 * channels * wanted <= MEMORY_LIMIT:
         return wanted, False
-    free = shutil.disk_usage(preparation.scratch).free
+    free = shutil.disk_usage(context.scratch).free
     if 2 * channels * wanted <= free // 2:
         return wanted, True
-    if asked_for:
+    if required:
         raise JobError(
-            f"{wanted:,} features of {channels} channels need {4 * channels * wanted / 1e9:.0f} GB free at "
-            f"{preparation.scratch}, half of them for the features; there are {free / 1e9:.0f} GB. Make "
-            "room, or ask for fewer with --set quest.features."
+            f"{context.scratch}: {wanted:,} features of {channels} channels require "
+            f"{4 * channels * wanted / 1e9:.0f} GB of free disk space, got {free / 1e9:.0f} GB. Free some, "
+            "or lower --set quest.features."
         )
     return MEMORY_LIMIT // (4 * channels), False
 
 
-def describe(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
-    """The words with μ, the mean squared distance to the nearest, and the perplexity of the assignment.
+def measure_words(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
+    """Return the words with μ, perplexity, usage and a sample of the features.
 
     Raises:
         JobError: all features are the same, or each is a word.
@@ -352,17 +339,13 @@ def describe(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
         square += float(np.einsum("nc,nc->", chunk, chunk, dtype=np.float64))
         total += chunk.sum(0, dtype=np.float64)
         usage += np.bincount(word, minlength=len(words))
-    # Below fp32's resolution of ‖f‖² a distance is rounding alone.
-    rounding = 1e-6 * square
+    rounding = 1e-6 * square  # below fp32's resolution of ‖f‖²
     if not square - float(total @ total) / features.count() > rounding:
-        raise JobError(
-            "All features of the teacher are the same: it sees no difference between the images; check its "
-            "weights and the data."
-        )
+        raise JobError("All features of the teacher are the same. Check its weights and the data.")
     if not distance > rounding:
         raise JobError(
-            f"Each of the teacher's features is one of the {len(words)} words: nothing is left to tell how "
-            "near a word is; ask for fewer with --set quest.words."
+            f"Each of the teacher's features equals one of the {len(words)} words, so the distances have no "
+            "scale. Lower --set quest.words."
         )
     sampled = np.unique(np.linspace(0, features.count() - 1, SAMPLE).astype(np.int64))
     return {
@@ -375,14 +358,14 @@ def describe(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
 
 
 def perplexity(usage: Tensor) -> Tensor:
-    """exp(H) of the words' usage [K], counts or frequencies: how many words are in even use."""
+    """Return exp(entropy) of the usage [K], as counts or frequencies: the effective number of words."""
     p = usage / usage.sum()
     return torch.special.entr(p).sum().exp()
 
 
 def _write(path: Path, learned: dict[str, Any]) -> None:
     metadata = {"mu": repr(learned["mu"]), "perplexity": repr(learned["perplexity"])}
-    # The cache answers a full disk, which safetensors' own writer would not tell as an OSError.
+    # Not safetensors' own writer: on a full disk it does not raise an OSError, which the cache handles.
     tensors = {name: learned[name].contiguous() for name in ("words", "sample", "usage")}
     path.write_bytes(save(tensors, metadata))
 
@@ -390,6 +373,6 @@ def _write(path: Path, learned: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        # Not a map of a file that others may write.
+        # Copies: the tensors are views of a memory-mapped file that others may change.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     return {**tensors, "mu": float(metadata["mu"]), "perplexity": float(metadata["perplexity"])}
