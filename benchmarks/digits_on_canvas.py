@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PillowImage
 from questpress.pipeline.data.dataset import SPLITS
-from questpress.pipeline.data.sources.timm_datasets import open_digits
+from questpress.pipeline.data.sources.timm_datasets import read_digits
 
 CANVAS = 48
 """Pixels of a side: four quarters of 24."""
@@ -22,7 +22,7 @@ CANVAS = 48
 
 def digits() -> list[tuple[np.ndarray, int]]:
     """The built-in digits, grey [8,8], and what each shows, in the order of their content."""
-    data = open_digits()
+    data = read_digits().split()
     every = sorted((image for role in SPLITS for image in data.split(role)), key=lambda image: image.key)
     return [(np.asarray(image.read())[..., 0], image.label) for image in every]
 

@@ -1,67 +1,112 @@
-"""Views become pixels: crop, resize, flip, many at a time.
+"""Pixels of views: crop, resize and flip, in batches.
 
-``pad_crop`` at its own size is a gather of whole pixels, equal to the bit on every device. Anything resized
-is antialiased and bilinear (a triangle filter as wide as the reduction) and rounded to uint8:
+``pad_crop`` at its own size gathers whole pixels and is bit-exact on every device. Resizing is bilinear and
+antialiased (a triangle filter as wide as the reduction), rounded to uint8:
 
-- on a CPU, torch's own uint8 resize, image by image (fast in whole numbers);
-- on accelerators, two batched matrix products, rows and then columns, without a launch for each image.
+- on a CPU, torch's own uint8 resize, image by image (fast integer arithmetic);
+- on accelerators, two batched matrix products, rows and then columns, without a kernel launch per image.
 
-Both agree with torchvision's ``resized_crop(antialias=True)``, and so with each other, within 1 level of 255.
+Both match torchvision's ``resized_crop(antialias=True)``, and so each other, within 1 level of 255.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from .decode import Pixels
-from .views import ViewPolicy, boxes, jitter
+from .views import ViewPolicy, draw_color_factors, draw_crops
 
 T = TypeVar("T", bound=Iterable[Tensor])
 
+MAX_BATCH_PIXELS = 1 << 23
+"""Pixels of crops, padded to the largest of them, in one batched product: about 400 MB with intermediates."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """N images of any sizes in one buffer.
+
+    ``data`` is uint8 [P, 3], the RGB pixels of all images row by row, one image after the other (possibly
+    memory-mapped or on an accelerator). ``offsets`` (in pixels), ``heights`` and ``widths`` are int64 [N] and
+    stay on the host, since geometry is computed there.
+    """
+
+    data: Tensor
+    offsets: Tensor
+    heights: Tensor
+    widths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    def image(self, index: int) -> Tensor:
+        """Return a view of one image: uint8 [H, W, 3]."""
+        start, height, width = (int(x[index]) for x in (self.offsets, self.heights, self.widths))
+        return self.data[start : start + height * width].view(height, width, 3)
+
+    def stack(self) -> Tensor:
+        """Return a view of all images, uint8 [N, H, W, 3].
+
+        Raises:
+            ValueError: their sizes differ.
+        """
+        heights, widths = self.heights.unique(), self.widths.unique()
+        if len(heights) != 1 or len(widths) != 1:
+            raise ValueError("only images of one size can be stacked")
+        return self.data.view(len(self), int(heights), int(widths), 3)
+
+    def to(self, device: torch.device | str) -> "Pixels":
+        return replace(self, data=self.data.to(device))
+
+
+def pack_pixels(data: Tensor, sizes: Tensor) -> Pixels:
+    """Return pixels from a buffer (uint8 [P, 3]) and the images' sizes (int64 [N, 2]: height, width)."""
+    areas = sizes[:, 0] * sizes[:, 1]
+    return Pixels(data, areas.cumsum(0) - areas, sizes[:, 0].clone(), sizes[:, 1].clone())
+
 
 def prefetch(batches: Iterator[T], device: torch.device | str) -> Iterator[T]:
-    """The same batches, iterables of their tensors. On an NVIDIA GPU each is made, on a stream of its own,
-    while the one before it is worked on; elsewhere each is made when it is asked for.
+    """Yield the same batches, iterables of their tensors.
+
+    On an NVIDIA GPU, each is computed on a separate stream while the batch before it is in use. On other
+    devices, batches are computed on request.
     """
     device = torch.device(device)
     if device.type != "cuda":
         yield from batches
         return
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))  # what the batches are made from is there by then
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # for the data that batches are computed from
 
-    def made() -> T | None:
-        with torch.cuda.stream(beside):
+    def compute() -> T | None:
+        with torch.cuda.stream(stream):
             return next(batches, None)
 
-    coming = made()
-    while coming is not None:
-        here = torch.cuda.current_stream(device)
-        here.wait_stream(beside)
-        for tensor in coming:
-            tensor.record_stream(here)  # its memory is not used again before this stream is done with it
-        # Begun before the step that uses `ready`, so that the two run side by side.
-        ready, coming = coming, made()
-        yield ready
+    upcoming = compute()
+    while upcoming is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for tensor in upcoming:
+            tensor.record_stream(current)  # its memory is not reused before this stream has finished with it
+        # Started before the step that uses `batch`, so that both run concurrently.
+        batch, upcoming = upcoming, compute()
+        yield batch
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on the device; with CUDA by way of pinned memory, from which a copy waits for
-    nothing and is not waited for.
-    """
+    """Copy a host tensor to the device; with CUDA asynchronously, through pinned memory."""
     device = torch.device(device)
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    # On Apple's GPUs such a copy may outlive the memory it reads.
+    # On Apple GPUs an asynchronous copy may outlive the memory it reads.
     return tensor.to(device, non_blocking=device.type != "mps")
-
-
-PRODUCT_PIXELS = 1 << 23
-"""Pixels of crops, padded to the largest of them, that one product takes: some 400 MB with all between."""
 
 
 def render_views(
@@ -73,39 +118,46 @@ def render_views(
     policy: ViewPolicy,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The crops ``box`` (int32 [B, 4], as ``views.boxes`` gives them) of images ``indices`` (int64 [B]) at
-    ``size`` × ``size`` pixels, mirrored where ``flips``: uint8 [B, 3, S, S] on ``device``, channels last.
+    """Return crops at ``size`` × ``size`` pixels: uint8 [B, 3, S, S] on ``device``, channels last.
 
-    ``indices``, ``box`` and ``flips`` are on the host; ``pixels`` may be there or on ``device``. The host
-    never waits for the device.
+    The host never waits for the device.
+
+    Args:
+        pixels: on the host or on ``device``.
+        indices: of the images, int64 [B] on the host.
+        box: int32 [B, 4] on the host, from ``views.draw_crops``.
+        flips: bool [B] on the host; True for mirrored views.
+        size: S.
+        policy: that the crops were drawn with.
+        device: of the result.
     """
     device = torch.device(device)
     if pixels.data.device.type == "cpu" and device.type != "cpu":
-        pixels, indices, box = brought(pixels, indices, box, policy, device)
+        pixels, indices, box = copy_crop_rows(pixels, indices, box, policy, device)
     if policy.kind == "pad_crop":
-        views = _padded_crops(pixels, indices, box, flips, policy)
+        views = _gather_padded_crops(pixels, indices, box, flips, policy)
         if size == policy.crop:
             return views.permute(0, 3, 1, 2)
-        # Cropped and mirrored already; only the size is still to come.
-        number = len(indices)
-        whole = torch.tensor([0, 0, policy.crop, policy.crop]).expand(number, 4)
-        side = torch.full((number,), policy.crop)
-        pixels = Pixels(views.reshape(-1, 3), torch.arange(number) * policy.crop**2, side, side)
-        indices, box, flips = torch.arange(number), whole, torch.zeros(number, dtype=torch.bool)
+        # Already cropped and mirrored; resize the whole.
+        count = len(indices)
+        side = torch.full((count,), policy.crop)
+        pixels = Pixels(views.reshape(-1, 3), torch.arange(count) * policy.crop**2, side, side)
+        box = torch.tensor([0, 0, policy.crop, policy.crop]).expand(count, 4)
+        indices, flips = torch.arange(count), torch.zeros(count, dtype=torch.bool)
     if device.type == "cpu":
-        return _resized_one_by_one(pixels, indices, box, flips, size)
-    return resized_by_products(pixels, indices, box, flips, size)
+        return _resize_each(pixels, indices, box, flips, size)
+    return resize_batched(pixels, indices, box, flips, size)
 
 
-def brought(
+def copy_crop_rows(
     pixels: Pixels, indices: Tensor, box: Tensor, policy: ViewPolicy, device: torch.device
 ) -> tuple[Pixels, Tensor, Tensor]:
-    """The rows that the crops lie in, from the host to the device: its pixels, and the same crops in them.
+    """Copy the rows that the crops lie in to the device: the copied pixels, and indices and boxes in them.
 
-    They are packed in pinned memory, so that the copy runs beside the device's work.
+    They are packed in pinned memory, so that the copy is concurrent with the device's work.
     """
     top, height = box[:, 0].long(), box[:, 2].long()
-    if policy.kind == "pad_crop":  # what the padding shows may be any row
+    if policy.kind == "pad_crop":  # the padding may show any row
         top, height = torch.zeros_like(top), pixels.heights[indices]
     width = pixels.widths[indices]
     starts, lengths = pixels.offsets[indices] + top * width, height * width
@@ -115,41 +167,43 @@ def brought(
         packed[end : end + length] = pixels.data[start : start + length]
         end += length
     moved = box.long() - torch.stack([top, *[torch.zeros_like(top)] * 3], 1)
-    there = Pixels(to_device(packed, device), lengths.cumsum(0) - lengths, height, width)
-    return there, torch.arange(len(indices)), moved
+    copied = Pixels(to_device(packed, device), lengths.cumsum(0) - lengths, height, width)
+    return copied, torch.arange(len(indices)), moved
 
 
-def _all_sent(device: torch.device, *columns: Tensor) -> Sequence[Tensor]:
-    """Numbers from the host, [B] each, as int64 on the device, in one copy that nothing waits for."""
+def _copy_columns(device: torch.device, *columns: Tensor) -> Sequence[Tensor]:
+    """Copy host tensors [B] to the device as int64, in one asynchronous copy."""
     return to_device(torch.stack([column.long() for column in columns]), device).unbind()
 
 
-def _padded_crops(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, policy: ViewPolicy) -> Tensor:
-    """uint8 [B, S, S, 3] by gathering whole pixels."""
+def _gather_padded_crops(
+    pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, policy: ViewPolicy
+) -> Tensor:
+    """Return crops of the padded images by gathering whole pixels: uint8 [B, S, S, 3]."""
     device, side = pixels.data.device, policy.side
     starts, top, left, mirrored = (
-        x[:, None] for x in _all_sent(device, pixels.offsets[indices], box[:, 0], box[:, 1], flips)
+        x[:, None] for x in _copy_columns(device, pixels.offsets[indices], box[:, 0], box[:, 1], flips)
     )
     steps = torch.arange(policy.crop, device=device)
     rows = top + steps
     columns = left + torch.where(mirrored.bool(), steps.flip(0), steps)
-    first = starts + _within(rows, side, policy) * side
-    views = pixels.data[first[:, :, None] + _within(columns, side, policy)[:, None, :]]
+    first = starts + _source_position(rows, side, policy) * side
+    views = pixels.data[first[:, :, None] + _source_position(columns, side, policy)[:, None, :]]
     if policy.mode == "zeros" and policy.pad:
         inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
         views *= inside[..., None]
     return views
 
 
-def _within(position: Tensor, side: int, policy: ViewPolicy) -> Tensor:
-    """The pixel that stands at a position of the padded image."""
+def _source_position(position: Tensor, side: int, policy: ViewPolicy) -> Tensor:
+    """Map a position of the padded image to the pixel that is shown there."""
     if policy.mode == "reflect":
         position = position.abs()
         position = side - 1 - (side - 1 - position).abs()
     return position.clamp(0, side - 1)
 
 
-def _resized_one_by_one(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
+def _resize_each(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
     views = torch.empty(len(indices), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for view, index, (top, left, height, width), flip in zip(
         views, indices.tolist(), box.tolist(), flips.tolist(), strict=True
@@ -160,80 +214,85 @@ def _resized_one_by_one(pixels: Pixels, indices: Tensor, box: Tensor, flips: Ten
     return views
 
 
-def resized_by_products(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, S, S] on the pixels' device by two batched matrix products (see ``render_views``), in as
-    many pieces as ``PRODUCT_PIXELS`` asks for.
+def resize_batched(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
+    """Return crops uint8 [B, 3, S, S] on the pixels' device, resized by two batched matrix products.
+
+    Works in chunks of at most ``MAX_BATCH_PIXELS``.
     """
     views = torch.empty(len(indices), size, size, 3, dtype=torch.uint8, device=pixels.data.device)
-    # The tallest and the widest crop are known on the host: the device is not waited for.
-    tallest, widest = (int(length.max()) if len(length) else 1 for length in (box[:, 2], box[:, 3]))
-    most = max(1, PRODUCT_PIXELS // (tallest * widest))
-    for start in range(0, len(indices), most):
-        some = slice(start, start + most)
-        top, left, height, width = box[some].long().T
-        stride = pixels.widths[indices[some]]
-        first = pixels.offsets[indices[some]] + top * stride + left
-        numbers = _all_sent(pixels.data.device, first, stride, height, width, flips[some])
-        products = _products(pixels.data, numbers, tallest, widest, size)
-        views[some] = products.round_().clamp_(0, 255).transpose(1, 2)
+    # Maxima are computed on the host, so that it does not wait for the device.
+    max_height, max_width = (int(length.max()) if len(length) else 1 for length in (box[:, 2], box[:, 3]))
+    chunk = max(1, MAX_BATCH_PIXELS // (max_height * max_width))
+    for start in range(0, len(indices), chunk):
+        rows = slice(start, start + chunk)
+        top, left, height, width = box[rows].long().T
+        stride = pixels.widths[indices[rows]]
+        first = pixels.offsets[indices[rows]] + top * stride + left
+        geometry = _copy_columns(pixels.data.device, first, stride, height, width, flips[rows])
+        resized = _resize_chunk(pixels.data, geometry, max_height, max_width, size)
+        views[rows] = resized.round_().clamp_(0, 255).transpose(1, 2)
     return views.permute(0, 3, 1, 2)
 
 
-def _products(data: Tensor, numbers: Sequence[Tensor], tallest: int, widest: int, size: int) -> Tensor:
-    """float32 [B, column, row, 3] of crops: ``numbers`` are first pixel in ``data``, pixels from a row to the
-    next, height, width and whether mirrored, int64 [B] each.
+def _resize_chunk(
+    data: Tensor, geometry: Sequence[Tensor], max_height: int, max_width: int, size: int
+) -> Tensor:
+    """Return resized crops, float32 [B, column, row, 3].
+
+    ``geometry`` is, int64 [B] each: first pixel in ``data``, row stride, height, width, mirrored.
     """
-    first, stride, height, width, mirrored = numbers
-    rows = torch.arange(tallest, device=data.device).minimum(height[:, None] - 1) * stride[:, None]
-    columns = torch.arange(widest, device=data.device).minimum(width[:, None] - 1)
+    first, stride, height, width, mirrored = geometry
+    rows = torch.arange(max_height, device=data.device).minimum(height[:, None] - 1) * stride[:, None]
+    columns = torch.arange(max_width, device=data.device).minimum(width[:, None] - 1)
     crops = data[(first[:, None] + rows)[:, :, None] + columns[:, None, :]]
-    down = _triangles(height, tallest, size)
-    across = _triangles(width, widest, size)
+    down = _triangle_filter(height, max_height, size)
+    across = _triangle_filter(width, max_width, size)
     across = torch.where(mirrored.bool()[:, None, None], across.flip(1), across)
     batch = len(first)
-    squeezed = torch.bmm(down, crops.to(down.dtype).reshape(batch, tallest, widest * 3))
-    squeezed = squeezed.view(batch, size, widest, 3).transpose(1, 2).reshape(batch, widest, size * 3)
-    return torch.bmm(across, squeezed).view(batch, size, size, 3)
+    reduced = torch.bmm(down, crops.to(down.dtype).reshape(batch, max_height, max_width * 3))
+    reduced = reduced.view(batch, size, max_width, 3).transpose(1, 2).reshape(batch, max_width, size * 3)
+    return torch.bmm(across, reduced).view(batch, size, size, 3)
 
 
-def _triangles(length: Tensor, longest: int, size: int) -> Tensor:
-    """Weights float32 [B, S, longest] that resize ``length`` (int64 [B]) pixels to S, antialiased.
+def _triangle_filter(length: Tensor, max_length: int, size: int) -> Tensor:
+    """Return weights float32 [B, S, max_length] that resize ``length`` (int64 [B]) pixels to S.
 
-    The triangle is as wide as the step from one output pixel to the next, or as one input pixel where that is
-    more; pixels outside the crop count nothing: torch.nn.functional.interpolate's ``antialias=True``.
+    The triangle is as wide as the step between output pixels, or as one input pixel if that is wider. Pixels
+    outside the crop have weight 0, as in torch.nn.functional.interpolate with ``antialias=True``.
     """
     step = (length.to(torch.float32) / size)[:, None, None]
     output = torch.arange(size, device=length.device, dtype=torch.float32)[None, :, None]
-    place = torch.arange(longest, device=length.device)
+    place = torch.arange(max_length, device=length.device)
     distance = (place + 0.5 - (output + 0.5) * step).abs() / step.clamp(min=1)
     weights = (1 - distance).clamp(min=0) * (place < length[:, None, None])
     return weights / weights.sum(-1, keepdim=True)
 
 
-def colour_jittered(views: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast and saturation changed by ``factors`` (float32 [B, 3]), in this order.
+def jitter_colors(views: Tensor, factors: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation of views, uint8 [B, 3, S, S], by ``factors`` [B, 3].
 
-    As torchvision's ColorJitter changes them, but rounded once, at the end: scale; blend with the image's
-    mean grey; blend with each pixel's own grey (ITU-R 601). ``views`` uint8 [B, 3, S, S].
+    Like torchvision's ColorJitter, in this order, but rounded once at the end: scale; blend with the image's
+    mean gray; blend with each pixel's own gray (ITU-R 601).
     """
     brightness, contrast, saturation = to_device(factors, views.device).view(-1, 3, 1, 1, 1).unbind(1)
     image = (views.to(torch.float32) * brightness).clamp(0, 255)
-    # Row by row, then the rows: the same sum however many threads there are.
-    mean = _grey(image).mean(3, keepdim=True).mean(2, keepdim=True)
+    # Row by row, then the rows: the same sum with any number of threads.
+    mean = _to_gray(image).mean(3, keepdim=True).mean(2, keepdim=True)
     image = (mean + contrast * (image - mean)).clamp(0, 255)
-    grey = _grey(image)
-    image = (grey + saturation * (image - grey)).clamp(0, 255)
+    gray = _to_gray(image)
+    image = (gray + saturation * (image - gray)).clamp(0, 255)
     return image.round().to(torch.uint8)
 
 
-def _grey(image: Tensor) -> Tensor:
+def _to_gray(image: Tensor) -> Tensor:
     red, green, blue = image.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-class Normalise(nn.Module):
-    """uint8 [B, 3, S, S] to a network's input on the same device: (pixels / 255 − mean) / std, computed as
-    the runtime does it, in float32 and channels last.
+class Normalize(nn.Module):
+    """Convert uint8 [B, 3, S, S] to a network's input: (pixels / 255 − mean) / std.
+
+    Computed as in the runtime, in float32 and channels last.
     """
 
     mean: Tensor
@@ -245,17 +304,17 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, views: Tensor) -> Tensor:
-        # Channels last from the start: three copies of a small image are dearer than one.
+        # Channels last first: three copies of a small image are slower than one.
         views = views.contiguous(memory_format=torch.channels_last)
         return (views.to(torch.float32) / 255).sub_(self.mean).div_(self.std)
 
 
 @dataclass(frozen=True)
 class Views:
-    """The training images of a job and how their views are drawn.
+    """Training images in memory, and how their views are drawn.
 
-    ``labels`` (int64 [N], or float32 [N, classes]) and ``keys`` (int64 [N]) are on the host (see
-    ``decode.Readable``); ``size`` is the side of a view in pixels.
+    ``labels`` (int64 [N], or float32 [N, classes]) and ``keys`` (int64 [N]) are on the host; see
+    ``decode.ReadableImages``. ``size`` is the side of a view in pixels.
     """
 
     pixels: Pixels
@@ -275,16 +334,16 @@ class Views:
         device: torch.device | str = "cpu",
         size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Views of images ``indices`` (int64 [B], host): uint8 [B, 3, S, S], and their labels.
+        """Return views of images ``indices`` (int64 [B], host), uint8 [B, 3, S, S], and their labels.
 
-        Another ``size`` gives the same crops at that size. What comes out depends on each image, its view
-        number and the seed alone, not on what else is in the batch.
+        Another ``size`` returns the same crops at that size. A view depends only on its image, view number
+        and the seed, not on the other images of the batch.
         """
         keys, height, width = self.keys[indices], self.pixels.heights[indices], self.pixels.widths[indices]
-        box, flips = boxes(self.policy, self.seed, keys, view_numbers, height, width)
+        box, flips = draw_crops(self.policy, self.seed, keys, view_numbers, height, width)
         views = render_views(self.pixels, indices, box, flips, size or self.size, self.policy, device)
         if self.policy.color_jitter:
-            views = colour_jittered(views, jitter(self.policy, self.seed, keys, view_numbers))
+            views = jitter_colors(views, draw_color_factors(self.policy, self.seed, keys, view_numbers))
         return views, to_device(self.labels[indices], device)
 
     def batches(
@@ -293,13 +352,13 @@ class Views:
         device: torch.device | str = "cpu",
         also: int | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """``batch`` for each (indices, view numbers) of a plan, in its order; on a GPU one step ahead.
+        """Yield ``batch`` for each (indices, view numbers) of a plan; on a GPU one batch ahead.
 
-        With ``also``, each batch's third part is the same crops at that size.
+        With ``also``, the third element of each batch is the same crops at that size.
         """
 
-        def made(indices: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+        def render(indices: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
             batch = self.batch(indices, numbers, device)
             return batch if also is None else (*batch, self.batch(indices, numbers, device, also)[0])
 
-        return prefetch((made(indices, numbers) for indices, numbers in plan), device)
+        return prefetch((render(indices, numbers) for indices, numbers in plan), device)

@@ -1,7 +1,7 @@
 """A view: the random crop and flip of an image, a pure function of (seed, image, view number).
 
-Whatever needs the same view again (teacher and student, a student of lower resolution, a resumed run, another
-process, a stored answer of the teacher) asks for the same number. All geometry is integers.
+Teacher and student, a low-resolution student, a resumed run, another process and the teacher cache get the
+same view by using the same number. All geometry is in integers.
 """
 
 import math
@@ -21,12 +21,12 @@ Word = Tensor | int
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words; the four are broadcast together."""
+    """Compute Philox4x32-10 on int64 tensors of unsigned 32-bit words, broadcast together."""
     device = next((word.device for word in counter if isinstance(word, Tensor)), None)
     a, b, c, d = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
     first, second = key
     for _ in range(_ROUNDS):
-        # The high word of a product: the 64 bits are right even where their sign is not.
+        # The high word of a product: the 64 bits are correct even if they overflow into the sign.
         ac, cc = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b, c, d = (
             ((cc >> 32) & _MASK) ^ b ^ first,
@@ -38,36 +38,36 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
     return a, b, c, d
 
 
-def words(seed: int, keys: Tensor, views: Word, draw: Word) -> tuple[Tensor, ...]:
-    """Four independent words, int64 in [0, 2³²), for each image key and view; shapes are broadcast.
+def random_words(seed: int, keys: Tensor, views: Word, draw: Word) -> tuple[Tensor, ...]:
+    """Draw four independent words, int64 in [0, 2³²), for each image key and view; shapes are broadcast.
 
-    ``keys`` are int64 in [0, 2⁶³), ``views`` and ``draw`` in [0, 2³²); of ``seed`` the lower 64 bits count.
+    ``keys`` are int64 in [0, 2⁶³), ``views`` and ``draw`` in [0, 2³²); ``seed`` is taken modulo 2⁶⁴.
     """
     return philox((keys & _MASK, keys >> 32, views, draw), (seed & _MASK, (seed >> 32) & _MASK))
 
 
 def uniform(word: Tensor) -> Tensor:
-    """float32 in [0, 1) from a word: its upper 24 bits, exact on every device."""
+    """Convert a word to float32 in [0, 1): its upper 24 bits, exact on every device."""
     return (word >> 8).to(torch.float32) * 2.0**-24
 
 
 def below(word: Tensor, limit: Word) -> Tensor:
-    """int64 in [0, limit) from a word, for limits up to 2³¹: the upper half of their product.
+    """Convert a word to int64 in [0, limit), for limits up to 2³¹: the upper half of their product.
 
-    No value is likelier than another by more than limit / 2³².
+    Probabilities differ by at most limit / 2³².
     """
     return (word * limit) >> 32
 
 
-LISTED = 1 << 31
-"""View numbers from this one on name an image's different views one by one, as ``every_view`` lists them."""
+FIRST_LISTED = 1 << 31
+"""View numbers from this one on are indices into ``list_views``."""
 
-# Which draw serves what; a new use takes a new number, so that the old views stay as they are.
+# Draw numbers. A new use takes a new number, so that existing views do not change.
 TRIES = 10  # draws 0 to 9: the crop
 _FLIP, _JITTER, _ORDER, _METHODS = 16, 17, 18, 19
 
-# The aspect ratio is drawn from this many values, evenly spaced in its logarithm. They are computed once and
-# rounded: exp may differ in its last bit from one machine to the next; what follows (×, ÷, √) may not.
+# The aspect ratio is drawn from this many values, evenly spaced in its logarithm. They are rounded, because
+# exp may differ in its last bit between machines; ×, ÷ and √ may not.
 _RATIOS = 4096
 
 
@@ -76,7 +76,7 @@ class ViewPolicy:
     """How views are drawn.
 
     - ``pad_crop``: the square canonical image (``side`` R) is padded by ``pad`` p pixels (``mode``) and
-      ``crop`` × ``crop`` cut out anywhere; (R + 2p − S + 1)² crops.
+      ``crop`` S × S is cropped anywhere; (R + 2p − S + 1)² crops.
     - ``resized_crop``: torchvision's RandomResizedCrop: area from ``scale`` (of the whole), aspect from
       ``ratio`` (log-uniform), ten tries, then the largest crop of an allowed aspect at the centre.
     - ``center``: the largest square at the centre.
@@ -96,20 +96,20 @@ class ViewPolicy:
     color_jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a policy that no view can be drawn by."""
+        """Raise ValueError for an impossible policy."""
         if self.kind == "pad_crop":
             if not 0 < self.crop <= self.side + 2 * self.pad or self.pad < 0:
-                raise ValueError(f"no crop of {self.crop} pixels from {self.side} padded by {self.pad}")
+                raise ValueError(f"cannot crop {self.crop} pixels from {self.side} padded by {self.pad}")
             if self.mode == "reflect" and self.pad >= self.side:
-                raise ValueError(f"reflection fills less than {self.side} pixels, not {self.pad}")
+                raise ValueError(f"reflection padding must be less than {self.side} pixels, got {self.pad}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"no crop of scale {self.scale} and ratio {self.ratio}")
+            raise ValueError(f"invalid scale {self.scale} or ratio {self.ratio}")
         if not 0 <= self.color_jitter <= 1:
-            raise ValueError(f"color_jitter is {self.color_jitter}; it goes from 0 to 1")
+            raise ValueError(f"color_jitter must be from 0 to 1, got {self.color_jitter}")
 
     @property
     def count(self) -> int | None:
-        """How many different views an image has; None where that is no useful number."""
+        """Number of different views of an image; None if there are practically infinitely many."""
         if self.kind == "resized_crop" or self.color_jitter:
             return None
         return (self._shifts**2 if self.kind == "pad_crop" else 1) * (2 if self.flip else 1)
@@ -119,25 +119,25 @@ class ViewPolicy:
         return self.side + 2 * self.pad - self.crop + 1
 
 
-def boxes(
+def draw_crops(
     policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor, heights: Tensor, widths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The crop of each view: int32 [B, 4] (top, left, height, width in canonical pixels) and flip, bool [B].
+    """Draw the crop of each view: int32 [B, 4] (top, left, height, width in canonical pixels), flip bool [B].
 
-    ``keys``, ``views``, ``heights`` and ``widths`` are int64 [B]. With ``pad_crop`` top and left may be
-    negative and the box reach beyond the image: the padding. Equal on every device with 64-bit floats. View
-    numbers are all below ``LISTED``, or all not.
+    ``keys``, ``views``, ``heights`` and ``widths`` are int64 [B]. With ``pad_crop`` the box may extend into
+    the padding, with negative top and left. Equal on every device with 64-bit floats. View numbers must be
+    all below ``FIRST_LISTED``, or none.
 
     Raises:
-        ValueError: the images are not those the policy is for.
+        ValueError: the images do not have the size that the policy requires.
     """
     if policy.kind == "pad_crop":
         if not bool((heights == policy.side).all() and (widths == policy.side).all()):
-            raise ValueError(f"pad_crop wants images of {policy.side} × {policy.side} pixels")
-        if len(views) and int(views[0]) >= LISTED:
-            listed, mirrored = every_view(policy)
-            return listed[views - LISTED], mirrored[views - LISTED]
-        row, column, *_ = words(seed, keys, views, 0)
+            raise ValueError(f"pad_crop requires images of {policy.side} × {policy.side} pixels")
+        if len(views) and int(views[0]) >= FIRST_LISTED:
+            listed, mirrored = list_views(policy)
+            return listed[views - FIRST_LISTED], mirrored[views - FIRST_LISTED]
+        row, column, *_ = random_words(seed, keys, views, 0)
         top, left = (below(word, policy._shifts) - policy.pad for word in (row, column))
         box = torch.stack(
             [top, left, torch.full_like(top, policy.crop), torch.full_like(top, policy.crop)], 1
@@ -147,15 +147,15 @@ def boxes(
     else:
         short = torch.minimum(heights, widths)
         box = torch.stack([(heights - short) // 2, (widths - short) // 2, short, short], 1)
-    flips = words(seed, keys, views, _FLIP)[0] >> 31 if policy.flip else torch.zeros_like(keys)
+    flips = random_words(seed, keys, views, _FLIP)[0] >> 31 if policy.flip else torch.zeros_like(keys)
     return box.to(torch.int32), flips.bool()
 
 
-def every_view(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
-    """All different views of an image by ``pad_crop``: int32 [count, 4] and bool [count].
+def list_views(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
+    """Return all different views of ``pad_crop``: crops int32 [count, 4] and flips bool [count].
 
     Raises:
-        ValueError: there are too many to list.
+        ValueError: the policy's views cannot be listed.
     """
     if policy.kind != "pad_crop" or policy.count is None:
         raise ValueError(f"the views of {policy.kind} cannot be listed")
@@ -166,38 +166,35 @@ def every_view(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
     return torch.stack([top, left, crop, crop], -1).reshape(-1, 4), flip.reshape(-1).bool()
 
 
-def listed(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
-    """The same views by the numbers under which they are listed: int64 [B], from ``LISTED`` on.
+def to_listed_numbers(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
+    """Return the numbers of the same views in ``list_views``: int64 [B], from ``FIRST_LISTED`` on.
 
     Raises:
         ValueError: the policy's views cannot be listed.
     """
     side = torch.full_like(keys, policy.side)
-    box, flips = boxes(policy, seed, keys, views, side, side)
+    box, flips = draw_crops(policy, seed, keys, views, side, side)
     if policy.kind != "pad_crop" or policy.count is None:
         raise ValueError(f"the views of {policy.kind} cannot be listed")
     row, column = (box[:, axis].long() + policy.pad for axis in (0, 1))
     place = row * policy._shifts + column
-    return LISTED + (2 * place + flips if policy.flip else place)
+    return FIRST_LISTED + (2 * place + flips if policy.flip else place)
 
 
-def jitter(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
-    """Factors of brightness, contrast and saturation: float32 [B, 3]."""
-    drawn = torch.stack([uniform(word) for word in words(seed, keys, views, _JITTER)[:3]], 1)
+def draw_color_factors(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
+    """Draw the factors of brightness, contrast and saturation: float32 [B, 3]."""
+    drawn = torch.stack([uniform(word) for word in random_words(seed, keys, views, _JITTER)[:3]], 1)
     return 1 + policy.color_jitter * (2 * drawn - 1)
 
 
-def permutation(seed: int, epoch: int, keys: Tensor) -> Tensor:
-    """The order of an epoch, int64 [N] indices: images sorted by a hash of (seed, image, epoch).
-
-    Copies of one image keep their order of index.
-    """
-    return torch.argsort(_number(words(seed, keys, epoch, _ORDER)), stable=True)
+def draw_order(seed: int, epoch: int, keys: Tensor) -> Tensor:
+    """Draw the order of an epoch, indices int64 [N]: images sorted by a hash of (seed, image, epoch)."""
+    return torch.argsort(_number(random_words(seed, keys, epoch, _ORDER)), stable=True)
 
 
-def draw_keys(seed: int, keys: Tensor) -> Tensor:
-    """What the methods' own random draws follow: a number of each image and the seed, int64 [N] below 2⁶³."""
-    return _number(words(seed, keys, 0, _METHODS))
+def method_keys(seed: int, keys: Tensor) -> Tensor:
+    """Return the keys for the methods' random draws, from image and seed: int64 [N] below 2⁶³."""
+    return _number(random_words(seed, keys, 0, _METHODS))
 
 
 def _number(drawn: tuple[Tensor, ...]) -> Tensor:
@@ -209,7 +206,7 @@ def _resized_crop(
     policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor, heights: Tensor, widths: Tensor
 ) -> Tensor:
     tries = torch.arange(TRIES, device=keys.device)
-    area, ratio, row, column = words(seed, keys[:, None], views[:, None], tries)
+    area, ratio, row, column = random_words(seed, keys[:, None], views[:, None], tries)
     low, high = policy.scale
     target = (heights * widths)[:, None] * (low + (high - low) * (area.double() * 2.0**-32))
     aspect = _ratios(policy.ratio).to(keys.device)[below(ratio, _RATIOS)]
@@ -226,11 +223,11 @@ def _resized_crop(
         ],
         1,
     )
-    return torch.where(fits.any(1)[:, None], drawn, _centre(policy.ratio, heights, widths))
+    return torch.where(fits.any(1)[:, None], drawn, _center_crop(policy.ratio, heights, widths))
 
 
-def _centre(ratio: tuple[float, float], heights: Tensor, widths: Tensor) -> Tensor:
-    """The largest crop of an allowed aspect at the centre: what torchvision takes after ten misses."""
+def _center_crop(ratio: tuple[float, float], heights: Tensor, widths: Tensor) -> Tensor:
+    """Return the largest central crop of an allowed aspect, torchvision's choice after ten misses."""
     widest, tallest = _rounded(heights.double() * ratio[1]), _rounded(widths.double() / ratio[0])
     wide, tall = torch.minimum(widths, widest), torch.minimum(heights, tallest)
     tall, wide = tall.clamp(min=1), wide.clamp(min=1)
@@ -251,17 +248,17 @@ def _ratios(ratio: tuple[float, float]) -> Tensor:
 
 
 FIXED_SEED = 0
-"""Views that are to be met again, by other epochs and by runs with other seeds, are drawn with this seed."""
+"""Seed of views that are shared by epochs and by runs with other seeds."""
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ViewSchedule:
     """View numbers by epoch; the views themselves are drawn with ``view_seed``.
 
-    - ``views`` is None: a new view each epoch, drawn with the run's seed.
-    - ``views`` V: V fixed views in turn, the same for runs of every seed.
-    - V at least as many as there are different views: each epoch's new view, by the run's seed, named by its
-      number in the list of them.
+    - ``views`` is None: a new view in each epoch, drawn with the run's seed.
+    - ``views`` V: V fixed views in turn, the same for all seeds.
+    - V at least the number of different views: a new view in each epoch, drawn with the run's seed and
+      identified by its index in ``list_views``.
     """
 
     policy: ViewPolicy
@@ -269,8 +266,8 @@ class Schedule:
     views: int | None = None
 
     @property
-    def complete(self) -> bool:
-        """Whether every view there is belongs to the fixed ones, so that the draw is free."""
+    def covers_all(self) -> bool:
+        """True if V covers all different views, so that each epoch may draw any of them."""
         count = self.policy.count
         return (
             self.views is not None
@@ -281,10 +278,10 @@ class Schedule:
 
     @property
     def fixed(self) -> int | None:
-        """V, or fewer where there are not so many different views; None: a new view each epoch."""
+        """Number of fixed views, at most that of different ones; None: a new view in each epoch."""
         if self.views is None:
             return None
-        if self.complete or self.policy.count == 1:
+        if self.covers_all or self.policy.count == 1:
             return self.policy.count
         return self.views
 
@@ -293,21 +290,21 @@ class Schedule:
         return self.seed if self.views is None else FIXED_SEED
 
     def numbers(self, keys: Tensor, epoch: int) -> Tensor:
-        """The view number of each image [N] in an epoch."""
-        if self.complete:
-            return listed(self.policy, self.seed, keys, torch.full_like(keys, epoch))
+        """Return the view number of each image [N] in an epoch."""
+        if self.covers_all:
+            return to_listed_numbers(self.policy, self.seed, keys, torch.full_like(keys, epoch))
         return torch.full_like(keys, epoch if self.fixed is None else epoch % self.fixed)
 
-    def needed(self, epoch: int) -> range:
-        """The view numbers that may come up in an epoch."""
-        if self.complete:
+    def epoch_views(self, epoch: int) -> range:
+        """Return the view numbers that may occur in an epoch."""
+        if self.covers_all:
             assert self.policy.count is not None
-            return range(LISTED, LISTED + self.policy.count)
+            return range(FIRST_LISTED, FIRST_LISTED + self.policy.count)
         view = epoch if self.fixed is None else epoch % self.fixed
         return range(view, view + 1)
 
-    def used(self, epochs: int) -> range:
-        """The view numbers that may come up in so many epochs."""
-        if self.complete:
-            return self.needed(0)
+    def all_views(self, epochs: int) -> range:
+        """Return the view numbers that may occur in the first ``epochs`` epochs."""
+        if self.covers_all:
+            return self.epoch_views(0)
         return range(epochs if self.fixed is None else min(epochs, self.fixed))

@@ -39,9 +39,9 @@ def test_panorama_keeps_its_centre() -> None:
 def test_square_image_equals_the_runtimes_rendering() -> None:
     image = smooth(1, 40, 60)
     expected = render(image, Preprocessing.create(32, crop_fraction=1.0, interpolation="bilinear"))
-    np.testing.assert_array_equal(Canonical("square", 32, "bilinear").of(image), expected)
+    np.testing.assert_array_equal(Canonical("square", 32, "bilinear").convert(image), expected)
     same = pixels(0, 32, 32)
-    np.testing.assert_array_equal(Canonical("square", 32).of(same), same)
+    np.testing.assert_array_equal(Canonical("square", 32).convert(same), same)
 
 
 def test_reducing_is_antialiased() -> None:
@@ -117,7 +117,7 @@ def test_writing_to_decoded_images_leaves_the_cache_alone(tmp_path: Path) -> Non
 def test_image_that_changes_while_the_job_runs_stops_it(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
     save(tmp_path / images[0].name, 77)
-    with pytest.raises(JobError, match=f"{images[0].name} has changed"):
+    with pytest.raises(JobError, match=f"{images[0].name} was changed during the run"):
         decode_images(images, PHOTO)
 
 

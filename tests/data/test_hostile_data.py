@@ -72,7 +72,7 @@ def test_no_labels_file_leads_out_of_the_folder(form: str, name: str, tmp_path: 
     save(tmp_path / "secret.png", 0)
     save(tmp_path / "set" / "a.png", 1)
     file = labels(tmp_path / "set", form, [("a.png", "cat"), (name, "dog")])
-    assert "nothing outside of it is read" in refused(file)
+    assert "is outside of" in refused(file)
 
 
 @FORMS
@@ -80,7 +80,7 @@ def test_no_labels_file_leads_out_of_the_folder(form: str, name: str, tmp_path: 
 def test_names_of_no_file_are_missing_files(form: str, name: str, tmp_path: Path) -> None:
     save(tmp_path / "set" / "a.png", 1)
     file = labels(tmp_path / "set", form, [("a.png", "cat"), (name, "dog")])
-    assert "1 of the 2 images" in refused(file)
+    assert "1 of 2 images" in refused(file)
 
 
 @FORMS
@@ -168,7 +168,7 @@ def test_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
 
 def test_two_folders_of_one_shown_name_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a\x1b": 3, "a\\x1b": 3, "b": 3})
-    assert "Two class folders are called a\\x1b" in refused(tmp_path)
+    assert "Two class folders have the same printable name a\\x1b" in refused(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
@@ -197,12 +197,12 @@ def test_no_list_of_shards_leads_out_of_the_folder(name: str, tmp_path: Path) ->
     shard(tmp_path / "out.tar", samples(0, 12))
     (tmp_path / "set" / "link.tar").symlink_to("../out.tar")
     root = listed(tmp_path / "set", ["a.tar", name.format(here=tmp_path)])
-    assert "nothing outside of it is read" in refused("wds/set", data_dir=root)
+    assert "is outside of" in refused("wds/set", data_dir=root)
 
 
 @pytest.mark.parametrize("files", [{"a.tar": 1}, 3, [3], None])
 def test_invalid_shard_list_is_refused(files: Any, tmp_path: Path) -> None:
-    assert "names no files" in refused("wds/set", data_dir=listed(tmp_path, files))
+    assert "must list file names" in refused("wds/set", data_dir=listed(tmp_path, files))
 
 
 def test_members_are_never_extracted(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_links_and_devices_in_a_shard_are_passed_over(kind: bytes, tmp_path: Pat
 @pytest.mark.parametrize("label", [b"1000000", b"9" * 4000, b"1" * 5000, b"x" * (1 << 21), b"[" * 100_000])
 def test_label_of_any_size_makes_no_more_classes_than_there_are(label: bytes, tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", samples(0, 12) | {"z.png": png(50), "z.cls": label})
-    assert "The label of train/train.tar/z is" in refused("wds/set", data_dir=tmp_path)
+    assert "The label of train/train.tar/z " in refused("wds/set", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("size", [1 << 40, 1 << 62, -1])
@@ -281,7 +281,7 @@ def bombs() -> dict[str, bytes]:
 def test_bombs_are_refused_wherever_they_hide(bombs: dict[str, bytes]) -> None:
     for name, content in bombs.items():
         assert len(content) < 300_000, name
-        with pytest.raises(ImageError, match="more than the 89478485 allowed"):
+        with pytest.raises(ImageError, match="exceed the limit of 89478485"):
             decode_image(content)
     with pytest.raises(ImageError, match=r"192×192 pixels"):
         decode_image(icon(bomb(192)), max_pixels=10_000)
@@ -293,7 +293,7 @@ def test_decompression_bombs_are_skipped_and_reported(bombs: dict[str, bytes]) -
         images.append(Image(name, 0, hashlib.sha256(content).hexdigest(), content))
     found = decode_images(images, Canonical("short_side", 8))
     assert [one.name for one in found.images] == ["ok"]
-    assert all("more than the" in one.reason and one.unreadable for one in found.skipped)
+    assert all("exceed the limit" in one.reason and one.unreadable for one in found.skipped)
     assert len(sample_sizes(images)) >= 1
 
 
@@ -328,7 +328,7 @@ def test_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
     height = whole.index(struct.pack("<HHI", 257, 4, 1)) + 8
     assert decode_image(bytes(whole)).shape == (16, 16, 3)
     whole[height : height + 4] = struct.pack("<I", 4_194_320)
-    with pytest.raises(ImageError, match="parts of the picture are missing"):
+    with pytest.raises(ImageError, match="parts of the image are missing"):
         decode_image(bytes(whole))
 
 

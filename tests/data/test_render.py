@@ -210,13 +210,13 @@ def test_large_crops_are_resized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     indices, box, flips = boxes_of(done, PHOTOS)
     whole = resize_batched(done.pixels, indices, box, flips, 24)
     taken: list[int] = []
-    products = render._products
+    products = render._resize_chunk
 
     def seen(data: Tensor, numbers: Sequence[Tensor], tallest: int, widest: int, size: int) -> Tensor:
         taken.append(len(numbers[0]) * tallest * widest)
         return products(data, numbers, tallest, widest, size)
 
-    monkeypatch.setattr(render, "_products", seen)
+    monkeypatch.setattr(render, "_resize_chunk", seen)
     monkeypatch.setattr(render, "MAX_BATCH_PIXELS", 50_000)
     pieces = resize_batched(done.pixels, indices, box, flips, 24)
     assert len(taken) > 1 and max(taken) <= 50_000

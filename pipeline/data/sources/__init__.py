@@ -1,4 +1,4 @@
-"""``--data``: the built-in digits, a folder, a labels file, or a data set by timm's name."""
+"""Open ``--data``: the built-in digits, a folder, a labels file, or a data set by its name in timm."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from ...errors import UsageError
 from ..dataset import ImageSet, Progress, printable
 from ..splits import UnsplitDataset
 from .folders import read_folder
-from .label_files import SUFFIXES, is_label_file, label_files_in, read_label_file
+from .label_files import SUFFIXES, find_label_files, is_label_file, read_label_file
 from .timm_datasets import read_digits
 
 DIGITS = "digits"
@@ -23,14 +23,14 @@ def open_data(
     val_fraction: float | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """The image set that ``--data`` names, with its roles.
+    """Open the data set that ``--data`` names, and split it.
 
     Raises:
-        UsageError: there is none of this name, or it is not usable; one sentence says why and what to do.
+        UsageError: it does not exist or is not usable.
     """
-    given = read_data(data, data_dir=data_dir, download=download, progress=progress)
-    with _pointing_at_labels(Path(data).expanduser()):
-        return given.assembled(val_fraction)
+    unsplit = read_data(data, data_dir=data_dir, download=download, progress=progress)
+    with _mention_label_files(Path(data).expanduser()):
+        return unsplit.split(val_fraction)
 
 
 def read_data(
@@ -38,73 +38,71 @@ def read_data(
     *,
     data_dir: Path | None = None,
     download: bool = False,
-    to_learn: bool = True,
+    for_training: bool = True,
     progress: Progress | None = None,
 ) -> UnsplitDataset:
-    """The images that ``--data`` names, as they were given.
+    """Read the data set that ``--data`` names, with the splits that it assigns.
 
-    Without ``to_learn`` they are for validation alone: a class, or a role, may be missing.
+    Without ``for_training`` the images are only validated on: a class or a split may be missing.
 
     Raises:
-        UsageError: as ``open_data``.
+        UsageError: as in ``open_data``.
     """
     path = Path(data).expanduser()
     if data == DIGITS:
-        _refuse_unused("the built-in digits", data_dir, download)
+        _check_unused("the built-in digits", data_dir, download)
         return read_digits()
     if path.is_file():
         if not is_label_file(path):
             raise UsageError(
-                f"{printable(str(path))} is a file; --data takes a folder that holds a folder of images for "
-                f"each class, or a labels file ({', '.join(SUFFIXES)})."
+                f"--data {printable(str(path))} is neither a folder with a folder of images for each class "
+                f"nor a labels file ({', '.join(SUFFIXES)})."
             )
-        _refuse_unused("a labels file", None, download)
-        return read_label_file(path, data_dir=data_dir, to_learn=to_learn, progress=progress)
+        _check_unused("a labels file", None, download)
+        return read_label_file(path, data_dir=data_dir, for_training=for_training, progress=progress)
     if path.exists():
-        _refuse_unused("a folder", data_dir, download)
-        with _pointing_at_labels(path):
-            return read_folder(path, to_learn=to_learn, progress=progress)
+        _check_unused("a folder", data_dir, download)
+        with _mention_label_files(path):
+            return read_folder(path, for_training=for_training, progress=progress)
 
     from .timm_datasets import PREFIXES, read_named
 
     if "/" in data and data.partition("/")[0].lower() in PREFIXES:
         return read_named(data, data_dir=data_dir, download=download, progress=progress)
-    kinds = ", ".join(f"{prefix}/…" for prefix in PREFIXES)
-    near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7)
-    near += [
-        folder.name for folder in _beside(path) if get_close_matches(path.name, [folder.name], cutoff=0.7)
-    ]
-    hint = f" Did you mean {' or '.join(near[:3])}?" if near else ""
+    near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7) + _similar_folders(path)
+    did_you_mean = f" Did you mean {' or '.join(near[:3])}?" if near else ""
     raise UsageError(
-        f"There is no data folder {data}; --data takes a folder of class folders, a labels file, "
-        f"'{DIGITS}', or a name of timm's ({kinds}).{hint}"
+        f"--data {data} does not exist.{did_you_mean} It takes a folder of class folders, a labels file, "
+        f"'{DIGITS}', or a data set of timm ({', '.join(f'{prefix}/…' for prefix in PREFIXES)})."
     )
 
 
-def _refuse_unused(what: str, data_dir: Path | None, download: bool) -> None:
-    """
+def _check_unused(kind: str, data_dir: Path | None, download: bool) -> None:
+    """Check that no option is set that belongs to another kind of data.
+
     Raises:
-        UsageError: an option is given that belongs to data of another kind.
+        UsageError: one is.
     """
-    for option, given in (("--data-dir", data_dir is not None), ("--download", download)):
-        if given:
-            raise UsageError(f"{option} is of no use where --data is {what}; leave it out.")
+    for option, is_set in (("--data-dir", data_dir is not None), ("--download", download)):
+        if is_set:
+            raise UsageError(f"{option} has no effect if --data is {kind}. Remove it.")
 
 
 @contextmanager
-def _pointing_at_labels(path: Path) -> Iterator[None]:
-    """What is wrong with a folder of images, with the labels files that it holds."""
+def _mention_label_files(path: Path) -> Iterator[None]:
+    """Mention the labels files in a folder in errors about it."""
     try:
         yield
     except UsageError as error:
-        found = label_files_in(path) if path.is_dir() else []
-        if not found:
+        files = find_label_files(path) if path.is_dir() else []
+        if not files:
             raise
-        raise UsageError(f"{error} If {' or '.join(found)} has the labels, name it as --data.") from error
+        raise UsageError(f"{error} If {' or '.join(files)} contains the labels, use it as --data.") from error
 
 
-def _beside(path: Path) -> list[Path]:
+def _similar_folders(path: Path) -> list[str]:
     try:
-        return sorted(one for one in path.parent.iterdir() if one.is_dir())
+        names = sorted(folder.name for folder in path.parent.iterdir() if folder.is_dir())
     except OSError:
         return []
+    return [name for name in names if get_close_matches(path.name, [name], cutoff=0.7)]

@@ -1,7 +1,10 @@
-"""Data sets by timm's names, through timm's readers: torch/cifar100, hfds/…, hfids/…, wds/…, tfds/…"""
+"""Data sets by names of timm (torch/cifar100, hfds/…, hfids/…, wds/…, tfds/…), and the built-in digits."""
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -13,112 +16,159 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from ...errors import UsageError
-from ..dataset import Image, ImageSet, Progress, Split, Row, Skipped, Table, array_key, printable
+from ..dataset import Image, Progress, Skipped, Split, hash_array, printable
 from ..splits import UnsplitDataset
-from .webdataset import SYNONYMS, index, local_splits, not_plain
+from .webdataset import SYNONYMS, find_shards, find_unreadable_shard, index_shards
 
-# What each kind of name needs installed.
-PACKAGES = {"torch": "torchvision", "hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}
-PACKAGES["tfds"] = "tensorflow_datasets"
+PACKAGES = {
+    "torch": "torchvision",
+    "hfds": "datasets",
+    "hfids": "datasets",
+    "wds": "webdataset",
+    "tfds": "tensorflow_datasets",
+}
+"""The package that each kind of name requires."""
 PREFIXES = tuple(PACKAGES)
-# Sets that cannot be read at random are held in memory, up to this many bytes of decoded pixels.
-IN_MEMORY = 4 << 30
+
+MAX_BYTES_IN_MEMORY = 4 << 30
+"""Decoded pixels of a data set without random access, which is held in memory."""
 
 
-def open_named(
-    name: str,
-    *,
-    data_dir: Path | None = None,
-    download: bool = False,
-    val_fraction: float | None = None,
-    progress: Progress | None = None,
-) -> ImageSet:
-    """A data set by its name in timm (``timm.data.create_dataset``), with that set's own training split.
+class ReaderTable:
+    """A timm reader with random access, such as that of Hugging Face's data sets.
 
-    Its validation split is the val role where there is a labelled test split too, and the test role where
-    there is none. ``data_dir`` is where its files are or go; ``download`` lets them be fetched. Encoded
-    images stay where they are (Hugging Face's tables, WebDataset's tar files in ``data_dir``); what a reader
-    only streams, and torchvision's small sets, is held in memory, up to 4 GiB of pixels.
-
-    Raises:
-        UsageError: the set is not there, its package is missing, it has no classes, or it is too large.
+    It is pickled once and unpickled once in each process, while its rows are sent with every batch.
     """
-    given = read_named(name, data_dir=data_dir, download=download, progress=progress)
-    return given.assembled(val_fraction)
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def read(self, row: int) -> bytes:
+        file, _ = self.reader[row]
+        with file:
+            content: bytes = file.read()
+            return content
+
+    @cached_property
+    def _pickled(self) -> tuple[str, "_Content"]:
+        content = pickle.dumps(self.reader)
+        return hashlib.sha256(content).hexdigest(), _Content(content)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle_table, self._pickled
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Compares equal to any other, so that tables are cached by their hash alone."""
+
+    pickled: bytes = field(compare=False, hash=False, repr=False)
+
+
+@lru_cache(maxsize=8)
+def _unpickle_table(_: str, content: _Content) -> ReaderTable:
+    return ReaderTable(pickle.loads(content.pickled))
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """The source of an image in a table."""
+
+    table: ReaderTable
+    row: int
+
+    def __call__(self) -> bytes:
+        return self.table.read(self.row)
 
 
 def read_named(
     name: str, *, data_dir: Path | None = None, download: bool = False, progress: Progress | None = None
 ) -> UnsplitDataset:
-    """The images of a data set by its name in timm, in its own splits.
+    """Read a data set by its name in timm (``timm.data.create_dataset``), with its own splits.
+
+    Its validation split becomes val if there is a labeled test split as well, and test otherwise. Encoded
+    images stay where they are (Hugging Face's tables, WebDataset's tar files in ``data_dir``). Data that a
+    reader only streams, and torchvision's small sets, are held in memory, up to 4 GiB of pixels.
+
+    Args:
+        name: such as ``torch/cifar10``.
+        data_dir: where its files are, or are downloaded to.
+        download: if they are missing.
+        progress: of reading.
 
     Raises:
-        UsageError: as ``open_named``.
+        UsageError: the set or its package is missing, it has no classes, or it is too large.
     """
     prefix = name.partition("/")[0].lower()
-    if prefix == "wds" and data_dir is not None and (splits := local_splits(data_dir)):
-        indexed = index(splits, progress)
-        return _assembled(name, indexed.given, None, indexed.skipped)
+    if prefix == "wds" and data_dir is not None and (shards := find_shards(data_dir)):
+        indexed = index_shards(shards, progress)
+        return _drop_unlabeled(name, indexed.images, None, indexed.skipped)
     if find_spec(PACKAGES[prefix]) is None:
         package = PACKAGES[prefix].replace("_", "-")
-        if prefix == "wds" and data_dir is not None and (odd := not_plain(data_dir)) is not None:
+        if (
+            prefix == "wds"
+            and data_dir is not None
+            and (shard := find_unreadable_shard(data_dir)) is not None
+        ):
             raise UsageError(
-                f"{name}: {printable(str(odd))} is no plain .tar file; unpack it, or install what reads "
-                f"others: pip install {package}"
+                f"{name}: {printable(str(shard))} is not an uncompressed .tar file. Unpack it, or install "
+                f"a package that reads it: pip install {package}"
             )
-        raise UsageError(f"{name} needs the package {package}; install it with: pip install {package}")
+        raise UsageError(f"{name} requires the package {package}. Install it: pip install {package}")
     if prefix in ("torch", "wds", "tfds") and data_dir is None:
-        how = "; --download fetches it there" if prefix != "wds" else ""
-        raise UsageError(f"{name} needs --data-dir, the folder its files are in{how}.")
-    datasets = _splits(name, prefix, data_dir, download)
-    given: dict[Split, list[Image]] = {
-        role: list(_images(name, role, dataset, progress)) for role, dataset in datasets.items()
+        how = ", and --download to fetch them" if prefix != "wds" else ""
+        raise UsageError(f"{name} requires --data-dir, the folder of its files{how}.")
+    datasets = _open_splits(name, prefix, data_dir, download)
+    images: dict[Split, list[Image]] = {
+        split: list(_read_images(name, split, dataset, progress)) for split, dataset in datasets.items()
     }
-    return _assembled(name, given, datasets["train"])
+    return _drop_unlabeled(name, images, datasets["train"])
 
 
-def _assembled(
-    name: str,
-    given: dict[Split, list[Image]],
-    dataset: Any,
-    skipped: Sequence[Skipped] = (),
+def _drop_unlabeled(
+    name: str, images: dict[Split, list[Image]], dataset: Any, skipped: Sequence[Skipped] = ()
 ) -> UnsplitDataset:
-    # Published test splits often come without labels, written as −1.
-    unlabelled = [
+    # Published test splits often have no labels, written as −1.
+    unlabeled = [
         Skipped(image.name, "it has no label (−1)")
-        for images in given.values()
-        if any(image.label >= 0 for image in images)
-        for image in images
+        for split_images in images.values()
+        if any(image.label >= 0 for image in split_images)
+        for image in split_images
         if image.label < 0
     ]
-    given = {role: [image for image in images if image.label >= 0] for role, images in given.items()}
-    given = {role: images for role, images in given.items() if images}
-    if "train" not in given:
-        raise UsageError(f"{name} has no labelled training images.")
-    if "test" not in given and "val" in given:
-        given["test"] = given.pop("val")
-    classes = _class_names(dataset, 1 + max(image.label for images in given.values() for image in images))
+    labeled = {split: [image for image in images[split] if image.label >= 0] for split in images}
+    labeled = {split: split_images for split, split_images in labeled.items() if split_images}
+    if "train" not in labeled:
+        raise UsageError(f"{name} has no labeled training images.")
+    if "test" not in labeled and "val" in labeled:
+        labeled["test"] = labeled.pop("val")
+    count = 1 + max(image.label for split_images in labeled.values() for image in split_images)
     return UnsplitDataset(
-        name, name, tuple(classes), given, has_roles=len(given) > 1, skipped=(*skipped, *unlabelled)
+        name,
+        name,
+        tuple(_class_names(dataset, count)),
+        labeled,
+        has_splits=len(labeled) > 1,
+        skipped=(*skipped, *unlabeled),
     )
 
 
-def _splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Split, Any]:
-    """timm's data sets of the splits there are; ``train`` always."""
-    found: dict[Split, Any] = {"train": _create(name, "train", data_dir, download)}
-    # torchvision's sets have two halves: whatever isn't 'train' is the other one.
-    roles: tuple[Split, ...] = ("val",) if prefix == "torch" else ("val", "test")
-    for role in roles:
-        for split in SYNONYMS[role]:
+def _open_splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Split, Any]:
+    """Return timm's data set of each existing split; ``train`` always."""
+    datasets: dict[Split, Any] = {"train": _create(name, "train", data_dir, download)}
+    # torchvision's sets have two parts: any name but 'train' is the other one.
+    splits: tuple[Split, ...] = ("val",) if prefix == "torch" else ("val", "test")
+    for split in splits:
+        for synonym in SYNONYMS[split]:
             try:
-                found[role] = _create(name, split, data_dir, download)
+                datasets[split] = _create(name, synonym, data_dir, download)
                 break
-            except _NoSplit:
+            except _NoSplitError:
                 continue
-    return found
+    return datasets
 
 
-class _NoSplit(UsageError):
+class _NoSplitError(UsageError):
     """The data set has no split of this name."""
 
 
@@ -132,82 +182,84 @@ def _create(name: str, split: str, data_dir: Path | None, download: bool) -> Any
             root=str(data_dir) if data_dir else None,
             split=split,
             download=download,
-            # Colour is for `_rgb`; the reader of tfds decodes by itself.
+            # Colors are converted by `_to_rgb`; the tfds reader decodes by itself.
             input_img_mode="RGB" if name.lower().startswith("tfds") else "",
         )
-    except Exception as error:  # each reader, and each package below it, raises what it likes
+    except Exception as error:  # readers and their packages raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, URLError | ConnectionError):
             raise UsageError(
-                f"{name} could not be downloaded ({reason}); check the network, or put its files into "
-                "a folder and name that as --data-dir."
+                f"{name} could not be downloaded ({reason}). Check the network, or set --data-dir to a "
+                "folder with its files."
             ) from error
         if "length is unknown" in reason and split == "train":
             raise UsageError(
-                f"{name} doesn't say how many images it has; fetch it with --download, "
-                "or use hfds/ in the place of hfids/."
+                f"{name} does not provide its number of images. Use --download, or hfds/ instead of hfids/."
             ) from error
         if "split" in reason.lower() or "length is unknown" in reason:
-            raise _NoSplit(f"{name} has no split '{split}'{where}: {reason}") from error
+            raise _NoSplitError(f"{name} has no split '{split}'{where}: {reason}") from error
         if "not found" in reason.lower() and not download:
-            raise UsageError(f"{name} was not found{where}; --download fetches it ({reason}).") from error
+            raise UsageError(
+                f"{name} was not found{where} ({reason}). Use --download to fetch it."
+            ) from error
         raise UsageError(f"{name} could not be opened{where}: {reason}") from error
 
 
-def _images(name: str, role: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
+def _read_images(name: str, split: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     if files:  # torchvision's sets of files
         for number, (path, label) in enumerate(files):
             with Path(path).open("rb") as file:
                 key = hashlib.file_digest(file, "sha256").hexdigest()
-            yield Image(f"{role}/{printable(Path(path).name)}", _number(name, label), key, Path(path))
+            yield Image(f"{split}/{printable(Path(path).name)}", _to_label(name, label), key, Path(path))
             if progress:
                 progress(number + 1, len(files))
-    elif type(getattr(dataset, "reader", None)).__name__ == "ReaderHfds":  # encoded files, read at random
-        table = Table(dataset.reader)
+    elif type(getattr(dataset, "reader", None)).__name__ == "ReaderHfds":  # encoded files, random access
+        table = ReaderTable(dataset.reader)
         for number in range(len(dataset)):
-            content, label = dataset.reader[number]
-            with content:
-                key = hashlib.sha256(content.read()).hexdigest()
-            yield Image(f"{role}/{number:07d}", _number(name, label), key, Row(table, number))
+            file, label = dataset.reader[number]
+            with file:
+                key = hashlib.sha256(file.read()).hexdigest()
+            yield Image(f"{split}/{number:07d}", _to_label(name, label), key, TableRow(table, number))
             if progress:
                 progress(number + 1, len(dataset))
     else:
-        yield from _in_memory(name, role, dataset, progress)
+        yield from _read_into_memory(name, split, dataset, progress)
 
 
-def _in_memory(name: str, role: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
+def _read_into_memory(name: str, split: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
     from torch.utils.data import IterableDataset
 
-    streamed = isinstance(dataset, IterableDataset)
+    is_streamed = isinstance(dataset, IterableDataset)
     total, held = len(dataset), 0
     for number, (picture, label) in enumerate(
-        dataset if streamed else (dataset[position] for position in range(total))
+        dataset if is_streamed else (dataset[position] for position in range(total))
     ):
-        pixels = _rgb(picture)
+        pixels = _to_rgb(picture)
         held += pixels.nbytes
-        if held > IN_MEMORY:
+        if held > MAX_BYTES_IN_MEMORY:
             raise UsageError(
-                f"{name} has more than {IN_MEMORY >> 30} GiB of pixels in its {role} split, and sets of this "
-                "kind are held in memory; save its images in a folder for each class and give that as --data."
+                f"{name} has more than {MAX_BYTES_IN_MEMORY >> 30} GiB of pixels in its {split} split, the "
+                "limit for data sets that are held in memory. Save its images in a folder for each class and "
+                "use that as --data."
             )
-        yield Image(f"{role}/{number:07d}", _number(name, label), array_key(pixels), pixels)
+        yield Image(f"{split}/{number:07d}", _to_label(name, label), hash_array(pixels), pixels)
         if progress:
             progress(number + 1, max(total, number + 1))
 
 
-def _rgb(picture: PillowImage.Image) -> np.ndarray:
+def _to_rgb(picture: PillowImage.Image) -> np.ndarray:
     return np.array(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.uint8)
 
 
-def _number(name: str, label: Any) -> int:
+def _to_label(name: str, label: Any) -> int:
     if not isinstance(label, Integral):
-        raise UsageError(f"The labels of {name} are no class numbers (one is {label!r}).")
+        raise UsageError(f"{name}: labels must be class numbers, got {label!r}.")
     return int(label)
 
 
 def _class_names(dataset: Any, count: int) -> list[str]:
-    """Names in the order of the labels, as the set tells them; numbers for those it doesn't name."""
+    """Return the class names in the order of labels; numbers for classes without a name."""
     names: dict[int, Any] = dict(enumerate(getattr(dataset, "classes", None) or ()))
     if not names:
         by_name = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
@@ -218,24 +270,18 @@ def _class_names(dataset: Any, count: int) -> list[str]:
     return [", ".join(name) if isinstance(name, tuple) else str(name) for name in named]
 
 
-def open_digits(*, val_fraction: float | None = None) -> ImageSet:
-    """scikit-learn's ``load_digits``: 1,797 real 8×8 images of the digits 0 to 9, as uint8 RGB.
-
-    Their 17 levels of grey (0 to 16) are spread over 0 to 255. Source: UCI Optical Recognition of
-    Handwritten Digits (Alpaydin and Kaynak 1998), its test part.
-    """
-    return read_digits().assembled(val_fraction)
-
-
 def read_digits() -> UnsplitDataset:
-    """The same images, without roles."""
+    """Return scikit-learn's ``load_digits``: 1,797 real 8×8 images of the digits 0 to 9, as uint8 RGB.
+
+    Their 17 gray levels (0 to 16) are scaled to 0 to 255. Source: UCI Optical Recognition of Handwritten
+    Digits (Alpaydin and Kaynak 1998), its test part.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    grey = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    gray = np.rint(data.images * (255 / 16)).astype(np.uint8)
     images = []
-    for number, (pixels, label) in enumerate(zip(grey, data.target, strict=True)):
+    for number, (pixels, label) in enumerate(zip(gray, data.target, strict=True)):
         rgb = np.repeat(pixels[:, :, None], 3, axis=2)
-        images.append(Image(f"{label}/{number:04d}", int(label), array_key(rgb), rgb))
-    digits = tuple(str(digit) for digit in range(10))
-    return UnsplitDataset("digits", "the built-in digits", digits, {"train": images}, has_roles=False)
+        images.append(Image(f"{label}/{number:04d}", int(label), hash_array(rgb), rgb))
+    return UnsplitDataset("digits", "the built-in digits", tuple(map(str, range(10))), {"train": images})

@@ -90,7 +90,7 @@ def test_links_that_lead_out_are_not_followed_and_a_linked_root_is(tmp_path: Pat
     assert {(one.name, one.reason.split(" to ")[0]) for one in images.skipped} == {
         ("a/out.png", "a link that leads out of the data folder"),
         ("b/dir", "a link that leads out of the data folder"),
-        ("a/broken.png", "a link that leads nowhere"),
+        ("a/broken.png", "a broken link"),
         ("b/loop", "a link"),
     }
     assert len(images) == 9 and images.name == "real"
@@ -113,11 +113,11 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    assert "There is no data folder" in refused(tmp_path / "nowhere")
+    assert "is not a folder" in refused(tmp_path / "nowhere")
 
 
 def test_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
-    assert "is a file" in refused(save(tmp_path / "one.png", 0))
+    assert "is not a folder" in refused(save(tmp_path / "one.png", 0))
 
 
 def test_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_empty_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
-    assert "hold no images" in refused(folder(tmp_path, {"a": 0, "b": 0}))
+    assert "contain no images" in refused(folder(tmp_path, {"a": 0, "b": 0}))
 
 
 def test_empty_class_folder_is_refused(tmp_path: Path) -> None:
@@ -160,31 +160,33 @@ def test_val_and_test_without_train_are_refused(tmp_path: Path) -> None:
 
 def test_two_folders_of_one_meaning_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "validation") for c in "ab"})
-    assert "mean the same" in refused(tmp_path)
+    assert "are the same split" in refused(tmp_path)
 
 
 def test_fewer_than_three_different_images_in_a_class_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 5, "b": 2})
     (tmp_path / "b/copy.png").write_bytes((tmp_path / "b/0.png").read_bytes())
-    assert "Class 'b' has 2 different images in 3 files; three or more are needed" in refused(tmp_path)
+    assert "Class 'b' has 2 different images in 3 files, but train, val and test require 3" in refused(
+        tmp_path
+    )
 
 
 def test_class_with_only_shared_images_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 5, "b": 1})
     (tmp_path / "b/0.png").write_bytes((tmp_path / "a/0.png").read_bytes())
-    assert "Class 'b' has no image of its own: all it has stands under other classes too" in refused(tmp_path)
+    assert "Class 'b' has only images that also have other classes" in refused(tmp_path)
 
 
 def test_one_level_too_high_names_the_folder_that_was_meant(tmp_path: Path) -> None:
     folder(tmp_path / "photos", {f"{role}/{c}": 3 for role in ("train", "test") for c in "ab"})
-    told = f"{tmp_path} holds one folder, and that holds the others: name it, --data {tmp_path / 'photos'}."
+    told = f"{tmp_path} contains one folder with further folders. Use --data {tmp_path / 'photos'}."
     assert told in refused(tmp_path)
 
 
 def test_folder_one_level_too_low_is_reported(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
     told = describe_unused_splits(tmp_path / "train")
-    assert told == f"'val', 'test' beside train are not used: --data {tmp_path} takes them all"
+    assert told == f"not used, although next to train: 'val', 'test'; use --data {tmp_path} for all of them"
     assert describe_unused_splits(tmp_path) is None and describe_unused_splits(tmp_path / "train/a") is None
     folder(tmp_path / "alone", {"train/a": 3, "train/b": 3})
     assert describe_unused_splits(tmp_path / "alone/train") is None

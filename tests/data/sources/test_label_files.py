@@ -141,7 +141,7 @@ def test_coco_annotations_keep_images_without_objects(tmp_path: Path) -> None:
     assert {image.name for image in data.test} == {f"val2017/{name}" for name in val}
     elsewhere = tmp_path / "labels"
     coco(elsewhere / "x.json", train, sets_of(24))
-    refused(elsewhere / "x.json", "24 of the 24 images", "000.png", "--data-dir")
+    refused(elsewhere / "x.json", "24 of 24 images", "000.png", "--data-dir")
     assert len(open_data(str(elsewhere / "x.json"), data_dir=root / "train2017")) == 24
 
 
@@ -158,7 +158,7 @@ def test_set_of_several_labels_has_another_fingerprint_when_a_label_changes(tmp_
 def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     names = pictures(tmp_path, 3)
     rows = [f"{name},cat;dog" for name in (*names, "gone.png", "lost.png")]
-    refused(table(tmp_path, rows), "2 of the 5 images", "gone.png (line 5)", "--data-dir")
+    refused(table(tmp_path, rows), "2 of 5 images", "gone.png (line 5)", "--data-dir")
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     [
         ("file,labels", ["000.png,cat", "001.png,"], ["line 3", "001.png has no labels"]),
         ("file,labels", ["000.png,cat", "001.png, ; "], ["line 3", "has no labels"]),
-        ("file,labels", ["000.png,cat", ",dog"], ["line 3", "no file"]),
+        ("file,labels", ["000.png,cat", ",dog"], ["line 3", "the file name is missing"]),
         ("file,labels", ["000.png,cat,dog"], ["line 2", "cat;dog"]),
-        ("000.png,cat", ["001.png,dog"], ["begins with '000.png,cat'", "file,labels"]),
-        ("file;labels", ["000.png;dog"], ["a comma between them"]),
-        ("file,labels", [], ["names no images"]),
+        ("000.png,cat", ["001.png,dog"], ["got '000.png,cat'", "file,labels"]),
+        ("file;labels", ["000.png;dog"], ["separated by commas"]),
+        ("file,labels", [], ["contains no images"]),
         ("file,labels", ["000.png,cat", "001.png,cat"], ["only one class, 'cat'"]),
         (
             "file,labels",
@@ -178,9 +178,9 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> No
             ["line 2", "line 4", "different labels"],
         ),
         ("file,labels,split", ["000.png,cat,train", "001.png,dog,"], ["1 of its 2 images", "line 3"]),
-        ("file,labels,split", ["000.png,cat,best"], ["no split 'best'", "train"]),
-        ("file,labels,split", ["000.png,cat;dog,train", "001.png,fox,test"], ["'fox' for testing alone"]),
-        ("file,labels,split", ["000.png,cat,val", "001.png,dog,test"], ["no image to train on"]),
+        ("file,labels,split", ["000.png,cat,best"], ["got 'best'", "train"]),
+        ("file,labels,split", ["000.png,cat;dog,train", "001.png,fox,test"], ["'fox', but none to train on"]),
+        ("file,labels,split", ["000.png,cat,val", "001.png,dog,test"], ["no image in the split 'train'"]),
     ],
 )
 def test_table_errors_name_the_line(tmp_path: Path, header: str, rows: list[str], words: list[str]) -> None:
@@ -197,10 +197,10 @@ def test_same_row_twice_is_one_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"file": "000.png", "labels": ["cat"', ["line 2", "no JSON"]),
+        ('{"file": "000.png", "labels": ["cat"', ["line 2", "not JSON"]),
         ('["000.png", "cat"]', ["line 2", "list"]),
         ('{"file": "000.png", "labels": []}', ["line 2", "no labels"]),
-        ('{"file": "000.png", "labels": [0.5]}', ["line 2", "labels are texts"]),
+        ('{"file": "000.png", "labels": [0.5]}', ["line 2", "labels must be strings"]),
         ('{"file": "000.png"}', ["line 2", "no labels"]),
     ],
 )
@@ -213,21 +213,21 @@ def test_json_lines_errors_name_the_line(tmp_path: Path, line: str, words: list[
 
 def test_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"file,labels\na.png,cat\nb.png,caf\xe9\n")
-    refused(tmp_path / "labels.csv", "not UTF-8 (line 3)")
+    refused(tmp_path / "labels.csv", "line 3: it is not UTF-8")
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         ({"annotations": []}, ["no annotations"]),
-        ({"categories": {}}, ["no COCO annotations file"]),
+        ({"categories": {}}, ["not a COCO annotations file"]),
         ({"annotations": [{"image_id": 100, "category_id": 44}]}, ["category 44"]),
         ({"annotations": [{"image_id": 9, "category_id": 7}]}, ["image 9"]),
         (
             {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]},
             ["two categories named 'cat'"],
         ),
-        ({"images": [{"id": "a", "file_name": "000.png"}]}, ["images has no number"]),
+        ({"images": [{"id": "a", "file_name": "000.png"}]}, ["entry of images lacks a number"]),
     ],
 )
 def test_invalid_coco_annotations_are_refused(tmp_path: Path, more: dict[str, Any], words: list[str]) -> None:
@@ -237,12 +237,12 @@ def test_invalid_coco_annotations_are_refused(tmp_path: Path, more: dict[str, An
 
 def test_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "labels.xlsx").write_bytes(b"PK")
-    refused(tmp_path / "labels.xlsx", "is a file", ".csv")
+    refused(tmp_path / "labels.xlsx", "is neither a folder", ".csv")
     (tmp_path / "labels.json").write_text("[1, 2")
-    refused(tmp_path / "labels.json", "no JSON")
+    refused(tmp_path / "labels.json", "not JSON")
 
 
 def test_folder_without_class_folders_points_at_the_labels_file_in_it(tmp_path: Path) -> None:
     pictures(tmp_path / "images", 3)
     path = table(tmp_path, ["images/000.png,cat;dog"])
-    refused(tmp_path, "only one class, 'images'", f"{path} has the labels, name it as --data")
+    refused(tmp_path, "only one class, 'images'", f"{path} contains the labels, use it as --data")

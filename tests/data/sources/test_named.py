@@ -96,7 +96,7 @@ def test_stream_of_unknown_length_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("timm.data.create_dataset", create)
     monkeypatch.setattr(timm_datasets, "find_spec", lambda _: True)
-    assert "use hfds/" in refused("hfids/someone/pets")
+    assert "or hfds/" in refused("hfids/someone/pets")
 
 
 class Streamed(IterableDataset):
@@ -162,7 +162,7 @@ def test_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_streamed_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of_timm(monkeypatch, {"train": Streamed(40)})
-    monkeypatch.setattr(timm_datasets, "IN_MEMORY", 20 * 6 * 8 * 3)
+    monkeypatch.setattr(timm_datasets, "MAX_BYTES_IN_MEMORY", 20 * 6 * 8 * 3)
     assert "held in memory" in refused("wds/pets", data_dir=tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_encoded_files_are_read_when_they_are_wanted(monkeypatch: pytest.MonkeyP
 
 def test_labels_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of_timm(monkeypatch, {"train": Streamed(10, label="cat")})
-    assert "no class numbers" in refused("wds/pets", data_dir=tmp_path)
+    assert "must be class numbers" in refused("wds/pets", data_dir=tmp_path)
 
 
 def test_unknown_data_name_lists_the_choices(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_unknown_data_name_lists_the_choices(tmp_path: Path) -> None:
     assert "Did you mean digits?" in sentence and "torch/…" in sentence
     (tmp_path / "photos").mkdir()
     assert "Did you mean photos?" in refused(str(tmp_path / "phtos"))
-    assert "There is no data folder" in refused("huggingface/cifar100")
+    assert "does not exist" in refused("huggingface/cifar100")
 
 
 def test_digits_and_folders_are_opened_by_their_name(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def refused(root: Path) -> str:
 
 
 def test_images_in_shards_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_datasets, "IN_MEMORY", 0)
+    monkeypatch.setattr(timm_datasets, "MAX_BYTES_IN_MEMORY", 0)
     images = opened(shop(tmp_path))
     assert images.classes == ("0", "1") and images.counts["train"] == [12, 12]
     assert images.counts["test"] == [3, 3]
@@ -132,7 +132,7 @@ def test_damaged_shard_is_named(tmp_path: Path, kept: int) -> None:
 
 def test_label_that_is_no_number_is_named(tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", {"0.png": png(0), "0.cls": b"cat"})
-    assert "train/train.tar/0 is no class number" in refused(tmp_path)
+    assert "train/train.tar/0 is not a class number" in refused(tmp_path)
 
 
 def test_compressed_tar_is_read_by_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,9 @@ def test_shard_that_is_packed_or_empty_is_named(
     else:
         shard(tmp_path / "train.tar", samples(0, 8), mode)
     told = refused(tmp_path)
-    assert "train.tar is no plain .tar file; unpack it" in told and "pip install webdataset" in told
+    assert (
+        "train.tar is not an uncompressed .tar file. Unpack it" in told and "pip install webdataset" in told
+    )
 
 
 def test_image_without_a_label_among_others_is_left_out_and_listed(tmp_path: Path) -> None:
