@@ -199,7 +199,7 @@ def run_and_write(
 def seconds(text: str) -> float:
     """``9m``, ``2h`` or ``45s`` as seconds."""
     try:
-        return interrupt.seconds(text)
+        return interrupt.parse_time(text)
     except ValueError as error:
         raise SystemExit(f"--budget: {error}") from None
 

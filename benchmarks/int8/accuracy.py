@@ -25,14 +25,14 @@ import numpy as np
 import yaml
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, quiet, write_int8
-from questpress.export.int8.targets import target
+from questpress.export.int8.targets import find_target
 from questpress.export.runtime import Classifier, decode_image, preprocess
 from questpress.pipeline.api.export import export_again
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.config.options import Options
 from questpress.pipeline.data.dataset import Image
-from questpress.pipeline.stages.qat import recovered
-from questpress.pipeline.stages.quantize import mcnemar
+from questpress.pipeline.evaluation.comparison import mcnemar
+from questpress.pipeline.stages.qat import load_graph
 
 
 class Chunks(CalibrationDataReader):
@@ -143,9 +143,9 @@ def calibration(fp32: Path, train: Any, options: Options) -> list[np.ndarray]:
 def learned(run: Path, fp32: Path, images: np.ndarray, file: Path) -> Path:
     """The candidate of quantization-aware training, whether it ships or not."""
     prepared = prepare(fp32)
-    name, found = recovered(run, prepared)
+    name, found = load_graph(run, prepared)
     ranges, _ = calibrate_ranges(found.prepared.model, [images], "minmax", prepared.scope.op_types)
-    model = quantize(found.prepared, ranges, target(name), overrides=found.overrides)
+    model = quantize(found.prepared, ranges, find_target(name), overrides=found.overrides)
     return write_int8(found.prepared, model, file, {}).path
 
 

@@ -20,15 +20,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.data.training_data import TrainingData
 from questpress.pipeline.methods.quest.quest import Quest, WordPrediction
 from questpress.pipeline.methods.quest.vocabulary import positions
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.console import Display
 from questpress.pipeline.runs.device import Engine, threads
 from questpress.pipeline.runs.folder import RunFolder
-from questpress.pipeline.training.job import Job
-from questpress.pipeline.training.student import load_heads, student_task
-from questpress.pipeline.training.weights import load_teacher, trained_network
+from questpress.pipeline.tasks import task_of
+from questpress.pipeline.training.context import RunContext
+from questpress.pipeline.training.student import build_methods, load_heads, student_task
+from questpress.pipeline.training.weights import load_network, load_teacher
 from torch import Tensor
 
 PHOTO, ROW, PATCH, WORDS, PATCHES = 320, 52, 48, 6, 4
@@ -55,19 +57,32 @@ def look(run: Path, cache: Path | None) -> Seen:
     folder.open(fresh=False)
     chosen, images = resolve(read_options({"config": str(run / "config.yaml"), "out": run, "cache": cache}))
     with Display(quiet=True).stage("picture") as stage:
-        job = Job(chosen, frozenset(), images, folder, Cache(cache), Display(quiet=True), "cpu", stage)
-        engine = Engine("cpu", threads(), "fp32")
-        task, _ = student_task(job, trained_network(job, job.student), engine)
+        data = TrainingData(chosen, images, Cache(cache), "cpu", lambda *_: None)
+        context = RunContext(
+            options=chosen,
+            set_options=frozenset(),
+            task=task_of(images),
+            dataset_name=images.name,
+            num_classes=len(images.classes),
+            folder=folder,
+            cache=data.cache,
+            display=Display(quiet=True),
+            progress=stage,
+            device="cpu",
+        )
+        engine, round_ = Engine("cpu", threads(), "fp32"), context.round
+        built = build_methods(chosen, round_, run)
+        task, _ = student_task(context, data, load_network(run, round_.student), engine, built)
         load_heads(task, folder.path / "student.heads.safetensors")
         task.eval()
-        method = task.trainee.methods["quest"]
+        method = task.student.methods["quest"]
         assert isinstance(method, Quest)
         term = method.terms[0]
         assert isinstance(term, WordPrediction)
-        teacher = load_teacher(job, job.current_teachers[term.teacher], engine)
+        teacher = load_teacher(run, round_.teachers[term.teacher], engine)
         for_teacher, for_student = (
-            job.rendered("val", member)[0].permute(0, 3, 1, 2)
-            for member in (job.current_teachers[term.teacher], job.student)
+            data.rendered("val", spec)[0].permute(0, 3, 1, 2)
+            for spec in (round_.teachers[term.teacher], round_.student)
         )
         p_t, p_s, distances = [], [], []
         for of_teacher, of_student in zip(for_teacher.split(64), for_student.split(64), strict=True):
@@ -75,7 +90,7 @@ def look(run: Path, cache: Path | None) -> Seen:
                 teacher(of_teacher, frozenset({term.teacher_level}))[term.teacher_level], term.grid
             )
             squared = torch.cdist(f_t.float(), term.words).square()
-            f_s = task.trainee.readouts(task.trainee.normalise(of_student), frozenset({term.student_level}))[
+            f_s = task.student.readouts(task.student.normalize(of_student), frozenset({term.student_level}))[
                 term.student_level
             ]
             cosine = F.normalize(positions(f_s, term.grid).float(), dim=1) @ F.normalize(term.weight, dim=1).T

@@ -15,7 +15,7 @@ from questpress.pipeline import methods
 from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode_images
 from questpress.pipeline.data.render import Views
-from questpress.pipeline.data.views import Schedule, ViewPolicy
+from questpress.pipeline.data.views import ViewPolicy, ViewSchedule
 from questpress.pipeline.methods.base import Features, Method, PrepareContext, Setup, Shapes
 from questpress.pipeline.methods.quest.quest import level_name
 from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD, shared_grid
@@ -24,12 +24,12 @@ from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.device import Engine, choose_engine, inference_engine
 from questpress.pipeline.runs.files import digest
 from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.compute.engine_search import fastest
-from questpress.pipeline.training.loop import Ask, Batch, Batches, backward
-from questpress.pipeline.training.monitoring.metrics import Meter
-from questpress.pipeline.training.optimizer import Plan, build_optimizer, schedule
+from questpress.pipeline.training.compute.engine_search import find_fastest_engine
+from questpress.pipeline.training.loop import Batch, BatchSource, ComputeTeachers, backward
+from questpress.pipeline.training.monitoring.meter import Meter
+from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_scheduler
 from questpress.pipeline.training.task import DistillationTask, Teacher
-from questpress.pipeline.training.teacher_cache import Source, Store
+from questpress.pipeline.training.teacher_cache import TeacherCache, TeacherSource
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-3
@@ -95,9 +95,9 @@ class Setting:
             return rule
         alone = DistillationTask(self.network(self.student), self.geometry(self.student), rule)
         first = next(self.stream())
-        batch = first.pixels, first.labels, first.keys, first.answers
+        batch = first.pixels, first.labels, first.keys, first.teachers
         optimizer = partial(build_optimizer, plan=self.plan)
-        found = fastest(
+        found = find_fastest_engine(
             alone, batch, optimizer, 10**6, precision=self.precision, compile="off", note=print
         ).engine
         return replace(found, threads=self.threads, compile=self.compile)
@@ -136,13 +136,15 @@ class Setting:
             seed=0,
         )
 
-    def stream(self, store: Store | None = None, ask: Ask | None = None) -> Iterator[Batch]:
+    def stream(
+        self, store: TeacherCache | None = None, ask: ComputeTeachers | None = None
+    ) -> Iterator[Batch]:
         """Batches, epoch after epoch: new views each time, or from a store one fixed view of each image."""
-        shown = Schedule(self.views.policy, 0, None if store is None else 1)
-        source = Batches(self.views, shown, store, self.plan, Ranks(), torch.device(self.device), ask)
+        shown = ViewSchedule(self.views.policy, 0, None if store is None else 1)
+        source = BatchSource(self.views, shown, store, self.plan, Ranks(), torch.device(self.device), ask)
         for epoch in count():
             source.open(epoch)
-            yield from source.of(epoch, self.plan.steps(len(self.views)), 0)
+            yield from source.batches(epoch, self.plan.steps(len(self.views)), 0)
 
     @cached_property
     def frozen(self) -> Teacher:
@@ -186,7 +188,7 @@ class Setting:
         )
         return quest.prepare(own, preparation).tensors
 
-    def store(self, heads: Mapping[str, Method]) -> Store:
+    def store(self, heads: Mapping[str, Method]) -> TeacherCache:
         """One view of all images, answered by the teacher here and now."""
 
         def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
@@ -194,8 +196,8 @@ class Setting:
             return (pixels for pixels, _ in self.views.batches(plan, self.device))
 
         answers = [answer for head in heads.values() for answer in head.cached_outputs(0)]
-        source = Source(self.teacher, "images", {}, answers, lambda: self.frozen)
-        return Store(self.cache, [source], len(self.views), render, lambda *_: None)
+        source = TeacherSource(self.teacher, "images", {}, answers, lambda: self.frozen)
+        return TeacherCache(self.cache, [source], len(self.views), render, lambda *_: None)
 
 
 def step(
@@ -229,11 +231,11 @@ def step(
         student_reads=reads,
     )
     optimizer = build_optimizer(task, setting.plan)
-    scheduler = schedule(optimizer, setting.plan, STEPS_AN_EPOCH)
+    scheduler = build_scheduler(optimizer, setting.plan, STEPS_AN_EPOCH)
     meter = Meter(task.device, Ranks(), task.label_task)
     # As in ``train``: a GPU's teachers work on the next batch beside the student.
-    ask = task.ask if online and task.device.type == "cuda" else None
-    coming = task.clock.each("data", setting.stream(setting.store(heads) if stored else None, ask))
+    ask = task.compute_teachers if online and task.device.type == "cuda" else None
+    coming = task.clock.iterate("data", setting.stream(setting.store(heads) if stored else None, ask))
     numbers = count()
     task.train()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 from questpress.export.runtime import decode_image
-from questpress.pipeline.data.dataset import Image, ImageSet, array_key
+from questpress.pipeline.data.dataset import Image, ImageSet, hash_array
 from torch.utils.data import Dataset
 
 PHOTO = (375, 500)
@@ -25,7 +25,7 @@ def made_up(count: int, classes: int, side: int | None, seed: int = 0) -> ImageS
         pixels = _picture(rng, *((side, side) if side else PHOTO))
         label, name = index % classes, f"{index % classes}/{index}"
         if side:
-            images.append(Image(name, label, array_key(pixels), pixels))
+            images.append(Image(name, label, hash_array(pixels), pixels))
         else:
             file = _jpeg(pixels)
             images.append(Image(name, label, hashlib.sha256(file).hexdigest(), file))
