@@ -27,7 +27,7 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, quiet, write_int8
 from questpress.export.int8.targets import find_target
 from questpress.export.runtime import Classifier, decode_image, preprocess
-from questpress.pipeline.api.export import export_again
+from questpress.pipeline.api.export import export
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.config.options import Options
 from questpress.pipeline.data.dataset import Image
@@ -84,7 +84,7 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
         if not copy.exists():
             shutil.copytree(run, copy)
         given = {key: value for key, value in more.items() if value is not None}
-        report = export_again(copy, quiet=True, **given)
+        report = export(copy, quiet=True, **given)
         best = next((one for one in report.int8[0].tried if one.ships), None)
         files[name] = copy / (report.int8[0].file or "artifact/student.onnx")
         chosen[name] = "the fp32 file" if best is None else best.name

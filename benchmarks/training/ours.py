@@ -16,9 +16,9 @@ from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode_images
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.views import ViewPolicy, ViewSchedule
-from questpress.pipeline.methods.base import Features, Method, PrepareContext, Setup, Shapes
+from questpress.pipeline.methods.base import Features, Method, PrepareContext, Setup, Shapes, shared_grid
 from questpress.pipeline.methods.quest.quest import level_name
-from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD, shared_grid
+from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD
 from questpress.pipeline.methods.shapes import compute_shapes
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.device import Engine, choose_engine, inference_engine

@@ -1,17 +1,25 @@
-"""The stages: each reads files, writes files, and gives its part of the report."""
+"""The stages of a run. Each reads files, writes files and returns its part of the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..config.stages import kind
+from ..config.stages import ROUND, get_kind
 
 if TYPE_CHECKING:
+    from ..data.training_data import TrainingData
     from ..runs.folder import StageResult
-    from ..training.job import Job
+    from ..training.context import RunContext
+
+    Run = Callable[[RunContext, TrainingData, Mapping[str, Any]], StageResult]
 
 
-def stage_run(name: str) -> "Callable[[Job], StageResult]":
-    """The function that does a stage; see :func:`~questpress.pipeline.config.stages.stages_of`."""
-    run: Callable[[Job], StageResult] = import_module(f".{kind(name)}", __package__).run
+def load_stage(name: str) -> "Run":
+    """Import a stage and return its ``run(context, data, previous)``.
+
+    ``previous`` holds the facts of the finished stages. For names see
+    :func:`~questpress.pipeline.config.stages.list_stages`.
+    """
+    module = "student" if get_kind(name) == ROUND else get_kind(name)
+    run: Run = import_module(f".{module}", __package__).run
     return run

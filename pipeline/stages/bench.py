@@ -53,7 +53,8 @@ MIN_SECONDS = 1.0
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
     folder, several = context.folder.path, len(context.teachers) > 1
-    subjects, teachers = [], []
+    subjects: list[Subject] = []
+    teachers: list[dict[str, Any]] = []
     for t, spec in enumerate(context.teachers):
         file = FOLDER / (f"teacher.{t}.onnx" if several else "teacher.onnx")
         size = _export_teacher(context, data, previous, spec, folder / file)

@@ -133,7 +133,7 @@ def origin(
         "teachers": [{"name": teacher["name"], "weights": teacher["weights"]} for teacher in teachers],
         "method": o.method,
         "data": context.dataset_name,
-        "licences": sorted({n["licence"] for n in [student, *teachers] if n.get("licence")}),
+        "licenses": sorted({n["license"] for n in [student, *teachers] if n.get("license")}),
         **({} if o.rounds == 1 else {"rounds": o.rounds}),
         **({} if temperature is None else {"temperature": temperature}),
     }

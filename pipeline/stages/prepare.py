@@ -1,7 +1,7 @@
-"""prepare: what the methods need of the teachers before training, in one pass over the training images."""
+"""prepare: compute what the methods need of the teachers, in one pass over the training images."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,100 +10,100 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ...models.checkpoint import tensors_digest
 from ...models.weights import classifier_weight
 from .. import methods
 from ..data.dataset import Split
+from ..data.training_data import TrainingData
 from ..data.views import FIXED_SEED
 from ..evaluation.inference import batches
-from ..methods.base import Method, Parameters, PrepareContext, Features
+from ..methods.base import Features, PrepareContext
 from ..runs.device import inference_engine, use_threads
 from ..runs.files import atomic_write, digest
 from ..runs.folder import StageResult
-from ..training.job import Job
+from ..training.context import RunContext
+from ..training.student import method_setup
 from ..training.task import Teacher
-from ..training.weights import load_teacher, trained_network, weights_digest
+from ..training.weights import load_network, load_teacher
 
 SCRATCH = "scratch"
 
 
-def run(job: Job) -> StageResult:
-    chosen = methods.parse_methods(job.options.method)
-    parameters = methods.parse_parameters(chosen, job.options.settings)
-    preparing = [(name, methods.load(name)) for name in chosen if methods.load(name).prepares]
-    if not preparing:
-        return StageResult("nothing to prepare" if chosen else "no method, nothing to prepare")
-    # What a killed run has left there would never be missed.
-    scratch = job.folder.path / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
+def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
+    o = context.options
+    names = methods.parse_methods(o.method)
+    parameters = methods.parse_parameters(names, o.settings)
+    classes = {name: methods.load(name) for name in names}
+    classes = {name: method for name, method in classes.items() if method.prepares}
+    if not classes:
+        return StageResult("nothing to prepare" if names else "no method, nothing to prepare")
+    scratch = context.folder.path / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # files of a killed run
     scratch.mkdir()
-    try:
-        return _prepare(job, preparing, parameters, _preparation(job, scratch))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _prepare(
-    job: Job,
-    preparing: Sequence[tuple[str, type[Method]]],
-    parameters: Mapping[str, Parameters],
-    preparation: PrepareContext,
-) -> StageResult:
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
-    lines = []
-    for name, method in preparing:
-        prepared = method.prepare(parameters[name], preparation)
-        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in prepared.tensors.items()}
-        facts |= prepared.facts
-        lines.append(prepared.summary)
-    with atomic_write(job.folder.path / job.prepared) as part:
-        save_file(tensors, part, {"key": job.key})
-    return StageResult("; ".join(lines), [job.prepared], facts)
+    summaries = []
+    try:
+        prepare_context = _prepare_context(context, data, scratch)
+        for name, method in classes.items():
+            result = method.prepare(parameters[name], prepare_context)
+            tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in result.tensors.items()}
+            facts |= result.facts
+            summaries.append(result.summary)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    file = context.round.prepared
+    with atomic_write(context.folder.path / file) as part:
+        save_file(tensors, part, {"key": context.key})
+    return StageResult("; ".join(summaries), [file], facts)
 
 
-def _preparation(job: Job, scratch: Path) -> PrepareContext:
-    use_threads(inference_engine(job.device, "fp32").threads)
-    current_teachers = job.current_teachers
+def _prepare_context(context: RunContext, data: TrainingData, scratch: Path) -> PrepareContext:
+    engine = inference_engine(context.device, "fp32")
+    use_threads(engine.threads)
+    run, specs = context.folder.path, context.round.teachers
+    images = len(data.train.images)
 
     @lru_cache(maxsize=1)
     def teacher(t: int) -> Teacher:
-        return load_teacher(job, current_teachers[t], inference_engine(job.device, "fp32"))
+        return load_teacher(run, specs[t], engine)
 
     def features(t: int, reads: frozenset[str]) -> Iterator[Features]:
-        for first, batch in job.rendered_batches("train", current_teachers[t]):
+        for first, batch in data.rendered_train(specs[t]):
             yield teacher(t)(batch, reads)
-            job.stage.update(
-                f"reading {current_teachers[t].name}", first + len(batch), len(job.train.images), "images"
+            context.progress.update(
+                f"teacher {specs[t].name}: computing features", first + len(batch), images, "images"
             )
 
     def sample(t: int, reads: frozenset[str], limit: int) -> Iterator[tuple[np.ndarray, Features]]:
-        role: Split = "val" if job.data.split("val") else "train"
-        pixels, _, _ = job.rendered(role, current_teachers[t], limit)
-        for first, batch in batches(pixels, job.device):
+        split: Split = "val" if data.dataset.val else "train"
+        pixels, _, _ = data.rendered(split, specs[t], limit)
+        for first, batch in batches(pixels, context.device):
             yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
 
     def cached(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-        whole_key = digest(
+        full_key = digest(
             {
                 **key,
-                "teacher": weights_digest(job, current_teachers[t]),
-                "data": job.data.fingerprint,
-                "geometry": job.preprocessing(current_teachers[t]).to_dict(),
+                "teacher": tensors_digest(run / specs[t].file),
+                "data": data.dataset.fingerprint,
+                "geometry": specs[t].preprocessing.to_dict(),
             }
         )
-        return job.cache.get(kind, whole_key) or job.cache.put(kind, whole_key, write)
+        return context.cache.get(kind, full_key) or context.cache.put(kind, full_key, write)
 
+    setup = method_setup(context.round)
     return PrepareContext(
-        student=job.shapes(job.student),
-        teachers=[job.shapes(teacher) for teacher in current_teachers],
-        teacher_names=[teacher.name for teacher in current_teachers],
-        images=len(job.train.images),
+        student=setup.student,
+        teachers=setup.teachers,
+        teacher_names=[spec.name for spec in specs],
+        images=images,
         features=features,
-        classifier=lambda t: classifier_weight(trained_network(job, current_teachers[t])),
+        classifier=lambda t: classifier_weight(load_network(run, specs[t])),
         cached=cached,
         scratch=scratch,
-        # Words belong to the teacher and not to a run: else no run could use another's stored answers.
+        # Not the run's seed: cached teacher outputs depend on the vocabulary, and all runs share them.
         seed=FIXED_SEED,
-        note=job.display.note,
+        note=context.display.note,
         sample=sample,
     )

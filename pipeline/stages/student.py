@@ -1,160 +1,192 @@
-"""student: the small network learns from the teachers; what ships is a plain timm state_dict."""
+"""student: train the student from the teachers. With ``--rounds``, each stage ``round K`` trains one more."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from ...models.checkpoint import save_weights
-from ...models.initialize import parameters, start, student_source
+from ...models.initialize import initialize, parameters, student_source
 from .. import methods
 from ..data.dataset import Split
+from ..data.training_data import TrainingData
+from ..data.views import ViewSchedule
 from ..evaluation.inference import compute_logits
 from ..report import format
 from ..runs.device import Engine, choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
-from ..runs.results import BalancedWeight, Round, TeacherCacheUse, Subject
-from ..tasks import task_of
-from ..training.job import Job
-from ..training.student import save_heads, student_task
+from ..runs.results import BalancedWeight, Round, Subject, TeacherCacheUse
+from ..training.context import RunContext
+from ..training.student import build_methods, save_heads, student_task
 from ..training.task import DistillationTask
-from ..training.teacher_cache import Store, schedule_of
-from ..training.trainer import engine, learn, plan
+from ..training.teacher_cache import TeacherCache, view_schedule
+from ..training.trainer import build_plan, choose_run_engine, run_training
 from ..training.weights import weights_metadata
+from . import prepare
 
 HEADS = "student.heads.safetensors"
 """The methods' heads in the run folder, for quantization-aware training."""
 
 
-def run(job: Job) -> StageResult:
-    o, member = job.options, job.student
-    name = member.name
+def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
+    if context.round.ships:
+        return _train(context, data, previous)
+    prepared = _prepare_round(context, data, previous) if context.ranks.is_main else []
+    context.ranks.barrier()
+    result = _train(context, data, previous)
+    # The report describes the student that ships; of the others only their row in the table of rounds.
+    return StageResult(result.summary, [*prepared, *result.outputs], {"rounds": result.facts["rounds"]})
+
+
+def _prepare_round(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> Sequence[str]:
+    """Run ``prepare`` for this round, unless a resumed round has its files."""
+    file = context.folder.path / context.round.prepared
+    if file.exists():
+        with safe_open(file, framework="pt") as tensors:
+            if (tensors.metadata() or {}).get("key") == context.key:
+                return [context.round.prepared]
+    return prepare.run(context, data, previous).outputs
+
+
+def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
+    o, round_, spec = context.options, context.round, context.student
+    run, is_main = context.folder.path, context.ranks.is_main
     assert o.epochs and o.lr and o.warmup_epochs is not None
-    with job.ranks.main_first():  # the others find downloaded weights
-        begun = start(
-            name,
-            student_source(name, o.student_weights, job.display.note),
+    with context.ranks.main_first():  # downloads weights
+        initial = initialize(
+            spec.name,
+            student_source(spec.name, o.student_weights, context.display.note),
             "auto",
-            job.data.classes,
-            member.image_size,
-            job.seed,
-            job.display.note,
+            data.classes,
+            spec.image_size,
+            round_.seed,
+            context.display.note,
             role="student",
             activation=o.activation,
         )
-    chosen = engine(job, job.training, lambda asked: choose_engine(job.device, asked, begun.network))
-    use_threads(chosen.threads)
-    task, store = student_task(job, begun.network, chosen)
-    learning = plan(job, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs, seed=job.seed)
-    if store is not None:
-        _say_store(job, store)
-    learn(job, task, learning, what=job.training, member=member, views_of=schedule_of(job), store=store)
-    balanced = task.balanced()
-    for one in balanced:
-        if one.factor != 1:
-            job.display.note(_told(one))
-    compared = {one.method for one in balanced}
-    for method in task.trainee.methods:
-        if o.balance == "auto" and method not in compared:
-            job.display.note(f"the weight of {method} is left as it is: {_not_compared(method, name)}")
-    if store is not None and job.ranks.is_main:
-        store.look_up(schedule_of(job).used(o.epochs))  # those too that an interrupted run has learned from
+    engine = choose_run_engine(
+        context, round_.training, lambda precision: choose_engine(context.device, precision, initial.network)
+    )
+    use_threads(engine.threads)
+    built = build_methods(o, round_, run)
+    task, cache = student_task(context, data, initial.network, engine, built)
+    plan = build_plan(
+        o,
+        len(data.train.images),
+        context.ranks.count,
+        epochs=o.epochs,
+        lr=o.lr,
+        warmup_epochs=o.warmup_epochs,
+        seed=round_.seed,
+    )
+    schedule = view_schedule(o, data.policy, round_.seed)
+    if cache is not None:
+        _note_cache(context, data, cache, schedule)
+    run_training(
+        context, data, task, plan, training=round_.training, spec=spec, schedule=schedule, cache=cache
+    )
+    balanced = task.balanced_weights()
+    if o.balance == "auto":
+        _note_balance(context, task, balanced)
+    if cache is not None and is_main:
+        cache.open_cached(schedule.all_views(o.epochs))  # including those of an interrupted run, for the report
+    outputs = [spec.file]
     shipped = task.shipped
-    outputs = [member.file]
-    if job.ranks.is_main and job.round is None and task.trainee.methods:
-        with atomic_write(job.folder.path / HEADS) as part:
+    if is_main and round_.ships and built:
+        with atomic_write(run / HEADS) as part:
             save_heads(task, part)
         outputs.append(HEADS)
-    if job.ranks.is_main:
-        with atomic_write(job.folder.path / member.file) as part:
-            save_weights(shipped, part, weights_metadata(job, member, begun.licence))
+    if is_main:
+        with atomic_write(run / spec.file) as part:
+            save_weights(shipped, part, weights_metadata(spec, data.classes, context.key, initial.license))
     subject = Subject(
-        name=name,
-        weights=begun.weights,
-        parameters=parameters(shipped),
-        licence=begun.licence,
+        name=spec.name, weights=initial.weights, parameters=parameters(shipped), license=initial.license
     )
-    val = _answers(job, task, chosen, "val")
+    val = _logits(context, data, task, engine, "val")
     if val is not None:
-        subject = subject.model_copy(update={"val_score": task_of(job.data).score(*val)})
+        subject = subject.model_copy(update={"val_score": context.task.score(*val)})
+    facts: dict[str, Any] = {
+        "student": subject.model_dump(exclude_none=True),
+        "balance": [weight.model_dump() for weight in balanced],
+    }
+    if cache is not None:
+        facts["teacher_cache"] = _cache_use(cache, schedule, o.epochs).model_dump()
+    if o.rounds > 1:
+        row = _describe_round(context, data, task, engine, subject)
+        facts["rounds"] = [*previous.get("rounds", [])[: round_.index], row.model_dump(exclude_none=True)]
     score = subject.val_score
-    measured = f": {score.text} on {score.n} val images" if score is not None else ""
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
-    return StageResult(
-        f"{name}, {o.epochs} epochs {how}{measured}",
-        outputs,
-        {
-            "student": subject.model_dump(exclude_none=True),
-            "balance": [one.model_dump() for one in balanced],
-            **({} if store is None else {"teacher_cache": _use(job, store).model_dump()}),
-            **({} if o.rounds == 1 else {"rounds": _rounds(job, task, chosen, subject)}),
-        },
-    )
+    accuracy = f": {score.text} on {score.n} val images" if score is not None else ""
+    return StageResult(f"{spec.name}, {o.epochs} epochs {how}{accuracy}", outputs, facts)
 
 
-def _answers(
-    job: Job, task: DistillationTask, chosen: Engine, role: Split
+def _logits(
+    context: RunContext, data: TrainingData, task: DistillationTask, engine: Engine, split: Split
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Logits of the weights that ship, in torch and fp32, and labels; None where the role is empty."""
-    pixels, labels, _ = job.rendered(role, job.student)
+    """Return fp32 logits of the weights that ship, and labels; None without images."""
+    pixels, labels, _ = data.rendered(split, context.student)
     if not len(labels):
         return None
-    exact = Engine(job.device, chosen.threads, "fp32")
-    answers = compute_logits(task.shipped, task.trainee.normalise, pixels, exact).numpy()
-    return answers, labels.numpy()
+    fp32 = Engine(context.device, engine.threads, "fp32")
+    logits = compute_logits(task.shipped, task.student.normalize, pixels, fp32).numpy()
+    return logits, labels.numpy()
 
 
-def _rounds(job: Job, task: DistillationTask, chosen: Engine, subject: Subject) -> list[dict[str, Any]]:
-    """What is known of the rounds up to this one."""
-    test = _answers(job, task, chosen, "test")
-    mine = Round(
-        round=job.place + 1,
-        teacher=job.current_teachers[0].name if job.place == 0 else f"round {job.place}",
-        seed=job.seed,
+def _describe_round(
+    context: RunContext, data: TrainingData, task: DistillationTask, engine: Engine, subject: Subject
+) -> Round:
+    round_ = context.round
+    test = _logits(context, data, task, engine, "test")
+    return Round(
+        round=round_.index + 1,
+        teacher=f"round {round_.index}" if round_.index else round_.teachers[0].name,
+        seed=round_.seed,
         val_score=subject.val_score,
-        score=None if test is None else task_of(job.data).score(*test),
-        file=job.student.file,
+        score=None if test is None else context.task.score(*test),
+        file=context.student.file,
     )
-    return [*job.folder.facts().get("rounds", [])[: job.place], mine.model_dump(exclude_none=True)]
 
 
-def _say_store(job: Job, store: Store) -> None:
-    store.open(schedule_of(job).needed(0))
-    use, images = _use(job, store), len(job.train.images)
+def _cache_use(cache: TeacherCache, schedule: ViewSchedule, epochs: int) -> TeacherCacheUse:
+    return TeacherCacheUse(
+        views=len(schedule.all_views(epochs)),
+        complete=schedule.covers_all,
+        bytes_per_view=cache.bytes_per_view,
+        lost_mass=cache.lost_mass(),
+        computed=cache.computed,
+    )
+
+
+def _note_cache(context: RunContext, data: TrainingData, cache: TeacherCache, schedule: ViewSchedule) -> None:
+    cache.open(schedule.epoch_views(0))
+    assert context.options.epochs is not None
+    use, images = _cache_use(cache, schedule, context.options.epochs), len(data.train.images)
     views = f"all {use.views} views" if use.complete else f"{use.views} fixed views"
     lost = "" if use.lost_mass is None else f", without {format.significant(100 * use.lost_mass)} % of p_T"
-    job.display.note(
-        f"the teachers' answers to {views} of each image are stored in {job.cache.root}: "
-        f"{use.bytes_per_view // images:,} bytes a view{lost}, {format.megabytes(use.bytes_per_view)} a "
-        f"view of all images, {format.megabytes(use.views * use.bytes_per_view)} in all"
+    context.display.note(
+        f"teacher outputs for {views} of each image are cached in {context.cache.root}: "
+        f"{use.bytes_per_view // images:,} bytes per image and view{lost}, "
+        f"{format.megabytes(use.views * use.bytes_per_view)} in total"
     )
 
 
-def _use(job: Job, store: Store) -> TeacherCacheUse:
-    schedule = schedule_of(job)
-    assert job.options.epochs is not None
-    return TeacherCacheUse(
-        views=len(schedule.used(job.options.epochs)),
-        complete=schedule.complete,
-        bytes_per_view=store.bytes_per_view,
-        lost_mass=store.lost_mass(),
-        computed=store.computed,
-    )
-
-
-def _not_compared(method: str, student: str) -> str:
-    if methods.load(method).gradient_ratio[1] == math.inf:
-        return "nothing is known of which weight does good"
-    return (
-        f"its gradients, or those of the labels, were not to be seen in the last map of {student}, so that "
-        "--balance auto cannot compare them"
-    )
-
-
-def _told(one: BalancedWeight) -> str:
-    return (
-        f"the weight of {one.method} was multiplied by {one.factor:.3g}: its gradients were {one.pull:.3g} "
-        f"times those of the labels, where {one.least:g} to {one.most:g} is known to do good (--balance off "
-        "leaves weights alone)"
-    )
+def _note_balance(context: RunContext, task: DistillationTask, balanced: Sequence[BalancedWeight]) -> None:
+    for weight in balanced:
+        if weight.factor != 1:
+            context.display.note(
+                f"the weight of {weight.method} was multiplied by {weight.factor:.3g}: the ratio of its "
+                f"gradients to those of the labels was {weight.pull:.3g}, and the method is known to work "
+                f"from {weight.least:g} to {weight.most:g} (--balance off keeps the weight)"
+            )
+    measured = {weight.method for weight in balanced}
+    for name in task.student.methods:
+        if name not in measured:
+            if methods.load(name).gradient_ratio[1] == math.inf:
+                reason = "no range of gradient ratios is known for it"
+            else:
+                last_map = f"the last map of {context.student.name}"
+                reason = f"its gradients, or those of the labels, do not reach {last_map}"
+            context.display.note(f"--balance auto keeps the weight of {name}: {reason}")

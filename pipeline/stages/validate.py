@@ -153,10 +153,10 @@ def _warn(context: RunContext, previous: Mapping[str, Any], student: Score, labe
             "Consider a stronger teacher or more --teacher-epochs."
         )
     networks = [*previous["teachers"], previous["student"]]
-    for name, licence in dict.fromkeys((network["name"], network.get("licence")) for network in networks):
-        if licence is not None and not is_free(licence):
+    for name, license in dict.fromkeys((network["name"], network.get("license")) for network in networks):
+        if license is not None and not is_free(license):
             warn(
-                f"The pretrained weights of {name} are licensed under {licence}, which is not a free license. "
+                f"The pretrained weights of {name} are licensed under {license}, which is not a free license. "
                 "Check that it permits your use; it applies to the student too."
             )
 

@@ -1,10 +1,10 @@
-"""The state of an interrupted training, on disk: the newest one, and the one before it."""
+"""The saved state of an unfinished training: the newest one and the one before it."""
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,115 +12,89 @@ from ..errors import JobError
 from ..runs.files import atomic_write, sha256
 
 MARK = b"\nsha256 "
-"""Before the checksum at the file's end, which torch's reader passes over: a flipped bit in a tensor would
-otherwise be read as a number like any other."""
+"""Precedes the checksum at the end of the file, which torch's reader ignores. Without it, a flipped bit in a
+tensor would go unnoticed."""
 
 _TAIL = len(MARK) + hashlib.sha256().digest_size * 2
 
 
-class Curve(Protocol):
-    """A training's epochs as lines of text, which are kept with its state."""
-
-    lines: list[str]
-
-    def go_on(self, lines: Sequence[str]) -> None: ...
-
-
 class Checkpoint:
-    """One training's state after its last saved step; it belongs to ``key`` and to no other training."""
+    """The file with a training's state after its last saved step.
 
-    def __init__(
-        self,
-        path: Path,
-        key: str,
-        warn: Callable[[str], None] | None = None,
-        curve: Curve | None = None,
-    ) -> None:
-        """``warn`` is told when the newest state is damaged and the one before it is taken; ``curve`` is
-        saved with each state, and told what was saved with the one that is loaded.
-        """
+    Args:
+        key: identifies the training; states with another key are ignored.
+    """
+
+    def __init__(self, path: Path, key: str, warn: Callable[[str], None] = lambda _: None) -> None:
         self.path = path
         self.previous = path.with_suffix(f".previous{path.suffix}")
         self.key = key
-        self.warn = warn or (lambda _: None)
-        self.curve = curve
+        self.warn = warn
 
     def save(self, state: dict[str, Any]) -> None:
-        lines = [] if self.curve is None else self.curve.lines
-        # Given a path, torch would not say that the disk is full.
+        # Given a path instead of a file, torch would not report a full disk.
         with atomic_write(self.path) as part:
             with part.open("wb") as file:
-                torch.save({"key": self.key, "curve": lines, **state}, file)
-            sum = sha256(part).encode()
+                torch.save({"key": self.key, **state}, file)
+            checksum = sha256(part).encode()
             with part.open("ab") as file:
-                file.write(MARK + sum)
+                file.write(MARK + checksum)
                 file.flush()
                 os.fsync(file.fileno())
             if self.path.exists():
-                self._keep()
+                self._keep_previous()
 
-    def _keep(self) -> None:
-        """Give what is the newest now a second name, so that there is a newest at any time."""
-        try:
+    def _keep_previous(self) -> None:
+        try:  # a hard link, so that ``path`` exists at any time
             self.previous.unlink(missing_ok=True)
             self.previous.hardlink_to(self.path)
-        except OSError:  # a file system without second names
+        except OSError:  # not supported by the file system
             self.path.replace(self.previous)
 
     def load(self, device: str) -> dict[str, Any] | None:
-        """The newest state that is whole, or None where there is none of this training.
+        """Return the newest intact state, or None if this training has none.
 
         Raises:
-            JobError: what there is is damaged.
+            JobError: all states are damaged.
         """
-        there = [path for path in (self.path, self.previous) if path.exists()]
-        for path in there:
+        files = [path for path in (self.path, self.previous) if path.exists()]
+        for path in files:
             state = _read(path, device)
             if state is None:
                 continue
-            mine = state.get("key") == self.key
-            if path != there[0] and not mine:
+            if path != files[0]:
                 self.warn(
-                    f"The checkpoint {there[0]} is damaged, and the one before it is of another training: "
-                    "this one begins at its start."
+                    f"The checkpoint {files[0]} is damaged. Training resumes from the previous one."
+                    if state.get("key") == self.key
+                    else f"The checkpoint {files[0]} is damaged, and the previous one belongs to another "
+                    "training. Training starts from the beginning."
                 )
-            if not mine:
-                return None
-            if path != there[0]:
-                self.warn(
-                    f"The checkpoint {there[0]} is damaged: the training goes on from the one before it."
-                )
-            lines = state.pop("curve", None)  # older ones have none
-            if self.curve is not None and lines is not None:
-                self.curve.go_on(lines)
-            return state
-        if there:
+            return state if state.get("key") == self.key else None
+        if files:
             raise JobError(
-                f"The checkpoint {there[0]} is damaged, and there is no other; delete it to train from the "
-                "start of this stage."
+                f"The checkpoint {files[0]} is damaged, and there is no other. Delete it to restart the stage."
             )
         return None
 
 
 def _read(path: Path, device: str) -> dict[str, Any] | None:
-    """What was saved, or None where it is not as it was written."""
-    if not _intact(path):
+    if not _is_intact(path):
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # of an archive that is none, or holds more than tensors, torch raises nearly anything
+    except Exception:  # torch raises nearly any exception for a file that is not a checkpoint
         return None
     return state if isinstance(state, dict) else None
 
 
-def _intact(path: Path) -> bool:
-    """Whether the checksum at the file's end is that of what stands before it."""
+def _is_intact(path: Path) -> bool:
+    """Compare the checksum at the end of the file."""
     size = path.stat().st_size - _TAIL
     if size <= 0:
         return False
-    seen = hashlib.sha256()
+    checksum = hashlib.sha256()
     with path.open("rb") as file:
         while size and (chunk := file.read(min(size, 1 << 20))):
-            seen.update(chunk)
+            checksum.update(chunk)
             size -= len(chunk)
-        return file.read() == MARK + seen.hexdigest().encode()
+        return file.read() == MARK + checksum.hexdigest().encode()

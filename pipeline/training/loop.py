@@ -1,4 +1,4 @@
-"""The training loop. It knows neither which method runs nor which data set."""
+"""The training loop. It does not depend on method or dataset."""
 
 import math
 import time
@@ -11,49 +11,49 @@ from torch import Tensor, nn
 
 from ..data.render import Views, prefetch, to_device
 from ..data.streaming import StreamedViews
-from ..data.views import Schedule, method_keys, draw_order
+from ..data.views import ViewSchedule, draw_order, method_keys
 from ..errors import JobError
 from ..methods.base import Features, RunningSums
 from ..runs.interrupt import STOP
 from ..runs.results import Epoch
 from .checkpoint import Checkpoint
 from .compute.distributed import Ranks
-from .monitoring.metrics import Meter
-from .optimizer import Plan, build_optimizer, schedule
+from .monitoring.meter import Meter
+from .optimizer import Plan, build_optimizer, build_scheduler
 from .task import DistillationTask
-from .teacher_cache import Store
+from .teacher_cache import TeacherCache
 
-Ask = Callable[[Tensor], Sequence[Features]]
-"""Teachers: views, uint8 [B,3,S,S], to each one's readouts."""
+ComputeTeachers = Callable[[Tensor], Sequence[Features]]
+"""Views, uint8 [B,3,S,S], to each teacher's features."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of a step, uint8 views [B,3,S,S] and their labels, or a part of that part."""
+    """Views, uint8 [B,3,S,S], and their labels: this rank's part of a step, or a micro-batch of it."""
 
     pixels: Tensor
     labels: Tensor
     keys: Tensor
-    """int64 [B]: what the methods' random draws follow."""
-    answers: Sequence[Features] | None
-    """Each teacher's, from the store or asked ahead; None where the step asks."""
-    full: Tensor | None = None
-    """The same views as teachers see them that the step asks; None: as the student does."""
+    """int64 [B], the seed of the methods' random draws."""
+    teachers: Sequence[Features] | None
+    """Each teacher's features; None if the step computes them."""
+    teacher_pixels: Tensor | None = None
+    """The same views at the teachers' size, if the step computes their features and the size differs."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Its tensors."""
         yield from (self.pixels, self.labels, self.keys)
-        if self.full is not None:
-            yield self.full
-        for one in self.answers or ():
-            yield from one.values()
+        if self.teacher_pixels is not None:
+            yield self.teacher_pixels
+        for features in self.teachers or ():
+            yield from features.values()
 
     def split(self, size: int | None) -> Iterator["Batch"]:
-        """In parts of at most ``size`` images, as even as can be; none of a single one, where BatchNorm has
-        nothing to compare (so of three images, when a part may have two).
+        """Split into micro-batches of at most ``size`` images, as even as possible.
+
+        None has a single image, which BatchNorm cannot normalize; so 3 images are one batch for ``size`` 2.
         """
         if size is None or size >= len(self):
             yield self
@@ -61,76 +61,73 @@ class Batch:
         parts = max(1, min(math.ceil(len(self) / size), len(self) // 2))
         for part in range(parts):
             rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
-            answers: list[Features] | None = None
-            if self.answers is not None:
-                answers = [{name: part[rows] for name, part in one.items()} for one in self.answers]
-            full = None if self.full is None else self.full[rows]
-            yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], answers, full)
+            teachers: list[Features] | None = None
+            if self.teachers is not None:
+                teachers = [{name: value[rows] for name, value in t.items()} for t in self.teachers]
+            teacher_pixels = None if self.teacher_pixels is None else self.teacher_pixels[rows]
+            yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], teachers, teacher_pixels)
 
 
 @dataclass(frozen=True)
-class Batches:
-    """An epoch's batches in the epoch's order: all of it follows from seed, image and epoch alone."""
+class BatchSource:
+    """The batches of each epoch. They depend on seed, images and epoch only."""
 
     views: Views | StreamedViews
-    views_of: Schedule
-    store: Store | None
+    schedule: ViewSchedule
+    cache: TeacherCache | None
     plan: Plan
     ranks: Ranks
     device: torch.device
-    teachers_size: int | None = None
-    """Side in pixels of what teachers see that are asked; None: there are none."""
-    ask: Ask | None = None
-    """Asks the teachers about a batch ahead of its step; None leaves that to the step."""
+    teacher_size: int | None = None
+    """Side in pixels of the views that teachers of the step read; None without such teachers."""
+    compute_teachers: ComputeTeachers | None = None
+    """Computes the teachers' features ahead of the step; None leaves that to the step."""
 
     def open(self, epoch: int) -> None:
-        """Have the store's answers at hand."""
-        if self.store is not None:
-            self.store.open(self.views_of.needed(epoch))
-            self.store.make_resident(self.views_of.needed(epoch), self.device)
+        """Open the cached teacher outputs of an epoch, and compute the missing ones."""
+        if self.cache is not None:
+            self.cache.open(self.schedule.epoch_views(epoch))
+            self.cache.load_to_device(self.schedule.epoch_views(epoch), self.device)
 
     def first(self) -> Batch:
-        """The first step's."""
+        """Return the batch of the first step."""
         self.open(0)
-        return next(self.of(0, 1, 0))
+        return next(self.batches(0, 1))
 
-    def of(self, epoch: int, steps: int, begun: int) -> Iterator[Batch]:
-        """This rank's batches from step ``begun`` on."""
-        keys = self.views.keys
+    def batches(self, epoch: int, steps: int, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches from step ``start`` on."""
+        keys, size = self.views.keys, self.plan.batch_size
         order = draw_order(self.plan.seed, epoch, keys)
-        numbers = self.views_of.numbers(keys, epoch)
+        numbers = self.schedule.numbers(keys, epoch)
         draws = method_keys(self.plan.seed, keys)
-        parts = [
-            order[step * self.plan.batch_size : (step + 1) * self.plan.batch_size]
-            for step in range(begun, steps)
-        ]
-        parts = [part[self.ranks.mine(len(part))] for part in parts]
-        also = self.teachers_size if self.teachers_size != self.views.size else None
-        pixels_of = self.views.batches(((indices, numbers[indices]) for indices in parts), self.device, also)
+        parts = [order[step * size : (step + 1) * size] for step in range(start, steps)]
+        parts = [part[self.ranks.part(len(part))] for part in parts]
+        teacher_size = self.teacher_size if self.teacher_size != self.views.size else None
+        views = self.views.batches(
+            ((indices, numbers[indices]) for indices in parts), self.device, teacher_size
+        )
 
-        def made() -> Iterator[Batch]:
-            for indices, (pixels, labels, *more) in zip(parts, pixels_of, strict=True):
-                answers: Sequence[Features] | None = None
-                if self.store is not None:
-                    answers = self.store.batch(indices, numbers[indices], self.device)
-                elif self.ask is not None:
-                    answers, more = self.ask(*more or [pixels]), []
-                yield Batch(pixels, labels, to_device(draws[indices], self.device), answers, *more)
+        def complete() -> Iterator[Batch]:
+            for indices, (pixels, labels, *more) in zip(parts, views, strict=True):
+                teachers: Sequence[Features] | None = None
+                if self.cache is not None:
+                    teachers = self.cache.batch(indices, numbers[indices], self.device)
+                elif self.compute_teachers is not None:
+                    teachers, more = self.compute_teachers(*more or [pixels]), []
+                yield Batch(pixels, labels, to_device(draws[indices], self.device), teachers, *more)
 
-        yield from prefetch(made(), self.device)
+        yield from prefetch(complete(), self.device)
 
 
 LOG_SECONDS = 0.5
-"""How often the loop waits for the device to show where it is."""
+"""Interval at which the loop waits for the device to display the losses."""
 
 SAVE_SECONDS = 600.0
-"""How often the training's state is saved within an epoch; after each epoch it is in any case."""
+"""Interval of checkpoints within an epoch. There is one after each epoch, too."""
 
 AGREE_SECONDS = 1.0
-"""About how often ranks ask one another whether to stop: each costs all of them a moment of waiting."""
-
 AGREE_STEPS = 1000
-"""As often at least."""
+"""Interval, in seconds and at most in steps, at which ranks agree on stopping and saving. All have to wait."""
 
 
 def train(
@@ -139,50 +136,53 @@ def train(
     plan: Plan,
     checkpoint: Checkpoint,
     *,
-    stage: str,
+    training: str,
     evaluate: Callable[[nn.Module], float | None],
     show: Callable[[int, int, dict[str, float]], None],
     log: Callable[[Epoch], None],
-    views_of: Schedule | None = None,
-    store: Store | None = None,
+    schedule: ViewSchedule | None = None,
+    cache: TeacherCache | None = None,
     ranks: Ranks | None = None,
 ) -> None:
-    """Train ``task`` for ``plan.epochs`` epochs, going on from ``checkpoint`` where there is one.
+    """Train for ``plan.epochs`` epochs, resuming from the checkpoint if there is one.
 
     Args:
-        evaluate: the network's top-1 in percent on the val role; None where there is no such role.
-        show: called now and then with (steps done, steps in all, losses).
+        training: name of the training in the log.
+        evaluate: returns the network's accuracy on val in percent; None without val images.
+        show: called twice a second with (steps done, steps, mean losses).
         log: called after each epoch.
-        views_of: which view an epoch shows of each image; None: a new one each epoch.
-        store: the teachers' answers to these views; None asks the teachers.
+        schedule: chooses each epoch's view of an image; None draws a new one in each epoch.
+        cache: the teachers' outputs for these views; None runs the teachers.
 
     Raises:
-        JobError: the loss is no longer a finite number.
-        KeyboardInterrupt: someone wants the job to stop; the state of the training is saved.
+        JobError: the loss or a weight is not finite.
+        KeyboardInterrupt: the job should stop; the state is saved.
     """
     ranks = ranks or Ranks()
     steps = plan.steps(len(views))
     optimizer = build_optimizer(task, plan)
-    scheduler = schedule(optimizer, plan, steps)
+    scheduler = build_scheduler(optimizer, plan, steps)
     meter = Meter(task.device, ranks, task.label_task)
     state = TrainingState(task, optimizer, meter, checkpoint, ranks)
-    views_of = views_of or Schedule(views.policy, views.seed)
-    # A GPU's teachers work on the next batch beside the student; in parts of a step they wait for theirs.
-    beside = task.device.type == "cuda" and len(task.teachers) > 0 and plan.micro_batch is None
-    ask = task.ask if beside else None
-    source = Batches(views, views_of, store, plan, ranks, task.device, task.teachers_size, ask)
-    first, begun = state.load()
-    for epoch in range(first, plan.epochs):
+    schedule = schedule or ViewSchedule(views.policy, views.seed)
+    # On a GPU, teachers run on the next batch concurrently with the student, unless memory is short.
+    concurrent = task.device.type == "cuda" and len(task.teachers) > 0 and plan.micro_batch is None
+    compute_teachers = task.compute_teachers if concurrent else None
+    source = BatchSource(
+        views, schedule, cache, plan, ranks, task.device, task.teacher_size, compute_teachers
+    )
+    first_epoch, start = state.load()
+    for epoch in range(first_epoch, plan.epochs):
         source.open(epoch)
         task.train()
         task.epoch = epoch
-        started = looked = saved = time.perf_counter()
-        before = meter.images
+        started = shown = saved = time.perf_counter()
+        images_before = meter.images
         with STOP.waits():
-            coming = task.clock.each("data", source.of(epoch, steps, begun))
-            for step, batch in enumerate(coming, epoch * steps + begun):
-                # Dropout and its like draw from here: a step repeats exactly wherever it is started from.
-                torch.manual_seed(((plan.seed * 1_000_003 + step) * 1_009 + ranks.number) % 2**63)
+            batches = task.clock.iterate("data", source.batches(epoch, steps, start))
+            for step, batch in enumerate(batches, epoch * steps + start):
+                # Dropout and the like draw from this seed, so that a step does not depend on those before.
+                torch.manual_seed(((plan.seed * 1_000_003 + step) * 1_009 + ranks.rank) % 2**63)
                 scheduler.step_update(step)
                 with task.clock("student"):
                     optimizer.zero_grad(set_to_none=True)
@@ -190,59 +190,59 @@ def train(
                     optimizer.step()
                     task.end_step()
                 now = time.perf_counter()
-                if now - looked > LOG_SECONDS:
+                if now - shown > LOG_SECONDS:
                     show(step + 1, plan.epochs * steps, meter.means(epoch))
-                    looked = now
-                stop, save = state.wanted(step, now - saved > SAVE_SECONDS)
+                    shown = now
+                stop, save = state.requests(step, now - saved > SAVE_SECONDS)
                 if stop or save:
                     state.save(epoch, step + 1 - epoch * steps)
                     saved = now
                 if stop:
                     raise STOP.taken(stop)
-            losses, accuracy = meter.means(epoch, of_all=True), meter.accuracy()
+            losses, accuracy = meter.means(epoch, all_ranks=True), meter.accuracy()
             seconds = time.perf_counter() - started
             show((epoch + 1) * steps, plan.epochs * steps, losses)
-            task.share_statistics(ranks)
+            task.average_statistics(ranks)
             task.end_epoch(epoch, plan.epochs)
             log(
                 Epoch(
-                    stage=stage,
+                    stage=training,
                     epoch=epoch + 1,
                     epochs=plan.epochs,
-                    images_per_second=(meter.images - before) * ranks.count / seconds,
-                    learning_rate=optimizer.param_groups[0]["lr"],  # of the weights
+                    images_per_second=(meter.images - images_before) * ranks.count / seconds,
+                    learning_rate=optimizer.param_groups[0]["lr"],  # of the network's weights
                     losses=losses,
-                    watched={key: float(value) for key, value in task.watched().items()},
+                    watched={key: float(value) for key, value in task.metrics().items()},
                     train_accuracy=accuracy,
                     val_accuracy=evaluate(task.shipped),
                     seconds=seconds,
-                    shares=task.clock.shares(),
+                    shares=task.clock.fractions(),
                 )
             )
             meter.reset()
             task.clock.reset()
-            _refuse_broken_weights(task, epoch)
-            begun = 0
-            state.save(epoch + 1, begun)
-            stop, _ = state.wanted((epoch + 1) * steps, False, now=True)
+            _check_weights_finite(task, epoch)
+            start = 0
+            state.save(epoch + 1, start)
+            stop, _ = state.requests((epoch + 1) * steps, False, now=True)
         if stop:
             raise STOP.taken(stop)
 
 
 def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, meter: Meter) -> None:
-    """The gradients of a step's mean loss, in parts where the device has no room for all of it."""
+    """Compute the gradients of a step's mean loss, summed over micro-batches."""
     parts = list(batch.split(micro_batch))
     for number, part in enumerate(parts, 1):
         # Ranks exchange their gradients once, with the last part's.
         with nullcontext() if number == len(parts) else task.no_sync():
-            result = task(part.pixels, part.labels, part.keys, part.answers, part.full)
-            share = len(part) / len(batch)
-            (result["loss"] * share if len(parts) > 1 else result["loss"]).backward()
+            result = task(part.pixels, part.labels, part.keys, part.teachers, part.teacher_pixels)
+            fraction = len(part) / len(batch)
+            (result["loss"] * fraction if len(parts) > 1 else result["loss"]).backward()
         meter.add(result, part.labels)
 
 
 class TrainingState:
-    """All that a training is, saved so that it goes on from any step as if it had never stopped."""
+    """Saves and loads all state of a training, so that it can be resumed from any step to the bit."""
 
     def __init__(
         self,
@@ -254,28 +254,29 @@ class TrainingState:
     ) -> None:
         self.task, self.optimizer, self.meter = task, optimizer, meter
         self.checkpoint, self.ranks = checkpoint, ranks
-        self.asked, self.asked_at, self.ask_again = 0, time.perf_counter(), 0
+        self.agreed_step, self.agreed_at, self.next_agreement = 0, time.perf_counter(), 0
 
-    def wanted(self, step: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
-        """Which wish to stop (see ``stopping``; 0: none) and whether to save after this step: what one rank
-        wants, all do, as soon as they ask one another; ``now``: they do.
+    def requests(self, step: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
+        """Return the request to stop (see ``runs.interrupt``; 0 for none) and whether to save.
+
+        Ranks agree on this once in a while, or ``now``: what one of them requests, all do.
         """
         if self.ranks.count == 1:
             return STOP.wish, save
-        if step < self.ask_again and not now:
+        if step < self.next_agreement and not now:
             return 0, False
         time_now = time.perf_counter()
-        microseconds = 1e6 * (time_now - self.asked_at) / max(1, step - self.asked)
-        wish, wants, slowest = self.ranks.most([STOP.wish, save, round(microseconds)])
+        microseconds = 1e6 * (time_now - self.agreed_at) / max(1, step - self.agreed_step)
+        stop, saves, slowest = self.ranks.max([STOP.wish, save, round(microseconds)])
         steps = max(1, min(AGREE_STEPS, round(1e6 * AGREE_SECONDS / max(1, slowest))))
-        self.asked, self.asked_at, self.ask_again = step, time_now, step + steps
-        return wish, wants > 0
+        self.agreed_step, self.agreed_at, self.next_agreement = step, time_now, step + steps
+        return stop, saves > 0
 
     def save(self, epoch: int, step: int) -> None:
-        """After ``step`` steps of ``epoch``; all ranks have to."""
-        self.task.share_statistics(self.ranks)
-        for watch in self.watches():
-            watch.reduce_to_main()
+        """Save the state after ``step`` steps of ``epoch``. Every rank has to call this."""
+        self.task.average_statistics(self.ranks)
+        for sums in self.running_sums():
+            sums.reduce_to_main()
         state = {
             **self.task.get_checkpoint_state(),
             "averages": self.task.averages.state_dict(),
@@ -288,44 +289,43 @@ class TrainingState:
             self.checkpoint.save(state)
 
     def load(self) -> tuple[int, int]:
-        """The epoch and the step in it to go on with.
+        """Load the checkpoint, if any, and return the epoch and its step to continue with.
 
         Raises:
             JobError: the checkpoint is damaged, or a rank does not see it.
         """
         state = self.checkpoint.load(str(self.task.device)) if self.ranks.is_main else None
-        if not self.ranks.share(state is not None):
-            self.save(0, 0)  # whatever comes, the training can be begun again
+        if not self.ranks.broadcast(state is not None):
+            self.save(0, 0)  # so that a training that was stopped early restarts with the same weights
             return 0, 0
         state = state or self.checkpoint.load(str(self.task.device))
         if state is None:
             raise JobError(
-                f"Rank {self.ranks.number} does not find the checkpoint {self.checkpoint.path} that rank 0 "
-                "has found: --out has to be on a file system that all machines share."
+                f"Rank {self.ranks.rank} does not find the checkpoint {self.checkpoint.path} of rank 0. "
+                "--out must be on a file system that all machines share."
             )
         self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
         self.task.averages.load_state_dict(state["averages"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.meter.load_state_dict(state["meter"])
-        for watch in self.watches():
-            watch.sums = self.ranks.of_lead(watch.sums)
-        self.ranks.wait()  # before rank 0 writes the next one
+        for sums in self.running_sums():
+            sums.sums = self.ranks.keep_on_main(sums.sums)
+        self.ranks.barrier()  # before rank 0 writes the next one
         return int(state["epoch"]), int(state["step"])
 
-    def watches(self) -> list[RunningSums]:
-        return [module for module in self.task.trainee.modules() if isinstance(module, RunningSums)]
+    def running_sums(self) -> list[RunningSums]:
+        return [module for module in self.task.student.modules() if isinstance(module, RunningSums)]
 
 
-def _refuse_broken_weights(task: DistillationTask, epoch: int) -> None:
-    """The last step of an epoch may break weights that its loss, measured before it, does not tell of.
+def _check_weights_finite(task: DistillationTask, epoch: int) -> None:
+    """Check the weights after the last step of an epoch, whose loss was computed before it.
 
     Raises:
-        JobError: a weight is not a finite number.
+        JobError: a weight is not finite.
     """
-    trainee = task.trainee
-    for name, value in (*trainee.named_parameters(), *trainee.named_buffers()):
+    for name, value in (*task.student.named_parameters(), *task.student.named_buffers()):
         if not bool(torch.isfinite(value).all()):
             raise JobError(
-                f"{name} is not finite after epoch {epoch + 1}; the weights after epoch {epoch} are kept. "
+                f"{name} is not finite after epoch {epoch + 1}. The weights after epoch {epoch} are kept. "
                 "Try a lower --lr (or --teacher-lr), a longer --warmup-epochs or --precision fp32."
             )

@@ -1,8 +1,8 @@
-"""A student that computes as its int8 file will, with the readouts that methods look at.
+"""A student that computes as its int8 file will, with the features that methods read.
 
-The graph that learns is the exported one. Which of its tensors a readout is, is found by value: the float
-network and the graph see the same images, and a tensor that equals the readout up to one factor is it (rules
-of rewriting multiply maps by a constant, and a temperature divides the logits).
+The graph that is trained is the exported one. Its tensors are matched to the features by value: the float
+network and the graph get the same images, and a tensor equal to a feature up to one factor is that feature
+(rewrite rules multiply maps by a constant, and a temperature divides the logits).
 """
 
 from collections.abc import Mapping
@@ -10,17 +10,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...export.conversion.pixel_input import Folded, Front
+from ...export.conversion.pixel_input import Folded
 from ...export.int8.fake_quantize import FakeQuantized
 from ...models.readout import Readouts, Reads
 from ..errors import JobError
 
 TOLERANCE = 1e-3
-"""Largest difference, in norm, of a tensor from a readout that it is taken for."""
+"""Largest difference of a tensor from a feature, as a fraction of the feature's norm."""
 
 
 class QuantizedStudent(nn.Module):
-    """Images as the graph takes them to logits [B,N]."""
+    """The graph's input to logits [B,N]."""
 
     def __init__(self, graph: FakeQuantized) -> None:
         super().__init__()
@@ -32,45 +32,46 @@ class QuantizedStudent(nn.Module):
 
 
 class QuantizedReadouts(nn.Module):
-    """What ``models.readout.Readouts`` is to a network, of a fake-quantized graph."""
+    """Features of a fake-quantized graph, like ``models.readout.Readouts`` of a network.
+
+    Args:
+        network: the float network from which the graph was exported.
+        images: input of the network, float32 [n,3,S,S].
+        graph_images: the same images as input of the graph.
+        reads: names of the features.
+
+    Raises:
+        JobError: the graph does not compute one of the features.
+    """
 
     def __init__(
-        self, graph: FakeQuantized, network: nn.Module, images: Tensor, taken: Tensor, reads: Reads
+        self, graph: FakeQuantized, network: nn.Module, images: Tensor, graph_images: Tensor, reads: Reads
     ) -> None:
-        """
-        Args:
-            network: the float network that the graph was exported from.
-            images: what that one takes, float32 [n,3,S,S]; taken: the same images as the graph takes them.
-            reads: the readouts that are wanted.
-
-        Raises:
-            JobError: the graph has no tensor that is one of them.
-        """
         super().__init__()
         self.network = QuantizedStudent(graph)
         self.embeds_alone = False
-        self.embed: nn.Linear | None = None
-        """Of a method that looks at the vector through a linear layer of its own."""
-        self.tensors, self.factors = _found(graph, network, images, taken, reads | {"logits"})
+        self.projection: nn.Linear | None = None
+        """The projection of a method that reads a wider vector than the network has."""
+        self.tensors, self.factors = _match(graph, network, images, graph_images, reads | {"logits"})
 
     @property
     def offers(self) -> Reads:
         return frozenset(self.tensors)
 
     def compile_features(self, mode: str | None) -> None:
-        """The graph is computed node by node, whatever the engine."""
+        """Do nothing: the graph is computed node by node."""
 
     def forward(self, x: Tensor, reads: Reads) -> dict[str, Tensor]:
-        """Images as the graph takes them to the readouts asked for."""
-        found = self.network.graph(x, wanted=[self.tensors[read] for read in reads])
-        values = {read: found[self.tensors[read]] * self.factors[read] for read in reads}
-        if self.embed is not None and "vector" in values:
-            values["vector"] = self.embed(values["vector"])
-        return values
+        """Return features of the graph's input, by name."""
+        computed = self.network.graph(x, wanted=[self.tensors[read] for read in reads])
+        features = {read: computed[self.tensors[read]] * self.factors[read] for read in reads}
+        if self.projection is not None and "vector" in features:
+            features["vector"] = self.projection(features["vector"])
+        return features
 
 
 class PixelsToGraph(nn.Module):
-    """uint8 [B,3,S,S] to what the core of a file takes that has the normalisation in its weights."""
+    """uint8 [B,3,S,S] to the input of a graph whose weights contain the normalization."""
 
     def __init__(self, front: Folded) -> None:
         super().__init__()
@@ -83,44 +84,39 @@ class PixelsToGraph(nn.Module):
         return (x - self.front.zero_point) / 255
 
 
-def normalise_for(front: Front | None, usual: nn.Module) -> nn.Module:
-    """What brings views to a graph with this front: ``usual``, but for one that normalises by itself."""
-    return PixelsToGraph(front) if isinstance(front, Folded) else usual
-
-
 @torch.no_grad()
-def _found(
-    graph: FakeQuantized, network: nn.Module, images: Tensor, taken: Tensor, reads: Reads
+def _match(
+    graph: FakeQuantized, network: nn.Module, images: Tensor, graph_images: Tensor, reads: Reads
 ) -> tuple[Mapping[str, str], Mapping[str, float]]:
+    """Return the name of the tensor that is each feature, and the factor from it to the feature."""
     expected = Readouts(network, images.shape[-1]).eval()(images, reads)
     names = [name for step in graph.steps for name in step.outputs]
     with graph.rounding(frozenset()):
-        values = graph.eval()(taken, wanted=names)
+        values = graph.eval()(graph_images, wanted=names)
     tensors, factors = {}, {}
     for read, value in expected.items():
-        # The last that equals it: what is read is rounded, as all that follows reads it.
+        # The last match: it is rounded, as are the inputs of all nodes that follow.
         for name in names:
             factor = _factor(values[name], value)
             if factor is not None:
                 tensors[read], factors[read] = name, factor
         if read not in tensors:
             raise JobError(
-                f"--qat: the exported graph of the student has no tensor that is its {read}, which the "
-                "method reads; leave --qat out, or take a method on logits, such as --method kd."
+                f"--qat: the exported graph of the student does not compute the feature {read}, which the "
+                "method reads. Omit --qat, or use a method on logits, such as --method kd."
             )
     return tensors, factors
 
 
-def _factor(found: object, expected: Tensor) -> float | None:
-    """c > 0 with expected = c·found, if there is one."""
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+def _factor(value: object, expected: Tensor) -> float | None:
+    """Return c > 0 with expected = c·value, or None."""
+    if not isinstance(value, Tensor) or value.shape != expected.shape:
         return None
-    a, b = found.double().flatten(), expected.double().flatten()
+    a, b = value.double().flatten(), expected.double().flatten()
     power = float(a @ a)
     if not power or not float(b @ b):
         return None
     factor = float(a @ b) / power
-    near = float((b - factor * a).norm()) <= TOLERANCE * float(b.norm())
-    if not near or factor <= 0:
+    if factor <= 0 or float((b - factor * a).norm()) > TOLERANCE * float(b.norm()):
         return None
     return 1.0 if abs(factor - 1) < TOLERANCE else factor

@@ -1,4 +1,4 @@
-"""The task in which a student learns: its methods, its teachers or the store of their answers."""
+"""The task that trains a student: its methods, and its teachers or their cached outputs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,124 +12,143 @@ from torch import Tensor, nn
 from ...models.projection import Widened, widen
 from ...models.readout import Readouts
 from .. import methods
-from ..methods.base import Method, Setup
+from ..config.options import Options
+from ..data.network_spec import NetworkSpec
+from ..data.training_data import TrainingData
+from ..methods.base import Method, Setup, Shapes
+from ..methods.shapes import compute_shapes
 from ..runs.device import Engine, inference_engine
-from ..tasks import task_of
-from .job import Job
+from .context import Round, RunContext
 from .quantized import QuantizedReadouts
-from .task import DistillationTask, Teacher
-from .teacher_cache import Store, store_of
-from .trainer import engine
+from .task import DistillationTask
+from .teacher_cache import TeacherCache, open_teacher_cache
+from .trainer import choose_run_engine
 from .weights import load_teacher
 
 TEACHERS = "student's teachers"
-"""Under which the run folder keeps the engine that the teachers answer with."""
+"""Name of the teachers' engine in the run's record."""
 
 
-def width_of(job: Job) -> int | None:
-    """To which width a method has the student's vector brought while it learns; None: it stays as it is."""
-    names = methods.parse_methods(job.options.method)
+def _shapes(spec: NetworkSpec) -> Shapes:
+    return compute_shapes(spec.name, spec.classes, spec.image_size)
+
+
+def method_setup(round_: Round) -> Setup:
+    """Return the networks of a round as methods are built for them."""
+    return Setup(_shapes(round_.student), [_shapes(teacher) for teacher in round_.teachers])
+
+
+def student_width(options: Options, round_: Round) -> int | None:
+    """Return the width to which a method projects the student's vector, or None."""
+    names = methods.parse_methods(options.method)
     if not names:
         return None
-    parameters = methods.parse_parameters(names, job.options.settings)
-    setup = Setup(job.shapes(job.student), [job.shapes(teacher) for teacher in job.current_teachers])
-    asked = (methods.load(name).student_width(parameters[name], setup) for name in names)
-    return next((width for width in asked if width is not None), None)
+    parameters = methods.parse_parameters(names, options.settings)
+    setup = method_setup(round_)
+    widths = (methods.load(name).student_width(parameters[name], setup) for name in names)
+    return next((width for width in widths if width is not None), None)
 
 
-def methods_of(job: Job) -> dict[str, Method]:
-    """The run's methods by name, made from what ``prepare`` has left."""
-    o = job.options
-    names = methods.parse_methods(o.method)
-    parameters = methods.parse_parameters(names, o.settings)
+def build_methods(options: Options, round_: Round, run: Path) -> dict[str, Method]:
+    """Build the run's methods by name, from the tensors that ``prepare`` has left in the run folder."""
+    names = methods.parse_methods(options.method)
+    if not names:
+        return {}
+    parameters = methods.parse_parameters(names, options.settings)
     classes = {name: methods.load(name) for name in names}
-    width = width_of(job)
-    student = job.shapes(job.student) if width is None else replace(job.shapes(job.student), vector=width)
-    teachers = [job.shapes(teacher) for teacher in job.current_teachers] if names else []
-    prepared = load_file(job.folder.path / job.prepared) if any(c.prepares for c in classes.values()) else {}
-    made: dict[str, Method] = {}
+    setup = method_setup(round_)
+    width = student_width(options, round_)
+    if width is not None:
+        setup = replace(setup, student=replace(setup.student, vector=width))
+    prepared = load_file(run / round_.prepared) if any(c.prepares for c in classes.values()) else {}
+    built: dict[str, Method] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)
+        torch.manual_seed(round_.seed)
         for name in names:
-            own = {
-                key[len(name) + 1 :]: value for key, value in prepared.items() if key.startswith(f"{name}.")
-            }
-            made[name] = classes[name](parameters[name], Setup(student, teachers, own))
-    return made
+            prefix = f"{name}."
+            tensors = {k.removeprefix(prefix): v for k, v in prepared.items() if k.startswith(prefix)}
+            built[name] = classes[name](parameters[name], replace(setup, prepared=tensors))
+    return built
 
 
-def reads_of(job: Job) -> frozenset[str]:
-    """What the methods look at in the student."""
-    return _union(method.reads_of_student for method in methods_of(job).values())
+def student_reads(built: Mapping[str, Method]) -> frozenset[str]:
+    """Return the names of all features of the student that the methods read."""
+    return _union(method.reads_of_student for method in built.values())
 
 
 def student_task(
-    job: Job, network: nn.Module, chosen: Engine, *, normalise: nn.Module | None = None
-) -> tuple[DistillationTask, Store | None]:
-    """What is trained and, unless the teachers are asked at every step, the store of their answers.
+    context: RunContext,
+    data: TrainingData,
+    network: nn.Module,
+    engine: Engine,
+    built: Mapping[str, Method],
+    *,
+    normalize: nn.Module | None = None,
+) -> tuple[DistillationTask, TeacherCache | None]:
+    """Build the task, and the teacher cache unless the teachers run in every step.
 
     Args:
-        network: the student, or the readouts of a fake-quantized one, which goes on where the student ended
+        network: the student, or the readouts of a fake-quantized one, which continues the student's training
             and is not averaged.
-        normalise: what brings pixels to it, where that is not the student's mean and deviation.
+        built: the methods.
+        normalize: replaces the student's mean and std.
     """
-    o = job.options
-    heads = methods_of(job)
-    width = width_of(job)
-    goes_on = isinstance(network, QuantizedReadouts)
-    if width is not None and not goes_on:
-        Readouts(network).check_widening()  # with numbers: the shapes alone were looked at before
-        widen(network, width, job.seed)
-    asked: list[Teacher] = []
-    store = None
-    if heads:
-        answering = engine(job, TEACHERS, lambda asked: inference_engine(job.device, asked))
+    o, round_ = context.options, context.round
+    continues = isinstance(network, QuantizedReadouts)
+    width = student_width(o, round_)
+    if width is not None and not continues:
+        Readouts(network).check_widening()  # with values; options were checked by shapes only
+        widen(network, width, round_.seed)
+    teachers, cache = [], None
+    if built:
+        teacher_engine = choose_run_engine(
+            context, TEACHERS, lambda precision: inference_engine(context.device, precision)
+        )
         if o.cache_views:
-            store = store_of(job, heads, answering)
+            cache = open_teacher_cache(context, data, built, teacher_engine)
         else:
-            asked = [load_teacher(job, teacher, answering) for teacher in job.current_teachers]
+            teachers = [load_teacher(context.folder.path, spec, teacher_engine) for spec in round_.teachers]
     task = DistillationTask(
         network,
-        job.geometry(job.student),
-        chosen,
-        label_task=task_of(job.data),
+        context.student.geometry,
+        engine,
+        label_task=context.task,
         label_smoothing=o.label_smoothing or 0.0,
-        teachers=asked,
-        teacher_reads=[
-            _union(method.reads_of_teachers[t] for method in heads.values()) for t in range(len(asked))
-        ],
-        methods=heads,
-        student_reads=_union(method.reads_of_student for method in heads.values()),
-        weights=weights_of_losses(o.weight, {name: type(method) for name, method in heads.items()}),
+        teachers=teachers,
+        teacher_reads=[_union(m.reads_of_teachers[t] for m in built.values()) for t in range(len(teachers))],
+        methods=built,
+        student_reads=student_reads(built),
+        weights=loss_weights(o.weight, {name: type(method) for name, method in built.items()}),
         balance=o.balance == "auto",
-        ema=None if goes_on else o.ema,
-        average_last=None if goes_on else o.average_last,
-        ranks=job.ranks,
-        normalise=normalise,
-        epochs_before=(o.epochs or 0) if goes_on else 0,
+        ema=None if continues else o.ema,
+        average_last=None if continues else o.average_last,
+        ranks=context.ranks,
+        normalize=normalize,
+        epochs_before=(o.epochs or 0) if continues else 0,
     )
-    return task, store
+    return task, cache
 
 
 def _union(reads: Iterable[frozenset[str]]) -> frozenset[str]:
     return frozenset().union(*reads)
 
 
-def weights_of_losses(given: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:
-    """Cross-entropy has the paper's weight where a method stands alone, and 1 in a sum."""
-    alone = next(iter(classes.values())).cross_entropy if len(classes) == 1 else 1.0
-    return {"ce": alone, **given}
+def loss_weights(weights: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:
+    """Add the cross-entropy's weight: the paper's for a single method, otherwise 1."""
+    ce = next(iter(classes.values())).cross_entropy if len(classes) == 1 else 1.0
+    return {"ce": ce, **weights}
 
 
-_EMBED = "embed"
+_PROJECTION = "embed"
 
 
 def save_heads(task: DistillationTask, path: Path) -> None:
-    """Write them as safetensors, each under its part's name."""
+    """Write the state of heads, balance and projection as safetensors."""
     parts: dict[str, Mapping[str, Any]] = dict(task.get_task_state())
-    classifier = _classifier(task.network)
+    get_classifier = getattr(task.network, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else None
     if isinstance(classifier, Widened):
-        parts[_EMBED] = classifier.embed.state_dict()
+        parts[_PROJECTION] = classifier.embed.state_dict()
     tensors = {
         f"{part}/{name}": value.detach().cpu().contiguous().clone()
         for part, state in parts.items()
@@ -140,29 +159,23 @@ def save_heads(task: DistillationTask, path: Path) -> None:
 
 
 def load_heads(task: DistillationTask, path: Path) -> None:
-    """Put them into a task of the same methods."""
+    """Load them into a task with the same methods."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(path).items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
-    known = task.get_task_state()
-    # What else a head keeps, such as the sums of an epoch that is over, begins anew.
-    task.load_task_state({part: {**known[part], **parts.get(part, {})} for part in known})
+    state = task.get_task_state()
+    # State other than tensors, such as the sums of the last epoch, is not saved.
+    task.load_task_state({part: {**state[part], **parts.get(part, {})} for part in state})
 
 
-def load_embed(path: Path) -> nn.Linear | None:
-    """The linear layer that brought the student's vector to another width; None where there was none."""
-    state = {
-        key.partition("/")[2]: value for key, value in load_file(path).items() if key.startswith(f"{_EMBED}/")
-    }
+def load_projection(path: Path) -> nn.Linear | None:
+    """Load the projection of the student's vector to another width; None if there is none."""
+    prefix = f"{_PROJECTION}/"
+    state = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
     if not state:
         return None
     width, features = state["weight"].shape
     layer = torch.nn.utils.skip_init(nn.Linear, features, width, bias="bias" in state)
     layer.load_state_dict(state)
     return layer
-
-
-def _classifier(network: nn.Module) -> Any:
-    get = getattr(network, "get_classifier", None)
-    return get() if callable(get) else None

@@ -1,4 +1,4 @@
-"""Training inside a run: its plan, its checkpoint, its curves and its engine."""
+"""A training within a run: its hyperparameters, engine, micro-batches, validation, log and checkpoint."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -7,85 +7,43 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from ..data.views import Schedule
+from ..config.options import Options
+from ..data.network_spec import NetworkSpec
+from ..data.training_data import TrainingData
+from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
 from ..evaluation.inference import compute_logits
 from ..runs.device import Engine, device_name, use_threads
 from ..runs.record import EngineEntry, MicroBatchEntry
-from ..tasks import task_of
 from .checkpoint import Checkpoint
-from .compute.engine_search import compiled_or_not, fastest
-from .job import Job, NetworkSpec
-from .loop import Batch, Batches, train
-from .monitoring.metrics import Log, measured
+from .compute.engine_search import check_compilation, find_fastest_engine
+from .context import RunContext
+from .loop import Batch, BatchSource, train
+from .monitoring.metrics import EpochLog, measure_resources
 from .optimizer import Plan, build_optimizer
 from .task import DistillationTask
-from .teacher_cache import Store
+from .teacher_cache import TeacherCache
 
-SMALLEST = 2
-"""BatchNorm needs two."""
-
-
-class MicroBatch:
-    """The size, as asked for or as found; what was found is recorded, so that a resumed run repeats it."""
-
-    def __init__(self, job: Job, what: str, plan: Plan) -> None:
-        self.job, self.what, self.plan = job, what, plan
-        self.share = plan.batch_size // job.ranks.count
-        recorded = job.folder.record.micro_batches.get(what)
-        found = recorded.size if recorded and recorded.key == job.key else None
-        self.size: int | None = found or plan.micro_batch
-
-    def fits(self, train: Callable[[int | None], None]) -> bool:
-        """Train in parts of this size; where memory runs out, halve it and answer False.
-
-        Raises:
-            JobError: there is no memory for the smallest part.
-        """
-        try:
-            train(self.size)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not is_out_of_memory(error):
-                raise
-            self._halve()
-        else:
-            return True
-        # Here nothing of the failed step is referred to any more.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return False
-
-    def _halve(self) -> None:
-        before = min(self.size or self.share, self.share)
-        size = max(SMALLEST, before // 2)
-        if self.job.ranks.count > 1:
-            raise JobError(
-                f"Rank {self.job.ranks.number} has no memory on {self.job.device} for {before} images of a "
-                f"step; --micro-batch {size} keeps the step and computes it in parts."
-            )
-        if size >= before:
-            raise JobError(
-                f"{self.job.device} has no memory for {before} images at once; take a smaller network or "
-                "--image-size, or free its memory."
-            )
-        self.size = size
-        self.job.folder.record.micro_batches[self.what] = MicroBatchEntry(key=self.job.key, size=size)
-        self.job.folder.save()
-        self.job.display.warn(
-            f"no memory for {before} images at once: each step of {self.plan.batch_size} is taken in parts "
-            f"of {size} (its gradients are the same; BatchNorm's statistics are those of the parts)"
-        )
+MIN_MICRO_BATCH = 2
+"""BatchNorm needs two images."""
 
 
-def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float, seed: int) -> Plan:
-    """How a network of this run learns."""
-    o = job.options
+def build_plan(
+    options: Options, images: int, ranks: int, *, epochs: int, lr: float, warmup_epochs: float, seed: int
+) -> Plan:
+    """Build the hyperparameters of a training.
+
+    Args:
+        images: number of training images.
+        ranks: number of processes; each gets the same number of a step's images.
+    """
+    o = options
     assert o.batch_size and o.optimizer and o.schedule
     assert o.weight_decay is not None and o.label_smoothing is not None
-    batch = min(o.batch_size, len(job.train.images))
+    batch = min(o.batch_size, images)
     return Plan(
         epochs=epochs,
-        batch_size=batch - batch % job.ranks.count,  # all ranks have as much of a step
+        batch_size=batch - batch % ranks,
         optimizer=o.optimizer,
         lr=lr,
         schedule=o.schedule,
@@ -99,110 +57,173 @@ def plan(job: Job, *, epochs: int, lr: float, warmup_epochs: float, seed: int) -
     )
 
 
-def engine(job: Job, what: str, choose: Callable[[str], Engine], precision: str | None = None) -> Engine:
-    """The engine for ``what``: the one recorded where this training was begun on this device.
+class MicroBatch:
+    """The size of micro-batches: as set, or halved until they fit into memory.
 
-    A precision that is asked for wins over the recorded one. ``choose`` makes an engine from a precision.
+    The size found is recorded, so that a resumed run uses it.
+    """
+
+    def __init__(self, context: RunContext, training: str, plan: Plan) -> None:
+        self.context, self.training, self.plan = context, training, plan
+        recorded = context.folder.record.micro_batches.get(training)
+        is_valid = recorded is not None and recorded.key == context.key
+        self.size = recorded.size if recorded is not None and is_valid else plan.micro_batch
+
+    def run(self, train: Callable[[int | None], None]) -> None:
+        """Call ``train`` with the size; with half of it as long as memory is insufficient.
+
+        Raises:
+            JobError: memory is insufficient for the smallest size.
+        """
+        while True:
+            try:
+                return train(self.size)
+            except RuntimeError as error:  # including torch.OutOfMemoryError
+                if not is_out_of_memory(error):
+                    raise
+                self._halve()
+            # Outside of the except block nothing refers to the failed step's tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _halve(self) -> None:
+        ranks, device = self.context.ranks, self.context.device
+        rank_batch = self.plan.batch_size // ranks.count
+        before = min(self.size or rank_batch, rank_batch)
+        size = max(MIN_MICRO_BATCH, before // 2)
+        if ranks.count > 1:
+            raise JobError(
+                f"Rank {ranks.rank}: not enough memory on {device} for {before} images of a step. Use "
+                f"--micro-batch {size}, which accumulates the gradients of a step."
+            )
+        if size >= before:
+            raise JobError(
+                f"Not enough memory on {device} for {before} images. Use a smaller network or --image-size."
+            )
+        self.size = size
+        record = self.context.folder.record
+        record.micro_batches[self.training] = MicroBatchEntry(key=self.context.key, size=size)
+        self.context.folder.save()
+        self.context.display.warn(
+            f"not enough memory for {before} images: each step of {self.plan.batch_size} is computed in "
+            f"micro-batches of {size} (the same gradients, but BatchNorm statistics of micro-batches)"
+        )
+
+
+def choose_run_engine(
+    context: RunContext, name: str, choose: Callable[[str], Engine], precision: str | None = None
+) -> Engine:
+    """Return the engine of a training: the recorded one if it is resumed on the same device.
 
     Args:
-        precision: the only one that ``what`` can have, whatever is asked for.
+        choose: returns an engine for a precision (``auto``, ``fp32`` or ``bf16``).
+        precision: the only supported precision, if any. Otherwise that of the options, which takes
+            precedence over the recorded one.
     """
-    engines = job.folder.record.engines
-    entry = engines.get(what)
-    asked = precision or job.options.precision
-    if entry is not None and entry.key == job.key and entry.device == job.device:
-        if asked in ("auto", entry.precision):
-            return Engine.of(entry.model_dump())
-        job.display.note(f"{what} was begun in {entry.precision} and goes on in {asked}")
-        chosen = replace(Engine.of(entry.model_dump()), precision=asked, heads="as the network")
+    engines = context.folder.record.engines
+    entry = engines.get(name)
+    requested = precision or context.options.precision
+    if entry is not None and entry.key == context.key and entry.device == context.device:
+        recorded = Engine.of(entry.model_dump())
+        if requested in ("auto", entry.precision):
+            return recorded
+        context.display.note(f"{name} was started in {entry.precision} and resumes in {requested}")
+        engine = replace(recorded, precision=requested, heads="as the network")
     else:
-        chosen = choose(asked)
-    engines[what] = EngineEntry(key=job.key, name=device_name(chosen.device), **asdict(chosen))
-    job.folder.save()
-    return chosen
+        engine = choose(requested)
+    engines[name] = EngineEntry(key=context.key, name=device_name(engine.device), **asdict(engine))
+    context.folder.save()
+    return engine
 
 
-def settle(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int) -> None:
-    """Let the task compute by the fastest engine: found once, before the first step, and recorded.
+def use_fastest_engine(
+    context: RunContext, training: str, task: DistillationTask, plan: Plan, first: Batch, images: int
+) -> None:
+    """Let the task use the fastest engine, which is searched before the first step and recorded.
 
     Args:
-        first: the first step's batch.
-        images: how many there are in all.
+        first: the batch of the first step.
+        images: number of training images.
     """
-    chosen = _settled(job, what, task, plan, first, images) if job.ranks.is_main else task.engine
-    # Of several ranks one tries, and all take what it has found.
-    chosen = replace(job.ranks.share(chosen), device=task.engine.device)
-    use_threads(chosen.threads)
-    task.use(chosen)
+    ranks = context.ranks
+    engine = _fastest_engine(context, training, task, plan, first, images) if ranks.is_main else task.engine
+    engine = replace(ranks.broadcast(engine), device=task.engine.device)
+    use_threads(engine.threads)
+    task.use(engine)
 
 
-def _settled(job: Job, what: str, task: DistillationTask, plan: Plan, first: Batch, images: int) -> Engine:
-    entry = job.folder.record.engines[what]
-    o, note = job.options, job.display.note
-    batch = first.pixels, first.labels, first.keys, first.answers, first.full
+def _fastest_engine(
+    context: RunContext, training: str, task: DistillationTask, plan: Plan, first: Batch, images: int
+) -> Engine:
+    o, note, folder = context.options, context.display.note, context.folder
+    entry = folder.record.engines[training]
+    batch = first.pixels, first.labels, first.keys, first.teachers, first.teacher_pixels
 
-    def optimizer(of: DistillationTask) -> torch.optim.Optimizer:
-        return build_optimizer(of, plan)
+    def make_optimizer(task: DistillationTask) -> torch.optim.Optimizer:
+        return build_optimizer(task, plan)
 
     if entry.trial is None:
         steps = plan.epochs * plan.steps(images)
-        trial = fastest(task, batch, optimizer, steps, precision=o.precision, compile=o.compile, note=note)
-        entry.trial = {str(one): round(rate, 1) for one, rate in trial.rates.items()}
-        if len(trial.rates) > 1:
+        trial = find_fastest_engine(
+            task, batch, make_optimizer, steps, precision=o.precision, compile=o.compile, note=note
+        )
+        entry.trial = {str(engine): round(images, 1) for engine, images in trial.throughput.items()}
+        if len(trial.throughput) > 1:
             note(f"engine: {trial}")
-        chosen = trial.engine
+        engine = trial.engine
     else:
-        chosen = task.engine
-        if o.compile != "auto" and (o.compile == "on") != (chosen.compile != "off"):
-            words = ("uncompiled", "compiled")
-            now = o.compile == "on"
-            note(f"{what} was begun {words[not now]} and goes on {words[now]}")
-            chosen = replace(chosen, compile="default" if now else "off")
-        chosen = compiled_or_not(task, batch, optimizer, chosen, note)
-    job.folder.record.engines[what] = entry.model_copy(update=asdict(chosen))
-    job.folder.save()
-    return chosen
+        engine = task.engine
+        if o.compile != "auto" and (o.compile == "on") != (engine.compile != "off"):
+            before, after = ("uncompiled", "compiled") if o.compile == "on" else ("compiled", "uncompiled")
+            note(f"{training} was started {before} and resumes {after}")
+            engine = replace(engine, compile="default" if o.compile == "on" else "off")
+        engine = check_compilation(task, batch, make_optimizer, engine, note)
+    folder.record.engines[training] = entry.model_copy(update=asdict(engine))
+    folder.save()
+    return engine
 
 
-def learn(
-    job: Job,
+def run_training(
+    context: RunContext,
+    data: TrainingData,
     task: DistillationTask,
     plan: Plan,
     *,
-    what: str,
-    member: NetworkSpec,
-    views_of: Schedule | None = None,
-    store: Store | None = None,
-    race: bool = True,
+    training: str,
+    spec: NetworkSpec,
+    schedule: ViewSchedule | None = None,
+    cache: TeacherCache | None = None,
+    search_engine: bool = True,
 ) -> None:
-    """Train to the plan's end, going on from the run's checkpoint; curves go to ``metrics.jsonl``.
+    """Train to the end of the plan, resuming from the run's checkpoint; log to ``metrics.jsonl``.
 
     Args:
-        what: name of the checkpoint and of the curves: ``student``, ``teacher`` …
-        member: the network that is trained.
-        views_of: which views it is shown; None: new ones each epoch.
-        store: the teachers' answers to them; None asks the teachers.
-        race: whether other engines than the task's are tried before the first step.
+        training: name of checkpoint and curves: ``student``, ``teacher`` …
+        spec: the network that is trained.
+        schedule: chooses each epoch's view of an image; None draws a new one in each epoch.
+        cache: the teachers' outputs for these views; None runs the teachers.
+        search_engine: search for the fastest engine before the first step.
 
     Raises:
-        JobError: there is no memory for even the smallest part of a step.
+        JobError: memory is insufficient for the smallest micro-batch.
     """
-    pixels, labels, _ = job.rendered("val", member)
-    views_of = views_of or Schedule(job.policy, plan.seed)
-    views = job.views_drawn_with(views_of.view_seed, member.image_size)
+    ranks = context.ranks
+    pixels, labels, _ = data.rendered("val", spec)
+    schedule = schedule or ViewSchedule(data.policy, plan.seed)
+    views = data.views(schedule.view_seed, spec.image_size)
 
-    def val_accuracy(network: nn.Module) -> float | None:
+    def evaluate(network: nn.Module) -> float | None:
         if not len(labels):
             return None
-        mine = pixels[job.ranks.mine(len(pixels))]
-        answers = job.ranks.gather(compute_logits(network, task.trainee.normalise, mine, task.engine))
-        return task_of(job.data).percent(answers.numpy(), labels.numpy())
+        part = pixels[ranks.part(len(pixels))]
+        logits = ranks.gather(compute_logits(network, task.student.normalize, part, task.engine))
+        return context.task.percent(logits.numpy(), labels.numpy())
 
     def show(step: int, steps: int, losses: dict[str, float]) -> None:
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
         epoch = min(plan.epochs, 1 + step * plan.epochs // steps)
-        job.stage.update(
-            f"training {member.name}",
+        context.progress.update(
+            f"training {spec.name}",
             step,
             steps,
             "images",
@@ -210,28 +231,27 @@ def learn(
             plan.batch_size,
         )
 
-    source = Batches(views, views_of, store, plan, job.ranks, task.device, task.teachers_size)
-    if race:
-        settle(job, what, task, plan, source.first(), len(views))
-    if job.ranks.count > 1:
-        task.prepare_distributed(sync_bn=job.options.sync_bn)
-    parts = MicroBatch(job, what, plan)
-    complete = measured(job, task, member)
-    with closing(Log(job, what)) as log:
-        checkpoint = Checkpoint(job.folder.checkpoints / f"{what}.pt", job.key, job.display.warn, log)
-        while not parts.fits(
+    if search_engine:
+        source = BatchSource(views, schedule, cache, plan, ranks, task.device, task.teacher_size)
+        use_fastest_engine(context, training, task, plan, source.first(), len(views))
+    if ranks.count > 1:
+        task.prepare_distributed(sync_bn=context.options.sync_bn)
+    add_resources = measure_resources(context, task, spec)
+    path = context.folder.checkpoints / f"{training}.pt"
+    with closing(EpochLog(context, training)) as log:
+        checkpoint = Checkpoint(path, context.key, context.display.warn)
+        MicroBatch(context, training, plan).run(
             lambda size: train(
                 task,
                 views,
                 replace(plan, micro_batch=size),
                 checkpoint,
-                stage=what,
-                evaluate=val_accuracy,
+                training=training,
+                evaluate=evaluate,
                 show=show,
-                log=lambda epoch: log(complete(epoch)),
-                views_of=views_of,
-                store=store,
-                ranks=job.ranks,
+                log=lambda epoch: log(add_resources(epoch)),
+                schedule=schedule,
+                cache=cache,
+                ranks=ranks,
             )
-        ):
-            pass
+        )

@@ -1,64 +1,62 @@
-"""Whether the weights that a job starts from can be had and fit: asked before hours of work, not after."""
+"""Weights files: those that a run writes and reads, and those that it starts from."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from torch import nn
 
 from ...models.build import build
-from ...models.checkpoint import load_saved, tensors_digest
-from ...models.initialize import start
+from ...models.checkpoint import load_saved
+from ...models.initialize import initialize
 from ...models.pretrained import check_published, has_pretrained
 from ...models.weights import load_into
 from ..config.options import Options
 from ..data.dataset import ImageSet
+from ..data.network_spec import NetworkSpec
 from ..runs.device import Engine
-from .job import Job, NetworkSpec
 from .task import Teacher
 
 
-def weights_metadata(job: Job, member: NetworkSpec, licence: str | None) -> dict[str, str]:
-    """What a weights file says of itself: with it, the file can be another run's ``--teacher-weights``."""
+def weights_metadata(
+    spec: NetworkSpec, classes: Sequence[str], key: str, license: str | None
+) -> dict[str, str]:
+    """Return the metadata with which a weights file can be another run's ``--teacher-weights``.
+
+    Args:
+        key: hash of the training's inputs.
+        license: of the weights from which training started; it applies to the trained ones too.
+    """
     return {
-        "architecture": member.name,
-        # A network without a head knows no classes.
-        **({"labels": json.dumps(list(job.data.classes), ensure_ascii=False)} if member.classes else {}),
-        "key": job.key,
-        **({} if member.activation is None else {"activation": member.activation}),
-        # What was made from weights under a licence stays under it.
-        **({} if licence is None else {"licence": licence}),
+        "architecture": spec.name,
+        **({"labels": json.dumps(list(classes), ensure_ascii=False)} if spec.classes else {}),
+        "key": key,
+        **({} if spec.activation is None else {"activation": spec.activation}),
+        **({} if license is None else {"license": license}),
     }
 
 
-def trained_network(job: Job, member: NetworkSpec) -> nn.Module:
-    """A finished network, on the CPU, in eval mode."""
+def load_network(run: Path, spec: NetworkSpec) -> nn.Module:
+    """Load a trained network of a run, on the CPU, in eval mode."""
     network = build(
-        member.name,
-        num_classes=member.classes,
-        image_size=member.image_size,
-        activation=member.activation,
+        spec.name, num_classes=spec.classes, image_size=spec.image_size, activation=spec.activation
     )
-    load_into(network, load_saved(job.folder.path / member.file))
+    load_into(network, load_saved(run / spec.file))
     return network.eval()
 
 
-def weights_digest(job: Job, member: NetworkSpec) -> str:
-    """What tells a finished network's weights from any others, in whichever run they came to be."""
-    return tensors_digest(job.folder.path / member.file)
-
-
-def load_teacher(job: Job, teacher: NetworkSpec, engine: Engine) -> Teacher:
-    """A finished network as a teacher, frozen, on the run's device."""
-    return Teacher(trained_network(job, teacher), job.geometry(teacher), engine).to(job.device)
+def load_teacher(run: Path, spec: NetworkSpec, engine: Engine) -> Teacher:
+    """Load a trained network of a run as a frozen teacher, on the engine's device."""
+    return Teacher(load_network(run, spec), spec.geometry, engine).to(engine.device)
 
 
 def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, download: bool) -> None:
-    """Load the weights files that these stages will load, ask for the published ones, and put these into the
-    cache if ``download``.
+    """Check the weights from which these stages start, before hours of work and not after.
+
+    Files are loaded; published weights are looked up, and downloaded into the cache if ``download``.
 
     Raises:
-        ModelError: a file's weights cannot be read or do not fit; or published ones cannot be had: all of
-            them are named, with the options that do without.
+        ModelError: weights cannot be read, do not fit or cannot be downloaded.
     """
     published: list[tuple[str, str]] = []
     size = options.image_size
@@ -68,7 +66,7 @@ def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, 
             if source == "auto":
                 published.append((name, "--teacher-weights"))
             elif source != "none":
-                _try_file(name, source, head, data, size, options.seed + number, "teacher", None)
+                _check_file(name, source, head, data, size, options.seed + number, "teacher", None)
     if "student" in stages:
         name, source = options.student, options.student_weights
         # A student without published weights starts from scratch.
@@ -76,11 +74,11 @@ def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, 
             published.append((name, "--student-weights"))
         elif source not in ("auto", "none"):
             size = options.student_size or size
-            _try_file(name, source, "auto", data, size, options.seed, "student", options.activation)
+            _check_file(name, source, "auto", data, size, options.seed, "student", options.activation)
     check_published(published, download=download)
 
 
-def _try_file(
+def _check_file(
     name: str,
     source: str,
     head: str,
@@ -91,8 +89,5 @@ def _try_file(
     activation: str | None,
 ) -> None:
     assert image_size is not None
-    start(name, source, head, data.classes, image_size, seed, _told_later, role, activation)
-
-
-def _told_later(_note: str) -> None:
-    """The stage that loads the weights says the same again."""
+    # The stage that loads the weights repeats the notes.
+    initialize(name, source, head, data.classes, image_size, seed, lambda _note: None, role, activation)

@@ -43,7 +43,7 @@ def test_more_than_the_budget_and_more_than_two_images_are_refused(
     assert verdict.lost == pytest.approx(100 * lost / n) and verdict.score == pytest.approx(
         100 - 100 * lost / n
     )
-    assert verdict.more["p"] == pytest.approx(mcnemar(lost, 0))
+    assert verdict.p == pytest.approx(mcnemar(lost, 0))
 
 
 def test_mcnemar_counts_lost_and_won_images() -> None:
@@ -54,7 +54,7 @@ def test_mcnemar_counts_lost_and_won_images() -> None:
     right[:6], right[100:107] = True, False  # six won, seven lost
     verdict = judge.judge(answers(right, labels))
     assert verdict.lost == pytest.approx(0.5) and verdict.holds
-    assert verdict.more["p"] == pytest.approx(mcnemar(7, 6)) == 1.0
+    assert verdict.p == pytest.approx(mcnemar(7, 6)) == 1.0
 
 
 def test_mcnemars_exact_test_is_the_binomial_sum() -> None:
@@ -77,5 +77,5 @@ def test_with_several_labels_the_points_are_those_of_map() -> None:
     judge = Budget(MULTI_LABEL, logits, labels, 0.5)
     assert judge.score == pytest.approx(100)
     worse = judge.judge(-logits)
-    assert worse.lost > 30 and not worse.holds and worse.more["p"] is None
+    assert worse.lost > 30 and not worse.holds and worse.p is None
     assert judge.judge(logits * 2).holds

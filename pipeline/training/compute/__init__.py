@@ -1,1 +1,1 @@
-""""""
+"""Processes and engines."""

@@ -1,7 +1,8 @@
-"""The processes of one job: one alone, or several under torchrun, each with a device of its own.
+"""The processes of a job: a single one, or several under torchrun, each with its own device.
 
-Rank 0 writes the run folder and speaks; the others train with it and leave before the export. All of them see
-one run folder and one cache: on several machines both lie on a file system that they share.
+Rank 0, the main process, writes the run folder and logs. The others take part in training and leave before
+the export. All of them see one run folder and one cache: on several machines, both are on a shared file
+system.
 """
 
 import logging
@@ -20,31 +21,29 @@ from ...config.options import Options
 from ...errors import UsageError
 from ...runs import main_process
 
-PATIENCE = timedelta(days=7)
-"""How long a rank waits for another, which may be learning a vocabulary; torchrun ends those left alone."""
+TIMEOUT = timedelta(days=7)
+"""A rank may wait for another that clusters a vocabulary. torchrun ends ranks whose peers died."""
 
 
 class Ranks:
-    """This process among its job's."""
+    """This process among those of its job."""
 
-    def __init__(self, number: int = 0, count: int = 1, local: int = 0) -> None:
-        self.number = number
-        """From 0; 0 leads."""
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
         self.count = count
-        self.local = local
-        """Among the processes of this machine."""
+        self.local_rank = local_rank
+        """Rank on this machine."""
 
     @property
     def is_main(self) -> bool:
-        return self.number == 0
+        return self.rank == 0
 
-    def wait(self) -> None:
-        """Go on when all ranks are here."""
+    def barrier(self) -> None:
         if self.count > 1:
             dist.barrier(group=_host_group())
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of rank 0."""
         if self.count == 1:
             return value
         box = [value]
@@ -52,91 +51,92 @@ class Ranks:
         return box[0]
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of all ranks' values, on every rank."""
+        """Return the sum over all ranks."""
         if self.count == 1:
             return value
         total = value.clone()
         dist.all_reduce(total)
         return total
 
-    def most(self, numbers: list[int]) -> list[int]:
-        """The largest that a rank says in each place, on every rank's host."""
+    def max(self, numbers: list[int]) -> list[int]:
+        """Return the maximum over all ranks of each number, on the host."""
         if self.count == 1:
             return numbers
         largest = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
-        return [int(one) for one in largest]
+        return largest.tolist()
 
-    def of_lead(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums that count once: rank 0's as they are, and zeros on the others."""
+    def keep_on_main(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return sums of all ranks on rank 0 and zeros on the others, so that they count once."""
         return sums if self.is_main else {name: torch.zeros_like(value) for name, value in sums.items()}
 
     def gather(self, part: Tensor) -> Tensor:
-        """All ranks' parts [n_r,…], of any lengths, one after the other, on every rank's host."""
+        """Concatenate the parts [n_r,…] of all ranks, of any lengths, on the host."""
         if self.count == 1:
             return part.cpu()
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, part.cpu(), group=_host_group())
-        # A rank that had nothing to do knows no widths either.
-        return torch.cat([one for one in parts if len(one)] or parts)
+        # The empty part of a rank without work may lack the other dimensions.
+        return torch.cat([part for part in parts if len(part)] or parts)
 
-    def mine(self, n: int) -> slice:
-        """This rank's part of n things: one after the other, as even as can be."""
-        return slice(n * self.number // self.count, n * (self.number + 1) // self.count)
+    def part(self, n: int) -> slice:
+        """Return this rank's consecutive part of n items."""
+        return slice(n * self.rank // self.count, n * (self.rank + 1) // self.count)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The block, first by rank 0 alone (to fetch or make what all need) and then by the others."""
+        """Run the block on rank 0 (which downloads or caches), then on the others."""
         if not self.is_main:
-            self.wait()
+            self.barrier()
         yield
         if self.is_main:
-            self.wait()
+            self.barrier()
 
 
 def join() -> Ranks:
-    """This process's place: as torchrun tells it, or alone.
+    """Join the process group of torchrun, if there is one.
 
     Raises:
-        UsageError: torchrun's processes cannot find one another.
+        UsageError: the processes cannot connect.
     """
-    if main_process.alone():
+    if main_process.is_single_process():
         return Ranks()
     count = int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=PATIENCE)
-            main_process.meet()
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            main_process.connect()
         except (KeyError, ValueError, RuntimeError) as error:
             raise UsageError(
-                f"The {count} processes could not find one another ({error}); start them with torchrun, as "
-                "in torchrun --nproc-per-node 2 --no-python compress …"
+                f"The {count} processes could not connect ({error}). Start them with torchrun: "
+                "torchrun --nproc-per-node 2 --no-python compress …"
             ) from error
-    _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _groups["host"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
     ranks = Ranks(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
-    if not ranks.is_main:  # what rank 0 says once is enough
+    if not ranks.is_main:
         warnings.simplefilter("ignore")
         logging.getLogger("questpress").setLevel(logging.ERROR)
     return ranks
 
 
 def check_ranks(options: Options, ranks: Ranks, images: int, device: str) -> None:
-    """
+    """Check that the options fit the number of processes.
+
     Raises:
-        UsageError: so many ranks cannot share a step evenly, or each has too little of it.
+        UsageError: they do not.
     """
     if options.sync_bn and (ranks.count == 1 or not device.startswith("cuda")):
-        raise UsageError("--sync-bn is for several GPUs: start the command with torchrun, or leave it out.")
+        raise UsageError("--sync-bn requires several GPUs. Start the command with torchrun, or omit it.")
     if ranks.count == 1:
         return
     if options.device and ":" in options.device:
         raise UsageError(
-            f"--device {options.device}: each of the {ranks.count} processes has a GPU of its own; say "
+            f"--device {options.device}: each of the {ranks.count} processes uses its own GPU. Use "
             f"--device {options.device.partition(':')[0]}."
         )
     if device == "mps":
-        raise UsageError("Several processes cannot share this machine's GPU: start one, or say --device cpu.")
+        raise UsageError("--device mps does not support several processes. Start one, or use --device cpu.")
     assert options.batch_size is not None
     batch = min(options.batch_size, images)
     if batch % ranks.count or batch // ranks.count < 2:
@@ -144,21 +144,21 @@ def check_ranks(options: Options, ranks: Ranks, images: int, device: str) -> Non
         if even > images:
             raise UsageError(f"{images} training images are too few for {ranks.count} processes.")
         raise UsageError(
-            f"--batch-size {batch} cannot be shared evenly by {ranks.count} processes, two images each at "
-            f"least; say --batch-size {even}."
+            f"--batch-size {batch} must be a multiple of {ranks.count} processes, with at least two images "
+            f"each. Use --batch-size {even}."
         )
 
 
 def leave() -> None:
-    """End what ``join`` began."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        _host.clear()
+        _groups.clear()
 
 
-_host: dict[str, Any] = {}
+_groups: dict[str, Any] = {}
 
 
 def _host_group() -> Any:
-    """A group over gloo, whose waiting costs no GPU anything."""
-    return _host["group"]
+    """Return the gloo group, in which waiting does not block a GPU."""
+    return _groups["host"]

@@ -1,1 +1,1 @@
-""""""
+"""Metrics, profiling and trackers."""
