@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 from PIL import Image
-from questpress.pipeline.api.report import report_again
+from questpress.pipeline.api.report import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MOST_BYTES = 300_000
@@ -55,7 +55,7 @@ def main(run: Path, file: Path, width: int, height: int, dark: bool) -> None:
         picture(run, file, width, height, dark=dark)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            report_again(run, Path(folder))
+            report(run, Path(folder))
             picture(Path(folder) / "report.html", file, width, height, dark=dark)
     shrink(file)
     size = file.stat().st_size

@@ -108,11 +108,11 @@ def shard_reader(work: Path) -> Callable[[bytes], None]:
         if splits is None:
             return
         try:
-            indexed = index_shards(splits)
+            indexed, _ = index_shards(splits)
         except UsageError as error:
             assert "\n" not in str(error)
             return
-        assert all(len(image.read()) <= len(content) for images in indexed.given.values() for image in images)
+        assert all(len(image.read()) <= len(content) for images in indexed.values() for image in images)
 
     return read
 
@@ -163,7 +163,7 @@ def onnx_reader(work: Path) -> Callable[[bytes], None]:
             return
         assert same == content
         with suppress(ArtifactError):  # of fields and values that ONNX does not have it refuses more
-            refuse_outside(content, "foreign.onnx")
+            refuse_external_data(content, "foreign.onnx")
 
     return read
 
@@ -177,7 +177,7 @@ def device_reader(_work: Path) -> Callable[[bytes], None]:
 
     def read(content: bytes) -> None:
         try:
-            refuse_outside(content, "artifact.onnx")
+            refuse_external_data(content, "artifact.onnx")
         except ArtifactError:
             return
         try:

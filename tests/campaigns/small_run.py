@@ -136,7 +136,7 @@ def gone(numbers: list[int], seconds: float = 10) -> bool:
 def stages() -> tuple[str, ...]:
     from questpress.pipeline.config.stages import list_stages
 
-    return stages_of(1, qat=True)
+    return list_stages(1, qat=True)
 
 
 def staged(data: Path, whole: Path, before: Path, chosen: Sequence[str] | None = None) -> dict[str, float]:
