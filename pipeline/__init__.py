@@ -9,7 +9,7 @@ from typing import Any
 
 FUNCTIONS = {
     "bench": "api.bench",
-    "compare": "api.compare",
+    "compare": "api.comparison.compare",
     "compress": "api.run",
     "export": "api.export",
     "predict": "api.predict",

@@ -19,7 +19,8 @@ from ..runs import main_process
 from ..runs.console import Display
 from ..runs.folder import read_config
 from ..runs.record import RECORD
-from .compare import TEACHER, compare
+from .comparison.compare import compare
+from .comparison.runs import TEACHER
 from .options import read_options
 from .resolve import default_size, resolve
 from .run import compress

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...export.conversion.untrusted import parsed, read_foreign
 from ...export.errors import ExportError
-from ...export.int8.targets import TARGETS, right_here
+from ...export.int8.targets import TARGETS, is_exact_here
 from ...export.runtime import (
     ArtifactError,
     Classifier,
@@ -124,7 +124,7 @@ def _of_folder(path: Path, file: str | None, threads: int | None, notes: list[st
     found = []
     for entry in entries:
         target = entry.get("target")
-        fused = target not in TARGETS or right_here(target)
+        fused = target not in TARGETS or is_exact_here(target)
         if not fused and file is None:
             notes.append(
                 f"{entry['name']} is made for {target} and was not asked on this machine; --file "

@@ -251,7 +251,7 @@ def compare(runs: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) 
 
     RUN is a run folder, a folder of run folders, or a report.json.
     """
-    from ..api.compare import compare
+    from ..api.comparison.compare import compare
 
     comparison = exit_on_error(lambda: compare(runs, **options))
     if as_json:

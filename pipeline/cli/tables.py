@@ -50,7 +50,7 @@ def print_models(models: Mapping[str, "Entry | str | None"]) -> None:
             f"{model.parameters / 1e6:.2f} M",
             format.MISSING if model.gmacs is None else f"{model.gmacs:.3f}",
             str(model.image_size),
-            (model.licence or "license not stated") if model.has_weights else "none",
+            (model.license or "license not stated") if model.has_weights else "none",
         )
     console.print(table)
 

@@ -10,7 +10,7 @@ import onnx
 
 from ...export.conversion.untrusted import read_foreign
 from ...export.errors import ExportError
-from ...export.int8.targets import TARGETS, timed_here
+from ...export.int8.targets import TARGETS, explain_untimed
 from ...export.runtime import MAX_SIDE, METADATA_PREFIX, ArtifactError, read_manifest, read_verified
 from ..errors import UsageError
 from .folder import check_finished, read_config
@@ -190,7 +190,7 @@ def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[st
         key = teacher.stem.replace(".", " ")
         shown = teacher.relative_to(path).as_posix()
         found.append(Found(teacher, key, shown, key, onnx_input(teacher, image_size)))
-    left = timed_here(TARGETS)
+    left = explain_untimed(TARGETS)
     for entry in sorted(manifest["files"], key=lambda entry: entry["precision"] != "fp32"):
         why = left.get(entry["target"]) if entry["target"] is not None else None
         if why is not None:

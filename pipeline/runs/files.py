@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,8 @@ def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> 
         parts = folder.expanduser().resolve().relative_to(root).parts
         if not any(part.startswith(".") for part in parts):  # hidden folders are not read
             raise UsageError(
-                f"{option} {escape_controls(str(folder))} is inside the data folder {escape_controls(str(data))}, "
-                "where it would be read as a class. Set it to a folder elsewhere."
+                f"{option} {escape_controls(str(folder))} is inside the data folder "
+                f"{escape_controls(str(data))}, where it would be read as a class. Set it to a folder elsewhere."
             )
 
 
@@ -150,3 +150,14 @@ def command_line() -> str:
     name = Path(sys.argv[0]).name or "python"
     program = ["python", "-m", "questpress.pipeline"] if name == "__main__.py" else [name]
     return shlex.join([*program, *sys.argv[1:]])
+
+
+def shorten_paths(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest end of each path that no other one has."""
+    parts = [path.resolve().parts for path in paths]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own))
+        names.append("/".join(own[-length:]))
+    return names

@@ -1,4 +1,4 @@
-"""What each file that ships has answered to the test images: with it two runs are compared image by image."""
+"""Predictions of the exported files on the test images, with which runs are compared image by image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,60 +10,62 @@ from safetensors.numpy import load_file, save_file
 
 from .files import atomic_write
 
-PREDICTIONS_FILE = "test_answers.safetensors"
+PREDICTIONS_FILE = "test_predictions.safetensors"
+TRAIN_IMAGES_FILE = "train_images.safetensors"
 
 
 @dataclass(frozen=True)
-class PerImage:
-    """``keys`` int64 [n] tell the images by their content, ``labels`` and ``answers`` [n] are class numbers,
-    the answers by what the report calls the file.
+class Predictions:
+    """Class numbers of n images: ``labels`` [n], and ``classes`` [n] by the report's name of a file.
+
+    ``keys`` int64 [n] are hashes of the images' content.
     """
 
     keys: np.ndarray
     labels: np.ndarray
-    answers: Mapping[str, np.ndarray]
+    classes: Mapping[str, np.ndarray]
 
-    def right(self, file: str) -> np.ndarray:
-        """bool [n], of the images in the order of their keys."""
-        return np.asarray((self.answers[file] == self.labels)[np.argsort(self.keys, kind="stable")])
+    def is_correct(self, file: str) -> np.ndarray:
+        """Return bool [n] in the order of the images' keys."""
+        return np.asarray((self.classes[file] == self.labels)[np.argsort(self.keys, kind="stable")])
 
-    def same_images(self, other: "PerImage") -> bool:
+    def has_same_images(self, other: "Predictions") -> bool:
+        """Return True if both are of the same images."""
         return np.array_equal(np.sort(self.keys), np.sort(other.keys))
 
 
 def write_predictions(
     path: Path, keys: np.ndarray, labels: np.ndarray, logits: Mapping[str, np.ndarray]
 ) -> None:
-    """Write the answers of files with these ``logits`` [n,classes] to images of one label each, whole or not
-    at all.
+    """Write the classes with the largest logits.
+
+    Args:
+        path: the file.
+        keys: hashes of the images, int64 [n].
+        labels: their classes [n].
+        logits: [n,classes] by file.
     """
-    answers = {file: one.argmax(1).astype(np.int32) for file, one in logits.items()}
+    classes = {file: rows.argmax(1).astype(np.int32) for file, rows in logits.items()}
     with atomic_write(path) as part:
-        save_file({"keys": keys, "labels": labels.astype(np.int32), **answers}, part)
+        save_file({"keys": keys, "labels": labels.astype(np.int32), **classes}, part)
 
 
-def read_predictions(path: Path) -> PerImage | None:
-    """None where there are none: of older runs, and of images with several labels."""
+def read_predictions(path: Path) -> Predictions | None:
+    """Return the predictions, or None if there are none, as for multi-label data."""
     try:
-        found = load_file(path)
-        return PerImage(found.pop("keys"), found.pop("labels"), found)
+        arrays = load_file(path)
+        return Predictions(arrays.pop("keys"), arrays.pop("labels"), arrays)
     except (OSError, SafetensorError, KeyError):
         return None
 
 
-TRAIN_IMAGES_FILE = "train_images.safetensors"
-
-
 def write_train_images(run: Path, keys: np.ndarray) -> None:
-    """Write the keys, int64 [n], of the images that can be read, whole or not at all."""
+    """Write the keys, int64 [n], of the training images that can be read."""
     with atomic_write(run / TRAIN_IMAGES_FILE) as part:
         save_file({"keys": keys}, part)
 
 
 def read_train_images(run: Path) -> frozenset[int]:
-    """The keys; none of an older run, which has not noted them."""
-    return (
-        frozenset(load_file(run / TRAIN_IMAGES_FILE)["keys"].tolist())
-        if (run / TRAIN_IMAGES_FILE).exists()
-        else frozenset()
-    )
+    """Return the keys of a run's training images, or an empty set before they are written."""
+    file = run / TRAIN_IMAGES_FILE
+    return frozenset(load_file(file)["keys"].tolist()) if file.exists() else frozenset()

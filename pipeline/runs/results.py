@@ -115,7 +115,7 @@ class Subject(Result):
     file: str | None = None
     """Path inside the run folder."""
     sha256: str | None = None
-    licence: str | None = None
+    license: str | None = None
     head: str | None = None
     """For a teacher: ``kept``, ``replaced`` or ``none``."""
     opset: int | None = None

@@ -1,4 +1,4 @@
-"""The comparison of runs: which is best, what is noise, and what the picture and the tables show of it."""
+"""Comparison of runs: the best run, significant differences, the Pareto front, tables."""
 
 import csv
 import io
@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from questpress.export.latency.results import Percentile
-from questpress.pipeline.api.compare import as_csv, compare, points
+from questpress.pipeline.api.comparison.compare import compare, to_csv
 from questpress.pipeline.cli.main import cli
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation.results import Comparison
-from questpress.pipeline.report.pages.comparison import page as shown
-from questpress.pipeline.report.pages.comparison import render_comparison
+from questpress.pipeline.report.charts import Chart
+from questpress.pipeline.report.pages.comparison import comparison_page, measured_files, render_comparison
 from questpress.pipeline.runs import predictions
 from questpress.pipeline.runs.results import Report
 
 from tests.support import reports
+from tests.support.charts import shapes
 
 N = 372
 
@@ -97,8 +98,8 @@ def test_paired_images_are_compared(make: Made, tmp_path: Path) -> None:
     assert worse.p == pytest.approx(2 / 2**11) and worse.p_holm == pytest.approx(4 / 2**11)
     assert not worse.within_noise and worse.points == pytest.approx(-1100 / N)
     for page in render_comparison(found).values():
-        assert "Within noise of it: noise (−0.5 points, p = 0.500)." in page
-        assert "Worse: worse (−3.0 points, p = 0.002)." in page
+        assert "Not significantly different: noise (−0.5 points, p = 0.500)." in page
+        assert "Significantly worse: worse (−3.0 points, p = 0.002)." in page
         assert "McNemar" in page and "chi-squared" not in page
 
 
@@ -144,14 +145,14 @@ def test_runs_on_other_images_form_their_own_group(make: Made, tmp_path: Path) -
     found = compare(tmp_path / "runs", out=tmp_path / "out")
     assert [group.best for group in found.groups] == ["other", "photos"]
     assert all(not group.accuracies for group in found.groups)
-    assert "2 different sets of images" in found.warnings[0]
+    assert "2 different data sets" in found.warnings[0]
 
 
 def test_unfinished_run_is_shown_with_its_results(make: Made, tmp_path: Path) -> None:
     make("done", 330)
     make("begun", 330, student_int8=None, int8=[])
     found = compare(tmp_path / "runs", out=tmp_path / "out")
-    assert "begun is not finished: the int8 file is missing." in found.warnings
+    assert "begun is not finished; missing: int8 file." in found.warnings
     begun = found.run("begun")
     assert begun.int8 is None and begun.fp32 is not None and begun.ships == begun.fp32
     assert all("begun" in page for page in render_comparison(found).values())
@@ -159,7 +160,7 @@ def test_unfinished_run_is_shown_with_its_results(make: Made, tmp_path: Path) ->
 
 def test_run_folders_and_reports_are_listed_once(make: Made, tmp_path: Path) -> None:
     first, second = make("a/64", 330), make("b/64", 331)
-    (tmp_path / "runs" / "a" / "resolutions.json").write_text(json.dumps({"sizes": [{"folder": "64"}]}))
+    make("a/teacher", 330)  # of a sweep: not compared
     given = [tmp_path / "runs" / "a", first, second / "report.json", tmp_path / "runs" / "b"]
     found = compare(given, out=tmp_path / "out")
     assert sorted(one.name for one in found.runs) == ["a/64", "b/64"]
@@ -168,15 +169,12 @@ def test_run_folders_and_reports_are_listed_once(make: Made, tmp_path: Path) -> 
     assert compare(alone, out=tmp_path / "out").runs[0].source == str(alone)
 
 
-def test_unknown_fields_of_other_versions_are_ignored(make: Made, tmp_path: Path) -> None:
+def test_report_of_another_version_is_refused(make: Made, tmp_path: Path) -> None:
     file = make("newer", 330) / "report.json"
     content = json.loads(file.read_text())
-    content["unheard_of"] = content["student"]["strange"] = {"x": 1}
+    content["unknown"] = {"x": 1}
     file.write_text(json.dumps(content))
-    assert compare(file, out=tmp_path / "out").runs[0].name == "newer"
-    del content["title"]
-    file.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="no report of this version"):
+    with pytest.raises(UsageError, match="written by another version"):
         compare(file, out=tmp_path / "out")
 
 
@@ -191,13 +189,13 @@ def test_path_without_a_run_is_refused(given: str, tmp_path: Path) -> None:
 
 def test_image_is_not_a_run_or_report(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(UsageError, match=r"photo\.jpg is neither a run folder nor a report\.json"):
+    with pytest.raises(UsageError, match=r"photo\.jpg is not a report"):
         compare(tmp_path / "photo.jpg", out=tmp_path / "out")
 
 
 def test_untimed_thread_count_is_refused(make: Made, tmp_path: Path) -> None:
     make("one", 330)
-    with pytest.raises(UsageError, match="--threads 3: no run was timed at so many; there are figures for 1"):
+    with pytest.raises(UsageError, match="--threads 3: no run was timed with it. Available: 1"):
         compare(tmp_path / "runs", out=tmp_path / "out", threads=3)
 
 
@@ -206,7 +204,7 @@ def test_command_prints_the_table_or_json(make: Made, tmp_path: Path) -> None:
     make("two", 331)
     asked = ["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     shown = CliRunner().invoke(cli, asked).stdout
-    for words in ("On clothing, 372 test images", "two", "best", "noise", "comparison.html"):
+    for words in ("On clothing, 372 test images", "two", "best", "not significant", "comparison.html"):
         assert words in shown, words
     found = Comparison.model_validate_json(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
     assert found == Comparison.model_validate_json((tmp_path / "out" / "comparison.json").read_text())
@@ -216,7 +214,7 @@ def test_command_prints_the_table_or_json(make: Made, tmp_path: Path) -> None:
 def test_table_for_programs_has_full_numbers_and_no_formula(make: Made, tmp_path: Path) -> None:
     make("=cmd()", 330, method="+quest")
     found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [row] = list(csv.DictReader(io.StringIO(as_csv(found))))
+    [row] = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert row["run"] == "'=cmd()" and row["method"] == "'+quest" and row["seed"] == "7"
     assert float(row["int8_score"]) == pytest.approx(100 * 330 / N)
     assert float(row["int8_p50_low"]) < float(row["int8_p50_high"])
@@ -242,12 +240,13 @@ def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> Non
     [machine] = found.groups[0].machines
     fp32 = ["fast fp32", "twin fp32", "beaten fp32"]
     assert machine.frontier == ["fast int8", "twin int8", *fp32, "resnet34 teacher"]
-    told = f"Faster or more accurate than any other: {', '.join(machine.frontier)}."
+    front = f"(no file is both faster and more accurate): {', '.join(machine.frontier)}."
     for text in render_comparison(found).values():
-        assert told in " ".join(text.split())
-    [picture] = shown(found).sections[0].pictures
-    for plot in picture.plots:
-        assert sorted(one.text.split(":")[0] for one in plot.spots if one.best) == sorted(machine.frontier)
+        assert front in " ".join(text.split())
+    [chart] = comparison_page(found).sections[0].figures
+    assert isinstance(chart, Chart)
+    for i in range(2):
+        assert sorted(dot.tooltip.split(":")[0] for dot in shapes(chart, "dot", i)) == sorted(machine.frontier)
 
 
 def test_teacher_of_several_runs_is_as_fast_as_any_of_them_has_found_it(make: Made, tmp_path: Path) -> None:
@@ -258,7 +257,7 @@ def test_teacher_of_several_runs_is_as_fast_as_any_of_them_has_found_it(make: Ma
         slower = latency.model_copy(update={"percentiles": {"p50": Percentile(value=p50)}})
         make(name, 300, teacher=teacher.model_copy(update={"latency_ms": {"1": slower}}))
     found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [(name, file)] = [one for one in points(found.runs) if one[0].endswith("teacher")]
+    [(name, file)] = [one for one in measured_files(found.runs) if one[0].endswith("teacher")]
     assert name == "resnet34 teacher" and file.p50 == 9.0
 
 

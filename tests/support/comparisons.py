@@ -1,7 +1,7 @@
 """Results of validations and comparisons, made by hand."""
 
 from questpress.export.latency.results import Speedup
-from questpress.pipeline.api.compare import groups
+from questpress.pipeline.api.comparison.statistics import group_runs
 from questpress.pipeline.evaluation.results import (
     ClassMeasure,
     ComparedFile,
@@ -126,7 +126,7 @@ def comparison() -> Comparison:
         command="compress compare " + "x" * 200,
         threads=1,
         runs=runs,
-        groups=groups(runs, {}),
+        groups=group_runs(runs, {}),
         warnings=["A warning."],
         notes=["A note."],
     )

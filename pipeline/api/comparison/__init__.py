@@ -1,0 +1,1 @@
+"""``compress compare``: runs in one table and chart, with significance tests."""

@@ -1,0 +1,178 @@
+"""Compare runs by their reports (`compress compare`)."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...errors import UsageError
+from ...evaluation.results import ComparedRun, Comparison, Group
+from ...report.format import plural
+from ...report.pages.comparison import render_comparison
+from ...runs.files import command_line, escape_cell, write_text
+from .runs import Run, find_runs, list_thread_counts, read_run_predictions, summarize_run
+from .statistics import group_runs
+
+
+def compare(
+    paths: str | Path | Sequence[str | Path], *, out: str | Path | None = None, threads: int | None = None
+) -> Comparison:
+    """Compare runs by their reports, as ``compress compare`` does. Nothing is measured.
+
+    Args:
+        paths: run folders, folders of runs, or report.json files.
+        out: folder of comparison.html, .md, .csv and .json; ``comparison`` by default.
+        threads: number of threads of the compared latencies; by default the smallest at which most runs were
+            timed.
+
+    Returns:
+        The content of ``comparison.json``.
+
+    Raises:
+        UsageError: a path is not a run, or no run was timed with this number of threads.
+        JobError: the files cannot be written.
+    """
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not paths:
+        raise UsageError("At least one run folder is required.")
+    folder = Path(out or "comparison")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file. Set it to a folder.")
+    runs = find_runs(paths)
+    threads = _choose_threads(runs, threads)
+    summaries = {run.name: summarize_run(run, threads) for run in runs}
+    predictions = {run.name: read_run_predictions(run) for run in runs}
+    groups = group_runs(
+        list(summaries.values()), {name: stored for name, stored in predictions.items() if stored is not None}
+    )
+    data = ", ".join(dict.fromkeys(group.data for group in groups if group.data))
+    comparison = Comparison(
+        title=plural(len(runs), "run") + (f" on {data}" if data else ""),
+        command=command_line(),
+        threads=threads,
+        runs=[summaries[name] for group in groups for name in group.runs],
+        groups=groups,
+        warnings=_list_warnings(list(summaries.values()), groups),
+        notes=_list_notes(groups, threads),
+        folder=str(folder),
+    )
+    texts = {
+        **render_comparison(comparison),
+        "comparison.csv": to_csv(comparison),
+        "comparison.json": comparison.model_dump_json(indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return comparison
+
+
+def _choose_threads(runs: Sequence[Run], threads: int | None) -> int | None:
+    counts = [count for run in runs for count in list_thread_counts(run.report)]
+    if threads is not None and threads not in counts:
+        available = ", ".join(map(str, sorted(set(counts)))) or "none"
+        raise UsageError(f"--threads {threads}: no run was timed with it. Available: {available}.")
+    return threads or min(counts, key=lambda count: (-counts.count(count), count), default=None)
+
+
+def _list_warnings(runs: Sequence[ComparedRun], groups: Sequence[Group]) -> list[str]:
+    warnings = []
+    known = [group for group in groups if group.fingerprint is not None]
+    if len(known) > 1:
+        names = [f"{group.data} ({plural(len(group.runs), 'run')})" for group in known]
+        warnings.append(
+            f"The runs use {len(known)} different data sets: {', '.join(names)}. Accuracies on different "
+            "images are not comparable, so each data set has its own table."
+        )
+    if any(len(group.machines) > 1 for group in groups):
+        warnings.append(
+            "Some runs were timed on different machines, so their latencies are not comparable. "
+            "`compress bench RUN RUN` times them together."
+        )
+    return warnings + [
+        f"{run.name} is not finished; missing: {', '.join(run.missing)}." for run in runs if run.missing
+    ]
+
+
+def _list_notes(groups: Sequence[Group], threads: int | None) -> list[str]:
+    differences = [difference for group in groups for difference in group.accuracies]
+    notes = []
+    if any(difference.paired for difference in differences):
+        notes.append("Accuracy is compared with the best run on the same images by McNemar’s exact test.")
+    if any(not difference.paired and difference.p is not None for difference in differences):
+        notes.append(
+            "Unpaired: a run has no stored predictions, so accuracies are compared by the chi-squared test, "
+            "which has less power. `compress validate RUN RUN` compares the files image by image."
+        )
+    if any(difference.p is None for difference in differences):
+        notes.append("mAP differs if the 95 % intervals do not overlap, a test with little power.")
+    if any(difference.p is not None for difference in differences):
+        notes.append(
+            "p is corrected for the number of comparisons with the best run (Holm). A difference with p of "
+            "5 % or more is within noise."
+        )
+    if any(machine.latencies for group in groups for machine in group.machines):
+        notes.append(
+            f"Latency is that of one image with {plural(threads or 0, 'thread')}. A file is slower if the "
+            "95 % interval of its median does not overlap with that of the fastest one. The runs were timed "
+            "at different times: to resolve a few percent, time them together with `compress bench RUN RUN`."
+        )
+    return notes
+
+
+def to_csv(comparison: Comparison) -> str:
+    """Return a row for each run, with unrounded numbers and escaped cells."""
+    rows = [_row(comparison.run(name), group) for group in comparison.groups for name in group.runs]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _to_cell(value) for name, value in row.items()})
+    return text.getvalue()
+
+
+def _to_cell(value: object) -> object:
+    return "" if value is None else escape_cell(value) if isinstance(value, str) else value
+
+
+def _row(run: ComparedRun, group: Group) -> dict[str, object]:
+    difference = next((one for one in group.accuracies if one.run == run.name), None)
+    row: dict[str, object] = {
+        "run": run.name,
+        "method": run.method,
+        "teacher": run.teacher,
+        "student": run.student,
+        "image_size": run.image_size,
+        "parameters": run.parameters,
+    }
+    for kind, file in (("int8", run.int8), ("fp32", run.fp32), ("teacher", run.teacher_file)):
+        score = file.score if file is not None else None
+        speedup = file.speedup if file is not None else None
+        row |= {
+            f"{kind}_bytes": file and file.bytes,
+            f"{kind}_score": score and score.percent,
+            f"{kind}_low": score and score.low,
+            f"{kind}_high": score and score.high,
+            f"{kind}_ece": file and file.ece,
+            f"{kind}_p50_ms": file and file.p50,
+            f"{kind}_p50_low": file and file.p50_low,
+            f"{kind}_p50_high": file and file.p50_high,
+        }
+        if kind != "teacher":
+            row |= {
+                f"{kind}_speedup": speedup and speedup.ratio,
+                f"{kind}_speedup_low": speedup and speedup.low,
+                f"{kind}_speedup_high": speedup and speedup.high,
+            }
+    return row | {
+        "points_to_best": 0.0 if run.name == group.best else difference and difference.points,
+        "p_holm": difference and difference.p_holm,
+        "paired": difference and difference.paired,
+        "within_noise": True if run.name == group.best else difference and difference.within_noise,
+        "training_seconds": run.training_seconds,
+        "seed": run.seed,
+        "data": run.data,
+        "fingerprint": run.fingerprint,
+        "test_images": group.n,
+        "machine": run.machine,
+        "missing": "; ".join(run.missing),
+    }
