@@ -41,7 +41,7 @@ def rows(table: Table) -> list[list[str]]:
                 name,
                 spoken([one["top1"] for one in done]),
                 f"{first['low']:.1f} to {first['high']:.1f}",
-                spoken([one["int8"]["top1"] for one in done]),
+                spoken([one["int8"]["percent"] for one in done]),
                 spoken([one["ece"] for one in calibrated]),
                 f"{calibrated[0]['ece_low']:.1f} to {calibrated[0]['ece_high']:.1f}",
                 spoken([one["entropy"] for one in calibrated]),
