@@ -125,7 +125,6 @@ def decode_images(
     *,
     cache: Cache | None = None,
     progress: Progress | None = None,
-    workers: int | None = None,
 ) -> DecodedImages:
     """Decode training images into their canonical form; memory-mapped if there is a cache.
 
@@ -133,7 +132,7 @@ def decode_images(
         JobError: an image has changed since the data set was opened.
     """
     key = canonical_key(images, canonical)
-    return _decode_once(images, canonical.convert, key, cache, progress, workers)
+    return _decode_once(images, canonical.convert, key, cache, progress)
 
 
 def canonical_key(images: Sequence[Image], canonical: Canonical) -> str:
@@ -147,7 +146,6 @@ def render_images(
     *,
     cache: Cache | None = None,
     progress: Progress | None = None,
-    workers: int | None = None,
 ) -> DecodedImages:
     """Render images from their files as the shipped runtime does, all of them S × S pixels.
 
@@ -157,7 +155,7 @@ def render_images(
         JobError: an image has changed since the data set was opened.
     """
     key = _key(images, {"rendered": asdict(preprocessing)})
-    return _decode_once(images, lambda image: render(image, preprocessing), key, cache, progress, workers)
+    return _decode_once(images, lambda image: render(image, preprocessing), key, cache, progress)
 
 
 def _key(images: Sequence[Image], form: dict[str, Any]) -> str:
@@ -175,13 +173,12 @@ def _decode_once(
     key: str,
     cache: Cache | None,
     progress: Progress | None,
-    workers: int | None,
 ) -> DecodedImages:
     def write(folder: Path) -> None:
-        _write(folder, decode_each(images, form, progress, workers))
+        _write(folder, decode_each(images, form, progress))
 
     if cache is None or not images:
-        pixels, reasons = _collect(list(decode_each(images, form, progress, workers)))
+        pixels, reasons = _collect(list(decode_each(images, form, progress)))
     else:
         pixels, reasons = _read(cache.get("images", key) or cache.put("images", key, write))
     return DecodedImages(*skip_unreadable(images, reasons), pixels)
@@ -191,7 +188,6 @@ def decode_each(
     images: Sequence[Image],
     form: Callable[[np.ndarray], T],
     progress: Progress | None = None,
-    workers: int | None = None,
 ) -> Iterator[T | str]:
     """Yield ``read_pixels`` of each image in order, computed by threads: Pillow releases the GIL.
 
@@ -200,7 +196,7 @@ def decode_each(
     Raises:
         JobError: an image has changed since the data set was opened.
     """
-    workers = workers or allowed_cores()
+    workers = allowed_cores()
     with ThreadPoolExecutor(workers) as threads:
         pending: deque[Any] = deque()
         try:

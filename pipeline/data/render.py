@@ -120,16 +120,8 @@ def render_views(
 ) -> Tensor:
     """Return crops at ``size`` × ``size`` pixels: uint8 [B, 3, S, S] on ``device``, channels last.
 
-    The host never waits for the device.
-
-    Args:
-        pixels: on the host or on ``device``.
-        indices: of the images, int64 [B] on the host.
-        box: int32 [B, 4] on the host, from ``views.draw_crops``.
-        flips: bool [B] on the host; True for mirrored views.
-        size: S.
-        policy: that the crops were drawn with.
-        device: of the result.
+    ``indices`` (int64 [B]), ``box`` (int32 [B, 4]) and ``flips`` (bool [B]), drawn by ``views.draw_crops``, are
+    on the host; ``pixels`` may be there or on ``device``. The host never waits for the device.
     """
     device = torch.device(device)
     if pixels.data.device.type == "cpu" and device.type != "cpu":

@@ -172,11 +172,7 @@ def _choose_held_out(
 ) -> set[str]:
     """Return the keys of images to hold out: a fraction of each class, at least one, while ``stay`` remain.
 
-    Args:
-        labels_of: classes by key.
-        counts: number of images of each class, including those that may not be held out.
-        fraction: of each class.
-        stay: number of images of a class that are not held out.
+    ``labels_of`` maps keys to classes; ``counts`` includes images that may not be held out.
     """
     keys_of: dict[int, list[str]] = defaultdict(list)
     for key in sorted(labels_of):

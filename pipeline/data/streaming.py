@@ -83,22 +83,6 @@ class StreamedViews:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(
-        self,
-        indices: Tensor,
-        view_numbers: Tensor,
-        device: torch.device | str = "cpu",
-        size: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the same as ``Views.batch``, computed in this process.
-
-        Raises:
-            JobError: an image can no longer be read.
-        """
-        sizes = (size or self.size,)
-        [views] = _unpack(self._task(indices, view_numbers, sizes)(), sizes)
-        return to_device(views, device), to_device(self.labels[indices], device)
-
     def batches(
         self,
         plan: Iterable[tuple[Tensor, Tensor]],

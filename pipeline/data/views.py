@@ -78,8 +78,8 @@ class ViewPolicy:
     - ``pad_crop``: the square canonical image (``side`` R) is padded by ``pad`` p pixels (``mode``) and
       ``crop`` S × S is cropped anywhere; (R + 2p − S + 1)² crops.
     - ``resized_crop``: torchvision's RandomResizedCrop: area from ``scale`` (of the whole), aspect from
-      ``ratio`` (log-uniform), ten tries, then the largest crop of an allowed aspect at the centre.
-    - ``center``: the largest square at the centre.
+      ``ratio`` (log-uniform), ten tries, then the largest crop of an allowed aspect at the center.
+    - ``center``: the largest square at the center.
 
     ``flip`` mirrors half of the views. ``color_jitter`` j changes brightness, contrast and saturation by
     factors from [1 − j, 1 + j].

@@ -25,9 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 from ...export.runtime import allowed_cores
 from ..errors import JobError, QuestpressError
 
-PREFETCH = 2
-"""Tasks that each worker holds: the current and the next one."""
-
 Task = Callable[[], Any]
 """Returns a contiguous tensor or a small object."""
 
@@ -64,14 +61,13 @@ class Workers:
         loader = DataLoader(
             _Executor(),
             batch_size=None,
-            sampler=_Stream(tasks),
+            sampler=iter(tasks),  # read as workers become free
             num_workers=self.count,
             collate_fn=_identity,
             pin_memory=cuda,
             worker_init_fn=partial(_init_worker, low_priority=not cuda),
             multiprocessing_context=_context(),
             generator=torch.Generator(),  # by default it draws from the generator that training uses
-            prefetch_factor=PREFETCH,
         )
         processes: Sequence[Any] = ()
         try:
@@ -98,8 +94,8 @@ class Workers:
             result = next(results, _END)
         except RuntimeError as error:
             raise _explain(error, processes) from error
-        if isinstance(result, _Error):
-            raise JobError(result.message)
+        if isinstance(result, JobError):
+            raise result
         return torch.from_numpy(result) if isinstance(result, np.ndarray) else result
 
 
@@ -129,29 +125,12 @@ def _explain(error: RuntimeError, processes: Sequence[Any]) -> RuntimeError | Jo
     return JobError(f"A worker process {reason}, or use --resident host, which needs no workers.")
 
 
-class _Stream:
-    """Tasks as a DataLoader's sampler, which reads them as workers become free."""
-
-    def __init__(self, tasks: Iterable[Task]) -> None:
-        self.tasks = tasks
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.tasks)
-
-
-class _Error:
-    """The message of an expected error in a worker."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-
 class _Executor(Dataset[Any]):
     def __getitem__(self, task: Task) -> Any:
         try:
             result = task()
         except QuestpressError as error:
-            return _Error(str(error))
+            return JobError(str(error))
         return share_memory(result) if isinstance(result, Tensor) else result
 
 

@@ -18,15 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..runs.scores import TaskName
-from . import base
-from .logits import (
-    LogitMethod,
-    binary_divergence,
-    binary_teacher_logits,
-    divergence,
-    student_logits,
-    teacher_logits,
-)
+from . import base, logits
 
 
 class Parameters(base.Parameters):
@@ -35,7 +27,7 @@ class Parameters(base.Parameters):
     standardize: bool = Field(False, description="z-score both logits first")
 
 
-class Kd(LogitMethod):
+class Kd(logits.LogitMethod):
     """Match the teacher's softened probabilities; the formula is in the module's docstring."""
 
     name = "kd"
@@ -59,11 +51,11 @@ class Kd(LogitMethod):
         self.weight = parameters.weight or (9.0 if self.standardize else 0.9)
 
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
-        z_s = student_logits(batch.student, self.standardize)
+        z_s = logits.student_logits(batch.student, self.standardize)
         if batch.labels.ndim == 2:
-            z_t = binary_teacher_logits(batch.teachers, self.tau)
-            kl = binary_divergence(z_s / self.tau, z_t / self.tau)
+            z_t = logits.binary_teacher_logits(batch.teachers, self.tau)
+            kl = logits.binary_divergence(z_s / self.tau, z_t / self.tau)
         else:
-            z_t = teacher_logits(batch.teachers, self.tau, self.standardize)
-            kl = divergence(F.log_softmax(z_s / self.tau, dim=1), F.log_softmax(z_t / self.tau, dim=1))
+            z_t = logits.teacher_logits(batch.teachers, self.tau, self.standardize)
+            kl = logits.divergence(F.log_softmax(z_s / self.tau, dim=1), F.log_softmax(z_t / self.tau, dim=1))
         return {"kd": self.weight * self.tau**2 * kl}

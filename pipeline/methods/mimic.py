@@ -30,9 +30,9 @@ Ours, where the paper is silent or differs:
   its part of it, and the loss is the mean over teachers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -59,8 +59,7 @@ MAX_NUMBERS = 1 << 28
 BLOCK = 1 << 25
 """Numbers in a block of projections, 128 MB."""
 
-FILE = "hashes.safetensors"
-VERSION = 1
+FILE, VERSION = "hashes.safetensors", 1
 
 
 class Parameters(base.Parameters):
@@ -155,20 +154,18 @@ class Mimic(base.Method):
         super().__init__(parameters, setup)
         self.beta, self.alone = parameters.beta, parameters.alone
         self.widths = [_width(teacher) for teacher in setup.teachers]
-        self.terms = nn.ModuleList(
-            MimicTerm(
-                parameters.variant_for(teacher),
-                setup.prepared.get(f"{t}.weight"),
-                setup.prepared.get(f"{t}.bias"),
-            )
+        get = setup.prepared.get
+        terms = [
+            MimicTerm(parameters.variant_for(teacher), get(f"{t}.weight"), get(f"{t}.bias"))
             for t, teacher in enumerate(setup.teachers)
-        )
+        ]
+        self.terms = cast(Sequence[MimicTerm], nn.ModuleList(terms))
 
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
         parts = batch.student["vector"].split(self.widths, dim=1)
         losses = [
             term(f_s, teacher, batch.labels)
-            for term, f_s, teacher in zip(self._terms(), parts, batch.teachers, strict=True)
+            for term, f_s, teacher in zip(self.terms, parts, batch.teachers, strict=True)
         ]
         return {"mimic": self.beta * torch.stack(losses).mean()}
 
@@ -178,14 +175,9 @@ class Mimic(base.Method):
     def metrics(self) -> dict[str, Tensor]:
         return {
             key if len(self.terms) == 1 else f"{key} ({t})": value
-            for t, term in enumerate(self._terms())
+            for t, term in enumerate(self.terms)
             for key, value in term.metrics().items()
         }
-
-    def _terms(self) -> Iterator["MimicTerm"]:
-        for term in self.terms:
-            assert isinstance(term, MimicTerm)
-            yield term
 
 
 class MimicTerm(nn.Module):
@@ -202,13 +194,7 @@ class MimicTerm(nn.Module):
         self.sums = base.RunningSums()
 
     def forward(self, f_s: Tensor, teacher: base.Features, labels: Tensor) -> Tensor:
-        """Return the scalar loss.
-
-        Args:
-            f_s: [B,D_T], the part of the student's vector for this teacher.
-            teacher: its ``vector`` [B,D_T] and, for ``lshl2_s``, its ``logits`` [B,N].
-            labels: [B] class numbers, or float [B,N].
-        """
+        """Return the scalar loss; ``f_s`` [B,D_T] is the part of the student's vector for this teacher."""
         f_s = f_s.to(torch.promote_types(f_s.dtype, torch.float32))
         f_t = teacher["vector"].to(f_s.dtype)
         losses = f_s.new_zeros(len(f_s))
@@ -265,8 +251,7 @@ def hash_loss(a_s: Tensor, h: Tensor) -> Tensor:
 def compute_medians(features: np.ndarray, weight: Tensor, device: torch.device) -> Tensor:
     """Return the median of each hash's projection over n features [n,D], fp32 [M], computed on ``device``.
 
-    Works on blocks of hashes: at most twice ``BLOCK`` numbers are held besides the features (a block's
-    projections and numpy's copy of them), or twice n if that is more.
+    At most twice ``BLOCK`` numbers are held besides the features, or twice n if that is more.
     """
     rows = torch.from_numpy(features).to(device)
     size = max(1, BLOCK // len(rows))

@@ -56,7 +56,7 @@ def test_images_of_all_sizes_come_back_as_they_are(tmp_path: Path, cached: bool)
     arrays = [pixels(n, 8 + n, 20 - n) for n in range(10)]
     images = in_memory(arrays, labels=list(range(10)))
     for _ in range(2):
-        done = decode_images(images, PHOTO, cache=Cache(tmp_path) if cached else None, workers=3)
+        done = decode_images(images, PHOTO, cache=Cache(tmp_path) if cached else None)
         for number, array in enumerate(arrays):
             np.testing.assert_array_equal(done.pixels.image(number).numpy(), array)
         assert done.labels.tolist() == list(range(10)) and done.skipped == ()

@@ -234,7 +234,7 @@ def test_median_of_many_features_is_sampled(tmp_path: Path, monkeypatch: pytest.
     taken = np.arange(3, 40, 4.0)  # one of every four
     expected = np.median(taken[:, None] * found["0.weight"].numpy().sum(1), axis=0)
     np.testing.assert_allclose(found["0.bias"], -expected, rtol=1e-4, atol=1e-5)
-    assert given.notes == ["the hashes' median is that of 10 of 40 images, drawn evenly"]
+    assert given.notes == ["the median of the hashes is computed from 10 of 40 images"]
 
 
 def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:

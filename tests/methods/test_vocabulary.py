@@ -90,7 +90,7 @@ def test_separated_blobs_are_found_and_mu_and_perplexity_are_numpys(tmp_path):
     assert learned.mu == pytest.approx(distances.min(1).mean(), rel=1e-2)
     usage = np.bincount(distances.argmin(1), minlength=2) / len(distances)
     assert learned.perplexity == pytest.approx(np.exp(-(usage * np.log(usage)).sum()), rel=1e-6)
-    assert (learned.features, learned.features_used, learned.asked) == (600, 600, 2)
+    assert (learned.features, learned.features_used, learned.requested) == (600, 600, 2)
     assert learned.note is None
 
 
@@ -105,9 +105,9 @@ def test_number_of_words_is_reduced_to_39_features_each(tmp_path):
     teacher = Teacher(np.random.default_rng(0).normal(size=(10, C, H, W)), tmp_path)
     learned = teacher.learn(None)
     assert len(learned.words) == 200 // 39 == 5
-    assert learned.asked == 4096 and learned.features == 200
+    assert learned.requested == 4096 and learned.features == 200
     assert [learned.note] == teacher.notes
-    assert "5 words instead of 4096" in teacher.notes[0]
+    assert "5 words instead of 4096, so that each has 39 of" in teacher.notes[0]
 
 
 def test_requested_number_of_words_is_kept_with_a_note(tmp_path):
@@ -116,7 +116,7 @@ def test_requested_number_of_words_is_kept_with_a_note(tmp_path):
     few = Teacher(np.random.default_rng(0).normal(size=(58, C, 1, 2)), tmp_path)
     learned = few.learn(3)
     assert len(learned.words) == 3
-    assert few.notes == [learned.note] and "116 features are few for 3 words; 2 words would" in few.notes[0]
+    assert few.notes == [learned.note] and "116 features are few for 3 words; 2 would" in few.notes[0]
 
 
 def test_more_words_than_features_are_refused(tmp_path):

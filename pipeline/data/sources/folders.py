@@ -35,13 +35,8 @@ def read_folder(path: Path, *, for_training: bool = True, progress: Progress | N
     ``path`` contains a folder for each class (images in it at any depth), or folders called train, val and
     test (or ``training``, ``valid``, ``validation``, ``testing``) with class folders. Without test, val is
     the test split; see ``UnsplitDataset.split`` for what happens to the splits. Hidden files and files other
-    than images are ignored and counted; links that lead out of the folder are skipped.
-
-    Args:
-        path: of the folder.
-        for_training: require train if there are splits, and every class in each split. Otherwise the images
-            are only validated on: ``test`` suffices, and splits may lack classes.
-        progress: of hashing.
+    than images are ignored and counted; links that lead out of the folder are skipped. Without
+    ``for_training``, the images are only validated on: ``test`` suffices, and splits may lack classes.
 
     Raises:
         UsageError: the folder does not exist, is empty or not of this form, or its classes do not match.

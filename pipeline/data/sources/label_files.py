@@ -32,12 +32,9 @@ def read_label_file(
     If an image has several labels, and with COCO always, the set is multi-label. Classes are sorted by name,
     COCO's by id; COCO's categories without annotations are left out.
 
-    Args:
-        path: of the labels file.
-        data_dir: folder of the images, by default that of the labels file. COCO's are also searched in
-            ``images``, and in folders named after their split (``train2017``). Nothing outside is read.
-        for_training: require images to train on. Otherwise they are only validated on.
-        progress: of hashing.
+    ``data_dir`` is the folder of the images, by default that of the labels file. COCO's are also searched in
+    ``images``, and in folders named after their split (``train2017``). Nothing outside of it is read. Without
+    ``for_training``, the images are only validated on.
 
     Raises:
         UsageError: the file is not of this form, names missing images, or its classes do not match.

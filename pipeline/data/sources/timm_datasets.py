@@ -1,10 +1,8 @@
 """Data sets by names of timm (torch/cifar100, hfds/…, hfids/…, wds/…, tfds/…), and the built-in digits."""
 
 import hashlib
-import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -34,51 +32,18 @@ MAX_BYTES_IN_MEMORY = 4 << 30
 """Decoded pixels of a data set without random access, which is held in memory."""
 
 
-class ReaderTable:
-    """A timm reader with random access, such as that of Hugging Face's data sets.
-
-    It is pickled once and unpickled once in each process, while its rows are sent with every batch.
-    """
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-
-    def read(self, row: int) -> bytes:
-        file, _ = self.reader[row]
-        with file:
-            content: bytes = file.read()
-            return content
-
-    @cached_property
-    def _pickled(self) -> tuple[str, "_Content"]:
-        content = pickle.dumps(self.reader)
-        return hashlib.sha256(content).hexdigest(), _Content(content)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle_table, self._pickled
-
-
-@dataclass(frozen=True)
-class _Content:
-    """Compares equal to any other, so that tables are cached by their hash alone."""
-
-    pickled: bytes = field(compare=False, hash=False, repr=False)
-
-
-@lru_cache(maxsize=8)
-def _unpickle_table(_: str, content: _Content) -> ReaderTable:
-    return ReaderTable(pickle.loads(content.pickled))
-
-
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """The source of an image in a table."""
+    """An image in a timm reader with random access, such as that of Hugging Face's data sets."""
 
-    table: ReaderTable
+    reader: Any
     row: int
 
     def __call__(self) -> bytes:
-        return self.table.read(self.row)
+        file, _ = self.reader[self.row]
+        with file:
+            content: bytes = file.read()
+            return content
 
 
 def read_named(
@@ -90,19 +55,13 @@ def read_named(
     images stay where they are (Hugging Face's tables, WebDataset's tar files in ``data_dir``). Data that a
     reader only streams, and torchvision's small sets, are held in memory, up to 4 GiB of pixels.
 
-    Args:
-        name: such as ``torch/cifar10``.
-        data_dir: where its files are, or are downloaded to.
-        download: if they are missing.
-        progress: of reading.
-
     Raises:
         UsageError: the set or its package is missing, it has no classes, or it is too large.
     """
     prefix = name.partition("/")[0].lower()
     if prefix == "wds" and data_dir is not None and (shards := find_shards(data_dir)):
-        indexed = index_shards(shards, progress)
-        return _drop_unlabeled(name, indexed.images, None, indexed.skipped)
+        images, skipped = index_shards(shards, progress)
+        return _drop_unlabeled(name, images, None, skipped)
     if find_spec(PACKAGES[prefix]) is None:
         package = PACKAGES[prefix].replace("_", "-")
         if (
@@ -119,7 +78,7 @@ def read_named(
         how = ", and --download to fetch them" if prefix != "wds" else ""
         raise UsageError(f"{name} requires --data-dir, the folder of its files{how}.")
     datasets = _open_splits(name, prefix, data_dir, download)
-    images: dict[Split, list[Image]] = {
+    images = {
         split: list(_read_images(name, split, dataset, progress)) for split, dataset in datasets.items()
     }
     return _drop_unlabeled(name, images, datasets["train"])
@@ -215,12 +174,13 @@ def _read_images(name: str, split: Split, dataset: Any, progress: Progress | Non
             if progress:
                 progress(number + 1, len(files))
     elif type(getattr(dataset, "reader", None)).__name__ == "ReaderHfds":  # encoded files, random access
-        table = ReaderTable(dataset.reader)
         for number in range(len(dataset)):
             file, label = dataset.reader[number]
             with file:
                 key = hashlib.sha256(file.read()).hexdigest()
-            yield Image(f"{split}/{number:07d}", _to_label(name, label), key, TableRow(table, number))
+            yield Image(
+                f"{split}/{number:07d}", _to_label(name, label), key, TableRow(dataset.reader, number)
+            )
             if progress:
                 progress(number + 1, len(dataset))
     else:

@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,6 @@ class ShardSplit:
     label: str
 
 
-@dataclass
-class IndexedShards:
-    """The images in shards; ``skipped`` are samples without an image or a class."""
-
-    images: dict[Split, list[Image]] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
-
-
 def find_shards(folder: Path) -> dict[Split, ShardSplit] | None:
     """Return the splits that ``_info.json`` lists, or else the shards named ``train*.tar`` and so on.
 
@@ -99,25 +91,30 @@ def find_shards(folder: Path) -> dict[Split, ShardSplit] | None:
     return splits if "train" in splits and plain else None
 
 
-def index_shards(splits: Mapping[Split, ShardSplit], progress: Progress | None = None) -> IndexedShards:
-    """Return every labeled image, in the order of shards and members. Each shard is read through once.
+def index_shards(
+    splits: Mapping[Split, ShardSplit], progress: Progress | None = None
+) -> tuple[dict[Split, list[Image]], list[Skipped]]:
+    """Return the images in the order of shards and members, and the samples without an image or a class.
+
+    Each shard is read through once.
 
     Raises:
         UsageError: a shard is damaged, or a label is not a number.
     """
-    indexed = IndexedShards()
+    all_images: dict[Split, list[Image]] = {}
+    all_skipped: list[Skipped] = []
     jobs = [(split, shard, shards.label) for split, shards in splits.items() for shard in shards.shards]
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         try:
             results = threads.map(lambda job: _index_shard(*job), jobs)
             for done, ((split, *_), (images, skipped)) in enumerate(zip(jobs, results, strict=True), 1):
-                indexed.images.setdefault(split, []).extend(images)
-                indexed.skipped.extend(skipped)
+                all_images.setdefault(split, []).extend(images)
+                all_skipped.extend(skipped)
                 if progress:
                     progress(done, len(jobs))
         finally:
             threads.shutdown(cancel_futures=True)
-    return indexed
+    return all_images, all_skipped
 
 
 def find_unreadable_shard(folder: Path) -> Path | None:
@@ -164,21 +161,18 @@ def _is_plain_tar(shard: Path) -> bool:
         return False
 
 
-@dataclass
-class _Sample:
-    name: str
-    members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
-    """By their ending."""
+_Members = dict[str, tarfile.TarInfo]
+"""The members of a sample by their ending."""
 
 
 def _index_shard(split: Split, shard: Path, label: str) -> tuple[list[Image], list[Skipped]]:
     images, skipped = [], []
     try:
         with tarfile.open(shard, "r:") as tar, shard.open("rb") as stream:
-            for sample in _group_samples(tar):
-                name = printable(f"{split}/{shard.name}/{sample.name}")
-                image = next((sample.members[end] for end in IMAGES if end in sample.members), None)
-                number = _read_label(sample, stream, label, name)
+            for sample, members in _group_samples(tar):
+                name = printable(f"{split}/{shard.name}/{sample}")
+                image = next((members[end] for end in IMAGES if end in members), None)
+                number = _read_label(members, stream, label, name)
                 if image is None or number is None:
                     skipped.append(Skipped(name, "it has no " + ("image" if image is None else "class")))
                 elif image.sparse is not None:
@@ -194,21 +188,21 @@ def _index_shard(split: Split, shard: Path, label: str) -> tuple[list[Image], li
     return images, skipped
 
 
-def _group_samples(tar: tarfile.TarFile) -> Iterator[_Sample]:
-    sample: _Sample | None = None
+def _group_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, _Members]]:
+    sample, members = "", _Members()
     for member in tar:
         match = _SAMPLE.match(member.name)
         if not member.isreg() or match is None or _METADATA.match(member.name):
             continue
         name, ending = match[1], match[2].lower()
-        if sample is None or sample.name != name:
-            if sample is not None:
-                yield sample
-            sample = _Sample(name)
-        sample.members.setdefault(ending, member)
+        if members and sample != name:
+            yield sample, members
+            members = {}
+        sample = name
+        members.setdefault(ending, member)
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
-    if sample is not None:
-        yield sample
+    if members:
+        yield sample, members
     # tarfile takes a truncated or damaged header for the end; the real end is zeros.
     stream: Any = tar.fileobj
     stream.seek(tar.offset)
@@ -216,8 +210,8 @@ def _group_samples(tar: tarfile.TarFile) -> Iterator[_Sample]:
         raise tarfile.ReadError("it is truncated")
 
 
-def _read_label(sample: _Sample, stream: Any, label: str, name: str) -> int | None:
-    member = sample.members.get("json" if label else "cls")
+def _read_label(members: _Members, stream: Any, label: str, name: str) -> int | None:
+    member = members.get("json" if label else "cls")
     if member is None:
         return None
     if member.size > MAX_LABEL_BYTES:

@@ -172,13 +172,7 @@ def _matmul(a: Tensor, b: Tensor, sums: torch.dtype) -> Tensor:
 
 
 def assign_words(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
-    """Return the soft assignment log p_T [n,K], p_T = softmax(−‖f_T − v_k‖²/τ).
-
-    Args:
-        f_t: [n,C] the teacher's features.
-        words: [K,C] the vocabulary.
-        tau: τ, in squared units of the features.
-    """
+    """Return log p_T [n,K] of features [n,C] and words [K,C]: p_T = softmax(−‖f_T − v_k‖²/τ)."""
     return F.log_softmax(word_logits(f_t, words, tau), dim=1)
 
 
@@ -193,11 +187,7 @@ def word_logits(f_t: Tensor, words: Tensor, tau: float) -> Tensor:
 
 
 def top_words(f_t: Tensor, words: Tensor, tau: float, m: int) -> tuple[TopWords, Tensor]:
-    """Return p_T over the m ≤ K likeliest words, renormalized, and the mass [n] of the other words.
-
-    Args:
-        f_t: [n,C], words: [K,C], tau: as in ``assign_words``.
-    """
+    """Return p_T over the m ≤ K likeliest words, renormalized, and the mass [n] of the other words."""
     ids, p, lost = [], [], []
     size = max(1, (CPU_BLOCK if f_t.device.type == "cpu" else GPU_BLOCK) // len(words))
     for start in range(0, len(f_t), size):
@@ -227,10 +217,8 @@ def choose_top(
         m = min(top, k)
         if lost[m - 1] > LOST_MASS:
             sufficient = next(m for m in range(1, k + 1) if m == k or lost[m - 1] <= LOST_MASS)
-            note(
-                f"the {m} likeliest words hold {100 * (1 - lost[m - 1]):.1f} % of p_T; {sufficient} would "
-                f"hold {100 * (1 - LOST_MASS):.0f} %"
-            )
+            kept, would = 100 * (1 - lost[m - 1]), 100 * (1 - LOST_MASS)
+            note(f"the {m} likeliest words hold {kept:.1f} % of p_T; {sufficient} would hold {would:.0f} %")
     return m, lost[m - 1]
 
 
@@ -276,13 +264,10 @@ def read_cached_words(ids: Tensor, p: Tensor) -> TopWords:
 
 
 def draw_positions(keys: Tensor | None, epoch: int, images: int, places: int, count: int) -> Tensor:
-    """Return rows [images·count]: ``count`` of each image's positions, drawn by key and epoch.
+    """Return rows [images·count]: ``count`` positions of each image, drawn by key [images] and epoch.
 
     The mean over them is an unbiased estimate of the mean over all. Draws depend on the epoch rather than the
     view, because views are repeated.
-
-    Args:
-        keys: int64 [images], derived from image and seed.
     """
     if keys is None:
         raise ValueError("drawing positions requires the images' keys")

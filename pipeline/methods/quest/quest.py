@@ -13,8 +13,8 @@ the scale of the features, as in the same group's OBoW (Gidaris et al., CVPR 202
 squared distance of a feature to its nearest word.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +22,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor, nn
 
 from .. import base
-from .loss import (
-    AllWords,
-    TopWords,
-    cached_words,
-    choose_top,
-    divergence,
-    draw_positions,
-    read_cached_words,
-    top_words,
-    word_logits,
-)
+from . import loss
 from .patches import select_patches
 from .vocabulary import check_words, learn_vocabulary, perplexity
 
@@ -143,16 +133,10 @@ class Quest(base.Method):
             for level, grid in zip(parameters.levels, grids, strict=True):
                 read = level_name(level, teacher)
                 vocabulary = learn_vocabulary(
-                    context,
-                    teacher=t,
-                    level=read,
-                    grid=grid,
-                    words=parameters.words,
-                    iterations=parameters.iterations,
-                    limit=parameters.features,
+                    context, t, read, grid, parameters.words, parameters.iterations, parameters.features
                 )
                 tau = parameters.temperature(level, vocabulary.mu)
-                top, lost = choose_top(parameters.top, vocabulary, tau, context.note)
+                top, lost = loss.choose_top(parameters.top, vocabulary, tau, context.note)
                 tensors[f"{t}.{level}.words"] = vocabulary.words
                 tensors[f"{t}.{level}.mu"] = torch.tensor(vocabulary.mu)
                 tensors[f"{t}.{level}.top"] = torch.tensor(top)
@@ -170,32 +154,28 @@ class Quest(base.Method):
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)
         self.alpha = parameters.alpha
-        self.terms = nn.ModuleList(
+        terms = [
             WordPrediction(parameters, setup, t, level)
             for t in range(len(setup.teachers))
             for level in parameters.levels
-        )
+        ]
+        self.terms = cast(Sequence[WordPrediction], nn.ModuleList(terms))
 
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
         return {"quest": self.alpha * torch.stack([term(batch) for term in self.terms]).sum()}
 
     def cached_outputs(self, t: int) -> Sequence[base.CachedOutput]:
-        return [term.cached_output() for term in self._terms() if term.teacher == t]
+        return [term.cached_output() for term in self.terms if term.teacher == t]
 
     def scales(self) -> list[nn.Parameter]:
-        return [term.gamma for term in self._terms()]
+        return [term.gamma for term in self.terms]
 
     def metrics(self) -> dict[str, Tensor]:
         return {
             key if len(self.terms) == 1 else f"{key} ({term.teacher} {term.teacher_level})": value
-            for term in self._terms()
+            for term in self.terms
             for key, value in term.metrics().items()
         }
-
-    def _terms(self) -> Iterator["WordPrediction"]:
-        for term in self.terms:
-            assert isinstance(term, WordPrediction)
-            yield term
 
 
 class WordPrediction(nn.Module):
@@ -231,19 +211,19 @@ class WordPrediction(nn.Module):
             rows = [base.positions(teacher[self.teacher_level], self.grid)]
         if self.drawn is not None:
             places = self.grid[0] * self.grid[1]
-            drawn = draw_positions(batch.keys, batch.epoch, len(f_s) // places, places, self.drawn)
+            drawn = loss.draw_positions(batch.keys, batch.epoch, len(f_s) // places, places, self.drawn)
             f_s, *rows = (row[drawn.to(f_s.device)] for row in (f_s, *rows))
-        p_t = read_cached_words(*rows) if is_cached else self._soft_assignment(*rows)
+        p_t = loss.read_cached_words(*rows) if is_cached else self._soft_assignment(*rows)
         f_s, weight = F.normalize(f_s, dim=1), F.normalize(self.weight, dim=1)
-        return divergence(f_s, weight, self.gamma, p_t, self._record) / len(f_s)
+        return loss.divergence(f_s, weight, self.gamma, p_t, self._record) / len(f_s)
 
-    def _soft_assignment(self, f_t: Tensor) -> TopWords | AllWords:
+    def _soft_assignment(self, f_t: Tensor) -> loss.TopWords | loss.AllWords:
         if self.top is not None and self.top < len(self.words):
-            return top_words(f_t, self.words, self.tau, self.top)[0]
-        return AllWords(lambda rows: word_logits(f_t[rows], self.words, self.tau), len(f_t))
+            return loss.top_words(f_t, self.words, self.tau, self.top)[0]
+        return loss.AllWords(lambda rows: loss.word_logits(f_t[rows], self.words, self.tau), len(f_t))
 
     def cached_output(self) -> base.CachedOutput:
-        return cached_words(self.teacher_level, self.grid, self.words, self.tau, self.cached_top)
+        return loss.cached_words(self.teacher_level, self.grid, self.words, self.tau, self.cached_top)
 
     @torch.no_grad()
     def _record(self, word: Tensor, p: Tensor, correct: Tensor) -> None:

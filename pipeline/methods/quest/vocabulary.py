@@ -19,8 +19,7 @@ from torch import Tensor
 from ...errors import JobError, UsageError
 from ..base import PrepareContext, positions
 
-FILE = "vocabulary.safetensors"
-VERSION = 2
+FILE, VERSION = "vocabulary.safetensors", 2
 
 WORDS = 4096
 """Default K, the paper's."""
@@ -69,14 +68,10 @@ class FeatureMatrix:
         self.device = torch.device("cpu")
 
     def fill(self, maps: Iterable[Tensor], grid: tuple[int, int], total: int) -> bool:
-        """Store n evenly spaced features out of ``total``, and return True if all of them are finite.
+        """Store n of the ``total`` features in maps [B,C,H,W], and return True if all of them are finite.
 
-        Feature i of the stream is stored if it crosses into the next of n equal parts.
-
-        Args:
-            maps: [B,C,H,W], average-pooled to ``grid`` first.
-            grid: (h, w).
-            total: number of positions in all maps.
+        Maps are average-pooled to ``grid`` first. The stored features are evenly spaced: feature i of the
+        stream is stored if it crosses into the next of n equal parts.
         """
         n, seen, stored, finite = len(self.data), 0, 0, True
         for f in maps:
@@ -218,13 +213,12 @@ def summarize_usage(usage: Tensor) -> dict[str, Any]:
 
 def learn_vocabulary(
     context: PrepareContext,
-    *,
     teacher: int,
     level: str,
     grid: tuple[int, int],
-    words: int | None,
-    iterations: int,
-    limit: int | None,
+    words: int | None = None,
+    iterations: int = 20,
+    limit: int | None = None,
 ) -> Vocabulary:
     """Learn words of one teacher's map, or read them from the cache if a run has learned them before.
 
@@ -240,22 +234,16 @@ def learn_vocabulary(
     """
     channels, *_ = context.teachers[teacher].maps[level]
     features = context.images * grid[0] * grid[1]
-    used, streamed = _choose_storage(
-        min(features, limit or features), channels, context, required=limit is not None
-    )
+    wanted = min(features, limit or features)
+    used, streamed = _choose_storage(wanted, channels, context, required=limit is not None)
     check_words(words, used)
     k = words or max(2, min(WORDS, used // FEATURES_PER_WORD))
     note = None
     if k < (words or WORDS):
-        note = (
-            f"{k} words instead of {WORDS}: {used:,} features are sufficient for {k} "
-            f"({FEATURES_PER_WORD} or more each)"
-        )
+        note = f"{k} words instead of {WORDS}, so that each has {FEATURES_PER_WORD} of {used:,} features"
     elif k * FEATURES_PER_WORD > used:
-        note = (
-            f"{used:,} features are few for {k} words; {used // FEATURES_PER_WORD} words would have "
-            f"{FEATURES_PER_WORD} or more each"
-        )
+        sufficient = used // FEATURES_PER_WORD
+        note = f"{used:,} features are few for {k} words; {sufficient} would have {FEATURES_PER_WORD} each"
     if note:
         context.note(note)
     if used < features:

@@ -178,7 +178,7 @@ def test_table_of_hugging_faces_is_read_at_random_by_workers(
     one, all_ = len(pickle.dumps(images.train[:1])), len(pickle.dumps(images.train))
     assert all_ < one + 24 * 300, "a table travels once with a batch"
     again = pickle.loads(pickle.dumps(images.train))
-    assert len({id(image.source.table) for image in again}) == 1
+    assert len({id(image.source.reader) for image in again}) == 1
     workers = Workers(1)
     form, cache = Canonical("short_side", 8), Cache(tmp_path / "cache")
     assert measure_images(images.train, form, workers, cache=cache).widths.equal(
