@@ -98,13 +98,13 @@ def metadata(report: Report, manifest: Mapping[str, Any]) -> str:
     if results := _results(report, origin):
         content["model-index"] = [{"name": title(report), "results": results}]
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
-    return _license(report, origin["licences"]) + text
+    return _license(report, origin["licenses"]) + text
 
 
 def _license(report: Report, licenses: Sequence[str]) -> str:
     licenses = [" ".join(name.split()) for name in licenses]
     if len(licenses) == 1:
-        student = report.student.licence if report.student else None
+        student = report.student.license if report.student else None
         source = "the student's initial weights" if student else "the teacher's weights"
         entry = yaml.safe_dump({"license": licenses[0].lower()}, allow_unicode=True, width=1000)
         return f"# The license of {source}, from which these weights were made.\n{entry}"
@@ -211,7 +211,7 @@ def _training(report: Report, manifest: Mapping[str, Any]) -> list[str]:
 
 def _describe_weights(network: Subject) -> str:
     return f"{network.name}, initial weights {network.weights}" + (
-        f", {network.licence}" if network.licence else ""
+        f", {network.license}" if network.license else ""
     )
 
 

@@ -103,20 +103,20 @@ def test_report_shows_the_bench(timed: tuple[Path, str], finished: Path) -> None
     before = json.loads((finished / "report.json").read_text())
     assert report["bench"] == found != before["bench"]
     [int8] = [one for one in found["latencies"] if one["subject"] == "int8"]
-    assert report["student_int8"]["latency_ms"]["1"]["p50"] == int8["percentiles"]["p50"]["value"]
+    assert report["student_int8"]["latency_ms"]["1"]["percentiles"] == int8["percentiles"]
     assert {one["over"] for one in report["student_int8"]["speedups"]} == {"teacher", "student"}
     assert report["student_int8"]["score"] == before["student_int8"]["score"]
     page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
     for title in (
-        "Percentiles",
-        "Against each other",
-        "From image file to answer",
+        "Latency percentiles",
+        "Speedup",
+        "End-to-end latency, from image file to prediction",
         "Cold start",
         "Throughput",
     ):
         assert f"<h3>{title}</h3>" in page and f"### {title}" in text
-    assert 'class="hill student_int8"' in page
-    assert "To measure it again" in page and "```sh" in text
+    assert 'class="histogram student_int8"' in page
+    assert found["command"] in page and "```sh" in text
 
 
 def test_later_bench_of_other_files_is_not_shown(timed: tuple[Path, str], tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_terminal_shows_tables_of_80_columns(timed: tuple[Path, str]) -> None:
     run, shown = timed
     lines = shown.splitlines()
     assert max(len(line.rstrip()) for line in lines if not line.startswith(("Report", "Results"))) <= 80
-    for title in ("Milliseconds of one image", "Against each other", "Cold start", "Throughput"):
+    for title in ("Latency in ms, batch size 1", "Speedup", "Cold start", "Throughput"):
         assert title in shown
-    assert f"Report:   {run / 'report.html'}" in lines
-    assert f"Results:  {run / 'bench/bench.json'}" in lines
+    assert f"Report:  {run / 'report.html'}" in lines
+    assert f"Results: {run / 'bench/bench.json'}" in lines
 
 
 def test_plain_files_are_compared_in_their_own_folder(
@@ -171,7 +171,7 @@ def test_strict_fails_after_saving_if_a_flag_is_raised(
     assert compress("bench", file, "--strict", "--out", tmp_path / "quiet").exit_code == 0
     bench_with(steal)
     result = compress("bench", file, "--strict", "--out", tmp_path / "out")
-    assert result.exit_code == 1 and "--strict: the machine was not quiet (steal)." in result.stderr
+    assert result.exit_code == 1 and "--strict: the measurement was disturbed (steal)." in result.stderr
     assert steal.sentence in " ".join(result.stdout.split())
     kept = Bench.model_validate_json((tmp_path / "out/bench.json").read_text())
     assert [one.name for one in kept.flags] == ["steal"] and (tmp_path / "out/bench.npz").exists()
@@ -271,7 +271,7 @@ def test_files_for_other_processors_are_left_out_and_named(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = {"x86": "made for x86", "x86-vnni": "made for x86-vnni", "arm64": "made for arm64"}
-    monkeypatch.setattr("questpress.pipeline.runs.artifacts.timed_here", lambda _: left)
+    monkeypatch.setattr("questpress.pipeline.runs.artifacts.explain_untimed", lambda _: left)
     found = find([finished], tmp_path)
     assert [one.name for one in found.found] == ["teacher", "fp32"]
     assert len(found.notes) == 1 and found.notes[0].startswith("student.int8.onnx is made for")

@@ -15,6 +15,7 @@ from questpress.pipeline.api import validate_answers
 from questpress.pipeline.api.validate import validate
 from questpress.pipeline.evaluation.comparison import mcnemar
 from questpress.pipeline.evaluation.results import Validation
+from questpress.pipeline.report.pages.validation import render_validation
 from questpress.pipeline.runs.files import escape_cell
 from safetensors.numpy import load_file
 
@@ -272,19 +273,18 @@ def test_invalid_validation_arguments_are_refused(
 
 
 def test_pages_escape_names(found: Validation) -> None:
-
     name = "<script>alert(1)</script>"
     evil = found.model_copy(deep=True)
     evil.first.classes[0] = evil.first.per_class[0].label = evil.title = name
     evil.skipped = [(name, name)]
-    texts = pages(evil)
+    texts = render_validation(evil)
     assert "<script" not in texts["validation.html"] and "<script" not in texts["validation.md"]
-    for words in ("In pairs, on the same images", "By class, int8", "Calibration", "mistakes.csv"):
+    for words in ("Pairwise tests", "Results by class, int8", "Calibration", "mistakes.csv"):
         assert words in texts["validation.html"] and words in texts["validation.md"], words
 
 
 def test_terminal_shows_a_row_for_each_file(finished: Path, more: Path, tmp_path: Path) -> None:
     result = little.compress("validate", finished, "--data", more, "--out", tmp_path, "--quiet")
     assert result.exit_code == 0 and not result.stderr
-    for words in ("int8", "fp32", "teacher", "95 % interval", "int8 against fp32", "validation.html"):
+    for words in ("int8", "fp32", "teacher", "95 % interval", "int8 vs. fp32", "validation.html"):
         assert words in result.stdout, words

@@ -66,7 +66,7 @@ def _weights(report: Report) -> Table:
             column.role,
             column.subject.weights,
             column.subject.head or format.MISSING,
-            column.subject.licence or format.MISSING,
+            column.subject.license or format.MISSING,
             _onnx_version(column.subject),
         ]
         for column in all_networks(report)
