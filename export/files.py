@@ -53,8 +53,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def _find_os_error(error: BaseException | None) -> OSError | None:
-    """Return the OSError behind an exception: torch's writer raises another error on top of it, and
-    safetensors' only has its number in the text.
+    """Return the OSError behind an exception.
+
+    torch's writer raises another error on top of it, and safetensors' only has its number in the text.
     """
     while error is not None and not isinstance(error, OSError):
         if number := re.search(r"\(os error (\d+)\)", str(error)):

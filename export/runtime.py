@@ -1,13 +1,12 @@
-"""What runs on the device: read an image, render it, classify it. One file; numpy, Pillow and onnxruntime
-only.
+"""Decode images, preprocess them and classify them with an exported model.
 
-Copy this file beside an artifact folder and nothing else is needed:
+This file requires only numpy, Pillow and onnxruntime. It is also the first part of `predict.py`, which ships
+with every artifact:
 
     classifier = Classifier.load("runs/shop")
     classifier.predict(["photo.jpg"])[0].label
 
-The training side takes its test images through the same functions, so the accuracy it reports is the
-device's.
+Training and validation use the same functions, so that reported accuracies are those of the device.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# ONNX Runtime of 1.31 and later tells its makers of the machine it runs on, and keeps a number for it in the
-# user's cache, unless this is said before it is imported.
+# ONNX Runtime 1.31 and later sends telemetry and keeps a device id in the user's cache, unless this is set
+# before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
@@ -37,11 +36,9 @@ from PIL import Image, ImageCms
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 1 << 26
-"""Bytes. That of 21,000 classes has a third of a million."""
-LARGEST_FILE = (1 << 31) - 1
-"""Bytes of an ONNX file; protobuf holds no more."""
-MOST_THREADS = 1024
+MAX_MANIFEST_BYTES = 1 << 26  # 21,000 classes take a third of a million
+MAX_FILE_BYTES = (1 << 31) - 1  # the limit of protobuf, and so of an ONNX file
+MAX_THREADS = 1024
 METADATA_PREFIX = "questpress."
 MULTI_LABEL = "multi-label"
 UINT8 = "uint8"
@@ -51,21 +48,21 @@ Pixels = np.ndarray
 
 
 class ImageError(Exception):
-    """An image that cannot be read: one sentence naming the file and the reason."""
+    """An image that cannot be read."""
 
     exit_code = 1
 
 
 class ArtifactError(Exception):
-    """A model file or artifact folder that is missing, damaged or not ours, in one sentence."""
+    """A model file or artifact folder that is missing, damaged or of another kind."""
 
     exit_code = 1
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Reading an image
+# Decoding
 
-# Raster formats that Pillow decodes itself. EPS and WMF are left out: they run other programs.
+# Raster formats that Pillow decodes itself. EPS and WMF are excluded because they run other programs.
 _FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF", "JXL"),
     *("ICO", "DIB", "PCX", "SGI", "QOI", "PSD", "DDS", "ICNS", "TGA"),
@@ -83,17 +80,16 @@ _UPRIGHT = {
 
 
 def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) -> Pixels:
-    """The picture in a file, or in the bytes of one, as a viewer would show it: uint8 [H, W, 3], RGB.
+    """Decode an image file, or the bytes of one, as a viewer shows it: uint8 [H, W, 3], RGB.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit and float pictures are scaled to 8
-    bits, and of an animation the first frame is taken. Raises ImageError for whatever isn't a whole, readable
-    picture of at most `max_pixels` pixels (read from the header, before anything is decoded).
+    EXIF orientation is applied, transparency is composited on white, 16-bit and float images are scaled to 8
+    bits, and the first frame of an animation is used. Raises ImageError unless it is a complete image of at
+    most `max_pixels` pixels, which is checked before decoding.
     """
     if isinstance(source, bytes):
-        name = "an image given as bytes"
         if not source:
-            raise ImageError(f"cannot read {name}: there are none")
-        return _decode(BytesIO(source), name, max_pixels)
+            raise ImageError("cannot read an image given as bytes: it is empty")
+        return _decode(BytesIO(source), "an image given as bytes", max_pixels)
     path = Path(source)
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     try:
@@ -110,111 +106,107 @@ def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) ->
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     try:
-        with no_pillow_warnings():
+        with suppress_pillow_warnings():
             Image.init()
             with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
-                _refuse_large(name, image, max_pixels)
-                _refuse_gaps(name, image)
+                _check_size(name, image, max_pixels)
+                _check_tiles(name, image)
                 image.load()
-                _refuse_large(name, image, max_pixels)  # an icon's header may lie of the picture inside it
-                return _rgb(_upright(image))
+                _check_size(name, image, max_pixels)  # the header of an icon may differ from its image
+                return _to_rgb(_rotate_upright(image))
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"cannot read {name}: it is not an image, or of an unknown format") from error
+        raise ImageError(f"cannot read {name}: not an image, or in an unsupported format") from error
     except MemoryError as error:
-        raise ImageError(f"cannot read {name}: there is not enough memory for it") from error
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        raise ImageError(f"cannot read {name}: not enough memory") from error
+    except Exception as error:  # damaged files make Pillow's decoders raise exceptions of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"cannot read {name}: {reason}") from error
 
 
-def _refuse_large(name: str, image: Image.Image, max_pixels: int) -> None:
+def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(
-            f"cannot read {name}: {width}×{height} pixels are more than the {max_pixels} allowed"
-        )
+        raise ImageError(f"cannot read {name}: {width}×{height} pixels exceed the limit of {max_pixels}")
 
 
-def _refuse_gaps(name: str, image: Image.Image) -> None:
-    """A TIFF may say that it is larger than all of its parts: Pillow would fill the rest with black."""
+def _check_tiles(name: str, image: Image.Image) -> None:
+    """Refuse a TIFF whose tiles do not cover it: Pillow would fill the rest with black."""
     tiles = getattr(image, "tile", None)
     if image.format != "TIFF" or not tiles:
         return
     covered = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in tiles)
     if covered < image.width * image.height:
-        raise ImageError(f"cannot read {name}: parts of the picture are missing")
+        raise ImageError(f"cannot read {name}: parts of the image are missing")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _rotate_upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block says nothing of orientation; the pixels are whole
+    except Exception:  # a damaged EXIF block; the pixels are intact
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _rgb(image: Image.Image) -> Pixels:
+def _to_rgb(image: Image.Image) -> Pixels:
     if image.mode == "F" or image.mode.startswith("I"):
-        grey, shown = _eight_bits(image)
-        return np.repeat(np.where(shown, grey, np.uint8(255))[:, :, None], 3, axis=2)
+        gray, opaque = _to_eight_bits(image)
+        return np.repeat(np.where(opaque, gray, np.uint8(255))[:, :, None], 3, axis=2)
     if image.mode == "LAB":
         image = _lab_to_rgb(image)
     if image.has_transparency_data:
         key = image.info.get("transparency")
-        if isinstance(key, tuple) and max(key) > 255:  # a 16-bit key beside pixels read as 8 bits
+        if isinstance(key, tuple) and max(key) > 255:  # a 16-bit color key; Pillow reads pixels as 8 bits
             image.info["transparency"] = tuple(value >> 8 for value in key)
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
-def _eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Grey pictures of more than 8 bits as uint8 [H, W], and where they are opaque (bool [H, W]).
+def _to_eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Return a gray image of more than 8 bits as uint8 [H, W], and where it is opaque (bool [H, W]).
 
-    A known bit depth is scaled by that depth, whatever the content: 16 bits to 8 by dropping the low byte, as
-    Pillow does for 16-bit RGB. Float and 32-bit pictures carry no depth; theirs is the smallest usual range
-    that holds them.
+    A known bit depth is scaled by that depth, whatever the content: 16 bits by dropping the low byte, as
+    Pillow does for 16-bit RGB. Float and 32-bit images have no known depth; the smallest usual range that
+    contains their values is used.
     """
     values = np.asarray(image)
     key = image.info.get("transparency")
-    shown = values != key if isinstance(key, int) else np.ones(values.shape, dtype=bool)
+    opaque = values != key if isinstance(key, int) else np.ones(values.shape, dtype=bool)
     tags = getattr(image, "tag_v2", {})
     bits = _first(tags.get(258), 16) if tags else 16
     if bits == 32 and image.mode == "I" and _first(tags.get(339), 1) == 1:
-        values = values.view(np.uint32)  # TIFF's unsigned samples, which Pillow has signed ones for only
-    grey = np.empty(values.shape, dtype=np.uint8)
-    blocks = _blocks(values)
+        values = values.view(np.uint32)  # unsigned samples of TIFF, which Pillow reads as signed
+    gray = np.empty(values.shape, dtype=np.uint8)
+    blocks = _row_blocks(values)
     if image.mode != "F" and bits <= 16:
         for rows in blocks:
-            grey[rows] = (values[rows].astype(np.int64) >> (bits - 8)).clip(0, 255)
+            gray[rows] = (values[rows].astype(np.int64) >> (bits - 8)).clip(0, 255)
     else:
         ends = [(finite.min(), finite.max()) for rows in blocks if (finite := _finite(values[rows])).size]
-        low, high = float(min(one for one, _ in ends)), float(max(one for _, one in ends))
+        low, high = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
         usual = [bound for bound in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= bound]
         if low < 0 or not usual:
-            low, span = low, (high - low) or 1.0
+            span = (high - low) or 1.0
         else:
             low, span = 0.0, float(usual[0])
         for rows in blocks:
-            grey[rows] = np.round((_finite(values[rows]) - low) * (255 / span))
-    if tags and _first(tags.get(262), 1) == 0:  # TIFF's WhiteIsZero, which Pillow undoes for 8 bits only
-        grey = 255 - grey
-    return grey, shown
+            gray[rows] = np.round((_finite(values[rows]) - low) * (255 / span))
+    if tags and _first(tags.get(262), 1) == 0:  # WhiteIsZero of TIFF, which Pillow inverts for 8 bits only
+        gray = 255 - gray
+    return gray, opaque
 
 
-def _blocks(values: np.ndarray) -> list[slice]:
-    """Rows of an array a million numbers at a time: wider copies of a whole picture would be many times its
-    size.
-    """
+def _row_blocks(values: np.ndarray) -> list[slice]:
+    """Cut an array into rows of about a million values, to bound the size of wider copies."""
     height, width = values.shape
     rows = max(1, (1 << 20) // max(1, width))
     return [slice(start, start + rows) for start in range(0, height, rows)]
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    """As float64, with zero for what is no number and the ends of float32 for what has no end."""
+    """Convert to float64, with NaN as 0 and infinities as the largest float32."""
     end = float(np.finfo(np.float32).max)
     with np.errstate(invalid="ignore"):
         return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=end, neginf=-end)
@@ -231,7 +223,7 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
         image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
     if converted is None:
-        raise ImageError("its LAB colours cannot be converted")
+        raise ImageError("its LAB colors cannot be converted")
     return converted
 
 
@@ -241,10 +233,8 @@ _warnings_saved: warnings.catch_warnings | None = None
 
 
 @contextmanager
-def no_pillow_warnings() -> Iterator[None]:
-    """Keep Pillow's remarks about odd files quiet. Python's own context manager alone isn't safe among
-    threads.
-    """
+def suppress_pillow_warnings() -> Iterator[None]:
+    """Ignore Pillow's warnings in all threads; `warnings.catch_warnings` alone is not thread-safe."""
     global _warnings_depth, _warnings_saved
     with _warnings_lock:
         if _warnings_depth == 0:
@@ -263,7 +253,7 @@ def no_pillow_warnings() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Rendering it for a network
+# Preprocessing
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -274,21 +264,19 @@ _FILTERS = {
     "hamming": Image.Resampling.HAMMING,
 }
 _CROP_MODES = ("center", "squash", "border")
-_FARTHEST = 1e6
-"""Of means and deviations, in units of the lightest pixel: beyond it, float32 has no room for them."""
-LARGEST_SIDE = 1 << 13
-"""Of a network's input, in pixels: one image of it takes 800 MB. What asks for more is no artifact."""
-_MAX_RESIZED = 1 << 25  # pixels; an image much longer than wide is resized only where the crop will be
+_MAX_MEAN = 1e6  # larger means and 1/std overflow float32
+MAX_SIDE = 1 << 13  # pixels of a network's input; one image takes 800 MB
+_MAX_RESIZED_PIXELS = 1 << 25  # a larger resized image is computed only where the crop is
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input, in timm's terms (`timm.data.transforms_factory`).
+    """How an image becomes a network's input, in the terms of `timm.data.transforms_factory`.
 
-    `size` S is the input's side and `resize` the side before the crop, floor(S / crop_fraction), both in
-    pixels. `crop_mode`: 'center' resizes the short side and cuts, 'squash' ignores the aspect ratio, 'border'
-    fits the long side and fills with the mean. Filters are Pillow's, antialiased. `mean` and `std` are for
-    pixels in [0, 1].
+    `size` S is the input's side in pixels and `resize` the side before the crop, floor(S / crop_fraction).
+    `crop_mode`: 'center' resizes the short side and crops, 'squash' ignores the aspect ratio, 'border' fits
+    the long side and pads with the mean. `interpolation` is a filter of Pillow, antialiased. `mean` and `std`
+    are for pixels in [0, 1].
     """
 
     size: int
@@ -300,29 +288,30 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for values no image could be rendered with."""
+        """Raise ValueError for values that no image can be preprocessed with."""
         if self.size < 1 or self.resize < 1 or not 0 < self.crop_fraction < math.inf:
             raise ValueError(
-                f"preprocessing needs positive sizes, not size={self.size}, resize={self.resize}, "
+                f"preprocessing requires positive sizes, got size={self.size}, resize={self.resize}, "
                 f"crop_fraction={self.crop_fraction}"
             )
-        if self.size > LARGEST_SIDE or self.resize > 16 * LARGEST_SIDE:
-            raise ValueError(f"no network takes images of {self.size} pixels cut from {self.resize}")
-        if self.interpolation not in _FILTERS:
-            raise ValueError(f"no filter {self.interpolation!r}; there are {', '.join(_FILTERS)}")
-        if self.crop_mode not in _CROP_MODES:
-            raise ValueError(f"no crop mode {self.crop_mode!r}; there are {', '.join(_CROP_MODES)}")
-        if len(self.mean) != 3 or len(self.std) != 3:
+        if self.size > MAX_SIDE or self.resize > 16 * MAX_SIDE:
             raise ValueError(
-                f"preprocessing needs three means and deviations, not {self.mean} and {self.std}"
+                f"preprocessing sizes are limited to {MAX_SIDE} pixels, got size={self.size}, "
+                f"resize={self.resize}"
             )
-        if not all(abs(value) <= _FARTHEST for value in self.mean):
-            raise ValueError(f"no image of pixels in [0, 1] has means of {self.mean}")
-        if not all(1 / _FARTHEST <= value <= _FARTHEST for value in self.std):
-            raise ValueError(f"preprocessing needs positive deviations, not {self.std}")
+        if self.interpolation not in _FILTERS:
+            raise ValueError(
+                f"interpolation must be one of {', '.join(_FILTERS)}, got {self.interpolation!r}"
+            )
+        if self.crop_mode not in _CROP_MODES:
+            raise ValueError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, got {self.crop_mode!r}")
+        if len(self.mean) != 3 or not all(abs(value) <= _MAX_MEAN for value in self.mean):
+            raise ValueError(f"mean must be three values for pixels in [0, 1], got {self.mean}")
+        if len(self.std) != 3 or not all(1 / _MAX_MEAN <= value <= _MAX_MEAN for value in self.std):
+            raise ValueError(f"std must be three positive values, got {self.std}")
 
     @classmethod
-    def of(
+    def create(
         cls,
         size: int,
         crop_fraction: float = 0.875,
@@ -331,67 +320,53 @@ class Preprocessing:
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> Preprocessing:
-        """The preprocessing of a timm `pretrained_cfg`; `resize` follows from the crop fraction."""
-        r, g, b = (float(value) for value in mean)
-        sr, sg, sb = (float(value) for value in std)
+        """Create the preprocessing of a timm `pretrained_cfg`; `resize` follows from `crop_fraction`."""
+        resize = math.floor(size / crop_fraction)
         return cls(
-            size=int(size),
-            resize=math.floor(size / crop_fraction),
-            crop_fraction=float(crop_fraction),
-            interpolation=interpolation,
-            crop_mode=crop_mode,
-            mean=(r, g, b),
-            std=(sr, sg, sb),
+            int(size), resize, float(crop_fraction), interpolation, crop_mode, _triple(mean), _triple(std)
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the preprocessing as JSON."""
+        values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
         return {
             "version": SCHEMA_VERSION,
             "library": "Pillow",
             "antialias": True,
-            "colour": "RGB",
-            "size": self.size,
-            "resize": self.resize,
-            "crop_fraction": self.crop_fraction,
-            "interpolation": self.interpolation,
-            "crop_mode": self.crop_mode,
-            "mean": list(self.mean),
-            "std": list(self.std),
+            "color": "RGB",
+            **values,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Raises ValueError where `to_dict` of this version could not have written `values`."""
+        """Raise ValueError if `values` cannot come from this version of `to_dict`."""
         if not isinstance(values, Mapping):
-            raise ValueError(f"preprocessing is {type(values).__name__} and no table")
-        if values.get("version") != SCHEMA_VERSION or values.get("library") != "Pillow":
-            raise ValueError(
-                f"no preprocessing of version {values.get('version')!r} with {values.get('library')!r} here"
-            )
+            raise ValueError(f"preprocessing must be an object, got {type(values).__name__}")
         try:
-            r, g, b = (float(value) for value in values["mean"])
-            sr, sg, sb = (float(value) for value in values["std"])
-            found = cls(
+            preprocessing = cls(
                 size=int(values["size"]),
                 resize=int(values["resize"]),
                 crop_fraction=float(values["crop_fraction"]),
                 interpolation=str(values["interpolation"]),
                 crop_mode=str(values["crop_mode"]),
-                mean=(r, g, b),
-                std=(sr, sg, sb),
+                mean=_triple(values["mean"]),
+                std=_triple(values["std"]),
             )
         except (KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"preprocessing lacks or garbles {error}") from error
-        for key, value in found.to_dict().items():
+            raise ValueError(f"preprocessing has a missing or invalid value: {error}") from error
+        for key, value in preprocessing.to_dict().items():
             if values.get(key) != value:
-                raise ValueError(f"no preprocessing with {key} {values.get(key)!r} here")
-        return found
+                raise ValueError(f"preprocessing with {key} {values.get(key)!r} is not supported")
+        return preprocessing
+
+
+def _triple(values: Iterable[Any]) -> tuple[float, float, float]:
+    r, g, b = (float(value) for value in values)
+    return r, g, b
 
 
 def render(image: Pixels, p: Preprocessing) -> Pixels:
-    """Resize and crop uint8 [H, W, 3] to uint8 [S, S, 3], pixel for pixel as timm's evaluation transform
-    does.
-    """
+    """Resize and crop uint8 [H, W, 3] to uint8 [S, S, 3], pixel for pixel as timm's evaluation transform."""
     height, width = image.shape[:2]
     fill = (0, 0, 0)
     if p.crop_mode == "squash":
@@ -407,7 +382,7 @@ def render(image: Pixels, p: Preprocessing) -> Pixels:
     top, left = (round((side - p.size) / 2) if side >= p.size else -((p.size - side) // 2) for side in new)
     picture = Image.fromarray(np.ascontiguousarray(image))
     resample = _FILTERS[p.interpolation]
-    if new[0] * new[1] > _MAX_RESIZED:
+    if new[0] * new[1] > _MAX_RESIZED_PIXELS:
         scale_y, scale_x = height / new[0], width / new[1]
         bottom, right = min(new[0], top + p.size), min(new[1], left + p.size)
         top, left = max(0, top), max(0, left)
@@ -423,29 +398,29 @@ def render(image: Pixels, p: Preprocessing) -> Pixels:
     return np.array(canvas, dtype=np.uint8)
 
 
-def normalise(pixels: np.ndarray, p: Preprocessing) -> np.ndarray:
-    """uint8 [B, S, S, 3] to the network's float32 [B, 3, S, S]: (pixels / 255 - mean) / std."""
-    grey = np.arange(256, dtype=np.float32) / np.float32(255)
+def normalize(pixels: np.ndarray, p: Preprocessing) -> np.ndarray:
+    """Convert uint8 [B, S, S, 3] to float32 [B, 3, S, S]: (pixels / 255 - mean) / std."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
     batch = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
     for channel in range(3):
-        table = (grey - np.float32(p.mean[channel])) / np.float32(p.std[channel])
+        table = (levels - np.float32(p.mean[channel])) / np.float32(p.std[channel])
         batch[:, channel] = table[pixels[..., channel]]
     return batch
 
 
 def preprocess(images: Iterable[Pixels], p: Preprocessing) -> np.ndarray:
-    """Decoded images uint8 [H, W, 3] of any sizes to the network's input, float32 [B, 3, S, S]."""
+    """Convert decoded images, uint8 [H, W, 3] of any sizes, to a network's input, float32 [B, 3, S, S]."""
     rendered = [render(image, p) for image in images]
     shape = (0, p.size, p.size, 3)
-    return normalise(np.stack(rendered) if rendered else np.empty(shape, dtype=np.uint8), p)
+    return normalize(np.stack(rendered) if rendered else np.empty(shape, dtype=np.uint8), p)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Running the network
+# The processor
 
 
 def allowed_cores() -> int:
-    """Cores this process may use: those of its affinity, or its cgroup's CPU quota where that is less."""
+    """Return the number of cores in this process's affinity, or its cgroup's CPU quota if that is less."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # Windows, macOS
@@ -454,16 +429,15 @@ def allowed_cores() -> int:
 
 
 def _cgroup_quota(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs the tightest enclosing cgroup (v2 or v1) grants; at least 1, inf without a limit or off Linux."""
-    folders = cgroup_folders(proc, root)
-    quotas = [_v1_quota(folder) if first else _v2_quota(folder) for folder, first in folders]
+    """Return the CPUs granted by the tightest cgroup, at least 1; inf without a limit or outside Linux."""
+    quotas = (_read_quota(folder, is_v1) for folder, is_v1 in cgroup_folders(proc, root))
     return max(1.0, min(quotas, default=math.inf))
 
 
 def cgroup_folders(
     proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[tuple[Path, bool]]:
-    """The folders of the cgroups that limit this process's CPU time, and whether each is of version 1."""
+    """Yield the folders of the cgroups that limit this process's CPU time, and True for cgroups v1."""
     try:
         lines = proc.read_text().splitlines()
     except (OSError, ValueError):
@@ -474,7 +448,7 @@ def cgroup_folders(
         if controllers and "cpu" not in controllers.split(","):
             continue
         mount = root / controllers if controllers else root
-        # Inside a container the path of the host may be named while only the root is mounted.
+        # In a container the path may be that of the host while only the root is mounted.
         inner = mount / group.lstrip("/")
         for folder in (inner, *inner.parents):
             yield folder, bool(controllers)
@@ -482,27 +456,20 @@ def cgroup_folders(
                 break
 
 
-def _v2_quota(folder: Path) -> float:
+def _read_quota(folder: Path, is_v1: bool) -> float:
     try:
-        granted, period = (folder / "cpu.max").read_text().split()
-        return math.inf if granted == "max" else int(granted) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
-
-
-def _v1_quota(folder: Path) -> float:
-    try:
-        granted = int((folder / "cpu.cfs_quota_us").read_text())
-        period = int((folder / "cpu.cfs_period_us").read_text())
-        return math.inf if granted <= 0 else granted / period
+        if is_v1:
+            granted, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        else:
+            granted, period = (folder / "cpu.max").read_text().split()
+        unlimited = granted == "max" or int(granted) <= 0
+        return math.inf if unlimited else int(granted) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         return math.inf
 
 
 def default_threads() -> int:
-    """min(cores allowed, 4): more seldom helps a small network, and more than allowed slows it several times
-    over.
-    """
+    """Return min(allowed cores, 4): more threads seldom help a small network."""
     return min(allowed_cores(), 4)
 
 
@@ -510,9 +477,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "
 
 
 def int8_flags() -> tuple[str, ...]:
-    """Which of the instruction sets that decide int8's speed the processor has, by Linux's names for them;
-    empty where the system does not tell.
-    """
+    """Return the processor's instruction sets that matter for int8, in Linux's names; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
@@ -522,29 +487,33 @@ def int8_flags() -> tuple[str, ...]:
     return tuple(flag for flag in _FLAGS if flag in flags)
 
 
-def target_of_this_machine() -> str:
-    """The target whose int8 files are fastest here: 'arm64', 'x86-vnni', or 'x86', which is right on every
-    x86 and the answer where nothing is known.
+def detect_target() -> str:
+    """Return the int8 target for this processor: 'arm64', 'x86-vnni' or 'x86'.
+
+    'x86' is correct on every x86 processor, and is returned if the instruction sets are unknown.
     """
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "arm64"
     return "x86" if {"avx512_vnni", "avx_vnni"}.isdisjoint(int8_flags()) else "x86-vnni"
 
 
-def session(
+# ---------------------------------------------------------------------------------------------------------
+# Running a model
+
+
+def open_session(
     model: str | Path | bytes,
     threads: int,
     *,
     fuse: bool = True,
-    optimised: str | Path | None = None,
+    optimized: str | Path | None = None,
     name: str = "a model given as bytes",
 ) -> ort.InferenceSession:
-    """The one way questpress runs a model file: measured, validated and shipped with these options.
+    """Open a model file with the options used everywhere: for validation, the bench and on the device.
 
-    `name` is what bytes are called where they cannot be loaded; `optimised` names a file to write the graph
-    to as it runs on this machine. Without `fuse` an int8 file computes in float between quantizing and
-    dequantizing: what it means, without the integer kernels of this processor. Raises ArtifactError where
-    onnxruntime cannot load the model.
+    Without `fuse`, an int8 model computes in float between quantizing and dequantizing, without the
+    processor's integer kernels. `optimized` is a file to write the optimized graph to, `name` that of a model
+    given as bytes in errors. Raises ArtifactError if onnxruntime cannot load the model.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -553,12 +522,12 @@ def session(
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fuse else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
-    # Threads wait busily within a run, where microseconds count, and give the cores back between runs.
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    # Threads spin within a run, where microseconds count, and stop between runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Or else bytes that look like ONNX Runtime's own format are read as that, by another parser.
+    # Otherwise bytes that resemble ONNX Runtime's own format are read by another parser.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     name = name if isinstance(model, bytes) else str(model)
     try:
@@ -566,7 +535,7 @@ def session(
             model if isinstance(model, bytes) else str(model),
             options,
             providers=["CPUExecutionProvider"],
-            # It takes zeros padded before a max-pool for minus infinity: BiT comes out 3 % wrong.
+            # It pads with zeros before a max-pool that would ignore padding: BiT's outputs are 3 % off.
             disabled_optimizers=["Pad_Fusion"],
         )
     except Exception as error:  # onnxruntime's exceptions have no common public class
@@ -574,9 +543,9 @@ def session(
         raise ArtifactError(f"onnxruntime cannot load {name}: {reason}") from error
 
 
-# ONNX's messages as far as they lead to tensors (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto):
-# the number of a field, and the message in it.
-_WAYS_TO_TENSORS: dict[str, dict[int, str]] = {
+# The parts of ONNX's messages that lead to tensors, as {field number: message}
+# (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
+_TENSOR_FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
     "function": {7: "node", 11: "attribute"},
@@ -585,58 +554,59 @@ _WAYS_TO_TENSORS: dict[str, dict[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-_EXTERNAL = (13, 14)  # a tensor's external_data and data_location
-_VARINT, _EIGHT_BYTES, _COUNTED, _FOUR_BYTES = 0, 1, 2, 5  # of protobuf's fields
-_MOST_FIELDS = 10_000_000  # a network of a thousand nodes has some thirty thousand
+_EXTERNAL_FIELDS = (13, 14)  # a tensor's external_data and data_location
+_VARINT, _EIGHT_BYTES, _LENGTH_DELIMITED, _FOUR_BYTES = 0, 1, 2, 5  # protobuf's wire types
+_MAX_FIELDS = 10_000_000  # a network of a thousand nodes has about thirty thousand
 
 
-def refuse_outside(model: bytes, name: str) -> None:
-    """Refuse a model that takes weights from other files: what ships is one file, and whoever made it is not
-    to choose what is read on this machine. Nothing but the messages' frames is read, and no runtime is asked.
+def refuse_external_data(model: bytes, name: str) -> None:
+    """Raise ArtifactError if a model reads weights from other files, or is not an ONNX model.
 
-    Raises ArtifactError, also where the bytes are no ONNX model.
+    An artifact's model is one file, and its author must not choose which files of this machine are read. Only
+    the frames of protobuf messages are parsed, before any runtime sees the model.
     """
     content = memoryview(model)
-    waiting, fields = [("model", 0, len(content))], 0
+    pending, fields = [("model", 0, len(content))], 0
     try:
-        while waiting:
-            kind, place, end = waiting.pop()
-            ways = _WAYS_TO_TENSORS.get(kind, {})
-            while place < end:
-                key, place = _varint(content, place)
-                number, wire = key >> 3, key & 7
+        while pending:
+            message, position, end = pending.pop()
+            children = _TENSOR_FIELDS.get(message, {})
+            while position < end:
+                key, position = _read_varint(content, position)
+                number, wire_type = key >> 3, key & 7
                 fields += 1
-                if fields > _MOST_FIELDS:
-                    raise ValueError(f"more than {_MOST_FIELDS:,} fields")
+                if fields > _MAX_FIELDS:
+                    raise ValueError(f"more than {_MAX_FIELDS:,} fields")
                 value = size = 0
-                if wire == _VARINT:
-                    value, place = _varint(content, place)
-                elif wire == _COUNTED:
-                    size, place = _varint(content, place)
-                elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
-                    size = 8 if wire == _EIGHT_BYTES else 4
+                if wire_type == _VARINT:
+                    value, position = _read_varint(content, position)
+                elif wire_type == _LENGTH_DELIMITED:
+                    size, position = _read_varint(content, position)
+                elif wire_type in (_EIGHT_BYTES, _FOUR_BYTES):
+                    size = 8 if wire_type == _EIGHT_BYTES else 4
                 else:
-                    raise ValueError(f"a field of kind {wire}")
-                if place + size > end:
-                    raise ValueError("a field that ends beyond its message")
-                if kind == "tensor" and number in _EXTERNAL and (value or wire == _COUNTED):
-                    raise ArtifactError(f"{name} keeps data in another file, which is refused")
-                if wire == _COUNTED and number in ways:
-                    waiting.append((ways[number], place, place + size))
-                place += size
+                    raise ValueError(f"a field of wire type {wire_type}")
+                if position + size > end:
+                    raise ValueError("a field exceeds its message")
+                is_set = value or wire_type == _LENGTH_DELIMITED
+                if message == "tensor" and number in _EXTERNAL_FIELDS and is_set:
+                    raise ArtifactError(f"{name} stores weights in another file, which is not allowed")
+                if wire_type == _LENGTH_DELIMITED and number in children:
+                    pending.append((children[number], position, position + size))
+                position += size
     except (ValueError, IndexError) as error:
-        raise ArtifactError(f"{name} is no ONNX file, or a damaged one: {error}") from error
+        raise ArtifactError(f"{name} is not a valid ONNX file: {error}") from error
 
 
-def _varint(content: memoryview, place: int) -> tuple[int, int]:
-    """Protobuf's number of 7 bits a byte at a place, and the place behind it."""
+def _read_varint(content: memoryview, position: int) -> tuple[int, int]:
+    """Return protobuf's variable-length integer at a position, and the position after it."""
     value = shift = 0
     while True:
-        byte = content[place]
-        place += 1
+        byte = content[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, place
+            return value, position
         shift += 7
         if shift > 63:
             raise ValueError("a number of more than 64 bits")
@@ -644,10 +614,10 @@ def _varint(content: memoryview, place: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one image: the likeliest label, its probability, and the `top` likeliest with theirs.
+    """The result for one image: the most likely label, its probability, and the `top` most likely labels.
 
-    `labels` is what the image is said to show, with probabilities: the one label; of a network for images of
-    several labels those whose probability reaches their threshold, the likeliest first, perhaps none.
+    `labels` are the predicted labels with their probabilities: the most likely one. For a multi-label model,
+    they are those whose probability reaches their threshold, the most likely first; there may be none.
     """
 
     label: str
@@ -657,7 +627,7 @@ class Prediction:
 
 
 class Classifier:
-    """A shipped network: images in, labels and probabilities out."""
+    """A model that maps images to labels and probabilities."""
 
     def __init__(
         self,
@@ -669,37 +639,37 @@ class Classifier:
         labels: Sequence[str] | None = None,
         thresholds: Sequence[float] | None = None,
     ) -> None:
-        """What isn't given is read from the model's own metadata; ArtifactError where that lacks it, and
-        where the model is none that takes images and answers with a number for each label.
+        """Open the content of an ONNX file; `Classifier.load` reads it from a folder or file.
 
-        `thresholds`, one for each label, are those of a network for images of several labels; then each label
-        has a probability of its own.
+        `preprocessing` and `labels` are by default those of the model's metadata. `thresholds`, one per
+        label, make it a multi-label model. Raises ArtifactError if it is not an image classifier, or if the
+        metadata is required and missing.
         """
         self.name = name
         self.threads = default_threads() if threads is None else threads
-        if not 1 <= self.threads <= MOST_THREADS:
-            raise ValueError(f"a classifier has 1 to {MOST_THREADS} threads, not {threads}")
-        refuse_outside(model, name)
-        self.session = session(model, self.threads, name=name)
-        own_preprocessing, own_labels, own_thresholds = _read_metadata(
-            self.session.get_modelmeta().custom_metadata_map, name, needed=not (preprocessing and labels)
-        )
-        if not (preprocessing and labels) and thresholds is None:
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
+        refuse_external_data(model, name)
+        self.session = open_session(model, self.threads, name=name)
+        complete = bool(preprocessing and labels)
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        own_preprocessing, own_labels, own_thresholds = _read_metadata(metadata, name, required=not complete)
+        if not complete and thresholds is None:
             thresholds = own_thresholds
         self.preprocessing: Preprocessing = preprocessing or own_preprocessing  # type: ignore[assignment]
         self.labels: tuple[str, ...] = tuple(labels or own_labels)
-        given, answers = self.session.get_inputs(), self.session.get_outputs()
-        if len(given) != 1 or not answers or given[0].type not in ("tensor(uint8)", "tensor(float)"):
-            kinds = ", ".join(one.type for one in given) or "nothing"
-            raise ArtifactError(f"{name} takes {kinds}, and not images alone")
-        self._input = given[0].name
-        self.takes_pixels: bool = given[0].type == "tensor(uint8)"
-        classes = answers[0].shape[-1] if answers[0].shape else None
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        if len(inputs) != 1 or not outputs or inputs[0].type not in ("tensor(uint8)", "tensor(float)"):
+            types = ", ".join(entry.type for entry in inputs) or "no input"
+            raise ArtifactError(f"{name} is not an image classifier: it takes {types}")
+        self._input = inputs[0].name
+        self.takes_pixels: bool = inputs[0].type == "tensor(uint8)"
+        classes = outputs[0].shape[-1] if outputs[0].shape else None
         if isinstance(classes, int) and classes != len(self.labels):
-            raise ArtifactError(f"{name} answers with {classes} classes but names {len(self.labels)}")
+            raise ArtifactError(f"{name} has {classes} outputs but {len(self.labels)} labels")
         self.thresholds = None if thresholds is None else np.asarray(thresholds, dtype=np.float64)
         if self.thresholds is not None and self.thresholds.shape != (len(self.labels),):
-            raise ArtifactError(f"{name} has {self.thresholds.size} thresholds for {len(self.labels)} labels")
+            raise ArtifactError(f"{name} has {self.thresholds.size} thresholds but {len(self.labels)} labels")
 
     @classmethod
     def load(
@@ -710,100 +680,105 @@ class Classifier:
         threads: int | None = None,
         precision: str = "int8",
     ) -> Classifier:
-        """Load from a run folder, an artifact folder, or one .onnx file.
+        """Load a model from a run folder, an artifact folder, or an .onnx file.
 
-        In a folder, `file` names the model file, or else the first of `precision` ('int8', 'fp32') is taken;
-        its size and sha256 must be the manifest's. Raises ArtifactError.
+        In a folder, `file` is the name of the model file, by default the first of `precision` ('int8' or
+        'fp32') for this processor; its size and checksum are verified. Raises ArtifactError.
         """
         path = Path(path)
         if path.is_file():
-            return cls(_whole_file(path), path.name, threads=threads)
+            return cls(_read_file(path), path.name, threads=threads)
         folder, manifest = read_manifest(path)
-        entry = _choose(manifest["files"], folder, file, precision)
+        entry = _choose_file(manifest["files"], folder, file, precision)
         return cls(
             read_verified(folder, entry),
             entry["name"],
             threads=threads,
             preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
             labels=manifest["labels"],
-            thresholds=_thresholds(manifest),
+            thresholds=_parse_thresholds(manifest),
         )
 
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """float64 [B, classes]: together 1, or where images have several labels each for itself."""
-        return softmax(logits) if self.thresholds is None else sigmoid(logits)
-
-    def feed(self, pixels: np.ndarray) -> np.ndarray:
-        """Rendered images, uint8 [B, S, S, 3], as the file takes them: so, or normalised."""
-        return pixels if self.takes_pixels else normalise(pixels, self.preprocessing)
+    def to_input(self, pixels: np.ndarray) -> np.ndarray:
+        """Convert rendered images, uint8 [B, S, S, 3], to the model's input: normalize unless it does."""
+        return pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """What `feed` gives, float32 [B, 3, S, S] or of a file that takes pixels uint8 [B, S, S, 3], to
-        logits float32 [B, classes]. Raises ValueError where such a file is given anything else, and
-        ArtifactError where onnxruntime fails or the answer has another shape.
+        """Run the model on the result of `to_input`; return float32 [B, classes].
+
+        Raises ValueError if `batch` is of the wrong type, ArtifactError if onnxruntime fails or the output
+        has another shape.
         """
         if self.takes_pixels and batch.dtype != np.uint8:
-            raise ValueError(f"{self.name} takes pixels, uint8 [B, S, S, 3], not {batch.dtype}")
+            raise ValueError(f"{self.name} takes pixels, uint8 [B, S, S, 3], got {batch.dtype}")
         if len(batch) == 0:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        fed = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
+        batch = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
         try:
-            answer = self.session.run(None, {self._input: fed})[0]
+            logits = self.session.run(None, {self._input: batch})[0]
         except Exception as error:  # onnxruntime's exceptions have no common public class
             reason = " ".join(str(error).split())
             raise ArtifactError(f"onnxruntime cannot run {self.name}: {reason}") from error
-        shape, expected = getattr(answer, "shape", None), (len(batch), len(self.labels))
+        shape, expected = getattr(logits, "shape", None), (len(batch), len(self.labels))
         if shape != expected:
-            raise ArtifactError(f"{self.name} answers with {shape} where {expected} was due")
-        if answer.dtype.kind not in "fiu":
-            raise ArtifactError(f"{self.name} answers with {answer.dtype}, and not with numbers")
-        return answer
-
-    def answers(self, pixels: np.ndarray) -> np.ndarray:
-        """Rendered images, uint8 [B, S, S, 3], to logits float32 [B, classes] of which the largest of each
-        image is a finite number. Raises ArtifactError where it is none.
-        """
-        logits = self.logits(self.feed(pixels))
-        if not np.isfinite(logits.max(axis=-1)).all():
-            raise ArtifactError(f"{self.name} answers with numbers that are not finite")
+            raise ArtifactError(f"{self.name} must return logits of shape {expected}, got {shape}")
+        if logits.dtype.kind not in "fiu":
+            raise ArtifactError(f"{self.name} must return numbers, got {logits.dtype}")
         return logits
+
+    def predict_logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Convert rendered images, uint8 [B, S, S, 3], to logits, float32 [B, classes].
+
+        Raises ArtifactError if the largest logit of an image is not finite.
+        """
+        logits = self.logits(self.to_input(pixels))
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise ArtifactError(f"{self.name} returns logits that are not finite")
+        return logits
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Return float64 [B, classes]: softmax, or for a multi-label model sigmoid."""
+        return softmax(logits) if self.thresholds is None else sigmoid(logits)
 
     def predict(
         self, images: Iterable[Pixels | str | Path | bytes], top: int = 5, *, batch_size: int = 16
     ) -> list[Prediction]:
-        """Classify images, each decoded (uint8 [H, W, 3]), a path, or a file's bytes. Raises ImageError."""
-        answers = []
-        queue = iter(images)
-        while chunk := list(islice(queue, batch_size)):
+        """Classify images: paths, contents of files, or decoded images (uint8 [H, W, 3]).
+
+        Raises ImageError if one cannot be read.
+        """
+        predictions = []
+        remaining = iter(images)
+        while chunk := list(islice(remaining, batch_size)):
             decoded = [image if isinstance(image, np.ndarray) else decode_image(image) for image in chunk]
             pixels = np.stack([render(image, self.preprocessing) for image in decoded])
-            for row in self.probabilities(self.answers(pixels)):
+            for row in self.probabilities(self.predict_logits(pixels)):
                 order = np.argsort(-row, kind="stable")
-                likeliest = [(self.labels[index], float(row[index])) for index in order[: max(1, top)]]
-                given = order[:1] if self.thresholds is None else order[(row >= self.thresholds)[order]]
-                labels = [(self.labels[index], float(row[index])) for index in given]
-                answers.append(Prediction(*likeliest[0], top=likeliest, labels=labels))
-        return answers
+                best = [(self.labels[index], float(row[index])) for index in order[: max(1, top)]]
+                chosen = order[:1] if self.thresholds is None else order[(row >= self.thresholds)[order]]
+                labels = [(self.labels[index], float(row[index])) for index in chosen]
+                predictions.append(Prediction(*best[0], top=best, labels=labels))
+        return predictions
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities along the last axis, computed in float64 from the largest logit downwards."""
+    """Return probabilities along the last axis, computed in float64."""
     shifted = logits.astype(np.float64)
     shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Each class's own probability, computed in float64 without overflow."""
+    """Return the probability of each logit, computed in float64 without overflow."""
     small = np.exp(-np.abs(logits.astype(np.float64)))
     return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What a model file and an artifact folder say of themselves
+# Metadata of a model file, and the manifest of an artifact folder
 
 
-def metadata(
+def build_metadata(
     preprocessing: Preprocessing,
     labels: Sequence[str],
     origin: Mapping[str, Any],
@@ -811,184 +786,181 @@ def metadata(
     *,
     takes_pixels: bool = False,
 ) -> dict[str, str]:
-    """The entries that make one .onnx file enough to predict with, for the model's `metadata_props`.
+    """Return the entries of `metadata_props` with which an .onnx file can be used without its folder.
 
-    `origin` says where the network comes from (teachers, student, method, licences): anything JSON can hold.
-    `thresholds`, one for each label, make it a network for images of several labels. With `takes_pixels` its
-    input is uint8 [batch, S, S, 3]: rendered images that are not to be normalised.
+    `origin` names teachers, student, method and licenses, as any JSON. `thresholds`, one per label, make it a
+    multi-label model. With `takes_pixels` its input is rendered images, uint8 [batch, S, S, 3].
     """
-    several = {
-        METADATA_PREFIX + "task": MULTI_LABEL,
-        METADATA_PREFIX + "thresholds": json.dumps([float(one) for one in thresholds or ()]),
+    entries = {
+        "version": str(SCHEMA_VERSION),
+        "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
+        "labels": json.dumps(list(labels), ensure_ascii=False),
+        "origin": json.dumps(dict(origin), sort_keys=True, ensure_ascii=False),
     }
-    return {
-        **({} if thresholds is None else several),
-        **({METADATA_PREFIX + "input": UINT8} if takes_pixels else {}),
-        METADATA_PREFIX + "version": str(SCHEMA_VERSION),
-        METADATA_PREFIX + "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
-        METADATA_PREFIX + "labels": json.dumps(list(labels), ensure_ascii=False),
-        METADATA_PREFIX + "origin": json.dumps(dict(origin), sort_keys=True, ensure_ascii=False),
-    }
+    if takes_pixels:
+        entries = {"input": UINT8, **entries}
+    if thresholds is not None:
+        values = json.dumps([float(threshold) for threshold in thresholds])
+        entries = {"task": MULTI_LABEL, "thresholds": values, **entries}
+    return {METADATA_PREFIX + key: value for key, value in entries.items()}
 
 
-_UNREADABLE = (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-"""What reading JSON of another form than ours may raise: numbers too large and brackets too deep, too."""
+_INVALID_JSON = (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading JSON of any content may raise: too large numbers and too deep nesting included."""
 
 
-def _labels(stated: Any) -> list[str]:
-    """Raises ValueError where they are no list of texts, or an empty one."""
-    if not isinstance(stated, list) or not stated or not all(isinstance(label, str) for label in stated):
+def _check_labels(labels: Any) -> list[str]:
+    """Raise ValueError unless it is a list of strings that is not empty."""
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise ValueError("labels must be strings")
-    return stated
+    return labels
 
 
 def _read_metadata(
-    entries: Mapping[str, str], name: str, *, needed: bool
+    entries: Mapping[str, str], name: str, *, required: bool
 ) -> tuple[Preprocessing | None, list[str], list[float] | None]:
     version = entries.get(METADATA_PREFIX + "version")
     if version is None:
-        if needed:
-            raise ArtifactError(f"{name} carries no questpress metadata: load the folder it came in instead")
+        if required:
+            raise ArtifactError(f"{name} has no questpress metadata. Load its artifact folder instead")
         return None, [], None
     if version != str(SCHEMA_VERSION):
-        raise ArtifactError(f"{name} is of version {version}; this runtime reads version {SCHEMA_VERSION}")
+        raise ArtifactError(f"{name} has version {version}, this runtime supports version {SCHEMA_VERSION}")
     try:
         preprocessing = Preprocessing.from_dict(json.loads(entries[METADATA_PREFIX + "preprocessing"]))
-        labels = _labels(json.loads(entries[METADATA_PREFIX + "labels"]))
-        stated = json.loads(entries.get(METADATA_PREFIX + "thresholds", "null"))
-        thresholds = _thresholds({"task": entries.get(METADATA_PREFIX + "task"), "thresholds": stated})
-    except _UNREADABLE as error:
-        raise ArtifactError(f"the questpress metadata of {name} cannot be read: {error}") from error
-    return preprocessing, labels, thresholds
+        labels = _check_labels(json.loads(entries[METADATA_PREFIX + "labels"]))
+        thresholds = json.loads(entries.get(METADATA_PREFIX + "thresholds", "null"))
+        task = entries.get(METADATA_PREFIX + "task")
+        return preprocessing, labels, _parse_thresholds({"task": task, "thresholds": thresholds})
+    except _INVALID_JSON as error:
+        raise ArtifactError(f"the questpress metadata of {name} is invalid: {error}") from error
 
 
-def _thresholds(said: Mapping[str, Any]) -> list[float] | None:
-    """Of a network for images of several labels; None of any other, and where nothing is said of a task.
+def _parse_thresholds(entries: Mapping[str, Any]) -> list[float] | None:
+    """Return the thresholds of a multi-label model, None for any other.
 
-    Raises ValueError where they are no probabilities, or the task is none that is known here.
+    Raises ValueError if they are not probabilities, or the task is unknown.
     """
-    task = said.get("task")
+    task = entries.get("task")
     if task is None:
         return None
     if task != MULTI_LABEL:
-        raise ValueError(f"this runtime knows no task {task!r}")
-    thresholds = said["thresholds"]
-    numbers = isinstance(thresholds, list) and all(isinstance(one, int | float) for one in thresholds)
-    if not numbers or not all(0 <= one <= 1 for one in thresholds):
+        raise ValueError(f"unknown task {task!r}")
+    thresholds = entries["thresholds"]
+    if not isinstance(thresholds, list) or not all(
+        isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds
+    ):
         raise ValueError("thresholds must be probabilities")
-    return [float(one) for one in thresholds]
+    return [float(value) for value in thresholds]
 
 
 def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The artifact folder at `path` (or in the run folder there) and its manifest, checked for what is needed
-    here.
+    """Return the artifact folder at `path`, or in the run folder there, and its validated manifest.
 
-    Files aren't read: `read_verified` does that. Raises ArtifactError.
+    The files in it are not read; see `read_verified`. Raises ArtifactError.
     """
     path = Path(path)
     folder = next((f for f in (path, path / "artifact") if (f / MANIFEST).is_file()), None)
     if folder is None:
-        held = [f.name for f in sorted(path.glob("student*.onnx"))] if path.is_dir() else []
-        if held:
+        models = sorted(path.glob("student*.onnx")) if path.is_dir() else []
+        if models:
             raise ArtifactError(
-                f"{path} holds {held[0]} but no {MANIFEST} to it: copy the artifact folder anew"
+                f"{path} contains {models[0].name} but no {MANIFEST}. Copy the artifact folder again"
             )
-        problem = f"holds no {MANIFEST}" if path.is_dir() else "does not exist"
-        raise ArtifactError(f"{path} {problem}: name a run folder, an artifact folder or an .onnx file")
-    where = folder / MANIFEST
+        problem = f"contains no {MANIFEST}" if path.is_dir() else "does not exist"
+        raise ArtifactError(f"{path} {problem}. Specify a run folder, an artifact folder or an .onnx file")
+    file = folder / MANIFEST
     try:
-        if where.stat().st_size > LARGEST_MANIFEST:
-            raise ValueError(f"no manifest has {where.stat().st_size:,} bytes")
-        manifest = json.loads(where.read_text(encoding="utf-8"))
+        if (size := file.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{size:,} bytes exceed the limit of {MAX_MANIFEST_BYTES:,}")
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["schema_version"]
         if version != SCHEMA_VERSION or isinstance(version, bool | float):
             raise ArtifactError(
-                f"{where} is of version {version!r}; this runtime reads version {SCHEMA_VERSION}"
+                f"{file} has version {version!r}, this runtime supports version {SCHEMA_VERSION}"
             )
-        stated = manifest.get("checksum", checksum(manifest))  # older ones have none
-        if stated != checksum(manifest):
+        if manifest["checksum"] != compute_checksum(manifest):
             raise ArtifactError(
-                f"{where} was changed after it was written: its checksum is not that of its content; make "
-                "the artifact anew, or take it from where it came"
+                f"{file} was modified after it was written: its checksum differs. Copy the artifact folder "
+                "again, or export the run again"
             )
         Preprocessing.from_dict(manifest["preprocessing"])
-        _labels(manifest["labels"])
-        thresholds = _thresholds(manifest)
+        _check_labels(manifest["labels"])
+        thresholds = _parse_thresholds(manifest)
         if thresholds is not None and len(thresholds) != len(manifest["labels"]):
-            raise ValueError("each label needs a threshold")
+            raise ValueError("there must be one threshold per label")
         for entry in manifest["files"]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
-                raise ValueError(f"a file may not be named {entry['name']!r}")
+                raise ValueError(f"invalid file name {entry['name']!r}")
             int(entry["bytes"]), str(entry["sha256"]), str(entry["precision"])
             if not isinstance(entry.setdefault("target", None), str | None):
-                raise ValueError(f"a file may not be for {entry['target']!r}")
-    except _UNREADABLE as error:
-        raise ArtifactError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+                raise ValueError(f"invalid target {entry['target']!r}")
+    except _INVALID_JSON as error:
+        raise ArtifactError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     return folder, manifest
 
 
-def checksum(manifest: Mapping[str, Any]) -> str:
-    """The sha256 of all that a manifest says beside its checksum, as JSON written the one way: keys in order,
-    no spaces, ASCII.
-    """
-    said = {key: value for key, value in manifest.items() if key != "checksum"}
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+def compute_checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest, except its checksum, as JSON: sorted keys, no spaces, ASCII."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def _whole_file(path: Path) -> bytes:
-    """A model file's bytes. Raises ArtifactError; a pipe or a device is not waited for."""
+def _read_file(path: Path) -> bytes:
+    """Return a model file's content. Raises ArtifactError, also for a pipe or device, which could block."""
     try:
         if path.exists() and not path.is_file():
             raise ArtifactError(f"{path} cannot be read: it is not a file")
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > LARGEST_FILE:
-                raise ArtifactError(f"{path} cannot be read: it is larger than 2 GB, which no ONNX file is")
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise ArtifactError(f"{path} cannot be read: ONNX files are limited to 2 GB")
             return file.read()
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_verified(folder: Path, entry: Mapping[str, Any]) -> bytes:
-    """The bytes of a file of the manifest, after checking its size and sha256. Raises ArtifactError."""
+    """Return the content of a file of the manifest. Raises ArtifactError if its size or checksum differ."""
     path = folder / entry["name"]
     try:
-        content = _whole_file(path)
+        content = _read_file(path)
     except ArtifactError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         fp32 = folder / "student.onnx"
-        instead = f", or name the fp32 file, {fp32.name}" if fp32.is_file() else ""
+        alternative = f", or use the fp32 file, {fp32.name}" if fp32.is_file() else ""
         raise ArtifactError(
-            f"{path} is missing, which {MANIFEST} names: copy the artifact folder anew{instead}"
+            f"{path} is listed in {MANIFEST} but missing. Copy the artifact folder again{alternative}"
         ) from error
     if len(content) != entry["bytes"]:
         raise ArtifactError(
-            f"{path} is damaged: {len(content)} bytes where {MANIFEST} says {entry['bytes']}; "
-            "copy the artifact folder anew"
+            f"{path} is damaged: it has {len(content)} bytes, {MANIFEST} lists {entry['bytes']}. "
+            "Copy the artifact folder again"
         )
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise ArtifactError(
-            f"{path} is damaged: its sha256 is not the one {MANIFEST} names; copy the artifact folder anew"
+            f"{path} is damaged: its sha256 differs from {MANIFEST}. Copy the artifact folder again"
         )
     return content
 
 
-def _choose(
+def _choose_file(
     files: Sequence[Mapping[str, Any]], folder: Path, name: str | None, precision: str
 ) -> Mapping[str, Any]:
-    """The file named, or the first of the precision that is made for this processor; the fp32 file where
-    int8 is for others alone."""
-    here = target_of_this_machine()
-    able = (here, "x86", None) if here == "x86-vnni" else (here, None)
-    for target in able:
+    """Return the file named, or the first of the precision for this processor.
+
+    If all int8 files are for other processors, the fp32 file is used.
+    """
+    machine = detect_target()
+    targets = (machine, "x86", None) if machine == "x86-vnni" else (machine, None)
+    for target in targets:
         for entry in files:
-            of_precision = entry["precision"] == precision and entry["target"] == target
-            if entry["name"] == name or (name is None and of_precision):
+            matches = entry["precision"] == precision and entry["target"] == target
+            if entry["name"] == name or (name is None and matches):
                 return entry
     for entry in files:
         if name is None and precision == "int8" and entry["precision"] == "fp32":
             return entry
-    held = ", ".join(f"{entry['name']} ({entry['precision']})" for entry in files) or "no file"
-    wanted = name if name is not None else f"{precision} file"
-    raise ArtifactError(f"{folder} holds no {wanted}: its manifest lists {held}")
+    available = ", ".join(f"{entry['name']} ({entry['precision']})" for entry in files) or "no files"
+    raise ArtifactError(f"{folder} contains no {name or f'{precision} file'}. Its manifest lists {available}")

@@ -117,8 +117,9 @@ def measure_throughput(
     seed: int = 0,
     progress: Progress,
 ) -> list[Throughput]:
-    """Time each subject at each batch size for at least `seconds`, in rounds of seeded random order. The
-    files must take any batch size. Raises ExportError.
+    """Time each subject at each batch size for at least `seconds`, in rounds of seeded random order.
+
+    The files must take any batch size. Raises ExportError.
     """
     results = []
     cores = choose_cores(threads)
@@ -150,7 +151,7 @@ def _measure_batches(
 
 
 def _summarize_throughput(worker: Worker, batch: int, blocks: Sequence[np.ndarray]) -> Throughput:
-    """The throughput is the batch size over the median time; `low` and `high` are those of the rounds."""
+    """Return the batch size over the median time, of all runs and of the slowest and fastest round."""
     rounds = [1000 * batch / float(np.median(block)) for block in blocks]
     return Throughput(
         subject=worker.name,

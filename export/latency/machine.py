@@ -68,11 +68,11 @@ _SYSTEM = Path("/sys/devices/system/cpu")
 def choose_cores(
     threads: int, *, system: Path = _SYSTEM, allowed: Iterable[int] | None = None
 ) -> tuple[int, ...]:
-    """Return the cores to pin `threads` threads to: the fastest kind first, then one per physical core as
-    long as there are enough, and core 0, which serves most interrupts, last.
+    """Return the cores to pin `threads` threads to.
 
-    Empty if the system cannot pin processes (macOS, Windows), or has fewer cores than threads: two threads
-    pinned to one core would wait for each other.
+    One hardware thread of each physical core comes first, then the fastest kind of core; core 0, which serves
+    most interrupts, comes last. Empty if the system cannot pin processes (macOS, Windows), or has fewer cores
+    than threads: two threads pinned to one core would wait for each other.
     """
     if allowed is None:
         if not hasattr(os, "sched_setaffinity"):

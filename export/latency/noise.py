@@ -105,8 +105,9 @@ def list_unchecked(before: Counters, cores: Sequence[int]) -> list[str]:
 def check_counters(
     before: Counters, after: Counters, bench_seconds: float, cores: Sequence[int], threads: int
 ) -> list[Flag]:
-    """Compare the counters before and after a bench whose processes used `bench_seconds` of processor time on
-    `cores`.
+    """Compare the counters before and after a bench.
+
+    Its processes used `bench_seconds` of processor time on `cores`.
     """
     flags = []
     wall = max(after.time - before.time, 1e-9)
@@ -185,8 +186,9 @@ def check_samples(samples: Sequence[Samples], readings: np.ndarray, threads: int
 
 
 def compute_drift(medians: np.ndarray) -> float:
-    """Return by how much the last third of the rounds is slower than the first, relative; 0 if the difference
-    is not significant.
+    """Return by how much the last third of the rounds is slower than the first, relative.
+
+    0 if the difference is not significant.
     """
     third = len(medians) // 3
     if third < 2:

@@ -1,7 +1,6 @@
 """Latency results, as `bench.json` and `report.json` contain them.
 
-Times are milliseconds of one image at batch size 1 unless a field says otherwise, memory is bytes, intervals
-are 95 %.
+Times are milliseconds of one image at batch size 1, memory is bytes, intervals are 95 %.
 """
 
 from __future__ import annotations

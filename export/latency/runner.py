@@ -1,6 +1,6 @@
 """Latency of model files on this machine.
 
-Every subject has worker processes of its own, pinned to as many cores as they have threads. After a warm-up
+Every subject has separate worker processes, pinned to as many cores as they have threads. After a warm-up
 they run in rounds: in each, every subject runs one block at batch size 1 on different inputs, in seeded
 random order, and a subject's processes take turns. No outlier is dropped. A sentinel times a fixed
 computation once a round, and the system's counters are read before and after, for the checks in `noise`.
@@ -217,8 +217,9 @@ class BenchResult:
         return compute_speedup(samples[subject], samples[over], spread=spread, seed=self.seed)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return all samples for `numpy.savez`: 'NAME/THREADS/ms' and 'NAME/THREADS/round', and the
-        sentinel's as 'sentinel/THREADS/ms'.
+        """Return all samples for `numpy.savez`.
+
+        Their names are 'NAME/THREADS/ms', 'NAME/THREADS/round' and 'sentinel/THREADS/ms'.
         """
         arrays = {}
         for samples in self.samples:
@@ -237,8 +238,9 @@ def bench(
     seed: int = 0,
     progress: Progress = lambda _fraction, _step: None,
 ) -> BenchResult:
-    """Time every subject at every thread count for at least `seconds` and `samples` runs, shared among its
-    `processes`. Raises ExportError.
+    """Time every subject at every thread count, in `processes` processes each.
+
+    Together they run for at least `seconds` and `samples` runs. Raises ExportError.
     """
     names = [subject.name for subject in subjects]
     if not subjects or len(set(names)) != len(names):

@@ -113,8 +113,9 @@ def compute_percentiles(samples: Samples) -> dict[str, Percentile]:
 
 
 def _design_effect(samples: Samples, value: float, p: float) -> float:
-    """Return the between-round variance of the number of runs above `value`, relative to that of independent
-    runs; at least 1.
+    """Return the between-round variance of the number of runs above `value`.
+
+    It is relative to that of independent runs, and at least 1.
     """
     slow = np.array([np.count_nonzero(block > value) for block in samples.blocks])
     sizes, n = np.bincount(samples.rounds), len(samples.ms)
@@ -142,8 +143,9 @@ def _order_statistics(
 
 @dataclass(frozen=True)
 class ProcessSpread:
-    """Relative standard deviation between processes of one file, and its degrees of freedom: 0 if it is
-    assumed to be `PROCESS_STD`.
+    """Relative standard deviation between processes of one file.
+
+    `freedom` are its degrees of freedom; 0 if it is assumed to be `PROCESS_STD`.
     """
 
     std: float

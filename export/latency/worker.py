@@ -52,13 +52,10 @@ def main(arguments: Sequence[str]) -> None:
     mode, *runtimes = arguments
     if mode == "run":
         serve(LOADERS[runtimes[0]], any_batch=runtimes[0] == "onnxruntime")
+    elif mode == "cold-start":
+        _reply_to_requests(partial(_start_cold_start, runtimes[0]))
     else:
-        start = {
-            "end-to-end": _start_end_to_end,
-            "sentinel": _start_sentinel,
-            "cold-start": partial(_start_cold_start, *runtimes),
-        }
-        _reply_to_requests(start[mode])
+        _reply_to_requests({"end-to-end": _start_end_to_end, "sentinel": _start_sentinel}[mode])
 
 
 def serve(load: Load, *, any_batch: bool = False) -> None:
