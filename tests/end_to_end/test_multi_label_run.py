@@ -13,7 +13,7 @@ from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.validate import validate
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.evaluation import average_precision
-from questpress.pipeline.report.terminal import table
+from questpress.pipeline.report.terminal import report_table
 from questpress.pipeline.runs.results import Report
 from safetensors.numpy import load_file
 
@@ -104,7 +104,7 @@ def test_page_shows_map_and_classes_but_no_confusion(run: Path) -> None:
             assert words in text, (name, words)
         for words in ("Confusion", "Most confused", "Accuracy"):
             assert words not in text, (name, words)
-    columns = [column.header for column in table(Report.model_validate(little.report(run))).columns]
+    columns = report_table(Report.model_validate(little.report(run))).columns
     assert columns[1] == "mAP"
     example = little.report(run)["examples"][0]
     assert ", " in example["label"] and 0 < example["student_probability"] <= 1
@@ -149,9 +149,7 @@ def test_methods_for_one_label_and_a_file_without_images_are_refused(
     given = (*little.NETWORKS, *little.SMALL, "--cache", cache, "--out", tmp_path / "out")
     little.refused(little.compress(*given, "--data", labels, *dkd), 2, "multi-label", "quest")
     (tmp_path / "labels.csv").write_text("file,labels\na.png,cat;dog\n")
-    little.refused(
-        little.compress(*given, "--data", tmp_path / "labels.csv"), 2, "1 of the 1 images", "a.png"
-    )
+    little.refused(little.compress(*given, "--data", tmp_path / "labels.csv"), 2, "1 of 1 images", "a.png")
 
 
 def test_weights_are_balanced_only_if_requested(run: Path, labels: Path) -> None:

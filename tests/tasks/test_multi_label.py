@@ -155,5 +155,5 @@ def test_manifest_entry_has_the_metrics_of_the_runtime() -> None:
 
 def test_images_with_unknown_labels_are_kept() -> None:
     assert TASK.encode([[0, 2], []], 3).tolist() == [[1, 0, 1], [0, 0, 0]]
-    images = [Image.with_labels("a", [1], "a", Path()), Image.of_several("b", [], "b", Path())]
+    images = [Image.with_labels("a", [1], "a", Path()), Image.with_labels("b", [], "b", Path())]
     assert TASK.drop_unknown(images, {1}) == tuple(images)
