@@ -208,7 +208,7 @@ def _open_subjects(file: Found, runtimes: Sequence[str], images: Images, seed: i
                 sha256=digest,
                 bytes=takes.bytes,
                 runtime=runtime,
-                input=takes.told,
+                input=takes.description,
                 inputs=source,
             ),
             file.path,

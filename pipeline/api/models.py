@@ -2,7 +2,7 @@
 
 from ...models.catalogue import Entry, describe
 from ...models.errors import ModelError, UnknownModel
-from ...models.names import matching, nearest
+from ...models.names import find_matching, find_nearest
 from ..errors import UsageError
 
 MAX_DESCRIBED = 60
@@ -19,9 +19,9 @@ def list_models(pattern: str = "*", image_size: int | None = None) -> dict[str, 
     Raises:
         UsageError: no network matches.
     """
-    names = matching(pattern)
+    names = find_matching(pattern)
     if not names:
-        near = nearest(pattern.strip("*?"))
+        near = find_nearest(pattern.strip("*?"))
         advice = f" The nearest are {', '.join(near)}." if near else ""
         raise UsageError(f"No model matches '{pattern}'.{advice}")
     if len(names) > MAX_DESCRIBED:

@@ -12,13 +12,13 @@ from ..data.dataset import ImageSet
 from ..data.sources.folders import describe_unused_splits
 from ..data.training_data import TrainingData
 from ..errors import UsageError
-from ..runs import main_process
+from ..runs import process
 from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device
 from ..runs.files import check_outside_data, command_line, sha256
 from ..runs.folder import RunFolder
-from ..runs.interrupt import STOP
+from ..runs.process import STOP
 from ..runs.results import Report
 from ..tasks import task_of
 from ..training.compute.distributed import Ranks, check_ranks, join, leave
@@ -64,15 +64,15 @@ def compress(
         "data": str(data) if data is not None else None,
         **options,
     }
-    with STOP.listens():
+    with STOP.handle_signals():
         ranks = join()
         try:
             asked = read_options({key: value for key, value in given.items() if value is not None})
             display = Display(quiet=asked.quiet or not ranks.is_main, verbose=asked.verbose)
-            with STOP.after(asked.time_limit), display.remarks():
+            with STOP.limit_time(asked.time_limit), display.remarks():
                 return _compress(asked, ranks, display)
         except BaseException:
-            main_process.is_first_to_exit()  # decided before the other processes notice that this one is gone
+            process.is_first_to_exit()  # decided before the other processes notice that this one is gone
             raise
         finally:
             leave()
@@ -164,7 +164,7 @@ def _stages(
     config = _config(options, images)
     with ranks.main_first():
         # Processes that torchrun has restarted go on.
-        folder.open(fresh=options.fresh and not main_process.count_restarts())
+        folder.open(fresh=options.fresh and not process.count_restarts())
         folder.check_options(config)
         folder.begin(config, _repeatable(options), command_line())
         check_weights(options, images, folder.unfinished(options.until), download=True)

@@ -15,7 +15,7 @@ from ...models.names import resolve as resolve_name
 from ..config.options import get_flag
 from ..errors import UsageError
 from ..evaluation.results import Comparison
-from ..runs import main_process
+from ..runs import process
 from ..runs.console import Display
 from ..runs.folder import read_config
 from ..runs.record import RECORD
@@ -50,7 +50,7 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
     for name in SINGLE_RUN_OPTIONS:
         if options.get(name):
             raise UsageError(f"{get_flag(name)} applies to a single run. Remove it.")
-    if not main_process.is_single_process():
+    if not process.is_single_process():
         raise UsageError("compress sweep runs in a single process. Start it without torchrun.")
     if students:
         options["student"] = students[0]

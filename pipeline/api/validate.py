@@ -17,7 +17,7 @@ from ..evaluation.results import Network, Validation
 from ..report.format import plural
 from ..runs.console import Display
 from ..runs.files import check_outside_data, command_line, write_text
-from ..runs.interrupt import STOP
+from ..runs.process import STOP
 from . import validate_answers
 from . import validate_inputs as chosen_images
 from .validate_answers import Answers, ask
@@ -72,7 +72,7 @@ def validate(
     if role is not None and role not in PARTS:
         raise UsageError(f"There is no role '{role}'; say {', '.join(PARTS)}.")
     display = Display(quiet=quiet)
-    with STOP.listens(), display.stage("validate") as stage:
+    with STOP.handle_signals(), display.stage("validate") as stage:
 
         def progress(work: str) -> Progress:
             return lambda done, total: stage.update(work, done, total, "images")

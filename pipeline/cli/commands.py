@@ -10,7 +10,7 @@ import click
 
 from ..config.limits import MAX_THREADS
 from ..config.options import get_group
-from ..runs import main_process
+from ..runs import process
 from .errors import exit_on_error, fail
 from .options import GroupedCommand, run_options, select_given
 
@@ -47,7 +47,7 @@ def run(**options: Any) -> None:
     from ..api.run import compress
 
     report = exit_on_error(lambda: compress(**select_given(options)), resumable=True)
-    if main_process.is_main():
+    if process.is_main():
         _print_report(report, as_json=bool(options["json_"]))
 
 

@@ -10,8 +10,8 @@ import click
 
 from ...export.text import escape_controls
 from ..errors import is_out_of_memory
-from ..runs import main_process
-from ..runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit
+from ..runs import process
+from ..runs.process import STOP, TIME_LIMIT_EXIT, TimeLimit
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def exit_on_error(job: Callable[[], T], *, resumable: bool = False) -> T:
     """
     resume = " Run the same command again to resume." if resumable else ""
     try:
-        with STOP.listens():  # SIGTERM, sent by schedulers and containers, counts as Ctrl-C
+        with STOP.handle_signals():  # SIGTERM, sent by schedulers and containers, counts as Ctrl-C
             return job()
     except TimeLimit:
         fail(f"\nStopped at --time-limit.{resume}", TIME_LIMIT_EXIT)
@@ -61,7 +61,7 @@ def exit_on_error(job: Callable[[], T], *, resumable: bool = False) -> T:
                 "size of the networks.",
                 1,
             )
-        if main_process.is_first_to_exit():
+        if process.is_first_to_exit():
             raise
         sys.exit(1)  # another process has failed and reported the reason
 
@@ -84,7 +84,7 @@ def fail_on_output(error: OSError) -> NoReturn:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a message, by one process only, and exit."""
-    if main_process.is_first_to_exit():
+    if process.is_first_to_exit():
         if len(message) > MAX_MESSAGE:
             message = f"{message[: MAX_MESSAGE * 3 // 4]} … {message[-MAX_MESSAGE // 4 :]}"
         click.echo(escape_controls(message, keep="\n"), err=True)

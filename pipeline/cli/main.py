@@ -9,8 +9,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..runs import main_process
-from ..runs.interrupt import STOP
+from ..runs import process
+from ..runs.process import STOP
 from .errors import SIGINT_EXIT, SYSTEM_ERRORS, fail, fail_on_output, flush_output
 
 COMMANDS = {
@@ -76,7 +76,7 @@ class DefaultGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Handle signals while the command is imported, and output that cannot be written."""
         try:
-            with STOP.listens():
+            with STOP.handle_signals():
                 try:
                     return super().invoke(ctx)
                 finally:
@@ -90,7 +90,7 @@ class DefaultGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Report usage errors on the main process only."""
-        if main_process.is_main():
+        if process.is_main():
             return super().main(*args, **extra)
         try:
             return super().main(*args, **{**extra, "standalone_mode": False})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from ...export.text import escape_controls
-from ..runs.interrupt import parse_time
+from ..runs.process import parse_time
 from .limits import check_limits, check_not_boolean
 
 GROUPS = ("Models and data", "Weights", "Method", "Training", "Images", "Export", "Execution")

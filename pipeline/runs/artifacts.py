@@ -37,7 +37,8 @@ class OnnxInput:
     """Of the file and of the weights that lie beside it."""
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
+        """Type and shape, such as ``float32 [1, 3, 224, 224]``."""
         return f"{self.kind} [1, {', '.join(map(str, self.shape))}]"
 
 

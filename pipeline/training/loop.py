@@ -14,7 +14,7 @@ from ..data.streaming import StreamedViews
 from ..data.views import ViewSchedule, draw_order, method_keys
 from ..errors import JobError
 from ..methods.base import Features, RunningSums
-from ..runs.interrupt import STOP
+from ..runs.process import STOP
 from ..runs.results import Epoch
 from .checkpoint import Checkpoint
 from .compute.distributed import Ranks
@@ -178,7 +178,7 @@ def train(
         task.epoch = epoch
         started = shown = saved = time.perf_counter()
         images_before = meter.images
-        with STOP.waits():
+        with STOP.defer():
             batches = task.clock.iterate("data", source.batches(epoch, steps, start))
             for step, batch in enumerate(batches, epoch * steps + start):
                 # Dropout and the like draw from this seed, so that a step does not depend on those before.
@@ -198,7 +198,7 @@ def train(
                     state.save(epoch, step + 1 - epoch * steps)
                     saved = now
                 if stop:
-                    raise STOP.taken(stop)
+                    raise STOP.take(stop)
             losses, accuracy = meter.means(epoch, all_ranks=True), meter.accuracy()
             seconds = time.perf_counter() - started
             show((epoch + 1) * steps, plan.epochs * steps, losses)
@@ -226,7 +226,7 @@ def train(
             state.save(epoch + 1, start)
             stop, _ = state.requests((epoch + 1) * steps, False, now=True)
         if stop:
-            raise STOP.taken(stop)
+            raise STOP.take(stop)
 
 
 def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, meter: Meter) -> None:
@@ -257,17 +257,17 @@ class TrainingState:
         self.agreed_step, self.agreed_at, self.next_agreement = 0, time.perf_counter(), 0
 
     def requests(self, step: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
-        """Return the request to stop (see ``runs.interrupt``; 0 for none) and whether to save.
+        """Return the request to stop (see ``runs.process``; 0 for none) and whether to save.
 
         Ranks agree on this once in a while, or ``now``: what one of them requests, all do.
         """
         if self.ranks.count == 1:
-            return STOP.wish, save
+            return STOP.request, save
         if step < self.next_agreement and not now:
             return 0, False
         time_now = time.perf_counter()
         microseconds = 1e6 * (time_now - self.agreed_at) / max(1, step - self.agreed_step)
-        stop, saves, slowest = self.ranks.max([STOP.wish, save, round(microseconds)])
+        stop, saves, slowest = self.ranks.max([STOP.request, save, round(microseconds)])
         steps = max(1, min(AGREE_STEPS, round(1e6 * AGREE_SECONDS / max(1, slowest))))
         self.agreed_step, self.agreed_at, self.next_agreement = step, time_now, step + steps
         return stop, saves > 0

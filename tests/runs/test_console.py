@@ -52,3 +52,29 @@ def test_progress_has_no_control_characters(capsys: pytest.CaptureFixture[str]) 
     told = capsys.readouterr().err
     assert told.count(SHOWN) == 6 and f"\nError: {SHOWN}\n" in told
     assert all(letter.isprintable() or letter == "\n" for letter in told)
+
+
+def test_progress_restarts_with_the_stage_and_with_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("questpress.pipeline.runs.console.time.monotonic", lambda: now[0])
+    with Display(quiet=False).stage("student") as stage:
+
+        def update(done: int) -> None:
+            now[0] += 6
+            stage.update("training resnet8", done, 100, "images")
+
+        for done in (0, 50, 100):
+            update(done)
+        stage.name = "qat"  # trains the same network
+        for done in (10, 20, 30):
+            update(done)
+        for done in (5, 10, 15):  # in smaller micro-batches
+            update(done)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "  student: training resnet8: 100 %, 8 images/s, 0 s left",
+        "  qat: training resnet8: 30 %, 2 images/s, 42 s left",
+        "  qat: training resnet8: 15 %, 1 images/s, 102 s left",
+    ]

@@ -85,7 +85,7 @@ def test_invalid_record_is_refused_by_every_command(content: Any, tmp_path: Path
 )
 def test_invalid_results_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
     folder = run(tmp_path / "run", stage(facts=facts))
-    refused(compress("report", folder), 2, "from which no report can be made")
+    refused(compress("report", folder), 2, "the record of the run cannot be read")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from questpress.pipeline.methods.mimic import Mimic
 from questpress.pipeline.methods.mimic import Parameters as MimicParameters
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.cache import Cache
-from questpress.pipeline.runs.interrupt import STOP
+from questpress.pipeline.runs.process import STOP
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.tasks import CLASSIFICATION
 from questpress.pipeline.training import loop
@@ -158,7 +158,7 @@ def count_down(task: DistillationTask, steps: int | None) -> None:
         real()
         done[0] += 1
         if done[0] == steps:
-            STOP.asked = KeyboardInterrupt
+            STOP.requested = KeyboardInterrupt
 
     task.end_step = end_step  # type: ignore[method-assign]
 

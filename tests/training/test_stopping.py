@@ -14,8 +14,8 @@ import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.pipeline import stages
-from questpress.pipeline.runs import interrupt
-from questpress.pipeline.runs.interrupt import STOP, TIME_LIMIT_EXIT, TimeLimit, parse_time
+from questpress.pipeline.runs import process
+from questpress.pipeline.runs.process import STOP, TIME_LIMIT_EXIT, TimeLimit, parse_time
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.checkpoint import Checkpoint
@@ -42,9 +42,9 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
 @pytest.fixture(autouse=True)
 def nothing_asked() -> Iterator[None]:
-    STOP._forget()
+    STOP._reset()
     yield
-    STOP._forget()
+    STOP._reset()
 
 
 def dropping() -> DistillationTask:
@@ -88,7 +88,7 @@ def learn(task: DistillationTask, file: Path, told_after: int | None = None, **c
             signal.raise_signal(signal.SIGTERM)
 
     task.end_step = end_step  # type: ignore[method-assign]
-    with STOP.listens():
+    with STOP.handle_signals():
         train(
             task, views(40), plan(**changes), Checkpoint(file, "key"), training="student",
             evaluate=lambda _: None, show=lambda *_: None, log=epochs.append,
@@ -141,15 +141,15 @@ def test_long_epoch_is_saved_while_it_lasts(tmp_path, monkeypatch):
 
 @posix
 def test_second_signal_stops_at_once_and_an_echo_does_not(monkeypatch):
-    with STOP.listens():
-        with STOP.waits():
+    with STOP.handle_signals():
+        with STOP.defer():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # a scheduler's and torchrun's
-            assert STOP.asked is KeyboardInterrupt
-            monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
+            assert STOP.requested is KeyboardInterrupt
+            monkeypatch.setattr(process, "SAME_SIGNAL_SECONDS", 0.0)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
-        STOP._forget()
+        STOP._reset()
         with pytest.raises(KeyboardInterrupt):  # outside of a training nothing waits
             signal.raise_signal(signal.SIGINT)
 
@@ -157,12 +157,12 @@ def test_second_signal_stops_at_once_and_an_echo_does_not(monkeypatch):
 @posix
 def test_signal_handlers_are_restored(monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with STOP.listens():
-        assert signal.getsignal(signal.SIGTERM) == STOP._told
+    with STOP.handle_signals():
+        assert signal.getsignal(signal.SIGTERM) == STOP._on_signal
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     # nohup and a shell's background jobs
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
-    with STOP.listens():
+    with STOP.handle_signals():
         pass
     monkeypatch.undo()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -170,12 +170,12 @@ def test_signal_handlers_are_restored(monkeypatch):
 
 @posix
 def test_time_limit_interrupts_waiting_and_ends_with_its_block():
-    with STOP.listens():
+    with STOP.handle_signals():
         begun = time.monotonic()
-        with pytest.raises(TimeLimit), STOP.after(0.2):
+        with pytest.raises(TimeLimit), STOP.limit_time(0.2):
             subprocess.run(["sleep", "20"])
         assert time.monotonic() - begun < 10
-        with STOP.after(0.2):
+        with STOP.limit_time(0.2):
             pass
         time.sleep(0.4)  # nothing comes any more
 
@@ -185,7 +185,7 @@ def test_time_limit_works_in_a_thread(tmp_path):
 
     def work() -> None:
         try:
-            with STOP.listens(), STOP.after(0.5):
+            with STOP.handle_signals(), STOP.limit_time(0.5):
                 train(
                     supervised(), views(40), plan(epochs=10_000), Checkpoint(tmp_path / "c.pt", "key"),
                     training="student", evaluate=lambda _: None, show=lambda *_: None, log=lambda _: None,
@@ -209,7 +209,7 @@ def test_times_are_read(text, expected):
 
 @pytest.mark.parametrize("text", ["", "90", "1h30", "h", "-5m", "5 m"])
 def test_invalid_time_is_refused(text, data, cache, tmp_path):
-    with pytest.raises(ValueError, match="is no time"):
+    with pytest.raises(ValueError, match="expected a time"):
         parse_time(text)
     little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...config.options import Options
 from ...errors import UsageError
-from ...runs import main_process
+from ...runs import process
 
 TIMEOUT = timedelta(days=7)
 """A rank may wait for another that clusters a vocabulary. torchrun ends ranks whose peers died."""
@@ -99,14 +99,14 @@ def join() -> Ranks:
     Raises:
         UsageError: the processes cannot connect.
     """
-    if main_process.is_single_process():
+    if process.is_single_process():
         return Ranks()
     count = int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
-            main_process.connect()
+            process.connect()
         except (KeyError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"The {count} processes could not connect ({error}). Start them with torchrun: "

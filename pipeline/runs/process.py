@@ -1,0 +1,188 @@
+"""Signals, the time limit and the rank of this process, without torch.
+
+A request to stop (Ctrl-C, a scheduler's SIGTERM or --time-limit) raises KeyboardInterrupt at once; what was being
+made is made again by the next run. Training defers the first request to the end of the step, so that its position
+in the epoch can be saved. A second request is not deferred.
+"""
+
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from ...export.text import escape_controls
+
+TIME_LIMIT_EXIT = 75
+"""Exit code after --time-limit: EX_TEMPFAIL of sysexits.h."""
+
+SAME_SIGNAL_SECONDS = 1.0
+"""Signals within this time are one: a scheduler signals torchrun and its processes, and torchrun signals these."""
+
+RENDEZVOUS_TIMEOUT = timedelta(seconds=10)
+
+TIME_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+class TimeLimit(KeyboardInterrupt):
+    """The --time-limit is reached."""
+
+
+REQUESTS: tuple[type[KeyboardInterrupt] | None, ...] = (None, KeyboardInterrupt, TimeLimit)
+"""Requests by number, exchanged between ranks; the larger one wins."""
+
+
+class Stop:
+    """The request to stop this process.
+
+    Signals reach the main thread only. In other threads, only the time limit works, and only in training.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.requested: type[KeyboardInterrupt] | None = None
+        self._deferring = False
+        self._handles_signals = False
+        self._expired = False
+        self._last_signal = -math.inf
+
+    @contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        """Treat SIGTERM as Ctrl-C during the block.
+
+        Jobs in several threads wait for each other: signals, torch's random numbers and its threads belong to the
+        process, and a job that shared them would not be reproducible.
+        """
+        with self._lock:
+            self._reset()
+            handlers: dict[signal.Signals, Any] = {}
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    # Shells make background jobs ignore Ctrl-C.
+                    if signal.getsignal(number) is not signal.SIG_IGN:
+                        handlers[number] = signal.signal(number, self._on_signal)
+            self._handles_signals = signal.SIGTERM in handlers
+            try:
+                yield
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextmanager
+    def limit_time(self, seconds: float | None) -> Iterator[None]:
+        """Stop the block after a number of seconds, or never if it is None."""
+        if seconds is None:
+            yield
+            return
+        timer = threading.Timer(seconds, self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        """During the block, let a first request only set ``requested``."""
+        if self._expired and not self._handles_signals:
+            self.requested = TimeLimit
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    @property
+    def request(self) -> int:
+        """The request as an index of ``REQUESTS``."""
+        return REQUESTS.index(self.requested)
+
+    def take(self, request: int) -> KeyboardInterrupt:
+        """Return a request, of this process or another, as an exception, and reset ``requested``."""
+        self.requested = None
+        return (REQUESTS[request] or KeyboardInterrupt)()
+
+    def _expire(self) -> None:
+        self._expired = True
+        if not self._handles_signals:
+            if self._deferring:
+                self.requested = TimeLimit
+        elif hasattr(signal, "pthread_kill"):
+            # A real signal also interrupts the main thread while it waits for another process.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # type: ignore[arg-type]
+        else:
+            import _thread
+
+            _thread.interrupt_main(signal.SIGTERM)
+
+    def _on_signal(self, *_: object) -> None:
+        now = time.monotonic()
+        if now - self._last_signal < SAME_SIGNAL_SECONDS:
+            return
+        self._last_signal = now
+        kind = TimeLimit if self._expired else KeyboardInterrupt
+        if self._deferring and self.requested is None:
+            self.requested = kind
+            return
+        raise kind
+
+
+STOP = Stop()
+
+
+def parse_time(text: str) -> float:
+    """Return the seconds of ``3h50m``, ``90m``, ``45s`` or ``2d``.
+
+    Raises:
+        ValueError: the text is not a time.
+    """
+    if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
+        raise ValueError(f"expected a time such as 3h50m, 90m or 45s, got '{escape_controls(text)}'")
+    return sum(float(number) * TIME_UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))
+
+
+def is_single_process() -> bool:
+    """Return True if this process was not started by torchrun with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def is_main() -> bool:
+    """Return True on rank 0, which prints the output."""
+    return is_single_process() or os.environ.get("RANK") == "0"
+
+
+def count_restarts() -> int:
+    """Return how often torchrun has restarted the processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def connect() -> None:
+    """Open a connection to the rendezvous store, whose process may exit before this one."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _stores.append(TCPStore(host, port, is_master=False, timeout=RENDEZVOUS_TIMEOUT))
+
+
+@cache
+def is_first_to_exit() -> bool:
+    """Return True on the first process that exits early, which reports the error."""
+    if is_single_process():
+        return True
+    try:
+        return int(_stores[-1].add(f"questpress exits {count_restarts()}", 1)) == 1
+    except (IndexError, RuntimeError):  # not connected, or the store's process has exited
+        return is_main()
+
+
+_stores: list[Any] = []
