@@ -106,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--file", help="model file in the folder [default: int8 for this processor]")
-    parser.add_argument("--threads", type=_thread_count, help="[default: number of allowed cores, at most 4]")
+    parser.add_argument(
+        "--threads", type=_thread_count, help="number of threads [default: allowed cores, at most 4]"
+    )
     parser.add_argument(
         "--artifact",
         type=Path,

@@ -201,7 +201,7 @@ def changed(path: Path, dims: list[int | str], kind: int = onnx.TensorProto.FLOA
 
 def test_input_of_a_file_is_reported(tmp_path: Path) -> None:
     fixed = onnx_input(changed(tmp_path / "a.onnx", [1, 3, 8, 8]))
-    assert (fixed.shape, fixed.any_batch, fixed.ours, fixed.told) == (
+    assert (fixed.shape, fixed.any_batch, fixed.ours, fixed.description) == (
         (3, 8, 8),
         False,
         False,
