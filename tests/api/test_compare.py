@@ -246,7 +246,9 @@ def test_tables_and_picture_have_one_frontier(make: Made, tmp_path: Path) -> Non
     [chart] = comparison_page(found).sections[0].figures
     assert isinstance(chart, Chart)
     for i in range(2):
-        assert sorted(dot.tooltip.split(":")[0] for dot in shapes(chart, "dot", i)) == sorted(machine.frontier)
+        assert sorted(dot.tooltip.split(":")[0] for dot in shapes(chart, "dot", i)) == sorted(
+            machine.frontier
+        )
 
 
 def test_teacher_of_several_runs_is_as_fast_as_any_of_them_has_found_it(make: Made, tmp_path: Path) -> None:

@@ -183,8 +183,7 @@ def test_test_split_is_used_when_splits_are_given(finished: Path, tmp_path: Path
     found = validate(finished, data=data, role="all", **out)
     assert found.n == 9 and found.role == "all"
     told = little.refused(
-        little.compress("validate", finished, "--data", data, "--role", "val", "--out", tmp_path / "out"),
-        2,
+        little.compress("validate", finished, "--data", data, "--role", "val", "--out", tmp_path / "out"), 2
     )
     assert "no val images but train and test" in told
 

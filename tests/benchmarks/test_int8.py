@@ -94,19 +94,3 @@ def test_finished_cells_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mon
     assert ours.read_bytes() == whole and set(fewer["cells"][0]["latencies"]) == {"fp32", "ours"}
     untouched = [path for path, at in made.items() if path.stat().st_mtime_ns == at]
     assert sorted(path.name for path in untouched) == ["fp32.onnx", "onnxruntime.onnx"]
-
-
-def test_omitted_rule_makes_another_file_or_is_reported_as_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    two = ("without-pool_globally", "without-multiply_hard_swish")  # each is a process of its own
-    for name in set(int8_files.WITHOUT) - set(two):
-        monkeypatch.delitem(int8_files.WITHOUT, name)
-    (row,) = command(tmp_path, "--rules")["cells"]
-    assert row["files"]["ours"]["sha256"] != row["files"]["without-pool_globally"]["sha256"]
-    assert row["ours_against"]["without-pool_globally"]["ratio"] > 0
-    table = (tmp_path / "results.md").read_text().split("How many times")[1].splitlines()
-    names, values = (dict(enumerate(table[i].strip("| ").split(" | "))) for i in (2, 4))
-    said = {name: values[i] for i, name in names.items()}
-    assert said["without multiply_hard_swish"] == "the same file"
-    assert said["without pool_globally"].endswith(("faster", "no difference", "slower"))

@@ -37,9 +37,7 @@ def timed(name: str, *milliseconds: float) -> Any:
     return rounds.Samples.from_blocks(name, 1, [np.array([value]) for value in milliseconds])
 
 
-def test_round_measures_milliseconds_per_image(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_round_measures_milliseconds_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     pair = [clock.subject("slow", 0.5, images=10), clock.subject("fast", 0.01, images=2)]
     slow, fast = rounds.measure(pair, seconds=1.0, rounds=5, threads=1)
@@ -122,9 +120,7 @@ def test_package_that_is_missing_is_left_out(
     assert "torchdistill is left out: No module named 'torchdistill'" in capsys.readouterr().err
 
 
-def test_peers_use_equal_networks_and_pixels(
-    tmp_path: Path,
-) -> None:
+def test_peers_use_equal_networks_and_pixels(tmp_path: Path) -> None:
     images = pictures.made_up(16, 3, 16).train
     setting = ours.Setting(
         teacher="cifar_resnet14",

@@ -147,11 +147,7 @@ def _clock(
         process = start(run_options(data, out, "--quiet", *more), told, shifted, shift, restless)
         process.join()
         verdict = judged(
-            process.exitcode,
-            Path(f"{told}.err").read_text(),
-            {},
-            out,
-            expected if until is None else None,
+            process.exitcode, Path(f"{told}.err").read_text(), {}, out, expected if until is None else None
         )
         if verdict[0] != EQUAL:
             return DEFECT, verdict[1]

@@ -21,7 +21,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
         assert name in names
     assert sum("map.ids.npy" in name for name in names) == 2  # of two views
     # And what is damaged.
-    [entry, *_] = (tmp_path / "whole" / "cache" / "answers").glob("*/map.p.npy")
+    [entry, *_] = (tmp_path / "whole" / "cache" / "teacher-outputs").glob("*/map.p.npy")
     entry.write_bytes(entry.read_bytes()[:-2] + b"\0\1")
     (tmp_path / "whole" / "run" / "student.safetensors").write_bytes(b"")
     found = kills.left_by(tmp_path / "whole")

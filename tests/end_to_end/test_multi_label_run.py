@@ -113,7 +113,7 @@ def test_page_shows_map_and_classes_but_no_confusion(run: Path) -> None:
 def test_teachers_agreement_is_about_the_very_labels(run: Path, labels: Path) -> None:
     report, data = little.report(run), open_data(str(labels))
     thresholds = np.array([one["threshold"] for one in report["teacher"]["score"]["classes"]])
-    teacher = sigmoid(load_file(run / "teacher_answers.safetensors")["0"]) >= thresholds
+    teacher = sigmoid(load_file(run / "teacher.logits.safetensors")["0"]) >= thresholds
     answers = Classifier.load(run).predict([image.read() for image in data.test])
     student = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
     alike = int((teacher == student).all(1).sum())

@@ -12,7 +12,7 @@ import pytest
 from questpress.pipeline.api.cache import parse_size
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.data.network_spec import NetworkSpec
+from questpress.pipeline.data.training_data import NetworkSpec
 from questpress.pipeline.data.training_data import TrainingData
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.runs.cache import Cache
@@ -57,9 +57,9 @@ def copied(first: Path, tmp_path: Path) -> Path:
 def entries(cache: Path) -> dict[tuple[str, int], Path]:
     """By readout and view."""
     found = {}
-    for file in (cache / "answers").rglob("about.json"):
+    for file in (cache / "teacher-outputs").rglob("about.json"):
         about = json.loads(file.read_text())
-        found[about["answer"]["readout"], about["view"]] = file.parent
+        found[about["output"]["readout"], about["view"]] = file.parent
     return found
 
 
@@ -76,7 +76,7 @@ def test_run_reports_its_cached_outputs(first: Path):
     }  # fmt: skip
     assert f"2 fixed views of each image are stored in {first / 'cache'}: {per_image} bytes a view" in line
     assert 0 <= used["lost_mass"] < 0.05 and "% of p_T" in line
-    for word in ("Teachers’ stored answers", "share of p_T that is left out"):
+    for word in ("Cached teacher outputs", "probability mass of p_T not cached"):
         assert word in (first / "run" / "report.md").read_text()
         assert word in (first / "run" / "report.html").read_text()
 
@@ -114,7 +114,7 @@ def test_cached_outputs_give_the_same_weights(copied: Path, data: Path):
     method = ("--method", "quest+kd")
     again = little.job(data, copied / "run", copied / "cache", *VIEWS, *method)
     assert again.exit_code == 0 and report(copied / "run")["teacher_cache"]["computed"] == 0
-    shutil.rmtree(copied / "cache" / "answers")
+    shutil.rmtree(copied / "cache" / "teacher-outputs")
     anew = little.job(data, copied / "anew", copied / "cache", *VIEWS, *method)
     assert anew.exit_code == 0 and report(copied / "anew")["teacher_cache"]["computed"] == 2
     assert weights(copied / "run" / "student.safetensors") == weights(copied / "anew" / "student.safetensors")
@@ -219,7 +219,7 @@ def test_prune_removes_the_least_recently_used(copied: Path):
     assert wide("cache", "prune", "--keep", "0", "--cache", copied / "cache").stdout.startswith(
         "Removed 2 of 2"
     )
-    assert list((copied / "cache" / "answers").iterdir()) == []
+    assert list((copied / "cache" / "teacher-outputs").iterdir()) == []
 
 
 @pytest.mark.parametrize(

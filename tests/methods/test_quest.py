@@ -186,10 +186,7 @@ def test_level_is_named_alone_or_in_a_list():
     )
     assert parse_parameters(["quest"], {"quest.levels": ["map@-2", "map"]})["quest"].model_dump()[
         "levels"
-    ] == (
-        "map@-2",
-        "map",
-    )
+    ] == ("map@-2", "map")
 
 
 def test_tau_is_one_number_or_one_for_each_level():

@@ -73,7 +73,7 @@ def test_image_size_that_patches_do_not_divide_is_refused_with_the_next_ones():
 def test_patches_of_a_mixer_and_of_a_hybrid_are_known_too():
     with pytest.raises(ModelError, match="64 or 96"):
         check_size("mixer_s32_224", 80)
-    with pytest.raises(ModelError, match="96 and 112"):
+    with pytest.raises(ModelError, match="96 or 112"):
         check_size("xcit_nano_12_p16_224", 100)
 
 

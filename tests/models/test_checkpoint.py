@@ -127,7 +127,7 @@ def test_truncated_missing_and_folder_paths_are_distinguished(tmp_path):
     (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:700])
     with pytest.raises(ModelError, match="damaged"):
         read_checkpoint(tmp_path / "half.pth")
-    with pytest.raises(ModelError, match="no weights file"):
+    with pytest.raises(ModelError, match="does not exist"):
         read_checkpoint(tmp_path / "missing.pth")
     with pytest.raises(ModelError, match="folder"):
         read_checkpoint(tmp_path)

@@ -3,11 +3,11 @@ import sys
 
 import pytest
 from questpress.models.errors import ModelError, UnknownModel
-from questpress.models.names import ALIASES, known, matching, nearest, resolve, tags_of
+from questpress.models.names import ALIASES, find_matching, find_nearest, list_architectures, resolve, tags_of
 
 
 def test_every_alias_stands_for_a_model_that_timm_has_and_is_not_a_name_of_timm_itself():
-    names = set(known())
+    names = set(list_architectures())
     assert {target for target in ALIASES.values() if target not in names} == set()
     assert set(ALIASES) & names == set()
 
@@ -48,7 +48,7 @@ def test_renamed_timm_model_resolves():
     ],
 )
 def test_misspelled_name_is_refused_with_the_one_that_was_meant(typed, meant):
-    assert meant in nearest(typed)
+    assert meant in find_nearest(typed)
     with pytest.raises(UnknownModel) as told:
         resolve(typed)
     assert typed in str(told.value) and meant in str(told.value)
@@ -62,12 +62,12 @@ def test_unknown_name_points_to_the_list(typed):
 
 
 def test_pattern_lists_names_and_aliases_in_natural_order():
-    found = matching("mobilenetv2*")
+    found = find_matching("mobilenetv2*")
     assert "mobilenetv2" in found and "mobilenetv2_100" in found
-    resnets = matching("cifar_resnet*")
+    resnets = find_matching("cifar_resnet*")
     assert resnets.index("cifar_resnet8") < resnets.index("cifar_resnet14") < resnets.index("cifar_resnet110")
-    assert matching("WRN_16") == ["cifar_wrn_16_1", "cifar_wrn_16_2"]
-    assert matching("nothing_like_it*") == []
+    assert find_matching("WRN_16") == ["cifar_wrn_16_1", "cifar_wrn_16_2"]
+    assert find_matching("nothing_like_it*") == []
 
 
 def test_names_import_neither_torch_nor_timm():

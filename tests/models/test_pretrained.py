@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from questpress.models.errors import ModelError
-from questpress.models.pretrained import fetch_pretrained, has_pretrained, is_free, licence
+from questpress.models.pretrained import fetch_pretrained, has_pretrained, is_free, find_license
 from safetensors.torch import save_file
 
 
@@ -29,9 +29,9 @@ def test_has_weights_builds_no_network():
 
 
 def test_license_is_free_only_if_it_is_known_to_be():
-    assert licence("resnet50") == "apache-2.0" and is_free(licence("resnet50"))
-    assert not is_free(licence("convnextv2_tiny")) and "nc" in (licence("convnextv2_tiny") or "")
-    assert licence("cifar_resnet56") is None and not is_free(None) and not is_free("dinov3-license")
+    assert find_license("resnet50") == "apache-2.0" and is_free(find_license("resnet50"))
+    assert not is_free(find_license("convnextv2_tiny")) and "nc" in (find_license("convnextv2_tiny") or "")
+    assert find_license("cifar_resnet56") is None and not is_free(None) and not is_free("dinov3-license")
 
 
 def test_offline_error_lists_three_remedies(cache):
@@ -67,7 +67,7 @@ def test_cached_weights_need_no_network(cache):
     save_file(source.state_dict(), snapshot / "model.safetensors")
     fetched = fetch_pretrained("test_resnet")
     assert all(torch.equal(fetched.state_dict[key], value) for key, value in source.state_dict().items())
-    assert fetched.licence == "apache-2.0" and fetched.source == f"{cfg.hf_hub_id} on Hugging Face"
+    assert fetched.license == "apache-2.0" and fetched.source == f"{cfg.hf_hub_id} on Hugging Face"
     assert fetched.label_names is not None and fetched.label_names[0] == "n01440764"
     assert fetched.label_descriptions is not None and "tench" in fetched.label_descriptions[0]
 
@@ -84,7 +84,7 @@ def snapshot_in(cache):
 
 def test_damaged_file_in_the_cache_is_named(cache):
     (snapshot_in(cache) / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ModelError, match=r"delete .*model.safetensors"):
+    with pytest.raises(ModelError, match=r"Delete .*model.safetensors"):
         fetch_pretrained("test_resnet")
 
 

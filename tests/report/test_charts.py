@@ -43,9 +43,9 @@ def test_one_epoch_and_equal_values_can_be_drawn() -> None:
     for value in (0.0, 3.0, -2.0):
         chart = lines("Loss", [Curve("loss", [7], [value])], from_zero=False)
         assert chart is not None and len(shapes(chart, "point")) == 1
-        assert [tick.text for tick in shapes(chart, "tick") if tick.attributes.get("text-anchor") == "middle"] == [
-            "7"
-        ]
+        assert [
+            tick.text for tick in shapes(chart, "tick") if tick.attributes.get("text-anchor") == "middle"
+        ] == ["7"]
 
 
 def test_axis_steps_are_round_numbers() -> None:

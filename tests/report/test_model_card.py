@@ -7,8 +7,8 @@ from questpress.export.runtime import Preprocessing
 from questpress.pipeline.report.model_card import model_card
 from questpress.pipeline.runs.results import Recovery
 
-from tests.support.pages import HOSTILE
 from tests.support import bench_reports, int8_reports, reports
+from tests.support.pages import HOSTILE
 
 
 def manifest(labels: list[str] | None = None, **more: Any) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def manifest(labels: list[str] | None = None, **more: Any) -> dict[str, Any]:
             "teachers": [{"name": "resnet34", "weights": "pretrained"}],
             "method": "quest",
             "data": "clothing",
-            "licences": ["apache-2.0"],
+            "licenses": ["apache-2.0"],
         },
         "versions": {"onnxruntime": "1.31.1", "questpress": "0.1.0"},
         "files": [file("student.int8.onnx", "int8", "x86-vnni"), file("student.onnx", "fp32", None)],
@@ -44,10 +44,10 @@ def front(text: str) -> dict[str, Any]:
 def test_license_is_that_of_the_weights_it_was_made_from() -> None:
     assert front(model_card(reports.full(), manifest()))["license"] == "apache-2.0"
     several = manifest()
-    several["origin"]["licences"] = ["apache-2.0", "CC BY-NC 4.0"]
+    several["origin"]["licenses"] = ["apache-2.0", "CC BY-NC 4.0"]
     assert front(model_card(reports.full(), several))["license"] == "other"
     unknown = manifest()
-    unknown["origin"]["licences"] = []
+    unknown["origin"]["licenses"] = []
     text = model_card(reports.full(), unknown)
     assert "license" not in front(text) and "# license: unknown" in text
 
@@ -105,7 +105,7 @@ def test_hostile_names_are_text() -> None:
     assert report.data is not None
     report.data.name = HOSTILE[1]
     odd = manifest(labels=HOSTILE)
-    odd["origin"] |= {"data": "a: [b\n---\n# c", "licences": ["x: y\n---\n# z", "b"]}
+    odd["origin"] |= {"data": "a: [b\n---\n# c", "licenses": ["x: y\n---\n# z", "b"]}
     text = model_card(report, odd)
     found = front(text)
     [model] = found["model-index"]
@@ -130,7 +130,9 @@ def test_several_rounds_are_reported() -> None:
 
 def test_weights_that_are_not_the_float_files_are_reported() -> None:
     report = int8_reports.with_int8()
-    assert "fake quantization" not in model_card(report, manifest()) and "an average over" not in model_card(report, manifest())
+    assert "fake quantization" not in model_card(report, manifest()) and "an average over" not in model_card(
+        report, manifest()
+    )
     search = report.int8[0]
     learned = [one.model_copy(update={"name": "learned"}) if one.ships else one for one in search.tried]
     recovery = Recovery(epochs=1, fake_val=90.0, fake_test=90.0, file="qat/student.onnx")

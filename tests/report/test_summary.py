@@ -43,7 +43,8 @@ def test_slower_int8_file_is_called_slower() -> None:
     assert (speed.value, speed.meaning) == ("1.25×", "slower than the teacher, 1 thread")
     assert "95 % interval 1.22–1.28×, paired" in speed.details
     assert summary.warnings(report) == [
-        "Student int8 is not faster than the teacher on this machine: 1.25× slower (1.22–1.28×) with 1 thread."
+        "Student int8 is not faster than the teacher on this machine: 1.25× slower (1.22–1.28×) with "
+        "1 thread."
     ]
 
 

@@ -42,9 +42,7 @@ def test_requested_precision_overrides_the_recorded_one() -> None:
     assert Run(record=first.folder.record).engine().precision == "fp32"
 
 
-def test_gpu_has_a_memory_limit_and_the_host_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gpu_has_a_memory_limit_and_the_host_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (8e9, 16e9))
     assert free_memory("cuda:0") == 8e9
     assert free_memory("cpu") == free_memory("mps") == float("inf")

@@ -122,7 +122,7 @@ def test_json_that_is_none_of_ours_is_a_value_error(text: str, told: str) -> Non
 
 def about(**more: Any) -> dict[str, Any]:
     said = {"teacher": "t", "data": "d", "source": "s", "images": 2, "view": 0, "bytes_per_image": 4}
-    return {**said, "answer": {"readout": "logits"}, "lost_mass": None, **more}
+    return {**said, "output": {"readout": "logits"}, "lost_mass": None, **more}
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def about(**more: Any) -> dict[str, Any]:
     [
         [],
         about(teacher=3),
-        about(answer={}),
-        about(answer=[]),
+        about(output={}),
+        about(output=[]),
         about(images="many"),
         about(lost_mass="much"),
         about(view=None),
@@ -141,17 +141,19 @@ def about(**more: Any) -> dict[str, Any]:
 )
 def test_entry_of_the_store_of_another_form_is_counted_as_unreadable(content: Any, tmp_path: Path) -> None:
     for name, said in (("a", about()), ("b", content)):
-        (tmp_path / "answers" / name).mkdir(parents=True)
+        (tmp_path / "teacher-outputs" / name).mkdir(parents=True)
         text = said if isinstance(said, str) else json.dumps(said)
-        (tmp_path / "answers" / name / "about.json").write_text(text)
+        (tmp_path / "teacher-outputs" / name / "about.json").write_text(text)
     outputs, unreadable = list_cache(tmp_path)
     assert len(outputs) == 1 and unreadable == 1
     assert "1 entries cannot be read" in compress("cache", "list", "--cache", tmp_path).stdout
 
 
 def test_cache_listing_has_no_control_characters(tmp_path: Path) -> None:
-    (tmp_path / "answers" / "a").mkdir(parents=True)
-    (tmp_path / "answers" / "a" / "about.json").write_text(json.dumps(about(teacher="t\x1b[2J\u202e")))
+    (tmp_path / "teacher-outputs" / "a").mkdir(parents=True)
+    (tmp_path / "teacher-outputs" / "a" / "about.json").write_text(
+        json.dumps(about(teacher="t\x1b[2J\u202e"))
+    )
     told = compress("cache", "list", "--cache", tmp_path).stdout
     assert "t\\x1b[2J" in told and "\x1b" not in told and "\u202e" not in told
 

@@ -189,7 +189,7 @@ def test_training_images_decide_without_val_images(tmp_path: Path, data: Path, c
         (["--opset", "999"], "--opset 999"),
         (["--qat-epochs", "2"], "--qat-epochs is a part of --qat"),
         (["--until", "qat"], "no such stage without --qat"),
-        (["--activation", "relu6"], "has no activation that relu6 could stand in for"),
+        (["--activation", "relu6"], "--activation relu6 is not supported"),
         (["--max-drop", "-1"], "max-drop"),
     ],
 )
@@ -238,9 +238,7 @@ def tried(low: float) -> Candidate:
     )  # fmt: skip
 
 
-def test_slow_int8_is_explained(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_slow_int8_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = "ONNX Runtime has no integer kernel for HardSigmoid"
     parts = [FloatNode(name="a", op_type="HardSigmoid", why=kernel)] * 3
     for function, value in {"is_arm": False, "has_vnni": True}.items():

@@ -13,7 +13,7 @@ from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8.correction import with_all_biases
 from questpress.export.int8.fake_quantize import FakeQuantized
 from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize
-from questpress.export.int8.targets import target
+from questpress.export.int8.targets import find_target
 from questpress.models.build import build
 from questpress.models.readout import Readouts
 from questpress.pipeline.errors import JobError
@@ -30,7 +30,7 @@ def graph_of(network: torch.nn.Module, size: int, folder: Path) -> tuple[FakeQua
     images = np.random.default_rng(0).standard_normal((8, 3, size, size), dtype=np.float32)
     prepared = with_all_biases(prepare(file.path))
     ranges, _ = calibrate_ranges(prepared.model, [images], "minmax", prepared.scope.op_types)
-    types = target("x86-vnni")
+    types = find_target("x86-vnni")
     return FakeQuantized(prepared, quantize(prepared, ranges, types), types), torch.from_numpy(images)
 
 
@@ -52,7 +52,7 @@ def test_missing_feature_in_the_graph_is_refused(tmp_path: Path) -> None:
     network = build("cifar_resnet8", num_classes=5, image_size=16, seed=0).eval()
     other = build("cifar_resnet8", num_classes=5, image_size=16, seed=1).eval()
     graph, images = graph_of(network, 16, tmp_path)
-    with pytest.raises(JobError, match=r"no tensor that is its (logits|map)"):
+    with pytest.raises(JobError, match=r"does not compute the feature (logits|map)"):
         QuantizedReadouts(graph, other, images[:4], images[:4], frozenset({"map"}))
 
 

@@ -34,5 +34,5 @@ def test_resident_workers_is_reported_and_kept(
     assert first.exit_code == 0 and "decoded by workers" in first.stderr and "free at" in first.stderr
     monkeypatch.undo()
     second = little.job(data, out, cache, "--until", "student")
-    assert second.exit_code == 0 and "as this run was begun" in second.stderr
+    assert second.exit_code == 0 and "as when this run was started" in second.stderr
     assert little.record(out)["placement"] == "workers"

@@ -51,12 +51,9 @@ def test_second_round_is_taught_by_the_first_student(
 def test_report_has_each_rounds_accuracy(rounds: Path) -> None:
     found = report(rounds)
     told = [(one["round"], one["teacher"], one["seed"], one["file"]) for one in found["rounds"]]
-    assert told == [
-        (1, little.TEACHER, 0, "round.1.safetensors"),
-        (2, "round 1", 1, "student.safetensors"),
-    ]
+    assert told == [(1, little.TEACHER, 0, "round.1.safetensors"), (2, "round 1", 1, "student.safetensors")]
     for one in found["rounds"]:
-        assert one["val_accuracy"]["n"] == found["data"]["val"]
+        assert one["val_score"]["n"] == found["data"]["val"]
         assert one["score"]["n"] == found["data"]["test"]
     assert found["student"]["val_score"] == found["rounds"][1]["val_score"]
     assert {epoch["stage"] for epoch in found["epochs"]} == {"teacher", "round 1", "student"}
@@ -111,8 +108,13 @@ def test_rounds_want_one_teacher_and_a_method(data: Path, cache: Path, tmp_path:
             *ROUNDS, *more,
         )  # fmt: skip
 
-    refused(asked("--teacher", little.STUDENT), 2, "--rounds 2 with 2 teachers", "name one --teacher")
-    refused(asked("--teachers-from-seeds", "3"), 2, "--rounds 2 with 3 teachers")
+    refused(
+        asked("--teacher", little.STUDENT),
+        2,
+        "--rounds 2 requires one teacher, got 2 teachers",
+        "name one --teacher",
+    )
+    refused(asked("--teachers-from-seeds", "3"), 2, "--rounds 2 requires one teacher, got 3 teachers")
     refused(asked("--method", "none"), 2, "--rounds 2", "--method none")
     assert not (tmp_path / "run").exists()
 

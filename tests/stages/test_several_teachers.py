@@ -106,10 +106,7 @@ def test_weights_and_heads_are_given_once_or_per_teacher(
 
 
 def test_weights_and_heads_belong_to_the_teachers_in_their_order(
-    finished: Path,
-    data: Path,
-    cache: Path,
-    tmp_path: Path,
+    finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     result = distilled(
         data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher", STUDENT, "--teacher-weights",
@@ -149,10 +146,7 @@ def test_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
 
 
 def test_head_is_replaced_next_to_a_fitting_one(
-    finished: Path,
-    data: Path,
-    cache: Path,
-    tmp_path: Path,
+    finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     two = trained(tmp_path / "two.safetensors", ("cat", "dog", "horse"), "cifar_resnet20")
     result = asked(

@@ -236,7 +236,7 @@ def test_runs_own_teacher_is_another_runs_weights(finished, data, cache, tmp_pat
 
 def test_student_without_published_weights_starts_from_scratch_with_a_note(finished):
     told = (finished.parent / "stderr.txt").read_text()
-    assert f"timm has no pretrained weights of {STUDENT}: the student starts from scratch" in told
+    assert f"timm has no pretrained weights for {STUDENT}: the student starts from scratch" in told
     assert report(finished)["student"]["weights"] == "scratch"
 
 

@@ -119,7 +119,7 @@ def test_deeper_network_is_not_taken_for_one_with_a_projector(data: Path, tmp_pa
     result = little.compress(
         *OPTIONS, "--teacher-weights", file, "--method", "mimic", "--data", data, "--out", tmp_path / "run"
     )
-    little.refused(result, 1, "don't fit cifar_wrn_16_1", "unexpected")
+    little.refused(result, 1, "do not fit cifar_wrn_16_1", "unexpected")
 
 
 def test_ensemble_skips_headless_teachers(contrastive: Path, data: Path, cache: Path, tmp_path: Path) -> None:

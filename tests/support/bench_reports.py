@@ -56,30 +56,9 @@ def bench(**more: object) -> Bench:
         ],
         latencies=latencies,
         speedups=[
-            Speedup(
-                subject="student_int8",
-                over="teacher",
-                threads=1,
-                ratio=18.2,
-                low=17.9,
-                high=18.5,
-            ),
-            Speedup(
-                subject="student_int8",
-                over="student",
-                threads=1,
-                ratio=0.8,
-                low=0.75,
-                high=0.84,
-            ),
-            Speedup(
-                subject="student_int8",
-                over="student",
-                threads=2,
-                ratio=1.0,
-                low=0.98,
-                high=1.03,
-            ),
+            Speedup(subject="student_int8", over="teacher", threads=1, ratio=18.2, low=17.9, high=18.5),
+            Speedup(subject="student_int8", over="student", threads=1, ratio=0.8, low=0.75, high=0.84),
+            Speedup(subject="student_int8", over="student", threads=2, ratio=1.0, low=0.98, high=1.03),
         ],
         images="64 images of the run's data",
         end_to_end=[

@@ -91,10 +91,7 @@ def with_int8() -> Report:
 
 def with_recovery(*, learned_ships: bool = True) -> Report:
     report = full()
-    candidates = [
-        tried("learned", 1, ships=learned_ships),
-        tried("minmax", 2, ships=not learned_ships),
-    ]
+    candidates = [tried("learned", 1, ships=learned_ships), tried("minmax", 2, ships=not learned_ships)]
     recovery = Recovery(epochs=4, fake_val=90.5, fake_test=84.0, file="qat/student.onnx")
     return report.model_copy(update={"int8": [searched("x86-vnni", candidates)], "recovery": recovery})
 

@@ -10,15 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from questpress.export.latency.results import Latency, Percentile, Speedup
 from questpress.export.results import Parity
-from questpress.pipeline.runs.results import (
-    DataSummary,
-    Epoch,
-    Example,
-    Report,
-    StageTime,
-    Subject,
-    Words,
-)
+from questpress.pipeline.runs.results import DataSummary, Epoch, Example, Report, StageTime, Subject, Words
 from questpress.pipeline.runs.scores import ClassScore, Measure, Proportion, Score
 
 GARMENTS = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
@@ -101,7 +93,7 @@ def full(classes: list[str] | None = None) -> Report:
         classes=class_scores(2),
         parameters=21_289_802,
         gmacs=0.674,
-        licence="Apache-2.0",
+        license="Apache-2.0",
         head="replaced",
         val_score=accuracy(312, 341),
         file="bench/teacher.onnx",
@@ -195,7 +187,7 @@ def full(classes: list[str] | None = None) -> Report:
             for i, label in enumerate(names[:12])
         ],
         confusion=confusion,
-        warnings=["The teacher's weights are under a licence that is not a free one: CC BY-NC 4.0."],
+        warnings=["The teacher's weights are under a license that is not a free one: CC BY-NC 4.0."],
         stages=[
             StageTime(stage="teacher", seconds=412.2, summary="resnet34, 91.5 % on 341 val images"),
             StageTime(stage="prepare", seconds=8.4, summary="704 words, perplexity 432"),
@@ -272,13 +264,7 @@ def teacher_only() -> Report:
     """After the first stage."""
     report = without("student", "student_int8", "words", "examples", "confusion", "artifact", "teacher")
     teacher = report.teachers[0].model_copy(
-        update={
-            "score": None,
-            "latency_ms": {},
-            "bytes": None,
-            "file": None,
-            "sha256": None,
-        }
+        update={"score": None, "latency_ms": {}, "bytes": None, "file": None, "sha256": None}
     )
     return report.model_copy(
         update={"teachers": [teacher], "epochs": epochs("teacher", 5), "stages": report.stages[:1]}

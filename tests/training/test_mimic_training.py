@@ -13,14 +13,7 @@ from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import nn
 
-from tests.support.toys import (
-    CLASSES,
-    ENGINE,
-    SIDE,
-    learn,
-    network,
-    plan,
-)
+from tests.support.toys import CLASSES, ENGINE, SIDE, learn, network, plan
 
 WIDTH, HASHES = 128, 40
 

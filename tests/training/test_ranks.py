@@ -42,11 +42,7 @@ from tests.support.toys import CLASSES, ENGINE, SIDE, network, plan, views
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
 SHAPES = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
-TEACHER_READS = {
-    "kd": frozenset({"logits"}),
-    "quest": frozenset({"map"}),
-    "mimic": frozenset({"vector"}),
-}
+TEACHER_READS = {"kd": frozenset({"logits"}), "quest": frozenset({"map"}), "mimic": frozenset({"vector"})}
 
 
 def without_batch_norm(net: nn.Module) -> nn.Module:

@@ -25,17 +25,7 @@ from torch import nn
 
 from tests.support import little
 from tests.support.little import job, report, weights
-from tests.support.toys import (
-    CLASSES,
-    ENGINE,
-    SIDE,
-    distillation,
-    equal,
-    plan,
-    state,
-    supervised,
-    views,
-)
+from tests.support.toys import CLASSES, ENGINE, SIDE, distillation, equal, plan, state, supervised, views
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 

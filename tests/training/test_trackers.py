@@ -85,11 +85,7 @@ def test_run_config_has_no_paths_of_this_machine(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "package"),
-    [
-        (["--tensorboard"], "tensorboard"),
-        (["--track", "wandb"], "wandb"),
-        (["--track", "mlflow"], "mlflow"),
-    ],
+    [(["--tensorboard"], "tensorboard"), (["--track", "wandb"], "wandb"), (["--track", "mlflow"], "mlflow")],
 )
 def test_missing_package_is_an_error_before_the_run(option, package, data, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
@@ -248,21 +244,6 @@ def test_resumed_training_continues_its_wandb_run(wandb, tmp_path):
     assert len({run["id"] for run in wandb.runs}) == 1 and wandb.runs[1]["resume"] == "allow"
     (points,) = wandb.points.values()
     assert [step for step, _ in points] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("change", [{"fresh": True}, {"key": "another"}])
-def test_restarted_training_is_another_wandb_run(wandb, tmp_path, change):
-    train(open_context(tmp_path / "shop", track="wandb"), range(1, 4))
-    train(open_context(tmp_path / "shop", track="wandb", **change), range(1, 5))
-    assert [[step for step, _ in points] for points in wandb.points.values()] == [[1, 2, 3], [1, 2, 3, 4]]
-
-
-def test_each_training_is_a_wandb_run(wandb, tmp_path):
-    context = open_context(tmp_path / "shop", track="wandb")
-    train(context, range(1, 5), "teacher 1")
-    train(context, range(1, 5), "student")
-    assert [run["name"] for run in wandb.runs] == ["shop teacher 1", "shop"]
-    assert {run["group"] for run in wandb.runs} == {"shop"}
 
 
 @pytest.mark.parametrize("broken", ["init", "log"])

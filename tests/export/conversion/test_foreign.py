@@ -18,10 +18,7 @@ from questpress.export.int8.quantizer import quantize_int8
 from tests.support.hostile_onnx import HARMS, define, external, little
 
 
-@pytest.mark.parametrize(
-    ("harm", "told"),
-    HARMS,
-)
+@pytest.mark.parametrize(("harm", "told"), HARMS)
 def test_untrusted_onnx_file_is_refused(
     harm: Callable[[onnx.ModelProto], None], told: str, tmp_path: Path
 ) -> None:

@@ -10,13 +10,7 @@ import pytest
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.conversion.onnx_export import (
-    MIN_OPSET,
-    OnnxFile,
-    check_parity,
-    export_onnx,
-    max_opset,
-)
+from questpress.export.conversion.onnx_export import MIN_OPSET, OnnxFile, check_parity, export_onnx, max_opset
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.latency.runner import Subject, bench
@@ -190,9 +184,7 @@ class Loop(nn.Module):
         return x.mean((2, 3)) if bool(x.sum() > 0) else x.amax((2, 3))
 
 
-def test_parity_fails_for_another_network(
-    exported: tuple[SmallConvNet, OnnxFile],
-) -> None:
+def test_parity_fails_for_another_network(exported: tuple[SmallConvNet, OnnxFile]) -> None:
     _, file = exported
     images = torch.randn(5, 3, 16, 16)
     with pytest.raises(ExportError, match=r"differ by up to \d.*0\.0001 is allowed"):

@@ -125,10 +125,7 @@ HEAD = node("Conv", ["b", "head"], ["output"])
         ([STEM, depthwise("a", "b", "dw", 5), node("Flatten", ["b"], ["output"])], ("output",)),
         ([STEM, depthwise("a", "c", "dw", 5), node("Mul", ["c", "each"], ["b"]), HEAD], ("output",)),
         ([STEM, depthwise("a", "c", "dw", 5), node("Softmax", ["c"], ["b"], axis=1), HEAD], ("output",)),
-        (
-            [STEM, node("Conv", ["a", "groups"], ["b"], group=5), node("Relu", ["b"], ["output"])],
-            ("output",),
-        ),
+        ([STEM, node("Conv", ["a", "groups"], ["b"], group=5), node("Relu", ["b"], ["output"])], ("output",)),
     ],
     ids=["input", "output", "given out", "flattened", "constant", "softmax", "two of each"],
 )

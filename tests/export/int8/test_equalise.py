@@ -213,8 +213,7 @@ def test_head_behind_global_pooling_takes_up_the_scales() -> None:
         by_channel = UNEVEN[None] if turned else UNEVEN[:, None]
         column = UNEVEN[:, None, None, None]
         model = graph_of(
-            nodes,
-            {"w": weights(6, 3, 1, 1) * column, "b": weights(6) * UNEVEN, "v": v / by_channel},
+            nodes, {"w": weights(6, 3, 1, 1) * column, "b": weights(6) * UNEVEN, "v": v / by_channel}
         )
         level = equalize(prepared(model), IMAGES)
         assert level is not None

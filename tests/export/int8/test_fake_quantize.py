@@ -138,10 +138,7 @@ def test_gradient_of_an_end_is_that_of_what_it_cuts(zero: int, qmin: int, qmax: 
         return float((x.double().clamp(*ends) * given).sum()) * share
 
     ε = 1e-5
-    finite = [
-        (clipped(ε, 0) - clipped(-ε, 0)) / (2 * ε),
-        (clipped(0, ε) - clipped(0, -ε)) / (2 * ε),
-    ]
+    finite = [(clipped(ε, 0) - clipped(-ε, 0)) / (2 * ε), (clipped(0, ε) - clipped(0, -ε)) / (2 * ε)]
     assert one.logs.grad.tolist() == pytest.approx(finite, rel=1e-3)
 
 

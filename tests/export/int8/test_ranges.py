@@ -79,9 +79,7 @@ def test_outlier_of_the_first_chunk_is_in_the_histogram_at_the_end(
     assert -30.0 <= low < high <= 50.0
 
 
-def test_percentile_cuts_half_of_what_it_leaves_out_on_either_side(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_percentile_cuts_half_of_what_it_leaves_out_on_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
     kind, options = METHODS["percentile"]
     monkeypatch.setitem(METHODS, "percentile", (kind, {**options, "percentile": 98}))
     batch = images(40)

@@ -199,9 +199,7 @@ def test_search_needs_a_calibrator(small: Prepared, tmp_path: Path) -> None:
         found(small, tmp_path / "a", told([NO]), calibrators=[])
 
 
-def test_graph_unsupported_by_torch_is_searched_by_calibrators(
-    tmp_path: Path,
-) -> None:
+def test_graph_unsupported_by_torch_is_searched_by_calibrators(tmp_path: Path) -> None:
     nodes = [
         node("Conv", ["input", "w"], ["a"], name="conv"),
         node("CumSum", ["a", "axis"], ["b"], name="sums"),
@@ -217,9 +215,7 @@ def test_graph_unsupported_by_torch_is_searched_by_calibrators(
     assert held.chosen is not None and held.stopped is None
 
 
-def test_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rounded(
-    small: Prepared,
-) -> None:
+def test_sensitive_come_worst_first_with_nodes_that_keep_them_from_being_rounded(small: Prepared) -> None:
     types = find_target("arm64")
     ranges, _ = calibrate_ranges(small.model, [images(24)], "minmax", small.scope.op_types)
     network = FakeQuantized(small, quantize(small, ranges, types), types).eval()

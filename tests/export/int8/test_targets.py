@@ -114,9 +114,7 @@ def test_target_is_detected(monkeypatch: pytest.MonkeyPatch, kind: tuple[str, st
     assert machine.has_vnni() == (name == "x86-vnni") and machine.is_arm() == (name == "arm64")
 
 
-def test_environment_names_the_processor_and_its_int8_flags(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_environment_names_the_processor_and_its_int8_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, VNNI)
     here = machine.environment()
     assert here.cpu == "Some CPU" and here.machine.endswith(" x86_64")

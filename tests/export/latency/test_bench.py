@@ -29,11 +29,7 @@ def test_bench_times_every_subject_at_every_thread_count(tmp_path: Path) -> None
     told: list[float] = []
     subjects = [subject(tmp_path, "small", 8), subject(tmp_path, "large", 512, n=2)]
     result = bench(
-        subjects,
-        threads=[1, 2, 1],
-        seconds=0.3,
-        seed=1,
-        progress=lambda fraction, _: told.append(fraction),
+        subjects, threads=[1, 2, 1], seconds=0.3, seed=1, progress=lambda fraction, _: told.append(fraction)
     )
     assert [(x.subject, x.threads) for x in result.latencies] == [
         (name, count) for count in (1, 2) for name in ("small", "large")

@@ -53,13 +53,13 @@ def test_ratio_of_known_latencies_lies_in_its_interval(tmp_path: Path) -> None:
     assert 1.4 < found.ratio < 1.6
 
 
-def test_same_file_twice_is_no_difference_19_times_of_20(tmp_path: Path) -> None:
+def test_same_file_twice_is_no_difference_9_times_of_10(tmp_path: Path) -> None:
     pair = [known(tmp_path, "A", 0.5), known(tmp_path, "A again", 0.5)]
     verdicts = [
         bench(pair, threads=[1], seconds=0.1, processes=2, seed=seed).speedup("A again", "A", 1).verdict
-        for seed in range(20)
+        for seed in range(10)
     ]
-    assert verdicts.count("no difference") >= 19
+    assert verdicts.count("no difference") >= 9
 
 
 @contextmanager

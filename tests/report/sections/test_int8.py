@@ -5,7 +5,7 @@ import re
 from math import inf
 
 import pytest
-from questpress.pipeline.report import summary
+from questpress.pipeline.report import format, summary
 from questpress.pipeline.report.charts import Chart
 from questpress.pipeline.report.page import Section
 from questpress.pipeline.report.pages.run import report_page
@@ -57,7 +57,7 @@ def test_table_has_candidates_in_the_order_they_were_tried() -> None:
         "float nodes": "–",
         "accuracy": "89.8 %",
         "vs. fp32": "−0.2 points",
-        "McNemar p": "0.50",
+        "McNemar p": "0.500",
         "SQNR": "23.5 dB",
         "latency": "0.684 ms",
         "speedup": "1.92× (1.89–1.95×)",
@@ -83,12 +83,15 @@ def test_chart_has_candidates_at_their_latency_and_accuracy() -> None:
     assert set(dots) == {"fp32", "1 minmax", "2 entropy", "3 entropy, biases corrected", "4 percentile"}
     fp32, minmax, islands = dots["fp32"], dots["1 minmax"], dots["4 percentile"]
     ticks = shapes(chart, "tick")
-    left = next(float(t.attributes["x"]) for t in ticks if t.text == "0" and t.attributes["text-anchor"] == "middle")
+    left = next(
+        float(t.attributes["x"]) for t in ticks if t.text == "0" and t.attributes["text-anchor"] == "middle"
+    )
     assert (minmax[0] - left) / (fp32[0] - left) == pytest.approx(0.671 / 1.31, abs=0.003)
     assert islands[1] == fp32[1] < minmax[1]
     percent = {
-        float(t.text): float(t.attributes["y"]) - 4 for t in ticks if t.attributes.get("text-anchor") == "end"
-        and re.fullmatch(r"[\d.]+", t.text)
+        float(t.text): float(t.attributes["y"]) - 4
+        for t in ticks
+        if t.attributes.get("text-anchor") == "end" and re.fullmatch(r"[\d.]+", t.text)
     }
     (top, high), (bottom, low) = max(percent.items()), min(percent.items())
     assert (minmax[1] - high) / (low - high) == pytest.approx((top - 87.75) / (top - bottom), abs=0.003)
@@ -118,7 +121,7 @@ def test_candidates_near_each_other_all_have_labels() -> None:
 
 def test_target_that_cannot_be_timed_has_a_table_and_no_chart() -> None:
     report = int8_reports.with_int8()
-    assert target(report).figures and not target(report, 1).figures
+    assert any(target(report).figures) and not any(target(report, 1).figures)
     assert len(target(report, 1).tables[0].rows) == 2
     [text] = target(report, 1).text
     assert "artifact/student.int8.arm64.onnx on 371 test images: 80.9 % (76.6–84.5 %), fp32" in text
@@ -135,7 +138,9 @@ def test_text_has_the_result_of_the_search() -> None:
     )
     assert "A loss above the budget" not in text
     [text] = target(int8_reports.with_int8(), 1).text
-    assert text.startswith("1 of 1 candidate is within 0.5 points of the fp32 accuracy on 400 validation images.")
+    assert text.startswith(
+        "1 of 1 candidate is within 0.5 points of the fp32 accuracy on 400 validation images."
+    )
     assert " It ships: minmax, +0.0 points." in text
     report = int8_reports.with_int8()
     tight = report.int8[0].model_copy(update={"max_drop": 0.1})
@@ -167,8 +172,8 @@ def test_report_without_a_search_has_no_section() -> None:
 
 
 REASON = (
-    "The fp32 file ships: no int8 candidate of 2 for x86-vnni is within 0.5 points of the fp32 accuracy on 400 "
-    "validation images; the best, entropy, loses 1.8 points."
+    "The fp32 file ships: no int8 candidate of 2 for x86-vnni is within 0.5 points of the fp32 accuracy on "
+    "400 validation images; the best, entropy, loses 1.8 points."
 )
 
 
@@ -189,7 +194,7 @@ def test_key_figures_without_an_int8_file_are_those_of_fp32() -> None:
     assert size.details == ["8.94 MB vs. 85.1 MB"]
     assert (speed.value, speed.meaning) == ("9.49×", "faster than the teacher, 1 thread")
     assert score.value == f"{report.student.score.percent:.1f} %"
-    assert score.meaning == "accuracy of the student fp32"
+    assert score.meaning == "accuracy of the fp32 student"
     assert summary.list_missing(report) == []
     table = int8.candidates(report, report.int8[0])
     results = [row[table.columns.index("result")] for row in table.rows]
@@ -204,8 +209,8 @@ def test_second_target_without_a_file_is_a_warning() -> None:
     )
     report = report.model_copy(update={"int8": [report.int8[0], lost]})
     assert (
-        "No int8 file for arm64: no int8 candidate of 1 for arm64 is within 0.5 points of the fp32 accuracy on "
-        "400 validation images; the best, minmax, loses 1.5 points."
+        "No int8 file for arm64: no int8 candidate of 1 for arm64 is within 0.5 points of the fp32 accuracy "
+        "on 400 validation images; the best, minmax, loses 1.5 points."
     ) in summary.warnings(report)
     assert not summary.lead(report).startswith("The fp32")
 
@@ -257,12 +262,12 @@ def test_qat_without_a_search_has_the_fake_quantized_scores() -> None:
         ["validation", "–", "90.5 %", "–", "–"],
         ["test", "–", "84.0 %", "–", "–"],
     ]
-    assert [section.id for section in report_page(report).sections] == ["int8", "details"]
+    assert [section.id for section in report_page(report).shown_sections] == ["int8", "details"]
 
 
 def test_sqnr_and_p_values_are_short() -> None:
     assert int8.decibels(inf) == "no error" and int8.decibels(-1.06) == "−1.06 dB"
-    assert [int8.probability(p) for p in (0.0004, 0.041, 0.5, 1.0)] == ["< 0.001", "0.041", "0.50", "1"]
+    assert [format.p_value(p) for p in (0.0004, 0.041, 0.5, 1.0)] == ["< 0.001", "0.041", "0.500", "1.000"]
 
 
 def test_json_round_trip_preserves_int8() -> None:

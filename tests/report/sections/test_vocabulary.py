@@ -35,6 +35,6 @@ def test_word_frequency_is_a_curve_over_ranks() -> None:
 
 def test_vocabulary_without_frequencies_is_a_table() -> None:
     vocabulary = section(reports.full())
-    assert not any("Word freq" in figure.description for figure in vocabulary.figures)
+    assert not any("Word freq" in str(figure) for figure in vocabulary.figures)
     assert vocabulary.tables[0].rows
     assert 'class="patches"' not in html(reports.full())
