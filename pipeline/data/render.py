@@ -120,8 +120,8 @@ def render_views(
 ) -> Tensor:
     """Return crops at ``size`` × ``size`` pixels: uint8 [B, 3, S, S] on ``device``, channels last.
 
-    ``indices`` (int64 [B]), ``box`` (int32 [B, 4]) and ``flips`` (bool [B]), drawn by ``views.draw_crops``, are
-    on the host; ``pixels`` may be there or on ``device``. The host never waits for the device.
+    ``indices`` (int64 [B]), ``box`` (int32 [B, 4]) and ``flips`` (bool [B]) from ``views.draw_crops`` are on
+    the host; ``pixels`` may be there or on ``device``. The host never waits for the device.
     """
     device = torch.device(device)
     if pixels.data.device.type == "cpu" and device.type != "cpu":

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from ...export.conversion.onnx_export import OUTPUT, check_parity, export_onnx
-from ...export.runtime import ImageError, allowed_cores, decode_image, build_metadata, normalize
-from ..data.network_spec import NetworkSpec
-from ..data.training_data import TrainingData
+from ...export.runtime import ImageError, allowed_cores, build_metadata, decode_image, normalize
+from ..data.training_data import NetworkSpec, TrainingData
 from ..evaluation.latency import (
     INPUTS,
     Images,

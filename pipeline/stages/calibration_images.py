@@ -7,8 +7,7 @@ import numpy as np
 
 from ...export.runtime import Preprocessing, normalize
 from ..data.decode import render_images
-from ..data.network_spec import NetworkSpec
-from ..data.training_data import TrainingData
+from ..data.training_data import NetworkSpec, TrainingData
 from ..data.views import draw_order
 from ..runs.files import digest
 

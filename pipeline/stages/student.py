@@ -92,7 +92,9 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     if o.balance == "auto":
         _note_balance(context, task, balanced)
     if cache is not None and is_main:
-        cache.open_cached(schedule.all_views(o.epochs))  # including those of an interrupted run, for the report
+        cache.open_cached(
+            schedule.all_views(o.epochs)
+        )  # including those of an interrupted run, for the report
     outputs = [spec.file]
     shipped = task.shipped
     if is_main and round_.ships and built:

@@ -12,9 +12,8 @@ from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from ...models.initialize import InitialNetwork, initialize, parameters
 from ..data.dataset import SPLITS, Split
-from ..data.network_spec import NetworkSpec
 from ..data.render import Normalize
-from ..data.training_data import TrainingData
+from ..data.training_data import NetworkSpec, TrainingData
 from ..errors import JobError
 from ..evaluation.inference import compute_logits
 from ..report.format import join_names
@@ -29,7 +28,7 @@ from ..training.task import DistillationTask
 from ..training.trainer import build_plan, choose_run_engine, run_training
 from ..training.weights import weights_metadata
 
-LOGITS = "teacher_answers.safetensors"
+LOGITS = "teacher.logits.safetensors"
 """fp32 logits on test of each teacher with a head, to compare the student with."""
 
 MAX_CHECK_IMAGES = 10_000

@@ -156,7 +156,7 @@ def _warn(context: RunContext, previous: Mapping[str, Any], student: Score, labe
     for name, license in dict.fromkeys((network["name"], network.get("license")) for network in networks):
         if license is not None and not is_free(license):
             warn(
-                f"The pretrained weights of {name} are licensed under {license}, which is not a free license. "
+                f"The pretrained weights of {name} are under {license}, which is not a free license. "
                 "Check that it permits your use; it applies to the student too."
             )
 

@@ -6,8 +6,8 @@ from functools import cached_property
 from ...models.names import resolve
 from ..config.options import Options
 from ..config.stages import ROUND, get_round
-from ..data.network_spec import NetworkSpec
 from ..data.placement import Placement
+from ..data.training_data import NetworkSpec
 from ..runs.cache import Cache
 from ..runs.console import Display, Stage
 from ..runs.folder import RunFolder

@@ -13,8 +13,7 @@ from ...models.projection import Widened, widen
 from ...models.readout import Readouts
 from .. import methods
 from ..config.options import Options
-from ..data.network_spec import NetworkSpec
-from ..data.training_data import TrainingData
+from ..data.training_data import NetworkSpec, TrainingData
 from ..methods.base import Method, Setup, Shapes
 from ..methods.shapes import compute_shapes
 from ..runs.device import Engine, inference_engine

@@ -4,7 +4,7 @@ A view is a pure function of seed, image and view number, so a teacher's output 
 QuEST a few word indices per position, for a method on logits a row of logits. One entry of the cache holds
 one kind of output of one teacher for one view of all images, as memory-mapped arrays:
 
-    answers/KEY/  about.json  map.ids.npy [N,P,m] uint16  map.p.npy [N,P,m] fp16  …
+    teacher-outputs/KEY/  about.json  map.ids.npy [N,P,m] uint16  map.p.npy [N,P,m] fp16  …
 
 KEY is a hash of all that the output depends on: the teacher's weights and precision, the images and their
 canonical form, the view policy, the view number, and the kind of output. An entry is complete or absent, and
@@ -28,10 +28,9 @@ from torch import Tensor
 
 from ...models.checkpoint import tensors_digest
 from ..config.options import Options
-from ..data.network_spec import NetworkSpec
 from ..data.render import to_device
-from ..data.training_data import TrainingData
-from ..data.views import FIXED_SEED, ViewSchedule, ViewPolicy
+from ..data.training_data import NetworkSpec, TrainingData
+from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
 from ..errors import JobError
 from ..methods.base import CachedOutput, Features, Method
 from ..report import format
@@ -42,7 +41,7 @@ from .compute.distributed import Ranks
 from .context import RunContext
 from .weights import load_teacher
 
-KIND = "answers"
+KIND = "teacher-outputs"
 ABOUT = "about.json"
 SCHEMA = 1
 
@@ -104,7 +103,7 @@ class TeacherCache:
     def key(self, t: int, output: CachedOutput, view: int) -> str:
         about = {"schema": SCHEMA, "images": self.images, "batch": BATCH, "view": view}
         arrays = {name: [list(shape), dtype] for name, (shape, dtype) in output.arrays.items()}
-        return digest({**about, "source": self.sources[t].key, "answer": output.key, "arrays": arrays})
+        return digest({**about, "source": self.sources[t].key, "output": output.key, "arrays": arrays})
 
     def find(self, t: int, view: int) -> list[Path | None]:
         """Return the entry of each output of a teacher for a view; None if it is absent or damaged."""
@@ -393,7 +392,7 @@ def write_about(folder: Path, output: CachedOutput, about: Mapping[str, Any]) ->
         "schema": SCHEMA,
         **about,
         "bytes_per_image": output.bytes_per_image,
-        "answer": dict(output.key),
+        "output": dict(output.key),
         "lost_mass": lost_mass(arrays),
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from ..config.options import Options
-from ..data.network_spec import NetworkSpec
-from ..data.training_data import TrainingData
+from ..data.training_data import NetworkSpec, TrainingData
 from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
 from ..evaluation.inference import compute_logits

@@ -13,7 +13,7 @@ from ...models.pretrained import check_published, has_pretrained
 from ...models.weights import load_into
 from ..config.options import Options
 from ..data.dataset import ImageSet
-from ..data.network_spec import NetworkSpec
+from ..data.training_data import NetworkSpec
 from ..runs.device import Engine
 from .task import Teacher
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from ...errors import UsageError
 from ..dataset import Progress, Split, printable
 from ..splits import UnsplitDataset, quote_names
-from .coco import read_coco
-from .files import FolderScan, Labels, hash_files
-from .folders import SPLIT_FOLDERS
-from .label_tables import DELIMITERS, JSON_LINES, Row, read_rows
+from .folders import SPLIT_FOLDERS, FolderScan, Labels, hash_files
+from .label_formats import DELIMITERS, JSON_LINES, Row, read_coco, read_rows
 
 COCO = ".json"
 SUFFIXES = (*DELIMITERS, *sorted(JSON_LINES), COCO)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ..dataset import Image, Progress, Skipped, Split, printable
-from .files import HASHING_THREADS
+from .folders import HASHING_THREADS
 
 INFO = ("_info.json", "info.json")
 SYNONYMS: dict[Split, tuple[str, ...]] = {
