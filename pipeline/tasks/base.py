@@ -16,6 +16,8 @@ from ..runs.results import Subject
 from ..runs.scores import Proportion, Score, TaskName
 
 Names = Sequence[str]
+CHUNK = 4096
+"""Images that are decoded at once, in float64."""
 Thresholds = ndarray | None
 """Parameters of decoding, float64 [classes]; None for a task that has none, or for its default."""
 
@@ -108,8 +110,12 @@ class Task(ABC):
         self, logits: ndarray, classes: Names, thresholds: Thresholds = None
     ) -> list[tuple[str, float]]:
         """Return each image's prediction as text, with its probability."""
-        predictions = self.describe(self.predict(logits, thresholds), classes)
-        return list(zip(predictions, self.confidence(logits, thresholds).tolist(), strict=True))
+        decoded: list[tuple[str, float]] = []
+        for start in range(0, len(logits), CHUNK):
+            part = logits[start : start + CHUNK]
+            labels = self.describe(self.predict(part, thresholds), classes)
+            decoded += zip(labels, self.confidence(part, thresholds).tolist(), strict=True)
+        return decoded
 
     # Scores.
 

@@ -12,10 +12,7 @@ from ..data.dataset import Image
 from ..evaluation.comparison import SIGNIFICANT, mcnemar
 from ..evaluation.likelihood import Softmax
 from ..runs.scores import ClassScore, Measure, Proportion, Score, TaskName
-from .base import Chance, Names, PairedTest, Task, Thresholds
-
-CHUNK = 4096
-"""Images whose classes are ranked at once."""
+from .base import CHUNK, Chance, Names, PairedTest, Task, Thresholds
 
 UNEVEN = 1.5
 """Balanced accuracy is reported if the largest class has more than this many times the smallest's images."""
@@ -52,8 +49,8 @@ class Classification(Task):
         return predictions
 
     def confidence(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
-        chunks = (logits[start : start + CHUNK] for start in range(0, len(logits), CHUNK))
-        return np.concatenate([softmax(chunk).max(1) for chunk in chunks])
+        probability: ndarray = softmax(logits).max(1)
+        return probability
 
     def describe(self, labels: ndarray, classes: Names) -> list[str]:
         return [classes[label] for label in labels.tolist()]

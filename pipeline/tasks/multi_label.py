@@ -100,14 +100,8 @@ class MultiLabel(Task):
         thresholds = self.default_thresholds(len(classes)) if thresholds is None else thresholds
         rows = zip(measures, precision.tolist(), thresholds.tolist(), strict=True)
         return [
-            ClassScore(
-                label=measure.label,
-                n=measure.n,
-                percent=percent if measure.n else None,
-                f1=measure.f1,
-                threshold=threshold,
-            )
-            for measure, percent, threshold in rows
+            ClassScore(label=m.label, n=m.n, percent=ap if m.n else None, f1=m.f1, threshold=threshold)
+            for m, ap, threshold in rows
         ]
 
     def manifest_entry(self, score: Score) -> dict[str, Any]:
