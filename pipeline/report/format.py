@@ -133,8 +133,13 @@ def number(value: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Format a p-value with its sign: p = 0.041, p < 0.001."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    """Format a p-value: 0.041, < 0.001."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def p_equals(p: float) -> str:
+    """Format a p-value for a sentence: p = 0.041, p < 0.001."""
+    return f"p {p_value(p)}" if p < 0.001 else f"p = {p_value(p)}"
 
 
 def score(value: Score | Proportion | None) -> str:

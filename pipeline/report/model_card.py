@@ -200,8 +200,8 @@ def _training(report: Report, manifest: Mapping[str, Any]) -> list[str]:
         )
     if data is not None:
         lines.append(
-            f"Images: {data.name}; {data.train:,} training, {data.val:,} validation and {data.test:,} test images, "
-            "without overlap."
+            f"Images: {data.name}; {data.train:,} training, {data.val:,} validation and {data.test:,} test "
+            "images, without overlap."
         )
     if "temperature" in origin:
         lines.append(f"The logits are divided by a temperature of {origin['temperature']:.3g}.")

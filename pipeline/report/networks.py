@@ -66,8 +66,8 @@ def thread_counts(report: Report) -> list[str]:
     return sorted(counts, key=int)
 
 
-def median_latency(column: Column, threads: str) -> float | None:
-    measured = column.subject.latency_ms.get(threads)
+def median_latency(subject: Subject, threads: str) -> float | None:
+    measured = subject.latency_ms.get(threads)
     return measured.p50 if measured is not None else None
 
 
@@ -127,5 +127,5 @@ def compare_speed(column: Column | None, over: Column | None, threads: str) -> S
         for speedup in column.subject.speedups:
             if speedup.over == name and str(speedup.threads) == threads:
                 return SpeedRatio(column, over, threads, speedup.ratio, speedup.low, speedup.high)
-    p50, other = median_latency(column, threads), median_latency(over, threads)
+    p50, other = median_latency(column.subject, threads), median_latency(over.subject, threads)
     return SpeedRatio(column, over, threads, other / p50) if p50 and other else None

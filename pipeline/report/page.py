@@ -5,7 +5,7 @@ import binascii
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from . import format
@@ -59,7 +59,7 @@ class KeyFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page. Empty tables are not shown, ``folded`` ones open on a click."""
+    """A part of a page. Empty tables and missing figures are not shown; ``folded`` tables open on a click."""
 
     title: str
     id: str = ""
@@ -68,17 +68,16 @@ class Section:
     """Paragraphs."""
     warnings: Sequence[str] = ()
     command: str = ""
-    figures: Sequence[Figure] = ()
+    figures: Sequence[Figure | None] = ()
     tables: Sequence[Table] = ()
     sections: Sequence["Section"] = ()
     folded: Sequence[Table] = ()
 
     @property
     def is_empty(self) -> bool:
-        tables = any(table.rows for table in (*self.tables, *self.folded))
-        return not (
-            tables or self.figures or self.command or any(not part.is_empty for part in self.sections)
-        )
+        has_tables = any(table.rows for table in (*self.tables, *self.folded))
+        has_sections = not all(section.is_empty for section in self.sections)
+        return not (has_tables or has_sections or any(self.figures) or self.command)
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,9 @@ class Page:
     remarks: list[str] = field(default_factory=list)
     """Lines under the key figures."""
 
-    def without_empty_sections(self) -> "Page":
-        return replace(self, sections=[section for section in self.sections if not section.is_empty])
+    @property
+    def shown_sections(self) -> list[Section]:
+        return [section for section in self.sections if not section.is_empty]
 
 
 @dataclass(frozen=True)

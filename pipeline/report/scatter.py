@@ -303,10 +303,7 @@ def _x_scale(points: Sequence[Point], start: float, end: float) -> tuple[Positio
         margin = (high / low) ** 0.09
         first, last = low / margin, high * margin
         scale = _scale(log10(first), log10(last), start, end)
-
-        def position(value: float) -> float:
-            return scale(log10(value))
-
+        position: Position = lambda value: scale(log10(value))  # noqa: E731
         factors = (1, 2, 5) if high / low > 12 else (1, 1.5, 2, 3, 5, 7)
         powers = range(floor(log10(first)), ceil(log10(last)) + 1)
         values = [factor * 10.0**power for power in powers for factor in factors]

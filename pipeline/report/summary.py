@@ -121,7 +121,10 @@ def _speed(report: Report) -> KeyFigure:
         else "ratio of medians, no paired interval"
     ]
     bars = []
-    p50, other = median_latency(shipped, ratio.threads), median_latency(ratio.over, ratio.threads)
+    p50, other = (
+        median_latency(shipped.subject, ratio.threads),
+        median_latency(ratio.over.subject, ratio.threads),
+    )
     if p50 is not None and other is not None:
         bars = _bars((ratio.over, other), (shipped, p50))
         details.append(f"median {format.milliseconds(p50)} vs. {format.milliseconds(other)}")
@@ -148,7 +151,7 @@ def _score(report: Report) -> KeyFigure:
         return KeyFigure(format.MISSING, f"test {score_name(report)} not measured yet", others)
     return KeyFigure(
         format.score_percent(score),
-        f"{score_name(report)} of the {shipped.role_in_sentence}",
+        f"{score_name(report)} of the {shipped.short_role} student",
         [f"95 % interval {format.score_interval(score)}", *score_details(score), *others],
         [
             Bar(column.short_role, column.key, round(column.subject.score.percent, 1))

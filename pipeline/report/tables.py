@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from typing import Any, TypeVar
+from typing import Any
 
 import markupsafe
 from markupsafe import Markup
@@ -130,18 +130,17 @@ def markdown_text(value: Any) -> Any:
     return Markup(_MARKDOWN_SPECIAL.sub(r"\\\1", escape(escape_controls(line), quote=False)))
 
 
-T = TypeVar("T")
+Attribute = tuple[Callable[[Any], Any], Callable[[Any], str]]
+"""Reads a value, which may be None, and formats it."""
 
 
-def attribute_rows(
-    items: Sequence[T], attributes: Mapping[str, Callable[[T], str | None]]
-) -> list[list[str]]:
+def attribute_rows(items: Sequence[Any], attributes: Mapping[str, Attribute]) -> list[list[str]]:
     """Return a row for each attribute that at least one item has: its name, then the value of each item."""
     rows = []
-    for name, attribute in attributes.items():
-        values = [attribute(item) for item in items]
-        if any(values):
-            rows.append([name, *(value or format.MISSING for value in values)])
+    for name, (read, write) in attributes.items():
+        values = [read(item) for item in items]
+        if any(value is not None for value in values):
+            rows.append([name, *(format.MISSING if value is None else write(value) for value in values)])
     return rows
 
 
@@ -150,19 +149,20 @@ def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
     measured = [score for score in scores if score is not None]
     if not measured:
         return []
-    metrics: dict[str, Callable[[Score | None], str | None]] = {
-        format.title(measured[0].metric): lambda score: score and format.score_percent(score),
-        "95 % interval": lambda score: score and format.score_interval(score),
-        "Correct images": lambda score: (
-            f"{score.correct:,} of {score.n:,}" if score is not None and score.correct is not None else None
+    attributes: dict[str, Attribute] = {
+        format.title(measured[0].metric): (lambda score: score, format.score_percent),
+        "95 % interval": (lambda score: score, format.score_interval),
+        "Correct images": (
+            lambda score: score if score is not None and score.correct is not None else None,
+            lambda score: f"{score.correct:,} of {score.n:,}",
         ),
     }
     for name in dict.fromkeys(name for score in measured for name in score.details):
-        metrics[f"{name[:1].upper()}{name[1:]}"] = partial(_detail, name)
-    return attribute_rows(scores, metrics)
+        attributes[f"{name[:1].upper()}{name[1:]}"] = (partial(_format_detail, name), str)
+    return attribute_rows(scores, attributes)
 
 
-def _detail(name: str, score: Score | None) -> str | None:
+def _format_detail(name: str, score: Score | None) -> str | None:
     measure = score.details.get(name) if score is not None else None
     if score is None or measure is None:
         return None

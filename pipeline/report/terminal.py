@@ -58,7 +58,7 @@ def report_table(report: Report) -> Table:
             format.score_percent(column.subject.score),
             format.score_interval(column.subject.score),
             format.megabytes(column.subject.bytes),
-            *(format.milliseconds(median_latency(column, count)) for count in counts),
+            *(format.milliseconds(median_latency(column.subject, count)) for count in counts),
         ]
         for column in compared_networks(report)
     ]

@@ -50,12 +50,11 @@ def _section(comparison: Comparison, group: Group, number: int) -> Section:
     title = f"On {group.data}" if group.data else "Without data yet"
     if group.n:
         title += f", {format.plural(group.n, 'test image')}"
-    charts = [_chart(comparison, group, machine) for machine in group.machines]
     return Section(
         title,
         f"group-{number}",
         text=conclusions(comparison, group),
-        figures=[chart for chart in charts if chart is not None],
+        figures=[_chart(comparison, group, machine) for machine in group.machines],
         tables=[_table(comparison, group, title)],
     )
 
@@ -103,7 +102,7 @@ def describe_difference(difference: AccuracyDifference, n: int | None) -> str:
     text = format.points(difference.points, n)
     if difference.p_holm is None:
         return f"{text}, intervals {'overlap' if difference.within_noise else 'do not overlap'}"
-    text += f", {format.p_value(difference.p_holm)}"
+    text += f", {format.p_equals(difference.p_holm)}"
     return text if difference.paired else f"{text}, unpaired"
 
 

@@ -36,4 +36,4 @@ def report_page(report: Report) -> Page:
         warnings=summary.warnings(report),
         key_figures=summary.key_figures(report),
         remarks=remarks,
-    ).without_empty_sections()
+    )

@@ -1,7 +1,5 @@
 """The page of a validation: results of each file, pairwise tests, errors, classes, calibration."""
 
-from collections.abc import Callable
-
 from ...evaluation.results import Network, Pair, Validation
 from ...runs.results import Subject
 from ...runs.scores import Proportion
@@ -9,14 +7,18 @@ from ...tasks import TASKS
 from .. import format
 from ..charts import Chart, Mark, dots
 from ..networks import Column
-from ..page import MAX_MATRIX_CLASSES, Figure, Gallery, KeyFigure, Page, Section, confusion_matrix
+from ..page import MAX_MATRIX_CLASSES, Gallery, KeyFigure, Page, Section, confusion_matrix
 from ..render import render_page
 from ..sections import calibration
 from ..sections.classes import MAX_CLASSES, confused_table, picture
 from ..summary import describe_machine
-from ..tables import Table, attribute_rows, score_rows
+from ..tables import Attribute, Table, attribute_rows, score_rows
 
 SPLITS = {"train": "training images", "val": "validation images", "test": "test images", "all": "images"}
+CALIBRATION_METRICS: dict[str, Attribute] = {
+    "NLL": (lambda n: n.calibration, lambda calibration: format.significant(calibration.nll)),
+    "ECE": (lambda n: n.calibration, lambda calibration: format.percent(calibration.ece, calibration.n)),
+}
 MAX_LABEL = 14
 """Letters of a name next to a dot."""
 
@@ -50,7 +52,7 @@ def validation_page(validation: Validation) -> Page:
         warnings=validation.warnings,
         key_figures=_key_figures(validation),
         remarks=remarks,
-    ).without_empty_sections()
+    )
 
 
 def score_name(validation: Validation) -> str:
@@ -62,8 +64,8 @@ def _lead(validation: Validation) -> str:
     return (
         f"{format.plural(students, 'file')} evaluated on {format.count(validation.n)} "
         f"{SPLITS[validation.role]} of {validation.data}, "
-        f"{format.plural(len(validation.per_class), 'class', 'classes')}{TASKS[validation.task].labels_note}, "
-        "in ONNX Runtime with the session options of deployment."
+        f"{format.plural(len(validation.per_class), 'class', 'classes')}"
+        f"{TASKS[validation.task].labels_note}, in ONNX Runtime with the session options of deployment."
     )
 
 
@@ -91,11 +93,10 @@ def _key_figures(validation: Validation) -> list[KeyFigure]:
 
 
 def _results(validation: Validation) -> Section:
-    charts = [_score_chart(validation), _recall_chart(validation.first)]
     return Section(
         "Results",
         "results",
-        figures=[chart for chart in charts if chart is not None],
+        figures=[_score_chart(validation), _recall_chart(validation.first)],
         tables=[results_table(validation), pairs_table(validation)],
     )
 
@@ -134,25 +135,20 @@ def _cut(text: str) -> str:
 def results_table(validation: Validation) -> Table:
     """Return a row for each measure that a file has, and a column for each file."""
     networks = validation.networks
-    measures: dict[str, Callable[[Network], str | None]] = {
-        "Agreement with teacher": lambda n: n.agreement and format.score(n.agreement),
-        "NLL": lambda n: n.calibration and format.significant(n.calibration.nll),
-        "ECE": lambda n: n.calibration and format.percent(n.calibration.ece, validation.n),
-        "ONNX file": lambda n: format.megabytes(n.bytes),
+    attributes: dict[str, Attribute] = {
+        "Agreement with teacher": (lambda n: n.agreement, format.score),
+        **CALIBRATION_METRICS,
+        "ONNX file": (lambda n: n.bytes, format.megabytes),
     }
-    rows = [*score_rows([n.score for n in networks]), *attribute_rows(networks, measures)]
+    rows = [*score_rows([n.score for n in networks]), *attribute_rows(networks, attributes)]
     return Table("Results", ["", *(network.name for network in networks)], rows)
 
 
 def terminal_table(validation: Validation) -> Table:
     """Return a row for each file, for 80 columns."""
     networks = validation.networks
-    measures: dict[str, Callable[[Network], str | None]] = {
-        "NLL": lambda n: n.calibration and format.significant(n.calibration.nll),
-        "ECE": lambda n: n.calibration and format.percent(n.calibration.ece, n.calibration.n),
-        "agreement": lambda n: n.agreement and format.score_percent(n.agreement),
-    }
-    columns = [*score_rows([n.score for n in networks]), *attribute_rows(networks, measures)]
+    attributes = CALIBRATION_METRICS | {"agreement": (lambda n: n.agreement, format.score_percent)}
+    columns = [*score_rows([n.score for n in networks]), *attribute_rows(networks, attributes)]
     names = [column[0] for column in columns]
     rows = [[n.name, *(column[1 + i] for column in columns)] for i, n in enumerate(networks)]
     return Table(validation.title, ["", *names], rows)
@@ -166,8 +162,8 @@ def pairs_table(validation: Validation) -> Table:
             f"{pair.first_alone:,}",
             f"{pair.second_alone:,}",
             format.points(pair.points, validation.n),
-            format.p_value(pair.p).removeprefix("p ").removeprefix("= "),
-            format.p_value(pair.p_holm).removeprefix("p ").removeprefix("= "),
+            format.p_value(pair.p),
+            format.p_value(pair.p_holm),
             describe_verdict(pair),
         ]
         for pair in validation.pairs
@@ -187,7 +183,7 @@ def describe_verdict(pair: Pair) -> str:
 def describe_pair(pair: Pair, n: int) -> str:
     """int8 vs. fp32: −0.3 points, not significant (p = 1.000)."""
     difference = f"{format.points(pair.points, n)}, {describe_verdict(pair)}"
-    return f"{pair.first} vs. {pair.second}: {difference} ({format.p_value(pair.p_holm)})"
+    return f"{pair.first} vs. {pair.second}: {difference} ({format.p_equals(pair.p_holm)})"
 
 
 def _errors(validation: Validation) -> Section:
@@ -204,13 +200,12 @@ def _classes(validation: Validation) -> Section:
     first = validation.first
     caption = f"Rows: true class. Columns: prediction of {first.name}. Numbers: images."
     matrix = confusion_matrix(first.confusion, first.classes, caption) if first.confusion else None
-    figures: list[Figure] = [matrix] if matrix is not None else []
     own, *others = [class_table(network) for network in validation.networks]
     many, pairs = len(own.rows) > MAX_CLASSES, confused_table(first.confused, "validation.json")
     return Section(
         "Classes",
         "classes",
-        figures=figures,
+        figures=[matrix],
         tables=[*([] if many else [own]), *([pairs] if matrix is None else [])],
         folded=[*([own] if many else []), *([pairs] if matrix is not None else []), *others],
     )

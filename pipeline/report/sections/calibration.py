@@ -104,11 +104,11 @@ def calibration_table(columns: Sequence[Column], note: str = "") -> Table:
             if measured.before is not None:
                 rows.append(_row(f"{column.role}, no temperature scaling", measured.before))
     note = (
-        "ECE: expected calibration error, 15 bins. Its interval is a bootstrap over images; it starts at 0 if "
-        f"a calibrated network would often have this ECE. Entropy and NLL in nats. {note}"
+        "ECE: expected calibration error, 15 bins. Its interval is a bootstrap over images and starts at 0 "
+        f"if a calibrated network would often have this ECE. Entropy and NLL in nats. {note}"
     )
-    columns_ = ["", "ECE", "95 % interval", "mean confidence", "accuracy", "entropy", "NLL", "images"]
-    return Table("Calibration", columns_, rows, note=note.strip())
+    heads = ["", "ECE", "95 % interval", "mean confidence", "accuracy", "entropy", "NLL", "images"]
+    return Table("Calibration", heads, rows, note=note.strip())
 
 
 def _row(name: str, measured: Calibration) -> list[str]:

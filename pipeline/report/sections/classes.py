@@ -11,7 +11,7 @@ from ...runs.scores import ClassScore
 from ...tasks import task_of
 from .. import format
 from ..networks import Column, all_networks, shipped_network
-from ..page import SMALL_IMAGE, Figure, Gallery, Picture, Prediction, Section, check_png, confusion_matrix
+from ..page import SMALL_IMAGE, Gallery, Picture, Prediction, Section, check_png, confusion_matrix
 from ..tables import Table
 
 MAX_CLASSES = 40
@@ -61,13 +61,12 @@ def picture(example: Example) -> Picture:
 def section(report: Report) -> Section:
     counts = report.confusion
     matrix = confusion_matrix(counts, class_names(report, len(counts)), CAPTION) if counts else None
-    figures: list[Figure] = [matrix] if matrix is not None else []
     classes, pairs = class_table(report), confused_pairs(report)
     many = len(classes.rows) > MAX_CLASSES
     return Section(
         "Classes",
         "classes",
-        figures=figures,
+        figures=[matrix],
         tables=[*([] if many else [classes]), *([pairs] if matrix is None else [])],
         folded=[*([classes] if many else []), *([pairs] if matrix is not None else [])],
     )

@@ -1,8 +1,8 @@
 """The networks of a run next to each other: accuracy over latency, size, accuracy, latency."""
 
-from collections.abc import Callable
+from functools import partial
 
-from ...runs.results import Report, Subject
+from ...runs.results import Report
 from .. import format
 from ..charts import Chart, Mark, bars, dots
 from ..networks import (
@@ -15,17 +15,16 @@ from ..networks import (
 )
 from ..page import Section
 from ..scatter import Point, describe_point, scatter
-from ..tables import Table, attribute_rows, score_rows
+from ..tables import Attribute, Table, attribute_rows, score_rows
 
 TITLE = "Comparison"
 
 
 def section(report: Report) -> Section:
-    charts = [accuracy_over_latency(report), *bar_charts(report)]
     return Section(
         TITLE,
         "comparison",
-        figures=[chart for chart in charts if chart is not None],
+        figures=[accuracy_over_latency(report), *bar_charts(report)],
         tables=[comparison_table(report)],
     )
 
@@ -44,7 +43,7 @@ def accuracy_over_latency(report: Report) -> Chart | None:
 
 
 def _point(column: Column, threads: str) -> Point | None:
-    score, p50, size = column.subject.score, median_latency(column, threads), column.subject.bytes
+    score, p50, size = column.subject.score, median_latency(column.subject, threads), column.subject.bytes
     if score is None or p50 is None:
         return None
     name, text = column.short_role, describe_point(score, p50, size)
@@ -87,29 +86,22 @@ def bar_charts(report: Report) -> list[Chart | None]:
 def comparison_table(report: Report) -> Table:
     """Return a row for each measure that a network has, and a column for each network."""
     columns = all_networks(report)
-    measures: dict[str, Callable[[Subject], str | None]] = {
-        "Agreement with teacher": lambda s: s.agreement and format.score(s.agreement),
-        f"Validation {score_name(report)} (PyTorch)": lambda s: s.val_score and format.score(s.val_score),
-        "ONNX file": lambda s: s.bytes and format.megabytes(s.bytes),
+    attributes: dict[str, Attribute] = {
+        "Agreement with teacher": (lambda s: s.agreement, format.score),
+        f"Validation {score_name(report)} (PyTorch)": (lambda s: s.val_score, format.score),
+        "ONNX file": (lambda s: s.bytes, format.megabytes),
     }
     for threads in thread_counts(report):
-        measures[f"Median latency, {format.threads(threads)}"] = _latency(threads)
-    measures |= {
-        "Parameters": lambda s: s.parameters and format.millions(s.parameters),
-        "Multiply-adds": lambda s: f"{format.significant(s.gmacs)} G" if s.gmacs is not None else None,
-        "Max. logit difference to PyTorch": lambda s: s.parity and format.scientific(s.parity.max_abs),
-        "Max. logit difference / logit range": lambda s: s.parity and format.scientific(s.parity.max_rel),
+        read = partial(median_latency, threads=threads)
+        attributes[f"Median latency, {format.threads(threads)}"] = (read, format.milliseconds)
+    attributes |= {
+        "Parameters": (lambda s: s.parameters, format.millions),
+        "Multiply-adds": (lambda s: s.gmacs, lambda gmacs: f"{format.significant(gmacs)} G"),
+        "Max. logit difference to PyTorch": (lambda s: s.parity, lambda p: format.scientific(p.max_abs)),
+        "Max. logit difference / logit range": (lambda s: s.parity, lambda p: format.scientific(p.max_rel)),
     }
     networks = [column.subject for column in columns]
     rows = [["Network", *(network.name for network in networks)]]
     rows += score_rows([network.score for network in networks])
-    rows += attribute_rows(networks, measures)
+    rows += attribute_rows(networks, attributes)
     return Table(TITLE, ["", *(column.role for column in columns)], rows if columns else [])
-
-
-def _latency(threads: str) -> Callable[[Subject], str | None]:
-    def read(subject: Subject) -> str | None:
-        measured = subject.latency_ms.get(threads)
-        return None if measured is None or measured.p50 is None else format.milliseconds(measured.p50)
-
-    return read

@@ -102,11 +102,10 @@ def warnings(report: Report) -> list[str]:
 
 
 def _target(report: Report, search: Int8Search) -> Section:
-    figure = chart(report, search)
     return Section(
         f"Candidates for {search.target}",
         text=[" ".join(_sentences(report, search))],
-        figures=[figure] if figure is not None else [],
+        figures=[chart(report, search)],
         tables=[candidates(report, search)],
         folded=[_sensitive_tensors(search), _float_nodes(search)],
     )
@@ -235,7 +234,7 @@ def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) 
         "float nodes": f"{len(candidate.kept_float):,}" if candidate.kept_float else format.MISSING,
         score_name(report): format.percent(candidate.score, search.n),
         "vs. fp32": _difference(candidate, search),
-        "McNemar p": format.MISSING if candidate.p is None else probability(candidate.p),
+        "McNemar p": format.MISSING if candidate.p is None else format.p_value(candidate.p),
         "SQNR": decibels(candidate.sqnr),
         "latency": format.milliseconds(candidate.p50),
         "speedup": format.MISSING
@@ -243,11 +242,6 @@ def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) 
         else f"{format.times(speedup.ratio)} ({format.times_interval(speedup.low, speedup.high)})",
         "file": format.megabytes(candidate.bytes),
     }
-
-
-def probability(p: float) -> str:
-    """Format a p-value in a column: 0.63, 0.041, 1, < 0.001."""
-    return "< 0.001" if p < 0.001 else "1" if p > 0.995 else format.significant(p, 2)
 
 
 def decibels(sqnr: float) -> str:

@@ -1,4 +1,4 @@
-"""Latency in the report and in the terminal: distributions, percentiles, speed-ups, cold start, throughput."""
+"""Latency in the report and the terminal: distributions, percentiles, speed-ups, cold start, throughput."""
 
 from collections.abc import Callable, Sequence
 from math import isfinite
@@ -25,7 +25,7 @@ from ..charts import (
     vertical_grid,
 )
 from ..page import Section
-from ..tables import Table
+from ..tables import Attribute, Table, attribute_rows
 
 PERCENTILES = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}
 ROLES = {"teacher": "Teacher", "student": "Student fp32", "student_int8": "Student int8"}
@@ -41,13 +41,12 @@ def section(report: Report) -> Section:
     bench = report.bench
     if bench is None:
         return Section("Latency", "latency")
-    charts = [chart for threads in bench.threads if (chart := histograms(bench, threads)) is not None]
     return Section(
         "Latency",
         "latency",
         text=[" ".join(protocol(bench))],
         warnings=list_warnings(bench),
-        figures=charts,
+        figures=[histograms(bench, threads) for threads in bench.threads],
         tables=[percentiles(bench), *other_tables(bench)],
         folded=[conditions(bench), files(bench)],
         command=bench.command,
@@ -70,7 +69,7 @@ def protocol(bench: Bench) -> list[str]:
         f"({'pinned to one core per thread' if pinned else 'not pinned: this system cannot'}) for at least "
         f"{format.significant(bench.seconds)} s{runs} per thread count, after a warm-up until two windows "
         "agreed within 2 %.",
-        f"Files alternated in blocks of {block} ms in random order (seed {bench.seed}). No run was discarded.",
+        f"Files alternated in blocks of {block} ms in random order (seed {bench.seed}); no run is discarded.",
         noise_summary(bench),
     ]
 
@@ -234,32 +233,24 @@ def _runtime(bench: Bench, name: str) -> str:
 
 def conditions(bench: Bench) -> Table:
     """Return how each thread count was measured."""
-
-    def row(name: str, value: Callable[[int], str]) -> list[str]:
-        return [name, *(value(i) for i in range(len(bench.conditions)))]
-
-    measured = bench.conditions
-    rows = [
-        row("pinned to cores", lambda i: ", ".join(map(str, measured[i].cores)) or "none"),
-        row("CPU governor", lambda i: measured[i].governor or "unknown"),
-        row("rounds of blocks", lambda i: f"{measured[i].rounds} of {_ms(measured[i].block_ms)} ms"),
-        row("processes per file", lambda i: str(measured[i].processes)),
-        row(
-            "std between processes",
-            lambda i: (
-                f"{format.significant(measured[i].process_spread, 2)} %"
-                + ("" if measured[i].process_spread_measured else " (assumed)")
-            ),
+    attributes: dict[str, Attribute] = {
+        "pinned to cores": (lambda c: c.cores, lambda cores: ", ".join(map(str, cores)) or "none"),
+        "CPU governor": (lambda c: c.governor or "unknown", str),
+        "rounds of blocks": (lambda c: f"{c.rounds} of {_ms(c.block_ms)} ms", str),
+        "processes per file": (lambda c: c.processes, str),
+        "std between processes": (
+            lambda c: c,
+            lambda c: f"{c.process_spread:.2g} %{'' if c.process_spread_measured else ' (assumed)'}",
         ),
-        row(
-            "reference workload, p10–p90",
-            lambda i: f"{_ms(measured[i].sentinel_ms[0])}–{_ms(measured[i].sentinel_ms[2])} ms",
+        "reference workload, p10–p90": (
+            lambda c: c.sentinel_ms,
+            lambda readings: f"{_ms(readings[0])}–{_ms(readings[2])} ms",
         ),
-        row("not monitored", lambda i: ", ".join(measured[i].unchecked) or "none"),
-        row("session options", lambda _: ", ".join(bench.session)),
-    ]
-    columns = ["", *(format.threads(condition.threads) for condition in measured)]
-    return Table("Measurement conditions", columns, rows, text=True)
+        "not monitored": (lambda c: ", ".join(c.unchecked) or "none", str),
+        "session options": (lambda _: ", ".join(bench.session), str),
+    }
+    heads = ["", *(format.threads(condition.threads) for condition in bench.conditions)]
+    return Table("Measurement conditions", heads, attribute_rows(bench.conditions, attributes), text=True)
 
 
 def _ms(value: float | None) -> str:

@@ -2,14 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ...runs.results import Epoch, Report
 from .. import format
 from ..charts import Chart, Curve, lines
 from ..networks import score_name
 from ..page import Section
-from ..tables import Table, attribute_rows
+from ..tables import Attribute, Table, attribute_rows
 
 METHOD_METRICS = {
     "max_p_t": "Mean of the largest p_T",
@@ -32,7 +32,7 @@ def section(report: Report) -> Section:
             lines(f"{format.title(score_name(report))}, %", _scores(epochs), from_zero=False, top=100),
             lines("Learning rate", [rates]),
         ]
-        parts.append(Section(stage, figures=[chart for chart in charts if chart is not None]))
+        parts.append(Section(stage, figures=charts))
     return Section(
         "Training",
         "training",
@@ -49,7 +49,7 @@ def _by_stage(epochs: Iterable[Epoch]) -> dict[str, list[Epoch]]:
     return stages
 
 
-def method_charts(report: Report) -> list[Chart]:
+def method_charts(report: Report) -> list[Chart | None]:
     """Draw each metric that methods report, with a curve for each stage."""
     epochs = [epoch for epoch in report.epochs if epoch.watched]
     stages, charts = _by_stage(epochs), []
@@ -60,7 +60,7 @@ def method_charts(report: Report) -> list[Chart]:
             for stage, own in stages.items()
         ]
         charts.append(lines(title, curves))
-    return [chart for chart in charts if chart is not None]
+    return charts
 
 
 def _metric_title(name: str) -> str:
@@ -97,15 +97,12 @@ def _curve(label: str, epochs: list[Epoch], values: list[float | None]) -> Curve
 def cost_table(report: Report) -> Table:
     """Return what each training cost, without the measures that none of them has."""
     stages = _by_stage(report.epochs)
-    costs: dict[str, Callable[[list[Epoch]], str | None]] = {
-        "images/s": lambda epochs: _median(
-            (e.images_per_second for e in epochs if e.images_per_second < MAX_IMAGES_PER_SECOND),
-            lambda value: format.number(round(value)),
-        ),
-        "time per epoch": lambda epochs: _median((e.seconds for e in epochs), format.duration),
-        "peak memory": _peak_memory,
-        "time in": _phases,
-        "MFU": lambda epochs: _median((e.mfu for e in epochs), lambda mfu: format.percent(100 * mfu)),
+    costs: dict[str, Attribute] = {
+        "images/s": (_throughput, lambda value: format.number(round(value))),
+        "time per epoch": (lambda epochs: _median(e.seconds for e in epochs), format.duration),
+        "peak memory": (_peak_memory, format.megabytes),
+        "time in": (_phases, str),
+        "MFU": (lambda epochs: _median(e.mfu for e in epochs), lambda mfu: format.percent(100 * mfu)),
     }
     by_cost = attribute_rows(list(stages.values()), costs)
     rows = [[stage, *(row[1 + i] for row in by_cost)] for i, stage in enumerate(stages)]
@@ -115,14 +112,17 @@ def cost_table(report: Report) -> Table:
     return Table("Training cost", ["stage", *columns], rows, note=note, text=True)
 
 
-def _median(values: Iterable[float | None], show: Callable[[float], str]) -> str | None:
+def _median(values: Iterable[float | None]) -> float | None:
     finite = [value for value in values if value is not None and math.isfinite(value)]
-    return show(statistics.median(finite)) if finite else None
+    return statistics.median(finite) if finite else None
 
 
-def _peak_memory(epochs: list[Epoch]) -> str | None:
-    peaks = [epoch.peak_memory_bytes for epoch in epochs if epoch.peak_memory_bytes is not None]
-    return format.megabytes(max(peaks)) if peaks else None
+def _throughput(epochs: list[Epoch]) -> float | None:
+    return _median(e.images_per_second for e in epochs if e.images_per_second < MAX_IMAGES_PER_SECOND)
+
+
+def _peak_memory(epochs: list[Epoch]) -> int | None:
+    return max((e.peak_memory_bytes for e in epochs if e.peak_memory_bytes is not None), default=None)
 
 
 def _phases(epochs: list[Epoch]) -> str | None:

@@ -38,12 +38,12 @@ class Patches:
 def section(report: Report) -> Section:
     """Return the vocabulary, or only the metrics of other methods."""
     shown = next((words for words in report.words if words.shown), None)
-    figures: list[Figure] = []
+    figures: list[Figure | None] = []
     if shown is not None:
         figures.append(
             Patches([_word(word, shown) for word in shown.shown], _describe_patches(shown, report))
         )
-    figures += [chart for words in report.words if (chart := _usage(report, words))]
+    figures += [_usage(report, words) for words in report.words]
     figures += method_charts(report)
     return Section(
         "Visual vocabulary" if report.words else "Method metrics",
