@@ -343,16 +343,9 @@ class Preprocessing:
         if not isinstance(values, Mapping):
             raise ValueError(f"preprocessing must be an object, got {type(values).__name__}")
         try:
-            preprocessing = cls(
-                size=int(values["size"]),
-                resize=int(values["resize"]),
-                crop_fraction=float(values["crop_fraction"]),
-                interpolation=str(values["interpolation"]),
-                crop_mode=str(values["crop_mode"]),
-                mean=_triple(values["mean"]),
-                std=_triple(values["std"]),
-            )
-        except (KeyError, TypeError, OverflowError) as error:
+            keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
+            preprocessing = cls.create(**{key: values[key] for key in keys})
+        except (KeyError, TypeError, ArithmeticError) as error:
             raise ValueError(f"preprocessing has a missing or invalid value: {error}") from error
         for key, value in preprocessing.to_dict().items():
             if values.get(key) != value:
