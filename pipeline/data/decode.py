@@ -185,9 +185,7 @@ def _decode_once(
 
 
 def decode_each(
-    images: Sequence[Image],
-    form: Callable[[np.ndarray], T],
-    progress: Progress | None = None,
+    images: Sequence[Image], form: Callable[[np.ndarray], T], progress: Progress | None = None
 ) -> Iterator[T | str]:
     """Yield ``read_pixels`` of each image in order, computed by threads: Pillow releases the GIL.
 

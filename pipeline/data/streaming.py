@@ -39,7 +39,6 @@ def measure_images(
     images: Sequence[Image],
     canonical: Canonical,
     workers: Workers,
-    *,
     cache: Cache,
     progress: Progress | None = None,
 ) -> SizedImages:

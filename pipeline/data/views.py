@@ -28,12 +28,8 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
     for _ in range(_ROUNDS):
         # The high word of a product: the 64 bits are correct even if they overflow into the sign.
         ac, cc = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            ((cc >> 32) & _MASK) ^ b ^ first,
-            cc & _MASK,
-            ((ac >> 32) & _MASK) ^ d ^ second,
-            ac & _MASK,
-        )
+        a, b = ((cc >> 32) & _MASK) ^ b ^ first, cc & _MASK
+        c, d = ((ac >> 32) & _MASK) ^ d ^ second, ac & _MASK
         first, second = (first + _WEYL[0]) & _MASK, (second + _WEYL[1]) & _MASK
     return a, b, c, d
 
@@ -139,9 +135,8 @@ def draw_crops(
             return listed[views - FIRST_LISTED], mirrored[views - FIRST_LISTED]
         row, column, *_ = random_words(seed, keys, views, 0)
         top, left = (below(word, policy._shifts) - policy.pad for word in (row, column))
-        box = torch.stack(
-            [top, left, torch.full_like(top, policy.crop), torch.full_like(top, policy.crop)], 1
-        )
+        side = torch.full_like(top, policy.crop)
+        box = torch.stack([top, left, side, side], 1)
     elif policy.kind == "resized_crop":
         box = _resized_crop(policy, seed, keys, views, heights, widths)
     else:
@@ -167,15 +162,9 @@ def list_views(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
 
 
 def to_listed_numbers(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
-    """Return the numbers of the same views in ``list_views``: int64 [B], from ``FIRST_LISTED`` on.
-
-    Raises:
-        ValueError: the policy's views cannot be listed.
-    """
+    """Return the numbers of the same views of ``pad_crop`` in ``list_views``: int64 [B]."""
     side = torch.full_like(keys, policy.side)
     box, flips = draw_crops(policy, seed, keys, views, side, side)
-    if policy.kind != "pad_crop" or policy.count is None:
-        raise ValueError(f"the views of {policy.kind} cannot be listed")
     row, column = (box[:, axis].long() + policy.pad for axis in (0, 1))
     place = row * policy._shifts + column
     return FIRST_LISTED + (2 * place + flips if policy.flip else place)
@@ -214,15 +203,9 @@ def _resized_crop(
     fits = (wide >= 1) & (wide <= widths[:, None]) & (tall >= 1) & (tall <= heights[:, None])
     first = fits.int().argmax(1, keepdim=True)
     tall, wide, row, column = (x.gather(1, first)[:, 0] for x in (tall, wide, row, column))
-    drawn = torch.stack(
-        [
-            below(row, (heights - tall + 1).clamp(min=1)),
-            below(column, (widths - wide + 1).clamp(min=1)),
-            tall,
-            wide,
-        ],
-        1,
-    )
+    top = below(row, (heights - tall + 1).clamp(min=1))
+    left = below(column, (widths - wide + 1).clamp(min=1))
+    drawn = torch.stack([top, left, tall, wide], 1)
     return torch.where(fits.any(1)[:, None], drawn, _center_crop(policy.ratio, heights, widths))
 
 
@@ -242,9 +225,8 @@ def _rounded(x: Tensor) -> Tensor:
 def _ratios(ratio: tuple[float, float]) -> Tensor:
     low, high = (math.log(end) for end in ratio)
     steps = ((step + 0.5) / _RATIOS for step in range(_RATIOS))
-    return torch.tensor(
-        [round(math.exp(low + (high - low) * t) * 2**20) / 2**20 for t in steps], dtype=torch.float64
-    )
+    ratios = [round(math.exp(low + (high - low) * t) * 2**20) / 2**20 for t in steps]
+    return torch.tensor(ratios, dtype=torch.float64)
 
 
 FIXED_SEED = 0
@@ -268,13 +250,8 @@ class ViewSchedule:
     @property
     def covers_all(self) -> bool:
         """True if V covers all different views, so that each epoch may draw any of them."""
-        count = self.policy.count
-        return (
-            self.views is not None
-            and count is not None
-            and self.views >= count
-            and self.policy.kind == "pad_crop"
-        )
+        count = self.policy.count if self.policy.kind == "pad_crop" else None
+        return self.views is not None and count is not None and self.views >= count
 
     @property
     def fixed(self) -> int | None:

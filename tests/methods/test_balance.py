@@ -38,7 +38,7 @@ def step(of: GradientBalance, r: float) -> None:
     of.end_step()
 
 
-def test_pull_of_a_loss_is_the_norm_of_its_gradient_on_the_map() -> None:
+def test_gradient_norm_of_a_loss_is_that_of_its_gradient_on_the_map() -> None:
     f_s = torch.randn(2, 3, 4, 5, requires_grad=True)
     assert float(gradient_norm((3 * f_s[0, 0]).sum(), f_s)) == pytest.approx(3 * 20**0.5)
     assert float(gradient_norm((torch.ones(1, requires_grad=True)).sum(), f_s)) == 0
@@ -65,22 +65,22 @@ def test_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -> No
     [one] = found.results()
     assert one.pull == pytest.approx(100, rel=1e-4)
     assert one.factor == pytest.approx(MOST / 100, rel=1e-4)
-    assert not found.compares
+    assert not found.is_measuring
 
 
 def test_ratio_is_measured_only_in_training() -> None:
     found = GradientBalance({"kd": kd()})
-    assert found.compares
-    assert not found.eval().compares
+    assert found.is_measuring
+    assert not found.eval().is_measuring
     with torch.no_grad():
-        assert not found.train().compares
+        assert not found.train().is_measuring
 
 
 def test_loss_that_does_not_come_from_the_map_keeps_its_weight_and_is_not_reported() -> None:
     found = GradientBalance({"kd": kd()})
     f_s = torch.ones(2, requires_grad=True)
-    assert found.compares
-    found.compare({"kd": torch.ones(1, requires_grad=True).sum()}, f_s.sum(), f_s)
+    assert found.is_measuring
+    found.measure({"kd": torch.ones(1, requires_grad=True).sum()}, f_s.sum(), f_s)
     assert float(found.factors()["kd"]) == 1
     assert found.results() == []
 
@@ -100,8 +100,8 @@ def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     plain, balanced = (distillation(weights={"quest": weight}, balance=on) for on in (False, True))
     # Training mode changes BatchNorm's statistics alone, which no loss of the same step sees.
     trainee, teacher = plain.trainable_module, plain.teachers[0](images, frozenset({"map"}))
-    student = trainee.readouts(trainee.normalise(images), frozenset({"map", "logits"}))
-    quest = trainee.methods["quest"](student, [teacher], labels, 0)["quest"]
+    student = trainee.readouts(trainee.normalize(images), frozenset({"map", "logits"}))
+    quest = trainee.methods["quest"](Batch(student, [teacher], labels))["quest"]
     gradients = [
         torch.autograd.grad(loss, student["map"], retain_graph=True)[0].norm()
         for loss in (weight * quest, F.cross_entropy(student["logits"], labels))
@@ -132,7 +132,7 @@ def test_last_map_is_on_the_path_to_the_logits(student: str) -> None:
         methods={"kd": kd()}, balance=True,
     ).trainable_module  # fmt: skip
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    read = trainee.readouts(trainee.normalise(images), trainee.reads)
+    read = trainee.readouts(trainee.normalize(images), trainee.reads)
     assert float(gradient_norm(read["logits"].square().sum(), read[trainee.last_map])) > 0
     assert read[trainee.last_map].dim() == 4
 
