@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from questpress.pipeline.runs import interrupt
 from questpress.pipeline.runs.files import write_json
+from questpress.pipeline.runs.process import parse_time
 
 GRACE_SECONDS = 60
 """How long an interrupted command may take to stop."""
@@ -199,7 +199,7 @@ def run_and_write(
 def seconds(text: str) -> float:
     """``9m``, ``2h`` or ``45s`` as seconds."""
     try:
-        return interrupt.parse_time(text)
+        return parse_time(text)
     except ValueError as error:
         raise SystemExit(f"--budget: {error}") from None
 

@@ -121,11 +121,7 @@ KINDS = {
     "nncf": Kind("NNCF", ("nncf", "onnx"), nncf),
     "openvino": Kind("OpenVINO", ("nncf", "openvino"), openvino, suffix=".xml", openvino="ALL"),
     "openvino-vnni": Kind(
-        "OpenVINO without AMX",
-        ("nncf", "openvino"),
-        None,
-        file_of="openvino",
-        openvino="AVX512_CORE_VNNI",
+        "OpenVINO without AMX", ("nncf", "openvino"), None, file_of="openvino", openvino="AVX512_CORE_VNNI"
     ),
     "ours-in-openvino": Kind("ours in OpenVINO", ("openvino",), None, file_of="ours", openvino="ALL"),
 }

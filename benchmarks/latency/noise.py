@@ -21,7 +21,7 @@ import numpy as np
 from questpress.export.latency import noise
 from questpress.export.latency.machine import choose_cores
 from questpress.export.latency.runner import BenchResult, Subject, bench
-from questpress.pipeline.runs.artifacts import onnx_input
+from questpress.pipeline.runs.artifacts import read_input
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def neighbor(asked: bool) -> Iterator[None]:
 
 
 def once(file: Path, seed: int, seconds: float, processes: int, threads: int) -> BenchResult:
-    takes = onnx_input(file)
+    takes = read_input(file)
     inputs = np.random.default_rng(seed).standard_normal((64, *takes.shape), dtype=np.float32)
     pair = [Subject("A", file, inputs), Subject("A again", file, inputs)]
     return bench(pair, threads=[threads], seconds=seconds, processes=processes, seed=seed)

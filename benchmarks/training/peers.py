@@ -206,10 +206,7 @@ def _torchdistill_configuration(setting: Setting) -> dict[str, Any]:
             "requires_grad": True,
             "frozen_modules": [],
         },
-        "optimizer": {
-            "key": "SGD",
-            "kwargs": {"lr": LEARNING_RATE, "momentum": 0.9, "weight_decay": 0.0005},
-        },
+        "optimizer": {"key": "SGD", "kwargs": {"lr": LEARNING_RATE, "momentum": 0.9, "weight_decay": 0.0005}},
         "criterion": {
             "key": "WeightedSumLoss",
             "kwargs": {
