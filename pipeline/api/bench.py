@@ -26,7 +26,7 @@ from ..evaluation.latency import (
     render_inputs,
     synthesize_images,
 )
-from ..runs.artifacts import Files, Found, find, images_of_run
+from ..runs.artifacts import BenchFile, BenchFiles, find_bench_files, find_run_images
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.console import Display
 from ..runs.files import atomic_write, check_writable, command_line, sha256, write_text
@@ -99,17 +99,17 @@ def bench(
     updates_run = out is None and folder != FOLDER
     lock = RunFolder(folder.parent).locked() if updates_run else nullcontext()
     with lock, temporary_folder() as temporary:
-        files = find(sources, temporary, image_size)
+        files = find_bench_files(sources, temporary, image_size)
         available = _choose_images([Path(image) for image in images], files, seed)
         check_writable(folder)
         subjects = [
             subject
-            for file in files.found
+            for file in files.files
             for subject in _open_subjects(file, list(dict.fromkeys(runtimes)), available, seed)
         ]
         for note in files.notes:
             display.note(note)
-        if image_size is not None and not any(file.takes.any_size for file in files.found):
+        if image_size is not None and not any(file.input.any_size for file in files.files):
             display.note("--image-size has no effect: all files have a fixed input size")
         if images and not any(subject.classifies for subject in subjects):
             display.note("--images has no effect: no file contains its preprocessing")
@@ -168,15 +168,15 @@ def _choose_protocol(
     )
 
 
-def _choose_images(paths: Sequence[Path], files: Files, seed: int) -> Images:
+def _choose_images(paths: Sequence[Path], files: BenchFiles, seed: int) -> Images:
     """Return the images named, or those of the run's data, or synthetic ones; none if no file classifies."""
     if paths:
         contents = read_images(find_images(paths))
         return Images(contents, f"{len(contents)} images from --images")
-    if not any(file.takes.ours for file in files.found):
+    if not any(file.input.has_metadata for file in files.files):
         return NO_IMAGES
     for run in files.runs:
-        data = images_of_run(run)
+        data = find_run_images(run)
         if data is not None:
             try:
                 contents = read_images(find_images([data]))
@@ -186,17 +186,16 @@ def _choose_images(paths: Sequence[Path], files: Files, seed: int) -> Images:
     return synthesize_images(seed)
 
 
-def _open_subjects(file: Found, runtimes: Sequence[str], images: Images, seed: int) -> list[Subject]:
+def _open_subjects(file: BenchFile, runtimes: Sequence[str], images: Images, seed: int) -> list[Subject]:
     """Return a subject for each runtime."""
-    takes = file.takes
-    inputs, source, classifies = None, images.description, takes.ours
-    if takes.ours:
+    inputs, source, classifies = None, images.description, file.input.has_metadata
+    if classifies:
         try:
             inputs = render_inputs(Classifier.load(file.path, threads=1), images.contents)
         except ArtifactError:  # a teacher without a head has no labels
             classifies = False
     if inputs is None:
-        inputs = random_inputs(takes.shape, takes.kind, seed)
+        inputs = random_inputs(file.input.shape, file.input.kind, seed)
         source = f"{len(inputs)} random inputs"
     digest = sha256(file.path)
     return [
@@ -206,14 +205,14 @@ def _open_subjects(file: Found, runtimes: Sequence[str], images: Images, seed: i
                 key=file.key if runtime == runtimes[0] else None,
                 file=file.shown,
                 sha256=digest,
-                bytes=takes.bytes,
+                bytes=file.input.bytes,
                 runtime=runtime,
-                input=takes.description,
+                input=str(file.input),
                 inputs=source,
             ),
             file.path,
             inputs,
-            any_batch=takes.any_batch,
+            any_batch=file.input.any_batch,
             classifies=classifies,
         )
         for runtime in runtimes

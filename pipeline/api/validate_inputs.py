@@ -28,7 +28,7 @@ from ..data.splits import UnsplitDataset, quote_names
 from ..errors import UsageError
 from ..report.format import plural
 from ..runs import predictions
-from ..runs.artifacts import timed_teachers
+from ..runs.artifacts import find_teacher_files
 from ..runs.files import digest, sha256
 from ..runs.folder import RunFolder, check_finished, read_config
 from ..runs.results import Subject
@@ -263,7 +263,7 @@ def _teacher_of(run: Path, threads: int | None) -> Asked | None:
         UsageError: it has no head, or its weights lie outside of its file.
         JobError: it is not as the run has left it.
     """
-    files = timed_teachers(run)
+    files = find_teacher_files(run)
     if not files:
         return None
     record = RunFolder(run, writes=False)

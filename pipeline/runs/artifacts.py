@@ -1,6 +1,7 @@
-"""Which files a bench times: those of run folders and artifact folders, and any .onnx file by itself."""
+"""Read the model files of run folders and artifact folders, and single .onnx files."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,265 +9,285 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ...export.conversion.untrusted import read_foreign
+from ...export.conversion.untrusted import parsed, read_foreign
 from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, explain_untimed
 from ...export.runtime import MAX_SIDE, METADATA_PREFIX, ArtifactError, read_manifest, read_verified
 from ..errors import UsageError
+from .files import shorten_paths
 from .folder import check_finished, read_config
+from .record import RECORD
 
-_KINDS: dict[int, np.dtype] = {
+REPORT_KEYS = {"fp32": "student", "int8": "student_int8"}
+"""Names in the report of the first file of each precision."""
+
+DTYPES: dict[int, np.dtype] = {
     int(onnx.TensorProto.FLOAT): np.dtype(np.float32),
     int(onnx.TensorProto.UINT8): np.dtype(np.uint8),
 }
 
 
 @dataclass(frozen=True)
-class OnnxInput:
-    """The one input of a network for images: ``shape`` is that of one image, [3, H, W] or [H, W, 3]."""
+class ModelFile:
+    """A verified file of an artifact, or a single .onnx file."""
 
-    shape: tuple[int, int, int]
-    kind: np.dtype
-    any_batch: bool
-    """Whether it takes batches of any size, and not single images alone."""
-    any_size: bool
-    """Whether the file leaves the size of its images open."""
-    ours: bool
-    """Whether the file carries questpress's preprocessing and labels."""
-    bytes: int
-    """Of the file and of the weights that lie beside it."""
+    path: Path
+    source: Path
+    """The run folder, artifact folder or file as given."""
+    name: str
+    content: bytes
+    """The bytes that were verified; these are to be run, since the file may change."""
+    manifest: Mapping[str, Any] | None = None
+    """None for a single file."""
+    precision: str | None = None
+    target: str | None = None
 
     @property
-    def description(self) -> str:
-        """Type and shape, such as ``float32 [1, 3, 224, 224]``."""
+    def run(self) -> Path | None:
+        """The run folder of the artifact."""
+        folder = self.path.resolve().parent.parent
+        return folder if (folder / RECORD).is_file() else None
+
+
+def open_files(path: Path, file: str | None = None) -> list[ModelFile]:
+    """Read and verify the files of a run folder or artifact folder, or a single .onnx file.
+
+    Args:
+        path: the folder or file.
+        file: the name of one of the artifact's files; all by default.
+
+    Raises:
+        UsageError: the path is neither, a file is damaged, or is not a safe ONNX file.
+    """
+    try:
+        if not path.is_dir():
+            if not path.exists():
+                raise UsageError(
+                    f"{path} does not exist. Set it to a run folder, artifact folder or .onnx file."
+                )
+            if file is not None:
+                raise UsageError(f"--file {file} requires a run folder or an artifact folder, got {path}.")
+            content, _ = read_foreign(path)
+            return [ModelFile(path, path, path.stem, content)]
+        check_finished(path)
+        folder, manifest = read_manifest(path)
+        entries = [entry for entry in manifest["files"] if file in (None, entry["name"])]
+        if not entries:
+            names = ", ".join(str(entry["name"]) for entry in manifest["files"])
+            raise UsageError(f"--file {file} is not in {folder}. Available: {names}.")
+        precisions = Counter(entry["precision"] for entry in manifest["files"])
+        files = []
+        for entry in entries:
+            content = read_verified(folder, entry)
+            parsed(content, str(folder / entry["name"]))
+            precision, target = str(entry["precision"]), entry.get("target")
+            name = precision if precisions[precision] == 1 or target is None else f"{precision} {target}"
+            files.append(ModelFile(folder / entry["name"], path, name, content, manifest, precision, target))
+        return files
+    except (ArtifactError, ExportError) as error:
+        raise UsageError(f"{error}.") from error
+
+
+def name_files(names: Iterable[tuple[Path, str]]) -> list[str]:
+    """Return unique names for files, given as (source, name).
+
+    If there are several sources, the shortest unique end of a folder's path is added to the names of its
+    files, and a single file is named by it. Repeated names are numbered.
+    """
+    pairs = list(names)
+    sources = list(dict.fromkeys(source for source, _ in pairs))
+    folders = [source for source in sources if source.is_dir()]
+    files = [source for source in sources if not source.is_dir()]
+    short = dict(zip(folders, shorten_paths(folders), strict=True))
+    short |= dict(zip(files, shorten_paths([file.with_suffix("") for file in files]), strict=True))
+    unique: list[str] = []
+    counts: Counter[str] = Counter()
+    for source, name in pairs:
+        if source in files:
+            name = short[source]
+        elif len(sources) > 1:
+            name = f"{short[source]} {name}"
+        counts[name] += 1
+        unique.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    return unique
+
+
+def find_teacher_files(run: Path) -> list[Path]:
+    """Return the exported teachers in their order: ``teacher.onnx``, or ``teacher.0.onnx`` and so on."""
+    single = run / "bench" / "teacher.onnx"
+    if single.is_file():
+        return [single]
+    files = (run / "bench").glob("teacher.*.onnx")
+    numbers = {file: file.suffixes[0][1:] for file in files}
+    return sorted(
+        (file for file in numbers if numbers[file].isdecimal()), key=lambda file: int(numbers[file])
+    )
+
+
+def find_run_images(run: Path) -> Path | None:
+    """Return the folder of a run's images, or None if it is not a folder or no longer exists."""
+    try:
+        data = Path(str(read_config(run)["data"])).expanduser()
+    except (UsageError, KeyError):
+        return None
+    return data if data.is_dir() else None
+
+
+@dataclass(frozen=True)
+class OnnxInput:
+    """The input of an image model."""
+
+    shape: tuple[int, int, int]
+    """Of one image: [3, H, W] or [H, W, 3]."""
+    kind: np.dtype
+    any_batch: bool
+    """False if the model takes single images only."""
+    any_size: bool
+    """True if the image size is dynamic."""
+    has_metadata: bool
+    """True if the file contains questpress's preprocessing and labels."""
+    bytes: int
+    """Size of the file, with external weights."""
+
+    def __str__(self) -> str:
         return f"{self.kind} [1, {', '.join(map(str, self.shape))}]"
 
 
-def onnx_input(path: Path, image_size: int | None = None) -> OnnxInput:
-    """Of a file of a run, whose weights may lie in the one file beside it that is named after it.
+def read_input(path: Path, image_size: int | None = None, *, external_data: bool = True) -> OnnxInput:
+    """Return the input of an ONNX file.
+
+    Args:
+        path: the file.
+        image_size: the side of the input if it is dynamic.
+        external_data: True if weights may be in the file ``NAME.onnx.data`` next to it.
 
     Raises:
-        UsageError: it is no ONNX file or one that is not to be trusted, or takes something other than single
-            images.
+        UsageError: it is not a safe ONNX file, or does not take single images.
     """
-    return _read(path, image_size, beside=True)[1]
-
-
-def foreign_input(path: Path, image_size: int | None = None) -> tuple[bytes, OnnxInput]:
-    """Of a file that somebody else may have made, and its bytes: what was looked at is what is to be run.
-
-    Raises:
-        UsageError: as for ``onnx_input``; such a file keeps all of its weights in itself.
-    """
-    return _read(path, image_size, beside=False)
-
-
-def _read(path: Path, image_size: int | None, *, beside: bool) -> tuple[bytes, OnnxInput]:
     try:
-        content, model = read_foreign(path, beside=beside)
+        _, model = read_foreign(path, beside=external_data)
     except ExportError as error:
         raise UsageError(f"{error}.") from error
-    return content, _taken(path, model, image_size)
-
-
-def _taken(path: Path, model: onnx.ModelProto, image_size: int | None) -> OnnxInput:
-    graph = model.graph
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = [one for one in graph.input if one.name not in weights]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
-        named = ", ".join(one.name for one in inputs) or "none"
-        raise UsageError(
-            f"{path} has not one input but {len(inputs)} ({named}); only single images can be timed."
-        )
-    kind, shape, any_batch, any_size = _shape(path, inputs[0], image_size)
+        names = ", ".join(value.name for value in inputs) or "none"
+        raise UsageError(f"{path} must have one input, got {len(inputs)} ({names}).")
+    kind, shape, any_batch, any_size = _read_shape(path, inputs[0], image_size)
     data = path.with_name(f"{path.name}.data")
-    outside = any(one.data_location == onnx.TensorProto.EXTERNAL for one in graph.initializer)
+    is_external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
     return OnnxInput(
         shape=shape,
         kind=kind,
         any_batch=any_batch,
         any_size=any_size,
-        ours=any(one.key == f"{METADATA_PREFIX}version" for one in model.metadata_props),
-        bytes=path.stat().st_size + (data.stat().st_size if outside else 0),
+        has_metadata=any(entry.key == f"{METADATA_PREFIX}version" for entry in model.metadata_props),
+        bytes=path.stat().st_size + (data.stat().st_size if is_external else 0),
     )
 
 
-def _shape(
-    path: Path, given: onnx.ValueInfoProto, image_size: int | None
+def _read_shape(
+    path: Path, value: onnx.ValueInfoProto, image_size: int | None
 ) -> tuple[np.dtype, tuple[int, int, int], bool, bool]:
-    tensor = given.type.tensor_type
-    kind = _KINDS.get(int(tensor.elem_type))
-    sides = [one.dim_value if one.HasField("dim_value") else None for one in tensor.shape.dim]
+    """Return type, image shape, and whether batch and size are dynamic."""
+    tensor = value.type.tensor_type
+    kind = DTYPES.get(int(tensor.elem_type))
+    sides = [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
     if kind is None or len(sides) != 4:
-        known = tensor.elem_type in onnx.TensorProto.DataType.values()
-        name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if known else "no known type"
-        shown = ", ".join("?" if one is None else str(one) for one in sides)
+        is_known = tensor.elem_type in onnx.TensorProto.DataType.values()
+        name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if is_known else "an unknown type"
+        dims = ", ".join("?" if side is None else str(side) for side in sides)
         raise UsageError(
-            f"{path} takes {name} [{shown}]; an image is float [1, 3, H, W] or uint8 [1, H, W, 3]."
+            f"{path}: the input must be float [1, 3, H, W] or uint8 [1, H, W, 3], got {name} [{dims}]."
         )
     batch, *rest = sides
     if batch not in (None, 0, 1):
-        raise UsageError(
-            f"{path} takes {batch} images at once and no single one; export it with a batch of 1."
-        )
+        raise UsageError(f"{path} has a fixed batch size of {batch}. Export it with a batch size of 1.")
     channels = 2 if kind == np.uint8 and rest[0] not in (1, 3) else 0
     rest[channels] = rest[channels] or 3
     any_size = None in rest or 0 in rest
-    if any_size:
-        if image_size is None:
-            raise UsageError(f"{path} leaves the size of its images open; name one with --image-size.")
-        rest = [one or image_size for one in rest]
-    first, second, third = (int(one or 0) for one in rest)
+    if any_size and image_size is None:
+        raise UsageError(f"{path} has a dynamic image size. Set it with --image-size.")
+    first, second, third = (int(side or image_size or 0) for side in rest)
     if max(first, second, third) > MAX_SIDE:
         raise UsageError(
-            f"{path} takes images of [{first}, {second}, {third}], and a side has at most {MAX_SIDE:,} "
-            "pixels."
+            f"{path}: an image side must be at most {MAX_SIDE:,} pixels, got [{first}, {second}, {third}]."
         )
     return kind, (first, second, third), batch in (None, 0), any_size
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file to time. ``key`` is its part in a run; ``name`` is made unique later."""
+class BenchFile:
+    """A file to time."""
 
     path: Path
+    source: Path
     name: str
     shown: str
-    """As the results call it: never with what lies above the folder that was given."""
+    """Path in the results, relative to the source."""
     key: str | None
-    takes: OnnxInput
+    """Name in the report of the run."""
+    input: OnnxInput
 
 
 @dataclass(frozen=True)
-class Files:
-    """All that is to be timed, what is left out and why, and the images of the runs' own data."""
+class BenchFiles:
+    """Files to time, notes on files that are left out, and the run folders among the sources."""
 
-    found: list[Found]
+    files: list[BenchFile]
     notes: list[str]
     runs: list[Path]
-    """The run folders among what was given."""
 
 
-def find(paths: Sequence[Path], aside: Path, image_size: int | None = None) -> Files:
-    """The files that ``paths`` stand for, each with a name of its own.
+def find_bench_files(paths: Sequence[Path], copies: Path, image_size: int | None = None) -> BenchFiles:
+    """Return the files of ``paths`` that can be timed: of each run the teachers, fp32, then int8.
 
     Args:
         paths: run folders, artifact folders and .onnx files.
-        aside: a folder for the bytes of single .onnx files as they were looked at: these are what is timed.
-        image_size: the side of the input where a file leaves it open.
+        copies: folder for copies of single files, which are timed instead of files that may change.
+        image_size: the side of the input if it is dynamic.
 
     Raises:
-        UsageError: one of them is none of these, or cannot be timed.
+        UsageError: a path is wrong, or nothing can be timed.
     """
     if not paths:
-        raise UsageError("Name a run folder, an artifact folder or an .onnx file to time.")
-    groups, notes = [], []
-    for path in paths:
-        if path.is_dir():
-            found, left = _of_folder(path, image_size)
-            groups.append(found)
-            notes += left
-        elif path.exists():
-            content, takes = foreign_input(path, image_size)
-            copy = aside / f"{len(groups)}.onnx"
-            copy.write_bytes(content)
-            groups.append([Found(copy, path.name.removesuffix(".onnx"), path.name, None, takes)])
-        else:
-            raise UsageError(f"There is no {path}; name a run folder, an artifact folder or an .onnx file.")
-    named = _named(paths, groups)
-    if not named:
-        raise UsageError(f"Nothing can be timed here: {'; '.join(notes)}.")
-    return Files(named, notes, [path for path in paths if (path / "run.json").is_file()])
-
-
-def _of_folder(path: Path, image_size: int | None) -> tuple[list[Found], list[str]]:
-    """A run's teachers first, then the float file, then int8."""
-    check_finished(path)
-    try:
-        folder, manifest = read_manifest(path)
-    except ArtifactError as error:
-        raise UsageError(f"{error}.") from error
-    found, notes = [], []
-    for teacher in timed_teachers(path):
-        key = teacher.stem.replace(".", " ")
-        shown = teacher.relative_to(path).as_posix()
-        found.append(Found(teacher, key, shown, key, onnx_input(teacher, image_size)))
-    left = explain_untimed(TARGETS)
-    for entry in sorted(manifest["files"], key=lambda entry: entry["precision"] != "fp32"):
-        why = left.get(entry["target"]) if entry["target"] is not None else None
-        if why is not None:
-            notes.append(f"{entry['name']} is {why}")
+        raise UsageError("At least one run folder, artifact folder or .onnx file is required.")
+    files: list[BenchFile] = []
+    notes: list[str] = []
+    untimed = explain_untimed(TARGETS)
+    for number, path in enumerate(paths):
+        models = open_files(path)
+        if models[0].manifest is None:
+            copy = copies / f"{number}.onnx"
+            copy.write_bytes(models[0].content)
+            model_input = read_input(copy, image_size, external_data=False)
+            files.append(BenchFile(copy, path, path.stem, path.name, None, model_input))
             continue
-        file = folder / entry["name"]
-        _verify(folder, entry)
-        shown = file.relative_to(path).as_posix()
-        name, part = _role(entry, {one.key for one in found})
-        found.append(Found(file, name, shown, part, onnx_input(file, image_size)))
-    return found, notes
-
-
-def _verify(folder: Path, entry: dict[str, Any]) -> None:
-    """What lies in a file is what the manifest says; of weights beside it that is not said."""
-    try:
-        read_verified(folder, entry)
-    except ArtifactError as error:
-        raise UsageError(f"{error}.") from error
-
-
-def _role(entry: dict[str, Any], taken: set[str | None]) -> tuple[str, str | None]:
-    """Of a shipped file: its name, and its key where it is the first of its precision."""
-    precision = str(entry["precision"])
-    key = {"fp32": "student", "int8": "student_int8"}.get(precision)
-    if key is None or key in taken:
-        return " ".join(filter(None, (precision, entry["target"]))), None
-    return precision, key
-
-
-def timed_teachers(run: Path) -> list[Path]:
-    """The files of a run's teachers, in their order: ``teacher.onnx``, or ``teacher.0.onnx`` and so on."""
-    several = (run / "bench").glob("teacher.*.onnx")
-    numbered = [(file.suffixes[0][1:], file) for file in several if file.suffixes[0][1:].isdecimal()]
-    alone = run / "bench" / "teacher.onnx"
-    return [alone] if alone.is_file() else [file for _, file in sorted(numbered, key=lambda one: int(one[0]))]
-
-
-def _named(paths: Sequence[Path], groups: Sequence[Sequence[Found]]) -> list[Found]:
-    """Names of one group as they are; of several with what they came from; the same ones numbered."""
-    several = len(groups) > 1
-    of_folders = _distinct([path for path in paths if path.is_dir()])
-    of_files = _distinct([path.with_suffix("") for path in paths if not path.is_dir()])
-    named: list[Found] = []
-    for path, group in zip(paths, groups, strict=True):
-        for one in group:
-            if path.is_dir():
-                name = f"{of_folders[path]} {one.name}" if several else one.name
-                key, shown = (None if several else one.key), f"{of_folders[path]}/{one.shown}"
-                named.append(replace(one, name=name, key=key, shown=shown if several else one.shown))
-            else:
-                named.append(replace(one, name=of_files[path.with_suffix("")]))
-    counts: dict[str, int] = {}
-    unique = []
-    for one in named:
-        counts[one.name] = counts.get(one.name, 0) + 1
-        again = counts[one.name]
-        unique.append(one if again == 1 else replace(one, name=f"{one.name} ({again})"))
-    return unique
-
-
-def _distinct(paths: Sequence[Path]) -> dict[Path, str]:
-    """The shortest ends of paths that tell different ones apart."""
-    whole = {path: path.resolve().parts for path in paths}
-    for length in range(1, max((len(parts) for parts in whole.values()), default=1) + 1):
-        ends = {path: "/".join(parts[-length:]) for path, parts in whole.items()}
-        if len(set(ends.values())) == len(set(whole.values())):
-            return ends
-    return {path: path.name for path in paths}
-
-
-def images_of_run(run: Path) -> Path | None:
-    """The folder of images that a run was made from, where it still is one."""
-    try:
-        data = Path(str(read_config(run)["data"])).expanduser()
-    except (UsageError, KeyError):
-        return None  # of a run that is older or was cut short: there are other pictures
-    return data if data.is_dir() else None
+        for teacher in find_teacher_files(path):
+            key, shown = teacher.stem.replace(".", " "), teacher.relative_to(path).as_posix()
+            files.append(BenchFile(teacher, path, key, shown, key, read_input(teacher, image_size)))
+        keys = dict(REPORT_KEYS)
+        for model in sorted(models, key=lambda model: model.precision != "fp32"):
+            if model.target is not None and (reason := untimed.get(model.target)) is not None:
+                notes.append(f"{model.path.name} is {reason}")
+                continue
+            key_or_none = keys.pop(str(model.precision), None)
+            name = str(model.precision) if key_or_none else f"{model.precision} {model.target or ''}".rstrip()
+            shown = model.path.relative_to(path).as_posix()
+            file_input = read_input(model.path, image_size)
+            files.append(BenchFile(model.path, path, name, shown, key_or_none, file_input))
+    if not files:
+        raise UsageError(f"None of the files can be timed on this machine: {'; '.join(notes)}.")
+    runs = [path for path in paths if (path / RECORD).is_file()]
+    names = name_files((file.source, file.name) for file in files)
+    if len(paths) > 1:  # several files have the same part in a report
+        prefixes = dict(zip(paths, shorten_paths(paths), strict=True))
+        files = [
+            replace(file, key=None, shown=f"{prefixes[file.source]}/{file.shown}")
+            if file.source.is_dir()
+            else file
+            for file in files
+        ]
+    return BenchFiles(
+        [replace(file, name=name) for file, name in zip(files, names, strict=True)], notes, runs
+    )

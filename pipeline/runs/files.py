@@ -133,7 +133,7 @@ def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> 
         if not any(part.startswith(".") for part in parts):  # hidden folders are not read
             raise UsageError(
                 f"{option} {escape_controls(str(folder))} is inside the data folder "
-                f"{escape_controls(str(data))}, where it would be read as a class. Set it to a folder elsewhere."
+                f"{escape_controls(str(data))}, where it would be read as a class. Set it to another folder."
             )
 
 

@@ -1,8 +1,8 @@
 """Signals, the time limit and the rank of this process, without torch.
 
-A request to stop (Ctrl-C, a scheduler's SIGTERM or --time-limit) raises KeyboardInterrupt at once; what was being
-made is made again by the next run. Training defers the first request to the end of the step, so that its position
-in the epoch can be saved. A second request is not deferred.
+A request to stop (Ctrl-C, a scheduler's SIGTERM or --time-limit) raises KeyboardInterrupt at once. What was
+being made is made again by the next run. Training defers the first request to the end of the step, so that its
+position in the epoch can be saved. A second request is not deferred.
 """
 
 import math
@@ -23,7 +23,7 @@ TIME_LIMIT_EXIT = 75
 """Exit code after --time-limit: EX_TEMPFAIL of sysexits.h."""
 
 SAME_SIGNAL_SECONDS = 1.0
-"""Signals within this time are one: a scheduler signals torchrun and its processes, and torchrun signals these."""
+"""Signals within this time are one: a scheduler and torchrun both signal the processes."""
 
 RENDEZVOUS_TIMEOUT = timedelta(seconds=10)
 
@@ -59,8 +59,8 @@ class Stop:
     def handle_signals(self) -> Iterator[None]:
         """Treat SIGTERM as Ctrl-C during the block.
 
-        Jobs in several threads wait for each other: signals, torch's random numbers and its threads belong to the
-        process, and a job that shared them would not be reproducible.
+        Jobs in several threads wait for each other: signals, torch's random numbers and its threads belong to
+        the process, and a job that shared them would not be reproducible.
         """
         with self._lock:
             self._reset()

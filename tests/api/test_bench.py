@@ -14,11 +14,10 @@ from questpress.pipeline.api.bench import QUICK, bench
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.evaluation import latency
 from questpress.pipeline.evaluation.latency import Subject
-from questpress.pipeline.report.assemble import bench_facts
-from questpress.pipeline.runs.artifacts import find, onnx_input, timed_teachers
+from questpress.pipeline.report.assemble import assemble, bench_facts
+from questpress.pipeline.runs.artifacts import find_bench_files, find_teacher_files, read_input
 from questpress.pipeline.runs.bench_results import Bench
 from questpress.pipeline.runs.folder import RunFolder
-from questpress.pipeline.report.assemble import assemble
 
 from tests.support import bench_reports
 from tests.support.little import compress, refused
@@ -187,7 +186,7 @@ def test_one_path_or_a_list_is_accepted(tmp_path: Path, monkeypatch: pytest.Monk
     for paths, asked in ((first, "a"), (Path(second), "b"), ([first, second], "a b")):
         with pytest.raises(JobError, match=f"^{asked}$"):
             bench(paths, out=tmp_path / "out", quiet=True)
-    with pytest.raises(UsageError, match="Name a run folder"):
+    with pytest.raises(UsageError, match="At least one run folder"):
         bench([], out=tmp_path / "out", quiet=True)
 
 
@@ -200,16 +199,16 @@ def changed(path: Path, dims: list[int | str], kind: int = onnx.TensorProto.FLOA
 
 
 def test_input_of_a_file_is_reported(tmp_path: Path) -> None:
-    fixed = onnx_input(changed(tmp_path / "a.onnx", [1, 3, 8, 8]))
-    assert (fixed.shape, fixed.any_batch, fixed.ours, fixed.description) == (
+    fixed = read_input(changed(tmp_path / "a.onnx", [1, 3, 8, 8]))
+    assert (fixed.shape, fixed.any_batch, fixed.has_metadata, str(fixed)) == (
         (3, 8, 8),
         False,
         False,
         "float32 [1, 3, 8, 8]",
     )
-    open_ = onnx_input(changed(tmp_path / "b.onnx", ["n", 3, "h", "w"]), image_size=16)
+    open_ = read_input(changed(tmp_path / "b.onnx", ["n", 3, "h", "w"]), image_size=16)
     assert (open_.shape, open_.any_batch) == ((3, 16, 16), True)
-    pixels = onnx_input(changed(tmp_path / "c.onnx", ["n", 8, 8, 3], onnx.TensorProto.UINT8))
+    pixels = read_input(changed(tmp_path / "c.onnx", ["n", 8, 8, 3], onnx.TensorProto.UINT8))
     assert (pixels.shape, pixels.kind) == ((8, 8, 3), np.uint8)
 
 
@@ -218,7 +217,7 @@ def test_invalid_bench_arguments_are_refused(tmp_path: Path) -> None:
     refused(compress("bench", tmp_path / "text.onnx"), 2, "text.onnx", "is no ONNX file")
     (tmp_path / "empty.onnx").touch()
     refused(compress("bench", tmp_path / "empty.onnx"), 2, "empty.onnx", "holds no network")
-    refused(compress("bench", tmp_path / "none.onnx"), 2, "There is no", "none.onnx")
+    refused(compress("bench", tmp_path / "none.onnx"), 2, "none.onnx does not exist")
     refused(compress("bench", tmp_path), 2, "manifest.json")
     file = changed(tmp_path / "open.onnx", [1, 3, "h", "w"])
     refused(compress("bench", file), 2, "--image-size")
@@ -256,7 +255,7 @@ def test_external_weights_are_refused(tmp_path: Path) -> None:
     tensor.ClearField("float_data")
     (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match=r"in another file '\.\./weights'"):
-        onnx_input(tmp_path / "net.onnx")
+        read_input(tmp_path / "net.onnx")
 
 
 def test_runtime_that_is_missing_is_named_with_the_command_for_it(
@@ -272,13 +271,13 @@ def test_files_for_other_processors_are_left_out_and_named(
 ) -> None:
     left = {"x86": "made for x86", "x86-vnni": "made for x86-vnni", "arm64": "made for arm64"}
     monkeypatch.setattr("questpress.pipeline.runs.artifacts.explain_untimed", lambda _: left)
-    found = find([finished], tmp_path)
-    assert [one.name for one in found.found] == ["teacher", "fp32"]
+    found = find_bench_files([finished], tmp_path)
+    assert [one.name for one in found.files] == ["teacher", "fp32"]
     assert len(found.notes) == 1 and found.notes[0].startswith("student.int8.onnx is made for")
 
 
 def test_runs_have_distinct_names(finished: Path, tmp_path: Path) -> None:
-    names = [one.name for one in find([finished, finished / "artifact"], tmp_path).found]
+    names = [one.name for one in find_bench_files([finished, finished / "artifact"], tmp_path).files]
     assert names == ["colours teacher", "colours fp32", "colours int8", "artifact fp32", "artifact int8"]
 
 
@@ -310,10 +309,10 @@ def test_teachers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / "bench" / f"teacher.{number}.onnx").touch()
     (tmp_path / "bench" / "teacher.old.onnx").touch()
-    names = [file.name for file in timed_teachers(tmp_path)]
+    names = [file.name for file in find_teacher_files(tmp_path)]
     assert names == [f"teacher.{number}.onnx" for number in range(12)]
     (tmp_path / "bench" / "teacher.onnx").touch()
-    assert [file.name for file in timed_teachers(tmp_path)] == ["teacher.onnx"]
+    assert [file.name for file in find_teacher_files(tmp_path)] == ["teacher.onnx"]
 
 
 def test_latencies_of_many_teachers_keep_their_order() -> None:
