@@ -1,4 +1,4 @@
-"""Building any network by name for any image size, and knowing its input geometry without building it."""
+"""Build networks by name for any image size, and read their preprocessing without building them."""
 
 import re
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image becomes a network's input, from the network's own `pretrained_cfg`.
-
-    image_size: pixels of the square input. crop_fraction: the share of the resized short side that the centre
-    crop keeps. interpolation: "bilinear" or "bicubic". crop_mode: "center", "squash" (both sides resized,
-    aspect lost) or "border" (long side resized, padded). mean, std: per channel, for values in 0..1.
-    """
+    """Preprocessing of a network's input, from its `pretrained_cfg`."""
 
     image_size: int
+    """Pixels of the square input."""
     crop_fraction: float
+    """Fraction of the resized short side that the center crop keeps."""
     interpolation: str
+    """`bilinear` or `bicubic`."""
     crop_mode: str
+    """`center`, `squash` (both sides resized) or `border` (long side resized, then padded)."""
     mean: tuple[float, float, float]
+    """Of each channel, for values in 0..1."""
     std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class BuiltAs:
-    """What `build` was asked for; kept on the network so that weights can be refitted to the same form."""
+    """Arguments of `build`, stored on the network so that weights can be converted for it."""
 
     name: str
     num_classes: int
@@ -41,26 +41,24 @@ class BuiltAs:
 
 
 def pretrained_cfg(name: str) -> Any:
-    """timm's PretrainedCfg of a name (its default tag where none is given), nothing built."""
+    """Return timm's PretrainedCfg of a name (default tag if it has none) without building the network."""
     import timm
 
     full = resolve(name)
-    found = timm.models.get_pretrained_cfg(full)
-    return found if found is not None else timm.models.PretrainedCfg(architecture=full.partition(".")[0])
+    cfg = timm.models.get_pretrained_cfg(full)
+    return cfg if cfg is not None else timm.models.PretrainedCfg(architecture=full.partition(".")[0])
 
 
 def default_image_size(name: str) -> int:
-    """The square input size in pixels that the network was made for."""
+    """Return the input size in pixels that the network was designed for."""
     return int(max(pretrained_cfg(name).input_size[-2:]))
 
 
 def geometry(name: str, image_size: int | None = None) -> Geometry:
-    """The network's preprocessing at `image_size` pixels (its own size if None); builds nothing."""
+    """Return the preprocessing at `image_size` pixels (default if None) without building the network."""
     cfg = pretrained_cfg(name)
     if cfg.input_size[0] != 3 or len(cfg.mean) != 3 or len(cfg.std) != 3:
-        raise UnknownModel(
-            f"The model {name} does not take colour images of three channels; pick another one."
-        )
+        raise UnknownModel(f"Model {name} does not take RGB images. Choose another one.")
     return Geometry(
         image_size=image_size or default_image_size(name),
         crop_fraction=float(cfg.crop_pct),
@@ -79,47 +77,51 @@ def build(
     seed: int | None = None,
     activation: str | None = None,
 ) -> "nn.Module":
-    """A randomly initialised network for images of `image_size` pixels and `num_classes` logits (0: no head).
+    """Build a randomly initialized network.
 
-    With a seed, the weights depend on the seed alone and the global random state stays as it was.
-    `activation`, 'relu' or 'relu6', stands in for the network's own; its weights have the same names and
-    shapes. Raises UnknownModel for a wrong name, ModelError when the network cannot be had at this size or
-    with this activation.
+    Args:
+        num_classes: number of logits; 0 for no head.
+        seed: if given, the weights depend on it alone and the global random state is restored.
+        activation: `relu` or `relu6`, replaces the network's activation; weights keep names and shapes.
+
+    Raises:
+        UnknownModel: there is no network of this name.
+        ModelError: the network cannot be built for this image size or activation.
     """
     full = resolve(name)
     size = image_size or default_image_size(full)
     with _seeded(seed):
         network = create_network(full, num_classes, size, activation)
     _check_patches(network, full, size)
-    note: Any = BuiltAs(full, num_classes, size, activation)
-    network.built_as = note
+    built_as: Any = BuiltAs(full, num_classes, size, activation)
+    network.built_as = built_as
     return network
 
 
 def check_size(name: str, image_size: int) -> None:
-    """Raise ModelError, with the next sizes that fit, unless the network takes images of this size.
+    """Raise ModelError, with the nearest sizes that fit, if the network does not support an image size.
 
-    Runs the network's shapes on torch's meta device: no memory, no weights, a fraction of a second.
+    Runs on torch's meta device: no memory, no weights, a fraction of a second.
     """
     full = resolve(name)
     if image_size < 1:
-        raise ModelError(f"An image size of {image_size} pixels is not possible; give a positive number.")
+        raise ModelError(f"Image size must be positive, got {image_size}.")
     try:
         _run_shapes(full, image_size)
     except Exception as error:  # whatever a forward pass of timm's thousand raises
         if isinstance(error, ModelError) and error.__cause__ is None:
-            raise  # the patches' own sentence
+            raise  # from _check_patches
         fitting = _fitting_sizes(full, image_size)
         if not fitting:
-            raise ModelError(f"The model {full} cannot be run: {_brief(error)}.") from error
+            raise ModelError(f"Model {full} cannot be run: {_brief(error)}.") from error
         raise ModelError(
-            f"The model {full} does not take images of {image_size} pixels; the next sizes that fit are "
-            f"{' and '.join(map(str, fitting))} (its own is {default_image_size(full)})."
+            f"Model {full} does not support images of {image_size} pixels. Use "
+            f"{' or '.join(map(str, fitting))} (its default is {default_image_size(full)})."
         ) from error
 
 
 def check_activation(name: str, activation: str | None) -> None:
-    """Raise ModelError unless the network can be built with this activation; takes no memory."""
+    """Raise ModelError if the network cannot be built with this activation; needs no memory."""
     import torch
 
     if activation is not None:
@@ -130,7 +132,7 @@ def check_activation(name: str, activation: str | None) -> None:
 def create_network(
     full: str, num_classes: int, image_size: int, activation: str | None = None
 ) -> "nn.Module":
-    """timm's network of a resolved name, on torch's default device, sized for the images; or ModelError."""
+    """Build timm's network of a resolved name on torch's default device. Raises ModelError."""
     import timm
     from torch import nn
 
@@ -139,22 +141,19 @@ def create_network(
     layer = {None: None, "relu": nn.ReLU, "relu6": nn.ReLU6}[activation]
     if layer is not None:
         options["act_layer"] = layer
+    no_activation = f"--activation {activation} is not supported by model {full}. Omit it."
     try:
         network: nn.Module = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
     except Exception as error:  # whatever a constructor of timm's thousand raises
         if layer is not None and "act_layer" in str(error):
-            raise ModelError(_no_activation(full, activation)) from error
+            raise ModelError(no_activation) from error
         raise ModelError(
-            f"The model {full} cannot be built for images of {image_size} pixels and {num_classes} classes: "
+            f"Model {full} cannot be built for images of {image_size} pixels and {num_classes} classes: "
             f"{_brief(error)}"
         ) from error
     if layer is not None and not any(isinstance(module, layer) for module in network.modules()):
-        raise ModelError(_no_activation(full, activation))
+        raise ModelError(no_activation)
     return network
-
-
-def _no_activation(full: str, activation: str | None) -> str:
-    return f"The model {full} has no activation that {activation} could stand in for; leave --activation out."
 
 
 @contextmanager
@@ -164,7 +163,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    # Weights are drawn on the CPU, so its generator is the only one to keep.
+    # Weights are drawn on the CPU, so only its generator has to be restored.
     before = torch.random.get_rng_state()
     torch.random.default_generator.manual_seed(seed)
     try:
@@ -174,20 +173,19 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
-    """A stride-p patch convolution would silently ignore the rim of an image that p does not divide."""
+    """Raise ModelError if patches do not divide the image, whose border would be ignored silently."""
     embedding = getattr(network, "patch_embed", getattr(network, "stem", None))
-    cut: Any = getattr(embedding, "proj", None)
-    # Overlapping or padded convolutions reach the rim; timm pads the image itself where it is told to.
-    disjoint = getattr(cut, "kernel_size", 0) == getattr(cut, "stride", 1)
+    projection: Any = getattr(embedding, "proj", None)
+    # Overlapping and padded convolutions reach the border, and timm can pad the image.
+    disjoint = getattr(projection, "kernel_size", 0) == getattr(projection, "stride", 1)
     if not disjoint or getattr(embedding, "dynamic_img_pad", False):
         return
-    side = int(max(cut.stride))
+    side = int(max(projection.stride))
     if image_size % side:
         below, above = image_size // side * side, (image_size // side + 1) * side
         sizes = f"{below} or {above}" if below else f"{above}"
         raise ModelError(
-            f"The model {full} cuts images into patches of {side} pixels, which do not divide {image_size}; "
-            f"the next sizes that fit are {sizes}."
+            f"Model {full} has patches of {side} pixels, which do not divide {image_size}. Use {sizes}."
         )
 
 
@@ -204,25 +202,25 @@ def _run_shapes(full: str, image_size: int) -> None:
 def _fits(full: str, image_size: int) -> bool:
     try:
         _run_shapes(full, image_size)
-    except Exception:  # whatever it is, this size isn't one to offer
+    except Exception:  # whatever a forward pass raises, this size is not supported
         return False
     return True
 
 
 def _fitting_sizes(full: str, image_size: int) -> list[int]:
-    """The nearest sizes below and above that fit, as far as a few tries tell."""
-    named = re.search(r"patch(\d+)", full)
-    steps = {32, int(named[1])} if named else {32, 14, 16}
-    own = default_image_size(full)
-    reach = range(1, 2 * max(own, image_size))
-    candidates = {own, *(size for size in reach if any(size % step == 0 for step in steps))}
+    """Return the nearest sizes below and above that fit, from a few trials."""
+    patch = re.search(r"patch(\d+)", full)
+    steps = {32, int(patch[1])} if patch else {32, 14, 16}
+    default = default_image_size(full)
+    sizes = range(1, 2 * max(default, image_size))
+    candidates = {default, *(size for size in sizes if any(size % step == 0 for step in steps))}
     below = sorted((size for size in candidates if size < image_size), reverse=True)
     above = sorted(size for size in candidates if size > image_size)
-    found = []
+    nearest = []
     for side in (below, above):
-        tries = [*side[:6], *(size for size in side[6:] if size == own)]
-        found += [size for size in (next((size for size in tries if _fits(full, size)), None),) if size]
-    return found
+        trials = [*side[:6], *(size for size in side[6:] if size == default)]
+        nearest.append(next((size for size in trials if _fits(full, size)), None))
+    return [size for size in nearest if size is not None]
 
 
 def _brief(error: BaseException) -> str:

@@ -1,32 +1,31 @@
-"""What a model costs and where it comes from, for the list of models; nothing is downloaded or allocated."""
+"""Cost and origin of a model for the list of models; nothing is downloaded or allocated."""
 
 from dataclasses import dataclass
 
 from .build import create_network, default_image_size
 from .errors import ModelError
 from .names import ALIASES, resolve
-from .pretrained import has_pretrained, licence
+from .pretrained import find_license, has_pretrained
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the list.
-
-    parameters: of the network with its own classes. gmacs: billions of multiply-adds for one image of
-    image_size pixels, None where they cannot be counted. licence: of the published weights.
-    """
+    """One line of the list."""
 
     name: str
     alias: str | None
     parameters: int
+    """With the classes of the published weights."""
     gmacs: float | None
+    """Billions of multiply-adds for one image; None if they cannot be counted."""
     image_size: int
-    licence: str | None
+    license: str | None
+    """License of the published weights."""
     has_weights: bool
 
 
 def describe(name: str, image_size: int | None = None) -> Entry:
-    """Parameters and multiply-adds of a model at `image_size` pixels (its own if None).
+    """Count parameters and multiply-adds of a model at `image_size` pixels (its default size if None).
 
     Runs on torch's meta device: shapes only, well under a second. Raises UnknownModel, ModelError.
     """
@@ -39,13 +38,13 @@ def describe(name: str, image_size: int | None = None) -> Entry:
         parameters=parameters,
         gmacs=gmacs,
         image_size=size,
-        licence=licence(full),
+        license=find_license(full),
         has_weights=has_pretrained(full),
     )
 
 
 def multiply_adds(name: str, image_size: int, classes: int) -> float | None:
-    """Billions of multiply-adds for one image, with a head of `classes`; None where they cannot be counted.
+    """Count billions of multiply-adds for one image; None if they cannot be counted.
 
     Raises UnknownModel, ModelError.
     """

@@ -1,12 +1,12 @@
-"""BatchNorm of a frozen network, folded into the convolution before it.
+"""Fold BatchNorm of a frozen network into the convolution before it.
 
-In eval mode BatchNorm multiplies each channel by a constant and adds another. Right after a convolution both
-can stand in that one's weights and bias: the same function, and one pass over the map less.
+In eval mode BatchNorm multiplies each channel by a constant and adds another. After a convolution both can be
+part of its weights and bias, which saves a pass over the map.
 
-Pairs are found by watching the network compute, not by names: a BatchNorm whose input is, every time, the
-very tensor that one convolution gave and that nothing else uses. Where that is not so (pre-activation,
-DenseNet's concatenations, a map that is read before its BatchNorm) the BatchNorm stays. What watching cannot
-see, such as a convolution that standardises its weights, the readouts tell: all must stay what they were.
+Pairs are found by tracing a forward pass, not by names: the input of the BatchNorm must always be the output
+of one convolution that nothing else uses. Otherwise (pre-activation, DenseNet's concatenations, a map that is
+read before its BatchNorm) the BatchNorm stays. Cases that tracing cannot detect, such as standardized
+weights, are found by comparing all features.
 """
 
 import copy
@@ -32,40 +32,40 @@ Pair = tuple[str, str]
 
 @torch.no_grad()
 def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of the network in eval mode whose BatchNorms are folded, as far as its readouts stay the same.
+    """Return a copy of the network in eval mode with BatchNorms folded if its features stay the same.
 
     Args:
-        network: a network that ``Readouts`` can read; it stays as it is.
-        example: images [B,3,S,S] of the size that the network is used with; the first is looked at.
+        network: not changed.
+        example: images [B,3,S,S] of the size that the network is used with; the first one is traced.
 
     Returns:
-        The copy, on the network's device; folded weights are computed in float64 and rounded to the
-        network's precision. Readouts agree with the network's within rounding.
+        A copy on the network's device. Folded weights are computed in float64 and rounded to the network's
+        precision.
     """
     folded = copy.deepcopy(network).eval()
     if not any(map(_foldable, folded.modules())):
         return folded
-    # Float64, so that a difference is a mistake and never rounding; the CPU has it whatever the device.
+    # In float64 a difference is an error, not rounding. MPS has no float64, so this runs on the CPU.
     image = example[:1].detach().cpu().double()
     readouts = Readouts(copy.deepcopy(network).eval().cpu(), image_size=image.shape[-1]).double()
     precise = readouts.network
-    pairs, expected = _watch(readouts, image)
-    weights = {id(one): one for one in (*precise.parameters(), *precise.buffers())}
+    pairs, expected = _trace_pairs(readouts, image)
+    weights = {id(tensor): tensor for tensor in (*precise.parameters(), *precise.buffers())}
 
     def same(tried: Sequence[Pair]) -> bool:
         attempt = copy.deepcopy(readouts, dict(weights))  # folding replaces weights and changes none
         _fold(attempt.network, precise, tried)
         try:
             return _agree(_read(attempt, image), expected)
-        except Exception:  # a network that looks at its BatchNorm's own attributes cannot do without it
+        except Exception:  # the network reads attributes of its BatchNorm
             return False
 
-    _fold(folded, precise, _largest(pairs, same))
+    _fold(folded, precise, _largest_valid(pairs, same))
     return folded
 
 
 def _foldable(module: nn.Module) -> bool:
-    """Whether the module is a BatchNorm with fixed statistics: torch's, or timm's with an activation."""
+    """Return True for a BatchNorm of torch, or of timm with an activation, that has fixed statistics."""
     forwards = (nn.BatchNorm2d.forward, BatchNormAct2d.forward)
     return (
         isinstance(module, nn.BatchNorm2d)
@@ -76,55 +76,55 @@ def _foldable(module: nn.Module) -> bool:
 
 
 def _read(readouts: Readouts, image: Tensor) -> dict[str, Tensor]:
-    """Everything the network tells, by both of the ways in which it is asked."""
+    """Return all features, and the output of the network's own forward pass."""
     return {**readouts(image, readouts.offers), "forward": readouts.network(image)}
 
 
-def _agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+def _agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(
-        bool((found[read] - value).abs().max() <= TOLERANCE * value.abs().max())
+        bool((actual[read] - value).abs().max() <= TOLERANCE * value.abs().max())
         for read, value in expected.items()
     )
 
 
-def _largest(pairs: Sequence[Pair], same: Callable[[Sequence[Pair]], bool]) -> list[Pair]:
-    """As many of the pairs as can be folded, found by halving where not all can."""
+def _largest_valid(pairs: Sequence[Pair], same: Callable[[Sequence[Pair]], bool]) -> list[Pair]:
+    """Return as many pairs as can be folded, by bisection if not all can."""
     if not pairs or same(pairs):
         return list(pairs)
     if len(pairs) == 1:
         return []
     middle = len(pairs) // 2
-    first, second = _largest(pairs[:middle], same), _largest(pairs[middle:], same)
-    # Each half is right on its own; together they are, unless they touch each other.
+    first, second = _largest_valid(pairs[:middle], same), _largest_valid(pairs[middle:], same)
+    # Each half is valid alone, and both together unless they interact.
     return [*first, *second] if same([*first, *second]) else first
 
 
-def _watch(readouts: Readouts, image: Tensor) -> tuple[list[Pair], dict[str, Tensor]]:
-    """The pairs that can be folded as far as watching tells, in order, and the readouts unfolded."""
-    uses = _Uses()
-    given_by: dict[int, str] = {}
-    gave: dict[str, list[Tensor]] = defaultdict(list)
-    got: dict[str, list[Tensor]] = defaultdict(list)
+def _trace_pairs(readouts: Readouts, image: Tensor) -> tuple[list[Pair], dict[str, Tensor]]:
+    """Return candidate pairs in the order of execution, and the features of the unfolded network."""
+    uses = _UseCounter()
+    producers: dict[int, str] = {}
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    batch_norm_inputs: dict[str, list[Tensor]] = defaultdict(list)
 
-    def after(name: str) -> Any:
+    def record_output(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            gave[name].append(output)
-            given_by[id(output)] = name
+            outputs[name].append(output)
+            producers[id(output)] = name
 
         return hook
 
-    def before(name: str) -> Any:
-        return lambda _module, inputs: got[name].append(inputs[0])
+    def record_input(name: str) -> Any:
+        return lambda _module, inputs: batch_norm_inputs[name].append(inputs[0])
 
     handles = []
     owners = Counter(id(p) for m in readouts.network.modules() for p in m._parameters.values())
     for name, module in readouts.network.named_modules():
-        # A weight that another module has too, or that is computed from others, is not there to be changed.
-        own = module._parameters.get("weight") is not None and owners[id(module._parameters["weight"])] == 1
-        if isinstance(module, nn.Conv2d) and own:
-            handles.append(module.register_forward_hook(after(name)))
+        # A weight that is shared, or computed from others, cannot be changed.
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Conv2d) and weight is not None and owners[id(weight)] == 1:
+            handles.append(module.register_forward_hook(record_output(name)))
         elif _foldable(module):
-            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_pre_hook(record_input(name)))
     try:
         with uses:
             expected = _read(readouts, image)
@@ -133,53 +133,54 @@ def _watch(readouts: Readouts, image: Tensor) -> tuple[list[Pair], dict[str, Ten
             handle.remove()
     returned = {id(value) for value in expected.values()}
     pairs = []
-    for batch_norm, inputs in got.items():
-        convolutions = {given_by.get(id(one)) for one in inputs}
+    for batch_norm, inputs in batch_norm_inputs.items():
+        convolutions = {producers.get(id(tensor)) for tensor in inputs}
         convolution = convolutions.pop()
-        if convolutions or convolution is None or len(gave[convolution]) != len(inputs):
+        if convolutions or convolution is None or len(outputs[convolution]) != len(inputs):
             continue
-        if all(uses.of[id(one)] == 1 and id(one) not in returned for one in inputs):
+        if all(uses.counts[id(tensor)] == 1 and id(tensor) not in returned for tensor in inputs):
             pairs.append((convolution, batch_norm))
     return pairs, expected
 
 
-class _Uses(TorchDispatchMode):
-    """Counts the operations that take each tensor; tensors are kept, so that no other gets their identity."""
+class _UseCounter(TorchDispatchMode):
+    """Count the operations that use each tensor, by id. Tensors are kept so that no id is reused."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()
         self.kept: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        taken = {id(one): one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)}
-        self.of.update(list(taken))
-        self.kept += taken.values()
+        used = {id(value): value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)}
+        self.counts.update(list(used))
+        self.kept += used.values()
         return func(*args, **(kwargs or {}))
 
 
 def _fold(network: nn.Module, precise: nn.Module, pairs: Sequence[Pair]) -> None:
-    """Put the BatchNorms of ``precise`` into the convolutions of ``network``, which has the same layers."""
+    """Fold the BatchNorms of `precise` into the convolutions of `network`, which has the same layers."""
     for convolution, batch_norm in pairs:
-        into, conv, bn = (
+        target, conv, bn = (
             network.get_submodule(convolution),
             precise.get_submodule(convolution),
             precise.get_submodule(batch_norm),
         )
-        assert isinstance(conv, nn.Conv2d) and isinstance(into, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
+        assert isinstance(target, nn.Conv2d)
+        assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
         assert bn.running_mean is not None and bn.running_var is not None
         weight, bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
-        trains = into.weight.requires_grad
-        into.weight, into.bias = (
-            nn.Parameter(one.to(into.weight), requires_grad=trains) for one in (weight, bias)
+        trains = target.weight.requires_grad
+        target.weight, target.bias = (
+            nn.Parameter(tensor.to(target.weight), requires_grad=trains) for tensor in (weight, bias)
         )
-        network.set_submodule(batch_norm, _rest(network.get_submodule(batch_norm)))
+        network.set_submodule(batch_norm, _without_norm(network.get_submodule(batch_norm)))
 
 
-def _rest(batch_norm: nn.Module) -> nn.Module:
-    """What a BatchNorm does besides: timm's may drop and activate."""
+def _without_norm(batch_norm: nn.Module) -> nn.Module:
+    """Return the rest of a BatchNorm: timm's may have dropout and an activation."""
     if isinstance(batch_norm, BatchNormAct2d):
         return nn.Sequential(OrderedDict(drop=batch_norm.drop, act=batch_norm.act)).eval()
     return nn.Identity().eval()

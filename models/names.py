@@ -54,17 +54,17 @@ ALIASES: dict[str, str] = {
     "dinov3_large": "vit_large_patch16_dinov3",
 }
 
-# Letters and digits that are taken for one another in print: resnet5O, mobi1enet.
+# Letters and digits that are often confused: resnet5O, mobi1enet.
 _LOOK_ALIKES = str.maketrans("oil", "011")
 
 
 def register() -> None:
-    """Make the CIFAR networks known to timm. Calling it again does nothing."""
+    """Register the CIFAR networks with timm. Calling it again does nothing."""
     from .cifar import mobilenet, resnet, shufflenet, vgg, wide_resnet  # noqa: F401
 
 
-def known() -> list[str]:
-    """Every architecture that can be built, without aliases and pretrained tags, in natural order."""
+def list_architectures() -> list[str]:
+    """Return all architectures that can be built, without aliases and pretrained tags, in natural order."""
     import timm
 
     register()
@@ -72,9 +72,9 @@ def known() -> list[str]:
 
 
 def resolve(name: str) -> str:
-    """timm's name for what the user typed, its pretrained tag (`resnet50.a1_in1k`) kept.
+    """Return timm's name for a name typed by the user, with its pretrained tag (`resnet50.a1_in1k`) if any.
 
-    Raises UnknownModel with the nearest names, or with the known tags when only the tag is wrong.
+    Raises UnknownModel with the nearest names, or with the existing tags if only the tag is wrong.
     """
     import timm
 
@@ -83,63 +83,62 @@ def resolve(name: str) -> str:
     architecture, _, tag = typed.partition(".")
     architecture = ALIASES.get(architecture, architecture)
     if not architecture or not timm.is_model(architecture):
-        raise UnknownModel(_unknown(typed))
+        raise UnknownModel(_describe_unknown(typed))
     full = f"{architecture}.{tag}" if tag else architecture
-    full = _current(full, typed)
+    full = _current_name(full, typed)
     architecture, _, tag = full.partition(".")
     tags = tags_of(architecture)
     if tag and tag not in tags:
-        offer = f"its tags are {', '.join(tags)}" if tags else "it has none; leave the tag away"
-        raise UnknownModel(f"The model {architecture} has no pretrained tag {tag!r}: {offer}.")
+        offer = f"Choose from {', '.join(tags)}" if tags else "Omit the tag"
+        raise UnknownModel(f"Model {architecture} has no pretrained tag {tag!r}. {offer}.")
     return full
 
 
 def tags_of(architecture: str) -> list[str]:
-    """The pretrained tags timm lists for an architecture, its default first."""
+    """Return the pretrained tags that timm lists for an architecture, the default first."""
     import timm
 
-    found = timm.models.get_arch_pretrained_cfgs(architecture)
-    return [key.partition(".")[2] for key in found if "." in key]
+    names = timm.models.get_arch_pretrained_cfgs(architecture)
+    return [name.partition(".")[2] for name in names if "." in name]
 
 
-def matching(pattern: str = "*") -> list[str]:
-    """Names, aliases included, that match a shell pattern (`mobilenet*`); a plain word matches anywhere."""
-    wanted = pattern.strip().lower() or "*"
-    if not re.search(r"[*?\[]", wanted):
-        wanted = f"*{wanted}*"
-    names = {*known(), *ALIASES}
-    return sorted((name for name in names if fnmatch.fnmatchcase(name.lower(), wanted)), key=_natural)
+def find_matching(pattern: str = "*") -> list[str]:
+    """Return names and aliases that match a shell pattern (`mobilenet*`); a plain word matches anywhere."""
+    pattern = pattern.strip().lower() or "*"
+    if not re.search(r"[*?\[]", pattern):
+        pattern = f"*{pattern}*"
+    names = {*list_architectures(), *ALIASES}
+    return sorted((name for name in names if fnmatch.fnmatchcase(name.lower(), pattern)), key=_natural)
 
 
-def nearest(name: str, count: int = 4) -> list[str]:
-    """Up to `count` known names that look most like a misspelled one; case, dashes and dots don't matter."""
-    typed = _folded(name.partition(".")[0])
+def find_nearest(name: str, count: int = 4) -> list[str]:
+    """Return up to `count` names most similar to a misspelled one, ignoring case and punctuation."""
+    typed = _normalize(name.partition(".")[0])
     if not typed:
         return []
     scored = []
-    for candidate in {*known(), *ALIASES}:
-        key = _folded(candidate)
+    for candidate in {*list_architectures(), *ALIASES}:
+        key = _normalize(candidate)
         matcher = SequenceMatcher(None, typed, key)
         if matcher.real_quick_ratio() < 0.5:
             continue
-        # A name cut short ("efficientnet_lit") is nearer than the letters alone say.
+        # A truncated name ("efficientnet_lit") is nearer than its ratio.
         score = matcher.ratio() + (0.25 if key.startswith(typed) else 0.0)
         if score >= 0.6:
             scored.append((-score, candidate not in ALIASES, len(candidate), candidate))
     return [candidate for *_, candidate in sorted(scored)[:count]]
 
 
-def _unknown(typed: str) -> str:
+def _describe_unknown(typed: str) -> str:
     if not typed:
-        return "The model's name is empty; `compress models` lists all names."
-    near = nearest(typed)
-    if near:
-        return f"There is no model {typed!r}; the nearest are {', '.join(near)}."
-    return f"There is no model {typed!r} and none like it; `compress models` lists all names."
+        return "The model name is empty. `compress models` lists all names."
+    if near := find_nearest(typed):
+        return f"Unknown model {typed!r}. Did you mean {', '.join(near)}?"
+    return f"Unknown model {typed!r}. `compress models` lists all names."
 
 
-def _current(full: str, typed: str) -> str:
-    """The present name of one that timm has renamed; UnknownModel for one that it has dropped."""
+def _current_name(full: str, typed: str) -> str:
+    """Return the current name of a renamed model. Raises UnknownModel if timm has removed it."""
     from timm.models import _registry
 
     renamed: dict[str, str | None] = _registry._deprecated_models
@@ -148,11 +147,12 @@ def _current(full: str, typed: str) -> str:
         return full
     current = renamed[architecture]
     if current is None:
-        raise UnknownModel(f"timm has removed the model {typed!r}; `compress models` lists those it has.")
+        raise UnknownModel(f"timm has removed model {typed!r}. `compress models` lists all names.")
     return f"{current.partition('.')[0]}.{tag}" if tag else current
 
 
-def _folded(name: str) -> str:
+def _normalize(name: str) -> str:
+
     return re.sub(r"[^a-z0-9]", "", name.lower()).translate(_LOOK_ALIKES)
 
 

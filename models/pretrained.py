@@ -1,4 +1,4 @@
-"""Published weights: whether there are any, their licence, and fetching them or saying at once why not."""
+"""Published weights: availability, license and download, or an error within seconds."""
 
 import hashlib
 import urllib.error
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from .build import pretrained_cfg
-from .checkpoint import Checkpoint, refuse_packed
+from .checkpoint import Checkpoint, refuse_compressed
 from .errors import ModelError
 from .names import resolve
 
 PROBE_SECONDS = 5.0
 
-# Licences that let weights be used, changed and shipped by anyone, for any purpose.
-FREE_LICENCES = frozenset(
+# Licenses that let weights be used, changed and shipped by anyone, for any purpose.
+FREE_LICENSES = frozenset(
     {
         *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "zlib"),
         *("cc0-1.0", "cc-by-4.0", "cc-by-3.0", "cc-by-sa-4.0", "cc-by-sa-3.0"),
@@ -27,14 +27,14 @@ FREE_LICENCES = frozenset(
 
 
 def has_pretrained(name: str) -> bool:
-    """Whether timm lists published weights for a name; asks no network."""
+    """Return True if timm lists published weights for a name; does not use the network."""
     import timm
 
     return bool(timm.models.is_model_pretrained(resolve(name)))
 
 
-def licence(name: str) -> str | None:
-    """The licence of a name's published weights by timm's word; None if there are none or it is unknown."""
+def find_license(name: str) -> str | None:
+    """Return the license that timm states for published weights; None if there are none or it is unknown."""
     if not has_pretrained(name):
         return None
     stated = pretrained_cfg(name).license
@@ -42,23 +42,32 @@ def licence(name: str) -> str | None:
 
 
 def is_free(stated: str | None) -> bool:
-    """Whether a licence allows any use; an unknown one doesn't."""
-    return stated is not None and stated.lower() in FREE_LICENCES
+    """Return True if a license allows any use; an unknown one does not."""
+    return stated is not None and stated.lower() in FREE_LICENSES
 
 
 class Unavailable(ModelError):
-    """Published weights that cannot be had here; ``missing``: (name, option of the command, reason) each."""
+    """Published weights that are not available here.
+
+    Args:
+        missing: (name, option of the command, reason) of each.
+    """
 
     def __init__(self, missing: Sequence[tuple[str, str, str]]) -> None:
         self.missing = tuple(missing)
-        super().__init__(_ways_out(missing))
+        super().__init__(_describe_missing(missing))
 
 
 def check_published(wanted: Sequence[tuple[str, str]], *, download: bool = True) -> None:
-    """Whether the published weights of all these can be had: (name, option of the command) each.
+    """Check that published weights are available.
 
-    download: put what is not there into the cache; else only ask for it. Raises Unavailable, which names all
-    that cannot be had, and ModelError for a name without published weights.
+    Args:
+        wanted: (name, option of the command) of each.
+        download: download weights that are not cached; otherwise only check that the server has them.
+
+    Raises:
+        Unavailable: lists all weights that are not available.
+        ModelError: there are no published weights for a name.
     """
     missing: list[tuple[str, str, str]] = []
     for name, option in dict.fromkeys(wanted):
@@ -73,20 +82,19 @@ def check_published(wanted: Sequence[tuple[str, str]], *, download: bool = True)
 
 
 def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint:
-    """The published weights of a name (its default tag where none is given), from the cache or the internet.
+    """Return the published weights of a name (default tag if it has none) from the cache or the internet.
 
-    option: the command-line option that the error's ways out name. Raises ModelError within seconds when
-    there are none or they can't be reached.
+    Raises ModelError, which names the command-line `option`, within seconds if they are not available.
     """
     import timm
 
     full = resolve(name)
     cfg = _published(full, option)
-    had = _file(full, cfg, option, download=True)
-    assert had is not None
-    file, source = had
-    if file.suffix != ".npz" and zipfile.is_zipfile(file):  # numpy's archives may be packed
-        refuse_packed(file)
+    located = _file(full, cfg, option, download=True)
+    assert located is not None
+    file, source = located
+    if file.suffix != ".npz" and zipfile.is_zipfile(file):  # numpy's archives may be compressed
+        refuse_compressed(file)
     try:
         with torch.random.fork_rng(devices=[]):
             network = timm.create_model(
@@ -97,34 +105,39 @@ def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint
             )
     except Exception as error:  # a damaged download fails in many ways
         raise ModelError(
-            f"The published weights of {full} cannot be loaded ({type(error).__name__}); delete {file} "
+            f"The published weights of {full} cannot be loaded ({type(error).__name__}). Delete {file} "
             f"and try again."
         ) from error
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     names, descriptions = _labels(cfg)
     return Checkpoint(
-        network.state_dict(), names, source, digest, label_descriptions=descriptions, licence=licence(full)
+        network.state_dict(),
+        names,
+        source,
+        digest,
+        label_descriptions=descriptions,
+        license=find_license(full),
     )
 
 
 def _published(full: str, option: str) -> Any:
     if not has_pretrained(full):
         raise ModelError(
-            f"There are no published weights for {full}: give a file ({option} FILE), train from scratch "
-            f"({option} none), or pick a model that has some (`compress models` shows which)."
+            f"{option}: there are no published weights for {full}. Use {option} FILE, train from scratch by "
+            f"{option} none, or choose a model with weights (see `compress models`)."
         )
     return pretrained_cfg(full)
 
 
 def _file(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
-    """The weights file and where it is from; None where it was only asked for, and could be had."""
-    get = _from_hub if cfg.hf_hub_id else _from_url
-    return get(full, cfg, option, download)
+    """Return the weights file and its source; None if it is not cached and `download` is False."""
+    locate = _from_hub if cfg.hf_hub_id else _from_url
+    return locate(full, cfg, option, download)
 
 
 def _from_hub(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
-    """The weights file in Hugging Face's cache, downloaded if it isn't there."""
+    """Return the weights file in Hugging Face's cache, downloaded if necessary."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
     from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
@@ -138,7 +151,7 @@ def _from_hub(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, s
             return Path(cached), f"{repository} on Hugging Face"
     for filename in candidates:
         try:
-            # One question without retries: offline, the download would go on trying for most of a minute.
+            # One request without retries: offline, the download would retry for most of a minute.
             get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=PROBE_SECONDS)
             if not download:
                 return None
@@ -150,14 +163,14 @@ def _from_hub(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, s
         except OfflineModeIsEnabled as error:
             raise Unavailable([(full, option, "HF_HUB_OFFLINE is set")]) from error
         except HfHubHTTPError as error:
-            raise Unavailable([(full, option, f"{repository} answered: {error}")]) from error
+            raise Unavailable([(full, option, f"{repository}: {error}")]) from error
         except Exception as error:  # the http library behind the hub differs by version, and so do its errors
             raise Unavailable([(full, option, "huggingface.co cannot be reached")]) from error
     raise Unavailable([(full, option, f"{repository} has no weights file")])
 
 
 def _from_url(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
-    """The weights file in torch's cache, downloaded if it isn't there."""
+    """Return the weights file in torch's cache, downloaded if necessary."""
     from timm.models._hub import check_cached_file, download_cached_file
 
     if cfg.file:
@@ -176,23 +189,22 @@ def _from_url(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, s
         raise Unavailable([(full, option, f"{address} cannot be reached")]) from error
 
 
-def _ways_out(missing: Sequence[tuple[str, str, str]]) -> str:
+def _describe_missing(missing: Sequence[tuple[str, str, str]]) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     names = " and ".join(dict.fromkeys(full for full, _, _ in missing))
     reasons = "; ".join(dict.fromkeys(reason for _, _, reason in missing))
     options = list(dict.fromkeys(option for _, option, _ in missing))
-    a_file = "a weights file" if len(options) == 1 else "weights files"
     return (
-        f"The published weights of {names} cannot be had: {reasons}. Three ways out: give {a_file} "
-        f"({' '.join(f'{option} FILE' for option in options)}); train from scratch "
-        f"({' '.join(f'{option} none' for option in options)}); or run this once where there is internet, "
-        f"and copy that machine's Hugging Face cache to {HF_HUB_CACHE} (or set HF_HOME)."
+        f"The published weights of {names} are not available: {reasons}. Use weights files "
+        f"({' '.join(f'{option} FILE' for option in options)}), train from scratch "
+        f"({' '.join(f'{option} none' for option in options)}), or run this command once with internet "
+        f"access and copy the Hugging Face cache of that machine to {HF_HUB_CACHE} (or set HF_HOME)."
     )
 
 
 def _labels(cfg: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Class names and descriptions: those stated, else ImageNet's where the count is one of its subsets'."""
+    """Return class names and descriptions: those of the config, else of the ImageNet subset of this size."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if cfg.label_names:

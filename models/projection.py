@@ -3,8 +3,8 @@
     logits = W_c·(W_e·v + b_e) + b_c = W'·v + b'      W' = W_c·W_e,  b' = W_c·b_e + b_c
 
 The vector in between can have any width, such as that of a teacher's vector. W_e starts with orthonormal
-columns (rows, where it narrows), b_e as 0, and W_c = W·W_eᵀ, b_c = b with W, b the classifier that was there:
-a network that is not narrowed computes at first what it did before, so a pretrained head is kept.
+columns (rows if it narrows), b_e as 0, and W_c = W·W_eᵀ, b_c = b with W, b of the original classifier: unless
+narrowed, the network computes the same at first, so a pretrained head is kept.
 """
 
 import copy
@@ -22,9 +22,9 @@ class Widened(nn.Module):
 
     def __init__(self, linear: nn.Linear, width: int, seed: int) -> None:
         super().__init__()
-        bias = linear.bias is not None  # so that the merged layer has one just where the plain one has
+        bias = linear.bias is not None  # as in the merged layer
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype, "bias": bias}
-        # Their own initial values are thrown away, and no one's random draws shall follow them.
+        # Skip the initialization, which would be discarded and would advance the random state.
         self.embed = nn.utils.skip_init(nn.Linear, linear.in_features, width, **like)
         self.classifier = nn.utils.skip_init(nn.Linear, width, linear.out_features, **like)
         start = torch.empty(width, linear.in_features)
@@ -37,13 +37,13 @@ class Widened(nn.Module):
                 self.classifier.bias.copy_(linear.bias)
 
     def forward(self, vector: Tensor) -> Tensor:
-        """[B,D] to logits [B,N]."""
+        """Return logits [B,N] of vectors [B,D]."""
         logits: Tensor = self.classifier(self.embed(vector))
         return logits
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """One linear layer that computes the same, up to rounding; found in float64."""
+        """Return one linear layer that computes the same up to rounding, multiplied in float64."""
         w_e, w_c = (layer.weight.detach().cpu().double() for layer in (self.embed, self.classifier))
         like: dict[str, Any] = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
         bias = self.classifier.bias is not None
@@ -55,7 +55,7 @@ class Widened(nn.Module):
 
 
 def widen(network: nn.Module, width: int, seed: int) -> None:
-    """Put a ``Widened`` in the place of a timm network's classifier.
+    """Replace a timm network's classifier by a `Widened`.
 
     Raises:
         ModelError: the classifier is not one plain linear layer.
@@ -67,12 +67,12 @@ def widen(network: nn.Module, width: int, seed: int) -> None:
 
 
 def is_linear(layer: Any) -> bool:
-    """Whether a layer computes W·v + b and nothing else: torch's linear layer or timm's, no other kind."""
+    """Return True for torch's and timm's plain linear layers."""
     return type(layer) in (nn.Linear, timm.layers.Linear)
 
 
 def merged(network: nn.Module) -> nn.Module:
-    """A copy of a widened network with a plain classifier again; any other network itself."""
+    """Return a copy of a widened network with a plain classifier, or any other network itself."""
     if not isinstance(_classifier(network), Widened):
         return network
     plain = copy.deepcopy(network)
@@ -83,8 +83,8 @@ def merged(network: nn.Module) -> nn.Module:
 
 
 def _classifier(network: nn.Module) -> Any:
-    get = getattr(network, "get_classifier", None)
-    return get() if callable(get) else None
+    get_classifier = getattr(network, "get_classifier", None)
+    return get_classifier() if callable(get_classifier) else None
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,13 +1,13 @@
-"""Readouts: what a distillation method may see of a network, all of it from one forward pass.
+"""Readouts: the features of a network that distillation methods use, from one forward pass.
 
 - `map` [B,C,H,W]: the last feature map
 - `map@i` [B,C,H,W]: the map of level i as timm counts them (0 the earliest, -1 the last)
-- `map_pre` [B,C,H,W]: the last map before its ReLU; of VGG networks only
-- `vector` [B,D]: the penultimate vector, which the classifier reads; of a widened network, its last linear
+- `map_pre` [B,C,H,W]: the last map before its ReLU; VGG networks only
+- `vector` [B,D]: the penultimate vector, which the classifier (in a widened network, its last layer) reads
 - `logits` [B,N]: the class scores
 
-A map is row-major in space whatever the family: channels-last maps are turned round, and tokens are put back
-on their grid without class, distillation and register tokens.
+All maps are [B,C,H,W]: channels-last maps are permuted, and tokens are put back on their grid without class,
+distillation and register tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,9 +27,9 @@ LOGITS: Reads = frozenset({"logits"})
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes of a network's readouts for one image: map and levels as (C, H, W), vector and logits as numbers.
+    """Sizes of a network's features for one image: map and levels as (C, H, W), vector and logits as numbers.
 
-    None, or no levels, where the network doesn't have that readout; a network without a head has 0 logits.
+    None, or no levels, for features that the network does not have; a network without a head has 0 logits.
     """
 
     map: tuple[int, int, int] | None
@@ -40,11 +40,14 @@ class Shapes:
 
 
 class Readouts(nn.Module):
-    """A timm network that answers with readouts. The network itself stays as it is, at `.network`.
+    """A timm network that returns features; the network itself is not changed.
 
-    network: any module; one without timm's `forward_features` has logits only. image_size: pixels of its
-    square input (what `build` was asked for, if None). A dry forward pass in eval mode finds the shapes and
-    leaves weights, BatchNorm statistics, training flags and the random state untouched.
+    The shapes come from a forward pass in eval mode, which leaves weights, BatchNorm statistics, training
+    flags and the random state untouched.
+
+    Args:
+        network: any module; without timm's `forward_features` it has logits only.
+        image_size: pixels of the square input; that of `build` if None.
     """
 
     def __init__(self, network: nn.Module, image_size: int | None = None) -> None:
@@ -53,21 +56,21 @@ class Readouts(nn.Module):
         built_as = getattr(network, "built_as", None)
         size = image_size or getattr(built_as, "image_size", None)
         if size is None:
-            raise ModelError("An image size is needed to read out a network that was not built by name.")
+            raise ModelError("image_size is required for a network that was not built by name.")
         self.name: str = built_as.name if built_as is not None else type(network).__name__
-        # How this family gives a map: "NCHW", "NHWC", "tokens" (through forward_intermediates) or None.
+        # Layout of the family's features: "NCHW", "NHWC", "tokens" (by forward_intermediates) or None.
         self.layout: str | None = None
         self.norm = False
         self.classifier_reads_vector = self.classifier_is_all_left = False
         self.level_count = 0
         self.compiled: dict[str, Callable[..., Any]] = {}
-        # Of a widened network nothing before the new layer gets a gradient.
+        # If True, no layer of a widened network before the new one gets a gradient.
         self.embeds_alone = False
         self.shapes = self._explore(size)
 
     @property
     def offers(self) -> Reads:
-        """The readouts this network has; levels are listed with their non-negative numbers."""
+        """Names of the features of this network; levels with non-negative numbers."""
         present = {
             "map": self.shapes.map,
             "map_pre": self.shapes.map_pre,
@@ -78,81 +81,81 @@ class Readouts(nn.Module):
         return frozenset(names | {f"map@{level}" for level in range(len(self.shapes.levels))})
 
     def check(self, reads: Reads) -> None:
-        """Raise ModelError, one sentence, unless the network has every readout asked for."""
+        """Raise ModelError if the network does not have all requested features."""
         for read in sorted(reads):
             if read in self.offers or (read.startswith("map@") and self._level(read) is not None):
                 continue
             if read == "map":
-                raise ModelError(f"The model {self.name} has no feature map, which this method reads; "
-                                 f"pick another teacher or student, or a method on logits.")  # fmt: skip
-            if read == "map_pre":
                 raise ModelError(
-                    f"The model {self.name} has no map before a last ReLU; only VGG networks do."
+                    f"Model {self.name} has no feature map, which this method requires. Choose another model "
+                    "or a method on logits."
                 )
-            if read.startswith("map@"):
-                raise ModelError(f"The model {self.name} has no feature map {read!r}; its levels are 0 to "
-                                 f"{len(self.shapes.levels) - 1}." if self.shapes.levels else
-                                 f"The model {self.name} has no feature maps of earlier levels.")  # fmt: skip
+            if read == "map_pre":
+                raise ModelError(f"Model {self.name} has no map before a last ReLU. Only VGG networks do.")
+            if read.startswith("map@") and self.shapes.levels:
+                last = len(self.shapes.levels) - 1
+                raise ModelError(
+                    f"Model {self.name} has no feature map {read!r}. Choose a level from 0 to {last}."
+                )
             raise ModelError(
-                f"The model {self.name} has no readout {read!r}; it has {', '.join(sorted(self.offers))}."
+                f"Model {self.name} has no feature {read!r}. It has {', '.join(sorted(self.offers))}."
             )
 
     def check_widening(self) -> None:
-        """Raise ModelError unless `models.widen.widen` can be used: the classifier is one linear layer on the
-        vector."""
+        """Raise ModelError if `projection.widen` is not possible: it needs one linear layer on the vector."""
         if not is_linear(self._classifier()) or not self.classifier_is_all_left:
             raise ModelError(
-                f"The classifier of {self.name} is not one linear layer on its penultimate vector, so no "
-                "layer for another width can be merged into it; pick another student, or a teacher whose "
-                f"vector has {self.shapes.vector} numbers as well."
+                f"The classifier of {self.name} is not one linear layer on its penultimate vector, so a "
+                "layer for another width cannot be merged into it. Choose another student, or a teacher "
+                f"with a vector of {self.shapes.vector} numbers."
             )
 
     def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
-        """Images [B,3,H,W] to the readouts asked for, by name, and nothing computed beyond them."""
+        """Return the requested features of images [B,3,H,W] by name, and compute nothing else."""
         if reads == LOGITS and self.shapes.logits and not self.compiled:
             return {"logits": self.network(x)}
         self.check(reads)
         return self._read(x, reads)
 
     def compile_features(self, mode: str | None) -> None:
-        """Compute what comes before the head by torch.compile with this mode from now on; None: no longer.
+        """Compile the network before the head by torch.compile with this mode; None to undo it.
 
-        The network itself, its names and its own forward pass stay as they are. The head stays outside:
-        between the two lies the map, at which gradients of losses are compared. A network without timm's
-        parts, and a pass that reads `map_pre` from within, are computed as they are.
+        The network, its names and its forward pass are not changed. The head is not compiled, as gradients of
+        losses are compared at the map before it. Networks without timm's parts, and passes that read
+        `map_pre`, are not compiled.
         """
         self.compiled = {}
         if mode is None or self.shapes.vector is None:
             return
         for part in ("forward_features", "forward_intermediates"):
             if hasattr(self.network, part):
-                # Sizes do not change in a training: one graph, made for them.
+                # Sizes do not change during training.
                 self.compiled[part] = torch.compile(getattr(self.network, part), dynamic=False, mode=mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is compiled computes with this network's weights: a copy has none of it.
+        # Compiled functions use this network's weights, so a copy must not have them.
         return {**super().__getstate__(), "compiled": {}}
 
     def _read(self, x: Tensor, reads: Reads) -> dict[str, Tensor]:
-        taken: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         if "map_pre" in reads:
-            with _tapped(_pre_relu_layer(self.network), taken):
+            with _record_output(_pre_relu_layer(self.network), result):
                 features, levels = self._features(x, reads)
         else:
             features, levels = self._features(x, reads)
         for read in reads:
             if read.startswith("map@"):
-                taken[read] = levels[self._level_index(read)]
+                result[read] = levels[self._level_index(read)]
         if "map" in reads:
-            taken["map"] = self._as_map(features, levels)
+            result["map"] = self._as_map(features, levels)
         if "vector" in reads:
-            taken["vector"] = self._vector(features)
+            result["vector"] = self._vector(features)
         if "logits" in reads:
             if "vector" in reads and self.classifier_reads_vector:
-                taken["logits"] = self._last_linear()(taken["vector"])
+                result["logits"] = self._last_linear()(result["vector"])
             else:
-                taken["logits"] = self._network.forward_head(features)
-        return taken
+                result["logits"] = self._network.forward_head(features)
+        return result
 
     def _vector(self, features: Any) -> Tensor:
         vector: Tensor = self._network.forward_head(features, pre_logits=True).flatten(1)
@@ -170,7 +173,7 @@ class Readouts(nn.Module):
         return classifier.classifier if isinstance(classifier, Widened) else classifier
 
     def _features(self, x: Tensor, reads: Reads) -> tuple[Any, dict[int, Tensor]]:
-        """What forward_features gives, and the maps of the levels asked for by level number."""
+        """Return the output of forward_features, and the requested maps by level number."""
         wanted = {self._level_index(read) for read in reads if read.startswith("map@")}
         if "map" in reads and self.layout == "tokens":
             wanted.add(self.level_count - 1)
@@ -178,7 +181,7 @@ class Readouts(nn.Module):
             return self._part("forward_features", reads)(x), {}
         indices = sorted(wanted)
         only_levels = all(read.startswith("map@") for read in reads) or (reads == {"map"} and bool(wanted))
-        found = self._part("forward_intermediates", reads)(
+        output = self._part("forward_intermediates", reads)(
             x,
             indices=indices,
             norm=self.norm,
@@ -186,7 +189,7 @@ class Readouts(nn.Module):
             output_fmt="NCHW",
             intermediates_only=only_levels,
         )
-        features, maps = (None, found) if only_levels else found
+        features, maps = (None, output) if only_levels else output
         return features, dict(zip(indices, maps, strict=True))
 
     def _part(self, name: str, reads: Reads) -> Callable[..., Any]:
@@ -203,11 +206,11 @@ class Readouts(nn.Module):
 
     @property
     def _network(self) -> Any:
-        # timm's methods are not part of nn.Module, so the type checker needn't look for them.
+        # Typed as Any, since timm's methods are not part of nn.Module.
         return self.network
 
     def _level(self, read: str) -> int | None:
-        """The non-negative number of `map@i`, or None where there is no such level."""
+        """Return the non-negative number of `map@i`; None if there is no such level."""
         try:
             level = int(read.removeprefix("map@"))
         except ValueError:
@@ -217,12 +220,12 @@ class Readouts(nn.Module):
 
     def _level_index(self, read: str) -> int:
         level = self._level(read)
-        assert level is not None  # `check` has been here
+        assert level is not None  # see `check`
         return level
 
     @torch.no_grad()
     def _explore(self, image_size: int) -> Shapes:
-        """Find how this family gives its readouts, and their shapes, by a dry pass over two random images."""
+        """Determine the family's layout and all shapes by a forward pass of two random images."""
         headless = getattr(getattr(self.network, "built_as", None), "num_classes", None) == 0
         with _evaluating(self.network):
             x = _two_images(self.network, image_size)
@@ -230,7 +233,7 @@ class Readouts(nn.Module):
                 logits = self.network(x)
                 if not headless and (isinstance(logits, (tuple, list)) or logits.dim() != 2):
                     raise ModelError(
-                        f"The model {self.name} does not give one vector of class scores an image."
+                        f"Model {self.name} does not return one vector of class scores per image."
                     )
                 if not hasattr(self.network, "forward_features"):
                     return Shapes(map=None, vector=None, logits=logits.shape[1])
@@ -240,7 +243,7 @@ class Readouts(nn.Module):
                 raise
             except Exception as error:  # whatever a forward pass of timm's thousand raises
                 raise ModelError(
-                    f"The model {self.name} cannot run on images of {image_size} pixels: {error}"
+                    f"Model {self.name} cannot run on images of {image_size} pixels: {error}"
                 ) from error
             self.layout = self._find_layout(features)
             reads = {"map"} if self.layout is not None else set()
@@ -248,25 +251,25 @@ class Readouts(nn.Module):
                 reads |= {"vector"}
                 vector = self._vector(features)
                 self.classifier_is_all_left = not headless and self._is_all_left(vector, logits)
-                # With dropout in between, the head is run again for the logits.
+                # With dropout between them, logits are computed by the head.
                 drops = float(self._network.__dict__.get("drop_rate", 0.0)) > 0
                 self.classifier_reads_vector = self.classifier_is_all_left and not drops
             if _pre_relu_layer(self.network) is not None:
                 reads |= {"map_pre"}
-            found = self._read(x, frozenset(reads))
-        sizes = {read: tuple(tensor.shape[1:]) for read, tensor in found.items()}
+            tensors = self._read(x, frozenset(reads))
+        sizes = {read: tuple(tensor.shape[1:]) for read, tensor in tensors.items()}
         return Shapes(
-            map=_three(sizes.get("map")),
+            map=_as_chw(sizes.get("map")),
             vector=sizes["vector"][0] if "vector" in sizes else None,
             logits=0 if headless else logits.shape[1],
             levels=tuple((level.shape[1], level.shape[2], level.shape[3]) for level in levels),
-            map_pre=_three(sizes.get("map_pre")),
+            map_pre=_as_chw(sizes.get("map_pre")),
         )
 
     def _explore_levels(self, x: Tensor) -> list[Tensor]:
         if not hasattr(self.network, "forward_intermediates"):
             return []
-        for self.norm in (True, False):  # a few families refuse to normalise an intermediate map
+        for self.norm in (True, False):  # a few families cannot normalize intermediate maps
             try:
                 levels: list[Tensor] = self._network.forward_intermediates(
                     x, norm=self.norm, output_fmt="NCHW", intermediates_only=True
@@ -285,7 +288,7 @@ class Readouts(nn.Module):
         return "tokens" if self.level_count else None
 
     def _is_all_left(self, vector: Tensor, logits: Tensor) -> bool:
-        """Whether classifier(vector) is all that is left to do, but for dropout."""
+        """Return True if the logits are classifier(vector), apart from dropout."""
         classifier = self._last_linear()
         if not isinstance(classifier, (nn.Linear, nn.Identity)):
             return False
@@ -295,15 +298,15 @@ class Readouts(nn.Module):
 
 
 def widths(network: nn.Module, image_size: int | None = None) -> Shapes:
-    """The sizes of a network's readouts, from a dry forward pass and never from its attributes."""
+    """Return the sizes of a network's features from a forward pass."""
     return Readouts(network, image_size).shapes
 
 
 def _pre_relu_layer(network: nn.Module) -> nn.Module | None:
-    """The layer whose output is a VGG's last map before its ReLU, if the network is one."""
-    named = getattr(network, "pre_relu_layer", None)
-    if isinstance(named, str):
-        return network.get_submodule(named)
+    """Return the layer before the last ReLU of a VGG; None for other networks."""
+    name = getattr(network, "pre_relu_layer", None)
+    if isinstance(name, str):
+        return network.get_submodule(name)
     features = getattr(network, "features", None)
     if isinstance(features, nn.Sequential) and len(features) > 3:
         before, activation, pool = features[-3], features[-2], features[-1]
@@ -313,12 +316,12 @@ def _pre_relu_layer(network: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def _tapped(layer: nn.Module | None, into: dict[str, Tensor]) -> Iterator[None]:
-    """Keep the layer's output as `map_pre`; what follows gets a copy, since the ReLU may work in place."""
-    assert layer is not None  # `check` has been here
+def _record_output(layer: nn.Module | None, result: dict[str, Tensor]) -> Iterator[None]:
+    """Store the layer's output as `map_pre` and pass on a copy, since the ReLU may work in place."""
+    assert layer is not None  # see `check`
 
     def keep(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        into["map_pre"] = output
+        result["map_pre"] = output
         return output.clone()
 
     handle = layer.register_forward_hook(keep)
@@ -330,7 +333,7 @@ def _tapped(layer: nn.Module | None, into: dict[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each module gets its own flag back."""
+    """Switch to eval mode temporarily and restore the flag of each module."""
     flags = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -348,5 +351,5 @@ def _two_images(network: nn.Module, image_size: int) -> Tensor:
     return noise.to(device=device, dtype=dtype)
 
 
-def _three(shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
+def _as_chw(shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
     return None if shape is None else (shape[0], shape[1], shape[2])

@@ -1,4 +1,4 @@
-"""What the CIFAR networks of the CRD benchmark have in common: timm's model interface and registration.
+"""CIFAR networks of the CRD benchmark: the part of timm's model interface that all share, and registration.
 
 Architectures and parameter names are those of Tian, Krishnan, Isola, "Contrastive Representation
 Distillation", ICLR 2020 (github.com/HobbitLong/RepDistiller), so that its checkpoints load as they are.
@@ -15,7 +15,7 @@ CRD_MEAN, CRD_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 class CifarNetwork(nn.Module):
-    """A network for small images that speaks timm's interface; a subclass gives `levels` and its layers."""
+    """A network for small images with timm's interface; subclasses define layers and `levels`."""
 
     classifier_name: str = "fc"
     num_features: int
@@ -24,11 +24,11 @@ class CifarNetwork(nn.Module):
     feature_info: list[dict[str, Any]]
 
     def levels(self, x: Tensor) -> Iterator[Tensor]:
-        """The map [B,C,H,W] at the end of each resolution, as it is computed; the last one is pooled."""
+        """Yield the map [B,C,H,W] at the end of each resolution; the last one is pooled."""
         raise NotImplementedError
 
     def _finish(self, widths: list[int], reductions: list[int], num_classes: int) -> None:
-        """Set what timm reads of a model, and its classifier. widths, reductions: of each level."""
+        """Set the classifier and the attributes that timm reads, from widths and reductions of the levels."""
         self.feature_info = [
             {"num_chs": width, "reduction": reduction, "module": f"level{index}"}
             for index, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
@@ -38,11 +38,11 @@ class CifarNetwork(nn.Module):
         self.reset_classifier(num_classes)
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer, or an identity for a network without classes."""
+        """Return the last linear layer, or an identity for a network without classes."""
         return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of `num_classes` outputs, 0 for none. Only average pooling ("avg") exists here."""
+        """Create a new classifier; 0 classes for none. Only average pooling ("avg") is supported."""
         if global_pool not in (None, "avg"):
             raise ValueError(f"the CIFAR networks pool by average only, not {global_pool!r}")
         self.num_classes = num_classes
@@ -54,13 +54,13 @@ class CifarNetwork(nn.Module):
             setattr(self, child, layer)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B,3,H,W] to the last map [B,C,h,w], after its ReLU."""
+        """Return the last map [B,C,h,w], after its ReLU, of images [B,3,H,W]."""
         for level in self.levels(x):
             last = level
         return last
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map [B,C,h,w] to the penultimate vector [B,C], or to logits [B,N]."""
+        """Return logits [B,N], or the penultimate vector [B,C], of the last map [B,C,h,w]."""
         vector = self.global_pool(x).flatten(1)
         return vector if pre_logits else self.get_classifier()(vector)
 
@@ -76,7 +76,7 @@ class CifarNetwork(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the levels asked for (timm's contract); `norm` has nothing to act on here."""
+        """Return the maps of the requested levels as timm does; `norm` has no effect."""
         if output_fmt != "NCHW":
             raise ValueError("the CIFAR networks give their maps as NCHW only")
         take, deepest = feature_take_indices(len(self.feature_info), indices)
@@ -90,7 +90,7 @@ class CifarNetwork(nn.Module):
 
 
 def kaiming(network: nn.Module) -> None:
-    """The benchmark's initialisation: convolutions N(0, √(2/fan_out)), BatchNorm 1 and 0, biases 0."""
+    """Initialize as the benchmark does: convolutions N(0, √(2/fan_out)), biases 0."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -99,7 +99,7 @@ def kaiming(network: nn.Module) -> None:
 
 
 def cifar_cfg(classifier: str, **changes: Any) -> dict[str, Any]:
-    """The `pretrained_cfg` of a network for 32-pixel images, normalised as in the benchmark."""
+    """Return the `pretrained_cfg` of a network for 32-pixel images, normalized as in the benchmark."""
     return {
         "input_size": (3, 32, 32),
         "num_classes": 100,
@@ -118,7 +118,7 @@ def cifar_cfg(classifier: str, **changes: Any) -> dict[str, Any]:
 def register_variants(
     module: dict[str, Any], network: type[CifarNetwork], variants: dict[str, dict[str, Any]], **cfg: Any
 ) -> None:
-    """Make each variant (name → constructor arguments) a timm model of the module whose globals are given."""
+    """Register variants (name → constructor arguments) as timm models of the module with these globals."""
     default_cfgs = module.setdefault("default_cfgs", {})
     for name, shape in variants.items():
         default_cfgs.update(generate_default_cfgs({name: cifar_cfg(network.classifier_name, **cfg)}))

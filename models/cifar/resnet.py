@@ -1,5 +1,8 @@
-"""ResNets for 32-pixel images: the CRD benchmark's (1×1 convolution shortcuts; ResNet-50 with a CIFAR stem),
-and those with the parameter-free shortcuts of He et al. 2016, "option A" (names ending in `_a`)."""
+"""ResNets for 32-pixel images.
+
+Those of the CRD benchmark (1×1 convolution shortcuts; ResNet-50 with a CIFAR stem), and those with the
+parameter-free shortcuts of He et al. 2016, "option A" (names ending in `_a`).
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -13,7 +16,7 @@ Shortcut = Callable[[int, int, int], nn.Module | None]
 
 
 def conv_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    """A 1×1 convolution with BatchNorm where the shape changes; nothing where it doesn't."""
+    """Return a 1×1 convolution with BatchNorm if the shape changes."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -34,7 +37,7 @@ class ZeroPadShortcut(nn.Module):
 
 
 def zero_pad_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    """A shortcut without parameters where the shape changes; nothing where it doesn't."""
+    """Return a shortcut without parameters if the shape changes."""
     return None if stride == 1 and inputs == outputs else ZeroPadShortcut(outputs - inputs, stride)
 
 
@@ -103,9 +106,9 @@ class CifarResNet(CifarNetwork):
             self.add_module(group, nn.Sequential(*layers))
         outputs_of = [width * self.block.expansion for width in widths]
         self._finish(outputs_of, [2**index for index in range(len(blocks))], num_classes)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         kaiming(self)
 
     def levels(self, x: Tensor) -> Iterator[Tensor]:
@@ -124,13 +127,13 @@ class CifarResNet50(CifarResNet):
 
 
 class CifarResNetA(CifarResNet):
-    """The parameter-free variant, initialised as in the code its public CIFAR-10 weights come from."""
+    """The parameter-free variant, initialized as in the code its public CIFAR-10 weights come from."""
 
     shortcut = staticmethod(zero_pad_shortcut)
     shortcut_name = "shortcut"
     classifier_name = "linear"
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight)

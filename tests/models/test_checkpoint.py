@@ -100,7 +100,7 @@ def test_class_names_that_are_not_clear_are_not_made_up(tmp_path, unclear):
 
 def test_pickled_network_is_refused_with_a_hint(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
-    with pytest.raises(ModelError, match="could run code.*state_dict alone"):
+    with pytest.raises(ModelError, match=r"could run code.*state_dict alone"):
         read_checkpoint(tmp_path / "whole.pt")
 
 

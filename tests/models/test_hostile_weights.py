@@ -18,7 +18,7 @@ import torch
 from questpress.models.build import build
 from questpress.models.checkpoint import read_checkpoint
 from questpress.models.errors import ModelError
-from questpress.models.weights import strip_prefix, load_into
+from questpress.models.weights import load_into, strip_prefix
 
 
 class Calls:

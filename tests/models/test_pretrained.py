@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from questpress.models.errors import ModelError
-from questpress.models.pretrained import fetch_pretrained, has_pretrained, is_free, find_license
+from questpress.models.pretrained import fetch_pretrained, find_license, has_pretrained, is_free
 from safetensors.torch import save_file
 
 
@@ -99,6 +99,6 @@ class Hostile:
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_published_weights_that_would_run_code_do_not(cache, name):
     torch.save({"state_dict": {}, "extra": Hostile(str(cache / "was_run"))}, snapshot_in(cache) / name)
-    with pytest.raises(ModelError, match=f"cannot be loaded.*delete .*{name}"):
+    with pytest.raises(ModelError, match=f"cannot be loaded.*Delete .*{name}"):
         fetch_pretrained("test_resnet")
     assert not (cache / "was_run").exists()

@@ -187,15 +187,15 @@ def test_network_without_a_map_is_refused():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     readouts = Readouts(flat, image_size=8)
     assert readouts.offers == {"logits"} and readouts.shapes.logits == 4
-    with pytest.raises(ModelError, match=r"no feature map.*pick another"):
+    with pytest.raises(ModelError, match=r"no feature map.*Choose another"):
         readouts(torch.randn(1, 3, 8, 8), frozenset({"map"}))
 
 
 def test_readout_that_does_not_exist_is_named_with_those_that_do():
     readouts = Readouts(build("cifar_resnet8", num_classes=3, image_size=32))
-    with pytest.raises(ModelError, match="levels are 0 to 2"):
+    with pytest.raises(ModelError, match="level from 0 to 2"):
         readouts.check(frozenset({"map@7"}))
-    with pytest.raises(ModelError, match="only VGG"):
+    with pytest.raises(ModelError, match="Only VGG"):
         readouts.check(frozenset({"map_pre"}))
     with pytest.raises(ModelError, match=r"'words'.*logits"):
         readouts.check(frozenset({"words"}))
