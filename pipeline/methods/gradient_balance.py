@@ -63,13 +63,12 @@ class GradientBalance(nn.Module):
         With micro-batches, r is that of the parts so far, and at the end of the step that of the whole batch.
 
         Args:
-            losses: each method's weighted loss without its warm-up factor, a scalar.
-            cross_entropy: the unweighted cross-entropy on the labels.
+            losses: each method's weighted loss without its warm-up factor.
+            cross_entropy: unweighted.
             f_s: [B,C,H,W] the student's last map, from which all losses are computed.
         """
-        norms = torch.stack(
-            [gradient_norm(loss, f_s) for loss in (cross_entropy, *(losses[m] for m in self.methods))]
-        )
+        compared = [cross_entropy, *(losses[name] for name in self.methods)]
+        norms = torch.stack([gradient_norm(loss, f_s) for loss in compared])
         squares = self.sum_over_ranks(norms.square())
         self._squares = squares if self._squares is None else self._squares + squares
 
@@ -104,12 +103,11 @@ class GradientBalance(nn.Module):
     def results(self) -> list[BalancedWeight]:
         """Return a report entry for each measured method with a known range. Synchronizes with the device."""
         columns = (self.ratios(), self.low, self.high, self.factors().values(), self._sums()[1])
+        rows = zip(self.methods, *([float(x) for x in column] for column in columns), strict=True)
         return [
-            BalancedWeight(
-                method=name, pull=float(r), least=float(low), most=float(high), factor=float(factor)
-            )
-            for name, r, low, high, factor, count in zip(self.methods, *columns, strict=True)
-            if count and float(high) != math.inf
+            BalancedWeight(method=name, pull=r, least=low, most=high, factor=factor)
+            for name, r, low, high, factor, count in rows
+            if count and high != math.inf
         ]
 
     # A host-side counter instead of a buffer: reading a buffer would synchronize with the device.

@@ -46,10 +46,8 @@ def check_methods(
 ) -> None:
     """Check that the methods work with these networks and this number of training images.
 
-    Args:
-        parameters: by method.
-        image_size: side in pixels of the teachers' input, and of the student's without ``student_size``.
-        heads: ``--teacher-head`` of each teacher.
+    ``image_size`` is the side of the teachers' input, and of the student's without ``student_size``;
+    ``heads`` are the values of ``--teacher-head``.
 
     Raises:
         ModelError: a network lacks a feature that a method reads.

@@ -78,11 +78,7 @@ def read_data(
 
 
 def _check_unused(kind: str, data_dir: Path | None, download: bool) -> None:
-    """Check that no option is set that belongs to another kind of data.
-
-    Raises:
-        UsageError: one is.
-    """
+    """Raise UsageError for an option that belongs to another kind of data."""
     for option, is_set in (("--data-dir", data_dir is not None), ("--download", download)):
         if is_set:
             raise UsageError(f"{option} has no effect if --data is {kind}. Remove it.")

@@ -97,11 +97,7 @@ class _LabelFile:
         self.multi_label = self.is_coco or any(len(row.labels) > 1 for row in self.rows)
 
     def locate(self, scan: FolderScan) -> dict[Path, Row]:
-        """Return the rows by the image's file.
-
-        Raises:
-            UsageError: a file is missing or outside of the folder, or is repeated with different labels.
-        """
+        """Return the rows by the image's file; files outside of the folder raise UsageError."""
         name, folder = printable(self.path.name), self._folder(scan)
         rows: dict[Path, Row] = {}
         missing: list[Row] = []
@@ -215,11 +211,7 @@ def _list_classes(files: Sequence[_LabelFile]) -> list[str]:
 
 
 def _check_trained(classes: Sequence[str], images: Mapping[Split, dict[Path, Row]], name: str) -> None:
-    """Check that every class has training images.
-
-    Raises:
-        UsageError: one does not.
-    """
+    """Raise UsageError for a class without training images."""
     trained = {label for row in images["train"].values() for label in row.labels}
     untrained = [label for label in classes if label not in trained]
     if untrained:

@@ -43,11 +43,6 @@ class FileSpan:
     size: int
 
     def __call__(self) -> bytes:
-        """Read the bytes.
-
-        Raises:
-            OSError: the file cannot be read, or is shorter than before.
-        """
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
             content = stream.read(self.size)

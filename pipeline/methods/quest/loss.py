@@ -110,14 +110,10 @@ likeliest words are the same [n]."""
 def divergence(
     f_s: Tensor, weight: Tensor, gamma: Tensor, target: TopWords | AllWords, record: Record
 ) -> Tensor:
-    """Return the sum over positions of KL(p_T ‖ p_S), p_S = softmax(γ·⟨W_k, f_S⟩), differentiable.
+    """Return the sum over n positions of KL(p_T ‖ p_S), p_S = softmax(γ·⟨W_k, f_S⟩), differentiable.
 
-    Args:
-        f_s: [n,C] the student's features, each of length 1.
-        weight: [K,C] W, each row of length 1.
-        gamma: scalar γ.
-        target: p_T of the n positions.
-        record: called for each block.
+    The rows of ``f_s`` [n,C] and of W, ``weight`` [K,C], have length 1. ``target`` is p_T; ``record`` is
+    called for each block.
     """
     total: Tensor = _Divergence.apply(f_s, weight, gamma, target, record)
     return total

@@ -169,10 +169,8 @@ def nearest_words_on(
     """Return the same as ``nearest_words``, computed by torch on a device."""
     f, v = torch.from_numpy(features).to(device), torch.from_numpy(words).to(device)
     # ‖f − v‖² = ‖f‖² + ‖v‖² − 2⟨f,v⟩, in fp32: half precision would cancel.
-    blocks = [
-        torch.addmm(v.square().sum(1), block, v.T, alpha=-2).min(dim=1)
-        for block in f.split(GPU_BLOCK // len(v))
-    ]
+    squares, size = v.square().sum(1), GPU_BLOCK // len(v)
+    blocks = [torch.addmm(squares, block, v.T, alpha=-2).min(dim=1) for block in f.split(size)]
     distance = torch.cat([block.values for block in blocks]) + f.square().sum(1)
     return distance.clamp(min=0).cpu().numpy(), torch.cat([block.indices for block in blocks]).cpu().numpy()
 
@@ -220,13 +218,10 @@ def learn_vocabulary(
     iterations: int = 20,
     limit: int | None = None,
 ) -> Vocabulary:
-    """Learn words of one teacher's map, or read them from the cache if a run has learned them before.
+    """Learn words of a teacher's map ``level``, or read them from the cache if a run has learned them.
 
-    Args:
-        level: the map's name.
-        grid: (H, W) to which the map is average-pooled first.
-        words: K; None: 4,096, or fewer with a note, so that each has at least 39 features.
-        limit: maximum number of features for k-means; None: all.
+    The map is average-pooled to ``grid`` (H, W) first. K is ``words``, by default 4,096, or fewer with a
+    note, so that each has at least 39 features. k-means uses at most ``limit`` features.
 
     Raises:
         UsageError: there are fewer features than words.
