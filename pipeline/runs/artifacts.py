@@ -153,13 +153,20 @@ class OnnxInput:
         return f"{self.kind} [1, {', '.join(map(str, self.shape))}]"
 
 
-def read_input(path: Path, image_size: int | None = None, *, external_data: bool = True) -> OnnxInput:
+def read_input(
+    path: Path,
+    image_size: int | None = None,
+    *,
+    external_data: bool = True,
+    source: Path | None = None,
+) -> OnnxInput:
     """Return the input of an ONNX file.
 
     Args:
         path: the file.
         image_size: the side of the input if it is dynamic.
         external_data: True if weights may be in the file ``NAME.onnx.data`` next to it.
+        source: the file to name in errors if ``path`` is a copy of it.
 
     Raises:
         UsageError: it is not a safe ONNX file, or does not take single images.
@@ -172,8 +179,8 @@ def read_input(path: Path, image_size: int | None = None, *, external_data: bool
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs) or "none"
-        raise UsageError(f"{path} must have one input, got {len(inputs)} ({names}).")
-    kind, shape, any_batch, any_size = _read_shape(path, inputs[0], image_size)
+        raise UsageError(f"{source or path} must have one input, got {len(inputs)} ({names}).")
+    kind, shape, any_batch, any_size = _read_shape(source or path, inputs[0], image_size)
     data = path.with_name(f"{path.name}.data")
     is_external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
     return OnnxInput(
@@ -260,7 +267,7 @@ def find_bench_files(paths: Sequence[Path], copies: Path, image_size: int | None
         if models[0].manifest is None:
             copy = copies / f"{number}.onnx"
             copy.write_bytes(models[0].content)
-            model_input = read_input(copy, image_size, external_data=False)
+            model_input = read_input(copy, image_size, external_data=False, source=path)
             files.append(BenchFile(copy, path, path.stem, path.name, None, model_input))
             continue
         for teacher in find_teacher_files(path):

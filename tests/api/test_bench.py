@@ -222,7 +222,7 @@ def test_invalid_bench_arguments_are_refused(tmp_path: Path) -> None:
     file = changed(tmp_path / "open.onnx", [1, 3, "h", "w"])
     refused(compress("bench", file), 2, "--image-size")
     file = changed(tmp_path / "batch.onnx", [4, 3, 8, 8])
-    refused(compress("bench", file), 2, "4 images at once")
+    refused(compress("bench", file), 2, "batch.onnx has a fixed batch size of 4")
     file = changed(tmp_path / "huge.onnx", [1, 3, 1_000_000, 9])
     refused(compress("bench", file), 2, "at most 8,192")
     file = changed(tmp_path / "words.onnx", [1, 77], onnx.TensorProto.INT64)
