@@ -15,10 +15,12 @@ from ...export.runtime import UINT8, Preprocessing, read_manifest
 from ...export.text import escape_controls
 from ..evaluation.likelihood import Sigmoid
 from ..runs.files import write_if_changed
-from ..runs.results import Report, Subject
+from ..runs.results import Report
+from ..runs.scores import ClassScore
 from ..tasks import TASKS
 from . import format
 from .networks import (
+    Column,
     all_networks,
     compare_speed,
     find_network,
@@ -27,7 +29,8 @@ from .networks import (
     thread_counts,
 )
 from .render import render_markdown_template, render_plain_template
-from .sections import calibration, classes
+from .sections import calibration
+from .sections.classes import class_scores
 from .sections.int8 import QAT
 from .sections.latency import percentiles
 from .summary import describe_machine, title
@@ -63,20 +66,29 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
         uint8=is_uint8,
         sigmoid=isinstance(task.likelihood, Sigmoid),
     )
+    shipped, labels = shipped_network(report), manifest["labels"]
+    measured = shipped.subject.calibration if shipped is not None else None
     return render_markdown_template(
         "model_card.md.j2",
+        format=format,
+        report=report,
+        manifest=manifest,
         metadata=escape_controls(metadata(report, manifest), keep="\n"),
         title=title(report),
-        lead=_lead(report, manifest),
-        files=_files(report, manifest, preprocessing),
-        classes=_list_classes(manifest["labels"]),
-        training=_training(report, manifest),
-        limits=_limits(report),
+        score=shipped.subject.score if shipped is not None else None,
+        files=_files(report, manifest),
+        classes=", ".join(labels[:MAX_CLASSES]),
+        has_all_classes=len(labels) <= MAX_CLASSES,
+        epochs=sum(epoch.stage == "student" for epoch in report.epochs),
+        is_tuned=any(c.name == QAT and c.ships for search in report.int8 for c in search.tried),
+        weak_classes=_weak_classes(shipped) if shipped is not None else [],
+        calibration=calibration.describe(shipped, measured) if shipped is not None and measured else None,
         evaluation=_evaluation(report),
         latency=percentiles(report.bench) if report.bench is not None else Table("Latency", [], []),
         speed=_speed(report),
-        steps=_preprocessing_steps(preprocessing, is_uint8=is_uint8),
-        raspberry_pi=_raspberry_pi(manifest),
+        preprocessing=preprocessing,
+        is_uint8=is_uint8,
+        arm_file=next((file["name"] for file in manifest["files"] if file["target"] == "arm64"), None),
         program=program,
     )
 
@@ -131,18 +143,15 @@ def _results(report: Report, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": metrics}]
 
 
-def _lead(report: Report, manifest: Mapping[str, Any]) -> str:
-    shipped, size = shipped_network(report), manifest["preprocessing"]["size"]
-    text = (
-        f"Image classifier with {format.plural(len(manifest['labels']), 'class', 'classes')} for images of "
-    )
-    text += f"{size} × {size} pixels, {format.megabytes(manifest['files'][0]['bytes'])}."
-    if shipped is not None and (score := shipped.subject.score) is not None:
-        text += f" {format.title(score.metric)} on {score.n:,} test images: {format.score(score)}."
-    return f"{text} Made with questpress."
+def _weak_classes(shipped: Column) -> list[ClassScore]:
+    """Return the classes with the lowest scores below 100 %; none of two classes."""
+    scores = class_scores(shipped).values()
+    weak = [score for score in scores if score.percent is not None and score.percent < 100]
+    weak.sort(key=lambda score: (score.percent or 0, score.label))
+    return weak[:MAX_WEAK_CLASSES] if len(scores) > 2 else []
 
 
-def _files(report: Report, manifest: Mapping[str, Any], preprocessing: Preprocessing) -> Table:
+def _files(report: Report, manifest: Mapping[str, Any]) -> Table:
     rows = []
     for file in manifest["files"]:
         accuracy = file["accuracy"] or {}
@@ -156,87 +165,8 @@ def _files(report: Report, manifest: Mapping[str, Any], preprocessing: Preproces
                 f"{file['opset']}, IR {file['ir_version']}",
             ]
         )
-    shipped, size = shipped_network(report), f"{preprocessing.size} × {preprocessing.size}"
-    note = f"Architecture: {manifest['origin']['student']} of timm"
-    if shipped is not None and shipped.subject.parameters is not None:
-        note += f", {format.millions(shipped.subject.parameters)} parameters"
-    note += f". Input: RGB, {size} pixels. manifest.json has the SHA-256 of each file."
     columns = ["file", "precision", "processor", "size", score_name(report), "opset"]
-    return Table("Files", columns, rows, code=frozenset({0}), text=True, note=note)
-
-
-def _list_classes(labels: Sequence[str]) -> str:
-    if len(labels) <= MAX_CLASSES:
-        return ", ".join(labels)
-    first = ", ".join(labels[:MAX_CLASSES])
-    return f"{first}, … {len(labels):,} in total; manifest.json lists them in the order of the logits."
-
-
-def _training(report: Report, manifest: Mapping[str, Any]) -> list[str]:
-    """Return how the weights were made, one statement each."""
-    origin, data = manifest["origin"], report.data
-    lines = []
-    if report.method != "none":
-        lines += [f"Teacher: {_describe_weights(teacher)}." for teacher in report.teachers]
-    if report.student is not None:
-        lines.append(f"Student: {_describe_weights(report.student)}.")
-    method = "training without a teacher" if report.method == "none" else report.method
-    source = f" ({report.method_source})" if report.method_source else ""
-    epochs = sum(epoch.stage == "student" for epoch in report.epochs)
-    duration = f", {format.plural(epochs, 'epoch')}" if epochs else ""
-    lines.append(f"Method: {method}{source}{duration}.")
-    if report.recovery is not None and any(
-        candidate.name == QAT and candidate.ships for search in report.int8 for candidate in search.tried
-    ):
-        tuned = format.plural(report.recovery.epochs, "epoch")
-        lines.append(
-            f"The int8 file was fine-tuned for {tuned} with fake quantization: its weights differ from fp32."
-        )
-    if report.config.get("ema") or report.config.get("average_last"):
-        lines.append("The weights are an average over the last part of the training.")
-    if (rounds := report.config.get("rounds", 1)) > 1:
-        lines.append(
-            f"Rounds: {rounds}. The student of each round is the teacher of the next; the last one ships."
-        )
-    if data is not None:
-        lines.append(
-            f"Images: {data.name}; {data.train:,} training, {data.val:,} validation and {data.test:,} test "
-            "images, without overlap."
-        )
-    if "temperature" in origin:
-        lines.append(f"The logits are divided by a temperature of {origin['temperature']:.3g}.")
-    versions = ", ".join(f"{name} {value}" for name, value in sorted(manifest["versions"].items()))
-    return [*lines, f"Versions: {versions}."]
-
-
-def _describe_weights(network: Subject) -> str:
-    return f"{network.name}, initial weights {network.weights}" + (
-        f", {network.license}" if network.license else ""
-    )
-
-
-def _limits(report: Report) -> list[str]:
-    lines = [
-        "For images similar to the training images. On others it may be less accurate than below.",
-        "It knows its classes only: an image of none of them may still be assigned to one.",
-    ]
-    shipped = shipped_network(report)
-    if shipped is None:
-        return lines
-    scores = list(classes.class_scores(shipped).values())
-    weak = sorted(
-        (score.percent, score.label, score.n)
-        for score in scores
-        if score.percent is not None and score.percent < 100
-    )
-    if len(scores) > 2 and weak:
-        names = ", ".join(
-            f"{label} ({format.percent(p)} of {n:,})" for p, label, n in weak[:MAX_WEAK_CLASSES]
-        )
-        lines.append(f"Weakest classes: {names}.")
-    if shipped.subject.calibration is not None:
-        lines.append(calibration.describe(shipped, shipped.subject.calibration))
-    return lines
+    return Table("Files", columns, rows, code=frozenset({0}), text=True)
 
 
 def _evaluation(report: Report) -> Table:
@@ -252,13 +182,7 @@ def _evaluation(report: Report) -> Table:
         if (score := column.subject.score) is not None
     ]
     columns = ["", score_name(report), "95 % interval", "test images", "agreement with teacher"]
-    note = (
-        "Test images were not used for training. Students were measured in ONNX Runtime on the files in this "
-    )
-    note += "folder, teachers in PyTorch."
-    if any(c.subject.score is not None and c.subject.score.correct is not None for c in all_networks(report)):
-        note += " Wilson intervals."
-    return Table("Evaluation", columns, rows, note=note)
+    return Table("Evaluation", columns, rows)
 
 
 def _speed(report: Report) -> str:
@@ -272,35 +196,3 @@ def _speed(report: Report) -> str:
                 pair = f"{shipped.role} vs. {over.role_in_sentence}"
                 sentences.append(f"{pair}, {format.threads(threads)}: {ratio.text}.")
     return " ".join(sentences)
-
-
-def _preprocessing_steps(preprocessing: Preprocessing, *, is_uint8: bool) -> list[str]:
-    size, resize = preprocessing.size, preprocessing.resize
-    fit = {
-        "center": f"Resize the shorter side to {resize} pixels",
-        "squash": f"Resize to {resize} × {resize} pixels",
-        "border": f"Resize the longer side to {resize} pixels and pad with the mean color",
-    }[preprocessing.crop_mode]
-    steps = [
-        "Decode to RGB; apply the EXIF orientation; blend transparent pixels with white.",
-        f"{fit} with Pillow’s {preprocessing.interpolation} filter, antialiased; others reduce accuracy.",
-        f"Crop the central {size} × {size} pixels.",
-    ]
-    if is_uint8:
-        return [*steps, f"Pass the pixels as uint8 [batch, {size}, {size}, 3]."]
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (preprocessing.mean, preprocessing.std))
-    steps.append(f"Divide by 255, subtract the mean ({mean}), divide by the std ({std}).")
-    return [*steps, f"Pass float32 [batch, 3, {size}, {size}]."]
-
-
-def _raspberry_pi(manifest: Mapping[str, Any]) -> str:
-    arm = next((file["name"] for file in manifest["files"] if file["target"] == "arm64"), None)
-    if arm is None:
-        return (
-            "This folder has no int8 file for its processor, so the fp32 file is used; compress export RUN "
-            "--target arm64 makes one."
-        )
-    return (
-        f"It uses {arm}. A Pi 3 or 4 lacks the dot-product instructions that make int8 fast: try --file "
-        "student.onnx there too."
-    )

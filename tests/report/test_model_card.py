@@ -77,7 +77,7 @@ def test_card_is_deterministic() -> None:
 
 
 def test_raspberry_pi_section_names_the_file() -> None:
-    assert "so the fp32 file is used; compress export RUN --target arm64 makes one" in model_card(
+    assert "so the fp32 file is used; `compress export RUN --target arm64` makes one" in model_card(
         reports.full(), manifest()
     )
     arm = manifest()
