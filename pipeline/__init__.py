@@ -14,7 +14,7 @@ FUNCTIONS = {
     "export": "api.export",
     "predict": "api.predict",
     "sweep": "api.sweep",
-    "validate": "api.validate",
+    "validate": "api.validation.validate",
 }
 
 __all__ = list(FUNCTIONS)  # noqa: PLE0605

@@ -34,7 +34,7 @@ class _About(BaseModel):
     teacher: str
     data: str
     source: Any
-    answer: _Output
+    output: _Output
     images: int
     view: int
     bytes_per_image: int
@@ -83,7 +83,7 @@ def list_cache(cache: Path | None = None) -> tuple[list[CachedOutputs], int]:
         except (OSError, ValueError):
             unreadable += 1
             continue
-        key = digest([about.source, about.images, about.answer.model_dump()])
+        key = digest([about.source, about.images, about.output.model_dump()])
         groups[key].append((about, size, used))
     last_used_first = sorted(groups.values(), key=lambda group: -max(used for *_, used in group))
     return [_summarize(group) for group in last_used_first], unreadable
@@ -95,8 +95,8 @@ def _summarize(group: list[tuple[_About, int, float]]) -> CachedOutputs:
     return CachedOutputs(
         teacher=about.teacher,
         data=about.data,
-        readout=about.answer.readout,
-        top=about.answer.top,
+        readout=about.output.readout,
+        top=about.output.top,
         views=len(group),
         listed=all(entry.view >= FIRST_LISTED for entry, *_ in group),
         images=about.images,

@@ -1,8 +1,8 @@
 """Distill several students, or one at several image sizes, from one teacher (`compress sweep`).
 
-As in CQKD (Čuk et al., 2023), a student with a smaller input sees the teacher's crops scaled down. The teacher
-is trained or fine-tuned once, in a run folder named ``teacher``. Each student has an ordinary run folder next
-to it, and all runs share the cache, so the teacher's outputs are computed once.
+As in CQKD (Čuk et al., 2023), a student with a smaller input sees the teacher's crops scaled down. The
+teacher is trained or fine-tuned once, in a run folder named ``teacher``. Each student has an ordinary run
+folder next to it. All runs share the cache, so the teacher's outputs are computed once.
 """
 
 import time

@@ -161,7 +161,7 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
 
     ARTIFACT is a run folder, an artifact folder or an .onnx file. Several are compared on the same images.
     """
-    from ..api.validate import to_json, validate
+    from ..api.validation.validate import to_json, validate
 
     validation = exit_on_error(lambda: validate(artifacts, **options))
     if as_json:

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image as PillowImage
 from questpress.export.runtime import Classifier, decode_image
 from questpress.export.text import escape_controls
-from questpress.pipeline.api import validate_answers
-from questpress.pipeline.api.validate import validate
+from questpress.pipeline.api.validation.validate import compare_pairs, validate
 from questpress.pipeline.evaluation.comparison import mcnemar
 from questpress.pipeline.evaluation.results import Validation
 from questpress.pipeline.report.pages.validation import render_validation
@@ -97,7 +96,7 @@ def test_validation_defaults_to_the_runs_test_images(finished: Path, tmp_path: P
 
 
 def test_validate_stage_stores_predictions_of_each_file(finished: Path) -> None:
-    kept, report = load_file(finished / "test_answers.safetensors"), little.report(finished)
+    kept, report = load_file(finished / "test_predictions.safetensors"), little.report(finished)
     for key in ("student", "student_int8"):
         right = int((kept[key] == kept["labels"]).sum())
         assert right == report[key]["score"]["correct"] and len(kept[key]) == report["data"]["test"]
@@ -107,7 +106,7 @@ def test_verdict_needs_a_corrected_p_below_five_percent() -> None:
     right = np.arange(40) < 30
     few, many = right.copy(), right.copy()
     few[:3], many[:14] = False, False
-    one, two, three = validate_answers.pairs(["a", "b", "c"], [right, few, many])
+    one, two, three = compare_pairs(["a", "b", "c"], [right, few, many])
     assert (one.verdict, two.verdict, three.verdict) == ("no difference", "better", "better")
     assert (one.first_alone, one.second_alone, one.points) == (3, 0, 7.5)
     assert one.p_holm >= one.p == pytest.approx(0.25)
@@ -115,24 +114,24 @@ def test_verdict_needs_a_corrected_p_below_five_percent() -> None:
 
 def test_mistakes_come_with_the_surest_at_the_head(found: Validation, finished: Path, more: Path) -> None:
     rows = list(csv.DictReader(io.StringIO((Path(str(found.folder)) / "mistakes.csv").read_text())))
-    assert [one["network"] for one in rows] == sorted(
-        (one["network"] for one in rows), key=["int8", "fp32", "teacher"].index
+    assert [one["model"] for one in rows] == sorted(
+        (one["model"] for one in rows), key=["int8", "fp32", "teacher"].index
     )
-    own = [one for one in rows if one["network"] == "int8"]
-    assert len(own) == found.first.mistakes and all(one["right"] == "no" for one in own)
+    own = [one for one in rows if one["model"] == "int8"]
+    assert len(own) == found.first.mistakes and all(one["correct"] == "no" for one in own)
     assert [float(one["probability"]) for one in own] == sorted(
         (float(one["probability"]) for one in own), reverse=True
     )
     classifier = Classifier.load(finished)
     for one in own:
         [answer] = classifier.predict([more / one["file"]])
-        assert (answer.label, one["label"]) == (one["answer"], Path(one["file"]).parent.name)
+        assert (answer.label, one["label"]) == (one["prediction"], Path(one["file"]).parent.name)
         assert float(one["probability"]) == pytest.approx(answer.probability, abs=1e-5)
     differ = list(csv.DictReader(io.StringIO((Path(str(found.folder)) / "differences.csv").read_text())))
-    assert all(one["answer"] != one["teacher_answer"] for one in differ)
+    assert all(one["prediction"] != one["teacher_prediction"] for one in differ)
     agreement = found.first.agreement
     assert agreement is not None
-    assert sum(one["network"] == "int8" for one in differ) == agreement.n - agreement.correct
+    assert sum(one["model"] == "int8" for one in differ) == agreement.n - agreement.correct
     assert [one.name for one in found.examples] == [one["file"] for one in own]
 
 
@@ -197,16 +196,16 @@ def test_training_images_are_recognized_in_other_folders(
     trained = little.report(finished)["data"]["per_class"]["train"]["green"]
     out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
     assert validate(finished, data=other, **out).warnings == [
-        f"{trained} of 35 images were trained on by colours: on them the figures are better than on new ones."
+        f"colours was trained on {trained} of 35 images, so the results are too good."
     ]
     assert validate(finished, data=more, **out).warnings == []
 
 
 def test_training_images_of_the_run_are_reported(finished: Path, data: Path, tmp_path: Path) -> None:
     found = validate(finished, data=data, out=tmp_path, teacher="none", quiet=True)
-    assert found.n == 60 and "has learned from 48 of them" in found.warnings[0]
+    assert found.n == 60 and "was trained on 48 of them" in found.warnings[0]
     train = validate(finished, role="train", out=tmp_path, teacher="none", quiet=True)
-    assert train.n == 48 and "have learned from these images" in train.warnings[0]
+    assert train.n == 48 and "were trained on these images" in train.warnings[0]
 
 
 def test_single_file_is_validated_with_its_own_labels(finished: Path, more: Path, tmp_path: Path) -> None:
@@ -220,7 +219,7 @@ def test_single_file_is_validated_with_its_own_labels(finished: Path, more: Path
     assert len(found.pairs) == 6 and all(one.teacher == "teacher" for one in found.networks[:3])
     little.refused(little.compress("validate", file), 2, "--data is missing")
     nobody = validate(file, data=more, out=tmp_path / "out", quiet=True)
-    assert "No teacher was asked" in nobody.notes[0] and not (tmp_path / "out" / "differences.csv").exists()
+    assert "not compared with a teacher" in nobody.notes[0] and not (tmp_path / "out" / "differences.csv").exists()
 
 
 def test_too_many_broken_images_stop_it_and_few_are_listed(
@@ -230,7 +229,7 @@ def test_too_many_broken_images_stop_it_and_few_are_listed(
     (other / "red" / "broken.png").write_bytes(b"\x89PNG not really")
     (other / "red" / "empty.png").write_bytes(b"")
     asked = ("validate", finished, "--data", other, "--teacher", "none", "--out", tmp_path / "out")
-    told = little.refused(little.compress(*asked), 1, "2 of 17 images cannot be read", "red/broken.png")
+    told = little.refused(little.compress(*asked), 1, "2 of 17 images are unreadable", "red/broken.png")
     assert "red/empty.png (the file is empty)" in told
     assert not (tmp_path / "out").exists()
 
@@ -240,27 +239,27 @@ def test_one_broken_image_of_many_is_counted_and_listed(finished: Path, tmp_path
     (data / "red" / "broken.png").write_bytes(b"\x89PNG not really")
     found = validate(finished, data=data, teacher="none", out=tmp_path / "out", quiet=True)
     assert found.n == 121 and found.skipped[0][0] == "red/broken.png"
-    assert "1 image could not be read and are left out." in found.warnings
+    assert "1 image could not be read." in found.warnings
 
 
 def test_missing_or_changed_data_is_refused(a_run: Path, tmp_path: Path) -> None:
     config = (a_run / "config.yaml").read_text()
     data = str(json.loads((a_run / "report.json").read_text())["config"]["data"])
     (a_run / "config.yaml").write_text(config.replace(data, str(tmp_path / "gone")))
-    little.refused(little.compress("validate", a_run), 2, "cannot be read from here", "--data")
+    little.refused(little.compress("validate", a_run), 2, "cannot be read", "--data")
     changed = Path(shutil.copytree(data, tmp_path / "changed"))
     PillowImage.fromarray(little.picture(0, 12345)).save(changed / "blue" / "000.png")
     (a_run / "config.yaml").write_text(config.replace(data, str(changed)))
-    little.refused(little.compress("validate", a_run), 2, "no longer what", "--data")
+    little.refused(little.compress("validate", a_run), 2, "has changed since", "--data")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere"], ["nowhere does not exist"]),
-        (["{run}", "--file", "student.int4.onnx"], ["has no file student.int4.onnx"]),
-        (["{run}", "--teacher", "nobody.onnx"], ["neither an .onnx file nor a run folder"]),
-        (["{run}/config.yaml"], ["is no .onnx file"]),
+        (["{run}", "--file", "student.int4.onnx"], ["--file student.int4.onnx is not in"]),
+        (["{run}", "--teacher", "nobody.onnx"], ["must be an .onnx file or a run folder"]),
+        (["{run}/config.yaml"], ["is no ONNX file"]),
         (["{run}", "--out", "{run}/config.yaml"], ["is a file"]),
     ],
 )

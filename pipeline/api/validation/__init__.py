@@ -1,0 +1,1 @@
+"""``compress validate``: accuracy and calibration of exported models on labeled images."""

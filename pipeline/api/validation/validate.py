@@ -1,0 +1,305 @@
+"""Measure exported models on labeled images, in the runtime they ship with (`compress validate`)."""
+
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from ....export.files import remove
+from ....export.latency.machine import environment
+from ...data.dataset import Progress
+from ...errors import UsageError
+from ...evaluation import calibration
+from ...evaluation.comparison import SIGNIFICANT, holm, mcnemar
+from ...evaluation.mistakes import most_confused
+from ...evaluation.results import Network, Pair, Validation, Verdict
+from ...report.format import plural
+from ...report.pages.validation import render_validation
+from ...runs.console import Display
+from ...runs.files import check_outside_data, command_line, write_text
+from ...runs.process import STOP
+from ...runs.record import RECORD
+from . import images as validation_images
+from .images import ROLES, Role, ValidationImages
+from .models import Model, open_models, open_teachers
+from .predictions import Logits, Prediction, compute_logits, list_predictions, make_examples, to_csv
+
+FOLDER = "validation"
+
+MAX_EXAMPLES = 48
+"""Mistakes shown with images."""
+
+MAX_CONFUSION_CLASSES = 100
+"""Classes of a confusion matrix that is stored; the most confused pairs are listed in any case."""
+
+
+def validate(
+    artifacts: str | Path | Sequence[str | Path],
+    *,
+    data: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    role: Role | None = None,
+    teacher: str | Path | None = None,
+    file: str | None = None,
+    ignore_unknown: bool = False,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> Validation:
+    """Validate exported models, as ``compress validate`` does.
+
+    Args:
+        artifacts: run folders, artifact folders or .onnx files.
+        data: labeled images, as ``data`` of a run; the runs' own data by default.
+        data_dir: the folder of a named data set, or of a labels file's images.
+        download: download a named data set if it is missing.
+        role: ``train``, ``val``, ``test`` or ``all``; by default ``test`` if there are splits.
+        teacher: a run folder or .onnx file to compare with, or ``none``; the runs' own by default.
+        file: the file of an artifact to validate; by default all that are exact on this machine.
+        ignore_unknown: skip images of classes that a model does not have.
+        out: the folder of validation.json, .md, .html, mistakes.csv and differences.csv; ``validation`` in a
+            single run folder, or here, by default.
+        threads: number of threads of ONNX Runtime; the available cores, at most 4, by default.
+        quiet: do not print progress.
+
+    Returns:
+        The content of ``validation.json``, with images.
+
+    Raises:
+        UsageError: an artifact, the data or an option is wrong.
+        JobError: too many images cannot be read, or the files cannot be written.
+    """
+    paths = [Path(path) for path in ([artifacts] if isinstance(artifacts, str | Path) else artifacts)]
+    if not paths:
+        raise UsageError("At least one run folder, artifact folder or .onnx file is required.")
+    if role is not None and role not in ROLES:
+        raise UsageError(f"--role must be one of {', '.join(ROLES)}, got {role}.")
+    folder = _choose_folder(paths, out)
+    if data is not None:
+        check_outside_data(data, {"--out": folder})
+    with STOP.handle_signals(), Display(quiet=quiet).stage("validate") as stage:
+
+        def progress(work: str) -> Progress:
+            return lambda done, total: stage.update(work, done, total, "images")
+
+        students, notes = open_models(paths, file, threads)
+        teachers, teacher_of, teacher_notes = open_teachers(
+            students, None if teacher is None else str(teacher), threads
+        )
+        runs = list(dict.fromkeys(student.run for student in students if student.run is not None))
+        if data is None:
+            images = validation_images.choose_images_of_runs(runs, role, progress("reading images"))
+        else:
+            images_folder = None if data_dir is None else Path(data_dir)
+            images = validation_images.choose_images(
+                str(data), role, runs, images_folder, download, progress("reading images")
+            )
+        images = validation_images.select_known(images, students, ignore_unknown=ignore_unknown)
+        teachers, teacher_of, mismatches = _drop_mismatched(students, teachers, teacher_of)
+        models = [*students, *teachers]
+        logits = compute_logits(images.images, models, images.skipped, progress("running the models"))
+        results = _Results(models, len(students), teacher_of, images, logits)
+        notes += [*teacher_notes, *mismatches]
+        validation = results.summarize(notes, folder, progress("rendering mistakes"))
+    predictions = [prediction for rows in results.predictions for prediction in rows]
+    texts = {
+        **render_validation(validation),
+        "validation.json": to_json(validation) + "\n",
+        "mistakes.csv": to_csv(row for row in predictions if not row.is_correct),
+    }
+    if teacher_of:
+        texts["differences.csv"] = to_csv(row for row in predictions if row.differs)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    if not teacher_of:  # one of an earlier validation would be misleading
+        remove(folder / "differences.csv")
+    return validation
+
+
+def _choose_folder(paths: Sequence[Path], out: str | Path | None) -> Path:
+    is_run = len(paths) == 1 and (paths[0] / RECORD).is_file()
+    folder = Path(out) if out is not None else paths[0] / FOLDER if is_run else Path(FOLDER)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file. Set it to a folder.")
+    return folder
+
+
+def _drop_mismatched(
+    students: Sequence[Model], teachers: Sequence[Model], teacher_of: dict[str, str]
+) -> tuple[list[Model], dict[str, str], list[str]]:
+    """Return teachers with the task and classes of a student, which students have them, and notes."""
+    kept, notes, matched = [], [], dict(teacher_of)
+    for teacher in teachers:
+        own = [student for student in students if teacher_of.get(student.name) == teacher.name]
+        if teacher.thresholds is None:
+            thresholds = own[0].task.default_thresholds(len(teacher.labels))
+            teacher = replace(teacher, recorded_thresholds=thresholds)
+        is_used = False
+        for student in own:
+            if teacher.task is student.task and teacher.columns_of(student.labels) is not None:
+                is_used = True
+            else:
+                del matched[student.name]
+                notes.append(
+                    f"{teacher.name} has other classes than {student.name} and is not compared."
+                )
+        if is_used:
+            kept.append(teacher)
+    return kept, matched, notes
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Logits of all models, of which the first ``num_students`` are not teachers."""
+
+    models: Sequence[Model]
+    num_students: int
+    teacher_of: dict[str, str]
+    images: ValidationImages
+    outputs: Logits
+
+    @cached_property
+    def targets(self) -> list[np.ndarray]:
+        task = self.models[0].task
+        return [self.images.encode(self.outputs.images, model.labels, task) for model in self.models]
+
+    @cached_property
+    def correct(self) -> list[np.ndarray]:
+        """For each model, bool [n]."""
+        rows = zip(self.models, self.outputs.logits, self.targets, strict=True)
+        return [model.task.is_correct(logits, targets, model.thresholds) for model, logits, targets in rows]
+
+    @cached_property
+    def predictions(self) -> list[list[Prediction]]:
+        """Those of each student."""
+        return [
+            list_predictions(
+                self.models[i],
+                self.outputs.logits[i],
+                self.targets[i],
+                self.outputs.images,
+                *self._find_teacher(self.models[i]),
+            )
+            for i in range(self.num_students)
+        ]
+
+    def _find_teacher(self, student: Model) -> tuple[Model | None, np.ndarray | None]:
+        for model, logits in zip(self.models, self.outputs.logits, strict=True):
+            if model.is_teacher and model.name == self.teacher_of.get(student.name):
+                return model, logits
+        return None, None
+
+    def summarize(self, notes: Sequence[str], folder: Path, progress: Progress) -> Validation:
+        images, readable, first = self.images, self.outputs.images, self.models[0]
+        mistakes = [row for row in self.predictions[0] if not row.is_correct]
+        counts = Counter(label for image in readable for label in image.labels)
+        skipped = [*images.skipped, *self.outputs.skipped]
+        unreadable = sum(file.unreadable for file in skipped)
+        warnings = list(images.warnings)
+        if unreadable:
+            warnings.append(f"{plural(unreadable, 'image')} could not be read.")
+        sources = dict.fromkeys(model.source for model in self.models[: self.num_students])
+        machine = environment()
+        return Validation(
+            title=f"{', '.join(path.name or str(path) for path in sources)} on {images.name}",
+            command=command_line(),
+            data=images.name,
+            source=images.source,
+            role=images.role,
+            n=len(readable),
+            images=images.digest(readable),
+            task=first.task.name,
+            per_class={name: counts[label] for label, name in enumerate(images.classes) if counts[label]},
+            networks=[self._summarize_model(i) for i in range(len(self.models))],
+            pairs=compare_pairs([model.name for model in self.models], self.correct),
+            examples=make_examples(mistakes[:MAX_EXAMPLES], first, progress),
+            skipped=[(file.name, file.reason) for file in skipped],
+            warnings=warnings,
+            notes=list(notes),
+            environment={
+                "cpu": machine.cpu,
+                "machine": machine.machine,
+                "instruction sets": ", ".join(machine.flags),
+                "threads": str(first.classifiers[0].threads),
+                "onnxruntime": machine.onnxruntime,
+                "python": platform.python_version(),
+            },
+            folder=str(folder),
+        )
+
+    def _summarize_model(self, i: int) -> Network:
+        model, logits, targets = self.models[i], self.outputs.logits[i], self.targets[i]
+        task, labels, thresholds = model.task, model.labels, model.thresholds
+        teacher, teacher_logits = self._find_teacher(model)
+        columns = None if teacher is None else teacher.columns_of(labels)
+        agreement = None
+        if teacher is not None and teacher_logits is not None and columns is not None:
+            teacher_thresholds = None if teacher.thresholds is None else teacher.thresholds[columns]
+            agreement = task.agreement(logits, teacher_logits[:, columns], thresholds, teacher_thresholds)
+        table = task.confusion(logits, targets)
+        return Network(
+            name=model.name,
+            role="teacher" if model.is_teacher else "student",
+            source=str(model.source),
+            file="+".join(file.name for file in model.files),
+            bytes=sum(file.stat().st_size for file in model.files),
+            sha256=model.sha256,
+            precision=model.precision,
+            target=model.target,
+            fused=model.fused,
+            image_size=model.preprocessing.size,
+            classes=list(labels),
+            teacher=teacher and teacher.name,
+            agreement=agreement,
+            score=task.score(logits, targets, labels, thresholds),
+            calibration=calibration.measure(logits, targets, task.likelihood),
+            mistakes=int((~self.correct[i]).sum()),
+            per_class=task.measure_classes(logits, targets, labels, thresholds),
+            confusion=None if table is None or len(labels) > MAX_CONFUSION_CLASSES else table.tolist(),
+            confused=[] if table is None else most_confused(table, labels),
+        )
+
+
+def compare_pairs(names: Sequence[str], correct: Sequence[np.ndarray]) -> list[Pair]:
+    """Compare every two models by McNemar's exact test.
+
+    Args:
+        names: of the models.
+        correct: for each model bool [n] on the same images.
+    """
+    indices = list(combinations(range(len(names)), 2))
+    counts = [
+        (int((correct[i] & ~correct[k]).sum()), int((correct[k] & ~correct[i]).sum())) for i, k in indices
+    ]
+    p_values = [mcnemar(first, second) for first, second in counts]
+    return [
+        Pair(
+            first=names[i],
+            second=names[k],
+            first_alone=first,
+            second_alone=second,
+            points=100 * (first - second) / len(correct[i]),
+            p=p,
+            p_holm=p_holm,
+            verdict=_decide(first - second, p_holm),
+        )
+        for (i, k), (first, second), p, p_holm in zip(indices, counts, p_values, holm(p_values), strict=True)
+    ]
+
+
+def _decide(difference: int, p: float) -> Verdict:
+    if p >= SIGNIFICANT or difference == 0:
+        return "no difference"
+    return "better" if difference > 0 else "worse"
+
+
+def to_json(validation: Validation) -> str:
+    """Return the content of validation.json, without images."""
+    examples = [example.model_copy(update={"png": ""}) for example in validation.examples]
+    return validation.model_copy(update={"examples": examples}).model_dump_json(indent=2)
