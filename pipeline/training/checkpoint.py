@@ -72,7 +72,7 @@ class Checkpoint:
             return state if state.get("key") == self.key else None
         if files:
             raise JobError(
-                f"The checkpoint {files[0]} is damaged, and there is no other. Delete it to restart the stage."
+                f"The checkpoint {files[0]} is damaged, and there is no other. Delete it to start over."
             )
         return None
 

@@ -127,7 +127,7 @@ SAVE_SECONDS = 600.0
 
 AGREE_SECONDS = 1.0
 AGREE_STEPS = 1000
-"""Interval, in seconds and at most in steps, at which ranks agree on stopping and saving. All have to wait."""
+"""Interval, in seconds and at most in steps, at which all ranks wait to agree on stopping and saving."""
 
 
 def train(
@@ -262,7 +262,7 @@ class TrainingState:
         Ranks agree on this once in a while, or ``now``: what one of them requests, all do.
         """
         if self.ranks.count == 1:
-            return STOP.request, save
+            return STOP.request if STOP.requested else 0, save
         if step < self.next_agreement and not now:
             return 0, False
         time_now = time.perf_counter()

@@ -45,9 +45,9 @@ class Teacher(nn.Module):
 
     def use(self, engine: Engine) -> None:
         """Compute with this engine from now on."""
-        self.engine = engine
+        self.engine, self.memory_format = engine, engine.memory_format
         self.autocast = engine.autocast()
-        self.to(memory_format=engine.memory_format)
+        self.to(memory_format=self.memory_format)
         # Without CUDA graphs: theirs share memory with the student's, which may run at the same time.
         self.readouts.compile_features(None if engine.compile == "off" else "default")
 
@@ -58,7 +58,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor, reads: frozenset[str]) -> dict[str, Tensor]:
         with self.autocast:
-            images = self.normalize(pixels).contiguous(memory_format=self.engine.memory_format)
+            images = self.normalize(pixels).contiguous(memory_format=self.memory_format)
             return self.readouts(images, reads)
 
 
@@ -98,9 +98,9 @@ class StudentModule(nn.Module):
 
     def use(self, engine: Engine) -> None:
         """Compute with this engine from now on."""
-        self.engine = engine
+        self.memory_format = engine.memory_format
         self.autocast_heads = engine.autocast_heads()
-        self.to(memory_format=engine.memory_format)
+        self.to(memory_format=self.memory_format)
         self.readouts.compile_features(engine.compile_mode)
 
     def forward(
@@ -112,7 +112,7 @@ class StudentModule(nn.Module):
         keys: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the weighted losses by name, and the logits [B,N]."""
-        images = self.normalize(pixels).contiguous(memory_format=self.engine.memory_format)
+        images = self.normalize(pixels).contiguous(memory_format=self.memory_format)
         methods = dict(self.named_methods())
         alone = {name: m for name, m in methods.items() if m.trains_projection_only(epoch)}
         self.readouts.embeds_alone = bool(alone)

@@ -297,7 +297,7 @@ def test_whole_command_with_two_processes(finished, data, cache, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [(("--batch-size", "15"), "cannot be shared evenly"), (("--nonsense",), "No such option")],
+    [(("--batch-size", "15"), "must be a multiple of 2 processes"), (("--nonsense",), "No such option")],
 )
 def test_refusal_is_printed_once(data, cache, tmp_path, more, words):
     started = several.start(
@@ -324,7 +324,7 @@ def test_error_of_one_process_is_printed_once(data, cache, tmp_path):
     assert started.codes() == [1, 1]
     said = started.said(0) + started.said(1)
     assert "Traceback" not in said and said.count("Error: ") == 1
-    assert "Rank 1 has no memory on cpu for 8 images of a step; --micro-batch 4" in said
+    assert "Rank 1: not enough memory on cpu for 8 images of a step. Use --micro-batch 4" in said
 
 
 def test_stopped_torchrun_resumes_in_one_process(data, cache, tmp_path):
@@ -342,7 +342,7 @@ def test_stopped_torchrun_resumes_in_one_process(data, cache, tmp_path):
     launcher.send_signal(signal.SIGTERM)
     _, stderr = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
-    assert stderr.count("Stopped. The same command goes on") == 1, stderr
+    assert stderr.count("Stopped. Run the same command again to resume") == 1, stderr
     assert "✓ student" not in stderr and "Error: " not in stderr
     stopped = len(curve(out))
     assert (out / "checkpoint" / "student.pt").exists() and 2 < stopped < 62

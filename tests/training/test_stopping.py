@@ -225,7 +225,7 @@ def test_time_limit_exits_with_75_and_can_resume(data, cache, tmp_path):
         patch.setattr(DistillationTask, "end_step", slowly(DistillationTask.end_step))
         stopped = job(data, tmp_path / "run", cache, *more, "--time-limit", "4s")
     assert stopped.exit_code == TIME_LIMIT_EXIT, stopped.output
-    assert "--time-limit is reached" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert "Stopped at --time-limit" in stopped.stderr and "Traceback" not in stopped.stderr
     assert (tmp_path / "run" / "checkpoint" / "student.pt").exists()
     assert job(data, tmp_path / "run", cache, *more).exit_code == 0
     assert job(data, tmp_path / "whole", cache, *more).exit_code == 0
@@ -264,7 +264,7 @@ def test_partial_files_are_removed(a_run, data, cache):
 def test_signal_while_loading_a_command_prints_one_line(number):
     code = (
         "import os, sys\n"
-        "from questpress.pipeline import cli\n"
+        "from questpress.pipeline.cli import main as cli\n"
         f"cli.import_module = lambda name: os.kill(os.getpid(), {int(number)})\n"
         "cli.cli(['doctor'])"
     )
