@@ -34,7 +34,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (BOMB, "values with those that aliases repeat"),
+        (BOMB, "values with aliases expanded"),
         ("a: &a [*a]", "contains itself"),
         ("[" * 50 + "]" * 50, "nested more than 20 deep"),
         ("[" * 100_000, "nested more than 20 deep"),
@@ -48,7 +48,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("? [a, b]\n: c", "unhashable"),
         (
             "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 20_000) + "]}",
-            "values with those that aliases repeat",
+            "values with aliases expanded",
         ),
         ("x: \x1b", "special characters are not allowed"),
     ],

@@ -56,7 +56,7 @@ def test_interrupted_command_exits_with_130_and_can_resume(data, cache, tmp_path
     process.send_signal(getattr(signal, name))
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Traceback" not in stderr and "goes on where" in stderr.splitlines()[-1] and stdout == ""
+    assert "Traceback" not in stderr and "to resume" in stderr.splitlines()[-1] and stdout == ""
 
 
 @pytest.mark.parametrize("stage", ["prepare", "student", "quantize", "bench"])
@@ -76,7 +76,7 @@ def test_ctrl_c_in_a_stage_leaves_a_resumable_run(finished, data, cache, tmp_pat
     monkeypatch.setattr(stages, "load_stage", interrupting)
     stopped = job(data, out, cache)
     assert stopped.exit_code == 130
-    assert "The same command goes on" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert "Run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.stderr
     before = list(record(out)["stages"])
     assert before == list(STAGES[: STAGES.index(stage)])
     monkeypatch.setattr(stages, "load_stage", real)

@@ -131,7 +131,7 @@ def test_validate_scores_the_files_as_the_report_does(run: Path, tmp_path: Path)
         assert score.details["micro F1"].percent == pytest.approx(micro)
         shown = {of.label: of.n for of in score.classes}
         assert {of.label: of.n for of in one.per_class} == shown
-    assert not (run / "bench" / "teacher.onnx").exists() and "No teacher" in found.notes[0]
+    assert not (run / "bench" / "teacher.onnx").exists() and "not compared with a teacher" in found.notes[0]
     rows = list(csv.DictReader((tmp_path / "mistakes.csv").open(encoding="utf-8")))
     assert len(rows) == sum(one.mistakes for one in found.networks)
     assert all(set(one["label"].split(", ")) != set(one["answer"].split(", ")) for one in rows)

@@ -36,8 +36,8 @@ def test_manifest_and_report_describe_the_input(of_pixels: Path, finished: Path)
     assert json.loads((of_pixels / "artifact" / "manifest.json").read_text())["input"] == "uint8"
     report = little.report(of_pixels)
     said = report["student_int8"]["quantization"]["input"]
-    assert said == "uint8; normalisation folded into the first convolution"
-    assert "normalisation folded" in (of_pixels / "report.html").read_text()
+    assert said == "uint8; normalization folded into the first convolution"
+    assert "normalization folded" in (of_pixels / "report.html").read_text()
     assert report["config"]["input"] == "uint8" and little.report(finished)["config"]["input"] == "float"
 
 
@@ -78,7 +78,7 @@ def test_predict_reads_a_photo(of_pixels: Path, data: Path) -> None:
 def test_network_without_foldable_layer_ships_with_a_note(
     data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("questpress.export.conversion.pixel_input.fold_normalisation", lambda *_: None)
+    monkeypatch.setattr("questpress.export.conversion.pixel_input.fold_normalization", lambda *_: None)
     result = little.job(data, tmp_path, cache, "--input", "uint8")
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(tmp_path)

@@ -19,8 +19,8 @@ Color = tuple[float, ...]
 
 
 def colors(theme: str) -> dict[str, Color]:
-    found = dict(re.findall(r"--([\w-]+): #([0-9a-f]{6})", theme))
-    return {name: tuple(int(value[i : i + 2], 16) for i in (0, 2, 4)) for name, value in found.items()}
+    values = dict(re.findall(r"--([\w-]+): #([0-9a-f]{6})", theme))
+    return {name: tuple(int(value[i : i + 2], 16) for i in (0, 2, 4)) for name, value in values.items()}
 
 
 def luminance(color: Color) -> float:
@@ -29,16 +29,16 @@ def luminance(color: Color) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def contrast(one: Color, other: Color) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
+def contrast(first: Color, second: Color) -> float:
+    low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 
-def mixed(color: Color, share: float, other: Color) -> Color:
-    return tuple(share * a + (1 - share) * b for a, b in zip(color, other, strict=True))
+def mix(color: Color, fraction: float, other: Color) -> Color:
+    return tuple(fraction * a + (1 - fraction) * b for a, b in zip(color, other, strict=True))
 
 
-def test_contrast_is_computed_as_wcag_says() -> None:
+def test_contrast_follows_wcag() -> None:
     assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
     assert contrast((118, 118, 118), (255, 255, 255)) == pytest.approx(4.54, abs=0.01)
 
@@ -56,24 +56,24 @@ def test_contrast_is_computed_as_wcag_says() -> None:
     ],
 )
 def test_text_has_enough_contrast(theme: str, text: str, on: str) -> None:
-    found = colors(theme)
-    assert contrast(found[text], found[on]) >= 4.5
+    palette = colors(theme)
+    assert contrast(palette[text], palette[on]) >= 4.5
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 def test_numbers_in_the_confusion_matrix_have_enough_contrast(theme: str) -> None:
-    found = colors(theme)
-    shades = [mixed(found["accent"], 0.45 * share / 100, found["panel"]) for share in range(101)]
-    shades += [mixed(found["rust"], 0.1 + 0.4 * share / 100, found["panel"]) for share in range(101)]
+    palette = colors(theme)
+    shades = [mix(palette["accent"], 0.45 * percent / 100, palette["panel"]) for percent in range(101)]
+    shades += [mix(palette["rust"], 0.1 + 0.4 * percent / 100, palette["panel"]) for percent in range(101)]
     assert "calc(var(--percent) * .45)" in CSS and "calc(10% + var(--percent) * .4)" in CSS
-    assert min(contrast(found["ink"], shade) for shade in shades) >= 4.5
+    assert min(contrast(palette["ink"], shade) for shade in shades) >= 4.5
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 @pytest.mark.parametrize("mark", ["teacher", "fp32", "accent", "rust", "s0", "s1", "s2", "s3", "s4", "s5"])
 def test_marks_and_curves_have_enough_contrast(theme: str, mark: str) -> None:
-    found = colors(theme)
-    assert contrast(found[mark], found["paper"]) >= 3
+    palette = colors(theme)
+    assert contrast(palette[mark], palette["paper"]) >= 3
 
 
 def test_print_has_the_light_theme() -> None:
@@ -117,12 +117,14 @@ PAGES = {
 
 @pytest.mark.parametrize("name", PAGES)
 def test_headings_tables_and_figures_are_well_formed(name: str) -> None:
-    found = Outline(html(PAGES[name]))
-    assert found.headings[0] == 1 and found.headings.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(found.headings, found.headings[1:], strict=False))
-    assert all("caption" in table for table in found.tables)
-    assert all(cell.get("scope") in ("row", "col") for cell in found.cells)
-    assert all(picture == {"desc"} for picture in found.pictures)
+    outline = Outline(html(PAGES[name]))
+    assert outline.headings[0] == 1 and outline.headings.count(1) == 1
+    assert all(
+        after - before <= 1 for before, after in zip(outline.headings, outline.headings[1:], strict=False)
+    )
+    assert all("caption" in table for table in outline.tables)
+    assert all(cell.get("scope") in ("row", "col") for cell in outline.cells)
+    assert all(picture == {"desc"} for picture in outline.pictures)
 
 
 def test_page_can_be_used_with_a_keyboard() -> None:
@@ -133,7 +135,7 @@ def test_page_can_be_used_with_a_keyboard() -> None:
     target = re.search(r'href="#([\w-]+)"', first[0])
     assert target is not None and f'id="{target[1]}"' in page
     # What scrolls can be reached, and what has the focus is seen.
-    assert all('tabindex="0"' in one for one in re.findall(r'<div class="scroll"[^>]*>', page))
+    assert all('tabindex="0"' in frame for frame in re.findall(r'<div class="scroll"[^>]*>', page))
     assert ":focus-visible { outline: 2px" in CSS and "outline: none" not in CSS and "outline: 0" not in CSS
 
 

@@ -17,13 +17,13 @@ def test_milliseconds_have_three_significant_digits(value: float, text: str) -> 
     assert format.milliseconds(value) == text
 
 
-def test_percentages_have_two_decimals_only_where_the_images_can_tell_them_apart() -> None:
+def test_percentages_of_1000_images_have_two_decimals() -> None:
     assert format.percent(97.222, 180) == "97.2 %"
     assert format.percent(97.222, 10_000) == "97.22 %"
     assert format.percent_interval(93.68, 98.81, 180) == "93.7–98.8 %"
 
 
-def test_percentage_below_a_hundred_is_never_rounded_up_to_it() -> None:
+def test_percentage_below_100_is_not_rounded_to_100() -> None:
     assert format.percent(99.996, 100_000) == "99.99 %"
     assert format.percent(100.0, 180) == "100.0 %"
 
@@ -34,7 +34,7 @@ def test_megabytes_are_a_million_bytes() -> None:
     assert format.megabytes(21_300) == "0.0213 MB"
 
 
-def test_ratios_durations_and_differences_read_as_people_write_them() -> None:
+def test_ratios_durations_and_differences_are_formatted() -> None:
     assert [format.times(x) for x in (0.972, 8.4, 25.31, 112.4, 0.0123)] == [
         "0.97×", "8.40×", "25.3×", "112×", "0.0123×",
     ]  # fmt: skip
@@ -44,6 +44,6 @@ def test_ratios_durations_and_differences_read_as_people_write_them() -> None:
     assert format.points(-1.13) == "−1.1 points"
 
 
-def test_what_is_unknown_is_a_dash_and_what_is_not_finite_says_so() -> None:
+def test_missing_values_are_dashes_and_infinite_ones_are_named() -> None:
     assert format.percent(None) == format.milliseconds(None) == format.megabytes(None) == "–"
     assert format.number(float("nan")) == format.significant(float("inf")) == "not finite"

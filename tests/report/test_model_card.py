@@ -34,29 +34,29 @@ def manifest(labels: list[str] | None = None, **more: Any) -> dict[str, Any]:
     }
 
 
-def front(text: str) -> dict[str, Any]:
+def read_metadata(text: str) -> dict[str, Any]:
     _, written, _ = text.split("---\n", 2)
-    found = yaml.safe_load(written)
-    assert isinstance(found, dict)
-    return found
+    content = yaml.safe_load(written)
+    assert isinstance(content, dict)
+    return content
 
 
-def test_license_is_that_of_the_weights_it_was_made_from() -> None:
-    assert front(model_card(reports.full(), manifest()))["license"] == "apache-2.0"
+def test_license_is_that_of_the_initial_weights() -> None:
+    assert read_metadata(model_card(reports.full(), manifest()))["license"] == "apache-2.0"
     several = manifest()
     several["origin"]["licenses"] = ["apache-2.0", "CC BY-NC 4.0"]
-    assert front(model_card(reports.full(), several))["license"] == "other"
+    assert read_metadata(model_card(reports.full(), several))["license"] == "other"
     unknown = manifest()
     unknown["origin"]["licenses"] = []
     text = model_card(reports.full(), unknown)
-    assert "license" not in front(text) and "# license: unknown" in text
+    assert "license" not in read_metadata(text) and "# license: unknown" in text
 
 
-def test_data_of_the_hub_is_named_and_a_folder_is_not() -> None:
+def test_only_data_of_the_hub_is_named() -> None:
     report = reports.full()
-    assert "datasets" not in front(model_card(report, manifest()))
+    assert "datasets" not in read_metadata(model_card(report, manifest()))
     report.config["data"] = "hfds/uoft-cs/cifar10"
-    assert front(model_card(report, manifest()))["datasets"] == ["uoft-cs/cifar10"]
+    assert read_metadata(model_card(report, manifest()))["datasets"] == ["uoft-cs/cifar10"]
 
 
 def test_card_has_accuracy_latency_and_intervals() -> None:
@@ -107,8 +107,7 @@ def test_hostile_names_are_text() -> None:
     odd = manifest(labels=HOSTILE)
     odd["origin"] |= {"data": "a: [b\n---\n# c", "licenses": ["x: y\n---\n# z", "b"]}
     text = model_card(report, odd)
-    found = front(text)
-    [model] = found["model-index"]
+    [model] = read_metadata(text)["model-index"]
     assert model["results"][0]["dataset"]["name"] == "a: [b --- # c"
     body = text.split("---\n", 2)[2]
     prose = re.sub(r"```.*?```", "", body, flags=re.S)
@@ -116,25 +115,25 @@ def test_hostile_names_are_text() -> None:
     assert sum(line.startswith("# ") for line in prose.splitlines()) == 1
 
 
-def test_thousand_classes_are_counted_and_not_listed() -> None:
+def test_long_list_of_classes_is_cut() -> None:
     text = model_card(reports.full(), manifest(labels=[f"class {i}" for i in range(1000)]))
     assert "class 39, … 1,000 in total" in text and "class 40," not in text
 
 
-def test_several_rounds_are_reported() -> None:
+def test_rounds_are_described() -> None:
     report = reports.full()
     assert "Rounds" not in model_card(report, manifest())
     report.config["rounds"] = 3
     assert "Rounds: 3. The student of each round" in model_card(report, manifest())
 
 
-def test_weights_that_are_not_the_float_files_are_reported() -> None:
+def test_tuned_and_averaged_weights_are_described() -> None:
     report = int8_reports.with_int8()
     assert "fake quantization" not in model_card(report, manifest()) and "an average over" not in model_card(
         report, manifest()
     )
     search = report.int8[0]
-    learned = [one.model_copy(update={"name": "learned"}) if one.ships else one for one in search.tried]
+    learned = [c.model_copy(update={"name": "learned"}) if c.ships else c for c in search.tried]
     recovery = Recovery(epochs=1, fake_val=90.0, fake_test=90.0, file="qat/student.onnx")
     taught = report.model_copy(
         update={"int8": [search.model_copy(update={"tried": learned})], "recovery": recovery}

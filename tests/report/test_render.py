@@ -42,7 +42,7 @@ def test_html_and_markdown_have_the_figures_of_the_run(tmp_path: Path) -> None:
     write_report(report, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     assert report.student_int8 and report.student_int8.score
-    told = [
+    figures = [
         "mobilenetv2_100 distilled from resnet34", "33.4×", "18.2×",
         f"{report.student_int8.score.percent:.1f} %",
         "0.684 ms", "12.4 ms", "2.55 MB", "85.1 MB", "704", "431.7", "0.01432", "AMD EPYC 9555", "17.9–18.5×",
@@ -52,9 +52,9 @@ def test_html_and_markdown_have_the_figures_of_the_run(tmp_path: Path) -> None:
     page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     shown = " ".join(" ".join(page.words).split())
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for one in told:
-        assert one in shown, one
-        assert one in text, one
+    for figure in figures:
+        assert figure in shown, figure
+        assert figure in text, figure
 
 
 def test_json_round_trip_preserves_the_report() -> None:
@@ -78,7 +78,7 @@ def test_partial_report_is_complete_html(state: str, tmp_path: Path) -> None:
     write_report(PARTIAL[state], tmp_path)
     page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     sections = [value for tag, name, value in page.attributes if tag == "a" and name == "href"]
-    assert {f"#{one}" for one in page.ids()} == set(sections), "every link of the page leads somewhere"
+    assert {f"#{id}" for id in page.ids()} == set(sections), "every link of the page leads somewhere"
     assert "None" not in " ".join(page.words)
     assert "None" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
@@ -126,25 +126,25 @@ def hostile_report() -> Report:
     report = reports.full(HOSTILE)
     assert report.data is not None
     data = report.data.model_copy(
-        update={"name": HOSTILE[0], "skipped": [(one, one) for one in HOSTILE], "duplicates": [HOSTILE]}
+        update={"name": HOSTILE[0], "skipped": [(name, name) for name in HOSTILE], "duplicates": [HOSTILE]}
     )
     odd = [
-        report.epochs[0].model_copy(update={"stage": one, "losses": {one: 1.0}, "watched": {one: 1.0}})
-        for one in HOSTILE
+        report.epochs[0].model_copy(update={"stage": name, "losses": {name: 1.0}, "watched": {name: 1.0}})
+        for name in HOSTILE
     ]
     int8 = [
         search.model_copy(
             update={
-                "target": one,
-                "file": one,
-                "not_timed": one,
-                "slow": one,
-                "tried": [search.tried[0].model_copy(update={"name": one, "calibration": one})],
-                "float_parts": [FloatNode(name=one, op_type=one, why=one)],
-                "worst": [(one, 1.0)],
+                "target": name,
+                "file": name,
+                "not_timed": name,
+                "slow": name,
+                "tried": [search.tried[0].model_copy(update={"name": name, "calibration": name})],
+                "float_parts": [FloatNode(name=name, op_type=name, why=name)],
+                "worst": [(name, 1.0)],
             }
         )
-        for one in HOSTILE
+        for name in HOSTILE
         for search in int8_reports.with_int8().int8[:1]
     ]
     return report.model_copy(
@@ -156,8 +156,8 @@ def hostile_report() -> Report:
             "command": "\n".join(HOSTILE) + "\n```\n# out",
             "warnings": HOSTILE,
             "epochs": odd,
-            "environment": {one: one for one in HOSTILE},
-            "config": {one: {one: [one]} for one in HOSTILE},
+            "environment": {name: name for name in HOSTILE},
+            "config": {name: {name: [name]} for name in HOSTILE},
         }
     )
 
@@ -270,7 +270,7 @@ def test_page_with_images_stays_small() -> None:
         return base64.b64encode(buffer.getvalue()).decode()
 
     report = reports.full()
-    examples = [one.model_copy(update={"png": noise(128)}) for one in (report.examples * 2)[:12]]
+    examples = [e.model_copy(update={"png": noise(128)}) for e in (report.examples * 2)[:12]]
     shown = [ShownWord(rank=i + 1, share=1.0, patches=[noise(48)] * 6) for i in range(9)]
     words = [report.words[0].model_copy(update={"shown": shown})]
     assert len(html(report.model_copy(update={"examples": examples, "words": words}))) < 1_500_000

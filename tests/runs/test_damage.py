@@ -117,11 +117,11 @@ def test_damaged_report_is_not_compared(a_run, tmp_path):
 
 
 def test_damaged_predictions_and_teachers_are_refused(a_run, finished, tmp_path):
-    flip(a_run / "test_answers.safetensors")
+    flip(a_run / "test_predictions.safetensors")
     refused(
         compress("compare", a_run, finished, "--out", tmp_path / "out"),
         1,
-        "test_answers",
+        "test_predictions",
         "Run the original command again",
     )
     flip(a_run / "bench" / "teacher.onnx")

@@ -58,7 +58,7 @@ def test_report_has_each_rounds_accuracy(rounds: Path) -> None:
     assert found["student"]["val_score"] == found["rounds"][1]["val_score"]
     assert {epoch["stage"] for epoch in found["epochs"]} == {"teacher", "round 1", "student"}
     for page in ("report.md", "report.html"):
-        assert "2 (ships)" in (rounds / page).read_text()
+        assert "2 (shipped)" in (rounds / page).read_text()
 
 
 @pytest.mark.parametrize("stage", ["round 1", "student"])

@@ -169,7 +169,7 @@ def test_computed_normalization_precedes_other_first_layers(make: type[nn.Module
     expected = logits(of_floats, runtime.normalize(shown, IMAGENET))
     np.testing.assert_allclose(logits(of_pixels, shown), expected, atol=1e-4, rtol=0)
     int8 = quantize_int8(of_pixels, tmp_path / "int8.onnx", [shown])
-    assert int8.recipe["input"] == "uint8; normalisation in float, before the network"
+    assert int8.recipe["input"] == "uint8; normalization in float, before the network"
     assert signal_to_noise(expected, logits(int8.path, shown)) > 20
 
 
@@ -201,7 +201,7 @@ def test_int8_takes_the_pixels_without_a_step_in_float(tmp_path: Path) -> None:
     expected = logits(of_floats, normalised)
     lost = signal_to_noise(expected, logits(a.path, normalised))
     assert signal_to_noise(expected, logits(b.path, fresh)) > min(25, lost - 3)
-    assert b.recipe["input"] == "uint8; normalisation folded into the first convolution"
+    assert b.recipe["input"] == "uint8; normalization folded into the first convolution"
     nodes = optimised(b.path, tmp_path / "optimised.onnx").node
     first = next(i for i, node in enumerate(nodes) if node.op_type == "QLinearConv")
     assert {node.op_type for node in nodes[:first]} == {"Reshape", "Transpose", "Pad"}
@@ -305,5 +305,5 @@ def test_classifier_of_pixels_refuses_floats(tmp_path: Path) -> None:
 
 def test_float_calibration_images_are_refused(tmp_path: Path) -> None:
     _, of_pixels = both(small_conv_net(), tmp_path, 16)
-    with pytest.raises(ExportError, match="takes pixels, uint8, and is calibrated on float32"):
+    with pytest.raises(ExportError, match="must be uint8 for this model, got float32"):
         quantize_int8(of_pixels, tmp_path / "a.onnx", [np.zeros((2, 3, 16, 16), np.float32)])

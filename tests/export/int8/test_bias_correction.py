@@ -132,6 +132,6 @@ def test_few_images_are_used_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     ready = prepared(two_layers(b=weights(6), c=weights(4)))
     ranges, _ = calibrate_ranges(ready.model, [IMAGES], "minmax", ready.scope.op_types)
     network = fake(ready, ranges)
-    monkeypatch.setattr(correction, "BUDGET", 1)
+    monkeypatch.setattr(correction, "MAX_ACTIVATION_BYTES", 1)
     one = correct_biases(ready, network, IMAGES)
     assert np.array_equal(constant(one, "b"), constant(correct_biases(ready, network, IMAGES[:1]), "b"))

@@ -198,7 +198,7 @@ def test_file_given_by_name_loads_on_any_machine(tmp_path: Path, monkeypatch: py
     for name, _ in THREE:
         assert runtime.Classifier.load(folder, file=name).name == name
     with pytest.raises(
-        runtime.ArtifactError, match=r"holds no student\.int8\.mips\.onnx: its manifest lists student"
+        runtime.ArtifactError, match=r"contains no student\.int8\.mips\.onnx\. Its manifest lists student"
     ):
         runtime.Classifier.load(folder, file="student.int8.mips.onnx")
 

@@ -88,6 +88,6 @@ def test_histogram_of_each_network_peaks_near_its_median() -> None:
 
 
 def test_equal_runs_can_be_drawn() -> None:
-    equal = [one.model_copy(update={"quantiles": [2.0] * 101}) for one in bench_reports.bench().latencies]
+    equal = [m.model_copy(update={"quantiles": [2.0] * 101}) for m in bench_reports.bench().latencies]
     chart = latency.histograms(bench_reports.bench(latencies=equal), 1)
     assert chart is not None and "nan" not in str(chart)
