@@ -1,5 +1,5 @@
 """What a uint8 input costs: a network in ONNX Runtime fed with normalised floats, with numpy normalising each
-image, with pixels and the normalisation folded, and with pixels and the normalisation before it in float.
+image, with pixels and the normalization folded, and with pixels and the normalisation before it in float.
 
     taskset -c 1 python -m benchmarks.latency.pixel_input --network mobilenetv2_100
 """
@@ -32,9 +32,9 @@ def files(network: torch.nn.Module, pixels: np.ndarray, folder: Path) -> dict[st
     export_onnx(network, fp32["floats"], SIDE, metadata={})
     export_onnx(network, fp32["folded"], SIDE, metadata={}, pixels=P)
     model = onnx.load(str(fp32["floats"]))
-    fold, pixel_input.fold_normalisation = pixel_input.fold_normalisation, lambda *_: None
+    fold, pixel_input.fold_normalization = pixel_input.fold_normalization, lambda *_: None
     assert isinstance(pixel_input.take_pixels(model, P.mean, P.std), Outside)
-    pixel_input.fold_normalisation = fold
+    pixel_input.fold_normalization = fold
     onnx.save(model, str(fp32["before"]))
     int8 = {name: folder / f"{name}.int8.onnx" for name in fp32}
     for name, file in fp32.items():

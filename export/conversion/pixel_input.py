@@ -1,13 +1,14 @@
-"""A file that takes pixels as they are, uint8 [batch, S, S, 3], at no cost: normalisation as weights.
+"""Files with uint8 input [batch, S, S, 3], whose normalization is part of the first weights at no cost.
 
-Padding with 0 means the mean colour, which no one pixel value is. So the input keeps one zero point z near
-the mean, as a quantized tensor has anyway, and what is left of each channel's mean, δ = z/255 − mean, goes
-into the weights of a fourth channel that is constant within the picture and 0 in the padding:
+Padding with 0 means the mean color, which is not the same pixel value in all channels. So the input keeps one
+zero point z near the mean, as a quantized tensor has anyway, and the rest of each channel's mean,
+δ = z/255 − mean, becomes the weights of a fourth channel that is constant within the image and 0 in the
+padding:
 
     (u/255 − mean)/std = (u − z)/255 · 1/std + δ/std
 
-Where nothing is padded, δ goes into the bias. In a quantized file the first convolution takes the pixels and
-the fourth channel themselves. Where the first layer isn't a plain convolution, float nodes stand before it.
+Without padding, δ becomes part of the bias. In a quantized file the first convolution reads the pixels and
+the fourth channel directly. If the first layer is not a plain convolution, float nodes precede it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from onnxruntime.quantization import QuantType
 from ..errors import ExportError
 
 INPUT, PLANES, PIXELS = "input", "uint8_planes", "pixels"
-"""Names of a file's input, uint8 [batch, S, S, 3], of its planes, uint8 [batch, 3 or 4, S, S], and of what
-its core takes, float32 [batch, 3 or 4, S, S].
+"""Names of a file's input, uint8 [batch, S, S, 3], of its planes, uint8 [batch, 3 or 4, S, S], and of the
+core's input, float32 [batch, 3 or 4, S, S]. The core is the network without the conversion of pixels.
 """
 
 SCALE = np.float32(1 / 255)
@@ -36,50 +37,50 @@ _FACTOR, _SHIFT = "uint8_factor", "uint8_shift"
 
 @dataclass(frozen=True)
 class Folded:
-    """The normalisation is in the core's first weights; the core takes (u − zero_point)/255.
+    """Normalization in the core's first weights; the core's input is (u − zero_point)/255.
 
-    `mask` is the pixel value of a fourth channel, where there is one.
+    `mask` is the pixel value of a fourth channel; None without one.
     """
 
     zero_point: int
     mask: int | None
 
-    told = "normalisation folded into the first convolution"
+    description = "normalization folded into the first convolution"
 
     @property
     def channels(self) -> int:
         return 3 if self.mask is None else 4
 
     def feed(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [B, S, S, 3] to what the core takes, float32 [B, 3 or 4, S, S]."""
+        """Convert pixels, uint8 [B, S, S, 3], to the core's input, float32 [B, 3 or 4, S, S]."""
         planes = pixels.transpose(0, 3, 1, 2)
         if self.mask is not None:
             planes = np.pad(planes, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=self.mask)
         return np.ascontiguousarray((planes.astype(np.float32) - self.zero_point) * SCALE)
 
     def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:
-        """ONNX Runtime's `TensorQuantOverrides` for the core's input: pixels are quantized already."""
+        """Return ONNX Runtime's `TensorQuantOverrides` for the core's input, which is quantized already."""
         kind, dtype = (QuantType.QInt8, np.int8) if signed else (QuantType.QUInt8, np.uint8)
         zero_point = np.array(self.zero_point - (128 if signed else 0), dtype=dtype)
         return {PIXELS: [{"quant_type": kind, "scale": np.array(SCALE), "zero_point": zero_point}]}
 
     def nodes(self, height: int, width: int) -> tuple[list[NodeProto], list[TensorProto]]:
-        """From the file's input to the core's, and their constants."""
+        """Return the nodes from the file's input to the core's, and their constants."""
         nodes = _Nodes()
         step = nodes.constant("uint8_step", SCALE)
         zero_point = nodes.constant(_Z, np.uint8(self.zero_point))
         if self.mask is None:
             nodes.add("Transpose", [INPUT], PLANES, perm=[0, 3, 1, 2])
         else:
-            # ONNX Runtime would move a transpose behind the padding, where it goes pixel by pixel and takes
-            # five times as long; it moves none across this reshaping.
+            # ONNX Runtime would move a transpose behind the padding, where it takes five times as long. It
+            # does not move it across this Reshape.
             flat = nodes.constant("uint8_flat_shape", np.array([0, -1, 3]))
             pads = nodes.constant("uint8_pads", np.array([0, 0, 0, 0, 1, 0]))
             shape = nodes.constant("uint8_shape", np.array([0, 4, height, width]))
             nodes.add("Reshape", [INPUT, flat], "uint8_flat")
-            nodes.add("Transpose", ["uint8_flat"], "uint8_colours", perm=[0, 2, 1])
+            nodes.add("Transpose", ["uint8_flat"], "uint8_colors", perm=[0, 2, 1])
             mask = nodes.constant(_MASK, np.uint8(self.mask))
-            nodes.add("Pad", ["uint8_colours", pads, mask], "uint8_masked")
+            nodes.add("Pad", ["uint8_colors", pads, mask], "uint8_masked")
             nodes.add("Reshape", ["uint8_masked", shape], PLANES)
         nodes.add("DequantizeLinear", [PLANES, step, zero_point], PIXELS)
         return nodes.nodes, nodes.constants
@@ -87,29 +88,29 @@ class Folded:
 
 @dataclass(frozen=True)
 class Outside:
-    """The core is as it was; float nodes in front of it compute u · factor + shift of each channel."""
+    """An unchanged core after float nodes that compute u · factor + shift for each channel."""
 
     factor: tuple[float, ...]
     shift: tuple[float, ...]
-    told = "normalisation in float, before the network"
+    description = "normalization in float, before the network"
     channels = 3
 
     @classmethod
-    def of(cls, mean: Sequence[float], std: Sequence[float]) -> Outside:
+    def from_mean_std(cls, mean: Sequence[float], std: Sequence[float]) -> Outside:
         return cls(tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)))
 
     def feed(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [B, S, S, 3] to what the core takes, float32 [B, 3, S, S]."""
+        """Convert pixels, uint8 [B, S, S, 3], to the core's input, float32 [B, 3, S, S]."""
         planes = pixels.transpose(0, 3, 1, 2).astype(np.float32)
         factor, shift = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.factor, self.shift))
         return np.ascontiguousarray(planes * factor + shift)
 
     def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:
-        """None: the core's input is quantized as any other tensor."""
+        """Return no overrides: the core's input is quantized like any other tensor."""
         return {}
 
     def nodes(self, height: int, width: int) -> tuple[list[NodeProto], list[TensorProto]]:
-        """From the file's input to the core's, and their constants."""
+        """Return the nodes from the file's input to the core's, and their constants."""
         nodes = _Nodes()
         factor = nodes.constant(_FACTOR, np.array(self.factor, dtype=np.float32))
         zero_point = nodes.constant(_Z, np.zeros(3, dtype=np.uint8))
@@ -124,7 +125,7 @@ Front = Folded | Outside
 
 
 def read_front(constants: Sequence[TensorProto]) -> Front | None:
-    """The front that a file with these constants has; None where it has none."""
+    """Return the front of a file with these constants; None if it has none."""
     values = {t.name: numpy_helper.to_array(t) for t in constants if t.name.startswith("uint8_")}
     if {_FACTOR, _SHIFT} <= values.keys():
         return Outside(tuple(values[_FACTOR].ravel().tolist()), tuple(values[_SHIFT].ravel().tolist()))
@@ -134,7 +135,7 @@ def read_front(constants: Sequence[TensorProto]) -> Front | None:
 
 
 class _Nodes:
-    """Nodes named as what they give, and constants."""
+    """Nodes, named like their output, and constants."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -153,8 +154,9 @@ _Constants = dict[str, TensorProto]
 
 @dataclass
 class Convolution:
-    """A first convolution: weight float64 [out, 3, kh, kw], bias float64 [out], padding [top, left, bottom,
-    right] with that of a Pad before it.
+    """A first convolution: weight float64 [out, 3, kh, kw] and bias float64 [out].
+
+    `pads` is [top, left, bottom, right] and includes a Pad before the convolution.
     """
 
     node: NodeProto
@@ -168,7 +170,7 @@ class Convolution:
 
 @dataclass
 class FirstLayer:
-    """All convolutions that see the input; what is changed in them stands in the graph after `write`."""
+    """All convolutions that read the input; changes are applied to the graph by `write`."""
 
     model: ModelProto
     convolutions: list[Convolution]
@@ -176,11 +178,11 @@ class FirstLayer:
 
     @property
     def padded(self) -> bool:
-        """Whether any of them sees padding."""
+        """True if any of them reads padding."""
         return any(convolution.pads.any() for convolution in self.convolutions)
 
     def write(self) -> None:
-        """Put weights, biases and padding into the graph; a Pad is then within its convolution."""
+        """Write weights, biases and padding into the graph and remove Pad nodes."""
         graph = self.model.graph
         source = graph.input[0].name
         constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -208,7 +210,7 @@ class FirstLayer:
 
 
 def first_layer(model: ModelProto) -> FirstLayer | None:
-    """The input's convolutions, each perhaps behind a Pad with zeros; None where anything else sees it."""
+    """Return the convolutions of the input, with a Pad before them; None if other nodes read the input."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     uses: dict[str, list[NodeProto]] = {}
@@ -217,18 +219,15 @@ def first_layer(model: ModelProto) -> FirstLayer | None:
             uses.setdefault(name, []).append(node)
     convolutions, pad_nodes = [], []
     for node in uses.get(graph.input[0].name, []):
-        if _asks_for_no_channels(node):
+        if _ignores_channels(node):
             continue
-        around = np.zeros(4, dtype=np.int64)
-        fed = [node]
+        pads: np.ndarray | None = np.zeros(4, dtype=np.int64)
+        readers = [node]
         if node.op_type == "Pad":
-            found = _zeros_around(node, constants)
-            if found is None:
-                return None
-            around, fed = found, uses.get(node.output[0], [])
+            pads, readers = _zero_padding(node, constants), uses.get(node.output[0], [])
             pad_nodes.append(node)
-        for one in fed:
-            convolution = _convolution(one, around, constants, uses)
+        for reader in readers:
+            convolution = None if pads is None else _convolution(reader, pads, constants, uses)
             if convolution is None:
                 return None
             convolutions.append(convolution)
@@ -236,35 +235,35 @@ def first_layer(model: ModelProto) -> FirstLayer | None:
 
 
 def _convolution(
-    node: NodeProto, around: np.ndarray, constants: _Constants, uses: dict[str, list[NodeProto]]
+    node: NodeProto, outer_pads: np.ndarray, constants: _Constants, uses: dict[str, list[NodeProto]]
 ) -> Convolution | None:
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    own = [name for name in node.input[1:] if name]
+    parameters = [name for name in node.input[1:] if name]
     plain = (
         node.op_type == "Conv"
         and attributes.get("group", 1) == 1
         and attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-        and all(name in constants and len(uses[name]) == 1 for name in own)
+        and all(name in constants and len(uses[name]) == 1 for name in parameters)
     )
     if not plain:
         return None
-    weight, *bias = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in own)
+    weight, *bias = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in parameters)
     if weight.ndim != 4 or weight.shape[1] != 3:
         return None
-    pads = np.array(attributes.get("pads", [0, 0, 0, 0]), dtype=np.int64) + around
+    pads = np.array(attributes.get("pads", [0, 0, 0, 0]), dtype=np.int64) + outer_pads
     return Convolution(node, weight, bias[0] if bias else None, pads)
 
 
-def _asks_for_no_channels(node: NodeProto) -> bool:
-    """Whether this is a Shape of the batch alone, or of height and width."""
+def _ignores_channels(node: NodeProto) -> bool:
+    """Return True for a Shape of the batch only, or of height and width."""
     if node.op_type != "Shape":
         return False
     ends = {a.name: a.i for a in node.attribute}
     return 1 not in range(4)[ends.get("start", 0) : ends.get("end", 4)]
 
 
-def _zeros_around(node: NodeProto, constants: _Constants) -> np.ndarray | None:
-    """[top, left, bottom, right] of a Pad that lays zeros around height and width; None of any other."""
+def _zero_padding(node: NodeProto, constants: _Constants) -> np.ndarray | None:
+    """Return [top, left, bottom, right] of a Pad of zeros in height and width; None for any other."""
     mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
     given = [numpy_helper.to_array(constants[name]) if name in constants else None for name in node.input[1:]]
     unknown = any(value is None for name, value in zip(node.input[1:], given, strict=True) if name)
@@ -289,23 +288,24 @@ def _float(values: np.ndarray, name: str) -> TensorProto:
 
 
 def take_pixels(model: ModelProto, mean: Sequence[float], std: Sequence[float]) -> Front:
-    """Give `model`, whose input is float32 [batch, 3, S, S], normalised, one of pixels; in place.
+    """Replace the normalized float32 input [batch, 3, S, S] of `model` by uint8 pixels, in place.
 
-    The front says whether it costs nothing (`Folded`) or stands in float before the network (`Outside`).
+    Returns:
+        `Folded` if the conversion costs nothing, `Outside` if float nodes precede the network.
     """
-    front: Front | None = fold_normalisation(model, mean, std)
+    front: Front | None = fold_normalization(model, mean, std)
     if front is None:
         _rename_input(model)
-        front = Outside.of(mean, std)
+        front = Outside.from_mean_std(mean, std)
     attach(model, front)
     return front
 
 
-def fold_normalisation(model: ModelProto, mean: Sequence[float], std: Sequence[float]) -> Folded | None:
-    """Fold (u/255 − mean)/std into the convolutions that `model`'s input feeds; exact, in place.
+def fold_normalization(model: ModelProto, mean: Sequence[float], std: Sequence[float]) -> Folded | None:
+    """Fold (u/255 − mean)/std exactly into the convolutions that read the input of `model`, in place.
 
-    `model` is a core then, which takes what `Folded.feed` gives. None, and nothing changed, where the input
-    feeds anything but plain convolutions.
+    The input of `model` is then the output of `Folded.feed`. Returns None, and changes nothing, if other
+    nodes than plain convolutions read the input.
     """
     layer = first_layer(model)
     if layer is None:
@@ -330,7 +330,7 @@ def fold_normalisation(model: ModelProto, mean: Sequence[float], std: Sequence[f
 
 
 def _mask(layer: FirstLayer, left: np.ndarray, std: np.ndarray, zero_point: int) -> int:
-    """The fourth channel's pixel value: the nearest to z at which its weights are no larger than the others'.
+    """Return the fourth channel's pixel value: the nearest to z at which its weights are no larger than the others'.
 
     In int8 the weights of an output channel share a step, that of the largest; the fourth channel's rounding
     counts in proportion to its distance from z.
@@ -373,10 +373,10 @@ def split(model: ModelProto) -> Front:
 
 
 def attach(core: ModelProto, front: Front) -> None:
-    """Put `front` before a core, float or quantized; in place: the input is uint8 [batch, S, S, 3] then.
+    """Insert `front` before a float or quantized core, in place; the input becomes uint8 [batch, S, S, 3].
 
-    Where the core quantizes its input to just what the pixels are (`Folded.overrides`), they go in as they
-    are, and nothing at the entry is left in float.
+    If the core quantizes its input to the pixels' own values (`Folded.overrides`), it reads them directly,
+    without a conversion to float.
     """
     nodes, constants = front.nodes(*_sides(core))
     if isinstance(front, Folded):
@@ -407,7 +407,8 @@ def _sides(model: ModelProto) -> tuple[int, int]:
     dims = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     height, width = dims[1:3] if has_uint8_input(model) else dims[2:4]
     if not height or not width:
-        raise ExportError("a network that takes pixels needs a fixed image size")
+        raise ExportError("uint8 input requires a network with a fixed image size.")
+
     return height, width
 
 

@@ -1,9 +1,10 @@
-"""Cross-layer equalisation: channels of one map brought to a like range by scales that two layers take up.
+"""Cross-layer equalization, bias correction, and the sensitivity of parts of a network.
 
-Nagel et al., ICCV 2019, arXiv 1906.04721, section 4.1: ReLU(x/s)·s = ReLU(x) for s > 0, so a channel's scale
-can be moved from the layer that writes it to the one that reads it. There both layers' weights are balanced;
-weights have a scale for each output channel here, so what suffers from unequal channels is the map between
-the two, which has one range, and the input channels of the second layer. The scales balance these two:
+Cross-layer equalization (Nagel et al., ICCV 2019, arXiv 1906.04721, section 4.1): ReLU(x/s)·s = ReLU(x) for
+s > 0, so a channel's scale can be moved from the layer that writes it to the one that reads it. The paper
+balances both layers' weights. Weights have a scale for each output channel here, so unequal channels affect
+the map between the two, which has one range, and the input channels of the second layer. The scales balance
+these two:
 
     s_i = √(a_i / r_i) for a dense reader,   s_i = a_i for a depthwise one, whose channels have a scale each
 
@@ -28,37 +29,38 @@ from .quantizer import WEIGHTED, Prepared
 from .torch_graph import GraphNetwork, Values
 
 CLEAR = 0.8
-"""Of ReLU6's bound: what a scaled channel's calibrated maximum may reach."""
+"""Fraction of ReLU6's bound that the calibrated maximum of a scaled channel may reach."""
 
 MOST = 1e3
-"""Largest scale, and 1 over the least one: beyond, a channel is as good as dead."""
+"""Largest scale and inverse of the smallest: beyond it a channel is practically dead."""
 
 TOLERANCE = 1e-4
-"""Largest difference of the output that rescaling may make, by the largest output."""
+"""Largest change of the output by rescaling, relative to the largest output."""
 
 _HOMOGENEOUS = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "Identity")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer, the one that reads it, and what bounds the map between the two."""
+    """A layer, the only layer that reads it, and the bound of the map between the two."""
 
     writer: str
     reader: str
     between: str
     """The writer's output, before its activation."""
     bound: float | None
-    """Where ReLU6 or its like cuts; None where nothing does."""
+    """Upper bound of the Clip between them; None without a Clip."""
 
 
 @torch.no_grad()
 def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
-    """The same function with equalised channels, to be calibrated anew; None where no pair of layers can be.
+    """Return a graph that computes the same with equalized channels, to be calibrated again.
 
     Args:
         images: calibration images, float32 [n,3,S,S].
 
-    None, too, where the rescaled graph does not answer like the graph within `TOLERANCE`.
+    Returns:
+        None if there is no pair of layers, or if the output changes by more than `TOLERANCE`.
     """
     pairs = layer_pairs(prepared.model)
     if not pairs:
@@ -74,18 +76,16 @@ def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
         weights.divide_outputs(writer, s)
         weights.multiply_inputs(reader, s)
     weights.write()
-    found = GraphNetwork(model).eval()
-    for chunk, answers in zip(_chunks(images), expected, strict=True):
-        difference = (found(torch.from_numpy(chunk))[found.output] - answers).abs().max()
-        if not difference <= TOLERANCE * answers.abs().max():
+    after = GraphNetwork(model).eval()
+    for chunk, output in zip(_chunks(images), expected, strict=True):
+        difference = (after(torch.from_numpy(chunk))[after.output] - output).abs().max()
+        if not difference <= TOLERANCE * output.abs().max():
             return None
     return replace(prepared, model=model)
 
 
 def layer_pairs(model: onnx.ModelProto) -> list[Pair]:
-    """Convolutions whose output is read by one convolution or Gemm alone, through nothing but ReLU, ReLU6 and
-    pooling; in the order of the graph.
-    """
+    """Return convolutions read by one convolution or Gemm only, with ReLU, ReLU6 and pooling between them."""
     constants = {t.name: t for t in model.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -117,7 +117,7 @@ def layer_pairs(model: onnx.ModelProto) -> list[Pair]:
 
 
 class _Weights:
-    """The layers' weights as float64, so that scales upon scales leave no trace of rounding."""
+    """The layers' weights in float64, so that repeated scaling does not add rounding errors."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -131,7 +131,7 @@ class _Weights:
         return self.changed[name]
 
     def rows(self, node: onnx.NodeProto) -> np.ndarray:
-        """[O,C,…]."""
+        """Return the weight as [O,C,…]."""
         w = self.array(node.input[1])
         return w if node.op_type == "Conv" or _turned(node) else w.T
 
@@ -156,7 +156,7 @@ class _Weights:
 
 
 def _scales(a: np.ndarray, w: np.ndarray, depthwise: bool, bound: float | None) -> np.ndarray:
-    """s, float64 [C], for a map's largest values a [C] and the reader's weights [O,C,…]."""
+    """Return s, float64 [C], from a map's largest values a [C] and the reader's weights [O,C,…]."""
     if depthwise:
         s, middle = a, float(np.median(a))
     else:
@@ -169,30 +169,30 @@ def _scales(a: np.ndarray, w: np.ndarray, depthwise: bool, bound: float | None) 
         # The middle channel stays as it is: only ratios matter.
         reference = float(np.median(s[alive])) if alive.any() else 1.0
         return np.where(alive, s / reference, 1.0).clip(1 / MOST, MOST)
-    # Those that ReLU6 cuts stay as they are, and the others come near them.
+    # Channels that ReLU6 clips are not scaled; the others are brought near them.
     reference = bound if depthwise else np.sqrt(bound / max(middle, 1e-30))
     free = alive & (a < CLEAR * bound)
-    wished = (s / reference).clip(1 / MOST, MOST)
-    return np.where(free, np.maximum(wished, a / (CLEAR * bound)), 1.0)
+    scales = (s / reference).clip(1 / MOST, MOST)
+    return np.where(free, np.maximum(scales, a / (CLEAR * bound)), 1.0)
 
 
 def _largest(
     network: GraphNetwork, pairs: list[Pair], images: np.ndarray
 ) -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
-    """Of each pair's map the largest value in each channel, [C], and the answers, chunk by chunk."""
+    """Return the largest value in each channel of each pair's map, [C], and the outputs of each chunk."""
     wanted = [pair.between for pair in pairs]
     bounded = {pair.between: pair.bound is not None for pair in pairs}
     largest: dict[str, np.ndarray] = {}
-    answers = []
+    outputs = []
     for chunk in _chunks(images):
-        found = network(torch.from_numpy(chunk), wanted=wanted)
-        answers.append(found[network.output])
+        values = network(torch.from_numpy(chunk), wanted=wanted)
+        outputs.append(values[network.output])
         for name in wanted:
-            # Of what ReLU6 cuts below 0 the upper end alone counts.
-            x = found[name] if bounded[name] else found[name].abs()
+            # ReLU6 clips values below 0, so only the maximum counts.
+            x = values[name] if bounded[name] else values[name].abs()
             top = x.amax(dim=[d for d in range(x.dim()) if d != 1]).double().numpy()
             largest[name] = np.maximum(largest[name], top) if name in largest else top
-    return largest, answers
+    return largest, outputs
 
 
 def _chunks(images: np.ndarray) -> list[np.ndarray]:
@@ -202,7 +202,7 @@ def _chunks(images: np.ndarray) -> list[np.ndarray]:
 def _owns(
     node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], readers: dict[str, list[onnx.NodeProto]]
 ) -> bool:
-    """Whether its weights and bias are constants that no other node uses."""
+    """Return True if weights and bias are constants that no other node uses."""
     return all(name in constants and len(readers[name]) == 1 for name in node.input[1:] if name)
 
 
@@ -229,29 +229,29 @@ def _number(constants: dict[str, onnx.TensorProto], name: str) -> float | None:
 
 
 def _flattens(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], channels: int) -> bool:
-    """Whether [B,C,1,1] becomes [B,C]."""
+    """Return True if a node turns [B,C,1,1] into [B,C]."""
     if node.op_type == "Flatten":
         return all(a.i == 1 for a in node.attribute if a.name == "axis")
     shape = constants.get(node.input[1])
     return shape is not None and numpy_helper.to_array(shape).tolist()[1:] in ([channels], [-1])
 
 
-BUDGET = 1_000_000_000
-"""Bytes of activations held at once: with all images a layer is computed before the next one begins."""
+MAX_ACTIVATION_BYTES = 1_000_000_000
+"""Each layer is computed for all images before the next one."""
 
 
 @torch.no_grad()
 def correct_biases(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> Prepared:
-    """The float graph with corrected biases, to be quantized by the same ranges.
+    """Return the float graph with biases corrected for the mean error of each layer, for the same ranges.
+
+    Layers that share a bias are not corrected.
 
     Args:
-        network: the graph's quantized form; its weights are the graph's.
-        images: calibration images, float32 [n,3,S,S]; as many are used as the budget has room for.
-
-    A layer whose bias is no constant of its own keeps it.
+        network: the graph's quantized form, with the graph's weights.
+        images: calibration images, float32 [n,3,S,S]; as many are used as fit in `MAX_ACTIVATION_BYTES`.
     """
     exact = GraphNetwork(prepared.model).eval()
-    used = images[: _room(exact, images)]
+    used = images[: _max_images(exact, images)]
     means = _means(exact, used)
     biases = _own_biases(prepared.model)
     corrected = {}
@@ -269,7 +269,7 @@ def correct_biases(prepared: Prepared, network: FakeQuantized, images: np.ndarra
 
 
 def with_all_biases(prepared: Prepared) -> Prepared:
-    """Give each convolution and Gemm without a bias one of zeros, so that it can be corrected."""
+    """Add biases of zeros to convolutions and Gemms without one, so that they can be corrected."""
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
     weights = {t.name: t for t in model.graph.initializer}
@@ -285,7 +285,7 @@ def with_all_biases(prepared: Prepared) -> Prepared:
 
 
 def _own_biases(model: onnx.ModelProto) -> dict[str, str]:
-    """The bias's name, by that of its node, where no other node uses it."""
+    """Return the names of biases that only one node uses, by the name of the node."""
     constants = {tensor.name for tensor in model.graph.initializer}
     uses = [name for node in model.graph.node for name in node.input]
     return {
@@ -300,13 +300,13 @@ def _own_biases(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _means(network: GraphNetwork, images: np.ndarray) -> dict[str, Tensor]:
-    """The mean of each layer's output in each channel, [C], by the layer's name."""
+    """Return the mean of each layer's output in each channel, [C], by the layer's name."""
     sums: dict[str, Tensor] = {}
     layers = [step for step in network.steps if step.op_type in WEIGHTED]
     for chunk in np.array_split(images, max(1, len(images) // 8)):
-        found = network(torch.from_numpy(chunk), wanted=[step.outputs[0] for step in layers])
+        values = network(torch.from_numpy(chunk), wanted=[step.outputs[0] for step in layers])
         for step in layers:
-            mean = _channels(found[step.outputs[0]]) * len(chunk)
+            mean = _channels(values[step.outputs[0]]) * len(chunk)
             sums[step.name] = sums[step.name] + mean if step.name in sums else mean
     return {name: total / len(images) for name, total in sums.items()}
 
@@ -315,8 +315,8 @@ def _channels(x: Tensor) -> Tensor:
     return x.double().mean(dim=[d for d in range(x.dim()) if d != 1]).float()
 
 
-def _room(network: GraphNetwork, images: np.ndarray) -> int:
-    """How many images' activations the budget holds, at least one."""
+def _max_images(network: GraphNetwork, images: np.ndarray) -> int:
+    """Return the number of images whose activations fit in `MAX_ACTIVATION_BYTES`, at least one."""
     values: Values = {network.input: torch.from_numpy(images[:1])}
     most = 0
     for step in network.steps:
@@ -325,7 +325,7 @@ def _room(network: GraphNetwork, images: np.ndarray) -> int:
         most = max(most, sum(held.values()))
         for name in step.finished:
             values.pop(name, None)
-    return max(1, BUDGET // (2 * most))  # rounding makes a copy of what it rounds
+    return max(1, MAX_ACTIVATION_BYTES // (2 * most))  # rounding makes a copy of what it rounds
 
 
 def _with_biases(model: onnx.ModelProto, errors: dict[str, Tensor]) -> onnx.ModelProto:
@@ -340,40 +340,41 @@ def _with_biases(model: onnx.ModelProto, errors: dict[str, Tensor]) -> onnx.Mode
 
 @dataclass(frozen=True)
 class Source:
-    """One rounding and what it does to the logits when all else is float."""
+    """One rounding and its effect on the logits if everything else is float."""
 
     tensor: str
-    """An activation or a weight, by its name in the float graph."""
+    """Name of an activation or weight in the float graph."""
     nodes: tuple[str, ...]
-    """Those to keep float so that it is not rounded."""
+    """Nodes to keep float so that it is not rounded."""
     sqnr: float
     """Signal to quantization noise of the logits, decibels."""
 
 
 @torch.no_grad()
 def measure_sensitivity(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> list[Source]:
-    """Every rounding of the quantized graph, the worst first; those alike in the order of the graph.
+    """Return all roundings of the quantized graph, the worst first; equal ones in the order of the graph.
 
     Args:
         network: the quantized form of the prepared graph.
-        images: float32 [n,3,S,S]; the more, the truer and the slower.
+        images: float32 [n,3,S,S].
     """
     x = torch.from_numpy(images)
     with network.rounding(frozenset()):
         exact = network(x)[network.output].double()
     power = float(exact.square().sum())
-    found = []
+    sources = []
     for tensor in network.sources():
         with network.rounding(frozenset({tensor})):
             noise = float((network(x)[network.output].double() - exact).square().sum())
         sqnr = 10 * np.log10(power / noise) if noise and power else float("inf")
-        found.append(Source(tensor, _nodes(prepared, tensor), round(float(sqnr), 3)))
-    return sorted(found, key=lambda source: source.sqnr)
+        sources.append(Source(tensor, _nodes(prepared, tensor), round(float(sqnr), 3)))
+    return sorted(sources, key=lambda source: source.sqnr)
 
 
 def _nodes(prepared: Prepared, tensor: str) -> tuple[str, ...]:
-    """The makers and readers of a tensor; beyond a ReLU or Clip what it cuts, which would be rounded in its
-    place.
+    """Return producers and consumers of a tensor.
+
+    Includes the producer of the input of a ReLU or Clip, which would be rounded in its place.
     """
     nodes = prepared.model.graph.node
     makers = {name: node for node in nodes for name in node.output}

@@ -1,8 +1,7 @@
-"""Fake quantization: a float graph that computes as its int8 form will, and whose ranges can be learned.
+"""Fake quantization: a float graph that computes like its int8 form and whose ranges can be learned.
 
-Where and how is read off the QDQ graph that ONNX Runtime's quantizer has made of it, so the placement is the
-shipped file's: u8 (or s8) after the activation, s8 per channel for weights, biases in 32 bits as good as
-float.
+Placement and types are those of the QDQ graph that ONNX Runtime's quantizer makes, as in the shipped file: u8
+(or s8) after the activation, s8 per channel for weights, and biases in 32 bits, which count as float.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from .targets import Target
 from .torch_graph import OPERATORS, GraphNetwork, Step, Values
 
 _QUANTIZED = "_quantized"
-"""What ONNX Runtime's quantizer appends to the name of a weight or bias."""
+"""Suffix that ONNX Runtime's quantizer appends to the names of weights and biases."""
 
 _BEFORE_OUTPUT = "_QuantizeLinear_Input"
-"""And to that of the graph's output before it is rounded."""
+"""Suffix for the graph's output before it is rounded."""
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -62,14 +61,15 @@ class _FakeQuantize(torch.autograd.Function):
         of_scale = ((rounded - steps) * inside).sum() / (qmax - qmin)
         of_ends = torch.stack([(gradient * below).sum() - of_scale, (gradient * above).sum() + of_scale])
         ends = torch.stack([(qmin - zero) * scale, (qmax - zero) * scale])
-        # Sums are over all numbers of a map: their size is brought to that of a weight's gradient.
-        share = 1.0 / math.sqrt(x.numel() * (qmax - qmin))
-        return inside, of_ends * ends * share, None, None, None, None
+        # Sums over a whole map are scaled to the size of a weight's gradient.
+        factor = 1.0 / math.sqrt(x.numel() * (qmax - qmin))
+        return inside, of_ends * ends * factor, None, None, None, None
 
 
 class Range(nn.Module):
-    """The range of one activation. Both ends learn by their logarithm, so that a step moves each by a share
-    of itself; an end that is 0, as after ReLU, stays there.
+    """The range of one activation.
+
+    The logarithms of both ends are learned, so that steps are relative; an end of 0, as after ReLU, stays 0.
     """
 
     def __init__(self, scale: float, zero_point: int, qmin: int, qmax: int) -> None:
@@ -85,7 +85,7 @@ class Range(nn.Module):
 
     @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale, float32, and zero point, int32; where nothing was learned to the bit those it began with."""
+        """Return scale, float32, and zero point, int32; the initial ones exactly if nothing was learned."""
         low, high = self.logs.exp()
         below, above = self.zero_point - self.qmin, self.qmax - self.zero_point
         stretched = (below * low + above * high) / (self.qmax - self.qmin)
@@ -93,16 +93,16 @@ class Range(nn.Module):
         return self.scale * stretched, zero.to(torch.int32)
 
     def learned(self) -> dict[str, Any]:
-        """Scale and zero point, as the quantizer takes them."""
+        """Return scale and zero point for the quantizer."""
         scale, zero = self.affine()
         kind = np.uint8 if self.qmin == 0 else np.int8
         return {"scale": np.array(scale.item(), np.float32), "zero_point": np.array(int(zero), kind)}
 
 
 class FakeQuantized(GraphNetwork):
-    """A prepared graph that computes as `qdq`, its quantized form, does; its weights are the float ones.
+    """A prepared graph that computes like `qdq`, its quantized form, with float weights.
 
-    `only` limits what is rounded to the tensors named, activations and weights; None: all of them.
+    `only` limits rounding to the named activations and weights; None for all of them.
     """
 
     def __init__(self, prepared: Prepared, qdq: onnx.ModelProto, types: Target) -> None:
@@ -128,7 +128,7 @@ class FakeQuantized(GraphNetwork):
                 self.axes[self._float_name(step)] = int(step.attributes.get("axis", 1))
 
     def sources(self) -> list[str]:
-        """All that is rounded, in the order of the graph: activations, and weights that are products' own."""
+        """Return the names of rounded activations and weights in the order of the graph."""
         weights = {
             self._float_name(step): None
             for step in self.steps
@@ -142,7 +142,7 @@ class FakeQuantized(GraphNetwork):
 
     @contextmanager
     def rounding(self, only: frozenset[str] | None) -> Iterator[None]:
-        """Round these alone for a while."""
+        """Round only these tensors temporarily."""
         before, self.only = self.only, only
         try:
             yield
@@ -151,12 +151,12 @@ class FakeQuantized(GraphNetwork):
 
     @torch.no_grad()
     def overrides(self) -> Overrides:
-        """The ranges as they are now, for `quantize`."""
+        """Return the current ranges for `quantize`."""
         learned = {}
         for name, key in self.range_of.items():
-            one = self.ranges[key]
-            assert isinstance(one, Range)
-            learned[name] = one.learned()
+            activation_range = self.ranges[key]
+            assert isinstance(activation_range, Range)
+            learned[name] = activation_range.learned()
         return learned
 
     def compute(self, step: Step, values: Values) -> None:
@@ -173,7 +173,7 @@ class FakeQuantized(GraphNetwork):
             super().compute(step, values)
 
     def _activated(self, name: str, x: Tensor) -> Tensor:
-        """What the activation would do that the range of this tensor stands for."""
+        """Apply the activation that the quantizer folded into the range of this tensor."""
         node = self.folded.get(name)
         if node is None:
             return x
@@ -192,7 +192,7 @@ class FakeQuantized(GraphNetwork):
         per_channel = self.integers[step.inputs[1]].ndim > 0
         dims = [d for d in range(weight.dim()) if d != axis or not per_channel]
         largest = weight.detach().abs().amax(dim=dims)
-        # A channel of zeros alone, such as a ResNet's last of a block at first, has no scale of its own.
+        # A channel of zeros, as in the last layer of a new ResNet block, has scale 0.
         scale = (largest / self.weight_levels).clamp(min=torch.finfo(torch.float32).tiny * 2**20)
         levels = -self.weight_levels, self.weight_levels
         if not per_channel:
@@ -206,18 +206,18 @@ class FakeQuantized(GraphNetwork):
         q, scale, *zero = (self.integers[name] for name in step.inputs)
         value = (q.astype(np.float32) - (zero[0].astype(np.float32) if zero else 0)) * scale
         value = value.astype(np.float32)
-        # The quantizer gives each layer a copy of a bias that several share: no weight here, but a product's.
+        # The quantizer copies biases that several layers share; such copies are not learned.
         return torch.from_numpy(value).to(next(self.parameters()).device) if value.ndim else value
 
     def _rounds(self, step: Step) -> bool:
-        """Whether it is a weight of 8 bits, and not a bias of 32."""
+        """Return True for weights of 8 bits, False for biases of 32."""
         return self.integers[step.inputs[0]].dtype in (np.int8, np.uint8)
 
     def _is_weight(self, step: Step) -> bool:
         return step.op_type == "DequantizeLinear" and step.inputs[0] in self.integers
 
     def _tensor(self, step: Step) -> str:
-        """What a QuantizeLinear rounds, by its name in the float graph."""
+        """Return the name in the float graph of the tensor that a QuantizeLinear rounds."""
         return step.inputs[0].removesuffix(_BEFORE_OUTPUT)
 
     def _float_name(self, step: Step) -> str:
@@ -234,14 +234,14 @@ class FakeQuantized(GraphNetwork):
         return super()._operator(step)
 
     def _hold(self, tensor: onnx.TensorProto) -> None:
-        # Of a quantized weight its float form learns; scales and zero points are read where they are used.
-        own = self.floats.get(tensor.name.removesuffix(_QUANTIZED))
-        if own is not None:
-            super()._hold(own)
+        # The float form of a quantized weight is learned; scales and zero points are read when needed.
+        weight = self.floats.get(tensor.name.removesuffix(_QUANTIZED))
+        if weight is not None:
+            super()._hold(weight)
 
 
 def _folded(model: onnx.ModelProto, qdq: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The activations (ReLU, Clip) that the quantizer has left to a range, by the tensor they give."""
-    left = {node.name for node in qdq.graph.node}
-    gone = [node for node in model.graph.node if node.name not in left]
-    return {node.output[0]: node for node in gone if node.op_type in ("Relu", "Clip")}
+    """Return the activations (ReLU, Clip) that the quantizer replaced by a range, by their output."""
+    remaining = {node.name for node in qdq.graph.node}
+    removed = [node for node in model.graph.node if node.name not in remaining]
+    return {node.output[0]: node for node in removed if node.op_type in ("Relu", "Clip")}

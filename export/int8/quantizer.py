@@ -1,8 +1,8 @@
-"""Float ONNX to static int8 QDQ through ONNX Runtime's own quantizer, in the types its CPU kernels like.
+"""Static int8 quantization (QDQ) by ONNX Runtime's quantizer, in types that have fast CPU kernels.
 
     float file ─ prepare ─► rewritten graph ─ calibrate ─► ranges ─ quantize ─► QDQ graph ─► int8 file
 
-`quantize_int8` does all of it once; the search (`search.py`) goes through the last steps again and again.
+`quantize_int8` does all of it once; the search (`search.py`) repeats the last steps.
 """
 
 from __future__ import annotations
@@ -35,20 +35,19 @@ from .targets import Target, find_target
 
 @dataclass(frozen=True)
 class Scope:
-    """What of a graph becomes int8: operators by type, but for the nodes named in `kept_float`."""
+    """The part of a graph that becomes int8: operators by type, except the nodes in `kept_float`."""
 
     op_types: tuple[str, ...]
     kept_float: tuple[str, ...]
 
 
 def int8_scope(model: onnx.ModelProto) -> Scope:
-    """Decide what of `model` is fit for int8; names nodes that have no name.
+    """Decide which part of `model` becomes int8, and name nodes that have no name.
 
-    A convolutional network: every operator ONNX Runtime has an integer kernel for. One with LayerNorm (ViT,
-    Swin, ConvNeXt) or GroupNorm (BiT): products with weights only, for its residual stream spans more than 8
-    bits hold (ViT-Tiny: 28 dB of signal to noise instead of 11). Attention's products of two activations
-    never: fused by ONNX Runtime 1.31 they compute something else than the graph says (3 dB instead of 28),
-    and softmax with them.
+    Convolutional networks: all operators with an integer kernel in ONNX Runtime. Networks with LayerNorm
+    (ViT, Swin, ConvNeXt) or GroupNorm (BiT): products with weights only, as 8 bits cannot represent their
+    residual stream (ViT-Tiny: 28 dB of signal to noise instead of 11). Products of two activations in
+    attention, and softmax, never: ONNX Runtime 1.31 fuses them incorrectly (3 dB instead of 28).
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     attention = []
@@ -60,7 +59,7 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
 
 
 def stem(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Convolutions of at most 3 × 3 that read the graph's input of at most 4 channels, by name."""
+    """Return the names of convolutions of at most 3 × 3 that read a graph input of at most 4 channels."""
     constants = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     first = model.graph.input[0].name
     return tuple(
@@ -75,7 +74,7 @@ def stem(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def only_products(model: onnx.ModelProto) -> bool:
-    """Whether nothing but products with weights becomes int8."""
+    """Return True if only products with weights become int8."""
     return any(node.op_type in _NORMS for node in model.graph.node)
 
 
@@ -99,10 +98,10 @@ METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
     "entropy": (CalibrationMethod.Entropy, {}),
     "percentile": (CalibrationMethod.Percentile, {"symmetric": False, "percentile": 99.99}),
 }
-"""ONNX Runtime has a fourth, Distribution, whose ranges are of no use (−0.8 dB of signal to noise)."""
+"""ONNX Runtime's Distribution is left out: its ranges are unusable (−0.8 dB of signal to noise)."""
 
 CHUNK = 8
-"""Images at once: histograms hold every activation of a chunk in memory."""
+"""Images per run: histograms hold all activations of a chunk in memory."""
 
 Batches = Callable[[], Iterable[np.ndarray]] | Sequence[np.ndarray]
 """Preprocessed images, float32 [b, 3, S, S] each."""
@@ -111,14 +110,16 @@ Batches = Callable[[], Iterable[np.ndarray]] | Sequence[np.ndarray]
 def calibrate_ranges(
     model: onnx.ModelProto, calibration: Batches, method: str, op_types: Sequence[str]
 ) -> tuple[TensorsData, int]:
-    """The range of every activation beside an operator of `op_types`, and how many images it was taken from.
+    """Return the ranges of inputs and outputs of operators in `op_types`, and the number of images used.
 
-    Images go through in chunks whose ranges and histograms are merged, so that memory does not grow with
-    their number. Raises CalibratorError where this method cannot cope with the activations, ExportError for
-    an unknown method, where there is no image, and where an image or an activation isn't finite.
+    Ranges and histograms of chunks are merged, so that memory does not grow with the number of images.
+
+    Raises:
+        CalibratorError: the method cannot process the activations.
+        ExportError: the method is unknown, there are no images, or images or activations are not finite.
     """
     if method not in METHODS:
-        raise ExportError(f"no calibration method {method!r}; there are {', '.join(METHODS)}")
+        raise ExportError(f"Unknown calibration method {method!r}. Choose from {', '.join(METHODS)}.")
     kind, options = METHODS[method]
     input_name = model.graph.input[0].name
     n = 0
@@ -133,37 +134,37 @@ def calibrate_ranges(
         try:
             for chunk in chunks(calibration):
                 if not np.isfinite(chunk).all():
-                    raise ExportError("calibration images hold values that are not finite numbers")
+                    raise ExportError("Calibration images contain values that are not finite.")
                 calibrator.collect_data(_One({input_name: chunk}))
                 n += len(chunk)
             if n == 0:
-                raise ExportError("int8 needs calibration images, and there are none")
+                raise ExportError("int8 quantization requires calibration images; there are none.")
             ranges = calibrator.compute_data()
         except MemoryError as error:  # a histogram's bins are as wide as the first chunk's
             raise CalibratorError(
-                f"the calibrator {method} needs more memory than there is: activations of later images are "
-                "far larger than those of the first; minmax does not count them"
+                f"calibrator {method} needs more memory than there is, as activations of later images are "
+                "far larger than those of the first"
             ) from error
         del calibrator
     for name, tensor in ranges.items():
         low, high = tensor.range_value[:2]
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ExportError(
-                f"the network's activations on the calibration images are not finite ({name} ranges from "
-                f"{np.min(low)} to {np.max(high)}): it cannot be quantized"
+                f"The network cannot be quantized: activations on the calibration images are not finite "
+                f"({name} ranges from {np.min(low)} to {np.max(high)})."
             )
     return ranges, n
 
 
 def chunks(calibration: Batches) -> Iterator[np.ndarray]:
-    """Calibration images as float32 arrays of at most `CHUNK`."""
+    """Yield calibration images as float32 arrays of at most `CHUNK`."""
     for batch in calibration() if callable(calibration) else calibration:
         for start in range(0, len(batch), CHUNK):
             yield np.ascontiguousarray(batch[start : start + CHUNK], dtype=np.float32)
 
 
 class _One(CalibrationDataReader):
-    """One batch, once: ONNX Runtime's calibrators merge what they see from call to call."""
+    """Return one batch once; ONNX Runtime's calibrators merge the batches of successive calls."""
 
     def __init__(self, feed: dict[str, np.ndarray]) -> None:
         self._feed: dict[str, np.ndarray] | None = feed
@@ -174,7 +175,7 @@ class _One(CalibrationDataReader):
 
 
 def _session(path: Path) -> ort.InferenceSession:
-    """As the calibrator's own, which would start a thread for each core of the host, allowed or not."""
+    """Create a session for the calibrator, which would otherwise use all cores, even forbidden ones."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = runtime.default_threads()
@@ -184,7 +185,7 @@ def _session(path: Path) -> ort.InferenceSession:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep ONNX Runtime's tools' prints and their use of the root logger away from the terminal."""
+    """Redirect prints and root-logger records of ONNX Runtime's tools to our log."""
     root = logging.getLogger()
     nothing = logging.NullHandler()  # without a handler, logging.warning() would install one for good
 
@@ -203,32 +204,32 @@ def quiet() -> Iterator[None]:
 
 
 Overrides = Mapping[str, Mapping[str, Any]]
-"""Of an activation by its name in the float graph: `scale` and `zero_point` instead of those of its range."""
+"""`scale` and `zero_point` of activations by their name in the float graph, in place of calibrated ones."""
 
 
 @dataclass(frozen=True)
 class Int8File(OnnxFile):
-    """A written int8 file and the recipe it was made by (JSON-ready; in the file's metadata, too)."""
+    """A written int8 file and its recipe, which is JSON-ready and also in the file's metadata."""
 
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A float graph as it goes into the quantizer: rewritten, its nodes named."""
+    """A float graph ready for the quantizer: rewritten, all nodes named."""
 
     model: onnx.ModelProto
     scope: Scope
     rewritten: tuple[str, ...]
     front: Front | None = None
-    """What a file that takes pixels has before this graph."""
+    """Preprocessing before this graph if the file has a uint8 input."""
 
     def stem(self, types: Target) -> tuple[str, ...]:
-        """What of it is faster in float; pixels go in as integers, so that nothing is converted."""
+        """Return the nodes that are faster in float; none if the input is uint8 and needs no conversion."""
         return stem(self.model) if types.float_stem and not isinstance(self.front, Folded) else ()
 
     def fed(self, calibration: Batches) -> Batches:
-        """What the graph takes, from what the file takes. Raises ExportError for numbers of another kind."""
+        """Convert images as the file takes them to inputs of this graph. Raises ExportError."""
         front = self.front
         if front is None:
             return calibration
@@ -236,7 +237,7 @@ class Prepared:
         def batches() -> Iterator[np.ndarray]:
             for pixels in calibration() if callable(calibration) else calibration:
                 if pixels.dtype != np.uint8:
-                    raise ExportError(f"the model takes pixels, uint8, and is calibrated on {pixels.dtype}")
+                    raise ExportError(f"Calibration images must be uint8 for this model, got {pixels.dtype}.")
                 yield front.feed(pixels)
 
         return batches
@@ -251,16 +252,17 @@ def quantize_int8(
     target_name: str | None = None,
     rules: Collection[str] | None = None,
 ) -> Int8File:
-    """Write the int8 form of a float ONNX file, without a search: QDQ, in the types of a target.
+    """Quantize a float ONNX file without a search. Metadata is kept; the same input gives the same bytes.
 
     Args:
-        calibration: preprocessed images, float32 [b, 3, S, S] each, or of a file that takes pixels those,
-            uint8 [b, S, S, 3]; their activations set the ranges.
-        method: how they do: one of `ranges.METHODS`.
-        target_name: one of `targets.TARGETS`; this machine's where none is named.
-        rules: which rewritings of the graph come first; None: those that pay.
+        calibration: batches of preprocessed images, float32 [b, 3, S, S], or uint8 [b, S, S, 3] for a file
+            with uint8 input.
+        method: one of `METHODS`.
+        target_name: one of `targets.TARGETS`; this machine's if None.
+        rules: rewrite rules to apply first; None for those that make the network faster.
 
-    Metadata is carried over; the same input gives the same bytes. Raises ExportError.
+    Raises:
+        ExportError: the file cannot be read or quantized.
     """
     types = find_target(target_name or runtime.detect_target())
     prepared = prepare(fp32_path, rules)
@@ -271,10 +273,7 @@ def quantize_int8(
 
 
 def prepare(fp32_path: str | Path, rules: Collection[str] | None = None) -> Prepared:
-    """Read a float file and bring its graph into the form that runs best in int8.
-
-    `rules` are those of `rewriting`; None: those that pay. Raises ExportError.
-    """
+    """Read a float file and rewrite its graph by `rules` (see `quantize_int8`). Raises ExportError."""
     try:
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's
@@ -289,9 +288,9 @@ def prepare(fp32_path: str | Path, rules: Collection[str] | None = None) -> Prep
 def recipe(
     prepared: Prepared, types: Target, calibration: Mapping[str, Any], kept_float: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """How an int8 file is made, JSON-ready."""
+    """Return the recipe of an int8 file, JSON-ready."""
     scope = prepared.scope
-    left = [*scope.kept_float, *prepared.stem(types), *kept_float]
+    all_float = [*scope.kept_float, *prepared.stem(types), *kept_float]
     return {
         "format": "QDQ",
         "target": types.name,
@@ -299,32 +298,34 @@ def recipe(
         "calibration": dict(calibration),
         "rewritten": list(prepared.rewritten),
         "operators": sorted({node.op_type for node in prepared.model.graph.node} & set(scope.op_types)),
-        "kept_float": list(dict.fromkeys(left)),
+        "kept_float": list(dict.fromkeys(all_float)),
         "quantizer": f"onnxruntime {ort.__version__}",
-        **({} if prepared.front is None else {"input": f"uint8; {prepared.front.told}"}),
+        **({} if prepared.front is None else {"input": f"uint8; {prepared.front.description}"}),
     }
 
 
 def write_int8(
     prepared: Prepared, model: onnx.ModelProto, path: str | Path, made_by: Mapping[str, Any]
 ) -> Int8File:
-    """Write the quantized form of a prepared graph whole, its recipe in its metadata. Raises ExportError."""
+    """Write a quantized graph atomically with its recipe in the metadata. Raises ExportError."""
     if prepared.front is not None:
         attach(model, prepared.front)
         onnx.checker.check_model(model)
-    known = {entry.key: entry.value for entry in model.metadata_props}
-    said = {runtime.METADATA_PREFIX + "quantization": json.dumps(dict(made_by), sort_keys=True)}
-    onnx.helper.set_model_props(model, known | said)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    metadata[runtime.METADATA_PREFIX + "quantization"] = json.dumps(dict(made_by), sort_keys=True)
+    onnx.helper.set_model_props(model, metadata)
     file = write_onnx(model, Path(path))
     return Int8File(file.path, file.bytes, file.sha256, file.opset, file.ir_version, dict(made_by))
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """The recipe that an int8 file was written with; None of a file that says nothing of it."""
+    """Return the recipe in the metadata of an int8 file; None if it has none."""
     model = onnx.load(str(path), load_external_data=False)
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    found: dict[str, Any] | None = json.loads(said.get(runtime.METADATA_PREFIX + "quantization", "null"))
-    return found
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    made_by: dict[str, Any] | None = json.loads(
+        metadata.get(runtime.METADATA_PREFIX + "quantization", "null")
+    )
+    return made_by
 
 
 def quantize(
@@ -335,13 +336,14 @@ def quantize(
     kept_float: Sequence[str] = (),
     overrides: Overrides | None = None,
 ) -> onnx.ModelProto:
-    """The QDQ graph of a prepared float graph, which stays as it is.
+    """Return the QDQ graph of a prepared float graph, which is not changed.
 
     Args:
         kept_float: names of further nodes that stay float.
-        overrides: scales and zero points that were learned and not calibrated.
+        overrides: scales and zero points that replace calibrated ones.
 
-    Raises ExportError.
+    Raises:
+        ExportError: ONNX Runtime's quantizer failed.
     """
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
@@ -369,13 +371,13 @@ def quantize(
             quantizer.model.topological_sort()
             model = quantizer.model.model
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
-        raise ExportError(f"ONNX Runtime's quantizer failed: {error}") from error
+        raise ExportError(f"ONNX Runtime's quantizer failed: {error}.") from error
     model.producer_name, model.producer_version = producer
     used = {node.domain or "" for node in model.graph.node}
     imports = [entry for entry in model.opset_import if (entry.domain or "") in used]
     del model.opset_import[:]
     model.opset_import.extend(imports)
-    # Shapes of intermediate values: the runtime infers them, and they name every tensor once more.
+    # The runtime infers the shapes of intermediate values; storing them would repeat every name.
     del model.graph.value_info[:]
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -385,9 +387,9 @@ def quantize(
     return model
 
 
-def _overrides(prepared: Prepared, types: Target, given: Overrides) -> dict[str, list[dict[str, Any]]]:
-    """As ONNX Runtime takes them; pixels are quantized already, whatever the activations are."""
-    found = {name: [dict(one)] for name, one in given.items()}
+def _overrides(prepared: Prepared, types: Target, learned: Overrides) -> dict[str, list[dict[str, Any]]]:
+    """Convert overrides to ONNX Runtime's form, and add those of a uint8 input."""
+    overrides = {name: [dict(values)] for name, values in learned.items()}
     if prepared.front is not None:
-        found |= prepared.front.overrides(signed=types.activations == QuantType.QInt8)
-    return found
+        overrides |= prepared.front.overrides(signed=types.activations == QuantType.QInt8)
+    return overrides

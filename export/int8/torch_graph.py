@@ -1,6 +1,6 @@
-"""ONNX operators in torch, as convolutional networks use them: `OPERATORS[op](attributes, *inputs)`.
+"""Compute ONNX graphs in torch, with the operators of convolutional networks.
 
-Shapes, axes and bounds are constants and come as numpy arrays; semantics are those of opset 18 and later.
+Shapes, axes and bounds are constants and given as numpy arrays; semantics are those of opset 18 and later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Attributes = Mapping[str, Any]
 
 
 def _pads(a: Attributes, dims: int) -> list[int]:
-    """In torch's order: the last dimension first."""
+    """Return padding in torch's order, the last dimension first."""
     if a.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         raise NotInTorchError(f"auto_pad {a['auto_pad'].decode()} cannot be computed in torch here")
     pads = list(a.get("pads", [0] * 2 * dims))
@@ -30,7 +30,7 @@ def _pads(a: Attributes, dims: int) -> list[int]:
 
 
 def _padded(x: Tensor, a: Attributes, value: float = 0.0) -> tuple[Tensor, list[int]]:
-    """The input, padded where the two ends differ, and what padding is left to do, for each dimension."""
+    """Pad the input if padding is asymmetric; also return the remaining padding of each dimension."""
     dims = x.dim() - 2
     pads = _pads(a, dims)
     if all(pads[2 * i] == pads[2 * i + 1] for i in range(dims)):
@@ -155,7 +155,7 @@ def _gelu(a: Attributes, x: Tensor) -> Tensor:
 
 
 def _number(x: Any, like: Any) -> Any:
-    """A scalar constant as a number of torch's; everything else as it is."""
+    """Convert scalar constants to numbers and other constants to tensors."""
     if isinstance(x, np.ndarray):
         return x.item() if x.ndim == 0 else torch.from_numpy(np.ascontiguousarray(x)).to(like.device)
     return x
@@ -214,7 +214,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 Values = dict[str, Any]
-"""Of each tensor by name: torch tensors, and constants of integers as numpy arrays."""
+"""Tensors by name: torch tensors, and integer constants as numpy arrays."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +227,14 @@ class Step:
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
     finished: tuple[str, ...]
-    """Tensors that no later step needs."""
+    """Tensors that no later step reads."""
 
 
 class GraphNetwork(nn.Module):
-    """A float ONNX graph of one input and one output; `weights` are its float initializers of at least one
-    dimension.
+    """A float ONNX graph with one input and one output.
 
-    Raises NotInTorchError for an operator that `graph_operators` does not have.
+    Its float initializers of at least one dimension are parameters. Raises NotInTorchError for operators that
+    are not in `OPERATORS`.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -255,12 +255,12 @@ class GraphNetwork(nn.Module):
                 )
 
     def weight(self, name: str) -> Tensor:
-        """A float initializer by its name in the graph."""
+        """Return a float initializer by its name in the graph."""
         weight: Tensor = self.weights[self.names[name]]
         return weight
 
     def forward(self, x: Tensor, wanted: Iterable[str] = ()) -> Values:
-        """The graph's output and the tensors wanted, by name, for inputs [B,3,S,S]."""
+        """Return the graph's output and the tensors in `wanted`, by name, for inputs [B,3,S,S]."""
         kept = {self.output, *wanted}
         values: Values = {self.input: x}
         for step in self.steps:
@@ -271,7 +271,7 @@ class GraphNetwork(nn.Module):
         return {name: values[name] for name in kept}
 
     def compute(self, step: Step, values: Values) -> None:
-        """Put what a step gives among the values."""
+        """Add the outputs of a step to the values."""
         operator = self._operator(step)
         assert operator is not None
         arguments = [self._value(name, values) for name in step.inputs]
@@ -313,7 +313,7 @@ class GraphNetwork(nn.Module):
 
 
 def with_weights(model: onnx.ModelProto, network: GraphNetwork) -> onnx.ModelProto:
-    """A copy of the graph that `network` was made from, with the weights that it has now."""
+    """Return a copy of the graph of `network` with the network's current weights."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     for tensor in changed.graph.initializer:
