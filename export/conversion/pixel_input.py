@@ -330,7 +330,7 @@ def fold_normalization(model: ModelProto, mean: Sequence[float], std: Sequence[f
 
 
 def _mask(layer: FirstLayer, left: np.ndarray, std: np.ndarray, zero_point: int) -> int:
-    """Return the fourth channel's pixel value: the nearest to z at which its weights are no larger than the others'.
+    """Return the fourth channel's pixel value: the nearest to z without larger weights than the others'.
 
     In int8 the weights of an output channel share a step, that of the largest; the fourth channel's rounding
     counts in proportion to its distance from z.
