@@ -50,13 +50,8 @@ class Trial:
     throughput: Mapping[Engine, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        others = [
-            f"{throughput:.0f} {_difference(engine, self.engine)}"
-            for engine, throughput in self.throughput.items()
-            if engine != self.engine
-        ]
-        chosen = f"{self.engine}: {self.throughput[self.engine]:.0f} images/s"
-        return f"{chosen}, against {' and '.join(others)}" if others else chosen
+        engines = sorted(self.throughput, key=lambda engine: engine != self.engine)
+        return "; ".join(f"{engine}: {self.throughput[engine]:.0f} images/s" for engine in engines)
 
 
 MakeOptimizer = Callable[[DistillationTask], torch.optim.Optimizer]
@@ -282,18 +277,3 @@ def _copy(task: DistillationTask) -> DistillationTask:
     }
     copied._modules = {**task._modules, **modules}
     return copied
-
-
-_COMPILE_MODES = {"off": "uncompiled", "default": "compiled", "reduce-overhead": "as CUDA graphs"}
-
-
-def _difference(engine: Engine, best: Engine) -> str:
-    """Describe how an engine differs from the best one."""
-    parts = [f"in {engine.precision}"] if engine.precision != best.precision else []
-    if engine.layout != best.layout:
-        parts.append(engine.layout.replace("_", " "))
-    if engine.threads != best.threads:
-        parts.append(f"on {engine.threads} threads")
-    if engine.compile != best.compile:
-        parts.append(_COMPILE_MODES[engine.compile])
-    return " ".join(parts)
