@@ -288,7 +288,10 @@ class _Plot:
         return Label(name, x, y + 4, anchor, point, leader)
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Position:
+def _scale(low: float, high: float, start: float, end: float, *, logarithmic: bool = False) -> Position:
+    if logarithmic:
+        linear = _scale(log10(low), log10(high), start, end)
+        return lambda value: linear(log10(value))
     return lambda value: round(start + (end - start) * (value - low) / (high - low), 1)
 
 
@@ -302,8 +305,7 @@ def _x_scale(points: Sequence[Point], start: float, end: float) -> tuple[Positio
     if is_logarithmic(points):
         margin = (high / low) ** 0.09
         first, last = low / margin, high * margin
-        scale = _scale(log10(first), log10(last), start, end)
-        position: Position = lambda value: scale(log10(value))  # noqa: E731
+        position = _scale(first, last, start, end, logarithmic=True)
         factors = (1, 2, 5) if high / low > 12 else (1, 1.5, 2, 3, 5, 7)
         powers = range(floor(log10(first)), ceil(log10(last)) + 1)
         values = [factor * 10.0**power for power in powers for factor in factors]
