@@ -20,7 +20,7 @@ from questpress.pipeline.runs import predictions
 from questpress.pipeline.runs.results import Report
 
 from tests.support import reports
-from tests.support.charts import shapes
+from tests.support.pages import shapes
 
 N = 372
 
@@ -195,7 +195,7 @@ def test_image_is_not_a_run_or_report(tmp_path: Path) -> None:
 
 def test_untimed_thread_count_is_refused(make: Made, tmp_path: Path) -> None:
     make("one", 330)
-    with pytest.raises(UsageError, match="--threads 3: no run was timed with it. Available: 1"):
+    with pytest.raises(UsageError, match=r"--threads 3: no run was timed with it\. Available: 1"):
         compare(tmp_path / "runs", out=tmp_path / "out", threads=3)
 
 

@@ -1,6 +1,6 @@
 from questpress.pipeline.report.charts import LABEL_WIDTH, Curve, Mark, bars, dots, lines, round_step
 
-from tests.support.charts import center, shapes
+from tests.support.pages import center, shapes
 
 
 def test_bar_length_is_proportional_to_the_value() -> None:

@@ -10,8 +10,7 @@ from questpress.pipeline.report.scatter import DOT, LETTER, Box, Level, Point, o
 from questpress.pipeline.report.sections.comparison import accuracy_over_latency
 
 from tests.support import reports
-from tests.support.charts import center, points, shapes
-from tests.support.pages import html, markdown
+from tests.support.pages import center, html, markdown, points, shapes
 
 
 def point(name: str, x: float, y: float, size: int | None = None, **more: str) -> Point:

@@ -1,8 +1,9 @@
-"""Render reports, and read the HTML as a browser would."""
+"""Render reports; read their HTML as a browser would, and the shapes of charts."""
 
 from html.parser import HTMLParser
 from typing import Any
 
+from questpress.pipeline.report.charts import Chart, Shape
 from questpress.pipeline.report.pages.run import report_page
 from questpress.pipeline.report.render import render_html, render_markdown
 from questpress.pipeline.runs.results import Report, ShownWord
@@ -86,3 +87,16 @@ def with_everything() -> Report:
     """Return a report with every kind of figure."""
     update = {"int8": int8_reports.with_int8().int8, "bench": bench_reports.with_bench().bench}
     return with_words().model_copy(update=update)
+
+
+def shapes(chart: Chart, css: str, drawing: int = 0) -> list[Shape]:
+    """Return the shapes of the class ``css``, which may be followed by others."""
+    return [s for s in chart.drawings[drawing].shapes if f"{s.attributes['class']} ".startswith(f"{css} ")]
+
+
+def center(circle: Shape) -> tuple[float, float]:
+    return float(circle.attributes["cx"]), float(circle.attributes["cy"])
+
+
+def points(line: Shape) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in (p.split(",") for p in line.attributes["points"].split())]

@@ -15,8 +15,7 @@ from questpress.pipeline.runs.scores import Calibration, Temperature
 from rich.console import Console
 
 from tests.support import reports
-from tests.support.charts import center, shapes
-from tests.support.pages import Reader, html, markdown
+from tests.support.pages import Reader, center, html, markdown, shapes
 
 
 def measured(scale: float, n: int = 800, temperature: float | None = None) -> Calibration:

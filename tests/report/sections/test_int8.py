@@ -15,8 +15,7 @@ from questpress.pipeline.runs.results import Report
 from rich.console import Console
 
 from tests.support import int8_reports, reports
-from tests.support.charts import center, shapes
-from tests.support.pages import Reader, html, markdown
+from tests.support.pages import Reader, center, html, markdown, shapes
 
 
 def printed(report: Report) -> str:

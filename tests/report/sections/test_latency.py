@@ -6,8 +6,7 @@ import pytest
 from questpress.pipeline.report.sections import latency
 
 from tests.support import bench_reports, reports
-from tests.support.charts import points, shapes
-from tests.support.pages import html, markdown
+from tests.support.pages import html, markdown, points, shapes
 
 
 def test_report_without_a_bench_has_no_section() -> None:
