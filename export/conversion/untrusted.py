@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ExportError
-from ..runtime import LARGEST_FILE
+from ..runtime import MAX_FILE_BYTES
 
 MOST_NODES = 200_000
 """Of all graphs together, a function's as often as it is called."""
@@ -170,7 +170,7 @@ def read_foreign(path: Path, *, beside: bool = False) -> tuple[bytes, onnx.Model
         if not path.is_file():
             raise ExportError(f"{path} is no file")
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
                 raise ExportError(f"{path} is larger than 2 GB, which no ONNX file is")
             content = file.read()
     except OSError as error:
