@@ -246,7 +246,7 @@ def test_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp_p
     assert found["train"] + found["val"] + found["test"] == 300
     for role in ("train", "val", "test"):
         assert sum(found["per_class"][role].values()) == found[role]
-    assert any("left out" in line for line in report(tmp_path / "run")["warnings"])
+    assert any("skipped" in line for line in report(tmp_path / "run")["warnings"])
 
 
 def test_too_many_unreadable_images_stop_the_job_and_the_first_five_are_named(cache, tmp_path):

@@ -265,7 +265,7 @@ def test_signal_while_loading_a_command_prints_one_line(number):
     code = (
         "import os, sys\n"
         "from questpress.pipeline.cli import main as cli\n"
-        f"cli.import_module = lambda name: os.kill(os.getpid(), {int(number)})\n"
+        f"cli.import_module = lambda *_: os.kill(os.getpid(), {int(number)})\n"
         "cli.cli(['doctor'])"
     )
     stopped = little.python(code)

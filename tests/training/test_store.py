@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import torch
 from questpress.models.build import geometry
-from questpress.pipeline.runs.cache import discard
 from questpress.pipeline.data.views import ViewSchedule
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods import base, load, parse_parameters
 from questpress.pipeline.methods.base import CachedOutput, Setup, Shapes
 from questpress.pipeline.methods.quest.loss import cached_words as words_answer
-from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.runs.cache import Cache, discard
 from questpress.pipeline.training import teacher_cache
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.loop import train
