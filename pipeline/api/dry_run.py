@@ -65,8 +65,8 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     teachers = [describe(name, size) for name in options.teacher]
     student = describe(options.student, options.student_size or size)
     lines = [
-        f"{data.name}: {len(data.classes)} classes{task_of(data).labels_note}; {train} train, {len(data.val)} val, "
-        f"{len(data.test)} test images, at {size} px",
+        f"{data.name}: {len(data.classes)} classes{task_of(data).labels_note}; {train} train, "
+        f"{len(data.val)} val, {len(data.test)} test images, at {size} px",
     ]
     macs = 0.0
     heads = zip(teachers, options.teacher_weights, options.teacher_head, strict=True)

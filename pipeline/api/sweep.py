@@ -27,6 +27,7 @@ from .run import compress
 
 SINGLE_RUN_OPTIONS = ("student_size", "until", "dry_run")
 COMPARISON = "comparison"
+MIN_SIZE = 8
 
 
 def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **options: Any) -> Comparison:
@@ -61,6 +62,8 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
         resolve_name(student)
     if given.image_size is None:
         given.image_size = max([*sizes, *(default_size(given.data, student) for student in students)])
+    if sizes and sizes[-1] < MIN_SIZE:
+        raise UsageError(f"--student-sizes must be at least {MIN_SIZE}, got {sizes[-1]}.")
     for size in sizes:
         if size > given.image_size:
             raise UsageError(

@@ -60,7 +60,7 @@ def test_repeated_command_adds_only_the_new_student(two_sizes: Path, data: Path)
     [
         (("--student-sizes", "8,20"), ("--student-sizes 20", "--image-size 16")),
         (("--student-sizes", "8,x"), ("--student-sizes must be integers", "got 8,x")),
-        (("--student-sizes", "4"), ("--student-size 4",)),
+        (("--student-sizes", "4"), ("--student-sizes must be at least 8",)),
         (("--students", "no_network_xyz"), ("no_network_xyz",)),
     ],
 )

@@ -107,9 +107,7 @@ def _warn_of_copies(images: Sequence[Image]) -> list[str]:
     if copies:
         warnings.append(f"{copies} of the {len(images)} images are copies of others; each is counted.")
     if conflicts:
-        warnings.append(
-            f"{conflicts} images are in more than one class, so one copy is always a mistake."
-        )
+        warnings.append(f"{conflicts} images are in more than one class, so one copy is always a mistake.")
     return warnings
 
 

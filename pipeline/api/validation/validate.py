@@ -146,9 +146,7 @@ def _drop_mismatched(
                 is_used = True
             else:
                 del matched[student.name]
-                notes.append(
-                    f"{teacher.name} has other classes than {student.name} and is not compared."
-                )
+                notes.append(f"{teacher.name} has other classes than {student.name} and is not compared.")
         if is_used:
             kept.append(teacher)
     return kept, matched, notes
