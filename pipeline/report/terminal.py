@@ -96,14 +96,13 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
 def show_bench(bench: Bench, folder: Path, console: Console | None = None) -> None:
     """Print the tables of a bench, disturbances, and the paths of the results."""
     console = console or safe_console()
-    for table in (latency.brief_percentiles(bench), *latency.other_tables(bench)):
-        if not table.rows:
-            continue
-        if all(len(row[0]) <= MAX_TERMINAL_NAME for row in table.rows) or table.title != "Speedup":
-            console.print(table.to_rich())
-        else:
+    speedups, *others = latency.other_tables(bench)
+    fits = all(len(row[0]) <= MAX_TERMINAL_NAME for row in speedups.rows)
+    for table in (latency.brief_percentiles(bench), speedups, *others):
+        if table is speedups and not fits:
             _print_lines(console, table)
-        console.print()
+        elif table.rows:
+            console.print(table.to_rich(), "")
     for flag in bench.flags:
         console.print(Text(f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}"))
     for note in bench.notes:
@@ -121,3 +120,4 @@ def _print_lines(console: Console, table: Table) -> None:
     for name, *cells in table.rows:
         parts = (f"{column} {cell}" for column, cell in zip(table.columns[1:], cells, strict=True))
         console.print(Text(f"{name}: {'; '.join(parts)}"))
+    console.print()

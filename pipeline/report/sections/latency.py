@@ -155,9 +155,9 @@ def speedups(bench: Bench) -> Table:
 
 
 def describe_speedup(speedup: Speedup) -> str:
-    """2.10× faster (2.05–2.14×); no significant difference (0.98–1.02×); 1.30× slower (1.25–1.35×)."""
+    """2.10× faster (2.05–2.14×); not significant (0.98–1.02×); 1.30× slower (1.25–1.35×)."""
     if speedup.verdict == "no difference":
-        return f"no significant difference ({format.times_interval(speedup.low, speedup.high)})"
+        return f"not significant ({format.times_interval(speedup.low, speedup.high)})"
     if speedup.verdict == "slower":
         interval = format.times_interval(1 / speedup.high, 1 / speedup.low)
         return f"{format.times(1 / speedup.ratio)} slower ({interval})"
