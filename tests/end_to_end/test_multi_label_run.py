@@ -134,7 +134,7 @@ def test_validate_scores_the_files_as_the_report_does(run: Path, tmp_path: Path)
     assert not (run / "bench" / "teacher.onnx").exists() and "not compared with a teacher" in found.notes[0]
     rows = list(csv.DictReader((tmp_path / "mistakes.csv").open(encoding="utf-8")))
     assert len(rows) == sum(one.mistakes for one in found.networks)
-    assert all(set(one["label"].split(", ")) != set(one["answer"].split(", ")) for one in rows)
+    assert all(set(one["label"].split(", ")) != set(one["prediction"].split(", ")) for one in rows)
     assert "average precision" in (tmp_path / "validation.html").read_text()
 
 
