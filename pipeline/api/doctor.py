@@ -1,4 +1,4 @@
-"""`compress doctor`: what this machine has for the job, what is missing, and how to get it."""
+"""Check this machine for packages, devices, memory and disk space (`compress doctor`)."""
 
 import os
 import platform
@@ -19,14 +19,14 @@ from ..runs.cache import Cache
 
 DISTRIBUTION = "questpress"
 HUB = "https://huggingface.co"
-ANSWERS_WITHIN = 3.0
-"""Seconds for the hub to answer."""
+HUB_TIMEOUT = 3.0
+"""Seconds."""
 
-LEAST_MEMORY = 4e9
-"""Bytes; the job on the built-in digits takes half of that, and a GPU's host needs no less."""
+MIN_MEMORY = 4e9
+"""Bytes: twice what a run on the built-in digits takes."""
 
-LEAST_DISK = 5e9
-"""Bytes free for decoded images and teachers' answers of a small set."""
+MIN_DISK = 5e9
+"""Free bytes for the decoded images and cached teacher outputs of a small data set."""
 
 COMPILED = {
     "torch": "torch",
@@ -36,65 +36,65 @@ COMPILED = {
     "onnxruntime": "onnxruntime",
     "faiss-cpu": "faiss",
 }
-"""package -> module: those whose parts must fit each other and the system, which shows when they load."""
+"""Modules of packages with compiled parts, whose incompatibilities show when they are imported."""
 
 Verdict = Literal["ok", "note", "missing"]
 
 
 class Finding(Result):
-    """One thing that was looked at. ``note``: the job runs without it; ``missing``: it does not."""
+    """The result of one check. A run works with a ``note``, but not if something is ``missing``."""
 
     group: str
     name: str
     verdict: Verdict
-    told: str
+    value: str
     remedy: str | None = None
-    """What to do, where it is not ``ok``."""
+    """What to do if the verdict is not ``ok``."""
 
 
 class Diagnosis(Result):
-    """Everything that was looked at, in the order of the groups."""
+    """All findings in the order of their groups."""
 
     findings: list[Finding]
 
     @property
-    def fit(self) -> bool:
-        """Whether the job can run here."""
-        return all(one.verdict != "missing" for one in self.findings)
+    def can_run(self) -> bool:
+        """True if no requirement is missing."""
+        return all(finding.verdict != "missing" for finding in self.findings)
 
 
 def doctor(*, cache: Path | None = None, offline: bool = False) -> Diagnosis:
-    """Look at this machine.
+    """Check this machine.
 
     Args:
-        cache: the folder that runs share; the user's by default.
-        offline: don't ask the internet whether weights can be downloaded.
+        cache: the cache folder; the user's by default.
+        offline: do not check whether weights can be downloaded.
     """
     findings = [*_machine(), *_packages(), *_extras()]
-    if not any(one.verdict == "missing" for one in findings):
+    if not any(finding.verdict == "missing" for finding in findings):
         findings += [*_devices(), *_int8()]
     findings += [*_folders(Cache(cache).root), *([] if offline else [_hub()])]
     return Diagnosis(findings=findings)
 
 
 def _machine() -> Iterable[Finding]:
-    def told(name: str, text: str, verdict: Verdict = "ok", remedy: str | None = None) -> Finding:
-        return Finding(group="Machine", name=name, verdict=verdict, told=text, remedy=remedy)
+    def make(name: str, text: str, verdict: Verdict = "ok", remedy: str | None = None) -> Finding:
+        return Finding(group="Machine", name=name, verdict=verdict, value=text, remedy=remedy)
 
     version = platform.python_version()
-    yield told("system", f"{platform.system()} {platform.release()} on {platform.machine()}")
-    yield told("Python", f"{version}, {sys.executable}")
+    yield make("system", f"{platform.system()} {platform.release()} on {platform.machine()}")
+    yield make("Python", f"{version}, {sys.executable}")
     memory = _memory()
     if memory is not None:
-        small = memory < LEAST_MEMORY
-        remedy = "take smaller images or networks (--image-size, --batch-size)" if small else None
-        yield told("memory", f"{memory / 1e9:.1f} GB", "note" if small else "ok", remedy)
+        small = memory < MIN_MEMORY
+        remedy = "use smaller images or batches (--image-size, --batch-size)" if small else None
+        yield make("memory", f"{memory / 1e9:.1f} GB", "note" if small else "ok", remedy)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         small = free < 64e6
-        remedy = "give the container more (docker run --shm-size 1g)" if small else None
-        yield told("/dev/shm", f"{free / 1e9:.2f} GB free", "note" if small else "ok", remedy)
+        remedy = "increase it (docker run --shm-size 1g)" if small else None
+        yield make("/dev/shm", f"{free / 1e9:.2f} GB free", "note" if small else "ok", remedy)
 
 
 def _memory() -> int | None:
@@ -105,7 +105,7 @@ def _memory() -> int | None:
 
 
 def _requirements() -> list[tuple[Requirement, str | None]]:
-    """What the installed distribution declares: each requirement and the extra it belongs to, or None."""
+    """Return the declared requirements, each with its extra or None."""
     found = []
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(line)
@@ -122,7 +122,7 @@ def _packages() -> Iterable[Finding]:
                 group="Packages",
                 name=requirement.name,
                 verdict="missing" if trouble else "ok",
-                told=trouble or metadata.version(requirement.name),
+                value=trouble or metadata.version(requirement.name),
                 remedy=f"pip install '{requirement.name}{requirement.specifier}'" if trouble else None,
             )
 
@@ -145,7 +145,7 @@ def _trouble(requirement: Requirement) -> str | None:
 
 
 def _extras() -> Iterable[Finding]:
-    """What is used only where it is asked for."""
+    """Check optional packages."""
     serves = {
         "tensorboard": "--tensorboard",
         "wandb": "--track wandb",
@@ -157,13 +157,13 @@ def _extras() -> Iterable[Finding]:
         if extra is None or extra == "test" or package not in serves:
             continue
         try:
-            yield Finding(group="Extras", name=package, verdict="ok", told=metadata.version(package))
+            yield Finding(group="Extras", name=package, verdict="ok", value=metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Finding(
                 group="Extras",
                 name=package,
                 verdict="note",
-                told=f"is not installed; {serves[package]} needs it",
+                value=f"is not installed; required by {serves[package]}",
                 remedy=f"pip install 'questpress[{extra}]'",
             )
 
@@ -174,41 +174,41 @@ def _devices() -> Iterable[Finding]:
     from ...export.runtime import allowed_cores
     from ..runs.device import bf16_pays, choose_device, device_name, free_memory
 
-    def told(name: str, text: str, verdict: Verdict = "ok", remedy: str | None = None) -> Finding:
-        return Finding(group="Devices", name=name, verdict=verdict, told=text, remedy=remedy)
+    def make(name: str, text: str, verdict: Verdict = "ok", remedy: str | None = None) -> Finding:
+        return Finding(group="Devices", name=name, verdict=verdict, value=text, remedy=remedy)
 
-    yield told("processor", device_name("cpu"))
+    yield make("processor", device_name("cpu"))
     there = os.cpu_count() or 1
     allowed = allowed_cores()
     fewer = f" of {there}, by affinity or the container's quota" if allowed < there else ""
-    yield told("threads", f"{allowed}{fewer}")
+    yield make("threads", f"{allowed}{fewer}")
     device = choose_device(None)
     if device == "cuda":
         for number in range(torch.cuda.device_count()):
             name = f"cuda:{number}"
-            yield told(name, f"{device_name(name)}, {free_memory(name) / 1e9:.1f} GB free")
+            yield make(name, f"{device_name(name)}, {free_memory(name) / 1e9:.1f} GB free")
     elif device == "mps":
-        yield told("mps", "Apple's GPU, through Metal")
+        yield make("mps", "Apple's GPU, through Metal")
     else:
-        yield told("GPU", *_without_gpu())
-    yield told("trains on", device + (", in bf16 where that pays" if bf16_pays(device) else ", in fp32"))
+        yield make("GPU", *_without_gpu())
+    yield make("trains on", device + (", in bf16 where that pays" if bf16_pays(device) else ", in fp32"))
 
 
 def _without_gpu() -> tuple[str, Verdict, str | None]:
     import torch
 
     if not Path("/proc/driver/nvidia/version").exists():
-        return "none that torch can use; training runs on the processor", "ok", None
+        return "none; training runs on the processor", "ok", None
     if torch.version.cuda is None:
         return (
-            "there is an NVIDIA driver, but torch was built without CUDA",
+            "NVIDIA driver found, but torch was built without CUDA",
             "note",
             "pip install --force-reinstall torch torchvision",
         )
     return (
-        f"there is an NVIDIA driver, but torch (built for CUDA {torch.version.cuda}) finds no GPU",
+        f"NVIDIA driver found, but torch (built for CUDA {torch.version.cuda}) finds no GPU",
         "note",
-        "run nvidia-smi: it says what is wrong with the driver",
+        "run nvidia-smi to check the driver",
     )
 
 
@@ -216,16 +216,16 @@ def _int8() -> Iterable[Finding]:
     from ...export.runtime import detect_target, int8_flags
 
     target = detect_target()
-    flags = ", ".join(int8_flags()) or "none of those that matter"
+    flags = ", ".join(int8_flags()) or "none that speed up int8"
     slow = target == "x86" or (target == "arm64" and "asimddp" not in int8_flags())
     yield Finding(
         group="int8",
         name="instruction sets",
         verdict="note" if slow else "ok",
-        told=flags,
-        remedy="int8 files run here, but without VNNI or dot products they gain little" if slow else None,
+        value=flags,
+        remedy="int8 files run, but are hardly faster without VNNI or dot products" if slow else None,
     )
-    yield Finding(group="int8", name="--target here", verdict="ok", told=target)
+    yield Finding(group="int8", name="--target here", verdict="ok", value=target)
 
 
 def _folders(cache: Path) -> Iterable[Finding]:
@@ -238,32 +238,32 @@ def _folder(name: str, folder: Path, option: str) -> Finding:
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    told = f"{folder}, {free / 1e9:.1f} GB free"
+    value = f"{folder}, {free / 1e9:.1f} GB free"
     if not os.access(there, os.W_OK | os.X_OK):
-        remedy = f"name another folder with {option}"
+        remedy = f"set another folder with {option}"
         return Finding(
-            group="Folders", name=name, verdict="missing", told=f"{folder} cannot be written", remedy=remedy
+            group="Folders", name=name, verdict="missing", value=f"{folder} cannot be written", remedy=remedy
         )
-    if free < LEAST_DISK:
-        remedy = f"make room, or name a folder on a larger disk with {option}"
-        return Finding(group="Folders", name=name, verdict="note", told=told, remedy=remedy)
-    return Finding(group="Folders", name=name, verdict="ok", told=told)
+    if free < MIN_DISK:
+        remedy = f"free disk space, or set another folder with {option}"
+        return Finding(group="Folders", name=name, verdict="note", value=value, remedy=remedy)
+    return Finding(group="Folders", name=name, verdict="ok", value=value)
 
 
 def _hub(open_: Callable[..., object] = urllib.request.urlopen) -> Finding:
-    """Whether published weights can be downloaded; a job with weights of its own needs no internet."""
-    remedy = "pass a file (--teacher-weights FILE), or copy a Hugging Face cache from a machine that has one"
+    """Check whether published weights can be downloaded, which is not needed with local weights."""
+    remedy = "set --teacher-weights to a file, or copy a Hugging Face cache from another machine"
     try:
-        open_(urllib.request.Request(HUB, method="HEAD"), timeout=ANSWERS_WITHIN)
+        open_(urllib.request.Request(HUB, method="HEAD"), timeout=HUB_TIMEOUT)
     except urllib.error.HTTPError:
-        pass  # it answered
+        pass  # reachable
     except OSError as error:
         reason = getattr(error, "reason", None) or error
         return Finding(
             group="Internet",
             name="published weights",
             verdict="note",
-            told=f"{HUB} cannot be reached ({reason}); those in the cache can be used",
+            value=f"{HUB} cannot be reached ({reason}); cached weights can be used",
             remedy=remedy,
         )
-    return Finding(group="Internet", name="published weights", verdict="ok", told=f"{HUB} answers")
+    return Finding(group="Internet", name="published weights", verdict="ok", value=f"{HUB} is reachable")

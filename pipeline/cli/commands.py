@@ -212,8 +212,8 @@ def bench(
 ) -> None:
     """Measure inference latency on this machine.
 
-    PATHS are run folders, artifact folders and .onnx files, which are measured together in interleaved rounds.
-    The report of a single run folder is updated.
+    PATHS are run folders, artifact folders and .onnx files, which are measured together in interleaved
+    rounds. The report of a single run folder is updated.
     """
     from ..api.bench import bench, results_folder
 

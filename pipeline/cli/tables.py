@@ -101,5 +101,5 @@ def print_diagnosis(diagnosis: "Diagnosis") -> None:
     console.print(
         "compress can run on this machine."
         if diagnosis.can_run
-        else f"compress cannot run on this machine: {missing} of the above {'is' if missing == 1 else 'are'} missing."
+        else f"compress cannot run on this machine. Missing requirements: {missing}."
     )

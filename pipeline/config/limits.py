@@ -39,7 +39,7 @@ def check_limits(value: Any) -> Any:
 
 
 def check_not_boolean(value: Any, annotation: Any) -> Any:
-    """Return an option's value, with YAML's booleans ``on`` and ``off`` as text if the option has these choices.
+    """Return an option's value, with YAML's booleans ``on`` and ``off`` as text if these are choices.
 
     Args:
         value: the value.

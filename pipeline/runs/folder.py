@@ -203,7 +203,7 @@ class RunFolder:
             )
 
     def log_epoch(self, epoch: Epoch) -> None:
-        """Append an epoch to ``metrics.jsonl``. It replaces this epoch and those after it of the same training."""
+        """Append an epoch to ``metrics.jsonl``, replacing it and later ones of the same training."""
         kept = [
             line
             for line in self.curves()
@@ -264,7 +264,8 @@ class RunFolder:
         }
         if name in checksums and file.is_file() and sha256(file) != checksums[name]:
             raise JobError(
-                f"{file} was modified after the run wrote it. Run the original command again to regenerate it."
+                f"{file} was modified after the run wrote it. Run the original command again to "
+                "regenerate it."
             )
 
     def finish(

@@ -1,8 +1,8 @@
 """Signals, the time limit and the rank of this process, without torch.
 
 A request to stop (Ctrl-C, a scheduler's SIGTERM or --time-limit) raises KeyboardInterrupt at once. What was
-being made is made again by the next run. Training defers the first request to the end of the step, so that its
-position in the epoch can be saved. A second request is not deferred.
+being made is made again by the next run. Training defers the first request to the end of the step, to save
+its position in the epoch. A second request is not deferred.
 """
 
 import math
