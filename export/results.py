@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, computed_field
 
 
 class Result(BaseModel):
@@ -22,3 +24,175 @@ class Parity(Result):
     """Number of images."""
     batch_sizes: tuple[int, ...] = ()
     """Batch sizes at which the file was run."""
+
+
+class Percentile(Result):
+    """A percentile and its interval; an end is None if the samples do not bound it."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Latency(Result):
+    """Latency of one subject at one thread count."""
+
+    subject: str
+    threads: int
+    percentiles: dict[str, Percentile]
+    """`p50`, `p90`, `p95`, `p99`, `p99_9`: those with enough samples."""
+    mean: float
+    n: int
+    """Number of samples."""
+    settled: bool = True
+    """False if the warm-up reached its limit before two windows agreed within 2 %."""
+    quantiles: list[float] = []
+    """0, 1, … 100 %, for charts."""
+
+    @property
+    def p50(self) -> float | None:
+        """The median; None if there are too few samples for it."""
+        return self.value("p50")
+
+    def value(self, percentile: str) -> float | None:
+        """Return a percentile by name; None if there are too few samples for it."""
+        return self.percentiles[percentile].value if percentile in self.percentiles else None
+
+
+class Speedup(Result):
+    """How many times faster than `over` a subject is: the ratio of per-round medians."""
+
+    model_config = ConfigDict(extra="ignore")  # `verdict` is in the JSON and is computed when it is read
+
+    subject: str
+    over: str
+    threads: int
+    ratio: float
+    low: float
+    high: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def verdict(self) -> Literal["faster", "no difference", "slower"]:
+        """`no difference` if the interval contains 1."""
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
+
+
+class Flag(Result):
+    """A disturbance that makes the latencies at one thread count unreliable; see `noise`."""
+
+    name: str
+    threads: int
+    sentence: str
+    figures: dict[str, float] = {}
+    """`value` as measured, and the `limit` that it exceeds."""
+
+
+class Conditions(Result):
+    """How one thread count was measured."""
+
+    threads: int
+    rounds: int
+    processes: int
+    """Number of processes of each subject, which take turns."""
+    block_ms: float
+    cores: list[int]
+    """Cores that all processes were pinned to; empty if the system cannot pin processes."""
+    governor: str | None
+    sentinel_ms: tuple[float, float, float]
+    """p10, p50 and p90 of the sentinel's readings."""
+    process_spread: float
+    """Standard deviation between processes of one file, percent."""
+    process_spread_measured: bool
+    """False if it is assumed because each file had one process."""
+    unchecked: list[str] = []
+    """Flags that cannot be raised because the system does not report the counters."""
+
+
+class EndToEnd(Result):
+    """From an image file to a prediction: medians of the steps, and percentiles of their sum."""
+
+    subject: str
+    threads: int
+    decode: float
+    resize: float
+    normalize: float
+    run: float
+    total: dict[str, Percentile]
+    n: int
+
+
+class ColdStart(Result):
+    """Medians over new processes, from their start to the first prediction."""
+
+    subject: str
+    threads: int
+    processes: int
+    import_ms: float
+    """Importing the runtime and numpy."""
+    session_ms: float
+    """Loading the file."""
+    session_ms_each: list[float]
+    first_run_ms: float
+    peak_bytes: int | None
+    """Peak memory until the first prediction; None if the system does not report it."""
+    runtime_bytes: int | None
+    """Peak memory before the file is loaded."""
+
+
+class Throughput(Result):
+    """Images per second at one batch size; `low` and `high` are the slowest and the fastest round."""
+
+    subject: str
+    threads: int
+    batch: int
+    images_per_second: float
+    low: float
+    high: float
+
+
+class Verdict(Result):
+    """The accuracy of a candidate's file compared with the fp32 file."""
+
+    score: float
+    """Percent, higher is better."""
+    lost: float
+    """Points lost to the fp32 file; negative if it is better."""
+    holds: bool
+    """True if the loss is within the budget."""
+    sqnr: float
+    """Signal to quantization noise of the logits, decibels."""
+    p: float | None = None
+    """McNemar's exact test against the fp32 file; None without a paired test."""
+
+
+class Candidate(Verdict):
+    """One way to quantize a network, and the result."""
+
+    name: str
+    calibration: str
+    equalized: bool
+    bias_corrected: bool
+    kept_float: tuple[str, ...]
+    """Nodes that stay float for the sake of accuracy."""
+    bytes: int
+    ships: bool = False
+    p50: float | None = None
+    """Median milliseconds of one image on one thread; None if it was not measured."""
+    speedup: Speedup | None = None
+    """Over the fp32 file, measured in the same rounds."""
+
+    @property
+    def rank(self) -> tuple[bool, float, int, float]:
+        """Sort key; the largest is the best."""
+        return self.holds, self.score, -len(self.kept_float), self.sqnr
+
+
+class FloatNode(Result):
+    """A node that runs in float: name and operator as in the file, and the reason."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    op_type: str
+    why: str

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from questpress.export.latency.results import Speedup
 from questpress.export.latency.statistics import Samples, compute_speedup
+from questpress.export.results import Speedup
 
 from benchmarks.cells import markdown
 

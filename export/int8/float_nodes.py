@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from .. import runtime
 from ..files import temporary_folder
-from .results import FloatNode
+from ..results import FloatNode
 
 # Operators with an integer kernel in ONNX Runtime on CPUs, or folded into the integer node before them.
 _INTEGER_KERNELS = frozenset(

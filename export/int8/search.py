@@ -23,6 +23,7 @@ import onnx
 from onnxruntime.quantization.calibrate import TensorsData
 
 from ..errors import CalibratorError, ExportError, NotInTorchError
+from ..results import Candidate, Verdict
 from .correction import Source, correct_biases, equalize, measure_sensitivity, with_all_biases
 from .fake_quantize import FakeQuantized
 from .quantizer import (
@@ -37,7 +38,6 @@ from .quantizer import (
     recipe,
     write_int8,
 )
-from .results import Candidate, Verdict
 from .targets import Target
 
 CORRECTION_IMAGES = 128

@@ -10,8 +10,8 @@ from statistics import median
 import numpy as np
 
 from ..files import temporary_folder
+from ..results import ColdStart, EndToEnd, Throughput
 from .machine import choose_cores
-from .results import ColdStart, EndToEnd, Throughput
 from .runner import Progress, Subject, Worker, save_inputs, worker_command
 from .statistics import Samples, compute_percentiles
 from .worker import COLD_START, STEPS

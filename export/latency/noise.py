@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import runtime
-from .results import Flag
+from ..results import Flag
 from .statistics import Samples
 
 LIMITS = {

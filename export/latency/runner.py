@@ -27,9 +27,9 @@ import numpy as np
 
 from ..errors import ExportError
 from ..files import temporary_folder
+from ..results import Conditions, Flag, Latency, Speedup
 from . import noise
 from .machine import Environment, choose_cores, environment, read_governor
-from .results import Conditions, Flag, Latency, Speedup
 from .statistics import Samples, compute_process_spread, compute_speedup, summarize
 
 MIN_ROUNDS = 20

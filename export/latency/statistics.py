@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .results import Latency, Percentile, Speedup
+from ..results import Latency, Percentile, Speedup
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ...export.latency import extras, runner
 from ...export.latency.machine import RUNTIMES, SESSION_OPTIONS, Environment
-from ...export.latency.results import EndToEnd, Speedup
 from ...export.latency.runner import BenchResult, worker_command
+from ...export.results import EndToEnd, Speedup
 from ...export.runtime import Classifier, ImageError, decode_image, render
 from ..data.sources.folders import EXTENSIONS
 from ..errors import UsageError

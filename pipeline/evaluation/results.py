@@ -5,8 +5,7 @@ Scores are percentages, latencies milliseconds, sizes bytes, times seconds.
 
 from typing import Literal, Self
 
-from ...export.latency.results import Speedup
-from ...export.results import Result
+from ...export.results import Result, Speedup
 from ..runs.results import Example
 from ..runs.scores import Calibration, Proportion, Score, TaskName
 

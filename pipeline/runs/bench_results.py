@@ -1,15 +1,6 @@
 """The result of a bench: ``bench.json``, ``bench`` in ``report.json``, and what ``bench(...)`` returns."""
 
-from ...export.latency.results import (
-    ColdStart,
-    Conditions,
-    EndToEnd,
-    Flag,
-    Latency,
-    Speedup,
-    Throughput,
-)
-from ...export.results import Result
+from ...export.results import ColdStart, Conditions, EndToEnd, Flag, Latency, Result, Speedup, Throughput
 
 SCHEMA_VERSION = 1
 

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: a line for each finished stage, a live bar for the one that runs."""
+"""Terminal output: a line for each finished stage, and a progress bar for the running one."""
 
 import logging
 import time
@@ -16,21 +16,19 @@ from ...export.text import escape_controls
 
 
 def safe_console(**options: Any) -> Console:
-    """Rich's console with these options. What it is given to print may hold the names of classes and files of
-    whoever made them: characters that would steer the terminal are spelled out.
-    """
-    made = Console(**options)
-    made.push_render_hook(_Spelling())
-    return made
+    """Return a console that escapes control characters, which names of classes and files may contain."""
+    console = Console(**options)
+    console.push_render_hook(_EscapeHook())
+    return console
 
 
-class _Spelling(RenderHook):
+class _EscapeHook(RenderHook):
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_SpelledOut(one) for one in renderables]
+        return [_Escaped(renderable) for renderable in renderables]
 
 
-class _SpelledOut:
-    """What another renderable shows, its own colours and movements aside spelled out."""
+class _Escaped:
+    """A renderable with escaped text; its own colors and cursor movements are kept."""
 
     def __init__(self, inner: ConsoleRenderable) -> None:
         self.inner = inner
@@ -44,19 +42,19 @@ class _SpelledOut:
 
 
 PLAIN_SECONDS = 10.0
-"""Where the output is no terminal, a line of progress is written at most this often."""
+"""Interval of progress lines if the output is not a terminal."""
 
 LOGGER = "questpress"
-"""Above the loggers of all our modules."""
+"""Parent of the loggers of all modules."""
 
 RATE_SECONDS = 15.0
-"""Rates are of the last so many seconds."""
+"""Window of the throughput."""
 
 
 class Display:
     """Writes to standard error, so that standard output holds the result alone.
 
-    Colours follow the terminal, and the variables NO_COLOR and FORCE_COLOR (https://no-color.org).
+    Colors follow the terminal, and the variables NO_COLOR and FORCE_COLOR (https://no-color.org).
     """
 
     def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
@@ -65,25 +63,26 @@ class Display:
         self.verbose = verbose and not quiet
         self.warnings: list[str] = []
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line."""
         self.console.print(escape(text), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A choice that was made for the user."""
+        """Print a note on a default or an option without effect."""
         self.console.print(f"[dim]  note: {escape(text)}[/dim]", soft_wrap=True)
 
     def detail(self, text: str) -> None:
-        """What is said only when asked for with --verbose."""
+        """Print a line with --verbose only."""
         if self.verbose:
             self.console.print(f"[dim]  {escape(text)}[/dim]", soft_wrap=True)
 
     @contextmanager
-    def remarks(self) -> Iterator[None]:
-        """While the block runs, what our own loggers are told is a detail."""
+    def show_logs(self) -> Iterator[None]:
+        """Print the messages of questpress's loggers as details during the block."""
         if not self.verbose:
             yield
             return
-        logger, handler = logging.getLogger(LOGGER), _Remarks(self)
+        logger, handler = logging.getLogger(LOGGER), _DetailHandler(self)
         before = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
@@ -94,12 +93,12 @@ class Display:
             logger.setLevel(before)
 
     def warn(self, text: str) -> None:
-        """Something the user should know before he trusts the result; it stands in the report too."""
+        """Print a warning, which is added to the report too."""
         self.warnings.append(text)
         self.console.print(f"[yellow]  warning: {escape(text)}[/yellow]", soft_wrap=True)
 
     def done(self, stage: str, summary: str, seconds: float | None) -> None:
-        """The line of a finished stage; ``seconds`` is None for one that an earlier run had finished."""
+        """Print the line of a finished stage; ``seconds`` is None if it was finished before."""
         took = "kept" if seconds is None else f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
         self.console.print(
             f"[green]✓[/green] [bold]{stage:<9}[/bold] {escape(summary)} [dim]({took})[/dim]", soft_wrap=True
@@ -107,7 +106,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str) -> Iterator["Stage"]:
-        """A running stage; its bars live as long as the block."""
+        """Show the progress of a stage during the block."""
         if not self.live:
             yield Stage(self, name, None)
             return
@@ -124,8 +123,8 @@ class Display:
             yield Stage(self, name, progress)
 
 
-class _Remarks(logging.Handler):
-    """Shows each record as a detail; where an exception comes with it, its last line."""
+class _DetailHandler(logging.Handler):
+    """Prints each record as a detail, with the last line of its exception."""
 
     def __init__(self, display: Display) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class _Remarks(logging.Handler):
 
 
 class Stage:
-    """Progress of one stage: one piece of work at a time, each with a rate and the time left."""
+    """The progress of one stage: one step at a time, with throughput and remaining time."""
 
     def __init__(self, display: Display, name: str, progress: Progress | None) -> None:
         self.display = display
@@ -154,7 +153,7 @@ class Stage:
     def update(
         self, work: str, done: float, total: float, unit: str = "", more: str = "", scale: int = 1
     ) -> None:
-        """``done`` of ``total`` of some ``work``; the rate counts ``scale`` units for each."""
+        """Show that ``done`` of ``total`` are done, each of which counts as ``scale`` units of throughput."""
         now = time.monotonic()
         # Two stages may do work of the same name, and work may restart from an earlier state.
         if (self.name, work) != self.work or (self.seen and done < self.seen[-1][1]):
@@ -172,10 +171,10 @@ class Stage:
             self.spoken = now
             left = (total - done) / rate
             facts: list[Any] = [f"{100 * done / total:.0f} %", spoken, f"{left:.0f} s left", more]
-            self.display.say(f"  {self.name}: {work}: {', '.join(str(fact) for fact in facts if fact)}")
+            self.display.print(f"  {self.name}: {work}: {', '.join(str(fact) for fact in facts if fact)}")
 
     def _rate(self, now: float, done: float) -> float:
-        """Work a second over the last while, so that a stall is seen and soon forgotten."""
+        """Return the throughput over the last seconds, so that a stall is visible and soon forgotten."""
         self.seen.append((now, done))
         while len(self.seen) > 2 and now - self.seen[1][0] > RATE_SECONDS:
             self.seen.popleft()

@@ -1,4 +1,4 @@
-"""Where training runs, and in which arithmetic."""
+"""Devices, precision and threads."""
 
 import math
 import os
@@ -17,31 +17,32 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class Engine:
-    """How a training step is computed; exact repetition needs the same engine."""
+    """Device, precision and memory layout of training. Exact repetition requires the same engine."""
 
     device: str
     threads: int
     precision: str
     """``fp32``, or ``bf16`` for autocast."""
     layout: str = "channels_last"
-    """Of maps and weights in memory: ``channels_last`` or ``contiguous``."""
+    """Memory layout of features and weights: ``channels_last`` or ``contiguous``."""
     compile: str = "off"
     """``off``, or the mode of torch.compile: ``default``, or ``reduce-overhead`` for CUDA graphs."""
     heads: str = "as the network"
-    """The matrix products of the methods' heads: ``bf16``, or ``as the network``."""
+    """Precision of the methods' heads: ``bf16``, or ``as the network``."""
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Engine":
-        """The engine that ``dataclasses.asdict`` wrote down, perhaps before it had all of today's fields."""
+    def from_record(cls, record: Mapping[str, Any]) -> "Engine":
+        """Create an engine from its fields in a run's record."""
         return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """The memory format of torch."""
         return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
 
     @property
     def compile_mode(self) -> str | None:
-        """What ``Readouts.compile_features`` takes."""
+        """The mode for ``Readouts.compile_features``."""
         return None if self.compile == "off" else self.compile
 
     def __str__(self) -> str:
@@ -53,51 +54,49 @@ class Engine:
         return ", ".join(parts)
 
     def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def autocast_heads(self) -> torch.autocast:
-        """For the methods, inside ``autocast``."""
+        """Return the context of the methods' heads, inside ``autocast``."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, dtype=torch.bfloat16, enabled="bf16" in (self.precision, self.heads))
 
 
-def choose_device(asked: str | None, local_rank: int | None = None) -> str:
-    """``asked`` if it is there, else the first of cuda, mps and cpu; of several ranks each has its own GPU.
+def choose_device(device: str | None, local_rank: int | None = None) -> str:
+    """Return ``device`` or the first available of cuda, mps and cpu; the rank's own GPU with several ranks.
 
     Raises:
-        UsageError: the device asked for does not exist on this machine.
+        UsageError: the device is not available.
     """
-    if local_rank is not None and torch.cuda.is_available() and asked in (None, "cuda"):
-        asked = f"cuda:{local_rank}"
+    if local_rank is not None and torch.cuda.is_available() and device in (None, "cuda"):
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
-    if asked is None:
+    if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    kind, _, number = asked.partition(":")
-    if kind not in there or (number and not number.isdigit()):
-        raise UsageError(f"--device {asked}: choose cuda, cuda:1, mps or cpu.")
-    if not there[kind]:
-        raise UsageError(
-            f"--device {asked}: this machine has none that torch can use; leave it out or say cpu."
-        )
+    kind, _, number = device.partition(":")
+    if kind not in available or (number and not number.isdigit()):
+        raise UsageError(f"--device must be cuda, cuda:N, mps or cpu, got {device}.")
+    if not available[kind]:
+        raise UsageError(f"--device {device} is not available on this machine. Remove it or set it to cpu.")
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         raise UsageError(
-            f"--device {asked}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
+            f"--device {device} does not exist. Available: cuda:0 to cuda:{torch.cuda.device_count() - 1}."
         )
-    return asked
+    return device
 
 
 def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
-    """The engine for training ``network``; ``precision`` is ``auto``, ``fp32`` or ``bf16``.
+    """Return the engine for training ``network``; ``precision`` is ``auto``, ``fp32`` or ``bf16``.
 
-    On a GPU bf16 pays. On a CPU it does where the processor multiplies in bf16, for networks of dense
-    convolutions and matrices; depthwise convolutions are slower in it than in fp32 (benchmarks/training/precision.py).
-    The methods' heads are matrices.
+    bf16 is faster on GPUs, and on CPUs that multiply in bf16 for dense convolutions and matrix products such as
+    the methods' heads. Depthwise convolutions are slower (benchmarks/training/precision.py).
     """
     pays = precision == "auto" and bf16_pays(device)
     if precision == "auto":
@@ -107,19 +106,19 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
 
 
 def threads() -> int:
-    """Threads for this process: the cores that the job may use, shared with the ranks of this machine."""
+    """Return the threads of this process: the allowed cores divided by the ranks of this machine."""
     return max(1, allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def inference_engine(device: str, precision: str) -> Engine:
-    """The engine of a frozen teacher, whose depthwise convolutions gain from bf16 too."""
+    """Return the engine of a frozen teacher, whose depthwise convolutions are faster in bf16 too."""
     if precision == "auto":
         precision = "bf16" if bf16_pays(device) else "fp32"
     return Engine(device, threads(), precision)
 
 
 def bf16_pays(device: str) -> bool:
-    """Whether the device multiplies matrices of bf16 numbers in hardware."""
+    """Return True if the device multiplies bf16 matrices in hardware."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -127,7 +126,7 @@ def bf16_pays(device: str) -> bool:
 
 
 def depthwise(network: nn.Module) -> bool:
-    """Whether the network has depthwise convolutions."""
+    """Return True if the network has depthwise convolutions."""
     return any(
         isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
         for module in network.modules()
@@ -135,25 +134,25 @@ def depthwise(network: nn.Module) -> bool:
 
 
 def device_name(device: str) -> str:
-    """What the GPU or the processor is called."""
+    """Return the name of the GPU or processor."""
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return environment().cpu
 
 
 def free_memory(device: str) -> float:
-    """Bytes free on a GPU of its own memory; no limit where the device shares the host's."""
+    """Return the free bytes of a GPU; infinity for a device that shares the host's memory."""
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else math.inf
 
 
 def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Processor cores this process may use, where ``allowed_cores`` counts a core's hyper-threads each."""
+    """Return the physical cores that this process may use; ``allowed_cores`` counts hyper-threads."""
     try:
         siblings = {
             (root / f"cpu{number}" / "topology" / "thread_siblings_list").read_text()
             for number in os.sched_getaffinity(0)
         }
-    except (AttributeError, OSError):  # not Linux, or a system that does not tell
+    except (AttributeError, OSError):  # not Linux, or no topology
         return allowed_cores()
     return min(len(siblings), allowed_cores())
 

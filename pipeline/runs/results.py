@@ -6,9 +6,7 @@ Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 
 from typing import Any
 
-from ...export.int8.results import Candidate, FloatNode
-from ...export.latency.results import Latency, Speedup
-from ...export.results import Parity, Result
+from ...export.results import Candidate, FloatNode, Latency, Parity, Result, Speedup
 from .bench_results import Bench
 from .scores import Calibration, Proportion, Score, TaskName, Temperature
 

@@ -1,7 +1,8 @@
 """A bench made by hand, and a report with it."""
 
 import numpy as np
-from questpress.export.latency.results import (
+from questpress.export.latency.statistics import Samples, summarize
+from questpress.export.results import (
     ColdStart,
     Conditions,
     EndToEnd,
@@ -11,7 +12,6 @@ from questpress.export.latency.results import (
     Speedup,
     Throughput,
 )
-from questpress.export.latency.statistics import Samples, summarize
 from questpress.pipeline.runs.bench_results import Bench, TimedFile
 from questpress.pipeline.runs.results import Report
 

@@ -1,6 +1,6 @@
 """Results of validations and comparisons, made by hand."""
 
-from questpress.export.latency.results import Speedup
+from questpress.export.results import Speedup
 from questpress.pipeline.api.comparison.statistics import group_runs
 from questpress.pipeline.evaluation.results import (
     ClassMeasure,

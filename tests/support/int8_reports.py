@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from questpress.export.int8.results import Candidate, FloatNode
-from questpress.export.latency.results import Speedup
+from questpress.export.results import Candidate, FloatNode, Speedup
 from questpress.pipeline.runs.results import Int8Search, Recovery, Report
 
 from tests.support.reports import accuracy, full, without

@@ -8,8 +8,7 @@ from math import exp
 from typing import Any
 
 from PIL import Image, ImageDraw
-from questpress.export.latency.results import Latency, Percentile, Speedup
-from questpress.export.results import Parity
+from questpress.export.results import Latency, Parity, Percentile, Speedup
 from questpress.pipeline.runs.results import DataSummary, Epoch, Example, Report, StageTime, Subject, Words
 from questpress.pipeline.runs.scores import ClassScore, Measure, Proportion, Score
 

@@ -2,7 +2,7 @@
 
 from math import inf
 
-from ....export.int8.results import Candidate
+from ....export.results import Candidate
 from ...runs.results import Int8Search, Report
 from .. import format
 from ..charts import Chart

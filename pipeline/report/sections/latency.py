@@ -5,7 +5,7 @@ from math import isfinite
 
 import numpy as np
 
-from ....export.latency.results import Latency, Percentile, Speedup
+from ....export.results import Latency, Percentile, Speedup
 from ...runs.bench_results import Bench
 from ...runs.results import Report
 from .. import format
