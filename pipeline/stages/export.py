@@ -30,6 +30,8 @@ from ..training.weights import load_network
 
 PARITY_IMAGES = 32
 STUDENT_ONNX = ARTIFACT / "student.onnx"
+STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
+"""The int8 file of the first target."""
 MAX_TEMPERATURE_ERROR = 1e-4
 """Largest difference between a file's logits times T and those before, relative to the largest of these."""
 

@@ -11,24 +11,21 @@ import numpy as np
 from ...export.int8 import targets
 from ...export.int8.float_nodes import KEPT, float_nodes
 from ...export.int8.quantizer import METHODS, Int8File, prepare
-from ...export.int8.results import Candidate, FloatNode, Verdict
 from ...export.int8.search import Search, search
 from ...export.latency import runner
 from ...export.latency.machine import has_vnni, is_arm
+from ...export.results import Candidate, FloatNode, Verdict
 from ...export.runtime import int8_flags
 from ..data.training_data import TrainingData
 from ..report.sections.int8 import explain_excess
 from ..runs.files import atomic_write
 from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import Int8Search
-from ..tasks import Task
+from ..tasks.base import Task
 from ..training.context import RunContext
 from .calibration_images import CalibrationImages, draw_calibration_images
-from .export import STUDENT_ONNX, onnx_logits
+from .export import STUDENT_INT8, STUDENT_ONNX, onnx_logits
 from .qat import load_graph
-
-STUDENT_INT8 = ARTIFACT / "student.int8.onnx"
-"""File of the first target."""
 
 SECONDS = 0.5
 """Time to measure the latency of each candidate."""

@@ -20,10 +20,9 @@ from ..runs import predictions
 from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import Int8Search, Subject
 from ..runs.scores import Calibration, Score
-from ..tasks import Task, thresholds_of
+from ..tasks.base import Task, thresholds_of
 from ..training.context import RunContext
-from .export import STUDENT_ONNX, onnx_logits, origin
-from .quantize import STUDENT_INT8
+from .export import STUDENT_INT8, STUDENT_ONNX, onnx_logits, origin
 from .teacher import LOGITS
 
 MANIFEST = ARTIFACT / "manifest.json"

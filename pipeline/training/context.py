@@ -11,7 +11,7 @@ from ..data.training_data import NetworkSpec
 from ..runs.cache import Cache
 from ..runs.console import Display, Stage
 from ..runs.folder import RunFolder
-from ..tasks import Task
+from ..tasks.base import Task
 from .compute.distributed import Ranks
 
 STUDENT = "student.safetensors"

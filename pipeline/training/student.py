@@ -24,6 +24,9 @@ from .teacher_cache import TeacherCache, open_teacher_cache
 from .trainer import choose_run_engine
 from .weights import load_teacher
 
+HEADS = "student.heads.safetensors"
+"""The methods' heads in the run folder, for quantization-aware training."""
+
 TEACHERS = "student's teachers"
 """Name of the teachers' engine in the run's record."""
 

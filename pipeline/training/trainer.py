@@ -123,7 +123,7 @@ def choose_run_engine(
     entry = engines.get(name)
     requested = precision or context.options.precision
     if entry is not None and entry.key == context.key and entry.device == context.device:
-        recorded = Engine.of(entry.model_dump())
+        recorded = Engine.from_record(entry.model_dump())
         if requested in ("auto", entry.precision):
             return recorded
         context.display.note(f"{name} was started in {entry.precision} and resumes in {requested}")

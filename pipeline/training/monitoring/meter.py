@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import JobError
-from ...tasks import Task
+from ...tasks.base import Task
 from ..compute.distributed import Ranks
 
 T = TypeVar("T")
