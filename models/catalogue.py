@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 from .build import create_network, default_image_size
-from .errors import ModelError
-from .names import ALIASES, resolve
+from .errors import ModelError, UnknownModel
+from .names import ALIASES, find_matching, find_nearest, resolve
 from .pretrained import find_license, has_pretrained
+
+MAX_DESCRIBED = 60
+"""Models that are built, without memory, to count their parameters and multiply-adds."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,28 @@ def _cost(full: str, image_size: int, classes: int | None = None) -> tuple[int, 
     except Exception:  # the operations of a few networks have no shapes-only form, or they refuse this size
         return parameters, None
     return parameters, counter.get_total_flops() / 2 / 1e9
+
+
+def list_models(pattern: str = "*", image_size: int | None = None) -> dict[str, Entry | str | None]:
+    """Describe the models whose name matches `pattern`.
+
+    Returns each name with its description, the reason that it has none, or None if more than `MAX_DESCRIBED`
+    models match. Raises UnknownModel if no model matches.
+    """
+    names = find_matching(pattern)
+    if not names:
+        near = find_nearest(pattern.strip("*?"))
+        advice = f" The nearest are {', '.join(near)}." if near else ""
+        raise UnknownModel(f"No model matches '{pattern}'.{advice}")
+    if len(names) > MAX_DESCRIBED:
+        return dict.fromkeys(names)
+    return {name: _describe_or_explain(name, image_size) for name in names}
+
+
+def _describe_or_explain(name: str, image_size: int | None) -> Entry | str:
+    try:
+        return describe(name, image_size)
+    except UnknownModel:
+        raise
+    except ModelError as error:
+        return str(error)

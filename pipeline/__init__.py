@@ -11,13 +11,13 @@ FUNCTIONS = {
     "bench": "api.bench",
     "compare": "api.comparison.compare",
     "compress": "api.run",
-    "export": "api.export",
+    "export": "api.run",
     "predict": "api.predict",
     "sweep": "api.sweep",
     "validate": "api.validation.validate",
 }
 
-__all__ = list(FUNCTIONS)  # noqa: PLE0605
+__all__ = list(FUNCTIONS)
 
 
 def __getattr__(name: str) -> Any:

@@ -27,8 +27,8 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, quiet, write_int8
 from questpress.export.int8.targets import find_target
 from questpress.export.runtime import Classifier, decode_image, preprocess
-from questpress.pipeline.api.export import export
 from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.api.run import export
 from questpress.pipeline.config.options import Options
 from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.evaluation.comparison import mcnemar

@@ -29,8 +29,9 @@ from ..evaluation.latency import (
 from ..runs.artifacts import BenchFile, BenchFiles, find_bench_files, find_run_images
 from ..runs.bench_results import Bench, TimedFile
 from ..runs.console import Display
-from ..runs.files import atomic_write, check_writable, command_line, sha256, write_text
+from ..runs.files import atomic_write, check_writable, command_line, write_text
 from ..runs.folder import RunFolder
+from ..runs.hashes import sha256
 from ..runs.record import with_checksum
 
 FOLDER = Path("bench-results")

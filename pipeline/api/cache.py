@@ -14,7 +14,7 @@ from ..data.views import FIRST_LISTED
 from ..errors import UsageError
 from ..runs import record
 from ..runs.cache import Cache, discard
-from ..runs.files import digest
+from ..runs.hashes import digest
 from ..training.teacher_cache import ABOUT, KIND
 
 UNITS = {

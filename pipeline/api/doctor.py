@@ -106,12 +106,12 @@ def _memory() -> int | None:
 
 def _requirements() -> list[tuple[Requirement, str | None]]:
     """Return the declared requirements, each with its extra or None."""
-    found = []
+    requirements = []
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(line)
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", str(requirement.marker or ""))
-        found.append((requirement, extra[1] if extra else None))
-    return found
+        requirements.append((requirement, extra[1] if extra else None))
+    return requirements
 
 
 def _packages() -> Iterable[Finding]:

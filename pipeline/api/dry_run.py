@@ -33,7 +33,7 @@ WEIGHT_COPIES = 5
 def dry_run(
     options: Options, config: Mapping[str, Any], images: ImageSet, device: str, display: Display
 ) -> Report:
-    """Refuse what the job itself would refuse before it begins, and tell the estimate; nothing is written.
+    """Check what a run would check before its first stage, and print an estimate. Nothing is written.
 
     Args:
         config: what enters the stages' hashes.
@@ -47,7 +47,7 @@ def dry_run(
     folder.check(config, fresh=options.fresh)
     check_weights(options, images, folder.unfinished(options.until), download=False)
     for line in estimate(options, images, device):
-        display.say(line)
+        display.print(line)
     return Report(
         title="dry run",
         command=command_line(),
@@ -71,14 +71,14 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     macs = 0.0
     heads = zip(teachers, options.teacher_weights, options.teacher_head, strict=True)
     for teacher, weights, head in heads:
-        told = f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
-        told += f"{teacher.gmacs or 0.0:.2f} GMACs, "
+        text = f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
+        text += f"{teacher.gmacs or 0.0:.2f} GMACs, "
         if head == "none":
-            lines.append(told + "without its head, as it is")
+            lines.append(text + "without its head, as it is")
             continue
         how = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
         macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
-        lines.append(f"{told}{how} for {options.teacher_epochs} epochs")
+        lines.append(f"{text}{how} for {options.teacher_epochs} epochs")
     distilling = sum(teacher.gmacs or 0.0 for teacher in teachers) if options.method != "none" else 0.0
     own = student.gmacs or 0.0
     # In each further round a student is the teacher.

@@ -41,10 +41,10 @@ def read_options(given: Mapping[str, Any]) -> Options:
     # A pydantic field cannot be called json; its alias can.
     if "json_" in merged:
         merged["json"] = merged.pop("json_")
-    known = {field.alias or name for name, field in Options.model_fields.items()}
+    names = {field.alias or name for name, field in Options.model_fields.items()}
     for name in merged:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
             raise UsageError(
                 f"Unknown option '{name}'.{f' Did you mean {near[0]}?' if near else ''} "
                 "See compress run --help."

@@ -15,13 +15,15 @@ def predict(
     artifact: Path,
     images: Sequence[Path],
     *,
-    top: int,
-    file: str | None,
-    threads: int | None,
-    as_json: bool,
+    top: int = 3,
+    file: str | None = None,
+    threads: int | None = None,
+    as_json: bool = False,
 ) -> int:
-    """Print each image's labels and probabilities, of a folder those of all images below it; the number of
-    images that could not be read.
+    """Print labels and probabilities of each image file, and of the images in each folder.
+
+    Returns:
+        The number of unreadable images.
 
     Raises:
         UsageError: the artifact cannot be loaded.
@@ -29,14 +31,13 @@ def predict(
     check_finished(artifact)
     if artifact.suffix.lower() in EXTENSIONS and artifact.is_file():
         raise UsageError(
-            f"{artifact} is an image: name the run or its artifact first, then the images, as in "
-            f"compress predict RUN {artifact.name}."
+            f"{artifact} is an image. The run or artifact comes first: compress predict RUN {artifact.name}."
         )
     if artifact.is_file() and file is not None:
-        raise UsageError(f"--file chooses a file of an artifact; {artifact} is one already.")
+        raise UsageError(f"--file requires a run folder or an artifact folder, got {artifact}.")
     try:
         if artifact.is_file():
-            from ...export.conversion.untrusted import read_foreign  # with onnx, which the folders do without
+            from ...export.conversion.untrusted import read_foreign  # imports onnx
 
             content, _ = read_foreign(artifact)
             classifier = Classifier(content, artifact.name, threads=threads)

@@ -153,6 +153,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
             "to 0.1."
         )
     _check_file_size(chosen, len(data.classes))
+    assert chosen.image_size is not None
     check_methods(
         parameters,
         chosen.teacher,
@@ -419,7 +420,7 @@ def _check_optimizer(name: str) -> None:
     from timm.optim import list_optimizers
 
     if name not in list_optimizers():
-        near = get_close_matches(name, list_optimizers(), n=3)
+        near = get_close_matches(name, [str(known) for known in list_optimizers()], n=3)
         advice = f"The nearest are {', '.join(near)}" if near else "Try adamw or sgd"
         raise UsageError(f"--optimizer {name} does not exist in timm. {advice}.")
 

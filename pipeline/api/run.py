@@ -16,8 +16,9 @@ from ..runs import process
 from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device
-from ..runs.files import check_outside_data, command_line, sha256
-from ..runs.folder import RunFolder
+from ..runs.files import check_outside_data, command_line
+from ..runs.folder import RunFolder, read_config
+from ..runs.hashes import sha256
 from ..runs.process import STOP
 from ..runs.results import Report
 from ..tasks import task_of
@@ -67,10 +68,10 @@ def compress(
     with STOP.handle_signals():
         ranks = join()
         try:
-            asked = read_options({key: value for key, value in given.items() if value is not None})
-            display = Display(quiet=asked.quiet or not ranks.is_main, verbose=asked.verbose)
-            with STOP.limit_time(asked.time_limit), display.remarks():
-                return _compress(asked, ranks, display)
+            chosen = read_options({key: value for key, value in given.items() if value is not None})
+            display = Display(quiet=chosen.quiet or not ranks.is_main, verbose=chosen.verbose)
+            with STOP.limit_time(chosen.time_limit), display.show_logs():
+                return _compress(chosen, ranks, display)
         except BaseException:
             process.is_first_to_exit()  # decided before the other processes notice that this one is gone
             raise
@@ -78,48 +79,57 @@ def compress(
             leave()
 
 
-def _compress(asked: Options, ranks: Ranks, display: Display) -> Report:
-    if asked.quiet and asked.verbose:
-        raise UsageError("--quiet and --verbose ask for opposite things; leave one out.")
-    chosen, images = resolve(asked)
+def export(folder: str | Path, **options: Any) -> Report:
+    """Run the stages from export on with other options of export; teacher and student are kept.
+
+    Raises:
+        UsageError: the folder is not a run, its student is not finished, or other options are given.
+    """
+    run = RunFolder.read(Path(folder))
+    if "student" not in run.record.stages:
+        raise UsageError(
+            f"The student of {folder} is not finished. Run the original command again without --until "
+            f"({run.record.command})."
+        )
+    read_config(run.path)  # refuse an edited file
+    return compress(config=run.path / "config.yaml", out=run.path, **options)
+
+
+def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
+    if given.quiet and given.verbose:
+        raise UsageError("--quiet and --verbose cannot be used together.")
+    chosen, images = resolve(given)
     assert chosen.out is not None
     check_outside_data(chosen.data, {"--out": chosen.out, "--cache": chosen.cache})
     device = choose_device(chosen.device, ranks.local_rank if ranks.count > 1 else None)
     check_ranks(chosen, ranks, len(images.train), device)
     if chosen.data == DIGITS:
-        display.say(
-            "The built-in handwritten digits (1,797 images) stand in for your data; "
-            "name your own with --data FOLDER, a folder of class folders."
+        display.print(
+            "Using the built-in handwritten digits (1,797 images). Set --data to a folder of class folders "
+            "to use your own images."
         )
-    if (alone := describe_unused_splits(Path(str(chosen.data)).expanduser())) is not None:
-        display.note(alone)
-    if asked.batch_size and chosen.batch_size != asked.batch_size:
-        display.note(f"--batch-size {asked.batch_size} is more than there are: all images are one batch")
+    if (unused := describe_unused_splits(Path(str(chosen.data)).expanduser())) is not None:
+        display.note(unused)
+    if given.batch_size and chosen.batch_size != given.batch_size:
+        display.note(
+            f"--batch-size {given.batch_size} exceeds the number of images: all images are one batch"
+        )
     longest = max(chosen.epochs or 0, chosen.teacher_epochs or 0)
     if late := [str(epoch) for epoch in chosen.milestones or () if epoch >= longest]:
-        display.note(
-            f"the learning rate does not fall at epoch {', '.join(late)} of --milestones: the training has "
-            f"{longest} epochs"
-        )
-    display.detail(f"chosen: {_chosen(chosen, asked)}")
+        display.note(f"--milestones {', '.join(late)} have no effect: the training has {longest} epochs")
+    defaults = [
+        f"{get_flag(name)} {value}"
+        for name, value in _repeatable(chosen).items()
+        if name not in given.model_fields_set and value not in (None, [], {}, False)
+    ]
+    display.detail(f"defaults: {', '.join(defaults)}")
     if chosen.dry_run:
         return dry_run(chosen, _config(chosen, images), images, device, display)
-    return _run(chosen, frozenset(asked.model_fields_set), images, device, display, ranks)
-
-
-def _chosen(options: Options, asked: Options) -> str:
-    """The options that were not said and have a value now."""
-    values, said = _repeatable(options), asked.model_fields_set
-    told = [
-        f"{get_flag(name)} {value}"
-        for name, value in values.items()
-        if name not in said and value not in (None, [], {}, False)
-    ]
-    return ", ".join(told)
+    return _run(chosen, frozenset(given.model_fields_set), images, device, display, ranks)
 
 
 def hashed(options: Options) -> dict[str, Any]:
-    """The options that change a stage's result; of a weights file its content counts, not its place."""
+    """Return the options that change a stage's result, with the checksums of weights files."""
     values = {name: value for name, value in options.model_dump(mode="json").items() if get_stage(name)}
     return {
         **values,
@@ -163,14 +173,14 @@ def _stages(
 
     config = _config(options, images)
     with ranks.main_first():
-        # Processes that torchrun has restarted go on.
+        # Processes restarted by torchrun resume.
         folder.open(fresh=options.fresh and not process.count_restarts())
         folder.check_options(config)
         folder.begin(config, _repeatable(options), command_line())
         check_weights(options, images, folder.unfinished(options.until), download=True)
     trains = any(rounds.get_kind(stage) in (*TRAINING, "qat") for stage in folder.unfinished(options.until))
     if (options.tensorboard or options.track) and not trains:
-        display.note("there are no curves to send: nothing is left to train")
+        display.note("no curves are logged: all trainings are finished")
     with display.stage("start") as progress:
         context = RunContext(
             options=options,
@@ -230,9 +240,9 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
 
 
 def _repeatable(options: Options) -> dict[str, Any]:
-    """What config.yaml holds: the job, not where it was written or how it was watched."""
-    apart = {"out", "config"} | {name for name in Options.model_fields if get_group(name) == "Execution"}
-    return options.model_dump(mode="json", exclude=apart - {"precision"})
+    """Return the options for config.yaml: those that describe the job, not its output or execution."""
+    excluded = {"out", "config"} | {name for name in Options.model_fields if get_group(name) == "Execution"}
+    return options.model_dump(mode="json", exclude=excluded - {"precision"})
 
 
 def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
     display = Display(quiet=given.quiet, verbose=given.verbose)
 
     def run(folder: str, **more: Any) -> None:
-        display.say(f"Run {out / folder}")
+        display.print(f"Run {out / folder}")
         left = None if deadline is None else max(1.0, deadline - time.monotonic())
         shared = {**options, "image_size": given.image_size, "time_limit": left}
         compress(**{**shared, **more, "out": out / folder})
@@ -96,7 +96,7 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
     }
     folders = []
     for student in students:
-        for size in sizes or [None]:
+        for size in sizes or (None,):
             folders.append(student.replace("/", "-") + ("" if size is None else f"-{size}"))
             run(folders[-1], student=student, student_size=size, **finished_teacher)
     return compare([out / folder for folder in folders], out=out / COMPARISON)
@@ -104,5 +104,8 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
 
 def _student_of_teacher_run(folder: Path, students: Sequence[str]) -> str:
     """Return the student that the teacher's run was started with, so that students can be added later."""
-    recorded = read_config(folder)["student"] if (folder / RECORD).is_file() else None
-    return recorded if recorded in students else students[0]
+    if (folder / RECORD).is_file():
+        recorded = str(read_config(folder)["student"])
+        if recorded in students:
+            return recorded
+    return students[0]

@@ -104,7 +104,7 @@ def export(folder: Path, **options: Any) -> None:
 
     RUN is a run folder. Options that are not given keep the run's values. Nothing is trained again.
     """
-    from ..api.export import export
+    from ..api.run import export
 
     report = exit_on_error(lambda: export(folder, **select_given(options)), resumable=True)
     _print_report(report, as_json=bool(options["json_"]))
@@ -301,7 +301,7 @@ def models(pattern: str, image_size: int | None) -> None:
 
     PATTERN is a name, with or without wildcards, such as 'mobilenet*'.
     """
-    from ..api.models import list_models
+    from ...models.catalogue import list_models
     from .tables import print_models
 
     print_models(exit_on_error(lambda: list_models(pattern, image_size)))

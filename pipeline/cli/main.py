@@ -103,7 +103,7 @@ class DefaultGroup(click.Group):
 )
 @click.version_option(package_name="questpress", prog_name="compress")
 def cli() -> None:
-    """Distill a large pretrained vision network into a small one, as int8 ONNX.
+    r"""Distill a large pretrained vision network into a small one, as int8 ONNX.
 
     \b
     compress --teacher resnet50 --student mobilenetv2                 train on the built-in digits, in minutes

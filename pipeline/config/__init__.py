@@ -1,1 +1,1 @@
-""""""
+"""Options, their defaults and limits, and recipes."""

@@ -2,8 +2,8 @@
 
 Rounds are the sequential form of FEED (Park, Kwak, ECAI 2020, arXiv 1909.10754): the student of round k,
 trained from scratch, learns from the frozen student of round k − 1, of the same architecture, and the first
-one from the teacher. Different from the paper, any method can be used, and round k draws weights, order and views with
-``--seed`` + k − 1, so the first round is the same as a run without rounds.
+one from the teacher. Different from the paper, any method can be used, and round k draws weights, order and
+views with ``--seed`` + k − 1, so the first round is the same as a run without rounds.
 
 Each round but the last is a stage before those of the student that is exported:
 

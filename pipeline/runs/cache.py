@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...export.files import concerns, flush
 from ..errors import JobError
-from .files import sha256
+from .hashes import sha256
 
 _log = logging.getLogger(__name__)
 

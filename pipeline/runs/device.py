@@ -95,8 +95,8 @@ def choose_device(device: str | None, local_rank: int | None = None) -> str:
 def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
     """Return the engine for training ``network``; ``precision`` is ``auto``, ``fp32`` or ``bf16``.
 
-    bf16 is faster on GPUs, and on CPUs that multiply in bf16 for dense convolutions and matrix products such as
-    the methods' heads. Depthwise convolutions are slower (benchmarks/training/precision.py).
+    bf16 is faster on GPUs, and on CPUs that multiply in bf16 for dense convolutions and matrix products such
+    as the methods' heads. Depthwise convolutions are slower (benchmarks/training/precision.py).
     """
     pays = precision == "auto" and bf16_pays(device)
     if precision == "auto":

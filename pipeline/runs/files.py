@@ -1,7 +1,6 @@
 """Atomic writes, checksums, folder locks and checks of output folders."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -41,18 +40,6 @@ def write_if_changed(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(content: Any) -> str:
-    """Return the SHA-256 of a JSON value in canonical form: the key of stages and cache entries."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_writable(folder: Path, option: str = "--out") -> None:

@@ -17,7 +17,8 @@ from ..config import bounded_yaml
 from ..config.options import Options, get_flag, get_group
 from ..config.stages import list_stages_of_config
 from ..errors import JobError, UsageError
-from .files import check_unlocked, check_writable, digest, lock, sha256, write_text
+from .files import check_unlocked, check_writable, lock, write_text
+from .hashes import digest, sha256
 from .record import RECORD, SCHEMA_VERSION, RunRecord, StageEntry, read_record, write_record
 from .results import Epoch
 

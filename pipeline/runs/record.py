@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ..errors import UsageError
-from .files import digest, write_text
+from .files import write_text
+from .hashes import digest
 
 _log = logging.getLogger(__name__)
 

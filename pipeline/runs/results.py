@@ -1,6 +1,6 @@
 """The report as data: what `report.json` holds, and what `compress(...)` returns.
 
-Every field that is not known yet is ``None`` or empty: the report is written anew after each stage.
+Fields without a value yet are ``None`` or empty: the report is written after each stage.
 Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
@@ -37,7 +37,7 @@ class Int8Search(Result):
 
 
 class Recovery(Result):
-    """Quantization-aware training; what its file gives is told by the search, whose candidate it is."""
+    """Quantization-aware training; its file is one of the candidates of the int8 search."""
 
     epochs: int
     fake_val: float | None
@@ -185,7 +185,7 @@ class BalancedWeight(Result):
 
 
 class TeacherCacheUse(Result):
-    """The teachers' stored answers that the student learned from; see ``docs/store.md``."""
+    """The cached teacher outputs that the student learned from."""
 
     views: int
     """Fixed views of each image."""
@@ -195,7 +195,7 @@ class TeacherCacheUse(Result):
     lost_mass: float | None = None
     """QuEST: the share of p_T that they lose, on average; the largest of the views'."""
     computed: int
-    """Views about which a teacher was asked when this training was last started; all others were stored."""
+    """Views whose outputs were computed by this run; all others were cached."""
 
 
 class Epoch(Result):
@@ -225,12 +225,12 @@ class Epoch(Result):
 
 
 class Example(Result):
-    """A test image with the answers of teacher and shipped student, for the report."""
+    """A test image with the predictions of the teacher and the exported student."""
 
     name: str
     label: str
     teacher: str | None = None
-    """None where no teacher has a head, and so no answer."""
+    """None if no teacher has a head."""
     teacher_probability: float | None = None
     student: str
     student_probability: float
@@ -281,7 +281,7 @@ class Report(Result):
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: list[list[int]] | None = None
-    """Rows: true class; columns: answer of the file that ships; over the test role."""
+    """Rows: true class; columns: class predicted by the exported file; test images."""
     warnings: list[str] = []
     stages: list[StageTime] = []
     environment: dict[str, str] = {}
@@ -291,33 +291,3 @@ class Report(Result):
     """Path of the folder that ships, inside the run folder."""
     checksum: str | None = None
     """SHA-256 of all the rest as canonical JSON; None of older versions."""
-
-
-class Size(Result):
-    """One student: what it looks at, what it costs, and its two files as timed together with the others'."""
-
-    size: int
-    folder: str
-    gmacs: float | None
-    student: Subject
-    student_int8: Subject | None = None
-    """None where no int8 candidate kept within the budget: then the fp32 file ships."""
-
-
-class Resolutions(Result):
-    """What ``resolutions.json`` holds; accuracies are those of the runs' own reports."""
-
-    title: str
-    folder: str
-    command: str
-    method: str
-    teacher: Subject
-    teacher_image_size: int
-    sizes: list[Size]
-    """The largest first."""
-    threads: list[int]
-    environment: dict[str, str]
-    timed: str
-    """The files that were timed and how: a digest."""
-    checksum: str | None = None
-    """SHA-256 of all the rest as canonical JSON."""

@@ -72,7 +72,7 @@ class Score(Result):
 
 
 class ReliabilityBin(Result):
-    """Answers whose confidence lies in (low, high], all in percent; what an empty bin lacks is None."""
+    """Predictions with a confidence in (low, high], in percent; None in an empty bin."""
 
     low: float
     high: float
@@ -89,14 +89,14 @@ class Calibration(Result):
     """
 
     ece: float
-    """Expected calibration error: Σ over the bins of their share times |accuracy − mean confidence|."""
+    """Expected calibration error: Σ over the bins of their fraction times |accuracy − mean confidence|."""
     ece_low: float
     ece_high: float
-    """95 % interval; ``ece_low`` is 0 where an honest network would often show as large an ECE."""
+    """95 % interval; ``ece_low`` is 0 if a calibrated network would often have as large an ECE."""
     confidence: float
-    """What the network says it is right, on average."""
+    """Mean confidence."""
     accuracy: float
-    """How often it is."""
+    """Accuracy of the predictions."""
     gap_low: float
     gap_high: float
     """95 % interval of ``confidence`` minus ``accuracy``: above 0, over-confident."""
@@ -105,7 +105,7 @@ class Calibration(Result):
     n: int
     bins: list[ReliabilityBin]
     temperature: float | None = None
-    """What the file's logits were divided by at export."""
+    """Divisor of the logits in the exported file."""
     before: "Calibration | None" = None
     """The same file without that division."""
 

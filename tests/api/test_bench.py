@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import questpress.pipeline.api.bench as verb
-from questpress.export.latency.results import Flag
+from questpress.export.results import Flag
 from questpress.pipeline.api.bench import QUICK, bench
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.evaluation import latency

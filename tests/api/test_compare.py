@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from questpress.export.latency.results import Percentile
+from questpress.export.results import Percentile
 from questpress.pipeline.api.comparison.compare import compare, to_csv
 from questpress.pipeline.cli.main import cli
 from questpress.pipeline.errors import UsageError

@@ -1,5 +1,6 @@
 """The command line itself: its help, its shorthand, and what it imports."""
 
+import re
 import subprocess
 import sys
 import time
@@ -45,7 +46,9 @@ def test_help_lists_every_option_under_its_heading():
     assert places == sorted(places)
     for name in Options.model_fields:
         shown = get_flag(name)
-        at = told.index(f"{shown}")
+        match = re.search(rf"^  {shown}(?![\w-])", told, re.MULTILINE)
+        assert match is not None, shown
+        at = match.start()
         heading = [name for name, place in zip(GROUPS, places, strict=True) if place < at][-1]
         assert heading == get_group(name), shown
 
@@ -171,7 +174,7 @@ def test_verbose_and_quiet_exclude_each_other(tmp_path):
 
 def test_verbose_shows_defaults_and_epochs(data, cache, tmp_path):
     told = little.job(data, tmp_path / "run", cache, "--until", "teacher", "--verbose").stderr
-    assert "chosen: " in told and "--optimizer adamw" in told and "--image-size" not in told
+    assert "defaults: " in told and "--optimizer adamw" in told and "--image-size" not in told
     epochs = [line.strip() for line in told.splitlines() if line.strip().startswith("teacher epoch ")]
     assert [line.split(":")[0] for line in epochs] == ["teacher epoch 1/2", "teacher epoch 2/2"]
     report = little.report(tmp_path / "run")

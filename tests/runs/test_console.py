@@ -41,7 +41,7 @@ def test_name_without_end_makes_no_sentence_without_end(capsys: pytest.CaptureFi
 def test_progress_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(quiet=False, verbose=True)
     with display.stage(NAME) as stage:
-        display.say(NAME)
+        display.print(NAME)
         display.note(NAME)
         display.warn(NAME)
         display.detail(NAME)

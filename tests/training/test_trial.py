@@ -227,7 +227,7 @@ def settle(timed: Timer) -> Callable[..., tuple[Engine, list[str]]]:
     timed(lambda e: 0.01 if e.precision == "bf16" else 0.1)
 
     def settle(record: RunRecord, **options: str) -> tuple[Engine, list[str]]:
-        task = distillation("none", Engine.of(record.engines["student"].model_dump()))
+        task = distillation("none", Engine.from_record(record.engines["student"].model_dump()))
         job = Run(record, **options)
         pixels, labels = batch()
         first = Batch(pixels, labels, labels, None)
@@ -252,7 +252,7 @@ def test_what_was_found_is_recorded_and_used_again_without_another_race(settle: 
         "bf16, contiguous, 1 thread: 800 images/s"
     ]
     entry = record.engines["student"]
-    assert Engine.of(entry.model_dump()) == engine and entry.key == "k"
+    assert Engine.from_record(entry.model_dump()) == engine and entry.key == "k"
     assert entry.trial == {
         "bf16, channels last, 1 thread": 800.0, "fp32, channels last, 1 thread": 80.0,
         "bf16, contiguous, 1 thread": 800.0,

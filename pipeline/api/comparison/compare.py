@@ -32,13 +32,13 @@ def compare(
         UsageError: a path is not a run, or no run was timed with this number of threads.
         JobError: the files cannot be written.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if not paths:
+    sources = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not sources:
         raise UsageError("At least one run folder is required.")
     folder = Path(out or "comparison")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file. Set it to a folder.")
-    runs = find_runs(paths)
+    runs = find_runs(sources)
     threads = _choose_threads(runs, threads)
     summaries = {run.name: summarize_run(run, threads) for run in runs}
     predictions = {run.name: read_run_predictions(run) for run in runs}
@@ -76,11 +76,11 @@ def _choose_threads(runs: Sequence[Run], threads: int | None) -> int | None:
 
 def _list_warnings(runs: Sequence[ComparedRun], groups: Sequence[Group]) -> list[str]:
     warnings = []
-    known = [group for group in groups if group.fingerprint is not None]
-    if len(known) > 1:
-        names = [f"{group.data} ({plural(len(group.runs), 'run')})" for group in known]
+    with_data = [group for group in groups if group.fingerprint is not None]
+    if len(with_data) > 1:
+        names = [f"{group.data} ({plural(len(group.runs), 'run')})" for group in with_data]
         warnings.append(
-            f"The runs use {len(known)} different data sets: {', '.join(names)}. Accuracies on different "
+            f"The runs use {len(with_data)} different data sets: {', '.join(names)}. Accuracies on different "
             "images are not comparable, so each data set has its own table."
         )
     if any(len(group.machines) > 1 for group in groups):
@@ -135,7 +135,7 @@ def _to_cell(value: object) -> object:
 
 
 def _row(run: ComparedRun, group: Group) -> dict[str, object]:
-    difference = next((one for one in group.accuracies if one.run == run.name), None)
+    difference = next((d for d in group.accuracies if d.run == run.name), None)
     row: dict[str, object] = {
         "run": run.name,
         "method": run.method,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ....export.latency.results import Speedup
+from ....export.results import Speedup
 from ...config import stages
 from ...errors import UsageError
 from ...evaluation.results import ComparedFile, ComparedRun, Kind
@@ -120,14 +120,14 @@ def summarize_run(run: Run, threads: int | None) -> ComparedRun:
         teacher=join_names([network.name for network in report.teachers] or teachers),
         student=student.name if student is not None else str(report.config.get("student", "")),
         image_size=report.image_size,
-        parameters=student and student.parameters,
+        parameters=student.parameters if student else None,
         int8=files["int8"],
         fp32=files["fp32"],
         teacher_file=files["teacher"],
         training_seconds=sum(seconds) if seconds else None,
         seed=seed if isinstance(seed, int) else None,
-        data=report.data and report.data.name,
-        fingerprint=report.data and report.data.fingerprint,
+        data=report.data.name if report.data else None,
+        fingerprint=report.data.fingerprint if report.data else None,
         machine=describe_machine(report.environment) if list_thread_counts(report) else None,
         missing=list_missing(report),
     )
@@ -143,14 +143,14 @@ def _summarize_file(column: Column | None, kind: Kind, threads: int | None) -> C
         kind=kind,
         network=subject.name,
         bytes=subject.bytes,
-        score=subject.score and subject.score.model_copy(update={"classes": []}),
-        ece=subject.calibration and subject.calibration.ece,
-        p50=median and median.value,
-        p50_low=median and median.low,
-        p50_high=median and median.high,
+        score=subject.score.model_copy(update={"classes": []}) if subject.score else None,
+        ece=subject.calibration.ece if subject.calibration else None,
+        p50=median.value if median else None,
+        p50_low=median.low if median else None,
+        p50_high=median.high if median else None,
         speedup=_find_speedup(subject.speedups, threads),
     )
 
 
 def _find_speedup(speedups: Sequence[Speedup], threads: int | None) -> Speedup | None:
-    return next((one for one in speedups if one.over == "teacher" and one.threads == threads), None)
+    return next((s for s in speedups if s.over == "teacher" and s.threads == threads), None)

@@ -74,7 +74,7 @@ def _compare(
         paired=False,
         within_noise=score.high >= best_score.low,
     )
-    own, other = (_select_predictions(one, predictions) for one in (run, best))
+    own, other = (_select_predictions(r, predictions) for r in (run, best))
     if own is not None and other is not None and own[0].has_same_images(other[0]):
         correct, best_correct = own[0].is_correct(own[1]), other[0].is_correct(other[1])
         p = mcnemar(int((best_correct & ~correct).sum()), int((correct & ~best_correct).sum()))

@@ -13,11 +13,11 @@ from ...data.sources import open_data, read_data
 from ...data.splits import UnsplitDataset, quote_names
 from ...errors import UsageError
 from ...report.format import plural
-from ...runs.files import digest
 from ...runs.folder import RunFolder, read_config
+from ...runs.hashes import digest
 from ...runs.predictions import TRAIN_IMAGES_FILE, read_train_images
 from ...runs.scores import TaskName
-from ...tasks import Task
+from ...tasks.base import Task
 from .models import Model
 
 Role = Literal["train", "val", "test", "all"]
@@ -53,8 +53,8 @@ class ValidationImages:
         """Return targets of ``images`` for a model with these ``labels``, see ``Task.encode``."""
         index = {name: number for number, name in enumerate(labels)}
         numbers = [index.get(name, -1) for name in self.classes]
-        known = [[numbers[label] for label in image.labels if numbers[label] >= 0] for image in images]
-        return task.encode(known, len(labels))
+        rows = [[numbers[label] for label in image.labels if numbers[label] >= 0] for image in images]
+        return task.encode(rows, len(labels))
 
 
 def choose_images(
@@ -89,10 +89,10 @@ def choose_images(
         dataset.name,
         dataset.source,
         role,
-        dataset.classes,
+        tuple(dataset.classes),
         sort_images(images),
         dataset.task,
-        dataset.skipped,
+        tuple(dataset.skipped),
         tuple(warnings),
     )
 

@@ -12,11 +12,12 @@ from ....export.runtime import ArtifactError, Classifier, Preprocessing, open_se
 from ....models.checkpoint import tensors_digest
 from ...errors import UsageError
 from ...runs.artifacts import ModelFile, find_teacher_files, name_files, open_files
-from ...runs.files import sha256
 from ...runs.folder import RunFolder
+from ...runs.hashes import sha256
 from ...runs.record import RECORD
 from ...runs.results import Subject
-from ...tasks import Task, task_of_file, thresholds_of
+from ...tasks import task_of_file
+from ...tasks.base import Task, thresholds_of
 
 NO_TEACHER = (
     "The models are not compared with a teacher. Set --teacher to a run folder (whose bench/teacher.onnx is "

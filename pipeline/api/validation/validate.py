@@ -253,7 +253,7 @@ class _Results:
             fused=model.fused,
             image_size=model.preprocessing.size,
             classes=list(labels),
-            teacher=teacher and teacher.name,
+            teacher=None if teacher is None else teacher.name,
             agreement=agreement,
             score=task.score(logits, targets, labels, thresholds),
             calibration=calibration.measure(logits, targets, task.likelihood),
