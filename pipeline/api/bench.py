@@ -27,12 +27,12 @@ from ..evaluation.latency import (
     synthesize_images,
 )
 from ..runs.artifacts import BenchFile, BenchFiles, find_bench_files, find_run_images
-from ..runs.bench_results import Bench, TimedFile
 from ..runs.console import Display
 from ..runs.files import atomic_write, check_writable, command_line, write_text
 from ..runs.folder import RunFolder
 from ..runs.hashes import sha256
 from ..runs.record import with_checksum
+from ..runs.results import Bench, TimedFile
 
 FOLDER = Path("bench-results")
 """Default output folder for files that are not one run's."""
@@ -126,7 +126,7 @@ def bench(
         result = with_checksum(result.model_copy(update={"samples_file": SAMPLES}))
         save(result, samples, folder)
         if updates_run:
-            from ..report.assemble import write
+            from ..report.write import write
 
             write(RunFolder.read(folder.parent))
     return result

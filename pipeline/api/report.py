@@ -7,7 +7,8 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from ..errors import UsageError
-from ..report.assemble import write_report
+from ..report.assemble import assemble
+from ..report.write import FILES, write, write_report
 from ..runs.folder import RunFolder
 from ..runs.results import SCHEMA_VERSION, Report
 
@@ -28,8 +29,6 @@ def report(folder: str | Path, out: str | Path | None = None) -> tuple[Report, l
         UsageError: the folder is not a run, or none of its stages is done.
         JobError: the files cannot be written, or another process is using the run.
     """
-    from ..report import assemble as stage
-
     run = RunFolder.read(Path(folder))
     if not run.record.stages:
         raise UsageError(
@@ -39,13 +38,13 @@ def report(folder: str | Path, out: str | Path | None = None) -> tuple[Report, l
     if out is None:
         run.writes = True
         with run.locked():
-            result = stage.write(run)
+            result = write(run)
     else:
         if target.exists() and not target.is_dir():
             raise UsageError(f"--out {out} is a file. Set it to a folder.")
-        result = stage.assemble(run)
+        result = assemble(run)
         write_report(result, target)
-    return result, [target / name for name in stage.FILES]
+    return result, [target / name for name in FILES]
 
 
 class _Schema(GenerateJsonSchema):

@@ -169,7 +169,8 @@ def _stages(
     display: Display,
     ranks: Ranks,
 ) -> Report:
-    from ..report import assemble as report
+    from ..report.assemble import assemble
+    from ..report.write import write
 
     config = _config(options, images)
     with ranks.main_first():
@@ -207,7 +208,7 @@ def _stages(
             if rounds.get_kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()
                 if not ranks.is_main:
-                    return report.assemble(folder)
+                    return assemble(folder)
                 ranks = Ranks()
                 context = replace(context, ranks=ranks)
             key = folder.key(stage, _entering(stage, config))
@@ -217,8 +218,8 @@ def _stages(
                 continue
             _run_stage(context.for_stage(stage, key), data)
             if ranks.is_main:
-                report.write(folder)
-    return report.write(folder) if ranks.is_main else report.assemble(folder)
+                write(folder)
+    return write(folder) if ranks.is_main else assemble(folder)
 
 
 def _run_stage(context: RunContext, data: TrainingData) -> None:

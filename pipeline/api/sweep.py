@@ -96,9 +96,10 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
     }
     folders = []
     for student in students:
-        for size in sizes or (None,):
-            folders.append(student.replace("/", "-") + ("" if size is None else f"-{size}"))
-            run(folders[-1], student=student, student_size=size, **finished_teacher)
+        for student_size in sizes or (None,):
+            suffix = "" if student_size is None else f"-{student_size}"
+            folders.append(student.replace("/", "-") + suffix)
+            run(folders[-1], student=student, student_size=student_size, **finished_teacher)
     return compare([out / folder for folder in folders], out=out / COMPARISON)
 
 

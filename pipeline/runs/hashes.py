@@ -1,4 +1,4 @@
-"""SHA-256 of files and of plain data; imports nothing, since data/ and methods/ need nothing else of files."""
+"""SHA-256 of files and of JSON values. It imports nothing, since data/ and methods/ need only this."""
 
 import hashlib
 import json

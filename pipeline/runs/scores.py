@@ -123,3 +123,30 @@ class Temperature(Result):
     """Nats, on these images: at 1 and at ``value``."""
     folded: Literal["last layer", "after the logits"] = "last layer"
     note: str | None = None
+
+
+class ClassMeasure(Result):
+    """One class: ``n`` images show it, ``predicted`` are predicted to show it, and ``correct`` is both."""
+
+    label: str
+    n: int
+    predicted: int
+    correct: int
+    recall: Proportion | None = None
+    """``correct`` of ``n``; None if no image shows the class."""
+    precision: Proportion | None = None
+    """``correct`` of ``predicted``; None if the class is never predicted."""
+    f1: float | None = None
+    """None if the class is neither shown nor predicted."""
+
+    @classmethod
+    def from_counts(cls, label: str, n: int, predicted: int, correct: int) -> Self:
+        return cls(
+            label=label,
+            n=n,
+            predicted=predicted,
+            correct=correct,
+            recall=Proportion.from_counts(correct, n) if n else None,
+            precision=Proportion.from_counts(correct, predicted) if predicted else None,
+            f1=200 * correct / (n + predicted) if n + predicted else None,
+        )

@@ -16,8 +16,8 @@ from questpress.pipeline.evaluation import latency
 from questpress.pipeline.evaluation.latency import Subject
 from questpress.pipeline.report.assemble import assemble, bench_facts
 from questpress.pipeline.runs.artifacts import find_bench_files, find_teacher_files, read_input
-from questpress.pipeline.runs.bench_results import Bench
 from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.runs.results import Bench
 
 from tests.support import bench_reports
 from tests.support.little import compress, refused

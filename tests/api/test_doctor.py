@@ -23,9 +23,9 @@ def named(found: doctor.Diagnosis, name: str) -> doctor.Finding:
 
 
 def test_machine_that_runs_the_tests_is_fit(diagnosis):
-    assert diagnosis.fit, [one for one in diagnosis.findings if one.verdict == "missing"]
-    assert named(diagnosis, "torch").told == metadata.version("torch")
-    assert named(diagnosis, "--target here").told in ("x86", "x86-vnni", "arm64")
+    assert diagnosis.can_run, [one for one in diagnosis.findings if one.verdict == "missing"]
+    assert named(diagnosis, "torch").value == metadata.version("torch")
+    assert named(diagnosis, "--target here").value in ("x86", "x86-vnni", "arm64")
 
 
 def test_doctor_checks_every_declared_package(diagnosis):
@@ -64,7 +64,7 @@ def test_missing_package_has_an_install_command_and_exit_code_1(monkeypatch):
     assert result.exit_code == 1
     assert "✗ no-such-package: is not installed" in result.stdout
     assert "→ pip install 'no-such-package>=2'" in result.stdout
-    assert result.stdout.rstrip().endswith("compress cannot run here: 1 thing is missing.")
+    assert result.stdout.rstrip().endswith("compress cannot run on this machine. Missing requirements: 1.")
 
 
 def test_extra_that_is_not_there_is_only_a_note(monkeypatch):
@@ -76,15 +76,15 @@ def test_extra_that_is_not_there_is_only_a_note(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "version", absent)
     (one,) = doctor._extras()
     assert (one.verdict, one.remedy) == ("note", "pip install 'questpress[wandb]'")
-    assert "--track wandb needs it" in one.told
+    assert "required by --track wandb" in one.value
 
 
 def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, _mode: Path(path) != tmp_path)
     one = doctor._folder("cache", tmp_path / "cache", "--cache")
     assert one.verdict == "missing"
-    assert one.told == f"{tmp_path / 'cache'} cannot be written"
-    assert one.remedy == "name another folder with --cache"
+    assert one.value == f"{tmp_path / 'cache'} cannot be written"
+    assert one.remedy == "set another folder with --cache"
 
 
 def test_unreachable_hub_is_a_note():
@@ -95,7 +95,9 @@ def test_unreachable_hub_is_a_note():
         raise urllib.error.HTTPError(request.full_url, 403, "forbidden", {}, None)
 
     away = doctor._hub(unreachable)
-    assert away.verdict == "note" and "(no route to host)" in away.told and "--teacher-weights" in away.remedy
+    assert (
+        away.verdict == "note" and "(no route to host)" in away.value and "--teacher-weights" in away.remedy
+    )
     assert doctor._hub(refuses).verdict == "ok"
 
 

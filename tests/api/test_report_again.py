@@ -84,7 +84,7 @@ def test_folder_without_a_run_is_refused(tmp_path: Path, a_run: Path) -> None:
     (started / "run.json").write_text(
         json.dumps({"schema_version": 1, "stages": {}, "command": "compress -x"})
     )
-    little.refused(little.compress("report", started), 2, "nothing is done yet", "compress -x")
+    little.refused(little.compress("report", started), 2, "No stage of", "compress -x")
 
 
 def test_changed_manifest_is_reported(a_run: Path) -> None:
