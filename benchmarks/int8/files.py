@@ -40,7 +40,8 @@ from questpress.export.runtime import Preprocessing, normalize, open_session
 from questpress.models.build import geometry
 from questpress.pipeline.data.decode import render_images
 from questpress.pipeline.data.sources import open_data
-from questpress.pipeline.runs.files import digest, sha256, write_json
+from questpress.pipeline.runs.files import write_json
+from questpress.pipeline.runs.hashes import digest, sha256
 
 
 @dataclass(frozen=True)

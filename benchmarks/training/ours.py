@@ -22,7 +22,8 @@ from questpress.pipeline.methods.quest.vocabulary import FEATURES_PER_WORD
 from questpress.pipeline.methods.shapes import compute_shapes
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.device import Engine, choose_engine, inference_engine
-from questpress.pipeline.runs.files import digest
+from questpress.pipeline.runs.hashes import digest
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.compute.engine_search import find_fastest_engine
 from questpress.pipeline.training.loop import Batch, BatchSource, ComputeTeachers, backward
@@ -31,6 +32,8 @@ from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import TeacherCache, TeacherSource
 from torch import Tensor, nn
+
+CLASSIFICATION = load_task("classification")
 
 LEARNING_RATE = 1e-3
 """Small: the networks start at random, and what they learn changes no step's cost."""
@@ -93,7 +96,9 @@ class Setting:
         rule = replace(rule, threads=self.threads, compile=self.compile)
         if not self.race:
             return rule
-        alone = DistillationTask(self.network(self.student), self.geometry(self.student), rule)
+        alone = DistillationTask(
+            self.network(self.student), self.geometry(self.student), rule, label_task=CLASSIFICATION
+        )
         first = next(self.stream())
         batch = first.pixels, first.labels, first.keys, first.teachers
         optimizer = partial(build_optimizer, plan=self.plan)
@@ -229,6 +234,7 @@ def step(
         teacher_reads=[asked] if online else [],
         methods=heads,
         student_reads=reads,
+        label_task=CLASSIFICATION,
     )
     optimizer = build_optimizer(task, setting.plan)
     scheduler = build_scheduler(optimizer, setting.plan, STEPS_AN_EPOCH)

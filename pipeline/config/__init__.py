@@ -1,1 +1,6 @@
 """Options, their defaults and limits, and recipes."""
+
+from typing import Literal
+
+TaskName = Literal["classification", "multi-label"]
+"""The kinds of labels; see ``pipeline/tasks``."""

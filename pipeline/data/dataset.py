@@ -11,8 +11,8 @@ from typing import BinaryIO, Literal, get_args
 import numpy as np
 
 from ...export.text import escape_controls
-from ..runs.files import digest
-from ..runs.scores import TaskName
+from ..config import TaskName
+from ..runs.hashes import digest
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

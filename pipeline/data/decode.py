@@ -19,7 +19,7 @@ from torch import Tensor
 from ...export import runtime
 from ...export.runtime import Preprocessing, allowed_cores, render, suppress_pillow_warnings
 from ..runs.cache import Cache
-from ..runs.files import digest, sha256
+from ..runs.hashes import digest, sha256
 from .dataset import Image, ImageSet, Progress, Skipped
 from .render import Pixels, pack_pixels
 from .unreadable import read_pixels, skip_unreadable

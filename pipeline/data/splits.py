@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..config import TaskName
 from ..errors import UsageError
-from ..runs.scores import TaskName
 from .dataset import SPLITS, Duplicate, Image, ImageSet, Skipped, Split, sort_images
 
 TEST_FRACTION = 0.1

@@ -16,7 +16,7 @@ from ...export.results import EndToEnd, Speedup
 from ...export.runtime import Classifier, ImageError, decode_image, render
 from ..data.sources.folders import EXTENSIONS
 from ..errors import UsageError
-from ..runs.bench_results import Bench, TimedFile
+from ..runs.results import Bench, TimedFile
 
 Progress = Callable[[float, str], None]
 

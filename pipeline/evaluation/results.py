@@ -3,42 +3,16 @@
 Scores are percentages, latencies milliseconds, sizes bytes, times seconds.
 """
 
-from typing import Literal, Self
+from typing import Literal
 
 from ...export.results import Result, Speedup
+from ..config import TaskName
 from ..runs.results import Example
-from ..runs.scores import Calibration, Proportion, Score, TaskName
+from ..runs.scores import Calibration, ClassMeasure, Proportion, Score
 
 VALIDATION_SCHEMA_VERSION = 2
 
 Verdict = Literal["better", "no difference", "worse"]
-
-
-class ClassMeasure(Result):
-    """One class: ``n`` images show it, ``predicted`` are predicted to show it, and ``correct`` is both."""
-
-    label: str
-    n: int
-    predicted: int
-    correct: int
-    recall: Proportion | None = None
-    """``correct`` of ``n``; None if no image shows the class."""
-    precision: Proportion | None = None
-    """``correct`` of ``predicted``; None if the class is never predicted."""
-    f1: float | None = None
-    """None if the class is neither shown nor predicted."""
-
-    @classmethod
-    def from_counts(cls, label: str, n: int, predicted: int, correct: int) -> Self:
-        return cls(
-            label=label,
-            n=n,
-            predicted=predicted,
-            correct=correct,
-            recall=Proportion.from_counts(correct, n) if n else None,
-            precision=Proportion.from_counts(correct, predicted) if predicted else None,
-            f1=200 * correct / (n + predicted) if n + predicted else None,
-        )
 
 
 class Confused(Result):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ..config import TaskName
 from ..errors import UsageError
-from ..runs.scores import TaskName
 
 if TYPE_CHECKING:
     from .base import Method, Parameters

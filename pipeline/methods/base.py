@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, distributed, nn
 
+from ..config import TaskName
 from ..config.limits import check_limits
-from ..runs.scores import TaskName
 
 Features = Mapping[str, Tensor]
 """One network's features of a batch: ``map`` [B,C,H,W], ``vector`` [B,D], ``logits`` [B,N], ``map@LEVEL``."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..runs.scores import TaskName
+from ..config import TaskName
 from . import base
 from .logits import LogitMethod, student_logits, teacher_logits
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..runs.scores import TaskName
+from ..config import TaskName
 from . import base, logits
 
 

@@ -1,4 +1,4 @@
-"""Assemble the report of a run from its folder, and write it."""
+"""Assemble the report of a run from the records in its folder."""
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,57 +14,13 @@ from ..config import recipes
 from ..config.stages import get_kind, get_round
 from ..errors import JobError, UsageError
 from ..methods.feed import RECONSTRUCTION
-from ..runs.bench_results import Bench
-from ..runs.files import write_if_changed
 from ..runs.folder import ARTIFACT, RunFolder
 from ..runs.record import read_checked, with_checksum
-from ..runs.results import Epoch, Reconstruction, Report, StageTime
+from ..runs.results import Bench, Epoch, Reconstruction, Report, StageTime
 from . import format
-from .model_card import write_card
-from .pages.run import report_page
-from .render import render_page
 
-FILES = ("report.html", "report.md", "report.json")
 LATER_BENCH = Path("bench/bench.json")
 """The result of `compress bench RUN` in a run folder. The run's own bench removes it."""
-
-
-def write(folder: RunFolder) -> Report:
-    """Write the report again, and the model card if the run has an artifact."""
-    report = assemble(folder)
-    write_report(report, folder.path)
-    if report.artifact is not None:
-        write_card(report, folder.path / report.artifact)
-    return report
-
-
-def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.md and report.html into ``folder``, each atomically.
-
-    Any part of ``report`` may be missing. The same report gives the same bytes.
-
-    Raises:
-        JobError: the folder cannot be written or the disk is full.
-    """
-    report = make_writable(report)
-    pages = render_page(report_page(report), "report")
-    for name, text in {"report.json": report.model_dump_json(indent=2) + "\n", **pages}.items():
-        write_if_changed(folder / name, text)
-
-
-def make_writable(report: Report) -> Report:
-    """Escape control characters and bytes that are not UTF-8, and add the checksum."""
-
-    def escape(content: Any) -> Any:
-        if isinstance(content, str):
-            return escape_controls(content, keep="\n\t")
-        if isinstance(content, dict):
-            return {escape(key): escape(value) for key, value in content.items()}
-        if isinstance(content, (list, tuple)):
-            return [escape(item) for item in content]
-        return content
-
-    return with_checksum(Report.model_validate(escape(report.model_dump())))
 
 
 def assemble(folder: RunFolder) -> Report:
@@ -220,3 +176,18 @@ def bench_facts(bench: Bench) -> dict[str, Any]:
     if len(teachers) == 1:
         facts["teacher"] = teachers[0]
     return {**facts, "environment": dict(bench.environment), "bench": bench.model_dump(mode="json")}
+
+
+def make_writable(report: Report) -> Report:
+    """Escape control characters and bytes that are not UTF-8, and add the checksum."""
+
+    def escape(content: Any) -> Any:
+        if isinstance(content, str):
+            return escape_controls(content, keep="\n\t")
+        if isinstance(content, dict):
+            return {escape(key): escape(value) for key, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return [escape(item) for item in content]
+        return content
+
+    return with_checksum(Report.model_validate(escape(report.model_dump())))

@@ -6,8 +6,7 @@ A missing value is a dash, a value that is not finite is "not finite". Sizes are
 from collections import Counter
 from collections.abc import Sequence
 from math import floor, isfinite, log10
-
-from ..runs.scores import Proportion, Score
+from typing import Protocol
 
 MISSING = "–"
 
@@ -142,16 +141,25 @@ def p_equals(p: float) -> str:
     return f"p {p_value(p)}" if p < 0.001 else f"p = {p_value(p)}"
 
 
-def score(value: Score | Proportion | None) -> str:
+class Measured(Protocol):
+    """A score or a proportion of ``n`` images in percent, with its interval."""
+
+    percent: float
+    low: float
+    high: float
+    n: int
+
+
+def score(value: Measured | None) -> str:
     """Format a score with its 95 % interval: 97.2 % (93.7–98.8 %)."""
     if value is None:
         return MISSING
     return f"{percent(value.percent, value.n)} ({score_interval(value)})"
 
 
-def score_interval(value: Score | Proportion | None) -> str:
+def score_interval(value: Measured | None) -> str:
     return MISSING if value is None else percent_interval(value.low, value.high, value.n)
 
 
-def score_percent(value: Score | Proportion | None) -> str:
+def score_percent(value: Measured | None) -> str:
     return MISSING if value is None else percent(value.percent, value.n)

@@ -17,7 +17,7 @@ from ..evaluation.likelihood import Sigmoid
 from ..runs.files import write_if_changed
 from ..runs.results import Report
 from ..runs.scores import ClassScore
-from ..tasks import TASKS
+from ..tasks import load_task
 from . import format
 from .networks import (
     Column,
@@ -57,7 +57,7 @@ def write_card(report: Report, folder: Path) -> None:
 def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
     """Return the text of README.md for an artifact folder with this manifest."""
     preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
-    is_uint8, task = manifest.get("input") == UINT8, TASKS[manifest.get("task", "classification")]
+    is_uint8, task = manifest.get("input") == UINT8, load_task(manifest.get("task", "classification"))
     program = render_plain_template(
         "classify.cpp.j2",
         side=preprocessing.size,

@@ -1,11 +1,15 @@
 """The networks that a report compares, and their speed relative to each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from ..runs.results import Report, Subject
+from ..runs.scores import Score
 from ..tasks import task_of
 from . import format
+from .tables import Attribute, attribute_rows
 
 Verdict = Literal["faster", "no difference", "slower"]
 
@@ -129,3 +133,31 @@ def compare_speed(column: Column | None, over: Column | None, threads: str) -> S
                 return SpeedRatio(column, over, threads, speedup.ratio, speedup.low, speedup.high)
     p50, other = median_latency(column.subject, threads), median_latency(over.subject, threads)
     return SpeedRatio(column, over, threads, other / p50) if p50 and other else None
+
+
+def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
+    """Return rows for a score, its interval and its further metrics, with a column for each network."""
+    measured = [score for score in scores if score is not None]
+    if not measured:
+        return []
+    attributes: dict[str, Attribute] = {
+        format.title(measured[0].metric): (lambda score: score, format.score_percent),
+        "95 % interval": (lambda score: score, format.score_interval),
+        "Correct images": (
+            lambda score: score if score is not None and score.correct is not None else None,
+            lambda score: f"{score.correct:,} of {score.n:,}",
+        ),
+    }
+    for name in dict.fromkeys(name for score in measured for name in score.details):
+        attributes[f"{name[:1].upper()}{name[1:]}"] = (partial(_format_detail, name), str)
+    return attribute_rows(scores, attributes)
+
+
+def _format_detail(name: str, score: Score | None) -> str | None:
+    measure = score.details.get(name) if score is not None else None
+    if score is None or measure is None:
+        return None
+    percent = format.percent(measure.percent, score.n)
+    if measure.low is None or measure.high is None:
+        return percent
+    return f"{percent} ({format.percent_interval(measure.low, measure.high, score.n)})"

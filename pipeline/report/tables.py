@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from html import escape
 from typing import Any
 
@@ -13,7 +12,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ...export.text import escape_controls
-from ..runs.scores import Score
 from . import format
 
 MAX_TERMINAL_NAME = 34
@@ -142,31 +140,3 @@ def attribute_rows(items: Sequence[Any], attributes: Mapping[str, Attribute]) ->
         if any(value is not None for value in values):
             rows.append([name, *(format.MISSING if value is None else write(value) for value in values)])
     return rows
-
-
-def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
-    """Return rows for a score, its interval and its further metrics, with a column for each network."""
-    measured = [score for score in scores if score is not None]
-    if not measured:
-        return []
-    attributes: dict[str, Attribute] = {
-        format.title(measured[0].metric): (lambda score: score, format.score_percent),
-        "95 % interval": (lambda score: score, format.score_interval),
-        "Correct images": (
-            lambda score: score if score is not None and score.correct is not None else None,
-            lambda score: f"{score.correct:,} of {score.n:,}",
-        ),
-    }
-    for name in dict.fromkeys(name for score in measured for name in score.details):
-        attributes[f"{name[:1].upper()}{name[1:]}"] = (partial(_format_detail, name), str)
-    return attribute_rows(scores, attributes)
-
-
-def _format_detail(name: str, score: Score | None) -> str | None:
-    measure = score.details.get(name) if score is not None else None
-    if score is None or measure is None:
-        return None
-    percent = format.percent(measure.percent, score.n)
-    if measure.low is None or measure.high is None:
-        return percent
-    return f"{percent} ({format.percent_interval(measure.low, measure.high, score.n)})"

@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ..evaluation.results import Comparison, Validation
-from ..runs.bench_results import Bench
 from ..runs.console import safe_console
-from ..runs.results import Report
+from ..runs.results import Bench, Report
 from . import format
 from .networks import compared_networks, median_latency, score_name, shipped_network, thread_counts
 from .pages import comparison as comparison_page

@@ -6,6 +6,8 @@ Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 
 from typing import Any
 
+import numpy as np
+
 from ...export.results import (
     Candidate,
     ColdStart,
@@ -19,7 +21,8 @@ from ...export.results import (
     Speedup,
     Throughput,
 )
-from .scores import Calibration, Proportion, Score, TaskName, Temperature
+from ..config import TaskName
+from .scores import Calibration, Proportion, Score, Temperature
 
 BENCH_SCHEMA_VERSION = 1
 
@@ -194,6 +197,13 @@ class Subject(Result):
     opset: int | None = None
     ir_version: int | None = None
     quantization: dict[str, Any] | None = None
+
+    @property
+    def thresholds(self) -> np.ndarray | None:
+        """Thresholds of the classes that the score is measured at, float64 [classes]; None if it has none."""
+        classes = self.score.classes if self.score is not None else []
+        thresholds = [scored.threshold for scored in classes if scored.threshold is not None]
+        return np.array(thresholds) if thresholds else None
 
 
 class DataSummary(Result):

@@ -5,9 +5,6 @@ from typing import Literal, Self
 
 from ...export.results import Result
 
-TaskName = Literal["classification", "multi-label"]
-"""The kinds of labels; see ``pipeline/tasks``."""
-
 
 class Proportion(Result):
     """``correct`` of ``n`` in percent, with its 95 % Wilson interval."""

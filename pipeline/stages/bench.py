@@ -21,10 +21,10 @@ from ..evaluation.latency import (
     synthesize_images,
 )
 from ..report.assemble import LATER_BENCH, bench_facts
-from ..runs.bench_results import Bench, TimedFile
-from ..runs.files import atomic_write, sha256
+from ..runs.files import atomic_write
 from ..runs.folder import StageResult
-from ..runs.results import Int8Search
+from ..runs.hashes import sha256
+from ..runs.results import Bench, Int8Search, TimedFile
 from ..training.context import RunContext
 from ..training.weights import load_network
 from .export import STUDENT_ONNX, origin

@@ -9,7 +9,7 @@ from ...export.runtime import Preprocessing, normalize
 from ..data.decode import render_images
 from ..data.training_data import NetworkSpec, TrainingData
 from ..data.views import draw_order
-from ..runs.files import digest
+from ..runs.hashes import digest
 
 BATCH = 16
 

@@ -19,8 +19,9 @@ from ..data.views import FIXED_SEED
 from ..evaluation.inference import batches
 from ..methods.base import Features, PrepareContext
 from ..runs.device import inference_engine, use_threads
-from ..runs.files import atomic_write, digest
+from ..runs.files import atomic_write
 from ..runs.folder import StageResult
+from ..runs.hashes import digest
 from ..training.context import RunContext
 from ..training.student import method_setup
 from ..training.task import Teacher

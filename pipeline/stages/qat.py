@@ -38,9 +38,16 @@ from ..runs.folder import StageResult
 from ..runs.results import Recovery
 from ..training.context import RunContext
 from ..training.quantized import PixelsToGraph, QuantizedReadouts
-from ..training.student import HEADS, build_methods, load_heads, load_projection, student_reads, student_task
+from ..training.student import (
+    HEADS,
+    build_methods,
+    load_heads,
+    load_projection,
+    student_reads,
+    student_task,
+    view_schedule,
+)
 from ..training.task import DistillationTask
-from ..training.teacher_cache import view_schedule
 from ..training.trainer import build_plan, choose_run_engine, run_training
 from ..training.weights import load_network
 from .calibration_images import draw_calibration_images

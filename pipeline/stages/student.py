@@ -20,9 +20,9 @@ from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import BalancedWeight, Round, Subject, TeacherCacheUse
 from ..training.context import RunContext
-from ..training.student import HEADS, build_methods, save_heads, student_task
+from ..training.student import HEADS, build_methods, save_heads, student_task, view_schedule
 from ..training.task import DistillationTask
-from ..training.teacher_cache import TeacherCache, view_schedule
+from ..training.teacher_cache import TeacherCache
 from ..training.trainer import build_plan, choose_run_engine, run_training
 from ..training.weights import weights_metadata
 from . import prepare

@@ -22,7 +22,6 @@ from ..runs.device import Engine, choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import DataSummary, Subject
-from ..tasks import thresholds_of
 from ..training.context import RunContext
 from ..training.task import DistillationTask
 from ..training.trainer import build_plan, choose_run_engine, run_training
@@ -240,7 +239,7 @@ def _describe_ensemble(
     if not logits:
         return ensemble
     labels = data.rendered("test", context.teachers[0])[1].numpy()
-    thresholds = [t for subject in subjects if (t := thresholds_of(subject)) is not None]
+    thresholds = [t for subject in subjects if (t := subject.thresholds) is not None]
     score = context.task.score(
         context.task.likelihood.ensemble(logits),
         labels,

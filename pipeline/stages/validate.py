@@ -20,7 +20,7 @@ from ..runs import predictions
 from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import Int8Search, Subject
 from ..runs.scores import Calibration, Score
-from ..tasks.base import Task, thresholds_of
+from ..tasks.base import Task
 from ..training.context import RunContext
 from .export import STUDENT_INT8, STUDENT_ONNX, onnx_logits, origin
 from .teacher import LOGITS
@@ -40,7 +40,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         logits[ships] = onnx_logits(context, folder / STUDENT_INT8, images, fuse=fuse)
     file = folder / (STUDENT_INT8 if ships == "student_int8" else STUDENT_ONNX)
     thresholds = Classifier(file.read_bytes(), file.name).thresholds
-    teacher_thresholds = thresholds_of(Subject.model_validate(previous["teacher"]))
+    teacher_thresholds = Subject.model_validate(previous["teacher"]).thresholds
     teachers = _teacher_logits(folder, len(previous["teachers"]))
     with_head = [t for t in teachers if t is not None]
     teacher = task.likelihood.ensemble(with_head) if with_head else None

@@ -1,29 +1,38 @@
 """Tasks: what a network learns from its labels, how it is scored and decoded, and what the report calls it.
 
-One task is one class in one file. To add one, write its file, add its class to ``TASKS`` and its name to
-``TaskName`` in ``runs/scores.py``, and let a reader of data sets set ``ImageSet.task``.
+One task is one class in one file. To add one, write its file, add it to ``TASKS`` and ``TaskName``, and let a
+reader of data sets set ``ImageSet.task``.
 """
+
+from functools import cache
+from importlib import import_module
 
 import numpy as np
 
+from ..config import TaskName
 from ..data.dataset import ImageSet
 from ..runs.results import DataSummary
-from ..runs.scores import TaskName
-from .base import Task, thresholds_of
-from .classification import Classification
-from .multi_label import MultiLabel
+from .base import Task
 
-__all__ = ["CLASSIFICATION", "MULTI_LABEL", "TASKS", "Task", "task_of", "task_of_file", "thresholds_of"]
+TASKS: dict[TaskName, str] = {
+    "classification": "classification:Classification",
+    "multi-label": "multi_label:MultiLabel",
+}
+"""Name -> module:class. Imported when used."""
 
-CLASSIFICATION, MULTI_LABEL = Classification(), MultiLabel()
-TASKS: dict[TaskName, Task] = {task.name: task for task in (CLASSIFICATION, MULTI_LABEL)}
+
+@cache
+def load_task(name: TaskName) -> Task:
+    module, cls = TASKS[name].split(":")
+    task: Task = getattr(import_module(f".{module}", __package__), cls)()
+    return task
 
 
 def task_of(data: ImageSet | DataSummary) -> Task:
     """Return the task that a data set is labeled for."""
-    return TASKS[data.task]
+    return load_task(data.task)
 
 
 def task_of_file(thresholds: np.ndarray | None) -> Task:
     """Return the task of a model file by its thresholds, which multi-label files have."""
-    return CLASSIFICATION if thresholds is None else MULTI_LABEL
+    return load_task("classification" if thresholds is None else "multi-label")

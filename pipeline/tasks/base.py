@@ -5,28 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from numpy import ndarray
 from torch import Tensor, nn
 
+from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation.likelihood import Likelihood
-from ..evaluation.results import ClassMeasure
-from ..runs.results import Subject
-from ..runs.scores import Proportion, Score, TaskName
+from ..runs.scores import ClassMeasure, Proportion, Score
 
 Names = Sequence[str]
 CHUNK = 4096
 """Images that are decoded at once, in float64."""
 Thresholds = ndarray | None
 """Parameters of decoding, float64 [classes]; None for a task that has none, or for its default."""
-
-
-def thresholds_of(subject: Subject) -> Thresholds:
-    """Return the thresholds that a network was scored at."""
-    classes = subject.score.classes if subject.score is not None else []
-    thresholds = [scored.threshold for scored in classes if scored.threshold is not None]
-    return np.array(thresholds) if thresholds else None
 
 
 @dataclass(frozen=True)

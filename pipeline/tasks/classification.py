@@ -8,10 +8,11 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from ...export.runtime import softmax
+from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation.comparison import SIGNIFICANT, mcnemar
 from ..evaluation.likelihood import Softmax
-from ..runs.scores import ClassScore, Measure, Proportion, Score, TaskName
+from ..runs.scores import ClassScore, Measure, Proportion, Score
 from .base import CHUNK, Chance, Names, PairedTest, Task, Thresholds
 
 UNEVEN = 1.5

@@ -9,9 +9,10 @@ from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from ...export.runtime import sigmoid
+from ..config import TaskName
 from ..evaluation import average_precision
 from ..evaluation.likelihood import Sigmoid
-from ..runs.scores import ClassScore, Measure, Score, TaskName
+from ..runs.scores import ClassScore, Measure, Score
 from .base import Chance, Names, Task, Thresholds
 
 NO_CLASS = "no class"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import JobError
-from ..runs.files import atomic_write, sha256
+from ..runs.files import atomic_write
+from ..runs.hashes import sha256
 
 MARK = b"\nsha256 "
 """Precedes the checksum at the end of the file, which torch's reader ignores. Without it, a flipped bit in a

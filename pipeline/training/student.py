@@ -1,7 +1,8 @@
 """The task that trains a student: its methods, and its teachers or their cached outputs."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ...models.checkpoint import tensors_digest
 from ...models.projection import Widened, widen
 from ...models.readout import Readouts
 from .. import methods
 from ..config.options import Options
 from ..data.training_data import NetworkSpec, TrainingData
-from ..methods.base import Method, Setup, Shapes
+from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
+from ..methods.base import CachedOutput, Method, Setup, Shapes
 from ..methods.shapes import compute_shapes
 from ..runs.device import Engine, inference_engine
+from ..runs.hashes import digest
 from .context import Round, RunContext
 from .quantized import QuantizedReadouts
 from .task import DistillationTask
-from .teacher_cache import TeacherCache, open_teacher_cache
+from .teacher_cache import TeacherCache, TeacherSource
 from .trainer import choose_run_engine
 from .weights import load_teacher
 
@@ -181,3 +185,62 @@ def load_projection(path: Path) -> nn.Linear | None:
     layer = torch.nn.utils.skip_init(nn.Linear, features, width, bias="bias" in state)
     layer.load_state_dict(state)
     return layer
+
+
+def view_schedule(options: Options, policy: ViewPolicy, seed: int) -> ViewSchedule:
+    """Return which views the student sees."""
+    return ViewSchedule(policy, seed, options.cache_views or None)
+
+
+def open_teacher_cache(
+    context: RunContext, data: TrainingData, methods: Mapping[str, Method], engine: Engine
+) -> TeacherCache:
+    """Return the cache of the outputs that these methods read, computed with ``engine``."""
+    teachers = context.round.teachers
+    schedule = view_schedule(context.options, data.policy, context.round.seed)
+    views = data.views(schedule.view_seed, teachers[0].image_size)
+
+    def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
+        plan = ((indices, torch.full_like(indices, view)) for indices in batches)
+        return (pixels for pixels, *_ in views.batches(plan, context.device))
+
+    def show(work: str, done: int, total: int) -> None:
+        context.progress.update(work, done, total, "images")
+
+    run = context.folder.path
+    sources = [
+        TeacherSource(
+            teacher.name,
+            context.dataset_name,
+            source_key(run, data, teacher, engine.precision),
+            _distinct_outputs(methods, t),
+            partial(load_teacher, run, teacher, engine),
+        )
+        for t, teacher in enumerate(teachers)
+    ]
+    return TeacherCache(context.cache, sources, len(views), render, show, context.ranks)
+
+
+def _distinct_outputs(methods: Mapping[str, Method], t: int) -> Sequence[CachedOutput]:
+    distinct: dict[str, CachedOutput] = {}
+    for method in methods.values():
+        for output in method.cached_outputs(t):
+            distinct.setdefault(digest(output.key), output)
+    return list(distinct.values())
+
+
+def source_key(run: Path, data: TrainingData, teacher: NetworkSpec, precision: str) -> dict[str, object]:
+    """Return all that a teacher's outputs depend on, besides the view number."""
+    geometry = teacher.geometry
+    return {
+        "weights": tensors_digest(run / teacher.file),
+        "architecture": teacher.name,
+        "precision": precision,
+        "mean": list(geometry.mean),
+        "std": list(geometry.std),
+        "images": digest(data.train.keys.tolist()),
+        "form": data.form,
+        "policy": asdict(data.policy),
+        "seed": FIXED_SEED,
+        "size": teacher.image_size,
+    }

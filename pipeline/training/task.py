@@ -22,7 +22,7 @@ from ..methods.base import Batch, Features, Method
 from ..methods.gradient_balance import GradientBalance
 from ..runs.device import Engine
 from ..runs.results import BalancedWeight
-from ..tasks import CLASSIFICATION, Task
+from ..tasks.base import Task
 from .compute.distributed import Ranks
 from .monitoring.meter import Clock
 from .quantized import QuantizedReadouts
@@ -226,7 +226,7 @@ class DistillationTask(TrainingTask):
         geometry: Geometry,
         engine: Engine,
         *,
-        label_task: Task = CLASSIFICATION,
+        label_task: Task,
         label_smoothing: float = 0.0,
         teachers: Sequence[Teacher] = (),
         teacher_reads: Sequence[frozenset[str]] = (),

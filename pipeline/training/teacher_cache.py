@@ -17,8 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,20 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.checkpoint import tensors_digest
-from ..config.options import Options
 from ..data.render import to_device
-from ..data.training_data import NetworkSpec, TrainingData
-from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
 from ..errors import JobError
-from ..methods.base import CachedOutput, Features, Method
+from ..methods.base import CachedOutput, Features
 from ..report import format
 from ..runs.cache import Cache
-from ..runs.device import Engine, free_memory
-from ..runs.files import digest
+from ..runs.device import free_memory
+from ..runs.hashes import digest
 from .compute.distributed import Ranks
-from .context import RunContext
-from .weights import load_teacher
 
 KIND = "teacher-outputs"
 ABOUT = "about.json"
@@ -281,65 +274,6 @@ class TeacherCache:
         """Return the largest mean fraction of p_T that a cached view has lost; None without words."""
         lost = [lost_mass(arrays) for arrays in self._open.values()]
         return max((mass for mass in lost if mass is not None), default=None)
-
-
-def view_schedule(options: Options, policy: ViewPolicy, seed: int) -> ViewSchedule:
-    """Return which views the student sees."""
-    return ViewSchedule(policy, seed, options.cache_views or None)
-
-
-def open_teacher_cache(
-    context: RunContext, data: TrainingData, methods: Mapping[str, Method], engine: Engine
-) -> TeacherCache:
-    """Return the cache of the outputs that these methods read, computed with ``engine``."""
-    teachers = context.round.teachers
-    schedule = view_schedule(context.options, data.policy, context.round.seed)
-    views = data.views(schedule.view_seed, teachers[0].image_size)
-
-    def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
-        plan = ((indices, torch.full_like(indices, view)) for indices in batches)
-        return (pixels for pixels, *_ in views.batches(plan, context.device))
-
-    def show(work: str, done: int, total: int) -> None:
-        context.progress.update(work, done, total, "images")
-
-    run = context.folder.path
-    sources = [
-        TeacherSource(
-            teacher.name,
-            context.dataset_name,
-            source_key(run, data, teacher, engine.precision),
-            _distinct_outputs(methods, t),
-            partial(load_teacher, run, teacher, engine),
-        )
-        for t, teacher in enumerate(teachers)
-    ]
-    return TeacherCache(context.cache, sources, len(views), render, show, context.ranks)
-
-
-def _distinct_outputs(methods: Mapping[str, Method], t: int) -> Sequence[CachedOutput]:
-    distinct: dict[str, CachedOutput] = {}
-    for method in methods.values():
-        for output in method.cached_outputs(t):
-            distinct.setdefault(digest(output.key), output)
-    return list(distinct.values())
-
-
-def source_key(run: Path, data: TrainingData, teacher: NetworkSpec, precision: str) -> dict[str, object]:
-    """Return all that a teacher's outputs depend on, besides the view number."""
-    geometry = teacher.geometry
-    return {
-        "weights": tensors_digest(run / teacher.file),
-        "architecture": teacher.name,
-        "precision": precision,
-        "mean": list(geometry.mean),
-        "std": list(geometry.std),
-        "images": digest(data.train.keys.tolist()),
-        "form": data.form,
-        "policy": asdict(data.policy),
-        "seed": FIXED_SEED,
-        "size": teacher.image_size,
-    }
 
 
 def create_arrays(folder: Path, output: CachedOutput, images: int) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from questpress.pipeline import methods
-from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.options import read_options
+from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.config import recipes
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods.base import Setup, Shapes

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.data.render import Views, pack_pixels
-from questpress.pipeline.data.views import FIXED_SEED, FIRST_LISTED, ViewSchedule, ViewPolicy
+from questpress.pipeline.data.views import FIRST_LISTED, FIXED_SEED, ViewPolicy, ViewSchedule
 
 SIDE, COUNT = 8, 40
 PAD = ViewPolicy("pad_crop", side=SIDE, crop=SIDE, pad=2, flip=True)  # 5 · 5 · 2 = 50 views

@@ -12,12 +12,11 @@ import pytest
 from questpress.pipeline.api.cache import parse_size
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.data.training_data import NetworkSpec
-from questpress.pipeline.data.training_data import TrainingData
+from questpress.pipeline.data.training_data import NetworkSpec, TrainingData
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.runs.cache import Cache
-from questpress.pipeline.runs.files import digest
-from questpress.pipeline.training.teacher_cache import source_key
+from questpress.pipeline.runs.hashes import digest
+from questpress.pipeline.training.student import source_key
 from safetensors.torch import load_file, save_file
 
 from tests.support import little

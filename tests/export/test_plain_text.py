@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from questpress.export.text import escape_json, escape_controls
+from questpress.export.text import escape_controls, escape_json
 
 
 @pytest.mark.parametrize(

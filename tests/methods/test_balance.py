@@ -15,11 +15,14 @@ from questpress.pipeline.methods.dkd import Parameters as DkdParameters
 from questpress.pipeline.methods.gradient_balance import STEPS, GradientBalance, gradient_norm
 from questpress.pipeline.methods.kd import Kd, Parameters
 from questpress.pipeline.methods.quest.quest import Quest
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.task import DistillationTask
 from torch import Tensor
 
 from tests.support import little
 from tests.support.toys import ENGINE, distillation
+
+CLASSIFICATION = load_task("classification")
 
 SHAPES = Shapes({}, vector=None, logits=3)
 LEAST, MOST = Kd.gradient_ratio
@@ -129,7 +132,7 @@ def test_weights_below_the_range_all_end_at_the_same_strength() -> None:
 def test_last_map_is_on_the_path_to_the_logits(student: str) -> None:
     trainee = DistillationTask(
         build(student, num_classes=3, image_size=32, seed=0), geometry(student, 32), ENGINE,
-        methods={"kd": kd()}, balance=True,
+        methods={"kd": kd()}, balance=True, label_task=CLASSIFICATION,
     ).trainable_module  # fmt: skip
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     read = trainee.readouts(trainee.normalize(images), trainee.reads)

@@ -12,7 +12,7 @@ from questpress.pipeline.methods.base import Features, PrepareContext, Shapes
 from questpress.pipeline.methods.quest import vocabulary
 from questpress.pipeline.methods.quest.vocabulary import FeatureMatrix, Vocabulary, learn_vocabulary
 from questpress.pipeline.runs.cache import Cache
-from questpress.pipeline.runs.files import digest
+from questpress.pipeline.runs.hashes import digest
 
 C, H, W = 3, 4, 5
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from questpress.export.int8.results import FloatNode
+from questpress.export.results import FloatNode
 from questpress.pipeline.report.pages.comparison import render_comparison
 from questpress.pipeline.report.pages.validation import render_validation
 

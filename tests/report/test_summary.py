@@ -1,7 +1,7 @@
 """The first screen of a report never flatters: slower is slower, noise is noise."""
 
 import pytest
-from questpress.export.latency.results import Speedup
+from questpress.export.results import Speedup
 from questpress.pipeline.report import summary
 from questpress.pipeline.report.networks import all_networks, compare_speed
 from questpress.pipeline.runs.results import Report

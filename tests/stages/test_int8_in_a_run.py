@@ -9,8 +9,7 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
-from questpress.export.int8.results import Candidate, FloatNode
-from questpress.export.latency.results import Speedup
+from questpress.export.results import Candidate, FloatNode, Speedup
 from questpress.export.runtime import Classifier
 from questpress.pipeline.stages import quantize
 

@@ -12,7 +12,10 @@ from questpress.pipeline.methods.base import Setup
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.methods.shapes import check_methods, compute_shapes
 from questpress.pipeline.runs.device import Engine
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.task import DistillationTask, Teacher
+
+CLASSIFICATION = load_task("classification")
 
 STUDENT, SIZE, CLASSES, WORDS = "mobilenetv2_035", 64, 3, 6
 ENGINE = Engine("cpu", 1, "fp32")
@@ -59,6 +62,7 @@ def test_student_learns_from_any_teacher_family(name: str) -> None:
         methods={"quest": quest},
         student_reads=Quest.reads(Parameters(), of_student),
         weights={"ce": 0.0},
+        label_task=CLASSIFICATION,
     )
     task.train()
     losses = []

@@ -12,8 +12,7 @@ from questpress.export.results import (
     Speedup,
     Throughput,
 )
-from questpress.pipeline.runs.bench_results import Bench, TimedFile
-from questpress.pipeline.runs.results import Report
+from questpress.pipeline.runs.results import Bench, Report, TimedFile
 
 from tests.support import reports
 

@@ -14,6 +14,7 @@ from questpress.pipeline.methods.base import Setup, Shapes
 from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.loop import BatchSource, train
@@ -21,6 +22,8 @@ from questpress.pipeline.training.optimizer import Plan
 from questpress.pipeline.training.task import DistillationTask, Teacher
 
 from tests.support.little import picture
+
+CLASSIFICATION = load_task("classification")
 
 SIDE, CLASSES = 16, 3
 ENGINE = Engine("cpu", 1, "fp32")
@@ -64,11 +67,13 @@ def distillation(**changes: Any) -> DistillationTask:
         "methods": {"quest": quest},
         "student_reads": frozenset({"map"}),
     }
-    return DistillationTask(network(), g, ENGINE, **{**values, **changes})
+    return DistillationTask(network(), g, ENGINE, **{**values, **changes}, label_task=CLASSIFICATION)
 
 
 def supervised(**changes: Any) -> DistillationTask:
-    return DistillationTask(network(), geometry("cifar_resnet8", SIDE), ENGINE, **changes)
+    return DistillationTask(
+        network(), geometry("cifar_resnet8", SIDE), ENGINE, **changes, label_task=CLASSIFICATION
+    )
 
 
 def learn(

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from questpress.pipeline.evaluation.comparison import mcnemar
 from questpress.pipeline.stages.quantize import Budget
-from questpress.pipeline.tasks import CLASSIFICATION, MULTI_LABEL
+from questpress.pipeline.tasks import load_task
+
+CLASSIFICATION = load_task("classification")
+MULTI_LABEL = load_task("multi-label")
 
 
 def answers(right: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarray:

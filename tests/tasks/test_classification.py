@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from questpress.pipeline.runs.scores import Proportion, Score
-from questpress.pipeline.tasks import CLASSIFICATION as TASK
+from questpress.pipeline.tasks import load_task
+
+TASK = load_task("classification")
 
 
 def one_hot(predictions: list[int], classes: int) -> np.ndarray:

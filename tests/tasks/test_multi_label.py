@@ -12,10 +12,12 @@ from questpress.pipeline.data.sources.label_files import read_label_file
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation import average_precision
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
-from questpress.pipeline.tasks import MULTI_LABEL as TASK
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.monitoring.meter import Meter
 from sklearn.metrics import average_precision_score, f1_score
+
+TASK = load_task("multi-label")
 
 N, C = 60, 4
 RNG = np.random.default_rng(0)

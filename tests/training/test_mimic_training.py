@@ -9,11 +9,14 @@ from questpress.models.build import build, geometry
 from questpress.models.projection import Widened, widen
 from questpress.pipeline.methods import mimic
 from questpress.pipeline.methods.base import Setup, Shapes
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import nn
 
 from tests.support.toys import CLASSES, ENGINE, SIDE, learn, network, plan
+
+CLASSIFICATION = load_task("classification")
 
 WIDTH, HASHES = 128, 40
 
@@ -42,7 +45,7 @@ def widened(
         "student_reads": frozenset({"vector"}),
         "balance": True,
     }
-    return DistillationTask(student, g, engine, **{**values, **changes})
+    return DistillationTask(student, g, engine, **{**values, **changes}, label_task=CLASSIFICATION)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.process import STOP
 from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.tasks import CLASSIFICATION
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.compute.distributed import Ranks, join, leave
@@ -38,6 +38,8 @@ from torch import Tensor, nn
 from tests.support import little, several
 from tests.support.little import files, record, report, weights
 from tests.support.toys import CLASSES, ENGINE, SIDE, network, plan, views
+
+CLASSIFICATION = load_task("classification")
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
@@ -111,6 +113,7 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
         balance=o.get("balance", False),
         ema=o.get("ema"),
         ranks=ranks,
+        label_task=CLASSIFICATION,
     )
     if ranks.count > 1:
         task.prepare_distributed()

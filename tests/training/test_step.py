@@ -10,12 +10,15 @@ from questpress.models.build import build, geometry
 from questpress.pipeline import methods
 from questpress.pipeline.methods.base import Setup, Shapes
 from questpress.pipeline.runs.device import Engine
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.monitoring.meter import Meter
 from questpress.pipeline.training.optimizer import Plan, build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+CLASSIFICATION = load_task("classification")
 
 SIDE, CLASSES, BATCH = 16, 5, 8
 FP32 = Engine("cpu", 1, "fp32")
@@ -78,6 +81,7 @@ def distillation(method: str, engine: Engine, balance: bool = True) -> Distillat
         },
         student_reads=reads,
         balance=balance,
+        label_task=CLASSIFICATION,
     )
 
 

@@ -17,6 +17,7 @@ from questpress.pipeline import stages
 from questpress.pipeline.runs import process
 from questpress.pipeline.runs.process import STOP, TIME_LIMIT_EXIT, TimeLimit, parse_time
 from questpress.pipeline.runs.results import Epoch
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training import loop
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.loop import train
@@ -26,6 +27,8 @@ from torch import nn
 from tests.support import little
 from tests.support.little import job, report, weights
 from tests.support.toys import CLASSES, ENGINE, SIDE, distillation, equal, plan, state, supervised, views
+
+CLASSIFICATION = load_task("classification")
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
@@ -51,7 +54,7 @@ def dropping() -> DistillationTask:
             return nn.functional.dropout(self.block(x), 0.2, self.training) * kept
 
     network.layer2 = Dropping(network.layer2)  # type: ignore[assignment, arg-type]
-    return DistillationTask(network, geometry("cifar_resnet8", SIDE), ENGINE)
+    return DistillationTask(network, geometry("cifar_resnet8", SIDE), ENGINE, label_task=CLASSIFICATION)
 
 
 KINDS: dict[str, tuple[Callable[[], DistillationTask], dict[str, Any]]] = {

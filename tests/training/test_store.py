@@ -21,6 +21,7 @@ from questpress.pipeline.methods import base, load, parse_parameters
 from questpress.pipeline.methods.base import CachedOutput, Setup, Shapes
 from questpress.pipeline.methods.quest.loss import cached_words as words_answer
 from questpress.pipeline.runs.cache import Cache, discard
+from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training import teacher_cache
 from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.loop import train
@@ -28,6 +29,8 @@ from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import BATCH, KIND, TeacherCache, TeacherSource
 
 from tests.support.toys import ENGINE, POLICY, SIDE, equal, network, plan, state, views
+
+CLASSIFICATION = load_task("classification")
 
 CPU = torch.device("cpu")
 GRID, CHANNELS, CLASSES = (2, 2), 3, 3
@@ -289,6 +292,7 @@ def task(*, asks: bool) -> DistillationTask:
         teacher_reads=[frozenset({"logits"})] if asks else [],
         methods={"kd": kd},
         student_reads=frozenset({"logits"}),
+        label_task=CLASSIFICATION,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ...config import TaskName
 from ...data.dataset import SPLITS, Image, Progress, Skipped, Split, printable, sort_images
 from ...data.sources import open_data, read_data
 from ...data.splits import UnsplitDataset, quote_names
@@ -16,7 +17,6 @@ from ...report.format import plural
 from ...runs.folder import RunFolder, read_config
 from ...runs.hashes import digest
 from ...runs.predictions import TRAIN_IMAGES_FILE, read_train_images
-from ...runs.scores import TaskName
 from ...tasks.base import Task
 from .models import Model
 

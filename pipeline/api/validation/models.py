@@ -17,7 +17,7 @@ from ...runs.hashes import sha256
 from ...runs.record import RECORD
 from ...runs.results import Subject
 from ...tasks import task_of_file
-from ...tasks.base import Task, thresholds_of
+from ...tasks.base import Task
 
 NO_TEACHER = (
     "The models are not compared with a teacher. Set --teacher to a run folder (whose bench/teacher.onnx is "
@@ -225,5 +225,5 @@ def _open_teacher_of(run: Path, threads: int | None) -> Model | None:
         tuple(files),
         run=run,
         is_teacher=True,
-        recorded_thresholds=None if recorded is None else thresholds_of(recorded),
+        recorded_thresholds=None if recorded is None else recorded.thresholds,
     )

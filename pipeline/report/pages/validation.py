@@ -3,16 +3,16 @@
 from ...evaluation.results import Network, Pair, Validation
 from ...runs.results import Subject
 from ...runs.scores import Proportion
-from ...tasks import TASKS
+from ...tasks import load_task
 from .. import format
 from ..charts import Chart, Mark, dots
-from ..networks import Column
+from ..networks import Column, score_rows
 from ..page import MAX_MATRIX_CLASSES, Gallery, KeyFigure, Page, Section, confusion_matrix
 from ..render import render_page
 from ..sections import calibration
 from ..sections.classes import MAX_CLASSES, confused_table, picture
 from ..summary import describe_machine
-from ..tables import Attribute, Table, attribute_rows, score_rows
+from ..tables import Attribute, Table, attribute_rows
 
 SPLITS = {"train": "training images", "val": "validation images", "test": "test images", "all": "images"}
 CALIBRATION_METRICS: dict[str, Attribute] = {
@@ -56,7 +56,7 @@ def validation_page(validation: Validation) -> Page:
 
 
 def score_name(validation: Validation) -> str:
-    return TASKS[validation.task].metric
+    return load_task(validation.task).metric
 
 
 def _lead(validation: Validation) -> str:
@@ -65,7 +65,7 @@ def _lead(validation: Validation) -> str:
         f"{format.plural(students, 'file')} evaluated on {format.count(validation.n)} "
         f"{SPLITS[validation.role]} of {validation.data}, "
         f"{format.plural(len(validation.per_class), 'class', 'classes')}"
-        f"{TASKS[validation.task].labels_note}, in ONNX Runtime with the session options of deployment."
+        f"{load_task(validation.task).labels_note}, in ONNX Runtime with the session options of deployment."
     )
 
 
@@ -170,7 +170,7 @@ def pairs_table(validation: Validation) -> Table:
     ]
     note = (
         "McNemar’s exact test. Only first, only second: images that only this file classifies correctly. "
-        f"{TASKS[validation.task].prediction_note} Verdict at p < 0.05 after Holm’s correction."
+        f"{load_task(validation.task).prediction_note} Verdict at p < 0.05 after Holm’s correction."
     )
     columns = ["", "only first", "only second", "difference", "p", "p (Holm)", "verdict"]
     return Table("Pairwise tests", columns, rows, note=" ".join(note.split()))
@@ -191,7 +191,7 @@ def _errors(validation: Validation) -> Section:
     text = f"{first.name} misclassifies {format.plural(first.mistakes, 'image')}"
     text += ", most confident errors first" if first.mistakes > 1 else ""
     text += f"; {shown} are shown, all are in mistakes.csv" if shown < first.mistakes else ""
-    text += f". {TASKS[validation.task].prediction_note}"
+    text += f". {load_task(validation.task).prediction_note}"
     gallery = Gallery("Errors", [picture(example) for example in validation.examples])
     return Section("Errors", "errors", text=[text.strip()], figures=[gallery] if shown else [])
 

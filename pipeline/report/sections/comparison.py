@@ -11,11 +11,12 @@ from ..networks import (
     compared_networks,
     median_latency,
     score_name,
+    score_rows,
     thread_counts,
 )
 from ..page import Section
 from ..scatter import Point, describe_point, scatter
-from ..tables import Attribute, Table, attribute_rows, score_rows
+from ..tables import Attribute, Table, attribute_rows
 
 TITLE = "Comparison"
 

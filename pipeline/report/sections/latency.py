@@ -6,8 +6,7 @@ from math import isfinite
 import numpy as np
 
 from ....export.results import Latency, Percentile, Speedup
-from ...runs.bench_results import Bench
-from ...runs.results import Report
+from ...runs.results import Bench, Report
 from .. import format
 from ..charts import (
     LABEL_WIDTH,

@@ -22,9 +22,9 @@ from questpress.export.int8.float_nodes import (
     float_nodes,
 )
 from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
-from questpress.export.int8.results import FloatNode
 from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.targets import TARGETS
+from questpress.export.results import FloatNode
 
 from tests.support.graphs import graph_of, weights
 

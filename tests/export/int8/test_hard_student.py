@@ -12,9 +12,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8.quantizer import METHODS, prepare
-from questpress.export.int8.results import Verdict
 from questpress.export.int8.search import search
 from questpress.export.int8.targets import find_target
+from questpress.export.results import Verdict
 from sklearn.datasets import load_digits
 from torch import nn
 

@@ -24,9 +24,9 @@ from questpress.export.int8.quantizer import (
     quantize,
     read_recipe,
 )
-from questpress.export.int8.results import Verdict
 from questpress.export.int8.search import Judge, Learned, Search, search
 from questpress.export.int8.targets import find_target
+from questpress.export.results import Verdict
 
 from tests.support.graphs import graph_of, weights
 from tests.support.networks import small_conv_net

@@ -12,9 +12,9 @@ import pytest
 from questpress.export.latency import noise
 from questpress.export.latency.machine import choose_cores, read_governor
 from questpress.export.latency.noise import Counters
-from questpress.export.latency.results import Flag
 from questpress.export.latency.runner import Subject, bench
 from questpress.export.latency.statistics import Samples
+from questpress.export.results import Flag
 
 # A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
 # a fifth of one a process. It serves requests itself, so that it starts in no time.
