@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from questpress.pipeline.config.options import parse_time
 from questpress.pipeline.runs.files import write_json
-from questpress.pipeline.runs.process import parse_time
 
 GRACE_SECONDS = 60
 """How long an interrupted command may take to stop."""

@@ -3,13 +3,13 @@
 The command line, ``config.yaml``, the Python API and docs/command-line.md are made from this list.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from ...export.text import escape_controls
-from ..runs.process import parse_time
 from .limits import check_limits, check_not_boolean
 
 GROUPS = ("Models and data", "Weights", "Method", "Training", "Images", "Export", "Execution")
@@ -47,8 +47,22 @@ def _parse_epochs(value: Any) -> Any:
     return epochs
 
 
+TIME_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
 def _parse_time(value: Any) -> Any:
     return parse_time(value) if isinstance(value, str) else value
+
+
+def parse_time(text: str) -> float:
+    """Return the seconds of ``3h50m``, ``90m``, ``45s`` or ``2d``.
+
+    Raises:
+        ValueError: the text is not a time.
+    """
+    if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
+        raise ValueError(f"expected a time such as 3h50m, 90m or 45s, got '{escape_controls(text)}'")
+    return sum(float(number) * TIME_UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))
 
 
 Time = Annotated[float, BeforeValidator(_parse_time), Field(gt=0, le=1e9)]

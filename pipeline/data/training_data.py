@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...export.runtime import Preprocessing
-from ...models.build import Geometry, geometry
 from ...models.names import resolve
+from ..config.network import NetworkSpec
 from ..config.options import Options
 from ..errors import JobError
 from ..runs.cache import Cache
@@ -30,34 +30,6 @@ CANONICAL_SCALE = 1.5
 
 BATCH = 128
 """Images of a batch without gradients."""
-
-
-@dataclass(frozen=True)
-class NetworkSpec:
-    """A network's architecture, its input and its weights file."""
-
-    name: str
-    """timm's full name."""
-    image_size: int
-    """Side of the input in pixels."""
-    classes: int
-    """Number of logits; 0 without a head."""
-    file: str
-    """Weights file in the run folder."""
-    activation: str | None = None
-    """Activation that replaces the network's own."""
-
-    @property
-    def geometry(self) -> Geometry:
-        return geometry(self.name, self.image_size)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """The runtime's path from an image to the input."""
-        g = self.geometry
-        return Preprocessing.create(
-            g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std
-        )
 
 
 @dataclass

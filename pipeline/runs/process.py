@@ -7,7 +7,6 @@ its position in the epoch. A second request is not deferred.
 
 import math
 import os
-import re
 import signal
 import threading
 import time
@@ -17,8 +16,6 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from ...export.text import escape_controls
-
 TIME_LIMIT_EXIT = 75
 """Exit code after --time-limit: EX_TEMPFAIL of sysexits.h."""
 
@@ -26,8 +23,6 @@ SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a scheduler and torchrun both signal the processes."""
 
 RENDEZVOUS_TIMEOUT = timedelta(seconds=10)
-
-TIME_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 class TimeLimit(KeyboardInterrupt):
@@ -138,17 +133,6 @@ class Stop:
 
 
 STOP = Stop()
-
-
-def parse_time(text: str) -> float:
-    """Return the seconds of ``3h50m``, ``90m``, ``45s`` or ``2d``.
-
-    Raises:
-        ValueError: the text is not a time.
-    """
-    if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
-        raise ValueError(f"expected a time such as 3h50m, 90m or 45s, got '{escape_controls(text)}'")
-    return sum(float(number) * TIME_UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))
 
 
 def is_single_process() -> bool:

@@ -10,7 +10,8 @@ import torch
 
 from ...export.conversion.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import ImageError, allowed_cores, build_metadata, decode_image, normalize
-from ..data.training_data import NetworkSpec, TrainingData
+from ..config.network import NetworkSpec
+from ..data.training_data import TrainingData
 from ..evaluation.latency import (
     INPUTS,
     Images,

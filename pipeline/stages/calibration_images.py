@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...export.runtime import Preprocessing, normalize
+from ..config.network import NetworkSpec
 from ..data.decode import render_images
-from ..data.training_data import NetworkSpec, TrainingData
+from ..data.training_data import TrainingData
 from ..data.views import draw_order
 from ..runs.hashes import digest
 

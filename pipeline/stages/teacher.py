@@ -11,9 +11,10 @@ from torch import nn
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from ...models.initialize import InitialNetwork, initialize, parameters
+from ..config.network import NetworkSpec
 from ..data.dataset import SPLITS, Split
 from ..data.render import Normalize
-from ..data.training_data import NetworkSpec, TrainingData
+from ..data.training_data import TrainingData
 from ..errors import JobError
 from ..evaluation.inference import compute_logits
 from ..report.format import join_names

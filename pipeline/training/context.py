@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ...models.names import resolve
+from ..config.network import NetworkSpec
 from ..config.options import Options
 from ..config.stages import ROUND, get_round
 from ..data.placement import Placement
-from ..data.training_data import NetworkSpec
 from ..runs.cache import Cache
 from ..runs.console import Display, Stage
 from ..runs.folder import RunFolder

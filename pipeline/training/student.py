@@ -14,8 +14,9 @@ from ...models.checkpoint import tensors_digest
 from ...models.projection import Widened, widen
 from ...models.readout import Readouts
 from .. import methods
+from ..config.network import NetworkSpec
 from ..config.options import Options
-from ..data.training_data import NetworkSpec, TrainingData
+from ..data.training_data import TrainingData
 from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
 from ..methods.base import CachedOutput, Method, Setup, Shapes
 from ..methods.shapes import compute_shapes

@@ -25,7 +25,6 @@ from ..runs.results import BalancedWeight
 from ..tasks.base import Task
 from .compute.distributed import Ranks
 from .monitoring.meter import Clock
-from .quantized import QuantizedReadouts
 
 LAST_MAP = ("map_pre", "map", "logits")
 """Gradients of losses are compared at the first of these that the network has."""
@@ -72,9 +71,11 @@ class StudentModule(nn.Module):
         normalize: replaces the geometry's mean and std.
     """
 
+    readouts: Any
+
     def __init__(
         self,
-        network: nn.Module | QuantizedReadouts,
+        network: nn.Module,
         geometry: Geometry,
         methods: Mapping[str, Method],
         reads: frozenset[str],
@@ -86,7 +87,8 @@ class StudentModule(nn.Module):
         normalize: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.readouts = network if isinstance(network, QuantizedReadouts) else Readouts(network)
+        # The readouts of a fake-quantized network come as they are.
+        self.readouts = network if hasattr(network, "compile_features") else Readouts(network)
         self.normalize = normalize or Normalize(geometry.mean, geometry.std)
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(name for name in LAST_MAP if name in self.readouts.offers)
@@ -222,7 +224,7 @@ class DistillationTask(TrainingTask):
 
     def __init__(
         self,
-        network: nn.Module | QuantizedReadouts,
+        network: nn.Module,
         geometry: Geometry,
         engine: Engine,
         *,

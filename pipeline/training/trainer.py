@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
+from ..config.network import NetworkSpec
 from ..config.options import Options
-from ..data.training_data import NetworkSpec, TrainingData
+from ..data.training_data import TrainingData
 from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
 from ..evaluation.inference import compute_logits

@@ -11,9 +11,9 @@ from ...models.checkpoint import load_saved
 from ...models.initialize import initialize
 from ...models.pretrained import check_published, has_pretrained
 from ...models.weights import load_into
+from ..config.network import NetworkSpec
 from ..config.options import Options
 from ..data.dataset import ImageSet
-from ..data.training_data import NetworkSpec
 from ..runs.device import Engine
 from .task import Teacher
 

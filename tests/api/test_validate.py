@@ -218,8 +218,9 @@ def test_single_file_is_validated_with_its_own_labels(finished: Path, more: Path
     assert (pair.first_alone, pair.second_alone, pair.p) == (0, 0, 1.0)
     assert len(found.pairs) == 6 and all(one.teacher == "teacher" for one in found.networks[:3])
     little.refused(little.compress("validate", file), 2, "--data is missing")
-    nobody = validate(file, data=more, out=tmp_path / "out", quiet=True)
-    assert "not compared with a teacher" in nobody.notes[0] and not (tmp_path / "out" / "differences.csv").exists()
+    result = validate(file, data=more, out=tmp_path / "out", quiet=True)
+    assert "not compared with a teacher" in result.notes[0]
+    assert not (tmp_path / "out" / "differences.csv").exists()
 
 
 def test_too_many_broken_images_stop_it_and_few_are_listed(

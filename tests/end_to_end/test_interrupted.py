@@ -100,7 +100,7 @@ def test_file_is_written_atomically(tmp_path, monkeypatch):
 
     write_text(tmp_path / "a.txt", "before")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(JobError, match="No space left on device. Its previous content is unchanged"):
+    with pytest.raises(JobError, match=r"No space left on device\. Its previous content is unchanged"):
         write_text(tmp_path / "a.txt", "after")
     assert files(tmp_path).keys() == {"a.txt"} and (tmp_path / "a.txt").read_text() == "before"
 

@@ -12,7 +12,8 @@ import pytest
 from questpress.pipeline.api.cache import parse_size
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
-from questpress.pipeline.data.training_data import NetworkSpec, TrainingData
+from questpress.pipeline.config.network import NetworkSpec
+from questpress.pipeline.data.training_data import TrainingData
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.hashes import digest

@@ -14,8 +14,9 @@ import pytest
 import torch
 from questpress.models.build import build, geometry
 from questpress.pipeline import stages
+from questpress.pipeline.config.options import parse_time
 from questpress.pipeline.runs import process
-from questpress.pipeline.runs.process import STOP, TIME_LIMIT_EXIT, TimeLimit, parse_time
+from questpress.pipeline.runs.process import STOP, TIME_LIMIT_EXIT, TimeLimit
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training import loop

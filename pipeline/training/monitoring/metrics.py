@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ....models.catalogue import multiply_adds
-from ...data.training_data import NetworkSpec
+from ...config.network import NetworkSpec
 from ...runs.results import Epoch
 from ..context import RunContext
 from ..task import DistillationTask
