@@ -98,20 +98,25 @@ class DefaultGroup(click.Group):
             sys.exit(error.exit_code)
 
 
+HELP = """Distill a large pretrained vision network into a small one, as int8 ONNX.
+
+\b
+compress --teacher resnet50 --student mobilenetv2                 train on the built-in digits, in minutes
+compress --teacher resnet50 --student mobilenetv2 --data photos/ --out runs/shop
+compress predict runs/shop photo.jpg                              classify an image
+compress validate runs/shop --data new-photos/                    measure accuracy on other labeled images
+compress compare runs/*                                           compare runs
+compress models 'mobilenet*'                                      list networks, sizes and licenses
+
+Options without a command are options of `run`. See compress run --help.
+"""
+
+
 @click.group(
-    cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=DefaultGroup,
+    help=HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="questpress", prog_name="compress")
 def cli() -> None:
-    r"""Distill a large pretrained vision network into a small one, as int8 ONNX.
-
-    \b
-    compress --teacher resnet50 --student mobilenetv2                 train on the built-in digits, in minutes
-    compress --teacher resnet50 --student mobilenetv2 --data photos/ --out runs/shop
-    compress predict runs/shop photo.jpg                              classify an image
-    compress validate runs/shop --data new-photos/                    measure accuracy on other labeled images
-    compress compare runs/*                                           compare runs
-    compress models 'mobilenet*'                                      list networks, sizes and licenses
-
-    Options without a command are options of `run`. See compress run --help.
-    """
+    """Dispatch to the commands."""
