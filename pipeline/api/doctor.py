@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,14 @@ COMPILED = {
 }
 """Modules of packages with compiled parts, whose incompatibilities show when they are imported."""
 
+REQUIRED_BY = {
+    "tensorboard": "--tensorboard",
+    "wandb": "--track wandb",
+    "mlflow": "--track mlflow",
+    "openvino": "compress bench --runtime openvino",
+}
+"""Options that require an optional package."""
+
 Verdict = Literal["ok", "note", "missing"]
 
 
@@ -64,37 +73,33 @@ class Diagnosis(Result):
 
 
 def doctor(*, cache: Path | None = None, offline: bool = False) -> Diagnosis:
-    """Check this machine.
-
-    Args:
-        cache: the cache folder; the user's by default.
-        offline: do not check whether weights can be downloaded.
-    """
+    """Check this machine; ``offline`` skips the check whether weights can be downloaded."""
     findings = [*_machine(), *_packages(), *_extras()]
     if not any(finding.verdict == "missing" for finding in findings):
         findings += [*_devices(), *_int8()]
-    findings += [*_folders(Cache(cache).root), *([] if offline else [_hub()])]
-    return Diagnosis(findings=findings)
+    findings += [_folder("cache", Cache(cache).root, "--cache"), _folder("runs", Path.cwd(), "--out")]
+    return Diagnosis(findings=findings if offline else [*findings, _hub()])
+
+
+def _finding(
+    group: str, name: str, value: str, verdict: Verdict = "ok", remedy: str | None = None
+) -> Finding:
+    return Finding(group=group, name=name, verdict=verdict, value=value, remedy=remedy)
 
 
 def _machine() -> Iterable[Finding]:
-    def make(name: str, text: str, verdict: Verdict = "ok", remedy: str | None = None) -> Finding:
-        return Finding(group="Machine", name=name, verdict=verdict, value=text, remedy=remedy)
-
-    version = platform.python_version()
+    make = partial(_finding, "Machine")
     yield make("system", f"{platform.system()} {platform.release()} on {platform.machine()}")
-    yield make("Python", f"{version}, {sys.executable}")
+    yield make("Python", f"{platform.python_version()}, {sys.executable}")
     memory = _memory()
     if memory is not None:
-        small = memory < MIN_MEMORY
-        remedy = "use smaller images or batches (--image-size, --batch-size)" if small else None
-        yield make("memory", f"{memory / 1e9:.1f} GB", "note" if small else "ok", remedy)
+        remedy = "use smaller images or batches (--image-size, --batch-size)" if memory < MIN_MEMORY else None
+        yield make("memory", f"{memory / 1e9:.1f} GB", "note" if remedy else "ok", remedy)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
-        small = free < 64e6
-        remedy = "increase it (docker run --shm-size 1g)" if small else None
-        yield make("/dev/shm", f"{free / 1e9:.2f} GB free", "note" if small else "ok", remedy)
+        remedy = "increase it (docker run --shm-size 1g)" if free < 64e6 else None
+        yield make("/dev/shm", f"{free / 1e9:.2f} GB free", "note" if remedy else "ok", remedy)
 
 
 def _memory() -> int | None:
@@ -115,16 +120,13 @@ def _requirements() -> list[tuple[Requirement, str | None]]:
 
 
 def _packages() -> Iterable[Finding]:
+    make = partial(_finding, "Packages")
     for requirement, extra in _requirements():
-        if extra is None:
-            trouble = _trouble(requirement)
-            yield Finding(
-                group="Packages",
-                name=requirement.name,
-                verdict="missing" if trouble else "ok",
-                value=trouble or metadata.version(requirement.name),
-                remedy=f"pip install '{requirement.name}{requirement.specifier}'" if trouble else None,
-            )
+        name = requirement.name
+        if extra is None and (trouble := _trouble(requirement)):
+            yield make(name, trouble, "missing", f"pip install '{name}{requirement.specifier}'")
+        elif extra is None:
+            yield make(name, metadata.version(name))
 
 
 def _trouble(requirement: Requirement) -> str | None:
@@ -146,26 +148,16 @@ def _trouble(requirement: Requirement) -> str | None:
 
 def _extras() -> Iterable[Finding]:
     """Check optional packages."""
-    serves = {
-        "tensorboard": "--tensorboard",
-        "wandb": "--track wandb",
-        "mlflow": "--track mlflow",
-        "openvino": "compress bench --runtime openvino",
-    }
+    make = partial(_finding, "Extras")
     for requirement, extra in _requirements():
         package = requirement.name
-        if extra is None or extra == "test" or package not in serves:
+        if extra is None or extra == "test" or package not in REQUIRED_BY:
             continue
         try:
-            yield Finding(group="Extras", name=package, verdict="ok", value=metadata.version(package))
+            yield make(package, metadata.version(package))
         except metadata.PackageNotFoundError:
-            yield Finding(
-                group="Extras",
-                name=package,
-                verdict="note",
-                value=f"is not installed; required by {serves[package]}",
-                remedy=f"pip install 'questpress[{extra}]'",
-            )
+            value = f"is not installed; required by {REQUIRED_BY[package]}"
+            yield make(package, value, "note", f"pip install 'questpress[{extra}]'")
 
 
 def _devices() -> Iterable[Finding]:
@@ -174,14 +166,11 @@ def _devices() -> Iterable[Finding]:
     from ...export.runtime import allowed_cores
     from ..runs.device import bf16_pays, choose_device, device_name, free_memory
 
-    def make(name: str, text: str, verdict: Verdict = "ok", remedy: str | None = None) -> Finding:
-        return Finding(group="Devices", name=name, verdict=verdict, value=text, remedy=remedy)
-
+    make = partial(_finding, "Devices")
     yield make("processor", device_name("cpu"))
-    there = os.cpu_count() or 1
-    allowed = allowed_cores()
-    fewer = f" of {there}, by affinity or the container's quota" if allowed < there else ""
-    yield make("threads", f"{allowed}{fewer}")
+    cores, allowed = os.cpu_count() or 1, allowed_cores()
+    limit = f" of {cores}, by affinity or the container's quota" if allowed < cores else ""
+    yield make("threads", f"{allowed}{limit}")
     device = choose_device(None)
     if device == "cuda":
         for number in range(torch.cuda.device_count()):
@@ -200,16 +189,10 @@ def _without_gpu() -> tuple[str, Verdict, str | None]:
     if not Path("/proc/driver/nvidia/version").exists():
         return "none; training runs on the processor", "ok", None
     if torch.version.cuda is None:
-        return (
-            "NVIDIA driver found, but torch was built without CUDA",
-            "note",
-            "pip install --force-reinstall torch torchvision",
-        )
-    return (
-        f"NVIDIA driver found, but torch (built for CUDA {torch.version.cuda}) finds no GPU",
-        "note",
-        "run nvidia-smi to check the driver",
-    )
+        remedy = "pip install --force-reinstall torch torchvision"
+        return "NVIDIA driver found, but torch was built without CUDA", "note", remedy
+    value = f"NVIDIA driver found, but torch (built for CUDA {torch.version.cuda}) finds no GPU"
+    return value, "note", "run nvidia-smi to check the driver"
 
 
 def _int8() -> Iterable[Finding]:
@@ -218,52 +201,33 @@ def _int8() -> Iterable[Finding]:
     target = detect_target()
     flags = ", ".join(int8_flags()) or "none that speed up int8"
     slow = target == "x86" or (target == "arm64" and "asimddp" not in int8_flags())
-    yield Finding(
-        group="int8",
-        name="instruction sets",
-        verdict="note" if slow else "ok",
-        value=flags,
-        remedy="int8 files run, but are hardly faster without VNNI or dot products" if slow else None,
-    )
-    yield Finding(group="int8", name="--target here", verdict="ok", value=target)
-
-
-def _folders(cache: Path) -> Iterable[Finding]:
-    for name, folder, option in (("cache", cache, "--cache"), ("runs", Path.cwd(), "--out")):
-        yield _folder(name, folder, option)
+    remedy = "int8 files run, but are hardly faster without VNNI or dot products" if slow else None
+    yield _finding("int8", "instruction sets", flags, "note" if slow else "ok", remedy)
+    yield _finding("int8", "--target here", target)
 
 
 def _folder(name: str, folder: Path, option: str) -> Finding:
-    there = folder
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    value = f"{folder}, {free / 1e9:.1f} GB free"
-    if not os.access(there, os.W_OK | os.X_OK):
-        remedy = f"set another folder with {option}"
-        return Finding(
-            group="Folders", name=name, verdict="missing", value=f"{folder} cannot be written", remedy=remedy
-        )
-    if free < MIN_DISK:
-        remedy = f"free disk space, or set another folder with {option}"
-        return Finding(group="Folders", name=name, verdict="note", value=value, remedy=remedy)
-    return Finding(group="Folders", name=name, verdict="ok", value=value)
+    make = partial(_finding, "Folders", name)
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return make(f"{folder} cannot be written", "missing", f"set another folder with {option}")
+    free = shutil.disk_usage(existing).free
+    remedy = f"free disk space, or set another folder with {option}" if free < MIN_DISK else None
+    return make(f"{folder}, {free / 1e9:.1f} GB free", "note" if remedy else "ok", remedy)
 
 
 def _hub(open_: Callable[..., object] = urllib.request.urlopen) -> Finding:
     """Check whether published weights can be downloaded, which is not needed with local weights."""
-    remedy = "set --teacher-weights to a file, or copy a Hugging Face cache from another machine"
+    make = partial(_finding, "Internet", "published weights")
     try:
         open_(urllib.request.Request(HUB, method="HEAD"), timeout=HUB_TIMEOUT)
     except urllib.error.HTTPError:
         pass  # reachable
     except OSError as error:
         reason = getattr(error, "reason", None) or error
-        return Finding(
-            group="Internet",
-            name="published weights",
-            verdict="note",
-            value=f"{HUB} cannot be reached ({reason}); cached weights can be used",
-            remedy=remedy,
-        )
-    return Finding(group="Internet", name="published weights", verdict="ok", value=f"{HUB} is reachable")
+        value = f"{HUB} cannot be reached ({reason}); cached weights can be used"
+        remedy = "set --teacher-weights to a file, or copy a Hugging Face cache from another machine"
+        return make(value, "note", remedy)
+    return make(f"{HUB} is reachable")

@@ -1,4 +1,4 @@
-"""`--dry-run`: how long a job will take here and how much disk, roughly, before anything is begun."""
+"""`--dry-run`: estimate the time and disk space of a run without starting it."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,26 +21,23 @@ from ..tasks import task_of
 from ..training.weights import check_weights
 
 STEP = 3.0
-"""A training step costs about three forward passes: one forward, two backward."""
+"""Cost of a training step in forward passes: one forward, two backward."""
 
 EFFICIENCY = 0.3
-"""Share of the rate of one large convolution that a whole network in training reaches, roughly."""
+"""Rough throughput of a network in training as a fraction of that of one large convolution."""
 
 WEIGHT_COPIES = 5
-"""Teacher's weights, its ONNX file, and a checkpoint with the optimizer's two moments."""
+"""The teacher's weights, its ONNX file, and a checkpoint with the optimizer's two moments."""
 
 
 def dry_run(
     options: Options, config: Mapping[str, Any], images: ImageSet, device: str, display: Display
 ) -> Report:
-    """Check what a run would check before its first stage, and print an estimate. Nothing is written.
-
-    Args:
-        config: what enters the stages' hashes.
+    """Do the checks of a run before its first stage, and print an estimate. Nothing is written.
 
     Raises:
-        UsageError, JobError: see ``RunFolder.look``.
-        ModelError: published weights cannot be had.
+        UsageError, JobError: see ``RunFolder.check``.
+        ModelError: published weights do not exist or cannot be downloaded.
     """
     assert options.out is not None
     folder = RunFolder(options.out)
@@ -58,9 +55,8 @@ def dry_run(
 
 
 def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
-    """Lines to show: what would run, for how long, with how much disk."""
+    """Return lines on what would run, for how long, and with how much disk space."""
     assert options.image_size and options.epochs and options.teacher_epochs
-    rate = EFFICIENCY * convolution_rate(device)
     train, size = len(data.train), options.image_size
     teachers = [describe(name, size) for name in options.teacher]
     student = describe(options.student, options.student_size or size)
@@ -69,8 +65,7 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         f"{len(data.val)} val, {len(data.test)} test images, at {size} px",
     ]
     macs = 0.0
-    heads = zip(teachers, options.teacher_weights, options.teacher_head, strict=True)
-    for teacher, weights, head in heads:
+    for teacher, weights, head in zip(teachers, options.teacher_weights, options.teacher_head, strict=True):
         text = f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
         text += f"{teacher.gmacs or 0.0:.2f} GMACs, "
         if head == "none":
@@ -93,17 +88,18 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         + (f", {options.rounds} rounds" if options.rounds > 1 else "")
         + (f", and {options.qat_epochs} under fake quantization" if options.qat else "")
     )
+    seconds = macs / (EFFICIENCY * measure_convolution(device))
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
     disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2
     lines.append(
-        f"about {_spoken(macs / rate / 60)} on {device} here, rather more than less; "
+        f"about {_format_duration(seconds / 60)} on {device} here, rather more than less; "
         f"about {disk / 1e9:.1f} GB of disk"
     )
     return lines
 
 
-def convolution_rate(device: str) -> float:
-    """GMACs a second of a 3×3 convolution over 256 channels on the device, from a short trial in fp32."""
+def measure_convolution(device: str) -> float:
+    """Return the throughput of a 3×3 convolution over 256 channels in fp32, in GMACs per second."""
     use_threads(allowed_cores())
     layer = nn.Conv2d(256, 256, 3, padding=1).to(device)
     images = torch.randn(8, 256, 28, 28, device=device)
@@ -117,7 +113,7 @@ def convolution_rate(device: str) -> float:
     return macs * runs / (time.perf_counter() - started)
 
 
-def _spoken(minutes: float) -> str:
+def _format_duration(minutes: float) -> str:
     if minutes < 90:
         return plural(max(1, round(minutes)), "minute")
     return f"{minutes / 60:.0f} hours" if minutes < 60 * 48 else f"{minutes / 60 / 24:.0f} days"

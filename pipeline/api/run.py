@@ -1,4 +1,4 @@
-"""The whole job: check, then stage after stage, each done only where it is missing."""
+"""`compress run` and `compress export`: check the options, then run the stages that are missing."""
 
 import time
 from collections.abc import Mapping
@@ -43,28 +43,23 @@ def compress(
     data: str | Path | None = None,
     **options: Any,
 ) -> Report:
-    """Teacher to shipped student: the same as the command, with its options as keywords.
+    """Distill, export, quantize and measure a student, as ``compress run`` does.
 
     Args:
-        teacher: timm's name of the teacher, or several.
-        student: timm's name of the student.
+        teacher: timm name of the teacher, or several.
+        student: timm name of the student.
         data: a folder, a timm data set name, or ``digits``.
         options: any of :class:`~questpress.pipeline.config.options.Options`; ``config`` names a YAML
             file of them.
 
     Returns:
-        What ``report.json`` in the run folder holds.
+        The content of ``report.json``.
 
     Raises:
         UsageError: an option is wrong (``exit_code`` 2).
         JobError: the job was started and failed (``exit_code`` 1). Errors of models and export likewise.
     """
-    given = {
-        "teacher": teacher,
-        "student": student,
-        "data": str(data) if data is not None else None,
-        **options,
-    }
+    given = {"teacher": teacher, "student": student, "data": None if data is None else str(data), **options}
     with STOP.handle_signals():
         ranks = join()
         try:
@@ -125,7 +120,10 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
     display.detail(f"defaults: {', '.join(defaults)}")
     if chosen.dry_run:
         return dry_run(chosen, _config(chosen, images), images, device, display)
-    return _run(chosen, frozenset(given.model_fields_set), images, device, display, ranks)
+    folder = RunFolder(chosen.out, writes=ranks.is_main)
+    with folder.locked():
+        set_options = frozenset(given.model_fields_set)
+        return _run_stages(chosen, set_options, images, folder, device, display, ranks)
 
 
 def hashed(options: Options) -> dict[str, Any]:
@@ -146,23 +144,9 @@ def _content(source: str) -> str:
     return source if source in ("auto", "none") else f"sha256 {sha256(Path(source))}"
 
 
-def _run(
+def _run_stages(
     options: Options,
-    given: frozenset[str],
-    images: ImageSet,
-    device: str,
-    display: Display,
-    ranks: Ranks,
-) -> Report:
-    assert options.out is not None
-    folder = RunFolder(options.out, writes=ranks.is_main)
-    with folder.locked():
-        return _stages(options, given, images, folder, device, display, ranks)
-
-
-def _stages(
-    options: Options,
-    given: frozenset[str],
+    set_options: frozenset[str],
     images: ImageSet,
     folder: RunFolder,
     device: str,
@@ -185,7 +169,7 @@ def _stages(
     with display.stage("start") as progress:
         context = RunContext(
             options=options,
-            set_options=given,
+            set_options=set_options,
             task=task_of(images),
             dataset_name=images.name,
             num_classes=len(images.classes),
