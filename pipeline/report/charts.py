@@ -74,11 +74,8 @@ def path(css: str, *parts: str | float, tooltip: str = "") -> Shape:
 
 
 def circle(css: str, x: float, y: float, radius: float, tooltip: str = "") -> Shape:
-    return Shape(
-        "circle",
-        {"class": css, "cx": coordinate(x), "cy": coordinate(y), "r": f"{radius:g}"},
-        tooltip=tooltip,
-    )
+    attributes = {"class": css, "cx": coordinate(x), "cy": coordinate(y), "r": f"{radius:g}"}
+    return Shape("circle", attributes, tooltip=tooltip)
 
 
 def rectangle(css: str, x: float, y: float, width: float, height: float) -> Shape:
@@ -100,10 +97,6 @@ def text(css: str, x: float, y: float, content: str, anchor: str = "start") -> S
 
 def dot_symbol(key: str) -> Drawing:
     return Drawing(12, 12, [circle(f"dot {key}", 6, 6, 5)])
-
-
-def vertical_whisker(key: str, x: float, low: float, high: float) -> Shape:
-    return path(f"whisker {key}", "M", x - 3, low, "h6m-3 0V", high, "m-3 0h6")
 
 
 def y_axis(ticks: Sequence[tuple[float, str]], position: Position, left: float, right: float) -> list[Shape]:
@@ -235,15 +228,7 @@ def lines(
     top: float | None = None,
     x_name: str = "epoch",
 ) -> Chart | None:
-    """Draw curves over epochs, or over ``x_name``.
-
-    Args:
-        from_zero: include zero in the y axis.
-        top: upper limit of the y axis.
-
-    Returns:
-        None if no value is finite.
-    """
+    """Draw curves over epochs, or over ``x_name``, to ``top`` at most; None if no value is finite."""
     finite = [(curve, [value for _, value in curve.points if value is not None]) for curve in curves]
     finite = [(curve, values) for curve, values in finite if values]
     if not finite:

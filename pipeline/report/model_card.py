@@ -99,11 +99,7 @@ def metadata(report: Report, manifest: Mapping[str, Any]) -> str:
     tags = ["questpress", "onnxruntime", *dict.fromkeys(file["precision"] for file in manifest["files"])]
     tags += [report.student.name] if report.student else []
     tags += ["knowledge-distillation"] if report.method != "none" else []
-    content: dict[str, Any] = {
-        "library_name": "onnx",
-        "pipeline_tag": "image-classification",
-        "tags": tags,
-    }
+    content: dict[str, Any] = {"library_name": "onnx", "pipeline_tag": "image-classification", "tags": tags}
     data = str(report.config.get("data", ""))
     if data.startswith("hfds/"):
         content["datasets"] = [data.removeprefix("hfds/")]

@@ -134,19 +134,17 @@ def confusion_matrix(counts: list[list[int]], classes: list[str], caption: str) 
     """Return the matrix of counts [true class][prediction]; None if it has too many classes."""
     if len(counts) > MAX_MATRIX_CLASSES:
         return None
-    rows = []
-    for truth, row in enumerate(counts):
-        total = sum(row)
-        rows.append(
-            [
-                MatrixCell(
-                    f"{n:,}" if n else "",
-                    "hit" if truth == predicted else "miss" if n else "none",
-                    round(100 * n / total) if total else 0,
-                )
-                for predicted, n in enumerate(row)
-            ]
-        )
+    rows = [
+        [
+            MatrixCell(
+                f"{n:,}" if n else "",
+                "hit" if truth == predicted else "miss" if n else "none",
+                round(100 * n / sum(row)) if n else 0,
+            )
+            for predicted, n in enumerate(row)
+        ]
+        for truth, row in enumerate(counts)
+    ]
     return Matrix(classes, rows, caption)
 
 
@@ -191,9 +189,8 @@ class Gallery:
             [p.name, p.label, p.student.text, p.teacher.text if p.teacher else format.MISSING]
             for p in self.pictures
         ]
-        return Table(
-            self.title, ["image", "label", "student", "teacher"], rows, code=frozenset({0}), text=True
-        )
+        columns = ["image", "label", "student", "teacher"]
+        return Table(self.title, columns, rows, code=frozenset({0}), text=True)
 
 
 def check_png(text: str) -> tuple[str, int]:

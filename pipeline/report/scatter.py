@@ -22,11 +22,11 @@ from .charts import (
     circle,
     dot_symbol,
     line,
+    path,
     percent_range,
     polyline,
     round_step,
     text,
-    vertical_whisker,
     y_axis,
 )
 
@@ -205,8 +205,15 @@ class _Plot:
                 shapes.append(line("leader", self.x(label.point.x), self.y(label.point.y), *label.leader))
         for point in self.points:
             if point.low is not None and point.high is not None:
-                whisker = vertical_whisker(point.key, self.x(point.x), self.y(point.low), self.y(point.high))
-                shapes.append(whisker)
+                ends = (
+                    "M",
+                    self.x(point.x) - 3,
+                    self.y(point.low),
+                    "h6m-3 0V",
+                    self.y(point.high),
+                    "m-3 0h6",
+                )
+                shapes.append(path(f"whisker {point.key}", *ends))
         for i in sorted(range(len(self.points)), key=lambda i: i in self.best):
             point, mark = self.points[i], "dot" if i in self.best else "ring"
             place = (self.x(point.x), self.y(point.y))

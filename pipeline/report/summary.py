@@ -1,7 +1,6 @@
 """The first screen of a report: what was made, three key figures, and warnings."""
 
 from ..runs.results import Report
-from ..runs.scores import Score
 from ..tasks import task_of
 from . import format
 from .networks import (
@@ -115,16 +114,9 @@ def _speed(report: Report) -> KeyFigure:
     ratio, *others = ratios
     value, meaning = ratio.headline
     reference = "the teacher" if ratio.over.key == "teacher" else "the fp32 student"
-    details = [
-        f"95 % interval {ratio.interval}, paired"
-        if ratio.interval
-        else "ratio of medians, no paired interval"
-    ]
-    bars = []
-    p50, other = (
-        median_latency(shipped.subject, ratio.threads),
-        median_latency(ratio.over.subject, ratio.threads),
-    )
+    paired = f"95 % interval {ratio.interval}, paired"
+    details, bars = [paired if ratio.interval else "ratio of medians, no paired interval"], []
+    p50, other = (median_latency(column.subject, ratio.threads) for column in (shipped, ratio.over))
     if p50 is not None and other is not None:
         bars = _bars((ratio.over, other), (shipped, p50))
         details.append(f"median {format.milliseconds(p50)} vs. {format.milliseconds(other)}")
@@ -149,22 +141,20 @@ def _score(report: Report) -> KeyFigure:
             if column.subject.val_score is not None
         ]
         return KeyFigure(format.MISSING, f"test {score_name(report)} not measured yet", others)
+    images = format.plural(score.n, "test image")
+    measures = [f"{name} {format.percent(value.percent, score.n)}" for name, value in score.details.items()]
+    details = [f"95 % interval {format.score_interval(score)}"]
+    details.append(f"on {images}" if score.correct is None else f"{score.correct:,} of {images} correct")
     return KeyFigure(
         format.score_percent(score),
         f"{score_name(report)} of the {shipped.short_role} student",
-        [f"95 % interval {format.score_interval(score)}", *score_details(score), *others],
+        [*details, *measures, *others],
         [
             Bar(column.short_role, column.key, round(column.subject.score.percent, 1))
             for column in columns
             if column.subject.score is not None and column.key in ("teacher", shipped.key)
         ],
     )
-
-
-def score_details(score: Score) -> list[str]:
-    images = format.plural(score.n, "test image")
-    measures = [f"{name} {format.percent(value.percent, score.n)}" for name, value in score.details.items()]
-    return [f"on {images}" if score.correct is None else f"{score.correct:,} of {images} correct", *measures]
 
 
 def warnings(report: Report) -> list[str]:

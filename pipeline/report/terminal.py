@@ -21,11 +21,7 @@ MAX_PAIRS = 6
 
 
 def show_report(report: Report, folder: Path | None = None, console: Console | None = None) -> None:
-    """Print the networks of a run, its warnings, and the paths of the report and the artifact.
-
-    Args:
-        folder: the run folder, if it is not the one of the options.
-    """
+    """Print networks, warnings and paths of a run; ``folder`` if it is not the one of the options."""
     console = console or safe_console()
     if (reason := int8.explain_fp32(report)) is not None:
         console.print(Text(reason))

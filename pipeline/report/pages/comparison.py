@@ -73,7 +73,11 @@ def conclusions(comparison: Comparison, group: Group) -> list[str]:
     """Return the best run, the runs that differ from it significantly, and the fastest run."""
     sentences = []
     if group.best is not None:
-        sentences.append(_describe_best(comparison, group, group.best))
+        shipped = comparison.run(group.best).ships
+        assert shipped is not None and shipped.score is not None
+        rank = "Most accurate" if group.accuracies else "Only measured run"
+        score = f"{score_name(comparison, group)} {format.score(shipped.score)}"
+        sentences.append(f"{rank}: {group.best}, {score}, {shipped.kind}.")
         within = [difference for difference in group.accuracies if difference.within_noise]
         worse = [difference for difference in group.accuracies if not difference.within_noise]
         if within:
@@ -83,14 +87,6 @@ def conclusions(comparison: Comparison, group: Group) -> list[str]:
     for machine in group.machines:
         sentences += _describe_speed(comparison, machine, several=len(group.machines) > 1)
     return sentences
-
-
-def _describe_best(comparison: Comparison, group: Group, best: str) -> str:
-    shipped = comparison.run(best).ships
-    assert shipped is not None and shipped.score is not None
-    rank = "Most accurate" if group.accuracies else "Only measured run"
-    name = score_name(comparison, group)
-    return f"{rank}: {best}, {name} {format.score(shipped.score)}, {shipped.kind}."
 
 
 def _join(differences: Sequence[AccuracyDifference], group: Group) -> str:
@@ -132,9 +128,7 @@ def measured_files(runs: Sequence[ComparedRun]) -> list[tuple[str, ComparedFile]
     files: list[tuple[str, ComparedFile]] = []
     teachers: dict[tuple[str, float], tuple[str, ComparedFile]] = {}
     for run in runs:
-        files += [
-            (f"{run.name} {file.kind}", file) for file in (run.int8, run.fp32) if _is_measured(file) and file
-        ]
+        files += [(f"{run.name} {f.kind}", f) for f in (run.int8, run.fp32) if f and _is_measured(f)]
         teacher = run.teacher_file
         if teacher is not None and _is_measured(teacher) and teacher.score is not None:
             key = (run.teacher, teacher.score.percent)

@@ -10,7 +10,7 @@ from ..networks import Column, score_rows
 from ..page import MAX_MATRIX_CLASSES, Gallery, KeyFigure, Page, Section, confusion_matrix
 from ..render import render_page
 from ..sections import calibration
-from ..sections.classes import MAX_CLASSES, confused_table, picture
+from ..sections.classes import classes_section, confused_table, picture
 from ..summary import describe_machine
 from ..tables import Attribute, Table, attribute_rows
 
@@ -201,14 +201,7 @@ def _classes(validation: Validation) -> Section:
     caption = f"Rows: true class. Columns: prediction of {first.name}. Numbers: images."
     matrix = confusion_matrix(first.confusion, first.classes, caption) if first.confusion else None
     own, *others = [class_table(network) for network in validation.networks]
-    many, pairs = len(own.rows) > MAX_CLASSES, confused_table(first.confused, "validation.json")
-    return Section(
-        "Classes",
-        "classes",
-        figures=[matrix],
-        tables=[*([] if many else [own]), *([pairs] if matrix is None else [])],
-        folded=[*([own] if many else []), *([pairs] if matrix is not None else []), *others],
-    )
+    return classes_section(matrix, own, confused_table(first.confused, "validation.json"), others)
 
 
 def class_table(network: Network) -> Table:
@@ -217,13 +210,8 @@ def class_table(network: Network) -> Table:
     decoded = {score.label: score for score in scores if score.threshold is not None}
     rows = []
     for measure in network.per_class:
-        row = [
-            measure.label,
-            format.count(measure.n),
-            *_interval(measure.recall),
-            *_interval(measure.precision),
-        ]
-        row.append(format.percent(measure.f1))
+        row = [measure.label, format.count(measure.n)]
+        row += [*_interval(measure.recall), *_interval(measure.precision), format.percent(measure.f1)]
         if decoded:
             score = decoded.get(measure.label)
             row.append(format.MISSING if score is None else format.percent(score.percent, score.n))

@@ -31,10 +31,8 @@ def calibration_section(
     """Return diagrams of ``columns`` and a table of ``all_columns``; empty if none was measured."""
     charts = [reliability_diagram(column, c) for column in columns if (c := column.subject.calibration)]
     has_before = any(c.before for column in columns if (c := column.subject.calibration))
-    caption = (
-        "Each dot is a bin of confidence: its accuracy over its mean confidence, with the 95 % interval. "
-    )
-    caption += "Dashed diagonal: perfect calibration; below it the network is overconfident. "
+    caption = "Each dot is a bin of confidence: its accuracy over its mean confidence, with the 95 % "
+    caption += "interval. Dashed diagonal: perfect calibration; below it the network is overconfident. "
     caption += "Rings: the same file without temperature scaling. " if has_before else ""
     caption += "Bars: number of predictions."
     return Section(

@@ -11,7 +11,7 @@ from ...runs.scores import ClassScore
 from ...tasks import task_of
 from .. import format
 from ..networks import Column, all_networks, shipped_network
-from ..page import SMALL_IMAGE, Gallery, Picture, Prediction, Section, check_png, confusion_matrix
+from ..page import SMALL_IMAGE, Gallery, Matrix, Picture, Prediction, Section, check_png, confusion_matrix
 from ..tables import Table
 
 MAX_CLASSES = 40
@@ -59,17 +59,20 @@ def picture(example: Example) -> Picture:
 
 
 def section(report: Report) -> Section:
-    counts = report.confusion
-    matrix = confusion_matrix(counts, class_names(report, len(counts)), CAPTION) if counts else None
-    classes, pairs = class_table(report), confused_pairs(report)
-    many = len(classes.rows) > MAX_CLASSES
-    return Section(
-        "Classes",
-        "classes",
-        figures=[matrix],
-        tables=[*([] if many else [classes]), *([pairs] if matrix is None else [])],
-        folded=[*([classes] if many else []), *([pairs] if matrix is not None else [])],
-    )
+    counts = np.array(report.confusion or np.zeros((0, 0), dtype=int))
+    names = class_names(report, len(counts))
+    matrix = confusion_matrix(report.confusion, names, CAPTION) if report.confusion else None
+    pairs = confused_table(most_confused(counts, names), "report.json")
+    return classes_section(matrix, class_table(report), pairs)
+
+
+def classes_section(
+    matrix: Matrix | None, classes: Table, pairs: Table, others: Sequence[Table] = ()
+) -> Section:
+    """Fold a long table of classes, the confused pairs if there is a matrix, and ``others``."""
+    tables, folded = ([], [classes]) if len(classes.rows) > MAX_CLASSES else ([classes], [])
+    (tables if matrix is None else folded).append(pairs)
+    return Section("Classes", "classes", figures=[matrix], tables=tables, folded=[*folded, *others])
 
 
 def class_table(report: Report) -> Table:
@@ -112,12 +115,6 @@ def _threshold(result: ClassScore | None) -> tuple[str, str]:
     if result is None or result.threshold is None:
         return format.MISSING, format.MISSING
     return format.significant(result.threshold, 2), format.percent(result.f1, result.n)
-
-
-def confused_pairs(report: Report) -> Table:
-    """Return the pairs of true class and prediction that are confused most often."""
-    counts = np.array(report.confusion or np.zeros((0, 0), dtype=int))
-    return confused_table(most_confused(counts, class_names(report, len(counts))), "report.json")
 
 
 def confused_table(pairs: Sequence[Confused], file: str) -> Table:

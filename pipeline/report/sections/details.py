@@ -15,6 +15,8 @@ MAX_DUPLICATES = 10
 
 
 def section(report: Report) -> Section:
+    shipped = shipped_network(report)
+    quantization = shipped.subject.quantization if shipped is not None else None
     return Section(
         "Details",
         "details",
@@ -23,7 +25,7 @@ def section(report: Report) -> Section:
         folded=[
             _skipped(report),
             _duplicates(report),
-            _nested_table("Quantization", _quantization(report)),
+            _nested_table("Quantization", quantization or {}),
             _nested_table(f"Parameters of {report.method}", _method(report)),
             _nested_table("Environment", report.environment),
             _nested_table("All options", report.config),
@@ -109,11 +111,6 @@ def _duplicates(report: Report) -> Table:
         for group in (report.data.duplicates if report.data else [])
     ]
     return Table("Identical images", ["images", "names"], rows, code=frozenset({1}), text=True)
-
-
-def _quantization(report: Report) -> dict[str, Any]:
-    shipped = shipped_network(report)
-    return (shipped.subject.quantization if shipped else None) or {}
 
 
 def _method(report: Report) -> dict[str, Any]:

@@ -60,11 +60,7 @@ def images(search: Int8Search) -> str:
 
 
 def explain_excess(search: Int8Search, qat: bool) -> str | None:
-    """Return a warning if the shipped candidate loses more than the budget; else None.
-
-    Args:
-        qat: the student was trained with quantization-aware training.
-    """
+    """Return a warning if the shipped candidate, trained with or without ``qat``, exceeds the budget."""
     shipped = shipped_candidate(search)
     if shipped is None or shipped.lost <= search.max_drop:
         return None
@@ -81,10 +77,8 @@ def suggest_remedies(qat: bool) -> str:
     fp32 = "use the fp32 file, which loses nothing (compress predict RUN --file student.onnx)"
     if qat:
         return f"To avoid the loss, {fp32}."
-    return (
-        "To reduce the loss, fine-tune the student as an int8 network (compress export RUN --qat), or "
-        f"{fp32}."
-    )
+    retrain = "fine-tune the student as an int8 network (compress export RUN --qat)"
+    return f"To reduce the loss, {retrain}, or {fp32}."
 
 
 def warnings(report: Report) -> list[str]:
@@ -105,7 +99,23 @@ def _target(report: Report, search: Int8Search) -> Section:
         text=[" ".join(_sentences(report, search))],
         figures=[chart(report, search)],
         tables=[candidates(report, search)],
-        folded=[_sensitive_tensors(search), _float_nodes(search)],
+        folded=[
+            Table(
+                f"Most sensitive tensors, {search.target}",
+                ["tensor", "SQNR"],
+                [[name, decibels(sqnr)] for name, sqnr in search.worst],
+                note="SQNR of the logits if only this tensor is quantized, worst first.",
+                code=frozenset({0}),
+            ),
+            Table(
+                f"Nodes that run in float, {search.target}",
+                ["node", "operator", "reason"],
+                [[node.name, node.op_type, node.why] for node in search.float_parts],
+                note="Nodes of the graph as optimized by ONNX Runtime on this machine, in their order.",
+                code=frozenset({0, 1}),
+                text=True,
+            ),
+        ],
     )
 
 
@@ -197,10 +207,8 @@ def candidates(report: Report, search: Int8Search) -> Table:
     }
     rows = [_row(report, number, candidate, search) for number, candidate in enumerate(search.tried, 1)]
     columns = [name for name in (rows[0] if rows else {}) if any(row[name] != format.MISSING for row in rows)]
-    note = (
-        f"{format.title(score_name(report))} on {images(search)}. SQNR: signal-to-quantization-noise ratio "
-    )
-    note += "of the logits."
+    note = f"{format.title(score_name(report))} on {images(search)}. "
+    note += "SQNR: signal-to-quantization-noise ratio of the logits."
     if "McNemar p" in columns:
         note += " McNemar p: exact test against fp32."
     if "latency" in columns:
@@ -217,18 +225,14 @@ def candidates(report: Report, search: Int8Search) -> Table:
 
 
 def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) -> dict[str, str]:
-    corrections = [
-        name
-        for name, applied in (("equalized", candidate.equalized), ("bias", candidate.bias_corrected))
-        if applied
-    ]
+    applied = {"equalized": candidate.equalized, "bias": candidate.bias_corrected}
     speedup = candidate.speedup
     return {
         "no.": str(number),
         "candidate": candidate.name,
         "result": "ships" if candidate.ships else "within budget" if candidate.holds else "over budget",
         "calibration": candidate.calibration,
-        "corrections": ", ".join(corrections) or format.MISSING,
+        "corrections": ", ".join(name for name in applied if applied[name]) or format.MISSING,
         "float nodes": f"{len(candidate.kept_float):,}" if candidate.kept_float else format.MISSING,
         score_name(report): format.percent(candidate.score, search.n),
         "vs. fp32": _difference(candidate, search),
@@ -244,27 +248,6 @@ def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) 
 
 def decibels(sqnr: float) -> str:
     return "no error" if sqnr == inf else f"{format.significant(sqnr)} dB"
-
-
-def _sensitive_tensors(search: Int8Search) -> Table:
-    return Table(
-        f"Most sensitive tensors, {search.target}",
-        ["tensor", "SQNR"],
-        [[name, decibels(sqnr)] for name, sqnr in search.worst],
-        note="SQNR of the logits if only this tensor is quantized, worst first.",
-        code=frozenset({0}),
-    )
-
-
-def _float_nodes(search: Int8Search) -> Table:
-    return Table(
-        f"Nodes that run in float, {search.target}",
-        ["node", "operator", "reason"],
-        [[node.name, node.op_type, node.why] for node in search.float_parts],
-        note="Nodes of the graph as optimized by ONNX Runtime on this machine, in their order.",
-        code=frozenset({0, 1}),
-        text=True,
-    )
 
 
 def _qat(report: Report) -> Section:
@@ -292,10 +275,8 @@ def _qat(report: Report) -> Section:
         text += " Its int8 file ships."
     elif shipped is not None:
         text += f" Another candidate ships ({shipped.name}), so the test score of its file was not measured."
-    note = (
-        f"{format.title(score_name(report))} of the fake-quantized network in PyTorch, and of its int8 file "
-    )
-    note += "in ONNX Runtime."
+    note = f"{format.title(score_name(report))} of the fake-quantized network in PyTorch, "
+    note += "and of its int8 file in ONNX Runtime."
     columns = ["split", "images", "fake-quantized", "int8 file", "difference"]
     return Section(name, text=[text], tables=[Table(name, columns, rows, note=note)])
 

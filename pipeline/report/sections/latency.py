@@ -40,22 +40,17 @@ def section(report: Report) -> Section:
     bench = report.bench
     if bench is None:
         return Section("Latency", "latency")
+    flags = [f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}" for flag in bench.flags]
     return Section(
         "Latency",
         "latency",
         text=[" ".join(protocol(bench))],
-        warnings=list_warnings(bench),
+        warnings=[*flags, *(f"{note[0].upper()}{note[1:]}." for note in bench.notes)],
         figures=[histograms(bench, threads) for threads in bench.threads],
         tables=[percentiles(bench), *other_tables(bench)],
         folded=[conditions(bench), files(bench)],
         command=bench.command,
     )
-
-
-def list_warnings(bench: Bench) -> list[str]:
-    """Return the disturbances, then what could not be measured."""
-    flags = [f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}" for flag in bench.flags]
-    return [*flags, *(f"{note[0].upper()}{note[1:]}." for note in bench.notes)]
 
 
 def protocol(bench: Bench) -> list[str]:
@@ -82,10 +77,8 @@ def noise_summary(bench: Bench) -> str:
 
 def role(bench: Bench, subject: str) -> str:
     """Return the role of a network of the run, or the name of any other file."""
-    key = next((file.key for file in bench.subjects if file.name == subject), None)
-    if key is not None and key.startswith("teacher "):
-        return f"Teacher {key.split()[1]}"
-    return ROLES.get(key or "", subject)
+    key = next((file.key for file in bench.subjects if file.name == subject), None) or ""
+    return f"Teacher {key.split()[1]}" if key.startswith("teacher ") else ROLES.get(key, subject)
 
 
 def percentiles(bench: Bench) -> Table:
@@ -173,10 +166,8 @@ def end_to_end(bench: Bench) -> Table:
         ]
         for result in bench.end_to_end
     ]
-    note = ""
-    if rows:
-        threads = format.threads(bench.end_to_end[0].threads)
-        note = f"Median milliseconds on {bench.images}, {threads}; Pillow decodes and resizes on one thread."
+    threads = format.threads(bench.end_to_end[0].threads) if rows else ""
+    note = f"Median milliseconds on {bench.images}, {threads}; Pillow decodes and resizes on one thread."
     columns = ["", "decode", "resize", "normalize", "model", "total p50", "total p90"]
     return Table("End-to-end latency, from image file to prediction", columns, rows, note=note)
 

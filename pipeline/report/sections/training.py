@@ -26,11 +26,14 @@ MAX_IMAGES_PER_SECOND = 1e15
 def section(report: Report) -> Section:
     parts = []
     for stage, epochs in _by_stage(report.epochs).items():
-        rates = _curve("Learning rate", epochs, [epoch.learning_rate for epoch in epochs])
+        scores = [
+            _curve("train", epochs, [epoch.train_accuracy for epoch in epochs]),
+            _curve("val", epochs, [epoch.val_accuracy for epoch in epochs]),
+        ]
         charts = [
             lines("Loss", _losses(epochs)),
-            lines(f"{format.title(score_name(report))}, %", _scores(epochs), from_zero=False, top=100),
-            lines("Learning rate", [rates]),
+            lines(f"{format.title(score_name(report))}, %", scores, from_zero=False, top=100),
+            lines("Learning rate", [_curve("Learning rate", epochs, [e.learning_rate for e in epochs])]),
         ]
         parts.append(Section(stage, figures=charts))
     return Section(
@@ -75,19 +78,8 @@ def _losses(epochs: list[Epoch]) -> list[Curve]:
     names = [name for name in dict.fromkeys(n for epoch in epochs for n in epoch.losses) if name != "loss"]
     if len(names) != 1:
         names.insert(0, "loss")
-    return [
-        _curve(
-            "sum" if name == "loss" and len(names) > 1 else name, epochs, [e.losses.get(name) for e in epochs]
-        )
-        for name in names
-    ]
-
-
-def _scores(epochs: list[Epoch]) -> list[Curve]:
-    return [
-        _curve("train", epochs, [epoch.train_accuracy for epoch in epochs]),
-        _curve("val", epochs, [epoch.val_accuracy for epoch in epochs]),
-    ]
+    labels = {"loss": "sum"} if len(names) > 1 else {}
+    return [_curve(labels.get(name, name), epochs, [e.losses.get(name) for e in epochs]) for name in names]
 
 
 def _curve(label: str, epochs: list[Epoch], values: list[float | None]) -> Curve:

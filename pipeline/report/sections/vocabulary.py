@@ -25,14 +25,11 @@ class Patches:
     words: list[Word]
     note: str
     kind: str = "patches"
+    table: Table | None = None
 
     @property
     def description(self) -> str:
         return "; ".join(f"{word.title} {word.note}" for word in self.words) + "."
-
-    @property
-    def table(self) -> Table | None:
-        return None
 
 
 def section(report: Report) -> Section:
@@ -118,9 +115,7 @@ def _reconstruction(report: Report) -> Table:
         [result.stage, result.teacher, format.number(result.first), format.number(result.error)]
         for result in report.reconstruction
     ]
-    note = (
-        "Mean absolute difference over √n of the student’s translated feature map to the teacher’s, both of "
-    )
-    note += "norm 1, on training images: 0 for equal directions, about 1.1 for random ones."
+    note = "Mean absolute difference over √n of the student’s translated feature map to the teacher’s, both "
+    note += "of norm 1, on training images: 0 for equal directions, about 1.1 for random ones."
     columns = ["stage", "teacher", "first epoch", "last epoch"]
     return Table("Reconstruction error", columns, rows, note=note, left=2)
