@@ -40,14 +40,8 @@ FOLDER = Path("bench-results")
 RESULTS, SAMPLES = "bench.json", "bench.npz"
 
 NORMAL = Protocol(seconds=10.0, samples=662, processes=3, threads=())
-QUICK = Protocol(
-    seconds=3.0,
-    samples=64,
-    processes=2,
-    threads=(),
-    cold_starts=3,
-    end_to_end_seconds=1.0,
-    batch_seconds=0.2,
+QUICK = replace(
+    NORMAL, seconds=3.0, samples=64, processes=2, cold_starts=3, end_to_end_seconds=1.0, batch_seconds=0.2
 )
 
 
@@ -103,11 +97,8 @@ def bench(
         files = find_bench_files(sources, temporary, image_size)
         available = _choose_images([Path(image) for image in images], files, seed)
         check_writable(folder)
-        subjects = [
-            subject
-            for file in files.files
-            for subject in _open_subjects(file, list(dict.fromkeys(runtimes)), available, seed)
-        ]
+        distinct = list(dict.fromkeys(runtimes))
+        subjects = [s for file in files.files for s in _open_subjects(file, distinct, available, seed)]
         for note in files.notes:
             display.note(note)
         if image_size is not None and not any(file.input.any_size for file in files.files):
@@ -124,7 +115,9 @@ def bench(
                 progress=lambda fraction, step: progress.update("timing", fraction, 1.0, more=step),
             )
         result = with_checksum(result.model_copy(update={"samples_file": SAMPLES}))
-        save(result, samples, folder)
+        with atomic_write(folder / SAMPLES) as part, part.open("wb") as stream:
+            np.savez_compressed(stream, **samples)  # type: ignore[arg-type]
+        write_text(folder / RESULTS, result.model_dump_json(indent=2) + "\n")
         if updates_run:
             from ..report.write import write
 
@@ -137,17 +130,6 @@ def results_folder(paths: Sequence[Path], out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
     return paths[0] / "bench" if len(paths) == 1 and (paths[0] / "run.json").is_file() else FOLDER
-
-
-def save(result: Bench, samples: dict[str, np.ndarray], folder: Path) -> None:
-    """Write ``bench.npz``, then ``bench.json``.
-
-    Raises:
-        JobError: the folder cannot be written or the disk is full.
-    """
-    with atomic_write(folder / SAMPLES) as part, part.open("wb") as file:
-        np.savez_compressed(file, **samples)  # type: ignore[arg-type]
-    write_text(folder / RESULTS, result.model_dump_json(indent=2) + "\n")
 
 
 def _choose_protocol(
@@ -188,7 +170,6 @@ def _choose_images(paths: Sequence[Path], files: BenchFiles, seed: int) -> Image
 
 
 def _open_subjects(file: BenchFile, runtimes: Sequence[str], images: Images, seed: int) -> list[Subject]:
-    """Return a subject for each runtime."""
     inputs, source, classifies = None, images.description, file.input.has_metadata
     if classifies:
         try:

@@ -91,7 +91,6 @@ def list_cache(cache: Path | None = None) -> tuple[list[CachedOutputs], int]:
 
 def _summarize(group: list[tuple[_About, int, float]]) -> CachedOutputs:
     about = group[0][0]
-    last_used = time.localtime(max(used for *_, used in group))
     return CachedOutputs(
         teacher=about.teacher,
         data=about.data,
@@ -103,7 +102,7 @@ def _summarize(group: list[tuple[_About, int, float]]) -> CachedOutputs:
         bytes_per_view=about.images * about.bytes_per_image,
         bytes=sum(size for _, size, _ in group),
         lost_mass=max((entry.lost_mass for entry, *_ in group if entry.lost_mass is not None), default=None),
-        last_used=time.strftime("%Y-%m-%d %H:%M", last_used),
+        last_used=time.strftime("%Y-%m-%d %H:%M", time.localtime(max(used for *_, used in group))),
     )
 
 

@@ -34,16 +34,15 @@ def report(folder: str | Path, out: str | Path | None = None) -> tuple[Report, l
         raise UsageError(
             f"No stage of {folder} is finished. Run the original command again ({run.record.command})."
         )
-    target = run.path if out is None else Path(out)
     if out is None:
         run.writes = True
         with run.locked():
-            result = write(run)
-    else:
-        if target.exists() and not target.is_dir():
-            raise UsageError(f"--out {out} is a file. Set it to a folder.")
-        result = assemble(run)
-        write_report(result, target)
+            return write(run), [run.path / name for name in FILES]
+    target = Path(out)
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--out {out} is a file. Set it to a folder.")
+    result = assemble(run)
+    write_report(result, target)
     return result, [target / name for name in FILES]
 
 

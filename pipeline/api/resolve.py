@@ -27,6 +27,8 @@ from ..methods.shapes import check_methods, compute_shapes, count_parameters
 from ..tasks import task_of
 from ..training.monitoring import trackers
 
+DIGITS = "digits"
+
 QAT_EPOCHS = 0.1
 """Default of --qat-epochs over --epochs."""
 
@@ -35,19 +37,15 @@ QAT_LR = 0.1
 
 
 def _choose_export(chosen: Options) -> None:
-    """Choose the options of export; ``epochs`` and ``lr`` are chosen already.
-
-    Raises:
-        UsageError: a target is repeated, the opset does not exist, or an option requires --qat.
-    """
+    """Choose the options of export; ``epochs`` and ``lr`` are chosen already."""
     try:
         check_opset(chosen.opset)
     except ExportError as error:
         raise UsageError(f"--opset {chosen.opset}: {error}.") from error
     chosen.target = chosen.target or [detect_target()]  # type: ignore[list-item]
-    twice = next((name for name in chosen.target if chosen.target.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"--target {twice} is given twice. Remove one of them.")
+    for target in chosen.target:
+        if chosen.target.count(target) > 1:
+            raise UsageError(f"--target {target} is given twice. Remove one of them.")
     if not chosen.qat:
         for name in ("qat_epochs", "qat_lr"):
             if getattr(chosen, name) is not None:
@@ -61,11 +59,7 @@ def _choose_export(chosen: Options) -> None:
 
 
 def _repeat_teacher(options: Options) -> None:
-    """Repeat the teacher for ``--teachers-from-seeds``; a resolved list is unchanged.
-
-    Raises:
-        UsageError: there are several teachers already, or all would be the same network.
-    """
+    """Repeat the teacher for ``--teachers-from-seeds``; a resolved list is unchanged."""
     count = options.teachers_from_seeds
     if count == 1:
         return
@@ -84,11 +78,7 @@ def _repeat_teacher(options: Options) -> None:
 
 
 def _check_labels(options: Options) -> None:
-    """Check that all weights files whose heads may be kept have the same classes.
-
-    Raises:
-        UsageError: two have different classes.
-    """
+    """Check that all weights files whose heads may be kept have the same classes."""
     if len(set(options.teacher_weights)) == 1:
         return
     labels_of: dict[str, tuple[str, ...]] = {}
@@ -109,9 +99,6 @@ def _check_labels(options: Options) -> None:
 def _brief(classes: Sequence[str]) -> str:
     first = ", ".join(classes[:3])
     return first if len(classes) <= 3 else f"{first} … ({len(classes)} classes)"
-
-
-DIGITS = "digits"
 
 
 def resolve(options: Options) -> tuple[Options, ImageSet]:
@@ -139,10 +126,7 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     _check_weights_of_losses(chosen, list(parameters))
     _check_networks(chosen)
     data = open_data(
-        chosen.data,
-        data_dir=chosen.data_dir,
-        download=chosen.download,
-        val_fraction=chosen.val_fraction,
+        chosen.data, data_dir=chosen.data_dir, download=chosen.download, val_fraction=chosen.val_fraction
     )
     methods.check_task(parameters, data.task)
     default_balance = "off" if has_set_weight else task_of(data).default_balance
