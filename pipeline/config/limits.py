@@ -30,9 +30,7 @@ def check_limits(value: Any) -> Any:
             raise ValueError(f"an integer must be at most {MAX_INTEGER}")
         if isinstance(part, str | Path):
             try:
-                os.fsencode(
-                    str(part)
-                )  # file names that are not UTF-8 contain lone surrogates, which are valid
+                os.fsencode(str(part))  # accepts the surrogates of file names that are not UTF-8
             except UnicodeEncodeError as error:
                 raise ValueError("the text contains half a character (a lone surrogate)") from error
     return value
@@ -40,10 +38,6 @@ def check_limits(value: Any) -> Any:
 
 def check_not_boolean(value: Any, annotation: Any) -> Any:
     """Return an option's value, with YAML's booleans ``on`` and ``off`` as text if these are choices.
-
-    Args:
-        value: the value.
-        annotation: the option's type.
 
     Raises:
         ValueError: the value is a boolean, which Python accepts as 0 or 1, and the option is not.

@@ -155,10 +155,7 @@ class Options(BaseModel):
         group="Method",
     )
     settings: Settings = option(
-        "parameter of a method, such as quest.tau=0.2; can be repeated",
-        {},
-        group="Method",
-        enters="prepare",
+        "parameter of a method, such as quest.tau=0.2; can be repeated", {}, group="Method", enters="prepare"
     )
     weight: LossWeights = option(
         "weight of a loss, NAME=VALUE: a method's name, or ce for the cross-entropy; can be repeated",
@@ -209,10 +206,7 @@ class Options(BaseModel):
         ge=2,
     )
     sync_bn: bool = option(
-        "synchronize BatchNorm statistics across GPUs",
-        False,
-        group="Training",
-        enters="teacher",
+        "synchronize BatchNorm statistics across GPUs", False, group="Training", enters="teacher"
     )
     optimizer: str | None = option(
         "timm name of the optimizer: adamw, sgd (with Nesterov momentum) …",
@@ -292,11 +286,7 @@ class Options(BaseModel):
         enters="teacher",
     )
     crop_scale: float | None = option(
-        "smallest fraction of the image area in a resized crop",
-        group="Images",
-        enters="teacher",
-        gt=0,
-        le=1,
+        "smallest fraction of the image area in a resized crop", group="Images", enters="teacher", gt=0, le=1
     )
     pad: int | None = option("pixels of padding of a pad crop", group="Images", enters="teacher", ge=0)
     pad_mode: Literal["zeros", "reflect", "edge"] | None = option(
@@ -306,11 +296,7 @@ class Options(BaseModel):
         "flip half of the training images horizontally", group="Images", enters="teacher"
     )
     color_jitter: float | None = option(
-        "strength of brightness, contrast and saturation jitter",
-        group="Images",
-        enters="teacher",
-        ge=0,
-        le=1,
+        "strength of brightness, contrast and saturation jitter", group="Images", enters="teacher", ge=0, le=1
     )
 
     calibrate: bool = option(
@@ -375,8 +361,7 @@ class Options(BaseModel):
         "check all options, estimate time and disk space, and stop", False, group="Execution"
     )
     time_limit: Time | None = option(
-        "stop after this time, such as 3h50m, with exit code 75; the same command resumes",
-        group="Execution",
+        "stop after this time, such as 3h50m, with exit code 75; the same command resumes", group="Execution"
     )
     device: str | None = option("cuda, mps or cpu [default: the first available]", group="Execution")
     precision: Literal["auto", "fp32", "bf16"] = option(
@@ -403,9 +388,7 @@ class Options(BaseModel):
     )
     quiet: bool = option("print only the result", False, group="Execution")
     verbose: bool = option(
-        "print defaults, epochs, int8 candidates and log messages",
-        False,
-        group="Execution",
+        "print defaults, epochs, int8 candidates and log messages", False, group="Execution"
     )
     json_: bool = Field(
         False,

@@ -23,13 +23,8 @@ def list_stages(rounds: int, qat: bool = False) -> tuple[str, ...]:
     """Return the stages of a run in order."""
     first, second = STAGES.index("prepare"), STAGES.index("quantize")
     earlier_rounds = [f"{ROUND} {k}" for k in range(1, rounds)]
-    return (
-        *STAGES[:first],
-        *earlier_rounds,
-        *STAGES[first:second],
-        *([QAT] if qat else []),
-        *STAGES[second:],
-    )
+    fine_tuning = [QAT] if qat else []
+    return (*STAGES[:first], *earlier_rounds, *STAGES[first:second], *fine_tuning, *STAGES[second:])
 
 
 def list_stages_of_config(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,9 +15,7 @@ SIGNIFICANT = 0.05
 def mcnemar(worse: int, better: int) -> float:
     """Return the two-sided p of McNemar's exact test.
 
-    Args:
-        worse: number of images that only the first network classifies correctly.
-        better: number of images that only the second one classifies correctly.
+    ``worse`` images are classified correctly by the first network only, ``better`` by the second only.
     """
     return float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0
 
@@ -59,11 +57,7 @@ def compare_unpaired(first: Proportion | Score, second: Proportion | Score) -> U
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the Pareto-optimal points, the cheapest first.
-
-    Args:
-        points: (cost, score) pairs, both finite; less cost and more score are better.
-    """
+    """Return the indices of the Pareto-optimal (cost, score) pairs, all finite, the cheapest first."""
     kept: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
         last = points[kept[-1]] if kept else None

@@ -25,17 +25,9 @@ def batches(pixels: Tensor, device: str, size: int = BATCH) -> Iterator[tuple[in
 
 @torch.no_grad()
 def compute_logits(
-    network: nn.Module,
-    normalize: nn.Module,
-    pixels: Tensor,
-    engine: Engine,
-    progress: Progress | None = None,
+    network: nn.Module, normalize: nn.Module, pixels: Tensor, engine: Engine, progress: Progress | None = None
 ) -> Tensor:
-    """Return the network's logits in eval mode, fp32 [N,classes] on the host.
-
-    Args:
-        pixels: uint8 [N,S,S,3], as the runtime renders them.
-    """
+    """Return the network's logits in eval mode, fp32 [N,classes] on the host, for images uint8 [N,S,S,3]."""
     was_training = network.training
     network.eval()
     logits = []
@@ -53,8 +45,7 @@ def compute_onnx_logits(
 ) -> np.ndarray:
     """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,S,S,3], n > 0.
 
-    Args:
-        fuse: see ``runtime.open_session``.
+    ``fuse`` is that of ``runtime.open_session``.
     """
     classifier = Classifier(file.read_bytes(), file.name)
     if not fuse:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ...export.latency import extras, runner
-from ...export.latency.machine import RUNTIMES, SESSION_OPTIONS, Environment
+from ...export.latency.machine import RUNTIMES, SESSION_OPTIONS
 from ...export.latency.runner import BenchResult, worker_command
 from ...export.results import EndToEnd, Speedup
 from ...export.runtime import Classifier, ImageError, decode_image, render
@@ -116,7 +116,7 @@ def measure(
         seed=protocol.seed,
         progress=_part(progress, 0.94, 1.0),
     )
-    runtimes = dict.fromkeys(subject.file.runtime for subject in subjects)
+    machine = result.environment
     bench = Bench(
         command=command,
         finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -135,23 +135,16 @@ def measure(
         notes=list(notes),
         session=SESSION_OPTIONS,
         environment={
-            **describe_environment(result.environment),
-            **{name: RUNTIMES[name].version for name in runtimes},
+            "cpu": machine.cpu,
+            "machine": machine.machine,
+            "instruction sets": ", ".join(machine.flags),
+            "cores allowed": str(machine.cores),
+            "onnxruntime": machine.onnxruntime,
+            "load average at start": "" if machine.load is None else f"{machine.load:.2f}",
+            **{subject.file.runtime: RUNTIMES[subject.file.runtime].version for subject in subjects},
         },
     )
     return bench, arrays
-
-
-def describe_environment(machine: Environment) -> dict[str, str]:
-    """Return the rows of the report's table of the machine."""
-    return {
-        "cpu": machine.cpu,
-        "machine": machine.machine,
-        "instruction sets": ", ".join(machine.flags),
-        "cores allowed": str(machine.cores),
-        "onnxruntime": machine.onnxruntime,
-        "load average at start": "" if machine.load is None else f"{machine.load:.2f}",
-    }
 
 
 def _part(progress: Progress, begin: float, end: float) -> Progress:
@@ -161,14 +154,13 @@ def _part(progress: Progress, begin: float, end: float) -> Progress:
 def _measure_end_to_end(
     subjects: Sequence[Subject], images: Images, protocol: Protocol, threads: int, progress: Progress
 ) -> list[tuple[EndToEnd, np.ndarray]]:
-    """Time the files that classify, in ONNX Runtime."""
     files = [
         (subject.file.name, subject.path)
         for subject in subjects
         if subject.classifies and subject.file.runtime == "onnxruntime"
     ]
     seconds = protocol.end_to_end_seconds
-    if not files or not images.contents or not seconds:
+    if not (files and images.contents and seconds):
         return []
     return extras.measure_end_to_end(
         files, images.contents, threads=threads, seconds=seconds, seed=protocol.seed, progress=progress

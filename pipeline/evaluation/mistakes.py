@@ -19,11 +19,7 @@ Prediction = tuple[str, float]
 
 
 def most_confused(confusion: np.ndarray, classes: Sequence[str]) -> list[Confused]:
-    """Return the most frequent pairs of a true class and another, predicted one.
-
-    Args:
-        confusion: image counts [true class, predicted class].
-    """
+    """Return the most frequent mistakes in ``confusion``, image counts [true class, predicted class]."""
     mistakes = confusion.copy()
     np.fill_diagonal(mistakes, 0)
     places = np.argsort(-mistakes, axis=None, kind="stable")[:MAX_CONFUSED].tolist()

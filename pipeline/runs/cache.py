@@ -59,16 +59,13 @@ class Cache:
         return (self.root / kind / key).is_dir()
 
     def put(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
-        """Make an entry and return its folder.
+        """Make an entry and return its folder, or that of another process that wrote it first.
 
         Args:
             kind: the subfolder.
             key: a hash of everything that the content depends on.
             write: fills an empty folder. It is called a second time, with a temporary folder, if the cache
                 cannot be written.
-
-        Returns:
-            The entry's folder; that of another process if it was written first.
 
         Raises:
             JobError: the temporary folder cannot be written either.

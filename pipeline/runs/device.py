@@ -75,11 +75,7 @@ def choose_device(device: str | None, local_rank: int | None = None) -> str:
         torch.cuda.set_device(local_rank)
     if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, number = device.partition(":")
     if kind not in available or (number and not number.isdigit()):
         raise UsageError(f"--device must be cuda, cuda:N, mps or cpu, got {device}.")
@@ -122,7 +118,10 @@ def bf16_pays(device: str) -> bool:
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bf16()
+    if kind != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def depthwise(network: nn.Module) -> bool:
@@ -135,9 +134,8 @@ def depthwise(network: nn.Module) -> bool:
 
 def device_name(device: str) -> str:
     """Return the name of the GPU or processor."""
-    if torch.device(device).type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return environment().cpu
+    is_cuda = torch.device(device).type == "cuda"
+    return str(torch.cuda.get_device_name(device)) if is_cuda else environment().cpu
 
 
 def free_memory(device: str) -> float:
@@ -161,8 +159,3 @@ def use_threads(threads: int) -> None:
     """Give torch this many threads, and no more than this job may use."""
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-def _cpu_has_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -100,11 +100,7 @@ def check_unlocked(folder: Path) -> None:
 
 
 def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> None:
-    """Check that output folders are not inside the data folder, where they would be read as classes.
-
-    Args:
-        data: the value of ``--data``.
-        outputs: folders to write to, by option.
+    """Check that output folders, by option, are not inside the data folder, whose folders are classes.
 
     Raises:
         UsageError: one of them is inside.

@@ -45,15 +45,9 @@ class StageResult:
 
 
 class RunFolder:
-    """One run's folder. ``run.json`` is written after every stage."""
+    """One run's folder. ``run.json`` is written after every stage; of several ranks, only rank 0 writes."""
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
-        """Create an object without reading the folder.
-
-        Args:
-            path: the folder.
-            writes: True if this process writes the folder; of several ranks only the main process does.
-        """
         self.path = path
         self.writes = writes
         self.record = RunRecord()
@@ -163,7 +157,6 @@ class RunFolder:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The run's stages in order."""
         return list_stages_of_config(self.record.config)
 
     @property
@@ -208,7 +201,7 @@ class RunFolder:
         kept = [
             line
             for line in self.curves()
-            if get_training(line) != epoch.stage or get_epoch(line) < epoch.epoch
+            if get_training(line) != epoch.stage or json.loads(line)["epoch"] < epoch.epoch
         ]
         write_text(self.metrics, "\n".join([*kept, epoch.model_dump_json()]) + "\n")
 
@@ -218,13 +211,7 @@ class RunFolder:
             checkpoint.unlink()
 
     def begin(self, config: Mapping[str, Any], options: Mapping[str, Any], command: str) -> None:
-        """Record the start of a run.
-
-        Args:
-            config: the options that enter the stages' keys.
-            options: the options for config.yaml.
-            command: the command line.
-        """
+        """Record the start of a run; ``config`` enters the stages' keys, ``options`` are for config.yaml."""
         self.record.config = dict(config)
         self.record.command = command
         self.record.options = dict(options)
@@ -238,9 +225,8 @@ class RunFolder:
         index = self.stages.index(stage)
         previous = self.record.stages.get(self.stages[index - 1]) if index else None
         upstream = {"key": previous.key, "outputs": previous.outputs} if previous else None
-        return digest(
-            {"stage": stage, "schema": SCHEMA_VERSION, "options": dict(config), "upstream": upstream}
-        )
+        content = {"stage": stage, "schema": SCHEMA_VERSION, "options": dict(config), "upstream": upstream}
+        return digest(content)
 
     def finished(self, stage: str, key: str) -> StageResult | None:
         """Return a stage's result if it was run with this key and its outputs are unchanged."""
@@ -307,7 +293,6 @@ class RunFolder:
         return merged
 
     def save(self) -> None:
-        """Write the record."""
         if self.writes:
             write_record(self.path, self.record)
 
@@ -409,16 +394,6 @@ def get_training(line: str) -> str | None:
         return str(content["stage"]) if isinstance(content["epoch"], int) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def get_epoch(line: str) -> int:
-    """Return the epoch of a line of metrics.jsonl."""
-    return int(json.loads(line)["epoch"])
-
-
-def select_training(lines: Iterable[str], training: str) -> list[str]:
-    """Return the lines of one training."""
-    return [line for line in lines if get_training(line) == training]
 
 
 def group_by_stage(lines: Iterable[str], stages: Sequence[str]) -> dict[str | None, list[str]]:

@@ -37,14 +37,7 @@ class Predictions:
 def write_predictions(
     path: Path, keys: np.ndarray, labels: np.ndarray, logits: Mapping[str, np.ndarray]
 ) -> None:
-    """Write the classes with the largest logits.
-
-    Args:
-        path: the file.
-        keys: hashes of the images, int64 [n].
-        labels: their classes [n].
-        logits: [n,classes] by file.
-    """
+    """Write the classes with the largest ``logits``, [n,classes] by file; see ``Predictions``."""
     classes = {file: rows.argmax(1).astype(np.int32) for file, rows in logits.items()}
     with atomic_write(path) as part:
         save_file({"keys": keys, "labels": labels.astype(np.int32), **classes}, part)

@@ -78,14 +78,11 @@ class Bench(Result):
 
     def latency(self, subject: str, threads: int) -> Latency | None:
         """Return a subject's latency at a thread count, None if it was not measured."""
-        matches = (
-            latency for latency in self.latencies if (latency.subject, latency.threads) == (subject, threads)
-        )
-        return next(matches, None)
+        key = (subject, threads)
+        return next((row for row in self.latencies if (row.subject, row.threads) == key), None)
 
     @property
     def threads(self) -> list[int]:
-        """Thread counts that were measured."""
         return [conditions.threads for conditions in self.conditions]
 
 
