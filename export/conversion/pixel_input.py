@@ -164,9 +164,6 @@ class Convolution:
     bias: np.ndarray | None
     pads: np.ndarray
 
-    def add_bias(self, more: np.ndarray) -> None:
-        self.bias = more if self.bias is None else self.bias + more
-
 
 @dataclass
 class FirstLayer:
@@ -175,11 +172,6 @@ class FirstLayer:
     model: ModelProto
     convolutions: list[Convolution]
     pad_nodes: list[NodeProto]
-
-    @property
-    def padded(self) -> bool:
-        """True if any of them reads padding."""
-        return any(convolution.pads.any() for convolution in self.convolutions)
 
     def write(self) -> None:
         """Write weights, biases and padding into the graph and remove Pad nodes."""
@@ -265,18 +257,20 @@ def _ignores_channels(node: NodeProto) -> bool:
 def _zero_padding(node: NodeProto, constants: _Constants) -> np.ndarray | None:
     """Return [top, left, bottom, right] of a Pad of zeros in height and width; None for any other."""
     mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
-    given = [numpy_helper.to_array(constants[name]) if name in constants else None for name in node.input[1:]]
-    unknown = any(value is None for name, value in zip(node.input[1:], given, strict=True) if name)
-    if mode != b"constant" or unknown or not given:
+    parameters = [
+        numpy_helper.to_array(constants[name]) if name in constants else None for name in node.input[1:]
+    ]
+    computed = any(value is None for name, value in zip(node.input[1:], parameters, strict=True) if name)
+    if mode != b"constant" or computed or not parameters:
         return None
-    pads, value, axes = [*given, None, None][:3]
+    pads, value, axes = [*parameters, None, None][:3]
     assert pads is not None
     if value is not None and np.any(value != 0):
         return None
     before, after = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.int64)
-    places = np.arange(4) if axes is None else axes.ravel() % 4
-    half = len(places)
-    before[places], after[places] = pads[:half], pads[half:]
+    positions = np.arange(4) if axes is None else axes.ravel() % 4
+    half = len(positions)
+    before[positions], after[positions] = pads[:half], pads[half:]
     around = np.concatenate([before[2:], after[2:]])
     if before[:2].any() or after[:2].any() or (around < 0).any():
         return None
@@ -313,7 +307,8 @@ def fold_normalization(model: ModelProto, mean: Sequence[float], std: Sequence[f
     m, s = np.asarray(mean, dtype=np.float64), np.asarray(std, dtype=np.float64)
     zero_point = int(np.clip(np.rint(255 * m.mean()), 0, 255))
     left = (zero_point / 255 - m) / s
-    mask = _mask(layer, left, s, zero_point) if layer.padded and left.any() else None
+    padded = any(convolution.pads.any() for convolution in layer.convolutions)
+    mask = _mask(layer, left, s, zero_point) if padded and left.any() else None
     for convolution in layer.convolutions:
         offset = np.einsum("ochw,c->ohw", convolution.weight, left)
         convolution.weight = convolution.weight / s[:, None, None]
@@ -321,7 +316,8 @@ def fold_normalization(model: ModelProto, mean: Sequence[float], std: Sequence[f
             fourth = offset / ((mask - zero_point) / 255)
             convolution.weight = np.concatenate([convolution.weight, fourth[:, None]], axis=1)
         elif left.any():
-            convolution.add_bias(offset.sum((1, 2)))
+            shift = offset.sum((1, 2))
+            convolution.bias = shift if convolution.bias is None else convolution.bias + shift
     layer.write()
     _rename_input(model)
     front = Folded(zero_point, mask)
@@ -349,25 +345,25 @@ def has_uint8_input(model: ModelProto) -> bool:
     return bool(model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8)
 
 
-def front_of(file: Path) -> Front | None:
-    """How a file brings pixels before its network; None where it takes float."""
+def load_front(file: Path) -> Front | None:
+    """Return the front of a file with uint8 input; None if its input is float."""
     return read_front(onnx.load(str(file), load_external_data=False).graph.initializer)
 
 
 def split(model: ModelProto) -> Front:
-    """Take away what `attach` has put in front, so that `model` is the core again; in place.
+    """Remove the front that `attach` inserted and return it; `model` becomes the core, in place.
 
-    Raises ExportError where the input isn't one that `attach` makes.
+    Raises ExportError if the input was not made by `attach`.
     """
     front = read_front(model.graph.initializer)
     if front is None or not has_uint8_input(model):
-        raise ExportError("the model's input is not one of pixels as questpress writes it")
+        raise ExportError("the model's uint8 input was not written by questpress")
     nodes, constants = front.nodes(*_sides(model))
-    of_front = {node.name for node in nodes} | {tensor.name for tensor in constants}
-    _keep(model.graph.node, [node for node in model.graph.node if node.name not in of_front])
+    removed = {node.name for node in nodes} | {tensor.name for tensor in constants}
+    _keep(model.graph.node, [node for node in model.graph.node if node.name not in removed])
     _rewire(model.graph.node, {PLANES: PIXELS})
-    _keep(model.graph.initializer, [t for t in model.graph.initializer if t.name not in of_front])
-    _keep(model.graph.value_info, [v for v in model.graph.value_info if v.name not in of_front])
+    _keep(model.graph.initializer, [t for t in model.graph.initializer if t.name not in removed])
+    _keep(model.graph.value_info, [v for v in model.graph.value_info if v.name not in removed])
     _set_input(model, front, core=True)
     return front
 

@@ -37,9 +37,9 @@ def predict(
         raise UsageError(f"--file requires a run folder or an artifact folder, got {artifact}.")
     try:
         if artifact.is_file():
-            from ...export.conversion.untrusted import read_foreign  # imports onnx
+            from ...export.conversion.untrusted import read_untrusted  # imports onnx
 
-            content, _ = read_foreign(artifact)
+            content, _ = read_untrusted(artifact)
             classifier = Classifier(content, artifact.name, threads=threads)
         else:
             classifier = Classifier.load(artifact, file=file, threads=threads)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ...export.conversion.untrusted import parsed, read_foreign
+from ...export.conversion.untrusted import parse_untrusted, read_untrusted
 from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, explain_untimed
 from ...export.runtime import MAX_SIDE, METADATA_PREFIX, ArtifactError, read_manifest, read_verified
@@ -67,7 +67,7 @@ def open_files(path: Path, file: str | None = None) -> list[ModelFile]:
                 )
             if file is not None:
                 raise UsageError(f"--file {file} requires a run folder or an artifact folder, got {path}.")
-            content, _ = read_foreign(path)
+            content, _ = read_untrusted(path)
             return [ModelFile(path, path, path.stem, content)]
         check_finished(path)
         folder, manifest = read_manifest(path)
@@ -79,7 +79,7 @@ def open_files(path: Path, file: str | None = None) -> list[ModelFile]:
         files = []
         for entry in entries:
             content = read_verified(folder, entry)
-            parsed(content, str(folder / entry["name"]))
+            parse_untrusted(content, str(folder / entry["name"]))
             precision, target = str(entry["precision"]), entry.get("target")
             name = precision if precisions[precision] == 1 or target is None else f"{precision} {target}"
             files.append(ModelFile(folder / entry["name"], path, name, content, manifest, precision, target))
@@ -172,7 +172,7 @@ def read_input(
         UsageError: it is not a safe ONNX file, or does not take single images.
     """
     try:
-        _, model = read_foreign(path, beside=external_data)
+        _, model = read_untrusted(path, external_data=external_data)
     except ExportError as error:
         raise UsageError(f"{error}.") from error
     weights = {tensor.name for tensor in model.graph.initializer}

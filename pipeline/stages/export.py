@@ -16,7 +16,7 @@ from ...export.conversion.onnx_export import (
     fold_temperature,
     with_metadata,
 )
-from ...export.conversion.pixel_input import Outside, front_of
+from ...export.conversion.pixel_input import Outside, load_front
 from ...export.runtime import build_metadata, normalize
 from ..data.training_data import TrainingData
 from ..errors import JobError
@@ -89,7 +89,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         if context.task.has_thresholds:
             file = exporter.add_thresholds(file, fit.value if fit else None)
         parity = check_parity(network, part, images, pixels=pixels if context.has_pixel_input else None)
-        if context.has_pixel_input and isinstance(front_of(part), Outside):
+        if context.has_pixel_input and isinstance(load_front(part), Outside):
             context.display.warn(
                 f"--input uint8: the first layer of {student.name} is not a plain convolution, so the "
                 "normalization is computed in float before it. At 224 px this adds about 10 % to the "

@@ -214,9 +214,9 @@ def test_input_of_a_file_is_reported(tmp_path: Path) -> None:
 
 def test_invalid_bench_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
-    refused(compress("bench", tmp_path / "text.onnx"), 2, "text.onnx", "is no ONNX file")
+    refused(compress("bench", tmp_path / "text.onnx"), 2, "text.onnx", "is not an ONNX file")
     (tmp_path / "empty.onnx").touch()
-    refused(compress("bench", tmp_path / "empty.onnx"), 2, "empty.onnx", "holds no network")
+    refused(compress("bench", tmp_path / "empty.onnx"), 2, "empty.onnx", "contains no network")
     refused(compress("bench", tmp_path / "none.onnx"), 2, "none.onnx does not exist")
     refused(compress("bench", tmp_path), 2, "manifest.json")
     file = changed(tmp_path / "open.onnx", [1, 3, "h", "w"])

@@ -260,7 +260,7 @@ def test_missing_or_changed_data_is_refused(a_run: Path, tmp_path: Path) -> None
         (["nowhere"], ["nowhere does not exist"]),
         (["{run}", "--file", "student.int4.onnx"], ["--file student.int4.onnx is not in"]),
         (["{run}", "--teacher", "nobody.onnx"], ["must be an .onnx file or a run folder"]),
-        (["{run}/config.yaml"], ["is no ONNX file"]),
+        (["{run}/config.yaml"], ["is not an ONNX file"]),
         (["{run}", "--out", "{run}/config.yaml"], ["is a file"]),
     ],
 )

@@ -150,20 +150,20 @@ def onnx_seeds() -> list[bytes]:
 
 
 def onnx_reader(work: Path) -> Callable[[bytes], None]:
-    from questpress.export.conversion.untrusted import read_foreign
+    from questpress.export.conversion.untrusted import read_untrusted
     from questpress.export.errors import ExportError
     from questpress.export.runtime import ArtifactError, refuse_external_data
 
     def read(content: bytes) -> None:
-        file = work / "foreign.onnx"
+        file = work / "untrusted.onnx"
         file.write_bytes(content)
         try:
-            same, _ = read_foreign(file)
+            same, _ = read_untrusted(file)
         except ExportError:
             return
         assert same == content
         with suppress(ArtifactError):  # of fields and values that ONNX does not have it refuses more
-            refuse_external_data(content, "foreign.onnx")
+            refuse_external_data(content, "untrusted.onnx")
 
     return read
 
@@ -172,7 +172,7 @@ def device_reader(_work: Path) -> Callable[[bytes], None]:
     """Without onnx: whatever onnx finds to lie in another file must be refused."""
     import onnx
     from google.protobuf.message import DecodeError
-    from questpress.export.conversion.untrusted import _tensors, graphs
+    from questpress.export.conversion.untrusted import walk_graphs, walk_tensors
     from questpress.export.runtime import ArtifactError, refuse_external_data
 
     def read(content: bytes) -> None:
@@ -185,8 +185,8 @@ def device_reader(_work: Path) -> Callable[[bytes], None]:
         except (DecodeError, ValueError):
             return
         trained = [one for info in model.training_info for one in (info.initialization, info.algorithm)]
-        for graph, _ in graphs(model.graph, *model.functions, *trained):
-            for tensor in _tensors(graph):
+        for graph, _ in walk_graphs(model.graph, *model.functions, *trained):
+            for tensor in walk_tensors(graph):
                 assert not tensor.external_data and tensor.data_location != onnx.TensorProto.EXTERNAL
 
     return read

@@ -15,7 +15,7 @@ from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile, check_parity, export_onnx
-from questpress.export.conversion.pixel_input import PIXELS, Folded, Outside, attach, front_of, split
+from questpress.export.conversion.pixel_input import PIXELS, Folded, Outside, attach, load_front, split
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import quantize_int8
 from torch import nn
@@ -138,7 +138,7 @@ def test_pixel_input_folded_into_the_first_convolution_is_exact(name: str, tmp_p
     of_floats, of_pixels = both(make().eval(), tmp_path, size)
     shown = pictures(size)
     normalised = runtime.normalize(shown, IMAGENET)
-    front = front_of(of_pixels)
+    front = load_front(of_pixels)
     assert isinstance(front, Folded) and front.channels == channels
     np.testing.assert_allclose(logits(of_pixels, shown), logits(of_floats, normalised), atol=1e-4, rtol=0)
     ours, theirs = maps_of_first_layer(of_pixels, shown), maps_of_first_layer(of_floats, normalised)
@@ -153,7 +153,7 @@ def test_pixel_input_folded_into_the_first_convolution_is_exact(name: str, tmp_p
 def test_any_mean_is_folded_exactly(mean: tuple[float, float, float], mask: bool, tmp_path: Path) -> None:
     p = runtime.Preprocessing.create(16, 1.0, "bilinear", "squash", mean=mean, std=(0.5, 0.1, 1.0))
     of_floats, of_pixels = both(small_conv_net(), tmp_path, 16, p)
-    front = front_of(of_pixels)
+    front = load_front(of_pixels)
     assert isinstance(front, Folded) and (front.mask is not None) == mask
     shown = pictures(16)
     expected = logits(of_floats, runtime.normalize(shown, p))
@@ -165,7 +165,7 @@ def test_computed_normalization_precedes_other_first_layers(make: type[nn.Module
     torch.manual_seed(0)
     of_floats, of_pixels = both(make().eval(), tmp_path, 32)
     shown = pictures(32)
-    assert isinstance(front_of(of_pixels), Outside)
+    assert isinstance(load_front(of_pixels), Outside)
     expected = logits(of_floats, runtime.normalize(shown, IMAGENET))
     np.testing.assert_allclose(logits(of_pixels, shown), expected, atol=1e-4, rtol=0)
     int8 = quantize_int8(of_pixels, tmp_path / "int8.onnx", [shown])
@@ -238,7 +238,7 @@ def test_attached_normalization_can_be_removed(tmp_path: Path) -> None:
         ort.InferenceSession(model.SerializeToString()).run(None, {"input": shown})[0],
         ort.InferenceSession(whole).run(None, {"input": shown})[0],
     )
-    with pytest.raises(ExportError, match="not one of pixels"):
+    with pytest.raises(ExportError, match="not written by questpress"):
         split(onnx.load(str(of_floats)))
 
 
@@ -246,7 +246,7 @@ def test_fourth_channels_weights_do_not_coarsen_the_others(tmp_path: Path) -> No
     """None is the largest of its output channel, and all are as large as they may be."""
     _, of_pixels = both(small_conv_net(), tmp_path, 16)
     model = onnx.load(str(of_pixels))
-    front = front_of(of_pixels)
+    front = load_front(of_pixels)
     weight = next(numpy_helper.to_array(t) for t in model.graph.initializer if list(t.dims)[1:] == [4, 3, 3])
     largest = np.abs(weight).max((2, 3))
     assert (largest[:, 3] <= largest[:, :3].max(1) * 1.0001).all()

@@ -1,4 +1,4 @@
-"""ONNX files of others: what is refused before a runtime sees them, each in one sentence."""
+"""Untrusted ONNX files are refused with one sentence before a runtime loads them."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import timm
 from onnx import TensorProto, helper, numpy_helper
 from questpress.export.conversion import untrusted
 from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.conversion.untrusted import read_foreign
+from questpress.export.conversion.untrusted import read_untrusted
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import quantize_int8
 
@@ -24,26 +24,26 @@ def test_untrusted_onnx_file_is_refused(
 ) -> None:
     model = little()
     harm(model)
-    file = tmp_path / "foreign.onnx"
+    file = tmp_path / "untrusted.onnx"
     file.write_bytes(model.SerializeToString())
     with pytest.raises(ExportError, match=told) as refused:
-        read_foreign(file)
+        read_untrusted(file)
     assert "\n" not in str(refused.value) and str(file) in str(refused.value)
     assert len(str(refused.value)) < len(str(file)) + 300
 
 
 def test_too_many_nodes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(untrusted, "MOST_NODES", 1)
+    monkeypatch.setattr(untrusted, "MAX_NODES", 1)
     (tmp_path / "many.onnx").write_bytes(little().SerializeToString())
     with pytest.raises(ExportError, match="more than 1 nodes"):
-        read_foreign(tmp_path / "many.onnx")
+        read_untrusted(tmp_path / "many.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x08" * 5000, b"\xff" * 100])
 def test_non_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(content)
-    with pytest.raises(ExportError, match=r"is no ONNX file|holds no network"):
-        read_foreign(tmp_path / "no.onnx")
+    with pytest.raises(ExportError, match=r"is not an ONNX file|contains no network"):
+        read_untrusted(tmp_path / "no.onnx")
 
 
 def test_messages_nested_by_the_thousand_are_refused(tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_messages_nested_by_the_thousand_are_refused(tmp_path: Path) -> None:
         for field in (6, 5, 1):
             content = bytes([field << 3 | 2]) + _length(content) + content
     (tmp_path / "deep.onnx").write_bytes(b"\x3a" + _length(content) + content)
-    with pytest.raises(ExportError, match="is no ONNX file"):
-        read_foreign(tmp_path / "deep.onnx")
+    with pytest.raises(ExportError, match="is not an ONNX file"):
+        read_untrusted(tmp_path / "deep.onnx")
 
 
 def _length(content: bytes) -> bytes:
@@ -68,14 +68,14 @@ def test_sparse_huge_file_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "large.onnx").open("wb") as file:
         file.truncate(1 << 40)  # none of it on the disk
     with pytest.raises(ExportError, match="larger than 2 GB"):
-        read_foreign(tmp_path / "large.onnx")
+        read_untrusted(tmp_path / "large.onnx")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
 def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
-    with pytest.raises(ExportError, match="is no file"):
-        read_foreign(tmp_path / "pipe.onnx")
+    with pytest.raises(ExportError, match="is not a file"):
+        read_untrusted(tmp_path / "pipe.onnx")
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])
@@ -86,16 +86,16 @@ def test_external_weights_of_large_models_may_not_be_links(kind: str, tmp_path: 
     file, data, secret = tmp_path / "own.onnx", tmp_path / "own.onnx.data", tmp_path / "secret"
     file.write_bytes(model.SerializeToString())
     secret.write_bytes(bytes(24))
-    with pytest.raises(ExportError, match="keeps data in another file"):  # there is none
-        read_foreign(file, beside=True)
+    with pytest.raises(ExportError, match="refers to data in another file"):  # there is none
+        read_untrusted(file, external_data=True)
     data.write_bytes(bytes(24))
-    assert read_foreign(file, beside=True)[1].graph.initializer[0].external_data
-    with pytest.raises(ExportError, match="keeps data in another file"):
-        read_foreign(file)
+    assert read_untrusted(file, external_data=True)[1].graph.initializer[0].external_data
+    with pytest.raises(ExportError, match="refers to data in another file"):
+        read_untrusted(file)
     data.unlink()
     data.symlink_to(secret) if kind == "symbolic" else data.hardlink_to(secret)
     with pytest.raises(ExportError, match="is a link to another file"):
-        read_foreign(file, beside=True)
+        read_untrusted(file, external_data=True)
 
 
 def test_file_with_functions_and_branches_own_is_read(tmp_path: Path) -> None:
@@ -112,13 +112,13 @@ def test_file_with_functions_and_branches_own_is_read(tmp_path: Path) -> None:
     model.graph.node.append(helper.make_node("Constant", [], ["c1"], value=sure))
     model.graph.node.append(helper.make_node("If", ["c1"], ["q"], then_branch=branch, else_branch=branch))
     (tmp_path / "own.onnx").write_bytes(model.SerializeToString())
-    assert len(read_foreign(tmp_path / "own.onnx")[1].graph.node) == 5
+    assert len(read_untrusted(tmp_path / "own.onnx")[1].graph.node) == 5
 
 
 def test_folder_and_missing_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.onnx"):
-        with pytest.raises(ExportError, match="is no file"):
-            read_foreign(path)
+        with pytest.raises(ExportError, match="is not a file"):
+            read_untrusted(path)
 
 
 def test_our_own_files_are_read_and_their_bytes_given_back(tmp_path: Path) -> None:
@@ -127,6 +127,6 @@ def test_our_own_files_are_read_and_their_bytes_given_back(tmp_path: Path) -> No
     images = [np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32)]
     int8 = quantize_int8(fp32.path, tmp_path / "int8.onnx", images)
     for path in (fp32.path, int8.path):
-        content, model = read_foreign(path)
+        content, model = read_untrusted(path)
         assert content == path.read_bytes()
         assert len(model.graph.node) > 10
