@@ -205,15 +205,8 @@ class _Plot:
                 shapes.append(line("leader", self.x(label.point.x), self.y(label.point.y), *label.leader))
         for point in self.points:
             if point.low is not None and point.high is not None:
-                ends = (
-                    "M",
-                    self.x(point.x) - 3,
-                    self.y(point.low),
-                    "h6m-3 0V",
-                    self.y(point.high),
-                    "m-3 0h6",
-                )
-                shapes.append(path(f"whisker {point.key}", *ends))
+                x, low, high = self.x(point.x), self.y(point.low), self.y(point.high)
+                shapes.append(path(f"whisker {point.key}", "M", x - 3, low, "h6m-3 0V", high, "m-3 0h6"))
         for i in sorted(range(len(self.points)), key=lambda i: i in self.best):
             point, mark = self.points[i], "dot" if i in self.best else "ring"
             place = (self.x(point.x), self.y(point.y))
@@ -257,12 +250,9 @@ class _Plot:
             circles.append((self.left, y - LINE, self.left + 4 + LETTER * len(level.label), y))
         taken: list[Box] = []
         labels = []
-        for i in sorted(
-            range(len(self.points)), key=lambda i: (i not in self.best, self.y(self.points[i].y))
-        ):
+        labeled = [i for i, point in enumerate(self.points) if point.label]
+        for i in sorted(labeled, key=lambda i: (i not in self.best, self.y(self.points[i].y))):
             point = self.points[i]
-            if not point.label:
-                continue
             name = shorten(point.label, self.max_letters)
             # A label may cover an interval if it has no other place.
             for obstacles in ([*circles, *taken, *whiskers], [*circles, *taken]):

@@ -38,14 +38,12 @@ def title(report: Report) -> str:
 
 def lead(report: Report) -> str:
     """Return the shipped file and why, the method, the data, and how the file was measured."""
-    sentences = []
-    student = report.student_int8
+    sentences, student, data = [], report.student_int8, report.data
     if (reason := int8.explain_fp32(report)) is not None:
         sentences.append(reason)
     elif student is not None and student.file is not None:
         sentences.append(f"The int8 file ships: {student.file.rpartition('/')[2]}.")
     trained = "Trained without a teacher" if report.method == "none" else f"Trained with {report.method}"
-    data = report.data
     if data is not None:
         trained += f" on {data.name}: {format.plural(len(data.classes), 'class', 'classes')}"
         trained += task_of(data).labels_note
@@ -62,7 +60,7 @@ def lead(report: Report) -> str:
 
 
 def key_figures(report: Report) -> list[KeyFigure]:
-    """Return size, speed and accuracy of the shipped file. A figure that is not known yet is a dash."""
+    """Return size, speed and accuracy of the shipped file, with dashes for what is not known yet."""
     return [_size(report), _speed(report), _score(report)]
 
 

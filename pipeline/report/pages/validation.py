@@ -34,6 +34,10 @@ def validation_page(validation: Validation) -> Page:
         threads = validation.environment.get("threads")
         remarks.insert(0, f"Evaluated on {machine}" + (f" · {format.threads(threads)}" if threads else ""))
     has_teacher = any(network.teacher is not None for network in validation.networks)
+    columns = [
+        Column(_key(n), n.name, Subject(name=n.name, weights="", calibration=n.calibration))
+        for n in validation.networks
+    ]
     return Page(
         kind="validation",
         title=validation.title,
@@ -42,7 +46,7 @@ def validation_page(validation: Validation) -> Page:
             _results(validation),
             _errors(validation),
             _classes(validation),
-            _calibration(validation),
+            calibration.calibration_section(columns, columns, calibration.describe_all(columns)),
             _details(validation),
         ],
         footer="questpress. validation.html, validation.md and validation.json have the same content; "
@@ -225,14 +229,6 @@ def _interval(value: Proportion | None) -> tuple[str, str]:
     if value is None:
         return format.MISSING, format.MISSING
     return format.percent(value.percent), format.percent_interval(value.low, value.high)
-
-
-def _calibration(validation: Validation) -> Section:
-    columns = [
-        Column(_key(n), n.name, Subject(name=n.name, weights="", calibration=n.calibration))
-        for n in validation.networks
-    ]
-    return calibration.calibration_section(columns, columns, calibration.describe_all(columns))
 
 
 def _details(validation: Validation) -> Section:

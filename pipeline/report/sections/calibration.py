@@ -50,9 +50,8 @@ def describe_all(columns: Sequence[Column]) -> list[str]:
 
 def describe(column: Column, calibration: Calibration) -> str:
     """Teacher: mean confidence 92.0 %, accuracy 88.0 %: overconfident by 4.0 points."""
-    confidence, accuracy = (
-        format.percent(value, calibration.n) for value in (calibration.confidence, calibration.accuracy)
-    )
+    confidence = format.percent(calibration.confidence, calibration.n)
+    accuracy = format.percent(calibration.accuracy, calibration.n)
     return f"{column.role}: mean confidence {confidence}, accuracy {accuracy}: {verdict(calibration)}."
 
 

@@ -39,8 +39,7 @@ def example_pictures(examples: list[Example]) -> list[Picture]:
     """Return errors, most confident first, then correct predictions, least confident first."""
 
     def order(example: Example) -> tuple[bool, float, str]:
-        correct = example.student == example.label
-        probability = example.student_probability
+        correct, probability = example.student == example.label, example.student_probability
         return correct, probability if correct else -probability, example.name
 
     return [picture(example) for example in sorted(examples, key=order)]
@@ -60,7 +59,8 @@ def picture(example: Example) -> Picture:
 
 def section(report: Report) -> Section:
     counts = np.array(report.confusion or np.zeros((0, 0), dtype=int))
-    names = class_names(report, len(counts))
+    labels = report.data.classes if report.data else []
+    names = [labels[i] if i < len(labels) else f"class {i}" for i in range(len(counts))]
     matrix = confusion_matrix(report.confusion, names, CAPTION) if report.confusion else None
     pairs = confused_table(most_confused(counts, names), "report.json")
     return classes_section(matrix, class_table(report), pairs)
@@ -125,8 +125,3 @@ def confused_table(pairs: Sequence[Confused], file: str) -> Table:
     note = f"The first {MAX_CONFUSED}; more are in {file}." if len(pairs) > MAX_CONFUSED else ""
     columns = ["true class", "prediction", "images", "of the class"]
     return Table("Most confused classes", columns, rows, note=note, left=2)
-
-
-def class_names(report: Report, n: int) -> list[str]:
-    names = report.data.classes if report.data else []
-    return [names[i] if i < len(names) else f"class {i}" for i in range(n)]

@@ -208,17 +208,13 @@ def throughput(bench: Bench) -> Table:
 
 
 def files(bench: Bench) -> Table:
+    versions = bench.environment
     rows = [
-        [role(bench, file.name), file.file, _runtime(bench, file.runtime), file.input, file.inputs]
-        for file in bench.subjects
+        [role(bench, f.name), f.file, f"{f.runtime} {versions.get(f.runtime, '')}".strip(), f.input, f.inputs]
+        for f in bench.subjects
     ]
     columns = ["", "file", "runtime", "input", "input data"]
     return Table("Benchmarked files", columns, rows, code=frozenset({1}), text=True)
-
-
-def _runtime(bench: Bench, name: str) -> str:
-    version = bench.environment.get(name)
-    return f"{name} {version}" if version else name
 
 
 def conditions(bench: Bench) -> Table:

@@ -37,11 +37,9 @@ def section(report: Report) -> Section:
     shown = next((words for words in report.words if words.shown), None)
     figures: list[Figure | None] = []
     if shown is not None:
-        figures.append(
-            Patches([_word(word, shown) for word in shown.shown], _describe_patches(shown, report))
-        )
-    figures += [_usage(report, words) for words in report.words]
-    figures += method_charts(report)
+        words = [_word(word, shown) for word in shown.shown]
+        figures.append(Patches(words, _describe_patches(shown, report)))
+    figures += [*(_usage(report, words) for words in report.words), *method_charts(report)]
     return Section(
         "Visual vocabulary" if report.words else "Method metrics",
         "words",
@@ -52,10 +50,8 @@ def section(report: Report) -> Section:
 
 
 def _sentences(report: Report) -> list[str]:
-    sentences = [
-        "Each position of the teacher’s feature map is described by its nearest visual words. Perplexity is "
-        "the effective number of words in use."
-    ]
+    sentences = ["Each position of the teacher’s feature map is described by its nearest visual words."]
+    sentences.append("Perplexity is the effective number of words in use.")
     for words in report.words:
         if words.dead is None or not words.usage:
             continue
