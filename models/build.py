@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError, UnknownModel
+from .errors import ModelError, UnknownModel, shorten
 from .names import resolve
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def check_size(name: str, image_size: int) -> None:
             raise  # from _check_patches
         fitting = _fitting_sizes(full, image_size)
         if not fitting:
-            raise ModelError(f"Model {full} cannot be run: {_brief(error)}.") from error
+            raise ModelError(f"Model {full} cannot be run: {shorten(error)}.") from error
         raise ModelError(
             f"Model {full} does not support images of {image_size} pixels. Use "
             f"{' or '.join(map(str, fitting))} (its default is {default_image_size(full)})."
@@ -149,7 +149,7 @@ def create_network(
             raise ModelError(no_activation) from error
         raise ModelError(
             f"Model {full} cannot be built for images of {image_size} pixels and {num_classes} classes: "
-            f"{_brief(error)}"
+            f"{shorten(error)}."
         ) from error
     if layer is not None and not any(isinstance(module, layer) for module in network.modules()):
         raise ModelError(no_activation)
@@ -221,8 +221,3 @@ def _fitting_sizes(full: str, image_size: int) -> list[int]:
         trials = [*side[:6], *(size for size in side[6:] if size == default)]
         nearest.append(next((size for size in trials if _fits(full, size)), None))
     return [size for size in nearest if size is not None]
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "…"

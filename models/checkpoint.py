@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import ModelError
+from .errors import ModelError, shorten
 
 StateDict = dict[str, Tensor]
 
@@ -121,7 +121,7 @@ def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except Exception as error:  # a damaged header fails in many ways
-        raise ModelError(f"Safetensors file {file} is damaged: {_brief(error)}.") from error
+        raise ModelError(f"Safetensors file {file} is damaged: {shorten(error)}.") from error
 
 
 def refuse_compressed(file: Path) -> None:
@@ -136,7 +136,7 @@ def refuse_compressed(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
     except Exception as error:  # a damaged archive fails in many ways
-        raise ModelError(f"{file} is damaged or not a torch checkpoint: {_brief(error)}.") from error
+        raise ModelError(f"{file} is damaged or not a torch checkpoint: {shorten(error)}.") from error
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise ModelError(f"{file} is a compressed archive. Extract it, or save it again with torch.")
     if sum(part.file_size for part in parts) > file.stat().st_size:
@@ -169,7 +169,7 @@ def _read_torch(file: Path) -> Any:
             ) from error
         raise ModelError(f"{file} is damaged or not a torch checkpoint.") from error
     except Exception as error:  # a damaged archive fails in many ways
-        raise ModelError(f"{file} is damaged or not a torch checkpoint: {_brief(error)}.") from error
+        raise ModelError(f"{file} is damaged or not a torch checkpoint: {shorten(error)}.") from error
 
 
 def tensors_digest(path: Path) -> str:
@@ -185,7 +185,7 @@ def tensors_digest(path: Path) -> str:
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"Safetensors file {path} is damaged: {_brief(error)}.") from error
+        raise ModelError(f"Safetensors file {path} is damaged: {shorten(error)}.") from error
     return digest.hexdigest()
 
 
@@ -256,8 +256,3 @@ def _from_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "…"

@@ -52,9 +52,9 @@ def load_into(
 
     weights = select(strip_prefix(checkpoint.state_dict, target))
     head = _head_keys(network, target)
-    if _misfits(weights, target) - head:
+    if _misfit_keys(weights, target) - head:
         weights = select(_convert(network, checkpoint.state_dict) or weights)
-    misfits = _misfits(weights, target)
+    misfits = _misfit_keys(weights, target)
     if misfits - head:
         raise ModelError(_describe_misfits(checkpoint, network, weights, target))
     if misfits and not allow_head_mismatch:
@@ -96,7 +96,7 @@ def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
     names = _classifier_names(network)
     target = network.state_dict()
     weights = strip_prefix(checkpoint.state_dict, target)
-    if _rows(weights, names) is None and _misfits(weights, target) - _head_keys(network, target):
+    if _rows(weights, names) is None and _misfit_keys(weights, target) - _head_keys(network, target):
         # The file may be in another format, whose head has another name.
         weights = _convert(network, checkpoint.state_dict) or {}
     return _rows(weights, names)
@@ -140,12 +140,17 @@ def _select_features(weights: StateDict, target: StateDict, network: nn.Module) 
     return {key: value for key, value in weights.items() if key in target or part(key) in own}
 
 
-def _misfits(weights: StateDict, target: StateDict) -> set[str]:
-    """Return keys that are missing, unexpected or of another shape; old files lack BatchNorm's counter."""
-    missing = {key for key in target if key not in weights and not key.endswith("num_batches_tracked")}
-    unexpected = {key for key in weights if key not in target}
-    shapes = {key for key in weights if key in target and weights[key].shape != target[key].shape}
-    return missing | unexpected | shapes
+def _find_misfits(weights: StateDict, target: StateDict) -> dict[str, list[str]]:
+    """Return the keys that do not fit by the reason; old files lack BatchNorm's counter."""
+    return {
+        "missing": [k for k in target if k not in weights and not k.endswith("num_batches_tracked")],
+        "unexpected": [k for k in weights if k not in target],
+        "of another shape": [k for k in weights if k in target and weights[k].shape != target[k].shape],
+    }
+
+
+def _misfit_keys(weights: StateDict, target: StateDict) -> set[str]:
+    return set().union(*_find_misfits(weights, target).values())
 
 
 def _classifier_names(network: nn.Module) -> tuple[str, ...]:
@@ -214,20 +219,14 @@ def _convert(network: nn.Module, raw: StateDict) -> StateDict | None:
 def _describe_misfits(
     checkpoint: Checkpoint, network: nn.Module, weights: StateDict, target: StateDict
 ) -> str:
-    missing = [key for key in target if key not in weights and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in weights if key not in target]
-    shapes = [
-        f"{key} {list(weights[key].shape)} for {list(target[key].shape)}"
-        for key in weights
-        if key in target and weights[key].shape != target[key].shape
-    ]
+    def describe(key: str) -> str:
+        if key not in weights or key not in target:
+            return key
+        return f"{key} {list(weights[key].shape)} for {list(target[key].shape)}"
+
     parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:5])}{', …' if len(keys) > 5 else ''})"
-        for keys, what in (
-            (missing, "missing"),
-            (unexpected, "unexpected"),
-            (shapes, "of another shape"),
-        )
+        f"{len(keys)} {reason} ({', '.join(map(describe, keys[:5]))}{', …' if len(keys) > 5 else ''})"
+        for reason, keys in _find_misfits(weights, target).items()
         if keys
     ]
     return f"The weights in {checkpoint.source} do not fit {_name(network)}: keys {'; '.join(parts)}."

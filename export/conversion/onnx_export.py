@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -255,28 +255,15 @@ def _fold_computed_weights(model: onnx_ir.Model) -> None:
 
 def _strip(model: onnx_ir.Model) -> None:
     """Remove source files, stack traces and module names that the exporter records."""
-    model.doc_string = None
-    model.metadata_props.clear()
+    parts: list[Any] = [model, *model.functions.values()]
+    nodes = [node for function in model.functions.values() for node in function.all_nodes()]
     for graph in model.graphs():
-        graph.doc_string = None
-        graph.metadata_props.clear()
-        values = [*graph.inputs, *graph.initializers.values()]
-        for node in graph:
-            node.doc_string = None
-            node.metadata_props.clear()
-            values += node.outputs
-        for value in values:
-            value.doc_string = None
-            value.metadata_props.clear()
-    for function in model.functions.values():
-        function.doc_string = None
-        function.metadata_props.clear()
-        for node in function.all_nodes():
-            node.doc_string = None
-            node.metadata_props.clear()
-            for value in node.outputs:
-                value.doc_string = None
-                value.metadata_props.clear()
+        parts += [graph, *graph.inputs, *graph.initializers.values()]
+        nodes += graph
+    parts += [part for node in nodes for part in (node, *node.outputs)]
+    for part in parts:
+        part.doc_string = None
+        part.metadata_props.clear()
 
 
 def _write_with_external_data(model: onnx_ir.Model, path: Path) -> OnnxFile:

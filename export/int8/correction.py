@@ -276,8 +276,8 @@ def with_all_biases(prepared: Prepared) -> Prepared:
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) > 2 or node.input[1] not in weights:
             continue
-        turned = node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
-        outputs = weights[node.input[1]].dims[1 if turned else 0]
+        channels_last = node.op_type == "Gemm" and not _turned(node)
+        outputs = weights[node.input[1]].dims[1 if channels_last else 0]
         zeros = numpy_helper.from_array(np.zeros(outputs, np.float32), f"{node.name}_bias")
         model.graph.initializer.append(zeros)
         node.input.append(zeros.name)
@@ -303,7 +303,7 @@ def _means(network: GraphNetwork, images: np.ndarray) -> dict[str, Tensor]:
     """Return the mean of each layer's output in each channel, [C], by the layer's name."""
     sums: dict[str, Tensor] = {}
     layers = [step for step in network.steps if step.op_type in WEIGHTED]
-    for chunk in np.array_split(images, max(1, len(images) // 8)):
+    for chunk in _chunks(images):
         values = network(torch.from_numpy(chunk), wanted=[step.outputs[0] for step in layers])
         for step in layers:
             mean = _channels(values[step.outputs[0]]) * len(chunk)

@@ -137,8 +137,9 @@ class FakeQuantized(GraphNetwork):
         order = {
             name: place for place, step in enumerate(self.steps) for name in (*step.outputs, *step.inputs)
         }
-        named = [*self.range_of, *(name for name in weights)]
-        return sorted(named, key=lambda name: order.get(name, order.get(name + _QUANTIZED, 0)))
+        return sorted(
+            (*self.range_of, *weights), key=lambda name: order.get(name, order.get(name + _QUANTIZED, 0))
+        )
 
     @contextmanager
     def rounding(self, only: frozenset[str] | None) -> Iterator[None]:
@@ -195,11 +196,9 @@ class FakeQuantized(GraphNetwork):
         # A channel of zeros, as in the last layer of a new ResNet block, has scale 0.
         scale = (largest / self.weight_levels).clamp(min=torch.finfo(torch.float32).tiny * 2**20)
         levels = -self.weight_levels, self.weight_levels
-        if not per_channel:
-            return torch.fake_quantize_per_tensor_affine(
-                weight, scale, torch.zeros_like(scale, dtype=torch.int32), *levels
-            )
         zeros = torch.zeros_like(scale, dtype=torch.int32)
+        if not per_channel:
+            return torch.fake_quantize_per_tensor_affine(weight, scale, zeros, *levels)
         return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, *levels)
 
     def _constant(self, step: Step) -> Any:

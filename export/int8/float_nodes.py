@@ -140,9 +140,8 @@ class _OptimizedGraph:
 
     def _output_type(self, node: onnx.NodeProto) -> int:
         if node.op_type == "QuantizeLinear":
-            return (
-                self.types.get(node.input[2], TensorProto.UINT8) if len(node.input) > 2 else TensorProto.UINT8
-            )
+            zero_point = node.input[2] if len(node.input) > 2 else ""
+            return self.types.get(zero_point, TensorProto.UINT8)
         if node.op_type == "DequantizeLinear" or node.op_type.endswith("ToFloat"):
             return TensorProto.FLOAT
         if _is_integer(node):

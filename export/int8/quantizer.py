@@ -81,11 +81,8 @@ def only_products(model: onnx.ModelProto) -> bool:
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 """Products with weights."""
 
-_NORMS = (
-    "LayerNormalization",
-    "InstanceNormalization",
-    "GroupNormalization",
-)  # GroupNorm is written as the second
+# The exporter writes GroupNorm as InstanceNormalization.
+_NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _INTEGER = tuple(sorted({*QDQRegistry, *QLinearOpsRegistry} - {*_NORMS, "Softmax"}))
 
 
@@ -349,6 +346,9 @@ def quantize(
     model.CopyFrom(prepared.model)
     producer = model.producer_name, model.producer_version
     excluded = [*prepared.scope.kept_float, *prepared.stem(types), *kept_float]
+    tensor_overrides = {name: [dict(values)] for name, values in (overrides or {}).items()}
+    if prepared.front is not None:
+        tensor_overrides |= prepared.front.overrides(signed=types.activations == QuantType.QInt8)
     try:
         with quiet():
             quantizer = QDQQuantizer(
@@ -364,7 +364,7 @@ def quantize(
                 extra_options={
                     "ActivationSymmetric": types.symmetric,
                     "WeightSymmetric": True,
-                    "TensorQuantOverrides": _overrides(prepared, types, overrides or {}),
+                    "TensorQuantOverrides": tensor_overrides,
                 },
             )
             quantizer.quantize_model()
@@ -385,11 +385,3 @@ def quantize(
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     onnx.checker.check_model(model)
     return model
-
-
-def _overrides(prepared: Prepared, types: Target, learned: Overrides) -> dict[str, list[dict[str, Any]]]:
-    """Convert overrides to ONNX Runtime's form, and add those of a uint8 input."""
-    overrides = {name: [dict(values)] for name, values in learned.items()}
-    if prepared.front is not None:
-        overrides |= prepared.front.overrides(signed=types.activations == QuantType.QInt8)
-    return overrides

@@ -70,17 +70,12 @@ def _max_pool(a: Attributes, x: Tensor) -> Tensor:
 
 def _average_pool(a: Attributes, x: Tensor) -> Tensor:
     counted = bool(a.get("count_include_pad", 0))
-    x, padding = _padded(x, a) if counted else (x, _symmetric(a, x.dim() - 2))
+    padded, padding = _padded(x, a)
+    if padded is not x and not counted:
+        raise NotInTorchError("an AveragePool with uneven padding cannot be computed in torch here")
     kernel = list(a["kernel_shape"])
     strides = list(a.get("strides", [1] * len(kernel)))
-    return F.avg_pool2d(x, kernel, strides, padding, bool(a.get("ceil_mode", 0)), counted)
-
-
-def _symmetric(a: Attributes, dims: int) -> list[int]:
-    pads = _pads(a, dims)
-    if any(pads[2 * i] != pads[2 * i + 1] for i in range(dims)):
-        raise NotInTorchError("an AveragePool with uneven padding cannot be computed in torch here")
-    return [pads[2 * i] for i in reversed(range(dims))]
+    return F.avg_pool2d(padded, kernel, strides, padding, bool(a.get("ceil_mode", 0)), counted)
 
 
 def _reshape(a: Attributes, x: Tensor, shape: np.ndarray) -> Tensor:
@@ -89,9 +84,7 @@ def _reshape(a: Attributes, x: Tensor, shape: np.ndarray) -> Tensor:
 
 
 def _flatten(a: Attributes, x: Tensor) -> Tensor:
-    axis = a.get("axis", 1)
-    rows = int(np.prod(x.shape[:axis], dtype=np.int64))
-    return x.reshape(rows, -1)
+    return x.reshape(int(np.prod(x.shape[: a.get("axis", 1)], dtype=np.int64)), -1)
 
 
 def _pad(a: Attributes, x: Tensor, pads: np.ndarray, value: Any = None, axes: Any = None) -> Tensor:
