@@ -45,9 +45,7 @@ class ValidationImages:
 
     def digest(self, images: Sequence[Image]) -> str:
         """Return a hash of the content and labels of some of the images."""
-        return digest(
-            sorted([image.key, *(self.classes[label] for label in image.labels)] for image in images)
-        )
+        return digest(sorted([image.key, *(self.classes[i] for i in image.labels)] for image in images))
 
     def encode(self, images: Sequence[Image], labels: Sequence[str], task: Task) -> np.ndarray:
         """Return targets of ``images`` for a model with these ``labels``, see ``Task.encode``."""

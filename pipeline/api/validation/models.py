@@ -55,12 +55,10 @@ class Model:
 
     @property
     def task(self) -> Task:
-        """The task of the model."""
         return task_of_file(self.thresholds)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The preprocessing of the images."""
         return self.classifiers[0].preprocessing
 
     @cached_property

@@ -32,13 +32,9 @@ class Logits:
 def compute_logits(
     images: Sequence[Image], models: Sequence[Model], skipped: Sequence[Skipped], progress: Progress
 ) -> Logits:
-    """Run all models on the images.
+    """Run all models on the images; an ensemble of teachers gives the logits of its mean probabilities.
 
-    Args:
-        images: the images.
-        models: the models; an ensemble of teachers gives the logits of its mean probabilities.
-        skipped: files skipped before. Up to 1 % of all images may be unreadable.
-        progress: called with the number of images done and their total.
+    Up to 1 % of all images, including those ``skipped`` before, may be unreadable.
 
     Raises:
         JobError: more images are unreadable, or an image was changed.
@@ -96,7 +92,6 @@ class Prediction:
 
     @property
     def is_correct(self) -> bool:
-        """True if the prediction is the label."""
         return self.predicted == self.label
 
     @property
@@ -105,22 +100,28 @@ class Prediction:
         return self.teacher is not None and self.teacher != self.predicted
 
 
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """Logits [n,classes] and thresholds of a teacher, in the order of its student's classes."""
+
+    name: str
+    logits: np.ndarray
+    thresholds: np.ndarray | None
+
+
 def list_predictions(
     model: Model,
     logits: np.ndarray,
     targets: np.ndarray,
     images: Sequence[Image],
-    teacher: Model | None = None,
-    teacher_logits: np.ndarray | None = None,
+    teacher: TeacherOutputs | None,
 ) -> list[Prediction]:
     """Return a prediction for each image, the most confident first."""
     labels = model.task.describe(targets, model.labels)
     predicted = model.task.decode(logits, model.labels, model.thresholds)
     by_teacher: Sequence[tuple[str | None, float | None]] = [(None, None)] * len(images)
-    columns = None if teacher is None else teacher.columns_of(model.labels)
-    if teacher is not None and teacher_logits is not None and columns is not None:
-        thresholds = None if teacher.thresholds is None else teacher.thresholds[columns]
-        by_teacher = model.task.decode(teacher_logits[:, columns], model.labels, thresholds)
+    if teacher is not None:
+        by_teacher = model.task.decode(teacher.logits, model.labels, teacher.thresholds)
     predictions = [
         Prediction(model.name, image, label, *own, *other)
         for image, label, own, other in zip(images, labels, predicted, by_teacher, strict=True)
@@ -164,8 +165,6 @@ def make_examples(
         by_teacher = None
         if p.teacher is not None and p.teacher_probability is not None:
             by_teacher = (p.teacher, p.teacher_probability)
-        own = (p.predicted, p.probability)
-        examples.append(
-            make_example(p.image, p.label, own, by_teacher, None if isinstance(pixels, str) else pixels)
-        )
+        shown = None if isinstance(pixels, str) else pixels
+        examples.append(make_example(p.image, p.label, (p.predicted, p.probability), by_teacher, shown))
     return examples

@@ -27,7 +27,15 @@ from ...runs.record import RECORD
 from . import images as validation_images
 from .images import ROLES, Role, ValidationImages
 from .models import Model, open_models, open_teachers
-from .predictions import Logits, Prediction, compute_logits, list_predictions, make_examples, to_csv
+from .predictions import (
+    Logits,
+    Prediction,
+    TeacherOutputs,
+    compute_logits,
+    list_predictions,
+    make_examples,
+    to_csv,
+)
 
 FOLDER = "validation"
 
@@ -182,16 +190,19 @@ class _Results:
                 self.outputs.logits[i],
                 self.targets[i],
                 self.outputs.images,
-                *self._find_teacher(self.models[i]),
+                self._find_teacher(self.models[i]),
             )
             for i in range(self.num_students)
         ]
 
-    def _find_teacher(self, student: Model) -> tuple[Model | None, np.ndarray | None]:
+    def _find_teacher(self, student: Model) -> TeacherOutputs | None:
         for model, logits in zip(self.models, self.outputs.logits, strict=True):
             if model.is_teacher and model.name == self.teacher_of.get(student.name):
-                return model, logits
-        return None, None
+                columns = model.columns_of(student.labels)
+                assert columns is not None  # see _drop_mismatched
+                thresholds = None if model.thresholds is None else model.thresholds[columns]
+                return TeacherOutputs(model.name, logits[:, columns], thresholds)
+        return None
 
     def summarize(self, notes: Sequence[str], folder: Path, progress: Progress) -> Validation:
         images, readable, first = self.images, self.outputs.images, self.models[0]
@@ -234,12 +245,10 @@ class _Results:
     def _summarize_model(self, i: int) -> Network:
         model, logits, targets = self.models[i], self.outputs.logits[i], self.targets[i]
         task, labels, thresholds = model.task, model.labels, model.thresholds
-        teacher, teacher_logits = self._find_teacher(model)
-        columns = None if teacher is None else teacher.columns_of(labels)
+        teacher = self._find_teacher(model)
         agreement = None
-        if teacher is not None and teacher_logits is not None and columns is not None:
-            teacher_thresholds = None if teacher.thresholds is None else teacher.thresholds[columns]
-            agreement = task.agreement(logits, teacher_logits[:, columns], thresholds, teacher_thresholds)
+        if teacher is not None:
+            agreement = task.agreement(logits, teacher.logits, thresholds, teacher.thresholds)
         table = task.confusion(logits, targets)
         return Network(
             name=model.name,
@@ -265,12 +274,7 @@ class _Results:
 
 
 def compare_pairs(names: Sequence[str], correct: Sequence[np.ndarray]) -> list[Pair]:
-    """Compare every two models by McNemar's exact test.
-
-    Args:
-        names: of the models.
-        correct: for each model bool [n] on the same images.
-    """
+    """Compare every two models by McNemar's exact test; ``correct`` is bool [n] for each model."""
     indices = list(combinations(range(len(names)), 2))
     counts = [
         (int((correct[i] & ~correct[k]).sum()), int((correct[k] & ~correct[i]).sum())) for i, k in indices
