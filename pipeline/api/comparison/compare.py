@@ -41,10 +41,7 @@ def compare(
     runs = find_runs(sources)
     threads = _choose_threads(runs, threads)
     summaries = {run.name: summarize_run(run, threads) for run in runs}
-    predictions = {run.name: read_run_predictions(run) for run in runs}
-    groups = group_runs(
-        list(summaries.values()), {name: stored for name, stored in predictions.items() if stored is not None}
-    )
+    groups = group_runs(list(summaries.values()), {run.name: read_run_predictions(run) for run in runs})
     data = ", ".join(dict.fromkeys(group.data for group in groups if group.data))
     comparison = Comparison(
         title=plural(len(runs), "run") + (f" on {data}" if data else ""),
@@ -126,12 +123,10 @@ def to_csv(comparison: Comparison) -> str:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _to_cell(value) for name, value in row.items()})
+        writer.writerow(
+            {k: escape_cell(value) if isinstance(value, str) else value for k, value in row.items()}
+        )
     return text.getvalue()
-
-
-def _to_cell(value: object) -> object:
-    return "" if value is None else escape_cell(value) if isinstance(value, str) else value
 
 
 def _row(run: ComparedRun, group: Group) -> dict[str, object]:

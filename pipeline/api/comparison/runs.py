@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ....export.results import Speedup
 from ...config import stages
 from ...errors import UsageError
 from ...evaluation.results import ComparedFile, ComparedRun, Kind
@@ -76,14 +75,11 @@ def _read_report(path: Path) -> Report:
         return Report.model_validate(read_checked(file))
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except ValidationError as error:
-        raise UsageError(
-            f"{file} was written by another version of questpress. Run compress report to write it again."
-        ) from error
     except ValueError as error:
-        raise UsageError(
-            f"{file} is not a report or is damaged ({error}). Run compress report to write it again."
-        ) from error
+        reason = f"is not a report or is damaged ({error})"
+        if isinstance(error, ValidationError):
+            reason = "was written by another version of questpress"
+        raise UsageError(f"{file} {reason}. Run compress report to write it again.") from error
 
 
 def read_run_predictions(run: Run) -> Predictions | None:
@@ -148,9 +144,5 @@ def _summarize_file(column: Column | None, kind: Kind, threads: int | None) -> C
         p50=median.value if median else None,
         p50_low=median.low if median else None,
         p50_high=median.high if median else None,
-        speedup=_find_speedup(subject.speedups, threads),
+        speedup=next((s for s in subject.speedups if s.over == "teacher" and s.threads == threads), None),
     )
-
-
-def _find_speedup(speedups: Sequence[Speedup], threads: int | None) -> Speedup | None:
-    return next((s for s in speedups if s.over == "teacher" and s.threads == threads), None)

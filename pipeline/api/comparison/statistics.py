@@ -13,13 +13,8 @@ PREDICTION_KEYS = {"int8": "student_int8", "fp32": "student"}
 """Names of the files in ``Predictions``."""
 
 
-def group_runs(runs: Sequence[ComparedRun], predictions: Mapping[str, Predictions]) -> list[Group]:
-    """Group runs by data and compare those of each group.
-
-    Args:
-        runs: the runs.
-        predictions: on the test images, by run.
-    """
+def group_runs(runs: Sequence[ComparedRun], predictions: Mapping[str, Predictions | None]) -> list[Group]:
+    """Group runs by data and compare those of each group; ``predictions`` are by run, on test images."""
     groups = []
     for fingerprint in dict.fromkeys(run.fingerprint for run in runs):
         members = sorted((run for run in runs if run.fingerprint == fingerprint), key=_best_first)
@@ -44,7 +39,7 @@ def _best_first(run: ComparedRun) -> tuple[float, str]:
 
 
 def compare_scores(
-    scores: Sequence[tuple[ComparedRun, Score]], predictions: Mapping[str, Predictions]
+    scores: Sequence[tuple[ComparedRun, Score]], predictions: Mapping[str, Predictions | None]
 ) -> list[AccuracyDifference]:
     """Compare the shipped file of each run with that of the first one, which has the best score."""
     differences = [_compare(run, score, *scores[0], predictions) for run, score in scores[1:]]
@@ -64,7 +59,7 @@ def _compare(
     score: Score,
     best: ComparedRun,
     best_score: Score,
-    predictions: Mapping[str, Predictions],
+    predictions: Mapping[str, Predictions | None],
 ) -> AccuracyDifference:
     """Test image by image if both runs have predictions on the same images, otherwise by their scores."""
     difference = AccuracyDifference(
@@ -86,7 +81,7 @@ def _compare(
 
 
 def _select_predictions(
-    run: ComparedRun, predictions: Mapping[str, Predictions]
+    run: ComparedRun, predictions: Mapping[str, Predictions | None]
 ) -> tuple[Predictions, str] | None:
     """Return a run's predictions and the name of its shipped file in them, if they match its report."""
     stored, file = predictions.get(run.name), run.ships
