@@ -95,15 +95,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     if built:
         load_heads(task, folder / HEADS)
     seed = context.round.seed
-    plan = build_plan(
-        o,
-        len(data.train.images),
-        context.ranks.count,
-        epochs=o.qat_epochs,
-        lr=o.qat_lr,
-        warmup_epochs=0.0,
-        seed=seed,
-    )
+    plan = build_plan(context, data, epochs=o.qat_epochs, lr=o.qat_lr, warmup_epochs=0.0, seed=seed)
     run_training(
         context,
         data,
@@ -161,10 +153,6 @@ def save_graph(run: Path, prepared: Prepared, graph: FakeQuantized, target: str)
 
 def load_graph(run: Path, prepared: Prepared) -> tuple[str, Learned]:
     """Return the target for which QAT has trained, and the graph and ranges for its search.
-
-    Args:
-        run: the run folder.
-        prepared: the float graph that ships.
 
     Raises:
         JobError: the files cannot be read.

@@ -71,13 +71,7 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     built = build_methods(o, round_, run)
     task, cache = student_task(context, data, initial.network, engine, built)
     plan = build_plan(
-        o,
-        len(data.train.images),
-        context.ranks.count,
-        epochs=o.epochs,
-        lr=o.lr,
-        warmup_epochs=o.warmup_epochs,
-        seed=round_.seed,
+        context, data, epochs=o.epochs, lr=o.lr, warmup_epochs=o.warmup_epochs, seed=round_.seed
     )
     schedule = view_schedule(o, data.policy, round_.seed)
     if cache is not None:
@@ -89,9 +83,8 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     if o.balance == "auto":
         _note_balance(context, task, balanced)
     if cache is not None and is_main:
-        cache.open_cached(
-            schedule.all_views(o.epochs)
-        )  # including those of an interrupted run, for the report
+        # For the report: including those of an interrupted run.
+        cache.open_cached(schedule.all_views(o.epochs))
     outputs = [spec.file]
     shipped = task.shipped
     if is_main and round_.ships and built:
@@ -183,9 +176,9 @@ def _note_balance(context: RunContext, task: DistillationTask, balanced: Sequenc
     measured = {weight.method for weight in balanced}
     for name in task.student.methods:
         if name not in measured:
+            reason = (
+                f"its gradients, or those of the labels, do not reach the last map of {context.student.name}"
+            )
             if methods.load(name).gradient_ratio[1] == math.inf:
                 reason = "no range of gradient ratios is known for it"
-            else:
-                last_map = f"the last map of {context.student.name}"
-                reason = f"its gradients, or those of the labels, do not reach {last_map}"
             context.display.note(f"--balance auto keeps the weight of {name}: {reason}")

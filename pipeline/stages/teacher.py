@@ -138,9 +138,8 @@ def _train(context: RunContext, data: TrainingData, t: int, initial: InitialNetw
         label_smoothing=o.label_smoothing or 0.0,
     )
     plan = build_plan(
-        o,
-        len(data.train.images),
-        context.ranks.count,
+        context,
+        data,
         epochs=o.teacher_epochs,
         lr=o.teacher_lr,
         warmup_epochs=o.teacher_warmup_epochs,

@@ -28,7 +28,6 @@ class Plan:
     warmup_epochs: float
     weight_decay: float
     decay_all: bool
-    label_smoothing: float
     seed: int
     micro_batch: int | None = None
     """Images that a rank computes at once; None for its whole part of a step."""
@@ -130,11 +129,7 @@ def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, steps: int) -> Scheduler:
-    """Build the learning rate schedule, updated in each step.
-
-    Args:
-        steps: per epoch.
-    """
+    """Build the learning rate schedule, updated in each of the ``steps`` per epoch."""
     if plan.schedule == "onecycle":
         return OneCycle(optimizer, plan.epochs * steps, plan.warmup_epochs * steps)
     scheduler, _ = create_scheduler_v2(

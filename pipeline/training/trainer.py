@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from ..config.network import NetworkSpec
-from ..config.options import Options
 from ..data.training_data import TrainingData
 from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
@@ -29,21 +29,15 @@ MIN_MICRO_BATCH = 2
 
 
 def build_plan(
-    options: Options, images: int, ranks: int, *, epochs: int, lr: float, warmup_epochs: float, seed: int
+    context: RunContext, data: TrainingData, *, epochs: int, lr: float, warmup_epochs: float, seed: int
 ) -> Plan:
-    """Build the hyperparameters of a training.
-
-    Args:
-        images: number of training images.
-        ranks: number of processes; each gets the same number of a step's images.
-    """
-    o = options
-    assert o.batch_size and o.optimizer and o.schedule
-    assert o.weight_decay is not None and o.label_smoothing is not None
-    batch = min(o.batch_size, images)
+    """Build the hyperparameters of a training; each rank gets the same number of a step's images."""
+    o = context.options
+    assert o.batch_size and o.optimizer and o.schedule and o.weight_decay is not None
+    batch = min(o.batch_size, len(data.train.images))
     return Plan(
         epochs=epochs,
-        batch_size=batch - batch % ranks,
+        batch_size=batch - batch % context.ranks.count,
         optimizer=o.optimizer,
         lr=lr,
         schedule=o.schedule,
@@ -51,7 +45,6 @@ def build_plan(
         warmup_epochs=warmup_epochs,
         weight_decay=o.weight_decay,
         decay_all=o.decay_all,
-        label_smoothing=o.label_smoothing,
         seed=seed,
         micro_batch=o.micro_batch,
     )
@@ -139,12 +132,7 @@ def choose_run_engine(
 def use_fastest_engine(
     context: RunContext, training: str, task: DistillationTask, plan: Plan, first: Batch, images: int
 ) -> None:
-    """Let the task use the fastest engine, which is searched before the first step and recorded.
-
-    Args:
-        first: the batch of the first step.
-        images: number of training images.
-    """
+    """Let the task use the fastest engine, which is searched on the first step's batch and recorded."""
     ranks = context.ranks
     engine = _fastest_engine(context, training, task, plan, first, images) if ranks.is_main else task.engine
     engine = replace(ranks.broadcast(engine), device=task.engine.device)
@@ -158,10 +146,7 @@ def _fastest_engine(
     o, note, folder = context.options, context.display.note, context.folder
     entry = folder.record.engines[training]
     batch = first.pixels, first.labels, first.keys, first.teachers, first.teacher_pixels
-
-    def make_optimizer(task: DistillationTask) -> torch.optim.Optimizer:
-        return build_optimizer(task, plan)
-
+    make_optimizer = partial(build_optimizer, plan=plan)
     if entry.trial is None:
         steps = plan.epochs * plan.steps(images)
         trial = find_fastest_engine(
@@ -200,8 +185,7 @@ def run_training(
     Args:
         training: name of checkpoint and curves: ``student``, ``teacher`` …
         spec: the network that is trained.
-        schedule: chooses each epoch's view of an image; None draws a new one in each epoch.
-        cache: the teachers' outputs for these views; None runs the teachers.
+        schedule, cache: see :func:`~questpress.pipeline.training.loop.train`.
         search_engine: search for the fastest engine before the first step.
 
     Raises:

@@ -43,7 +43,7 @@ def plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "epochs": 3, "batch_size": 8, "optimizer": "adamw", "lr": 2e-3, "schedule": "cosine",
         "milestones": (), "warmup_epochs": 0.5, "weight_decay": 0.05, "decay_all": False,
-        "label_smoothing": 0.0, "seed": 0,
+        "seed": 0,
     }  # fmt: skip
     return Plan(**{**values, **changes})
 

@@ -51,7 +51,7 @@ def plan(optimizer: str = "adamw", **changes: Any) -> Plan:
     values: dict[str, Any] = {
         "epochs": 40, "batch_size": BATCH, "optimizer": optimizer, "lr": 2e-3, "schedule": "cosine",
         "milestones": (), "warmup_epochs": 0.0, "weight_decay": 0.05, "decay_all": False,
-        "label_smoothing": 0.0, "seed": 0,
+        "seed": 0,
     }  # fmt: skip
     return Plan(**{**values, **changes})
 
