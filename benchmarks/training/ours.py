@@ -137,7 +137,6 @@ class Setting:
             warmup_epochs=0,
             weight_decay=5e-4,
             decay_all=False,
-            label_smoothing=0.0,
             seed=0,
         )
 
@@ -253,7 +252,7 @@ def step(
             optimizer.zero_grad(set_to_none=True)
             backward(task, batch, None, meter)
             optimizer.step()
-            task.update_ema()
+            task.end_step()
 
     return step
 

@@ -147,11 +147,7 @@ def _export_teacher(
 def _subject(
     data: TrainingData, run: Path, name: str, file: Path, spec: NetworkSpec, *, pixels: bool = False
 ) -> Subject:
-    """Describe a file to measure.
-
-    Args:
-        pixels: the file takes uint8 pixels.
-    """
+    """Describe a file to measure, which takes uint8 ``pixels`` or normalized images."""
     rendered, _, _ = data.rendered("test", spec)
     inputs = repeat_shifted(rendered[:INPUTS].numpy(), INPUTS)
     if not pixels:

@@ -187,11 +187,7 @@ def _describe(
 
 
 def _facts(context: RunContext, student: Mapping[str, Any], file: Int8File) -> dict[str, Any]:
-    """Describe the first target's file.
-
-    Args:
-        student: facts of the fp32 student.
-    """
+    """Describe the first target's file; ``student`` holds the facts of the fp32 student."""
     return {
         "name": context.student.name,
         "weights": student["weights"],
@@ -221,11 +217,7 @@ def _summarize(described: Int8Search, fp32_bytes: int) -> str:
 
 
 def _float_nodes(file: Int8File, kept: Sequence[str]) -> list[FloatNode]:
-    """Return the nodes that run in float and why.
-
-    Args:
-        kept: nodes kept in float for accuracy; others were kept because they are faster.
-    """
+    """Return the nodes that run in float and why: ``kept`` for accuracy, others because it is faster."""
     return [
         node.model_copy(update={"why": FASTER}) if node.why == KEPT and node.name not in kept else node
         for node in float_nodes(file.path, set(file.recipe["kept_float"]))

@@ -41,7 +41,8 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     file = folder / (STUDENT_INT8 if ships == "student_int8" else STUDENT_ONNX)
     thresholds = Classifier(file.read_bytes(), file.name).thresholds
     teacher_thresholds = Subject.model_validate(previous["teacher"]).thresholds
-    teachers = _teacher_logits(folder, len(previous["teachers"]))
+    teacher_logits = load_file(folder / LOGITS)  # of the teachers with a head
+    teachers = [teacher_logits.get(str(t)) for t in range(len(previous["teachers"]))]
     with_head = [t for t in teachers if t is not None]
     teacher = task.likelihood.ensemble(with_head) if with_head else None
     scores = {key: task.score(values, labels, classes, thresholds) for key, values in logits.items()}
@@ -103,12 +104,6 @@ def _int8_files(previous: Mapping[str, Any]) -> dict[str, Path]:
     """Return the int8 files that ship, as paths in the run folder by target."""
     searches = (Int8Search.model_validate(search) for search in previous["int8"])
     return {search.target: Path(search.file) for search in searches if search.file is not None}
-
-
-def _teacher_logits(run: Path, teachers: int) -> list[np.ndarray | None]:
-    """Return each teacher's logits on test; None without a head."""
-    logits = load_file(run / LOGITS)
-    return [logits.get(str(t)) for t in range(teachers)]
 
 
 def _teacher_calibration(

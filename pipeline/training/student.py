@@ -205,9 +205,6 @@ def open_teacher_cache(
         plan = ((indices, torch.full_like(indices, view)) for indices in batches)
         return (pixels for pixels, *_ in views.batches(plan, context.device))
 
-    def show(work: str, done: int, total: int) -> None:
-        context.progress.update(work, done, total, "images")
-
     run = context.folder.path
     sources = [
         TeacherSource(
@@ -219,6 +216,7 @@ def open_teacher_cache(
         )
         for t, teacher in enumerate(teachers)
     ]
+    show = partial(context.progress.update, unit="images")
     return TeacherCache(context.cache, sources, len(views), render, show, context.ranks)
 
 

@@ -64,11 +64,7 @@ class Teacher(nn.Module):
 class StudentModule(nn.Module):
     """Everything that is trained: the network that ships, and the methods' heads, which do not ship.
 
-    Args:
-        reads: features of the student that the methods read.
-        weights: of each method by name, and of the label loss, ``ce``.
-        balance: adjust the methods' weights (see ``methods/gradient_balance.py``).
-        normalize: replaces the geometry's mean and std.
+    For the arguments see :class:`DistillationTask`, which builds it.
     """
 
     readouts: Any
@@ -326,11 +322,8 @@ class DistillationTask(TrainingTask):
         )
         return self
 
-    def update_ema(self, step: int | None = None) -> None:
-        self.averages.end_step()
-
     def end_step(self) -> None:
-        self.update_ema()
+        self.averages.end_step()
         if self.student.balance is not None:
             self.student.balance.end_step()
 

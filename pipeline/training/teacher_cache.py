@@ -124,7 +124,6 @@ class TeacherCache:
             if t not in self._loaded:
                 self._loaded[t] = source.load()
             for number, (view, entries) in enumerate(missing.items(), 1):
-                # As in ``teacher: caching outputs, view 3/20``.
                 name = "teacher" if len(self.sources) == 1 else f"teacher {t}"
                 work = f"{name}: caching outputs, view {number}/{len(missing)}"
                 self._map(t, view, self._compute(t, view, entries, work))
@@ -204,7 +203,11 @@ class TeacherCache:
                     create_arrays(folder, self.sources[t].outputs[o], self.images)
                 self.ranks.broadcast(dict(folders))
                 if self._run_teacher(t, view, folders, work):
-                    raise self._disk_full()
+                    raise JobError(
+                        f"--cache {self.cache.root}: the disk is full; cached teacher outputs take "
+                        f"{format.megabytes(self.bytes_per_view)} per view. Free space (compress store "
+                        "prune), use another folder, or cache fewer views with --cache-views (0 for none)."
+                    )
                 return
             o, *rest = left
             key = self.key(t, self.sources[t].outputs[o], view)
@@ -216,19 +219,8 @@ class TeacherCache:
         self.ranks.broadcast(entries)
         return entries
 
-    def _disk_full(self) -> JobError:
-        return JobError(
-            f"--cache {self.cache.root}: the disk is full; cached teacher outputs take "
-            f"{format.megabytes(self.bytes_per_view)} per view. Free space (compress store prune), use "
-            "another folder, or cache fewer views with --cache-views (0 for none)."
-        )
-
     def _run_teacher(self, t: int, view: int, folders: Mapping[int, Path], work: str) -> bool:
-        """Compute and write this rank's part of the outputs.
-
-        Returns:
-            True if the disk was full on any rank.
-        """
+        """Compute and write this rank's part of the outputs; return True if the disk was full on any rank."""
         is_full = False
         try:
             self._write(t, view, folders, work)

@@ -49,12 +49,9 @@ def _format(epoch: Epoch) -> str:
 def measure_resources(
     context: RunContext, task: DistillationTask, spec: NetworkSpec
 ) -> Callable[[Epoch], Epoch]:
-    """Return a function that adds the peak memory and the utilization (MFU) to an epoch.
-
-    Args:
-        spec: the network that is trained.
-    """
-    reset_peak_memory(context.device)
+    """Return a function that adds the peak memory and the utilization (MFU) to an epoch."""
+    if torch.device(context.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(context.device)
     peak = peak_flops(context.device, task.engine.precision)
     macs: list[float | None] = []
     if peak is not None:
@@ -63,10 +60,8 @@ def measure_resources(
         macs = [multiply_adds(network.name, network.image_size, network.classes) for network in specs]
 
     def add(epoch: Epoch) -> Epoch:
-        mfu = None
-        if macs:
-            throughput, devices = epoch.images_per_second, context.ranks.count
-            mfu = utilization(throughput, macs[0], macs[1:], peak, devices=devices)
+        throughput, devices = epoch.images_per_second, context.ranks.count
+        mfu = utilization(throughput, macs[0], macs[1:], peak, devices) if macs else None
         return epoch.model_copy(update={"peak_memory_bytes": peak_memory(context.device), "mfu": mfu})
 
     return add
@@ -168,21 +163,16 @@ def utilization(
         teacher_gmacs: of each teacher that runs in the step.
         peak: FLOP/s of one device.
     """
-    if peak is None or student_gmacs is None:
+    teachers = [gmacs for gmacs in teacher_gmacs if gmacs is not None]
+    if peak is None or student_gmacs is None or len(teachers) < len(teacher_gmacs):
         return None
-    gmacs = 3 * student_gmacs
-    for teacher in teacher_gmacs:
-        if teacher is None:
-            return None
-        gmacs += teacher
-    return images_per_second * 2e9 * gmacs / (peak * devices)
+    return images_per_second * 2e9 * sum([3 * student_gmacs, *teachers]) / (peak * devices)
 
 
 def peak_memory(device: str) -> int | None:
     """Return the peak memory in bytes.
 
-    On a GPU, of tensors since :func:`reset_peak_memory`; otherwise of this process since its start. None on
-    Windows.
+    On a GPU, of tensors since the last reset; otherwise of this process since its start. None on Windows.
     """
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -192,9 +182,3 @@ def peak_memory(device: str) -> int | None:
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else 1024 * largest  # Linux counts in KiB
-
-
-def reset_peak_memory(device: str) -> None:
-    """Reset a GPU's peak; the peak of a process cannot be reset."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)

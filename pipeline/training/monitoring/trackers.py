@@ -215,7 +215,7 @@ class MLflow:
         tags = {"training": training, "group": folder.name}
         self.run = self.client.create_run(number, run_name=_title(context, training), tags=tags).info.run_id
         config = _flatten(run_config(context.options, context.dataset_name))
-        parameters = [Param(_valid_name(name), _text(value)) for name, value in config.items()]
+        parameters = [Param(_valid_name(name), value) for name, value in config.items()]
         self.client.log_batch(self.run, params=parameters)
         _record_run(context, "mlflow", training, self.run)
 
@@ -235,15 +235,14 @@ def _valid_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "", name, flags=re.ASCII)
 
 
-def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+def _flatten(config: dict[str, Any]) -> dict[str, str]:
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in flat.items()
+    }
 
 
 TRACKERS: dict[str, Callable[[RunContext, str, int], Tracker]] = {
