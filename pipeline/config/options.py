@@ -4,6 +4,7 @@ The command line, ``config.yaml``, the Python API and docs/command-line.md are m
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,15 @@ Stage = Literal["teacher", "prepare", "student", "export", "qat", "quantize", "v
 def option(help: str, default: Any = None, *, group: str, enters: str | None = None, **limits: Any) -> Any:
     """Return a field with its heading in ``--help`` and the first stage whose hash it enters, or None."""
     return Field(default, description=help, json_schema_extra={"group": group, "enters": enters}, **limits)
+
+
+data_option = partial(option, group="Models and data")
+weights_option = partial(option, group="Weights")
+method_option = partial(option, group="Method")
+training_option = partial(option, group="Training")
+image_option = partial(option, group="Images")
+export_option = partial(option, group="Export")
+execution_option = partial(option, group="Execution")
 
 
 def _to_list(value: Any) -> Any:
@@ -85,311 +95,241 @@ class Options(BaseModel):
     def _check_not_boolean(cls, value: Any, info: ValidationInfo) -> Any:
         return check_not_boolean(value, cls.model_fields[str(info.field_name)].annotation)
 
-    teacher: Names = option(
-        "timm name of the teacher; repeat for an ensemble",
-        ...,
-        group="Models and data",
-        enters="teacher",
-        min_length=1,
+    teacher: Names = data_option(
+        "timm name of the teacher; repeat for an ensemble", ..., enters="teacher", min_length=1
     )
-    student: str = option(
+    student: str = data_option(
         "timm name of the student, or a short name: mobilenetv2, mobilenetv3, mobilenetv4, resnet18 …",
         ...,
-        group="Models and data",
         enters="prepare",
     )
-    activation: Literal["relu", "relu6"] | None = option(
+    activation: Literal["relu", "relu6"] | None = data_option(
         "activation of the student, such as relu6 for a mobilenetv3 that is fast in int8 [default: unchanged]",
-        group="Models and data",
         enters="prepare",
     )
-    data: str = option(
+    data: str = data_option(
         "folder of class folders (with or without train/ val/ test/), labels file (.csv, .jsonl or COCO .json) for several labels per image, timm data set such as torch/cifar100, or digits, the built-in handwritten digits",
         "digits",
-        group="Models and data",
     )
-    data_dir: Path | None = option(
-        "folder of a named data set, or of a labels file's images", group="Models and data"
-    )
-    download: bool = option("download a named data set if it is missing", False, group="Models and data")
-    out: Path | None = option("run folder [default: runs/TEACHER-STUDENT-DATA]", group="Models and data")
-    config: Path | None = option(
-        "YAML file of options, such as a run's config.yaml; the command line takes precedence",
-        group="Models and data",
+    data_dir: Path | None = data_option("folder of a named data set, or of a labels file's images")
+    download: bool = data_option("download a named data set if it is missing", False)
+    out: Path | None = data_option("run folder [default: runs/TEACHER-STUDENT-DATA]")
+    config: Path | None = data_option(
+        "YAML file of options, such as a run's config.yaml; the command line takes precedence"
     )
 
-    teacher_weights: Names = option(
+    teacher_weights: Names = weights_option(
         "auto: timm's pretrained weights (digits: none); none: random; or a safetensors or torch file",
         ["auto"],
-        group="Weights",
         enters="teacher",
         min_length=1,
     )
-    teacher_head: Heads = option(
+    teacher_head: Heads = weights_option(
         "auto: keep a head that fits the classes, otherwise replace it and fine-tune; keep; replace; none: use the teacher's features only, without fine-tuning",
         ["auto"],
-        group="Weights",
         enters="teacher",
         min_length=1,
     )
-    teachers_from_seeds: int = option(
+    teachers_from_seeds: int = weights_option(
         "number of teachers of one architecture to train from different seeds",
         1,
-        group="Weights",
         enters="teacher",
         ge=1,
         le=100,
     )
-    student_weights: str = option(
-        "auto, none or a file, as for --teacher-weights", "auto", group="Weights", enters="student"
+    student_weights: str = weights_option(
+        "auto, none or a file, as for --teacher-weights", "auto", enters="student"
     )
 
-    method: str = option(
+    method: str = method_option(
         "distillation method: quest, kd, dkd, dist, mimic, feed, a sum such as quest+dkd, or none to train on labels only",
         "quest",
-        group="Method",
         enters="prepare",
     )
-    recipe: str | None = option(
-        "hyperparameters of a paper, such as quest-cifar100 (see compress recipes); other options take precedence",
-        group="Method",
+    recipe: str | None = method_option(
+        "hyperparameters of a paper, such as quest-cifar100 (see compress recipes); other options take precedence"
     )
-    settings: Settings = option(
-        "parameter of a method, such as quest.tau=0.2; can be repeated", {}, group="Method", enters="prepare"
+    settings: Settings = method_option(
+        "parameter of a method, such as quest.tau=0.2; can be repeated", {}, enters="prepare"
     )
-    weight: LossWeights = option(
+    weight: LossWeights = method_option(
         "weight of a loss, NAME=VALUE: a method's name, or ce for the cross-entropy; can be repeated",
         {},
-        group="Method",
         enters="student",
     )
 
-    balance: Literal["auto", "off"] | None = option(
+    balance: Literal["auto", "off"] | None = method_option(
         "auto: rescale a method's weight if its gradients are out of proportion to those of the labels [default: auto; off with a recipe, --weight or multi-label data]",
-        group="Method",
         enters="student",
     )
 
-    cache_views: int | None = option(
+    cache_views: int | None = method_option(
         "number of fixed views of each image whose teacher outputs are cached and reused in later epochs and runs; 0: new views in every epoch, without a cache",
-        group="Method",
         enters="student",
         ge=0,
     )
-    cache_top: int | None = option(
+    cache_top: int | None = method_option(
         "number of visual words cached per position for QuEST, same as --set quest.top [default: enough to lose at most 6 %]",
-        group="Method",
         enters="prepare",
         ge=1,
     )
 
-    rounds: int = option(
+    rounds: int = method_option(
         "number of sequential distillation rounds; each student teaches the next, the last one is exported",
         1,
-        group="Method",
         enters="prepare",
         ge=1,
         le=100,
     )
 
-    epochs: int | None = option("epochs of the student", group="Training", enters="student", ge=1)
-    teacher_epochs: int | None = option(
-        "epochs of a teacher that is trained or fine-tuned", group="Training", enters="teacher", ge=1
+    epochs: int | None = training_option("epochs of the student", enters="student", ge=1)
+    teacher_epochs: int | None = training_option(
+        "epochs of a teacher that is trained or fine-tuned", enters="teacher", ge=1
     )
-    batch_size: int | None = option(
-        "images per step, over all devices", group="Training", enters="teacher", ge=2
-    )
-    micro_batch: int | None = option(
+    batch_size: int | None = training_option("images per step, over all devices", enters="teacher", ge=2)
+    micro_batch: int | None = training_option(
         "images per forward pass on a device; gradients of a step are accumulated (BatchNorm statistics are per micro-batch) [default: whole batch, halved if memory runs out]",
-        group="Training",
         enters="teacher",
         ge=2,
     )
-    sync_bn: bool = option(
-        "synchronize BatchNorm statistics across GPUs", False, group="Training", enters="teacher"
+    sync_bn: bool = training_option("synchronize BatchNorm statistics across GPUs", False, enters="teacher")
+    optimizer: str | None = training_option(
+        "timm name of the optimizer: adamw, sgd (with Nesterov momentum) …", enters="teacher"
     )
-    optimizer: str | None = option(
-        "timm name of the optimizer: adamw, sgd (with Nesterov momentum) …",
-        group="Training",
-        enters="teacher",
+    lr: float | None = training_option("peak learning rate of the student", enters="student", gt=0)
+    teacher_lr: float | None = training_option(
+        "peak learning rate of a teacher that is trained or fine-tuned", enters="teacher", gt=0
     )
-    lr: float | None = option("peak learning rate of the student", group="Training", enters="student", gt=0)
-    teacher_lr: float | None = option(
-        "peak learning rate of a teacher that is trained or fine-tuned",
-        group="Training",
-        enters="teacher",
-        gt=0,
+    schedule: Literal["cosine", "onecycle", "multistep", "constant"] | None = training_option(
+        "learning rate schedule", enters="teacher"
     )
-    schedule: Literal["cosine", "onecycle", "multistep", "constant"] | None = option(
-        "learning rate schedule", group="Training", enters="teacher"
+    milestones: Epochs | None = training_option(
+        "epochs at which multistep divides the learning rate by 10, such as 150,180,210", enters="teacher"
     )
-    milestones: Epochs | None = option(
-        "epochs at which multistep divides the learning rate by 10, such as 150,180,210",
-        group="Training",
-        enters="teacher",
+    warmup_epochs: float | None = training_option("warmup epochs of the student", enters="student", ge=0)
+    teacher_warmup_epochs: float | None = training_option(
+        "warmup epochs of a teacher that is trained or fine-tuned", enters="teacher", ge=0
     )
-    warmup_epochs: float | None = option(
-        "warmup epochs of the student", group="Training", enters="student", ge=0
+    weight_decay: float | None = training_option("weight decay", enters="teacher", ge=0)
+    decay_all: bool = training_option(
+        "apply weight decay to biases and norms too, as the papers' recipes do", False, enters="teacher"
     )
-    teacher_warmup_epochs: float | None = option(
-        "warmup epochs of a teacher that is trained or fine-tuned", group="Training", enters="teacher", ge=0
+    label_smoothing: float | None = training_option(
+        "label smoothing of the cross-entropy", enters="teacher", ge=0, lt=1
     )
-    weight_decay: float | None = option("weight decay", group="Training", enters="teacher", ge=0)
-    decay_all: bool = option(
-        "apply weight decay to biases and norms too, as the papers' recipes do",
-        False,
-        group="Training",
-        enters="teacher",
-    )
-    label_smoothing: float | None = option(
-        "label smoothing of the cross-entropy", group="Training", enters="teacher", ge=0, lt=1
-    )
-    ema: float | None = option(
+    ema: float | None = training_option(
         "export an exponential moving average of the student's weights with this decay, such as 0.999",
-        group="Training",
         enters="student",
         gt=0,
         lt=1,
     )
-    average_last: int | None = option(
-        "export the mean of the student's weights over this number of last epochs",
-        group="Training",
-        enters="student",
-        ge=1,
+    average_last: int | None = training_option(
+        "export the mean of the student's weights over this number of last epochs", enters="student", ge=1
     )
-    seed: int = option("seed of weights, order and augmentation", 0, group="Training", enters="teacher", ge=0)
+    seed: int = training_option("seed of weights, order and augmentation", 0, enters="teacher", ge=0)
 
-    image_size: int | None = option(
-        "side of the input in pixels [default: the student's; digits: 64]",
-        group="Images",
-        enters="teacher",
-        ge=8,
-        le=4096,
+    image_size: int | None = image_option(
+        "side of the input in pixels [default: the student's; digits: 64]", enters="teacher", ge=8, le=4096
     )
-    student_size: int | None = option(
+    student_size: int | None = image_option(
         "side of the student's input if it is smaller; it sees the teacher's crops scaled down [default: --image-size]",
-        group="Images",
         enters="prepare",
         ge=8,
         le=4096,
     )
-    val_fraction: float | None = option(
+    val_fraction: float | None = image_option(
         "fraction of the training images used for validation if the data has no val/ [default: 0.1]",
-        group="Images",
         enters="teacher",
         ge=0,
         lt=1,
     )
-    crop: Literal["pad", "resized", "center"] | None = option(
-        "training crops: pad (shift a few pixels), resized (random resized crop) or center",
-        group="Images",
-        enters="teacher",
+    crop: Literal["pad", "resized", "center"] | None = image_option(
+        "training crops: pad (shift a few pixels), resized (random resized crop) or center", enters="teacher"
     )
-    crop_scale: float | None = option(
-        "smallest fraction of the image area in a resized crop", group="Images", enters="teacher", gt=0, le=1
+    crop_scale: float | None = image_option(
+        "smallest fraction of the image area in a resized crop", enters="teacher", gt=0, le=1
     )
-    pad: int | None = option("pixels of padding of a pad crop", group="Images", enters="teacher", ge=0)
-    pad_mode: Literal["zeros", "reflect", "edge"] | None = option(
-        "padding mode of a pad crop", group="Images", enters="teacher"
+    pad: int | None = image_option("pixels of padding of a pad crop", enters="teacher", ge=0)
+    pad_mode: Literal["zeros", "reflect", "edge"] | None = image_option(
+        "padding mode of a pad crop", enters="teacher"
     )
-    flip: bool | None = option(
-        "flip half of the training images horizontally", group="Images", enters="teacher"
-    )
-    color_jitter: float | None = option(
-        "strength of brightness, contrast and saturation jitter", group="Images", enters="teacher", ge=0, le=1
+    flip: bool | None = image_option("flip half of the training images horizontally", enters="teacher")
+    color_jitter: float | None = image_option(
+        "strength of brightness, contrast and saturation jitter", enters="teacher", ge=0, le=1
     )
 
-    calibrate: bool = option(
+    calibrate: bool = export_option(
         "fit a temperature on the validation split and fold it into the exported files, for calibrated probabilities",
         False,
-        group="Export",
         enters="export",
     )
-    input: Literal["float", "uint8"] = option(
+    input: Literal["float", "uint8"] = export_option(
         "input of the exported files: float (normalized), or uint8 (pixels [batch, S, S, 3]; normalization is folded into the first convolution)",
         "float",
-        group="Export",
         enters="export",
     )
-    calibration_images: int = option(
-        "training images used to calibrate int8", 512, group="Export", enters="quantize", ge=1
+    calibration_images: int = export_option(
+        "training images used to calibrate int8", 512, enters="quantize", ge=1
     )
-    calibration: Literal["auto", "minmax", "moving-average", "entropy", "percentile"] = option(
-        "method to choose activation ranges; auto: try all and use the best",
-        "auto",
-        group="Export",
-        enters="quantize",
+    calibration: Literal["auto", "minmax", "moving-average", "entropy", "percentile"] = export_option(
+        "method to choose activation ranges; auto: try all and use the best", "auto", enters="quantize"
     )
-    target: Targets = option(
+    target: Targets = export_option(
         "processors of the int8 files: x86 (safe on all), x86-vnni, arm64; repeat for one file each [default: this machine's]",
         [],
-        group="Export",
         enters="quantize",
     )
-    max_drop: float = option(
+    max_drop: float = export_option(
         "accuracy that int8 may lose on the validation split, in percentage points",
         0.5,
-        group="Export",
         enters="quantize",
         ge=0,
     )
-    qat: bool = option(
+    qat: bool = export_option(
         "quantization-aware training: fine-tune the student as int8 with the same method and teacher",
         False,
-        group="Export",
         enters="qat",
     )
-    qat_epochs: int | None = option(
-        "epochs of --qat [default: a tenth of --epochs]", group="Export", enters="qat", ge=1
+    qat_epochs: int | None = export_option(
+        "epochs of --qat [default: a tenth of --epochs]", enters="qat", ge=1
     )
-    qat_lr: float | None = option(
-        "peak learning rate of --qat [default: a tenth of --lr]", group="Export", enters="qat", gt=0
+    qat_lr: float | None = export_option(
+        "peak learning rate of --qat [default: a tenth of --lr]", enters="qat", gt=0
     )
-    opset: int = option(
-        "ONNX opset of the exported files; a higher one requires a newer runtime",
-        18,
-        group="Export",
-        enters="export",
+    opset: int = export_option(
+        "ONNX opset of the exported files; a higher one requires a newer runtime", 18, enters="export"
     )
-    bench_seconds: float = option(
-        "seconds of measurement per network and number of threads", 2.0, group="Export", enters="bench", gt=0
+    bench_seconds: float = export_option(
+        "seconds of measurement per network and number of threads", 2.0, enters="bench", gt=0
     )
 
-    until: Stage | None = option("stop after this stage", group="Execution")
-    fresh: bool = option("start the run over", False, group="Execution")
-    dry_run: bool = option(
-        "check all options, estimate time and disk space, and stop", False, group="Execution"
+    until: Stage | None = execution_option("stop after this stage")
+    fresh: bool = execution_option("start the run over", False)
+    dry_run: bool = execution_option("check all options, estimate time and disk space, and stop", False)
+    time_limit: Time | None = execution_option(
+        "stop after this time, such as 3h50m, with exit code 75; the same command resumes"
     )
-    time_limit: Time | None = option(
-        "stop after this time, such as 3h50m, with exit code 75; the same command resumes", group="Execution"
+    device: str | None = execution_option("cuda, mps or cpu [default: the first available]")
+    precision: Literal["auto", "fp32", "bf16"] = execution_option(
+        "precision of training; auto: bf16 if it is faster", "auto"
     )
-    device: str | None = option("cuda, mps or cpu [default: the first available]", group="Execution")
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "precision of training; auto: bf16 if it is faster", "auto", group="Execution"
-    )
-    compile: Literal["auto", "on", "off"] = option(
+    compile: Literal["auto", "on", "off"] = execution_option(
         "compile the networks with torch.compile; auto: if it is measured to be faster over the whole training",
         "auto",
-        group="Execution",
     )
-    resident: Literal["auto", "device", "host", "workers"] = option(
+    resident: Literal["auto", "device", "host", "workers"] = execution_option(
         "location of training images: device memory, host memory, or decoded on the fly by workers; auto: the first in which they fit",
         "auto",
-        group="Execution",
     )
-    cache: Path | None = option(
-        "folder shared by runs: decoded images, vocabularies, teacher outputs [default: the user's cache folder]",
-        group="Execution",
+    cache: Path | None = execution_option(
+        "folder shared by runs: decoded images, vocabularies, teacher outputs [default: the user's cache folder]"
     )
-    tensorboard: bool = option("write TensorBoard logs to the run folder", False, group="Execution")
-    track: Literal["wandb", "mlflow"] | None = option(
-        "log to Weights & Biases or MLflow; without an account or server, to the run folder",
-        group="Execution",
+    tensorboard: bool = execution_option("write TensorBoard logs to the run folder", False)
+    track: Literal["wandb", "mlflow"] | None = execution_option(
+        "log to Weights & Biases or MLflow; without an account or server, to the run folder"
     )
-    quiet: bool = option("print only the result", False, group="Execution")
-    verbose: bool = option(
-        "print defaults, epochs, int8 candidates and log messages", False, group="Execution"
-    )
+    quiet: bool = execution_option("print only the result", False)
+    verbose: bool = execution_option("print defaults, epochs, int8 candidates and log messages", False)
     json_: bool = Field(
         False,
         alias="json",
