@@ -89,8 +89,7 @@ def average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
     # A hit of weight 0 may come before any weight: 0 / 0 counts as 0.
     total = np.bincount(classes, hits * hits_so_far / np.maximum(seen, 1), minlength=len(ranking.order))
     with np.errstate(invalid="ignore"):
-        mean: np.ndarray = total / np.bincount(classes, hits, minlength=len(ranking.order))
-    return mean
+        return np.asarray(total / np.bincount(classes, hits, minlength=len(ranking.order)))
 
 
 def class_average_precision(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -217,10 +217,9 @@ def read_images(files: Sequence[Path]) -> list[bytes]:
     for file in files:
         try:
             decode_image(file)
+            contents.append(file.read_bytes())
         except ImageError as error:
             errors.append(str(error))
-        else:
-            contents.append(file.read_bytes())
     if not contents:
         raise UsageError(f"--images: none of the images can be read. {errors[0]}.")
     return contents

@@ -148,8 +148,7 @@ class RunFolder:
         Raises:
             UsageError: they were not. The message names the options.
         """
-        changes = describe_changes(self.record.config, config) if self.record.stages else []
-        if changes:
+        if self.record.stages and (changes := describe_changes(self.record.config, config)):
             raise UsageError(
                 f"{self.path} contains a run with other options: {'; '.join(changes)}. "
                 "Set another --out, use the same options, or start the run over with --fresh."

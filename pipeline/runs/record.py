@@ -74,8 +74,7 @@ def add_checksum(content: dict[str, Any]) -> dict[str, Any]:
 
 def with_checksum(result: R) -> R:
     """Return a result with the checksum of its JSON form in its field ``checksum``."""
-    checksum = _compute_checksum(json.loads(result.model_dump_json()))
-    return result.model_copy(update={CHECKSUM: checksum})
+    return result.model_copy(update={CHECKSUM: _compute_checksum(json.loads(result.model_dump_json()))})
 
 
 def read_checked(path: Path) -> Any:

@@ -46,12 +46,10 @@ class Classification(Task):
         return tuple(image for image in images if image.label not in unknown)
 
     def predict(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
-        predictions: ndarray = logits.argmax(1)
-        return predictions
+        return np.asarray(logits.argmax(1))
 
     def confidence(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
-        probability: ndarray = softmax(logits).max(1)
-        return probability
+        return np.asarray(softmax(logits).max(1))
 
     def describe(self, labels: ndarray, classes: Names) -> list[str]:
         return [classes[label] for label in labels.tolist()]

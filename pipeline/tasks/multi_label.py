@@ -60,13 +60,11 @@ class MultiLabel(Task):
     def predict(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
         if thresholds is None:
             thresholds = self.default_thresholds(logits.shape[1])
-        predictions: ndarray = sigmoid(logits) >= thresholds
-        return predictions
+        return np.asarray(sigmoid(logits) >= thresholds)
 
     def confidence(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
         p = sigmoid(logits)
-        probability: ndarray = np.where(self.predict(logits, thresholds), p, 1 - p).prod(1)
-        return probability
+        return np.asarray(np.where(self.predict(logits, thresholds), p, 1 - p).prod(1))
 
     def describe(self, labels: ndarray, classes: Names) -> list[str]:
         return [", ".join(classes[int(c)] for c in np.flatnonzero(row)) or NO_CLASS for row in labels]
