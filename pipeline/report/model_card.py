@@ -185,10 +185,9 @@ def _speed(report: Report) -> str:
     machine, shipped = describe_machine(report.environment), shipped_network(report)
     sentences = [f"Measured on {machine}."] if machine else []
     for over in (find_network(report, "teacher"), find_network(report, "student")):
-        for threads in thread_counts(report):
-            if over is None or shipped is None or over.key == shipped.key:
-                continue
-            if (ratio := compare_speed(shipped, over, threads)) is not None:
-                pair = f"{shipped.role} vs. {over.role_in_sentence}"
-                sentences.append(f"{pair}, {format.threads(threads)}: {ratio.text}.")
+        if over is None or shipped is None or over.key == shipped.key:
+            continue
+        pair = f"{shipped.role} vs. {over.role_in_sentence}"
+        ratios = [r for threads in thread_counts(report) if (r := compare_speed(shipped, over, threads))]
+        sentences += [f"{pair}, {format.threads(r.threads)}: {r.text}." for r in ratios]
     return " ".join(sentences)

@@ -46,13 +46,11 @@ class Table:
         """Return the table in a frame that scrolls, with its note; nothing without rows."""
         if not self.rows:
             return Markup()
-        head = ""
-        if any(self.columns):
-            cells = [
-                f'<th scope="col"{self._align(i)}>{html_text(name)}</th>' if name else "<td></td>"
-                for i, name in enumerate(self.columns)
-            ]
-            head = f"<thead><tr>{''.join(cells)}</tr></thead>\n"
+        cells = [
+            f'<th scope="col"{self._align(i)}>{html_text(name)}</th>' if name else "<td></td>"
+            for i, name in enumerate(self.columns)
+        ]
+        head = f"<thead><tr>{''.join(cells)}</tr></thead>\n" if any(self.columns) else ""
         lines = []
         for first, *rest in self.rows:
             cells = [f'<th scope="row">{self._html_cell(0, first)}</th>']

@@ -1,1 +1,1 @@
-"""Pages: the report of a run, a comparison of runs, a validation."""
+"""Pages of a comparison of runs and of a validation."""

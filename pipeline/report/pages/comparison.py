@@ -26,12 +26,17 @@ def render_comparison(comparison: Comparison) -> dict[str, str]:
 
 def comparison_page(comparison: Comparison) -> Page:
     groups = [_section(comparison, group, i) for i, group in enumerate(comparison.groups, 1)]
+    run_folders = [
+        [run.name, run.source, run.machine or format.MISSING, run.fingerprint or format.MISSING]
+        for run in comparison.runs
+    ]
+    columns = ["run", "path", "benchmarked on", "fingerprint of the data"]
     details = Section(
         "Details",
         "details",
         text=comparison.notes,
         command=comparison.command,
-        tables=[_run_folders(comparison)],
+        tables=[Table("Runs", columns, run_folders, code=frozenset({1, 3}), text=True)],
     )
     return Page(
         kind="comparison",
@@ -249,12 +254,3 @@ def terminal_table(comparison: Comparison, group: Group) -> Table:
     latency = "latency" if comparison.threads is None else format.threads(comparison.threads)
     columns = ["", "method", score_name(comparison, group), "95 % interval", latency, "size", ""]
     return Table(title, columns, rows, left=2)
-
-
-def _run_folders(comparison: Comparison) -> Table:
-    rows = [
-        [run.name, run.source, run.machine or format.MISSING, run.fingerprint or format.MISSING]
-        for run in comparison.runs
-    ]
-    columns = ["run", "path", "benchmarked on", "fingerprint of the data"]
-    return Table("Runs", columns, rows, code=frozenset({1, 3}), text=True)

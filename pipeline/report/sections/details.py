@@ -16,6 +16,7 @@ MAX_DUPLICATES = 10
 
 def section(report: Report) -> Section:
     shipped = shipped_network(report)
+    skipped = [[name, reason] for name, reason in (report.data.skipped if report.data else [])]
     quantization = shipped.subject.quantization if shipped is not None else None
     return Section(
         "Details",
@@ -23,7 +24,7 @@ def section(report: Report) -> Section:
         command=report.command,
         tables=[commands(report), _stages(report), _data(report), _weights(report), _files(report)],
         folded=[
-            _skipped(report),
+            Table("Skipped images", ["image", "reason"], skipped, code=frozenset({0}), text=True),
             _duplicates(report),
             _nested_table("Quantization", quantization or {}),
             _nested_table(f"Parameters of {report.method}", _method(report)),
@@ -95,11 +96,6 @@ def _files(report: Report) -> Table:
         if column.subject.file or column.subject.sha256
     ]
     return Table("Files", ["", "file", "bytes", "SHA-256"], rows, code=frozenset({1, 3}), text=True)
-
-
-def _skipped(report: Report) -> Table:
-    rows = [[name, reason] for name, reason in (report.data.skipped if report.data else [])]
-    return Table("Skipped images", ["image", "reason"], rows, code=frozenset({0}), text=True)
 
 
 def _duplicates(report: Report) -> Table:

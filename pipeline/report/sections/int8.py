@@ -49,10 +49,8 @@ def _explain_none(report: Report, search: Int8Search) -> str:
 
 
 def _within_budget(report: Report, search: Int8Search, verb: str = "is") -> str:
-    reference = f"the fp32 {score_name(report)}"
-    if search.max_drop:
-        return f"{verb} within {search.max_drop:g} points of {reference}"
-    return f"{verb} not below {reference}"
+    limit = f"within {search.max_drop:g} points of" if search.max_drop else "not below"
+    return f"{verb} {limit} the fp32 {score_name(report)}"
 
 
 def images(search: Int8Search) -> str:
@@ -209,12 +207,9 @@ def candidates(report: Report, search: Int8Search) -> Table:
     columns = [name for name in (rows[0] if rows else {}) if any(row[name] != format.MISSING for row in rows)]
     note = f"{format.title(score_name(report))} on {images(search)}. "
     note += "SQNR: signal-to-quantization-noise ratio of the logits."
-    if "McNemar p" in columns:
-        note += " McNemar p: exact test against fp32."
-    if "latency" in columns:
-        note += " Latency: median on 1 thread."
-    if "speedup" in columns:
-        note += " Speedup: over fp32, with 95 % interval."
+    note += " McNemar p: exact test against fp32." if "McNemar p" in columns else ""
+    note += " Latency: median on 1 thread." if "latency" in columns else ""
+    note += " Speedup: over fp32, with 95 % interval." if "speedup" in columns else ""
     return Table(
         f"Candidates for {search.target}",
         columns,
