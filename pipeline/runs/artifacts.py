@@ -117,11 +117,9 @@ def find_teacher_files(run: Path) -> list[Path]:
     single = run / "bench" / "teacher.onnx"
     if single.is_file():
         return [single]
-    files = (run / "bench").glob("teacher.*.onnx")
-    numbers = {file: file.suffixes[0][1:] for file in files}
-    return sorted(
-        (file for file in numbers if numbers[file].isdecimal()), key=lambda file: int(numbers[file])
-    )
+    numbers = {file: file.suffixes[0][1:] for file in (run / "bench").glob("teacher.*.onnx")}
+    numbered = [file for file, number in numbers.items() if number.isdecimal()]
+    return sorted(numbered, key=lambda file: int(numbers[file]))
 
 
 def find_run_images(run: Path) -> Path | None:
@@ -154,11 +152,7 @@ class OnnxInput:
 
 
 def read_input(
-    path: Path,
-    image_size: int | None = None,
-    *,
-    external_data: bool = True,
-    source: Path | None = None,
+    path: Path, image_size: int | None = None, *, external_data: bool = True, source: Path | None = None
 ) -> OnnxInput:
     """Return the input of an ONNX file.
 
@@ -278,11 +272,10 @@ def find_bench_files(paths: Sequence[Path], copies: Path, image_size: int | None
             if model.target is not None and (reason := untimed.get(model.target)) is not None:
                 notes.append(f"{model.path.name} is {reason}")
                 continue
-            key_or_none = keys.pop(str(model.precision), None)
-            name = str(model.precision) if key_or_none else f"{model.precision} {model.target or ''}".rstrip()
-            shown = model.path.relative_to(path).as_posix()
-            file_input = read_input(model.path, image_size)
-            files.append(BenchFile(model.path, path, name, shown, key_or_none, file_input))
+            report_key = keys.pop(str(model.precision), None)
+            name = str(model.precision) if report_key else f"{model.precision} {model.target or ''}".rstrip()
+            shown, file_input = model.path.relative_to(path).as_posix(), read_input(model.path, image_size)
+            files.append(BenchFile(model.path, path, name, shown, report_key, file_input))
     if not files:
         raise UsageError(f"None of the files can be timed on this machine: {'; '.join(notes)}.")
     runs = [path for path in paths if (path / RECORD).is_file()]
