@@ -126,18 +126,15 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
         return _run_stages(chosen, set_options, images, folder, device, display, ranks)
 
 
-def hashed(options: Options) -> dict[str, Any]:
-    """Return the options that change a stage's result, with the checksums of weights files."""
+def _config(options: Options, images: ImageSet) -> dict[str, Any]:
+    """Return the options that change a stage's result, with the checksums of weights files and data."""
     values = {name: value for name, value in options.model_dump(mode="json").items() if get_stage(name)}
     return {
         **values,
         "teacher_weights": [_content(source) for source in options.teacher_weights],
         "student_weights": _content(options.student_weights),
+        "data_content": images.fingerprint,
     }
-
-
-def _config(options: Options, images: ImageSet) -> dict[str, Any]:
-    return {**hashed(options), "data_content": images.fingerprint}
 
 
 def _content(source: str) -> str:
@@ -180,14 +177,8 @@ def _run_stages(
             device=device,
             ranks=ranks,
         )
-        data = TrainingData(
-            options,
-            images,
-            context.cache,
-            device,
-            lambda work, done, total: progress.update(work, done, total, "images"),
-            context.place,
-        )
+        show = lambda work, done, total: progress.update(work, done, total, "images")  # noqa: E731
+        data = TrainingData(options, images, context.cache, device, show, context.place)
         for stage in folder.stages_until(options.until):
             if rounds.get_kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()

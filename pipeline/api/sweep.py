@@ -105,8 +105,5 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
 
 def _student_of_teacher_run(folder: Path, students: Sequence[str]) -> str:
     """Return the student that the teacher's run was started with, so that students can be added later."""
-    if (folder / RECORD).is_file():
-        recorded = str(read_config(folder)["student"])
-        if recorded in students:
-            return recorded
-    return students[0]
+    recorded = str(read_config(folder)["student"]) if (folder / RECORD).is_file() else ""
+    return recorded if recorded in students else students[0]

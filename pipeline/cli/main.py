@@ -25,11 +25,9 @@ class DefaultGroup(click.Group):
     """A group with headings, in which ``compress OPTIONS`` means ``compress run OPTIONS``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the command names in the order of the help."""
         return [name for names in COMMANDS.values() for name in names]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
         if cmd_name not in self.list_commands(ctx):
             return None
         command: click.Command = getattr(import_module(".commands", __package__), cmd_name)
@@ -57,7 +55,6 @@ class DefaultGroup(click.Group):
         return items
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands under their headings."""
         for heading, names in COMMANDS.items():
             commands = [(name, self.get_command(ctx, name)) for name in names]
             with formatter.section(heading):

@@ -15,7 +15,6 @@ class GroupedCommand(click.Command):
     """A command whose options are listed under headings, followed by the table of defaults."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options and the table."""
         records: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -24,15 +23,12 @@ class GroupedCommand(click.Command):
         for heading, rows in records.items():
             _write_section(formatter, heading, rows)
         flags = {flag for parameter in self.get_params(ctx) for flag in parameter.opts}
-        _write_section(
-            formatter,
-            "Defaults (from scratch | from pretrained weights)",
-            [
-                (row.option, f"{row.scratch} | {row.pretrained}" if row.pretrained else row.scratch)
-                for row in defaults.TABLE
-                if flags & set(row.option.split(", "))
-            ],
-        )
+        rows = [
+            (row.option, f"{row.scratch} | {row.pretrained}" if row.pretrained else row.scratch)
+            for row in defaults.TABLE
+            if flags & set(row.option.split(", "))
+        ]
+        _write_section(formatter, "Defaults (from scratch | from pretrained weights)", rows)
 
 
 def _heading(name: str) -> str:
