@@ -123,10 +123,8 @@ class Matrix:
 
     @property
     def table(self) -> Table:
-        rows = [
-            [name, *(cell.text or "0" for cell in row)]
-            for name, row in zip(self.classes, self.rows, strict=True)
-        ]
+        named = zip(self.classes, self.rows, strict=True)
+        rows = [[name, *(cell.text or "0" for cell in row)] for name, row in named]
         return Table("Confusion matrix (rows: true class, columns: prediction)", ["", *self.classes], rows)
 
 

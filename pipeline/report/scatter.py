@@ -228,13 +228,10 @@ class _Plot:
         return [polyline("stairs", corners)]
 
     def _draw_runs(self) -> list[Shape]:
-        shapes = []
+        pairs: list[tuple[Point, Point]] = []
         for run in dict.fromkeys(point.run for point in self.points if point.run):
-            files = [point for point in self.points if point.run == run]
-            shapes += [
-                line("pair", self.x(a.x), self.y(a.y), self.x(b.x), self.y(b.y)) for a, b in pairwise(files)
-            ]
-        return shapes
+            pairs += pairwise(point for point in self.points if point.run == run)
+        return [line("pair", self.x(a.x), self.y(a.y), self.x(b.x), self.y(b.y)) for a, b in pairs]
 
     def place_labels(self) -> list[Label]:
         """Place a label for each point, those of the Pareto front first; a label without room is left out."""

@@ -161,8 +161,7 @@ def end_to_end(bench: Bench) -> Table:
         [
             role(bench, result.subject),
             *(_ms(value) for value in (result.decode, result.resize, result.normalize, result.run)),
-            percentile(result.total.get("p50")),
-            percentile(result.total.get("p90")),
+            *(percentile(result.total.get(name)) for name in ("p50", "p90")),
         ]
         for result in bench.end_to_end
     ]
