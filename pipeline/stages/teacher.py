@@ -76,11 +76,7 @@ def _load(context: RunContext, data: TrainingData, t: int) -> InitialNetwork:
 
 
 def _check_seeds(context: RunContext, initial: InitialNetwork) -> None:
-    """Check that teachers to be trained from several seeds are trained.
-
-    Raises:
-        JobError: they would be the same network.
-    """
+    """Raise JobError if teachers from several seeds would be the same network."""
     count = context.options.teachers_from_seeds
     if count > 1 and initial.head != "replaced":
         why = "fits the data and is kept" if initial.head == "kept" else "is left out"

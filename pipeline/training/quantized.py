@@ -27,8 +27,7 @@ class QuantizedStudent(nn.Module):
         self.graph = graph
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.graph(x)[self.graph.output]
-        return logits
+        return self.graph(x)[self.graph.output]
 
 
 class QuantizedReadouts(nn.Module):

@@ -23,9 +23,7 @@ def weights_metadata(
 ) -> dict[str, str]:
     """Return the metadata with which a weights file can be another run's ``--teacher-weights``.
 
-    Args:
-        key: hash of the training's inputs.
-        license: of the weights from which training started; it applies to the trained ones too.
+    ``license`` is that of the weights from which training started; it applies to the trained ones too.
     """
     return {
         "architecture": spec.name,

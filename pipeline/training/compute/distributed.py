@@ -29,8 +29,7 @@ class Ranks:
     """This process among those of its job."""
 
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
-        self.rank = rank
-        self.count = count
+        self.rank, self.count = rank, count
         self.local_rank = local_rank
         """Rank on this machine."""
 

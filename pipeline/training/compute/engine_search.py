@@ -271,9 +271,9 @@ def _copy(task: DistillationTask) -> DistillationTask:
     """Copy a task. Teachers share their weights with the original."""
     shared = {id(tensor): tensor for tensor in (*task.teachers.parameters(), *task.teachers.buffers())}
     copied = copy.copy(task)
-    modules: dict[str, Any] = {
+    copied._modules = {
+        **task._modules,
         "trainable_module": copy.deepcopy(task.trainable_module),
         "teachers": copy.deepcopy(task.teachers, shared),
     }
-    copied._modules = {**task._modules, **modules}
     return copied

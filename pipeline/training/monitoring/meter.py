@@ -21,9 +21,7 @@ class Meter:
     """Sums since the last reset, saved in checkpoints so that a resumed epoch counts all its steps."""
 
     def __init__(self, device: torch.device, ranks: Ranks, task: Task) -> None:
-        self.device = device
-        self.ranks = ranks
-        self.task = task
+        self.device, self.ranks, self.task = device, ranks, task
         self.reset()
 
     def reset(self) -> None:

@@ -19,9 +19,7 @@ class EpochLog:
     """Appends epochs to ``metrics.jsonl`` and sends them to trackers. Only the main process does."""
 
     def __init__(self, context: RunContext, training: str) -> None:
-        self.folder = context.folder
-        self.detail = context.display.detail
-        self.training = training
+        self.folder, self.detail = context.folder, context.display.detail
         self.trackers = Trackers(context, training) if context.ranks.is_main else None
 
     def __call__(self, epoch: Epoch) -> None:

@@ -60,8 +60,7 @@ class Trackers:
     """The trackers of one training, opened at its first epoch."""
 
     def __init__(self, context: RunContext, training: str) -> None:
-        self.context = context
-        self.training = training
+        self.context, self.training = context, training
         self.open: dict[str, Tracker] = {}
         self.finished = False
 
