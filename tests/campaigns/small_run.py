@@ -45,7 +45,7 @@ OPTIONS = (
 
 TIMED = {
     "images_per_second", "seconds", "shares", "peak_memory_bytes", "mfu", "latency_ms", "speedups", "bench",
-    "p50", "p50_fp32", "speedup", "slow", "trial", "finished", "summary", "load average at start",
+    "p50", "p50_fp32", "speedup", "slow", "trial", "finished", "summary", "curves", "load average at start",
 }  # fmt: skip
 """Fields that hold times, or follow from them."""
 

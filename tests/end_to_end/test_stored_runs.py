@@ -64,7 +64,7 @@ def entries(cache: Path) -> dict[tuple[str, int], Path]:
 
 
 def test_run_reports_its_cached_outputs(first: Path):
-    [line] = [line for line in (first / "stderr.txt").read_text().splitlines() if "are stored in" in line]
+    [line] = [line for line in (first / "stderr.txt").read_text().splitlines() if "are cached in" in line]
     run = report(first / "run")
     top, used = run["words"][0]["top"], run["teacher_cache"]
     # 16 positions of m words (2 + 2 bytes each) and the mass lost, and 3 logits.
@@ -74,7 +74,7 @@ def test_run_reports_its_cached_outputs(first: Path):
         "views": 2, "complete": False, "computed": 2,
         "bytes_per_view": per_image * images, "lost_mass": used["lost_mass"],
     }  # fmt: skip
-    assert f"2 fixed views of each image are stored in {first / 'cache'}: {per_image} bytes a view" in line
+    assert f"2 fixed views of each image are cached in {first / 'cache'}: {per_image} bytes per image" in line
     assert 0 <= used["lost_mass"] < 0.05 and "% of p_T" in line
     for word in ("Cached teacher outputs", "probability mass of p_T not cached"):
         assert word in (first / "run" / "report.md").read_text()
@@ -96,7 +96,7 @@ def never(*_: Any) -> None:
 def test_other_runs_reuse_cached_outputs_without_the_teacher(
     copied: Path, data: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ):
-    for module in ("training.student", "stages.prepare", "training.teacher_cache"):
+    for module in ("training.student", "stages.prepare"):
         monkeypatch.setattr(f"questpress.pipeline.{module}.load_teacher", never)
     teacher = copied / "run" / "teacher.safetensors"
     result = little.compress(

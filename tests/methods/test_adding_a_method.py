@@ -65,11 +65,11 @@ def test_example_trains_a_student_and_its_weight_is_left_alone(data, cache, tmp_
     out = tmp_path / "run"
     result = little.compress(
         *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "attention",
-        "--set", "attention.beta=500", "--data", data, "--out", out, "--cache", cache, "--until", "student",
+        "--data", data, "--out", out, "--cache", cache, "--until", "student",
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     report = little.report(out)
-    assert report["method_parameters"] == {"attention.beta": 500.0}
+    assert report["method_parameters"] == {"attention.beta": 1000.0}
     assert all(epoch["losses"]["attention"] > 0 for epoch in report["epochs"] if epoch["stage"] == "student")
     assert report["balance"] == []
 

@@ -130,7 +130,7 @@ def test_calibrate_without_val_images_is_refused(cache, tmp_path):
         tmp_path / "data", {f"{r}/{c}": n for r, n in (("train", 12), ("val", 4)) for c in little.CLASSES}
     )
     result = little.job(given, tmp_path / "run", cache, "--val-fraction", "0", "--calibrate")
-    refused(result, 2, "--calibrate", "--val-fraction 0.1")
+    refused(result, 2, "--calibrate", "Set --val-fraction")
     assert not (tmp_path / "run").exists()
 
 

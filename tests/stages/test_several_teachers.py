@@ -53,7 +53,7 @@ def test_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
     assert found["title"] == f"{STUDENT} from 2 × {TEACHER}"
     for page in ("report.md", "report.html"):
         text = (seeds / page).read_text()
-        assert "Teacher 0" in text and "Teacher 1" in text and "All teachers" in text
+        assert "Teacher 0" in text and "Teacher 1" in text and "Teacher ensemble" in text
 
 
 def test_run_from_seeds_is_repeated_by_its_config(seeds: Path, cache: Path) -> None:
@@ -102,7 +102,7 @@ def test_weights_and_heads_are_given_once_or_per_teacher(
     value = {"--teacher-weights": "none", "--teacher-head": "auto"}[option]
     given = [option, value] * 3
     line = refused(asked(data, tmp_path / "run", cache, *given), 2, option, "3 times for 2 teachers")
-    assert "once for each --teacher" in line
+    assert "Repeat it for each --teacher" in line
 
 
 def test_weights_and_heads_belong_to_the_teachers_in_their_order(
@@ -141,7 +141,7 @@ def test_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
         data, tmp_path / "run", cache, "--teacher-weights", "none", "--teacher-weights", two,
         "--teacher-head", "auto", "--teacher-head", "keep",
     )  # fmt: skip
-    refused(result, 1, "two.safetensors has 4 classes and the data 3", "--teacher-head replace")
+    refused(result, 1, "two.safetensors has 4 classes, the data 3", "--teacher-head replace")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -162,7 +162,7 @@ def test_teachers_from_seeds_are_of_one_network_and_each_is_trained(
 ) -> None:
     out = tmp_path / "run"
     seeds = ("--teachers-from-seeds", "3")
-    refused(asked(data, out, cache, *seeds), 2, "--teachers-from-seeds 3", "--teacher is given 2 times")
+    refused(asked(data, out, cache, *seeds), 2, "--teachers-from-seeds 3", "one --teacher, got 2")
 
     def one(*more: str | Path) -> Any:
         return distilled(data, out, cache, "--teacher", TEACHER, *seeds, *more)

@@ -42,7 +42,7 @@ def test_everything_that_ships_is_of_the_students_size(smaller: Path, data: Path
     told = report(smaller)
     assert (told["image_size"], told["teacher_image_size"]) == (12, 16)
     assert told["student"]["score"]["n"] == told["teacher"]["score"]["n"]
-    assert "12 × 12 pixels (the teacher at 16 × 16)" in (smaller / "report.md").read_text()
+    assert "12 × 12 pixels (teacher: 16 × 16)" in (smaller / "report.md").read_text()
 
 
 def test_cached_outputs_depend_on_the_teachers_size(data: Path, tmp_path: Path, cache: Path) -> None:

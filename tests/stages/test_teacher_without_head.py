@@ -60,7 +60,7 @@ def test_headless_teacher_has_no_accuracy(of_features: Path) -> None:
     assert report["teacher"]["head"] == "none" and report["teacher"]["score"] is None
     assert report["student_int8"]["score"]["n"] > 0 and report["student_int8"]["agreement"] is None
     assert report["examples"] and all(one["teacher"] is None for one in report["examples"])
-    told = f"{NAME} has no head"
+    told = f"{NAME} has no classifier head"
     for text in (
         (of_features / "report.html").read_text(),
         (of_features / "report.md").read_text().replace("\\", ""),
@@ -68,7 +68,7 @@ def test_headless_teacher_has_no_accuracy(of_features: Path) -> None:
     ):
         assert told in text
         assert "None" not in text
-    assert "features alone, no accuracy" in (of_features.parent / "stderr.txt").read_text()
+    assert "features only, no accuracy" in (of_features.parent / "stderr.txt").read_text()
 
 
 def test_headless_teacher_is_timed_as_onnx(of_features: Path) -> None:
@@ -103,14 +103,16 @@ def test_methods_that_read_logits_are_refused(
         "--out",
         tmp_path,
     )
-    told = little.refused(result, 2, f"{method} reads the logits of {NAME}", "--teacher-head none")
-    assert "take a method of features" in told
+    message = little.refused(
+        result, 2, f"--method {method}", f"reads the logits of {NAME}", "--teacher-head none"
+    )
+    assert "Use a feature method" in message
 
 
 @pytest.mark.parametrize("more", [("--teacher-weights", "none"), ("--data", "digits")])
 def test_headless_teacher_needs_weights(more: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     result = little.compress(*OPTIONS, "--method", "mimic", "--data", data, "--out", tmp_path, *more)
-    little.refused(result, 2, "--teacher-head none is for a teacher that has learned already", "scratch")
+    little.refused(result, 2, "--teacher-head none requires a trained teacher", "scratch")
 
 
 def test_deeper_network_is_not_taken_for_one_with_a_projector(data: Path, tmp_path: Path) -> None:
