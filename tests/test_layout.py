@@ -32,7 +32,8 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 170, 31_500, 24_000
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 196, 32_800, 24_850
+"""Fixes and polish keep within these; only a feature may raise them."""
 
 
 @cache
