@@ -1,6 +1,6 @@
 """Unreadable images: why an image cannot be read, skipping it, and stopping a run that has too many of them.
 
-The reasons are shown in the report's table "Skipped images".
+The reasons are shown in the report's table "Skipped files".
 """
 
 import hashlib

@@ -87,28 +87,28 @@ class Bench(Result):
 
 
 class Int8Search(Result):
-    """The search for one target."""
+    """The int8 search for one target."""
 
     target: str
     file: str | None
-    """What ships, a path inside the run folder; None where nothing held the budget."""
+    """Path of the shipped file inside the run folder; None if no candidate is within the budget."""
     max_drop: float
     role: str
-    """On which images accuracy was measured: ``val``, or ``train`` where there are none of these."""
+    """Split that accuracy was measured on: ``val``, or ``train`` if there are no val images."""
     n: int
     fp32_score: float
     p50_fp32: float | None = None
     tried: list[Candidate]
     worst: list[tuple[str, float]] = []
-    """Where float islands were tried: the roundings that cost most, with the signal-to-noise ratio of the
-    logits when each is alone, decibels."""
+    """The roundings that cost most, with the signal-to-noise ratio of the logits in decibels if only that
+    tensor is quantized; empty unless float nodes were tried."""
     float_parts: list[FloatNode] = []
     test_score: Score | None = None
-    """Of the file that ships, on the test images."""
+    """Score of the shipped file on the test images."""
     not_timed: str | None = None
-    """Why it cannot be timed on this machine."""
+    """Reason why the file cannot be timed on this machine."""
     slow: str | None = None
-    """Where int8 is not faster than fp32: why, and which students would be."""
+    """If int8 is not faster than fp32: the reason, and students that would be."""
 
 
 class Recovery(Result):
@@ -116,25 +116,25 @@ class Recovery(Result):
 
     epochs: int
     fake_val: float | None
-    """Of the fake-quantized network in torch, on val; percent."""
+    """Score of the fake-quantized network in PyTorch on val, percent."""
     fake_test: float | None
     file: str
-    """The float graph with the weights it learned."""
+    """The float graph with the trained weights."""
 
 
 class ShownWord(Result):
-    """A word as the pieces of images that are nearest to it."""
+    """A visual word as the image patches nearest to it."""
 
     rank: int
-    """Its place among all words, the most used first, from 1."""
+    """Rank among all words by use, from 1."""
     share: float
-    """Percent of the features whose nearest word it is."""
+    """Percentage of the features whose nearest word it is."""
     patches: list[str]
-    """The nearest first, each of another image; base64 of a PNG."""
+    """PNGs in base64, nearest first, each from a different image."""
 
 
 class Words(Result):
-    """QuEST's vocabulary of one teacher."""
+    """QuEST's vocabulary for one teacher."""
 
     teacher: str
     words: int
@@ -146,39 +146,39 @@ class Words(Result):
     level: str = "map"
     note: str | None = None
     top: int | None = None
-    """m, the words of p_T that a store keeps at each position."""
+    """m, the number of words of p_T that are cached per position."""
     lost_mass: float | None = None
-    """The share of p_T that it loses with the others, on average."""
+    """Mean fraction of p_T that is lost with the other words."""
     usage: list[tuple[int, int]] = []
-    """(rank, features whose nearest word it is) at some of the ranks, the most used word first."""
+    """(rank, number of features) at some ranks, the most used word first."""
     dead: int | None = None
-    """Words that are no feature's nearest."""
+    """Number of words that are nearest to no feature."""
     shown: list[ShownWord] = []
-    """Some, spread over the ranks; of the first vocabulary alone."""
+    """Some words, spread over the ranks; only for the first vocabulary."""
     patch: int | None = None
     """Side of the patches in pixels of the teacher's input."""
     seen: int | None = None
-    """Images that patches were looked for in."""
+    """Number of images that were searched for patches."""
 
 
 SCHEMA_VERSION = 2
 
 
 class Subject(Result):
-    """One network as a file: what is known of it."""
+    """A network of the run: its score, size and latency."""
 
     name: str
     """timm's name, e.g. ``mobilenetv2_100``."""
     weights: str
-    """Where its weights started: ``pretrained``, ``scratch`` or the name and hash of a file."""
+    """Initial weights: ``pretrained``, ``scratch`` or the name and hash of a file."""
     parameters: int | None = None
     gmacs: float | None = None
     score: Score | None = None
-    """On the test images."""
+    """Score on the test images."""
     val_score: Score | None = None
-    """Of the weights in torch on the val images, before export."""
+    """Score of the weights in PyTorch on the val images, before export."""
     agreement: Proportion | None = None
-    """Of test images with the teacher's prediction, which ``correct`` counts."""
+    """Proportion of test images with the same prediction as the teacher."""
     calibration: Calibration | None = None
     bytes: int | None = None
     latency_ms: dict[str, Latency] = {}
@@ -210,9 +210,9 @@ class DataSummary(Result):
     val: int
     test: int
     per_class: dict[str, dict[str, int]]
-    """role -> class -> number of images."""
+    """Split -> class -> number of images."""
     skipped: list[tuple[str, str]] = []
-    """(name, reason) of each image that could not be read."""
+    """(name, reason) of each file or folder that is left out."""
     duplicates: list[list[str]] = []
     """Groups of identical images across given folders or classes, by name."""
     fingerprint: str
@@ -224,24 +224,24 @@ class Round(Result):
 
     round: int
     teacher: str
-    """Whom it learned from: the teacher's name, or the round before."""
+    """The teacher's name, or the previous round."""
     seed: int
     score: Score | None = None
-    """Of its weights in torch, fp32, on the test images."""
+    """Score of the fp32 weights in PyTorch on the test images."""
     val_score: Score | None = None
     file: str
-    """Its weights, a path inside the run folder."""
+    """Path of the weights inside the run folder."""
 
 
 class Reconstruction(Result):
-    """FEED: how far the student's translated map is from a teacher's, in a training's last epoch."""
+    """FEED: distance between the translated map of the student and a teacher's, in the last epoch."""
 
     stage: str
     teacher: str
     error: float
     """L1 between the maps scaled to length 1, over √n: 0 is the same direction, about 1.1 a random one."""
     first: float
-    """The same in the first epoch."""
+    """The distance in the first epoch."""
 
 
 class Hashes(Result):
@@ -254,30 +254,30 @@ class Hashes(Result):
 
 
 class BalancedWeight(Result):
-    """What ``--balance auto`` found and did; see ``pipeline/methods/gradient_balance.py``."""
+    """A weight adjusted by ``--balance auto``; see ``pipeline/methods/gradient_balance.py``."""
 
     method: str
     pull: float
     """Gradient of the method's weighted loss over that of the cross-entropy, on the student's last map."""
     least: float
     most: float
-    """Between which pulls the method was seen to do good."""
+    """Range of gradient ratios in which the method is known to work."""
     factor: float
-    """What the weight was multiplied by; 1 where the pull lies between them."""
+    """Factor of the weight; 1 if the ratio is within the range."""
 
 
 class TeacherCacheUse(Result):
     """The cached teacher outputs that the student learned from."""
 
     views: int
-    """Fixed views of each image."""
+    """Number of fixed views of each image."""
     complete: bool
-    """Whether these are all the different views there are."""
+    """True if these are all distinct views."""
     bytes_per_view: int
     lost_mass: float | None = None
-    """QuEST: the share of p_T that they lose, on average; the largest of the views'."""
+    """QuEST: mean fraction of p_T that is lost; the largest over the views."""
     computed: int
-    """Views whose outputs were computed by this run; all others were cached."""
+    """Number of views computed by this run; the others were cached."""
 
 
 class Epoch(Result):
@@ -289,21 +289,21 @@ class Epoch(Result):
     images_per_second: float
     learning_rate: float
     losses: dict[str, float]
-    """Means over the epoch of each weighted loss, and ``loss``, their sum."""
+    """Mean of each weighted loss over the epoch, and ``loss``, their sum."""
     watched: dict[str, float] = {}
-    """What the methods watch: QuEST's perplexity, mean max p_T, word accuracy, gamma."""
+    """Metrics of the methods, such as QuEST's perplexity, mean largest p_T, word accuracy and γ."""
     train_accuracy: float | None = None
     """None if the score is not a proportion of images."""
     val_accuracy: float | None = None
     """The task's score, percent."""
     seconds: float | None = None
-    """Of training, without the val role's evaluation."""
+    """Training time without the evaluation on val."""
     shares: dict[str, float] = {}
-    """Share of the steps' time in each phase: ``data``, ``teacher``, ``student``; together 1."""
+    """Fraction of the steps' time in each phase: ``data``, ``teacher``, ``student``; the sum is 1."""
     peak_memory_bytes: int | None = None
-    """A GPU's tensors at most since this training began here; on a CPU, the process since its start."""
+    """Peak of a GPU's tensors since the training started; on a CPU, of the process since its start."""
     mfu: float | None = None
-    """Share, 0 to 1, of the device's peak that the networks' own arithmetic takes; see ``mfu.py``."""
+    """Model FLOPs utilization, 0 to 1; see ``training/monitoring/metrics.py``."""
 
 
 class Example(Result):
@@ -324,17 +324,17 @@ class StageTime(Result):
     stage: str
     seconds: float
     summary: str
-    """The line the terminal showed."""
+    """Summary line in the terminal."""
 
 
 class Report(Result):
-    """Everything a run knows; `report.html` and `report.md` show the same."""
+    """The content of `report.json`, which `report.html` and `report.md` show."""
 
     schema_version: int = SCHEMA_VERSION
     title: str
     command: str
     method: str
-    """As named on the command line, e.g. ``quest`` or ``none``."""
+    """As on the command line, e.g. ``quest`` or ``none``."""
     method_parameters: dict[str, Any] = {}
     method_source: str | None = None
     """The papers of the methods."""
@@ -345,7 +345,7 @@ class Report(Result):
     data: DataSummary | None = None
     teachers: list[Subject] = []
     teacher: Subject | None = None
-    """The one teacher, or the ensemble of several."""
+    """The teacher, or the ensemble of several."""
     student: Subject | None = None
     student_int8: Subject | None = None
     words: list[Words] = []
@@ -359,7 +359,7 @@ class Report(Result):
     """The search for each target; the first one's file is ``student_int8``."""
     recovery: Recovery | None = None
     bench: Bench | None = None
-    """How latency was measured, and all that was; None of runs that are older."""
+    """The complete bench; None before the bench stage."""
     epochs: list[Epoch] = []
     examples: list[Example] = []
     confusion: list[list[int]] | None = None
@@ -372,4 +372,4 @@ class Report(Result):
     artifact: str | None = None
     """Path of the folder that ships, inside the run folder."""
     checksum: str | None = None
-    """SHA-256 of all the rest as canonical JSON; None of older versions."""
+    """SHA-256 of the other fields as canonical JSON."""

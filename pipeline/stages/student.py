@@ -112,7 +112,8 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     score = subject.val_score
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
     accuracy = f": {score.text} on {score.n} val images" if score is not None else ""
-    return StageResult(f"{spec.name}, {o.epochs} epochs {how}{accuracy}", outputs, facts)
+    summary = f"{spec.name}, {format.plural(o.epochs, 'epoch')} {how}{accuracy}"
+    return StageResult(summary, outputs, facts)
 
 
 def _logits(
@@ -156,7 +157,7 @@ def _note_cache(context: RunContext, data: TrainingData, cache: TeacherCache, sc
     cache.open(schedule.epoch_views(0))
     assert context.options.epochs is not None
     use, images = _cache_use(cache, schedule, context.options.epochs), len(data.train.images)
-    views = f"all {use.views} views" if use.complete else f"{use.views} fixed views"
+    views = f"all {use.views} views" if use.complete else format.plural(use.views, "fixed view")
     lost = "" if use.lost_mass is None else f", without {format.significant(100 * use.lost_mass)} % of p_T"
     context.display.note(
         f"teacher outputs for {views} of each image are cached in {context.cache.root}: "

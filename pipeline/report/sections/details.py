@@ -24,7 +24,7 @@ def section(report: Report) -> Section:
         command=report.command,
         tables=[commands(report), _stages(report), _data(report), _weights(report), _files(report)],
         folded=[
-            Table("Skipped images", ["image", "reason"], skipped, code=frozenset({0}), text=True),
+            Table("Skipped files", ["file", "reason"], skipped, code=frozenset({0}), text=True),
             _duplicates(report),
             _nested_table("Quantization", quantization or {}),
             _nested_table(f"Parameters of {report.method}", _method(report)),
@@ -58,7 +58,7 @@ def _data(report: Report) -> Table:
     if data is None:
         return Table("Data", [], [])
     splits = {"training": data.train, "validation": data.val, "test": data.test}
-    note = f"{data.name}; fingerprint {data.fingerprint}. Unreadable images: {len(data.skipped):,}. "
+    note = f"{data.name}; fingerprint {data.fingerprint}. Skipped files: {len(data.skipped):,}. "
     note += f"Groups of identical images: {len(data.duplicates):,}."
     return Table("Data", ["split", "images"], [[name, f"{n:,}"] for name, n in splits.items()], note=note)
 
