@@ -26,4 +26,4 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     (tmp_path / "whole" / "run" / "student.safetensors").write_bytes(b"")
     found = kills.left_by(tmp_path / "whole")
     differs = kills.differences(found, names)
-    assert f"cache answers {entry.parent.name}" in differs and "student.safetensors" in differs
+    assert f"cache teacher-outputs {entry.parent.name}" in differs and "student.safetensors" in differs

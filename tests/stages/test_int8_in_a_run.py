@@ -111,7 +111,7 @@ def test_export_makes_files_for_other_targets_and_trains_nothing(a_run: Path, tm
     ]
     assert weights and max(int(abs(w.astype(int)).max()) for w in weights) <= 64
     found = {one["target"]: one for one in report(out)["int8"]}
-    assert "this machine is" in found["arm64"]["not_timed"] and found["arm64"]["score"]["n"] > 0
+    assert "this machine is" in found["arm64"]["not_timed"] and found["arm64"]["test_score"]["n"] > 0
     assert found["x86"]["not_timed"] is None
     assert all(one["p50"] is None for one in found["arm64"]["tried"])
     # What answers on this processor, and on one of the others.
@@ -129,7 +129,7 @@ def test_fp32_ships_if_no_candidate_is_within_the_budget(
     budget = quantize.Budget
 
     class Strict(budget):
-        def verdict(self, logits: Any) -> Any:
+        def judge(self, logits: Any) -> Any:
             return replace(super().judge(logits), holds=False)
 
     monkeypatch.setattr(quantize, "Budget", Strict)
@@ -153,7 +153,7 @@ def test_file_over_budget_ships_with_a_warning(
     budget = quantize.Budget
 
     class OneImageLost(budget):
-        def verdict(self, logits: Any) -> Any:
+        def judge(self, logits: Any) -> Any:
             return replace(super().judge(logits), lost=100 / len(self.labels), holds=True)
 
     monkeypatch.setattr(quantize, "Budget", OneImageLost)
