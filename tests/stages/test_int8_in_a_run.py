@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def test_fp32_ships_if_no_candidate_is_within_the_budget(
 
     class Strict(budget):
         def judge(self, logits: Any) -> Any:
-            return replace(super().judge(logits), holds=False)
+            return super().judge(logits).model_copy(update={"holds": False})
 
     monkeypatch.setattr(quantize, "Budget", Strict)
     result = little.compress("export", out, "--max-drop", "0", "--bench-seconds", "0.1")
@@ -154,7 +153,7 @@ def test_file_over_budget_ships_with_a_warning(
 
     class OneImageLost(budget):
         def judge(self, logits: Any) -> Any:
-            return replace(super().judge(logits), lost=100 / len(self.labels), holds=True)
+            return super().judge(logits).model_copy(update={"lost": 100 / len(self.labels), "holds": True})
 
     monkeypatch.setattr(quantize, "Budget", OneImageLost)
     result = little.compress("export", out, "--max-drop", "0.7", "--calibration", "minmax")
@@ -162,8 +161,8 @@ def test_file_over_budget_ships_with_a_warning(
     [told] = [warning for warning in report(out)["warnings"] if "--max-drop" in warning]
     assert told in result.stderr
     for word in (
-        "loses 16.67 points on 6 val images, more than the 0.7 of --max-drop",
-        "the loss is 1 image, and one or two may be chance",
+        "loses 16.67 points on 6 validation images, more than --max-drop 0.7",
+        "this is 1 image only, which may be chance",
         "compress export RUN --qat",
         "--file student.onnx",
     ):
