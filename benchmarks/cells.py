@@ -116,7 +116,7 @@ class Table:
             if epochs
             else None,
             "stage_seconds": stages,
-            "last_epoch": {key: epochs[-1][key] for key in ("losses", "watched")} if epochs else None,
+            "last_epoch": {key: epochs[-1][key] for key in ("losses", "metrics")} if epochs else None,
         }
 
     def _arguments(self, cell: Cell) -> Path:

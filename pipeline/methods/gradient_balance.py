@@ -105,7 +105,7 @@ class GradientBalance(nn.Module):
         columns = (self.ratios(), self.low, self.high, self.factors().values(), self._sums()[1])
         rows = zip(self.methods, *([float(x) for x in column] for column in columns), strict=True)
         return [
-            BalancedWeight(method=name, pull=r, least=low, most=high, factor=factor)
+            BalancedWeight(method=name, ratio=r, low=low, high=high, factor=factor)
             for name, r, low, high, factor, count in rows
             if count and high != math.inf
         ]

@@ -101,7 +101,7 @@ def _describe_recipe(config: Mapping[str, Any]) -> str | None:
 def _reconstruction(epochs: Sequence[Epoch], config: Mapping[str, Any]) -> Iterable[Reconstruction]:
     """Yield FEED's reconstruction error of each teacher in each training."""
     for stage in dict.fromkeys(epoch.stage for epoch in epochs):
-        metrics = [epoch.watched for epoch in epochs if epoch.stage == stage]
+        metrics = [epoch.metrics for epoch in epochs if epoch.stage == stage]
         previous_round = (get_round(stage) or config.get("rounds", 1)) - 1
         teachers = [f"round {previous_round}"] if previous_round else config["teacher"]
         names = [name for name in metrics[-1] if name.startswith(RECONSTRUCTION)]

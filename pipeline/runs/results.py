@@ -257,10 +257,10 @@ class BalancedWeight(Result):
     """A weight adjusted by ``--balance auto``; see ``pipeline/methods/gradient_balance.py``."""
 
     method: str
-    pull: float
-    """Gradient of the method's weighted loss over that of the cross-entropy, on the student's last map."""
-    least: float
-    most: float
+    ratio: float
+    """Gradient norm of the method's weighted loss over that of the cross-entropy, on the last map."""
+    low: float
+    high: float
     """Range of gradient ratios in which the method is known to work."""
     factor: float
     """Factor of the weight; 1 if the ratio is within the range."""
@@ -290,7 +290,7 @@ class Epoch(Result):
     learning_rate: float
     losses: dict[str, float]
     """Mean of each weighted loss over the epoch, and ``loss``, their sum."""
-    watched: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     """Metrics of the methods, such as QuEST's perplexity, mean largest p_T, word accuracy and γ."""
     train_accuracy: float | None = None
     """None if the score is not a proportion of images."""
@@ -298,7 +298,7 @@ class Epoch(Result):
     """The task's score, percent."""
     seconds: float | None = None
     """Training time without the evaluation on val."""
-    shares: dict[str, float] = {}
+    time_fractions: dict[str, float] = {}
     """Fraction of the steps' time in each phase: ``data``, ``teacher``, ``student``; the sum is 1."""
     peak_memory_bytes: int | None = None
     """Peak of a GPU's tensors since the training started; on a CPU, of the process since its start."""

@@ -171,8 +171,8 @@ def _note_balance(context: RunContext, task: DistillationTask, balanced: Sequenc
         if weight.factor != 1:
             context.display.note(
                 f"the weight of {weight.method} was multiplied by {weight.factor:.3g}: the ratio of its "
-                f"gradients to those of the labels was {weight.pull:.3g}, and the method is known to work "
-                f"from {weight.least:g} to {weight.most:g} (--balance off keeps the weight)"
+                f"gradients to those of the labels was {weight.ratio:.3g}, and the method is known to work "
+                f"from {weight.low:g} to {weight.high:g} (--balance off keeps the weight)"
             )
     measured = {weight.method for weight in balanced}
     for name in task.student.methods:

@@ -212,11 +212,11 @@ def train(
                     images_per_second=(meter.images - images_before) * ranks.count / seconds,
                     learning_rate=optimizer.param_groups[0]["lr"],  # of the network's weights
                     losses=losses,
-                    watched={key: float(value) for key, value in task.metrics().items()},
+                    metrics={key: float(value) for key, value in task.metrics().items()},
                     train_accuracy=accuracy,
                     val_accuracy=evaluate(task.shipped),
                     seconds=seconds,
-                    shares=task.clock.fractions(),
+                    time_fractions=task.clock.fractions(),
                 )
             )
             meter.reset()

@@ -205,7 +205,7 @@ class TeacherCache:
                 if self._run_teacher(t, view, folders, work):
                     raise JobError(
                         f"--cache {self.cache.root}: the disk is full; cached teacher outputs take "
-                        f"{format.megabytes(self.bytes_per_view)} per view. Free space (compress store "
+                        f"{format.megabytes(self.bytes_per_view)} per view. Free space (compress cache "
                         "prune), use another folder, or cache fewer views with --cache-views (0 for none)."
                     )
                 return
@@ -328,7 +328,7 @@ def write_about(folder: Path, output: CachedOutput, about: Mapping[str, Any]) ->
 def map_arrays(folder: Path, output: CachedOutput) -> dict[str, np.ndarray]:
     """Memory-map the arrays of an entry."""
     with suppress(OSError):  # a read-only cache
-        (folder / ABOUT).touch()  # last use, for `compress store prune`
+        (folder / ABOUT).touch()  # last use, for `compress cache prune`
     try:
         # Copy on write, since torch has no read-only tensors.
         return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in output.arrays}

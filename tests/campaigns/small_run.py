@@ -44,8 +44,8 @@ OPTIONS = (
 )  # fmt: skip
 
 TIMED = {
-    "images_per_second", "seconds", "shares", "peak_memory_bytes", "mfu", "latency_ms", "speedups", "bench",
-    "p50", "p50_fp32", "speedup", "slow", "trial", "finished", "summary", "curves", "load average at start",
+    "images_per_second", "seconds", "time_fractions", "peak_memory_bytes", "mfu", "latency_ms", "speedups",
+    "bench", "p50", "p50_fp32", "speedup", "slow", "trial", "finished", "summary", "curves", "load average at start",
 }  # fmt: skip
 """Fields that hold times, or follow from them."""
 

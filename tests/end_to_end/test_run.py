@@ -101,7 +101,7 @@ def test_students_losses_add_up_in_every_epoch(digits):
     for epoch in curve:
         assert set(epoch["losses"]) == {"loss", "ce", "quest"}
         assert epoch["losses"]["loss"] == pytest.approx(epoch["losses"]["ce"] + epoch["losses"]["quest"])
-        assert {"perplexity", "max_p_t", "word_accuracy", "gamma"} <= set(epoch["watched"])
+        assert {"perplexity", "max_p_t", "word_accuracy", "gamma"} <= set(epoch["metrics"])
 
 
 def test_words_stand_in_the_report_with_their_features_and_perplexity(digits):

@@ -66,7 +66,7 @@ def test_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -> No
     for number in range(STEPS):
         step(found, 1000.0 if number % 2 else 10.0)
     [one] = found.results()
-    assert one.pull == pytest.approx(100, rel=1e-4)
+    assert one.ratio == pytest.approx(100, rel=1e-4)
     assert one.factor == pytest.approx(MOST / 100, rel=1e-4)
     assert not found.is_measuring
 
@@ -149,7 +149,7 @@ def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> Non
     report = json.loads((out / "report.json").read_text())
     [one] = report["balance"]
     assert one["method"] == "quest"
-    assert one["factor"] == pytest.approx(one["most"] / one["pull"], rel=1e-4)
+    assert one["factor"] == pytest.approx(one["high"] / one["ratio"], rel=1e-4)
     assert "balance.quest" in (out / "report.html").read_text()
 
 

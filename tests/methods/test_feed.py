@@ -212,7 +212,7 @@ def test_transforms_are_not_in_the_student(run: Path) -> None:
 def test_report_has_each_teachers_reconstruction_error(run: Path) -> None:
     report = little.report(run)
     last = [epoch for epoch in report["epochs"] if epoch["stage"] == "student"][-1]
-    errors = [last["watched"][f"reconstruction_error ({t})"] for t in (0, 1)]
+    errors = [last["metrics"][f"reconstruction_error ({t})"] for t in (0, 1)]
     assert all(0 < one < 1.5 for one in errors)
     assert 8.4 * sum(errors) == pytest.approx(last["losses"]["feed"] / factor(report), rel=1e-3)
     assert [(one["teacher"], one["error"]) for one in report["reconstruction"]] == [

@@ -283,7 +283,7 @@ def test_student_of_another_width_ships_as_the_plain_network(
     report = little.report(out)
     assert report["hashes"][0]["hashes"] == 64
     assert set(report["epochs"][-1]["losses"]) == {"loss", "ce", "mimic"}
-    assert 0 < report["epochs"][-1]["watched"]["equal_bits"] <= 1
+    assert 0 < report["epochs"][-1]["metrics"]["equal_bits"] <= 1
 
 
 def test_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: Path) -> None:

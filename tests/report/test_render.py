@@ -129,7 +129,7 @@ def hostile_report() -> Report:
         update={"name": HOSTILE[0], "skipped": [(name, name) for name in HOSTILE], "duplicates": [HOSTILE]}
     )
     odd = [
-        report.epochs[0].model_copy(update={"stage": name, "losses": {name: 1.0}, "watched": {name: 1.0}})
+        report.epochs[0].model_copy(update={"stage": name, "losses": {name: 1.0}, "metrics": {name: 1.0}})
         for name in HOSTILE
     ]
     int8 = [

@@ -82,7 +82,7 @@ def test_headless_teacher_is_timed_as_onnx(of_features: Path) -> None:
 def test_hashes_take_their_deviation_from_the_width_and_the_loss_all_samples(of_features: Path) -> None:
     report = little.report(of_features)
     assert report["hashes"][0]["std"] == pytest.approx(64**-0.5)
-    assert "teacher_right" not in report["epochs"][-1]["watched"]
+    assert "teacher_right" not in report["epochs"][-1]["metrics"]
 
 
 @pytest.mark.parametrize(

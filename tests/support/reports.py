@@ -220,10 +220,10 @@ def epochs(stage: str, n: int) -> list[Epoch]:
     for i in range(1, n + 1):
         decay, noise = exp(-4 * i / n), chance.uniform(-0.015, 0.015)
         losses = {"ce": 1.9 * decay + 0.15 + noise}
-        watched = {}
+        metrics = {}
         if stage == "student":
             losses["quest"] = 2.6 * decay + 0.9 + noise
-            watched = {
+            metrics = {
                 "perplexity": 432 - 40 * decay,
                 "max_p_t": 0.62 + noise / 4,
                 "word_accuracy": 0.55 * (1 - decay) + noise,
@@ -237,11 +237,11 @@ def epochs(stage: str, n: int) -> list[Epoch]:
                 images_per_second=310 + 900 * noise,
                 learning_rate=2e-3 * min(1, i / 4) * (1 - i / (n + 1)),
                 losses={**losses, "loss": sum(losses.values())},
-                watched=watched,
+                metrics=metrics,
                 train_accuracy=97 - 62 * decay + 60 * noise,
                 val_accuracy=91 - 56 * decay + 90 * noise,
                 seconds=20.5,
-                shares={"data": 0.08, "teacher": 0.32, "student": 0.6} if stage == "student" else {},
+                time_fractions={"data": 0.08, "teacher": 0.32, "student": 0.6} if stage == "student" else {},
                 peak_memory_bytes=1_840_000_000 if stage == "student" else 1_210_000_000,
             )
         )

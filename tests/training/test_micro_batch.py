@@ -87,7 +87,7 @@ def test_step_in_parts_counts_once_for_the_balance_and_shows_the_ratio_of_the_wh
         task.end_step()
     whole, parts = (task.balanced_weights()[0] for task in tasks)
     assert tasks[1].student.balance is not None and tasks[1].student.balance.steps == 1
-    assert parts.pull == pytest.approx(whole.pull, rel=1e-4)
+    assert parts.ratio == pytest.approx(whole.ratio, rel=1e-4)
 
 
 # Memory that runs out.

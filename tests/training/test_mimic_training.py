@@ -92,7 +92,7 @@ def test_weights_are_balanced_after_the_epochs_in_which_the_new_layer_learns_alo
     task(*batch())
     task.end_step()
     [found] = task.balanced_weights()
-    assert found.pull > 0
+    assert found.ratio > 0
 
 
 def test_network_with_a_projection_can_be_compiled() -> None:

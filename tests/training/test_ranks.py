@@ -142,7 +142,7 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
             "shipped": task.shipped.state_dict(),
             "answers": torch.stack(answers),
             "epochs": [
-                {**e.losses, **e.watched, "train": e.train_accuracy, "val": e.val_accuracy} for e in epochs
+                {**e.losses, **e.metrics, "train": e.train_accuracy, "val": e.val_accuracy} for e in epochs
             ],
         }
         torch.save(outcome, folder / f"{case}.{ranks.count}.outcome")

@@ -92,7 +92,7 @@ def learn(task: DistillationTask, file: Path, told_after: int | None = None, **c
 
 def facts(epoch: Epoch) -> dict[str, Any]:
     """What an epoch found, without how fast it was."""
-    timed = {"images_per_second", "seconds", "shares", "peak_memory_bytes", "mfu"}
+    timed = {"images_per_second", "seconds", "time_fractions", "peak_memory_bytes", "mfu"}
     return epoch.model_dump(exclude=timed)
 
 

@@ -62,13 +62,13 @@ def train(context: RunContext, numbers: range, stage: str = "student", close: bo
 
 def test_epoch_scalars_omit_unknown_values():
     scalars = epoch_scalars(
-        epoch(2, watched={"gamma (map)": 12.0}, val_accuracy=80.0, shares={"data": 0.25, "student": 0.75},
-              mfu=0.3, peak_memory_bytes=10**9)
+        epoch(2, metrics={"gamma (map)": 12.0}, time_fractions={"data": 0.25, "student": 0.75},
+              val_accuracy=80.0, mfu=0.3, peak_memory_bytes=10**9)
     )  # fmt: skip
     assert scalars == {
         "loss/sum": 2.5, "loss/ce": 0.5, "loss/quest": 2.0, "accuracy/val": 80.0, "learning_rate": 0.1,
-        "watched/gamma (map)": 12.0, "speed/images_per_second": 100.0, "speed/mfu": 0.3,
-        "speed/share_data": 0.25, "speed/share_student": 0.75, "memory/peak_bytes": 10**9,
+        "metrics/gamma (map)": 12.0, "speed/images_per_second": 100.0, "speed/mfu": 0.3,
+        "time_fraction/data": 0.25, "time_fraction/student": 0.75, "memory/peak_bytes": 10**9,
     }  # fmt: skip
 
 
@@ -371,5 +371,5 @@ def test_resumed_training_continues_its_mlflow_run(mlflow, tmp_path):
 
 def test_characters_that_mlflow_rejects_are_removed(mlflow, tmp_path):
     log = EpochLog(open_context(tmp_path / "shop", track="mlflow"), "student")
-    log(epoch(1, watched={"gamma (resnet50 map)": 12.0}))
-    assert ("watched/gamma resnet50 map", 1, 12.0) in mlflow.runs[0]["points"]
+    log(epoch(1, metrics={"gamma (resnet50 map)": 12.0}))
+    assert ("metrics/gamma resnet50 map", 1, 12.0) in mlflow.runs[0]["points"]

@@ -116,8 +116,8 @@ def _method(report: Report) -> dict[str, Any]:
         for h in report.hashes
     }
     balance = {
-        f"balance.{weight.method}": f"gradient ratio to the label loss {format.number(weight.pull)}, "
-        f"range {format.number(weight.least)} to {format.number(weight.most)}, weight × "
+        f"balance.{weight.method}": f"gradient ratio to the label loss {format.number(weight.ratio)}, "
+        f"range {format.number(weight.low)} to {format.number(weight.high)}, weight × "
         f"{format.number(weight.factor)}"
         for weight in report.balance
     }

@@ -54,12 +54,12 @@ def _by_stage(epochs: Iterable[Epoch]) -> dict[str, list[Epoch]]:
 
 def method_charts(report: Report) -> list[Chart | None]:
     """Draw each metric that methods report, with a curve for each stage."""
-    epochs = [epoch for epoch in report.epochs if epoch.watched]
+    epochs = [epoch for epoch in report.epochs if epoch.metrics]
     stages, charts = _by_stage(epochs), []
-    for name in dict.fromkeys(name for epoch in epochs for name in epoch.watched):
+    for name in dict.fromkeys(name for epoch in epochs for name in epoch.metrics):
         title = _metric_title(name)
         curves = [
-            _curve(stage if len(stages) > 1 else title, own, [epoch.watched.get(name) for epoch in own])
+            _curve(stage if len(stages) > 1 else title, own, [epoch.metrics.get(name) for epoch in own])
             for stage, own in stages.items()
         ]
         charts.append(lines(title, curves))
@@ -119,7 +119,7 @@ def _peak_memory(epochs: list[Epoch]) -> int | None:
 
 def _phases(epochs: list[Epoch]) -> str | None:
     """Return the fraction of the time in each phase, over all epochs."""
-    timed = [(epoch.shares, epoch.seconds or 1.0) for epoch in epochs if epoch.shares]
+    timed = [(epoch.time_fractions, epoch.seconds or 1.0) for epoch in epochs if epoch.time_fractions]
     total = sum(seconds for _, seconds in timed)
     percents = {
         phase: 100 * sum(fractions.get(phase, 0.0) * seconds for fractions, seconds in timed) / total

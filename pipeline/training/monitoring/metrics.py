@@ -38,7 +38,7 @@ class EpochLog:
 def _format(epoch: Epoch) -> str:
     """Format as ``student epoch 3/20: loss 1.204, quest 0.310, val 71.2 %, 259 images/s``."""
     losses = ", ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
-    metrics = "".join(f", {name} {value:.4g}" for name, value in epoch.watched.items())
+    metrics = "".join(f", {name} {value:.4g}" for name, value in epoch.metrics.items())
     val = "" if epoch.val_accuracy is None else f", val {epoch.val_accuracy:.2f} %"
     throughput = f"{epoch.images_per_second:,.0f} images/s"
     return f"{epoch.stage} epoch {epoch.epoch}/{epoch.epochs}: {losses}{metrics}{val}, {throughput}"

@@ -11,6 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,11 +68,11 @@ class Trackers:
     def __call__(self, epoch: Epoch) -> None:
         self.finished = epoch.epoch == epoch.epochs
         for name in requested_trackers(self.context.options):
-            self._try(name, lambda name=name: self._write(name, epoch))  # type: ignore[misc]
+            self._try(name, partial(self._write, name, epoch))
 
     def close(self) -> None:
         for name, tracker in self.open.items():
-            self._try(name, lambda tracker=tracker: tracker.close(self.finished))  # type: ignore[misc]
+            self._try(name, partial(tracker.close, self.finished))
         self.open.clear()
 
     def _write(self, name: str, epoch: Epoch) -> None:
@@ -100,11 +101,11 @@ def epoch_scalars(epoch: Epoch) -> dict[str, float]:
         "accuracy/train": epoch.train_accuracy,
         "accuracy/val": epoch.val_accuracy,
         "learning_rate": epoch.learning_rate,
-        **{f"watched/{name}": value for name, value in epoch.watched.items()},
+        **{f"metrics/{name}": value for name, value in epoch.metrics.items()},
         "speed/images_per_second": epoch.images_per_second,
         "speed/seconds": epoch.seconds,
         "speed/mfu": epoch.mfu,
-        **{f"speed/share_{phase}": fraction for phase, fraction in epoch.shares.items()},
+        **{f"time_fraction/{phase}": fraction for phase, fraction in epoch.time_fractions.items()},
         "memory/peak_bytes": epoch.peak_memory_bytes,
     }
     return {name: value for name, value in scalars.items() if value is not None}

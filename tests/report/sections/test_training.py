@@ -23,9 +23,13 @@ def test_cost_is_the_median_over_epochs_and_phases_are_weighted_by_time() -> Non
     table = training.cost_table(
         report(
             epoch("teacher", 1, 900, peak_memory_bytes=2_000_000_000),
-            epoch("student", 1, 10, seconds=30, mfu=0.1, peak_memory_bytes=10**9, shares=early),
-            epoch("student", 2, 1234, seconds=10, mfu=0.31, peak_memory_bytes=1_500_000_000, shares=late),
-            epoch("student", 3, 1300, seconds=10, mfu=0.33, peak_memory_bytes=1_500_000_000, shares=late),
+            epoch("student", 1, 10, seconds=30, mfu=0.1, peak_memory_bytes=10**9, time_fractions=early),
+            epoch(
+                "student", 2, 1234, seconds=10, mfu=0.31, peak_memory_bytes=1_500_000_000, time_fractions=late
+            ),
+            epoch(
+                "student", 3, 1300, seconds=10, mfu=0.33, peak_memory_bytes=1_500_000_000, time_fractions=late
+            ),
         )
     )
     assert table.columns == ["stage", "images/s", "time per epoch", "peak memory", "time in", "MFU"]
