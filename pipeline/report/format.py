@@ -9,6 +9,7 @@ from math import floor, isfinite, log10
 from typing import Protocol
 
 MISSING = "–"
+SPLITS = {"train": "training", "val": "validation", "test": "test", "all": ""}
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -75,6 +76,19 @@ def times_interval(low: float, high: float) -> str:
     return f"{times(low)[:-1]}–{times(high)}"
 
 
+class Ratio(Protocol):
+    """A speed-up with its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def speedup(value: Ratio | None) -> str:
+    """Format a speed-up with its interval: 1.76× (1.73–1.79×)."""
+    return MISSING if value is None else f"{times(value.ratio)} ({times_interval(value.low, value.high)})"
+
+
 def count(value: int | None) -> str:
     return MISSING if value is None else f"{value:,}"
 
@@ -82,6 +96,11 @@ def count(value: int | None) -> str:
 def plural(value: int, singular: str, many: str | None = None) -> str:
     """Format a number of things: 1 thread, 2 threads, 1,797 images."""
     return f"{value:,} {singular if value == 1 else many or singular + 's'}"
+
+
+def images(n: int, split: str) -> str:
+    """Format a number of images of a split: 179 validation images."""
+    return plural(n, f"{SPLITS.get(split, split)} image".lstrip())
 
 
 def threads(number: int | str) -> str:

@@ -13,6 +13,8 @@ from .tables import Attribute, attribute_rows
 
 Verdict = Literal["faster", "no difference", "slower"]
 
+ROLES = {"teacher": "Teacher", "student": "Student fp32", "student_int8": "Student int8"}
+
 
 @dataclass(frozen=True)
 class Column:
@@ -40,12 +42,9 @@ def score_name(report: Report) -> str:
 def compared_networks(report: Report) -> list[Column]:
     """Return the teacher or the ensemble, the fp32 student and the int8 student, as far as they exist."""
     teacher = report.teacher or (report.teachers[0] if len(report.teachers) == 1 else None)
-    columns = [
-        ("teacher", "Teacher ensemble" if len(report.teachers) > 1 else "Teacher", teacher),
-        ("student", "Student fp32", report.student),
-        ("student_int8", "Student int8", report.student_int8),
-    ]
-    return [Column(key, role, subject) for key, role, subject in columns if subject is not None]
+    subjects = {"teacher": teacher, "student": report.student, "student_int8": report.student_int8}
+    roles = ROLES | ({"teacher": "Teacher ensemble"} if len(report.teachers) > 1 else {})
+    return [Column(key, roles[key], subject) for key, subject in subjects.items() if subject is not None]
 
 
 def all_networks(report: Report) -> list[Column]:
@@ -77,9 +76,8 @@ def median_latency(subject: Subject, threads: str) -> float | None:
 
 @dataclass(frozen=True)
 class SpeedRatio:
-    """``column`` is ``ratio`` times as fast as ``over``, with the paired 95 % interval if it was measured."""
+    """A network is ``ratio`` times as fast as ``over``, with the paired 95 % interval if it was measured."""
 
-    column: Column
     over: Column
     threads: str
     ratio: float
@@ -130,9 +128,9 @@ def compare_speed(column: Column | None, over: Column | None, threads: str) -> S
     for name in (over.key, over.subject.name):
         for speedup in column.subject.speedups:
             if speedup.over == name and str(speedup.threads) == threads:
-                return SpeedRatio(column, over, threads, speedup.ratio, speedup.low, speedup.high)
+                return SpeedRatio(over, threads, speedup.ratio, speedup.low, speedup.high)
     p50, other = median_latency(column.subject, threads), median_latency(over.subject, threads)
-    return SpeedRatio(column, over, threads, other / p50) if p50 and other else None
+    return SpeedRatio(over, threads, other / p50) if p50 and other else None
 
 
 def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:

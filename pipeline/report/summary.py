@@ -71,14 +71,13 @@ def _size(report: Report) -> KeyFigure:
     size, details = shipped.subject.bytes, []
     student = find_network(report, "student")
     if shipped.key == "student_int8" and student is not None and student.subject.bytes:
-        details.append(f"{_compare_sizes(size, student.subject.bytes)} the fp32 student")
+        details.append(" ".join((*_compare_sizes(size, student.subject.bytes), "the fp32 student")))
     if teacher is None or not teacher.subject.bytes:
         return KeyFigure(format.megabytes(size), f"{shipped.role_in_sentence} file", details)
     other = teacher.subject.bytes
-    ratio = other / size
-    meaning = "smaller than" if ratio > 1 else "larger than" if ratio < 1 else "as large as"
+    ratio, meaning = _compare_sizes(size, other)
     return KeyFigure(
-        format.times(max(ratio, 1 / ratio)),
+        ratio,
         f"{meaning} the teacher",
         [f"{format.megabytes(size)} vs. {format.megabytes(other)}", *details],
         _bars((teacher, other), (shipped, size)),
@@ -90,11 +89,9 @@ def _bars(*values: tuple[Column, float]) -> list[Bar]:
     return [Bar(column.short_role, column.key, round(100 * value / longest, 1)) for column, value in values]
 
 
-def _compare_sizes(size: int, other: int) -> str:
-    if size == other:
-        return "as large as"
-    ratio = format.times(max(size, other) / min(size, other))
-    return f"{ratio} {'smaller' if size < other else 'larger'} than"
+def _compare_sizes(size: int, other: int) -> tuple[str, str]:
+    meaning = "smaller than" if size < other else "larger than" if size > other else "the size of"
+    return format.times(max(size, other) / min(size, other)), meaning
 
 
 def _speed(report: Report) -> KeyFigure:

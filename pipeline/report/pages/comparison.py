@@ -215,21 +215,14 @@ def _row(run: ComparedRun, difference: AccuracyDifference | None, group: Group) 
         format.score(run.fp32.score if run.fp32 else None),
         against_best,
         format.milliseconds(run.int8.p50 if run.int8 else None),
-        _speedup(run.int8),
+        format.speedup(run.int8.speedup if run.int8 else None),
         format.milliseconds(run.fp32.p50 if run.fp32 else None),
-        _speedup(run.fp32),
+        format.speedup(run.fp32.speedup if run.fp32 else None),
         format.percent(run.ships.ece if run.ships else None, group.n),
         format.MISSING if run.training_seconds is None else format.duration(run.training_seconds),
         format.MISSING if run.seed is None else str(run.seed),
         format.MISSING if run.fingerprint is None else run.fingerprint[:8],
     ]
-
-
-def _speedup(file: ComparedFile | None) -> str:
-    if file is None or file.speedup is None:
-        return format.MISSING
-    speedup = file.speedup
-    return f"{format.times(speedup.ratio)} ({format.times_interval(speedup.low, speedup.high)})"
 
 
 def terminal_table(comparison: Comparison, group: Group) -> Table:

@@ -14,7 +14,6 @@ from ..sections.classes import classes_section, confused_table, picture
 from ..summary import describe_machine
 from ..tables import Attribute, Table, attribute_rows
 
-SPLITS = {"train": "training images", "val": "validation images", "test": "test images", "all": "images"}
 CALIBRATION_METRICS: dict[str, Attribute] = {
     "NLL": (lambda n: n.calibration, lambda calibration: format.significant(calibration.nll)),
     "ECE": (lambda n: n.calibration, lambda calibration: format.percent(calibration.ece, calibration.n)),
@@ -66,8 +65,8 @@ def score_name(validation: Validation) -> str:
 def _lead(validation: Validation) -> str:
     students = sum(network.role == "student" for network in validation.networks)
     return (
-        f"{format.plural(students, 'file')} evaluated on {format.count(validation.n)} "
-        f"{SPLITS[validation.role]} of {validation.data}, "
+        f"{format.plural(students, 'file')} evaluated on {format.images(validation.n, validation.role)} "
+        f"of {validation.data}, "
         f"{format.plural(len(validation.per_class), 'class', 'classes')}"
         f"{load_task(validation.task).labels_note}, in ONNX Runtime with the session options of deployment."
     )

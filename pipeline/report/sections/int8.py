@@ -14,7 +14,6 @@ from ..tables import Table
 QAT = "learned"
 """Name of the candidate of quantization-aware training."""
 TEXT_COLUMNS = ("no.", "candidate", "result", "calibration", "corrections")
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
 def section(report: Report) -> Section:
@@ -54,7 +53,7 @@ def _within_budget(report: Report, search: Int8Search, verb: str = "is") -> str:
 
 
 def images(search: Int8Search) -> str:
-    return format.plural(search.n, f"{SPLITS.get(search.role, search.role)} image")
+    return format.images(search.n, search.role)
 
 
 def explain_excess(search: Int8Search, qat: bool) -> str | None:
@@ -221,7 +220,6 @@ def candidates(report: Report, search: Int8Search) -> Table:
 
 def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) -> dict[str, str]:
     applied = {"equalized": candidate.equalized, "bias": candidate.bias_corrected}
-    speedup = candidate.speedup
     return {
         "no.": str(number),
         "candidate": candidate.name,
@@ -234,9 +232,7 @@ def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) 
         "McNemar p": format.MISSING if candidate.p is None else format.p_value(candidate.p),
         "SQNR": decibels(candidate.sqnr),
         "latency": format.milliseconds(candidate.p50),
-        "speedup": format.MISSING
-        if speedup is None
-        else f"{format.times(speedup.ratio)} ({format.times_interval(speedup.low, speedup.high)})",
+        "speedup": format.speedup(candidate.speedup),
         "file": format.megabytes(candidate.bytes),
     }
 

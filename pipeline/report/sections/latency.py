@@ -23,11 +23,11 @@ from ..charts import (
     text,
     vertical_grid,
 )
+from ..networks import ROLES
 from ..page import Section
 from ..tables import Attribute, Table, attribute_rows
 
 PERCENTILES = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}
-ROLES = {"teacher": "Teacher", "student": "Student fp32", "student_int8": "Student int8"}
 ROW = 40
 HISTOGRAM_HEIGHT = 26
 BINS = 40
