@@ -1,4 +1,4 @@
-"""What the documentation says is what the code does."""
+"""The commands, options and files that the documentation names exist."""
 
 import re
 import shlex
@@ -14,11 +14,11 @@ from questpress.pipeline.cli.main import cli
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SCRIPTS = ("benchmarks.", "tests.campaigns.")
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
 
 
-def code(page: Path) -> Iterator[str]:
-    """The lines of a page's code blocks, fenced with no language or as a shell's, or indented by four."""
+def read_code(page: Path) -> Iterator[str]:
+    """Yield the lines of code blocks: fenced without a language or with `sh`, or indented by four spaces."""
     fence = None
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
@@ -29,29 +29,29 @@ def code(page: Path) -> Iterator[str]:
             yield line[4:]
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """Each command line as a shell would split it, its variables replaced; several joined by && apart."""
+def read_commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words of each command, with shell variables replaced and `&&` split."""
     variables: dict[str, str] = {}
-    for line in "\n".join(code(page)).replace("\\\n", " ").splitlines():
+    for line in "\n".join(read_code(page)).replace("\\\n", " ").splitlines():
         line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
-        if named := re.fullmatch(r'(\w+)="?([^"]*)"?', line.strip()):
-            variables[named[1]] = named[2]
+        if assignment := re.fullmatch(r'(\w+)="?([^"]*)"?', line.strip()):
+            variables[assignment[1]] = assignment[2]
         for part in line.split("&&"):
             if re.match(r"\s*(compress|torchrun|taskset|python|\w+=\S+ compress)\s", part):
-                # What stands further right is said of the command.
+                # Text after three spaces describes the command.
                 yield shlex.split(re.split(r"\s{3,}", part.strip())[0], comments=True)
 
 
-OURS = [
+COMMANDS = [
     pytest.param(words[words.index("compress") + 1 :], id=f"{page.stem}: {' '.join(words)[:70]}")
     for page in PAGES
-    for words in commands(page)
+    for words in read_commands(page)
     if "compress" in words and "pip" not in words
 ]
-BENCHMARKS = [
+SCRIPT_COMMANDS = [
     pytest.param(words, id=f"{page.stem}: {' '.join(words)[:70]}")
     for page in PAGES
-    for words in commands(page)
+    for words in read_commands(page)
     if any(word.startswith(SCRIPTS) for word in words)
 ]
 
@@ -62,15 +62,15 @@ def test_option_tables_in_the_docs_are_generated_from_the_code() -> None:
 
 
 def test_there_are_commands_in_the_docs() -> None:
-    assert len(OURS) > 40 and len(BENCHMARKS) > 10
+    assert len(COMMANDS) > 40 and len(SCRIPT_COMMANDS) > 10
 
 
-@pytest.mark.parametrize("arguments", OURS)
+@pytest.mark.parametrize("arguments", COMMANDS)
 def test_every_documented_command_parses(arguments: list[str]) -> None:
-    before = ["", *arguments]
-    # An ellipsis stands for more options, or for the value of the option before it.
+    # An ellipsis stands for the value of the option before it, otherwise for more options.
+    previous = ["", *arguments]
     arguments = [
-        word for last, word in zip(before, arguments, strict=False) if word != "…" or last[:2] == "--"
+        word for last, word in zip(previous, arguments, strict=False) if word != "…" or last[:2] == "--"
     ]
     command: click.Command = cli
     name = "compress"
@@ -79,36 +79,39 @@ def test_every_documented_command_parses(arguments: list[str]) -> None:
         if not isinstance(command, click.Group):
             return
         rest = [*context._protected_args, *context.args]
-        found, inner, arguments = command.resolve_command(context, rest)
-        assert found is not None and inner is not None
-        command, name = inner, found
+        subname, subcommand, arguments = command.resolve_command(context, rest)
+        assert subname is not None and subcommand is not None
+        command, name = subcommand, subname
 
 
-@pytest.mark.parametrize("words", BENCHMARKS)
-def test_every_benchmark_in_the_docs_is_there_with_its_options(words: list[str]) -> None:
-    place = next(i for i, word in enumerate(words) if word.startswith(SCRIPTS))
-    scripts = [words[place]]
-    known = ""
-    for script in scripts:  # options may be shared
+@pytest.mark.parametrize("words", SCRIPT_COMMANDS)
+def test_every_documented_script_exists_and_has_the_options(words: list[str]) -> None:
+    start = next(i for i, word in enumerate(words) if word.startswith(SCRIPTS))
+    scripts = [words[start]]
+    source = ""
+    for script in scripts:  # options may be defined in an imported module
         file = ROOT.joinpath(*script.split(".")).with_suffix(".py")
-        if script == words[place] or file.is_file():
+        if script == words[start] or file.is_file():
             text = file.read_text(encoding="utf-8")
-            known += text
+            source += text
             imported = re.findall(r"^from ([\w.]+) import", text, flags=re.M)
             scripts += [name for name in imported if name.startswith(SCRIPTS) and name not in scripts]
-    own = words[place + 1 :]
-    for word in own[: own.index("--")] if "--" in own else own:
+    options = words[start + 1 :]
+    for word in options[: options.index("--")] if "--" in options else options:
         if word.startswith("--"):
-            assert f'"{word.split("=")[0]}"' in known, word
+            assert f'"{word.split("=")[0]}"' in source, word
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+def test_links_and_paths_of_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:benchmarks|export|models|pipeline|tests)/[\w/.-]*)`", text):
+        assert (ROOT / path).exists(), path
 
 
-def test_readme_leads_to_every_page() -> None:
+def test_readme_links_every_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text]
+    missing = [page.name for page in PAGES[1:] if page.relative_to(ROOT).as_posix() not in text]
     assert not missing, missing

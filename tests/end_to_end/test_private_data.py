@@ -1,4 +1,4 @@
-"""What ships says nothing of where, by whom and when it was made; the same inputs make the same bytes."""
+"""The artifact contains no private data, and equal inputs make equal bytes."""
 
 import base64
 import getpass
