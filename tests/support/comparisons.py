@@ -1,7 +1,7 @@
 """Results of validations and comparisons, made by hand."""
 
 from questpress.export.results import Speedup
-from questpress.pipeline.api.comparison.statistics import group_runs
+from questpress.pipeline.api.comparison.compare import group_runs
 from questpress.pipeline.evaluation.results import (
     ClassMeasure,
     ComparedFile,
