@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import stages as rounds
 from ..config.options import Options, get_flag, get_group, get_stage
+from ..config.stages import ROUND, get_kind
 from ..data.dataset import ImageSet
 from ..data.sources.folders import describe_unused_splits
 from ..data.training_data import TrainingData
@@ -29,7 +29,7 @@ from .dry_run import dry_run
 from .options import read_options
 from .resolve import DIGITS, resolve
 
-TRAINING = ("teacher", rounds.ROUND, "student")
+TRAINING = ("teacher", ROUND, "student")
 """Stages in which all ranks work."""
 
 TOGETHER = (*TRAINING, "prepare")
@@ -160,7 +160,7 @@ def _run_stages(
         folder.check_options(config)
         folder.begin(config, _repeatable(options), command_line())
         check_weights(options, images, folder.unfinished(options.until), download=True)
-    trains = any(rounds.get_kind(stage) in (*TRAINING, "qat") for stage in folder.unfinished(options.until))
+    trains = any(get_kind(stage) in (*TRAINING, "qat") for stage in folder.unfinished(options.until))
     if (options.tensorboard or options.track) and not trains:
         display.note("no curves are logged: all trainings are finished")
     with display.stage("start") as progress:
@@ -180,7 +180,7 @@ def _run_stages(
         show = lambda work, done, total: progress.update(work, done, total, "images")  # noqa: E731
         data = TrainingData(options, images, context.cache, device, show, context.place)
         for stage in folder.stages_until(options.until):
-            if rounds.get_kind(stage) not in TOGETHER and ranks.count > 1:
+            if get_kind(stage) not in TOGETHER and ranks.count > 1:
                 leave()
                 if not ranks.is_main:
                     return assemble(folder)
@@ -204,7 +204,7 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
     started = time.perf_counter()
     stage, folder, ranks = context.stage, context.folder, context.ranks
     context.display.warnings.clear()
-    if ranks.is_main or rounds.get_kind(stage) in TRAINING:
+    if ranks.is_main or get_kind(stage) in TRAINING:
         result = load_stage(stage)(context, data, folder.facts())
     if ranks.is_main:
         seconds = time.perf_counter() - started
@@ -222,7 +222,7 @@ def _repeatable(options: Options) -> dict[str, Any]:
 
 
 def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    stages = ("prepare", "student") if rounds.get_kind(stage) == rounds.ROUND else (stage,)
+    stages = ("prepare", "student") if get_kind(stage) == ROUND else (stage,)
     return {
         name: value
         for name, value in config.items()
