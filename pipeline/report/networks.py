@@ -76,9 +76,8 @@ def median_latency(subject: Subject, threads: str) -> float | None:
 
 @dataclass(frozen=True)
 class SpeedRatio:
-    """A network is ``ratio`` times as fast as ``over``, with the paired 95 % interval if it was measured."""
+    """A network is ``ratio`` times as fast as another, with the paired 95 % interval if it was measured."""
 
-    over: Column
     threads: str
     ratio: float
     low: float | None = None
@@ -128,9 +127,9 @@ def compare_speed(column: Column | None, over: Column | None, threads: str) -> S
     for name in (over.key, over.subject.name):
         for speedup in column.subject.speedups:
             if speedup.over == name and str(speedup.threads) == threads:
-                return SpeedRatio(over, threads, speedup.ratio, speedup.low, speedup.high)
+                return SpeedRatio(threads, speedup.ratio, speedup.low, speedup.high)
     p50, other = median_latency(column.subject, threads), median_latency(over.subject, threads)
-    return SpeedRatio(over, threads, other / p50) if p50 and other else None
+    return SpeedRatio(threads, other / p50) if p50 and other else None
 
 
 def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:

@@ -48,7 +48,7 @@ def lead(report: Report) -> str:
         trained += f" on {data.name}: {format.plural(len(data.classes), 'class', 'classes')}"
         trained += task_of(data).labels_note
         trained += f", {data.train:,} training, {data.val:,} validation and {data.test:,} test images"
-    trained += f"{',' if data is not None else ''} at {report.image_size} × {report.image_size} pixels"
+    trained += f" at {report.image_size} × {report.image_size} pixels"
     if report.teacher_image_size not in (None, report.image_size) and report.method != "none":
         trained += f" (teacher: {report.teacher_image_size} × {report.teacher_image_size})"
     sentences.append(f"{trained}.")
@@ -98,27 +98,31 @@ def _speed(report: Report) -> KeyFigure:
     shipped, teacher = shipped_network(report), find_network(report, "teacher")
     fp32 = find_network(report, "student") if shipped is not None and shipped.key == "student_int8" else None
     # An ensemble of teachers is not timed as one network: then the fp32 student is the reference.
-    ratios: list[SpeedRatio] = []
-    for over in (teacher, fp32):
-        ratios = ratios or [r for n in thread_counts(report) if (r := compare_speed(shipped, over, n))]
-    if not ratios or shipped is None:
+    over, ratios = teacher, _speed_ratios(report, shipped, teacher)
+    if not ratios:
+        over, ratios = fp32, _speed_ratios(report, shipped, fp32)
+    if not ratios or shipped is None or over is None:
         search = int8.default_search(report)
         if search is not None and search.file is not None and search.not_timed is not None:
             return KeyFigure(format.MISSING, "latency not measured", [search.not_timed])
         return KeyFigure(format.MISSING, "latency not measured yet")
     ratio, *others = ratios
     value, meaning = ratio.headline
-    reference = "the teacher" if ratio.over.key == "teacher" else "the fp32 student"
+    reference = "the teacher" if over is teacher else "the fp32 student"
     paired = f"95 % interval {ratio.interval}, paired"
     details, bars = [paired if ratio.interval else "ratio of medians, no paired interval"], []
-    p50, other = (median_latency(column.subject, ratio.threads) for column in (shipped, ratio.over))
+    p50, other = (median_latency(column.subject, ratio.threads) for column in (shipped, over))
     if p50 is not None and other is not None:
-        bars = _bars((ratio.over, other), (shipped, p50))
+        bars = _bars((over, other), (shipped, p50))
         details.append(f"median {format.milliseconds(p50)} vs. {format.milliseconds(other)}")
     details += [f"{format.threads(ratio.threads)}: {ratio.text}" for ratio in others]
-    if ratio.over is teacher and (over_fp32 := compare_speed(shipped, fp32, ratio.threads)) is not None:
+    if over is teacher and (over_fp32 := compare_speed(shipped, fp32, ratio.threads)) is not None:
         details.append(f"vs. fp32 student: {over_fp32.text}")
     return KeyFigure(value, f"{meaning} {reference}, {format.threads(ratio.threads)}", details, bars)
+
+
+def _speed_ratios(report: Report, column: Column | None, over: Column | None) -> list[SpeedRatio]:
+    return [ratio for n in thread_counts(report) if (ratio := compare_speed(column, over, n))]
 
 
 def _score(report: Report) -> KeyFigure:
@@ -157,7 +161,7 @@ def warnings(report: Report) -> list[str]:
     messages = [*report.warnings]
     if report.bench is not None and report.bench.flags:
         more = "" if len(report.bench.flags) == 1 else " See Latency for more."
-        messages.append(f"Latency was disturbed: {report.bench.flags[0].sentence}{more}")
+        messages.append(f"The latency measurement was disturbed. {report.bench.flags[0].sentence}{more}")
     messages += int8.warnings(report)
     headless = [teacher.name for teacher in report.teachers if teacher.head == "none"]
     if headless and report.method != "none":
@@ -170,7 +174,7 @@ def warnings(report: Report) -> list[str]:
         (find_network(report, "student_int8"), student),
         (shipped, find_network(report, "teacher")),
     ):
-        ratios = [r for n in thread_counts(report) if (r := compare_speed(column, over, n))]
+        ratios = _speed_ratios(report, column, over)
         slow = "; ".join(f"{r.text} with {format.threads(r.threads)}" for r in ratios if not r.is_faster)
         if slow and column is not None and over is not None:
             messages.append(

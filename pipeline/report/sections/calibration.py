@@ -49,10 +49,10 @@ def describe_all(columns: Sequence[Column]) -> list[str]:
 
 
 def describe(column: Column, calibration: Calibration) -> str:
-    """Teacher: mean confidence 92.0 %, accuracy 88.0 %: overconfident by 4.0 points."""
+    """Teacher: mean confidence 92.0 %, accuracy 88.0 %, overconfident by 4.0 points."""
     confidence = format.percent(calibration.confidence, calibration.n)
     accuracy = format.percent(calibration.accuracy, calibration.n)
-    return f"{column.role}: mean confidence {confidence}, accuracy {accuracy}: {verdict(calibration)}."
+    return f"{column.role}: mean confidence {confidence}, accuracy {accuracy}, {verdict(calibration)}."
 
 
 def verdict(calibration: Calibration) -> str:

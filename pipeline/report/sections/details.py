@@ -134,7 +134,7 @@ def _flatten(content: Any, name: str = "") -> Iterable[tuple[str, str]]:
     if isinstance(content, dict) and content:
         for key, value in content.items():
             yield from _flatten(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, (list, tuple)):
+    elif isinstance(content, (dict, list, tuple)):
         yield name, ", ".join(str(item) for item in content) or "none"
     elif content is None:
         yield name, "not set"

@@ -1,5 +1,6 @@
 """Int8 in the report: the candidates of each target, nodes in float, quantization-aware training."""
 
+from collections.abc import Mapping, Sequence
 from math import inf
 
 from ....export.results import Candidate
@@ -194,7 +195,7 @@ def _levels(search: Int8Search) -> list[Level]:
 
 
 def candidates(report: Report, search: Int8Search) -> Table:
-    """Return fp32 and the candidates in the order they were tried, without the columns that none has."""
+    """Return fp32 and the candidates in the order they were tried, without uninformative columns."""
     fp32 = {
         "candidate": "fp32",
         "result": format.MISSING if search.file is not None else "ships",
@@ -203,7 +204,7 @@ def candidates(report: Report, search: Int8Search) -> Table:
         "file": format.megabytes(report.student.bytes if report.student is not None else None),
     }
     rows = [_row(report, number, candidate, search) for number, candidate in enumerate(search.tried, 1)]
-    columns = [name for name in (rows[0] if rows else {}) if any(row[name] != format.MISSING for row in rows)]
+    columns = [name for name in (rows[0] if rows else {}) if _is_informative(name, rows)]
     note = f"{format.title(score_name(report))} on {images(search)}. "
     note += "SQNR: signal-to-quantization-noise ratio of the logits."
     note += " McNemar p: exact test against fp32." if "McNemar p" in columns else ""
@@ -216,6 +217,11 @@ def candidates(report: Report, search: Int8Search) -> Table:
         note=note,
         left=sum(name in TEXT_COLUMNS for name in columns),
     )
+
+
+def _is_informative(name: str, rows: Sequence[Mapping[str, str]]) -> bool:
+    """Return False if the column is empty, or repeats the names of the candidates."""
+    return name == "candidate" or any(row[name] not in (format.MISSING, row["candidate"]) for row in rows)
 
 
 def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) -> dict[str, str]:

@@ -5,7 +5,7 @@ from math import isfinite
 
 import numpy as np
 
-from ....export.results import Latency, Percentile, Speedup
+from ....export.results import Latency, Percentile
 from ...runs.results import Bench, Report
 from .. import format
 from ..charts import (
@@ -23,7 +23,7 @@ from ..charts import (
     text,
     vertical_grid,
 )
-from ..networks import ROLES
+from ..networks import ROLES, SpeedRatio
 from ..page import Section
 from ..tables import Attribute, Table, attribute_rows
 
@@ -49,7 +49,7 @@ def section(report: Report) -> Section:
         figures=[histograms(bench, threads) for threads in bench.threads],
         tables=[percentiles(bench), *other_tables(bench)],
         folded=[conditions(bench), files(bench)],
-        command=bench.command,
+        command=bench.command if bench.command != report.command else "",
     )
 
 
@@ -139,21 +139,12 @@ def speedups(bench: Bench) -> Table:
         if other.split()[0] in ("Teacher", "Student"):
             other = other[:1].lower() + other[1:]
         name = f"{role(bench, speedup.subject)} vs. {other}"
+        ratio = SpeedRatio(str(speedup.threads), speedup.ratio, speedup.low, speedup.high)
         row = rows.setdefault((speedup.subject, speedup.over), [name, *[format.MISSING] * len(bench.threads)])
-        row[1 + bench.threads.index(speedup.threads)] = describe_speedup(speedup)
+        row[1 + bench.threads.index(speedup.threads)] = ratio.text
     heads = ["", *(format.threads(count) for count in bench.threads)]
     note = "Ratio of the per-round medians, with its 95 % interval."
     return Table("Speedup", heads, list(rows.values()), note=note)
-
-
-def describe_speedup(speedup: Speedup) -> str:
-    """2.10× faster (2.05–2.14×); not significant (0.98–1.02×); 1.30× slower (1.25–1.35×)."""
-    if speedup.verdict == "no difference":
-        return f"not significant ({format.times_interval(speedup.low, speedup.high)})"
-    if speedup.verdict == "slower":
-        interval = format.times_interval(1 / speedup.high, 1 / speedup.low)
-        return f"{format.times(1 / speedup.ratio)} slower ({interval})"
-    return f"{format.times(speedup.ratio)} faster ({format.times_interval(speedup.low, speedup.high)})"
 
 
 def end_to_end(bench: Bench) -> Table:

@@ -74,11 +74,11 @@ def _metric_title(name: str) -> str:
 
 
 def _losses(epochs: list[Epoch]) -> list[Curve]:
-    """Return the sum, then its terms; a single term without the sum."""
+    """Return the total, then its terms; a single term without the total."""
     names = [name for name in dict.fromkeys(n for epoch in epochs for n in epoch.losses) if name != "loss"]
     if len(names) != 1:
         names.insert(0, "loss")
-    labels = {"loss": "sum"} if len(names) > 1 else {}
+    labels = {"loss": "total"} if len(names) > 1 else {}
     return [_curve(labels.get(name, name), epochs, [e.losses.get(name) for e in epochs]) for name in names]
 
 
@@ -93,7 +93,7 @@ def cost_table(report: Report) -> Table:
         "images/s": (_throughput, lambda value: format.number(round(value))),
         "time per epoch": (lambda epochs: _median(e.seconds for e in epochs), format.duration),
         "peak memory": (_peak_memory, format.megabytes),
-        "time in": (_phases, str),
+        "time by phase": (_phases, str),
         "MFU": (lambda epochs: _median(e.mfu for e in epochs), lambda mfu: format.percent(100 * mfu)),
     }
     by_cost = attribute_rows(list(stages.values()), costs)
@@ -125,7 +125,10 @@ def _phases(epochs: list[Epoch]) -> str | None:
         phase: 100 * sum(fractions.get(phase, 0.0) * seconds for fractions, seconds in timed) / total
         for phase in dict.fromkeys(phase for fractions, _ in timed for phase in fractions)
     }
-    return ", ".join(f"{phase} {format.percent(percent)}" for phase, percent in percents.items()) or None
+    # In the training of a teacher, "student" is the network that is trained.
+    labels = {"student": "trained network"}
+    texts = (f"{labels.get(phase, phase)} {format.percent(percent)}" for phase, percent in percents.items())
+    return ", ".join(texts) or None
 
 
 def epoch_table(report: Report) -> Table:

@@ -83,7 +83,7 @@ def test_verdict_depends_on_the_interval_of_the_gap() -> None:
     [teacher, *_] = compared_networks(reports.full())
     bold, shy, fair = measured(2.0), measured(0.4), measured(1.0)
     assert calibration.describe(teacher, bold) == (
-        f"Teacher: mean confidence {bold.confidence:.1f} %, accuracy {bold.accuracy:.1f} %: "
+        f"Teacher: mean confidence {bold.confidence:.1f} %, accuracy {bold.accuracy:.1f} %, "
         f"overconfident by {bold.confidence - bold.accuracy:.1f} points."
     )
     assert "underconfident by" in calibration.describe(teacher, shy)

@@ -39,7 +39,7 @@ def test_speedups_below_one_are_called_slower() -> None:
         "Student int8 vs. teacher": ["18.2× faster (17.9–18.5×)", "–"],
         "Student int8 vs. student fp32": [
             "1.25× slower (1.19–1.33×)",
-            "not significant (0.98–1.03×)",
+            "no significant difference (0.98–1.03×)",
         ],
     }
 
