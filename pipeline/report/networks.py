@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ..runs.results import Report, Subject
+from ..runs.results import SHIPPING_ORDER, Report, Subject
 from ..runs.scores import Score
 from ..tasks import task_of
 from . import format
@@ -60,7 +60,7 @@ def find_network(report: Report, key: str) -> Column | None:
 
 def shipped_network(report: Report) -> Column | None:
     """Return the int8 file if there is one, else the fp32 student."""
-    return find_network(report, "student_int8") or find_network(report, "student")
+    return next(filter(None, (find_network(report, key) for key in SHIPPING_ORDER)), None)
 
 
 def thread_counts(report: Report) -> list[str]:

@@ -26,6 +26,9 @@ from .scores import Calibration, Proportion, Score, Temperature
 
 BENCH_SCHEMA_VERSION = 1
 
+SHIPPING_ORDER = ("student_int8", "student")
+"""Networks of a report: the first one that exists ships."""
+
 
 class TimedFile(Result):
     """A subject of a bench: one file in one runtime."""
