@@ -1,63 +1,62 @@
-"""What a fault is, and the verdict on a command that has met one: see faults.py."""
+"""Fault cases and the verdict on a command; see faults.py."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.campaigns.small_run import PAGES, differences, left_by
+from tests.campaigns.small_run import PAGES, find_differences, read_results
 
-EQUAL, TOLD, DEFECT = "as without", "one sentence", "DEFECT"
+EQUAL, ERROR, DEFECT = "identical", "error message", "DEFECT"
 
-OWN = ("run.json", ".run.json", "config.yaml", "metrics.jsonl", "report.json", ".lock")
-"""Files of a run in which it notes what it does: they change whenever a command does anything."""
+LOG_FILES = ("run.json", ".run.json", "config.yaml", "metrics.jsonl", "report.json", ".lock")
+"""Records and logs of a run, which change with every command."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One fault: ``try_it`` brings it about and says what came of it."""
+    """One fault; ``run`` causes it and returns the verdict and a message."""
 
     name: str
     what: str
     verb: str
-    try_it: Callable[[], tuple[str, str]]
+    run: Callable[[], tuple[str, str]]
 
 
-def kept(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
-    """Every file of a run folder and its cache that may not change without need, whole."""
+def read_files(folder: Path, excluded: Sequence[str] = ()) -> dict[str, bytes]:
+    """Return the contents of files of a run folder and its cache that must not change without need."""
     places = (folder / "run", folder / "cache")  # which may be links
     return {
         name: file.read_bytes()
-        for file in sorted(one for place in places for one in place.rglob("*"))
+        for file in sorted(path for place in places for path in place.rglob("*"))
         if file.is_file()
-        and (name := file.relative_to(folder).as_posix()).removeprefix("run/") not in (*OWN, *PAGES, *but)
+        and (name := file.relative_to(folder).as_posix()).removeprefix("run/")
+        not in (*LOG_FILES, *PAGES, *excluded)
         and not any(part.startswith(".") for part in Path(name).parts)
     }
 
 
-def judged(
-    code: int | None, said: str, before: dict[str, bytes], folder: Path, expected: dict[str, object] | None
+def judge(
+    code: int | None, errors: str, before: dict[str, bytes], folder: Path, expected: dict[str, object] | None
 ) -> tuple[str, str]:
-    """The verdict on a command that ended so.
+    """Return the verdict on a finished command, and a message.
 
     Args:
-        before: what was good, as ``kept`` gives it.
-        expected: what it leaves without the fault; None where that is looked at elsewhere.
+        before: good files, from ``read_files``.
+        expected: results without the fault; None if the caller compares them.
     """
     if code == 0:
-        differs = () if expected is None else differences(left_by(folder), expected)
+        differs = () if expected is None else find_differences(read_results(folder), expected)
         return (DEFECT, f"differ: {', '.join(differs[:5])}") if differs else (EQUAL, "")
-    sentences = [line for line in said.splitlines() if line.startswith("Error: ")]
-    if code not in (1, 2) or "Traceback" in said or len(sentences) != 1:
-        return DEFECT, f"exit code {code}: {said.strip()[-1500:]}"
-    after = kept(folder)
-    lost = [name for name, content in before.items() if after.get(name) != content and not _fleeting(name)]
+    sentences = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    if code not in (1, 2) or "Traceback" in errors or len(sentences) != 1:
+        return DEFECT, f"exit code {code}: {errors.strip()[-1500:]}"
+    after = read_files(folder)
+    lost = [name for name, content in before.items() if after.get(name) != content and not _may_change(name)]
     if lost:
         return DEFECT, f"lost: {', '.join(lost[:5])} ({sentences[0]})"
-    return TOLD, sentences[0]
+    return ERROR, sentences[0]
 
 
-def _fleeting(name: str) -> bool:
-    """A checkpoint is followed by newer ones, a manifest goes while its files are made anew, and an entry of
-    the cache that is damaged goes too.
-    """
+def _may_change(name: str) -> bool:
+    """Return True for checkpoints, the manifest and cache entries, which a run may replace or remove."""
     return name.startswith(("run/checkpoint/", "cache/")) or name == "run/artifact/manifest.json"

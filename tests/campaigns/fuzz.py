@@ -1,13 +1,13 @@
-"""Hostile and damaged input against everything that reads what others have written.
+"""Fuzz every reader of untrusted input.
 
     pip install atheris
     python -m tests.campaigns.fuzz manifest --seconds 60
     python -m tests.campaigns.fuzz all --seconds 60
 
-Each target takes bytes and may do one of two things: read them, or raise the error that the command turns
-into a sentence. Anything else is a crash: it is printed, kept under --out, and makes the exit code 1. Inputs
-are made by atheris (libFuzzer), guided by which lines of ours they reach, from real files as seeds; each
-target runs in a process of its own with a limit on memory and on the time of one input. Linux only.
+A target reads its input or raises the error that the command reports. Anything else is a crash: it is
+printed, kept under --out, and makes the exit code 1. atheris (libFuzzer) generates inputs from real files,
+guided by coverage of our lines; each target runs in a separate process with limits on memory and on the time
+per input. Linux only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OURS = ["questpress"]
 
 
 def fuzz(name: str, seconds: int, corpus: Path, crashes: Path) -> None:
-    """In this process: feed the target until the time is over or it crashes."""
+    """Feed the target in this process until the time is over or it crashes."""
     import atheris
 
     target = TARGETS[name]
@@ -46,7 +46,7 @@ def fuzz(name: str, seconds: int, corpus: Path, crashes: Path) -> None:
 
 
 def campaign(name: str, seconds: int, out: Path) -> bool:
-    """One target in a process of its own; whether nothing crashed."""
+    """Fuzz one target in a separate process; return True if nothing crashed."""
     corpus, crashes = out / name / "corpus", out / name / "crashes"
     for folder in (corpus, crashes):
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,14 +61,14 @@ def campaign(name: str, seconds: int, out: Path) -> bool:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    told = done.stdout + done.stderr
-    counted = re.search(r"number_of_executed_units:\s*(\d+)", told)
-    runs = int(counted[1]) if counted else 0
+    output = done.stdout + done.stderr
+    count = re.search(r"number_of_executed_units:\s*(\d+)", output)
+    runs = int(count[1]) if count else 0
     left = sorted(crashes.iterdir())
     verdict = "no crash" if not left and not done.returncode else f"CRASHED, see {crashes}"
     print(f"| {name} | {runs:,} | {seconds} s | {verdict} |", flush=True)
     if verdict != "no crash":
-        print("\n".join(told.strip().splitlines()[-25:]))
+        print("\n".join(output.strip().splitlines()[-25:]))
     return verdict == "no crash"
 
 
@@ -80,19 +80,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("fuzzing"))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.inside:
-        folder = asked.out / asked.target
-        fuzz(asked.target, asked.seconds, folder / "corpus", folder / "crashes")
+    options = parser.parse_args()
+    if options.inside:
+        folder = options.out / options.target
+        fuzz(options.target, options.seconds, folder / "corpus", folder / "crashes")
         return
     try:
         import atheris  # noqa: F401
     except ImportError:
         sys.exit("tests.campaigns.fuzz needs atheris: pip install atheris")
     print("| target | inputs | time | |\n|---|---|---|---|")
-    names = list(TARGETS) if asked.target == "all" else [asked.target]
-    fine = [campaign(name, asked.seconds, asked.out) for name in names]
-    sys.exit(0 if all(fine) else 1)
+    names = list(TARGETS) if options.target == "all" else [options.target]
+    passed = [campaign(name, options.seconds, options.out) for name in names]
+    sys.exit(0 if all(passed) else 1)
 
 
 if __name__ == "__main__":

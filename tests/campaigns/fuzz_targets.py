@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Target:
-    """Valid inputs, and a factory of the function that reads one after everything is imported."""
+    """Valid inputs, and a factory of the function that reads an input after all imports."""
 
     seeds: Callable[[], list[bytes]]
     make: Callable[[Path], Callable[[bytes], None]]
@@ -184,8 +184,10 @@ def device_reader(_work: Path) -> Callable[[bytes], None]:
             model = onnx.ModelProto.FromString(content)
         except (DecodeError, ValueError):
             return
-        trained = [one for info in model.training_info for one in (info.initialization, info.algorithm)]
-        for graph, _ in walk_graphs(model.graph, *model.functions, *trained):
+        training_graphs = [
+            value for info in model.training_info for value in (info.initialization, info.algorithm)
+        ]
+        for graph, _ in walk_graphs(model.graph, *model.functions, *training_graphs):
             for tensor in walk_tensors(graph):
                 assert not tensor.external_data and tensor.data_location != onnx.TensorProto.EXTERNAL
 
@@ -206,7 +208,7 @@ def manifest_seeds() -> list[bytes]:
         ],
     }  # fmt: skip
     several = {**manifest, "task": "multi-label", "thresholds": [0.5, 0.5]}
-    return [json.dumps(one).encode() for one in (manifest, several)]
+    return [json.dumps(value).encode() for value in (manifest, several)]
 
 
 def manifest_reader(work: Path) -> Callable[[bytes], None]:
@@ -314,7 +316,7 @@ def cache_reader(work: Path) -> Callable[[bytes], None]:
 
     def read(content: bytes) -> None:
         entry = cache.put("answers", "key", write)
-        # The checksums are what a damaged or edited entry is found by.
+        # Damaged entries are detected by their checksums.
         (entry / CHECKSUMS).write_bytes(content)
         place = cache.get("answers", "key")
         assert place is None or (place / "logits.npy").read_bytes() == cache_seeds()[0]

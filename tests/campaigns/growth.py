@@ -1,14 +1,14 @@
-"""How costs grow: time and memory of QuEST's step and of k-means at 1, 2, 4 and 8 times the images and words.
+"""Time and memory of QuEST's step and of k-means at 1, 2, 4 and 8 times the images and words.
 
     python -m tests.campaigns.growth --out growth.json
 
-Each case is a process of its own, so that its peak of memory is its own. Memory is what the case adds to a
-process that has done a tiny case before (on a GPU: what torch holds there at most). An exponent is the slope
-of a straight line through the logarithms: 1 is growth in proportion, less is a fixed part that does not grow.
+Each case runs in a separate process, so that its peak memory can be read. Memory is what the case adds after
+a tiny case (on a GPU: torch's peak). An exponent is the slope of a line through the logarithms: 1 is
+proportional growth, less means that a part is fixed.
 
-- step: one online training step, cifar_resnet56 → cifar_resnet20 at 32 pixels, a step of so many images
-- loss: QuEST's loss alone, forward and backward, on the features of so many images at 8×8 positions
-- k-means: the vocabulary from the features of so many images
+- step: one online training step, cifar_resnet56 → cifar_resnet20 at 32 pixels
+- loss: QuEST's loss alone, forward and backward, on features at 8×8 positions
+- k-means: the vocabulary from features at 8×8 positions
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.cells import markdown
 TIMES = (1, 2, 4, 8)
 
 BASE = {"step": (32, 512), "loss": (32, 512), "k-means": (1000, 256)}
-"""Images and words at 1×. While one grows, the other stands at 4×."""
+"""Images and words at 1×. While one grows, the other is at 4×."""
 
 TINY = (8, 8)
 
@@ -115,7 +115,7 @@ KINDS: dict[str, Callable[[int, int, str], Callable[[], None]]] = {
 
 
 def case(kind: str, images: int, words: int, device: str, threads: int, seconds: float) -> dict[str, float]:
-    """Seconds of one run, the median over so many seconds of them, and what they add to memory, in MB."""
+    """Return the median time of a run, measured for some seconds, and the memory that it adds, MB."""
     import torch
     from questpress.pipeline.runs.device import use_threads
 
@@ -139,7 +139,7 @@ def case(kind: str, images: int, words: int, device: str, threads: int, seconds:
 
 
 def _resident() -> float:
-    """MB that the process holds now, and its peak forgotten, on Linux; elsewhere the peak so far."""
+    """Reset the peak and return the memory in use, MB; the peak so far if that is not supported."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -148,7 +148,7 @@ def _resident() -> float:
 
 
 def _peak() -> float:
-    """MB that the process has held at most."""
+    """Return the peak memory of the process, MB."""
     if Path("/proc/self/status").exists():
         return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
@@ -161,13 +161,13 @@ def _status(field: str) -> float:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """b of the least-squares line log(cost) = a + b·log(size)."""
+    """Return b of the least-squares line log(cost) = a + b·log(size)."""
     slope, _ = np.polyfit(np.log(sizes), np.log(np.maximum(costs, 1e-9)), 1)
     return float(slope)
 
 
 def series(kind: str, grows: str, run: Callable[[str, int, int], dict[str, float]]) -> dict[str, Any]:
-    """Costs of a kind of work while its images or its words grow."""
+    """Measure a kind of work while its images or its words grow."""
     images, words = BASE[kind]
     sizes = [(images * n, 4 * words) if grows == "images" else (4 * images, words * n) for n in TIMES]
     cases = [{"images": i, "words": w, **run(kind, i, w)} for i, w in sizes]
@@ -176,21 +176,21 @@ def series(kind: str, grows: str, run: Callable[[str, int, int], dict[str, float
         "grows": grows,
         "cases": cases,
         "exponents": {
-            cost: exponent([one[grows] for one in cases], [one[cost] for one in cases])
+            cost: exponent([entry[grows] for entry in cases], [entry[cost] for entry in cases])
             for cost in ("seconds", "megabytes")
         },
     }
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]]) -> str:
     rows = []
-    for one in found:
-        fixed = "words" if one["grows"] == "images" else "images"
-        first, *_ = one["cases"]
-        what = f"{one['kind']}: {first[one['grows']]:,} {one['grows']} at 1×, {first[fixed]:,} {fixed}"
+    for entry in results:
+        fixed = "words" if entry["grows"] == "images" else "images"
+        first, *_ = entry["cases"]
+        what = f"{entry['kind']}: {first[entry['grows']]:,} {entry['grows']} at 1×, {first[fixed]:,} {fixed}"
         for cost, scale, unit in (("seconds", 1000, "ms"), ("megabytes", 1, "MB")):
-            values = [f"{scale * case[cost]:,.0f}" for case in one["cases"]]
-            rows.append([what, unit, *values, f"{one['exponents'][cost]:.2f}"])
+            values = [f"{scale * case[cost]:,.0f}" for case in entry["cases"]]
+            rows.append([what, unit, *values, f"{entry['exponents'][cost]:.2f}"])
     return markdown(["work", "", *(f"{n}×" for n in TIMES), "exponent"], rows)
 
 
@@ -198,11 +198,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kinds", default=",".join(BASE), help="names, with commas [default: all]")
+    parser.add_argument("--kinds", default=",".join(BASE), help="comma-separated names [default: all]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="default: the cores allowed")
-    parser.add_argument("--seconds", type=float, default=2, help="timed, for each case")
-    parser.add_argument("--out", type=Path, help="a JSON file for all that was measured")
+    parser.add_argument("--seconds", type=float, default=2, help="measured time of each case")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--case", nargs=3, metavar=("KIND", "IMAGES", "WORDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     from questpress.export.latency.machine import environment
@@ -224,15 +224,15 @@ def main() -> None:
         print(f"{kind}, {images:,} images, {words:,} words: {measured}", file=sys.stderr, flush=True)
         return measured
 
-    found = [series(kind, grows, run) for kind in options.kinds.split(",") for grows in ("images", "words")]
+    results = [series(kind, grows, run) for kind in options.kinds.split(",") for grows in ("images", "words")]
     machine = environment()
-    print(f"{machine.cpu}, {machine.cores} cores, {options.device}, {threads} threads\n\n{table(found)}")
+    print(f"{machine.cpu}, {machine.cores} cores, {options.device}, {threads} threads\n\n{table(results)}")
     if options.out:
         from questpress.pipeline.runs.files import write_json
 
         write_json(
             options.out,
-            {"environment": asdict(machine), "device": options.device, "threads": threads, "series": found},
+            {"environment": asdict(machine), "device": options.device, "threads": threads, "series": results},
         )
 
 

@@ -1,14 +1,12 @@
-"""SIGKILL at random moments of a small run, each gone on with to its end: does it come out to the bit?
+"""Kill a small run at random moments, resume it, and compare the results to the bit.
 
     python -m tests.campaigns.kills --kills 200 --out kills.jsonl
 
-The run has every stage (small_run.py). A kill falls into a stage drawn evenly and, within it, into a moment
-drawn evenly over the processor's time that this stage takes uninterrupted, so that a busy machine changes
-nothing; the killed run begins as a copy of the uninterrupted one before that stage. Then the same command is
-given again. What is compared: weights, ONNX files, manifest, int8 ranges and options by their bytes, curves,
-the run's record and the report without times, and every array of the store, whose checksums are verified too.
-Processes that the killed one leaves behind are counted. Outcomes are appended to --out: the same command
-goes on where it was cut. Linux only: it reads /proc.
+The run has every stage (small_run.py). A stage is drawn uniformly, then a moment of its processor time, so
+that other load on the machine changes nothing; the killed run starts from a copy of the uninterrupted one
+before that stage. Compared are weights, ONNX files, manifest, int8 ranges and options by their bytes; curves,
+record and report without times; and the arrays of the cache with their checksums. Processes that outlive the
+killed one are counted. Outcomes are appended to --out; the same command resumes. Linux only: it reads /proc.
 """
 
 import argparse
@@ -24,93 +22,87 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.campaigns.small_run import (
-    below,
-    differences,
-    gone,
-    left_by,
-    pictures,
+    cpu_seconds,
+    find_differences,
+    list_descendants,
+    make_images,
+    read_results,
     run_options,
-    staged,
+    run_stages,
     stages,
     start,
-    used,
+    wait_for_end,
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run that was killed and gone on with."""
+    """The outcome of one killed and resumed run."""
 
     number: int
     stage: str
     moment: float
-    """Seconds of the processor after the process began."""
+    """Processor seconds after the start."""
     during: str
-    """What ran when it was killed, as far as the run folder tells."""
+    """Stage and epoch at that moment, from the run folder."""
     left: int
-    """Processes that did not end with it."""
+    """Number of processes that outlived it."""
     differs: tuple[str, ...]
-    """What is not as in the uninterrupted run; empty: all is, to the bit."""
+    """Names of results that differ from the uninterrupted run."""
 
 
 def campaign(
-    work: Path, numbers: Sequence[int], seed: int, of: Sequence[str] | None = None
+    work: Path, numbers: Sequence[int], seed: int, only: Sequence[str] | None = None
 ) -> Iterator[Outcome]:
-    """The uninterrupted run, in one go and stage by stage, then interrupted ones.
-
-    Args:
-        of: the stages that kills fall into; all of them where none is named.
-    """
-    data = pictures(work / "pictures")
+    """Do the uninterrupted run, at once and stage by stage, then killed ones in the stages `only`."""
+    data = make_images(work / "pictures")
     whole = work / "whole"
     whole.mkdir()
-    uninterrupted = start(run_options(data, whole, "--quiet"), work / "told")
+    uninterrupted = start(run_options(data, whole, "--quiet"), work / "log")
     uninterrupted.join()
     if uninterrupted.exitcode:
-        raise SystemExit((work / "told.err").read_text())
-    expected = left_by(whole)
-    chosen = of or stages()
+        raise SystemExit((work / "log.err").read_text())
+    expected = read_results(whole)
+    chosen = only or stages()
     last = max(map(stages().index, chosen))
-    seconds = staged(data, work / "staged", work / "before", stages()[: last + 1])
-    if last == len(stages()) - 1 and (differs := differences(left_by(work / "staged"), expected)):
+    seconds = run_stages(data, work / "staged", work / "before", stages()[: last + 1])
+    if last == len(stages()) - 1 and (differs := find_differences(read_results(work / "staged"), expected)):
         raise SystemExit(f"Two uninterrupted runs differ: {', '.join(differs)}.")
     for number in numbers:
         draw = random.Random(f"{seed} {number}")
         stage = draw.choice(chosen)
         out = work / f"killed{number}"
-        moment, during, left = _killed(data, work / "before" / stage, out, seconds[stage], draw)
-        went_on = start(run_options(data, out, "--quiet"), work / "told")
-        went_on.join()
-        if went_on.exitcode:
-            told = (work / "told.err").read_text().strip()
-            differs = (f"exit code {went_on.exitcode}", told[-2000:])
+        moment, during, left = _kill(data, work / "before" / stage, out, seconds[stage], draw)
+        resumed = start(run_options(data, out, "--quiet"), work / "log")
+        resumed.join()
+        if resumed.exitcode:
+            log = (work / "log.err").read_text().strip()
+            differs = (f"exit code {resumed.exitcode}", log[-2000:])
         else:
-            differs = differences(left_by(out), expected)
+            differs = find_differences(read_results(out), expected)
         yield Outcome(number, stage, moment, during, left, differs)
         if not differs:
             shutil.rmtree(out)
 
 
-def _killed(
-    data: Path, before: Path, out: Path, seconds: float, draw: random.Random
-) -> tuple[float, str, int]:
-    """A copy of ``before``, gone on with and killed: the moment, what ran, and how many processes it left."""
+def _kill(data: Path, before: Path, out: Path, seconds: float, draw: random.Random) -> tuple[float, str, int]:
+    """Resume a copy of ``before`` and kill it; return the moment, the progress and the survivors."""
     while True:
         shutil.copytree(before, out)
         moment = draw.uniform(0, seconds)
-        process = start(run_options(data, out, "--quiet"), out / "told")
-        while used(process.pid) < moment:
+        process = start(run_options(data, out, "--quiet"), out / "log")
+        while cpu_seconds(process.pid) < moment:
             time.sleep(0.001)
-        children, during = below(process.pid), where(out)
+        children, during = list_descendants(process.pid), describe_progress(out)
         process.kill()
         process.join()
         if process.exitcode == -9:
-            return moment, during, 0 if gone(children) else len(children)
-        shutil.rmtree(out)  # it was quicker than the uninterrupted one
+            return moment, during, 0 if wait_for_end(children) else len(children)
+        shutil.rmtree(out)  # it finished earlier than the uninterrupted one
 
 
-def where(out: Path) -> str:
-    """The stage and the epoch that a run is in."""
+def describe_progress(out: Path) -> str:
+    """Return the stage and the number of epochs that a run has done."""
     record = out / "run" / "run.json"
     if not record.exists():
         return "start"
@@ -128,12 +120,12 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON lines; what stands there already is not done again")
-    parser.add_argument("--stage", action="append", help="kill in this stage alone")
+    parser.add_argument("--out", type=Path, help="JSON lines; kills that it contains are skipped")
+    parser.add_argument("--stage", action="append", help="only kill in this stage; can be repeated")
     arguments = parser.parse_args()
-    known = arguments.out.read_text().splitlines() if arguments.out and arguments.out.exists() else []
-    outcomes = [json.loads(line) for line in known]
-    numbers = sorted(set(range(arguments.kills)) - {one["number"] for one in outcomes})
+    lines = arguments.out.read_text().splitlines() if arguments.out and arguments.out.exists() else []
+    outcomes = [json.loads(line) for line in lines]
+    numbers = sorted(set(range(arguments.kills)) - {entry["number"] for entry in outcomes})
     with tempfile.TemporaryDirectory() as work:
         for outcome in campaign(Path(work), numbers, arguments.seed, arguments.stage):
             outcomes.append(asdict(outcome))
@@ -142,11 +134,13 @@ def main() -> None:
                     file.write(json.dumps(asdict(outcome)) + "\n")
             verdict = f"{', '.join(outcome.differs[:3])} differ" if outcome.differs else "equal to the bit"
             print(f"killed after {outcome.moment:5.2f} s ({outcome.during}): {verdict}", flush=True)
-    equal = sum(not one["differs"] for one in outcomes)
-    left = sum(one["left"] for one in outcomes)
-    print(f"{equal} of {len(outcomes)} killed runs ended as the uninterrupted one, to the bit;")
-    print(f"{left} processes outlived the one that was killed. Kills by stage:")
-    print(", ".join(f"{name} {count}" for name, count in Counter(one["stage"] for one in outcomes).items()))
+    equal = sum(not entry["differs"] for entry in outcomes)
+    left = sum(entry["left"] for entry in outcomes)
+    print(f"{equal} of {len(outcomes)} killed runs equal the uninterrupted one to the bit;")
+    print(f"{left} processes outlived a killed one. Kills by stage:")
+    print(
+        ", ".join(f"{name} {count}" for name, count in Counter(entry["stage"] for entry in outcomes).items())
+    )
     sys.exit(equal != len(outcomes) or left > 0)
 
 

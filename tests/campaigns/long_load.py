@@ -1,11 +1,10 @@
-"""An artifact that is asked by several threads, about good and damaged images, on and on.
+"""Load one artifact from several threads, with good and damaged images, and watch memory and results.
 
     python -m tests.campaigns.long_load RUN --images FOLDER --minutes 30
 
-Every good image has first been asked about alone, by a classifier of its own. After that each answer is
-compared with that one, and each damaged image is to be refused with its sentence, also when it comes among
-good ones. One thread loads the artifact anew each time. What is watched: wrong answers, resident memory, open
-files and threads. Linux only: it reads /proc. The exit code is 1 where an answer was wrong or memory grew.
+Each image is first classified alone. Later predictions are compared with these, and damaged images must be
+rejected with an error, also within a batch of good ones. One more thread loads the artifact again and again.
+Linux only, since it reads /proc. The exit code is 1 if a prediction was wrong or memory grew.
 """
 
 import argparse
@@ -27,16 +26,16 @@ from PIL import Image
 from questpress.export.runtime import Classifier, ImageError, Prediction
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-AGREE = 1e-6
-"""Probabilities of one image alone and in a batch may differ so much: sums in another order."""
+TOLERANCE = 1e-6
+"""Difference of the probabilities of an image alone and in a batch: sums have another order."""
 
 GROWTH = 16e6
-"""Bytes that the largest memory of the last third may lie above that of the second."""
+"""Bytes by which the peak of the last third may exceed that of the second."""
 
 
 @dataclass
 class Load:
-    """What all threads have seen."""
+    """Counts and failures of all threads."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -47,19 +46,19 @@ class Load:
         with self.lock:
             self.counts[what] += number
 
-    def fails(self, what: str) -> None:
+    def fail(self, what: str) -> None:
         with self.lock:
             self.wrong.append(what)
 
 
-def damaged(good: bytes, folder: Path) -> list[Path | bytes]:
-    """Images that cannot be answered for."""
+def make_damaged_images(good: bytes, folder: Path) -> list[Path | bytes]:
+    """Write images that must be rejected."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     made = {
         "empty.jpg": b"",
         "half.jpg": good[: len(good) // 2],
-        "text.jpg": b"this is no image\n" * 50,
+        "text.jpg": b"this is not an image\n" * 50,
         "bomb.png": bomb,
         "zeros.webp": bytes(4096),
     }
@@ -68,8 +67,8 @@ def damaged(good: bytes, folder: Path) -> list[Path | bytes]:
     return [*(folder / name for name in made), folder / "missing.jpg", folder, good[:100], b""]
 
 
-def odd(folder: Path) -> list[Path]:
-    """Images out of the ordinary that have an answer."""
+def make_unusual_images(folder: Path) -> list[Path]:
+    """Write valid images of unusual modes and sizes."""
     pixels = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
     plain = Image.fromarray(pixels)
     frames = [Image.fromarray(np.roll(pixels, 7 * n, axis=0)) for n in range(4)]
@@ -83,56 +82,55 @@ def odd(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def ask(
+def predict_batches(
     classifier: Classifier,
     images: list[Path],
-    refused: list[Path | bytes],
+    rejected: list[Path | bytes],
     load: Load,
     seed: int,
     rest: float,
 ) -> None:
-    """Random batches, every fourth with a damaged image in it."""
+    """Classify random batches; a fourth of them contains a damaged image."""
     draw = random.Random(seed)
     while not load.stop.wait(rest):
         chosen = draw.choices(images, k=draw.choice((1, 1, 2, 5, 17)))
         if draw.random() < 0.25:
-            asked: list[Path | bytes] = [*chosen, draw.choice(refused)]
-            draw.shuffle(asked)
+            batch: list[Path | bytes] = [*chosen, draw.choice(rejected)]
+            draw.shuffle(batch)
             try:
-                classifier.predict(asked)
-                load.fails(f"no error for {asked}")
+                classifier.predict(batch)
+                load.fail(f"no error for {batch}")
             except ImageError as error:
-                load.count("refused")
+                load.count("rejected")
                 if not str(error).startswith("cannot read "):
-                    load.fails(f"an odd sentence: {error}")
+                    load.fail(f"unexpected message: {error}")
             continue
-        for file, found in zip(chosen, classifier.predict(chosen), strict=True):
-            if not alike(found, EXPECTED[file]):
-                load.fails(f"{file}: {found} instead of {EXPECTED[file]}")
-        load.count("answered", len(chosen))
+        for file, prediction in zip(chosen, classifier.predict(chosen), strict=True):
+            if not is_equal(prediction, EXPECTED[file]):
+                load.fail(f"{file}: {prediction} instead of {EXPECTED[file]}")
+        load.count("predicted", len(chosen))
 
 
-def load_again(artifact: Path, images: list[Path], load: Load) -> None:
-    """A classifier that is loaded, asked once and dropped."""
+def reload_artifact(artifact: Path, images: list[Path], load: Load) -> None:
+    """Load a classifier, use it once and drop it, repeatedly."""
     draw = random.Random(-1)
     while not load.stop.wait(0.5):
         file = draw.choice(images)
-        if not alike(Classifier.load(artifact, threads=1).predict([file])[0], EXPECTED[file]):
-            load.fails(f"{file}: another answer of a classifier just loaded")
-        load.count("loaded anew")
+        if not is_equal(Classifier.load(artifact, threads=1).predict([file])[0], EXPECTED[file]):
+            load.fail(f"{file}: a classifier loaded again differs")
+        load.count("loaded")
 
 
-def alike(one: Prediction, other: Prediction) -> bool:
-    """The same classes in the same order, but where they are equally likely, and the same probabilities."""
-    mine, theirs = dict(one.top), dict(other.top)
-    pairs = zip([share for _, share in one.top], [share for _, share in other.top], strict=True)
-    return all(abs(a - b) <= AGREE for a, b in pairs) and all(
-        abs(mine[name] - theirs[name]) <= AGREE for name in mine.keys() & theirs.keys()
+def is_equal(first: Prediction, second: Prediction) -> bool:
+    """Return True if classes, their order and probabilities agree; equally likely classes may be swapped."""
+    p, q = dict(first.top), dict(second.top)
+    pairs = zip([value for _, value in first.top], [value for _, value in second.top], strict=True)
+    return all(abs(a - b) <= TOLERANCE for a, b in pairs) and all(
+        abs(p[name] - q[name]) <= TOLERANCE for name in p.keys() & q.keys()
     )
 
 
-def resident() -> int:
-    """Bytes."""
+def read_resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -146,73 +144,76 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder or an artifact folder")
     parser.add_argument("--images", type=Path, required=True, help="a folder of images")
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--threads", type=int, default=2, help="that ask one classifier")
-    parser.add_argument("--rest", type=float, default=0, help="seconds after each batch, on a machine in use")
+    parser.add_argument("--threads", type=int, default=2, help="threads that share a classifier")
+    parser.add_argument("--rest", type=float, default=0, help="pause after each batch, seconds")
     options = parser.parse_args()
-    files = [one for one in sorted(options.images.rglob("*")) if one.suffix.lower() in EXTENSIONS]
+    files = [path for path in sorted(options.images.rglob("*")) if path.suffix.lower() in EXTENSIONS]
     images = random.Random(0).sample(files, min(200, len(files)))
     load = Load()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         good = BytesIO()
         Image.new("RGB", (300, 200), "teal").save(good, "JPEG")
-        images += odd(folder)
+        images += make_unusual_images(folder)
         (folder / "damaged").mkdir()
-        refused = damaged(good.getvalue(), folder / "damaged")
+        rejected = make_damaged_images(good.getvalue(), folder / "damaged")
         alone = Classifier.load(options.run, threads=1)
-        EXPECTED.update({one: alone.predict([one])[0] for one in images})
+        EXPECTED.update({path: alone.predict([path])[0] for path in images})
         shared = Classifier.load(options.run, threads=1)
         threads = [
             *(
                 threading.Thread(
-                    target=guarded, args=(load, ask, shared, images, refused, load, seed, options.rest)
+                    target=run_guarded,
+                    args=(load, predict_batches, shared, images, rejected, load, seed, options.rest),
                 )
                 for seed in range(options.threads)
             ),
-            threading.Thread(target=guarded, args=(load, load_again, options.run, images, load)),
+            threading.Thread(target=run_guarded, args=(load, reload_artifact, options.run, images, load)),
         ]
         for thread in threads:
             thread.start()
-        watched = watch(load, 60 * options.minutes)
+        samples = sample(load, 60 * options.minutes)
         load.stop.set()
         for thread in threads:
             thread.join()
-    told(load, watched, options)
+    report(load, samples, options)
 
 
-def guarded(load: Load, work: object, *arguments: object) -> None:
-    """A thread's error is a failure of the whole, and ends it."""
+def run_guarded(load: Load, work: object, *arguments: object) -> None:
+    """Run a thread's work; an error is recorded and stops all threads."""
     try:
         work(*arguments)  # type: ignore[operator]
     except Exception as error:
-        load.fails(f"{type(error).__name__}: {error}")
+        load.fail(f"{type(error).__name__}: {error}")
         load.stop.set()
 
 
-def watch(load: Load, seconds: float) -> list[tuple[int, int, int]]:
-    """(bytes resident, open files, threads), every second."""
-    found = []
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends and not load.stop.wait(1.0):
-        found.append((resident(), len(list(Path("/proc/self/fd").iterdir())), threading.active_count()))
-        if len(found) % 60 == 0:
-            print(f"{len(found) // 60} min: {found[-1][0] / 1e6:.1f} MB, {dict(load.counts)}", flush=True)
-    return found
+def sample(load: Load, seconds: float) -> list[tuple[int, int, int]]:
+    """Return resident bytes, open files and threads once a second."""
+    samples = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not load.stop.wait(1.0):
+        open_files = len(list(Path("/proc/self/fd").iterdir()))
+        samples.append((read_resident_bytes(), open_files, threading.active_count()))
+        if len(samples) % 60 == 0:
+            memory = samples[-1][0] / 1e6
+            print(f"{len(samples) // 60} min: {memory:.1f} MB, {dict(load.counts)}", flush=True)
+    return samples
 
 
-def told(load: Load, watched: list[tuple[int, int, int]], options: argparse.Namespace) -> None:
-    if not watched:
+def report(load: Load, samples: list[tuple[int, int, int]], options: argparse.Namespace) -> None:
+    if not samples:
         sys.exit("\n".join(load.wrong))
-    third = max(1, len(watched) // 3)
-    memory, files, threads = (list(column) for column in zip(*watched, strict=True))
+    third = max(1, len(samples) // 3)
+    memory, files, threads = (list(column) for column in zip(*samples, strict=True))
     thirds = [max(memory[n * third : (n + 1) * third] or memory[-1:]) for n in range(3)]
     grew = thirds[2] - thirds[1]
-    print(f"{len(watched) / 60:.1f} minutes, {options.threads} threads that ask, one that loads")
+    print(f"{len(samples) / 60:.1f} minutes, {options.threads} threads that predict, one that loads")
     print(", ".join(f"{number:,} {what}" for what, number in load.counts.items()))
     print(f"wrong: {len(load.wrong)}")
-    for one in load.wrong[:10]:
-        print(f"  {one}")
-    print(f"most memory in each third: {', '.join(f'{one / 1e6:.1f} MB' for one in thirds)}")
+    for failure in load.wrong[:10]:
+        print(f"  {failure}")
+    print(f"peak memory of each third: {', '.join(f'{peak / 1e6:.1f} MB' for peak in thirds)}")
     print(f"open files: {min(files)} to {max(files)}; threads of Python: {min(threads)} to {max(threads)}")
     sys.exit(bool(load.wrong) or grew > GROWTH)
 

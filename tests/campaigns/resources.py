@@ -1,13 +1,12 @@
-"""What a job holds: memory as its data grows, and what fifty jobs in one process leave behind.
+"""Memory of a job as its data grows, and resources that jobs in one process leave behind.
 
     python -m tests.campaigns.resources growth --images 600
     python -m tests.campaigns.resources leaks --jobs 50
 
-``growth`` runs the whole job on made pictures, 1, 4 and 16 times so many, and watches its process and all
-those that it starts. *Private* memory is what they hold for themselves; files that are mapped (decoded
-images, the teacher's stored answers) can be given back to the disk at any time and are told apart. ``leaks``
-runs little jobs one after the other in one process and counts what each left: memory, open files, processes,
-threads and temporary files. Linux only: both read /proc.
+``growth`` runs the whole job on 1, 4 and 16 times as many generated images and reads the memory of all its
+processes. Mapped files (decoded images, cached teacher outputs) are counted apart from private memory, since
+the system can drop them at any time. ``leaks`` runs small jobs in one process and counts memory, open files,
+processes, threads and temporary files after each. Linux only, since both read /proc.
 """
 
 import argparse
@@ -31,8 +30,8 @@ TIMES = (1, 4, 16)
 NETWORKS = {"teacher": "cifar_resnet14", "student": "cifar_resnet8"}
 
 
-def pictures(root: Path, count: int, side: int) -> Path:
-    """So many noisy pictures in three classes, as JPEG files."""
+def make_images(root: Path, count: int, side: int) -> Path:
+    """Write noisy JPEG images of three classes."""
     for number in range(count):
         label = number % 3
         folder = root / ("blue", "green", "red")[label]
@@ -43,8 +42,8 @@ def pictures(root: Path, count: int, side: int) -> Path:
     return root
 
 
-def family(root: int) -> Iterator[int]:
-    """A process and all that it has started."""
+def list_processes(root: int) -> Iterator[int]:
+    """Yield a process and its descendants."""
     yield root
     for task in Path(f"/proc/{root}/task").glob("*/children"):
         try:
@@ -52,19 +51,20 @@ def family(root: int) -> Iterator[int]:
         except OSError:
             continue
         for child in children:
-            yield from family(int(child))
+            yield from list_processes(int(child))
 
 
-def holds(process: int) -> dict[str, int]:
-    """Bytes: private ones and those of mapped files; none of a process that has gone. What several processes
-    share is divided among them: a child has all of its parent's memory for a moment.
+def read_memory(process: int) -> dict[str, int]:
+    """Return private and mapped bytes of a process, 0 if it has ended.
+
+    Shared memory is divided among processes, since a forked child shares that of its parent.
     """
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
         return {"private": 0, "mapped": 0}
-    share = {name: 1024 * int(size.split()[0]) for name, size in (line.split(":") for line in lines)}
-    return {"private": share["Pss_Anon"] + share["Pss_Shmem"], "mapped": share["Pss_File"]}
+    sizes = {name: 1024 * int(size.split()[0]) for name, size in (line.split(":") for line in lines)}
+    return {"private": sizes["Pss_Anon"] + sizes["Pss_Shmem"], "mapped": sizes["Pss_File"]}
 
 
 def growth(images: int, side: int) -> None:
@@ -72,7 +72,7 @@ def growth(images: int, side: int) -> None:
     for times in TIMES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            data = pictures(folder / "data", times * images, side)
+            data = make_images(folder / "data", times * images, side)
             command = [
                 sys.executable, "-m", "questpress.pipeline", "--teacher", NETWORKS["teacher"],
                 "--teacher-weights", "none", "--student", NETWORKS["student"], "--image-size", "32",
@@ -80,22 +80,22 @@ def growth(images: int, side: int) -> None:
                 "--bench-seconds", "0.1", "--data", str(data), "--out", str(folder / "run"),
                 "--cache", str(folder / "cache"), "--quiet",
             ]  # fmt: skip
-            most, seconds = watched(command)
-            stored = sum(one.stat().st_size for one in (folder / "cache").rglob("*") if one.is_file())
-        told = [f"{most[kind] / 1e6:,.0f} MB" for kind in ("private", "mapped")]
-        rows.append([f"{times * images:,}", *told, f"{stored / 1e6:,.1f} MB", f"{seconds:.0f} s"])
+            most, seconds = measure(command)
+            stored = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
+        sizes = [f"{most[kind] / 1e6:,.0f} MB" for kind in ("private", "mapped")]
+        rows.append([f"{times * images:,}", *sizes, f"{stored / 1e6:,.1f} MB", f"{seconds:.0f} s"])
         print(rows[-1], file=sys.stderr, flush=True)
     print(markdown([f"images of {side} px", "private", "mapped files", "cache on disk", "time"], rows))
 
 
-def watched(command: list[str]) -> tuple[dict[str, int], float]:
-    """The most that a command and its processes held together, and its seconds."""
+def measure(command: list[str]) -> tuple[dict[str, int], float]:
+    """Return the peak memory of a command with its descendants, and its time in seconds."""
     most = {"private": 0, "mapped": 0}
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        now = [holds(one) for one in family(process.pid)]
-        most = {kind: max(most[kind], sum(one[kind] for one in now)) for kind in most}
+        now = [read_memory(number) for number in list_processes(process.pid)]
+        most = {kind: max(most[kind], sum(memory[kind] for memory in now)) for kind in most}
         time.sleep(0.05)
     if process.returncode:
         sys.exit(f"the job ended with {process.returncode}")
@@ -105,10 +105,10 @@ def watched(command: list[str]) -> tuple[dict[str, int], float]:
 def leaks(jobs: int) -> None:
     from questpress.pipeline import compress
 
-    found: list[dict[str, float]] = []
+    samples: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = pictures(folder / "data", 60, 24)
+        data = make_images(folder / "data", 60, 24)
         (folder / "temporary").mkdir()
         tempfile.tempdir = str(folder / "temporary")
         for number in range(jobs):
@@ -119,17 +119,17 @@ def leaks(jobs: int) -> None:
             )  # fmt: skip
             gc.collect()
             left = {
-                "megabytes": holds(os.getpid())["private"] / 1e6,
+                "megabytes": read_memory(os.getpid())["private"] / 1e6,
                 "open files": len(list(Path("/proc/self/fd").iterdir())),
-                "processes": len(list(family(os.getpid()))),
+                "processes": len(list(list_processes(os.getpid()))),
                 "threads": len(list(Path("/proc/self/task").iterdir())),
                 "threads of Python": threading.active_count(),
                 "temporary files": len(list((folder / "temporary").iterdir())),
             }
-            found.append(left)
+            samples.append(left)
             print(json.dumps({"job": number + 1, **left}), file=sys.stderr, flush=True)
     marks = sorted({0, jobs // 5, 2 * jobs // 5, 3 * jobs // 5, 4 * jobs // 5, jobs - 1})
-    rows = [[name, *(f"{found[mark][name]:,.0f}" for mark in marks)] for name in found[0]]
+    rows = [[name, *(f"{samples[mark][name]:,.0f}" for mark in marks)] for name in samples[0]]
     print(markdown(["after job", *(str(mark + 1) for mark in marks)], rows))
 
 
@@ -138,8 +138,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("growth", "leaks"))
-    parser.add_argument("--images", type=int, default=600, help="at 1×")
-    parser.add_argument("--side", type=int, default=96, help="of each image, in pixels")
+    parser.add_argument("--images", type=int, default=600, help="number of images at 1×")
+    parser.add_argument("--side", type=int, default=96, help="side of the images, pixels")
     parser.add_argument("--jobs", type=int, default=50)
     options = parser.parse_args()
     if options.what == "growth":

@@ -1,8 +1,7 @@
-"""A small run of every stage, in processes that are soon there, and what it left: for kills.py and faults.py.
+"""A small run of every stage, and its results, for kills.py and faults.py.
 
-A teacher trained from scratch, a vocabulary, the store of the teacher's answers, a student, its ONNX file, a
-recovery under fake quantization, the search for int8, its validation, a bench and the report: on 90 little
-pictures and one thread. Every run has a folder and a cache of its own.
+90 small images, one thread, a separate run folder and cache. Processes are forked from a server that has
+already imported torch.
 """
 
 import json
@@ -45,19 +44,20 @@ OPTIONS = (
 
 TIMED = {
     "images_per_second", "seconds", "time_fractions", "peak_memory_bytes", "mfu", "latency_ms", "speedups",
-    "bench", "p50", "p50_fp32", "speedup", "slow", "trial", "finished", "summary", "curves", "load average at start",
+    "bench", "p50", "p50_fp32", "speedup", "slow", "trial", "finished", "summary",
+    "curves", "load average at start",
 }  # fmt: skip
-"""Fields that hold times, or follow from them."""
+"""Fields with times, or computed from them."""
 
-TOLD = {"command", "out", "computed", "warnings", "checksum"}
-"""Fields that say how a run was called, what it had to do again, and what it said of that."""
+CALL_FIELDS = {"command", "out", "computed", "warnings", "checksum"}
+"""Fields about the command, what it computed again, and its warnings."""
 
 PAGES = ("report.html", "report.md", "artifact/README.md", "bench/latency.npz", ".lock")
-"""Files of a run that show what stands in others, with times."""
+"""Files that show the content of others, with times."""
 
 
-def pictures(root: Path, count: int = 30) -> Path:
-    """Noisy pictures in the colours of their classes."""
+def make_images(root: Path, count: int = 30) -> Path:
+    """Write noisy images in the colors of their classes."""
     for label, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
         for number in range(count):
@@ -68,41 +68,43 @@ def pictures(root: Path, count: int = 30) -> Path:
 
 
 def run_options(data: Path, out: Path, *more: str) -> tuple[str, ...]:
-    """The whole run, in ``out``/run with ``out``/cache."""
+    """Return the arguments of the whole run, in ``out``/run with ``out``/cache."""
     return (
         *OPTIONS, "--data", str(data), "--out", str(out / "run"), "--cache", str(out / "cache"), *more,
     )  # fmt: skip
 
 
 def start(
-    arguments: tuple[str, ...], told: Path, fault: Callable[..., None] | None = None, *of: Any
+    arguments: tuple[str, ...], log: Path, fault: Callable[..., None] | None = None, *fault_arguments: Any
 ) -> BaseProcess:
-    """``compress ARGUMENTS`` in a process of its own; what it says goes to ``told``.out and ``told``.err.
+    """Start ``compress ARGUMENTS`` in a separate process, with output in ``log``.out and ``log``.err.
 
-    ``fault`` is called with ``of`` before it begins: what goes wrong in that process.
+    ``fault`` is called with ``fault_arguments`` in that process first.
     """
-    process = CONTEXT.Process(target=_command, args=(arguments, str(told), fault, of))
+    process = CONTEXT.Process(target=_run_command, args=(arguments, str(log), fault, fault_arguments))
     process.start()
     return process
 
 
-def _command(arguments: tuple[str, ...], told: str, fault: Callable[..., None] | None, of: Any) -> None:
+def _run_command(
+    arguments: tuple[str, ...], log: str, fault: Callable[..., None] | None, fault_arguments: Any
+) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
     from questpress.pipeline.cli.main import cli
 
     for number, end in ((1, "out"), (2, "err")):
-        handle = os.open(f"{told}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        handle = os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
     sys.argv = ["compress", *arguments]
     if fault is not None:
-        fault(*of)
+        fault(*fault_arguments)
     cli(list(arguments), prog_name="compress")
 
 
-def used(number: int | None) -> float:
-    """Seconds of the processor that a process and its children have taken; no end of them when it is gone."""
+def cpu_seconds(number: int | None) -> float:
+    """Return the processor seconds of a process and its children, infinity if it has ended."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
         children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
@@ -110,23 +112,23 @@ def used(number: int | None) -> float:
         return math.inf
     if fields[0] == "Z":
         return math.inf
-    own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(found for child in children if (found := used(int(child))) < math.inf)
+    seconds = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return seconds + sum(results for child in children if (results := cpu_seconds(int(child))) < math.inf)
 
 
-def below(number: int | None) -> list[int]:
-    """The processes that a process has started, and those that these have."""
+def list_descendants(number: int | None) -> list[int]:
+    """Return the descendants of a process."""
     try:
         children = list(map(int, Path(f"/proc/{number}/task/{number}/children").read_text().split()))
     except OSError:
         return []
-    return [*children, *(one for child in children for one in below(child))]
+    return [*children, *(number for child in children for number in list_descendants(child))]
 
 
-def gone(numbers: list[int], seconds: float = 10) -> bool:
-    """Whether all of these processes end in so many seconds."""
+def wait_for_end(numbers: list[int], seconds: float = 10) -> bool:
+    """Return True if all these processes end within some seconds."""
     end = time.monotonic() + seconds
-    while any(used(number) < math.inf for number in numbers):
+    while any(cpu_seconds(number) < math.inf for number in numbers):
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
@@ -139,9 +141,13 @@ def stages() -> tuple[str, ...]:
     return list_stages(1, qat=True)
 
 
-def staged(data: Path, whole: Path, before: Path, chosen: Sequence[str] | None = None) -> dict[str, float]:
-    """The run in one process for each stage, with a copy of folder and cache before each: seconds of the
-    processor that the stages took. ``chosen``: the first of them; None: all.
+def run_stages(
+    data: Path, whole: Path, before: Path, chosen: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Do the run, or its first stages, with one process per stage; copy folder and cache before each.
+
+    Returns:
+        The processor seconds of each stage.
     """
     seconds = {}
     for stage in chosen or stages():
@@ -150,70 +156,70 @@ def staged(data: Path, whole: Path, before: Path, chosen: Sequence[str] | None =
         else:
             (before / stage).mkdir(parents=True)
             whole.mkdir()
-        process = start(run_options(data, whole, "--quiet", "--until", stage), whole.parent / "told")
+        process = start(run_options(data, whole, "--quiet", "--until", stage), whole.parent / "log")
         seconds[stage] = 0.0
-        while (now := used(process.pid)) < math.inf:
+        while (now := cpu_seconds(process.pid)) < math.inf:
             seconds[stage] = now
             time.sleep(0.002)
         process.join()
         if process.exitcode:
-            raise SystemExit((whole.parent / "told.err").read_text())
+            raise SystemExit((whole.parent / "log.err").read_text())
     return seconds
 
 
-def left_by(out: Path) -> dict[str, object]:
-    """What a run has left, by file; of the cache whether each entry is as it was written, and its arrays."""
-    found: dict[str, object] = {}
+def read_results(out: Path) -> dict[str, object]:
+    """Return the results of a run by file, the arrays of the cache and whether its entries are intact."""
+    results: dict[str, object] = {}
     for file in sorted((out / "run").rglob("*")):
         name = file.relative_to(out / "run").as_posix()
         if file.is_file() and name not in PAGES:
-            found |= _content(name, file, out)
-    return found | dict(_cached(out / "cache"))
+            results |= _read_content(name, file, out)
+    return results | dict(_read_cache(out / "cache"))
 
 
-def _content(name: str, file: Path, out: Path) -> dict[str, object]:
+def _read_content(name: str, file: Path, out: Path) -> dict[str, object]:
     if name in ("run.json", ".run.json", "report.json"):
-        content = _untimed(json.loads(_anywhere(file, out)))
+        content = _drop_times(json.loads(_drop_paths(file, out)))
         if name != "report.json":
-            content["stages"].get("report", {}).pop("key", None)  # follows from the bench's times
+            content["stages"].get("report", {}).pop("key", None)  # depends on the bench's times
             for engine in content.get("engines", {}).values():
-                engine.pop("key")  # of the stage that has used it last
+                engine.pop("key")  # that of the last stage that used it
         return {f"{name} {key}": value for key, value in content.items()}
     if name == "metrics.jsonl":
         return {
-            f"{name} {line['stage']} {line['epoch']}": _untimed(line)
+            f"{name} {line['stage']} {line['epoch']}": _drop_times(line)
             for line in map(json.loads, file.read_text().splitlines())
         }
     return {name: file.read_bytes()}
 
 
-def _anywhere(file: Path, out: Path) -> str:
-    """A file's text without what depends on times and places."""
+def _drop_paths(file: Path, out: Path) -> str:
+    """Return a file's text without hashes and paths that vary."""
     text = file.read_text().replace(str(out), "")
     return re.sub(r'"(bench/latency\.npz|config\.yaml)": "\w{64}"', r'"\1": ""', text)
 
 
-def _untimed(content: Any) -> Any:
+def _drop_times(content: Any) -> Any:
     if isinstance(content, str) and content.startswith('{"stage":'):  # a line of a curve
-        return _untimed(json.loads(content))
+        return _drop_times(json.loads(content))
     if isinstance(content, dict):
-        return {key: _untimed(value) for key, value in content.items() if key not in TIMED | TOLD}
-    return [_untimed(one) for one in content] if isinstance(content, list) else content
+        return {key: _drop_times(value) for key, value in content.items() if key not in TIMED | CALL_FIELDS}
+    return [_drop_times(value) for value in content] if isinstance(content, list) else content
 
 
-def _cached(root: Path) -> Iterator[tuple[str, object]]:
+def _read_cache(root: Path) -> Iterator[tuple[str, object]]:
     from questpress.pipeline.runs.cache import Cache
 
     cache = Cache(root)
     for entry in sorted(root.glob("*/*")):
         if entry.name.startswith("."):
-            continue  # half-written by the killed process, and swept up after a day
+            continue  # a partial entry of the killed process, removed after a day
         place = cache.get(entry.parent.name, entry.name)
         yield f"cache {entry.parent.name} {entry.name}", place is not None
         for file in sorted(place.glob("*.npy")) if place else []:
             yield f"cache {entry.name} {file.name}", file.read_bytes()
 
 
-def differences(found: dict[str, object], expected: dict[str, object]) -> tuple[str, ...]:
-    """The names of what is not as in the uninterrupted run."""
-    return tuple(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+def find_differences(results: dict[str, object], expected: dict[str, object]) -> tuple[str, ...]:
+    """Return the names of results that differ."""
+    return tuple(name for name in {**expected, **results} if expected.get(name) != results.get(name))
