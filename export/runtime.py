@@ -48,9 +48,13 @@ Pixels = np.ndarray
 
 
 class ImageError(Exception):
-    """An image that cannot be read."""
+    """An image that cannot be read: the message contains its `name`, `reason` does not."""
 
     exit_code = 1
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(f"cannot read {name}: {reason}" if name else reason)
+        self.reason = reason
 
 
 class ArtifactError(Exception):
@@ -88,20 +92,19 @@ def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) ->
     """
     if isinstance(source, bytes):
         if not source:
-            raise ImageError("cannot read an image given as bytes: it is empty")
+            raise ImageError("it is empty", "an image given as bytes")
         return _decode(BytesIO(source), "an image given as bytes", max_pixels)
     path = Path(source)
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     try:
         if path.exists() and not path.is_file():
-            raise ImageError(f"cannot read {name}: it is not a file")
+            raise ImageError("it is not a file", name)
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise ImageError(f"cannot read {name}: the file is empty")
+                raise ImageError("the file is empty", name)
             return _decode(file, name, max_pixels)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"cannot read {name}: {reason}") from error
+        raise ImageError(getattr(error, "strerror", None) or str(error), name) from error
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
@@ -117,18 +120,18 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"cannot read {name}: not an image, or in an unsupported format") from error
+        raise ImageError("not an image, or in an unsupported format", name) from error
     except MemoryError as error:
-        raise ImageError(f"cannot read {name}: not enough memory") from error
+        raise ImageError("not enough memory", name) from error
     except Exception as error:  # damaged files make Pillow's decoders raise exceptions of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"cannot read {name}: {reason}") from error
+        raise ImageError(reason, name) from error
 
 
 def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"cannot read {name}: {width}×{height} pixels exceed the limit of {max_pixels}")
+        raise ImageError(f"{width}×{height} pixels exceed the limit of {max_pixels}", name)
 
 
 def _check_tiles(name: str, image: Image.Image) -> None:
@@ -138,7 +141,7 @@ def _check_tiles(name: str, image: Image.Image) -> None:
         return
     covered = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in tiles)
     if covered < image.width * image.height:
-        raise ImageError(f"cannot read {name}: parts of the image are missing")
+        raise ImageError("parts of the image are missing", name)
 
 
 def _rotate_upright(image: Image.Image) -> Image.Image:
@@ -223,7 +226,7 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
         image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
     if converted is None:
-        raise ImageError("its LAB colors cannot be converted")
+        raise ValueError("its LAB colors cannot be converted")
     return converted
 
 

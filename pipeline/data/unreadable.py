@@ -33,7 +33,7 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
             raise JobError(f"{image.name} was changed during the run. Start the run again.")
         return form(decode_image(content))
     except ImageError as error:
-        return str(error).partition(": ")[2] or str(error)
+        return error.reason
     except OSError as error:
         return f"could not be read: {error.strerror or error}"
 
