@@ -123,7 +123,7 @@ class Setting:
         else:
             canonical, policy = Canonical("short_side", round(1.5 * self.size)), ViewPolicy("resized_crop")
         decoded = decode_images(self.images, canonical)
-        return Views(decoded.pixels.to(self.device), decoded.labels, decoded.keys, policy, 0, self.size)
+        return Views(decoded.labels, decoded.keys, policy, 0, self.size, decoded.pixels.to(self.device))
 
     @cached_property
     def plan(self) -> Plan:

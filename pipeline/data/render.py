@@ -302,14 +302,13 @@ class Normalize(nn.Module):
 
 
 @dataclass(frozen=True)
-class Views:
-    """Training images in memory, and how their views are drawn.
+class LabeledViews:
+    """Training images whose views are drawn by ``policy`` and ``seed``, ``size`` × ``size`` pixels large.
 
     ``labels`` (int64 [N], or float32 [N, classes]) and ``keys`` (int64 [N]) are on the host; see
-    ``decode.ReadableImages``. ``size`` is the side of a view in pixels.
+    ``decode.ReadableImages``.
     """
 
-    pixels: Pixels
     labels: Tensor
     keys: Tensor
     policy: ViewPolicy
@@ -318,6 +317,25 @@ class Views:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def draw(
+        self, indices: Tensor, view_numbers: Tensor, heights: Tensor, widths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draw crops and flips of views, and the factors of the color jitter if there is one.
+
+        ``indices`` and ``view_numbers`` are int64 [B]; ``heights`` and ``widths`` int64 [N], of all images.
+        """
+        keys, policy, seed = self.keys[indices], self.policy, self.seed
+        box, flips = draw_crops(policy, seed, keys, view_numbers, heights[indices], widths[indices])
+        factors = draw_color_factors(policy, seed, keys, view_numbers) if policy.color_jitter else None
+        return box, flips, factors
+
+
+@dataclass(frozen=True)
+class Views(LabeledViews):
+    """Views of images whose pixels are in memory."""
+
+    pixels: Pixels
 
     def batch(
         self,
@@ -331,11 +349,10 @@ class Views:
         Another ``size`` returns the same crops at that size. A view depends only on its image, view number
         and the seed, not on the other images of the batch.
         """
-        keys, height, width = self.keys[indices], self.pixels.heights[indices], self.pixels.widths[indices]
-        box, flips = draw_crops(self.policy, self.seed, keys, view_numbers, height, width)
+        box, flips, factors = self.draw(indices, view_numbers, self.pixels.heights, self.pixels.widths)
         views = render_views(self.pixels, indices, box, flips, size or self.size, self.policy, device)
-        if self.policy.color_jitter:
-            views = jitter_colors(views, draw_color_factors(self.policy, self.seed, keys, view_numbers))
+        if factors is not None:
+            views = jitter_colors(views, factors)
         return views, to_device(self.labels[indices], device)
 
     def batches(

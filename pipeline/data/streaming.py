@@ -18,9 +18,9 @@ from ...export.runtime import Preprocessing, render
 from ..runs.cache import Cache
 from .dataset import Image, Progress
 from .decode import Canonical, ReadableImages, canonical_key, read_sizes, write_sizes
-from .render import Pixels, jitter_colors, prefetch, render_views, to_device
+from .render import LabeledViews, Pixels, jitter_colors, prefetch, render_views, to_device
 from .unreadable import read_pixels, require_pixels, skip_unreadable
-from .views import ViewPolicy, draw_color_factors, draw_crops
+from .views import ViewPolicy
 from .workers import Workers
 
 MEASURE_BATCH = 64
@@ -67,20 +67,12 @@ def measure_images(
 
 
 @dataclass(frozen=True)
-class StreamedViews:
-    """The counterpart of ``render.Views``: workers read, decode and crop the images of each batch."""
+class StreamedViews(LabeledViews):
+    """Views of images that workers read, decode and crop for each batch."""
 
     images: SizedImages
-    labels: Tensor
-    keys: Tensor
     canonical: Canonical
-    policy: ViewPolicy
-    seed: int
-    size: int
     workers: Workers
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def batches(
         self,
@@ -111,13 +103,10 @@ class StreamedViews:
             yield views, to_device(labels.popleft(), device), *more
 
     def _task(self, indices: Tensor, view_numbers: Tensor, sizes: tuple[int, ...]) -> "ViewTask":
-        keys, height, width = self.keys[indices], self.images.heights[indices], self.images.widths[indices]
-        box, flips = draw_crops(self.policy, self.seed, keys, view_numbers, height, width)
-        factors = None
-        if self.policy.color_jitter:
-            factors = draw_color_factors(self.policy, self.seed, keys, view_numbers).numpy()
+        box, flips, factors = self.draw(indices, view_numbers, self.images.heights, self.images.widths)
         images = tuple(self.images.images[index] for index in indices.tolist())
-        return ViewTask(images, self.canonical, self.policy, box.numpy(), flips.numpy(), factors, sizes)
+        arrays = box.numpy(), flips.numpy(), None if factors is None else factors.numpy()
+        return ViewTask(images, self.canonical, self.policy, *arrays, sizes)
 
 
 def _unpack(packed: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
@@ -154,11 +143,9 @@ class MeasureTask:
     canonical: Canonical
 
     def __call__(self) -> list[tuple[int, int] | str]:
-        return [read_pixels(image, self._measure) for image in self.images]
-
-    def _measure(self, pixels: np.ndarray) -> tuple[int, int]:
-        height, width, _ = self.canonical.convert(pixels).shape
-        return height, width
+        return [
+            read_pixels(image, lambda pixels: self.canonical.size(*pixels.shape[:2])) for image in self.images
+        ]
 
 
 @dataclass(frozen=True)

@@ -126,12 +126,10 @@ class TrainingData:
 
     @cached_property
     def _views(self) -> Views | StreamedViews:
-        train, seed, size = self.train, self.options.seed, self.image_size
-        labels = train.targets(self.dataset)
+        train = self.train
+        drawn = (train.targets(self.dataset), train.keys, self.policy, self.options.seed, self.image_size)
         if isinstance(train, SizedImages):
-            return StreamedViews(
-                train, labels, train.keys, self.canonical, self.policy, seed, size, self.workers
-            )
+            return StreamedViews(*drawn, train, self.canonical, self.workers)
         assert isinstance(train, DecodedImages)
         pixels, free = train.pixels, free_memory(self.device)
         if self.placement == "device":
@@ -141,7 +139,7 @@ class TrainingData:
                     f"{self.device} has {free / 1e9:.1f} GB free. Use --resident host."
                 )
             pixels = pixels.to(self.device)
-        return Views(pixels, labels, train.keys, self.policy, seed, size)
+        return Views(*drawn, pixels)
 
     def views(self, seed: int, size: int) -> Views | StreamedViews:
         """Return views of the training images, of ``size`` pixels, drawn with ``seed``.

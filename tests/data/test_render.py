@@ -38,7 +38,7 @@ def small(count: int = 6, side: int = 12) -> DecodedImages:
 
 
 def views_of(decoded: DecodedImages, policy: ViewPolicy, size: int, seed: int = 0) -> Views:
-    return Views(decoded.pixels, torch.arange(len(decoded.images)), decoded.keys, policy, seed, size)
+    return Views(torch.arange(len(decoded.images)), decoded.keys, policy, seed, size, decoded.pixels)
 
 
 def resized_crop(image: Tensor, box: list[int], size: int, flip: bool) -> Tensor:
@@ -51,7 +51,7 @@ def resized_crop(image: Tensor, box: list[int], size: int, flip: bool) -> Tensor
 
 @pytest.mark.parametrize("way", ["one by one", "by products"])
 @pytest.mark.parametrize("size", [8, 24, 80])
-def test_resized_crops_are_torchvisions_within_one_level(way: str, size: int) -> None:
+def test_resized_crops_match_torchvision_within_one_level(way: str, size: int) -> None:
     done = photos()
     indices = torch.arange(60) % len(done.images)
     views = views_of(done, PHOTOS, size)
@@ -70,7 +70,7 @@ def test_resized_crops_are_torchvisions_within_one_level(way: str, size: int) ->
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "edge"])
 @pytest.mark.parametrize(("side", "crop", "pad"), [(12, 12, 3), (12, 8, 0), (12, 10, 4)])
-def test_pad_and_crop_is_torchvisions_to_the_bit_for_every_view(mode, side: int, crop: int, pad: int) -> None:
+def test_pad_and_crop_equals_torchvision_for_every_view(mode, side: int, crop: int, pad: int) -> None:
     done = small(2, side)
     policy = ViewPolicy("pad_crop", side=side, crop=crop, pad=pad, mode=mode)
     box, flips = list_views(policy)
@@ -97,7 +97,7 @@ def test_view_is_independent_of_the_batch(policy: ViewPolicy) -> None:
     assert views.batch(indices[order], numbers[order])[0].equal(whole[order])
 
 
-def test_view_follows_its_image_to_another_place_in_another_set() -> None:
+def test_view_is_independent_of_the_images_position() -> None:
     arrays = [smooth(n, 30, 40) for n in range(4)]
     here, there = (
         decode_images(in_memory(some), Canonical("short_side", 64)) for some in (arrays, arrays[::-1])
@@ -160,7 +160,7 @@ def test_batches_are_channels_last_in_memory() -> None:
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalizing_is_the_runtimes_to_the_bit() -> None:
+def test_normalize_equals_the_runtime() -> None:
     batch = torch.from_numpy(np.stack([pixels(n, 12, 12) for n in range(3)]))
     p = runtime.Preprocessing.create(12, 1.0)
     ours = Normalize(p.mean, p.std)(batch.permute(0, 3, 1, 2))
@@ -168,7 +168,7 @@ def test_normalizing_is_the_runtimes_to_the_bit() -> None:
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_color_jitter_is_torchvisions_in_a_fixed_order() -> None:
+def test_color_jitter_matches_torchvision_in_a_fixed_order() -> None:
     images = torch.from_numpy(np.stack([smooth(n, 16, 16) for n in range(4)])).permute(0, 3, 1, 2)
     factors = torch.tensor([[1.0, 1.0, 1.0], [0.7, 1.3, 0.6], [1.4, 0.6, 1.4], [0.6, 0.6, 0.6]])
     ours = jitter_colors(images, factors)
@@ -205,7 +205,7 @@ def test_two_ways_of_resizing_agree_within_one_level() -> None:
     assert (by_products.int() - one_by_one.int()).abs().max() <= 1
 
 
-def test_large_crops_are_resized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_crops_are_resized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     done = photos()
     indices, box, flips = boxes_of(done, PHOTOS)
     whole = resize_batched(done.pixels, indices, box, flips, 24)
@@ -228,7 +228,7 @@ def test_large_crops_are_resized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "policy", [PHOTOS, ViewPolicy("center"), ViewPolicy("pad_crop", side=12, crop=12, pad=3, mode="reflect")]
 )
-def test_rows_brought_from_the_host_hold_the_same_crops(policy: ViewPolicy) -> None:
+def test_rows_copied_from_the_host_give_the_same_crops(policy: ViewPolicy) -> None:
     done = small() if policy.kind == "pad_crop" else photos()
     indices, box, flips = boxes_of(done, policy)
     there, among, moved = copy_crop_rows(done.pixels, indices, box, policy, torch.device("cpu"))
@@ -264,14 +264,14 @@ class Copies(TorchDispatchMode):
 def test_host_never_waits_for_the_device(policy: ViewPolicy, size: int, resident: str) -> None:
     done = small() if policy.kind == "pad_crop" else photos()
     pixels = done.pixels.to("meta") if resident == "device" else done.pixels
-    views = Views(pixels, done.labels, done.keys, policy, 0, size)
+    views = Views(done.labels, done.keys, policy, 0, size, pixels)
     with Copies() as copies:  # and a number asked of 'meta' is an error
         batch, labels = views.batch(torch.arange(6), torch.arange(6), "meta")
     assert batch.device.type == labels.device.type == "meta" and batch.shape == (6, 3, size, size)
     assert copies.awaited and not any(copies.awaited)
 
 
-def test_planned_batches_are_the_single_ones() -> None:
+def test_batches_of_a_plan_equal_single_batches() -> None:
     views = views_of(photos(), PHOTOS, 16)
     plan = [(torch.arange(6), torch.full((6,), n)) for n in range(3)]
     for step, (batch, labels) in zip(plan, views.batches(plan), strict=True):
@@ -280,12 +280,12 @@ def test_planned_batches_are_the_single_ones() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("resident", ["device", "host"])
-def test_gpu_makes_batches_ahead_and_is_never_waited_for(resident: str) -> None:
+def test_gpu_batches_are_prefetched_without_synchronization(resident: str) -> None:
     policy = ViewPolicy("resized_crop", color_jitter=0.4)
     done = photos()
     pixels = done.pixels.to("cuda") if resident == "device" else done.pixels
-    views = Views(pixels, done.labels, done.keys, policy, 0, 16)
-    here = Views(done.pixels, done.labels, done.keys, policy, 0, 16)
+    views = Views(done.labels, done.keys, policy, 0, 16, pixels)
+    here = Views(done.labels, done.keys, policy, 0, 16, done.pixels)
     plan = [(torch.arange(6).repeat(8), torch.arange(48) + 48 * n) for n in range(5)]
     found = list(views.batches(plan[:1], "cuda"))  # what is set up once may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -298,10 +298,10 @@ def test_gpu_makes_batches_ahead_and_is_never_waited_for(resident: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-def test_gpu_draws_the_same_crops_and_nearly_the_same_pixels() -> None:
+def test_gpu_views_match_the_cpu() -> None:
     for policy, done in ((PHOTOS, photos()), (ViewPolicy("pad_crop", side=12, crop=12, pad=2), small())):
         here = views_of(done, policy, 12)
-        there = Views(done.pixels.to("cuda"), here.labels, here.keys, policy, 0, 12)
+        there = Views(here.labels, here.keys, policy, 0, 12, done.pixels.to("cuda"))
         indices, numbers = torch.arange(6).repeat(8), torch.arange(48)
         ours, _ = here.batch(indices, numbers)
         theirs, labels = there.batch(indices, numbers, "cuda")

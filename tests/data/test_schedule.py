@@ -1,4 +1,4 @@
-"""Which views an epoch shows: new ones, fixed ones in turn, or all there are in any order."""
+"""The views of an epoch: new ones, fixed ones in turn, or all of them."""
 
 import numpy as np
 import pytest
@@ -16,18 +16,18 @@ def shown(schedule: ViewSchedule, epoch: int) -> torch.Tensor:
     data = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (COUNT * SIDE * SIDE, 3), np.uint8))
     pixels = pack_pixels(data, torch.full((COUNT, 2), SIDE))
     labels = torch.zeros(COUNT, dtype=torch.int64)
-    views = Views(pixels, labels, KEYS, schedule.policy, schedule.view_seed, SIDE)
+    views = Views(labels, KEYS, schedule.policy, schedule.view_seed, SIDE, pixels)
     return views.batch(torch.arange(COUNT), schedule.numbers(KEYS, epoch))[0]
 
 
-def test_without_fixed_views_each_epoch_shows_new_ones_drawn_with_the_runs_seed():
+def test_views_differ_by_epoch_and_seed_without_fixed_views():
     one, other = ViewSchedule(PAD, seed=3), ViewSchedule(PAD, seed=4)
     assert not torch.equal(shown(one, 0), shown(one, 1))
     assert not torch.equal(shown(one, 0), shown(other, 0))
     assert one.epoch_views(7) == range(7, 8) and one.all_views(9) == range(9)
 
 
-def test_fixed_views_come_back_after_their_number_of_epochs_and_are_the_same_for_every_seed():
+def test_fixed_views_repeat_and_are_equal_for_all_seeds():
     one, other = ViewSchedule(PAD, seed=3, views=4), ViewSchedule(PAD, seed=9, views=4)
     epochs = [shown(one, epoch) for epoch in range(4)]
     for epoch in range(12):
@@ -58,12 +58,12 @@ def test_training_on_all_cached_views_equals_online_views(views):
         ViewPolicy("pad_crop", side=SIDE, crop=SIDE, pad=3),  # 98
     ],
 )
-def test_fewer_views_than_there_are_are_never_complete(policy):
+def test_fewer_views_do_not_cover_all(policy):
     schedule = ViewSchedule(policy, seed=5, views=50)
     assert not schedule.covers_all and schedule.all_views(1000) == range(50)
 
 
-def test_only_view_there_is_is_stored_once():
+def test_single_view_is_cached_once():
     schedule = ViewSchedule(ViewPolicy("center", flip=False), seed=1, views=50)
     assert schedule.all_views(60) == range(1)
     for epoch in range(3):

@@ -59,8 +59,8 @@ def both(images: tuple[Image, ...], policy: ViewPolicy, workers: Workers) -> tup
     done = decode_images(images, form)
     assert sized.images == done.images and sized.skipped == done.skipped
     return (
-        Views(done.pixels, done.labels, done.keys, policy, 7, SIZE),
-        StreamedViews(sized, sized.labels, sized.keys, form, policy, 7, SIZE, workers),
+        Views(done.labels, done.keys, policy, 7, SIZE, done.pixels),
+        StreamedViews(sized.labels, sized.keys, policy, 7, SIZE, sized, form, workers),
     )
 
 
@@ -70,7 +70,7 @@ def plan(images: int, batches: int = 4, size: int = 9) -> list[tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_workers_make_the_very_views_that_are_cut_from_decoded_images(
+def test_streamed_views_equal_views_of_decoded_images(
     images: tuple[Image, ...], workers: Workers, name: str
 ) -> None:
     ahead, streamed = both(images, POLICIES[name], workers)
@@ -84,7 +84,7 @@ def test_workers_make_the_very_views_that_are_cut_from_decoded_images(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_same_crops_come_at_two_sizes_from_one_decoding(
+def test_streamed_views_of_two_sizes_show_the_same_crops(
     images: tuple[Image, ...], workers: Workers, name: str
 ) -> None:
     ahead, streamed = both(images, POLICIES[name], workers)
@@ -97,17 +97,16 @@ def test_same_crops_come_at_two_sizes_from_one_decoding(
     assert views.equal(ahead.batch(*steps[0], size=10)[0]) and full.equal(ahead.batch(*steps[0])[0])
 
 
-def test_any_number_of_workers_makes_the_same(images: tuple[Image, ...], workers: Workers) -> None:
+def test_streamed_views_are_independent_of_the_number_of_workers(
+    images: tuple[Image, ...], workers: Workers
+) -> None:
     _, two = both(images, POLICIES["jittered"], workers)
-    alone = Workers(1)
-    one = StreamedViews(
-        two.images, two.labels, two.keys, two.canonical, two.policy, two.seed, two.size, alone
-    )
+    one = replace(two, workers=Workers(1))
     for a, b in zip(one.batches(plan(20)), two.batches(plan(20)), strict=True):
         assert a[0].equal(b[0])
 
 
-def test_pass_for_sizes_is_made_once(images: tuple[Image, ...], workers: Workers, tmp_path: Path) -> None:
+def test_sizes_are_measured_once(images: tuple[Image, ...], workers: Workers, tmp_path: Path) -> None:
     form, calls = canonical(POLICIES["center"]), []
     for _ in range(2):
         sized = measure_images(
@@ -128,7 +127,7 @@ def test_images_without_a_file_are_sent_to_workers(workers: Workers) -> None:
         assert ours[0].equal(theirs[0])
 
 
-def test_image_that_vanishes_or_changes_stops_the_job(workers: Workers, tmp_path: Path) -> None:
+def test_removed_or_changed_image_is_an_error(workers: Workers, tmp_path: Path) -> None:
     for name in ("a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"):
         save(tmp_path / name, int(name[2]))
     images = open_folder(tmp_path, val_fraction=0).train
@@ -142,7 +141,7 @@ def test_image_that_vanishes_or_changes_stops_the_job(workers: Workers, tmp_path
         list(streamed.batches(plan(len(images))))
 
 
-def test_rendering_by_workers_is_the_runtimes(images: tuple[Image, ...], workers: Workers) -> None:
+def test_rendering_by_workers_equals_render_images(images: tuple[Image, ...], workers: Workers) -> None:
     preprocessing = Preprocessing.create(16)
     expected = render_images(images, preprocessing)
     batches = list(rendered_batches(expected.images, preprocessing, workers, 8))

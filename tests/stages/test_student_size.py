@@ -80,7 +80,7 @@ def test_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
     )
     form = Canonical("square", 32) if kind == "pad_crop" else Canonical("short_side", 48)
     done = decode_images(in_memory([smooth(n, 70, 50) for n in range(6)]), form)
-    views = Views(done.pixels, done.labels, done.keys, policy, 3, 32)
+    views = Views(done.labels, done.keys, policy, 3, 32, done.pixels)
     indices, numbers = torch.arange(6), torch.full((6,), 5)
     small, full = views.batch(indices, numbers, size=16)[0], views.batch(indices, numbers)[0]
     down = interpolate(full.float(), (16, 16), mode="bilinear", antialias=True)

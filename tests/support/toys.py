@@ -36,7 +36,7 @@ def views(count: int = 24, seed: int = 0) -> Views:
     keys = torch.tensor([int(image.key[:16], 16) >> 1 for image in images])
     data = torch.from_numpy(np.concatenate([a.reshape(-1, 3) for a in arrays]))
     pixels = pack_pixels(data, torch.full((count, 2), SIDE))
-    return Views(pixels, torch.tensor([i.label for i in images]), keys, POLICY, seed, SIDE)
+    return Views(torch.tensor([i.label for i in images]), keys, POLICY, seed, SIDE, pixels)
 
 
 def plan(**changes: Any) -> Plan:
