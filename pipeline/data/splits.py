@@ -39,7 +39,9 @@ class UnsplitDataset:
         Raises:
             UsageError: fewer than two classes, a class too small for the splits, or an invalid fraction.
         """
-        fraction = check_val_fraction(val_fraction)
+        fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        if not 0 <= fraction < 1:
+            raise UsageError(f"--val-fraction must be at least 0 and less than 1, got {fraction:g}.")
         if len(self.classes) < 2:
             classes = f"only one class, '{self.classes[0]}'" if self.classes else "no classes"
             raise UsageError(f"{self.source}: it has {classes}. Provide images of two or more classes.")
@@ -60,19 +62,6 @@ class UnsplitDataset:
             ignored=self.ignored,
             task=self.task,
         )
-
-
-def check_val_fraction(fraction: float | None) -> float:
-    """Return the fraction, or the default for None.
-
-    Raises:
-        UsageError: it is not in [0, 1).
-    """
-    if fraction is None:
-        return VAL_FRACTION
-    if not 0 <= fraction < 1:
-        raise UsageError(f"--val-fraction must be at least 0 and less than 1, got {fraction:g}.")
-    return fraction
 
 
 def _remove_copies(

@@ -74,9 +74,8 @@ class Workers:
             # The thread that pins memory uses the device that is current when it starts.
             with _isolated_start(), torch.cuda.device(self.device) if cuda else nullcontext():
                 results: Any = iter(loader)
-            processes = self.processes = (
-                results._workers
-            )  # torch has no public names for this and for shutdown
+            # torch has no public names for this and for shutdown.
+            processes = self.processes = results._workers
         except RuntimeError as error:
             raise _explain(error, processes) from error
         # At exit, before multiprocessing waits for the processes.

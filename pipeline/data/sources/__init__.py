@@ -10,7 +10,7 @@ from ..dataset import ImageSet, Progress, printable
 from ..splits import UnsplitDataset
 from .folders import read_folder
 from .label_files import SUFFIXES, find_label_files, is_label_file, read_label_file
-from .timm_datasets import read_digits
+from .timm_datasets import PACKAGES, read_digits, read_named
 
 DIGITS = "digits"
 
@@ -64,16 +64,13 @@ def read_data(
         _check_unused("a folder", data_dir, download)
         with _mention_label_files(path):
             return read_folder(path, for_training=for_training, progress=progress)
-
-    from .timm_datasets import PREFIXES, read_named
-
-    if "/" in data and data.partition("/")[0].lower() in PREFIXES:
+    if "/" in data and data.partition("/")[0].lower() in PACKAGES:
         return read_named(data, data_dir=data_dir, download=download, progress=progress)
     near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7) + _similar_folders(path)
     did_you_mean = f" Did you mean {' or '.join(near[:3])}?" if near else ""
     raise UsageError(
         f"--data {data} does not exist.{did_you_mean} It takes a folder of class folders, a labels file, "
-        f"'{DIGITS}', or a data set of timm ({', '.join(f'{prefix}/…' for prefix in PREFIXES)})."
+        f"'{DIGITS}', or a data set of timm ({', '.join(f'{prefix}/…' for prefix in PACKAGES)})."
     )
 
 

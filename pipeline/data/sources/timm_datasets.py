@@ -26,7 +26,6 @@ PACKAGES = {
     "tfds": "tensorflow_datasets",
 }
 """The package that each kind of name requires."""
-PREFIXES = tuple(PACKAGES)
 
 MAX_BYTES_IN_MEMORY = 4 << 30
 """Decoded pixels of a data set without random access, which is held in memory."""

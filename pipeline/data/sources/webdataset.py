@@ -209,11 +209,13 @@ def _read_label(members: _Members, stream: Any, label: str, name: str) -> int | 
     member = members.get("json" if label else "cls")
     if member is None:
         return None
+    from timm.data.readers.targets import get_field
+
     if member.size > MAX_LABEL_BYTES:
         raise UsageError(f"The label of {name} is not a class number: it has {member.size:,} bytes.")
     text = _read_member(stream, member)
     try:
-        number = int(text) if not label else _read_json_label(text, label)
+        number = int(text) if not label else int(get_field(json.loads(text), label))
     except KeyError:
         return None
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -221,12 +223,6 @@ def _read_label(members: _Members, stream: Any, label: str, name: str) -> int | 
     if number >= MAX_CLASSES:
         raise UsageError(f"The label of {name} must be less than {MAX_CLASSES:,}, got {number}.")
     return number
-
-
-def _read_json_label(text: bytes, label: str) -> int:
-    from timm.data.readers.targets import get_field
-
-    return int(get_field(json.loads(text), label))
 
 
 def _read_member(stream: Any, member: tarfile.TarInfo) -> bytes:

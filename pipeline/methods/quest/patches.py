@@ -43,9 +43,8 @@ def select_patches(
         "version": VERSION,
         "level": level,
         "grid": list(grid),
-        "most": limit,
+        "limit": limit,
         "words": sha256(vocabulary.words.numpy().tobytes()).hexdigest(),
-        "usage": True,
     }
     folder = context.cached(teacher, "patches", key, write)
     facts: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
