@@ -30,7 +30,7 @@ def test_photo_is_reduced_to_its_short_side_and_never_enlarged() -> None:
         assert PHOTO.convert(pixels(0, height, width)).shape == (*expected, 3)
 
 
-def test_panorama_keeps_its_centre() -> None:
+def test_panorama_keeps_its_center() -> None:
     image = np.zeros((10, 1000, 3), dtype=np.uint8)
     image[:, 480:520] = 255
     assert (PHOTO.convert(image) == 255).all()
@@ -52,7 +52,7 @@ def test_reducing_is_antialiased() -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_images_of_all_sizes_come_back_as_they_are(tmp_path: Path, cached: bool) -> None:
+def test_decoding_preserves_images_of_all_sizes(tmp_path: Path, cached: bool) -> None:
     arrays = [pixels(n, 8 + n, 20 - n) for n in range(10)]
     images = in_memory(arrays, labels=list(range(10)))
     for _ in range(2):
@@ -63,7 +63,7 @@ def test_images_of_all_sizes_come_back_as_they_are(tmp_path: Path, cached: bool)
         assert done.keys.tolist() == [int(bin(int(image.key, 16))[2:].zfill(256)[:63], 2) for image in images]
 
 
-def test_test_images_go_the_runtimes_way(tmp_path: Path) -> None:
+def test_rendering_equals_the_runtime(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
     preprocessing = Preprocessing.create(8, crop_fraction=0.875)
     batch = render_images(images, preprocessing, cache=Cache(tmp_path / "cache")).pixels.stack().numpy()
@@ -76,7 +76,7 @@ def test_no_images_give_no_pixels(tmp_path: Path) -> None:
     assert len(done.pixels) == 0 and done.labels.shape == (0,) and done.images == ()
 
 
-def test_decoded_images_are_made_once_and_again_when_damaged(tmp_path: Path) -> None:
+def test_decoded_images_are_cached_and_recomputed_if_damaged(tmp_path: Path) -> None:
     images = in_memory([pixels(n) for n in range(4)])
     cache = Cache(tmp_path)
     calls: list[tuple[int, int]] = []
@@ -94,7 +94,7 @@ def test_decoded_images_are_made_once_and_again_when_damaged(tmp_path: Path) -> 
     assert calls[-1] == (4, 4) and again.pixels.data.equal(before)
 
 
-def test_another_form_or_other_images_are_other_entries(tmp_path: Path) -> None:
+def test_cache_entries_depend_on_form_and_images(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     images = in_memory([pixels(n, 40, 40) for n in range(4)])
     decode_images(images, PHOTO, cache=cache)
@@ -108,13 +108,13 @@ def test_another_form_or_other_images_are_other_entries(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("pixels.bin"))) == 4
 
 
-def test_writing_to_decoded_images_leaves_the_cache_alone(tmp_path: Path) -> None:
+def test_writing_to_decoded_images_does_not_change_the_cache(tmp_path: Path) -> None:
     images = in_memory([pixels(n) for n in range(4)])
     decode_images(images, PHOTO, cache=Cache(tmp_path)).pixels.data.zero_()
     assert decode_images(images, PHOTO, cache=Cache(tmp_path)).pixels.data.any()
 
 
-def test_image_that_changes_while_the_job_runs_stops_it(tmp_path: Path) -> None:
+def test_image_changed_during_the_run_is_an_error(tmp_path: Path) -> None:
     images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
     save(tmp_path / images[0].name, 77)
     with pytest.raises(JobError, match=f"{images[0].name} was changed during the run"):
@@ -154,7 +154,7 @@ def test_unreadable_image_is_skipped_and_listed(tmp_path: Path, kind: str) -> No
         assert done.pixels.image(11).any()
 
 
-def test_test_role_skips_unreadable_images_too(tmp_path: Path) -> None:
+def test_unreadable_test_image_is_skipped(tmp_path: Path) -> None:
     folder(tmp_path, {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
     broken("a text file", tmp_path / "test/b/broken.jpg")
     images = open_data(str(tmp_path))
@@ -163,7 +163,7 @@ def test_test_role_skips_unreadable_images_too(tmp_path: Path) -> None:
     assert done.pixels.stack().shape == (4, 8, 8, 3) and done.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_one_percent_may_be_unreadable_and_no_more() -> None:
+def test_more_than_one_percent_unreadable_images_is_an_error() -> None:
     one = [Skipped(f"a/{n}.jpg", "the file is empty", unreadable=True) for n in range(20)]
     links = [Skipped("a/link", "a link that leads nowhere")] * 50
     check_unreadable([*one[:2], *links], 200)
@@ -175,17 +175,3 @@ def test_one_percent_may_be_unreadable_and_no_more() -> None:
     sentence = str(caught.value)
     assert sentence.count(".jpg") == 5 and "and 15 more" in sentence and "\n" not in sentence
     assert caught.value.exit_code == 1
-
-
-def odd_images() -> dict[str, PillowImage.Image]:
-    """Images in the colour modes that cameras and scanners write, all of the same left-to-right picture."""
-    grey = np.tile(np.linspace(0, 255, 24).astype(np.uint8), (16, 1))
-    rgb = PillowImage.fromarray(np.stack([grey, 255 - grey, grey // 2], -1))
-    return {
-        "grey.png": PillowImage.fromarray(grey),
-        "cmyk.jpg": rgb.convert("CMYK"),
-        "palette.png": rgb.quantize(64),
-        "sixteen.png": PillowImage.fromarray(grey.astype(np.uint16) * 257),
-        "rotated.jpg": rgb.transpose(PillowImage.Transpose.ROTATE_90),
-        "alpha.png": rgb.convert("RGBA"),
-    }

@@ -1,6 +1,4 @@
-"""Data whose author means harm: nothing outside of its folder is read, names stay text, numbers stay
-small.
-"""
+"""Untrusted data: no file outside of the folder is read, names are escaped, sizes are limited."""
 
 import hashlib
 import io
@@ -29,18 +27,18 @@ SHOWN = "red\\x1b]0,owned\\x07\\x9b2J\\u202ebd\\u2028x"
 
 
 def refused(data: str | Path, **more: Any) -> str:
-    with pytest.raises(UsageError) as found:
+    with pytest.raises(UsageError) as error:
         open_data(str(data), val_fraction=0, **more)
-    told = str(found.value)
-    assert all(letter.isprintable() for letter in told)
-    return told
+    message = str(error.value)
+    assert all(letter.isprintable() for letter in message)
+    return message
 
 
 # Labels files
 
 
 def labels(root: Path, form: str, rows: list[tuple[str, str]]) -> Path:
-    """A labels file of each form that names these files with these labels, as raw as the form can hold."""
+    """Write a labels file of a format with these files and labels."""
     file = root / f"labels.{form}"
     root.mkdir(exist_ok=True)
     if form == "csv":
@@ -68,7 +66,7 @@ FORMS = pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
 @pytest.mark.parametrize(
     "name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "..", "./../secret.png", "\x1b[2J/../../x"]
 )
-def test_no_labels_file_leads_out_of_the_folder(form: str, name: str, tmp_path: Path) -> None:
+def test_labels_file_cannot_name_files_outside_of_the_folder(form: str, name: str, tmp_path: Path) -> None:
     save(tmp_path / "secret.png", 0)
     save(tmp_path / "set" / "a.png", 1)
     file = labels(tmp_path / "set", form, [("a.png", "cat"), (name, "dog")])
@@ -77,7 +75,7 @@ def test_no_labels_file_leads_out_of_the_folder(form: str, name: str, tmp_path: 
 
 @FORMS
 @pytest.mark.parametrize("name", ["a\x00.png", "x" * 5000, "\x1b[2J.png", "con.png/" * 500])
-def test_names_of_no_file_are_missing_files(form: str, name: str, tmp_path: Path) -> None:
+def test_invalid_file_names_are_missing_files(form: str, name: str, tmp_path: Path) -> None:
     save(tmp_path / "set" / "a.png", 1)
     file = labels(tmp_path / "set", form, [("a.png", "cat"), (name, "dog")])
     assert "1 of 2 images" in refused(file)
@@ -106,7 +104,7 @@ def test_control_characters_in_labels_are_escaped(form: str, tmp_path: Path) -> 
     assert sorted(data.classes) == ["dog", SHOWN]
 
 
-def test_half_a_character_in_json_is_spelled_out(tmp_path: Path) -> None:
+def test_lone_surrogate_in_json_is_escaped(tmp_path: Path) -> None:
     names = [save(tmp_path / "set" / f"{n}.png", n).name for n in range(8)]
     for form in ("jsonl", "json"):
         file = labels(
@@ -154,7 +152,7 @@ def test_control_characters_in_class_folders_are_escaped(tmp_path: Path) -> None
     assert all(letter.isprintable() for image in data.train for letter in image.name)
 
 
-def test_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
+def test_file_of_a_terabyte_is_skipped_and_not_read(tmp_path: Path) -> None:
     folder(tmp_path, {"cat": 4, "dog": 4})
     with (tmp_path / "cat" / "large.png").open("wb") as file:
         file.truncate(1 << 40)  # none of it on the disk
@@ -166,13 +164,13 @@ def test_file_of_terabytes_is_skipped_and_not_read(tmp_path: Path) -> None:
         Image("large", 0, "", tmp_path / "cat" / "large.png").read()
 
 
-def test_two_folders_of_one_shown_name_are_refused(tmp_path: Path) -> None:
+def test_two_folders_of_one_printable_name_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a\x1b": 3, "a\\x1b": 3, "b": 3})
     assert "Two class folders have the same printable name a\\x1b" in refused(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-def test_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
+def test_named_pipe_is_ignored(tmp_path: Path) -> None:
     folder(tmp_path, {"cat": 4, "dog": 4})
     os.mkfifo(tmp_path / "cat" / "pipe.png")
     (tmp_path / "dog" / "zero.png").symlink_to("/dev/zero")
@@ -192,7 +190,7 @@ def listed(root: Path, files: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", ["../out.tar", "{here}/out.tar", "link.tar", "a\x00.tar", "x/../../out.tar"])
-def test_no_list_of_shards_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+def test_shard_list_cannot_name_files_outside_of_the_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     shard(tmp_path / "out.tar", samples(0, 12))
     (tmp_path / "set" / "link.tar").symlink_to("../out.tar")
@@ -218,7 +216,7 @@ def test_members_are_never_extracted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_in_a_shard_are_passed_over(kind: bytes, tmp_path: Path) -> None:
+def test_links_and_devices_in_a_shard_are_ignored(kind: bytes, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         for name, content in samples(0, 12).items():
             info = tarfile.TarInfo(name)
@@ -231,7 +229,7 @@ def test_links_and_devices_in_a_shard_are_passed_over(kind: bytes, tmp_path: Pat
 
 
 @pytest.mark.parametrize("label", [b"1000000", b"9" * 4000, b"1" * 5000, b"x" * (1 << 21), b"[" * 100_000])
-def test_label_of_any_size_makes_no_more_classes_than_there_are(label: bytes, tmp_path: Path) -> None:
+def test_label_beyond_the_limits_is_refused(label: bytes, tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", samples(0, 12) | {"z.png": png(50), "z.cls": label})
     assert "The label of train/train.tar/z " in refused("wds/set", data_dir=tmp_path)
 
@@ -267,7 +265,7 @@ def bomb(side: int) -> bytes:
 
 
 def icon(picture: bytes) -> bytes:
-    """A Windows icon that says it is 16 × 16 pixels, with this picture inside."""
+    """Return a Windows icon whose header specifies 16 × 16 pixels."""
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(picture), 22)
     return struct.pack("<HHH", 0, 1, 1) + entry + picture
 
@@ -278,7 +276,7 @@ def bombs() -> dict[str, bytes]:
     return {"bomb.png": content, "icon.ico": icon(content), "icon.png": icon(content)}
 
 
-def test_bombs_are_refused_wherever_they_hide(bombs: dict[str, bytes]) -> None:
+def test_decompression_bombs_are_refused_in_all_formats(bombs: dict[str, bytes]) -> None:
     for name, content in bombs.items():
         assert len(content) < 300_000, name
         with pytest.raises(ImageError, match="exceed the limit of 89478485"):
@@ -297,7 +295,7 @@ def test_decompression_bombs_are_skipped_and_reported(bombs: dict[str, bytes]) -
     assert len(sample_sizes(images)) >= 1
 
 
-def lying() -> dict[str, bytes]:
+def false_sizes() -> dict[str, bytes]:
     out = io.BytesIO()
     PillowImage.fromarray(pixels(0)).save(out, "PNG")
     whole = bytearray(out.getvalue())
@@ -315,13 +313,13 @@ def lying() -> dict[str, bytes]:
     return {"more rows than there are": larger, "a huge frame": bytes(jpeg), "a huge screen": bytes(gif)}
 
 
-@pytest.mark.parametrize("what", lying())
-def test_images_that_lie_of_their_size_are_refused(what: str) -> None:
+@pytest.mark.parametrize("kind", false_sizes())
+def test_images_with_a_false_size_are_refused(kind: str) -> None:
     with pytest.raises(ImageError):
-        decode_image(lying()[what])
+        decode_image(false_sizes()[kind])
 
 
-def test_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
+def test_tiff_with_missing_strips_is_refused() -> None:
     out = io.BytesIO()
     PillowImage.new("I", (16, 16)).save(out, "TIFF")
     whole = bytearray(out.getvalue())
@@ -332,7 +330,7 @@ def test_tiff_of_more_rows_than_its_parts_have_is_refused() -> None:
         decode_image(bytes(whole))
 
 
-def test_large_picture_of_float_numbers_takes_little_more_than_its_pixels() -> None:
+def test_float_image_is_decoded_in_limited_memory() -> None:
     out = io.BytesIO()
     PillowImage.new("F", (2000, 2000), 0.5).save(out, "TIFF")
     tracemalloc.start()

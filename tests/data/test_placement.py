@@ -36,7 +36,7 @@ def test_total_size_is_estimated_from_a_sample_of_headers(
         (1e9, 1e9, 1e3, "workers", "free at"),
     ],
 )
-def test_pixels_go_to_the_first_place_they_fit_in(
+def test_pixels_are_kept_where_they_fit_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device, memory, disk, way: str, word: str
 ) -> None:
     images = in_memory([pixels(n) for n in range(4)])  # 2,304 bytes

@@ -18,7 +18,7 @@ def split(images: list[Image], classes: int, fraction: float | None = None) -> I
     return UnsplitDataset("set", "set", [str(c) for c in range(classes)], {"train": images}).split(fraction)
 
 
-def role_of(images: ImageSet) -> dict[str, str]:
+def split_of(images: ImageSet) -> dict[str, str]:
     return {one.key: role for role in SPLITS for one in images.split(role)}
 
 
@@ -28,7 +28,7 @@ sets = st.lists(st.lists(st.integers(0, 60), min_size=8, max_size=40), min_size=
 
 @given(sets, st.sampled_from([None, 0.05, 0.3, 0.9]))
 @settings(max_examples=60, deadline=None)
-def test_no_image_has_two_roles_and_every_class_has_every_split(contents: list[list[int]], fraction) -> None:
+def test_no_image_is_in_two_splits_and_every_class_is_in_all(contents: list[list[int]], fraction) -> None:
     images = [image(label, content) for label, found in enumerate(contents) for content in found]
     labels: dict[str, set[int]] = {}
     for one in images:
@@ -49,11 +49,11 @@ def test_no_image_has_two_roles_and_every_class_has_every_split(contents: list[l
 
 @given(st.integers(3, 300), st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_one_more_image_moves_no_more_than_the_borders(count: int, new: int) -> None:
+def test_additional_image_moves_only_images_at_the_boundaries(count: int, new: int) -> None:
     others = [image(1, f"other {n}") for n in range(20)]
     images = [image(0, f"old {n}") for n in range(count)] + others
-    before = role_of(split(images, 2))
-    after = role_of(split([*images, image(0, f"new {new}")], 2))
+    before = split_of(split(images, 2))
+    after = split_of(split([*images, image(0, f"new {new}")], 2))
     moved = [key for key, role in before.items() if after[key] != role]
     assert len(moved) <= 3
     assert not any(other.key in moved for other in others)
@@ -86,7 +86,7 @@ def test_copies_stay_together_and_content_under_two_classes_trains() -> None:
     images += [image(0, "0 3", name="copy")] * 5
     torn = [image(0, "torn", "cats/torn"), image(1, "torn", "dogs/torn")]
     done = split(images + torn, 2)
-    assert {role_of(done)[one.key] for one in torn} == {"train"}
+    assert {split_of(done)[one.key] for one in torn} == {"train"}
     (duplicate,) = done.duplicates
     assert duplicate.names == ("cats/torn", "dogs/torn") and duplicate.two_classes and not duplicate.removed
 
@@ -142,7 +142,7 @@ def test_class_of_two_images_is_refused_by_name() -> None:
         split(images, 2)
 
 
-def test_class_of_which_test_takes_everything_is_refused() -> None:
+def test_class_without_remaining_training_images_is_refused() -> None:
     train = [image(0, n) for n in range(9)] + [image(1, "x")]
     with pytest.raises(UsageError, match="The train split has no image of '1'"):
         UnsplitDataset(

@@ -1,4 +1,4 @@
-"""Images of several classes get their roles in proportion to each class, by content alone."""
+"""Multi-label sets are split in proportion to each class, by content alone."""
 
 import hashlib
 
@@ -24,7 +24,7 @@ def split(images: list[Image], classes: int, fraction: float | None = None) -> I
     return UnsplitDataset("x", "x", names, {"train": images}, task="multi-label").split(fraction)
 
 
-def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
+def test_each_class_is_held_out_in_proportion() -> None:
     data = split(many(2000, [0.5, 0.2, 0.05, 0.01]), 4)
     for label in range(4):
         whole = sum(data.counts[role][label] for role in SPLITS)
@@ -33,14 +33,14 @@ def test_each_class_is_tested_and_selected_on_in_proportion() -> None:
     assert len(data.test) == pytest.approx(200, rel=0.1) and len(data.val) == pytest.approx(200, rel=0.1)
 
 
-def test_images_of_no_class_are_held_out_like_the_others() -> None:
+def test_images_without_classes_are_held_out_as_well() -> None:
     data = split([*many(300, [0.4, 0.3]), *(image(1000 + n) for n in range(100))], 2)
     empty = {role: sum(not one.labels for one in data.split(role)) for role in SPLITS}
     assert empty["test"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
     assert empty["val"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
 
 
-def test_roles_follow_from_content_alone() -> None:
+def test_splits_depend_on_content_only() -> None:
     images = many(300, [0.4, 0.2, 0.1])
     again = [Image.with_labels(f"other {one.name}", one.labels, one.key, b"") for one in images[::-1]]
     assert split(images, 3).fingerprint == split(again, 3).fingerprint
@@ -64,7 +64,7 @@ def test_content_with_two_label_sets_goes_to_train() -> None:
     assert sum(group.two_classes for group in data.duplicates) == len(torn)
 
 
-def test_given_test_role_stays_as_it_is() -> None:
+def test_test_split_of_the_source_is_kept() -> None:
     images = many(200, [0.5, 0.4])
     given = {"train": images[:150], "test": images[150:]}
     data = UnsplitDataset("x", "x", ["0", "1"], given, task="multi-label").split(None)
@@ -72,6 +72,6 @@ def test_given_test_role_stays_as_it_is() -> None:
     assert len(data.val) == pytest.approx(15, abs=3)
 
 
-def test_too_few_images_for_three_roles_are_refused() -> None:
+def test_too_few_images_for_three_splits_are_refused() -> None:
     with pytest.raises(UsageError, match="has 3 different images"):
         split([image(0, 0), image(1, 1), image(2, 0, 1)][:2], 2)

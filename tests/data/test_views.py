@@ -96,7 +96,7 @@ CIFAR_FLIPS = [True, True]
 ORDER = [2, 0, 5, 1, 3, 7, 6, 4]
 
 
-def test_these_views_are_the_same_in_every_release() -> None:
+def test_views_are_the_same_in_every_release() -> None:
     keys, views = torch.tensor([1, 2**62 + 12345]), torch.tensor([0, 99])
     box, flips = draw(PHOTOS, keys, views, 144, 192, seed=42)
     assert (box.tolist(), flips.tolist()) == (PHOTO_BOXES, PHOTO_FLIPS)
@@ -118,7 +118,7 @@ def test_all_162_views_of_pad_4_crop_and_flip_come_equally_often() -> None:
     assert drawn == {(*b, f) for b, f in zip(listed.tolist(), listed_flips.tolist(), strict=True)}
 
 
-def test_views_are_counted_only_where_they_can_be() -> None:
+def test_view_count_is_none_for_unlimited_views() -> None:
     assert ViewPolicy("pad_crop", side=40, crop=32, flip=False).count == 81
     assert ViewPolicy("center").count == 2 and ViewPolicy("center", flip=False).count == 1
     assert PHOTOS.count is None
@@ -126,7 +126,7 @@ def test_views_are_counted_only_where_they_can_be() -> None:
         list_views(PHOTOS)
 
 
-def test_resized_crops_are_distributed_as_torchvisions() -> None:
+def test_resized_crops_have_torchvisions_distribution() -> None:
     count, height, width = 4000, 144, 192
     box, flips = draw(PHOTOS, keys_of(count), torch.zeros(count, dtype=torch.int64), height, width)
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_every_size_of_image_has_crops_inside_it(height: int, width: int) -> Non
     assert (top + tall <= height).all() and (left + wide <= width).all()
 
 
-def test_ten_misses_give_torchvisions_centre_crop() -> None:
+def test_ten_misses_give_torchvisions_center_crop() -> None:
     policy = ViewPolicy("resized_crop", scale=(1.0, 1.0), flip=False)
     for height, width in ((100, 400), (400, 100)):
         box, _ = draw(policy, keys_of(5), torch.arange(5), height, width)
@@ -161,7 +161,7 @@ def test_ten_misses_give_torchvisions_centre_crop() -> None:
         assert box.tolist() == [[params["top"], params["left"], params["height"], params["width"]]] * 5
 
 
-def test_centre_view_is_the_largest_square() -> None:
+def test_center_view_is_the_largest_square() -> None:
     box, flips = draw(ViewPolicy("center", flip=False), keys_of(2), torch.arange(2), 20, 31)
     assert box.tolist() == [[0, 5, 20, 20]] * 2 and not flips.any()
 
@@ -181,12 +181,12 @@ def test_pad_crop_refuses_images_of_another_size() -> None:
         {"kind": "center", "color_jitter": 2.0},
     ],
 )
-def test_policy_that_cannot_be_is_refused(wrong: dict) -> None:
+def test_impossible_policy_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError):
         ViewPolicy(**wrong)
 
 
-def test_epochs_order_is_a_permutation_that_images_keep_when_others_leave() -> None:
+def test_order_of_images_is_independent_of_other_images() -> None:
     keys = keys_of(500)
     order = draw_order(0, 1, keys)
     assert sorted(order.tolist()) == list(range(500))
@@ -196,7 +196,7 @@ def test_epochs_order_is_a_permutation_that_images_keep_when_others_leave() -> N
     assert draw_order(0, 1, torch.tensor([5, 5, 5])).tolist() == [0, 1, 2]
 
 
-def test_orders_of_two_epochs_are_not_related() -> None:
+def test_orders_of_two_epochs_are_uncorrelated() -> None:
     keys = keys_of(3000)
     ranks = [draw_order(0, epoch, keys).argsort().double() for epoch in range(3)]
     for a, b in ((0, 1), (1, 2)):

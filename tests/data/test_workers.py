@@ -45,7 +45,7 @@ def test_results_come_in_the_order_of_their_tasks(workers: Workers) -> None:
         assert all(x.equal(torch.full((2, 3), n)) for n, x in enumerate(found))
 
 
-def test_tasks_that_were_left_are_forgotten(workers: Workers) -> None:
+def test_abandoned_tasks_are_dropped(workers: Workers) -> None:
     left = workers.map(Number(n) for n in range(20))
     assert int(next(left)[0, 0]) == 0
     processes = workers.processes
@@ -55,7 +55,7 @@ def test_tasks_that_were_left_are_forgotten(workers: Workers) -> None:
     assert [int(x[0, 0]) for x in workers.map(Number(n) for n in range(100, 105))] == [*range(100, 105)]
 
 
-def test_random_numbers_of_training_are_left_alone(workers: Workers) -> None:
+def test_workers_do_not_change_the_random_state(workers: Workers) -> None:
     before = torch.get_rng_state()
     list(workers.map([Number(1)]))
     assert torch.get_rng_state().equal(before)
@@ -77,7 +77,7 @@ def test_task_error_is_raised_in_the_parent(workers: Workers) -> None:
         next(results)
 
 
-def test_fault_of_ours_keeps_its_traceback(workers: Workers) -> None:
+def test_unexpected_error_keeps_its_traceback(workers: Workers) -> None:
     with pytest.raises(RuntimeError, match="Original Traceback"):
         list(workers.map([partial(torch.zeros(2).view, 3)]))
 
@@ -92,7 +92,7 @@ def test_dead_worker_is_reported_and_replaced() -> None:
     assert not any(process.is_alive() for process in workers.processes)
 
 
-def test_without_room_share_memory_results_come_through_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_piped_if_shared_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: Tensor) -> Tensor:
         raise RuntimeError(
             "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
@@ -127,7 +127,7 @@ def there(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [2, 9])
-def test_ended_job_leaves_no_worker_behind_and_a_script_needs_no_guard(tmp_path: Path, number: int) -> None:
+def test_killed_job_leaves_no_workers_and_scripts_need_no_guard(tmp_path: Path, number: int) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     job = subprocess.Popen(
         [sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""What --balance auto compares, what it changes, and that it is remembered."""
+"""`--balance auto`: measured ratios, adjusted weights, resuming."""
 
 import json
 from pathlib import Path
@@ -48,14 +48,14 @@ def test_gradient_norm_of_a_loss_is_that_of_its_gradient_on_the_map() -> None:
 
 
 @pytest.mark.parametrize("r", [LEAST * 1.01, (LEAST * MOST) ** 0.5, MOST * 0.99])
-def test_weight_that_is_not_far_off_is_left_exactly_as_it_is(r: float) -> None:
+def test_weight_within_the_range_is_unchanged(r: float) -> None:
     found = GradientBalance({"kd": kd()})
     step(found, r)
     assert float(found.factors()["kd"]) == 1
 
 
 @pytest.mark.parametrize(("r", "end"), [(MOST * 40, MOST), (LEAST / 50, LEAST)])
-def test_weight_out_of_proportion_is_brought_to_the_nearer_end(r: float, end: float) -> None:
+def test_weight_outside_the_range_is_scaled_to_the_nearer_end(r: float, end: float) -> None:
     found = GradientBalance({"kd": kd()})
     step(found, r)
     assert float(found.factors()["kd"]) == pytest.approx(end / r, rel=1e-5)
@@ -79,7 +79,7 @@ def test_ratio_is_measured_only_in_training() -> None:
         assert not found.train().is_measuring
 
 
-def test_loss_that_does_not_come_from_the_map_keeps_its_weight_and_is_not_reported() -> None:
+def test_loss_independent_of_the_map_is_unchanged_and_not_reported() -> None:
     found = GradientBalance({"kd": kd()})
     f_s = torch.ones(2, requires_grad=True)
     assert found.is_measuring
@@ -168,7 +168,7 @@ def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> Non
         ({"method": "none", "balance": "auto"}, "off"),
     ],
 )
-def test_balance_is_off_for_given_weights_and_recipes(
+def test_balance_is_off_with_set_weights_and_recipes(
     options: dict[str, object], chosen: str, data: Path
 ) -> None:
     given = {"teacher": little.TEACHER, "student": little.STUDENT, "data": str(data), **options}

@@ -1,4 +1,4 @@
-"""KD, DKD, DIST and logit standardisation against their formulas, written out in numpy."""
+"""KD, DKD, DIST and logit standardization against their formulas, written out in numpy."""
 
 from typing import Any
 

@@ -80,7 +80,7 @@ def test_default_variant_depends_on_the_teachers_head() -> None:
     assert mimic.Mimic.teacher_reads(mimic.Parameters(variant="lshl2"), shapes()) == {"vector"}
 
 
-def test_labels_with_several_classes_know_no_right_sample() -> None:
+def test_multi_label_samples_are_not_masked() -> None:
     several = np.zeros((B, N), np.float32)
     several[:, :2] = 1
     assert loss({}, several) == loss({"variant": "lshl2"})
@@ -95,7 +95,7 @@ def test_loss_is_zero_if_the_teacher_is_always_wrong() -> None:
     assert f_s.grad is not None and not f_s.grad.any()
 
 
-def test_each_of_several_teachers_has_its_part_of_the_vector_and_the_loss_is_their_mean() -> None:
+def test_each_teacher_is_matched_by_its_part_of_the_vector() -> None:
     teachers = [{"vector": tensor(f), "logits": tensor(Z_T)} for f in (F_T, F_U)]
     student = {"vector": tensor(np.concatenate([F_S, F_U], 1))}
     method = made({"variant": "lshl2"}, teachers=2)
@@ -195,7 +195,7 @@ class Given:
         return mimic.Mimic.prepare(mimic.Parameters(**given), preparation)
 
 
-def test_hashes_are_drawn_by_the_seed_with_the_deviation_of_the_classifier(tmp_path: Path) -> None:
+def test_hashes_depend_on_the_seed_and_the_std_of_the_classifier(tmp_path: Path) -> None:
     given = Given(tmp_path, RNG.normal(size=(30, D)), classifier=0.25 * RNG.normal(size=(N, D)))
     first, again = given.prepare(hashes=900), given.prepare(hashes=900)
     weight = first.tensors["0.weight"]
@@ -286,7 +286,7 @@ def test_student_of_another_width_ships_as_the_plain_network(
     assert 0 < report["epochs"][-1]["metrics"]["equal_bits"] <= 1
 
 
-def test_new_layer_learns_alone_at_first(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_projection_is_first_trained_alone(data: Path, cache: Path, tmp_path: Path) -> None:
     more = ("--set", "mimic.alone=1", "--epochs", "2", "--optimizer", "sgd", "--average-last", "2")
     result = mimicking(data, tmp_path / "run", cache, *more)
     assert result.exit_code == 0, (result.output, result.exception)

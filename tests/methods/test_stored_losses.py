@@ -1,4 +1,4 @@
-"""The methods' losses from stored answers, against their formulas in numpy and against asking the teacher."""
+"""Losses from cached teacher outputs equal their formulas in numpy and the losses computed online."""
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ def test_cached_and_online_top_m_losses_are_equal():
     assert loss(quest, answered(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
 
 
-def test_words_beyond_the_32767th_are_found_again():
+def test_word_numbers_above_32767_are_cached():
     many = drawn(5, 40_000, 2)
     f_t = drawn(6, B, 2, H, W)
     quest = method(3, many)
@@ -122,7 +122,7 @@ def test_words_beyond_the_32767th_are_found_again():
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
-def test_logit_methods_loss_from_stored_logits_is_that_of_the_rounded_logits(name):
+def test_loss_from_cached_logits_equals_that_of_rounded_logits(name):
     logits, student = 3 * drawn(1, 6, 7), torch.from_numpy(3 * drawn(2, 6, 7)).float()
     shapes = Shapes({}, vector=3, logits=7)
     made = methods.load(name)(methods.parse_parameters([name], {})[name], Setup(shapes, [shapes], {}))
@@ -212,7 +212,7 @@ def test_mean_over_many_epochs_of_drawn_positions_is_the_loss_over_all():
 
 
 @pytest.mark.parametrize("epoch", [0, 5])
-def test_same_positions_are_drawn_online_and_stored(epoch):
+def test_same_positions_are_drawn_online_and_cached(epoch):
     quest = method(K, positions=5)
     stored = loss(quest, answered(quest), epoch, KEYS)
     online = loss(quest, {"map": tensor(F_T)}, epoch, KEYS)
@@ -220,6 +220,6 @@ def test_same_positions_are_drawn_online_and_stored(epoch):
     assert loss(quest, {"map": tensor(F_T)}, epoch + 1, KEYS) != online
 
 
-def test_as_many_positions_as_there_are_are_all_of_them():
+def test_drawing_all_positions_equals_not_drawing():
     online = {"map": tensor(F_T)}
     assert loss(method(K, positions=PLACES), online) == loss(method(K), online)

@@ -1,4 +1,4 @@
-"""QuEST's vocabulary: k-means on the teacher's features, what it states, and what it refuses."""
+"""QuEST's vocabulary: k-means on the teacher's features, notes and errors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

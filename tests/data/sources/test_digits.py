@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from tests.support.pictures import open_digits
 
 
-def test_digits_are_scikit_learns_in_eight_bits() -> None:
+def test_digits_are_those_of_scikit_learn_in_8_bits() -> None:
     images = open_digits()
     assert len(images) == 1797 and images.classes == tuple("0123456789")
     source = load_digits().images

@@ -41,7 +41,7 @@ def test_second_of_two_folders_is_the_test_split(tmp_path: Path, train: str, tes
     assert open_folder(tmp_path, val_fraction=0).counts["train"] == [20, 20]
 
 
-def test_three_folders_are_used_as_given(tmp_path: Path) -> None:
+def test_three_split_folders_are_kept(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": n for role, n in (("train", 5), ("val", 1), ("test", 2)) for c in "ab"})
     images = open_folder(tmp_path)
     assert images.counts == {"train": [5, 5], "val": [1, 1], "test": [2, 2]}
@@ -52,7 +52,7 @@ def test_train_alone_is_the_whole_set(tmp_path: Path) -> None:
     assert open_folder(tmp_path).counts == {"train": [8, 8], "val": [1, 1], "test": [1, 1]}
 
 
-def test_class_may_be_called_test_where_there_is_no_train_folder(tmp_path: Path) -> None:
+def test_class_may_be_called_test_without_a_train_folder(tmp_path: Path) -> None:
     assert open_folder(folder(tmp_path, {"test": 3, "other": 3})).classes == ("other", "test")
 
 
@@ -158,7 +158,7 @@ def test_val_and_test_without_train_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_two_folders_of_one_meaning_are_refused(tmp_path: Path) -> None:
+def test_two_folders_of_the_same_split_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "validation") for c in "ab"})
     assert "are the same split" in refused(tmp_path)
 
@@ -177,7 +177,7 @@ def test_class_with_only_shared_images_is_refused(tmp_path: Path) -> None:
     assert "Class 'b' has only images that also have other classes" in refused(tmp_path)
 
 
-def test_one_level_too_high_names_the_folder_that_was_meant(tmp_path: Path) -> None:
+def test_folder_one_level_too_high_suggests_the_inner_one(tmp_path: Path) -> None:
     folder(tmp_path / "photos", {f"{role}/{c}": 3 for role in ("train", "test") for c in "ab"})
     told = f"{tmp_path} contains one folder with further folders. Use --data {tmp_path / 'photos'}."
     assert told in refused(tmp_path)
@@ -192,7 +192,7 @@ def test_folder_one_level_too_low_is_reported(tmp_path: Path) -> None:
     assert describe_unused_splits(tmp_path / "alone/train") is None
 
 
-def test_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+def test_folder_without_permission_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 3, "b": 3})
     (tmp_path / "b").chmod(0)
     try:

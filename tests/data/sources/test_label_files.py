@@ -1,4 +1,4 @@
-"""Labels files: what they say is what the set has, and what is wrong with one is a sentence."""
+"""Labels files: the data sets they describe, and errors about them."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_json_lines_and_tsv_equal_csv(tmp_path: Path) -> None:
     assert comma.fingerprint == tab.fingerprint
 
 
-def test_spreadsheets_mark_and_line_ends_are_no_part_of_the_labels(tmp_path: Path) -> None:
+def test_byte_order_mark_and_line_ends_are_not_part_of_labels(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
     rows = [f'"{name}","{";".join(found)}"' for name, found in zip(names, labels, strict=True)]
     path = tmp_path / "labels.csv"
@@ -105,7 +105,7 @@ def test_spreadsheets_mark_and_line_ends_are_no_part_of_the_labels(tmp_path: Pat
     assert open_data(str(path)).classes == CLASSES
 
 
-def test_column_of_splits_gives_the_roles(tmp_path: Path) -> None:
+def test_split_column_assigns_splits(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 18), sets_of(18)
     role = ["train"] * 10 + ["Val"] * 4 + ["testing"] * 4
     rows = [f"{n},{';'.join(f)},{r}" for n, f, r in zip(names, labels, role, strict=True)]
@@ -115,7 +115,7 @@ def test_column_of_splits_gives_the_roles(tmp_path: Path) -> None:
     assert {image.name for image in data.test} == set(names[14:])
 
 
-def test_file_named_after_train_brings_those_for_the_other_roles(tmp_path: Path) -> None:
+def test_labels_files_of_the_other_splits_are_read(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 24), sets_of(24)
     rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
     table(tmp_path, rows[16:], name="valid.csv")
@@ -145,7 +145,7 @@ def test_coco_annotations_keep_images_without_objects(tmp_path: Path) -> None:
     assert len(open_data(str(elsewhere / "x.json"), data_dir=root / "train2017")) == 24
 
 
-def test_set_of_several_labels_has_another_fingerprint_when_a_label_changes(tmp_path: Path) -> None:
+def test_fingerprint_of_a_multi_label_set_depends_on_labels(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
     first = open_data(
         str(table(tmp_path, [f"{n},{';'.join(f)}" for n, f in zip(names, labels, strict=True)]))
@@ -235,7 +235,7 @@ def test_invalid_coco_annotations_are_refused(tmp_path: Path, more: dict[str, An
     refused(coco(tmp_path / "x.json", names, sets_of(3), **more), *words)
 
 
-def test_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
+def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.xlsx").write_bytes(b"PK")
     refused(tmp_path / "labels.xlsx", "is neither a folder", ".csv")
     (tmp_path / "labels.json").write_text("[1, 2")

@@ -38,7 +38,7 @@ def fake_cifar(root: Path, kind: type[CIFAR10], classes: int, each: int = 3) -> 
 
 
 @pytest.mark.parametrize(("name", "kind", "classes"), [("cifar10", CIFAR10, 10), ("CIFAR100", CIFAR100, 100)])
-def test_torchvisions_cifar_comes_by_timms_name(tmp_path: Path, monkeypatch, name, kind, classes) -> None:
+def test_cifar_is_opened_by_its_timm_name(tmp_path: Path, monkeypatch, name, kind, classes) -> None:
     without_checksums(monkeypatch, kind)
     data = fake_cifar(tmp_path, kind, classes)
     images = open_data(f"torch/{name}", data_dir=tmp_path, val_fraction=0)
@@ -61,7 +61,7 @@ def refused(data: str, **options: Any) -> str:
     return sentence
 
 
-def test_set_that_is_not_there_can_be_downloaded(tmp_path: Path) -> None:
+def test_missing_data_set_suggests_download(tmp_path: Path) -> None:
     assert "--download" in refused("torch/cifar100", data_dir=tmp_path)
     assert "--data-dir" in refused("torch/cifar100")
 
@@ -166,7 +166,7 @@ def test_streamed_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch
     assert "held in memory" in refused("wds/pets", data_dir=tmp_path)
 
 
-def test_encoded_files_are_read_when_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoded_files_are_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": Random(40), "validation": Random(50), "test": Random(60, label=-1)}
     of_timm(monkeypatch, splits)
     images = open_data("hfds/someone/pets", val_fraction=0)
@@ -175,7 +175,7 @@ def test_encoded_files_are_read_when_they_are_wanted(monkeypatch: pytest.MonkeyP
     assert isinstance(images.test[0].read(), bytes)
 
 
-def test_labels_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_labels_that_are_not_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of_timm(monkeypatch, {"train": Streamed(10, label="cat")})
     assert "must be class numbers" in refused("wds/pets", data_dir=tmp_path)
 

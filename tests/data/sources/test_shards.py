@@ -100,7 +100,7 @@ def test_workers_read_shards(tmp_path: Path) -> None:
     )
 
 
-def test_shards_without_a_list_go_by_their_names(tmp_path: Path) -> None:
+def test_shards_without_a_list_are_assigned_by_name(tmp_path: Path) -> None:
     shard(tmp_path / "train-000.tar", samples(0, 8, "jpeg"))
     shard(tmp_path / "train-001.tar", samples(8, 8, "JPG"))
     shard(tmp_path / "test.tar", samples(20, 4))
@@ -108,7 +108,7 @@ def test_shards_without_a_list_go_by_their_names(tmp_path: Path) -> None:
     assert (len(images.train), len(images.test)) == (16, 4)
 
 
-def test_labels_may_stand_in_json_as_for_timm(tmp_path: Path) -> None:
+def test_labels_are_read_from_json_as_in_timm(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for number in range(12):
         label = {"meta": {"label": number % 3 - 1}}  # −1: not labelled
@@ -130,7 +130,7 @@ def test_damaged_shard_is_named(tmp_path: Path, kept: int) -> None:
     assert "shop-train-1.tar is damaged" in refused(tmp_path)
 
 
-def test_label_that_is_no_number_is_named(tmp_path: Path) -> None:
+def test_label_that_is_not_a_number_is_named(tmp_path: Path) -> None:
     shard(tmp_path / "train.tar", {"0.png": png(0), "0.cls": b"cat"})
     assert "train/train.tar/0 is not a class number" in refused(tmp_path)
 
@@ -154,9 +154,7 @@ def test_timms_reader_finds_the_same_images_and_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("datasets") is None, reason="the package datasets is not installed")
-def test_table_of_hugging_faces_is_read_at_random_by_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hugging_face_table_is_read_by_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import pyarrow.parquet
 
