@@ -29,7 +29,7 @@ class Logits:
     skipped: tuple[Skipped, ...]
 
 
-def compute_logits(
+def run_models(
     images: Sequence[Image], models: Sequence[Model], skipped: Sequence[Skipped], progress: Progress
 ) -> Logits:
     """Run all models on the images; an ensemble of teachers gives the logits of its mean probabilities.

@@ -31,9 +31,9 @@ from .predictions import (
     Logits,
     Prediction,
     TeacherOutputs,
-    compute_logits,
     list_predictions,
     make_examples,
+    run_models,
     to_csv,
 )
 
@@ -111,7 +111,7 @@ def validate(
         images = validation_images.select_known(images, students, ignore_unknown=ignore_unknown)
         teachers, teacher_of, mismatches = _drop_mismatched(students, teachers, teacher_of)
         models = [*students, *teachers]
-        logits = compute_logits(images.images, models, images.skipped, progress("running the models"))
+        logits = run_models(images.images, models, images.skipped, progress("running the models"))
         results = _Results(models, len(students), teacher_of, images, logits)
         notes += [*teacher_notes, *mismatches]
         validation = results.summarize(notes, folder, progress("rendering mistakes"))
