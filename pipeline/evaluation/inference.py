@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...export.runtime import Classifier, open_session
+from ..runs.console import Stage
 from ..runs.device import Engine
 
 BATCH = 128
@@ -40,9 +41,7 @@ def compute_logits(
     return torch.cat(logits) if logits else torch.empty(0)
 
 
-def compute_onnx_logits(
-    file: Path, images: np.ndarray, progress: Progress | None = None, *, fuse: bool = True
-) -> np.ndarray:
+def compute_onnx_logits(file: Path, images: np.ndarray, progress: Stage, *, fuse: bool = True) -> np.ndarray:
     """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,S,S,3], n > 0.
 
     ``fuse`` is that of ``runtime.open_session``.
@@ -54,6 +53,5 @@ def compute_onnx_logits(
     for start in range(0, len(images), ONNX_BATCH):
         batch = images[start : start + ONNX_BATCH]
         logits.append(classifier.logits(classifier.to_input(batch)))
-        if progress is not None:
-            progress(start + len(batch), len(images))
+        progress.update(f"evaluating {file.name}", start + len(batch), len(images), "images")
     return np.concatenate(logits)

@@ -61,7 +61,7 @@ class _Exporter:
         pixels, labels, _ = self.data.rendered("val", self.context.student)
         logits = np.empty(labels.shape)
         if len(labels):
-            logits = onnx_logits(self.context, self.path, pixels.numpy())
+            logits = compute_onnx_logits(self.path, pixels.numpy(), self.context.progress)
         thresholds = self.context.task.choose_thresholds(logits, labels.numpy())
         assert thresholds is not None
         return with_metadata(file, self._metadata(temperature, thresholds.tolist()))
@@ -141,15 +141,6 @@ def origin(
     }
 
 
-def onnx_logits(context: RunContext, file: Path, images: np.ndarray, *, fuse: bool = True) -> np.ndarray:
-    """Return a file's logits [n,classes] and show the progress; see ``compute_onnx_logits``."""
-
-    def show(done: int, total: int) -> None:
-        context.progress.update(f"evaluating {file.name}", done, total, "images")
-
-    return compute_onnx_logits(file, images, show, fuse=fuse)
-
-
 def _calibrate(
     exporter: _Exporter, network: nn.Module, images: torch.Tensor
 ) -> tuple[nn.Module, OnnxFile, Temperature]:
@@ -169,7 +160,7 @@ def _calibrate(
             "--calibrate: there are no readable val images. Hold some out with --val-fraction 0.1."
         )
     val = pixels.numpy()
-    before = onnx_logits(context, file, val)
+    before = compute_onnx_logits(file, val, context.progress)
     fit = fit_temperature(before, labels.numpy(), context.task.likelihood)
     if fit.note:
         context.display.warn(
@@ -177,7 +168,7 @@ def _calibrate(
         )
     network, folded = fold_temperature(network, fit.value, images)
     exported = exporter.export(network, fit.value)
-    check_temperature(before, onnx_logits(context, file, val), fit.value)
+    check_temperature(before, compute_onnx_logits(file, val, context.progress), fit.value)
     return network, exported, fit.model_copy(update={"folded": folded})
 
 

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 
 from ...export.int8 import targets
 from ...export.int8.float_nodes import KEPT, float_nodes
-from ...export.int8.quantizer import METHODS, Int8File, prepare
-from ...export.int8.search import Search, search
+from ...export.int8.quantizer import METHODS, Int8File, Prepared, prepare
+from ...export.int8.search import Learned, Search, search
 from ...export.latency import runner
 from ...export.latency.machine import has_vnni, is_arm
 from ...export.results import Candidate, FloatNode, Verdict
 from ...export.runtime import int8_flags
 from ..data.training_data import TrainingData
+from ..evaluation.inference import compute_onnx_logits
 from ..report.sections.int8 import explain_excess
 from ..runs.files import atomic_write
 from ..runs.folder import ARTIFACT, StageResult
@@ -24,7 +26,7 @@ from ..runs.results import Int8Search
 from ..tasks.base import Task
 from ..training.context import RunContext
 from .calibration_images import CalibrationImages, draw_calibration_images
-from .export import STUDENT_INT8, STUDENT_ONNX, onnx_logits
+from .export import STUDENT_INT8, STUDENT_ONNX
 from .qat import load_graph
 
 SECONDS = 0.5
@@ -60,50 +62,33 @@ def int8_file(context: RunContext, target: str) -> Path:
     return STUDENT_INT8 if first else ARTIFACT / f"student.int8.{target}.onnx"
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs of the search for any target."""
+
+    prepared: Prepared
+    calibration: CalibrationImages
+    pixels: np.ndarray
+    """The images that decide, uint8 [n,S,S,3]; see ``Budget``."""
+    split: str
+    budget: Budget
+
+
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
     o, folder = context.options, context.folder.path
     calibration = draw_calibration_images(data, context.student)
-    batches = calibration.batches(pixel_input=context.has_pixel_input)
     prepared = prepare(folder / STUDENT_ONNX)
-    timed_inputs = next(iter(batches()))[:TIMED_INPUTS]
     trained = dict([load_graph(folder, prepared)]) if o.qat else {}
     pixels, labels, split = _deciding_images(context, data, calibration)
-    budget = Budget(context.task, onnx_logits(context, folder / STUDENT_ONNX, pixels), labels, o.max_drop)
+    logits = compute_onnx_logits(folder / STUDENT_ONNX, pixels, context.progress)
+    inputs = _Inputs(prepared, calibration, pixels, split, Budget(context.task, logits, labels, o.max_drop))
     searches: list[Int8Search] = []
     shipped: dict[str, Int8File] = {}
     for target in o.target:
-
-        def judge(file: Path, target: str = target) -> Verdict:
-            fuse = targets.is_exact_here(target)
-            return budget.judge(onnx_logits(context, file, pixels, fuse=fuse))
-
-        def show(work: str, fraction: float = 0.0, target: str = target) -> None:
-            context.progress.update(f"int8 for {target}: {work}", fraction, 1.0)
-
-        with tempfile.TemporaryDirectory(prefix=".int8.", suffix=".part", dir=folder) as scratch:
-            result = search(
-                prepared,
-                batches,
-                targets.find_target(target),
-                Path(scratch),
-                judge,
-                calibrators=tuple(METHODS) if o.calibration == "auto" else (o.calibration,),
-                learned=trained.get(target),
-                facts={"calibration_hash": calibration.hash},
-                progress=show,
-            )
-            if result.stopped is not None:
-                context.display.warn(f"The int8 search for {target} is incomplete: {result.stopped}.")
-            times = None
-            if targets.explain_untimed([target])[target] is None:
-                times = _measure_latency(context, result, timed_inputs, show)
-            file = int8_file(context, target)
-            if result.chosen is not None:
-                shipped[target] = result.files[result.chosen]
-                with atomic_write(folder / file) as part:
-                    shutil.copyfile(shipped[target].path, part)
-            described = _describe(result, target, file, split, budget, times)
+        described, chosen = _search(context, target, inputs, trained.get(target))
         searches.append(described)
+        if chosen is not None:
+            shipped[target] = chosen
         if (text := explain_excess(described, o.qat)) is not None:
             context.display.warn(text)
         for tried in described.tried:
@@ -124,6 +109,45 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     )
 
 
+def _search(
+    context: RunContext, target: str, inputs: _Inputs, learned: Learned | None
+) -> tuple[Int8Search, Int8File | None]:
+    """Search the file of one target and write it, if there is one, into the run folder."""
+    folder, calibration = context.folder.path, context.options.calibration
+    batches = inputs.calibration.batches(pixel_input=context.has_pixel_input)
+
+    def judge(file: Path) -> Verdict:
+        fuse = targets.is_exact_here(target)
+        return inputs.budget.judge(compute_onnx_logits(file, inputs.pixels, context.progress, fuse=fuse))
+
+    def show(work: str, fraction: float = 0.0) -> None:
+        context.progress.update(f"int8 for {target}: {work}", fraction, 1.0)
+
+    with tempfile.TemporaryDirectory(prefix=".int8.", suffix=".part", dir=folder) as scratch:
+        result = search(
+            inputs.prepared,
+            batches,
+            targets.find_target(target),
+            Path(scratch),
+            judge,
+            calibrators=tuple(METHODS) if calibration == "auto" else (calibration,),
+            learned=learned,
+            facts={"calibration_hash": inputs.calibration.hash},
+            progress=show,
+        )
+        if result.stopped is not None:
+            context.display.warn(f"The int8 search for {target} is incomplete: {result.stopped}.")
+        times = None
+        if targets.explain_untimed([target])[target] is None:
+            times = _measure_latency(context, result, next(iter(batches()))[:TIMED_INPUTS], show)
+        chosen = None if result.chosen is None else result.files[result.chosen]
+        file = int8_file(context, target)
+        if chosen is not None:
+            with atomic_write(folder / file) as part:
+                shutil.copyfile(chosen.path, part)
+        return _describe(result, target, file, inputs, times), chosen
+
+
 def _deciding_images(
     context: RunContext, data: TrainingData, calibration: CalibrationImages
 ) -> tuple[np.ndarray, np.ndarray, str]:
@@ -139,7 +163,7 @@ def _deciding_images(
 
 
 def _measure_latency(
-    context: RunContext, result: Search, inputs: np.ndarray, show: Any
+    context: RunContext, result: Search, inputs: np.ndarray, show: Callable[[str, float], None]
 ) -> runner.BenchResult:
     """Measure the latency of all candidates and the fp32 file, interleaved, on one thread."""
     subjects = [runner.Subject("fp32", context.folder.path / STUDENT_ONNX, inputs)]
@@ -157,24 +181,24 @@ def _describe(
     result: Search,
     target: str,
     file: Path,
-    split: str,
-    budget: Budget,
+    inputs: _Inputs,
     times: runner.BenchResult | None,
 ) -> Int8Search:
+    budget = inputs.budget
     if times is not None:
         for candidate, tried_file in zip(result.candidates, result.files, strict=True):
             candidate.p50 = times.latency(tried_file.path.name, 1).p50
             candidate.speedup = times.speedup(tried_file.path.name, "fp32", 1)
-    ships = None if result.chosen is None else result.candidates[result.chosen]
-    # Known for this family of processors only.
-    parts = []
-    if times is not None and result.chosen is not None:
-        parts = _float_nodes(result.files[result.chosen], result.candidates[result.chosen].kept_float)
+    ships, parts = None, []
+    if result.chosen is not None:
+        ships = result.candidates[result.chosen]
+        if times is not None:  # what runs in float is known for this family of processors only
+            parts = _float_nodes(result.files[result.chosen], ships.kept_float)
     return Int8Search(
         target=target,
         file=None if ships is None else file.as_posix(),
         max_drop=budget.max_drop,
-        role=split,
+        role=inputs.split,
         n=len(budget.labels),
         fp32_score=budget.score,
         p50_fp32=None if times is None else times.latency("fp32", 1).p50,

@@ -4,18 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from safetensors import safe_open
+from torch import nn
 
 from ...models.checkpoint import save_weights
 from ...models.initialize import initialize, parameters, student_source
 from .. import methods
-from ..data.dataset import Split
 from ..data.training_data import TrainingData
 from ..data.views import ViewSchedule
-from ..evaluation.inference import compute_logits
 from ..report import format
-from ..runs.device import Engine, choose_engine, use_threads
+from ..runs.device import choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import BalancedWeight, Round, Subject, TeacherCacheUse
@@ -23,7 +21,7 @@ from ..training.context import RunContext
 from ..training.student import HEADS, build_methods, save_heads, student_task, view_schedule
 from ..training.task import DistillationTask
 from ..training.teacher_cache import TeacherCache
-from ..training.trainer import build_plan, choose_run_engine, run_training
+from ..training.trainer import build_plan, choose_run_engine, compute_split_logits, run_training
 from ..training.weights import weights_metadata
 from . import prepare
 
@@ -97,7 +95,7 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     subject = Subject(
         name=spec.name, weights=initial.weights, parameters=parameters(shipped), license=initial.license
     )
-    val = _logits(context, data, task, engine, "val")
+    val = compute_split_logits(context, data, spec, shipped, "val")
     if val is not None:
         subject = subject.model_copy(update={"val_score": context.task.score(*val)})
     facts: dict[str, Any] = {
@@ -107,7 +105,7 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     if cache is not None:
         facts["teacher_cache"] = _cache_use(cache, schedule, o.epochs).model_dump()
     if o.rounds > 1:
-        row = _describe_round(context, data, task, engine, subject)
+        row = _describe_round(context, data, shipped, subject)
         facts["rounds"] = [*previous.get("rounds", [])[: round_.index], row.model_dump(exclude_none=True)]
     score = subject.val_score
     how = f"by {o.method}" if o.method != "none" else "without a teacher"
@@ -116,23 +114,9 @@ def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any])
     return StageResult(summary, outputs, facts)
 
 
-def _logits(
-    context: RunContext, data: TrainingData, task: DistillationTask, engine: Engine, split: Split
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return fp32 logits of the weights that ship, and labels; None without images."""
-    pixels, labels, _ = data.rendered(split, context.student)
-    if not len(labels):
-        return None
-    fp32 = Engine(context.device, engine.threads, "fp32")
-    logits = compute_logits(task.shipped, task.student.normalize, pixels, fp32).numpy()
-    return logits, labels.numpy()
-
-
-def _describe_round(
-    context: RunContext, data: TrainingData, task: DistillationTask, engine: Engine, subject: Subject
-) -> Round:
+def _describe_round(context: RunContext, data: TrainingData, network: nn.Module, subject: Subject) -> Round:
     round_ = context.round
-    test = _logits(context, data, task, engine, "test")
+    test = compute_split_logits(context, data, context.student, network, "test")
     return Round(
         round=round_.index + 1,
         teacher=f"round {round_.index}" if round_.index else round_.teachers[0].name,

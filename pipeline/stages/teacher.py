@@ -1,6 +1,6 @@
 """teacher: check, tune or train the teachers, and measure their accuracy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,25 @@ from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from ...models.initialize import InitialNetwork, initialize, parameters
 from ..config.network import NetworkSpec
-from ..data.dataset import SPLITS, Split
-from ..data.render import Normalize
+from ..data.dataset import SPLITS
 from ..data.training_data import TrainingData
 from ..errors import JobError
-from ..evaluation.inference import compute_logits
 from ..report.format import join_names
 from ..runs import predictions
-from ..runs.device import Engine, choose_engine, use_threads
+from ..runs.device import choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import DataSummary, Subject
+from ..tasks.base import Task
 from ..training.context import RunContext
 from ..training.task import DistillationTask
-from ..training.trainer import build_plan, choose_run_engine, run_training
+from ..training.trainer import (
+    LogitsAndLabels,
+    build_plan,
+    choose_run_engine,
+    compute_split_logits,
+    run_training,
+)
 from ..training.weights import weights_metadata
 
 LOGITS = "teacher.logits.safetensors"
@@ -100,23 +105,22 @@ def _make_teacher(
         head = "no head" if initial.head == "none" else "a head that fits the data"
         context.display.note(f"--teacher-epochs has no effect: {spec.name} has {head} and is used as it is")
     if initial.head != "none":
-        val = _logits(context, data, spec, network, "val")
+        val = compute_split_logits(context, data, spec, network, "val")
         if initial.head == "kept":
             _check_kept_head(context, data, spec, network, val, certain=initial.names_classes)
-        test = _logits(context, data, spec, network, "test")
+        test = compute_split_logits(context, data, spec, network, "test")
     if context.ranks.is_main:
         with atomic_write(context.folder.path / spec.file) as part:
             save_weights(network, part, weights_metadata(spec, data.classes, context.key, initial.license))
-    scores = {} if test is None else _scores(context, data, spec, test, val)
     subject = Subject(
         name=spec.name,
         weights=initial.weights,
         head=initial.head,
         license=initial.license,
         parameters=parameters(network),
-        **scores,
+        **({} if test is None else _scores(context.task, test, val, data.classes)),
     )
-    return subject, test
+    return subject, None if test is None else test[0]
 
 
 def _train(context: RunContext, data: TrainingData, t: int, initial: InitialNetwork) -> nn.Module:
@@ -145,41 +149,15 @@ def _train(context: RunContext, data: TrainingData, t: int, initial: InitialNetw
     return task.network
 
 
-def _logits(
-    context: RunContext,
-    data: TrainingData,
-    spec: NetworkSpec,
-    network: nn.Module,
-    split: Split,
-    limit: int | None = None,
-) -> np.ndarray | None:
-    """Return fp32 logits [n,classes] on a split, or on ``limit`` of its images; None if it is empty."""
-    pixels, labels, _ = data.rendered(split, spec, limit)
-    if not len(labels):
-        return None
-    part = compute_logits(
-        network,
-        Normalize(spec.geometry.mean, spec.geometry.std).to(context.device),
-        pixels[context.ranks.part(len(pixels))],
-        Engine(context.device, allowed_cores(), "fp32"),
-        lambda done, total: context.progress.update(
-            f"evaluating {spec.name} on {split}", done, total, "images"
-        ),
-    )
-    return context.ranks.gather(part).numpy()
-
-
 def _scores(
-    context: RunContext, data: TrainingData, spec: NetworkSpec, test: np.ndarray, val: np.ndarray | None
+    task: Task, test: LogitsAndLabels, val: LogitsAndLabels | None, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the scores of logits as fields of ``Subject``."""
-    test_labels, val_labels = (data.rendered(split, spec)[1].numpy() for split in ("test", "val"))
+    """Return scores as fields of ``Subject``."""
     if val is None:
-        return {"score": context.task.score(test, test_labels, data.classes)}
-    thresholds = context.task.choose_thresholds(val, val_labels)
+        return {"score": task.score(*test, classes)}
     return {
-        "score": context.task.score(test, test_labels, data.classes, thresholds),
-        "val_score": context.task.score(val, val_labels),
+        "score": task.score(*test, classes, task.choose_thresholds(*val)),
+        "val_score": task.score(*val),
     }
 
 
@@ -188,7 +166,7 @@ def _check_kept_head(
     data: TrainingData,
     spec: NetworkSpec,
     network: nn.Module,
-    val: np.ndarray | None,
+    val: LogitsAndLabels | None,
     *,
     certain: bool,
 ) -> None:
@@ -200,11 +178,11 @@ def _check_kept_head(
     Raises:
         JobError: the head may belong to another dataset.
     """
-    split: Split = "val" if val is not None else "train"
-    limit = None if val is not None else MAX_CHECK_IMAGES
-    logits = val if val is not None else _logits(context, data, spec, network, "train", limit)
-    assert logits is not None
-    labels = data.rendered(split, spec, limit)[1].numpy()
+    split = "train" if val is None else "val"
+    if val is None:
+        val = compute_split_logits(context, data, spec, network, "train", MAX_CHECK_IMAGES)
+    assert val is not None
+    logits, labels = val
     score, chance = context.task.score(logits, labels), context.task.chance(labels)
     if not context.task.is_near_chance(score, labels):
         return

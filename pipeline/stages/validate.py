@@ -15,71 +15,64 @@ from ...export.runtime import Classifier
 from ...models.pretrained import is_free
 from ..data.training_data import TrainingData
 from ..evaluation import calibration
+from ..evaluation.inference import compute_onnx_logits
 from ..evaluation.mistakes import choose_examples
 from ..runs import predictions
 from ..runs.folder import ARTIFACT, StageResult
-from ..runs.results import Int8Search, Subject
+from ..runs.results import SHIPPING_ORDER, Int8Search, Subject
 from ..runs.scores import Calibration, Score
 from ..tasks.base import Task
 from ..training.context import RunContext
-from .export import STUDENT_INT8, STUDENT_ONNX, onnx_logits, origin
+from .export import STUDENT_ONNX, origin
 from .teacher import LOGITS
 
 MANIFEST = ARTIFACT / "manifest.json"
 
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
-    o, task, folder, classes = context.options, context.task, context.folder.path, data.classes
-    pixels, labels_, decoded = data.rendered("test", context.student)
-    images, labels = pixels.numpy(), labels_.numpy()
-    int8 = _int8_files(previous)
-    logits = {"student": onnx_logits(context, folder / STUDENT_ONNX, images)}
-    ships = "student"
-    if o.target[0] in int8:
-        ships, fuse = "student_int8", is_exact_here(o.target[0])
-        logits[ships] = onnx_logits(context, folder / STUDENT_INT8, images, fuse=fuse)
-    file = folder / (STUDENT_INT8 if ships == "student_int8" else STUDENT_ONNX)
-    thresholds = Classifier(file.read_bytes(), file.name).thresholds
+    task, folder, classes = context.task, context.folder.path, data.classes
+    rendered, targets, decoded = data.rendered("test", context.student)
+    pixels, labels = rendered.numpy(), targets.numpy()
+    int8, first_target = _int8_files(previous), context.options.target[0]
+    shipped = folder / int8.get(first_target, STUDENT_ONNX)
+    thresholds = Classifier(shipped.read_bytes(), shipped.name).thresholds
+    logits = {"student": compute_onnx_logits(folder / STUDENT_ONNX, pixels, context.progress)}
+    scores = {"student": task.score(logits["student"], labels, classes, thresholds)}
+    target_scores: dict[str, Score] = {}
+    for target, file in int8.items():
+        values = compute_onnx_logits(folder / file, pixels, context.progress, fuse=is_exact_here(target))
+        target_scores[target] = task.score(values, labels, classes, thresholds)
+        if target == first_target:
+            logits["student_int8"], scores["student_int8"] = values, target_scores[target]
+    ships = next(key for key in SHIPPING_ORDER if key in logits)
+
     teacher_thresholds = Subject.model_validate(previous["teacher"]).thresholds
-    teacher_logits = load_file(folder / LOGITS)  # of the teachers with a head
-    teachers = [teacher_logits.get(str(t)) for t in range(len(previous["teachers"]))]
-    with_head = [t for t in teachers if t is not None]
-    teacher = task.likelihood.ensemble(with_head) if with_head else None
-    scores = {key: task.score(values, labels, classes, thresholds) for key, values in logits.items()}
-    facts: dict[str, Any] = {
-        key: {"score": score.model_dump(exclude_none=True)} for key, score in scores.items()
-    }
-    agreement = None
-    if teacher is not None:
-        for key, values in logits.items():
-            agreement = task.agreement(values, teacher, thresholds, teacher_thresholds)
-            facts[key]["agreement"] = agreement.model_dump()
+    saved = load_file(folder / LOGITS)  # of the teachers with a head
+    teachers = [saved.get(str(t)) for t in range(len(previous["teachers"]))]
+    teacher = task.likelihood.ensemble(list(saved.values())) if saved else None
+
     temperature = previous.get("temperature", {}).get("value")
+    facts: dict[str, Any] = _teacher_calibration(task, teachers, teacher, labels)
     for key, values in logits.items():
         measured = calibration.measure(values, labels, task.likelihood, temperature)
-        facts[key] |= _calibration_facts(measured)
-    facts |= _teacher_calibration(task, teachers, teacher, labels)
+        facts[key] = {"score": scores[key].model_dump(exclude_none=True), **_calibration_facts(measured)}
+        if teacher is not None:
+            agreement = task.agreement(values, teacher, thresholds, teacher_thresholds)
+            facts[key]["agreement"] = agreement.model_dump()
     confusion = task.confusion(logits[ships], labels)
     if confusion is not None:
         facts["confusion"] = confusion.tolist()
     examples = choose_examples(
         decoded.images,
-        images,
+        pixels,
         task.describe(labels, classes),
         None if teacher is None else task.decode(teacher, classes, teacher_thresholds),
         task.decode(logits[ships], classes, thresholds),
     )
     facts["examples"] = [example.model_dump() for example in examples]
-    targets: dict[str, Score] = {}
-    for target, path in int8.items():
-        if target == o.target[0]:
-            targets[target] = scores["student_int8"]
-        else:
-            values = onnx_logits(context, folder / path, images, fuse=is_exact_here(target))
-            targets[target] = task.score(values, labels, classes, thresholds)
     facts["int8"] = [
-        {"test_score": targets[target].model_dump(exclude_none=True)} if target in targets else {}
-        for target in o.target
+        {"test_score": target_scores[target].model_dump(exclude_none=True)} if target in int8 else {}
+        for target in context.options.target
     ]
     outputs = [MANIFEST.as_posix()]
     if scores["student"].correct is not None:
@@ -88,16 +81,15 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         )
         outputs.append(predictions.PREDICTIONS_FILE)
     _warn(context, previous, scores["student"], labels)
-    _write_manifest(context, data, previous, scores["student"], targets, thresholds)
+    _write_manifest(context, data, previous, scores["student"], target_scores, thresholds)
     score = scores[ships]
-    int8_text = f", int8 {score.text}" if ships == "student_int8" else ""
-    agreement_text = f"; same prediction as the teacher on {agreement.percent:.1f} %" if agreement else ""
-    return StageResult(
-        f"on {len(labels)} test images: fp32 {scores['student'].text}{int8_text} "
-        f"({score.low:.1f} to {score.high:.1f}){agreement_text}",
-        outputs,
-        facts,
-    )
+    summary = f"on {len(labels)} test images: fp32 {scores['student'].text}"
+    if ships == "student_int8":
+        summary += f", int8 {score.text}"
+    summary += f" ({score.low:.1f} to {score.high:.1f})"
+    if teacher is not None:
+        summary += f"; same prediction as the teacher on {facts[ships]['agreement']['percent']:.1f} %"
+    return StageResult(summary, outputs, facts)
 
 
 def _int8_files(previous: Mapping[str, Any]) -> dict[str, Path]:

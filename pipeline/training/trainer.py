@@ -5,15 +5,18 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..config.network import NetworkSpec
+from ..data.dataset import Split
+from ..data.render import Normalize
 from ..data.training_data import TrainingData
 from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
 from ..evaluation.inference import compute_logits
-from ..runs.device import Engine, device_name, use_threads
+from ..runs.device import Engine, device_name, threads, use_threads
 from ..runs.record import EngineEntry, MicroBatchEntry
 from .checkpoint import Checkpoint
 from .compute.engine_search import check_compilation, find_fastest_engine
@@ -23,6 +26,34 @@ from .monitoring.metrics import EpochLog, measure_resources
 from .optimizer import Plan, build_optimizer
 from .task import DistillationTask
 from .teacher_cache import TeacherCache
+
+LogitsAndLabels = tuple[np.ndarray, np.ndarray]
+
+
+def compute_split_logits(
+    context: RunContext,
+    data: TrainingData,
+    spec: NetworkSpec,
+    network: nn.Module,
+    split: Split,
+    limit: int | None = None,
+) -> LogitsAndLabels | None:
+    """Return fp32 logits [n,classes] and labels of a split, at most of ``limit`` images; None if empty.
+
+    Each rank computes its part, so all have to call this.
+    """
+    pixels, labels, _ = data.rendered(split, spec, limit)
+    if not len(labels):
+        return None
+    part = compute_logits(
+        network,
+        Normalize(spec.geometry.mean, spec.geometry.std).to(context.device),
+        pixels[context.ranks.part(len(pixels))],
+        Engine(context.device, threads(), "fp32"),
+        partial(context.progress.update, f"evaluating {spec.name} on {split}", unit="images"),
+    )
+    return context.ranks.gather(part).numpy(), labels.numpy()
+
 
 MIN_MICRO_BATCH = 2
 """BatchNorm needs two images."""
