@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...export.conversion.pixel_input import Folded
 from ...export.int8.fake_quantize import FakeQuantized
-from ...models.readout import Readouts, Reads
+from ...models.readout import LOGITS, Readouts, Reads
 from ..errors import JobError
 
 TOLERANCE = 1e-3
@@ -30,8 +30,8 @@ class QuantizedStudent(nn.Module):
         return self.graph(x)[self.graph.output]
 
 
-class QuantizedReadouts(nn.Module):
-    """Features of a fake-quantized graph, like ``models.readout.Readouts`` of a network.
+class QuantizedReadouts(Readouts):
+    """Features of a fake-quantized graph.
 
     Args:
         network: the float network from which the graph was exported.
@@ -43,10 +43,12 @@ class QuantizedReadouts(nn.Module):
         JobError: the graph does not compute one of the features.
     """
 
+    network: QuantizedStudent
+
     def __init__(
         self, graph: FakeQuantized, network: nn.Module, images: Tensor, graph_images: Tensor, reads: Reads
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of Readouts, which explores a timm network
         self.network = QuantizedStudent(graph)
         self.embeds_alone = False
         self.projection: nn.Linear | None = None
@@ -60,7 +62,7 @@ class QuantizedReadouts(nn.Module):
     def compile_features(self, mode: str | None) -> None:
         """Do nothing: the graph is computed node by node."""
 
-    def forward(self, x: Tensor, reads: Reads) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, reads: Reads = LOGITS) -> dict[str, Tensor]:
         """Return features of the graph's input, by name."""
         computed = self.network.graph(x, wanted=[self.tensors[read] for read in reads])
         features = {read: computed[self.tensors[read]] * self.factors[read] for read in reads}

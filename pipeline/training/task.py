@@ -67,8 +67,6 @@ class StudentModule(nn.Module):
     For the arguments see :class:`DistillationTask`, which builds it.
     """
 
-    readouts: Any
-
     def __init__(
         self,
         network: nn.Module,
@@ -83,8 +81,7 @@ class StudentModule(nn.Module):
         normalize: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        # The readouts of a fake-quantized network come as they are.
-        self.readouts = network if hasattr(network, "compile_features") else Readouts(network)
+        self.readouts = network if isinstance(network, Readouts) else Readouts(network)
         self.normalize = normalize or Normalize(geometry.mean, geometry.std)
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(name for name in LAST_MAP if name in self.readouts.offers)
