@@ -134,8 +134,7 @@ class Mark:
 
 def bars(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
     """Draw horizontal bars from zero, with a whisker from the end of the bar to ``high``."""
-    marks = [mark for mark in marks if isfinite(mark.value)]
-    if not marks:
+    if not (marks := _finite(marks)):
         return None
     top = max(max(mark.value, mark.high or 0) for mark in marks) or 1
 
@@ -155,8 +154,7 @@ def bars(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
 
 def dots(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
     """Draw percentages as dots with intervals. Dots, unlike bars, need no axis from zero."""
-    marks = [mark for mark in marks if isfinite(mark.value)]
-    if not marks:
+    if not (marks := _finite(marks)):
         return None
     start, end, step = percent_range(marks, 3)
 
@@ -176,6 +174,10 @@ def dots(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
     grid = vertical_grid(axis_ticks(start, end, step), x, height + 18)
     note = "; ".join(part for part in (note, "axis does not start at 0" if start else "") if part)
     return Chart(title, _describe(title, marks), [Drawing(WIDTH, height + 18, [*grid, *shapes])], note)
+
+
+def _finite(marks: Sequence[Mark]) -> list[Mark]:
+    return [mark for mark in marks if isfinite(mark.value)]
 
 
 def percent_range(marks: Sequence[Mark], steps: int, *levels: float) -> tuple[float, float, float]:

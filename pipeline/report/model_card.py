@@ -22,11 +22,10 @@ from . import format
 from .networks import (
     Column,
     all_networks,
-    compare_speed,
     find_network,
     score_name,
     shipped_network,
-    thread_counts,
+    speed_ratios,
 )
 from .render import render_markdown_template, render_plain_template
 from .sections import calibration
@@ -148,19 +147,18 @@ def _weak_classes(shipped: Column) -> list[ClassScore]:
 
 
 def _files(report: Report, manifest: Mapping[str, Any]) -> Table:
-    rows = []
-    for file in manifest["files"]:
-        accuracy = file["accuracy"] or {}
-        rows.append(
-            [
-                file["name"],
-                file["precision"],
-                file["target"] or "any",
-                format.megabytes(file["bytes"]),
-                format.percent(accuracy.get("top1", accuracy.get("map")), accuracy.get("n")),
-                f"{file['opset']}, IR {file['ir_version']}",
-            ]
-        )
+    rows = [
+        [
+            file["name"],
+            file["precision"],
+            file["target"] or "any",
+            format.megabytes(file["bytes"]),
+            format.percent(accuracy.get("top1", accuracy.get("map")), accuracy.get("n")),
+            f"{file['opset']}, IR {file['ir_version']}",
+        ]
+        for file in manifest["files"]
+        for accuracy in [file["accuracy"] or {}]
+    ]
     columns = ["file", "precision", "processor", "size", score_name(report), "opset"]
     return Table("Files", columns, rows, code=frozenset({0}), text=True)
 
@@ -185,9 +183,8 @@ def _speed(report: Report) -> str:
     machine, shipped = describe_machine(report.environment), shipped_network(report)
     sentences = [f"Measured on {machine}."] if machine else []
     for over in (find_network(report, "teacher"), find_network(report, "student")):
-        if over is None or shipped is None or over.key == shipped.key:
-            continue
-        pair = f"{shipped.role} vs. {over.role_in_sentence}"
-        ratios = [r for threads in thread_counts(report) if (r := compare_speed(shipped, over, threads))]
-        sentences += [f"{pair}, {format.threads(r.threads)}: {r.text}." for r in ratios]
+        if over is not None and shipped is not None and over.key != shipped.key:
+            pair = f"{shipped.role} vs. {over.role_in_sentence}"
+            ratios = speed_ratios(report, shipped, over)
+            sentences += [f"{pair}, {format.threads(r.threads)}: {r.text}." for r in ratios]
     return " ".join(sentences)

@@ -132,6 +132,11 @@ def compare_speed(column: Column | None, over: Column | None, threads: str) -> S
     return SpeedRatio(threads, other / p50) if p50 and other else None
 
 
+def speed_ratios(report: Report, column: Column | None, over: Column | None) -> list[SpeedRatio]:
+    """Return the measured ratios, the smallest thread count first."""
+    return [ratio for n in thread_counts(report) if (ratio := compare_speed(column, over, n))]
+
+
 def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
     """Return rows for a score, its interval and its further metrics, with a column for each network."""
     measured = [score for score in scores if score is not None]

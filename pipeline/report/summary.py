@@ -5,13 +5,13 @@ from ..tasks import task_of
 from . import format
 from .networks import (
     Column,
-    SpeedRatio,
     compare_speed,
     compared_networks,
     find_network,
     median_latency,
     score_name,
     shipped_network,
+    speed_ratios,
     thread_counts,
 )
 from .page import Bar, KeyFigure
@@ -98,9 +98,9 @@ def _speed(report: Report) -> KeyFigure:
     shipped, teacher = shipped_network(report), find_network(report, "teacher")
     fp32 = find_network(report, "student") if shipped is not None and shipped.key == "student_int8" else None
     # An ensemble of teachers is not timed as one network: then the fp32 student is the reference.
-    over, ratios = teacher, _speed_ratios(report, shipped, teacher)
+    over, ratios = teacher, speed_ratios(report, shipped, teacher)
     if not ratios:
-        over, ratios = fp32, _speed_ratios(report, shipped, fp32)
+        over, ratios = fp32, speed_ratios(report, shipped, fp32)
     if not ratios or shipped is None or over is None:
         search = int8.default_search(report)
         if search is not None and search.file is not None and search.not_timed is not None:
@@ -119,10 +119,6 @@ def _speed(report: Report) -> KeyFigure:
     if over is teacher and (over_fp32 := compare_speed(shipped, fp32, ratio.threads)) is not None:
         details.append(f"vs. fp32 student: {over_fp32.text}")
     return KeyFigure(value, f"{meaning} {reference}, {format.threads(ratio.threads)}", details, bars)
-
-
-def _speed_ratios(report: Report, column: Column | None, over: Column | None) -> list[SpeedRatio]:
-    return [ratio for n in thread_counts(report) if (ratio := compare_speed(column, over, n))]
 
 
 def _score(report: Report) -> KeyFigure:
@@ -174,7 +170,7 @@ def warnings(report: Report) -> list[str]:
         (find_network(report, "student_int8"), student),
         (shipped, find_network(report, "teacher")),
     ):
-        ratios = _speed_ratios(report, column, over)
+        ratios = speed_ratios(report, column, over)
         slow = "; ".join(f"{r.text} with {format.threads(r.threads)}" for r in ratios if not r.is_faster)
         if slow and column is not None and over is not None:
             messages.append(

@@ -29,8 +29,9 @@ def calibration_section(
     columns: Sequence[Column], all_columns: Sequence[Column], sentences: Sequence[str], note: str = ""
 ) -> Section:
     """Return diagrams of ``columns`` and a table of ``all_columns``; empty if none was measured."""
-    charts = [reliability_diagram(column, c) for column in columns if (c := column.subject.calibration)]
-    has_before = any(c.before for column in columns if (c := column.subject.calibration))
+    measured = [(column, c) for column in columns if (c := column.subject.calibration)]
+    charts = [reliability_diagram(column, c) for column, c in measured]
+    has_before = any(c.before for _, c in measured)
     caption = "Each dot is a bin of confidence: its accuracy over its mean confidence, with the 95 % "
     caption += "interval. Dashed diagonal: perfect calibration; below it the network is overconfident. "
     caption += "Rings: the same file without temperature scaling. " if has_before else ""

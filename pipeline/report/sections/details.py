@@ -121,8 +121,7 @@ def _method(report: Report) -> dict[str, Any]:
         f"{format.number(weight.factor)}"
         for weight in report.balance
     }
-    given = {name: value for name, value in origin.items() if value}
-    return given | report.method_parameters | hashes | balance
+    return {k: v for k, v in origin.items() if v} | report.method_parameters | hashes | balance
 
 
 def _nested_table(title: str, content: dict[str, Any]) -> Table:

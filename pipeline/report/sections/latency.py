@@ -5,7 +5,7 @@ from math import isfinite
 
 import numpy as np
 
-from ....export.results import Latency, Percentile
+from ....export.results import ColdStart, Latency, Percentile
 from ...runs.results import Bench, Report
 from .. import format
 from ..charts import (
@@ -103,18 +103,18 @@ def percentiles(bench: Bench) -> Table:
 
 def brief_percentiles(bench: Bench) -> Table:
     """Return percentiles with the interval of the median only, for 80 columns."""
-    names = ("p50", "p90", "p95", "p99")
+    names = ("p90", "p95", "p99")
     rows = [
         [
             role(bench, latency.subject),
             str(latency.threads),
             percentile(latency.percentiles.get("p50")),
-            *(percentile(latency.percentiles.get(name)).partition(" ")[0] for name in names[1:]),
+            *(percentile(latency.percentiles.get(name)).partition(" ")[0] for name in names),
             format.count(latency.n),
         ]
         for latency in bench.latencies
     ]
-    return Table("Latency in ms, batch size 1", ["", "threads", *names, "runs"], rows)
+    return Table("Latency in ms, batch size 1", ["", "threads", "p50", *names, "runs"], rows)
 
 
 def percentile(value: Percentile | None) -> str:
@@ -163,19 +163,15 @@ def end_to_end(bench: Bench) -> Table:
 
 
 def cold_starts(bench: Bench) -> Table:
-    rows = []
-    for result in bench.cold_starts:
-        model_bytes = None
-        if result.peak_bytes is not None and result.runtime_bytes is not None:
-            model_bytes = max(0, result.peak_bytes - result.runtime_bytes)
-        rows.append(
-            [
-                role(bench, result.subject),
-                *(_ms(value) for value in (result.import_ms, result.session_ms, result.first_run_ms)),
-                format.megabytes(result.peak_bytes),
-                format.megabytes(model_bytes),
-            ]
-        )
+    rows = [
+        [
+            role(bench, result.subject),
+            *(_ms(value) for value in (result.import_ms, result.session_ms, result.first_run_ms)),
+            format.megabytes(result.peak_bytes),
+            format.megabytes(_model_bytes(result)),
+        ]
+        for result in bench.cold_starts
+    ]
     note = ""
     if rows:
         first = bench.cold_starts[0]
@@ -185,12 +181,18 @@ def cold_starts(bench: Bench) -> Table:
     return Table("Cold start", columns, rows, note=note)
 
 
+def _model_bytes(result: ColdStart) -> int | None:
+    if result.peak_bytes is None or result.runtime_bytes is None:
+        return None
+    return max(0, result.peak_bytes - result.runtime_bytes)
+
+
 def throughput(bench: Bench) -> Table:
     """Return a row for each file and a column for each batch size."""
     batches = sorted({result.batch for result in bench.throughput})
-    rates = {(result.subject, result.batch): result.images_per_second for result in bench.throughput}
+    throughputs = {(result.subject, result.batch): result.images_per_second for result in bench.throughput}
     rows = [
-        [role(bench, subject), *(_ms(rates.get((subject, batch))) for batch in batches)]
+        [role(bench, subject), *(_ms(throughputs.get((subject, batch))) for batch in batches)]
         for subject in dict.fromkeys(result.subject for result in bench.throughput)
     ]
     note = f"Images per second, {format.threads(bench.throughput[0].threads)}." if rows else ""
@@ -220,7 +222,7 @@ def conditions(bench: Bench) -> Table:
         ),
         "reference workload, p10–p90": (
             lambda c: c.sentinel_ms,
-            lambda readings: f"{_ms(readings[0])}–{_ms(readings[2])} ms",
+            lambda quantiles: f"{_ms(quantiles[0])}–{_ms(quantiles[2])} ms",
         ),
         "not monitored": (lambda c: ", ".join(c.unchecked) or "none", str),
         "session options": (lambda _: ", ".join(bench.session), str),

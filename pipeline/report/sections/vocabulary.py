@@ -50,8 +50,10 @@ def section(report: Report) -> Section:
 
 
 def _sentences(report: Report) -> list[str]:
-    sentences = ["Each position of the teacher’s feature map is described by its nearest visual words."]
-    sentences.append("Perplexity is the effective number of words in use.")
+    sentences = [
+        "Each position of the teacher’s feature map is described by its nearest visual words.",
+        "Perplexity is the effective number of words in use.",
+    ]
     for words in report.words:
         if words.dead is None or not words.usage:
             continue
