@@ -1,4 +1,4 @@
-"""A job that is killed, interrupted or out of disk: nothing is lost, and the next run completes it."""
+"""Runs that are killed, interrupted or out of disk can be resumed."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 50) 
 
 
 def wait_for_an_epoch(checkpoint: Path, process: "subprocess.Popen[str]") -> None:
-    """Until a training's first epoch is saved."""
+    """Wait until the first epoch of a training is saved."""
     wait_for(checkpoint, process)
     while torch.load(checkpoint, weights_only=True)["epoch"] < 1:
         assert process.poll() is None, process.communicate()
@@ -138,7 +138,7 @@ def test_full_disk_while_training_loses_nothing(data, cache, tmp_path, monkeypat
 
 
 def up_to(finished: Path, out: Path, stage: str) -> None:
-    """A copy of a finished run as it was before a stage."""
+    """Copy a finished run without the results of a stage and those after it."""
     shutil.copytree(finished, out)
     known = record(out)
     for later in STAGES[STAGES.index(stage) :]:

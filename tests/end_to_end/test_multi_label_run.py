@@ -1,4 +1,4 @@
-"""Images of several labels through a whole job: two to four of the built-in digits on one canvas."""
+"""A run on multi-label data: two to four of the built-in digits in one image."""
 
 import csv
 import json

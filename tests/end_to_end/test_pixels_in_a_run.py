@@ -1,4 +1,4 @@
-"""A whole run with --input uint8: the files that ship take pixels, and everything beside them knows it."""
+"""A run with --input uint8, whose files take pixels."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.support import little
 
 @pytest.fixture(scope="module")
 def of_pixels(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
-    """The finished run's job, but for what the files take."""
+    """The finished run with another input of its files."""
     assert finished.is_dir()
     out = tmp_path_factory.mktemp("runs") / "pixels"
     result = little.job(data, out, cache, "--input", "uint8")

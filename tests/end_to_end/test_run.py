@@ -1,4 +1,4 @@
-"""The whole command, on little networks: what it leaves, and what it does the second time."""
+"""`compress run` on small networks: its outputs, and what a second run repeats."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def test_built_in_digits_are_named_as_such_in_one_line(digits):
     assert "built-in" in first and "--data" in first
 
 
-def test_digits_have_three_roles_of_80_10_and_10_percent(digits):
+def test_digits_are_split_80_10_10_percent(digits):
     data = report(digits)["data"]
     assert (data["train"], data["val"], data["test"]) == (1439, 179, 179)
     assert all(min(counts.values()) > 0 for counts in data["per_class"].values())
@@ -104,7 +104,7 @@ def test_students_losses_add_up_in_every_epoch(digits):
         assert {"perplexity", "max_p_t", "word_accuracy", "gamma"} <= set(epoch["metrics"])
 
 
-def test_words_stand_in_the_report_with_their_features_and_perplexity(digits):
+def test_report_has_words_features_and_perplexity(digits):
     [words] = report(digits)["words"]
     assert words["words"] == words["requested"] == 64
     # 16 pixels over a stride of 4: a grid of 4 × 4 positions.
@@ -150,7 +150,7 @@ def test_agreement_counts_equal_predictions(digits):
     assert alike == report(digits)["student_int8"]["agreement"]["correct"]
 
 
-def test_int8_file_is_smaller_and_the_manifest_vouches_for_both(digits):
+def test_int8_file_is_smaller_and_the_manifest_has_both_checksums(digits):
     import hashlib
 
     manifest = json.loads((digits / "artifact/manifest.json").read_text())
@@ -368,7 +368,7 @@ def test_method_none_on_the_command_line_wins_over_a_config_with_quest(finished,
 
 
 def comparable(found: dict[str, Any]) -> Report:
-    """A report without how the run was called: this one's folder is a copy."""
+    """Return a report without its command, since this run's folder is a copy."""
     config = {**found["config"], "out": ""}
     return Report.model_validate({**found, "command": "", "config": config})
 

@@ -38,7 +38,7 @@ def first(
     data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run with a store, in a cache of its own beside it: two views, words and logits."""
+    """A run with a cache of its own: two cached views of words and logits."""
     root = tmp_path_factory.mktemp("stored")
     result = little.job(data, root / "run", root / "cache", *VIEWS, "--method", "quest+kd")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -48,14 +48,14 @@ def first(
 
 @pytest.fixture
 def copied(first: Path, tmp_path: Path) -> Path:
-    """Run and cache, to be changed."""
+    """A copy of run and cache that a test may change."""
     for name in ("run", "cache"):
         shutil.copytree(first / name, tmp_path / name)
     return tmp_path
 
 
 def entries(cache: Path) -> dict[tuple[str, int], Path]:
-    """By readout and view."""
+    """Return the entries by feature and view."""
     found = {}
     for file in (cache / "teacher-outputs").rglob("about.json"):
         about = json.loads(file.read_text())

@@ -30,7 +30,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def honest(n: int, classes: int = 5, scale: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [n,classes], and labels drawn with the very probabilities they say."""
+    """Return logits [n,classes], and labels drawn with their probabilities."""
     rng = np.random.default_rng(seed)
     logits = scale * rng.standard_normal((n, classes))
     draws = rng.random((n, 1))
@@ -171,7 +171,7 @@ def test_interval_covers_the_true_ece():
     assert held >= 17
 
 
-def test_one_image_and_logits_that_are_not_finite_are_no_trouble():
+def test_single_image_and_non_finite_logits_are_handled():
     one = measure(np.array([[3.0, 1.0]], dtype=np.float32), np.array([0]))
     assert one is not None and one.n == 1 and one.ece_low <= one.ece <= one.ece_high
     assert measure(np.array([[np.nan, 1.0]], dtype=np.float32), np.array([0])) is None

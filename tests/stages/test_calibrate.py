@@ -1,4 +1,4 @@
-"""A whole little run with --calibrate beside one without."""
+"""Runs with and without --calibrate."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def tempered(one_thread: None, tmp_path_factory: pytest.TempPathFactory, cache: 
 
 
 def logits(out: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of a shipped file on the test images, and their labels."""
+    """Return a shipped file's logits on the test images, and the labels."""
     from questpress.export.runtime import preprocess
 
     test = open_digits().test
@@ -107,7 +107,7 @@ def test_teachers_calibration_is_measured_too(plain):
     Report.model_validate(found)
 
 
-def test_report_shows_it(tempered):
+def test_report_shows_the_temperature(tempered):
     t = report(tempered)["temperature"]["value"]
     for name in ("report.html", "report.md"):
         page = (tempered / name).read_text()
@@ -134,7 +134,7 @@ def test_calibrate_without_val_images_is_refused(cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_file_with_other_predictions_is_not_shipped():
+def test_changed_predictions_are_an_error():
     plain = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
     check_temperature(plain, plain / np.float32(1.7), 1.7)
     check_temperature(np.zeros((3, 2), np.float32), np.zeros((3, 2), np.float32), 2.0)

@@ -1,4 +1,4 @@
-"""Targets, the search and what is left of it in a run; `compress export` on a run that is done."""
+"""The int8 search of a run and its files, and `compress export` on a finished run."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ MEASURE_LATENCY = quantize._measure_latency  # as it is before conftest.py repla
 
 @pytest.fixture(scope="module")
 def x86_vnni(one_thread: None) -> Any:  # noqa: ARG001  (which has candidates untimed)
-    """A processor with VNNI, whatever the tests run on, and candidates timed."""
+    """Pretend a processor with VNNI, and time candidates."""
     with pytest.MonkeyPatch.context() as patch:
         for place in ("export.runtime", "export.int8.targets", "pipeline.api.resolve"):
             patch.setattr(f"questpress.{place}.detect_target", lambda: "x86-vnni")
@@ -206,7 +206,7 @@ def test_export_of_an_unfinished_run_is_refused(tmp_path: Path, data: Path, cach
     assert "is not finished" in refused(little.compress("export", out), 2)
 
 
-def test_bad_option_leaves_the_artifact_whole(a_run: Path) -> None:
+def test_invalid_option_leaves_the_artifact_unchanged(a_run: Path) -> None:
     before = {p.name: p.read_bytes() for p in (a_run / "artifact").iterdir()}
     assert little.compress("export", a_run, "--opset", "3").exit_code == 2
     assert {p.name: p.read_bytes() for p in (a_run / "artifact").iterdir()} == before

@@ -1,4 +1,4 @@
-"""A teacher that protobuf cannot hold is timed all the same: its weights lie beside its graph."""
+"""A teacher beyond protobuf's 2 GB is timed with external weights."""
 
 from pathlib import Path
 

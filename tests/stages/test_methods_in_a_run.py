@@ -1,4 +1,4 @@
-"""Methods inside a whole run: a sum of them learns together, and nothing of them ships."""
+"""Runs with a sum of methods."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.support import little
 
 @pytest.fixture(scope="module")
 def of_all(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A run with every method there is."""
+    """A run with all methods."""
     out = tmp_path_factory.mktemp("runs") / "all"
     weights = ("--weight", "kd=0.25", "--weight", "ce=2")
     every = ("--method", "+".join(methods.METHODS))

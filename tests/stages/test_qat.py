@@ -1,4 +1,4 @@
-"""Quantization-aware training in whole little runs: the same method, heads and teacher; ranges that ship."""
+"""Runs with quantization-aware training: features, heads, learned ranges and resuming."""
 
 import json
 from pathlib import Path
@@ -114,7 +114,9 @@ def test_methods_resume_with_their_heads(recovered: Path) -> None:
     assert qat[0]["losses"]["loss"] < student[0]["loss"]
 
 
-def test_qat_resumed_is_qat_uninterrupted(recovered: Path, tmp_path: Path, data: Path, cache: Path) -> None:
+def test_resumed_qat_equals_uninterrupted_qat(
+    recovered: Path, tmp_path: Path, data: Path, cache: Path
+) -> None:
     again = tmp_path / "run"
     method = json.loads((recovered / "report.json").read_text())["method"]
     options = ("--method", method, *QAT)

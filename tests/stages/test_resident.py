@@ -1,4 +1,4 @@
-"""--resident: where training pixels are changes neither a run's weights nor its report."""
+"""--resident: the placement of training images changes neither weights nor report."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,7 @@ from questpress.pipeline.data import placement
 from tests.support import little
 
 
-def test_workers_train_the_very_student_that_decoded_images_train(
-    data: Path, finished: Path, tmp_path: Path
-) -> None:
+def test_workers_and_decoded_images_give_the_same_student(data: Path, finished: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "run", tmp_path / "cache"
     result = little.job(data, out, cache, "--resident", "workers", "--until", "student")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -25,9 +23,7 @@ def test_workers_train_the_very_student_that_decoded_images_train(
     assert rendered <= 16 * 16 * 3 * (ours["val"] + ours["test"])
 
 
-def test_resident_workers_is_reported_and_kept(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_placement_is_reported_and_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, cache = tmp_path / "run", tmp_path / "cache"
     monkeypatch.setattr(placement, "free_disk", lambda _: 1e3)
     first = little.job(data, out, cache, "--until", "teacher")

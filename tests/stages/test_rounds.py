@@ -1,4 +1,4 @@
-"""Rounds: the student of each is the teacher of the next."""
+"""Sequential rounds of distillation, in which each student teaches the next one."""
 
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def test_repeated_rounds_are_kept_and_other_rounds_refused(rounds: Path, data: P
     refused(job(data, rounds, cache, "--rounds", "3"), 2, "rounds was 2, now 3")
 
 
-def test_rounds_want_one_teacher_and_a_method(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_rounds_require_one_teacher_and_a_method(data: Path, cache: Path, tmp_path: Path) -> None:
     def asked(*more: str) -> Any:
         return little.compress(
             *little.NETWORKS, *little.SMALL, "--data", data, "--out", tmp_path / "run", "--cache", cache,

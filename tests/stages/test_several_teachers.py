@@ -1,4 +1,4 @@
-"""Several teachers: of different networks, of one network from seeds, and such as do not go together."""
+"""Several teachers: different networks, one network from several seeds, and invalid combinations."""
 
 import json
 from pathlib import Path
@@ -173,6 +173,6 @@ def test_teachers_from_seeds_are_of_one_network_and_each_is_trained(
     refused(one(*fits), 1, "--teachers-from-seeds 3", f"the head of {TEACHER}", "--teacher-head replace")
 
 
-def test_teachers_in_words() -> None:
+def test_names_of_teachers_are_joined() -> None:
     assert join_names(["a"]) == "a" and join_names(["a", "b"]) == "a + b"
     assert join_names(["a", "b", "a"]) == "2 × a + b"

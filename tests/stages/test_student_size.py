@@ -1,4 +1,4 @@
-"""A student that looks at smaller images than its teacher: CQKD."""
+"""A student with smaller images than its teacher (CQKD)."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SMALLER = ("--student-size", "12", "--method", "quest+kd", "--precision", "fp32"
 
 @pytest.fixture(scope="module")
 def smaller(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A whole run whose teacher sees 16 pixels and whose student 12; the teacher is asked at every step."""
+    """A run with a teacher of 16 pixels in every step and a student of 12."""
     out = tmp_path_factory.mktemp("runs") / "smaller"
     result = job(data, out, cache, *SMALLER, "--cache-views", "0")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -46,7 +46,7 @@ def test_everything_that_ships_is_of_the_students_size(smaller: Path, data: Path
 
 
 def test_cached_outputs_depend_on_the_teachers_size(data: Path, tmp_path: Path, cache: Path) -> None:
-    """A student of either size reads what the teacher has said to its own views."""
+    """Students of both sizes read the same cached outputs."""
     asked = (
         *(*little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--cache", cache),
         *("--cache-views", "2", "--method", "kd", "--precision", "fp32", "--until", "student"),
@@ -59,7 +59,7 @@ def test_cached_outputs_depend_on_the_teachers_size(data: Path, tmp_path: Path, 
 
 
 def test_run_with_all_views_cached_equals_an_online_run(tmp_path: Path, cache: Path) -> None:
-    """With one view there is, the store holds what the teacher would say."""
+    """With a single distinct view, cached and online outputs are the same."""
     photos = little.photos(tmp_path / "photos")
     one_view = (*SMALLER, "--crop", "center", "--no-flip", "--balance", "off", "--set", "quest.top=8")
     for name, views in (("stored", "1"), ("asked", "0")):

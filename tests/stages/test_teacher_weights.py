@@ -1,4 +1,4 @@
-"""Where a teacher's weights come from, what becomes of its head, and what is refused."""
+"""Sources of a teacher's weights, kept and replaced heads, and errors."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ NAME = "cifar_resnet8"
 
 
 def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A role's images [N,3,16,16] and labels, by hand."""
+    """Return a split's images [N,3,16,16] and labels without our reader."""
     g = geometry(NAME, 16)
     p = Preprocessing.create(16, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std)
     images = open_folder(data).split(role)  # type: ignore[arg-type]
@@ -30,7 +30,7 @@ def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, one_thread: None) -> nn.Module:  # noqa: ARG001
-    """A network that knows the colours, trained by a plain loop of torch."""
+    """Train a network on the colors in a plain loop of torch."""
     network: nn.Module = build(NAME, num_classes=3, image_size=16, seed=3)
     images, labels = normalised(data, "train")
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
@@ -43,7 +43,7 @@ def trained(data: Path, one_thread: None) -> nn.Module:  # noqa: ARG001
 
 @pytest.fixture(scope="module")
 def named(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its weights as a file that knows its classes."""
+    """Save its weights with the names of its classes."""
     file = tmp_path_factory.mktemp("weights") / "colours.safetensors"
     save_weights(trained, file, {"labels": json.dumps(CLASSES)})
     return file

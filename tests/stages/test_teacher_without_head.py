@@ -1,4 +1,4 @@
-"""A teacher without a head: self-supervised weights teach by their features alone."""
+"""Teachers without a head, from self-supervised weights."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def contrastive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as momentum contrast leaves it: two encoders with projectors, a queue, an optimizer."""
+    """A checkpoint like MoCo's: two encoders with projectors, a queue and an optimizer."""
     network = build(NAME, num_classes=0, image_size=32, seed=7)
     state: dict[str, torch.Tensor] = {}
     for encoder, factor in (("encoder_q", 1.0), ("encoder_k", 0.5)):
@@ -79,7 +79,7 @@ def test_headless_teacher_is_timed_as_onnx(of_features: Path) -> None:
     assert manifest["origin"]["teachers"][0]["name"] == NAME
 
 
-def test_hashes_take_their_deviation_from_the_width_and_the_loss_all_samples(of_features: Path) -> None:
+def test_hash_std_follows_from_the_width_and_the_loss_uses_all_samples(of_features: Path) -> None:
     report = little.report(of_features)
     assert report["hashes"][0]["std"] == pytest.approx(64**-0.5)
     assert "teacher_right" not in report["epochs"][-1]["metrics"]

@@ -1,4 +1,4 @@
-"""A candidate is refused for what it loses beyond the budget, and not for chance."""
+"""The accuracy budget of int8 candidates."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ MULTI_LABEL = load_task("multi-label")
 
 
 def answers(right: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarray:
-    """Logits that are right where `right` says so."""
+    """Return logits that are correct for the images of `right`."""
     said = np.where(right, labels, (labels + 1) % classes)
     return np.eye(classes, dtype=np.float32)[said]
 
@@ -66,7 +66,7 @@ def test_mcnemars_exact_test_is_the_binomial_sum() -> None:
     assert mcnemar(5, 1) == pytest.approx(2 * (1 + 6) / 2**6)
 
 
-def test_noise_is_measured_in_decibels_against_the_float_files_logits() -> None:
+def test_sqnr_is_relative_to_the_fp32_logits() -> None:
     judge, labels = budget(30, 0.5)
     logits = answers(np.ones(30, bool), labels)
     assert judge.judge(logits).sqnr == float("inf")

@@ -1,4 +1,4 @@
-"""What ships with --ema and --average-last: the mean as numpy has it, and the network that was measured."""
+"""Weight averages of --ema and --average-last, compared with numpy."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def taken(network: nn.Module) -> State:
 
 
 def watched(task: DistillationTask, tmp_path: Path, epochs: int = 3) -> tuple[list[State], list[State]]:
-    """The network's state after every step, and after every epoch."""
+    """Return the network's state after each step, and after each epoch."""
     steps: list[State] = []
     ends: list[State] = []
     real = task.end_step

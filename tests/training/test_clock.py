@@ -1,4 +1,4 @@
-"""The clock of the training loop."""
+"""Fractions of the time in each phase of the training loop."""
 
 import time
 from typing import ClassVar
@@ -102,7 +102,7 @@ def test_phase_on_cpu_costs_less_than_20_microseconds():
 
 
 class Event:
-    """A GPU's event: what is put into a stream happens when the stream comes to it."""
+    """A CUDA event, recorded when its stream reaches it."""
 
     waits: ClassVar[int] = 0
     over: ClassVar[bool] = True
@@ -126,7 +126,7 @@ class Event:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU with a stream ``main`` and another, ``side``, whose times the test sets in milliseconds."""
+    """A GPU with streams ``main`` and ``side``, whose times the test sets in milliseconds."""
     Event.waits, Event.over, Event.milliseconds = 0, True, {"main": 0.0, "side": 0.0}
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: gpu.stream)

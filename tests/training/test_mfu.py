@@ -1,4 +1,4 @@
-"""Peaks are those of the data sheets, and the utilisation is the arithmetic of one step by hand."""
+"""Peak FLOP/s, utilization and peak memory."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from questpress.pipeline.training.monitoring.metrics import (
         ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
     ],
 )
-def test_gpus_peak_is_its_data_sheets(name, bf16, fp32):
+def test_peak_of_a_gpu_is_that_of_its_data_sheet(name, bf16, fp32):
     assert peak_flops_by_name(name, "bf16", tf32=False) == (
         None if bf16 is None else pytest.approx(1e12 * bf16)
     )
@@ -66,7 +66,7 @@ def test_cpu_has_no_peak_and_no_utilization():
     assert utilization(1000, 0.3, [4.1], peak_flops("cpu", "fp32")) is None
 
 
-def test_peak_on_cuda_is_that_of_the_device_and_of_how_its_convolutions_compute(monkeypatch):
+def test_peak_depends_on_the_device_and_tf32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     convolutions = torch.backends.cudnn.conv
     before = convolutions.fp32_precision
@@ -79,7 +79,7 @@ def test_peak_on_cuda_is_that_of_the_device_and_of_how_its_convolutions_compute(
         convolutions.fp32_precision = before
 
 
-def test_utilization_is_worked_out_by_hand():
+def test_utilization_equals_manual_computation():
     # 10,000 images/s × (6 × 0.3 G + 2 × 4.1 G) = 100 TFLOP/s, of 200.
     assert utilization(10_000, 0.3, [4.1], 200e12) == pytest.approx(0.5)
     assert utilization(10_000, 0.3, [4.1], 200e12, devices=2) == pytest.approx(0.25)
@@ -89,14 +89,14 @@ def test_utilization_is_worked_out_by_hand():
     assert utilization(10_000, 0.3, [None], 200e12) is None
 
 
-def test_multiply_adds_are_counted_with_the_datas_own_classes():
+def test_multiply_adds_depend_on_the_number_of_classes():
     whole = describe("mobilenetv2_100", 64).gmacs
     few = multiply_adds("mobilenetv2", 64, 10)
     assert whole is not None and few is not None
     assert whole - few == pytest.approx(1280 * 990 / 1e9)
 
 
-def test_peak_of_memory_is_in_bytes_and_never_falls():
+def test_peak_memory_is_in_bytes_and_never_falls():
     before = peak_memory("cpu")
     if before is None:
         pytest.skip("this system does not tell")

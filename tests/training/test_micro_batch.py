@@ -1,4 +1,4 @@
-"""A step taken in parts has the gradients of the whole, and memory that runs out halves the parts."""
+"""Gradients of micro-batches, and their size when memory is insufficient."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +57,7 @@ def gradients(task: DistillationTask, given: Batch, size: int | None) -> tuple[d
 
 @pytest.mark.parametrize("make", [quest, kd])
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
-def test_parts_give_the_gradients_and_the_losses_of_the_whole(make: Any, size: int) -> None:
+def test_micro_batches_have_the_gradients_and_losses_of_the_batch(make: Any, size: int) -> None:
     given = batch(16)
     whole, at_once = gradients(make(), given, None)
     parts, summed = gradients(make(), given, size)
@@ -74,13 +74,15 @@ def test_parts_give_the_gradients_and_the_losses_of_the_whole(make: Any, size: i
     [(16, None, [16]), (16, 16, [16]), (16, 4, [4] * 4), (16, 5, [4] * 4), (10, 4, [3, 3, 4]),
      (9, 4, [3, 3, 3]), (3, 2, [3]), (5, 2, [2, 3]), (2, 2, [2])],
 )  # fmt: skip
-def test_parts_are_even_and_never_of_a_single_image(images: int, size: int | None, parts: list[int]) -> None:
+def test_micro_batches_are_even_and_have_at_least_two_images(
+    images: int, size: int | None, parts: list[int]
+) -> None:
     found = list(batch(images).split(size))
     assert [len(part) for part in found] == parts
     assert torch.equal(torch.cat([part.keys for part in found]), batch(images).keys)
 
 
-def test_step_in_parts_counts_once_for_the_balance_and_shows_the_ratio_of_the_whole() -> None:
+def test_gradient_ratio_of_micro_batches_is_that_of_the_batch() -> None:
     given, tasks = batch(16), [kd(balance=True, weights={"kd": 20.0}) for _ in range(2)]
     for task, size in zip(tasks, (None, 4), strict=True):
         gradients(task, given, size)
@@ -94,7 +96,7 @@ def test_step_in_parts_counts_once_for_the_balance_and_shows_the_ratio_of_the_wh
 
 
 def holds(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A device on which more than so many images of a training step have no place; what it was asked."""
+    """Limit the images that fit into memory; return the sizes of the batches that were run."""
     asked: list[int] = []
     real = DistillationTask.forward
 
@@ -111,7 +113,7 @@ def holds(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 UNTIL = ("--until", "student", "--cache-views", "2")
 
 
-def test_memory_that_runs_out_halves_the_parts_and_changes_no_weight(data, cache, tmp_path, monkeypatch):
+def test_insufficient_memory_halves_micro_batches_and_changes_no_weight(data, cache, tmp_path, monkeypatch):
     asked_for = job(data, tmp_path / "asked", cache, *UNTIL, "--micro-batch", "4")
     assert asked_for.exit_code == 0, asked_for.output
     asked = holds(4, monkeypatch)

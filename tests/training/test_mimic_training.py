@@ -1,4 +1,4 @@
-"""Training with a layer for another width: what learns, what is averaged, stopped and merged."""
+"""Training with a projection of the student's vector to the teacher's width."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ WIDTH, HASHES = 128, 40
 def widened(
     engine: Any = ENGINE, alone: int = 0, variant: Any = "lshl2_s", **changes: Any
 ) -> DistillationTask:
-    """resnet8, whose vector has 64 numbers, learns from a teacher with 128."""
+    """Build a task of a student with a vector of 64 numbers and a teacher with one of 128."""
     student = network()
     widen(student, WIDTH, seed=0)
     shapes = Shapes({}, vector=WIDTH, logits=CLASSES)
@@ -68,7 +68,7 @@ def test_shipped_network_has_the_projection_merged(tmp_path: Path, average: dict
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_while_the_new_layer_learns_alone_no_other_weight_moves(optimizer: str) -> None:
+def test_first_epochs_train_only_the_projection(optimizer: str) -> None:
     task = widened(alone=1, variant="lshl2").train()
     moves = build_optimizer(task, plan(optimizer=optimizer, weight_decay=0.1, decay_all=True))
     moved: list[set[str]] = []
@@ -83,7 +83,7 @@ def test_while_the_new_layer_learns_alone_no_other_weight_moves(optimizer: str) 
     assert moved == [{"fc.embed.weight", "fc.embed.bias"}, set(before)]
 
 
-def test_weights_are_balanced_after_the_epochs_in_which_the_new_layer_learns_alone() -> None:
+def test_weights_are_balanced_after_the_epochs_of_the_projection() -> None:
     task = widened(alone=1, variant="lshl2").train()
     task(*batch())
     task.end_step()

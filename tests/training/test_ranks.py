@@ -1,4 +1,4 @@
-"""Several processes train as one does, speak with one voice, stop together and go on, also alone."""
+"""Training with several processes equals that with one: results, logs, stopping and resuming."""
 
 import json
 import os
@@ -48,7 +48,7 @@ TEACHER_READS = {"kd": frozenset({"logits"}), "quest": frozenset({"map"}), "mimi
 
 
 def without_batch_norm(net: nn.Module) -> nn.Module:
-    """Each rank's statistics are of its own images; a norm of each image for itself knows no ranks."""
+    """Replace BatchNorm, whose statistics depend on the rank, by GroupNorm."""
     for module in net.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -92,7 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None = None) -> None:
-    """Two epochs of ten steps; rank 0 writes down what came of them."""
+    """Train two epochs of ten steps; rank 0 saves the results."""
     o = CASES[case]
     name = o["method"]
     method = a_method(name)
@@ -149,7 +149,7 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
 
 
 def count_down(task: DistillationTask, steps: int | None) -> None:
-    """Have this process told to stop after so many steps."""
+    """Request this process to stop after a number of steps."""
     loop.AGREE_SECONDS = 0.0
     real, done = task.end_step, [0]
 
@@ -181,7 +181,7 @@ def all_cases(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what two processes made of every case."""
+    """Return a folder with the results of two processes in each case."""
     folder = tmp_path_factory.mktemp("ranks")
     started = several.start(folder, all_cases, folder)
     assert started.codes() == [0, 0], started.said(0) + started.said(1)
@@ -229,8 +229,8 @@ def test_cached_outputs_are_independent_of_the_number_of_processes(trained: Path
     assert not list((trained / "cache").rglob("*.part"))
 
 
-def test_network_that_is_measured_is_the_one_that_ships(trained: Path) -> None:
-    """With statistics of their own, ranks would each measure another network."""
+def test_evaluated_network_is_the_shipped_one(trained: Path) -> None:
+    """Ranks have to average their BatchNorm statistics before they evaluate."""
     found = outcome(trained, "with batch norm", 2)
     net = network()
     net.load_state_dict(found["shipped"])
@@ -266,7 +266,7 @@ def lines(text: str) -> list[str]:
 
 
 def fields(content: Any) -> Any:
-    """The names in a report, without what they say; which percentiles have intervals is how fast it ran."""
+    """Return the keys of a report without its values; which percentiles have intervals depends on speed."""
     if isinstance(content, dict):
         return {name: None if name == "intervals" else fields(value) for name, value in content.items()}
     return [fields(content[0])] if isinstance(content, list) and content else None
@@ -302,7 +302,7 @@ def test_whole_command_with_two_processes(finished, data, cache, tmp_path):
     ("more", "words"),
     [(("--batch-size", "15"), "must be a multiple of 2 processes"), (("--nonsense",), "No such option")],
 )
-def test_refusal_is_printed_once(data, cache, tmp_path, more, words):
+def test_usage_error_is_printed_once(data, cache, tmp_path, more, words):
     started = several.start(
         tmp_path / "said", several.command, *arguments(data, tmp_path / "run", cache, *more)
     )
@@ -312,7 +312,7 @@ def test_refusal_is_printed_once(data, cache, tmp_path, more, words):
 
 
 def one_fails(*options: str) -> None:
-    """The command, whose second process finds no memory in its first step."""
+    """Return a script whose second process runs out of memory in its first step."""
     if os.environ["RANK"] == "1":
 
         def full(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""One training step: it never waits for the device, and its layout and its optimizer change no result."""
+"""A training step never waits for the device; memory layout and fused optimizer change no result."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,11 +28,11 @@ WAITS = {
     "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "nonzero_static", "masked_select",
     "unique_dim", "_unique", "_unique2", "repeat_interleave", "bincount",
 }  # fmt: skip
-"""Operations whose result, or its size, the host must know before it goes on."""
+"""Operations for which the host waits, since it needs their result or its size."""
 
 
 class Waiting(TorchDispatchMode):
-    """Records what makes the host wait: operations of ``WAITS`` and indexing by a mask."""
+    """Records operations for which the host waits: ``WAITS`` and indexing by a mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def plan(optimizer: str = "adamw", **changes: Any) -> Plan:
 
 
 def distillation(method: str, engine: Engine, balance: bool = True) -> DistillationTask:
-    """A student, heads as a run makes them, and a teacher."""
+    """Build the task of a student, a method and a teacher."""
     torch.manual_seed(0)
     names = methods.parse_methods(method)
     parameters = methods.parse_parameters(names, {"quest.words": 7} if "quest" in names else {})
@@ -92,7 +92,7 @@ def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stepper(task: DistillationTask, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """The loop's step, over one batch."""
+    """Return a function that runs the loop's step on one batch."""
     images, labels = batch(str(task.device))
     meter = Meter(task.device, Ranks(), task.label_task)
 
@@ -107,7 +107,7 @@ def stepper(task: DistillationTask, optimizer: torch.optim.Optimizer) -> Callabl
 
 
 @pytest.mark.parametrize("method", SUMS)
-def test_no_operation_of_a_step_makes_the_host_wait(method: str) -> None:
+def test_step_has_no_synchronizing_operation(method: str) -> None:
     task = distillation(method, FP32).train()
     step = stepper(task, build_optimizer(task, plan()))
     with Waiting() as waiting:
@@ -138,7 +138,7 @@ def no_synchronisation() -> Iterator[None]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", SUMS)
-def test_no_step_on_a_gpu_waits_for_it(method: str, precision: str) -> None:
+def test_step_does_not_synchronize_with_a_gpu(method: str, precision: str) -> None:
     task = distillation(method, Engine("cuda", 1, precision)).train()
     step = stepper(task, build_optimizer(task, plan()))
     step()
@@ -148,7 +148,7 @@ def test_no_step_on_a_gpu_waits_for_it(method: str, precision: str) -> None:
 
 
 def gradients(task: DistillationTask, seed: int) -> None:
-    """Random gradients, lying in memory as autograd lays them: as their parameters do."""
+    """Set random gradients with the memory layout of their parameters, as autograd does."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in task.trainable_module.parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
@@ -156,7 +156,7 @@ def gradients(task: DistillationTask, seed: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_moments_that_were_saved_in_another_layout_are_the_same_moments(optimizer: str) -> None:
+def test_moments_saved_in_another_layout_are_restored(optimizer: str) -> None:
     results = []
     for layout in ("contiguous", "channels_last"):
         task = distillation("quest", Engine("cpu", 1, "fp32", layout="contiguous"))
@@ -175,7 +175,7 @@ def test_moments_that_were_saved_in_another_layout_are_the_same_moments(optimize
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "nadamw", "lookahead_adamw"])
-def test_optimizer_without_a_fused_form_is_used_as_it_is(optimizer: str) -> None:
+def test_optimizer_without_fused_step_is_not_fused(optimizer: str) -> None:
     task = distillation("none", FP32).train()
     stepper(task, build_optimizer(task, plan(optimizer)))()
 

@@ -1,4 +1,4 @@
-"""Being told to stop at any step: the place in the epoch is kept, and going on ends in the same bits."""
+"""Stopping at any step by a signal or --time-limit, and resuming to the bit."""
 
 import os
 import signal
@@ -70,15 +70,15 @@ KINDS: dict[str, tuple[Callable[[], DistillationTask], dict[str, Any]]] = {
 }
 
 
-def learn(task: DistillationTask, file: Path, told_after: int | None = None, **changes: Any) -> list[Epoch]:
-    """Train, told to stop during the step after so many."""
+def learn(task: DistillationTask, file: Path, stop_after: int | None = None, **changes: Any) -> list[Epoch]:
+    """Train, and request a stop during step ``stop_after``, counted from 0."""
     epochs: list[Epoch] = []
     real, done = task.end_step, [0]
 
     def end_step() -> None:
         real()
         done[0] += 1
-        if done[0] == told_after:
+        if done[0] == stop_after:
             signal.raise_signal(signal.SIGTERM)
 
     task.end_step = end_step  # type: ignore[method-assign]
@@ -91,22 +91,22 @@ def learn(task: DistillationTask, file: Path, told_after: int | None = None, **c
 
 
 def facts(epoch: Epoch) -> dict[str, Any]:
-    """What an epoch found, without how fast it was."""
+    """Return an epoch without its times."""
     timed = {"images_per_second", "seconds", "time_fractions", "peak_memory_bytes", "mfu"}
     return epoch.model_dump(exclude=timed)
 
 
 @posix
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("told_after", [2, 5, 8])  # in an epoch of five steps, at its end, in the next one
-def test_training_stopped_at_a_step_resumes_to_the_bit(tmp_path, kind, told_after):
+@pytest.mark.parametrize("stop_after", [2, 5, 8])  # in an epoch of five steps, at its end, in the next one
+def test_training_stopped_at_a_step_resumes_to_the_bit(tmp_path, kind, stop_after):
     make, changes = KINDS[kind]
     whole = make()
     curve = learn(whole, tmp_path / "whole.pt", **changes)
     with pytest.raises(KeyboardInterrupt):
-        learn(make(), tmp_path / "c.pt", told_after, **changes)
+        learn(make(), tmp_path / "c.pt", stop_after, **changes)
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    assert saved["epoch"] * 5 + saved["step"] == told_after
+    assert saved["epoch"] * 5 + saved["step"] == stop_after
     went_on = make()
     with torch.no_grad():  # what the new process starts from must not matter
         for parameter in went_on.student.parameters():
@@ -197,7 +197,7 @@ def test_time_limit_works_in_a_thread(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"), [("3h50m", 13_800), ("90m", 5400), ("45s", 45), ("2d", 172_800), ("1.5h", 5400)]
 )
-def test_times_are_read(text, expected):
+def test_durations_are_parsed(text, expected):
     assert parse_time(text) == expected
 
 
@@ -209,7 +209,7 @@ def test_invalid_time_is_refused(text, data, cache, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["\udcff", "9" * 20 + "d", "0s"])
-def test_time_limit_that_no_clock_can_keep_is_refused(text, data, cache, tmp_path):
+def test_too_long_time_limit_is_refused(text, data, cache, tmp_path):
     little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
 
 

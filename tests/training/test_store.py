@@ -1,4 +1,4 @@
-"""The teacher store: what comes back, when it is computed anew, and training from it."""
+"""The teacher cache: its content, when outputs are recomputed, and training from it."""
 
 import errno
 import json
@@ -37,11 +37,11 @@ GRID, CHANNELS, CLASSES = (2, 2), 3, 3
 WORDS = 255 * torch.from_numpy(np.random.default_rng(0).random((6, CHANNELS), dtype=np.float32))
 LOGITS = base._half("logits", Shapes({}, vector=None, logits=CLASSES))
 IMAGES = 150
-"""More than one batch of questions, and the last not a whole one."""
+"""More than one batch of the teacher; the last one is not full."""
 
 
 class Toy:
-    """A teacher whose answer to an image depends on nothing else, to the bit."""
+    """A teacher whose output for an image depends on nothing else, to the bit."""
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor, self.asked = factor, 0
@@ -66,7 +66,7 @@ def store(
     seed: int = 0,
     **key: Any,
 ) -> TeacherCache:
-    """A store under ``root``; without a teacher, one that must not load it."""
+    """Build a cache under ``root``; without a teacher, one that must not load it."""
     of = views(images, seed)
 
     def render(batches: Iterable[torch.Tensor], view: int) -> Iterator[torch.Tensor]:
@@ -151,7 +151,7 @@ def test_second_cache_reads_entries_without_the_teacher(tmp_path):
     assert torch.equal(second.batch(*asked, CPU)[0]["map.p"], first.batch(*asked, CPU)[0]["map.p"])
 
 
-def test_only_what_is_missing_is_computed(tmp_path):
+def test_only_missing_outputs_are_computed(tmp_path):
     store(tmp_path, Toy()).open(range(2))
     teacher = Toy()
     more = store(tmp_path, teacher)
@@ -207,7 +207,7 @@ def endless(pixels: torch.Tensor, reads: frozenset[str]) -> dict[str, torch.Tens
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
-def test_half_written_view_is_computed_again(tmp_path):
+def test_incomplete_view_is_computed_again(tmp_path):
     store(tmp_path, Toy()).open(range(1))
     killed = multiprocessing.get_context("fork").Process(
         target=lambda: store(tmp_path, endless).open(range(2))
@@ -254,7 +254,7 @@ def test_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [1e6, float("nan")])
-def test_numbers_that_half_precision_cannot_hold_are_refused(tmp_path, factor):
+def test_values_beyond_half_precision_are_refused(tmp_path, factor):
     with pytest.raises(JobError, match="The outputs of toy are not finite, or larger than 65,504"):
         store(tmp_path, Toy(factor)).open(range(1))
     assert list((tmp_path / KIND).iterdir()) == []

@@ -289,7 +289,7 @@ def test_ctrl_c_in_a_tracker_stops_training(wandb, tmp_path, monkeypatch):
 
 
 class FakeMLflow(types.ModuleType):
-    """The used part of MLflow, which rejects the same names."""
+    """A fake of the used part of MLflow, which rejects the same names."""
 
     def __init__(self) -> None:
         super().__init__("mlflow")

@@ -1,4 +1,4 @@
-"""The training loop on toys: it learns, repeats, goes on where it stopped, and stops where it must."""
+"""The training loop on toy data: learning, reproducibility, checkpoints and schedules."""
 
 import math
 import os
@@ -61,7 +61,7 @@ def test_heads_learn_with_the_students_optimizer(tmp_path):
     assert sum(len(group["params"]) for group in decayed) == len(list(task.trainable_module.parameters()))
 
 
-def test_finished_training_is_not_done_again(tmp_path):
+def test_finished_training_is_not_repeated(tmp_path):
     task = distillation()
     learn(task, tmp_path / "c.pt")
     again = distillation()
@@ -74,7 +74,7 @@ def test_checkpoint_of_another_training_is_not_used(tmp_path):
     assert len(learn(supervised(), tmp_path / "c.pt", epochs=1, key="this")) == 1
 
 
-def test_damaged_checkpoint_is_named(tmp_path):
+def test_damaged_checkpoint_is_reported(tmp_path):
     learn(supervised(), tmp_path / "c.pt", epochs=1)
     content = (tmp_path / "c.pt").read_bytes()
     flipped = bytearray(content)
@@ -150,7 +150,7 @@ def test_weights_are_independent_of_earlier_random_draws(tmp_path):
     assert equal(state(one), state(two))
 
 
-def test_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
     task = distillation()
     kept: dict[str, torch.Tensor] = {}
 
@@ -204,7 +204,7 @@ def test_teacher_stays_in_eval_mode(tmp_path):
     assert task.network.training
 
 
-def test_students_statistics_do_move(tmp_path):
+def test_batch_norm_statistics_of_the_student_are_updated(tmp_path):
     task = supervised()
     before = {key: value.clone() for key, value in task.network.state_dict().items() if "running_mean" in key}
     learn(task, tmp_path / "c.pt", epochs=1)
@@ -261,7 +261,7 @@ def test_pixels_are_normalized_by_the_networks_own_statistics():
 
 
 def rates(steps: int, **changes: Any) -> list[float]:
-    """The learning rate of every step."""
+    """Return the learning rate of each step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=changes.get("lr", 2e-3))
     p = plan(**changes)
     scheduler = build_scheduler(optimizer, p, steps)
@@ -287,7 +287,7 @@ def test_multistep_divides_the_rate_by_ten_at_each_milestone():
     assert found == pytest.approx([1.0] * 7 + [0.1] * 8 + [0.01] * 9)
 
 
-def test_constant_rate_is_constant_after_the_warm_up():
+def test_constant_learning_rate_is_constant_after_warmup():
     found = rates(4, epochs=6, warmup_epochs=1, lr=0.5, schedule="constant")
     assert found[4:] == pytest.approx([0.5] * 20) and found[0] < 0.01
 
@@ -315,7 +315,7 @@ def test_biases_and_norms_are_not_decayed_by_default(tmp_path):
 
 
 def test_adaptive_optimizer_moves_a_learned_scale_as_sgd_would():
-    """QuEST's γ has to come from 3 to nearly 20; an adaptive learning rate's steps don't get there."""
+    """QuEST's γ has to rise from 3 to nearly 20, which takes an adaptive optimizer a larger learning rate."""
     for name, factor in (("adamw", 50.0), ("sgd", 1.0)):
         made = distillation()
         optimizer = build_optimizer(made, plan(optimizer=name))

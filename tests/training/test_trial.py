@@ -1,4 +1,4 @@
-"""The race of engines: the clearly faster one wins, short trainings have none, and none leaves a trace."""
+"""The search for the fastest engine: its choice, its time, and that it changes no state."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -43,7 +43,7 @@ Timer = Callable[[Callable[[Engine], float]], list[Engine]]
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, bf16: None) -> Timer:  # noqa: ARG001
-    """Steps that take what a test says; the engines that were tried, in order."""
+    """Step times set by the test; records the engines that were timed, in order."""
 
     def install(seconds: Callable[[Engine], float]) -> list[Engine]:
         tried: list[Engine] = []
@@ -65,7 +65,7 @@ def run(task: DistillationTask, steps: int = LONG, **changes: Any) -> tuple[Tria
     return find_fastest_engine(task, batch(), optimizer, steps, **{**asked, **changes}), notes
 
 
-def test_clearly_faster_engine_is_chosen_and_told_in_one_line(task: DistillationTask, timed: Timer) -> None:
+def test_clearly_faster_engine_is_chosen_and_noted(task: DistillationTask, timed: Timer) -> None:
     tried = timed(
         lambda e: 0.1 * (0.5 if e.precision == "bf16" else 1) * (2 if e.layout == "contiguous" else 1)
     )
@@ -80,20 +80,18 @@ def test_clearly_faster_engine_is_chosen_and_told_in_one_line(task: Distillation
     )
 
 
-def test_gain_within_what_measurements_scatter_changes_nothing(task: DistillationTask, timed: Timer) -> None:
+def test_small_gain_changes_nothing(task: DistillationTask, timed: Timer) -> None:
     timed(lambda e: 0.1 if e == RULE else 0.097)
     assert run(task)[0].engine == RULE
 
 
 @pytest.mark.parametrize("steps", [1, 100, 799])
-def test_short_training_keeps_the_rules_choice_untried(
-    task: DistillationTask, timed: Timer, steps: int
-) -> None:
+def test_short_training_keeps_the_default_engine(task: DistillationTask, timed: Timer, steps: int) -> None:
     tried = timed(lambda e: 0.1 if e == RULE else 0.01)
     assert run(task, steps)[0] == Trial(RULE) and tried == []
 
 
-def test_several_processes_compute_alike_and_so_by_the_rule(
+def test_several_processes_use_the_default_engine(
     task: DistillationTask, timed: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = timed(lambda e: 0.1 if e == RULE else 0.01)
@@ -103,7 +101,7 @@ def test_several_processes_compute_alike_and_so_by_the_rule(
     assert tried == []
 
 
-def test_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask, timed: Timer) -> None:
+def test_search_takes_at_most_2_percent_of_the_training(task: DistillationTask, timed: Timer) -> None:
     spent = 0.0
     clock = SimpleNamespace(perf_counter=lambda: spent)
 
@@ -122,7 +120,7 @@ def test_race_takes_a_fiftieth_of_the_training_at_most(task: DistillationTask, t
             assert spent <= 1.3 * 0.02 * 0.1 * steps
 
 
-def test_hopeless_engine_is_out_after_one_round(task: DistillationTask, timed: Timer) -> None:
+def test_hopeless_engine_is_dropped_after_one_step(task: DistillationTask, timed: Timer) -> None:
     calls = {"slow": 0}
 
     def step(engine: Engine) -> float:
@@ -133,13 +131,13 @@ def test_hopeless_engine_is_out_after_one_round(task: DistillationTask, timed: T
     assert run(task)[0].engine == RULE and calls["slow"] == 2
 
 
-def test_precision_that_the_user_fixed_is_not_tried(task: DistillationTask, timed: Timer) -> None:
+def test_precision_set_by_the_user_is_not_varied(task: DistillationTask, timed: Timer) -> None:
     tried = timed(lambda e: 0.01 if e.precision == "bf16" else 0.1)
     assert run(task, precision="fp32")[0].engine == RULE
     assert {engine.precision for engine in tried} == {"fp32"}
 
 
-def test_bf16_is_not_tried_where_the_processor_has_none(
+def test_bf16_is_not_tried_without_hardware_support(
     task: DistillationTask, timed: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = timed(lambda _: 0.1)
@@ -148,7 +146,7 @@ def test_bf16_is_not_tried_where_the_processor_has_none(
     assert {engine.precision for engine in tried} == {"fp32"}
 
 
-def test_one_thread_a_core_is_tried_where_cores_have_several(timed: Timer, monkeypatch: Any) -> None:
+def test_one_thread_per_core_is_tried_with_hyper_threads(timed: Timer, monkeypatch: Any) -> None:
     rule = Engine("cpu", 4, "fp32")
     monkeypatch.setattr(engine_search, "cores", lambda: 2)
     timed(lambda e: 0.05 if e.threads == 2 else 0.1)
@@ -157,7 +155,7 @@ def test_one_thread_a_core_is_tried_where_cores_have_several(timed: Timer, monke
 
 
 @pytest.mark.usefixtures("bf16")
-def test_race_leaves_no_trace(task: DistillationTask) -> None:
+def test_search_changes_no_state(task: DistillationTask) -> None:
     def traces() -> dict[str, Any]:
         kept = {**dict(task.named_parameters()), **dict(task.named_buffers())}
         tensors = kept | {"rng": torch.get_rng_state()}
@@ -178,7 +176,7 @@ def test_race_leaves_no_trace(task: DistillationTask) -> None:
         assert torch.equal(value, after["values"][name]), name
 
 
-def test_what_teachers_weigh_is_in_memory_once(task: DistillationTask) -> None:
+def test_copies_share_the_weights_of_teachers(task: DistillationTask) -> None:
     made = engine_search._copy(task)
     for one, two in zip(task.teachers.parameters(), made.teachers.parameters(), strict=True):
         assert one is two
@@ -187,7 +185,7 @@ def test_what_teachers_weigh_is_in_memory_once(task: DistillationTask) -> None:
 
 
 @pytest.mark.parametrize(("hours", "tried"), [(0.5, False), (2.0, True)])
-def test_compiling_is_tried_in_long_trainings_alone(
+def test_only_long_trainings_try_compilation(
     task: DistillationTask, timed: Timer, monkeypatch: Any, hours: float, tried: bool
 ) -> None:
     monkeypatch.setattr(engine_search, "can_compile", lambda _: True)
@@ -197,9 +195,7 @@ def test_compiling_is_tried_in_long_trainings_alone(
     assert found.engine.compile == ("default" if tried else "off")
 
 
-def test_compiling_that_fails_is_reported_and_the_training_resumes_uncompiled(
-    task: DistillationTask, timed: Timer
-) -> None:
+def test_failed_compilation_is_reported_and_disabled(task: DistillationTask, timed: Timer) -> None:
     def step(engine: Engine) -> float:
         if engine.compile != "off":
             raise RuntimeError("no compiler\nhere")
@@ -212,7 +208,7 @@ def test_compiling_that_fails_is_reported_and_the_training_resumes_uncompiled(
 
 
 class Run:
-    """What ``use_fastest_engine`` needs of a context."""
+    """The part of a context that ``use_fastest_engine`` reads."""
 
     def __init__(self, record: RunRecord, **options: str) -> None:
         self.notes: list[str] = []
@@ -243,7 +239,7 @@ def a_record(**more: Any) -> RunRecord:
     return RunRecord(engines={"student": entry})
 
 
-def test_what_was_found_is_recorded_and_used_again_without_another_race(settle: Any) -> None:
+def test_chosen_engine_is_recorded_and_reused(settle: Any) -> None:
     record = a_record()
     engine, notes = settle(record, compile="off")
     assert engine == replace(RULE, precision="bf16")
@@ -260,12 +256,12 @@ def test_what_was_found_is_recorded_and_used_again_without_another_race(settle: 
     assert settle(record, compile="off") == (engine, [])
 
 
-def test_training_that_was_begun_resumes_without_a_race(settle: Any) -> None:
+def test_resumed_training_does_not_search(settle: Any) -> None:
     record = a_record(trial={})
     assert settle(record) == (RULE, [])
 
 
-def test_compile_that_is_requested_wins_over_the_recorded_one_and_is_reported(settle: Any) -> None:
+def test_compile_option_takes_precedence_over_the_record(settle: Any) -> None:
     record = a_record(trial={})
     engine, notes = settle(record, compile="on")
     assert engine.compile == "default"
@@ -276,7 +272,7 @@ def test_compile_that_is_requested_wins_over_the_recorded_one_and_is_reported(se
     assert engine.compile == "off" and notes == ["student was started compiled and resumes uncompiled"]
 
 
-def test_hyper_threads_are_counted_as_their_core(tmp_path: Any, monkeypatch: Any) -> None:
+def test_cores_are_counted_without_hyper_threads(tmp_path: Any, monkeypatch: Any) -> None:
     for number, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
         folder = tmp_path / f"cpu{number}" / "topology"
         folder.mkdir(parents=True)
@@ -287,16 +283,14 @@ def test_hyper_threads_are_counted_as_their_core(tmp_path: Any, monkeypatch: Any
     assert cores(tmp_path / "nowhere") == 4
 
 
-def test_of_several_processes_none_takes_a_step_alone(
-    task: DistillationTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_does_not_step_alone(task: DistillationTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(engine_search, "compiles", lambda *_: pytest.fail("a step was taken"))
     compiled = replace(RULE, compile="default")
     assert engine_search.check_compilation(task, (), optimizer, compiled, pytest.fail) == compiled
 
 
-def test_precision_that_a_training_has_by_its_nature_stays_when_another_is_requested() -> None:
+def test_fixed_precision_ignores_the_option() -> None:
     notes: list[str] = []
     job = SimpleNamespace(
         folder=SimpleNamespace(record=RunRecord(), save=lambda: None), key="k", device="cpu",
