@@ -143,7 +143,7 @@ def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: 
 @click.option("--data-dir", type=PATH, help="folder of a named data set or of a labels file's images")
 @click.option("--download", is_flag=True, help="download a named data set if it is missing")
 @click.option(
-    "--role",
+    "--split",
     type=click.Choice(["train", "val", "test", "all"]),
     help="split to use [default: test if the data has splits, otherwise all]",
 )
@@ -152,7 +152,9 @@ def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: 
 )
 @click.option("--file", help="the .onnx file of an artifact to validate [default: all]")
 @click.option("--ignore-unknown", is_flag=True, help="skip images of classes that a model does not have")
-@click.option("--out", type=PATH, help="output folder [default: validation/ in a single run folder, or here]")
+@click.option(
+    "--out", type=PATH, help="output folder [default: validation/ in a single run folder, otherwise here]"
+)
 @threads_option
 @json_option
 @quiet_option

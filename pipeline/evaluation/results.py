@@ -82,7 +82,7 @@ class Validation(Result):
     command: str
     data: str
     source: str
-    role: str
+    split: str
     """``train``, ``val``, ``test`` or ``all``."""
     n: int
     images: str

@@ -51,7 +51,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 
 def test_metrics_equal_those_computed_image_by_image(found: Validation, finished: Path, more: Path) -> None:
     files = sorted(more.rglob("*.png"))
-    assert found.n == len(files) == 15 and found.role == "all" and found.per_class == WIDE
+    assert found.n == len(files) == 15 and found.split == "all" and found.per_class == WIDE
     labels = np.array([little.CLASSES.index(file.parent.name) for file in files])
     own = {}
     for one in found.networks:
@@ -87,7 +87,7 @@ def test_validation_defaults_to_the_runs_test_images(finished: Path, tmp_path: P
     result = little.compress("validate", finished, "--out", tmp_path, "--json", "--teacher", "none")
     assert result.exit_code == 0, result.output
     found, report = Validation.model_validate_json(result.stdout), little.report(finished)
-    assert found.role == "test" and found.n == report["data"]["test"] and not found.warnings
+    assert found.split == "test" and found.n == report["data"]["test"] and not found.warnings
     for one, key in zip(found.networks, ("student_int8", "student"), strict=True):
         assert one.score is not None
         assert one.score.correct == report[key]["score"]["correct"]
@@ -179,10 +179,10 @@ def test_test_split_is_used_when_splits_are_given(finished: Path, tmp_path: Path
     data = little.photos(tmp_path / "data", {"test/red": 3, "test/blue": 2, "train/red": 4})
     out = {"out": tmp_path / "out", "teacher": "none", "quiet": True}
     assert validate(finished, data=data, **out).per_class == {"blue": 2, "red": 3}
-    found = validate(finished, data=data, role="all", **out)
-    assert found.n == 9 and found.role == "all"
+    found = validate(finished, data=data, split="all", **out)
+    assert found.n == 9 and found.split == "all"
     told = little.refused(
-        little.compress("validate", finished, "--data", data, "--role", "val", "--out", tmp_path / "out"), 2
+        little.compress("validate", finished, "--data", data, "--split", "val", "--out", tmp_path / "out"), 2
     )
     assert "no val images but train and test" in told
 
@@ -204,7 +204,7 @@ def test_training_images_are_recognized_in_other_folders(
 def test_training_images_of_the_run_are_reported(finished: Path, data: Path, tmp_path: Path) -> None:
     found = validate(finished, data=data, out=tmp_path, teacher="none", quiet=True)
     assert found.n == 60 and "was trained on 48 of them" in found.warnings[0]
-    train = validate(finished, role="train", out=tmp_path, teacher="none", quiet=True)
+    train = validate(finished, split="train", out=tmp_path, teacher="none", quiet=True)
     assert train.n == 48 and "were trained on these images" in train.warnings[0]
 
 

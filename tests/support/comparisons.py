@@ -1,4 +1,4 @@
-"""Results of validations and comparisons, made by hand."""
+"""Invented results of validations and comparisons."""
 
 from questpress.export.results import Speedup
 from questpress.pipeline.api.comparison.compare import group_runs
@@ -64,7 +64,7 @@ def validation() -> Validation:
         command="compress validate " + "x" * 200,
         data="photos",
         source="photos",
-        role="all",
+        split="all",
         n=105,
         images="0" * 64,
         per_class=dict.fromkeys(names, 9),

@@ -20,8 +20,8 @@ from ...runs.predictions import TRAIN_IMAGES_FILE, read_train_images
 from ...tasks.base import Task
 from .models import Model
 
-Role = Literal["train", "val", "test", "all"]
-ROLES: tuple[Role, ...] = get_args(Role)
+SplitName = Literal["train", "val", "test", "all"]
+SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ValidationImages:
 
     name: str
     source: str
-    role: Role
+    split: SplitName
     classes: tuple[str, ...]
     images: tuple[Image, ...]
     task: TaskName
@@ -57,7 +57,7 @@ class ValidationImages:
 
 def choose_images(
     data: str,
-    role: Role | None,
+    split: SplitName | None,
     runs: Collection[Path],
     data_dir: Path | None,
     download: bool,
@@ -69,24 +69,24 @@ def choose_images(
         UsageError: the data do not exist or have no image in the split.
     """
     dataset = read_data(data, data_dir=data_dir, download=download, for_training=False, progress=progress)
-    if role is None:
-        role = "test" if dataset.has_splits else "all"
-    if role != "all" and not dataset.images.get(role):
+    if split is None:
+        split = "test" if dataset.has_splits else "all"
+    if split != "all" and not dataset.images.get(split):
         if not dataset.has_splits:
-            raise UsageError(f"--role {role}: {dataset.source} has no splits. Remove --role.")
-        splits = [split for split in SPLITS if dataset.images.get(split)]
+            raise UsageError(f"--split {split}: {dataset.source} has no splits. Remove --split.")
+        splits = [name for name in SPLITS if dataset.images.get(name)]
         raise UsageError(
-            f"--role {role}: {dataset.source} has no {role} images but {' and '.join(splits)} images."
+            f"--split {split}: {dataset.source} has no {split} images but {' and '.join(splits)} images."
         )
-    splits_used: Sequence[Split] = SPLITS if role == "all" else (role,)
-    images = [image for split in splits_used for image in dataset.images.get(split, ())]
+    splits_used: Sequence[Split] = SPLITS if split == "all" else (split,)
+    images = [image for name in splits_used for image in dataset.images.get(name, ())]
     if not images:
         raise UsageError(f"{dataset.source} has no readable images.")
-    warnings = [*_warn_of_copies(images), *_warn_of_training(dataset, images, role, runs)]
+    warnings = [*_warn_of_copies(images), *_warn_of_training(dataset, images, split, runs)]
     return ValidationImages(
         dataset.name,
         dataset.source,
-        role,
+        split,
         tuple(dataset.classes),
         sort_images(images),
         dataset.task,
@@ -110,10 +110,10 @@ def _warn_of_copies(images: Sequence[Image]) -> list[str]:
 
 
 def _warn_of_training(
-    dataset: UnsplitDataset, images: Sequence[Image], role: Role, runs: Collection[Path]
+    dataset: UnsplitDataset, images: Sequence[Image], split: SplitName, runs: Collection[Path]
 ) -> list[str]:
     """Return warnings if a model was trained on these images or on some of them."""
-    if role != "test":
+    if split != "test":
         for run in runs:
             facts = RunFolder.read(run).facts().get("data")
             if facts is not None and _is_data_of(dataset, run, facts["fingerprint"]):
@@ -141,7 +141,9 @@ def _is_data_of(dataset: UnsplitDataset, run: Path, fingerprint: str) -> bool:
         return False
 
 
-def choose_images_of_runs(runs: Sequence[Path], role: Role | None, progress: Progress) -> ValidationImages:
+def choose_images_of_runs(
+    runs: Sequence[Path], split: SplitName | None, progress: Progress
+) -> ValidationImages:
     """Return the images of the runs' own data, by default their test images.
 
     Raises:
@@ -180,18 +182,18 @@ def choose_images_of_runs(runs: Sequence[Path], role: Role | None, progress: Pro
             f"{source} has changed since {runs[0]} was made: images were added, removed or modified. "
             "Set --data to labeled images."
         )
-    role = role or "test"
-    splits: Sequence[Split] = SPLITS if role == "all" else (role,)
-    images = tuple(image for split in splits for image in data.split(split))
+    split = split or "test"
+    splits: Sequence[Split] = SPLITS if split == "all" else (split,)
+    images = tuple(image for name in splits for image in data.split(name))
     if not images:
-        raise UsageError(f"--role {role}: {runs[0]} has no {role} images.")
+        raise UsageError(f"--split {split}: {runs[0]} has no {split} images.")
     warnings: tuple[str, ...] = ()
-    if role in ("train", "all"):
+    if split in ("train", "all"):
         warnings = ("The models were trained on these images, so the results are too good.",)
-    elif role == "val":
+    elif split == "val":
         warnings = ("The exported file was chosen on the validation images, so the results are too good.",)
     return ValidationImages(
-        data.name, data.source, role, data.classes, images, data.task, data.skipped, warnings
+        data.name, data.source, split, data.classes, images, data.task, data.skipped, warnings
     )
 
 

@@ -25,7 +25,7 @@ from ...runs.files import check_outside_data, command_line, write_text
 from ...runs.process import STOP
 from ...runs.record import RECORD
 from . import images as validation_images
-from .images import ROLES, Role, ValidationImages
+from .images import SPLIT_NAMES, SplitName, ValidationImages
 from .models import Model, open_models, open_teachers
 from .predictions import (
     Logits,
@@ -52,7 +52,7 @@ def validate(
     data: str | Path | None = None,
     data_dir: str | Path | None = None,
     download: bool = False,
-    role: Role | None = None,
+    split: SplitName | None = None,
     teacher: str | Path | None = None,
     file: str | None = None,
     ignore_unknown: bool = False,
@@ -67,7 +67,7 @@ def validate(
         data: labeled images, as ``data`` of a run; the runs' own data by default.
         data_dir: the folder of a named data set, or of a labels file's images.
         download: download a named data set if it is missing.
-        role: ``train``, ``val``, ``test`` or ``all``; by default ``test`` if there are splits.
+        split: ``train``, ``val``, ``test`` or ``all``; by default ``test`` if there are splits.
         teacher: a run folder or .onnx file to compare with, or ``none``; the runs' own by default.
         file: the file of an artifact to validate; by default all that are exact on this machine.
         ignore_unknown: skip images of classes that a model does not have.
@@ -86,8 +86,8 @@ def validate(
     paths = [Path(path) for path in ([artifacts] if isinstance(artifacts, str | Path) else artifacts)]
     if not paths:
         raise UsageError("At least one run folder, artifact folder or .onnx file is required.")
-    if role is not None and role not in ROLES:
-        raise UsageError(f"--role must be one of {', '.join(ROLES)}, got {role}.")
+    if split is not None and split not in SPLIT_NAMES:
+        raise UsageError(f"--split must be one of {', '.join(SPLIT_NAMES)}, got {split}.")
     folder = _choose_folder(paths, out)
     if data is not None:
         check_outside_data(data, {"--out": folder})
@@ -102,11 +102,11 @@ def validate(
         )
         runs = list(dict.fromkeys(student.run for student in students if student.run is not None))
         if data is None:
-            images = validation_images.choose_images_of_runs(runs, role, progress("reading images"))
+            images = validation_images.choose_images_of_runs(runs, split, progress("reading images"))
         else:
             images_folder = None if data_dir is None else Path(data_dir)
             images = validation_images.choose_images(
-                str(data), role, runs, images_folder, download, progress("reading images")
+                str(data), split, runs, images_folder, download, progress("reading images")
             )
         images = validation_images.select_known(images, students, ignore_unknown=ignore_unknown)
         teachers, teacher_of, mismatches = _drop_mismatched(students, teachers, teacher_of)
@@ -220,7 +220,7 @@ class _Results:
             command=command_line(),
             data=images.name,
             source=images.source,
-            role=images.role,
+            split=images.split,
             n=len(readable),
             images=images.digest(readable),
             task=first.task.name,

@@ -65,7 +65,7 @@ def score_name(validation: Validation) -> str:
 def _lead(validation: Validation) -> str:
     students = sum(network.role == "student" for network in validation.networks)
     return (
-        f"{format.plural(students, 'file')} evaluated on {format.images(validation.n, validation.role)} "
+        f"{format.plural(students, 'file')} evaluated on {format.images(validation.n, validation.split)} "
         f"of {validation.data}, "
         f"{format.plural(len(validation.per_class), 'class', 'classes')}"
         f"{load_task(validation.task).labels_note}, in ONNX Runtime with the session options of deployment."
