@@ -97,7 +97,7 @@ def _split_by_class(
     for key in sorted(key for key in labels if len(labels[key]) == 1):
         keys_of[next(iter(labels[key]))].append(key)
     # Content with several classes stays in train.
-    ambiguous = {label for found in labels.values() if len(found) > 1 for label in found}
+    ambiguous = {label for label_set in labels.values() if len(label_set) > 1 for label in label_set}
     split_of: dict[str, Split] = dict.fromkeys(labels, "train")
     for label, name in enumerate(classes):
         keys, in_train = keys_of[label], label in ambiguous
@@ -136,8 +136,8 @@ def _split_multi_label(
     sets: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for image in images:
         sets[image.key].add(image.labels)
-    labels_of = {key: next(iter(found)) for key, found in sets.items() if len(found) == 1}
-    counts = Counter(label for found in sets.values() for label in set().union(*found))
+    labels_of = {key: next(iter(label_sets)) for key, label_sets in sets.items() if len(label_sets) == 1}
+    counts = Counter(label for label_sets in sets.values() for label in set().union(*label_sets))
     split_of: dict[str, Split] = dict.fromkeys(sets, "train")
     if test:
         tested = _choose_held_out(labels_of, counts, TEST_FRACTION, 2)

@@ -49,7 +49,7 @@ class Workers:
         self.count = count
         self.device = torch.device(device)
         self.processes: Sequence[Any] = ()
-        """Of the last list of tasks."""
+        """The processes of the last list of tasks."""
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Any]:
         """Yield the tasks' results in order.

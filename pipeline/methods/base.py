@@ -57,7 +57,7 @@ class Batch:
     student: Features
     """With gradients."""
     teachers: Sequence[Features]
-    """Of the same views, without gradients: each teacher's features, or the arrays of ``cached_outputs``."""
+    """Without gradients, of the same views: each teacher's features, or the arrays of ``cached_outputs``."""
     labels: Tensor
     """Class numbers [B], or float32 [B,N] with 1 for each class of a multi-label image."""
     epoch: int = 0

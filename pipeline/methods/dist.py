@@ -36,9 +36,9 @@ class Dist(LogitMethod):
 
     @classmethod
     def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        return (
-            None if task == "classification" else "it correlates probabilities of mutually exclusive classes"
-        )
+        if task == "classification":
+            return None
+        return "it correlates probabilities of mutually exclusive classes"
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)

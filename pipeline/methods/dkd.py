@@ -22,7 +22,7 @@ from . import base
 from .logits import LogitMethod, divergence, student_logits, teacher_logits
 
 WARMUP_EPOCHS = 20
-"""Of the authors' 240 epochs."""
+"""Warm-up of the authors, who train for 240 epochs."""
 
 
 class Parameters(base.Parameters):
@@ -52,11 +52,9 @@ class Dkd(LogitMethod):
 
     @classmethod
     def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        return (
-            None
-            if task == "classification"
-            else "it separates the one label of an image from all other classes"
-        )
+        if task == "classification":
+            return None
+        return "it separates the one label of an image from all other classes"
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from . import base
 
 NEGATIVE_SLOPE = 0.1
-"""Of LeakyReLU."""
 
 CACHED_MAP = "map.unit"
 """Name of the teacher's map in the teacher cache."""

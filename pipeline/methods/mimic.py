@@ -15,7 +15,7 @@ A student whose vector has another width learns with Linear(D_S→D_T) before it
 into one before export (``models/projection.py``). In the authors' multi-label training the new layer is first
 trained alone, by L without the cross-entropy: ``alone`` epochs, here within one training and one schedule.
 
-Ours, where the paper is silent or differs:
+Our choices that the paper leaves open or makes differently:
 
 - Medians and means are taken over the images under the test transform; the authors' over a pass of augmented
   views.

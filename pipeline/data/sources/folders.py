@@ -41,7 +41,7 @@ _Files = dict[Split, list[tuple[Path, int]]]
 
 @dataclass
 class FolderScan:
-    """A data folder with what was found in it besides images."""
+    """A data folder, and the files in it that are skipped or ignored."""
 
     root: Path
     """Resolved; links that lead out of it are not followed."""

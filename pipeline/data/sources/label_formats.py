@@ -119,7 +119,7 @@ def _parse_header(name: str, cells: list[str], delimiter: str) -> list[str]:
 
 
 def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # Not splitlines: JSON strings may contain characters that it takes for the end of a line.
+    # Not splitlines: JSON strings may contain other characters at which it splits.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -139,21 +139,21 @@ def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, 
         yield place, {key.strip().lower(): value for key, value in record.items()}
 
 
-def _parse_row(where: str, place: str, record: Mapping[str, Any], is_table: bool) -> Row:
+def _parse_row(location: str, place: str, record: Mapping[str, Any], is_table: bool) -> Row:
     file, labels, split = (_find_cell(record, column) for column in ("file", "labels", "split"))
     if not isinstance(file, str) or not file.strip():
-        raise UsageError(f"{where}: the file name is missing.")
-    parsed = _parse_labels(labels, where, is_table)
+        raise UsageError(f"{location}: the file name is missing.")
+    parsed = _parse_labels(labels, location, is_table)
     if not parsed:
-        raise UsageError(f"{where}: {printable(file.strip())} has no labels. Add one or remove the image.")
-    return Row(file.strip(), parsed, _parse_split(split, where), place)
+        raise UsageError(f"{location}: {printable(file.strip())} has no labels. Add one or remove the image.")
+    return Row(file.strip(), parsed, _parse_split(split, location), place)
 
 
 def _find_cell(record: Mapping[str, Any], column: str) -> Any:
     return next((record[name] for name in COLUMNS[column] if record.get(name) is not None), None)
 
 
-def _parse_labels(value: Any, where: str, is_table: bool) -> tuple[str, ...]:
+def _parse_labels(value: Any, location: str, is_table: bool) -> tuple[str, ...]:
     """Return the different labels in their order; in a table they are separated by ``SEPARATOR``."""
     if value is None:
         return ()
@@ -161,17 +161,17 @@ def _parse_labels(value: Any, where: str, is_table: bool) -> tuple[str, ...]:
         value = value.split(SEPARATOR)
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(label, str | int) and not isinstance(label, bool) for label in values):
-        raise UsageError(f'{where}: labels must be strings, as in ["cat", "dog"].')
+        raise UsageError(f'{location}: labels must be strings, as in ["cat", "dog"].')
     return tuple(dict.fromkeys(label for value in values if (label := printable(str(value).strip()))))
 
 
-def _parse_split(value: Any, where: str) -> Split | None:
+def _parse_split(value: Any, location: str) -> Split | None:
     word = str(value).strip().lower() if value is not None else ""
     if not word:
         return None
     if word not in SPLIT_FOLDERS:
         raise UsageError(
-            f"{where}: the split must be one of {', '.join(SPLIT_FOLDERS)}, got '{printable(word)}'."
+            f"{location}: the split must be one of {', '.join(SPLIT_FOLDERS)}, got '{printable(word)}'."
         )
     return SPLIT_FOLDERS[word]
 

@@ -133,7 +133,7 @@ class _NoSplitError(UsageError):
 def _create(name: str, split: str, data_dir: Path | None, download: bool) -> Any:
     from timm.data import create_dataset
 
-    where = f" in {printable(str(data_dir))}" if data_dir else ""
+    in_folder = f" in {printable(str(data_dir))}" if data_dir else ""
     try:
         return create_dataset(
             name,
@@ -155,12 +155,12 @@ def _create(name: str, split: str, data_dir: Path | None, download: bool) -> Any
                 f"{name} does not provide its number of images. Use --download, or hfds/ instead of hfids/."
             ) from error
         if "split" in reason.lower() or "length is unknown" in reason:
-            raise _NoSplitError(f"{name} has no split '{split}'{where}: {reason}") from error
+            raise _NoSplitError(f"{name} has no split '{split}'{in_folder}: {reason}") from error
         if "not found" in reason.lower() and not download:
             raise UsageError(
-                f"{name} was not found{where} ({reason}). Use --download to fetch it."
+                f"{name} was not found{in_folder} ({reason}). Use --download to fetch it."
             ) from error
-        raise UsageError(f"{name} could not be opened{where}: {reason}") from error
+        raise UsageError(f"{name} could not be opened{in_folder}: {reason}") from error
 
 
 def _read_images(name: str, split: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:

@@ -29,7 +29,7 @@ SYNONYMS: dict[Split, tuple[str, ...]] = {
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 1_000_000
 MAX_LABEL_BYTES = 1 << 20
-"""Of a sample's ``.cls`` or ``.json``."""
+"""Maximum size of a sample's ``.cls`` or ``.json``."""
 _SAMPLE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _METADATA = re.compile(r"__[^/]*__($|/)")
 

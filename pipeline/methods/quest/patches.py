@@ -63,7 +63,7 @@ def find_patches(
     Args:
         sample: rendered images uint8 [B,S,S,3] with the teacher's features.
         level: the feature that the words [K,C] belong to.
-        usage: of each word [K], over the training images.
+        usage: number of training features nearest to each word [K].
     """
     batches = [
         (pixels, positions(features[level].float(), grid).cpu().numpy()) for pixels, features in sample
