@@ -201,7 +201,7 @@ def seconds(text: str) -> float:
     try:
         return parse_time(text)
     except ValueError as error:
-        raise SystemExit(f"--budget: {error}") from None
+        raise SystemExit(f"--budget {error}, got {text}.") from None
 
 
 def spoken(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Our own training steps as subjects for ``throughput.py``: all that knows how our engine is put together."""
+"""Training steps of this package as subjects of ``throughput.py``."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from questpress.pipeline.training.compute.engine_search import find_fastest_engi
 from questpress.pipeline.training.loop import Batch, BatchSource, ComputeTeachers, backward
 from questpress.pipeline.training.monitoring.meter import Meter
 from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_scheduler
+from questpress.pipeline.training.student import student_reads
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import TeacherCache, TeacherSource
 from torch import Tensor, nn
@@ -36,8 +37,7 @@ from torch import Tensor, nn
 CLASSIFICATION = load_task("classification")
 
 LEARNING_RATE = 1e-3
-"""Small: the networks start at random, and what they learn changes no step's cost."""
-
+"""Small: training from random weights does not change the cost of a step."""
 
 STEPS_AN_EPOCH = 10**9
 """A constant learning rate has no end."""
@@ -45,7 +45,7 @@ STEPS_AN_EPOCH = 10**9
 
 @dataclass(frozen=True)
 class Setting:
-    """A pair of networks, its images and the machine: the same for all subjects."""
+    """The networks, images and machine, the same for all subjects."""
 
     teacher: str
     student: str
@@ -55,24 +55,24 @@ class Setting:
     classes: int
     words: int
     top: int
-    """Words that a stored target keeps at each position."""
+    """Words of a cached target at each position."""
     positions: int
-    """Drawn for each image, where not all are taken."""
+    """Positions drawn of each image, for subjects that do not use all."""
     device: str
     threads: int
     precision: str
     compile: str
-    """Of our engine; see ``device.Engine``."""
+    """See ``runs.device.Engine``."""
     workers: int
     scratch: Path
-    """A folder for the store and the vocabulary."""
+    """A folder for the teacher cache and the vocabulary."""
     weights: Path | None = None
-    """Of the teacher; None: random ones."""
+    """The teacher's weights; None for random ones."""
     race: bool = False
-    """Whether the student's engine is the fastest in a race, as long trainings choose it, or the rule's."""
+    """Search for the student's fastest engine, as long trainings do, instead of using the default."""
 
     def network(self, name: str) -> nn.Module:
-        """Equal weights for every subject."""
+        """Build a network with the same weights for every subject."""
         network = build(name, num_classes=self.classes, image_size=self.size, seed=0)
         if name == self.teacher and self.weights is not None:
             load_into(network, read_checkpoint(self.weights), allow_head_mismatch=True)
@@ -86,30 +86,30 @@ class Setting:
 
     @cached_property
     def small(self) -> bool:
-        """Whether images are shifted by four pixels, as CIFAR's are, instead of cropped and resized."""
+        """True if images are shifted by four pixels, as for CIFAR, instead of cropped and resized."""
         return self.size <= 64
 
     @cached_property
     def engine(self) -> Engine:
-        """The student's."""
-        rule = choose_engine(self.device, self.precision, self.network(self.student))
-        rule = replace(rule, threads=self.threads, compile=self.compile)
+        """The engine of the student."""
+        default = choose_engine(self.device, self.precision, self.network(self.student))
+        default = replace(default, threads=self.threads, compile=self.compile)
         if not self.race:
-            return rule
-        alone = DistillationTask(
-            self.network(self.student), self.geometry(self.student), rule, label_task=CLASSIFICATION
+            return default
+        task = DistillationTask(
+            self.network(self.student), self.geometry(self.student), default, label_task=CLASSIFICATION
         )
         first = next(self.stream())
         batch = first.pixels, first.labels, first.keys, first.teachers
         optimizer = partial(build_optimizer, plan=self.plan)
-        found = find_fastest_engine(
-            alone, batch, optimizer, 10**6, precision=self.precision, compile="off", note=print
+        fastest = find_fastest_engine(
+            task, batch, optimizer, 10**6, precision=self.precision, compile="off", note=print
         ).engine
-        return replace(found, threads=self.threads, compile=self.compile)
+        return replace(fastest, threads=self.threads, compile=self.compile)
 
     @cached_property
-    def answering(self) -> Engine:
-        """The teacher's."""
+    def teacher_engine(self) -> Engine:
+        """The engine of the teacher."""
         return replace(
             inference_engine(self.device, self.precision), threads=self.threads, compile=self.compile
         )
@@ -141,19 +141,27 @@ class Setting:
         )
 
     def stream(
-        self, store: TeacherCache | None = None, ask: ComputeTeachers | None = None
+        self, cache: TeacherCache | None = None, compute_teachers: ComputeTeachers | None = None
     ) -> Iterator[Batch]:
-        """Batches, epoch after epoch: new views each time, or from a store one fixed view of each image."""
-        shown = ViewSchedule(self.views.policy, 0, None if store is None else 1)
-        source = BatchSource(self.views, shown, store, self.plan, Ranks(), torch.device(self.device), ask)
+        """Yield the batches of all epochs: new views, or with a cache one fixed view of each image."""
+        schedule = ViewSchedule(self.views.policy, 0, None if cache is None else 1)
+        source = BatchSource(
+            self.views,
+            schedule,
+            cache,
+            self.plan,
+            Ranks(),
+            torch.device(self.device),
+            compute_teachers=compute_teachers,
+        )
         for epoch in count():
             source.open(epoch)
             yield from source.batches(epoch, self.plan.steps(len(self.views)), 0)
 
     @cached_property
-    def frozen(self) -> Teacher:
+    def frozen_teacher(self) -> Teacher:
         network = self.network(self.teacher)
-        return Teacher(network, self.geometry(self.teacher), self.answering).to(self.device)
+        return Teacher(network, self.geometry(self.teacher), self.teacher_engine).to(self.device)
 
     @cached_property
     def cache(self) -> Cache:
@@ -161,91 +169,93 @@ class Setting:
 
     @cached_property
     def prepared(self) -> Mapping[str, Tensor]:
-        """QuEST's vocabulary by one iteration of k-means: a step costs the same whatever the words are."""
+        """QuEST's vocabulary by one iteration of k-means; the cost of a step does not depend on the words."""
         quest = methods.load("quest")
         settings = {"quest.words": self.words, "quest.top": self.top, "quest.iterations": 1}
         teacher, student = self.shapes(self.teacher), self.shapes(self.student)
         height, width = shared_grid(
             student.maps[level_name("map", student)], teacher.maps[level_name("map", teacher)]
         )
-        wanted = min(len(self.views), -(-FEATURES_PER_WORD * self.words // (height * width)))
+        images = min(len(self.views), -(-FEATURES_PER_WORD * self.words // (height * width)))
 
-        def answers(_: int, reads: frozenset[str]) -> Iterable[Features]:
-            for indices in torch.arange(wanted).split(self.batch):
-                yield self.frozen(self.views.batch(indices, torch.zeros_like(indices), self.device)[0], reads)
+        def features(_: int, reads: frozenset[str]) -> Iterable[Features]:
+            for indices in torch.arange(images).split(self.batch):
+                yield self.frozen_teacher(
+                    self.views.batch(indices, torch.zeros_like(indices), self.device)[0], reads
+                )
 
-        def shared(_: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+        def cached(_: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
             return self.cache.put(kind, digest(dict(key)), write)
 
-        own = methods.parse_parameters(["quest"], settings)["quest"]
+        parameters = methods.parse_parameters(["quest"], settings)["quest"]
         preparation = PrepareContext(
             student=student,
             teachers=[teacher],
             teacher_names=[self.teacher],
-            images=wanted,
-            features=answers,
-            cached=shared,
+            images=images,
+            features=features,
+            cached=cached,
             scratch=self.scratch,
             seed=0,
             note=lambda _: None,
             classifier=lambda _: None,
         )
-        return quest.prepare(own, preparation).tensors
+        return quest.prepare(parameters, preparation).tensors
 
-    def store(self, heads: Mapping[str, Method]) -> TeacherCache:
-        """One view of all images, answered by the teacher here and now."""
+    def teacher_cache(self, built: Mapping[str, Method]) -> TeacherCache:
+        """Return a cache of the outputs for one view, which are computed when it is opened."""
 
         def render(batches: Iterable[Tensor], view: int) -> Iterator[Tensor]:
             plan = ((indices, torch.full_like(indices, view)) for indices in batches)
             return (pixels for pixels, _ in self.views.batches(plan, self.device))
 
-        answers = [answer for head in heads.values() for answer in head.cached_outputs(0)]
-        source = TeacherSource(self.teacher, "images", {}, answers, lambda: self.frozen)
+        outputs = [output for method in built.values() for output in method.cached_outputs(0)]
+        source = TeacherSource(self.teacher, "images", {}, outputs, lambda: self.frozen_teacher)
         return TeacherCache(self.cache, [source], len(self.views), render, lambda *_: None)
 
 
 def step(
     setting: Setting, method: str | None, *, stored: bool = False, **parameters: Any
 ) -> Callable[[], None]:
-    """A step as ``train`` makes it: views, the teacher's answers where there is one, learning, counting.
+    """Return a function that runs one step of ``train``.
 
     Args:
-        method: by which the student learns; None: without a teacher.
-        stored: whether the answers come from a store, or the teacher is asked.
-        parameters: the method's.
+        method: None trains without a teacher.
+        stored: True if the teacher's outputs are cached.
+        parameters: the method's parameters.
     """
-    heads: dict[str, Method] = {}
-    reads: frozenset[str] = frozenset()
-    asked: frozenset[str] = frozenset()
+    built: dict[str, Method] = {}
     student, teacher = setting.shapes(setting.student), setting.shapes(setting.teacher)
     if method is not None:
         settings = {f"{method}.{key}": value for key, value in parameters.items()}
-        own = methods.parse_parameters([method], settings)[method]
         cls = methods.load(method)
-        heads[method] = cls(own, Setup(student, [teacher], setting.prepared if cls.prepares else {}))
-        reads, asked = cls.reads(own, student), cls.teacher_reads(own, teacher)
+        built[method] = cls(
+            methods.parse_parameters([method], settings)[method],
+            Setup(student, [teacher], setting.prepared if cls.prepares else {}),
+        )
     online = method is not None and not stored
     task = DistillationTask(
         setting.network(setting.student),
         setting.geometry(setting.student),
         setting.engine,
-        teachers=[setting.frozen] if online else [],
-        teacher_reads=[asked] if online else [],
-        methods=heads,
-        student_reads=reads,
+        teachers=[setting.frozen_teacher] if online else [],
+        teacher_reads=[built[method].reads_of_teachers[0]] if online else [],
+        methods=built,
+        student_reads=student_reads(built),
         label_task=CLASSIFICATION,
     )
     optimizer = build_optimizer(task, setting.plan)
     scheduler = build_scheduler(optimizer, setting.plan, STEPS_AN_EPOCH)
     meter = Meter(task.device, Ranks(), task.label_task)
-    # As in ``train``: a GPU's teachers work on the next batch beside the student.
-    ask = task.compute_teachers if online and task.device.type == "cuda" else None
-    coming = task.clock.iterate("data", setting.stream(setting.store(heads) if stored else None, ask))
+    # As in ``train``: on a GPU, the teacher runs on the next batch concurrently with the student.
+    compute_teachers = task.compute_teachers if online and task.device.type == "cuda" else None
+    cache = setting.teacher_cache(built) if stored else None
+    batches = task.clock.iterate("data", setting.stream(cache, compute_teachers))
     numbers = count()
     task.train()
 
     def step() -> None:
-        batch, number = next(coming), next(numbers)
+        batch, number = next(batches), next(numbers)
         torch.manual_seed(number)
         scheduler.step_update(number)
         with task.clock("student"):
@@ -258,11 +268,11 @@ def step(
 
 
 def teacher_alone(setting: Setting) -> Callable[[], None]:
-    """The teacher's answer to a batch of views that is there already: what online training adds at least."""
+    """Return a function that runs the teacher on a batch of views, the least cost of online training."""
     views = next(setting.stream()).pixels
     reads = frozenset([level_name("map", setting.shapes(setting.teacher))])
 
     def step() -> None:
-        setting.frozen(views, reads)
+        setting.frozen_teacher(views, reads)
 
     return step

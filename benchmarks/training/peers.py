@@ -98,7 +98,7 @@ class Equipped(nn.Module):
 def _networks(setting: Setting, like_ours: bool | None) -> tuple[nn.Module, nn.Module]:
     """Teacher and student: as they are (None), on our data in fp32 and contiguous, or in all like ours."""
     pair = []
-    for name, engine in ((setting.teacher, setting.answering), (setting.student, setting.engine)):
+    for name, engine in ((setting.teacher, setting.teacher_engine), (setting.student, setting.engine)):
         network = setting.network(name)
         if like_ours is not None:
             plain = Engine(setting.device, setting.threads, "fp32", "contiguous")

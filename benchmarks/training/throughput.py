@@ -182,7 +182,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         **asdict(pair),
         "batch": setting.batch,
         "images": images.source,
-        "engines": {"student": str(setting.engine), "teacher": str(setting.answering)},
+        "engines": {"student": str(setting.engine), "teacher": str(setting.teacher_engine)},
         "workers": {
             "torchdistill": min(options.workers, peers.TORCHDISTILL_WORKERS),
             "timm": min(options.workers, peers.TIMM_WORKERS),
