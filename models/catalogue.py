@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .build import create_network, default_image_size
+from .build import create_network, default_image_size, pretrained_cfg
 from .errors import ModelError, UnknownModel
 from .names import ALIASES, find_matching, find_nearest, resolve
 from .pretrained import find_license, has_pretrained
@@ -57,8 +57,6 @@ def multiply_adds(name: str, image_size: int, classes: int) -> float | None:
 def _cost(full: str, image_size: int, classes: int | None = None) -> tuple[int, float | None]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-
-    from .build import pretrained_cfg
 
     with torch.device("meta"):
         network = create_network(full, classes or int(pretrained_cfg(full).num_classes), image_size).eval()

@@ -111,11 +111,6 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
-def load_saved(path: str | Path) -> Checkpoint:
-    """Read a file that `save_weights` wrote."""
-    return read_checkpoint(path)
-
-
 def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:

@@ -1,4 +1,4 @@
-"""Model names: timm's own, the short ones people type, and the nearest ones to a misspelling."""
+"""Resolve model names: timm's own and short aliases, with suggestions for misspellings."""
 
 import fnmatch
 import re
@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 
 from .errors import UnknownModel
 
-# What people type → timm's name. A name that timm itself knows never stands here.
+# Never a name that timm has itself.
 ALIASES: dict[str, str] = {
     "mobilenet": "mobilenetv2_100",
     "mobilenetv1": "mobilenetv1_100",
@@ -152,7 +152,6 @@ def _current_name(full: str, typed: str) -> str:
 
 
 def _normalize(name: str) -> str:
-
     return re.sub(r"[^a-z0-9]", "", name.lower()).translate(_LOOK_ALIKES)
 
 

@@ -144,20 +144,19 @@ def _from_hub(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, s
 
     repository, revision = hf_split(cfg.hf_hub_id)
     wanted = cfg.hf_hub_filename or HF_WEIGHTS_NAME
+    source = f"{repository} on Hugging Face"
     candidates = list(dict.fromkeys([*_get_safe_alternatives(wanted), wanted]))
     for filename in candidates:
         cached = try_to_load_from_cache(repository, filename, revision=revision)
         if isinstance(cached, str):
-            return Path(cached), f"{repository} on Hugging Face"
+            return Path(cached), source
     for filename in candidates:
         try:
             # One request without retries: offline, the download would retry for most of a minute.
             get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=PROBE_SECONDS)
             if not download:
                 return None
-            return Path(
-                hf_hub_download(repository, filename, revision=revision)
-            ), f"{repository} on Hugging Face"
+            return Path(hf_hub_download(repository, filename, revision=revision)), source
         except EntryNotFoundError:
             continue
         except OfflineModeIsEnabled as error:

@@ -297,11 +297,6 @@ class Readouts(nn.Module):
         return logits.is_meta or torch.equal(classifier(vector), logits)
 
 
-def widths(network: nn.Module, image_size: int | None = None) -> Shapes:
-    """Return the sizes of a network's features from a forward pass."""
-    return Readouts(network, image_size).shapes
-
-
 def _pre_relu_layer(network: nn.Module) -> nn.Module | None:
     """Return the layer before the last ReLU of a VGG; None for other networks."""
     name = getattr(network, "pre_relu_layer", None)

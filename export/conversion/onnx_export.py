@@ -164,9 +164,7 @@ def write_onnx(proto: onnx.ModelProto, path: Path) -> OnnxFile:
     """Write a model atomically; the same model gives the same bytes."""
     content = proto.SerializeToString(deterministic=True)
     write_bytes(path, content)
-    return OnnxFile(
-        path, len(content), hashlib.sha256(content).hexdigest(), opset_of(proto), proto.ir_version
-    )
+    return _describe(path, content, proto)
 
 
 def with_metadata(file: OnnxFile, metadata: Mapping[str, str]) -> OnnxFile:
@@ -182,10 +180,12 @@ def with_metadata(file: OnnxFile, metadata: Mapping[str, str]) -> OnnxFile:
 def describe(path: Path) -> OnnxFile:
     """Return the properties of a file without external weights."""
     content = path.read_bytes()
-    proto = onnx.load_model_from_string(content)
-    return OnnxFile(
-        path, len(content), hashlib.sha256(content).hexdigest(), opset_of(proto), proto.ir_version
-    )
+    return _describe(path, content, onnx.load_model_from_string(content))
+
+
+def _describe(path: Path, content: bytes, proto: onnx.ModelProto) -> OnnxFile:
+    sha256 = hashlib.sha256(content).hexdigest()
+    return OnnxFile(path, len(content), sha256, opset_of(proto), proto.ir_version)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType
 
 from ..errors import ExportError
@@ -201,14 +201,20 @@ class FirstLayer:
         graph.value_info.extend(shapes)
 
 
+def map_readers(graph: GraphProto) -> dict[str, list[NodeProto]]:
+    """Return the nodes that read each tensor, by its name; a node that reads it twice is listed twice."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
 def first_layer(model: ModelProto) -> FirstLayer | None:
     """Return the convolutions of the input, with a Pad before them; None if other nodes read the input."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    uses: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            uses.setdefault(name, []).append(node)
+    uses = map_readers(graph)
     convolutions, pad_nodes = [], []
     for node in uses.get(graph.input[0].name, []):
         if _ignores_channels(node):
@@ -404,7 +410,6 @@ def _sides(model: ModelProto) -> tuple[int, int]:
     height, width = dims[1:3] if has_uint8_input(model) else dims[2:4]
     if not height or not width:
         raise ExportError("uint8 input requires a network with a fixed image size.")
-
     return height, width
 
 

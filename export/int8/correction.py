@@ -16,6 +16,7 @@ after, stays clear of 6 on the calibration images.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,9 +25,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from ..conversion.pixel_input import map_readers
 from .fake_quantize import FakeQuantized
 from .quantizer import WEIGHTED, Prepared
-from .torch_graph import GraphNetwork, Values
+from .torch_graph import GraphNetwork, Values, replace_initializers
 
 CLEAR = 0.8
 """Fraction of ReLU6's bound that the calibrated maximum of a scaled channel may reach."""
@@ -67,8 +69,7 @@ def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
         return None
     before = GraphNetwork(prepared.model).eval()
     largest, expected = _largest(before, pairs, images)
-    model = onnx.ModelProto()
-    model.CopyFrom(prepared.model)
+    model = copy.deepcopy(prepared.model)
     weights = _Weights(model)
     for pair in pairs:
         writer, reader = weights.nodes[pair.writer], weights.nodes[pair.reader]
@@ -87,10 +88,7 @@ def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
 def layer_pairs(model: onnx.ModelProto) -> list[Pair]:
     """Return convolutions read by one convolution or Gemm only, with ReLU, ReLU6 and pooling between them."""
     constants = {t.name: t for t in model.graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = map_readers(model.graph)
     outputs = {value.name for value in model.graph.output}
     pairs = []
     for node in model.graph.node:
@@ -225,7 +223,7 @@ def _turned(node: onnx.NodeProto) -> bool:
 
 
 def _number(constants: dict[str, onnx.TensorProto], name: str) -> float | None:
-    return float(numpy_helper.to_array(constants[name])) if name in constants else None
+    return float(numpy_helper.to_array(constants[name]).item()) if name in constants else None
 
 
 def _flattens(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], channels: int) -> bool:
@@ -254,24 +252,24 @@ def correct_biases(prepared: Prepared, network: FakeQuantized, images: np.ndarra
     used = images[: _max_images(exact, images)]
     means = _means(exact, used)
     biases = _own_biases(prepared.model)
-    corrected = {}
+    corrected: dict[str, Tensor] = {}
     values: Values = {network.input: torch.from_numpy(used)}
     for step in network.steps:
         network.compute(step, values)
         if step.name in means and step.name in biases:
             (output,) = step.outputs
             error = _channels(values[output]) - means[step.name]
-            corrected[biases[step.name]] = error
+            bias = biases[step.name]
+            corrected[bias] = exact.weight(bias) - error
             values[output] -= error.view(1, -1, *[1] * (values[output].dim() - 2))
         for name in step.finished:
             values.pop(name, None)
-    return replace(prepared, model=_with_biases(prepared.model, corrected))
+    return replace(prepared, model=replace_initializers(prepared.model, corrected))
 
 
 def with_all_biases(prepared: Prepared) -> Prepared:
     """Add biases of zeros to convolutions and Gemms without one, so that they can be corrected."""
-    model = onnx.ModelProto()
-    model.CopyFrom(prepared.model)
+    model = copy.deepcopy(prepared.model)
     weights = {t.name: t for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) > 2 or node.input[1] not in weights:
@@ -286,7 +284,7 @@ def with_all_biases(prepared: Prepared) -> Prepared:
 
 def _own_biases(model: onnx.ModelProto) -> dict[str, str]:
     """Return the names of biases that only one node uses, by the name of the node."""
-    constants = {tensor.name for tensor in model.graph.initializer}
+    constants = {tensor.name for tensor in model.graph.initializer if tensor.dims}
     uses = [name for node in model.graph.node for name in node.input]
     return {
         node.name: node.input[2]
@@ -326,16 +324,6 @@ def _max_images(network: GraphNetwork, images: np.ndarray) -> int:
         for name in step.finished:
             values.pop(name, None)
     return max(1, MAX_ACTIVATION_BYTES // (2 * most))  # rounding makes a copy of what it rounds
-
-
-def _with_biases(model: onnx.ModelProto, errors: dict[str, Tensor]) -> onnx.ModelProto:
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    for tensor in changed.graph.initializer:
-        if tensor.name in errors:
-            value = numpy_helper.to_array(tensor) - errors[tensor.name].numpy()
-            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
-    return changed
 
 
 @dataclass(frozen=True)

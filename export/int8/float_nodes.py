@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from .. import runtime
+from ..conversion.pixel_input import map_readers
 from ..files import temporary_folder
 from ..results import FloatNode
 
@@ -69,10 +70,7 @@ class _OptimizedGraph:
         self.file_producers = {name: node for node in file.node for name in node.output}
         self.producers = {name: node for node in graph.node for name in node.output}
         self.inputs = {value.name for value in graph.input}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+        self.readers = map_readers(graph)
         self.constants = {tensor.name for tensor in graph.initializer}
         self.outputs = {value.name for value in graph.output}
         self.types = {tensor.name: tensor.data_type for tensor in graph.initializer}

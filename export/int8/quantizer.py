@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -342,8 +343,7 @@ def quantize(
     Raises:
         ExportError: ONNX Runtime's quantizer failed.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(prepared.model)
+    model = copy.deepcopy(prepared.model)
     producer = model.producer_name, model.producer_version
     excluded = [*prepared.scope.kept_float, *prepared.stem(types), *kept_float]
     tensor_overrides = {name: [dict(values)] for name, values in (overrides or {}).items()}

@@ -5,6 +5,7 @@ Shapes, axes and bounds are constants and given as numpy arrays; semantics are t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -307,10 +308,14 @@ class GraphNetwork(nn.Module):
 
 def with_weights(model: onnx.ModelProto, network: GraphNetwork) -> onnx.ModelProto:
     """Return a copy of the graph of `network` with the network's current weights."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    return replace_initializers(model, {name: network.weight(name) for name in network.names})
+
+
+def replace_initializers(model: onnx.ModelProto, values: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """Return a copy of a graph with other values for some of its initializers, by name."""
+    changed = copy.deepcopy(model)
     for tensor in changed.graph.initializer:
-        if tensor.name in network.names:
-            value = network.weight(tensor.name).detach().cpu().contiguous().numpy()
+        if tensor.name in values:
+            value = values[tensor.name].detach().cpu().contiguous().numpy()
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     return changed

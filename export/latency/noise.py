@@ -37,8 +37,6 @@ LIMITS = {
 }
 """A flag is raised above these limits, which are relative except for `throttled`."""
 
-NAMES = (*LIMITS, "unsettled")
-
 
 @dataclass(frozen=True)
 class Counters:
@@ -109,7 +107,7 @@ def check_counters(
 
     Its processes used `bench_seconds` of processor time on `cores`.
     """
-    flags = []
+    findings: dict[str, tuple[float, str]] = {}
     wall = max(after.time - before.time, 1e-9)
     used = _difference(before.busy, after.busy)
     pinned = [core for core in cores or used if core in used]
@@ -117,42 +115,30 @@ def check_counters(
         parent, elsewhere = after.parent_seconds - before.parent_seconds, set(used) - set(pinned)
         own = bench_seconds + (0.0 if elsewhere else parent)
         others = max(0.0, sum(used[core] for core in pinned) - own) / (wall * len(pinned))
-        flags += _flag_above(
-            "neighbor", others, threads, f"Other processes used {_percent(others)} of the cores under test."
-        )
+        findings["neighbor"] = others, f"Other processes used {_percent(others)} of the cores under test."
         others = max(0.0, sum(used[core] for core in elsewhere) - parent) / (wall * len(used))
-        flags += _flag_above(
-            "machine",
+        findings["machine"] = (
             others,
-            threads,
             f"Other processes used {_percent(others)} of the machine, on cores that were not under test.",
         )
         stolen = _difference(before.stolen, after.stolen)
         fraction = sum(stolen[core] for core in pinned) / (wall * len(pinned))
-        flags += _flag_above(
-            "steal",
-            fraction,
-            threads,
-            f"The host gave {_percent(fraction)} of this virtual machine's cores to others.",
-        )
+        sentence = f"The host gave {_percent(fraction)} of this virtual machine's cores to others."
+        findings["steal"] = fraction, sentence
     if before.throttled is not None and after.throttled is not None:
         times = after.throttled - before.throttled
-        flags += _flag_above(
-            "throttled", times, threads, f"The container's CPU quota stopped its processes {times} times."
-        )
-    return flags
+        findings["throttled"] = times, f"The container's CPU quota stopped its processes {times} times."
+    return _raise_flags(findings, threads)
 
 
 def check_sentinel(readings: np.ndarray, threads: int) -> list[Flag]:
     """Check the spread of the sentinel's `readings`, float64 [rounds], milliseconds."""
     low, middle, high = np.quantile(readings, [0.1, 0.5, 0.9])
-    return _flag_above(
-        "sentinel",
-        float((high - low) / middle),
-        threads,
+    sentence = (
         f"A fixed computation took {low:.3g} to {high:.3g} ms: the clock speed changed, or other processes "
-        "used the cores.",
+        "used the cores."
     )
+    return _raise_flags({"sentinel": ((high - low) / middle, sentence)}, threads)
 
 
 def check_samples(samples: Sequence[Samples], readings: np.ndarray, threads: int) -> list[Flag]:
@@ -161,23 +147,19 @@ def check_samples(samples: Sequence[Samples], readings: np.ndarray, threads: int
     drifts["the sentinel"] = compute_drift(readings)
     name = max(drifts, key=lambda name: abs(drifts[name]))
     drift = drifts[name]
-    flags = _flag_above(
-        "drift",
-        abs(drift),
-        threads,
+    drift_sentence = (
         f"In the last third of the rounds {name} was {_percent(abs(drift))} "
-        f"{'slower' if drift > 0 else 'faster'} than in the first.",
+        f"{'slower' if drift > 0 else 'faster'} than in the first."
     )
     spreads = {subject.subject: float(np.ptp(subject.process_medians)) for subject in samples}
     name = max(spreads, key=lambda name: spreads[name])
     spread = float(np.expm1(spreads[name]))
-    flags += _flag_above(
-        "repeat",
-        spread,
-        threads,
+    spread_sentence = (
         f"Processes of the same file ({name}) differ by {_percent(spread)}, which widens the intervals of "
-        "the speed-ups.",
+        "the speed-ups."
     )
+    findings = {"drift": (abs(drift), drift_sentence), "repeat": (spread, spread_sentence)}
+    flags = _raise_flags(findings, threads)
     unsettled = [subject.subject for subject in samples if not subject.settled]
     if unsettled:
         sentence = f"The warm-up of {', '.join(unsettled)} did not settle within 2 %."
@@ -201,11 +183,13 @@ def compute_drift(medians: np.ndarray) -> float:
     return float(np.expm1(change)) if abs(change) > 3 * error else 0.0
 
 
-def _flag_above(name: str, value: float, threads: int, sentence: str) -> list[Flag]:
-    if not value > LIMITS[name]:
-        return []
-    figures = {"value": float(value), "limit": LIMITS[name]}
-    return [Flag(name=name, threads=threads, sentence=sentence, figures=figures)]
+def _raise_flags(findings: Mapping[str, tuple[float, str]], threads: int) -> list[Flag]:
+    """Return the flags whose value is above its limit, from value and sentence by name."""
+    return [
+        Flag(name=name, threads=threads, sentence=sentence, figures={"value": float(value), "limit": limit})
+        for name, (value, sentence) in findings.items()
+        if value > (limit := LIMITS[name])
+    ]
 
 
 def _difference(before: Mapping[int, float] | None, after: Mapping[int, float] | None) -> dict[int, float]:

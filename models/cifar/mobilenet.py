@@ -25,7 +25,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 class InvertedResidual(nn.Module):
-    """Pointwise expansion, depthwise 3×3, linear pointwise projection; a residual where the shape is kept."""
+    """Pointwise expansion, depthwise 3×3, linear pointwise projection; a residual if the shape stays."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def conv_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
 
 
 class ZeroPadShortcut(nn.Module):
-    """Every second pixel, and zeros for the channels that are new, half of them before and half after."""
+    """Take every second pixel; pad new channels with zeros, half of them before and half after."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()

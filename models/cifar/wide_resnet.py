@@ -9,7 +9,7 @@ from . import CifarNetwork, kaiming, register_variants
 
 
 class PreActivationBlock(nn.Module):
-    """BatchNorm and ReLU before each convolution; where the width changes, they precede the shortcut too."""
+    """BatchNorm and ReLU before each convolution; if the width changes, before the shortcut too."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
