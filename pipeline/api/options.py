@@ -1,5 +1,6 @@
 """Merge a recipe, a config file and the options given by the user into ``Options``."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,8 +61,12 @@ def read_options(given: Mapping[str, Any]) -> Options:
         return Options.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{get_flag(str(first['loc'][0]))} {first['input']}: {reason}.") from error
+        field, *keys = first["loc"]
+        option = " ".join([get_flag(str(field)), *(key for key in keys if isinstance(key, str))])
+        reason = re.sub(r"^\w+ should", "must", first["msg"].removeprefix("Value error, "))
+        value = first["input"]
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        raise UsageError(f"{option} {reason}, got {shown}.") from error
 
 
 def merge_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -404,7 +404,7 @@ def _check_optimizer(name: str) -> None:
     from timm.optim import list_optimizers
 
     if name not in list_optimizers():
-        near = get_close_matches(name, [str(known) for known in list_optimizers()], n=3)
+        near = get_close_matches(name, [str(optimizer) for optimizer in list_optimizers()], n=3)
         advice = f"The nearest are {', '.join(near)}" if near else "Try adamw or sgd"
         raise UsageError(f"--optimizer {name} does not exist in timm. {advice}.")
 

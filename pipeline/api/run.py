@@ -114,7 +114,7 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
         display.note(f"--milestones {', '.join(late)} have no effect: the training has {longest} epochs")
     defaults = [
         f"{get_flag(name)} {value}"
-        for name, value in _repeatable(chosen).items()
+        for name, value in _select_repeatable(chosen).items()
         if name not in given.model_fields_set and value not in (None, [], {}, False)
     ]
     display.detail(f"defaults: {', '.join(defaults)}")
@@ -131,13 +131,13 @@ def _config(options: Options, images: ImageSet) -> dict[str, Any]:
     values = {name: value for name, value in options.model_dump(mode="json").items() if get_stage(name)}
     return {
         **values,
-        "teacher_weights": [_content(source) for source in options.teacher_weights],
-        "student_weights": _content(options.student_weights),
+        "teacher_weights": [_identify_weights(source) for source in options.teacher_weights],
+        "student_weights": _identify_weights(options.student_weights),
         "data_content": images.fingerprint,
     }
 
 
-def _content(source: str) -> str:
+def _identify_weights(source: str) -> str:
     return source if source in ("auto", "none") else f"sha256 {sha256(Path(source))}"
 
 
@@ -158,7 +158,7 @@ def _run_stages(
         # Processes restarted by torchrun resume.
         folder.open(fresh=options.fresh and not process.count_restarts())
         folder.check_options(config)
-        folder.begin(config, _repeatable(options), command_line())
+        folder.begin(config, _select_repeatable(options), command_line())
         check_weights(options, images, folder.unfinished(options.until), download=True)
     trains = any(get_kind(stage) in (*TRAINING, "qat") for stage in folder.unfinished(options.until))
     if (options.tensorboard or options.track) and not trains:
@@ -186,7 +186,7 @@ def _run_stages(
                     return assemble(folder)
                 ranks = Ranks()
                 context = replace(context, ranks=ranks)
-            key = folder.key(stage, _entering(stage, config))
+            key = folder.key(stage, _select_options(stage, config))
             done = ranks.broadcast(folder.finished(stage, key) if ranks.is_main else None)
             if done is not None:
                 display.done(stage, done.summary, None)
@@ -215,13 +215,13 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
     folder.record = ranks.broadcast(folder.record)
 
 
-def _repeatable(options: Options) -> dict[str, Any]:
+def _select_repeatable(options: Options) -> dict[str, Any]:
     """Return the options for config.yaml: those that describe the job, not its output or execution."""
     excluded = {"out", "config"} | {name for name in Options.model_fields if get_group(name) == "Execution"}
     return options.model_dump(mode="json", exclude=excluded - {"precision"})
 
 
-def _entering(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _select_options(stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
     stages = ("prepare", "student") if get_kind(stage) == ROUND else (stage,)
     return {
         name: value

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
@@ -76,7 +77,8 @@ def make_option(name: str, annotation: Any, default: Any, help: str) -> click.Op
         choices = get_args(parts[0])
         settings |= {"type": click.Choice(choices) if choices else str, "multiple": True}
     else:
-        settings |= {"type": kind if kind in (int, float) else str, "shell_complete": COMPLETIONS.get(name)}
+        click_types = {int: click.INT, float: click.FLOAT, Path: click.Path()}
+        settings |= {"type": click_types.get(kind, click.STRING), "shell_complete": COMPLETIONS.get(name)}
     return click.Option([get_flag(name), name], **settings)
 
 

@@ -25,14 +25,14 @@ def check_limits(value: Any) -> Any:
     parts = value.values() if isinstance(value, Mapping) else value
     for part in parts if isinstance(value, Mapping | list | tuple) else [value]:
         if isinstance(part, float) and part and not MIN_FLOAT <= abs(part) <= MAX_FLOAT:
-            raise ValueError(f"a number must be 0 or from {MIN_FLOAT:g} to {MAX_FLOAT:g}")
+            raise ValueError(f"must be 0 or from {MIN_FLOAT:g} to {MAX_FLOAT:g}")
         if isinstance(part, int) and abs(part) > MAX_INTEGER:
-            raise ValueError(f"an integer must be at most {MAX_INTEGER}")
+            raise ValueError(f"must be at most {MAX_INTEGER}")
         if isinstance(part, str | Path):
             try:
                 os.fsencode(str(part))  # accepts the surrogates of file names that are not UTF-8
             except UnicodeEncodeError as error:
-                raise ValueError("the text contains half a character (a lone surrogate)") from error
+                raise ValueError("must not contain half a character (a lone surrogate)") from error
     return value
 
 
@@ -47,4 +47,4 @@ def check_not_boolean(value: Any, annotation: Any) -> Any:
     choices = {choice for part in (annotation, *get_args(annotation)) for choice in get_args(part)}
     if (choice := "on" if value else "off") in choices:
         return choice
-    raise ValueError("a value other than yes or no is required")
+    raise ValueError("must not be yes or no")

@@ -8,9 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
-from ...export.text import escape_controls
 from .limits import check_limits, check_not_boolean
 
 GROUPS = ("Models and data", "Weights", "Method", "Training", "Images", "Export", "Execution")
@@ -44,17 +51,20 @@ def parse_pairs(value: Any) -> Any:
     for item in value:
         key, equals, setting = str(item).partition("=")
         if not equals:
-            raise ValueError(f"expected KEY=VALUE, got '{escape_controls(str(item))}'")
+            raise ValueError("must be KEY=VALUE")
         # A value with commas is a list, such as quest.levels=map,map@2.
         pairs[key.strip()] = setting.split(",") if "," in setting else setting.strip()
     return pairs
 
 
-def _parse_epochs(value: Any) -> Any:
-    epochs = [int(part) for part in value.split(",")] if isinstance(value, str) else value
-    if isinstance(epochs, list) and (epochs != sorted(set(epochs)) or epochs[0] < 1):
-        raise ValueError("epochs must be positive and increasing, such as 150,180,210")
-    return epochs
+def _split(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _check_increasing(values: list[int]) -> list[int]:
+    if values != sorted(set(values)):
+        raise ValueError("must be increasing, such as 150,180,210")
+    return values
 
 
 TIME_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -71,7 +81,7 @@ def parse_time(text: str) -> float:
         ValueError: the text is not a time.
     """
     if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
-        raise ValueError(f"expected a time such as 3h50m, 90m or 45s, got '{escape_controls(text)}'")
+        raise ValueError("must be a time such as 3h50m, 90m or 45s")
     return sum(float(number) * TIME_UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))
 
 
@@ -80,7 +90,12 @@ Names = Annotated[list[str], BeforeValidator(_to_list)]
 Settings = Annotated[dict[str, Any], BeforeValidator(parse_pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_to_list)]
 Targets = Annotated[list[Literal["x86", "x86-vnni", "arm64"]], BeforeValidator(_to_list)]
-Epochs = Annotated[list[int], BeforeValidator(_parse_epochs)]
+Epochs = Annotated[
+    list[Annotated[int, Field(ge=1)]],
+    Field(min_length=1),
+    BeforeValidator(_split),
+    AfterValidator(_check_increasing),
+]
 LossWeights = Annotated[dict[str, float], BeforeValidator(parse_pairs)]
 
 
@@ -153,7 +168,7 @@ class Options(BaseModel):
         "parameter of a method, such as quest.tau=0.2; can be repeated", {}, enters="prepare"
     )
     weight: LossWeights = method_option(
-        "weight of a loss, NAME=VALUE: a method's name, or ce for the cross-entropy; can be repeated",
+        "weight of a loss: KEY is a method, or ce for the cross-entropy; can be repeated",
         {},
         enters="student",
     )

@@ -47,7 +47,7 @@ PLAIN_SECONDS = 10.0
 LOGGER = "questpress"
 """Parent of the loggers of all modules."""
 
-RATE_SECONDS = 15.0
+THROUGHPUT_SECONDS = 15.0
 """Window of the throughput."""
 
 
@@ -114,7 +114,7 @@ class Display:
             SpinnerColumn(),
             TextColumn("[bold]{task.fields[stage]:<9}[/bold] {task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[throughput]}"),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[more]}[/dim]"),
             console=self.console,
@@ -147,8 +147,8 @@ class Stage:
         self.progress = progress
         self.task: TaskID | None = None
         self.work: tuple[str, str] | None = None
-        self.spoken = 0.0
-        self.seen: deque[tuple[float, float]] = deque()
+        self.last_print = 0.0
+        self.samples: deque[tuple[float, float]] = deque()
 
     def update(
         self, work: str, done: float, total: float, unit: str = "", more: str = "", scale: int = 1
@@ -156,27 +156,27 @@ class Stage:
         """Show that ``done`` of ``total`` are done, each of which counts as ``scale`` units of throughput."""
         now = time.monotonic()
         # Two stages may do work of the same name, and work may restart from an earlier state.
-        if (self.name, work) != self.work or (self.seen and done < self.seen[-1][1]):
-            self.work, self.spoken = (self.name, work), now
-            self.seen.clear()
+        if (self.name, work) != self.work or (self.samples and done < self.samples[-1][1]):
+            self.work, self.last_print = (self.name, work), now
+            self.samples.clear()
             if self.progress is not None:
                 if self.task is not None:
                     self.progress.remove_task(self.task)
-                self.task = self.progress.add_task(work, total=total, stage=self.name, rate="", more="")
-        rate = self._rate(now, done)
-        spoken = f"{rate * scale:,.0f} {unit}/s" if unit and rate else ""
+                self.task = self.progress.add_task(work, total=total, stage=self.name, throughput="", more="")
+        rate = self._compute_rate(now, done)
+        throughput = f"{rate * scale:,.0f} {unit}/s" if unit and rate else ""
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=done, total=total, rate=spoken, more=more)
-        elif now - self.spoken >= PLAIN_SECONDS and rate:
-            self.spoken = now
+            self.progress.update(self.task, completed=done, total=total, throughput=throughput, more=more)
+        elif now - self.last_print >= PLAIN_SECONDS and rate:
+            self.last_print = now
             left = (total - done) / rate
-            facts: list[Any] = [f"{100 * done / total:.0f} %", spoken, f"{left:.0f} s left", more]
-            self.display.print(f"  {self.name}: {work}: {', '.join(str(fact) for fact in facts if fact)}")
+            parts: list[Any] = [f"{100 * done / total:.0f} %", throughput, f"{left:.0f} s left", more]
+            self.display.print(f"  {self.name}: {work}: {', '.join(str(part) for part in parts if part)}")
 
-    def _rate(self, now: float, done: float) -> float:
-        """Return the throughput over the last seconds, so that a stall is visible and soon forgotten."""
-        self.seen.append((now, done))
-        while len(self.seen) > 2 and now - self.seen[1][0] > RATE_SECONDS:
-            self.seen.popleft()
-        begun, before = self.seen[0]
-        return (done - before) / (now - begun) if now > begun else 0.0
+    def _compute_rate(self, now: float, done: float) -> float:
+        """Return the work done per second over the last seconds, so that a stall shows for a short time."""
+        self.samples.append((now, done))
+        while len(self.samples) > 2 and now - self.samples[1][0] > THROUGHPUT_SECONDS:
+            self.samples.popleft()
+        start, before = self.samples[0]
+        return (done - before) / (now - start) if now > start else 0.0

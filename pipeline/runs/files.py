@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, folder locks and checks of output folders."""
+"""Atomic writes, folder locks and checks of output folders."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of JSON values. It imports nothing, since data/ and methods/ need only this."""
+"""SHA-256 of files and of JSON values."""
 
 import hashlib
 import json

@@ -20,7 +20,7 @@ MAX_BYTES = 1 << 28
 MAX_DEPTH = 60
 
 CHECKSUM = "checksum"
-"""Key of the SHA-256 of all other entries in canonical form, see ``files.digest``."""
+"""Key of the SHA-256 of all other entries in canonical form, see ``hashes.digest``."""
 
 SCHEMA_VERSION = 1
 RECORD = "run.json"

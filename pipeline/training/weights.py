@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ...models.build import build
-from ...models.checkpoint import load_saved
+from ...models.checkpoint import read_checkpoint
 from ...models.initialize import initialize
 from ...models.pretrained import check_published, has_pretrained
 from ...models.weights import load_into
@@ -39,7 +39,7 @@ def load_network(run: Path, spec: NetworkSpec) -> nn.Module:
     network = build(
         spec.name, num_classes=spec.classes, image_size=spec.image_size, activation=spec.activation
     )
-    load_into(network, load_saved(run / spec.file))
+    load_into(network, read_checkpoint(run / spec.file))
     return network.eval()
 
 

@@ -107,11 +107,11 @@ def parse_recipe(name: str, text: str) -> Recipe:
     )
 
 
-def _check_known(name: str, what: str, keys: Collection[str], known: Collection[str]) -> None:
+def _check_known(name: str, what: str, keys: Collection[str], available: Collection[str]) -> None:
     for key in keys:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            advice = f"Did you mean {near[0]}?" if near else f"Available: {', '.join(sorted(known))}."
+        if key not in available:
+            near = get_close_matches(key, available, n=1)
+            advice = f"Did you mean {near[0]}?" if near else f"Available: {', '.join(sorted(available))}."
             raise UsageError(f"The recipe {name} has an unknown {what} '{key}'. {advice}")
 
 

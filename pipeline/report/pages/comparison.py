@@ -66,12 +66,9 @@ def _section(comparison: Comparison, group: Group, number: int) -> Section:
 
 def score_name(comparison: Comparison, group: Group) -> str:
     """Return the name of the score of the group's runs: accuracy or mAP."""
-    for name in group.runs:
-        run = comparison.run(name)
-        for file in (run.int8, run.fp32, run.teacher_file):
-            if file is not None and file.score is not None:
-                return file.score.metric
-    return "accuracy"
+    runs = [comparison.run(name) for name in group.runs]
+    files = (file for run in runs for file in (run.int8, run.fp32, run.teacher_file))
+    return next((file.score.metric for file in files if file and file.score), "accuracy")
 
 
 def conclusions(comparison: Comparison, group: Group) -> list[str]:
