@@ -142,7 +142,7 @@ def test_peers_use_equal_networks_and_pixels(tmp_path: Path) -> None:
     views = next(setting.stream()).pixels
     teacher, student = peers._networks(setting, True)
     assert not teacher.training and student.training
-    expected = setting.frozen(views, frozenset({"logits"}))["logits"]
+    expected = setting.frozen_teacher(views, frozenset({"logits"}))["logits"]
     torch.testing.assert_close(teacher(views), expected, rtol=1e-4, atol=1e-4)  # ours is folded
     assert next(iter(student.parameters())).is_contiguous(memory_format=torch.channels_last)
 

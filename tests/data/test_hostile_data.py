@@ -251,7 +251,7 @@ def test_shard_with_a_false_size_takes_no_memory(size: int, tmp_path: Path) -> N
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of side × side grey pixels in a few kilobytes."""
+    """A PNG of side × side gray pixels in a few kilobytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -289,9 +289,9 @@ def test_decompression_bombs_are_skipped_and_reported(bombs: dict[str, bytes]) -
     images = [Image("ok", 0, hash_array(pixels(0)), pixels(0))]
     for name, content in bombs.items():
         images.append(Image(name, 0, hashlib.sha256(content).hexdigest(), content))
-    found = decode_images(images, Canonical("short_side", 8))
-    assert [one.name for one in found.images] == ["ok"]
-    assert all("exceed the limit" in one.reason and one.unreadable for one in found.skipped)
+    decoded = decode_images(images, Canonical("short_side", 8))
+    assert [one.name for one in decoded.images] == ["ok"]
+    assert all("exceed the limit" in one.reason and one.unreadable for one in decoded.skipped)
     assert len(sample_sizes(images)) >= 1
 
 

@@ -48,9 +48,7 @@ def test_pixels_are_kept_where_they_fit_first(
     assert chosen == way and word in (why or "") and (why is None) == (way == "device")
     if disk == 1e3:
         decode_images(images, FORM, cache=cache)
-        assert choose_placement(images, FORM, "cuda", cache)[0] == "device", (
-            "what is decoded needs no more room"
-        )
+        assert choose_placement(images, FORM, "cuda", cache)[0] == "device"  # cached images need no disk
 
 
 def test_gpu_that_shares_the_hosts_memory_is_limited_by_it(

@@ -42,7 +42,7 @@ def views_of(decoded: DecodedImages, policy: ViewPolicy, size: int, seed: int = 
 
 
 def resized_crop(image: Tensor, box: list[int], size: int, flip: bool) -> Tensor:
-    """torchvision's own, in float, then rounded."""
+    """Return torchvision's crop, computed in float and rounded."""
     top, left, height, width = box
     crop = image.permute(2, 0, 1).float()
     view = functional.resized_crop(crop, top, left, height, width, [size, size], antialias=True)
@@ -212,11 +212,11 @@ def test_large_crops_are_resized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     taken: list[int] = []
     products = render._resize_chunk
 
-    def seen(data: Tensor, numbers: Sequence[Tensor], tallest: int, widest: int, size: int) -> Tensor:
+    def record(data: Tensor, numbers: Sequence[Tensor], tallest: int, widest: int, size: int) -> Tensor:
         taken.append(len(numbers[0]) * tallest * widest)
         return products(data, numbers, tallest, widest, size)
 
-    monkeypatch.setattr(render, "_resize_chunk", seen)
+    monkeypatch.setattr(render, "_resize_chunk", record)
     monkeypatch.setattr(render, "MAX_BATCH_PIXELS", 50_000)
     pieces = resize_batched(done.pixels, indices, box, flips, 24)
     assert len(taken) > 1 and max(taken) <= 50_000
@@ -265,7 +265,7 @@ def test_host_never_waits_for_the_device(policy: ViewPolicy, size: int, resident
     done = small() if policy.kind == "pad_crop" else photos()
     pixels = done.pixels.to("meta") if resident == "device" else done.pixels
     views = Views(done.labels, done.keys, policy, 0, size, pixels)
-    with Copies() as copies:  # and a number asked of 'meta' is an error
+    with Copies() as copies:  # reading a value from 'meta' is an error
         batch, labels = views.batch(torch.arange(6), torch.arange(6), "meta")
     assert batch.device.type == labels.device.type == "meta" and batch.shape == (6, 3, size, size)
     assert copies.awaited and not any(copies.awaited)
@@ -287,13 +287,13 @@ def test_gpu_batches_are_prefetched_without_synchronization(resident: str) -> No
     views = Views(done.labels, done.keys, policy, 0, 16, pixels)
     here = Views(done.labels, done.keys, policy, 0, 16, done.pixels)
     plan = [(torch.arange(6).repeat(8), torch.arange(48) + 48 * n) for n in range(5)]
-    found = list(views.batches(plan[:1], "cuda"))  # what is set up once may wait
+    list(views.batches(plan[:1], "cuda"))  # initialization may synchronize
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = list(views.batches(plan, "cuda"))
+        batches = list(views.batches(plan, "cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for (ours, _), (theirs, _) in zip(here.batches(plan), found, strict=True):
+    for (ours, _), (theirs, _) in zip(here.batches(plan), batches, strict=True):
         assert (ours.int() - theirs.cpu().int()).abs().max() <= 3  # jitter may double a level
 
 

@@ -41,13 +41,13 @@ def test_fixed_views_repeat_and_are_equal_for_all_seeds():
 
 @pytest.mark.parametrize("views", [50, 1000])
 def test_training_on_all_cached_views_equals_online_views(views):
-    stored, online = ViewSchedule(PAD, seed=5, views=views), ViewSchedule(PAD, seed=5)
-    assert stored.covers_all
+    cached, online = ViewSchedule(PAD, seed=5, views=views), ViewSchedule(PAD, seed=5)
+    assert cached.covers_all
     for epoch in (0, 1, 17, 300):
-        assert torch.equal(shown(stored, epoch), shown(online, epoch))
-        assert set(stored.numbers(KEYS, epoch).tolist()) <= set(stored.epoch_views(epoch))
-    assert len(stored.epoch_views(0)) == len(stored.all_views(2)) == 50
-    assert stored.epoch_views(0)[0] == FIRST_LISTED
+        assert torch.equal(shown(cached, epoch), shown(online, epoch))
+        assert set(cached.numbers(KEYS, epoch).tolist()) <= set(cached.epoch_views(epoch))
+    assert len(cached.epoch_views(0)) == len(cached.all_views(2)) == 50
+    assert cached.epoch_views(0)[0] == FIRST_LISTED
 
 
 @pytest.mark.parametrize(

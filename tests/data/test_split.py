@@ -29,14 +29,14 @@ sets = st.lists(st.lists(st.integers(0, 60), min_size=8, max_size=40), min_size=
 @given(sets, st.sampled_from([None, 0.05, 0.3, 0.9]))
 @settings(max_examples=60, deadline=None)
 def test_no_image_is_in_two_splits_and_every_class_is_in_all(contents: list[list[int]], fraction) -> None:
-    images = [image(label, content) for label, found in enumerate(contents) for content in found]
+    images = [image(label, content) for label, members in enumerate(contents) for content in members]
     labels: dict[str, set[int]] = {}
     for one in images:
         labels.setdefault(one.key, set()).add(one.label)
     for label in range(len(contents)):
-        own = sum(found == {label} for found in labels.values())
-        torn = any(label in found and len(found) > 1 for found in labels.values())
-        if own + torn < 3:
+        exclusive = sum(classes == {label} for classes in labels.values())
+        is_ambiguous = any(label in classes and len(classes) > 1 for classes in labels.values())
+        if exclusive + is_ambiguous < 3:
             with pytest.raises(UsageError):
                 split(images, len(contents), fraction)
             return
@@ -94,10 +94,10 @@ def test_copies_stay_together_and_content_under_two_classes_trains() -> None:
 def test_held_out_images_come_from_train_and_leave_test_alone() -> None:
     train = [image(label, f"{label} {n}") for label in range(2) for n in range(50)]
     test = [image(label, f"t{label} {n}") for label in range(2) for n in range(7)]
-    given = {"train": train, "test": test}
-    done = UnsplitDataset("set", "set", ["a", "b"], given).split(None)
+    unsplit = UnsplitDataset("set", "set", ["a", "b"], {"train": train, "test": test})
+    done = unsplit.split(None)
     assert done.counts == {"train": [45, 45], "val": [5, 5], "test": [7, 7]}
-    assert UnsplitDataset("set", "set", ["a", "b"], given).split(0).counts["train"] == [50, 50]
+    assert unsplit.split(0).counts["train"] == [50, 50]
 
 
 def test_duplicates_of_test_images_leave_train() -> None:

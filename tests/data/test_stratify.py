@@ -66,8 +66,8 @@ def test_content_with_two_label_sets_goes_to_train() -> None:
 
 def test_test_split_of_the_source_is_kept() -> None:
     images = many(200, [0.5, 0.4])
-    given = {"train": images[:150], "test": images[150:]}
-    data = UnsplitDataset("x", "x", ["0", "1"], given, task="multi-label").split(None)
+    splits = {"train": images[:150], "test": images[150:]}
+    data = UnsplitDataset("x", "x", ["0", "1"], splits, task="multi-label").split(None)
     assert {one.key for one in data.test} == {one.key for one in images[150:]}
     assert len(data.val) == pytest.approx(15, abs=3)
 

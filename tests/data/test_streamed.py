@@ -73,28 +73,28 @@ def plan(images: int, batches: int = 4, size: int = 9) -> list[tuple[torch.Tenso
 def test_streamed_views_equal_views_of_decoded_images(
     images: tuple[Image, ...], workers: Workers, name: str
 ) -> None:
-    ahead, streamed = both(images, POLICIES[name], workers)
-    assert len(streamed) == len(ahead) == 20
-    assert streamed.keys.equal(ahead.keys) and streamed.labels.equal(ahead.labels)
+    decoded, streamed = both(images, POLICIES[name], workers)
+    assert len(streamed) == len(decoded) == 20
+    assert streamed.keys.equal(decoded.keys) and streamed.labels.equal(decoded.labels)
     steps = plan(20)
-    for step, ours, theirs in zip(steps, streamed.batches(steps), ahead.batches(steps), strict=True):
+    for step, ours, theirs in zip(steps, streamed.batches(steps), decoded.batches(steps), strict=True):
         assert ours[0].equal(theirs[0]) and ours[1].equal(theirs[1])
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
-        assert ours[0].equal(ahead.batch(*step)[0])
+        assert ours[0].equal(decoded.batch(*step)[0])
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_streamed_views_of_two_sizes_show_the_same_crops(
     images: tuple[Image, ...], workers: Workers, name: str
 ) -> None:
-    ahead, streamed = both(images, POLICIES[name], workers)
+    decoded, streamed = both(images, POLICIES[name], workers)
     steps = plan(20)
     small = replace(streamed, size=10)
     for step, (views, labels, full) in zip(steps, small.batches(steps, also=SIZE), strict=True):
-        assert views.shape[-2:] == (10, 10) and views.equal(ahead.batch(*step, size=10)[0])
-        assert full.equal(ahead.batch(*step)[0]) and labels.equal(ahead.batch(*step)[1])
-    (views, _, full), *_ = replace(ahead, size=10).batches(steps, also=SIZE)
-    assert views.equal(ahead.batch(*steps[0], size=10)[0]) and full.equal(ahead.batch(*steps[0])[0])
+        assert views.shape[-2:] == (10, 10) and views.equal(decoded.batch(*step, size=10)[0])
+        assert full.equal(decoded.batch(*step)[0]) and labels.equal(decoded.batch(*step)[1])
+    (views, _, full), *_ = replace(decoded, size=10).batches(steps, also=SIZE)
+    assert views.equal(decoded.batch(*steps[0], size=10)[0]) and full.equal(decoded.batch(*steps[0])[0])
 
 
 def test_streamed_views_are_independent_of_the_number_of_workers(
@@ -122,8 +122,8 @@ def test_sizes_are_measured_once(images: tuple[Image, ...], workers: Workers, tm
 
 def test_images_without_a_file_are_sent_to_workers(workers: Workers) -> None:
     images = tuple(in_memory([pixels(n, 20, 30) for n in range(5)]))
-    ahead, streamed = both(images, POLICIES["resized_crop"], workers)
-    for ours, theirs in zip(streamed.batches(plan(5)), ahead.batches(plan(5)), strict=True):
+    decoded, streamed = both(images, POLICIES["resized_crop"], workers)
+    for ours, theirs in zip(streamed.batches(plan(5)), decoded.batches(plan(5)), strict=True):
         assert ours[0].equal(theirs[0])
 
 

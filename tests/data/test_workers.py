@@ -40,9 +40,9 @@ def die() -> None:
 
 def test_results_come_in_the_order_of_their_tasks(workers: Workers) -> None:
     for count in (0, 1, 11):
-        found = list(workers.map(Number(n) for n in range(count)))
-        assert [int(x[0, 0]) for x in found] == list(range(count))
-        assert all(x.equal(torch.full((2, 3), n)) for n, x in enumerate(found))
+        results = list(workers.map(Number(n) for n in range(count)))
+        assert [int(x[0, 0]) for x in results] == list(range(count))
+        assert all(x.equal(torch.full((2, 3), n)) for n, x in enumerate(results))
 
 
 def test_abandoned_tasks_are_dropped(workers: Workers) -> None:

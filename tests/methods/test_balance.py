@@ -32,13 +32,13 @@ def kd() -> Kd:
     return Kd(Parameters(), Setup(SHAPES, [SHAPES], {}))
 
 
-def step(of: GradientBalance, r: float) -> None:
-    """One step in which the method's gradient is r times that of the cross-entropy."""
+def step(balance: GradientBalance, r: float) -> None:
+    """Measure a step in which the method's gradient is r times that of the cross-entropy."""
     f_s = torch.tensor([[3.0, -2.0]], requires_grad=True)
     cross_entropy = (f_s * torch.tensor([0.6, 0.8])).sum()
-    assert of.is_measuring
-    of.measure({"kd": (f_s * torch.tensor([-r, 0.0])).sum()}, cross_entropy, f_s)
-    of.end_step()
+    assert balance.is_measuring
+    balance.measure({"kd": (f_s * torch.tensor([-r, 0.0])).sum()}, cross_entropy, f_s)
+    balance.end_step()
 
 
 def test_gradient_norm_of_a_loss_is_that_of_its_gradient_on_the_map() -> None:
@@ -49,43 +49,43 @@ def test_gradient_norm_of_a_loss_is_that_of_its_gradient_on_the_map() -> None:
 
 @pytest.mark.parametrize("r", [LEAST * 1.01, (LEAST * MOST) ** 0.5, MOST * 0.99])
 def test_weight_within_the_range_is_unchanged(r: float) -> None:
-    found = GradientBalance({"kd": kd()})
-    step(found, r)
-    assert float(found.factors()["kd"]) == 1
+    balance = GradientBalance({"kd": kd()})
+    step(balance, r)
+    assert float(balance.factors()["kd"]) == 1
 
 
 @pytest.mark.parametrize(("r", "end"), [(MOST * 40, MOST), (LEAST / 50, LEAST)])
 def test_weight_outside_the_range_is_scaled_to_the_nearer_end(r: float, end: float) -> None:
-    found = GradientBalance({"kd": kd()})
-    step(found, r)
-    assert float(found.factors()["kd"]) == pytest.approx(end / r, rel=1e-5)
+    balance = GradientBalance({"kd": kd()})
+    step(balance, r)
+    assert float(balance.factors()["kd"]) == pytest.approx(end / r, rel=1e-5)
 
 
 def test_ratio_is_the_geometric_mean_over_the_first_steps_and_then_stays() -> None:
-    found = GradientBalance({"kd": kd()})
+    balance = GradientBalance({"kd": kd()})
     for number in range(STEPS):
-        step(found, 1000.0 if number % 2 else 10.0)
-    [one] = found.results()
-    assert one.ratio == pytest.approx(100, rel=1e-4)
-    assert one.factor == pytest.approx(MOST / 100, rel=1e-4)
-    assert not found.is_measuring
+        step(balance, 1000.0 if number % 2 else 10.0)
+    [entry] = balance.results()
+    assert entry.ratio == pytest.approx(100, rel=1e-4)
+    assert entry.factor == pytest.approx(MOST / 100, rel=1e-4)
+    assert not balance.is_measuring
 
 
 def test_ratio_is_measured_only_in_training() -> None:
-    found = GradientBalance({"kd": kd()})
-    assert found.is_measuring
-    assert not found.eval().is_measuring
+    balance = GradientBalance({"kd": kd()})
+    assert balance.is_measuring
+    assert not balance.eval().is_measuring
     with torch.no_grad():
-        assert not found.train().is_measuring
+        assert not balance.train().is_measuring
 
 
 def test_loss_independent_of_the_map_is_unchanged_and_not_reported() -> None:
-    found = GradientBalance({"kd": kd()})
+    balance = GradientBalance({"kd": kd()})
     f_s = torch.ones(2, requires_grad=True)
-    assert found.is_measuring
-    found.measure({"kd": torch.ones(1, requires_grad=True).sum()}, f_s.sum(), f_s)
-    assert float(found.factors()["kd"]) == 1
-    assert found.results() == []
+    assert balance.is_measuring
+    balance.measure({"kd": torch.ones(1, requires_grad=True).sum()}, f_s.sum(), f_s)
+    assert float(balance.factors()["kd"]) == 1
+    assert balance.results() == []
 
 
 def test_warm_up_does_not_change_the_balance() -> None:
@@ -96,12 +96,12 @@ def test_warm_up_does_not_change_the_balance() -> None:
     assert [dkd.warmup_factor(epoch) for epoch in (0, 9, 19, 100)] == [0.05, 0.5, 1.0, 1.0]
 
 
-def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """Losses of a batch with and without balance, and the factor between them by hand."""
+def compute_losses(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Return the losses of a batch without and with balance, and the expected factor between them."""
     torch.manual_seed(1)
     images, labels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1, 2] * 2)
     plain, balanced = (distillation(weights={"quest": weight}, balance=on) for on in (False, True))
-    # Training mode changes BatchNorm's statistics alone, which no loss of the same step sees.
+    # Training mode changes the statistics of BatchNorm only, which do not affect losses of the same step.
     trainee, teacher = plain.trainable_module, plain.teachers[0](images, frozenset({"map"}))
     student = trainee.readouts(trainee.normalize(images), frozenset({"map", "logits"}))
     quest = trainee.methods["quest"](Batch(student, [teacher], labels))["quest"]
@@ -110,13 +110,13 @@ def seen(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         for loss in (weight * quest, F.cross_entropy(student["logits"], labels))
     ]
     r = float(gradients[0] / gradients[1])
-    by_hand = min(max(r, Quest.gradient_ratio[0]), Quest.gradient_ratio[1]) / r
-    return plain(images, labels), balanced(images, labels), by_hand
+    expected = min(max(r, Quest.gradient_ratio[0]), Quest.gradient_ratio[1]) / r
+    return plain(images, labels), balanced(images, labels), expected
 
 
 @pytest.mark.parametrize("weight", [1000.0, 1e-4])
 def test_losses_are_scaled_by_their_gradients(weight: float) -> None:
-    without, with_, factor = seen(weight)
+    without, with_, factor = compute_losses(weight)
     assert factor != 1
     assert with_["quest"].item() == pytest.approx(factor * without["quest"].item(), rel=1e-4)
     assert with_["ce"].item() == without["ce"].item()
@@ -124,8 +124,8 @@ def test_losses_are_scaled_by_their_gradients(weight: float) -> None:
 
 
 def test_weights_below_the_range_all_end_at_the_same_strength() -> None:
-    one, another = seen(1e-4)[1], seen(1e-3)[1]
-    assert one["quest"].item() == pytest.approx(another["quest"].item(), rel=1e-4)
+    first, second = compute_losses(1e-4)[1], compute_losses(1e-3)[1]
+    assert first["quest"].item() == pytest.approx(second["quest"].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("student", ["cifar_vgg8", "cifar_resnet8", "resnet10t", "mobilenetv3_small_050"])
@@ -147,9 +147,9 @@ def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "the weight of quest was multiplied by" in result.stderr
     report = json.loads((out / "report.json").read_text())
-    [one] = report["balance"]
-    assert one["method"] == "quest"
-    assert one["factor"] == pytest.approx(one["high"] / one["ratio"], rel=1e-4)
+    [entry] = report["balance"]
+    assert entry["method"] == "quest"
+    assert entry["factor"] == pytest.approx(entry["high"] / entry["ratio"], rel=1e-4)
     assert "balance.quest" in (out / "report.html").read_text()
 
 

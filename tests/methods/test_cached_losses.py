@@ -29,29 +29,29 @@ from tests.methods.test_quest import (
 TAU, PLACES = 0.9, H * W
 
 
-def method(stored: int, words: np.ndarray = WORDS, **given) -> Quest:
+def method(cached: int, words: np.ndarray = WORDS, **settings) -> Quest:
     torch.manual_seed(0)
     return Quest(
-        Parameters(tau=(TAU,), **given),
+        Parameters(tau=(TAU,), **settings),
         Setup(
             Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
             [Shapes({"map": (words.shape[1], H, W)}, vector=None, logits=2)],
-            {"0.map.words": tensor(words), "0.map.mu": torch.tensor(1.0), "0.map.top": torch.tensor(stored)},
+            {"0.map.words": tensor(words), "0.map.mu": torch.tensor(1.0), "0.map.top": torch.tensor(cached)},
         ),
     )
 
 
-def answered(quest: Quest, f_t: np.ndarray = F_T) -> dict[str, torch.Tensor]:
-    """What a store gives back for a teacher's map: through the files' types."""
-    [answer] = quest.cached_outputs(0)
-    parts = answer.compact({"map": tensor(f_t)})
+def read_cached(quest: Quest, f_t: np.ndarray = F_T) -> dict[str, torch.Tensor]:
+    """Return the cached outputs for a teacher's map, in the dtypes of the files."""
+    [output] = quest.cached_outputs(0)
+    parts = output.compact({"map": tensor(f_t)})
     assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == {
-        name: shape for name, (shape, _) in answer.arrays.items()
+        name: shape for name, (shape, _) in output.arrays.items()
     }
-    as_kept = {name: part.numpy().astype(answer.arrays[name][1]) for name, part in parts.items()}
+    arrays = {name: part.numpy().astype(output.arrays[name][1]) for name, part in parts.items()}
     return {
         name: torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
-        for name, array in as_kept.items()
+        for name, array in arrays.items()
     }
 
 
@@ -60,7 +60,7 @@ def loss(quest: Quest, teacher: dict[str, torch.Tensor], epoch: int = 0, keys=No
 
 
 def kept_target(ids: np.ndarray, p: np.ndarray, k: int) -> np.ndarray:
-    """[B,P,m] of a store as a dense p_T [B,K,H,W] in float64."""
+    """Return cached words [B,P,m] as a dense p_T [B,K,H,W] in float64."""
     dense = np.zeros((B, PLACES, k))
     p = p.astype(np.float64)
     np.put_along_axis(dense, ids.astype(np.int64), p / p.sum(-1, keepdims=True), 2)
@@ -76,49 +76,49 @@ def kl(p: np.ndarray, log_q: np.ndarray) -> float:
 @pytest.mark.parametrize("m", [1, 4, K])
 def test_cached_loss_equals_the_dense_loss_of_the_kept_words(m):
     quest = method(m)
-    stored = answered(quest)
-    assert stored["map.ids"].shape == (B, PLACES, m) and stored["map.p"].dtype == torch.float16
+    cached = read_cached(quest)
+    assert cached["map.ids"].shape == (B, PLACES, m) and cached["map.p"].dtype == torch.float16
     weight = term(quest).weight.detach().numpy().astype(float)
-    target = kept_target(stored["map.ids"].numpy(), stored["map.p"].numpy(), K)
-    assert loss(quest, stored) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=1e-5)
+    target = kept_target(cached["map.ids"].numpy(), cached["map.p"].numpy(), K)
+    assert loss(quest, cached) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=1e-5)
 
 
 @pytest.mark.parametrize("m", [1, 4, K])
 def test_cached_words_are_the_likeliest(m):
-    stored = answered(method(m))
+    cached = read_cached(method(m))
     p = p_teacher(F_T, WORDS, TAU).transpose(0, 2, 3, 1).reshape(B, PLACES, K)
     best = -np.sort(-p, axis=2)[..., :m]
-    np.testing.assert_array_equal(stored["map.ids"].numpy(), np.argsort(-p, axis=2)[..., :m])
+    np.testing.assert_array_equal(cached["map.ids"].numpy(), np.argsort(-p, axis=2)[..., :m])
     np.testing.assert_allclose(
-        stored["map.p"].numpy(), best / best.sum(2, keepdims=True), rtol=1e-3, atol=1e-6
+        cached["map.p"].numpy(), best / best.sum(2, keepdims=True), rtol=1e-3, atol=1e-6
     )
-    np.testing.assert_allclose(stored["map.lost"].numpy(), 1 - best.sum(2), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(cached["map.lost"].numpy(), 1 - best.sum(2), rtol=1e-3, atol=1e-6)
 
 
 def test_cached_loss_of_all_words_equals_the_online_loss():
     quest = method(K)
-    assert loss(quest, answered(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
+    assert loss(quest, read_cached(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
 
 
 def test_cached_and_online_top_m_losses_are_equal():
     quest = method(4, top=4)
-    assert loss(quest, answered(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
+    assert loss(quest, read_cached(quest)) == pytest.approx(loss(quest, {"map": tensor(F_T)}), rel=2e-3)
 
 
 def test_word_numbers_above_32767_are_cached():
     many = drawn(5, 40_000, 2)
     f_t = drawn(6, B, 2, H, W)
     quest = method(3, many)
-    stored = answered(quest, f_t)
+    cached = read_cached(quest, f_t)
     p = p_teacher(f_t, many, TAU).transpose(0, 2, 3, 1).reshape(B, PLACES, -1)
-    found = stored["map.ids"].numpy().view(np.uint16)
+    found = cached["map.ids"].numpy().view(np.uint16)
     assert found.max() > 32_767
     np.testing.assert_allclose(
         np.take_along_axis(p, found.astype(np.int64), 2), -np.sort(-p, axis=2)[..., :3], rtol=1e-3
     )
     weight = term(quest).weight.detach().numpy().astype(float)
-    target = kept_target(found, stored["map.p"].numpy(), 40_000)
-    assert loss(quest, stored) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=2e-5)
+    target = kept_target(found, cached["map.p"].numpy(), 40_000)
+    assert loss(quest, cached) == pytest.approx(kl(target, log_p_student(F_S, weight, 3.0)), abs=2e-5)
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
@@ -126,9 +126,9 @@ def test_loss_from_cached_logits_equals_that_of_rounded_logits(name):
     logits, student = 3 * drawn(1, 6, 7), torch.from_numpy(3 * drawn(2, 6, 7)).float()
     shapes = Shapes({}, vector=3, logits=7)
     made = methods.load(name)(methods.parse_parameters([name], {})[name], Setup(shapes, [shapes], {}))
-    [answer] = made.cached_outputs(0)
-    stored = answer.compact({"logits": torch.from_numpy(logits).float()})
-    assert stored["logits"].dtype == torch.float16 and answer.bytes_per_image == 14
+    [output] = made.cached_outputs(0)
+    cached = output.compact({"logits": torch.from_numpy(logits).float()})
+    assert cached["logits"].dtype == torch.float16 and output.bytes_per_image == 14
 
     def of(teacher: torch.Tensor) -> float:
         labels = torch.arange(6)
@@ -136,8 +136,8 @@ def test_loss_from_cached_logits_equals_that_of_rounded_logits(name):
             one.item() for one in made(Batch({"logits": student}, [{"logits": teacher}], labels, 99)).values()
         )
 
-    assert of(stored["logits"]) == of(torch.from_numpy(logits.astype(np.float16)).float())
-    assert of(stored["logits"]) == pytest.approx(of(torch.from_numpy(logits).float()), rel=5e-3)
+    assert of(cached["logits"]) == of(torch.from_numpy(logits.astype(np.float16)).float())
+    assert of(cached["logits"]) == pytest.approx(of(torch.from_numpy(logits).float()), rel=5e-3)
 
 
 def target(n: int, k: int, m: int) -> TopWords:
@@ -188,7 +188,7 @@ def test_drawn_positions_depend_on_image_and_epoch():
         assert len(set(chosen)) == 7
         assert all(image * PLACES <= row < (image + 1) * PLACES for row in chosen)
     assert torch.equal(rows, draw_positions(KEYS, 3, B, PLACES, 7).view(B, 7))
-    # Whatever else is in the batch.
+    # Independent of the other images in the batch.
     assert torch.equal(draw_positions(KEYS[1:2], 3, 1, PLACES, 7), rows[1] - PLACES)
     assert not torch.equal(rows, draw_positions(KEYS, 4, B, PLACES, 7).view(B, 7))
     assert not torch.equal(rows, draw_positions(KEYS + 1, 3, B, PLACES, 7).view(B, 7))
@@ -214,9 +214,9 @@ def test_mean_over_many_epochs_of_drawn_positions_is_the_loss_over_all():
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_same_positions_are_drawn_online_and_cached(epoch):
     quest = method(K, positions=5)
-    stored = loss(quest, answered(quest), epoch, KEYS)
+    cached = loss(quest, read_cached(quest), epoch, KEYS)
     online = loss(quest, {"map": tensor(F_T)}, epoch, KEYS)
-    assert stored == pytest.approx(online, rel=5e-3)
+    assert cached == pytest.approx(online, rel=5e-3)
     assert loss(quest, {"map": tensor(F_T)}, epoch + 1, KEYS) != online
 
 

@@ -113,9 +113,9 @@ def test_error_of_each_teacher_is_a_metric() -> None:
     method = feed(FINER, COARSER)
     for _ in range(2):
         loss(method, X_T, X_U)
-    watched = method.metrics()
-    assert list(watched) == ["reconstruction_error (0)", "reconstruction_error (1)"]
-    assert [float(one) for one in watched.values()] == pytest.approx(by_hand(method), rel=1e-6)
+    metrics = method.metrics()
+    assert list(metrics) == ["reconstruction_error (0)", "reconstruction_error (1)"]
+    assert [float(one) for one in metrics.values()] == pytest.approx(by_hand(method), rel=1e-6)
     assert method.metrics() == {}
     one = feed(FINER)
     loss(one, X_T)
@@ -172,18 +172,18 @@ def test_half_precision_maps_are_compared_in_single_precision() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e5])
 def test_cached_outputs_give_the_same_loss(scale: float) -> None:
     method = feed(FINER, COARSER)
-    stored = []
+    cached = []
     for t, x in enumerate((X_T, X_U)):
-        [answer] = method.cached_outputs(t)
-        parts = answer.compact(readout(scale * x))
+        [output] = method.cached_outputs(t)
+        parts = output.compact(readout(scale * x))
         assert {name: (part.shape[1:], part.dtype) for name, part in parts.items()} == {
-            name: (shape, torch.float16) for name, (shape, _) in answer.arrays.items()
+            name: (shape, torch.float16) for name, (shape, _) in output.arrays.items()
         }
-        assert answer.bytes_per_image == Feed.cached_bytes(None, shapes(STUDENT), shapes((FINER, COARSER)[t]))
-        stored.append(parts)
-    assert stored[0]["map.unit"].shape == (B, 5, 4, 6)
-    from_store = method(Batch(readout(X_S), stored, LABELS, 0))["feed"].item()
-    assert from_store == pytest.approx(loss(method, X_T, X_U), rel=1e-3)
+        assert output.bytes_per_image == Feed.cached_bytes(None, shapes(STUDENT), shapes((FINER, COARSER)[t]))
+        cached.append(parts)
+    assert cached[0]["map.unit"].shape == (B, 5, 4, 6)
+    from_cache = method(Batch(readout(X_S), cached, LABELS, 0))["feed"].item()
+    assert from_cache == pytest.approx(loss(method, X_T, X_U), rel=1e-3)
 
 
 TEACHERS = (

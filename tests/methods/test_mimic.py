@@ -32,18 +32,18 @@ def tensor(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x).float()
 
 
-def made(given: Mapping[str, Any], teachers: int = 1, classes: int = N) -> mimic.Mimic:
+def made(settings: Mapping[str, Any], teachers: int = 1, classes: int = N) -> mimic.Mimic:
     hashes = {"weight": tensor(WEIGHT), "bias": tensor(BIAS)}
     prepared = {f"{t}.{key}": value for t in range(teachers) for key, value in hashes.items()}
-    kind = methods.parse_parameters(["mimic"], {f"mimic.{key}": value for key, value in given.items()})[
+    kind = methods.parse_parameters(["mimic"], {f"mimic.{key}": value for key, value in settings.items()})[
         "mimic"
     ]
     return mimic.Mimic(kind, Setup(shapes(teachers * D), [shapes(classes=classes)] * teachers, prepared))
 
 
-def loss(given: Mapping[str, Any], labels: np.ndarray = LABELS, classes: int = N) -> float:
+def loss(settings: Mapping[str, Any], labels: np.ndarray = LABELS, classes: int = N) -> float:
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
-    method = made(given, classes=classes)
+    method = made(settings, classes=classes)
     return method(Batch({"vector": tensor(F_S)}, [teacher], torch.from_numpy(labels), 0))["mimic"].item()
 
 
@@ -89,9 +89,9 @@ def test_multi_label_samples_are_not_masked() -> None:
 def test_loss_is_zero_if_the_teacher_is_always_wrong() -> None:
     f_s = tensor(F_S).requires_grad_()
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
-    found = made({})(Batch({"vector": f_s}, [teacher], torch.from_numpy(Z_T.argmin(1)), 0))["mimic"]
-    found.backward()
-    assert found.item() == 0
+    result = made({})(Batch({"vector": f_s}, [teacher], torch.from_numpy(Z_T.argmin(1)), 0))["mimic"]
+    result.backward()
+    assert result.item() == 0
     assert f_s.grad is not None and not f_s.grad.any()
 
 
@@ -100,8 +100,8 @@ def test_each_teacher_is_matched_by_its_part_of_the_vector() -> None:
     student = {"vector": tensor(np.concatenate([F_S, F_U], 1))}
     method = made({"variant": "lshl2"}, teachers=2)
     expected = np.mean([l2(F_S, F_T) + hashing(F_S, F_T), hashing(F_U, F_U)])
-    found = method(Batch(student, teachers, torch.from_numpy(LABELS), 0))["mimic"].item()
-    assert found == pytest.approx(6 * expected, rel=1e-5)
+    result = method(Batch(student, teachers, torch.from_numpy(LABELS), 0))["mimic"].item()
+    assert result == pytest.approx(6 * expected, rel=1e-5)
     keys = ("feature_distance", "equal_bits")
     assert set(method.metrics()) == {f"{key} ({t})" for key in keys for t in (0, 1)}
 
@@ -129,12 +129,12 @@ def test_metrics_measure_the_feature_distance() -> None:
 def test_cached_vectors_give_the_rounded_loss() -> None:
     method = made({})
     teacher = {"vector": tensor(F_T), "logits": tensor(Z_T)}
-    stored: dict[str, torch.Tensor] = {}
-    for answer in method.cached_outputs(0):
-        stored |= answer.compact(teacher)
-    assert sum(answer.bytes_per_image for answer in method.cached_outputs(0)) == 2 * (D + N)
-    found = method(Batch({"vector": tensor(F_S)}, [stored], torch.from_numpy(LABELS), 0))["mimic"].item()
-    assert found == pytest.approx(loss({}), rel=2e-3)
+    cached: dict[str, torch.Tensor] = {}
+    for output in method.cached_outputs(0):
+        cached |= output.compact(teacher)
+    assert sum(output.bytes_per_image for output in method.cached_outputs(0)) == 2 * (D + N)
+    result = method(Batch({"vector": tensor(F_S)}, [cached], torch.from_numpy(LABELS), 0))["mimic"].item()
+    assert result == pytest.approx(loss({}), rel=2e-3)
 
 
 def test_many_hashes_without_bias_order_pairs_by_their_angle() -> None:
@@ -163,12 +163,12 @@ def test_medians_in_blocks_are_numpys(n: int, monkeypatch: pytest.MonkeyPatch) -
     expected = np.median(features @ weight.numpy().T, axis=0)
     for block in (1, 3 * n, mimic.BLOCK):
         monkeypatch.setattr(mimic, "BLOCK", block)
-        found = mimic.compute_medians(features, weight, torch.device("cpu"))
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+        result = mimic.compute_medians(features, weight, torch.device("cpu"))
+        np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-class Given:
-    """What a method prepares itself from, over the vectors of one teacher."""
+class Context:
+    """The context of `prepare` for the vectors of one teacher, with a cache."""
 
     def __init__(self, tmp_path: Path, vectors: np.ndarray, classifier: np.ndarray | None) -> None:
         self.path, self.vectors, self.classifier = tmp_path, tensor(vectors), classifier
@@ -185,63 +185,63 @@ class Given:
             write(folder)
         return folder
 
-    def prepare(self, **given: Any) -> Any:
+    def prepare(self, **settings: Any) -> Any:
         teacher = shapes(self.vectors.shape[1], 0 if self.classifier is None else N)
         preparation = PrepareContext(
             student=shapes(), teachers=[teacher], teacher_names=["teacher"], images=len(self.vectors),
             features=self.readouts, cached=self.shared, scratch=self.path, seed=5, note=self.notes.append,
             classifier=lambda _t: None if self.classifier is None else tensor(self.classifier),
         )  # fmt: skip
-        return mimic.Mimic.prepare(mimic.Parameters(**given), preparation)
+        return mimic.Mimic.prepare(mimic.Parameters(**settings), preparation)
 
 
 def test_hashes_depend_on_the_seed_and_the_std_of_the_classifier(tmp_path: Path) -> None:
-    given = Given(tmp_path, RNG.normal(size=(30, D)), classifier=0.25 * RNG.normal(size=(N, D)))
-    first, again = given.prepare(hashes=900), given.prepare(hashes=900)
+    context = Context(tmp_path, RNG.normal(size=(30, D)), classifier=0.25 * RNG.normal(size=(N, D)))
+    first, again = context.prepare(hashes=900), context.prepare(hashes=900)
     weight = first.tensors["0.weight"]
     assert weight.shape == (900, D) and torch.equal(weight, again.tensors["0.weight"])
-    assert given.reads == 1  # the second run finds them
-    std = np.std(given.classifier, ddof=1)
+    assert context.reads == 1  # the second run reads the cache
+    std = np.std(context.classifier, ddof=1)
     assert first.facts["hashes"][0]["std"] == pytest.approx(std, rel=1e-5)
     assert weight.std().item() == pytest.approx(std, rel=0.05)
 
 
 def test_hash_std_without_a_head_is_one_over_root_width(tmp_path: Path) -> None:
-    found = Given(tmp_path, RNG.normal(size=(30, D)), classifier=None).prepare()
-    assert found.facts["hashes"][0] == {
+    result = Context(tmp_path, RNG.normal(size=(30, D)), classifier=None).prepare()
+    assert result.facts["hashes"][0] == {
         "teacher": "teacher", "hashes": 32 * D, "std": pytest.approx(D**-0.5), "bias": "median"
     }  # fmt: skip
 
 
 def test_bias_is_the_negative_median_mean_or_zero(tmp_path: Path) -> None:
     vectors = RNG.gamma(1.0, size=(31, D))
-    given = Given(tmp_path, vectors, classifier=RNG.normal(size=(N, D)))
-    for bias, centre in (("median", np.median), ("mean", np.mean)):
-        found = given.prepare(bias=bias).tensors
-        projected = vectors.astype(np.float32) @ found["0.weight"].numpy().T
-        np.testing.assert_allclose(found["0.bias"], -centre(projected, axis=0), rtol=1e-4, atol=1e-5)
-    reads = given.reads
-    assert not given.prepare(bias="zero").tensors["0.bias"].any()
-    assert given.prepare(variant="l2").tensors == {}
-    assert given.reads == reads  # neither looks at the images
+    context = Context(tmp_path, vectors, classifier=RNG.normal(size=(N, D)))
+    for bias, center in (("median", np.median), ("mean", np.mean)):
+        result = context.prepare(bias=bias).tensors
+        projected = vectors.astype(np.float32) @ result["0.weight"].numpy().T
+        np.testing.assert_allclose(result["0.bias"], -center(projected, axis=0), rtol=1e-4, atol=1e-5)
+    reads = context.reads
+    assert not context.prepare(bias="zero").tensors["0.bias"].any()
+    assert context.prepare(variant="l2").tensors == {}
+    assert context.reads == reads  # neither reads the images
 
 
 def test_median_of_many_features_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mimic, "MAX_NUMBERS", 10 * D)
     vectors = np.arange(40.0)[:, None] * np.ones((1, D))
-    given = Given(tmp_path, vectors, classifier=None)
-    found = given.prepare().tensors
+    context = Context(tmp_path, vectors, classifier=None)
+    result = context.prepare().tensors
     taken = np.arange(3, 40, 4.0)  # one of every four
-    expected = np.median(taken[:, None] * found["0.weight"].numpy().sum(1), axis=0)
-    np.testing.assert_allclose(found["0.bias"], -expected, rtol=1e-4, atol=1e-5)
-    assert given.notes == ["the median of the hashes is computed from 10 of 40 images"]
+    expected = np.median(taken[:, None] * result["0.weight"].numpy().sum(1), axis=0)
+    np.testing.assert_allclose(result["0.bias"], -expected, rtol=1e-4, atol=1e-5)
+    assert context.notes == ["the median of the hashes is computed from 10 of 40 images"]
 
 
 def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     vectors = RNG.normal(size=(9, D))
     vectors[4, 2] = np.nan
     with pytest.raises(JobError, match="teacher: its vectors are not finite"):
-        Given(tmp_path, vectors, classifier=None).prepare()
+        Context(tmp_path, vectors, classifier=None).prepare()
 
 
 @pytest.mark.parametrize(("width", "hashes"), [(64, 2048), (128, 4096), (256, 8192), (512, 2048)])
@@ -297,13 +297,13 @@ def test_projection_is_first_trained_alone(data: Path, cache: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (("--set", "mimic.alone=2"), "mimic.alone=2 must be less than --epochs"),
         (("--set", "mimic.alone=1", "--student", "cifar_wrn_16_2"), "requires a projection"),
     ],
 )
 def test_invalid_projection_epochs_are_refused(
-    more: tuple[str, ...], told: str, data: Path, cache: Path, tmp_path: Path
+    more: tuple[str, ...], message: str, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    little.refused(mimicking(data, tmp_path / "run", cache, *more), 2, told)
+    little.refused(mimicking(data, tmp_path / "run", cache, *more), 2, message)

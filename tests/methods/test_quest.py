@@ -53,10 +53,10 @@ def pooled(f: np.ndarray, factor: tuple[int, int]) -> np.ndarray:
     return f.reshape(b, c, h // factor[0], factor[0], w // factor[1], factor[1]).mean((3, 5))
 
 
-def method(words: np.ndarray, mu: float, teacher=(C_T, H, W), student=(C_S, H, W), **given) -> Quest:
+def method(words: np.ndarray, mu: float, teacher=(C_T, H, W), student=(C_S, H, W), **settings) -> Quest:
     torch.manual_seed(0)
     return Quest(
-        Parameters(**given),
+        Parameters(**settings),
         Setup(
             Shapes({"map": student}, vector=None, logits=2),
             [Shapes({"map": teacher}, vector=None, logits=2)],
@@ -66,9 +66,9 @@ def method(words: np.ndarray, mu: float, teacher=(C_T, H, W), student=(C_S, H, W
 
 
 def term(quest: Quest, number: int = 0) -> WordPrediction:
-    found = quest.terms[number]
-    assert isinstance(found, WordPrediction)
-    return found
+    prediction = quest.terms[number]
+    assert isinstance(prediction, WordPrediction)
+    return prediction
 
 
 LABELS = torch.zeros(B, dtype=torch.int64)

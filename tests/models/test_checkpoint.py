@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from questpress.models.build import build
-from questpress.models.checkpoint import load_saved, read_checkpoint, save_weights, tensors_digest
+from questpress.models.checkpoint import read_checkpoint, save_weights, tensors_digest
 from questpress.models.errors import ModelError
 from safetensors.torch import save_file
 
@@ -21,7 +21,7 @@ def test_what_is_saved_is_read_back_bit_by_bit_with_its_metadata(tmp_path):
     )
     file = tmp_path / "student.safetensors"
     save_weights(network, file, {"origin": "a test", "labels": json.dumps(["a", "b", "c", "d"])})
-    read = load_saved(file)
+    read = read_checkpoint(file)
     assert list(read.state_dict) and set(read.state_dict) == set(network.state_dict())
     assert all(torch.equal(read.state_dict[key], value) for key, value in network.state_dict().items())
     assert read.metadata["origin"] == "a test" and read.label_names == ("a", "b", "c", "d")
@@ -31,7 +31,7 @@ def test_tied_weights_are_saved_under_both_names(tmp_path):
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     network[1].weight = network[0].weight
     save_weights(network, tmp_path / "tied.safetensors", {})
-    read = load_saved(tmp_path / "tied.safetensors").state_dict
+    read = read_checkpoint(tmp_path / "tied.safetensors").state_dict
     assert torch.equal(read["0.weight"], read["1.weight"])
 
 

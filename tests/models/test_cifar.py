@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from questpress.models.build import build
 from questpress.models.checkpoint import read_checkpoint
 from questpress.models.cifar.resnet import ZeroPadShortcut
-from questpress.models.cifar.shufflenet import shuffled
+from questpress.models.cifar.shufflenet import shuffle_channels
 from questpress.models.weights import load_into
 from torch import nn
 
@@ -93,7 +93,7 @@ def test_zero_padded_shortcut_takes_every_second_pixel_and_pads_channels_on_both
 
 def test_shuffle_interleaves_the_groups():
     x = torch.arange(6.0).reshape(1, 6, 1, 1)
-    assert shuffled(x, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+    assert shuffle_channels(x, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5]
 
 
 def test_convolutions_start_with_the_spread_of_the_fan_out():

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from questpress.models.build import build
 from questpress.models.errors import ModelError
-from questpress.models.readout import Readouts, widths
+from questpress.models.readout import Readouts
 from torch import nn
 
 # One of each family, and the image size it is tried at.
@@ -147,14 +147,14 @@ def test_computing_shapes_changes_no_state():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    widths(network)
+    Readouts(network)
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert not network.bn1.training and network.training and network.blocks.training
 
 
 def test_widths_come_from_a_pass_and_not_from_attributes():
-    shapes = widths(build("mobilenetv3_large_100", num_classes=4, image_size=64))
+    shapes = Readouts(build("mobilenetv3_large_100", num_classes=4, image_size=64)).shapes
     assert shapes.map == (960, 2, 2) and shapes.vector == 1280 and shapes.logits == 4
 
 

@@ -1,4 +1,4 @@
-"""A bench made by hand, and a report with it."""
+"""An invented bench, and a report with it."""
 
 import numpy as np
 from questpress.export.latency.statistics import Samples, summarize
@@ -26,7 +26,7 @@ STEAL = Flag(
 
 
 def timed(name: str, threads: int, median: float, n: int = 700) -> Latency:
-    """Runs of about ten percent's spread and a long tail."""
+    """Return latencies that vary by about 10 %, with a long tail."""
     rng = np.random.default_rng([len(name), threads])
     runs = median * (0.97 + rng.gamma(1.5, 0.03, n))
     return summarize(Samples.from_blocks(name, threads, np.array_split(runs, 20)))

@@ -1,4 +1,4 @@
-"""Hand-made ONNX graphs for the tests of this room, and what one answers."""
+"""Build and run small ONNX graphs."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def graph_of(
     outputs: Sequence[str] = ("output",),
     opset: int = 18,
 ) -> onnx.ModelProto:
-    """A model of float input 'input' and float outputs of whatever shape."""
+    """Return a model with the float input "input" and float outputs of any shape."""
     graph = helper.make_graph(
         list(nodes),
         "by hand",
@@ -48,7 +48,7 @@ def answers(model: onnx.ModelProto, batch: np.ndarray, *, optimised: bool = True
 
 
 def assert_same_answers(before: onnx.ModelProto, after: onnx.ModelProto, batch: np.ndarray) -> None:
-    """Within 1e-5 of the answers' spread, optimised by ONNX Runtime and as the nodes stand."""
+    """Compare outputs within 1e-5 of their range, with and without the optimizations of ONNX Runtime."""
     onnx.checker.check_model(after, full_check=True)
     expected = answers(before, batch, optimised=False)
     for optimised in (True, False):

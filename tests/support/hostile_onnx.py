@@ -1,4 +1,4 @@
-"""ONNX files as somebody might make them who means harm, and what the sentence says that refuses each."""
+"""Malicious ONNX files, and the error message that rejects each."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ Harm = Callable[[onnx.ModelProto], None]
 
 
 def little() -> onnx.ModelProto:
-    """A convolution and a mean, from images to two numbers."""
+    """Return a convolution and global average pooling, from images to two values."""
     weight = numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "w")
     graph = helper.make_graph(
         [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("GlobalAveragePool", ["c"], ["y"])],
@@ -116,7 +116,7 @@ def a_file_for_a_provider(model: onnx.ModelProto) -> None:
 
 
 def define(model: onnx.ModelProto, name: str, nodes: list[onnx.NodeProto]) -> None:
-    """A function of the model's own, from ``a`` to ``b``."""
+    """Return a local function of the model, from ``a`` to ``b``."""
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
     model.functions.append(helper.make_function("own", name, ["a"], ["b"], nodes, opsets))
     if len(model.opset_import) == 1:

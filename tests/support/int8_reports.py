@@ -1,4 +1,4 @@
-"""Reports made by hand of searches for int8: one that found a file, one that did not, and recovery."""
+"""Reports of invented int8 searches: with a file, without one, and with quantization-aware training."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tests.support.reports import accuracy, full, without
 
 
 def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.684, **more: Any) -> Candidate:
-    """A candidate that has so many of 400 val images wrong more than fp32, which has 360 right."""
+    """Return a candidate with ``wrong`` more errors than fp32, which is correct on 360 of 400 val images."""
     return Candidate(
         **{
             "name": name,
@@ -41,7 +41,7 @@ def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.6
 
 
 def searched(target: str, candidates: list[Candidate], **more: Any) -> Int8Search:
-    ships = any(one.ships for one in candidates)
+    ships = any(candidate.ships for candidate in candidates)
     return Int8Search(
         **{
             "target": target,
@@ -58,7 +58,7 @@ def searched(target: str, candidates: list[Candidate], **more: Any) -> Int8Searc
 
 
 def with_int8() -> Report:
-    """Two targets: one that is timed, whose third candidate holds, and one for another processor."""
+    """Return a report with two targets: a timed one whose third candidate ships, and another processor."""
     report = full()
     assert report.student_int8 is not None
     arm = "student.int8.arm64.onnx"
@@ -96,6 +96,6 @@ def with_recovery(*, learned_ships: bool = True) -> Report:
 
 
 def without_int8_file() -> Report:
-    """No candidate kept within the budget, so the fp32 file ships."""
+    """Return a report in which no candidate is within the budget, so the fp32 file ships."""
     search = searched("x86-vnni", [tried("minmax", 13), tried("entropy", 7)])
     return without("student_int8").model_copy(update={"int8": [search], "warnings": []})

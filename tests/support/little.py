@@ -1,4 +1,4 @@
-"""Little data, little networks, and the command with both: what the tests of the job share."""
+"""Small data, small networks, and functions that run the command with them."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SHORT = ("--teacher-epochs", "2", "--epochs", "2")
 
 
 def picture(label: int, seed: int, height: int = 20, width: int = 24) -> np.ndarray:
-    """A noisy picture in its class's colour: uint8 [H,W,3]."""
+    """Return a noisy image in the color of its class, uint8 [H,W,3]."""
     rng = np.random.default_rng([label, seed])
     pixels = rng.integers(0, 120, (height, width, 3))
     pixels[..., 2 - label % 3] += 120
@@ -35,7 +35,7 @@ def picture(label: int, seed: int, height: int = 20, width: int = 24) -> np.ndar
 
 
 def photos(root: Path, counts: dict[str, int] | None = None, first: int = 0) -> Path:
-    """``counts['train/red']`` PNG files in each folder; without counts, 20 in each of three classes."""
+    """Write ``counts['train/red']`` PNG files into each folder; by default 20 into each of three classes."""
     for name, count in (counts or dict.fromkeys(CLASSES, 20)).items():
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,32 +47,31 @@ def photos(root: Path, counts: dict[str, int] | None = None, first: int = 0) -> 
 
 
 def compress(*arguments: str | Path) -> Result:
-    """The command, in this process."""
+    """Run the command in this process."""
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def job(data: Path, out: Path, cache: Path, *more: str | Path) -> Result:
-    """A whole little job; ``more`` comes last, and of an option given twice the last counts."""
-    return compress(
-        *NETWORKS, *SMALL, *SHORT, "--set", "quest.words=8", "--data", data, "--out", out, "--cache", cache,
-        *more,
-    )  # fmt: skip
+    """Run a small job; ``more`` is last, so that it overrides the options before it."""
+    return compress(*_job_arguments(data, out, cache), *more)
 
 
 def command(*arguments: str | Path) -> list[str]:
-    """The command for a process of its own."""
+    """Return the command line of a new process."""
     return [sys.executable, "-m", "questpress.pipeline", *map(str, arguments)]
 
 
 def little_command(data: Path, out: Path, cache: Path, *more: str | Path) -> list[str]:
-    return command(
-        *NETWORKS, *SMALL, *SHORT, "--set", "quest.words=8", "--data", data, "--out", out, "--cache", cache,
-        *more,
-    )  # fmt: skip
+    return command(*_job_arguments(data, out, cache), *more)
+
+
+def _job_arguments(data: Path, out: Path, cache: Path) -> list[str]:
+    folders = ["--data", str(data), "--out", str(out), "--cache", str(cache)]
+    return [*NETWORKS, *SMALL, *SHORT, "--set", "quest.words=8", *folders]
 
 
 def python(code: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter of its own."""
+    """Run code in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -83,17 +82,17 @@ def python(code: str, *arguments: str | Path, **environment: str) -> subprocess.
 
 
 def one_core() -> None:
-    """For a process that is to train on one thread, as the tests' own does, and to be interrupted."""
+    """Restrict this process to one core, so that it trains on one thread, and enable SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        # Tests run side by side, each with a core of its own.
+        # Each parallel test worker has its own core.
         number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
 def refused(result: Result, code: int, *words: str) -> str:
-    """The one sentence of a job that was refused; fails where it is anything else than that."""
+    """Return the error of a failed command; assert that it is a single line with ``words``."""
     assert result.exit_code == code, (result.exit_code, result.output, result.exception)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert "Traceback" not in result.output
@@ -106,24 +105,24 @@ def refused(result: Result, code: int, *words: str) -> str:
 
 
 def record(out: Path) -> dict[str, Any]:
-    """What a run has noted; without its checksum, so that a test may write it back with changes."""
-    found: dict[str, Any] = json.loads((out / "run.json").read_text())
-    found.pop("checksum", None)  # the test may have written it back already
-    return found
+    """Return the record of a run without its checksum, so that a test can write it back with changes."""
+    content: dict[str, Any] = json.loads((out / "run.json").read_text())
+    content.pop("checksum", None)  # missing if a test wrote the record back
+    return content
 
 
 def report(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "report.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return content
 
 
 def weights(file: Path) -> dict[str, bytes]:
-    """Every tensor of a weights file, to the bit."""
+    """Return the bytes of each tensor of a weights file."""
     return {name: tensor.tobytes() for name, tensor in load_file(file).items()}
 
 
 def files(root: Path, but: Sequence[str] = ()) -> dict[str, tuple[int, bytes]]:
-    """Every file below a folder but a run's lock: its time of change and its content."""
+    """Return the modification time and content of each file below a folder, except a run's lock."""
     return {
         path.relative_to(root).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(root.rglob("*"))

@@ -1,4 +1,4 @@
-"""Toy networks and model files for the tests of this room."""
+"""Toy networks and model files for tests of the export."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PREPROCESSING = runtime.Preprocessing.create(
 
 
 class SmallConvNet(nn.Module):
-    """MobileNetV2 in small: depthwise and plain convolutions, ReLU6, a residual, global pooling."""
+    """A small MobileNetV2: depthwise and plain convolutions, ReLU6, a residual, global pooling."""
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class SmallConvNet(nn.Module):
 
 
 def small_conv_net(classes: int = 4, seed: int = 0) -> SmallConvNet:
-    """With batch norm statistics that aren't the trivial ones."""
+    """Return a network with non-trivial batch norm statistics."""
     torch.manual_seed(seed)
     network = SmallConvNet(classes).train()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def small_conv_net(classes: int = 4, seed: int = 0) -> SmallConvNet:
 
 
 def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: int = 8) -> Path:
-    """A model file whose logits are 10 times the image's mean red, green and blue; written without torch."""
+    """Write a model whose logits are 10 times the image's mean red, green and blue, without torch."""
     weights = numpy_helper.from_array(np.float32(10) * np.eye(3, dtype=np.float32), "weights")
     graph = helper.make_graph(
         [
@@ -67,6 +67,6 @@ def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: 
     return path
 
 
-def signal_to_noise(reference: np.ndarray, answer: np.ndarray) -> float:
-    """In decibels."""
-    return float(10 * np.log10((reference**2).sum() / ((reference - answer) ** 2).sum()))
+def signal_to_noise(reference: np.ndarray, output: np.ndarray) -> float:
+    """Return the signal-to-noise ratio in decibels."""
+    return float(10 * np.log10((reference**2).sum() / ((reference - output) ** 2).sum()))

@@ -1,4 +1,4 @@
-"""Little images and folders of them for the tests of the data side."""
+"""Small images and folders of images for tests of the data pipeline."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ def save(path: Path, seed: int, height: int = 12, width: int = 16) -> Path:
 
 
 def folder(root: Path, counts: Mapping[str, int], first_seed: int = 0) -> Path:
-    """``counts['train/cat']`` different images in each folder."""
+    """Write ``counts['train/cat']`` different images into each folder."""
     seed = first_seed
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def folder(root: Path, counts: Mapping[str, int], first_seed: int = 0) -> Path:
 
 
 def smooth(seed: int, height: int, width: int) -> np.ndarray:
-    """A picture with edges and gradients, as photos have."""
+    """Return an image with edges and gradients, as in photos."""
     rng = np.random.default_rng(seed)
     small = PillowImage.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
     return np.asarray(small.resize((width, height), PillowImage.Resampling.BICUBIC)).copy()

@@ -1,4 +1,4 @@
-"""Reports made by hand: a realistic full one, and what is left of it where stages have not run."""
+"""Reports of an invented run: complete, and after only some of its stages."""
 
 import base64
 import io
@@ -61,7 +61,7 @@ def subject(name: str, correct: int, n: int, size: int, latencies: dict[str, flo
 
 
 def full(classes: list[str] | None = None) -> Report:
-    """Ten kinds of garment, ResNet-34 to MobileNetV2: about what such a run gives."""
+    """Return a realistic report: ten garments, ResNet-34 to MobileNetV2."""
     names = classes or GARMENTS
     chance = random.Random(7)
     test = [chance.randint(18, 60) for _ in names]
@@ -216,7 +216,7 @@ def full(classes: list[str] | None = None) -> Report:
 
 def epochs(stage: str, n: int) -> list[Epoch]:
     chance = random.Random(stage)
-    found = []
+    result = []
     for i in range(1, n + 1):
         decay, noise = exp(-4 * i / n), chance.uniform(-0.015, 0.015)
         losses = {"ce": 1.9 * decay + 0.15 + noise}
@@ -229,7 +229,7 @@ def epochs(stage: str, n: int) -> list[Epoch]:
                 "word_accuracy": 0.55 * (1 - decay) + noise,
                 "gamma": 10 + 12 * (1 - decay),
             }
-        found.append(
+        result.append(
             Epoch(
                 stage=stage,
                 epoch=i,
@@ -245,11 +245,11 @@ def epochs(stage: str, n: int) -> list[Epoch]:
                 peak_memory_bytes=1_840_000_000 if stage == "student" else 1_210_000_000,
             )
         )
-    return found
+    return result
 
 
 def without(*parts: str) -> Report:
-    """The full report before these parts were known."""
+    """Return the full report without these parts."""
     report = full()
     empty = Report(title="", command="", method="", image_size=1)
     return report.model_copy(update={part: getattr(empty, part) for part in parts})
@@ -260,7 +260,7 @@ def bare() -> Report:
 
 
 def teacher_only() -> Report:
-    """After the first stage."""
+    """Return the report after the first stage."""
     report = without("student", "student_int8", "words", "examples", "confusion", "artifact", "teacher")
     teacher = report.teachers[0].model_copy(
         update={"score": None, "latency_ms": {}, "bytes": None, "file": None, "sha256": None}

@@ -1,4 +1,4 @@
-"""Several processes of one job, as torchrun starts them, from a server that has torch loaded already."""
+"""Start the processes of a distributed job as torchrun does, from a fork server that has imported torch."""
 
 import multiprocessing
 import os
@@ -14,13 +14,13 @@ CONTEXT.set_forkserver_preload(["questpress.pipeline.api.run", "questpress.pipel
 
 
 class Started:
-    """The processes, what they say in files of their own."""
+    """Started processes; the output of each is in a file."""
 
     def __init__(self, folder: Path, processes: list[BaseProcess]) -> None:
         self.folder, self.processes = folder, processes
 
     def codes(self, seconds: float = 120) -> list[int | None]:
-        """Their exit codes, in the end."""
+        """Wait for the processes and return their exit codes."""
         for process in self.processes:
             process.join(seconds)
             if process.exitcode is None:
@@ -33,13 +33,13 @@ class Started:
 
 
 def start(folder: Path, do: Callable[..., Any], *arguments: Any, count: int = 2) -> Started:
-    """``do(*arguments)`` in ``count`` processes, which find one another by torchrun's variables."""
+    """Run ``do(*arguments)`` in ``count`` processes with torchrun's environment variables."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=_one, args=(number, count, port, folder, do, arguments))
+        CONTEXT.Process(target=_run, args=(number, count, port, folder, do, arguments))
         for number in range(count)
     ]
     for process in processes:
@@ -48,7 +48,7 @@ def start(folder: Path, do: Callable[..., Any], *arguments: Any, count: int = 2)
 
 
 def command(*arguments: str | Path) -> None:
-    """The command line."""
+    """Run the command line."""
     from questpress.pipeline.cli.main import cli
 
     if hasattr(os, "sched_setaffinity"):  # one thread each
@@ -58,16 +58,16 @@ def command(*arguments: str | Path) -> None:
     cli(prog_name="compress")
 
 
-def _one(
+def _run(
     number: int, count: int, port: int, folder: Path, do: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ.update(
         RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
-    said = os.open(folder / f"{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    output = os.open(folder / f"{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Toy trainings: views of little pictures, plans, networks and tasks."""
+"""Toy trainings: views of small images, plans, networks and tasks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ def network(seed: int = 0) -> torch.nn.Module:
 
 
 def distillation(**changes: Any) -> DistillationTask:
-    """A student with QuEST's head and a frozen teacher."""
+    """Return the task of a student with QuEST's head and a frozen teacher."""
     torch.manual_seed(0)
     shapes = Shapes({"map": (64, SIDE // 4, SIDE // 4)}, vector=64, logits=CLASSES)
     words = torch.from_numpy(np.random.default_rng(0).random((5, 64), dtype=np.float32))
@@ -111,5 +111,5 @@ def state(task: DistillationTask) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in named}
 
 
-def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

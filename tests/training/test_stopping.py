@@ -71,7 +71,7 @@ KINDS: dict[str, tuple[Callable[[], DistillationTask], dict[str, Any]]] = {
 
 
 def learn(task: DistillationTask, file: Path, stop_after: int | None = None, **changes: Any) -> list[Epoch]:
-    """Train, and request a stop during step ``stop_after``, counted from 0."""
+    """Train, and request a stop at the end of step number ``stop_after``."""
     epochs: list[Epoch] = []
     real, done = task.end_step, [0]
 
@@ -203,7 +203,7 @@ def test_durations_are_parsed(text, expected):
 
 @pytest.mark.parametrize("text", ["", "90", "1h30", "h", "-5m", "5 m"])
 def test_invalid_time_is_refused(text, data, cache, tmp_path):
-    with pytest.raises(ValueError, match="expected a time"):
+    with pytest.raises(ValueError, match="must be a time"):
         parse_time(text)
     little.refused(job(data, tmp_path / "run", cache, f"--time-limit={text}"), 2, "--time-limit")
 

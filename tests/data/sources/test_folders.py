@@ -179,14 +179,16 @@ def test_class_with_only_shared_images_is_refused(tmp_path: Path) -> None:
 
 def test_folder_one_level_too_high_suggests_the_inner_one(tmp_path: Path) -> None:
     folder(tmp_path / "photos", {f"{role}/{c}": 3 for role in ("train", "test") for c in "ab"})
-    told = f"{tmp_path} contains one folder with further folders. Use --data {tmp_path / 'photos'}."
-    assert told in refused(tmp_path)
+    warning = f"{tmp_path} contains one folder with further folders. Use --data {tmp_path / 'photos'}."
+    assert warning in refused(tmp_path)
 
 
 def test_folder_one_level_too_low_is_reported(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
-    told = describe_unused_splits(tmp_path / "train")
-    assert told == f"not used, although next to train: 'val', 'test'; use --data {tmp_path} for all of them"
+    warning = describe_unused_splits(tmp_path / "train")
+    assert (
+        warning == f"not used, although next to train: 'val', 'test'; use --data {tmp_path} for all of them"
+    )
     assert describe_unused_splits(tmp_path) is None and describe_unused_splits(tmp_path / "train/a") is None
     folder(tmp_path / "alone", {"train/a": 3, "train/b": 3})
     assert describe_unused_splits(tmp_path / "alone/train") is None

@@ -20,7 +20,7 @@ def pictures(folder: Path, count: int, first: int = 0) -> list[str]:
 
 
 def sets_of(count: int) -> list[list[str]]:
-    """Every third image shows one class, the others two."""
+    """Return labels: one class for every third image, two for the others."""
     return [sorted({CLASSES[n % 3], CLASSES[(n * n + n // 3) % 3]}) for n in range(count)]
 
 
@@ -54,16 +54,16 @@ def by_name(data: ImageSet) -> dict[str, list[str]]:
 
 
 def refused(path: Path, *words: str, **more: Any) -> None:
-    with pytest.raises(UsageError) as found:
+    with pytest.raises(UsageError) as error:
         open_data(str(path), **more)
-    assert str(found.value).endswith((".", ".)"))
+    assert str(error.value).endswith((".", ".)"))
     for word in words:
-        assert word in str(found.value), found.value
+        assert word in str(error.value), error.value
 
 
 def test_table_with_several_labels_makes_a_multi_label_set(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 40), sets_of(40)
-    rows = [f"{name}, {' ; '.join(found)};" for name, found in zip(names, labels, strict=True)]
+    rows = [f"{name}, {' ; '.join(classes)};" for name, classes in zip(names, labels, strict=True)]
     data = open_data(str(table(tmp_path, rows)))
     assert data.task == "multi-label" and data.classes == CLASSES and data.name == tmp_path.name
     assert by_name(data) == dict(zip(names, labels, strict=True))
@@ -87,9 +87,9 @@ def test_single_labels_make_the_same_set_as_class_folders(tmp_path: Path) -> Non
 def test_json_lines_and_tsv_equal_csv(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
     pairs = list(zip(names, labels, strict=True))
-    lines = [json.dumps({"image": name, "labels": found}) for name, found in pairs]
+    lines = [json.dumps({"image": name, "labels": classes}) for name, classes in pairs]
     (tmp_path / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
-    comma = open_data(str(table(tmp_path, [f"{name},{';'.join(found)}" for name, found in pairs])))
+    comma = open_data(str(table(tmp_path, [f"{name},{';'.join(classes)}" for name, classes in pairs])))
     tab = open_data(
         str(table(tmp_path, [f"{';'.join(f)}\t{n}" for n, f in pairs], "Tags\tFilename", "a.tsv"))
     )
@@ -99,7 +99,7 @@ def test_json_lines_and_tsv_equal_csv(tmp_path: Path) -> None:
 
 def test_byte_order_mark_and_line_ends_are_not_part_of_labels(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
-    rows = [f'"{name}","{";".join(found)}"' for name, found in zip(names, labels, strict=True)]
+    rows = [f'"{name}","{";".join(classes)}"' for name, classes in zip(names, labels, strict=True)]
     path = tmp_path / "labels.csv"
     path.write_bytes("\r\n".join(["\ufefffile,labels", *rows]).encode())
     assert open_data(str(path)).classes == CLASSES
@@ -117,7 +117,7 @@ def test_split_column_assigns_splits(tmp_path: Path) -> None:
 
 def test_labels_files_of_the_other_splits_are_read(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 24), sets_of(24)
-    rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
+    rows = [f"{name},{';'.join(classes)}" for name, classes in zip(names, labels, strict=True)]
     table(tmp_path, rows[16:], name="valid.csv")
     data = open_data(str(table(tmp_path, rows[:16], name="train.csv")), val_fraction=0)
     assert {image.name for image in data.test} == set(names[16:])  # without a test file, it is what tests
@@ -135,9 +135,9 @@ def test_coco_annotations_keep_images_without_objects(tmp_path: Path) -> None:
     coco(root / "annotations" / "instances_val2017.json", val, sets_of(8))
     data = open_data(str(path))
     assert data.task == "multi-label" and data.name == "coco"
-    assert data.classes == ("fox", "cat", "dog")  # by number, and without the one that no image shows
-    found = by_name(data)
-    assert set(found["train2017/000.png"]) == set(shown[0]) and found["train2017/005.png"] == []
+    assert data.classes == ("fox", "cat", "dog")  # by id, without categories that no image has
+    classes = by_name(data)
+    assert set(classes["train2017/000.png"]) == set(shown[0]) and classes["train2017/005.png"] == []
     assert {image.name for image in data.test} == {f"val2017/{name}" for name in val}
     elsewhere = tmp_path / "labels"
     coco(elsewhere / "x.json", train, sets_of(24))
@@ -190,7 +190,7 @@ def test_table_errors_name_the_line(tmp_path: Path, header: str, rows: list[str]
 
 def test_same_row_twice_is_one_image(tmp_path: Path) -> None:
     names, labels = pictures(tmp_path, 20), sets_of(20)
-    rows = [f"{name},{';'.join(found)}" for name, found in zip(names, labels, strict=True)]
+    rows = [f"{name},{';'.join(classes)}" for name, classes in zip(names, labels, strict=True)]
     assert len(open_data(str(table(tmp_path, [*rows, *rows])))) == 20
 
 

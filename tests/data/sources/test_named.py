@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 
 def without_checksums(monkeypatch: pytest.MonkeyPatch, kind: type[CIFAR10]) -> None:
-    """torchvision knows the real files' MD5; those made here have others."""
+    """Disable torchvision's MD5 checks, since the files are generated."""
     for name in ("train_list", "test_list"):
         monkeypatch.setattr(kind, name, [[file, None] for file, _ in getattr(kind, name)])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": None})
@@ -142,7 +142,7 @@ class Random(torch.utils.data.Dataset):
         return self.reader.count
 
 
-def of_timm(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any]) -> None:
+def patch_timm(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any]) -> None:
     def create(_: str, split: str, **__: Any) -> Any:
         if split not in splits:
             raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
@@ -153,7 +153,7 @@ def of_timm(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any]) -> None:
 
 
 def test_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    of_timm(monkeypatch, {"train": Streamed(40), "validation": Streamed(10)})
+    patch_timm(monkeypatch, {"train": Streamed(40), "validation": Streamed(10)})
     images = open_data("wds/pets", data_dir=tmp_path)
     assert images.classes == ("cat", "dog")
     assert images.counts == {"train": [18, 18], "val": [2, 2], "test": [5, 5]}
@@ -161,14 +161,14 @@ def test_streamed_set_is_read_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_streamed_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    of_timm(monkeypatch, {"train": Streamed(40)})
+    patch_timm(monkeypatch, {"train": Streamed(40)})
     monkeypatch.setattr(timm_datasets, "MAX_BYTES_IN_MEMORY", 20 * 6 * 8 * 3)
     assert "held in memory" in refused("wds/pets", data_dir=tmp_path)
 
 
 def test_encoded_files_are_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": Random(40), "validation": Random(50), "test": Random(60, label=-1)}
-    of_timm(monkeypatch, splits)
+    patch_timm(monkeypatch, splits)
     images = open_data("hfds/someone/pets", val_fraction=0)
     # The test split has no labels, so validation tests.
     assert images.classes == ("cat", "dog") and (len(images.train), len(images.test)) == (40, 50)
@@ -176,7 +176,7 @@ def test_encoded_files_are_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_labels_that_are_not_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    of_timm(monkeypatch, {"train": Streamed(10, label="cat")})
+    patch_timm(monkeypatch, {"train": Streamed(10, label="cat")})
     assert "must be class numbers" in refused("wds/pets", data_dir=tmp_path)
 
 

@@ -193,9 +193,10 @@ def test_shard_that_is_packed_or_empty_is_named(
         (tmp_path / "train.tar").touch()
     else:
         shard(tmp_path / "train.tar", samples(0, 8), mode)
-    told = refused(tmp_path)
+    message = refused(tmp_path)
     assert (
-        "train.tar is not an uncompressed .tar file. Unpack it" in told and "pip install webdataset" in told
+        "train.tar is not an uncompressed .tar file. Unpack it" in message
+        and "pip install webdataset" in message
     )
 
 
