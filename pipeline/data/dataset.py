@@ -17,6 +17,9 @@ from ..runs.hashes import digest
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
+Placement = Literal["device", "host", "workers"]
+"""Storage of decoded training images: memory of the device, of the host, or none."""
+
 Progress = Callable[[int, int], None]
 """Called with (done, total) from the thread that started the work."""
 
@@ -72,7 +75,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or folder that is left out. ``unreadable`` marks images; see ``unreadable.py``."""
+    """A file or folder that is left out. ``unreadable`` marks images; see ``decode.check_unreadable``."""
 
     name: str
     reason: str

@@ -1,10 +1,14 @@
-"""Decode images once: into a canonical form for training, as the runtime renders them for evaluation."""
+"""Decode images once: into a canonical form for training, as the runtime renders them for evaluation.
+
+Unreadable images are skipped and shown in the report's table "Skipped files"; too many of them stop a run.
+"""
 
 import base64
+import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +21,19 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from ...export import runtime
-from ...export.runtime import Preprocessing, allowed_cores, render, suppress_pillow_warnings
+from ...export.runtime import (
+    ImageError,
+    Preprocessing,
+    allowed_cores,
+    decode_image,
+    render,
+    suppress_pillow_warnings,
+)
+from ..errors import JobError
 from ..runs.cache import Cache
 from ..runs.hashes import digest, sha256
 from .dataset import Image, ImageSet, Progress, Skipped
 from .render import Pixels, pack_pixels
-from .unreadable import read_pixels, skip_unreadable
 
 T = TypeVar("T")
 VERSION = 1
@@ -32,6 +43,9 @@ MAX_ASPECT = 4
 
 SAMPLE = 256
 """Approximate number of images whose headers are read to estimate sizes."""
+
+MAX_UNREADABLE_FRACTION = 0.01
+"""Fraction of all images that may be unreadable."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +224,69 @@ def decode_each(
                     progress(len(images) - len(pending), len(images))
         finally:
             threads.shutdown(cancel_futures=True)
+
+
+def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
+    """Return ``form`` of an image's pixels (uint8 [H, W, 3]), or the reason why it is unreadable.
+
+    Raises:
+        JobError: the image has changed since the data set was opened.
+    """
+    try:
+        content = image.read()
+        if isinstance(content, np.ndarray):
+            return form(content)
+        if hashlib.sha256(content).hexdigest() != image.key:
+            raise JobError(f"{image.name} was changed during the run. Start the run again.")
+        return form(decode_image(content))
+    except ImageError as error:
+        return error.reason
+    except OSError as error:
+        return f"could not be read: {error.strerror or error}"
+
+
+def require_pixels(image: Image, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return ``form`` of the pixels of an image that was readable before.
+
+    Raises:
+        JobError: it is unreadable now, or has changed.
+    """
+    pixels = read_pixels(image, form)
+    if isinstance(pixels, str):
+        raise JobError(f"{image.name} became unreadable during the run ({pixels}). Start the run again.")
+    return pixels
+
+
+def skip_unreadable(
+    images: Sequence[Image], reasons: Mapping[int, str]
+) -> tuple[tuple[Image, ...], tuple[Skipped, ...]]:
+    """Separate the readable images from those that have a reason, given by position."""
+    readable = tuple(image for position, image in enumerate(images) if position not in reasons)
+    skipped = tuple(
+        Skipped(images[position].name, reason, unreadable=True) for position, reason in reasons.items()
+    )
+    return readable, skipped
+
+
+def check_unreadable(skipped: Sequence[Skipped], total: int) -> None:
+    """Check that few images are unreadable.
+
+    Args:
+        skipped: everything that was skipped; only unreadable images count.
+        total: number of images, readable or not.
+
+    Raises:
+        JobError: they exceed ``MAX_UNREADABLE_FRACTION``.
+    """
+    unreadable = sorted((entry for entry in skipped if entry.unreadable), key=lambda entry: entry.name)
+    if len(unreadable) <= MAX_UNREADABLE_FRACTION * total:
+        return
+    first = "; ".join(f"{entry.name} ({entry.reason})" for entry in unreadable[:5])
+    more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+    raise JobError(
+        f"{len(unreadable)} of {total} images are unreadable, more than {MAX_UNREADABLE_FRACTION:.0%}: "
+        f"{first}{more}. Repair or remove them."
+    )
 
 
 def _collect(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]:

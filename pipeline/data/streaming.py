@@ -17,9 +17,17 @@ from torch import Tensor
 from ...export.runtime import Preprocessing, render
 from ..runs.cache import Cache
 from .dataset import Image, Progress
-from .decode import Canonical, ReadableImages, canonical_key, read_sizes, write_sizes
+from .decode import (
+    Canonical,
+    ReadableImages,
+    canonical_key,
+    read_pixels,
+    read_sizes,
+    require_pixels,
+    skip_unreadable,
+    write_sizes,
+)
 from .render import LabeledViews, Pixels, jitter_colors, prefetch, render_views, to_device
-from .unreadable import read_pixels, require_pixels, skip_unreadable
 from .views import ViewPolicy
 from .workers import Workers
 

@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ...models.names import resolve
+from ...models.build import resolve
 from ..config.network import NetworkSpec
 from ..config.options import Options
 from ..config.stages import ROUND, get_round
-from ..data.placement import Placement
+from ..data.dataset import Placement
 from ..runs.cache import Cache
 from ..runs.console import Display, Stage
 from ..runs.folder import RunFolder
 from ..tasks.base import Task
-from .compute.distributed import Ranks
+from .distributed import Ranks
 
 STUDENT = "student.safetensors"
 """Weights of the student that ships, in the run folder."""

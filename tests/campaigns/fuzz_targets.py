@@ -257,11 +257,11 @@ def weights_reader(work: Path) -> Callable[[bytes], None]:
 
 def yaml_reader(_work: Path) -> Callable[[bytes], None]:
     import yaml
-    from questpress.pipeline.config import bounded_yaml
+    from questpress.pipeline.config.limits import parse_yaml
 
     def read(content: bytes) -> None:
         try:
-            bounded_yaml.parse_yaml(content.decode("utf-8"))
+            parse_yaml(content.decode("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             return
 

@@ -53,14 +53,11 @@ def resized_crop(image: Tensor, box: list[int], size: int, flip: bool) -> Tensor
 @pytest.mark.parametrize("size", [8, 24, 80])
 def test_resized_crops_match_torchvision_within_one_level(way: str, size: int) -> None:
     done = photos()
-    indices = torch.arange(60) % len(done.images)
-    views = views_of(done, PHOTOS, size)
-    heights, widths = done.pixels.heights[indices], done.pixels.widths[indices]
-    box, flips = draw_crops(PHOTOS, 0, done.keys[indices], torch.arange(60), heights, widths)
+    indices, box, flips = boxes_of(done, PHOTOS)
     if way == "by products":
         rendered = resize_batched(done.pixels, indices, box, flips, size)
     else:
-        rendered, labels = views.batch(indices, torch.arange(60))
+        rendered, labels = views_of(done, PHOTOS, size).batch(indices, torch.arange(60))
         assert labels.equal(indices)
     assert rendered.shape == (60, 3, size, size) and rendered.dtype == torch.uint8
     for row, index, b, flip in zip(rendered, indices.tolist(), box.tolist(), flips.tolist(), strict=True):
@@ -106,18 +103,6 @@ def test_view_is_independent_of_the_images_position() -> None:
     first, _ = views_of(here, PHOTOS, 16).batch(torch.tensor([1]), numbers)
     second, _ = views_of(there, PHOTOS, 16).batch(torch.tensor([2]), numbers)
     assert first.equal(second)
-
-
-@pytest.mark.parametrize("way", ["one by one", "by products"])
-def test_flipped_view_is_the_mirror_of_the_unflipped_one(way: str) -> None:
-    done = photos()
-    indices, box = torch.arange(2), torch.tensor([[3, 4, 30, 31], [5, 0, 11, 40]], dtype=torch.int32)
-    no, yes = torch.tensor([False, False]), torch.tensor([True, True])
-    if way == "by products":
-        plain, mirrored = (resize_batched(done.pixels, indices, box, f, 9) for f in (no, yes))
-    else:
-        plain, mirrored = (render_views(done.pixels, indices, box, f, 9, PHOTOS) for f in (no, yes))
-    assert mirrored.equal(plain.flip(-1))
 
 
 @pytest.mark.parametrize("policy", [PHOTOS, ViewPolicy("pad_crop", side=32, crop=32, pad=4)])
@@ -195,14 +180,6 @@ def boxes_of(done: DecodedImages, policy: ViewPolicy, count: int = 60) -> tuple[
     indices = torch.arange(count) % len(done.images)
     sizes = done.pixels.heights[indices], done.pixels.widths[indices]
     return indices, *draw_crops(policy, 0, done.keys[indices], torch.arange(count), *sizes)
-
-
-def test_two_ways_of_resizing_agree_within_one_level() -> None:
-    done = photos()
-    indices, box, flips = boxes_of(done, PHOTOS)
-    by_products = resize_batched(done.pixels, indices, box, flips, 24)
-    one_by_one = render_views(done.pixels, indices, box, flips, 24, PHOTOS)
-    assert (by_products.int() - one_by_one.int()).abs().max() <= 1
 
 
 def test_large_crops_are_resized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,15 +91,6 @@ def test_copies_stay_together_and_content_under_two_classes_trains() -> None:
     assert duplicate.names == ("cats/torn", "dogs/torn") and duplicate.two_classes and not duplicate.removed
 
 
-def test_held_out_images_come_from_train_and_leave_test_alone() -> None:
-    train = [image(label, f"{label} {n}") for label in range(2) for n in range(50)]
-    test = [image(label, f"t{label} {n}") for label in range(2) for n in range(7)]
-    unsplit = UnsplitDataset("set", "set", ["a", "b"], {"train": train, "test": test})
-    done = unsplit.split(None)
-    assert done.counts == {"train": [45, 45], "val": [5, 5], "test": [7, 7]}
-    assert unsplit.split(0).counts["train"] == [50, 50]
-
-
 def test_duplicates_of_test_images_leave_train() -> None:
     train = [image(label, f"{label} {n}", f"train/{label}/{n}") for label in range(2) for n in range(10)]
     test = [
@@ -134,12 +125,6 @@ def test_fingerprint_changes_with_any_content_class_or_split(change: str) -> Non
 def test_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
     with pytest.raises(UsageError, match="--val-fraction"):
         split([image(label, n) for label in range(2) for n in range(5)], 2, fraction)
-
-
-def test_class_of_two_images_is_refused_by_name() -> None:
-    images = [image(0, n) for n in range(9)] + [image(1, "x"), image(1, "y"), image(1, "y", "copy")]
-    with pytest.raises(UsageError, match="Class '1' has 2 different images"):
-        split(images, 2)
 
 
 def test_class_without_remaining_training_images_is_refused() -> None:

@@ -89,20 +89,13 @@ def test_seed_image_and_view_number_each_change_the_view() -> None:
         assert (first != other).any(1).float().mean() > 0.95
 
 
-PHOTO_BOXES = [[10, 70, 76, 70], [61, 122, 56, 56]]
-PHOTO_FLIPS = [True, True]
-CIFAR_BOXES = [[4, -2, 32, 32], [-4, 0, 32, 32]]
-CIFAR_FLIPS = [True, True]
-ORDER = [2, 0, 5, 1, 3, 7, 6, 4]
-
-
 def test_views_are_the_same_in_every_release() -> None:
     keys, views = torch.tensor([1, 2**62 + 12345]), torch.tensor([0, 99])
     box, flips = draw(PHOTOS, keys, views, 144, 192, seed=42)
-    assert (box.tolist(), flips.tolist()) == (PHOTO_BOXES, PHOTO_FLIPS)
+    assert (box.tolist(), flips.tolist()) == ([[10, 70, 76, 70], [61, 122, 56, 56]], [True, True])
     box, flips = draw(CIFAR, keys, views, seed=42)
-    assert (box.tolist(), flips.tolist()) == (CIFAR_BOXES, CIFAR_FLIPS)
-    assert draw_order(42, 3, torch.arange(8)).tolist() == ORDER
+    assert (box.tolist(), flips.tolist()) == ([[4, -2, 32, 32], [-4, 0, 32, 32]], [True, True])
+    assert draw_order(42, 3, torch.arange(8)).tolist() == [2, 0, 5, 1, 3, 7, 6, 4]
 
 
 def test_all_162_views_of_pad_4_crop_and_flip_come_equally_often() -> None:
@@ -140,9 +133,6 @@ def test_resized_crops_have_torchvisions_distribution() -> None:
         distance = max(abs((ours <= g).mean() - (other <= g).mean()) for g in grid)
         assert distance < 1.95 * (2 / count) ** 0.5
     assert abs(flips.float().mean() - 0.5) < 0.04
-    top, left, tall, wide = box.long().T
-    assert (top >= 0).all() and (left >= 0).all()
-    assert (top + tall <= height).all() and (left + wide <= width).all() and (tall > 0).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 400), (400, 1), (2, 3), (20, 500), (500, 20)])

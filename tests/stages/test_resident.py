@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data import placement
+from questpress.pipeline.data import training_data
 
 from tests.support import little
 
@@ -25,7 +25,7 @@ def test_workers_and_decoded_images_give_the_same_student(data: Path, finished: 
 
 def test_placement_is_reported_and_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, cache = tmp_path / "run", tmp_path / "cache"
-    monkeypatch.setattr(placement, "free_disk", lambda _: 1e3)
+    monkeypatch.setattr(training_data, "free_disk", lambda _: 1e3)
     first = little.job(data, out, cache, "--until", "teacher")
     assert first.exit_code == 0 and "decoded by workers" in first.stderr and "free at" in first.stderr
     monkeypatch.undo()

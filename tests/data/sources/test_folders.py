@@ -56,16 +56,6 @@ def test_class_may_be_called_test_without_a_train_folder(tmp_path: Path) -> None
     assert open_folder(folder(tmp_path, {"test": 3, "other": 3})).classes == ("other", "test")
 
 
-def test_identical_images_across_folders_are_reported_and_leave_train(tmp_path: Path) -> None:
-    folder(tmp_path, {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 2})
-    (tmp_path / "train/a/copy.png").write_bytes((tmp_path / "test/b/0.png").read_bytes())
-    images = open_folder(tmp_path, val_fraction=0)
-    (duplicate,) = images.duplicates
-    assert duplicate.names == ("test/b/0.png", "train/a/copy.png")
-    assert duplicate.removed == ("train/a/copy.png",) and duplicate.two_classes
-    assert images.counts["train"] == [5, 5]
-
-
 def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 3, "b": 3, "a/deep/deeper": 2, ".git": 1})
     save(tmp_path / "b/.hidden.png", 90)
@@ -112,33 +102,27 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
     assert one.read() == (tmp_path / "x.png").read_bytes()
 
 
-def test_missing_folder_is_refused(tmp_path: Path) -> None:
+def test_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
     assert "is not a folder" in refused(tmp_path / "nowhere")
-
-
-def test_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     assert "is not a folder" in refused(save(tmp_path / "one.png", 0))
 
 
-def test_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert "no class folders" in refused(tmp_path)
-
-
-def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
-    assert "contain no images" in refused(folder(tmp_path, {"a": 0, "b": 0}))
-
-
-def test_empty_class_folder_is_refused(tmp_path: Path) -> None:
-    assert "Class 'b' has no image" in refused(folder(tmp_path, {"a": 5, "b": 0, "c": 5}))
-
-
-def test_one_class_is_refused(tmp_path: Path) -> None:
-    assert "only one class, 'a'" in refused(folder(tmp_path, {"a": 5}))
-
-
-def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
-    assert "images but no class folders" in refused(folder(tmp_path, {"": 5}))
-    assert "images but no class folders" in refused(folder(tmp_path / "set", {"train": 5, "test": 5}))
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({}, "no class folders"),
+        ({"a": 0, "b": 0}, "contain no images"),
+        ({"a": 5, "b": 0, "c": 5}, "Class 'b' has no image"),
+        ({"a": 5}, "only one class, 'a'"),
+        ({"": 5}, "images but no class folders"),
+        ({"train": 5, "test": 5}, "images but no class folders"),
+        ({"train/a": 3, "train/b": 3, "val/a": 3, "val/b": 0}, "only 'train' has images of 'b'"),
+        ({"val/a": 3, "val/b": 3, "test/a": 3, "test/b": 3}, "no 'train' folder"),
+        ({f"{role}/{c}": 3 for role in ("train", "val", "validation") for c in "ab"}, "are the same split"),
+    ],
+)
+def test_unusable_folders_are_refused(tmp_path: Path, counts: dict[str, int], message: str) -> None:
+    assert message in refused(folder(tmp_path, counts))
 
 
 def test_classes_that_differ_between_train_and_val_are_named(tmp_path: Path) -> None:
@@ -147,28 +131,11 @@ def test_classes_that_differ_between_train_and_val_are_named(tmp_path: Path) -> 
     assert "only 'train' has images of 'dog'" in sentence and "only 'val' has images of 'hound'" in sentence
 
 
-def test_class_without_images_in_val_differs_too(tmp_path: Path) -> None:
-    folder(tmp_path, {"train/cat": 3, "train/dog": 3, "val/cat": 3, "val/dog": 0})
-    assert "only 'train' has images of 'dog'" in refused(tmp_path)
-
-
-def test_val_and_test_without_train_are_refused(tmp_path: Path) -> None:
-    assert "no 'train' folder" in refused(
-        folder(tmp_path, {"val/a": 3, "val/b": 3, "test/a": 3, "test/b": 3})
-    )
-
-
-def test_two_folders_of_the_same_split_are_refused(tmp_path: Path) -> None:
-    folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "validation") for c in "ab"})
-    assert "are the same split" in refused(tmp_path)
-
-
 def test_fewer_than_three_different_images_in_a_class_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"a": 5, "b": 2})
     (tmp_path / "b/copy.png").write_bytes((tmp_path / "b/0.png").read_bytes())
-    assert "Class 'b' has 2 different images in 3 files, but train, val and test require 3" in refused(
-        tmp_path
-    )
+    message = "Class 'b' has 2 different images in 3 files, but train, val and test require 3"
+    assert message in refused(tmp_path)
 
 
 def test_class_with_only_shared_images_is_refused(tmp_path: Path) -> None:
@@ -185,10 +152,8 @@ def test_folder_one_level_too_high_suggests_the_inner_one(tmp_path: Path) -> Non
 
 def test_folder_one_level_too_low_is_reported(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": 3 for role in ("train", "val", "test") for c in "ab"})
-    warning = describe_unused_splits(tmp_path / "train")
-    assert (
-        warning == f"not used, although next to train: 'val', 'test'; use --data {tmp_path} for all of them"
-    )
+    warning = f"not used, although next to train: 'val', 'test'; use --data {tmp_path} for all of them"
+    assert describe_unused_splits(tmp_path / "train") == warning
     assert describe_unused_splits(tmp_path) is None and describe_unused_splits(tmp_path / "train/a") is None
     folder(tmp_path / "alone", {"train/a": 3, "train/b": 3})
     assert describe_unused_splits(tmp_path / "alone/train") is None

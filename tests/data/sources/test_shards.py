@@ -130,18 +130,6 @@ def test_damaged_shard_is_named(tmp_path: Path, kept: int) -> None:
     assert "shop-train-1.tar is damaged" in refused(tmp_path)
 
 
-def test_label_that_is_not_a_number_is_named(tmp_path: Path) -> None:
-    shard(tmp_path / "train.tar", {"0.png": png(0), "0.cls": b"cat"})
-    assert "train/train.tar/0 is not a class number" in refused(tmp_path)
-
-
-def test_compressed_tar_is_read_by_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_datasets, "find_spec", lambda _: None)
-    shop(tmp_path)
-    shard(tmp_path / "shop-val-0.tar", samples(30, 6), "w:gz")
-    assert "pip install webdataset" in refused(tmp_path)
-
-
 @pytest.mark.skipif(find_spec("webdataset") is None, reason="the package webdataset is not installed")
 def test_timms_reader_finds_the_same_images_and_labels(tmp_path: Path) -> None:
     from timm.data import create_dataset

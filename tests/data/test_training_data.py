@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from questpress.pipeline.data import placement
+from questpress.pipeline.data import training_data
 from questpress.pipeline.data.decode import Canonical, decode_images
-from questpress.pipeline.data.placement import canonical_bytes, choose_placement
+from questpress.pipeline.data.training_data import canonical_bytes, choose_placement
 from questpress.pipeline.runs.cache import Cache
 
 from tests.support.pictures import folder, in_memory, open_folder, pixels
@@ -40,9 +40,9 @@ def test_pixels_are_kept_where_they_fit_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device, memory, disk, way: str, word: str
 ) -> None:
     images = in_memory([pixels(n) for n in range(4)])  # 2,304 bytes
-    monkeypatch.setattr(placement, "free_memory", lambda _: device)
-    monkeypatch.setattr(placement, "host_memory", lambda: memory)
-    monkeypatch.setattr(placement, "free_disk", lambda _: disk)
+    monkeypatch.setattr(training_data, "free_memory", lambda _: device)
+    monkeypatch.setattr(training_data, "host_memory", lambda: memory)
+    monkeypatch.setattr(training_data, "free_disk", lambda _: disk)
     cache = Cache(tmp_path)
     chosen, why = choose_placement(images, FORM, "cuda", cache)
     assert chosen == way and word in (why or "") and (why is None) == (way == "device")
@@ -55,13 +55,13 @@ def test_gpu_that_shares_the_hosts_memory_is_limited_by_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = in_memory([pixels(n) for n in range(4)])
-    monkeypatch.setattr(placement, "host_memory", lambda: 1e3)
+    monkeypatch.setattr(training_data, "host_memory", lambda: 1e3)
     assert choose_placement(images, FORM, "mps", Cache(tmp_path))[0] == "workers"
     assert choose_placement(images, FORM, "cpu", Cache(tmp_path))[0] == "device"  # a mapped file
 
 
 def test_this_machine_has_memory_and_a_disk(tmp_path: Path) -> None:
-    assert placement.host_memory() > 1e6
-    assert placement.free_disk(tmp_path / "not" / "yet") == pytest.approx(
-        placement.free_disk(tmp_path), rel=0.1
+    assert training_data.host_memory() > 1e6
+    assert training_data.free_disk(tmp_path / "not" / "yet") == pytest.approx(
+        training_data.free_disk(tmp_path), rel=0.1
     )
