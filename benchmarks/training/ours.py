@@ -24,10 +24,10 @@ from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.device import Engine, choose_engine, inference_engine
 from questpress.pipeline.runs.hashes import digest
 from questpress.pipeline.tasks import load_task
-from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.compute.engine_search import find_fastest_engine
+from questpress.pipeline.training.distributed import Ranks
+from questpress.pipeline.training.engine_search import find_fastest_engine
 from questpress.pipeline.training.loop import Batch, BatchSource, ComputeTeachers, backward
-from questpress.pipeline.training.monitoring.meter import Meter
+from questpress.pipeline.training.metrics import Meter
 from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_scheduler
 from questpress.pipeline.training.student import student_reads
 from questpress.pipeline.training.task import DistillationTask, Teacher

@@ -1,5 +1,5 @@
 """Training and inference rates by precision, layout and compiling: what ``pipeline/runs/device.py`` and
-``pipeline/training/compute/engine_search.py`` choose by.
+``pipeline/training/engine_search.py`` choose by.
 
     python -m benchmarks.training.precision --size 64 --networks mobilenetv2_100,resnet18
     python -m benchmarks.training.precision --size 32 --batch 128 --networks cifar_resnet20 --compile

@@ -13,7 +13,7 @@ from typing import Any, Self
 import yaml
 
 from ...export.files import remove
-from ..config import bounded_yaml
+from ..config.limits import read_yaml
 from ..config.options import Options, get_flag, get_group
 from ..config.stages import list_stages_of_config
 from ..errors import JobError, UsageError
@@ -327,7 +327,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     file = run / CONFIG_FILE
     try:
-        content = bounded_yaml.read_yaml(file)
+        content = read_yaml(file)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):

@@ -136,7 +136,7 @@ class MicroBatchEntry(BaseModel):
 
 
 class TrackerEntry(BaseModel):
-    """A tracker's run for a training. Written by ``training/monitoring/trackers.py``."""
+    """A tracker's run for a training. Written by ``training/trackers.py``."""
 
     key: str
     run: str

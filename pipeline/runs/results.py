@@ -306,7 +306,7 @@ class Epoch(Result):
     peak_memory_bytes: int | None = None
     """Peak of a GPU's tensors since the training started; on a CPU, of the process since its start."""
     mfu: float | None = None
-    """Model FLOPs utilization, 0 to 1; see ``training/monitoring/metrics.py``."""
+    """Model FLOPs utilization, 0 to 1; see ``training/metrics.py``."""
 
 
 class Example(Result):

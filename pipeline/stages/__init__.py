@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def load_stage(name: str) -> "Run":
-    """Import a stage and return its ``run(context, data, previous)``.
+    """Import a stage and return its function of (context, data, previous).
 
     ``previous`` holds the facts of the finished stages. For names see
     :func:`~questpress.pipeline.config.stages.list_stages`.
     """
-    module = "student" if get_kind(name) == ROUND else get_kind(name)
-    run: Run = import_module(f".{module}", __package__).run
-    return run
+    kind = get_kind(name)
+    module = import_module(".student" if kind in (ROUND, "prepare") else f".{kind}", __package__)
+    stage: Run = module.prepare if kind == "prepare" else module.run
+    return stage

@@ -7,8 +7,8 @@ student's (Jacob et al., CVPR 2018, arXiv 1712.05877, section 3).
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,26 @@ from ...export.int8.quantizer import Batches, Overrides, Prepared, calibrate_ran
 from ...export.int8.search import Learned
 from ...export.int8.targets import Target
 from ...export.int8.torch_graph import with_weights
-from ...export.runtime import normalize
+from ...export.runtime import Preprocessing, normalize
+from ..config.network import NetworkSpec
 from ..data.dataset import Split
+from ..data.decode import render_images
 from ..data.render import Normalize
 from ..data.training_data import TrainingData
+from ..data.views import draw_order
 from ..errors import JobError
 from ..evaluation.inference import compute_logits
 from ..report.format import plural
 from ..runs.device import Engine, threads, use_threads
 from ..runs.files import atomic_write, write_json
 from ..runs.folder import StageResult
+from ..runs.hashes import digest
 from ..runs.results import Recovery
 from ..training.context import RunContext
-from ..training.quantized import PixelsToGraph, QuantizedReadouts
 from ..training.student import (
     HEADS,
+    PixelsToGraph,
+    QuantizedReadouts,
     build_methods,
     load_heads,
     load_projection,
@@ -50,7 +55,6 @@ from ..training.student import (
 from ..training.task import DistillationTask
 from ..training.trainer import build_plan, choose_run_engine, run_training
 from ..training.weights import load_network
-from .calibration_images import draw_calibration_images
 from .export import STUDENT_ONNX
 
 FOLDER = Path("qat")
@@ -61,6 +65,8 @@ RANGES = FOLDER / "ranges.json"
 
 MATCH_IMAGES = 4
 """Images on which features are matched to tensors of the graph."""
+
+CALIBRATION_BATCH = 16
 
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
@@ -186,3 +192,39 @@ def _percent(context: RunContext, data: TrainingData, task: DistillationTask, sp
         task.network.cpu(), task.student.normalize.cpu(), pixels, Engine("cpu", threads(), "fp32")
     )
     return context.task.percent(logits.numpy(), labels.numpy())
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Rendered images."""
+
+    pixels: np.ndarray
+    """uint8 [n,S,S,3]."""
+    labels: np.ndarray
+    preprocessing: Preprocessing
+    hash: str
+    """Of the set of images, independent of their order."""
+
+    def batches(self, *, pixel_input: bool) -> Callable[[], Iterator[np.ndarray]]:
+        """Return a function that yields batches of a file's input: uint8 pixels, or normalized images."""
+
+        def batches() -> Iterator[np.ndarray]:
+            for start in range(0, len(self.pixels), CALIBRATION_BATCH):
+                pixels = self.pixels[start : start + CALIBRATION_BATCH]
+                yield pixels if pixel_input else normalize(pixels, self.preprocessing)
+
+        return batches
+
+
+def draw_calibration_images(data: TrainingData, student: NetworkSpec) -> CalibrationImages:
+    """Draw ``--calibration-images`` images; all if there are fewer."""
+    o = data.options
+    order = draw_order(o.seed, 0, data.train.keys)[: o.calibration_images].tolist()
+    images = [data.train.images[i] for i in order]
+    decoded = render_images(images, student.preprocessing)
+    return CalibrationImages(
+        decoded.pixels.stack().numpy(),
+        decoded.targets(data.dataset).numpy(),
+        student.preprocessing,
+        digest(sorted(image.key for image in images)),
+    )

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...export.int8 import targets
-from ...export.int8.float_nodes import KEPT, float_nodes
 from ...export.int8.quantizer import METHODS, Int8File, Prepared, prepare
-from ...export.int8.search import Learned, Search, search
+from ...export.int8.search import KEPT, Learned, Search, float_nodes, search
 from ...export.latency import runner
 from ...export.latency.machine import has_vnni, is_arm
 from ...export.results import Candidate, FloatNode, Verdict
@@ -25,9 +24,8 @@ from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import Int8Search
 from ..tasks.base import Task
 from ..training.context import RunContext
-from .calibration_images import CalibrationImages, draw_calibration_images
 from .export import STUDENT_INT8, STUDENT_ONNX
-from .qat import load_graph
+from .qat import CalibrationImages, draw_calibration_images, load_graph
 
 SECONDS = 0.5
 """Time to measure the latency of each candidate."""

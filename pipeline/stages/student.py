@@ -1,29 +1,41 @@
-"""student: train the student from the teachers. With ``--rounds``, each stage ``round K`` trains one more."""
+"""prepare, student and ``round K``: prepare the methods and train a student from the teachers."""
 
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from ...models.checkpoint import save_weights
+from ...models.checkpoint import save_weights, tensors_digest
 from ...models.initialize import initialize, parameters, student_source
+from ...models.weights import classifier_weight
 from .. import methods
+from ..data.dataset import Split
 from ..data.training_data import TrainingData
-from ..data.views import ViewSchedule
+from ..data.views import FIXED_SEED, ViewSchedule
+from ..evaluation.inference import batches
+from ..methods.base import Features, PrepareContext
 from ..report import format
-from ..runs.device import choose_engine, use_threads
+from ..runs.device import choose_engine, inference_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
+from ..runs.hashes import digest
 from ..runs.results import BalancedWeight, Round, Subject, TeacherCacheUse
 from ..training.context import RunContext
-from ..training.student import HEADS, build_methods, save_heads, student_task, view_schedule
-from ..training.task import DistillationTask
+from ..training.student import HEADS, build_methods, method_setup, save_heads, student_task, view_schedule
+from ..training.task import DistillationTask, Teacher
 from ..training.teacher_cache import TeacherCache
 from ..training.trainer import build_plan, choose_run_engine, compute_split_logits, run_training
-from ..training.weights import weights_metadata
-from . import prepare
+from ..training.weights import load_network, load_teacher, weights_metadata
+
+SCRATCH = "scratch"
 
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
@@ -43,7 +55,7 @@ def _prepare_round(context: RunContext, data: TrainingData, previous: Mapping[st
         with safe_open(file, framework="pt") as tensors:
             if (tensors.metadata() or {}).get("key") == context.key:
                 return [context.round.prepared]
-    return prepare.run(context, data, previous).outputs
+    return prepare(context, data, previous).outputs
 
 
 def _train(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
@@ -167,3 +179,83 @@ def _note_balance(context: RunContext, task: DistillationTask, balanced: Sequenc
             if methods.load(name).gradient_ratio[1] == math.inf:
                 reason = "no range of gradient ratios is known for it"
             context.display.note(f"--balance auto keeps the weight of {name}: {reason}")
+
+
+def prepare(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
+    o = context.options
+    names = methods.parse_methods(o.method)
+    parameters = methods.parse_parameters(names, o.settings)
+    classes = {name: methods.load(name) for name in names}
+    classes = {name: method for name, method in classes.items() if method.prepares}
+    if not classes:
+        return StageResult("nothing to prepare" if names else "no method, nothing to prepare")
+    scratch = context.folder.path / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # files of a killed run
+    scratch.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    facts: dict[str, Any] = {}
+    summaries = []
+    try:
+        prepare_context = _prepare_context(context, data, scratch)
+        for name, method in classes.items():
+            result = method.prepare(parameters[name], prepare_context)
+            tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in result.tensors.items()}
+            facts |= result.facts
+            summaries.append(result.summary)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    file = context.round.prepared
+    with atomic_write(context.folder.path / file) as part:
+        save_file(tensors, part, {"key": context.key})
+    return StageResult("; ".join(summaries), [file], facts)
+
+
+def _prepare_context(context: RunContext, data: TrainingData, scratch: Path) -> PrepareContext:
+    engine = inference_engine(context.device, "fp32")
+    use_threads(engine.threads)
+    run, specs = context.folder.path, context.round.teachers
+    images = len(data.train.images)
+
+    @lru_cache(maxsize=1)
+    def teacher(t: int) -> Teacher:
+        return load_teacher(run, specs[t], engine)
+
+    def features(t: int, reads: frozenset[str]) -> Iterator[Features]:
+        for first, batch in data.rendered_train(specs[t]):
+            yield teacher(t)(batch, reads)
+            context.progress.update(
+                f"teacher {specs[t].name}: computing features", first + len(batch), images, "images"
+            )
+
+    def sample(t: int, reads: frozenset[str], limit: int) -> Iterator[tuple[np.ndarray, Features]]:
+        split: Split = "val" if data.dataset.val else "train"
+        pixels, _, _ = data.rendered(split, specs[t], limit)
+        for first, batch in batches(pixels, context.device):
+            yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
+
+    def cached(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+        full_key = digest(
+            {
+                **key,
+                "teacher": tensors_digest(run / specs[t].file),
+                "data": data.dataset.fingerprint,
+                "geometry": specs[t].preprocessing.to_dict(),
+            }
+        )
+        return context.cache.get(kind, full_key) or context.cache.put(kind, full_key, write)
+
+    setup = method_setup(context.round)
+    return PrepareContext(
+        student=setup.student,
+        teachers=setup.teachers,
+        teacher_names=[spec.name for spec in specs],
+        images=images,
+        features=features,
+        classifier=lambda t: classifier_weight(load_network(run, specs[t])),
+        cached=cached,
+        scratch=scratch,
+        # Not the run's seed: cached teacher outputs depend on the vocabulary, and all runs share them.
+        seed=FIXED_SEED,
+        note=context.display.note,
+        sample=sample,
+    )

@@ -16,7 +16,7 @@ from ..data.dataset import SPLITS
 from ..data.training_data import TrainingData
 from ..errors import JobError
 from ..report.format import join_names
-from ..runs import predictions
+from ..runs import artifacts
 from ..runs.device import choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
@@ -46,7 +46,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     # All are loaded before one is trained, so that errors come early.
     initial = [_load(context, data, t) for t in range(len(context.teachers))]
     _check_seeds(context, initial[0])
-    subjects, outputs, logits = [], [LOGITS, predictions.TRAIN_IMAGES_FILE], {}
+    subjects, outputs, logits = [], [LOGITS, artifacts.TRAIN_IMAGES_FILE], {}
     for t, spec in enumerate(context.teachers):
         subject, test = _make_teacher(context, data, t, initial.pop(0))
         if test is not None:
@@ -56,7 +56,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     if context.ranks.is_main:
         with atomic_write(context.folder.path / LOGITS) as part:
             save_file(logits, part)
-        predictions.write_train_images(context.folder.path, data.train.keys.numpy())
+        artifacts.write_train_images(context.folder.path, data.train.keys.numpy())
     ensemble = _describe_ensemble(context, data, subjects, list(logits.values()))
     facts: dict[str, Any] = {
         "data": summary.model_dump(exclude_none=True),

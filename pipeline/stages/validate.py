@@ -12,12 +12,12 @@ from ...export.conversion.onnx_export import describe
 from ...export.int8.quantizer import read_recipe
 from ...export.int8.targets import is_exact_here
 from ...export.runtime import Classifier
-from ...models.pretrained import is_free
+from ...models.catalog import is_free
 from ..data.training_data import TrainingData
 from ..evaluation import calibration
 from ..evaluation.inference import compute_onnx_logits
 from ..evaluation.mistakes import choose_examples
-from ..runs import predictions
+from ..runs import artifacts
 from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import SHIPPING_ORDER, Int8Search, Subject
 from ..runs.scores import Calibration, Score
@@ -76,10 +76,8 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     ]
     outputs = [MANIFEST.as_posix()]
     if scores["student"].correct is not None:
-        predictions.write_predictions(
-            folder / predictions.PREDICTIONS_FILE, decoded.keys.numpy(), labels, logits
-        )
-        outputs.append(predictions.PREDICTIONS_FILE)
+        artifacts.write_predictions(folder / artifacts.PREDICTIONS_FILE, decoded.keys.numpy(), labels, logits)
+        outputs.append(artifacts.PREDICTIONS_FILE)
     _warn(context, previous, scores["student"], labels)
     _write_manifest(context, data, previous, scores["student"], target_scores, thresholds)
     score = scores[ships]

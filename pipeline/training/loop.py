@@ -16,12 +16,12 @@ from ..errors import JobError
 from ..methods.base import Features, RunningSums
 from ..runs.process import STOP
 from ..runs.results import Epoch
-from .checkpoint import Checkpoint
-from .compute.distributed import Ranks
-from .monitoring.meter import Meter
+from .distributed import Ranks
+from .metrics import Meter
 from .optimizer import Plan, build_optimizer, build_scheduler
 from .task import DistillationTask
 from .teacher_cache import TeacherCache
+from .weights import Checkpoint
 
 ComputeTeachers = Callable[[Tensor], Sequence[Features]]
 """Views, uint8 [B,3,S,S], to each teacher's features."""

@@ -15,16 +15,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from ...models.build import Geometry
 from ...models.fold import fold_batch_norm
-from ...models.projection import merged
-from ...models.readout import Readouts
+from ...models.readout import Readouts, merged
 from ..data.render import Normalize
 from ..methods.base import Batch, Features, Method
 from ..methods.gradient_balance import GradientBalance
 from ..runs.device import Engine
 from ..runs.results import BalancedWeight
 from ..tasks.base import Task
-from .compute.distributed import Ranks
-from .monitoring.meter import Clock
+from .distributed import Ranks
+from .metrics import Clock
 
 LAST_MAP = ("map_pre", "map", "logits")
 """Gradients of losses are compared at the first of these that the network has."""

@@ -32,7 +32,7 @@ from ..report import format
 from ..runs.cache import Cache
 from ..runs.device import free_memory
 from ..runs.hashes import digest
-from .compute.distributed import Ranks
+from .distributed import Ranks
 
 KIND = "teacher-outputs"
 ABOUT = "about.json"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...models.catalog import multiply_adds
 from ..config.network import NetworkSpec
 from ..data.dataset import Split
 from ..data.render import Normalize
@@ -18,14 +19,16 @@ from ..errors import JobError, is_out_of_memory
 from ..evaluation.inference import compute_logits
 from ..runs.device import Engine, device_name, threads, use_threads
 from ..runs.record import EngineEntry, MicroBatchEntry
-from .checkpoint import Checkpoint
-from .compute.engine_search import check_compilation, find_fastest_engine
+from ..runs.results import Epoch
 from .context import RunContext
+from .engine_search import check_compilation, find_fastest_engine
 from .loop import Batch, BatchSource, train
-from .monitoring.metrics import EpochLog, measure_resources
+from .metrics import peak_flops, peak_memory, utilization
 from .optimizer import Plan, build_optimizer
 from .task import DistillationTask
 from .teacher_cache import TeacherCache
+from .trackers import EpochLog
+from .weights import Checkpoint
 
 LogitsAndLabels = tuple[np.ndarray, np.ndarray]
 
@@ -197,6 +200,27 @@ def _fastest_engine(
     folder.record.engines[training] = entry.model_copy(update=asdict(engine))
     folder.save()
     return engine
+
+
+def measure_resources(
+    context: RunContext, task: DistillationTask, spec: NetworkSpec
+) -> Callable[[Epoch], Epoch]:
+    """Return a function that adds the peak memory and the utilization (MFU) to an epoch."""
+    if torch.device(context.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(context.device)
+    peak = peak_flops(context.device, task.engine.precision)
+    macs: list[float | None] = []
+    if peak is not None:
+        # Teachers whose outputs are cached are not in the task and cost nothing.
+        specs = [spec, *(context.round.teachers if len(task.teachers) else [])]
+        macs = [multiply_adds(network.name, network.image_size, network.classes) for network in specs]
+
+    def add(epoch: Epoch) -> Epoch:
+        throughput, devices = epoch.images_per_second, context.ranks.count
+        mfu = utilization(throughput, macs[0], macs[1:], peak, devices) if macs else None
+        return epoch.model_copy(update={"peak_memory_bytes": peak_memory(context.device), "mfu": mfu})
+
+    return add
 
 
 def run_training(

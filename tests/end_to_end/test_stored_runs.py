@@ -96,7 +96,7 @@ def never(*_: Any) -> None:
 def test_other_runs_reuse_cached_outputs_without_the_teacher(
     copied: Path, data: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ):
-    for module in ("training.student", "stages.prepare"):
+    for module in ("training.student", "stages.student"):
         monkeypatch.setattr(f"questpress.pipeline.{module}.load_teacher", never)
     teacher = copied / "run" / "teacher.safetensors"
     result = little.compress(

@@ -17,7 +17,7 @@ from questpress.export.int8.targets import find_target
 from questpress.models.build import build
 from questpress.models.readout import Readouts
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.training.quantized import QuantizedReadouts
+from questpress.pipeline.training.student import QuantizedReadouts
 from safetensors.numpy import load_file
 
 from tests.support.little import job, report

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 from questpress.pipeline.config.stages import get_round, list_stages
-from questpress.pipeline.stages import prepare
-from questpress.pipeline.training.monitoring import metrics
+from questpress.pipeline.stages import student
+from questpress.pipeline.training import trackers
 
 from tests.support import little
 from tests.support.little import job, record, refused, report, weights
@@ -65,21 +65,21 @@ def test_report_has_each_rounds_accuracy(rounds: Path) -> None:
 def test_run_resumes_in_its_round(
     rounds: Path, data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    real = metrics.EpochLog.__call__
+    real = trackers.EpochLog.__call__
 
-    def interrupting(log: metrics.EpochLog, epoch: Any) -> None:
+    def interrupting(log: trackers.EpochLog, epoch: Any) -> None:
         if (epoch.stage, epoch.epoch) == (stage, 2):
             raise KeyboardInterrupt
         real(log, epoch)
 
-    monkeypatch.setattr(metrics.EpochLog, "__call__", interrupting)
+    monkeypatch.setattr(trackers.EpochLog, "__call__", interrupting)
     out = tmp_path / "run"
     assert job(data, out, cache, *ROUNDS, "--until", "student").exit_code == 130
     assert stage not in record(out)["stages"] and (out / "checkpoint" / f"{stage}.pt").exists()
     monkeypatch.undo()
     if stage == "round 1":  # its words are there
         monkeypatch.setattr(
-            prepare, "run", lambda c, *rest: real_prepare(c, *rest) if c.round.ships else 1 / 0
+            student, "prepare", lambda c, *rest: real_prepare(c, *rest) if c.round.ships else 1 / 0
         )
     went_on = job(data, out, cache, *ROUNDS, "--until", "student")
     assert went_on.exit_code == 0, (went_on.output, went_on.exception)
@@ -92,7 +92,7 @@ def test_run_resumes_in_its_round(
     assert not list((out / "checkpoint").iterdir())
 
 
-real_prepare = prepare.run
+real_prepare = student.prepare
 
 
 def test_repeated_rounds_are_kept_and_other_rounds_refused(rounds: Path, data: Path, cache: Path) -> None:

@@ -13,8 +13,8 @@ from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation import average_precision
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.tasks import load_task
-from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.monitoring.meter import Meter
+from questpress.pipeline.training.distributed import Ranks
+from questpress.pipeline.training.metrics import Meter
 from sklearn.metrics import average_precision_score, f1_score
 
 TASK = load_task("multi-label")

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from questpress.pipeline.training.monitoring.meter import MAX_UNREAD, Clock
+from questpress.pipeline.training.metrics import MAX_UNREAD, Clock
 
 
 class Time:

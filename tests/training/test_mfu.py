@@ -2,13 +2,8 @@
 
 import pytest
 import torch
-from questpress.models.catalogue import describe, multiply_adds
-from questpress.pipeline.training.monitoring.metrics import (
-    peak_flops,
-    peak_flops_by_name,
-    peak_memory,
-    utilization,
-)
+from questpress.models.catalog import describe, multiply_adds
+from questpress.pipeline.training.metrics import peak_flops, peak_flops_by_name, peak_memory, utilization
 
 
 @pytest.mark.parametrize(

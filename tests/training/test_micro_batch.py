@@ -9,9 +9,9 @@ from questpress.pipeline.errors import JobError
 from questpress.pipeline.methods.base import Setup
 from questpress.pipeline.runs.record import RunRecord
 from questpress.pipeline.training import loop
-from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.loop import Batch, backward
-from questpress.pipeline.training.monitoring.meter import Meter
+from questpress.pipeline.training.metrics import Meter
 from questpress.pipeline.training.task import DistillationTask
 from questpress.pipeline.training.trainer import MicroBatch
 

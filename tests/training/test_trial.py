@@ -9,10 +9,9 @@ import pytest
 import torch
 from questpress.pipeline.runs.device import Engine, cores
 from questpress.pipeline.runs.record import EngineEntry, RunRecord
-from questpress.pipeline.training import trainer
-from questpress.pipeline.training.compute import engine_search
-from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.compute.engine_search import Trial, find_fastest_engine
+from questpress.pipeline.training import engine_search, trainer
+from questpress.pipeline.training.distributed import Ranks
+from questpress.pipeline.training.engine_search import Trial, find_fastest_engine
 from questpress.pipeline.training.loop import Batch
 from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask

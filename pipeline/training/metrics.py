@@ -1,8 +1,10 @@
-"""Measurements within an epoch: mean losses and accuracy, and the time of each phase of a step."""
+"""Measurements of a training: losses, accuracy, time of each phase, memory and utilization of the device."""
 
 import math
+import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,9 +12,127 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import JobError
-from ...tasks.base import Task
-from ..compute.distributed import Ranks
+from ..errors import JobError
+from ..tasks.base import Task
+from .distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense peaks of a GPU in TFLOP/s from data sheets (half of the figures "with sparsity").
+
+    ``tensor``: bf16 and fp16 in tensor cores, accumulated in fp32. ``tf32``: in tensor cores. ``fp32``:
+    without them.
+    """
+
+    tensor: float
+    tf32: float | None
+    """None before Ampere, whose tensor cores support neither TF32 nor bf16."""
+    fp32: float
+
+
+# By torch.cuda.get_device_name without the brand. A pattern matches a whole name, so that a slower laptop
+# chip, GPU slice (MIG) or virtual GPU does not get the peak of the full one.
+PEAKS = {
+    # NVIDIA's data sheets of HGX B200 and B300 (an eighth of the eight GPUs' figures), 2025.
+    r"B[23]00": Peak(2250, 1125, 75),
+    # NVIDIA H200 data sheet, 2024.
+    r"H200": Peak(989.5, 494.5, 67),
+    r"H200 NVL": Peak(835.5, 417.5, 60),
+    # NVIDIA H100 data sheet, 2024; the PCIe card in that of 2022; GH200 data sheet, 2024.
+    r"H100 80GB HBM3": Peak(989.5, 494.5, 67),
+    r"H100 NVL": Peak(835.5, 417.5, 60),
+    r"H100 PCIe": Peak(756.5, 378, 51),
+    r"GH200 \d+G.*": Peak(990, 494, 67),
+    # NVIDIA data sheets of A100 (2021), A40, A30 and A10.
+    r"A100-SXM4-[48]0GB|A100-PCIE-40GB|A100 80GB PCIe": Peak(312, 156, 19.5),
+    r"A40": Peak(149.7, 74.8, 37.4),
+    r"A30": Peak(165, 82, 10.3),
+    r"A10": Peak(125, 62.5, 31.2),
+    # NVIDIA data sheets of L40S, L40 and L4, 2023.
+    r"L40S": Peak(362, 183, 91.6),
+    r"L40": Peak(181, 90.5, 90.5),
+    r"L4": Peak(121, 60, 30.3),
+    # NVIDIA data sheets of T4 (2019) and V100 (2020).
+    r"T4": Peak(65, None, 8.1),
+    r"V100-SXM2-\d+GB(-LS)?": Peak(125, None, 15.7),
+    r"V100-PCIE-\d+GB": Peak(112, None, 14),
+    r"V100S-PCIE-32GB": Peak(130, None, 16.4),
+    # NVIDIA's white papers on GA102 (2020), Ada (2022) and RTX Blackwell (2025), and the data sheets of the
+    # RTX cards. Summed in fp32, which GeForce cards do at half the rate of fp16.
+    r"RTX 3090": Peak(71, 35.6, 35.6),
+    r"RTX 3090 Ti": Peak(80, 40, 40),
+    r"RTX 4090": Peak(165.2, 82.6, 82.6),
+    r"RTX 5090": Peak(209.5, 104.8, 104.8),
+    r"RTX A6000": Peak(154.8, 77.4, 38.7),
+    r"RTX 6000 Ada Generation": Peak(364.2, 182.1, 91.1),
+}
+
+
+def peak_flops(device: torch.device | str, precision: str) -> float | None:
+    """Return the peak FLOP/s of a device; None if unknown, as for every CPU.
+
+    Args:
+        precision: ``bf16``, ``fp16`` or ``fp32``. Torch's fp32 convolutions use TF32 unless this is disabled.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return peak_flops_by_name(torch.cuda.get_device_name(device), precision, tf32=tf32)
+
+
+def peak_flops_by_name(name: str, precision: str, *, tf32: bool) -> float | None:
+    """Return the peak FLOP/s of the GPU that ``torch.cuda.get_device_name`` calls ``name``."""
+    name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name.strip())
+    peak = next((peak for pattern, peak in PEAKS.items() if re.fullmatch(pattern, name)), None)
+    if peak is None:
+        return None
+    tera = {
+        "fp16": peak.tensor,
+        "bf16": peak.tensor if peak.tf32 is not None else None,
+        "fp32": peak.tf32 if tf32 and peak.tf32 is not None else peak.fp32,
+    }.get(precision)
+    return None if tera is None else 1e12 * tera
+
+
+def utilization(
+    images_per_second: float,
+    student_gmacs: float | None,
+    teacher_gmacs: Sequence[float | None],
+    peak: float | None,
+    devices: int = 1,
+) -> float | None:
+    """Return the fraction of the peak that the networks' arithmetic takes; None if anything is unknown.
+
+    A multiply-add is two FLOPs, and a backward pass costs two forward passes. Methods' heads and losses are
+    not counted.
+
+    Args:
+        images_per_second: of all devices.
+        student_gmacs: billions of multiply-adds of the trained network for one image.
+        teacher_gmacs: of each teacher that runs in the step.
+        peak: FLOP/s of one device.
+    """
+    teachers = [gmacs for gmacs in teacher_gmacs if gmacs is not None]
+    if peak is None or student_gmacs is None or len(teachers) < len(teacher_gmacs):
+        return None
+    return images_per_second * 2e9 * sum([3 * student_gmacs, *teachers]) / (peak * devices)
+
+
+def peak_memory(device: str) -> int | None:
+    """Return the peak memory in bytes.
+
+    On a GPU, of tensors since the last reset; otherwise of this process since its start. None on Windows.
+    """
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest  # Linux counts in KiB
+
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...config.options import Options
-from ...errors import UsageError
-from ...runs import process
+from ..config.options import Options
+from ..errors import UsageError
+from ..runs import process
 
 TIMEOUT = timedelta(days=7)
 """A rank may wait for another that clusters a vocabulary. torchrun ends ranks whose peers died."""

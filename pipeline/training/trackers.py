@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow.
+"""The log of epochs: ``metrics.jsonl``, TensorBoard, Weights & Biases and MLflow.
 
 A tracker failure is logged once and disables that tracker for the rest of the run; it never stops training. A
 resumed training continues its curves.
@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...config.options import Options, get_group
-from ...errors import UsageError
-from ...runs.record import TrackerEntry
-from ...runs.results import Epoch
-from ..context import RunContext
+from ..config.options import Options, get_group
+from ..errors import UsageError
+from ..runs.record import TrackerEntry
+from ..runs.results import Epoch
+from .context import RunContext
 
 PROJECT = "questpress"
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow"}
@@ -92,6 +92,35 @@ class Trackers:
                 f"{TITLES[name]} is disabled for the rest of this run: {reason.rstrip('.')}; the curves are "
                 "in metrics.jsonl"
             )
+
+
+class EpochLog:
+    """Appends epochs to ``metrics.jsonl`` and sends them to trackers. Only the main process does."""
+
+    def __init__(self, context: RunContext, training: str) -> None:
+        self.folder, self.detail = context.folder, context.display.detail
+        self.trackers = Trackers(context, training) if context.ranks.is_main else None
+
+    def __call__(self, epoch: Epoch) -> None:
+        if self.trackers is None:
+            return
+        # A resumed training repeats the epochs that were logged after its checkpoint.
+        self.folder.log_epoch(epoch)
+        self.detail(_format(epoch))
+        self.trackers(epoch)
+
+    def close(self) -> None:
+        if self.trackers is not None:
+            self.trackers.close()
+
+
+def _format(epoch: Epoch) -> str:
+    """Format as ``student epoch 3/20: loss 1.204, quest 0.310, val 71.2 %, 259 images/s``."""
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
+    metrics = "".join(f", {name} {value:.4g}" for name, value in epoch.metrics.items())
+    val = "" if epoch.val_accuracy is None else f", val {epoch.val_accuracy:.2f} %"
+    throughput = f"{epoch.images_per_second:,.0f} images/s"
+    return f"{epoch.stage} epoch {epoch.epoch}/{epoch.epochs}: {losses}{metrics}{val}, {throughput}"
 
 
 def epoch_scalars(epoch: Epoch) -> dict[str, float]:

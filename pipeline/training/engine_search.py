@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from ...runs.device import Engine, bf16_pays, cores, use_threads
-from ..task import DistillationTask
+from ..runs.device import Engine, bf16_pays, cores, use_threads
+from .task import DistillationTask
 
 TIME_FRACTION = 0.02
 """Largest fraction of the training's time for the search, without compilation."""

@@ -1,1 +1,0 @@
-"""Metrics, profiling and trackers."""
