@@ -9,12 +9,12 @@ from typing import Any
 
 FUNCTIONS = {
     "bench": "api.bench",
-    "compare": "api.comparison.compare",
+    "compare": "api.compare",
     "compress": "api.run",
     "export": "api.run",
     "predict": "api.predict",
     "sweep": "api.sweep",
-    "validate": "api.validation.validate",
+    "validate": "api.validate",
 }
 
 __all__ = list(FUNCTIONS)

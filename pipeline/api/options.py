@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from .. import methods
-from ..config import bounded_yaml, recipes
+from ..config import recipes
+from ..config.limits import read_yaml
 from ..config.options import Options, get_flag, parse_pairs
 from ..errors import UsageError
 
@@ -97,7 +98,7 @@ def _is_loss_weight(setting: str) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = bounded_yaml.read_yaml(path)
+        content = read_yaml(path)
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -10,11 +10,11 @@ from ...export.conversion.onnx_export import MAX_EMBEDDED_BYTES, check_opset
 from ...export.errors import ExportError
 from ...export.runtime import detect_target
 from ...models.build import check_activation, check_size, default_image_size, geometry
+from ...models.build import resolve as resolve_name
+from ...models.catalog import has_pretrained
 from ...models.checkpoint import read_checkpoint
 from ...models.errors import ModelError
 from ...models.initialize import normalize_label
-from ...models.names import resolve as resolve_name
-from ...models.pretrained import has_pretrained
 from .. import methods
 from ..config import defaults
 from ..config.options import Options, get_flag
@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..methods.base import Parameters
 from ..methods.shapes import check_methods, compute_shapes, count_parameters
 from ..tasks import task_of
-from ..training.monitoring import trackers
+from ..training import trackers
 
 DIGITS = "digits"
 

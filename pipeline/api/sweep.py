@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.build import check_size
-from ...models.names import resolve as resolve_name
+from ...models.build import resolve as resolve_name
 from ..config.options import get_flag
 from ..errors import UsageError
 from ..evaluation.results import Comparison
@@ -19,8 +19,7 @@ from ..runs import process
 from ..runs.console import Display
 from ..runs.folder import read_config
 from ..runs.record import RECORD
-from .comparison.compare import compare
-from .comparison.runs import TEACHER
+from .compare import TEACHER, compare
 from .options import read_options
 from .resolve import default_size, resolve
 from .run import compress

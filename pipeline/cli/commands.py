@@ -11,7 +11,7 @@ import click
 from ..config.limits import MAX_THREADS
 from ..config.options import get_group
 from ..runs import process
-from .errors import exit_on_error, fail
+from .main import exit_on_error, fail
 from .options import GroupedCommand, run_options, select_given
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
 
     ARTIFACT is a run folder, an artifact folder or an .onnx file. Several are compared on the same images.
     """
-    from ..api.validation.validate import to_json, validate
+    from ..api.validate import to_json, validate
 
     validation = exit_on_error(lambda: validate(artifacts, **options))
     if as_json:
@@ -253,7 +253,7 @@ def compare(runs: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) 
 
     RUN is a run folder, a folder of run folders, or a report.json.
     """
-    from ..api.comparison.compare import compare
+    from ..api.compare import compare
 
     comparison = exit_on_error(lambda: compare(runs, **options))
     if as_json:
@@ -303,7 +303,7 @@ def models(pattern: str, image_size: int | None) -> None:
 
     PATTERN is a name, with or without wildcards, such as 'mobilenet*'.
     """
-    from ...models.catalogue import list_models
+    from ...models.catalog import list_models
     from .tables import print_models
 
     print_models(exit_on_error(lambda: list_models(pattern, image_size)))

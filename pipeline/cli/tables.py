@@ -12,7 +12,7 @@ from ..report import format
 from ..runs.console import safe_console
 
 if TYPE_CHECKING:
-    from ...models.catalogue import Entry
+    from ...models.catalog import Entry
     from ..api.cache import CachedOutputs
     from ..api.doctor import Diagnosis
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from questpress.export.results import Percentile
-from questpress.pipeline.api.comparison.compare import compare, to_csv
+from questpress.pipeline.api.compare import compare, to_csv
 from questpress.pipeline.cli.main import cli
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation.results import Comparison
 from questpress.pipeline.report.charts import Chart
 from questpress.pipeline.report.pages.comparison import comparison_page, measured_files, render_comparison
-from questpress.pipeline.runs import predictions
+from questpress.pipeline.runs import artifacts
 from questpress.pipeline.runs.results import Report
 
 from tests.support import reports
@@ -64,8 +64,8 @@ def make(tmp_path: Path) -> Made:
             logits = np.stack([~right, right], 1).astype(np.float32)
             keys = np.random.default_rng(len(name)).permutation(N)
             # Every run keeps them in an order of its own.
-            predictions.write_predictions(
-                folder / predictions.PREDICTIONS_FILE,
+            artifacts.write_predictions(
+                folder / artifacts.PREDICTIONS_FILE,
                 keys,
                 np.ones(N, dtype=np.int64),
                 {"student_int8": logits[keys], "student": logits[keys]},

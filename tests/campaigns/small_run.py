@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload(
         "tests.campaigns.small_run",
         *(f"questpress.pipeline.stages.{name}" for name in _STAGES),
         "questpress.pipeline.api.run",
-        "questpress.pipeline.api.validation.validate",
+        "questpress.pipeline.api.validate",
         "torch.onnx._internal.exporter._core",
         "torch._dynamo",
         "onnxscript.function_libs.torch_lib.ops",

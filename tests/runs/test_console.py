@@ -1,7 +1,7 @@
 import io
 
 import pytest
-from questpress.pipeline.cli.errors import fail
+from questpress.pipeline.cli.main import fail
 from questpress.pipeline.runs.console import Display, safe_console
 from rich.table import Table
 from rich.text import Text

@@ -217,7 +217,7 @@ def test_unfitting_student_weights_are_reported_before_training(data, cache, tmp
 def test_resumed_run_needs_no_weights(a_run, data, cache, monkeypatch):
     asked: list[list[str]] = []
     monkeypatch.setattr(
-        "questpress.pipeline.api.dry_run.check_weights",
+        "questpress.pipeline.api.run.check_weights",
         lambda _options, _data, stages, **_: asked.append(stages),
     )
     result = little.job(data, a_run, cache, "--dry-run")

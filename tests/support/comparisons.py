@@ -1,7 +1,7 @@
 """Invented results of validations and comparisons."""
 
 from questpress.export.results import Speedup
-from questpress.pipeline.api.comparison.compare import group_runs
+from questpress.pipeline.api.compare import group_runs
 from questpress.pipeline.evaluation.results import (
     ClassMeasure,
     ComparedFile,

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from ....models.names import resolve
+from ....models.build import resolve
 from ...errors import UsageError
-from .. import bounded_yaml
+from ..limits import parse_yaml
 from ..options import Options
 
 REQUIRED_KEYS = {"about", "source", "options"}
@@ -86,7 +86,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
         UsageError: it is not YAML, has an unknown key or option, or lacks a key.
     """
     try:
-        content = bounded_yaml.parse_yaml(text)
+        content = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"The recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):

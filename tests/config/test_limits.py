@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from questpress.pipeline.api.options import read_options
-from questpress.pipeline.config import bounded_yaml
+from questpress.pipeline.config.limits import parse_yaml
 from questpress.pipeline.errors import UsageError
 
 PLAIN = st.recursive(
@@ -19,11 +19,11 @@ PLAIN = st.recursive(
 @given(PLAIN)
 def test_what_yaml_wrote_is_read_back(content):
     text = yaml.safe_dump(content, allow_unicode=True)
-    assert bounded_yaml.parse_yaml(text) == yaml.safe_load(text)
+    assert parse_yaml(text) == yaml.safe_load(text)
 
 
 def test_alias_stands_for_its_anchor():
-    assert bounded_yaml.parse_yaml("a: &x [1, 2]\nb: *x\n") == {"a": [1, 2], "b": [1, 2]}
+    assert parse_yaml("a: &x [1, 2]\nb: *x\n") == {"a": [1, 2], "b": [1, 2]}
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -46,16 +46,13 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x: !!binary '\u00e9'", "base64|ASCII|ascii"),
         ("x: !!int 'a'", "an invalid value"),
         ("? [a, b]\n: c", "unhashable"),
-        (
-            "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 20_000) + "]}",
-            "values with aliases expanded",
-        ),
+        ("a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 20_000) + "]}", "values with aliases expanded"),
         ("x: \x1b", "special characters are not allowed"),
     ],
 )
 def test_hostile_yaml_is_refused(text, told, tmp_path):
     with pytest.raises(yaml.YAMLError, match=told):
-        bounded_yaml.parse_yaml(text)
+        parse_yaml(text)
     file = tmp_path / "options.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"--config .*options\.yaml is not valid YAML") as refused:

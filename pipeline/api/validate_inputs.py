@@ -3,22 +3,243 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
-from ...config import TaskName
-from ...data.dataset import SPLITS, Image, Progress, Skipped, Split, printable, sort_images
-from ...data.sources import open_data, read_data
-from ...data.splits import UnsplitDataset, quote_names
-from ...errors import UsageError
-from ...report.format import plural
-from ...runs.folder import RunFolder, read_config
-from ...runs.hashes import digest
-from ...runs.predictions import TRAIN_IMAGES_FILE, read_train_images
-from ...tasks.base import Task
-from .models import Model
+from ...export.int8.targets import TARGETS, is_exact_here
+from ...export.runtime import ArtifactError, Classifier, Preprocessing, open_session
+from ...models.checkpoint import tensors_digest
+from ..config import TaskName
+from ..data.dataset import SPLITS, Image, Progress, Skipped, Split, printable, sort_images
+from ..data.sources import open_data, read_data
+from ..data.splits import UnsplitDataset, quote_names
+from ..errors import UsageError
+from ..report.format import plural
+from ..runs.artifacts import (
+    TRAIN_IMAGES_FILE,
+    ModelFile,
+    find_teacher_files,
+    name_files,
+    open_files,
+    read_train_images,
+)
+from ..runs.folder import RunFolder, read_config
+from ..runs.hashes import digest, sha256
+from ..runs.record import RECORD
+from ..runs.results import Subject
+from ..tasks import task_of_file
+from ..tasks.base import Task
+
+NO_TEACHER = (
+    "The models are not compared with a teacher. Set --teacher to a run folder (whose bench/teacher.onnx is "
+    "used) or to an .onnx file exported by compress."
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One file, or an ensemble of teachers whose probabilities are averaged."""
+
+    name: str
+    classifiers: tuple[Classifier, ...]
+    source: Path
+    files: tuple[Path, ...]
+    precision: str | None = None
+    target: str | None = None
+    fused: bool = True
+    """False if int8 is simulated in float, without integer kernels."""
+    run: Path | None = None
+    is_teacher: bool = False
+    recorded_thresholds: np.ndarray | None = None
+    """Thresholds of a teacher, whose file does not contain them."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the logits."""
+        return self.classifiers[0].labels
+
+    @property
+    def thresholds(self) -> np.ndarray | None:
+        """Thresholds by class of a multi-label model."""
+        own = self.classifiers[0].thresholds
+        return self.recorded_thresholds if own is None else own
+
+    @property
+    def task(self) -> Task:
+        return task_of_file(self.thresholds)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.classifiers[0].preprocessing
+
+    @cached_property
+    def sha256(self) -> str:
+        """Checksums of the files."""
+        return "+".join(sha256(file) for file in self.files)
+
+    def columns_of(self, labels: Sequence[str]) -> list[int] | None:
+        """Return the model's class numbers in the order of ``labels``, or None if it has other classes."""
+        if sorted(labels) != sorted(self.labels):
+            return None
+        return [self.labels.index(label) for label in labels]
+
+
+def open_models(
+    paths: Sequence[Path], file: str | None, threads: int | None
+) -> tuple[list[Model], list[str]]:
+    """Open the files of each path, and return notes on those that are left out.
+
+    Raises:
+        UsageError: a path is not an artifact or is damaged.
+    """
+    files: dict[Path, ModelFile] = {}
+    notes = []
+    for path in paths:
+        for model in open_files(path, file):
+            if file is None and not _is_exact(model):
+                notes.append(
+                    f"{model.path.name} is made for {model.target} and is not validated on this machine. "
+                    f"--file {model.path.name} validates it in simulated quantization."
+                )
+            else:
+                files.setdefault(model.path.resolve(), model)
+    names = name_files((model.source, model.name) for model in files.values())
+    try:
+        return [_open(m, name, threads) for m, name in zip(files.values(), names, strict=True)], notes
+    except ArtifactError as error:
+        raise UsageError(f"{error}.") from error
+
+
+def _is_exact(file: ModelFile) -> bool:
+    return file.target not in TARGETS or is_exact_here(file.target)
+
+
+def _open(file: ModelFile, name: str, threads: int | None) -> Model:
+    metadata = {}
+    if file.manifest is not None:
+        metadata = {
+            "preprocessing": Preprocessing.from_dict(file.manifest["preprocessing"]),
+            "labels": file.manifest["labels"],
+            "thresholds": file.manifest.get("thresholds"),
+        }
+    classifier = Classifier(file.content, file.path.name, threads=threads, **metadata)
+    fused = _is_exact(file)
+    if not fused:
+        classifier.session = open_session(file.content, classifier.threads, fuse=False, name=file.path.name)
+    return Model(name, (classifier,), file.source, (file.path,), file.precision, file.target, fused, file.run)
+
+
+def open_teachers(
+    students: Sequence[Model], teacher: str | None, threads: int | None
+) -> tuple[list[Model], dict[str, str], list[str]]:
+    """Open the teachers to compare with.
+
+    Args:
+        students: the models to validate.
+        teacher: a run folder, an .onnx file, ``none``, or None for those of the students' runs.
+        threads: number of threads.
+
+    Returns:
+        The teachers, the name of each student's teacher, and notes.
+
+    Raises:
+        UsageError: ``teacher`` has no teacher.
+    """
+    if teacher == "none":
+        return [], {}, []
+    if teacher is not None:
+        model = _open_given_teacher(Path(teacher), threads)
+        return [model], {student.name: model.name for student in students}, []
+    by_run: dict[Path, Model] = {}
+    notes: list[str] = []
+    for run in dict.fromkeys(student.run for student in students if student.run is not None):
+        try:
+            opened = _open_teacher_of(run, threads)
+        except (ArtifactError, UsageError) as error:
+            notes.append(f"{str(error).rstrip('.')}. The models of {run.name} are not compared with it.")
+            continue
+        # A teacher that is validated itself is not compared with itself.
+        validated = {file.resolve() for student in students if student.run == run for file in student.files}
+        if opened is not None and {file.resolve() for file in opened.files} != validated:
+            by_run[run] = opened
+    keys = {run: _key(run, model) for run, model in by_run.items()}
+    distinct: dict[str, tuple[Path, Model]] = {}
+    for run, model in by_run.items():
+        distinct.setdefault(keys[run], (run, model))
+    add_run = len(distinct) > 1 or any(student.name == "teacher" for student in students)
+    teachers = {
+        key: replace(model, name=f"{run.name} teacher" if add_run else "teacher")
+        for key, (run, model) in distinct.items()
+    }
+    teacher_of = {s.name: teachers[keys[s.run]].name for s in students if s.run is not None and s.run in keys}
+    if not teachers and not notes:
+        notes.append(NO_TEACHER)
+    return list(teachers.values()), teacher_of, notes
+
+
+def _key(run: Path, teacher: Model) -> str:
+    """Return an identifier of weights and image size, since the files also contain other metadata."""
+    weights = [run / file.with_suffix(".safetensors").name for file in teacher.files]
+    if not all(file.is_file() for file in weights):
+        return teacher.sha256
+    sizes = [str(classifier.preprocessing.size) for classifier in teacher.classifiers]
+    return "+".join([*map(tensors_digest, weights), *sizes])
+
+
+def _open_given_teacher(path: Path, threads: int | None) -> Model:
+    try:
+        if path.is_file():
+            return replace(_open(open_files(path)[0], "teacher", threads), is_teacher=True, run=None)
+        model = _open_teacher_of(path, threads) if (path / RECORD).is_file() else None
+    except ArtifactError as error:
+        raise UsageError(f"--teacher {path}: {error}.") from error
+    if model is None:
+        raise UsageError(
+            f"--teacher {path} must be an .onnx file or a run folder with bench/teacher.onnx, which the "
+            "bench stage writes. Set it to none to validate without a teacher."
+        )
+    return model
+
+
+def _open_teacher_of(run: Path, threads: int | None) -> Model | None:
+    """Open a run's teacher or ensemble of teachers, or return None if it has no file.
+
+    Raises:
+        UsageError: it has no head, or external weights.
+        JobError: a file was modified.
+    """
+    files = find_teacher_files(run)
+    if not files:
+        return None
+    folder = RunFolder.read(run)
+    facts = folder.facts()
+    try:
+        recorded = None if facts.get("teacher") is None else Subject.model_validate(facts["teacher"])
+        heads = [teacher.get("head") for teacher in facts.get("teachers", ())]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{run / RECORD}: the entry of the teacher is invalid.") from error
+    if len(heads) == len(files):
+        files = [file for file, head in zip(files, heads, strict=True) if head != "none"]
+    if not files:
+        raise UsageError(f"The teacher of {run} has no head and predicts no classes.")
+    for file in files:
+        if file.with_name(f"{file.name}.data").exists():
+            raise UsageError(f"{file} has external weights of more than 2 GB.")
+        for output in (file, run / file.with_suffix(".safetensors").name):
+            folder.check_output(output.relative_to(run).as_posix())
+    return Model(
+        "teacher",
+        tuple(Classifier(file.read_bytes(), file.name, threads=threads) for file in files),
+        run,
+        tuple(files),
+        run=run,
+        is_teacher=True,
+        recorded_thresholds=None if recorded is None else recorded.thresholds,
+    )
+
 
 SplitName = Literal["train", "val", "test", "all"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)

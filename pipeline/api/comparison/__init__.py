@@ -1,1 +1,0 @@
-"""``compress compare``: runs in one table and chart, with significance tests."""

@@ -1,1 +1,0 @@
-"""``compress validate``: accuracy and calibration of exported models on labeled images."""
