@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .build import build
+from .catalog import fetch_pretrained, has_pretrained
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ModelError
-from .pretrained import fetch_pretrained, has_pretrained
 from .weights import class_count, load_into
 
 

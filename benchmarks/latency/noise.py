@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from questpress.export.latency import noise
+from questpress.export.latency import statistics
 from questpress.export.latency.machine import choose_cores
 from questpress.export.latency.runner import BenchResult, Subject, bench
 from questpress.pipeline.runs.artifacts import read_input
@@ -58,7 +58,7 @@ def told(result: BenchResult) -> dict[str, object]:
         "verdict": ratio.verdict,
         "spread": under.process_spread / 100,
         "sentinel": (high - low) / middle,
-        "drift": max(abs(noise.compute_drift(samples.medians)) for samples in result.samples),
+        "drift": max(abs(statistics.compute_drift(samples.medians)) for samples in result.samples),
         "repeat": max(float(np.expm1(np.ptp(samples.process_medians))) for samples in result.samples),
         "flags": {flag.name: flag.figures.get("value") for flag in result.flags},
     }

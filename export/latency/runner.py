@@ -28,7 +28,7 @@ import numpy as np
 from ..errors import ExportError
 from ..files import temporary_folder
 from ..results import Conditions, Flag, Latency, Speedup
-from . import noise
+from . import statistics
 from .machine import Environment, choose_cores, environment, read_governor
 from .statistics import Samples, compute_process_spread, compute_speedup, summarize
 
@@ -326,18 +326,18 @@ class _Plan:
         # A block holds one run of the slowest subject, so that none gets more than its part of the time.
         least = self.seconds / MIN_ROUNDS
         block = max(min(_BLOCK_SECONDS, least), min(slowest, least))
-        before, used = noise.read_counters(), sum(worker.cpu_seconds for worker in workers)
+        before, used = statistics.read_counters(), sum(worker.cpu_seconds for worker in workers)
         blocks, self.readings = self._run_rounds(block, count)
-        after, used = noise.read_counters(), sum(worker.cpu_seconds for worker in workers) - used
+        after, used = statistics.read_counters(), sum(worker.cpu_seconds for worker in workers) - used
         processes = len(self.teams[0])
         self.measured = [
             Samples.from_blocks(team[0].name, self.threads, ms, settled=is_settled, processes=processes)
             for team, ms, is_settled in zip(self.teams, blocks, settled, strict=True)
         ]
         self.flags = [
-            *noise.check_counters(before, after, used, self.cores, self.threads),
-            *noise.check_sentinel(self.readings, self.threads),
-            *noise.check_samples(self.measured, self.readings, self.threads),
+            *statistics.check_counters(before, after, used, self.cores, self.threads),
+            *statistics.check_sentinel(self.readings, self.threads),
+            *statistics.check_samples(self.measured, self.readings, self.threads),
         ]
         spread = compute_process_spread(self.measured)
         low, middle, high = (float(value) for value in np.quantile(self.readings, [0.1, 0.5, 0.9]))
@@ -351,7 +351,7 @@ class _Plan:
             sentinel_ms=(low, middle, high),
             process_spread=100 * spread.std,
             process_spread_measured=spread.freedom > 0,
-            unchecked=noise.list_unchecked(before, self.cores),
+            unchecked=statistics.list_unchecked(before, self.cores),
         )
 
     def _warm_up(self, count: str) -> tuple[list[bool], float]:

@@ -169,7 +169,7 @@ class Method(nn.Module):
     def student_width(cls, parameters: Any, setup: Setup) -> int | None:
         """Return the width D to which the student's ``vector`` is projected during training, or None.
 
-        The linear projection is merged into the classifier before export (``models/projection.py``).
+        The linear projection is merged into the classifier before export (``models/readout.py``).
         """
         return None
 

@@ -12,7 +12,7 @@ teacher classifies correctly; if there are none, the loss is 0. s is the std of 
 weight, b = −median of f_T·Wᵀ over the training images, or −mean, or 0.
 
 A student whose vector has another width learns with Linear(D_S→D_T) before its last linear; both are merged
-into one before export (``models/projection.py``). In the authors' multi-label training the new layer is first
+into one before export (``models/readout.py``). In the authors' multi-label training the new layer is first
 trained alone, by L without the cross-entropy: ``alone`` epochs, here within one training and one schedule.
 
 Our choices that the paper leaves open or makes differently:

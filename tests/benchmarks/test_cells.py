@@ -98,7 +98,7 @@ def test_seeds_are_spoken_as_mean_and_deviation() -> None:
 
 
 def test_crd_table_names_networks_and_recipes_that_exist() -> None:
-    from questpress.models.names import resolve
+    from questpress.models.build import resolve
     from questpress.pipeline.config import recipes
 
     for teacher, student, published in crd.PAIRS.values():

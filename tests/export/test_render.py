@@ -97,7 +97,15 @@ def test_preprocessing_survives_json() -> None:
         {"mean": [0.5, 0.5, float("nan")]},
         {"size": 0},
         {"size": None},
+        {"size": "8"},
+        {"size": 8.5},
         {"crop_fraction": 0},
+        {"color": "BGR"},
+        {"antialias": False},
+        {"mean": "123"},
+        {"mean": [1e39] * 3},
+        {"std": [1e308] * 3},
+        {"std": [1e-45] * 3},
     ],
 )
 def test_garbled_preprocessing_is_refused(change: dict[str, object]) -> None:

@@ -68,10 +68,8 @@ def test_old_style_torch_file_is_read_too(tmp_path):
 
 def test_hash_is_that_of_the_file(tmp_path):
     save_file(weights(), tmp_path / "w.safetensors")
-    assert (
-        read_checkpoint(tmp_path / "w.safetensors").sha256
-        == hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
-    )
+    content = (tmp_path / "w.safetensors").read_bytes()
+    assert read_checkpoint(tmp_path / "w.safetensors").sha256 == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(

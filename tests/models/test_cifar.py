@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from questpress.models.build import build
 from questpress.models.checkpoint import read_checkpoint
 from questpress.models.cifar.resnet import ZeroPadShortcut
@@ -67,10 +66,8 @@ def test_last_map_its_mean_and_the_classifier_make_the_logits(name, shape):
         assert torch.equal(network.get_classifier()(vector), network(x))
         final, levels = network.forward_intermediates(x)
     assert torch.equal(final, last) and torch.equal(levels[-1], last)
-    assert [level.shape[1] for level in levels] == [level["num_chs"] for level in network.feature_info]
-    assert [32 // level.shape[2] for level in levels] == [
-        level["reduction"] for level in network.feature_info
-    ]
+    assert [level.shape[1] for level in levels] == [info["num_chs"] for info in network.feature_info]
+    assert [32 // level.shape[2] for level in levels] == [info["reduction"] for info in network.feature_info]
     assert network.num_features == shape[0]
 
 
@@ -101,9 +98,8 @@ def test_convolutions_start_with_the_spread_of_the_fan_out():
     weight = network.layer4[1].conv2.weight
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
     vgg = build("cifar_vgg8", num_classes=100, image_size=32, seed=0)
-    assert (
-        vgg.classifier.weight.std().item() == pytest.approx(0.01, rel=0.02) and not vgg.classifier.bias.any()
-    )
+    assert vgg.classifier.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not vgg.classifier.bias.any()
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "mobilenetv2_half", "shufflenetv2"])
@@ -119,14 +115,6 @@ def test_classifier_can_be_replaced_and_taken_away(name):
 def test_vgg_pools_once_more_for_larger_images():
     network = build("cifar_vgg8", num_classes=4, image_size=64).eval()
     assert network.forward_features(torch.randn(1, 3, 64, 64)).shape[-2:] == (4, 4)
-
-
-def test_small_network_learns_from_a_step():
-    network = build("cifar_mobilenetv2_half", num_classes=2, image_size=32, seed=0)
-    x, y = torch.randn(8, 3, 32, 32), torch.tensor([0, 1] * 4)
-    loss = F.cross_entropy(network(x), y)
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56])

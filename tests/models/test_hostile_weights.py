@@ -20,15 +20,7 @@ from questpress.models.checkpoint import read_checkpoint
 from questpress.models.errors import ModelError
 from questpress.models.weights import load_into, strip_prefix
 
-
-class Calls:
-    """Pickled, it calls a function when it is opened."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.called = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.called
+from tests.support.little import Calls
 
 
 def refused(file: Path) -> str:

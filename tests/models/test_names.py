@@ -2,8 +2,8 @@ import subprocess
 import sys
 
 import pytest
+from questpress.models.build import ALIASES, find_matching, find_nearest, list_architectures, resolve, tags_of
 from questpress.models.errors import ModelError, UnknownModel
-from questpress.models.names import ALIASES, find_matching, find_nearest, list_architectures, resolve, tags_of
 
 
 def test_every_alias_stands_for_a_model_that_timm_has_and_is_not_a_name_of_timm_itself():
@@ -72,7 +72,7 @@ def test_pattern_lists_names_and_aliases_in_natural_order():
 
 def test_names_import_neither_torch_nor_timm():
     code = (
-        "import sys, questpress.models, questpress.models.names, questpress.models.build;"
+        "import sys, questpress.models, questpress.models.build;"
         "sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,9 +5,11 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from questpress.models.catalog import fetch_pretrained, find_license, has_pretrained, is_free
 from questpress.models.errors import ModelError
-from questpress.models.pretrained import fetch_pretrained, find_license, has_pretrained, is_free
 from safetensors.torch import save_file
+
+from tests.support.little import Calls
 
 
 @pytest.fixture
@@ -59,12 +61,7 @@ def test_model_without_published_weights_is_reported():
 def test_cached_weights_need_no_network(cache):
     cfg = timm.models.get_pretrained_cfg("test_resnet")
     source = timm.create_model("test_resnet", num_classes=cfg.num_classes)
-    repository = cache / f"models--{cfg.hf_hub_id.replace('/', '--')}"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    save_file(source.state_dict(), snapshot / "model.safetensors")
+    save_file(source.state_dict(), snapshot_in(cache) / "model.safetensors")
     fetched = fetch_pretrained("test_resnet")
     assert all(torch.equal(fetched.state_dict[key], value) for key, value in source.state_dict().items())
     assert fetched.license == "apache-2.0" and fetched.source == f"{cfg.hf_hub_id} on Hugging Face"
@@ -88,17 +85,11 @@ def test_damaged_file_in_the_cache_is_named(cache):
         fetch_pretrained("test_resnet")
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_published_weights_that_would_run_code_do_not(cache, name):
-    torch.save({"state_dict": {}, "extra": Hostile(str(cache / "was_run"))}, snapshot_in(cache) / name)
+    torch.save(
+        {"state_dict": {}, "extra": Calls(os.mkdir, str(cache / "was_run"))}, snapshot_in(cache) / name
+    )
     with pytest.raises(ModelError, match=f"cannot be loaded.*Delete .*{name}"):
         fetch_pretrained("test_resnet")
     assert not (cache / "was_run").exists()

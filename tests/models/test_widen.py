@@ -6,8 +6,7 @@ import pytest
 import torch
 from questpress.models.build import build
 from questpress.models.errors import ModelError
-from questpress.models.projection import Widened, merged, widen
-from questpress.models.readout import Readouts
+from questpress.models.readout import Readouts, Widened, merged, widen
 from questpress.models.weights import classifier_weight
 from torch import nn
 

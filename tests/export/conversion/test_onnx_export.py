@@ -99,13 +99,6 @@ def test_export_leaves_the_network_unchanged(tmp_path: Path) -> None:
         assert value.dtype == before[name].dtype and torch.equal(value, before[name])
 
 
-def test_network_in_train_mode_is_exported_as_in_evaluation(tmp_path: Path) -> None:
-    network = small_conv_net().train()
-    file = export_onnx(network, tmp_path / "a.onnx", 16, metadata={})
-    check_parity(network, file.path, torch.randn(5, 3, 16, 16))
-    assert network.training
-
-
 def test_export_prints_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -15,7 +15,7 @@ from questpress.export.conversion.onnx_export import (
 )
 from torch import nn
 
-from tests.support.networks import LABELS, PREPROCESSING, small_conv_net
+from tests.support.networks import LABELS, PREPROCESSING
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32))
 
@@ -106,14 +106,10 @@ def test_temperature_works_for_timm_families(name, place):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_exported_file_divides_too_and_is_checked_against_the_folded_network(plain, tmp_path: Path):
-    network = small_conv_net(3).eval()
+    network = WithHead(nn.Linear(8, 3), None if plain else nn.LayerNorm(3)).eval()
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    if plain:
-        network.get_classifier = lambda: None  # type: ignore[attr-defined]
-    else:
-        network = _Named(network)
     folded, place = fold_temperature(network, 3.0, images)
-    assert place == ("after the logits" if plain else "last layer")
+    assert place == ("last layer" if plain else "after the logits")
     file = tmp_path / "student.onnx"
     export_onnx(folded, file, 8, metadata=runtime.build_metadata(PREPROCESSING, LABELS, {"temperature": 3.0}))
     check_parity(folded, file, images)
@@ -121,18 +117,6 @@ def test_exported_file_divides_too_and_is_checked_against_the_folded_network(pla
     with torch.no_grad():
         before = network(images).numpy()
     assert np.allclose(answers * 3, before, atol=1e-5) and (answers.argmax(1) == before.argmax(1)).all()
-
-
-class _Named(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def get_classifier(self) -> nn.Module:
-        return self.network.classifier
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])

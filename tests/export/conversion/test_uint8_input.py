@@ -41,37 +41,17 @@ class TwoBranches(nn.Module):
         return self.classifier((self.wide(x) + self.narrow(x)).relu().mean((2, 3)))
 
 
-class AfterAConvolution(nn.Module):
-    """A classifier of four classes behind whatever looks at the image."""
-
-    def __init__(self, stem: nn.Module) -> None:
-        super().__init__()
-        self.stem = stem
-        self.classifier = nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.stem(x).relu().mean((2, 3)))
-
-
-class SpaceToDepth(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(12, 8, 3, 1, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(nn.functional.pixel_unshuffle(x, 2))
-
-
-def valid() -> nn.Module:
-    return AfterAConvolution(nn.Conv2d(3, 8, 3, 2, 0))
+def classifier(*stem: nn.Module) -> nn.Module:
+    """A classifier of four classes behind a stem of eight channels."""
+    return nn.Sequential(*stem, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
 def mirrored() -> nn.Module:
-    return AfterAConvolution(nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"))
+    return classifier(nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"))
 
 
 def space_to_depth() -> nn.Module:
-    return AfterAConvolution(SpaceToDepth())
+    return classifier(nn.PixelUnshuffle(2), nn.Conv2d(12, 8, 3, 1, 1))
 
 
 def of_timm(name: str, **more: Any) -> nn.Module:
@@ -123,7 +103,7 @@ def maps_of_first_layer(path: Path, batch: np.ndarray) -> list[np.ndarray]:
 FOLDED = {
     "mobilenetv2": (lambda: of_timm("mobilenetv2_035"), 32, 4),
     "resnet18": (lambda: of_timm("resnet18", layers=(1, 1, 1, 1)), 33, 4),
-    "without padding": (valid, 32, 3),
+    "without padding": (lambda: classifier(nn.Conv2d(3, 8, 3, 2, 0)), 32, 3),
     "two branches": (TwoBranches, 32, 4),
     "padded as in TensorFlow": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 33, 4),
     "the same, unevenly": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 32, 4),

@@ -13,7 +13,9 @@ from onnx import helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8 import quantizer
-from questpress.export.int8.float_nodes import (
+from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
+from questpress.export.int8.rewrite import RULES
+from questpress.export.int8.search import (
     CONVERTS_BETWEEN,
     CONVERTS_INPUT,
     CONVERTS_OUTPUT,
@@ -21,8 +23,6 @@ from questpress.export.int8.float_nodes import (
     WRITES_FLOAT,
     float_nodes,
 )
-from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
-from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.targets import TARGETS
 from questpress.export.results import FloatNode
 

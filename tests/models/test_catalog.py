@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from questpress.models.catalogue import describe
+from questpress.models.catalog import describe
 from questpress.models.errors import UnknownModel
 
 
