@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import PIL
@@ -189,7 +189,8 @@ def _decode_once(
     progress: Progress | None,
 ) -> DecodedImages:
     def write(folder: Path) -> None:
-        _write(folder, decode_each(images, form, progress))
+        with (folder / "pixels.bin").open("wb") as file:
+            write_sizes(folder, (_write(file, result) for result in decode_each(images, form, progress)))
 
     if cache is None or not images:
         pixels, reasons = _collect(list(decode_each(images, form, progress)))
@@ -303,17 +304,11 @@ def _collect(results: list[np.ndarray | str]) -> tuple[Pixels, dict[int, str]]:
     return pack_pixels(data, sizes), reasons
 
 
-def _write(folder: Path, results: Iterator[np.ndarray | str]) -> None:
-    def sizes() -> Iterator[tuple[int, int] | str]:
-        for result in results:
-            if isinstance(result, str):
-                yield result
-            else:
-                file.write(np.ascontiguousarray(result).data)
-                yield result.shape[0], result.shape[1]
-
-    with (folder / "pixels.bin").open("wb") as file:
-        write_sizes(folder, sizes())
+def _write(file: BinaryIO, result: np.ndarray | str) -> tuple[int, int] | str:
+    if isinstance(result, str):
+        return result
+    file.write(np.ascontiguousarray(result).data)
+    return result.shape[0], result.shape[1]
 
 
 def write_sizes(folder: Path, results: Iterable[tuple[int, int] | str]) -> None:

@@ -42,25 +42,14 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel()
-
     def image(self, index: int) -> Tensor:
         """Return a view of one image: uint8 [H, W, 3]."""
         start, height, width = (int(x[index]) for x in (self.offsets, self.heights, self.widths))
         return self.data[start : start + height * width].view(height, width, 3)
 
     def stack(self) -> Tensor:
-        """Return a view of all images, uint8 [N, H, W, 3].
-
-        Raises:
-            ValueError: their sizes differ.
-        """
-        heights, widths = self.heights.unique(), self.widths.unique()
-        if len(heights) != 1 or len(widths) != 1:
-            raise ValueError("only images of one size can be stacked")
-        return self.data.view(len(self), int(heights), int(widths), 3)
+        """Return a view of all images, which have the same size: uint8 [N, H, W, 3]."""
+        return self.data.view(len(self), int(self.heights[0]), int(self.widths[0]), 3)
 
     def to(self, device: torch.device | str) -> "Pixels":
         return replace(self, data=self.data.to(device))

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from .decode import (
 )
 from .render import LabeledViews, Pixels, jitter_colors, prefetch, render_views, to_device
 from .views import ViewPolicy
-from .workers import Workers
+from .workers import Task, Workers
 
 MEASURE_BATCH = 64
 """Images per task of the pass that measures sizes."""
@@ -57,20 +56,16 @@ def measure_images(
     """
 
     def measure() -> Iterator[tuple[int, int] | str]:
-        tasks = (
-            MeasureTask(tuple(images[start : start + MEASURE_BATCH]), canonical)
-            for start in range(0, len(images), MEASURE_BATCH)
-        )
+        starts = range(0, len(images), MEASURE_BATCH)
+        tasks = (partial(_measure, images[start : start + MEASURE_BATCH], canonical) for start in starts)
         for done, sizes in enumerate(workers.map(tasks), 1):
             yield from sizes
             if progress:
                 progress(min(done * MEASURE_BATCH, len(images)), len(images))
 
-    def write(folder: Path) -> None:
-        write_sizes(folder, measure())
-
     key = canonical_key(images, canonical)
-    sizes, reasons = read_sizes(cache.get("sizes", key) or cache.put("sizes", key, write))
+    folder = cache.get("sizes", key) or cache.put("sizes", key, lambda path: write_sizes(path, measure()))
+    sizes, reasons = read_sizes(folder)
     return SizedImages(*skip_unreadable(images, reasons), sizes[:, 0].clone(), sizes[:, 1].clone())
 
 
@@ -101,28 +96,20 @@ class StreamedViews(LabeledViews):
     ) -> Iterator[tuple[Tensor, ...]]:
         labels: deque[Tensor] = deque()
 
-        def tasks() -> Iterator[ViewTask]:
+        def tasks() -> Iterator[Task]:
             for indices, view_numbers in plan:
                 labels.append(self.labels[indices])
-                yield self._task(indices, view_numbers, sizes)
+                box, flips, factors = self.draw(
+                    indices, view_numbers, self.images.heights, self.images.widths
+                )
+                images = [self.images.images[index] for index in indices.tolist()]
+                # As arrays, since torch would share the memory of small tensors at a cost.
+                arrays = box.numpy(), flips.numpy(), None if factors is None else factors.numpy()
+                yield partial(_crop, images, self.canonical, self.policy, *arrays, sizes)
 
         for packed in self.workers.map(tasks()):
             views, *more = _unpack(to_device(packed, device), sizes)
             yield views, to_device(labels.popleft(), device), *more
-
-    def _task(self, indices: Tensor, view_numbers: Tensor, sizes: tuple[int, ...]) -> "ViewTask":
-        box, flips, factors = self.draw(indices, view_numbers, self.images.heights, self.images.widths)
-        images = tuple(self.images.images[index] for index in indices.tolist())
-        arrays = box.numpy(), flips.numpy(), None if factors is None else factors.numpy()
-        return ViewTask(images, self.canonical, self.policy, *arrays, sizes)
-
-
-def _unpack(packed: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-    """Split the result of a ``ViewTask`` into views uint8 [B, 3, S, S] of each size S."""
-    parts = packed.split([size**2 for size in sizes], 1)
-    return [
-        part.unflatten(1, (size, size)).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)
-    ]
 
 
 def rendered_batches(
@@ -133,68 +120,54 @@ def rendered_batches(
     Raises:
         JobError: an image can no longer be read, or a worker died.
     """
-    tasks = (
-        RenderTask(tuple(images[start : start + size]), preprocessing)
-        for start in range(0, len(images), size)
-    )
-    return workers.map(tasks)
+    starts = range(0, len(images), size)
+    return workers.map(partial(_render, images[start : start + size], preprocessing) for start in starts)
 
 
-# Tasks of the workers. They hold numpy arrays, since torch would share the memory of small tensors at a cost.
+# Tasks of the workers.
 
 
-@dataclass(frozen=True)
-class MeasureTask:
-    """Sizes in canonical form (height, width), or reasons why images are unreadable."""
-
-    images: tuple[Image, ...]
-    canonical: Canonical
-
-    def __call__(self) -> list[tuple[int, int] | str]:
-        return [
-            read_pixels(image, lambda pixels: self.canonical.size(*pixels.shape[:2])) for image in self.images
-        ]
+def _measure(images: Sequence[Image], canonical: Canonical) -> list[tuple[int, int] | str]:
+    """Return sizes in canonical form (height, width), or reasons why images are unreadable."""
+    return [read_pixels(image, lambda pixels: canonical.size(*pixels.shape[:2])) for image in images]
 
 
-@dataclass(frozen=True)
-class RenderTask:
-    """Images as the runtime renders them: uint8 [B, S, S, 3]."""
-
-    images: tuple[Image, ...]
-    preprocessing: Preprocessing
-
-    def __call__(self) -> Tensor:
-        form = partial(render, p=self.preprocessing)
-        return torch.from_numpy(np.stack([require_pixels(image, form) for image in self.images]))
+def _render(images: Sequence[Image], preprocessing: Preprocessing) -> Tensor:
+    form = partial(render, p=preprocessing)
+    return torch.from_numpy(np.stack([require_pixels(image, form) for image in images]))
 
 
-@dataclass(frozen=True)
-class ViewTask:
-    """Views uint8 [B, ΣS², 3], packed for all sizes S, from one decoding of each image.
+def _crop(
+    images: Sequence[Image],
+    canonical: Canonical,
+    policy: ViewPolicy,
+    box: np.ndarray,
+    flips: np.ndarray,
+    factors: np.ndarray | None,
+    sizes: tuple[int, ...],
+) -> Tensor:
+    """Return views uint8 [B, ΣS², 3], packed for all sizes S, from one decoding of each image.
 
     ``box`` is int32 [B, 4], ``flips`` bool [B], ``factors`` of the color jitter float32 [B, 3].
     """
+    boxes, mirrored, first = torch.from_numpy(box), torch.from_numpy(flips), torch.zeros(1).long()
+    packed = torch.empty(len(images), sum(size**2 for size in sizes), 3, dtype=torch.uint8)
+    unpacked = _unpack(packed, sizes)
+    for n, image in enumerate(images):
+        data = torch.tensor(require_pixels(image, canonical.convert))
+        height, width = (torch.tensor([length]) for length in data.shape[:2])
+        pixels = Pixels(data.view(-1, 3), first, height, width)
+        for size, views in zip(sizes, unpacked, strict=True):
+            views[n] = render_views(pixels, first, boxes[n : n + 1], mirrored[n : n + 1], size, policy)[0]
+    if factors is not None:
+        for views in unpacked:
+            views.copy_(jitter_colors(views, torch.from_numpy(factors)))
+    return packed
 
-    images: tuple[Image, ...]
-    canonical: Canonical
-    policy: ViewPolicy
-    box: np.ndarray
-    flips: np.ndarray
-    factors: np.ndarray | None
-    sizes: tuple[int, ...]
 
-    def __call__(self) -> Tensor:
-        box, flips, first = torch.from_numpy(self.box), torch.from_numpy(self.flips), torch.zeros(1).long()
-        packed = torch.empty(len(self.images), sum(size**2 for size in self.sizes), 3, dtype=torch.uint8)
-        unpacked = _unpack(packed, self.sizes)
-        for n, image in enumerate(self.images):
-            data = torch.tensor(require_pixels(image, self.canonical.convert))
-            height, width = (torch.tensor([length]) for length in data.shape[:2])
-            pixels = Pixels(data.view(-1, 3), first, height, width)
-            for size, views in zip(self.sizes, unpacked, strict=True):
-                view = render_views(pixels, first, box[n : n + 1], flips[n : n + 1], size, self.policy)
-                views[n] = view[0]
-        if self.factors is not None:
-            for views in unpacked:
-                views.copy_(jitter_colors(views, torch.from_numpy(self.factors)))
-        return packed
+def _unpack(packed: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Split the result of ``_crop`` into views uint8 [B, 3, S, S] of each size S."""
+    parts = packed.split([size**2 for size in sizes], 1)
+    return [
+        part.unflatten(1, (size, size)).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)
+    ]

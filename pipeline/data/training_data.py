@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..config.options import Options
 from ..errors import JobError
 from ..runs.cache import Cache
 from ..runs.device import free_memory
-from .dataset import SPLITS, Image, ImageSet, Placement, Progress, Split
+from .dataset import SPLITS, Image, ImageSet, Placement, Split
 from .decode import (
     Canonical,
     DecodedImages,
@@ -135,11 +135,10 @@ class TrainingData:
         """The readable training images: with their pixels, or with their sizes if workers decode them."""
         images = self.dataset.train
         if self.placement == "workers":
-            show = self._progress("checking train")
+            show = partial(self.show, "checking train")
             return measure_images(images, self.canonical, self.workers, cache=self.cache, progress=show)
-        return decode_images(
-            images, self.canonical, cache=self.cache, progress=self._progress("decoding train")
-        )
+        show = partial(self.show, "decoding train")
+        return decode_images(images, self.canonical, cache=self.cache, progress=show)
 
     @cached_property
     def _views(self) -> Views | StreamedViews:
@@ -150,10 +149,10 @@ class TrainingData:
         assert isinstance(train, DecodedImages)
         pixels, free = train.pixels, free_memory(self.device)
         if self.placement == "device":
-            if pixels.nbytes > free:
+            if pixels.data.nbytes > free:
                 raise JobError(
-                    f"--resident device: the training images take {pixels.nbytes / 1e9:.1f} GB and "
-                    f"{self.device} has {free / 1e9:.1f} GB free. Use --resident host."
+                    f"--resident device: the training images take {_gigabytes(pixels.data.nbytes)} and "
+                    f"{self.device} has {_gigabytes(free)} free. Use --resident host."
                 )
             pixels = pixels.to(self.device)
         return Views(*drawn, pixels)
@@ -179,7 +178,7 @@ class TrainingData:
             images[:: max(1, math.ceil(len(images) / limit))] if limit else images,
             spec.preprocessing,
             cache=self.cache,
-            progress=self._progress(f"rendering {split}"),
+            progress=partial(self.show, f"rendering {split}"),
         )
         labels = decoded.targets(self.dataset)
         if not decoded.images:
@@ -210,12 +209,8 @@ class TrainingData:
         train = self.train
         val, test = (self.rendered(split, spec)[2] for split in SPLITS[1:])
         skipped = (*self.dataset.skipped, *train.skipped, *val.skipped, *test.skipped)
-        opened = len(self.dataset) + sum(file.unreadable for file in self.dataset.skipped)
-        check_unreadable(skipped, opened)
+        check_unreadable(skipped, len(self.dataset) + sum(file.unreadable for file in self.dataset.skipped))
         return replace(self.dataset, train=train.images, val=val.images, test=test.images, skipped=skipped)
-
-    def _progress(self, work: str) -> Progress:
-        return lambda done, total: self.show(work, done, total)
 
 
 def choose_placement(

@@ -15,7 +15,7 @@ def test_total_size_is_estimated_from_a_sample_of_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = in_memory([pixels(n, 40 + n, 90) for n in range(20)])
-    exact = decode_images(images, FORM).pixels.nbytes
+    exact = decode_images(images, FORM).pixels.data.nbytes
     assert canonical_bytes(images, FORM) == exact
     monkeypatch.setattr("questpress.pipeline.data.decode.SAMPLE", 5)
     assert canonical_bytes(images, FORM) == pytest.approx(exact, rel=0.1)
