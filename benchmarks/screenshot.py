@@ -1,9 +1,9 @@
-"""A picture of a page in a browser: docs/report.png is one of a report, docs/compare.png of a comparison.
+"""A picture of a page in a browser, such as docs/report.png.
 
     python -m benchmarks.screenshot runs/clothing docs/report.png
-    python -m benchmarks.screenshot comparison/comparison.html docs/compare.png --height 1260
+    python -m benchmarks.screenshot comparison/comparison.html comparison.png --height 1260
 
-It needs Chromium or Chrome. A run's report is written anew first, as `compress report` does.
+It needs Chromium or Chrome. A run's report is rendered again first, as by `compress report`.
 """
 
 import shutil
