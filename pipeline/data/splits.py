@@ -72,10 +72,9 @@ def _remove_copies(
     seen: set[str] = set()
     splits: dict[Split, list[Image]] = {}
     for split in reversed(SPLITS):
-        splits[split] = [image for image in images[split] if image.key not in seen]
+        splits[split] = []
         for image in images[split]:
-            if image.key in seen:
-                removed[image.key].append(image)
+            (removed[image.key] if image.key in seen else splits[split]).append(image)
         seen.update(image.key for image in images[split])
     return splits, removed
 

@@ -147,13 +147,7 @@ def draw_crops(
 
 
 def list_views(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
-    """Return all different views of ``pad_crop``: crops int32 [count, 4] and flips bool [count].
-
-    Raises:
-        ValueError: the policy's views cannot be listed.
-    """
-    if policy.kind != "pad_crop" or policy.count is None:
-        raise ValueError(f"the views of {policy.kind} cannot be listed")
+    """Return all different views of ``pad_crop``: crops int32 [count, 4] and flips bool [count]."""
     shifts = torch.arange(policy._shifts, dtype=torch.int32) - policy.pad
     flips = torch.arange(2 if policy.flip else 1, dtype=torch.int32)
     top, left, flip = torch.meshgrid(shifts, shifts, flips, indexing="ij")
@@ -270,7 +264,7 @@ class ViewSchedule:
         """Return the view number of each image [N] in an epoch."""
         if self.covers_all:
             return to_listed_numbers(self.policy, self.seed, keys, torch.full_like(keys, epoch))
-        return torch.full_like(keys, epoch if self.fixed is None else epoch % self.fixed)
+        return torch.full_like(keys, self.epoch_views(epoch).start)
 
     def epoch_views(self, epoch: int) -> range:
         """Return the view numbers that may occur in an epoch."""

@@ -81,24 +81,15 @@ class Workers:
         # At exit, before multiprocessing waits for the processes.
         kill = Finalize(None, _kill, (processes,), exitpriority=10)
         try:
-            while (result := self._next(results, processes)) is not _END:
-                yield result
+            for result in results:
+                if isinstance(result, JobError):
+                    raise result
+                yield torch.from_numpy(result) if isinstance(result, np.ndarray) else result
+        except RuntimeError as error:
+            raise _explain(error, processes) from error
         finally:
             kill()
             results._shutdown_workers()
-
-    @staticmethod
-    def _next(results: Iterator[Any], processes: Sequence[Any]) -> Any:
-        try:
-            result = next(results, _END)
-        except RuntimeError as error:
-            raise _explain(error, processes) from error
-        if isinstance(result, JobError):
-            raise result
-        return torch.from_numpy(result) if isinstance(result, np.ndarray) else result
-
-
-_END = object()
 
 
 def _kill(processes: Sequence[Any]) -> None:

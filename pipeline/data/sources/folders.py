@@ -12,14 +12,8 @@ from ...errors import UsageError
 from ..dataset import Image, Progress, Skipped, Split, check_file_size, printable
 from ..splits import UnsplitDataset, quote_names
 
-# Those of torchvision's ImageFolder, and GIF.
-EXTENSIONS = frozenset(
-    f".{ending}"
-    for ending in (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp"),
-        *("tif", "tiff", "ppm", "pgm", "pbm", "pnm", "gif"),
-    )
-)
+_JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
+EXTENSIONS = frozenset((*_JPEG, *_PNM, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 SPLIT_FOLDERS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
@@ -79,25 +73,16 @@ def read_folder(path: Path, *, for_training: bool = True, progress: Progress | N
         raise UsageError(
             f"{printable(str(error.filename))} cannot be read. Check its permissions."
         ) from error
+    images = hash_files(files, scan, progress)
     return UnsplitDataset(
-        printable(path.resolve().name),
-        shown,
-        tuple(classes),
-        hash_files(files, scan, progress),
-        has_splits=has_splits,
-        skipped=tuple(scan.skipped),
-        ignored=scan.ignored,
+        printable(path.resolve().name), shown, classes, images, has_splits, scan.skipped, scan.ignored
     )
 
 
 def _find_classes(scan: FolderScan, shown: str, for_training: bool) -> tuple[list[str], _Files, bool]:
     """Return the classes, the files of each split, and True if folders assign the splits."""
     folders, loose = _list_folder(scan, scan.top)
-    split_folders = {
-        folder: SPLIT_FOLDERS[folder.name.lower()]
-        for folder in folders
-        if folder.name.lower() in SPLIT_FOLDERS
-    }
+    split_folders = {folder: split for folder in folders if (split := SPLIT_FOLDERS.get(folder.name.lower()))}
     only_splits = bool(split_folders) and len(split_folders) == len(folders)
     if "train" not in split_folders.values() and (for_training or not only_splits):
         if only_splits:
@@ -185,21 +170,18 @@ def _find_split_files(
     classes = list(dict.fromkeys(name for by_class in images.values() for name in by_class))
     if for_training:
         classes = list(images["train"])
-        for split in images:
-            _check_same_classes(folder_of["train"], classes, folder_of[split], list(images[split]))
+        train = folder_of["train"]
+        for split, other in folder_of.items():
+            missing = [name for name in classes if name not in images[split]]
+            new = [name for name in images[split] if name not in images["train"]]
+            if missing or new:
+                parts = [f"only '{train}' has images of {quote_names(missing)}"] * bool(missing)
+                parts += [f"only '{other}' has images of {quote_names(new)}"] * bool(new)
+                raise UsageError(f"The classes of '{train}' and '{other}' differ: {'; '.join(parts)}.")
     return classes, {
         split: [(file, label) for label, name in enumerate(classes) for file in by_class.get(name, ())]
         for split, by_class in images.items()
     }
-
-
-def _check_same_classes(train: str, classes: list[str], other: str, other_classes: list[str]) -> None:
-    missing = [name for name in classes if name not in other_classes]
-    new = [name for name in other_classes if name not in classes]
-    if missing or new:
-        parts = [f"only '{train}' has images of {quote_names(missing)}"] * bool(missing)
-        parts += [f"only '{other}' has images of {quote_names(new)}"] * bool(new)
-        raise UsageError(f"The classes of '{train}' and '{other}' differ: {'; '.join(parts)}.")
 
 
 def _list_folder(scan: FolderScan, folder: Path) -> tuple[list[Path], list[Path]]:

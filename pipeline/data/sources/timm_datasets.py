@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -31,20 +31,6 @@ MAX_BYTES_IN_MEMORY = 4 << 30
 """Decoded pixels of a data set without random access, which is held in memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class TableRow:
-    """An image in a timm reader with random access, such as that of Hugging Face's data sets."""
-
-    reader: Any
-    row: int
-
-    def __call__(self) -> bytes:
-        file, _ = self.reader[self.row]
-        with file:
-            content: bytes = file.read()
-            return content
-
-
 def read_named(
     name: str, *, data_dir: Path | None = None, download: bool = False, progress: Progress | None = None
 ) -> UnsplitDataset:
@@ -63,11 +49,7 @@ def read_named(
         return _drop_unlabeled(name, images, None, skipped)
     if find_spec(PACKAGES[prefix]) is None:
         package = PACKAGES[prefix].replace("_", "-")
-        if (
-            prefix == "wds"
-            and data_dir is not None
-            and (shard := find_unreadable_shard(data_dir)) is not None
-        ):
+        if prefix == "wds" and data_dir is not None and (shard := find_unreadable_shard(data_dir)):
             raise UsageError(
                 f"{name}: {printable(str(shard))} is not an uncompressed .tar file. Unpack it, or install "
                 f"a package that reads it: pip install {package}"
@@ -87,28 +69,21 @@ def _drop_unlabeled(
     name: str, images: dict[Split, list[Image]], dataset: Any, skipped: Sequence[Skipped] = ()
 ) -> UnsplitDataset:
     # Published test splits often have no labels, written as −1.
-    unlabeled = [
-        Skipped(image.name, "it has no label (−1)")
-        for split_images in images.values()
-        if any(image.label >= 0 for image in split_images)
-        for image in split_images
-        if image.label < 0
-    ]
     labeled = {split: [image for image in images[split] if image.label >= 0] for split in images}
     labeled = {split: split_images for split, split_images in labeled.items() if split_images}
+    unlabeled = [
+        Skipped(image.name, "it has no label (−1)")
+        for split in labeled
+        for image in images[split]
+        if image.label < 0
+    ]
     if "train" not in labeled:
         raise UsageError(f"{name} has no labeled training images.")
     if "test" not in labeled and "val" in labeled:
         labeled["test"] = labeled.pop("val")
     count = 1 + max(image.label for split_images in labeled.values() for image in split_images)
-    return UnsplitDataset(
-        name,
-        name,
-        tuple(_class_names(dataset, count)),
-        labeled,
-        has_splits=len(labeled) > 1,
-        skipped=(*skipped, *unlabeled),
-    )
+    classes = _class_names(dataset, count)
+    return UnsplitDataset(name, name, classes, labeled, len(labeled) > 1, (*skipped, *unlabeled))
 
 
 def _open_splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Split, Any]:
@@ -177,13 +152,19 @@ def _read_images(name: str, split: Split, dataset: Any, progress: Progress | Non
             file, label = dataset.reader[number]
             with file:
                 key = hashlib.sha256(file.read()).hexdigest()
-            yield Image(
-                f"{split}/{number:07d}", _to_label(name, label), key, TableRow(dataset.reader, number)
-            )
+            source = partial(_read_row, dataset.reader, number)
+            yield Image(f"{split}/{number:07d}", _to_label(name, label), key, source)
             if progress:
                 progress(number + 1, len(dataset))
     else:
         yield from _read_into_memory(name, split, dataset, progress)
+
+
+def _read_row(reader: Any, row: int) -> bytes:
+    file, _ = reader[row]
+    with file:
+        content: bytes = file.read()
+        return content
 
 
 def _read_into_memory(name: str, split: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
