@@ -28,6 +28,9 @@ DTYPES: dict[int, np.dtype] = {
     int(onnx.TensorProto.UINT8): np.dtype(np.uint8),
 }
 
+PREDICTIONS_FILE = "test_predictions.safetensors"
+TRAIN_IMAGES_FILE = "train_images.safetensors"
+
 
 @dataclass(frozen=True)
 class ModelFile:
@@ -53,10 +56,6 @@ class ModelFile:
 
 def open_files(path: Path, file: str | None = None) -> list[ModelFile]:
     """Read and verify the files of a run folder or artifact folder, or a single .onnx file.
-
-    Args:
-        path: the folder or file.
-        file: the name of one of the artifact's files; all by default.
 
     Raises:
         UsageError: the path is neither, a file is damaged, or is not a safe ONNX file.
@@ -159,7 +158,6 @@ def read_input(
     """Return the input of an ONNX file.
 
     Args:
-        path: the file.
         image_size: the side of the input if it is dynamic.
         external_data: True if weights may be in the file ``NAME.onnx.data`` next to it.
         source: the file to name in errors if ``path`` is a copy of it.
@@ -249,9 +247,6 @@ def find_bench_files(paths: Sequence[Path], copies: Path, image_size: int | None
         paths: run folders, artifact folders and .onnx files.
         copies: folder for copies of single files, which are timed instead of files that may change.
         image_size: the side of the input if it is dynamic.
-
-    Raises:
-        UsageError: a path is wrong, or nothing can be timed.
     """
     if not paths:
         raise UsageError("At least one run folder, artifact folder or .onnx file is required.")
@@ -293,10 +288,6 @@ def find_bench_files(paths: Sequence[Path], copies: Path, image_size: int | None
     return BenchFiles(
         [replace(file, name=name) for file, name in zip(files, names, strict=True)], notes, runs
     )
-
-
-PREDICTIONS_FILE = "test_predictions.safetensors"
-TRAIN_IMAGES_FILE = "train_images.safetensors"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ...export.files import concerns, flush
@@ -66,9 +67,6 @@ class Cache:
             key: a hash of everything that the content depends on.
             write: fills an empty folder. It is called a second time, with a temporary folder, if the cache
                 cannot be written.
-
-        Raises:
-            JobError: the temporary folder cannot be written either.
         """
         try:
             return _put(self.root, kind, key, write)
@@ -156,12 +154,9 @@ def discard(folder: Path) -> bool:
 
 def _remove_stale(folder: Path) -> None:
     for left in [*folder.glob(".*.part"), *folder.glob(".*.gone")]:
-        try:
-            stale = time.time() - left.stat().st_mtime > STALE_SECONDS
-        except OSError:
-            continue  # its process has just finished
-        if stale:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # its process has just finished
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

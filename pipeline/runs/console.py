@@ -14,6 +14,15 @@ from rich.segment import Segment
 
 from ...export.text import escape_controls
 
+PLAIN_SECONDS = 10.0
+"""Interval of progress lines if the output is not a terminal."""
+
+LOGGER = "questpress"
+"""Parent of the loggers of all modules."""
+
+THROUGHPUT_SECONDS = 15.0
+"""Window of the throughput."""
+
 
 def safe_console(**options: Any) -> Console:
     """Return a console that escapes control characters, which names of classes and files may contain."""
@@ -41,16 +50,6 @@ class _Escaped:
                 yield Segment(escape_controls(segment.text, keep="\n"), segment.style)
 
 
-PLAIN_SECONDS = 10.0
-"""Interval of progress lines if the output is not a terminal."""
-
-LOGGER = "questpress"
-"""Parent of the loggers of all modules."""
-
-THROUGHPUT_SECONDS = 15.0
-"""Window of the throughput."""
-
-
 class Display:
     """Writes to standard error, so that standard output holds the result alone.
 
@@ -64,7 +63,6 @@ class Display:
         self.warnings: list[str] = []
 
     def print(self, text: str) -> None:
-        """Print a line."""
         self.console.print(escape(text), soft_wrap=True)
 
     def note(self, text: str) -> None:

@@ -37,7 +37,6 @@ class Engine:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The memory format of torch."""
         return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
 
     @property
@@ -65,11 +64,7 @@ class Engine:
 
 
 def choose_device(device: str | None, local_rank: int | None = None) -> str:
-    """Return ``device`` or the first available of cuda, mps and cpu; the rank's own GPU with several ranks.
-
-    Raises:
-        UsageError: the device is not available.
-    """
+    """Return ``device`` or the first available of cuda, mps and cpu; with several ranks, the rank's GPU."""
     if local_rank is not None and torch.cuda.is_available() and device in (None, "cuda"):
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
@@ -96,7 +91,9 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
     """
     pays = precision == "auto" and bf16_pays(device)
     if precision == "auto":
-        precision = "bf16" if pays and not (device == "cpu" and depthwise(network)) else "fp32"
+        convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
+        is_depthwise = any(conv.groups == conv.in_channels > 1 for conv in convs)
+        precision = "bf16" if pays and not (device == "cpu" and is_depthwise) else "fp32"
     heads = "bf16" if pays and precision == "fp32" else "as the network"
     return Engine(device, threads(), precision, heads=heads)
 
@@ -122,14 +119,6 @@ def bf16_pays(device: str) -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def depthwise(network: nn.Module) -> bool:
-    """Return True if the network has depthwise convolutions."""
-    return any(
-        isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-        for module in network.modules()
-    )
 
 
 def device_name(device: str) -> str:

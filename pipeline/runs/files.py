@@ -17,13 +17,14 @@ from ...export import files
 from ...export.text import escape_controls
 from ..errors import JobError, UsageError
 
+_log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
+
 
 def atomic_write(path: Path) -> AbstractContextManager[Path]:
-    """Return ``export.files.atomic_write`` with the pipeline's error class.
-
-    Raises:
-        JobError: the disk is full or the folder cannot be written.
-    """
+    """Return ``export.files.atomic_write`` with JobError for a full disk and a read-only folder."""
     return files.atomic_write(path, JobError)
 
 
@@ -43,11 +44,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_writable(folder: Path, option: str = "--out") -> None:
-    """Check that a folder can be written, or created. Nothing is written.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Raise UsageError unless a folder can be written, or created. Nothing is written."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         reason = errno.ENOTDIR if existing.exists() else errno.EEXIST
@@ -59,19 +56,12 @@ def check_writable(folder: Path, option: str = "--out") -> None:
     raise UsageError(f"{option} {folder} cannot be written: {os.strerror(reason)}. Choose another folder.")
 
 
-_log = logging.getLogger(__name__)
-
-LOCK_FILE = ".lock"
-
-
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock during the block. The system releases it after a crash.
+    """Hold the folder's lock during the block, or raise JobError if another process holds it.
 
-    If the file system does not support locks, this is logged and the block runs without one.
-
-    Raises:
-        JobError: another process holds it.
+    The system releases it after a crash. If the file system does not support locks, this is logged and the
+    block runs without one.
     """
     file_lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:
@@ -89,22 +79,14 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Check that no process holds the folder's lock. Nothing is written.
-
-    Raises:
-        JobError: another process holds it.
-    """
+    """Raise JobError if another process holds the folder's lock. Nothing is written."""
     if (folder / LOCK_FILE).exists():
         with lock(folder):
             pass
 
 
 def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> None:
-    """Check that output folders, by option, are not inside the data folder, whose folders are classes.
-
-    Raises:
-        UsageError: one of them is inside.
-    """
+    """Raise UsageError if an output folder, by option, is in the data folder, whose folders are classes."""
     data_folder = Path(data).expanduser()
     if not data_folder.is_dir():
         return
@@ -118,9 +100,6 @@ def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> 
                 f"{option} {escape_controls(str(folder))} is inside the data folder "
                 f"{escape_controls(str(data))}, where it would be read as a class. Set it to another folder."
             )
-
-
-FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
 def escape_cell(cell: str) -> str:

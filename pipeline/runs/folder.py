@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from .results import Epoch
 _log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+REGENERATE = "Run the original command again to regenerate it."
 ARTIFACT = Path("artifact")
 """Folder of the files to deploy."""
 
@@ -54,11 +56,7 @@ class RunFolder:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Open an existing run for reading.
-
-        Raises:
-            UsageError: the folder is not a run or its record is damaged.
-        """
+        """Open an existing run for reading, or raise UsageError if it is not a run or damaged."""
         if not (path / RECORD).is_file():
             raise UsageError(f"{path} is not a run folder. Set it to a folder that compress has written.")
         run = cls(path, writes=False)
@@ -66,11 +64,7 @@ class RunFolder:
         return run
 
     def open(self, *, fresh: bool) -> None:
-        """Create the folder if needed, and read its record.
-
-        Raises:
-            UsageError: the path is a file, cannot be written, or contains something other than a run.
-        """
+        """Create the folder if needed, and read its record."""
         exists = (self.path / RECORD).exists()
         if not self.writes:
             if not exists:
@@ -93,18 +87,12 @@ class RunFolder:
             self._report_damaged_curves()
 
     def _create(self) -> None:
-        self.check_contents()
-        check_writable(self.path)
+        self._check_folder()
         self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only process that writes the folder during the block.
-
-        Raises:
-            UsageError: the folder cannot be created or written.
-            JobError: another process is using it.
-        """
+        """Be the only process that writes the folder during the block; see ``files.lock``."""
         if not self.writes:
             yield
             return
@@ -113,41 +101,28 @@ class RunFolder:
             yield
 
     def check(self, config: Mapping[str, Any], *, fresh: bool) -> None:
-        """Raise the errors that a run with these options would raise before its first stage; write nothing.
-
-        Raises:
-            UsageError: the folder cannot be written, or contains something else or a run with other options.
-            JobError: another process is using it.
-        """
-        self.check_contents()
-        check_writable(self.path)
+        """Raise the errors of a run with these options before its first stage; write nothing."""
+        self._check_folder()
         check_unlocked(self.path)
         if not fresh and (self.path / RECORD).exists():
             self.record = read_record(self.path)
             self.check_options(config)
         self.record.config = dict(config)
 
-    def check_contents(self) -> None:
-        """Check that the folder is new, empty or a run.
-
-        Raises:
-            UsageError: it is not.
-        """
+    def _check_folder(self) -> None:
+        """Raise UsageError unless the folder is new, empty or a run, and can be written."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file. Set it to a new folder or a run folder.")
-        if not self.path.exists() or (self.path / RECORD).exists():
-            return
-        if any(path.name != CONFIG_FILE and not path.name.startswith(".") for path in self.path.iterdir()):
+        has_record = (self.path / RECORD).exists()
+        names = [path.name for path in self.path.iterdir()] if self.path.exists() and not has_record else []
+        if any(name != CONFIG_FILE and not name.startswith(".") for name in names):
             raise UsageError(
                 f"--out {self.path} contains other files and is not a run. Set it to a new or empty folder."
             )
+        check_writable(self.path)
 
     def check_options(self, config: Mapping[str, Any]) -> None:
-        """Check that finished stages were run with these options, apart from those of export.
-
-        Raises:
-            UsageError: they were not. The message names the options.
-        """
+        """Raise UsageError if finished stages were run with other options, apart from those of export."""
         if self.record.stages and (changes := describe_changes(self.record.config, config)):
             raise UsageError(
                 f"{self.path} contains a run with other options: {'; '.join(changes)}. "
@@ -182,18 +157,11 @@ class RunFolder:
         return [line for lines in groups.values() for line in lines]
 
     def _report_damaged_curves(self) -> None:
-        curves = group_by_stage(read_curves(self.metrics), self.stages)
-        damaged = [
-            stage
-            for stage, entry in self.record.stages.items()
-            if entry.curves != digest(curves.get(stage, []))
-        ]
+        curves, stages = group_by_stage(read_curves(self.metrics), self.stages), self.record.stages
+        damaged = [stage for stage in stages if stages[stage].curves != digest(curves.get(stage, []))]
         if damaged:
-            _log.warning(
-                "%s is damaged: the curves of %s in the report may be wrong.",
-                self.metrics,
-                ", ".join(damaged),
-            )
+            names = ", ".join(damaged)
+            _log.warning("%s is damaged: the curves of %s in the report may be wrong.", self.metrics, names)
 
     def log_epoch(self, epoch: Epoch) -> None:
         """Append an epoch to ``metrics.jsonl``, replacing it and later ones of the same training."""
@@ -239,20 +207,11 @@ class RunFolder:
         return all(file.is_file() and sha256(file) == checksum for file, checksum in files)
 
     def check_output(self, name: str) -> None:
-        """Check that a stage's output file is unchanged.
-
-        Raises:
-            JobError: it was modified.
-        """
+        """Raise JobError if a stage's output file was modified."""
         file = self.path / name
-        checksums = {
-            name: sum for entry in self.record.stages.values() for name, sum in entry.outputs.items()
-        }
+        checksums = {k: v for entry in self.record.stages.values() for k, v in entry.outputs.items()}
         if name in checksums and file.is_file() and sha256(file) != checksums[name]:
-            raise JobError(
-                f"{file} was modified after the run wrote it. Run the original command again to "
-                "regenerate it."
-            )
+            raise JobError(f"{file} was modified after the run wrote it. {REGENERATE}")
 
     def finish(
         self, stage: str, key: str, result: StageResult, seconds: float, warnings: Sequence[str]
@@ -285,11 +244,8 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any]:
         """Return the merged facts of the finished stages: a part of the report."""
-        merged: dict[str, Any] = {}
-        for stage in self.stages:
-            if stage in self.record.stages:
-                merged = _merge(merged, self.record.stages[stage].facts)
-        return merged
+        stages = self.record.stages
+        return reduce(_merge, (stages[stage].facts for stage in self.stages if stage in stages), {})
 
     def save(self) -> None:
         if self.writes:
@@ -310,21 +266,13 @@ def _merge(old: Any, new: Any) -> Any:
 
 
 def check_finished(path: Path) -> None:
-    """Check that a run, if ``path`` is one, has written its artifact.
-
-    Raises:
-        UsageError: it has not.
-    """
+    """Raise UsageError if ``path`` is a run that has not written its artifact."""
     if (path / RECORD).is_file() and not (path / "artifact" / "manifest.json").is_file():
         raise UsageError(f"{path} is an unfinished run without an artifact. Run the original command again.")
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Return the options in a run's config.yaml.
-
-    Raises:
-        UsageError: the file cannot be read, or its options are not those of the run.
-    """
+    """Return the options in a run's config.yaml, or raise UsageError if they are not those of the run."""
     file = run / CONFIG_FILE
     try:
         content = read_yaml(file)
@@ -341,8 +289,7 @@ def read_config(run: Path) -> dict[str, Any]:
     ]
     if changed:
         raise UsageError(
-            f"{file} was modified after the run wrote it ({', '.join(changed[:3])}). "
-            "Run the original command again to regenerate it."
+            f"{file} was modified after the run wrote it ({', '.join(changed[:3])}). {REGENERATE}"
         )
     return content
 

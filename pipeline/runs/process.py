@@ -24,6 +24,8 @@ SAME_SIGNAL_SECONDS = 1.0
 
 RENDEZVOUS_TIMEOUT = timedelta(seconds=10)
 
+_stores: list[Any] = []
+
 
 class TimeLimit(KeyboardInterrupt):
     """The --time-limit is reached."""
@@ -167,6 +169,3 @@ def is_first_to_exit() -> bool:
         return int(_stores[-1].add(f"questpress exits {count_restarts()}", 1)) == 1
     except (IndexError, RuntimeError):  # not connected, or the store's process has exited
         return is_main()
-
-
-_stores: list[Any] = []

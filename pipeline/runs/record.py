@@ -31,12 +31,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON, or is too large or too deeply nested.
-    """
+    """Return the content of a JSON file, or raise ValueError if it is too large; see ``parse_json``."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
@@ -44,11 +39,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return the content of a JSON text.
-
-    Raises:
-        ValueError: it is not JSON or too deeply nested.
-    """
+    """Return the content of a JSON text, or raise ValueError if it is not JSON or too deeply nested."""
     try:
         content = json.loads(text)
     except RecursionError as error:
@@ -78,12 +69,7 @@ def with_checksum(result: R) -> R:
 
 
 def read_checked(path: Path) -> Any:
-    """Return the content of a JSON file, verifying its checksum if it has one.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON, is too large or too deeply nested, or was modified.
-    """
+    """Return the content of a JSON file, or raise ValueError if its checksum is wrong; see ``read_json``."""
     content = read_json(path)
     if isinstance(content, dict) and content.get(CHECKSUM) not in (None, _compute_checksum(content)):
         raise ValueError("its checksum does not match")
@@ -172,22 +158,14 @@ class RunRecord(BaseModel):
 
 
 def write_record(run: Path, record: RunRecord) -> None:
-    """Write ``run.json`` and its backup.
-
-    Raises:
-        JobError: the folder cannot be written.
-    """
+    """Write ``run.json`` and its backup."""
     text = json.dumps(add_checksum(record.model_dump()), indent=2, ensure_ascii=False) + "\n"
     for name in (RECORD, BACKUP):
         write_text(run / name, text)
 
 
 def read_record(run: Path) -> RunRecord:
-    """Return the record of a run, from the backup if ``run.json`` is damaged.
-
-    Raises:
-        UsageError: both files are damaged, or were not written by this version.
-    """
+    """Return the record of a run, from the backup if ``run.json`` is damaged, or raise UsageError."""
     file = run / RECORD
     try:
         content = read_checked(file)

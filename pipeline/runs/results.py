@@ -24,6 +24,7 @@ from ...export.results import (
 from ..config import TaskName
 from .scores import Calibration, Proportion, Score, Temperature
 
+SCHEMA_VERSION = 2
 BENCH_SCHEMA_VERSION = 1
 
 SHIPPING_ORDER = ("student_int8", "student")
@@ -162,9 +163,6 @@ class Words(Result):
     """Side of the patches in pixels of the teacher's input."""
     seen: int | None = None
     """Number of images that were searched for patches."""
-
-
-SCHEMA_VERSION = 2
 
 
 class Subject(Result):
