@@ -12,15 +12,7 @@ from ...export.conversion.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import ImageError, allowed_cores, build_metadata, decode_image, normalize
 from ..config.network import NetworkSpec
 from ..data.training_data import TrainingData
-from ..evaluation.latency import (
-    INPUTS,
-    Images,
-    Protocol,
-    Subject,
-    measure,
-    repeat_shifted,
-    synthesize_images,
-)
+from ..evaluation.latency import INPUTS, Images, Protocol, Subject, measure, repeat_shifted, synthesize_images
 from ..report.assemble import LATER_BENCH, bench_facts
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
@@ -62,8 +54,8 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         name = f"teacher {t}" if several else "teacher"
         subjects.append(_subject(data, folder, name, file, spec))
     files = {"student": STUDENT_ONNX, **_int8_file(context, previous)}
+    pixels = context.has_pixel_input
     for name, file in files.items():
-        pixels = context.has_pixel_input
         subjects.append(_subject(data, folder, name, file, context.student, pixels=pixels))
     bench, raw = measure(
         subjects,
@@ -81,12 +73,9 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     for flag in bench.flags:
         threads = f"{flag.threads} thread{'s' if flag.threads > 1 else ''}"
         context.display.note(f"{threads}: {flag.sentence}")
-    outputs = [SAMPLES.as_posix()]
-    for teacher in teachers:
-        outputs.append(teacher["file"])
-        weights = f"{teacher['file']}.data"  # external weights of a teacher beyond 2 GB
-        if (folder / weights).exists():
-            outputs.append(weights)
+    # The weights of a teacher beyond 2 GB are in a separate file.
+    exported = [f"{teacher['file']}{suffix}" for teacher in teachers for suffix in ("", ".data")]
+    outputs = [SAMPLES.as_posix(), *(file for file in exported if (folder / file).exists())]
     return StageResult(_summarize(bench), outputs, _facts(bench, teachers))
 
 

@@ -21,7 +21,7 @@ from ...export.runtime import build_metadata, normalize
 from ..data.training_data import TrainingData
 from ..errors import JobError
 from ..evaluation.calibration import fit_temperature
-from ..evaluation.inference import compute_onnx_logits
+from ..evaluation.predictions import compute_onnx_logits
 from ..runs.files import atomic_write
 from ..runs.folder import ARTIFACT, StageResult
 from ..runs.scores import Temperature
@@ -123,11 +123,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
 def origin(
     context: RunContext, previous: Mapping[str, Any], temperature: float | None = None
 ) -> dict[str, Any]:
-    """Return the student's origin, which is part of the files that ship.
-
-    Args:
-        temperature: by which the logits are divided, if any.
-    """
+    """Return the student's origin, which is part of the files that ship."""
     o, student, teachers = context.options, previous["student"], previous["teachers"]
     return {
         "student": context.student.name,
@@ -146,12 +142,7 @@ def _calibrate(
 ) -> tuple[nn.Module, OnnxFile, Temperature]:
     """Fit a temperature to the exported file on the val images, fold it into the network and export it again.
 
-    Args:
-        network: the network that was exported.
-        images: some of its inputs, float32 [N,3,S,S].
-
-    Raises:
-        JobError: there are no val images, or the new file's logits are not the old ones divided by T.
+    ``images`` are some inputs of the network, float32 [N,3,S,S].
     """
     context, file = exporter.context, exporter.path
     pixels, labels, _ = exporter.data.rendered("val", context.student)
@@ -173,11 +164,7 @@ def _calibrate(
 
 
 def check_temperature(before: np.ndarray, after: np.ndarray, temperature: float) -> None:
-    """Check that ``after`` times the temperature is ``before``, so that predictions are the same.
-
-    Raises:
-        JobError: it is not.
-    """
+    """Raise JobError unless ``after`` times the temperature is ``before``, so predictions are the same."""
     error = float(np.abs(after * np.float64(temperature) - before).max())
     largest = float(np.abs(before).max())
     if not error <= MAX_TEMPERATURE_ERROR * largest:

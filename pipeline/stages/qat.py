@@ -33,7 +33,7 @@ from ..data.render import Normalize
 from ..data.training_data import TrainingData
 from ..data.views import draw_order
 from ..errors import JobError
-from ..evaluation.inference import compute_logits
+from ..evaluation.predictions import compute_logits
 from ..report.format import plural
 from ..runs.device import Engine, threads, use_threads
 from ..runs.files import atomic_write, write_json
@@ -114,7 +114,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         search_engine=False,
     )
     graph.cpu().eval()
-    save_graph(folder, prepared, graph, o.target[0])
+    _save_graph(folder, prepared, graph, o.target[0])
     recovery = Recovery(
         epochs=o.qat_epochs,
         fake_val=_percent(context, data, task, "val"),
@@ -132,20 +132,13 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
 
 
 def fake_quantize(fp32: Path, calibration: Batches, types: Target) -> tuple[Prepared, FakeQuantized]:
-    """Return the graph of a float file and its fake-quantized form, with MinMax ranges.
-
-    Args:
-        calibration: yields the file's input.
-
-    Raises:
-        JobError: the graph has an operator that cannot be trained.
-    """
+    """Return the graph of a float file and its fake-quantized form, with MinMax ranges."""
     prepared = with_all_biases(prepare(fp32))
     ranges, _ = calibrate_ranges(prepared.model, prepared.fed(calibration), "minmax", prepared.scope.op_types)
     return prepared, FakeQuantized(prepared, quantize(prepared, ranges, types), types)
 
 
-def save_graph(run: Path, prepared: Prepared, graph: FakeQuantized, target: str) -> None:
+def _save_graph(run: Path, prepared: Prepared, graph: FakeQuantized, target: str) -> None:
     """Write the trained graph and its ranges into the run folder."""
     (run / FOLDER).mkdir(exist_ok=True)
     with atomic_write(run / GRAPH) as part:
@@ -158,29 +151,19 @@ def save_graph(run: Path, prepared: Prepared, graph: FakeQuantized, target: str)
 
 
 def load_graph(run: Path, prepared: Prepared) -> tuple[str, Learned]:
-    """Return the target for which QAT has trained, and the graph and ranges for its search.
-
-    Raises:
-        JobError: the files cannot be read.
-    """
+    """Return the target for which QAT has trained, and the graph and ranges for its search."""
     try:
         model = onnx.load(str(run / GRAPH))
         content = json.loads((run / RANGES).read_text(encoding="utf-8"))
         target, ranges = content["target"], content["ranges"]
     except (OSError, ValueError, KeyError) as error:
         raise JobError(f"{run / FOLDER} cannot be read ({error}). Use --fresh to recompute it.") from error
-    return target, Learned(replace(prepared, model=model), _overrides(ranges, target))
-
-
-def _overrides(ranges: dict[str, dict[str, Any]], target: str) -> Overrides:
-    dtype = np.int8 if target == "arm64" else np.uint8
-    return {
-        name: {
-            "scale": np.array(range_["scale"], np.float32),
-            "zero_point": np.array(range_["zero_point"], dtype),
-        }
+    dtypes = {"scale": np.float32, "zero_point": np.int8 if target == "arm64" else np.uint8}
+    overrides: Overrides = {
+        name: {key: np.array(range_[key], dtype) for key, dtype in dtypes.items()}
         for name, range_ in ranges.items()
     }
+    return target, Learned(replace(prepared, model=model), overrides)
 
 
 def _percent(context: RunContext, data: TrainingData, task: DistillationTask, split: Split) -> float | None:

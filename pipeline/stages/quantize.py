@@ -17,7 +17,7 @@ from ...export.latency.machine import has_vnni, is_arm
 from ...export.results import Candidate, FloatNode, Verdict
 from ...export.runtime import int8_flags
 from ..data.training_data import TrainingData
-from ..evaluation.inference import compute_onnx_logits
+from ..evaluation.predictions import compute_onnx_logits
 from ..report.sections.int8 import explain_excess
 from ..runs.files import atomic_write
 from ..runs.folder import ARTIFACT, StageResult
@@ -176,11 +176,7 @@ def _measure_latency(
 
 
 def _describe(
-    result: Search,
-    target: str,
-    file: Path,
-    inputs: _Inputs,
-    times: runner.BenchResult | None,
+    result: Search, target: str, file: Path, inputs: _Inputs, times: runner.BenchResult | None
 ) -> Int8Search:
     budget = inputs.budget
     if times is not None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data.training_data import TrainingData
-from ..report.write import FILES, write
+from ..report.run_report import FILES, write
 from ..runs.folder import StageResult
 from ..training.context import RunContext
 

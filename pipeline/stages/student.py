@@ -1,7 +1,7 @@
 """prepare, student and ``round K``: prepare the methods and train a student from the teachers."""
 
 import math
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .. import methods
 from ..data.dataset import Split
 from ..data.training_data import TrainingData
 from ..data.views import FIXED_SEED, ViewSchedule
-from ..evaluation.inference import batches
+from ..evaluation.predictions import batches
 from ..methods.base import Features, PrepareContext
 from ..report import format
 from ..runs.device import choose_engine, inference_engine, use_threads
@@ -34,8 +34,6 @@ from ..training.task import DistillationTask, Teacher
 from ..training.teacher_cache import TeacherCache
 from ..training.trainer import build_plan, choose_run_engine, compute_split_logits, run_training
 from ..training.weights import load_network, load_teacher, weights_metadata
-
-SCRATCH = "scratch"
 
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
@@ -185,25 +183,19 @@ def prepare(context: RunContext, data: TrainingData, previous: Mapping[str, Any]
     o = context.options
     names = methods.parse_methods(o.method)
     parameters = methods.parse_parameters(names, o.settings)
-    classes = {name: methods.load(name) for name in names}
-    classes = {name: method for name, method in classes.items() if method.prepares}
+    classes = {name: method for name in names if (method := methods.load(name)).prepares}
     if not classes:
         return StageResult("nothing to prepare" if names else "no method, nothing to prepare")
-    scratch = context.folder.path / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)  # files of a killed run
-    scratch.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
     summaries = []
-    try:
-        prepare_context = _prepare_context(context, data, scratch)
+    with tempfile.TemporaryDirectory(prefix=".prepare.", suffix=".part", dir=context.folder.path) as scratch:
+        prepare_context = _prepare_context(context, data, Path(scratch))
         for name, method in classes.items():
             result = method.prepare(parameters[name], prepare_context)
             tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in result.tensors.items()}
             facts |= result.facts
             summaries.append(result.summary)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     file = context.round.prepared
     with atomic_write(context.folder.path / file) as part:
         save_file(tensors, part, {"key": context.key})

@@ -155,10 +155,7 @@ def _scores(
     """Return scores as fields of ``Subject``."""
     if val is None:
         return {"score": task.score(*test, classes)}
-    return {
-        "score": task.score(*test, classes, task.choose_thresholds(*val)),
-        "val_score": task.score(*val),
-    }
+    return {"score": task.score(*test, classes, task.choose_thresholds(*val)), "val_score": task.score(*val)}
 
 
 def _check_kept_head(
@@ -170,19 +167,14 @@ def _check_kept_head(
     *,
     certain: bool,
 ) -> None:
-    """Check that a head with the right number of classes is better than chance on val (or train) images.
+    """Raise JobError if a head with the right number of classes is near chance on val (or train) images.
 
-    Args:
-        certain: the weights name these classes, so a poor head is only a warning.
-
-    Raises:
-        JobError: the head may belong to another dataset.
+    If it is ``certain`` that the weights are for these classes, a poor head is only a warning.
     """
     split = "train" if val is None else "val"
-    if val is None:
-        val = compute_split_logits(context, data, spec, network, "train", MAX_CHECK_IMAGES)
-    assert val is not None
-    logits, labels = val
+    checked = val or compute_split_logits(context, data, spec, network, "train", MAX_CHECK_IMAGES)
+    assert checked is not None
+    logits, labels = checked
     score, chance = context.task.score(logits, labels), context.task.chance(labels)
     if not context.task.is_near_chance(score, labels):
         return

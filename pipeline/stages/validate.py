@@ -15,8 +15,7 @@ from ...export.runtime import Classifier
 from ...models.catalog import is_free
 from ..data.training_data import TrainingData
 from ..evaluation import calibration
-from ..evaluation.inference import compute_onnx_logits
-from ..evaluation.mistakes import choose_examples
+from ..evaluation.predictions import choose_examples, compute_onnx_logits
 from ..runs import artifacts
 from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import SHIPPING_ORDER, Int8Search, Subject
