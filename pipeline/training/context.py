@@ -17,6 +17,11 @@ from .distributed import Ranks
 STUDENT = "student.safetensors"
 """Weights of the student that ships, in the run folder."""
 
+_PLACEMENTS = {
+    "host": "training images stay in host memory",
+    "workers": "training images are decoded by workers on the fly",
+}
+
 
 @dataclass(frozen=True)
 class Round:
@@ -64,9 +69,8 @@ class RunContext:
     @cached_property
     def teachers(self) -> list[NetworkSpec]:
         """The networks named by ``--teacher``."""
-        o = self.options
+        o, several = self.options, len(self.options.teacher) > 1
         assert o.image_size is not None
-        several = len(o.teacher) > 1
         return [
             NetworkSpec(
                 resolve(name),
@@ -123,9 +127,3 @@ class RunContext:
         self.folder.record.placement = placement
         self.folder.save()
         return placement
-
-
-_PLACEMENTS = {
-    "host": "training images stay in host memory",
-    "workers": "training images are decoded by workers on the fly",
-}

@@ -24,6 +24,9 @@ from ..runs import process
 TIMEOUT = timedelta(days=7)
 """A rank may wait for another that clusters a vocabulary. torchrun ends ranks whose peers died."""
 
+_groups: dict[str, Any] = {}
+"""``host``: the gloo group, in which waiting does not block a GPU."""
+
 
 class Ranks:
     """This process among those of its job."""
@@ -39,14 +42,14 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.count > 1:
-            dist.barrier(group=_host_group())
+            dist.barrier(group=_groups["host"])
 
     def broadcast(self, value: Any) -> Any:
         """Return the value of rank 0."""
         if self.count == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=_host_group())
+        dist.broadcast_object_list(box, src=0, group=_groups["host"])
         return box[0]
 
     def sum(self, value: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ class Ranks:
         if self.count == 1:
             return numbers
         largest = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_groups["host"])
         return largest.tolist()
 
     def keep_on_main(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,7 +77,7 @@ class Ranks:
         if self.count == 1:
             return part.cpu()
         parts: list[Any] = [None] * self.count
-        dist.all_gather_object(parts, part.cpu(), group=_host_group())
+        dist.all_gather_object(parts, part.cpu(), group=_groups["host"])
         # The empty part of a rank without work may lack the other dimensions.
         return torch.cat([part for part in parts if len(part)] or parts)
 
@@ -93,11 +96,7 @@ class Ranks:
 
 
 def join() -> Ranks:
-    """Join the process group of torchrun, if there is one.
-
-    Raises:
-        UsageError: the processes cannot connect.
-    """
+    """Join the process group of torchrun, if there is one."""
     if process.is_single_process():
         return Ranks()
     count = int(os.environ["WORLD_SIZE"])
@@ -120,11 +119,7 @@ def join() -> Ranks:
 
 
 def check_ranks(options: Options, ranks: Ranks, images: int, device: str) -> None:
-    """Check that the options fit the number of processes.
-
-    Raises:
-        UsageError: they do not.
-    """
+    """Raise UsageError unless the options fit the number of processes."""
     if options.sync_bn and (ranks.count == 1 or not device.startswith("cuda")):
         raise UsageError("--sync-bn requires several GPUs. Start the command with torchrun, or omit it.")
     if ranks.count == 1:
@@ -153,11 +148,3 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         _groups.clear()
-
-
-_groups: dict[str, Any] = {}
-
-
-def _host_group() -> Any:
-    """Return the gloo group, in which waiting does not block a GPU."""
-    return _groups["host"]

@@ -74,7 +74,6 @@ def find_fastest_engine(
         batch: arguments of the task.
         precision: ``auto``, or the precision set by the user.
         compile: ``auto``, ``on`` or ``off``.
-        note: called if compilation fails or memory is insufficient.
     """
     default = task.engine
     kind = torch.device(default.device).type
@@ -116,9 +115,8 @@ def _search(
             best = _faster(timer, best, candidate, n, seconds)
     kind = torch.device(best.device).type
     if compile == "on" or (compile == "auto" and total >= COMPILE_FROM[kind]):
-        modes = ["default", "reduce-overhead"]
-        if kind != "cuda" or seconds[best] >= SMALL_STEP:
-            modes = modes[:1]
+        may_use_graphs = kind == "cuda" and seconds[best] < SMALL_STEP
+        modes = ["default", "reduce-overhead"] if may_use_graphs else ["default"]
         for mode in modes[-1:] if compile == "on" else modes:
             candidate, started = replace(best, compile=mode), time.perf_counter()
             if not compiles(timer, candidate, note):
@@ -244,14 +242,11 @@ class _StepTimer:
             _step(task, optimizer, self.batch)
         task, optimizer = self.copies[engine]
         use_threads(engine.threads)
-        _synchronize(engine)
         started = time.perf_counter()
         _step(task, optimizer, self.batch)
-        _synchronize(engine)
         return time.perf_counter() - started
 
     def drop(self, engine: Engine) -> None:
-        """Free the memory of an engine's copy."""
         self.copies.pop(engine, None)
 
 
@@ -260,11 +255,8 @@ def _step(task: DistillationTask, optimizer: torch.optim.Optimizer, batch: tuple
     optimizer.zero_grad(set_to_none=True)
     result["loss"].backward()
     optimizer.step()
-
-
-def _synchronize(engine: Engine) -> None:
-    if torch.device(engine.device).type == "cuda":
-        torch.cuda.synchronize(engine.device)
+    if task.device.type == "cuda":
+        torch.cuda.synchronize(task.device)
 
 
 def _copy(task: DistillationTask) -> DistillationTask:

@@ -23,8 +23,15 @@ from .task import DistillationTask
 from .teacher_cache import TeacherCache
 from .weights import Checkpoint
 
-ComputeTeachers = Callable[[Tensor], Sequence[Features]]
-"""Views, uint8 [B,3,S,S], to each teacher's features."""
+LOG_SECONDS = 0.5
+"""Interval at which the loop waits for the device to display the losses."""
+
+SAVE_SECONDS = 600.0
+"""Interval of checkpoints within an epoch. There is one after each epoch, too."""
+
+AGREE_SECONDS = 1.0
+AGREE_STEPS = 1000
+"""Interval, in seconds and at most in steps, at which all ranks wait to agree on stopping and saving."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,7 @@ class Batch:
         parts = max(1, min(math.ceil(len(self) / size), len(self) // 2))
         for part in range(parts):
             rows = slice(len(self) * part // parts, len(self) * (part + 1) // parts)
-            teachers: list[Features] | None = None
-            if self.teachers is not None:
-                teachers = [{name: value[rows] for name, value in t.items()} for t in self.teachers]
+            teachers = self.teachers and [{name: x[rows] for name, x in t.items()} for t in self.teachers]
             teacher_pixels = None if self.teacher_pixels is None else self.teacher_pixels[rows]
             yield Batch(self.pixels[rows], self.labels[rows], self.keys[rows], teachers, teacher_pixels)
 
@@ -80,7 +85,7 @@ class BatchSource:
     device: torch.device
     teacher_size: int | None = None
     """Side in pixels of the views that teachers of the step read; None without such teachers."""
-    compute_teachers: ComputeTeachers | None = None
+    compute_teachers: Callable[[Tensor], Sequence[Features]] | None = None
     """Computes the teachers' features ahead of the step; None leaves that to the step."""
 
     def open(self, epoch: int) -> None:
@@ -119,17 +124,6 @@ class BatchSource:
         yield from prefetch(complete(), self.device)
 
 
-LOG_SECONDS = 0.5
-"""Interval at which the loop waits for the device to display the losses."""
-
-SAVE_SECONDS = 600.0
-"""Interval of checkpoints within an epoch. There is one after each epoch, too."""
-
-AGREE_SECONDS = 1.0
-AGREE_STEPS = 1000
-"""Interval, in seconds and at most in steps, at which all ranks wait to agree on stopping and saving."""
-
-
 def train(
     task: DistillationTask,
     views: Views | StreamedViews,
@@ -147,10 +141,8 @@ def train(
     """Train for ``plan.epochs`` epochs, resuming from the checkpoint if there is one.
 
     Args:
-        training: name of the training in the log.
         evaluate: returns the network's accuracy on val in percent; None without val images.
         show: called twice a second with (steps done, steps, mean losses).
-        log: called after each epoch.
         schedule: chooses each epoch's view of an image; None draws a new one in each epoch.
         cache: the teachers' outputs for these views; None runs the teachers.
 
@@ -203,7 +195,7 @@ def train(
             seconds = time.perf_counter() - started
             show((epoch + 1) * steps, plan.epochs * steps, losses)
             task.average_statistics(ranks)
-            task.end_epoch(epoch, plan.epochs)
+            task.averages.end_epoch(plan.epochs - epoch - 1)
             log(
                 Epoch(
                     stage=training,
@@ -289,11 +281,7 @@ class TrainingState:
             self.checkpoint.save(state)
 
     def load(self) -> tuple[int, int]:
-        """Load the checkpoint, if any, and return the epoch and its step to continue with.
-
-        Raises:
-            JobError: the checkpoint is damaged, or a rank does not see it.
-        """
+        """Load the checkpoint, if any, and return the epoch and its step to continue with."""
         state = self.checkpoint.load(str(self.task.device)) if self.ranks.is_main else None
         if not self.ranks.broadcast(state is not None):
             self.save(0, 0)  # so that a training that was stopped early restarts with the same weights
@@ -318,11 +306,7 @@ class TrainingState:
 
 
 def _check_weights_finite(task: DistillationTask, epoch: int) -> None:
-    """Check the weights after the last step of an epoch, whose loss was computed before it.
-
-    Raises:
-        JobError: a weight is not finite.
-    """
+    """Raise JobError if a weight is not finite after the last step of an epoch, which has no loss yet."""
     for name, value in (*task.student.named_parameters(), *task.student.named_buffers()):
         # A method that does not know its range of gradient ratios has infinity as its end.
         if not name.startswith("balance.") and not bool(torch.isfinite(value).all()):

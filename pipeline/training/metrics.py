@@ -4,6 +4,7 @@ import math
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from torch import Tensor
 from ..errors import JobError
 from ..tasks.base import Task
 from .distributed import Ranks
+
+T = TypeVar("T")
+
+MAX_UNREAD = 4096
+"""Spans of a GPU that are kept before those that have ended are read."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,10 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device | str, precision: str) -> float | None:
-    """Return the peak FLOP/s of a device; None if unknown, as for every CPU.
-
-    Args:
-        precision: ``bf16``, ``fp16`` or ``fp32``. Torch's fp32 convolutions use TF32 unless this is disabled.
-    """
+    """Return the peak FLOP/s of a device in ``bf16``, ``fp16`` or ``fp32``; None if unknown, as for CPUs."""
     if torch.device(device).type != "cuda":
         return None
+    # Torch's fp32 convolutions use TF32 unless this is disabled.
     tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return peak_flops_by_name(torch.cuda.get_device_name(device), precision, tf32=tf32)
 
@@ -134,9 +137,6 @@ def peak_memory(device: str) -> int | None:
     return largest if sys.platform == "darwin" else 1024 * largest  # Linux counts in KiB
 
 
-T = TypeVar("T")
-
-
 class Meter:
     """Sums since the last reset, saved in checkpoints so that a resumed epoch counts all its steps."""
 
@@ -163,10 +163,9 @@ class Meter:
         self.images += len(labels)
 
     def means(self, epoch: int, *, all_ranks: bool = False) -> dict[str, float]:
-        """Return mean losses of this rank, or of all. The host waits for the device here.
+        """Return mean losses of this rank, or of all, or raise JobError if one is not finite.
 
-        Raises:
-            JobError: a loss is not finite.
+        The host waits for the device here.
         """
         sums = torch.stack([*self.sums.values(), self._images().float()])
         *values, images = (self.ranks.sum(sums) if all_ranks else sums).tolist()
@@ -204,10 +203,6 @@ class Meter:
         return torch.tensor(self.images, device=self.device)
 
 
-MAX_UNREAD = 4096
-"""Spans of a GPU that are kept before those that have ended are read."""
-
-
 @dataclass(slots=True)
 class _Span:
     """Time in one phase: between two host times in seconds, or two CUDA events of a stream."""
@@ -224,10 +219,7 @@ class Clock:
     A phase within another one interrupts it, so that no time is counted twice. On a CPU (and on mps) the time
     is that of the host. On CUDA it is the time between events in the stream that is current when the phase
     begins; they are read in :meth:`fractions`. A phase in a side stream runs concurrently with the one that
-    it interrupts, and both count.
-
-    Args:
-        now: the host's time in seconds.
+    it interrupts, and both count. ``now`` returns the host's time in seconds.
     """
 
     def __init__(self, device: torch.device | str, now: Callable[[], float] = time.perf_counter) -> None:
@@ -236,7 +228,7 @@ class Clock:
         self._cuda = self.device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._current: _Span | None = None
-        self._unread: list[_Span] = []
+        self._unread: deque[_Span] = deque()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -295,15 +287,11 @@ class Clock:
         return event
 
     def _read(self, *, wait: bool) -> None:
-        read = 0
-        for span in self._unread:
+        while self._unread and (wait or self._unread[0].end.query()):
+            span = self._unread.popleft()
             if wait:
                 span.end.synchronize()
-            elif not span.end.query():
-                break
             self._add(span.phase, span.start.elapsed_time(span.end) / 1000)
-            read += 1
-        del self._unread[:read]
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

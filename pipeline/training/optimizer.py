@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from ..config.defaults import ADAPTIVE_SCALE, is_adaptive
 from .task import DistillationTask
 
+DIV_FACTOR = 25.0
+"""Initial learning rate = peak / DIV_FACTOR, as in torch's OneCycleLR."""
+
+FINAL_DIV_FACTOR = 1e4
+"""Final learning rate = initial learning rate / FINAL_DIV_FACTOR."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,13 +41,6 @@ class Plan:
     def steps(self, images: int) -> int:
         """Return the steps per epoch: full batches only, but at least one."""
         return max(1, images // self.batch_size)
-
-
-DIV_FACTOR = 25.0
-"""Initial learning rate = peak / DIV_FACTOR, as in torch's OneCycleLR."""
-
-FINAL_DIV_FACTOR = 1e4
-"""Final learning rate = initial learning rate / FINAL_DIV_FACTOR."""
 
 
 class OneCycle(Scheduler):
@@ -97,9 +96,8 @@ def build_optimizer(task: DistillationTask, plan: Plan) -> torch.optim.Optimizer
         },
     ]
     # Torch's fused SGD fails if some of its weights have a momentum buffer and others do not yet.
-    fused: dict[str, Any] = {}
-    if has_fused_step(plan.optimizer) and not student.trains_projection_only(0):
-        fused = {"fused": True}
+    is_fused = has_fused_step(plan.optimizer) and not student.trains_projection_only(0)
+    fused: dict[str, Any] = {"fused": True} if is_fused else {}
     optimizer = create_optimizer_v2(
         [group for group in groups if group["params"]],
         opt=plan.optimizer,

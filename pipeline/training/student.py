@@ -1,6 +1,6 @@
 """The task that trains a student: its methods, and its teachers or their cached outputs."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..config.options import Options
 from ..data.training_data import TrainingData
 from ..data.views import FIXED_SEED, ViewPolicy, ViewSchedule
 from ..errors import JobError
-from ..methods.base import CachedOutput, Method, Setup, Shapes
+from ..methods.base import Method, Setup, Shapes
 from ..methods.shapes import compute_shapes
 from ..runs.device import Engine, inference_engine
 from ..runs.hashes import digest
@@ -38,6 +38,8 @@ TEACHERS = "student's teachers"
 
 MATCH_TOLERANCE = 1e-3
 """Largest difference of a tensor from a feature, as a fraction of the feature's norm."""
+
+_PROJECTION = "embed"
 
 
 def _shapes(spec: NetworkSpec) -> Shapes:
@@ -84,7 +86,7 @@ def build_methods(options: Options, round_: Round, run: Path) -> dict[str, Metho
 
 def student_reads(built: Mapping[str, Method]) -> frozenset[str]:
     """Return the names of all features of the student that the methods read."""
-    return _union(method.reads_of_student for method in built.values())
+    return frozenset().union(*(method.reads_of_student for method in built.values()))
 
 
 def student_task(
@@ -101,7 +103,6 @@ def student_task(
     Args:
         network: the student, or the readouts of a fake-quantized one, which continues the student's training
             and is not averaged.
-        built: the methods.
         normalize: replaces the student's mean and std.
     """
     o, round_ = context.options, context.round
@@ -126,7 +127,10 @@ def student_task(
         label_task=context.task,
         label_smoothing=o.label_smoothing or 0.0,
         teachers=teachers,
-        teacher_reads=[_union(m.reads_of_teachers[t] for m in built.values()) for t in range(len(teachers))],
+        teacher_reads=[
+            frozenset().union(*(method.reads_of_teachers[t] for method in built.values()))
+            for t in range(len(teachers))
+        ],
         methods=built,
         student_reads=student_reads(built),
         weights=loss_weights(o.weight, {name: type(method) for name, method in built.items()}),
@@ -140,17 +144,10 @@ def student_task(
     return task, cache
 
 
-def _union(reads: Iterable[frozenset[str]]) -> frozenset[str]:
-    return frozenset().union(*reads)
-
-
 def loss_weights(weights: dict[str, float], classes: dict[str, type[Method]]) -> dict[str, float]:
     """Add the cross-entropy's weight: the paper's for a single method, otherwise 1."""
     ce = next(iter(classes.values())).cross_entropy if len(classes) == 1 else 1.0
     return {"ce": ce, **weights}
-
-
-_PROJECTION = "embed"
 
 
 def save_heads(task: DistillationTask, path: Path) -> None:
@@ -215,21 +212,14 @@ def open_teacher_cache(
             teacher.name,
             context.dataset_name,
             source_key(run, data, teacher, engine.precision),
-            _distinct_outputs(methods, t),
+            # Methods may read the same output.
+            list({digest(o.key): o for m in methods.values() for o in m.cached_outputs(t)}.values()),
             partial(load_teacher, run, teacher, engine),
         )
         for t, teacher in enumerate(teachers)
     ]
     show = partial(context.progress.update, unit="images")
     return TeacherCache(context.cache, sources, len(views), render, show, context.ranks)
-
-
-def _distinct_outputs(methods: Mapping[str, Method], t: int) -> Sequence[CachedOutput]:
-    distinct: dict[str, CachedOutput] = {}
-    for method in methods.values():
-        for output in method.cached_outputs(t):
-            distinct.setdefault(digest(output.key), output)
-    return list(distinct.values())
 
 
 def source_key(run: Path, data: TrainingData, teacher: NetworkSpec, precision: str) -> dict[str, object]:

@@ -69,7 +69,7 @@ class StudentModule(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        geometry: Geometry,
+        normalize: nn.Module,
         methods: Mapping[str, Method],
         reads: frozenset[str],
         weights: Mapping[str, float],
@@ -77,11 +77,10 @@ class StudentModule(nn.Module):
         balance: bool,
         engine: Engine,
         ranks: Ranks,
-        normalize: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.readouts = network if isinstance(network, Readouts) else Readouts(network)
-        self.normalize = normalize or Normalize(geometry.mean, geometry.std)
+        self.normalize = normalize
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(name for name in LAST_MAP if name in self.readouts.offers)
         self.balance = GradientBalance(methods, ranks.sum) if balance and methods else None
@@ -98,12 +97,7 @@ class StudentModule(nn.Module):
         self.readouts.compile_features(engine.compile_mode)
 
     def forward(
-        self,
-        pixels: Tensor,
-        labels: Tensor,
-        teachers: Sequence[Features],
-        epoch: int,
-        keys: Tensor | None,
+        self, pixels: Tensor, labels: Tensor, teachers: Sequence[Features], epoch: int, keys: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the weighted losses by name, and the logits [B,N]."""
         images = self.normalize(pixels).contiguous(memory_format=self.memory_format)
@@ -119,32 +113,21 @@ class StudentModule(nn.Module):
                 for name, method in (alone or methods).items()
             }
         if self.balance is not None and not alone:
-            by_method = self._balance(self.balance, by_method, label_loss, features[self.last_map], epoch)
+            if self.balance.is_measuring:
+                full = {
+                    name: torch.stack(list(parts.values())).sum() / methods[name].warmup_factor(epoch)
+                    for name, parts in by_method.items()
+                }
+                self.balance.measure(full, label_loss, features[self.last_map])
+            factors = self.balance.factors()
+            by_method = {
+                name: {part: factors[name] * loss for part, loss in parts.items()}
+                for name, parts in by_method.items()
+            }
         losses = {part: loss for parts in by_method.values() for part, loss in parts.items()}
         if self.weights["ce"] and not alone:
             losses = {"ce": self.weights["ce"] * label_loss, **losses}
         return losses, features["logits"]
-
-    def _balance(
-        self,
-        balance: GradientBalance,
-        by_method: dict[str, dict[str, Tensor]],
-        label_loss: Tensor,
-        last_map: Tensor,
-        epoch: int,
-    ) -> dict[str, dict[str, Tensor]]:
-        if balance.is_measuring:
-            methods = dict(self.named_methods())
-            full = {
-                name: torch.stack(list(parts.values())).sum() / methods[name].warmup_factor(epoch)
-                for name, parts in by_method.items()
-            }
-            balance.measure(full, label_loss, last_map)
-        factors = balance.factors()
-        return {
-            name: {part: factors[name] * loss for part, loss in parts.items()}
-            for name, parts in by_method.items()
-        }
 
     def named_methods(self) -> list[tuple[str, Method]]:
         return [(name, method) for name, method in self.methods.items() if isinstance(method, Method)]
@@ -173,13 +156,9 @@ class Averages:
 
     @property
     def shipped(self) -> nn.Module:
-        """The network to ship."""
         if self.ema is not None:
             return self.ema.module
-        if self.last is not None and int(self.last.n_averaged):
-            module: nn.Module = self.last.module
-            return module
-        return self.network
+        return self.last.module if self.last is not None and int(self.last.n_averaged) else self.network
 
     def end_step(self) -> None:
         if self.ema is not None:
@@ -201,10 +180,8 @@ class Averages:
                 average.load_state_dict(state[name])
 
 
-_NEW_NAME = "forward_sync_buffers"
-_SYNC_BUFFERS = (
-    _NEW_NAME if _NEW_NAME in signature(DistributedDataParallel.__init__).parameters else "broadcast_buffers"
-)
+_DDP_ARGUMENTS = signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
 """Argument of DistributedDataParallel, renamed by torch, that broadcasts rank 0's buffers in each step."""
 
 
@@ -239,8 +216,7 @@ class DistillationTask(TrainingTask):
         Args:
             network: a timm network, or the readouts of a fake-quantized one.
             teachers: none if the teachers' outputs are cached.
-            teacher_reads: features of each teacher that the methods read.
-            student_reads: features of the student that the methods read.
+            teacher_reads, student_reads: features that the methods read.
             weights: of each method by name, and of the cross-entropy, ``ce``; by default 1.
             balance: adjust the methods' weights (see ``methods/gradient_balance.py``).
             ema, average_last: ship an average (see :class:`Averages`).
@@ -255,7 +231,7 @@ class DistillationTask(TrainingTask):
         methods = methods or {}
         self.trainable_module = StudentModule(
             network,
-            geometry,
+            normalize or Normalize(geometry.mean, geometry.std),
             methods,
             student_reads,
             {"ce": 1.0, **dict.fromkeys(methods, 1.0), **(weights or {})},
@@ -263,7 +239,6 @@ class DistillationTask(TrainingTask):
             balance,
             engine,
             ranks or Ranks(),
-            normalize,
         )
         self.teachers = nn.ModuleList(teachers)
         self.teacher_reads = teacher_reads
@@ -293,7 +268,6 @@ class DistillationTask(TrainingTask):
 
     @property
     def network(self) -> nn.Module:
-        """The network that is trained."""
         return self.student.readouts.network
 
     @property
@@ -325,13 +299,9 @@ class DistillationTask(TrainingTask):
 
     def average_statistics(self, ranks: Ranks) -> None:
         """Average BatchNorm's running statistics over ranks."""
-        if ranks.count > 1:
-            for module in (self.student, self.averages.ema):
-                if module is not None:
-                    distribute_bn(module, ranks.count, reduce=True)
-
-    def end_epoch(self, epoch: int, epochs: int) -> None:
-        self.averages.end_epoch(epochs - epoch - 1)
+        for module in (self.student, self.averages.ema) if ranks.count > 1 else ():
+            if module is not None:
+                distribute_bn(module, ranks.count, reduce=True)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         return self.network if module is None and not ema else super().get_eval_model(module, ema)
@@ -399,8 +369,5 @@ class DistillationTask(TrainingTask):
 
     def metrics(self) -> dict[str, Tensor]:
         """Return the methods' metrics over all ranks since the last call, as scalars on the device."""
-        return {
-            name: value
-            for _, method in self.student.named_methods()
-            for name, value in method.metrics().items()
-        }
+        metrics = [method.metrics() for _, method in self.student.named_methods()]
+        return {name: value for values in metrics for name, value in values.items()}

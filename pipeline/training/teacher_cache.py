@@ -16,10 +16,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,11 +103,7 @@ class TeacherCache:
         return [self.cache.get(KIND, self.key(t, output, view)) for output in self.sources[t].outputs]
 
     def open(self, views: range) -> None:
-        """Open the outputs for these views, and compute the missing ones.
-
-        Raises:
-            JobError: a value does not fit into half precision, or the disk is full.
-        """
+        """Open the outputs for these views, and compute the missing ones."""
         for t, source in enumerate(self.sources):
             missing: dict[int, list[Path | None]] = {}
             for view in views:
@@ -157,12 +153,10 @@ class TeacherCache:
 
     def batch(self, indices: Tensor, views: Tensor, device: torch.device) -> list[Features]:
         """Return each teacher's outputs for opened views ``views`` of images ``indices``, int64 [B] both."""
-        distinct = views.unique().tolist()
-        return [self._batch(t, indices, views, distinct, device) for t in range(len(self.sources))]
+        return [self._batch(t, indices, views, device) for t in range(len(self.sources))]
 
-    def _batch(
-        self, t: int, indices: Tensor, views: Tensor, distinct: Sequence[int], device: torch.device
-    ) -> Features:
+    def _batch(self, t: int, indices: Tensor, views: Tensor, device: torch.device) -> Features:
+        distinct = views.unique().tolist()
         if len(distinct) == 1:
             return self._rows(t, distinct[0], indices, device)
         batch: dict[str, Tensor] = {}
@@ -184,11 +178,7 @@ class TeacherCache:
         return {name: to_device(_to_tensor(array[rows]), device) for name, array in arrays}
 
     def _compute(self, t: int, view: int, found: Sequence[Path | None], work: str) -> list[Path | None]:
-        """Run a teacher over a view, write its missing outputs and return all entries.
-
-        Raises:
-            JobError: the disk is full.
-        """
+        """Run a teacher over a view, write its missing outputs and return all entries."""
         self.computed += 1
         entries = list(found)
         missing = [o for o, entry in enumerate(found) if entry is None]
@@ -249,7 +239,7 @@ class TeacherCache:
         reads = frozenset[str]().union(*(source.outputs[o].reads for o in folders))
         with ExitStack() as stack:
             writers = {
-                (o, name): stack.enter_context(RowWriter(folder / f"{name}.npy", shape, dtype))
+                (o, name): stack.enter_context(closing(RowWriter(folder / f"{name}.npy", shape, dtype)))
                 for o, folder in folders.items()
                 for name, (shape, dtype) in source.outputs[o].arrays.items()
             }
@@ -290,12 +280,7 @@ class RowWriter:
         self.offset = self.file.tell()
 
     def write(self, start: int, values: Tensor, teacher: str) -> None:
-        """Write rows from ``start`` on.
-
-        Raises:
-            JobError: a value does not fit into the type.
-            OSError: the disk is full.
-        """
+        """Write rows from ``start`` on, or raise JobError if a value does not fit into the type."""
         if self.dtype.kind == "f" and not bool(torch.isfinite(values.half()).all()):
             raise JobError(
                 f"The outputs of {teacher} are not finite, or larger than 65,504 and so not representable in "
@@ -304,10 +289,7 @@ class RowWriter:
         self.file.seek(self.offset + start * self.row_bytes)
         self.file.write(np.ascontiguousarray(values.cpu().numpy().astype(self.dtype)).data)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.file.close()
 
 

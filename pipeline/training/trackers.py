@@ -36,11 +36,7 @@ def requested_trackers(options: Options) -> list[str]:
 
 
 def check_trackers(options: Options) -> None:
-    """Check that the packages of the trackers are installed.
-
-    Raises:
-        UsageError: a package is missing.
-    """
+    """Raise UsageError if the package of a tracker is not installed."""
     for package in requested_trackers(options):
         if importlib.util.find_spec(package) is None:
             option = "--tensorboard" if package == "tensorboard" else f"--track {package}"
@@ -265,13 +261,13 @@ def _valid_name(name: str) -> str:
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, str]:
-    flat: dict[str, Any] = {}
+    flat: dict[str, str] = {}
     for name, value in config.items():
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in flat.items()
-    }
+        if isinstance(value, dict):
+            flat |= _flatten({f"{name}.{key}": part for key, part in value.items()})
+        else:
+            flat[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flat
 
 
 TRACKERS: dict[str, Callable[[RunContext, str, int], Tracker]] = {

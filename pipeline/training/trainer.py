@@ -16,7 +16,7 @@ from ..data.render import Normalize
 from ..data.training_data import TrainingData
 from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
-from ..evaluation.inference import compute_logits
+from ..evaluation.predictions import compute_logits
 from ..runs.device import Engine, device_name, threads, use_threads
 from ..runs.record import EngineEntry, MicroBatchEntry
 from ..runs.results import Epoch
@@ -31,6 +31,9 @@ from .trackers import EpochLog
 from .weights import Checkpoint
 
 LogitsAndLabels = tuple[np.ndarray, np.ndarray]
+
+MIN_MICRO_BATCH = 2
+"""BatchNorm needs two images."""
 
 
 def compute_split_logits(
@@ -56,10 +59,6 @@ def compute_split_logits(
         partial(context.progress.update, f"evaluating {spec.name} on {split}", unit="images"),
     )
     return context.ranks.gather(part).numpy(), labels.numpy()
-
-
-MIN_MICRO_BATCH = 2
-"""BatchNorm needs two images."""
 
 
 def build_plan(
@@ -97,11 +96,7 @@ class MicroBatch:
         self.size = recorded.size if recorded is not None and is_valid else plan.micro_batch
 
     def run(self, train: Callable[[int | None], None]) -> None:
-        """Call ``train`` with the size; with half of it as long as memory is insufficient.
-
-        Raises:
-            JobError: memory is insufficient for the smallest size.
-        """
+        """Call ``train`` with the size; with half of it as long as memory is insufficient."""
         while True:
             try:
                 return train(self.size)
@@ -144,8 +139,7 @@ def choose_run_engine(
 
     Args:
         choose: returns an engine for a precision (``auto``, ``fp32`` or ``bf16``).
-        precision: the only supported precision, if any. Otherwise that of the options, which takes
-            precedence over the recorded one.
+        precision: the only supported one; by default that of the options, which overrides a recorded one.
     """
     engines = context.folder.record.engines
     entry = engines.get(name)
@@ -239,12 +233,8 @@ def run_training(
 
     Args:
         training: name of checkpoint and curves: ``student``, ``teacher`` …
-        spec: the network that is trained.
         schedule, cache: see :func:`~questpress.pipeline.training.loop.train`.
         search_engine: search for the fastest engine before the first step.
-
-    Raises:
-        JobError: memory is insufficient for the smallest micro-batch.
     """
     ranks = context.ranks
     pixels, labels, _ = data.rendered("val", spec)

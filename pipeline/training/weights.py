@@ -65,9 +65,6 @@ def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, 
     """Check the weights from which these stages start, before hours of work and not after.
 
     Files are loaded; published weights are looked up, and downloaded into the cache if ``download``.
-
-    Raises:
-        ModelError: weights cannot be read, do not fit or cannot be downloaded.
     """
     published: list[tuple[str, str]] = []
     size = options.image_size
@@ -105,11 +102,7 @@ def _check_file(
 
 
 class Checkpoint:
-    """The file with a training's state after its last saved step.
-
-    Args:
-        key: identifies the training; states with another key are ignored.
-    """
+    """The file with a training's state after its last saved step; states with another ``key`` are ignored."""
 
     def __init__(self, path: Path, key: str, warn: Callable[[str], None] = lambda _: None) -> None:
         self.path = path
@@ -128,21 +121,14 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             if self.path.exists():
-                self._keep_previous()
-
-    def _keep_previous(self) -> None:
-        try:  # a hard link, so that ``path`` exists at any time
-            self.previous.unlink(missing_ok=True)
-            self.previous.hardlink_to(self.path)
-        except OSError:  # not supported by the file system
-            self.path.replace(self.previous)
+                try:  # a hard link, so that ``path`` exists at any time
+                    self.previous.unlink(missing_ok=True)
+                    self.previous.hardlink_to(self.path)
+                except OSError:  # not supported by the file system
+                    self.path.replace(self.previous)
 
     def load(self, device: str) -> dict[str, Any] | None:
-        """Return the newest intact state, or None if this training has none.
-
-        Raises:
-            JobError: all states are damaged.
-        """
+        """Return the newest intact state, or None without one; raise JobError if all states are damaged."""
         files = [path for path in (self.path, self.previous) if path.exists()]
         for path in files:
             state = _read_checkpoint(path, device)
