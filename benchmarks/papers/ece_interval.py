@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 from questpress.export.runtime import softmax
 from questpress.pipeline.evaluation.calibration import measure
-from questpress.pipeline.evaluation.likelihood import Softmax
+from questpress.pipeline.evaluation.calibration import Softmax
 
 from benchmarks.cells import markdown
 

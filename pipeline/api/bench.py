@@ -119,7 +119,7 @@ def bench(
             np.savez_compressed(stream, **samples)  # type: ignore[arg-type]
         write_text(folder / RESULTS, result.model_dump_json(indent=2) + "\n")
         if updates_run:
-            from ..report.write import write
+            from ..report.run_report import write
 
             write(RunFolder.read(folder.parent))
     return result

@@ -8,7 +8,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from ..errors import UsageError
 from ..report.assemble import assemble
-from ..report.write import FILES, write, write_report
+from ..report.run_report import FILES, write, write_report
 from ..runs.folder import RunFolder
 from ..runs.results import SCHEMA_VERSION, Report
 

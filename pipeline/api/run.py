@@ -165,7 +165,7 @@ def _run_stages(
     ranks: Ranks,
 ) -> Report:
     from ..report.assemble import assemble
-    from ..report.write import write
+    from ..report.run_report import write
 
     config = _config(options, images)
     with ranks.main_first():

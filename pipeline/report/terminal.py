@@ -8,10 +8,8 @@ from rich.text import Text
 from ..evaluation.results import Comparison, Validation
 from ..runs.console import safe_console
 from ..runs.results import Bench, Report
-from . import format
+from . import comparison_page, format, validation_page
 from .networks import compared_networks, median_latency, score_name, shipped_network, thread_counts
-from .pages import comparison as comparison_page
-from .pages import validation as validation_page
 from .sections import calibration, int8, latency
 from .summary import title, warnings
 from .tables import MAX_TERMINAL_NAME, Table

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import TaskName
 from ..data.dataset import Image
-from ..evaluation.likelihood import Likelihood
+from ..evaluation.calibration import Likelihood
 from ..runs.scores import ClassMeasure, Proportion, Score
 
 Names = Sequence[str]

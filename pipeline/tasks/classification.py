@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...export.runtime import softmax
 from ..config import TaskName
 from ..data.dataset import Image
+from ..evaluation.calibration import Softmax
 from ..evaluation.comparison import SIGNIFICANT, mcnemar
-from ..evaluation.likelihood import Softmax
 from ..runs.scores import ClassScore, Measure, Proportion, Score
 from .base import CHUNK, Chance, Names, PairedTest, Task, Thresholds
 

@@ -1,19 +1,140 @@
-"""Any number of classes per image: a sigmoid per class, mean average precision, a threshold per class."""
+"""Any number of classes per image: a sigmoid per class, mean average precision, a threshold per class.
 
-from collections.abc import Sequence
+Targets are 0 or 1, [n,classes], and logits [n,classes] are those of independent sigmoids.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy import ndarray
 from timm.loss import BinaryCrossEntropy
+from timm.task.evaluator import MultiLabelClassificationEvaluator
 from torch import nn
 
 from ...export.runtime import sigmoid
 from ..config import TaskName
-from ..evaluation import average_precision
-from ..evaluation.likelihood import Sigmoid
+from ..evaluation.calibration import Sigmoid
 from ..runs.scores import ClassScore, Measure, Score
 from .base import Chance, Names, Task, Thresholds
+
+DEFAULT_THRESHOLD = 0.5
+
+RESAMPLES, MIN_RESAMPLES, MAX_WORK = 400, 50, 2_000_000_000
+"""Bootstrap resamples of the images. The number falls to the minimum as resamples times images times classes
+reach the maximum (about ten seconds).
+"""
+
+CHUNK = 1 << 22
+"""Images times classes that are ranked at once: about 200 MB."""
+
+
+def mean_average_precision(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Compute timm's mAP over the classes that an image shows, in percent."""
+    shown = targets.any(0)
+    return evaluate(logits[:, shown], targets[:, shown])["map"]
+
+
+def evaluate(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Return timm's multi-label metrics, with labels predicted from a logit of 0."""
+    evaluator = MultiLabelClassificationEvaluator()
+    evaluator.update(torch.from_numpy(np.ascontiguousarray(logits)), torch.from_numpy(np.array(targets)))
+    return dict(evaluator.compute())
+
+
+def choose_thresholds(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the threshold of each class that gives the highest F1, float64 [classes].
+
+    It lies halfway between the lowest accepted probability and the highest rejected one. Of several with
+    equal F1 the highest is chosen; a class that no image shows gets the default.
+    """
+    chosen = np.full(targets.shape[1], DEFAULT_THRESHOLD)
+    for c in np.flatnonzero(targets.any(0)):
+        probability = sigmoid(logits[:, c])
+        order = np.argsort(-probability, kind="stable")
+        ranked, hits = probability[order], np.cumsum(targets[order, c])
+        accepted = np.arange(1, len(ranked) + 1)
+        ends = np.append(ranked[:-1] != ranked[1:], True)  # equal probabilities are accepted together
+        f1 = np.where(ends, 2 * hits / (accepted + hits[-1]), -1)
+        last = int(f1.argmax())
+        below = ranked[last + 1] if last + 1 < len(ranked) else 0.0
+        chosen[c] = (ranked[last] + below) / 2
+    return chosen
+
+
+class Ranking:
+    """The images of each class by falling logit, and the ranks of those that show the class."""
+
+    def __init__(self, logits: np.ndarray, targets: np.ndarray) -> None:
+        scores, shown = np.ascontiguousarray(logits.T), np.ascontiguousarray(targets.T) > 0
+        self.order = np.argsort(-scores, axis=1, kind="stable")
+        """Indices of the images, [classes,n]."""
+        ranked = np.take_along_axis(scores, self.order, axis=1)
+        hits = np.take_along_axis(shown, self.order, axis=1)
+        last = np.ones(ranked.shape, dtype=bool)
+        last[:, :-1] = ranked[:, :-1] != ranked[:, 1:]
+        places = np.where(last, np.arange(ranked.shape[1]), ranked.shape[1])
+        ends = np.minimum.accumulate(places[:, ::-1], axis=1)[:, ::-1]
+        # For each hit: its class, its image, the last rank with its logit, and the last hit up to there.
+        self.classes = np.nonzero(hits)[0]
+        self.images, self.ends = self.order[hits], ends[hits]
+        counts = hits.sum(1)
+        self.firsts = np.cumsum(counts) - counts
+        self.last_hits = self.firsts[self.classes] + np.cumsum(hits, axis=1)[self.classes, self.ends] - 1
+
+
+def average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
+    """Return each class's average precision, 0 to 1, if image i counts ``weights[i]`` times.
+
+    A class without a positive image gets NaN. Weights of 1 give timm's average precision.
+    """
+    classes, hits = ranking.classes, weights[ranking.images]
+    counted = np.concatenate([[0.0], np.cumsum(hits)])
+    # Equal logits are one step, whose precision is that at its end.
+    hits_so_far = counted[ranking.last_hits + 1] - counted[ranking.firsts[classes]]
+    seen = np.cumsum(weights[ranking.order], axis=1)[classes, ranking.ends]
+    # A hit of weight 0 may come before any weight: 0 / 0 counts as 0.
+    total = np.bincount(classes, hits * hits_so_far / np.maximum(seen, 1), minlength=len(ranking.order))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(total / np.bincount(classes, hits, minlength=len(ranking.order)))
+
+
+def class_average_precision(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return each class's average precision in percent; NaN for a class that no image shows."""
+    ones = np.ones(len(logits))
+    return 100 * np.concatenate([average_precision(ranking, ones) for ranking in _rankings(logits, targets)])
+
+
+def map_interval(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval over images of the mAP, in percent.
+
+    Every class must be shown by an image. The interval is shifted by the resamples' bias, since an image that
+    is drawn twice raises average precision.
+    """
+    n, classes = targets.shape
+    resamples = int(np.clip(MAX_WORK // (n * classes), MIN_RESAMPLES, RESAMPLES))
+    sums, counts, own = np.zeros(resamples), np.zeros(resamples), 0.0
+    for ranking in _rankings(logits, targets):
+        rng = np.random.default_rng(0)  # the same images for all classes
+        own += float(average_precision(ranking, np.ones(n)).sum())
+        for draw in range(resamples):
+            weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+            precision = average_precision(ranking, weights)
+            sums[draw] += np.nansum(precision)
+            counts[draw] += np.count_nonzero(~np.isnan(precision))
+    drawn, own = 100 * sums[counts > 0] / counts[counts > 0], 100 * own / classes
+    low, high = np.percentile(drawn, (2.5, 97.5)) - (np.mean(drawn) - own)
+    return max(0.0, min(float(low), own)), min(100.0, max(float(high), own))
+
+
+def _rankings(logits: np.ndarray, targets: np.ndarray) -> Iterator[Ranking]:
+    """Rank a few classes at a time to bound memory."""
+    few = max(1, CHUNK // len(targets))
+    for first in range(0, targets.shape[1], few):
+        part = slice(first, first + few)
+        yield Ranking(logits[:, part], targets[:, part])
+
 
 NO_CLASS = "no class"
 
@@ -52,10 +173,10 @@ class MultiLabel(Task):
         return encoded
 
     def default_thresholds(self, classes: int) -> ndarray:
-        return np.full(classes, average_precision.DEFAULT_THRESHOLD)
+        return np.full(classes, DEFAULT_THRESHOLD)
 
     def choose_thresholds(self, logits: ndarray, labels: ndarray) -> ndarray:
-        return average_precision.choose_thresholds(logits, labels)
+        return choose_thresholds(logits, labels)
 
     def predict(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
         if thresholds is None:
@@ -70,7 +191,7 @@ class MultiLabel(Task):
         return [", ".join(classes[int(c)] for c in np.flatnonzero(row)) or NO_CLASS for row in labels]
 
     def percent(self, logits: ndarray, labels: ndarray) -> float:
-        return average_precision.mean_average_precision(logits, labels)
+        return mean_average_precision(logits, labels)
 
     def score(
         self, logits: ndarray, labels: ndarray, classes: Names = (), thresholds: Thresholds = None
@@ -78,9 +199,9 @@ class MultiLabel(Task):
         shown = labels.any(0)
         # timm's evaluator has one threshold for all classes: predictions stand in for the logits.
         predictions = np.where(self.predict(logits, thresholds), 1.0, -1.0)
-        micro = average_precision.evaluate(predictions, labels)["micro_f1"]
-        macro = average_precision.evaluate(predictions[:, shown], labels[:, shown])["macro_f1"]
-        low, high = average_precision.map_interval(logits[:, shown], labels[:, shown])
+        micro = evaluate(predictions, labels)["micro_f1"]
+        macro = evaluate(predictions[:, shown], labels[:, shown])["macro_f1"]
+        low, high = map_interval(logits[:, shown], labels[:, shown])
         return Score(
             metric=self.metric,
             percent=self.percent(logits, labels),
@@ -94,7 +215,7 @@ class MultiLabel(Task):
     def _score_classes(
         self, logits: ndarray, labels: ndarray, classes: Names, thresholds: Thresholds
     ) -> list[ClassScore]:
-        precision = average_precision.class_average_precision(logits, labels)
+        precision = class_average_precision(logits, labels)
         measures = self.measure_classes(logits, labels, classes, thresholds)
         thresholds = self.default_thresholds(len(classes)) if thresholds is None else thresholds
         rows = zip(measures, precision.tolist(), thresholds.tolist(), strict=True)

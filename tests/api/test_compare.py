@@ -15,7 +15,7 @@ from questpress.pipeline.cli.main import cli
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation.results import Comparison
 from questpress.pipeline.report.charts import Chart
-from questpress.pipeline.report.pages.comparison import comparison_page, measured_files, render_comparison
+from questpress.pipeline.report.comparison_page import comparison_page, measured_files, render_comparison
 from questpress.pipeline.runs import artifacts
 from questpress.pipeline.runs.results import Report
 

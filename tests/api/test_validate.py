@@ -14,7 +14,7 @@ from questpress.export.text import escape_controls
 from questpress.pipeline.api.validate import compare_pairs, validate
 from questpress.pipeline.evaluation.comparison import mcnemar
 from questpress.pipeline.evaluation.results import Validation
-from questpress.pipeline.report.pages.validation import render_validation
+from questpress.pipeline.report.validation_page import render_validation
 from questpress.pipeline.runs.files import escape_cell
 from safetensors.numpy import load_file
 

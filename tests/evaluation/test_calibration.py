@@ -7,8 +7,15 @@ import pytest
 import torch
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.evaluation import calibration
-from questpress.pipeline.evaluation.calibration import HIGHEST, LOWEST, bin_of
-from questpress.pipeline.evaluation.likelihood import Likelihood, Predictions, Sigmoid, Softmax
+from questpress.pipeline.evaluation.calibration import (
+    HIGHEST,
+    LOWEST,
+    Likelihood,
+    Predictions,
+    Sigmoid,
+    Softmax,
+    bin_of,
+)
 from questpress.pipeline.runs.scores import Calibration, Temperature
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from questpress.export.results import FloatNode
-from questpress.pipeline.report.pages.comparison import render_comparison
-from questpress.pipeline.report.pages.validation import render_validation
+from questpress.pipeline.report.comparison_page import render_comparison
+from questpress.pipeline.report.validation_page import render_validation
 
 from tests.support import bench_reports, comparisons, int8_reports, reports
 from tests.support.pages import html, with_everything

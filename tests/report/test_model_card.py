@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 from questpress.export.runtime import Preprocessing
-from questpress.pipeline.report.model_card import model_card
+from questpress.pipeline.report.run_report import model_card
 from questpress.pipeline.runs.results import Recovery
 
 from tests.support import bench_reports, int8_reports, reports

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from questpress.export.results import FloatNode
 from questpress.pipeline.errors import JobError
-from questpress.pipeline.report.write import write_report
+from questpress.pipeline.report.run_report import write_report
 from questpress.pipeline.runs.results import Epoch, Report, ShownWord
 
 from tests.support import int8_reports, reports

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from questpress.pipeline.report.charts import Chart
+from questpress.pipeline.report.networks import accuracy_over_latency
 from questpress.pipeline.report.scatter import DOT, LETTER, Box, Level, Point, overlap, scatter, shorten
-from questpress.pipeline.report.sections.comparison import accuracy_over_latency
 
 from tests.support import reports
 from tests.support.pages import center, html, markdown, points, shapes

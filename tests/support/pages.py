@@ -5,7 +5,7 @@ from typing import Any
 
 from questpress.pipeline.report.charts import Chart, Shape
 from questpress.pipeline.report.render import render_html, render_markdown
-from questpress.pipeline.report.write import report_page
+from questpress.pipeline.report.run_report import report_page
 from questpress.pipeline.runs.results import Report, ShownWord
 
 from tests.support import bench_reports, int8_reports, reports

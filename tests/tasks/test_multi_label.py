@@ -10,9 +10,8 @@ from questpress.pipeline import methods
 from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.sources.label_files import read_label_file
 from questpress.pipeline.errors import UsageError
-from questpress.pipeline.evaluation import average_precision
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
-from questpress.pipeline.tasks import load_task
+from questpress.pipeline.tasks import load_task, multi_label
 from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.metrics import Meter
 from sklearn.metrics import average_precision_score, f1_score
@@ -27,6 +26,45 @@ LOGITS = (3 * TARGETS + 2 * RNG.standard_normal((N, C)) - 2).astype(np.float32).
 
 def bce(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0) - z * y
+
+
+def test_map_is_the_mean_of_scikit_learns_average_precision() -> None:
+    expected = 100 * np.mean([average_precision_score(TARGETS[:, c], LOGITS[:, c]) for c in range(C)])
+    assert multi_label.mean_average_precision(LOGITS, TARGETS) == pytest.approx(expected, abs=1e-6)
+
+
+def test_weighted_image_counts_as_often_as_copies_of_it() -> None:
+    weights = RNG.integers(0, 4, N).astype(float)
+    found = multi_label.average_precision(multi_label.Ranking(LOGITS, TARGETS), weights)
+    copies = np.repeat(np.arange(N), weights.astype(int))
+    for c in range(C):
+        expected = average_precision_score(TARGETS[copies, c], LOGITS[copies, c])
+        assert found[c] == pytest.approx(expected)
+
+
+def test_threshold_has_the_best_f1_of_all_there_are() -> None:
+    chosen = multi_label.choose_thresholds(LOGITS, TARGETS)
+    p = sigmoid(LOGITS)
+    for c in range(C):
+        each = [f1_score(TARGETS[:, c], p[:, c] >= one) for one in p[:, c]]
+        assert f1_score(TARGETS[:, c], p[:, c] >= chosen[c]) == pytest.approx(max(each))
+        assert not np.isclose(p[:, c], chosen[c], atol=1e-9).any()  # between two probabilities
+
+
+def test_thresholds_at_the_ends() -> None:
+    targets = np.array([[1, 0, 1], [1, 0, 0], [1, 0, 1]], dtype=np.float32)
+    logits = np.array([[1, 0, 2], [2, 1, -2], [3, 2, 2]], dtype=np.float32)
+    all_shown, none_shown, split = multi_label.choose_thresholds(logits, targets)
+    assert 0 < all_shown < sigmoid(np.array([1.0]))[0]
+    assert none_shown == 0.5
+    assert split == pytest.approx(0.5)  # halfway between σ(2) and σ(−2)
+
+
+def test_highest_of_equal_thresholds_is_chosen() -> None:
+    # One of two taken: precision 1, recall ½. Four taken: ½ and 1. Both have F1 2/3.
+    targets = np.array([[1], [0], [0], [1]], dtype=np.float32)
+    logits = np.array([[2], [1], [0], [-1]], dtype=np.float32)
+    assert multi_label.choose_thresholds(logits, targets)[0] > sigmoid(np.array([1.0]))[0]
 
 
 def test_class_without_images_is_excluded_from_map() -> None:
@@ -65,7 +103,7 @@ def test_interval_holds_the_score_and_narrows_with_more_images() -> None:
 
 def test_many_classes_are_ranked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TASK.score(LOGITS, TARGETS, "abcd")
-    monkeypatch.setattr(average_precision, "CHUNK", 3 * N)
+    monkeypatch.setattr(multi_label, "CHUNK", 3 * N)
     parts = TASK.score(LOGITS, TARGETS, "abcd")
     assert parts.classes == whole.classes
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...evaluation.mistakes import most_confused
+from ...evaluation.predictions import most_confused
 from ...evaluation.results import Confused
 from ...runs.results import Example, Report
 from ...runs.scores import ClassScore

@@ -4,8 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from questpress.pipeline.evaluation.calibration import measure
-from questpress.pipeline.evaluation.likelihood import Softmax
+from questpress.pipeline.evaluation.calibration import Softmax, measure
 from questpress.pipeline.report.charts import Chart
 from questpress.pipeline.report.networks import compared_networks
 from questpress.pipeline.report.sections import calibration

@@ -8,9 +8,9 @@ import pytest
 from questpress.pipeline.report import format, summary
 from questpress.pipeline.report.charts import Chart
 from questpress.pipeline.report.page import Section
+from questpress.pipeline.report.run_report import report_page
 from questpress.pipeline.report.sections import int8
 from questpress.pipeline.report.terminal import show_report
-from questpress.pipeline.report.write import report_page
 from questpress.pipeline.runs.results import Report
 from rich.console import Console
 

@@ -1,6 +1,7 @@
-"""The artifact's README.md: a model card for the Hugging Face Hub, and instructions for using the artifact.
+"""Write the report of a run, and the README.md of its artifact.
 
-It depends on the report and the manifest only, and names nothing of the machine but its processor.
+README.md is a model card for the Hugging Face Hub with instructions for using the artifact. It depends on the
+report and the manifest only, and names nothing of the machine but its processor.
 """
 
 import re
@@ -13,31 +14,78 @@ import yaml
 from ...export.artifact import write_predict
 from ...export.runtime import UINT8, Preprocessing, read_manifest
 from ...export.text import escape_controls
-from ..evaluation.likelihood import Sigmoid
+from ..evaluation.calibration import Sigmoid
 from ..runs.files import write_if_changed
+from ..runs.folder import RunFolder
 from ..runs.results import Report
 from ..runs.scores import ClassScore
 from ..tasks import load_task
-from . import format
-from .networks import (
-    Column,
-    all_networks,
-    find_network,
-    score_name,
-    shipped_network,
-    speed_ratios,
-)
-from .render import render_markdown_template, render_plain_template
-from .sections import calibration
-from .sections.classes import class_scores
-from .sections.int8 import QAT
-from .sections.latency import percentiles
-from .summary import describe_machine, title
+from . import format, networks, summary
+from .assemble import assemble, make_writable
+from .page import Page
+from .render import render_markdown_template, render_page, render_plain_template
+from .sections import calibration, classes, details, int8, latency, training
 from .tables import Table
 
+FILES = ("report.html", "report.md", "report.json")
 README = "README.md"
 MAX_CLASSES = 40
 MAX_WEAK_CLASSES = 3
+
+
+def report_page(report: Report) -> Page:
+    missing = summary.list_missing(report)
+    remarks = [f"Not in this report yet: {', '.join(missing)}."] if missing else []
+    if machine := summary.describe_machine(report.environment):
+        remarks.append(f"{'Benchmarked' if networks.thread_counts(report) else 'Run'} on {machine}")
+    footer = f"questpress, report schema {report.schema_version}. "
+    footer += "report.html, report.md and report.json have the same content."
+    if report.artifact:
+        footer += f" The files to deploy are in {report.artifact}."
+    return Page(
+        kind="compression report",
+        title=summary.title(report),
+        lead=summary.lead(report),
+        sections=[
+            networks.comparison_section(report),
+            latency.section(report),
+            int8.section(report),
+            training.section(report),
+            classes.example_section(report),
+            classes.section(report),
+            calibration.section(report),
+            training.vocabulary_section(report),
+            details.section(report),
+        ],
+        footer=footer,
+        data_file="report.json",
+        warnings=summary.warnings(report),
+        key_figures=summary.key_figures(report),
+        remarks=remarks,
+    )
+
+
+def write(folder: RunFolder) -> Report:
+    """Write the report again, and the model card if the run has an artifact."""
+    report = assemble(folder)
+    write_report(report, folder.path)
+    if report.artifact is not None:
+        write_card(report, folder.path / report.artifact)
+    return report
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json, report.md and report.html into ``folder``, each atomically.
+
+    Any part of ``report`` may be missing. The same report gives the same bytes.
+
+    Raises:
+        JobError: the folder cannot be written or the disk is full.
+    """
+    report = make_writable(report)
+    pages = render_page(report_page(report), "report")
+    for name, text in {"report.json": report.model_dump_json(indent=2) + "\n", **pages}.items():
+        write_if_changed(folder / name, text)
 
 
 def write_card(report: Report, folder: Path) -> None:
@@ -65,7 +113,7 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
         uint8=is_uint8,
         sigmoid=isinstance(task.likelihood, Sigmoid),
     )
-    shipped, labels = shipped_network(report), manifest["labels"]
+    shipped, labels = networks.shipped_network(report), manifest["labels"]
     measured = shipped.subject.calibration if shipped is not None else None
     return render_markdown_template(
         "model_card.md.j2",
@@ -73,17 +121,17 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
         report=report,
         manifest=manifest,
         metadata=escape_controls(metadata(report, manifest), keep="\n"),
-        title=title(report),
+        title=summary.title(report),
         score=shipped.subject.score if shipped is not None else None,
         files=_files(report, manifest),
         classes=", ".join(labels[:MAX_CLASSES]),
         has_all_classes=len(labels) <= MAX_CLASSES,
         epochs=sum(epoch.stage == "student" for epoch in report.epochs),
-        is_tuned=any(c.name == QAT and c.ships for search in report.int8 for c in search.tried),
+        is_tuned=any(c.name == int8.QAT and c.ships for search in report.int8 for c in search.tried),
         weak_classes=_weak_classes(shipped) if shipped is not None else [],
         calibration=calibration.describe(shipped, measured) if shipped is not None and measured else None,
         evaluation=_evaluation(report),
-        latency=percentiles(report.bench) if report.bench is not None else Table("Latency", [], []),
+        latency=latency.percentiles(report.bench) if report.bench is not None else Table("Latency", [], []),
         speed=_speed(report),
         preprocessing=preprocessing,
         is_uint8=is_uint8,
@@ -103,7 +151,7 @@ def metadata(report: Report, manifest: Mapping[str, Any]) -> str:
     if data.startswith("hfds/"):
         content["datasets"] = [data.removeprefix("hfds/")]
     if results := _results(report, origin):
-        content["model-index"] = [{"name": title(report), "results": results}]
+        content["model-index"] = [{"name": summary.title(report), "results": results}]
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
     return _license(report, origin["licenses"]) + text
 
@@ -122,7 +170,7 @@ def _license(report: Report, licenses: Sequence[str]) -> str:
 
 def _results(report: Report, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
     metrics = []
-    for column in reversed(all_networks(report)):
+    for column in reversed(networks.all_networks(report)):
         score = column.subject.score
         if score is not None and column.key.startswith("student"):
             interval = f"95 % interval {score.low:.2f} to {score.high:.2f} %"
@@ -138,9 +186,9 @@ def _results(report: Report, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": metrics}]
 
 
-def _weak_classes(shipped: Column) -> list[ClassScore]:
+def _weak_classes(shipped: networks.Column) -> list[ClassScore]:
     """Return the classes with the lowest scores below 100 %; none of two classes."""
-    scores = class_scores(shipped).values()
+    scores = classes.class_scores(shipped).values()
     weak = [score for score in scores if score.percent is not None and score.percent < 100]
     weak.sort(key=lambda score: (score.percent or 0, score.label))
     return weak[:MAX_WEAK_CLASSES] if len(scores) > 2 else []
@@ -159,7 +207,7 @@ def _files(report: Report, manifest: Mapping[str, Any]) -> Table:
         for file in manifest["files"]
         for accuracy in [file["accuracy"] or {}]
     ]
-    columns = ["file", "precision", "processor", "size", score_name(report), "opset"]
+    columns = ["file", "precision", "processor", "size", networks.score_name(report), "opset"]
     return Table("Files", columns, rows, code=frozenset({0}), text=True)
 
 
@@ -172,19 +220,19 @@ def _evaluation(report: Report) -> Table:
             f"{score.n:,}" if score.correct is None else f"{score.correct:,} of {score.n:,}",
             format.score_percent(column.subject.agreement),
         ]
-        for column in all_networks(report)
+        for column in networks.all_networks(report)
         if (score := column.subject.score) is not None
     ]
-    columns = ["", score_name(report), "95 % interval", "test images", "agreement with teacher"]
+    columns = ["", networks.score_name(report), "95 % interval", "test images", "agreement with teacher"]
     return Table("Evaluation", columns, rows)
 
 
 def _speed(report: Report) -> str:
-    machine, shipped = describe_machine(report.environment), shipped_network(report)
+    machine, shipped = summary.describe_machine(report.environment), networks.shipped_network(report)
     sentences = [f"Measured on {machine}."] if machine else []
-    for over in (find_network(report, "teacher"), find_network(report, "student")):
+    for over in (networks.find_network(report, "teacher"), networks.find_network(report, "student")):
         if over is not None and shipped is not None and over.key != shipped.key:
             pair = f"{shipped.role} vs. {over.role_in_sentence}"
-            ratios = speed_ratios(report, shipped, over)
+            ratios = networks.speed_ratios(report, shipped, over)
             sentences += [f"{pair}, {format.threads(r.threads)}: {r.text}." for r in ratios]
     return " ".join(sentences)

@@ -1,18 +1,18 @@
 """The page of a validation: results of each file, pairwise tests, errors, classes, calibration."""
 
-from ...evaluation.results import Network, Pair, Validation
-from ...runs.results import Subject
-from ...runs.scores import Proportion
-from ...tasks import load_task
-from .. import format
-from ..charts import Chart, Mark, dots
-from ..networks import Column, score_rows
-from ..page import MAX_MATRIX_CLASSES, Gallery, KeyFigure, Page, Section, confusion_matrix
-from ..render import render_page
-from ..sections import calibration
-from ..sections.classes import classes_section, confused_table, picture
-from ..summary import describe_machine
-from ..tables import Attribute, Table, attribute_rows
+from ..evaluation.results import Network, Pair, Validation
+from ..runs.results import Subject
+from ..runs.scores import Proportion
+from ..tasks import load_task
+from . import format
+from .charts import Chart, Mark, dots
+from .networks import Column, score_rows
+from .page import MAX_MATRIX_CLASSES, Gallery, KeyFigure, Page, Section, confusion_matrix
+from .render import render_page
+from .sections import calibration
+from .sections.classes import classes_section, confused_table, picture
+from .summary import describe_machine
+from .tables import Attribute, Table, attribute_rows
 
 CALIBRATION_METRICS: dict[str, Attribute] = {
     "NLL": (lambda n: n.calibration, lambda calibration: format.significant(calibration.nll)),

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from math import isfinite
 
-from ...evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
-from .. import format
-from ..charts import Chart
-from ..page import Page, Section
-from ..render import render_page
-from ..scatter import Point, describe_point, scatter
-from ..tables import Table
+from ..evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
+from . import format
+from .charts import Chart
+from .page import Page, Section
+from .render import render_page
+from .scatter import Point, describe_point, scatter
+from .tables import Table
 
 KINDS = {
     "int8": ("student_int8", "student, int8"),

@@ -1,1 +1,0 @@
-"""Pages of a comparison of runs and of a validation."""
