@@ -16,8 +16,6 @@ class UsageError(QuestpressError):
 class JobError(QuestpressError):
     """The job was started and failed."""
 
-    exit_code = 1
-
 
 OUT_OF_MEMORY_CLASSES = ("MemoryError", "OutOfMemoryError")
 

@@ -17,11 +17,6 @@ from ..runs.cache import Cache, discard
 from ..runs.hashes import digest
 from ..training.teacher_cache import ABOUT, KIND
 
-UNITS = {
-    "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40,
-}  # fmt: skip
-
 
 class _Output(BaseModel):
     readout: str
@@ -149,4 +144,5 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
     if match is None:
         raise UsageError(f"--keep must be a size such as 10GB, 500MB or 0, got {text}.")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    prefix = match[2] or ""
+    return int(float(match[1]) * (1024 if prefix[1:] else 1000) ** " KMGT".index(prefix[:1] or " "))

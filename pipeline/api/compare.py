@@ -23,9 +23,9 @@ from ..evaluation.results import (
     Machine,
 )
 from ..report.assemble import assemble
+from ..report.comparison_page import measured_files, render_comparison
 from ..report.format import join_names, plural
 from ..report.networks import Column, find_network
-from ..report.pages.comparison import measured_files, render_comparison
 from ..report.summary import describe_machine, list_missing
 from ..runs.artifacts import PREDICTIONS_FILE, Predictions, read_predictions
 from ..runs.files import command_line, escape_cell, shorten_paths, write_text
@@ -41,11 +41,8 @@ TEACHER = "teacher"
 
 STUDENT_STAGES = ("prepare", "student", "qat", ROUND)
 
-KINDS: dict[str, Kind] = {"student_int8": "int8", "student": "fp32", "teacher": "teacher"}
-
-
-PREDICTION_KEYS = {"int8": "student_int8", "fp32": "student"}
-"""Names of the files in ``Predictions``."""
+KEYS: dict[Kind, str] = {"int8": "student_int8", "fp32": "student", "teacher": "teacher"}
+"""Names of the files in ``Report`` and ``Predictions``."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +99,7 @@ def _read_report(path: Path) -> Report:
 
 
 def read_run_predictions(run: Run) -> Predictions | None:
-    """Return a run's predictions on its test images, or None if there are none.
-
-    Raises:
-        JobError: the file was modified.
-    """
+    """Return a run's predictions on its test images, or None if there are none."""
     if not run.path.is_dir():
         return None
     if (run.path / RECORD).is_file():
@@ -123,7 +116,7 @@ def list_thread_counts(report: Report) -> list[int]:
 def summarize_run(run: Run, threads: int | None) -> ComparedRun:
     """Return the results of a run that are compared, with latencies at a number of threads."""
     report = run.report
-    files = {kind: _summarize_file(find_network(report, key), kind, threads) for key, kind in KINDS.items()}
+    files = {kind: _summarize_file(find_network(report, key), kind, threads) for kind, key in KEYS.items()}
     student = report.student or report.student_int8
     seconds = [stage.seconds for stage in report.stages if get_kind(stage.stage) in STUDENT_STAGES]
     seed, teacher = report.config.get("seed"), report.config.get("teacher", [])
@@ -299,15 +292,10 @@ def compare_scores(
 ) -> list[AccuracyDifference]:
     """Compare the shipped file of each run with that of the first one, which has the best score."""
     differences = [_compare(run, score, *scores[0], predictions) for run, score in scores[1:]]
-    corrected = iter(holm([difference.p for difference in differences if difference.p is not None]))
-    return [
-        difference
-        if difference.p is None
-        else difference.model_copy(
-            update={"p_holm": (p_holm := next(corrected)), "within_noise": p_holm >= SIGNIFICANT}
-        )
-        for difference in differences
-    ]
+    tested = {i: difference.p for i, difference in enumerate(differences) if difference.p is not None}
+    for i, p_holm in zip(tested, holm(list(tested.values())), strict=True):
+        differences[i].p_holm, differences[i].within_noise = p_holm, p_holm >= SIGNIFICANT
+    return differences
 
 
 def _compare(
@@ -342,12 +330,11 @@ def _select_predictions(
     """Return a run's predictions and the name of its shipped file in them, if they match its report."""
     stored, file = predictions.get(run.name), run.ships
     assert file is not None and file.score is not None
-    key = PREDICTION_KEYS.get(file.kind, "")
+    key = KEYS[file.kind]
     if stored is None or key not in stored.classes:
         return None
     correct = stored.is_correct(key)
-    matches = (int(correct.sum()), len(correct)) == (file.score.correct, file.score.n)
-    return (stored, key) if matches else None
+    return (stored, key) if (correct.sum(), len(correct)) == (file.score.correct, file.score.n) else None
 
 
 def group_by_machine(runs: Sequence[ComparedRun]) -> list[Machine]:
@@ -357,7 +344,7 @@ def group_by_machine(runs: Sequence[ComparedRun]) -> list[Machine]:
     for name in dict.fromkeys(run.machine for _, run in timed):
         members = [pair for pair in timed if pair[1].machine == name]
         members.sort(key=lambda pair: (pair[0], pair[1].name))
-        fastest = members[0][1]
+        least, fastest = members[0]
         files = measured_files([run for _, run in members])
         points = [(file.p50 or 0.0, file.score.percent if file.score else 0.0) for _, file in files]
         machines.append(
@@ -368,7 +355,7 @@ def group_by_machine(runs: Sequence[ComparedRun]) -> list[Machine]:
                     LatencyDifference(
                         run=run.name,
                         fastest=fastest.name,
-                        ratio=p50 / members[0][0],
+                        ratio=p50 / least,
                         verdict=_compare_latency(run, fastest),
                     )
                     for p50, run in members[1:]
@@ -393,25 +380,16 @@ def to_csv(comparison: Comparison) -> str:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(
-            {k: escape_cell(value) if isinstance(value, str) else value for k, value in row.items()}
-        )
+        writer.writerow({k: escape_cell(v) if isinstance(v, str) else v for k, v in row.items()})
     return text.getvalue()
 
 
 def _row(run: ComparedRun, group: Group) -> dict[str, object]:
     difference = next((d for d in group.accuracies if d.run == run.name), None)
-    row: dict[str, object] = {
-        "run": run.name,
-        "method": run.method,
-        "teacher": run.teacher,
-        "student": run.student,
-        "image_size": run.image_size,
-        "parameters": run.parameters,
-    }
+    columns = ("method", "teacher", "student", "image_size", "parameters")
+    row: dict[str, object] = {"run": run.name, **{name: getattr(run, name) for name in columns}}
     for kind, file in (("int8", run.int8), ("fp32", run.fp32), ("teacher", run.teacher_file)):
-        score = file.score if file is not None else None
-        speedup = file.speedup if file is not None else None
+        score, speedup = (file.score, file.speedup) if file is not None else (None, None)
         row |= {
             f"{kind}_bytes": file and file.bytes,
             f"{kind}_score": score and score.percent,

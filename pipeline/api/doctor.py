@@ -82,8 +82,9 @@ def doctor(*, cache: Path | None = None, offline: bool = False) -> Diagnosis:
 
 
 def _finding(
-    group: str, name: str, value: str, verdict: Verdict = "ok", remedy: str | None = None
+    group: str, name: str, value: str, remedy: str | None = None, verdict: Verdict | None = None
 ) -> Finding:
+    verdict = verdict or ("note" if remedy else "ok")
     return Finding(group=group, name=name, verdict=verdict, value=value, remedy=remedy)
 
 
@@ -94,12 +95,12 @@ def _machine() -> Iterable[Finding]:
     memory = _memory()
     if memory is not None:
         remedy = "use smaller images or batches (--image-size, --batch-size)" if memory < MIN_MEMORY else None
-        yield make("memory", f"{memory / 1e9:.1f} GB", "note" if remedy else "ok", remedy)
+        yield make("memory", f"{memory / 1e9:.1f} GB", remedy)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         remedy = "increase it (docker run --shm-size 1g)" if free < 64e6 else None
-        yield make("/dev/shm", f"{free / 1e9:.2f} GB free", "note" if remedy else "ok", remedy)
+        yield make("/dev/shm", f"{free / 1e9:.2f} GB free", remedy)
 
 
 def _memory() -> int | None:
@@ -124,7 +125,7 @@ def _packages() -> Iterable[Finding]:
     for requirement, extra in _requirements():
         name = requirement.name
         if extra is None and (trouble := _trouble(requirement)):
-            yield make(name, trouble, "missing", f"pip install '{name}{requirement.specifier}'")
+            yield make(name, trouble, f"pip install '{name}{requirement.specifier}'", "missing")
         elif extra is None:
             yield make(name, metadata.version(name))
 
@@ -157,7 +158,7 @@ def _extras() -> Iterable[Finding]:
             yield make(package, metadata.version(package))
         except metadata.PackageNotFoundError:
             value = f"is not installed; required by {REQUIRED_BY[package]}"
-            yield make(package, value, "note", f"pip install 'questpress[{extra}]'")
+            yield make(package, value, f"pip install 'questpress[{extra}]'")
 
 
 def _devices() -> Iterable[Finding]:
@@ -178,21 +179,15 @@ def _devices() -> Iterable[Finding]:
             yield make(name, f"{device_name(name)}, {free_memory(name) / 1e9:.1f} GB free")
     elif device == "mps":
         yield make("mps", "Apple's GPU, through Metal")
-    else:
-        yield make("GPU", *_without_gpu())
-    yield make("trains on", device + (", in bf16 where that pays" if bf16_pays(device) else ", in fp32"))
-
-
-def _without_gpu() -> tuple[str, Verdict, str | None]:
-    import torch
-
-    if not Path("/proc/driver/nvidia/version").exists():
-        return "none; training runs on the processor", "ok", None
-    if torch.version.cuda is None:
+    elif not Path("/proc/driver/nvidia/version").exists():
+        yield make("GPU", "none; training runs on the processor")
+    elif torch.version.cuda is None:
         remedy = "pip install --force-reinstall torch torchvision"
-        return "NVIDIA driver found, but torch was built without CUDA", "note", remedy
-    value = f"NVIDIA driver found, but torch (built for CUDA {torch.version.cuda}) finds no GPU"
-    return value, "note", "run nvidia-smi to check the driver"
+        yield make("GPU", "NVIDIA driver found, but torch was built without CUDA", remedy)
+    else:
+        value = f"NVIDIA driver found, but torch (built for CUDA {torch.version.cuda}) finds no GPU"
+        yield make("GPU", value, "run nvidia-smi to check the driver")
+    yield make("trains on", device + (", in bf16 where that pays" if bf16_pays(device) else ", in fp32"))
 
 
 def _int8() -> Iterable[Finding]:
@@ -202,20 +197,18 @@ def _int8() -> Iterable[Finding]:
     flags = ", ".join(int8_flags()) or "none that speed up int8"
     slow = target == "x86" or (target == "arm64" and "asimddp" not in int8_flags())
     remedy = "int8 files run, but are hardly faster without VNNI or dot products" if slow else None
-    yield _finding("int8", "instruction sets", flags, "note" if slow else "ok", remedy)
+    yield _finding("int8", "instruction sets", flags, remedy)
     yield _finding("int8", "--target here", target)
 
 
 def _folder(name: str, folder: Path, option: str) -> Finding:
     make = partial(_finding, "Folders", name)
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        return make(f"{folder} cannot be written", "missing", f"set another folder with {option}")
+        return make(f"{folder} cannot be written", f"set another folder with {option}", "missing")
     free = shutil.disk_usage(existing).free
     remedy = f"free disk space, or set another folder with {option}" if free < MIN_DISK else None
-    return make(f"{folder}, {free / 1e9:.1f} GB free", "note" if remedy else "ok", remedy)
+    return make(f"{folder}, {free / 1e9:.1f} GB free", remedy)
 
 
 def _hub(open_: Callable[..., object] = urllib.request.urlopen) -> Finding:
@@ -229,5 +222,5 @@ def _hub(open_: Callable[..., object] = urllib.request.urlopen) -> Finding:
         reason = getattr(error, "reason", None) or error
         value = f"{HUB} cannot be reached ({reason}); cached weights can be used"
         remedy = "set --teacher-weights to a file, or copy a Hugging Face cache from another machine"
-        return make(value, "note", remedy)
+        return make(value, remedy)
     return make(f"{HUB} is reachable")

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -138,25 +139,17 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
         )
     _check_file_size(chosen, len(data.classes))
     assert chosen.image_size is not None
-    check_methods(
-        parameters,
-        chosen.teacher,
-        chosen.student,
+    check = partial(
+        check_methods, parameters, student=chosen.student, classes=len(data.classes), images=len(data.train)
+    )
+    check(
+        teachers=chosen.teacher,
         heads=chosen.teacher_head,
-        classes=len(data.classes),
         image_size=chosen.image_size,
         student_size=chosen.student_size,
-        images=len(data.train),
     )
     if chosen.rounds > 1:  # a student is the next one's teacher
-        check_methods(
-            parameters,
-            [chosen.student],
-            chosen.student,
-            classes=len(data.classes),
-            image_size=chosen.student_size or chosen.image_size,
-            images=len(data.train),
-        )
+        check(teachers=[chosen.student], image_size=chosen.student_size or chosen.image_size)
     _choose(chosen, data)
     assert chosen.epochs is not None
     _choose_cache_views(chosen, parameters, len(data.classes), len(data.train))
@@ -230,21 +223,19 @@ def _choose(chosen: Options, data: ImageSet) -> None:
         chosen.student_weights == "auto" and not has_pretrained(chosen.student)
     )
     chosen.val_fraction = 0.1 if chosen.val_fraction is None else chosen.val_fraction
-    chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
-    _check_optimizer(chosen.optimizer)
+    optimizer = chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
+    _check_optimizer(optimizer)
     batch = chosen.batch_size = min(chosen.batch_size or defaults.choose_batch_size(images), images)
-    chosen.epochs = chosen.epochs or defaults.choose_epochs("student", images, scratch=scratch)
-    chosen.teacher_epochs = chosen.teacher_epochs or defaults.choose_epochs(
-        "teacher", images, scratch=teacher_scratch
-    )
-    chosen.lr = chosen.lr or defaults.choose_learning_rate(
-        "student", batch, scratch=scratch, optimizer=chosen.optimizer
-    )
-    chosen.teacher_lr = chosen.teacher_lr or defaults.choose_learning_rate(
-        "teacher", batch, scratch=teacher_scratch, optimizer=chosen.optimizer
-    )
+    epochs, learning_rate = defaults.choose_epochs, partial(defaults.choose_learning_rate, batch, optimizer)
+    chosen.epochs = chosen.epochs or epochs("student", images, scratch=scratch)
+    chosen.teacher_epochs = chosen.teacher_epochs or epochs("teacher", images, scratch=teacher_scratch)
+    chosen.lr = chosen.lr or learning_rate("student", scratch=scratch)
+    chosen.teacher_lr = chosen.teacher_lr or learning_rate("teacher", scratch=teacher_scratch)
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
-    _check_schedule(chosen)
+    if chosen.schedule == "multistep" and not chosen.milestones:
+        raise UsageError("--schedule multistep requires --milestones, such as 150,180,210.")
+    if chosen.milestones and chosen.schedule != "multistep":
+        raise UsageError(f"--milestones requires --schedule multistep, got {chosen.schedule}.")
     _check_averages(chosen)
     chosen.warmup_epochs = _warmup("", chosen.warmup_epochs, chosen.epochs, chosen.recipe)
     chosen.teacher_warmup_epochs = _warmup(
@@ -336,7 +327,10 @@ def _warmup(prefix: str, warmup_epochs: float | None, epochs: int, recipe: str |
 
 def _choose_views(chosen: Options, data: ImageSet) -> None:
     assert chosen.image_size is not None
-    chosen.crop = chosen.crop or ("pad" if defaults.is_small(_median_short_side(data)) else "resized")
+    if chosen.crop is None:
+        short_sides = [min(size) for size in sample_sizes(data.train)]
+        is_small = bool(short_sides) and round(statistics.median(short_sides)) <= defaults.SMALL_IMAGES
+        chosen.crop = "pad" if is_small else "resized"
     for name, crop in (("crop_scale", "resized"), ("pad", "pad"), ("pad_mode", "pad")):
         if getattr(chosen, name) is not None and chosen.crop != crop:
             raise UsageError(f"{get_flag(name)} requires --crop {crop}, got --crop {chosen.crop}.")
@@ -403,20 +397,8 @@ def _check_weights_file(source: str, role: str) -> None:
 def _check_optimizer(name: str) -> None:
     from timm.optim import list_optimizers
 
-    if name not in list_optimizers():
-        near = get_close_matches(name, [str(optimizer) for optimizer in list_optimizers()], n=3)
+    names = [str(optimizer) for optimizer in list_optimizers()]
+    if name not in names:
+        near = get_close_matches(name, names, n=3)
         advice = f"The nearest are {', '.join(near)}" if near else "Try adamw or sgd"
         raise UsageError(f"--optimizer {name} does not exist in timm. {advice}.")
-
-
-def _check_schedule(chosen: Options) -> None:
-    if chosen.schedule == "multistep" and not chosen.milestones:
-        raise UsageError("--schedule multistep requires --milestones, such as 150,180,210.")
-    if chosen.milestones and chosen.schedule != "multistep":
-        raise UsageError(f"--milestones requires --schedule multistep, got {chosen.schedule}.")
-
-
-def _median_short_side(data: ImageSet) -> int:
-    """Return the median short side of a sample of training images, from their headers."""
-    sizes = sample_sizes(data.train)
-    return round(statistics.median(map(min, sizes))) if sizes else defaults.SMALL_IMAGES + 1

@@ -83,9 +83,11 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
         shared = {**options, "image_size": given.image_size, "time_limit": left}
         compress(**{**shared, **more, "out": out / folder})
 
-    run(TEACHER, until="teacher", student=_student_of_teacher_run(out / TEACHER, students))
+    # The student that the teacher's run was started with, so that students can be added later.
+    recorded = str(read_config(out / TEACHER)["student"]) if (out / TEACHER / RECORD).is_file() else ""
+    run(TEACHER, until="teacher", student=recorded if recorded in students else students[0])
     count = len(chosen.teacher)
-    files = [f"{TEACHER}{'' if count == 1 else f'.{number}'}.safetensors" for number in range(count)]
+    files = [f"{TEACHER}{'' if count == 1 else f'.{i}'}.safetensors" for i in range(count)]
     finished_teacher = {
         "teacher": chosen.teacher,
         "teachers_from_seeds": 1,
@@ -100,9 +102,3 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
             folders.append(student.replace("/", "-") + suffix)
             run(folders[-1], student=student, student_size=student_size, **finished_teacher)
     return compare([out / folder for folder in folders], out=out / COMPARISON)
-
-
-def _student_of_teacher_run(folder: Path, students: Sequence[str]) -> str:
-    """Return the student that the teacher's run was started with, so that students can be added later."""
-    recorded = str(read_config(folder)["student"]) if (folder / RECORD).is_file() else ""
-    return recorded if recorded in students else students[0]

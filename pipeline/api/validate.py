@@ -4,7 +4,7 @@ import csv
 import io
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -20,19 +20,40 @@ from ..data.decode import check_unreadable, decode_each, read_pixels
 from ..errors import UsageError
 from ..evaluation import calibration
 from ..evaluation.comparison import SIGNIFICANT, holm, mcnemar
-from ..evaluation.mistakes import make_example, most_confused
+from ..evaluation.predictions import make_example, most_confused
 from ..evaluation.results import Network, Pair, Validation, Verdict
 from ..report.format import plural
-from ..report.pages.validation import render_validation
+from ..report.validation_page import render_validation
 from ..runs.console import Display
 from ..runs.files import check_outside_data, command_line, escape_cell, write_text
 from ..runs.process import STOP
 from ..runs.record import RECORD
 from ..runs.results import Example
-from . import validate_inputs as validation_images
-from .validate_inputs import SPLIT_NAMES, Model, SplitName, ValidationImages, open_models, open_teachers
+from .validate_inputs import (
+    SPLIT_NAMES,
+    Model,
+    SplitName,
+    ValidationImages,
+    choose_images,
+    choose_images_of_runs,
+    open_models,
+    open_teachers,
+    select_known,
+)
 
+FOLDER = "validation"
 BATCH = 32
+
+MAX_EXAMPLES = 48
+"""Mistakes shown with images."""
+
+MAX_CONFUSION_CLASSES = 100
+"""Classes of a confusion matrix that is stored; the most confused pairs are listed in any case."""
+
+CSV_HEADER = (
+    "model", "file", "label", "prediction", "probability", "correct", "teacher_prediction",
+    "teacher_probability", "teacher_correct",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,12 +65,10 @@ class Logits:
     skipped: tuple[Skipped, ...]
 
 
-def run_models(
-    images: Sequence[Image], models: Sequence[Model], skipped: Sequence[Skipped], progress: Progress
-) -> Logits:
+def run_models(images: ValidationImages, models: Sequence[Model], progress: Progress) -> Logits:
     """Run all models on the images; an ensemble of teachers gives the logits of its mean probabilities.
 
-    Up to 1 % of all images, including those ``skipped`` before, may be unreadable.
+    Up to 1 % of all images, including those skipped before, may be unreadable.
 
     Raises:
         JobError: more images are unreadable, or an image was changed.
@@ -58,39 +77,28 @@ def run_models(
     formats = list(dict.fromkeys(model.preprocessing for model in models))
     readable: list[Image] = []
     unreadable: list[Skipped] = []
+    pending: list[list[Pixels]] = []
     parts: list[list[np.ndarray]] = [[] for _ in models]
-    render_all = lambda image: [render(image, form) for form in formats]  # noqa: E731
-    for batch, rendered in _batches(images, render_all, unreadable, progress):
-        readable += batch
-        for part, model in zip(parts, models, strict=True):
-            pixels = rendered[formats.index(model.preprocessing)]
-            logits = [classifier.predict_logits(pixels) for classifier in model.classifiers]
-            part.append(model.task.likelihood.ensemble(logits).astype(np.float32))
-    earlier = sum(file.unreadable for file in skipped)
-    check_unreadable([*skipped, *unreadable], len(images) + earlier)
-    if not readable:
-        raise UsageError("None of the images can be read.")
-    return Logits(tuple(readable), [np.concatenate(part) for part in parts], tuple(unreadable))
-
-
-def _batches(
-    images: Sequence[Image],
-    render_all: Callable[[Pixels], list[Pixels]],
-    unreadable: list[Skipped],
-    progress: Progress,
-) -> Iterator[tuple[list[Image], list[np.ndarray]]]:
-    """Yield readable images and their pixels uint8 [B,S,S,3] in each format; others go to ``unreadable``."""
-    batch: list[tuple[Image, list[Pixels]]] = []
-    for done, (image, rendered) in enumerate(zip(images, decode_each(images, render_all), strict=True), 1):
+    decoded = decode_each(images.images, lambda image: [render(image, form) for form in formats])
+    for done, (image, rendered) in enumerate(zip(images.images, decoded, strict=True), 1):
         if isinstance(rendered, str):
             unreadable.append(Skipped(image.name, rendered, unreadable=True))
         else:
-            batch.append((image, rendered))
-        if batch and (len(batch) == BATCH or done == len(images)):
-            columns = zip(*(pixels for _, pixels in batch), strict=True)
-            yield [image for image, _ in batch], [np.stack(column) for column in columns]
-            batch = []
-        progress(done, len(images))
+            readable.append(image)
+            pending.append(rendered)
+        if pending and (len(pending) == BATCH or done == len(images.images)):
+            batch = [np.stack(column) for column in zip(*pending, strict=True)]  # uint8 [B,S,S,3] by format
+            for part, model in zip(parts, models, strict=True):
+                pixels = batch[formats.index(model.preprocessing)]
+                logits = [classifier.predict_logits(pixels) for classifier in model.classifiers]
+                part.append(model.task.likelihood.ensemble(logits).astype(np.float32))
+            pending = []
+        progress(done, len(images.images))
+    earlier = sum(file.unreadable for file in images.skipped)
+    check_unreadable([*images.skipped, *unreadable], len(images.images) + earlier)
+    if not readable:
+        raise UsageError("None of the images can be read.")
+    return Logits(tuple(readable), [np.concatenate(part) for part in parts], tuple(unreadable))
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,8 @@ class Prediction:
     label: str
     predicted: str
     probability: float
-    teacher: str | None = None
-    teacher_probability: float | None = None
+    by_teacher: tuple[str, float] | None = None
+    """Its label and probability."""
 
     @property
     def is_correct(self) -> bool:
@@ -112,7 +120,7 @@ class Prediction:
     @property
     def differs(self) -> bool:
         """True if the teacher's prediction is another one."""
-        return self.teacher is not None and self.teacher != self.predicted
+        return self.by_teacher is not None and self.by_teacher[0] != self.predicted
 
 
 @dataclass(frozen=True)
@@ -124,49 +132,17 @@ class TeacherOutputs:
     thresholds: np.ndarray | None
 
 
-def list_predictions(
-    model: Model,
-    logits: np.ndarray,
-    targets: np.ndarray,
-    images: Sequence[Image],
-    teacher: TeacherOutputs | None,
-) -> list[Prediction]:
-    """Return a prediction for each image, the most confident first."""
-    labels = model.task.describe(targets, model.labels)
-    predicted = model.task.decode(logits, model.labels, model.thresholds)
-    by_teacher: Sequence[tuple[str | None, float | None]] = [(None, None)] * len(images)
-    if teacher is not None:
-        by_teacher = model.task.decode(teacher.logits, model.labels, teacher.thresholds)
-    predictions = [
-        Prediction(model.name, image, label, *own, *other)
-        for image, label, own, other in zip(images, labels, predicted, by_teacher, strict=True)
-    ]
-    return sorted(predictions, key=lambda prediction: (-prediction.probability, prediction.image.name))
-
-
-CSV_HEADER = (
-    "model", "file", "label", "prediction", "probability", "correct", "teacher_prediction",
-    "teacher_probability", "teacher_correct",
-)  # fmt: skip
-
-
 def to_csv(predictions: Iterable[Prediction]) -> str:
     """Return a CSV table with escaped cells."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_HEADER)
     for p in predictions:
-        cells = [p.model, p.image.name, p.label, p.predicted, f"{p.probability:.6f}", _yes(p.is_correct)]
-        if p.teacher is None:
-            cells += ["", "", ""]
-        else:
-            cells += [p.teacher, f"{p.teacher_probability:.6f}", _yes(p.teacher == p.label)]
-        writer.writerow([escape_cell(cell) for cell in cells])
+        cells = [p.model, p.image.name, p.label]
+        for predicted, probability in filter(None, [(p.predicted, p.probability), p.by_teacher]):
+            cells += [predicted, f"{probability:.6f}", "yes" if predicted == p.label else "no"]
+        writer.writerow([escape_cell(cell) for cell in cells] + [""] * (len(CSV_HEADER) - len(cells)))
     return text.getvalue()
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def make_examples(
@@ -177,21 +153,9 @@ def make_examples(
     for done, p in enumerate(predictions, 1):
         pixels = read_pixels(p.image, lambda image: render(image, model.preprocessing))
         progress(done, len(predictions))
-        by_teacher = None
-        if p.teacher is not None and p.teacher_probability is not None:
-            by_teacher = (p.teacher, p.teacher_probability)
         shown = None if isinstance(pixels, str) else pixels
-        examples.append(make_example(p.image, p.label, (p.predicted, p.probability), by_teacher, shown))
+        examples.append(make_example(p.image, p.label, (p.predicted, p.probability), p.by_teacher, shown))
     return examples
-
-
-FOLDER = "validation"
-
-MAX_EXAMPLES = 48
-"""Mistakes shown with images."""
-
-MAX_CONFUSION_CLASSES = 100
-"""Classes of a confusion matrix that is stored; the most confused pairs are listed in any case."""
 
 
 def validate(
@@ -234,7 +198,7 @@ def validate(
     paths = [Path(path) for path in ([artifacts] if isinstance(artifacts, str | Path) else artifacts)]
     if not paths:
         raise UsageError("At least one run folder, artifact folder or .onnx file is required.")
-    if split is not None and split not in SPLIT_NAMES:
+    if split not in (None, *SPLIT_NAMES):
         raise UsageError(f"--split must be one of {', '.join(SPLIT_NAMES)}, got {split}.")
     folder = _choose_folder(paths, out)
     if data is not None:
@@ -245,37 +209,37 @@ def validate(
             return lambda done, total: stage.update(work, done, total, "images")
 
         students, notes = open_models(paths, file, threads)
-        teachers, teacher_of, teacher_notes = open_teachers(
-            students, None if teacher is None else str(teacher), threads
-        )
+        teachers, teacher_of, teacher_notes = open_teachers(students, teacher, threads)
         runs = list(dict.fromkeys(student.run for student in students if student.run is not None))
+        reading = progress("reading images")
         if data is None:
-            images = validation_images.choose_images_of_runs(runs, split, progress("reading images"))
+            images = choose_images_of_runs(runs, split, reading)
         else:
-            images_folder = None if data_dir is None else Path(data_dir)
-            images = validation_images.choose_images(
-                str(data), split, runs, images_folder, download, progress("reading images")
-            )
-        images = validation_images.select_known(images, students, ignore_unknown=ignore_unknown)
+            images = choose_images(data, split, runs, data_dir, download, reading)
+        images = select_known(images, students, ignore_unknown=ignore_unknown)
         teachers, teacher_of, mismatches = _drop_mismatched(students, teachers, teacher_of)
         models = [*students, *teachers]
-        logits = run_models(images.images, models, images.skipped, progress("running the models"))
-        results = _Results(models, len(students), teacher_of, images, logits)
+        logits = run_models(images, models, progress("running the models"))
+        results = _Results(models, teacher_of, images, logits)
         notes += [*teacher_notes, *mismatches]
         validation = results.summarize(notes, folder, progress("rendering mistakes"))
+    _write(folder, validation, results)
+    return validation
+
+
+def _write(folder: Path, validation: Validation, results: "_Results") -> None:
     predictions = [prediction for rows in results.predictions for prediction in rows]
     texts = {
         **render_validation(validation),
         "validation.json": to_json(validation) + "\n",
         "mistakes.csv": to_csv(row for row in predictions if not row.is_correct),
     }
-    if teacher_of:
+    if results.teacher_of:
         texts["differences.csv"] = to_csv(row for row in predictions if row.differs)
+    else:  # a file of an earlier validation would be misleading
+        remove(folder / "differences.csv")
     for name, text in texts.items():
         write_text(folder / name, text)
-    if not teacher_of:  # one of an earlier validation would be misleading
-        remove(folder / "differences.csv")
-    return validation
 
 
 def _choose_folder(paths: Sequence[Path], out: str | Path | None) -> Path:
@@ -310,10 +274,9 @@ def _drop_mismatched(
 
 @dataclass(frozen=True)
 class _Results:
-    """Logits of all models, of which the first ``num_students`` are not teachers."""
+    """Results of all models, the students first."""
 
     models: Sequence[Model]
-    num_students: int
     teacher_of: dict[str, str]
     images: ValidationImages
     outputs: Logits
@@ -331,17 +294,21 @@ class _Results:
 
     @cached_property
     def predictions(self) -> list[list[Prediction]]:
-        """Those of each student."""
-        return [
-            list_predictions(
-                self.models[i],
-                self.outputs.logits[i],
-                self.targets[i],
-                self.outputs.images,
-                self._find_teacher(self.models[i]),
-            )
-            for i in range(self.num_students)
+        """Those of each student, the most confident first."""
+        return [self._predict(i) for i, model in enumerate(self.models) if not model.is_teacher]
+
+    def _predict(self, i: int) -> list[Prediction]:
+        model, task, images = self.models[i], self.models[i].task, self.outputs.images
+        labels = task.describe(self.targets[i], model.labels)
+        predicted = task.decode(self.outputs.logits[i], model.labels, model.thresholds)
+        by_teacher: Sequence[tuple[str, float] | None] = [None] * len(images)
+        if (teacher := self._find_teacher(model)) is not None:
+            by_teacher = task.decode(teacher.logits, model.labels, teacher.thresholds)
+        predictions = [
+            Prediction(model.name, image, label, *own, other)
+            for image, label, own, other in zip(images, labels, predicted, by_teacher, strict=True)
         ]
+        return sorted(predictions, key=lambda prediction: (-prediction.probability, prediction.image.name))
 
     def _find_teacher(self, student: Model) -> TeacherOutputs | None:
         for model, logits in zip(self.models, self.outputs.logits, strict=True):
@@ -361,7 +328,7 @@ class _Results:
         warnings = list(images.warnings)
         if unreadable:
             warnings.append(f"{plural(unreadable, 'image')} could not be read.")
-        sources = dict.fromkeys(model.source for model in self.models[: self.num_students])
+        sources = dict.fromkeys(model.source for model in self.models if not model.is_teacher)
         machine = environment()
         return Validation(
             title=f"{', '.join(path.name or str(path) for path in sources)} on {images.name}",

@@ -1,6 +1,6 @@
-"""Choose the labeled images to validate on."""
+"""Open the models to validate, and choose the labeled images."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -13,7 +13,7 @@ from ...export.int8.targets import TARGETS, is_exact_here
 from ...export.runtime import ArtifactError, Classifier, Preprocessing, open_session
 from ...models.checkpoint import tensors_digest
 from ..config import TaskName
-from ..data.dataset import SPLITS, Image, Progress, Skipped, Split, printable, sort_images
+from ..data.dataset import SPLITS, Image, Progress, Skipped, printable, sort_images
 from ..data.sources import open_data, read_data
 from ..data.splits import UnsplitDataset, quote_names
 from ..errors import UsageError
@@ -33,10 +33,8 @@ from ..runs.results import Subject
 from ..tasks import task_of_file
 from ..tasks.base import Task
 
-NO_TEACHER = (
-    "The models are not compared with a teacher. Set --teacher to a run folder (whose bench/teacher.onnx is "
-    "used) or to an .onnx file exported by compress."
-)
+SplitName = Literal["train", "val", "test", "all"]
+SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 
 
 @dataclass(frozen=True)
@@ -133,14 +131,9 @@ def _open(file: ModelFile, name: str, threads: int | None) -> Model:
 
 
 def open_teachers(
-    students: Sequence[Model], teacher: str | None, threads: int | None
+    students: Sequence[Model], teacher: str | Path | None, threads: int | None
 ) -> tuple[list[Model], dict[str, str], list[str]]:
-    """Open the teachers to compare with.
-
-    Args:
-        students: the models to validate.
-        teacher: a run folder, an .onnx file, ``none``, or None for those of the students' runs.
-        threads: number of threads.
+    """Open ``teacher``: a run folder, an .onnx file, ``none``, or None for those of the students' runs.
 
     Returns:
         The teachers, the name of each student's teacher, and notes.
@@ -148,13 +141,14 @@ def open_teachers(
     Raises:
         UsageError: ``teacher`` has no teacher.
     """
-    if teacher == "none":
+    if str(teacher) == "none":
         return [], {}, []
     if teacher is not None:
         model = _open_given_teacher(Path(teacher), threads)
         return [model], {student.name: model.name for student in students}, []
-    by_run: dict[Path, Model] = {}
-    notes: list[str] = []
+    keys: dict[Path, str] = {}
+    distinct: dict[str, Model] = {}
+    notes = []
     for run in dict.fromkeys(student.run for student in students if student.run is not None):
         try:
             opened = _open_teacher_of(run, threads)
@@ -164,19 +158,19 @@ def open_teachers(
         # A teacher that is validated itself is not compared with itself.
         validated = {file.resolve() for student in students if student.run == run for file in student.files}
         if opened is not None and {file.resolve() for file in opened.files} != validated:
-            by_run[run] = opened
-    keys = {run: _key(run, model) for run, model in by_run.items()}
-    distinct: dict[str, tuple[Path, Model]] = {}
-    for run, model in by_run.items():
-        distinct.setdefault(keys[run], (run, model))
+            keys[run] = _key(run, opened)
+            distinct.setdefault(keys[run], opened)
     add_run = len(distinct) > 1 or any(student.name == "teacher" for student in students)
     teachers = {
-        key: replace(model, name=f"{run.name} teacher" if add_run else "teacher")
-        for key, (run, model) in distinct.items()
+        key: replace(model, name=f"{model.source.name} teacher" if add_run else "teacher")
+        for key, model in distinct.items()
     }
     teacher_of = {s.name: teachers[keys[s.run]].name for s in students if s.run is not None and s.run in keys}
     if not teachers and not notes:
-        notes.append(NO_TEACHER)
+        notes.append(
+            "The models are not compared with a teacher. Set --teacher to a run folder (whose "
+            "bench/teacher.onnx is used) or to an .onnx file exported by compress."
+        )
     return list(teachers.values()), teacher_of, notes
 
 
@@ -217,7 +211,7 @@ def _open_teacher_of(run: Path, threads: int | None) -> Model | None:
     folder = RunFolder.read(run)
     facts = folder.facts()
     try:
-        recorded = None if facts.get("teacher") is None else Subject.model_validate(facts["teacher"])
+        subject = None if facts.get("teacher") is None else Subject.model_validate(facts["teacher"])
         heads = [teacher.get("head") for teacher in facts.get("teachers", ())]
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{run / RECORD}: the entry of the teacher is invalid.") from error
@@ -230,19 +224,11 @@ def _open_teacher_of(run: Path, threads: int | None) -> Model | None:
             raise UsageError(f"{file} has external weights of more than 2 GB.")
         for output in (file, run / file.with_suffix(".safetensors").name):
             folder.check_output(output.relative_to(run).as_posix())
+    classifiers = tuple(Classifier(file.read_bytes(), file.name, threads=threads) for file in files)
+    recorded = None if subject is None else subject.thresholds
     return Model(
-        "teacher",
-        tuple(Classifier(file.read_bytes(), file.name, threads=threads) for file in files),
-        run,
-        tuple(files),
-        run=run,
-        is_teacher=True,
-        recorded_thresholds=None if recorded is None else recorded.thresholds,
+        "teacher", classifiers, run, tuple(files), run=run, is_teacher=True, recorded_thresholds=recorded
     )
-
-
-SplitName = Literal["train", "val", "test", "all"]
-SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 
 
 @dataclass(frozen=True)
@@ -252,11 +238,11 @@ class ValidationImages:
     name: str
     source: str
     split: SplitName
-    classes: tuple[str, ...]
-    images: tuple[Image, ...]
+    classes: Sequence[str]
+    images: Sequence[Image]
     task: TaskName
-    skipped: tuple[Skipped, ...] = ()
-    warnings: tuple[str, ...] = ()
+    skipped: Sequence[Skipped] = ()
+    warnings: Sequence[str] = ()
 
     @property
     def present(self) -> list[str]:
@@ -277,10 +263,10 @@ class ValidationImages:
 
 
 def choose_images(
-    data: str,
+    data: str | Path,
     split: SplitName | None,
-    runs: Collection[Path],
-    data_dir: Path | None,
+    runs: Sequence[Path],
+    data_dir: str | Path | None,
     download: bool,
     progress: Progress,
 ) -> ValidationImages:
@@ -289,7 +275,8 @@ def choose_images(
     Raises:
         UsageError: the data do not exist or have no image in the split.
     """
-    dataset = read_data(data, data_dir=data_dir, download=download, for_training=False, progress=progress)
+    folder = None if data_dir is None else Path(data_dir)
+    dataset = read_data(str(data), data_dir=folder, download=download, for_training=False, progress=progress)
     if split is None:
         split = "test" if dataset.has_splits else "all"
     if split != "all" and not dataset.images.get(split):
@@ -299,20 +286,13 @@ def choose_images(
         raise UsageError(
             f"--split {split}: {dataset.source} has no {split} images but {' and '.join(splits)} images."
         )
-    splits_used: Sequence[Split] = SPLITS if split == "all" else (split,)
-    images = [image for name in splits_used for image in dataset.images.get(name, ())]
+    images = [image for name in SPLITS if split in (name, "all") for image in dataset.images.get(name, ())]
     if not images:
         raise UsageError(f"{dataset.source} has no readable images.")
     warnings = [*_warn_of_copies(images), *_warn_of_training(dataset, images, split, runs)]
+    name, source, classes, task = dataset.name, dataset.source, dataset.classes, dataset.task
     return ValidationImages(
-        dataset.name,
-        dataset.source,
-        split,
-        tuple(dataset.classes),
-        sort_images(images),
-        dataset.task,
-        tuple(dataset.skipped),
-        tuple(warnings),
+        name, source, split, classes, sort_images(images), task, dataset.skipped, warnings
     )
 
 
@@ -331,7 +311,7 @@ def _warn_of_copies(images: Sequence[Image]) -> list[str]:
 
 
 def _warn_of_training(
-    dataset: UnsplitDataset, images: Sequence[Image], split: SplitName, runs: Collection[Path]
+    dataset: UnsplitDataset, images: Sequence[Image], split: SplitName, runs: Sequence[Path]
 ) -> list[str]:
     """Return warnings if a model was trained on these images or on some of them."""
     if split != "test":
@@ -346,8 +326,7 @@ def _warn_of_training(
     for run in runs:
         RunFolder.read(run).check_output(TRAIN_IMAGES_FILE)
         trained = read_train_images(run)
-        count = sum(image.number in trained for image in images)
-        if count:
+        if count := sum(image.number in trained for image in images):
             warnings.append(
                 f"{run.name} was trained on {count:,} of {plural(len(images), 'image')}, so the results are "
                 "too good."
@@ -386,7 +365,6 @@ def choose_images_of_runs(
                 f"{runs[0].name} and {run.name} have different data. Set --data to the images to use."
             )
     config = read_config(runs[0])
-    source = printable(str(config["data"]))
     try:
         data = open_data(
             config["data"],
@@ -400,19 +378,18 @@ def choose_images_of_runs(
         ) from error
     if data.fingerprint != fingerprints[0]:
         raise UsageError(
-            f"{source} has changed since {runs[0]} was made: images were added, removed or modified. "
-            "Set --data to labeled images."
+            f"{printable(str(config['data']))} has changed since {runs[0]} was made: images were added, "
+            "removed or modified. Set --data to labeled images."
         )
     split = split or "test"
-    splits: Sequence[Split] = SPLITS if split == "all" else (split,)
-    images = tuple(image for name in splits for image in data.split(name))
+    images = [image for name in SPLITS if split in (name, "all") for image in data.split(name)]
     if not images:
         raise UsageError(f"--split {split}: {runs[0]} has no {split} images.")
-    warnings: tuple[str, ...] = ()
+    warnings = []
     if split in ("train", "all"):
-        warnings = ("The models were trained on these images, so the results are too good.",)
+        warnings.append("The models were trained on these images, so the results are too good.")
     elif split == "val":
-        warnings = ("The exported file was chosen on the validation images, so the results are too good.",)
+        warnings.append("The exported file was chosen on the validation images, so the results are too good.")
     return ValidationImages(
         data.name, data.source, split, data.classes, images, data.task, data.skipped, warnings
     )
@@ -447,7 +424,7 @@ def select_known(
     kept = task.drop_unknown(images.images, dropped_labels)
     dropped = len(images.images) - len(kept)
     names = quote_names(list(unknown))
-    if not kept or not any(name not in unknown for name in images.present):
+    if not kept or set(images.present) <= set(unknown):
         raise UsageError(f"{images.source}: the models have none of its classes ({names}).")
     effect = f"{dropped} images were left out" if dropped else "these labels are ignored"
     warning = f"The models do not have the classes {names}: {effect}."

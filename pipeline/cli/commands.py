@@ -2,20 +2,19 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..config.limits import MAX_THREADS
 from ..config.options import get_group
+from ..errors import UsageError
 from ..runs import process
 from .main import exit_on_error, fail
 from .options import GroupedCommand, run_options, select_given
-
-if TYPE_CHECKING:
-    from ..runs.results import Report
 
 PATH = click.Path(path_type=Path)
 
@@ -29,13 +28,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="print the re
 quiet_option = click.option("--quiet", is_flag=True, help="do not print progress")
 
 
-def _print_report(report: "Report", *, as_json: bool) -> None:
-    from ..report.terminal import show_report
-
+def _print(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
     if as_json:
-        click.echo(report.model_dump_json(indent=2, by_alias=True))
-    elif report.stages:
-        show_report(report)
+        click.echo(result.model_dump_json(indent=2, by_alias=True))
+    else:
+        show(result)
 
 
 @click.command(cls=GroupedCommand)
@@ -45,10 +42,11 @@ def run(**options: Any) -> None:
     Running the same command again does only what is missing, and resumes an interrupted job.
     """
     from ..api.run import compress
+    from ..report.terminal import show_report
 
     report = exit_on_error(lambda: compress(**select_given(options)), resumable=True)
-    if process.is_main():
-        _print_report(report, as_json=bool(options["json_"]))
+    if process.is_main() and (report.stages or options["json_"]):  # a dry run has no stages
+        _print(report, show_report, as_json=options["json_"])
 
 
 run.params += run_options()
@@ -68,6 +66,7 @@ def sweep(students: str | None, student_sizes: str | None, **options: Any) -> No
     those of `run`. Running the same command again does only what is missing.
     """
     from ..api.sweep import sweep
+    from ..report.terminal import show_comparison
 
     comparison = exit_on_error(
         lambda: sweep(
@@ -77,20 +76,13 @@ def sweep(students: str | None, student_sizes: str | None, **options: Any) -> No
         ),
         resumable=True,
     )
-    if options["json_"]:
-        click.echo(comparison.model_dump_json(indent=2))
-    else:
-        from ..report.terminal import show_comparison
-
-        show_comparison(comparison)
+    _print(comparison, show_comparison, as_json=options["json_"])
 
 
 sweep.params += [option for option in run.params if option.name not in ("student_size", "until", "dry_run")]
 
 
 def _parse_integers(option: str, text: str | None, example: str) -> list[int]:
-    from ..errors import UsageError
-
     try:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError as error:
@@ -105,9 +97,10 @@ def export(folder: Path, **options: Any) -> None:
     RUN is a run folder. Options that are not given keep the run's values. Nothing is trained again.
     """
     from ..api.run import export
+    from ..report.terminal import show_report
 
     report = exit_on_error(lambda: export(folder, **select_given(options)), resumable=True)
-    _print_report(report, as_json=bool(options["json_"]))
+    _print(report, show_report, as_json=options["json_"])
 
 
 export.params += [
@@ -164,13 +157,12 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
     ARTIFACT is a run folder, an artifact folder or an .onnx file. Several are compared on the same images.
     """
     from ..api.validate import to_json, validate
+    from ..report.terminal import show_validation
 
     validation = exit_on_error(lambda: validate(artifacts, **options))
     if as_json:
         click.echo(to_json(validation))
     else:
-        from ..report.terminal import show_validation
-
         show_validation(validation)
 
 
@@ -218,6 +210,7 @@ def bench(
     rounds. The report of a single run folder is updated.
     """
     from ..api.bench import bench, results_folder
+    from ..report.terminal import show_bench
 
     result = exit_on_error(
         lambda: bench(
@@ -227,12 +220,7 @@ def bench(
             **options,
         )
     )
-    if as_json:
-        click.echo(result.model_dump_json(indent=2))
-    else:
-        from ..report.terminal import show_bench
-
-        show_bench(result, results_folder(paths, out))
+    _print(result, lambda timed: show_bench(timed, results_folder(paths, out)), as_json=as_json)
     if strict and result.flags:
         names = ", ".join(dict.fromkeys(flag.name for flag in result.flags))
         fail(f"--strict: the measurement was disturbed ({names}).", 1)
@@ -254,14 +242,11 @@ def compare(runs: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) 
     RUN is a run folder, a folder of run folders, or a report.json.
     """
     from ..api.compare import compare
+    from ..report.terminal import show_comparison
 
     comparison = exit_on_error(lambda: compare(runs, **options))
-    if as_json:
-        click.echo(comparison.model_dump_json(indent=2))
-    elif not quiet:
-        from ..report.terminal import show_comparison
-
-        show_comparison(comparison)
+    if as_json or not quiet:
+        _print(comparison, show_comparison, as_json=as_json)
 
 
 @click.command()
@@ -372,8 +357,5 @@ def doctor(cache: Path | None, offline: bool, as_json: bool) -> None:
     from .tables import print_diagnosis
 
     diagnosis = exit_on_error(lambda: doctor(cache=cache, offline=offline))
-    if as_json:
-        click.echo(diagnosis.model_dump_json(indent=2))
-    else:
-        print_diagnosis(diagnosis)
+    _print(diagnosis, print_diagnosis, as_json=as_json)
     sys.exit(0 if diagnosis.can_run else 1)

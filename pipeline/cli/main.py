@@ -42,12 +42,7 @@ SIGINT_EXIT = 130
 
 
 def exit_on_error(job: Callable[[], T], *, resumable: bool = False) -> T:
-    """Run a job and turn its errors into one message and an exit code.
-
-    Args:
-        job: the function to call.
-        resumable: True if running the same command again resumes the job.
-    """
+    """Call ``job`` and turn its errors into one message, with advice if it is resumable, and an exit code."""
     resume = " Run the same command again to resume." if resumable else ""
     try:
         with STOP.handle_signals():  # SIGTERM, sent by schedulers and containers, counts as Ctrl-C
@@ -76,14 +71,7 @@ def exit_on_error(job: Callable[[], T], *, resumable: bool = False) -> T:
         sys.exit(1)  # another process has failed and reported the reason
 
 
-def flush_output() -> None:
-    """Flush what was printed, so that a write error can still be reported."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-
-
-def fail_on_output(error: OSError) -> NoReturn:
+def _fail_on_output(error: OSError) -> NoReturn:
     """Exit because the output cannot be written: the disk is full, or its reader has exited."""
     if sys.stdout is not None:  # otherwise the interpreter tries to flush it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -156,14 +144,16 @@ class DefaultGroup(click.Group):
             with STOP.handle_signals():
                 try:
                     return super().invoke(ctx)
-                finally:
-                    flush_output()
+                finally:  # a write error can still be reported
+                    for stream in (sys.stdout, sys.stderr):
+                        if stream is not None:
+                            stream.flush()
         except KeyboardInterrupt:
             fail("\nStopped.", SIGINT_EXIT)
         except OSError as error:
             if error.errno not in SYSTEM_ERRORS | {errno.EPIPE} or error.filename is not None:
                 raise
-            fail_on_output(error)
+            _fail_on_output(error)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Report usage errors on the main process only."""

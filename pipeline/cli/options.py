@@ -20,7 +20,9 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                records[_heading(str(parameter.name))].append(record)
+                name = str(parameter.name)
+                other = GROUPS[0] if name in ("students", "student_sizes") else GROUPS[-1]
+                records[get_group(name) if name in Options.model_fields else other].append(record)
         for heading, rows in records.items():
             _write_section(formatter, heading, rows)
         flags = {flag for parameter in self.get_params(ctx) for flag in parameter.opts}
@@ -30,12 +32,6 @@ class GroupedCommand(click.Command):
             if flags & set(row.option.split(", "))
         ]
         _write_section(formatter, "Defaults (from scratch | from pretrained weights)", rows)
-
-
-def _heading(name: str) -> str:
-    if name in Options.model_fields:
-        return get_group(name)
-    return GROUPS[0] if name in ("students", "student_sizes") else GROUPS[-1]
 
 
 def _write_section(formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
@@ -57,7 +53,9 @@ def make_option(name: str, annotation: Any, default: Any, help: str) -> click.Op
 
     Its value is None unless it is given, so that it does not override a config file.
     """
-    kind = _without_none(annotation)
+    kind = annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        kind = next(part for part in get_args(annotation) if part is not type(None))
     settings: dict[str, Any] = {"default": None, "help": help}
     if kind is bool:
         # A config file can set it, so the command line can unset it.
@@ -77,23 +75,15 @@ def make_option(name: str, annotation: Any, default: Any, help: str) -> click.Op
         choices = get_args(parts[0])
         settings |= {"type": click.Choice(choices) if choices else str, "multiple": True}
     else:
-        click_types = {int: click.INT, float: click.FLOAT, Path: click.Path()}
+        click_types = {int: click.INT, float: click.FLOAT, Path: click.Path(readable=False)}
         settings |= {"type": click_types.get(kind, click.STRING), "shell_complete": COMPLETIONS.get(name)}
     return click.Option([get_flag(name), name], **settings)
 
 
-def _without_none(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(part for part in get_args(annotation) if part is not type(None))
-    return annotation
-
-
 def _complete_method(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:
     *complete, last = incomplete.split("+")
-    names = [
-        name for name in (*methods.list_methods(), "none") if name.startswith(last) and name not in complete
-    ]
-    return ["+".join([*complete, name]) for name in names]
+    names = sorted({*methods.list_methods(), "none"} - {*complete})
+    return ["+".join([*complete, name]) for name in names if name.startswith(last)]
 
 
 def _complete_recipe(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[str]:

@@ -72,7 +72,7 @@ def choose_batch_size(images: int) -> int:
     return _by_size(images, (0, 32), (2_000, 64), (20_000, 128), (200_000, 256))
 
 
-def choose_learning_rate(role: str, batch: int, *, scratch: bool, optimizer: str) -> float:
+def choose_learning_rate(batch: int, optimizer: str, role: str, *, scratch: bool) -> float:
     """Return the peak learning rate; that of a teacher, the larger network, is half the student's."""
     rate = (2.8e-3 if scratch else 4e-4) * (batch / 64) ** 0.5 * (0.5 if role == "teacher" else 1)
     return round(rate if is_adaptive(optimizer) else rate * ADAPTIVE_SCALE, 6)
@@ -92,11 +92,6 @@ def choose_cache_views(epochs: int, bytes_per_view: int) -> int:
 def choose_warmup_epochs(epochs: int) -> float:
     """Return the epochs over which the learning rate rises."""
     return min(5.0, epochs / 10)
-
-
-def is_small(median_short_side: int) -> bool:
-    """Return True for images that are shifted instead of cropped and resized."""
-    return median_short_side <= SMALL_IMAGES
 
 
 def compute_pad(image_size: int, resized: int) -> int:

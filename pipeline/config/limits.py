@@ -1,7 +1,8 @@
 """Limits on user input: option values, and the size and depth of YAML files."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -100,15 +101,6 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"it has an invalid value ({error})") from error
 
 
-def _check_unique(keys: Iterable[str]) -> None:
-    """Reject repeated keys, which YAML forbids and PyYAML accepts."""
-    seen: set[str] = set()
-    for key in keys:
-        if key in seen:
-            raise yaml.YAMLError(f"it contains {key[:60]!r} twice")
-        seen.add(key)
-
-
 def _count_values(node: yaml.Node, counts: dict[int, int], parents: set[int]) -> int:
     """Return the number of values in a node, itself included; ``counts`` are the results by node."""
     if id(node) in parents:
@@ -119,6 +111,8 @@ def _count_values(node: yaml.Node, counts: dict[int, int], parents: set[int]) ->
             children = node.value
         elif isinstance(node, yaml.MappingNode):
             children = [child for pair in node.value for child in pair]
-            _check_unique(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if repeated := [key for key, count in keys.items() if count > 1]:  # PyYAML accepts them
+                raise yaml.YAMLError(f"it contains {repeated[0][:60]!r} twice")
         counts[id(node)] = 1 + sum(_count_values(child, counts, parents | {id(node)}) for child in children)
     return counts[id(node)]

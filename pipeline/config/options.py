@@ -33,8 +33,8 @@ def option(help: str, default: Any = None, *, group: str, enters: str | None = N
 data_option = partial(option, group="Models and data")
 weights_option = partial(option, group="Weights")
 method_option = partial(option, group="Method")
-training_option = partial(option, group="Training")
-image_option = partial(option, group="Images")
+training_option = partial(option, group="Training", enters="teacher")
+image_option = partial(option, group="Images", enters="teacher")
 export_option = partial(option, group="Export")
 execution_option = partial(option, group="Execution")
 
@@ -57,10 +57,6 @@ def parse_pairs(value: Any) -> Any:
     return pairs
 
 
-def _split(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
-
-
 def _check_increasing(values: list[int]) -> list[int]:
     if values != sorted(set(values)):
         raise ValueError("must be increasing, such as 150,180,210")
@@ -70,22 +66,16 @@ def _check_increasing(values: list[int]) -> list[int]:
 TIME_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
-def _parse_time(value: Any) -> Any:
-    return parse_time(value) if isinstance(value, str) else value
-
-
-def parse_time(text: str) -> float:
-    """Return the seconds of ``3h50m``, ``90m``, ``45s`` or ``2d``.
-
-    Raises:
-        ValueError: the text is not a time.
-    """
-    if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
+def parse_time(value: Any) -> Any:
+    """Return the seconds of ``3h50m``, ``90m``, ``45s`` or ``2d``, and numbers unchanged."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", value):
         raise ValueError("must be a time such as 3h50m, 90m or 45s")
-    return sum(float(number) * TIME_UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))
+    return sum(float(number) * TIME_UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", value))
 
 
-Time = Annotated[float, BeforeValidator(_parse_time), Field(gt=0, le=1e9)]
+Time = Annotated[float, BeforeValidator(parse_time), Field(gt=0, le=1e9)]
 Names = Annotated[list[str], BeforeValidator(_to_list)]
 Settings = Annotated[dict[str, Any], BeforeValidator(parse_pairs)]
 Heads = Annotated[list[Literal["auto", "keep", "replace", "none"]], BeforeValidator(_to_list)]
@@ -93,7 +83,7 @@ Targets = Annotated[list[Literal["x86", "x86-vnni", "arm64"]], BeforeValidator(_
 Epochs = Annotated[
     list[Annotated[int, Field(ge=1)]],
     Field(min_length=1),
-    BeforeValidator(_split),
+    BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
     AfterValidator(_check_increasing),
 ]
 LossWeights = Annotated[dict[str, float], BeforeValidator(parse_pairs)]
@@ -172,12 +162,10 @@ class Options(BaseModel):
         {},
         enters="student",
     )
-
     balance: Literal["auto", "off"] | None = method_option(
         "auto: rescale a method's weight if its gradients are out of proportion to those of the labels [default: auto; off with a recipe, --weight or multi-label data]",
         enters="student",
     )
-
     cache_views: int | None = method_option(
         "number of fixed views of each image whose teacher outputs are cached and reused in later epochs and runs; 0: new views in every epoch, without a cache",
         enters="student",
@@ -188,7 +176,6 @@ class Options(BaseModel):
         enters="prepare",
         ge=1,
     )
-
     rounds: int = method_option(
         "number of sequential distillation rounds; each student teaches the next, the last one is exported",
         1,
@@ -198,40 +185,35 @@ class Options(BaseModel):
     )
 
     epochs: int | None = training_option("epochs of the student", enters="student", ge=1)
-    teacher_epochs: int | None = training_option(
-        "epochs of a teacher that is trained or fine-tuned", enters="teacher", ge=1
-    )
-    batch_size: int | None = training_option("images per step, over all devices", enters="teacher", ge=2)
+    teacher_epochs: int | None = training_option("epochs of a teacher that is trained or fine-tuned", ge=1)
+    batch_size: int | None = training_option("images per step, over all devices", ge=2)
     micro_batch: int | None = training_option(
         "images per forward pass on a device; gradients of a step are accumulated (BatchNorm statistics are per micro-batch) [default: whole batch, halved if memory runs out]",
-        enters="teacher",
         ge=2,
     )
-    sync_bn: bool = training_option("synchronize BatchNorm statistics across GPUs", False, enters="teacher")
+    sync_bn: bool = training_option("synchronize BatchNorm statistics across GPUs", False)
     optimizer: str | None = training_option(
-        "timm name of the optimizer: adamw, sgd (with Nesterov momentum) …", enters="teacher"
+        "timm name of the optimizer: adamw, sgd (with Nesterov momentum) …"
     )
     lr: float | None = training_option("peak learning rate of the student", enters="student", gt=0)
     teacher_lr: float | None = training_option(
-        "peak learning rate of a teacher that is trained or fine-tuned", enters="teacher", gt=0
+        "peak learning rate of a teacher that is trained or fine-tuned", gt=0
     )
     schedule: Literal["cosine", "onecycle", "multistep", "constant"] | None = training_option(
-        "learning rate schedule", enters="teacher"
+        "learning rate schedule"
     )
     milestones: Epochs | None = training_option(
-        "epochs at which multistep divides the learning rate by 10, such as 150,180,210", enters="teacher"
+        "epochs at which multistep divides the learning rate by 10, such as 150,180,210"
     )
     warmup_epochs: float | None = training_option("warmup epochs of the student", enters="student", ge=0)
     teacher_warmup_epochs: float | None = training_option(
-        "warmup epochs of a teacher that is trained or fine-tuned", enters="teacher", ge=0
+        "warmup epochs of a teacher that is trained or fine-tuned", ge=0
     )
-    weight_decay: float | None = training_option("weight decay", enters="teacher", ge=0)
+    weight_decay: float | None = training_option("weight decay", ge=0)
     decay_all: bool = training_option(
-        "apply weight decay to biases and norms too, as the papers' recipes do", False, enters="teacher"
+        "apply weight decay to biases and norms too, as the papers' recipes do", False
     )
-    label_smoothing: float | None = training_option(
-        "label smoothing of the cross-entropy", enters="teacher", ge=0, lt=1
-    )
+    label_smoothing: float | None = training_option("label smoothing of the cross-entropy", ge=0, lt=1)
     ema: float | None = training_option(
         "export an exponential moving average of the student's weights with this decay, such as 0.999",
         enters="student",
@@ -241,10 +223,10 @@ class Options(BaseModel):
     average_last: int | None = training_option(
         "export the mean of the student's weights over this number of last epochs", enters="student", ge=1
     )
-    seed: int = training_option("seed of weights, order and augmentation", 0, enters="teacher", ge=0)
+    seed: int = training_option("seed of weights, order and augmentation", 0, ge=0)
 
     image_size: int | None = image_option(
-        "side of the input in pixels [default: the student's; digits: 64]", enters="teacher", ge=8, le=4096
+        "side of the input in pixels [default: the student's; digits: 64]", ge=8, le=4096
     )
     student_size: int | None = image_option(
         "side of the student's input if it is smaller; it sees the teacher's crops scaled down [default: --image-size]",
@@ -254,23 +236,20 @@ class Options(BaseModel):
     )
     val_fraction: float | None = image_option(
         "fraction of the training images used for validation if the data has no val/ [default: 0.1]",
-        enters="teacher",
         ge=0,
         lt=1,
     )
     crop: Literal["pad", "resized", "center"] | None = image_option(
-        "training crops: pad (shift a few pixels), resized (random resized crop) or center", enters="teacher"
+        "training crops: pad (shift a few pixels), resized (random resized crop) or center"
     )
     crop_scale: float | None = image_option(
-        "smallest fraction of the image area in a resized crop", enters="teacher", gt=0, le=1
+        "smallest fraction of the image area in a resized crop", gt=0, le=1
     )
-    pad: int | None = image_option("pixels of padding of a pad crop", enters="teacher", ge=0)
-    pad_mode: Literal["zeros", "reflect", "edge"] | None = image_option(
-        "padding mode of a pad crop", enters="teacher"
-    )
-    flip: bool | None = image_option("flip half of the training images horizontally", enters="teacher")
+    pad: int | None = image_option("pixels of padding of a pad crop", ge=0)
+    pad_mode: Literal["zeros", "reflect", "edge"] | None = image_option("padding mode of a pad crop")
+    flip: bool | None = image_option("flip half of the training images horizontally")
     color_jitter: float | None = image_option(
-        "strength of brightness, contrast and saturation jitter", enters="teacher", ge=0, le=1
+        "strength of brightness, contrast and saturation jitter", ge=0, le=1
     )
 
     calibrate: bool = export_option(

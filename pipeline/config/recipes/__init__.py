@@ -5,11 +5,10 @@ contains ``for_students`` and ``for_teachers``: shell patterns of timm names wit
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.resources import files
-from itertools import chain
 from typing import Any
 
 import yaml
@@ -31,8 +30,8 @@ class Recipe:
     about: str
     source: str
     options: Mapping[str, Any]
-    for_students: Mapping[str, Mapping[str, Any]]
-    for_teachers: Mapping[str, Mapping[str, Any]]
+    for_students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    for_teachers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def for_pair(self, teachers: Sequence[str], student: str) -> dict[str, Any]:
         """Return the options for these networks.
@@ -94,17 +93,10 @@ def parse_recipe(name: str, text: str) -> Recipe:
     _check_known(name, "key", content, KEYS)
     if missing := REQUIRED_KEYS - set(content):
         raise UsageError(f"The recipe {name} has no '{min(missing)}'.")
-    overrides = [content.get(key, {}).values() for key in ("for_students", "for_teachers")]
-    for options in [content["options"], *chain.from_iterable(overrides)]:
+    recipe = Recipe(name, **content)
+    for options in [recipe.options, *recipe.for_students.values(), *recipe.for_teachers.values()]:
         _check_known(name, "option", options, Options.model_fields)
-    return Recipe(
-        name=name,
-        about=content["about"],
-        source=content["source"],
-        options=content["options"],
-        for_students=content.get("for_students", {}),
-        for_teachers=content.get("for_teachers", {}),
-    )
+    return recipe
 
 
 def _check_known(name: str, what: str, keys: Collection[str], available: Collection[str]) -> None:
