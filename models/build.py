@@ -5,8 +5,6 @@ Names are timm's own and short aliases. This module imports neither torch nor ti
 
 import fnmatch
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
@@ -114,11 +112,13 @@ def tags_of(architecture: str) -> list[str]:
 
 def find_matching(pattern: str = "*") -> list[str]:
     """Return names and aliases that match a shell pattern (`mobilenet*`); a plain word matches anywhere."""
+    from timm.models._registry import _natural_key
+
     pattern = pattern.strip().lower() or "*"
     if not re.search(r"[*?\[]", pattern):
         pattern = f"*{pattern}*"
     names = {*list_architectures(), *ALIASES}
-    return sorted((name for name in names if fnmatch.fnmatchcase(name.lower(), pattern)), key=_natural)
+    return sorted((name for name in names if fnmatch.fnmatchcase(name.lower(), pattern)), key=_natural_key)
 
 
 def find_nearest(name: str, count: int = 4) -> list[str]:
@@ -142,9 +142,9 @@ def find_nearest(name: str, count: int = 4) -> list[str]:
 def _describe_unknown(typed: str) -> str:
     if not typed:
         return "The model name is empty. `compress models` lists all names."
-    if near := find_nearest(typed):
-        return f"Unknown model {typed!r}. Did you mean {', '.join(near)}?"
-    return f"Unknown model {typed!r}. `compress models` lists all names."
+    near = ", ".join(find_nearest(typed))
+    advice = f"Did you mean {near}?" if near else "`compress models` lists all names."
+    return f"Unknown model {typed!r}. {advice}"
 
 
 def _current_name(full: str, typed: str) -> str:
@@ -163,12 +163,6 @@ def _current_name(full: str, typed: str) -> str:
 
 def _normalize(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower()).translate(_LOOK_ALIKES)
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part
-    ]
 
 
 @dataclass(frozen=True)
@@ -235,20 +229,20 @@ def build(
     seed: int | None = None,
     activation: str | None = None,
 ) -> "nn.Module":
-    """Build a randomly initialized network.
+    """Build a randomly initialized network. Raises UnknownModel, ModelError.
 
     Args:
         num_classes: number of logits; 0 for no head.
         seed: if given, the weights depend on it alone and the global random state is restored.
         activation: `relu` or `relu6`, replaces the network's activation; weights keep names and shapes.
-
-    Raises:
-        UnknownModel: there is no network of this name.
-        ModelError: the network cannot be built for this image size or activation.
     """
+    import torch
+
     full = resolve(name)
     size = image_size or default_image_size(full)
-    with _seeded(seed):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.random.default_generator.manual_seed(seed)  # weights are drawn on the CPU
         network = create_network(full, num_classes, size, activation)
     _check_patches(network, full, size)
     built_as: Any = BuiltAs(full, num_classes, size, activation)
@@ -312,22 +306,6 @@ def create_network(
     if layer is not None and not any(isinstance(module, layer) for module in network.modules()):
         raise ModelError(no_activation)
     return network
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    import torch
-
-    if seed is None:
-        yield
-        return
-    # Weights are drawn on the CPU, so only its generator has to be restored.
-    before = torch.random.get_rng_state()
-    torch.random.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(before)
 
 
 def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:

@@ -69,20 +69,18 @@ class Unavailable(ModelError):
 def check_published(wanted: Sequence[tuple[str, str]], *, download: bool = True) -> None:
     """Check that published weights are available.
 
+    Raises Unavailable, which lists all that are not, and ModelError if a name has no published weights.
+
     Args:
         wanted: (name, option of the command) of each.
         download: download weights that are not cached; otherwise only check that the server has them.
-
-    Raises:
-        Unavailable: lists all weights that are not available.
-        ModelError: there are no published weights for a name.
     """
     missing: list[tuple[str, str, str]] = []
     for name, option in dict.fromkeys(wanted):
         full = resolve(name)
         cfg = _published(full, option)
         try:
-            _file(full, cfg, option, download)
+            _locate(full, cfg, option, download)
         except Unavailable as error:
             missing += error.missing
     if missing:
@@ -98,7 +96,7 @@ def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint
 
     full = resolve(name)
     cfg = _published(full, option)
-    located = _file(full, cfg, option, download=True)
+    located = _locate(full, cfg, option, download=True)
     assert located is not None
     file, source = located
     if file.suffix != ".npz" and zipfile.is_zipfile(file):  # numpy's archives may be compressed
@@ -114,7 +112,7 @@ def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint
     except Exception as error:  # a damaged download fails in many ways
         raise ModelError(
             f"The published weights of {full} cannot be loaded ({type(error).__name__}). Delete {file} "
-            f"and try again."
+            "and try again."
         ) from error
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -138,7 +136,7 @@ def _published(full: str, option: str) -> Any:
     return pretrained_cfg(full)
 
 
-def _file(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
+def _locate(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
     """Return the weights file and its source; None if it is not cached and `download` is False."""
     locate = _from_hub if cfg.hf_hub_id else _from_url
     return locate(full, cfg, option, download)
@@ -185,10 +183,8 @@ def _from_url(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, s
     address = cfg.url if isinstance(cfg.url, str) else cfg.url[0]
     try:
         if not check_cached_file(cfg.url):
-            with urllib.request.urlopen(
-                urllib.request.Request(address, method="HEAD"), timeout=PROBE_SECONDS
-            ):
-                pass
+            request = urllib.request.Request(address, method="HEAD")
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
             if not download:
                 return None
         return Path(download_cached_file(cfg.url)), address
@@ -283,8 +279,6 @@ def _cost(full: str, image_size: int, classes: int | None = None) -> tuple[int, 
     try:
         with torch.no_grad(), counter:
             network(torch.empty(1, 3, image_size, image_size, device="meta"))
-    except ModelError:
-        raise
     except Exception:  # the operations of a few networks have no shapes-only form, or they refuse this size
         return parameters, None
     return parameters, counter.get_total_flops() / 2 / 1e9
@@ -303,13 +297,10 @@ def list_models(pattern: str = "*", image_size: int | None = None) -> dict[str, 
         raise UnknownModel(f"No model matches '{pattern}'.{advice}")
     if len(names) > MAX_DESCRIBED:
         return dict.fromkeys(names)
-    return {name: _describe_or_explain(name, image_size) for name in names}
-
-
-def _describe_or_explain(name: str, image_size: int | None) -> Entry | str:
-    try:
-        return describe(name, image_size)
-    except UnknownModel:
-        raise
-    except ModelError as error:
-        return str(error)
+    entries: dict[str, Entry | str | None] = {}
+    for name in names:
+        try:
+            entries[name] = describe(name, image_size)
+        except ModelError as error:
+            entries[name] = str(error)
+    return entries

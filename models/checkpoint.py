@@ -120,12 +120,9 @@ def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
 
 
 def refuse_compressed(file: Path) -> None:
-    """Refuse archives that may expand to any size: compressed ones, and those whose parts overlap.
+    """Raise ModelError for archives that may expand to any size: compressed ones, and overlapping parts.
 
     torch writes neither.
-
-    Raises:
-        ModelError: the archive is refused.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -219,8 +216,7 @@ def _labels(content: Mapping[Any, Any], depth: int = 0) -> tuple[str, ...] | Non
         if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
             return tuple(names)
     for key in _INDEX_KEYS:
-        ordered = _ordered(content.get(key))
-        if ordered is not None:
+        if (ordered := _ordered(content.get(key))) is not None:
             return ordered
     for key in ("meta", "pretrained_cfg", "config", "hyper_parameters"):
         inner = content.get(key)

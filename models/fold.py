@@ -34,13 +34,10 @@ Pair = tuple[str, str]
 def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
     """Return a copy of the network in eval mode with BatchNorms folded if its features stay the same.
 
-    Args:
-        network: not changed.
-        example: images [B,3,S,S] of the size that the network is used with; the first one is traced.
+    Folded weights are computed in float64 and rounded to the network's precision.
 
-    Returns:
-        A copy on the network's device. Folded weights are computed in float64 and rounded to the network's
-        precision.
+    Args:
+        example: images [B,3,S,S] of the size that the network is used with; the first one is traced.
     """
     folded = copy.deepcopy(network).eval()
     if not any(map(_foldable, folded.modules())):
@@ -56,7 +53,11 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
         attempt = copy.deepcopy(readouts, dict(weights))  # folding replaces weights and changes none
         _fold(attempt.network, precise, tried)
         try:
-            return _agree(_read(attempt, image), expected)
+            actual = _read(attempt, image)
+            return all(
+                bool((actual[read] - value).abs().max() <= TOLERANCE * value.abs().max())
+                for read, value in expected.items()
+            )
         except Exception:  # the network reads attributes of its BatchNorm
             return False
 
@@ -78,13 +79,6 @@ def _foldable(module: nn.Module) -> bool:
 def _read(readouts: Readouts, image: Tensor) -> dict[str, Tensor]:
     """Return all features, and the output of the network's own forward pass."""
     return {**readouts(image, readouts.offers), "forward": readouts.network(image)}
-
-
-def _agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return all(
-        bool((actual[read] - value).abs().max() <= TOLERANCE * value.abs().max())
-        for read, value in expected.items()
-    )
 
 
 def _largest_valid(pairs: Sequence[Pair], same: Callable[[Sequence[Pair]], bool]) -> list[Pair]:
@@ -176,11 +170,8 @@ def _fold(network: nn.Module, precise: nn.Module, pairs: Sequence[Pair]) -> None
         target.weight, target.bias = (
             nn.Parameter(tensor.to(target.weight), requires_grad=trains) for tensor in (weight, bias)
         )
-        network.set_submodule(batch_norm, _without_norm(network.get_submodule(batch_norm)))
-
-
-def _without_norm(batch_norm: nn.Module) -> nn.Module:
-    """Return the rest of a BatchNorm: timm's may have dropout and an activation."""
-    if isinstance(batch_norm, BatchNormAct2d):
-        return nn.Sequential(OrderedDict(drop=batch_norm.drop, act=batch_norm.act)).eval()
-    return nn.Identity().eval()
+        norm = network.get_submodule(batch_norm)
+        rest: nn.Module = nn.Identity()
+        if isinstance(norm, BatchNormAct2d):  # timm's may have dropout and an activation
+            rest = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
+        network.set_submodule(batch_norm, rest.eval())

@@ -40,17 +40,13 @@ def initialize(
     role: str = "teacher",
     activation: str | None = None,
 ) -> InitialNetwork:
-    """Build a network and load its weights.
+    """Build a network and load its weights. Raises ModelError if they, or the head to be kept, do not fit.
 
     Args:
         source: `auto` (timm's pretrained weights), `none`, or a file.
         head: `auto` keeps a head whose class names (or their number, if it has no names) are the data's;
             `keep`; `replace`; `none` builds a network without a head.
         note: called with messages for the user.
-        activation: replaces the network's activation.
-
-    Raises:
-        ModelError: the weights are not available or do not fit, or the head to be kept does not fit.
     """
     logits = 0 if head == "none" else len(classes)
     network: Any = build(name, num_classes=logits, image_size=image_size, seed=seed, activation=activation)
@@ -79,8 +75,8 @@ def initialize(
             f"--teacher-head keep: {checkpoint.source} has {class_count(checkpoint, network)} classes, "
             f"the data {len(classes)}. Use --teacher-head replace."
         )
-    loaded = load_into(network, checkpoint, allow_head_mismatch=not keep)
-    if not keep and not loaded.head_replaced:
+    head_is_new = load_into(network, checkpoint, allow_head_mismatch=not keep)
+    if not keep and not head_is_new:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.reset_classifier(len(classes))

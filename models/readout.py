@@ -12,7 +12,7 @@ distillation and register tokens.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Readouts(nn.Module):
 
     def __init__(self, network: nn.Module, image_size: int | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network  # timm's methods are not part of nn.Module
         built_as = getattr(network, "built_as", None)
         size = image_size or getattr(built_as, "image_size", None)
         if size is None:
@@ -139,10 +139,8 @@ class Readouts(nn.Module):
 
     def _read(self, x: Tensor, reads: Reads) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
-        if "map_pre" in reads:
-            with _record_output(_pre_relu_layer(self.network), result):
-                features, levels = self._features(x, reads)
-        else:
+        recording = _record_output(_pre_relu_layer(self.network), result)
+        with recording if "map_pre" in reads else nullcontext():
             features, levels = self._features(x, reads)
         for read in reads:
             if read.startswith("map@"):
@@ -155,11 +153,11 @@ class Readouts(nn.Module):
             if "vector" in reads and self.classifier_reads_vector:
                 result["logits"] = self._last_linear()(result["vector"])
             else:
-                result["logits"] = self._network.forward_head(features)
+                result["logits"] = self.network.forward_head(features)
         return result
 
     def _vector(self, features: Any) -> Tensor:
-        vector: Tensor = self._network.forward_head(features, pre_logits=True).flatten(1)
+        vector: Tensor = self.network.forward_head(features, pre_logits=True).flatten(1)
         classifier = _classifier(self.network)
         if not isinstance(classifier, Widened):
             return vector
@@ -202,11 +200,6 @@ class Readouts(nn.Module):
         result: Tensor = features
         return result
 
-    @property
-    def _network(self) -> Any:
-        # Typed as Any, since timm's methods are not part of nn.Module.
-        return self.network
-
     def _level(self, read: str) -> int | None:
         """Return the non-negative number of `map@i`; None if there is no such level."""
         try:
@@ -235,7 +228,7 @@ class Readouts(nn.Module):
                     )
                 if not hasattr(self.network, "forward_features"):
                     return Shapes(map=None, vector=None, logits=logits.shape[1])
-                features = self._network.forward_features(x)
+                features = self.network.forward_features(x)
                 levels = self._explore_levels(x)
             except ModelError:
                 raise
@@ -250,7 +243,7 @@ class Readouts(nn.Module):
                 vector = self._vector(features)
                 self.classifier_is_all_left = not headless and self._is_all_left(vector, logits)
                 # With dropout between them, logits are computed by the head.
-                drops = float(self._network.__dict__.get("drop_rate", 0.0)) > 0
+                drops = float(self.network.__dict__.get("drop_rate", 0.0)) > 0
                 self.classifier_reads_vector = self.classifier_is_all_left and not drops
             if _pre_relu_layer(self.network) is not None:
                 reads |= {"map_pre"}
@@ -269,7 +262,7 @@ class Readouts(nn.Module):
             return []
         for self.norm in (True, False):  # a few families cannot normalize intermediate maps
             try:
-                levels: list[Tensor] = self._network.forward_intermediates(
+                levels: list[Tensor] = self.network.forward_intermediates(
                     x, norm=self.norm, output_fmt="NCHW", intermediates_only=True
                 )
             except AssertionError:
@@ -393,11 +386,7 @@ class Widened(nn.Module):
 
 
 def widen(network: nn.Module, width: int, seed: int) -> None:
-    """Replace a timm network's classifier by a `Widened`.
-
-    Raises:
-        ModelError: the classifier is not one plain linear layer.
-    """
+    """Replace a timm network's classifier by a `Widened`. Raises ModelError if it is not one linear layer."""
     linear = _classifier(network)
     if not is_linear(linear):
         raise ModelError(f"The classifier of {type(network).__name__} is not one linear layer.")

@@ -1,7 +1,6 @@
 """Fit weights to a network: prefixes, other formats and image sizes, heads for other classes."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,38 +11,23 @@ from .checkpoint import Checkpoint, StateDict
 from .errors import ModelError
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """Keys that were not loaded; there are none unless the head was replaced."""
-
-    missing: tuple[str, ...]
-    """Keys of the network without weights in the file."""
-    unexpected: tuple[str, ...]
-    """Keys of the file that the network does not have."""
-    head_replaced: bool
-    """True if the head keeps its initialization."""
-
-
 def load_into(
     network: nn.Module,
     checkpoint: Checkpoint,
     *,
     allow_head_mismatch: bool = False,
     features_only: bool = False,
-) -> LoadReport:
-    """Load a checkpoint's weights into a network; if they do not fit, nothing is changed.
+) -> bool:
+    """Load a checkpoint's weights into a network; return True if its head keeps its initialization.
 
     Wrapper prefixes are removed. Weights in another known format, or for another image size, are converted
-    by timm.
+    by timm. Raises ModelError, and changes nothing, if keys do not fit, or values are not finite.
 
     Args:
         allow_head_mismatch: keep the initialized classifier if the file has one for another number of
             classes, or none.
         features_only: ignore parts that the network does not have, such as a head or the projector of
             self-supervised training.
-
-    Raises:
-        ModelError: keys do not fit, which are named, or values are not finite.
     """
     target = network.state_dict()
 
@@ -60,19 +44,14 @@ def load_into(
     if misfits and not allow_head_mismatch:
         raise ModelError(_describe_head(checkpoint, network, weights, target))
     # A head of which only one part fits is still another head.
-    dropped = {key for key in {*weights, *target} if key in head} if misfits else set()
-    fitting = {key: value for key, value in weights.items() if key not in dropped}
+    fitting = {key: value for key, value in weights.items() if not misfits or key not in head}
     _refuse_broken(fitting, target, checkpoint)
     try:
         network.load_state_dict(fitting, strict=not misfits)
     except RuntimeError as error:  # a dtype that torch cannot convert
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The weights in {checkpoint.source} cannot be loaded: {reason}") from error
-    return LoadReport(
-        missing=tuple(key for key in target if key in dropped),
-        unexpected=tuple(key for key in weights if key in dropped and key not in target),
-        head_replaced=bool(misfits),
-    )
+    return bool(misfits)
 
 
 def _refuse_broken(weights: StateDict, target: StateDict, checkpoint: Checkpoint) -> None:
@@ -153,13 +132,12 @@ def _misfit_keys(weights: StateDict, target: StateDict) -> set[str]:
     return set().union(*_find_misfits(weights, target).values())
 
 
-def _classifier_names(network: nn.Module) -> tuple[str, ...]:
+def _classifier_names(network: Any) -> tuple[str, ...]:
     """Return dotted names of the classifier's layers, from timm's config or `get_classifier`."""
     cfg = getattr(network, "pretrained_cfg", None) or {}
     if names := cfg.get("classifier"):
         return (names,) if isinstance(names, str) else tuple(names)
-    get = getattr(network, "get_classifier", None)
-    layer = get() if get is not None else None
+    layer = network.get_classifier() if hasattr(network, "get_classifier") else None
     return tuple(name for name, module in network.named_modules() if module is layer and name)
 
 
@@ -170,11 +148,8 @@ def _head_keys(network: nn.Module, target: StateDict) -> set[str]:
 
 
 def _rows(weights: StateDict, classifiers: tuple[str, ...]) -> int | None:
-    for name in classifiers:
-        weight = weights.get(f"{name}.weight")
-        if weight is not None and weight.ndim >= 2:
-            return int(weight.shape[0])
-    return None
+    heads = (weights.get(f"{name}.weight") for name in classifiers)
+    return next((int(head.shape[0]) for head in heads if head is not None and head.ndim >= 2), None)
 
 
 def _convert(network: nn.Module, raw: StateDict) -> StateDict | None:

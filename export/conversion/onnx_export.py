@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
+import onnx.parser
 import onnx_ir
 import torch
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
@@ -33,7 +33,6 @@ from ..results import Parity
 from .pixel_input import INPUT, take_pixels
 
 log = logging.getLogger(__name__)
-
 
 MIN_OPSET = 18
 """torch's exporter writes no older opset."""
@@ -57,20 +56,12 @@ def check_opset(opset: int) -> None:
 
 def _runs(opset: int) -> bool:
     """Return True if onnxruntime runs int8 models of this opset; it has no function that lists them."""
-    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [
-            node("QuantizeLinear", ["x", "scale"], ["q"]),
-            node("DequantizeLinear", ["q", "scale"], ["d"]),
-            node("Relu", ["d"], ["y"]),
-        ],
-        "probe",
-        [value("x", onnx.TensorProto.FLOAT, [1]), value("scale", onnx.TensorProto.FLOAT, [])],
-        [value("y", onnx.TensorProto.FLOAT, [1])],
+    ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model = onnx.parser.parse_model(
+        f'<ir_version: {ir_version}, opset_import: ["": {opset}]>'
+        "probe (float[1] x, float scale) => (float[1] y)"
+        "{ q = QuantizeLinear (x, scale) d = DequantizeLinear (q, scale) y = Relu (d) }"
     )
-    imports = [onnx.helper.make_opsetid("", opset)]
-    ir_version = onnx.helper.find_min_ir_version_for(imports)
-    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
     try:
         runtime.open_session(model.SerializeToString(), 1)
     except runtime.ArtifactError as error:
@@ -113,15 +104,13 @@ def export_onnx(
     """Write `network` to an ONNX file atomically: input 'input' float32 [batch, 3, S, S] with dynamic batch.
 
     The graph computes in evaluation mode and float32. Source paths, stack traces and other traces of the
-    machine are removed, and the same network gives the same bytes. `network` is not changed.
+    machine are removed, and the same network gives the same bytes. `network` is not changed. Raises
+    ExportError if it cannot be exported, or `opset` is not supported.
 
     Args:
         metadata: written as the metadata of the model.
         output: name of the output, float32 [batch, classes].
         pixels: if given, the input is uint8 [batch, S, S, 3], and the file itself normalizes it.
-
-    Raises:
-        ExportError: the network cannot be exported, or `opset` is not supported.
     """
     check_opset(opset)
     path = Path(path)
@@ -218,8 +207,7 @@ def _traced(network: nn.Module, image_size: int, opset: int, output: str) -> onn
         raise ExportError(
             f"{type(network).__name__} at {image_size} px cannot be exported to ONNX: {_sentence(error)}"
         ) from error
-    if program is None:
-        raise ExportError(f"{type(network).__name__} at {image_size} px cannot be exported to ONNX")
+    assert program is not None
     model: onnx_ir.Model = program.model
     inputs, outputs = model.graph.inputs, model.graph.outputs
     if len(inputs) != 1 or len(outputs) != 1:
@@ -285,13 +273,8 @@ def _write_with_external_data(model: onnx_ir.Model, path: Path) -> OnnxFile:
         raise ExportError(f"the exported graph is not valid ONNX: {_sentence(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return OnnxFile(
-        path,
-        len(graph) + size,
-        hashlib.sha256(graph).hexdigest(),
-        model.opset_imports[""],
-        model.ir_version,
-    )
+    sha256 = hashlib.sha256(graph).hexdigest()
+    return OnnxFile(path, len(graph) + size, sha256, model.opset_imports[""], model.ir_version)
 
 
 @contextmanager
@@ -332,14 +315,11 @@ def check_parity(
     """Compare the logits of the file in onnxruntime with those of the network in torch.
 
     The largest difference must be within `tolerance`, absolute or relative to the spread of the logits, and
-    so must the difference between batch sizes.
+    so must the difference between batch sizes. Raises ExportError otherwise, or if logits are not finite.
 
     Args:
         images: preprocessed, float32 [N, 3, S, S].
         pixels: the same images, uint8 [N, S, S, 3], if the file has a uint8 input.
-
-    Raises:
-        ExportError: the difference is larger, or logits are not finite.
     """
     if not len(images):
         raise ExportError("The exported file cannot be compared with the network: there are no images.")
@@ -354,7 +334,9 @@ def check_parity(
         raise ExportError(f"{onnx_path}: `pixels` is required for a uint8 input, and only for that.")
     batch = images.numpy() if pixels is None else pixels
     outputs = [
-        np.concatenate([session.run(None, {INPUT: chunk})[0] for chunk in _chunks(batch, size)])
+        np.concatenate(
+            [session.run(None, {INPUT: chunk})[0] for chunk in np.split(batch, range(size, len(batch), size))]
+        )
         for size in batch_sizes
     ]
     if any(logits.shape != expected.shape for logits in outputs):
@@ -382,10 +364,6 @@ def check_parity(
             f"{', '.join(map(str, batch_sizes))}, {tolerance:g} is allowed."
         )
     return parity
-
-
-def _chunks(images: np.ndarray, size: int) -> list[np.ndarray]:
-    return [images[start : start + size] for start in range(0, len(images), size)]
 
 
 FOLDING_TOLERANCE = 1e-4
@@ -416,9 +394,6 @@ def fold_temperature(
 
     Args:
         images: to check that the folded network is equal; preprocessed, float32 [N, 3, S, S].
-
-    Raises:
-        ValueError: the temperature is not a positive number.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, got {temperature}.")

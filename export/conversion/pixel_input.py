@@ -58,7 +58,7 @@ class Folded:
             planes = np.pad(planes, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=self.mask)
         return np.ascontiguousarray((planes.astype(np.float32) - self.zero_point) * SCALE)
 
-    def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:
+    def overrides(self, *, signed: bool) -> dict[str, list[dict[str, Any]]]:
         """Return ONNX Runtime's `TensorQuantOverrides` for the core's input, which is quantized already."""
         kind, dtype = (QuantType.QInt8, np.int8) if signed else (QuantType.QUInt8, np.uint8)
         zero_point = np.array(self.zero_point - (128 if signed else 0), dtype=dtype)
@@ -95,19 +95,11 @@ class Outside:
     description = "normalization in float, before the network"
     channels = 3
 
-    @classmethod
-    def from_mean_std(cls, mean: Sequence[float], std: Sequence[float]) -> Outside:
-        return cls(tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)))
-
     def feed(self, pixels: np.ndarray) -> np.ndarray:
         """Convert pixels, uint8 [B, S, S, 3], to the core's input, float32 [B, 3, S, S]."""
         planes = pixels.transpose(0, 3, 1, 2).astype(np.float32)
         factor, shift = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.factor, self.shift))
         return np.ascontiguousarray(planes * factor + shift)
-
-    def overrides(self, *, signed: bool = False) -> dict[str, list[dict[str, Any]]]:
-        """Return no overrides: the core's input is quantized like any other tensor."""
-        return {}
 
     def nodes(self, height: int, width: int) -> tuple[list[NodeProto], list[TensorProto]]:
         """Return the nodes from the file's input to the core's, and their constants."""
@@ -165,40 +157,27 @@ class Convolution:
     pads: np.ndarray
 
 
-@dataclass
-class FirstLayer:
-    """All convolutions that read the input; changes are applied to the graph by `write`."""
-
-    model: ModelProto
-    convolutions: list[Convolution]
-    pad_nodes: list[NodeProto]
-
-    def write(self) -> None:
-        """Write weights, biases and padding into the graph and remove Pad nodes."""
-        graph = self.model.graph
-        source = graph.input[0].name
-        constants = {tensor.name: tensor for tensor in graph.initializer}
-        for convolution in self.convolutions:
-            node = convolution.node
-            constants[node.input[1]].CopyFrom(_float(convolution.weight, node.input[1]))
-            if convolution.bias is not None:
-                if len(node.input) > 2 and node.input[2]:
-                    constants[node.input[2]].CopyFrom(_float(convolution.bias, node.input[2]))
-                else:
-                    name = f"{node.input[1]}_bias"
-                    graph.initializer.append(_float(convolution.bias, name))
-                    del node.input[2:]
-                    node.input.append(name)
-            node.input[0] = source
-            kept = [a for a in node.attribute if a.name not in ("pads", "auto_pad")]
-            del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("pads", convolution.pads.tolist())])
-        for pad in self.pad_nodes:
-            graph.node.remove(pad)
-        changed = {convolution.node.input[1] for convolution in self.convolutions}
-        shapes = [value for value in graph.value_info if value.name not in changed]
-        del graph.value_info[:]
-        graph.value_info.extend(shapes)
+def _write(graph: GraphProto, convolutions: list[Convolution]) -> None:
+    """Write weights, biases and padding of the first convolutions into the graph and remove Pad nodes."""
+    source = graph.input[0].name
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for convolution in convolutions:
+        node = convolution.node
+        constants[node.input[1]].CopyFrom(_float(convolution.weight, node.input[1]))
+        if convolution.bias is not None:
+            if len(node.input) > 2 and node.input[2]:
+                constants[node.input[2]].CopyFrom(_float(convolution.bias, node.input[2]))
+            else:
+                name = f"{node.input[1]}_bias"
+                graph.initializer.append(_float(convolution.bias, name))
+                del node.input[2:]
+                node.input.append(name)
+        node.input[0] = source
+        pads = helper.make_attribute("pads", convolution.pads.tolist())
+        _keep(node.attribute, [*(a for a in node.attribute if a.name not in ("pads", "auto_pad")), pads])
+    _keep(graph.node, [n for n in graph.node if n.op_type != "Pad" or n.input[0] != source])
+    changed = {convolution.node.input[1] for convolution in convolutions}
+    _keep(graph.value_info, [value for value in graph.value_info if value.name not in changed])
 
 
 def map_readers(graph: GraphProto) -> dict[str, list[NodeProto]]:
@@ -210,12 +189,11 @@ def map_readers(graph: GraphProto) -> dict[str, list[NodeProto]]:
     return readers
 
 
-def first_layer(model: ModelProto) -> FirstLayer | None:
+def _first_layer(graph: GraphProto) -> list[Convolution] | None:
     """Return the convolutions of the input, with a Pad before them; None if other nodes read the input."""
-    graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     uses = map_readers(graph)
-    convolutions, pad_nodes = [], []
+    convolutions = []
     for node in uses.get(graph.input[0].name, []):
         if _ignores_channels(node):
             continue
@@ -223,13 +201,12 @@ def first_layer(model: ModelProto) -> FirstLayer | None:
         readers = [node]
         if node.op_type == "Pad":
             pads, readers = _zero_padding(node, constants), uses.get(node.output[0], [])
-            pad_nodes.append(node)
         for reader in readers:
             convolution = None if pads is None else _convolution(reader, pads, constants, uses)
             if convolution is None:
                 return None
             convolutions.append(convolution)
-    return FirstLayer(model, convolutions, pad_nodes) if convolutions else None
+    return convolutions or None
 
 
 def _convolution(
@@ -288,15 +265,12 @@ def _float(values: np.ndarray, name: str) -> TensorProto:
 
 
 def take_pixels(model: ModelProto, mean: Sequence[float], std: Sequence[float]) -> Front:
-    """Replace the normalized float32 input [batch, 3, S, S] of `model` by uint8 pixels, in place.
-
-    Returns:
-        `Folded` if the conversion costs nothing, `Outside` if float nodes precede the network.
-    """
+    """Replace the normalized float32 input [batch, 3, S, S] of `model` by uint8 pixels, in place."""
     front: Front | None = fold_normalization(model, mean, std)
     if front is None:
         _rename_input(model)
-        front = Outside.from_mean_std(mean, std)
+        shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        front = Outside(tuple(1 / (255 * s) for s in std), shift)
     attach(model, front)
     return front
 
@@ -307,15 +281,15 @@ def fold_normalization(model: ModelProto, mean: Sequence[float], std: Sequence[f
     The input of `model` is then the output of `Folded.feed`. Returns None, and changes nothing, if other
     nodes than plain convolutions read the input.
     """
-    layer = first_layer(model)
-    if layer is None:
+    convolutions = _first_layer(model.graph)
+    if convolutions is None:
         return None
     m, s = np.asarray(mean, dtype=np.float64), np.asarray(std, dtype=np.float64)
     zero_point = int(np.clip(np.rint(255 * m.mean()), 0, 255))
     left = (zero_point / 255 - m) / s
-    padded = any(convolution.pads.any() for convolution in layer.convolutions)
-    mask = _mask(layer, left, s, zero_point) if padded and left.any() else None
-    for convolution in layer.convolutions:
+    padded = any(convolution.pads.any() for convolution in convolutions)
+    mask = _mask(convolutions, left, s, zero_point) if padded and left.any() else None
+    for convolution in convolutions:
         offset = np.einsum("ochw,c->ohw", convolution.weight, left)
         convolution.weight = convolution.weight / s[:, None, None]
         if mask is not None:
@@ -324,21 +298,21 @@ def fold_normalization(model: ModelProto, mean: Sequence[float], std: Sequence[f
         elif left.any():
             shift = offset.sum((1, 2))
             convolution.bias = shift if convolution.bias is None else convolution.bias + shift
-    layer.write()
+    _write(model.graph, convolutions)
     _rename_input(model)
     front = Folded(zero_point, mask)
     _set_input(model, front, core=True)
     return front
 
 
-def _mask(layer: FirstLayer, left: np.ndarray, std: np.ndarray, zero_point: int) -> int:
+def _mask(convolutions: list[Convolution], left: np.ndarray, std: np.ndarray, zero_point: int) -> int:
     """Return the fourth channel's pixel value: the nearest to z without larger weights than the others'.
 
     In int8 the weights of an output channel share a step, that of the largest; the fourth channel's rounding
     counts in proportion to its distance from z.
     """
     distance = 1.0
-    for convolution in layer.convolutions:
+    for convolution in convolutions:
         others = np.abs(convolution.weight / std[:, None, None]).max((1, 2, 3))
         fourth = 255 * np.abs(np.einsum("ochw,c->ohw", convolution.weight, left)).max((1, 2))
         distance = max(distance, float((fourth[others > 0] / others[others > 0]).max(initial=0)))

@@ -49,12 +49,8 @@ Operator = tuple[str, str, str]
 def read_untrusted(path: Path, *, external_data: bool = False) -> tuple[bytes, onnx.ModelProto]:
     """Return the content of a file and the checked model in it; load these bytes, not the file again.
 
-    Args:
-        external_data: True if weights may be in the file ``NAME.onnx.data`` next to it, as `export_onnx`
-            writes those of more than 2 GB.
-
-    Raises:
-        ExportError: it is not an ONNX file, or not a safe one.
+    With `external_data`, weights may be in the file ``NAME.onnx.data`` next to it, as `export_onnx` writes
+    those of more than 2 GB. Raises ExportError.
     """
     try:
         if not path.is_file():

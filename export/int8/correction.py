@@ -58,11 +58,8 @@ class Pair:
 def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
     """Return a graph that computes the same with equalized channels, to be calibrated again.
 
-    Args:
-        images: calibration images, float32 [n,3,S,S].
-
-    Returns:
-        None if there is no pair of layers, or if the output changes by more than `TOLERANCE`.
+    None if there is no pair of layers, or if the output changes by more than `TOLERANCE` on the calibration
+    images, float32 [n,3,S,S].
     """
     pairs = layer_pairs(prepared.model)
     if not pairs:
@@ -143,10 +140,9 @@ class _Weights:
         w = self.array(node.input[1])
         if node.op_type == "Gemm":
             self.changed[node.input[1]] = w * (s if _turned(node) else s[:, None])
-        elif _groups(node) == 1:
-            self.changed[node.input[1]] = w * s.reshape(1, -1, *[1] * (w.ndim - 2))
         else:
-            self.changed[node.input[1]] = w * s.reshape(-1, *[1] * (w.ndim - 1))
+            channels = (1, -1) if _groups(node) == 1 else (-1, 1)
+            self.changed[node.input[1]] = w * s.reshape(*channels, *[1] * (w.ndim - 2))
 
     def write(self) -> None:
         for name, value in self.changed.items():
@@ -242,11 +238,8 @@ MAX_ACTIVATION_BYTES = 1_000_000_000
 def correct_biases(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> Prepared:
     """Return the float graph with biases corrected for the mean error of each layer, for the same ranges.
 
-    Layers that share a bias are not corrected.
-
-    Args:
-        network: the graph's quantized form, with the graph's weights.
-        images: calibration images, float32 [n,3,S,S]; as many are used as fit in `MAX_ACTIVATION_BYTES`.
+    Layers that share a bias are not corrected. `network` is the graph's quantized form. As many calibration
+    images, float32 [n,3,S,S], are used as fit in `MAX_ACTIVATION_BYTES`.
     """
     exact = GraphNetwork(prepared.model).eval()
     used = images[: _max_images(exact, images)]
@@ -342,9 +335,7 @@ class Source:
 def measure_sensitivity(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> list[Source]:
     """Return all roundings of the quantized graph, the worst first; equal ones in the order of the graph.
 
-    Args:
-        network: the quantized form of the prepared graph.
-        images: float32 [n,3,S,S].
+    `network` is the quantized form of the prepared graph, `images` are float32 [n,3,S,S].
     """
     x = torch.from_numpy(images)
     with network.rounding(frozenset()):

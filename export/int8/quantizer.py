@@ -86,7 +86,6 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _INTEGER = tuple(sorted({*QDQRegistry, *QLinearOpsRegistry} - {*_NORMS, "Softmax"}))
 
-
 log = logging.getLogger(__name__)
 
 METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
@@ -110,11 +109,8 @@ def calibrate_ranges(
 ) -> tuple[TensorsData, int]:
     """Return the ranges of inputs and outputs of operators in `op_types`, and the number of images used.
 
-    Ranges and histograms of chunks are merged, so that memory does not grow with the number of images.
-
-    Raises:
-        CalibratorError: the method cannot process the activations.
-        ExportError: the method is unknown, there are no images, or images or activations are not finite.
+    Ranges and histograms of chunks are merged, so that memory does not grow with the number of images. Raises
+    CalibratorError if the method cannot process the activations, and ExportError.
     """
     if method not in METHODS:
         raise ExportError(f"Unknown calibration method {method!r}. Choose from {', '.join(METHODS)}.")
@@ -201,6 +197,8 @@ def quiet() -> Iterator[None]:
         root.removeHandler(nothing)
 
 
+_RECIPE = runtime.METADATA_PREFIX + "quantization"
+
 Overrides = Mapping[str, Mapping[str, Any]]
 """`scale` and `zero_point` of activations by their name in the float graph, in place of calibrated ones."""
 
@@ -252,15 +250,14 @@ def quantize_int8(
 ) -> Int8File:
     """Quantize a float ONNX file without a search. Metadata is kept; the same input gives the same bytes.
 
+    Raises ExportError.
+
     Args:
         calibration: batches of preprocessed images, float32 [b, 3, S, S], or uint8 [b, S, S, 3] for a file
             with uint8 input.
         method: one of `METHODS`.
         target_name: one of `targets.TARGETS`; this machine's if None.
         rules: rewrite rules to apply first; None for those that make the network faster.
-
-    Raises:
-        ExportError: the file cannot be read or quantized.
     """
     types = find_target(target_name or runtime.detect_target())
     prepared = prepare(fp32_path, rules)
@@ -287,15 +284,15 @@ def recipe(
     prepared: Prepared, types: Target, calibration: Mapping[str, Any], kept_float: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return the recipe of an int8 file, JSON-ready."""
-    scope = prepared.scope
-    all_float = [*scope.kept_float, *prepared.stem(types), *kept_float]
+    all_float = [*prepared.scope.kept_float, *prepared.stem(types), *kept_float]
+    operators = {node.op_type for node in prepared.model.graph.node} & set(prepared.scope.op_types)
     return {
         "format": "QDQ",
         "target": types.name,
         **types.described,
         "calibration": dict(calibration),
         "rewritten": list(prepared.rewritten),
-        "operators": sorted({node.op_type for node in prepared.model.graph.node} & set(scope.op_types)),
+        "operators": sorted(operators),
         "kept_float": list(dict.fromkeys(all_float)),
         "quantizer": f"onnxruntime {ort.__version__}",
         **({} if prepared.front is None else {"input": f"uint8; {prepared.front.description}"}),
@@ -310,7 +307,7 @@ def write_int8(
         attach(model, prepared.front)
         onnx.checker.check_model(model)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    metadata[runtime.METADATA_PREFIX + "quantization"] = json.dumps(dict(made_by), sort_keys=True)
+    metadata[_RECIPE] = json.dumps(dict(made_by), sort_keys=True)
     onnx.helper.set_model_props(model, metadata)
     file = write_onnx(model, Path(path))
     return Int8File(file.path, file.bytes, file.sha256, file.opset, file.ir_version, dict(made_by))
@@ -320,9 +317,7 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
     """Return the recipe in the metadata of an int8 file; None if it has none."""
     model = onnx.load(str(path), load_external_data=False)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    made_by: dict[str, Any] | None = json.loads(
-        metadata.get(runtime.METADATA_PREFIX + "quantization", "null")
-    )
+    made_by: dict[str, Any] | None = json.loads(metadata.get(_RECIPE, "null"))
     return made_by
 
 
@@ -334,20 +329,15 @@ def quantize(
     kept_float: Sequence[str] = (),
     overrides: Overrides | None = None,
 ) -> onnx.ModelProto:
-    """Return the QDQ graph of a prepared float graph, which is not changed.
+    """Return the QDQ graph of a prepared float graph, which is not changed. Raises ExportError.
 
     Args:
         kept_float: names of further nodes that stay float.
         overrides: scales and zero points that replace calibrated ones.
-
-    Raises:
-        ExportError: ONNX Runtime's quantizer failed.
     """
     model = copy.deepcopy(prepared.model)
-    producer = model.producer_name, model.producer_version
-    excluded = [*prepared.scope.kept_float, *prepared.stem(types), *kept_float]
     tensor_overrides = {name: [dict(values)] for name, values in (overrides or {}).items()}
-    if prepared.front is not None:
+    if isinstance(prepared.front, Folded):
         tensor_overrides |= prepared.front.overrides(signed=types.activations == QuantType.QInt8)
     try:
         with quiet():
@@ -355,14 +345,13 @@ def quantize(
                 model,
                 per_channel=True,
                 reduce_range=types.reduce_range,
-                weight_qType=types.weights,
+                weight_qType=QuantType.QInt8,
                 activation_qType=types.activations,
                 tensors_range=ranges,
                 nodes_to_quantize=[],
-                nodes_to_exclude=excluded,
+                nodes_to_exclude=[*prepared.scope.kept_float, *prepared.stem(types), *kept_float],
                 op_types_to_quantize=list(prepared.scope.op_types),
                 extra_options={
-                    "ActivationSymmetric": types.symmetric,
                     "WeightSymmetric": True,
                     "TensorQuantOverrides": tensor_overrides,
                 },
@@ -372,11 +361,11 @@ def quantize(
             model = quantizer.model.model
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         raise ExportError(f"ONNX Runtime's quantizer failed: {error}.") from error
-    model.producer_name, model.producer_version = producer
+    model.producer_name = prepared.model.producer_name
+    model.producer_version = prepared.model.producer_version
     used = {node.domain or "" for node in model.graph.node}
-    imports = [entry for entry in model.opset_import if (entry.domain or "") in used]
-    del model.opset_import[:]
-    model.opset_import.extend(imports)
+    for entry in [entry for entry in model.opset_import if (entry.domain or "") not in used]:
+        model.opset_import.remove(entry)
     # The runtime infers the shapes of intermediate values; storing them would repeat every name.
     del model.graph.value_info[:]
     for node in model.graph.node:

@@ -27,10 +27,8 @@ from onnxscript.rewriter.rules.common import (
 def rewrite(model: onnx.ModelProto, rules: Collection[str] | None = None) -> list[str]:
     """Apply `rules`, or all of RULES, to `model` in place and return the names of those that changed it.
 
-    The graph computes the same up to the rounding of float32. Constant nodes become initializers.
-
-    Raises:
-        ValueError: a rule does not exist.
+    The graph computes the same up to the rounding of float32. Constant nodes become initializers. Raises
+    ValueError if a rule does not exist.
     """
     unknown = sorted(set(rules or ()) - set(RULES))
     if unknown:

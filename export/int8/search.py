@@ -14,7 +14,7 @@ input gives the same bytes. `float_nodes` lists the nodes of the file that run i
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def search(
     facts: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Search:
-    """Search for the best int8 form of a prepared graph within the judge's budget.
+    """Search for the best int8 form of a prepared graph within the judge's budget. Raises ExportError.
 
     Args:
         calibration: preprocessed images as the file takes them (see `quantize_int8`). Ranges are measured on
@@ -123,9 +123,6 @@ def search(
         judge: measures a file and compares it with the budget.
         learned: a graph and ranges from quantization-aware training, another candidate of step 1.
         facts: further entries of the recipe's `calibration`.
-
-    Raises:
-        ExportError: there is no calibrator and nothing learned, or quantization failed.
     """
     if not calibrators and learned is None:
         raise ExportError("The int8 search requires at least one calibrator.")
@@ -159,21 +156,18 @@ def search(
     return Search(tuple(attempts.candidates), tuple(attempts.files), tuple(sources), stopped)
 
 
+@dataclass
 class _Attempts:
     """The candidates so far; `add` writes and judges another one."""
 
-    def __init__(
-        self,
-        types: Target,
-        folder: Path,
-        judge: Judge,
-        facts: Mapping[str, Any],
-        progress: Callable[[str], None],
-    ) -> None:
-        self.types, self.folder, self.judge, self.facts, self.progress = types, folder, judge, facts, progress
-        self.variants: list[_Variant] = []
-        self.candidates: list[Candidate] = []
-        self.files: list[Int8File] = []
+    types: Target
+    folder: Path
+    judge: Judge
+    facts: Mapping[str, Any]
+    progress: Callable[[str], None]
+    variants: list[_Variant] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    files: list[Int8File] = field(default_factory=list)
 
     @property
     def best(self) -> int:
@@ -268,18 +262,11 @@ _INTEGER_KERNELS = frozenset(
     }
 )
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
-_SHAPE_OPERATORS = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero"}
-_LAYOUT_OPERATORS = {"ReorderInput", "ReorderOutput"}
 
 KEPT = "kept in float for accuracy"
 CONVERTS_INPUT = "conversion of the input to integers"
 CONVERTS_OUTPUT = "conversion of the output to float"
 CONVERTS_BETWEEN = "conversion between integers and float, next to a node that runs in float"
-CONVERTS_WEIGHTS = "weights stored as integers and used in float"
-LAYOUT = "change of memory layout for convolutions in float"
-NO_KERNEL = "ONNX Runtime has no integer kernel for {operator}"
-READS_INPUT = "an integer kernel exists, but the node reads the input in float"
-READS_FLOAT = "an integer kernel exists, but the node reads the float output of {producer}"
 WRITES_FLOAT = "an integer kernel exists, but its output is not converted to integers"
 NOT_FUSED = "an integer kernel exists, but ONNX Runtime did not use it between these conversions"
 
@@ -288,22 +275,15 @@ def float_nodes(model: str | Path | bytes, kept: Collection[str] = ()) -> list[F
     """Return the nodes of a file that ONNX Runtime runs in float here, in the order of execution.
 
     Read from the graph that `runtime.open_session` optimized for this machine. Conversions from and to
-    integers are nodes of it, too.
-
-    Args:
-        kept: names of nodes that were deliberately not quantized.
-
-    Raises:
-        runtime.ArtifactError: onnxruntime cannot load the model.
+    integers are nodes of it, too. `kept` names nodes that were deliberately not quantized. Raises
+    runtime.ArtifactError.
     """
     with temporary_folder() as folder:
         path = folder / "optimized.onnx"
         runtime.open_session(model, 1, optimized=path)
-        running = onnx.load(str(path), load_external_data=False)
-    if isinstance(model, bytes):
-        file = onnx.load_from_string(model)
-    else:
-        file = onnx.load(str(model), load_external_data=False)
+        running = onnx.load(path, load_external_data=False)
+    content = model if isinstance(model, bytes) else Path(model).read_bytes()
+    file = onnx.load_model_from_string(content)
     return _OptimizedGraph(running.graph, file.graph, frozenset(kept)).float_nodes()
 
 
@@ -340,21 +320,22 @@ class _OptimizedGraph:
             return CONVERTS_INPUT if node.input[0] in self.inputs else CONVERTS_BETWEEN
         if operator == "DequantizeLinear":
             if node.input[0] in self.constants:
-                return CONVERTS_WEIGHTS
+                return "weights stored as integers and used in float"
             return CONVERTS_OUTPUT if node.output[0] in self.outputs else CONVERTS_BETWEEN
-        if operator in _LAYOUT_OPERATORS:
-            return LAYOUT
+        if operator in ("ReorderInput", "ReorderOutput"):
+            return "change of memory layout for convolutions in float"
         if operator not in _INTEGER_KERNELS:
-            return NO_KERNEL.format(operator=operator)
+            return f"ONNX Runtime has no integer kernel for {operator}"
         for tensor in node.input:
             producer = self.producers.get(tensor)
             if tensor in self.inputs:
-                return READS_INPUT
+                return "an integer kernel exists, but the node reads the input in float"
             if producer is None or producer.op_type == "DequantizeLinear":
                 continue
             if self.types.get(tensor) in _FLOATS:
                 origin = self._origin(producer) or producer
-                return READS_FLOAT.format(producer=origin.name or origin.output[0])
+                name = origin.name or origin.output[0]
+                return f"an integer kernel exists, but the node reads the float output of {name}"
         readers = self.readers.get(node.output[0], [])
         converted = bool(readers) and all(reader.op_type == "QuantizeLinear" for reader in readers)
         return NOT_FUSED if converted else WRITES_FLOAT
@@ -390,7 +371,7 @@ class _OptimizedGraph:
             return TensorProto.FLOAT
         if _is_integer(node):
             return TensorProto.UINT8
-        if node.op_type in _SHAPE_OPERATORS:
+        if node.op_type in ("Shape", "Size", "ArgMax", "ArgMin", "NonZero"):
             return TensorProto.INT64
         if node.op_type == "Cast":
             return next(a.i for a in node.attribute if a.name == "to")

@@ -28,13 +28,10 @@ from ..runtime import detect_target
 
 @dataclass(frozen=True)
 class Target:
-    """The types for one family of processors."""
+    """The types for one family of processors; weights are int8."""
 
     name: str
     activations: QuantType
-    weights: QuantType
-    symmetric: bool
-    """True if the zero point of activations is 0."""
     reduce_range: bool
     """True if weights use 7 bits only."""
     float_stem: bool
@@ -43,22 +40,19 @@ class Target:
     @property
     def described(self) -> dict[str, str | bool]:
         """Description for a recipe, JSON-ready."""
-        names = {QuantType.QUInt8: "uint8", QuantType.QInt8: "int8"}
         return {
-            "activations": f"{names[self.activations]} {'symmetric' if self.symmetric else 'asymmetric'}",
-            "weights": f"{names[self.weights]} symmetric per channel",
+            "activations": f"{'uint8' if self.activations == QuantType.QUInt8 else 'int8'} asymmetric",
+            "weights": "int8 symmetric per channel",
             "reduce_range": self.reduce_range,
         }
 
 
-_U8, _S8 = QuantType.QUInt8, QuantType.QInt8
-
 TARGETS = {
     target.name: target
     for target in (
-        Target("x86", _U8, _S8, symmetric=False, reduce_range=True, float_stem=True),
-        Target("x86-vnni", _U8, _S8, symmetric=False, reduce_range=False, float_stem=True),
-        Target("arm64", _S8, _S8, symmetric=False, reduce_range=False, float_stem=False),
+        Target("x86", QuantType.QUInt8, reduce_range=True, float_stem=True),
+        Target("x86-vnni", QuantType.QUInt8, reduce_range=False, float_stem=True),
+        Target("arm64", QuantType.QInt8, reduce_range=False, float_stem=False),
     )
 }
 

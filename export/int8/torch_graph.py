@@ -106,10 +106,6 @@ def _reduce_mean(a: Attributes, x: Tensor, axes: Any = None) -> Tensor:
     return x.mean(dim=list(over) if over else None, keepdim=bool(a.get("keepdims", 1)))
 
 
-def _squeeze(_: Attributes, x: Tensor, axes: Any = None) -> Tensor:
-    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
-
-
 def _unsqueeze(_: Attributes, x: Tensor, axes: np.ndarray) -> Tensor:
     dims = x.dim() + len(axes)  # axes count those of the result
     for axis in sorted(int(axis) % dims for axis in axes):
@@ -119,10 +115,9 @@ def _unsqueeze(_: Attributes, x: Tensor, axes: np.ndarray) -> Tensor:
 
 def _split(a: Attributes, x: Tensor, sizes: Any = None) -> tuple[Tensor, ...]:
     axis = a.get("axis", 0)
-    parts = sizes.tolist() if sizes is not None else a["num_outputs"]
-    if isinstance(parts, list):
-        return torch.split(x, parts, dim=axis)
-    return torch.chunk(x, parts, dim=axis)
+    if sizes is None:
+        return torch.chunk(x, a["num_outputs"], dim=axis)
+    return torch.split(x, sizes.tolist(), dim=axis)
 
 
 def _slice(_: Attributes, x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Tensor:
@@ -136,16 +131,8 @@ def _slice(_: Attributes, x: Tensor, starts: Any, ends: Any, axes: Any = None, s
     return x[tuple(index)]
 
 
-def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
-    return torch.clamp(a.get("alpha", 0.2) * x + a.get("beta", 0.5), 0, 1)
-
-
 def _batch_norm(a: Attributes, x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return F.batch_norm(x, mean.detach(), var.detach(), w, b, eps=a.get("epsilon", 1e-5))
-
-
-def _gelu(a: Attributes, x: Tensor) -> Tensor:
-    return F.gelu(x, approximate=a.get("approximate", b"none").decode())
 
 
 def _number(x: Any, like: Any) -> Any:
@@ -163,26 +150,22 @@ def _two(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return apply
 
 
-def _concat(a: Attributes, *parts: Tensor) -> Tensor:
-    return torch.cat(parts, dim=a["axis"])
-
-
 OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": _two(lambda x, y: x + y),
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Clip": _clip,
-    "Concat": _concat,
+    "Concat": lambda a, *parts: torch.cat(parts, dim=a["axis"]),
     "Conv": _conv,
     "Div": _two(lambda x, y: x / y),
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Erf": lambda _, x: torch.erf(x),
     "Flatten": _flatten,
-    "Gelu": _gelu,
+    "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", b"none").decode()),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda _, x: x.mean(dim=tuple(range(2, x.dim())), keepdim=True),
     "GlobalMaxPool": lambda _, x: x.amax(dim=tuple(range(2, x.dim())), keepdim=True),
-    "HardSigmoid": _hard_sigmoid,
+    "HardSigmoid": lambda a, x: torch.clamp(a.get("alpha", 0.2) * x + a.get("beta", 0.5), 0, 1),
     "HardSwish": lambda _, x: F.hardswish(x),
     "Identity": lambda _, x: x,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
@@ -199,7 +182,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Softmax": lambda a, x: torch.softmax(x, dim=a.get("axis", -1)),
     "Softplus": lambda _, x: F.softplus(x),
     "Split": _split,
-    "Squeeze": _squeeze,
+    "Squeeze": lambda _, x, axes=None: x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist())),
     "Sub": _two(lambda x, y: x - y),
     "Tanh": lambda _, x: torch.tanh(x),
     "Transpose": lambda a, x: x.permute(*a.get("perm", reversed(range(x.dim())))),

@@ -98,9 +98,14 @@ def kaiming(network: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def cifar_cfg(classifier: str, **changes: Any) -> dict[str, Any]:
-    """Return the `pretrained_cfg` of a network for 32-pixel images, normalized as in the benchmark."""
-    return {
+def register_variants(
+    module: dict[str, Any], network: type[CifarNetwork], variants: dict[str, dict[str, Any]], **cfg: Any
+) -> None:
+    """Register variants (name → constructor arguments) as timm models of the module with these globals.
+
+    `cfg` overrides the defaults: 32-pixel images, normalized as in the benchmark.
+    """
+    pretrained_cfg = {
         "input_size": (3, 32, 32),
         "num_classes": 100,
         "crop_pct": 1.0,
@@ -108,20 +113,14 @@ def cifar_cfg(classifier: str, **changes: Any) -> dict[str, Any]:
         "mean": CRD_MEAN,
         "std": CRD_STD,
         "first_conv": "conv1",
-        "classifier": classifier,
+        "classifier": network.classifier_name,
         "origin_url": "https://github.com/HobbitLong/RepDistiller",
         "paper_ids": "arXiv:1910.10699",
-        **changes,
+        **cfg,
     }
-
-
-def register_variants(
-    module: dict[str, Any], network: type[CifarNetwork], variants: dict[str, dict[str, Any]], **cfg: Any
-) -> None:
-    """Register variants (name → constructor arguments) as timm models of the module with these globals."""
     default_cfgs = module.setdefault("default_cfgs", {})
     for name, shape in variants.items():
-        default_cfgs.update(generate_default_cfgs({name: cifar_cfg(network.classifier_name, **cfg)}))
+        default_cfgs.update(generate_default_cfgs({name: pretrained_cfg}))
         register_model(_entrypoint(name, module["__name__"], network, shape))
 
 

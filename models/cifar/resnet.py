@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from . import CifarNetwork, kaiming, register_variants
 
-Shortcut = Callable[[int, int, int], nn.Module | None]
+Shortcut = Callable[[int, int, int], nn.Module]
 
 
-def conv_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+def conv_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     """Return a 1×1 convolution with BatchNorm if the shape changes."""
     if stride == 1 and inputs == outputs:
-        return None
+        return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
@@ -37,22 +37,22 @@ class ZeroPadShortcut(nn.Module):
         return F.pad(thinned, (0, 0, 0, 0, self.before, self.after))
 
 
-def zero_pad_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+def zero_pad_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     """Return a shortcut without parameters if the shape changes."""
-    return None if stride == 1 and inputs == outputs else ZeroPadShortcut(outputs - inputs, stride)
+    return nn.Identity() if stride == 1 and inputs == outputs else ZeroPadShortcut(outputs - inputs, stride)
 
 
 class BasicBlock(nn.Module):
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, shortcut: nn.Module | None, name: str) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, shortcut: nn.Module, name: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut_name = name
-        self.add_module(name, shortcut if shortcut is not None else nn.Identity())
+        self.add_module(name, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -63,7 +63,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, shortcut: nn.Module | None, name: str) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, shortcut: nn.Module, name: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.shortcut_name = name
-        self.add_module(name, shortcut if shortcut is not None else nn.Identity())
+        self.add_module(name, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
