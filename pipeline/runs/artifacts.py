@@ -136,7 +136,7 @@ def find_run_images(run: Path) -> Path | None:
 class OnnxInput:
     """The input of an image model."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     """Of one image: [3, H, W] or [H, W, 3]."""
     kind: np.dtype
     any_batch: bool
@@ -189,7 +189,7 @@ def read_input(
 
 def _read_shape(
     path: Path, value: onnx.ValueInfoProto, image_size: int | None
-) -> tuple[np.dtype, tuple[int, int, int], bool, bool]:
+) -> tuple[np.dtype, tuple[int, ...], bool, bool]:
     """Return type, image shape, and whether batch and size are dynamic."""
     tensor = value.type.tensor_type
     kind = DTYPES.get(int(tensor.elem_type))
@@ -209,12 +209,10 @@ def _read_shape(
     any_size = None in rest or 0 in rest
     if any_size and image_size is None:
         raise UsageError(f"{path} has a dynamic image size. Set it with --image-size.")
-    first, second, third = (int(side or image_size or 0) for side in rest)
-    if max(first, second, third) > MAX_SIDE:
-        raise UsageError(
-            f"{path}: an image side must be at most {MAX_SIDE:,} pixels, got [{first}, {second}, {third}]."
-        )
-    return kind, (first, second, third), batch in (None, 0), any_size
+    shape = tuple(int(side or image_size or 0) for side in rest)
+    if max(shape) > MAX_SIDE:
+        raise UsageError(f"{path}: an image side must be at most {MAX_SIDE:,} pixels, got {list(shape)}.")
+    return kind, shape, batch in (None, 0), any_size
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,8 @@ def _note_balance(context: RunContext, task: DistillationTask, balanced: Sequenc
     measured = {weight.method for weight in balanced}
     for name in task.student.methods:
         if name not in measured:
-            reason = (
-                f"its gradients, or those of the labels, do not reach the last map of {context.student.name}"
-            )
+            last_map = f"the last map of {context.student.name}"
+            reason = f"its gradients, or those of the labels, do not reach {last_map}"
             if methods.load(name).gradient_ratio[1] == math.inf:
                 reason = "no range of gradient ratios is known for it"
             context.display.note(f"--balance auto keeps the weight of {name}: {reason}")
@@ -226,14 +225,8 @@ def _prepare_context(context: RunContext, data: TrainingData, scratch: Path) -> 
             yield pixels[first : first + len(batch)].numpy(), teacher(t)(batch, reads)
 
     def cached(t: int, kind: str, key: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-        full_key = digest(
-            {
-                **key,
-                "teacher": tensors_digest(run / specs[t].file),
-                "data": data.dataset.fingerprint,
-                "geometry": specs[t].preprocessing.to_dict(),
-            }
-        )
+        sources = {"teacher": tensors_digest(run / specs[t].file), "data": data.dataset.fingerprint}
+        full_key = digest({**key, **sources, "geometry": specs[t].preprocessing.to_dict()})
         return context.cache.get(kind, full_key) or context.cache.put(kind, full_key, write)
 
     setup = method_setup(context.round)

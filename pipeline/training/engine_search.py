@@ -1,7 +1,7 @@
 """Choose the fastest engine of a training by timing some of its steps on a copy.
 
 The fastest precision, memory layout and number of threads depend on processor, network and batch: bf16 gains
-70 % on one network and loses half on another of the same machine (``docs/performance.md``). So the default
+70 % on one network and loses half on another of the same machine (``docs/scale.md``). So the default
 engine is compared with one variation after another, in alternating steps, and replaced if one is clearly
 faster. Weights, statistics and random state stay untouched. The search takes at most ``TIME_FRACTION`` of the
 training's time; a shorter training keeps the default engine.

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -233,20 +233,18 @@ def backward(task: DistillationTask, batch: Batch, micro_batch: int | None, mete
         meter.add(result, part.labels)
 
 
+@dataclass
 class TrainingState:
     """Saves and loads all state of a training, so that it can be resumed from any step to the bit."""
 
-    def __init__(
-        self,
-        task: DistillationTask,
-        optimizer: torch.optim.Optimizer,
-        meter: Meter,
-        checkpoint: Checkpoint,
-        ranks: Ranks,
-    ) -> None:
-        self.task, self.optimizer, self.meter = task, optimizer, meter
-        self.checkpoint, self.ranks = checkpoint, ranks
-        self.agreed_step, self.agreed_at, self.next_agreement = 0, time.perf_counter(), 0
+    task: DistillationTask
+    optimizer: torch.optim.Optimizer
+    meter: Meter
+    checkpoint: Checkpoint
+    ranks: Ranks
+    agreed_step: int = 0
+    agreed_at: float = field(default_factory=time.perf_counter)
+    next_agreement: int = 0
 
     def requests(self, step: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
         """Return the request to stop (see ``runs.process``; 0 for none) and whether to save.

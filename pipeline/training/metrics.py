@@ -4,7 +4,7 @@ import math
 import re
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,7 +226,7 @@ class Clock:
         self.device = torch.device(device)
         self.now = now
         self._cuda = self.device.type == "cuda"
-        self._seconds: dict[str, float] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._current: _Span | None = None
         self._unread: deque[_Span] = deque()
 
@@ -274,7 +274,7 @@ class Clock:
         if span is None:
             return
         if not self._cuda:
-            self._add(span.phase, self.now() - span.start)
+            self._seconds[span.phase] += self.now() - span.start
             return
         span.end = self._event(span.stream)
         self._unread.append(span)
@@ -291,7 +291,4 @@ class Clock:
             span = self._unread.popleft()
             if wait:
                 span.end.synchronize()
-            self._add(span.phase, span.start.elapsed_time(span.end) / 1000)
-
-    def _add(self, phase: str, seconds: float) -> None:
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+            self._seconds[span.phase] += span.start.elapsed_time(span.end) / 1000

@@ -53,8 +53,11 @@ class Tracker(Protocol):
     def close(self, finished: bool) -> None: ...
 
 
-class Trackers:
-    """The trackers of one training, opened at its first epoch."""
+class EpochLog:
+    """Appends epochs to ``metrics.jsonl`` and sends them to trackers. Only the main process does.
+
+    Trackers are opened at the first epoch.
+    """
 
     def __init__(self, context: RunContext, training: str) -> None:
         self.context, self.training = context, training
@@ -62,6 +65,11 @@ class Trackers:
         self.finished = False
 
     def __call__(self, epoch: Epoch) -> None:
+        if not self.context.ranks.is_main:
+            return
+        # A resumed training repeats the epochs that were logged after its checkpoint.
+        self.context.folder.log_epoch(epoch)
+        self.context.display.detail(_format(epoch))
         self.finished = epoch.epoch == epoch.epochs
         for name in requested_trackers(self.context.options):
             self._try(name, partial(self._write, name, epoch))
@@ -88,26 +96,6 @@ class Trackers:
                 f"{TITLES[name]} is disabled for the rest of this run: {reason.rstrip('.')}; the curves are "
                 "in metrics.jsonl"
             )
-
-
-class EpochLog:
-    """Appends epochs to ``metrics.jsonl`` and sends them to trackers. Only the main process does."""
-
-    def __init__(self, context: RunContext, training: str) -> None:
-        self.folder, self.detail = context.folder, context.display.detail
-        self.trackers = Trackers(context, training) if context.ranks.is_main else None
-
-    def __call__(self, epoch: Epoch) -> None:
-        if self.trackers is None:
-            return
-        # A resumed training repeats the epochs that were logged after its checkpoint.
-        self.folder.log_epoch(epoch)
-        self.detail(_format(epoch))
-        self.trackers(epoch)
-
-    def close(self) -> None:
-        if self.trackers is not None:
-            self.trackers.close()
 
 
 def _format(epoch: Epoch) -> str:

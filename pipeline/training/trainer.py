@@ -251,14 +251,8 @@ def run_training(
     def show(step: int, steps: int, losses: dict[str, float]) -> None:
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
         epoch = min(plan.epochs, 1 + step * plan.epochs // steps)
-        context.progress.update(
-            f"training {spec.name}",
-            step,
-            steps,
-            "images",
-            f"epoch {epoch}/{plan.epochs}  {more}",
-            plan.batch_size,
-        )
+        more = f"epoch {epoch}/{plan.epochs}  {more}"
+        context.progress.update(f"training {spec.name}", step, steps, "images", more, plan.batch_size)
 
     if search_engine:
         source = BatchSource(views, schedule, cache, plan, ranks, task.device, task.teacher_size)

@@ -67,38 +67,27 @@ def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, 
     Files are loaded; published weights are looked up, and downloaded into the cache if ``download``.
     """
     published: list[tuple[str, str]] = []
-    size = options.image_size
+    files: list[tuple[str, str, str, int, int, str, str | None]] = []
+    assert options.image_size is not None
     if "teacher" in stages:
         teachers = zip(options.teacher, options.teacher_weights, options.teacher_head, strict=True)
         for number, (name, source, head) in enumerate(teachers):
             if source == "auto":
                 published.append((name, "--teacher-weights"))
             elif source != "none":
-                _check_file(name, source, head, data, size, options.seed + number, "teacher", None)
+                files.append((name, source, head, options.image_size, options.seed + number, "teacher", None))
     if "student" in stages:
         name, source = options.student, options.student_weights
         # A student without published weights starts from scratch.
         if source == "auto" and has_pretrained(name):
             published.append((name, "--student-weights"))
         elif source not in ("auto", "none"):
-            size = options.student_size or size
-            _check_file(name, source, "auto", data, size, options.seed, "student", options.activation)
+            size = options.student_size or options.image_size
+            files.append((name, source, "auto", size, options.seed, "student", options.activation))
+    for name, source, mode, size, seed, role, activation in files:
+        # The stage that loads the weights repeats the notes.
+        initialize(name, source, mode, data.classes, size, seed, lambda _note: None, role, activation)
     check_published(published, download=download)
-
-
-def _check_file(
-    name: str,
-    source: str,
-    head: str,
-    data: ImageSet,
-    image_size: int | None,
-    seed: int,
-    role: str,
-    activation: str | None,
-) -> None:
-    assert image_size is not None
-    # The stage that loads the weights repeats the notes.
-    initialize(name, source, head, data.classes, image_size, seed, lambda _note: None, role, activation)
 
 
 class Checkpoint:
