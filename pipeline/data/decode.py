@@ -67,9 +67,8 @@ class Canonical:
     def convert(self, image: np.ndarray) -> np.ndarray:
         """Return an image, uint8 [H, W, 3], in this form."""
         if self.kind == "square":
-            return render(
-                image, Preprocessing.create(self.side, crop_fraction=1.0, interpolation=self.filter)
-            )
+            preprocessing = Preprocessing.create(self.side, crop_fraction=1.0, interpolation=self.filter)
+            return render(image, preprocessing)
         height, width = image.shape[:2]
         tall, wide = _limit_aspect(height, width)
         top, left = (height - tall) // 2, (width - wide) // 2
@@ -88,8 +87,9 @@ class Canonical:
         short = min(tall, wide)
         if short <= self.side:
             return tall, wide
-        tall, wide = (max(self.side, round(length * self.side / short)) for length in (tall, wide))
-        return tall, wide
+        return max(self.side, round(tall * self.side / short)), max(
+            self.side, round(wide * self.side / short)
+        )
 
 
 def _limit_aspect(height: int, width: int) -> tuple[int, int]:
@@ -145,8 +145,7 @@ def decode_images(
     Raises:
         JobError: an image has changed since the data set was opened.
     """
-    key = canonical_key(images, canonical)
-    return _decode_once(images, canonical.convert, key, cache, progress)
+    return _decode_once(images, canonical.convert, canonical_key(images, canonical), cache, progress)
 
 
 def canonical_key(images: Sequence[Image], canonical: Canonical) -> str:
@@ -162,8 +161,6 @@ def render_images(
     progress: Progress | None = None,
 ) -> DecodedImages:
     """Render images from their files as the shipped runtime does, all of them S × S pixels.
-
-    So ``pixels.stack()`` is uint8 [N, S, S, 3].
 
     Raises:
         JobError: an image has changed since the data set was opened.
@@ -263,18 +260,11 @@ def skip_unreadable(
 ) -> tuple[tuple[Image, ...], tuple[Skipped, ...]]:
     """Separate the readable images from those that have a reason, given by position."""
     readable = tuple(image for position, image in enumerate(images) if position not in reasons)
-    skipped = tuple(
-        Skipped(images[position].name, reason, unreadable=True) for position, reason in reasons.items()
-    )
-    return readable, skipped
+    return readable, tuple(Skipped(images[n].name, reason, unreadable=True) for n, reason in reasons.items())
 
 
 def check_unreadable(skipped: Sequence[Skipped], total: int) -> None:
-    """Check that few images are unreadable.
-
-    Args:
-        skipped: everything that was skipped; only unreadable images count.
-        total: number of images, readable or not.
+    """Check that few of ``total`` images, readable or not, are among the skipped as unreadable.
 
     Raises:
         JobError: they exceed ``MAX_UNREADABLE_FRACTION``.
@@ -356,8 +346,6 @@ def _read_size(image: Image) -> tuple[int, int] | None:
 
 def encode_thumbnail(image: np.ndarray, side: int) -> str:
     """Return an image uint8 [H, W, 3], resized to ``side`` × ``side`` pixels, as a base64-encoded PNG."""
-    filter = PillowImage.Resampling.LANCZOS
-    small = PillowImage.fromarray(np.ascontiguousarray(image)).resize((side, side), filter)
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
+    picture, buffer = PillowImage.fromarray(np.ascontiguousarray(image)), io.BytesIO()
+    picture.resize((side, side), PillowImage.Resampling.LANCZOS).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

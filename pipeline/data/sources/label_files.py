@@ -71,7 +71,15 @@ def read_label_file(
         UsageError: the file is not of this form, names missing images, or its classes do not match.
     """
     paths = _find_split_files(path)
-    files = {split: _read(file, path) for split, file in paths.items()}
+    files: dict[Split, _LabelFile] = {}
+    for split, file in paths.items():
+        try:
+            files[split] = _LabelFile(file)
+        except UsageError as error:
+            if file == path:
+                raise
+            reason = f"(It is read because it is next to {printable(path.name)}.)"
+            raise UsageError(f"{error} {reason}") from error
     top = data_dir if data_dir is not None else _default_folder(path)
     if not top.is_dir():
         raise UsageError(f"--data-dir must be the folder of the images, got {printable(str(top))}.")
@@ -102,10 +110,10 @@ def read_label_file(
     return UnsplitDataset(
         printable(_default_folder(path).resolve().name),
         printable(str(path)),
-        tuple(classes),
+        classes,
         hash_files(labeled, scan, progress),
         has_splits=len(files) > 1 or any(row.split for file in files.values() for row in file.rows),
-        skipped=tuple(scan.skipped),
+        skipped=scan.skipped,
         task="multi-label" if multi_label else "classification",
     )
 
@@ -180,17 +188,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # not a valid file name
         return False
-
-
-def _read(path: Path, requested: Path) -> _LabelFile:
-    try:
-        return _LabelFile(path)
-    except UsageError as error:
-        if path == requested:
-            raise
-        raise UsageError(
-            f"{error} (It is read because it is next to {printable(requested.name)}.)"
-        ) from error
 
 
 def _default_folder(path: Path) -> Path:

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,6 @@ MAX_LABEL_BYTES = 1 << 20
 """Maximum size of a sample's ``.cls`` or ``.json``."""
 _SAMPLE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _METADATA = re.compile(r"__[^/]*__($|/)")
-
-
-@dataclass(frozen=True, slots=True)
-class FileSpan:
-    """``size`` bytes of a file from ``offset`` on, such as a member of a tar file."""
-
-    file: Path
-    offset: int
-    size: int
-
-    def __call__(self) -> bytes:
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            content = stream.read(self.size)
-        if len(content) < self.size:
-            raise OSError(f"{self.file.name} is shorter than before")
-        return content
 
 
 @dataclass(frozen=True)
@@ -174,7 +158,7 @@ def _index_shard(split: Split, shard: Path, label: str) -> tuple[list[Image], li
                     skipped.append(Skipped(name, "a sparse file in a tar file"))
                 else:
                     key = hashlib.sha256(_read_member(stream, image)).hexdigest()
-                    source = FileSpan(shard, image.offset_data, image.size)
+                    source = partial(_read_span, shard, image.offset_data, image.size)
                     images.append(Image(f"{name}{Path(image.name).suffix}", number, key, source))
     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
         raise UsageError(
@@ -189,12 +173,11 @@ def _group_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, _Members]]:
         match = _SAMPLE.match(member.name)
         if not member.isreg() or match is None or _METADATA.match(member.name):
             continue
-        name, ending = match[1], match[2].lower()
-        if members and sample != name:
+        if members and sample != match[1]:
             yield sample, members
             members = {}
-        sample = name
-        members.setdefault(ending, member)
+        sample = match[1]
+        members.setdefault(match[2].lower(), member)
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
     if members:
         yield sample, members
@@ -223,6 +206,15 @@ def _read_label(members: _Members, stream: Any, label: str, name: str) -> int | 
     if number >= MAX_CLASSES:
         raise UsageError(f"The label of {name} must be less than {MAX_CLASSES:,}, got {number}.")
     return number
+
+
+def _read_span(file: Path, offset: int, size: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        content = stream.read(size)
+    if len(content) < size:
+        raise OSError(f"{file.name} is shorter than before")
+    return content
 
 
 def _read_member(stream: Any, member: tarfile.TarInfo) -> bytes:
