@@ -150,7 +150,7 @@ def draw(seen: Seen, image: int, place: int) -> Image.Image:
     h, w = seen.grid
     frame(16, "a photo", [f"{h} by {w} positions of the last map;", "one of them marked"])
     canvas.paste(base, (16, 36))
-    frame(32 + PHOTO, "the teacher’s words", ["the nearest word at each position,", "by number and colour"])
+    frame(32 + PHOTO, "the teacher’s words", ["the nearest word at each position,", "by number and color"])
     canvas.paste(base.convert("L").convert("RGB"), (32 + PHOTO, 36))
     for n in range(h * w):
         word = int(seen.p_t[image, n].argmax())
@@ -179,7 +179,7 @@ def bars(
 ) -> None:
     """p_T and p_S of the marked position, word by word, with the patches nearest to each."""
     text, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    pen.text((left, 12), "there: what teacher and student say", INK, text)
+    pen.text((left, 12), "p_T and p_S at the marked position", INK, text)
     at, room = left + 60 + PATCHES * (PATCH + 4), 190
     most = float(max(seen.p_t[image, place].max(), seen.p_s[image, place].max()))
     for n, word in enumerate(words):
@@ -201,7 +201,7 @@ def bars(
         pen.rectangle((left, y + 2, left + 12, y + 14), fill=ink)
         pen.text((left + 18, y), line, INK, small)
         y += 18
-    pen.text((left, y), "beside each word: the patches of other photos nearest to it", FAINT, small)
+    pen.text((left, y), "next to each word: the nearest patches of other photos", FAINT, small)
 
 
 def main() -> None:
