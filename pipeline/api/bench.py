@@ -10,22 +10,11 @@ import numpy as np
 
 from ...export.errors import ExportError
 from ...export.files import temporary_folder
-from ...export.latency.machine import find_runtime
+from ...export.latency.machine import check_runtime
 from ...export.runtime import ArtifactError, Classifier, default_threads
 from ..config.limits import MAX_INTEGER, MAX_THREADS
 from ..errors import UsageError
-from ..evaluation.latency import (
-    NO_IMAGES,
-    Images,
-    Protocol,
-    Subject,
-    find_images,
-    measure,
-    random_inputs,
-    read_images,
-    render_inputs,
-    synthesize_images,
-)
+from ..evaluation import latency
 from ..runs.artifacts import BenchFile, BenchFiles, find_bench_files, find_run_images
 from ..runs.console import Display
 from ..runs.files import atomic_write, check_writable, command_line, write_text
@@ -39,7 +28,7 @@ FOLDER = Path("bench-results")
 
 RESULTS, SAMPLES = "bench.json", "bench.npz"
 
-NORMAL = Protocol(seconds=10.0, samples=662, processes=3, threads=())
+NORMAL = latency.Protocol(seconds=10.0, samples=662, processes=3, threads=())
 QUICK = replace(
     NORMAL, seconds=3.0, samples=64, processes=2, cold_starts=3, end_to_end_seconds=1.0, batch_seconds=0.2
 )
@@ -87,7 +76,7 @@ def bench(
     protocol = _choose_protocol(seconds, quick, threads, seed)
     for name in runtimes:
         try:
-            find_runtime(name)
+            check_runtime(name)
         except ExportError as error:
             raise UsageError(f"--runtime {name}: {error}.") from error
     folder = results_folder(sources, out)
@@ -106,7 +95,7 @@ def bench(
         if images and not any(subject.classifies for subject in subjects):
             display.note("--images has no effect: no file contains its preprocessing")
         with display.stage("bench") as progress:
-            result, samples = measure(
+            result, samples = latency.measure(
                 subjects,
                 protocol,
                 images=available,
@@ -134,7 +123,7 @@ def results_folder(paths: Sequence[Path], out: str | Path | None) -> Path:
 
 def _choose_protocol(
     seconds: float | None, quick: bool, threads: Sequence[int] | None, seed: int
-) -> Protocol:
+) -> latency.Protocol:
     if seconds is not None and not 0 < seconds < math.inf:
         raise UsageError(f"--seconds must be greater than 0 and finite, got {seconds:g}.")
     if threads is not None and (not threads or not 1 <= min(threads) <= max(threads) <= MAX_THREADS):
@@ -151,37 +140,39 @@ def _choose_protocol(
     )
 
 
-def _choose_images(paths: Sequence[Path], files: BenchFiles, seed: int) -> Images:
+def _choose_images(paths: Sequence[Path], files: BenchFiles, seed: int) -> latency.Images:
     """Return the images named, or those of the run's data, or synthetic ones; none if no file classifies."""
     if paths:
-        contents = read_images(find_images(paths))
-        return Images(contents, f"{len(contents)} images from --images")
+        contents = latency.read_images(latency.find_images(paths))
+        return latency.Images(contents, f"{len(contents)} images from --images")
     if not any(file.input.has_metadata for file in files.files):
-        return NO_IMAGES
+        return latency.NO_IMAGES
     for run in files.runs:
         data = find_run_images(run)
         if data is not None:
             try:
-                contents = read_images(find_images([data]))
+                contents = latency.read_images(latency.find_images([data]))
             except UsageError:  # a data set that is not a folder of image files
                 continue
-            return Images(contents, f"{len(contents)} images of the run's data")
-    return synthesize_images(seed)
+            return latency.Images(contents, f"{len(contents)} images of the run's data")
+    return latency.synthesize_images(seed)
 
 
-def _open_subjects(file: BenchFile, runtimes: Sequence[str], images: Images, seed: int) -> list[Subject]:
+def _open_subjects(
+    file: BenchFile, runtimes: Sequence[str], images: latency.Images, seed: int
+) -> list[latency.Subject]:
     inputs, source, classifies = None, images.description, file.input.has_metadata
     if classifies:
         try:
-            inputs = render_inputs(Classifier.load(file.path, threads=1), images.contents)
+            inputs = latency.render_inputs(Classifier.load(file.path, threads=1), images.contents)
         except ArtifactError:  # a teacher without a head has no labels
             classifies = False
     if inputs is None:
-        inputs = random_inputs(file.input.shape, file.input.kind, seed)
+        inputs = latency.random_inputs(file.input.shape, file.input.kind, seed)
         source = f"{len(inputs)} random inputs"
     digest = sha256(file.path)
     return [
-        Subject(
+        latency.Subject(
             TimedFile(
                 name=file.name if len(runtimes) == 1 else f"{file.name} ({runtime})",
                 key=file.key if runtime == runtimes[0] else None,

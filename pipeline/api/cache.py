@@ -136,11 +136,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, float, int]]:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of ``10GB``, ``500 MB``, ``2GiB``, ``1.5T`` or ``0``.
-
-    Raises:
-        UsageError: the text is not a size.
-    """
+    """Return the bytes of ``10GB``, ``500 MB``, ``2GiB``, ``1.5T`` or ``0``, or raise UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
     if match is None:
         raise UsageError(f"--keep must be a size such as 10GB, 500MB or 0, got {text}.")

@@ -28,7 +28,7 @@ from ..report.format import join_names, plural
 from ..report.networks import Column, find_network
 from ..report.summary import describe_machine, list_missing
 from ..runs.artifacts import PREDICTIONS_FILE, Predictions, read_predictions
-from ..runs.files import command_line, escape_cell, shorten_paths, write_text
+from ..runs.files import check_writable, command_line, escape_cell, shorten_paths, write_text
 from ..runs.folder import RunFolder
 from ..runs.record import RECORD, read_checked
 from ..runs.results import Report
@@ -55,11 +55,7 @@ class Run:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """Return every run once in the order given; those in a folder of runs by name.
-
-    Raises:
-        UsageError: a path is not a run, a folder of runs or a report.
-    """
+    """Return every run once in the order given, those in a folder of runs by name, or raise UsageError."""
     unique = {run.resolve(): run for path in paths for run in _expand(path)}
     names = shorten_paths([path.parent if path.name == REPORT else path for path in unique])
     return [Run(name, path, _read_report(path)) for name, path in zip(names, unique.values(), strict=True)]
@@ -182,8 +178,7 @@ def compare(
     if not sources:
         raise UsageError("At least one run folder is required.")
     folder = Path(out or "comparison")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file. Set it to a folder.")
+    check_writable(folder)
     runs = find_runs(sources)
     threads = _choose_threads(runs, threads)
     summaries = {run.name: summarize_run(run, threads) for run in runs}

@@ -92,8 +92,11 @@ def _machine() -> Iterable[Finding]:
     make = partial(_finding, "Machine")
     yield make("system", f"{platform.system()} {platform.release()} on {platform.machine()}")
     yield make("Python", f"{platform.python_version()}, {sys.executable}")
-    memory = _memory()
-    if memory is not None:
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        pass
+    else:
         remedy = "use smaller images or batches (--image-size, --batch-size)" if memory < MIN_MEMORY else None
         yield make("memory", f"{memory / 1e9:.1f} GB", remedy)
     shared = Path("/dev/shm")
@@ -101,13 +104,6 @@ def _machine() -> Iterable[Finding]:
         free = shutil.disk_usage(shared).free
         remedy = "increase it (docker run --shm-size 1g)" if free < 64e6 else None
         yield make("/dev/shm", f"{free / 1e9:.2f} GB free", remedy)
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
 
 
 def _requirements() -> list[tuple[Requirement, str | None]]:

@@ -9,10 +9,9 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from ..errors import UsageError
 from ..report.assemble import assemble
 from ..report.run_report import FILES, write, write_report
+from ..runs.files import check_writable
 from ..runs.folder import RunFolder
 from ..runs.results import SCHEMA_VERSION, Report
-
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> tuple[Report, list[Path]]:
@@ -39,8 +38,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> tuple[Report, l
         with run.locked():
             return write(run), [run.path / name for name in FILES]
     target = Path(out)
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"--out {out} is a file. Set it to a folder.")
+    check_writable(target)
     result = assemble(run)
     write_report(result, target)
     return result, [target / name for name in FILES]
@@ -55,5 +53,9 @@ class _Schema(GenerateJsonSchema):
 def json_schema() -> str:
     """Return the JSON schema of report.json, which is the content of docs/report.schema.json."""
     schema = Report.model_json_schema(mode="serialization", schema_generator=_Schema)
-    schema = {"$schema": DIALECT, **schema, "title": f"questpress report, schema version {SCHEMA_VERSION}"}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": f"questpress report, schema version {SCHEMA_VERSION}",
+    }
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

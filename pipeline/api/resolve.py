@@ -137,8 +137,13 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
             "--calibrate requires validation images, and this data has none. Set --val-fraction, for example "
             "to 0.1."
         )
-    _check_file_size(chosen, len(data.classes))
     assert chosen.image_size is not None
+    count = count_parameters(chosen.student, len(data.classes), chosen.student_size or chosen.image_size)
+    if 4 * count > MAX_EMBEDDED_BYTES:
+        raise UsageError(
+            f"--student {chosen.student} has {count / 1e6:,.1f} million parameters, too many for an ONNX "
+            "file of 2 GB. Use a smaller one."
+        )
     check = partial(
         check_methods, parameters, student=chosen.student, classes=len(data.classes), images=len(data.train)
     )
@@ -191,16 +196,6 @@ def _check_networks(chosen: Options) -> None:
         check_activation(chosen.student, chosen.activation)
     except ModelError as error:
         raise UsageError(f"--activation {chosen.activation}: {error}") from error
-
-
-def _check_file_size(chosen: Options, classes: int) -> None:
-    assert chosen.image_size is not None
-    count = count_parameters(chosen.student, classes, chosen.student_size or chosen.image_size)
-    if 4 * count > MAX_EMBEDDED_BYTES:
-        raise UsageError(
-            f"--student {chosen.student} has {count / 1e6:,.1f} million parameters, too many for an ONNX "
-            "file of 2 GB. Use a smaller one."
-        )
 
 
 def default_size(data: str, student: str) -> int:

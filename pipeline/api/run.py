@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ...export.runtime import allowed_cores
-from ...models.catalog import describe
+from ...models.catalog import Entry, describe
 from ..config.options import Options, get_flag, get_group, get_stage
 from ..config.stages import ROUND, get_kind
 from ..data.dataset import ImageSet
@@ -191,7 +192,7 @@ def _run_stages(
             device=device,
             ranks=ranks,
         )
-        show = lambda work, done, total: progress.update(work, done, total, "images")  # noqa: E731
+        show = partial(progress.update, unit="images")
         data = TrainingData(options, images, context.cache, device, show, context.place)
         for stage in folder.stages_until(options.until):
             if get_kind(stage) not in TOGETHER and ranks.count > 1:
@@ -272,22 +273,21 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     """Return lines on what would run, for how long, and with how much disk space."""
     assert options.image_size and options.epochs and options.teacher_epochs
     train, size = len(data.train), options.image_size
+    student_size = options.student_size or size
     teachers = [describe(name, size) for name in options.teacher]
-    student = describe(options.student, options.student_size or size)
+    student = describe(options.student, student_size)
     lines = [
         f"{data.name}: {len(data.classes)} classes{task_of(data).labels_note}; {train} train, "
         f"{len(data.val)} val, {len(data.test)} test images, at {size} px",
     ]
     macs = 0.0
     for teacher, weights, head in zip(teachers, options.teacher_weights, options.teacher_head, strict=True):
-        text = f"teacher {teacher.name}: {teacher.parameters / 1e6:.1f} M parameters, "
-        text += f"{teacher.gmacs or 0.0:.2f} GMACs, "
-        if head == "none":
-            lines.append(text + "without its head, as it is")
-            continue
-        how = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
-        macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
-        lines.append(f"{text}{how} for {options.teacher_epochs} epochs")
+        how = "without its head, as it is"
+        if head != "none":
+            start = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
+            how = f"{start} for {options.teacher_epochs} epochs"
+            macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
+        lines.append(f"teacher {_describe_size(teacher)}, {how}")
     distilling = sum(teacher.gmacs or 0.0 for teacher in teachers) if options.method != "none" else 0.0
     own = student.gmacs or 0.0
     # In each further round a student is the teacher.
@@ -296,9 +296,8 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         assert options.qat_epochs
         macs += (STEP * own + distilling) * train * options.qat_epochs
     lines.append(
-        f"student {student.name}: {student.parameters / 1e6:.1f} M parameters, "
-        f"{student.gmacs or 0.0:.2f} GMACs at {options.student_size or size} px, {options.epochs} epochs "
-        f"with method {options.method}"
+        f"student {_describe_size(student)} at {student_size} px, {options.epochs} epochs with method "
+        f"{options.method}"
         + (f", {options.rounds} rounds" if options.rounds > 1 else "")
         + (f", and {options.qat_epochs} under fake quantization" if options.qat else "")
     )
@@ -310,6 +309,10 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         f"about {disk / 1e9:.1f} GB of disk"
     )
     return lines
+
+
+def _describe_size(network: Entry) -> str:
+    return f"{network.name}: {network.parameters / 1e6:.1f} M parameters, {network.gmacs or 0.0:.2f} GMACs"
 
 
 def measure_convolution(device: str) -> float:

@@ -25,7 +25,6 @@ from .resolve import default_size, resolve
 from .run import compress
 
 SINGLE_RUN_OPTIONS = ("student_size", "until", "dry_run")
-COMPARISON = "comparison"
 MIN_SIZE = 8
 
 
@@ -101,4 +100,4 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
             suffix = "" if student_size is None else f"-{student_size}"
             folders.append(student.replace("/", "-") + suffix)
             run(folders[-1], student=student, student_size=student_size, **finished_teacher)
-    return compare([out / folder for folder in folders], out=out / COMPARISON)
+    return compare([out / folder for folder in folders], out=out / "comparison")

@@ -25,7 +25,7 @@ from ..evaluation.results import Network, Pair, Validation, Verdict
 from ..report.format import plural
 from ..report.validation_page import render_validation
 from ..runs.console import Display
-from ..runs.files import check_outside_data, command_line, escape_cell, write_text
+from ..runs.files import check_outside_data, check_writable, command_line, escape_cell, write_text
 from ..runs.process import STOP
 from ..runs.record import RECORD
 from ..runs.results import Example
@@ -200,7 +200,9 @@ def validate(
         raise UsageError("At least one run folder, artifact folder or .onnx file is required.")
     if split not in (None, *SPLIT_NAMES):
         raise UsageError(f"--split must be one of {', '.join(SPLIT_NAMES)}, got {split}.")
-    folder = _choose_folder(paths, out)
+    is_run = len(paths) == 1 and (paths[0] / RECORD).is_file()
+    folder = Path(out or (paths[0] / FOLDER if is_run else FOLDER))
+    check_writable(folder)
     if data is not None:
         check_outside_data(data, {"--out": folder})
     with STOP.handle_signals(), Display(quiet=quiet).stage("validate") as stage:
@@ -240,14 +242,6 @@ def _write(folder: Path, validation: Validation, results: "_Results") -> None:
         remove(folder / "differences.csv")
     for name, text in texts.items():
         write_text(folder / name, text)
-
-
-def _choose_folder(paths: Sequence[Path], out: str | Path | None) -> Path:
-    is_run = len(paths) == 1 and (paths[0] / RECORD).is_file()
-    folder = Path(out) if out is not None else paths[0] / FOLDER if is_run else Path(FOLDER)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file. Set it to a folder.")
-    return folder
 
 
 def _drop_mismatched(

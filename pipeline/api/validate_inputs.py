@@ -88,11 +88,7 @@ class Model:
 def open_models(
     paths: Sequence[Path], file: str | None, threads: int | None
 ) -> tuple[list[Model], list[str]]:
-    """Open the files of each path, and return notes on those that are left out.
-
-    Raises:
-        UsageError: a path is not an artifact or is damaged.
-    """
+    """Open the files of each path, and return notes on those that are left out."""
     files: dict[Path, ModelFile] = {}
     notes = []
     for path in paths:
@@ -137,9 +133,6 @@ def open_teachers(
 
     Returns:
         The teachers, the name of each student's teacher, and notes.
-
-    Raises:
-        UsageError: ``teacher`` has no teacher.
     """
     if str(teacher) == "none":
         return [], {}, []
@@ -199,12 +192,7 @@ def _open_given_teacher(path: Path, threads: int | None) -> Model:
 
 
 def _open_teacher_of(run: Path, threads: int | None) -> Model | None:
-    """Open a run's teacher or ensemble of teachers, or return None if it has no file.
-
-    Raises:
-        UsageError: it has no head, or external weights.
-        JobError: a file was modified.
-    """
+    """Open a run's teacher or ensemble of teachers, or return None if it has no file."""
     files = find_teacher_files(run)
     if not files:
         return None
@@ -270,11 +258,7 @@ def choose_images(
     download: bool,
     progress: Progress,
 ) -> ValidationImages:
-    """Return the images of ``data`` in a split: by default those of test, or all if there are no splits.
-
-    Raises:
-        UsageError: the data do not exist or have no image in the split.
-    """
+    """Return the images of ``data`` in a split: by default those of test, or all if there are no splits."""
     folder = None if data_dir is None else Path(data_dir)
     dataset = read_data(str(data), data_dir=folder, download=download, for_training=False, progress=progress)
     if split is None:
@@ -346,8 +330,7 @@ def choose_images_of_runs(
 ) -> ValidationImages:
     """Return the images of the runs' own data, by default their test images.
 
-    Raises:
-        UsageError: they no longer exist, were changed, or differ between the runs.
+    The data must still exist, be unchanged, and be the same for all runs.
     """
     if not runs:
         raise UsageError(
@@ -398,11 +381,7 @@ def choose_images_of_runs(
 def select_known(
     images: ValidationImages, models: Sequence[Model], *, ignore_unknown: bool
 ) -> ValidationImages:
-    """Return the images whose classes all models have.
-
-    Raises:
-        UsageError: a class is unknown and ``ignore_unknown`` is False, or the tasks differ.
-    """
+    """Return the images whose classes all models have; without ``ignore_unknown``, all must be known."""
     task = models[0].task
     for model in models:
         if model.task is not task:

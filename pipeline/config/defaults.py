@@ -1,4 +1,4 @@
-"""Defaults that depend on the data, for the job, ``--help`` and the documentation."""
+"""Defaults that depend on the data, for the job, ``--help`` and docs/command-line.md."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -104,9 +104,3 @@ def compute_pad(image_size: int, resized: int) -> int:
 
 def _by_size(images: int, *steps: tuple[int, Any]) -> Any:
     return next(value for least, value in reversed(steps) if images >= least)
-
-
-def markdown() -> str:
-    """Return the table for docs/command-line.md."""
-    rows = [f"| `{row.option}` | {row.scratch} | {row.pretrained or 'same'} |" for row in TABLE]
-    return "\n".join(["| option | from scratch | from pretrained weights |", "|---|---|---|", *rows]) + "\n"

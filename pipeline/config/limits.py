@@ -28,12 +28,7 @@ MAX_DEPTH = 20
 
 
 def check_limits(value: Any) -> Any:
-    """Return an option's value.
-
-    Raises:
-        ValueError: the value, or a part of it, is a number outside of the limits or a text that cannot be
-            encoded.
-    """
+    """Return an option's value; ValueError if it contains too large a number or a text without encoding."""
     parts = value.values() if isinstance(value, Mapping) else value
     for part in parts if isinstance(value, Mapping | list | tuple) else [value]:
         if isinstance(part, float) and part and not MIN_FLOAT <= abs(part) <= MAX_FLOAT:
@@ -63,13 +58,7 @@ def check_not_boolean(value: Any, annotation: Any) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the document in a UTF-8 file.
-
-    Raises:
-        OSError: the file cannot be read.
-        UnicodeDecodeError: it is not UTF-8.
-        yaml.YAMLError: see ``parse_yaml``.
-    """
+    """Return the document in a UTF-8 file, or raise OSError, UnicodeDecodeError or yaml.YAMLError."""
     with path.open("rb") as file:
         content = file.read(4 * MAX_CHARACTERS + 1)  # a character has at most four bytes
     return parse_yaml(content.decode("utf-8"))

@@ -10,9 +10,6 @@ Each round but the last is a stage before those of the student that is exported:
     teacher → round 1 → … → round N−1 → prepare → student → export → …
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from .options import STAGES
 
 ROUND = "round"
@@ -25,11 +22,6 @@ def list_stages(rounds: int, qat: bool = False) -> tuple[str, ...]:
     earlier_rounds = [f"{ROUND} {k}" for k in range(1, rounds)]
     fine_tuning = [QAT] if qat else []
     return (*STAGES[:first], *earlier_rounds, *STAGES[first:second], *fine_tuning, *STAGES[second:])
-
-
-def list_stages_of_config(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the stages of a run with the options ``config``."""
-    return list_stages(config.get("rounds", 1), config.get("qat", False))
 
 
 def get_kind(stage: str) -> str:

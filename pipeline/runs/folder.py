@@ -16,7 +16,7 @@ import yaml
 from ...export.files import remove
 from ..config.limits import read_yaml
 from ..config.options import Options, get_flag, get_group
-from ..config.stages import list_stages_of_config
+from ..config.stages import list_stages
 from ..errors import JobError, UsageError
 from .files import check_unlocked, check_writable, lock, write_text
 from .hashes import digest, sha256
@@ -131,7 +131,7 @@ class RunFolder:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return list_stages_of_config(self.record.config)
+        return list_stages(self.record.config.get("rounds", 1), self.record.config.get("qat", False))
 
     @property
     def checkpoints(self) -> Path:

@@ -164,7 +164,7 @@ def test_strict_fails_after_saving_if_a_flag_is_raised(
 
     def bench_with(*flags: Flag) -> None:
         answer = found.model_copy(update={"flags": list(flags)}), {"a": np.zeros(1)}
-        monkeypatch.setattr(verb, "measure", lambda *_, **__: answer)
+        monkeypatch.setattr(verb.latency, "measure", lambda *_, **__: answer)
 
     bench_with()
     assert compress("bench", file, "--strict", "--out", tmp_path / "quiet").exit_code == 0
@@ -181,7 +181,7 @@ def test_one_path_or_a_list_is_accepted(tmp_path: Path, monkeypatch: pytest.Monk
     def named(subjects: list[Subject], *_: object, **__: object) -> None:
         raise JobError(" ".join(one.file.name for one in subjects))
 
-    monkeypatch.setattr(verb, "measure", named)
+    monkeypatch.setattr(verb.latency, "measure", named)
     first, second = (str(colour_classifier(tmp_path / f"{name}.onnx", {}, 8)) for name in ("a", "b"))
     for paths, asked in ((first, "a"), (Path(second), "b"), ([first, second], "a b")):
         with pytest.raises(JobError, match=f"^{asked}$"):
@@ -298,7 +298,7 @@ def test_images_without_effect_are_reported(
     timed: tuple[Path, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Bench.model_validate_json((timed[0] / "bench/bench.json").read_text())
-    monkeypatch.setattr(verb, "measure", lambda *_, **__: (found, {"a": np.zeros(1)}))
+    monkeypatch.setattr(verb.latency, "measure", lambda *_, **__: (found, {"a": np.zeros(1)}))
     file = colour_classifier(tmp_path / "net.onnx", {}, 8)
     result = compress("bench", file, "--images", data, "--out", tmp_path / "out")
     assert result.exit_code == 0 and "--images has no effect" in result.stderr

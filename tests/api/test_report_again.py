@@ -75,7 +75,7 @@ def test_folder_without_a_run_is_refused(tmp_path: Path, a_run: Path) -> None:
     little.refused(little.compress("report", tmp_path), 2, "is not a run folder")
     file = tmp_path / "file"
     file.touch()
-    little.refused(little.compress("report", a_run, "--out", file), 2, "is a file")
+    little.refused(little.compress("report", a_run, "--out", file), 2, "Not a directory")
     for name in ("run.json", ".run.json"):
         (a_run / name).write_text("{")
     little.refused(little.compress("report", a_run), 2, "run.json cannot be read")

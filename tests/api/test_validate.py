@@ -261,7 +261,7 @@ def test_missing_or_changed_data_is_refused(a_run: Path, tmp_path: Path) -> None
         (["{run}", "--file", "student.int4.onnx"], ["--file student.int4.onnx is not in"]),
         (["{run}", "--teacher", "nobody.onnx"], ["must be an .onnx file or a run folder"]),
         (["{run}/config.yaml"], ["is not an ONNX file"]),
-        (["{run}", "--out", "{run}/config.yaml"], ["is a file"]),
+        (["{run}", "--out", "{run}/config.yaml"], ["cannot be written: Not a directory"]),
     ],
 )
 def test_invalid_validation_arguments_are_refused(

@@ -34,16 +34,14 @@ class Recipe:
     for_teachers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def for_pair(self, teachers: Sequence[str], student: str) -> dict[str, Any]:
-        """Return the options for these networks.
-
-        Raises:
-            UnknownModel: a network does not exist.
-        """
+        """Return the options for these networks."""
         options = dict(self.options)
         for patterns, names in ((self.for_students, [student]), (self.for_teachers, teachers)):
             for pattern, overrides in patterns.items():
                 if any(fnmatchcase(resolve(name), pattern) for name in names):
-                    options = _override(options, overrides)
+                    for key, value in overrides.items():  # settings and weights are merged key by key
+                        merges = isinstance(value, Mapping)
+                        options[key] = {**options.get(key, {}), **value} if merges else value
         return options
 
     def changes(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,11 +63,7 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return a recipe by name.
-
-    Raises:
-        UsageError: there is no such recipe.
-    """
+    """Return a recipe by name, or raise UsageError."""
     names = list_recipes()
     if name not in names:
         near = get_close_matches(name, names, n=2, cutoff=0.3)
@@ -105,11 +99,3 @@ def _check_known(name: str, what: str, keys: Collection[str], available: Collect
             near = get_close_matches(key, available, n=1)
             advice = f"Did you mean {near[0]}?" if near else f"Available: {', '.join(sorted(available))}."
             raise UsageError(f"The recipe {name} has an unknown {what} '{key}'. {advice}")
-
-
-def _override(options: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with overrides; mappings (settings, weight) are merged key by key."""
-    merged = dict(options)
-    for key, value in overrides.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
-    return merged
