@@ -37,71 +37,6 @@ QAT_LR = 0.1
 """Default of --qat-lr over --lr."""
 
 
-def _choose_export(chosen: Options) -> None:
-    """Choose the options of export; ``epochs`` and ``lr`` are chosen already."""
-    try:
-        check_opset(chosen.opset)
-    except ExportError as error:
-        raise UsageError(f"--opset {chosen.opset}: {error}.") from error
-    chosen.target = chosen.target or [detect_target()]  # type: ignore[list-item]
-    for target in chosen.target:
-        if chosen.target.count(target) > 1:
-            raise UsageError(f"--target {target} is given twice. Remove one of them.")
-    if not chosen.qat:
-        for name in ("qat_epochs", "qat_lr"):
-            if getattr(chosen, name) is not None:
-                raise UsageError(f"{get_flag(name)} requires --qat. Add --qat or remove it.")
-        if chosen.until == "qat":
-            raise UsageError("--until qat requires --qat. Add --qat or stop after another stage.")
-        return
-    assert chosen.epochs and chosen.lr
-    chosen.qat_epochs = chosen.qat_epochs or max(1, round(chosen.epochs * QAT_EPOCHS))
-    chosen.qat_lr = chosen.qat_lr or QAT_LR * chosen.lr
-
-
-def _repeat_teacher(options: Options) -> None:
-    """Repeat the teacher for ``--teachers-from-seeds``; a resolved list is unchanged."""
-    count = options.teachers_from_seeds
-    if count == 1:
-        return
-    if len(set(options.teacher)) > 1 or len(options.teacher) not in (1, count):
-        raise UsageError(
-            f"--teachers-from-seeds {count} requires one --teacher, got {len(options.teacher)}. Name one, or "
-            "set --teachers-from-seeds 1."
-        )
-    for head in options.teacher_head:
-        if head in ("keep", "none"):
-            raise UsageError(
-                f"--teachers-from-seeds {count}: with --teacher-head {head} no teacher is trained, so all "
-                f"{count} would be the same. Set --teacher-head replace or --teachers-from-seeds 1."
-            )
-    options.teacher = options.teacher[:1] * count
-
-
-def _check_labels(options: Options) -> None:
-    """Check that all weights files whose heads may be kept have the same classes."""
-    if len(set(options.teacher_weights)) == 1:
-        return
-    labels_of: dict[str, tuple[str, ...]] = {}
-    for source, head in zip(options.teacher_weights, options.teacher_head, strict=True):
-        if source not in ("auto", "none", *labels_of) and head in ("auto", "keep"):
-            labels = read_checkpoint(Path(source)).label_names
-            if labels is not None:
-                labels_of[source] = labels
-    for (first, labels), (second, others) in combinations(labels_of.items(), 2):
-        if [normalize_label(label) for label in labels] != [normalize_label(label) for label in others]:
-            raise UsageError(
-                f"The teachers have different classes, or the same in another order: {first} has "
-                f"{_brief(labels)}, {second} has {_brief(others)}. Set --teacher-head for each --teacher, to "
-                "replace for those to fine-tune."
-            )
-
-
-def _brief(classes: Sequence[str]) -> str:
-    first = ", ".join(classes[:3])
-    return first if len(classes) <= 3 else f"{first} … ({len(classes)} classes)"
-
-
 def resolve(options: Options) -> tuple[Options, ImageSet]:
     """Return the options with all defaults chosen, and the data.
 
@@ -397,3 +332,68 @@ def _check_optimizer(name: str) -> None:
         near = get_close_matches(name, names, n=3)
         advice = f"The nearest are {', '.join(near)}" if near else "Try adamw or sgd"
         raise UsageError(f"--optimizer {name} does not exist in timm. {advice}.")
+
+
+def _choose_export(chosen: Options) -> None:
+    """Choose the options of export; ``epochs`` and ``lr`` are chosen already."""
+    try:
+        check_opset(chosen.opset)
+    except ExportError as error:
+        raise UsageError(f"--opset {chosen.opset}: {error}.") from error
+    chosen.target = chosen.target or [detect_target()]  # type: ignore[list-item]
+    for target in chosen.target:
+        if chosen.target.count(target) > 1:
+            raise UsageError(f"--target {target} is given twice. Remove one of them.")
+    if not chosen.qat:
+        for name in ("qat_epochs", "qat_lr"):
+            if getattr(chosen, name) is not None:
+                raise UsageError(f"{get_flag(name)} requires --qat. Add --qat or remove it.")
+        if chosen.until == "qat":
+            raise UsageError("--until qat requires --qat. Add --qat or stop after another stage.")
+        return
+    assert chosen.epochs and chosen.lr
+    chosen.qat_epochs = chosen.qat_epochs or max(1, round(chosen.epochs * QAT_EPOCHS))
+    chosen.qat_lr = chosen.qat_lr or QAT_LR * chosen.lr
+
+
+def _repeat_teacher(options: Options) -> None:
+    """Repeat the teacher for ``--teachers-from-seeds``; a resolved list is unchanged."""
+    count = options.teachers_from_seeds
+    if count == 1:
+        return
+    if len(set(options.teacher)) > 1 or len(options.teacher) not in (1, count):
+        raise UsageError(
+            f"--teachers-from-seeds {count} requires one --teacher, got {len(options.teacher)}. Name one, or "
+            "set --teachers-from-seeds 1."
+        )
+    for head in options.teacher_head:
+        if head in ("keep", "none"):
+            raise UsageError(
+                f"--teachers-from-seeds {count}: with --teacher-head {head} no teacher is trained, so all "
+                f"{count} would be the same. Set --teacher-head replace or --teachers-from-seeds 1."
+            )
+    options.teacher = options.teacher[:1] * count
+
+
+def _check_labels(options: Options) -> None:
+    """Check that all weights files whose heads may be kept have the same classes."""
+    if len(set(options.teacher_weights)) == 1:
+        return
+    labels_of: dict[str, tuple[str, ...]] = {}
+    for source, head in zip(options.teacher_weights, options.teacher_head, strict=True):
+        if source not in ("auto", "none", *labels_of) and head in ("auto", "keep"):
+            labels = read_checkpoint(Path(source)).label_names
+            if labels is not None:
+                labels_of[source] = labels
+    for (first, labels), (second, others) in combinations(labels_of.items(), 2):
+        if [normalize_label(label) for label in labels] != [normalize_label(label) for label in others]:
+            raise UsageError(
+                f"The teachers have different classes, or the same in another order: {first} has "
+                f"{_brief(labels)}, {second} has {_brief(others)}. Set --teacher-head for each --teacher, to "
+                "replace for those to fine-tune."
+            )
+
+
+def _brief(classes: Sequence[str]) -> str:
+    first = ", ".join(classes[:3])
+    return first if len(classes) <= 3 else f"{first} … ({len(classes)} classes)"

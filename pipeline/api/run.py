@@ -1,4 +1,4 @@
-"""`compress run` and `compress export`: check the options, then run the stages that are missing."""
+"""`compress run` and `compress export`: check the options, then run or estimate the missing stages."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -282,9 +282,9 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     ]
     macs = 0.0
     for teacher, weights, head in zip(teachers, options.teacher_weights, options.teacher_head, strict=True):
-        how = "without its head, as it is"
+        how = "without its head and not trained"
         if head != "none":
-            start = "trained from scratch" if weights == "none" else "tuned, unless its head fits,"
+            start = "trained from scratch" if weights == "none" else "fine-tuned unless its head fits,"
             how = f"{start} for {options.teacher_epochs} epochs"
             macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
         lines.append(f"teacher {_describe_size(teacher)}, {how}")
@@ -299,14 +299,13 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         f"student {_describe_size(student)} at {student_size} px, {options.epochs} epochs with method "
         f"{options.method}"
         + (f", {options.rounds} rounds" if options.rounds > 1 else "")
-        + (f", and {options.qat_epochs} under fake quantization" if options.qat else "")
+        + (f", and {options.qat_epochs} epochs with fake quantization" if options.qat else "")
     )
     seconds = macs / (EFFICIENCY * measure_convolution(device))
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
     disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2
     lines.append(
-        f"about {_format_duration(seconds / 60)} on {device} here, rather more than less; "
-        f"about {disk / 1e9:.1f} GB of disk"
+        f"about {_format_duration(seconds / 60)} or longer on {device}, about {disk / 1e9:.1f} GB of disk"
     )
     return lines
 
