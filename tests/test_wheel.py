@@ -27,16 +27,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
     for room in (*ROOMS, "tests"):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     asked = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(folder),
-        str(source),
-    ]
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source),
+    ]  # fmt: skip
     isolation = ["--no-build-isolation"] if recent_setuptools() else []
     built = subprocess.run([*asked, *isolation], capture_output=True, text=True, timeout=100)
     if built.returncode and not isolation:

@@ -34,7 +34,7 @@ class Clock:
 
 
 def timed(name: str, *milliseconds: float) -> Any:
-    return rounds.Samples.from_blocks(name, 1, [np.array([value]) for value in milliseconds])
+    return rounds.Samples(name, 1, [np.array([value]) for value in milliseconds])
 
 
 def test_round_measures_milliseconds_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,22 +123,10 @@ def test_package_that_is_missing_is_left_out(
 def test_peers_use_equal_networks_and_pixels(tmp_path: Path) -> None:
     images = pictures.made_up(16, 3, 16).train
     setting = ours.Setting(
-        teacher="cifar_resnet14",
-        student="cifar_resnet8",
-        size=16,
-        batch=8,
-        images=images,
-        classes=3,
-        words=8,
-        top=8,
-        positions=4,
-        device="cpu",
-        threads=torch.get_num_threads(),
-        precision="fp32",
-        compile="off",
-        workers=0,
-        scratch=tmp_path,
-    )
+        teacher="cifar_resnet14", student="cifar_resnet8", size=16, batch=8, images=images, classes=3,
+        words=8, top=8, positions=4, device="cpu", threads=torch.get_num_threads(), precision="fp32",
+        compile="off", workers=0, scratch=tmp_path,
+    )  # fmt: skip
     views = next(setting.stream()).pixels
     teacher, student = peers._networks(setting, True)
     assert not teacher.training and student.training

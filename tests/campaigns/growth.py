@@ -69,22 +69,11 @@ def step(images: int, words: int, device: str) -> Callable[[], None]:
     pictures = made_up(max(images, words // SIDE**2 + 1), 10, 32).train
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(
-            teacher="cifar_resnet56",
-            student="cifar_resnet20",
-            size=32,
-            batch=images,
-            images=pictures,
-            classes=10,
-            words=words,
-            top=words,
-            positions=SIDE**2,
-            device=device,
-            threads=torch.get_num_threads(),
-            precision="auto",
-            compile="off",
-            workers=0,
+            teacher="cifar_resnet56", student="cifar_resnet20", size=32, batch=images, images=pictures,
+            classes=10, words=words, top=words, positions=SIDE**2, device=device,
+            threads=torch.get_num_threads(), precision="auto", compile="off", workers=0,
             scratch=Path(scratch),
-        )
+        )  # fmt: skip
         return of_ours(setting, "quest")
 
 

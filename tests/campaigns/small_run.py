@@ -24,15 +24,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 _STAGES = ("teacher", "prepare", "student", "export", "qat", "quantize", "validate", "bench", "report")
 CONTEXT.set_forkserver_preload(
     [
-        "tests.campaigns.small_run",
-        *(f"questpress.pipeline.stages.{name}" for name in _STAGES),
-        "questpress.pipeline.api.run",
-        "questpress.pipeline.api.validate",
-        "torch.onnx._internal.exporter._core",
-        "torch._dynamo",
-        "onnxscript.function_libs.torch_lib.ops",
-    ]
-)
+        "tests.campaigns.small_run", *(f"questpress.pipeline.stages.{name}" for name in _STAGES),
+        "questpress.pipeline.api.run", "questpress.pipeline.api.validate",
+        "torch.onnx._internal.exporter._core", "torch._dynamo", "onnxscript.function_libs.torch_lib.ops",
+    ],
+)  # fmt: skip
 
 CLASSES = ("blue", "green", "red")
 OPTIONS = (

@@ -22,13 +22,9 @@ from tests.support.little import files, job, record, report, weights
 
 def started(arguments: list[str], tmp_path: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=little.one_core if sys.platform != "win32" else None,
-        cwd=tmp_path,
-    )
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=little.one_core if sys.platform != "win32" else None, cwd=tmp_path,
+    )  # fmt: skip
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 50) -> None:

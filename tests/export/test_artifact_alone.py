@@ -46,14 +46,9 @@ def bare(device: Path, *arguments: str, folder: Path | None = None) -> subproces
     """An interpreter that can import nothing else."""
     environment = {**os.environ, "PYTHONPATH": str(device / "bare"), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder or device,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+        [sys.executable, *arguments], cwd=folder or device, env=environment, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
 
 
 def test_artifact_writes_no_file_and_opens_no_connection(

@@ -24,13 +24,9 @@ def test_inputs_equal_timms_evaluation_transform_exactly(crop_mode: str, interpo
     for crop_fraction in (0.875, 0.9, 1.0, 1.25):
         p = Preprocessing.create(24, crop_fraction, interpolation, crop_mode, mean, std)
         transform = create_transform(
-            (3, 24, 24),
-            crop_pct=crop_fraction,
-            crop_mode=crop_mode,
-            interpolation=interpolation,
-            mean=mean,
+            (3, 24, 24), crop_pct=crop_fraction, crop_mode=crop_mode, interpolation=interpolation, mean=mean,
             std=std,
-        )
+        )  # fmt: skip
         for shape in SHAPES:
             try:
                 expected = transform(Image.fromarray(noise(*shape)))

@@ -10,19 +10,14 @@ from questpress.models.build import build, geometry
 from questpress.pipeline.api.options import read_options
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
-from questpress.pipeline.methods.dkd import Dkd
-from questpress.pipeline.methods.dkd import Parameters as DkdParameters
 from questpress.pipeline.methods.gradient_balance import STEPS, GradientBalance, gradient_norm
 from questpress.pipeline.methods.kd import Kd, Parameters
 from questpress.pipeline.methods.quest.quest import Quest
-from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.task import DistillationTask
 from torch import Tensor
 
 from tests.support import little
-from tests.support.toys import ENGINE, distillation
-
-CLASSIFICATION = load_task("classification")
+from tests.support.toys import CLASSIFICATION, ENGINE, distillation
 
 SHAPES = Shapes({}, vector=None, logits=3)
 LEAST, MOST = Kd.gradient_ratio
@@ -88,14 +83,6 @@ def test_loss_independent_of_the_map_is_unchanged_and_not_reported() -> None:
     assert balance.results() == []
 
 
-def test_warm_up_does_not_change_the_balance() -> None:
-    dkd = Dkd(DkdParameters(warmup=20), Setup(SHAPES, [SHAPES], {}))
-    z_s, z_t, labels = torch.randn(4, 3), {"logits": torch.randn(4, 3)}, torch.tensor([0, 1, 2, 0])
-    first, full = (dkd(Batch({"logits": z_s}, [z_t], labels, epoch))["dkd"] for epoch in (0, 30))
-    assert float(first / dkd.warmup_factor(0)) == pytest.approx(float(full))
-    assert [dkd.warmup_factor(epoch) for epoch in (0, 9, 19, 100)] == [0.05, 0.5, 1.0, 1.0]
-
-
 def compute_losses(weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """Return the losses of a batch without and with balance, and the expected factor between them."""
     torch.manual_seed(1)
@@ -121,11 +108,6 @@ def test_losses_are_scaled_by_their_gradients(weight: float) -> None:
     assert with_["quest"].item() == pytest.approx(factor * without["quest"].item(), rel=1e-4)
     assert with_["ce"].item() == without["ce"].item()
     assert with_["loss"].item() == pytest.approx((with_["ce"] + with_["quest"]).item(), rel=1e-6)
-
-
-def test_weights_below_the_range_all_end_at_the_same_strength() -> None:
-    first, second = compute_losses(1e-4)[1], compute_losses(1e-3)[1]
-    assert first["quest"].item() == pytest.approx(second["quest"].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("student", ["cifar_vgg8", "cifar_resnet8", "resnet10t", "mobilenetv3_small_050"])

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from questpress.pipeline import methods
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.methods.quest.loss import TopWords, divergence, draw_positions
-from questpress.pipeline.methods.quest.quest import Parameters, Quest
+from questpress.pipeline.methods.quest.quest import Quest
 
+from tests.methods import test_quest
 from tests.methods.test_quest import (
-    C_S,
     F_S,
     F_T,
     LABELS,
@@ -30,14 +30,8 @@ TAU, PLACES = 0.9, H * W
 
 
 def method(cached: int, words: np.ndarray = WORDS, **settings) -> Quest:
-    torch.manual_seed(0)
-    return Quest(
-        Parameters(tau=(TAU,), **settings),
-        Setup(
-            Shapes({"map": (C_S, H, W)}, vector=None, logits=2),
-            [Shapes({"map": (words.shape[1], H, W)}, vector=None, logits=2)],
-            {"0.map.words": tensor(words), "0.map.mu": torch.tensor(1.0), "0.map.top": torch.tensor(cached)},
-        ),
+    return test_quest.method(
+        words, 1.0, teacher=(words.shape[1], H, W), cached=cached, tau=(TAU,), **settings
     )
 
 
@@ -163,20 +157,6 @@ def nothing(*_: torch.Tensor) -> None:
 def test_divergence_from_kept_words_passes_autograds_own_check():
     kept = target(6, 9, 4)
     assert torch.autograd.gradcheck(lambda *given: divergence(*given, kept, nothing), inputs(6, 9))
-
-
-def test_divergence_matches_log_softmax():
-    kept = target(6, 9, 4)
-    ours, plain = inputs(6, 9), inputs(6, 9)
-    f_s, weight, gamma = plain
-    log_p_s = F.log_softmax(gamma * f_s @ weight.T, dim=1).gather(1, kept.ids)
-    formula = (kept.p * (kept.p.log() - log_p_s)).sum()
-    formula.backward()
-    value = divergence(*ours, kept, nothing)
-    value.backward()
-    torch.testing.assert_close(value, formula, rtol=1e-12, atol=0)
-    for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
 
 
 KEYS = torch.from_numpy(np.random.default_rng(0).integers(0, 2**63 - 1, B))

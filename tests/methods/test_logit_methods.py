@@ -90,6 +90,8 @@ def test_dkd_grows_to_its_weight_over_twenty_epochs() -> None:
     assert loss("dkd", {}, [Z_T], Z_S, epoch=0).item() == pytest.approx(full / 20, rel=1e-5)
     assert loss("dkd", {}, [Z_T], Z_S, epoch=9).item() == pytest.approx(full / 2, rel=1e-5)
     assert loss("dkd", {"warmup": 0}, [Z_T], Z_S, epoch=0).item() == pytest.approx(full, rel=1e-5)
+    factor = build("dkd", {}).warmup_factor  # by which the balance divides
+    assert [factor(epoch) for epoch in (0, 9, 19, 100)] == [0.05, 0.5, 1.0, 1.0]
 
 
 def test_dkd_with_standardized_logits_decouples_z_scores() -> None:
@@ -126,8 +128,3 @@ def test_gradients_equal_finite_differences(name: str, standardize: bool) -> Non
         return result
 
     assert torch.autograd.gradcheck(of_logits, torch.tensor(Z_S, requires_grad=True))
-
-
-@pytest.mark.parametrize("name", ["kd", "dkd", "dist"])
-def test_logit_method_has_no_heads(name: str) -> None:
-    assert list(build(name, {}).parameters()) == []

@@ -38,17 +38,10 @@ class Teacher:
     def preparation(self, seed: int = 0) -> PrepareContext:
         shapes = Shapes({"map": tuple(self.maps.shape[1:])}, vector=None, logits=2)  # type: ignore[dict-item]
         return PrepareContext(
-            student=shapes,
-            teachers=[shapes],
-            teacher_names=["toy"],
-            images=len(self.maps),
-            features=self.readouts,
-            classifier=lambda _t: None,
-            cached=self.shared,
-            scratch=self.cache.root,
-            seed=seed,
-            note=self.notes.append,
-        )
+            student=shapes, teachers=[shapes], teacher_names=["toy"], images=len(self.maps),
+            features=self.readouts, classifier=lambda _t: None, cached=self.shared, scratch=self.cache.root,
+            seed=seed, note=self.notes.append,
+        )  # fmt: skip
 
     def learn(
         self, words: int | None, grid: tuple[int, int] | None = None, limit: int | None = None
@@ -92,13 +85,6 @@ def test_separated_blobs_are_found_and_mu_and_perplexity_are_numpys(tmp_path):
     assert learned.perplexity == pytest.approx(np.exp(-(usage * np.log(usage)).sum()), rel=1e-6)
     assert (learned.features, learned.features_used, learned.requested) == (600, 600, 2)
     assert learned.note is None
-
-
-def test_mu_is_the_mean_squared_distance_to_the_nearest_word(tmp_path):
-    maps = np.random.default_rng(1).normal(size=(40, C, H, W))
-    learned = Teacher(maps, tmp_path).learn(9)
-    distances = ((rows(maps)[:, None] - learned.words.numpy()[None]) ** 2).sum(2)
-    assert learned.mu == pytest.approx(distances.min(1).mean(), rel=1e-4)
 
 
 def test_number_of_words_is_reduced_to_39_features_each(tmp_path):
@@ -173,12 +159,6 @@ def test_damaged_vocabulary_is_computed_again(tmp_path):
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     again = Teacher(maps, tmp_path)
     assert np.array_equal(again.learn(4).words.numpy(), words) and again.read == 1
-
-
-def test_words_are_the_same_every_time(tmp_path):
-    maps = np.random.default_rng(0).normal(size=(30, C, H, W))
-    one, two = (Teacher(maps, tmp_path / name).learn(6).words for name in ("a", "b"))
-    assert torch.equal(one, two)
 
 
 def test_features_that_are_all_the_same_are_refused(tmp_path):

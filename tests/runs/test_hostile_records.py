@@ -40,27 +40,13 @@ def run(folder: Path, content: Any) -> Path:
 
 
 HOSTILE = [
-    record(schema_version=2),
-    record(schema_version="1"),
-    record(stages=[]),
-    record(stages={"teacher": 1}),
-    stage(facts=[]),
-    stage(outputs=["a"]),
-    stage(outputs={"../../etc/passwd": "0"}),
-    stage(outputs={"/etc/passwd": "0"}),
-    stage(outputs={"a\0b": "0"}),
-    stage(warnings="none"),
-    record(config={"rounds": 10**12}),
-    record(config={"rounds": "many"}),
-    record(config=[]),
-    record(engines={"teacher": 3}),
-    record(command=["rm"]),
-    record(deep=DEEP),
-    "[" * 200_000,
-    "null",
-    "\x00",
+    record(schema_version=2), record(schema_version="1"), record(stages=[]), record(stages={"teacher": 1}),
+    stage(facts=[]), stage(outputs=["a"]), stage(outputs={"../../etc/passwd": "0"}),
+    stage(outputs={"/etc/passwd": "0"}), stage(outputs={"a\0b": "0"}), stage(warnings="none"),
+    record(config={"rounds": 10**12}), record(config={"rounds": "many"}), record(config=[]),
+    record(engines={"teacher": 3}), record(command=["rm"]), record(deep=DEEP), "[" * 200_000, "null", "\x00",
     "9" * 5000,
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))

@@ -22,15 +22,10 @@ ENGINE = Engine("cpu", 1, "fp32")
 
 # Teacher and the (C, H, W) of the map it teaches with at 64 px.
 FAMILIES = {
-    "resnet18": (512, 2, 2),
-    "mobilenetv3_small_050": (288, 2, 2),
-    "efficientnet_b0": (1280, 2, 2),
-    "convnext_atto": (320, 2, 2),
-    "vit_tiny_patch16_224": (192, 4, 4),
-    "swin_tiny_patch4_window7_224": (768, 2, 2),
-    "vgg11_bn": (512, 4, 4),
-    "regnety_002": (368, 2, 2),
-}
+    "resnet18": (512, 2, 2), "mobilenetv3_small_050": (288, 2, 2), "efficientnet_b0": (1280, 2, 2),
+    "convnext_atto": (320, 2, 2), "vit_tiny_patch16_224": (192, 4, 4),
+    "swin_tiny_patch4_window7_224": (768, 2, 2), "vgg11_bn": (512, 4, 4), "regnety_002": (368, 2, 2),
+}  # fmt: skip
 
 
 def checked(chosen: Mapping[str, base.Parameters], teacher: str) -> None:
@@ -54,16 +49,10 @@ def test_student_learns_from_any_teacher_family(name: str) -> None:
     quest = Quest(Parameters(words=WORDS), Setup(of_student, [of_teacher], prepared))
     network = build(STUDENT, num_classes=CLASSES, image_size=SIZE, seed=0)
     task = DistillationTask(
-        network,
-        geometry(STUDENT, SIZE),
-        ENGINE,
-        teachers=[teacher],
-        teacher_reads=[reads],
-        methods={"quest": quest},
-        student_reads=Quest.reads(Parameters(), of_student),
-        weights={"ce": 0.0},
+        network, geometry(STUDENT, SIZE), ENGINE, teachers=[teacher], teacher_reads=[reads],
+        methods={"quest": quest}, student_reads=Quest.reads(Parameters(), of_student), weights={"ce": 0.0},
         label_task=CLASSIFICATION,
-    )
+    )  # fmt: skip
     task.train()
     losses = []
     optimizer = torch.optim.AdamW(task.trainable_module.parameters(), lr=3e-3)

@@ -92,17 +92,9 @@ def test_methods_that_read_logits_are_refused(
     method: str, more: tuple[str, ...], contrastive: Path, data: Path, tmp_path: Path
 ) -> None:
     result = little.compress(
-        *OPTIONS,
-        "--teacher-weights",
-        contrastive,
-        "--method",
-        method,
-        *more,
-        "--data",
-        data,
-        "--out",
+        *OPTIONS, "--teacher-weights", contrastive, "--method", method, *more, "--data", data, "--out",
         tmp_path,
-    )
+    )  # fmt: skip
     message = little.refused(
         result, 2, f"--method {method}", f"reads the logits of {NAME}", "--teacher-head none"
     )

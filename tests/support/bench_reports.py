@@ -29,27 +29,18 @@ def timed(name: str, threads: int, median: float, n: int = 700) -> Latency:
     """Return latencies that vary by about 10 %, with a long tail."""
     rng = np.random.default_rng([len(name), threads])
     runs = median * (0.97 + rng.gamma(1.5, 0.03, n))
-    return summarize(Samples.from_blocks(name, threads, np.array_split(runs, 20)))
+    return summarize(Samples(name, threads, np.array_split(runs, 20)))
 
 
 def bench(**more: object) -> Bench:
     latencies = [timed(name, n, median / n) for n in (1, 2) for name, median in NAMES.items()]
-    return Bench(
-        command="compress bench runs/shop",
-        finished="2026-11-21T12:00:00+0000",
-        seconds=10,
-        samples=662,
+    invented = Bench(
+        command="compress bench runs/shop", finished="2026-11-21T12:00:00+0000", seconds=10, samples=662,
         seed=0,
         subjects=[
             TimedFile(
-                name=name,
-                key=name,
-                file=f"artifact/{name}.onnx",
-                sha256="41ae" * 16,
-                bytes=2_548_907,
-                runtime="onnxruntime",
-                input="float32 [1, 3, 96, 96]",
-                inputs="64 images of the run's data",
+                name=name, key=name, file=f"artifact/{name}.onnx", sha256="41ae" * 16, bytes=2_548_907,
+                runtime="onnxruntime", input="float32 [1, 3, 96, 96]", inputs="64 images of the run's data",
             )
             for name in NAMES
         ],
@@ -62,63 +53,38 @@ def bench(**more: object) -> Bench:
         images="64 images of the run's data",
         end_to_end=[
             EndToEnd(
-                subject="student_int8",
-                threads=2,
-                decode=6.1,
-                resize=1.9,
-                normalize=0.2,
-                run=0.34,
-                n=300,
+                subject="student_int8", threads=2, decode=6.1, resize=1.9, normalize=0.2, run=0.34, n=300,
                 total={
                     "p50": Percentile(value=8.61, low=8.55, high=8.7),
                     "p90": Percentile(value=9.2, low=9.1, high=None),
                 },
-            )
+            ),
         ],
         cold_starts=[
             ColdStart(
-                subject="student_int8",
-                threads=2,
-                processes=5,
-                import_ms=140,
-                session_ms=41,
-                session_ms_each=[41.0] * 5,
-                first_run_ms=3.2,
-                peak_bytes=66_000_000,
-                runtime_bytes=54_000_000,
-            )
+                subject="student_int8", threads=2, processes=5, import_ms=140, session_ms=41,
+                session_ms_each=[41.0] * 5, first_run_ms=3.2, peak_bytes=66_000_000, runtime_bytes=54_000_000,
+            ),
         ],
         throughput=[
             Throughput(
-                subject="student_int8",
-                threads=2,
-                batch=batch,
-                images_per_second=1450 + batch,
-                low=1400,
+                subject="student_int8", threads=2, batch=batch, images_per_second=1450 + batch, low=1400,
                 high=1500,
             )
             for batch in (1, 8)
         ],
         conditions=[
             Conditions(
-                threads=n,
-                rounds=100,
-                processes=3,
-                block_ms=100,
-                cores=list(range(n)),
-                governor="performance",
-                sentinel_ms=(1.19, 1.2, 1.22),
-                process_spread=0.41,
-                process_spread_measured=True,
-                unchecked=["throttled"],
+                threads=n, rounds=100, processes=3, block_ms=100, cores=list(range(n)),
+                governor="performance", sentinel_ms=(1.19, 1.2, 1.22), process_spread=0.41,
+                process_spread_measured=True, unchecked=["throttled"],
             )
             for n in (1, 2)
         ],
-        flags=[],
-        session=["CPUExecutionProvider"],
-        environment={"cpu": "AMD EPYC", "onnxruntime": "1.31.1"},
+        flags=[], session=["CPUExecutionProvider"], environment={"cpu": "AMD EPYC", "onnxruntime": "1.31.1"},
         samples_file="bench.npz",
-    ).model_copy(update=more)
+    )  # fmt: skip
+    return invented.model_copy(update=more)
 
 
 def with_bench(**more: object) -> Report:

@@ -35,27 +35,18 @@ def validation() -> Validation:
     def network(name: str, role: str, precision: str | None) -> Network:
         return Network.model_validate(
             {
-                "name": name,
-                "role": role,
-                "source": "runs/" + "shop" * 20,
-                "file": "student.onnx",
-                "bytes": 2_500_000,
-                "sha256": "9c2f" * 16,
-                "precision": precision,
-                "image_size": 96,
-                "classes": names,
-                "score": reports.accuracy(80, 105),
-                "calibration": calibration(),
+                "name": name, "role": role, "source": "runs/" + "shop" * 20, "file": "student.onnx",
+                "bytes": 2_500_000, "sha256": "9c2f" * 16, "precision": precision, "image_size": 96,
+                "classes": names, "score": reports.accuracy(80, 105), "calibration": calibration(),
                 "per_class": [
                     ClassMeasure(label=name, n=9, predicted=8, correct=7, recall=Proportion.from_counts(7, 9))
                     for name in names
                 ],
                 "confusion": [[9 if i == k else i % 3 for k in range(12)] for i in range(12)],
                 "teacher": None if role == "teacher" else "teacher",
-                "agreement": None if role == "teacher" else Proportion.from_counts(90, 105),
-                "mistakes": 25,
-            }
-        )
+                "agreement": None if role == "teacher" else Proportion.from_counts(90, 105), "mistakes": 25,
+            },
+        )  # fmt: skip
 
     networks = [network(f"shop{'x' * 30} {kind}", "student", kind) for kind in ("int8", "fp32")]
     networks.append(network("teacher", "teacher", None))
@@ -87,19 +78,14 @@ def comparison() -> Comparison:
     def file(kind: str, correct: int, p50: float, size: int) -> ComparedFile:
         return ComparedFile.model_validate(
             {
-                "kind": kind,
-                "network": "mobilenetv2_100",
-                "bytes": size,
-                "score": reports.accuracy(correct, 372),
-                "ece": 3.0,
-                "p50": p50,
-                "p50_low": p50 * 0.99,
+                "kind": kind, "network": "mobilenetv2_100", "bytes": size,
+                "score": reports.accuracy(correct, 372), "ece": 3.0, "p50": p50, "p50_low": p50 * 0.99,
                 "p50_high": p50 * 1.01,
                 "speedup": Speedup(
-                    subject="student_int8", over="teacher", threads=1, ratio=8, low=7.9, high=8.1
+                    subject="student_int8", over="teacher", threads=1, ratio=8, low=7.9, high=8.1,
                 ),
-            }
-        )
+            },
+        )  # fmt: skip
 
     runs = [
         ComparedRun(
@@ -122,11 +108,6 @@ def comparison() -> Comparison:
         for i in range(11)
     ]
     return Comparison(
-        title="11 runs on photos, other",
-        command="compress compare " + "x" * 200,
-        threads=1,
-        runs=runs,
-        groups=group_runs(runs, {}),
-        warnings=["A warning."],
-        notes=["A note."],
-    )
+        title="11 runs on photos, other", command="compress compare " + "x" * 200, threads=1, runs=runs,
+        groups=group_runs(runs, {}), warnings=["A warning."], notes=["A note."],
+    )  # fmt: skip

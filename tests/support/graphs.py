@@ -1,12 +1,15 @@
 """Build and run small ONNX graphs."""
 
+import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+from questpress.export.int8.quantizer import Prepared, int8_scope
+from questpress.export.int8.rewrite import rewrite
 
 
 def graph_of(
@@ -31,6 +34,22 @@ def graph_of(
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def prepared(model: onnx.ModelProto) -> Prepared:
+    return Prepared(model, int8_scope(model), ())
+
+
+def rewritten(model: onnx.ModelProto, batch: np.ndarray, rules: Collection[str] | None = None) -> list[str]:
+    """Rewrite a model, assert that its outputs are the same, and return the rules that changed it."""
+    before = copy.deepcopy(model)
+    changed = rewrite(model, rules)
+    assert_same_answers(before, model, batch)
+    return changed
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:

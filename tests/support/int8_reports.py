@@ -12,19 +12,10 @@ def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.6
     """Return a candidate with ``wrong`` more errors than fp32, which is correct on 360 of 400 val images."""
     return Candidate(
         **{
-            "name": name,
-            "calibration": name.split(",")[0],
-            "equalized": "equalized" in name,
-            "bias_corrected": "corrected" in name,
-            "kept_float": [],
-            "score": (360 - wrong) / 4,
-            "lost": wrong / 4,
-            "p": 1.0 if not wrong else 0.5 ** abs(wrong),
-            "sqnr": 24.0 - wrong / 2,
-            "holds": wrong <= 2,
-            "ships": ships,
-            "bytes": 2_548_907,
-            "p50": p50,
+            "name": name, "calibration": name.split(",")[0], "equalized": "equalized" in name,
+            "bias_corrected": "corrected" in name, "kept_float": [], "score": (360 - wrong) / 4,
+            "lost": wrong / 4, "p": 1.0 if not wrong else 0.5 ** abs(wrong), "sqnr": 24.0 - wrong / 2,
+            "holds": wrong <= 2, "ships": ships, "bytes": 2_548_907, "p50": p50,
             "speedup": None
             if p50 is None
             else Speedup(
@@ -36,25 +27,18 @@ def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.6
                 high=1.31 / p50 + 0.03,
             ),
             **more,
-        }
-    )
+        },
+    )  # fmt: skip
 
 
 def searched(target: str, candidates: list[Candidate], **more: Any) -> Int8Search:
     ships = any(candidate.ships for candidate in candidates)
     return Int8Search(
         **{
-            "target": target,
-            "file": "artifact/student.int8.onnx" if ships else None,
-            "max_drop": 0.5,
-            "role": "val",
-            "n": 400,
-            "fp32_score": 90.0,
-            "p50_fp32": 1.31,
-            "tried": candidates,
-            **more,
-        }
-    )
+            "target": target, "file": "artifact/student.int8.onnx" if ships else None, "max_drop": 0.5,
+            "role": "val", "n": 400, "fp32_score": 90.0, "p50_fp32": 1.31, "tried": candidates, **more,
+        },
+    )  # fmt: skip
 
 
 def with_int8() -> Report:

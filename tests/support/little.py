@@ -46,6 +46,16 @@ def photos(root: Path, counts: dict[str, int] | None = None, first: int = 0) -> 
     return root
 
 
+class Calls:
+    """Calls a function when its pickle is loaded."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.called = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.called
+
+
 def compress(*arguments: str | Path) -> Result:
     """Run the command in this process."""
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])

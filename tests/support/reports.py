@@ -84,42 +84,20 @@ def full(classes: list[str] | None = None) -> Report:
         ]
 
     teacher = subject(
-        "resnet34",
-        correct + 11,
-        n,
-        85_146_000,
-        {"1": 12.43, "2": 6.71},
-        classes=class_scores(2),
-        parameters=21_289_802,
-        gmacs=0.674,
-        license="Apache-2.0",
-        head="replaced",
-        val_score=accuracy(312, 341),
-        file="bench/teacher.onnx",
-        sha256="9c2f" * 16,
-        opset=20,
-        ir_version=10,
+        "resnet34", correct + 11, n, 85_146_000, {"1": 12.43, "2": 6.71}, classes=class_scores(2),
+        parameters=21_289_802, gmacs=0.674, license="Apache-2.0", head="replaced",
+        val_score=accuracy(312, 341), file="bench/teacher.onnx", sha256="9c2f" * 16, opset=20, ir_version=10,
         weights="pretrained",
-    )
+    )  # fmt: skip
     student = subject(
-        "mobilenetv2_100",
-        correct + 2,
-        n,
-        8_942_113,
-        {"1": 1.31, "2": 0.823},
-        classes=class_scores(1),
-        parameters=2_236_682,
-        gmacs=0.0602,
-        parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64),
+        "mobilenetv2_100", correct + 2, n, 8_942_113, {"1": 1.31, "2": 0.823}, classes=class_scores(1),
+        parameters=2_236_682, gmacs=0.0602, parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64),
         agreement=Proportion.from_counts(n - 21, n),
         speedups=[
-            Speedup(subject="student_int8", over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66)
+            Speedup(subject="student_int8", over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66),
         ],
-        file="artifact/student.onnx",
-        sha256="b07d" * 16,
-        opset=20,
-        ir_version=10,
-    )
+        file="artifact/student.onnx", sha256="b07d" * 16, opset=20, ir_version=10,
+    )  # fmt: skip
     int8 = subject(
         "mobilenetv2_100", correct, n, 2_548_907, {"1": 0.684, "2": 0.489}, classes=class_scores(0),
         agreement=Proportion.from_counts(n - 26, n), parameters=2_236_682,
@@ -141,46 +119,28 @@ def full(classes: list[str] | None = None) -> Report:
     return Report(
         title="mobilenetv2 from resnet34 on clothing",
         command="compress --teacher resnet34 --student mobilenetv2 --data photos/clothing --image-size 96",
-        method="quest",
-        method_parameters={"words": 4096, "delta": 10.0, "tau": None, "weight": 1.0},
-        recipe="scratch",
-        image_size=96,
+        method="quest", method_parameters={"words": 4096, "delta": 10.0, "tau": None, "weight": 1.0},
+        recipe="scratch", image_size=96,
         data=DataSummary(
-            name="clothing",
-            classes=names,
-            train=sum(counts["train"]),
-            val=sum(counts["val"]),
-            test=n,
+            name="clothing", classes=names, train=sum(counts["train"]), val=sum(counts["val"]), test=n,
             per_class={role: dict(zip(names, numbers, strict=True)) for role, numbers in counts.items()},
             skipped=[("train/hat/0213.jpg", "truncated: the file ends within the image")],
-            duplicates=[["train/shoes/1.jpg", "val/shoes/88.jpg"]],
-            fingerprint="5fd1c0a9",
+            duplicates=[["train/shoes/1.jpg", "val/shoes/88.jpg"]], fingerprint="5fd1c0a9",
         ),
-        teachers=[teacher],
-        teacher=teacher,
-        student=student,
-        student_int8=int8,
+        teachers=[teacher], teacher=teacher, student=student, student_int8=int8,
         words=[
             Words(
-                teacher="resnet34",
-                words=704,
-                requested=4096,
-                features=27612,
-                features_used=27612,
-                perplexity=431.7,
-                mu=0.01432,
+                teacher="resnet34", words=704, requested=4096, features=27612, features_used=27612,
+                perplexity=431.7, mu=0.01432,
                 note="4,096 words were lowered to 704, so that every word has 39 features or more.",
-            )
+            ),
         ],
         epochs=epochs("teacher", 30) + epochs("student", 60),
         examples=[
             Example(
-                name=f"test/{label}/{i:04d}.jpg",
-                label=label,
-                teacher=label if i % 3 else names[(i + 2) % len(names)],
-                teacher_probability=0.98 - 0.03 * i,
-                student=label if i % 2 else names[(i + 1) % len(names)],
-                student_probability=0.99 - 0.04 * i,
+                name=f"test/{label}/{i:04d}.jpg", label=label,
+                teacher=label if i % 3 else names[(i + 2) % len(names)], teacher_probability=0.98 - 0.03 * i,
+                student=label if i % 2 else names[(i + 1) % len(names)], student_probability=0.99 - 0.04 * i,
                 png=png(i),
             )
             for i, label in enumerate(names[:12])
@@ -194,24 +154,15 @@ def full(classes: list[str] | None = None) -> Report:
             StageTime(stage="bench", seconds=21.3, summary="0.684 ms at 1 thread"),
         ],
         environment={
-            "cpu": "AMD EPYC 9555 64-Core Processor",
-            "cores": "2",
-            "os": "Linux 6.8",
-            "python": "3.11.9",
-            "torch": "2.11.0",
-            "onnxruntime": "1.27.0",
+            "cpu": "AMD EPYC 9555 64-Core Processor", "cores": "2", "os": "Linux 6.8", "python": "3.11.9",
+            "torch": "2.11.0", "onnxruntime": "1.27.0",
         },
         config={
-            "teacher": "resnet34",
-            "student": "mobilenetv2_100",
-            "out": "runs/clothing",
-            "epochs": 60,
-            "set": {"quest": {"words": 4096}},
-            "download": False,
-            "val_fraction": 0.1,
+            "teacher": "resnet34", "student": "mobilenetv2_100", "out": "runs/clothing", "epochs": 60,
+            "set": {"quest": {"words": 4096}}, "download": False, "val_fraction": 0.1,
         },
         artifact="artifact",
-    )
+    )  # fmt: skip
 
 
 def epochs(stage: str, n: int) -> list[Epoch]:
@@ -231,20 +182,15 @@ def epochs(stage: str, n: int) -> list[Epoch]:
             }
         result.append(
             Epoch(
-                stage=stage,
-                epoch=i,
-                epochs=n,
-                images_per_second=310 + 900 * noise,
+                stage=stage, epoch=i, epochs=n, images_per_second=310 + 900 * noise,
                 learning_rate=2e-3 * min(1, i / 4) * (1 - i / (n + 1)),
-                losses={**losses, "loss": sum(losses.values())},
-                metrics=metrics,
-                train_accuracy=97 - 62 * decay + 60 * noise,
-                val_accuracy=91 - 56 * decay + 90 * noise,
+                losses={**losses, "loss": sum(losses.values())}, metrics=metrics,
+                train_accuracy=97 - 62 * decay + 60 * noise, val_accuracy=91 - 56 * decay + 90 * noise,
                 seconds=20.5,
                 time_fractions={"data": 0.08, "teacher": 0.32, "student": 0.6} if stage == "student" else {},
                 peak_memory_bytes=1_840_000_000 if stage == "student" else 1_210_000_000,
-            )
-        )
+            ),
+        )  # fmt: skip
     return result
 
 

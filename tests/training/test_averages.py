@@ -4,15 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.training.checkpoint import Checkpoint
-from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import Averages, DistillationTask
 from torch import nn
 
 from tests.support import little
 from tests.support.little import report, weights
-from tests.support.toys import plan, supervised, views
+from tests.support.toys import learn, supervised
 
 State = dict[str, np.ndarray]
 
@@ -21,7 +18,7 @@ def taken(network: nn.Module) -> State:
     return {name: value.detach().double().numpy().copy() for name, value in network.state_dict().items()}
 
 
-def watched(task: DistillationTask, tmp_path: Path, epochs: int = 3) -> tuple[list[State], list[State]]:
+def watched(task: DistillationTask, tmp_path: Path) -> tuple[list[State], list[State]]:
     """Return the network's state after each step, and after each epoch."""
     steps: list[State] = []
     ends: list[State] = []
@@ -32,14 +29,7 @@ def watched(task: DistillationTask, tmp_path: Path, epochs: int = 3) -> tuple[li
         steps.append(taken(task.network))
 
     task.end_step = end_step  # type: ignore[method-assign]
-
-    def log(_: Epoch) -> None:
-        ends.append(taken(task.network))
-
-    train(
-        task, views(), plan(epochs=epochs), Checkpoint(tmp_path / "c.pt", "key"), training="student",
-        evaluate=lambda _: None, show=lambda *_: None, log=log,
-    )  # fmt: skip
+    learn(task, tmp_path / "c.pt", log=lambda _: ends.append(taken(task.network)))
     return steps, ends
 
 

@@ -6,17 +6,14 @@ from typing import Any
 import pytest
 import torch
 from questpress.models.build import build, geometry
-from questpress.models.projection import Widened, widen
+from questpress.models.readout import Widened, widen
 from questpress.pipeline.methods import mimic
 from questpress.pipeline.methods.base import Setup, Shapes
-from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.optimizer import build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch import nn
 
-from tests.support.toys import CLASSES, ENGINE, SIDE, learn, network, plan
-
-CLASSIFICATION = load_task("classification")
+from tests.support.toys import CLASSES, CLASSIFICATION, ENGINE, SIDE, learn, network, plan
 
 WIDTH, HASHES = 128, 40
 

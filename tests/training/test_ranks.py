@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from questpress.models.build import geometry
-from questpress.models.projection import widen
+from questpress.models.readout import widen
 from questpress.pipeline.data.render import Normalize, Views
 from questpress.pipeline.data.views import ViewSchedule
-from questpress.pipeline.evaluation.inference import compute_logits
+from questpress.pipeline.evaluation.predictions import compute_logits
 from questpress.pipeline.methods.base import Method, Setup, Shapes
 from questpress.pipeline.methods.kd import Kd
 from questpress.pipeline.methods.kd import Parameters as KdParameters
@@ -26,20 +26,17 @@ from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.process import STOP
 from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training import loop
-from questpress.pipeline.training.checkpoint import Checkpoint
-from questpress.pipeline.training.compute.distributed import Ranks, join, leave
+from questpress.pipeline.training.distributed import Ranks, join, leave
 from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import TeacherCache, TeacherSource
+from questpress.pipeline.training.weights import Checkpoint
 from torch import Tensor, nn
 
 from tests.support import little, several
 from tests.support.little import files, record, report, weights
-from tests.support.toys import CLASSES, ENGINE, SIDE, network, plan, views
-
-CLASSIFICATION = load_task("classification")
+from tests.support.toys import CLASSES, CLASSIFICATION, ENGINE, SIDE, network, plan, views
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
@@ -102,19 +99,11 @@ def twenty_steps(case: str, folder: Path, ranks: Ranks, stop_after: int | None =
     if "widened" in o:
         widen(student, o["widened"], seed=0)
     task = DistillationTask(
-        student,
-        g,
-        ENGINE,
-        teachers=[] if o.get("store") else [teacher],
-        teacher_reads=[] if o.get("store") else [TEACHER_READS[name]],
-        methods={name: method},
-        student_reads=TEACHER_READS[name],
-        weights=o.get("weights"),
-        balance=o.get("balance", False),
-        ema=o.get("ema"),
-        ranks=ranks,
-        label_task=CLASSIFICATION,
-    )
+        student, g, ENGINE, teachers=[] if o.get("store") else [teacher],
+        teacher_reads=[] if o.get("store") else [TEACHER_READS[name]], methods={name: method},
+        student_reads=TEACHER_READS[name], weights=o.get("weights"), balance=o.get("balance", False),
+        ema=o.get("ema"), ranks=ranks, label_task=CLASSIFICATION,
+    )  # fmt: skip
     if ranks.count > 1:
         task.prepare_distributed()
     seen, views_of = views(170), ViewSchedule(views().policy, 0, 2 if o.get("store") else None)
@@ -180,6 +169,15 @@ def all_cases(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the results of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for case in CASES.keys() - {"with batch norm"}:
+        twenty_steps(case, folder, Ranks())
+    return folder
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the results of two processes in each case."""
     folder = tmp_path_factory.mktemp("ranks")
@@ -211,21 +209,17 @@ def assert_close(one: dict[str, Any], two: dict[str, Any], atol: float = 1e-5, r
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "with batch norm"])
-def test_two_processes_equal_one_after_twenty_steps(trained: Path, tmp_path: Path, case: str) -> None:
-    twenty_steps(case, tmp_path, Ranks())
-    alone, together = outcome(tmp_path, case, 1), outcome(trained, case, 2)
-    assert_close(alone, together, *TOLERANCE.get(case, ()))
+def test_two_processes_equal_one_after_twenty_steps(trained: Path, alone: Path, case: str) -> None:
+    together = outcome(trained, case, 2)
+    assert_close(outcome(alone, case, 1), together, *TOLERANCE.get(case, ()))
     assert together["answers"].shape[1] == 131  # every image once, though 131 is odd
 
 
-def test_cached_outputs_are_independent_of_the_number_of_processes(trained: Path, tmp_path: Path) -> None:
-    twenty_steps("quest from the store", tmp_path, Ranks())
-
+def test_cached_outputs_are_independent_of_the_number_of_processes(trained: Path, alone: Path) -> None:
     def arrays(root: Path) -> dict[str, bytes]:
-        found = files(root / "cache").items()
-        return {name: content for name, (_, content) in found if name.endswith(".npy")}
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("cache/**/*.npy")}
 
-    assert arrays(trained) == arrays(tmp_path) and len(arrays(trained)) == 6
+    assert arrays(trained) == arrays(alone) and len(arrays(trained)) == 6
     assert not list((trained / "cache").rglob("*.part"))
 
 
@@ -242,12 +236,11 @@ def test_evaluated_network_is_the_shipped_one(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_stop_of_one_process_stops_all_and_resumes(trained: Path, tmp_path: Path, count: int) -> None:
+def test_stop_of_one_process_stops_all_and_resumes(trained: Path, alone: Path, count: int) -> None:
     folder = trained / f"stopped{count}"
     if count == 1:
         twenty_steps("quest", folder, Ranks())
-    twenty_steps("quest", tmp_path, Ranks())
-    went_on, whole = outcome(folder, "quest", count), outcome(tmp_path, "quest", 1)
+    went_on, whole = outcome(folder, "quest", count), outcome(alone, "quest", 1)
     # The epoch that was broken off and the sums it had are whole again.
     assert len(went_on["epochs"]) == 1
     whole["epochs"], whole["answers"] = whole["epochs"][1:], whole["answers"][1:]
@@ -259,10 +252,6 @@ def test_stop_of_one_process_stops_all_and_resumes(trained: Path, tmp_path: Path
 
 def arguments(data: Path, out: Path, cache: Path, *more: str) -> list[str]:
     return little.little_command(data, out, cache, *more)[3:]
-
-
-def lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
 
 
 def fields(content: Any) -> Any:
@@ -277,13 +266,9 @@ def test_whole_command_with_two_processes(finished, data, cache, tmp_path):
     first = several.start(tmp_path / "first", several.command, *arguments(data, out, cache))
     assert first.codes() == [0, 0], first.said(0) + first.said(1)
     assert first.said(1) == ""
-    said = lines(first.said(0))
+    said = [line for line in first.said(0).splitlines() if line.strip()]
     assert len(said) == len(set(said)) and sum("✓" in line for line in said) == 8
-
-    def names(run: Path) -> set[str]:
-        return set(files(run))
-
-    assert names(out) == names(finished)
+    assert files(out).keys() == files(finished).keys()
     # What differs by name is what was found in this run alone: warnings, notes.
     known, other = fields(report(out)), fields(report(finished))
     for name in ("teachers", "teacher", "student", "student_int8", "data", "epochs", "words", "stages"):
@@ -312,7 +297,7 @@ def test_usage_error_is_printed_once(data, cache, tmp_path, more, words):
 
 
 def one_fails(*options: str) -> None:
-    """Return a script whose second process runs out of memory in its first step."""
+    """Run the command; the second process runs out of memory in its first step."""
     if os.environ["RANK"] == "1":
 
         def full(*_: object, **__: object) -> None:

@@ -1,7 +1,6 @@
 """A training step never waits for the device; memory layout and fused optimizer change no result."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,15 +9,14 @@ from questpress.models.build import build, geometry
 from questpress.pipeline import methods
 from questpress.pipeline.methods.base import Setup, Shapes
 from questpress.pipeline.runs.device import Engine
-from questpress.pipeline.tasks import load_task
-from questpress.pipeline.training.compute.distributed import Ranks
-from questpress.pipeline.training.monitoring.meter import Meter
+from questpress.pipeline.training.distributed import Ranks
+from questpress.pipeline.training.metrics import Meter
 from questpress.pipeline.training.optimizer import Plan, build_optimizer
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-CLASSIFICATION = load_task("classification")
+from tests.support.toys import CLASSIFICATION
 
 SIDE, CLASSES, BATCH = 16, 5, 8
 FP32 = Engine("cpu", 1, "fp32")
@@ -68,9 +66,7 @@ def distillation(method: str, engine: Engine, balance: bool = True) -> Distillat
     teacher = build("cifar_resnet14", num_classes=CLASSES, image_size=SIDE, seed=1)
     reads = frozenset().union(*(classes[name].reads(parameters[name], shapes) for name in names))
     return DistillationTask(
-        build("cifar_resnet8", num_classes=CLASSES, image_size=SIDE, seed=0),
-        g,
-        engine,
+        build("cifar_resnet8", num_classes=CLASSES, image_size=SIDE, seed=0), g, engine,
         teachers=[Teacher(teacher, g, engine).to(engine.device)] if names else [],
         teacher_reads=[reads] if names else [],
         methods={
@@ -79,10 +75,8 @@ def distillation(method: str, engine: Engine, balance: bool = True) -> Distillat
             )
             for name in names
         },
-        student_reads=reads,
-        balance=balance,
-        label_task=CLASSIFICATION,
-    )
+        student_reads=reads, balance=balance, label_task=CLASSIFICATION,
+    )  # fmt: skip
 
 
 def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,15 +120,6 @@ def test_synchronization_check_detects_a_wait() -> None:
     assert len(waiting.seen) >= 4
 
 
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", SUMS)
@@ -142,9 +127,12 @@ def test_step_does_not_synchronize_with_a_gpu(method: str, precision: str) -> No
     task = distillation(method, Engine("cuda", 1, precision)).train()
     step = stepper(task, build_optimizer(task, plan()))
     step()
-    with no_synchronisation():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         for _ in range(3):
             step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def gradients(task: DistillationTask, seed: int) -> None:

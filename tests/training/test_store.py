@@ -21,16 +21,13 @@ from questpress.pipeline.methods import base, load, parse_parameters
 from questpress.pipeline.methods.base import CachedOutput, Setup, Shapes
 from questpress.pipeline.methods.quest.loss import cached_words as words_answer
 from questpress.pipeline.runs.cache import Cache, discard
-from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training import teacher_cache
-from questpress.pipeline.training.checkpoint import Checkpoint
 from questpress.pipeline.training.loop import train
 from questpress.pipeline.training.task import DistillationTask, Teacher
 from questpress.pipeline.training.teacher_cache import BATCH, KIND, TeacherCache, TeacherSource
+from questpress.pipeline.training.weights import Checkpoint
 
-from tests.support.toys import ENGINE, POLICY, SIDE, equal, network, plan, state, views
-
-CLASSIFICATION = load_task("classification")
+from tests.support.toys import CLASSIFICATION, ENGINE, POLICY, SIDE, equal, network, plan, state, views
 
 CPU = torch.device("cpu")
 GRID, CHANNELS, CLASSES = (2, 2), 3, 3
@@ -85,7 +82,7 @@ def pixels(indices: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return views(IMAGES).batch(indices, numbers)[0]
 
 
-def test_cached_output_equals_the_compacted_features(tmp_path):
+def test_cached_output_equals_the_compacted_features_and_has_the_stated_size(tmp_path):
     one = store(tmp_path, Toy(), answers=[LOGITS, words()])
     one.open(range(2))
     assert one.computed == 2
@@ -99,15 +96,10 @@ def test_cached_output_equals_the_compacted_features(tmp_path):
         assert torch.equal(found[part], compacted[part].half())
     [alone] = one.batch(indices[:2], numbers[:2], CPU)
     assert all(torch.equal(alone[name], found[name][:2]) for name in found)
-
-
-def test_bytes_of_a_view_are_those_of_its_files(tmp_path):
-    one = store(tmp_path, Toy(), answers=[LOGITS, words()])
-    one.open(range(1))
     # Logits: 3 numbers of 2 bytes; words: 4 positions of 2 numbers and probabilities and the mass lost.
     assert one.bytes_per_view == IMAGES * (3 * 2 + 4 * (2 * 4 + 2))
     arrays = [np.load(file) for file in (tmp_path / KIND).rglob("*.npy")]
-    assert sum(array.nbytes for array in arrays) == one.bytes_per_view
+    assert sum(array.nbytes for array in arrays) == 2 * one.bytes_per_view
 
 
 def test_lost_probability_mass_is_recorded(tmp_path):
@@ -142,15 +134,6 @@ def test_lost_mass_includes_earlier_views(tmp_path):
     assert resumed.lost_mass() == uninterrupted.lost_mass() and resumed.computed == 0
 
 
-def test_second_cache_reads_entries_without_the_teacher(tmp_path):
-    first, second = store(tmp_path, Toy(), answers=[LOGITS, words()]), store(tmp_path, answers=[words()])
-    first.open(range(3))
-    second.open(range(3))
-    assert second.computed == 0
-    asked = torch.arange(5), torch.full((5,), 2)
-    assert torch.equal(second.batch(*asked, CPU)[0]["map.p"], first.batch(*asked, CPU)[0]["map.p"])
-
-
 def test_only_missing_outputs_are_computed(tmp_path):
     store(tmp_path, Toy()).open(range(2))
     teacher = Toy()
@@ -183,21 +166,6 @@ def test_changed_teacher_top_temperature_or_vocabulary_has_another_key(tmp_path,
 def test_every_view_and_image_count_has_its_own_key(tmp_path):
     one, fewer = store(tmp_path), store(tmp_path, images=IMAGES - 1)
     assert len({one.key(0, LOGITS, 0), one.key(0, LOGITS, 1), fewer.key(0, LOGITS, 0)}) == 3
-
-
-def broken_off(pixels: torch.Tensor, reads: frozenset[str]) -> dict[str, torch.Tensor]:
-    if len(pixels) < BATCH:  # the second batch
-        raise KeyboardInterrupt
-    return Toy()(pixels, reads)
-
-
-def test_interrupted_view_is_computed_again(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        store(tmp_path, broken_off, answers=[LOGITS, words()]).open(range(1))
-    assert list((tmp_path / KIND).iterdir()) == []
-    again = store(tmp_path, Toy(), answers=[LOGITS, words()])
-    again.open(range(1))
-    assert again.computed == 1
 
 
 def endless(pixels: torch.Tensor, reads: frozenset[str]) -> dict[str, torch.Tensor]:
@@ -285,15 +253,11 @@ def task(*, asks: bool) -> DistillationTask:
     shapes = Shapes({"map": (64, 4, 4)}, vector=64, logits=CLASSES)
     kd = load("kd")(parse_parameters(["kd"], {})["kd"], Setup(shapes, [shapes]))
     return DistillationTask(
-        network(),
-        geometry("cifar_resnet8", SIDE),
-        ENGINE,
+        network(), geometry("cifar_resnet8", SIDE), ENGINE,
         teachers=[ToyTeacher(network(), geometry("cifar_resnet8", SIDE), ENGINE)] if asks else [],
-        teacher_reads=[frozenset({"logits"})] if asks else [],
-        methods={"kd": kd},
-        student_reads=frozenset({"logits"}),
-        label_task=CLASSIFICATION,
-    )
+        teacher_reads=[frozenset({"logits"})] if asks else [], methods={"kd": kd},
+        student_reads=frozenset({"logits"}), label_task=CLASSIFICATION,
+    )  # fmt: skip
 
 
 def learned(

@@ -15,11 +15,10 @@ from questpress.pipeline.errors import UsageError
 from questpress.pipeline.runs.console import Display
 from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.tasks import load_task
-from questpress.pipeline.training.compute.distributed import Ranks
 from questpress.pipeline.training.context import RunContext
-from questpress.pipeline.training.monitoring.metrics import EpochLog
-from questpress.pipeline.training.monitoring.trackers import (
+from questpress.pipeline.training.distributed import Ranks
+from questpress.pipeline.training.trackers import (
+    EpochLog,
     check_trackers,
     epoch_scalars,
     requested_trackers,
@@ -27,8 +26,7 @@ from questpress.pipeline.training.monitoring.trackers import (
 )
 
 from tests.support import little
-
-CLASSIFICATION = load_task("classification")
+from tests.support.toys import CLASSIFICATION
 
 
 def open_context(path: Path, *, fresh: bool = False, key: str = "key", **options: Any) -> RunContext:

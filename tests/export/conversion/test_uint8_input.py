@@ -242,13 +242,9 @@ def artifact(folder: Path, file: Path, *, takes_pixels: bool) -> Path:
     sha = runtime.hashlib.sha256(content).hexdigest()
     shipped = OnnxFile(folder / file.name, len(content), sha, 18, 8)
     write_manifest(
-        folder,
-        files=[ShippedFile(shipped, "fp32")],
-        preprocessing=IMAGENET,
-        labels=LABELS,
-        origin={},
+        folder, files=[ShippedFile(shipped, "fp32")], preprocessing=IMAGENET, labels=LABELS, origin={},
         takes_pixels=takes_pixels,
-    )
+    )  # fmt: skip
     return folder
 
 

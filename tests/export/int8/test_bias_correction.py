@@ -4,14 +4,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 from questpress.export.int8 import correction
 from questpress.export.int8.correction import correct_biases, with_all_biases
 from questpress.export.int8.fake_quantize import FakeQuantized
-from questpress.export.int8.quantizer import Prepared, calibrate_ranges, int8_scope, quantize
+from questpress.export.int8.quantizer import Prepared, calibrate_ranges, quantize
 from questpress.export.int8.targets import find_target
 
-from tests.support.graphs import answers, assert_same_answers, graph_of, weights
+from tests.support.graphs import answers, assert_same_answers, constants, graph_of, prepared, weights
 
 node = helper.make_node
 TYPES = find_target("arm64")  # whose first convolution is int8, too
@@ -37,10 +37,6 @@ def two_layers(**biases: np.ndarray) -> onnx.ModelProto:
     return graph_of(nodes, {"w": skewed(6, 3, 3, 3, seed=0), "v": skewed(4, 6, seed=1), **biases})
 
 
-def prepared(model: onnx.ModelProto) -> Prepared:
-    return Prepared(model, int8_scope(model), ())
-
-
 def fake(ready: Prepared, ranges: object) -> FakeQuantized:
     return FakeQuantized(ready, quantize(ready, ranges, TYPES), TYPES).eval()  # type: ignore[arg-type]
 
@@ -52,8 +48,7 @@ def means(network: FakeQuantized, tensor: str) -> np.ndarray:
 
 
 def constant(ready: Prepared, name: str) -> np.ndarray:
-    (found,) = [numpy_helper.to_array(t) for t in ready.model.graph.initializer if t.name == name]
-    return found
+    return constants(ready.model)[name]
 
 
 def test_each_layers_mean_output_is_the_float_ones() -> None:

@@ -1,5 +1,6 @@
 """Equalised channels change the ranges and not the function."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -7,24 +8,14 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from questpress.export.int8.correction import CLEAR, equalize, layer_pairs
-from questpress.export.int8.quantizer import Prepared, int8_scope
 from questpress.export.int8.rewrite import rewrite
 
-from tests.support.graphs import answers, graph_of, weights
+from tests.support.graphs import answers, constants, graph_of, prepared, weights
 
 node = helper.make_node
 IMAGES = weights(24, 3, 8, 8, seed=5)
 SIX = {"zero": np.float32(0), "six": np.float32(6)}
 UNEVEN = np.array([0.01, 0.1, 1, 1, 10, 100], np.float32)
-
-
-def prepared(model: onnx.ModelProto) -> Prepared:
-    return Prepared(model, int8_scope(model), ())
-
-
-def constant(model: onnx.ModelProto, name: str) -> np.ndarray:
-    (found,) = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name == name]
-    return found
 
 
 def uneven(*, between: list[onnx.NodeProto], depthwise: bool = False) -> onnx.ModelProto:
@@ -53,12 +44,16 @@ RELU = [node("Relu", ["a"], ["m"], name="relu")]
 POOLED = [node("Relu", ["a"], ["p"], name="relu"), node("MaxPool", ["p"], ["m"], kernel_shape=[2, 2])]
 
 
-def spans(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
-    """The largest value of each channel of the writer's output."""
-    looked = onnx.ModelProto()
-    looked.CopyFrom(model)
-    looked.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
-    return np.abs(answers(looked, batch)[1]).max(axis=(0, 2, 3))
+def written(model: onnx.ModelProto) -> np.ndarray:
+    """Return the writer's output for IMAGES."""
+    both = copy.deepcopy(model)
+    both.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
+    return answers(both, IMAGES)[1]
+
+
+def spans(model: onnx.ModelProto) -> np.ndarray:
+    """Return the largest absolute value of each channel of the writer's output."""
+    return np.abs(written(model)).max(axis=(0, 2, 3))
 
 
 def assert_same_function(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
@@ -78,7 +73,7 @@ def test_equalization_across_relu_preserves_the_function(
     level = equalize(ready, IMAGES)
     assert level is not None and ready.model.SerializeToString() == untouched
     assert_same_function(ready.model, level.model)
-    was, now = spans(ready.model, IMAGES), spans(level.model, IMAGES)
+    was, now = spans(ready.model), spans(level.model)
     assert was.max() / was.min() > 1e3
     assert now.max() / now.min() < (1.01 if depthwise else 10)
 
@@ -87,14 +82,14 @@ def test_scales_are_the_roots_of_the_ranges_ratios() -> None:
     model = uneven(between=RELU)
     level = equalize(prepared(model), IMAGES)
     assert level is not None
-    v = np.abs(constant(model, "v"))[:, :, 0, 0]
+    was, now = constants(model), constants(level.model)
+    v = np.abs(was["v"])[:, :, 0, 0]
     r = (v / v.max(axis=1, keepdims=True)).max(axis=0)
-    s = np.sqrt(spans(model, IMAGES) / r)
+    s = np.sqrt(spans(model) / r)
     s = np.clip(s / np.median(s), 1e-3, 1e3)
-    column = s[:, None, None, None]
-    assert np.allclose(constant(level.model, "w"), constant(model, "w") / column, rtol=1e-4)
-    assert np.allclose(constant(level.model, "b"), constant(model, "b") / s, rtol=1e-4)
-    assert np.allclose(constant(level.model, "v"), constant(model, "v") * s[:, None, None], rtol=1e-4)
+    assert np.allclose(now["w"], was["w"] / s[:, None, None, None], rtol=1e-4)
+    assert np.allclose(now["b"], was["b"] / s, rtol=1e-4)
+    assert np.allclose(now["v"], was["v"] * s[:, None, None], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -112,18 +107,11 @@ def test_scales_are_the_roots_of_the_ranges_ratios() -> None:
 def test_equalization_skips_other_operators(between: list[onnx.NodeProto]) -> None:
     model = uneven(between=RELU)
     del model.graph.node[:], model.graph.value_info[:]
-    model.graph.node.extend(uneven_nodes(between))
+    writer, reader = node("Conv", ["input", "w", "b"], ["a"]), node("Conv", ["m", "v"], ["output"])
+    model.graph.node.extend([writer, *between, reader])
     model.graph.initializer.append(numpy_helper.from_array(np.float32(-1), "minus"))
     assert layer_pairs(model) == []
     assert equalize(prepared(model), IMAGES) is None
-
-
-def uneven_nodes(between: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    return [
-        node("Conv", ["input", "w", "b"], ["a"], name="writer"),
-        *between,
-        node("Conv", ["m", "v"], ["output"], name="reader"),
-    ]
 
 
 def test_shared_maps_and_weights_are_not_scaled() -> None:
@@ -150,26 +138,15 @@ def test_across_relu6_only_channels_clear_of_six_are_scaled() -> None:
     assert [p.bound for p in layer_pairs(model)] == [6.0]
     level = equalize(prepared(model), IMAGES)
     assert level is not None
-    looked = onnx.ModelProto()
-    looked.CopyFrom(model)
-    looked.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
-    top = answers(looked, IMAGES)[1].max(axis=(0, 2, 3))
+    top, now = (written(one).max(axis=(0, 2, 3)) for one in (model, level.model))
     clear = top < CLEAR * 6
     assert 0 < clear.sum() < 6
-    moved = np.abs(constant(level.model, "w") / constant(model, "w") - 1).max(axis=(1, 2, 3)) > 1e-6
+    moved = np.abs(constants(level.model)["w"] / constants(model)["w"] - 1).max(axis=(1, 2, 3)) > 1e-6
     assert not moved[~clear].any() and moved[clear].any()
-    now = spans_above(level.model)
     assert (now[clear] <= CLEAR * 6 + 1e-4).all()
     assert (now[clear & (top < 0.5)] > top[clear & (top < 0.5)]).all()
     (was,), (found,) = answers(model, IMAGES), answers(level.model, IMAGES)
     assert np.abs(found - was).max() <= 1e-4 * np.abs(was).max()
-
-
-def spans_above(model: onnx.ModelProto) -> np.ndarray:
-    looked = onnx.ModelProto()
-    looked.CopyFrom(model)
-    looked.graph.output.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, None))
-    return answers(looked, IMAGES)[1].max(axis=(0, 2, 3))
 
 
 @pytest.mark.parametrize("bounded", [False, True])
@@ -182,23 +159,23 @@ def test_zero_channels_stay_zero(bounded: bool) -> None:
         node(cut[0], ["d", *cut[1]], ["e"], name="cut again"),
         node("Conv", ["e", "v"], ["output"], name="reader"),
     ]
-    constants = {
+    kernels = {
         "w": weights(5, 3, 1, 1),
         "b": weights(5),
         "dw": weights(5, 1, 3, 3, seed=1),
         "v": weights(4, 5, 1, 1, seed=2),
         **SIX,
     }
-    model = graph_of(nodes, constants)
+    model = graph_of(nodes, kernels)
     assert rewrite(model, ["pad_depthwise_channels"])
     padded = {n.name: n.input[1] for n in model.graph.node if n.op_type == "Conv"}
-    assert constant(model, padded["depthwise"]).shape == (16, 1, 3, 3)
+    assert constants(model)[padded["depthwise"]].shape == (16, 1, 3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         level = equalize(prepared(model), IMAGES)
     assert level is not None
     for name, axis in (("writer", 0), ("depthwise", 0), ("reader", 1)):
-        w = constant(level.model, padded[name])
+        w = constants(level.model)[padded[name]]
         assert np.isfinite(w).all() and not np.take(w, range(5, 16), axis).any()
     assert_same_function(model, level.model)
 
@@ -220,5 +197,5 @@ def test_head_behind_global_pooling_takes_up_the_scales() -> None:
         )
         level = equalize(prepared(model), IMAGES)
         assert level is not None
-        assert not np.allclose(constant(level.model, "v"), constant(model, "v"))
+        assert not np.allclose(constants(level.model)["v"], constants(model)["v"])
         assert_same_function(model, level.model)

@@ -12,17 +12,11 @@ from onnx import helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8.fake_quantize import FakeQuantized, Range
-from questpress.export.int8.quantizer import (
-    Prepared,
-    calibrate_ranges,
-    int8_scope,
-    prepare,
-    quantize,
-    write_int8,
-)
+from questpress.export.int8.quantizer import Prepared, calibrate_ranges, prepare, quantize, write_int8
 from questpress.export.int8.targets import find_target
 
-from tests.support.graphs import graph_of, weights
+from tests.support import graphs
+from tests.support.graphs import constants, graph_of, weights
 from tests.support.networks import signal_to_noise, small_conv_net
 
 node = helper.make_node
@@ -189,7 +183,7 @@ def test_learned_ranges_are_those_of_the_file(prepared: Prepared) -> None:
             one.logs.copy_(torch.tensor([-0.1 - 0.01 * name, -0.3 + 0.02 * name]))
     overrides = network.overrides()
     learned = quantize(prepared, ranges, types, overrides=overrides)
-    held = {t.name: onnx.numpy_helper.to_array(t) for t in learned.graph.initializer}
+    held = constants(learned)
     seen = 0
     for one in learned.graph.node:
         if one.op_type == "QuantizeLinear":
@@ -207,8 +201,7 @@ def test_block_whose_last_channels_are_zero_gives_no_nan(tmp_path: Path) -> None
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=5, zero_init_last=True)
     ready = prepare(export_onnx(net.eval(), tmp_path / "a.onnx", 16, metadata={}).path)
-    held = [onnx.numpy_helper.to_array(t) for t in ready.model.graph.initializer]
-    assert any(one.ndim == 4 and not one.any() for one in held)  # γ = 0, folded
+    assert any(one.ndim == 4 and not one.any() for one in constants(ready.model).values())  # γ = 0, folded
     for name in ("x86", "x86-vnni", "arm64"):
         qdq, network = quantized(ready, name, images(16))
         batch = images(8, seed=1)
@@ -235,8 +228,7 @@ def test_one_dead_channel_among_live_ones_is_exactly_dead() -> None:
         node("Conv", ["b", "v"], ["output"], name="reads"),
     ]
     model = graph_of(nodes, {"w": w, "v": weights(2, 4, 1, 1)}, given=("batch", 3, 16, 16))
-    ready = Prepared(model, int8_scope(model), ())
-    _, network = quantized(ready, "arm64", images(8))
+    _, network = quantized(graphs.prepared(model), "arm64", images(8))
     with torch.no_grad():
         found = network(torch.from_numpy(images(2)), wanted=["b"])
     assert not found["b"][:, 2].any() and found["b"].any() and torch.isfinite(found["output"]).all()

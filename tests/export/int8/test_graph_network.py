@@ -8,13 +8,13 @@ import onnx
 import pytest
 import timm
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import prepare
 from questpress.export.int8.torch_graph import GraphNetwork, with_weights
 
-from tests.support.graphs import answers, graph_of, weights
+from tests.support.graphs import answers, constants, graph_of, weights
 
 node = helper.make_node
 
@@ -163,14 +163,8 @@ def test_weights_are_the_float_constants_and_go_back_into_a_copy_of_the_graph() 
         network.weight("layer.w").mul_(2)
         network.weight("bias").add_(1)
     changed = with_weights(model, network)
-    held = {t.name: numpy_helper.to_array(t) for t in changed.graph.initializer}
-    assert np.array_equal(held["layer.w"], 2 * weights(4, 3, 3, 3))
-    assert np.array_equal(held["bias"], weights(5, seed=2) + 1)
-    batch = weights(2, 3, 8, 8, seed=3)
-    with torch.no_grad():
-        found = network(torch.from_numpy(batch))["output"].numpy()
-    (expected,) = answers(changed, batch)
-    assert np.abs(found - expected).max() <= 1e-5 * float(np.ptp(expected))
+    assert np.array_equal(constants(changed)["layer.w"], 2 * weights(4, 3, 3, 3))
+    assert np.array_equal(constants(changed)["bias"], weights(5, seed=2) + 1)
     assert model.SerializeToString() == untouched
 
 

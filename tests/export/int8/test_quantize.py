@@ -166,13 +166,9 @@ def test_mobilenetv2_shrinks_at_least_3_4_times(tmp_path: Path) -> None:
 def test_network_with_group_norm_stays_partly_float_and_keeps_its_hard_swish(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(3, 16, 3),
-        nn.GroupNorm(4, 16),
-        nn.Conv2d(16, 4, 3),
-        nn.Hardswish(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
+        nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 4, 3), nn.Hardswish(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
     path = export_onnx(network, tmp_path / "a.onnx", 16, metadata={}).path
     file = quantize_int8(path, tmp_path / "b.onnx", [images(16)])
     assert file.recipe["rewritten"] == ["pool_globally"]

@@ -1,6 +1,5 @@
 """Every rewriting rule computes what the graph computed, and leaves alone what it can't rewrite exactly."""
 
-import copy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8.rewrite import RULES, rewrite
 from torch import nn
 
-from tests.support.graphs import answers, assert_same_answers, graph_of, operators, weights
+from tests.support.graphs import graph_of, operators, rewritten, weights
 
 node = helper.make_node
 
@@ -24,15 +23,11 @@ def images(n: int, size: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((n, channels, size, size), dtype=np.float32) * 2
 
 
-def exported(name: str, size: int, **options: object) -> onnx.ModelProto:
-    """A timm network with random weights, and batch norm statistics that are not the trivial ones."""
-    return onnx.ModelProto.FromString(_content(name, size, tuple(options.items())))
-
-
 @cache
-def _content(name: str, size: int, options: tuple[tuple[str, object], ...]) -> bytes:
+def exported(name: str, size: int, **options: object) -> bytes:
+    """A timm network with random weights, and batch norm statistics that are not the trivial ones."""
     torch.manual_seed(0)
-    network = timm.create_model(name, num_classes=7, **dict(options))
+    network = timm.create_model(name, num_classes=7, **options)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (
@@ -59,10 +54,8 @@ def _content(name: str, size: int, options: tuple[tuple[str, object], ...]) -> b
 def test_rewritten_network_gives_the_same_outputs(
     name: str, options: dict[str, object], left: set[str]
 ) -> None:
-    model = exported(name, 64, **options)
-    before = copy.deepcopy(model)
-    assert rewrite(model)
-    assert_same_answers(before, model, images(3, 64))
+    model = onnx.ModelProto.FromString(exported(name, 64, **options))
+    assert rewritten(model, images(3, 64))
     assert set(operators(model)) - left <= {
         *("Conv", "Gemm", "Relu", "Clip", "Add", "Mul", "MaxPool", "AveragePool"),
         *("GlobalAveragePool", "Reshape", "Flatten"),
@@ -72,14 +65,13 @@ def test_rewritten_network_gives_the_same_outputs(
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_rule_alone_is_exact_too(rule: str) -> None:
-    model = exported("mobilenetv3_small_075", 64)
-    before = copy.deepcopy(model)
-    assert rewrite(model, [rule]) == ([] if rule in ("drop_no_ops", "fold_batch_norm") else [rule])
-    assert_same_answers(before, model, images(2, 64))
+    model = onnx.ModelProto.FromString(exported("mobilenetv3_small_075", 64))
+    expected = [] if rule in ("drop_no_ops", "fold_batch_norm") else [rule]
+    assert rewritten(model, images(2, 64), [rule]) == expected
 
 
 def test_rules_can_be_left_out_and_a_wrong_name_is_refused() -> None:
-    model = exported("mobilenetv3_small_050", 32)
+    model = onnx.ModelProto.FromString(exported("mobilenetv3_small_050", 32))
     untouched = model.SerializeToString(deterministic=True)
     assert rewrite(model, []) == [] and model.SerializeToString(deterministic=True) == untouched
     with pytest.raises(ValueError, match=r"unknown rewrite rule 'faster'\. Choose from drop_no_ops, "):
@@ -92,10 +84,8 @@ def test_rules_can_be_left_out_and_a_wrong_name_is_refused() -> None:
 def test_only_means_over_height_and_width_are_pooling(axes: tuple[int, ...], keep: int, found: int) -> None:
     nodes = [node("ReduceMean", ["input", "axes"], ["output"], keepdims=keep, name="mean")]
     model = graph_of(nodes, {"axes": np.array(axes, np.int64)}, given=["batch", 3, 4, 5])
-    before = copy.deepcopy(model)
-    assert len(rewrite(model, ["pool_globally"])) == found
+    assert len(rewritten(model, weights(2, 3, 4, 5), ["pool_globally"])) == found
     assert operators(model)["GlobalAveragePool"] == found
-    assert_same_answers(before, model, weights(2, 3, 4, 5))
 
 
 @pytest.mark.parametrize("activation", ["HardSwish", "HardSigmoid"])
@@ -104,11 +94,9 @@ def test_activation_is_folded_into_the_convolution_before_it(activation: str, bi
     inputs = ["input", "w", "b"] if bias else ["input", "w"]
     nodes = [node("Conv", inputs, ["x"], name="c"), node(activation, ["x"], ["output"], name="a")]
     model = graph_of(nodes, {"w": weights(5, 3, 3, 3), "b": weights(5)})
-    before = copy.deepcopy(model)
-    rewrite(model)
+    rewritten(model, images(2, 8))
     count = operators(model)
     assert count["Mul"] == (activation == "HardSwish") and count["Clip"] == 1 and not count[activation]
-    assert_same_answers(before, model, images(2, 8))
     # The layer's tensor holds other values than before: what was observed under its name is not its range.
     assert "x" not in {name for n in model.graph.node for name in n.output}
 
@@ -116,9 +104,7 @@ def test_activation_is_folded_into_the_convolution_before_it(activation: str, bi
 def test_custom_slope_is_preserved() -> None:
     nodes = [node("Conv", ["input", "w"], ["x"]), node("HardSigmoid", ["x"], ["output"], alpha=0.3, beta=0.4)]
     model = graph_of(nodes, {"w": weights(5, 3, 1, 1)})
-    before = copy.deepcopy(model)
-    assert rewrite(model) == ["clip_hard_sigmoid"]
-    assert_same_answers(before, model, images(2, 8))
+    assert rewritten(model, images(2, 8)) == ["clip_hard_sigmoid"]
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
@@ -130,10 +116,8 @@ def test_factors_of_a_gemm_are_kept(transposed: int, bias: tuple[int, ...] | Non
     if bias is not None:
         constants["b"] = weights(*bias) if bias else np.float32(0.7)
     model = graph_of([gemm, node("HardSwish", ["x"], ["output"])], constants, given=["batch", 4])
-    before = copy.deepcopy(model)
-    rewrite(model)
+    rewritten(model, weights(6, 4, seed=1))
     assert operators(model)["Mul"] == 1
-    assert_same_answers(before, model, weights(6, 4, seed=1))
 
 
 def test_shared_weight_is_copied_before_a_change() -> None:
@@ -144,9 +128,7 @@ def test_shared_weight_is_copied_before_a_change() -> None:
         node("Add", ["y", "z"], ["output"]),
     ]
     model = graph_of(nodes, {"w": weights(5, 3, 1, 1), "b": weights(5)})
-    before = copy.deepcopy(model)
-    rewrite(model)
-    assert_same_answers(before, model, images(2, 8))
+    rewritten(model, images(2, 8))
     assert operators(model)["Mul"] == 1
 
 
@@ -166,10 +148,8 @@ def conv_and(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("output",)) -> 
     ids=["read twice", "given out", "not from a layer", "from the input"],
 )
 def test_unfoldable_factor_stays_a_product(model: onnx.ModelProto) -> None:
-    before = copy.deepcopy(model)
-    assert rewrite(model) == ["multiply_hard_swish"]
+    assert rewritten(model, images(2, 8)) == ["multiply_hard_swish"]
     assert operators(model)["Mul"] == 2 and not operators(model)["HardSwish"]
-    assert_same_answers(before, model, images(2, 8))
 
 
 def test_hard_sigmoid_that_no_layer_can_take_stays() -> None:
@@ -177,9 +157,7 @@ def test_hard_sigmoid_that_no_layer_can_take_stays() -> None:
         conv_and(node("HardSigmoid", ["x"], ["y"]), node("Mul", ["x", "y"], ["output"])),
         conv_and(node("HardSigmoid", ["x"], ["output"]), outputs=("output", "x")),
     ):
-        before = copy.deepcopy(model)
-        assert rewrite(model) == []
-        assert_same_answers(before, model, images(2, 8))
+        assert rewritten(model, images(2, 8)) == []
 
 
 def test_weights_that_are_given_or_computed_are_left_alone() -> None:
@@ -231,9 +209,8 @@ def test_batch_norm_that_was_left_is_folded(layer: str) -> None:
     norm = node("BatchNormalization", ["x", "γ", "β", "mean", "variance"], ["output"], epsilon=1e-3)
     shape = ["batch", 3, 8, 8] if layer == "Conv" else ["batch", 3]
     model = graph_of([node(layer, ["input", "w"], ["x"]), norm], constants, given=shape)
-    before = copy.deepcopy(model)
-    assert rewrite(model) == ["fold_batch_norm"] and operators(model) == {layer: 1}
-    assert_same_answers(before, model, images(4, 8) if layer == "Conv" else weights(4, 3))
+    batch = images(4, 8) if layer == "Conv" else weights(4, 3)
+    assert rewritten(model, batch) == ["fold_batch_norm"] and operators(model) == {layer: 1}
 
 
 def test_batch_norm_before_its_convolution_stays() -> None:
@@ -253,10 +230,8 @@ def test_dropout_and_identity_are_removed() -> None:
         ],
         {"ratio": np.float32(0.5)},
     )
-    before = copy.deepcopy(model)
-    assert rewrite(model) == ["drop_no_ops"]
+    assert rewritten(model, images(2, 8)) == ["drop_no_ops"]
     assert operators(model) == {"Relu": 1, "Identity": 1}
-    assert_same_answers(before, model, images(2, 8))
 
 
 def test_dropout_whose_mask_is_read_or_that_trains_stays() -> None:
@@ -287,7 +262,4 @@ def test_constant_nodes_are_constants() -> None:
         node("ReduceMean", ["y", "axes"], ["output"]),
     ]
     model = graph_of([*made, *rest], {})
-    before = copy.deepcopy(model)
-    assert rewrite(model) == ["pool_globally", "multiply_hard_swish"]
-    assert_same_answers(before, model, images(2, 8))
-    assert len(answers(model, images(1, 8))) == 1
+    assert rewritten(model, images(2, 8)) == ["pool_globally", "multiply_hard_swish"]
