@@ -18,6 +18,12 @@ from ..runs.scores import Calibration, ReliabilityBin, Temperature
 
 CHUNK = 1 << 22
 """Logits whose probabilities are computed at once, in float64."""
+BINS = 15
+RESAMPLES = 1000
+Z = 1.959963984540054
+"""Half-width of a 95 % interval in standard deviations."""
+LOWEST, HIGHEST = 0.05, 20.0
+"""Bounds of a fitted temperature."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,9 @@ class Softmax(Likelihood):
     """Labels are class numbers [n]; one prediction per image."""
 
     def predict(self, logits: np.ndarray, labels: np.ndarray) -> Predictions:
-        rows = max(1, CHUNK // logits.shape[1])
         parts: list[tuple[Tensor, ...]] = []
-        chunks = [torch.from_numpy(array).split(rows) for array in (logits, labels)]
-        for z, target in zip(*chunks, strict=True):
-            log_p = z.double().log_softmax(1)
+        for z, target in _chunks(torch.from_numpy(logits), torch.from_numpy(labels)):
+            log_p = z.log_softmax(1)
             p = log_p.exp()
             confidence, predicted = p.max(1)
             entropy, nll = -(p * log_p).sum(1), -log_p.gather(1, target.long()[:, None])[:, 0]
@@ -113,15 +117,6 @@ class Sigmoid(Likelihood):
     def slopes(self, beta: float, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         p = (beta * z).sigmoid()
         return (z * (p - y)).mean(1), (z**2 * p * (1 - p)).mean(1)
-
-
-BINS = 15
-RESAMPLES = 1000
-Z = 1.959963984540054
-"""Half-width of a 95 % interval in standard deviations."""
-
-LOWEST, HIGHEST = 0.05, 20.0
-"""Bounds of a fitted temperature."""
 
 
 def measure(
@@ -213,30 +208,25 @@ def _interval(
 
 
 def _bins(predictions: Predictions, index: np.ndarray) -> list[ReliabilityBin]:
-    place = index.ravel()
-    counts = np.bincount(place, minlength=BINS)
-    confidence = np.bincount(place, predictions.confidence.ravel(), BINS)
-    correct = np.bincount(place, predictions.correct.ravel(), BINS)
+    weights = (None, predictions.confidence.ravel(), predictions.correct.ravel())
+    sums = [np.bincount(index.ravel(), weight, BINS).tolist() for weight in weights]
     return [
         ReliabilityBin(
             low=100 * i / BINS,
             high=100 * (i + 1) / BINS,
-            n=int(counts[i]),
-            confidence=100 * float(confidence[i]) / int(counts[i]) if counts[i] else None,
-            accuracy=100 * float(correct[i]) / int(counts[i]) if counts[i] else None,
+            n=n,
+            confidence=100 * confidence / n if n else None,
+            accuracy=100 * correct / n if n else None,
         )
-        for i in range(BINS)
+        for i, (n, confidence, correct) in enumerate(zip(*sums, strict=True))
     ]
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, likelihood: Likelihood) -> Temperature:
     """Fit the T that minimizes the NLL of logits/T.
 
-    The NLL is convex in 1/T, so that its slope has at most one root.
-
-    Returns:
-        The temperature, with a note if T is at a bound (without a wrong prediction, T = 0 is best) or if
-        no T changes anything because each image's logits are all equal.
+    The NLL is convex in 1/T, so that its slope has at most one root. The result has a note if T is at a bound
+    (without a wrong prediction, T = 0 is best) or if no T changes anything.
 
     Raises:
         JobError: there is no image, or a logit is not finite.
@@ -257,22 +247,17 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, likelihood: Likeliho
 
     n, nll_before = len(z), mean_nll(1.0)
     if not z.any():
-        return Temperature(
-            value=1.0,
-            n=n,
-            nll_before=nll_before,
-            nll_after=nll_before,
-            note="the logits of each image are all equal, so no temperature changes anything",
-        )
-    beta, note = _minimize(lambda beta: float(slopes(beta)[0].mean()))
+        note = "the logits of each image are all equal, so no temperature changes anything"
+        return Temperature(value=1.0, n=n, nll_before=nll_before, nll_after=nll_before, note=note)
+    beta, bound = _minimize(lambda beta: float(slopes(beta)[0].mean()))
     low = high = None
-    if note is None:
+    if bound is None:
         slope, curvature = slopes(beta)
         # The standard error of log T from the images' slopes, by the delta method.
         half = Z * float(slope.std(correction=0)) / np.sqrt(n) / float(curvature.mean()) / beta
         low, high = float(np.exp(-half)) / beta, float(np.exp(half)) / beta
     return Temperature(
-        value=1 / beta, low=low, high=high, n=n, nll_before=nll_before, nll_after=mean_nll(beta), note=note
+        value=1 / beta, low=low, high=high, n=n, nll_before=nll_before, nll_after=mean_nll(beta), note=bound
     )
 
 

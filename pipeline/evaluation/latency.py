@@ -4,13 +4,14 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ...export.latency import extras, runner
-from ...export.latency.machine import RUNTIMES, SESSION_OPTIONS
+from ...export.latency.machine import SESSION_OPTIONS
 from ...export.latency.runner import BenchResult, worker_command
 from ...export.results import EndToEnd, Speedup
 from ...export.runtime import Classifier, ImageError, decode_image, render
@@ -22,6 +23,12 @@ Progress = Callable[[float, str], None]
 
 MAX_ALL_PAIRS = 6
 """Up to this number of subjects, each is compared with every other; more are compared with the first only."""
+INPUTS = 64
+"""Number of different inputs that a subject is run on in turn."""
+MAX_INPUT_BYTES = 256 * 1024 * 1024
+"""Of one subject's inputs; fewer are used if they are larger."""
+SYNTHETIC_IMAGES = 8
+SYNTHETIC_SIZE = (1024, 768)
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ def measure(
             "cores allowed": str(machine.cores),
             "onnxruntime": machine.onnxruntime,
             "load average at start": "" if machine.load is None else f"{machine.load:.2f}",
-            **{subject.file.runtime: RUNTIMES[subject.file.runtime].version for subject in subjects},
+            **{subject.file.runtime: version(subject.file.runtime) for subject in subjects},
         },
     )
     return bench, arrays
@@ -154,11 +161,7 @@ def _part(progress: Progress, begin: float, end: float) -> Progress:
 def _measure_end_to_end(
     subjects: Sequence[Subject], images: Images, protocol: Protocol, threads: int, progress: Progress
 ) -> list[tuple[EndToEnd, np.ndarray]]:
-    files = [
-        (subject.file.name, subject.path)
-        for subject in subjects
-        if subject.classifies and subject.file.runtime == "onnxruntime"
-    ]
+    files = [(s.file.name, s.path) for s in subjects if s.classifies and s.file.runtime == "onnxruntime"]
     seconds = protocol.end_to_end_seconds
     if not (files and images.contents and seconds):
         return []
@@ -175,16 +178,6 @@ def _compare(result: BenchResult, names: Sequence[str]) -> list[Speedup]:
         for over in (names[:index] if len(names) <= MAX_ALL_PAIRS else names[: min(index, 1)])
         for conditions in result.conditions
     ]
-
-
-INPUTS = 64
-"""Number of different inputs that a subject is run on in turn."""
-
-MAX_INPUT_BYTES = 256 * 1024 * 1024
-"""Of one subject's inputs; fewer are used if they are larger."""
-
-SYNTHETIC_IMAGES = 8
-SYNTHETIC_SIZE = (1024, 768)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -256,8 +249,8 @@ def render_inputs(classifier: Classifier, images: Sequence[bytes]) -> np.ndarray
 
 def repeat_shifted(rendered: np.ndarray, count: int) -> np.ndarray:
     """Return `count` different images, uint8 [count, S, S, 3]; repeated ones are shifted sideways."""
-    shifted = [np.roll(rendered[i % len(rendered)], i // len(rendered), axis=1) for i in range(count)]
-    return np.stack(shifted)
+    n = len(rendered)
+    return np.stack([np.roll(rendered[i % n], i // n, axis=1) for i in range(count)])
 
 
 def random_inputs(shape: tuple[int, ...], dtype: np.dtype, seed: int) -> np.ndarray:

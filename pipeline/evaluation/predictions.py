@@ -17,9 +17,15 @@ from .results import Confused
 
 BATCH = 128
 ONNX_BATCH = 32
+EXAMPLES = 12
+MAX_SIDE = 128
+"""Pixels of an example's side as shown."""
+MAX_CONFUSED = 100
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
+Prediction = tuple[str, float]
+"""Predicted label as text, and its probability."""
 
 
 def batches(pixels: Tensor, device: str, size: int = BATCH) -> Iterator[tuple[int, Tensor]]:
@@ -61,15 +67,6 @@ def compute_onnx_logits(file: Path, images: np.ndarray, progress: Stage, *, fuse
     return np.concatenate(logits)
 
 
-EXAMPLES = 12
-MAX_SIDE = 128
-"""Pixels of an example's side as shown."""
-MAX_CONFUSED = 100
-
-Prediction = tuple[str, float]
-"""Predicted label as text, and its probability."""
-
-
 def most_confused(confusion: np.ndarray, classes: Sequence[str]) -> list[Confused]:
     """Return the most frequent mistakes in ``confusion``, image counts [true class, predicted class]."""
     mistakes = confusion.copy()
@@ -91,11 +88,12 @@ def make_example(
     image: Image, label: str, student: Prediction, teacher: Prediction | None, pixels: np.ndarray | None
 ) -> Example:
     """Return an image with its predictions; ``pixels`` uint8 [S,S,3], None if they cannot be read."""
+    predicted, probability = teacher or (None, None)
     return Example(
         name=image.name,
         label=label,
-        teacher=None if teacher is None else teacher[0],
-        teacher_probability=None if teacher is None else teacher[1],
+        teacher=predicted,
+        teacher_probability=probability,
         student=student[0],
         student_probability=student[1],
         png="" if pixels is None else encode_thumbnail(pixels, min(MAX_SIDE, len(pixels))),

@@ -10,9 +10,8 @@ from ..config import TaskName
 from ..runs.results import Example
 from ..runs.scores import Calibration, ClassMeasure, Proportion, Score
 
-VALIDATION_SCHEMA_VERSION = 2
-
 Verdict = Literal["better", "no difference", "worse"]
+Kind = Literal["int8", "fp32", "teacher"]
 
 
 class Confused(Result):
@@ -77,7 +76,7 @@ class Pair(Result):
 class Validation(Result):
     """Results of files on labeled images."""
 
-    schema_version: int = VALIDATION_SCHEMA_VERSION
+    schema_version: int = 2
     title: str
     command: str
     data: str
@@ -106,11 +105,6 @@ class Validation(Result):
     @property
     def first(self) -> Network:
         return self.networks[0]
-
-
-COMPARISON_SCHEMA_VERSION = 2
-
-Kind = Literal["int8", "fp32", "teacher"]
 
 
 class ComparedFile(Result):
@@ -217,7 +211,7 @@ class Group(Result):
 class Comparison(Result):
     """Runs compared by their reports."""
 
-    schema_version: int = COMPARISON_SCHEMA_VERSION
+    schema_version: int = 2
     title: str
     command: str
     threads: int | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor, isfinite, log10
 
-from .tables import Table
+from .format import minus
 
 WIDTH = 340
 LABEL_WIDTH = 92
@@ -51,7 +51,7 @@ class Chart:
     legend: list[tuple[Drawing, str, str]] = field(default_factory=list)
     """Symbol, label, and last value of a curve."""
     kind: str = "chart"
-    table: Table | None = None
+    table: None = None
 
     @property
     def is_wide(self) -> bool:
@@ -95,8 +95,9 @@ def text(css: str, x: float, y: float, content: str, anchor: str = "start") -> S
     return Shape("text", attributes, content)
 
 
-def dot_symbol(key: str) -> Drawing:
-    return Drawing(12, 12, [circle(f"dot {key}", 6, 6, 5)])
+def linear_scale(low: float, high: float, start: float, end: float) -> Position:
+    """Return the positions of values, ``low`` at ``start`` and ``high`` at ``end``."""
+    return lambda value: start + (end - start) * (value - low) / (high - low)
 
 
 def y_axis(ticks: Sequence[tuple[float, str]], position: Position, left: float, right: float) -> list[Shape]:
@@ -134,12 +135,10 @@ class Mark:
 
 def bars(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
     """Draw horizontal bars from zero, with a whisker from the end of the bar to ``high``."""
-    if not (marks := _finite(marks)):
+    if not (marks := [mark for mark in marks if isfinite(mark.value)]):
         return None
     top = max(max(mark.value, mark.high or 0) for mark in marks) or 1
-
-    def x(value: float) -> float:
-        return LABEL_WIDTH + (WIDTH - LABEL_WIDTH - VALUE_WIDTH) * value / top
+    x = linear_scale(0, top, LABEL_WIDTH, WIDTH - VALUE_WIDTH)
 
     def draw(mark: Mark, y: float) -> list[Shape]:
         width = max(x(mark.value) - LABEL_WIDTH, 1)
@@ -154,13 +153,10 @@ def bars(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
 
 def dots(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
     """Draw percentages as dots with intervals. Dots, unlike bars, need no axis from zero."""
-    if not (marks := _finite(marks)):
+    if not (marks := [mark for mark in marks if isfinite(mark.value)]):
         return None
     start, end, step = percent_range(marks, 3)
-
-    def x(value: float) -> float:
-        width = WIDTH - LABEL_WIDTH - VALUE_WIDTH - 12
-        return LABEL_WIDTH + 6 + width * (value - start) / (end - start)
+    x = linear_scale(start, end, LABEL_WIDTH + 6, WIDTH - VALUE_WIDTH - 6)
 
     def draw(mark: Mark, y: float) -> list[Shape]:
         whisker = []
@@ -174,10 +170,6 @@ def dots(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
     grid = vertical_grid(axis_ticks(start, end, step), x, height + 18)
     note = "; ".join(part for part in (note, "axis does not start at 0" if start else "") if part)
     return Chart(title, _describe(title, marks), [Drawing(WIDTH, height + 18, [*grid, *shapes])], note)
-
-
-def _finite(marks: Sequence[Mark]) -> list[Mark]:
-    return [mark for mark in marks if isfinite(mark.value)]
 
 
 def percent_range(marks: Sequence[Mark], steps: int, *levels: float) -> tuple[float, float, float]:
@@ -217,9 +209,8 @@ class Curve:
     values: Sequence[float | None]
 
     @property
-    def points(self) -> list[tuple[int, float | None]]:
-        finite = [value if value is not None and isfinite(value) else None for value in self.values]
-        return list(zip(self.epochs, finite, strict=True))
+    def finite(self) -> list[float]:
+        return [value for value in self.values if value is not None and isfinite(value)]
 
 
 def lines(
@@ -231,8 +222,7 @@ def lines(
     x_name: str = "epoch",
 ) -> Chart | None:
     """Draw curves over epochs, or over ``x_name``, to ``top`` at most; None if no value is finite."""
-    finite = [(curve, [value for _, value in curve.points if value is not None]) for curve in curves]
-    finite = [(curve, values) for curve, values in finite if values]
+    finite = [(curve, curve.finite) for curve in curves if curve.finite]
     if not finite:
         return None
     low, high = min(min(values) for _, values in finite), max(max(values) for _, values in finite)
@@ -246,14 +236,9 @@ def lines(
         high = min(high, top)
     epochs = [epoch for curve, _ in finite for epoch in curve.epochs]
     first, last = min(epochs), max(epochs)
-
-    def x(epoch: float) -> float:
-        fraction = 0.5 if last == first else (epoch - first) / (last - first)
-        return LEFT + 4 + (WIDTH - LEFT - RIGHT - 8) * fraction
-
-    def y(value: float) -> float:
-        return TOP + PLOT_HEIGHT * (high - value) / (high - low)
-
+    ends = (first, last) if first < last else (first - 1, last + 1)
+    x = linear_scale(*ends, LEFT + 4, WIDTH - RIGHT - 4)
+    y = linear_scale(high, low, TOP, TOP + PLOT_HEIGHT)
     height = TOP + PLOT_HEIGHT + BOTTOM
     marked = _marked_epochs(first, last)
     shapes = y_axis(axis_ticks(low, high, step), y, LEFT, WIDTH - RIGHT)
@@ -277,8 +262,8 @@ def lines(
 def _draw_curve(curve: Curve, style: str, x: Position, y: Position, x_name: str) -> list[Shape]:
     pieces: list[list[tuple[float, float]]] = [[]]
     marks = []
-    for epoch, value in curve.points:
-        if value is None:
+    for epoch, value in zip(curve.epochs, curve.values, strict=True):
+        if value is None or not isfinite(value):
             pieces.append([])
         else:
             pieces[-1].append((x(epoch), y(value)))
@@ -302,10 +287,8 @@ def _marked_epochs(first: int, last: int) -> list[int]:
 def axis_number(value: float) -> str:
     """Format briefly, for axes and legends: 0.25, 1,200, 4e−05."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        written = f"{value:.3g}"
-    else:
-        written = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return written.replace("-", "−")
+        return minus(f"{value:.3g}")
+    return minus(f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
 
 
 def round_step(step: float) -> float:

@@ -6,7 +6,9 @@ A missing value is a dash, a value that is not finite is "not finite". Sizes are
 from collections import Counter
 from collections.abc import Sequence
 from math import floor, isfinite, log10
-from typing import Protocol
+
+from ...export.results import Speedup
+from ..runs.scores import Proportion, Score
 
 MISSING = "–"
 SPLITS = {"train": "training", "val": "validation", "test": "test", "all": ""}
@@ -32,9 +34,7 @@ def percent(value: float | None, n: int | None = None) -> str:
     """Format a percentage: with two decimals if it was measured on ``n`` >= 1,000 images, otherwise one."""
     if value is None:
         return MISSING
-    if not isfinite(value):
-        return "not finite"
-    return f"{_rounded(value, n)} %"
+    return f"{_rounded(value, n)} %" if isfinite(value) else "not finite"
 
 
 def percent_interval(low: float, high: float, n: int | None = None) -> str:
@@ -76,15 +76,7 @@ def times_interval(low: float, high: float) -> str:
     return f"{times(low)[:-1]}–{times(high)}"
 
 
-class Ratio(Protocol):
-    """A speed-up with its 95 % interval."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-def speedup(value: Ratio | None) -> str:
+def speedup(value: Speedup | None) -> str:
     """Format a speed-up with its interval: 1.76× (1.73–1.79×)."""
     return MISSING if value is None else f"{times(value.ratio)} ({times_interval(value.low, value.high)})"
 
@@ -130,7 +122,12 @@ def scientific(value: float) -> str:
 
 def title(name: str) -> str:
     """Return the name of a metric for a heading: Accuracy, mAP."""
-    return name[:1].upper() + name[1:] if name.islower() else name
+    return capitalize(name) if name.islower() else name
+
+
+def capitalize(text: str) -> str:
+    """Make the first letter upper-case and keep the others."""
+    return text[:1].upper() + text[1:]
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -160,25 +157,14 @@ def p_equals(p: float) -> str:
     return f"p {p_value(p)}" if p < 0.001 else f"p = {p_value(p)}"
 
 
-class Measured(Protocol):
-    """A score or a proportion of ``n`` images in percent, with its interval."""
-
-    percent: float
-    low: float
-    high: float
-    n: int
-
-
-def score(value: Measured | None) -> str:
+def score(value: Score | Proportion | None) -> str:
     """Format a score with its 95 % interval: 97.2 % (93.7–98.8 %)."""
-    if value is None:
-        return MISSING
-    return f"{percent(value.percent, value.n)} ({score_interval(value)})"
+    return MISSING if value is None else f"{score_percent(value)} ({score_interval(value)})"
 
 
-def score_interval(value: Measured | None) -> str:
+def score_interval(value: Score | Proportion | None) -> str:
     return MISSING if value is None else percent_interval(value.low, value.high, value.n)
 
 
-def score_percent(value: Measured | None) -> str:
+def score_percent(value: Score | Proportion | None) -> str:
     return MISSING if value is None else percent(value.percent, value.n)

@@ -154,7 +154,7 @@ def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
         ),
     }
     for name in dict.fromkeys(name for score in measured for name in score.details):
-        attributes[f"{name[:1].upper()}{name[1:]}"] = (partial(_format_detail, name), str)
+        attributes[format.capitalize(name)] = (partial(_format_detail, name), str)
     return attribute_rows(scores, attributes)
 
 

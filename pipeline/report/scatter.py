@@ -20,8 +20,8 @@ from .charts import (
     axis_number,
     axis_ticks,
     circle,
-    dot_symbol,
     line,
+    linear_scale,
     path,
     percent_range,
     polyline,
@@ -120,8 +120,8 @@ def scatter(
     best = frontier([(point.x, point.y) for point in points]) if show_frontier else list(range(len(points)))
     few = len(points) <= FEW_POINTS
     drawings = [
-        _Plot(points, best, levels, show_frontier, width, height, radius, letters, x_name).draw(css)
-        for css, width, height, radius, letters in (
+        _Plot(points, best, levels, show_frontier, x_name, *form).draw()
+        for form in (
             ("wide", 1000, 300 if few else 470, 26.0, 30),
             ("narrow", 350, 300 if few else 420, 17.0, 20),
         )
@@ -133,7 +133,7 @@ def scatter(
         names = ", ".join(points[i].name for i in best)
         description += f" Pareto front (no file is both faster and more accurate): {names}."
         note = f"{note} {_explain_marks(points, best)}".strip()
-    symbols = [(dot_symbol(key), label, "") for key, label in legend]
+    symbols = [(Drawing(12, 12, [circle(f"dot {key}", 6, 6, 5)]), label, "") for key, label in legend]
     return Chart(title, description, drawings, note, symbols)
 
 
@@ -154,51 +154,48 @@ def _explain_marks(points: Sequence[Point], best: Sequence[int]) -> str:
     return " ".join(sentences)
 
 
+@dataclass
 class _Plot:
     """The scatter chart for one width of the window."""
 
-    def __init__(
-        self,
-        points: Sequence[Point],
-        best: Sequence[int],
-        levels: Sequence[Level],
-        show_frontier: bool,
-        width: int,
-        height: int,
-        max_radius: float,
-        max_letters: int,
-        x_name: str,
-    ) -> None:
-        self.points, self.best, self.levels = points, best, levels
-        self.show_frontier, self.max_letters = show_frontier, max_letters
-        self.width, self.height = width, height
-        self.left, self.right, self.bottom = LEFT, width - RIGHT, height - BOTTOM
-        largest = max((point.bytes or 0 for point in points), default=0)
-        self.radii = [
-            round(max_radius * sqrt((point.bytes or 0) / largest), 2) if largest else 0.0 for point in points
-        ]
-        self.x, self.x_ticks = _x_scale(points, LEFT + 4.0, float(self.right))
-        self.x_name = f"{x_name}, logarithmic" if is_logarithmic(points) else x_name
-        marks = [Mark("", "", point.y, "", point.low, point.high) for point in points]
-        low, high, step = percent_range(marks, 5, *(level.y for level in levels))
-        self.y = _scale(high, low, TOP + INSET, height - BOTTOM - INSET)
+    points: Sequence[Point]
+    best: Sequence[int]
+    levels: Sequence[Level]
+    show_frontier: bool
+    x_name: str
+    css: str
+    width: int
+    height: int
+    max_radius: float
+    max_letters: int
+
+    def __post_init__(self) -> None:
+        self.right, self.bottom = self.width - RIGHT, self.height - BOTTOM
+        sizes = [point.bytes or 0 for point in self.points]
+        self.radii = [round(self.max_radius * sqrt(size / (max(sizes) or 1)), 2) for size in sizes]
+        self.x, self.x_ticks = _x_scale(self.points, LEFT + 4.0, float(self.right))
+        if is_logarithmic(self.points):
+            self.x_name += ", logarithmic"
+        marks = [Mark("", "", point.y, "", point.low, point.high) for point in self.points]
+        low, high, step = percent_range(marks, 5, *(level.y for level in self.levels))
+        self.y = _scale(high, low, TOP + INSET, self.bottom - INSET)
         self.y_ticks = axis_ticks(low, high, step)
 
-    def draw(self, css: str) -> Drawing:
-        shapes = y_axis(self.y_ticks, self.y, self.left, self.right)
+    def draw(self) -> Drawing:
+        shapes = y_axis(self.y_ticks, self.y, LEFT, self.right)
         for value, number in self.x_ticks:
             shapes.append(line("grid", self.x(value), self.bottom, self.x(value), self.bottom + 5))
             shapes.append(text("tick", self.x(value), self.bottom + 18, number, "middle"))
         shapes.append(text("tick axis", self.right, self.bottom + 34, self.x_name, "end"))
         shapes.append(text("tick axis", 0, 9, "%"))
         for level in self.levels:
-            shapes.append(line(f"level {level.key}", self.left, self.y(level.y), self.right, self.y(level.y)))
-            shapes.append(text("tick halo", self.left + 4, self.y(level.y) - 4, level.label))
+            shapes.append(line(f"level {level.key}", LEFT, self.y(level.y), self.right, self.y(level.y)))
+            shapes.append(text("tick halo", LEFT + 4, self.y(level.y) - 4, level.label))
         # Large circles first, so that small ones stay visible.
         for point, radius in sorted(zip(self.points, self.radii, strict=True), key=lambda pair: -pair[1]):
             if radius:
                 shapes.append(circle(f"area {point.key}", self.x(point.x), self.y(point.y), radius))
-        shapes += [*self._draw_frontier(), *self._draw_runs()]
+        shapes += self._draw_frontier() + self._draw_runs()
         labels = self.place_labels()
         for label in labels:
             if label.leader is not None:
@@ -215,17 +212,15 @@ class _Plot:
             is_best = self.show_frontier and any(self.points[i] is label.point for i in self.best)
             weight = "best" if is_best else "name"
             shapes.append(text(f"{weight} halo", label.x, label.y, label.text, label.anchor))
-        return Drawing(self.width, self.height, shapes, css)
+        return Drawing(self.width, self.height, shapes, self.css)
 
     def _draw_frontier(self) -> list[Shape]:
         """Draw the stairs from each point of the Pareto front across to the next one's latency, and up."""
-        if not self.show_frontier or len(self.best) < 2:
-            return []
         front = [(self.x(self.points[i].x), self.y(self.points[i].y)) for i in self.best]
         corners = front[:1]
         for (_, y), (next_x, next_y) in pairwise(front):
             corners += [(next_x, y), (next_x, next_y)]
-        return [polyline("stairs", corners)]
+        return [polyline("stairs", corners)] if self.show_frontier and len(front) > 1 else []
 
     def _draw_runs(self) -> list[Shape]:
         pairs: list[tuple[Point, Point]] = []
@@ -235,7 +230,7 @@ class _Plot:
 
     def place_labels(self) -> list[Label]:
         """Place a label for each point, those of the Pareto front first; a label without room is left out."""
-        frame = (self.left, TOP - 8.0, float(self.width), float(self.bottom))
+        frame = (LEFT, TOP - 8.0, float(self.width), float(self.bottom))
         circles, whiskers = [], []
         for point, area in zip(self.points, self.radii, strict=True):
             x, y, r = self.x(point.x), self.y(point.y), max(area, DOT)
@@ -244,7 +239,7 @@ class _Plot:
             whiskers.append((x - 2, min(ends), x + 2, max(ends)))
         for level in self.levels:
             y = self.y(level.y)
-            circles.append((self.left, y - LINE, self.left + 4 + LETTER * len(level.label), y))
+            circles.append((LEFT, y - LINE, LEFT + 4 + LETTER * len(level.label), y))
         taken: list[Box] = []
         labels = []
         labeled = [i for i, point in enumerate(self.points) if point.label]
@@ -273,20 +268,16 @@ class _Plot:
                 yield (left, y - LINE / 2, left + width, y + LINE / 2), anchor, distance
 
     def _label(self, point: Point, name: str, box: Box, anchor: str, distance: float) -> Label:
-        x = {"start": box[0], "end": box[2], "middle": (box[0] + box[2]) / 2}[anchor]
-        y = (box[1] + box[3]) / 2
-        leader = None
-        if distance >= LEADER:
-            edge = box[1] if self.y(point.y) < y else box[3]
-            leader = (x, edge if anchor == "middle" else y)
-        return Label(name, x, y + 4, anchor, point, leader)
+        left, top, right, bottom = box
+        x = {"start": left, "end": right, "middle": (left + right) / 2}[anchor]
+        y = (top + bottom) / 2
+        edge = y if anchor != "middle" else top if self.y(point.y) < y else bottom
+        return Label(name, x, y + 4, anchor, point, (x, edge) if distance >= LEADER else None)
 
 
-def _scale(low: float, high: float, start: float, end: float, *, logarithmic: bool = False) -> Position:
-    if logarithmic:
-        linear = _scale(log10(low), log10(high), start, end)
-        return lambda value: linear(log10(value))
-    return lambda value: round(start + (end - start) * (value - low) / (high - low), 1)
+def _scale(low: float, high: float, start: float, end: float, transform: Position = float) -> Position:
+    exact = linear_scale(transform(low), transform(high), start, end)
+    return lambda value: round(exact(transform(value)), 1)
 
 
 def is_logarithmic(points: Sequence[Point]) -> bool:
@@ -299,7 +290,7 @@ def _x_scale(points: Sequence[Point], start: float, end: float) -> tuple[Positio
     if is_logarithmic(points):
         margin = (high / low) ** 0.09
         first, last = low / margin, high * margin
-        position = _scale(first, last, start, end, logarithmic=True)
+        position = _scale(first, last, start, end, log10)
         factors = (1, 2, 5) if high / low > 12 else (1, 1.5, 2, 3, 5, 7)
         powers = range(floor(log10(first)), ceil(log10(last)) + 1)
         values = [factor * 10.0**power for power in powers for factor in factors]

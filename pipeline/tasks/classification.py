@@ -17,10 +17,8 @@ from .base import CHUNK, Chance, Names, PairedTest, Task, Thresholds
 
 UNEVEN = 1.5
 """Balanced accuracy is reported if the largest class has more than this many times the smallest's images."""
-
 CHANCE_IMAGES = 2
 """A loss of this many images may be chance, whatever the test."""
-
 BALANCED, TOP5 = "balanced accuracy", "top-5 accuracy"
 
 

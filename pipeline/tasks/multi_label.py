@@ -19,54 +19,28 @@ from ..evaluation.calibration import Sigmoid
 from ..runs.scores import ClassScore, Measure, Score
 from .base import Chance, Names, Task, Thresholds
 
+NO_CLASS = "no class"
+MICRO, MACRO = "micro F1", "macro F1"
 DEFAULT_THRESHOLD = 0.5
-
 RESAMPLES, MIN_RESAMPLES, MAX_WORK = 400, 50, 2_000_000_000
 """Bootstrap resamples of the images. The number falls to the minimum as resamples times images times classes
 reach the maximum (about ten seconds).
 """
-
 CHUNK = 1 << 22
 """Images times classes that are ranked at once: about 200 MB."""
 
 
-def mean_average_precision(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Compute timm's mAP over the classes that an image shows, in percent."""
-    shown = targets.any(0)
-    return evaluate(logits[:, shown], targets[:, shown])["map"]
-
-
-def evaluate(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def evaluate(logits: ndarray, targets: ndarray) -> dict[str, float]:
     """Return timm's multi-label metrics, with labels predicted from a logit of 0."""
     evaluator = MultiLabelClassificationEvaluator()
     evaluator.update(torch.from_numpy(np.ascontiguousarray(logits)), torch.from_numpy(np.array(targets)))
     return dict(evaluator.compute())
 
 
-def choose_thresholds(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return the threshold of each class that gives the highest F1, float64 [classes].
-
-    It lies halfway between the lowest accepted probability and the highest rejected one. Of several with
-    equal F1 the highest is chosen; a class that no image shows gets the default.
-    """
-    chosen = np.full(targets.shape[1], DEFAULT_THRESHOLD)
-    for c in np.flatnonzero(targets.any(0)):
-        probability = sigmoid(logits[:, c])
-        order = np.argsort(-probability, kind="stable")
-        ranked, hits = probability[order], np.cumsum(targets[order, c])
-        accepted = np.arange(1, len(ranked) + 1)
-        ends = np.append(ranked[:-1] != ranked[1:], True)  # equal probabilities are accepted together
-        f1 = np.where(ends, 2 * hits / (accepted + hits[-1]), -1)
-        last = int(f1.argmax())
-        below = ranked[last + 1] if last + 1 < len(ranked) else 0.0
-        chosen[c] = (ranked[last] + below) / 2
-    return chosen
-
-
 class Ranking:
     """The images of each class by falling logit, and the ranks of those that show the class."""
 
-    def __init__(self, logits: np.ndarray, targets: np.ndarray) -> None:
+    def __init__(self, logits: ndarray, targets: ndarray) -> None:
         scores, shown = np.ascontiguousarray(logits.T), np.ascontiguousarray(targets.T) > 0
         self.order = np.argsort(-scores, axis=1, kind="stable")
         """Indices of the images, [classes,n]."""
@@ -84,7 +58,7 @@ class Ranking:
         self.last_hits = self.firsts[self.classes] + np.cumsum(hits, axis=1)[self.classes, self.ends] - 1
 
 
-def average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
+def average_precision(ranking: Ranking, weights: ndarray) -> ndarray:
     """Return each class's average precision, 0 to 1, if image i counts ``weights[i]`` times.
 
     A class without a positive image gets NaN. Weights of 1 give timm's average precision.
@@ -100,13 +74,7 @@ def average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
         return np.asarray(total / np.bincount(classes, hits, minlength=len(ranking.order)))
 
 
-def class_average_precision(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return each class's average precision in percent; NaN for a class that no image shows."""
-    ones = np.ones(len(logits))
-    return 100 * np.concatenate([average_precision(ranking, ones) for ranking in _rankings(logits, targets)])
-
-
-def map_interval(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+def map_interval(logits: ndarray, targets: ndarray) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval over images of the mAP, in percent.
 
     Every class must be shown by an image. The interval is shifted by the resamples' bias, since an image that
@@ -128,17 +96,12 @@ def map_interval(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]
     return max(0.0, min(float(low), own)), min(100.0, max(float(high), own))
 
 
-def _rankings(logits: np.ndarray, targets: np.ndarray) -> Iterator[Ranking]:
+def _rankings(logits: ndarray, targets: ndarray) -> Iterator[Ranking]:
     """Rank a few classes at a time to bound memory."""
     few = max(1, CHUNK // len(targets))
     for first in range(0, targets.shape[1], few):
         part = slice(first, first + few)
         yield Ranking(logits[:, part], targets[:, part])
-
-
-NO_CLASS = "no class"
-
-MICRO, MACRO = "micro F1", "macro F1"
 
 
 class MultiLabel(Task):
@@ -176,7 +139,23 @@ class MultiLabel(Task):
         return np.full(classes, DEFAULT_THRESHOLD)
 
     def choose_thresholds(self, logits: ndarray, labels: ndarray) -> ndarray:
-        return choose_thresholds(logits, labels)
+        """Return the threshold of each class that gives the highest F1.
+
+        It lies halfway between the lowest accepted probability and the highest rejected one. Of several with
+        equal F1 the highest is chosen; a class that no image shows gets the default.
+        """
+        chosen = self.default_thresholds(labels.shape[1])
+        for c in np.flatnonzero(labels.any(0)):
+            probability = sigmoid(logits[:, c])
+            order = np.argsort(-probability, kind="stable")
+            ranked, hits = probability[order], np.cumsum(labels[order, c])
+            accepted = np.arange(1, len(ranked) + 1)
+            ends = np.append(ranked[:-1] != ranked[1:], True)  # equal probabilities are accepted together
+            f1 = np.where(ends, 2 * hits / (accepted + hits[-1]), -1)
+            last = int(f1.argmax())
+            below = ranked[last + 1] if last + 1 < len(ranked) else 0.0
+            chosen[c] = (ranked[last] + below) / 2
+        return chosen
 
     def predict(self, logits: ndarray, thresholds: Thresholds = None) -> ndarray:
         if thresholds is None:
@@ -191,7 +170,9 @@ class MultiLabel(Task):
         return [", ".join(classes[int(c)] for c in np.flatnonzero(row)) or NO_CLASS for row in labels]
 
     def percent(self, logits: ndarray, labels: ndarray) -> float:
-        return mean_average_precision(logits, labels)
+        """Compute timm's mAP over the classes that an image shows."""
+        shown = labels.any(0)
+        return evaluate(logits[:, shown], labels[:, shown])["map"]
 
     def score(
         self, logits: ndarray, labels: ndarray, classes: Names = (), thresholds: Thresholds = None
@@ -215,7 +196,8 @@ class MultiLabel(Task):
     def _score_classes(
         self, logits: ndarray, labels: ndarray, classes: Names, thresholds: Thresholds
     ) -> list[ClassScore]:
-        precision = class_average_precision(logits, labels)
+        ones = np.ones(len(logits))
+        precision = 100 * np.concatenate([average_precision(r, ones) for r in _rankings(logits, labels)])
         measures = self.measure_classes(logits, labels, classes, thresholds)
         thresholds = self.default_thresholds(len(classes)) if thresholds is None else thresholds
         rows = zip(measures, precision.tolist(), thresholds.tolist(), strict=True)

@@ -14,7 +14,7 @@ from questpress.pipeline.api.validate import validate
 from questpress.pipeline.data.sources import open_data
 from questpress.pipeline.report.terminal import report_table
 from questpress.pipeline.runs.results import Report
-from questpress.pipeline.tasks import multi_label
+from questpress.pipeline.tasks import load_task
 from safetensors.numpy import load_file
 
 from benchmarks import digits_on_canvas
@@ -49,9 +49,7 @@ def test_report_has_map_and_f1_of_the_files_that_ship(run: Path, labels: Path) -
         answers = classifier.predict([image.read() for image in test], top=10)
         p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
         logits = np.log(p) - np.log1p(-p)
-        assert found["percent"] == pytest.approx(
-            multi_label.mean_average_precision(logits, targets), abs=0.05
-        )
+        assert found["percent"] == pytest.approx(load_task("multi-label").percent(logits, targets), abs=0.05)
         decided = np.array([[label in dict(one.labels) for label in data.classes] for one in answers])
         right = 2 * (decided & (targets > 0)).sum() / (decided.sum() + targets.sum())
         assert found["details"]["micro F1"]["percent"] == pytest.approx(100 * right)
@@ -68,7 +66,7 @@ def test_thresholds_are_the_fp32_files_best_on_the_val_images(run: Path, labels:
     answers = Classifier.load(run, precision="fp32").predict([i.read() for i in data.val], top=10)
     p = np.array([[dict(one.top)[label] for label in data.classes] for one in answers])
     targets = np.array([[label in i.labels for label in range(10)] for i in data.val], dtype=np.float32)
-    expected = multi_label.choose_thresholds(np.log(p) - np.log1p(-p), targets)
+    expected = load_task("multi-label").choose_thresholds(np.log(p) - np.log1p(-p), targets)
     np.testing.assert_allclose(manifest["thresholds"], expected, atol=1e-6)
     for name in ("student.onnx", "student.int8.onnx"):
         model = onnx.load(run / "artifact" / name)

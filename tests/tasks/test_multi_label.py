@@ -30,7 +30,7 @@ def bce(z: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def test_map_is_the_mean_of_scikit_learns_average_precision() -> None:
     expected = 100 * np.mean([average_precision_score(TARGETS[:, c], LOGITS[:, c]) for c in range(C)])
-    assert multi_label.mean_average_precision(LOGITS, TARGETS) == pytest.approx(expected, abs=1e-6)
+    assert TASK.percent(LOGITS, TARGETS) == pytest.approx(expected, abs=1e-6)
 
 
 def test_weighted_image_counts_as_often_as_copies_of_it() -> None:
@@ -43,7 +43,7 @@ def test_weighted_image_counts_as_often_as_copies_of_it() -> None:
 
 
 def test_threshold_has_the_best_f1_of_all_there_are() -> None:
-    chosen = multi_label.choose_thresholds(LOGITS, TARGETS)
+    chosen = TASK.choose_thresholds(LOGITS, TARGETS)
     p = sigmoid(LOGITS)
     for c in range(C):
         each = [f1_score(TARGETS[:, c], p[:, c] >= one) for one in p[:, c]]
@@ -54,7 +54,7 @@ def test_threshold_has_the_best_f1_of_all_there_are() -> None:
 def test_thresholds_at_the_ends() -> None:
     targets = np.array([[1, 0, 1], [1, 0, 0], [1, 0, 1]], dtype=np.float32)
     logits = np.array([[1, 0, 2], [2, 1, -2], [3, 2, 2]], dtype=np.float32)
-    all_shown, none_shown, split = multi_label.choose_thresholds(logits, targets)
+    all_shown, none_shown, split = TASK.choose_thresholds(logits, targets)
     assert 0 < all_shown < sigmoid(np.array([1.0]))[0]
     assert none_shown == 0.5
     assert split == pytest.approx(0.5)  # halfway between σ(2) and σ(−2)
@@ -64,7 +64,7 @@ def test_highest_of_equal_thresholds_is_chosen() -> None:
     # One of two taken: precision 1, recall ½. Four taken: ½ and 1. Both have F1 2/3.
     targets = np.array([[1], [0], [0], [1]], dtype=np.float32)
     logits = np.array([[2], [1], [0], [-1]], dtype=np.float32)
-    assert multi_label.choose_thresholds(logits, targets)[0] > sigmoid(np.array([1.0]))[0]
+    assert TASK.choose_thresholds(logits, targets)[0] > sigmoid(np.array([1.0]))[0]
 
 
 def test_class_without_images_is_excluded_from_map() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ...runs.results import Report
 from ...runs.scores import Calibration, Proportion, ReliabilityBin
 from .. import format
-from ..charts import WIDTH, Chart, Drawing, Shape, circle, path, rectangle, text, y_axis
+from ..charts import WIDTH, Chart, Drawing, Shape, circle, linear_scale, path, rectangle, text, y_axis
 from ..networks import Column, all_networks, compared_networks, shipped_network
 from ..page import Section
 from ..tables import Table
@@ -16,6 +16,10 @@ BARS_TOP, BARS_HEIGHT = TOP + SIDE + 12, 34
 HEIGHT = BARS_TOP + BARS_HEIGHT + 34
 INSET = 6
 """Distance of 0 and 100 % from the edges of the diagram."""
+
+x = linear_scale(0, 100, LEFT + INSET, LEFT + SIDE - INSET)
+y = linear_scale(0, 100, TOP + SIDE - INSET, TOP + INSET)
+"""Positions of a confidence and of an accuracy."""
 
 
 def section(report: Report) -> Section:
@@ -67,7 +71,6 @@ def verdict(calibration: Calibration) -> str:
 
 
 def _temperature(report: Report) -> list[str]:
-    """Return the fitted temperature and its effect."""
     fit, shipped = report.temperature, shipped_network(report)
     if fit is None:
         return []
@@ -144,14 +147,6 @@ def reliability_diagram(column: Column, calibration: Calibration) -> Chart:
     return Chart(column.role, description, [Drawing(WIDTH, HEIGHT, shapes)], note)
 
 
-def x(confidence: float) -> float:
-    return LEFT + INSET + (SIDE - 2 * INSET) * confidence / 100
-
-
-def y(accuracy: float) -> float:
-    return TOP + SIDE - INSET - (SIDE - 2 * INSET) * accuracy / 100
-
-
 def _describe_bin(part: ReliabilityBin) -> str:
     predictions = format.plural(part.n, "prediction")
     return f"{predictions} at {format.percent(part.confidence)}, accuracy {format.percent(part.accuracy)}"
@@ -161,10 +156,8 @@ def _dot(part: ReliabilityBin, key: str) -> list[Shape]:
     assert part.confidence is not None and part.accuracy is not None
     interval = Proportion.from_counts(round(part.n * part.accuracy / 100), part.n)
     place = x(part.confidence)
-    return [
-        path(f"whisker {key}", "M", place, y(interval.low), "V", y(interval.high)),
-        circle(f"dot {key}", place, y(part.accuracy), 4, _describe_bin(part)),
-    ]
+    whisker = path(f"whisker {key}", "M", place, y(interval.low), "V", y(interval.high))
+    return [whisker, circle(f"dot {key}", place, y(part.accuracy), 4, _describe_bin(part))]
 
 
 def _before(part: ReliabilityBin, key: str) -> Shape:

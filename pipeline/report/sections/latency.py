@@ -17,6 +17,7 @@ from ..charts import (
     Shape,
     axis_ticks,
     line,
+    linear_scale,
     path,
     polyline,
     round_step,
@@ -243,11 +244,7 @@ def histograms(bench: Bench, threads: int) -> Chart | None:
     ratios = [np.array(latency.quantiles) / (latency.p50 or 1.0) for latency in shown]
     low = max(0.5, min(float(ratio[1]) for ratio in ratios))
     high = min(MAX_RATIO, max(1.15, *(float(ratio[99]) for ratio in ratios)))
-    left, right = LABEL_WIDTH + 6, WIDTH - VALUE_WIDTH
-
-    def x(ratio: float) -> float:
-        return left + (right - left) * (ratio - low) / (high - low)
-
+    x = linear_scale(low, high, LABEL_WIDTH + 6, WIDTH - VALUE_WIDTH)
     height = 8 + len(shown) * ROW + 20
     step = round_step((high - low) / 4)
     ticks = axis_ticks(float(step * np.ceil(low / step)), high, step)
