@@ -192,13 +192,12 @@ class Readouts(nn.Module):
         part: Callable[..., Any] = getattr(self.network, name)
         return part if "map_pre" in reads else self.compiled.get(name, part)
 
-    def _as_map(self, features: Any, levels: dict[int, Tensor]) -> Tensor:
+    def _as_map(self, features: Tensor, levels: dict[int, Tensor]) -> Tensor:
         if self.layout == "tokens":
             return levels[self.level_count - 1]
         if self.layout == "NHWC":
             return features.permute(0, 3, 1, 2)
-        result: Tensor = features
-        return result
+        return features
 
     def _level(self, read: str) -> int | None:
         """Return the non-negative number of `map@i`; None if there is no such level."""
@@ -330,11 +329,8 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _two_images(network: nn.Module, image_size: int) -> Tensor:
-    first = next(network.parameters(), None)
-    device = first.device if first is not None else torch.device("cpu")
-    dtype = first.dtype if first is not None else torch.float32
     noise = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    return noise.to(device=device, dtype=dtype)
+    return noise.to(next(network.parameters(), noise))
 
 
 def _as_chw(shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:

@@ -81,7 +81,7 @@ def measure(
             spent = _block(subjects[index], steps[index], synchronise)
             blocks[index].append(np.array([1000 * spent / (steps[index] * subjects[index].images)]))
     return [
-        Samples.from_blocks(subject.name, threads, of_subject)
+        Samples(subject.name, threads, of_subject)
         for subject, of_subject in zip(subjects, blocks, strict=True)
     ]
 
@@ -151,7 +151,7 @@ def _sum(parts: Sequence[Samples]) -> Samples:
         return parts[0]
     samples = np.sum([one.ms for one in parts], axis=0)
     name = " + ".join(one.subject for one in parts)
-    return Samples.from_blocks(name, parts[0].threads, [samples[[index]] for index in range(len(samples))])
+    return Samples(name, parts[0].threads, [samples[[index]] for index in range(len(samples))])
 
 
 def rates(timed: Iterable[Samples], seed: int = 0, resamples: int = 2000) -> list[dict[str, Any]]:

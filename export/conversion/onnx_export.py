@@ -174,12 +174,8 @@ def describe(path: Path) -> OnnxFile:
 
 def _describe(path: Path, content: bytes, proto: onnx.ModelProto) -> OnnxFile:
     sha256 = hashlib.sha256(content).hexdigest()
-    return OnnxFile(path, len(content), sha256, opset_of(proto), proto.ir_version)
-
-
-def opset_of(proto: onnx.ModelProto) -> int:
-    """Return the version of ONNX's default operator set that a model uses."""
-    return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    return OnnxFile(path, len(content), sha256, opset, proto.ir_version)
 
 
 def _traced(network: nn.Module, image_size: int, opset: int, output: str) -> onnx_ir.Model:

@@ -71,15 +71,10 @@ def read_untrusted(path: Path, *, external_data: bool = False) -> tuple[bytes, o
 
 
 def parse_untrusted(content: bytes, name: str, data_name: str | None = None) -> onnx.ModelProto:
-    """Return the model in the content of a file.
+    """Return the model in the content of a file; only the file `data_name` may hold external data.
 
-    Args:
-        name: the model's name in errors.
-        data_name: name of the only file that may hold external data.
-
-    Raises:
-        ExportError: it is not an ONNX file; the model needs data or operators from elsewhere, declares more
-            data than it holds, has cycles, or exceeds the limits above.
+    Raises ExportError, which names the model `name`, if it is not an ONNX file, needs data or operators from
+    elsewhere, declares more data than it holds, has cycles, or exceeds the limits above.
     """
     try:
         model = onnx.ModelProto.FromString(content)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -129,17 +129,10 @@ class FakeQuantized(GraphNetwork):
 
     def sources(self) -> list[str]:
         """Return the names of rounded activations and weights in the order of the graph."""
-        weights = {
-            self._float_name(step): None
-            for step in self.steps
-            if self._is_weight(step) and self._rounds(step)
-        }
-        order = {
-            name: place for place, step in enumerate(self.steps) for name in (*step.outputs, *step.inputs)
-        }
-        return sorted(
-            (*self.range_of, *weights), key=lambda name: order.get(name, order.get(name + _QUANTIZED, 0))
-        )
+        rounded = [step for step in self.steps if self._is_weight(step) and self._rounds(step)]
+        names = dict.fromkeys([*self.range_of, *map(self._float_name, rounded)])
+        order = {name: i for i, step in enumerate(self.steps) for name in (*step.outputs, *step.inputs)}
+        return sorted(names, key=lambda name: order.get(name, order.get(name + _QUANTIZED, 0)))
 
     @contextmanager
     def rounding(self, only: frozenset[str] | None) -> Iterator[None]:
@@ -153,12 +146,7 @@ class FakeQuantized(GraphNetwork):
     @torch.no_grad()
     def overrides(self) -> Overrides:
         """Return the current ranges for `quantize`."""
-        learned = {}
-        for name, key in self.range_of.items():
-            activation_range = self.ranges[key]
-            assert isinstance(activation_range, Range)
-            learned[name] = activation_range.learned()
-        return learned
+        return {name: cast(Range, self.ranges[key]).learned() for name, key in self.range_of.items()}
 
     def compute(self, step: Step, values: Values) -> None:
         if step.op_type == "QuantizeLinear":

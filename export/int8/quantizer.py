@@ -59,21 +59,6 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
     return Scope(WEIGHTED if only_products(model) else _INTEGER, tuple(attention))
 
 
-def stem(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the names of convolutions of at most 3 × 3 that read a graph input of at most 4 channels."""
-    constants = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    first = model.graph.input[0].name
-    return tuple(
-        node.name
-        for node in model.graph.node
-        if node.op_type == "Conv"
-        and node.input[0] == first
-        and node.input[1] in constants
-        and constants[node.input[1]][1] <= 4
-        and max(constants[node.input[1]][2:]) <= 3
-    )
-
-
 def only_products(model: onnx.ModelProto) -> bool:
     """Return True if only products with weights become int8."""
     return any(node.op_type in _NORMS for node in model.graph.node)
@@ -221,8 +206,22 @@ class Prepared:
     """Preprocessing before this graph if the file has a uint8 input."""
 
     def stem(self, types: Target) -> tuple[str, ...]:
-        """Return the nodes that are faster in float; none if the input is uint8 and needs no conversion."""
-        return stem(self.model) if types.float_stem and not isinstance(self.front, Folded) else ()
+        """Return convolutions of at most 3 × 3 on an input of at most 4 channels, which are faster in float.
+
+        There are none if the input is uint8 and needs no conversion.
+        """
+        if not types.float_stem or isinstance(self.front, Folded):
+            return ()
+        constants = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
+        return tuple(
+            node.name
+            for node in self.model.graph.node
+            if node.op_type == "Conv"
+            and node.input[0] == self.model.graph.input[0].name
+            and node.input[1] in constants
+            and constants[node.input[1]][1] <= 4
+            and max(constants[node.input[1]][2:]) <= 3
+        )
 
     def fed(self, calibration: Batches) -> Batches:
         """Convert images as the file takes them to inputs of this graph. Raises ExportError."""

@@ -35,7 +35,7 @@ class Target:
     reduce_range: bool
     """True if weights use 7 bits only."""
     float_stem: bool
-    """True if a small first convolution is faster in float (see `quantizer.stem`)."""
+    """True if a small first convolution is faster in float (see `Prepared.stem`)."""
 
     @property
     def described(self) -> dict[str, str | bool]:

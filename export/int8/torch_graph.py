@@ -223,7 +223,7 @@ class GraphNetwork(nn.Module):
         self.constants: Values = {}
         for tensor in graph.initializer:
             self._hold(tensor)
-        self.steps = tuple(self._steps(graph.node))
+        self.steps = tuple(self._steps(list(graph.node)))
         for step in self.steps:
             if self._operator(step) is None:
                 raise NotInTorchError(
@@ -275,8 +275,7 @@ class GraphNetwork(nn.Module):
         else:
             self.constants[tensor.name] = value
 
-    def _steps(self, nodes: Iterable[onnx.NodeProto]) -> Iterable[Step]:
-        nodes = list(nodes)
+    def _steps(self, nodes: list[onnx.NodeProto]) -> Iterable[Step]:
         last = {name: index for index, node in enumerate(nodes) for name in node.input}
         for index, node in enumerate(nodes):
             yield Step(

@@ -100,7 +100,7 @@ def measure_end_to_end(
     results = []
     for (name, _), rows in zip(files, blocks, strict=True):
         steps = np.concatenate(rows)
-        totals = Samples.from_blocks(name, threads, [row.sum(axis=1) for row in rows])
+        totals = Samples(name, threads, [row.sum(axis=1) for row in rows])
         medians = dict(zip(STEPS, np.median(steps, axis=0).tolist(), strict=True))
         total = compute_percentiles(totals)
         result = EndToEnd(subject=name, threads=threads, total=total, n=len(steps), **medians)

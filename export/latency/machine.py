@@ -7,7 +7,6 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -125,24 +124,8 @@ def _read(file: Path) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """A runtime that the bench can time, and the Python package that provides it."""
-
-    name: str
-    package: str
-    min_version: str
-
-    @property
-    def version(self) -> str:
-        """The installed version."""
-        return version(self.package)
-
-
-RUNTIMES = {
-    "onnxruntime": Runtime("onnxruntime", "onnxruntime", "1.27"),
-    "openvino": Runtime("openvino", "openvino", "2025.0"),
-}
+RUNTIMES = {"onnxruntime": "1.27", "openvino": "2025.0"}
+"""Python packages of the runtimes that the bench can time, and their oldest supported versions."""
 
 SESSION_OPTIONS = [
     "CPUExecutionProvider",
@@ -153,13 +136,9 @@ SESSION_OPTIONS = [
 """What `runtime.open_session` sets."""
 
 
-def find_runtime(name: str) -> Runtime:
-    """Return a runtime by name. Raises ExportError if it is unknown or not installed."""
+def check_runtime(name: str) -> None:
+    """Raise ExportError if a runtime is unknown or not installed."""
     if name not in RUNTIMES:
         raise ExportError(f"unknown runtime {name!r}, choose from {', '.join(RUNTIMES)}")
-    runtime = RUNTIMES[name]
-    if find_spec(runtime.package) is None:
-        raise ExportError(
-            f"{name} is not installed. Run pip install '{runtime.package}>={runtime.min_version}'"
-        )
-    return runtime
+    if find_spec(name) is None:
+        raise ExportError(f"{name} is not installed. Run pip install '{name}>={RUNTIMES[name]}'")

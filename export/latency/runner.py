@@ -3,7 +3,7 @@
 Every subject has separate worker processes, pinned to as many cores as they have threads. After a warm-up
 they run in rounds: in each, every subject runs one block at batch size 1 on different inputs, in seeded
 random order, and a subject's processes take turns. No outlier is dropped. A sentinel times a fixed
-computation once a round, and the system's counters are read before and after, for the checks in `noise`.
+computation once a round, and the system's counters are read before and after, for the checks in `statistics`.
 """
 
 from __future__ import annotations
@@ -69,12 +69,7 @@ class Worker:
         self.threads = threads
         self.cpu_seconds = 0.0
         """Processor time of the process, as of its last reply."""
-        self._request = {
-            "model": str(model),
-            "inputs": str(inputs),
-            "threads": threads,
-            "cores": list(cores),
-        }
+        self._request = {"model": str(model), "inputs": str(inputs), "threads": threads, "cores": list(cores)}
         self._ready = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
         # The child imports what the parent does, and nothing from the current folder.
@@ -204,11 +199,8 @@ class BenchResult:
         return tuple(summarize(samples) for samples in self.samples)
 
     def latency(self, subject: str, threads: int) -> Latency:
-        """Raise KeyError if it was not measured."""
-        for latency in self.latencies:
-            if (latency.subject, latency.threads) == (subject, threads):
-                return latency
-        raise KeyError((subject, threads))
+        """Return one summary. Raises KeyError if it was not measured."""
+        return {(row.subject, row.threads): row for row in self.latencies}[subject, threads]
 
     def speedup(self, subject: str, over: str, threads: int) -> Speedup:
         """Compare two subjects. Raises KeyError if they were not measured."""
@@ -224,7 +216,8 @@ class BenchResult:
         arrays = {}
         for samples in self.samples:
             arrays[f"{samples.subject}/{samples.threads}/ms"] = samples.ms
-            arrays[f"{samples.subject}/{samples.threads}/round"] = samples.rounds
+            sizes = [len(block) for block in samples.blocks]
+            arrays[f"{samples.subject}/{samples.threads}/round"] = np.repeat(np.arange(len(sizes)), sizes)
         return {**arrays, **{f"sentinel/{threads}/ms": ms for threads, ms in self.sentinel.items()}}
 
 
@@ -331,7 +324,7 @@ class _Plan:
         after, used = statistics.read_counters(), sum(worker.cpu_seconds for worker in workers) - used
         processes = len(self.teams[0])
         self.measured = [
-            Samples.from_blocks(team[0].name, self.threads, ms, settled=is_settled, processes=processes)
+            Samples(team[0].name, self.threads, ms, processes, is_settled)
             for team, ms, is_settled in zip(self.teams, blocks, settled, strict=True)
         ]
         self.flags = [

@@ -69,38 +69,22 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Samples:
-    """Run times of one subject at one thread count.
+    """Run times of one subject at one thread count: a block for each round, float64 [runs], milliseconds.
 
-    `ms` float64 [n] are the times in order, `rounds` int64 [n] the round of each. The subject's processes
-    take turns: round r was run by process r mod `processes`. `settled` is False if the warm-up reached its
-    limit before two windows agreed within 2 %.
+    The subject's processes take turns: round r was run by process r mod `processes`. `settled` is False if
+    the warm-up reached its limit before two windows agreed within 2 %.
     """
 
     subject: str
     threads: int
-    ms: np.ndarray
-    rounds: np.ndarray
+    blocks: Sequence[np.ndarray]
     processes: int = 1
     settled: bool = True
 
-    @classmethod
-    def from_blocks(
-        cls,
-        subject: str,
-        threads: int,
-        blocks: Sequence[np.ndarray],
-        *,
-        settled: bool = True,
-        processes: int = 1,
-    ) -> Samples:
-        """Join blocks of run times in milliseconds, one block per round."""
-        rounds = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
-        return cls(subject, threads, np.concatenate(blocks), rounds, processes, settled)
-
-    @property
-    def blocks(self) -> list[np.ndarray]:
-        """The run times of each round."""
-        return np.split(self.ms, np.flatnonzero(np.diff(self.rounds)) + 1)
+    @cached_property
+    def ms(self) -> np.ndarray:
+        """All run times in order, float64 [n]."""
+        return np.concatenate(self.blocks)
 
     @cached_property
     def medians(self) -> np.ndarray:
@@ -145,7 +129,7 @@ def _design_effect(samples: Samples, value: float, p: float) -> float:
     It is relative to that of independent runs, and at least 1.
     """
     slow = np.array([np.count_nonzero(block > value) for block in samples.blocks])
-    sizes, n = np.bincount(samples.rounds), len(samples.ms)
+    sizes, n = np.array([len(block) for block in samples.blocks]), len(samples.ms)
     squares = float(np.sum((slow - sizes * slow.sum() / n) ** 2))
     correction = len(sizes) / max(1, len(sizes) - 1)
     return max(1.0, squares * correction / (n * p * (1 - p)))
@@ -203,6 +187,8 @@ def compute_speedup(
     independent errors, a paired bootstrap over rounds and Student's t over processes, whose `spread` is by
     default that of these two subjects.
     """
+    from scipy.stats import t
+
     processes, rounds = subject.processes, len(subject.blocks)
     same_rounds = rounds == len(over.blocks) and processes == over.processes
     if subject.threads != over.threads or not same_rounds:
@@ -211,7 +197,10 @@ def compute_speedup(
     ratios = ratios[: rounds // processes * processes].reshape(-1, processes)
     middle = float(np.median(ratios, axis=0).mean())
     low, high = _bootstrap_rounds(ratios, np.random.default_rng(seed), resamples)
-    half = _process_half_width(spread or compute_process_spread([subject, over]), processes)
+    spread = spread or compute_process_spread([subject, over])
+    # In logs, of the difference between two subjects; Student's t is normal at infinite degrees of freedom.
+    quantile = t.ppf(1 - (1 - SPEEDUP_LEVEL) / 2, spread.freedom or math.inf)
+    half = float(quantile * spread.std * math.sqrt(2 / processes))
     return Speedup(
         subject=subject.subject,
         over=over.subject,
@@ -240,15 +229,6 @@ def _bootstrap_rounds(ratios: np.ndarray, rng: np.random.Generator, resamples: i
     tail = norm.cdf(t.ppf((1 - SPEEDUP_LEVEL) / 2, rounds - 1) * math.sqrt(rounds / (rounds - 1)))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _process_half_width(spread: ProcessSpread, processes: int) -> float:
-    """Return half the width, in logs, of the interval of the difference between two subjects."""
-    from scipy.stats import norm, t
-
-    upper = 1 - (1 - SPEEDUP_LEVEL) / 2
-    factor = t.ppf(upper, spread.freedom) if spread.freedom else norm.ppf(upper)
-    return float(factor * spread.std * math.sqrt(2 / processes))
 
 
 @dataclass(frozen=True)

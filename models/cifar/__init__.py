@@ -18,6 +18,8 @@ class CifarNetwork(nn.Module):
     """A network for small images with timm's interface; subclasses define layers and `levels`."""
 
     classifier_name: str = "fc"
+    classifier_std: float | None = None
+    """Standard deviation of the classifier's initial weights, with biases of 0; None for torch's default."""
     num_features: int
     head_hidden_size: int
     num_classes: int
@@ -47,6 +49,9 @@ class CifarNetwork(nn.Module):
             raise ValueError(f"the CIFAR networks pool by average only, not {global_pool!r}")
         self.num_classes = num_classes
         layer = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        if isinstance(layer, nn.Linear) and self.classifier_std is not None:
+            nn.init.normal_(layer.weight, std=self.classifier_std)
+            nn.init.zeros_(layer.bias)
         parent, _, child = self.classifier_name.rpartition(".")
         if parent:
             setattr(self, parent, nn.Sequential(layer))

@@ -46,6 +46,7 @@ class InvertedResidual(nn.Module):
 
 class CifarMobileNetV2(CifarNetwork):
     classifier_name = "classifier.0"
+    classifier_std = 0.01
 
     def __init__(self, width: float, num_classes: int = 100, in_chans: int = 3) -> None:
         super().__init__()
@@ -64,12 +65,6 @@ class CifarMobileNetV2(CifarNetwork):
         widths = [int(_PLAN[group][1] * width) for group in (1, 2, 4)]
         self._finish([*widths, _LAST], [2, 4, 8, 16], num_classes)
         kaiming(self)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
-        if num_classes > 0:
-            nn.init.normal_(self.get_parameter("classifier.0.weight"), std=0.01)
-            nn.init.zeros_(self.get_parameter("classifier.0.bias"))
 
     def levels(self, x: Tensor) -> Iterator[Tensor]:
         x = self.conv1(x)

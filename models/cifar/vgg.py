@@ -12,6 +12,7 @@ class CifarVGG(CifarNetwork):
     """Five blocks of 3×3 convolutions, max-pooled in between; images of 64 pixels are pooled once more."""
 
     classifier_name = "classifier"
+    classifier_std = 0.01
     pre_relu_layer = "block4"  # QuEST takes a VGG's last map before its ReLU
 
     def __init__(self, counts: list[int], num_classes: int = 100, in_chans: int = 3) -> None:
@@ -27,12 +28,6 @@ class CifarVGG(CifarNetwork):
             self.add_module(f"block{index}", nn.Sequential(*layers))
         self._finish(widths, [1, 2, 4, 8, 8], num_classes)
         kaiming(self)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, global_pool)
-        if num_classes > 0:
-            nn.init.normal_(self.get_parameter("classifier.weight"), std=0.01)
-            nn.init.zeros_(self.get_parameter("classifier.bias"))
 
     def levels(self, x: Tensor) -> Iterator[Tensor]:
         pools = [False, True, True, True, min(x.shape[-2:]) >= 64]

@@ -91,9 +91,6 @@ def measure(
     """Run the complete bench; return its result and all samples by name.
 
     Everything but the latencies is measured at the largest thread count.
-
-    Raises:
-        ExportError: a file cannot be timed.
     """
     result = runner.bench(
         [subject.for_runner for subject in subjects],

@@ -27,7 +27,7 @@ def command(out: Path, *more: str) -> dict[str, Any]:
 def cell(milliseconds: dict[str, list[float]], *, error: str | None = None) -> dict[str, Any]:
     """A row as the benchmark writes it, from each subject's medians of rounds."""
     latencies = tuple(
-        Samples.from_blocks(kind, 2, [np.full(11, median) for median in medians])
+        Samples(kind, 2, [np.full(11, median) for median in medians])
         for kind, medians in milliseconds.items()
     )
     files = {

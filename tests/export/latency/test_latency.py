@@ -26,7 +26,7 @@ def test_minimum_of_samples_is_that_of_mlperfs_load_generator(name: str) -> None
 
 
 def one_round(samples: Sequence[float] | np.ndarray, name: str = "a") -> Samples:
-    return Samples.from_blocks(name, 1, [np.asarray(samples, dtype=np.float64)])
+    return Samples(name, 1, [np.asarray(samples, dtype=np.float64)])
 
 
 @pytest.mark.parametrize("name", ["p50", "p90", "p99"])
@@ -35,7 +35,7 @@ def test_percentiles_interval_holds_the_true_one_95_times_of_100(name: str) -> N
     held = 0
     for _ in range(200):
         blocks = np.split(rng.random(n), 20)
-        interval = summarize(Samples.from_blocks("a", 1, blocks)).percentiles[name]
+        interval = summarize(Samples("a", 1, blocks)).percentiles[name]
         assert interval.low is not None
         held += interval.low <= p and (interval.high is None or p <= interval.high)
     assert held / 200 >= 0.95 - 3 * (0.95 * 0.05 / 200) ** 0.5
@@ -46,7 +46,7 @@ def test_correlated_runs_count_as_fewer() -> None:
     rng, held, naive = np.random.default_rng(2), 0, 0
     for _ in range(150):
         blocks = [rng.normal(level, 0.1, 35) for level in rng.normal(10, 1, 20)]
-        interval = summarize(Samples.from_blocks("a", 1, blocks)).percentiles["p50"]
+        interval = summarize(Samples("a", 1, blocks)).percentiles["p50"]
         held += (interval.low or -np.inf) <= 10 <= (interval.high or np.inf)
         alone = summarize(one_round(np.concatenate(blocks))).percentiles["p50"]
         naive += (alone.low or -np.inf) <= 10 <= (alone.high or np.inf)
@@ -70,7 +70,7 @@ def rounds(
         noise[r] = alike * noise[r - 1] + np.sqrt(1 - alike**2) * noise[r]
     of_processes = rng.normal(0, spread, processes)[np.arange(n) % processes]
     medians = base * np.exp(noise + of_processes + common)
-    return Samples.from_blocks(name, 1, [np.array([median]) for median in medians], processes=processes)
+    return Samples(name, 1, [np.array([median]) for median in medians], processes=processes)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_difference_of_five_percent_is_found() -> None:
 def test_single_process_assumes_a_spread() -> None:
     latencies = [one_round([1.0, 1.1]), one_round([2.0, 2.1])]
     assert compute_process_spread(latencies) == ProcessSpread(PROCESS_STD, 0)
-    several = Samples.from_blocks("a", 1, [np.array([1.0]), np.array([np.exp(0.02)])] * 10, processes=2)
+    several = Samples("a", 1, [np.array([1.0]), np.array([np.exp(0.02)])] * 10, processes=2)
     found = compute_process_spread([several])
     assert found.freedom == 1 and found.std == pytest.approx(0.02 / np.sqrt(2))
 
@@ -125,7 +125,7 @@ def test_percentiles_interpolate_and_need_their_minimum_of_samples() -> None:
         (662, "50 90 95 99"),
     ]:
         samples = rng.permutation(np.arange(n, dtype=np.float64))
-        runs = Samples.from_blocks("a", 1, [samples[: n // 2], samples[n // 2 :]])
+        runs = Samples("a", 1, [samples[: n // 2], samples[n // 2 :]])
         latency = summarize(runs)
         assert latency.n == n and latency.mean == pytest.approx((n - 1) / 2)
         for p in (50, 90, 95, 99):
@@ -144,8 +144,8 @@ def test_no_outlier_is_dropped() -> None:
 
 
 def test_speedup_is_the_median_of_the_rounds_ratios() -> None:
-    slow = Samples.from_blocks("slow", 1, [np.array([4.0, 4.0, 9.0]), np.array([6.0]), np.array([3.0, 3.0])])
-    fast = Samples.from_blocks("fast", 1, [np.array([2.0]), np.array([2.0, 2.0, 7.0]), np.array([1.5])])
+    slow = Samples("slow", 1, [np.array([4.0, 4.0, 9.0]), np.array([6.0]), np.array([3.0, 3.0])])
+    fast = Samples("fast", 1, [np.array([2.0]), np.array([2.0, 2.0, 7.0]), np.array([1.5])])
     found = compute_speedup(fast, slow)
     assert found.ratio == pytest.approx(2.0) and found.low < 2.0 and found.verdict == "faster"
     assert found.high > 3.0  # one of three rounds says so
@@ -156,7 +156,7 @@ def test_speedup_is_the_median_of_the_rounds_ratios() -> None:
     assert compute_speedup(slow, slow).verdict == "no difference"
     assert compute_speedup(fast, slow) == found
     with pytest.raises(ValueError, match="same rounds"):
-        compute_speedup(fast, Samples.from_blocks("slow", 2, [np.array([1.0])] * 3))
+        compute_speedup(fast, Samples("slow", 2, [np.array([1.0])] * 3))
 
 
 @pytest.mark.parametrize("n", [22, 100, 231, 662])

@@ -162,16 +162,16 @@ def test_changing_sentinel_raises_a_flag() -> None:
 def test_drift_and_differing_processes_raise_flags() -> None:
     rng = np.random.default_rng(0)
     steady, still = rng.normal(2.0, 0.02, 60), rng.normal(1.0, 0.005, 60)
-    latency = Samples.from_blocks("a", 1, [np.array([one]) for one in steady], processes=2)
+    latency = Samples("a", 1, [np.array([one]) for one in steady], processes=2)
     assert statistics.check_samples([latency], still, 1) == []
     rising = steady * np.linspace(1, 1.1, 60)
-    latency = Samples.from_blocks("a", 1, [np.array([one]) for one in rising], processes=2)
+    latency = Samples("a", 1, [np.array([one]) for one in rising], processes=2)
     [flag] = statistics.check_samples([latency], still, 1)
     assert flag.name == "drift" and flag.sentence.startswith(
         "In the last third of the rounds a was 7.6 % slower"
     )
     apart = steady * np.tile([1.0, 1.08], 30)
-    latency = Samples.from_blocks("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
+    latency = Samples("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
     assert names(statistics.check_samples([latency], still, 1)) == ["repeat", "unsettled"]
 
 
