@@ -126,7 +126,7 @@ def check_task(parameters: Mapping[str, Parameters], task: TaskName) -> None:
         if reason := load(name).unsupported(chosen, task):
             classes = {other: load(other) for other in list_methods()}
             able = [
-                other for other, cls in classes.items() if not cls.unsupported(cls.parameters_class(), task)
+                name for name, cls in classes.items() if not cls.unsupported(cls.parameters_class(), task)
             ]
             raise UsageError(
                 f"--method {name} does not support {task} data: {reason}. Use {' or '.join(able)}."

@@ -215,8 +215,7 @@ class Method(nn.Module):
 
 
 def _half(read: str, shapes: Shapes) -> CachedOutput:
-    sizes = {"logits": (shapes.logits,), "vector": (shapes.vector or 0,)}
-    shape = sizes[read] if read in sizes else shapes.maps[read]
+    shape = {"logits": (shapes.logits,), "vector": (shapes.vector or 0,), **shapes.maps}[read]
     return CachedOutput(
         key={"readout": read},
         reads=frozenset({read}),

@@ -67,23 +67,17 @@ class Feed(base.Method):
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)
         self.beta = parameters.beta
-        maps = [teacher.maps["map"] for teacher in setup.teachers]
-        student = setup.student.maps["map"]
+        maps, student = [teacher.maps["map"] for teacher in setup.teachers], setup.student.maps["map"]
         self.grids = [base.shared_grid(student, teacher) for teacher in maps]
-        self.transforms = nn.ModuleList(
-            build_transform(parameters, student[0], channels) for channels, *_ in maps
-        )
+        self.transforms = nn.ModuleList(build_transform(parameters, student[0], c_t) for c_t, *_ in maps)
         self.sums = base.RunningSums()
 
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
-        x_s = batch.student["map"]
-        errors = torch.stack(
-            [
-                direction_error(_teacher_map(teacher, grid), ntl(base.pool(x_s, grid))).mean()
-                for ntl, grid, teacher in zip(self.transforms, self.grids, batch.teachers, strict=True)
-            ]
-        )
-        images = len(batch.labels)
+        means = []
+        for ntl, grid, teacher in zip(self.transforms, self.grids, batch.teachers, strict=True):
+            x_t = teacher[CACHED_MAP] if CACHED_MAP in teacher else base.pool(teacher["map"], grid)
+            means.append(direction_error(x_t, ntl(base.pool(batch.student["map"], grid))).mean())
+        errors, images = torch.stack(means), len(batch.labels)
         self.sums.add(images=errors.new_tensor(images), errors=errors * images)
         return {"feed": self.beta * errors.sum()}
 
@@ -96,9 +90,8 @@ class Feed(base.Method):
         if not sums:
             return {}
         means = sums["errors"] / sums["images"]
-        if len(means) == 1:
-            return {RECONSTRUCTION: means[0]}
-        return {f"{RECONSTRUCTION} ({t})": mean for t, mean in enumerate(means)}
+        names = [RECONSTRUCTION if len(means) == 1 else f"{RECONSTRUCTION} ({t})" for t in range(len(means))]
+        return dict(zip(names, means, strict=True))
 
 
 def build_transform(parameters: Parameters, c_s: int, c_t: int) -> nn.Sequential:
@@ -135,10 +128,6 @@ def to_unit(x: Tensor) -> Tensor:
         flat = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1)
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         return flat / torch.where(length > 0, length, 1.0)
-
-
-def _teacher_map(teacher: base.Features, grid: tuple[int, int]) -> Tensor:
-    return teacher[CACHED_MAP] if CACHED_MAP in teacher else base.pool(teacher["map"], grid)
 
 
 def _cached_map(student: base.Shapes, teacher: base.Shapes) -> base.CachedOutput:

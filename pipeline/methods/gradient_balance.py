@@ -61,11 +61,8 @@ class GradientBalance(nn.Module):
         """Measure the gradients of a step, or of one of its micro-batches.
 
         With micro-batches, r is that of the parts so far, and at the end of the step that of the whole batch.
-
-        Args:
-            losses: each method's weighted loss without its warm-up factor.
-            cross_entropy: unweighted.
-            f_s: [B,C,H,W] the student's last map, from which all losses are computed.
+        ``losses`` are weighted, without warm-up factors; ``cross_entropy`` is unweighted. All are computed
+        from ``f_s`` [B,C,H,W], the student's last map.
         """
         compared = [cross_entropy, *(losses[name] for name in self.methods)]
         norms = torch.stack([gradient_norm(loss, f_s) for loss in compared])

@@ -208,7 +208,7 @@ class MimicTerm(nn.Module):
             h = to_bits(project(f_t, self.weight, self.bias))
             equal = (to_bits(a_s) == h).to(h.dtype).mean(1)
             self.sums.add(hashed=equal.new_full((), len(equal)), equal=equal.sum())
-            losses = losses + hash_loss(a_s, h)
+            losses = losses + F.binary_cross_entropy_with_logits(a_s, h, reduction="none").mean(1)
         if self.variant != "lshl2_s" or labels.ndim > 1:
             return losses.mean()
         correct = teacher["logits"].argmax(1) == labels
@@ -243,11 +243,6 @@ def to_bits(a: Tensor) -> Tensor:
     return (a > 0).to(a.dtype)
 
 
-def hash_loss(a_s: Tensor, h: Tensor) -> Tensor:
-    """Return BCE(σ(a_s), h), the mean over the hashes: [B] from a_s [B,M] and bits h [B,M]."""
-    return F.binary_cross_entropy_with_logits(a_s, h, reduction="none").mean(1)
-
-
 def compute_medians(features: np.ndarray, weight: Tensor, device: torch.device) -> Tensor:
     """Return the median of each hash's projection over n features [n,D], fp32 [M], computed on ``device``.
 
@@ -276,21 +271,14 @@ def _prepare_hashes(
     parameters: Parameters, context: base.PrepareContext, t: int, m: int, std: float
 ) -> dict[str, Tensor]:
     """Return W [M,D_T] and b [M], from the cache if a run has computed them before."""
-    width, n = _width(context.teachers[t]), context.images
+    width, n, bias = _width(context.teachers[t]), context.images, parameters.bias
     used = min(n, MAX_NUMBERS // width)
     weight = draw_hashes(m, width, std, context.seed)
-    if parameters.bias == "zero":
+    if bias == "zero":
         return {"weight": weight, "bias": torch.zeros(m)}
     if used < n:
-        context.note(f"the {parameters.bias} of the hashes is computed from {used:,} of {n:,} images")
-    key = {
-        "version": VERSION,
-        "hashes": m,
-        "std": std,
-        "bias": parameters.bias,
-        "used": used,
-        "seed": context.seed,
-    }
+        context.note(f"the {bias} of the hashes is computed from {used:,} of {n:,} images")
+    key = {"version": VERSION, "hashes": m, "std": std, "bias": bias, "used": used, "seed": context.seed}
 
     def write(path: Path) -> None:
         matrix = FeatureMatrix(used, width, None)
@@ -302,7 +290,7 @@ def _prepare_hashes(
             )
         center = (
             compute_medians(matrix.data, weight, matrix.device)
-            if parameters.bias == "median"
+            if bias == "median"
             else weight @ torch.from_numpy(matrix.data.mean(0, dtype="float64")).float()
         )
         (path / FILE).write_bytes(save({"weight": weight, "bias": -center}))

@@ -10,7 +10,6 @@ gradients are computed with its value, as in fused losses over a language model'
 and softmax fp32 (or the input's dtype, if that is wider).
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ...data.views import random_words
 from .. import base
-from .vocabulary import GPU_BLOCK, Vocabulary
+from .vocabulary import GPU_BLOCK, Vocabulary, hash_words
 
 CPU_BLOCK = 1 << 19
 """Elements of a block's matrix on a CPU: 2 MB, which fits in the cache (half or twice as much is as fast)."""
@@ -232,15 +231,8 @@ def cached_words(read: str, grid: tuple[int, int], words: Tensor, tau: float, m:
         parts = {"ids": kept.ids, "p": kept.p, "lost": lost}
         return {f"{read}.{name}": part.unflatten(0, (-1, places)) for name, part in parts.items()}
 
-    content = words.cpu().contiguous().numpy().tobytes()
     return base.CachedOutput(
-        key={
-            "readout": read,
-            "words": hashlib.sha256(content).hexdigest(),
-            "tau": tau,
-            "grid": list(grid),
-            "top": m,
-        },
+        key={"readout": read, "words": hash_words(words), "tau": tau, "grid": list(grid), "top": m},
         reads=frozenset({read}),
         arrays={
             f"{read}.ids": ((places, m), number),

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...data.decode import encode_thumbnail
 from ..base import Features, PrepareContext, positions
-from .vocabulary import Vocabulary, nearest_words
+from .vocabulary import Vocabulary, hash_words, nearest_words
 
 FILE, VERSION = "patches.json", 1
 WORDS, PATCHES = 9, 6
@@ -39,13 +38,8 @@ def select_patches(
         facts = find_patches(images, level, grid, vocabulary.words, vocabulary.usage)
         (path / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
-    key = {
-        "version": VERSION,
-        "level": level,
-        "grid": list(grid),
-        "limit": limit,
-        "words": sha256(vocabulary.words.numpy().tobytes()).hexdigest(),
-    }
+    words = hash_words(vocabulary.words)
+    key = {"version": VERSION, "level": level, "grid": list(grid), "limit": limit, "words": words}
     folder = context.cached(teacher, "patches", key, write)
     facts: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
     return facts
@@ -60,10 +54,8 @@ def find_patches(
 ) -> dict[str, Any]:
     """Return words spread over their ranks by usage, each with its nearest patches, one per image.
 
-    Args:
-        sample: rendered images uint8 [B,S,S,3] with the teacher's features.
-        level: the feature that the words [K,C] belong to.
-        usage: number of training features nearest to each word [K].
+    ``sample`` has rendered images uint8 [B,S,S,3] with the teacher's features, ``usage`` [K] the number of
+    training features nearest to each of the ``words`` [K,C] of ``level``.
     """
     batches = [
         (pixels, positions(features[level].float(), grid).cpu().numpy()) for pixels, features in sample

@@ -1,6 +1,7 @@
 """QuEST's vocabulary: k-means by faiss over a teacher's features, shared by all runs through the cache."""
 
 import contextlib
+import hashlib
 import io
 import shutil
 import tempfile
@@ -243,16 +244,8 @@ def learn_vocabulary(
         context.note(note)
     if used < features:
         context.note(f"k-means uses {used:,} of {features:,} features, evenly spaced")
-    key = {
-        "version": VERSION,
-        "level": level,
-        "grid": list(grid),
-        "k": k,
-        "iterations": iterations,
-        "used": used,
-        "streamed": streamed,
-        "seed": context.seed,
-    }
+    key = {"version": VERSION, "level": level, "grid": list(grid), "k": k, "iterations": iterations}
+    key |= {"used": used, "streamed": streamed, "seed": context.seed}
 
     def write(path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=context.scratch) as scratch:
@@ -338,6 +331,11 @@ def measure_words(features: FeatureMatrix, words: np.ndarray) -> dict[str, Any]:
         "perplexity": float(perplexity(torch.from_numpy(usage).double())),
         "usage": torch.from_numpy(usage),
     }
+
+
+def hash_words(words: Tensor) -> str:
+    """Return the SHA-256 of words [K,C]."""
+    return hashlib.sha256(words.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def perplexity(usage: Tensor) -> Tensor:
