@@ -53,8 +53,7 @@ def finished(
 ) -> Path:
     """The run folder of a whole little job. Nobody changes it: see ``a_run`` for one to change."""
     out = tmp_path_factory.mktemp("runs") / "colours"
-    result = little.job(data, out, cache)
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = little.check_success(little.job(data, out, cache))
     (out.parent / "stderr.txt").write_text(result.stderr)
     (out.parent / "stdout.txt").write_text(result.stdout)
     return out

@@ -43,8 +43,7 @@ def test_every_command_of_getting_started_runs(home):
     for words in commands("getting-started.md"):
         if words[0] == "compress" and words[1] != "doctor":
             words = [NETWORKS.get(word, word) for word in words[1:]]
-            result = little.compress(*words, *TINY.get(words[0], ()))
-            assert result.exit_code == 0, (words, result.output, result.exception)
+            little.check_success(little.compress(*words, *TINY.get(words[0], ())))
             ran.append(words[0])
         elif words[0] == "scp":
             assert words[-1].startswith("pi@")

@@ -92,12 +92,8 @@ def test_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
 
 def test_predict_checks_a_file_whatever_the_options(tmp_path: Path) -> None:
     file = colour_classifier(tmp_path / "net.onnx")
-    refused(
-        compress("predict", file, "--file", "student.onnx", tmp_path / "a.png"),
-        2,
-        "--file",
-        "requires a run folder",
-    )
+    result = compress("predict", file, "--file", "student.onnx", tmp_path / "a.png")
+    refused(result, 2, "--file", "requires a run folder")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -32,8 +32,7 @@ def test_report_is_rendered_again_from_the_run_folder(a_run: Path) -> None:
     before = {name: (a_run / name).read_bytes() for name in names}
     for name in names:
         (a_run / name).unlink()
-    done = little.compress("report", a_run)
-    assert done.exit_code == 0, done.output
+    done = little.check_success(little.compress("report", a_run))
     assert done.stdout.splitlines() == [str(a_run / name) for name in names[:3]]
     # Paths of the run folder apart, which was copied, they are the same.
     assert before["artifact/README.md"] == (a_run / "artifact/README.md").read_bytes()

@@ -19,8 +19,7 @@ def sweep(data: Path, out: Path, cache: Path, *more: str | Path) -> Any:
 @pytest.fixture(scope="module")
 def two_sizes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "sweep"
-    result = sweep(data, out, out.parent / "cache", "--student-sizes", "8,12")
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = little.check_success(sweep(data, out, out.parent / "cache", "--student-sizes", "8,12"))
     for text in (f"{little.STUDENT}-8", f"{little.STUDENT}-12", "comparison.html"):
         assert text in result.stdout
     return out
@@ -47,8 +46,7 @@ def test_comparison_contains_the_students_only(two_sizes: Path) -> None:
 def test_repeated_command_adds_only_the_new_student(two_sizes: Path, data: Path) -> None:
     before = files(two_sizes)
     more = ("--students", f"cifar_resnet20,{little.STUDENT}", "--student-sizes", "12,8")
-    result = sweep(data, two_sizes, two_sizes.parent / "cache", *more)
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(sweep(data, two_sizes, two_sizes.parent / "cache", *more))
     after = files(two_sizes)
     kept = [name for name in before if name.endswith((".onnx", ".safetensors"))]
     assert kept and all(before[name] == after[name] for name in kept)

@@ -93,6 +93,10 @@ def test_validation_defaults_to_the_runs_test_images(finished: Path, tmp_path: P
         assert one.score.correct == report[key]["score"]["correct"]
         assert one.agreement is None
     assert not (tmp_path / "differences.csv").exists() and not any(one.png for one in found.examples)
+    with_teacher = validate(finished, out=tmp_path, quiet=True)
+    teacher, agreement = with_teacher.networks[-1].score, with_teacher.first.agreement
+    assert teacher is not None and teacher.correct == report["teacher"]["score"]["correct"]
+    assert agreement is not None and agreement.correct == report["student_int8"]["agreement"]["correct"]
 
 
 def test_validate_stage_stores_predictions_of_each_file(finished: Path) -> None:
@@ -114,14 +118,12 @@ def test_verdict_needs_a_corrected_p_below_five_percent() -> None:
 
 def test_mistakes_come_with_the_surest_at_the_head(found: Validation, finished: Path, more: Path) -> None:
     rows = list(csv.DictReader(io.StringIO((Path(str(found.folder)) / "mistakes.csv").read_text())))
-    assert [one["model"] for one in rows] == sorted(
-        (one["model"] for one in rows), key=["int8", "fp32", "teacher"].index
-    )
+    models = [one["model"] for one in rows]
+    assert models == sorted(models, key=["int8", "fp32", "teacher"].index)
     own = [one for one in rows if one["model"] == "int8"]
     assert len(own) == found.first.mistakes and all(one["correct"] == "no" for one in own)
-    assert [float(one["probability"]) for one in own] == sorted(
-        (float(one["probability"]) for one in own), reverse=True
-    )
+    probabilities = [float(one["probability"]) for one in own]
+    assert probabilities == sorted(probabilities, reverse=True)
     classifier = Classifier.load(finished)
     for one in own:
         [answer] = classifier.predict([more / one["file"]])
@@ -153,22 +155,15 @@ def test_labels_are_matched_by_name_in_any_order(finished: Path, more: Path, tmp
     assert some.first.per_class[1].recall is None
     every = validate(finished, data=more, out=tmp_path, teacher="none", quiet=True)
     assert every.first.confusion is not None
-    assert [some.first.confusion[0], some.first.confusion[2]] == [
-        every.first.confusion[0],
-        every.first.confusion[2],
-    ]
+    assert some.first.confusion[::2] == every.first.confusion[::2]
 
 
 def test_unknown_class_is_refused_or_ignored(finished: Path, more: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(more, tmp_path / "other"))
     little.photos(other, {"Reds": 3, "violet": 2})
     out = ("--out", tmp_path / "out", "--teacher", "none")
-    told = little.refused(
-        little.compress("validate", finished, "--data", other, *out),
-        2,
-        "'Reds', 'violet'",
-        "--ignore-unknown",
-    )
+    result = little.compress("validate", finished, "--data", other, *out)
+    told = little.refused(result, 2, "'Reds', 'violet'", "--ignore-unknown")
     assert "'Reds' may be its 'red'" in told
     result = little.compress("validate", finished, "--data", other, *out, "--ignore-unknown", "--json")
     found = Validation.model_validate_json(result.stdout)

@@ -325,12 +325,15 @@ def cache_reader(work: Path) -> Callable[[bytes], None]:
 
 
 TARGETS = {
-    "images": Target(image_seeds, image_reader), "onnx": Target(onnx_seeds, onnx_reader),
-    "device": Target(onnx_seeds, device_reader), "manifest": Target(manifest_seeds, manifest_reader),
+    "images": Target(image_seeds, image_reader),
+    "onnx": Target(onnx_seeds, onnx_reader),
+    "device": Target(onnx_seeds, device_reader),
+    "manifest": Target(manifest_seeds, manifest_reader),
     "yaml": Target(lambda: [b"teacher: resnet50\nset: {quest.tau: 0.2}\na: &a [1]\nb: *a\n"], yaml_reader),
     "csv": Target(lambda: [b"file,labels,role\na.jpg,cat dog,train\n"], label_reader("csv")),
     "jsonl": Target(
-        lambda: [b'{"file": "a.jpg", "labels": ["cat"], "role": "train"}\n'], label_reader("jsonl"),
+        lambda: [b'{"file": "a.jpg", "labels": ["cat"], "role": "train"}\n'],
+        label_reader("jsonl"),
     ),
     "coco": Target(
         lambda: [
@@ -339,7 +342,9 @@ TARGETS = {
         ],
         label_reader("json"),
     ),
-    "shards": Target(shard_seeds, shard_reader), "json": Target(manifest_seeds, json_reader),
-    "weights": Target(weights_seeds, weights_reader), "run": Target(run_seeds, run_reader),
+    "shards": Target(shard_seeds, shard_reader),
+    "json": Target(manifest_seeds, json_reader),
+    "weights": Target(weights_seeds, weights_reader),
+    "run": Target(run_seeds, run_reader),
     "cache": Target(cache_seeds, cache_reader),
-}  # fmt: skip
+}

@@ -38,8 +38,7 @@ def run(
     out = root / "run"
     more = ("--method", "none", "--teacher-epochs", "1", "--epochs", "1", "--until", "validate")
     given = ("--data", root / "labels.jsonl", "--out", out, "--cache", cache)
-    done = little.compress(*little.NETWORKS, *little.SMALL, *given, *more)
-    assert done.exit_code == 0, (done.output, done.exception)
+    done = little.check_success(little.compress(*little.NETWORKS, *little.SMALL, *given, *more))
     (root / "told.txt").write_text(done.output)
     return out
 

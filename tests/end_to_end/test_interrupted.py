@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from questpress.pipeline import stages
 from questpress.pipeline.config.options import STAGES
-from questpress.pipeline.runs.files import atomic_write, write_text
+from questpress.pipeline.runs.files import write_text
 
 from tests.support import little
 from tests.support.little import files, job, record, report, weights
@@ -27,28 +26,12 @@ def started(arguments: list[str], tmp_path: Path) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 50) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.005)
-
-
-def wait_for_an_epoch(checkpoint: Path, process: "subprocess.Popen[str]") -> None:
-    """Wait until the first epoch of a training is saved."""
-    wait_for(checkpoint, process)
-    while torch.load(checkpoint, weights_only=True)["epoch"] < 1:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Ctrl-C, and what schedulers and containers send
 def test_interrupted_command_exits_with_130_and_can_resume(data, cache, tmp_path, name):
     more = ("--epochs", "500", "--until", "student")
     process = started(little.little_command(data, tmp_path / "run", cache, *more), tmp_path)
-    wait_for(tmp_path / "run" / "checkpoint" / "student.pt", process)
+    little.wait_for((tmp_path / "run" / "checkpoint" / "student.pt").exists, process)
     process.send_signal(getattr(signal, name))
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -99,17 +82,6 @@ def test_file_is_written_atomically(tmp_path, monkeypatch):
     with pytest.raises(JobError, match=r"No space left on device\. Its previous content is unchanged"):
         write_text(tmp_path / "a.txt", "after")
     assert files(tmp_path).keys() == {"a.txt"} and (tmp_path / "a.txt").read_text() == "before"
-
-
-def test_failed_write_leaves_no_file(tmp_path):
-    def fails() -> None:
-        with atomic_write(tmp_path / "a.txt") as part:
-            part.write_text("half")
-            raise KeyError("x")
-
-    with pytest.raises(KeyError):
-        fails()
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["fsync", "checkpoint", "weights"])

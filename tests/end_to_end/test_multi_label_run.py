@@ -32,8 +32,7 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(labels: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "canvas"
-    result = little.job(labels, out, cache, "--method", METHODS, "--until", "validate")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(little.job(labels, out, cache, "--method", METHODS, "--until", "validate"))
     return out
 
 

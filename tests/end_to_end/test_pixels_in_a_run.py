@@ -18,8 +18,7 @@ def of_pixels(finished: Path, tmp_path_factory: pytest.TempPathFactory, data: Pa
     """The finished run with another input of its files."""
     assert finished.is_dir()
     out = tmp_path_factory.mktemp("runs") / "pixels"
-    result = little.job(data, out, cache, "--input", "uint8")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(little.job(data, out, cache, "--input", "uint8"))
     return out
 
 
@@ -79,8 +78,7 @@ def test_network_without_foldable_layer_ships_with_a_note(
     data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("questpress.export.conversion.pixel_input.fold_normalization", lambda *_: None)
-    result = little.job(data, tmp_path, cache, "--input", "uint8")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(little.job(data, tmp_path, cache, "--input", "uint8"))
     report = little.report(tmp_path)
     [note] = [text for text in report["warnings"] if text.startswith("--input uint8: ")]
     assert "about 10 %" in note and little.STUDENT in note
@@ -94,8 +92,7 @@ def test_pixel_input_is_exported_again_without_training(
     out = tmp_path / "again"
     shutil.copytree(a_run, out)
     trained = little.record(out)["stages"]["student"]["finished"]
-    result = little.job(data, out, cache, "--input", "uint8", "--until", "validate")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(little.job(data, out, cache, "--input", "uint8", "--until", "validate"))
     assert little.record(out)["stages"]["student"]["finished"] == trained
     files = [out / "artifact" / name for name in ("student.onnx", "student.int8.onnx")]
     assert all(Classifier(file.read_bytes(), file.name).takes_pixels for file in files)

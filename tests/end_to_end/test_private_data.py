@@ -61,8 +61,7 @@ def elsewhere(
         patch.chdir(places["cwd"])
         assert getpass.getuser() == SECRETS["LOGNAME"]
         out = places["out"] / "run"
-        done = little.job(Path("../../zq7datazq7/colours"), out, places["cache"])
-        assert done.exit_code == 0, (done.output, done.exception)
+        little.check_success(little.job(Path("../../zq7datazq7/colours"), out, places["cache"]))
         yield out / "artifact"
 
 

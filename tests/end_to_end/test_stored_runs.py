@@ -27,9 +27,7 @@ VIEWS = ("--cache-views", "2", "--epochs", "3", "--precision", "fp32", "--until"
 
 
 def wide(*arguments: str | Path) -> Any:
-    result = little.compress(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result
+    return little.check_success(little.compress(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +97,11 @@ def test_other_runs_reuse_cached_outputs_without_the_teacher(
     for module in ("training.student", "stages.student"):
         monkeypatch.setattr(f"questpress.pipeline.{module}.load_teacher", never)
     teacher = copied / "run" / "teacher.safetensors"
-    result = little.compress(
+    little.check_success(little.compress(
         "--teacher", little.TEACHER, "--teacher-weights", teacher, "--student", little.STUDENT, *little.SMALL,
         "--set", "quest.words=8" if "quest" in "".join(more) else "dkd.beta=2", "--data", data,
         "--out", copied / "other", "--cache", copied / "cache", *VIEWS, *more,
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
     assert report(copied / "other")["teacher_cache"]["computed"] == 0
     assert len(entries(copied / "cache")) == 4
 

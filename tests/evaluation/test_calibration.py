@@ -7,15 +7,7 @@ import pytest
 import torch
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.evaluation import calibration
-from questpress.pipeline.evaluation.calibration import (
-    HIGHEST,
-    LOWEST,
-    Likelihood,
-    Predictions,
-    Sigmoid,
-    Softmax,
-    bin_of,
-)
+from questpress.pipeline.evaluation.calibration import HIGHEST, LOWEST, Likelihood, Sigmoid, Softmax, bin_of
 from questpress.pipeline.runs.scores import Calibration, Temperature
 
 
@@ -92,20 +84,6 @@ def test_confidence_on_an_edge_is_in_the_lower_bin():
     edges = torch.linspace(0, 1, 16, dtype=torch.float64).numpy()
     assert bin_of(edges).tolist() == [0, *range(15)]
     assert bin_of(np.nextafter(edges[:-1], 1)).tolist() == list(range(15))
-
-
-def test_torchmetrics_own_bins_hold_their_lower_edge_and_1_alone_and_ours_do_not():
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    edge = float(torch.linspace(0, 1, 16, dtype=torch.float64)[14])
-    # A confidence on an edge: ours goes with the one a little smaller, torchmetrics' with the larger.
-    confidence, right = np.array([edge - 0.03, edge, edge + 0.03, 1.0]), np.array([1.0, 0.0, 1.0, 0.0])
-    theirs = float(binary_calibration_error(torch.from_numpy(confidence), torch.from_numpy(right).long(), 15))
-    ours = calibration._ece(Predictions(confidence[:, None], right[:, None], 0.0, 0.0))
-    assert ours == pytest.approx(ece_by_hand(confidence, right), abs=1e-12)
-    gaps = right - confidence
-    assert ours == pytest.approx(abs(gaps[0] + gaps[1]) / 4 + abs(gaps[2] + gaps[3]) / 4)
-    assert theirs == pytest.approx(abs(gaps[0]) / 4 + abs(gaps[1] + gaps[2]) / 4 + abs(gaps[3]) / 4)
 
 
 def test_probabilities_of_exactly_1_and_0_have_their_bins():
@@ -270,18 +248,3 @@ def test_temperature_needs_finite_logits():
         fit_temperature(np.empty((0, 3), dtype=np.float32), np.empty(0, dtype=np.int64))
     with pytest.raises(JobError, match="finite"):
         fit_temperature(np.array([[np.inf, 0.0]], dtype=np.float32), np.array([0]))
-
-
-@pytest.mark.parametrize("factor", [0.3, 2.5])
-@pytest.mark.parametrize("kind", [honest, honest_classes])
-def test_temperature_is_that_of_bisection(kind, factor):
-    logits, labels = kind(200)
-    z, y = torch.from_numpy(factor * logits).double(), torch.from_numpy(labels)
-    low, high = 1 / HIGHEST, 1 / LOWEST
-    for _ in range(60):
-        beta = math.sqrt(low * high)
-        slope = float(likelihood_of(labels).slopes(beta, z, y)[0].mean())
-        low, high = (beta, high) if slope < 0 else (low, beta)
-    assert fit_temperature((factor * logits).astype(np.float64), labels).value == pytest.approx(
-        1 / beta, rel=1e-9
-    )

@@ -51,11 +51,10 @@ def test_example_equals_its_formula_in_numpy():
 @pytest.mark.usefixtures("installed")
 def test_example_trains_a_student_without_being_rescaled(data, cache, tmp_path):
     out = tmp_path / "run"
-    result = little.compress(
+    little.check_success(little.compress(
         *little.NETWORKS, *little.SMALL, *little.SHORT, "--method", "attention",
         "--data", data, "--out", out, "--cache", cache, "--until", "student",
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
     report = little.report(out)
     assert report["method_parameters"] == {"attention.beta": 1000.0}
     assert all(epoch["losses"]["attention"] > 0 for epoch in report["epochs"] if epoch["stage"] == "student")

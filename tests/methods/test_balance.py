@@ -125,8 +125,7 @@ def test_last_map_is_on_the_path_to_the_logits(student: str) -> None:
 def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "run"
     heavy = ("--weight", "quest=500", "--until", "student", "--epochs", "1")
-    result = little.job(data, out, cache, *heavy, "--balance", "auto")
-    assert result.exit_code == 0, result.output
+    result = little.check_success(little.job(data, out, cache, *heavy, "--balance", "auto"))
     assert "the weight of quest was multiplied by" in result.stderr
     report = json.loads((out / "report.json").read_text())
     [entry] = report["balance"]

@@ -185,11 +185,10 @@ def test_run_reports_each_teachers_error_and_ships_no_transform(
     data: Path, cache: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "feed"
-    result = little.compress(
+    little.check_success(little.compress(
         *TEACHERS, *little.SMALL, *little.SHORT, "--method", "feed", "--data", data, "--out", run,
         "--cache", cache, "--until", "student",
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
     plain = network(little.STUDENT, num_classes=3, image_size=16, seed=0)
     assert load_file(run / "student.safetensors").keys() == plain.state_dict().keys()
     report = little.report(run)

@@ -270,8 +270,7 @@ def test_student_of_another_width_ships_as_the_plain_network(
     data: Path, cache: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     out = tmp_path / "run"
-    result = mimicking(data, out, cache, *more)
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(mimicking(data, out, cache, *more))
     plain = build("cifar_resnet8", num_classes=3, image_size=16, seed=0)
     shipped = load_file(out / "student.safetensors")
     assert {key: value.shape for key, value in shipped.items()} == {
@@ -288,8 +287,7 @@ def test_student_of_another_width_ships_as_the_plain_network(
 
 def test_projection_is_first_trained_alone(data: Path, cache: Path, tmp_path: Path) -> None:
     more = ("--set", "mimic.alone=1", "--epochs", "2", "--optimizer", "sgd", "--average-last", "2")
-    result = mimicking(data, tmp_path / "run", cache, *more)
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(mimicking(data, tmp_path / "run", cache, *more))
     first, second = (
         set(one["losses"]) for one in little.report(tmp_path / "run")["epochs"] if one["stage"] == "student"
     )

@@ -76,14 +76,6 @@ def test_word_that_is_nearest_in_few_images_has_fewer_patches() -> None:
     ]
 
 
-def test_same_images_give_the_same_patches() -> None:
-    rng = np.random.default_rng(1)
-    pixels = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    maps, words = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.eye(3)
-    both = [find_patches([(pixels, {"map": maps})], "map", (2, 2), words, torch.arange(3)) for _ in range(2)]
-    assert both[0] == both[1]
-
-
 def test_without_images_nothing_is_shown() -> None:
     assert find_patches([], "map", GRID, torch.zeros(2, 1), torch.zeros(2)) == {}
 

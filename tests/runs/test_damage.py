@@ -108,29 +108,17 @@ def test_damaged_report_is_rendered_again(a_run, data, cache):
 
 def test_damaged_report_is_not_compared(a_run, tmp_path):
     flip(a_run / "report.json", b'"train": 4')
-    refused(
-        compress("compare", a_run, a_run, "--out", tmp_path / "out"),
-        2,
-        "report.json",
-        "checksum does not match",
-    )
+    result = compress("compare", a_run, a_run, "--out", tmp_path / "out")
+    refused(result, 2, "report.json", "checksum does not match")
 
 
 def test_damaged_predictions_and_teachers_are_refused(a_run, finished, tmp_path):
     flip(a_run / "test_predictions.safetensors")
-    refused(
-        compress("compare", a_run, finished, "--out", tmp_path / "out"),
-        1,
-        "test_predictions",
-        "Run the original command again",
-    )
+    result = compress("compare", a_run, finished, "--out", tmp_path / "out")
+    refused(result, 1, "test_predictions", "Run the original command again")
     flip(a_run / "bench" / "teacher.onnx")
-    refused(
-        compress("validate", a_run, "--out", tmp_path / "out"),
-        1,
-        "teacher.onnx",
-        "was modified after the run wrote it",
-    )
+    result = compress("validate", a_run, "--out", tmp_path / "out")
+    refused(result, 1, "teacher.onnx", "was modified after the run wrote it")
 
 
 def test_damaged_bench_is_reported(a_run):

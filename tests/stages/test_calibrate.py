@@ -17,12 +17,11 @@ from tests.support.pictures import open_digits
 
 
 def run(out: Path, cache: Path, *more: str) -> None:
-    result = little.compress(
+    little.check_success(little.compress(
         *little.NETWORKS, "--method", "none", "--image-size", "16", "--teacher-epochs", "1", "--epochs", "4",
         "--batch-size", "32", "--calibration-images", "32", "--until", "validate", "--out", out,
         "--cache", cache, *more,
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
 
 
 @pytest.fixture(scope="module")

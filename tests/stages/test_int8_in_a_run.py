@@ -37,8 +37,7 @@ def a_run(
     cache: Path,
 ) -> Path:
     out = tmp_path_factory.mktemp("int8") / "run"
-    result = job(data, out, cache, "--calibration", "auto", "--until", "validate")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(job(data, out, cache, "--calibration", "auto", "--until", "validate"))
     return out
 
 
@@ -132,8 +131,7 @@ def test_fp32_ships_if_no_candidate_is_within_the_budget(
             return super().judge(logits).model_copy(update={"holds": False})
 
     monkeypatch.setattr(quantize, "Budget", Strict)
-    result = little.compress("export", out, "--max-drop", "0", "--bench-seconds", "0.1")
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = little.check_success(little.compress("export", out, "--max-drop", "0", "--bench-seconds", "0.1"))
     assert [entry["name"] for entry in manifest(out)["files"]] == ["student.onnx"]
     assert not list((out / "artifact").glob("student.int8*"))
     told = report(out)
@@ -171,8 +169,7 @@ def test_file_over_budget_ships_with_a_warning(
 
 def test_training_images_decide_without_val_images(tmp_path: Path, data: Path, cache: Path) -> None:
     out = tmp_path / "run"
-    result = job(data, out, cache, "--val-fraction", "0", "--until", "quantize")
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = little.check_success(job(data, out, cache, "--val-fraction", "0", "--until", "quantize"))
     (found,) = report(out)["int8"]
     assert found["role"] == "train" and found["n"] == 16
     assert "There are no val images" in result.stderr
@@ -215,8 +212,7 @@ def test_invalid_option_leaves_the_artifact_unchanged(a_run: Path) -> None:
 def test_other_activation_is_recorded_and_checked(tmp_path: Path, data: Path, cache: Path) -> None:
     out = tmp_path / "run"
     options = ("--student", "mobilenetv3_small_050", "--student-weights", "none", "--image-size", "32")
-    result = job(data, out, cache, *options, "--activation", "relu6", "--until", "validate")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(job(data, out, cache, *options, "--activation", "relu6", "--until", "validate"))
     kinds = {node.op_type for node in onnx.load(str(out / "artifact/student.onnx")).graph.node}
     assert "HardSwish" not in kinds and "Clip" in kinds
     again = job(

@@ -12,8 +12,7 @@ def test_large_teacher_is_timed_with_external_weights(
 ) -> None:
     # The teacher has 0.7 MB, the student 0.3.
     monkeypatch.setattr("questpress.export.conversion.onnx_export.MAX_EMBEDDED_BYTES", 500_000)
-    result = little.job(data, tmp_path, cache)
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(little.job(data, tmp_path, cache))
     report = little.report(tmp_path)
     graph, weights = tmp_path / "bench/teacher.onnx", tmp_path / "bench/teacher.onnx.data"
     assert report["teacher"]["latency_ms"]["1"]["n"] > 0

@@ -11,8 +11,7 @@ from tests.support import little
 
 def test_workers_and_decoded_images_give_the_same_student(data: Path, finished: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "run", tmp_path / "cache"
-    result = little.job(data, out, cache, "--resident", "workers", "--until", "student")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(little.job(data, out, cache, "--resident", "workers", "--until", "student"))
     for name in ("teacher.safetensors", "prepared.safetensors", "student.safetensors"):
         assert little.weights(out / name) == little.weights(finished / name)
     ours, theirs = (json.loads((run / "report.json").read_text())["data"] for run in (out, finished))

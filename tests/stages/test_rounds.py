@@ -18,8 +18,7 @@ ROUNDS = ("--rounds", "2")
 @pytest.fixture(scope="module")
 def rounds(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "rounds"
-    result = job(data, out, cache, *ROUNDS, "--until", "export")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(job(data, out, cache, *ROUNDS, "--until", "export"))
     return out
 
 
@@ -37,12 +36,11 @@ def test_first_round_equals_a_run_without_rounds(rounds: Path, finished: Path) -
 def test_second_round_is_taught_by_the_first_student(
     rounds: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    result = little.compress(
+    little.check_success(little.compress(
         "--teacher", little.STUDENT, "--teacher-weights", rounds / "round.1.safetensors",
         "--student", little.STUDENT, *little.SMALL, *little.SHORT, "--set", "quest.words=8", "--data", data,
         "--out", tmp_path / "run", "--cache", cache, "--seed", "1", "--until", "student",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
+    ))  # fmt: skip
     assert report(tmp_path / "run")["teachers"][0]["head"] == "kept"
     assert weights(tmp_path / "run" / "student.safetensors") == weights(rounds / "student.safetensors")
     assert weights(rounds / "student.safetensors") != weights(rounds / "round.1.safetensors")
@@ -81,8 +79,7 @@ def test_run_resumes_in_its_round(
         monkeypatch.setattr(
             student, "prepare", lambda c, *rest: real_prepare(c, *rest) if c.round.ships else 1 / 0
         )
-    went_on = job(data, out, cache, *ROUNDS, "--until", "student")
-    assert went_on.exit_code == 0, (went_on.output, went_on.exception)
+    went_on = little.check_success(job(data, out, cache, *ROUNDS, "--until", "student"))
     assert went_on.stderr.count("(kept)") == (1 if stage == "round 1" else 3)
     for name in ("round.1.safetensors", "student.safetensors"):
         assert weights(out / name) == weights(rounds / name)
@@ -108,12 +105,8 @@ def test_rounds_require_one_teacher_and_a_method(data: Path, cache: Path, tmp_pa
             *ROUNDS, *more,
         )  # fmt: skip
 
-    refused(
-        asked("--teacher", little.STUDENT),
-        2,
-        "--rounds 2 requires one teacher, got 2 teachers",
-        "name one --teacher",
-    )
+    result = asked("--teacher", little.STUDENT)
+    refused(result, 2, "--rounds 2 requires one teacher, got 2 teachers", "name one --teacher")
     refused(asked("--teachers-from-seeds", "3"), 2, "--rounds 2 requires one teacher, got 3 teachers")
     refused(asked("--method", "none"), 2, "--rounds 2", "--method none")
     assert not (tmp_path / "run").exists()

@@ -25,11 +25,10 @@ def distilled(data: Path, out: Path, cache: Path, *more: str | Path) -> Result:
 def seeds(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two teachers of one architecture."""
     out = tmp_path_factory.mktemp("runs") / "seeds"
-    result = distilled(
+    little.check_success(distilled(
         data, out, cache, "--teacher", TEACHER, "--teacher-weights", "none", "--teachers-from-seeds", "2",
         "--method", "feed+kd", "--set", "feed.transform=linear", "--until", "student",
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
     return out
 
 
@@ -74,11 +73,10 @@ def test_teachers_of_different_networks_teach_together(
     data: Path, cache: Path, tmp_path: Path, method: str
 ) -> None:
     words = ("--set", "quest.words=8") if method == "quest" else ()
-    result = distilled(
+    little.check_success(distilled(
         data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher", "cifar_vgg8", "--teacher-weights",
         "none", "--method", method, *words, "--until", "student",
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
     found = report(tmp_path / "run")
     assert [one["name"] for one in found["teachers"]] == [TEACHER, "cifar_vgg8"]
     assert all(epoch["losses"].get(method, 1) > 0 for epoch in found["epochs"])
@@ -108,12 +106,11 @@ def test_weights_and_heads_are_given_once_or_per_teacher(
 def test_weights_and_heads_belong_to_the_teachers_in_their_order(
     finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    result = distilled(
+    little.check_success(distilled(
         data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher", STUDENT, "--teacher-weights",
         finished / "teacher.safetensors", "--teacher-weights", "none", "--teacher-head", "keep",
         "--teacher-head", "auto", "--until", "teacher",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
+    ))  # fmt: skip
     first, second = report(tmp_path / "run")["teachers"]
     assert (first["head"], second["head"]) == ("kept", "replaced")
     assert first["weights"].startswith("teacher.safetensors") and second["weights"] == "scratch"
@@ -149,11 +146,10 @@ def test_head_is_replaced_next_to_a_fitting_one(
     finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     two = trained(tmp_path / "two.safetensors", ("cat", "dog", "horse"), "cifar_resnet20")
-    result = asked(
+    little.check_success(asked(
         data, tmp_path / "run", cache, "--teacher-weights", finished / "teacher.safetensors",
         "--teacher-weights", two, "--teacher-head", "auto", "--teacher-head", "replace", "--until", "teacher",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
+    ))  # fmt: skip
     assert [one["head"] for one in report(tmp_path / "run")["teachers"]] == ["kept", "replaced"]
 
 

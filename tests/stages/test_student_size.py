@@ -24,8 +24,7 @@ SMALLER = ("--student-size", "12", "--method", "quest+kd", "--precision", "fp32"
 def smaller(data: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run with a teacher of 16 pixels in every step and a student of 12."""
     out = tmp_path_factory.mktemp("runs") / "smaller"
-    result = job(data, out, cache, *SMALLER, "--cache-views", "0")
-    assert result.exit_code == 0, (result.output, result.exception)
+    little.check_success(job(data, out, cache, *SMALLER, "--cache-views", "0"))
     return out
 
 
@@ -52,8 +51,7 @@ def test_cached_outputs_depend_on_the_teachers_size(data: Path, tmp_path: Path, 
         *("--cache-views", "2", "--method", "kd", "--precision", "fp32", "--until", "student"),
     )
     for size in ("16", "12", "8"):
-        result = compress(*asked, "--student-size", size, "--out", tmp_path / size)
-        assert result.exit_code == 0, (result.output, result.exception)
+        little.check_success(compress(*asked, "--student-size", size, "--out", tmp_path / size))
     assert [report(tmp_path / size)["teacher_cache"]["computed"] for size in ("16", "12", "8")] == [2, 0, 0]
     assert "student-size" not in json.dumps(little.record(tmp_path / "16")["config"])
 
@@ -64,8 +62,7 @@ def test_run_with_all_views_cached_equals_an_online_run(tmp_path: Path, cache: P
     one_view = (*SMALLER, "--crop", "center", "--no-flip", "--balance", "off", "--set", "quest.top=8")
     for name, views in (("stored", "1"), ("asked", "0")):
         until = ("--until", "student")
-        result = job(photos, tmp_path / name, cache, *one_view, "--cache-views", views, *until)
-        assert result.exit_code == 0, (result.output, result.exception)
+        little.check_success(job(photos, tmp_path / name, cache, *one_view, "--cache-views", views, *until))
     stored, asked = (
         [epoch["losses"]["kd"] for epoch in report(tmp_path / name)["epochs"] if epoch["stage"] == "student"]
         for name in ("stored", "asked")

@@ -79,11 +79,3 @@ def test_vgg_teaches_with_its_map_before_the_relu() -> None:
 def test_level_that_a_network_does_not_have_is_refused() -> None:
     with pytest.raises(ModelError, match="no feature map 'map@9'"):
         checked(methods.parse_parameters(["quest"], {"quest.levels": ["map@9"]}), "resnet18")
-
-
-def test_logit_methods_read_no_map() -> None:
-    for name in ("kd", "dkd", "dist"):
-        cls = methods.load(name)
-        assert cls.reads(methods.parse_parameters([name], {})[name], compute_shapes("resnet18", 3, SIZE)) == {
-            "logits"
-        }

@@ -12,7 +12,7 @@ from questpress.models.checkpoint import save_weights
 from torch import nn
 
 from tests.support import little
-from tests.support.little import CLASSES, SMALL, STUDENT, compress, refused, report
+from tests.support.little import CLASSES, SMALL, STUDENT, Calls, compress, refused, report
 from tests.support.pictures import open_folder
 
 NAME = "cifar_resnet8"
@@ -64,8 +64,7 @@ def teacher(tmp_path: Path) -> dict:
 def test_weights_that_fit_are_used_as_they_are_and_measured_as_torch_measures_them(
     trained, named, data, cache, tmp_path
 ):
-    result = teach(data, tmp_path, cache, named)
-    assert result.exit_code == 0, result.output
+    little.check_success(teach(data, tmp_path, cache, named))
     for role, key in (("test", "score"), ("val", "val_score")):
         images, labels = normalised(data, role)
         with torch.no_grad():
@@ -82,8 +81,7 @@ def test_weights_that_fit_are_used_as_they_are_and_measured_as_torch_measures_th
 
 def test_head_for_other_classes_of_the_same_number_is_replaced_and_tuned(trained, data, cache, tmp_path):
     save_weights(trained, tmp_path / "w.safetensors", {"labels": json.dumps(["cat", "dog", "horse"])})
-    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
-    assert result.exit_code == 0, result.output
+    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors"))
     assert "the same number of classes, but other ones" in result.stderr
     assert teacher(tmp_path)["head"] == "replaced"
     assert [e["stage"] for e in report(tmp_path / "run")["epochs"]] == ["teacher"]
@@ -97,8 +95,7 @@ def test_class_names_are_compared_without_case_and_underscores(trained, data, ca
 
 def test_head_of_another_size_is_replaced_and_tuned(data, cache, tmp_path):
     save_weights(build(NAME, num_classes=7, image_size=16, seed=1), tmp_path / "w.safetensors", {})
-    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
-    assert result.exit_code == 0, result.output
+    little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors"))
     assert teacher(tmp_path)["head"] == "replaced"
 
 
@@ -109,10 +106,8 @@ def test_replace_tunes_a_teacher_whose_head_fits(named, data, cache, tmp_path):
 
 def test_keep_with_another_number_of_classes_is_refused(data, cache, tmp_path):
     save_weights(build(NAME, num_classes=7, image_size=16, seed=1), tmp_path / "w.safetensors", {})
-    refused(
-        teach(data, tmp_path, cache, tmp_path / "w.safetensors", "--teacher-head", "keep"),
-        1, "7 classes", "3", "--teacher-head replace",
-    )  # fmt: skip
+    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors", "--teacher-head", "keep")
+    refused(result, 1, "7 classes", "3", "--teacher-head replace")
 
 
 def test_keep_without_weights_is_refused(data, cache, tmp_path):
@@ -126,21 +121,15 @@ def test_head_near_chance_stops_the_job(trained, data, cache, tmp_path):
         lost.fc.weight.copy_(lost.fc.weight.roll(1, 0).clone())
         lost.fc.bias.copy_(lost.fc.bias.roll(1, 0).clone())
     save_weights(lost, tmp_path / "w.safetensors", {})
-    refused(
-        teach(data, tmp_path, cache, tmp_path / "w.safetensors"),
-        1,
-        "chance",
-        "33.3 %",
-        "--teacher-head replace",
-    )
+    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
+    refused(result, 1, "chance", "33.3 %", "--teacher-head replace")
     assert not (tmp_path / "run/teacher.safetensors").exists()
 
 
 def test_weak_head_with_matching_names_is_reported(data, cache, tmp_path):
     weak = build(NAME, num_classes=3, image_size=16, seed=5)
     save_weights(weak, tmp_path / "w.safetensors", {"labels": json.dumps(CLASSES)})
-    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors")
-    assert result.exit_code == 0, result.output
+    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors"))
     assert "near chance" in result.stderr and "It may be too weak to teach" in result.stderr
 
 
@@ -161,17 +150,13 @@ def test_weights_file_that_is_not_there_is_refused_before_anything_starts(data, 
     assert not (tmp_path / "run").exists()
 
 
-class Dangerous:
-    def __reduce__(self):
-        return Path.touch, (Path("made_by_a_pickle"),)
-
-
 def test_runs_teacher_that_was_exchanged_for_a_pickle_is_not_opened(
     named, data, cache, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     assert teach(data, tmp_path, cache, named).exit_code == 0
-    torch.save({"state_dict": {}, "extra": Dangerous()}, tmp_path / "run" / "teacher.safetensors")
+    call = Calls(Path.touch, Path("made_by_a_pickle"))
+    torch.save({"state_dict": {}, "extra": call}, tmp_path / "run" / "teacher.safetensors")
     refused(teach(data, tmp_path / "other", cache, tmp_path / "run" / "teacher.safetensors"), 1, "damaged")
     assert teach(data, tmp_path, cache, named).exit_code == 0  # made anew, by its checksum
     assert not (tmp_path / "made_by_a_pickle").exists()
@@ -220,18 +205,8 @@ def test_resumed_run_needs_no_weights(a_run, data, cache, monkeypatch):
         "questpress.pipeline.api.run.check_weights",
         lambda _options, _data, stages, **_: asked.append(stages),
     )
-    result = little.job(data, a_run, cache, "--dry-run")
-    assert result.exit_code == 0, result.output
+    little.check_success(little.job(data, a_run, cache, "--dry-run"))
     assert asked == [[]]
-
-
-def test_runs_own_teacher_is_another_runs_weights(finished, data, cache, tmp_path):
-    result = compress(
-        "--teacher", little.TEACHER, "--student", STUDENT, *SMALL, "--epochs", "1", "--data", data, "--cache",
-        cache, "--out", tmp_path / "run", "--teacher-weights", finished / "teacher.safetensors",
-        "--teacher-head", "replace", "--teacher-epochs", "1", "--until", "teacher",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
 
 
 def test_student_without_published_weights_starts_from_scratch_with_a_note(finished):
@@ -241,11 +216,10 @@ def test_student_without_published_weights_starts_from_scratch_with_a_note(finis
 
 
 def test_student_starts_from_its_weights_file(named, data, cache, tmp_path):
-    result = compress(
+    little.check_success(compress(
         "--teacher", NAME, "--teacher-weights", named, "--student", NAME, "--student-weights", named, *SMALL,
         "--epochs", "1", "--lr", "1e-9", "--data", data, "--cache", cache, "--out", tmp_path / "run",
         "--set", "quest.words=8", "--until", "student",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
+    ))  # fmt: skip
     started, student = little.load_file(named), little.load_file(tmp_path / "run/student.safetensors")
     assert np.allclose(student["conv1.weight"], started["conv1.weight"], atol=1e-6)

@@ -37,11 +37,10 @@ def contrastive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def of_features(contrastive: Path, data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "headless"
-    result = little.compress(
+    result = little.check_success(little.compress(
         *OPTIONS, "--teacher-weights", contrastive, "--method", "mimic", "--set", "mimic.hashes=32",
         "--data", data, "--out", out, "--cache", cache,
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
     (out.parent / "stderr.txt").write_text(result.stderr)
     (out.parent / "stdout.txt").write_text(result.stdout)
     return out
@@ -117,13 +116,12 @@ def test_deeper_network_is_not_taken_for_one_with_a_projector(data: Path, tmp_pa
 
 
 def test_ensemble_skips_headless_teachers(contrastive: Path, data: Path, cache: Path, tmp_path: Path) -> None:
-    result = little.compress(
+    little.check_success(little.compress(
         *OPTIONS, "--teacher", little.TEACHER, "--teacher-head", "auto", "--teacher-weights", contrastive,
         "--teacher-weights", "none", "--teacher-epochs", "2", "--method", "quest+mimic",
         "--set", "quest.words=8", "--set", "mimic.hashes=32", "--data", data, "--out", tmp_path / "run",
         "--cache", cache, "--until", "validate",
-    )  # fmt: skip
-    assert result.exit_code == 0, (result.output, result.exception)
+    ))  # fmt: skip
     report = little.report(tmp_path / "run")
     first, second = report["teachers"]
     assert first["score"] is None and second["score"] is not None

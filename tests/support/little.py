@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,15 @@ def python(code: str, *arguments: str | Path, **environment: str) -> subprocess.
     )
 
 
+def wait_for(done: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 90) -> None:
+    """Wait until ``done`` returns True; fail if the process ends before."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def one_core() -> None:
     """Restrict this process to one core, so that it trains on one thread, and enable SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -99,6 +109,12 @@ def one_core() -> None:
         # Each parallel test worker has its own core.
         number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def check_success(result: Result) -> Result:
+    """Assert that a command succeeded and return its result."""
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
 
 
 def refused(result: Result, code: int, *words: str) -> str:

@@ -45,6 +45,10 @@ def small_conv_net(classes: int = 4, seed: int = 0) -> SmallConvNet:
     return network.eval()
 
 
+def images(n: int, size: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, 3, size, size), dtype=np.float32) * 2 + 1
+
+
 def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: int = 8) -> Path:
     """Write a model whose logits are 10 times the image's mean red, green and blue, without torch."""
     weights = numpy_helper.from_array(np.float32(10) * np.eye(3, dtype=np.float32), "weights")

@@ -60,12 +60,6 @@ def test_mcnemar_counts_lost_and_won_images() -> None:
     assert verdict.p == pytest.approx(mcnemar(7, 6)) == 1.0
 
 
-def test_mcnemars_exact_test_is_the_binomial_sum() -> None:
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(6, 0) == pytest.approx(2 / 2**6)
-    assert mcnemar(5, 1) == pytest.approx(2 * (1 + 6) / 2**6)
-
-
 def test_sqnr_is_relative_to_the_fp32_logits() -> None:
     judge, labels = budget(30, 0.5)
     logits = answers(np.ones(30, bool), labels)

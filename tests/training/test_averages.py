@@ -73,8 +73,7 @@ def test_network_itself_is_evaluated_before_averaging() -> None:
 @pytest.mark.parametrize("option", [("--ema", "0.9"), ("--average-last", "2")])
 def test_averaged_network_is_evaluated_and_shipped(finished, data, cache, tmp_path, option):
     out = tmp_path / "run"
-    result = little.job(data, out, cache, "--until", "export", *option)
-    assert result.exit_code == 0, result.output
+    little.check_success(little.job(data, out, cache, "--until", "export", *option))
     assert weights(out / "teacher.safetensors") == weights(finished / "teacher.safetensors")
     assert weights(out / "student.safetensors") != weights(finished / "student.safetensors")
     last = [e["val_accuracy"] for e in report(out)["epochs"] if e["stage"] == "student"][-1]

@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +325,7 @@ def test_stopped_torchrun_resumes_in_one_process(data, cache, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=little.one_core, cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    wait_for(lambda: any('"stage":"student"' in line for line in curve(out)), launcher)
+    little.wait_for(lambda: any('"stage":"student"' in line for line in curve(out)), launcher)
     launcher.send_signal(signal.SIGTERM)
     _, stderr = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
@@ -334,8 +333,7 @@ def test_stopped_torchrun_resumes_in_one_process(data, cache, tmp_path):
     assert "✓ student" not in stderr and "Error: " not in stderr
     stopped = len(curve(out))
     assert (out / "checkpoint" / "student.pt").exists() and 2 < stopped < 62
-    went_on = little.job(data, out, cache, *more)
-    assert went_on.exit_code == 0, went_on.output
+    little.check_success(little.job(data, out, cache, *more))
     assert "student" in record(out)["stages"] and len(curve(out)) == 62
     assert [json.loads(line)["epoch"] for line in curve(out)] == [1, 2, *range(1, 61)]
 
@@ -343,11 +341,3 @@ def test_stopped_torchrun_resumes_in_one_process(data, cache, tmp_path):
 def curve(out: Path) -> list[str]:
     file = out / "metrics.jsonl"
     return file.read_text().splitlines() if file.exists() else []
-
-
-def wait_for(done: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)

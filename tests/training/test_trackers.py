@@ -153,8 +153,7 @@ def test_restarted_run_has_no_old_curves_in_tensorboard(tmp_path):
 @needs_tensorboard
 def test_tensorboard_has_the_curves_of_the_report(data, cache, tmp_path):
     out = tmp_path / "run"
-    result = little.job(data, out, cache, "--tensorboard", "--until", "student")
-    assert result.exit_code == 0, result.output
+    little.check_success(little.job(data, out, cache, "--tensorboard", "--until", "student"))
     lines = [Epoch.model_validate_json(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for what in ("teacher", "student"):
         of_training = [line for line in lines if line.stage == what]

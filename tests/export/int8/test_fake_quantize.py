@@ -17,13 +17,9 @@ from questpress.export.int8.targets import find_target
 
 from tests.support import graphs
 from tests.support.graphs import constants, graph_of, weights
-from tests.support.networks import signal_to_noise, small_conv_net
+from tests.support.networks import images, signal_to_noise, small_conv_net
 
 node = helper.make_node
-
-
-def images(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, 3, 16, 16), dtype=np.float32) * 2 + 1
 
 
 @pytest.fixture(scope="module")

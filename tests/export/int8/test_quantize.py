@@ -20,15 +20,11 @@ from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import int8_scope, quantize_int8
 from torch import nn
 
-from tests.support.networks import colour_classifier, signal_to_noise, small_conv_net
+from tests.support.networks import colour_classifier, images, signal_to_noise, small_conv_net
 
 METADATA = runtime.build_metadata(
     runtime.Preprocessing.create(16), ["a", "b", "c", "d"], {"student": "small"}
 )
-
-
-def images(n: int, size: int = 16, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, 3, size, size), dtype=np.float32) * 2 + 1
 
 
 def logits(path: Path, batch: np.ndarray) -> np.ndarray:

@@ -28,14 +28,10 @@ from questpress.export.int8.targets import find_target
 from questpress.export.results import Verdict
 
 from tests.support.graphs import constants, graph_of, prepared, weights
-from tests.support.networks import small_conv_net
+from tests.support.networks import images, small_conv_net
 
 node = helper.make_node
 TYPES = find_target("x86-vnni")
-
-
-def images(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, 3, 16, 16), dtype=np.float32) * 2 + 1
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile, export_onnx
 from questpress.export.errors import ExportError
 from questpress.export.int8 import targets
-from questpress.export.int8.quantizer import prepare, quantize_int8, stem
+from questpress.export.int8.quantizer import prepare, quantize_int8
 from questpress.export.int8.targets import TARGETS, explain_untimed, find_target, is_exact_here
 from questpress.export.latency import machine
 
-from tests.support.graphs import constants, graph_of, weights
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, small_conv_net
+from tests.support.graphs import constants, graph_of, prepared, weights
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, images, small_conv_net
 
 VNNI = ("x86_64", "flags\t\t: fpu sse2 avx2 avx512f avx512_vnni amx_int8\n")
 NO_VNNI = ("x86_64", "flags\t\t: fpu sse2 avx2 avx512f\n")
@@ -44,10 +44,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, kind: tuple[str, str | None]) -> No
 def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("targets") / "small.onnx"
     return export_onnx(small_conv_net(), path, 16, metadata={}).path
-
-
-def images(n: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((n, 3, 16, 16), dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -210,11 +206,11 @@ def test_stem_is_a_small_first_convolution_of_the_input_alone(fp32: Path) -> Non
         node("Add", ["b", "c"], ["output"], name="sum"),
     ]
     kernels = {"small": weights(3, 3, 3, 3), "large": weights(3, 3, 7, 7), "later": weights(3, 3, 3, 3)}
-    assert stem(graph_of(nodes, kernels)) == ("small",)
+    x86, vnni, arm = map(find_target, TARGETS)
+    assert prepared(graph_of(nodes, kernels)).stem(x86) == ("small",)
     deep = [node("Conv", ["input", "w"], ["output"], name="deep")]
-    assert stem(graph_of(deep, {"w": weights(4, 8, 3, 3)}, given=("batch", 8, 8, 8))) == ()
-    prepared = prepare(fp32)
-    (name,) = prepared.stem(find_target("x86"))
-    first = prepared.model.graph.node[0]
-    assert (first.name, first.op_type) == (name, "Conv")
-    assert prepared.stem(find_target("x86-vnni")) == (name,) and prepared.stem(find_target("arm64")) == ()
+    assert prepared(graph_of(deep, {"w": weights(4, 8, 3, 3)}, given=("batch", 8, 8, 8))).stem(x86) == ()
+    ready = prepare(fp32)
+    (name,) = ready.stem(x86)
+    assert (ready.model.graph.node[0].name, ready.model.graph.node[0].op_type) == (name, "Conv")
+    assert ready.stem(vnni) == (name,) and ready.stem(arm) == ()

@@ -267,8 +267,3 @@ def test_qat_without_a_search_has_the_fake_quantized_scores() -> None:
 def test_sqnr_and_p_values_are_short() -> None:
     assert int8.decibels(inf) == "no error" and int8.decibels(-1.06) == "−1.06 dB"
     assert [format.p_value(p) for p in (0.0004, 0.041, 0.5, 1.0)] == ["< 0.001", "0.041", "0.500", "1.000"]
-
-
-def test_json_round_trip_preserves_int8() -> None:
-    for report in (int8_reports.with_int8(), int8_reports.with_recovery(), int8_reports.without_int8_file()):
-        assert Report.model_validate_json(report.model_dump_json()) == report
