@@ -94,9 +94,9 @@ class Readouts(nn.Module):
             if read == "map_pre":
                 raise ModelError(f"Model {self.name} has no map before a last ReLU. Only VGG networks do.")
             if read.startswith("map@") and self.shapes.levels:
-                last = len(self.shapes.levels) - 1
+                levels = f"0 to {len(self.shapes.levels) - 1}"
                 raise ModelError(
-                    f"Model {self.name} has no feature map {read!r}. Choose a level from 0 to {last}."
+                    f"Model {self.name} has no feature map {read!r}. Choose a level from {levels}."
                 )
             raise ModelError(
                 f"Model {self.name} has no feature {read!r}. It has {', '.join(sorted(self.offers))}."
@@ -405,9 +405,8 @@ def merged(network: nn.Module) -> nn.Module:
     return plain
 
 
-def _classifier(network: nn.Module) -> Any:
-    get_classifier = getattr(network, "get_classifier", None)
-    return get_classifier() if callable(get_classifier) else None
+def _classifier(network: Any) -> Any:
+    return network.get_classifier() if hasattr(network, "get_classifier") else None
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -90,7 +90,13 @@ def parse_untrusted(content: bytes, name: str, data_name: str | None = None) -> 
     if unsupported:
         domains = ", ".join(map(_quote, unsupported[:3]))
         raise ExportError(f"{name} requires operators of {domains}, which are not part of ONNX Runtime")
-    _check_size(model, name)
+    nodes = 0
+    for graph, depth in walk_graphs(model.graph, *model.functions):
+        if depth > MAX_DEPTH:
+            raise ExportError(f"{name} has graphs nested more than {MAX_DEPTH} deep")
+        nodes += max(1, len(graph.node))
+        if nodes > MAX_NODES:
+            raise ExportError(f"{name} has more than {MAX_NODES:,} nodes")
     functions = {(function.domain, function.name) for function in model.functions}
     for graph, _ in walk_graphs(model.graph, *model.functions):
         _check_graph(graph, functions, name, data_name)
@@ -144,16 +150,6 @@ def _subgraphs(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.Graph
         yield from attribute.graphs
         if attribute.HasField("g"):
             yield attribute.g
-
-
-def _check_size(model: onnx.ModelProto, name: str) -> None:
-    nodes = 0
-    for graph, depth in walk_graphs(model.graph, *model.functions):
-        if depth > MAX_DEPTH:
-            raise ExportError(f"{name} has graphs nested more than {MAX_DEPTH} deep")
-        nodes += max(1, len(graph.node))
-        if nodes > MAX_NODES:
-            raise ExportError(f"{name} has more than {MAX_NODES:,} nodes")
 
 
 def _check_graph(graph: Graph, functions: set[tuple[str, str]], name: str, data_name: str | None) -> None:

@@ -115,7 +115,6 @@ class _Weights:
     """The layers' weights in float64, so that repeated scaling does not add rounding errors."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
         self.nodes = {node.name: node for node in model.graph.node}
         self.tensors = {t.name: t for t in model.graph.initializer}
         self.changed: dict[str, np.ndarray] = {}
@@ -247,16 +246,13 @@ def correct_biases(prepared: Prepared, network: FakeQuantized, images: np.ndarra
     biases = _own_biases(prepared.model)
     corrected: dict[str, Tensor] = {}
     values: Values = {network.input: torch.from_numpy(used)}
-    for step in network.steps:
-        network.compute(step, values)
+    for step in network.compute_steps(values):
         if step.name in means and step.name in biases:
             (output,) = step.outputs
             error = _channels(values[output]) - means[step.name]
             bias = biases[step.name]
             corrected[bias] = exact.weight(bias) - error
             values[output] -= error.view(1, -1, *[1] * (values[output].dim() - 2))
-        for name in step.finished:
-            values.pop(name, None)
     return replace(prepared, model=replace_initializers(prepared.model, corrected))
 
 
@@ -310,12 +306,9 @@ def _max_images(network: GraphNetwork, images: np.ndarray) -> int:
     """Return the number of images whose activations fit in `MAX_ACTIVATION_BYTES`, at least one."""
     values: Values = {network.input: torch.from_numpy(images[:1])}
     most = 0
-    for step in network.steps:
-        network.compute(step, values)
+    for _ in network.compute_steps(values):
         held = {v.data_ptr(): v.nbytes for v in values.values() if isinstance(v, Tensor)}
         most = max(most, sum(held.values()))
-        for name in step.finished:
-            values.pop(name, None)
     return max(1, MAX_ACTIVATION_BYTES // (2 * most))  # rounding makes a copy of what it rounds
 
 

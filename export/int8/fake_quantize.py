@@ -105,6 +105,8 @@ class FakeQuantized(GraphNetwork):
     `only` limits rounding to the named activations and weights; None for all of them.
     """
 
+    supported = GraphNetwork.supported | {"QuantizeLinear", "DequantizeLinear"}
+
     def __init__(self, prepared: Prepared, qdq: onnx.ModelProto, types: Target) -> None:
         self.weight_levels = 64 if types.reduce_range else 127
         self.floats = {t.name: t for t in prepared.model.graph.initializer}
@@ -119,10 +121,12 @@ class FakeQuantized(GraphNetwork):
         for step in self.steps:
             if step.op_type == "QuantizeLinear":
                 # Tensors that only move values share one scale.
-                scale = step.inputs[1]
+                _, scale, zero = step.inputs
                 if scale not in keys:
                     keys[scale] = f"r{len(keys)}"
-                    self.ranges[keys[scale]] = self._range(step)
+                    info = np.iinfo(self.integers[zero].dtype)
+                    affine = float(self.integers[scale]), int(self.integers[zero])
+                    self.ranges[keys[scale]] = Range(*affine, int(info.min), int(info.max))
                 self.range_of[self._tensor(step)] = keys[scale]
             elif self._is_weight(step):
                 self.axes[self._float_name(step)] = int(step.attributes.get("axis", 1))
@@ -209,16 +213,6 @@ class FakeQuantized(GraphNetwork):
 
     def _float_name(self, step: Step) -> str:
         return step.inputs[0].removesuffix(_QUANTIZED)
-
-    def _range(self, step: Step) -> Range:
-        scale, zero = (self.integers[name] for name in step.inputs[1:3])
-        info = np.iinfo(zero.dtype)
-        return Range(float(scale), int(zero), int(info.min), int(info.max))
-
-    def _operator(self, step: Step) -> Any:
-        if step.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            return self.compute
-        return super()._operator(step)
 
     def _hold(self, tensor: onnx.TensorProto) -> None:
         # The float form of a quantized weight is learned; scales and zero points are read when needed.

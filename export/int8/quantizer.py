@@ -13,14 +13,16 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, calibrate
+from onnxruntime.quantization import CalibrationMethod, QuantType, calibrate
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
@@ -114,7 +116,9 @@ def calibrate_ranges(
             for chunk in chunks(calibration):
                 if not np.isfinite(chunk).all():
                     raise ExportError("Calibration images contain values that are not finite.")
-                calibrator.collect_data(_One({input_name: chunk}))
+                # A reader that returns one batch; the calibrators merge the batches of successive calls.
+                feeds = chain([{input_name: chunk}], repeat(None))
+                calibrator.collect_data(SimpleNamespace(get_next=feeds.__next__))
                 n += len(chunk)
             if n == 0:
                 raise ExportError("int8 quantization requires calibration images; there are none.")
@@ -140,17 +144,6 @@ def chunks(calibration: Batches) -> Iterator[np.ndarray]:
     for batch in calibration() if callable(calibration) else calibration:
         for start in range(0, len(batch), CHUNK):
             yield np.ascontiguousarray(batch[start : start + CHUNK], dtype=np.float32)
-
-
-class _One(CalibrationDataReader):
-    """Return one batch once; ONNX Runtime's calibrators merge the batches of successive calls."""
-
-    def __init__(self, feed: dict[str, np.ndarray]) -> None:
-        self._feed: dict[str, np.ndarray] | None = feed
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        feed, self._feed = self._feed, None
-        return feed
 
 
 def _session(path: Path) -> ort.InferenceSession:
@@ -254,8 +247,7 @@ def quantize_int8(
     Args:
         calibration: batches of preprocessed images, float32 [b, 3, S, S], or uint8 [b, S, S, 3] for a file
             with uint8 input.
-        method: one of `METHODS`.
-        target_name: one of `targets.TARGETS`; this machine's if None.
+        target_name: this machine's if None.
         rules: rewrite rules to apply first; None for those that make the network faster.
     """
     types = find_target(target_name or runtime.detect_target())

@@ -76,9 +76,8 @@ def drop_no_ops(model: ir.Model) -> bool:
         data, output = node.inputs[0] if node.inputs else None, node.outputs[0]
         if node.op_type not in ("Identity", "Dropout") or data is None or output.is_graph_output():
             continue
-        trains = (
-            len(node.inputs) > 2 and node.inputs[2] is not None and np.any(_constant(node.inputs[2]) != 0)
-        )
+        mode = node.inputs[2] if len(node.inputs) > 2 else None
+        trains = mode is not None and np.any(_constant(mode) != 0)
         if trains or any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:]):
             continue
         output.replace_all_uses_with(data)

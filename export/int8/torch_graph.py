@@ -6,7 +6,7 @@ Shapes, axes and bounds are constants and given as numpy arrays; semantics are t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,16 @@ from ..errors import NotInTorchError
 Attributes = Mapping[str, Any]
 
 
-def _pads(a: Attributes, dims: int) -> list[int]:
-    """Return padding in torch's order, the last dimension first."""
-    if a.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        raise NotInTorchError(f"auto_pad {a['auto_pad'].decode()} cannot be computed in torch here")
-    pads = list(a.get("pads", [0] * 2 * dims))
-    return [side for i in reversed(range(dims)) for side in (pads[i], pads[i + dims])]
-
-
 def _padded(x: Tensor, a: Attributes, value: float = 0.0) -> tuple[Tensor, list[int]]:
     """Pad the input if padding is asymmetric; also return the remaining padding of each dimension."""
+    if a.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        raise NotInTorchError(f"auto_pad {a['auto_pad'].decode()} cannot be computed in torch here")
     dims = x.dim() - 2
-    pads = _pads(a, dims)
-    if all(pads[2 * i] == pads[2 * i + 1] for i in range(dims)):
-        return x, [pads[2 * i] for i in reversed(range(dims))]
-    return F.pad(x, pads, value=value), [0] * dims
+    pads = list(a.get("pads", [0] * 2 * dims))
+    if pads[:dims] == pads[dims:]:
+        return x, pads[:dims]
+    sides = [side for i in reversed(range(dims)) for side in (pads[i], pads[i + dims])]
+    return F.pad(x, sides, value=value), [0] * dims
 
 
 def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -211,8 +206,10 @@ class GraphNetwork(nn.Module):
     """A float ONNX graph with one input and one output.
 
     Its float initializers of at least one dimension are parameters. Raises NotInTorchError for operators that
-    are not in `OPERATORS`.
+    are not in `supported`.
     """
+
+    supported = frozenset(OPERATORS)
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
@@ -225,7 +222,7 @@ class GraphNetwork(nn.Module):
             self._hold(tensor)
         self.steps = tuple(self._steps(list(graph.node)))
         for step in self.steps:
-            if self._operator(step) is None:
+            if step.op_type not in self.supported:
                 raise NotInTorchError(
                     f"the graph has the operator {step.op_type} ({step.name}), which cannot be computed in "
                     "torch here"
@@ -240,19 +237,23 @@ class GraphNetwork(nn.Module):
         """Return the graph's output and the tensors in `wanted`, by name, for inputs [B,3,S,S]."""
         kept = {self.output, *wanted}
         values: Values = {self.input: x}
+        for _ in self.compute_steps(values, kept):
+            pass
+        return {name: values[name] for name in kept}
+
+    def compute_steps(self, values: Values, kept: Collection[str] = ()) -> Iterator[Step]:
+        """Compute and yield each step; remove tensors that no later step reads, except those in `kept`."""
         for step in self.steps:
             self.compute(step, values)
+            yield step
             for name in step.finished:
                 if name not in kept:
                     values.pop(name, None)
-        return {name: values[name] for name in kept}
 
     def compute(self, step: Step, values: Values) -> None:
         """Add the outputs of a step to the values."""
-        operator = self._operator(step)
-        assert operator is not None
         arguments = [self._value(name, values) for name in step.inputs]
-        result = operator(step.attributes, *arguments)
+        result = OPERATORS[step.op_type](step.attributes, *arguments)
         results = result if isinstance(result, tuple) else (result,)
         values.update(zip(step.outputs, results, strict=True))
 
@@ -262,9 +263,6 @@ class GraphNetwork(nn.Module):
         if name in values:
             return values[name]
         return self.weight(name) if name in self.names else self.constants[name]
-
-    def _operator(self, step: Step) -> Callable[..., Any] | None:
-        return OPERATORS.get(step.op_type)
 
     def _hold(self, tensor: TensorProto) -> None:
         value = numpy_helper.to_array(tensor)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -43,26 +44,15 @@ def measure_cold_starts(
                 command = worker_command("cold-start", runtime)
                 with Worker(subject.name, subject.path, file, threads, command, cores) as worker:
                     figures[index].append(worker.time_block(0.0))
-    return [
-        _summarize_cold_start(subject.name, threads, starts)
-        for (subject, _), starts in zip(subjects, figures, strict=True)
-    ]
-
-
-def _summarize_cold_start(name: str, threads: int, starts: Sequence[np.ndarray]) -> ColdStart:
-    columns = dict(zip(COLD_START, np.stack(starts, axis=1).tolist(), strict=True))
-    medians = {key: median(column) for key, column in columns.items()}
-    memory = {
-        key: None if np.isnan(columns[key]).any() else int(medians[key])
-        for key in ("peak_bytes", "runtime_bytes")
-    }
-    return ColdStart(
-        subject=name,
-        threads=threads,
-        processes=len(starts),
-        session_ms_each=columns["session_ms"],
-        **{**medians, **memory},
-    )
+    results = []
+    for (subject, _), starts in zip(subjects, figures, strict=True):
+        columns = dict(zip(COLD_START, np.stack(starts, axis=1).tolist(), strict=True))
+        values: dict[str, Any] = {key: median(column) for key, column in columns.items()}
+        for key in ("peak_bytes", "runtime_bytes"):
+            values[key] = None if np.isnan(columns[key]).any() else int(values[key])
+        values |= {"subject": subject.name, "threads": threads, "processes": processes}
+        results.append(ColdStart(session_ms_each=columns["session_ms"], **values))
+    return results
 
 
 def measure_end_to_end(
@@ -147,17 +137,14 @@ def _measure_batches(
         for index in rng.permutation(len(sizes)):
             worker.time_block(0.0, sizes[index])  # the first run at another batch size allocates memory
             times[sizes[index]].append(worker.time_block(seconds / _THROUGHPUT_ROUNDS, sizes[index]))
-    return [_summarize_throughput(worker, batch, blocks) for batch, blocks in times.items()]
-
-
-def _summarize_throughput(worker: Worker, batch: int, blocks: Sequence[np.ndarray]) -> Throughput:
-    """Return the batch size over the median time, of all runs and of the slowest and fastest round."""
-    rounds = [1000 * batch / float(np.median(block)) for block in blocks]
-    return Throughput(
-        subject=worker.name,
-        threads=worker.threads,
-        batch=batch,
-        images_per_second=1000 * batch / float(np.median(np.concatenate(blocks))),
-        low=min(rounds),
-        high=max(rounds),
-    )
+    return [
+        Throughput(
+            subject=worker.name,
+            threads=worker.threads,
+            batch=batch,
+            images_per_second=1000 * batch / float(np.median(np.concatenate(blocks))),
+            low=min(1000 * batch / float(np.median(block)) for block in blocks),
+            high=max(1000 * batch / float(np.median(block)) for block in blocks),
+        )
+        for batch, blocks in times.items()
+    ]

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..runtime import Classifier
 
 Request = dict[str, Any]
 
@@ -178,39 +177,33 @@ STEPS = ("decode", "resize", "normalize", "run")
 
 
 def _start_end_to_end(first: Request) -> Block:
-    from ..runtime import Classifier
+    import numpy as np
+
+    from ..runtime import Classifier, decode_image, render
 
     classifier = Classifier.load(first["model"], threads=first["threads"])
     images = cycle(sorted(Path(first["inputs"]).iterdir()))
     gc.disable()
 
     def block(request: Request) -> list[float]:
+        """Return the times of `STEPS` for each image in turn: `Classifier.predict` step by step."""
         times: list[float] = []
-        end = time.perf_counter() + request["seconds"]
+        clock, end = time.perf_counter_ns, time.perf_counter() + request["seconds"]
         while not times or time.perf_counter() < end:
-            steps = time_steps(classifier, next(images), time.perf_counter_ns)
-            times += [nanoseconds / 1e6 for nanoseconds in steps]
+            image = next(images)
+            marks = [clock()]
+            pixels = decode_image(image)
+            marks.append(clock())
+            rendered = render(pixels, classifier.preprocessing)
+            marks.append(clock())
+            batch = np.ascontiguousarray(classifier.to_input(rendered[None]))
+            marks.append(clock())
+            classifier.probabilities(classifier.logits(batch))
+            marks.append(clock())
+            times += [(after - before) / 1e6 for before, after in pairwise(marks)]
         return times
 
     return block
-
-
-def time_steps(classifier: Classifier, image: Path, clock: Callable[[], int]) -> list[int]:
-    """Return the times of `STEPS` for one image, in the clock's unit: `Classifier.predict` step by step."""
-    import numpy as np
-
-    from ..runtime import decode_image, render
-
-    times = [clock()]
-    pixels = decode_image(image)
-    times.append(clock())
-    rendered = render(pixels, classifier.preprocessing)
-    times.append(clock())
-    batch = np.ascontiguousarray(classifier.to_input(rendered[None]))
-    times.append(clock())
-    classifier.probabilities(classifier.logits(batch))
-    times.append(clock())
-    return [after - before for before, after in pairwise(times)]
 
 
 # ---------------------------------------------------------------------------------------------------------
