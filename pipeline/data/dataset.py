@@ -68,9 +68,7 @@ class Image:
             with self.source.open("rb") as file:
                 check_file_size(file)
                 return file.read()
-        if isinstance(self.source, bytes | np.ndarray):
-            return self.source
-        return self.source()
+        return self.source if isinstance(self.source, bytes | np.ndarray) else self.source()
 
 
 @dataclass(frozen=True)
@@ -137,11 +135,7 @@ class ImageSet:
 
 
 def check_file_size(file: BinaryIO) -> None:
-    """Check the size of an open image file.
-
-    Raises:
-        OSError: it exceeds ``MAX_IMAGE_BYTES``.
-    """
+    """Raise OSError if an open image file is larger than ``MAX_IMAGE_BYTES``."""
     size = os.fstat(file.fileno()).st_size
     if size > MAX_IMAGE_BYTES:
         raise OSError(errno.EFBIG, f"the file has {size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
@@ -153,10 +147,8 @@ def sort_images(images: Sequence[Image]) -> tuple[Image, ...]:
 
 def hash_array(pixels: np.ndarray) -> str:
     """Return the SHA-256 of an array's dtype, shape and bytes."""
-    shape = "x".join(map(str, pixels.shape))
-    return hashlib.sha256(
-        f"{pixels.dtype} {shape}\n".encode() + np.ascontiguousarray(pixels).tobytes()
-    ).hexdigest()
+    header = f"{pixels.dtype} {'x'.join(map(str, pixels.shape))}\n".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def printable(name: str) -> str:

@@ -140,11 +140,7 @@ def decode_images(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> DecodedImages:
-    """Decode training images into their canonical form; memory-mapped if there is a cache.
-
-    Raises:
-        JobError: an image has changed since the data set was opened.
-    """
+    """Decode training images into their canonical form; memory-mapped if there is a cache."""
     return _decode_once(images, canonical.convert, canonical_key(images, canonical), cache, progress)
 
 
@@ -160,11 +156,7 @@ def render_images(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> DecodedImages:
-    """Render images from their files as the shipped runtime does, all of them S × S pixels.
-
-    Raises:
-        JobError: an image has changed since the data set was opened.
-    """
+    """Render images from their files as the shipped runtime does, all of them S × S pixels."""
     key = _key(images, {"rendered": asdict(preprocessing)})
     return _decode_once(images, lambda image: render(image, preprocessing), key, cache, progress)
 
@@ -202,9 +194,6 @@ def decode_each(
     """Yield ``read_pixels`` of each image in order, computed by threads: Pillow releases the GIL.
 
     Few images are in memory at a time.
-
-    Raises:
-        JobError: an image has changed since the data set was opened.
     """
     workers = allowed_cores()
     with ThreadPoolExecutor(workers) as threads:
@@ -244,11 +233,7 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
 
 
 def require_pixels(image: Image, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return ``form`` of the pixels of an image that was readable before.
-
-    Raises:
-        JobError: it is unreadable now, or has changed.
-    """
+    """Return ``form`` of the pixels of an image that was readable before; otherwise raise JobError."""
     pixels = read_pixels(image, form)
     if isinstance(pixels, str):
         raise JobError(f"{image.name} became unreadable during the run ({pixels}). Start the run again.")
@@ -264,11 +249,7 @@ def skip_unreadable(
 
 
 def check_unreadable(skipped: Sequence[Skipped], total: int) -> None:
-    """Check that few of ``total`` images, readable or not, are among the skipped as unreadable.
-
-    Raises:
-        JobError: they exceed ``MAX_UNREADABLE_FRACTION``.
-    """
+    """Raise JobError if more than ``MAX_UNREADABLE_FRACTION`` of all images are skipped as unreadable."""
     unreadable = sorted((entry for entry in skipped if entry.unreadable), key=lambda entry: entry.name)
     if len(unreadable) <= MAX_UNREADABLE_FRACTION * total:
         return

@@ -82,11 +82,7 @@ def _remove_copies(
 def _split_by_class(
     images: list[Image], classes: Sequence[str], fraction: float, *, test: bool
 ) -> dict[Split, list[Image]]:
-    """Split off val, and test if ``test``: the first of each class in the order of content hashes.
-
-    Raises:
-        UsageError: a class has too few images.
-    """
+    """Split off val, and test if ``test``: the first of each class in the order of content hashes."""
     if fraction == 0 and not test:
         return {"train": images, "val": []}
     labels: dict[str, set[int]] = defaultdict(set)
@@ -128,9 +124,6 @@ def _split_multi_label(
 
     At least one image of each class is held out for a split if it can be spared: two stay for val and train
     after test, one stays in train after val. Content with several sets of labels goes to train.
-
-    Raises:
-        UsageError: no class has an image to spare for test.
     """
     sets: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for image in images:

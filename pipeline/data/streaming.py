@@ -49,11 +49,7 @@ def measure_images(
     cache: Cache,
     progress: Progress | None = None,
 ) -> SizedImages:
-    """Decode every image once, to find unreadable images and the sizes of the others, which are cached.
-
-    Raises:
-        JobError: an image has changed since the data set was opened.
-    """
+    """Decode every image once, to find unreadable images and the sizes of the others, which are cached."""
 
     def measure() -> Iterator[tuple[int, int] | str]:
         starts = range(0, len(images), MEASURE_BATCH)
@@ -115,11 +111,7 @@ class StreamedViews(LabeledViews):
 def rendered_batches(
     images: Sequence[Image], preprocessing: Preprocessing, workers: Workers, size: int
 ) -> Iterator[Tensor]:
-    """Yield all images in order as the runtime renders them: uint8 [B, S, S, 3], B = ``size`` at a time.
-
-    Raises:
-        JobError: an image can no longer be read, or a worker died.
-    """
+    """Yield all images in order as the runtime renders them: uint8 [B, S, S, 3], B = ``size`` at a time."""
     starts = range(0, len(images), size)
     return workers.map(partial(_render, images[start : start + size], preprocessing) for start in starts)
 

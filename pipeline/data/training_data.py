@@ -53,11 +53,8 @@ BATCH = 128
 class TrainingData:
     """A dataset, decoded and rendered when it is first needed.
 
-    Args:
-        options: resolved.
-        show: called with (work, images done, images) while images are decoded.
-        place: decides on the placement of the training images, given the one that they fit in and the reason
-            why it is not the device.
+    ``show`` is called with (work, images done, images) while images are decoded. ``place`` decides on the
+    placement of the training images, from the one that they fit in and the reason why it is not the device.
     """
 
     options: Options
@@ -170,16 +167,12 @@ class TrainingData:
     ) -> tuple[Tensor, Tensor, DecodedImages]:
         """Return a split as the runtime renders it for a network: uint8 [N,S,S,3], labels and images.
 
-        Args:
-            limit: largest number of images, taken evenly over the classes.
+        At most ``limit`` images are taken, evenly over the classes.
         """
         images = self.dataset.split(split)
-        decoded = render_images(
-            images[:: max(1, math.ceil(len(images) / limit))] if limit else images,
-            spec.preprocessing,
-            cache=self.cache,
-            progress=partial(self.show, f"rendering {split}"),
-        )
+        chosen = images[:: max(1, math.ceil(len(images) / limit))] if limit else images
+        show = partial(self.show, f"rendering {split}")
+        decoded = render_images(chosen, spec.preprocessing, cache=self.cache, progress=show)
         labels = decoded.targets(self.dataset)
         if not decoded.images:
             empty = torch.empty(0, spec.image_size, spec.image_size, 3, dtype=torch.uint8)

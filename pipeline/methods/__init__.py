@@ -117,16 +117,12 @@ def parse_parameters(methods: Sequence[str], settings: Mapping[str, Any]) -> dic
 
 
 def check_task(parameters: Mapping[str, Parameters], task: TaskName) -> None:
-    """Check that all methods support a task.
-
-    Raises:
-        UsageError: one does not.
-    """
+    """Raise UsageError if one of the methods does not support a task."""
     for name, chosen in parameters.items():
         if reason := load(name).unsupported(chosen, task):
             classes = {other: load(other) for other in list_methods()}
             able = [
-                name for name, cls in classes.items() if not cls.unsupported(cls.parameters_class(), task)
+                other for other, cls in classes.items() if not cls.unsupported(cls.parameters_class(), task)
             ]
             raise UsageError(
                 f"--method {name} does not support {task} data: {reason}. Use {' or '.join(able)}."

@@ -154,11 +154,7 @@ class Method(nn.Module):
 
     @classmethod
     def check(cls, parameters: Any, setup: Setup, images: int) -> None:
-        """Check the parameters against the networks and the number of training images.
-
-        Raises:
-            UsageError: a parameter does not fit.
-        """
+        """Raise UsageError if a parameter does not fit the networks or the number of training images."""
 
     @classmethod
     def unsupported(cls, parameters: Any, task: TaskName) -> str | None:

@@ -36,9 +36,8 @@ class Dist(LogitMethod):
 
     @classmethod
     def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        if task == "classification":
-            return None
-        return "it correlates probabilities of mutually exclusive classes"
+        reason = "it correlates probabilities of mutually exclusive classes"
+        return None if task == "classification" else reason
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)

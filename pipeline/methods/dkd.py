@@ -52,9 +52,8 @@ class Dkd(LogitMethod):
 
     @classmethod
     def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        if task == "classification":
-            return None
-        return "it separates the one label of an image from all other classes"
+        reason = "it separates the one label of an image from all other classes"
+        return None if task == "classification" else reason
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)

@@ -40,9 +40,8 @@ class Kd(logits.LogitMethod):
 
     @classmethod
     def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
-        if task == "classification" or not parameters.standardize:
-            return None
-        return "standardize=true removes the zero of the logits"
+        reason = "standardize=true removes the zero of the logits"
+        return reason if parameters.standardize and task != "classification" else None
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)

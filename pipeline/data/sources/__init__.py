@@ -44,9 +44,6 @@ def read_data(
     """Read the data set that ``--data`` names, with the splits that it assigns.
 
     Without ``for_training`` the images are only validated on: a class or a split may be missing.
-
-    Raises:
-        UsageError: as in ``open_data``.
     """
     path = Path(data).expanduser()
     if data == DIGITS:

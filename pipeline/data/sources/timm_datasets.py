@@ -45,8 +45,8 @@ def read_named(
     """
     prefix = name.partition("/")[0].lower()
     if prefix == "wds" and data_dir is not None and (shards := find_shards(data_dir)):
-        images, skipped = index_shards(shards, progress)
-        return _drop_unlabeled(name, images, None, skipped)
+        indexed, skipped = index_shards(shards, progress)
+        return _drop_unlabeled(name, indexed, None, skipped)
     if find_spec(PACKAGES[prefix]) is None:
         package = PACKAGES[prefix].replace("_", "-")
         if prefix == "wds" and data_dir is not None and (shard := find_unreadable_shard(data_dir)):
@@ -59,9 +59,12 @@ def read_named(
         how = ", and --download to fetch them" if prefix != "wds" else ""
         raise UsageError(f"{name} requires --data-dir, the folder of its files{how}.")
     datasets = _open_splits(name, prefix, data_dir, download)
-    images = {
-        split: list(_read_images(name, split, dataset, progress)) for split, dataset in datasets.items()
-    }
+    images: dict[Split, list[Image]] = {split: [] for split in datasets}
+    for split, dataset in datasets.items():
+        for number, image in enumerate(_read_images(name, split, dataset), 1):
+            images[split].append(image)
+            if progress:
+                progress(number, max(number, len(dataset)))
     return _drop_unlabeled(name, images, datasets["train"])
 
 
@@ -138,15 +141,13 @@ def _create(name: str, split: str, data_dir: Path | None, download: bool) -> Any
         raise UsageError(f"{name} could not be opened{in_folder}: {reason}") from error
 
 
-def _read_images(name: str, split: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
+def _read_images(name: str, split: Split, dataset: Any) -> Iterator[Image]:
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     if files:  # torchvision's sets of files
-        for number, (path, label) in enumerate(files):
+        for path, label in files:
             with Path(path).open("rb") as file:
                 key = hashlib.file_digest(file, "sha256").hexdigest()
             yield Image(f"{split}/{printable(Path(path).name)}", _to_label(name, label), key, Path(path))
-            if progress:
-                progress(number + 1, len(files))
     elif type(getattr(dataset, "reader", None)).__name__ == "ReaderHfds":  # encoded files, random access
         for number in range(len(dataset)):
             file, label = dataset.reader[number]
@@ -154,10 +155,8 @@ def _read_images(name: str, split: Split, dataset: Any, progress: Progress | Non
                 key = hashlib.sha256(file.read()).hexdigest()
             source = partial(_read_row, dataset.reader, number)
             yield Image(f"{split}/{number:07d}", _to_label(name, label), key, source)
-            if progress:
-                progress(number + 1, len(dataset))
     else:
-        yield from _read_into_memory(name, split, dataset, progress)
+        yield from _read_into_memory(name, split, dataset)
 
 
 def _read_row(reader: Any, row: int) -> bytes:
@@ -167,14 +166,12 @@ def _read_row(reader: Any, row: int) -> bytes:
         return content
 
 
-def _read_into_memory(name: str, split: Split, dataset: Any, progress: Progress | None) -> Iterator[Image]:
+def _read_into_memory(name: str, split: Split, dataset: Any) -> Iterator[Image]:
     from torch.utils.data import IterableDataset
 
-    is_streamed = isinstance(dataset, IterableDataset)
-    total, held = len(dataset), 0
-    for number, (picture, label) in enumerate(
-        dataset if is_streamed else (dataset[position] for position in range(total))
-    ):
+    is_streamed, held = isinstance(dataset, IterableDataset), 0
+    samples = dataset if is_streamed else (dataset[number] for number in range(len(dataset)))
+    for number, (picture, label) in enumerate(samples):
         pixels = _to_rgb(picture)
         held += pixels.nbytes
         if held > MAX_BYTES_IN_MEMORY:
@@ -184,8 +181,6 @@ def _read_into_memory(name: str, split: Split, dataset: Any, progress: Progress 
                 "use that as --data."
             )
         yield Image(f"{split}/{number:07d}", _to_label(name, label), hash_array(pixels), pixels)
-        if progress:
-            progress(number + 1, max(total, number + 1))
 
 
 def _to_rgb(picture: PillowImage.Image) -> np.ndarray:

@@ -111,19 +111,11 @@ class FeatureMatrix:
         faiss.omp_set_num_threads(torch.get_num_threads())
         if self.file is not None or self.device.type != "cpu":
             with contextlib.redirect_stdout(io.StringIO()):  # it prints even with verbose=False
-                words: np.ndarray = clustering.kmeans(
-                    k, self, niter=iterations, seed=seed % 2**31, verbose=False
-                )
+                words = clustering.kmeans(k, self, niter=iterations, seed=seed % 2**31, verbose=False)
             return np.ascontiguousarray(words, np.float32)
-        in_memory = faiss.Kmeans(
-            self.data.shape[1],
-            k,
-            niter=iterations,
-            seed=seed % 2**31,
-            # By default faiss samples 256 features per word.
-            max_points_per_centroid=len(self.data),
-            min_points_per_centroid=1,
-        )
+        # By default faiss samples 256 features per word.
+        limits = {"max_points_per_centroid": len(self.data), "min_points_per_centroid": 1}
+        in_memory = faiss.Kmeans(self.dim(), k, niter=iterations, seed=seed % 2**31, **limits)
         in_memory.train(self.data)
         centroids = in_memory.centroids
         assert centroids is not None
@@ -263,11 +255,7 @@ def learn_vocabulary(
 
 
 def check_words(words: int | None, features: int) -> None:
-    """Check that there are at least as many features as words.
-
-    Raises:
-        UsageError: there are fewer.
-    """
+    """Raise UsageError if there are fewer features than words."""
     if words is not None and words > features:
         raise UsageError(
             f"--set quest.words={words} exceeds the number of features for k-means, {features:,} (one for "
@@ -282,10 +270,7 @@ def _choose_storage(
     """Return the number of features to use, and True if they are streamed from a file.
 
     All are held in memory if they take at most 4 GiB, or in a file if it takes at most half of the free disk.
-    Otherwise as many are used as fit in memory, unless ``required``.
-
-    Raises:
-        JobError: the required features do not fit.
+    Otherwise as many are used as fit in memory, unless all are ``required``.
     """
     if 4 * channels * wanted <= MEMORY_LIMIT:
         return wanted, False
