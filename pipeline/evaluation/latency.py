@@ -27,8 +27,6 @@ INPUTS = 64
 """Number of different inputs that a subject is run on in turn."""
 MAX_INPUT_BYTES = 256 * 1024 * 1024
 """Of one subject's inputs; fewer are used if they are larger."""
-SYNTHETIC_IMAGES = 8
-SYNTHETIC_SIZE = (1024, 768)
 
 
 @dataclass(frozen=True)
@@ -198,11 +196,7 @@ def _is_image(file: Path) -> bool:
 
 
 def read_images(files: Sequence[Path]) -> list[bytes]:
-    """Return the contents of the files that can be decoded.
-
-    Raises:
-        UsageError: none can.
-    """
+    """Return the contents of the files that can be decoded; fail if none can."""
     contents, errors = [], []
     for file in files:
         try:
@@ -215,13 +209,12 @@ def read_images(files: Sequence[Path]) -> list[bytes]:
     return contents
 
 
-def synthesize_images(seed: int, count: int = SYNTHETIC_IMAGES) -> Images:
+def synthesize_images(seed: int, count: int = 8) -> Images:
     """Make JPEG images of quality 90 that take about as long to decode as photos, the same for the same seed.
 
     They are a sum of noise at several scales, each half as coarse as the one before and .6 times as strong.
     """
-    width, height = SYNTHETIC_SIZE
-    contents = []
+    width, height, contents = 1024, 768, []
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         image, strength = np.zeros((height, width, 3)), 1.0

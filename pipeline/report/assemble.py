@@ -73,10 +73,7 @@ def _assemble(folder: RunFolder) -> Report:
         epochs=epochs,
         reconstruction=list(_reconstruction(epochs, config)),
         warnings=[text for stage in stages.values() for text in stage.warnings],
-        stages=[
-            StageTime(stage=name, seconds=stage.seconds, summary=stage.summary)
-            for name, stage in stages.items()
-        ],
+        stages=[StageTime(stage=name, seconds=s.seconds, summary=s.summary) for name, s in stages.items()],
         environment=environment,
         config={**config, "out": str(folder.path)},
         artifact=ARTIFACT.as_posix() if "validate" in stages else None,
@@ -127,11 +124,7 @@ def _with_later_bench(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_later_bench(folder: Path) -> Bench | None:
-    """Return the result of a later bench; None if there is none, or one of another version.
-
-    Raises:
-        JobError: the file is damaged.
-    """
+    """Return the result of a later bench; None if there is none, or one of another version."""
     file = folder / LATER_BENCH
     if not file.exists():
         return None
@@ -170,11 +163,10 @@ def bench_facts(bench: Bench) -> dict[str, Any]:
                 if speedup.subject == name and speedup.over in keys
             ],
         }
-    teachers = [facts.pop(key) for key in list(facts) if key.startswith("teacher")]
-    if teachers:
+    if teachers := [facts.pop(key) for key in list(facts) if key.startswith("teacher")]:
         facts["teachers"] = teachers
-    if len(teachers) == 1:
-        facts["teacher"] = teachers[0]
+        if len(teachers) == 1:
+            facts["teacher"] = teachers[0]
     return {**facts, "environment": dict(bench.environment), "bench": bench.model_dump(mode="json")}
 
 

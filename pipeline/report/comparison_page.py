@@ -8,7 +8,7 @@ from . import format
 from .charts import Chart
 from .page import Page, Section
 from .render import render_page
-from .scatter import Point, describe_point, scatter
+from .scatter import Point, scatter
 from .tables import Table
 
 KINDS = {
@@ -17,6 +17,7 @@ KINDS = {
     "teacher": ("teacher", "teacher"),
 }
 """Key of the style sheet and meaning of each kind of file."""
+NO_FILE = ComparedFile(kind="int8", network="")
 
 
 def render_comparison(comparison: Comparison) -> dict[str, str]:
@@ -80,19 +81,14 @@ def conclusions(comparison: Comparison, group: Group) -> list[str]:
         rank = "Most accurate" if group.accuracies else "Only measured run"
         score = f"{score_name(comparison, group)} {format.score(shipped.score)}"
         sentences.append(f"{rank}: {group.best}, {score}, {shipped.kind}.")
-        within = [difference for difference in group.accuracies if difference.within_noise]
-        worse = [difference for difference in group.accuracies if not difference.within_noise]
-        if within:
-            sentences.append(f"Not significantly different: {_join(within, group)}.")
-        if worse:
-            sentences.append(f"Significantly worse: {_join(worse, group)}.")
+        for within_noise, verdict in ((True, "Not significantly different"), (False, "Significantly worse")):
+            if runs := [d for d in group.accuracies if d.within_noise == within_noise]:
+                names = "; ".join(f"{d.run} ({describe_difference(d, group.n)})" for d in runs)
+                sentences.append(f"{verdict}: {names}.")
     for machine in group.machines:
-        sentences += _describe_speed(comparison, machine, several=len(group.machines) > 1)
+        place = f" on {machine.machine}" if len(group.machines) > 1 else ""
+        sentences += _describe_speed(comparison, machine, place)
     return sentences
-
-
-def _join(differences: Sequence[AccuracyDifference], group: Group) -> str:
-    return "; ".join(f"{d.run} ({describe_difference(d, group.n)})" for d in differences)
 
 
 def describe_difference(difference: AccuracyDifference, n: int | None) -> str:
@@ -104,18 +100,16 @@ def describe_difference(difference: AccuracyDifference, n: int | None) -> str:
     return text if difference.paired else f"{text}, unpaired"
 
 
-def _describe_speed(comparison: Comparison, machine: Machine, *, several: bool) -> list[str]:
+def _describe_speed(comparison: Comparison, machine: Machine, place: str) -> list[str]:
     first = comparison.run(machine.runs[0]).ships
     assert first is not None
-    place = f" on {machine.machine}" if several else ""
     sentences = [f"Fastest{place}: {machine.runs[0]}, {format.milliseconds(first.p50)}."]
     for verdict, meaning in (
         ("no difference", "Not significantly slower"),
         ("slower", "Slower"),
         ("unknown", "Latency without intervals"),
     ):
-        runs = [d for d in machine.latencies if d.verdict == verdict]
-        if runs:
+        if runs := [d for d in machine.latencies if d.verdict == verdict]:
             names = ", ".join(f"{d.run} ({format.times(d.ratio)})" for d in runs)
             sentences.append(f"{meaning}: {names}.")
     return sentences
@@ -167,18 +161,8 @@ def _point(name: str, file: ComparedFile, machine: Machine) -> Point:
     run, _, kind = name.rpartition(" ")
     # The two files of a run are near each other: the fp32 file needs a label only on the Pareto front.
     fp32 = f"{run} fp32" if name in machine.frontier else ""
-    return Point(
-        name,
-        KINDS[kind][0],
-        file.p50,
-        file.score.percent,
-        describe_point(file.score, file.p50, file.bytes),
-        file.score.low,
-        file.score.high,
-        file.bytes,
-        label={"int8": run, "teacher": run, "fp32": fp32}[kind],
-        run="" if kind == "teacher" else run,
-    )
+    label, run_name = fp32 if kind == "fp32" else run, "" if kind == "teacher" else run
+    return Point.of_file(name, KINDS[kind][0], file.score, file.p50, file.bytes, label, run_name)
 
 
 def _table(comparison: Comparison, group: Group, title: str) -> Table:
@@ -199,6 +183,7 @@ def _row(run: ComparedRun, difference: AccuracyDifference | None, group: Group) 
     if difference is not None:
         verdict = "not significant" if difference.within_noise else "worse"
         against_best = f"{describe_difference(difference, group.n)}: {verdict}"
+    int8, fp32 = run.int8 or NO_FILE, run.fp32 or NO_FILE
     return [
         run.name,
         run.method,
@@ -206,16 +191,11 @@ def _row(run: ComparedRun, difference: AccuracyDifference | None, group: Group) 
         run.student,
         f"{run.image_size} px",
         format.millions(run.parameters),
-        format.megabytes(run.int8.bytes if run.int8 else None),
-        format.megabytes(run.fp32.bytes if run.fp32 else None),
-        format.score(run.int8.score if run.int8 else None),
-        format.score(run.fp32.score if run.fp32 else None),
+        *(format.megabytes(file.bytes) for file in (int8, fp32)),
+        *(format.score(file.score) for file in (int8, fp32)),
         against_best,
-        format.milliseconds(run.int8.p50 if run.int8 else None),
-        format.speedup(run.int8.speedup if run.int8 else None),
-        format.milliseconds(run.fp32.p50 if run.fp32 else None),
-        format.speedup(run.fp32.speedup if run.fp32 else None),
-        format.percent(run.ships.ece if run.ships else None, group.n),
+        *(text for f in (int8, fp32) for text in (format.milliseconds(f.p50), format.speedup(f.speedup))),
+        format.percent((run.ships or NO_FILE).ece, group.n),
         format.MISSING if run.training_seconds is None else format.duration(run.training_seconds),
         format.MISSING if run.seed is None else str(run.seed),
         format.MISSING if run.fingerprint is None else run.fingerprint[:8],
@@ -227,19 +207,11 @@ def terminal_table(comparison: Comparison, group: Group) -> Table:
     differences = {d.run: "not significant" if d.within_noise else "worse" for d in group.accuracies}
     rows = []
     for run in map(comparison.run, group.runs):
-        shipped = run.ships
+        shipped = run.ships or NO_FILE
         verdict = differences.get(run.name, "unfinished" if run.missing else "")
-        rows.append(
-            [
-                run.name,
-                run.method,
-                format.score_percent(shipped.score if shipped else None),
-                format.score_interval(shipped.score if shipped else None),
-                format.milliseconds(shipped.p50 if shipped else None),
-                format.megabytes(shipped.bytes if shipped else None),
-                "best" if run.name == group.best else verdict,
-            ]
-        )
+        score = [format.score_percent(shipped.score), format.score_interval(shipped.score)]
+        cost = [format.milliseconds(shipped.p50), format.megabytes(shipped.bytes)]
+        rows.append([run.name, run.method, *score, *cost, "best" if run.name == group.best else verdict])
     title = f"On {group.data}, {group.n:,} test images" if group.n else group.data or "Without data yet"
     latency = "latency" if comparison.threads is None else format.threads(comparison.threads)
     columns = ["", "method", score_name(comparison, group), "95 % interval", latency, "size", ""]

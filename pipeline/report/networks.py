@@ -11,10 +11,8 @@ from ..tasks import task_of
 from . import format
 from .charts import Chart, Mark, bars, dots
 from .page import Section
-from .scatter import Point, describe_point, scatter
+from .scatter import Point, scatter
 from .tables import Attribute, Table, attribute_rows
-
-Verdict = Literal["faster", "no difference", "slower"]
 
 ROLES = {"teacher": "Teacher", "student": "Student fp32", "student_int8": "Student int8"}
 
@@ -87,7 +85,7 @@ class SpeedRatio:
     high: float | None = None
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> Literal["faster", "no difference", "slower"] | None:
         """None without an interval: two medians alone cannot separate a difference from noise."""
         if self.low is None or self.high is None:
             return None
@@ -168,37 +166,22 @@ def _format_detail(name: str, score: Score | None) -> str | None:
     return f"{percent} ({format.percent_interval(measure.low, measure.high, score.n)})"
 
 
-TITLE = "Comparison"
-
-
 def comparison_section(report: Report) -> Section:
-    return Section(
-        TITLE,
-        "comparison",
-        figures=[accuracy_over_latency(report), *bar_charts(report)],
-        tables=[comparison_table(report)],
-    )
+    charts = [accuracy_over_latency(report), *bar_charts(report)]
+    return Section("Comparison", "comparison", figures=charts, tables=[comparison_table(report)])
 
 
 def accuracy_over_latency(report: Report) -> Chart | None:
     """Draw the networks at the smallest thread count; None unless two of them were measured."""
-    for threads in thread_counts(report)[:1]:
-        points = [point for column in all_networks(report) if (point := _point(column, threads))]
-        if len(points) > 1:
-            return scatter(
-                f"{format.title(score_name(report))} over latency",
-                points,
-                x_name=f"median latency in ms, {format.threads(threads)}",
-            )
-    return None
-
-
-def _point(column: Column, threads: str) -> Point | None:
-    score, p50, size = column.subject.score, median_latency(column.subject, threads), column.subject.bytes
-    if score is None or p50 is None:
-        return None
-    name, text = column.short_role, describe_point(score, p50, size)
-    return Point(name, column.key, p50, score.percent, text, score.low, score.high, size, name)
+    threads = next(iter(thread_counts(report)), "0")
+    points = [
+        Point.of_file(column.short_role, column.key, score, p50, column.subject.bytes, column.short_role)
+        for column in all_networks(report)
+        if (score := column.subject.score) and (p50 := median_latency(column.subject, threads)) is not None
+    ]
+    title = f"{format.title(score_name(report))} over latency"
+    x_name = f"median latency in ms, {format.threads(threads)}"
+    return scatter(title, points, x_name=x_name) if len(points) > 1 else None
 
 
 def bar_charts(report: Report) -> list[Chart | None]:
@@ -255,4 +238,4 @@ def comparison_table(report: Report) -> Table:
     rows = [["Network", *(network.name for network in networks)]]
     rows += score_rows([network.score for network in networks])
     rows += attribute_rows(networks, attributes)
-    return Table(TITLE, ["", *(column.role for column in columns)], rows if columns else [])
+    return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])

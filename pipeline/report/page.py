@@ -1,7 +1,6 @@
 """Pages as data: a page is a list of sections, which contain text, figures and tables."""
 
 import base64
-import binascii
 import re
 import struct
 from collections.abc import Sequence
@@ -26,12 +25,10 @@ class Figure(Protocol):
     @property
     def description(self) -> str:
         """The figure in words: for screen readers, and in Markdown unless there is a table."""
-        ...
 
     @property
     def table(self) -> Table | None:
         """The same content for Markdown."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -114,12 +111,8 @@ class Matrix:
 
     classes: list[str]
     rows: list[list[MatrixCell]]
-    caption: str
+    description: str
     kind: str = "matrix"
-
-    @property
-    def description(self) -> str:
-        return self.caption
 
     @property
     def table(self) -> Table:
@@ -196,8 +189,8 @@ def check_png(text: str) -> tuple[str, int]:
     text = re.sub(r"\s", "", text)
     try:
         content = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return "", 0
+    except ValueError:
+        content = b""
     if not content.startswith(b"\x89PNG\r\n\x1a\n") or len(content) < 24:
         return "", 0
     return text, max(struct.unpack(">II", content[16:24]))

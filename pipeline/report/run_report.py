@@ -28,7 +28,6 @@ from .sections import calibration, classes, details, int8, latency, training
 from .tables import Table
 
 FILES = ("report.html", "report.md", "report.json")
-README = "README.md"
 MAX_CLASSES = 40
 MAX_WEAK_CLASSES = 3
 
@@ -78,9 +77,6 @@ def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.md and report.html into ``folder``, each atomically.
 
     Any part of ``report`` may be missing. The same report gives the same bytes.
-
-    Raises:
-        JobError: the folder cannot be written or the disk is full.
     """
     report = make_writable(report)
     pages = render_page(report_page(report), "report")
@@ -89,16 +85,10 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def write_card(report: Report, folder: Path) -> None:
-    """Write README.md and predict.py into an artifact folder, each atomically.
-
-    Raises:
-        ArtifactError: the manifest is missing or damaged.
-        ExportError: predict.py cannot be written.
-        JobError: README.md cannot be written.
-    """
+    """Write README.md and predict.py into an artifact folder, each atomically."""
     _, manifest = read_manifest(folder)
     write_predict(folder)
-    write_if_changed(folder / README, model_card(report, manifest))
+    write_if_changed(folder / "README.md", model_card(report, manifest))
 
 
 def model_card(report: Report, manifest: Mapping[str, Any]) -> str:

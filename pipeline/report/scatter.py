@@ -10,25 +10,8 @@ from math import ceil, floor, isfinite, log10, sqrt
 
 from ..evaluation.comparison import frontier
 from ..runs.scores import Score
-from . import format
-from .charts import (
-    Chart,
-    Drawing,
-    Mark,
-    Position,
-    Shape,
-    axis_number,
-    axis_ticks,
-    circle,
-    line,
-    linear_scale,
-    path,
-    percent_range,
-    polyline,
-    round_step,
-    text,
-    y_axis,
-)
+from . import charts, format
+from .charts import Chart, Drawing, Mark, Position, Shape
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 38
 INSET = 10.0
@@ -71,6 +54,14 @@ class Point:
     run: str = ""
     """Files of the same run are joined by a thin line."""
 
+    @classmethod
+    def of_file(
+        cls, name: str, key: str, score: Score, p50: float, size: int | None, label: str, run: str = ""
+    ) -> "Point":
+        text = f"{format.score(score)} at {format.milliseconds(p50)}"
+        text += "" if size is None else f", {format.megabytes(size)}"
+        return cls(name, key, p50, score.percent, text, score.low, score.high, size, label, run)
+
 
 @dataclass(frozen=True)
 class Level:
@@ -92,11 +83,6 @@ class Label:
     """End of the line from the point to the label."""
 
 
-def describe_point(score: Score, p50: float, size: int | None) -> str:
-    measured = f"{format.score(score)} at {format.milliseconds(p50)}"
-    return measured if size is None else f"{measured}, {format.megabytes(size)}"
-
-
 def scatter(
     title: str,
     points: Sequence[Point],
@@ -109,9 +95,7 @@ def scatter(
 ) -> Chart | None:
     """Draw points of accuracy over latency; None if none of them is finite.
 
-    Args:
-        legend: keys of the style sheet and their meaning.
-        show_frontier: mark the points that no other point exceeds in both accuracy and speed.
+    ``legend`` holds keys of the style sheet and their meaning. The frontier is the Pareto front.
     """
     points = [point for point in points if isfinite(point.x) and point.x > 0 and isfinite(point.y)]
     levels = [level for level in levels if isfinite(level.y)]
@@ -133,7 +117,7 @@ def scatter(
         names = ", ".join(points[i].name for i in best)
         description += f" Pareto front (no file is both faster and more accurate): {names}."
         note = f"{note} {_explain_marks(points, best)}".strip()
-    symbols = [(Drawing(12, 12, [circle(f"dot {key}", 6, 6, 5)]), label, "") for key, label in legend]
+    symbols = [(Drawing(12, 12, [charts.circle(f"dot {key}", 6, 6, 5)]), label, "") for key, label in legend]
     return Chart(title, description, drawings, note, symbols)
 
 
@@ -177,63 +161,68 @@ class _Plot:
         if is_logarithmic(self.points):
             self.x_name += ", logarithmic"
         marks = [Mark("", "", point.y, "", point.low, point.high) for point in self.points]
-        low, high, step = percent_range(marks, 5, *(level.y for level in self.levels))
+        low, high, step = charts.percent_range(marks, 5, *(level.y for level in self.levels))
         self.y = _scale(high, low, TOP + INSET, self.bottom - INSET)
-        self.y_ticks = axis_ticks(low, high, step)
+        self.y_ticks = charts.axis_ticks(low, high, step)
 
     def draw(self) -> Drawing:
-        shapes = y_axis(self.y_ticks, self.y, LEFT, self.right)
+        shapes = charts.y_axis(self.y_ticks, self.y, LEFT, self.right)
         for value, number in self.x_ticks:
-            shapes.append(line("grid", self.x(value), self.bottom, self.x(value), self.bottom + 5))
-            shapes.append(text("tick", self.x(value), self.bottom + 18, number, "middle"))
-        shapes.append(text("tick axis", self.right, self.bottom + 34, self.x_name, "end"))
-        shapes.append(text("tick axis", 0, 9, "%"))
+            shapes.append(charts.line("grid", self.x(value), self.bottom, self.x(value), self.bottom + 5))
+            shapes.append(charts.text("tick", self.x(value), self.bottom + 18, number, "middle"))
+        shapes.append(charts.text("tick axis", self.right, self.bottom + 34, self.x_name, "end"))
+        shapes.append(charts.text("tick axis", 0, 9, "%"))
         for level in self.levels:
-            shapes.append(line(f"level {level.key}", LEFT, self.y(level.y), self.right, self.y(level.y)))
-            shapes.append(text("tick halo", LEFT + 4, self.y(level.y) - 4, level.label))
+            y = self.y(level.y)
+            shapes.append(charts.line(f"level {level.key}", LEFT, y, self.right, y))
+            shapes.append(charts.text("tick halo", LEFT + 4, y - 4, level.label))
         # Large circles first, so that small ones stay visible.
         for point, radius in sorted(zip(self.points, self.radii, strict=True), key=lambda pair: -pair[1]):
             if radius:
-                shapes.append(circle(f"area {point.key}", self.x(point.x), self.y(point.y), radius))
+                shapes.append(charts.circle(f"area {point.key}", *self.place(point), radius))
         shapes += self._draw_frontier() + self._draw_runs()
         labels = self.place_labels()
         for label in labels:
             if label.leader is not None:
-                shapes.append(line("leader", self.x(label.point.x), self.y(label.point.y), *label.leader))
+                shapes.append(charts.line("leader", *self.place(label.point), *label.leader))
         for point in self.points:
             if point.low is not None and point.high is not None:
-                x, low, high = self.x(point.x), self.y(point.low), self.y(point.high)
-                shapes.append(path(f"whisker {point.key}", "M", x - 3, low, "h6m-3 0V", high, "m-3 0h6"))
+                start, end = (self.x(point.x) - 3, self.y(point.low)), self.y(point.high)
+                shapes.append(charts.path(f"whisker {point.key}", "M", *start, "h6m-3 0V", end, "m-3 0h6"))
         for i in sorted(range(len(self.points)), key=lambda i: i in self.best):
             point, mark = self.points[i], "dot" if i in self.best else "ring"
-            place = (self.x(point.x), self.y(point.y))
-            shapes.append(circle(f"{mark} {point.key}", *place, DOT, f"{point.name}: {point.text}"))
+            tooltip = f"{point.name}: {point.text}"
+            shapes.append(charts.circle(f"{mark} {point.key}", *self.place(point), DOT, tooltip))
         for label in labels:
             is_best = self.show_frontier and any(self.points[i] is label.point for i in self.best)
             weight = "best" if is_best else "name"
-            shapes.append(text(f"{weight} halo", label.x, label.y, label.text, label.anchor))
+            shapes.append(charts.text(f"{weight} halo", label.x, label.y, label.text, label.anchor))
         return Drawing(self.width, self.height, shapes, self.css)
+
+    def place(self, point: Point) -> tuple[float, float]:
+        return self.x(point.x), self.y(point.y)
 
     def _draw_frontier(self) -> list[Shape]:
         """Draw the stairs from each point of the Pareto front across to the next one's latency, and up."""
-        front = [(self.x(self.points[i].x), self.y(self.points[i].y)) for i in self.best]
+        front = [self.place(self.points[i]) for i in self.best]
         corners = front[:1]
         for (_, y), (next_x, next_y) in pairwise(front):
             corners += [(next_x, y), (next_x, next_y)]
-        return [polyline("stairs", corners)] if self.show_frontier and len(front) > 1 else []
+        return [charts.polyline("stairs", corners)] if self.show_frontier and len(front) > 1 else []
 
     def _draw_runs(self) -> list[Shape]:
-        pairs: list[tuple[Point, Point]] = []
+        shapes = []
         for run in dict.fromkeys(point.run for point in self.points if point.run):
-            pairs += pairwise(point for point in self.points if point.run == run)
-        return [line("pair", self.x(a.x), self.y(a.y), self.x(b.x), self.y(b.y)) for a, b in pairs]
+            files = [self.place(point) for point in self.points if point.run == run]
+            shapes += [charts.line("pair", *a, *b) for a, b in pairwise(files)]
+        return shapes
 
     def place_labels(self) -> list[Label]:
         """Place a label for each point, those of the Pareto front first; a label without room is left out."""
         frame = (LEFT, TOP - 8.0, float(self.width), float(self.bottom))
         circles, whiskers = [], []
         for point, area in zip(self.points, self.radii, strict=True):
-            x, y, r = self.x(point.x), self.y(point.y), max(area, DOT)
+            (x, y), r = self.place(point), max(area, DOT)
             circles.append((x - r, y - r, x + r, y + r))
             ends = [self.y(end) for end in (point.low, point.high) if end is not None] or [y]
             whiskers.append((x - 2, min(ends), x + 2, max(ends)))
@@ -276,7 +265,7 @@ class _Plot:
 
 
 def _scale(low: float, high: float, start: float, end: float, transform: Position = float) -> Position:
-    exact = linear_scale(transform(low), transform(high), start, end)
+    exact = charts.linear_scale(transform(low), transform(high), start, end)
     return lambda value: round(exact(transform(value)), 1)
 
 
@@ -296,14 +285,14 @@ def _x_scale(points: Sequence[Point], start: float, end: float) -> tuple[Positio
         values = [factor * 10.0**power for power in powers for factor in factors]
         values = [value for value in values if first <= value <= last]
     else:
-        step = round_step(high / 5)
+        step = charts.round_step(high / 5)
         last = ceil(high / step + 0.2) * step
         position = _scale(0.0, last, start, end)
-        values = [value for value, _ in axis_ticks(0.0, last, step)]
+        values = [value for value, _ in charts.axis_ticks(0.0, last, step)]
     ticks: list[tuple[float, str]] = []
     for value in values:
         if not ticks or position(value) - position(ticks[-1][0]) >= MIN_TICK_DISTANCE:
-            ticks.append((value, axis_number(round(value, 9))))
+            ticks.append((value, charts.axis_number(round(value, 9))))
     return position, ticks
 
 

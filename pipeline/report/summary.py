@@ -2,18 +2,8 @@
 
 from ..runs.results import Report
 from ..tasks import task_of
-from . import format
-from .networks import (
-    Column,
-    compare_speed,
-    compared_networks,
-    find_network,
-    median_latency,
-    score_name,
-    shipped_network,
-    speed_ratios,
-    thread_counts,
-)
+from . import format, networks
+from .networks import Column
 from .page import Bar, KeyFigure
 from .sections import int8
 
@@ -24,8 +14,8 @@ WIDE_INTERVAL = 10
 
 
 def title(report: Report) -> str:
-    student = find_network(report, "student") or find_network(report, "student_int8")
-    teacher = find_network(report, "teacher")
+    student = networks.find_network(report, "student") or networks.find_network(report, "student_int8")
+    teacher = networks.find_network(report, "teacher")
     if student is None:
         return report.title
     if report.method == "none":
@@ -53,7 +43,7 @@ def lead(report: Report) -> str:
         trained += f" (teacher: {report.teacher_image_size} × {report.teacher_image_size})"
     sentences.append(f"{trained}.")
     if student is not None and student.score is not None:
-        measured = format.title(score_name(report))
+        measured = format.title(networks.score_name(report))
         measured += " and latency were" if student.latency_ms else " was"
         sentences.append(f"{measured} measured on the shipped file in ONNX Runtime.")
     return " ".join(sentences)
@@ -65,11 +55,11 @@ def key_figures(report: Report) -> list[KeyFigure]:
 
 
 def _size(report: Report) -> KeyFigure:
-    shipped, teacher = shipped_network(report), find_network(report, "teacher")
+    shipped, teacher = networks.shipped_network(report), networks.find_network(report, "teacher")
     if shipped is None or not shipped.subject.bytes:
         return KeyFigure(format.MISSING, "size not known yet")
     size, details = shipped.subject.bytes, []
-    student = find_network(report, "student")
+    student = networks.find_network(report, "student")
     if shipped.key == "student_int8" and student is not None and student.subject.bytes:
         details.append(" ".join((*_compare_sizes(size, student.subject.bytes), "the fp32 student")))
     if teacher is None or not teacher.subject.bytes:
@@ -95,12 +85,13 @@ def _compare_sizes(size: int, other: int) -> tuple[str, str]:
 
 
 def _speed(report: Report) -> KeyFigure:
-    shipped, teacher = shipped_network(report), find_network(report, "teacher")
-    fp32 = find_network(report, "student") if shipped is not None and shipped.key == "student_int8" else None
+    shipped, teacher = networks.shipped_network(report), networks.find_network(report, "teacher")
+    has_int8 = shipped is not None and shipped.key == "student_int8"
+    fp32 = networks.find_network(report, "student") if has_int8 else None
     # An ensemble of teachers is not timed as one network: then the fp32 student is the reference.
-    over, ratios = teacher, speed_ratios(report, shipped, teacher)
+    over, ratios = teacher, networks.speed_ratios(report, shipped, teacher)
     if not ratios:
-        over, ratios = fp32, speed_ratios(report, shipped, fp32)
+        over, ratios = fp32, networks.speed_ratios(report, shipped, fp32)
     if not ratios or shipped is None or over is None:
         search = int8.default_search(report)
         if search is not None and search.file is not None and search.not_timed is not None:
@@ -111,22 +102,22 @@ def _speed(report: Report) -> KeyFigure:
     reference = "the teacher" if over is teacher else "the fp32 student"
     paired = f"95 % interval {ratio.interval}, paired"
     details, bars = [paired if ratio.interval else "ratio of medians, no paired interval"], []
-    p50, other = (median_latency(column.subject, ratio.threads) for column in (shipped, over))
+    p50, other = (networks.median_latency(column.subject, ratio.threads) for column in (shipped, over))
     if p50 is not None and other is not None:
         bars = _bars((over, other), (shipped, p50))
         details.append(f"median {format.milliseconds(p50)} vs. {format.milliseconds(other)}")
     details += [f"{format.threads(ratio.threads)}: {ratio.text}" for ratio in others]
-    if over is teacher and (over_fp32 := compare_speed(shipped, fp32, ratio.threads)) is not None:
+    if over is teacher and (over_fp32 := networks.compare_speed(shipped, fp32, ratio.threads)) is not None:
         details.append(f"vs. fp32 student: {over_fp32.text}")
     return KeyFigure(value, f"{meaning} {reference}, {format.threads(ratio.threads)}", details, bars)
 
 
 def _score(report: Report) -> KeyFigure:
-    shipped, columns = shipped_network(report), compared_networks(report)
+    shipped, columns = networks.shipped_network(report), networks.compared_networks(report)
     others = [
         f"{column.role_in_sentence} {format.score(column.subject.score)}"
         for column in reversed(columns)
-        if column.subject.score is not None and (shipped is None or column.key != shipped.key)
+        if column.subject.score is not None and column != shipped
     ]
     score = shipped.subject.score if shipped is not None else None
     if shipped is None or score is None:
@@ -135,14 +126,14 @@ def _score(report: Report) -> KeyFigure:
             for column in columns
             if column.subject.val_score is not None
         ]
-        return KeyFigure(format.MISSING, f"test {score_name(report)} not measured yet", others)
+        return KeyFigure(format.MISSING, f"test {networks.score_name(report)} not measured yet", others)
     images = format.plural(score.n, "test image")
     measures = [f"{name} {format.percent(value.percent, score.n)}" for name, value in score.details.items()]
     details = [f"95 % interval {format.score_interval(score)}"]
     details.append(f"on {images}" if score.correct is None else f"{score.correct:,} of {images} correct")
     return KeyFigure(
         format.score_percent(score),
-        f"{score_name(report)} of the {shipped.short_role} student",
+        f"{networks.score_name(report)} of the {shipped.short_role} student",
         [*details, *measures, *others],
         [
             Bar(column.short_role, column.key, round(column.subject.score.percent, 1))
@@ -165,17 +156,16 @@ def warnings(report: Report) -> list[str]:
             f"{' and '.join(headless)} {'has' if len(headless) == 1 else 'have'} no classifier head: the "
             "student was trained on features only, and the teacher's accuracy is not defined."
         )
-    shipped, student = shipped_network(report), find_network(report, "student")
+    shipped, student = networks.shipped_network(report), networks.find_network(report, "student")
     for column, over in (
-        (find_network(report, "student_int8"), student),
-        (shipped, find_network(report, "teacher")),
+        (networks.find_network(report, "student_int8"), student),
+        (shipped, networks.find_network(report, "teacher")),
     ):
-        ratios = speed_ratios(report, column, over)
+        ratios = networks.speed_ratios(report, column, over)
         slow = "; ".join(f"{r.text} with {format.threads(r.threads)}" for r in ratios if not r.is_faster)
         if slow and column is not None and over is not None:
-            messages.append(
-                f"{column.role} is not faster than the {over.role_in_sentence} on this machine: {slow}."
-            )
+            pair = f"{column.role} is not faster than the {over.role_in_sentence}"
+            messages.append(f"{pair} on this machine: {slow}.")
     messages += _score_warnings(report, shipped, student)
     return list(dict.fromkeys(messages))
 
@@ -184,35 +174,29 @@ def _score_warnings(report: Report, shipped: Column | None, student: Column | No
     score = shipped.subject.score if shipped is not None else None
     if shipped is None or score is None:
         return []
-    name, messages = score_name(report), []
+    name, messages = networks.score_name(report), []
     if shipped.key == "student_int8" and student is not None and student.subject.score is not None:
         lost = student.subject.score.percent - score.percent
         if lost > 1:
-            messages.append(
-                f"Quantization reduces {name} by {format.points(lost, score.n)[1:]}. "
-                f"{int8.suggest_remedies(bool(report.config.get('qat')))}"
-            )
-    images, width = format.plural(score.n, "test image"), score.high - score.low
+            remedies = int8.suggest_remedies(bool(report.config.get("qat")))
+            messages.append(f"Quantization reduces {name} by {format.points(lost, score.n)[1:]}. {remedies}")
+    images, width, reason = format.plural(score.n, "test image"), score.high - score.low, ""
     if width > WIDE_INTERVAL:
-        messages.append(
-            f"The {name} is uncertain: on {images} its 95 % interval is {format.points(width)[1:]} wide."
-        )
+        reason = f"on {images} its 95 % interval is {format.points(width)[1:]} wide"
     elif width == 0 and score.n < SMALL_TEST_SET:
         # Only a bootstrap has such intervals, and only if every prediction is correct.
-        messages.append(
-            f"The {name} is uncertain: all predictions on {images} are correct, so the bootstrap interval "
-            "has no width."
-        )
-    return messages
+        reason = f"all predictions on {images} are correct, so the bootstrap interval has no width"
+    return [*messages, f"The {name} is uncertain: {reason}."] if reason else messages
 
 
 def list_missing(report: Report) -> list[str]:
     """Return what a finished report contains and this one does not contain yet."""
+    columns = networks.compared_networks(report)
     parts = {
         "student": report.student or report.student_int8,
         "int8 file": report.student_int8 or report.int8,
-        f"test {score_name(report)}": any(column.subject.score for column in compared_networks(report)),
-        "latency": thread_counts(report),
+        f"test {networks.score_name(report)}": any(column.subject.score for column in columns),
+        "latency": networks.thread_counts(report),
     }
     return [name for name, value in parts.items() if not value]
 

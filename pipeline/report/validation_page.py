@@ -58,16 +58,11 @@ def validation_page(validation: Validation) -> Page:
     )
 
 
-def score_name(validation: Validation) -> str:
-    return load_task(validation.task).metric
-
-
 def _lead(validation: Validation) -> str:
     students = sum(network.role == "student" for network in validation.networks)
     return (
         f"{format.plural(students, 'file')} evaluated on {format.images(validation.n, validation.split)} "
-        f"of {validation.data}, "
-        f"{format.plural(len(validation.per_class), 'class', 'classes')}"
+        f"of {validation.data}, {format.plural(len(validation.per_class), 'class', 'classes')}"
         f"{load_task(validation.task).labels_note}, in ONNX Runtime with the session options of deployment."
     )
 
@@ -79,7 +74,7 @@ def _key_figures(validation: Validation) -> list[KeyFigure]:
         if score.correct is not None:
             details.append(f"{score.correct:,} of {format.plural(score.n, 'image')} correct")
         details += [f"{network.name} {format.score(network.score)}" for network in validation.networks[1:]]
-        meaning = f"{score_name(validation)} of {first.name}"
+        meaning = f"{load_task(validation.task).metric} of {first.name}"
         figures.append(KeyFigure(format.score_percent(score), meaning, details))
     if (agreement := first.agreement) is not None:
         details = [
@@ -96,19 +91,15 @@ def _key_figures(validation: Validation) -> list[KeyFigure]:
 
 
 def _results(validation: Validation) -> Section:
-    return Section(
-        "Results",
-        "results",
-        figures=[_score_chart(validation), _recall_chart(validation.first)],
-        tables=[results_table(validation), pairs_table(validation)],
-    )
+    charts = [_score_chart(validation), _recall_chart(validation.first)]
+    tables = [results_table(validation), pairs_table(validation)]
+    return Section("Results", "results", figures=charts, tables=tables)
 
 
 def _key(network: Network) -> str:
     """Return the network's key in the style sheet."""
-    if network.role == "teacher":
-        return "teacher"
-    return "student" if network.precision == "fp32" else "student_int8"
+    student = "student" if network.precision == "fp32" else "student_int8"
+    return "teacher" if network.role == "teacher" else student
 
 
 def _score_chart(validation: Validation) -> Chart | None:
@@ -117,7 +108,7 @@ def _score_chart(validation: Validation) -> Chart | None:
         for n in validation.networks
         if (s := n.score) is not None
     ]
-    return dots(format.title(score_name(validation)), marks, "line: 95 % interval")
+    return dots(format.title(load_task(validation.task).metric), marks, "line: 95 % interval")
 
 
 def _recall_chart(network: Network) -> Chart | None:

@@ -139,8 +139,8 @@ def reliability_diagram(column: Column, calibration: Calibration) -> Chart:
         text("tick axis", LEFT + SIDE, HEIGHT - 3, "confidence, %", "end"),
         path("diagonal", "M", x(0), y(0), "L", x(100), y(100)),
         *_count_bars(filled, key),
-        *(_before(part, key) for part in before if part.n),
-        *(shape for part in filled for shape in _dot(part, key)),
+        *(_dot(part, key, "ring", "no temperature scaling: ") for part in before if part.n),
+        *(shape for part in filled for shape in (_whisker(part, key), _dot(part, key, "dot"))),
     ]
     description = f"Reliability diagram of the {column.role_in_sentence}, {note}. "
     description += f"{'; '.join(_describe_bin(part) for part in filled)}."
@@ -152,18 +152,16 @@ def _describe_bin(part: ReliabilityBin) -> str:
     return f"{predictions} at {format.percent(part.confidence)}, accuracy {format.percent(part.accuracy)}"
 
 
-def _dot(part: ReliabilityBin, key: str) -> list[Shape]:
+def _whisker(part: ReliabilityBin, key: str) -> Shape:
     assert part.confidence is not None and part.accuracy is not None
     interval = Proportion.from_counts(round(part.n * part.accuracy / 100), part.n)
-    place = x(part.confidence)
-    whisker = path(f"whisker {key}", "M", place, y(interval.low), "V", y(interval.high))
-    return [whisker, circle(f"dot {key}", place, y(part.accuracy), 4, _describe_bin(part))]
+    return path(f"whisker {key}", "M", x(part.confidence), y(interval.low), "V", y(interval.high))
 
 
-def _before(part: ReliabilityBin, key: str) -> Shape:
+def _dot(part: ReliabilityBin, key: str, css: str, note: str = "") -> Shape:
     assert part.confidence is not None and part.accuracy is not None
-    tooltip = f"no temperature scaling: {_describe_bin(part)}"
-    return circle(f"ring {key}", x(part.confidence), y(part.accuracy), 4, tooltip)
+    tooltip = f"{note}{_describe_bin(part)}"
+    return circle(f"{css} {key}", x(part.confidence), y(part.accuracy), 4, tooltip)
 
 
 def _count_bars(filled: Sequence[ReliabilityBin], key: str) -> list[Shape]:

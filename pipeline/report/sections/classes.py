@@ -118,10 +118,8 @@ def _threshold(result: ClassScore | None) -> tuple[str, str]:
 
 
 def confused_table(pairs: Sequence[Confused], file: str) -> Table:
-    rows = [
-        [pair.label, pair.predicted, format.count(pair.n), format.percent(pair.percent)]
-        for pair in pairs[:MAX_CONFUSED]
-    ]
+    shown = pairs[:MAX_CONFUSED]
+    rows = [[p.label, p.predicted, format.count(p.n), format.percent(p.percent)] for p in shown]
     note = f"The first {MAX_CONFUSED}; more are in {file}." if len(pairs) > MAX_CONFUSED else ""
     columns = ["true class", "prediction", "images", "of the class"]
     return Table("Most confused classes", columns, rows, note=note, left=2)

@@ -100,10 +100,7 @@ def _files(report: Report) -> Table:
 
 def _duplicates(report: Report) -> Table:
     rows = [
-        [
-            f"{len(group):,}",
-            ", ".join(group[:MAX_DUPLICATES]) + (", …" if len(group) > MAX_DUPLICATES else ""),
-        ]
+        [f"{len(group):,}", ", ".join(group[:MAX_DUPLICATES] + ["…"] * (len(group) > MAX_DUPLICATES))]
         for group in (report.data.duplicates if report.data else [])
     ]
     return Table("Identical images", ["images", "names"], rows, code=frozenset({1}), text=True)

@@ -1,6 +1,5 @@
 """Int8 in the report: the candidates of each target, nodes in float, quantization-aware training."""
 
-from collections.abc import Mapping, Sequence
 from math import inf
 
 from ....export.results import Candidate
@@ -86,8 +85,7 @@ def warnings(report: Report) -> list[str]:
         if i and search.file is None:
             messages.append(f"No int8 file for {search.target}: {_explain_none(report, search)}.")
         if search.slow is not None:
-            slow = f"{search.slow[:1].upper()}{search.slow[1:]}"
-            messages.append(f"{search.target}: {search.slow}" if i else slow)
+            messages.append(f"{search.target}: {search.slow}" if i else format.capitalize(search.slow))
     return messages
 
 
@@ -129,15 +127,15 @@ def _sentences(report: Report, search: Int8Search) -> list[str]:
     if search.not_timed is not None:
         sentences.append(f"Latency not measured: {search.not_timed}.")
     if search.slow is not None:
-        sentences.append(f"{search.slow[:1].upper()}{search.slow[1:]}")
+        sentences.append(format.capitalize(search.slow))
     return sentences
 
 
 def _choice(report: Report, search: Int8Search) -> str:
     shipped = shipped_candidate(search)
     if shipped is None:
-        reason = _explain_none(report, search)
-        return f"{reason[:1].upper()}{reason[1:]}: no int8 file ships for {search.target}."
+        reason = format.capitalize(_explain_none(report, search))
+        return f"{reason}: no int8 file ships for {search.target}."
     within = sum(candidate.holds for candidate in search.tried)
     sentence = f"{within:,} of {format.plural(len(search.tried), 'candidate')} "
     sentence += f"{_within_budget(report, search, 'are' if within > 1 else 'is')} on {images(search)}"
@@ -153,49 +151,41 @@ def _difference(candidate: Candidate, search: Int8Search) -> str:
 
 def chart(report: Report, search: Int8Search) -> Chart | None:
     """Draw the score that decides over the median latency on one thread; None if nothing was timed."""
-    shipped, points = shipped_candidate(search), []
-
-    def add(key: str, label: str, name: str, score: float, p50: float) -> None:
-        text = f"{format.percent(score, search.n)} at {format.milliseconds(p50)}"
-        points.append(Point(name, key, p50, score, text, label=label))
-
-    for number, candidate in enumerate(search.tried, 1):
-        if candidate.p50 is not None:
-            key = "student_int8" if candidate.ships else "holds" if candidate.holds else "refused"
-            add(key, str(number), f"{number} {candidate.name}", candidate.score, candidate.p50)
-    if not points:
+    if all(candidate.p50 is None for candidate in search.tried):
         return None
-    if search.p50_fp32 is not None:
-        add("student", "fp32", "fp32", search.fp32_score, search.p50_fp32)
+    files = [
+        ("student_int8" if c.ships else "holds" if c.holds else "refused", str(i), c.name, c.score, c.p50)
+        for i, c in enumerate(search.tried, 1)
+    ]
+    files.append(("student", "fp32", "", search.fp32_score, search.p50_fp32))
+    shipped, points = shipped_candidate(search), []
+    for key, label, name, score, p50 in files:
+        if p50 is not None:
+            text = f"{format.percent(score, search.n)} at {format.milliseconds(p50)}"
+            points.append(Point(f"{label} {name}".strip(), key, p50, score, text, label=label))
     meanings = {
         "student": "fp32",
         "refused": "over budget",
         "holds": "within budget",
         "student_int8": f"shipped: {shipped.name}" if shipped else "shipped",
     }
-    keys = {point.key for point in points}
+    keys, least = {point.key for point in points}, search.fp32_score - search.max_drop
+    levels = [Level(f"fp32 {format.percent(search.fp32_score, search.n)}", "student", search.fp32_score)]
+    if search.max_drop:
+        levels.append(Level(f"budget {format.percent(least, search.n)}", "budget", least))
     return scatter(
         f"{format.title(score_name(report))} over latency",
         points,
         x_name="median latency in ms, 1 thread",
         note=f"On {images(search)}. Numbers as in the table.",
         legend=[(key, meaning) for key, meaning in meanings.items() if key in keys],
-        levels=_levels(search),
+        levels=levels,
         show_frontier=False,
     )
 
 
-def _levels(search: Int8Search) -> list[Level]:
-    """Return lines at the score of fp32 and at the budget below it."""
-    fp32 = Level(f"fp32 {format.percent(search.fp32_score, search.n)}", "student", search.fp32_score)
-    if not search.max_drop:
-        return [fp32]
-    least = search.fp32_score - search.max_drop
-    return [fp32, Level(f"budget {format.percent(least, search.n)}", "budget", least)]
-
-
 def candidates(report: Report, search: Int8Search) -> Table:
-    """Return fp32 and the candidates in the order they were tried, without uninformative columns."""
+    """Return fp32 and the candidates as tried, without columns that are empty or repeat their names."""
     fp32 = {
         "candidate": "fp32",
         "result": format.MISSING if search.file is not None else "ships",
@@ -204,7 +194,11 @@ def candidates(report: Report, search: Int8Search) -> Table:
         "file": format.megabytes(report.student.bytes if report.student is not None else None),
     }
     rows = [_row(report, number, candidate, search) for number, candidate in enumerate(search.tried, 1)]
-    columns = [name for name in (rows[0] if rows else {}) if _is_informative(name, rows)]
+    columns = [
+        name
+        for name in (rows[0] if rows else {})
+        if name == "candidate" or any(row[name] not in (format.MISSING, row["candidate"]) for row in rows)
+    ]
     note = f"{format.title(score_name(report))} on {images(search)}. "
     note += "SQNR: signal-to-quantization-noise ratio of the logits."
     note += " McNemar p: exact test against fp32." if "McNemar p" in columns else ""
@@ -217,11 +211,6 @@ def candidates(report: Report, search: Int8Search) -> Table:
         note=note,
         left=sum(name in TEXT_COLUMNS for name in columns),
     )
-
-
-def _is_informative(name: str, rows: Sequence[Mapping[str, str]]) -> bool:
-    """Return False if the column is empty, or repeats the names of the candidates."""
-    return name == "candidate" or any(row[name] not in (format.MISSING, row["candidate"]) for row in rows)
 
 
 def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) -> dict[str, str]:
@@ -256,10 +245,9 @@ def _qat(report: Report) -> Section:
     candidate = next((c for c in search.tried if c.name == QAT), None) if search else None
     rows = []
     if recovery.fake_val is not None:
-        on_val = search is not None and search.role == "val"
-        n = search.n if search is not None and on_val else None
-        score = candidate.score if candidate is not None and on_val else None
-        rows.append(_compare("validation", n, recovery.fake_val, score))
+        on_val = search if search is not None and search.role == "val" else None
+        score = candidate.score if candidate is not None and on_val is not None else None
+        rows.append(_compare("validation", on_val.n if on_val else None, recovery.fake_val, score))
     if recovery.fake_test is not None:
         test = report.student_int8.score if report.student_int8 is not None else None
         score = test.percent if candidate is not None and candidate.ships and test is not None else None

@@ -1,29 +1,13 @@
 """Latency in the report and the terminal: distributions, percentiles, speed-ups, cold start, throughput."""
 
-from collections.abc import Callable, Sequence
 from math import isfinite
 
 import numpy as np
 
 from ....export.results import ColdStart, Latency, Percentile
 from ...runs.results import Bench, Report
-from .. import format
-from ..charts import (
-    LABEL_WIDTH,
-    VALUE_WIDTH,
-    WIDTH,
-    Chart,
-    Drawing,
-    Shape,
-    axis_ticks,
-    line,
-    linear_scale,
-    path,
-    polyline,
-    round_step,
-    text,
-    vertical_grid,
-)
+from .. import charts, format
+from ..charts import Chart, Drawing, Position, Shape
 from ..networks import ROLES, SpeedRatio
 from ..page import Section
 from ..tables import Attribute, Table, attribute_rows
@@ -46,7 +30,7 @@ def section(report: Report) -> Section:
         "Latency",
         "latency",
         text=[" ".join(protocol(bench))],
-        warnings=[*flags, *(f"{note[0].upper()}{note[1:]}." for note in bench.notes)],
+        warnings=[*flags, *(f"{format.capitalize(note)}." for note in bench.notes)],
         figures=[histograms(bench, threads) for threads in bench.threads],
         tables=[percentiles(bench), *other_tables(bench)],
         folded=[conditions(bench), files(bench)],
@@ -174,8 +158,7 @@ def cold_starts(bench: Bench) -> Table:
         for result in bench.cold_starts
     ]
     note = ""
-    if rows:
-        first = bench.cold_starts[0]
+    for first in bench.cold_starts[:1]:
         note = f"Median milliseconds of {format.plural(first.processes, 'new process', 'new processes')}, "
         note += f"{format.threads(first.threads)}; the file is in the page cache."
     columns = ["", "import runtime", "load model", "first run", "peak memory", "of which model"]
@@ -244,18 +227,23 @@ def histograms(bench: Bench, threads: int) -> Chart | None:
     ratios = [np.array(latency.quantiles) / (latency.p50 or 1.0) for latency in shown]
     low = max(0.5, min(float(ratio[1]) for ratio in ratios))
     high = min(MAX_RATIO, max(1.15, *(float(ratio[99]) for ratio in ratios)))
-    x = linear_scale(low, high, LABEL_WIDTH + 6, WIDTH - VALUE_WIDTH)
+    x = charts.linear_scale(low, high, charts.LABEL_WIDTH + 6, charts.WIDTH - charts.VALUE_WIDTH)
     height = 8 + len(shown) * ROW + 20
-    step = round_step((high - low) / 4)
-    ticks = axis_ticks(float(step * np.ceil(low / step)), high, step)
-    shapes = vertical_grid([(value, f"{number}×") for value, number in ticks], x, height)
+    step = charts.round_step((high - low) / 4)
+    ticks = charts.axis_ticks(float(step * np.ceil(low / step)), high, step)
+    shapes = charts.vertical_grid([(value, f"{number}×") for value, number in ticks], x, height)
     for i, (latency, ratio) in enumerate(zip(shown, ratios, strict=True)):
         shapes += _histogram(bench, latency, ratio, (low, high), x, 8 + i * ROW + HISTOGRAM_HEIGHT)
-    shapes.append(line("level budget", x(1.0), 0, x(1.0), height - 18))
+    rows = []
+    for latency in shown:
+        p90 = latency.percentiles.get("p90")
+        tail = f", p90 {format.milliseconds(p90.value)}" if p90 is not None else ""
+        rows.append(f"{role(bench, latency.subject)}: median {format.milliseconds(latency.p50)}{tail}")
+    shapes.append(charts.line("level budget", x(1.0), 0, x(1.0), height - 18))
     return Chart(
         f"Latency distribution, {format.threads(threads)}",
-        _describe(bench, threads, shown),
-        [Drawing(WIDTH, height, shapes)],
+        f"Distribution of runs, {format.threads(threads)}. {'; '.join(rows)}.",
+        [Drawing(charts.WIDTH, height, shapes)],
         "runs relative to the median; the median is at the right",
     )
 
@@ -265,7 +253,7 @@ def _histogram(
     latency: Latency,
     ratios: np.ndarray,
     ends: tuple[float, float],
-    x: Callable[[float], float],
+    x: Position,
     base: float,
 ) -> list[Shape]:
     edges = np.linspace(*ends, BINS + 1)
@@ -281,23 +269,15 @@ def _histogram(
     points.append((x(ends[1]), base))
     key = next((file.key for file in bench.subjects if file.name == latency.subject and file.key), "other")
     shapes = [
-        text("name", 0, base - 6, role(bench, latency.subject)),
-        polyline(f"histogram {key}", points, "polygon"),
-        text("number", WIDTH - 70, base - 6, format.milliseconds(latency.p50)),
+        charts.text("name", 0, base - 6, role(bench, latency.subject)),
+        charts.polyline(f"histogram {key}", points, "polygon"),
+        charts.text("number", charts.WIDTH - 70, base - 6, format.milliseconds(latency.p50)),
     ]
     if (p90 := latency.percentiles.get("p90")) is not None:
         ratio = p90.value / (latency.p50 or 1.0)
         if isfinite(ratio) and ends[0] <= ratio <= ends[1]:
-            shapes.append(path(f"whisker {key}", "M", x(ratio), base, "v-9", tooltip="p90"))
+            shapes.append(charts.path(f"whisker {key}", "M", x(ratio), base, "v-9", tooltip="p90"))
     if (beyond := 1 - float(fractions[-1])) >= 0.005:
-        shapes.append(text("tick", WIDTH - 70, base + 7, f"{format.percent(100 * beyond)} beyond"))
+        label = f"{format.percent(100 * beyond)} beyond"
+        shapes.append(charts.text("tick", charts.WIDTH - 70, base + 7, label))
     return shapes
-
-
-def _describe(bench: Bench, threads: int, shown: Sequence[Latency]) -> str:
-    rows = []
-    for latency in shown:
-        p90 = latency.percentiles.get("p90")
-        tail = f", p90 {format.milliseconds(p90.value)}" if p90 is not None else ""
-        rows.append(f"{role(bench, latency.subject)}: median {format.milliseconds(latency.p50)}{tail}")
-    return f"Distribution of runs, {format.threads(threads)}. {'; '.join(rows)}."

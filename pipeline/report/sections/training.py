@@ -71,7 +71,7 @@ def _metric_title(name: str) -> str:
     """Return the title of a metric; a suffix such as the one of ``gamma (resnet50 map)`` is kept."""
     key, separator, suffix = name.partition(" (")
     title = METHOD_METRICS.get(key, key.replace("_", " "))
-    return (title[:1].upper() + title[1:] if title.isascii() else title) + separator + suffix
+    return (format.capitalize(title) if title.isascii() else title) + separator + suffix
 
 
 def _losses(epochs: list[Epoch]) -> list[Curve]:
@@ -89,11 +89,17 @@ def _curve(label: str, epochs: list[Epoch], values: list[float | None]) -> Curve
 
 def cost_table(report: Report) -> Table:
     """Return what each training cost, without the measures that none of them has."""
-    stages = _by_stage(report.epochs)
+    stages, limit = _by_stage(report.epochs), MAX_IMAGES_PER_SECOND
     costs: dict[str, Attribute] = {
-        "images/s": (_throughput, lambda value: format.number(round(value))),
+        "images/s": (
+            lambda epochs: _median(n for e in epochs if (n := e.images_per_second) < limit),
+            lambda value: format.number(round(value)),
+        ),
         "time per epoch": (lambda epochs: _median(e.seconds for e in epochs), format.duration),
-        "peak memory": (_peak_memory, format.megabytes),
+        "peak memory": (
+            lambda epochs: max((m for e in epochs if (m := e.peak_memory_bytes) is not None), default=None),
+            format.megabytes,
+        ),
         "time by phase": (_phases, str),
         "MFU": (lambda epochs: _median(e.mfu for e in epochs), lambda mfu: format.percent(100 * mfu)),
     }
@@ -108,14 +114,6 @@ def cost_table(report: Report) -> Table:
 def _median(values: Iterable[float | None]) -> float | None:
     finite = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.median(finite) if finite else None
-
-
-def _throughput(epochs: list[Epoch]) -> float | None:
-    return _median(e.images_per_second for e in epochs if e.images_per_second < MAX_IMAGES_PER_SECOND)
-
-
-def _peak_memory(epochs: list[Epoch]) -> int | None:
-    return max((e.peak_memory_bytes for e in epochs if e.peak_memory_bytes is not None), default=None)
 
 
 def _phases(epochs: list[Epoch]) -> str | None:
@@ -201,7 +199,7 @@ class Patches:
     words: list[Word]
     note: str
     kind: str = "patches"
-    table: Table | None = None
+    table: None = None
 
     @property
     def description(self) -> str:
@@ -210,9 +208,8 @@ class Patches:
 
 def vocabulary_section(report: Report) -> Section:
     """Return the vocabulary, or only the metrics of other methods."""
-    shown = next((words for words in report.words if words.shown), None)
     figures: list[Figure | None] = []
-    if shown is not None:
+    for shown in [words for words in report.words if words.shown][:1]:
         words = [_word(word, shown) for word in shown.shown]
         figures.append(Patches(words, _describe_patches(shown, report)))
     figures += [*(_usage_chart(report, words) for words in report.words), *method_charts(report)]
