@@ -151,6 +151,5 @@ def hash_array(pixels: np.ndarray) -> str:
     return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def printable(name: str) -> str:
-    """Escape what cannot be printed or written as UTF-8, and control characters of terminals."""
-    return escape_controls(name)
+printable = escape_controls
+"""Escapes what cannot be printed or written as UTF-8, and control characters of terminals."""

@@ -21,14 +21,7 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from ...export import runtime
-from ...export.runtime import (
-    ImageError,
-    Preprocessing,
-    allowed_cores,
-    decode_image,
-    render,
-    suppress_pillow_warnings,
-)
+from ...export.runtime import Preprocessing, allowed_cores, render, suppress_pillow_warnings
 from ..errors import JobError
 from ..runs.cache import Cache
 from ..runs.hashes import digest, sha256
@@ -225,8 +218,8 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
             return form(content)
         if hashlib.sha256(content).hexdigest() != image.key:
             raise JobError(f"{image.name} was changed during the run. Start the run again.")
-        return form(decode_image(content))
-    except ImageError as error:
+        return form(runtime.decode_image(content))
+    except runtime.ImageError as error:
         return error.reason
     except OSError as error:
         return f"could not be read: {error.strerror or error}"

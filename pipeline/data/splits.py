@@ -8,8 +8,7 @@ from ..config import TaskName
 from ..errors import UsageError
 from .dataset import SPLITS, Duplicate, Image, ImageSet, Skipped, Split, sort_images
 
-TEST_FRACTION = 0.1
-VAL_FRACTION = 0.1
+TEST_FRACTION = VAL_FRACTION = 0.1
 
 NO_CLASS = -1
 """Stands for the class of multi-label images without classes, so that they are held out as well."""
@@ -199,8 +198,7 @@ def _check_every_class(
         if split == "val" and not splits[split]:
             continue
         present = {label for image in splits[split] for label in image.labels}
-        missing = [name for label, name in enumerate(classes) if label not in present]
-        if missing:
+        if missing := [name for label, name in enumerate(classes) if label not in present]:
             raise UsageError(
                 f"The {split} split has no image of {quote_names(missing)} that is not in another split as "
                 "well. Add images."

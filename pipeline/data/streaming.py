@@ -79,29 +79,23 @@ class StreamedViews(LabeledViews):
         device: torch.device | str = "cpu",
         also: int | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the same as ``Views.batches``, computed ahead by the workers.
-
-        Raises:
-            JobError: an image can no longer be read, or a worker died.
-        """
+        """Yield the same as ``Views.batches``, computed ahead by the workers."""
         sizes = (self.size,) if also is None else (self.size, also)
         return prefetch(self._compute(plan, device, sizes), device)
 
     def _compute(
         self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str, sizes: tuple[int, ...]
     ) -> Iterator[tuple[Tensor, ...]]:
-        labels: deque[Tensor] = deque()
+        images, labels = self.images, deque[Tensor]()
 
         def tasks() -> Iterator[Task]:
             for indices, view_numbers in plan:
                 labels.append(self.labels[indices])
-                box, flips, factors = self.draw(
-                    indices, view_numbers, self.images.heights, self.images.widths
-                )
-                images = [self.images.images[index] for index in indices.tolist()]
+                box, flips, factors = self.draw(indices, view_numbers, images.heights, images.widths)
+                batch = [images.images[index] for index in indices.tolist()]
                 # As arrays, since torch would share the memory of small tensors at a cost.
                 arrays = box.numpy(), flips.numpy(), None if factors is None else factors.numpy()
-                yield partial(_crop, images, self.canonical, self.policy, *arrays, sizes)
+                yield partial(_crop, batch, self.canonical, self.policy, *arrays, sizes)
 
         for packed in self.workers.map(tasks()):
             views, *more = _unpack(to_device(packed, device), sizes)
@@ -160,6 +154,4 @@ def _crop(
 def _unpack(packed: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
     """Split the result of ``_crop`` into views uint8 [B, 3, S, S] of each size S."""
     parts = packed.split([size**2 for size in sizes], 1)
-    return [
-        part.unflatten(1, (size, size)).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)
-    ]
+    return [part.unflatten(1, (s, s)).permute(0, 3, 1, 2) for part, s in zip(parts, sizes, strict=True)]

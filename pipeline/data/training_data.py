@@ -12,7 +12,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...export.runtime import Preprocessing
@@ -173,11 +172,8 @@ class TrainingData:
         chosen = images[:: max(1, math.ceil(len(images) / limit))] if limit else images
         show = partial(self.show, f"rendering {split}")
         decoded = render_images(chosen, spec.preprocessing, cache=self.cache, progress=show)
-        labels = decoded.targets(self.dataset)
-        if not decoded.images:
-            empty = torch.empty(0, spec.image_size, spec.image_size, 3, dtype=torch.uint8)
-            return empty, labels, decoded
-        return decoded.pixels.stack(), labels, decoded
+        pixels = decoded.pixels.data.view(len(decoded.images), spec.image_size, spec.image_size, 3)
+        return pixels, decoded.targets(self.dataset), decoded
 
     def rendered_train(self, spec: NetworkSpec) -> Iterator[tuple[int, Tensor]]:
         """Yield training images as ``rendered`` does: (index of the first, uint8 [B,3,S,S] on the device).
@@ -188,10 +184,8 @@ class TrainingData:
             batches = rendered_batches(self.train.images, spec.preprocessing, self.workers, BATCH)
         else:
             batches = iter(self.rendered("train", spec)[0].split(BATCH))
-        first = 0
-        for pixels in batches:
-            yield first, pixels.to(self.device).permute(0, 3, 1, 2)
-            first += len(pixels)
+        for number, pixels in enumerate(batches):
+            yield number * BATCH, pixels.to(self.device).permute(0, 3, 1, 2)
 
     def readable(self, spec: NetworkSpec) -> ImageSet:
         """Return the dataset without the images that cannot be decoded; they are among its skipped files.

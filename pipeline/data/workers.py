@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...export.runtime import allowed_cores
 from ..errors import JobError, QuestpressError
+from ..runs import process
 
 Task = Callable[[], Any]
 """Returns a contiguous tensor or a small object."""
@@ -35,7 +36,7 @@ def worker_count(device: str) -> int:
     The thread that feeds a GPU keeps one core. On a CPU, training uses all cores, and half as many workers
     run at low priority.
     """
-    cores = allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = allowed_cores() // process.count_local_processes()
     return max(1, cores - 1 if torch.device(device).type == "cuda" else cores // 2)
 
 
@@ -55,7 +56,7 @@ class Workers:
         """Yield the tasks' results in order.
 
         Raises:
-            JobError: a task raised it, or a worker died.
+            JobError: a task raised it, such as for an unreadable image, or a worker died.
         """
         cuda = self.device.type == "cuda"
         loader = DataLoader(

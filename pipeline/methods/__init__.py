@@ -80,9 +80,8 @@ def load(name: str) -> type[Method]:
         method = entry.load()
     except Exception as error:  # importing another package may raise anything
         raise UsageError(f"--method {name} ({entry.value}) cannot be imported: {error}.") from error
-    if not (
-        isinstance(method, type) and issubclass(method, Method) and getattr(method, "name", None) == name
-    ):
+    is_method = isinstance(method, type) and issubclass(method, Method)
+    if not is_method or getattr(method, "name", None) != name:
         raise UsageError(
             f"--method {name} ({entry.value}) is not a method: it must be a subclass of "
             f"questpress.pipeline.methods.base.Method with name = '{name}'."

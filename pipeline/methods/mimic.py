@@ -47,11 +47,8 @@ from .quest.vocabulary import FeatureMatrix
 
 Variant = Literal["l2", "lsh", "lshl2", "lshl2_s"]
 
-CIFAR_WIDTH = 256
-"""The widest vector with 32 hashes per number."""
-
-IMAGENET_HASHES = 2048
-"""M for wider vectors."""
+CIFAR_WIDTH, IMAGENET_HASHES = 256, 2048
+"""The width up to which a vector has 32 hashes for each number, and M for wider vectors."""
 
 MAX_NUMBERS = 1 << 28
 """Numbers of features that medians are computed from, 1 GiB; of more features an even sample is used."""

@@ -9,7 +9,7 @@ from ...errors import UsageError
 from ..dataset import ImageSet, Progress, printable
 from ..splits import UnsplitDataset
 from .folders import read_folder
-from .label_files import SUFFIXES, find_label_files, is_label_file, read_label_file
+from .label_files import SUFFIXES, find_label_files, read_label_file
 from .timm_datasets import PACKAGES, read_digits, read_named
 
 DIGITS = "digits"
@@ -50,7 +50,7 @@ def read_data(
         _check_unused("the built-in digits", data_dir, download)
         return read_digits()
     if path.is_file():
-        if not is_label_file(path):
+        if path.suffix.lower() not in SUFFIXES:
             raise UsageError(
                 f"--data {printable(str(path))} is neither a folder with a folder of images for each class "
                 f"nor a labels file ({', '.join(SUFFIXES)})."

@@ -121,10 +121,8 @@ def _check_class_folders(
 def describe_unused_splits(path: Path) -> str | None:
     """Return a warning if the folder is one split of a data set with further splits next to it."""
     path = path.absolute()
-    if path.name.lower() not in SPLIT_FOLDERS or not path.is_dir():
-        return None
     others = [name for name in SPLIT_FOLDERS if name != path.name.lower() and (path.parent / name).is_dir()]
-    if not others:
+    if path.name.lower() not in SPLIT_FOLDERS or not path.is_dir() or not others:
         return None
     return (
         f"not used, although next to {printable(path.name)}: {quote_names(others)}; "
@@ -159,10 +157,8 @@ def _find_split_files(
             )
         scan.ignored += len(loose)
         names = _class_names(class_folders)
-        files = {
-            name: list(_find_images(scan, path)) for name, path in zip(names, class_folders, strict=True)
-        }
-        images[split] = {name: paths for name, paths in files.items() if paths}
+        files = [list(_find_images(scan, path)) for path in class_folders]
+        images[split] = {name: paths for name, paths in zip(names, files, strict=True) if paths}
         if not images[split]:
             raise UsageError(f"The class folders in '{folder.name}' contain no images.")
     if "test" not in images and "val" in images:

@@ -118,17 +118,13 @@ def read_label_file(
     )
 
 
-def is_label_file(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
-
-
 def find_label_files(folder: Path) -> list[str]:
     """Return up to three paths of likely labels files in a folder, or in its ``annotations``."""
     try:
         files = [file for place in (folder, folder / "annotations") for file in sorted(place.glob("*.*"))]
     except OSError:
         return []
-    likely = [file for file in files if is_label_file(file) and not file.name.startswith(".")]
+    likely = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     return [printable(str(file)) for file in likely[:3]]
 
 
@@ -240,19 +236,16 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UsageError: the file is not of its form, or a row lacks a file, labels or a split.
     """
-    text = _read_text(path)
-    is_table = path.suffix.lower() in DELIMITERS
+    name, text, is_table = printable(path.name), _read_text(path), path.suffix.lower() in DELIMITERS
     records = _read_table(path, text) if is_table else _read_json_lines(path, text)
-    rows = [
-        _parse_row(f"{printable(path.name)}, {place}", place, record, is_table) for place, record in records
-    ]
+    rows = [_parse_row(f"{name}, {place}", place, record, is_table) for place, record in records]
     if not rows:
-        raise UsageError(f"{printable(path.name)} contains no images. Write a line for each image.")
+        raise UsageError(f"{name} contains no images. Write a line for each image.")
     unassigned = [row for row in rows if row.split is None]
     if 0 < len(unassigned) < len(rows):
         raise UsageError(
-            f"{printable(path.name)} assigns a split to {len(rows) - len(unassigned)} of its {len(rows)} "
-            f"images, but not to the one in {unassigned[0].place}. Assign a split to all images or to none."
+            f"{name} assigns a split to {len(rows) - len(unassigned)} of its {len(rows)} images, but not to "
+            f"the one in {unassigned[0].place}. Assign a split to all images or to none."
         )
     return rows
 

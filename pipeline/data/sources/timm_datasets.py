@@ -74,19 +74,15 @@ def _drop_unlabeled(
     # Published test splits often have no labels, written as −1.
     labeled = {split: [image for image in images[split] if image.label >= 0] for split in images}
     labeled = {split: split_images for split, split_images in labeled.items() if split_images}
-    unlabeled = [
-        Skipped(image.name, "it has no label (−1)")
-        for split in labeled
-        for image in images[split]
-        if image.label < 0
-    ]
+    unlabeled = [image.name for split in labeled for image in images[split] if image.label < 0]
+    skipped = (*skipped, *(Skipped(image, "it has no label (−1)") for image in unlabeled))
     if "train" not in labeled:
         raise UsageError(f"{name} has no labeled training images.")
     if "test" not in labeled and "val" in labeled:
         labeled["test"] = labeled.pop("val")
     count = 1 + max(image.label for split_images in labeled.values() for image in split_images)
     classes = _class_names(dataset, count)
-    return UnsplitDataset(name, name, classes, labeled, len(labeled) > 1, (*skipped, *unlabeled))
+    return UnsplitDataset(name, name, classes, labeled, len(labeled) > 1, skipped)
 
 
 def _open_splits(name: str, prefix: str, data_dir: Path | None, download: bool) -> dict[Split, Any]:
@@ -162,8 +158,7 @@ def _read_images(name: str, split: Split, dataset: Any) -> Iterator[Image]:
 def _read_row(reader: Any, row: int) -> bytes:
     file, _ = reader[row]
     with file:
-        content: bytes = file.read()
-        return content
+        return bytes(file.read())
 
 
 def _read_into_memory(name: str, split: Split, dataset: Any) -> Iterator[Image]:
@@ -199,8 +194,7 @@ def _class_names(dataset: Any, count: int) -> list[str]:
     if not names:
         by_name = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
         names = {index: name for name, index in by_name.items()}
-    count = max(count, len(names))
-    named = (names.get(index, index) for index in range(count))
+    named = (names.get(index, index) for index in range(max(count, len(names))))
     # ImageNet's names are tuples of synonyms.
     return [", ".join(name) if isinstance(name, tuple) else str(name) for name in named]
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...errors import UsageError
 from ..dataset import Image, Progress, Skipped, Split, printable
@@ -188,7 +188,7 @@ def _group_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, _Members]]:
         raise tarfile.ReadError("it is truncated")
 
 
-def _read_label(members: _Members, stream: Any, label: str, name: str) -> int | None:
+def _read_label(members: _Members, stream: BinaryIO, label: str, name: str) -> int | None:
     member = members.get("json" if label else "cls")
     if member is None:
         return None
@@ -217,10 +217,9 @@ def _read_span(file: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def _read_member(stream: Any, member: tarfile.TarInfo) -> bytes:
+def _read_member(stream: BinaryIO, member: tarfile.TarInfo) -> bytes:
     # A damaged header may specify more bytes than the file has, or than fit in memory.
     if not 0 <= member.size <= os.fstat(stream.fileno()).st_size - member.offset_data:
         raise tarfile.ReadError("it is truncated")
     stream.seek(member.offset_data)
-    content: bytes = stream.read(member.size)
-    return content
+    return stream.read(member.size)

@@ -66,8 +66,7 @@ def find_patches(
     distance, word = nearest_words(np.ascontiguousarray(rows), words.numpy())
     counts = usage.numpy()
     by_usage = np.argsort(-counts, kind="stable")
-    rank = np.empty(len(words), np.int64)
-    rank[by_usage] = np.arange(len(words))
+    rank = np.argsort(by_usage)
     places = grid[0] * grid[1]
     image = np.arange(len(rows)) // places
     shown = [

@@ -117,9 +117,7 @@ class FeatureMatrix:
         limits = {"max_points_per_centroid": len(self.data), "min_points_per_centroid": 1}
         in_memory = faiss.Kmeans(self.dim(), k, niter=iterations, seed=seed % 2**31, **limits)
         in_memory.train(self.data)
-        centroids = in_memory.centroids
-        assert centroids is not None
-        return centroids.copy()
+        return np.array(in_memory.centroids)
 
     # The interface of faiss.contrib.clustering.DatasetAssign.
 
@@ -196,10 +194,8 @@ def summarize_usage(usage: Tensor) -> dict[str, Any]:
     """Return for the report how unevenly words are used: counts at some ranks, and unused words."""
     counts = np.sort(usage.numpy())[::-1]
     ranks = np.unique(np.linspace(0, len(counts) - 1, USAGE_RANKS).astype(np.int64))
-    return {
-        "usage": [(int(rank) + 1, int(counts[rank])) for rank in ranks],
-        "dead": int((counts == 0).sum()),
-    }
+    shown = [(int(rank) + 1, int(counts[rank])) for rank in ranks]
+    return {"usage": shown, "dead": int((counts == 0).sum())}
 
 
 def learn_vocabulary(
@@ -248,7 +244,11 @@ def learn_vocabulary(
                     f"{context.teacher_names[teacher]}: its features are not finite, so its weights are "
                     "broken. Use other weights or train the teacher again."
                 )
-            _write(path / FILE, measure_words(matrix, matrix.kmeans(k, iterations, context.seed)))
+            learned = measure_words(matrix, matrix.kmeans(k, iterations, context.seed))
+        metadata = {name: repr(learned[name]) for name in ("mu", "perplexity")}
+        # Not safetensors' own writer: on a full disk it does not raise an OSError, which the cache handles.
+        tensors = {name: learned[name].contiguous() for name in ("words", "sample", "usage")}
+        (path / FILE).write_bytes(save(tensors, metadata))
 
     learned = _read(context.cached(teacher, "vocabulary", key, write) / FILE)
     return Vocabulary(requested=words or WORDS, features=features, features_used=used, note=note, **learned)
@@ -327,13 +327,6 @@ def perplexity(usage: Tensor) -> Tensor:
     """Return exp(entropy) of the usage [K], as counts or frequencies: the effective number of words."""
     p = usage / usage.sum()
     return torch.special.entr(p).sum().exp()
-
-
-def _write(path: Path, learned: dict[str, Any]) -> None:
-    metadata = {"mu": repr(learned["mu"]), "perplexity": repr(learned["perplexity"])}
-    # Not safetensors' own writer: on a full disk it does not raise an OSError, which the cache handles.
-    tensors = {name: learned[name].contiguous() for name in ("words", "sample", "usage")}
-    path.write_bytes(save(tensors, metadata))
 
 
 def _read(path: Path) -> dict[str, Any]:
