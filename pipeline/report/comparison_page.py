@@ -18,6 +18,7 @@ KINDS = {
 }
 """Key of the style sheet and meaning of each kind of file."""
 NO_FILE = ComparedFile(kind="int8", network="")
+"""A file that a run lacks: its results are shown as missing."""
 
 
 def render_comparison(comparison: Comparison) -> dict[str, str]:
@@ -138,10 +139,9 @@ def measured_files(runs: Sequence[ComparedRun]) -> list[tuple[str, ComparedFile]
     return files
 
 
-def _is_measured(file: ComparedFile | None) -> bool:
-    if file is None or file.score is None or file.p50 is None:
-        return False
-    return isfinite(file.p50) and file.p50 > 0 and isfinite(file.score.percent)
+def _is_measured(file: ComparedFile) -> bool:
+    score, p50 = file.score, file.p50
+    return score is not None and p50 is not None and isfinite(p50) and p50 > 0 and isfinite(score.percent)
 
 
 def _chart(comparison: Comparison, group: Group, machine: Machine) -> Chart | None:
@@ -162,7 +162,7 @@ def _point(name: str, file: ComparedFile, machine: Machine) -> Point:
     # The two files of a run are near each other: the fp32 file needs a label only on the Pareto front.
     fp32 = f"{run} fp32" if name in machine.frontier else ""
     label, run_name = fp32 if kind == "fp32" else run, "" if kind == "teacher" else run
-    return Point.of_file(name, KINDS[kind][0], file.score, file.p50, file.bytes, label, run_name)
+    return Point.from_score(name, KINDS[kind][0], file.score, file.p50, file.bytes, label, run_name)
 
 
 def _table(comparison: Comparison, group: Group, title: str) -> Table:

@@ -175,7 +175,7 @@ def accuracy_over_latency(report: Report) -> Chart | None:
     """Draw the networks at the smallest thread count; None unless two of them were measured."""
     threads = next(iter(thread_counts(report)), "0")
     points = [
-        Point.of_file(column.short_role, column.key, score, p50, column.subject.bytes, column.short_role)
+        Point.from_score(column.short_role, column.key, score, p50, column.subject.bytes, column.short_role)
         for column in all_networks(report)
         if (score := column.subject.score) and (p50 := median_latency(column.subject, threads)) is not None
     ]

@@ -55,7 +55,7 @@ class Point:
     """Files of the same run are joined by a thin line."""
 
     @classmethod
-    def of_file(
+    def from_score(
         cls, name: str, key: str, score: Score, p50: float, size: int | None, label: str, run: str = ""
     ) -> "Point":
         text = f"{format.score(score)} at {format.milliseconds(p50)}"
@@ -156,7 +156,8 @@ class _Plot:
     def __post_init__(self) -> None:
         self.right, self.bottom = self.width - RIGHT, self.height - BOTTOM
         sizes = [point.bytes or 0 for point in self.points]
-        self.radii = [round(self.max_radius * sqrt(size / (max(sizes) or 1)), 2) for size in sizes]
+        largest = max(sizes) or 1
+        self.radii = [round(self.max_radius * sqrt(size / largest), 2) for size in sizes]
         self.x, self.x_ticks = _x_scale(self.points, LEFT + 4.0, float(self.right))
         if is_logarithmic(self.points):
             self.x_name += ", logarithmic"
@@ -179,12 +180,12 @@ class _Plot:
         # Large circles first, so that small ones stay visible.
         for point, radius in sorted(zip(self.points, self.radii, strict=True), key=lambda pair: -pair[1]):
             if radius:
-                shapes.append(charts.circle(f"area {point.key}", *self.place(point), radius))
+                shapes.append(charts.circle(f"area {point.key}", *self.position(point), radius))
         shapes += self._draw_frontier() + self._draw_runs()
         labels = self.place_labels()
         for label in labels:
             if label.leader is not None:
-                shapes.append(charts.line("leader", *self.place(label.point), *label.leader))
+                shapes.append(charts.line("leader", *self.position(label.point), *label.leader))
         for point in self.points:
             if point.low is not None and point.high is not None:
                 start, end = (self.x(point.x) - 3, self.y(point.low)), self.y(point.high)
@@ -192,19 +193,19 @@ class _Plot:
         for i in sorted(range(len(self.points)), key=lambda i: i in self.best):
             point, mark = self.points[i], "dot" if i in self.best else "ring"
             tooltip = f"{point.name}: {point.text}"
-            shapes.append(charts.circle(f"{mark} {point.key}", *self.place(point), DOT, tooltip))
+            shapes.append(charts.circle(f"{mark} {point.key}", *self.position(point), DOT, tooltip))
         for label in labels:
             is_best = self.show_frontier and any(self.points[i] is label.point for i in self.best)
             weight = "best" if is_best else "name"
             shapes.append(charts.text(f"{weight} halo", label.x, label.y, label.text, label.anchor))
         return Drawing(self.width, self.height, shapes, self.css)
 
-    def place(self, point: Point) -> tuple[float, float]:
+    def position(self, point: Point) -> tuple[float, float]:
         return self.x(point.x), self.y(point.y)
 
     def _draw_frontier(self) -> list[Shape]:
         """Draw the stairs from each point of the Pareto front across to the next one's latency, and up."""
-        front = [self.place(self.points[i]) for i in self.best]
+        front = [self.position(self.points[i]) for i in self.best]
         corners = front[:1]
         for (_, y), (next_x, next_y) in pairwise(front):
             corners += [(next_x, y), (next_x, next_y)]
@@ -213,7 +214,7 @@ class _Plot:
     def _draw_runs(self) -> list[Shape]:
         shapes = []
         for run in dict.fromkeys(point.run for point in self.points if point.run):
-            files = [self.place(point) for point in self.points if point.run == run]
+            files = [self.position(point) for point in self.points if point.run == run]
             shapes += [charts.line("pair", *a, *b) for a, b in pairwise(files)]
         return shapes
 
@@ -222,7 +223,7 @@ class _Plot:
         frame = (LEFT, TOP - 8.0, float(self.width), float(self.bottom))
         circles, whiskers = [], []
         for point, area in zip(self.points, self.radii, strict=True):
-            (x, y), r = self.place(point), max(area, DOT)
+            (x, y), r = self.position(point), max(area, DOT)
             circles.append((x - r, y - r, x + r, y + r))
             ends = [self.y(end) for end in (point.low, point.high) if end is not None] or [y]
             whiskers.append((x - 2, min(ends), x + 2, max(ends)))
