@@ -45,12 +45,7 @@ def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  #
 
 
 @pytest.fixture(scope="session")
-def finished(
-    one_thread: None,  # noqa: ARG001
-    tmp_path_factory: pytest.TempPathFactory,
-    data: Path,
-    cache: Path,
-) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
     """The run folder of a whole little job. Nobody changes it: see ``a_run`` for one to change."""
     out = tmp_path_factory.mktemp("runs") / "colours"
     result = little.check_success(little.job(data, out, cache))
@@ -66,11 +61,7 @@ def a_run(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits(
-    one_thread: None,  # noqa: ARG001
-    tmp_path_factory: pytest.TempPathFactory,
-    cache: Path,
-) -> Path:
+def digits(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """The run folder of the built-in digits with little networks, timed on two threads as well."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,6 @@
 has seen it.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from questpress.export import runtime
 
 from tests.support import hostile_onnx
 from tests.support.little import compress, photos, refused
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier
+from tests.support.networks import colour_classifier, write_little_manifest
 
 SOME = [
     (hostile_onnx.external, "another file"),
@@ -70,18 +69,8 @@ def test_artifact_folder_whose_author_means_harm_is_refused_by_every_command(
     monkeypatch.setattr(runtime, "open_session", lambda *_, **__: pytest.fail("a runtime has seen it"))
     model = onnx.load(colour_classifier(tmp_path / "student.onnx"))
     hostile_onnx.external(model)
-    content = model.SerializeToString()
-    (tmp_path / "student.onnx").write_bytes(content)
-    entry = {"name": "student.onnx", "precision": "fp32", "target": None, "bytes": len(content)}
-    manifest = {
-        "schema_version": 1,
-        "preprocessing": PREPROCESSING.to_dict(),
-        "labels": LABELS,
-        "files": [{**entry, "sha256": runtime.hashlib.sha256(content).hexdigest()}],
-    }
-    (tmp_path / "manifest.json").write_text(
-        json.dumps(manifest | {"checksum": runtime.compute_checksum(manifest)})
-    )
+    (tmp_path / "student.onnx").write_bytes(model.SerializeToString())
+    write_little_manifest(tmp_path)
     for door in (
         ["bench", tmp_path],
         ["predict", tmp_path, colours],

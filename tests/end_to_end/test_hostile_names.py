@@ -22,11 +22,7 @@ FILE = "\x1b[2J<img src=x onerror=alert(1)>\u202e"
 
 
 @pytest.fixture(scope="module")
-def run(
-    one_thread: None,  # noqa: ARG001
-    tmp_path_factory: pytest.TempPathFactory,
-    cache: Path,
-) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     root = tmp_path_factory.mktemp("hostile")
     rows = []
     for label, name in enumerate(CLASSES):

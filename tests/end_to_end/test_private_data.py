@@ -36,11 +36,7 @@ def place(root: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(
-    one_thread: None,  # noqa: ARG001
-    data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Path]:
+def elsewhere(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The same run as ``finished``, of the same images in another folder, by somebody else, on another host,
     without what was stored, and with other times of its files.
     """

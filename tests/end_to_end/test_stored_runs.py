@@ -31,11 +31,7 @@ def wide(*arguments: str | Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def first(
-    one_thread: None,  # noqa: ARG001
-    data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def first(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a cache of its own: two cached views of words and logits."""
     root = tmp_path_factory.mktemp("stored")
     result = little.job(data, root / "run", root / "cache", *VIEWS, "--method", "quest+kd")

@@ -12,7 +12,7 @@ from questpress.export.artifact import ShippedFile, read_manifest, write_manifes
 from questpress.export.conversion.onnx_export import OnnxFile
 from questpress.export.runtime import ArtifactError, Classifier, Preprocessing
 
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, onnx_file
 
 
 @pytest.fixture
@@ -20,17 +20,11 @@ def run(tmp_path: Path) -> Path:
     """A run folder with an artifact of two files."""
     folder = tmp_path / "run" / "artifact"
     folder.mkdir(parents=True)
-    shipped = []
-    for name, precision in (("student.onnx", "fp32"), ("student.int8.onnx", "int8")):
-        path = colour_classifier(folder / name)
-        sha256 = runtime.hashlib.sha256(path.read_bytes()).hexdigest()
-        shipped.append(
-            ShippedFile(
-                OnnxFile(path, path.stat().st_size, sha256, 18, 8),
-                precision,
-                accuracy={"top1": 97.5, "n": 200, "low": 94.3, "high": 98.9},
-            )
-        )
+    accuracy = {"top1": 97.5, "n": 200, "low": 94.3, "high": 98.9}
+    shipped = [
+        ShippedFile(onnx_file(colour_classifier(folder / name)), precision, accuracy=accuracy)
+        for name, precision in (("student.onnx", "fp32"), ("student.int8.onnx", "int8"))
+    ]
     write_manifest(
         folder, files=shipped, preprocessing=PREPROCESSING, labels=LABELS, origin={"student": "colours"}
     )

@@ -17,7 +17,7 @@ from questpress.export import predict_cli, runtime
 from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, refuse_external_data
 
 from tests.support import hostile_onnx
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, write_little_manifest
 
 READS = [one for one, told in hostile_onnx.HARMS if "another file" in told or "train with" in told]
 
@@ -149,17 +149,9 @@ def artifact(tmp_path: Path) -> Path:
     """A folder that says of itself what is true."""
     folder = tmp_path / "artifact"
     folder.mkdir()
-    content = colour_classifier(folder / "student.onnx").read_bytes()
-    sha256 = runtime.hashlib.sha256(content).hexdigest()
-    entry = {"name": "student.onnx", "precision": "fp32", "target": None, "bytes": len(content)}
-    manifest = {
-        "schema_version": 1,
-        "preprocessing": PREPROCESSING.to_dict(),
-        "labels": LABELS,
-        "files": [{**entry, "sha256": sha256}],
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return changed(folder)
+    colour_classifier(folder / "student.onnx")
+    write_little_manifest(folder)
+    return folder
 
 
 def changed(artifact: Path, **change: Any) -> Path:

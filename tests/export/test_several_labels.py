@@ -1,6 +1,5 @@
 """A shipped network for images of several labels: each label for itself, those above their thresholds."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile, with_metadata
 from questpress.export.runtime import ArtifactError, Classifier
 
-from tests.export.test_classifier import LABELS, PREPROCESSING, colour_classifier
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, onnx_file
 
 THRESHOLDS = [0.9, 0.2, 0.5]
 
@@ -22,9 +21,7 @@ def described(thresholds: list[float] | None) -> dict[str, str]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> OnnxFile:
-    path = colour_classifier(tmp_path / "student.onnx", described(THRESHOLDS))
-    content = path.read_bytes()
-    return OnnxFile(path, len(content), hashlib.sha256(content).hexdigest(), 18, 8)
+    return onnx_file(colour_classifier(tmp_path / "student.onnx", described(THRESHOLDS)))
 
 
 def test_labels_are_those_that_reach_their_threshold(file: OnnxFile) -> None:

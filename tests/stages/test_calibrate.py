@@ -25,14 +25,14 @@ def run(out: Path, cache: Path, *more: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain(one_thread: None, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:  # noqa: ARG001
+def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     out = tmp_path_factory.mktemp("plain") / "run"
     run(out, cache)
     return out
 
 
 @pytest.fixture(scope="module")
-def tempered(one_thread: None, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:  # noqa: ARG001
+def tempered(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     out = tmp_path_factory.mktemp("tempered") / "run"
     run(out, cache, "--calibrate")
     return out

@@ -31,7 +31,6 @@ def x86_vnni(one_thread: None) -> Any:  # noqa: ARG001  (which has candidates un
 @pytest.fixture(scope="module")
 def a_run(
     x86_vnni: None,  # noqa: ARG001
-    one_thread: None,  # noqa: ARG001
     tmp_path_factory: pytest.TempPathFactory,
     data: Path,
     cache: Path,

@@ -70,13 +70,7 @@ def test_gamma_of_zero_gives_numbers_and_gradients(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["quest", "quest+mimic+kd"])
-def recovered(
-    request: Any,
-    one_thread: None,  # noqa: ARG001
-    tmp_path_factory: pytest.TempPathFactory,
-    data: Path,
-    cache: Path,
-) -> Path:
+def recovered(request: Any, tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path) -> Path:
     out = tmp_path_factory.mktemp("qat") / "run"
     result = job(
         data, out, cache, "--method", request.param, "--qat", "--qat-epochs", "2", "--until", "validate"

@@ -1,5 +1,6 @@
 """Toy networks and model files for tests of the export."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from questpress.export import runtime
+from questpress.export.conversion.onnx_export import OnnxFile
 from torch import nn
 
 LABELS = ["red", "green", "blue"]
@@ -69,6 +71,23 @@ def colour_classifier(path: Path, metadata: dict[str, str] | None = None, size: 
     helper.set_model_props(model, metadata)
     onnx.save(model, str(path))
     return path
+
+
+def write_little_manifest(folder: Path) -> None:
+    """Write the manifest of an artifact with student.onnx, which may be hostile, with a valid checksum."""
+    file = onnx_file(folder / "student.onnx")
+    entry = {"name": "student.onnx", "precision": "fp32", "target": None, "bytes": file.bytes}
+    manifest = {
+        "schema_version": 1, "preprocessing": PREPROCESSING.to_dict(), "labels": LABELS,
+        "files": [{**entry, "sha256": file.sha256}],
+    }  # fmt: skip
+    checksum = runtime.compute_checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum}))
+
+
+def onnx_file(path: Path) -> OnnxFile:
+    content = path.read_bytes()
+    return OnnxFile(path, len(content), runtime.hashlib.sha256(content).hexdigest(), 18, 8)
 
 
 def signal_to_noise(reference: np.ndarray, output: np.ndarray) -> float:

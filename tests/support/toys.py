@@ -15,11 +15,11 @@ from questpress.pipeline.methods.quest.quest import Parameters, Quest
 from questpress.pipeline.runs.device import Engine
 from questpress.pipeline.runs.results import Epoch
 from questpress.pipeline.tasks import load_task
-from questpress.pipeline.training.checkpoint import Checkpoint
-from questpress.pipeline.training.compute.distributed import Ranks
+from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.loop import BatchSource, train
 from questpress.pipeline.training.optimizer import Plan
 from questpress.pipeline.training.task import DistillationTask, Teacher
+from questpress.pipeline.training.weights import Checkpoint
 
 from tests.support.little import picture
 

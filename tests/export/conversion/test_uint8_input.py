@@ -1,6 +1,7 @@
 """A file that takes pixels answers as one that takes normalised floats, at the borders too, also in int8."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
-from questpress.export.conversion.onnx_export import OnnxFile, check_parity, export_onnx
+from questpress.export.conversion.onnx_export import check_parity, export_onnx
 from questpress.export.conversion.pixel_input import PIXELS, Folded, Outside, attach, load_front, split
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import quantize_int8
 from torch import nn
 
-from tests.support.networks import signal_to_noise, small_conv_net
+from tests.support.networks import onnx_file, signal_to_noise, small_conv_net
 
 IMAGENET = runtime.Preprocessing.create(
     32, 1.0, "bilinear", "squash", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
@@ -236,11 +237,8 @@ def test_fourth_channels_weights_do_not_coarsen_the_others(tmp_path: Path) -> No
 
 
 def artifact(folder: Path, file: Path, *, takes_pixels: bool) -> Path:
-    content = file.read_bytes()
     folder.mkdir()
-    (folder / file.name).write_bytes(content)
-    sha = runtime.hashlib.sha256(content).hexdigest()
-    shipped = OnnxFile(folder / file.name, len(content), sha, 18, 8)
+    shipped = onnx_file(Path(shutil.copy(file, folder)))
     write_manifest(
         folder, files=[ShippedFile(shipped, "fp32")], preprocessing=IMAGENET, labels=LABELS, origin={},
         takes_pixels=takes_pixels,

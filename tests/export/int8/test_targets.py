@@ -9,7 +9,7 @@ import pytest
 from onnx import helper
 from questpress.export import runtime
 from questpress.export.artifact import ShippedFile, write_manifest
-from questpress.export.conversion.onnx_export import OnnxFile, export_onnx
+from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import ExportError
 from questpress.export.int8 import targets
 from questpress.export.int8.quantizer import prepare, quantize_int8
@@ -17,7 +17,7 @@ from questpress.export.int8.targets import TARGETS, explain_untimed, find_target
 from questpress.export.latency import machine
 
 from tests.support.graphs import constants, graph_of, prepared, weights
-from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, images, small_conv_net
+from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, images, onnx_file, small_conv_net
 
 VNNI = ("x86_64", "flags\t\t: fpu sse2 avx2 avx512f avx512_vnni amx_int8\n")
 NO_VNNI = ("x86_64", "flags\t\t: fpu sse2 avx2 avx512f\n")
@@ -140,11 +140,10 @@ def test_timed_and_exact_targets_of_a_machine(
 def artifact(folder: Path, *int8: tuple[str, str | None]) -> Path:
     """An artifact folder of one fp32 file and int8 files, named and for a target each."""
     folder.mkdir()
-    files = []
-    for name, precision, of in [("student.onnx", "fp32", None), *((n, "int8", t) for n, t in int8)]:
-        content = colour_classifier(folder / name).read_bytes()
-        digest = runtime.hashlib.sha256(content).hexdigest()
-        files.append(ShippedFile(OnnxFile(folder / name, len(content), digest, 18, 8), precision, target=of))
+    files = [
+        ShippedFile(onnx_file(colour_classifier(folder / name)), precision, target=target)
+        for name, precision, target in [("student.onnx", "fp32", None), *((n, "int8", t) for n, t in int8)]
+    ]
     write_manifest(folder, files=files, preprocessing=PREPROCESSING, labels=LABELS, origin={})
     return folder
 
