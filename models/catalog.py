@@ -206,6 +206,12 @@ def _describe_missing(missing: Sequence[tuple[str, str, str]]) -> str:
     )
 
 
+def published_labels(name: str, count: int) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Return class names and descriptions of an architecture's published weights if they have ``count``."""
+    cfg = pretrained_cfg(name)
+    return _labels(cfg) if has_pretrained(name) and cfg.num_classes == count else (None, None)
+
+
 def _labels(cfg: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
     """Return class names and descriptions: those of the config, else of the ImageNet subset of this size."""
     from timm.data import ImageNetInfo, infer_imagenet_subset

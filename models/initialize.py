@@ -1,5 +1,6 @@
 """Build a network for the data, load its weights, and keep or replace its head."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from .build import build
-from .catalog import fetch_pretrained, has_pretrained
+from .catalog import fetch_pretrained, has_pretrained, published_labels
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ModelError
 from .weights import class_count, load_into
@@ -26,7 +27,7 @@ class InitialNetwork:
     license: str | None
     """License of pretrained weights; None for files of the user and without weights."""
     names_classes: bool = False
-    """True if the weights name the classes of their head, and these are the data's in the same order."""
+    """True if the weights name the classes of their head, and the data's are among them."""
 
 
 def initialize(
@@ -45,7 +46,8 @@ def initialize(
     Args:
         source: `auto` (timm's pretrained weights), `none`, or a file.
         head: `auto` keeps a head whose class names (or their number, if it has no names) are the data's;
-            `keep`; `replace`; `none` builds a network without a head.
+            `keep`; `replace`; `none` builds a network without a head. A head that names all the data's
+            classes is kept for these classes, in the data's order.
         note: called with messages for the user.
     """
     logits = 0 if head == "none" else len(classes)
@@ -69,24 +71,45 @@ def initialize(
     if head == "none":
         load_into(network, checkpoint, features_only=True)
         return InitialNetwork(network, weights, head="none", license=weights_license)
-    keep = head == "keep" or (head == "auto" and _head_fits(checkpoint, network, classes, note))
-    if head == "keep" and class_count(checkpoint, network) not in (None, len(classes)):
+    count = class_count(checkpoint, network)
+    rows = None if head == "replace" else _find_rows(checkpoint, classes, count, network)
+    keep = head == "keep" or (head == "auto" and _head_fits(checkpoint, classes, count, rows, note))
+    if head == "keep" and rows is None and count not in (None, len(classes)):
         raise ModelError(
-            f"--teacher-head keep: {checkpoint.source} has {class_count(checkpoint, network)} classes, "
-            f"the data {len(classes)}. Use --teacher-head replace."
+            f"--teacher-head keep: {checkpoint.source} has {count} classes, not all of the data's "
+            f"{len(classes)} among them. Use --teacher-head replace."
         )
-    head_is_new = load_into(network, checkpoint, allow_head_mismatch=not keep)
-    if not keep and not head_is_new:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network.reset_classifier(len(classes))
+    load_into(network, checkpoint, allow_head_mismatch=not keep, rows=rows if keep else None)
+    if not keep:
+        _reset_head(network, len(classes), seed)
+    elif rows is not None and rows != list(range(count or 0)):
+        note(f"the head of {checkpoint.source} names the data's {len(classes)} classes: their rows are kept")
     return InitialNetwork(
         network,
         weights,
         head="kept" if keep else "replaced",
         license=weights_license,
-        names_classes=_names_classes(checkpoint, classes),
+        names_classes=rows is not None
+        and (checkpoint.label_names or checkpoint.label_descriptions) is not None,
     )
+
+
+HEAD_STD = 0.01
+"""Of the weights of a new head: small, so that the first steps barely change the pretrained layers."""
+
+
+def _reset_head(network: Any, classes: int, seed: int) -> None:
+    """Replace the classifier by timm's, with small random weights and no bias."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network.reset_classifier(classes)
+        heads = network.get_classifier()
+        for head in heads if isinstance(heads, tuple) else (heads,):
+            for layer in head.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    nn.init.trunc_normal_(layer.weight, std=HEAD_STD)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
 
 
 def student_source(name: str, source: str, note: Callable[[str], None]) -> str:
@@ -98,29 +121,49 @@ def student_source(name: str, source: str, note: Callable[[str], None]) -> str:
 
 
 def _head_fits(
-    checkpoint: Checkpoint, network: nn.Module, classes: Sequence[str], note: Callable[[str], None]
+    checkpoint: Checkpoint,
+    classes: Sequence[str],
+    count: int | None,
+    rows: Sequence[int] | None,
+    note: Callable[[str], None],
 ) -> bool:
-    if class_count(checkpoint, network) != len(classes):
+    if rows is not None:
+        return True
+    if count != len(classes):
         return False
-    has_names = checkpoint.label_names is not None or checkpoint.label_descriptions is not None
-    if not has_names or _names_classes(checkpoint, classes):
+    if checkpoint.label_names is None and checkpoint.label_descriptions is None:
         return True
     note(f"the head of {checkpoint.source} has the same number of classes, but other ones: it is replaced")
     return False
 
 
-def _names_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
-    """Return True if the checkpoint names exactly these classes in this order."""
-    expected = [normalize_label(label) for label in classes]
-    return any(
-        names is not None and [normalize_label(name) for name in names] == expected
-        for names in (checkpoint.label_names, checkpoint.label_descriptions)
-    )
+def _find_rows(
+    checkpoint: Checkpoint, classes: Sequence[str], count: int | None, network: Any
+) -> list[int] | None:
+    """Return the row of the checkpoint's head for each class by name; None unless each class has its own.
+
+    Files that name no classes have those of the architecture's published weights if their number is equal.
+    """
+    names = checkpoint.label_names, checkpoint.label_descriptions
+    if names == (None, None) and count is not None and count != len(classes):
+        names = published_labels(network.built_as.name, count)
+    for labels in names:
+        if labels is None or len(labels) != count:
+            continue
+        by_name: dict[str, set[int]] = {}
+        for row, label in enumerate(labels):
+            for synonym in (label, *label.split(",")):  # ImageNet: "tench, Tinca tinca"
+                by_name.setdefault(normalize_label(synonym), set()).add(row)
+        candidates = [by_name.get(normalize_label(name), set()) for name in classes]
+        rows = [row for found in candidates for row in found]
+        if all(len(found) == 1 for found in candidates) and len(set(rows)) == len(rows):
+            return rows
+    return None
 
 
 def normalize_label(label: str) -> str:
-    """Ignore case, underscores and repeated spaces, in which label files differ."""
-    return " ".join(label.casefold().replace("_", " ").split())
+    """Ignore case, underscores, repeated spaces and the form of accents, in which label files differ."""
+    return " ".join(unicodedata.normalize("NFC", label).casefold().replace("_", " ").split())
 
 
 def parameters(network: nn.Module) -> int:

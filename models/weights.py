@@ -1,6 +1,7 @@
 """Fit weights to a network: prefixes, other formats and image sizes, heads for other classes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def load_into(
     *,
     allow_head_mismatch: bool = False,
     features_only: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> bool:
     """Load a checkpoint's weights into a network; return True if its head keeps its initialization.
 
@@ -28,6 +30,7 @@ def load_into(
             classes, or none.
         features_only: ignore parts that the network does not have, such as a head or the projector of
             self-supervised training.
+        rows: the checkpoint's class of each of the network's classes; the same ones by default.
     """
     target = network.state_dict()
 
@@ -38,6 +41,12 @@ def load_into(
     head = _head_keys(network, target)
     if _misfit_keys(weights, target) - head:
         weights = select(_convert(network, checkpoint.state_dict) or weights)
+    if rows is not None:
+        count = _rows(weights, _classifier_names(network))
+        weights = {
+            key: value[list(rows)] if key in head and value.shape[:1] == (count,) else value
+            for key, value in weights.items()
+        }
     misfits = _misfit_keys(weights, target)
     if misfits - head:
         raise ModelError(_describe_misfits(checkpoint, network, weights, target))
@@ -79,6 +88,15 @@ def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
         # The file may be in another format, whose head has another name.
         weights = _convert(network, checkpoint.state_dict) or {}
     return _rows(weights, names)
+
+
+@torch.no_grad()
+def permute_head(network: nn.Module, rows: Sequence[int]) -> None:
+    """Reorder the classes of a network's head: class i is computed by the former row ``rows[i]``."""
+    state = network.state_dict()
+    for key in _head_keys(network, state) & state.keys():
+        if state[key].shape[:1] == (len(rows),):
+            state[key].copy_(state[key][list(rows)])
 
 
 def classifier_weight(network: nn.Module) -> Tensor | None:

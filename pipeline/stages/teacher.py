@@ -1,16 +1,20 @@
 """teacher: check, tune or train the teachers, and measure their accuracy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from timm.utils.misc import natural_key
 from torch import nn
 
 from ...export.runtime import allowed_cores
 from ...models.checkpoint import save_weights
 from ...models.initialize import InitialNetwork, initialize, parameters
+from ...models.weights import permute_head
 from ..config.network import NetworkSpec
 from ..data.dataset import SPLITS
 from ..data.training_data import TrainingData
@@ -21,6 +25,7 @@ from ..runs.device import choose_engine, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
 from ..runs.results import DataSummary, Subject
+from ..runs.scores import Proportion, Score
 from ..tasks.base import Task
 from ..training.context import RunContext
 from ..training.task import DistillationTask
@@ -38,6 +43,9 @@ LOGITS = "teacher.logits.safetensors"
 
 MAX_CHECK_IMAGES = 10_000
 """Training images on which a kept head is checked if there are no val images."""
+
+MIN_IMAGES_PER_CLASS, MAX_MATCHED_CLASSES = 5, 2000
+"""Fewer images match classes in some order by chance; the time to match grows with the classes cubed."""
 
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
@@ -104,17 +112,22 @@ def _make_teacher(
     elif "teacher_epochs" in context.set_options:
         head = "no head" if initial.head == "none" else "a head that fits the data"
         context.display.note(f"--teacher-epochs has no effect: {spec.name} has {head} and is used as it is")
+    weights = initial.weights
     if initial.head != "none":
         val = compute_split_logits(context, data, spec, network, "val")
         if initial.head == "kept":
-            _check_kept_head(context, data, spec, network, val, certain=initial.names_classes)
+            order = _check_kept_head(context, data, spec, network, val, certain=initial.names_classes)
+            if order is not None:
+                weights += f", classes reordered from {order.name}"
+                permute_head(network, order.rows)
+                val = None if val is None else (val[0][:, order.rows], val[1])
         test = compute_split_logits(context, data, spec, network, "test")
     if context.ranks.is_main:
         with atomic_write(context.folder.path / spec.file) as part:
             save_weights(network, part, weights_metadata(spec, data.classes, context.key, initial.license))
     subject = Subject(
         name=spec.name,
-        weights=initial.weights,
+        weights=weights,
         head=initial.head,
         license=initial.license,
         parameters=parameters(network),
@@ -158,6 +171,28 @@ def _scores(
     return {"score": task.score(*test, classes, task.choose_thresholds(*val)), "val_score": task.score(*val)}
 
 
+@dataclass(frozen=True)
+class _ClassOrder:
+    name: str
+    rows: list[int]
+    """Row of the head of each of the data's classes."""
+
+
+def _class_orders(classes: Sequence[str]) -> list[_ClassOrder]:
+    """Return the orders in which other programs number these class folders, where they differ from ours."""
+    keys: dict[str, Callable[[str], Any]] = {
+        "timm's order": natural_key,
+        "the order of torchvision": str,
+        "the order without case": str.casefold,
+    }
+    orders = []
+    for name, key in keys.items():
+        ordered = sorted(classes, key=key)
+        if ordered != list(classes):
+            orders.append(_ClassOrder(name, [ordered.index(label) for label in classes]))
+    return orders
+
+
 def _check_kept_head(
     context: RunContext,
     data: TrainingData,
@@ -166,28 +201,67 @@ def _check_kept_head(
     val: LogitsAndLabels | None,
     *,
     certain: bool,
-) -> None:
-    """Raise JobError if a head with the right number of classes is near chance on val (or train) images.
+) -> _ClassOrder | None:
+    """Check on val (or train) images that a kept head is better than chance, and the order of its classes.
 
-    If it is ``certain`` that the weights are for these classes, a poor head is only a warning.
+    Args:
+        certain: the weights name these classes, so a poor head is only a warning.
+
+    Returns:
+        The order of the head's classes if it is another one: it is clearly better than the data's order.
+
+    Raises:
+        JobError: the head may belong to another dataset.
     """
-    split = "train" if val is None else "val"
-    checked = val or compute_split_logits(context, data, spec, network, "train", MAX_CHECK_IMAGES)
-    assert checked is not None
-    logits, labels = checked
-    score, chance = context.task.score(logits, labels), context.task.chance(labels)
-    if not context.task.is_near_chance(score, labels):
-        return
+    task, split = context.task, "train" if val is None else "val"
+    if val is None:
+        val = compute_split_logits(context, data, spec, network, "train", MAX_CHECK_IMAGES)
+    assert val is not None
+    logits, labels = val
+    score, chance = task.score(logits, labels), task.chance(labels)
+    near_chance = task.is_near_chance(score, labels)
+    if not certain:
+        for order in _class_orders(data.classes):
+            reordered = task.score(logits[:, order.rows], labels)
+            if reordered.low > score.high or (near_chance and not task.is_near_chance(reordered, labels)):
+                context.display.warn(
+                    f"the head of {spec.name} numbers the classes in {order.name}: {reordered.text} on "
+                    f"{score.n} {split} images, {score.text} in the order of the data. It is reordered"
+                )
+                return order
+    hint = "" if certain else _describe_permutation(task, logits, labels, score)
+    if hint:
+        context.display.warn(f"{spec.name}: {score.text} on {score.n} {split} images. {hint}")
+    if not near_chance:
+        return None
     problem = (
         f"The teacher {spec.name} has {score.text} on {score.n} {split} images, near chance "
         f"({chance.percent:.1f} %, {chance.meaning})."
     )
     if certain:
         context.display.warn(f"{problem} It may be too weak to teach.")
-        return
+        return None
     raise JobError(
-        f"{problem} Its head may be trained for other classes, or for another order of them. Use "
+        f"{problem} {hint or 'Its head may be trained for other classes, or for another order of them.'} Use "
         "--teacher-head replace to tune it on the data, or weights trained for these classes."
+    )
+
+
+def _describe_permutation(task: Task, logits: np.ndarray, labels: np.ndarray, score: Score) -> str:
+    """Describe a head whose classes are those of the data in an unknown order; empty if it is not one."""
+    classes = logits.shape[1]
+    if classes > MAX_MATCHED_CLASSES or len(labels) < MIN_IMAGES_PER_CLASS * classes:
+        return ""
+    confusion = task.confusion(logits, labels)
+    if confusion is None:
+        return ""
+    rows, columns = linear_sum_assignment(confusion, maximize=True)
+    matched = Proportion.from_counts(int(confusion[rows, columns].sum()), len(labels))
+    if matched.low <= score.high:
+        return ""
+    return (
+        f"With its classes in another order it would have {matched.percent:.1f} %, so the weights seem to "
+        "number the classes differently. Add their names to the file (label_names) to have them reordered."
     )
 
 

@@ -1,6 +1,7 @@
 """Sources of a teacher's weights, kept and replaced heads, and errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from questpress.export.runtime import Preprocessing, decode_image, render
 from questpress.models.build import build, geometry
 from questpress.models.checkpoint import save_weights
+from questpress.models.initialize import initialize
+from questpress.models.weights import permute_head
 from torch import nn
 
 from tests.support import little
@@ -29,7 +32,7 @@ def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(data: Path, one_thread: None) -> nn.Module:  # noqa: ARG001
+def trained(data: Path) -> nn.Module:
     """Train a network on the colors in a plain loop of torch."""
     network: nn.Module = build(NAME, num_classes=3, image_size=16, seed=3)
     images, labels = normalised(data, "train")
@@ -223,3 +226,53 @@ def test_student_starts_from_its_weights_file(named, data, cache, tmp_path):
     ))  # fmt: skip
     started, student = little.load_file(named), little.load_file(tmp_path / "run/student.safetensors")
     assert np.allclose(student["conv1.weight"], started["conv1.weight"], atol=1e-6)
+
+
+def test_head_that_names_more_classes_keeps_the_rows_of_the_data(trained, data, cache, tmp_path):
+    wide = build(NAME, num_classes=5, image_size=16, seed=1)
+    names = ["Red", "other", "blue", "teal", "GREEN"]
+    rows = [names.index(name) for name in ("blue", "GREEN", "Red")]
+    state = {**trained.state_dict()}
+    for key in ("fc.weight", "fc.bias"):
+        own = wide.state_dict()[key]
+        own[rows] = state[key]
+        state[key] = own
+    wide.load_state_dict(state)
+    save_weights(wide, tmp_path / "w.safetensors", {"labels": json.dumps(names)})
+    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors"))
+    assert "names the data's 3 classes: their rows are kept" in result.stderr
+    after = little.load_file(tmp_path / "run/teacher.safetensors")
+    assert all(np.array_equal(after[key], value.numpy()) for key, value in trained.state_dict().items())
+
+
+def test_new_head_of_pretrained_weights_is_small(tmp_path):
+    save_weights(build("mobilenetv2_035", num_classes=7, image_size=32, seed=1), tmp_path / "w.pt", {})
+    network = initialize(
+        "mobilenetv2_035", str(tmp_path / "w.pt"), "auto", CLASSES, 32, 0, lambda _: None
+    ).network
+    weight, bias = network.classifier.weight.detach(), network.classifier.bias
+    assert float(weight.std()) == pytest.approx(0.01, rel=0.1) and not bias.any()
+
+
+def test_head_in_the_order_of_timm_is_reordered(trained, data, cache, tmp_path):
+    renamed = {"blue": "Blue", "green": "apple", "red": "x"}  # sorted here; timm: apple, Blue, x
+    for folder, name in renamed.items():
+        shutil.copytree(data / folder, tmp_path / "photos" / name)
+    timms = build(NAME, num_classes=3, image_size=16, seed=3)
+    timms.load_state_dict(trained.state_dict())
+    permute_head(timms, [1, 0, 2])
+    save_weights(timms, tmp_path / "w.safetensors", {})
+    result = little.check_success(teach(tmp_path / "photos", tmp_path, cache, tmp_path / "w.safetensors"))
+    assert "numbers the classes in timm's order" in result.stderr
+    assert "classes reordered from timm's order" in teacher(tmp_path)["weights"]
+    after = little.load_file(tmp_path / "run/teacher.safetensors")
+    assert all(np.array_equal(after[key], value.numpy()) for key, value in trained.state_dict().items())
+
+
+def test_head_in_an_unknown_order_is_described(trained, data, cache, tmp_path):
+    lost = build(NAME, num_classes=3, image_size=16, seed=3)
+    lost.load_state_dict(trained.state_dict())
+    permute_head(lost, [1, 2, 0])
+    save_weights(lost, tmp_path / "w.safetensors", {})
+    result = teach(data, tmp_path, cache, tmp_path / "w.safetensors", "--val-fraction", "0")
+    refused(result, 1, "With its classes in another order it would have", "--teacher-head replace")
