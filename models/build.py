@@ -95,19 +95,12 @@ def resolve(name: str) -> str:
     full = f"{architecture}.{tag}" if tag else architecture
     full = _current_name(full, typed)
     architecture, _, tag = full.partition(".")
-    tags = tags_of(architecture)
+    names = timm.models.get_arch_pretrained_cfgs(architecture)
+    tags = [name.partition(".")[2] for name in names if "." in name]
     if tag and tag not in tags:
         offer = f"Choose from {', '.join(tags)}" if tags else "Omit the tag"
         raise UnknownModel(f"Model {architecture} has no pretrained tag {tag!r}. {offer}.")
     return full
-
-
-def tags_of(architecture: str) -> list[str]:
-    """Return the pretrained tags that timm lists for an architecture, the default first."""
-    import timm
-
-    names = timm.models.get_arch_pretrained_cfgs(architecture)
-    return [name.partition(".")[2] for name in names if "." in name]
 
 
 def find_matching(pattern: str = "*") -> list[str]:

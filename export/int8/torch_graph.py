@@ -58,10 +58,9 @@ def _clip(_: Attributes, x: Tensor, least: Any = None, most: Any = None) -> Tens
 
 def _max_pool(a: Attributes, x: Tensor) -> Tensor:
     x, padding = _padded(x, a, float("-inf"))
-    kernel = list(a["kernel_shape"])
-    strides = list(a.get("strides", [1] * len(kernel)))
-    dilations = list(a.get("dilations", [1] * len(kernel)))
-    return F.max_pool2d(x, kernel, strides, padding, dilations, bool(a.get("ceil_mode", 0)))
+    kernel, ceil_mode = list(a["kernel_shape"]), bool(a.get("ceil_mode", 0))
+    strides, dilations = (list(a.get(key, [1] * len(kernel))) for key in ("strides", "dilations"))
+    return F.max_pool2d(x, kernel, strides, padding, dilations, ceil_mode)
 
 
 def _average_pool(a: Attributes, x: Tensor) -> Tensor:
