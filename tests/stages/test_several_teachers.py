@@ -138,7 +138,7 @@ def test_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
         data, tmp_path / "run", cache, "--teacher-weights", "none", "--teacher-weights", two,
         "--teacher-head", "auto", "--teacher-head", "keep",
     )  # fmt: skip
-    refused(result, 1, "two.safetensors has 4 classes, the data 3", "--teacher-head replace")
+    refused(result, 1, "two.safetensors has 4 classes", "--teacher-head replace")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
