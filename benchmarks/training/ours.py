@@ -26,7 +26,7 @@ from questpress.pipeline.runs.hashes import digest
 from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.engine_search import find_fastest_engine
-from questpress.pipeline.training.loop import Batch, BatchSource, ComputeTeachers, backward
+from questpress.pipeline.training.loop import Batch, BatchSource, backward
 from questpress.pipeline.training.metrics import Meter
 from questpress.pipeline.training.optimizer import Plan, build_optimizer, build_scheduler
 from questpress.pipeline.training.student import student_reads
@@ -141,7 +141,9 @@ class Setting:
         )
 
     def stream(
-        self, cache: TeacherCache | None = None, compute_teachers: ComputeTeachers | None = None
+        self,
+        cache: TeacherCache | None = None,
+        compute_teachers: Callable[[Tensor], Sequence[Features]] | None = None,
     ) -> Iterator[Batch]:
         """Yield the batches of all epochs: new views, or with a cache one fixed view of each image."""
         schedule = ViewSchedule(self.views.policy, 0, None if cache is None else 1)

@@ -1,7 +1,9 @@
 """teacher: check, tune or train the teachers, and measure their accuracy."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,9 @@ from timm.utils.misc import natural_key
 from torch import nn
 
 from ...export.runtime import allowed_cores
-from ...models.checkpoint import save_weights
+from ...models.checkpoint import read_checkpoint, save_weights
 from ...models.initialize import InitialNetwork, initialize, parameters
-from ...models.weights import permute_head
+from ...models.weights import load_into, permute_head
 from ..config.network import NetworkSpec
 from ..data.dataset import SPLITS
 from ..data.training_data import TrainingData
@@ -23,12 +25,14 @@ from ..report.format import join_names
 from ..runs import artifacts
 from ..runs.device import choose_engine, use_threads
 from ..runs.files import atomic_write
-from ..runs.folder import StageResult
-from ..runs.results import DataSummary, Subject
+from ..runs.folder import StageResult, get_training
+from ..runs.hashes import digest
+from ..runs.results import DataSummary, Epoch, Subject
 from ..runs.scores import Proportion, Score
 from ..tasks.base import Task
 from ..training.context import RunContext
 from ..training.task import DistillationTask
+from ..training.trackers import EpochLog
 from ..training.trainer import (
     LogitsAndLabels,
     build_plan,
@@ -40,6 +44,9 @@ from ..training.weights import weights_metadata
 
 LOGITS = "teacher.logits.safetensors"
 """fp32 logits on test of each teacher with a head, to compare the student with."""
+
+TRAINED, WEIGHTS, EPOCHS = "teachers", "teacher.safetensors", "metrics.jsonl"
+"""Cache entries of trained teachers, and their files."""
 
 MAX_CHECK_IMAGES = 10_000
 """Training images on which a kept head is checked if there are no val images."""
@@ -108,7 +115,7 @@ def _make_teacher(
     use_threads(allowed_cores())
     val = test = None
     if initial.head == "replaced":
-        network = _train(context, data, t, initial)
+        network = _load_or_train(context, data, t, initial)
     elif "teacher_epochs" in context.set_options:
         head = "no head" if initial.head == "none" else "a head that fits the data"
         context.display.note(f"--teacher-epochs has no effect: {spec.name} has {head} and is used as it is")
@@ -136,10 +143,39 @@ def _make_teacher(
     return subject, None if test is None else test[0]
 
 
-def _train(context: RunContext, data: TrainingData, t: int, initial: InitialNetwork) -> nn.Module:
+def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: InitialNetwork) -> nn.Module:
+    """Return the trained teacher: from the cache if a run with equal weights, data and options left it."""
+    training = f"teacher {t}" if len(context.teachers) > 1 else "teacher"
+    spec, key = context.teachers[t], digest({"key": context.key, "teacher": t})
+    entry = context.cache.get(TRAINED, key)
+    if not context.ranks.max([entry is None])[0]:
+        assert entry is not None
+        load_into(initial.network, read_checkpoint(entry / WEIGHTS))
+        context.display.note(
+            f"{spec.name}: trained by an earlier run with the same weights, data and options, and taken from "
+            "the cache"
+        )
+        with closing(EpochLog(context, training)) as log:
+            for line in (entry / EPOCHS).read_text(encoding="utf-8").splitlines():
+                log(Epoch.model_validate_json(line))
+        return initial.network
+    network = _train(context, data, t, initial, training)
+
+    def write(folder: Path) -> None:
+        save_weights(network, folder / WEIGHTS, weights_metadata(spec, data.classes, key, initial.license))
+        lines = [line for line in context.folder.curves() if get_training(line) == training]
+        (folder / EPOCHS).write_text("\n".join(lines), encoding="utf-8")
+
+    if context.ranks.is_main:
+        context.cache.put(TRAINED, key, write)
+    return network
+
+
+def _train(
+    context: RunContext, data: TrainingData, t: int, initial: InitialNetwork, training: str
+) -> nn.Module:
     o, spec = context.options, context.teachers[t]
     assert o.teacher_epochs and o.teacher_lr and o.teacher_warmup_epochs is not None
-    training = f"teacher {t}" if len(context.teachers) > 1 else "teacher"
     engine = choose_run_engine(
         context, training, lambda precision: choose_engine(context.device, precision, initial.network)
     )

@@ -276,3 +276,20 @@ def test_head_in_an_unknown_order_is_described(trained, data, cache, tmp_path):
     save_weights(lost, tmp_path / "w.safetensors", {})
     result = teach(data, tmp_path, cache, tmp_path / "w.safetensors", "--val-fraction", "0")
     refused(result, 1, "With its classes in another order it would have", "--teacher-head replace")
+
+
+def test_second_student_of_a_tuned_teacher_takes_it_from_the_cache(named, data, tmp_path):
+    runs = {}
+    for out, student in (("first", STUDENT), ("second", "mobilenetv2_035")):
+        result = little.check_success(
+            compress(
+                "--teacher", NAME, "--teacher-weights", named, "--teacher-head", "replace", "--student", student,
+                *SMALL, "--pad", "2", "--teacher-epochs", "2", "--data", data, "--out", tmp_path / out,
+                "--cache", tmp_path / "cache", "--until", "teacher",
+            )
+        )  # fmt: skip
+        runs[out] = (report(tmp_path / out), (tmp_path / out / "teacher.safetensors"), result.stderr)
+    assert "taken from the cache" in runs["second"][2] and "taken from the cache" not in runs["first"][2]
+    first, second = (little.load_file(file) for _, file, _ in runs.values())
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert runs["first"][0]["epochs"] == runs["second"][0]["epochs"] and len(runs["first"][0]["epochs"]) == 2
