@@ -16,7 +16,7 @@ from typing import NoReturn
 from PIL import Image
 
 from .runtime import _FORMATS, MAX_THREADS, ArtifactError, Classifier, ImageError, Prediction
-from .text import escape_controls, escape_json
+from .text import encodable_json, escape_controls, escape_json
 
 
 def print_predictions(
@@ -69,7 +69,8 @@ def _format(path: Path, prediction: Prediction, *, as_json: bool, multi_label: b
     if as_json:
         labels = {"labels": _to_json(prediction.labels)} if multi_label else {}
         line = {"image": name, **labels, "top": _to_json(prediction.top)}
-        return escape_json(json.dumps(line, ensure_ascii=False))
+        text = escape_json(json.dumps(line, ensure_ascii=False))
+        return encodable_json(text, getattr(sys.stdout, "encoding", None))
     shown = prediction.labels if multi_label else prediction.top
     text = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in shown)
     return escape_controls(f"{name}: {text or 'no label'}")

@@ -30,3 +30,17 @@ def escape_controls(text: str, keep: str = "") -> str:
 def escape_json(text: str) -> str:
     r"""Escape control characters in JSON, ``\u001b``; its value stays the same."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def encodable_json(text: str, encoding: str | None) -> str:
+    r"""Escape JSON to ASCII, ``\u6587``, if the encoding lacks a character; its value stays the same."""
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return re.sub("[^\x00-\x7f]", _escape_utf16, text)
+    return text
+
+
+def _escape_utf16(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

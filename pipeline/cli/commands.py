@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ...export.text import encodable_json
 from ..config.limits import MAX_THREADS
 from ..config.options import get_group
 from ..errors import UsageError
@@ -28,9 +29,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="print the re
 quiet_option = click.option("--quiet", is_flag=True, help="do not print progress")
 
 
+def _print_json(text: str) -> None:
+    click.echo(encodable_json(text, getattr(sys.stdout, "encoding", None)))
+
+
 def _print(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
     if as_json:
-        click.echo(result.model_dump_json(indent=2, by_alias=True))
+        _print_json(result.model_dump_json(indent=2, by_alias=True))
     else:
         show(result)
 
@@ -161,7 +166,7 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
 
     validation = exit_on_error(lambda: validate(artifacts, **options))
     if as_json:
-        click.echo(to_json(validation))
+        _print_json(to_json(validation))
     else:
         show_validation(validation)
 
@@ -266,13 +271,13 @@ def report(folder: Path | None, out: Path | None, schema: bool, as_json: bool, q
     if schema:
         if folder is not None or out is not None or as_json or quiet:
             raise click.UsageError("--schema cannot be combined with other arguments.")
-        click.echo(json_schema(), nl=False)
+        _print_json(json_schema().rstrip())
         return
     if folder is None:
         raise click.UsageError("A run folder is required, such as: compress report runs/shop")
     result, files = exit_on_error(lambda: report(folder, out))
     if as_json:
-        click.echo(result.model_dump_json(indent=2))
+        _print_json(result.model_dump_json(indent=2))
     elif not quiet:
         for file in files:
             click.echo(file)

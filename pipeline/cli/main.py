@@ -1,6 +1,7 @@
 """The command group ``compress``. The commands are imported when one is needed."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -156,7 +157,10 @@ class DefaultGroup(click.Group):
             _fail_on_output(error)
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Report usage errors on the main process only."""
+        """Escape what the output cannot encode, and report usage errors on the main process only."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         if process.is_main():
             return super().main(*args, **extra)
         try:

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from questpress.export.text import escape_controls, escape_json
+from questpress.export.text import encodable_json, escape_controls, escape_json
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,11 @@ def test_json_escapes_preserve_the_text() -> None:
     content = {"a\x9b": ["\u202e", "\x7f", "plain ü"]}
     text = escape_json(json.dumps(content, ensure_ascii=False))
     assert json.loads(text) == content and text == '{"a\\u009b": ["\\u202e", "\\u007f", "plain ü"]}'
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "utf-8", None])
+def test_json_can_be_written_in_any_encoding(encoding: str | None) -> None:
+    content = ["ü", "日本", "👩‍🚀", "94.4–99.1 %"]
+    text = encodable_json(json.dumps(content, ensure_ascii=False), encoding)
+    assert json.loads(text.encode(encoding or "utf-8").decode(encoding or "utf-8")) == content
+    assert ("ü" in text) == (encoding in ("utf-8", None))
