@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
@@ -12,6 +13,21 @@ class Result(BaseModel):
 
     # A number that is not finite is the string "NaN" or "Infinity" in JSON.
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
+
+    draw: ClassVar[Callable[[Any], tuple[str, str] | None]] = lambda _: None
+    """Returns a short table as text and as HTML, or None for a part of a result; set by `pipeline`."""
+
+    def __repr__(self) -> str:
+        drawn = Result.draw(self)
+        return super().__repr__() if drawn is None else drawn[0]
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def _repr_html_(self) -> str | None:
+        """Return the table for a notebook."""
+        drawn = Result.draw(self)
+        return None if drawn is None else drawn[1]
 
 
 class Parity(Result):

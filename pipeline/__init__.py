@@ -7,6 +7,8 @@ The functions here are the commands: ``questpress.pipeline.compress(teacher=…,
 from importlib import import_module
 from typing import Any
 
+from ..export.results import Result
+
 FUNCTIONS = {
     "bench": "api.bench",
     "compare": "api.compare",
@@ -18,6 +20,15 @@ FUNCTIONS = {
 }
 
 __all__ = list(FUNCTIONS)
+
+
+def _draw(result: Result) -> tuple[str, str] | None:
+    from .report.terminal import draw
+
+    return draw(result)
+
+
+Result.draw = _draw
 
 
 def __getattr__(name: str) -> Any:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from ..report import format
-from ..runs.console import safe_console
+from ..runs.console import FittingTable, safe_console
 
 if TYPE_CHECKING:
     from ...models.catalog import Entry
@@ -17,16 +16,14 @@ if TYPE_CHECKING:
     from ..api.doctor import Diagnosis
 
 MARKS = {"ok": "[green]✓[/green]", "note": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
-FILE_WIDTH = 160
-"""Columns of output that is not shown in a terminal: rows are not wrapped to its width."""
 
 
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+def _table(left: Sequence[str], right: Sequence[str]) -> FittingTable:
+    table = FittingTable(header_style="bold")
     for column in left:
-        table.add_column(column, overflow="fold", min_width=5)
+        table.add_column(column)
     for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     return table
 
 
@@ -39,7 +36,6 @@ def print_models(models: Mapping[str, "Entry | str | None"]) -> None:
         console.print(f"{len(models)} networks. Use a narrower pattern to list sizes.", style="dim")
         return
     table = _table(["name"], ["parameters", "GMACs", "image size"])
-    table.columns[0].no_wrap = True
     table.add_column("pretrained weights")
     for name, model in models.items():
         if model is None or isinstance(model, str):
@@ -58,8 +54,6 @@ def print_models(models: Mapping[str, "Entry | str | None"]) -> None:
 def print_cache(outputs: Sequence["CachedOutputs"], unreadable: int, root: Path) -> None:
     """Print cached teacher outputs and their total size."""
     console = safe_console(highlight=False)
-    if not console.is_terminal:
-        console = safe_console(highlight=False, width=FILE_WIDTH)
     if not outputs:
         console.print(Text(f"There are no cached teacher outputs in {root}."))
     else:

@@ -8,14 +8,11 @@ from typing import Any
 
 import markupsafe
 from markupsafe import Markup
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from ...export.text import escape_controls
+from ..runs.console import FittingTable
 from . import format
-
-MAX_TERMINAL_NAME = 34
-"""Characters of a cell in the left columns in the terminal: tables should fit 80 columns."""
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
@@ -92,22 +89,13 @@ class Table:
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return Markup(f"{text}\n\n{markdown_text(self.note)}" if self.note else text)
 
-    def to_rich(self, bold_row: int | None = None) -> RichTable:
+    def to_rich(self, bold_row: int | None = None) -> FittingTable:
         """Return the table for the terminal; nothing in it is interpreted as markup."""
-        table = RichTable(
-            title=Text(self.title),
-            title_justify="left",
-            title_style="bold",
-            box=None,
-            pad_edge=False,
-            header_style="",
-            padding=(0, 2, 0, 0),
+        table = FittingTable(
+            title=Text(self.title), title_justify="left", title_style="bold", header_style=""
         )
         for i, name in enumerate(self.columns):
-            if self.text or i < self.left:
-                table.add_column(Text(name), no_wrap=True, overflow="ellipsis", max_width=MAX_TERMINAL_NAME)
-            else:
-                table.add_column(Text(name), justify="right", overflow="fold")
+            table.add_column(Text(name), justify="left" if self.text or i < self.left else "right")
         for i, row in enumerate(self.rows):
             table.add_row(*(Text(cell) for cell in row), style="bold" if i == bold_row else "")
         return table

@@ -1,6 +1,9 @@
 """Tables and messages at the end of a command in the terminal."""
 
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -12,7 +15,10 @@ from . import comparison_page, format, validation_page
 from .networks import compared_networks, median_latency, score_name, shipped_network, thread_counts
 from .sections import calibration, int8, latency
 from .summary import title, warnings
-from .tables import MAX_TERMINAL_NAME, Table
+from .tables import Table
+
+DRAWN_WIDTH = 100
+"""Columns of a result in a notebook."""
 
 MAX_PAIRS = 6
 """Of more pairs, only those with the first file are printed; the page has all."""
@@ -86,31 +92,39 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
         _print_path(console, "Page:", Path(comparison.folder) / "comparison.html")
 
 
-def show_bench(bench: Bench, folder: Path, console: Console | None = None) -> None:
-    """Print the tables of a bench, disturbances, and the paths of the results."""
+def show_bench(bench: Bench, folder: Path | None = None, console: Console | None = None) -> None:
+    """Print the tables of a bench, disturbances, and the paths of the results in ``folder``."""
     console = console or safe_console()
-    speedups, *others = latency.other_tables(bench)
-    fits = all(len(row[0]) <= MAX_TERMINAL_NAME for row in speedups.rows)
-    for table in (latency.brief_percentiles(bench), speedups, *others):
-        if table is speedups and not fits:
-            _print_lines(console, table)
-        elif table.rows:
+    for table in (latency.brief_percentiles(bench), *latency.other_tables(bench)):
+        if table.rows:
             console.print(table.to_rich(), "")
     for flag in bench.flags:
         console.print(Text(f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}"))
     for note in bench.notes:
         console.print(Text(f"Note: {note}."))
     console.print(Text(latency.noise_summary(bench)))
+    if folder is None:
+        return
     report = folder.parent / "report.html"
     if folder.name == "bench" and report.is_file():
         _print_path(console, "Report: ", report)
     _print_path(console, "Results:", folder / "bench.json")
 
 
-def _print_lines(console: Console, table: Table) -> None:
-    """Print a line for each row, if the names are too long for columns."""
-    console.print(Text(table.title, style="bold"))
-    for name, *cells in table.rows:
-        parts = (f"{column} {cell}" for column, cell in zip(table.columns[1:], cells, strict=True))
-        console.print(Text(f"{name}: {'; '.join(parts)}"))
-    console.print()
+SHOWN: dict[type, Callable[..., None]] = {
+    Report: show_report,
+    Validation: show_validation,
+    Comparison: show_comparison,
+    Bench: show_bench,
+}
+
+
+def draw(result: Any) -> tuple[str, str] | None:
+    """Return what a command prints as text and as HTML; None for parts of a result."""
+    show = SHOWN.get(type(result))
+    if show is None:
+        return None
+    console = safe_console(file=io.StringIO(), record=True, width=DRAWN_WIDTH, force_jupyter=False)
+    show(result, console=console)
+    html = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>", clear=False)
+    return console.export_text().rstrip(), html

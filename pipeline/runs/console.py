@@ -1,16 +1,20 @@
 """Terminal output: a line for each finished stage, and a progress bar for the running one."""
 
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from ...export.text import escape_controls
 
@@ -23,10 +27,18 @@ LOGGER = "questpress"
 THROUGHPUT_SECONDS = 15.0
 """Window of the throughput."""
 
+FILE_WIDTH = 1000
+"""Columns of output to a file or a pipe: no row is cut or wrapped."""
+
+BAR_WIDTHS = (8, 24)
+"""Columns of the progress bar in a narrow and in a wide terminal."""
+
 
 def safe_console(**options: Any) -> Console:
     """Return a console that escapes control characters, which names of classes and files may contain."""
     console = Console(**options)
+    if not console.is_terminal and "width" not in options and "COLUMNS" not in os.environ:
+        console.width = FILE_WIDTH
     console.push_render_hook(_EscapeHook())
     return console
 
@@ -48,6 +60,34 @@ class _Escaped:
                 yield segment
             else:
                 yield Segment(escape_controls(segment.text, keep="\n"), segment.style)
+
+
+class FittingTable(Table):
+    """A table without lines that lists its rows in a terminal that is too narrow for its cells."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(box=None, padding=(0, 2, 0, 0), pad_edge=False, **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = [[*column.cells] for column in self.columns]
+        heads = [str(column.header) for column in self.columns]
+        widths = [
+            max(cell_len(str(text)) for text in (*column, *head.split(), ""))
+            for head, column in zip(heads, cells, strict=True)
+        ]
+        room = options.max_width - sum(widths) - 2 * (len(widths) - 1)
+        if room >= 0:
+            for column, head, width in zip(self.columns, heads, widths, strict=True):
+                column.width = min(max(width, cell_len(head)), width + room)  # otherwise the heading folds
+                room -= column.width - width
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield Text(str(self.title), self.title_style or "")
+        for row, (name, *values) in zip(self.rows, zip(*cells, strict=True), strict=True):
+            named = zip(heads[1:], values, strict=True)
+            parts = (f"{head} {value}".strip() for head, value in named if value)
+            yield Text(f"{name}: {'; '.join(parts)}", row.style or "")
 
 
 class Display:
@@ -108,17 +148,37 @@ class Display:
         if not self.live:
             yield Stage(self, name, None)
             return
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.fields[stage]:<9}[/bold] {task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}% {task.fields[throughput]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[more]}[/dim]"),
-            console=self.console,
-            transient=True,
-        ) as progress:
+        with _ProgressLine(console=self.console, transient=True) as progress:
             yield Stage(self, name, progress)
+
+
+class _ProgressLine(Progress):
+    """A progress bar in one line: in a narrow terminal losses go first, then the work's name and the rate."""
+
+    spinner = SpinnerColumn()
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        table = Table.grid(padding=(0, 1), pad_edge=False)
+        for task in tasks:
+            stage = Text(f"{task.fields['stage']:<9}", "bold")
+            percent = Text(f"{task.percentage:>3.0f}%")
+            left = TimeRemainingColumn().render(task)
+            bar, widest = BAR_WIDTHS
+            room = self.console.width - stage.cell_len - percent.cell_len - left.cell_len - bar - 9
+            rate = Text(task.fields["throughput"] if len(task.fields["throughput"]) <= room else "")
+            room -= rate.cell_len
+            work = _shorten(Text(task.description), room)
+            room -= work.cell_len
+            wider = max(0, min(widest - bar, room))
+            losses = _shorten(Text(task.fields["more"], "dim"), room - wider)
+            drawn = BarColumn(bar + wider).render(task)
+            table.add_row(self.spinner.render(task), stage, work, drawn, percent, rate, left, losses)
+        return table
+
+
+def _shorten(text: Text, room: int) -> Text:
+    text.truncate(max(1, room), overflow="ellipsis")
+    return text if room > 1 else Text()
 
 
 class _DetailHandler(logging.Handler):

@@ -2,7 +2,8 @@ import io
 
 import pytest
 from questpress.pipeline.cli.main import fail
-from questpress.pipeline.runs.console import Display, safe_console
+from questpress.pipeline.runs.console import Display, FittingTable, safe_console
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -78,3 +79,57 @@ def test_progress_restarts_with_the_stage_and_with_the_work(
         "  qat: training resnet8: 30 %, 2 images/s, 42 s left",
         "  qat: training resnet8: 15 %, 1 images/s, 102 s left",
     ]
+
+
+def progress_line(width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the line of a training at 40 of 100 steps and 2 steps a second."""
+    now = [0.0]
+    monkeypatch.setattr("questpress.pipeline.runs.console.time.monotonic", lambda: now[0])
+    display = Display(quiet=False)
+    display.console = safe_console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    display.live = True
+    with display.stage("student") as stage:
+        assert stage.progress is not None
+        stage.progress.get_time = lambda: now[0]  # type: ignore[method-assign]
+        for done in range(41):
+            now[0] = done / 2
+            losses = "epoch 3/10  loss 2.314  quest 1.203  ce 0.993"
+            stage.update("training tf_efficientnet_lite0", done, 100, "images", losses, 600)
+        file = io.StringIO()
+        Console(file=file, width=width, color_system=None).print(stage.progress.get_renderable())
+    return file.getvalue().rstrip()
+
+
+def test_progress_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = {width: progress_line(width, monkeypatch) for width in (60, 80, 160)}
+    for width, line in widths.items():
+        assert len(line) <= width and "\n" not in line
+        for part in ("student ", "training", "━━━", " 40% ", " 1,200 images/s ", " 0:00:30"):
+            assert part in line, (width, part, line)
+    assert "loss" not in widths[80] and "tf_efficientnet" in widths[80]
+    assert widths[160].endswith("epoch 3/10  loss 2.314  quest 1.203  ce 0.993")
+    narrow = progress_line(40, monkeypatch)
+    assert all(part in narrow for part in ("student ", "━━━", " 40% ", " 0:00:30")) and len(narrow) <= 40
+
+
+def test_output_to_a_file_is_not_cut() -> None:
+    console = safe_console(file=io.StringIO(), color_system=None)
+    assert console.width == 1000
+
+
+def test_narrow_terminal_lists_the_rows_of_a_table() -> None:
+    table = FittingTable(title=Text("Sizes"))
+    for name in ("name", "image size", "pretrained weights"):
+        table.add_column(Text(name))
+    table.add_row(Text("mobilenetv4_conv_small"), Text("224"), Text("apache-2.0"))
+    shown = {}
+    for width in (80, 60, 40):
+        file = io.StringIO()
+        Console(file=file, width=width, color_system=None).print(table)
+        shown[width] = [line.split() for line in file.getvalue().splitlines()]
+    assert shown[80][1] == ["name", "image", "size", "pretrained", "weights"]
+    assert shown[60][1:] == shown[80][1:]
+    name, *words = [word for line in shown[40][1:] for word in line]
+    assert (name, " ".join(words)) == (
+        "mobilenetv4_conv_small:", "image size 224; pretrained weights apache-2.0",
+    )  # fmt: skip
