@@ -16,6 +16,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from ...export.results import Result
+from ..runs import process
 from ..runs.cache import Cache
 
 DISTRIBUTION = "questpress"
@@ -99,6 +100,9 @@ def _machine() -> Iterable[Finding]:
     else:
         remedy = "use smaller images or batches (--image-size, --batch-size)" if memory < MIN_MEMORY else None
         yield make("memory", f"{memory / 1e9:.1f} GB", remedy)
+    if (ignored := process.describe_ignored_variables()) is not None:
+        variables, _, remedy = ignored.partition(": ")
+        yield make("environment", variables, remedy)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free

@@ -45,6 +45,8 @@ SIGINT_EXIT = 130
 def exit_on_error(job: Callable[[], T], *, resumable: bool = False) -> T:
     """Call ``job`` and turn its errors into one message, with advice if it is resumable, and an exit code."""
     resume = " Run the same command again to resume." if resumable else ""
+    if resumable and (ignored := process.describe_ignored_variables()) is not None:
+        click.echo(f"Warning: {escape_controls(ignored)}", err=True)
     try:
         with STOP.handle_signals():  # SIGTERM, sent by schedulers and containers, counts as Ctrl-C
             return job()

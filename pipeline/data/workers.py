@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...export.runtime import allowed_cores
 from ..errors import JobError, QuestpressError
-from ..runs import process
+from ..runs.process import count_local_processes
 
 Task = Callable[[], Any]
 """Returns a contiguous tensor or a small object."""
@@ -36,7 +36,7 @@ def worker_count(device: str) -> int:
     The thread that feeds a GPU keeps one core. On a CPU, training uses all cores, and half as many workers
     run at low priority.
     """
-    cores = allowed_cores() // process.count_local_processes()
+    cores = allowed_cores() // count_local_processes()
     return max(1, cores - 1 if torch.device(device).type == "cuda" else cores // 2)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ...export.latency.machine import environment
 from ...export.runtime import allowed_cores
 from ..errors import UsageError
+from . import process
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
 
 def threads() -> int:
     """Return the threads of this process: the allowed cores divided by the ranks of this machine."""
-    return max(1, allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, allowed_cores() // process.count_local_processes())
 
 
 def inference_engine(device: str, precision: str) -> Engine:

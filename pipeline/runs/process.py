@@ -137,14 +137,46 @@ class Stop:
 STOP = Stop()
 
 
+def _read_rank() -> tuple[int, int]:
+    """Return rank and number of processes; 0 and 1 unless the environment has both, as torchrun sets them."""
+    try:
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 0, 1
+    return (rank, count) if 0 <= rank < count else (0, 1)
+
+
 def is_single_process() -> bool:
     """Return True if this process was not started by torchrun with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return _read_rank()[1] == 1
+
+
+def count_local_processes() -> int:
+    """Return the number of the job's processes on this machine."""
+    try:
+        count = int(os.environ["LOCAL_WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 1
+    return min(max(1, count), _read_rank()[1])
+
+
+def describe_ignored_variables() -> str | None:
+    """Return the variables of torchrun that are set without effect, such as by a cluster, with advice."""
+    values = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if not is_single_process() or all(values[name] == single[name] for name in values):
+        return None
+    names = " and ".join(f"{name}={value}" for name, value in values.items())
+    return (
+        f"{names} {'is' if len(values) == 1 else 'are'} ignored: several processes require RANK from 0 to "
+        "WORLD_SIZE - 1. This is one process. Unset them, or start several: "
+        "torchrun --nproc-per-node 2 --no-python compress …"
+    )
 
 
 def is_main() -> bool:
     """Return True on rank 0, which prints the output."""
-    return is_single_process() or os.environ.get("RANK") == "0"
+    return _read_rank()[0] == 0
 
 
 def count_restarts() -> int:

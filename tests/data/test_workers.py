@@ -148,7 +148,8 @@ def test_killed_job_leaves_no_workers_and_scripts_need_no_guard(tmp_path: Path, 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("questpress.pipeline.data.workers.allowed_cores", lambda: 16)
     assert (worker_count("cuda"), worker_count("cpu")) == (15, 8)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     assert (worker_count("cuda"), worker_count("cpu")) == (3, 2)
     monkeypatch.setattr("questpress.pipeline.data.workers.allowed_cores", lambda: 1)
     assert worker_count("cuda") == 1

@@ -1,0 +1,87 @@
+"""The command in unusual environments: encodings, closed pipes and variables of torchrun."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from questpress.pipeline.runs import process
+from questpress.pipeline.runs.device import threads
+
+from tests.support import little
+from tests.support.little import command
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(arguments, capture_output=True, timeout=60, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932"])
+def test_output_encoding_without_a_character_gets_a_replacement(
+    finished: Path, tmp_path: Path, encoding: str
+) -> None:
+    result = run(command("compare", finished, "--out", tmp_path / "out"), PYTHONIOENCODING=encoding)
+    assert result.returncode == 0 and result.stderr == b""
+    assert b"\\u2013" in result.stdout and b"best" in result.stdout
+
+
+def test_predictions_are_printed_in_any_encoding(finished: Path, data: Path, tmp_path: Path) -> None:
+    image = Path(shutil.copy(data / "red" / "000.png", tmp_path / "größe 日本.png"))
+    predict = [sys.executable, str(finished / "artifact" / "predict.py"), str(image)]
+    for arguments in (command("predict", finished, image), predict):
+        result = run(arguments, PYTHONIOENCODING="ascii")
+        assert result.returncode == 0 and result.stderr == b""
+        assert b"gr\\xf6\\xdfe \\u65e5\\u672c.png: " in result.stdout
+        result = run([*arguments, "--json"], PYTHONIOENCODING="ascii")
+        assert json.loads(result.stdout)["image"] == str(image)
+
+
+@pytest.mark.parametrize("pattern", ["mobilenet*", "*"])
+def test_reader_that_exits_early_ends_the_command_quietly(pattern: str) -> None:
+    first = f"{sys.executable} -m questpress.pipeline models '{pattern}' | head -3"
+    result = run(["sh", "-c", first])
+    assert result.stderr == b"" and len(result.stdout.splitlines()) == 3
+    assert "…" not in result.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    ("variables", "ignored"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is ignored"),
+        ({"RANK": "1"}, "RANK=1 is ignored"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 is ignored"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 and WORLD_SIZE=2 are ignored"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "RANK=0 and WORLD_SIZE=two are ignored"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        ({"WORLD_SIZE": ""}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_incomplete_variables_of_torchrun_are_reported_and_ignored(
+    variables: dict[str, str],
+    ignored: str | None,
+    data: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert process.is_single_process() and process.is_main() and threads() >= 1
+    result = little.check_success(little.job(data, tmp_path / "run", cache, "--dry-run"))
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    assert len(warnings) == (ignored is not None)
+    if ignored is not None:
+        assert ignored in warnings[0] and "torchrun --nproc-per-node" in warnings[0]
+
+
+def test_complete_variables_of_torchrun_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert not process.is_single_process() and not process.is_main()
+    assert process.count_local_processes() == 2 and process.describe_ignored_variables() is None
