@@ -158,7 +158,7 @@ def _extras() -> Iterable[Finding]:
             yield make(package, metadata.version(package))
         except metadata.PackageNotFoundError:
             value = f"is not installed; required by {REQUIRED_BY[package]}"
-            yield make(package, value, f"pip install 'questpress[{extra}]'")
+            yield make(package, value, f"pip install '{package}{requirement.specifier}'")
 
 
 def _devices() -> Iterable[Finding]:

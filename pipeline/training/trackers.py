@@ -40,9 +40,7 @@ def check_trackers(options: Options) -> None:
     for package in requested_trackers(options):
         if importlib.util.find_spec(package) is None:
             option = "--tensorboard" if package == "tensorboard" else f"--track {package}"
-            raise UsageError(
-                f"{option}: the package {package} is not installed. pip install 'questpress[{package}]'."
-            )
+            raise UsageError(f"{option}: the package {package} is not installed. Run pip install {package}.")
 
 
 class Tracker(Protocol):
