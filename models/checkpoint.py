@@ -1,6 +1,5 @@
 """Read weights from safetensors files and torch checkpoints without running code; write safetensors."""
 
-import argparse
 import hashlib
 import json
 import pickle
@@ -18,11 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import ModelError, shorten
+from .plain_types import PLAIN_TYPES
 
 StateDict = dict[str, Tensor]
 
-# Keys under which training programs store weights in a checkpoint; averaged ones first, as timm prefers.
-_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+AVERAGED = re.compile(r"(?:^|[._])(?:averaged?|avg|ema|swa)(?:[._]|$)", re.IGNORECASE)
+"""Names of averaged weights, such as ``state_dict_ema``, ``params_ema`` and ``model_ema.module``."""
+
+# Keys under which training programs store weights in a checkpoint.
 _PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
 _NOT_WEIGHTS = ("optim", "scheduler", "scaler", "args", "config", "hyper", "rng")
 _LABEL_KEYS = ("label_names", "labels", "class_names", "classes", "CLASSES")
@@ -46,6 +48,8 @@ class Checkpoint:
     """The classes in words, if their names are codes."""
     license: str | None = None
     """License of published weights."""
+    notes: tuple[str, ...] = ()
+    """Which of several collections of tensors in the file this is."""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -72,12 +76,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if file.suffix == ".safetensors" or head[8:9] == b"{":
         tensors, metadata = _read_safetensors(file)
         labels = _labels({key: _from_json(value) for key, value in metadata.items()})
-        where = ""
+        where, others = "", set[str]()
     elif head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         if head[:1] == b"P":
             refuse_compressed(file)
         content = _read_torch(file)
-        tensors, where = _find_weights(content, set())
+        tensors, where, others = _find_weights(content, set())
         labels = _labels(content) if isinstance(content, Mapping) else None
     else:
         raise ModelError(f"{file} is neither a safetensors file nor a torch checkpoint.")
@@ -85,7 +89,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ModelError(f"{file} contains no weights: it has no named tensors.")
     _refuse_unusual_tensors(tensors, file)
     source = f"{file.name} ({where})" if where else file.name
-    return Checkpoint(tensors, labels, source, digest, metadata)
+    notes = (f"{where}, not {', '.join(sorted(others))}",) if others else ()
+    return Checkpoint(tensors, labels, source, digest, metadata, notes=notes)
 
 
 def save_weights(network: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
@@ -136,6 +141,7 @@ def refuse_compressed(file: Path) -> None:
 
 
 def _refuse_unusual_tensors(tensors: StateDict, file: Path) -> None:
+    size = file.stat().st_size
     for name, tensor in tensors.items():
         unusual = tensor.is_quantized or tensor.is_nested or tensor.is_complex()
         if unusual or tensor.layout != torch.strided or tensor.is_meta:
@@ -144,12 +150,16 @@ def _refuse_unusual_tensors(tensors: StateDict, file: Path) -> None:
                 f"{file}: tensor {name[:60]!r} is not a dense real tensor ({kind}). Save the state_dict as "
                 "dense float tensors."
             )
+        if tensor.nbytes > size:
+            raise ModelError(
+                f"{file}: tensor {name[:60]!r} repeats its values: it has {tensor.nbytes:,} bytes, the whole "
+                f"file {size:,}. Save it with .contiguous()."
+            )
 
 
 def _read_torch(file: Path) -> Any:
     try:
-        # timm's training checkpoints keep their command line as a Namespace, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(PLAIN_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # problems are raised as errors below
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -181,32 +191,42 @@ def tensors_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _find_weights(content: Any, seen: set[int], depth: int = 0) -> tuple[StateDict, str]:
-    """Return the named tensors in a checkpoint, and the keys that lead to them.
+def _find_weights(content: Any, seen: set[int], depth: int = 0) -> tuple[StateDict, str, set[str]]:
+    """Return the named tensors in a checkpoint, the keys that lead to them, and those of similar collections.
 
     Averaged weights are preferred, then those under a usual name, then the largest collection. Collections in
     `seen` are skipped: a collection may contain itself.
     """
     if not isinstance(content, Mapping) or depth > 4 or id(content) in seen:
-        return {}, ""
+        return {}, "", set()
     seen.add(id(content))
     tensors = {
         key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
     }
-    nested: dict[str, tuple[StateDict, str]] = {}
+    nested: dict[str, tuple[StateDict, str, set[str]]] = {}
     for key, value in content.items():
         if isinstance(key, str) and not key.lower().startswith(_NOT_WEIGHTS):
-            weights, inner = _find_weights(value, seen, depth + 1)
+            weights, inner, others = _find_weights(value, seen, depth + 1)
             if weights:
-                nested[key] = (weights, f"{key}.{inner}" if inner else key)
-    largest = max((len(weights) for weights, _ in nested.values()), default=0)
-    if len(tensors) >= largest:
-        return tensors, ""
-    for name in (*_AVERAGED, *_PLAIN):
-        # A few averaged tensors next to a whole network are not the network.
-        if name in nested and 2 * len(nested[name][0]) >= largest:
-            return nested[name]
-    return max(nested.values(), key=lambda entry: len(entry[0]))
+                path = f"{key}.{inner}" if inner else key
+                nested[key] = (weights, path, {f"{key}.{other}" for other in others})
+    sizes = {key: _count_values(weights) for key, (weights, *_) in nested.items()}
+    own, largest = _count_values(tensors), max(sizes.values(), default=0)
+    # Averages of parameters alone, without the statistics of BatchNorm, are not the network.
+    averaged = [key for key in nested if AVERAGED.search(nested[key][1]) and sizes[key] >= max(own, largest)]
+    if not averaged and own >= largest:
+        return tensors, "", set()
+    whole = [key for key in nested if 2 * sizes[key] >= max(own, largest)]
+    best = next((key for key in (*averaged, *_PLAIN) if key in whole), None)
+    best = best or max(nested, key=sizes.__getitem__)
+    weights, path, others = nested[best]
+    others = others | {nested[key][1] for key in whole if key != best}
+    return weights, path, others | ({"the top level"} if 2 * own >= sizes[best] else set())
+
+
+def _count_values(weights: StateDict) -> int:
+    """Return the number of tensors without those of one number, which are counters."""
+    return sum(value.numel() != 1 for value in weights.values())
 
 
 def _labels(content: Mapping[Any, Any], depth: int = 0) -> tuple[str, ...] | None:

@@ -1,8 +1,13 @@
 import argparse
 import hashlib
 import json
-from pathlib import Path
+from collections import OrderedDict, defaultdict, deque
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from questpress.models.build import build
@@ -13,6 +18,10 @@ from safetensors.torch import save_file
 
 def weights() -> dict[str, torch.Tensor]:
     return {"conv.weight": torch.arange(12.0).reshape(3, 4), "conv.bias": torch.ones(3)}
+
+
+def plus_one(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value + 1 for key, value in weights.items()}
 
 
 def test_what_is_saved_is_read_back_bit_by_bit_with_its_metadata(tmp_path):
@@ -45,7 +54,11 @@ def test_tied_weights_are_saved_under_both_names(tmp_path):
         lambda w: {"checkpoint": {"model_state_dict": w}},
         lambda w: {"state_dict": w, "args": argparse.Namespace(lr=0.1)},
         lambda w: {"anything": w, "optimizer_states": {f"k{i}": torch.ones(1) for i in range(9)}},
-        lambda w: {"state_dict": {key: value + 1 for key, value in w.items()}, "state_dict_ema": w},
+        lambda w: {"state_dict": plus_one(w), "state_dict_ema": w},
+        lambda w: {"params": plus_one(w), "params_ema": w},
+        lambda w: {"model": plus_one(w), "ema": {"module": w, "updates": 3}},
+        lambda w: {**plus_one(w), "swa_model": {**w}},
+        lambda w: {"model": plus_one(w), "callbacks": {"EMA": {"weights": w}}},
     ],
 )
 def test_weights_are_found_wherever_a_training_program_put_them(tmp_path, wrap):
@@ -59,6 +72,43 @@ def test_partial_averages_are_not_the_network(tmp_path):
     whole = weights() | {f"layer{index}.weight": torch.ones(2) for index in range(4)}
     torch.save({"model": whole, "ema": {"conv.bias": torch.zeros(3)}}, tmp_path / "both.pth")
     assert set(read_checkpoint(tmp_path / "both.pth").state_dict) == set(whole)
+
+
+def test_collections_that_were_not_taken_are_reported(tmp_path):
+    torch.save({"params": plus_one(weights()), "params_ema": weights()}, tmp_path / "both.pth")
+    assert read_checkpoint(tmp_path / "both.pth").notes == ("params_ema, not params",)
+    torch.save({"state_dict": weights(), "epoch": 3}, tmp_path / "one.pth")
+    assert read_checkpoint(tmp_path / "one.pth").notes == ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float64(86.25),
+        np.str_("a"),
+        np.datetime64("2026-01-01"),
+        np.float32,
+        np.ones((2, 3)),
+        np.random.get_state(),
+        Path("/data/photos"),
+        PureWindowsPath("c:\\photos"),
+        datetime.now(UTC),
+        defaultdict(list, {"loss": [1.0]}),
+        OrderedDict(a=Path("b")),
+        deque([1, 2]),
+        {1, Path("a")},
+        frozenset([1]),
+        Decimal("1.5"),
+        SimpleNamespace(lr=0.1),
+        torch.__version__,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_plain_values_next_to_weights_are_accepted(tmp_path, value, is_zip):
+    content = {"state_dict": weights(), "value": value}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=is_zip)
+    assert set(read_checkpoint(tmp_path / "w.pth").state_dict) == set(weights())
 
 
 def test_old_style_torch_file_is_read_too(tmp_path):
@@ -81,6 +131,10 @@ def test_hash_is_that_of_the_file(tmp_path):
         {"idx_to_class": {1: "dog", 0: "cat"}},
         {"meta": {"CLASSES": ("cat", "dog")}},
         {"config": {"id2label": {"0": "cat", "1": "dog"}}},
+        {"classes": np.array(["cat", "dog"])},
+        {"classes": np.array(["cat", "dog"], dtype=object)},
+        {"classes": [np.str_("cat"), np.str_("dog")]},
+        {"class_to_idx": defaultdict(int, {"dog": np.int64(1), "cat": np.int64(0)})},
     ],
 )
 def test_class_names_are_found_in_the_order_of_the_logits(tmp_path, known):
