@@ -13,7 +13,8 @@ from .build import build
 from .catalog import fetch_pretrained, has_pretrained, published_labels
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ModelError
-from .weights import class_count, load_into
+from .keys import Matched, list_parts
+from .weights import class_count, load_into, match
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ def initialize(
         weights, weights_license = f"pretrained {checkpoint.source}", checkpoint.license or "unknown license"
     if head == "none":
         load_into(network, checkpoint, features_only=True)
+        if source != "auto":
+            weights = _describe_file(
+                weights, checkpoint, match(network, checkpoint, features_only=True), note
+            )
         return InitialNetwork(network, weights, head="none", license=weights_license)
     count = class_count(checkpoint, network)
     rows = None if head == "replace" else _find_rows(checkpoint, classes, count, network)
@@ -80,6 +85,9 @@ def initialize(
             f"{len(classes)} among them. Use --teacher-head replace."
         )
     load_into(network, checkpoint, allow_head_mismatch=not keep, rows=rows if keep else None)
+    if source != "auto":
+        dropped = None if keep else count
+        weights = _describe_file(weights, checkpoint, match(network, checkpoint), note, dropped)
     if not keep:
         _reset_head(network, len(classes), seed)
     elif rows is not None and rows != list(range(count or 0)):
@@ -92,6 +100,32 @@ def initialize(
         names_classes=rows is not None
         and (checkpoint.label_names or checkpoint.label_descriptions) is not None,
     )
+
+
+def _describe_file(
+    weights: str,
+    checkpoint: Checkpoint,
+    matched: Matched,
+    note: Callable[[str], None],
+    dropped: int | None = None,
+) -> str:
+    """Add to the description of a weights file which part of it was taken, and what was left out; report it.
+
+    Args:
+        dropped: the number of classes of its head, if that is not used.
+    """
+    notes = [*checkpoint.notes, matched.source]
+    if dropped is not None:
+        notes.append(f"without its head for {dropped:,} classes")
+    elif matched.head:
+        notes.append(f"head from {matched.head}")
+    if matched.left_out:
+        notes.append(f"left out: {list_parts(matched.left_out)}")
+    if not any(notes):
+        return weights
+    text = "; ".join(filter(None, notes))
+    note(f"weights of {checkpoint.source}: {text}")
+    return f"{weights[:-1]}; {text})"
 
 
 HEAD_STD = 0.01

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .build import pretrained_cfg
 from .checkpoint import Checkpoint, StateDict
 from .errors import ModelError
+from .keys import Matched, find_prefix, match_keys, remove_wrappers
 
 
 def load_into(
@@ -22,8 +24,8 @@ def load_into(
 ) -> bool:
     """Load a checkpoint's weights into a network; return True if its head keeps its initialization.
 
-    Wrapper prefixes are removed. Weights in another known format, or for another image size, are converted
-    by timm. Raises ModelError, and changes nothing, if keys do not fit, or values are not finite.
+    Names are matched as by `match`. Raises ModelError, and changes nothing, if keys do not fit, or values are
+    not finite.
 
     Args:
         allow_head_mismatch: keep the initialized classifier if the file has one for another number of
@@ -33,14 +35,8 @@ def load_into(
         rows: the checkpoint's class of each of the network's classes; the same ones by default.
     """
     target = network.state_dict()
-
-    def select(weights: StateDict) -> StateDict:
-        return _select_features(weights, target, network) if features_only else weights
-
-    weights = select(strip_prefix(checkpoint.state_dict, target))
+    weights = match(network, checkpoint, features_only=features_only).weights
     head = _head_keys(network, target)
-    if _misfit_keys(weights, target) - head:
-        weights = select(_convert(network, checkpoint.state_dict) or weights)
     if rows is not None:
         count = _rows(weights, _classifier_names(network))
         weights = {
@@ -63,6 +59,27 @@ def load_into(
     return bool(misfits)
 
 
+def match(network: nn.Module, checkpoint: Checkpoint, *, features_only: bool = False) -> Matched:
+    """Return a checkpoint's weights under the network's names, see `match_keys`.
+
+    Weights in another known format, or for another image size, are converted by timm. ``features_only`` is
+    that of `load_into`.
+    """
+    target = network.state_dict()
+
+    def select(weights: StateDict) -> StateDict:
+        return _select_features(weights, target, network) if features_only else weights
+
+    matched = match_keys(checkpoint.state_dict, target, _classifier_names(network))
+    weights = select(matched.weights)
+    if _misfit_keys(weights, target) - _head_keys(network, target):
+        converted = _convert(network, checkpoint.state_dict)
+        if converted is not None:
+            return Matched(select(converted), "names or shapes converted by timm")
+    left_out = matched.left_out | (matched.weights.keys() - weights.keys())
+    return replace(matched, weights=weights, left_out=left_out)
+
+
 def _refuse_broken(weights: StateDict, target: StateDict, checkpoint: Checkpoint) -> None:
     for key, value in weights.items():
         if key not in target or not target[key].is_floating_point():
@@ -83,7 +100,7 @@ def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
     """Return the number of classes of the checkpoint's head; None if it has no head."""
     names = _classifier_names(network)
     target = network.state_dict()
-    weights = strip_prefix(checkpoint.state_dict, target)
+    weights = match_keys(checkpoint.state_dict, target, names).weights
     if _rows(weights, names) is None and _misfit_keys(weights, target) - _head_keys(network, target):
         # The file may be in another format, whose head has another name.
         weights = _convert(network, checkpoint.state_dict) or {}
@@ -104,24 +121,6 @@ def classifier_weight(network: nn.Module) -> Tensor | None:
     named = dict(network.named_parameters())
     weights = (named.get(f"{name}.weight") for name in _classifier_names(network))
     return next((weight.detach() for weight in weights if weight is not None and weight.ndim >= 2), None)
-
-
-def strip_prefix(weights: StateDict, target: StateDict) -> StateDict:
-    """Remove the wrapper prefix (`module.`, `model.`, `backbone.` …) for which most names match the target's.
-
-    Weights without this prefix belong to something else and are left out.
-    """
-    # In the file's order: of two networks, as in files of contrastive training, the first.
-    matches = {"": sum(key in target for key in weights)}
-    for key in weights:
-        parts = key.split(".", 4)
-        for depth in range(1, min(len(parts), 4)):
-            prefix = ".".join(parts[:depth]) + "."
-            matches[prefix] = matches.get(prefix, 0) + (key[len(prefix) :] in target)
-    best = max(sorted(matches, key=len), key=matches.__getitem__)
-    if 2 * matches[best] < len(target):  # too few to be this network
-        return dict(weights)
-    return {key[len(best) :]: value for key, value in weights.items() if key.startswith(best)}
 
 
 def _select_features(weights: StateDict, target: StateDict, network: nn.Module) -> StateDict:
@@ -181,11 +180,17 @@ def _convert(network: nn.Module, raw: StateDict) -> StateDict | None:
     built_as = getattr(network, "built_as", None)
     if built_as is None:
         return None
-    cleaned = clean_state_dict(raw)
-    stripped = strip_prefix(cleaned, network.state_dict())
-    rows = _rows(stripped, _classifier_names(network))
+    target = network.state_dict()
+    cleaned = remove_wrappers(clean_state_dict(raw), target)
+    prefix = find_prefix(cleaned, target)
+    stripped = {key[len(prefix) :]: value for key, value in cleaned.items() if key.startswith(prefix)}
+    head = classifier_weight(network)
+    width = getattr(network, "head_hidden_size", None) if head is None else head.shape[1]
+    # A head of another width does not fit: a network for its rows could take any memory.
+    fitting = {key: value for key, value in stripped.items() if value.ndim < 2 or value.shape[1] == width}
+    rows = _rows(fitting, _classifier_names(network))
     # The head of another format has another name: try the network's classes, rows of the last matrix, none.
-    matrices = [int(value.shape[0]) for value in cleaned.values() if value.ndim == 2]
+    matrices = [int(v.shape[0]) for v in cleaned.values() if v.ndim == 2 and v.shape[1] == width]
     counts = [built_as.num_classes, *matrices[-1:], 0] if rows is None else [rows]
     options: dict[str, Any] = (
         {"img_size": built_as.image_size} if pretrained_cfg(built_as.name).fixed_input_size else {}

@@ -6,11 +6,17 @@ import torch
 from questpress.models.build import build
 from questpress.models.checkpoint import Checkpoint, read_checkpoint
 from questpress.models.errors import ModelError
-from questpress.models.weights import class_count, load_into
+from questpress.models.initialize import initialize
+from questpress.models.keys import list_parts
+from questpress.models.weights import class_count, load_into, match
 
 
 def checkpoint(state_dict: dict[str, torch.Tensor]) -> Checkpoint:
     return Checkpoint(state_dict, None, "a file", "0" * 64)
+
+
+def resnet(seed: int) -> torch.nn.Module:
+    return build("cifar_resnet8", num_classes=3, image_size=32, seed=seed)
 
 
 def same(network: torch.nn.Module, state_dict: dict[str, torch.Tensor]) -> bool:
@@ -26,6 +32,105 @@ def test_wrapper_prefixes_are_removed(prefix):
     network = build("cifar_resnet8", num_classes=3, image_size=32, seed=2)
     assert not load_into(network, checkpoint(wrapped))
     assert same(network, source)
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module._orig_mod"]
+)
+def test_wrappers_inside_names_are_removed(wrapper):
+    source = resnet(1).state_dict()
+    wrapped = {key.replace("layer1.0.", f"layer1.0.{wrapper}."): value for key, value in source.items()}
+    network = resnet(2)
+    assert not load_into(network, checkpoint(wrapped))
+    assert same(network, source)
+
+
+def test_averaged_copy_is_taken_and_reported():
+    averaged, network = resnet(1).state_dict(), resnet(2)
+    both = {f"model.{key}": value for key, value in resnet(3).state_dict().items()}
+    both |= {f"model_ema.module.{key}": value for key, value in averaged.items()}
+    load_into(network, checkpoint(both))
+    assert same(network, averaged)
+    matched = match(network, checkpoint(both))
+    assert matched.source == "averaged copy model_ema"
+    assert list_parts(matched.left_out) == f"model ({len(averaged)} tensors)"
+
+
+def test_averages_of_parameters_alone_are_left_out():
+    source, network = resnet(1).state_dict(), resnet(2)
+    parameters = {f"model_ema.{key}": value + 1 for key, value in resnet(1).named_parameters()}
+    load_into(network, checkpoint(source | parameters))
+    assert same(network, source)
+    assert match(network, checkpoint(source | parameters)).left_out == parameters.keys()
+
+
+HEADS = [
+    ("", "classifier", "classifier"),
+    ("", "fc.1", "fc.1"),
+    ("", "heads.head", "heads.head"),
+    ("backbone.", "head", "head"),
+    ("model.backbone.", "model.head.fc", "model.head.fc"),
+]
+
+
+@pytest.mark.parametrize(("prefix", "head", "reported"), HEADS)
+def test_head_under_another_name_is_taken_and_reported(prefix, head, reported):
+    source, network = resnet(1).state_dict(), resnet(2)
+    file = checkpoint({head + k[2:] if k.startswith("fc.") else prefix + k: v for k, v in source.items()})
+    assert class_count(file, network) == 3
+    assert not load_into(network, file)
+    assert same(network, source)
+    assert match(network, file).head == reported and not match(network, file).left_out
+
+
+def test_head_with_further_layers_is_left_out_and_reported():
+    source, network = resnet(1).state_dict(), resnet(2)
+    source = {k.replace("fc.", "head.1."): v for k, v in source.items()} | {"head.0.weight": torch.ones(64)}
+    assert class_count(checkpoint(source), network) is None
+    with pytest.raises(ModelError, match="no head that fits"):
+        load_into(network, checkpoint(source))
+    assert load_into(network, checkpoint(source), allow_head_mismatch=True)
+    assert match(network, checkpoint(source)).left_out == {"head.0.weight", "head.1.weight", "head.1.bias"}
+
+
+def test_one_of_two_possible_heads_is_not_guessed():
+    source = resnet(1).state_dict()
+    heads = {f"{name}.weight": torch.ones(3, 64) for name in ("head", "classifier")}
+    features = {key: value for key, value in source.items() if not key.startswith("fc.")}
+    assert class_count(checkpoint(features | heads), resnet(2)) is None
+
+
+def test_head_without_bias_and_as_a_convolution_fits():
+    source, network = resnet(1).state_dict(), resnet(2)
+    weight = source.pop("fc.weight")
+    del source["fc.bias"]
+    load_into(network, checkpoint(source | {"head.weight": weight[:, :, None, None]}))
+    assert torch.equal(network.fc.weight, weight) and not network.fc.bias.any()
+
+
+def test_counters_losses_and_metrics_are_left_out():
+    source, network = resnet(1).state_dict(), resnet(2)
+    extra = {
+        "total_ops": torch.zeros(1),
+        "layer1.0.total_params": torch.zeros(1),
+        "n_averaged": torch.tensor(5),
+        "criterion.weight": torch.ones(3),
+        "train_acc.tp": torch.ones(3),
+    }
+    load_into(network, checkpoint(source | extra))
+    assert same(network, source)
+    assert match(network, checkpoint(source | extra)).left_out == extra.keys()
+
+
+def test_description_of_a_file_contains_what_was_taken_and_left_out(tmp_path):
+    source = build("cifar_resnet8", num_classes=7, image_size=32, seed=1).state_dict()
+    file, notes = tmp_path / "w.pth", []
+    torch.save({f"net.{k}": v for k, v in source.items()} | {"loss.weight": torch.ones(7)}, file)
+    loaded = initialize("cifar_resnet8", str(file), "auto", ["a", "b"], 32, 0, notes.append)
+    text = "prefix net; without its head for 7 classes; left out: loss (1 tensor)"
+    assert loaded.weights.endswith(f"; {text})") and notes == [f"weights of w.pth: {text}"]
+    loaded = initialize("cifar_resnet8", str(file), "none", ["a", "b"], 32, 0, notes.append)
+    assert loaded.weights.endswith("; prefix net; left out: fc (2 tensors), loss (1 tensor))")
 
 
 def test_matching_network_of_a_file_is_loaded():
