@@ -517,7 +517,7 @@ def open_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fuse else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # less severe records contain names from the file
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     # Threads spin within a run, where microseconds count, and stop between runs.

@@ -274,6 +274,16 @@ def check_activation(name: str, activation: str | None) -> None:
             create_network(resolve(name), 2, default_image_size(name), activation)
 
 
+def has_batch_norm(name: str) -> bool:
+    """Return True if a network has BatchNorm layers, as most convolutional ones do; needs no memory."""
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    with torch.device("meta"):
+        network = create_network(resolve(name), 2, default_image_size(name))
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
 def create_network(
     full: str, num_classes: int, image_size: int, activation: str | None = None
 ) -> "nn.Module":

@@ -28,6 +28,16 @@ OUT_OF_MEMORY_MESSAGES = (
 )
 
 
+def is_system_fault(error: BaseException | None) -> bool:
+    """Return True for an error of the machine, such as a failing disk, and not of a file's content.
+
+    Pillow's own OSErrors have no number.
+    """
+    return error is not None and (
+        (isinstance(error, OSError) and error.errno is not None) or is_out_of_memory(error)
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an out-of-memory error.
 

@@ -182,7 +182,7 @@ def _traced(network: nn.Module, image_size: int, opset: int, output: str) -> onn
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     try:
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
-        network_copy = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+        network_copy = merge_branches(network).requires_grad_(False)
         network_copy = network_copy.to(memory_format=torch.contiguous_format)
         # A batch of 1 would be exported as a constant.
         example = torch.zeros(2, 3, image_size, image_size, device="cpu", dtype=torch.float32)
@@ -220,6 +220,19 @@ def _traced(network: nn.Module, image_size: int, opset: int, output: str) -> onn
         raise ExportError(f"{type(network).__name__} supports one batch size only: its code fixes it.")
     outputs[0].shape = onnx_ir.Shape([input_shape[0], output_shape[1]])
     return model
+
+
+def merge_branches(network: nn.Module) -> nn.Module:
+    """Return a float32 copy on the CPU whose branches for training are merged into single layers.
+
+    MobileOne, RepVGG, RepViT, FastViT and others train with parallel branches that one convolution replaces
+    at inference. Weights are merged in float64; networks without such branches are copied only.
+    """
+    from timm.utils import reparameterize_model
+
+    with torch.no_grad():
+        merged: nn.Module = reparameterize_model(copy.deepcopy(network).cpu().double().eval(), inplace=True)
+    return merged.float().eval()
 
 
 def _fold_computed_weights(model: onnx_ir.Model) -> None:

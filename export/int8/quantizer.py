@@ -151,7 +151,7 @@ def _session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = runtime.default_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # less severe records contain names from the file
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -14,6 +14,7 @@ from ..config import recipes
 from ..config.limits import read_yaml
 from ..config.options import Options, get_flag, parse_pairs
 from ..errors import UsageError
+from ..runs.files import data_text
 
 EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
 
@@ -40,6 +41,8 @@ def read_options(given: Mapping[str, Any]) -> Options:
     merged = dict(given)
     if given.get("config") is not None:
         merged = merge_options(_read_config(Path(given["config"])), given)
+    if isinstance(merged.get("data"), Path):
+        merged["data"] = data_text(merged["data"])
     # A pydantic field cannot be called json; its alias can.
     if "json_" in merged:
         merged["json"] = merged.pop("json_")

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...export.conversion.onnx_export import MAX_EMBEDDED_BYTES, check_opset
 from ...export.errors import ExportError
 from ...export.runtime import detect_target
-from ...models.build import check_activation, check_size, default_image_size, geometry
+from ...models.build import check_activation, check_size, default_image_size, has_batch_norm, geometry
 from ...models.build import resolve as resolve_name
 from ...models.catalog import has_pretrained
 from ...models.checkpoint import read_checkpoint
@@ -25,10 +25,12 @@ from ..data.sources import open_data
 from ..errors import UsageError
 from ..methods.base import Parameters
 from ..methods.shapes import check_methods, compute_shapes, count_parameters
+from ..runs.files import DIGITS
 from ..tasks import task_of
 from ..training import trackers
 
-DIGITS = "digits"
+MAX_STRETCH = 1.1
+"""Largest difference in shape between the student's input and the teacher's."""
 
 QAT_EPOCHS = 0.1
 """Default of --qat-epochs over --epochs."""
@@ -156,11 +158,16 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     optimizer = chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
     _check_optimizer(optimizer)
     batch = chosen.batch_size = min(chosen.batch_size or defaults.choose_batch_size(images), images)
-    epochs, learning_rate = defaults.choose_epochs, partial(defaults.choose_learning_rate, batch, optimizer)
-    chosen.epochs = chosen.epochs or epochs("student", images, scratch=scratch)
-    chosen.teacher_epochs = chosen.teacher_epochs or epochs("teacher", images, scratch=teacher_scratch)
-    chosen.lr = chosen.lr or learning_rate("student", scratch=scratch)
-    chosen.teacher_lr = chosen.teacher_lr or learning_rate("teacher", scratch=teacher_scratch)
+    rate = partial(defaults.choose_learning_rate, batch, optimizer)
+    if chosen.epochs is None:
+        chosen.epochs = defaults.choose_epochs("student", images, batch, scratch=scratch)
+    if chosen.teacher_epochs is None:
+        chosen.teacher_epochs = defaults.choose_epochs("teacher", images, batch, scratch=teacher_scratch)
+    if chosen.lr is None:
+        chosen.lr = rate("student", scratch=scratch, has_batch_norm=has_batch_norm(chosen.student))
+    if chosen.teacher_lr is None:
+        with_norm = all(has_batch_norm(name) for name in chosen.teacher)
+        chosen.teacher_lr = rate("teacher", scratch=teacher_scratch, has_batch_norm=with_norm)
     chosen.schedule = chosen.schedule or ("multistep" if chosen.milestones else "cosine")
     if chosen.schedule == "multistep" and not chosen.milestones:
         raise UsageError("--schedule multistep requires --milestones, such as 150,180,210.")

@@ -23,7 +23,7 @@ from ..runs import process
 from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device, use_threads
-from ..runs.files import check_outside_data, command_line
+from ..runs.files import DIGITS, check_outside_data, command_line, data_path, describe_namesake
 from ..runs.folder import RunFolder, read_config
 from ..runs.hashes import sha256
 from ..runs.process import STOP
@@ -33,7 +33,7 @@ from ..training.context import RunContext
 from ..training.distributed import Ranks, check_ranks, join, leave
 from ..training.weights import check_weights
 from .options import read_options
-from .resolve import DIGITS, resolve
+from .resolve import resolve
 
 STEP = 3.0
 """Cost of a training step in forward passes: one forward, two backward."""
@@ -74,7 +74,7 @@ def compress(
         UsageError: an option is wrong (``exit_code`` 2).
         JobError: the job was started and failed (``exit_code`` 1). Errors of models and export likewise.
     """
-    given = {"teacher": teacher, "student": student, "data": None if data is None else str(data), **options}
+    given = {"teacher": teacher, "student": student, "data": data, **options}
     with STOP.handle_signals():
         ranks = join()
         try:
@@ -118,8 +118,11 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
             "Using the built-in handwritten digits (1,797 images). Set --data to a folder of class folders "
             "to use your own images."
         )
-    if (unused := describe_unused_splits(Path(str(chosen.data)).expanduser())) is not None:
+    path = data_path(chosen.data)
+    if path is not None and (unused := describe_unused_splits(path)) is not None:
         display.note(unused)
+    if "data" in given.model_fields_set and (namesake := describe_namesake(chosen.data)) is not None:
+        display.note(namesake)
     if given.batch_size and chosen.batch_size != given.batch_size:
         display.note(
             f"--batch-size {given.batch_size} exceeds the number of images: all images are one batch"
@@ -220,7 +223,7 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
     stage, folder, ranks = context.stage, context.folder, context.ranks
     context.display.warnings.clear()
     if ranks.is_main or get_kind(stage) in TRAINING:
-        result = load_stage(stage)(context, data, folder.facts())
+        result = load_stage(stage)(context, data, facts)
     if ranks.is_main:
         seconds = time.perf_counter() - started
         folder.record.tools = tool_versions_here()
@@ -231,6 +234,9 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
 
 
 def _select_repeatable(options: Options) -> dict[str, Any]:
+    facts = folder.facts()
+    if get_kind(stage) != "teacher":
+        data.left_out = frozenset(name for name, _ in facts["data"].get("skipped", ()))
     """Return the options for config.yaml: those that describe the job, not its output or execution."""
     excluded = {"out", "config"} | {name for name in Options.model_fields if get_group(name) == "Execution"}
     return options.model_dump(mode="json", exclude=excluded - {"precision"})

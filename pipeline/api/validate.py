@@ -25,7 +25,7 @@ from ..evaluation.results import Network, Pair, Validation, Verdict
 from ..report.format import plural
 from ..report.validation_page import render_validation
 from ..runs.console import Display
-from ..runs.files import check_outside_data, check_writable, command_line, escape_cell, write_text
+from ..runs.files import check_outside_data, check_writable, command_line, data_text, to_csv, write_text
 from ..runs.process import STOP
 from ..runs.record import RECORD
 from ..runs.results import Example
@@ -141,8 +141,8 @@ def to_csv(predictions: Iterable[Prediction]) -> str:
         cells = [p.model, p.image.name, p.label]
         for predicted, probability in filter(None, [(p.predicted, p.probability), p.by_teacher]):
             cells += [predicted, f"{probability:.6f}", "yes" if predicted == p.label else "no"]
-        writer.writerow([escape_cell(cell) for cell in cells] + [""] * (len(CSV_HEADER) - len(cells)))
-    return text.getvalue()
+        rows.append(cells + [None] * (len(CSV_HEADER) - len(cells)))
+    return to_csv(rows)
 
 
 def make_examples(
@@ -204,6 +204,7 @@ def validate(
     folder = Path(out or (paths[0] / FOLDER if is_run else FOLDER))
     check_writable(folder)
     if data is not None:
+        data = data_text(data)
         check_outside_data(data, {"--out": folder})
     with STOP.handle_signals(), Display(quiet=quiet).stage("validate") as stage:
 

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ...export.conversion.untrusted import read_untrusted
+from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, is_exact_here
 from ...export.runtime import ArtifactError, Classifier, Preprocessing, open_session
 from ...models.checkpoint import tensors_digest
@@ -26,6 +28,7 @@ from ..runs.artifacts import (
     open_files,
     read_train_images,
 )
+from ..runs.files import describe_namesake
 from ..runs.folder import RunFolder, read_config
 from ..runs.hashes import digest, sha256
 from ..runs.record import RECORD
@@ -212,7 +215,13 @@ def _open_teacher_of(run: Path, threads: int | None) -> Model | None:
             raise UsageError(f"{file} has external weights of more than 2 GB.")
         for output in (file, run / file.with_suffix(".safetensors").name):
             folder.check_output(output.relative_to(run).as_posix())
-    classifiers = tuple(Classifier(file.read_bytes(), file.name, threads=threads) for file in files)
+    try:
+        contents = [read_untrusted(file)[0] for file in files]
+    except ExportError as error:
+        raise UsageError(f"{error}.") from error
+    classifiers = tuple(
+        Classifier(content, file.name, threads=threads) for content, file in zip(contents, files, strict=True)
+    )
     recorded = None if subject is None else subject.thresholds
     return Model(
         "teacher", classifiers, run, tuple(files), run=run, is_teacher=True, recorded_thresholds=recorded
@@ -251,16 +260,24 @@ class ValidationImages:
 
 
 def choose_images(
-    data: str | Path,
+    data: str,
     split: SplitName | None,
     runs: Sequence[Path],
     data_dir: str | Path | None,
     download: bool,
+    follow_links: bool,
     progress: Progress,
 ) -> ValidationImages:
     """Return the images of ``data`` in a split: by default those of test, or all if there are no splits."""
     folder = None if data_dir is None else Path(data_dir)
-    dataset = read_data(str(data), data_dir=folder, download=download, for_training=False, progress=progress)
+    dataset = read_data(
+        data,
+        data_dir=folder,
+        download=download,
+        follow_links=follow_links,
+        for_training=False,
+        progress=progress,
+    )
     if split is None:
         split = "test" if dataset.has_splits else "all"
     if split != "all" and not dataset.images.get(split):
@@ -274,6 +291,8 @@ def choose_images(
     if not images:
         raise UsageError(f"{dataset.source} has no readable images.")
     warnings = [*_warn_of_copies(images), *_warn_of_training(dataset, images, split, runs)]
+    if (namesake := describe_namesake(data)) is not None:
+        warnings.append(namesake)
     name, source, classes, task = dataset.name, dataset.source, dataset.classes, dataset.task
     return ValidationImages(
         name, source, split, classes, sort_images(images), task, dataset.skipped, warnings
@@ -352,6 +371,7 @@ def choose_images_of_runs(
         data = open_data(
             config["data"],
             data_dir=None if config.get("data_dir") is None else Path(config["data_dir"]),
+            follow_links=bool(config.get("follow_links")),
             val_fraction=config.get("val_fraction"),
             progress=progress,
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...export.text import escape_controls
 from ..config import TaskName
+from ..errors import JobError
 from ..runs.hashes import digest
 
 Split = Literal["train", "val", "test"]
@@ -149,6 +150,15 @@ def hash_array(pixels: np.ndarray) -> str:
     """Return the SHA-256 of an array's dtype, shape and bytes."""
     header = f"{pixels.dtype} {'x'.join(map(str, pixels.shape))}\n".encode()
     return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+def fail_to_read(name: str, error: Exception | str) -> JobError:
+    """Return the error for an image that the machine cannot read; nothing is known about the image itself."""
+    reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
+    return JobError(
+        f"{name} could not be read: {reason}. Check disk, memory and permissions, or remove the file; then "
+        "run the same command again."
+    )
+
 
 
 printable = escape_controls

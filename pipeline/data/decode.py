@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ...export import runtime
 from ...export.runtime import Preprocessing, allowed_cores, render, suppress_pillow_warnings
-from ..errors import JobError
+from ..errors import JobError, is_system_fault
 from ..runs.cache import Cache
 from ..runs.hashes import digest, sha256
-from .dataset import Image, ImageSet, Progress, Skipped
+from .dataset import Image, ImageSet, Progress, Skipped, fail_to_read
 from .render import Pixels, pack_pixels
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
     """Return ``form`` of an image's pixels (uint8 [H, W, 3]), or the reason why it is unreadable.
 
     Raises:
-        JobError: the image has changed since the data set was opened.
+        JobError: the image has changed since the data set was opened, or the machine cannot read it.
     """
     try:
         content = image.read()
@@ -220,9 +220,11 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
             raise JobError(f"{image.name} was changed during the run. Start the run again.")
         return form(runtime.decode_image(content))
     except runtime.ImageError as error:
+        if is_system_fault(error.__cause__):
+            raise fail_to_read(image.name, error.reason) from error
         return error.reason
-    except OSError as error:
-        return f"could not be read: {error.strerror or error}"
+    except (OSError, MemoryError) as error:
+        raise fail_to_read(image.name, error) from error
 
 
 def require_pixels(image: Image, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ from .streaming import SizedImages, StreamedViews, measure_images, rendered_batc
 from .views import ViewPolicy
 from .workers import Workers, worker_count
 
+R = TypeVar("R", bound=ReadableImages)
+
 MAX_FRACTION = 0.5
 """Fraction of free device memory, host memory or disk that decoded images may take."""
 
@@ -62,6 +64,8 @@ class TrainingData:
     device: str
     show: Callable[[str, int, int], None]
     place: Callable[[Placement, str | None], Placement] = lambda placement, _: placement
+    left_out: frozenset[str] | None = None
+    """Names of all files that the run has recorded as skipped; None before that."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -132,9 +136,11 @@ class TrainingData:
         images = self.dataset.train
         if self.placement == "workers":
             show = partial(self.show, "checking train")
-            return measure_images(images, self.canonical, self.workers, cache=self.cache, progress=show)
+            sized = measure_images(images, self.canonical, self.workers, cache=self.cache, progress=show)
+            return self.check_kept(images, sized)
         show = partial(self.show, "decoding train")
-        return decode_images(images, self.canonical, cache=self.cache, progress=show)
+        decoded = decode_images(images, self.canonical, cache=self.cache, progress=show)
+        return self.check_kept(images, decoded)
 
     @cached_property
     def _views(self) -> Views | StreamedViews:
@@ -172,6 +178,7 @@ class TrainingData:
         chosen = images[:: max(1, math.ceil(len(images) / limit))] if limit else images
         show = partial(self.show, f"rendering {split}")
         decoded = render_images(chosen, spec.preprocessing, cache=self.cache, progress=show)
+        self.check_kept(chosen, decoded)
         pixels = decoded.pixels.data.view(len(decoded.images), spec.image_size, spec.image_size, 3)
         return pixels, decoded.targets(self.dataset), decoded
 
@@ -190,6 +197,8 @@ class TrainingData:
     def readable(self, spec: NetworkSpec) -> ImageSet:
         """Return the dataset without the images that cannot be decoded; they are among its skipped files.
 
+        Every later decoding must leave out the same images.
+
         Raises:
             JobError: more than one image in a hundred cannot be decoded.
         """
@@ -197,7 +206,26 @@ class TrainingData:
         val, test = (self.rendered(split, spec)[2] for split in SPLITS[1:])
         skipped = (*self.dataset.skipped, *train.skipped, *val.skipped, *test.skipped)
         check_unreadable(skipped, len(self.dataset) + sum(file.unreadable for file in self.dataset.skipped))
+        self.left_out = frozenset(file.name for file in skipped)
         return replace(self.dataset, train=train.images, val=val.images, test=test.images, skipped=skipped)
+
+    def check_kept(self, images: Sequence[Image], decoded: R) -> R:
+        """Return ``decoded`` if it leaves out the same ``images`` as the run has recorded.
+
+        Raises:
+            JobError: an image is now readable or unreadable that was not before.
+        """
+        if self.left_out is None:
+            return decoded
+        skipped = {file.name: file.reason for file in decoded.skipped}
+        for image in images:
+            if (image.name in skipped) != (image.name in self.left_out):
+                now = f"unreadable ({skipped[image.name]})" if image.name in skipped else "readable"
+                raise JobError(
+                    f"{image.name} is {now}, which it was not when this run was started, so its stages would "
+                    "use different images. Restore the file and the packages, or start over with --fresh."
+                )
+        return decoded
 
 
 def choose_placement(

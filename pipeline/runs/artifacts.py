@@ -16,7 +16,7 @@ from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, explain_untimed
 from ...export.runtime import MAX_SIDE, METADATA_PREFIX, ArtifactError, read_manifest, read_verified
 from ..errors import UsageError
-from .files import atomic_write, shorten_paths
+from .files import atomic_write, data_path, shorten_paths
 from .folder import check_finished, read_config
 from .record import RECORD
 
@@ -126,10 +126,10 @@ def find_teacher_files(run: Path) -> list[Path]:
 def find_run_images(run: Path) -> Path | None:
     """Return the folder of a run's images, or None if it is not a folder or no longer exists."""
     try:
-        data = Path(str(read_config(run)["data"])).expanduser()
+        data = data_path(str(read_config(run)["data"]))
     except (UsageError, KeyError):
         return None
-    return data if data.is_dir() else None
+    return data if data is not None and data.is_dir() else None
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,25 @@ class Cache:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def get(self, kind: str, key: str) -> Path | None:
-        """Return the folder of an entry with valid checksums, or None."""
+        """Return the folder of an entry with valid checksums, or None.
+
+        Raises:
+            JobError: the machine cannot read it, which is no reason to remove it.
+        """
         folder = self.root / kind / key
         # Path.is_dir raises if a parent folder may not be entered.
         if self._temporary and not os.path.isdir(folder):  # noqa: PTH112
             folder = Path(self._temporary.name) / kind / key
         if not os.path.isdir(folder):  # noqa: PTH112
             return None
-        if damage := _find_damage(folder):
+        try:
+            damage = _find_damage(folder)
+        except (OSError, MemoryError) as error:  # no sign of damage, and an entry may be worth hours
+            raise JobError(
+                f"The cache entry {folder} could not be read ({error}). It is kept. Run the same command "
+                "again, or set another folder with --cache."
+            ) from error
+        if damage:
             _log.warning("The cache entry %s %s. It is removed and made again.", folder, damage)
             discard(folder)
             return None
@@ -126,6 +137,7 @@ def _rename(part: Path, folder: Path) -> Path:
 
 
 def _find_damage(folder: Path) -> str | None:
+    """Return what is wrong with an entry, or None; raise OSError if the machine cannot read it."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         files = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
@@ -133,7 +145,10 @@ def _find_damage(folder: Path) -> str | None:
             return "has missing or additional files"
         damaged = [name for name, file in files.items() if sha256(file) != checksums[name]]
         return f"is damaged ({damaged[0]} has changed)" if damaged else None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (
+        FileNotFoundError, NotADirectoryError, IsADirectoryError,
+        ValueError, AttributeError, TypeError, RecursionError,
+    ) as error:  # fmt: skip
         return f"cannot be read ({error})"
 
 
@@ -160,4 +175,10 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / CHECKSUMS]
+    def fail(error: OSError) -> None:
+        raise error
+
+    # Path.rglob would leave out what it cannot list.
+    walk = os.walk(folder, onerror=fail)
+    files = sorted(Path(parent) / name for parent, _, names in walk for name in names)
+    return [file for file in files if file != folder / CHECKSUMS]

@@ -1,12 +1,14 @@
 """Atomic writes, folder locks and checks of output folders."""
 
+import csv
 import errno
+import io
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,18 @@ from ..errors import JobError, UsageError
 _log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+DIGITS = "digits"
+"""Name of the built-in data set."""
+
+DATA_PACKAGES = {
+    "torch": "torchvision",
+    "hfds": "datasets",
+    "hfids": "datasets",
+    "wds": "webdataset",
+    "tfds": "tensorflow_datasets",
+}
+"""The package that each kind of data set by name requires, such as torch/cifar100."""
+
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -85,10 +99,34 @@ def check_unlocked(folder: Path) -> None:
             pass
 
 
+def data_path(data: str | Path) -> Path | None:
+    """Return the file or folder that ``--data`` names; None for the name of a data set.
+
+    A folder of that name has to be written as a path, such as ./digits or digits/.
+    """
+    path = Path(data).expanduser()
+    prefix, _, name = str(data).partition("/")
+    is_name = data == DIGITS or (prefix.lower() in DATA_PACKAGES and name != "" and not path.is_file())
+    return None if is_name and isinstance(data, str) and not data.endswith("/") else path
+
+
+def data_text(data: str | Path) -> str:
+    """Return ``--data`` as text; a Path is always a file or folder."""
+    is_path = isinstance(data, Path) and data_path(str(data)) is None
+    return f"./{data}" if is_path else str(data)
+
+
+def describe_namesake(data: str) -> str | None:
+    """Return a note if a folder has the name of the data set that ``--data`` names."""
+    if data_path(data) is not None or not Path(data).is_dir():
+        return None
+    return f"--data {data} is the data set of this name. For the folder of the same name, write ./{data}."
+
+
 def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> None:
     """Raise UsageError if an output folder, by option, is in the data folder, whose folders are classes."""
-    data_folder = Path(data).expanduser()
-    if not data_folder.is_dir():
+    data_folder = data_path(data)
+    if data_folder is None or not data_folder.is_dir():
         return
     root = data_folder.resolve()
     for option, folder in outputs.items():
@@ -103,8 +141,21 @@ def check_outside_data(data: str | Path, outputs: Mapping[str, Path | None]) -> 
 
 
 def escape_cell(cell: str) -> str:
-    """Escape a CSV cell: formulas for spreadsheets, and control characters for terminals."""
-    return escape_controls(f"'{cell}" if cell.lstrip(" ").startswith(FORMULA_PREFIXES) else cell)
+    """Escape a CSV cell: formulas for spreadsheets, and control characters for terminals.
+
+    Many spreadsheets separate cells at semicolons, within quotes too.
+    """
+    parts = cell.split(";")
+    guarded = (f"'{part}" if part.lstrip(' "').startswith(FORMULA_PREFIXES) else part for part in parts)
+    return escape_controls(";".join(guarded))
+
+
+def to_csv(rows: Iterable[Iterable[object]]) -> str:
+    """Return a CSV table with escaped cells; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([escape_cell(v) if isinstance(v, str) else v for v in row] for row in rows)
+    return text.getvalue()
 
 
 def command_line() -> str:

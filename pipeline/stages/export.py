@@ -14,10 +14,12 @@ from ...export.conversion.onnx_export import (
     check_parity,
     export_onnx,
     fold_temperature,
+    merge_branches,
     with_metadata,
 )
 from ...export.conversion.pixel_input import Outside, load_front
 from ...export.runtime import build_metadata, normalize
+from ...models.initialize import parameters
 from ..data.training_data import TrainingData
 from ..errors import JobError
 from ..evaluation.calibration import fit_temperature
@@ -103,6 +105,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
             "file": STUDENT_ONNX.as_posix(),
             "bytes": file.bytes,
             "sha256": file.sha256,
+            "parameters": parameters(merge_branches(network)),
             "opset": file.opset,
             "ir_version": file.ir_version,
             "parity": {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "n": parity.n},

@@ -156,7 +156,7 @@ def load_graph(run: Path, prepared: Prepared) -> tuple[str, Learned]:
         model = onnx.load(str(run / GRAPH))
         content = json.loads((run / RANGES).read_text(encoding="utf-8"))
         target, ranges = content["target"], content["ranges"]
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise JobError(f"{run / FOLDER} cannot be read ({error}). Use --fresh to recompute it.") from error
     dtypes = {"scale": np.float32, "zero_point": np.int8 if target == "arm64" else np.uint8}
     overrides: Overrides = {
@@ -204,7 +204,7 @@ def draw_calibration_images(data: TrainingData, student: NetworkSpec) -> Calibra
     o = data.options
     order = draw_order(o.seed, 0, data.train.keys)[: o.calibration_images].tolist()
     images = [data.train.images[i] for i in order]
-    decoded = render_images(images, student.preprocessing)
+    decoded = data.check_kept(images, render_images(images, student.preprocessing))
     return CalibrationImages(
         decoded.pixels.stack().numpy(),
         decoded.targets(data.dataset).numpy(),

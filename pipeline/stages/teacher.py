@@ -51,6 +51,9 @@ TRAINED, WEIGHTS, EPOCHS = "teachers", "teacher.safetensors", "metrics.jsonl"
 MAX_CHECK_IMAGES = 10_000
 """Training images on which a kept head is checked if there are no val images."""
 
+MAX_LATE_GAIN = 5.0
+"""Percentage points that a training that has converged does not gain in the last quarter of its epochs."""
+
 MIN_IMAGES_PER_CLASS, MAX_MATCHED_CLASSES = 5, 2000
 """Fewer images match classes in some order by chance; the time to match grows with the classes cubed."""
 
@@ -195,7 +198,22 @@ def _train(
         seed=o.seed + t,
     )
     run_training(context, data, task, plan, training=training, spec=spec)
+    _check_finished_learning(context, training, spec)
     return task.network
+
+
+def _check_finished_learning(context: RunContext, training: str, spec: NetworkSpec) -> None:
+    """Warn if the accuracy on training views still rose by several points in the last quarter of the epochs."""
+    lines = [line for line in context.folder.curves() if get_training(line) == training]
+    accuracies = [Epoch.model_validate_json(line).train_accuracy for line in lines]
+    before = accuracies[-1 - len(accuracies) // 4] if accuracies else None
+    last = accuracies[-1] if accuracies else None
+    if before is not None and last is not None and last - before > MAX_LATE_GAIN:
+        context.display.warn(
+            f"{spec.name} was still learning when its {len(accuracies)} epochs ended: {before:.1f} → "
+            f"{last:.1f} % of the training views in the last quarter. Try --teacher-epochs "
+            f"{2 * len(accuracies)}, or a higher --teacher-lr"
+        )
 
 
 def _scores(

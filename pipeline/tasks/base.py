@@ -63,6 +63,10 @@ class Task(ABC):
     def label_loss(self, smoothing: float) -> nn.Module:
         """Return the loss of (logits [B,N], labels), the mean over the batch."""
 
+    @abstractmethod
+    def guessing_loss(self, classes: int) -> float:
+        """Return the label loss of equal probabilities."""
+
     def count_correct(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Return the number of correct images in a batch; None if the score is not a proportion of images."""
         return None

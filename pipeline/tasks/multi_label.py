@@ -3,6 +3,7 @@
 Targets are 0 or 1, [n,classes], and logits [n,classes] are those of independent sigmoids.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,6 +129,9 @@ class MultiLabel(Task):
         over classes, timm's default, would weigh less against a method's loss the more classes there are.
         """
         return BinaryCrossEntropy(smoothing=smoothing, smooth_dense=True, sum_classes=True)
+
+    def guessing_loss(self, classes: int) -> float:
+        return classes * math.log(2)
 
     def encode(self, labels: Sequence[Sequence[int]], classes: int) -> ndarray:
         encoded = np.zeros((len(labels), classes), dtype=np.float32)

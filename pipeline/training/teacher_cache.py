@@ -314,7 +314,7 @@ def map_arrays(folder: Path, output: CachedOutput) -> dict[str, np.ndarray]:
     try:
         # Copy on write, since torch has no read-only tensors.
         return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in output.arrays}
-    except OSError as error:
+    except FileNotFoundError as error:
         raise JobError(
             f"The cached teacher outputs {folder} were removed while they were opened. Run the same command "
             "again to compute them."

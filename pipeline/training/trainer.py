@@ -217,6 +217,23 @@ def measure_resources(
     return add
 
 
+EARLY_STEPS = 100
+"""Steps after which a network is better than guessing unless the learning rate is wrong."""
+
+
+def _check_loss(context: RunContext, training: str, spec: NetworkSpec, loss: float, lr: float) -> None:
+    """Warn if the mean label loss of the first steps is not below that of guessing."""
+    guessing = context.task.guessing_loss(context.num_classes)
+    if loss < guessing:
+        return
+    option = "--teacher-lr" if training.startswith("teacher") else "--lr"
+    context.display.warn(
+        f"after {EARLY_STEPS} steps the loss of {spec.name} on labels is {loss:.3g}, not below the "
+        f"{guessing:.3g} of guessing: the learning rate {lr:g} may be wrong. Try {option} {lr / 5:.2g} or "
+        f"{lr * 5:.2g}"
+    )
+
+
 def run_training(
     context: RunContext,
     data: TrainingData,
@@ -248,7 +265,15 @@ def run_training(
         logits = ranks.gather(compute_logits(network, task.student.normalize, part, task.engine))
         return context.task.percent(logits.numpy(), labels.numpy())
 
+    watch_loss = True
+
     def show(step: int, steps: int, losses: dict[str, float]) -> None:
+        nonlocal watch_loss
+        if watch_loss and step >= EARLY_STEPS:
+            watch_loss = False
+            if "ce" in losses:
+                label_loss = losses["ce"] / task.student.weights["ce"]
+                _check_loss(context, training, spec, label_loss, plan.lr)
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
         epoch = min(plan.epochs, 1 + step * plan.epochs // steps)
         more = f"epoch {epoch}/{plan.epochs}  {more}"

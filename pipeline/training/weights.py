@@ -18,7 +18,7 @@ from ...models.weights import load_into
 from ..config.network import NetworkSpec
 from ..config.options import Options
 from ..data.dataset import ImageSet
-from ..errors import JobError
+from ..errors import JobError, is_system_fault
 from ..runs.device import Engine
 from ..runs.files import atomic_write
 from ..runs.hashes import sha256
@@ -118,7 +118,7 @@ class Checkpoint:
 
     def load(self, device: str) -> dict[str, Any] | None:
         """Return the newest intact state, or None without one; raise JobError if all states are damaged."""
-        files = [path for path in (self.path, self.previous) if path.exists()]
+        files = [path for path in (self.path, self.previous) if _exists(path)]
         for path in files:
             state = _read_checkpoint(path, device)
             if state is None:
@@ -143,9 +143,20 @@ def _read_checkpoint(path: Path, device: str) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # torch raises nearly any exception for a file that is not a checkpoint
+    except Exception as error:  # torch raises nearly any exception for a file that is not a checkpoint
+        if is_system_fault(error):
+            raise
         return None
     return state if isinstance(state, dict) else None
+
+
+def _exists(path: Path) -> bool:
+    """Return True if a file exists; raise OSError if that cannot be found out, unlike ``Path.exists``."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_intact(path: Path) -> bool:

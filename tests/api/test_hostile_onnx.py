@@ -2,6 +2,8 @@
 has seen it.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +85,20 @@ def test_predict_checks_a_file_whatever_the_options(tmp_path: Path) -> None:
     file = colour_classifier(tmp_path / "net.onnx")
     result = compress("predict", file, "--file", "student.onnx", tmp_path / "a.png")
     refused(result, 2, "--file", "requires a run folder")
+
+
+def test_names_from_a_file_do_not_reach_the_terminal_unescaped(tmp_path: Path, data: Path) -> None:
+    file = colour_classifier(tmp_path / "net.onnx")
+    model = onnx.load(file)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 1, 50]), "channels"))
+    node = onnx.helper.make_node("Gather", ["input", "channels"], ["x"], name="\x1b[31mred", axis=1)
+    model.graph.node.insert(0, node)
+    model.graph.node[1].input[0] = "x"
+    onnx.save(model, file)
+    command = [sys.executable, "-m", "questpress.pipeline", "predict", file, data / "red" / "000.png"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Gather" in result.stderr
+    assert "\x1b[31m" not in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -16,9 +16,10 @@ from questpress.pipeline.evaluation.comparison import mcnemar
 from questpress.pipeline.evaluation.results import Validation
 from questpress.pipeline.report.validation_page import render_validation
 from questpress.pipeline.runs.files import escape_cell
+from questpress.pipeline.runs.folder import RunFolder
 from safetensors.numpy import load_file
 
-from tests.support import little
+from tests.support import hostile_onnx, little
 
 WIDE = {"blue": 4, "green": 5, "red": 6}
 
@@ -140,6 +141,7 @@ def test_mistakes_come_with_the_surest_at_the_head(found: Validation, finished: 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx", "  =x"])
 def test_no_cell_is_a_formula(cell: str) -> None:
     assert escape_cell(cell) == escape_controls(f"'{cell}") and escape_cell("dress-1") == "dress-1"
+    assert escape_cell(f"a;{cell};b") == escape_controls(f"a;'{cell};b")
 
 
 def test_labels_are_matched_by_name_in_any_order(finished: Path, more: Path, tmp_path: Path) -> None:
@@ -216,6 +218,18 @@ def test_single_file_is_validated_with_its_own_labels(finished: Path, more: Path
     result = validate(file, data=more, out=tmp_path / "out", quiet=True)
     assert "not compared with a teacher" in result.notes[0]
     assert not (tmp_path / "out" / "differences.csv").exists()
+
+
+def test_hostile_teacher_of_a_run_is_not_opened(
+    finished: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    model = hostile_onnx.little()
+    hostile_onnx.external(model)
+    (run / "bench" / "teacher.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.setattr(RunFolder, "check_output", lambda *_: None)  # its author has set the checksums
+    found = validate(run, data=more, out=tmp_path / "out", quiet=True)
+    assert "another file" in found.notes[0] and "not compared with it" in found.notes[0]
 
 
 def test_too_many_broken_images_stop_it_and_few_are_listed(

@@ -1,13 +1,17 @@
+import errno
 import io
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
+from PIL import ImageFile
 from questpress.export.runtime import Preprocessing, decode_image, render
-from questpress.pipeline.data.dataset import Skipped
+from questpress.pipeline.data.dataset import Image, Skipped
 from questpress.pipeline.data.decode import Canonical, check_unreadable, decode_images, render_images
-from questpress.pipeline.data.sources import open_data
+from questpress.pipeline.data.sources import folders, open_data
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.cache import Cache
 
@@ -141,6 +145,35 @@ def test_unreadable_test_image_is_skipped(tmp_path: Path) -> None:
     done = render_images(images.test, Preprocessing.create(8))
     assert [one.name for one in done.skipped] == ["test/b/broken.jpg"]
     assert done.pixels.stack().shape == (4, 8, 8, 3) and done.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_fault_of_the_machine_stops_and_is_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    images = open_folder(folder(tmp_path, {"a": 3, "b": 3})).train
+    cache, fail = Cache(tmp_path / "cache"), Mock(side_effect=fault)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(
+            *((Image, "read") if isinstance(fault, OSError) else (ImageFile.ImageFile, "load")), fail
+        )
+        with pytest.raises(
+            JobError, match=r"a/0\.png could not be read: (Input/output error|not enough mem)"
+        ):
+            decode_images(images, PHOTO, cache=cache)
+    assert list((tmp_path / "cache" / "images").iterdir()) == []
+    assert len(decode_images(images, PHOTO, cache=cache).images) == len(images)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_fault_while_files_are_listed_leaves_no_image_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder(tmp_path, {"a": 3, "b": 3})
+    fault = OSError(number, os.strerror(number))
+    monkeypatch.setattr(folders, "check_file_size", Mock(side_effect=[None, fault, *[None] * 9]))
+    with pytest.raises(JobError, match=rf"\.png could not be read: {os.strerror(number)}"):
+        open_data(str(tmp_path))
 
 
 def test_more_than_one_percent_unreadable_images_is_an_error() -> None:

@@ -1,14 +1,37 @@
+import hashlib
 from pathlib import Path
 
 import pytest
 from questpress.pipeline.data import training_data
+from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.decode import Canonical, decode_images
-from questpress.pipeline.data.training_data import canonical_bytes, choose_placement
+from questpress.pipeline.data.training_data import TrainingData, canonical_bytes, choose_placement
+from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.cache import Cache
 
 from tests.support.pictures import folder, in_memory, open_folder, pixels
 
 FORM = Canonical("short_side", 32)
+
+
+def test_later_decoding_that_leaves_out_other_images_is_an_error(tmp_path: Path) -> None:
+    images = open_folder(folder(tmp_path, {"a": 4, "b": 4})).train
+    first, second = images[:2]
+    data = TrainingData(None, None, None, "cpu", lambda *_: None)  # type: ignore[arg-type]
+    (tmp_path / first.name).write_bytes(b"no image")
+    broken = Image(first.name, 0, hashlib.sha256(b"no image").hexdigest(), tmp_path / first.name)
+    decoded = decode_images([broken, second], FORM)
+    assert data.check_kept([broken, second], decoded) is decoded  # before there is a record
+    data.left_out = frozenset([first.name, "a/link"])
+    assert data.check_kept([broken, second], decoded) is decoded
+    data.left_out = frozenset()
+    with pytest.raises(
+        JobError, match=rf"{first.name} is unreadable \(not an image.*start over with --fresh"
+    ):
+        data.check_kept([broken, second], decoded)
+    data.left_out = frozenset([first.name, second.name])
+    with pytest.raises(JobError, match=f"{second.name} is readable, which it was not"):
+        data.check_kept([broken, second], decoded)
 
 
 def test_total_size_is_estimated_from_a_sample_of_headers(

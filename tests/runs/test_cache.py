@@ -1,3 +1,4 @@
+import errno
 import logging
 import multiprocessing
 import os
@@ -104,6 +105,30 @@ def test_cache_that_cannot_be_written_is_done_without(
         cache.put("words", "l", writing("y"))
     assert caplog.text.count("cannot be written") == 1 and "--cache" in caplog.text
     assert cache.get("words", "k") == place and (place / "a.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("call", ["open", "list"])
+def test_entry_that_cannot_be_read_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    cache = Cache(tmp_path)
+    place = cache.put("words", "k", writing("x"))
+
+    def fail(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    def scan(path: str, scandir=os.scandir):
+        return fail(Path(path)) if os.fspath(path).endswith("deep") else scandir(path)
+
+    with monkeypatch.context() as faulty:
+        if call == "open":
+            faulty.setattr("questpress.pipeline.runs.cache.sha256", fail)
+        else:
+            faulty.setattr(os, "scandir", scan)
+        with pytest.raises(JobError, match=f"words/k could not be read .*{os.strerror(number)}.* It is kept"):
+            cache.get("words", "k")
+    assert cache.get("words", "k") == place
 
 
 def test_full_disk_is_reported(tmp_path: Path) -> None:

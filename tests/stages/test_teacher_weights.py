@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from questpress.models.build import build, geometry
 from questpress.models.checkpoint import save_weights
 from questpress.models.initialize import initialize
 from questpress.models.weights import permute_head
+from questpress.pipeline.tasks import load_task
+from questpress.pipeline.training.trainer import _check_loss
 from torch import nn
 
 from tests.support import little
@@ -283,7 +286,8 @@ def test_second_student_of_a_tuned_teacher_takes_it_from_the_cache(named, data, 
     for out, student in (("first", STUDENT), ("second", "mobilenetv2_035")):
         result = little.check_success(
             compress(
-                "--teacher", NAME, "--teacher-weights", named, "--teacher-head", "replace", "--student", student,
+                "--teacher", NAME, "--teacher-weights", named, "--teacher-head", "replace",
+                "--student", student,
                 *SMALL, "--pad", "2", "--teacher-epochs", "2", "--data", data, "--out", tmp_path / out,
                 "--cache", tmp_path / "cache", "--until", "teacher",
             )
@@ -293,3 +297,27 @@ def test_second_student_of_a_tuned_teacher_takes_it_from_the_cache(named, data, 
     first, second = (little.load_file(file) for _, file, _ in runs.values())
     assert all(np.array_equal(first[key], second[key]) for key in first)
     assert runs["first"][0]["epochs"] == runs["second"][0]["epochs"] and len(runs["first"][0]["epochs"]) == 2
+
+
+def test_teacher_that_is_still_learning_is_reported(trained, data, cache, tmp_path):
+    save_weights(trained, tmp_path / "w.safetensors", {})
+    slow = "--teacher-head replace --teacher-epochs 4 --teacher-lr 0.005 --schedule constant".split()
+    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors", *slow))
+    accuracies = [epoch["train_accuracy"] for epoch in report(tmp_path / "run")["epochs"]]
+    rose = accuracies[3] - accuracies[2] > 5
+    assert rose and "was still learning when its 4 epochs ended" in result.stderr, accuracies
+
+
+def test_learning_rate_is_doubted_while_the_loss_is_not_below_guessing():
+    notes: list[str] = []
+    context = SimpleNamespace(
+        task=load_task("classification"), num_classes=10, display=SimpleNamespace(warn=notes.append)
+    )
+    spec = SimpleNamespace(name="resnet18")
+    _check_loss(context, "student", spec, 2.2, 0.001)  # type: ignore[arg-type]
+    assert notes == []
+    _check_loss(context, "teacher", spec, 2.31, 0.001)  # type: ignore[arg-type]
+    assert notes == [
+        "after 100 steps the loss of resnet18 on labels is 2.31, not below the 2.3 of guessing: the learning "
+        "rate 0.001 may be wrong. Try --teacher-lr 0.0002 or 0.005"
+    ]

@@ -1,9 +1,11 @@
 """The training loop on toy data: learning, reproducibility, checkpoints and schedules."""
 
+import errno
 import math
 import os
 from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -103,6 +105,17 @@ def test_when_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_pat
     resumed = distillation()
     assert [epoch.epoch for epoch in learn(resumed, newest, epochs=3)] == [3]
     assert equal(state(resumed), state(whole))
+
+
+def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    learn(distillation(), tmp_path / "c.pt", epochs=2)
+    told: list[str] = []
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
+        with monkeypatch.context() as faulty:
+            faulty.setattr(torch, "load", Mock(side_effect=error))
+            with pytest.raises(type(error)):
+                Checkpoint(tmp_path / "c.pt", "key", told.append).load("cpu")
+    assert Checkpoint(tmp_path / "c.pt", "key", told.append).load("cpu")["epoch"] == 2 and told == []
 
 
 def test_checkpoint_never_runs_code(tmp_path):

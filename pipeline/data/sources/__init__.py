@@ -6,13 +6,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ...errors import UsageError
+from ...runs.files import DATA_PACKAGES, DIGITS, data_path, describe_namesake
 from ..dataset import ImageSet, Progress, printable
 from ..splits import UnsplitDataset
 from .folders import read_folder
 from .label_files import SUFFIXES, find_label_files, read_label_file
-from .timm_datasets import PACKAGES, read_digits, read_named
-
-DIGITS = "digits"
+from .timm_datasets import read_digits, read_named
 
 
 def open_data(
@@ -29,7 +28,7 @@ def open_data(
         UsageError: it does not exist or is not usable.
     """
     unsplit = read_data(data, data_dir=data_dir, download=download, progress=progress)
-    with _mention_label_files(Path(data).expanduser()):
+    with _mention_label_files(data_path(data)):
         return unsplit.split(val_fraction)
 
 
@@ -45,10 +44,17 @@ def read_data(
 
     Without ``for_training`` the images are only validated on: a class or a split may be missing.
     """
-    path = Path(data).expanduser()
     if data == DIGITS:
         _check_unused("the built-in digits", data_dir, download)
         return read_digits()
+    path = data_path(data)
+    if path is None:
+        try:
+            return read_named(data, data_dir=data_dir, download=download, progress=progress)
+        except UsageError as error:
+            if (namesake := describe_namesake(data)) is None:
+                raise
+            raise UsageError(f"{error} {namesake}") from error
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(
@@ -61,13 +67,11 @@ def read_data(
         _check_unused("a folder", data_dir, download)
         with _mention_label_files(path):
             return read_folder(path, for_training=for_training, progress=progress)
-    if "/" in data and data.partition("/")[0].lower() in PACKAGES:
-        return read_named(data, data_dir=data_dir, download=download, progress=progress)
     near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7) + _similar_folders(path)
     did_you_mean = f" Did you mean {' or '.join(near[:3])}?" if near else ""
     raise UsageError(
         f"--data {data} does not exist.{did_you_mean} It takes a folder of class folders, a labels file, "
-        f"'{DIGITS}', or a data set of timm ({', '.join(f'{prefix}/…' for prefix in PACKAGES)})."
+        f"'{DIGITS}', or a data set of timm ({', '.join(f'{prefix}/…' for prefix in DATA_PACKAGES)})."
     )
 
 
@@ -79,12 +83,12 @@ def _check_unused(kind: str, data_dir: Path | None, download: bool) -> None:
 
 
 @contextmanager
-def _mention_label_files(path: Path) -> Iterator[None]:
+def _mention_label_files(path: Path | None) -> Iterator[None]:
     """Mention the labels files in a folder in errors about it."""
     try:
         yield
     except UsageError as error:
-        files = find_label_files(path) if path.is_dir() else []
+        files = find_label_files(path) if path is not None and path.is_dir() else []
         if not files:
             raise
         raise UsageError(f"{error} If {' or '.join(files)} contains the labels, use it as --data.") from error

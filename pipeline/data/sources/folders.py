@@ -1,5 +1,6 @@
 """Folders of class folders, optionally inside train, val and test folders; image files hashed by content."""
 
+import errno
 import hashlib
 import os
 from collections import Counter
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import UsageError
-from ..dataset import Image, Progress, Skipped, Split, check_file_size, printable
+from ..dataset import Image, Progress, Skipped, Split, check_file_size, fail_to_read, printable
 from ..splits import UnsplitDataset, quote_names
 
 _JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
@@ -260,5 +261,9 @@ def _hash_file(file: Path) -> str | OSError:
         with file.open("rb") as stream:
             check_file_size(stream)
             return hashlib.file_digest(stream, "sha256").hexdigest()
+    except (PermissionError, FileNotFoundError) as error:
+        return error
     except OSError as error:
+        if error.errno != errno.EFBIG:  # a passing fault would leave the image out
+            raise fail_to_read(printable(file.name), error) from error
         return error

@@ -14,18 +14,10 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from ...errors import UsageError
+from ...runs.files import DATA_PACKAGES
 from ..dataset import Image, Progress, Skipped, Split, hash_array, printable
 from ..splits import UnsplitDataset
 from .webdataset import SYNONYMS, find_shards, find_unreadable_shard, index_shards
-
-PACKAGES = {
-    "torch": "torchvision",
-    "hfds": "datasets",
-    "hfids": "datasets",
-    "wds": "webdataset",
-    "tfds": "tensorflow_datasets",
-}
-"""The package that each kind of name requires."""
 
 MAX_BYTES_IN_MEMORY = 4 << 30
 """Decoded pixels of a data set without random access, which is held in memory."""
@@ -47,8 +39,8 @@ def read_named(
     if prefix == "wds" and data_dir is not None and (shards := find_shards(data_dir)):
         indexed, skipped = index_shards(shards, progress)
         return _drop_unlabeled(name, indexed, None, skipped)
-    if find_spec(PACKAGES[prefix]) is None:
-        package = PACKAGES[prefix].replace("_", "-")
+    if find_spec(DATA_PACKAGES[prefix]) is None:
+        package = DATA_PACKAGES[prefix].replace("_", "-")
         if prefix == "wds" and data_dir is not None and (shard := find_unreadable_shard(data_dir)):
             raise UsageError(
                 f"{name}: {printable(str(shard))} is not an uncompressed .tar file. Unpack it, or install "

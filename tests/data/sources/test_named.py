@@ -9,8 +9,11 @@ from PIL import Image as PillowImage
 from questpress.pipeline.data.dataset import SPLITS
 from questpress.pipeline.data.sources import open_data, timm_datasets
 from questpress.pipeline.errors import UsageError
+from questpress.pipeline.runs.files import data_path, data_text, describe_namesake
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
+
+from tests.support import little
 
 
 def without_checksums(monkeypatch: pytest.MonkeyPatch, kind: type[CIFAR10]) -> None:
@@ -191,3 +194,43 @@ def test_unknown_data_name_lists_the_choices(tmp_path: Path) -> None:
 def test_digits_and_folders_are_opened_by_their_name(tmp_path: Path) -> None:
     assert open_data("digits").name == "digits"
     assert "no class folders" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["digits", "torch/photos"])
+def test_folder_with_the_name_of_a_data_set_is_written_as_a_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert describe_namesake(name) is None
+    little.photos(Path(name))
+    for path in (f"./{name}", f"{name}/", str(tmp_path / name)):
+        assert data_path(path) == Path(path) and describe_namesake(path) is None
+        assert open_data(path).classes == little.CLASSES
+    assert data_text(Path(name)) == f"./{name}" and data_text("photos") == "photos"
+    note = f"For the folder of the same name, write ./{name}."
+    assert data_path(name) is None and note in str(describe_namesake(name))
+    if name == "digits":
+        assert len(open_data(name).classes) == 10
+    else:
+        assert note in refused(name)
+
+
+def test_labels_file_in_a_folder_named_torch_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "labels.csv").touch()
+    assert data_path("torch/labels.csv") == Path("torch/labels.csv")
+
+
+def test_same_command_twice_uses_the_digits_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    little.photos(tmp_path / "digits")
+    arguments = (*little.NETWORKS, *little.SMALL, "--out", "digits/run", "--dry-run")
+    result = little.check_success(little.compress(*arguments))
+    assert "10 classes" in result.stderr and "./digits" not in result.stderr
+    result = little.check_success(little.compress(*arguments, "--data", "digits"))
+    assert "10 classes" in result.stderr and "write ./digits." in result.stderr
+    result = little.compress(*arguments, "--data", "./digits")
+    little.refused(result, 2, "--out digits/run is inside the data folder ./digits")

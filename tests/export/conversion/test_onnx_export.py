@@ -10,11 +10,19 @@ import pytest
 import timm
 import torch
 from questpress.export import runtime
-from questpress.export.conversion.onnx_export import MIN_OPSET, OnnxFile, check_parity, export_onnx, max_opset
+from questpress.export.conversion.onnx_export import (
+    MIN_OPSET,
+    OnnxFile,
+    check_parity,
+    export_onnx,
+    max_opset,
+    merge_branches,
+)
 from questpress.export.errors import ExportError
 from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.latency.runner import Subject, bench
 from timm.layers import StdConv2d
+from timm.models.byobnet import MobileOneBlock
 from torch import nn
 
 from tests.support.networks import PREPROCESSING, SmallConvNet, signal_to_noise, small_conv_net
@@ -61,6 +69,41 @@ def test_inputs_outputs_and_metadata_are_named(exported: tuple[SmallConvNet, Onn
     assert file.bytes == len(content)
     assert file.sha256 == runtime.hashlib.sha256(content).hexdigest()
     assert "ç" in json.loads(METADATA["questpress.labels"])
+
+
+@pytest.mark.parametrize(
+    "name", ["mobileone_s0", "repvgg_a0", "repvit_m0_9", "fastvit_t8", "repghostnet_050", "levit_128s"]
+)
+def test_training_branches_are_merged(name: str) -> None:
+    size = 224 if name.startswith("levit") else 64
+    network = timm.create_model(name, num_classes=5).train()
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.momentum = None  # the statistics are those of the images
+    network(images)
+    network.eval().double()
+    merged = merge_branches(network).double()
+    expected, logits = network(images.double()), merged(images.double())
+    assert (logits - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
+    count = [sum(parameter.numel() for parameter in n.parameters()) for n in (network, merged)]
+    assert count[1] < count[0] and next(network.parameters()).dtype == torch.float64
+
+
+def test_network_without_branches_is_only_copied() -> None:
+    network = timm.create_model("mobilenetv2_035", num_classes=5)
+    merged = merge_branches(network).state_dict()
+    assert merged.keys() == network.state_dict().keys()
+    assert all(torch.equal(merged[key], value) for key, value in network.state_dict().items())
+
+
+def test_merged_network_is_exported_and_compared_with_the_unmerged_one(tmp_path: Path) -> None:
+    blocks = [MobileOneBlock(3, 8, stride=2), MobileOneBlock(8, 8, group_size=1)]
+    network = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    file = export_onnx(network, tmp_path / "a.onnx", 32, metadata={})
+    assert check_parity(network, file.path, torch.randn(4, 3, 32, 32)).max_rel < 1e-4
+    operators = [node.op_type for node in onnx.load(str(file.path)).graph.node]
+    assert operators.count("Conv") == 2 and "Add" not in operators and "BatchNormalization" not in operators
 
 
 def test_no_trace_of_source_files_is_left(exported: tuple[SmallConvNet, OnnxFile]) -> None:
