@@ -1,7 +1,5 @@
 """Compare runs by their reports (`compress compare`)."""
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from ..report.format import join_names, plural
 from ..report.networks import Column, find_network
 from ..report.summary import describe_machine, list_missing
 from ..runs.artifacts import PREDICTIONS_FILE, Predictions, read_predictions
-from ..runs.files import check_writable, command_line, escape_cell, shorten_paths, write_text
+from ..runs.files import check_writable, command_line, shorten_paths, to_csv, write_text
 from ..runs.folder import RunFolder
 from ..runs.record import RECORD, read_checked
 from ..runs.results import Report
@@ -196,7 +194,7 @@ def compare(
     )
     texts = {
         **render_comparison(comparison),
-        "comparison.csv": to_csv(comparison),
+        "comparison.csv": comparison_csv(comparison),
         "comparison.json": comparison.model_dump_json(indent=2) + "\n",
     }
     for name, text in texts.items():
@@ -368,15 +366,10 @@ def _compare_latency(run: ComparedRun, fastest: ComparedRun) -> Literal["no diff
     return "slower" if file.p50_low > reference.p50_high else "no difference"
 
 
-def to_csv(comparison: Comparison) -> str:
-    """Return a row for each run, with unrounded numbers and escaped cells."""
+def comparison_csv(comparison: Comparison) -> str:
+    """Return a row for each run, with unrounded numbers."""
     rows = [_row(comparison.run(name), group) for group in comparison.groups for name in group.runs]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: escape_cell(v) if isinstance(v, str) else v for k, v in row.items()})
-    return text.getvalue()
+    return to_csv([list(rows[0]), *(row.values() for row in rows)])
 
 
 def _row(run: ComparedRun, group: Group) -> dict[str, object]:

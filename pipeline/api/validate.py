@@ -1,7 +1,5 @@
 """Measure exported models on labeled images, in the runtime they ship with (`compress validate`)."""
 
-import csv
-import io
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +18,10 @@ from ..data.decode import check_unreadable, decode_each, read_pixels
 from ..errors import UsageError
 from ..evaluation import calibration
 from ..evaluation.comparison import SIGNIFICANT, holm, mcnemar
-from ..evaluation.predictions import make_example, most_confused
+from ..evaluation.predictions import make_example
 from ..evaluation.results import Network, Pair, Validation, Verdict
 from ..report.format import plural
+from ..report.sections.classes import CLASSES_CSV, CONFUSION_CSV
 from ..report.validation_page import render_validation
 from ..runs.console import Display
 from ..runs.files import check_outside_data, check_writable, command_line, data_text, to_csv, write_text
@@ -46,9 +45,6 @@ BATCH = 32
 
 MAX_EXAMPLES = 48
 """Mistakes shown with images."""
-
-MAX_CONFUSION_CLASSES = 100
-"""Classes of a confusion matrix that is stored; the most confused pairs are listed in any case."""
 
 CSV_HEADER = (
     "model", "file", "label", "prediction", "probability", "correct", "teacher_prediction",
@@ -132,13 +128,10 @@ class TeacherOutputs:
     thresholds: np.ndarray | None
 
 
-def to_csv(predictions: Iterable[Prediction]) -> str:
-    """Return a CSV table with escaped cells."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
+def predictions_csv(predictions: Iterable[Prediction]) -> str:
+    rows: list[list[object]] = [[*CSV_HEADER]]
     for p in predictions:
-        cells = [p.model, p.image.name, p.label]
+        cells: list[object] = [p.model, p.image.name, p.label]
         for predicted, probability in filter(None, [(p.predicted, p.probability), p.by_teacher]):
             cells += [predicted, f"{probability:.6f}", "yes" if predicted == p.label else "no"]
         rows.append(cells + [None] * (len(CSV_HEADER) - len(cells)))
@@ -235,12 +228,13 @@ def _write(folder: Path, validation: Validation, results: "_Results") -> None:
     texts = {
         **render_validation(validation),
         "validation.json": to_json(validation) + "\n",
-        "mistakes.csv": to_csv(row for row in predictions if not row.is_correct),
+        "mistakes.csv": predictions_csv(row for row in predictions if not row.is_correct),
     }
     if results.teacher_of:
-        texts["differences.csv"] = to_csv(row for row in predictions if row.differs)
-    else:  # a file of an earlier validation would be misleading
-        remove(folder / "differences.csv")
+        texts["differences.csv"] = predictions_csv(row for row in predictions if row.differs)
+    # Files of an earlier validation would be misleading.
+    for name in {"differences.csv", CLASSES_CSV, CONFUSION_CSV} - {*texts}:
+        remove(folder / name)
     for name, text in texts.items():
         write_text(folder / name, text)
 
@@ -359,7 +353,6 @@ class _Results:
         agreement = None
         if teacher is not None:
             agreement = task.agreement(logits, teacher.logits, thresholds, teacher.thresholds)
-        table = task.confusion(logits, targets)
         return Network(
             name=model.name,
             role="teacher" if model.is_teacher else "student",
@@ -377,9 +370,12 @@ class _Results:
             score=task.score(logits, targets, labels, thresholds),
             calibration=calibration.measure(logits, targets, task.likelihood),
             mistakes=int((~self.correct[i]).sum()),
-            per_class=task.measure_classes(logits, targets, labels, thresholds),
-            confusion=None if table is None or len(labels) > MAX_CONFUSION_CLASSES else table.tolist(),
-            confused=[] if table is None else most_confused(table, labels),
+            per_class=[
+                measure
+                for measure in task.measure_classes(logits, targets, labels, thresholds)
+                if measure.n or measure.predicted
+            ],
+            confusion=task.confusion(logits, targets),
         )
 
 

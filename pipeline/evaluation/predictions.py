@@ -1,5 +1,6 @@
 """Logits of rendered images, in torch and in ONNX Runtime; the classes confused most; example images."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..data.decode import encode_thumbnail
 from ..runs.console import Stage
 from ..runs.device import Engine
 from ..runs.results import Example
+from ..runs.scores import Confusion
 from .results import Confused
 
 BATCH = 128
@@ -20,7 +22,6 @@ ONNX_BATCH = 32
 EXAMPLES = 12
 MAX_SIDE = 128
 """Pixels of an example's side as shown."""
-MAX_CONFUSED = 100
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
@@ -67,20 +68,20 @@ def compute_onnx_logits(file: Path, images: np.ndarray, progress: Stage, *, fuse
     return np.concatenate(logits)
 
 
-def most_confused(confusion: np.ndarray, classes: Sequence[str]) -> list[Confused]:
-    """Return the most frequent mistakes in ``confusion``, image counts [true class, predicted class]."""
-    mistakes = confusion.copy()
-    np.fill_diagonal(mistakes, 0)
-    places = np.argsort(-mistakes, axis=None, kind="stable")[:MAX_CONFUSED].tolist()
+def most_confused(confusion: Confusion, classes: Sequence[str]) -> list[Confused]:
+    """Return the mistakes in ``confusion``, the most frequent first."""
+    images: Counter[int] = Counter()
+    for label, _, n in confusion:
+        images[label] += n
+    mistakes = sorted((-n, label, predicted) for label, predicted, n in confusion if label != predicted)
     return [
         Confused(
             label=classes[label],
             predicted=classes[predicted],
-            n=int(mistakes[label, predicted]),
-            percent=100 * float(mistakes[label, predicted] / confusion[label].sum()),
+            n=-negative,
+            percent=100 * -negative / images[label],
         )
-        for label, predicted in (divmod(place, len(classes)) for place in places)
-        if mistakes[label, predicted]
+        for negative, label, predicted in mistakes
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from ...export.results import Result, Speedup
 from ..config import TaskName
 from ..runs.results import Example
-from ..runs.scores import Calibration, ClassMeasure, Proportion, Score
+from ..runs.scores import Calibration, ClassMeasure, Confusion, Proportion, Score
 
 Verdict = Literal["better", "no difference", "worse"]
 Kind = Literal["int8", "fp32", "teacher"]
@@ -45,10 +45,10 @@ class Network(Result):
     score: Score | None = None
     calibration: Calibration | None = None
     per_class: list[ClassMeasure] = []
-    confusion: list[list[int]] | None = None
-    """Image counts [true class][predicted class]; None above 100 classes or without a single class."""
-    confused: list[Confused] = []
-    """The most frequent 100."""
+    """Classes that no image shows and that are never predicted are left out."""
+    confusion: Confusion | None = None
+    """(index of the true class, of the predicted class, number of images), without zeros; None if images
+    have no single class."""
     mistakes: int = 0
     teacher: str | None = None
     """Name of its teacher in ``networks``."""
@@ -76,7 +76,7 @@ class Pair(Result):
 class Validation(Result):
     """Results of files on labeled images."""
 
-    schema_version: int = 2
+    schema_version: int = 3
     title: str
     command: str
     data: str

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..runs.scores import Confusion
 from . import format
-from .tables import Table
+from .tables import CsvFile, Table
 
 MAX_MATRIX_CLASSES = 20
 """A larger confusion matrix is unreadable: the most confused pairs are listed instead."""
@@ -92,6 +93,14 @@ class Page:
     remarks: list[str] = field(default_factory=list)
     """Lines under the key figures."""
 
+    def csv_files(self) -> dict[str, CsvFile]:
+        """Return the files of tables that are cut, by name."""
+        sections, files = list(self.sections), {}
+        for section in sections:
+            sections += section.sections
+            files |= {table.csv.name: table.csv for table in section.tables if table.csv is not None}
+        return files
+
     @property
     def shown_sections(self) -> list[Section]:
         return [section for section in self.sections if not section.is_empty]
@@ -121,10 +130,13 @@ class Matrix:
         return Table("Confusion matrix (rows: true class, columns: prediction)", ["", *self.classes], rows)
 
 
-def confusion_matrix(counts: list[list[int]], classes: list[str], caption: str) -> Matrix | None:
-    """Return the matrix of counts [true class][prediction]; None if it has too many classes."""
-    if len(counts) > MAX_MATRIX_CLASSES:
+def confusion_matrix(confusion: Confusion | None, classes: list[str], caption: str) -> Matrix | None:
+    """Return the matrix with its zeros; None if it has too many classes."""
+    if not confusion or len(classes) > MAX_MATRIX_CLASSES:
         return None
+    counts = [[0] * len(classes) for _ in classes]
+    for label, prediction, images in confusion:
+        counts[label][prediction] = images
     rows = [
         [
             MatrixCell(

@@ -9,6 +9,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...export.text import escape_controls
+from ..runs.files import to_csv
 from .page import Page
 from .tables import markdown_text
 
@@ -21,8 +22,9 @@ MARKDOWN_LIMITS = ((40, None), (40, 120), (12, 60), (4, 40))
 
 
 def render_page(page: Page, name: str) -> dict[str, str]:
-    """Return the page as ``name``.html and ``name``.md; every text in it is escaped."""
-    return {f"{name}.md": render_markdown(page), f"{name}.html": render_html(page)}
+    """Return the page as ``name``.html and ``name``.md, every text escaped, and its CSV files."""
+    files = {csv.name: to_csv(csv.rows) for csv in page.csv_files().values()}
+    return {**files, f"{name}.md": render_markdown(page), f"{name}.html": render_html(page)}
 
 
 def render_html(page: Page) -> str:

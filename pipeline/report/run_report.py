@@ -17,6 +17,7 @@ from ...export.text import escape_controls
 from ..evaluation.calibration import Sigmoid
 from ..runs.files import write_if_changed
 from ..runs.folder import RunFolder
+from ..runs.record import check_readable
 from ..runs.results import Report
 from ..runs.scores import ClassScore
 from ..tasks import load_task
@@ -79,8 +80,9 @@ def write_report(report: Report, folder: Path) -> None:
     Any part of ``report`` may be missing. The same report gives the same bytes.
     """
     report = make_writable(report)
-    pages = render_page(report_page(report), "report")
-    for name, text in {"report.json": report.model_dump_json(indent=2) + "\n", **pages}.items():
+    content = report.model_dump_json(indent=2) + "\n"
+    check_readable(folder / "report.json", content)
+    for name, text in {"report.json": content, **render_page(report_page(report), "report")}.items():
         write_if_changed(folder / name, text)
 
 

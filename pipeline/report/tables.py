@@ -18,6 +18,14 @@ _MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9
 
 
 @dataclass(frozen=True)
+class CsvFile:
+    """All rows of a table that is cut, unformatted and with a header, as a file next to the page."""
+
+    name: str
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
 class Table:
     title: str
     columns: list[str]
@@ -31,6 +39,7 @@ class Table:
     """Number of columns that are aligned left if the others hold numbers."""
     wide: bool = False
     """The first column stays visible while the others scroll."""
+    csv: CsvFile | None = None
 
     def first(self, n: int, file: str) -> "Table":
         """Return the first ``n`` rows, with a note that ``file`` has all of them."""
@@ -56,7 +65,8 @@ class Table:
             ]
             lines.append(f"<tr>{''.join(cells)}</tr>\n")
         title, css = html_text(self.title), "text" if self.text else "numbers"
-        note = f'\n<p class="note">{html_text(self.note)}</p>' if self.note else ""
+        link = f' <a href="{self.csv.name}">{self.csv.name}</a>' if self.csv else ""
+        note = f'\n<p class="note">{html_text(self.note)}{link}</p>' if self.note else ""
         return Markup(
             f'<div class="scroll{" wide" if self.wide else ""}" role="region" aria-label="{title}" '
             f'tabindex="0">\n<table class="{css}">\n<caption class="unseen">{title}</caption>\n{head}'
@@ -87,7 +97,8 @@ class Table:
             *([cell(i, text) for i, text in enumerate(row)] for row in self.rows),
         ]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return Markup(f"{text}\n\n{markdown_text(self.note)}" if self.note else text)
+        link = f" [{self.csv.name}]({self.csv.name})" if self.csv else ""
+        return Markup(f"{text}\n\n{markdown_text(self.note)}{link}" if self.note else text)
 
     def to_rich(self, bold_row: int | None = None) -> FittingTable:
         """Return the table for the terminal; nothing in it is interpreted as markup."""

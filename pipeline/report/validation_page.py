@@ -1,5 +1,8 @@
 """The page of a validation: results of each file, pairwise tests, errors, classes, calibration."""
 
+from collections.abc import Sequence
+
+from ..evaluation.predictions import most_confused
 from ..evaluation.results import Network, Pair, Validation
 from ..runs.results import Subject
 from ..runs.scores import Proportion
@@ -10,9 +13,9 @@ from .networks import Column, score_rows
 from .page import MAX_MATRIX_CLASSES, Gallery, KeyFigure, Page, Section, confusion_matrix
 from .render import render_page
 from .sections import calibration
-from .sections.classes import classes_section, confused_table, picture
+from .sections.classes import CLASSES_CSV, choose_classes, classes_section, confused_table, picture
 from .summary import describe_machine
-from .tables import Attribute, Table, attribute_rows
+from .tables import Attribute, CsvFile, Table, attribute_rows
 
 CALIBRATION_METRICS: dict[str, Attribute] = {
     "NLL": (lambda n: n.calibration, lambda calibration: format.significant(calibration.nll)),
@@ -193,17 +196,23 @@ def _errors(validation: Validation) -> Section:
 def _classes(validation: Validation) -> Section:
     first = validation.first
     caption = f"Rows: true class. Columns: prediction of {first.name}. Numbers: images."
-    matrix = confusion_matrix(first.confusion, first.classes, caption) if first.confusion else None
-    own, *others = [class_table(network) for network in validation.networks]
-    return classes_section(matrix, own, confused_table(first.confused, "validation.json"), others)
+    matrix = confusion_matrix(first.confusion, first.classes, caption)
+    own, *others = [class_table(network, validation.networks) for network in validation.networks]
+    pairs = confused_table(most_confused(first.confusion or [], first.classes))
+    return classes_section(matrix, own, pairs, others)
 
 
-def class_table(network: Network) -> Table:
-    """Return recall and precision of each class with their intervals, F1, and the task's class score."""
+def class_table(network: Network, networks: Sequence[Network]) -> Table:
+    """Return recall and precision of each class with their intervals, F1, and the task's class score.
+
+    The CSV file of many classes has those of all ``networks``.
+    """
     scores = network.score.classes if network.score is not None else []
     decoded = {score.label: score for score in scores if score.threshold is not None}
-    rows = []
-    for measure in network.per_class:
+    measures, rows = {measure.label: measure for measure in network.per_class}, []
+    recall = {name: measure.recall.percent for name, measure in measures.items() if measure.recall}
+    names, cut = choose_classes(list(measures), recall)
+    for measure in map(measures.__getitem__, names):
         row = [measure.label, format.count(measure.n)]
         row += [*_interval(measure.recall), *_interval(measure.precision), format.percent(measure.f1)]
         if decoded:
@@ -212,7 +221,14 @@ def class_table(network: Network) -> Table:
         rows.append(row)
     columns = ["class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1"]
     columns += ["average precision"] if decoded else []
-    return Table(f"Results by class, {network.name}", columns, rows)
+    csv = [
+        [n.name, m.label, m.n, m.predicted, m.correct, m.f1]
+        for n in (networks if cut else ())
+        for m in n.per_class
+    ]
+    heads = ["model", "class", "images", "predicted", "correct", "F1"]
+    file = CsvFile(CLASSES_CSV, [heads, *csv]) if cut else None
+    return Table(f"Results by class, {network.name}", columns, rows, note=cut, csv=file)
 
 
 def _interval(value: Proportion | None) -> tuple[str, str]:

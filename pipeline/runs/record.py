@@ -8,14 +8,14 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from ..errors import UsageError
+from ..errors import JobError, UsageError
 from .files import write_text
 from .hashes import digest
 
 _log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 28
-"""A report of a thousand classes with images has about 10 MB."""
+"""A run of 10,000 classes has a report of about 20 MB."""
 
 MAX_DEPTH = 60
 
@@ -33,9 +33,13 @@ R = TypeVar("R", bound=BaseModel)
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, or raise ValueError if it is too large; see ``parse_json``."""
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        _check_size(os.fstat(file.fileno()).st_size)
         return parse_json(file.read(MAX_BYTES).decode("utf-8"))
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
 
 
 def parse_json(text: str) -> Any:
@@ -51,6 +55,15 @@ def parse_json(text: str) -> Any:
             raise ValueError("it is nested too deeply")
         level = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
     return content
+
+
+def check_readable(path: Path, text: str) -> None:
+    """Raise JobError if a JSON text for ``path`` exceeds the limits of ``read_json``."""
+    try:
+        _check_size(len(text.encode()))
+        parse_json(text)
+    except ValueError as error:
+        raise JobError(f"{path} could not be read again ({error}) and is not written.") from error
 
 
 def _compute_checksum(content: dict[str, Any]) -> str:
@@ -160,6 +173,7 @@ class RunRecord(BaseModel):
 def write_record(run: Path, record: RunRecord) -> None:
     """Write ``run.json`` and its backup."""
     text = json.dumps(add_checksum(record.model_dump()), indent=2, ensure_ascii=False) + "\n"
+    check_readable(run / RECORD, text)
     for name in (RECORD, BACKUP):
         write_text(run / name, text)
 

@@ -22,9 +22,9 @@ from ...export.results import (
     Throughput,
 )
 from ..config import TaskName
-from .scores import Calibration, Proportion, Score, Temperature
+from .scores import Calibration, Confusion, Proportion, Score, Temperature
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BENCH_SCHEMA_VERSION = 1
 
 SHIPPING_ORDER = ("student_int8", "student")
@@ -363,8 +363,9 @@ class Report(Result):
     """The complete bench; None before the bench stage."""
     epochs: list[Epoch] = []
     examples: list[Example] = []
-    confusion: list[list[int]] | None = None
-    """Rows: true class; columns: class predicted by the exported file; test images."""
+    confusion: Confusion | None = None
+    """(index of the true class, of the class predicted by the exported file, number of test images), without
+    zeros."""
     warnings: list[str] = []
     stages: list[StageTime] = []
     environment: dict[str, str] = {}

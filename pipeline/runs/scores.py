@@ -3,6 +3,8 @@
 from math import sqrt
 from typing import Literal, Self
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from ...export.results import Result
 
 
@@ -25,6 +27,10 @@ class Proportion(Result):
         # Rounding would miss the ends, where the interval reaches 0 and 1 exactly.
         low, high = center - half if correct else 0.0, center + half if correct < n else 1.0
         return cls(percent=100 * p, low=100 * low, high=100 * high, n=n, correct=correct)
+
+
+Confusion = list[tuple[NonNegativeInt, NonNegativeInt, PositiveInt]]
+"""(true class, predicted class, number of images) for each pair of classes with images, in their order."""
 
 
 class Measure(Result):

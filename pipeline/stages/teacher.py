@@ -309,8 +309,11 @@ def _describe_permutation(task: Task, logits: np.ndarray, labels: np.ndarray, sc
     confusion = task.confusion(logits, labels)
     if confusion is None:
         return ""
-    rows, columns = linear_sum_assignment(confusion, maximize=True)
-    matched = Proportion.from_counts(int(confusion[rows, columns].sum()), len(labels))
+    counts = np.zeros((classes, classes), dtype=int)
+    for label, predicted, n in confusion:
+        counts[label, predicted] = n
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    matched = Proportion.from_counts(int(counts[rows, columns].sum()), len(labels))
     if matched.low <= score.high:
         return ""
     return (

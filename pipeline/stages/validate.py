@@ -60,7 +60,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
             facts[key]["agreement"] = agreement.model_dump()
     confusion = task.confusion(logits[ships], labels)
     if confusion is not None:
-        facts["confusion"] = confusion.tolist()
+        facts["confusion"] = confusion
     examples = choose_examples(
         decoded.images,
         pixels,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation.calibration import Likelihood
-from ..runs.scores import ClassMeasure, Proportion, Score
+from ..runs.scores import ClassMeasure, Confusion, Proportion, Score
 
 Names = Sequence[str]
 CHUNK = 4096
@@ -140,8 +140,8 @@ class Task(ABC):
         rows = zip(classes, *(count.tolist() for count in counts), strict=True)
         return [ClassMeasure.from_counts(*row) for row in rows]
 
-    def confusion(self, logits: ndarray, labels: ndarray) -> ndarray | None:
-        """Return image counts [true class, predicted class]; None if images have no single class."""
+    def confusion(self, logits: ndarray, labels: ndarray) -> Confusion | None:
+        """Return the confusion matrix without its zeros; None if images have no single class."""
         return None
 
     @abstractmethod

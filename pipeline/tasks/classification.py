@@ -1,6 +1,7 @@
 """One class per image: softmax cross-entropy, top-1 accuracy, McNemar's test."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation.calibration import Softmax
 from ..evaluation.comparison import SIGNIFICANT, mcnemar
-from ..runs.scores import ClassScore, Measure, Proportion, Score
+from ..runs.scores import ClassScore, Confusion, Measure, Proportion, Score
 from .base import CHUNK, Chance, Names, PairedTest, Task, Thresholds
 
 UNEVEN = 1.5
@@ -72,7 +73,7 @@ class Classification(Task):
             metric=self.metric,
             **accuracy.model_dump(),
             details=details,
-            classes=[ClassScore(label=name, n=n, percent=100 * k / n if n else None) for name, n, k in rows],
+            classes=[ClassScore(label=name, n=n, percent=100 * k / n) for name, n, k in rows if n],
         )
 
     def manifest_entry(self, score: Score) -> dict[str, Any]:
@@ -90,9 +91,9 @@ class Classification(Task):
         correct = labels[predictions == labels]
         return tuple(np.bincount(numbers, minlength=classes) for numbers in (labels, predictions, correct))
 
-    def confusion(self, logits: ndarray, labels: ndarray) -> ndarray:
-        n = logits.shape[1]
-        return np.bincount(labels * n + self.predict(logits), minlength=n * n).reshape(n, n)
+    def confusion(self, logits: ndarray, labels: ndarray) -> Confusion:
+        counts = Counter(zip(labels.tolist(), self.predict(logits).tolist(), strict=True))
+        return [(label, predicted, n) for (label, predicted), n in sorted(counts.items())]
 
     def chance(self, labels: ndarray) -> Chance:
         largest = np.bincount(labels).max()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from questpress.export.results import Percentile
-from questpress.pipeline.api.compare import compare, to_csv
+from questpress.pipeline.api.compare import compare, comparison_csv
 from questpress.pipeline.cli.main import cli
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.evaluation.results import Comparison
@@ -214,7 +214,7 @@ def test_command_prints_the_table_or_json(make: Made, tmp_path: Path) -> None:
 def test_table_for_programs_has_full_numbers_and_no_formula(make: Made, tmp_path: Path) -> None:
     make("=cmd()", 330, method="+quest")
     found = compare(tmp_path / "runs", out=tmp_path / "out")
-    [row] = list(csv.DictReader(io.StringIO(to_csv(found))))
+    [row] = list(csv.DictReader(io.StringIO(comparison_csv(found))))
     assert row["run"] == "'=cmd()" and row["method"] == "'+quest" and row["seed"] == "7"
     assert float(row["int8_score"]) == pytest.approx(100 * 330 / N)
     assert float(row["int8_p50_low"]) < float(row["int8_p50_high"])

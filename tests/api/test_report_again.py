@@ -19,7 +19,7 @@ def test_schema_describes_every_field(finished: Path) -> None:
     made = json.loads(json_schema())
     assert set(made["properties"]) == set(Report.model_fields)
     assert set(little.report(finished)) <= set(made["properties"])
-    assert made["properties"]["confusion"]["description"].startswith("Rows: true class")
+    assert made["properties"]["confusion"]["description"].startswith("(index of the true class")
 
 
 def test_command_prints_the_schema_alone() -> None:

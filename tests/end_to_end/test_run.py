@@ -77,7 +77,7 @@ def test_report_has_all_fields_of_each_subject(digits, subject):
 
 def test_report_names_its_schema_its_teachers_and_the_parity_of_the_export(digits):
     found = report(digits)
-    assert found["schema_version"] == 2
+    assert found["schema_version"] == 3
     assert [one["name"] for one in found["teachers"]] == [little.TEACHER]
     assert found["teachers"][0] == found["teacher"]
     parity = found["student"]["parity"]

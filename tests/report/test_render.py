@@ -1,6 +1,7 @@
 """Rendered reports: complete, safe with hostile names, and within the limits of a pull request."""
 
 import base64
+import csv
 import io
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 from questpress.export.results import FloatNode
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.report.run_report import write_report
+from questpress.pipeline.runs.record import read_checked
 from questpress.pipeline.runs.results import Epoch, Report, ShownWord
 
 from tests.support import int8_reports, reports
@@ -215,13 +217,38 @@ def test_many_classes_have_confused_pairs_instead_of_a_matrix() -> None:
     assert 'class="confusion"' in html(reports.full())
 
 
+def test_page_of_many_classes_shows_the_weakest_and_links_all(tmp_path: Path) -> None:
+    names = [f"=class {i:04d}" for i in range(2000)]
+    report = reports.full(names)
+    assert report.data is not None and report.confusion is not None and report.student_int8 is not None
+    write_report(report, tmp_path)
+    assert read_checked(tmp_path / "report.json")["confusion"] == [[*count] for count in report.confusion]
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert [row["class"] for row in classes] == [f"'{name}" for name in names]
+    assert [int(row["train"]) for row in classes] == list(report.data.per_class["train"].values())
+    assert report.student_int8.score is not None
+    percents = [score.percent for score in report.student_int8.score.classes]
+    assert [float(row["Student int8"]) for row in classes] == percents
+    with (tmp_path / "confusion.csv").open(newline="") as file:
+        pairs = [(row["true class"], row["prediction"], int(row["images"])) for row in csv.DictReader(file)]
+    mistakes = [(f"'{names[i]}", f"'{names[k]}", n) for i, k, n in report.confusion if i != k]
+    assert sorted(pairs) == sorted(mistakes) and pairs[0][2] == max(n for _, _, n in mistakes)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 300_000 and 'href="classes.csv"' in page and 'href="confusion.csv"' in page
+    weakest = names[percents.index(min(percents))]
+    assert f'<th scope="row">{weakest}</th>' in page
+    assert "(classes.csv)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_confusion_cells_hold_the_counts() -> None:
     report = reports.full()
     assert report.confusion is not None
     page = html(report)
-    for i, row in enumerate(report.confusion):
-        percent = round(100 * row[i] / sum(row))
-        assert f'<td class="hit" style="--percent:{percent}%">{row[i]}</td>' in page
+    for label, predicted, n in report.confusion:
+        percent = round(100 * n / sum(own for other, _, own in report.confusion if other == label))
+        kind = "hit" if label == predicted else "miss"
+        assert f'<td class="{kind}" style="--percent:{percent}%">{n}</td>' in page
 
 
 def test_failed_write_is_an_error_and_keeps_the_old_report(tmp_path: Path) -> None:

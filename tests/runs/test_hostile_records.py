@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from questpress.pipeline.api.cache import list_cache
-from questpress.pipeline.errors import UsageError
+from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.runs import record as bounded_json
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.folder import RunFolder
@@ -104,6 +104,20 @@ def test_json_that_is_none_of_ours_is_a_value_error(text: str, told: str) -> Non
     with pytest.raises(ValueError, match=told):
         bounded_json.parse_json(text)
     assert bounded_json.parse_json("[" * 60 + "]" * 60)
+
+
+@pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_DEPTH"])
+def test_record_that_could_not_be_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    small, large = (bounded_json.RunRecord(command="compress", tools=tools) for tools in ({}, {"torch": "2"}))
+    large.config = {"settings": {"kd": {"t": 1}}}
+    bounded_json.write_record(tmp_path, small)
+    size = {"MAX_BYTES": (tmp_path / "run.json").stat().st_size, "MAX_DEPTH": 2}[limit]
+    monkeypatch.setattr(bounded_json, limit, size)
+    with pytest.raises(JobError, match=r"run\.json could not be read again \(it "):
+        bounded_json.write_record(tmp_path, large)
+    assert bounded_json.read_record(tmp_path) == small
 
 
 def about(**more: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def validation() -> Validation:
                     ClassMeasure(label=name, n=9, predicted=8, correct=7, recall=Proportion.from_counts(7, 9))
                     for name in names
                 ],
-                "confusion": [[9 if i == k else i % 3 for k in range(12)] for i in range(12)],
+                "confusion": [(i, k, 9 if i == k else 2) for i in range(12) for k in range(12) if i % 3],
                 "teacher": None if role == "teacher" else "teacher",
                 "agreement": None if role == "teacher" else Proportion.from_counts(90, 105), "mistakes": 25,
             },

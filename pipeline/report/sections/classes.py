@@ -1,8 +1,6 @@
 """Test images with predictions, per-class results and the confusion matrix."""
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Mapping, Sequence
 
 from ...evaluation.predictions import most_confused
 from ...evaluation.results import Confused
@@ -12,12 +10,13 @@ from ...tasks import task_of
 from .. import format
 from ..networks import Column, all_networks, shipped_network
 from ..page import SMALL_IMAGE, Gallery, Matrix, Picture, Prediction, Section, check_png, confusion_matrix
-from ..tables import Table
+from ..tables import CsvFile, Table
 
 MAX_CLASSES = 40
-"""Longer tables of classes are folded."""
+"""Of more classes, those with the lowest scores are shown; the CSV file has all."""
+MAX_WEAKEST = MAX_CONFUSED = 20
+CLASSES_CSV, CONFUSION_CSV = "classes.csv", "confusion.csv"
 MAX_EXAMPLES = 24
-MAX_CONFUSED = 20
 CAPTION = "Rows: true class. Columns: prediction of the shipped file. Numbers: test images."
 
 
@@ -58,21 +57,27 @@ def picture(example: Example) -> Picture:
 
 
 def section(report: Report) -> Section:
-    counts = np.array(report.confusion or np.zeros((0, 0), dtype=int))
-    labels = report.data.classes if report.data else []
-    names = [labels[i] if i < len(labels) else f"class {i}" for i in range(len(counts))]
-    matrix = confusion_matrix(report.confusion, names, CAPTION) if report.confusion else None
-    pairs = confused_table(most_confused(counts, names), "report.json")
-    return classes_section(matrix, class_table(report), pairs)
+    names = report.data.classes if report.data else []
+    confusion = [entry for entry in report.confusion or () if max(entry[:2]) < len(names)]
+    matrix = confusion_matrix(confusion, names, CAPTION)
+    return classes_section(matrix, class_table(report), confused_table(most_confused(confusion, names)))
 
 
 def classes_section(
     matrix: Matrix | None, classes: Table, pairs: Table, others: Sequence[Table] = ()
 ) -> Section:
-    """Fold a long table of classes, the confused pairs if there is a matrix, and ``others``."""
-    tables, folded = ([], [classes]) if len(classes.rows) > MAX_CLASSES else ([classes], [])
-    (tables if matrix is None else folded).append(pairs)
-    return Section("Classes", "classes", figures=[matrix], tables=tables, folded=[*folded, *others])
+    """Return the matrix, or the confused pairs without one, the classes, and ``others`` folded."""
+    tables = [classes, pairs] if matrix is None else [classes]
+    return Section("Classes", "classes", figures=[matrix], tables=tables, folded=others)
+
+
+def choose_classes(names: Sequence[str], percents: Mapping[str, float | None]) -> tuple[list[str], str]:
+    """Return the classes that a table shows, and a sentence on the choice if these are not all."""
+    if len(names) <= MAX_CLASSES:
+        return list(names), ""
+    measured = [(percent, name) for name in names if (percent := percents.get(name)) is not None]
+    weakest = [name for _, name in sorted(measured)] or list(names)
+    return weakest[:MAX_WEAKEST], f"The weakest {MAX_WEAKEST} of {len(names):,} classes; all:"
 
 
 def class_table(report: Report) -> Table:
@@ -86,6 +91,7 @@ def class_table(report: Report) -> Table:
     decoded = class_scores(shipped) if shipped is not None else {}
     has_thresholds = any(score.threshold is not None for score in decoded.values())
     heads = ["class", *splits, *(column.role for column in columns)]
+    shown, cut = choose_classes(list(names), {name: score.percent for name, score in decoded.items()})
     rows = [
         [
             name,
@@ -93,13 +99,28 @@ def class_table(report: Report) -> Table:
             *(_percent(by_class.get(name)) for by_class in scores),
             *(_threshold(decoded.get(name)) if has_thresholds else ()),
         ]
-        for name in names
+        for name in shown
     ]
     note = f"{format.title(task_of(report.data).class_metric)} on the test images." if report.data else ""
     if has_thresholds and shipped is not None:
         heads += ["threshold", "F1"]
         note += f" An image counts for each of its classes. Threshold and F1: {shipped.role_in_sentence}."
-    return Table("Results by class", heads, rows if splits or columns else [], note=note)
+    csv = [
+        [
+            name,
+            *(counts.get(name, 0) for counts in splits.values()),
+            *(by_class[name].percent if name in by_class else None for by_class in scores),
+            *((decoded[name].threshold, decoded[name].f1) if has_thresholds and name in decoded else ()),
+        ]
+        for name in (names if cut else ())
+    ]
+    return Table(
+        "Results by class",
+        heads,
+        rows if splits or columns else [],
+        note=f"{note} {cut}".strip(),
+        csv=CsvFile(CLASSES_CSV, [heads, *csv]) if cut else None,
+    )
 
 
 def class_scores(column: Column) -> dict[str, ClassScore]:
@@ -117,9 +138,12 @@ def _threshold(result: ClassScore | None) -> tuple[str, str]:
     return format.significant(result.threshold, 2), format.percent(result.f1, result.n)
 
 
-def confused_table(pairs: Sequence[Confused], file: str) -> Table:
+def confused_table(pairs: Sequence[Confused]) -> Table:
     shown = pairs[:MAX_CONFUSED]
     rows = [[p.label, p.predicted, format.count(p.n), format.percent(p.percent)] for p in shown]
-    note = f"The first {MAX_CONFUSED}; more are in {file}." if len(pairs) > MAX_CONFUSED else ""
     columns = ["true class", "prediction", "images", "of the class"]
-    return Table("Most confused classes", columns, rows, note=note, left=2)
+    note, csv = "", None
+    if len(pairs) > MAX_CONFUSED:
+        note = f"The first {MAX_CONFUSED} of {len(pairs):,} pairs; all:"
+        csv = CsvFile(CONFUSION_CSV, [columns, *([p.label, p.predicted, p.n, p.percent] for p in pairs)])
+    return Table("Most confused classes", columns, rows, note=note, left=2, csv=csv)
