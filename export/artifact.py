@@ -4,8 +4,8 @@
 
     schema_version   1
     preprocessing    `runtime.Preprocessing.to_dict()`: library, filter, antialias, sizes, crop, mean, std
-    input            "uint8" if the models take rendered pixels, uint8 [batch, S, S, 3] RGB, and normalize
-                     them; absent if they take normalized float32 [batch, 3, S, S]
+    input            "uint8" if the models take rendered pixels, uint8 [batch, H, W, 3] RGB, and normalize
+                     them; absent if they take normalized float32 [batch, 3, H, W]
     labels           class names in the order of the logits
     task             "multi-label" (sigmoid); absent for one label per image (softmax)
     thresholds       for multi-label: the smallest probability at which each label is predicted

@@ -46,6 +46,19 @@ UINT8 = "uint8"
 Pixels = np.ndarray
 """uint8 [H, W, 3], RGB."""
 
+Size = int | tuple[int, int]
+"""Pixels: the side of a square, or height and width of another rectangle."""
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Return height and width of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def make_size(height: int, width: int) -> Size:
+    """Return the size of a rectangle; a number if it is a square."""
+    return height if height == width else (height, width)
+
 
 class ImageError(Exception):
     """An image that cannot be read: the message contains its `name`, `reason` does not."""
@@ -276,14 +289,14 @@ _MAX_RESIZED_PIXELS = 1 << 25  # a larger resized image is computed only where t
 class Preprocessing:
     """How an image becomes a network's input, in the terms of `timm.data.transforms_factory`.
 
-    `size` S is the input's side in pixels and `resize` the side before the crop, floor(S / crop_fraction).
-    `crop_mode`: 'center' resizes the short side and crops, 'squash' ignores the aspect ratio, 'border' fits
-    the long side and pads with the mean. `interpolation` is a filter of Pillow, antialiased. `mean` and `std`
-    are for pixels in [0, 1].
+    `size` is the input's in pixels and `resize` that before the crop, floor(size / crop_fraction).
+    `crop_mode`: 'center' covers `resize` and crops, 'squash' ignores the aspect ratio, 'border' fits into
+    `resize` and pads with the mean. `interpolation` is a filter of Pillow, antialiased. `mean` and `std` are
+    for pixels in [0, 1].
     """
 
-    size: int
-    resize: int
+    size: Size
+    resize: Size
     crop_fraction: float
     interpolation: str
     crop_mode: str
@@ -292,12 +305,13 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that no image can be preprocessed with."""
-        if self.size < 1 or self.resize < 1 or not 0 < self.crop_fraction < math.inf:
+        size, resize = height_width(self.size), height_width(self.resize)
+        if min(*size, *resize) < 1 or not 0 < self.crop_fraction < math.inf:
             raise ValueError(
                 f"preprocessing requires positive sizes, got size={self.size}, resize={self.resize}, "
                 f"crop_fraction={self.crop_fraction}"
             )
-        if self.size > MAX_SIDE or self.resize > 16 * MAX_SIDE:
+        if max(size) > MAX_SIDE or max(resize) > 16 * MAX_SIDE:
             raise ValueError(
                 f"preprocessing sizes are limited to {MAX_SIDE} pixels, got size={self.size}, "
                 f"resize={self.resize}"
@@ -316,7 +330,7 @@ class Preprocessing:
     @classmethod
     def create(
         cls,
-        size: int,
+        size: Size | Sequence[int],
         crop_fraction: float = 0.875,
         interpolation: str = "bicubic",
         crop_mode: str = "center",
@@ -324,14 +338,20 @@ class Preprocessing:
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> Preprocessing:
         """Create the preprocessing of a timm `pretrained_cfg`; `resize` follows from `crop_fraction`."""
-        resize = math.floor(size / crop_fraction)
+        height, width = size if isinstance(size, Sequence) else (size, size)
         return cls(
-            int(size), resize, float(crop_fraction), interpolation, crop_mode, _triple(mean), _triple(std)
+            make_size(int(height), int(width)),
+            make_size(math.floor(height / crop_fraction), math.floor(width / crop_fraction)),
+            float(crop_fraction),
+            interpolation,
+            crop_mode,
+            _triple(mean),
+            _triple(std),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the preprocessing as JSON."""
-        values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
         return {
             "version": SCHEMA_VERSION,
             "library": "Pillow",
@@ -362,40 +382,52 @@ def _triple(values: Iterable[Any]) -> tuple[float, float, float]:
 
 
 def render(image: Pixels, p: Preprocessing) -> Pixels:
-    """Resize and crop uint8 [H, W, 3] to uint8 [S, S, 3], pixel for pixel as timm's evaluation transform."""
+    """Resize and crop an image to uint8 [*size, 3], pixel for pixel as timm's evaluation transform."""
     height, width = image.shape[:2]
-    fill = (0, 0, 0)
-    if p.crop_mode == "squash":
-        new = (p.resize, p.resize)
-    elif p.crop_mode == "border":
-        ratio = max(height / p.resize, width / p.resize)
-        new = (max(1, round(height / ratio)), max(1, round(width / ratio)))
-        fill = tuple(round(255 * value) for value in p.mean)  # type: ignore[assignment]
-    elif width <= height:
-        new = (int(p.resize * height / width), p.resize)
-    else:
-        new = (p.resize, int(p.resize * width / height))
-    top, left = (round((side - p.size) / 2) if side >= p.size else -((p.size - side) // 2) for side in new)
+    size = height_width(p.size)
+    new = resized_size(height, width, p)
+    fill = tuple(round(255 * value) for value in p.mean) if p.crop_mode == "border" else (0, 0, 0)
+    top, left = (
+        round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
+        for side, crop in zip(new, size, strict=True)
+    )
     picture = Image.fromarray(np.ascontiguousarray(image))
     resample = _FILTERS[p.interpolation]
     if new[0] * new[1] > _MAX_RESIZED_PIXELS:
         scale_y, scale_x = height / new[0], width / new[1]
-        bottom, right = min(new[0], top + p.size), min(new[1], left + p.size)
+        bottom, right = min(new[0], top + size[0]), min(new[1], left + size[1])
         top, left = max(0, top), max(0, left)
         box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
         picture = picture.resize((right - left, bottom - top), resample, box=box)
         top, left = (
-            -((p.size - side) // 2) if side < p.size else 0 for side in (picture.height, picture.width)
+            -((crop - side) // 2) if side < crop else 0
+            for side, crop in zip((picture.height, picture.width), size, strict=True)
         )
     elif new != (height, width):
         picture = picture.resize((new[1], new[0]), resample)
-    canvas = Image.new("RGB", (p.size, p.size), fill)
+    canvas = Image.new("RGB", (size[1], size[0]), fill)
     canvas.paste(picture, (-left, -top))
     return np.array(canvas, dtype=np.uint8)
 
 
+def resized_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
+    """Return height and width of an image after resizing and before the crop."""
+    tall, wide = height_width(p.resize)
+    if p.crop_mode == "squash":
+        return tall, wide
+    if p.crop_mode == "border":
+        ratio = max(height / tall, width / wide)
+    elif tall != wide:
+        ratio = min(height / tall, width / wide)
+    elif width <= height:
+        return int(tall * height / width), wide
+    else:
+        return tall, int(wide * width / height)
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+
 def normalize(pixels: np.ndarray, p: Preprocessing) -> np.ndarray:
-    """Convert uint8 [B, S, S, 3] to float32 [B, 3, S, S]: (pixels / 255 - mean) / std."""
+    """Convert uint8 [B, H, W, 3] to float32 [B, 3, H, W]: (pixels / 255 - mean) / std."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
     batch = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
     for channel in range(3):
@@ -405,9 +437,9 @@ def normalize(pixels: np.ndarray, p: Preprocessing) -> np.ndarray:
 
 
 def preprocess(images: Iterable[Pixels], p: Preprocessing) -> np.ndarray:
-    """Convert decoded images, uint8 [H, W, 3] of any sizes, to a network's input, float32 [B, 3, S, S]."""
+    """Convert decoded images, uint8 [H, W, 3] of any sizes, to a network's input, float32 [B, 3, *size]."""
     rendered = [render(image, p) for image in images]
-    shape = (0, p.size, p.size, 3)
+    shape = (0, *height_width(p.size), 3)
     return normalize(np.stack(rendered) if rendered else np.empty(shape, dtype=np.uint8), p)
 
 
@@ -696,7 +728,7 @@ class Classifier:
         )
 
     def to_input(self, pixels: np.ndarray) -> np.ndarray:
-        """Convert rendered images, uint8 [B, S, S, 3], to the model's input: normalize unless it does."""
+        """Convert rendered images, uint8 [B, H, W, 3], to the model's input: normalize unless it does."""
         return pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
@@ -706,7 +738,7 @@ class Classifier:
         has another shape.
         """
         if self.takes_pixels and batch.dtype != np.uint8:
-            raise ValueError(f"{self.name} takes pixels, uint8 [B, S, S, 3], got {batch.dtype}")
+            raise ValueError(f"{self.name} takes pixels, uint8 [B, H, W, 3], got {batch.dtype}")
         if len(batch) == 0:
             return np.empty((0, len(self.labels)), dtype=np.float32)
         batch = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
@@ -723,7 +755,7 @@ class Classifier:
         return logits
 
     def predict_logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Convert rendered images, uint8 [B, S, S, 3], to logits, float32 [B, classes].
+        """Convert rendered images, uint8 [B, H, W, 3], to logits, float32 [B, classes].
 
         Raises ArtifactError if the largest logit of an image is not finite.
         """
@@ -785,7 +817,7 @@ def build_metadata(
     """Return the entries of `metadata_props` with which an .onnx file can be used without its folder.
 
     `origin` names teachers, student, method and licenses, as any JSON. `thresholds`, one per label, make it a
-    multi-label model. With `takes_pixels` its input is rendered images, uint8 [batch, S, S, 3].
+    multi-label model. With `takes_pixels` its input is rendered images, uint8 [batch, H, W, 3].
     """
     entries = {
         "version": str(SCHEMA_VERSION),

@@ -62,6 +62,9 @@ ALIASES: dict[str, str] = {
     "dinov3_large": "vit_large_patch16_dinov3",
 }
 
+Size = int | tuple[int, int]
+"""Pixels: the side of a square, or height and width of another rectangle."""
+
 # Letters and digits that are often confused: resnet5O, mobi1enet.
 _LOOK_ALIKES = str.maketrans("oil", "011")
 
@@ -162,8 +165,8 @@ def _normalize(name: str) -> str:
 class Geometry:
     """Preprocessing of a network's input, from its `pretrained_cfg`."""
 
-    image_size: int
-    """Pixels of the square input."""
+    image_size: Size
+    """Of the input."""
     crop_fraction: float
     """Fraction of the resized short side that the center crop keeps."""
     interpolation: str
@@ -181,7 +184,7 @@ class BuiltAs:
 
     name: str
     num_classes: int
-    image_size: int
+    image_size: Size
     activation: str | None = None
 
 
@@ -199,7 +202,12 @@ def default_image_size(name: str) -> int:
     return int(max(pretrained_cfg(name).input_size[-2:]))
 
 
-def geometry(name: str, image_size: int | None = None) -> Geometry:
+def show_size(image_size: Size) -> str:
+    """Return a size as on the command line: `224`, or `96x36` for height and width."""
+    return str(image_size) if isinstance(image_size, int) else "x".join(map(str, image_size))
+
+
+def geometry(name: str, image_size: Size | None = None) -> Geometry:
     """Return the preprocessing at `image_size` pixels (default if None) without building the network."""
     cfg = pretrained_cfg(name)
     if cfg.input_size[0] != 3 or len(cfg.mean) != 3 or len(cfg.std) != 3:
@@ -218,7 +226,7 @@ def build(
     name: str,
     *,
     num_classes: int,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     seed: int | None = None,
     activation: str | None = None,
 ) -> "nn.Module":
@@ -243,14 +251,16 @@ def build(
     return network
 
 
-def check_size(name: str, image_size: int) -> None:
+def check_size(name: str, image_size: Size) -> None:
     """Raise ModelError, with the nearest sizes that fit, if the network does not support an image size.
 
     Runs on torch's meta device: no memory, no weights, a fraction of a second.
     """
+    from timm.layers import to_2tuple
+
     full = resolve(name)
-    if image_size < 1:
-        raise ModelError(f"Image size must be positive, got {image_size}.")
+    if min(to_2tuple(image_size)) < 1:
+        raise ModelError(f"Image size must be positive, got {show_size(image_size)}.")
     try:
         _run_shapes(full, image_size)
     except Exception as error:  # whatever a forward pass of timm's thousand raises
@@ -260,8 +270,8 @@ def check_size(name: str, image_size: int) -> None:
         if not fitting:
             raise ModelError(f"Model {full} cannot be run: {shorten(error)}.") from error
         raise ModelError(
-            f"Model {full} does not support images of {image_size} pixels. Use "
-            f"{' or '.join(map(str, fitting))} (its default is {default_image_size(full)})."
+            f"Model {full} does not support images of {show_size(image_size)} pixels. Use "
+            f"{' or '.join(map(show_size, fitting))} (its default is {default_image_size(full)})."
         ) from error
 
 
@@ -285,7 +295,7 @@ def has_batch_norm(name: str) -> bool:
 
 
 def create_network(
-    full: str, num_classes: int, image_size: int, activation: str | None = None
+    full: str, num_classes: int, image_size: Size, activation: str | None = None
 ) -> "nn.Module":
     """Build timm's network of a resolved name on torch's default device. Raises ModelError."""
     import timm
@@ -303,16 +313,18 @@ def create_network(
         if layer is not None and "act_layer" in str(error):
             raise ModelError(no_activation) from error
         raise ModelError(
-            f"Model {full} cannot be built for images of {image_size} pixels and {num_classes} classes: "
-            f"{shorten(error)}."
+            f"Model {full} cannot be built for images of {show_size(image_size)} pixels and {num_classes} "
+            f"classes: {shorten(error)}."
         ) from error
     if layer is not None and not any(isinstance(module, layer) for module in network.modules()):
         raise ModelError(no_activation)
     return network
 
 
-def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
+def _check_patches(network: "nn.Module", full: str, image_size: Size) -> None:
     """Raise ModelError if patches do not divide the image, whose border would be ignored silently."""
+    from timm.layers import to_2tuple
+
     embedding = getattr(network, "patch_embed", getattr(network, "stem", None))
     projection: Any = getattr(embedding, "proj", None)
     # Overlapping and padded convolutions reach the border, and timm can pad the image.
@@ -320,25 +332,36 @@ def _check_patches(network: "nn.Module", full: str, image_size: int) -> None:
     if not disjoint or getattr(embedding, "dynamic_img_pad", False):
         return
     side = int(max(projection.stride))
-    if image_size % side:
-        below, above = image_size // side * side, (image_size // side + 1) * side
-        sizes = f"{below} or {above}" if below else f"{above}"
+    if any(length % side for length in to_2tuple(image_size)):
+        below, above = _multiples(image_size, side)
+        sizes = f"{show_size(below)} or {show_size(above)}" if below else show_size(above)
         raise ModelError(
-            f"Model {full} has patches of {side} pixels, which do not divide {image_size}. Use {sizes}."
+            f"Model {full} has patches of {side} pixels, which do not divide {show_size(image_size)}. "
+            f"Use {sizes}."
         )
 
 
-def _run_shapes(full: str, image_size: int) -> None:
+def _multiples(image_size: Size, step: int) -> tuple[Size | None, Size]:
+    """Return the nearest multiples of `step` that are not larger, None if there are none, and not smaller."""
+    if isinstance(image_size, int):
+        return image_size // step * step or None, -(-image_size // step) * step
+    height, width = image_size
+    below, above = (height // step * step, width // step * step), (-(-height // step), -(-width // step))
+    return below if min(below) else None, (above[0] * step, above[1] * step)
+
+
+def _run_shapes(full: str, image_size: Size) -> None:
     import torch
+    from timm.layers import to_2tuple
 
     with torch.device("meta"):
         network = create_network(full, 2, image_size).eval()
     _check_patches(network, full, image_size)
     with torch.no_grad():
-        network(torch.empty(1, 3, image_size, image_size, device="meta"))
+        network(torch.empty(1, 3, *to_2tuple(image_size), device="meta"))
 
 
-def _fits(full: str, image_size: int) -> bool:
+def _fits(full: str, image_size: Size) -> bool:
     try:
         _run_shapes(full, image_size)
     except Exception:  # whatever a forward pass raises, this size is not supported
@@ -346,16 +369,21 @@ def _fits(full: str, image_size: int) -> bool:
     return True
 
 
-def _fitting_sizes(full: str, image_size: int) -> list[int]:
+def _fitting_sizes(full: str, image_size: Size) -> list[Size]:
     """Return the nearest sizes below and above that fit, from a few trials."""
     patch = re.search(r"patch(\d+)", full)
     steps = {32, int(patch[1])} if patch else {32, 14, 16}
     default = default_image_size(full)
+    if not isinstance(image_size, int):
+        sides = zip(*(_multiples(image_size, step) for step in sorted(steps)), strict=True)
+        pairs = [next((pair for pair in side if pair and _fits(full, pair)), None) for side in sides]
+        fitting: list[Size] = [pair for pair in pairs if pair is not None]
+        return fitting or _fitting_sizes(full, max(image_size))
     sizes = range(1, 2 * max(default, image_size))
     candidates = {default, *(size for size in sizes if any(size % step == 0 for step in steps))}
     below = sorted((size for size in candidates if size < image_size), reverse=True)
     above = sorted(size for size in candidates if size > image_size)
-    nearest = []
+    nearest: list[Size | None] = []
     for side in (below, above):
         trials = [*side[:6], *(size for size in side[6:] if size == default)]
         nearest.append(next((size for size in trials if _fits(full, size)), None))

@@ -13,6 +13,7 @@ import torch
 
 from .build import (
     ALIASES,
+    Size,
     create_network,
     default_image_size,
     find_matching,
@@ -241,13 +242,13 @@ class Entry:
     """With the classes of the published weights."""
     gmacs: float | None
     """Billions of multiply-adds for one image; None if they cannot be counted."""
-    image_size: int
+    image_size: Size
     license: str | None
     """License of the published weights."""
     has_weights: bool
 
 
-def describe(name: str, image_size: int | None = None) -> Entry:
+def describe(name: str, image_size: Size | None = None) -> Entry:
     """Count parameters and multiply-adds of a model at `image_size` pixels (its default size if None).
 
     Runs on torch's meta device: shapes only, well under a second. Raises UnknownModel, ModelError.
@@ -266,7 +267,7 @@ def describe(name: str, image_size: int | None = None) -> Entry:
     )
 
 
-def multiply_adds(name: str, image_size: int, classes: int) -> float | None:
+def multiply_adds(name: str, image_size: Size, classes: int) -> float | None:
     """Count billions of multiply-adds for one image; None if they cannot be counted.
 
     Raises UnknownModel, ModelError.
@@ -274,8 +275,9 @@ def multiply_adds(name: str, image_size: int, classes: int) -> float | None:
     return _cost(resolve(name), image_size, classes)[1]
 
 
-def _cost(full: str, image_size: int, classes: int | None = None) -> tuple[int, float | None]:
+def _cost(full: str, image_size: Size, classes: int | None = None) -> tuple[int, float | None]:
     import torch
+    from timm.layers import to_2tuple
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -284,13 +286,13 @@ def _cost(full: str, image_size: int, classes: int | None = None) -> tuple[int, 
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:
-            network(torch.empty(1, 3, image_size, image_size, device="meta"))
+            network(torch.empty(1, 3, *to_2tuple(image_size), device="meta"))
     except Exception:  # the operations of a few networks have no shapes-only form, or they refuse this size
         return parameters, None
     return parameters, counter.get_total_flops() / 2 / 1e9
 
 
-def list_models(pattern: str = "*", image_size: int | None = None) -> dict[str, Entry | str | None]:
+def list_models(pattern: str = "*", image_size: Size | None = None) -> dict[str, Entry | str | None]:
     """Describe the models whose name matches `pattern`.
 
     Returns each name with its description, the reason that it has none, or None if more than `MAX_DESCRIBED`

@@ -37,14 +37,14 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
     Folded weights are computed in float64 and rounded to the network's precision.
 
     Args:
-        example: images [B,3,S,S] of the size that the network is used with; the first one is traced.
+        example: images [B,3,H,W] of the size that the network is used with; the first one is traced.
     """
     folded = copy.deepcopy(network).eval()
     if not any(map(_foldable, folded.modules())):
         return folded
     # In float64 a difference is an error, not rounding. MPS has no float64, so this runs on the CPU.
     image = example[:1].detach().cpu().double()
-    readouts = Readouts(copy.deepcopy(network).eval().cpu(), image_size=image.shape[-1]).double()
+    readouts = Readouts(copy.deepcopy(network).eval().cpu(), image_size=(image.shape[2], image.shape[3])).double()
     precise = readouts.network
     pairs, expected = _trace_pairs(readouts, image)
     weights = {id(tensor): tensor for tensor in (*precise.parameters(), *precise.buffers())}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .build import build
+from .build import Size, build
 from .catalog import fetch_pretrained, has_pretrained, published_labels
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ModelError
@@ -36,7 +36,7 @@ def initialize(
     source: str,
     head: str,
     classes: Sequence[str],
-    image_size: int,
+    image_size: Size,
     seed: int,
     note: Callable[[str], None],
     role: str = "teacher",

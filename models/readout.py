@@ -20,6 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .build import Size, show_size
 from .errors import ModelError
 
 Reads = frozenset[str]
@@ -48,10 +49,10 @@ class Readouts(nn.Module):
 
     Args:
         network: any module; without timm's `forward_features` it has logits only.
-        image_size: pixels of the square input; that of `build` if None.
+        image_size: pixels of the input; those of `build` if None.
     """
 
-    def __init__(self, network: nn.Module, image_size: int | None = None) -> None:
+    def __init__(self, network: nn.Module, image_size: Size | None = None) -> None:
         super().__init__()
         self.network: Any = network  # timm's methods are not part of nn.Module
         built_as = getattr(network, "built_as", None)
@@ -214,7 +215,7 @@ class Readouts(nn.Module):
         return level
 
     @torch.no_grad()
-    def _explore(self, image_size: int) -> Shapes:
+    def _explore(self, image_size: Size) -> Shapes:
         """Determine the family's layout and all shapes by a forward pass of two random images."""
         headless = getattr(getattr(self.network, "built_as", None), "num_classes", None) == 0
         with _evaluating(self.network):
@@ -233,7 +234,7 @@ class Readouts(nn.Module):
                 raise
             except Exception as error:  # whatever a forward pass of timm's thousand raises
                 raise ModelError(
-                    f"Model {self.name} cannot run on images of {image_size} pixels: {error}"
+                    f"Model {self.name} cannot run on images of {show_size(image_size)} pixels: {error}"
                 ) from error
             self.layout = self._find_layout(features)
             reads = {"map"} if self.layout is not None else set()
@@ -328,8 +329,9 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _two_images(network: nn.Module, image_size: int) -> Tensor:
-    noise = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+def _two_images(network: nn.Module, image_size: Size) -> Tensor:
+    size = timm.layers.to_2tuple(image_size)
+    noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(next(network.parameters(), noise))
 
 

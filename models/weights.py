@@ -13,6 +13,9 @@ from .checkpoint import Checkpoint, StateDict
 from .errors import ModelError
 from .keys import Matched, find_prefix, match_keys, remove_wrappers
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in Pillow's gray (ITU-R 601)."""
+
 
 def load_into(
     network: nn.Module,
@@ -71,6 +74,10 @@ def match(network: nn.Module, checkpoint: Checkpoint, *, features_only: bool = F
         return _select_features(weights, target, network) if features_only else weights
 
     matched = match_keys(checkpoint.state_dict, target, _classifier_names(network))
+    expanded = _expand_gray(matched.weights, target)
+    if expanded is not matched.weights:
+        source = "; ".join(filter(None, (matched.source, "gray weights expanded to RGB")))
+        matched = replace(matched, weights=expanded, source=source)
     weights = select(matched.weights)
     if _misfit_keys(weights, target) - _head_keys(network, target):
         converted = _convert(network, checkpoint.state_dict)
@@ -78,6 +85,17 @@ def match(network: nn.Module, checkpoint: Checkpoint, *, features_only: bool = F
             return Matched(select(converted), "names or shapes converted by timm")
     left_out = matched.left_out | (matched.weights.keys() - weights.keys())
     return replace(matched, weights=weights, left_out=left_out)
+
+
+def _expand_gray(weights: StateDict, target: StateDict) -> StateDict:
+    """Expand convolutions of one gray channel to RGB, so that they compute the same of an image's gray."""
+    rgb = {
+        key: value * value.new_tensor(LUMA).view(1, 3, 1, 1)
+        for key, value in weights.items()
+        if value.ndim == 4 and value.shape[1] == 1 and value.is_floating_point()
+        if key in target and target[key].shape == (len(value), 3, *value.shape[2:])
+    }
+    return {**weights, **rgb} if rgb else weights
 
 
 def _refuse_broken(weights: StateDict, target: StateDict, checkpoint: Checkpoint) -> None:
@@ -184,6 +202,7 @@ def _convert(network: nn.Module, raw: StateDict) -> StateDict | None:
     cleaned = remove_wrappers(clean_state_dict(raw), target)
     prefix = find_prefix(cleaned, target)
     stripped = {key[len(prefix) :]: value for key, value in cleaned.items() if key.startswith(prefix)}
+    stripped = _expand_gray(stripped, target)
     head = classifier_weight(network)
     width = getattr(network, "head_hidden_size", None) if head is None else head.shape[1]
     # A head of another width does not fit: a network for its rows could take any memory.

@@ -118,7 +118,7 @@ class Setting:
     def views(self) -> Views:
         """Training views as a run has them: decoded once, on the device."""
         if self.small:
-            canonical = Canonical("square", self.size)
+            canonical = Canonical("fixed", self.size)
             policy = ViewPolicy("pad_crop", side=self.size, crop=self.size, pad=4)
         else:
             canonical, policy = Canonical("short_side", round(1.5 * self.size)), ViewPolicy("resized_crop")

@@ -94,14 +94,14 @@ class OnnxFile:
 def export_onnx(
     network: nn.Module,
     path: str | Path,
-    image_size: int,
+    image_size: runtime.Size,
     *,
     metadata: Mapping[str, str],
     opset: int = OPSET,
     output: str = OUTPUT,
     pixels: runtime.Preprocessing | None = None,
 ) -> OnnxFile:
-    """Write `network` to an ONNX file atomically: input 'input' float32 [batch, 3, S, S] with dynamic batch.
+    """Write `network` to an ONNX file atomically: input 'input' float32 [batch, 3, H, W] with dynamic batch.
 
     The graph computes in evaluation mode and float32. Source paths, stack traces and other traces of the
     machine are removed, and the same network gives the same bytes. `network` is not changed. Raises
@@ -110,7 +110,7 @@ def export_onnx(
     Args:
         metadata: written as the metadata of the model.
         output: name of the output, float32 [batch, classes].
-        pixels: if given, the input is uint8 [batch, S, S, 3], and the file itself normalizes it.
+        pixels: if given, the input is uint8 [batch, H, W, 3], and the file itself normalizes it.
     """
     check_opset(opset)
     path = Path(path)
@@ -178,14 +178,15 @@ def _describe(path: Path, content: bytes, proto: onnx.ModelProto) -> OnnxFile:
     return OnnxFile(path, len(content), sha256, opset, proto.ir_version)
 
 
-def _traced(network: nn.Module, image_size: int, opset: int, output: str) -> onnx_ir.Model:
+def _traced(network: nn.Module, image_size: runtime.Size, opset: int, output: str) -> onnx_ir.Model:
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
     try:
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
         network_copy = merge_branches(network).requires_grad_(False)
         network_copy = network_copy.to(memory_format=torch.contiguous_format)
         # A batch of 1 would be exported as a constant.
-        example = torch.zeros(2, 3, image_size, image_size, device="cpu", dtype=torch.float32)
+        size = runtime.height_width(image_size)
+        example = torch.zeros(2, 3, *size, device="cpu", dtype=torch.float32)
         with _quiet(), torch.no_grad(), torch.autocast("cpu", enabled=False):
             program = torch.onnx.export(
                 network_copy,
@@ -327,8 +328,8 @@ def check_parity(
     so must the difference between batch sizes. Raises ExportError otherwise, or if logits are not finite.
 
     Args:
-        images: preprocessed, float32 [N, 3, S, S].
-        pixels: the same images, uint8 [N, S, S, 3], if the file has a uint8 input.
+        images: preprocessed, float32 [N, 3, H, W].
+        pixels: the same images, uint8 [N, H, W, 3], if the file has a uint8 input.
     """
     if not len(images):
         raise ExportError("The exported file cannot be compared with the network: there are no images.")
@@ -402,7 +403,7 @@ def fold_temperature(
     tied or standardized weights), one more operation after the network divides.
 
     Args:
-        images: to check that the folded network is equal; preprocessed, float32 [N, 3, S, S].
+        images: to check that the folded network is equal; preprocessed, float32 [N, 3, H, W].
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, got {temperature}.")

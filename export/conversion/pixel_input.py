@@ -1,4 +1,4 @@
-"""Files with uint8 input [batch, S, S, 3], whose normalization is part of the first weights at no cost.
+"""Files with uint8 input [batch, H, W, 3], whose normalization is part of the first weights at no cost.
 
 Padding with 0 means the mean color, which is not the same pixel value in all channels. So the input keeps one
 zero point z near the mean, as a quantized tensor has anyway, and the rest of each channel's mean,
@@ -26,8 +26,8 @@ from onnxruntime.quantization import QuantType
 from ..errors import ExportError
 
 INPUT, PLANES, PIXELS = "input", "uint8_planes", "pixels"
-"""Names of a file's input, uint8 [batch, S, S, 3], of its planes, uint8 [batch, 3 or 4, S, S], and of the
-core's input, float32 [batch, 3 or 4, S, S]. The core is the network without the conversion of pixels.
+"""Names of a file's input, uint8 [batch, H, W, 3], of its planes, uint8 [batch, 3 or 4, H, W], and of the
+core's input, float32 [batch, 3 or 4, H, W]. The core is the network without the conversion of pixels.
 """
 
 SCALE = np.float32(1 / 255)
@@ -52,7 +52,7 @@ class Folded:
         return 3 if self.mask is None else 4
 
     def feed(self, pixels: np.ndarray) -> np.ndarray:
-        """Convert pixels, uint8 [B, S, S, 3], to the core's input, float32 [B, 3 or 4, S, S]."""
+        """Convert pixels, uint8 [B, H, W, 3], to the core's input, float32 [B, 3 or 4, H, W]."""
         planes = pixels.transpose(0, 3, 1, 2)
         if self.mask is not None:
             planes = np.pad(planes, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=self.mask)
@@ -96,7 +96,7 @@ class Outside:
     channels = 3
 
     def feed(self, pixels: np.ndarray) -> np.ndarray:
-        """Convert pixels, uint8 [B, S, S, 3], to the core's input, float32 [B, 3, S, S]."""
+        """Convert pixels, uint8 [B, H, W, 3], to the core's input, float32 [B, 3, H, W]."""
         planes = pixels.transpose(0, 3, 1, 2).astype(np.float32)
         factor, shift = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.factor, self.shift))
         return np.ascontiguousarray(planes * factor + shift)
@@ -265,7 +265,7 @@ def _float(values: np.ndarray, name: str) -> TensorProto:
 
 
 def take_pixels(model: ModelProto, mean: Sequence[float], std: Sequence[float]) -> Front:
-    """Replace the normalized float32 input [batch, 3, S, S] of `model` by uint8 pixels, in place."""
+    """Replace the normalized float32 input [batch, 3, H, W] of `model` by uint8 pixels, in place."""
     front: Front | None = fold_normalization(model, mean, std)
     if front is None:
         _rename_input(model)
@@ -349,7 +349,7 @@ def split(model: ModelProto) -> Front:
 
 
 def attach(core: ModelProto, front: Front) -> None:
-    """Insert `front` before a float or quantized core, in place; the input becomes uint8 [batch, S, S, 3].
+    """Insert `front` before a float or quantized core, in place; the input becomes uint8 [batch, H, W, 3].
 
     If the core quantizes its input to the pixels' own values (`Folded.overrides`), it reads them directly,
     without a conversion to float.

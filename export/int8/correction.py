@@ -59,7 +59,7 @@ def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
     """Return a graph that computes the same with equalized channels, to be calibrated again.
 
     None if there is no pair of layers, or if the output changes by more than `TOLERANCE` on the calibration
-    images, float32 [n,3,S,S].
+    images, float32 [n,3,H,W].
     """
     pairs = layer_pairs(prepared.model)
     if not pairs:
@@ -238,7 +238,7 @@ def correct_biases(prepared: Prepared, network: FakeQuantized, images: np.ndarra
     """Return the float graph with biases corrected for the mean error of each layer, for the same ranges.
 
     Layers that share a bias are not corrected. `network` is the graph's quantized form. As many calibration
-    images, float32 [n,3,S,S], are used as fit in `MAX_ACTIVATION_BYTES`.
+    images, float32 [n,3,H,W], are used as fit in `MAX_ACTIVATION_BYTES`.
     """
     exact = GraphNetwork(prepared.model).eval()
     used = images[: _max_images(exact, images)]
@@ -328,7 +328,7 @@ class Source:
 def measure_sensitivity(prepared: Prepared, network: FakeQuantized, images: np.ndarray) -> list[Source]:
     """Return all roundings of the quantized graph, the worst first; equal ones in the order of the graph.
 
-    `network` is the quantized form of the prepared graph, `images` are float32 [n,3,S,S].
+    `network` is the quantized form of the prepared graph, `images` are float32 [n,3,H,W].
     """
     x = torch.from_numpy(images)
     with network.rounding(frozenset()):

@@ -88,7 +88,7 @@ CHUNK = 8
 """Images per run: histograms hold all activations of a chunk in memory."""
 
 Batches = Callable[[], Iterable[np.ndarray]] | Sequence[np.ndarray]
-"""Preprocessed images, float32 [b, 3, S, S] each."""
+"""Preprocessed images, float32 [b, 3, H, W] each."""
 
 
 def calibrate_ranges(
@@ -245,7 +245,7 @@ def quantize_int8(
     Raises ExportError.
 
     Args:
-        calibration: batches of preprocessed images, float32 [b, 3, S, S], or uint8 [b, S, S, 3] for a file
+        calibration: batches of preprocessed images, float32 [b, 3, H, W], or uint8 [b, H, W, 3] for a file
             with uint8 input.
         target_name: this machine's if None.
         rules: rewrite rules to apply first; None for those that make the network faster.

@@ -233,7 +233,7 @@ class GraphNetwork(nn.Module):
         return weight
 
     def forward(self, x: Tensor, wanted: Iterable[str] = ()) -> Values:
-        """Return the graph's output and the tensors in `wanted`, by name, for inputs [B,3,S,S]."""
+        """Return the graph's output and the tensors in `wanted`, by name, for inputs [B,3,H,W]."""
         kept = {self.output, *wanted}
         values: Values = {self.input: x}
         for _ in self.compute_steps(values, kept):

@@ -168,7 +168,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model file to time, and its inputs, float32 [n, 3, S, S] or uint8 [n, S, S, 3].
+    """A model file to time, and its inputs, float32 [n, 3, H, W] or uint8 [n, H, W, 3].
 
     `command` starts a worker for another runtime than ONNX Runtime.
     """
@@ -246,7 +246,7 @@ def bench(
     for subject in subjects:
         if subject.inputs.ndim != 4 or not len(subject.inputs):
             raise ExportError(
-                f"{subject.name} requires inputs [n, 3, S, S], got {list(subject.inputs.shape)}"
+                f"{subject.name} requires inputs [n, 3, H, W], got {list(subject.inputs.shape)}"
             )
     counts = list(dict.fromkeys(threads))
     machine = environment()

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 Request = dict[str, Any]
 
 Run = Callable[["np.ndarray"], object]
-"""Runs one batch, float32 [B, 3, S, S] or uint8 [B, S, S, 3]."""
+"""Runs one batch, float32 [B, 3, H, W] or uint8 [B, H, W, 3]."""
 
 Load = Callable[[str, int, tuple[int, ...]], Run]
-"""Loads a model file for a number of threads and an input shape, [B, 3, S, S] or [B, S, S, 3]."""
+"""Loads a model file for a number of threads and an input shape, [B, 3, H, W] or [B, H, W, 3]."""
 
 Block = Callable[[Request], Sequence[float]]
 """Times a block of runs, milliseconds."""

@@ -11,7 +11,7 @@ import numpy as np
 from ...export.errors import ExportError
 from ...export.files import temporary_folder
 from ...export.latency.machine import check_runtime
-from ...export.runtime import ArtifactError, Classifier, default_threads
+from ...export.runtime import ArtifactError, Classifier, Size, default_threads
 from ..config.limits import MAX_INTEGER, MAX_THREADS
 from ..errors import UsageError
 from ..evaluation import latency
@@ -43,7 +43,7 @@ def bench(
     seed: int = 0,
     runtimes: Sequence[str] = ("onnxruntime",),
     images: Sequence[str | Path] = (),
-    image_size: int | None = None,
+    image_size: Size | None = None,
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> Bench:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from ...models.build import show_size
 from ..config.stages import ROUND, get_kind
 from ..errors import UsageError
 from ..evaluation.comparison import SIGNIFICANT, compare_unpaired, frontier, holm, mcnemar
@@ -376,6 +377,7 @@ def _row(run: ComparedRun, group: Group) -> dict[str, object]:
     difference = next((d for d in group.accuracies if d.run == run.name), None)
     columns = ("method", "teacher", "student", "image_size", "parameters")
     row: dict[str, object] = {"run": run.name, **{name: getattr(run, name) for name in columns}}
+    row["image_size"] = show_size(run.image_size)
     for kind, file in (("int8", run.int8), ("fp32", run.fp32), ("teacher", run.teacher_file)):
         score, speedup = (file.score, file.speedup) if file is not None else (None, None)
         row |= {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ...export.conversion.onnx_export import MAX_EMBEDDED_BYTES, check_opset
 from ...export.errors import ExportError
-from ...export.runtime import detect_target
-from ...models.build import check_activation, check_size, default_image_size, has_batch_norm, geometry
+from ...export.runtime import Size, detect_target, height_width, make_size
+from ...models.build import check_activation, check_size, default_image_size, has_batch_norm, show_size
 from ...models.build import resolve as resolve_name
 from ...models.catalog import has_pretrained
 from ...models.checkpoint import read_checkpoint
@@ -18,6 +18,7 @@ from ...models.errors import ModelError
 from ...models.initialize import normalize_label
 from .. import methods
 from ..config import defaults
+from ..config.network import NetworkSpec
 from ..config.options import Options, get_flag
 from ..data.dataset import ImageSet
 from ..data.decode import sample_sizes
@@ -118,12 +119,8 @@ def _check_networks(chosen: Options) -> None:
     _check_labels(chosen)
     if chosen.image_size is None:
         chosen.image_size = default_size(chosen.data, chosen.student)
-    if chosen.student_size is not None and chosen.student_size > chosen.image_size:
-        raise UsageError(
-            f"--student-size {chosen.student_size} is larger than the teacher's --image-size "
-            f"{chosen.image_size}. The student sees the teacher's crops scaled down: use a smaller one, or a "
-            "larger --image-size."
-        )
+    if chosen.student_size is not None:
+        check_student_size("--student-size", chosen.student_size, chosen.image_size)
     if chosen.student_size == chosen.image_size:
         chosen.student_size = None  # the same run as without the option
     for name in chosen.teacher:
@@ -138,6 +135,23 @@ def _check_networks(chosen: Options) -> None:
 def default_size(data: str, student: str) -> int:
     """Return the default side of the networks' input in pixels."""
     return 64 if data == DIGITS else default_image_size(student)
+
+
+def check_student_size(option: str, size: Size, image_size: Size) -> None:
+    """Raise UsageError unless a student can see the teacher's crops scaled down to ``size``."""
+    (height, width), (tall, wide) = height_width(size), height_width(image_size)
+    problem = f"{option} {show_size(size)} is larger than the teacher's --image-size {show_size(image_size)}"
+    if height > tall or width > wide:
+        raise UsageError(
+            f"{problem}. The student sees the teacher's crops scaled down: use a smaller one, or a larger "
+            "--image-size."
+        )
+    if max(height * wide, width * tall) > MAX_STRETCH * min(height * wide, width * tall):
+        fitting = make_size(height, round(height * wide / tall))
+        raise UsageError(
+            f"{problem.replace('is larger than', 'has another shape than')}. The student sees the teacher's "
+            f"crops scaled down: use {show_size(fitting)}, or another --image-size."
+        )
 
 
 def _resolve_weights(source: str, data: str) -> str:
@@ -264,6 +278,7 @@ def _warmup(prefix: str, warmup_epochs: float | None, epochs: int, recipe: str |
 
 def _choose_views(chosen: Options, data: ImageSet) -> None:
     assert chosen.image_size is not None
+    side = min(height_width(chosen.image_size))
     if chosen.crop is None:
         short_sides = [min(size) for size in sample_sizes(data.train)]
         is_small = bool(short_sides) and round(statistics.median(short_sides)) <= defaults.SMALL_IMAGES
@@ -275,11 +290,11 @@ def _choose_views(chosen: Options, data: ImageSet) -> None:
         chosen.crop_scale = 0.25 if chosen.crop_scale is None else chosen.crop_scale
     elif chosen.crop == "pad":
         if chosen.pad is None:
-            resized = int(chosen.image_size / geometry(chosen.student, chosen.image_size).crop_fraction)
-            chosen.pad = defaults.compute_pad(chosen.image_size, resized)
+            spec = NetworkSpec(chosen.student, chosen.image_size, 0, "", resize=chosen.resize)
+            chosen.pad = defaults.compute_pad(side, min(height_width(spec.preprocessing.resize)))
         chosen.pad_mode = chosen.pad_mode or "zeros"
-        if chosen.pad >= chosen.image_size:
-            raise UsageError(f"--pad {chosen.pad} must be smaller than the image size {chosen.image_size}.")
+        if chosen.pad >= side:
+            raise UsageError(f"--pad {chosen.pad} must be smaller than the image size {side}.")
     if chosen.flip is None:
         chosen.flip = chosen.data != DIGITS
     chosen.color_jitter = chosen.color_jitter or 0.0

@@ -1,5 +1,6 @@
 """`compress run` and `compress export`: check the options, then run or estimate the missing stages."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...export.runtime import allowed_cores
+from ...export.runtime import allowed_cores, height_width
+from ...models.build import show_size
 from ...models.catalog import Entry, describe
 from ..config.options import Options, get_flag, get_group, get_stage
 from ..config.stages import ROUND, get_kind
@@ -222,6 +224,9 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
     started = time.perf_counter()
     stage, folder, ranks = context.stage, context.folder, context.ranks
     context.display.warnings.clear()
+    facts = folder.facts()
+    if get_kind(stage) != "teacher":
+        data.left_out = frozenset(name for name, _ in facts["data"].get("skipped", ()))
     if ranks.is_main or get_kind(stage) in TRAINING:
         result = load_stage(stage)(context, data, facts)
     if ranks.is_main:
@@ -234,9 +239,6 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
 
 
 def _select_repeatable(options: Options) -> dict[str, Any]:
-    facts = folder.facts()
-    if get_kind(stage) != "teacher":
-        data.left_out = frozenset(name for name, _ in facts["data"].get("skipped", ()))
     """Return the options for config.yaml: those that describe the job, not its output or execution."""
     excluded = {"out", "config"} | {name for name in Options.model_fields if get_group(name) == "Execution"}
     return options.model_dump(mode="json", exclude=excluded - {"precision"})
@@ -284,7 +286,7 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
     student = describe(options.student, student_size)
     lines = [
         f"{data.name}: {len(data.classes)} classes{task_of(data).labels_note}; {train} train, "
-        f"{len(data.val)} val, {len(data.test)} test images, at {size} px",
+        f"{len(data.val)} val, {len(data.test)} test images, at {show_size(size)} px",
     ]
     macs = 0.0
     for teacher, weights, head in zip(teachers, options.teacher_weights, options.teacher_head, strict=True):
@@ -302,14 +304,14 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         assert options.qat_epochs
         macs += (STEP * own + distilling) * train * options.qat_epochs
     lines.append(
-        f"student {_describe_size(student)} at {student_size} px, {options.epochs} epochs with method "
-        f"{options.method}"
+        f"student {_describe_size(student)} at {show_size(student_size)} px, {options.epochs} epochs with "
+        f"method {options.method}"
         + (f", {options.rounds} rounds" if options.rounds > 1 else "")
         + (f", and {options.qat_epochs} epochs with fake quantization" if options.qat else "")
     )
     seconds = macs / (EFFICIENCY * measure_convolution(device))
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
-    disk = WEIGHT_COPIES * weight_bytes + train * 3 * (2 * size) ** 2
+    disk = WEIGHT_COPIES * weight_bytes + train * 3 * 4 * math.prod(height_width(size))
     lines.append(
         f"about {_format_duration(seconds / 60)} or longer on {device}, about {disk / 1e9:.1f} GB of disk"
     )

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...models.build import check_size
+from ...export.runtime import height_width
+from ...models.build import check_size, show_size
 from ...models.build import resolve as resolve_name
-from ..config.options import get_flag
+from ..config.options import get_flag, parse_size
 from ..errors import UsageError
 from ..evaluation.results import Comparison
 from ..runs import process
@@ -21,21 +22,20 @@ from ..runs.folder import read_config
 from ..runs.record import RECORD
 from .compare import TEACHER, compare
 from .options import read_options
-from .resolve import default_size, resolve
+from .resolve import check_student_size, default_size, resolve
 from .run import compress
 
 SINGLE_RUN_OPTIONS = ("student_size", "until", "dry_run")
-MIN_SIZE = 8
 
 
-def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **options: Any) -> Comparison:
+def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[Any] = (), **options: Any) -> Comparison:
     """Run ``compress`` for each student and size, and compare the runs.
 
     The same call again runs only what is missing.
 
     Args:
         students: timm names; the option ``student`` by default.
-        student_sizes: sides of the students' input in pixels; the teacher's image size by default.
+        student_sizes: sizes of the students' input, as ``student_size``; the teacher's by default.
         options: options of ``compress``. ``out`` is the folder of the run folders.
 
     Returns:
@@ -55,19 +55,17 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
         options["student"] = students[0]
     given = read_options(options)
     students = list(dict.fromkeys(students)) or [given.student]
-    sizes = sorted(set(student_sizes), reverse=True)
+    try:
+        sizes = sorted({parse_size(size) for size in student_sizes}, key=height_width, reverse=True)
+    except ValueError as error:
+        raise UsageError(f"--student-sizes {error}, got {','.join(map(str, student_sizes))}.") from error
     for student in students:
         resolve_name(student)
     if given.image_size is None:
-        given.image_size = max([*sizes, *(default_size(given.data, student) for student in students)])
-    if sizes and sizes[-1] < MIN_SIZE:
-        raise UsageError(f"--student-sizes must be at least {MIN_SIZE}, got {sizes[-1]}.")
+        defaults = (default_size(given.data, student) for student in students)
+        given.image_size = max([*sizes, *defaults], key=height_width)
     for size in sizes:
-        if size > given.image_size:
-            raise UsageError(
-                f"--student-sizes {size} is larger than the teacher's --image-size {given.image_size}. "
-                "Students see the teacher's crops scaled down."
-            )
+        check_student_size("--student-sizes", size, given.image_size)
         for student in students:
             check_size(student, size)
     chosen, images = resolve(given)
@@ -97,7 +95,7 @@ def sweep(*, students: Sequence[str] = (), student_sizes: Sequence[int] = (), **
     folders = []
     for student in students:
         for student_size in sizes or (None,):
-            suffix = "" if student_size is None else f"-{student_size}"
+            suffix = "" if student_size is None else f"-{show_size(student_size)}"
             folders.append(student.replace("/", "-") + suffix)
             run(folders[-1], student=student, student_size=student_size, **finished_teacher)
     return compare([out / folder for folder in folders], out=out / "comparison")

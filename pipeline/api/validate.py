@@ -83,7 +83,7 @@ def run_models(images: ValidationImages, models: Sequence[Model], progress: Prog
             readable.append(image)
             pending.append(rendered)
         if pending and (len(pending) == BATCH or done == len(images.images)):
-            batch = [np.stack(column) for column in zip(*pending, strict=True)]  # uint8 [B,S,S,3] by format
+            batch = [np.stack(column) for column in zip(*pending, strict=True)]  # uint8 [B,H,W,3] by format
             for part, model in zip(parts, models, strict=True):
                 pixels = batch[formats.index(model.preprocessing)]
                 logits = [classifier.predict_logits(pixels) for classifier in model.classifiers]

@@ -15,7 +15,7 @@ from ..config.options import get_group
 from ..errors import UsageError
 from ..runs import process
 from .main import exit_on_error, fail
-from .options import GroupedCommand, run_options, select_given
+from .options import GroupedCommand, SizeType, run_options, select_given
 
 PATH = click.Path(path_type=Path)
 
@@ -62,7 +62,7 @@ run.params += run_options()
 @click.option(
     "--student-sizes",
     metavar="S,S,…",
-    help="sides of the students' input in pixels, such as 64,96,128 [default: --image-size]",
+    help="sizes of the students' input in pixels, such as 64,96,128 or 64x24,96x36 [default: --image-size]",
 )
 def sweep(students: str | None, student_sizes: str | None, **options: Any) -> None:
     """Distill several students, or one at several image sizes, from one teacher.
@@ -76,7 +76,7 @@ def sweep(students: str | None, student_sizes: str | None, **options: Any) -> No
     comparison = exit_on_error(
         lambda: sweep(
             students=[name.strip() for name in students.split(",")] if students else [],
-            student_sizes=_parse_integers("--student-sizes", student_sizes, "64,96,128"),
+            student_sizes=student_sizes.split(",") if student_sizes else [],
             **select_given(options),
         ),
         resumable=True,
@@ -194,7 +194,7 @@ def validate(artifacts: tuple[Path, ...], as_json: bool, **options: Any) -> None
     type=PATH,
     help="image files or folders; can be repeated [default: the run's data, or synthetic images]",
 )
-@click.option("--image-size", type=click.IntRange(1), help="side of the input of files with a dynamic size")
+@click.option("--image-size", type=SizeType(), help="size of the input of files with a dynamic one")
 @click.option(
     "--out", type=PATH, help="output folder [default: bench/ in a single run folder, or bench-results/]"
 )
@@ -285,10 +285,8 @@ def report(folder: Path | None, out: Path | None, schema: bool, as_json: bool, q
 
 @click.command()
 @click.argument("pattern", default="*")
-@click.option(
-    "--image-size", type=click.IntRange(8), help="side of the input for GMACs [default: the model's]"
-)
-def models(pattern: str, image_size: int | None) -> None:
+@click.option("--image-size", type=SizeType(), help="size of the input for GMACs [default: the model's]")
+def models(pattern: str, image_size: Any) -> None:
     """List networks with parameters, GMACs and the license of their weights.
 
     PATTERN is a name, with or without wildcards, such as 'mobilenet*'.

@@ -9,7 +9,19 @@ import click
 
 from .. import methods
 from ..config import defaults
-from ..config.options import GROUPS, Options, get_flag, get_group
+from ..config.options import GROUPS, Options, get_flag, get_group, parse_size
+
+
+class SizeType(click.ParamType):
+    """Pixels of a side, or of height and width."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(f"{value!r}: it {error}.", param, ctx)
 
 
 class GroupedCommand(click.Command):
@@ -64,8 +76,8 @@ def make_option(name: str, annotation: Any, default: Any, help: str) -> click.Op
         return click.Option([names, name], is_flag=True, **settings)
     if isinstance(default, str | int | float):
         settings["help"] = f"{help} [default: {default}]"
-    if name == "milestones":
-        return click.Option([get_flag(name), name], metavar="E,E,…", **settings)
+    if name in METAVARS:
+        return click.Option([get_flag(name), name], metavar=METAVARS[name], **settings)
     container, parts = get_origin(kind), get_args(kind)
     if container is Literal:
         settings["type"] = click.Choice(parts)
@@ -91,6 +103,9 @@ def _complete_recipe(_context: click.Context, _option: click.Parameter, incomple
 
     return [name for name in recipes.list_recipes() if name.startswith(incomplete)]
 
+
+METAVARS = {"milestones": "E,E,…", "image_size": "SIZE", "student_size": "SIZE"}
+"""Placeholders of values with another form than their type."""
 
 COMPLETIONS = {"method": _complete_method, "recipe": _complete_recipe}
 """Functions that complete an option's value in a shell."""

@@ -1,9 +1,12 @@
 """The networks of a run by name and size, without their weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...export.runtime import Preprocessing
+from ...export.runtime import Preprocessing, Size
 from ...models.build import Geometry, geometry
+
+CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}
+"""Values of ``--resize`` and timm's names of them."""
 
 
 @dataclass(frozen=True)
@@ -12,18 +15,25 @@ class NetworkSpec:
 
     name: str
     """timm's full name."""
-    image_size: int
-    """Side of the input in pixels."""
+    image_size: Size
+    """Pixels of the input."""
     classes: int
     """Number of logits; 0 without a head."""
     file: str
     """Weights file in the run folder."""
     activation: str | None = None
     """Activation that replaces the network's own."""
+    resize: str | None = None
+    """Value of ``--resize``: how images get the input's shape; as published if None."""
 
     @property
     def geometry(self) -> Geometry:
-        return geometry(self.name, self.image_size)
+        g = geometry(self.name, self.image_size)
+        if self.resize is None:
+            return g
+        # The whole picture is shown, unless it is cropped.
+        fraction = g.crop_fraction if self.resize == "crop" else 1.0
+        return replace(g, crop_mode=CROP_MODES[self.resize], crop_fraction=fraction)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -3,6 +3,7 @@
 The command line, ``config.yaml``, the Python API and docs/command-line.md are made from this list.
 """
 
+import operator
 import re
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,30 @@ def parse_time(value: Any) -> Any:
     return sum(float(number) * TIME_UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", value))
 
 
+MIN_SIDE, MAX_SIDE = 8, 4096
+"""Pixels of a network's input."""
+
+
+def parse_size(value: Any) -> Any:
+    """Return (height, width) of ``96,36`` or ``96x36``, and the side of a square, such as ``224``.
+
+    Raises:
+        ValueError: the value is not a size.
+    """
+    parts = re.split(r"\s*[,x×]\s*", value.strip()) if isinstance(value, str) else value
+    try:
+        parts = parts if isinstance(parts, list | tuple) else [parts]
+        sides = [int(side) if isinstance(side, str) else operator.index(side) for side in parts]
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ValueError("must be pixels of a side, such as 224, or of height and width, such as 96x36")
+    if not MIN_SIDE <= min(sides) <= max(sides) <= MAX_SIDE:
+        raise ValueError(f"must be {MIN_SIDE} to {MAX_SIDE} pixels")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
+ImageSize = Annotated[int | tuple[int, int], BeforeValidator(parse_size)]
 Time = Annotated[float, BeforeValidator(parse_time), Field(gt=0, le=1e9)]
 Names = Annotated[list[str], BeforeValidator(_to_list)]
 Settings = Annotated[dict[str, Any], BeforeValidator(parse_pairs)]
@@ -225,14 +250,15 @@ class Options(BaseModel):
     )
     seed: int = training_option("seed of weights, order and augmentation", 0, ge=0)
 
-    image_size: int | None = image_option(
-        "side of the input in pixels [default: the student's; digits: 64]", ge=8, le=4096
+    image_size: ImageSize | None = image_option(
+        "pixels of the input: of its side, such as 224, or height,width, such as 96,36 [default: the student's; digits: 64]"
     )
-    student_size: int | None = image_option(
-        "side of the student's input if it is smaller; it sees the teacher's crops scaled down [default: --image-size]",
+    student_size: ImageSize | None = image_option(
+        "size of the student's input if it is smaller; it sees the teacher's crops scaled down [default: --image-size]",
         enters="prepare",
-        ge=8,
-        le=4096,
+    )
+    resize: Literal["crop", "squash", "pad"] | None = image_option(
+        "shape of images with another aspect ratio than the input's: crop (the center), squash (stretch) or pad (add a border) [default: as the network was trained, mostly crop]"
     )
     val_fraction: float | None = image_option(
         "fraction of the training images used for validation if the data has no val/ [default: 0.1]",
@@ -258,7 +284,7 @@ class Options(BaseModel):
         enters="export",
     )
     input: Literal["float", "uint8"] = export_option(
-        "input of the exported files: float (normalized), or uint8 (pixels [batch, S, S, 3]; normalization is folded into the first convolution)",
+        "input of the exported files: float (normalized), or uint8 (pixels [batch, H, W, 3]; normalization is folded into the first convolution)",
         "float",
         enters="export",
     )

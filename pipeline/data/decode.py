@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,20 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import numpy as np
 import PIL
 import torch
+from PIL import ExifTags
 from PIL import Image as PillowImage
 from torch import Tensor
 
 from ...export import runtime
-from ...export.runtime import Preprocessing, allowed_cores, render, suppress_pillow_warnings
+from ...export.runtime import (
+    Preprocessing,
+    Size,
+    allowed_cores,
+    height_width,
+    render,
+    resized_size,
+    suppress_pillow_warnings,
+)
 from ..errors import JobError, is_system_fault
 from ..runs.cache import Cache
 from ..runs.hashes import digest, sha256
@@ -45,25 +55,26 @@ MAX_UNREADABLE_FRACTION = 0.01
 class Canonical:
     """The form in which a training image is kept: uint8 RGB, EXIF and color mode applied by the runtime.
 
-    - ``square``, for small images (pad-and-crop): the short side is resized to ``side`` and the central
-      ``side`` × ``side`` is cropped, both as ``runtime.render`` does for a test image.
+    - ``fixed``, for small images (pad-and-crop) and those that are not cropped: ``side`` pixels, as
+      ``runtime.render`` does for a test image by ``crop_mode``; a border has the color ``mean``.
     - ``short_side``, for photos (random-resized-crop): center-cropped to an aspect of at most 4:1, then
-      reduced so that the short side is at most ``side``; never enlarged, the aspect kept to a pixel.
+      reduced so that it still covers ``side``; never enlarged, the aspect kept to a pixel.
 
-    ``side`` is in pixels; ``filter`` is one of Pillow's, antialiased: 'bilinear', 'bicubic', 'lanczos'.
+    ``filter`` is one of Pillow's, antialiased: 'bilinear', 'bicubic', 'lanczos'.
     """
 
-    kind: Literal["square", "short_side"]
-    side: int
+    kind: Literal["fixed", "short_side"]
+    side: Size
     filter: str = "bicubic"
+    crop_mode: str = "center"
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def convert(self, image: np.ndarray) -> np.ndarray:
         """Return an image, uint8 [H, W, 3], in this form."""
-        if self.kind == "square":
-            preprocessing = Preprocessing.create(self.side, crop_fraction=1.0, interpolation=self.filter)
-            return render(image, preprocessing)
+        if self.kind == "fixed":
+            return render(image, Preprocessing.create(self.side, 1.0, self.filter, self.crop_mode, self.mean))
         height, width = image.shape[:2]
-        tall, wide = _limit_aspect(height, width)
+        tall, wide = self._limit_aspect(height, width)
         top, left = (height - tall) // 2, (width - wide) // 2
         image = np.ascontiguousarray(image[top : top + tall, left : left + wide])
         height, width = self.size(height, width)
@@ -74,19 +85,20 @@ class Canonical:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width in this form of an image of ``height`` × ``width`` pixels."""
-        if self.kind == "square":
-            return self.side, self.side
-        tall, wide = _limit_aspect(height, width)
-        short = min(tall, wide)
-        if short <= self.side:
+        down, across = height_width(self.side)
+        if self.kind == "fixed":
+            return down, across
+        tall, wide = self._limit_aspect(height, width)
+        # The side that is shorter in proportion.
+        target, short = (down, tall) if tall * across <= wide * down else (across, wide)
+        if short <= target:
             return tall, wide
-        return max(self.side, round(tall * self.side / short)), max(
-            self.side, round(wide * self.side / short)
-        )
+        return max(down, round(tall * target / short)), max(across, round(wide * target / short))
 
-
-def _limit_aspect(height: int, width: int) -> tuple[int, int]:
-    return min(height, MAX_ASPECT * width), min(width, MAX_ASPECT * height)
+    def _limit_aspect(self, height: int, width: int) -> tuple[int, int]:
+        down, across = height_width(self.side)
+        tallest = MAX_ASPECT * width * max(down, across) // across
+        return min(height, tallest), min(width, MAX_ASPECT * height * max(down, across) // down)
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ def render_images(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> DecodedImages:
-    """Render images from their files as the shipped runtime does, all of them S × S pixels."""
+    """Render images from their files as the shipped runtime does, all of one size."""
     key = _key(images, {"rendered": asdict(preprocessing)})
     return _decode_once(images, lambda image: render(image, preprocessing), key, cache, progress)
 
@@ -309,19 +321,30 @@ def sample_sizes(images: Sequence[Image]) -> list[tuple[int, int]]:
     return [size for size in sizes if size is not None]
 
 
+def shown_fractions(sizes: Sequence[tuple[int, int]], preprocessing: Preprocessing) -> list[float]:
+    """Return the fraction of each image, of (height, width), that a network's input shows."""
+    resized = (resized_size(height, width, preprocessing) for height, width in sizes)
+    input_size = height_width(preprocessing.size)
+    return [math.prod(map(min, size, input_size)) / math.prod(size) for size in resized]
+
+
 def _read_size(image: Image) -> tuple[int, int] | None:
     try:
         content = image.read()
         if not isinstance(content, bytes):
             return content.shape[0], content.shape[1]
         with suppress_pillow_warnings(), PillowImage.open(io.BytesIO(content)) as header:
-            return header.height, header.width
+            is_turned = (
+                header.format in ("JPEG", "MPO") and header.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            )
+            return (header.width, header.height) if is_turned else (header.height, header.width)
     except Exception:  # a damaged file makes Pillow raise almost anything; decoding reports it
         return None
 
 
 def encode_thumbnail(image: np.ndarray, side: int) -> str:
-    """Return an image uint8 [H, W, 3], resized to ``side`` × ``side`` pixels, as a base64-encoded PNG."""
+    """Return an image uint8 [H, W, 3], its longer side resized to ``side``, as a base64-encoded PNG."""
     picture, buffer = PillowImage.fromarray(np.ascontiguousarray(image)), io.BytesIO()
-    picture.resize((side, side), PillowImage.Resampling.LANCZOS).save(buffer, "PNG", optimize=True)
+    width, height = (max(1, round(length * side / max(picture.size))) for length in picture.size)
+    picture.resize((width, height), PillowImage.Resampling.LANCZOS).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ...export.runtime import Size, height_width
 from .views import ViewPolicy, draw_color_factors, draw_crops
 
 T = TypeVar("T", bound=Iterable[Tensor])
@@ -103,11 +104,11 @@ def render_views(
     indices: Tensor,
     box: Tensor,
     flips: Tensor,
-    size: int,
+    size: Size,
     policy: ViewPolicy,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return crops at ``size`` × ``size`` pixels: uint8 [B, 3, S, S] on ``device``, channels last.
+    """Return crops at ``size`` pixels: uint8 [B, 3, H, W] on ``device``, channels last.
 
     ``indices`` (int64 [B]), ``box`` (int32 [B, 4]) and ``flips`` (bool [B]) from ``views.draw_crops`` are on
     the host; ``pixels`` may be there or on ``device``. The host never waits for the device.
@@ -120,10 +121,9 @@ def render_views(
         if size == policy.crop:
             return views.permute(0, 3, 1, 2)
         # Already cropped and mirrored; resize the whole.
-        count = len(indices)
-        side = torch.full((count,), policy.crop)
-        pixels = Pixels(views.reshape(-1, 3), torch.arange(count) * policy.crop**2, side, side)
-        box = torch.tensor([0, 0, policy.crop, policy.crop]).expand(count, 4)
+        count, (height, width) = len(indices), height_width(policy.crop)
+        pixels = pack_pixels(views.reshape(-1, 3), torch.tensor([[height, width]]).repeat(count, 1))
+        box = torch.tensor([0, 0, height, width]).expand(count, 4)
         indices, flips = torch.arange(count), torch.zeros(count, dtype=torch.bool)
     if device.type == "cpu":
         return _resize_each(pixels, indices, box, flips, size)
@@ -160,18 +160,18 @@ def _copy_columns(device: torch.device, *columns: Tensor) -> Sequence[Tensor]:
 def _gather_padded_crops(
     pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, policy: ViewPolicy
 ) -> Tensor:
-    """Return crops of the padded images by gathering whole pixels: uint8 [B, S, S, 3]."""
-    device, side = pixels.data.device, policy.side
+    """Return crops of the padded images by gathering whole pixels: uint8 [B, H, W, 3]."""
+    device, (height, width) = pixels.data.device, height_width(policy.side)
     starts, top, left, mirrored = (
         x[:, None] for x in _copy_columns(device, pixels.offsets[indices], box[:, 0], box[:, 1], flips)
     )
-    steps = torch.arange(policy.crop, device=device)
-    rows = top + steps
-    columns = left + torch.where(mirrored.bool(), steps.flip(0), steps)
-    first = starts + _source_position(rows, side, policy) * side
-    views = pixels.data[first[:, :, None] + _source_position(columns, side, policy)[:, None, :]]
+    down, across = (torch.arange(length, device=device) for length in height_width(policy.crop))
+    rows = top + down
+    columns = left + torch.where(mirrored.bool(), across.flip(0), across)
+    first = starts + _source_position(rows, height, policy) * width
+    views = pixels.data[first[:, :, None] + _source_position(columns, width, policy)[:, None, :]]
     if policy.mode == "zeros" and policy.pad:
-        inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
         views *= inside[..., None]
     return views
 
@@ -184,23 +184,25 @@ def _source_position(position: Tensor, side: int, policy: ViewPolicy) -> Tensor:
     return position.clamp(0, side - 1)
 
 
-def _resize_each(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
-    views = torch.empty(len(indices), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+def _resize_each(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: Size) -> Tensor:
+    shape = height_width(size)
+    views = torch.empty(len(indices), *shape, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for view, index, (top, left, height, width), flip in zip(
         views, indices.tolist(), box.tolist(), flips.tolist(), strict=True
     ):
         crop = pixels.image(index)[top : top + height, left : left + width].permute(2, 0, 1)[None]
-        resized = interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+        resized = interpolate(crop, shape, mode="bilinear", antialias=True)[0]
         view.copy_(resized.flip(-1) if flip else resized)
     return views
 
 
-def resize_batched(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Return crops uint8 [B, 3, S, S] on the pixels' device, resized by two batched matrix products.
+def resize_batched(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, size: Size) -> Tensor:
+    """Return crops uint8 [B, 3, H, W] on the pixels' device, resized by two batched matrix products.
 
     Works in chunks of at most ``MAX_BATCH_PIXELS``.
     """
-    views = torch.empty(len(indices), size, size, 3, dtype=torch.uint8, device=pixels.data.device)
+    shape = height_width(size)
+    views = torch.empty(len(indices), *shape, 3, dtype=torch.uint8, device=pixels.data.device)
     # Maxima are computed on the host, so that it does not wait for the device.
     max_height, max_width = (int(length.max()) if len(length) else 1 for length in (box[:, 2], box[:, 3]))
     chunk = max(1, MAX_BATCH_PIXELS // (max_height * max_width))
@@ -210,13 +212,13 @@ def resize_batched(pixels: Pixels, indices: Tensor, box: Tensor, flips: Tensor, 
         stride = pixels.widths[indices[rows]]
         first = pixels.offsets[indices[rows]] + top * stride + left
         geometry = _copy_columns(pixels.data.device, first, stride, height, width, flips[rows])
-        resized = _resize_chunk(pixels.data, geometry, max_height, max_width, size)
+        resized = _resize_chunk(pixels.data, geometry, max_height, max_width, shape)
         views[rows] = resized.round_().clamp_(0, 255).transpose(1, 2)
     return views.permute(0, 3, 1, 2)
 
 
 def _resize_chunk(
-    data: Tensor, geometry: Sequence[Tensor], max_height: int, max_width: int, size: int
+    data: Tensor, geometry: Sequence[Tensor], max_height: int, max_width: int, shape: tuple[int, int]
 ) -> Tensor:
     """Return resized crops, float32 [B, column, row, 3].
 
@@ -226,13 +228,14 @@ def _resize_chunk(
     rows = torch.arange(max_height, device=data.device).minimum(height[:, None] - 1) * stride[:, None]
     columns = torch.arange(max_width, device=data.device).minimum(width[:, None] - 1)
     crops = data[(first[:, None] + rows)[:, :, None] + columns[:, None, :]]
-    down = _triangle_filter(height, max_height, size)
-    across = _triangle_filter(width, max_width, size)
+    tall, wide = shape
+    down = _triangle_filter(height, max_height, tall)
+    across = _triangle_filter(width, max_width, wide)
     across = torch.where(mirrored.bool()[:, None, None], across.flip(1), across)
     batch = len(first)
     reduced = torch.bmm(down, crops.to(down.dtype).reshape(batch, max_height, max_width * 3))
-    reduced = reduced.view(batch, size, max_width, 3).transpose(1, 2).reshape(batch, max_width, size * 3)
-    return torch.bmm(across, reduced).view(batch, size, size, 3)
+    reduced = reduced.view(batch, tall, max_width, 3).transpose(1, 2).reshape(batch, max_width, tall * 3)
+    return torch.bmm(across, reduced).view(batch, wide, tall, 3)
 
 
 def _triangle_filter(length: Tensor, max_length: int, size: int) -> Tensor:
@@ -250,7 +253,7 @@ def _triangle_filter(length: Tensor, max_length: int, size: int) -> Tensor:
 
 
 def jitter_colors(views: Tensor, factors: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation of views, uint8 [B, 3, S, S], by ``factors`` [B, 3].
+    """Change brightness, contrast and saturation of views, uint8 [B, 3, H, W], by ``factors`` [B, 3].
 
     Like torchvision's ColorJitter, in this order, but rounded once at the end: scale; blend with the image's
     mean gray; blend with each pixel's own gray (ITU-R 601).
@@ -271,7 +274,7 @@ def _to_gray(image: Tensor) -> Tensor:
 
 
 class Normalize(nn.Module):
-    """Convert uint8 [B, 3, S, S] to a network's input: (pixels / 255 − mean) / std.
+    """Convert uint8 [B, 3, H, W] to a network's input: (pixels / 255 − mean) / std.
 
     Computed as in the runtime, in float32 and channels last.
     """
@@ -292,7 +295,7 @@ class Normalize(nn.Module):
 
 @dataclass(frozen=True)
 class LabeledViews:
-    """Training images whose views are drawn by ``policy`` and ``seed``, ``size`` × ``size`` pixels large.
+    """Training images whose views are drawn by ``policy`` and ``seed``, of ``size`` pixels.
 
     ``labels`` (int64 [N], or float32 [N, classes]) and ``keys`` (int64 [N]) are on the host; see
     ``decode.ReadableImages``.
@@ -302,7 +305,7 @@ class LabeledViews:
     keys: Tensor
     policy: ViewPolicy
     seed: int
-    size: int
+    size: Size
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -331,9 +334,9 @@ class Views(LabeledViews):
         indices: Tensor,
         view_numbers: Tensor,
         device: torch.device | str = "cpu",
-        size: int | None = None,
+        size: Size | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return views of images ``indices`` (int64 [B], host), uint8 [B, 3, S, S], and their labels.
+        """Return views of images ``indices`` (int64 [B], host), uint8 [B, 3, H, W], and their labels.
 
         Another ``size`` returns the same crops at that size. A view depends only on its image, view number
         and the seed, not on the other images of the batch.
@@ -348,7 +351,7 @@ class Views(LabeledViews):
         self,
         plan: Iterable[tuple[Tensor, Tensor]],
         device: torch.device | str = "cpu",
-        also: int | None = None,
+        also: Size | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield ``batch`` for each (indices, view numbers) of a plan; on a GPU one batch ahead.
 

@@ -4,6 +4,7 @@ The same code decodes and crops as for cached images (``decode.Canonical``, ``re
 CPU the views are bit-identical.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.runtime import Preprocessing, render
+from ...export.runtime import Preprocessing, Size, height_width, render
 from ..runs.cache import Cache
 from .dataset import Image, Progress
 from .decode import (
@@ -77,14 +78,14 @@ class StreamedViews(LabeledViews):
         self,
         plan: Iterable[tuple[Tensor, Tensor]],
         device: torch.device | str = "cpu",
-        also: int | None = None,
+        also: Size | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield the same as ``Views.batches``, computed ahead by the workers."""
         sizes = (self.size,) if also is None else (self.size, also)
         return prefetch(self._compute(plan, device, sizes), device)
 
     def _compute(
-        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str, sizes: tuple[int, ...]
+        self, plan: Iterable[tuple[Tensor, Tensor]], device: torch.device | str, sizes: tuple[Size, ...]
     ) -> Iterator[tuple[Tensor, ...]]:
         images, labels = self.images, deque[Tensor]()
 
@@ -105,7 +106,7 @@ class StreamedViews(LabeledViews):
 def rendered_batches(
     images: Sequence[Image], preprocessing: Preprocessing, workers: Workers, size: int
 ) -> Iterator[Tensor]:
-    """Yield all images in order as the runtime renders them: uint8 [B, S, S, 3], B = ``size`` at a time."""
+    """Yield all images in order as the runtime renders them: uint8 [B, H, W, 3], B = ``size`` at a time."""
     starts = range(0, len(images), size)
     return workers.map(partial(_render, images[start : start + size], preprocessing) for start in starts)
 
@@ -130,14 +131,14 @@ def _crop(
     box: np.ndarray,
     flips: np.ndarray,
     factors: np.ndarray | None,
-    sizes: tuple[int, ...],
+    sizes: tuple[Size, ...],
 ) -> Tensor:
-    """Return views uint8 [B, ΣS², 3], packed for all sizes S, from one decoding of each image.
+    """Return views uint8 [B, ΣH·W, 3], packed for all sizes, from one decoding of each image.
 
     ``box`` is int32 [B, 4], ``flips`` bool [B], ``factors`` of the color jitter float32 [B, 3].
     """
     boxes, mirrored, first = torch.from_numpy(box), torch.from_numpy(flips), torch.zeros(1).long()
-    packed = torch.empty(len(images), sum(size**2 for size in sizes), 3, dtype=torch.uint8)
+    packed = torch.empty(len(images), sum(_areas(sizes)), 3, dtype=torch.uint8)
     unpacked = _unpack(packed, sizes)
     for n, image in enumerate(images):
         data = torch.tensor(require_pixels(image, canonical.convert))
@@ -151,7 +152,11 @@ def _crop(
     return packed
 
 
-def _unpack(packed: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-    """Split the result of ``_crop`` into views uint8 [B, 3, S, S] of each size S."""
-    parts = packed.split([size**2 for size in sizes], 1)
-    return [part.unflatten(1, (s, s)).permute(0, 3, 1, 2) for part, s in zip(parts, sizes, strict=True)]
+def _unpack(packed: Tensor, sizes: tuple[Size, ...]) -> list[Tensor]:
+    """Split the result of ``_crop`` into views uint8 [B, 3, H, W] of each size."""
+    parts = zip(packed.split(_areas(sizes), 1), sizes, strict=True)
+    return [part.unflatten(1, height_width(size)).permute(0, 3, 1, 2) for part, size in parts]
+
+
+def _areas(sizes: tuple[Size, ...]) -> list[int]:
+    return [math.prod(height_width(size)) for size in sizes]

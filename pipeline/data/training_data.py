@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...export.runtime import Preprocessing
+from ...export.runtime import Preprocessing, Size, height_width, make_size
 from ...models.build import resolve
 from ..config.network import NetworkSpec
 from ..config.options import Options
@@ -72,8 +72,8 @@ class TrainingData:
         return self.dataset.classes
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the views, and of the teachers' input."""
+    def image_size(self) -> Size:
+        """Pixels of the views, and of the teachers' input."""
         assert self.options.image_size is not None
         return self.options.image_size
 
@@ -82,6 +82,7 @@ class TrainingData:
         """How views are drawn."""
         o = self.options
         flip, jitter = bool(o.flip), o.color_jitter or 0.0
+        height, width = height_width(self.image_size)
         if o.crop == "pad":
             assert o.pad is not None and o.pad_mode is not None
             return ViewPolicy(
@@ -96,22 +97,31 @@ class TrainingData:
             )
         if o.crop == "resized":
             assert o.crop_scale is not None
-            return ViewPolicy("resized_crop", scale=(o.crop_scale, 1.0), flip=flip, color_jitter=jitter)
-        return ViewPolicy("center", flip=flip, color_jitter=jitter)
+            return ViewPolicy(
+                "resized_crop",
+                scale=(o.crop_scale, 1.0),
+                flip=flip,
+                color_jitter=jitter,
+                aspect=width / height,
+            )
+        return ViewPolicy("center", flip=flip, color_jitter=jitter, aspect=width / height)
 
     @property
     def _student_preprocessing(self) -> Preprocessing:
         """The student's preprocessing at the size of the views."""
         student = resolve(self.options.student)
-        return NetworkSpec(student, self.image_size, len(self.classes), "").preprocessing
+        spec = NetworkSpec(student, self.image_size, len(self.classes), "", resize=self.options.resize)
+        return spec.preprocessing
 
     @cached_property
     def canonical(self) -> Canonical:
         """The form of training images from which views are cropped."""
-        interpolation = self._student_preprocessing.interpolation
-        if self.policy.kind == "pad_crop":
-            return Canonical("square", self.policy.side, interpolation)
-        return Canonical("short_side", round(CANONICAL_SCALE * self.image_size), interpolation)
+        p = self._student_preprocessing
+        height, width = (round(CANONICAL_SCALE * side) for side in height_width(self.image_size))
+        side = self.policy.side if self.policy.kind == "pad_crop" else make_size(height, width)
+        if self.options.resize in ("squash", "pad"):
+            return Canonical("fixed", side, p.interpolation, p.crop_mode, p.mean)
+        return Canonical("fixed" if self.policy.kind == "pad_crop" else "short_side", side, p.interpolation)
 
     @property
     def form(self) -> dict[str, Any]:
@@ -159,8 +169,8 @@ class TrainingData:
             pixels = pixels.to(self.device)
         return Views(*drawn, pixels)
 
-    def views(self, seed: int, size: int) -> Views | StreamedViews:
-        """Return views of the training images, of ``size`` pixels, drawn with ``seed``.
+    def views(self, seed: int, size: Size) -> Views | StreamedViews:
+        """Return views of the training images, at ``size``, drawn with ``seed``.
 
         Raises:
             JobError: the images do not fit into the memory of the device.
@@ -170,7 +180,7 @@ class TrainingData:
     def rendered(
         self, split: Split, spec: NetworkSpec, limit: int | None = None
     ) -> tuple[Tensor, Tensor, DecodedImages]:
-        """Return a split as the runtime renders it for a network: uint8 [N,S,S,3], labels and images.
+        """Return a split as the runtime renders it for a network: uint8 [N,H,W,3], labels and images.
 
         At most ``limit`` images are taken, evenly over the classes.
         """
@@ -179,11 +189,11 @@ class TrainingData:
         show = partial(self.show, f"rendering {split}")
         decoded = render_images(chosen, spec.preprocessing, cache=self.cache, progress=show)
         self.check_kept(chosen, decoded)
-        pixels = decoded.pixels.data.view(len(decoded.images), spec.image_size, spec.image_size, 3)
+        pixels = decoded.pixels.data.view(len(decoded.images), *height_width(spec.image_size), 3)
         return pixels, decoded.targets(self.dataset), decoded
 
     def rendered_train(self, spec: NetworkSpec) -> Iterator[tuple[int, Tensor]]:
-        """Yield training images as ``rendered`` does: (index of the first, uint8 [B,3,S,S] on the device).
+        """Yield training images as ``rendered`` does: (index of the first, uint8 [B,3,H,W] on the device).
 
         If workers decode them, they are neither kept in memory nor written to the cache.
         """

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...export.runtime import Size, height_width
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -71,32 +73,34 @@ _RATIOS = 4096
 class ViewPolicy:
     """How views are drawn.
 
-    - ``pad_crop``: the square canonical image (``side`` R) is padded by ``pad`` p pixels (``mode``) and
-      ``crop`` S × S is cropped anywhere; (R + 2p − S + 1)² crops.
+    - ``pad_crop``: the canonical image, of ``side`` R pixels, is padded by ``pad`` p pixels (``mode``) and
+      ``crop`` S is cropped anywhere; R + 2p − S + 1 positions along each axis.
     - ``resized_crop``: torchvision's RandomResizedCrop: area from ``scale`` (of the whole), aspect from
-      ``ratio`` (log-uniform), ten tries, then the largest crop of an allowed aspect at the center.
-    - ``center``: the largest square at the center.
+      ``ratio`` (log-uniform, times ``aspect``), ten tries, then the largest crop of an allowed aspect at the
+      center.
+    - ``center``: the largest crop at the center with ``aspect``, width over height.
 
     ``flip`` mirrors half of the views. ``color_jitter`` j changes brightness, contrast and saturation by
     factors from [1 − j, 1 + j].
     """
 
     kind: Literal["pad_crop", "resized_crop", "center"]
-    side: int = 0
-    crop: int = 0
+    side: Size = 0
+    crop: Size = 0
     pad: int = 0
     mode: Literal["zeros", "reflect", "edge"] = "zeros"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     color_jitter: float = 0.0
+    aspect: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for an impossible policy."""
         if self.kind == "pad_crop":
-            if not 0 < self.crop <= self.side + 2 * self.pad or self.pad < 0:
+            if min(height_width(self.crop)) <= 0 or min(self._shifts) <= 0 or self.pad < 0:
                 raise ValueError(f"cannot crop {self.crop} pixels from {self.side} padded by {self.pad}")
-            if self.mode == "reflect" and self.pad >= self.side:
+            if self.mode == "reflect" and self.pad >= min(height_width(self.side)):
                 raise ValueError(f"reflection padding must be less than {self.side} pixels, got {self.pad}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"invalid scale {self.scale} or ratio {self.ratio}")
@@ -108,11 +112,13 @@ class ViewPolicy:
         """Number of different views of an image; None if there are practically infinitely many."""
         if self.kind == "resized_crop" or self.color_jitter:
             return None
-        return (self._shifts**2 if self.kind == "pad_crop" else 1) * (2 if self.flip else 1)
+        return (math.prod(self._shifts) if self.kind == "pad_crop" else 1) * (2 if self.flip else 1)
 
     @property
-    def _shifts(self) -> int:
-        return self.side + 2 * self.pad - self.crop + 1
+    def _shifts(self) -> tuple[int, int]:
+        """Number of positions of a pad crop, down and across."""
+        (height, width), (tall, wide) = height_width(self.side), height_width(self.crop)
+        return height + 2 * self.pad - tall + 1, width + 2 * self.pad - wide + 1
 
 
 def draw_crops(
@@ -128,39 +134,41 @@ def draw_crops(
         ValueError: the images do not have the size that the policy requires.
     """
     if policy.kind == "pad_crop":
-        if not bool((heights == policy.side).all() and (widths == policy.side).all()):
-            raise ValueError(f"pad_crop requires images of {policy.side} × {policy.side} pixels")
+        height, width = height_width(policy.side)
+        if not bool((heights == height).all() and (widths == width).all()):
+            raise ValueError(f"pad_crop requires images of {height} × {width} pixels")
         if len(views) and int(views[0]) >= FIRST_LISTED:
             listed, mirrored = list_views(policy)
             return listed[views - FIRST_LISTED], mirrored[views - FIRST_LISTED]
-        row, column, *_ = random_words(seed, keys, views, 0)
-        top, left = (below(word, policy._shifts) - policy.pad for word in (row, column))
-        side = torch.full_like(top, policy.crop)
-        box = torch.stack([top, left, side, side], 1)
+        words = random_words(seed, keys, views, 0)
+        top, left = (
+            below(word, shifts) - policy.pad for word, shifts in zip(words, policy._shifts, strict=False)
+        )
+        tall, wide = (torch.full_like(top, length) for length in height_width(policy.crop))
+        box = torch.stack([top, left, tall, wide], 1)
     elif policy.kind == "resized_crop":
         box = _resized_crop(policy, seed, keys, views, heights, widths)
     else:
-        short = torch.minimum(heights, widths)
-        box = torch.stack([(heights - short) // 2, (widths - short) // 2, short, short], 1)
+        box = _center_crop((policy.aspect, policy.aspect), heights, widths)
     flips = random_words(seed, keys, views, _FLIP)[0] >> 31 if policy.flip else torch.zeros_like(keys)
     return box.to(torch.int32), flips.bool()
 
 
 def list_views(policy: ViewPolicy) -> tuple[Tensor, Tensor]:
     """Return all different views of ``pad_crop``: crops int32 [count, 4] and flips bool [count]."""
-    shifts = torch.arange(policy._shifts, dtype=torch.int32) - policy.pad
+    down, across = (torch.arange(shifts, dtype=torch.int32) - policy.pad for shifts in policy._shifts)
     flips = torch.arange(2 if policy.flip else 1, dtype=torch.int32)
-    top, left, flip = torch.meshgrid(shifts, shifts, flips, indexing="ij")
-    crop = torch.full_like(top, policy.crop)
-    return torch.stack([top, left, crop, crop], -1).reshape(-1, 4), flip.reshape(-1).bool()
+    top, left, flip = torch.meshgrid(down, across, flips, indexing="ij")
+    tall, wide = (torch.full_like(top, length) for length in height_width(policy.crop))
+    return torch.stack([top, left, tall, wide], -1).reshape(-1, 4), flip.reshape(-1).bool()
 
 
 def to_listed_numbers(policy: ViewPolicy, seed: int, keys: Tensor, views: Tensor) -> Tensor:
     """Return the numbers of the same views of ``pad_crop`` in ``list_views``: int64 [B]."""
-    side = torch.full_like(keys, policy.side)
-    box, flips = draw_crops(policy, seed, keys, views, side, side)
+    heights, widths = (torch.full_like(keys, length) for length in height_width(policy.side))
+    box, flips = draw_crops(policy, seed, keys, views, heights, widths)
     row, column = (box[:, axis].long() + policy.pad for axis in (0, 1))
-    place = row * policy._shifts + column
+    place = row * policy._shifts[1] + column
     return FIRST_LISTED + (2 * place + flips if policy.flip else place)
 
 
@@ -192,7 +200,8 @@ def _resized_crop(
     area, ratio, row, column = random_words(seed, keys[:, None], views[:, None], tries)
     low, high = policy.scale
     target = (heights * widths)[:, None] * (low + (high - low) * (area.double() * 2.0**-32))
-    aspect = _ratios(policy.ratio).to(keys.device)[below(ratio, _RATIOS)]
+    ratios = policy.ratio[0] * policy.aspect, policy.ratio[1] * policy.aspect
+    aspect = _ratios(ratios).to(keys.device)[below(ratio, _RATIOS)]
     wide, tall = _rounded((target * aspect).sqrt()), _rounded((target / aspect).sqrt())
     fits = (wide >= 1) & (wide <= widths[:, None]) & (tall >= 1) & (tall <= heights[:, None])
     first = fits.int().argmax(1, keepdim=True)
@@ -200,7 +209,7 @@ def _resized_crop(
     top = below(row, (heights - tall + 1).clamp(min=1))
     left = below(column, (widths - wide + 1).clamp(min=1))
     drawn = torch.stack([top, left, tall, wide], 1)
-    return torch.where(fits.any(1)[:, None], drawn, _center_crop(policy.ratio, heights, widths))
+    return torch.where(fits.any(1)[:, None], drawn, _center_crop(ratios, heights, widths))
 
 
 def _center_crop(ratio: tuple[float, float], heights: Tensor, widths: Tensor) -> Tensor:

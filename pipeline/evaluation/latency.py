@@ -14,7 +14,7 @@ from ...export.latency import extras, runner
 from ...export.latency.machine import SESSION_OPTIONS
 from ...export.latency.runner import BenchResult, worker_command
 from ...export.results import EndToEnd, Speedup
-from ...export.runtime import Classifier, ImageError, decode_image, render
+from ...export.runtime import Classifier, ImageError, decode_image, height_width, render
 from ..data.sources.folders import EXTENSIONS
 from ..errors import UsageError
 from ..runs.results import Bench, TimedFile
@@ -31,7 +31,7 @@ MAX_INPUT_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Subject:
-    """A file to time, and its inputs, float32 [n, 3, S, S] or uint8 [n, S, S, 3]."""
+    """A file to time, and its inputs, float32 [n, 3, H, W] or uint8 [n, H, W, 3]."""
 
     file: TimedFile
     path: Path
@@ -231,14 +231,14 @@ def synthesize_images(seed: int, count: int = 8) -> Images:
 
 def render_inputs(classifier: Classifier, images: Sequence[bytes]) -> np.ndarray:
     """Return images as a file's inputs."""
-    size = classifier.preprocessing.size
-    count = _count_inputs((3, size, size), np.dtype(np.uint8 if classifier.takes_pixels else np.float32))
+    size = height_width(classifier.preprocessing.size)
+    count = _count_inputs((3, *size), np.dtype(np.uint8 if classifier.takes_pixels else np.float32))
     rendered = np.stack([render(decode_image(image), classifier.preprocessing) for image in images[:count]])
     return classifier.to_input(repeat_shifted(rendered, count))
 
 
 def repeat_shifted(rendered: np.ndarray, count: int) -> np.ndarray:
-    """Return `count` different images, uint8 [count, S, S, 3]; repeated ones are shifted sideways."""
+    """Return `count` different images, uint8 [count, H, W, 3]; repeated ones are shifted sideways."""
     n = len(rendered)
     return np.stack([np.roll(rendered[i % n], i // n, axis=1) for i in range(count)])
 

@@ -30,7 +30,7 @@ Prediction = tuple[str, float]
 
 
 def batches(pixels: Tensor, device: str, size: int = BATCH) -> Iterator[tuple[int, Tensor]]:
-    """Yield rendered images uint8 [N,S,S,3] as (index of the first, uint8 [B,3,S,S] on the device)."""
+    """Yield rendered images uint8 [N,H,W,3] as (index of the first, uint8 [B,3,H,W] on the device)."""
     for start in range(0, len(pixels), size):
         yield start, pixels[start : start + size].to(device).permute(0, 3, 1, 2)
 
@@ -39,7 +39,7 @@ def batches(pixels: Tensor, device: str, size: int = BATCH) -> Iterator[tuple[in
 def compute_logits(
     network: nn.Module, normalize: nn.Module, pixels: Tensor, engine: Engine, progress: Progress | None = None
 ) -> Tensor:
-    """Return the network's logits in eval mode, fp32 [N,classes] on the host, for images uint8 [N,S,S,3]."""
+    """Return the network's logits in eval mode, fp32 [N,classes] on the host, for images uint8 [N,H,W,3]."""
     was_training = network.training
     network.eval()
     logits = []
@@ -53,7 +53,7 @@ def compute_logits(
 
 
 def compute_onnx_logits(file: Path, images: np.ndarray, progress: Stage, *, fuse: bool = True) -> np.ndarray:
-    """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,S,S,3], n > 0.
+    """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,H,W,3], n > 0.
 
     ``fuse`` is that of ``runtime.open_session``.
     """
@@ -88,7 +88,7 @@ def most_confused(confusion: Confusion, classes: Sequence[str]) -> list[Confused
 def make_example(
     image: Image, label: str, student: Prediction, teacher: Prediction | None, pixels: np.ndarray | None
 ) -> Example:
-    """Return an image with its predictions; ``pixels`` uint8 [S,S,3], None if they cannot be read."""
+    """Return an image with its predictions; ``pixels`` uint8 [H,W,3], None if they cannot be read."""
     predicted, probability = teacher or (None, None)
     return Example(
         name=image.name,
@@ -97,7 +97,7 @@ def make_example(
         teacher_probability=probability,
         student=student[0],
         student_probability=student[1],
-        png="" if pixels is None else encode_thumbnail(pixels, min(MAX_SIDE, len(pixels))),
+        png="" if pixels is None else encode_thumbnail(pixels, min(MAX_SIDE, max(pixels.shape[:2]))),
     )
 
 

@@ -6,6 +6,7 @@ Scores are percentages, latencies milliseconds, sizes bytes, times seconds.
 from typing import Literal
 
 from ...export.results import Result, Speedup
+from ...export.runtime import Size
 from ..config import TaskName
 from ..runs.results import Example
 from ..runs.scores import Calibration, ClassMeasure, Confusion, Proportion, Score
@@ -40,7 +41,7 @@ class Network(Result):
     """Processors that an int8 file is made for."""
     fused: bool = True
     """False if a file for other processors was computed in float between its roundings."""
-    image_size: int
+    image_size: Size
     classes: list[str]
     score: Score | None = None
     calibration: Calibration | None = None
@@ -135,7 +136,7 @@ class ComparedRun(Result):
     method: str
     teacher: str
     student: str
-    image_size: int
+    image_size: Size
     parameters: int | None = None
     int8: ComparedFile | None = None
     fp32: ComparedFile | None = None

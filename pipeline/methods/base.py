@@ -90,7 +90,7 @@ class PrepareContext:
     seed: int
     note: Callable[[str], None]
     sample: Callable[[int, frozenset[str], int], Iterable[tuple[np.ndarray, Features]]] | None = None
-    """``sample(t, reads, limit)``: up to ``limit`` images for the report, uint8 [B,S,S,3] as teacher ``t``
+    """``sample(t, reads, limit)``: up to ``limit`` images for the report, uint8 [B,H,W,3] as teacher ``t``
     receives them, with its features."""
 
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from ...models.build import build
+from ...models.build import Size, build
 from ...models.readout import Readouts
 from .. import methods
 from ..errors import UsageError
@@ -13,13 +13,13 @@ from .base import Parameters, Setup, Shapes
 
 
 @lru_cache(maxsize=16)
-def _build(name: str, classes: int, image_size: int) -> Readouts:
+def _build(name: str, classes: int, image_size: Size) -> Readouts:
     # On the meta device a network of any size costs no memory and a fraction of a second.
     with torch.device("meta"):
         return Readouts(build(name, num_classes=classes, image_size=image_size), image_size)
 
 
-def compute_shapes(name: str, classes: int, image_size: int) -> Shapes:
+def compute_shapes(name: str, classes: int, image_size: Size) -> Shapes:
     """Return the sizes of a network's features; levels are indexed from both ends (``map@0``, ``map@-1``)."""
     sizes = _build(name, classes, image_size).shapes
     maps = {name: size for name, size in (("map", sizes.map), ("map_pre", sizes.map_pre)) if size is not None}
@@ -28,7 +28,7 @@ def compute_shapes(name: str, classes: int, image_size: int) -> Shapes:
     return Shapes(maps=maps, vector=sizes.vector, logits=sizes.logits)
 
 
-def count_parameters(name: str, classes: int, image_size: int) -> int:
+def count_parameters(name: str, classes: int, image_size: Size) -> int:
     """Return the number of trainable parameters of a network."""
     return sum(parameter.numel() for parameter in _build(name, classes, image_size).parameters())
 
@@ -39,14 +39,14 @@ def check_methods(
     student: str,
     *,
     classes: int,
-    image_size: int,
+    image_size: Size,
     images: int,
-    student_size: int | None = None,
+    student_size: Size | None = None,
     heads: Sequence[str] | None = None,
 ) -> None:
     """Check that the methods work with these networks and this number of training images.
 
-    ``image_size`` is the side of the teachers' input, and of the student's without ``student_size``;
+    ``image_size`` is that of the teachers' input, and of the student's without ``student_size``;
     ``heads`` are the values of ``--teacher-head``.
 
     Raises:

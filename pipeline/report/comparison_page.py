@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import isfinite
 
+from ...models.build import show_size
 from ..evaluation.results import AccuracyDifference, ComparedFile, ComparedRun, Comparison, Group, Machine
 from . import format
 from .charts import Chart
@@ -189,7 +190,7 @@ def _row(run: ComparedRun, difference: AccuracyDifference | None, group: Group) 
         run.method,
         run.teacher,
         run.student,
-        f"{run.image_size} px",
+        f"{show_size(run.image_size)} px",
         format.millions(run.parameters),
         *(format.megabytes(file.bytes) for file in (int8, fp32)),
         *(format.score(file.score) for file in (int8, fp32)),

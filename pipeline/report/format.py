@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from math import floor, isfinite, log10
 
 from ...export.results import Speedup
+from ...export.runtime import Size, height_width
 from ..runs.scores import Proportion, Score
 
 MISSING = "–"
@@ -55,6 +56,12 @@ def _rounded(value: float, n: int | None) -> str:
 
 def _decimals(n: int | None) -> int:
     return 2 if n is not None and n >= 1000 else 1
+
+
+def pixels(size: Size) -> str:
+    """Format a size: 224 × 224 pixels, 96 × 36 pixels (height × width)."""
+    height, width = height_width(size)
+    return f"{height} × {width} pixels{'' if height == width else ' (height × width)'}"
 
 
 def megabytes(size: int | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ...export.artifact import write_predict
-from ...export.runtime import UINT8, Preprocessing, read_manifest
+from ...export.runtime import UINT8, Preprocessing, height_width, read_manifest
 from ...export.text import escape_controls
 from ..evaluation.calibration import Sigmoid
 from ..runs.files import write_if_changed
@@ -96,10 +96,12 @@ def write_card(report: Report, folder: Path) -> None:
 def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
     """Return the text of README.md for an artifact folder with this manifest."""
     preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
+    height, width = height_width(preprocessing.size)
     is_uint8, task = manifest.get("input") == UINT8, load_task(manifest.get("task", "classification"))
     program = render_plain_template(
         "classify.cpp.j2",
-        side=preprocessing.size,
+        height=height,
+        width=width,
         mean=[f"{value!r}f" for value in preprocessing.mean],
         std=[f"{value!r}f" for value in preprocessing.std],
         uint8=is_uint8,
@@ -129,6 +131,8 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
         is_uint8=is_uint8,
         arm_file=next((file["name"] for file in manifest["files"] if file["target"] == "arm64"), None),
         program=program,
+        height=height,
+        width=width,
     )
 
 

@@ -38,9 +38,10 @@ def lead(report: Report) -> str:
         trained += f" on {data.name}: {format.plural(len(data.classes), 'class', 'classes')}"
         trained += task_of(data).labels_note
         trained += f", {data.train:,} training, {data.val:,} validation and {data.test:,} test images"
-    trained += f" at {report.image_size} × {report.image_size} pixels"
-    if report.teacher_image_size not in (None, report.image_size) and report.method != "none":
-        trained += f" (teacher: {report.teacher_image_size} × {report.teacher_image_size})"
+    trained += f" at {format.pixels(report.image_size)}"
+    teacher_size = report.teacher_image_size
+    if teacher_size is not None and teacher_size != report.image_size and report.method != "none":
+        trained += f" (teacher: {format.pixels(teacher_size)})"
     sentences.append(f"{trained}.")
     if student is not None and student.score is not None:
         measured = format.title(networks.score_name(report))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...models.build import show_size
 from ..evaluation.predictions import most_confused
 from ..evaluation.results import Network, Pair, Validation
 from ..runs.results import Subject
@@ -243,7 +244,7 @@ def _details(validation: Validation) -> Section:
             network.name,
             network.file,
             network.source,
-            f"{network.image_size} px",
+            f"{show_size(network.image_size)} px",
             format.megabytes(network.bytes),
             network.sha256,
             "" if network.fused else f"made for {network.target}; evaluated without integer kernels",

@@ -14,7 +14,15 @@ from safetensors.numpy import load_file, save_file
 from ...export.conversion.untrusted import parse_untrusted, read_untrusted
 from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, explain_untimed
-from ...export.runtime import MAX_SIDE, METADATA_PREFIX, ArtifactError, read_manifest, read_verified
+from ...export.runtime import (
+    MAX_SIDE,
+    METADATA_PREFIX,
+    ArtifactError,
+    Size,
+    height_width,
+    read_manifest,
+    read_verified,
+)
 from ..errors import UsageError
 from .files import atomic_write, data_path, shorten_paths
 from .folder import check_finished, read_config
@@ -153,12 +161,12 @@ class OnnxInput:
 
 
 def read_input(
-    path: Path, image_size: int | None = None, *, external_data: bool = True, source: Path | None = None
+    path: Path, image_size: Size | None = None, *, external_data: bool = True, source: Path | None = None
 ) -> OnnxInput:
     """Return the input of an ONNX file.
 
     Args:
-        image_size: the side of the input if it is dynamic.
+        image_size: that of the input if it is dynamic.
         external_data: True if weights may be in the file ``NAME.onnx.data`` next to it.
         source: the file to name in errors if ``path`` is a copy of it.
 
@@ -188,7 +196,7 @@ def read_input(
 
 
 def _read_shape(
-    path: Path, value: onnx.ValueInfoProto, image_size: int | None
+    path: Path, value: onnx.ValueInfoProto, image_size: Size | None
 ) -> tuple[np.dtype, tuple[int, ...], bool, bool]:
     """Return type, image shape, and whether batch and size are dynamic."""
     tensor = value.type.tensor_type
@@ -209,7 +217,9 @@ def _read_shape(
     any_size = None in rest or 0 in rest
     if any_size and image_size is None:
         raise UsageError(f"{path} has a dynamic image size. Set it with --image-size.")
-    shape = tuple(int(side or image_size or 0) for side in rest)
+    given = list(height_width(image_size or 0))
+    given.insert(channels, 3)
+    shape = tuple(side or default for side, default in zip(rest, given, strict=True))
     if max(shape) > MAX_SIDE:
         raise UsageError(f"{path}: an image side must be at most {MAX_SIDE:,} pixels, got {list(shape)}.")
     return kind, shape, batch in (None, 0), any_size
@@ -238,13 +248,13 @@ class BenchFiles:
     runs: list[Path]
 
 
-def find_bench_files(paths: Sequence[Path], copies: Path, image_size: int | None = None) -> BenchFiles:
+def find_bench_files(paths: Sequence[Path], copies: Path, image_size: Size | None = None) -> BenchFiles:
     """Return the files of ``paths`` that can be timed: of each run the teachers, fp32, then int8.
 
     Args:
         paths: run folders, artifact folders and .onnx files.
         copies: folder for copies of single files, which are timed instead of files that may change.
-        image_size: the side of the input if it is dynamic.
+        image_size: that of the input if it is dynamic.
     """
     if not paths:
         raise UsageError("At least one run folder, artifact folder or .onnx file is required.")

@@ -21,6 +21,7 @@ from ...export.results import (
     Speedup,
     Throughput,
 )
+from ...export.runtime import Size
 from ..config import TaskName
 from .scores import Calibration, Confusion, Proportion, Score, Temperature
 
@@ -218,6 +219,8 @@ class DataSummary(Result):
     """Groups of identical images across given folders or classes, by name."""
     fingerprint: str
     task: TaskName = "classification"
+    shown: float | None = None
+    """Percentage of the median training image that the student's input shows."""
 
 
 class Round(Result):
@@ -340,9 +343,9 @@ class Report(Result):
     method_source: str | None = None
     """The papers of the methods."""
     recipe: str | None = None
-    image_size: int
-    """Side of the student's input in pixels."""
-    teacher_image_size: int | None = None
+    image_size: Size
+    """Of the student's input, in pixels: the side of a square, or height and width."""
+    teacher_image_size: Size | None = None
     data: DataSummary | None = None
     teachers: list[Subject] = []
     teacher: Subject | None = None

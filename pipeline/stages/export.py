@@ -145,7 +145,7 @@ def _calibrate(
 ) -> tuple[nn.Module, OnnxFile, Temperature]:
     """Fit a temperature to the exported file on the val images, fold it into the network and export it again.
 
-    ``images`` are some inputs of the network, float32 [N,3,S,S].
+    ``images`` are some inputs of the network, float32 [N,3,H,W].
     """
     context, file = exporter.context, exporter.path
     pixels, labels, _ = exporter.data.rendered("val", context.student)

@@ -182,7 +182,7 @@ class CalibrationImages:
     """Rendered images."""
 
     pixels: np.ndarray
-    """uint8 [n,S,S,3]."""
+    """uint8 [n,H,W,3]."""
     labels: np.ndarray
     preprocessing: Preprocessing
     hash: str

@@ -67,7 +67,7 @@ class _Inputs:
     prepared: Prepared
     calibration: CalibrationImages
     pixels: np.ndarray
-    """The images that decide, uint8 [n,S,S,3]; see ``Budget``."""
+    """The images that decide, uint8 [n,H,W,3]; see ``Budget``."""
     split: str
     budget: Budget
 

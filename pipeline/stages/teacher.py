@@ -1,5 +1,6 @@
 """teacher: check, tune or train the teachers, and measure their accuracy."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from timm.utils.misc import natural_key
 from torch import nn
 
-from ...export.runtime import allowed_cores
+from ...export.runtime import allowed_cores, height_width
 from ...models.checkpoint import read_checkpoint, save_weights
 from ...models.initialize import InitialNetwork, initialize, parameters
 from ...models.weights import load_into, permute_head
 from ..config.network import NetworkSpec
 from ..data.dataset import SPLITS
+from ..data.decode import sample_sizes, shown_fractions
 from ..data.training_data import TrainingData
 from ..errors import JobError
 from ..report.format import join_names
@@ -50,6 +52,9 @@ TRAINED, WEIGHTS, EPOCHS = "teachers", "teacher.safetensors", "metrics.jsonl"
 
 MAX_CHECK_IMAGES = 10_000
 """Training images on which a kept head is checked if there are no val images."""
+
+MAX_HIDDEN = 0.1
+"""Fraction of images that may be shown less than half."""
 
 MAX_LATE_GAIN = 5.0
 """Percentage points that a training that has converged does not gain in the last quarter of its epochs."""
@@ -356,6 +361,9 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
             f"{len(readable.duplicates)} images are in the data more than once, in several folders or "
             "classes; the report lists them"
         )
+    if len(sizes := sample_sizes(readable.train)):
+        shown = shown_fractions(sizes, context.student.preprocessing)
+        _check_crops(context, sizes, shown)
     if readable.skipped:
         context.display.warn(f"{len(readable.skipped)} files were skipped; the report lists them")
     classes = readable.classes
@@ -370,6 +378,23 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
         duplicates=[list(group.names) for group in readable.duplicates],
         fingerprint=data.dataset.fingerprint,  # of the whole dataset, as in the stages' keys
         task=readable.task,
+        shown=100 * statistics.median(shown) if sizes else None,
+    )
+
+
+def _check_crops(context: RunContext, sizes: Sequence[tuple[int, int]], shown: Sequence[float]) -> None:
+    """Warn if many images, of (height, width), are shown less than half."""
+    hidden = sum(fraction < 0.5 for fraction in shown) / len(shown)
+    if hidden < MAX_HIDDEN:
+        return
+    height, width = height_width(context.student.image_size)
+    side, step = (height * width) ** 0.5, 32 if min(height, width) >= 64 else 4
+    root = statistics.median(tall / wide for tall, wide in sizes) ** 0.5
+    tall, wide = (max(1, round(length / step)) * step for length in (side * root, side / root))
+    context.display.warn(
+        f"The center crop hides more than half of the picture in {hidden:.0%} of the images, and "
+        f"{1 - statistics.median(shown):.0%} of the median picture. Use --resize squash or pad, or "
+        f"--image-size HEIGHT,WIDTH ({tall},{wide} has the median aspect ratio)"
     )
 
 

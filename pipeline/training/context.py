@@ -77,6 +77,7 @@ class RunContext:
                 o.image_size,
                 0 if head == "none" else self.num_classes,
                 f"teacher.{t}.safetensors" if several else "teacher.safetensors",
+                resize=o.resize,
             )
             for t, (name, head) in enumerate(zip(o.teacher, o.teacher_head, strict=True))
         ]
@@ -105,7 +106,7 @@ class RunContext:
         size = o.student_size or o.image_size
         assert size is not None
         file = STUDENT if k is None else f"round.{k}.safetensors"
-        return NetworkSpec(resolve(o.student), size, self.num_classes, file, o.activation)
+        return NetworkSpec(resolve(o.student), size, self.num_classes, file, o.activation, o.resize)
 
     @property
     def has_pixel_input(self) -> bool:

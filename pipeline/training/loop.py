@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...export.runtime import Size
 from ..data.render import Views, prefetch, to_device
 from ..data.streaming import StreamedViews
 from ..data.views import ViewSchedule, draw_order, method_keys
@@ -36,7 +37,7 @@ AGREE_STEPS = 1000
 
 @dataclass(frozen=True)
 class Batch:
-    """Views, uint8 [B,3,S,S], and their labels: this rank's part of a step, or a micro-batch of it."""
+    """Views, uint8 [B,3,H,W], and their labels: this rank's part of a step, or a micro-batch of it."""
 
     pixels: Tensor
     labels: Tensor
@@ -83,7 +84,7 @@ class BatchSource:
     plan: Plan
     ranks: Ranks
     device: torch.device
-    teacher_size: int | None = None
+    teacher_size: Size | None = None
     """Side in pixels of the views that teachers of the step read; None without such teachers."""
     compute_teachers: Callable[[Tensor], Sequence[Features]] | None = None
     """Computes the teachers' features ahead of the step; None leaves that to the step."""

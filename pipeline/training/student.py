@@ -259,7 +259,7 @@ class QuantizedReadouts(Readouts):
 
     Args:
         network: the float network from which the graph was exported.
-        images: input of the network, float32 [n,3,S,S].
+        images: input of the network, float32 [n,3,H,W].
         graph_images: the same images as input of the graph.
         reads: names of the features.
 
@@ -296,7 +296,7 @@ class QuantizedReadouts(Readouts):
 
 
 class PixelsToGraph(nn.Module):
-    """uint8 [B,3,S,S] to the input of a graph whose weights contain the normalization."""
+    """uint8 [B,3,H,W] to the input of a graph whose weights contain the normalization."""
 
     def __init__(self, front: Folded) -> None:
         super().__init__()

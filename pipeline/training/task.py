@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ...export.runtime import Size, height_width
 from ...models.build import Geometry
 from ...models.fold import fold_batch_norm
 from ...models.readout import Readouts, merged
@@ -35,7 +36,7 @@ class Teacher(nn.Module):
     def __init__(self, network: nn.Module, geometry: Geometry, engine: Engine) -> None:
         super().__init__()
         size = self.image_size = geometry.image_size
-        self.readouts = Readouts(fold_batch_norm(network, torch.randn(1, 3, size, size)), size)
+        self.readouts = Readouts(fold_batch_norm(network, torch.randn(1, 3, *height_width(size))), size)
         self.normalize = Normalize(geometry.mean, geometry.std)
         self.requires_grad_(False)
         self.eval()
@@ -256,8 +257,8 @@ class DistillationTask(TrainingTask):
             teacher.use(replace(teacher.engine, threads=engine.threads, compile=engine.compile))
 
     @property
-    def teacher_size(self) -> int | None:
-        """Side in pixels of all teachers' input; None without teachers."""
+    def teacher_size(self) -> Size | None:
+        """Pixels of all teachers' input; None without teachers."""
         return next((teacher.image_size for teacher in self.teachers if isinstance(teacher, Teacher)), None)
 
     @property
@@ -336,7 +337,7 @@ class DistillationTask(TrainingTask):
         """Compute the losses of a batch.
 
         Args:
-            input: views, uint8 [B,3,S,S].
+            input: views, uint8 [B,3,H,W].
             target: class numbers [B], or float32 [B,N] with 1 for each class of a multi-label image.
             keys: int64 [B], the seed of the methods' random draws.
             teachers: the teachers' features of these views; None runs the teachers.
@@ -354,7 +355,7 @@ class DistillationTask(TrainingTask):
         return {"loss": torch.stack(list(losses.values())).sum(), "output": logits.detach(), **losses}
 
     def compute_teachers(self, pixels: Tensor) -> list[Features]:
-        """Return the teachers' features of views, uint8 [B,3,S,S]."""
+        """Return the teachers' features of views, uint8 [B,3,H,W]."""
         with self.clock("teacher"):
             pairs = zip(self.teachers, self.teacher_reads, strict=True)
             return [teacher(pixels, reads) for teacher, reads in pairs]

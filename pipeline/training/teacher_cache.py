@@ -45,7 +45,7 @@ DEVICE_FRACTION = 0.25
 """Fraction of the device's free memory that an epoch's outputs may take; otherwise they stay on the host."""
 
 Render = Callable[[Iterable[Tensor], int], Iterator[Tensor]]
-"""(batches of indices [B], view number) to those views, uint8 [B,3,S,S] on the teacher's device."""
+"""(batches of indices [B], view number) to those views, uint8 [B,3,H,W] on the teacher's device."""
 
 RunTeacher = Callable[[Tensor, frozenset[str]], Features]
 """Views and names of features to those features."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.build import build
+from ...models.build import Size, build
 from ...models.catalog import check_published, has_pretrained
 from ...models.checkpoint import read_checkpoint
 from ...models.initialize import initialize
@@ -67,7 +67,7 @@ def check_weights(options: Options, data: ImageSet, stages: Collection[str], *, 
     Files are loaded; published weights are looked up, and downloaded into the cache if ``download``.
     """
     published: list[tuple[str, str]] = []
-    files: list[tuple[str, str, str, int, int, str, str | None]] = []
+    files: list[tuple[str, str, str, Size, int, str, str | None]] = []
     assert options.image_size is not None
     if "teacher" in stages:
         teachers = zip(options.teacher, options.teacher_weights, options.teacher_head, strict=True)

@@ -209,6 +209,8 @@ def test_input_of_a_file_is_reported(tmp_path: Path) -> None:
     )
     open_ = read_input(changed(tmp_path / "b.onnx", ["n", 3, "h", "w"]), image_size=16)
     assert (open_.shape, open_.any_batch) == ((3, 16, 16), True)
+    wide = read_input(changed(tmp_path / "d.onnx", ["n", 3, "h", "w"]), image_size=(16, 24))
+    assert wide.shape == (3, 16, 24)
     pixels = read_input(changed(tmp_path / "c.onnx", ["n", 8, 8, 3], onnx.TensorProto.UINT8))
     assert (pixels.shape, pixels.kind) == ((8, 8, 3), np.uint8)
 

@@ -57,8 +57,9 @@ def test_repeated_command_adds_only_the_new_student(two_sizes: Path, data: Path)
     ("more", "words"),
     [
         (("--student-sizes", "8,20"), ("--student-sizes 20", "--image-size 16")),
-        (("--student-sizes", "8,x"), ("--student-sizes must be integers", "got 8,x")),
-        (("--student-sizes", "4"), ("--student-sizes must be at least 8",)),
+        (("--student-sizes", "8,x"), ("--student-sizes must be pixels of a side", "got 8,x")),
+        (("--student-sizes", "4"), ("--student-sizes must be 8 to 4096 pixels",)),
+        (("--student-sizes", "8,8x16"), ("--student-sizes 8x16 has another shape", "use 8, or")),
         (("--students", "no_network_xyz"), ("no_network_xyz",)),
     ],
 )

@@ -85,7 +85,7 @@ from tests.support.little import CLASSES, NETWORKS, SMALL, compress, files, job,
         (["--set", "\udcff"], ["--set must be KEY=VALUE, got \\xff"]),
         (["--val-fraction", "1"], ["--val-fraction must be less than 1, got 1"]),
         (["--label-smoothing", "1"], ["--label-smoothing must be less than 1, got 1"]),
-        (["--image-size", "4"], ["--image-size must be greater than or equal to 8, got 4"]),
+        (["--image-size", "4"], ["--image-size must be 8 to 4096 pixels, got 4"]),
         (["--bench-seconds", "0"], ["--bench-seconds must be greater than 0, got 0"]),
     ],
 )  # fmt: skip

@@ -10,7 +10,14 @@ from PIL import Image as PillowImage
 from PIL import ImageFile
 from questpress.export.runtime import Preprocessing, decode_image, render
 from questpress.pipeline.data.dataset import Image, Skipped
-from questpress.pipeline.data.decode import Canonical, check_unreadable, decode_images, render_images
+from questpress.pipeline.data.decode import (
+    Canonical,
+    check_unreadable,
+    decode_images,
+    render_images,
+    sample_sizes,
+    shown_fractions,
+)
 from questpress.pipeline.data.sources import folders, open_data
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.cache import Cache
@@ -28,6 +35,45 @@ def test_photo_is_reduced_to_its_short_side_and_never_enlarged() -> None:
         assert PHOTO.convert(pixels(0, height, width)).shape == (*expected, 3)
 
 
+def test_photo_is_reduced_until_it_just_covers_a_rectangle() -> None:
+    form = Canonical("short_side", (32, 16))
+    shapes = {(64, 96): (32, 48), (96, 24): (64, 16), (20, 90): (20, 80), (2000, 100): (128, 16)}
+    for (height, width), expected in shapes.items():
+        assert form.convert(pixels(0, height, width)).shape == (*expected, 3)
+
+
+def test_squashed_and_padded_images_show_everything() -> None:
+    image = np.full((40, 10, 3), 100, dtype=np.uint8)
+    image[:10] = 200
+    squashed = Canonical("fixed", (16, 8), "bilinear", "squash").convert(image)
+    assert squashed.shape == (16, 8, 3) and (squashed[:3] == 200).all() and (squashed[6:] == 100).all()
+    padded = Canonical("fixed", 16, "bilinear", "border", (0.2, 0.0, 0.0)).convert(image)
+    assert (padded[:3, 6:10] == 200).all() and (padded[6:, 6:10] == 100).all()
+    assert (padded[:, :6] == (51, 0, 0)).all() and (padded[:, 10:] == (51, 0, 0)).all()
+
+
+def test_fraction_of_a_picture_that_the_input_shows() -> None:
+    sizes = [(100, 100), (100, 200), (128, 48), (20, 20)]
+    shown = shown_fractions(sizes, Preprocessing.create(32, 1.0))
+    assert shown == pytest.approx([1, 0.5, 0.376, 1], abs=0.01)
+    assert shown_fractions(sizes[:2], Preprocessing.create(32, 0.5)) == [0.25, 0.125]
+    assert shown_fractions(sizes, Preprocessing.create(32, 1.0, crop_mode="squash")) == [1, 1, 1, 1]
+    assert shown_fractions(sizes, Preprocessing.create(32, 1.0, crop_mode="border")) == [1, 1, 1, 1]
+    assert shown_fractions([(128, 48)], Preprocessing.create((64, 24), 1.0)) == [1]
+
+
+def test_sizes_are_those_of_upright_images(tmp_path: Path) -> None:
+    exif = PillowImage.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a").mkdir()
+    for name in ("0.jpg", "1.jpg", "2.jpg"):
+        PillowImage.fromarray(smooth(int(name[0]), 20, 30)).save(tmp_path / "a" / name, exif=exif)
+    for number in range(3):
+        save(tmp_path / "b" / f"{number}.png", number)
+    sizes = sample_sizes([image for image in open_folder(tmp_path, val_fraction=0).train if image.label == 0])
+    assert set(sizes) == {(30, 20)}
+
+
 def test_panorama_keeps_its_center() -> None:
     image = np.zeros((10, 1000, 3), dtype=np.uint8)
     image[:, 480:520] = 255
@@ -37,9 +83,9 @@ def test_panorama_keeps_its_center() -> None:
 def test_square_image_equals_the_runtimes_rendering() -> None:
     image = smooth(1, 40, 60)
     expected = render(image, Preprocessing.create(32, crop_fraction=1.0, interpolation="bilinear"))
-    np.testing.assert_array_equal(Canonical("square", 32, "bilinear").convert(image), expected)
+    np.testing.assert_array_equal(Canonical("fixed", 32, "bilinear").convert(image), expected)
     same = pixels(0, 32, 32)
-    np.testing.assert_array_equal(Canonical("square", 32).convert(same), same)
+    np.testing.assert_array_equal(Canonical("fixed", 32).convert(same), same)
 
 
 def test_reducing_is_antialiased() -> None:

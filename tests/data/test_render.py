@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from questpress.export import runtime
+from questpress.export.runtime import Size, height_width
 from questpress.pipeline.data import render
 from questpress.pipeline.data.decode import Canonical, DecodedImages, decode_images
 from questpress.pipeline.data.render import (
@@ -34,24 +35,25 @@ def photos() -> DecodedImages:
 
 
 def small(count: int = 6, side: int = 12) -> DecodedImages:
-    return decode_images(in_memory([pixels(n, side, side) for n in range(count)]), Canonical("square", side))
+    return decode_images(in_memory([pixels(n, side, side) for n in range(count)]), Canonical("fixed", side))
 
 
-def views_of(decoded: DecodedImages, policy: ViewPolicy, size: int, seed: int = 0) -> Views:
+def views_of(decoded: DecodedImages, policy: ViewPolicy, size: Size, seed: int = 0) -> Views:
     return Views(torch.arange(len(decoded.images)), decoded.keys, policy, seed, size, decoded.pixels)
 
 
-def resized_crop(image: Tensor, box: list[int], size: int, flip: bool) -> Tensor:
+def resized_crop(image: Tensor, box: list[int], size: Size, flip: bool) -> Tensor:
     """Return torchvision's crop, computed in float and rounded."""
     top, left, height, width = box
     crop = image.permute(2, 0, 1).float()
-    view = functional.resized_crop(crop, top, left, height, width, [size, size], antialias=True)
+    shape = list(height_width(size))
+    view = functional.resized_crop(crop, top, left, height, width, shape, antialias=True)
     return (view.flip(-1) if flip else view).round().clamp(0, 255).to(torch.uint8)
 
 
 @pytest.mark.parametrize("way", ["one by one", "by products"])
-@pytest.mark.parametrize("size", [8, 24, 80])
-def test_resized_crops_match_torchvision_within_one_level(way: str, size: int) -> None:
+@pytest.mark.parametrize("size", [8, 24, 80, (30, 11)])
+def test_resized_crops_match_torchvision_within_one_level(way: str, size: Size) -> None:
     done = photos()
     indices, box, flips = boxes_of(done, PHOTOS)
     if way == "by products":
@@ -59,7 +61,7 @@ def test_resized_crops_match_torchvision_within_one_level(way: str, size: int) -
     else:
         rendered, labels = views_of(done, PHOTOS, size).batch(indices, torch.arange(60))
         assert labels.equal(indices)
-    assert rendered.shape == (60, 3, size, size) and rendered.dtype == torch.uint8
+    assert rendered.shape == (60, 3, *height_width(size)) and rendered.dtype == torch.uint8
     for row, index, b, flip in zip(rendered, indices.tolist(), box.tolist(), flips.tolist(), strict=True):
         expected = resized_crop(done.pixels.image(index), b, size, flip)
         assert (row.int() - expected.int()).abs().max() <= 1
@@ -108,7 +110,7 @@ def test_view_is_independent_of_the_images_position() -> None:
 @pytest.mark.parametrize("policy", [PHOTOS, ViewPolicy("pad_crop", side=32, crop=32, pad=4)])
 def test_another_size_shows_the_same_crop(policy: ViewPolicy) -> None:
     if policy.kind == "pad_crop":
-        done = decode_images(in_memory([smooth(n, 32, 32) for n in range(6)]), Canonical("square", 32))
+        done = decode_images(in_memory([smooth(n, 32, 32) for n in range(6)]), Canonical("fixed", 32))
     else:
         done = photos()
     views = views_of(done, policy, 32)

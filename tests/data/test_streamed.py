@@ -49,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Image, ...]:
 
 
 def canonical(policy: ViewPolicy) -> Canonical:
-    return Canonical("square", SIZE) if policy.kind == "pad_crop" else Canonical("short_side", 36)
+    return Canonical("fixed", SIZE) if policy.kind == "pad_crop" else Canonical("short_side", 36)
 
 
 def both(images: tuple[Image, ...], policy: ViewPolicy, workers: Workers) -> tuple[Views, StreamedViews]:
@@ -95,6 +95,18 @@ def test_streamed_views_of_two_sizes_show_the_same_crops(
         assert full.equal(decoded.batch(*step)[0]) and labels.equal(decoded.batch(*step)[1])
     (views, _, full), *_ = replace(decoded, size=10).batches(steps, also=SIZE)
     assert views.equal(decoded.batch(*steps[0], size=10)[0]) and full.equal(decoded.batch(*steps[0])[0])
+
+
+def test_streamed_rectangles_equal_views_of_decoded_images(
+    images: tuple[Image, ...], workers: Workers
+) -> None:
+    decoded, streamed = both(images, ViewPolicy("resized_crop", aspect=0.5), workers)
+    steps = plan(20)
+    views = replace(streamed, size=(24, 12)).batches(steps, also=(10, 5))
+    for step, (large, _, small) in zip(steps, views, strict=True):
+        assert large.shape[-2:] == (24, 12) and small.shape[-2:] == (10, 5)
+        assert large.equal(decoded.batch(*step, size=(24, 12))[0])
+        assert small.equal(decoded.batch(*step, size=(10, 5))[0])
 
 
 def test_streamed_views_are_independent_of_the_number_of_workers(

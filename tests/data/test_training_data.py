@@ -42,7 +42,7 @@ def test_total_size_is_estimated_from_a_sample_of_headers(
     assert canonical_bytes(images, FORM) == exact
     monkeypatch.setattr("questpress.pipeline.data.decode.SAMPLE", 5)
     assert canonical_bytes(images, FORM) == pytest.approx(exact, rel=0.1)
-    assert canonical_bytes(images, Canonical("square", 24)) == 20 * 3 * 24**2
+    assert canonical_bytes(images, Canonical("fixed", 24)) == 20 * 3 * 24**2
     files = open_folder(folder(tmp_path, {"a": 4, "b": 4})).train
     (tmp_path / files[0].name).write_bytes(b"no image")
     assert canonical_bytes(files, FORM) == len(files) * 3 * 12 * 16

@@ -10,6 +10,7 @@ from questpress.pipeline.data.views import (
     list_views,
     philox,
     random_words,
+    to_listed_numbers,
     uniform,
 )
 from torch import Tensor
@@ -109,6 +110,26 @@ def test_all_162_views_of_pad_4_crop_and_flip_come_equally_often() -> None:
     assert len({(*b, f) for b, f in zip(listed.tolist(), listed_flips.tolist(), strict=True)}) == 162
     drawn = {(*b, f) for b, f in zip(box.tolist(), flips.tolist(), strict=True)}
     assert drawn == {(*b, f) for b, f in zip(listed.tolist(), listed_flips.tolist(), strict=True)}
+
+
+def test_pad_crops_of_rectangles_move_along_both_axes() -> None:
+    policy = ViewPolicy("pad_crop", side=(20, 10), crop=(16, 8), pad=1)
+    assert policy.count == 7 * 5 * 2
+    keys = keys_of(2000)
+    box, flips = draw(policy, keys, torch.zeros_like(keys), 20, 10)
+    assert box.amin(0).tolist() == [-1, -1, 16, 8] and box.amax(0).tolist() == [5, 3, 16, 8]
+    numbers = to_listed_numbers(policy, 0, keys, torch.zeros_like(keys))
+    again, mirrored = draw(policy, keys, numbers, 20, 10)
+    assert again.equal(box) and mirrored.equal(flips) and len(numbers.unique()) == 70
+
+
+def test_crops_have_the_shape_of_the_views() -> None:
+    keys = keys_of(500)
+    wide = ViewPolicy("center", aspect=3.0)
+    assert draw(wide, keys, keys * 0, 60, 90)[0][0].tolist() == [15, 0, 30, 90]
+    box = draw(ViewPolicy("resized_crop", aspect=3.0), keys, keys * 0, 300, 900)[0].double()
+    aspects = box[:, 3] / box[:, 2]
+    assert 3 * 0.74 < aspects.min() < 2.4 and 3.8 < aspects.max() < 3 * 1.35
 
 
 def test_view_count_is_none_for_unlimited_views() -> None:

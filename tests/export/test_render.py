@@ -36,6 +36,27 @@ def test_inputs_equal_timms_evaluation_transform_exactly(crop_mode: str, interpo
             np.testing.assert_array_equal(preprocess([noise(*shape)], p)[0], expected.numpy())
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(24, 40), (40, 9)])
+def test_rectangles_equal_timms_evaluation_transform_exactly(crop_mode: str, size: tuple[int, int]) -> None:
+    p = Preprocessing.create(size, 0.875, "bilinear", crop_mode)
+    transform = create_transform((3, *size), crop_pct=0.875, crop_mode=crop_mode, interpolation="bilinear")
+    for shape in [(40, 60), (61, 37), (33, 33), (200, 31), size]:
+        expected = transform(Image.fromarray(noise(*shape)))
+        np.testing.assert_array_equal(preprocess([noise(*shape)], p)[0], expected.numpy())
+
+
+def test_rectangle_survives_json_and_equal_sides_are_a_number() -> None:
+    p = Preprocessing.create((96, 36), 0.875)
+    values = json.loads(json.dumps(p.to_dict()))
+    assert (values["size"], values["resize"]) == ([96, 36], [109, 41])
+    assert Preprocessing.from_dict(values) == p
+    assert Preprocessing.create((32, 32)) == Preprocessing.create(32)
+    for size in ([96], [96, 36, 3], [96, 0], ["96", "36"], "96", None, [96.5, 36]):
+        with pytest.raises(ValueError):
+            Preprocessing.from_dict({**values, "size": size})
+
+
 def test_resized_side_is_rounded_down() -> None:
     assert Preprocessing.create(224, 0.875).resize == 256
     assert Preprocessing.create(96, 0.95).resize == math.floor(96 / 0.95) == 101

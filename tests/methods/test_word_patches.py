@@ -81,12 +81,14 @@ def test_without_images_nothing_is_shown() -> None:
 
 
 def test_patch_shows_two_cells_or_a_third_to_a_half_of_the_image() -> None:
-    assert patch_side(224, (7, 7)) == 75
-    assert patch_side(64, (1, 1)) == 64
-    assert patch_side(64, (2, 2)) == 32
-    assert patch_side(60, (5, 5)) == 24
-    assert patch_side(32, (8, 8)) == 11
-    assert patch_side(60, (4, 4)) == 30
+    assert patch_side((224, 224), (7, 7)) == 75
+    assert patch_side((64, 64), (1, 1)) == 64
+    assert patch_side((64, 64), (2, 2)) == 32
+    assert patch_side((60, 60), (5, 5)) == 24
+    assert patch_side((32, 32), (8, 8)) == 11
+    assert patch_side((60, 60), (4, 4)) == 30
+    assert patch_side((96, 36), (3, 2)) == 32
+    assert patch_side((96, 36), (1, 1)) == 36
 
 
 def test_large_maps_use_fewer_images() -> None:

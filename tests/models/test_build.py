@@ -3,6 +3,7 @@ import pytest
 import torch
 from questpress.models.build import build, check_size, default_image_size, geometry
 from questpress.models.errors import ModelError, UnknownModel
+from questpress.models.readout import Readouts
 
 
 def test_seed_decides_the_weights_and_leaves_the_global_random_state_alone():
@@ -50,6 +51,24 @@ def test_networks_are_built_for_the_image_size(name, size):
     with torch.no_grad():
         assert network(torch.randn(2, 3, size, size)).shape == (2, 3)
     assert network.built_as.image_size == size
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilevit_xxs"])
+def test_networks_are_built_for_rectangles(name):
+    check_size(name, (64, 32))
+    network = build(name, num_classes=3, image_size=(64, 32)).eval()
+    features = Readouts(network)
+    assert features.shapes.map is not None and features.shapes.map[1:] == (
+        (4, 2) if name.startswith("vit") else (2, 1)
+    )
+    assert network(torch.zeros(1, 3, 64, 32)).shape == (1, 3)
+
+
+def test_rectangle_that_does_not_fit_is_refused_with_the_next_ones():
+    with pytest.raises(ModelError, match=r"16 pixels, which do not divide 96x36\. Use 96x32 or 96x48"):
+        check_size("vit_tiny_patch16_224", (96, 36))
+    with pytest.raises(ModelError, match=r"does not support images of 96x40 pixels\. Use "):
+        check_size("crossvit_tiny_240", (96, 40))
 
 
 def test_network_without_a_head_gives_its_vector():

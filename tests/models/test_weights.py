@@ -282,3 +282,20 @@ def test_minus_infinity_in_a_mask_is_no_broken_weight():
         broken = {**Masked().state_dict(), "mask": torch.tensor([0.0, bad])}
         with pytest.raises(ModelError, match="'mask' contains values that are not finite"):
             load_into(Masked(), Checkpoint(broken, None, "masked.pth", "0"))
+
+
+def test_gray_weights_compute_the_same_of_an_images_gray():
+    gray, network = timm.create_model("resnet18", num_classes=3, in_chans=1), build("resnet18", num_classes=3)
+    assert not load_into(network, checkpoint({f"module.{k}": v for k, v in gray.state_dict().items()}))
+    matched = match(network, checkpoint(gray.state_dict()))
+    assert matched.source == "gray weights expanded to RGB" and not matched.left_out
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    luma = 0.299 * image[:, :1] + 0.587 * image[:, 1:2] + 0.114 * image[:, 2:]
+    assert torch.allclose(network.eval()(image), gray.eval()(luma), atol=1e-4)
+
+
+def test_weights_are_fitted_to_a_rectangle():
+    square = build("vit_tiny_patch16_224", num_classes=3, image_size=64, seed=0)
+    wide = build("vit_tiny_patch16_224", num_classes=3, image_size=(32, 96), seed=1)
+    assert not load_into(wide, checkpoint(square.state_dict()))
+    assert wide.pos_embed.shape == (1, 1 + 2 * 6, 192) and torch.equal(wide.cls_token, square.cls_token)

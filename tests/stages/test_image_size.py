@@ -1,11 +1,15 @@
-"""A student with smaller images than its teacher (CQKD)."""
+"""Sizes of the input: a student with smaller images than its teacher (CQKD), and rectangles."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image as PillowImage
 from questpress.export.runtime import Classifier
 from questpress.pipeline.config import recipes
 from questpress.pipeline.data.decode import Canonical, decode_images
@@ -18,6 +22,67 @@ from tests.support.little import compress, job, refused, report
 from tests.support.pictures import in_memory, smooth
 
 SMALLER = ("--student-size", "12", "--method", "quest+kd", "--precision", "fp32")
+
+
+def tall_photos(root: Path) -> Path:
+    """Write gray pictures of 64 × 24 pixels whose upper quarter has the color of the class."""
+    for label, name in enumerate(little.CLASSES):
+        (root / name).mkdir(parents=True)
+        for number in range(16):
+            pixels = np.random.default_rng([label, number]).integers(60, 100, (64, 24, 3)).astype(np.uint8)
+            pixels[:16, :, 2 - label] = 250
+            PillowImage.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tall(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tall_photos(tmp_path_factory.mktemp("tall"))
+
+
+def test_rectangle_reaches_every_file_and_command(tall: Path, tmp_path: Path, cache: Path) -> None:
+    out, sizes = tmp_path / "run", ("--image-size", "32,12", "--student-size", "24x9")
+    more = ("--method", "quest+kd", "--resize", "pad", "--teacher-epochs", "6", "--no-flip")
+    done = little.check_success(job(tall, out, cache, *sizes, *more))
+    assert "center crop" not in done.output
+    manifest = json.loads((out / "artifact" / "manifest.json").read_text())
+    p = manifest["preprocessing"]
+    assert (p["size"], p["resize"], p["crop_mode"]) == ([24, 9], [24, 9], "border")
+    for file, sides in (("artifact/student.int8.onnx", [24, 9]), ("bench/teacher.onnx", [32, 12])):
+        shape = onnx.load(out / file).graph.input[0].type.tensor_type.shape.dim
+        assert [side.dim_value for side in shape[2:]] == sides
+    told = report(out)
+    assert (told["image_size"], told["teacher_image_size"]) == ([24, 9], [32, 12])
+    assert told["data"]["shown"] == 100 and told["teacher"]["score"]["percent"] > 60
+    assert "24 × 9 pixels (height × width) (teacher: 32 × 12" in (out / "report.md").read_text()
+    validated = little.check_success(compress("validate", out, "--json", "--out", tmp_path / "v"))
+    networks = {network["file"]: network for network in json.loads(validated.stdout)["networks"]}
+    assert networks["student.int8.onnx"]["score"]["percent"] == told["student_int8"]["score"]["percent"]
+    little.check_success(compress("bench", out, "--seconds", "0.05", "--threads", "1", "--images", tall))
+    photo = next((tall / "red").iterdir())
+    alone = [sys.executable, str(out / "artifact" / "predict.py"), str(photo), "--json"]
+    answer = json.loads(subprocess.run(alone, capture_output=True, text=True, check=True).stdout)
+    assert answer["label"] == Classifier.load(out).predict([photo])[0].label
+    again = job(tall, out, cache, *sizes, *more, "--dry-run")
+    assert "at 32x12 px" in little.check_success(again).output
+
+
+def test_crops_that_hide_most_of_the_pictures_are_reported(tall: Path, tmp_path: Path, cache: Path) -> None:
+    for resize in ("crop", "squash"):
+        more = ("--until", "teacher", "--resize", resize, "--image-size", "24", "--teacher-epochs", "6")
+        done = little.check_success(job(tall, tmp_path / resize, cache, *more, "--no-flip"))
+        told = report(tmp_path / resize)
+        warned = [text for text in told["warnings"] if "hides more than half of the picture in 100%" in text]
+        assert len(warned) == (resize == "crop") == done.output.count("Warning: The center crop hides")
+        page = (tmp_path / resize / "report.md").read_text()
+        if resize == "crop":
+            assert "62% of the median picture" in warned[0]
+            assert "--image-size HEIGHT,WIDTH (40,16 has" in warned[0]
+            assert told["data"]["shown"] == pytest.approx(37.5)
+            assert "The input shows 37.5 % of the median image; --resize" in page
+        else:
+            assert told["teacher"]["score"]["percent"] > 60
+            assert "The input shows 100.0 % of the median image." in page
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +106,7 @@ def test_everything_that_ships_is_of_the_students_size(smaller: Path, data: Path
     told = report(smaller)
     assert (told["image_size"], told["teacher_image_size"]) == (12, 16)
     assert told["student"]["score"]["n"] == told["teacher"]["score"]["n"]
-    assert "12 × 12 pixels (teacher: 16 × 16)" in (smaller / "report.md").read_text()
+    assert "12 × 12 pixels (teacher: 16 × 16 pixels)" in (smaller / "report.md").read_text()
 
 
 def test_cached_outputs_depend_on_the_teachers_size(data: Path, tmp_path: Path, cache: Path) -> None:
@@ -75,7 +140,7 @@ def test_student_sees_the_teachers_crop_scaled_down(kind: str) -> None:
     policy = (
         ViewPolicy("pad_crop", side=32, crop=32, pad=4) if kind == "pad_crop" else ViewPolicy("resized_crop")
     )
-    form = Canonical("square", 32) if kind == "pad_crop" else Canonical("short_side", 48)
+    form = Canonical("fixed", 32) if kind == "pad_crop" else Canonical("short_side", 48)
     done = decode_images(in_memory([smooth(n, 70, 50) for n in range(6)]), form)
     views = Views(done.labels, done.keys, policy, 3, 32, done.pixels)
     indices, numbers = torch.arange(6), torch.full((6,), 5)

@@ -54,7 +54,7 @@ def find_patches(
 ) -> dict[str, Any]:
     """Return words spread over their ranks by usage, each with its nearest patches, one per image.
 
-    ``sample`` has rendered images uint8 [B,S,S,3] with the teacher's features, ``usage`` [K] the number of
+    ``sample`` has rendered images uint8 [B,H,W,3] with the teacher's features, ``usage`` [K] the number of
     training features nearest to each of the ``words`` [K,C] of ``level``.
     """
     batches = [
@@ -80,7 +80,7 @@ def find_patches(
         }
         for chosen in _spread_words(by_usage, word, image)
     ]
-    return {"shown": shown, "patch": patch_side(pixels.shape[1], grid), "seen": len(pixels)}
+    return {"shown": shown, "patch": patch_side(pixels.shape[1:3], grid), "seen": len(pixels)}
 
 
 def _spread_words(by_usage: np.ndarray, word: np.ndarray, image: np.ndarray) -> list[int]:
@@ -103,19 +103,22 @@ def _nearest_rows(chosen: int, word: np.ndarray, distance: np.ndarray, image: np
     return [int(row) for row in rows[np.sort(first)][:PATCHES]]
 
 
-def patch_side(size: int, grid: tuple[int, int]) -> int:
-    """Return the side of a patch in pixels: two grid cells, limited to a third to a half of the image.
+def patch_side(lengths: tuple[int, ...], grid: tuple[int, int]) -> int:
+    """Return the side of a patch in pixels: two grid cells, limited to a third to a half of the short side.
 
-    It is never smaller than one cell.
+    It is never smaller than one cell, unless the image is.
     """
-    cell = size / min(grid)
-    return round(max(cell, size / 3, min(2 * cell, size / 2)))
+    size, cell = min(lengths), max(length / cells for length, cells in zip(lengths, grid, strict=True))
+    return round(min(size, max(cell, size / 3, min(2 * cell, size / 2))))
 
 
 def _cut_patch(image: np.ndarray, place: int, grid: tuple[int, int]) -> np.ndarray:
-    """Cut the surroundings of a position, moved inwards at the border of the image [S,S,3]."""
-    size = len(image)
-    side = patch_side(size, grid)
-    centers = ((place // grid[1] + 0.5) * size / grid[0], (place % grid[1] + 0.5) * size / grid[1])
-    top, left = (min(max(round(center - side / 2), 0), size - side) for center in centers)
+    """Cut the surroundings of a position, moved inwards at the border of the image [H,W,3]."""
+    lengths, position = image.shape[:2], divmod(place, grid[1])
+    side = patch_side(lengths, grid)
+    centers = ((p + 0.5) * length / cells for p, length, cells in zip(position, lengths, grid, strict=True))
+    top, left = (
+        min(max(round(center - side / 2), 0), length - side)
+        for center, length in zip(centers, lengths, strict=True)
+    )
     return image[top : top + side, left : left + side]

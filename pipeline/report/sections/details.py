@@ -60,6 +60,10 @@ def _data(report: Report) -> Table:
     splits = {"training": data.train, "validation": data.val, "test": data.test}
     note = f"{data.name}; fingerprint {data.fingerprint}. Skipped files: {len(data.skipped):,}. "
     note += f"Groups of identical images: {len(data.duplicates):,}."
+    if data.shown is not None:
+        note += f" The input shows {format.percent(data.shown)} of the median image"
+        hides = data.shown < 50 and report.config.get("resize") in (None, "crop")
+        note += "; --resize or --image-size HEIGHT,WIDTH shows more." if hides else "."
     return Table("Data", ["split", "images"], [[name, f"{n:,}"] for name, n in splits.items()], note=note)
 
 
