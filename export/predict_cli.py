@@ -13,9 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image
-
-from .runtime import _FORMATS, MAX_THREADS, ArtifactError, Classifier, ImageError, Prediction
+from .runtime import MAX_THREADS, ArtifactError, Classifier, ImageError, Prediction, readable_formats
 from .text import encodable_json, escape_controls, escape_json
 
 
@@ -53,7 +51,7 @@ def _print_error(error: Exception | str) -> None:
 
 def _find_images(folder: Path) -> list[Path]:
     """Return the images in a folder and its subfolders, sorted. Raises ImageError if there are none."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+    suffixes = readable_formats()
     try:
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
     except OSError as error:

@@ -12,6 +12,7 @@ Training and validation use the same functions, so that reported accuracies are 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -19,8 +20,9 @@ import platform
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -39,6 +41,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 26  # 21,000 classes take a third of a million
 MAX_FILE_BYTES = (1 << 31) - 1  # the limit of protobuf, and so of an ONNX file
 MAX_THREADS = 1024
+MAX_PIXELS = 89_478_485  # of an image file; the limit from which Pillow warns
 METADATA_PREFIX = "questpress."
 MULTI_LABEL = "multi-label"
 UINT8 = "uint8"
@@ -84,6 +87,11 @@ _FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF", "JXL"),
     *("ICO", "DIB", "PCX", "SGI", "QOI", "PSD", "DDS", "ICNS", "TGA"),
 )
+# Packages that add formats to Pillow, used if they are installed.
+_PLUGINS = ("pillow_heif", "pi_heif", "pillow_avif", "pillow_jxl")
+_JPEG_FORMATS = ("JPEG", "MPO")
+_MAX_MISSING = 0.05  # fraction of a JPEG's pixels that may be missing at its end
+_MISSING_PIXELS = 18 * 18  # a block of 16 × 16 pixels and the pixels that are interpolated with it
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -96,17 +104,31 @@ _UPRIGHT = {
 }
 
 
-def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) -> Pixels:
+@cache
+def readable_formats() -> dict[str, str]:
+    """Return the suffixes of the image files that are read, such as `.jpg`, with the names of formats."""
+    Image.init()
+    for name in _PLUGINS:
+        with suppress(ImportError):  # also if it is of another version of Pillow
+            plugin = importlib.import_module(name)
+            getattr(plugin, "register_heif_opener", lambda: None)()  # the others register themselves
+    formats = {name for name in _FORMATS if name in Image.OPEN}
+    return {suffix: name for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+def decode_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, gray_bits: int = 16) -> Pixels:
     """Decode an image file, or the bytes of one, as a viewer shows it: uint8 [H, W, 3], RGB.
 
     EXIF orientation is applied, transparency is composited on white, 16-bit and float images are scaled to 8
-    bits, and the first frame of an animation is used. Raises ImageError unless it is a complete image of at
-    most `max_pixels` pixels, which is checked before decoding.
+    bits, and the first frame of an animation is used. `gray_bits` is the number of bits that 16-bit gray
+    images use. A JPEG may lack its last bytes, and is read at a fraction of its size if it has more than
+    `max_pixels` pixels, at most twice as many. Raises ImageError for any other image that is incomplete or
+    larger, which is checked before decoding.
     """
     if isinstance(source, bytes):
         if not source:
             raise ImageError("it is empty", "an image given as bytes")
-        return _decode(BytesIO(source), "an image given as bytes", max_pixels)
+        return _decode(BytesIO(source), "an image given as bytes", max_pixels, gray_bits)
     path = Path(source)
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     try:
@@ -115,21 +137,30 @@ def decode_image(source: str | Path | bytes, *, max_pixels: int = 89_478_485) ->
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ImageError("the file is empty", name)
-            return _decode(file, name, max_pixels)
+            return _decode(file, name, max_pixels, gray_bits)
     except (OSError, ValueError) as error:
         raise ImageError(getattr(error, "strerror", None) or str(error), name) from error
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
+def _decode(
+    file: BinaryIO, name: str, max_pixels: int, gray_bits: int = 16, *, repair: bool = True
+) -> Pixels:
     try:
         with suppress_pillow_warnings():
-            Image.init()
-            with Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
+            formats = set(readable_formats().values())
+            with Image.open(file, formats=[f for f in _FORMATS if f in formats]) as image:
+                _shrink_jpeg(image, max_pixels)
                 _check_size(name, image, max_pixels)
                 _check_tiles(name, image)
-                image.load()
+                try:
+                    image.load()
+                except OSError as error:
+                    if not repair or image.format not in _JPEG_FORMATS or "truncated" not in str(error):
+                        raise
+                    file.seek(0)
+                    return _decode_truncated_jpeg(file.read(), name, max_pixels)
                 _check_size(name, image, max_pixels)  # the header of an icon may differ from its image
-                return _to_rgb(_rotate_upright(image))
+                return _to_rgb(_rotate_upright(image), gray_bits)
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -139,6 +170,29 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     except Exception as error:  # damaged files make Pillow's decoders raise exceptions of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(reason, name) from error
+
+
+def _shrink_jpeg(image: Image.Image, max_pixels: int) -> None:
+    """Let a JPEG of up to twice `max_pixels` pixels be decoded at a half, quarter or eighth of its size."""
+    width, height = image.size
+    if image.format in _JPEG_FORMATS and max_pixels < width * height <= 2 * max_pixels:
+        image.draft(None, (width // 2, height // 2))
+
+
+def _decode_truncated_jpeg(content: bytes, name: str, max_pixels: int) -> Pixels:
+    """Decode a JPEG that lacks its last bytes; the missing pixels continue the last ones.
+
+    Pixels that depend on what replaces the missing bytes are those that are missing.
+    """
+    content, end = content.rstrip(b"\xff"), b"\xff\xd9"
+    pixels = _decode(BytesIO(content + end), name, max_pixels, repair=False)
+    total = pixels.shape[0] * pixels.shape[1]
+    filler = b"\x5a" * (1024 + total // 4)
+    other = _decode(BytesIO(content + filler + end), name, max_pixels, repair=False)
+    missing = int((pixels != other).any(axis=2).sum())
+    if missing > max(_MAX_MISSING * total, _MISSING_PIXELS):
+        raise ImageError(f"the file is truncated, about {missing / total:.0%} of the image is missing", name)
+    return pixels
 
 
 def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
@@ -165,9 +219,9 @@ def _rotate_upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
+def _to_rgb(image: Image.Image, gray_bits: int) -> Pixels:
     if image.mode == "F" or image.mode.startswith("I"):
-        gray, opaque = _to_eight_bits(image)
+        gray, opaque = _to_eight_bits(image, gray_bits)
         return np.repeat(np.where(opaque, gray, np.uint8(255))[:, :, None], 3, axis=2)
     if image.mode == "LAB":
         image = _lab_to_rgb(image)
@@ -180,18 +234,20 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
-def _to_eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+def _to_eight_bits(image: Image.Image, gray_bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a gray image of more than 8 bits as uint8 [H, W], and where it is opaque (bool [H, W]).
 
     A known bit depth is scaled by that depth, whatever the content: 16 bits by dropping the low byte, as
-    Pillow does for 16-bit RGB. Float and 32-bit images have no known depth; the smallest usual range that
-    contains their values is used.
+    Pillow does for 16-bit RGB, or fewer of the low bits if images use only `gray_bits`. Float and 32-bit
+    images have no known depth; the smallest usual range that contains their values is used.
     """
     values = np.asarray(image)
     key = image.info.get("transparency")
     opaque = values != key if isinstance(key, int) else np.ones(values.shape, dtype=bool)
     tags = getattr(image, "tag_v2", {})
     bits = _first(tags.get(258), 16) if tags else 16
+    if bits <= 16:
+        bits = min(bits, gray_bits)
     if bits == 32 and image.mode == "I" and _first(tags.get(339), 1) == 1:
         values = values.view(np.uint32)  # unsigned samples of TIFF, which Pillow reads as signed
     gray = np.empty(values.shape, dtype=np.uint8)
@@ -202,7 +258,8 @@ def _to_eight_bits(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     else:
         ends = [(finite.min(), finite.max()) for rows in blocks if (finite := _finite(values[rows])).size]
         low, high = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
-        usual = [bound for bound in ((1, 255, 65535) if image.mode == "F" else (255, 65535)) if high <= bound]
+        bounds = (255, (1 << gray_bits) - 1, 65535)
+        usual = [bound for bound in ((1, *bounds) if image.mode == "F" else bounds) if high <= bound]
         if low < 0 or not usual:
             span = (high - low) or 1.0
         else:
@@ -302,6 +359,8 @@ class Preprocessing:
     crop_mode: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    gray_bits: int = 16
+    """Number of bits that 16-bit gray images use, see `decode_image`."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that no image can be preprocessed with."""
@@ -326,6 +385,8 @@ class Preprocessing:
             raise ValueError(f"mean must be three values for pixels in [0, 1], got {self.mean}")
         if len(self.std) != 3 or not all(1 / _MAX_MEAN <= value <= _MAX_MEAN for value in self.std):
             raise ValueError(f"std must be three positive values, got {self.std}")
+        if self.gray_bits not in range(8, 17):
+            raise ValueError(f"gray_bits must be 8 to 16, got {self.gray_bits!r}")
 
     @classmethod
     def create(
@@ -357,7 +418,7 @@ class Preprocessing:
             "library": "Pillow",
             "antialias": True,
             "color": "RGB",
-            **values,
+            **{key: value for key, value in values.items() if (key, value) != ("gray_bits", 16)},
         }
 
     @classmethod
@@ -368,6 +429,7 @@ class Preprocessing:
         try:
             keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
             preprocessing = cls.create(**{key: values[key] for key in keys})
+            preprocessing = replace(preprocessing, gray_bits=values.get("gray_bits", 16))
         except (KeyError, TypeError, ArithmeticError) as error:
             raise ValueError(f"preprocessing has a missing or invalid value: {error}") from error
         for key, value in preprocessing.to_dict().items():
@@ -727,6 +789,10 @@ class Classifier:
             thresholds=_parse_thresholds(manifest),
         )
 
+    def decode(self, image: str | Path | bytes) -> Pixels:
+        """Decode an image file as this model requires it. Raises ImageError."""
+        return decode_image(image, gray_bits=self.preprocessing.gray_bits)
+
     def to_input(self, pixels: np.ndarray) -> np.ndarray:
         """Convert rendered images, uint8 [B, H, W, 3], to the model's input: normalize unless it does."""
         return pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
@@ -778,7 +844,7 @@ class Classifier:
         predictions = []
         remaining = iter(images)
         while chunk := list(islice(remaining, batch_size)):
-            decoded = [image if isinstance(image, np.ndarray) else decode_image(image) for image in chunk]
+            decoded = [image if isinstance(image, np.ndarray) else self.decode(image) for image in chunk]
             pixels = np.stack([render(image, self.preprocessing) for image in decoded])
             for row in self.probabilities(self.predict_logits(pixels)):
                 order = np.argsort(-row, kind="stable")

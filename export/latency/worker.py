@@ -179,7 +179,7 @@ STEPS = ("decode", "resize", "normalize", "run")
 def _start_end_to_end(first: Request) -> Block:
     import numpy as np
 
-    from ..runtime import Classifier, decode_image, render
+    from ..runtime import Classifier, render
 
     classifier = Classifier.load(first["model"], threads=first["threads"])
     images = cycle(sorted(Path(first["inputs"]).iterdir()))
@@ -192,7 +192,7 @@ def _start_end_to_end(first: Request) -> Block:
         while not times or time.perf_counter() < end:
             image = next(images)
             marks = [clock()]
-            pixels = decode_image(image)
+            pixels = classifier.decode(image)
             marks.append(clock())
             rendered = render(pixels, classifier.preprocessing)
             marks.append(clock())

@@ -233,7 +233,8 @@ def render_inputs(classifier: Classifier, images: Sequence[bytes]) -> np.ndarray
     """Return images as a file's inputs."""
     size = height_width(classifier.preprocessing.size)
     count = _count_inputs((3, *size), np.dtype(np.uint8 if classifier.takes_pixels else np.float32))
-    rendered = np.stack([render(decode_image(image), classifier.preprocessing) for image in images[:count]])
+    decoded = [classifier.decode(image) for image in images[:count]]
+    rendered = np.stack([render(image, classifier.preprocessing) for image in decoded])
     return classifier.to_input(repeat_shifted(rendered, count))
 
 
