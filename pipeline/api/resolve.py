@@ -65,7 +65,11 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     _check_weights_of_losses(chosen, list(parameters))
     _check_networks(chosen)
     data = open_data(
-        chosen.data, data_dir=chosen.data_dir, download=chosen.download, val_fraction=chosen.val_fraction
+        chosen.data,
+        data_dir=chosen.data_dir,
+        download=chosen.download,
+        follow_links=chosen.follow_links,
+        val_fraction=chosen.val_fraction,
     )
     methods.check_task(parameters, data.task)
     default_balance = "off" if has_set_weight else task_of(data).default_balance

@@ -17,7 +17,6 @@ from ...models.catalog import Entry, describe
 from ..config.options import Options, get_flag, get_group, get_stage
 from ..config.stages import ROUND, get_kind
 from ..data.dataset import ImageSet
-from ..data.sources.folders import describe_unused_splits
 from ..data.training_data import TrainingData
 from ..errors import UsageError
 from ..report.format import plural
@@ -25,7 +24,7 @@ from ..runs import process
 from ..runs.cache import Cache
 from ..runs.console import Display
 from ..runs.device import choose_device, use_threads
-from ..runs.files import DIGITS, check_outside_data, command_line, data_path, describe_namesake
+from ..runs.files import DIGITS, check_outside_data, command_line, describe_namesake
 from ..runs.folder import RunFolder, read_config
 from ..runs.hashes import sha256
 from ..runs.process import STOP
@@ -120,9 +119,8 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
             "Using the built-in handwritten digits (1,797 images). Set --data to a folder of class folders "
             "to use your own images."
         )
-    path = data_path(chosen.data)
-    if path is not None and (unused := describe_unused_splits(path)) is not None:
-        display.note(unused)
+    for note in images.notes:
+        display.note(note)
     if "data" in given.model_fields_set and (namesake := describe_namesake(chosen.data)) is not None:
         display.note(namesake)
     if given.batch_size and chosen.batch_size != given.batch_size:
@@ -190,6 +188,7 @@ def _run_stages(
             task=task_of(images),
             dataset_name=images.name,
             num_classes=len(images.classes),
+            gray_bits=images.gray_bits,
             folder=folder,
             cache=Cache(options.cache),
             display=display,

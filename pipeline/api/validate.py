@@ -13,7 +13,7 @@ import numpy as np
 from ...export.files import remove
 from ...export.latency.machine import environment
 from ...export.runtime import Pixels, render
-from ..data.dataset import Image, Progress, Skipped
+from ..data.dataset import Image, Progress, Skipped, set_gray_bits
 from ..data.decode import check_unreadable, decode_each, read_pixels
 from ..errors import UsageError
 from ..evaluation import calibration
@@ -71,6 +71,12 @@ def run_models(images: ValidationImages, models: Sequence[Model], progress: Prog
         UsageError: no image can be read.
     """
     formats = list(dict.fromkeys(model.preprocessing for model in models))
+    bits = {form.gray_bits for form in formats}
+    if len(bits) > 1:
+        raise UsageError(
+            "The models read 16-bit gray images by different numbers of bits. Validate them separately."
+        )
+    images = replace(images, images=set_gray_bits(images.images, bits.pop()))
     readable: list[Image] = []
     unreadable: list[Skipped] = []
     pending: list[list[Pixels]] = []
@@ -157,6 +163,7 @@ def validate(
     data: str | Path | None = None,
     data_dir: str | Path | None = None,
     download: bool = False,
+    follow_links: bool = False,
     split: SplitName | None = None,
     teacher: str | Path | None = None,
     file: str | None = None,
@@ -172,6 +179,7 @@ def validate(
         data: labeled images, as ``data`` of a run; the runs' own data by default.
         data_dir: the folder of a named data set, or of a labels file's images.
         download: download a named data set if it is missing.
+        follow_links: follow links that lead out of the data folder.
         split: ``train``, ``val``, ``test`` or ``all``; by default ``test`` if there are splits.
         teacher: a run folder or .onnx file to compare with, or ``none``; the runs' own by default.
         file: the file of an artifact to validate; by default all that are exact on this machine.
@@ -211,7 +219,7 @@ def validate(
         if data is None:
             images = choose_images_of_runs(runs, split, reading)
         else:
-            images = choose_images(data, split, runs, data_dir, download, reading)
+            images = choose_images(data, split, runs, data_dir, download, follow_links, reading)
         images = select_known(images, students, ignore_unknown=ignore_unknown)
         teachers, teacher_of, mismatches = _drop_mismatched(students, teachers, teacher_of)
         models = [*students, *teachers]

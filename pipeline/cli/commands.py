@@ -140,6 +140,7 @@ def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: 
 @click.option("--data", help="labeled images, as --data of run [default: the run's test images]")
 @click.option("--data-dir", type=PATH, help="folder of a named data set or of a labels file's images")
 @click.option("--download", is_flag=True, help="download a named data set if it is missing")
+@click.option("--follow-links", is_flag=True, help="follow links that lead out of the data folder")
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test", "all"]),

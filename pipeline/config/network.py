@@ -26,6 +26,9 @@ class NetworkSpec:
     resize: str | None = None
     """Value of ``--resize``: how images get the input's shape; as published if None."""
 
+    gray_bits: int = 16
+    """Number of bits that 16-bit gray images of the data use."""
+
     @property
     def geometry(self) -> Geometry:
         g = geometry(self.name, self.image_size)
@@ -39,6 +42,7 @@ class NetworkSpec:
     def preprocessing(self) -> Preprocessing:
         """The runtime's path from an image to the input."""
         g = self.geometry
-        return Preprocessing.create(
+        created = Preprocessing.create(
             g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std
         )
+        return replace(created, gray_bits=self.gray_bits)

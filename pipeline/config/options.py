@@ -143,6 +143,9 @@ class Options(BaseModel):
     )
     data_dir: Path | None = data_option("folder of a named data set, or of a labels file's images")
     download: bool = data_option("download a named data set if it is missing", False)
+    follow_links: bool = data_option(
+        "follow links that lead out of the data folder, such as those of DVC and git-annex", False
+    )
     out: Path | None = data_option("run folder [default: runs/TEACHER-STUDENT-DATA]")
     config: Path | None = data_option(
         "YAML file of options, such as a run's config.yaml; the command line takes precedence"

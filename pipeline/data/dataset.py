@@ -3,8 +3,8 @@
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
@@ -43,6 +43,8 @@ class Image:
     key: str
     source: Source = field(repr=False, compare=False)
     label_set: tuple[int, ...] | None = None
+    gray_bits: int = 16
+    """Number of bits that 16-bit gray images of the data use, see ``runtime.decode_image``."""
 
     @classmethod
     def with_labels(cls, name: str, labels: Sequence[int], key: str, source: Source) -> "Image":
@@ -108,9 +110,11 @@ class ImageSet:
     test: tuple[Image, ...]
     skipped: tuple[Skipped, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
-    ignored: int = 0
-    """Number of files that are not images."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Number of ignored files by suffix, or another description."""
     task: TaskName = "classification"
+    notes: tuple[str, ...] = ()
+    """What was not used, or is read in an unusual way; for the terminal and the report."""
 
     def split(self, split: Split) -> tuple[Image, ...]:
         return {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -119,10 +123,15 @@ class ImageSet:
         return len(self.train) + len(self.val) + len(self.test)
 
     @property
+    def gray_bits(self) -> int:
+        return next((image.gray_bits for split in SPLITS for image in self.split(split)), 16)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the classes and of each image's content, labels and split; names do not matter."""
         images = sorted((image.key, image.labels, split) for split in SPLITS for image in self.split(split))
-        return digest({"classes": self.classes, "images": images, "task": self.task})
+        bits = {} if self.gray_bits == 16 else {"gray_bits": self.gray_bits}  # it changes the pixels
+        return digest({"classes": self.classes, "images": images, "task": self.task, **bits})
 
     @property
     def counts(self) -> dict[Split, list[int]]:
@@ -142,6 +151,10 @@ def check_file_size(file: BinaryIO) -> None:
         raise OSError(errno.EFBIG, f"the file has {size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
 
 
+def set_gray_bits(images: Iterable[Image], bits: int) -> tuple[Image, ...]:
+    return tuple(replace(image, gray_bits=bits) for image in images)
+
+
 def sort_images(images: Sequence[Image]) -> tuple[Image, ...]:
     return tuple(sorted(images, key=lambda image: (image.labels, image.key, image.name)))
 
@@ -151,6 +164,7 @@ def hash_array(pixels: np.ndarray) -> str:
     header = f"{pixels.dtype} {'x'.join(map(str, pixels.shape))}\n".encode()
     return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
+
 def fail_to_read(name: str, error: Exception | str) -> JobError:
     """Return the error for an image that the machine cannot read; nothing is known about the image itself."""
     reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
@@ -158,7 +172,6 @@ def fail_to_read(name: str, error: Exception | str) -> JobError:
         f"{name} could not be read: {reason}. Check disk, memory and permissions, or remove the file; then "
         "run the same command again."
     )
-
 
 
 printable = escape_controls

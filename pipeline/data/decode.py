@@ -167,7 +167,9 @@ def render_images(
 
 
 def _key(images: Sequence[Image], form: dict[str, Any]) -> str:
-    return digest({"images": [image.key for image in images], **form, "decoder": decoder_version()})
+    bits = sorted({image.gray_bits for image in images})
+    keys = [image.key for image in images]
+    return digest({"images": keys, "gray_bits": bits, **form, "decoder": decoder_version()})
 
 
 def decoder_version() -> dict[str, Any]:
@@ -230,7 +232,7 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
             return form(content)
         if hashlib.sha256(content).hexdigest() != image.key:
             raise JobError(f"{image.name} was changed during the run. Start the run again.")
-        return form(runtime.decode_image(content))
+        return form(runtime.decode_image(content, gray_bits=image.gray_bits))
     except runtime.ImageError as error:
         if is_system_fault(error.__cause__):
             raise fail_to_read(image.name, error.reason) from error

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import TaskName
 from ..errors import UsageError
@@ -24,8 +24,9 @@ class UnsplitDataset:
     images: Mapping[Split, Sequence[Image]]
     has_splits: bool = False
     skipped: Sequence[Skipped] = ()
-    ignored: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)
     task: TaskName = "classification"
+    notes: Sequence[str] = ()
 
     def split(self, val_fraction: float | None = None) -> ImageSet:
         """Assign every image to one split.
@@ -58,7 +59,8 @@ class UnsplitDataset:
             **sorted_splits,
             skipped=tuple(self.skipped),
             duplicates=_find_duplicates(sorted_splits, removed),
-            ignored=self.ignored,
+            ignored=dict(self.ignored),
+            notes=tuple(self.notes),
             task=self.task,
         )
 

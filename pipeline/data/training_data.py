@@ -126,7 +126,8 @@ class TrainingData:
     @property
     def form(self) -> dict[str, Any]:
         """All that a view's pixels depend on, besides the image and the view policy."""
-        return {"canonical": asdict(self.canonical), "decoder": decoder_version()}
+        bits = self.dataset.gray_bits
+        return {"canonical": asdict(self.canonical), "gray_bits": bits, "decoder": decoder_version()}
 
     @cached_property
     def placement(self) -> Placement:

@@ -215,6 +215,10 @@ class DataSummary(Result):
     """Split -> class -> number of images."""
     skipped: list[tuple[str, str]] = []
     """(name, reason) of each file or folder that is left out."""
+    ignored: dict[str, int] = {}
+    """Number of ignored files by suffix, or another description."""
+    notes: list[str] = []
+    """What was not used, or is read in an unusual way."""
     duplicates: list[list[str]] = []
     """Groups of identical images across given folders or classes, by name."""
     fingerprint: str

@@ -375,6 +375,8 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
         test=len(readable.test),
         per_class={split: dict(zip(classes, readable.counts[split], strict=True)) for split in SPLITS},
         skipped=[(file.name, file.reason) for file in readable.skipped],
+        ignored=dict(readable.ignored),
+        notes=list(readable.notes),
         duplicates=[list(group.names) for group in readable.duplicates],
         fingerprint=data.dataset.fingerprint,  # of the whole dataset, as in the stages' keys
         task=readable.task,

@@ -61,6 +61,8 @@ class RunContext:
     """Hash of the stage's inputs; its checkpoints belong to this key."""
     ranks: Ranks = field(default_factory=Ranks)
     failed_trackers: set[str] = field(default_factory=set)
+    gray_bits: int = 16
+    """Number of bits that 16-bit gray images of the data use."""
 
     def for_stage(self, stage: str, key: str) -> "RunContext":
         self.progress.name = stage
@@ -78,6 +80,7 @@ class RunContext:
                 0 if head == "none" else self.num_classes,
                 f"teacher.{t}.safetensors" if several else "teacher.safetensors",
                 resize=o.resize,
+                gray_bits=self.gray_bits,
             )
             for t, (name, head) in enumerate(zip(o.teacher, o.teacher_head, strict=True))
         ]
@@ -106,7 +109,8 @@ class RunContext:
         size = o.student_size or o.image_size
         assert size is not None
         file = STUDENT if k is None else f"round.{k}.safetensors"
-        return NetworkSpec(resolve(o.student), size, self.num_classes, file, o.activation, o.resize)
+        name, bits = resolve(o.student), self.gray_bits
+        return NetworkSpec(name, size, self.num_classes, file, o.activation, o.resize, bits)
 
     @property
     def has_pixel_input(self) -> bool:

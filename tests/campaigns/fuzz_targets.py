@@ -62,7 +62,8 @@ def image_reader(_work: Path) -> Callable[[bytes], None]:
 
 def label_reader(suffix: str) -> Callable[[Path], Callable[[bytes], None]]:
     def make(work: Path) -> Callable[[bytes], None]:
-        from questpress.pipeline.data.sources.label_files import read_coco, read_rows
+        from questpress.pipeline.data.sources.coco import read_coco
+        from questpress.pipeline.data.sources.label_rows import read_rows
         from questpress.pipeline.errors import UsageError
 
         file = work / f"labels.{suffix}"

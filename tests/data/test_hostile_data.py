@@ -175,7 +175,7 @@ def test_named_pipe_is_ignored(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "cat" / "pipe.png")
     (tmp_path / "dog" / "zero.png").symlink_to("/dev/zero")
     data = open_data(str(tmp_path), val_fraction=0)
-    assert len(data) == 8 and data.ignored == 1
+    assert len(data) == 8 and data.ignored == {"special files": 1}
     assert [one.reason for one in data.skipped] == ["a link that leads out of the data folder"]
 
 

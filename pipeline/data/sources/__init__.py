@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from ...errors import UsageError
 from ...runs.files import DATA_PACKAGES, DIGITS, data_path, describe_namesake
-from ..dataset import ImageSet, Progress, printable
+from ..dataset import SPLITS, ImageSet, Progress, printable, set_gray_bits
 from ..splits import UnsplitDataset
-from .folders import read_folder
-from .label_files import SUFFIXES, find_label_files, read_label_file
+from .folders import mention, read_folder
+from .gray_bits import measure_gray_bits
+from .label_files import SUFFIXES, find_label_files, find_split_label_file, read_label_file
 from .timm_datasets import read_digits, read_named
 
 
@@ -19,6 +22,7 @@ def open_data(
     *,
     data_dir: Path | None = None,
     download: bool = False,
+    follow_links: bool = False,
     val_fraction: float | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
@@ -27,9 +31,18 @@ def open_data(
     Raises:
         UsageError: it does not exist or is not usable.
     """
-    unsplit = read_data(data, data_dir=data_dir, download=download, progress=progress)
+    unsplit = read_data(
+        data, data_dir=data_dir, download=download, follow_links=follow_links, progress=progress
+    )
     with _mention_label_files(data_path(data)):
-        return unsplit.split(val_fraction)
+        try:
+            images = unsplit.split(val_fraction)
+        except UsageError as error:
+            raise mention(error, unsplit.notes) from error
+    bits, notes = measure_gray_bits(images.train)
+    if bits != 16:
+        images = replace(images, **{split: set_gray_bits(images.split(split), bits) for split in SPLITS})
+    return replace(images, notes=(*images.notes, *notes))
 
 
 def read_data(
@@ -37,6 +50,7 @@ def read_data(
     *,
     data_dir: Path | None = None,
     download: bool = False,
+    follow_links: bool = False,
     for_training: bool = True,
     progress: Progress | None = None,
 ) -> UnsplitDataset:
@@ -48,6 +62,7 @@ def read_data(
         _check_unused("the built-in digits", data_dir, download)
         return read_digits()
     path = data_path(data)
+    how: Any = {"follow_links": follow_links, "for_training": for_training, "progress": progress}
     if path is None:
         try:
             return read_named(data, data_dir=data_dir, download=download, progress=progress)
@@ -62,11 +77,13 @@ def read_data(
                 f"nor a labels file ({', '.join(SUFFIXES)})."
             )
         _check_unused("a labels file", None, download)
-        return read_label_file(path, data_dir=data_dir, for_training=for_training, progress=progress)
+        return read_label_file(path, data_dir=data_dir, **how)
     if path.exists():
         _check_unused("a folder", data_dir, download)
+        if (file := find_split_label_file(path)) is not None:
+            return read_label_file(file, **how)
         with _mention_label_files(path):
-            return read_folder(path, for_training=for_training, progress=progress)
+            return read_folder(path, **how)
     near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7) + _similar_folders(path)
     did_you_mean = f" Did you mean {' or '.join(near[:3])}?" if near else ""
     raise UsageError(

@@ -3,23 +3,28 @@
 import errno
 import hashlib
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ....export.runtime import readable_formats
 from ...errors import UsageError
 from ..dataset import Image, Progress, Skipped, Split, check_file_size, fail_to_read, printable
 from ..splits import UnsplitDataset, quote_names
+from .split_names import find_splits
 
-_JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
-EXTENSIONS = frozenset((*_JPEG, *_PNM, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
-SPLIT_FOLDERS: dict[str, Split] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
+EXTENSIONS = frozenset(readable_formats())
+PACKAGES = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
+    ".jxl": "pillow-jxl-plugin",
+    ".avif": "pillow-avif-plugin",
 }
+"""The packages that read further formats, by suffix."""
+
+HIDDEN = "hidden"
 SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found", "__pycache__"))
 """Never classes; hidden folders are ignored as well."""
 
@@ -39,27 +44,81 @@ class FolderScan:
     """A data folder, and the files in it that are skipped or ignored."""
 
     root: Path
-    """Resolved; links that lead out of it are not followed."""
+    """Resolved; links that lead out of it are followed only if ``follow_links``."""
     top: Path
     """As specified by the user; names are relative to it."""
+    follow_links: bool = False
     skipped: list[Skipped] = field(default_factory=list)
-    ignored: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Number of ignored files by suffix, or another description."""
+    links: list[str] = field(default_factory=list)
+    """Links that are not followed, with their targets."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not used."""
+        notes = []
+        if self.ignored:
+            notes.append(f"ignored files: {describe_ignored(self.ignored)}")
+        if self.links:
+            notes.append(
+                f"{len(self.links)} links that lead out of the data folder are not followed, such as "
+                f"{self.links[0]}: use --follow-links to follow them"
+            )
+        return notes
+
+    def leads_out(self, path: Path) -> bool:
+        """Return True, and skip it, if a path is a link that leads out and is not followed."""
+        if self.follow_links or path.resolve().is_relative_to(self.root):
+            return False
+        self.skip(path, "a link that leads out of the data folder")
+        self.links.append(f"{self.name(path)} to {printable(os.path.realpath(path))}")
+        return True
 
     def skip(self, path: Path, reason: str, unreadable: bool = False) -> None:
         self.skipped.append(Skipped(self.name(path), reason, unreadable))
+
+    def ignore(self, path: Path) -> None:
+        kind = printable(path.suffix.lower()) if path.is_file() else "special files"
+        self.ignored[kind or "without an extension"] += 1
+
+    def ignore_outside(self, images: Sequence[Path]) -> None:
+        if images:
+            self.ignored["images outside of the class folders"] += len(images)
+
+    def copy(self) -> "FolderScan":
+        """Return a scan that records nothing in this one."""
+        return FolderScan(self.root, self.top, self.follow_links)
 
     def name(self, path: Path) -> str:
         return printable(path.relative_to(self.top).as_posix())
 
 
-def read_folder(path: Path, *, for_training: bool = True, progress: Progress | None = None) -> UnsplitDataset:
+def describe_ignored(ignored: Mapping[str, int]) -> str:
+    """Return counts such as ``20 .heic (pip install pillow-heif reads them), 3 .txt``."""
+    parts = [
+        f"{count:,} {kind}" + (f" (pip install {PACKAGES[kind]} reads them)" if kind in PACKAGES else "")
+        for kind, count in sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    more = [f"{len(parts) - 8} other kinds"] if len(parts) > 8 else []
+    return ", ".join([*parts[:8], *more])
+
+
+def read_folder(
+    path: Path,
+    *,
+    follow_links: bool = False,
+    for_training: bool = True,
+    progress: Progress | None = None,
+) -> UnsplitDataset:
     """Read the images in a folder, with the splits that its folders name.
 
     ``path`` contains a folder for each class (images in it at any depth), or folders called train, val and
-    test (or ``training``, ``valid``, ``validation``, ``testing``) with class folders. Without test, val is
-    the test split; see ``UnsplitDataset.split`` for what happens to the splits. Hidden files and files other
-    than images are ignored and counted; links that lead out of the folder are skipped. Without
-    ``for_training``, the images are only validated on: ``test`` suffices, and splits may lack classes.
+    test (or similar, see ``split_names``) with class folders, or class folders with those folders. Without
+    test, val is the test split; see ``UnsplitDataset.split`` for what happens to the splits. Hidden files and
+    files other than images are ignored and counted; links that lead out of the folder are skipped unless
+    ``follow_links``. Without ``for_training``, the images are only validated on: ``test`` suffices, and
+    splits may lack classes.
 
     Raises:
         UsageError: the folder does not exist, is empty or not of this form, or its classes do not match.
@@ -67,37 +126,55 @@ def read_folder(path: Path, *, for_training: bool = True, progress: Progress | N
     shown = printable(str(path))
     if not path.is_dir():
         raise UsageError(f"--data {shown} is not a folder.")
-    scan = FolderScan(path.resolve(), path)
+    scan = FolderScan(path.resolve(), path, follow_links)
     try:
         classes, files, has_splits = _find_classes(scan, shown, for_training)
     except PermissionError as error:
         raise UsageError(
             f"{printable(str(error.filename))} cannot be read. Check its permissions."
         ) from error
+    except UsageError as error:
+        raise mention(error, scan.notes) from error
     images = hash_files(files, scan, progress)
+    unused = describe_unused_splits(path)
     return UnsplitDataset(
-        printable(path.resolve().name), shown, classes, images, has_splits, scan.skipped, scan.ignored
+        printable(path.resolve().name),
+        shown,
+        classes,
+        images,
+        has_splits,
+        scan.skipped,
+        scan.ignored,
+        notes=[*scan.notes, *([unused] if unused else [])],
     )
+
+
+def mention(error: UsageError, notes: Iterable[str]) -> UsageError:
+    """Return an error about a data set with what was not used of it."""
+    return UsageError(" ".join([str(error), *(f"{note[0].upper()}{note[1:]}." for note in notes)]))
 
 
 def _find_classes(scan: FolderScan, shown: str, for_training: bool) -> tuple[list[str], _Files, bool]:
     """Return the classes, the files of each split, and True if folders assign the splits."""
     folders, loose = _list_folder(scan, scan.top)
-    split_folders = {folder: split for folder in folders if (split := SPLIT_FOLDERS.get(folder.name.lower()))}
+    scan.ignore_outside(loose)
+    splits = find_splits(folder.name for folder in folders)
+    split_folders = {folder: splits[folder.name] for folder in folders if folder.name in splits}
     only_splits = bool(split_folders) and len(split_folders) == len(folders)
     if "train" not in split_folders.values() and (for_training or not only_splits):
         if only_splits:
             names = quote_names([folder.name for folder in split_folders])
             raise UsageError(f"{shown} contains {names} but no 'train' folder. Add one.")
         split_folders = {}  # a class may be called 'test'; without 'train' it is not a split
+    others = [folder for folder in folders if folder not in split_folders]
+    if others and not any(_list_folder(scan.copy(), folder)[0] for folder in split_folders):
+        split_folders = {}  # a class may be called 'train' if it contains images like the other classes
     if split_folders:
-        scan.ignored += len(loose)
-        for folder in folders:
-            if folder not in split_folders:
-                scan.skip(folder, "it is next to 'train', but neither val nor test")
+        _check_beside_splits(scan, list(split_folders), others)
         return *_find_split_files(scan, split_folders, for_training), True
-    _check_class_folders(scan, shown, folders, loose)
-    scan.ignored += len(loose)
+    _check_class_folders(shown, folders, loose)
+    if inner := _find_inner_splits(scan, shown, folders):
+        return *_assign_splits(inner, {split: split for split in inner}, for_training), True
     classes = _class_names(folders)
     files = [(file, label) for label, folder in enumerate(folders) for file in _find_images(scan, folder)]
     if not files:
@@ -105,16 +182,63 @@ def _find_classes(scan: FolderScan, shown: str, for_training: bool) -> tuple[lis
     return classes, {"train": files}, False
 
 
-def _check_class_folders(
-    scan: FolderScan, shown: str, folders: Sequence[Path], loose: Sequence[Path]
-) -> None:
-    if not folders:
-        contains = "images but no" if loose else "no"
-        links = f" ({len(scan.skipped)} links that lead out of it are not followed)" if scan.skipped else ""
+def _check_beside_splits(scan: FolderScan, split_folders: Sequence[Path], others: Sequence[Path]) -> None:
+    """Refuse images in folders beside train, val and test."""
+    with_images = [folder.name for folder in others if _has_images(scan, folder)]
+    if with_images:
+        splits = quote_names([folder.name for folder in split_folders])
         raise UsageError(
-            f"{shown} contains {contains} class folders{links}. Put the images of each class into a folder."
+            f"{quote_names(with_images)}: images next to {splits} that are no split. Splits are named train, "
+            "val and test: rename or remove other folders. If all of them are classes, move them into a new "
+            "folder named train."
         )
-    if len(folders) == 1 and not loose and len(_list_folder(scan, folders[0])[0]) > 1:
+    for folder in others:
+        scan.skip(folder, "it is next to 'train' and contains no images")
+
+
+def _find_inner_splits(
+    scan: FolderScan, shown: str, folders: Sequence[Path]
+) -> dict[Split, dict[str, list[Path]]]:
+    """Return the images by split and class if class folders contain split folders, else nothing.
+
+    Raises:
+        UsageError: all folders contain the same folders, so they may be splits or folds.
+    """
+    listed = {folder: _list_folder(scan.copy(), folder) for folder in folders if _has_images(scan, folder)}
+    if len(listed) < 2 or any(loose or not inner for inner, loose in listed.values()):
+        return {}
+    contents = {
+        folder: [path for path in inner if _has_images(scan, path)] for folder, (inner, _) in listed.items()
+    }
+    splits = find_splits({path.name for inner in contents.values() for path in inner})
+    found = [{splits.get(path.name) for path in inner} for inner in contents.values()]
+    if all("train" in of_class and None not in of_class for of_class in found):
+        images: dict[Split, dict[str, list[Path]]] = {split: {} for split in splits.values()}
+        for name, inner in zip(_class_names(list(contents)), contents.values(), strict=True):
+            for path in inner:
+                images[splits[path.name]].setdefault(name, []).extend(_find_images(scan, path))
+        return images
+    common = sorted(set.intersection(*({path.name for path in inner} for inner in contents.values())))
+    if len(common) > 1:
+        raise UsageError(
+            f"{quote_names([folder.name for folder in contents])} in {shown} all contain "
+            f"{quote_names(common)}, so they may be splits or folds, and not classes. If they are splits, "
+            "name them train, val and test. If they are classes, move them into a new folder named train."
+        )
+    return {}
+
+
+def _has_images(scan: FolderScan, folder: Path) -> bool:
+    return next(_find_images(scan.copy(), folder), None) is not None
+
+
+def _check_class_folders(shown: str, folders: Sequence[Path], loose: Sequence[Path]) -> None:
+    if not folders:
+        raise UsageError(
+            f"{shown} contains {'images but no' if loose else 'no'} class folders. Put the images of each "
+            "class into a folder."
+        )
+    if len(folders) == 1 and not loose and sum(path.is_dir() for path in folders[0].iterdir()) > 1:
         inner = printable(str(Path(shown) / folders[0].name))
         raise UsageError(f"{shown} contains one folder with further folders. Use --data {inner}.")
 
@@ -122,8 +246,12 @@ def _check_class_folders(
 def describe_unused_splits(path: Path) -> str | None:
     """Return a warning if the folder is one split of a data set with further splits next to it."""
     path = path.absolute()
-    others = [name for name in SPLIT_FOLDERS if name != path.name.lower() and (path.parent / name).is_dir()]
-    if path.name.lower() not in SPLIT_FOLDERS or not path.is_dir() or not others:
+    try:
+        splits = find_splits(other.name for other in path.parent.iterdir() if other.is_dir())
+    except OSError:
+        return None
+    others = [name for name in splits if name != path.name]
+    if path.name not in splits or not others:
         return None
     return (
         f"not used, although next to {printable(path.name)}: {quote_names(others)}; "
@@ -132,7 +260,7 @@ def describe_unused_splits(path: Path) -> str | None:
 
 
 def _class_names(folders: Sequence[Path]) -> list[str]:
-    names = [printable(folder.name) for folder in folders]
+    names = [unicodedata.normalize("NFC", printable(folder.name)) for folder in folders]
     repeated = next((name for name, count in Counter(names).items() if count > 1), None)
     if repeated is not None:
         raise UsageError(f"Two class folders have the same printable name {repeated}. Rename one of them.")
@@ -151,17 +279,35 @@ def _find_split_files(
             )
         folder_of[split] = folder.name
         class_folders, loose = _list_folder(scan, folder)
+        # The same folder once more, as in some archives.
+        while len(class_folders) == 1 and not loose and find_splits([class_folders[0].name]):
+            class_folders, loose = _list_folder(scan, class_folders[0])
         if not class_folders:
             raise UsageError(
                 f"'{folder.name}' contains {'images but ' if loose else ''}no class folders. Put the images "
                 "of each class into a folder of its name."
             )
-        scan.ignored += len(loose)
+        scan.ignore_outside(loose)
         names = _class_names(class_folders)
-        files = [list(_find_images(scan, path)) for path in class_folders]
-        images[split] = {name: paths for name, paths in zip(names, files, strict=True) if paths}
+        images[split] = {}
+        for name, path in zip(names, class_folders, strict=True):
+            if paths := list(_find_images(scan, path)):
+                images[split][name] = paths
+            else:
+                scan.skip(path, "a class folder without images")
         if not images[split]:
             raise UsageError(f"The class folders in '{folder.name}' contain no images.")
+    return _assign_splits(images, folder_of, for_training)
+
+
+def _assign_splits(
+    images: dict[Split, dict[str, list[Path]]], folder_of: dict[Split, str], for_training: bool
+) -> tuple[list[str], _Files]:
+    """Return the classes, and the files of each split with their labels.
+
+    Raises:
+        UsageError: the classes of the splits differ.
+    """
     if "test" not in images and "val" in images:
         images["test"], folder_of["test"] = images.pop("val"), folder_of.pop("val")
     classes = list(dict.fromkeys(name for by_class in images.values() for name in by_class))
@@ -191,7 +337,7 @@ def _list_folder(scan: FolderScan, folder: Path) -> tuple[list[Path], list[Path]
         elif path.suffix.lower() in EXTENSIONS:
             images.append(path)
         else:
-            scan.ignored += 1
+            scan.ignore(path)
     return folders, images
 
 
@@ -207,7 +353,7 @@ def _find_images(scan: FolderScan, folder: Path, parents: frozenset[Path] = froz
         elif path.suffix.lower() in EXTENSIONS and path.is_file():
             yield path
         else:
-            scan.ignored += 1
+            scan.ignore(path)
 
 
 def _list_entries(scan: FolderScan, folder: Path) -> list[Path]:
@@ -217,12 +363,10 @@ def _list_entries(scan: FolderScan, folder: Path) -> list[Path]:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
             if entry.name.startswith("."):
-                scan.ignored += 1
+                scan.ignored[HIDDEN] += 1
             elif entry.is_symlink() and not path.exists():
                 scan.skip(path, "a broken link")
-            elif entry.is_symlink() and not path.resolve().is_relative_to(scan.root):
-                scan.skip(path, "a link that leads out of the data folder")
-            else:
+            elif not (entry.is_symlink() and scan.leads_out(path)):
                 paths.append(path)
     return paths
 

@@ -60,6 +60,7 @@ def _data(report: Report) -> Table:
     splits = {"training": data.train, "validation": data.val, "test": data.test}
     note = f"{data.name}; fingerprint {data.fingerprint}. Skipped files: {len(data.skipped):,}. "
     note += f"Groups of identical images: {len(data.duplicates):,}."
+    note += "".join(f" {text[0].upper()}{text[1:]}." for text in data.notes)
     if data.shown is not None:
         note += f" The input shows {format.percent(data.shown)} of the median image"
         hides = data.shown < 50 and report.config.get("resize") in (None, "crop")

@@ -63,7 +63,8 @@ def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path: Path) 
     (tmp_path / "b/notes.txt").write_text("no image")
     (tmp_path / "README").write_text("no image")
     images = open_folder(tmp_path)
-    assert len(images) == 9 and images.ignored == 4
+    assert len(images) == 9 and images.ignored == {"hidden": 2, ".txt": 1, "without an extension": 1}
+    assert images.notes == ("ignored files: 2 hidden, 1 .txt, 1 without an extension",)
     assert any(image.name.startswith("a/deep/deeper/") for role in SPLITS for image in images.split(role))
 
 

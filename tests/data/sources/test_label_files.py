@@ -223,10 +223,10 @@ def test_table_that_is_not_utf_8_is_refused_with_the_line(tmp_path: Path) -> Non
         ({"annotations": [{"image_id": 100, "category_id": 44}]}, ["category 44"]),
         ({"annotations": [{"image_id": 9, "category_id": 7}]}, ["image 9"]),
         (
-            {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]},
+            {"categories": [{"id": number, "name": "cat"} for number in (1, 7, 90)]},
             ["two categories named 'cat'"],
         ),
-        ({"images": [{"id": "a", "file_name": "000.png"}]}, ["entry of images lacks a number"]),
+        ({"images": [{"id": [1], "file_name": "000.png"}]}, ["entry of images lacks an 'id'"]),
     ],
 )
 def test_invalid_coco_annotations_are_refused(tmp_path: Path, more: dict[str, Any], words: list[str]) -> None:
