@@ -20,13 +20,14 @@ from .. import methods
 from ..config import defaults
 from ..config.network import NetworkSpec
 from ..config.options import Options, get_flag
-from ..data.dataset import ImageSet
+from ..data.dataset import ImageSet, Progress
 from ..data.decode import sample_sizes
 from ..data.sources import open_data
 from ..errors import UsageError
 from ..methods.base import Parameters
 from ..methods.shapes import check_methods, compute_shapes, count_parameters
-from ..runs.files import DIGITS
+from ..runs.cache import Cache
+from ..runs.files import DIGITS, check_outside_data
 from ..tasks import task_of
 from ..training import trackers
 
@@ -40,8 +41,8 @@ QAT_LR = 0.1
 """Default of --qat-lr over --lr."""
 
 
-def resolve(options: Options) -> tuple[Options, ImageSet]:
-    """Return the options with all defaults chosen, and the data.
+def resolve(options: Options, progress: Progress | None = None) -> tuple[Options, ImageSet]:
+    """Return the options with all defaults chosen, and the data, whose images are hashed and compared.
 
     No weights are downloaded. Networks are built on the meta device, for their shapes.
 
@@ -64,12 +65,15 @@ def resolve(options: Options) -> tuple[Options, ImageSet]:
     )
     _check_weights_of_losses(chosen, list(parameters))
     _check_networks(chosen)
+    check_outside_data(chosen.data, {"--cache": chosen.cache})
     data = open_data(
         chosen.data,
         data_dir=chosen.data_dir,
         download=chosen.download,
         follow_links=chosen.follow_links,
         val_fraction=chosen.val_fraction,
+        cache=None if chosen.dry_run else Cache(chosen.cache),
+        progress=progress,
     )
     methods.check_task(parameters, data.task)
     default_balance = "off" if has_set_weight else task_of(data).default_balance

@@ -109,7 +109,8 @@ def export(folder: str | Path, **options: Any) -> Report:
 def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
     if given.quiet and given.verbose:
         raise UsageError("--quiet and --verbose cannot be used together.")
-    chosen, images = resolve(given)
+    with display.stage("start") as stage, ranks.main_first():  # fills the cache
+        chosen, images = resolve(given, partial(stage.update, "reading images", unit="images"))
     assert chosen.out is not None
     check_outside_data(chosen.data, {"--out": chosen.out, "--cache": chosen.cache})
     device = choose_device(chosen.device, ranks.local_rank if ranks.count > 1 else None)

@@ -1,9 +1,11 @@
 """Open the models to validate, and choose the labeled images."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,9 +17,10 @@ from ...export.int8.targets import TARGETS, is_exact_here
 from ...export.runtime import ArtifactError, Classifier, Preprocessing, open_session
 from ...models.checkpoint import tensors_digest
 from ..config import TaskName
-from ..data.dataset import SPLITS, Image, Progress, Skipped, printable, sort_images
+from ..data.copies import find_copies
+from ..data.dataset import SPLITS, Copies, Image, Progress, Skipped, printable, sort_images
 from ..data.sources import open_data, read_data
-from ..data.splits import UnsplitDataset, quote_names
+from ..data.splits import UnsplitDataset, drop_repeated, quote_names
 from ..errors import UsageError
 from ..report.format import plural
 from ..runs.artifacts import (
@@ -28,6 +31,7 @@ from ..runs.artifacts import (
     open_files,
     read_train_images,
 )
+from ..runs.cache import Cache
 from ..runs.files import describe_namesake
 from ..runs.folder import RunFolder, read_config
 from ..runs.hashes import digest, sha256
@@ -290,7 +294,8 @@ def choose_images(
     images = [image for name in SPLITS if split in (name, "all") for image in dataset.images.get(name, ())]
     if not images:
         raise UsageError(f"{dataset.source} has no readable images.")
-    warnings = [*_warn_of_copies(images), *_warn_of_training(dataset, images, split, runs)]
+    images, warnings = _drop_copies(images, find_copies(images, Cache(), progress))
+    warnings += _warn_of_training(dataset, images, split, runs)
     if (namesake := describe_namesake(data)) is not None:
         warnings.append(namesake)
     name, source, classes, task = dataset.name, dataset.source, dataset.classes, dataset.task
@@ -299,18 +304,17 @@ def choose_images(
     )
 
 
-def _warn_of_copies(images: Sequence[Image]) -> list[str]:
-    labels: dict[str, set[tuple[int, ...]]] = {}
-    for image in images:
-        labels.setdefault(image.key, set()).add(image.labels)
-    copies = len(images) - len(labels)
-    conflicts = sum(len(different) > 1 for different in labels.values())
+def _drop_copies(images: Sequence[Image], copies: Copies) -> tuple[list[Image], list[str]]:
+    """Return images of which each content counts once in a class, and warnings."""
+    kept, repeated = drop_repeated(images, copies)
+    conflicts = sum(count > 1 for count in Counter(map(copies.content, kept)).values())
     warnings = []
-    if copies:
-        warnings.append(f"{copies} of the {len(images)} images are copies of others; each is counted.")
+    if repeated:
+        count = len(repeated)
+        warnings.append(f"{count} of the {len(images)} images are copies of others and are left out.")
     if conflicts:
         warnings.append(f"{conflicts} images are in more than one class, so one copy is always a mistake.")
-    return warnings
+    return kept, warnings
 
 
 def _warn_of_training(
@@ -338,8 +342,9 @@ def _warn_of_training(
 
 
 def _is_data_of(dataset: UnsplitDataset, run: Path, fingerprint: str) -> bool:
+    copies = find_copies(chain(*dataset.images.values()), Cache())
     try:
-        return dataset.split(read_config(run).get("val_fraction")).fingerprint == fingerprint
+        return dataset.split(read_config(run).get("val_fraction"), copies).fingerprint == fingerprint
     except UsageError:
         return False
 
@@ -373,6 +378,7 @@ def choose_images_of_runs(
             data_dir=None if config.get("data_dir") is None else Path(config["data_dir"]),
             follow_links=bool(config.get("follow_links")),
             val_fraction=config.get("val_fraction"),
+            cache=Cache(),
             progress=progress,
         )
     except UsageError as error:

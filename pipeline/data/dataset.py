@@ -85,13 +85,38 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """The same content several times: with different classes, or in several splits of the data."""
+    """The same content several times: with different classes, in several splits of the data, or in test."""
 
     names: tuple[str, ...]
     kept: Split
     removed: tuple[str, ...] = ()
-    """Copies that were removed so that no image is in two splits."""
+    """Copies that were removed so that no image is in two splits, or twice in test."""
     two_classes: bool = False
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The smallest key of the images that an image equals, by its key; without an entry, it has no copy."""
+
+    equal: Mapping[str, str] = field(default_factory=dict)
+    """Images with equal pixels."""
+    near: Mapping[str, str] = field(default_factory=dict)
+    """Images with equal pixels, and near copies with the same labels."""
+
+    def content(self, image: Image) -> str:
+        return self.equal.get(image.key, image.key)
+
+    def group(self, image: Image) -> str:
+        return self.near.get(image.key, image.key)
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Near copies in several splits, which the source of the data assigns or which a class has too few of."""
+
+    names: tuple[str, ...]
+    in_test: int
+    """Number of these images in test."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,7 @@ class ImageSet:
     test: tuple[Image, ...]
     skipped: tuple[Skipped, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
+    leaks: tuple[Leak, ...] = ()
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Number of ignored files by suffix, or another description."""
     task: TaskName = "classification"
@@ -151,6 +177,15 @@ def check_file_size(file: BinaryIO) -> None:
         raise OSError(errno.EFBIG, f"the file has {size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
 
 
+def fail_to_read(name: str, error: Exception | str) -> JobError:
+    """Return the error for an image that the machine cannot read; nothing is known about the image itself."""
+    reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
+    return JobError(
+        f"{name} could not be read: {reason}. Check disk, memory and permissions, or remove the file; then "
+        "run the same command again."
+    )
+
+
 def set_gray_bits(images: Iterable[Image], bits: int) -> tuple[Image, ...]:
     return tuple(replace(image, gray_bits=bits) for image in images)
 
@@ -163,15 +198,6 @@ def hash_array(pixels: np.ndarray) -> str:
     """Return the SHA-256 of an array's dtype, shape and bytes."""
     header = f"{pixels.dtype} {'x'.join(map(str, pixels.shape))}\n".encode()
     return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-
-
-def fail_to_read(name: str, error: Exception | str) -> JobError:
-    """Return the error for an image that the machine cannot read; nothing is known about the image itself."""
-    reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
-    return JobError(
-        f"{name} could not be read: {reason}. Check disk, memory and permissions, or remove the file; then "
-        "run the same command again."
-    )
 
 
 printable = escape_controls

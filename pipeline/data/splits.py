@@ -3,10 +3,11 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from ..config import TaskName
 from ..errors import UsageError
-from .dataset import SPLITS, Duplicate, Image, ImageSet, Skipped, Split, sort_images
+from .dataset import SPLITS, Copies, Duplicate, Image, ImageSet, Leak, Skipped, Split, sort_images
 
 TEST_FRACTION = VAL_FRACTION = 0.1
 
@@ -28,28 +29,35 @@ class UnsplitDataset:
     task: TaskName = "classification"
     notes: Sequence[str] = ()
 
-    def split(self, val_fraction: float | None = None) -> ImageSet:
+    def split(self, val_fraction: float | None = None, copies: Copies | None = None) -> ImageSet:
         """Assign every image to one split.
 
         If the source assigns ``train`` alone, 10 % become test and ``val_fraction`` (default 10 %) val; with
         ``train`` and ``test``, val is held out of train; all three are kept. Content that the source assigns
         to several splits stays in the last of train, val and test. Content with several classes goes to train
-        if we split. For a multi-label set, only train must contain every class.
+        if we split. For a multi-label set, only train must contain every class. Near ``copies`` with the same
+        labels stay together if we split and a class has enough other images. In test, copies count once.
 
         Raises:
             UsageError: fewer than two classes, a class too small for the splits, or an invalid fraction.
         """
+        copies = copies or Copies()
         fraction = VAL_FRACTION if val_fraction is None else val_fraction
         if not 0 <= fraction < 1:
             raise UsageError(f"--val-fraction must be at least 0 and less than 1, got {fraction:g}.")
         if len(self.classes) < 2:
             classes = f"only one class, '{self.classes[0]}'" if self.classes else "no classes"
             raise UsageError(f"{self.source}: it has {classes}. Provide images of two or more classes.")
-        splits, removed = _remove_copies({split: list(self.images.get(split, ())) for split in SPLITS})
+        assigned = {split: list(self.images.get(split, ())) for split in SPLITS}
+        splits, removed = _remove_copies(assigned, copies)
         has_test = "test" in self.images
         if not has_test or "val" not in self.images:
             split_train = _split_multi_label if self.task == "multi-label" else _split_by_class
-            splits |= split_train(splits["train"], self.classes, fraction, test=not has_test)
+            units = _choose_units(splits["train"], copies, 2 if has_test else 3)
+            splits |= split_train(splits["train"], self.classes, fraction, units, test=not has_test)
+        splits["test"], repeated = drop_repeated(splits["test"], copies)
+        for image in repeated:
+            removed[copies.content(image)].append(image)
         _check_every_class(splits, self.classes, ("train",) if self.task == "multi-label" else SPLITS)
         sorted_splits = {split: sort_images(splits[split]) for split in SPLITS}
         return ImageSet(
@@ -58,7 +66,8 @@ class UnsplitDataset:
             classes=tuple(self.classes),
             **sorted_splits,
             skipped=tuple(self.skipped),
-            duplicates=_find_duplicates(sorted_splits, removed),
+            duplicates=_find_duplicates(sorted_splits, removed, copies),
+            leaks=_find_leaks(sorted_splits, copies),
             ignored=dict(self.ignored),
             notes=tuple(self.notes),
             task=self.task,
@@ -66,7 +75,7 @@ class UnsplitDataset:
 
 
 def _remove_copies(
-    images: dict[Split, list[Image]],
+    images: dict[Split, list[Image]], copies: Copies
 ) -> tuple[dict[Split, list[Image]], dict[str, list[Image]]]:
     """Remove content from a split if a later split contains it; also return what was removed, by key."""
     removed: dict[str, list[Image]] = defaultdict(list)
@@ -75,20 +84,58 @@ def _remove_copies(
     for split in reversed(SPLITS):
         splits[split] = []
         for image in images[split]:
-            (removed[image.key] if image.key in seen else splits[split]).append(image)
-        seen.update(image.key for image in images[split])
+            content = copies.content(image)
+            (removed[content] if content in seen else splits[split]).append(image)
+        seen.update(map(copies.content, images[split]))
     return splits, removed
 
 
+def drop_repeated(images: Iterable[Image], copies: Copies) -> tuple[list[Image], list[Image]]:
+    """Return the first image of each content and labels, and the others."""
+    kept: dict[tuple[str, tuple[int, ...]], Image] = {}
+    repeated = []
+    for image in sort_images(tuple(images)):
+        if kept.setdefault((copies.content(image), image.labels), image) is not image:
+            repeated.append(image)
+    return list(kept.values()), repeated
+
+
+def _choose_units(images: Sequence[Image], copies: Copies, least: int) -> dict[str, str]:
+    """Return what is split, by key: the group of an image's near copies.
+
+    A class with fewer than ``least`` groups is split by content. Groups that are large parts of a class come
+    last in the order, and so stay in train.
+    """
+    contents: dict[str, set[str]] = defaultdict(set)
+    labels: dict[str, set[int]] = defaultdict(set)
+    sizes: Counter[int] = Counter()
+    for image in images:
+        group = copies.group(image)
+        contents[group].add(copies.content(image))
+        labels[group].update(image.labels or (NO_CLASS,))
+    groups = Counter(label for group in labels for label in labels[group])
+    for group, label_set in labels.items():
+        sizes.update(dict.fromkeys(label_set, len(contents[group])))
+    units = {}
+    for image in images:
+        group = copies.group(image)
+        if any(groups[label] < least for label in labels[group]):
+            units[image.key] = copies.content(image)
+        else:
+            largest = max(1.0, TEST_FRACTION * min(sizes[label] for label in labels[group]))
+            units[image.key] = f"~{group}" if len(contents[group]) > largest else group
+    return units
+
+
 def _split_by_class(
-    images: list[Image], classes: Sequence[str], fraction: float, *, test: bool
+    images: list[Image], classes: Sequence[str], fraction: float, units: Mapping[str, str], *, test: bool
 ) -> dict[Split, list[Image]]:
     """Split off val, and test if ``test``: the first of each class in the order of content hashes."""
     if fraction == 0 and not test:
         return {"train": images, "val": []}
     labels: dict[str, set[int]] = defaultdict(set)
     for image in images:
-        labels[image.key].add(image.label)
+        labels[units[image.key]].add(image.label)
     keys_of: dict[int, list[str]] = defaultdict(list)
     for key in sorted(key for key in labels if len(labels[key]) == 1):
         keys_of[next(iter(labels[key]))].append(key)
@@ -110,7 +157,7 @@ def _split_by_class(
         split_of |= dict.fromkeys(keys[:tested], "test")
         if fraction > 0:
             split_of |= dict.fromkeys(keys[tested : tested + validated], "val")
-    return _group(images, split_of, test=test)
+    return _group(images, split_of, units, test=test)
 
 
 def count_held_out(count: int, fraction: float, limit: int) -> int:
@@ -119,7 +166,7 @@ def count_held_out(count: int, fraction: float, limit: int) -> int:
 
 
 def _split_multi_label(
-    images: list[Image], classes: Sequence[str], fraction: float, *, test: bool
+    images: list[Image], classes: Sequence[str], fraction: float, units: Mapping[str, str], *, test: bool
 ) -> dict[Split, list[Image]]:
     """Split off val, and test if ``test``, in proportion to each class.
 
@@ -128,7 +175,7 @@ def _split_multi_label(
     """
     sets: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for image in images:
-        sets[image.key].add(image.labels)
+        sets[units[image.key]].add(image.labels)
     labels_of = {key: next(iter(label_sets)) for key, label_sets in sets.items() if len(label_sets) == 1}
     counts = Counter(label for label_sets in sets.values() for label in set().union(*label_sets))
     split_of: dict[str, Split] = dict.fromkeys(sets, "train")
@@ -146,7 +193,7 @@ def _split_multi_label(
         fraction = min(1.0, fraction / (1 - TEST_FRACTION))
     if fraction > 0:
         split_of |= dict.fromkeys(_choose_held_out(labels_of, counts, fraction, 1), "val")
-    return _group(images, split_of, test=test)
+    return _group(images, split_of, units, test=test)
 
 
 def _choose_held_out(
@@ -177,10 +224,12 @@ def _choose_held_out(
     return taken
 
 
-def _group(images: Iterable[Image], split_of: Mapping[str, Split], *, test: bool) -> dict[Split, list[Image]]:
+def _group(
+    images: Iterable[Image], split_of: Mapping[str, Split], units: Mapping[str, str], *, test: bool
+) -> dict[Split, list[Image]]:
     splits: dict[Split, list[Image]] = {split: [] for split in SPLITS if test or split != "test"}
     for image in images:
-        splits[split_of[image.key]].append(image)
+        splits[split_of[units[image.key]]].append(image)
     return splits
 
 
@@ -207,15 +256,30 @@ def _check_every_class(
             )
 
 
-def _find_duplicates(
-    splits: Mapping[Split, Sequence[Image]], removed: dict[str, list[Image]]
-) -> tuple[Duplicate, ...]:
-    copies: dict[str, list[tuple[Split, Image]]] = defaultdict(list)
+def _find_leaks(splits: Mapping[Split, Sequence[Image]], copies: Copies) -> tuple[Leak, ...]:
+    """Return the groups of near copies that are in several splits."""
+    groups: dict[str, dict[Split, list[str]]] = defaultdict(dict)
     for split in SPLITS:
         for image in splits[split]:
-            copies[image.key].append((split, image))
+            if image.key in copies.near:
+                groups[copies.group(image)].setdefault(split, []).append(image.name)
+    leaks = (
+        Leak(tuple(sorted(chain(*names.values()))), len(names.get("test", ())))
+        for names in groups.values()
+        if len(names) > 1
+    )
+    return tuple(sorted(leaks, key=lambda leak: leak.names))
+
+
+def _find_duplicates(
+    splits: Mapping[Split, Sequence[Image]], removed: dict[str, list[Image]], copies: Copies
+) -> tuple[Duplicate, ...]:
+    by_content: dict[str, list[tuple[Split, Image]]] = defaultdict(list)
+    for split in SPLITS:
+        for image in splits[split]:
+            by_content[copies.content(image)].append((split, image))
     duplicates = []
-    for key, kept in copies.items():
+    for key, kept in by_content.items():
         images = [*removed.get(key, ()), *(image for _, image in kept)]
         two_classes = len({image.labels for image in images}) > 1
         if key in removed or two_classes:

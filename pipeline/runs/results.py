@@ -220,7 +220,11 @@ class DataSummary(Result):
     notes: list[str] = []
     """What was not used, or is read in an unusual way."""
     duplicates: list[list[str]] = []
-    """Groups of identical images across given folders or classes, by name."""
+    """Groups of identical images across given folders or classes, or in test, by name."""
+    near_copies: list[list[str]] = []
+    """Groups of near copies in several splits, by name; the first 1,000."""
+    near_copies_in_test: int = 0
+    """Number of test images with a near copy in another split."""
     fingerprint: str
     task: TaskName = "classification"
     shown: float | None = None

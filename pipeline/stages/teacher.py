@@ -50,6 +50,9 @@ LOGITS = "teacher.logits.safetensors"
 TRAINED, WEIGHTS, EPOCHS = "teachers", "teacher.safetensors", "metrics.jsonl"
 """Cache entries of trained teachers, and their files."""
 
+MAX_LEAKS = 1000
+"""Groups of near copies that are recorded."""
+
 MAX_CHECK_IMAGES = 10_000
 """Training images on which a kept head is checked if there are no val images."""
 
@@ -359,7 +362,15 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
     if readable.duplicates:
         context.display.warn(
             f"{len(readable.duplicates)} images are in the data more than once, in several folders or "
-            "classes; the report lists them"
+            "classes or in test, where each counts once; the report lists them"
+        )
+    leaked = sum(leak.in_test for leak in readable.leaks)
+    if readable.leaks:
+        images = f"{leaked} of {len(readable.test)} test images have" if leaked else "Some val images have"
+        context.display.warn(
+            f"{images} a near copy in {'train or val' if leaked else 'train'}, in another format, size or "
+            f"quality, so the {'test' if leaked else 'val'} results are too good. The report lists them. "
+            "Remove the copies, or provide one folder per class without splits: then they stay together"
         )
     if len(sizes := sample_sizes(readable.train)):
         shown = shown_fractions(sizes, context.student.preprocessing)
@@ -378,6 +389,8 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
         ignored=dict(readable.ignored),
         notes=list(readable.notes),
         duplicates=[list(group.names) for group in readable.duplicates],
+        near_copies=[list(leak.names) for leak in readable.leaks[:MAX_LEAKS]],
+        near_copies_in_test=leaked,
         fingerprint=data.dataset.fingerprint,  # of the whole dataset, as in the stages' keys
         task=readable.task,
         shown=100 * statistics.median(shown) if sizes else None,

@@ -41,7 +41,10 @@ def test_no_image_is_in_two_splits_and_every_class_is_in_all(contents: list[list
                 split(images, len(contents), fraction)
             return
     done = split(images, len(contents), fraction)
-    assert len(done) == len(images)
+    in_test = [(one.key, one.label) for one in done.test]
+    assert len(in_test) == len(set(in_test))  # copies in test count once
+    removed = sum(len(group.removed) for group in done.duplicates)
+    assert len(done) + removed == len(images)
     keys = [{one.key for one in done.split(role)} for role in SPLITS]
     assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
     assert all(min(counts) >= 1 for counts in done.counts.values())

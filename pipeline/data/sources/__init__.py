@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...runs.cache import Cache
 from ...runs.files import DATA_PACKAGES, DIGITS, data_path, describe_namesake
+from ..copies import find_copies
 from ..dataset import SPLITS, ImageSet, Progress, printable, set_gray_bits
 from ..splits import UnsplitDataset
 from .folders import mention, read_folder
@@ -24,9 +27,10 @@ def open_data(
     download: bool = False,
     follow_links: bool = False,
     val_fraction: float | None = None,
+    cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """Open the data set that ``--data`` names, and split it.
+    """Open the data set that ``--data`` names, and split it. All images are decoded to find copies.
 
     Raises:
         UsageError: it does not exist or is not usable.
@@ -36,7 +40,10 @@ def open_data(
     )
     with _mention_label_files(data_path(data)):
         try:
-            images = unsplit.split(val_fraction)
+            images = unsplit.split(val_fraction)  # errors come before the images are decoded
+            copies = find_copies(chain(*unsplit.images.values()), cache, progress)
+            if copies.near:
+                images = unsplit.split(val_fraction, copies)
         except UsageError as error:
             raise mention(error, unsplit.notes) from error
     bits, notes = measure_gray_bits(images.train)

@@ -25,7 +25,8 @@ def section(report: Report) -> Section:
         tables=[commands(report), _stages(report), _data(report), _weights(report), _files(report)],
         folded=[
             Table("Skipped files", ["file", "reason"], skipped, code=frozenset({0}), text=True),
-            _duplicates(report),
+            _copies("Identical images", report.data.duplicates if report.data else []),
+            _copies("Near copies in several splits", report.data.near_copies if report.data else []),
             _nested_table("Quantization", quantization or {}),
             _nested_table(f"Parameters of {report.method}", _method(report)),
             _nested_table("Environment", report.environment),
@@ -59,7 +60,8 @@ def _data(report: Report) -> Table:
         return Table("Data", [], [])
     splits = {"training": data.train, "validation": data.val, "test": data.test}
     note = f"{data.name}; fingerprint {data.fingerprint}. Skipped files: {len(data.skipped):,}. "
-    note += f"Groups of identical images: {len(data.duplicates):,}."
+    note += f"Groups of identical images: {len(data.duplicates):,}. "
+    note += f"Test images with a near copy in another split: {data.near_copies_in_test:,}."
     note += "".join(f" {text[0].upper()}{text[1:]}." for text in data.notes)
     if data.shown is not None:
         note += f" The input shows {format.percent(data.shown)} of the median image"
@@ -103,12 +105,12 @@ def _files(report: Report) -> Table:
     return Table("Files", ["", "file", "bytes", "SHA-256"], rows, code=frozenset({1, 3}), text=True)
 
 
-def _duplicates(report: Report) -> Table:
+def _copies(title: str, groups: list[list[str]]) -> Table:
     rows = [
         [f"{len(group):,}", ", ".join(group[:MAX_DUPLICATES] + ["…"] * (len(group) > MAX_DUPLICATES))]
-        for group in (report.data.duplicates if report.data else [])
+        for group in groups
     ]
-    return Table("Identical images", ["images", "names"], rows, code=frozenset({1}), text=True)
+    return Table(title, ["images", "names"], rows, code=frozenset({1}), text=True)
 
 
 def _method(report: Report) -> dict[str, Any]:
