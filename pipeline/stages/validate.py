@@ -78,6 +78,8 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
         artifacts.write_predictions(folder / artifacts.PREDICTIONS_FILE, decoded.keys.numpy(), labels, logits)
         outputs.append(artifacts.PREDICTIONS_FILE)
     _warn(context, previous, scores["student"], labels)
+    if (measured := facts[ships].get("calibration")) is not None and measured.get("before") is not None:
+        _check_calibration(context, measured["before"]["ece"], measured["ece"])
     _write_manifest(context, data, previous, scores["student"], target_scores, thresholds)
     score = scores[ships]
     summary = f"on {len(labels)} test images: fp32 {scores['student'].text}"
@@ -113,6 +115,16 @@ def _teacher_calibration(
 
 def _calibration_facts(measured: Calibration | None) -> dict[str, Any]:
     return {} if measured is None else {"calibration": measured.model_dump(exclude_none=True)}
+
+
+def _check_calibration(context: RunContext, before: float, after: float) -> None:
+    """Warn if the temperature fitted on val increased the expected calibration error on test, in percent."""
+    if round(after, 1) > round(before, 1):
+        context.display.warn(
+            f"--calibrate made the calibration on the test images worse: the ECE was {before:.1f} %, and is "
+            f"{after:.1f} %. The val images may be unlike those of test. Export without --calibrate, or use "
+            "val images like those of test"
+        )
 
 
 def _warn(context: RunContext, previous: Mapping[str, Any], student: Score, labels: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from questpress.export.runtime import Classifier
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.results import Report
 from questpress.pipeline.stages.export import check_temperature
+from questpress.pipeline.stages.validate import _check_calibration
 
 from tests.support import little
 from tests.support.little import refused, report
@@ -55,6 +57,17 @@ def test_student_is_the_same_file_and_its_fp32_logits_are_divided_by_the_tempera
     (before, _), (after, _) = logits(plain, "student.onnx"), logits(tempered, "student.onnx")
     assert np.allclose(after * t, before, atol=1e-4)
     assert (after.argmax(1) == before.argmax(1)).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "warns"), [(5.3, 15.0, True), (15.0, 5.3, False), (2.0, 2.01, False)]
+)
+def test_calibration_that_makes_the_test_ece_worse_is_a_warning(before, after, warns):
+    context = Mock()
+    _check_calibration(context, before, after)
+    assert context.display.warn.called == warns
+    if warns:
+        assert "the ECE was 5.3 %, and is 15.0 %" in context.display.warn.call_args[0][0]
 
 
 def test_calibration_changes_no_prediction(plain, tempered):
