@@ -558,9 +558,13 @@ def _read_quota(folder: Path, is_v1: bool) -> float:
         return math.inf
 
 
+THREADS: int | None = None
+"""Default number of a session's threads; None for min(allowed cores, 4)."""
+
+
 def default_threads() -> int:
-    """Return min(allowed cores, 4): more threads seldom help a small network."""
-    return min(allowed_cores(), 4)
+    """Return `THREADS` or min(allowed cores, 4): more threads seldom help a small network."""
+    return THREADS or min(allowed_cores(), 4)
 
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")

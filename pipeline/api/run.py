@@ -23,7 +23,7 @@ from ..report.format import plural
 from ..runs import process
 from ..runs.cache import Cache
 from ..runs.console import Display
-from ..runs.device import choose_device, use_threads
+from ..runs.device import choose_device, fix_threads, threads, use_threads
 from ..runs.files import DIGITS, check_outside_data, command_line, describe_namesake
 from ..runs.folder import RunFolder, read_config
 from ..runs.hashes import sha256
@@ -140,7 +140,7 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
     if chosen.dry_run:
         return dry_run(chosen, _config(chosen, images), images, device, display)
     folder = RunFolder(chosen.out, writes=ranks.is_main)
-    with folder.locked():
+    with folder.locked(), fix_threads(chosen.threads):
         set_options = frozenset(given.model_fields_set)
         return _run_stages(chosen, set_options, images, folder, device, display, ranks)
 
@@ -177,6 +177,7 @@ def _run_stages(
         # Processes restarted by torchrun resume.
         folder.open(fresh=options.fresh and not process.count_restarts())
         folder.check_options(config)
+        folder.record.threads = threads()
         folder.begin(config, _select_repeatable(options), command_line())
         check_weights(options, images, folder.unfinished(options.until), download=True)
     trains = any(get_kind(stage) in (*TRAINING, "qat") for stage in folder.unfinished(options.until))

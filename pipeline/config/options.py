@@ -336,6 +336,11 @@ class Options(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = execution_option(
         "precision of training; auto: bf16 if it is faster", "auto"
     )
+    threads: int | None = execution_option(
+        "threads of training and export, recorded in run.json; only runs with equal numbers have files that are equal to the byte [default: the available cores]",
+        ge=1,
+        le=256,
+    )
     compile: Literal["auto", "on", "off"] = execution_option(
         "compile the networks with torch.compile; auto: if it is measured to be faster over the whole training",
         "auto",

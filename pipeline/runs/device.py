@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...export import runtime
 from ...export.latency.machine import environment
 from ...export.runtime import allowed_cores
 from ..errors import UsageError
@@ -99,9 +101,24 @@ def choose_engine(device: str, precision: str, network: nn.Module) -> Engine:
     return Engine(device, threads(), precision, heads=heads)
 
 
+@contextmanager
+def fix_threads(count: int | None) -> Iterator[None]:
+    """Use ``count`` threads in torch and in ONNX Runtime during the block; None keeps the defaults.
+
+    Sums are split over threads, so results are equal to the byte only with equal numbers.
+    """
+    before, runtime.THREADS = runtime.THREADS, count
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        runtime.THREADS = before
+
+
 def threads() -> int:
-    """Return the threads of this process: the allowed cores divided by the ranks of this machine."""
-    return max(1, allowed_cores() // process.count_local_processes())
+    """Return the threads of this process: those fixed, or the allowed cores divided by the local ranks."""
+    return runtime.THREADS or max(1, allowed_cores() // process.count_local_processes())
 
 
 def inference_engine(device: str, precision: str) -> Engine:

@@ -166,6 +166,8 @@ class RunRecord(BaseModel):
     engines: dict[str, EngineEntry] = {}
     micro_batches: dict[str, MicroBatchEntry] = {}
     trackers: dict[str, TrackerEntry] = {}
+    threads: int | None = None
+    """Number of threads of the last command (``--threads``); that of each training is in ``engines``."""
     placement: str | None = None
     """Where training images are kept (``--resident``). Written by ``training/context.py``."""
 

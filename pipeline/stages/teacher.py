@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from timm.utils.misc import natural_key
 from torch import nn
 
-from ...export.runtime import allowed_cores, height_width
+from ...export.runtime import height_width
 from ...models.checkpoint import read_checkpoint, save_weights
 from ...models.initialize import InitialNetwork, initialize, parameters
 from ...models.weights import load_into, permute_head
@@ -25,7 +25,7 @@ from ..data.training_data import TrainingData
 from ..errors import JobError
 from ..report.format import join_names
 from ..runs import artifacts
-from ..runs.device import choose_engine, use_threads
+from ..runs.device import choose_engine, threads, use_threads
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult, get_training
 from ..runs.hashes import digest
@@ -123,7 +123,7 @@ def _make_teacher(
     """Train a teacher if needed, write its weights and return its facts and its logits on test, if any."""
     spec = context.teachers[t]
     network = initial.network.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    use_threads(allowed_cores())
+    use_threads(threads())
     val = test = None
     if initial.head == "replaced":
         network = _load_or_train(context, data, t, initial)

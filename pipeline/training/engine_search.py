@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ...export import runtime
 from ..runs.device import Engine, bf16_pays, cores, use_threads
 from .task import DistillationTask
 
@@ -199,7 +200,8 @@ def _vary_layout(engine: Engine) -> Engine:
 
 def _vary_threads(engine: Engine) -> Engine | None:
     """Use one thread per core instead of one per hyper-thread."""
-    return replace(engine, threads=cores()) if cores() < engine.threads else None
+    is_fixed = runtime.THREADS is not None
+    return replace(engine, threads=cores()) if cores() < engine.threads and not is_fixed else None
 
 
 class _StepTimer:

@@ -146,10 +146,15 @@ def choose_run_engine(
     requested = precision or context.options.precision
     if entry is not None and entry.key == context.key and entry.device == context.device:
         recorded = Engine.from_record(entry.model_dump())
-        if requested in ("auto", entry.precision):
+        count = context.options.threads or entry.threads
+        engine = replace(recorded, threads=count)
+        if requested not in ("auto", entry.precision):
+            context.display.note(f"{name} was started in {entry.precision} and resumes in {requested}")
+            engine = replace(engine, precision=requested, heads="as the network")
+        if count != entry.threads:
+            context.display.note(f"{name} was started with {entry.threads} threads and resumes with {count}")
+        if engine == recorded:
             return recorded
-        context.display.note(f"{name} was started in {entry.precision} and resumes in {requested}")
-        engine = replace(recorded, precision=requested, heads="as the network")
     else:
         engine = choose(requested)
     engines[name] = EngineEntry(key=context.key, name=device_name(engine.device), **asdict(engine))

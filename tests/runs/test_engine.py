@@ -3,6 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from questpress.export import runtime
+from questpress.pipeline.runs import device
 from questpress.pipeline.runs.device import Engine, free_memory
 from questpress.pipeline.runs.record import RunRecord
 from questpress.pipeline.training.trainer import choose_run_engine
@@ -11,9 +14,15 @@ from questpress.pipeline.training.trainer import choose_run_engine
 class Run:
     """The part of a context that ``choose_run_engine`` needs."""
 
-    def __init__(self, precision: str = "auto", key: str = "key", record: RunRecord | None = None) -> None:
+    def __init__(
+        self,
+        precision: str = "auto",
+        key: str = "key",
+        record: RunRecord | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.notes: list[str] = []
-        self.options = SimpleNamespace(precision=precision)
+        self.options = SimpleNamespace(precision=precision, threads=threads)
         self.key, self.device = key, "cpu"
         self.folder = SimpleNamespace(record=RunRecord() if record is None else record, save=lambda: None)
         self.display = SimpleNamespace(note=self.notes.append)
@@ -31,6 +40,27 @@ def test_resumed_training_keeps_its_engine() -> None:
     assert first.engine(threads=4) == Engine("cpu", 4, "bf16")
     assert Run(record=first.folder.record).engine(threads=8) == Engine("cpu", 4, "bf16")
     assert Run(record=first.folder.record, key="another").engine(threads=8).threads == 8
+
+
+def test_requested_threads_override_the_recorded_ones() -> None:
+    first = Run()
+    first.engine(threads=4)
+    run = Run(record=first.folder.record, threads=2)
+    assert run.engine() == Engine("cpu", 2, "bf16")
+    assert run.notes == ["student was started with 4 threads and resumes with 2"]
+    assert run.folder.record.engines["student"].threads == 2
+
+
+def test_fixed_threads_apply_to_torch_and_to_sessions() -> None:
+    before = torch.get_num_threads(), device.threads(), runtime.default_threads()
+    try:
+        with device.fix_threads(3):
+            assert (torch.get_num_threads(), device.threads(), runtime.default_threads()) == (3, 3, 3)
+            assert device.choose_engine("cpu", "fp32", torch.nn.Identity()).threads == 3
+        with device.fix_threads(None):
+            assert (device.threads(), runtime.default_threads()) == before[1:]
+    finally:
+        torch.set_num_threads(before[0])
 
 
 def test_requested_precision_overrides_the_recorded_one() -> None:
