@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, computed_field, model_validator
+
+MAX_NUMBER = 1e100
+"""Larger ones would overflow in charts."""
 
 
 class Result(BaseModel):
@@ -13,6 +17,15 @@ class Result(BaseModel):
 
     # A number that is not finite is the string "NaN" or "Infinity" in JSON.
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        """Refuse numbers that no run measures: records may be written by others."""
+        for name, value in self:
+            is_count = isinstance(value, int) and not 0 <= value < 1 << 63
+            if is_count or (isinstance(value, float) and MAX_NUMBER < abs(value) < math.inf):
+                raise ValueError(f"{name} is out of range, got {value:.3g}")
+        return self
 
     draw: ClassVar[Callable[[Any], tuple[str, str] | None]] = lambda _: None
     """Returns a short table as text and as HTML, or None for a part of a result; set by `pipeline`."""
@@ -56,14 +69,17 @@ class Latency(Result):
     subject: str
     threads: int
     percentiles: dict[str, Percentile]
-    """`p50`, `p90`, `p95`, `p99`, `p99_9`: those with enough samples."""
-    mean: float
+    """`p50`, `p90`, `p95`, `p99`, `p99_9`: those with enough samples; none without `Conditions.wall_time`."""
+    mean: float | None
+    """None if `Conditions.wall_time` is False."""
+    processor_ms: float | None = None
+    """p1 of the processor time of a run, the sum of all threads; None if it was not measured."""
     n: int
     """Number of samples."""
     settled: bool = True
     """False if the warm-up reached its limit before two windows agreed within 2 %."""
     quantiles: list[float] = []
-    """0, 1, … 100 %, for charts."""
+    """0, 1, … 100 %, for charts; empty if `Conditions.wall_time` is False."""
 
     @property
     def p50(self) -> float | None:
@@ -76,7 +92,7 @@ class Latency(Result):
 
 
 class Speedup(Result):
-    """How many times faster than `over` a subject is: the ratio of per-round medians."""
+    """How many times faster than `over` a subject is: the ratio of their reported medians."""
 
     model_config = ConfigDict(extra="ignore")  # `verdict` is in the JSON and is computed when it is read
 
@@ -86,6 +102,8 @@ class Speedup(Result):
     ratio: float
     low: float
     high: float
+    clock: Literal["wall", "processor"] = "wall"
+    """`processor`: the ratio of the processor times of a run, because other processes used the cores."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -121,6 +139,8 @@ class Conditions(Result):
     """Standard deviation between processes of one file, percent."""
     process_spread_measured: bool
     """False if it is assumed because each file had one process."""
+    wall_time: bool = True
+    """False if other processes used so much of the cores that latencies in wall time are not reported."""
     unchecked: list[str] = []
     """Flags that cannot be raised because the system does not report the counters."""
 

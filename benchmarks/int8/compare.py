@@ -110,7 +110,7 @@ def figures(result: BenchResult, files: Mapping[str, File], threads: int) -> dic
     return {
         "files": {kind: file.to_dict() for kind, file in files.items()},
         "latencies": {kind: result.latency(kind, threads).model_dump() for kind in kinds},
-        "ours_against": {speedup.over: speedup.model_dump() for speedup in speedups},
+        "ours_against": {speedup.over: speedup.model_dump() for speedup in speedups if speedup is not None},
         "environment": asdict(result.environment),
     }
 

@@ -3,7 +3,7 @@
 Every subject has separate worker processes, pinned to as many cores as they have threads. After a warm-up
 they run in rounds: in each, every subject runs one block at batch size 1 on different inputs, in seeded
 random order, and a subject's processes take turns. No outlier is dropped. A sentinel times a fixed
-computation once a round, and the system's counters are read before and after, for the checks in `statistics`.
+computation once a round, and the system's counters are read before and after, for the checks in `noise`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import numpy as np
 from ..errors import ExportError
 from ..files import temporary_folder
 from ..results import Conditions, Flag, Latency, Speedup
-from . import statistics
+from . import noise, statistics
 from .machine import Environment, choose_cores, environment, read_governor
-from .statistics import Samples, compute_process_spread, compute_speedup, summarize
+from .statistics import Samples, compute_process_spread, summarize
 
 MIN_ROUNDS = 20
 """Intervals of fewer rounds are not reliable."""
@@ -69,6 +69,8 @@ class Worker:
         self.threads = threads
         self.cpu_seconds = 0.0
         """Processor time of the process, as of its last reply."""
+        self.processor_ms: np.ndarray | None = None
+        """Processor time of each run of the last block, all threads together; None if not measured."""
         self._request = {"model": str(model), "inputs": str(inputs), "threads": threads, "cores": list(cores)}
         self._ready = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
@@ -93,7 +95,9 @@ class Worker:
 
         Raises ExportError.
         """
-        return self._send({"seconds": seconds, "batch": batch}, seconds + _BLOCK_TIMEOUT)
+        ms, *processor_ms = self._send({"seconds": seconds, "batch": batch}, seconds + _BLOCK_TIMEOUT)
+        self.processor_ms = processor_ms[0] if processor_ms else None
+        return ms
 
     def _send(self, request: dict[str, Any], timeout: float) -> np.ndarray:
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -122,7 +126,7 @@ class Worker:
         if len(body) != head.get("bytes", 0):
             raise self._failure(timed_out.is_set(), timeout)
         self.cpu_seconds = head.get("cpu", self.cpu_seconds)
-        return np.frombuffer(body, dtype=np.float64)
+        return np.frombuffer(body, dtype=np.float64).reshape(head.get("columns", 1), -1)
 
     def _failure(self, timed_out: bool, timeout: float) -> ExportError:
         if timed_out:
@@ -196,28 +200,35 @@ class BenchResult:
     @cached_property
     def latencies(self) -> tuple[Latency, ...]:
         """The summary of each subject at each thread count."""
-        return tuple(summarize(samples) for samples in self.samples)
+        return tuple(summarize(s, wall_time=self._has_wall_time(s.threads)) for s in self.samples)
 
     def latency(self, subject: str, threads: int) -> Latency:
         """Return one summary. Raises KeyError if it was not measured."""
         return {(row.subject, row.threads): row for row in self.latencies}[subject, threads]
 
-    def speedup(self, subject: str, over: str, threads: int) -> Speedup:
-        """Compare two subjects. Raises KeyError if they were not measured."""
-        samples = {samples.subject: samples for samples in self.samples if samples.threads == threads}
-        spread = compute_process_spread(list(samples.values()))
-        return compute_speedup(samples[subject], samples[over], spread=spread, seed=self.seed)
+    def speedup(self, subject: str, over: str, threads: int) -> Speedup | None:
+        """Compare two measured subjects; None if the measurement was too disturbed."""
+        samples = [samples for samples in self.samples if samples.threads == threads]
+        wall_time = self._has_wall_time(threads)
+        return statistics.compare(samples, subject, over, wall_time=wall_time, seed=self.seed)
+
+    def _has_wall_time(self, threads: int) -> bool:
+        return all(under.wall_time for under in self.conditions if under.threads == threads)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return all samples for `numpy.savez`.
 
-        Their names are 'NAME/THREADS/ms', 'NAME/THREADS/round' and 'sentinel/THREADS/ms'.
+        Their names are 'NAME/THREADS/ms', 'NAME/THREADS/processor ms', 'NAME/THREADS/round' and
+        'sentinel/THREADS/ms'.
         """
         arrays = {}
         for samples in self.samples:
             arrays[f"{samples.subject}/{samples.threads}/ms"] = samples.ms
             sizes = [len(block) for block in samples.blocks]
             arrays[f"{samples.subject}/{samples.threads}/round"] = np.repeat(np.arange(len(sizes)), sizes)
+            if samples.processor_blocks is not None:
+                processor_ms = np.concatenate(samples.processor_blocks)
+                arrays[f"{samples.subject}/{samples.threads}/processor ms"] = processor_ms
         return {**arrays, **{f"sentinel/{threads}/ms": ms for threads, ms in self.sentinel.items()}}
 
 
@@ -319,18 +330,23 @@ class _Plan:
         # A block holds one run of the slowest subject, so that none gets more than its part of the time.
         least = self.seconds / MIN_ROUNDS
         block = max(min(_BLOCK_SECONDS, least), min(slowest, least))
-        before, used = statistics.read_counters(), sum(worker.cpu_seconds for worker in workers)
-        blocks, self.readings = self._run_rounds(block, count)
-        after, used = statistics.read_counters(), sum(worker.cpu_seconds for worker in workers) - used
+        before, used = noise.read_counters(), sum(worker.cpu_seconds for worker in workers)
+        blocks, processor_blocks, self.readings = self._run_rounds(block, count)
+        after, used = noise.read_counters(), sum(worker.cpu_seconds for worker in workers) - used
+        after = noise.drop_implausible(before, after, used, self.cores)
+        unchecked = noise.list_unchecked(after, self.cores)
         processes = len(self.teams[0])
         self.measured = [
-            Samples(team[0].name, self.threads, ms, processes, is_settled)
-            for team, ms, is_settled in zip(self.teams, blocks, settled, strict=True)
+            Samples(
+                team[0].name, self.threads, blocks[index], processes, settled[index], processor_blocks[index]
+            )
+            for index, team in enumerate(self.teams)
         ]
         self.flags = [
-            *statistics.check_counters(before, after, used, self.cores, self.threads),
-            *statistics.check_sentinel(self.readings, self.threads),
-            *statistics.check_samples(self.measured, self.readings, self.threads),
+            *noise.check_counters(before, after, used, self.cores, self.threads),
+            *(noise.check_waiting(self.measured, self.threads) if "neighbor" in unchecked else ()),
+            *noise.check_sentinel(self.readings, self.threads),
+            *noise.check_samples(self.measured, self.readings, self.threads),
         ]
         spread = compute_process_spread(self.measured)
         low, middle, high = (float(value) for value in np.quantile(self.readings, [0.1, 0.5, 0.9]))
@@ -344,7 +360,8 @@ class _Plan:
             sentinel_ms=(low, middle, high),
             process_spread=100 * spread.std,
             process_spread_measured=spread.freedom > 0,
-            unchecked=statistics.list_unchecked(before, self.cores),
+            wall_time=noise.measures_wall_time(self.flags, after.time - before.time),
+            unchecked=unchecked,
         )
 
     def _warm_up(self, count: str) -> tuple[list[bool], float]:
@@ -357,10 +374,13 @@ class _Plan:
             slowest = max(slowest, *(median / 1000 for _, median in results))
         return settled, slowest
 
-    def _run_rounds(self, block: float, count: str) -> tuple[list[list[np.ndarray]], np.ndarray]:
-        """Return each subject's blocks, and the sentinel's readings."""
+    def _run_rounds(
+        self, block: float, count: str
+    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray] | None], np.ndarray]:
+        """Return each subject's blocks, their runs in processor time, and the sentinel's readings."""
         teams, processes = self.teams, len(self.teams[0])
         blocks: list[list[np.ndarray]] = [[] for _ in teams]
+        processor_blocks: list[list[np.ndarray]] = [[] for _ in teams]
         readings: list[float] = []
         spent, runs = np.zeros(len(teams)), np.zeros(len(teams))
         fraction = 0.0
@@ -369,13 +389,16 @@ class _Plan:
             turn = len(readings) % processes
             readings.append(float(self.sentinel.time_block(0.0)[0]))
             for index in self.rng.permutation(len(teams)):
-                ms = teams[index][turn].time_block(block)
+                worker = teams[index][turn]
+                ms = worker.time_block(block)
                 blocks[index].append(ms)
+                if worker.processor_ms is not None:
+                    processor_blocks[index].append(worker.processor_ms)
                 spent[index] += ms.sum() / 1000
                 runs[index] += len(ms)
             of_samples = runs.min() / self.min_samples if self.min_samples else 1.0
             fraction = float(min(1.0, spent.min() / self.seconds, of_samples))
-        return blocks, np.array(readings)
+        return blocks, [processor or None for processor in processor_blocks], np.array(readings)
 
 
 def _warm_up(worker: Worker, seconds: float) -> tuple[bool, float]:

@@ -6,9 +6,9 @@
     cold-start RUNTIME   time the import of the runtime, loading a file, and its first run
 
 Requests are JSON lines on stdin. The reply to each is one JSON line on stdout, followed by samples as raw
-float64. The first request names what is timed: `model`, `inputs`, `threads` and `cores`; each further one
-requests a block of runs of at least `seconds`. Between requests the process blocks, so that it uses no
-processor time.
+float64: wall times, and with two `columns` as many processor times. The first request names what is timed:
+`model`, `inputs`, `threads` and `cores`; each further one requests a block of runs of at
+least `seconds`. Between requests the process blocks, so that it uses no processor time.
 
 numpy and the runtimes are imported where they are used: a cold start times their import, and the sentinel
 needs neither.
@@ -62,10 +62,10 @@ def serve(load: Load, *, any_batch: bool = False) -> None:
 
     With `any_batch` one loaded model takes every batch size; otherwise it is loaded again for each.
     """
-    _reply_to_requests(lambda request: ModelRuns(load, request, any_batch=any_batch).time_block)
+    _reply_to_requests(lambda request: ModelRuns(load, request, any_batch=any_batch).time_block, columns=2)
 
 
-def _reply_to_requests(start: Callable[[Request], Block]) -> None:
+def _reply_to_requests(start: Callable[[Request], Block], columns: int = 1) -> None:
     """Read requests until stdin ends: `start` takes the first one and returns the function for the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     output = os.fdopen(os.dup(1), "wb")
@@ -73,7 +73,7 @@ def _reply_to_requests(start: Callable[[Request], Block]) -> None:
 
     def reply(samples: Sequence[float] = (), **head: str) -> None:
         body = array("d", samples).tobytes()
-        line = json.dumps({"bytes": len(body), "cpu": time.process_time(), **head})
+        line = json.dumps({"bytes": len(body), "columns": columns, "cpu": time.process_time(), **head})
         output.write(line.encode() + b"\n" + body)
         output.flush()
 
@@ -153,21 +153,26 @@ class ModelRuns:
         self._batch = batch
 
     def time_block(self, request: Request) -> list[float]:
-        """Run for at least `seconds` and at least once; return each run's time in milliseconds."""
+        """Run for at least `seconds` and at least once.
+
+        Returns each run's time, then each run's processor time in all threads, milliseconds.
+        """
         self._set_batch(request.get("batch", 1))
-        times = []
-        clock = time.perf_counter_ns
+        times, processor_times = [], []
+        clock, processor_clock = time.perf_counter_ns, time.process_time_ns
         run = self._run
         end = clock() + int(request["seconds"] * 1e9)
         while True:
             batch = self._inputs[self._next]
             self._next = (self._next + 1) % len(self._inputs)
+            before = processor_clock()
             start = clock()
             run(batch)
             stop = clock()
+            processor_times.append(processor_clock() - before)
             times.append(stop - start)
             if stop >= end:
-                return [nanoseconds / 1e6 for nanoseconds in times]
+                return [nanoseconds / 1e6 for nanoseconds in times + processor_times]
 
 
 # ---------------------------------------------------------------------------------------------------------

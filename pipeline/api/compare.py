@@ -189,7 +189,7 @@ def compare(
         threads=threads,
         runs=[summaries[name] for group in groups for name in group.runs],
         groups=groups,
-        warnings=_list_warnings(list(summaries.values()), groups),
+        warnings=[*_list_warnings(list(summaries.values()), groups), *_list_disturbed(runs, threads)],
         notes=_list_notes(groups, threads),
         folder=str(folder),
     )
@@ -227,6 +227,16 @@ def _list_warnings(runs: Sequence[ComparedRun], groups: Sequence[Group]) -> list
         )
     return warnings + [
         f"{run.name} is not finished; missing: {', '.join(run.missing)}." for run in runs if run.missing
+    ]
+
+
+def _list_disturbed(runs: Sequence[Run], threads: int | None) -> list[str]:
+    names = [run.name for run in runs if run.report.bench and threads in run.report.bench.disturbed_threads]
+    if not names:
+        return []
+    return [
+        f"No latency is reported of {', '.join(names)}: other processes used the cores. Measure again with "
+        "`compress bench RUN`."
     ]
 
 
@@ -395,6 +405,7 @@ def _row(run: ComparedRun, group: Group) -> dict[str, object]:
                 f"{kind}_speedup": speedup and speedup.ratio,
                 f"{kind}_speedup_low": speedup and speedup.low,
                 f"{kind}_speedup_high": speedup and speedup.high,
+                f"{kind}_speedup_clock": speedup and speedup.clock,
             }
     return row | {
         "points_to_best": 0.0 if run.name == group.best else difference and difference.points,

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...export.latency import extras, runner
-from ...export.latency.machine import SESSION_OPTIONS
+from ...export.latency import extras, noise, runner
+from ...export.latency.machine import SESSION_OPTIONS, choose_cores
 from ...export.latency.runner import BenchResult, worker_command
 from ...export.results import EndToEnd, Speedup
 from ...export.runtime import Classifier, ImageError, decode_image, height_width, render
@@ -88,7 +88,7 @@ def measure(
 ) -> tuple[Bench, dict[str, np.ndarray]]:
     """Run the complete bench; return its result and all samples by name.
 
-    Everything but the latencies is measured at the largest thread count.
+    Everything but the latencies is measured at the largest thread count; if disturbed, it is not reported.
     """
     result = runner.bench(
         [subject.for_runner for subject in subjects],
@@ -100,7 +100,7 @@ def measure(
         progress=_part(progress, 0.0, 0.8),
     )
     arrays = result.to_arrays()
-    threads = max(protocol.threads)
+    threads, counters = max(protocol.threads), noise.read_counters()
     end_to_end = _measure_end_to_end(subjects, images, protocol, threads, _part(progress, 0.8, 0.87))
     for row, steps in end_to_end:
         arrays[f"{row.subject}/{threads}/from image file/ms"] = steps
@@ -118,6 +118,14 @@ def measure(
         seed=protocol.seed,
         progress=_part(progress, 0.94, 1.0),
     )
+    flags, wall_time = noise.check_since(counters, choose_cores(threads), threads)
+    flags = [*result.flags, *flags]
+    if not wall_time and (end_to_end or cold_starts or throughput):
+        end_to_end, cold_starts, throughput = [], [], []
+        notes = [
+            *notes,
+            "end-to-end latency, cold start and throughput are not reported: they were disturbed",
+        ]
     machine = result.environment
     bench = Bench(
         command=command,
@@ -133,7 +141,7 @@ def measure(
         cold_starts=cold_starts,
         throughput=throughput,
         conditions=list(result.conditions),
-        flags=list(result.flags),
+        flags=list({(flag.name, flag.threads): flag for flag in reversed(flags)}.values())[::-1],
         notes=list(notes),
         session=SESSION_OPTIONS,
         environment={
@@ -167,12 +175,13 @@ def _measure_end_to_end(
 
 def _compare(result: BenchResult, names: Sequence[str]) -> list[Speedup]:
     """Compare each subject with every one before it; with the first only, if there are many."""
-    return [
+    speedups = [
         result.speedup(name, over, conditions.threads)
         for index, name in enumerate(names)
         for over in (names[:index] if len(names) <= MAX_ALL_PAIRS else names[: min(index, 1)])
         for conditions in result.conditions
     ]
+    return [speedup for speedup in speedups if speedup is not None]
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

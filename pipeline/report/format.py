@@ -84,8 +84,11 @@ def times_interval(low: float, high: float) -> str:
 
 
 def speedup(value: Speedup | None) -> str:
-    """Format a speed-up with its interval: 1.76× (1.73–1.79×)."""
-    return MISSING if value is None else f"{times(value.ratio)} ({times_interval(value.low, value.high)})"
+    """Format a speed-up with its interval: 1.76× (1.73–1.79×); of processor time, with that name."""
+    if value is None:
+        return MISSING
+    text = f"{times(value.ratio)} ({times_interval(value.low, value.high)})"
+    return text if value.clock == "wall" else f"{text} processor time"
 
 
 def count(value: int | None) -> str:

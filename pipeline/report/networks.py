@@ -1,10 +1,11 @@
 """The networks that a report compares: scores, speed-ups, and the section that shows them side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
+from ...export.results import Speedup
 from ..runs.results import SHIPPING_ORDER, Report, Subject
 from ..runs.scores import Score
 from ..tasks import task_of
@@ -75,14 +76,38 @@ def median_latency(subject: Subject, threads: str) -> float | None:
     return measured.p50 if measured is not None else None
 
 
+def latency_measure(report: Report, threads: str) -> tuple[str, Callable[[Subject], float | None]]:
+    """Return the name and the reader of the median latency.
+
+    If wall time was disturbed, it is the processor time; of several threads, none.
+    """
+    if report.bench is None or int(threads) not in report.bench.disturbed_threads:
+        return "median latency", partial(median_latency, threads=threads)
+    return "processor time", partial(processor_time, threads=threads)
+
+
+def processor_time(subject: Subject, threads: str) -> float | None:
+    """Return the median processor time of a run on one thread; that of several does not measure latency."""
+    measured = subject.latency_ms.get(threads)
+    return measured.processor_ms if measured is not None and threads == "1" else None
+
+
 @dataclass(frozen=True)
 class SpeedRatio:
-    """A network is ``ratio`` times as fast as another, with the paired 95 % interval if it was measured."""
+    """A network is ``ratio`` times as fast as another, with the paired 95 % interval if it was measured.
+
+    With another ``clock`` than wall time, it needs that much less processor time.
+    """
 
     threads: str
     ratio: float
     low: float | None = None
     high: float | None = None
+    clock: Literal["wall", "processor"] = "wall"
+
+    @classmethod
+    def from_speedup(cls, speedup: Speedup) -> Self:
+        return cls(str(speedup.threads), speedup.ratio, speedup.low, speedup.high, speedup.clock)
 
     @property
     def verdict(self) -> Literal["faster", "no difference", "slower"] | None:
@@ -98,11 +123,13 @@ class SpeedRatio:
     @property
     def headline(self) -> tuple[str, str]:
         """The ratio and its meaning; of a slower network, how many times slower it is."""
+        in_wall_time = self.clock == "wall"
         if self.verdict == "no difference":
-            return format.times(self.ratio), "no significant difference in speed from"
+            measure = "speed" if in_wall_time else "processor time"
+            return format.times(self.ratio), f"no significant difference in {measure} from"
         if self.ratio < 1:
-            return format.times(1 / self.ratio), "slower than"
-        return format.times(self.ratio), "faster than"
+            return format.times(1 / self.ratio), "slower than" if in_wall_time else "more processor time than"
+        return format.times(self.ratio), "faster than" if in_wall_time else "less processor time than"
 
     @property
     def interval(self) -> str:
@@ -116,9 +143,11 @@ class SpeedRatio:
     def text(self) -> str:
         """8.40× faster (8.21–8.62×); no significant difference (0.98–1.03×); 1.10× slower, no interval."""
         if self.verdict == "no difference":
-            return f"no significant difference ({self.interval})"
-        value, word = self.headline
-        return f"{value} {word.split()[0]}" + (f" ({self.interval})" if self.interval else ", no interval")
+            measure = "" if self.clock == "wall" else " in processor time"
+            return f"no significant difference{measure} ({self.interval})"
+        value, meaning = self.headline
+        word = meaning.removesuffix(" than")
+        return f"{value} {word}" + (f" ({self.interval})" if self.interval else ", no interval")
 
 
 def compare_speed(column: Column | None, over: Column | None, threads: str) -> SpeedRatio | None:
@@ -128,7 +157,7 @@ def compare_speed(column: Column | None, over: Column | None, threads: str) -> S
     for name in (over.key, over.subject.name):
         for speedup in column.subject.speedups:
             if speedup.over == name and str(speedup.threads) == threads:
-                return SpeedRatio(threads, speedup.ratio, speedup.low, speedup.high)
+                return SpeedRatio.from_speedup(speedup)
     p50, other = median_latency(column.subject, threads), median_latency(over.subject, threads)
     return SpeedRatio(threads, other / p50) if p50 and other else None
 
@@ -226,8 +255,8 @@ def comparison_table(report: Report) -> Table:
         "ONNX file": (lambda s: s.bytes, format.megabytes),
     }
     for threads in thread_counts(report):
-        read = partial(median_latency, threads=threads)
-        attributes[f"Median latency, {format.threads(threads)}"] = (read, format.milliseconds)
+        name, read = latency_measure(report, threads)
+        attributes[f"{format.capitalize(name)}, {format.threads(threads)}"] = (read, format.milliseconds)
     attributes |= {
         "Parameters": (lambda s: s.parameters, format.millions),
         "Multiply-adds": (lambda s: s.gmacs, lambda gmacs: f"{format.significant(gmacs)} G"),

@@ -5,7 +5,7 @@ from ..tasks import task_of
 from . import format, networks
 from .networks import Column
 from .page import Bar, KeyFigure
-from .sections import int8
+from .sections import int8, latency
 
 SMALL_TEST_SET = 1000
 """Number of test images below which an interval of zero width gets a warning."""
@@ -97,16 +97,21 @@ def _speed(report: Report) -> KeyFigure:
         search = int8.default_search(report)
         if search is not None and search.file is not None and search.not_timed is not None:
             return KeyFigure(format.MISSING, "latency not measured", [search.not_timed])
+        if report.bench is not None and report.bench.disturbed_threads:
+            return KeyFigure(format.MISSING, "latency not reported: the measurement was disturbed")
         return KeyFigure(format.MISSING, "latency not measured yet")
     ratio, *others = ratios
     value, meaning = ratio.headline
     reference = "the teacher" if over is teacher else "the fp32 student"
     paired = f"95 % interval {ratio.interval}, paired"
     details, bars = [paired if ratio.interval else "ratio of medians, no paired interval"], []
-    p50, other = (networks.median_latency(column.subject, ratio.threads) for column in (shipped, over))
+    name, read = networks.latency_measure(report, ratio.threads)
+    p50, other = read(shipped.subject), read(over.subject)
     if p50 is not None and other is not None:
         bars = _bars((over, other), (shipped, p50))
-        details.append(f"median {format.milliseconds(p50)} vs. {format.milliseconds(other)}")
+        details.append(
+            f"{name.removesuffix(' latency')} {format.milliseconds(p50)} vs. {format.milliseconds(other)}"
+        )
     details += [f"{format.threads(ratio.threads)}: {ratio.text}" for ratio in others]
     if over is teacher and (over_fp32 := networks.compare_speed(shipped, fp32, ratio.threads)) is not None:
         details.append(f"vs. fp32 student: {over_fp32.text}")
@@ -147,7 +152,9 @@ def _score(report: Report) -> KeyFigure:
 def warnings(report: Report) -> list[str]:
     """Return the warnings of the run, then those that follow from its figures."""
     messages = [*report.warnings]
-    if report.bench is not None and report.bench.flags:
+    if report.bench is not None and report.bench.disturbed_threads:
+        messages.append(latency.noise_summary(report.bench, latency.repeat_command(report.bench, report)))
+    elif report.bench is not None and report.bench.flags:
         more = "" if len(report.bench.flags) == 1 else " See Latency for more."
         messages.append(f"The latency measurement was disturbed. {report.bench.flags[0].sentence}{more}")
     messages += int8.warnings(report)

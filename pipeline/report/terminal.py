@@ -12,7 +12,7 @@ from ..evaluation.results import Comparison, Validation
 from ..runs.console import safe_console
 from ..runs.results import Bench, Report
 from . import comparison_page, format, validation_page
-from .networks import compared_networks, median_latency, score_name, shipped_network, thread_counts
+from .networks import compared_networks, latency_measure, score_name, shipped_network, thread_counts
 from .sections import calibration, int8, latency
 from .summary import title, warnings
 from .tables import Table
@@ -51,17 +51,20 @@ def _print_path(console: Console, label: str, path: Path) -> None:
 def report_table(report: Report) -> Table:
     """Return score, size and median latency of each network, for 80 columns."""
     counts = thread_counts(report)
+    measures = {count: latency_measure(report, count) for count in counts}
     rows = [
         [
             column.role,
             format.score_percent(column.subject.score),
             format.score_interval(column.subject.score),
             format.megabytes(column.subject.bytes),
-            *(format.milliseconds(median_latency(column.subject, count)) for count in counts),
+            *(format.milliseconds(read(column.subject)) for _, read in measures.values()),
         ]
         for column in compared_networks(report)
     ]
-    columns = ["", score_name(report), "95 % interval", "size", *(format.threads(count) for count in counts)]
+    columns = ["", score_name(report), "95 % interval", "size"]
+    for count, (name, _) in measures.items():
+        columns.append(format.threads(count) + (f", {name}" if name != "median latency" else ""))
     return Table(title(report), columns, rows)
 
 
@@ -102,7 +105,7 @@ def show_bench(bench: Bench, folder: Path | None = None, console: Console | None
         console.print(Text(f"{format.threads(flag.threads)}, {flag.name}: {flag.sentence}"))
     for note in bench.notes:
         console.print(Text(f"Note: {note}."))
-    console.print(Text(latency.noise_summary(bench)))
+    console.print(Text(latency.noise_summary(bench, bench.command)))
     if folder is None:
         return
     report = folder.parent / "report.html"

@@ -90,6 +90,11 @@ class Bench(Result):
     def threads(self) -> list[int]:
         return [conditions.threads for conditions in self.conditions]
 
+    @property
+    def disturbed_threads(self) -> list[int]:
+        """Thread counts at which wall time is not reported."""
+        return [conditions.threads for conditions in self.conditions if not conditions.wall_time]
+
 
 class Int8Search(Result):
     """The int8 search for one target."""

@@ -172,8 +172,11 @@ def _facts(bench: Bench, teachers: list[dict[str, Any]]) -> dict[str, Any]:
 def _summarize(bench: Bench) -> str:
     parts = []
     for n in bench.threads:
-        p50 = [latency.p50 for latency in bench.latencies if latency.threads == n]
-        values = " / ".join(f"{ms:.3g}" if ms else "–" for ms in p50)
-        parts.append(f"{values} ms on {n} thread{'s' if n > 1 else ''}")
+        latencies = [latency for latency in bench.latencies if latency.threads == n]
+        is_disturbed = n in bench.disturbed_threads
+        medians = [latency.processor_ms if is_disturbed else latency.p50 for latency in latencies]
+        values = " / ".join(f"{ms:.3g}" if ms else "–" for ms in medians)
+        unit = "ms of processor time" if is_disturbed else "ms"
+        parts.append(f"{values} {unit} on {n} thread{'s' if n > 1 else ''}")
     subjects = " / ".join(subject.name.replace("_", " ") for subject in bench.subjects)
     return f"p50 of {subjects}: {'; '.join(parts)}"

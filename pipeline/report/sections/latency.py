@@ -1,5 +1,7 @@
 """Latency in the report and the terminal: distributions, percentiles, speed-ups, cold start, throughput."""
 
+import shlex
+from dataclasses import replace
 from math import isfinite
 
 import numpy as np
@@ -12,6 +14,8 @@ from ..networks import ROLES, SpeedRatio
 from ..page import Section
 from ..tables import Attribute, Table, attribute_rows
 
+NOT_WALL_TIME = ("neighbor", "steal", "throttled")
+"""Flags for which wall time may not be reported."""
 PERCENTILES = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}
 ROW = 40
 HISTOGRAM_HEIGHT = 26
@@ -29,7 +33,7 @@ def section(report: Report) -> Section:
     return Section(
         "Latency",
         "latency",
-        text=[" ".join(protocol(bench))],
+        text=[" ".join(protocol(bench, repeat_command(bench, report)))],
         warnings=[*flags, *(f"{format.capitalize(note)}." for note in bench.notes)],
         figures=[histograms(bench, threads) for threads in bench.threads],
         tables=[percentiles(bench), *other_tables(bench)],
@@ -38,7 +42,7 @@ def section(report: Report) -> Section:
     )
 
 
-def protocol(bench: Bench) -> list[str]:
+def protocol(bench: Bench, repeat: str) -> list[str]:
     processes = max(condition.processes for condition in bench.conditions)
     pinned = any(condition.cores for condition in bench.conditions)
     runs = f" and {bench.samples:,} runs" if bench.samples else ""
@@ -49,15 +53,32 @@ def protocol(bench: Bench) -> list[str]:
         f"{format.significant(bench.seconds)} s{runs} per thread count, after a warm-up until two windows "
         "agreed within 2 %.",
         f"Files alternated in blocks of {block} ms in random order (seed {bench.seed}); no run is discarded.",
-        noise_summary(bench),
+        noise_summary(bench, repeat),
     ]
 
 
-def noise_summary(bench: Bench) -> str:
-    if bench.flags:
-        names = ", ".join(dict.fromkeys(flag.name for flag in bench.flags))
+def noise_summary(bench: Bench, repeat: str) -> str:
+    """Return what disturbed a bench, what is not reported for that reason, and how to ``repeat`` it."""
+    if not bench.flags:
+        return "No disturbance was detected (reference workload, system counters, repeated processes)."
+    names = ", ".join(dict.fromkeys(flag.name for flag in bench.flags))
+    disturbed = bench.disturbed_threads
+    if not disturbed:
         return f"The measurement was disturbed ({names}): small differences are unreliable."
-    return "No disturbance was detected (reference workload, system counters, repeated processes)."
+    cause = next((flag.sentence for flag in bench.flags if flag.name in NOT_WALL_TIME), "")
+    sentence = (
+        f"The latency measurement was disturbed ({names}). {cause} Latency is therefore not reported for "
+    )
+    sentence += " and ".join(format.threads(count) for count in disturbed)
+    if any(speedup.clock == "processor" for speedup in bench.speedups):
+        sentence += "; on 1 thread, networks are compared by processor time"
+    return f"{sentence}. To repeat it, close other programs and run: {repeat}"
+
+
+def repeat_command(bench: Bench, report: Report | None = None) -> str:
+    if report is None or bench.command != report.command:
+        return bench.command
+    return f"compress bench {shlex.quote(str(report.config.get('out', 'RUN')))}"
 
 
 def role(bench: Bench, subject: str) -> str:
@@ -74,16 +95,17 @@ def percentiles(bench: Bench) -> Table:
             role(bench, latency.subject),
             str(latency.threads),
             *(percentile(latency.percentiles.get(name)) for name in names),
-            format.significant(latency.mean),
+            _ms(latency.mean),
             format.count(latency.n),
         ]
         for latency in bench.latencies
     ]
     few = [label for name, label in PERCENTILES.items() if name not in names and name != "p99_9"]
     note = "Milliseconds per image, with 95 % intervals."
-    note += f" Too few runs for {' and '.join(few)}." if few else ""
+    if few and len(bench.disturbed_threads) < len(bench.threads):
+        note += f" Too few runs for {' and '.join(few)}."
     heads = ["", "threads", *(PERCENTILES[name] for name in names), "mean", "runs"]
-    return Table("Latency percentiles", heads, rows, note=note)
+    return _add_processor_time(bench, Table("Latency percentiles", heads, rows, note=note))
 
 
 def brief_percentiles(bench: Bench) -> Table:
@@ -99,7 +121,25 @@ def brief_percentiles(bench: Bench) -> Table:
         ]
         for latency in bench.latencies
     ]
-    return Table("Latency in ms, batch size 1", ["", "threads", "p50", *names, "runs"], rows)
+    table = Table("Latency in ms, batch size 1", ["", "threads", "p50", *names, "runs"], rows)
+    return _add_processor_time(bench, table)
+
+
+def _add_processor_time(bench: Bench, table: Table) -> Table:
+    """Insert a column for thread counts at which wall time is not reported, and drop empty columns."""
+    disturbed = bench.disturbed_threads
+    if not disturbed:
+        return table
+    rows = [
+        [*row[:-1], _ms(latency.processor_ms if latency.threads in disturbed else None), row[-1]]
+        for row, latency in zip(table.rows, bench.latencies, strict=True)
+    ]
+    columns = [*table.columns[:-1], "processor time", table.columns[-1]]
+    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] != format.MISSING for row in rows)]
+    note = f"{table.note} Processor time: median of all threads together.".lstrip()
+    return replace(
+        table, columns=[columns[i] for i in kept], rows=[[row[i] for i in kept] for row in rows], note=note
+    )
 
 
 def percentile(value: Percentile | None) -> str:
@@ -124,11 +164,11 @@ def speedups(bench: Bench) -> Table:
         if other.split()[0] in ("Teacher", "Student"):
             other = other[:1].lower() + other[1:]
         name = f"{role(bench, speedup.subject)} vs. {other}"
-        ratio = SpeedRatio(str(speedup.threads), speedup.ratio, speedup.low, speedup.high)
+        ratio = SpeedRatio.from_speedup(speedup)
         row = rows.setdefault((speedup.subject, speedup.over), [name, *[format.MISSING] * len(bench.threads)])
         row[1 + bench.threads.index(speedup.threads)] = ratio.text
     heads = ["", *(format.threads(count) for count in bench.threads)]
-    note = "Ratio of the per-round medians, with its 95 % interval."
+    note = "Ratio of the medians, with its 95 % interval."
     return Table("Speedup", heads, list(rows.values()), note=note)
 
 

@@ -156,7 +156,7 @@ def test_workers_end_with_the_bench_even_when_it_is_interrupted(
         ({"processes": 0}, "processes"),
         ({"names": ("a", "a")}, "distinct names"),
         ({"names": ()}, "distinct names"),
-        ({"n": 0}, r"inputs \[n, 3, S, S\]"),
+        ({"n": 0}, r"inputs \[n, 3, H, W\]"),
     ],
 )
 def test_empty_bench_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from questpress.export.latency import statistics
+from questpress.export.latency import noise
 from questpress.export.latency.machine import choose_cores, read_governor
+from questpress.export.latency.noise import Counters
 from questpress.export.latency.runner import Subject, bench
-from questpress.export.latency.statistics import Counters, Samples
+from questpress.export.latency.statistics import Samples
 from questpress.export.results import Flag
 
 # A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
@@ -76,13 +77,13 @@ def neighbor(core: int) -> Iterator[None]:
 
 
 def test_busy_neighbor_raises_a_flag(tmp_path: Path) -> None:
-    if not choose_cores(1) or statistics.read_counters().busy is None:
+    if not choose_cores(1) or noise.read_counters().busy is None:
         pytest.skip("this system neither pins processes nor counts cores' time")
     with neighbor(choose_cores(1)[0]):
         result = bench([known(tmp_path, "A", 0.5)], threads=[1], seconds=1.0)
     [found] = [flag for flag in result.flags if flag.name == "neighbor"]
     # How much a neighbor gets is for the system to say, and for who else is there.
-    assert found.threads == 1 and found.figures["value"] > statistics.LIMITS["neighbor"]
+    assert found.threads == 1 and found.figures["value"] > noise.LIMITS["neighbor"]
     assert found.sentence.endswith("of the cores under test.")
 
 
@@ -104,19 +105,19 @@ def names(flags: list[Flag]) -> list[str]:
 def test_own_time_is_no_neighbors() -> None:
     before = reading(0, {0: 5.0, 1: 5.0})
     quiet = reading(10, {0: 15.0, 1: 5.1})
-    assert statistics.check_counters(before, quiet, 9.9, (0,), 1) == []
-    [flag] = statistics.check_counters(before, quiet, 9.0, (0,), 1)
+    assert noise.check_counters(before, quiet, 9.9, (0,), 1) == []
+    [flag] = noise.check_counters(before, quiet, 9.0, (0,), 1)
     assert flag.name == "neighbor" and flag.figures == {"value": pytest.approx(0.1), "limit": 0.05}
     elsewhere = reading(10, {0: 15.0, 1: 12.0})
-    assert names(statistics.check_counters(before, elsewhere, 9.9, (0,), 1)) == ["machine"]
+    assert names(noise.check_counters(before, elsewhere, 9.9, (0,), 1)) == ["machine"]
     # The other core is its own too with two threads.
-    assert names(statistics.check_counters(before, elsewhere, 16.9, (0, 1), 2)) == []
+    assert names(noise.check_counters(before, elsewhere, 16.9, (0, 1), 2)) == []
 
 
 def test_stolen_and_throttled_time_raises_a_flag() -> None:
     before = reading(0, {0: 0.0}, {0: 1.0})
     after = reading(10, {0: 10.0}, {0: 1.5}, 3)
-    found = statistics.check_counters(before, after, 10.0, (0,), 1)
+    found = noise.check_counters(before, after, 10.0, (0,), 1)
     assert names(found) == ["steal", "throttled"]
     assert found[0].sentence == "The host gave 5 % of this virtual machine's cores to others."
     assert found[1].sentence == "The container's CPU quota stopped its processes 3 times."
@@ -124,9 +125,9 @@ def test_stolen_and_throttled_time_raises_a_flag() -> None:
 
 def test_unavailable_counters_are_named() -> None:
     nothing = reading(0, None, throttled=None)
-    assert statistics.list_unchecked(nothing, ()) == ["neighbor", "machine", "steal", "throttled"]
-    assert statistics.check_counters(nothing, reading(9, None, throttled=None), 1.0, (), 1) == []
-    assert statistics.list_unchecked(reading(0, {0: 1.0}), (0,)) == []
+    assert noise.list_unchecked(nothing, ()) == ["neighbor", "machine", "steal", "throttled"]
+    assert noise.check_counters(nothing, reading(9, None, throttled=None), 1.0, (), 1) == []
+    assert noise.list_unchecked(reading(0, {0: 1.0}), (0,)) == []
 
 
 def test_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
@@ -135,9 +136,9 @@ def test_counters_are_read_as_linux_writes_them(tmp_path: Path) -> None:
         "cpu0 100 20 50 400 5 3 2 7 0 0\ncpu1 200 0 50 500 0 0 0 0 0 0\nintr 5\n"
     )
     ticks = os.sysconf("SC_CLK_TCK")
-    found = statistics.read_counters(tmp_path)
+    found = noise.read_counters(tmp_path)
     assert found.busy == {0: 175 / ticks, 1: 250 / ticks} and found.stolen == {0: 7 / ticks, 1: 0.0}
-    assert statistics.read_counters(tmp_path / "none").busy is None
+    assert noise.read_counters(tmp_path / "none").busy is None
 
 
 @pytest.mark.parametrize("line", ["0::/a/b", "3:cpu,cpuacct:/a/b"])
@@ -146,16 +147,16 @@ def test_throttling_is_counted_by_both_versions_of_cgroups(tmp_path: Path, line:
     mount = root if line.startswith("0") else root / "cpu,cpuacct"
     (mount / "a" / "b").mkdir(parents=True)
     (tmp_path / "cgroup").write_text(f"{line}\n")
-    assert statistics.count_throttled(tmp_path / "cgroup", root) is None
+    assert noise.count_throttled(tmp_path / "cgroup", root) is None
     (mount / "a" / "b" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 0\nthrottled_usec 0\n")
     (mount / "a" / "cpu.stat").write_text("nr_periods 9\nnr_throttled 4\nthrottled_time 70\n")
-    assert statistics.count_throttled(tmp_path / "cgroup", root) == 4
+    assert noise.count_throttled(tmp_path / "cgroup", root) == 4
 
 
 def test_changing_sentinel_raises_a_flag() -> None:
     rng = np.random.default_rng(0)
-    assert statistics.check_sentinel(rng.normal(2.0, 0.01, 50), 1) == []
-    [flag] = statistics.check_sentinel(np.concatenate([np.full(25, 2.0), np.full(25, 2.4)]), 1)
+    assert noise.check_sentinel(rng.normal(2.0, 0.01, 50), 1) == []
+    [flag] = noise.check_sentinel(np.concatenate([np.full(25, 2.0), np.full(25, 2.4)]), 1)
     assert flag.name == "sentinel" and flag.figures["value"] == pytest.approx(0.4 / 2.2)
 
 
@@ -163,21 +164,21 @@ def test_drift_and_differing_processes_raise_flags() -> None:
     rng = np.random.default_rng(0)
     steady, still = rng.normal(2.0, 0.02, 60), rng.normal(1.0, 0.005, 60)
     latency = Samples("a", 1, [np.array([one]) for one in steady], processes=2)
-    assert statistics.check_samples([latency], still, 1) == []
+    assert noise.check_samples([latency], still, 1) == []
     rising = steady * np.linspace(1, 1.1, 60)
     latency = Samples("a", 1, [np.array([one]) for one in rising], processes=2)
-    [flag] = statistics.check_samples([latency], still, 1)
+    [flag] = noise.check_samples([latency], still, 1)
     assert flag.name == "drift" and flag.sentence.startswith(
         "In the last third of the rounds a was 7.6 % slower"
     )
     apart = steady * np.tile([1.0, 1.08], 30)
     latency = Samples("a", 1, [np.array([one]) for one in apart], settled=False, processes=2)
-    assert names(statistics.check_samples([latency], still, 1)) == ["repeat", "unsettled"]
+    assert names(noise.check_samples([latency], still, 1)) == ["repeat", "unsettled"]
 
 
 def test_scatter_alone_is_no_drift() -> None:
     rng = np.random.default_rng(1)
-    assert sum(statistics.compute_drift(np.exp(rng.normal(0, 0.1, 30))) != 0 for _ in range(200)) <= 4
+    assert sum(noise.compute_drift(np.exp(rng.normal(0, 0.1, 30))) != 0 for _ in range(200)) <= 4
 
 
 def test_threads_get_physical_cores_of_the_fastest_kind_and_core_0_last(tmp_path: Path) -> None:
