@@ -1,20 +1,48 @@
-"""The commands, options and files that the documentation names exist."""
+"""The commands, options, packages and files that documentation and messages name exist."""
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from packaging.requirements import Requirement
+from questpress.pipeline.cli.main import COMMANDS as COMMAND_NAMES
 from questpress.pipeline.cli.main import cli
+from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SCRIPTS = ("benchmarks.", "tests.campaigns.")
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+
+
+SOURCES = [
+    file
+    for folder in ("pipeline", "export", "models")
+    for pattern in ("*.py", "*.md.j2")
+    for file in sorted((ROOT / folder).rglob(pattern))
+]
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
+OTHER_TOOLS = {
+    "--artifact",  # predict.py
+    "--backend-store-uri",  # mlflow
+    "--body-file",  # gh
+    "--force-reinstall",  # pip
+    "--gpus-per-task",  # Slurm
+    "--signal",  # Slurm
+    "--logdir",  # tensorboard
+    "--no-cache-dir",  # pip
+    "--shm-size",  # docker
+    "--no",  # the start of --no-flip and others
+}
+PROSE = {"can", "cannot", "has"}
+"""Words after the program's name in sentences."""
 
 
 def read_code(page: Path) -> Iterator[str]:
@@ -54,6 +82,61 @@ SCRIPT_COMMANDS = [
     for words in read_commands(page)
     if any(word.startswith(SCRIPTS) for word in words)
 ]
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the strings of a module with an ellipsis for each value, or the code in a page's sentences."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        yield from re.findall(r"`([^`\n]+)`", text)
+        yield from re.findall(r"pip install [^&\n]+", text)
+    elif path.suffix != ".py":
+        yield text
+    else:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def list_options(command: click.Command) -> set[str]:
+    """Return the options of a command and of its subcommands."""
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        subcommands = [command.get_command(context, name) for name in command.list_commands(context)]
+        options.update(*(list_options(subcommand) for subcommand in subcommands if subcommand is not None))
+    return options
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """All options of our commands and scripts, and of torchrun."""
+    scripts = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests/campaigns").rglob("*.py")]
+    own = {name for script in scripts for text in read_texts(script) for name in OPTION.findall(text)}
+    torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
+    return list_options(cli) | own | torchrun | OTHER_TOOLS | {"--help", "--version"}
+
+
+def check_package(name: str) -> None:
+    """Check that a name after ``pip install`` is a checkout with its extras, or a package of others."""
+    if name.startswith("."):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert name == "." or name[2:-1] in project["optional-dependencies"], name
+    else:
+        assert Requirement(name).name != "questpress", name  # no index has it
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_options_and_packages_that_a_text_names_exist(path: Path, options: set[str]) -> None:
+    names = {name for names in COMMAND_NAMES.values() for name in names}
+    for text in read_texts(path):
+        assert set(OPTION.findall(text)) <= options, text
+        assert {*re.findall(r"\bcompress ([a-z]+)", text)} <= names | PROSE, text
+        for name in re.findall(r"pip install (?:-\S+ )*['\"]?([\w.][\w.\[\]>=-]*)", text):
+            check_package(name)
 
 
 def test_option_tables_in_the_docs_are_generated_from_the_code() -> None:
