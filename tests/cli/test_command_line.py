@@ -93,8 +93,14 @@ def test_module_is_the_command_too():
 
 
 def test_installed_command_is_the_modules():
-    [entry] = [e for e in metadata.entry_points(group="console_scripts") if e.name == "compress"]
-    assert entry.value == "questpress.pipeline.__main__:main"
+    entries = {e.name: e.value for e in metadata.entry_points(group="console_scripts")}
+    assert entries["compress"] == entries["questpress"] == "questpress.pipeline.__main__:main"
+
+
+@pytest.mark.parametrize("name", ["compress", "questpress"])
+def test_help_names_the_command_that_was_called(name):
+    code = "import sys\nfrom questpress.pipeline.__main__ import main\nsys.argv[0] = sys.argv.pop(1)\nmain()"
+    assert python(code, f"/usr/bin/{name}", "--help").stdout.startswith(f"Usage: {name} ")
 
 
 def test_version_is_that_of_the_package():
