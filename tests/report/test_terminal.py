@@ -24,6 +24,12 @@ def test_table_fits_80_columns() -> None:
     assert len(lines) == 5
 
 
+def test_disturbed_bench_shows_processor_time_on_one_thread_only() -> None:
+    lines = printed(bench_reports.disturbed()).splitlines()
+    assert "1 thread, processor time" in " ".join(lines[1].split())
+    assert " ".join(lines[-1].split()).endswith("2.55 MB 0.684 ms –")
+
+
 def test_table_of_an_unfinished_run_has_dashes() -> None:
     assert "–" in printed(reports.teacher_only())
     assert printed(reports.bare()).strip()

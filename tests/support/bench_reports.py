@@ -89,3 +89,54 @@ def bench(**more: object) -> Bench:
 
 def with_bench(**more: object) -> Report:
     return reports.full().model_copy(update={"bench": bench(**more)})
+
+
+NEIGHBOR = Flag(
+    name="neighbor",
+    threads=1,
+    sentence="Other processes used 62 % of the cores under test.",
+    figures={"value": 0.62, "limit": 0.05},
+)
+
+
+def disturbed() -> Report:
+    """Return a report whose bench was disturbed at both thread counts."""
+    quiet = bench()
+    latencies = [
+        latency.model_copy(
+            update={"percentiles": {}, "mean": None, "quantiles": [], "processor_ms": NAMES[latency.subject]}
+        )
+        for latency in quiet.latencies
+    ]
+    speedups = [
+        Speedup(
+            subject="student_int8",
+            over="teacher",
+            threads=1,
+            ratio=18.2,
+            low=17.9,
+            high=18.5,
+            clock="processor",
+        ),
+        Speedup(
+            subject="student_int8",
+            over="student",
+            threads=1,
+            ratio=1.92,
+            low=1.88,
+            high=1.95,
+            clock="processor",
+        ),
+    ]
+    conditions = [under.model_copy(update={"wall_time": False}) for under in quiet.conditions]
+    report = with_bench(latencies=latencies, speedups=speedups, conditions=conditions, flags=[NEIGHBOR])
+    subjects = {
+        key: getattr(report, key).model_copy(
+            update={
+                "latency_ms": {str(x.threads): x for x in latencies if x.subject == key},
+                "speedups": [x for x in speedups if x.subject == key],
+            }
+        )
+        for key in NAMES
+    }
+    return report.model_copy(update={**subjects, "teachers": [subjects["teacher"]]})

@@ -90,3 +90,22 @@ def test_equal_runs_can_be_drawn() -> None:
     equal = [m.model_copy(update={"quantiles": [2.0] * 101}) for m in bench_reports.bench().latencies]
     chart = latency.histograms(bench_reports.bench(latencies=equal), 1)
     assert chart is not None and "nan" not in str(chart)
+
+
+def test_disturbed_bench_has_no_wall_time_and_names_cause_and_repetition() -> None:
+    report = bench_reports.disturbed()
+    assert report.bench is not None
+    table = latency.percentiles(report.bench)
+    assert table.columns == ["", "threads", "processor time", "runs"]
+    assert table.rows[0] == ["Teacher", "1", "12.4", "700"]
+    assert latency.speedups(report.bench).rows == [
+        ["Student int8 vs. teacher", "18.2× less processor time (17.9–18.5×)", "–"],
+        ["Student int8 vs. student fp32", "1.92× less processor time (1.88–1.95×)", "–"],
+    ]
+    assert all(latency.histograms(report.bench, threads) is None for threads in (1, 2))
+    for page in (html(report), markdown(report)):
+        assert "18.2×</" in page or "**18.2×**" in page
+        assert "less processor time than the teacher, 1 thread" in page and "faster than the" not in page
+        assert "0.684 ms vs. 12.4 ms" in page and "0.489 ms" not in page
+        assert page.count("Other processes used 62 % of the cores under test.") >= 2
+        assert "close other programs and run: compress bench runs/shop" in page
