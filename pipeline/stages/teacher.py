@@ -23,7 +23,7 @@ from ..data.dataset import SPLITS
 from ..data.decode import sample_sizes, shown_fractions
 from ..data.training_data import TrainingData
 from ..errors import JobError
-from ..report.format import join_names
+from ..report.format import join_names, plural
 from ..runs import artifacts
 from ..runs.device import choose_engine, threads, use_threads
 from ..runs.files import atomic_write
@@ -361,8 +361,8 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
             data.rendered(split, spec)
     if readable.duplicates:
         context.display.warn(
-            f"{len(readable.duplicates)} images are in the data more than once, in several folders or "
-            "classes or in test, where each counts once; the report lists them"
+            f"the data contains {plural(len(readable.duplicates), 'image')} more than once, in several "
+            "folders or classes or in test, where each counts once; the report lists them"
         )
     leaked = sum(leak.in_test for leak in readable.leaks)
     if readable.leaks:
