@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import sys
+import types
 import warnings
 import zlib
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
+from questpress.export import runtime
 from questpress.export.runtime import ImageError, decode_image
 
 RED, BLUE = (200, 30, 40), (20, 60, 220)
@@ -301,3 +304,60 @@ def test_pillows_warnings_stay_inside() -> None:
             decode_image(png(10_000, 10_000, 8, 2, b""))
         with pytest.raises(UserWarning, match="ours"):  # and others' warnings still get out
             warnings.warn("ours", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_that_lacks_its_last_bytes_is_read(progressive: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((400, 300), Image.Resampling.BICUBIC)
+    content = encoded(image, "JPEG", progressive=progressive)
+    whole = decode_image(content)
+    for lost in (1, 2):  # of the marker of the end
+        np.testing.assert_array_equal(decode_image(content[:-lost]), whole)
+    shown = decode_image(content[:-20])
+    assert (shown == whole).all(axis=2).mean() > 0.98
+    for keep in (0.8, 0.5, 0.2):
+        with pytest.raises(ImageError, match=r"truncated, about \d+% of the image is missing"):
+            decode_image(content[: int(keep * len(content))])
+
+
+def test_jpeg_of_up_to_twice_the_limit_is_read_at_half_its_size() -> None:
+    image = Image.fromarray(picture(60, 80)).resize((800, 600), Image.Resampling.BICUBIC)
+    content = encoded(image, "JPEG", quality=95)
+    shown = decode_image(content, max_pixels=300_000)
+    assert shown.shape == (300, 400, 3)
+    half = np.asarray(image.resize((400, 300), Image.Resampling.BOX)).astype(int)
+    assert abs(shown - half).mean() < 2
+    with pytest.raises(ImageError, match="800×600 pixels exceed the limit of 200000"):
+        decode_image(content, max_pixels=200_000)
+    with pytest.raises(ImageError, match="exceed the limit"):
+        decode_image(encoded(image, "PNG"), max_pixels=300_000)
+
+
+def test_gray_bits_are_the_range_of_sixteen_bit_gray() -> None:
+    values = np.array([[0, 300, 2048, 4095, 5000]], np.uint16)
+    for content in (encoded(Image.fromarray(values), "PNG"), encoded(Image.fromarray(values), "TIFF")):
+        assert decode_image(content, gray_bits=12)[0, :, 0].tolist() == [0, 18, 128, 255, 255]
+    wide = encoded(Image.fromarray(np.minimum(values, 4095).astype(np.int32)), "TIFF")
+    assert decode_image(wide, gray_bits=12)[0, :, 0].tolist() == [0, 19, 128, 255, 255]
+    eight = encoded(Image.fromarray(np.array([[0, 20, 239]], np.uint16)), "PNG")
+    assert decode_image(eight, gray_bits=8)[0, :, 0].tolist() == [0, 20, 239]
+    color = encoded(Image.fromarray(picture()), "PNG")
+    np.testing.assert_array_equal(decode_image(color, gray_bits=8), picture())
+
+
+def test_installed_plugins_add_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = types.ModuleType("pillow_heif")
+
+    def register() -> None:
+        Image.register_open("HEIF", lambda file, _: Image.open(file), lambda prefix: prefix == b"none")
+        Image.register_extensions("HEIF", [".heic"])
+
+    plugin.register_heif_opener = register  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    for registry in (Image.OPEN, Image.EXTENSION):
+        for key in ("HEIF", ".heic"):
+            monkeypatch.setitem(registry, key, None)
+            monkeypatch.delitem(registry, key)
+    assert runtime.readable_formats.__wrapped__()[".heic"] == "HEIF"
+    assert {".avif", ".jp2", ".jpg", ".png"} <= runtime.readable_formats().keys()

@@ -280,7 +280,7 @@ def _find_split_files(
         folder_of[split] = folder.name
         class_folders, loose = _list_folder(scan, folder)
         # The same folder once more, as in some archives.
-        while len(class_folders) == 1 and not loose and find_splits([class_folders[0].name]):
+        while len(class_folders) == 1 and not loose and class_folders[0].name == folder.name:
             class_folders, loose = _list_folder(scan, class_folders[0])
         if not class_folders:
             raise UsageError(

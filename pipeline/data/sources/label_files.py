@@ -66,10 +66,10 @@ def read_label_file(
     scan = FolderScan(top.resolve(), top, follow_links)
     multi_label = any(file.multi_label for file in files.values())
     located = {split: file.locate(scan, data_dir) for split, file in files.items()}
+    if scan.links and not any(located.values()):
+        raise mention(UsageError(f"{printable(str(path))}: none of its images is read."), scan.notes)
     images = _group_by_split(located, paths, for_training)
     notes = [*scan.notes, *_describe_unused(path, files.values(), images.values(), scan)]
-    if scan.links and not any(images.values()):
-        raise mention(UsageError(f"{printable(str(path))}: none of its images is read."), notes)
     used = {name for file in files.values() for row in file.rows for name in row.labels}
     categories = dict.fromkeys(name for file in files.values() for name in file.categories)
     classes = [name for name in categories if name in used] or sorted(used)

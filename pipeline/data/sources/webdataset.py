@@ -1,8 +1,9 @@
 """WebDataset shards that are uncompressed local tar files: indexed once, then read at random.
 
 A sample is defined as in timm's reader (``timm.data.readers.reader_wds``): consecutive files of the tar with
-the same name up to the first dot. The image is its ``.jpg`` (or ``.jpeg``), ``.png`` or ``.webp``, the class
-the number in its ``.cls``, or in its ``.json`` under the split's ``alt_label``.
+the same name up to the first dot. The image is its ``.jpg`` (or ``.jpeg``), ``.png`` or ``.webp``, or of
+another format that is read. The class is the number in its ``.cls``, or in its ``.json`` under the split's
+``alt_label``.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ....export.runtime import readable_formats
 from ...errors import UsageError
 from ..dataset import Image, Progress, Skipped, Split, printable
 from .folders import HASHING_THREADS
@@ -27,7 +29,10 @@ SYNONYMS: dict[Split, tuple[str, ...]] = {
     "val": ("validation", "val", "valid"),
     "test": ("test",),
 }
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = tuple(
+    dict.fromkeys(("jpg", "jpeg", "png", "webp", *sorted(suffix[1:] for suffix in readable_formats())))
+)
+"""Endings of images, of which a sample's first one is read."""
 MAX_CLASSES = 1_000_000
 MAX_LABEL_BYTES = 1 << 20
 """Maximum size of a sample's ``.cls`` or ``.json``."""

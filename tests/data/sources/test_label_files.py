@@ -1,7 +1,10 @@
 """Labels files: the data sets they describe, and errors about them."""
 
+import csv
 import json
+import re
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +248,99 @@ def test_folder_without_class_folders_points_at_the_labels_file_in_it(tmp_path: 
     pictures(tmp_path / "images", 3)
     path = table(tmp_path, ["images/000.png,cat;dog"])
     refused(tmp_path, "only one class, 'images'", f"{path} contains the labels, use it as --data")
+
+
+@pytest.mark.parametrize("combined", ["{}|{}", "['{}', '{}']", "['{}' '{}']", '["{}","{}"]', "[{}, {}]"])
+def test_separators_and_lists_in_a_table_are_several_labels(tmp_path: Path, combined: str) -> None:
+    names, labels = pictures(tmp_path, 20), sets_of(20)
+    cells = [combined.format(*some) if len(some) == 2 else some[0] for some in labels]
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file", "labels"), *zip(names, cells, strict=True)])
+    data = open_data(str(tmp_path / "labels.csv"))
+    assert data.task == "multi-label" and by_name(data) == dict(zip(names, labels, strict=True))
+
+
+@pytest.mark.parametrize("separator", [", ", " ", "/", " + ", "&"])
+def test_label_that_consists_of_other_labels_is_refused(tmp_path: Path, separator: str) -> None:
+    names = pictures(tmp_path, 12)
+    cells = [("leaf spot", "rust", f"leaf spot{separator}rust", "ok")[n % 4] for n in range(12)]
+    rows = [f'{name},"{cell}"' for name, cell in zip(names, cells, strict=True)]
+    refused(table(tmp_path, rows), "'leaf spot' and 'rust'", "as in leaf spot;rust", ".jsonl")
+    lines = [json.dumps({"file": name, "label": [cell]}) for name, cell in zip(names, cells, strict=True)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(lines))
+    assert f"leaf spot{separator}rust" in open_data(str(tmp_path / "labels.jsonl")).classes
+    (tmp_path / "labels.jsonl").write_text(
+        "\n".join(line.replace("[", "").replace("]", "") for line in lines)
+    )
+    refused(tmp_path / "labels.jsonl", "'leaf spot' and 'rust'")
+
+
+def test_labels_of_several_words_are_single_labels(tmp_path: Path) -> None:
+    names = pictures(tmp_path, 12)
+    classes = ("golden retriever", "labrador retriever", "tench, Tinca tinca", "t-shirt/top")
+    rows = [f'{name},"{classes[n % 4]}"' for n, name in enumerate(names)]
+    data = open_data(str(table(tmp_path, rows)))
+    assert data.task == "classification" and data.classes == tuple(sorted(classes))
+
+
+@pytest.mark.parametrize("kind", [str, float, int])
+def test_coco_ids_may_be_text_and_unused_categories_may_repeat_a_name(tmp_path: Path, kind: type) -> None:
+    names, shown = pictures(tmp_path, 24), sets_of(24)
+    path = coco(tmp_path / "x.json", names, shown)
+    content = json.loads(path.read_text())
+    content["categories"].insert(0, {"id": 0, "name": "cat"})  # Roboflow's root
+    for annotation in content["annotations"]:
+        annotation["category_id"] = kind(annotation["category_id"])
+        annotation["image_id"] = kind(annotation["image_id"])
+    path.write_text(json.dumps(content))
+    data = open_data(str(path))
+    assert data.classes == ("fox", "cat", "dog") and "left out: 'cat', 'unseen'" in " ".join(data.notes)
+    assert {name: sorted(labels) for name, labels in by_name(data).items()} == dict(
+        zip(names, shown, strict=True)
+    )
+
+
+def test_coco_image_ids_may_be_any_text(tmp_path: Path) -> None:
+    path = coco(tmp_path / "x.json", pictures(tmp_path, 24), sets_of(24))
+    text = re.sub(r'"image_id": (\d+)', r'"image_id": "frame-\1"', path.read_text())
+    path.write_text(re.sub(r'"id": (\d+), "file_name"', r'"id": "frame-\1", "file_name"', text))
+    assert len(open_data(str(path))) == 24
+
+
+@pytest.mark.parametrize("data", ["set", "set/train/_annotations.coco.json"])
+def test_coco_files_in_split_folders_are_the_three_splits(tmp_path: Path, data: str) -> None:
+    for n, split in enumerate(("train", "valid", "test")):
+        root = tmp_path / "set" / split
+        coco(root / "_annotations.coco.json", pictures(root, 12, first=100 * n), sets_of(12))
+    images = open_data(str(tmp_path / data))
+    assert (len(images.train), len(images.val), len(images.test)) == (12, 12, 12) and images.name == "set"
+    assert all(image.name.startswith("valid/") for image in images.val)
+
+
+def test_files_with_windows_separators_or_another_unicode_form_are_found(tmp_path: Path) -> None:
+    names = pictures(tmp_path / "sub", 20)
+    accented = unicodedata.normalize("NFD", "é.png")
+    (tmp_path / "sub" / names[0]).rename(tmp_path / "sub" / accented)
+    rows = [rf"sub\{name},{CLASSES[n % 2]}" for n, name in enumerate(["é.png", *names[1:]])]
+    data = open_data(str(table(tmp_path, rows)))
+    assert len(data) == 20 and f"sub/{accented}" in by_name(data)
+    save(tmp_path.parent / "secret.png", 99)
+    refused(table(tmp_path, [*rows, r"..\secret.png,cat"]), "outside of")
+
+
+def test_labels_of_another_unicode_form_are_equal(tmp_path: Path) -> None:
+    names = pictures(tmp_path, 12)
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    rows = [f"{name},{(*forms, 'tea')[n % 3]}" for n, name in enumerate(names)]
+    assert open_data(str(table(tmp_path, rows))).classes == (forms[0], "tea")
+
+
+def test_what_a_labels_file_does_not_use_is_reported(tmp_path: Path) -> None:
+    names, labels = pictures(tmp_path, 20), sets_of(20)
+    rows = [f"{name},{';'.join(classes)}" for name, classes in zip(names, labels, strict=True)]
+    table(tmp_path, rows[:4], name="train.csv")
+    data = open_data(str(table(tmp_path, rows[:18], name="test.csv")))
+    assert data.notes == (
+        "not used, although next to test.csv: 'train.csv'; use the file of train for all of them",
+        "2 images next to those of test.csv are not in it, such as 018.png",
+    )
