@@ -33,7 +33,7 @@ def busy_machine() -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Little networks on one thread, so that a busy machine does not slow them down."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("runs.device", "stages.teacher", "stages.bench", "api.run"):
+        for module in ("runs.device", "stages.bench", "api.run"):
             patch.setattr(f"questpress.pipeline.{module}.allowed_cores", lambda: 1)
         torch.set_num_threads(1)
         # Two processes more for each run; test_int8_in_a_run.py has them.
