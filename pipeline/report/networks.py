@@ -77,17 +77,14 @@ def median_latency(subject: Subject, threads: str) -> float | None:
 
 
 def latency_measure(report: Report, threads: str) -> tuple[str, Callable[[Subject], float | None]]:
-    """Return the name and the reader of the median latency.
-
-    If wall time was disturbed, it is the processor time; of several threads, none.
-    """
+    """Return the name and the reader of the median latency, or of the processor time of a disturbed bench."""
     if report.bench is None or int(threads) not in report.bench.disturbed_threads:
         return "median latency", partial(median_latency, threads=threads)
     return "processor time", partial(processor_time, threads=threads)
 
 
 def processor_time(subject: Subject, threads: str) -> float | None:
-    """Return the median processor time of a run on one thread; that of several does not measure latency."""
+    """Return the processor time of a run on one thread; that of several threads does not measure latency."""
     measured = subject.latency_ms.get(threads)
     return measured.processor_ms if measured is not None and threads == "1" else None
 

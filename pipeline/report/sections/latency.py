@@ -136,7 +136,7 @@ def _add_processor_time(bench: Bench, table: Table) -> Table:
     ]
     columns = [*table.columns[:-1], "processor time", table.columns[-1]]
     kept = [i for i in range(len(columns)) if i < 2 or any(row[i] != format.MISSING for row in rows)]
-    note = f"{table.note} Processor time: median of all threads together.".lstrip()
+    note = f"{table.note} Processor time: p1 of the runs, all threads together.".lstrip()
     return replace(
         table, columns=[columns[i] for i in kept], rows=[[row[i] for i in kept] for row in rows], note=note
     )
@@ -169,6 +169,8 @@ def speedups(bench: Bench) -> Table:
         row[1 + bench.threads.index(speedup.threads)] = ratio.text
     heads = ["", *(format.threads(count) for count in bench.threads)]
     note = "Ratio of the medians, with its 95 % interval."
+    if any(speedup.clock == "processor" for speedup in bench.speedups):
+        note = "Ratio of the processor times, with its 95 % interval; wall time was disturbed."
     return Table("Speedup", heads, list(rows.values()), note=note)
 
 
