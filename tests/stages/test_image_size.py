@@ -62,7 +62,7 @@ def test_rectangle_reaches_every_file_and_command(tall: Path, tmp_path: Path, ca
     photo = next((tall / "red").iterdir())
     alone = [sys.executable, str(out / "artifact" / "predict.py"), str(photo), "--json"]
     answer = json.loads(subprocess.run(alone, capture_output=True, text=True, check=True).stdout)
-    assert answer["label"] == Classifier.load(out).predict([photo])[0].label
+    assert answer["top"][0]["label"] == Classifier.load(out).predict([photo])[0].label
     again = job(tall, out, cache, *sizes, *more, "--dry-run")
     assert "at 32x12 px" in little.check_success(again).output
 
