@@ -170,7 +170,7 @@ def _run_stages(
     ranks: Ranks,
 ) -> Report:
     from ..report.assemble import assemble
-    from ..report.run_report import write
+    from ..report.run_report import LiveReport, write
 
     config = _config(options, images)
     with ranks.main_first():
@@ -197,6 +197,7 @@ def _run_stages(
             progress=progress,
             device=device,
             ranks=ranks,
+            write_report=LiveReport(folder),
         )
         show = partial(progress.update, unit="images")
         data = TrainingData(options, images, context.cache, device, show, context.place)

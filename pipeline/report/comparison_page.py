@@ -64,6 +64,7 @@ def _section(comparison: Comparison, group: Group, number: int) -> Section:
         text=conclusions(comparison, group),
         figures=[_chart(comparison, group, machine) for machine in group.machines],
         tables=[_table(comparison, group, title)],
+        folded=[_other_files(comparison, group), _trainings(comparison, group)],
     )
 
 
@@ -167,40 +168,52 @@ def _point(name: str, file: ComparedFile, machine: Machine) -> Point:
 
 
 def _table(comparison: Comparison, group: Group, title: str) -> Table:
-    """Return a row for each run, the most accurate first."""
+    """Return the file of each run that ships, the most accurate first."""
     differences = {difference.run: difference for difference in group.accuracies}
-    rows = [_row(comparison.run(name), differences.get(name), group) for name in group.runs]
-    score = score_name(comparison, group)
-    columns = [
-        "run", "method", "teacher", "student", "image", "parameters", "int8 file", "fp32 file",
-        f"{score} int8", f"{score} fp32", "vs. best", "latency int8", "over teacher", "latency fp32",
-        "over teacher", "ECE", "training", "seed", "data",
-    ]  # fmt: skip
-    return Table(title, columns, rows, left=4, wide=True)
+    rows = []
+    for run in map(comparison.run, group.runs):
+        against_best = "best" if run.name == group.best else format.MISSING
+        if (difference := differences.get(run.name)) is not None:
+            verdict = "not significant" if difference.within_noise else "worse"
+            against_best = f"{describe_difference(difference, group.n)}: {verdict}"
+        shipped = run.ships or NO_FILE
+        kind = shipped.kind if run.ships else format.MISSING
+        rows.append([run.name, run.method, kind, *_measures(shipped, group), against_best])
+    columns = ["run", "method", "ships", score_name(comparison, group), "latency", "over teacher", "size"]
+    return Table(title, [*columns, "ECE", "vs. best"], rows, left=3, wide=True)
 
 
-def _row(run: ComparedRun, difference: AccuracyDifference | None, group: Group) -> list[str]:
-    against_best = "best" if run.name == group.best else format.MISSING
-    if difference is not None:
-        verdict = "not significant" if difference.within_noise else "worse"
-        against_best = f"{describe_difference(difference, group.n)}: {verdict}"
-    int8, fp32 = run.int8 or NO_FILE, run.fp32 or NO_FILE
-    return [
-        run.name,
-        run.method,
-        run.teacher,
-        run.student,
-        f"{show_size(run.image_size)} px",
-        format.millions(run.parameters),
-        *(format.megabytes(file.bytes) for file in (int8, fp32)),
-        *(format.score(file.score) for file in (int8, fp32)),
-        against_best,
-        *(text for f in (int8, fp32) for text in (format.milliseconds(f.p50), format.speedup(f.speedup))),
-        format.percent((run.ships or NO_FILE).ece, group.n),
-        format.MISSING if run.training_seconds is None else format.duration(run.training_seconds),
-        format.MISSING if run.seed is None else str(run.seed),
-        format.MISSING if run.fingerprint is None else run.fingerprint[:8],
+def _measures(file: ComparedFile, group: Group) -> list[str]:
+    latency, faster = format.milliseconds(file.p50), format.speedup(file.speedup)
+    ece = format.percent(file.ece, group.n)
+    return [format.score(file.score), latency, faster, format.megabytes(file.bytes), ece]
+
+
+def _other_files(comparison: Comparison, group: Group) -> Table:
+    """Return the fp32 file of each run that ships an int8 file."""
+    runs = [run for run in map(comparison.run, group.runs) if run.int8 is not None and run.fp32 is not None]
+    rows = [[run.name, *_measures(run.fp32 or NO_FILE, group)] for run in runs]
+    columns = ["run", score_name(comparison, group), "latency", "over teacher", "size", "ECE"]
+    return Table("fp32 files", columns, rows, wide=True)
+
+
+def _trainings(comparison: Comparison, group: Group) -> Table:
+    rows = [
+        [
+            run.name,
+            run.method,
+            run.teacher,
+            run.student,
+            f"{show_size(run.image_size)} px",
+            format.millions(run.parameters),
+            format.MISSING if run.training_seconds is None else format.duration(run.training_seconds),
+            format.MISSING if run.seed is None else str(run.seed),
+            format.MISSING if run.fingerprint is None else run.fingerprint[:8],
+        ]
+        for run in map(comparison.run, group.runs)
     ]
+    columns = ["run", "method", "teacher", "student", "image", "parameters", "training", "seed", "data"]
+    return Table("Training", columns, rows, left=4, wide=True)
 
 
 def terminal_table(comparison: Comparison, group: Group) -> Table:

@@ -4,7 +4,7 @@ import base64
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..runs.scores import Confusion
@@ -70,6 +70,16 @@ class Section:
     tables: Sequence[Table] = ()
     sections: Sequence["Section"] = ()
     folded: Sequence[Table] = ()
+    is_folded: bool = False
+    """Only the title is shown until a click on it."""
+
+    def fold_tables(self) -> "Section":
+        """Return the section with all its tables folded, for one whose charts show the main results."""
+        folded, sections = [*self.tables, *self.folded], [part.fold_tables() for part in self.sections]
+        return replace(self, tables=(), folded=folded, sections=sections)
+
+    def fold(self) -> "Section":
+        return replace(self, is_folded=True)
 
     @property
     def is_empty(self) -> bool:
@@ -95,7 +105,8 @@ class Page:
 
     def csv_files(self) -> dict[str, CsvFile]:
         """Return the files of tables that are cut, by name."""
-        sections, files = list(self.sections), {}
+        sections = list(self.sections)
+        files: dict[str, CsvFile] = {}
         for section in sections:
             sections += section.sections
             files |= {table.csv.name: table.csv for table in section.tables if table.csv is not None}

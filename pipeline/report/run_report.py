@@ -4,7 +4,9 @@ README.md is a model card for the Hugging Face Hub with instructions for using t
 report and the manifest only, and names nothing of the machine but its processor.
 """
 
+import logging
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,11 @@ from .render import render_markdown_template, render_page, render_plain_template
 from .sections import calibration, classes, details, int8, latency, training
 from .tables import Table
 
+_log = logging.getLogger(__name__)
+
 FILES = ("report.html", "report.md", "report.json")
+MIN_INTERVAL, MAX_FRACTION = 5.0, 0.01
+"""Seconds between reports during a training, and their fraction of its time."""
 MAX_CLASSES = 40
 MAX_WEAK_CLASSES = 3
 
@@ -48,14 +54,14 @@ def report_page(report: Report) -> Page:
         lead=summary.lead(report),
         sections=[
             networks.comparison_section(report),
-            latency.section(report),
-            int8.section(report),
-            training.section(report),
+            latency.section(report).fold_tables(),
+            int8.section(report).fold_tables(),
             classes.example_section(report),
             classes.section(report),
-            calibration.section(report),
-            training.vocabulary_section(report),
-            details.section(report),
+            training.section(report) if missing else training.section(report).fold(),
+            calibration.section(report).fold(),
+            training.vocabulary_section(report).fold(),
+            details.section(report).fold(),
         ],
         footer=footer,
         data_file="report.json",
@@ -72,6 +78,26 @@ def write(folder: RunFolder) -> Report:
     if report.artifact is not None:
         write_card(report, folder.path / report.artifact)
     return report
+
+
+class LiveReport:
+    """Writes the report of a run during a training, which an error does not stop."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.next = 0.0
+
+    def __call__(self) -> None:
+        """Write the report unless it was written recently."""
+        started = time.monotonic()
+        if started < self.next:
+            return
+        try:
+            write_report(assemble(self.folder), self.folder.path)
+        except Exception as error:
+            _log.debug("the report was not written during the training: %s", error)
+        ended = time.monotonic()
+        self.next = ended + max(MIN_INTERVAL, (ended - started) / MAX_FRACTION)
 
 
 def write_report(report: Report, folder: Path) -> None:

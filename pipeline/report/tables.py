@@ -17,6 +17,10 @@ from . import format
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
+PHONE_CHARS, MAX_WORD = 54, 14
+"""Characters of a line on a phone, and of a column of text that wraps."""
+
+
 @dataclass(frozen=True)
 class CsvFile:
     """All rows of a table that is cut, unformatted and with a header, as a file next to the page."""
@@ -48,6 +52,13 @@ class Table:
         cut = f"The first {n:,} of {len(self.rows):,}; all are in {file}."
         return replace(self, rows=self.rows[:n], note=f"{self.note} {cut}".strip())
 
+    @property
+    def is_wide(self) -> bool:
+        """True if the table is probably wider than a phone, where long text wraps."""
+        longest = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
+        characters = sum(min(n, MAX_WORD) if self.text else n for n in longest) + 2 * len(longest)
+        return len(self.columns) > 4 and characters > PHONE_CHARS
+
     def to_html(self) -> Markup:
         """Return the table in a frame that scrolls, with its note; nothing without rows."""
         if not self.rows:
@@ -65,10 +76,11 @@ class Table:
             ]
             lines.append(f"<tr>{''.join(cells)}</tr>\n")
         title, css = html_text(self.title), "text" if self.text else "numbers"
+        hint = '<p class="note hint">Swipe the table for more columns →</p>\n' if self.is_wide else ""
         link = f' <a href="{self.csv.name}">{self.csv.name}</a>' if self.csv else ""
         note = f'\n<p class="note">{html_text(self.note)}{link}</p>' if self.note else ""
         return Markup(
-            f'<div class="scroll{" wide" if self.wide else ""}" role="region" aria-label="{title}" '
+            f'{hint}<div class="scroll{" wide" if self.wide else ""}" role="region" aria-label="{title}" '
             f'tabindex="0">\n<table class="{css}">\n<caption class="unseen">{title}</caption>\n{head}'
             f"<tbody>\n{''.join(lines)}</tbody>\n</table>\n</div>{note}"
         )

@@ -49,8 +49,8 @@ def validation_page(validation: Validation) -> Page:
             _results(validation),
             _errors(validation),
             _classes(validation),
-            calibration.calibration_section(columns, columns, calibration.describe_all(columns)),
-            _details(validation),
+            calibration.calibration_section(columns, columns, calibration.describe_all(columns)).fold(),
+            _details(validation).fold(),
         ],
         footer="questpress. validation.html, validation.md and validation.json have the same content; "
         "mistakes.csv has every error"

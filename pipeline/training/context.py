@@ -1,5 +1,6 @@
 """What a stage runs with: the run, its networks and the current round of distillation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -61,6 +62,8 @@ class RunContext:
     """Hash of the stage's inputs; its checkpoints belong to this key."""
     ranks: Ranks = field(default_factory=Ranks)
     failed_trackers: set[str] = field(default_factory=set)
+    write_report: Callable[[], None] = lambda: None
+    """Writes the report of the unfinished run after an epoch."""
     gray_bits: int = 16
     """Number of bits that 16-bit gray images of the data use."""
 

@@ -67,6 +67,7 @@ class EpochLog:
             return
         # A resumed training repeats the epochs that were logged after its checkpoint.
         self.context.folder.log_epoch(epoch)
+        self.context.write_report()
         self.context.display.detail(_format(epoch))
         self.finished = epoch.epoch == epoch.epochs
         for name in requested_trackers(self.context.options):

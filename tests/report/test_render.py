@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 from PIL import Image
 from questpress.export.results import FloatNode
 from questpress.pipeline.errors import JobError
+from questpress.pipeline.report import run_report
 from questpress.pipeline.report.run_report import write_report
+from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.runs.record import read_checked
 from questpress.pipeline.runs.results import Epoch, Report, ShownWord
 
 from tests.support import int8_reports, reports
-from tests.support.pages import HOSTILE, Reader, html, markdown
+from tests.support.pages import HOSTILE, Reader, html, markdown, with_everything
 
 PARTIAL = {
     "nothing yet": reports.bare(),
@@ -249,6 +252,40 @@ def test_confusion_cells_hold_the_counts() -> None:
         percent = round(100 * n / sum(own for other, _, own in report.confusion if other == label))
         kind = "hit" if label == predicted else "miss"
         assert f'<td class="{kind}" style="--percent:{percent}%">{n}</td>' in page
+
+
+def test_report_is_written_during_a_training_but_not_after_each_short_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open(fresh=False)
+    options = {"teacher": ["a"], "student": "b", "method": "none", "settings": {}, "image_size": 32}
+    folder.begin({}, {**options, "student_size": None}, "compress")
+    live, page, clock = run_report.LiveReport(folder), tmp_path / "report.html", iter(range(100, 200))
+    monkeypatch.setattr(run_report.time, "monotonic", lambda: next(clock) / 10)
+    for n in (1, 2):
+        folder.log_epoch(reports.epochs("teacher", 2)[n - 1])
+        live()
+        assert len(json.loads((tmp_path / "report.json").read_text())["epochs"]) == 1
+    assert "Training</h2>" in page.read_text(encoding="utf-8")
+    assert '<details class="section"><summary><h2>Training' not in page.read_text(encoding="utf-8")
+    live.next = 0.0
+    live()
+    assert len(json.loads((tmp_path / "report.json").read_text())["epochs"]) == 2
+    page.unlink()
+    page.mkdir()
+    (page / "kept").touch()
+    live.next = 0.0
+    live()  # cannot be written
+    assert (page / "kept").exists()
+
+
+def test_finished_report_folds_details_and_keeps_the_comparison_open() -> None:
+    page = html(with_everything())
+    assert re.findall(r'<details class="section"><summary><h2>(.*?)</h2>', page) == [
+        "Training", "Visual vocabulary", "Details",
+    ]  # fmt: skip
+    assert page.index(">Comparison</caption>") < page.index("<details")
 
 
 def test_failed_write_is_an_error_and_keeps_the_old_report(tmp_path: Path) -> None:

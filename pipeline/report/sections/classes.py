@@ -81,7 +81,7 @@ def choose_classes(names: Sequence[str], percents: Mapping[str, float | None]) -
 
 
 def class_table(report: Report) -> Table:
-    """Return a row per class: images of each split, the score of each network, and thresholds."""
+    """Return a row per class: the score of each network, thresholds, and images of each split."""
     splits = report.data.per_class if report.data else {}
     splits = {name: splits[name] for name in ("train", "val", "test") if name in splits}
     columns = [column for column in all_networks(report) if class_scores(column)]
@@ -90,14 +90,15 @@ def class_table(report: Report) -> Table:
     shipped = shipped_network(report)
     decoded = class_scores(shipped) if shipped is not None else {}
     has_thresholds = any(score.threshold is not None for score in decoded.values())
-    heads = ["class", *splits, *(column.role for column in columns)]
+    thresholds = 2 if has_thresholds else 0
+    heads = ["class", *(column.role for column in columns)]
     shown, cut = choose_classes(list(names), {name: score.percent for name, score in decoded.items()})
     rows = [
         [
             name,
-            *(format.count(counts.get(name, 0)) for counts in splits.values()),
             *(_percent(by_class.get(name)) for by_class in scores),
             *(_threshold(decoded.get(name)) if has_thresholds else ()),
+            *(format.count(counts.get(name, 0)) for counts in splits.values()),
         ]
         for name in shown
     ]
@@ -105,12 +106,13 @@ def class_table(report: Report) -> Table:
     if has_thresholds and shipped is not None:
         heads += ["threshold", "F1"]
         note += f" An image counts for each of its classes. Threshold and F1: {shipped.role_in_sentence}."
+    heads += splits
     csv = [
         [
             name,
-            *(counts.get(name, 0) for counts in splits.values()),
             *(by_class[name].percent if name in by_class else None for by_class in scores),
-            *((decoded[name].threshold, decoded[name].f1) if has_thresholds and name in decoded else ()),
+            *([decoded[name].threshold, decoded[name].f1] if name in decoded else [None, None])[:thresholds],
+            *(counts.get(name, 0) for counts in splits.values()),
         ]
         for name in (names if cut else ())
     ]
