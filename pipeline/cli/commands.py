@@ -64,11 +64,17 @@ run.params += run_options()
     metavar="S,S,…",
     help="sizes of the students' input in pixels, such as 64,96,128 or 64x24,96x36 [default: --image-size]",
 )
-def sweep(students: str | None, student_sizes: str | None, **options: Any) -> None:
-    """Distill several students, or one at several image sizes, from one teacher.
+@click.option(
+    "--methods",
+    metavar="METHOD,METHOD,…",
+    help="distillation methods, such as none,kd,quest+kd [default: --method]",
+)
+def sweep(students: str | None, student_sizes: str | None, methods: str | None, **options: Any) -> None:
+    """Distill several students, or one at several image sizes or by several methods, from one teacher.
 
     Every student has a run folder below --out, and comparison/ there compares them. The other options are
-    those of `run`. Running the same command again does only what is missing.
+    those of `run`; --set and --weight apply to the runs with their method. Running the same command again
+    does only what is missing.
     """
     from ..api.sweep import sweep
     from ..report.terminal import show_comparison
@@ -76,6 +82,7 @@ def sweep(students: str | None, student_sizes: str | None, **options: Any) -> No
     comparison = exit_on_error(
         lambda: sweep(
             students=[name.strip() for name in students.split(",")] if students else [],
+            methods=[name.strip() for name in methods.split(",")] if methods else [],
             student_sizes=student_sizes.split(",") if student_sizes else [],
             **select_given(options),
         ),

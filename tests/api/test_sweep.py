@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from questpress.pipeline.api import run
 
 from tests.support import little
 from tests.support.little import compress, files, refused
@@ -53,6 +54,33 @@ def test_repeated_command_adds_only_the_new_student(two_sizes: Path, data: Path)
     assert (two_sizes / "cifar_resnet20-8" / "report.json").is_file()
 
 
+def test_each_method_is_a_run_of_the_same_teacher(
+    two_sizes: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = []
+    original = run.compress
+    monkeypatch.setattr(
+        "questpress.pipeline.api.sweep.compress",
+        lambda **options: stages.append(options["out"].name) or original(**options),
+    )
+    out, cache = two_sizes, two_sizes.parent / "cache"
+    methods = ("--methods", "none, kd,quest+kd", "--set", "kd.tau=3", "--set", "quest.words=8")
+    arguments = [
+        "sweep", *little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--out", out, "--cache",
+        cache, "--student-sizes", "8", *methods,
+    ]  # fmt: skip
+    result = little.check_success(compress(*arguments))
+    names = [f"{little.STUDENT}-8-{method}" for method in ("none", "kd", "quest+kd")]
+    assert stages == ["teacher", *names] and all(name in result.stdout for name in names)
+    reports = [little.report(out / name) for name in names]
+    assert [report["method"] for report in reports] == ["none", "kd", "quest+kd"]
+    teacher = little.report(out / "teacher")["teacher"]["score"]
+    assert all(report["teacher"]["score"] == teacher for report in reports)
+    assert reports[1]["config"]["settings"]["kd.tau"] == 3
+    assert "quest.words" not in reports[1]["config"]["settings"]
+    assert reports[2]["config"]["settings"]["quest.words"] == 8
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -61,12 +89,29 @@ def test_repeated_command_adds_only_the_new_student(two_sizes: Path, data: Path)
         (("--student-sizes", "4"), ("--student-sizes must be 8 to 4096 pixels",)),
         (("--student-sizes", "8,8x16"), ("--student-sizes 8x16 has another shape", "use 8, or")),
         (("--students", "no_network_xyz"), ("no_network_xyz",)),
+        (("--methods", "none,kd"), ("--method and --methods",)),
     ],
 )
 def test_invalid_sweep_is_refused(
     data: Path, tmp_path: Path, cache: Path, more: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     refused(sweep(data, tmp_path / "run", cache, *more), 2, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--methods", "none,kdd"), ("'kdd'", "Did you mean kd")),
+        (("--methods", "none,kd", "--set", "quest.words=8"), ("--set quest.words=8", "none, kd")),
+        (("--methods", "none,kd", "--set", "kd.words=8"), ("kd has no parameter 'words'",)),
+    ],
+)
+def test_invalid_methods_are_refused_before_the_teacher_is_trained(
+    data: Path, tmp_path: Path, cache: Path, more: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    arguments = ("--data", data, "--out", tmp_path / "run", "--cache", cache)
+    refused(compress("sweep", *little.NETWORKS, *little.SMALL, *arguments, *more), 2, *words)
     assert not (tmp_path / "run").exists()
 
 
