@@ -205,21 +205,6 @@ class TrainingData:
         for number, pixels in enumerate(batches):
             yield number * BATCH, pixels.to(self.device).permute(0, 3, 1, 2)
 
-    def readable(self, spec: NetworkSpec) -> ImageSet:
-        """Return the dataset without the images that cannot be decoded; they are among its skipped files.
-
-        Every later decoding must leave out the same images.
-
-        Raises:
-            JobError: more than one image in a hundred cannot be decoded.
-        """
-        train = self.train
-        val, test = (self.rendered(split, spec)[2] for split in SPLITS[1:])
-        skipped = (*self.dataset.skipped, *train.skipped, *val.skipped, *test.skipped)
-        check_unreadable(skipped, len(self.dataset) + sum(file.unreadable for file in self.dataset.skipped))
-        self.left_out = frozenset(file.name for file in skipped)
-        return replace(self.dataset, train=train.images, val=val.images, test=test.images, skipped=skipped)
-
     def check_kept(self, images: Sequence[Image], decoded: R) -> R:
         """Return ``decoded`` if it leaves out the same ``images`` as the run has recorded.
 
@@ -237,6 +222,21 @@ class TrainingData:
                     "use different images. Restore the file and the packages, or start over with --fresh."
                 )
         return decoded
+
+    def readable(self, spec: NetworkSpec) -> ImageSet:
+        """Return the dataset without the images that cannot be decoded; they are among its skipped files.
+
+        Every later decoding must leave out the same images.
+
+        Raises:
+            JobError: more than one image in a hundred cannot be decoded.
+        """
+        train = self.train
+        val, test = (self.rendered(split, spec)[2] for split in SPLITS[1:])
+        skipped = (*self.dataset.skipped, *train.skipped, *val.skipped, *test.skipped)
+        check_unreadable(skipped, len(self.dataset) + sum(file.unreadable for file in self.dataset.skipped))
+        self.left_out = frozenset(file.name for file in skipped)
+        return replace(self.dataset, train=train.images, val=val.images, test=test.images, skipped=skipped)
 
 
 def choose_placement(

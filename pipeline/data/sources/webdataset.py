@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ....export.runtime import readable_formats
-from ...errors import UsageError
-from ..dataset import Image, Progress, Skipped, Split, printable
+from ...errors import UsageError, is_system_fault
+from ..dataset import Image, Progress, Skipped, Split, fail_to_read, printable
 from .folders import HASHING_THREADS
 
 INFO = ("_info.json", "info.json")
@@ -166,6 +166,8 @@ def _index_shard(split: Split, shard: Path, label: str) -> tuple[list[Image], li
                     source = partial(_read_span, shard, image.offset_data, image.size)
                     images.append(Image(f"{name}{Path(image.name).suffix}", number, key, source))
     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+        if is_system_fault(error) and not isinstance(error, FileNotFoundError):
+            raise fail_to_read(printable(shard.name), error) from error
         raise UsageError(
             f"The shard {printable(str(shard))} is damaged ({error}). Download it again or remove it."
         ) from error
