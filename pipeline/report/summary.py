@@ -45,7 +45,8 @@ def lead(report: Report) -> str:
     sentences.append(f"{trained}.")
     if student is not None and student.score is not None:
         measured = format.title(networks.score_name(report))
-        measured += " and latency were" if student.latency_ms else " was"
+        is_timed = any(measured_ms.p50 is not None for measured_ms in student.latency_ms.values())
+        measured += " and latency were" if is_timed else " was"
         sentences.append(f"{measured} measured on the shipped file in ONNX Runtime.")
     return " ".join(sentences)
 
