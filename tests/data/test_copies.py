@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
+from questpress.pipeline.api.validate_inputs import choose_images
 from questpress.pipeline.data import copies
 from questpress.pipeline.data.copies import find_copies
 from questpress.pipeline.data.dataset import SPLITS, Copies, Image, ImageSet
@@ -145,3 +146,14 @@ def test_copies_count_once_in_test(tmp_path: Path) -> None:
     assert len(data.test) == 6
     (group,) = data.duplicates
     assert len(group.names) == 62 and len(group.removed) == 61 and group.kept == "test"
+
+
+def test_copies_count_once_in_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for n in range(6):
+        save(tmp_path / f"data/{'ab'[n % 2]}/{n}.png", smooth(n, 24, 24))
+    for n in range(60):
+        save(tmp_path / f"data/a/copy {n}.{'png' if n % 2 else 'bmp'}", smooth(0, 24, 24))
+    images = choose_images(str(tmp_path / "data"), None, [], None, False, False, lambda *_: None)
+    assert len(images.images) == 6
+    assert "60 of the 66 images are copies of others and are left out." in images.warnings
