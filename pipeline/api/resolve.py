@@ -155,7 +155,8 @@ def check_student_size(option: str, size: Size, image_size: Size) -> None:
             "--image-size."
         )
     if max(height * wide, width * tall) > MAX_STRETCH * min(height * wide, width * tall):
-        fitting = make_size(height, round(height * wide / tall))
+        scale = max(height / tall, width / wide)
+        fitting = make_size(round(tall * scale), round(wide * scale))
         raise UsageError(
             f"{problem.replace('is larger than', 'has another shape than')}. The student sees the teacher's "
             f"crops scaled down: use {show_size(fitting)}, or another --image-size."
