@@ -62,7 +62,8 @@ def find_copies(
     if cache is None:
         signatures = _compute([by_key[key] for key in keys], progress)
     else:
-        name = digest({"images": keys, "version": VERSION})
+        bits = sorted({image.gray_bits for image in by_key.values()})
+        name = digest({"images": keys, "gray_bits": bits, "version": VERSION})
         folder = cache.get("copies", name) or cache.put("copies", name, write)
         signatures = np.load(folder / "signatures.npy")
     compared = np.flatnonzero(signatures.any(1))

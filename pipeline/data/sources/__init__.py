@@ -12,7 +12,7 @@ from ...errors import UsageError
 from ...runs.cache import Cache
 from ...runs.files import DATA_PACKAGES, DIGITS, data_path, describe_namesake
 from ..copies import find_copies
-from ..dataset import SPLITS, ImageSet, Progress, printable, set_gray_bits
+from ..dataset import ImageSet, Progress, printable, set_gray_bits, sort_images
 from ..splits import UnsplitDataset
 from .folders import mention, read_folder
 from .gray_bits import measure_gray_bits
@@ -46,13 +46,25 @@ def open_data(
                 images = unsplit.split(val_fraction, copies)
         except UsageError as error:
             raise mention(error, unsplit.notes) from error
-    bits, notes = measure_gray_bits(images.train)
+    return images
+
+
+def read_data(data: str, **options: Any) -> UnsplitDataset:
+    """Read the data set that ``--data`` names, with the splits that it assigns.
+
+    Without ``for_training`` the images are only validated on: a class or a split may be missing. The other
+    options are those of ``open_data``.
+    """
+    unsplit = _read(data, **options)
+    images = unsplit.images.get("train") or [image for split in unsplit.images.values() for image in split]
+    bits, notes = measure_gray_bits(sort_images(images))
     if bits != 16:
-        images = replace(images, **{split: set_gray_bits(images.split(split), bits) for split in SPLITS})
-    return replace(images, notes=(*images.notes, *notes))
+        scaled = {split: set_gray_bits(images, bits) for split, images in unsplit.images.items()}
+        unsplit = replace(unsplit, images=scaled)
+    return replace(unsplit, notes=[*unsplit.notes, *notes])
 
 
-def read_data(
+def _read(
     data: str,
     *,
     data_dir: Path | None = None,
@@ -61,10 +73,6 @@ def read_data(
     for_training: bool = True,
     progress: Progress | None = None,
 ) -> UnsplitDataset:
-    """Read the data set that ``--data`` names, with the splits that it assigns.
-
-    Without ``for_training`` the images are only validated on: a class or a split may be missing.
-    """
     if data == DIGITS:
         _check_unused("the built-in digits", data_dir, download)
         return read_digits()

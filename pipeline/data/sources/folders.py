@@ -170,7 +170,7 @@ def _find_classes(scan: FolderScan, shown: str, for_training: bool) -> tuple[lis
     if others and not any(_list_folder(scan.copy(), folder)[0] for folder in split_folders):
         split_folders = {}  # a class may be called 'train' if it contains images like the other classes
     if split_folders:
-        _check_beside_splits(scan, list(split_folders), others)
+        _check_no_split(scan, list(split_folders), others)
         return *_find_split_files(scan, split_folders, for_training), True
     _check_class_folders(shown, folders, loose)
     if inner := _find_inner_splits(scan, shown, folders):
@@ -182,8 +182,8 @@ def _find_classes(scan: FolderScan, shown: str, for_training: bool) -> tuple[lis
     return classes, {"train": files}, False
 
 
-def _check_beside_splits(scan: FolderScan, split_folders: Sequence[Path], others: Sequence[Path]) -> None:
-    """Refuse images in folders beside train, val and test."""
+def _check_no_split(scan: FolderScan, split_folders: Sequence[Path], others: Sequence[Path]) -> None:
+    """Refuse images in folders next to train, val and test."""
     with_images = [folder.name for folder in others if _has_images(scan, folder)]
     if with_images:
         splits = quote_names([folder.name for folder in split_folders])
@@ -211,8 +211,8 @@ def _find_inner_splits(
         folder: [path for path in inner if _has_images(scan, path)] for folder, (inner, _) in listed.items()
     }
     splits = find_splits({path.name for inner in contents.values() for path in inner})
-    found = [{splits.get(path.name) for path in inner} for inner in contents.values()]
-    if all("train" in of_class and None not in of_class for of_class in found):
+    by_class = [{splits.get(path.name) for path in inner} for inner in contents.values()]
+    if all("train" in names and None not in names for names in by_class):
         images: dict[Split, dict[str, list[Path]]] = {split: {} for split in splits.values()}
         for name, inner in zip(_class_names(list(contents)), contents.values(), strict=True):
             for path in inner:

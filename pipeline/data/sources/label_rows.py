@@ -194,9 +194,9 @@ def _parse_list(text: str) -> list[str] | None:
 
 def _check_labels(name: str, labels: Iterable[str]) -> None:
     """Raise UsageError if a label consists of other labels, with a separator between them."""
-    found = _find_combined(set(labels))
-    if found is not None:
-        label, parts = found
+    combined = _find_combined(set(labels))
+    if combined is not None:
+        label, parts = combined
         raise UsageError(
             f"{name}: the label '{label}' reads as several labels of other images, "
             f"{' and '.join(map(repr, parts))}. Separate several labels with '{SEPARATOR}', as in "
@@ -219,8 +219,9 @@ def _find_combined(labels: set[str]) -> tuple[str, list[str]] | None:
             if all(counts[part] > 1 for part in parts):
                 return label, parts
     for label in sorted(labels):
-        if (parts := _split_words(label.split(), labels)) is not None and len(parts) > 1:
-            return label, parts
+        words = _split_words(label.split(), labels)
+        if words is not None and len(words) > 1:
+            return label, words
     return None
 
 
