@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, computed_field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
 MAX_NUMBER = 1e100
 """Larger ones would overflow in charts."""
@@ -99,7 +99,7 @@ class Speedup(Result):
     subject: str
     over: str
     threads: int
-    ratio: float
+    ratio: float = Field(gt=0)
     low: float
     high: float
     clock: Literal["wall", "processor"] = "wall"

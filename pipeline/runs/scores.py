@@ -3,12 +3,12 @@
 from math import sqrt
 from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ...export.results import Result
 
 
-class Proportion(Result):
+class Proportion(Result, allow_inf_nan=False):
     """``correct`` of ``n`` in percent, with its 95 % Wilson interval."""
 
     percent: float
@@ -33,7 +33,7 @@ Confusion = list[tuple[NonNegativeInt, NonNegativeInt, PositiveInt]]
 """(true class, predicted class, number of images) for each pair of classes with images, in their order."""
 
 
-class Measure(Result):
+class Measure(Result, allow_inf_nan=False):
     """A further metric in percent, with its 95 % interval if one was computed."""
 
     percent: float
@@ -41,7 +41,7 @@ class Measure(Result):
     high: float | None = None
 
 
-class ClassScore(Result):
+class ClassScore(Result, allow_inf_nan=False):
     """The score of one class, which ``n`` of the test images show; percent."""
 
     label: str
@@ -54,7 +54,7 @@ class ClassScore(Result):
     """The probability from which the class is predicted, for multi-label data."""
 
 
-class Score(Result):
+class Score(Result, allow_inf_nan=False):
     """A network's score in percent on ``n`` images, with its 95 % interval."""
 
     metric: str
@@ -74,14 +74,20 @@ class Score(Result):
         return f"{self.metric} {self.percent:.2f} %"
 
 
-class ReliabilityBin(Result):
+class ReliabilityBin(Result, allow_inf_nan=False):
     """Predictions with a confidence in (low, high], in percent; None in an empty bin."""
 
     low: float
     high: float
     n: int
     confidence: float | None = None
-    accuracy: float | None = None
+    accuracy: float | None = Field(None, ge=0, le=100)
+
+    @model_validator(mode="after")
+    def _check_means(self) -> Self:
+        if self.n and (self.confidence is None or self.accuracy is None):
+            raise ValueError("confidence and accuracy are missing")
+        return self
 
 
 class Calibration(Result):

@@ -3,6 +3,7 @@ command that reads them says one sentence, and reads nothing outside of the fold
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from questpress.pipeline.runs import record as bounded_json
 from questpress.pipeline.runs.cache import Cache
 from questpress.pipeline.runs.folder import RunFolder
 from questpress.pipeline.runs.record import add_checksum
+from questpress.pipeline.runs.results import Subject
 
 from tests.support.little import compress, refused
 
@@ -38,6 +40,14 @@ def run(folder: Path, content: Any) -> Path:
     (folder / "config.yaml").write_text("teacher: a\nstudent: b\ndata: digits\n")
     return folder
 
+
+TEACHER = {"name": "resnet18", "weights": "scratch"}
+SCORE = {"metric": "accuracy", "percent": 50.0, "low": 20.0, "high": 80.0, "n": 10}
+BIN = {"low": 0.0, "high": 10.0, "n": 10, "confidence": 5.0, "accuracy": 5.0}
+CALIBRATION = {
+    "ece": 0.0, "ece_low": 0.0, "ece_high": 1.0, "confidence": 5.0, "accuracy": 5.0, "gap_low": 0.0,
+    "gap_high": 0.0, "entropy": 1.0, "nll": 1.0, "n": 10, "bins": [BIN],
+}  # fmt: skip
 
 HOSTILE = [
     record(schema_version=2), record(schema_version="1"), record(stages=[]), record(stages={"teacher": 1}),
@@ -67,11 +77,23 @@ def test_invalid_record_is_refused_by_every_command(content: Any, tmp_path: Path
         {"unknown": 1},
         {"environment": 3},
         {"teacher": {"name": "x\x1b[2J", "accuracy": "high"}},
+        {"teacher": {**TEACHER, "bytes": -1}},
+        {"teacher": {**TEACHER, "parameters": 10**30}},
+        {"teacher": {**TEACHER, "gmacs": 1e308}},
+        {"teacher": {**TEACHER, "score": {**SCORE, "high": math.inf}}},
+        {"teacher": {**TEACHER, "score": {**SCORE, "low": math.nan}}},
+        {"teacher": {**TEACHER, "calibration": {**CALIBRATION, "bins": [{**BIN, "n": 10**19}]}}},
+        {"teacher": {**TEACHER, "calibration": {**CALIBRATION, "bins": [{**BIN, "accuracy": None}]}}},
+        {"teacher": {**TEACHER, "calibration": {**CALIBRATION, "bins": [{**BIN, "accuracy": 200.0}]}}},
     ],
 )
 def test_invalid_results_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
     folder = run(tmp_path / "run", stage(facts=facts))
     refused(compress("report", folder), 2, "the record of the run cannot be read")
+
+
+def test_result_with_plausible_numbers_is_accepted() -> None:
+    Subject.model_validate({**TEACHER, "bytes": 10, "score": SCORE, "calibration": CALIBRATION})
 
 
 @pytest.mark.parametrize(
