@@ -72,6 +72,9 @@ class Diagnosis(Result):
         """True if no requirement is missing."""
         return all(finding.verdict != "missing" for finding in self.findings)
 
+    def __repr__(self) -> str:
+        return "\n".join(f"{f.group}, {f.name} ({f.verdict}): {f.value}" for f in self.findings)
+
 
 def doctor(*, cache: Path | None = None, offline: bool = False) -> Diagnosis:
     """Check this machine; ``offline`` skips the check whether weights can be downloaded."""

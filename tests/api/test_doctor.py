@@ -28,6 +28,18 @@ def test_machine_that_runs_the_tests_is_fit(diagnosis):
     assert named(diagnosis, "--target here").value in ("x86", "x86-vnni", "arm64")
 
 
+def test_diagnosis_is_a_list_in_a_notebook(diagnosis):
+    lines = repr(diagnosis).splitlines()
+    assert len(lines) == len(diagnosis.findings) and lines[0].startswith("Machine, system (ok): ")
+
+
+def test_incomplete_variables_of_torchrun_are_a_note(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = next(finding for finding in doctor._machine() if finding.name == "environment")
+    assert (found.verdict, found.value) == ("note", "WORLD_SIZE=2 is ignored")
+    assert found.remedy is not None and "Unset them" in found.remedy
+
+
 def test_doctor_checks_every_declared_package(diagnosis):
     looked_at = {one.name for one in diagnosis.findings if one.group == "Packages"}
     declared = {
