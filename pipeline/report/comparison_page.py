@@ -46,7 +46,7 @@ def comparison_page(comparison: Comparison) -> Page:
         title=comparison.title,
         lead="Test results of each run, measured on the exported files in ONNX Runtime. Each student has an "
         "fp32 and an int8 file; the int8 file ships if there is one.",
-        sections=[*groups, details],
+        sections=[*groups, details.fold()],
         footer="questpress. comparison.html, comparison.md, comparison.csv and comparison.json have the same "
         "content.",
         data_file="comparison.json",

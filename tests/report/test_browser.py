@@ -81,16 +81,21 @@ addEventListener('load', () => {
     if (MODE === 'print' && one.getBoundingClientRect().right > innerWidth + 0.5)
       wrong.push('cut: ' + one.querySelector('caption').textContent);
   }
+  const cut = [...document.querySelectorAll('.scroll')].filter(
+    one => one.checkVisibility() && one.scrollWidth > one.clientWidth + 1 && one.querySelector('table:not(.confusion)')
+      && !(one.previousElementSibling?.matches('.hint') && one.previousElementSibling.checkVisibility())
+  ).map(one => one.querySelector('caption').textContent);
+  const high = document.documentElement.scrollHeight;
   const ground = getComputedStyle(document.body).backgroundColor;
   const pictures = [...document.querySelectorAll('svg[role=img], img')].filter(isShown).length;
-  console.log('measured ' + JSON.stringify({width: innerWidth, wide: document.documentElement.scrollWidth, ground, pictures, wrong}));
+  console.log('measured ' + JSON.stringify({width: innerWidth, wide: document.documentElement.scrollWidth, ground, pictures, wrong, high, cut}));
 });
 </script>"""  # noqa: E501
 
 
-def measure(page: str, folder: Path, widths: list[int], scheme: str) -> list[dict]:
+def measure(page: str, folder: Path, widths: list[int], scheme: str, *, folded: bool = False) -> list[dict]:
     """Return what a script finds in a copy of the page, which allows scripts, at these widths."""
-    page = re.sub(r"<meta http-equiv=.*?>", "", page.replace("<details", "<details open"))
+    page = re.sub(r"<meta http-equiv=.*?>", "", page if folded else page.replace("<details", "<details open"))
     if scheme == "print":
         page = page.replace("@media print", "@media all").replace("@media screen and", "@media tty and")
     script = MEASURE.replace("MODE", f"'{scheme}'")
@@ -117,6 +122,14 @@ def test_page_has_no_errors_and_fits_phones_and_screens(name: str, tmp_path: Pat
         assert result["wide"] <= result["width"] == width
         assert result["ground"] == "rgb(252, 252, 251)"
         assert result["pictures"] > 25 or name != "report"
+
+
+def test_pages_are_short_and_tables_that_scroll_have_a_hint_on_phones(tmp_path: Path) -> None:
+    [phone, screen] = measure(html(with_everything()), tmp_path, [390, 1280], "light", folded=True)
+    assert phone["high"] < 10_000 and screen["high"] < 7_000
+    assert phone["cut"] == screen["cut"] == []
+    [phone, screen] = measure(PAGES["comparison"](), tmp_path, [390, 1280], "light", folded=True)
+    assert phone["cut"] == screen["cut"] == []
 
 
 def test_page_has_a_dark_theme(tmp_path: Path) -> None:
