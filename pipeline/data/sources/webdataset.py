@@ -6,6 +6,7 @@ another format that is read. The class is the number in its ``.cls``, or in its 
 ``alt_label``.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -166,7 +167,9 @@ def _index_shard(split: Split, shard: Path, label: str) -> tuple[list[Image], li
                     source = partial(_read_span, shard, image.offset_data, image.size)
                     images.append(Image(f"{name}{Path(image.name).suffix}", number, key, source))
     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
-        if is_system_fault(error) and not isinstance(error, FileNotFoundError):
+        # A damaged header leads to a position that no file has (EINVAL).
+        is_damage = getattr(error, "errno", None) in (errno.ENOENT, errno.EINVAL)
+        if is_system_fault(error) and not is_damage:
             raise fail_to_read(printable(shard.name), error) from error
         raise UsageError(
             f"The shard {printable(str(shard))} is damaged ({error}). Download it again or remove it."
