@@ -2,8 +2,8 @@
 
     python -m benchmarks.many_classes FOLDER --classes 5000
 
-writes FOLDER/data, which must be new, with an image of 8 × 8 pixels in train/ and in test/ for each class, runs
-compress run, report, validate and compare on it, and prints tables in Markdown.
+writes FOLDER/data, which must be new, with an image of 8 × 8 pixels in train/ and in test/ for each class,
+runs compress run, report, validate and compare on it, and prints tables in Markdown.
 """
 
 import argparse
