@@ -41,6 +41,7 @@ def timed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("timed") / "shop"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verb, "QUICK", LITTLE)
+        patch.setenv("COLUMNS", "80")
         result = compress("bench", run, *SHORT)
     assert result.exit_code == 0, (result.output, result.exception)
     return run, result.stdout
