@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from ...models.build import show_size
+from ..config.limits import MAX_INTEGER
 from ..config.stages import ROUND, get_kind
 from ..errors import UsageError
 from ..evaluation.comparison import SIGNIFICANT, compare_unpaired, frontier, holm, mcnemar
@@ -128,7 +129,7 @@ def summarize_run(run: Run, threads: int | None) -> ComparedRun:
         fp32=files["fp32"],
         teacher_file=files["teacher"],
         training_seconds=sum(seconds) if seconds else None,
-        seed=seed if isinstance(seed, int) else None,
+        seed=seed if isinstance(seed, int) and 0 <= seed <= MAX_INTEGER else None,
         data=report.data.name if report.data else None,
         fingerprint=report.data.fingerprint if report.data else None,
         machine=describe_machine(report.environment) if list_thread_counts(report) else None,

@@ -7,6 +7,7 @@ Accuracies are percentages, latencies milliseconds, sizes bytes, times seconds.
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from ...export.results import (
     Candidate,
@@ -149,8 +150,8 @@ class Words(Result):
     teacher: str
     words: int
     requested: int
-    features: int
-    features_used: int
+    features: PositiveInt
+    features_used: PositiveInt
     perplexity: float
     mu: float
     level: str = "map"

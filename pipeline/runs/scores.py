@@ -69,6 +69,12 @@ class Score(Result, allow_inf_nan=False):
     """Further metrics by name: balanced and top-5 accuracy, or micro and macro F1."""
     classes: list[ClassScore] = []
 
+    @model_validator(mode="after")
+    def _check_correct(self) -> Self:
+        if self.correct is not None and self.correct > self.n:
+            raise ValueError(f"{self.correct} of {self.n} images cannot be correct")
+        return self
+
     @property
     def text(self) -> str:
         return f"{self.metric} {self.percent:.2f} %"

@@ -42,6 +42,10 @@ def run(folder: Path, content: Any) -> Path:
 
 
 TEACHER = {"name": "resnet18", "weights": "scratch"}
+WORDS = {
+    "teacher": "a", "words": 3, "requested": 3, "features": 9, "features_used": 9, "perplexity": 3.0,
+    "mu": 1.0,
+}  # fmt: skip
 SCORE = {"metric": "accuracy", "percent": 50.0, "low": 20.0, "high": 80.0, "n": 10}
 BIN = {"low": 0.0, "high": 10.0, "n": 10, "confidence": 5.0, "accuracy": 5.0}
 CALIBRATION = {
@@ -77,11 +81,13 @@ def test_invalid_record_is_refused_by_every_command(content: Any, tmp_path: Path
         {"unknown": 1},
         {"environment": 3},
         {"teacher": {"name": "x\x1b[2J", "accuracy": "high"}},
+        {"words": [{**WORDS, "features_used": 0}]},
         {"teacher": {**TEACHER, "bytes": -1}},
         {"teacher": {**TEACHER, "parameters": 10**30}},
         {"teacher": {**TEACHER, "gmacs": 1e308}},
         {"teacher": {**TEACHER, "score": {**SCORE, "high": math.inf}}},
         {"teacher": {**TEACHER, "score": {**SCORE, "low": math.nan}}},
+        {"teacher": {**TEACHER, "score": {**SCORE, "correct": 11}}},
         {"teacher": {**TEACHER, "calibration": {**CALIBRATION, "bins": [{**BIN, "n": 10**19}]}}},
         {"teacher": {**TEACHER, "calibration": {**CALIBRATION, "bins": [{**BIN, "accuracy": None}]}}},
         {"teacher": {**TEACHER, "calibration": {**CALIBRATION, "bins": [{**BIN, "accuracy": 200.0}]}}},
