@@ -44,7 +44,8 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
         return folded
     # In float64 a difference is an error, not rounding. MPS has no float64, so this runs on the CPU.
     image = example[:1].detach().cpu().double()
-    readouts = Readouts(copy.deepcopy(network).eval().cpu(), image_size=(image.shape[2], image.shape[3])).double()
+    size = image.shape[2], image.shape[3]
+    readouts = Readouts(copy.deepcopy(network).eval().cpu(), image_size=size).double()
     precise = readouts.network
     pairs, expected = _trace_pairs(readouts, image)
     weights = {id(tensor): tensor for tensor in (*precise.parameters(), *precise.buffers())}

@@ -32,7 +32,7 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 196, 32_800, 24_850
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 170, 33_600, 25_600
 """Only a new feature may raise these."""
 
 

@@ -10,8 +10,7 @@ import argparse
 
 import numpy as np
 from questpress.export.runtime import softmax
-from questpress.pipeline.evaluation.calibration import measure
-from questpress.pipeline.evaluation.calibration import Softmax
+from questpress.pipeline.evaluation.calibration import Softmax, measure
 
 from benchmarks.cells import markdown
 

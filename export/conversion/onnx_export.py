@@ -407,9 +407,8 @@ def fold_temperature(
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, got {temperature}.")
-    scaled = copy.deepcopy(network).cpu().float().eval()
-    get_classifier = getattr(scaled, "get_classifier", None)
-    classifier = get_classifier() if callable(get_classifier) else None
+    scaled: Any = copy.deepcopy(network).cpu().float().eval()
+    classifier = scaled.get_classifier() if hasattr(scaled, "get_classifier") else None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         if isinstance(classifier, nn.Linear | nn.Conv2d):
             expected = scaled(images)

@@ -112,7 +112,7 @@ def _sign(pixels: np.ndarray) -> np.ndarray:
 
 def _find_pairs(signatures: np.ndarray) -> np.ndarray:
     """Return rows int64 [n, 2] of near copies."""
-    import faiss  # type: ignore[import-untyped]
+    import faiss
 
     hashes = np.ascontiguousarray(signatures[:, HASH])
     # Four tables of 16 bits: hashes are compared if one of these parts is equal, as in all that differ by 3.

@@ -211,7 +211,7 @@ def _train(
 
 
 def _check_finished_learning(context: RunContext, training: str, spec: NetworkSpec) -> None:
-    """Warn if the accuracy on training views still rose by several points in the last quarter of the epochs."""
+    """Warn if the accuracy on training views rose by several points in the last quarter of the epochs."""
     lines = [line for line in context.folder.curves() if get_training(line) == training]
     accuracies = [Epoch.model_validate_json(line).train_accuracy for line in lines]
     before = accuracies[-1 - len(accuracies) // 4] if accuracies else None

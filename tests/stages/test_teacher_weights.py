@@ -22,6 +22,7 @@ from tests.support.little import CLASSES, SMALL, STUDENT, Calls, compress, refus
 from tests.support.pictures import open_folder
 
 NAME = "cifar_resnet8"
+REPLACE = ("--teacher-head", "replace")
 
 
 def normalised(data: Path, role: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,8 +302,8 @@ def test_second_student_of_a_tuned_teacher_takes_it_from_the_cache(named, data, 
 
 def test_teacher_that_is_still_learning_is_reported(trained, data, cache, tmp_path):
     save_weights(trained, tmp_path / "w.safetensors", {})
-    slow = "--teacher-head replace --teacher-epochs 4 --teacher-lr 0.005 --schedule constant".split()
-    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors", *slow))
+    slow = ("--teacher-epochs", "4", "--teacher-lr", "0.005", "--schedule", "constant")
+    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors", *REPLACE, *slow))
     accuracies = [epoch["train_accuracy"] for epoch in report(tmp_path / "run")["epochs"]]
     rose = accuracies[3] - accuracies[2] > 5
     assert rose and "was still learning when its 4 epochs ended" in result.stderr, accuracies
