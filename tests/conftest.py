@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
+os.environ.pop("COLUMNS", None)  # set by pytest-xdist
 
 import torch
 

@@ -61,7 +61,7 @@ def test_every_command_of_getting_started_runs(home):
             ran.append("predict.py")
         else:  # installing, which .ci/run does; doctor, whose verdict is the machine's
             assert words[0] in ("python3", "pip") or words == ["compress", "doctor"], words
-    assert ran == ["--teacher", "--teacher", "predict", "validate", "bench", "export", "predict.py"]
+    assert ran == ["--teacher", "--teacher", "predict", "validate", "bench", "predict.py"]
     manifest = little.json.loads((home / "pi" / "artifact" / "manifest.json").read_text())
     assert {one["target"] for one in manifest["files"]} == {None, "arm64"}
 

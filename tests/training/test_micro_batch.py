@@ -116,7 +116,7 @@ UNTIL = ("--until", "student", "--cache-views", "2")
 def test_insufficient_memory_halves_micro_batches_and_changes_no_weight(data, cache, tmp_path, monkeypatch):
     little.check_success(job(data, tmp_path / "asked", cache, *UNTIL, "--micro-batch", "4"))
     asked = holds(4, monkeypatch)
-    result = little.check_success(job(data, tmp_path / "found", cache, *UNTIL))
+    result = little.check_success(job(data, tmp_path / "found", tmp_path / "cache", *UNTIL))
     assert asked[:3] == [16, 8, 4] and asked.count(16) == asked.count(8) == 2 and set(asked) == {16, 8, 4}
     warned = [line for line in result.stderr.splitlines() if "not enough memory for" in line]
     assert len(warned) == 4 and ["micro-batches of 8" in line for line in warned] == [True, False] * 2

@@ -293,7 +293,7 @@ def test_fixed_precision_ignores_the_option() -> None:
     notes: list[str] = []
     job = SimpleNamespace(
         folder=SimpleNamespace(record=RunRecord(), save=lambda: None), key="k", device="cpu",
-        options=SimpleNamespace(precision="bf16"), display=SimpleNamespace(note=notes.append),
+        options=SimpleNamespace(precision="bf16", threads=None), display=SimpleNamespace(note=notes.append),
     )  # fmt: skip
     for _ in range(2):  # begun, and gone on with
         found = trainer.choose_run_engine(
