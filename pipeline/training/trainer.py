@@ -223,17 +223,21 @@ def measure_resources(
 
 
 EARLY_STEPS = 100
-"""Steps after which a network is better than guessing unless the learning rate is wrong."""
+"""Steps after which a network is better than guessing unless the learning rate is wrong; at least twice the
+warmup.
+"""
 
 
-def _check_loss(context: RunContext, training: str, spec: NetworkSpec, loss: float, lr: float) -> None:
-    """Warn if the mean label loss of the first steps is not below that of guessing."""
+def _check_loss(
+    context: RunContext, training: str, spec: NetworkSpec, step: int, loss: float, lr: float
+) -> None:
+    """Warn if the mean label loss, in the epoch so far, is not below that of guessing."""
     guessing = context.task.guessing_loss(context.num_classes)
     if loss < guessing:
         return
     option = "--teacher-lr" if training.startswith("teacher") else "--lr"
     context.display.warn(
-        f"after {EARLY_STEPS} steps the loss of {spec.name} on labels is {loss:.3g}, not below the "
+        f"after {step} steps the loss of {spec.name} on labels is {loss:.3g}, not below the "
         f"{guessing:.3g} of guessing: the learning rate {lr:g} may be wrong. Try {option} {lr / 5:.2g} or "
         f"{lr * 5:.2g}"
     )
@@ -274,11 +278,11 @@ def run_training(
 
     def show(step: int, steps: int, losses: dict[str, float]) -> None:
         nonlocal watch_loss
-        if watch_loss and step >= EARLY_STEPS:
+        if watch_loss and step >= max(EARLY_STEPS, 2 * plan.warmup_epochs * steps / plan.epochs):
             watch_loss = False
             if "ce" in losses:
                 label_loss = losses["ce"] / task.student.weights["ce"]
-                _check_loss(context, training, spec, label_loss, plan.lr)
+                _check_loss(context, training, spec, step, label_loss, plan.lr)
         more = "  ".join(f"{key} {value:.3f}" for key, value in losses.items())
         epoch = min(plan.epochs, 1 + step * plan.epochs // steps)
         more = f"epoch {epoch}/{plan.epochs}  {more}"

@@ -328,9 +328,9 @@ def test_learning_rate_is_doubted_while_the_loss_is_not_below_guessing():
         task=load_task("classification"), num_classes=10, display=SimpleNamespace(warn=notes.append)
     )
     spec = SimpleNamespace(name="resnet18")
-    _check_loss(context, "student", spec, 2.2, 0.001)  # type: ignore[arg-type]
+    _check_loss(context, "student", spec, 100, 2.2, 0.001)  # type: ignore[arg-type]
     assert notes == []
-    _check_loss(context, "teacher", spec, 2.31, 0.001)  # type: ignore[arg-type]
+    _check_loss(context, "teacher", spec, 100, 2.31, 0.001)  # type: ignore[arg-type]
     assert notes == [
         "after 100 steps the loss of resnet18 on labels is 2.31, not below the 2.3 of guessing: the learning "
         "rate 0.001 may be wrong. Try --teacher-lr 0.0002 or 0.005"
