@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,10 @@ def _make_teacher(
         if initial.head == "kept":
             order = _check_kept_head(context, data, spec, network, val, certain=initial.names_classes)
             if order is not None:
-                weights += f", classes reordered from {order.name}"
-                permute_head(network, order.rows)
-                val = None if val is None else (val[0][:, order.rows], val[1])
+                name, rows = order
+                weights += f", classes reordered from {name}"
+                permute_head(network, rows)
+                val = None if val is None else (val[0][:, rows], val[1])
         test = compute_split_logits(context, data, spec, network, "test")
     if context.ranks.is_main:
         with atomic_write(context.folder.path / spec.file) as part:
@@ -159,9 +159,10 @@ def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: Ini
     training = f"teacher {t}" if len(context.teachers) > 1 else "teacher"
     spec, key = context.teachers[t], digest({"key": context.key, "teacher": t})
     entry = context.cache.get(TRAINED, key)
-    if not context.ranks.max([entry is None])[0]:
-        assert entry is not None
-        load_into(initial.network, read_checkpoint(entry / WEIGHTS))
+    is_cached = not context.ranks.max([entry is None])[0]
+    if entry is not None and is_cached:
+        network = initial.network
+        load_into(network, read_checkpoint(entry / WEIGHTS))
         context.display.note(
             f"{spec.name}: trained by an earlier run with the same weights, data and options, and taken from "
             "the cache"
@@ -169,15 +170,18 @@ def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: Ini
         with closing(EpochLog(context, training)) as log:
             for line in (entry / EPOCHS).read_text(encoding="utf-8").splitlines():
                 log(Epoch.model_validate_json(line))
-        return initial.network
-    network = _train(context, data, t, initial, training)
+    else:
+        network = _train(context, data, t, initial, training)
+    if not context.ranks.is_main:
+        return network
+    curve = [line for line in context.folder.curves() if get_training(line) == training]
+    _check_finished_learning(context, spec, [Epoch.model_validate_json(line) for line in curve])
 
     def write(folder: Path) -> None:
         save_weights(network, folder / WEIGHTS, weights_metadata(spec, data.classes, key, initial.license))
-        lines = [line for line in context.folder.curves() if get_training(line) == training]
-        (folder / EPOCHS).write_text("\n".join(lines), encoding="utf-8")
+        (folder / EPOCHS).write_text("\n".join(curve), encoding="utf-8")
 
-    if context.ranks.is_main:
+    if not is_cached:
         context.cache.put(TRAINED, key, write)
     return network
 
@@ -206,21 +210,18 @@ def _train(
         seed=o.seed + t,
     )
     run_training(context, data, task, plan, training=training, spec=spec)
-    _check_finished_learning(context, training, spec)
     return task.network
 
 
-def _check_finished_learning(context: RunContext, training: str, spec: NetworkSpec) -> None:
+def _check_finished_learning(context: RunContext, spec: NetworkSpec, epochs: Sequence[Epoch]) -> None:
     """Warn if the accuracy on training views rose by several points in the last quarter of the epochs."""
-    lines = [line for line in context.folder.curves() if get_training(line) == training]
-    accuracies = [Epoch.model_validate_json(line).train_accuracy for line in lines]
-    before = accuracies[-1 - len(accuracies) // 4] if accuracies else None
-    last = accuracies[-1] if accuracies else None
-    if before is not None and last is not None and last - before > MAX_LATE_GAIN:
+    count = len(epochs)
+    late = [e.train_accuracy for e in epochs[-1 - count // 4 :] if e.train_accuracy is not None]
+    if late and late[-1] - late[0] > MAX_LATE_GAIN:
         context.display.warn(
-            f"{spec.name} was still learning when its {len(accuracies)} epochs ended: {before:.1f} → "
-            f"{last:.1f} % of the training views in the last quarter. Try --teacher-epochs "
-            f"{2 * len(accuracies)}, or a higher --teacher-lr"
+            f"{spec.name} was still learning when its {count} epochs ended: {late[0]:.1f} → {late[-1]:.1f} % "
+            f"of the training views in the last quarter. Try --teacher-epochs {2 * count}, or a higher "
+            "--teacher-lr"
         )
 
 
@@ -233,26 +234,12 @@ def _scores(
     return {"score": task.score(*test, classes, task.choose_thresholds(*val)), "val_score": task.score(*val)}
 
 
-@dataclass(frozen=True)
-class _ClassOrder:
-    name: str
-    rows: list[int]
-    """Row of the head of each of the data's classes."""
-
-
-def _class_orders(classes: Sequence[str]) -> list[_ClassOrder]:
-    """Return the orders in which other programs number these class folders, where they differ from ours."""
-    keys: dict[str, Callable[[str], Any]] = {
-        "timm's order": natural_key,
-        "the order of torchvision": str,
-        "the order without case": str.casefold,
-    }
-    orders = []
-    for name, key in keys.items():
-        ordered = sorted(classes, key=key)
-        if ordered != list(classes):
-            orders.append(_ClassOrder(name, [ordered.index(label) for label in classes]))
-    return orders
+CLASS_ORDERS: Mapping[str, Callable[[str], Any]] = {
+    "timm's order": natural_key,
+    "the order of torchvision": str,
+    "the order without case": str.casefold,
+}
+"""Orders in which programs number class folders, as sort keys."""
 
 
 def _check_kept_head(
@@ -263,14 +250,15 @@ def _check_kept_head(
     val: LogitsAndLabels | None,
     *,
     certain: bool,
-) -> _ClassOrder | None:
+) -> tuple[str, list[int]] | None:
     """Check on val (or train) images that a kept head is better than chance, and the order of its classes.
 
     Args:
         certain: the weights name these classes, so a poor head is only a warning.
 
     Returns:
-        The order of the head's classes if it is another one: it is clearly better than the data's order.
+        The name of another order of the head's classes and the row of each of the data's classes, if it is
+        clearly better than the data's order.
 
     Raises:
         JobError: the head may belong to another dataset.
@@ -282,19 +270,22 @@ def _check_kept_head(
     logits, labels = val
     score, chance = task.score(logits, labels), task.chance(labels)
     near_chance = task.is_near_chance(score, labels)
-    if not certain:
-        for order in _class_orders(data.classes):
-            reordered = task.score(logits[:, order.rows], labels)
-            if reordered.low > score.high or (near_chance and not task.is_near_chance(reordered, labels)):
-                context.display.warn(
-                    f"the head of {spec.name} numbers the classes in {order.name}: {reordered.text} on "
-                    f"{score.n} {split} images, {score.text} in the order of the data. It is reordered"
-                )
-                return order
+    for name, sort_key in ({} if certain else CLASS_ORDERS).items():
+        ordered = sorted(data.classes, key=sort_key)
+        rows = [ordered.index(label) for label in data.classes]
+        if ordered == list(data.classes):
+            continue
+        reordered = task.score(logits[:, rows], labels)
+        if reordered.low > score.high or (near_chance and not task.is_near_chance(reordered, labels)):
+            context.display.warn(
+                f"the head of {spec.name} numbers the classes in {name}: {reordered.text} on {score.n} "
+                f"{split} images, {score.text} in the order of the data. It is reordered"
+            )
+            return name, rows
     hint = "" if certain else _describe_permutation(task, logits, labels, score)
-    if hint:
-        context.display.warn(f"{spec.name}: {score.text} on {score.n} {split} images. {hint}")
     if not near_chance:
+        if hint:
+            context.display.warn(f"{spec.name}: {score.text} on {score.n} {split} images. {hint}")
         return None
     problem = (
         f"The teacher {spec.name} has {score.text} on {score.n} {split} images, near chance "
@@ -372,8 +363,9 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
             f"quality, so the {'test' if leaked else 'val'} results are too good. The report lists them. "
             "Remove the copies, or provide one folder per class without splits: then they stay together"
         )
-    if len(sizes := sample_sizes(readable.train)):
-        shown = shown_fractions(sizes, context.student.preprocessing)
+    sizes = sample_sizes(readable.train)
+    shown = shown_fractions(sizes, context.student.preprocessing)
+    if shown:
         _check_crops(context, sizes, shown)
     if readable.skipped:
         context.display.warn(f"{len(readable.skipped)} files were skipped; the report lists them")
@@ -393,7 +385,7 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
         near_copies_in_test=leaked,
         fingerprint=data.dataset.fingerprint,  # of the whole dataset, as in the stages' keys
         task=readable.task,
-        shown=100 * statistics.median(shown) if sizes else None,
+        shown=100 * statistics.median(shown) if shown else None,
     )
 
 
@@ -402,7 +394,7 @@ def _check_crops(context: RunContext, sizes: Sequence[tuple[int, int]], shown: S
     hidden = sum(fraction < 0.5 for fraction in shown) / len(shown)
     if hidden < MAX_HIDDEN:
         return
-    height, width = height_width(context.student.image_size)
+    height, width = height_width(context.teachers[0].image_size)
     side, step = (height * width) ** 0.5, 32 if min(height, width) >= 64 else 4
     root = statistics.median(tall / wide for tall, wide in sizes) ** 0.5
     tall, wide = (max(1, round(length / step)) * step for length in (side * root, side / root))

@@ -307,14 +307,12 @@ def test_teacher_that_is_still_learning_is_reported(accuracies: list[float], war
         Epoch(
             stage="teacher", epoch=number, epochs=4, images_per_second=1, learning_rate=0.1, losses={},
             metrics={}, train_accuracy=accuracy, val_accuracy=None, seconds=1, time_fractions={},
-        ).model_dump_json()
+        )
         for number, accuracy in enumerate(accuracies, 1)
     ]  # fmt: skip
     warnings: list[str] = []
-    context = SimpleNamespace(
-        folder=SimpleNamespace(curves=lambda: curve), display=SimpleNamespace(warn=warnings.append)
-    )
-    _check_finished_learning(context, "teacher", SimpleNamespace(name="resnet50"))  # type: ignore[arg-type]
+    context = SimpleNamespace(display=SimpleNamespace(warn=warnings.append))
+    _check_finished_learning(context, SimpleNamespace(name="resnet50"), curve)  # type: ignore[arg-type]
     expected = [
         "resnet50 was still learning when its 4 epochs ended: 80.0 → 86.0 % of the training views in the "
         "last quarter. Try --teacher-epochs 8, or a higher --teacher-lr"
