@@ -38,9 +38,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
     Raises:
         UsageError: an option is unknown, missing or of the wrong type.
     """
-    merged = dict(given)
-    if given.get("config") is not None:
-        merged = merge_options(_read_config(Path(given["config"])), given)
+    merged = merge_config(given)
     if isinstance(merged.get("data"), Path):
         merged["data"] = data_text(merged["data"])
     # A pydantic field cannot be called json; its alias can.
@@ -71,6 +69,13 @@ def read_options(given: Mapping[str, Any]) -> Options:
         value = first["input"]
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
         raise UsageError(f"{option} {reason}, got {shown}.") from error
+
+
+def merge_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a config file, if it is named, overridden by ``given``."""
+    if given.get("config") is None:
+        return dict(given)
+    return merge_options(_read_config(Path(given["config"])), given)
 
 
 def merge_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..runs.console import Display
 from ..runs.folder import read_config
 from ..runs.record import RECORD
 from .compare import TEACHER, compare
-from .options import read_options
+from .options import merge_config, read_options
 from .resolve import check_student_size, default_size, resolve
 from .run import compress
 
@@ -55,6 +55,12 @@ def sweep(
         JobError: as for ``compress``.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    if methods:
+        if options.get("method"):
+            raise UsageError("--method and --methods cannot be used together. Remove --method.")
+        _check_settings(options, methods)
+    options = merge_config(options)
+    options.pop("config", None)
     for name in SINGLE_RUN_OPTIONS:
         if options.get(name):
             raise UsageError(f"{get_flag(name)} applies to a single run. Remove it.")
@@ -62,11 +68,7 @@ def sweep(
         raise UsageError("compress sweep runs in a single process. Start it without torchrun.")
     if students:
         options["student"] = students[0]
-    if methods and options.get("method"):
-        raise UsageError("--method and --methods cannot be used together. Remove --method.")
     given = read_options(options)
-    if methods:
-        _check_settings(options, methods)
     chosen_methods: list[str | None] = [*dict.fromkeys(methods)] or [None]
     students = list(dict.fromkeys(students)) or [given.student]
     try:
@@ -109,6 +111,7 @@ def sweep(
         "teacher": chosen.teacher,
         "teachers_from_seeds": 1,
         "teacher_epochs": None,
+        "teacher_warmup_epochs": None,
         "teacher_weights": [str(out / TEACHER / file) for file in files],
         "teacher_head": [head if head == "none" else "keep" for head in chosen.teacher_head],
     }
@@ -132,6 +135,7 @@ def select_options(options: Mapping[str, Any], method: str | None) -> dict[str, 
             selected[name] = {key: value for key, value in pairs.items() if key.split(".")[0] in names}
     if method == "none":
         selected.pop("cache_views", None)
+        selected.pop("rounds", None)
     if "quest" not in names:
         selected.pop("cache_top", None)
     return selected

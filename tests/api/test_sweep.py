@@ -55,7 +55,7 @@ def test_repeated_command_adds_only_the_new_student(two_sizes: Path, data: Path)
 
 
 def test_each_method_is_a_run_of_the_same_teacher(
-    two_sizes: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    two_sizes: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = []
     original = run.compress
@@ -64,7 +64,9 @@ def test_each_method_is_a_run_of_the_same_teacher(
         lambda **options: stages.append(options["out"].name) or original(**options),
     )
     out, cache = two_sizes, two_sizes.parent / "cache"
-    methods = ("--methods", "none, kd,quest+kd", "--set", "kd.tau=3", "--set", "quest.words=8")
+    config = tmp_path / "sweep.yaml"
+    config.write_text("{cache_views: 1, set: {kd.tau: 3}}")
+    methods = ("--methods", "none, kd,quest+kd", "--config", config, "--set", "quest.words=8")
     arguments = [
         "sweep", *little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--out", out, "--cache",
         cache, "--student-sizes", "8", *methods,
