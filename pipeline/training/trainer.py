@@ -235,7 +235,7 @@ def _check_loss(
     guessing = context.task.guessing_loss(context.num_classes)
     if loss < guessing:
         return
-    option = "--teacher-lr" if training.startswith("teacher") else "--lr"
+    option = {"teacher": "--teacher-lr", "qat": "--qat-lr"}.get(training.split()[0], "--lr")
     context.display.warn(
         f"after {step} steps the loss of {spec.name} on labels is {loss:.3g}, not below the "
         f"{guessing:.3g} of guessing: the learning rate {lr:g} may be wrong. Try {option} {lr / 5:.2g} or "
