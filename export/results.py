@@ -24,7 +24,7 @@ class Result(BaseModel):
         for name, value in self:
             is_count = isinstance(value, int) and not 0 <= value < 1 << 63
             if is_count or (isinstance(value, float) and MAX_NUMBER < abs(value) < math.inf):
-                raise ValueError(f"{name} is out of range, got {value:.3g}")
+                raise ValueError(f"{name} is out of range, got {str(value)[:20]}")
         return self
 
     draw: ClassVar[Callable[[Any], tuple[str, str] | None]] = lambda _: None

@@ -83,7 +83,7 @@ def test_invalid_record_is_refused_by_every_command(content: Any, tmp_path: Path
         {"teacher": {"name": "x\x1b[2J", "accuracy": "high"}},
         {"words": [{**WORDS, "features_used": 0}]},
         {"teacher": {**TEACHER, "bytes": -1}},
-        {"teacher": {**TEACHER, "parameters": 10**30}},
+        {"teacher": {**TEACHER, "parameters": 10**400}},
         {"teacher": {**TEACHER, "gmacs": 1e308}},
         {"teacher": {**TEACHER, "score": {**SCORE, "high": math.inf}}},
         {"teacher": {**TEACHER, "score": {**SCORE, "low": math.nan}}},
