@@ -41,6 +41,8 @@ class NumpyType:
         """Return the numbers, or strings, in the bytes of an array; [None] for other types."""
         if not re.fullmatch(r"[biufU]\d{1,9}", self.name):
             return [None]
+        # No bytes are pickled as a call of the type.
+        content = b"" if isinstance(content, Unread) else content
         values: list[Any] = np.frombuffer(content, self.order + self.name).tolist()
         return values
 

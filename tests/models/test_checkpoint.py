@@ -89,6 +89,7 @@ def test_collections_that_were_not_taken_are_reported(tmp_path):
         np.datetime64("2026-01-01"),
         np.float32,
         np.ones((2, 3)),
+        np.array([], dtype="U3"),
         np.random.get_state(),
         Path("/data/photos"),
         PureWindowsPath("c:\\photos"),
