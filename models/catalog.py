@@ -145,8 +145,8 @@ def _locate(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str
 
 def _from_hub(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, str] | None:
     """Return the weights file in Hugging Face's cache, downloaded if necessary."""
+    from huggingface_hub import errors as hub
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
     from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
 
     repository, revision = hf_split(cfg.hf_hub_id)
@@ -164,11 +164,12 @@ def _from_hub(full: str, cfg: Any, option: str, download: bool) -> tuple[Path, s
             if not download:
                 return None
             return Path(hf_hub_download(repository, filename, revision=revision)), source
-        except EntryNotFoundError:
-            continue
-        except OfflineModeIsEnabled as error:
+        except hub.EntryNotFoundError as error:
+            if isinstance(error, hub.LocalEntryNotFoundError):  # the download failed after the request
+                raise Unavailable([(full, option, "huggingface.co cannot be reached")]) from error
+        except hub.OfflineModeIsEnabled as error:
             raise Unavailable([(full, option, "HF_HUB_OFFLINE is set")]) from error
-        except HfHubHTTPError as error:
+        except hub.HfHubHTTPError as error:
             raise Unavailable([(full, option, f"{repository}: {error}")]) from error
         except Exception as error:  # the http library behind the hub differs by version, and so do its errors
             raise Unavailable([(full, option, "huggingface.co cannot be reached")]) from error
@@ -276,7 +277,6 @@ def multiply_adds(name: str, image_size: Size, classes: int) -> float | None:
 
 
 def _cost(full: str, image_size: Size, classes: int | None = None) -> tuple[int, float | None]:
-    import torch
     from timm.layers import to_2tuple
     from torch.utils.flop_counter import FlopCounterMode
 

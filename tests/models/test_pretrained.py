@@ -52,6 +52,17 @@ def test_offline_error_lists_three_remedies(cache):
     assert "\n" not in str(told.value) and told.value.exit_code == 1
 
 
+@pytest.mark.usefixtures("cache")
+def test_failed_download_is_reported_as_unreachable(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("the connection was lost")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ModelError, match=r"huggingface.co cannot be reached"):
+        fetch_pretrained("test_resnet")
+
+
 def test_model_without_published_weights_is_reported():
     with pytest.raises(ModelError, match="no published weights") as told:
         fetch_pretrained("cifar_resnet56")
