@@ -14,7 +14,7 @@ from .catalog import fetch_pretrained, has_pretrained, published_labels
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ModelError
 from .keys import Matched, list_parts
-from .weights import class_count, load_into, match
+from .weights import class_count, load_into
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,9 @@ def initialize(
     if source == "auto":
         weights, weights_license = f"pretrained {checkpoint.source}", checkpoint.license or "unknown license"
     if head == "none":
-        load_into(network, checkpoint, features_only=True)
+        matched = load_into(network, checkpoint, features_only=True)
         if source != "auto":
-            weights = _describe_file(
-                weights, checkpoint, match(network, checkpoint, features_only=True), note
-            )
+            weights = _describe_file(weights, checkpoint, matched, note)
         return InitialNetwork(network, weights, head="none", license=weights_license)
     count = class_count(checkpoint, network)
     rows = None if head == "replace" else _find_rows(checkpoint, classes, count, network)
@@ -84,10 +82,9 @@ def initialize(
             f"--teacher-head keep: {checkpoint.source} has {count} classes, not all of the data's "
             f"{len(classes)} among them. Use --teacher-head replace."
         )
-    load_into(network, checkpoint, allow_head_mismatch=not keep, rows=rows if keep else None)
+    matched = load_into(network, checkpoint, allow_head_mismatch=not keep, rows=rows if keep else None)
     if source != "auto":
-        dropped = None if keep else count
-        weights = _describe_file(weights, checkpoint, match(network, checkpoint), note, dropped)
+        weights = _describe_file(weights, checkpoint, matched, note, dropped=None if keep else count)
     if not keep:
         _reset_head(network, len(classes), seed)
     elif rows is not None and rows != list(range(count or 0)):

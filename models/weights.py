@@ -24,11 +24,10 @@ def load_into(
     allow_head_mismatch: bool = False,
     features_only: bool = False,
     rows: Sequence[int] | None = None,
-) -> bool:
-    """Load a checkpoint's weights into a network; return True if its head keeps its initialization.
+) -> Matched:
+    """Load a checkpoint's weights into a network; return them under its names, see `match`.
 
-    Names are matched as by `match`. Raises ModelError, and changes nothing, if keys do not fit, or values are
-    not finite.
+    Raises ModelError, and changes nothing, if keys do not fit, or values are not finite.
 
     Args:
         allow_head_mismatch: keep the initialized classifier if the file has one for another number of
@@ -38,8 +37,8 @@ def load_into(
         rows: the checkpoint's class of each of the network's classes; the same ones by default.
     """
     target = network.state_dict()
-    weights = match(network, checkpoint, features_only=features_only).weights
-    head = _head_keys(network, target)
+    matched = match(network, checkpoint, features_only=features_only)
+    weights, head = matched.weights, _head_keys(network, target)
     if rows is not None:
         count = _rows(weights, _classifier_names(network))
         weights = {
@@ -59,7 +58,7 @@ def load_into(
     except RuntimeError as error:  # a dtype that torch cannot convert
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The weights in {checkpoint.source} cannot be loaded: {reason}") from error
-    return bool(misfits)
+    return matched
 
 
 def match(network: nn.Module, checkpoint: Checkpoint, *, features_only: bool = False) -> Matched:
