@@ -498,13 +498,6 @@ def normalize(pixels: np.ndarray, p: Preprocessing) -> np.ndarray:
     return batch
 
 
-def preprocess(images: Iterable[Pixels], p: Preprocessing) -> np.ndarray:
-    """Convert decoded images, uint8 [H, W, 3] of any sizes, to a network's input, float32 [B, 3, *size]."""
-    rendered = [render(image, p) for image in images]
-    shape = (0, *height_width(p.size), 3)
-    return normalize(np.stack(rendered) if rendered else np.empty(shape, dtype=np.uint8), p)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The processor
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import yaml
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, quiet, write_int8
 from questpress.export.int8.targets import find_target
-from questpress.export.runtime import Classifier, decode_image, preprocess
+from questpress.export.runtime import Classifier, render
 from questpress.pipeline.api.resolve import resolve
 from questpress.pipeline.api.run import export
 from questpress.pipeline.config.options import Options
@@ -69,7 +70,7 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
     _, data = resolve(options)
     fp32 = run / "artifact" / "student.onnx"
     classifier = Classifier(fp32.read_bytes(), fp32.name)
-    test = preprocess(map(pixels, data.test), classifier.preprocessing)
+    test = read(data.test, classifier)
     labels = np.array([image.label for image in data.test])
     expected = right(fp32, test, labels)
     folder = out / run.name
@@ -111,10 +112,11 @@ def measure(run: Path, out: Path, qat_epochs: int | None) -> list[dict[str, Any]
     return rows
 
 
-def pixels(image: Image) -> np.ndarray:
-    """uint8 [H,W,3]."""
-    content = image.read()
-    return decode_image(content) if isinstance(content, bytes) else content
+def read(images: Iterable[Image], classifier: Classifier) -> np.ndarray:
+    """Return decoded and preprocessed images as the model takes them."""
+    contents = (image.read() for image in images)
+    decoded = (classifier.decode(item) if isinstance(item, bytes) else item for item in contents)
+    return classifier.to_input(np.stack([render(pixels, classifier.preprocessing) for pixels in decoded]))
 
 
 def right(file: Path, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -137,7 +139,7 @@ def calibration(fp32: Path, train: Any, options: Options) -> list[np.ndarray]:
     classifier = Classifier(fp32.read_bytes(), fp32.name)
     # A key is the hash of an image: the first of them are any images.
     drawn = sorted(train, key=lambda image: str(image.key))[: options.calibration_images]
-    return [preprocess(map(pixels, drawn), classifier.preprocessing)]
+    return [read(drawn, classifier)]
 
 
 def learned(run: Path, fp32: Path, images: np.ndarray, file: Path) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from questpress.export.runtime import Preprocessing, normalize, preprocess, render
+from questpress.export.runtime import Preprocessing, normalize, render
 from timm.data import create_transform
 
 SHAPES = [(40, 60), (61, 37), (33, 33), (200, 31), (1, 1), (1, 50), (24, 24), (27, 90), (90, 120)]
@@ -33,7 +33,7 @@ def test_inputs_equal_timms_evaluation_transform_exactly(crop_mode: str, interpo
             except ValueError:  # timm rounds the short side of (1, 50) to 0 in 'border'
                 assert crop_mode == "border" and min(shape) == 1
                 continue
-            np.testing.assert_array_equal(preprocess([noise(*shape)], p)[0], expected.numpy())
+            np.testing.assert_array_equal(normalize(render(noise(*shape), p)[None], p)[0], expected.numpy())
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
@@ -43,7 +43,7 @@ def test_rectangles_equal_timms_evaluation_transform_exactly(crop_mode: str, siz
     transform = create_transform((3, *size), crop_pct=0.875, crop_mode=crop_mode, interpolation="bilinear")
     for shape in [(40, 60), (61, 37), (33, 33), (200, 31), size]:
         expected = transform(Image.fromarray(noise(*shape)))
-        np.testing.assert_array_equal(preprocess([noise(*shape)], p)[0], expected.numpy())
+        np.testing.assert_array_equal(normalize(render(noise(*shape), p)[None], p)[0], expected.numpy())
 
 
 def test_rectangle_survives_json_and_equal_sides_are_a_number() -> None:
@@ -89,10 +89,6 @@ def test_normalizing_is_the_formula_in_float32() -> None:
     batch = normalize(pixels, p)
     assert batch.dtype == np.float32 and batch.flags.c_contiguous
     np.testing.assert_array_equal(batch, expected.numpy())
-
-
-def test_no_images_make_an_empty_batch() -> None:
-    assert preprocess([], Preprocessing.create(7)).shape == (0, 3, 7, 7)
 
 
 def test_preprocessing_survives_json() -> None:

@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> OnnxFile:
 def test_labels_are_those_that_reach_their_threshold(file: OnnxFile) -> None:
     classifier = Classifier.load(file.path)
     pixels = np.full((4, 4, 3), 128, np.uint8)
-    logits = classifier.logits(runtime.preprocess([pixels], classifier.preprocessing))[0]
+    logits = classifier.predict_logits(runtime.render(pixels, classifier.preprocessing)[None])[0]
     [answer] = classifier.predict([pixels])
     assert sum(probability for _, probability in answer.top) != pytest.approx(1)
     p = dict(zip(LABELS, 1 / (1 + np.exp(-logits.astype(np.float64))), strict=True))

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from questpress.export.runtime import Classifier
+from questpress.export.runtime import Classifier, render
 from questpress.pipeline.errors import JobError
 from questpress.pipeline.runs.results import Report
 from questpress.pipeline.stages.export import check_temperature
@@ -42,12 +42,10 @@ def tempered(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 def logits(out: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a shipped file's logits on the test images, and the labels."""
-    from questpress.export.runtime import preprocess
-
     test = open_digits().test
     classifier = Classifier.load(out / "artifact" / name)
-    batch = preprocess([image.read() for image in test], classifier.preprocessing)
-    return classifier.logits(batch), np.array([image.label for image in test])
+    pixels = np.stack([render(image.read(), classifier.preprocessing) for image in test])
+    return classifier.predict_logits(pixels), np.array([image.label for image in test])
 
 
 def test_student_is_the_same_file_and_its_fp32_logits_are_divided_by_the_temperature(plain, tempered):
