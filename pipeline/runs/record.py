@@ -181,14 +181,17 @@ def write_record(run: Path, record: RunRecord) -> None:
 
 
 def read_record(run: Path) -> RunRecord:
-    """Return the record of a run, from the backup if ``run.json`` is damaged, or raise UsageError."""
+    """Return the record of a run, from the backup if ``run.json`` is damaged, or raise UsageError.
+
+    An OSError of the machine is raised as it is: it is no sign of damage.
+    """
     file = run / RECORD
     try:
         content = read_checked(file)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         try:
             content = read_checked(run / BACKUP)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             raise UsageError(
                 f"{file} cannot be read ({error}). Set another --out, or start the run over with --fresh."
             ) from error

@@ -1,4 +1,4 @@
-"""Flipped bytes in a run folder: what can be made again is, and what cannot is told."""
+"""Flipped bytes in a run folder: files are regenerated, or the damage is reported."""
 
 import errno
 import json
@@ -156,8 +156,8 @@ def test_io_error_is_reported(a_run, monkeypatch):
     def dying(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run.json")
 
-    monkeypatch.setattr("questpress.pipeline.api.report.report", dying)
-    refused(compress("report", a_run), 1, "run.json: Input/output error")
+    monkeypatch.setattr("questpress.pipeline.runs.record.read_json", dying)
+    refused(compress("report", a_run), 1, "run.json: Input/output error")  # not damage
 
 
 def test_uncreatable_folder_is_reported(tmp_path):
