@@ -25,7 +25,7 @@ from ...export.runtime import (
 )
 from ..errors import UsageError
 from .files import atomic_write, data_path, shorten_paths
-from .folder import check_finished, read_config
+from .folder import REGENERATE, check_finished, read_config
 from .record import RECORD
 
 REPORT_KEYS = {"fp32": "student", "int8": "student_int8"}
@@ -332,8 +332,10 @@ def read_predictions(path: Path) -> Predictions | None:
     try:
         arrays = load_file(path)
         return Predictions(arrays.pop("keys"), arrays.pop("labels"), arrays)
-    except (OSError, SafetensorError, KeyError):
+    except FileNotFoundError:
         return None
+    except (SafetensorError, KeyError) as error:
+        raise UsageError(f"{path} is damaged ({error}). {REGENERATE}") from error
 
 
 def write_train_images(run: Path, keys: np.ndarray) -> None:
