@@ -107,13 +107,15 @@ def fix_threads(count: int | None) -> Iterator[None]:
 
     Sums are split over threads, so results are equal to the byte only with equal numbers.
     """
-    before, runtime.THREADS = runtime.THREADS, count
+    before, torch_before = runtime.THREADS, torch.get_num_threads()
+    runtime.THREADS = count
     if count is not None:
         torch.set_num_threads(count)
     try:
         yield
     finally:
         runtime.THREADS = before
+        torch.set_num_threads(torch_before)
 
 
 def threads() -> int:
@@ -163,6 +165,6 @@ def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
 
 
 def use_threads(threads: int) -> None:
-    """Give torch this many threads, and no more than this job may use."""
+    """Set the number of torch's threads, and that of child processes unless OMP_NUM_THREADS is set."""
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -1,4 +1,4 @@
-"""On what a training is computed: chosen once, recorded, and changed by the user alone."""
+"""The engine of a training: chosen once, recorded, and changed only by the user."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ class Run:
         return choose_run_engine(
             self,  # type: ignore[arg-type]
             "student",
-            lambda asked: Engine("cpu", threads, "bf16" if asked == "auto" else asked),
+            lambda precision: Engine("cpu", threads, "bf16" if precision == "auto" else precision),
         )
 
 
@@ -53,22 +53,20 @@ def test_requested_threads_override_the_recorded_ones() -> None:
 
 def test_fixed_threads_apply_to_torch_and_to_sessions() -> None:
     before = torch.get_num_threads(), device.threads(), runtime.default_threads()
-    try:
-        with device.fix_threads(3):
-            assert (torch.get_num_threads(), device.threads(), runtime.default_threads()) == (3, 3, 3)
-            assert device.choose_engine("cpu", "fp32", torch.nn.Identity()).threads == 3
-        with device.fix_threads(None):
-            assert (device.threads(), runtime.default_threads()) == before[1:]
-    finally:
-        torch.set_num_threads(before[0])
+    with device.fix_threads(3):
+        assert (torch.get_num_threads(), device.threads(), runtime.default_threads()) == (3, 3, 3)
+        assert device.choose_engine("cpu", "fp32", torch.nn.Identity()).threads == 3
+    assert (torch.get_num_threads(), device.threads(), runtime.default_threads()) == before
+    with device.fix_threads(None):
+        assert (device.threads(), runtime.default_threads()) == before[1:]
 
 
 def test_requested_precision_overrides_the_recorded_one() -> None:
     first = Run()
     first.engine()
-    asked = Run("fp32", record=first.folder.record)
-    assert asked.engine().precision == "fp32"
-    assert asked.notes == ["student was started in bf16 and resumes in fp32"]
+    run = Run("fp32", record=first.folder.record)
+    assert run.engine().precision == "fp32"
+    assert run.notes == ["student was started in bf16 and resumes in fp32"]
     assert Run(record=first.folder.record).engine().precision == "fp32"
 
 
