@@ -1,6 +1,7 @@
 """Data sets by names of timm (torch/cifar100, hfds/…, hfids/…, wds/…, tfds/…), and the built-in digits."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from PIL import ImageOps
 
 from ...errors import UsageError
 from ...runs.files import DATA_PACKAGES
+from ...runs.hashes import sha256
 from ..dataset import Image, Progress, Skipped, Split, hash_array, printable
 from ..splits import UnsplitDataset
 from .webdataset import SYNONYMS, find_shards, find_unreadable_shard, index_shards
@@ -132,10 +134,10 @@ def _create(name: str, split: str, data_dir: Path | None, download: bool) -> Any
 def _read_images(name: str, split: Split, dataset: Any) -> Iterator[Image]:
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     if files:  # torchvision's sets of files
-        for path, label in files:
-            with Path(path).open("rb") as file:
-                key = hashlib.file_digest(file, "sha256").hexdigest()
-            yield Image(f"{split}/{printable(Path(path).name)}", _to_label(name, label), key, Path(path))
+        folder = os.path.commonpath([Path(path).parent for path, _ in files])
+        for file, label in ((Path(path), label) for path, label in files):
+            shown = printable(file.relative_to(folder).as_posix())
+            yield Image(f"{split}/{shown}", _to_label(name, label), sha256(file), file)
     elif type(getattr(dataset, "reader", None)).__name__ == "ReaderHfds":  # encoded files, random access
         for number in range(len(dataset)):
             file, label = dataset.reader[number]

@@ -11,7 +11,7 @@ from questpress.pipeline.data.sources import open_data, timm_datasets
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.runs.files import data_path, data_text, describe_namesake
 from torch.utils.data import IterableDataset
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from tests.support import little
 
@@ -176,6 +176,16 @@ def test_encoded_files_are_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> No
     # The test split has no labels, so validation tests.
     assert images.classes == ("cat", "dog") and (len(images.train), len(images.test)) == (40, 50)
     assert isinstance(images.test[0].read(), bytes)
+
+
+def test_files_of_one_name_in_two_folders_have_different_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    little.photos(tmp_path)
+    patch_timm(monkeypatch, {"train": ImageFolder(tmp_path)})
+    images = open_data("torch/photos", data_dir=tmp_path, val_fraction=0)
+    names = {image.name for split in SPLITS for image in images.split(split)}
+    assert len(names) == len(images) and f"train/{little.CLASSES[0]}/000.png" in names
 
 
 def test_labels_that_are_not_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
