@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from ....export.runtime import MAX_PIXELS, suppress_pillow_warnings
-from ..dataset import Image
+from ...errors import is_system_fault
+from ..dataset import Image, fail_to_read
 from ..decode import SAMPLE
 
 SLIVER = 4
@@ -43,7 +44,10 @@ def measure_gray_bits(images: Sequence[Image]) -> tuple[int, list[str]]:
 def _measure_depth(image: Image) -> tuple[int, int] | None:
     """Return the bits of the largest value and of 99.9 % of the values of a 16-bit gray image.
 
-    None for any other image, and for one that cannot be read, which decoding reports.
+    None for any other image, and for a damaged one, which decoding reports.
+
+    Raises:
+        JobError: the machine cannot read the image.
     """
     try:
         content = image.read()
@@ -58,5 +62,7 @@ def _measure_depth(image: Image) -> tuple[int, int] | None:
             if low < 0 or high > 65535 or (picture.mode == "F" and high <= 255):  # scaled by other ranges
                 return None
             return int(high).bit_length(), int(np.quantile(values, 0.999)).bit_length()
-    except Exception:  # a damaged file makes Pillow raise almost anything
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        if is_system_fault(error):
+            raise fail_to_read(image.name, error) from error
         return None
