@@ -20,25 +20,25 @@ from .dataset import Copies, Image, Progress, hash_array
 from .decode import decode_each
 
 VERSION = 1
-"""Not that of the decoder: a split must not change with it."""
+"""Version of the signatures. Independent of the decoder's, which must not change a split."""
 
 SIDE = 16
-"""Pixels from which the pHash is computed; a thumbnail has half as many."""
+"""Side in pixels of the image from which the pHash is computed; a thumbnail has half of it."""
 
 PIXELS, HASH, THUMBNAIL = slice(0, 32), slice(32, 40), slice(40, 40 + 3 * (SIDE // 2) ** 2)
 """Parts of a signature, uint8 [232]."""
 
 NEIGHBORS = 8
-"""Images with similar hashes that an image is compared with."""
+"""Maximum number of images with similar hashes that an image is compared with."""
 
 MAX_DIFFERENCE, MAX_COLOR_DIFFERENCE = 0.1, 0.3
-"""Of two thumbnails, in brightness and in RGB: root mean square over the standard deviation of the pixels.
+"""Limits for near copies, in brightness and in RGB: RMS difference of the thumbnails over their std.
 
 99 of 100 CIFAR-10 images have less between a PNG and a JPEG of quality 50; of 10,000 different ones, two.
 """
 
-MIN_DEVIATION = 8.0
-"""Of the pixels of a thumbnail; lower ones count as this, so that flat images do not differ by rounding."""
+MIN_STD = 8.0
+"""Lower limit of that std, so that flat images do not differ by rounding."""
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -132,7 +132,7 @@ def _are_near(thumbnails: np.ndarray) -> np.ndarray:
 
     def compare(values: np.ndarray) -> np.ndarray:
         difference = np.sqrt(np.square(values[:, 0] - values[:, 1]).mean(1))
-        relative: np.ndarray = difference / np.maximum(values.std(2).max(1), MIN_DEVIATION)
+        relative: np.ndarray = difference / np.maximum(values.std(2).max(1), MIN_STD)
         return relative
 
     is_similar: np.ndarray = compare(colors @ _LUMA) <= MAX_DIFFERENCE

@@ -228,8 +228,8 @@ class Stage:
         elif now - self.last_print >= PLAIN_SECONDS and rate:
             self.last_print = now
             left = (total - done) / rate
-            parts: list[Any] = [f"{100 * done / total:.0f} %", throughput, f"{left:.0f} s left", more]
-            self.display.print(f"  {self.name}: {work}: {', '.join(str(part) for part in parts if part)}")
+            parts = f"{100 * done / total:.0f} %", throughput, f"{left:.0f} s left", more
+            self.display.print(f"  {self.name}: {work}: {', '.join(filter(None, parts))}")
 
     def _compute_rate(self, now: float, done: float) -> float:
         """Return the work done per second over the last seconds, so that a stall shows for a short time."""
