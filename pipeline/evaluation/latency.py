@@ -118,14 +118,14 @@ def measure(
         seed=protocol.seed,
         progress=_part(progress, 0.94, 1.0),
     )
-    flags, wall_time = noise.check_since(counters, choose_cores(threads), threads)
-    flags = [*result.flags, *flags]
-    if not wall_time and (end_to_end or cold_starts or throughput):
-        end_to_end, cold_starts, throughput = [], [], []
-        notes = [
-            *notes,
-            "end-to-end latency, cold start and throughput are not reported: they were disturbed",
-        ]
+    flags = list(result.flags)
+    if end_to_end or cold_starts or throughput:
+        later_flags, wall_time = noise.check_since(counters, choose_cores(threads), threads)
+        flags += later_flags
+        if not wall_time:
+            end_to_end, cold_starts, throughput = [], [], []
+            disturbed = "end-to-end latency, cold start and throughput are not reported: they were disturbed"
+            notes = [*notes, disturbed]
     machine = result.environment
     bench = Bench(
         command=command,

@@ -180,6 +180,15 @@ def test_strict_fails_after_saving_if_a_flag_is_raised(
     assert compress("bench", file, "--out", tmp_path / "out").exit_code == 0
 
 
+def test_bench_of_latency_alone_does_not_check_the_time_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "QUICK", replace(LITTLE, cold_starts=0, end_to_end_seconds=0, batch_seconds=0))
+    monkeypatch.setattr(verb.latency.noise, "check_since", pytest.fail)
+    file = colour_classifier(tmp_path / "net.onnx", {}, 8)
+    assert compress("bench", file, *SHORT, "--out", tmp_path / "out").exit_code == 0
+
+
 def test_one_path_or_a_list_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def named(subjects: list[Subject], *_: object, **__: object) -> None:
         raise JobError(" ".join(one.file.name for one in subjects))
