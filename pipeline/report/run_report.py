@@ -4,7 +4,6 @@ README.md is a model card for the Hugging Face Hub with instructions for using t
 report and the manifest only, and names nothing of the machine but its processor.
 """
 
-import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,6 @@ from .page import Page
 from .render import render_markdown_template, render_page, render_plain_template
 from .sections import calibration, classes, details, int8, latency, training
 from .tables import Table
-
-_log = logging.getLogger(__name__)
 
 FILES = ("report.html", "report.md", "report.json")
 MIN_INTERVAL, MAX_FRACTION = 5.0, 0.01
@@ -81,7 +78,7 @@ def write(folder: RunFolder) -> Report:
 
 
 class LiveReport:
-    """Writes the report of a run during a training, which an error does not stop."""
+    """Writes the report of a run during a training."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -92,10 +89,7 @@ class LiveReport:
         started = time.monotonic()
         if started < self.next:
             return
-        try:
-            write_report(assemble(self.folder), self.folder.path)
-        except Exception as error:
-            _log.debug("the report was not written during the training: %s", error)
+        write_report(assemble(self.folder), self.folder.path)
         ended = time.monotonic()
         self.next = ended + max(MIN_INTERVAL, (ended - started) / MAX_FRACTION)
 

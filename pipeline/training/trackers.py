@@ -22,8 +22,13 @@ from ..runs.results import Epoch
 from .context import RunContext
 
 PROJECT = "questpress"
-TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow"}
-"""Titles by package."""
+TITLES = {
+    "tensorboard": "TensorBoard",
+    "wandb": "Weights & Biases",
+    "mlflow": "MLflow",
+    "report": "The report during the training",
+}
+"""Titles by package, and of the report."""
 
 OPEN_TIMEOUT = 30
 CLOSE_TIMEOUT = 60
@@ -67,7 +72,7 @@ class EpochLog:
             return
         # A resumed training repeats the epochs that were logged after its checkpoint.
         self.context.folder.log_epoch(epoch)
-        self.context.write_report()
+        self._try("report", self.context.write_report)
         self.context.display.detail(_format(epoch))
         self.finished = epoch.epoch == epoch.epochs
         for name in requested_trackers(self.context.options):

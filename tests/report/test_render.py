@@ -272,12 +272,6 @@ def test_report_is_written_during_a_training_but_not_after_each_short_epoch(
     live.next = 0.0
     live()
     assert len(json.loads((tmp_path / "report.json").read_text())["epochs"]) == 2
-    page.unlink()
-    page.mkdir()
-    (page / "kept").touch()
-    live.next = 0.0
-    live()  # cannot be written
-    assert (page / "kept").exists()
 
 
 def test_finished_report_folds_details_and_keeps_the_comparison_open() -> None:

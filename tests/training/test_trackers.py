@@ -6,6 +6,8 @@ import importlib.util
 import json
 import sys
 import types
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,13 @@ def test_failed_tracker_is_disabled_with_one_warning(wandb, tmp_path, broken):
     assert "Weights & Biases is disabled" in warning and "and more" not in warning
     assert not any(wandb.points.values())
     assert len((tmp_path / "shop" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_failed_report_is_disabled_with_one_warning(tmp_path):
+    context = replace(open_context(tmp_path / "shop"), write_report=partial(json.loads, ""))
+    train(context, range(1, 3))
+    (warning,) = context.display.warnings
+    assert "The report during the training is disabled" in warning and "JSONDecodeError" in warning
 
 
 def test_broken_package_does_not_stop_training(tmp_path, monkeypatch):
