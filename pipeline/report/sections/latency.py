@@ -65,11 +65,10 @@ def noise_summary(bench: Bench, repeat: str) -> str:
     disturbed = bench.disturbed_threads
     if not disturbed:
         return f"The measurement was disturbed ({names}): small differences are unreliable."
-    cause = next((flag.sentence for flag in bench.flags if flag.name in NOT_WALL_TIME), "")
-    sentence = (
-        f"The latency measurement was disturbed ({names}). {cause} Latency is therefore not reported for "
-    )
-    sentence += " and ".join(format.threads(count) for count in disturbed)
+    flags = [flag for flag in bench.flags if flag.threads in disturbed and flag.name in NOT_WALL_TIME]
+    sentence = f"The latency measurement was disturbed ({names}). {flags[0].sentence if flags else ''} "
+    counts = " and ".join(format.threads(count) for count in disturbed)
+    sentence += f"Latency is therefore not reported for {counts}"
     if any(speedup.clock == "processor" for speedup in bench.speedups):
         sentence += "; on 1 thread, networks are compared by processor time"
     return f"{sentence}. To repeat it, close other programs and run: {repeat}"
