@@ -55,17 +55,19 @@ def comparison_page(comparison: Comparison) -> Page:
 
 
 def _section(comparison: Comparison, group: Group, number: int) -> Section:
-    title = f"On {group.data}" if group.data else "Without data yet"
-    if group.n:
-        title += f", {format.plural(group.n, 'test image')}"
     return Section(
-        title,
+        _title(group),
         f"group-{number}",
         text=conclusions(comparison, group),
         figures=[_chart(comparison, group, machine) for machine in group.machines],
-        tables=[_table(comparison, group, title)],
+        tables=[_table(comparison, group)],
         folded=[_other_files(comparison, group), _trainings(comparison, group)],
     )
+
+
+def _title(group: Group) -> str:
+    title = f"On {group.data}" if group.data else "Without data yet"
+    return title + (f", {format.plural(group.n, 'test image')}" if group.n else "")
 
 
 def score_name(comparison: Comparison, group: Group) -> str:
@@ -167,7 +169,7 @@ def _point(name: str, file: ComparedFile, machine: Machine) -> Point:
     return Point.from_score(name, KINDS[kind][0], file.score, file.p50, file.bytes, label, run_name)
 
 
-def _table(comparison: Comparison, group: Group, title: str) -> Table:
+def _table(comparison: Comparison, group: Group) -> Table:
     """Return the file of each run that ships, the most accurate first."""
     differences = {difference.run: difference for difference in group.accuracies}
     rows = []
@@ -180,7 +182,7 @@ def _table(comparison: Comparison, group: Group, title: str) -> Table:
         kind = shipped.kind if run.ships else format.MISSING
         rows.append([run.name, run.method, kind, *_measures(shipped, group), against_best])
     columns = ["run", "method", "ships", score_name(comparison, group), "latency", "over teacher", "size"]
-    return Table(title, [*columns, "ECE", "vs. best"], rows, left=3, wide=True)
+    return Table(_title(group), [*columns, "ECE", "vs. best"], rows, left=3, wide=True)
 
 
 def _measures(file: ComparedFile, group: Group) -> list[str]:
@@ -191,8 +193,8 @@ def _measures(file: ComparedFile, group: Group) -> list[str]:
 
 def _other_files(comparison: Comparison, group: Group) -> Table:
     """Return the fp32 file of each run that ships an int8 file."""
-    runs = [run for run in map(comparison.run, group.runs) if run.int8 is not None and run.fp32 is not None]
-    rows = [[run.name, *_measures(run.fp32 or NO_FILE, group)] for run in runs]
+    runs = map(comparison.run, group.runs)
+    rows = [[run.name, *_measures(run.fp32, group)] for run in runs if run.int8 and run.fp32]
     columns = ["run", score_name(comparison, group), "latency", "over teacher", "size", "ECE"]
     return Table("fp32 files", columns, rows, wide=True)
 
@@ -226,7 +228,6 @@ def terminal_table(comparison: Comparison, group: Group) -> Table:
         score = [format.score_percent(shipped.score), format.score_interval(shipped.score)]
         cost = [format.milliseconds(shipped.p50), format.megabytes(shipped.bytes)]
         rows.append([run.name, run.method, *score, *cost, "best" if run.name == group.best else verdict])
-    title = f"On {group.data}, {group.n:,} test images" if group.n else group.data or "Without data yet"
     latency = "latency" if comparison.threads is None else format.threads(comparison.threads)
     columns = ["", "method", score_name(comparison, group), "95 % interval", latency, "size", ""]
-    return Table(title, columns, rows, left=2)
+    return Table(_title(group), columns, rows, left=2)
