@@ -350,7 +350,7 @@ class Options(BaseModel):
         "auto",
     )
     cache: Path | None = execution_option(
-        "folder shared by runs: decoded images, vocabularies, teacher outputs [default: the user's cache folder]"
+        "folder shared by runs: decoded images, vocabularies, trained teachers, teacher outputs [default: the user's cache folder]"
     )
     tensorboard: bool = execution_option("write TensorBoard logs to the run folder", False)
     track: Literal["wandb", "mlflow"] | None = execution_option(
