@@ -429,7 +429,7 @@ class Preprocessing:
         try:
             keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
             preprocessing = cls.create(**{key: values[key] for key in keys})
-            preprocessing = replace(preprocessing, gray_bits=values.get("gray_bits", 16))
+            preprocessing = replace(preprocessing, gray_bits=int(values.get("gray_bits", 16)))
         except (KeyError, TypeError, ArithmeticError) as error:
             raise ValueError(f"preprocessing has a missing or invalid value: {error}") from error
         for key, value in preprocessing.to_dict().items():

@@ -76,7 +76,7 @@ def test_file_that_begins_like_onnx_runtimes_own_format_is_read_as_onnx(tmp_path
     assert Classifier.load(path, threads=1).labels == tuple(LABELS)
 
 
-def colours(tmp_path: Path, harm: Callable[[onnx.ModelProto], None]) -> Path:
+def colors(tmp_path: Path, harm: Callable[[onnx.ModelProto], None]) -> Path:
     model = onnx.load(colour_classifier(tmp_path / "x.onnx"))
     harm(model)
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
@@ -140,7 +140,7 @@ def test_network_for_another_purpose_is_refused(
     harm: Callable[[onnx.ModelProto], None], told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ArtifactError, match=told) as refused:
-        Classifier.load(colours(tmp_path, harm), threads=1).predict([np.zeros((8, 8, 3), np.uint8)])
+        Classifier.load(colors(tmp_path, harm), threads=1).predict([np.zeros((8, 8, 3), np.uint8)])
     assert "\n" not in str(refused.value)
 
 
@@ -176,6 +176,7 @@ def entry(artifact: Path) -> dict[str, Any]:
         {"preprocessing": {**PREPROCESSING.to_dict(), "resize": 10**18}},
         {"preprocessing": {**PREPROCESSING.to_dict(), "size": float("inf")}},
         {"preprocessing": {**PREPROCESSING.to_dict(), "crop_fraction": 10**400}},
+        {"preprocessing": {**PREPROCESSING.to_dict(), "gray_bits": [12]}},
         {"labels": "red"},
         {"labels": {"red": 1}},
         {"labels": []},
@@ -260,7 +261,7 @@ def test_names_have_no_control_characters(artifact: Path, capsys: pytest.Capture
 def test_failing_network_is_an_error_without_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = colours(tmp_path, other_size)
+    file = colors(tmp_path, other_size)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "photo.png")
     assert predict_cli.main(["--artifact", str(file), str(tmp_path / "photo.png")]) == 1
     assert capsys.readouterr().err.startswith("Error: onnxruntime cannot run x.onnx")
