@@ -117,8 +117,8 @@ def find_matching(pattern: str = "*") -> list[str]:
     return sorted((name for name in names if fnmatch.fnmatchcase(name.lower(), pattern)), key=_natural_key)
 
 
-def find_nearest(name: str, count: int = 4) -> list[str]:
-    """Return up to `count` names most similar to a misspelled one, ignoring case and punctuation."""
+def find_nearest(name: str) -> list[str]:
+    """Return up to 4 names most similar to a misspelled one, ignoring case and punctuation."""
     typed = _normalize(name.partition(".")[0])
     if not typed:
         return []
@@ -132,7 +132,7 @@ def find_nearest(name: str, count: int = 4) -> list[str]:
         score = matcher.ratio() + (0.25 if key.startswith(typed) else 0.0)
         if score >= 0.6:
             scored.append((-score, candidate not in ALIASES, len(candidate), candidate))
-    return [candidate for *_, candidate in sorted(scored)[:count]]
+    return [candidate for *_, candidate in sorted(scored)[:4]]
 
 
 def _describe_unknown(typed: str) -> str:
