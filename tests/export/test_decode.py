@@ -1,4 +1,4 @@
-"""Every odd kind of image file, built with Pillow and compared with the colours it should show."""
+"""Every odd kind of image file, built with Pillow and compared with the colors it should show."""
 
 import io
 import os
@@ -32,13 +32,13 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+def png(width: int, height: int, depth: int, color: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
     """A PNG built chunk by chunk, for the kinds that Pillow reads but doesn't write."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     body = b"".join(chunk(name, content) for name, content in extra)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -96,17 +96,17 @@ def test_broken_exif_leaves_the_pixels_readable() -> None:
 
 
 def test_gray_bilevel_and_gray_with_alpha() -> None:
-    grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    gray = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
     np.testing.assert_array_equal(
-        decode_image(encoded(Image.fromarray(grey), "PNG")), grey[..., None].repeat(3, 2)
+        decode_image(encoded(Image.fromarray(gray), "PNG")), gray[..., None].repeat(3, 2)
     )
-    bilevel = Image.fromarray(((grey > 100) * 255).astype(np.uint8)).convert("1")
-    np.testing.assert_array_equal(decode_image(encoded(bilevel, "PNG"))[..., 0], (grey > 100) * 255)
-    alpha = np.zeros_like(grey)
+    bilevel = Image.fromarray(((gray > 100) * 255).astype(np.uint8)).convert("1")
+    np.testing.assert_array_equal(decode_image(encoded(bilevel, "PNG"))[..., 0], (gray > 100) * 255)
+    alpha = np.zeros_like(gray)
     alpha[:, 4:] = 255
-    shown = decode_image(encoded(Image.fromarray(np.dstack([grey, alpha]), "LA"), "PNG"))
+    shown = decode_image(encoded(Image.fromarray(np.dstack([gray, alpha]), "LA"), "PNG"))
     np.testing.assert_array_equal(shown[:, :4], 255)
-    np.testing.assert_array_equal(shown[:, 4:, 1], grey[:, 4:])
+    np.testing.assert_array_equal(shown[:, 4:, 1], gray[:, 4:])
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -135,16 +135,16 @@ def test_palette_images_with_and_without_transparency() -> None:
 def test_color_key_makes_rgb_and_gray_transparent() -> None:
     content = encoded(Image.fromarray(np.array([[RED, BLUE]], np.uint8)), "PNG", transparency=BLUE)
     assert decode_image(content).tolist() == [[list(RED), [255, 255, 255]]]
-    grey = encoded(Image.fromarray(np.array([[7, 9]], np.uint8)), "PNG", transparency=9)
-    assert decode_image(grey)[0, :, 0].tolist() == [7, 255]
+    gray = encoded(Image.fromarray(np.array([[7, 9]], np.uint8)), "PNG", transparency=9)
+    assert decode_image(gray)[0, :, 0].tolist() == [7, 255]
 
 
 def test_cmyk_is_read_with_adobes_inversion() -> None:
-    for colour, cmyk in (((255, 0, 0), (0, 255, 255, 0)), ((0, 0, 0), (0, 0, 0, 255))):
+    for color, cmyk in (((255, 0, 0), (0, 255, 255, 0)), ((0, 0, 0), (0, 0, 0, 255))):
         image = Image.new("CMYK", (16, 16), cmyk)
         for kind in ("JPEG", "TIFF"):
             shown = decode_image(encoded(image, kind))
-            assert abs(shown.astype(int) - colour).max() <= 3, kind
+            assert abs(shown.astype(int) - color).max() <= 3, kind
 
 
 def test_sixteen_bit_gray_is_scaled_and_not_clipped() -> None:
@@ -165,8 +165,8 @@ def test_sixteen_bit_color_and_color_keys() -> None:
     assert abs(decode_image(png(3, 2, 16, 2, rows)) - values / 257).max() <= 1
     key = struct.pack(">HHH", *values[0, 1].tolist())
     assert decode_image(png(3, 2, 16, 2, rows, (b"tRNS", key)))[0, 1].tolist() == [255, 255, 255]
-    grey = np.array([[1000, 60000]], np.uint16)
-    content = png(2, 1, 16, 0, b"\x00" + grey.astype(">u2").tobytes(), (b"tRNS", struct.pack(">H", 1000)))
+    gray = np.array([[1000, 60000]], np.uint16)
+    content = png(2, 1, 16, 0, b"\x00" + gray.astype(">u2").tobytes(), (b"tRNS", struct.pack(">H", 1000)))
     assert decode_image(content)[0, :, 0].tolist() == [255, 60000 >> 8]
 
 
@@ -191,7 +191,7 @@ def test_thirty_two_bit_integers_are_scaled() -> None:
 
 
 def tiff(bits: int, photometric: int, samples: bytes, width: int) -> bytes:
-    """One row of unsigned grey, in the bit depths that Pillow reads but doesn't write."""
+    """One row of unsigned gray, in the bit depths that Pillow reads but doesn't write."""
     shorts = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric)]
     entries = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in shorts]
     start = 8 + 2 + 12 * (len(shorts) + 3) + 4

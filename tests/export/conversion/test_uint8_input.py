@@ -1,4 +1,4 @@
-"""A file that takes pixels answers as one that takes normalised floats, at the borders too, also in int8."""
+"""A file that takes pixels answers as one that takes normalized floats, at the borders too, also in int8."""
 
 import json
 import shutil
@@ -118,11 +118,11 @@ def test_pixel_input_folded_into_the_first_convolution_is_exact(name: str, tmp_p
     torch.manual_seed(0)
     of_floats, of_pixels = both(make().eval(), tmp_path, size)
     shown = pictures(size)
-    normalised = runtime.normalize(shown, IMAGENET)
+    normalized = runtime.normalize(shown, IMAGENET)
     front = load_front(of_pixels)
     assert isinstance(front, Folded) and front.channels == channels
-    np.testing.assert_allclose(logits(of_pixels, shown), logits(of_floats, normalised), atol=1e-4, rtol=0)
-    ours, theirs = maps_of_first_layer(of_pixels, shown), maps_of_first_layer(of_floats, normalised)
+    np.testing.assert_allclose(logits(of_pixels, shown), logits(of_floats, normalized), atol=1e-4, rtol=0)
+    ours, theirs = maps_of_first_layer(of_pixels, shown), maps_of_first_layer(of_floats, normalized)
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=0)
@@ -176,11 +176,11 @@ def optimised(path: Path, to: Path) -> onnx.GraphProto:
 def test_int8_takes_the_pixels_without_a_step_in_float(tmp_path: Path) -> None:
     of_floats, of_pixels = both(small_conv_net(), tmp_path, 32)
     shown, fresh = pictures(32), pictures(32)[::-1, ::-1].copy()
-    normalised = runtime.normalize(fresh, IMAGENET)
+    normalized = runtime.normalize(fresh, IMAGENET)
     a = quantize_int8(of_floats, tmp_path / "a.onnx", [runtime.normalize(shown, IMAGENET)])
     b = quantize_int8(of_pixels, tmp_path / "b.onnx", [shown])
-    expected = logits(of_floats, normalised)
-    lost = signal_to_noise(expected, logits(a.path, normalised))
+    expected = logits(of_floats, normalized)
+    lost = signal_to_noise(expected, logits(a.path, normalized))
     assert signal_to_noise(expected, logits(b.path, fresh)) > min(25, lost - 3)
     assert b.recipe["input"] == "uint8; normalization folded into the first convolution"
     nodes = optimised(b.path, tmp_path / "optimised.onnx").node

@@ -39,8 +39,8 @@ class Digits(nn.Module):
 def hard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray, np.ndarray]:
     """A network that reads digits and is hard to quantize; calibration images, images that decide, labels."""
     digits = load_digits()
-    grey = np.kron(digits.images / 16, np.ones((2, 2))).astype(np.float32)
-    x = torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1).contiguous()
+    gray = np.kron(digits.images / 16, np.ones((2, 2))).astype(np.float32)
+    x = torch.from_numpy(gray)[:, None].expand(-1, 3, -1, -1).contiguous()
     y = torch.from_numpy(digits.target)
     torch.manual_seed(0)
     network = Digits()

@@ -142,7 +142,7 @@ def test_transformer_keeps_attention_and_its_residual_stream_in_float(tmp_path: 
 
 
 def test_head_without_convolutions_and_one_class_quantize(tmp_path: Path) -> None:
-    path = colour_classifier(tmp_path / "colours.onnx", {})
+    path = colour_classifier(tmp_path / "colors.onnx", {})
     file = quantize_int8(path, tmp_path / "a.onnx", [images(64, 8)])
     assert signal_to_noise(logits(path, images(8, 8, 1)), logits(file.path, images(8, 8, 1))) > 25
     for classes in (1, 1000):

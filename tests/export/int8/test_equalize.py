@@ -1,4 +1,4 @@
-"""Equalised channels change the ranges and not the function."""
+"""Equalized channels change the ranges and not the function."""
 
 import copy
 import warnings
