@@ -73,15 +73,10 @@ def most_confused(confusion: Confusion, classes: Sequence[str]) -> list[Confused
     images: Counter[int] = Counter()
     for label, _, n in confusion:
         images[label] += n
-    mistakes = sorted((-n, label, predicted) for label, predicted, n in confusion if label != predicted)
+    mistakes = [entry for entry in confusion if entry[0] != entry[1]]
     return [
-        Confused(
-            label=classes[label],
-            predicted=classes[predicted],
-            n=-negative,
-            percent=100 * -negative / images[label],
-        )
-        for negative, label, predicted in mistakes
+        Confused(label=classes[i], predicted=classes[k], n=n, percent=100 * n / images[i])
+        for i, k, n in sorted(mistakes, key=lambda entry: (-entry[2], *entry[:2]))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Latency figures are those of the samples; workers time what they are told, and their end is not ours."""
+"""Figures of a bench are those of its samples; a failed worker is an error, and none outlives the bench."""
 
 import json
 import os
@@ -26,10 +26,10 @@ def subject(folder: Path, name: str, size: int, n: int = 8) -> Subject:
 
 
 def test_bench_times_every_subject_at_every_thread_count(tmp_path: Path) -> None:
-    told: list[float] = []
+    fractions: list[float] = []
     subjects = [subject(tmp_path, "small", 8), subject(tmp_path, "large", 512, n=2)]
     result = bench(
-        subjects, threads=[1, 2, 1], seconds=0.3, seed=1, progress=lambda fraction, _: told.append(fraction)
+        subjects, threads=[1, 2, 1], seconds=0.3, seed=1, progress=lambda part, _: fractions.append(part)
     )
     assert [(x.subject, x.threads) for x in result.latencies] == [
         (name, count) for count in (1, 2) for name in ("small", "large")
@@ -42,7 +42,7 @@ def test_bench_times_every_subject_at_every_thread_count(tmp_path: Path) -> None
     assert result.latency("small", 1).p50 < result.latency("large", 1).p50
     found = result.speedup("small", "large", 1)
     assert found.ratio > 1 and found.low <= found.ratio <= found.high and found.verdict == "faster"
-    assert told == sorted(told) and told[0] >= 0 and told[-1] == 1.0
+    assert fractions == sorted(fractions) and fractions[0] >= 0 and fractions[-1] == 1.0
     np.savez(tmp_path / "raw.npz", **result.to_arrays())
     with np.load(tmp_path / "raw.npz") as kept:
         np.testing.assert_array_equal(kept["large/2/ms"], result.samples[3].ms)

@@ -1,4 +1,4 @@
-"""Percentiles and speed-ups say as much as their samples carry, and no more."""
+"""Percentiles and speed-ups: coverage of their intervals, and minimum numbers of samples."""
 
 from collections.abc import Sequence
 

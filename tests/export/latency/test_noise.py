@@ -1,4 +1,4 @@
-"""What disturbs a bench is noticed, and what does not is not."""
+"""Disturbances of a bench raise flags, and its own load does not."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ from questpress.export.latency.runner import Subject, bench
 from questpress.export.latency.statistics import Samples
 from questpress.export.results import Flag
 
-# A subject of known latency: it waits in a loop for so many milliseconds, give or take two percent a run and
-# a fifth of one a process. It serves requests itself, so that it starts in no time.
+# A subject of known latency: a busy loop whose length varies by 2 % between runs and by 0.2 % between
+# processes. It serves requests itself, so that it starts fast.
 KNOWN = """
 import json, os, random, struct, sys, time
 chance = random.Random(os.urandom(8))
@@ -82,7 +82,7 @@ def test_busy_neighbor_raises_a_flag(tmp_path: Path) -> None:
     with neighbor(choose_cores(1)[0]):
         result = bench([known(tmp_path, "A", 0.5)], threads=[1], seconds=1.0)
     [found] = [flag for flag in result.flags if flag.name == "neighbor"]
-    # How much a neighbor gets is for the system to say, and for who else is there.
+    # The system and its other processes decide how much time a neighbor gets.
     assert found.threads == 1 and found.figures["value"] > noise.LIMITS["neighbor"]
     assert found.sentence.endswith("of the cores under test.")
 
