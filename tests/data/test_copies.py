@@ -59,9 +59,7 @@ def test_same_picture_in_another_form_is_a_near_copy(tmp_path: Path, change: str
             pixels = np.clip(pixels.astype(int) + 2, 0, 255).astype(np.uint8)
         save(tmp_path / f"{'ab'[n % 2]}/{n}.jpg", pixels, quality=60)
     keys, found = by_name(tmp_path), find(tmp_path)
-    groups = [
-        {name for name, key in keys.items() if found.near[key] == one} for one in {*found.near.values()}
-    ]
+    groups = [{n for n, key in keys.items() if found.near[key] == first} for first in {*found.near.values()}]
     pairs = [{f"{'ab'[n % 2]}/{n}.png", f"{'ab'[n % 2]}/{n}.jpg"} for n in range(6)]
     assert sorted(map(sorted, groups)) == sorted(map(sorted, pairs)) and not found.equal
 
