@@ -78,7 +78,7 @@ def test_links_that_lead_out_are_not_followed_and_a_linked_root_is(tmp_path: Pat
     (root / "b/loop").symlink_to(root / "b")
     (tmp_path / "linked").symlink_to(root)
     images = open_folder(tmp_path / "linked")
-    assert {(one.name, one.reason.split(" to ")[0]) for one in images.skipped} == {
+    assert {(file.name, file.reason.split(" to ")[0]) for file in images.skipped} == {
         ("a/out.png", "a link that leads out of the data folder"),
         ("b/dir", "a link that leads out of the data folder"),
         ("a/broken.png", "a broken link"),
@@ -99,8 +99,8 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
     names = [image.name for role in SPLITS for image in images.split(role)]
     assert "a/caf\\xe9.png" in names
     assert "\n".join(names).encode("utf-8")
-    (one,) = [image for role in SPLITS for image in images.split(role) if "caf" in image.name]
-    assert one.read() == (tmp_path / "x.png").read_bytes()
+    (image,) = [image for role in SPLITS for image in images.split(role) if "caf" in image.name]
+    assert image.read() == (tmp_path / "x.png").read_bytes()
 
 
 def test_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_folder_without_permission_is_refused(tmp_path: Path) -> None:
     try:
         if os.access(tmp_path / "b", os.R_OK):
             pytest.skip("this user may read everything")
-        assert "may not be read" in refused(tmp_path)
+        assert "b cannot be read. Check its permissions" in refused(tmp_path)
     finally:
         (tmp_path / "b").chmod(0o755)
 
