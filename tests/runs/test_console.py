@@ -19,9 +19,9 @@ def test_table_cells_have_no_control_characters() -> None:
     drawn.add_row(Text(NAME))
     console.print(drawn)
     console.print(Text(f"Note: {NAME}"), soft_wrap=True)
-    told = file.getvalue()
-    assert told.count(SHOWN) == 4 and f"Note: {SHOWN}\n" in told
-    assert all(letter.isprintable() or letter == "\n" for letter in told)
+    output = file.getvalue()
+    assert output.count(SHOWN) == 4 and f"Note: {SHOWN}\n" in output
+    assert all(letter.isprintable() or letter == "\n" for letter in output)
 
 
 def test_own_colors_reach_the_terminal() -> None:
@@ -35,8 +35,12 @@ def test_own_colors_reach_the_terminal() -> None:
 def test_name_without_end_makes_no_sentence_without_end(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         fail(f"Error: {'x' * 1_000_000} is missing; give it.", 2)
-    told = capsys.readouterr().err
-    assert told.startswith("Error: xxx") and told.endswith("xxx is missing; give it.\n") and len(told) < 4100
+    output = capsys.readouterr().err
+    assert (
+        output.startswith("Error: xxx")
+        and output.endswith("xxx is missing; give it.\n")
+        and len(output) < 4100
+    )
 
 
 def test_progress_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,9 +54,9 @@ def test_progress_has_no_control_characters(capsys: pytest.CaptureFixture[str]) 
         stage.update(NAME, 1, 2)
     with pytest.raises(SystemExit):
         fail(f"\nError: {NAME}", 2)
-    told = capsys.readouterr().err
-    assert told.count(SHOWN) == 6 and f"\nError: {SHOWN}\n" in told
-    assert all(letter.isprintable() or letter == "\n" for letter in told)
+    output = capsys.readouterr().err
+    assert output.count(SHOWN) == 6 and f"\nError: {SHOWN}\n" in output
+    assert all(letter.isprintable() or letter == "\n" for letter in output)
 
 
 def test_progress_restarts_with_the_stage_and_with_the_work(

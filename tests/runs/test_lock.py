@@ -1,4 +1,4 @@
-"""Two processes on one run folder: the second is refused, and a crash leaves no lock behind."""
+"""Two processes on one run folder: the second is refused, and a crash releases the lock."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_other_writers_of_a_locked_run_are_refused(held, command):
     assert little.files(folder) == before
 
 
-def test_crash_lets_go_of_the_lock(held):
+def test_crash_releases_the_lock(held):
     folder, process = held
     process.kill()
     process.wait()
@@ -55,7 +55,7 @@ def test_crash_lets_go_of_the_lock(held):
         pass
 
 
-def test_lock_is_let_go_at_the_end_and_after_an_error(tmp_path):
+def test_lock_is_released_at_the_end_and_after_an_error(tmp_path):
     with lock(tmp_path), pytest.raises(JobError, match="another process"), lock(tmp_path):
         pass
     with pytest.raises(ZeroDivisionError), lock(tmp_path):
