@@ -85,7 +85,7 @@ def sweep(
         for student in students:
             check_size(student, size)
     for method in reversed(chosen_methods):
-        checked = read_options(select_options(options, method))
+        checked = read_options(_select_options(options, method))
         checked.image_size = given.image_size
         chosen, images = resolve(checked)
     teachers = "-".join(dict.fromkeys(chosen.teacher))
@@ -120,11 +120,11 @@ def sweep(
         size = "" if student_size is None else f"-{show_size(student_size)}"
         folders.append(f"{student.replace('/', '-')}{size}{f'-{method}' if method else ''}")
         sized = {"student": student, "student_size": student_size}
-        run(folders[-1], select_options(options, method), **sized, **finished_teacher)
+        run(folders[-1], _select_options(options, method), **sized, **finished_teacher)
     return compare([out / folder for folder in folders], out=out / "comparison")
 
 
-def select_options(options: Mapping[str, Any], method: str | None) -> dict[str, Any]:
+def _select_options(options: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     """Return the options of a run with one method, without those of the other methods."""
     if method is None:
         return dict(options)

@@ -291,7 +291,7 @@ class _Results:
 
     @cached_property
     def predictions(self) -> list[list[Prediction]]:
-        """Those of each student, the most confident first."""
+        """The predictions of each student, the most confident first."""
         return [self._predict(i) for i, model in enumerate(self.models) if not model.is_teacher]
 
     def _predict(self, i: int) -> list[Prediction]:

@@ -186,7 +186,7 @@ class CalibrationImages:
     labels: np.ndarray
     preprocessing: Preprocessing
     hash: str
-    """Of the set of images, independent of their order."""
+    """Hash of the set of images, independent of their order."""
 
     def batches(self, *, pixel_input: bool) -> Callable[[], Iterator[np.ndarray]]:
         """Return a function that yields batches of a file's input: uint8 pixels, or normalized images."""

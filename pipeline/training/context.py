@@ -29,7 +29,7 @@ class Round:
     """A student and what it is trained with; with ``--rounds``, each student teaches the next one."""
 
     index: int
-    """From 0."""
+    """Number of the round, from 0."""
     student: NetworkSpec
     teachers: list[NetworkSpec]
     training: str

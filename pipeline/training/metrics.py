@@ -111,9 +111,9 @@ def utilization(
     not counted.
 
     Args:
-        images_per_second: of all devices.
+        images_per_second: throughput of all devices.
         student_gmacs: billions of multiply-adds of the trained network for one image.
-        teacher_gmacs: of each teacher that runs in the step.
+        teacher_gmacs: the same for each teacher that runs in the step.
         peak: FLOP/s of one device.
     """
     teachers = [gmacs for gmacs in teacher_gmacs if gmacs is not None]

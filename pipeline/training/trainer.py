@@ -35,6 +35,11 @@ LogitsAndLabels = tuple[np.ndarray, np.ndarray]
 MIN_MICRO_BATCH = 2
 """BatchNorm needs two images."""
 
+EARLY_STEPS = 100
+"""Steps after which a network is better than guessing unless the learning rate is wrong; at least twice the
+warmup.
+"""
+
 
 def compute_split_logits(
     context: RunContext,
@@ -220,12 +225,6 @@ def measure_resources(
         return epoch.model_copy(update={"peak_memory_bytes": peak_memory(context.device), "mfu": mfu})
 
     return add
-
-
-EARLY_STEPS = 100
-"""Steps after which a network is better than guessing unless the learning rate is wrong; at least twice the
-warmup.
-"""
 
 
 def _check_loss(
