@@ -130,7 +130,7 @@ HEAD_STD = 0.01
 
 
 def _reset_head(network: Any, classes: int, seed: int) -> None:
-    """Replace the classifier by timm's, with small random weights and no bias."""
+    """Replace the classifier by timm's, with small random weights and biases of 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.reset_classifier(classes)

@@ -27,7 +27,7 @@ _COUNTERS = frozenset({
 _TRAINING = re.compile(r"(?:^|_)(?:acc|accuracy|criterion|loss|metrics?)(?:_|$)", re.IGNORECASE)
 
 MAX_LISTED = 5
-"""Left-out parts that are named."""
+"""Number of left-out parts that messages name."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class CifarNetwork(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the maps of the requested levels as timm does; `norm` has no effect."""
         if output_fmt != "NCHW":
-            raise ValueError("the CIFAR networks give their maps as NCHW only")
+            raise ValueError("the CIFAR networks return maps as NCHW only")
         take, deepest = feature_take_indices(len(self.feature_info), indices)
         taken = []
         for index, last in enumerate(self.levels(x)):
