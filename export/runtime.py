@@ -385,7 +385,7 @@ class Preprocessing:
             raise ValueError(f"mean must be three values for pixels in [0, 1], got {self.mean}")
         if len(self.std) != 3 or not all(1 / _MAX_MEAN <= value <= _MAX_MEAN for value in self.std):
             raise ValueError(f"std must be three positive values, got {self.std}")
-        if self.gray_bits not in range(8, 17):
+        if not isinstance(self.gray_bits, int) or not 8 <= self.gray_bits <= 16:
             raise ValueError(f"gray_bits must be 8 to 16, got {self.gray_bits!r}")
 
     @classmethod
@@ -429,7 +429,7 @@ class Preprocessing:
         try:
             keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
             preprocessing = cls.create(**{key: values[key] for key in keys})
-            preprocessing = replace(preprocessing, gray_bits=int(values.get("gray_bits", 16)))
+            preprocessing = replace(preprocessing, gray_bits=values.get("gray_bits", 16))
         except (KeyError, TypeError, ArithmeticError) as error:
             raise ValueError(f"preprocessing has a missing or invalid value: {error}") from error
         for key, value in preprocessing.to_dict().items():
