@@ -19,7 +19,7 @@ def split(images: list[Image], classes: int, fraction: float | None = None) -> I
 
 
 def split_of(images: ImageSet) -> dict[str, str]:
-    return {one.key: role for role in SPLITS for one in images.split(role)}
+    return {member.key: role for role in SPLITS for member in images.split(role)}
 
 
 # Contents overlap on purpose: copies within a class, and the same content under two classes.
@@ -31,8 +31,8 @@ sets = st.lists(st.lists(st.integers(0, 60), min_size=8, max_size=40), min_size=
 def test_no_image_is_in_two_splits_and_every_class_is_in_all(contents: list[list[int]], fraction) -> None:
     images = [image(label, content) for label, members in enumerate(contents) for content in members]
     labels: dict[str, set[int]] = {}
-    for one in images:
-        labels.setdefault(one.key, set()).add(one.label)
+    for member in images:
+        labels.setdefault(member.key, set()).add(member.label)
     for label in range(len(contents)):
         exclusive = sum(classes == {label} for classes in labels.values())
         is_ambiguous = any(label in classes and len(classes) > 1 for classes in labels.values())
@@ -41,11 +41,11 @@ def test_no_image_is_in_two_splits_and_every_class_is_in_all(contents: list[list
                 split(images, len(contents), fraction)
             return
     done = split(images, len(contents), fraction)
-    in_test = [(one.key, one.label) for one in done.test]
+    in_test = [(member.key, member.label) for member in done.test]
     assert len(in_test) == len(set(in_test))  # copies in test count once
     removed = sum(len(group.removed) for group in done.duplicates)
     assert len(done) + removed == len(images)
-    keys = [{one.key for one in done.split(role)} for role in SPLITS]
+    keys = [{member.key for member in done.split(role)} for role in SPLITS]
     assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
     assert all(min(counts) >= 1 for counts in done.counts.values())
 
@@ -64,11 +64,11 @@ def test_additional_image_moves_only_images_at_the_boundaries(count: int, new: i
 
 def test_names_and_order_of_the_files_do_not_matter() -> None:
     images = [image(label, f"{label} {n}") for label in range(3) for n in range(30)]
-    renamed = [Image(f"z{n}", one.label, one.key, b"") for n, one in enumerate(images)]
+    renamed = [Image(f"z{n}", member.label, member.key, b"") for n, member in enumerate(images)]
     random.Random(0).shuffle(renamed)
     first, second = split(images, 3), split(renamed, 3)
     assert first.fingerprint == second.fingerprint
-    assert [one.key for one in first.train] == [one.key for one in second.train]
+    assert [member.key for member in first.train] == [member.key for member in second.train]
 
 
 def test_hundred_images_are_split_80_10_10() -> None:
@@ -78,7 +78,9 @@ def test_hundred_images_are_split_80_10_10() -> None:
 
 def test_test_split_is_independent_of_the_val_fraction() -> None:
     images = [image(label, f"{label} {n}") for label in range(2) for n in range(40)]
-    sets_of_tests = {tuple(one.key for one in split(images, 2, fraction).test) for fraction in (None, 0, 0.3)}
+    sets_of_tests = {
+        tuple(member.key for member in split(images, 2, fraction).test) for fraction in (None, 0, 0.3)
+    }
     assert len(sets_of_tests) == 1
     without = split(images, 2, 0)
     assert without.val == () and len(without.train) == 72
@@ -89,7 +91,7 @@ def test_copies_stay_together_and_content_under_two_classes_trains() -> None:
     images += [image(0, "0 3", name="copy")] * 5
     torn = [image(0, "torn", "cats/torn"), image(1, "torn", "dogs/torn")]
     done = split(images + torn, 2)
-    assert {split_of(done)[one.key] for one in torn} == {"train"}
+    assert {split_of(done)[member.key] for member in torn} == {"train"}
     (duplicate,) = done.duplicates
     assert duplicate.names == ("cats/torn", "dogs/torn") and duplicate.two_classes and not duplicate.removed
 

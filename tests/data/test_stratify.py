@@ -35,17 +35,19 @@ def test_each_class_is_held_out_in_proportion() -> None:
 
 def test_images_without_classes_are_held_out_as_well() -> None:
     data = split([*many(300, [0.4, 0.3]), *(image(1000 + n) for n in range(100))], 2)
-    empty = {role: sum(not one.labels for one in data.split(role)) for role in SPLITS}
+    empty = {role: sum(not member.labels for member in data.split(role)) for role in SPLITS}
     assert empty["test"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
     assert empty["val"] == pytest.approx(0.1 * sum(empty.values()), abs=2)
 
 
 def test_splits_depend_on_content_only() -> None:
     images = many(300, [0.4, 0.2, 0.1])
-    again = [Image.with_labels(f"other {one.name}", one.labels, one.key, b"") for one in images[::-1]]
+    again = [
+        Image.with_labels(f"other {member.name}", member.labels, member.key, b"") for member in images[::-1]
+    ]
     assert split(images, 3).fingerprint == split(again, 3).fingerprint
-    tested = {one.key for one in split(images, 3).test}
-    assert tested == {one.key for one in split(images, 3, 0.3).test}
+    tested = {member.key for member in split(images, 3).test}
+    assert tested == {member.key for member in split(images, 3, 0.3).test}
 
 
 def test_every_class_stays_in_train_and_a_rare_one_is_still_tested() -> None:
@@ -59,8 +61,8 @@ def test_content_with_two_label_sets_goes_to_train() -> None:
     images = many(100, [0.5, 0.4])
     twice = [image(n, 0, name=f"a{n}") for n in range(100)]
     data = split([*images, *twice], 2)
-    torn = {one.key for one in images if one.labels != (0,)}
-    assert torn <= {one.key for one in data.train}
+    torn = {member.key for member in images if member.labels != (0,)}
+    assert torn <= {member.key for member in data.train}
     assert sum(group.two_classes for group in data.duplicates) == len(torn)
 
 
@@ -68,7 +70,7 @@ def test_test_split_of_the_source_is_kept() -> None:
     images = many(200, [0.5, 0.4])
     splits = {"train": images[:150], "test": images[150:]}
     data = UnsplitDataset("x", "x", ["0", "1"], splits, task="multi-label").split(None)
-    assert {one.key for one in data.test} == {one.key for one in images[150:]}
+    assert {member.key for member in data.test} == {member.key for member in images[150:]}
     assert len(data.val) == pytest.approx(15, abs=3)
 
 

@@ -173,8 +173,8 @@ def test_uncreatable_folder_is_reported(tmp_path):
 def test_streamed_features_on_a_full_disk_are_an_error_and_not_the_end_of_the_process(tmp_path):
     import torch
 
-    asked = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if os.geteuid() or subprocess.run(asked, capture_output=True).returncode:
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root may mount a little disk")
     try:
         held = FeatureMatrix(64, 1024, tmp_path / "features.f16")  # 128 kB, once they are written

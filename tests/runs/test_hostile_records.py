@@ -1,6 +1,4 @@
-"""Records of a run, of a bench and of the store that somebody has written by hand, or another version: every
-command that reads them says one sentence, and reads nothing outside of the folder.
-"""
+"""Invalid records of runs, benches and the cache: each command reports one error, and reads no other files."""
 
 import json
 import math
@@ -120,7 +118,7 @@ def test_no_record_is_read_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[" * 100_000, "too deeply"),
         ("[" * 61 + "]" * 61, "too deeply"),
@@ -128,8 +126,8 @@ def test_no_record_is_read_without_end(tmp_path: Path) -> None:
         ("9" * 5000, "digits"),
     ],
 )
-def test_json_that_is_none_of_ours_is_a_value_error(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_json_is_a_value_error(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         bounded_json.parse_json(text)
     assert bounded_json.parse_json("[" * 60 + "]" * 60)
 
@@ -149,8 +147,8 @@ def test_record_that_could_not_be_read_is_not_written(
 
 
 def about(**more: Any) -> dict[str, Any]:
-    said = {"teacher": "t", "data": "d", "source": "s", "images": 2, "view": 0, "bytes_per_image": 4}
-    return {**said, "output": {"readout": "logits"}, "lost_mass": None, **more}
+    content = {"teacher": "t", "data": "d", "source": "s", "images": 2, "view": 0, "bytes_per_image": 4}
+    return {**content, "output": {"readout": "logits"}, "lost_mass": None, **more}
 
 
 @pytest.mark.parametrize(
@@ -168,9 +166,9 @@ def about(**more: Any) -> dict[str, Any]:
     ],
 )
 def test_entry_of_the_store_of_another_form_is_counted_as_unreadable(content: Any, tmp_path: Path) -> None:
-    for name, said in (("a", about()), ("b", content)):
+    for name, entry in (("a", about()), ("b", content)):
         (tmp_path / "teacher-outputs" / name).mkdir(parents=True)
-        text = said if isinstance(said, str) else json.dumps(said)
+        text = entry if isinstance(entry, str) else json.dumps(entry)
         (tmp_path / "teacher-outputs" / name / "about.json").write_text(text)
     outputs, unreadable = list_cache(tmp_path)
     assert len(outputs) == 1 and unreadable == 1
@@ -182,8 +180,8 @@ def test_cache_listing_has_no_control_characters(tmp_path: Path) -> None:
     (tmp_path / "teacher-outputs" / "a" / "about.json").write_text(
         json.dumps(about(teacher="t\x1b[2J\u202e"))
     )
-    told = compress("cache", "list", "--cache", tmp_path).stdout
-    assert "t\\x1b[2J" in told and "\x1b" not in told and "\u202e" not in told
+    output = compress("cache", "list", "--cache", tmp_path).stdout
+    assert "t\\x1b[2J" in output and "\x1b" not in output and "\u202e" not in output
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[]", '"x"', "null", "{}", '{"../../x": "0"}', '{"a": []}'])
