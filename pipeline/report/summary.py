@@ -212,16 +212,11 @@ def list_missing(report: Report) -> list[str]:
 
 def describe_machine(environment: dict[str, str]) -> str | None:
     """Return processor, cores, operating system and ONNX Runtime in one line."""
-    entries = {key.lower().replace(" ", "_"): value for key, value in environment.items()}
-
-    def first(*names: str) -> str | None:
-        return next((entries[name] for name in names if entries.get(name)), None)
-
-    cores, runtime = first("cores_allowed", "cores", "cpu_count"), first("onnxruntime", "onnx_runtime")
+    cores, runtime = environment.get("cores allowed"), environment.get("onnxruntime")
     parts = [
-        first("cpu", "cpu_model", "processor"),
+        environment.get("cpu"),
         cores and f"{cores} core{'' if cores == '1' else 's'}",
-        first("os", "system", "machine"),
+        environment.get("machine"),
         runtime and f"ONNX Runtime {runtime}",
     ]
     return " · ".join(part for part in parts if part) or None
