@@ -1,4 +1,4 @@
-"""Invalid records of runs, benches and the cache: each command reports one error, and reads no other files."""
+"""Invalid records of runs, benches and the cache: one error each, and no other file is read."""
 
 import json
 import math

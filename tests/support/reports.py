@@ -153,8 +153,8 @@ def full(classes: list[str] | None = None) -> Report:
             StageTime(stage="bench", seconds=21.3, summary="0.684 ms at 1 thread"),
         ],
         environment={
-            "cpu": "AMD EPYC 9555 64-Core Processor", "cores allowed": "2", "machine": "Linux 6.8", "python": "3.11.9",
-            "torch": "2.11.0", "onnxruntime": "1.27.0",
+            "cpu": "AMD EPYC 9555 64-Core Processor", "cores allowed": "2", "machine": "Linux 6.8",
+            "python": "3.11.9", "torch": "2.11.0", "onnxruntime": "1.27.0",
         },
         config={
             "teacher": "resnet34", "student": "mobilenetv2_100", "out": "runs/clothing", "epochs": 60,
