@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-TaskName = Literal["classification", "multi-label"]
+TaskName = Literal["classification", "multi-label", "detection"]
 """The kinds of labels; see ``pipeline/tasks``."""

@@ -14,6 +14,7 @@ from ...export.text import escape_controls
 from ..config import TaskName
 from ..errors import JobError
 from ..runs.hashes import digest
+from .boxes import Box
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -45,6 +46,10 @@ class Image:
     label_set: tuple[int, ...] | None = None
     gray_bits: int = 16
     """Number of bits that 16-bit gray images of the data use, see ``runtime.decode_image``."""
+    boxes: tuple[Box, ...] | None = None
+    """The objects of a detection image, whose ``label_set`` has their classes; None for other images."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels of an upright image with boxes."""
 
     @classmethod
     def with_labels(cls, name: str, labels: Sequence[int], key: str, source: Source) -> "Image":
@@ -154,8 +159,12 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the classes and of each image's content, labels and split; names do not matter."""
-        images = sorted((image.key, image.labels, split) for split in SPLITS for image in self.split(split))
+        """SHA-256 of the classes and of each image's content, labels, boxes and split, without names."""
+        images = sorted(
+            (image.key, image.labels, split, *(() if image.boxes is None else (image.boxes,)))
+            for split in SPLITS
+            for image in self.split(split)
+        )
         bits = {} if self.gray_bits == 16 else {"gray_bits": self.gray_bits}  # it changes the pixels
         return digest({"classes": self.classes, "images": images, "task": self.task, **bits})
 

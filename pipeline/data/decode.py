@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
@@ -35,6 +36,7 @@ from ...export.runtime import (
 from ..errors import JobError, is_system_fault
 from ..runs.cache import Cache
 from ..runs.hashes import digest, sha256
+from .boxes import Header, Window, place_boxes, shown_window
 from .dataset import Image, ImageSet, Progress, Skipped, fail_to_read
 from .render import Pixels, pack_pixels
 
@@ -95,6 +97,14 @@ class Canonical:
             return tall, wide
         return max(down, round(tall * target / short)), max(across, round(wide * target / short))
 
+    def window(self, height: int, width: int) -> Window:
+        """Return what this form shows of an image of ``height`` × ``width`` pixels."""
+        if self.kind == "fixed":
+            form = Preprocessing.create(self.side, 1.0, self.filter, self.crop_mode, self.mean)
+            return shown_window(height, width, form)
+        tall, wide = self._limit_aspect(height, width)
+        return (height - tall) // 2 / height, (width - wide) // 2 / width, tall / height, wide / width
+
     def _limit_aspect(self, height: int, width: int) -> tuple[int, int]:
         down, across = height_width(self.side)
         tallest = MAX_ASPECT * width * max(down, across) // across
@@ -107,6 +117,8 @@ class ReadableImages:
 
     images: tuple[Image, ...]
     skipped: tuple[Skipped, ...]
+    window: Callable[[int, int], Window]
+    """Returns what is shown of an image of (height, width)."""
 
     @property
     def keys(self) -> Tensor:
@@ -121,10 +133,14 @@ class ReadableImages:
     def targets(self, data: ImageSet) -> Tensor:
         """Return the labels of these images of ``data`` for training.
 
-        Class numbers int64 [N]; for a multi-label set float32 [N, classes], 1 for each class of an image.
+        Class numbers int64 [N]; for a multi-label set float32 [N, classes], 1 for each class of an image; for
+        a detection set the boxes in what is shown, see ``boxes``.
         """
         if data.task == "classification":
             return self.labels
+        if data.task == "detection":
+            sizes = [image.size or (1, 1) for image in self.images]
+            return place_boxes([image.boxes or () for image in self.images], sizes, self.window)
         targets = torch.zeros(len(self.images), len(data.classes))
         for row, image in enumerate(self.images):
             targets[row, list(image.labels)] = 1
@@ -146,7 +162,8 @@ def decode_images(
     progress: Progress | None = None,
 ) -> DecodedImages:
     """Decode training images into their canonical form; memory-mapped if there is a cache."""
-    return _decode_once(images, canonical.convert, canonical_key(images, canonical), cache, progress)
+    key = canonical_key(images, canonical)
+    return _decode_once(images, canonical.convert, canonical.window, key, cache, progress)
 
 
 def canonical_key(images: Sequence[Image], canonical: Canonical) -> str:
@@ -163,7 +180,8 @@ def render_images(
 ) -> DecodedImages:
     """Render images from their files as the shipped runtime does, all of one size."""
     key = _key(images, {"rendered": asdict(preprocessing)})
-    return _decode_once(images, lambda image: render(image, preprocessing), key, cache, progress)
+    form, window = partial(render, p=preprocessing), partial(shown_window, p=preprocessing)
+    return _decode_once(images, form, window, key, cache, progress)
 
 
 def _key(images: Sequence[Image], form: dict[str, Any]) -> str:
@@ -180,6 +198,7 @@ def decoder_version() -> dict[str, Any]:
 def _decode_once(
     images: Sequence[Image],
     form: Callable[[np.ndarray], np.ndarray],
+    window: Callable[[int, int], Window],
     key: str,
     cache: Cache | None,
     progress: Progress | None,
@@ -192,7 +211,7 @@ def _decode_once(
         pixels, reasons = _collect(list(decode_each(images, form, progress)))
     else:
         pixels, reasons = _read(cache.get("images", key) or cache.put("images", key, write))
-    return DecodedImages(*skip_unreadable(images, reasons), pixels)
+    return DecodedImages(*skip_unreadable(images, reasons), window, pixels)
 
 
 def decode_each(
@@ -331,15 +350,21 @@ def shown_fractions(sizes: Sequence[tuple[int, int]], preprocessing: Preprocessi
 
 
 def _read_size(image: Image) -> tuple[int, int] | None:
+    header = read_header(image.source if isinstance(image.source, Path) else image.read())
+    return header and header[:2]
+
+
+def read_header(source: Path | bytes | np.ndarray) -> Header | None:
+    """Return an image's upright size and its EXIF orientation; None if its header is unreadable."""
+    if isinstance(source, np.ndarray):
+        return Header(*source.shape[:2])
     try:
-        content = image.read()
-        if not isinstance(content, bytes):
-            return content.shape[0], content.shape[1]
-        with suppress_pillow_warnings(), PillowImage.open(io.BytesIO(content)) as header:
-            is_turned = (
-                header.format in ("JPEG", "MPO") and header.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            )
-            return (header.width, header.height) if is_turned else (header.height, header.width)
+        file = source if isinstance(source, Path) else io.BytesIO(source)
+        with suppress_pillow_warnings(), PillowImage.open(file) as header:
+            has_exif = "exif" in header.info and header.format != "TIFF"  # whose size is upright
+            orientation = header.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
+            size = (header.width, header.height) if orientation in (5, 6, 7, 8) else header.size[::-1]
+            return Header(*size, orientation if orientation in (5, 6, 7, 8) else 1)
     except Exception:  # a damaged file makes Pillow raise almost anything; decoding reports it
         return None
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...export.runtime import Size, height_width
+from .boxes import follow
 from .views import ViewPolicy, draw_color_factors, draw_crops
 
 T = TypeVar("T", bound=Iterable[Tensor])
@@ -297,7 +298,7 @@ class Normalize(nn.Module):
 class LabeledViews:
     """Training images whose views are drawn by ``policy`` and ``seed``, of ``size`` pixels.
 
-    ``labels`` (int64 [N], or float32 [N, classes]) and ``keys`` (int64 [N]) are on the host; see
+    ``labels`` (int64 [N], float32 [N, classes] or [N, M, 7]) and ``keys`` (int64 [N]) are on the host; see
     ``decode.ReadableImages``.
     """
 
@@ -312,15 +313,17 @@ class LabeledViews:
 
     def draw(
         self, indices: Tensor, view_numbers: Tensor, heights: Tensor, widths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draw crops and flips of views, and the factors of the color jitter if there is one.
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Draw crops and flips of views, the factors of the color jitter if there is one, and the labels.
 
         ``indices`` and ``view_numbers`` are int64 [B]; ``heights`` and ``widths`` int64 [N], of all images.
         """
         keys, policy, seed = self.keys[indices], self.policy, self.seed
-        box, flips = draw_crops(policy, seed, keys, view_numbers, heights[indices], widths[indices])
+        heights, widths = heights[indices], widths[indices]
+        box, flips = draw_crops(policy, seed, keys, view_numbers, heights, widths)
+        labels = follow(self.labels[indices], box, flips, heights, widths, self.size)
         factors = draw_color_factors(policy, seed, keys, view_numbers) if policy.color_jitter else None
-        return box, flips, factors
+        return box, flips, factors, labels
 
 
 @dataclass(frozen=True)
@@ -341,11 +344,12 @@ class Views(LabeledViews):
         Another ``size`` returns the same crops at that size. A view depends only on its image, view number
         and the seed, not on the other images of the batch.
         """
-        box, flips, factors = self.draw(indices, view_numbers, self.pixels.heights, self.pixels.widths)
-        views = render_views(self.pixels, indices, box, flips, size or self.size, self.policy, device)
+        pixels = self.pixels
+        box, flips, factors, labels = self.draw(indices, view_numbers, pixels.heights, pixels.widths)
+        views = render_views(pixels, indices, box, flips, size or self.size, self.policy, device)
         if factors is not None:
             views = jitter_colors(views, factors)
-        return views, to_device(self.labels[indices], device)
+        return views, to_device(labels, device)
 
     def batches(
         self,

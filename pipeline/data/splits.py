@@ -35,8 +35,9 @@ class UnsplitDataset:
         If the source assigns ``train`` alone, 10 % become test and ``val_fraction`` (default 10 %) val; with
         ``train`` and ``test``, val is held out of train; all three are kept. Content that the source assigns
         to several splits stays in the last of train, val and test. Content with several classes goes to train
-        if we split. For a multi-label set, only train must contain every class. Near ``copies`` with the same
-        labels stay together if we split and a class has enough other images. In test, copies count once.
+        if we split. Unless each image has one class, only train must contain every class. Near ``copies``
+        with the same labels stay together if we split and a class has enough other images. In test, copies
+        count once.
 
         Raises:
             UsageError: fewer than two classes, a class too small for the splits, or an invalid fraction.
@@ -45,20 +46,20 @@ class UnsplitDataset:
         fraction = VAL_FRACTION if val_fraction is None else val_fraction
         if not 0 <= fraction < 1:
             raise UsageError(f"--val-fraction must be at least 0 and less than 1, got {fraction:g}.")
-        if len(self.classes) < 2:
+        if len(self.classes) < (1 if self.task == "detection" else 2):
             classes = f"only one class, '{self.classes[0]}'" if self.classes else "no classes"
             raise UsageError(f"{self.source}: it has {classes}. Provide images of two or more classes.")
         assigned = {split: list(self.images.get(split, ())) for split in SPLITS}
         splits, removed = _remove_copies(assigned, copies)
         has_test = "test" in self.images
         if not has_test or "val" not in self.images:
-            split_train = _split_multi_label if self.task == "multi-label" else _split_by_class
+            split_train = _split_by_class if self.task == "classification" else _split_multi_label
             units = _choose_units(splits["train"], copies, 2 if has_test else 3)
             splits |= split_train(splits["train"], self.classes, fraction, units, test=not has_test)
         splits["test"], repeated = drop_repeated(splits["test"], copies)
         for image in repeated:
             removed[copies.content(image)].append(image)
-        _check_every_class(splits, self.classes, ("train",) if self.task == "multi-label" else SPLITS)
+        _check_every_class(splits, self.classes, SPLITS if self.task == "classification" else ("train",))
         sorted_splits = {split: sort_images(splits[split]) for split in SPLITS}
         return ImageSet(
             name=self.name,

@@ -63,7 +63,8 @@ def measure_images(
     key = canonical_key(images, canonical)
     folder = cache.get("sizes", key) or cache.put("sizes", key, lambda path: write_sizes(path, measure()))
     sizes, reasons = read_sizes(folder)
-    return SizedImages(*skip_unreadable(images, reasons), sizes[:, 0].clone(), sizes[:, 1].clone())
+    heights, widths = sizes.T.contiguous()
+    return SizedImages(*skip_unreadable(images, reasons), canonical.window, heights, widths)
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class StreamedViews(LabeledViews):
 
         def tasks() -> Iterator[Task]:
             for indices, view_numbers in plan:
-                labels.append(self.labels[indices])
-                box, flips, factors = self.draw(indices, view_numbers, images.heights, images.widths)
+                drawn = self.draw(indices, view_numbers, images.heights, images.widths)
+                box, flips, factors, targets = drawn
+                labels.append(targets)
                 batch = [images.images[index] for index in indices.tolist()]
                 # As arrays, since torch would share the memory of small tensors at a cost.
                 arrays = box.numpy(), flips.numpy(), None if factors is None else factors.numpy()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import UsageError
 from ...runs.cache import Cache
@@ -27,16 +27,19 @@ def open_data(
     download: bool = False,
     follow_links: bool = False,
     val_fraction: float | None = None,
+    task: Literal["boxes"] | None = None,
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """Open the data set that ``--data`` names, and split it. All images are decoded to find copies.
 
+    ``task`` is "boxes" for a detector; otherwise images have labels alone.
+
     Raises:
         UsageError: it does not exist or is not usable.
     """
     unsplit = read_data(
-        data, data_dir=data_dir, download=download, follow_links=follow_links, progress=progress
+        data, data_dir=data_dir, download=download, follow_links=follow_links, task=task, progress=progress
     )
     with _mention_label_files(data_path(data)):
         try:
@@ -71,8 +74,11 @@ def _read(
     download: bool = False,
     follow_links: bool = False,
     for_training: bool = True,
+    task: Literal["boxes"] | None = None,
     progress: Progress | None = None,
 ) -> UnsplitDataset:
+    if task == "boxes" and (data == DIGITS or data_path(data) is None):
+        raise UsageError(f"--data {data} has no boxes, which a detector requires.")
     if data == DIGITS:
         _check_unused("the built-in digits", data_dir, download)
         return read_digits()
@@ -92,11 +98,11 @@ def _read(
                 f"nor a labels file ({', '.join(SUFFIXES)})."
             )
         _check_unused("a labels file", None, download)
-        return read_label_file(path, data_dir=data_dir, **how)
+        return read_label_file(path, data_dir=data_dir, with_boxes=task == "boxes", **how)
     if path.exists():
         _check_unused("a folder", data_dir, download)
         if (file := find_split_label_file(path)) is not None:
-            return read_label_file(file, **how)
+            return read_label_file(file, with_boxes=task == "boxes", **how)
         with _mention_label_files(path):
             return read_folder(path, **how)
     near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7) + _similar_folders(path)

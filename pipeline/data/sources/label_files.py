@@ -3,12 +3,14 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ...config import TaskName
 from ...errors import UsageError
 from ..dataset import Progress, Split, printable
 from ..splits import UnsplitDataset, quote_names
+from .box_rows import attach_boxes, clean_rows
 from .coco import read_coco
 from .folders import EXTENSIONS, FolderScan, Labels, hash_files, mention
 from .label_rows import DELIMITERS, JSON_LINES, Row, read_rows
@@ -26,6 +28,7 @@ def read_label_file(
     data_dir: Path | None = None,
     follow_links: bool = False,
     for_training: bool = True,
+    with_boxes: bool = False,
     progress: Progress | None = None,
 ) -> UnsplitDataset:
     """Read the images that a labels file names, with the splits that it assigns.
@@ -39,7 +42,8 @@ def read_label_file(
     name in the folders of other splits.
 
     If an image has several labels, and with COCO always, the set is multi-label. Classes are sorted by name,
-    COCO's by id; COCO's categories without annotations are left out.
+    COCO's by id; COCO's categories without annotations are left out. ``with_boxes`` reads the boxes of COCO's
+    annotations, for detection.
 
     ``data_dir`` is the folder of the images, by default that of the labels file. COCO's are also searched in
     ``images``, and in folders named after their split (``train2017``). Nothing outside of it is read,
@@ -52,7 +56,7 @@ def read_label_file(
     files: dict[Split, _LabelFile] = {}
     for split, file in paths.items():
         try:
-            files[split] = _LabelFile(file)
+            files[split] = _LabelFile(file, with_boxes)
         except UsageError as error:
             if file == path:
                 raise
@@ -71,10 +75,47 @@ def read_label_file(
     images = _group_by_split(located, paths, for_training)
     notes = [*scan.notes, *_describe_unused(path, files.values(), images.values(), scan)]
     used = {name for file in files.values() for row in file.rows for name in row.labels}
+    if with_boxes:
+        images, more = clean_rows(images, scan)
+        notes += more
+        used = {name for rows in images.values() for row in rows.values() for name in row.labels}
     categories = dict.fromkeys(name for file in files.values() for name in file.categories)
-    classes = [name for name in categories if name in used] or sorted(used)
+    return label_images(
+        path,
+        printable(folder.resolve().name),
+        [name for name in categories if name in used] or sorted(used),
+        images,
+        scan,
+        has_splits=len(files) > 1 or any(row.split for file in files.values() for row in file.rows),
+        task="detection" if with_boxes else "multi-label" if multi_label else "classification",
+        notes=notes,
+        for_training=for_training,
+        progress=progress,
+    )
+
+
+def label_images(
+    path: Path,
+    name: str,
+    classes: Sequence[str],
+    images: Mapping[Split, Mapping[Path, Row]],
+    scan: FolderScan,
+    *,
+    has_splits: bool,
+    task: TaskName,
+    notes: Sequence[str],
+    for_training: bool,
+    progress: Progress | None,
+) -> UnsplitDataset:
+    """Return the data set of the images by split and file, whose rows name classes.
+
+    Raises:
+        UsageError: there are too few classes, or the training images lack one.
+    """
     if for_training:
-        if len(classes) < 2 and not multi_label:
+        if not classes:
+            raise mention(UsageError(f"{printable(str(path))} has no boxes to train on."), notes)
+        if len(classes) < 2 and task == "classification":
             raise UsageError(f"{printable(str(path))} has only one class, '{classes[0]}'. Two are required.")
         trained = {label for row in images["train"].values() for label in row.labels}
         if untrained := [label for label in classes if label not in trained]:
@@ -82,22 +123,30 @@ def read_label_file(
                 f"{printable(path.name)} has images of {quote_names(untrained)}, but none to train on. "
                 "Add some."
             )
-    number = {name: label for label, name in enumerate(classes)}
+    number = {label: position for position, label in enumerate(classes)}
     labeled: dict[Split, list[tuple[Path, Labels]]] = {
         split: [
-            (file, tuple(number[name] for name in row.labels) if multi_label else number[row.labels[0]])
+            (
+                file,
+                number[row.labels[0]]
+                if task == "classification"
+                else tuple(number[label] for label in row.labels),
+            )
             for file, row in rows.items()
         ]
         for split, rows in images.items()
     }
+    hashed = hash_files(labeled, scan, progress)
+    if task == "detection":
+        hashed = {split: attach_boxes(hashed[split], rows, number) for split, rows in images.items()}
     return UnsplitDataset(
-        printable(folder.resolve().name),
+        name,
         printable(str(path)),
         classes,
-        hash_files(labeled, scan, progress),
-        has_splits=len(files) > 1 or any(row.split for file in files.values() for row in file.rows),
+        hashed,
+        has_splits,
         skipped=scan.skipped,
-        task="multi-label" if multi_label else "classification",
+        task=task,
         notes=notes,
     )
 
@@ -148,11 +197,13 @@ def find_label_files(folder: Path) -> list[str]:
 
 
 class _LabelFile:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, with_boxes: bool) -> None:
         self.path = path
         self.is_coco = path.suffix.lower() == COCO
+        if with_boxes and not self.is_coco:
+            raise UsageError(f"{printable(path.name)} has labels, and no boxes, which a detector requires.")
         self.rows, self.categories, self.unannotated = (
-            read_coco(path) if self.is_coco else (read_rows(path), [], [])
+            read_coco(path, with_boxes=with_boxes) if self.is_coco else (read_rows(path), [], [])
         )
         self.multi_label = self.is_coco or any(len(row.labels) > 1 for row in self.rows)
 
@@ -171,9 +222,10 @@ class _LabelFile:
                 )
             if file in rows:
                 other = rows[file]
-                if row.split == other.split and set(row.labels) == set(other.labels):
+                same = set(row.labels) == set(other.labels) and row.boxes == other.boxes
+                if row.split == other.split and same:
                     continue
-                what = "labels" if set(row.labels) != set(other.labels) else "splits"
+                what = "splits" if same else "labels"
                 raise UsageError(
                     f"{name} has {printable(row.file)} in {other.place} and in {row.place} with different "
                     f"{what}. Keep one of them, with all labels."

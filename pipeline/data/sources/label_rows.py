@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ..boxes import NamedBox
 from ..dataset import Split, printable
 from .split_names import SPLIT_WORDS, parse_split
 
@@ -34,12 +35,18 @@ JSON_EXAMPLE = '{"file": "a.jpg", "labels": ["cat", "dog"]}'
 
 @dataclass(frozen=True)
 class Row:
-    """The labels of one image; ``place`` is its position in the labels file, such as ``line 7``."""
+    """The labels of one image; ``place`` is its position in the labels file, such as ``line 7``.
+
+    ``boxes`` and ``size`` (height, width) are those of ``boxes.clean_boxes``: first as they are stated, then
+    as fractions and in pixels.
+    """
 
     file: str
     labels: tuple[str, ...]
     split: Split | None
     place: str
+    boxes: tuple[NamedBox, ...] | None = None
+    size: tuple[float, float] | None = None
 
 
 def read_rows(path: Path) -> list[Row]:
