@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError, UnknownModel, shorten
+from .errors import ModelError, Size, UnknownModel, shorten, show_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,8 +62,11 @@ ALIASES: dict[str, str] = {
     "dinov3_large": "vit_large_patch16_dinov3",
 }
 
-Size = int | tuple[int, int]
-"""Pixels: the side of a square, or height and width of another rectangle."""
+DETECTORS = ("retinanet", "ssdlite")
+"""Kinds of detectors, which are named `KIND:BACKBONE`."""
+
+DETECTOR_IMAGE_SIZE = 320
+"""Default side of a detector's input in pixels, that of torchvision's small detectors."""
 
 # Letters and digits that are often confused: resnet5O, mobi1enet.
 _LOOK_ALIKES = str.maketrans("oil", "011")
@@ -85,12 +88,18 @@ def list_architectures() -> list[str]:
 def resolve(name: str) -> str:
     """Return timm's name for a name typed by the user, with its pretrained tag (`resnet50.a1_in1k`) if any.
 
+    The name of a detector is its kind and that of its backbone: `retinanet:resnet50`.
     Raises UnknownModel with the nearest names, or with the existing tags if only the tag is wrong.
     """
     import timm
 
     register()
     typed = name.strip()
+    kind, separator, backbone = typed.partition(":")
+    if separator:
+        if kind not in DETECTORS:
+            raise UnknownModel(f"Unknown detector {kind!r} of {typed!r}. Choose from {', '.join(DETECTORS)}.")
+        return f"{kind}:{resolve(backbone)}"
     architecture, _, tag = typed.partition(".")
     architecture = ALIASES.get(architecture, architecture)
     if not architecture or not timm.is_model(architecture):
@@ -133,6 +142,17 @@ def find_nearest(name: str) -> list[str]:
         if score >= 0.6:
             scored.append((-score, candidate not in ALIASES, len(candidate), candidate))
     return [candidate for *_, candidate in sorted(scored)[:4]]
+
+
+def split_name(full: str) -> tuple[str, str]:
+    """Return the kind of a detector, empty for a classifier, and timm's name of the network or backbone."""
+    kind, _, name = full.rpartition(":")
+    return kind, name
+
+
+def is_detector(name: str) -> bool:
+    """Return True for the name of a detector, KIND:BACKBONE."""
+    return ":" in name
 
 
 def _describe_unknown(typed: str) -> str:
@@ -189,22 +209,22 @@ class BuiltAs:
 
 
 def pretrained_cfg(name: str) -> Any:
-    """Return timm's PretrainedCfg of a name (default tag if it has none) without building the network."""
+    """Return timm's PretrainedCfg of a name (default tag if it has none) without building the network.
+
+    That of a detector is its backbone's.
+    """
     import timm
 
-    full = resolve(name)
+    _, full = split_name(resolve(name))
     cfg = timm.models.get_pretrained_cfg(full)
     return cfg if cfg is not None else timm.models.PretrainedCfg(architecture=full.partition(".")[0])
 
 
 def default_image_size(name: str) -> int:
     """Return the input size in pixels that the network was designed for."""
+    if split_name(resolve(name))[0]:
+        return DETECTOR_IMAGE_SIZE
     return int(max(pretrained_cfg(name).input_size[-2:]))
-
-
-def show_size(image_size: Size) -> str:
-    """Return a size as on the command line: `224`, or `96x36` for height and width."""
-    return str(image_size) if isinstance(image_size, int) else "x".join(map(str, image_size))
 
 
 def geometry(name: str, image_size: Size | None = None) -> Geometry:
@@ -212,11 +232,12 @@ def geometry(name: str, image_size: Size | None = None) -> Geometry:
     cfg = pretrained_cfg(name)
     if cfg.input_size[0] != 3 or len(cfg.mean) != 3 or len(cfg.std) != 3:
         raise UnknownModel(f"Model {name} does not take RGB images. Choose another one.")
+    is_detector = bool(split_name(resolve(name))[0])  # it has to see the whole image
     return Geometry(
         image_size=image_size or default_image_size(name),
-        crop_fraction=float(cfg.crop_pct),
+        crop_fraction=1.0 if is_detector else float(cfg.crop_pct),
         interpolation=cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bilinear",
-        crop_mode=cfg.crop_mode or "center",
+        crop_mode="border" if is_detector else cfg.crop_mode or "center",
         mean=(float(cfg.mean[0]), float(cfg.mean[1]), float(cfg.mean[2])),
         std=(float(cfg.std[0]), float(cfg.std[1]), float(cfg.std[2])),
     )
@@ -297,18 +318,31 @@ def has_batch_norm(name: str) -> bool:
 def create_network(
     full: str, num_classes: int, image_size: Size, activation: str | None = None
 ) -> "nn.Module":
-    """Build timm's network of a resolved name on torch's default device. Raises ModelError."""
+    """Build the network of a resolved name on torch's default device. Raises UnknownModel, ModelError."""
     import timm
+    from timm.layers import to_2tuple
     from torch import nn
 
+    kind, name = split_name(full)
+    if kind and not num_classes:
+        raise ModelError(f"Detector {full} cannot be built without classes.")
     # timm marks the architectures whose weights depend on the input size; only those take img_size.
     options: dict[str, Any] = {"img_size": image_size} if pretrained_cfg(full).fixed_input_size else {}
     layer = {None: None, "relu": nn.ReLU, "relu6": nn.ReLU6}[activation]
     if layer is not None:
         options["act_layer"] = layer
     no_activation = f"--activation {activation} is not supported by model {full}. Omit it."
+    network: nn.Module
     try:
-        network: nn.Module = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
+        if kind:
+            from .detection.network import DenseDetector, create_backbone
+
+            height, width = to_2tuple(image_size)
+            network = DenseDetector(kind, create_backbone(name, **options), num_classes, (height, width))
+        else:
+            network = timm.create_model(full, pretrained=False, num_classes=num_classes, **options)
+    except UnknownModel:
+        raise
     except Exception as error:  # whatever a constructor of timm's thousand raises
         if layer is not None and "act_layer" in str(error):
             raise ModelError(no_activation) from error

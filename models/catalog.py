@@ -20,6 +20,7 @@ from .build import (
     find_nearest,
     pretrained_cfg,
     resolve,
+    split_name,
 )
 from .checkpoint import Checkpoint, refuse_compressed
 from .errors import ModelError, UnknownModel
@@ -36,10 +37,10 @@ FREE_LICENSES = frozenset(
 
 
 def has_pretrained(name: str) -> bool:
-    """Return True if timm lists published weights for a name; does not use the network."""
+    """Return True if timm lists published weights for a name (a detector's backbone); works offline."""
     import timm
 
-    return bool(timm.models.is_model_pretrained(resolve(name)))
+    return bool(timm.models.is_model_pretrained(split_name(resolve(name))[1]))
 
 
 def find_license(name: str) -> str | None:
@@ -78,7 +79,7 @@ def check_published(wanted: Sequence[tuple[str, str]], *, download: bool = True)
     """
     missing: list[tuple[str, str, str]] = []
     for name, option in dict.fromkeys(wanted):
-        full = resolve(name)
+        _, full = split_name(resolve(name))
         cfg = _published(full, option)
         try:
             _locate(full, cfg, option, download)
@@ -91,11 +92,12 @@ def check_published(wanted: Sequence[tuple[str, str]], *, download: bool = True)
 def fetch_pretrained(name: str, option: str = "--teacher-weights") -> Checkpoint:
     """Return the published weights of a name (default tag if it has none) from the cache or the internet.
 
-    Raises ModelError, which names the command-line `option`, within seconds if they are not available.
+    Those of a detector are its backbone's. Raises ModelError, which names the command-line `option`, within
+    seconds if they are not available.
     """
     import timm
 
-    full = resolve(name)
+    _, full = split_name(resolve(name))
     cfg = _published(full, option)
     located = _locate(full, cfg, option, download=True)
     assert located is not None
@@ -211,7 +213,8 @@ def _describe_missing(missing: Sequence[tuple[str, str, str]]) -> str:
 def published_labels(name: str, count: int) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
     """Return class names and descriptions of an architecture's published weights if they have ``count``."""
     cfg = pretrained_cfg(name)
-    return _labels(cfg) if has_pretrained(name) and cfg.num_classes == count else (None, None)
+    has_head = has_pretrained(name) and not split_name(resolve(name))[0]
+    return _labels(cfg) if has_head and cfg.num_classes == count else (None, None)
 
 
 def _labels(cfg: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
@@ -229,6 +232,9 @@ def _labels(cfg: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
     return tuple(info.label_names()), tuple(info.label_descriptions())
 
 
+COCO_CLASSES = 80
+"""Number of classes that detectors are listed with."""
+
 MAX_DESCRIBED = 60
 """Models that are built, without memory, to count their parameters and multiply-adds."""
 
@@ -240,7 +246,7 @@ class Entry:
     name: str
     alias: str | None
     parameters: int
-    """With the classes of the published weights."""
+    """With the classes of the published weights; detectors with those of COCO."""
     gmacs: float | None
     """Billions of multiply-adds for one image; None if they cannot be counted."""
     image_size: Size
@@ -280,8 +286,10 @@ def _cost(full: str, image_size: Size, classes: int | None = None) -> tuple[int,
     from timm.layers import to_2tuple
     from torch.utils.flop_counter import FlopCounterMode
 
+    if classes is None:
+        classes = COCO_CLASSES if split_name(full)[0] else int(pretrained_cfg(full).num_classes)
     with torch.device("meta"):
-        network = create_network(full, classes or int(pretrained_cfg(full).num_classes), image_size).eval()
+        network = create_network(full, classes, image_size).eval()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     counter = FlopCounterMode(display=False)
     try:

@@ -1,4 +1,7 @@
-"""Errors of building a model and loading its weights."""
+"""Errors of building a model and loading its weights, and what their messages contain."""
+
+Size = int | tuple[int, int]
+"""Pixels: the side of a square, or height and width of another rectangle."""
 
 
 class ModelError(Exception):
@@ -17,3 +20,8 @@ def shorten(error: BaseException) -> str:
     """Return the message of another library's error on one line, without a final period."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "…"
+
+
+def show_size(image_size: Size) -> str:
+    """Return a size as on the command line: `224`, or `96x36` for height and width."""
+    return str(image_size) if isinstance(image_size, int) else "x".join(map(str, image_size))

@@ -20,8 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .build import Size, show_size
-from .errors import ModelError
+from .errors import ModelError, Size, show_size
 
 Reads = frozenset[str]
 LOGITS: Reads = frozenset({"logits"})
@@ -39,6 +38,7 @@ class Shapes:
     logits: int
     levels: tuple[tuple[int, int, int], ...] = ()
     map_pre: tuple[int, int, int] | None = None
+    towers: tuple[tuple[int, int, int], ...] = ()
 
 
 class Readouts(nn.Module):
@@ -286,6 +286,14 @@ class Readouts(nn.Module):
         if isinstance(classifier, nn.Linear) and classifier.in_features != vector.shape[1]:
             return False
         return logits.is_meta or torch.equal(classifier(vector), logits)
+
+
+def read_network(network: Any, image_size: Size | None = None) -> Readouts:
+    """Return the readouts of a network: its own ones if it has some, as detectors do."""
+    if hasattr(network, "readouts"):
+        own: Readouts = network.readouts(image_size)
+        return own
+    return Readouts(network, image_size)
 
 
 def _pre_relu_layer(network: nn.Module) -> nn.Module | None:

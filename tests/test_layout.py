@@ -21,9 +21,10 @@ LAYERS = (
 EXCEPTIONS: frozenset[tuple[str, str]] = frozenset()
 """Imports (importer, imported) that go upwards."""
 
-MOST_LEVELS = 12
+MOST_LEVELS = 13
 MOST_ENTRIES = 12
 MORE_ENTRIES = {
+    "tests/models": 14,
     "pipeline": 13,  # eleven layers, errors.py and __main__.py
     "pipeline/methods": 14,  # a file for each method
     "pipeline/report": 14,  # a file for each way to show a result
@@ -32,7 +33,7 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 170, 33_600, 25_600
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 190, 37_000, 28_000
 """Only a new feature may raise these."""
 
 

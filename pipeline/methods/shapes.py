@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 from ...models.build import Size, build
-from ...models.readout import Readouts
+from ...models.readout import Readouts, read_network
 from .. import methods
 from ..errors import UsageError
 from .base import Parameters, Setup, Shapes
@@ -16,15 +16,16 @@ from .base import Parameters, Setup, Shapes
 def _build(name: str, classes: int, image_size: Size) -> Readouts:
     # On the meta device a network of any size costs no memory and a fraction of a second.
     with torch.device("meta"):
-        return Readouts(build(name, num_classes=classes, image_size=image_size), image_size)
+        return read_network(build(name, num_classes=classes, image_size=image_size), image_size)
 
 
 def compute_shapes(name: str, classes: int, image_size: Size) -> Shapes:
     """Return the sizes of a network's features; levels are indexed from both ends (``map@0``, ``map@-1``)."""
     sizes = _build(name, classes, image_size).shapes
     maps = {name: size for name, size in (("map", sizes.map), ("map_pre", sizes.map_pre)) if size is not None}
-    for i, size in enumerate(sizes.levels):
-        maps[f"map@{i}"] = maps[f"map@{i - len(sizes.levels)}"] = size
+    for kind, levels in (("map", sizes.levels), ("tower", sizes.towers)):
+        for i, size in enumerate(levels):
+            maps[f"{kind}@{i}"] = maps[f"{kind}@{i - len(levels)}"] = size
     return Shapes(maps=maps, vector=sizes.vector, logits=sizes.logits)
 
 

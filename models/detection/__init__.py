@@ -1,0 +1,1 @@
+"""Dense detectors: a timm backbone, a feature pyramid, and heads, losses and decoding of torchvision."""
