@@ -10,7 +10,14 @@ from pathlib import Path
 from ...export.conversion.onnx_export import MAX_EMBEDDED_BYTES, check_opset
 from ...export.errors import ExportError
 from ...export.runtime import Size, detect_target, height_width, make_size
-from ...models.build import check_activation, check_size, default_image_size, has_batch_norm, show_size
+from ...models.build import (
+    check_activation,
+    check_size,
+    default_image_size,
+    has_batch_norm,
+    is_detector,
+    show_size,
+)
 from ...models.build import resolve as resolve_name
 from ...models.catalog import has_pretrained
 from ...models.checkpoint import read_checkpoint
@@ -72,6 +79,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
         download=chosen.download,
         follow_links=chosen.follow_links,
         val_fraction=chosen.val_fraction,
+        task="boxes" if is_detector(chosen.student) else None,
         cache=None if chosen.dry_run else Cache(chosen.cache),
         progress=progress,
     )
@@ -121,6 +129,12 @@ def _check_networks(chosen: Options) -> None:
     for name in chosen.teacher:
         resolve_name(name)
     resolve_name(chosen.student)
+    for name in chosen.teacher:
+        if is_detector(name) != is_detector(chosen.student):
+            raise UsageError(
+                f"--teacher {name} and --student {chosen.student}: one is a detector, the other is not. Use "
+                "detectors for both, or for none."
+            )
     for source in chosen.teacher_weights:
         _check_weights_file(source, "teacher")
     _check_weights_file(chosen.student_weights, "student")

@@ -119,7 +119,7 @@ class TrainingData:
         p = self._student_preprocessing
         height, width = (round(CANONICAL_SCALE * side) for side in height_width(self.image_size))
         side = self.policy.side if self.policy.kind == "pad_crop" else make_size(height, width)
-        if self.options.resize in ("squash", "pad"):
+        if self.options.resize in ("squash", "pad") or p.crop_mode == "border":
             return Canonical("fixed", side, p.interpolation, p.crop_mode, p.mean)
         return Canonical("fixed" if self.policy.kind == "pad_crop" else "short_side", side, p.interpolation)
 
