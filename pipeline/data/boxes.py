@@ -50,7 +50,7 @@ class Box(NamedTuple):
     x2: float
     y2: float
     area: float
-    """Pixels of the annotated image; of the outline, if the data has it."""
+    """Pixels of the annotated image, rounded; of the outline, if the data has it."""
     crowd: bool
     """Never trained on and not counted as a miss: a group of objects, or one that is marked as difficult."""
 
@@ -108,9 +108,10 @@ def clean_boxes(
         else:
             over = max(max(-x1, x2 - 1) * header.width, max(-y1, y2 - 1) * header.height)
             counts["clipped"] += over >= 1
-            is_stated = box.area is not None and 0 < box.area < math.inf
-            area = box.area if is_stated else (right - left) * (bottom - top) * pixels
-            cleaned.append(NamedBox(box.name, left, top, right, bottom, round(area or 0.0, 2), box.crowd))
+            area = (min(x2, 1) - max(x1, 0)) * (min(y2, 1) - max(y1, 0)) * pixels
+            if box.area is not None and 0 < box.area < math.inf:
+                area = box.area
+            cleaned.append(NamedBox(box.name, left, top, right, bottom, float(round(area)), box.crowd))
     distinct = tuple(sorted(set(cleaned)))
     counts["repeated"] += len(cleaned) - len(distinct)
     return distinct

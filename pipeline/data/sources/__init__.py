@@ -14,10 +14,13 @@ from ...runs.files import DATA_PACKAGES, DIGITS, data_path, describe_namesake
 from ..copies import find_copies
 from ..dataset import ImageSet, Progress, printable, set_gray_bits, sort_images
 from ..splits import UnsplitDataset
+from .box_folders import find_kind, read_box_folder
 from .folders import mention, read_folder
 from .gray_bits import measure_gray_bits
 from .label_files import SUFFIXES, find_label_files, find_split_label_file, read_label_file
 from .timm_datasets import read_digits, read_named
+
+BOX_FORMATS = "Boxes are read from COCO's .json, Pascal VOC's .xml and YOLO's data.yaml."
 
 
 def open_data(
@@ -78,7 +81,7 @@ def _read(
     progress: Progress | None = None,
 ) -> UnsplitDataset:
     if task == "boxes" and (data == DIGITS or data_path(data) is None):
-        raise UsageError(f"--data {data} has no boxes, which a detector requires.")
+        raise UsageError(f"--data {data} has no boxes, which a detector requires. {BOX_FORMATS}")
     if data == DIGITS:
         _check_unused("the built-in digits", data_dir, download)
         return read_digits()
@@ -91,6 +94,14 @@ def _read(
             if (namesake := describe_namesake(data)) is None:
                 raise
             raise UsageError(f"{error} {namesake}") from error
+    if path.exists() and (kind := find_kind(path)) is not None:
+        if task != "boxes":
+            raise UsageError(
+                f"--data {printable(str(path))} has boxes ({kind}), which a classifier does not learn. Use a "
+                "detector, such as retinanet:resnet34."
+            )
+        _check_unused("a folder of boxes", None if path.is_file() else data_dir, download)
+        return read_box_folder(path, data_dir=data_dir, **how)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(
@@ -104,6 +115,10 @@ def _read(
         if (file := find_split_label_file(path)) is not None:
             return read_label_file(file, with_boxes=task == "boxes", **how)
         with _mention_label_files(path):
+            if task == "boxes":
+                raise UsageError(
+                    f"--data {printable(str(path))} has no boxes, which a detector requires. {BOX_FORMATS}"
+                )
             return read_folder(path, **how)
     near = get_close_matches(data.lower(), [DIGITS], cutoff=0.7) + _similar_folders(path)
     did_you_mean = f" Did you mean {' or '.join(near[:3])}?" if near else ""

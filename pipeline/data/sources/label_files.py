@@ -214,7 +214,7 @@ class _LabelFile:
         rows: dict[Path, Row] = {}
         missing: list[Row] = []
         for row in self.rows:
-            file = _find_file(folder, row.file)
+            file = find_file(folder, row.file)
             if not file.is_relative_to(scan.top):
                 raise UsageError(
                     f"{name}, {row.place}: {printable(row.file)} is outside of {printable(str(scan.top))}. "
@@ -248,10 +248,10 @@ class _LabelFile:
             return top
         split = self.path.stem.rpartition("_")[2]
         candidates = [top / part for part in ("", split, "images", f"images/{split}")]
-        return next((f for f in candidates if _is_file(_find_file(f, self.rows[0].file))), top)
+        return next((f for f in candidates if _is_file(find_file(f, self.rows[0].file))), top)
 
 
-def _find_file(folder: Path, name: str) -> Path:
+def find_file(folder: Path, name: str) -> Path:
     """Return the path of a file, also if its name has Windows separators or another Unicode form."""
     slashes = name.replace("\\", "/")
     forms = (name, slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")))
