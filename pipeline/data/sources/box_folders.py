@@ -239,6 +239,8 @@ def _read_yolo(file: Path, scan: FolderScan) -> tuple[_Rows, list[str]]:
     if len(set(classes.values())) < len(classes):
         raise UsageError(f"{shown}: two classes of 'names' have the same name. Rename one of them.")
     base = scan.top / str(content.get("path") or "")
+    if not content.get("train"):
+        raise UsageError(f"{shown} is not YOLO's: it lacks 'train', the folder of the training images.")
     rows: _Rows = {}
     keys: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
     for split, words in keys.items():
@@ -248,8 +250,6 @@ def _read_yolo(file: Path, scan: FolderScan) -> tuple[_Rows, list[str]]:
         places = stated if isinstance(stated, list) else [stated]
         images = chain.from_iterable(_list_images(str(p), base, shown, scan) for p in places)
         rows[split] = {image: _read_yolo_labels(image, classes, scan) for image in images}
-    if "train" not in rows:
-        raise UsageError(f"{shown} is not YOLO's: it lacks 'train', the folder of the training images.")
     return rows, [classes[key] for key in sorted(classes)]
 
 
