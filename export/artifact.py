@@ -7,8 +7,19 @@
     input            "uint8" if the models take rendered pixels, uint8 [batch, H, W, 3] RGB, and normalize
                      them; absent if they take normalized float32 [batch, 3, H, W]
     labels           class names in the order of the logits
-    task             "multi-label" (sigmoid); absent for one label per image (softmax)
+    task             "multi-label" (sigmoid), "detection"; absent for one label per image (softmax)
     thresholds       for multi-label: the smallest probability at which each label is predicted
+    decoder          for detection: how the outputs `logits` [batch, A, classes] (sigmoid) and `boxes` [batch,
+                     A, 4] of the A anchors become boxes; see `runtime.Decoder`
+        kind             "retinanet" or "ssdlite"
+        anchors          levels in the order of the outputs: `grid`, rows and columns; `stride`, pixels from
+                         column to column and from row to row; `cells`, the boxes x1, y1, x2, y2 of row 0 and
+                         column 0 in pixels of the input. Order: rows, columns, cells
+        box_weights      divisors of a box's output (dx, dy, dw, dh): its center is the anchor's plus (dx, dy)
+                         times the anchor's sides, its sides are the anchor's times exp(dw) and exp(dh)
+        score_threshold  smaller scores are dropped, then all but the best `candidates` of each level
+        nms_iou          a box is dropped if a better one of its class has a larger IoU with it
+        detections       largest number of boxes per image
     origin           teachers and student with their licenses, method, data, and the temperature folded into
                      the model, if any; any JSON
     versions         versions of the tools that wrote the files
@@ -84,6 +95,7 @@ def write_manifest(
     labels: Sequence[str],
     origin: Mapping[str, Any],
     thresholds: Sequence[float] | None = None,
+    decoder: runtime.Decoder | None = None,
     takes_pixels: bool = False,
 ) -> Path:
     """Verify every file and write `folder`/manifest.json atomically.
@@ -104,6 +116,7 @@ def write_manifest(
         **({"input": runtime.UINT8} if takes_pixels else {}),
         "labels": list(labels),
         **({} if thresholds is None else {"task": runtime.MULTI_LABEL, "thresholds": list(thresholds)}),
+        **({} if decoder is None else {"task": runtime.DETECTION, "decoder": decoder.to_dict()}),
         "origin": dict(origin),
         "versions": tool_versions(),
         "files": [shipped.to_dict() for shipped in files],
@@ -155,7 +168,7 @@ def _find_strings(value: Any) -> list[str]:
 
 _FUTURE = "from __future__ import annotations\n"
 
-_USAGE = "# Part of a questpress artifact: python predict.py photo.jpg, or from predict import Classifier.\n"
+_USAGE = "# Part of a questpress artifact: python predict.py photo.jpg, or from predict import open_model.\n"
 
 _CHECK_PACKAGES = """
 if __name__ == "__main__":

@@ -11,18 +11,38 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from .runtime import MAX_THREADS, ArtifactError, Classifier, ImageError, Prediction, readable_formats
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .runtime import (
+    MAX_THREADS,
+    ArtifactError,
+    Classifier,
+    Detection,
+    Detector,
+    ImageError,
+    Pixels,
+    Prediction,
+    open_model,
+    readable_formats,
+)
 from .text import encodable_json, escape_controls, escape_json
 
 
 def print_predictions(
-    classifier: Classifier, paths: Iterable[Path], *, top: int = 3, as_json: bool = False
+    model: Classifier | Detector,
+    paths: Iterable[Path],
+    *,
+    top: int = 3,
+    min_score: float = 0.5,
+    as_json: bool = False,
 ) -> int:
     """Print one line per image file, including those in folders; print errors to stderr.
 
-    Returns the number of images that could not be read.
+    A classifier's line has its `top` labels. A detector has a line per object of at least `min_score`, or in
+    JSON one per image. Returns the number of images that could not be read.
     """
     failures = 0
     for path in paths:
@@ -34,14 +54,18 @@ def print_predictions(
             continue
         for file in files:
             try:
-                [prediction] = classifier.predict([file], top)
+                if isinstance(model, Detector):
+                    [detections] = model.detect([file], min_score)
+                    text = _format_detections(file, detections, as_json=as_json)
+                else:
+                    [prediction] = model.predict([file], top)
+                    has_thresholds = model.thresholds is not None
+                    text = _format(file, prediction, as_json=as_json, multi_label=has_thresholds)
             except ImageError as error:
                 failures += 1
                 _print_error(error)
             else:
-                print(
-                    _format(file, prediction, as_json=as_json, multi_label=classifier.thresholds is not None)
-                )
+                print(text)
     return failures
 
 
@@ -63,19 +87,72 @@ def _find_images(folder: Path) -> list[Path]:
 
 def _format(path: Path, prediction: Prediction, *, as_json: bool, multi_label: bool) -> str:
     """Return the most likely labels; for a multi-label model the predicted ones, in JSON both."""
-    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    name = _name(path)
     if as_json:
         labels = {"labels": _to_json(prediction.labels)} if multi_label else {}
-        line = {"image": name, **labels, "top": _to_json(prediction.top)}
-        text = escape_json(json.dumps(line, ensure_ascii=False))
-        return encodable_json(text, getattr(sys.stdout, "encoding", None))
+        return _json_line({"image": name, **labels, "top": _to_json(prediction.top)})
     shown = prediction.labels if multi_label else prediction.top
     text = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in shown)
     return escape_controls(f"{name}: {text or 'no label'}")
 
 
+def _format_detections(path: Path, detections: Sequence[Detection], *, as_json: bool) -> str:
+    """Return label, score and box in pixels of each object."""
+    name = _name(path)
+    if as_json:
+        return _json_line({"image": name, "detections": [detection._asdict() for detection in detections]})
+    lines = [
+        f"{name}: {label} {100 * score:.1f} % at {', '.join(f'{side:.0f}' for side in box)}"
+        for label, score, box in detections
+    ]
+    return "\n".join(map(escape_controls, lines or [f"{name}: no objects"]))
+
+
+def _name(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    text = escape_json(json.dumps(line, ensure_ascii=False))
+    return encodable_json(text, getattr(sys.stdout, "encoding", None))
+
+
 def _to_json(labels: Iterable[tuple[str, float]]) -> list[dict[str, str | float]]:
     return [{"label": label, "probability": probability} for label, probability in labels]
+
+
+_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#000075")
+
+
+def draw_boxes(
+    pixels: Pixels, boxes: Iterable[tuple[int, str, tuple[float, float, float, float]]]
+) -> Image.Image:
+    """Draw boxes on a copy of an image: class index, text, and x1, y1, x2, y2 in pixels of each."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    width = max(1, round(max(picture.size) / 320))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, max(picture.size) // 48))
+    for index, text, box in boxes:
+        color = _COLORS[index % len(_COLORS)]
+        draw.rectangle(box, outline=color, width=width)
+        left, top, right, bottom = draw.textbbox((box[0], box[1]), text, font=font)
+        shift = min(bottom - box[1], box[1])  # above the box if there is room
+        draw.rectangle((left, top - shift, right, bottom - shift), fill=color)
+        draw.text((box[0], box[1] - shift), text, fill="white", font=font)
+    return picture
+
+
+def draw_detections(model: Detector, image: Path, file: Path, min_score: float) -> None:
+    """Write an image with the boxes of its objects. Raises ImageError if it cannot be read or written."""
+    pixels = model.decode(image)
+    [detections] = model.detect([pixels], min_score)
+    boxes = [(model.labels.index(d.label), f"{d.label} {100 * d.score:.0f} %", d.box) for d in detections]
+    try:
+        if file.exists() and file.samefile(image):
+            raise ValueError("it is the image itself")
+        draw_boxes(pixels, boxes).save(file)
+    except (OSError, ValueError) as error:  # ValueError: a suffix of no format that Pillow writes
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot write {_name(file)}: {reason}") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,13 +173,27 @@ def _thread_count(text: str) -> int:
     return count
 
 
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if an image or the model cannot be read, otherwise 0."""
-    parser = _Parser(description="Classify images with the model of an artifact folder.")
+    parser = _Parser(description="Apply the model of an artifact folder to images.")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file or folder")
     parser.add_argument(
         "--top", type=_positive_integer, default=3, help="number of labels per image [default: 3]"
     )
+    parser.add_argument(
+        "--min-score", type=_fraction, default=0.5, help="smallest score of a detected object [default: 0.5]"
+    )
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="write the image with its objects' boxes")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--file", help="model file in the folder [default: int8 for this processor]")
     parser.add_argument(
@@ -116,9 +207,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        classifier = Classifier.load(options.artifact, file=options.file, threads=options.threads)
-        return int(print_predictions(classifier, options.images, top=options.top, as_json=options.json) > 0)
-    except ArtifactError as error:
+        model = open_model(options.artifact, file=options.file, threads=options.threads)
+        if options.draw is not None:
+            if not isinstance(model, Detector):
+                parser.error(f"--draw requires a detector, {model.name} is a classifier")
+            if len(options.images) > 1 or options.images[0].is_dir():
+                parser.error("--draw requires one image file")
+        failures = print_predictions(
+            model, options.images, top=options.top, min_score=options.min_score, as_json=options.json
+        )
+        if options.draw is not None and not failures:
+            draw_detections(model, options.images[0], options.draw, options.min_score)
+        return int(failures > 0)
+    except (ArtifactError, ImageError) as error:
         _print_error(error)
         return 1
 

@@ -1,10 +1,13 @@
-"""Decode images, preprocess them and classify them with an exported model.
+"""Decode images, preprocess them, and classify them or detect objects in them with an exported model.
 
 This file requires only numpy, Pillow and onnxruntime. It is also the first part of `predict.py`, which ships
 with every artifact:
 
     classifier = Classifier.load("runs/shop")
     classifier.predict(["photo.jpg"])[0].label
+
+    detector = Detector.load("runs/cells")
+    detector.detect(["photo.jpg"])[0][0].box
 
 Training and validation use the same functions, so that reported accuracies are those of the device.
 """
@@ -22,11 +25,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, Self
 
 # ONNX Runtime 1.31 and later sends telemetry and keeps a device id in the user's cache, unless this is set
 # before it is imported.
@@ -44,6 +47,7 @@ MAX_THREADS = 1024
 MAX_PIXELS = 89_478_485  # of an image file; the limit from which Pillow warns
 METADATA_PREFIX = "questpress."
 MULTI_LABEL = "multi-label"
+DETECTION = "detection"
 UINT8 = "uint8"
 
 Pixels = np.ndarray
@@ -447,12 +451,8 @@ def render(image: Pixels, p: Preprocessing) -> Pixels:
     """Resize and crop an image to uint8 [*size, 3], pixel for pixel as timm's evaluation transform."""
     height, width = image.shape[:2]
     size = height_width(p.size)
-    new = resized_size(height, width, p)
+    new, (top, left) = place_crop(height, width, p)
     fill = tuple(round(255 * value) for value in p.mean) if p.crop_mode == "border" else (0, 0, 0)
-    top, left = (
-        round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
-        for side, crop in zip(new, size, strict=True)
-    )
     picture = Image.fromarray(np.ascontiguousarray(image))
     resample = _FILTERS[p.interpolation]
     if new[0] * new[1] > _MAX_RESIZED_PIXELS:
@@ -470,6 +470,27 @@ def render(image: Pixels, p: Preprocessing) -> Pixels:
     canvas = Image.new("RGB", (size[1], size[0]), fill)
     canvas.paste(picture, (-left, -top))
     return np.array(canvas, dtype=np.uint8)
+
+
+def place_crop(height: int, width: int, p: Preprocessing) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return an image's height and width after resizing, and the crop's top and left, negative in padding."""
+    new = resized_size(height, width, p)
+    top, left = (
+        round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
+        for side, crop in zip(new, height_width(p.size), strict=True)
+    )
+    return new, (top, left)
+
+
+def to_original(boxes: np.ndarray, height: int, width: int, p: Preprocessing) -> np.ndarray:
+    """Convert boxes from fractions of the rendered image to pixels of the image itself, clipped to it.
+
+    `boxes` are x1, y1, x2, y2, [n, 4]; `height` and `width` are those of the image. Returns float64 [n, 4].
+    """
+    (tall, wide), (top, left) = place_crop(height, width, p)
+    canvas_height, canvas_width = height_width(p.size)
+    corners = boxes.reshape(-1, 2, 2).astype(np.float64) * (canvas_width, canvas_height) + (left, top)
+    return (corners * (width / wide, height / tall)).clip(0, (width, height)).reshape(-1, 4)
 
 
 def resized_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
@@ -699,6 +720,161 @@ def _read_varint(content: memoryview, position: int) -> tuple[int, int]:
             raise ValueError("a number of more than 64 bits")
 
 
+class Model:
+    """A model file with its preprocessing and labels: a `Classifier` or a `Detector`."""
+
+    thresholds: np.ndarray | None = None
+    """For a multi-label classifier: the smallest probability at which each label is predicted, [labels]."""
+    decoder: Decoder | None = None
+    """For a detector."""
+
+    def __init__(
+        self,
+        model: bytes | ort.InferenceSession,
+        name: str,
+        *,
+        threads: int | None = None,
+        preprocessing: Preprocessing | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        """Open the content of an ONNX file; `load` reads it from a folder or file.
+
+        `preprocessing` and `labels` are by default those of the model's metadata. Raises ArtifactError if the
+        model does not take images, or if the metadata is required and missing.
+        """
+        self.name = name
+        self.threads = check_threads(threads)
+        self.session = _open_checked(model, name, self.threads) if isinstance(model, bytes) else model
+        self._complete = bool(preprocessing and labels)
+        """True if the metadata of the file is not required."""
+        self._own = _read_metadata(self.session, name, required=not self._complete)
+        self.preprocessing: Preprocessing = preprocessing or self._own.preprocessing  # type: ignore[union-attr]
+        self.labels: tuple[str, ...] = tuple(labels or self._own.labels)  # type: ignore[union-attr]
+        inputs = self.session.get_inputs()
+        if (
+            len(inputs) != 1
+            or not self.session.get_outputs()
+            or inputs[0].type not in ("tensor(uint8)", "tensor(float)")
+        ):
+            types = ", ".join(entry.type for entry in inputs) or "no input"
+            raise ArtifactError(f"{name} is not an image model: it takes {types}")
+        self._input = inputs[0].name
+        self.takes_pixels: bool = inputs[0].type == "tensor(uint8)"
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        file: str | None = None,
+        threads: int | None = None,
+        precision: str = "int8",
+    ) -> Self:
+        """Load a model as `open_model` does. Raises ArtifactError, also if it is of the other class."""
+        model = open_model(path, file=file, threads=threads, precision=precision)
+        if not isinstance(model, cls):
+            kind = type(model).__name__
+            raise ArtifactError(f"{model.name} is a {kind.lower()}, use {kind}")
+        return model
+
+    def decode(self, image: str | Path | bytes) -> Pixels:
+        """Decode an image file as this model requires it. Raises ImageError."""
+        return decode_image(image, gray_bits=self.preprocessing.gray_bits)
+
+    def to_input(self, pixels: np.ndarray) -> np.ndarray:
+        """Convert rendered images, uint8 [B, H, W, 3], to the model's input: normalize unless it does."""
+        return pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        """Run the model on the result of `to_input`: `Classifier.logits` or `Detector.detections`."""
+        raise NotImplementedError
+
+    def predict_logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Convert rendered images, uint8 [B, H, W, 3], to what `infer` returns.
+
+        Raises ArtifactError if the largest logit of an image is not finite.
+        """
+        logits = self.infer(self.to_input(pixels))
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise ArtifactError(f"{self.name} returns logits that are not finite")
+        return logits
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """Convert the logits that `infer` returns to probabilities; those of detections are some already."""
+        return outputs
+
+    def _run(self, batch: np.ndarray, names: list[str] | None = None) -> list[np.ndarray]:
+        """Return the outputs of these names, by default all, for at least one image."""
+        if self.takes_pixels and batch.dtype != np.uint8:
+            raise ValueError(f"{self.name} takes pixels, uint8 [B, H, W, 3], got {batch.dtype}")
+        batch = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
+        try:
+            outputs: list[np.ndarray] = self.session.run(names, {self._input: batch})
+        except Exception as error:  # onnxruntime's exceptions have no common public class
+            reason = " ".join(str(error).split())
+            raise ArtifactError(f"onnxruntime cannot run {self.name}: {reason}") from error
+        return outputs
+
+    def _render(
+        self, images: Iterable[Pixels | str | Path | bytes], batch_size: int
+    ) -> Iterator[tuple[list[Pixels], np.ndarray]]:
+        """Yield up to `batch_size` decoded images at a time, and what is rendered of them."""
+        remaining = iter(images)
+        while chunk := list(islice(remaining, batch_size)):
+            decoded = [image if isinstance(image, np.ndarray) else self.decode(image) for image in chunk]
+            yield decoded, np.stack([render(image, self.preprocessing) for image in decoded])
+
+
+def open_model(
+    path: str | Path, *, file: str | None = None, threads: int | None = None, precision: str = "int8"
+) -> Classifier | Detector:
+    """Load a model from a run folder, an artifact folder, or an .onnx file.
+
+    In a folder, `file` is the name of the model file, by default the first of `precision` ('int8' or 'fp32')
+    for this processor; its size and checksum are verified. Raises ArtifactError.
+    """
+    path, count = Path(path), check_threads(threads)
+    if path.is_file():
+        return open_content(_read_file(path), path.name, threads=count)
+    folder, manifest = read_manifest(path)
+    entry = _choose_file(manifest["files"], folder, file, precision)
+    return open_content(read_verified(folder, entry), entry["name"], threads=count, manifest=manifest)
+
+
+def open_content(
+    content: bytes, name: str, *, threads: int | None = None, manifest: Mapping[str, Any] | None = None
+) -> Classifier | Detector:
+    """Open the content of an ONNX file by its manifest, or its questpress metadata. Raises ArtifactError."""
+    count = check_threads(threads)
+    if manifest is None:
+        session = _open_checked(content, name, count)
+        own = _read_metadata(session, name, required=True)
+        is_detector = own is not None and own.decoder is not None
+        return (Detector if is_detector else Classifier)(session, name, threads=count)
+    about = Description.from_dict(manifest)
+    shared: dict[str, Any] = {
+        "threads": count,
+        "preprocessing": about.preprocessing,
+        "labels": about.labels,
+    }
+    if about.decoder is not None:
+        return Detector(content, name, **shared, decoder=about.decoder)
+    return Classifier(content, name, **shared, thresholds=about.thresholds)
+
+
+def check_threads(threads: int | None) -> int:
+    """Return a number of threads, `default_threads` for None. Raises ValueError unless it is valid."""
+    count = default_threads() if threads is None else threads
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
+    return count
+
+
+def _open_checked(model: bytes, name: str, threads: int) -> ort.InferenceSession:
+    refuse_external_data(model, name)
+    return open_session(model, threads, name=name)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The result for one image: the most likely label, its probability, and the `top` most likely labels.
@@ -713,12 +889,12 @@ class Prediction:
     labels: list[tuple[str, float]]
 
 
-class Classifier:
+class Classifier(Model):
     """A model that maps images to labels and probabilities."""
 
     def __init__(
         self,
-        model: bytes,
+        model: bytes | ort.InferenceSession,
         name: str,
         *,
         threads: int | None = None,
@@ -726,31 +902,17 @@ class Classifier:
         labels: Sequence[str] | None = None,
         thresholds: Sequence[float] | None = None,
     ) -> None:
-        """Open the content of an ONNX file; `Classifier.load` reads it from a folder or file.
+        """Open a model as `Model` does; `thresholds`, one per label, make it a multi-label model.
 
-        `preprocessing` and `labels` are by default those of the model's metadata. `thresholds`, one per
-        label, make it a multi-label model. Raises ArtifactError if it is not an image classifier, or if the
-        metadata is required and missing.
+        Raises ArtifactError, also if it is not an image classifier.
         """
-        self.name = name
-        self.threads = default_threads() if threads is None else threads
-        if not 1 <= self.threads <= MAX_THREADS:
-            raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
-        refuse_external_data(model, name)
-        self.session = open_session(model, self.threads, name=name)
-        complete = bool(preprocessing and labels)
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        own_preprocessing, own_labels, own_thresholds = _read_metadata(metadata, name, required=not complete)
-        if not complete and thresholds is None:
-            thresholds = own_thresholds
-        self.preprocessing: Preprocessing = preprocessing or own_preprocessing  # type: ignore[assignment]
-        self.labels: tuple[str, ...] = tuple(labels or own_labels)
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        if len(inputs) != 1 or not outputs or inputs[0].type not in ("tensor(uint8)", "tensor(float)"):
-            types = ", ".join(entry.type for entry in inputs) or "no input"
-            raise ArtifactError(f"{name} is not an image classifier: it takes {types}")
-        self._input = inputs[0].name
-        self.takes_pixels: bool = inputs[0].type == "tensor(uint8)"
+        super().__init__(model, name, threads=threads, preprocessing=preprocessing, labels=labels)
+        if self._own is not None:
+            if self._own.decoder is not None:
+                raise ArtifactError(f"{name} is a detector, use Detector")
+            if not self._complete and thresholds is None:
+                thresholds = self._own.thresholds
+        outputs = self.session.get_outputs()
         classes = outputs[0].shape[-1] if outputs[0].shape else None
         if isinstance(classes, int) and classes != len(self.labels):
             raise ArtifactError(f"{name} has {classes} outputs but {len(self.labels)} labels")
@@ -758,58 +920,15 @@ class Classifier:
         if self.thresholds is not None and self.thresholds.shape != (len(self.labels),):
             raise ArtifactError(f"{name} has {self.thresholds.size} thresholds but {len(self.labels)} labels")
 
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        file: str | None = None,
-        threads: int | None = None,
-        precision: str = "int8",
-    ) -> Classifier:
-        """Load a model from a run folder, an artifact folder, or an .onnx file.
-
-        In a folder, `file` is the name of the model file, by default the first of `precision` ('int8' or
-        'fp32') for this processor; its size and checksum are verified. Raises ArtifactError.
-        """
-        path = Path(path)
-        if path.is_file():
-            return cls(_read_file(path), path.name, threads=threads)
-        folder, manifest = read_manifest(path)
-        entry = _choose_file(manifest["files"], folder, file, precision)
-        return cls(
-            read_verified(folder, entry),
-            entry["name"],
-            threads=threads,
-            preprocessing=Preprocessing.from_dict(manifest["preprocessing"]),
-            labels=manifest["labels"],
-            thresholds=_parse_thresholds(manifest),
-        )
-
-    def decode(self, image: str | Path | bytes) -> Pixels:
-        """Decode an image file as this model requires it. Raises ImageError."""
-        return decode_image(image, gray_bits=self.preprocessing.gray_bits)
-
-    def to_input(self, pixels: np.ndarray) -> np.ndarray:
-        """Convert rendered images, uint8 [B, H, W, 3], to the model's input: normalize unless it does."""
-        return pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
-
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Run the model on the result of `to_input`; return float32 [B, classes].
 
         Raises ValueError if `batch` is of the wrong type, ArtifactError if onnxruntime fails or the output
         has another shape.
         """
-        if self.takes_pixels and batch.dtype != np.uint8:
-            raise ValueError(f"{self.name} takes pixels, uint8 [B, H, W, 3], got {batch.dtype}")
         if len(batch) == 0:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        batch = np.ascontiguousarray(batch, dtype=np.uint8 if self.takes_pixels else np.float32)
-        try:
-            logits = self.session.run(None, {self._input: batch})[0]
-        except Exception as error:  # onnxruntime's exceptions have no common public class
-            reason = " ".join(str(error).split())
-            raise ArtifactError(f"onnxruntime cannot run {self.name}: {reason}") from error
+        logits = self._run(batch)[0]
         shape, expected = getattr(logits, "shape", None), (len(batch), len(self.labels))
         if shape != expected:
             raise ArtifactError(f"{self.name} must return logits of shape {expected}, got {shape}")
@@ -817,15 +936,7 @@ class Classifier:
             raise ArtifactError(f"{self.name} must return numbers, got {logits.dtype}")
         return logits
 
-    def predict_logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Convert rendered images, uint8 [B, H, W, 3], to logits, float32 [B, classes].
-
-        Raises ArtifactError if the largest logit of an image is not finite.
-        """
-        logits = self.logits(self.to_input(pixels))
-        if not np.isfinite(logits.max(axis=-1)).all():
-            raise ArtifactError(f"{self.name} returns logits that are not finite")
-        return logits
+    infer = logits
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Return float64 [B, classes]: softmax, or for a multi-label model sigmoid."""
@@ -839,10 +950,7 @@ class Classifier:
         Raises ImageError if one cannot be read.
         """
         predictions = []
-        remaining = iter(images)
-        while chunk := list(islice(remaining, batch_size)):
-            decoded = [image if isinstance(image, np.ndarray) else self.decode(image) for image in chunk]
-            pixels = np.stack([render(image, self.preprocessing) for image in decoded])
+        for _, pixels in self._render(images, batch_size):
             for row in self.probabilities(self.predict_logits(pixels)):
                 order = np.argsort(-row, kind="stable")
                 best = [(self.labels[index], float(row[index])) for index in order[: max(1, top)]]
@@ -850,6 +958,255 @@ class Classifier:
                 labels = [(self.labels[index], float(row[index])) for index in chosen]
                 predictions.append(Prediction(*best[0], top=best, labels=labels))
         return predictions
+
+
+@dataclass(frozen=True)
+class AnchorLevel:
+    """The anchors of one feature map: `cells` at every position of `grid`, in pixels of the input.
+
+    Anchors are in the order of rows, columns, cells: `cells[k]` + stride · (column, row, column, row).
+    """
+
+    grid: tuple[int, int]
+    """Rows and columns."""
+    stride: tuple[float, float]
+    """Pixels between columns, and between rows."""
+    cells: tuple[tuple[float, float, float, float], ...]
+    """x1, y1, x2, y2 at row 0, column 0."""
+
+    @property
+    def count(self) -> int:
+        return self.grid[0] * self.grid[1] * len(self.cells)
+
+    def boxes(self) -> np.ndarray:
+        """Return the anchors, float32 [count, 4]: x1, y1, x2, y2."""
+        row, column = np.indices(self.grid, dtype=np.float32).reshape(2, -1, 1)
+        x, y = column * np.float32(self.stride[0]), row * np.float32(self.stride[1])
+        corners = np.stack([x, y, x, y], axis=-1) + np.array(self.cells, dtype=np.float32)
+        return corners.reshape(-1, 4)
+
+
+_DECODED_KINDS = ("retinanet", "ssdlite")
+_MAX_ANCHORS = 1 << 22
+_MAX_BOXES = 100_000  # candidates of a level, or detections of an image
+_MAX_LOG_RATIO = np.float32(math.log(1000 / 16))  # of a box to its anchor, as torchvision's BoxCoder
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How scores and offsets of anchors become detections: `RetinaNet.postprocess_detections` of torchvision.
+
+    Scores are sigmoids. Of each level the `candidates` best pairs of anchor and class above `score_threshold`
+    are decoded, clipped to the image, and suppressed by better ones of their class whose IoU exceeds
+    `nms_iou`; the `detections` best remain. `box_weights` divide the offsets of x, y, width and height.
+    """
+
+    kind: str
+    anchors: tuple[AnchorLevel, ...]
+    box_weights: tuple[float, float, float, float]
+    score_threshold: float
+    nms_iou: float
+    candidates: int
+    detections: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decoder as JSON."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Decoder:
+        """Raise ValueError if `values` is not a decoder that this version supports."""
+        if not isinstance(values, Mapping) or values.get("kind") not in _DECODED_KINDS:
+            raise ValueError(f"decoder must be of kind {' or '.join(_DECODED_KINDS)}")
+        try:
+            levels = tuple(
+                AnchorLevel(
+                    _check_numbers(level["grid"], 2, 1, MAX_SIDE, int),
+                    _check_numbers(level["stride"], 2, 0, MAX_SIDE),
+                    tuple(_check_numbers(cell, 4, -16 * MAX_SIDE, 16 * MAX_SIDE) for cell in level["cells"]),
+                )
+                for level in values["anchors"]
+            )
+            thresholds = [values["score_threshold"], values["nms_iou"]]
+            counts = [values["candidates"], values["detections"]]
+            decoder = cls(
+                values["kind"],
+                levels,
+                _check_numbers(values["box_weights"], 4, 1e-6, 1e6),
+                *_check_numbers(thresholds, 2, 1e-6, 1 - 1e-6),
+                *_check_numbers(counts, 2, 1, _MAX_BOXES, int),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"decoder has a missing or invalid value: {error}") from error
+        if not 0 < decoder.count <= _MAX_ANCHORS:
+            raise ValueError(f"decoder requires 1 to {_MAX_ANCHORS:,} anchors, got {decoder.count:,}")
+        if any(x1 >= x2 or y1 >= y2 for level in levels for x1, y1, x2, y2 in level.cells):
+            raise ValueError("decoder has an anchor without area")
+        return decoder
+
+    @property
+    def count(self) -> int:
+        """Number of anchors."""
+        return sum(level.count for level in self.anchors)
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """All anchors, float32 [count, 4], in pixels of the input."""
+        return np.concatenate([level.boxes() for level in self.anchors])
+
+    def decode(self, logits: np.ndarray, offsets: np.ndarray, size: Size) -> np.ndarray:
+        """Decode the outputs of one image of `size`, float32 [count, classes] and [count, 4].
+
+        Returns float32 [detections, 6], see `Detector.detections`.
+        """
+        classes, least = logits.shape[1], math.log(self.score_threshold / (1 - self.score_threshold))
+        indices, scores, start = [], [], 0
+        for level in self.anchors:
+            values = logits[start : start + level.count].ravel()
+            above = np.flatnonzero(values > least)
+            probabilities = sigmoid(values[above]).astype(np.float32)
+            best = np.argsort(-probabilities, kind="stable")[: self.candidates]
+            indices.append(above[best] + start * classes)
+            scores.append(probabilities[best])
+            start += level.count
+        score = np.concatenate(scores)
+        order = np.argsort(-score, kind="stable")
+        score, (anchors, labels) = score[order], np.divmod(np.concatenate(indices)[order], classes)
+        boxes = self._decode_boxes(offsets[anchors], self.boxes[anchors])
+        height, width = height_width(size)
+        sides = np.array([width, height, width, height], dtype=np.float32)
+        boxes = boxes.clip(0, sides)
+        kept = suppress_overlaps(boxes, labels, self.nms_iou, self.detections)
+        detections = np.zeros((self.detections, 6), dtype=np.float32)
+        detections[: len(kept)] = np.column_stack([score[kept], labels[kept], boxes[kept] / sides])
+        return detections
+
+    def _decode_boxes(self, offsets: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+        offsets = offsets / np.array(self.box_weights, dtype=np.float32)
+        sides = anchors[:, 2:] - anchors[:, :2]
+        centers = offsets[:, :2] * sides + (anchors[:, :2] + np.float32(0.5) * sides)
+        halves = np.float32(0.5) * (np.exp(np.minimum(offsets[:, 2:], _MAX_LOG_RATIO)) * sides)
+        return np.concatenate([centers - halves, centers + halves], axis=1)
+
+
+def _check_numbers(values: Any, length: int, low: float, high: float, kind: type = float) -> Any:
+    """Convert a list of numbers to a tuple. Raises ValueError unless they are `length` within the bounds."""
+    is_list = isinstance(values, list | tuple) and len(values) == length
+    if not is_list or not all(type(v) in (int, kind) and low <= v <= high for v in values):
+        raise ValueError(
+            f"decoder requires {length} numbers from {low:g} to {high:g}, got {str(values)[:60]}"
+        )
+    return tuple(kind(value) for value in values)
+
+
+def suppress_overlaps(boxes: np.ndarray, labels: np.ndarray, iou: float, limit: int) -> np.ndarray:
+    """Return the indices of the first `limit` boxes that overlap no better one of their class by over `iou`.
+
+    Class-wise non-maximum suppression; `boxes`, x1, y1, x2, y2, [n, 4], are sorted by falling score.
+    """
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    remaining, kept = np.arange(len(boxes)), []
+    while len(remaining) and len(kept) < limit:
+        best, remaining = remaining[0], remaining[1:]
+        kept.append(best)
+        lows = np.maximum(boxes[remaining, :2], boxes[best, :2])
+        shared = (np.minimum(boxes[remaining, 2:], boxes[best, 2:]) - lows).clip(0).prod(axis=1)
+        overlaps = shared > np.float32(iou) * (areas[remaining] + areas[best] - shared)
+        remaining = remaining[~overlaps | (labels[remaining] != labels[best])]
+    return np.array(kept, dtype=np.intp)
+
+
+class Detection(NamedTuple):
+    """An object in an image."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    """x1, y1, x2, y2 in pixels of the decoded image."""
+
+
+class Detector(Model):
+    """A model that finds objects in images: labels, scores and boxes."""
+
+    decoder: Decoder
+
+    def __init__(
+        self,
+        model: bytes | ort.InferenceSession,
+        name: str,
+        *,
+        threads: int | None = None,
+        preprocessing: Preprocessing | None = None,
+        labels: Sequence[str] | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """Open a model as `Model` does; `decoder` is by default that of its metadata.
+
+        Raises ArtifactError, also if it is not a detector.
+        """
+        super().__init__(model, name, threads=threads, preprocessing=preprocessing, labels=labels)
+        decoder = decoder or (None if self._own is None else self._own.decoder)
+        shapes = {output.name: output.shape for output in self.session.get_outputs()}
+        if decoder is None or not {"logits", "boxes"} <= shapes.keys():
+            raise ArtifactError(f"{name} is not a detector")
+        for output, columns in (("logits", len(self.labels)), ("boxes", 4)):
+            expected = (decoder.count, columns)
+            sizes = zip(shapes[output][1:], expected, strict=False)
+            if len(shapes[output]) != 3 or any(isinstance(n, int) and n != m for n, m in sizes):
+                raise ArtifactError(
+                    f"{name} has {output} of shape {shapes[output]}, its decoder and labels require "
+                    f"[batch, {decoder.count}, {columns}]"
+                )
+        self.decoder = decoder
+
+    def detections(self, batch: np.ndarray) -> np.ndarray:
+        """Run the model on the result of `to_input` and decode; return float32 [B, detections, 6].
+
+        Rows are score, class, x1, y1, x2, y2 by falling score, the box in fractions of the rendered image;
+        unused rows are 0. Raises as `Classifier.logits`, also if outputs are not finite.
+        """
+        detections = np.zeros((len(batch), self.decoder.detections, 6), dtype=np.float32)
+        if len(batch) == 0:
+            return detections
+        logits, offsets = self._run(batch, ["logits", "boxes"])
+        for output, columns in ((logits, len(self.labels)), (offsets, 4)):
+            shape, expected = output.shape, (len(batch), self.decoder.count, columns)
+            if shape != expected or output.dtype != np.float32:
+                raise ArtifactError(f"{self.name} must return float32 of shape {expected}, got {shape}")
+            if not np.isfinite(output).all():
+                raise ArtifactError(f"{self.name} returns outputs that are not finite")
+        for row, *outputs in zip(detections, logits, offsets, strict=True):
+            row[:] = self.decoder.decode(*outputs, self.preprocessing.size)
+        return detections
+
+    infer = detections
+
+    def detect(
+        self,
+        images: Iterable[Pixels | str | Path | bytes],
+        min_score: float = 0.5,
+        *,
+        batch_size: int = 16,
+    ) -> list[list[Detection]]:
+        """Find objects in images: paths, contents of files, or decoded images (uint8 [H, W, 3]).
+
+        Returns for each image its objects of at least `min_score`, the best first. Raises ImageError if an
+        image cannot be read.
+        """
+        return [
+            self._locate(rows[rows[:, 0] >= max(min_score, self.decoder.score_threshold)], image.shape)
+            for decoded, pixels in self._render(images, batch_size)
+            for image, rows in zip(decoded, self.detections(self.to_input(pixels)), strict=True)
+        ]
+
+    def _locate(self, rows: np.ndarray, shape: tuple[int, ...]) -> list[Detection]:
+        boxes = to_original(rows[:, 2:], *shape[:2], self.preprocessing)
+        return [
+            Detection(self.labels[int(label)], float(score), (x1, y1, x2, y2))
+            for (score, label), (x1, y1, x2, y2) in zip(rows[:, :2], boxes.tolist(), strict=True)
+            if x1 < x2 and y1 < y2  # not in the padding alone
+        ]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -896,6 +1253,12 @@ def build_metadata(
     return {METADATA_PREFIX + key: value for key, value in entries.items()}
 
 
+def decoder_metadata(decoder: Mapping[str, Any]) -> dict[str, str]:
+    """Return the further entries of a detector's metadata, see `build_metadata`; `decoder` as JSON."""
+    about = {"task": DETECTION, "decoder": json.dumps(Decoder.from_dict(decoder).to_dict(), sort_keys=True)}
+    return {METADATA_PREFIX + key: value for key, value in about.items()}
+
+
 _INVALID_JSON = (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What reading JSON of any content may raise: too large numbers and too deep nesting included."""
 
@@ -907,37 +1270,54 @@ def _check_labels(labels: Any) -> list[str]:
     return labels
 
 
-def _read_metadata(
-    entries: Mapping[str, str], name: str, *, required: bool
-) -> tuple[Preprocessing | None, list[str], list[float] | None]:
-    version = entries.get(METADATA_PREFIX + "version")
+@dataclass(frozen=True)
+class Description:
+    """What a manifest, or the metadata of a file, describes of a model."""
+
+    preprocessing: Preprocessing
+    labels: list[str]
+    thresholds: list[float] | None = None
+    decoder: Decoder | None = None
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Description:
+        """Raise ValueError if an entry is invalid, or the task is unknown."""
+        preprocessing, labels = entries["preprocessing"], _check_labels(entries["labels"])
+        about, task = cls(Preprocessing.from_dict(preprocessing), labels), entries.get("task")
+        if task is None:
+            return about
+        if task == MULTI_LABEL:
+            return replace(about, thresholds=_check_thresholds(entries["thresholds"]))
+        if task == DETECTION:
+            return replace(about, decoder=Decoder.from_dict(entries["decoder"]))
+        raise ValueError(f"unknown task {task!r}")
+
+
+def _read_metadata(session: ort.InferenceSession, name: str, *, required: bool) -> Description | None:
+    entries = {
+        key.removeprefix(METADATA_PREFIX): value
+        for key, value in session.get_modelmeta().custom_metadata_map.items()
+        if key.startswith(METADATA_PREFIX)
+    }
+    version = entries.get("version")
     if version is None:
         if required:
             raise ArtifactError(f"{name} has no questpress metadata. Load its artifact folder instead")
-        return None, [], None
+        return None
     if version != str(SCHEMA_VERSION):
         raise ArtifactError(f"{name} has version {version}, this runtime supports version {SCHEMA_VERSION}")
     try:
-        preprocessing = Preprocessing.from_dict(json.loads(entries[METADATA_PREFIX + "preprocessing"]))
-        labels = _check_labels(json.loads(entries[METADATA_PREFIX + "labels"]))
-        thresholds = json.loads(entries.get(METADATA_PREFIX + "thresholds", "null"))
-        task = entries.get(METADATA_PREFIX + "task")
-        return preprocessing, labels, _parse_thresholds({"task": task, "thresholds": thresholds})
+        values: dict[str, Any] = {"task": entries.get("task")}
+        for key in ("preprocessing", "labels", "thresholds", "decoder"):
+            if key in entries:
+                values[key] = json.loads(entries[key])
+        return Description.from_dict(values)
     except _INVALID_JSON as error:
         raise ArtifactError(f"the questpress metadata of {name} is invalid: {error}") from error
 
 
-def _parse_thresholds(entries: Mapping[str, Any]) -> list[float] | None:
-    """Return the thresholds of a multi-label model, None for any other.
-
-    Raises ValueError if they are not probabilities, or the task is unknown.
-    """
-    task = entries.get("task")
-    if task is None:
-        return None
-    if task != MULTI_LABEL:
-        raise ValueError(f"unknown task {task!r}")
-    thresholds = entries["thresholds"]
+def _check_thresholds(thresholds: Any) -> list[float]:
+    """Raise ValueError unless they are a list of probabilities."""
     if not isinstance(thresholds, list) or not all(
         isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds
     ):
@@ -975,10 +1355,8 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
                 f"{file} was modified after it was written: its checksum differs. Copy the artifact folder "
                 "again, or export the run again"
             )
-        Preprocessing.from_dict(manifest["preprocessing"])
-        _check_labels(manifest["labels"])
-        thresholds = _parse_thresholds(manifest)
-        if thresholds is not None and len(thresholds) != len(manifest["labels"]):
+        about = Description.from_dict(manifest)
+        if about.thresholds is not None and len(about.thresholds) != len(about.labels):
             raise ValueError("there must be one threshold per label")
         for entry in manifest["files"]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:

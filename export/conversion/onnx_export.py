@@ -71,7 +71,7 @@ def _runs(opset: int) -> bool:
 
 
 OPSET = 18
-OUTPUT, BATCH = "logits", "batch"
+OUTPUT, BOXES, BATCH = "logits", "boxes", "batch"
 MAX_EMBEDDED_BYTES = 1_900_000_000
 """More weights than this go into a second file, as a protobuf message cannot exceed 2 GB."""
 
@@ -103,13 +103,16 @@ def export_onnx(
 ) -> OnnxFile:
     """Write `network` to an ONNX file atomically: input 'input' float32 [batch, 3, H, W] with dynamic batch.
 
+    A detector has a method `exportable`, which returns a module with two outputs, float32 [batch, A, classes]
+    and [batch, A, 4] for A anchors, and a property `decoder`, which is added to the metadata.
+
     The graph computes in evaluation mode and float32. Source paths, stack traces and other traces of the
     machine are removed, and the same network gives the same bytes. `network` is not changed. Raises
     ExportError if it cannot be exported, or `opset` is not supported.
 
     Args:
         metadata: written as the metadata of the model.
-        output: name of the output, float32 [batch, classes].
+        output: name of the output, float32 [batch, classes]; a detector's second output is 'boxes'.
         pixels: if given, the input is uint8 [batch, H, W, 3], and the file itself normalizes it.
     """
     check_opset(opset)
@@ -126,6 +129,8 @@ def export_onnx(
         LiftConstantsToInitializersPass(size_limit=0)(model)
         optimizer.remove_unused_nodes(model)
     _strip(model)
+    if is_detector(network):
+        metadata = {**metadata, **runtime.decoder_metadata(_unwrap(network).decoder)}
     model.metadata_props.update(sorted(metadata.items()))
     model.producer_name, model.producer_version = "questpress", None
     model.ir_version = onnx.helper.find_min_ir_version_for(
@@ -178,11 +183,21 @@ def _describe(path: Path, content: bytes, proto: onnx.ModelProto) -> OnnxFile:
     return OnnxFile(path, len(content), sha256, opset, proto.ir_version)
 
 
+def is_detector(network: nn.Module) -> bool:
+    """Return True for a network with class logits and box offsets, see `export_onnx`."""
+    return hasattr(_unwrap(network), "exportable")
+
+
+def _unwrap(network: nn.Module) -> Any:
+    return getattr(network, "_orig_mod", network)  # torch.compile's wrapper
+
+
 def _traced(network: nn.Module, image_size: runtime.Size, opset: int, output: str) -> onnx_ir.Model:
-    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper
+    network = _unwrap(network)
+    names, dims = ([output, BOXES], 3) if is_detector(network) else ([output], 2)
     try:
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
-        network_copy = merge_branches(network).requires_grad_(False)
+        network_copy = merge_branches(network.exportable() if dims == 3 else network).requires_grad_(False)
         network_copy = network_copy.to(memory_format=torch.contiguous_format)
         # A batch of 1 would be exported as a constant.
         size = runtime.height_width(image_size)
@@ -193,7 +208,7 @@ def _traced(network: nn.Module, image_size: runtime.Size, opset: int, output: st
                 (example,),
                 dynamo=True,
                 input_names=[INPUT],
-                output_names=[output],
+                output_names=names,
                 dynamic_shapes=({0: torch.export.Dim(BATCH)},),
                 opset_version=opset,
                 external_data=False,
@@ -207,19 +222,20 @@ def _traced(network: nn.Module, image_size: runtime.Size, opset: int, output: st
     assert program is not None
     model: onnx_ir.Model = program.model
     inputs, outputs = model.graph.inputs, model.graph.outputs
-    if len(inputs) != 1 or len(outputs) != 1:
+    if len(inputs) != 1 or len(outputs) != len(names):
         raise ExportError(
             f"{type(network).__name__} has {len(inputs)} inputs and {len(outputs)} outputs. "
-            "A classifier has one of each: images and logits."
+            "A classifier has images and logits, a detector also boxes."
         )
-    input_shape, output_shape = inputs[0].shape, outputs[0].shape
-    if output_shape is None or len(output_shape) != 2:
-        raise ExportError(
-            f"{type(network).__name__} returns an output of shape {output_shape}, not [batch, classes]."
-        )
+    input_shape = inputs[0].shape
+    for value in outputs:
+        if value.shape is None or len(value.shape) != dims:
+            expected = "[batch, classes]" if dims == 2 else "[batch, anchors, n]"
+            raise ExportError(f"{type(network).__name__} returns a shape {value.shape}, not {expected}.")
     if input_shape is None or isinstance(input_shape[0], int):
         raise ExportError(f"{type(network).__name__} supports one batch size only: its code fixes it.")
-    outputs[0].shape = onnx_ir.Shape([input_shape[0], output_shape[1]])
+    for value in outputs:
+        value.shape = onnx_ir.Shape([input_shape[0], *value.shape[1:]])
     return model
 
 
@@ -322,10 +338,11 @@ def check_parity(
     batch_sizes: Sequence[int] = (1, 5),
     tolerance: float = 1e-4,
 ) -> Parity:
-    """Compare the logits of the file in onnxruntime with those of the network in torch.
+    """Compare the outputs of the file in onnxruntime with those of the network in torch.
 
-    The largest difference must be within `tolerance`, absolute or relative to the spread of the logits, and
-    so must the difference between batch sizes. Raises ExportError otherwise, or if logits are not finite.
+    The largest difference of each output must be within `tolerance`, absolute or relative to its spread, and
+    so must the difference between batch sizes. Raises ExportError otherwise, or if values are not finite.
+    Returns the figures of the output that differs most.
 
     Args:
         images: preprocessed, float32 [N, 3, H, W].
@@ -333,47 +350,59 @@ def check_parity(
     """
     if not len(images):
         raise ExportError("The exported file cannot be compared with the network: there are no images.")
-    network = getattr(network, "_orig_mod", network)
-    network = copy.deepcopy(network).cpu().float().eval()
+    network = _unwrap(network)
+    network = copy.deepcopy(network.exportable() if is_detector(network) else network).cpu().float().eval()
     images = images.detach().cpu().float()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        expected = torch.cat([network(chunk) for chunk in images.split(max(batch_sizes))]).numpy()
+        parts = [network(chunk) for chunk in images.split(max(batch_sizes))]
+    parts = [part if isinstance(part, tuple) else (part,) for part in parts]
     # Opened by its path, as external weights are in the same folder.
     session = runtime.open_session(Path(onnx_path), runtime.default_threads())
     if (session.get_inputs()[0].type == "tensor(uint8)") != (pixels is not None):
         raise ExportError(f"{onnx_path}: `pixels` is required for a uint8 input, and only for that.")
     batch = images.numpy() if pixels is None else pixels
-    outputs = [
-        np.concatenate(
-            [session.run(None, {INPUT: chunk})[0] for chunk in np.split(batch, range(size, len(batch), size))]
-        )
+    runs = [
+        [session.run(None, {INPUT: chunk}) for chunk in np.split(batch, range(size, len(batch), size))]
         for size in batch_sizes
     ]
-    if any(logits.shape != expected.shape for logits in outputs):
-        raise ExportError(
-            f"{onnx_path} returns logits of shape {outputs[0].shape}, the network {expected.shape}."
+    results = [
+        _compare(
+            [np.concatenate([chunk[index] for chunk in chunks]) for chunks in runs],
+            torch.cat([part[index] for part in parts]).numpy(),
+            f"{onnx_path}: {output.name}",
+            tolerance,
         )
-    if not all(np.isfinite(logits).all() for logits in (expected, *outputs)):
-        raise ExportError(f"Logits of the network or of {onnx_path} are not finite.")
+        for index, output in enumerate(session.get_outputs())
+    ]
+    max_abs, max_rel = max(results, key=min)
+    return Parity(max_abs=max_abs, max_rel=max_rel, n=len(images), batch_sizes=tuple(batch_sizes))
+
+
+def _compare(
+    outputs: Sequence[np.ndarray], expected: np.ndarray, name: str, tolerance: float
+) -> tuple[float, float]:
+    """Return the largest difference of an output of a file, absolute and relative to the spread.
+
+    `outputs` are those of each batch size, `expected` is the network's. Raises ExportError.
+    """
+    if any(values.shape != expected.shape for values in outputs):
+        raise ExportError(f"{name} of shape {outputs[0].shape}, the network {expected.shape}.")
+    if not all(np.isfinite(values).all() for values in (expected, *outputs)):
+        raise ExportError(f"{name} of the file or of the network are not finite.")
     spread = float(expected.max() - expected.min())
-    max_abs = max(float(np.abs(logits - expected).max()) for logits in outputs)
-    between = max(float(np.abs(logits - outputs[0]).max()) for logits in outputs)
-
-    def relative(difference: float) -> float:
-        return difference / spread if spread > 0 else (0.0 if difference == 0 else float("inf"))
-
-    parity = Parity(max_abs=max_abs, max_rel=relative(max_abs), n=len(images), batch_sizes=tuple(batch_sizes))
-    if min(parity.max_abs, parity.max_rel) > tolerance:
-        raise ExportError(
-            f"{onnx_path} does not match the network: on {parity.n} images its logits differ by up to "
-            f"{parity.max_abs:.2g} ({parity.max_rel:.2g} of their spread), {tolerance:g} is allowed."
-        )
-    if min(between, relative(between)) > tolerance:
-        raise ExportError(
-            f"{onnx_path}: logits differ by up to {between:.2g} between batch sizes "
-            f"{', '.join(map(str, batch_sizes))}, {tolerance:g} is allowed."
-        )
-    return parity
+    largest = max(float(np.abs(values - expected).max()) for values in outputs)
+    between = max(float(np.abs(values - outputs[0]).max()) for values in outputs)
+    figures = [
+        (value, value / spread if spread > 0 else (math.inf if value else 0.0))
+        for value in (largest, between)
+    ]
+    for (value, relative), where in zip(figures, ("from the network's", "between batch sizes"), strict=True):
+        if min(value, relative) > tolerance:
+            raise ExportError(
+                f"{name} differ by up to {value:.2g} ({relative:.2g} of their spread) {where} on "
+                f"{len(expected)} images, {tolerance:g} is allowed."
+            )
+    return figures[0]
 
 
 FOLDING_TOLERANCE = 1e-4

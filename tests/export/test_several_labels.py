@@ -62,7 +62,7 @@ def test_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(
     ("change", "words"),
     [
         ({"schema_version": 2}, "has version 2, this runtime supports version 1"),
-        ({"task": "detection"}, "unknown task 'detection'"),
+        ({"task": "regression"}, "unknown task 'regression'"),
         ({"thresholds": [0.5]}, "one threshold per label"),
         ({"thresholds": [0.5, 0.5, 7]}, "probabilities"),
         ({"thresholds": None}, "cannot be read"),
