@@ -1,5 +1,6 @@
 """Check all options and the data of a run, and choose the defaults that depend on them."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -86,6 +87,10 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     methods.check_task(parameters, data.task)
     default_balance = "off" if has_set_weight else task_of(data).default_balance
     chosen.balance = "off" if not parameters else chosen.balance or default_balance
+    if chosen.calibrate and task_of(data).likelihood is None:
+        raise UsageError(
+            f"--calibrate does not support {data.task}: its scores have no temperature. Remove it."
+        )
     if chosen.calibrate and not data.val:
         raise UsageError(
             "--calibrate requires validation images, and this data has none. Set --val-fraction, for example "
@@ -120,7 +125,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     if chosen.out is None:
         seeds = chosen.teachers_from_seeds
         teachers = [f"{chosen.teacher[0]}x{seeds}"] if seeds > 1 else chosen.teacher
-        chosen.out = Path("runs") / "-".join([*teachers, chosen.student, data.name]).replace("/", "-")
+        chosen.out = Path("runs") / re.sub("[/:]", "-", "-".join([*teachers, chosen.student, data.name]))
     return chosen, data
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image as PillowImage
 from questpress.export.runtime import Preprocessing, Size, decode_image, height_width
+from questpress.pipeline.config.network import NetworkSpec
+from questpress.pipeline.config.options import Options
 from questpress.pipeline.data.boxes import (
     FRACTIONS,
     MIN_VISIBLE,
@@ -32,6 +34,7 @@ from questpress.pipeline.data.decode import (
 )
 from questpress.pipeline.data.render import Views
 from questpress.pipeline.data.streaming import StreamedViews, measure_images
+from questpress.pipeline.data.training_data import TrainingData
 from questpress.pipeline.data.views import ViewPolicy
 from questpress.pipeline.data.workers import Workers
 from questpress.pipeline.runs.cache import Cache
@@ -308,3 +311,24 @@ def test_window_is_what_the_runtime_shows(mode: str) -> None:
             assert max(tall, wide) == pytest.approx(1, abs=0.03) and min(top, left) >= 0
         assert top == pytest.approx((1 - tall) / 2, abs=0.06)
         assert left == pytest.approx((1 - wide) / 2, abs=0.06)
+
+
+def test_training_data_shows_boxes_in_views_and_in_whole_images(tmp_path: Path) -> None:
+    options = Options(
+        data="x", teacher=["retinanet:resnet18"], student="retinanet:mobilenetv2_050", image_size=64,
+        crop="resized", crop_scale=0.5, flip=True, resident="host",
+    )  # fmt: skip
+    data = TrainingData(options, data_of(IMAGES), Cache(tmp_path), "cpu", lambda *_: None)
+    assert data.canonical.crop_mode == "border"
+    spec = NetworkSpec(options.student, 64, 3, "")
+    pixels, targets, decoded = data.rendered("train", spec)
+    whole = (targets[..., 3] - targets[..., 1]) * (targets[..., 4] - targets[..., 2])
+    shown = [check_rows(*row) for row in zip(pixels.permute(0, 3, 1, 2), targets, whole, strict=True)]
+    assert shown == [3] * 6 and decoded.images == tuple(IMAGES)
+    views = data.views(seed=1, size=64)
+    indices, numbers = torch.arange(6).repeat(5), torch.arange(5).repeat_interleave(6)
+    ((drawn, labels),) = views.batches([(indices, numbers)])
+    counts = [
+        check_rows(view, rows, torch.full((3,), torch.inf)) for view, rows in zip(drawn, labels, strict=True)
+    ]
+    assert sum(counts) > 45 and labels.shape == (30, 3, 7)

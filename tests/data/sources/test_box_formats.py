@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from PIL import Image as PillowImage
+from questpress.pipeline.api.resolve import resolve
+from questpress.pipeline.config.options import Options
 from questpress.pipeline.data import boxes as boxes_module
 from questpress.pipeline.data.dataset import SPLITS, Image, ImageSet
 from questpress.pipeline.data.sources import box_rows, open_data, read_data
@@ -330,3 +332,19 @@ def test_images_are_validated_on_without_training_images(tmp_path: Path) -> None
         data = read_data(str(path), task="boxes", for_training=False)
         assert data.task == "detection" and len(data.images["test"]) == 4
         assert all(image.boxes for image in data.images["test"])
+
+
+def test_detectors_choose_boxes_and_classifiers_labels(tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "data", SCENES)
+    options: dict[str, Any] = {"data": str(path), "method": "none", "dry_run": True, "image_size": 64}
+    detector, classifier = "retinanet:mobilenetv2_050", "resnet10t"
+    chosen, data = resolve(Options(teacher=[detector], student=detector, **options))
+    assert data.task == "detection" and chosen.out is not None
+    assert chosen.out.name == "retinanet-mobilenetv2_050-retinanet-mobilenetv2_050-data"
+    assert resolve(Options(teacher=[classifier], student=classifier, **options))[1].task == "multi-label"
+    with pytest.raises(
+        UsageError, match=f"^--teacher {classifier} and --student {detector}: one is a detector"
+    ):
+        resolve(Options(teacher=[classifier], student=detector, **options))
+    with pytest.raises(UsageError, match="--data digits has no boxes, which a detector"):
+        resolve(Options(teacher=[detector], student=detector, **options | {"data": "digits"}))
