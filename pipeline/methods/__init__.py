@@ -23,6 +23,7 @@ METHODS: Mapping[str, str] = {
     "dist": "dist:Dist",
     "feed": "feed:Feed",
     "mimic": "mimic:Mimic",
+    "pkd": "pkd:Pkd",
 }
 """Name -> module:class. Imported when used, since they import torch."""
 

@@ -39,6 +39,19 @@ class Shapes:
     vector: int | None
     logits: int
     """0 for a network without a head."""
+    levels: int = 0
+    """Number of levels of a detector's feature pyramid, ``map@0`` the finest; 0 for a classifier."""
+
+    @property
+    def pyramid(self) -> tuple[str, ...]:
+        """Names of the levels of a detector's feature pyramid, the finest first."""
+        return tuple(f"map@{level}" for level in range(self.levels))
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Names of the maps that a detector's class scores are computed from, in the order of the levels."""
+        names = (f"tower@{level}" for level in range(self.levels))
+        return tuple(name for name in names if name in self.maps)
 
 
 @dataclass(frozen=True)

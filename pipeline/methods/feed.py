@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..config import TaskName
 from . import base
 
 NEGATIVE_SLOPE = 0.1
@@ -55,6 +56,10 @@ class Feed(base.Method):
     # As strong as the labels: for resnet56 → resnet20 on CIFAR-10 the weight of Factor Transfer gives 0.13,
     # and ten times that weight was 4 points better (docs/benchmarks.md).
     gradient_ratio = (1.0, 8.0)
+
+    @classmethod
+    def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
+        return "it translates the last map of a classifier" if task == "detection" else None
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:

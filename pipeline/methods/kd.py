@@ -40,6 +40,8 @@ class Kd(logits.LogitMethod):
 
     @classmethod
     def unsupported(cls, parameters: Parameters, task: TaskName) -> str | None:
+        if task == "detection":
+            return "it compares the logits of whole images"
         reason = "standardize=true removes the zero of the logits"
         return reason if parameters.standardize and task != "classification" else None
 

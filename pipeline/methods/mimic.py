@@ -28,6 +28,8 @@ Our choices that the paper leaves open or makes differently:
   proportion. Its two stages are ``alone``.
 - Several teachers: the student's vector is as wide as all of theirs concatenated, each teacher is matched by
   its part of it, and the loss is the mean over teachers.
+
+Detectors with classification towers have patches in place of the vector: see ``dense_mimic.py``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,10 +44,13 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..errors import JobError, UsageError
-from . import base
+from . import base, dense_mimic
 from .quest.vocabulary import FeatureMatrix
 
 Variant = Literal["l2", "lsh", "lshl2", "lshl2_s"]
+
+BETA, DETECTOR_BETA = 6.0, 7.0
+"""β of the authors on ImageNet and CIFAR, and for detectors."""
 
 CIFAR_WIDTH, IMAGENET_HASHES = 256, 2048
 """The width up to which a vector has 32 hashes for each number, and M for wider vectors."""
@@ -63,9 +68,14 @@ class Parameters(base.Parameters):
     variant: Variant | None = Field(
         None, description="l2, lsh, lshl2 or lshl2_s; none: lshl2_s, or lshl2 for a teacher without a head"
     )
-    beta: float = Field(6.0, gt=0, description="β, the weight of the loss")
+    beta: float | None = Field(
+        None, gt=0, description="β, the weight of the loss; none: 6, or 7 for detectors"
+    )
     hashes: int | None = Field(
-        None, ge=1, description="M; none: 32 for each number of the vector up to 256, else 2048"
+        None,
+        ge=1,
+        description="M; none: 32 for each number of the vector up to 256, else 2048; for detectors the "
+        "numbers of a patch, at most 4096",
     )
     std: float | None = Field(
         None, gt=0, description="s of the hashes; none: that of the teacher's classifier weight"
@@ -86,9 +96,15 @@ class Parameters(base.Parameters):
         return self
 
     def variant_for(self, teacher: base.Shapes) -> Variant:
-        return self.variant or ("lshl2_s" if teacher.logits else "lshl2")
+        return self.variant or ("lshl2_s" if teacher.logits and not teacher.towers else "lshl2")
 
-    def hashes_for(self, width: int) -> int:
+    def beta_for(self, student: base.Shapes) -> float:
+        return self.beta or (DETECTOR_BETA if student.towers else BETA)
+
+    def hashes_for(self, teacher: base.Shapes) -> int:
+        width = _width(teacher)
+        if teacher.towers:
+            return self.hashes or min(width, dense_mimic.MAX_HASHES)
         return self.hashes or (32 * width if width <= CIFAR_WIDTH else IMAGENET_HASHES)
 
 
@@ -105,10 +121,12 @@ class Mimic(base.Method):
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
-        return frozenset({"vector"})
+        return frozenset({*network.towers, "anchors"} if network.towers else {"vector"})
 
     @classmethod
     def teacher_reads(cls, parameters: Parameters, teacher: base.Shapes) -> frozenset[str]:
+        if teacher.towers:
+            return frozenset(teacher.towers)
         masked = parameters.variant_for(teacher) == "lshl2_s"
         return frozenset({"vector", "logits"} if masked else {"vector"})
 
@@ -121,6 +139,8 @@ class Mimic(base.Method):
                         f"--set mimic.{key}={value} has no effect with mimic.variant=l2, which uses no "
                         "hashes. Remove one of them."
                     )
+        if setup.student.towers:
+            _check_towers(parameters, setup)
         if parameters.alone and cls.student_width(parameters, setup) is None:
             raise UsageError(
                 f"--set mimic.alone={parameters.alone} requires a projection, but the student's vector is "
@@ -129,6 +149,8 @@ class Mimic(base.Method):
 
     @classmethod
     def student_width(cls, parameters: Parameters, setup: base.Setup) -> int | None:
+        if setup.student.towers:
+            return None
         width = sum(_width(teacher) for teacher in setup.teachers)
         return None if width == setup.student.vector else width
 
@@ -140,18 +162,20 @@ class Mimic(base.Method):
         for t, (name, teacher) in enumerate(zip(context.teacher_names, context.teachers, strict=True)):
             if parameters.variant_for(teacher) == "l2":
                 continue
-            m, std = parameters.hashes_for(_width(teacher)), _std(parameters, context, t)
+            m, std = parameters.hashes_for(teacher), _std(parameters, context, t)
             hashes = _prepare_hashes(parameters, context, t, m, std)
             tensors |= {f"{t}.weight": hashes["weight"], f"{t}.bias": hashes["bias"]}
-            facts.append({"teacher": name, "hashes": m, "std": std, "bias": parameters.bias})
+            bias = "zero" if teacher.towers else parameters.bias
+            facts.append({"teacher": name, "hashes": m, "std": std, "bias": bias})
         lines = [f"{f['hashes']} hashes of {f['teacher']}, s = {f['std']:.3g}" for f in facts]
         return base.PrepareResult(tensors, {"hashes": facts}, "; ".join(lines) or "no hashes needed")
 
     def __init__(self, parameters: Parameters, setup: base.Setup) -> None:
         super().__init__(parameters, setup)
-        self.beta, self.alone = parameters.beta, parameters.alone
+        self.beta, self.alone = parameters.beta_for(setup.student), parameters.alone
         self.widths = [_width(teacher) for teacher in setup.teachers]
         get = setup.prepared.get
+        self.towers = setup.student.towers
         terms = [
             MimicTerm(parameters.variant_for(teacher), get(f"{t}.weight"), get(f"{t}.bias"))
             for t, teacher in enumerate(setup.teachers)
@@ -159,11 +183,18 @@ class Mimic(base.Method):
         self.terms = cast(Sequence[MimicTerm], nn.ModuleList(terms))
 
     def forward(self, batch: base.Batch) -> dict[str, Tensor]:
-        parts = batch.student["vector"].split(self.widths, dim=1)
-        losses = [
-            term(f_s, teacher, batch.labels)
-            for term, f_s, teacher in zip(self.terms, parts, batch.teachers, strict=True)
-        ]
+        student = batch.student
+        if self.towers:
+            losses = [
+                term.compare_towers(self.towers, student, teacher, batch.labels)
+                for term, teacher in zip(self.terms, batch.teachers, strict=True)
+            ]
+        else:
+            parts = student["vector"].split(self.widths, dim=1)
+            losses = [
+                term(f_s, teacher, batch.labels)
+                for term, f_s, teacher in zip(self.terms, parts, batch.teachers, strict=True)
+            ]
         return {"mimic": self.beta * torch.stack(losses).mean()}
 
     def trains_projection_only(self, epoch: int) -> bool:
@@ -212,6 +243,20 @@ class MimicTerm(nn.Module):
         self.sums.add(classified=losses.new_full((), len(losses)), correct=correct.sum())
         return torch.where(correct, losses, 0.0).sum() / correct.sum().clamp(min=1)
 
+    def compare_towers(
+        self, towers: Sequence[str], student: base.Features, teacher: base.Features, labels: Tensor
+    ) -> Tensor:
+        """Return the scalar loss of two detectors' patches; see ``dense_mimic.py``."""
+        return dense_mimic.compute_loss(
+            self.variant,
+            self.weight,
+            [student[name] for name in towers],
+            [teacher[name] for name in towers],
+            student["anchors"],
+            labels,
+            self.sums,
+        )
+
     def metrics(self) -> dict[str, Tensor]:
         sums = self.sums.take()
         means = {
@@ -252,8 +297,32 @@ def compute_medians(features: np.ndarray, weight: Tensor, device: torch.device) 
 
 
 def _width(network: base.Shapes) -> int:
+    if network.towers:
+        channels, *_ = network.maps[network.towers[0]]
+        return channels * dense_mimic.PATCH**2
     assert network.vector is not None  # ``reads`` contains it
     return network.vector
+
+
+def _check_towers(parameters: Parameters, setup: base.Setup) -> None:
+    """Raise UsageError unless the patches of both detectors can be compared."""
+    ours = [setup.student.maps[name] for name in setup.student.towers]
+    for teacher in setup.teachers:
+        theirs = [teacher.maps[name] for name in teacher.towers]
+        if ours != theirs:
+            raise UsageError(
+                "--method mimic compares the classification towers of two detectors, which must have equal "
+                f"levels and widths: the student has {ours or 'none'}, the teacher {theirs or 'none'} (C, H, "
+                "W). Use --method pkd."
+            )
+    if parameters.variant == "lshl2_s":
+        raise UsageError(
+            "--set mimic.variant=lshl2_s does not apply to detectors, whose locations the teacher neither "
+            "classifies correctly nor wrongly. Use lshl2."
+        )
+    for key in ("bias", "alone"):
+        if (value := getattr(parameters, key)) != type(parameters).model_fields[key].default:
+            raise UsageError(f"--set mimic.{key}={value} has no effect with detectors. Remove it.")
 
 
 def _std(parameters: Parameters, context: base.PrepareContext, t: int) -> float:
@@ -268,7 +337,8 @@ def _prepare_hashes(
     parameters: Parameters, context: base.PrepareContext, t: int, m: int, std: float
 ) -> dict[str, Tensor]:
     """Return W [M,D_T] and b [M], from the cache if a run has computed them before."""
-    width, n, bias = _width(context.teachers[t]), context.images, parameters.bias
+    teacher = context.teachers[t]
+    width, n, bias = _width(teacher), context.images, "zero" if teacher.towers else parameters.bias
     used = min(n, MAX_NUMBERS // width)
     weight = draw_hashes(m, width, std, context.seed)
     if bias == "zero":

@@ -21,12 +21,14 @@ def _build(name: str, classes: int, image_size: Size) -> Readouts:
 
 def compute_shapes(name: str, classes: int, image_size: Size) -> Shapes:
     """Return the sizes of a network's features; levels are indexed from both ends (``map@0``, ``map@-1``)."""
-    sizes = _build(name, classes, image_size).shapes
+    readouts = _build(name, classes, image_size)
+    sizes = readouts.shapes
     maps = {name: size for name, size in (("map", sizes.map), ("map_pre", sizes.map_pre)) if size is not None}
     for kind, levels in (("map", sizes.levels), ("tower", sizes.towers)):
         for i, size in enumerate(levels):
             maps[f"{kind}@{i}"] = maps[f"{kind}@{i - len(levels)}"] = size
-    return Shapes(maps=maps, vector=sizes.vector, logits=sizes.logits)
+    pyramid = len(sizes.levels) if "anchors" in readouts.offers else 0
+    return Shapes(maps=maps, vector=sizes.vector, logits=sizes.logits, levels=pyramid)
 
 
 def count_parameters(name: str, classes: int, image_size: Size) -> int:

@@ -11,7 +11,7 @@ from click.testing import Result
 from questpress.models.build import build
 from questpress.pipeline import methods
 from questpress.pipeline.errors import JobError, UsageError
-from questpress.pipeline.methods import mimic
+from questpress.pipeline.methods import base, mimic
 from questpress.pipeline.methods.base import Batch, PrepareContext, Setup, Shapes
 from safetensors.torch import load_file
 
@@ -246,8 +246,9 @@ def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("width", "hashes"), [(64, 2048), (128, 4096), (256, 8192), (512, 2048)])
 def test_there_are_32_hashes_for_each_number_of_a_narrow_vector(width: int, hashes: int) -> None:
-    assert mimic.Parameters().hashes_for(width) == hashes
-    assert mimic.Parameters(hashes=7).hashes_for(width) == 7
+    teacher = base.Shapes({}, width, 10)
+    assert mimic.Parameters().hashes_for(teacher) == hashes
+    assert mimic.Parameters(hashes=7).hashes_for(teacher) == 7
 
 
 def test_hash_parameters_without_hashes_are_refused() -> None:

@@ -1,0 +1,152 @@
+"""PKD and mimicking of detectors, compared with numpy and with unfolded patches."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from questpress.pipeline import methods
+from questpress.pipeline.errors import UsageError
+from questpress.pipeline.methods import base, dense_mimic, pkd
+from questpress.pipeline.methods.base import Batch, Setup, Shapes
+from torch import Tensor
+
+CHANNELS, ANCHORS = 6, 3
+GRIDS = ((4, 6), (2, 3))
+
+
+def shapes(channels: int = CHANNELS, towers: bool = True) -> Shapes:
+    maps = {"map": (channels, *GRIDS[0])}
+    for level, grid in enumerate(GRIDS):
+        maps[f"map@{level}"] = (channels, *grid)
+        if towers:
+            maps[f"tower@{level}"] = (channels, *grid)
+    return Shapes(maps, None, 2, levels=len(GRIDS))
+
+
+def features(seed: int, images: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {
+        f"{kind}@{level}": torch.randn(images, CHANNELS, *grid, generator=generator)
+        for kind in ("map", "tower")
+        for level, grid in enumerate(GRIDS)
+    }
+    locations = sum(height * width for height, width in GRIDS)
+    corners = torch.rand(locations * ANCHORS, 2, 2, generator=generator).sort(dim=1).values
+    anchors = corners.flatten(1)
+    anchors[:ANCHORS] = torch.tensor([0.1, 0.1, 0.6, 0.37])  # IoU .45 with the first box of ``targets``
+    return {**drawn, "anchors": anchors}
+
+
+def targets() -> Tensor:
+    """Boxes of three images: two boxes; none; one, and a crowd."""
+    labels = torch.full((3, 2, 7), -1.0)
+    labels[0, 0] = torch.tensor([0, 0.1, 0.1, 0.6, 0.7, 100, 0])
+    labels[0, 1] = torch.tensor([1, 0.5, 0.2, 0.9, 0.9, 100, 0])
+    labels[2, 0] = torch.tensor([1, 0.0, 0.0, 0.5, 0.5, 100, 0])
+    labels[2, 1] = torch.tensor([0, 0.4, 0.4, 1.0, 1.0, 100, 1])
+    return labels
+
+
+def build(name: str, settings: dict[str, object] | None = None, teacher: Shapes | None = None) -> base.Method:
+    chosen = {f"{name}.{key}": value for key, value in (settings or {}).items()}
+    parameters = methods.parse_parameters([name], chosen)[name]
+    setup = Setup(shapes(), [teacher or shapes()])
+    cls = methods.load(name)
+    cls.check(parameters, setup, 10)
+    weight = torch.randn(8, 9 * CHANNELS, generator=torch.Generator().manual_seed(5))
+    return cls(
+        parameters, Setup(setup.student, setup.teachers, {"0.weight": weight, "0.bias": torch.zeros(8)})
+    )
+
+
+def test_pkd_is_one_minus_the_correlation_of_each_channel() -> None:
+    ours, theirs = features(0), features(1)
+    loss = build("pkd")(Batch(ours, [theirs], targets()))["pkd"]
+    expected = 0.0
+    for level in range(len(GRIDS)):
+        a, b = (
+            f[f"map@{level}"].transpose(0, 1).flatten(1).numpy().astype(np.float64) for f in (ours, theirs)
+        )
+        n = a.shape[1]
+        r = np.array([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)])
+        expected += float((1 - r).mean()) * (n - 1) / n  # torch's std has n − 1 degrees of freedom
+    assert float(loss) == pytest.approx(10 * expected, rel=1e-4)
+
+
+def test_pkd_ignores_scale_and_offset_and_follows_only_the_student() -> None:
+    ours = {name: f.requires_grad_() for name, f in features(0).items()}
+    same = {name: 3 * f.detach() + 2 for name, f in ours.items()}
+    loss = build("pkd")(Batch(ours, [same], targets()))["pkd"]
+    assert loss.item() == pytest.approx(0, abs=1e-4)
+    theirs = {name: f.requires_grad_() for name, f in features(1).items()}
+    pkd.correlation_loss(ours["map@0"], theirs["map@0"].detach()).backward()
+    assert ours["map@0"].grad is not None and theirs["map@0"].grad is None
+
+
+def patches(f: Tensor) -> Tensor:
+    """Unfold a map [B,C,h,w] to the 3×3 patch of each location, [B,h·w,9·C]."""
+    return F.unfold(f, 3, padding=1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("variant", ["l2", "lsh", "lshl2"])
+def test_mimicking_equals_the_formula_on_unfolded_patches(variant: str) -> None:
+    ours, theirs, labels = features(0), features(1), targets()
+    method = build("mimic", {"variant": variant})
+    loss = method(Batch(ours, [theirs], labels))["mimic"]
+    weight = torch.randn(8, 9 * CHANNELS, generator=torch.Generator().manual_seed(5)).double().numpy()
+    f_s, f_t = (
+        torch.cat([patches(f[f"tower@{level}"]) for level in range(len(GRIDS))], dim=1).double().numpy()
+        for f in (ours, theirs)
+    )
+    losses = np.zeros(f_s.shape[:2])
+    if variant != "lsh":
+        losses += ((f_s - f_t) ** 2).mean(2)
+    if variant != "l2":
+        a, h = f_s @ weight.T, f_t @ weight.T > 0
+        losses += (np.logaddexp(0, a) - a * h).mean(2)
+    trained = dense_mimic.find_trained(ours["anchors"], labels, losses.shape[1]).numpy()
+    assert 0 < trained[0].mean() < 1 and trained[1].all()
+    means = [losses[image][trained[image]].mean() for image in (0, 2)]  # the image without boxes is left out
+    assert float(loss) == pytest.approx(7 * np.mean(means), rel=1e-4)
+
+
+def test_locations_between_the_thresholds_are_left_out() -> None:
+    box = torch.tensor([[[0, 0.0, 0.0, 1.0, 1.0, 1, 0]]])
+    heights = torch.tensor([0.9, 0.45, 0.2, 0.45])  # their IoU with the box
+    anchors = torch.stack([torch.zeros(4), torch.zeros(4), torch.ones(4), heights], dim=1)
+    assert dense_mimic.find_trained(anchors, box, 4).tolist() == [[True, False, True, False]]
+    assert dense_mimic.find_trained(anchors, box, 2).tolist() == [[True, True]]
+    assert dense_mimic.find_trained(anchors[1:], box, 3).tolist() == [
+        [True, True, True]
+    ]  # the best one counts
+    crowd = box.clone()
+    crowd[..., 6] = 1
+    assert dense_mimic.find_trained(anchors, crowd, 4).all()
+
+
+def test_batch_without_boxes_has_no_loss() -> None:
+    labels = torch.full((3, 2, 7), -1.0)
+    assert float(build("mimic", {"variant": "l2"})(Batch(features(0), [features(1)], labels))["mimic"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "teacher", "message"),
+    [
+        ("pkd", {}, shapes(12), "6 channels in the student and 12 in the teacher"),
+        ("mimic", {}, shapes(12), "must have equal levels and widths"),
+        ("mimic", {}, shapes(towers=False), "teacher none"),
+        ("mimic", {"variant": "lshl2_s"}, None, "does not apply to detectors"),
+        ("mimic", {"bias": "mean"}, None, "mimic.bias=mean has no effect with detectors"),
+    ],
+)
+def test_unsuitable_detectors_and_settings_are_refused(
+    name: str, settings: dict[str, object], teacher: Shapes | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(name, settings, teacher)
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "feed"])
+def test_methods_for_whole_images_name_the_ones_for_detectors(name: str) -> None:
+    with pytest.raises(UsageError, match=r"does not support detection data: .* Use quest or mimic or pkd\."):
+        methods.check_task(methods.parse_parameters([name], {}), "detection")
