@@ -116,10 +116,16 @@ def resolve(name: str) -> str:
 
 
 def find_matching(pattern: str = "*") -> list[str]:
-    """Return names and aliases that match a shell pattern (`mobilenet*`); a plain word matches anywhere."""
+    """Return names and aliases that match a shell pattern (`mobilenet*`); a plain word matches anywhere.
+
+    A pattern after a kind of detector matches backbones: `retinanet:mobilenet*`.
+    """
     from timm.models._registry import _natural_key
 
     pattern = pattern.strip().lower() or "*"
+    kind, _, backbones = pattern.rpartition(":")
+    if kind in DETECTORS:
+        return [f"{kind}:{name}" for name in find_matching(backbones)]
     if not re.search(r"[*?\[]", pattern):
         pattern = f"*{pattern}*"
     names = {*list_architectures(), *ALIASES}
@@ -321,16 +327,12 @@ def create_network(
     """Build the network of a resolved name on torch's default device. Raises UnknownModel, ModelError."""
     import timm
     from timm.layers import to_2tuple
-    from torch import nn
 
     kind, name = split_name(full)
     if kind and not num_classes:
         raise ModelError(f"Detector {full} cannot be built without classes.")
-    # timm marks the architectures whose weights depend on the input size; only those take img_size.
-    options: dict[str, Any] = {"img_size": image_size} if pretrained_cfg(full).fixed_input_size else {}
-    layer = {None: None, "relu": nn.ReLU, "relu6": nn.ReLU6}[activation]
-    if layer is not None:
-        options["act_layer"] = layer
+    options = timm_options(name, image_size, activation)
+    layer = options.get("act_layer")
     no_activation = f"--activation {activation} is not supported by model {full}. Omit it."
     network: nn.Module
     try:
@@ -353,6 +355,16 @@ def create_network(
     if layer is not None and not any(isinstance(module, layer) for module in network.modules()):
         raise ModelError(no_activation)
     return network
+
+
+def timm_options(name: str, image_size: Size, activation: str | None) -> dict[str, Any]:
+    """Return arguments of `timm.create_model` for a size and an activation."""
+    from torch import nn
+
+    # timm marks the architectures whose weights depend on the input size; only those take img_size.
+    options: dict[str, Any] = {"img_size": image_size} if pretrained_cfg(name).fixed_input_size else {}
+    layer = {None: None, "relu": nn.ReLU, "relu6": nn.ReLU6}[activation]
+    return options if layer is None else {**options, "act_layer": layer}
 
 
 def _check_patches(network: "nn.Module", full: str, image_size: Size) -> None:

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .readout import Readouts
+from .readout import Readouts, read_network
 
 TOLERANCE = 1e-9
 """Largest difference of a readout in float64, relative to its largest number; an exact folding has 1e-14."""
@@ -45,7 +45,7 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
     # In float64 a difference is an error, not rounding. MPS has no float64, so this runs on the CPU.
     image = example[:1].detach().cpu().double()
     size = image.shape[2], image.shape[3]
-    readouts = Readouts(copy.deepcopy(network).eval().cpu(), image_size=size).double()
+    readouts = read_network(copy.deepcopy(network).eval().cpu(), size).double()
     precise = readouts.network
     pairs, expected = _trace_pairs(readouts, image)
     weights = {id(tensor): tensor for tensor in (*precise.parameters(), *precise.buffers())}
@@ -78,8 +78,12 @@ def _foldable(module: nn.Module) -> bool:
 
 
 def _read(readouts: Readouts, image: Tensor) -> dict[str, Tensor]:
-    """Return all features, and the output of the network's own forward pass."""
-    return {**readouts(image, readouts.offers), "forward": readouts.network(image)}
+    """Return all features, and the output of the network's own forward pass.
+
+    That of a detector is decoded from its logits, which are a feature.
+    """
+    features = readouts(image, readouts.offers)
+    return features if hasattr(readouts.network, "decode") else {**features, "forward": readouts.network(image)}
 
 
 def _largest_valid(pairs: Sequence[Pair], same: Callable[[Sequence[Pair]], bool]) -> list[Pair]:

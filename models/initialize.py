@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .build import Size, build
+from .build import Size, build, split_name
 from .catalog import fetch_pretrained, has_pretrained, published_labels
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import ModelError
 from .keys import Matched, list_parts
-from .weights import class_count, load_into
+from .weights import class_count, is_detector, load_backbone, load_into
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def initialize(
     """Build a network and load its weights. Raises ModelError if they, or the head to be kept, do not fit.
 
     Args:
-        source: `auto` (timm's pretrained weights), `none`, or a file.
+        source: `auto` (timm's pretrained weights), `none`, or a file. A detector starts from weights of the
+            whole detector or of its backbone; then BatchNorm of its backbone is frozen.
         head: `auto` keeps a head whose class names (or their number, if it has no names) are the data's;
             `keep`; `replace`; `none` builds a network without a head. A head that names all the data's
             classes is kept for these classes, in the data's order.
@@ -74,6 +75,19 @@ def initialize(
         if source != "auto":
             weights = _describe_file(weights, checkpoint, matched, note)
         return InitialNetwork(network, weights, head="none", license=weights_license)
+    if split_name(network.built_as.name)[0]:
+        # Batches of detection are too small for statistics.
+        network.freeze_norm()
+        if not is_detector(checkpoint):
+            if head == "keep":
+                raise ModelError(
+                    f"--{role}-head keep: {checkpoint.source} has weights of a backbone without a detector's "
+                    f"head. Use --{role}-head auto."
+                )
+            matched = load_backbone(network, checkpoint)
+            if source != "auto":
+                weights = _describe_file(weights, checkpoint, matched, note)
+            return InitialNetwork(network, weights, head="replaced", license=weights_license)
     count = class_count(checkpoint, network)
     rows = None if head == "replace" else _find_rows(checkpoint, classes, count, network)
     keep = head == "keep" or (head == "auto" and _head_fits(checkpoint, classes, count, rows, note))
@@ -130,11 +144,11 @@ HEAD_STD = 0.01
 
 
 def _reset_head(network: Any, classes: int, seed: int) -> None:
-    """Replace the classifier by timm's, with small random weights and biases of 0."""
+    """Replace the classifier by timm's, with small random weights and biases of 0, or by a detector's own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.reset_classifier(classes)
-        heads = network.get_classifier()
+        heads = network.get_classifier() if hasattr(network, "get_classifier") else ()
         for head in heads if isinstance(heads, tuple) else (heads,):
             for layer in head.modules():
                 if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -1,6 +1,7 @@
 """Fit weights to a network: prefixes, other formats and image sizes, heads for other classes."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .build import pretrained_cfg
+from .build import build, pretrained_cfg, split_name
 from .checkpoint import Checkpoint, StateDict
 from .errors import ModelError
 from .keys import Matched, find_prefix, match_keys, remove_wrappers
@@ -40,9 +41,9 @@ def load_into(
     matched = match(network, checkpoint, features_only=features_only)
     weights, head = matched.weights, _head_keys(network, target)
     if rows is not None:
-        count = _rows(weights, _classifier_names(network))
+        count = _count_classes(weights, network)
         weights = {
-            key: value[list(rows)] if key in head and value.shape[:1] == (count,) else value
+            key: _select_rows(value, rows, count, network) if key in head else value
             for key, value in weights.items()
         }
     misfits = _misfit_keys(weights, target)
@@ -58,6 +59,28 @@ def load_into(
     except RuntimeError as error:  # a dtype that torch cannot convert
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The weights in {checkpoint.source} cannot be loaded: {reason}") from error
+    return matched
+
+
+def is_detector(checkpoint: Checkpoint) -> bool:
+    """Return True if these are weights of a detector with a feature pyramid, not only of a backbone."""
+    return any("fpn" in key.split(".") for key in checkpoint.state_dict)
+
+
+def load_backbone(detector: Any, checkpoint: Checkpoint) -> Matched:
+    """Load weights of a classifier into a detector's backbone; see `load_into`."""
+    built_as = detector.built_as
+    _, name = split_name(built_as.name)
+    with torch.random.fork_rng(devices=[]):
+        classifier = build(
+            name, num_classes=0, image_size=built_as.image_size, activation=built_as.activation
+        )
+    matched = load_into(classifier, checkpoint, features_only=True)
+    # timm renames the layers of some networks that return maps: `stages.0` is `stages_0`, or `model.stages.0`.
+    target = detector.backbone.state_dict()
+    names = {re.sub(r"^(model|body)\.", "", key).replace(".", "_"): key for key in target}
+    state = {key.replace(".", "_"): value for key, value in classifier.state_dict().items()}
+    detector.backbone.load_state_dict({key: state[flat] for flat, key in names.items()})
     return matched
 
 
@@ -115,13 +138,12 @@ def _refuse_broken(weights: StateDict, target: StateDict, checkpoint: Checkpoint
 
 def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
     """Return the number of classes of the checkpoint's head; None if it has no head."""
-    names = _classifier_names(network)
     target = network.state_dict()
-    weights = match_keys(checkpoint.state_dict, target, names).weights
-    if _rows(weights, names) is None and _misfit_keys(weights, target) - _head_keys(network, target):
+    weights = match_keys(checkpoint.state_dict, target, _classifier_names(network)).weights
+    if _count_classes(weights, network) is None and _misfit_keys(weights, target) - _head_keys(network, target):
         # The file may be in another format, whose head has another name.
         weights = _convert(network, checkpoint.state_dict) or {}
-    return _rows(weights, names)
+    return _count_classes(weights, network)
 
 
 @torch.no_grad()
@@ -129,8 +151,7 @@ def permute_head(network: nn.Module, rows: Sequence[int]) -> None:
     """Reorder the classes of a network's head: class i is computed by the former row ``rows[i]``."""
     state = network.state_dict()
     for key in _head_keys(network, state) & state.keys():
-        if state[key].shape[:1] == (len(rows),):
-            state[key].copy_(state[key][list(rows)])
+        state[key].copy_(_select_rows(state[key], rows, len(rows), network))
 
 
 def classifier_weight(network: nn.Module) -> Tensor | None:
@@ -181,9 +202,23 @@ def _head_keys(network: nn.Module, target: StateDict) -> set[str]:
     return keys | {key for key in target if any(key.startswith(f"{name}.") for name in names)}
 
 
-def _rows(weights: StateDict, classifiers: tuple[str, ...]) -> int | None:
-    heads = (weights.get(f"{name}.weight") for name in classifiers)
-    return next((int(head.shape[0]) for head in heads if head is not None and head.ndim >= 2), None)
+def _count_classes(weights: StateDict, network: nn.Module) -> int | None:
+    heads = (weights.get(f"{name}.weight") for name in _classifier_names(network))
+    rows = next((int(head.shape[0]) for head in heads if head is not None and head.ndim >= 2), None)
+    return None if rows is None else rows // _count_groups(network)
+
+
+def _count_groups(network: nn.Module) -> int:
+    """Return the number of times that the classes are repeated in the rows of a head: once per anchor."""
+    return int(getattr(network, "anchors_per_location", 1))
+
+
+def _select_rows(value: Tensor, rows: Sequence[int], count: int | None, network: nn.Module) -> Tensor:
+    """Return a head's tensor with `rows` of its `count` classes; tensors of another length unchanged."""
+    groups = _count_groups(network)
+    if count is None or value.shape[:1] != (groups * count,):
+        return value
+    return value[[group * count + row for group in range(groups) for row in rows]]
 
 
 def _convert(network: nn.Module, raw: StateDict) -> StateDict | None:
@@ -206,7 +241,7 @@ def _convert(network: nn.Module, raw: StateDict) -> StateDict | None:
     width = getattr(network, "head_hidden_size", None) if head is None else head.shape[1]
     # A head of another width does not fit: a network for its rows could take any memory.
     fitting = {key: value for key, value in stripped.items() if value.ndim < 2 or value.shape[1] == width}
-    rows = _rows(fitting, _classifier_names(network))
+    rows = _count_classes(fitting, network)
     # The head of another format has another name: try the network's classes, rows of the last matrix, none.
     matrices = [int(v.shape[0]) for v in cleaned.values() if v.ndim == 2 and v.shape[1] == width]
     counts = [built_as.num_classes, *matrices[-1:], 0] if rows is None else [rows]
@@ -249,8 +284,7 @@ def _describe_misfits(
 
 
 def _describe_head(checkpoint: Checkpoint, network: nn.Module, weights: StateDict, target: StateDict) -> str:
-    names = _classifier_names(network)
-    rows, target_rows = _rows(weights, names), _rows(target, names)
+    rows, target_rows = _count_classes(weights, network), _count_classes(target, network)
     has = f"a head for {rows} classes" if rows is not None else "no head that fits"
     needs = f"{target_rows} classes" if target_rows is not None else "no head"
     return f"The weights in {checkpoint.source} have {has}, but {_name(network)} here needs {needs}."
