@@ -11,7 +11,7 @@ import numpy as np
 from ...export.errors import ExportError
 from ...export.files import temporary_folder
 from ...export.latency.machine import check_runtime
-from ...export.runtime import ArtifactError, Classifier, Size, default_threads
+from ...export.runtime import ArtifactError, Size, default_threads, open_model
 from ..config.limits import MAX_INTEGER, MAX_THREADS
 from ..errors import UsageError
 from ..evaluation import latency
@@ -164,7 +164,7 @@ def _open_subjects(
     inputs, source, classifies = None, images.description, file.input.has_metadata
     if classifies:
         try:
-            inputs = latency.render_inputs(Classifier.load(file.path, threads=1), images.contents)
+            inputs = latency.render_inputs(open_model(file.path, threads=1), images.contents)
         except ArtifactError:  # a teacher without a head has no labels
             classifies = False
     if inputs is None:

@@ -252,7 +252,7 @@ def _list_notes(groups: Sequence[Group], threads: int | None) -> list[str]:
             "which has less power. `compress validate RUN RUN` compares the files image by image."
         )
     if any(difference.p is None for difference in differences):
-        notes.append("mAP differs if the 95 % intervals do not overlap, a test with little power.")
+        notes.append("mAP and AP differ if the 95 % intervals do not overlap, a test with little power.")
     if any(difference.p is not None for difference in differences):
         notes.append(
             "p is corrected for the number of comparisons with the best run (Holm). A difference with p of "

@@ -1,11 +1,11 @@
-"""Classify images with a compressed model (`compress predict`)."""
+"""Classify images, or find objects in them, with a compressed model (`compress predict`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...export.errors import ExportError
-from ...export.predict_cli import print_predictions
-from ...export.runtime import ArtifactError, Classifier
+from ...export.predict_cli import draw_detections, print_predictions
+from ...export.runtime import ArtifactError, Detector, ImageError, open_content, open_model
 from ..data.sources.folders import EXTENSIONS
 from ..errors import UsageError
 from ..runs.folder import check_finished
@@ -16,17 +16,21 @@ def predict(
     images: Sequence[Path],
     *,
     top: int = 3,
+    min_score: float = 0.5,
+    draw: Path | None = None,
     file: str | None = None,
     threads: int | None = None,
     as_json: bool = False,
 ) -> int:
     """Print labels and probabilities of each image file, and of the images in each folder.
 
+    A detector prints the objects of at least ``min_score``, and draws those of a single image into ``draw``.
+
     Returns:
         The number of unreadable images.
 
     Raises:
-        UsageError: the artifact cannot be loaded.
+        UsageError: the artifact cannot be loaded, or nothing can be drawn.
     """
     check_finished(artifact)
     if artifact.suffix.lower() in EXTENSIONS and artifact.is_file():
@@ -40,9 +44,17 @@ def predict(
             from ...export.conversion.untrusted import read_untrusted  # imports onnx
 
             content, _ = read_untrusted(artifact)
-            classifier = Classifier(content, artifact.name, threads=threads)
+            model = open_content(content, artifact.name, threads=threads)
         else:
-            classifier = Classifier.load(artifact, file=file, threads=threads)
-    except (ArtifactError, ExportError) as error:
+            model = open_model(artifact, file=file, threads=threads)
+        if draw is not None:
+            if not isinstance(model, Detector):
+                raise UsageError(f"--draw requires a detector, {model.name} is a classifier.")
+            if len(images) > 1 or images[0].is_dir():
+                raise UsageError("--draw requires one image file.")
+        unreadable = print_predictions(model, images, top=top, min_score=min_score, as_json=as_json)
+        if isinstance(model, Detector) and draw is not None and not unreadable:
+            draw_detections(model, images[0], draw, min_score)
+    except (ArtifactError, ExportError, ImageError) as error:
         raise UsageError(f"{error}.") from error
-    return print_predictions(classifier, images, top=top, as_json=as_json)
+    return unreadable

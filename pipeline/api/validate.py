@@ -16,8 +16,7 @@ from ...export.runtime import Pixels, render
 from ..data.dataset import Image, Progress, Skipped, set_gray_bits
 from ..data.decode import check_unreadable, decode_each, read_pixels
 from ..errors import UsageError
-from ..evaluation import calibration
-from ..evaluation.comparison import SIGNIFICANT, holm, mcnemar
+from ..evaluation.comparison import SIGNIFICANT, holm
 from ..evaluation.predictions import make_example
 from ..evaluation.results import Network, Pair, Validation, Verdict
 from ..report.format import plural
@@ -28,6 +27,8 @@ from ..runs.files import check_outside_data, check_writable, command_line, data_
 from ..runs.process import STOP
 from ..runs.record import RECORD
 from ..runs.results import Example
+from ..runs.scores import Prediction
+from ..tasks.base import Outputs, Task
 from .validate_inputs import (
     SPLIT_NAMES,
     Model,
@@ -54,7 +55,7 @@ CSV_HEADER = (
 
 @dataclass(frozen=True)
 class Logits:
-    """``logits[i]`` float32 [n,classes] of model i for the n readable ``images``."""
+    """``logits[i]`` of model i for the n readable ``images``, see ``tasks``."""
 
     images: tuple[Image, ...]
     logits: list[np.ndarray]
@@ -92,8 +93,8 @@ def run_models(images: ValidationImages, models: Sequence[Model], progress: Prog
             batch = [np.stack(column) for column in zip(*pending, strict=True)]  # uint8 [B,H,W,3] by format
             for part, model in zip(parts, models, strict=True):
                 pixels = batch[formats.index(model.preprocessing)]
-                logits = [classifier.predict_logits(pixels) for classifier in model.classifiers]
-                part.append(model.task.likelihood.ensemble(logits).astype(np.float32))
+                logits = [network.predict_logits(pixels) for network in model.networks]
+                part.append(model.task.ensemble(logits).astype(np.float32))
             pending = []
         progress(done, len(images.images))
     earlier = sum(file.unreadable for file in images.skipped)
@@ -104,56 +105,45 @@ def run_models(images: ValidationImages, models: Sequence[Model], progress: Prog
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A model's prediction for an image, and its teacher's if it has one."""
+class PredictedImage:
+    """An image, number ``i`` of the readable ones, a model's prediction, and its teacher's if it has one."""
 
+    i: int
     model: str
     image: Image
     label: str
-    predicted: str
-    probability: float
-    by_teacher: tuple[str, float] | None = None
-    """Its label and probability."""
-
-    @property
-    def is_correct(self) -> bool:
-        return self.predicted == self.label
-
-    @property
-    def differs(self) -> bool:
-        """True if the teacher's prediction is another one."""
-        return self.by_teacher is not None and self.by_teacher[0] != self.predicted
+    own: Prediction
+    by_teacher: Prediction | None = None
+    differs: bool = False
+    """True if the teacher's prediction is another one."""
 
 
-@dataclass(frozen=True)
-class TeacherOutputs:
-    """Logits [n,classes] and thresholds of a teacher, in the order of its student's classes."""
-
-    name: str
-    logits: np.ndarray
-    thresholds: np.ndarray | None
-
-
-def predictions_csv(predictions: Iterable[Prediction]) -> str:
+def predictions_csv(predictions: Iterable[PredictedImage]) -> str:
     rows: list[list[object]] = [[*CSV_HEADER]]
     for p in predictions:
         cells: list[object] = [p.model, p.image.name, p.label]
-        for predicted, probability in filter(None, [(p.predicted, p.probability), p.by_teacher]):
-            cells += [predicted, f"{probability:.6f}", "yes" if predicted == p.label else "no"]
+        for prediction in filter(None, [p.own, p.by_teacher]):
+            correct = "yes" if prediction.is_correct else "no"
+            cells += [prediction.label, f"{prediction.probability:.6f}", correct]
         rows.append(cells + [None] * (len(CSV_HEADER) - len(cells)))
     return to_csv(rows)
 
 
 def make_examples(
-    predictions: Sequence[Prediction], model: Model, progress: Callable[[int, int], None]
+    predictions: Sequence[PredictedImage],
+    model: Model,
+    outputs: Outputs,
+    progress: Callable[[int, int], None],
 ) -> list[Example]:
     """Return examples with the images as the model receives them."""
-    examples = []
+    examples, task = [], model.task
     for done, p in enumerate(predictions, 1):
         pixels = read_pixels(p.image, lambda image: render(image, model.preprocessing))
         progress(done, len(predictions))
-        shown = None if isinstance(pixels, str) else pixels
-        examples.append(make_example(p.image, p.label, (p.predicted, p.probability), p.by_teacher, shown))
+        shown = None
+        if not isinstance(pixels, str):
+            shown = task.draw(pixels, outputs.labels[p.i], outputs.logits[p.i], model.labels)
+        examples.append(make_example(p.image, p.label, p.own, p.by_teacher, shown, task.example_side))
     return examples
 
 
@@ -215,11 +205,11 @@ def validate(
         students, notes = open_models(paths, file, threads)
         teachers, teacher_of, teacher_notes = open_teachers(students, teacher, threads)
         runs = list(dict.fromkeys(student.run for student in students if student.run is not None))
-        reading = progress("reading images")
+        task, reading = students[0].task, progress("reading images")
         if data is None:
-            images = choose_images_of_runs(runs, split, reading)
+            images = choose_images_of_runs(runs, split, task, reading)
         else:
-            images = choose_images(data, split, runs, data_dir, download, follow_links, reading)
+            images = choose_images(data, split, runs, task, data_dir, download, follow_links, reading)
         images = select_known(images, students, ignore_unknown=ignore_unknown)
         teachers, teacher_of, mismatches = _drop_mismatched(students, teachers, teacher_of)
         models = [*students, *teachers]
@@ -236,7 +226,7 @@ def _write(folder: Path, validation: Validation, results: "_Results") -> None:
     texts = {
         **render_validation(validation),
         "validation.json": to_json(validation) + "\n",
-        "mistakes.csv": predictions_csv(row for row in predictions if not row.is_correct),
+        "mistakes.csv": predictions_csv(row for row in predictions if not row.own.is_correct),
     }
     if results.teacher_of:
         texts["differences.csv"] = predictions_csv(row for row in predictions if row.differs)
@@ -279,46 +269,45 @@ class _Results:
     outputs: Logits
 
     @cached_property
-    def targets(self) -> list[np.ndarray]:
-        task = self.models[0].task
-        return [self.images.encode(self.outputs.images, model.labels, task) for model in self.models]
+    def by_model(self) -> list[Outputs]:
+        """The logits and labels of each model."""
+        images = self.outputs.images
+        return [
+            Outputs(logits, self.images.encode(images, model), model.thresholds)
+            for model, logits in zip(self.models, self.outputs.logits, strict=True)
+        ]
 
     @cached_property
-    def correct(self) -> list[np.ndarray]:
-        """For each model, bool [n]."""
-        rows = zip(self.models, self.outputs.logits, self.targets, strict=True)
-        return [model.task.is_correct(logits, targets, model.thresholds) for model, logits, targets in rows]
-
-    @cached_property
-    def predictions(self) -> list[list[Prediction]]:
-        """The predictions of each student, the most confident first."""
+    def predictions(self) -> list[list[PredictedImage]]:
+        """The predictions of each student: mistakes, the worst first, then by falling probability."""
         return [self._predict(i) for i, model in enumerate(self.models) if not model.is_teacher]
 
-    def _predict(self, i: int) -> list[Prediction]:
+    def _predict(self, i: int) -> list[PredictedImage]:
         model, task, images = self.models[i], self.models[i].task, self.outputs.images
-        labels = task.describe(self.targets[i], model.labels)
-        predicted = task.decode(self.outputs.logits[i], model.labels, model.thresholds)
-        by_teacher: Sequence[tuple[str, float] | None] = [None] * len(images)
-        if (teacher := self._find_teacher(model)) is not None:
-            by_teacher = task.decode(teacher.logits, model.labels, teacher.thresholds)
-        predictions = [
-            Prediction(model.name, image, label, *own, other)
-            for image, label, own, other in zip(images, labels, predicted, by_teacher, strict=True)
-        ]
-        return sorted(predictions, key=lambda prediction: (-prediction.probability, prediction.image.name))
+        own, labels = self.by_model[i], task.describe(self.by_model[i].labels, model.labels)
+        by_teacher: Sequence[Prediction | None] = [None] * len(images)
+        differs = np.zeros(len(images), dtype=bool)
+        if (teacher := self._find_teacher(i)) is not None:
+            by_teacher = task.judge(teacher, model.labels)
+            differs = ~task.is_same(own, teacher)
+        rows = zip(images, labels, task.judge(own, model.labels), by_teacher, differs.tolist(), strict=True)
+        predictions = [PredictedImage(k, model.name, *row) for k, row in enumerate(rows)]
+        return sorted(predictions, key=lambda p: (-p.own.severity, -p.own.probability, p.image.name))
 
-    def _find_teacher(self, student: Model) -> TeacherOutputs | None:
+    def _find_teacher(self, i: int) -> Outputs | None:
+        """Return the outputs of a student's teacher in the order of the student's classes."""
+        student = self.models[i]
         for model, logits in zip(self.models, self.outputs.logits, strict=True):
             if model.is_teacher and model.name == self.teacher_of.get(student.name):
                 columns = model.columns_of(student.labels)
                 assert columns is not None  # see _drop_mismatched
                 thresholds = None if model.thresholds is None else model.thresholds[columns]
-                return TeacherOutputs(model.name, logits[:, columns], thresholds)
+                return Outputs(model.task.reorder(logits, columns), self.by_model[i].labels, thresholds)
         return None
 
     def summarize(self, notes: Sequence[str], folder: Path, progress: Progress) -> Validation:
         images, readable, first = self.images, self.outputs.images, self.models[0]
-        mistakes = [row for row in self.predictions[0] if not row.is_correct]
+        mistakes = [row for row in self.predictions[0] if not row.own.is_correct]
         counts = Counter(label for image in readable for label in image.labels)
         skipped = [*images.skipped, *self.outputs.skipped]
         unreadable = sum(file.unreadable for file in skipped)
@@ -338,8 +327,8 @@ class _Results:
             task=first.task.name,
             per_class={name: counts[label] for label, name in enumerate(images.classes) if counts[label]},
             networks=[self._summarize_model(i) for i in range(len(self.models))],
-            pairs=compare_pairs([model.name for model in self.models], self.correct),
-            examples=make_examples(mistakes[:MAX_EXAMPLES], first, progress),
+            pairs=compare_pairs(first.task, [model.name for model in self.models], self.by_model),
+            examples=make_examples(mistakes[:MAX_EXAMPLES], first, self.by_model[0], progress),
             skipped=[(file.name, file.reason) for file in skipped],
             warnings=warnings,
             notes=list(notes),
@@ -347,7 +336,7 @@ class _Results:
                 "cpu": machine.cpu,
                 "machine": machine.machine,
                 "instruction sets": ", ".join(machine.flags),
-                "threads": str(first.classifiers[0].threads),
+                "threads": str(first.networks[0].threads),
                 "onnxruntime": machine.onnxruntime,
                 "python": platform.python_version(),
             },
@@ -355,12 +344,14 @@ class _Results:
         )
 
     def _summarize_model(self, i: int) -> Network:
-        model, logits, targets = self.models[i], self.outputs.logits[i], self.targets[i]
-        task, labels, thresholds = model.task, model.labels, model.thresholds
-        teacher = self._find_teacher(model)
-        agreement = None
-        if teacher is not None:
-            agreement = task.agreement(logits, teacher.logits, thresholds, teacher.thresholds)
+        model, task, labels, own = (
+            self.models[i],
+            self.models[i].task,
+            self.models[i].labels,
+            self.by_model[i],
+        )
+        logits, targets, thresholds = own.logits, own.labels, own.thresholds
+        teacher = self._find_teacher(i)
         return Network(
             name=model.name,
             role="teacher" if model.is_teacher else "student",
@@ -373,11 +364,11 @@ class _Results:
             fused=model.fused,
             image_size=model.preprocessing.size,
             classes=list(labels),
-            teacher=None if teacher is None else teacher.name,
-            agreement=agreement,
+            teacher=None if teacher is None else self.teacher_of[model.name],
+            agreement=None if teacher is None else task.agreement(own, teacher),
             score=task.score(logits, targets, labels, thresholds),
-            calibration=calibration.measure(logits, targets, task.likelihood),
-            mistakes=int((~self.correct[i]).sum()),
+            calibration=task.measure_calibration(logits, targets),
+            mistakes=int((~task.is_correct(logits, targets, thresholds)).sum()),
             per_class=[
                 measure
                 for measure in task.measure_classes(logits, targets, labels, thresholds)
@@ -387,29 +378,26 @@ class _Results:
         )
 
 
-def compare_pairs(names: Sequence[str], correct: Sequence[np.ndarray]) -> list[Pair]:
-    """Compare every two models by McNemar's exact test; ``correct`` is bool [n] for each model."""
-    indices = list(combinations(range(len(names)), 2))
-    counts = [
-        (int((correct[i] & ~correct[k]).sum()), int((correct[k] & ~correct[i]).sum())) for i, k in indices
-    ]
-    p_values = [mcnemar(first, second) for first, second in counts]
+def compare_pairs(task: Task, names: Sequence[str], outputs: Sequence[Outputs]) -> list[Pair]:
+    """Compare every two models by the task's paired test."""
+    pairs = list(combinations(range(len(names)), 2))
+    tests = [task.compare(outputs[i], outputs[k]) for i, k in pairs]
     return [
         Pair(
             first=names[i],
             second=names[k],
-            first_alone=first,
-            second_alone=second,
-            points=100 * (first - second) / len(correct[i]),
-            p=p,
+            first_alone=test.first_alone,
+            second_alone=test.second_alone,
+            points=test.points,
+            p=test.p,
             p_holm=p_holm,
-            verdict=_decide(first - second, p_holm),
+            verdict=_decide(test.points, p_holm),
         )
-        for (i, k), (first, second), p, p_holm in zip(indices, counts, p_values, holm(p_values), strict=True)
+        for (i, k), test, p_holm in zip(pairs, tests, holm([test.p for test in tests]), strict=True)
     ]
 
 
-def _decide(difference: int, p: float) -> Verdict:
+def _decide(difference: float, p: float) -> Verdict:
     if p >= SIGNIFICANT or difference == 0:
         return "no difference"
     return "better" if difference > 0 else "worse"

@@ -14,7 +14,8 @@ import numpy as np
 from ...export.conversion.untrusted import read_untrusted
 from ...export.errors import ExportError
 from ...export.int8.targets import TARGETS, is_exact_here
-from ...export.runtime import ArtifactError, Classifier, Preprocessing, open_session
+from ...export.runtime import ArtifactError, Preprocessing, open_content, open_session
+from ...export.runtime import Model as Network
 from ...models.checkpoint import tensors_digest
 from ..config import TaskName
 from ..data.copies import find_copies
@@ -46,10 +47,10 @@ SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 
 @dataclass(frozen=True)
 class Model:
-    """One file, or an ensemble of teachers whose probabilities are averaged."""
+    """One file, or an ensemble of teachers."""
 
     name: str
-    classifiers: tuple[Classifier, ...]
+    networks: tuple[Network, ...]
     source: Path
     files: tuple[Path, ...]
     precision: str | None = None
@@ -63,22 +64,22 @@ class Model:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in the order of the logits."""
-        return self.classifiers[0].labels
+        """Class names in the order of the network's classes."""
+        return self.networks[0].labels
 
     @property
     def thresholds(self) -> np.ndarray | None:
         """Thresholds by class of a multi-label model."""
-        own = self.classifiers[0].thresholds
+        own = self.networks[0].thresholds
         return self.recorded_thresholds if own is None else own
 
     @property
     def task(self) -> Task:
-        return task_of_file(self.thresholds)
+        return task_of_file(self.networks[0], self.thresholds)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return self.classifiers[0].preprocessing
+        return self.networks[0].preprocessing
 
     @cached_property
     def sha256(self) -> str:
@@ -119,18 +120,11 @@ def _is_exact(file: ModelFile) -> bool:
 
 
 def _open(file: ModelFile, name: str, threads: int | None) -> Model:
-    metadata = {}
-    if file.manifest is not None:
-        metadata = {
-            "preprocessing": Preprocessing.from_dict(file.manifest["preprocessing"]),
-            "labels": file.manifest["labels"],
-            "thresholds": file.manifest.get("thresholds"),
-        }
-    classifier = Classifier(file.content, file.path.name, threads=threads, **metadata)
+    network = open_content(file.content, file.path.name, threads=threads, manifest=file.manifest)
     fused = _is_exact(file)
     if not fused:
-        classifier.session = open_session(file.content, classifier.threads, fuse=False, name=file.path.name)
-    return Model(name, (classifier,), file.source, (file.path,), file.precision, file.target, fused, file.run)
+        network.session = open_session(file.content, network.threads, fuse=False, name=file.path.name)
+    return Model(name, (network,), file.source, (file.path,), file.precision, file.target, fused, file.run)
 
 
 def open_teachers(
@@ -179,7 +173,7 @@ def _key(run: Path, teacher: Model) -> str:
     weights = [run / file.with_suffix(".safetensors").name for file in teacher.files]
     if not all(file.is_file() for file in weights):
         return teacher.sha256
-    sizes = [str(classifier.preprocessing.size) for classifier in teacher.classifiers]
+    sizes = [str(network.preprocessing.size) for network in teacher.networks]
     return "+".join([*map(tensors_digest, weights), *sizes])
 
 
@@ -223,12 +217,13 @@ def _open_teacher_of(run: Path, threads: int | None) -> Model | None:
         contents = [read_untrusted(file)[0] for file in files]
     except ExportError as error:
         raise UsageError(f"{error}.") from error
-    classifiers = tuple(
-        Classifier(content, file.name, threads=threads) for content, file in zip(contents, files, strict=True)
+    networks = tuple(
+        open_content(content, file.name, threads=threads)
+        for content, file in zip(contents, files, strict=True)
     )
     recorded = None if subject is None else subject.thresholds
     return Model(
-        "teacher", classifiers, run, tuple(files), run=run, is_teacher=True, recorded_thresholds=recorded
+        "teacher", networks, run, tuple(files), run=run, is_teacher=True, recorded_thresholds=recorded
     )
 
 
@@ -255,24 +250,27 @@ class ValidationImages:
         """Return a hash of the content and labels of some of the images."""
         return digest(sorted([image.key, *(self.classes[i] for i in image.labels)] for image in images))
 
-    def encode(self, images: Sequence[Image], labels: Sequence[str], task: Task) -> np.ndarray:
-        """Return targets of ``images`` for a model with these ``labels``, see ``Task.encode``."""
-        index = {name: number for number, name in enumerate(labels)}
+    def encode(self, images: Sequence[Image], model: Model) -> np.ndarray:
+        """Return the labels of ``images`` as the model's classes, see ``Task.encode``."""
+        index = {name: number for number, name in enumerate(model.labels)}
         numbers = [index.get(name, -1) for name in self.classes]
-        rows = [[numbers[label] for label in image.labels if numbers[label] >= 0] for image in images]
-        return task.encode(rows, len(labels))
+        return model.task.encode(images, numbers, len(model.labels), model.preprocessing)
 
 
 def choose_images(
     data: str,
     split: SplitName | None,
     runs: Sequence[Path],
+    task: Task,
     data_dir: str | Path | None,
     download: bool,
     follow_links: bool,
     progress: Progress,
 ) -> ValidationImages:
-    """Return the images of ``data`` in a split: by default those of test, or all if there are no splits."""
+    """Return the images of ``data`` in a split, with labels for a task.
+
+    The split is by default test, or all if there are no splits.
+    """
     folder = None if data_dir is None else Path(data_dir)
     dataset = read_data(
         data,
@@ -280,6 +278,7 @@ def choose_images(
         download=download,
         follow_links=follow_links,
         for_training=False,
+        task=task.reads,
         progress=progress,
     )
     if split is None:
@@ -298,9 +297,9 @@ def choose_images(
     warnings += _warn_of_training(dataset, images, split, runs)
     if (namesake := describe_namesake(data)) is not None:
         warnings.append(namesake)
-    name, source, classes, task = dataset.name, dataset.source, dataset.classes, dataset.task
+    name, source, classes, skipped = dataset.name, dataset.source, dataset.classes, dataset.skipped
     return ValidationImages(
-        name, source, split, classes, sort_images(images), task, dataset.skipped, warnings
+        name, source, split, classes, sort_images(images), dataset.task, skipped, warnings
     )
 
 
@@ -350,7 +349,7 @@ def _is_data_of(dataset: UnsplitDataset, run: Path, fingerprint: str) -> bool:
 
 
 def choose_images_of_runs(
-    runs: Sequence[Path], split: SplitName | None, progress: Progress
+    runs: Sequence[Path], split: SplitName | None, task: Task, progress: Progress
 ) -> ValidationImages:
     """Return the images of the runs' own data, by default their test images.
 
@@ -378,6 +377,7 @@ def choose_images_of_runs(
             data_dir=None if config.get("data_dir") is None else Path(config["data_dir"]),
             follow_links=bool(config.get("follow_links")),
             val_fraction=config.get("val_fraction"),
+            task=task.reads,
             cache=Cache(),
             progress=progress,
         )

@@ -128,11 +128,19 @@ export.params += [
 @click.option(
     "--top", default=3, show_default=True, type=click.IntRange(1), help="number of classes per image"
 )
+@click.option(
+    "--min-score",
+    default=0.5,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="smallest score of a detected object",
+)
+@click.option("--draw", type=PATH, metavar="FILE", help="write the image with its objects' boxes")
 @click.option("--file", help="the .onnx file of the artifact to use [default: the int8 file]")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object per line")
 def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Classify images with a compressed model.
+    """Classify images, or find objects in them, with a compressed model.
 
     ARTIFACT is a run folder, an artifact folder or an .onnx file. IMAGES are files or folders.
     """

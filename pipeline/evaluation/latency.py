@@ -14,7 +14,7 @@ from ...export.latency import extras, noise, runner
 from ...export.latency.machine import SESSION_OPTIONS, choose_cores
 from ...export.latency.runner import BenchResult, worker_command
 from ...export.results import EndToEnd, Speedup
-from ...export.runtime import Classifier, ImageError, decode_image, height_width, render
+from ...export.runtime import ImageError, Model, decode_image, height_width, render
 from ..data.sources.folders import EXTENSIONS
 from ..errors import UsageError
 from ..runs.results import Bench, TimedFile
@@ -238,13 +238,13 @@ def synthesize_images(seed: int, count: int = 8) -> Images:
     return Images(contents, f"{count} synthetic photos, JPEG, {width} × {height} pixels")
 
 
-def render_inputs(classifier: Classifier, images: Sequence[bytes]) -> np.ndarray:
+def render_inputs(model: Model, images: Sequence[bytes]) -> np.ndarray:
     """Return images as a file's inputs."""
-    size = height_width(classifier.preprocessing.size)
-    count = _count_inputs((3, *size), np.dtype(np.uint8 if classifier.takes_pixels else np.float32))
-    decoded = [classifier.decode(image) for image in images[:count]]
-    rendered = np.stack([render(image, classifier.preprocessing) for image in decoded])
-    return classifier.to_input(repeat_shifted(rendered, count))
+    size = height_width(model.preprocessing.size)
+    count = _count_inputs((3, *size), np.dtype(np.uint8 if model.takes_pixels else np.float32))
+    decoded = [model.decode(image) for image in images[:count]]
+    rendered = np.stack([render(image, model.preprocessing) for image in decoded])
+    return model.to_input(repeat_shifted(rendered, count))
 
 
 def repeat_shifted(rendered: np.ndarray, count: int) -> np.ndarray:

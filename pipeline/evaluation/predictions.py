@@ -8,25 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...export.runtime import Classifier, open_session
+from ...export.runtime import open_model, open_session
 from ..data.dataset import Image
 from ..data.decode import encode_thumbnail
 from ..runs.console import Stage
 from ..runs.device import Engine
 from ..runs.results import Example
-from ..runs.scores import Confusion
+from ..runs.scores import Confusion, Prediction
 from .results import Confused
 
 BATCH = 128
 ONNX_BATCH = 32
 EXAMPLES = 12
-MAX_SIDE = 128
-"""Pixels of an example's side as shown."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
-Prediction = tuple[str, float]
-"""Predicted label as text, and its probability."""
 
 
 def batches(pixels: Tensor, device: str, size: int = BATCH) -> Iterator[tuple[int, Tensor]]:
@@ -55,15 +51,17 @@ def compute_logits(
 def compute_onnx_logits(file: Path, images: np.ndarray, progress: Stage, *, fuse: bool = True) -> np.ndarray:
     """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,H,W,3], n > 0.
 
+    Of a detector's file, these are its decoded detections, ``runtime.Detector.detections``.
+
     ``fuse`` is that of ``runtime.open_session``.
     """
-    classifier = Classifier(file.read_bytes(), file.name)
+    model = open_model(file)
     if not fuse:
-        classifier.session = open_session(file, classifier.threads, fuse=False)
+        model.session = open_session(file, model.threads, fuse=False)
     logits = []
     for start in range(0, len(images), ONNX_BATCH):
         batch = images[start : start + ONNX_BATCH]
-        logits.append(classifier.logits(classifier.to_input(batch)))
+        logits.append(model.infer(model.to_input(batch)))
         progress.update(f"evaluating {file.name}", start + len(batch), len(images), "images")
     return np.concatenate(logits)
 
@@ -81,34 +79,34 @@ def most_confused(confusion: Confusion, classes: Sequence[str]) -> list[Confused
 
 
 def make_example(
-    image: Image, label: str, student: Prediction, teacher: Prediction | None, pixels: np.ndarray | None
+    image: Image,
+    label: str,
+    student: Prediction,
+    teacher: Prediction | None,
+    pixels: np.ndarray | None,
+    side: int,
 ) -> Example:
-    """Return an image with its predictions; ``pixels`` uint8 [H,W,3], None if they cannot be read."""
-    predicted, probability = teacher or (None, None)
+    """Return an image with its predictions; ``pixels`` uint8 [H,W,3], None if they cannot be read.
+
+    ``side`` is the largest length of a side as shown, in pixels.
+    """
     return Example(
         name=image.name,
         label=label,
-        teacher=predicted,
-        teacher_probability=probability,
-        student=student[0],
-        student_probability=student[1],
-        png="" if pixels is None else encode_thumbnail(pixels, min(MAX_SIDE, max(pixels.shape[:2]))),
+        teacher=None if teacher is None else teacher.label,
+        teacher_probability=None if teacher is None else teacher.probability,
+        teacher_correct=None if teacher is None else teacher.is_correct,
+        student=student.label,
+        student_probability=student.probability,
+        student_correct=student.is_correct,
+        png="" if pixels is None else encode_thumbnail(pixels, min(side, max(pixels.shape[:2]))),
     )
 
 
-def choose_examples(
-    images: Sequence[Image],
-    pixels: np.ndarray,
-    labels: Sequence[str],
-    teacher: Sequence[Prediction] | None,
-    student: Sequence[Prediction],
-) -> list[Example]:
-    """Return the student's most confident mistakes first, then images spread over the split."""
-    mistakes = [i for i, label in enumerate(labels) if student[i][0] != label]
-    mistakes = sorted(mistakes, key=lambda i: -student[i][1])[: EXAMPLES // 2]
-    spread = np.linspace(0, len(labels) - 1, min(EXAMPLES, len(labels))).astype(int)
+def choose_examples(predictions: Sequence[Prediction]) -> list[int]:
+    """Return images to show: the worst mistakes, then images spread over all, the least certain first."""
+    mistakes = [i for i, prediction in enumerate(predictions) if not prediction.is_correct]
+    mistakes = sorted(mistakes, key=lambda i: -predictions[i].severity)[: EXAMPLES // 2]
+    spread = np.linspace(0, len(predictions) - 1, min(EXAMPLES, len(predictions))).astype(int)
     chosen = list(dict.fromkeys([*mistakes, *spread.tolist()]))[:EXAMPLES]
-    return [
-        make_example(images[i], labels[i], student[i], None if teacher is None else teacher[i], pixels[i])
-        for i in chosen
-    ]
+    return sorted(chosen, key=lambda i: (-predictions[i].severity, predictions[i].probability))

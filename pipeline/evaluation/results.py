@@ -58,15 +58,15 @@ class Network(Result):
 
 
 class Pair(Result):
-    """McNemar's exact test of two files on the same images."""
+    """Paired test of two files on the same images; by McNemar's exact test, or of AP by the bootstrap."""
 
     first: str
     second: str
-    first_alone: int
-    """Number of images that only the first classifies correctly."""
-    second_alone: int
+    first_alone: int | None = None
+    """Number of images that only the first classifies correctly; None for the bootstrap."""
+    second_alone: int | None = None
     points: float
-    """Percentage of correct images of the first minus that of the second."""
+    """Percentage of correct images, or AP, of the first minus that of the second."""
     p: float
     p_holm: float
     """Holm's correction for the number of pairs."""
@@ -94,7 +94,7 @@ class Validation(Result):
     """Students, the default file first, then teachers."""
     pairs: list[Pair] = []
     examples: list[Example] = []
-    """Mistakes of the first network, the most confident first."""
+    """Mistakes of the first network, the worst first."""
     skipped: list[tuple[str, str]] = []
     """(name, reason) of each file that was skipped."""
     warnings: list[str] = []
@@ -168,7 +168,7 @@ class AccuracyDifference(Result):
     high: float | None = None
     """Newcombe's 95 % interval of ``points`` if the images may differ."""
     p: float | None = None
-    """Of McNemar's exact test if ``paired``, else of the chi-squared test; None for multi-label data."""
+    """Of McNemar's exact test if ``paired``, else of the chi-squared test; None for mAP and AP."""
     p_holm: float | None = None
     """Holm's correction for the number of tests in the group."""
     paired: bool

@@ -71,7 +71,7 @@ def _title(group: Group) -> str:
 
 
 def score_name(comparison: Comparison, group: Group) -> str:
-    """Return the name of the score of the group's runs: accuracy or mAP."""
+    """Return the name of the score of the group's runs: accuracy, mAP or AP."""
     runs = [comparison.run(name) for name in group.runs]
     files = (file for run in runs for file in (run.int8, run.fp32, run.teacher_file))
     return next((file.score.metric for file in files if file and file.score), "accuracy")

@@ -8,7 +8,8 @@ from typing import Literal, Self
 from ...export.results import Speedup
 from ..runs.results import SHIPPING_ORDER, Report, Subject
 from ..runs.scores import Score
-from ..tasks import task_of
+from ..tasks import load_task, task_of
+from ..tasks.base import Task
 from . import format
 from .charts import Chart, Mark, bars, dots
 from .page import Section
@@ -36,9 +37,14 @@ class Column:
         return self.role[:1].lower() + self.role[1:]
 
 
+def find_task(report: Report) -> Task:
+    """Return the task of the run; classification before its data is read."""
+    return load_task("classification") if report.data is None else task_of(report.data)
+
+
 def score_name(report: Report) -> str:
-    """Return the name of the score that networks are compared by: accuracy or mAP."""
-    return task_of(report.data).metric if report.data is not None else "accuracy"
+    """Return the name of the score that networks are compared by: accuracy, mAP or AP."""
+    return find_task(report).metric
 
 
 def compared_networks(report: Report) -> list[Column]:

@@ -15,6 +15,8 @@ MAX_MATRIX_CLASSES = 20
 """A larger confusion matrix is unreadable: the most confused pairs are listed instead."""
 SMALL_IMAGE = 100
 """Side in pixels below which images are enlarged without smoothing."""
+LARGE_IMAGE = 128
+"""Side in pixels above which an image gets twice the width."""
 
 
 class Figure(Protocol):
@@ -183,6 +185,7 @@ class Picture:
     teacher: Prediction | None
     png: str
     is_small: bool
+    is_large: bool
 
 
 @dataclass(frozen=True)

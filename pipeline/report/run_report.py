@@ -118,15 +118,17 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
     preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
     height, width = height_width(preprocessing.size)
     is_uint8, task = manifest.get("input") == UINT8, load_task(manifest.get("task", "classification"))
-    program = render_plain_template(
-        "classify.cpp.j2",
-        height=height,
-        width=width,
-        mean=[f"{value!r}f" for value in preprocessing.mean],
-        std=[f"{value!r}f" for value in preprocessing.std],
-        uint8=is_uint8,
-        sigmoid=isinstance(task.likelihood, Sigmoid),
-    )
+    program = ""
+    if task.has_cpp_sample:
+        program = render_plain_template(
+            "classify.cpp.j2",
+            height=height,
+            width=width,
+            mean=[f"{value!r}f" for value in preprocessing.mean],
+            std=[f"{value!r}f" for value in preprocessing.std],
+            uint8=is_uint8,
+            sigmoid=isinstance(task.likelihood, Sigmoid),
+        )
     shipped, labels = networks.shipped_network(report), manifest["labels"]
     measured = shipped.subject.calibration if shipped is not None else None
     return render_markdown_template(
@@ -151,6 +153,7 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
         is_uint8=is_uint8,
         arm_file=next((file["name"] for file in manifest["files"] if file["target"] == "arm64"), None),
         program=program,
+        task=task,
         height=height,
         width=width,
     )
@@ -162,7 +165,8 @@ def metadata(report: Report, manifest: Mapping[str, Any]) -> str:
     tags = ["questpress", "onnxruntime", *dict.fromkeys(file["precision"] for file in manifest["files"])]
     tags += [report.student.name] if report.student else []
     tags += ["knowledge-distillation"] if report.method != "none" else []
-    content: dict[str, Any] = {"library_name": "onnx", "pipeline_tag": "image-classification", "tags": tags}
+    tag = networks.find_task(report).pipeline_tag
+    content: dict[str, Any] = {"library_name": "onnx", "pipeline_tag": tag, "tags": tags}
     data = str(report.config.get("data", ""))
     if data.startswith("hfds/"):
         content["datasets"] = [data.removeprefix("hfds/")]
@@ -199,7 +203,9 @@ def _results(report: Report, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
     data = " ".join(str(origin["data"]).split())
     slug = re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-") or "images"
     dataset = {"name": data, "type": slug, "split": "test"}
-    return [{"task": {"type": "image-classification"}, "dataset": dataset, "metrics": metrics}]
+    return [
+        {"task": {"type": networks.find_task(report).pipeline_tag}, "dataset": dataset, "metrics": metrics}
+    ]
 
 
 def _weak_classes(shipped: networks.Column) -> list[ClassScore]:
@@ -217,7 +223,7 @@ def _files(report: Report, manifest: Mapping[str, Any]) -> Table:
             file["precision"],
             file["target"] or "any",
             format.megabytes(file["bytes"]),
-            format.percent(accuracy.get("top1", accuracy.get("map")), accuracy.get("n")),
+            format.percent(accuracy.get(networks.find_task(report).manifest_key), accuracy.get("n")),
             f"{file['opset']}, IR {file['ir_version']}",
         ]
         for file in manifest["files"]

@@ -157,8 +157,8 @@ def pairs_table(validation: Validation) -> Table:
     rows = [
         [
             f"{pair.first} vs. {pair.second}",
-            f"{pair.first_alone:,}",
-            f"{pair.second_alone:,}",
+            format.count(pair.first_alone),
+            format.count(pair.second_alone),
             format.points(pair.points, validation.n),
             format.p_value(pair.p),
             format.p_value(pair.p_holm),
@@ -166,12 +166,16 @@ def pairs_table(validation: Validation) -> Table:
         ]
         for pair in validation.pairs
     ]
-    note = (
-        "McNemar’s exact test. Only first, only second: images that only this file classifies correctly. "
-        f"{load_task(validation.task).prediction_note} Verdict at p < 0.05 after Holm’s correction."
-    )
-    columns = ["", "only first", "only second", "difference", "p", "p (Holm)", "verdict"]
-    return Table("Pairwise tests", columns, rows, note=" ".join(note.split()))
+    task, columns = load_task(validation.task), ["", "only first", "only second", "difference"]
+    note = f"{format.capitalize(task.test_name)}."
+    if any(pair.first_alone is not None for pair in validation.pairs):
+        note += " Only first, only second: images that only this file classifies correctly. "
+        note += task.prediction_note
+    else:
+        del columns[1:3]
+        rows = [[row[0], *row[3:]] for row in rows]
+    note = f"{note.strip()} Verdict at p < 0.05 after Holm’s correction."
+    return Table("Pairwise tests", [*columns, "p", "p (Holm)", "verdict"], rows, note=note)
 
 
 def describe_verdict(pair: Pair) -> str:
@@ -186,30 +190,34 @@ def describe_pair(pair: Pair, n: int) -> str:
 
 def _errors(validation: Validation) -> Section:
     first, shown = validation.first, len(validation.examples)
-    text = f"{first.name} misclassifies {format.plural(first.mistakes, 'image')}"
-    text += ", most confident errors first" if first.mistakes > 1 else ""
+    task = load_task(validation.task)
+    text = f"{first.name} is wrong on {format.plural(first.mistakes, 'image')}"
+    text += f", {task.errors_order}" if first.mistakes > 1 else ""
     text += f"; {shown} are shown, all are in mistakes.csv" if shown < first.mistakes else ""
-    text += f". {load_task(validation.task).prediction_note}"
+    text += f". {task.prediction_note} {task.picture_note}"
     gallery = Gallery("Errors", [picture(example) for example in validation.examples])
     return Section("Errors", "errors", text=[text.strip()], figures=[gallery] if shown else [])
 
 
 def _classes(validation: Validation) -> Section:
-    first = validation.first
+    first, task = validation.first, load_task(validation.task)
     caption = f"Rows: true class. Columns: prediction of {first.name}. Numbers: images."
     matrix = confusion_matrix(first.confusion, first.classes, caption)
-    own, *others = [class_table(network, validation.networks) for network in validation.networks]
+    own, *others = [
+        class_table(network, validation.networks, task.counted) for network in validation.networks
+    ]
     pairs = confused_table(most_confused(first.confusion or [], first.classes))
     return classes_section(matrix, own, pairs, others)
 
 
-def class_table(network: Network, networks: Sequence[Network]) -> Table:
+def class_table(network: Network, networks: Sequence[Network], counted: str = "images") -> Table:
     """Return recall and precision of each class with their intervals, F1, and the task's class score.
 
-    The CSV file of many classes has those of all ``networks``.
+    They count what ``counted`` names. The CSV file of many classes has those of all ``networks``.
     """
-    scores = network.score.classes if network.score is not None else []
-    decoded = {score.label: score for score in scores if score.threshold is not None}
+    score = network.score
+    # An accuracy of a class is its recall.
+    decoded = {s.label: s for s in score.classes} if score is not None and score.correct is None else {}
     measures, rows = {measure.label: measure for measure in network.per_class}, []
     recall = {name: measure.recall.percent for name, measure in measures.items() if measure.recall}
     names, cut = choose_classes(list(measures), recall)
@@ -217,17 +225,17 @@ def class_table(network: Network, networks: Sequence[Network]) -> Table:
         row = [measure.label, format.count(measure.n)]
         row += [*_interval(measure.recall), *_interval(measure.precision), format.percent(measure.f1)]
         if decoded:
-            score = decoded.get(measure.label)
-            row.append(format.MISSING if score is None else format.percent(score.percent, score.n))
+            own = decoded.get(measure.label)
+            row.append(format.MISSING if own is None else format.percent(own.percent, own.n))
         rows.append(row)
-    columns = ["class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1"]
+    columns = ["class", counted, "recall", "95 % interval", "precision", "95 % interval", "F1"]
     columns += ["average precision"] if decoded else []
     csv = [
         [n.name, m.label, m.n, m.predicted, m.correct, m.f1]
         for n in (networks if cut else ())
         for m in n.per_class
     ]
-    heads = ["model", "class", "images", "predicted", "correct", "F1"]
+    heads = ["model", "class", counted, "predicted", "correct", "F1"]
     file = CsvFile(CLASSES_CSV, [heads, *csv]) if cut else None
     return Table(f"Results by class, {network.name}", columns, rows, note=cut, csv=file)
 

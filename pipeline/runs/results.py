@@ -332,8 +332,10 @@ class Example(Result):
     teacher: str | None = None
     """None if no teacher has a head."""
     teacher_probability: float | None = None
+    teacher_correct: bool | None = None
     student: str
     student_probability: float
+    student_correct: bool
     png: str
     """The image as the student sees it, base64 of a PNG."""
 

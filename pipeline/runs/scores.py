@@ -1,7 +1,7 @@
 """How accurate, well calibrated and fast a network is: parts of the report as data."""
 
 from math import sqrt
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -29,6 +29,18 @@ class Proportion(Result, allow_inf_nan=False):
         return cls(percent=100 * p, low=100 * low, high=100 * high, n=n, correct=correct)
 
 
+class Prediction(NamedTuple):
+    """The predicted label of an image as text, its probability, and how wrong it is: 0 if it is correct."""
+
+    label: str
+    probability: float
+    severity: float
+
+    @property
+    def is_correct(self) -> bool:
+        return self.severity == 0
+
+
 Confusion = list[tuple[NonNegativeInt, NonNegativeInt, PositiveInt]]
 """(true class, predicted class, number of images) for each pair of classes with images, in their order."""
 
@@ -47,7 +59,7 @@ class ClassScore(Result, allow_inf_nan=False):
     label: str
     n: int
     percent: float | None
-    """Accuracy, or average precision for multi-label data; None if no image shows the class."""
+    """Accuracy, or average precision; None if no image shows the class."""
     f1: float | None = None
     """At ``threshold``; None if the class is neither shown nor predicted."""
     threshold: float | None = None
@@ -58,7 +70,7 @@ class Score(Result, allow_inf_nan=False):
     """A network's score in percent on ``n`` images, with its 95 % interval."""
 
     metric: str
-    """``accuracy`` (Wilson interval) or ``mAP`` (bootstrap interval over images)."""
+    """``accuracy`` (Wilson interval), ``mAP`` or ``AP`` (bootstrap interval over images)."""
     percent: float
     low: float
     high: float
@@ -66,7 +78,7 @@ class Score(Result, allow_inf_nan=False):
     correct: int | None = None
     """Number of correct images, if the score is a proportion of images."""
     details: dict[str, Measure] = {}
-    """Further metrics by name: balanced and top-5 accuracy, or micro and macro F1."""
+    """Further metrics by name, such as balanced accuracy, micro F1 or AP50."""
     classes: list[ClassScore] = []
 
     @model_validator(mode="after")

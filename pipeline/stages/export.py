@@ -155,6 +155,7 @@ def _calibrate(
         )
     val = pixels.numpy()
     before = compute_onnx_logits(file, val, context.progress)
+    assert context.task.likelihood is not None  # see api.resolve
     fit = fit_temperature(before, labels.numpy(), context.task.likelihood)
     if fit.note:
         context.display.warn(

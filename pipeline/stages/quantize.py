@@ -36,7 +36,7 @@ FASTER = "left in float, where it is faster or truer for this network"
 
 
 class Budget:
-    """The accuracy that int8 may lose, and the fp32 file's logits [n,classes] on the images that decide."""
+    """The accuracy that int8 may lose, and the fp32 file's logits on the images that decide."""
 
     def __init__(self, task: Task, logits: np.ndarray, labels: np.ndarray, max_drop: float) -> None:
         self.task, self.logits, self.labels, self.max_drop = task, logits, labels, max_drop
@@ -46,9 +46,7 @@ class Budget:
         """Compare a candidate's logits with those of the fp32 file."""
         score = self.task.percent(logits, self.labels)
         lost = self.score - score
-        noise = float(np.square(logits.astype(np.float64) - self.logits).sum())
-        power = float(np.square(self.logits, dtype=np.float64).sum())
-        sqnr = 10 * float(np.log10(power / noise)) if noise and power else float("inf")
+        sqnr = self.task.fidelity(self.logits, logits)
         test = self.task.paired_test(self.logits, logits, self.labels)
         holds = lost <= self.max_drop or test.may_be_chance
         return Verdict(score=score, lost=lost, holds=holds, sqnr=sqnr, p=test.p)

@@ -138,7 +138,7 @@ def _make_teacher(
                 name, rows = order
                 weights += f", classes reordered from {name}"
                 permute_head(network, rows)
-                val = None if val is None else (val[0][:, rows], val[1])
+                val = None if val is None else (context.task.reorder(val[0], rows), val[1])
         test = compute_split_logits(context, data, spec, network, "test")
     if context.ranks.is_main:
         with atomic_write(context.folder.path / spec.file) as part:
@@ -275,7 +275,7 @@ def _check_kept_head(
         rows = [ordered.index(label) for label in data.classes]
         if ordered == list(data.classes):
             continue
-        reordered = task.score(logits[:, rows], labels)
+        reordered = task.score(task.reorder(logits, rows), labels)
         if reordered.low > score.high or (near_chance and not task.is_near_chance(reordered, labels)):
             context.display.warn(
                 f"the head of {spec.name} numbers the classes in {name}: {reordered.text} on {score.n} "
@@ -337,7 +337,7 @@ def _describe_ensemble(
     labels = data.rendered("test", context.teachers[0])[1].numpy()
     thresholds = [t for subject in subjects if (t := subject.thresholds) is not None]
     score = context.task.score(
-        context.task.likelihood.ensemble(logits),
+        context.task.ensemble(logits),
         labels,
         data.classes,
         np.mean(thresholds, axis=0) if thresholds else None,

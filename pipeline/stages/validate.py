@@ -11,16 +11,15 @@ from ...export.artifact import ShippedFile, write_manifest
 from ...export.conversion.onnx_export import describe
 from ...export.int8.quantizer import read_recipe
 from ...export.int8.targets import is_exact_here
-from ...export.runtime import Classifier
+from ...export.runtime import Model, open_content
 from ...models.catalog import is_free
 from ..data.training_data import TrainingData
-from ..evaluation import calibration
-from ..evaluation.predictions import choose_examples, compute_onnx_logits
+from ..evaluation.predictions import choose_examples, compute_onnx_logits, make_example
 from ..runs import artifacts
 from ..runs.folder import ARTIFACT, StageResult
 from ..runs.results import SHIPPING_ORDER, Int8Search, Subject
 from ..runs.scores import Calibration, Score
-from ..tasks.base import Task
+from ..tasks.base import Outputs, Task
 from ..training.context import RunContext
 from .export import STUDENT_ONNX, origin
 from .teacher import LOGITS
@@ -34,7 +33,8 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     pixels, labels = rendered.numpy(), targets.numpy()
     int8, first_target = _int8_files(previous), context.options.target[0]
     shipped = folder / int8.get(first_target, STUDENT_ONNX)
-    thresholds = Classifier(shipped.read_bytes(), shipped.name).thresholds
+    model = open_content(shipped.read_bytes(), shipped.name)
+    thresholds = model.thresholds
     logits = {"student": compute_onnx_logits(folder / STUDENT_ONNX, pixels, context.progress)}
     scores = {"student": task.score(logits["student"], labels, classes, thresholds)}
     target_scores: dict[str, Score] = {}
@@ -48,27 +48,35 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     teacher_thresholds = Subject.model_validate(previous["teacher"]).thresholds
     saved = load_file(folder / LOGITS)  # of the teachers with a head
     teachers = [saved.get(str(t)) for t in range(len(previous["teachers"]))]
-    teacher = task.likelihood.ensemble(list(saved.values())) if saved else None
+    teacher = task.ensemble(list(saved.values())) if saved else None
 
     temperature = previous.get("temperature", {}).get("value")
     facts: dict[str, Any] = _teacher_calibration(task, teachers, teacher, labels)
     for key, values in logits.items():
-        measured = calibration.measure(values, labels, task.likelihood, temperature)
+        measured = task.measure_calibration(values, labels, temperature)
         facts[key] = {"score": scores[key].model_dump(exclude_none=True), **_calibration_facts(measured)}
         if teacher is not None:
-            agreement = task.agreement(values, teacher, thresholds, teacher_thresholds)
-            facts[key]["agreement"] = agreement.model_dump()
+            own, other = Outputs(values, labels, thresholds), Outputs(teacher, labels, teacher_thresholds)
+            facts[key]["agreement"] = task.agreement(own, other).model_dump()
     confusion = task.confusion(logits[ships], labels)
     if confusion is not None:
         facts["confusion"] = confusion
-    examples = choose_examples(
-        decoded.images,
-        pixels,
-        task.describe(labels, classes),
-        None if teacher is None else task.decode(teacher, classes, teacher_thresholds),
-        task.decode(logits[ships], classes, thresholds),
-    )
-    facts["examples"] = [example.model_dump() for example in examples]
+    student = task.judge(Outputs(logits[ships], labels, thresholds), classes)
+    by_teacher = None
+    if teacher is not None:
+        by_teacher = task.judge(Outputs(teacher, labels, teacher_thresholds), classes)
+    texts = task.describe(labels, classes)
+    facts["examples"] = [
+        make_example(
+            decoded.images[i],
+            texts[i],
+            student[i],
+            None if by_teacher is None else by_teacher[i],
+            task.draw(pixels[i], labels[i], logits[ships][i], classes),
+            task.example_side,
+        ).model_dump()
+        for i in choose_examples(student)
+    ]
     facts["int8"] = [
         {"test_score": target_scores[target].model_dump(exclude_none=True)} if target in int8 else {}
         for target in context.options.target
@@ -80,7 +88,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     _warn(context, previous, scores["student"], labels)
     if (measured := facts[ships].get("calibration")) is not None and measured.get("before") is not None:
         _check_calibration(context, measured["before"]["ece"], measured["ece"])
-    _write_manifest(context, data, previous, scores["student"], target_scores, thresholds)
+    _write_manifest(context, data, previous, scores["student"], target_scores, model)
     score = scores[ships]
     summary = f"on {len(labels)} test images: fp32 {scores['student'].text}"
     if ships == "student_int8":
@@ -101,15 +109,12 @@ def _teacher_calibration(
     task: Task, teachers: list[np.ndarray | None], ensemble: np.ndarray | None, labels: np.ndarray
 ) -> dict[str, Any]:
     """Return the calibration of each teacher and of their ensemble, as parts of the report."""
-    measured = [
-        None if logits is None else calibration.measure(logits, labels, task.likelihood)
-        for logits in teachers
-    ]
+    measured = [None if logits is None else task.measure_calibration(logits, labels) for logits in teachers]
     facts: dict[str, Any] = {"teachers": [_calibration_facts(teacher) for teacher in measured]}
     if len(teachers) == 1:
         facts["teacher"] = _calibration_facts(measured[0])
     elif ensemble is not None:
-        facts["teacher"] = _calibration_facts(calibration.measure(ensemble, labels, task.likelihood))
+        facts["teacher"] = _calibration_facts(task.measure_calibration(ensemble, labels))
     return facts
 
 
@@ -162,7 +167,7 @@ def _write_manifest(
     previous: Mapping[str, Any],
     student: Score,
     targets: Mapping[str, Score],
-    thresholds: np.ndarray | None,
+    model: Model,
 ) -> None:
     folder, accuracy = context.folder.path, context.task.manifest_entry
     int8 = [
@@ -179,6 +184,7 @@ def _write_manifest(
         preprocessing=context.student.preprocessing,
         labels=data.classes,
         origin=origin(context, previous, previous.get("temperature", {}).get("value")),
-        thresholds=None if thresholds is None else thresholds.tolist(),
+        thresholds=None if model.thresholds is None else model.thresholds.tolist(),
+        decoder=model.decoder,
         takes_pixels=context.has_pixel_input,
     )

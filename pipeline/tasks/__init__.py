@@ -9,6 +9,7 @@ from importlib import import_module
 
 import numpy as np
 
+from ...export.runtime import Model
 from ..config import TaskName
 from ..data.dataset import ImageSet
 from ..runs.results import DataSummary
@@ -17,6 +18,7 @@ from .base import Task
 TASKS: dict[TaskName, str] = {
     "classification": "classification:Classification",
     "multi-label": "multi_label:MultiLabel",
+    "detection": "detection:Detection",
 }
 """Name -> module:class. Imported when used."""
 
@@ -33,6 +35,8 @@ def task_of(data: ImageSet | DataSummary) -> Task:
     return load_task(data.task)
 
 
-def task_of_file(thresholds: np.ndarray | None) -> Task:
-    """Return the task of a model file by its thresholds, which multi-label files have."""
+def task_of_file(model: Model, thresholds: np.ndarray | None) -> Task:
+    """Return the task of a model: one with a decoder detects, one with thresholds has several labels."""
+    if model.decoder is not None:
+        return load_task("detection")
     return load_task("classification" if thresholds is None else "multi-label")

@@ -1,19 +1,25 @@
 """The contract of a task: everything that depends on the kind of labels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from numpy import ndarray
 from torch import Tensor, nn
 
+from ...export.runtime import Preprocessing
 from ..config import TaskName
 from ..data.dataset import Image
+from ..evaluation import calibration
 from ..evaluation.calibration import Likelihood
-from ..runs.scores import ClassMeasure, Confusion, Proportion, Score
+from ..evaluation.comparison import mcnemar
+from ..runs.scores import Calibration, ClassMeasure, Confusion, Prediction, Proportion, Score
 
 Names = Sequence[str]
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
+"""The loss of (logits, labels) of a training batch, the mean over its images."""
 CHUNK = 4096
 """Images that are decoded at once, in float64."""
 Thresholds = ndarray | None
@@ -36,36 +42,85 @@ class PairedTest:
     may_be_chance: bool
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """A network's logits on images, and their labels as its classes."""
+
+    logits: ndarray
+    labels: ndarray
+    thresholds: Thresholds = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first of two networks minus the second in points, and the p of a paired test."""
+
+    points: float
+    p: float
+    first_alone: int | None = None
+    second_alone: int | None = None
+    """Number of images that only this one predicts correctly, if these are tested."""
+
+
 class Task(ABC):
     """One kind of labels; a subclass overrides what differs.
 
-    ``logits`` are float32 [n,classes], ``labels`` as ``data.decode.ReadableImages.targets`` returns them.
+    ``logits`` are float32 [n,classes], or the form of outputs that the task defines. ``labels`` are as
+    ``data.decode.ReadableImages.targets`` returns them.
     """
 
     name: ClassVar[TaskName]
     metric: ClassVar[str]
     class_metric: ClassVar[str]
     """Names of the score and of a class's score."""
-    likelihood: ClassVar[Likelihood]
-    """Model of the probabilities; calibration and ensembles follow from it."""
+    manifest_key: ClassVar[str]
+    """Name of the score in ``manifest_entry``."""
+    likelihood: ClassVar[Likelihood | None]
+    """Model of the probabilities, from which calibration and ensembles follow; None if there is none."""
     default_balance: ClassVar[Literal["auto", "off"]]
     """``--balance`` without the option."""
     has_thresholds: ClassVar[bool] = False
     """True if predictions depend on thresholds, which are chosen on validation images."""
+    reads: ClassVar[Literal["boxes"] | None] = None
+    """What data are read for the task, see ``data.sources.open_data``."""
     accepts: ClassVar[frozenset[TaskName]]
     """Tasks of data sets whose labels a network of this task can be evaluated on."""
     labels_note: ClassVar[str] = ""
     """Continues "10 classes"."""
     prediction_note: ClassVar[str] = ""
     """A sentence on what counts as a correct prediction and what its probability means."""
+    picture_note: ClassVar[str] = ""
+    """A sentence on what ``draw`` shows."""
+    errors_order: ClassVar[str] = "the most confident first"
+    """Order of wrong predictions by ``severity``."""
+    counted: ClassVar[str] = "images"
+    """Unit of ``measure_classes``."""
+    test_name: ClassVar[str] = "McNemar’s exact test"
+    """Test of ``compare``."""
+    example_side: ClassVar[int] = 128
+    """Pixels of an example's longer side as shown."""
+
+    # Model card.
+
+    pipeline_tag: ClassVar[str] = "image-classification"
+    """Task on the Hugging Face Hub."""
+    model_kind: ClassVar[str] = "Image classifier"
+    has_cpp_sample: ClassVar[bool] = True
+    usage: ClassVar[str] = """\
+from predict import Classifier
+
+classifier = Classifier.load(".")
+for label, probability in classifier.predict(["photo.jpg"])[0].top:
+    print(label, probability)"""
+    """Python program that uses the artifact from its folder."""
 
     @abstractmethod
-    def label_loss(self, smoothing: float) -> nn.Module:
-        """Return the loss of (logits [B,N], labels), the mean over the batch."""
+    def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
+        """Return the loss on labels for training ``network``."""
 
     @abstractmethod
     def guessing_loss(self, classes: int) -> float:
-        """Return the label loss of equal probabilities."""
+        """Return the label loss of equal probabilities; infinite if it is not a sign of a failed training."""
 
     def count_correct(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Return the number of correct images in a batch; None if the score is not a proportion of images."""
@@ -74,8 +129,16 @@ class Task(ABC):
     # Labels and predictions.
 
     @abstractmethod
-    def encode(self, labels: Sequence[Sequence[int]], classes: int) -> ndarray:
-        """Return images' class numbers as an array of labels."""
+    def encode(
+        self, images: Sequence[Image], numbers: Sequence[int], classes: int, preprocessing: Preprocessing
+    ) -> ndarray:
+        """Return images' labels as an array, for a network with other class numbers.
+
+        Args:
+            numbers: the network's number of each class of the images; −1 if it has no such class.
+            classes: number of classes of the network.
+            preprocessing: that of the network.
+        """
 
     def drop_unknown(self, images: Sequence[Image], unknown: set[int]) -> tuple[Image, ...]:
         """Return the images that a network without some of their classes can be evaluated on."""
@@ -112,7 +175,34 @@ class Task(ABC):
             decoded += zip(labels, self.confidence(part, thresholds).tolist(), strict=True)
         return decoded
 
+    def reorder(self, logits: ndarray, classes: Sequence[int]) -> ndarray:
+        """Return logits whose class number i is class ``classes[i]``."""
+        return logits[:, classes]
+
+    def ensemble(self, logits: Sequence[ndarray]) -> ndarray:
+        """Return logits whose probabilities are the mean of several networks' probabilities."""
+        assert self.likelihood is not None
+        return self.likelihood.ensemble(logits)
+
+    def draw(self, pixels: ndarray, labels: ndarray, logits: ndarray, classes: Names) -> ndarray:
+        """Return an example image, uint8 [H,W,3], with what its label and prediction locate in it."""
+        return pixels
+
+    def judge(self, outputs: Outputs, classes: Names) -> list[Prediction]:
+        """Return each image's prediction as text, its probability, and how wrong it is."""
+        decoded = self.decode(outputs.logits, classes, outputs.thresholds)
+        severity = self.severity(outputs.logits, outputs.labels, outputs.thresholds)
+        return [Prediction(*row, wrong) for row, wrong in zip(decoded, severity.tolist(), strict=True)]
+
     # Scores.
+
+    def measure_calibration(
+        self, logits: ndarray, labels: ndarray, temperature: float | None = None
+    ) -> Calibration | None:
+        """Measure the calibration of logits, see ``calibration.measure``; None without a likelihood."""
+        if self.likelihood is None:
+            return None
+        return calibration.measure(logits, labels, self.likelihood, temperature)
 
     def percent(self, logits: ndarray, labels: ndarray) -> float:
         """Return the score alone, in percent."""
@@ -129,14 +219,16 @@ class Task(ABC):
         """Return a score as ``accuracy`` of a file in ``manifest.json``."""
 
     @abstractmethod
-    def count_classes(self, predictions: ndarray, labels: ndarray, classes: int) -> tuple[ndarray, ...]:
+    def count_classes(
+        self, logits: ndarray, labels: ndarray, classes: int, thresholds: Thresholds = None
+    ) -> tuple[ndarray, ...]:
         """Return the number of images that show each class, that are predicted to, and both."""
 
     def measure_classes(
         self, logits: ndarray, labels: ndarray, classes: Names, thresholds: Thresholds = None
     ) -> list[ClassMeasure]:
         """Return recall, precision and F1 of each class."""
-        counts = self.count_classes(self.predict(logits, thresholds), labels, len(classes))
+        counts = self.count_classes(logits, labels, len(classes), thresholds)
         rows = zip(classes, *(count.tolist() for count in counts), strict=True)
         return [ClassMeasure.from_counts(*row) for row in rows]
 
@@ -161,18 +253,34 @@ class Task(ABC):
 
     def is_correct(self, logits: ndarray, labels: ndarray, thresholds: Thresholds = None) -> ndarray:
         """Return whether each image's prediction is exactly its labels, bool [n]."""
-        return (self.predict(logits, thresholds) == labels).reshape(len(labels), -1).all(1)
+        return np.asarray((self.predict(logits, thresholds) == labels).reshape(len(labels), -1).all(1))
 
-    def agreement(
-        self,
-        logits: ndarray,
-        others: ndarray,
-        thresholds: Thresholds = None,
-        other_thresholds: Thresholds = None,
-    ) -> Proportion:
+    def severity(self, logits: ndarray, labels: ndarray, thresholds: Thresholds = None) -> ndarray:
+        """Return how wrong each prediction is, float [n]; 0 if it is correct."""
+        confidence = np.maximum(self.confidence(logits, thresholds), np.finfo(np.float64).tiny)
+        return np.where(self.is_correct(logits, labels, thresholds), 0.0, confidence)
+
+    def is_same(self, first: Outputs, second: Outputs) -> ndarray:
+        """Return whether two networks with the same classes have the same prediction, bool [n]."""
+        return self.is_correct(first.logits, self.predict(second.logits, second.thresholds), first.thresholds)
+
+    def agreement(self, first: Outputs, second: Outputs) -> Proportion:
         """Return the proportion of images with the same prediction by two networks."""
-        same = self.is_correct(logits, self.predict(others, other_thresholds), thresholds)
+        same = self.is_same(first, second)
         return Proportion.from_counts(int(same.sum()), len(same))
+
+    def compare(self, first: Outputs, second: Outputs) -> Difference:
+        """Compare two networks on the same images by McNemar's exact test of correct predictions."""
+        a, b = (self.is_correct(o.logits, o.labels, o.thresholds) for o in (first, second))
+        only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
+        points = 100 * (only_first - only_second) / len(a)
+        return Difference(points, mcnemar(only_first, only_second), only_first, only_second)
+
+    def fidelity(self, fp32: ndarray, int8: ndarray) -> float:
+        """Return the signal-to-quantization-noise ratio of int8 logits in decibels; inf without noise."""
+        noise = float(np.square(int8.astype(np.float64) - fp32).sum())
+        power = float(np.square(fp32, dtype=np.float64).sum())
+        return 10 * float(np.log10(power / noise)) if noise and power else float("inf")
 
     def paired_test(self, fp32: ndarray, int8: ndarray, labels: ndarray) -> PairedTest:
         """Test whether the int8 logits are worse than the fp32 ones; a task without a test has no p."""

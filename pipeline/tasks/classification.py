@@ -9,13 +9,13 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor, nn
 
-from ...export.runtime import softmax
+from ...export.runtime import Preprocessing, softmax
 from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation.calibration import Softmax
-from ..evaluation.comparison import SIGNIFICANT, mcnemar
+from ..evaluation.comparison import SIGNIFICANT
 from ..runs.scores import ClassScore, Confusion, Measure, Proportion, Score
-from .base import CHUNK, Chance, Names, PairedTest, Task, Thresholds
+from .base import CHUNK, Chance, LabelLoss, Names, Outputs, PairedTest, Task, Thresholds
 
 UNEVEN = 1.5
 """Balanced accuracy is reported if the largest class has more than this many times the smallest's images."""
@@ -29,11 +29,12 @@ class Classification(Task):
 
     name = "classification"
     metric = class_metric = "accuracy"
+    manifest_key = "top1"
     likelihood = Softmax()
     default_balance = "auto"
     accepts = frozenset[TaskName]({"classification"})
 
-    def label_loss(self, smoothing: float) -> nn.Module:
+    def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
         return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def guessing_loss(self, classes: int) -> float:
@@ -42,8 +43,10 @@ class Classification(Task):
     def count_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.argmax(1) == labels).sum()
 
-    def encode(self, labels: Sequence[Sequence[int]], classes: int) -> ndarray:
-        return np.array([label for [label] in labels], dtype=np.int64)
+    def encode(
+        self, images: Sequence[Image], numbers: Sequence[int], classes: int, preprocessing: Preprocessing
+    ) -> ndarray:
+        return np.array([numbers[image.label] for image in images], dtype=np.int64)
 
     def drop_unknown(self, images: Sequence[Image], unknown: set[int]) -> tuple[Image, ...]:
         return tuple(image for image in images if image.label not in unknown)
@@ -60,7 +63,7 @@ class Classification(Task):
     def score(
         self, logits: ndarray, labels: ndarray, classes: Names = (), thresholds: Thresholds = None
     ) -> Score:
-        counts, _, correct = self.count_classes(self.predict(logits), labels, logits.shape[1])
+        counts, _, correct = self.count_classes(logits, labels, logits.shape[1])
         accuracy = Proportion.from_counts(int(correct.sum()), len(labels))
         details, shown = {}, counts > 0
         if counts.max() > UNEVEN * counts[shown].min():
@@ -87,7 +90,10 @@ class Classification(Task):
             **{key: detail.percent for key, detail in details.items() if detail is not None},
         }
 
-    def count_classes(self, predictions: ndarray, labels: ndarray, classes: int) -> tuple[ndarray, ...]:
+    def count_classes(
+        self, logits: ndarray, labels: ndarray, classes: int, thresholds: Thresholds = None
+    ) -> tuple[ndarray, ...]:
+        predictions = self.predict(logits)
         correct = labels[predictions == labels]
         return tuple(np.bincount(numbers, minlength=classes) for numbers in (labels, predictions, correct))
 
@@ -100,10 +106,9 @@ class Classification(Task):
         return Chance(100 * float(largest) / len(labels), "the fraction of the largest class")
 
     def paired_test(self, fp32: ndarray, int8: ndarray, labels: ndarray) -> PairedTest:
-        before, after = self.is_correct(fp32, labels), self.is_correct(int8, labels)
-        worse, better = int((before & ~after).sum()), int((after & ~before).sum())
-        p = mcnemar(worse, better)
-        return PairedTest(p, worse - better <= CHANCE_IMAGES and p >= SIGNIFICANT)
+        test = self.compare(Outputs(fp32, labels), Outputs(int8, labels))
+        lost = round(test.points * len(labels) / 100)
+        return PairedTest(test.p, lost <= CHANCE_IMAGES and test.p >= SIGNIFICANT)
 
 
 def _count_in_top5(logits: ndarray, labels: ndarray) -> int:

@@ -14,11 +14,13 @@ from timm.loss import BinaryCrossEntropy
 from timm.task.evaluator import MultiLabelClassificationEvaluator
 from torch import nn
 
-from ...export.runtime import sigmoid
+from ...export.runtime import Preprocessing, sigmoid
 from ..config import TaskName
+from ..data.dataset import Image
 from ..evaluation.calibration import Sigmoid
+from ..evaluation.comparison import bootstrap_interval
 from ..runs.scores import ClassScore, Measure, Score
-from .base import Chance, Names, Task, Thresholds
+from .base import Chance, LabelLoss, Names, Task, Thresholds
 
 NO_CLASS = "no class"
 MICRO, MACRO = "micro F1", "macro F1"
@@ -76,10 +78,9 @@ def average_precision(ranking: Ranking, weights: ndarray) -> ndarray:
 
 
 def map_interval(logits: ndarray, targets: ndarray) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval over images of the mAP, in percent.
+    """Return the 95 % bootstrap interval over images of the mAP, in percent.
 
-    Every class must be shown by an image. The interval is shifted by the resamples' bias, since an image that
-    is drawn twice raises average precision.
+    Every class must be shown by an image.
     """
     n, classes = targets.shape
     resamples = int(np.clip(MAX_WORK // (n * classes), MIN_RESAMPLES, RESAMPLES))
@@ -92,9 +93,7 @@ def map_interval(logits: ndarray, targets: ndarray) -> tuple[float, float]:
             precision = average_precision(ranking, weights)
             sums[draw] += np.nansum(precision)
             counts[draw] += np.count_nonzero(~np.isnan(precision))
-    drawn, own = 100 * sums[counts > 0] / counts[counts > 0], 100 * own / classes
-    low, high = np.percentile(drawn, (2.5, 97.5)) - (np.mean(drawn) - own)
-    return max(0.0, min(float(low), own)), min(100.0, max(float(high), own))
+    return bootstrap_interval(100 * sums[counts > 0] / counts[counts > 0], 100 * own / classes)
 
 
 def _rankings(logits: ndarray, targets: ndarray) -> Iterator[Ranking]:
@@ -111,6 +110,7 @@ class MultiLabel(Task):
     name = "multi-label"
     metric = "mAP"
     class_metric = "average precision"
+    manifest_key = "map"
     likelihood = Sigmoid()
     # The gradient ratios that balancing aims at were measured on images with one label.
     default_balance = "off"
@@ -122,7 +122,7 @@ class MultiLabel(Task):
         "are independent."
     )
 
-    def label_loss(self, smoothing: float) -> nn.Module:
+    def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
         """Return the sum of the classes' binary cross-entropies, with labels smoothed towards 1/2.
 
         It is the negative log-likelihood of the set of labels, as the cross-entropy is of one label. The mean
@@ -133,10 +133,12 @@ class MultiLabel(Task):
     def guessing_loss(self, classes: int) -> float:
         return classes * math.log(2)
 
-    def encode(self, labels: Sequence[Sequence[int]], classes: int) -> ndarray:
-        encoded = np.zeros((len(labels), classes), dtype=np.float32)
-        for row, shown in enumerate(labels):
-            encoded[row, list(shown)] = 1
+    def encode(
+        self, images: Sequence[Image], numbers: Sequence[int], classes: int, preprocessing: Preprocessing
+    ) -> ndarray:
+        encoded = np.zeros((len(images), classes), dtype=np.float32)
+        for row, image in enumerate(images):
+            encoded[row, [numbers[label] for label in image.labels if numbers[label] >= 0]] = 1
         return encoded
 
     def default_thresholds(self, classes: int) -> ndarray:
@@ -220,8 +222,10 @@ class MultiLabel(Task):
             "macro_f1": score.details[MACRO].percent,
         }
 
-    def count_classes(self, predictions: ndarray, labels: ndarray, classes: int) -> tuple[ndarray, ...]:
-        shown = labels > 0
+    def count_classes(
+        self, logits: ndarray, labels: ndarray, classes: int, thresholds: Thresholds = None
+    ) -> tuple[ndarray, ...]:
+        shown, predictions = labels > 0, self.predict(logits, thresholds)
         return shown.sum(0), predictions.sum(0), (predictions & shown).sum(0)
 
     def chance(self, labels: ndarray) -> Chance:

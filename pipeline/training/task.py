@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from ...export.runtime import Size, height_width
 from ...models.build import Geometry
 from ...models.fold import fold_batch_norm
-from ...models.readout import Readouts, merged
+from ...models.readout import Readouts, merged, read_network
 from ..data.render import Normalize
 from ..methods.base import Batch, Features, Method
 from ..methods.gradient_balance import GradientBalance
@@ -36,7 +36,7 @@ class Teacher(nn.Module):
     def __init__(self, network: nn.Module, geometry: Geometry, engine: Engine) -> None:
         super().__init__()
         size = self.image_size = geometry.image_size
-        self.readouts = Readouts(fold_batch_norm(network, torch.randn(1, 3, *height_width(size))), size)
+        self.readouts = read_network(fold_batch_norm(network, torch.randn(1, 3, *height_width(size))), size)
         self.normalize = Normalize(geometry.mean, geometry.std)
         self.requires_grad_(False)
         self.eval()
@@ -74,20 +74,21 @@ class StudentModule(nn.Module):
         methods: Mapping[str, Method],
         reads: frozenset[str],
         weights: Mapping[str, float],
-        label_loss: nn.Module,
+        label_task: Task,
+        label_smoothing: float,
         balance: bool,
         engine: Engine,
         ranks: Ranks,
     ) -> None:
         super().__init__()
-        self.readouts = network if isinstance(network, Readouts) else Readouts(network)
+        self.readouts = network if isinstance(network, Readouts) else read_network(network)
         self.normalize = normalize
         self.methods = nn.ModuleDict(methods)
         self.last_map = next(name for name in LAST_MAP if name in self.readouts.offers)
         self.balance = GradientBalance(methods, ranks.sum) if balance and methods else None
         self.reads = reads | {"logits"} | ({self.last_map} if self.balance else set())
         self.weights = dict(weights)
-        self.label_loss = label_loss
+        self.label_loss = label_task.label_loss(self.readouts.network, label_smoothing)
         self.use(engine)
 
     def use(self, engine: Engine) -> None:
@@ -236,7 +237,8 @@ class DistillationTask(TrainingTask):
             methods,
             student_reads,
             {"ce": 1.0, **dict.fromkeys(methods, 1.0), **(weights or {})},
-            label_task.label_loss(label_smoothing),
+            label_task,
+            label_smoothing,
             balance,
             engine,
             ranks or Ranks(),

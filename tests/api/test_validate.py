@@ -17,6 +17,8 @@ from questpress.pipeline.evaluation.results import Validation
 from questpress.pipeline.report.validation_page import render_validation
 from questpress.pipeline.runs.files import escape_cell
 from questpress.pipeline.runs.folder import RunFolder
+from questpress.pipeline.tasks import load_task
+from questpress.pipeline.tasks.base import Outputs
 from safetensors.numpy import load_file
 
 from tests.support import hostile_onnx, little
@@ -111,7 +113,10 @@ def test_verdict_needs_a_corrected_p_below_five_percent() -> None:
     right = np.arange(40) < 30
     few, many = right.copy(), right.copy()
     few[:3], many[:14] = False, False
-    one, two, three = compare_pairs(["a", "b", "c"], [right, few, many])
+    outputs = [
+        Outputs(np.eye(2)[correct.astype(int)], np.ones(40, dtype=int)) for correct in (right, few, many)
+    ]
+    one, two, three = compare_pairs(load_task("classification"), ["a", "b", "c"], outputs)
     assert (one.verdict, two.verdict, three.verdict) == ("no difference", "better", "better")
     assert (one.first_alone, one.second_alone, one.points) == (3, 0, 7.5)
     assert one.p_holm >= one.p == pytest.approx(0.25)

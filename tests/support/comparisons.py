@@ -62,7 +62,8 @@ def validation() -> Validation:
         networks=networks,
         examples=[
             Example(name=f"{'a' * 60}/{i}.jpg", label=names[i], teacher=names[i], teacher_probability=0.5,
-                    student=names[(i + 1) % 12], student_probability=0.9, png=reports.png(i))
+                    teacher_correct=True, student=names[(i + 1) % 12], student_probability=0.9,
+                    student_correct=False, png=reports.png(i))
             for i in range(12)
         ],
         skipped=[("broken" * 30, "the file is empty")],

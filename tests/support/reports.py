@@ -139,6 +139,7 @@ def full(classes: list[str] | None = None) -> Report:
             Example(
                 name=f"test/{label}/{i:04d}.jpg", label=label,
                 teacher=label if i % 3 else names[(i + 2) % len(names)], teacher_probability=0.98 - 0.03 * i,
+                teacher_correct=i % 3 > 0, student_correct=i % 2 > 0,
                 student=label if i % 2 else names[(i + 1) % len(names)], student_probability=0.99 - 0.04 * i,
                 png=png(i),
             )

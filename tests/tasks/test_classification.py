@@ -5,6 +5,7 @@ import pytest
 import torch
 from questpress.pipeline.runs.scores import Proportion, Score
 from questpress.pipeline.tasks import load_task
+from questpress.pipeline.tasks.base import Outputs
 
 TASK = load_task("classification")
 
@@ -68,7 +69,9 @@ def test_class_scores_and_confusion_add_up() -> None:
 
 
 def test_agreement_is_the_proportion_of_equal_predictions() -> None:
-    agreement = TASK.agreement(one_hot([0, 1, 2, 2], 3), 5 * one_hot([0, 1, 1, 2], 3) - 7)
+    labels = np.zeros(4, dtype=int)
+    first, second = one_hot([0, 1, 2, 2], 3), 5 * one_hot([0, 1, 1, 2], 3) - 7
+    agreement = TASK.agreement(Outputs(first, labels), Outputs(second, labels))
     assert (agreement.correct, agreement.n) == (3, 4)
 
 
@@ -84,7 +87,7 @@ def test_label_loss_is_torchs_cross_entropy() -> None:
     rng = np.random.default_rng(0)
     logits, labels = torch.tensor(rng.normal(size=(9, 4))), torch.tensor(rng.integers(0, 4, 9))
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    assert torch.equal(TASK.label_loss(0.1)(logits, labels), expected)
+    assert torch.equal(TASK.label_loss(torch.nn.Identity(), 0.1)(logits, labels), expected)
 
 
 @pytest.mark.parametrize(

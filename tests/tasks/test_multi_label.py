@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from questpress.export.runtime import sigmoid
+from questpress.export.runtime import Preprocessing, sigmoid
 from questpress.pipeline import methods
 from questpress.pipeline.data.dataset import Image
 from questpress.pipeline.data.sources.label_files import read_label_file
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
 from questpress.pipeline.tasks import load_task, multi_label
+from questpress.pipeline.tasks.base import Outputs
 from questpress.pipeline.training.distributed import Ranks
 from questpress.pipeline.training.metrics import Meter
 from sklearn.metrics import average_precision_score, f1_score
@@ -118,9 +119,9 @@ def test_near_chance_uses_class_frequencies() -> None:
 def test_same_labels_agree_and_one_other_label_does_not() -> None:
     ours = np.array([[1, -1], [1, 1], [-1, -1]], dtype=np.float32)
     theirs = np.array([[2, -1], [1, -1], [-1, -1]], dtype=np.float32)
-    assert TASK.agreement(ours, theirs).correct == 2
-    assert TASK.agreement(ours, theirs, np.array([0.8, 0.5]), np.array([0.8, 0.5])).correct == 1
-    labels = np.array([[1, 0], [1, 0], [0, 0]], dtype=np.float32)
+    labels, high = np.array([[1, 0], [1, 0], [0, 0]], dtype=np.float32), np.array([0.8, 0.5])
+    assert TASK.agreement(Outputs(ours, labels), Outputs(theirs, labels)).correct == 2
+    assert TASK.agreement(Outputs(ours, labels, high), Outputs(theirs, labels, high)).correct == 1
     assert TASK.is_correct(ours, labels).tolist() == [True, False, True]
 
 
@@ -135,7 +136,7 @@ def test_multi_label_prediction_is_a_set_with_probability() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_is_the_sum_of_each_classes_own(smoothing: float) -> None:
     expected = bce(LOGITS, TARGETS * (1 - smoothing) + smoothing / 2).sum(1).mean()
-    found = TASK.label_loss(smoothing)(torch.tensor(LOGITS), torch.tensor(TARGETS))
+    found = TASK.label_loss(torch.nn.Identity(), smoothing)(torch.tensor(LOGITS), torch.tensor(TARGETS))
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
@@ -182,7 +183,7 @@ def test_targets_are_one_for_each_class_of_an_image(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     data = read_label_file(tmp_path / "labels.csv").split()
     images = (*data.train, *data.val, *data.test)
-    found = ReadableImages(images, ()).targets(data)
+    found = ReadableImages(images, (), lambda height, width: (0, 0, height, width)).targets(data)
     assert found.dtype == torch.float32
     for image, row in zip(images, found.tolist(), strict=True):
         assert row == ([1, 0, 1] if int(image.name[:-4]) % 2 else [0, 1, 0])
@@ -194,6 +195,7 @@ def test_manifest_entry_has_the_metrics_of_the_runtime() -> None:
 
 
 def test_images_with_unknown_labels_are_kept() -> None:
-    assert TASK.encode([[0, 2], []], 3).tolist() == [[1, 0, 1], [0, 0, 0]]
-    images = [Image.with_labels("a", [1], "a", Path()), Image.with_labels("b", [], "b", Path())]
+    images = [Image.with_labels("a", [0, 1, 2], "a", Path()), Image.with_labels("b", [], "b", Path())]
+    encoded = TASK.encode(images, [2, -1, 0], 3, Preprocessing.create(8))
+    assert encoded.tolist() == [[1, 0, 1], [0, 0, 0]]
     assert TASK.drop_unknown(images, {1}) == tuple(images)

@@ -6,10 +6,19 @@ from ...evaluation.predictions import most_confused
 from ...evaluation.results import Confused
 from ...runs.results import Example, Report
 from ...runs.scores import ClassScore
-from ...tasks import task_of
 from .. import format
-from ..networks import Column, all_networks, shipped_network
-from ..page import SMALL_IMAGE, Gallery, Matrix, Picture, Prediction, Section, check_png, confusion_matrix
+from ..networks import Column, all_networks, find_task, shipped_network
+from ..page import (
+    LARGE_IMAGE,
+    SMALL_IMAGE,
+    Gallery,
+    Matrix,
+    Picture,
+    Prediction,
+    Section,
+    check_png,
+    confusion_matrix,
+)
 from ..tables import CsvFile, Table
 
 MAX_CLASSES = 40
@@ -21,39 +30,32 @@ CAPTION = "Rows: true class. Columns: prediction of the shipped file. Numbers: t
 
 
 def example_section(report: Report) -> Section:
-    pictures = example_pictures(report.examples)[:MAX_EXAMPLES]
+    examples = sorted(report.examples, key=lambda example: example.student_correct)
+    pictures = [picture(example) for example in examples[:MAX_EXAMPLES]]
     both = any(example.teacher is not None for example in report.examples)
     text = f"Predictions of the shipped file{' and the teacher' if both else ''} with their probabilities. "
-    if report.data is not None and task_of(report.data).prediction_note:
-        text += f"{task_of(report.data).prediction_note} "
-    if any(example.student != example.label for example in report.examples):
-        text += "Errors of the student come first, the most confident ones at the top. "
+    task = find_task(report)
+    text += "".join(f"{note} " for note in (task.prediction_note, task.picture_note) if note)
+    if not all(example.student_correct for example in report.examples):
+        text += f"Errors of the student come first, {task.errors_order}. "
     if len(pictures) < len(report.examples):
         text += f"{len(pictures)} of {len(report.examples):,} are shown."
     figures = [Gallery("Test images", pictures)] if pictures else []
     return Section("Test images", "images", text=[text.strip()], figures=figures)
 
 
-def example_pictures(examples: list[Example]) -> list[Picture]:
-    """Return errors, most confident first, then correct predictions, least confident first."""
-
-    def order(example: Example) -> tuple[bool, float, str]:
-        correct, probability = example.student == example.label, example.student_probability
-        return correct, probability if correct else -probability, example.name
-
-    return [picture(example) for example in sorted(examples, key=order)]
-
-
 def picture(example: Example) -> Picture:
     png, side = check_png(example.png)
 
-    def prediction(label: str, probability: float | None) -> Prediction:
+    def prediction(label: str, probability: float | None, correct: bool | None) -> Prediction:
         percent = format.percent(None if probability is None else 100 * probability)
-        return Prediction(label, percent, label == example.label)
+        return Prediction(label, percent, bool(correct))
 
-    teacher = example.teacher and prediction(example.teacher, example.teacher_probability)
-    student = prediction(example.student, example.student_probability)
-    return Picture(example.name, example.label, student, teacher or None, png, side < SMALL_IMAGE)
+    student = prediction(example.student, example.student_probability, example.student_correct)
+    teacher = None
+    if example.teacher is not None:
+        teacher = prediction(example.teacher, example.teacher_probability, example.teacher_correct)
+    return Picture(example.name, example.label, student, teacher, png, side < SMALL_IMAGE, side > LARGE_IMAGE)
 
 
 def section(report: Report) -> Section:
@@ -102,7 +104,7 @@ def class_table(report: Report) -> Table:
         ]
         for name in shown
     ]
-    note = f"{format.title(task_of(report.data).class_metric)} on the test images." if report.data else ""
+    note = f"{format.title(find_task(report).class_metric)} on the test images." if report.data else ""
     if has_thresholds and shipped is not None:
         heads += ["threshold", "F1"]
         note += f" An image counts for each of its classes. Threshold and F1: {shipped.role_in_sentence}."

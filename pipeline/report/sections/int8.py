@@ -6,7 +6,7 @@ from ....export.results import Candidate
 from ...runs.results import Int8Search, Report
 from .. import format
 from ..charts import Chart
-from ..networks import score_name
+from ..networks import find_task, score_name
 from ..page import Section
 from ..scatter import Level, Point, scatter
 from ..tables import Table
@@ -201,7 +201,7 @@ def candidates(report: Report, search: Int8Search) -> Table:
     ]
     note = f"{format.title(score_name(report))} on {images(search)}. "
     note += "SQNR: signal-to-quantization-noise ratio of the logits."
-    note += " McNemar p: exact test against fp32." if "McNemar p" in columns else ""
+    note += f" p: {find_task(report).test_name} against fp32." if "p" in columns else ""
     note += " Latency: median on 1 thread." if "latency" in columns else ""
     note += " Speedup: over fp32, with 95 % interval." if "speedup" in columns else ""
     return Table(
@@ -224,7 +224,7 @@ def _row(report: Report, number: int, candidate: Candidate, search: Int8Search) 
         "float nodes": f"{len(candidate.kept_float):,}" if candidate.kept_float else format.MISSING,
         score_name(report): format.percent(candidate.score, search.n),
         "vs. fp32": _difference(candidate, search),
-        "McNemar p": format.MISSING if candidate.p is None else format.p_value(candidate.p),
+        "p": format.MISSING if candidate.p is None else format.p_value(candidate.p),
         "SQNR": decibels(candidate.sqnr),
         "latency": format.milliseconds(candidate.p50),
         "speedup": format.speedup(candidate.speedup),

@@ -56,7 +56,7 @@ def test_table_has_candidates_in_the_order_they_were_tried() -> None:
         "float nodes": "–",
         "accuracy": "89.8 %",
         "vs. fp32": "−0.2 points",
-        "McNemar p": "0.500",
+        "p": "0.500",
         "SQNR": "23.5 dB",
         "latency": "0.684 ms",
         "speedup": "1.92× (1.89–1.95×)",
@@ -72,7 +72,7 @@ def test_column_that_no_candidate_has_is_left_out() -> None:
     assert {"float nodes", "corrections", "latency", "speedup"}.isdisjoint(columns)
     untested = [candidate.model_copy(update={"p": None}) for candidate in report.int8[0].tried]
     table = int8.candidates(report, report.int8[0].model_copy(update={"tried": untested}))
-    assert "McNemar p" not in table.columns and "McNemar" not in table.note
+    assert "p" not in table.columns and "McNemar" not in table.note
     assert "SQNR" in table.columns
 
 
