@@ -75,10 +75,11 @@ def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
         weights.multiply_inputs(reader, s)
     weights.write()
     after = GraphNetwork(model).eval()
-    for chunk, output in zip(_chunks(images), expected, strict=True):
-        difference = (after(torch.from_numpy(chunk))[after.output] - output).abs().max()
-        if not difference <= TOLERANCE * output.abs().max():
-            return None
+    for chunk, outputs in zip(_chunks(images), expected, strict=True):
+        values = after(torch.from_numpy(chunk))
+        for name, output in zip(after.outputs, outputs, strict=True):
+            if not (values[name] - output).abs().max() <= TOLERANCE * output.abs().max():
+                return None
     return replace(prepared, model=model)
 
 
@@ -171,7 +172,7 @@ def _scales(a: np.ndarray, w: np.ndarray, depthwise: bool, bound: float | None) 
 
 def _largest(
     network: GraphNetwork, pairs: list[Pair], images: np.ndarray
-) -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
+) -> tuple[dict[str, np.ndarray], list[list[Tensor]]]:
     """Return the largest value in each channel of each pair's map, [C], and the outputs of each chunk."""
     wanted = [pair.between for pair in pairs]
     bounded = {pair.between: pair.bound is not None for pair in pairs}
@@ -179,7 +180,7 @@ def _largest(
     outputs = []
     for chunk in _chunks(images):
         values = network(torch.from_numpy(chunk), wanted=wanted)
-        outputs.append(values[network.output])
+        outputs.append([values[name] for name in network.outputs])
         for name in wanted:
             # ReLU6 clips values below 0, so only the maximum counts.
             x = values[name] if bounded[name] else values[name].abs()
@@ -321,7 +322,7 @@ class Source:
     nodes: tuple[str, ...]
     """Nodes to keep float so that it is not rounded."""
     sqnr: float
-    """Signal to quantization noise of the logits, decibels."""
+    """Signal to quantization noise of the outputs, decibels."""
 
 
 @torch.no_grad()
@@ -332,13 +333,18 @@ def measure_sensitivity(prepared: Prepared, network: FakeQuantized, images: np.n
     """
     x = torch.from_numpy(images)
     with network.rounding(frozenset()):
-        exact = network(x)[network.output].double()
-    power = float(exact.square().sum())
+        values = network(x)
+    exact = [values[name].double() for name in network.outputs]
     sources = []
     for tensor in network.sources():
         with network.rounding(frozenset({tensor})):
-            noise = float((network(x)[network.output].double() - exact).square().sum())
-        sqnr = 10 * np.log10(power / noise) if noise and power else float("inf")
+            values = network(x)
+        # Of several outputs, each counts by its own power.
+        noise = 0.0
+        for name, output in zip(network.outputs, exact, strict=True):
+            power = float(output.square().mean())
+            noise += float((values[name].double() - output).square().mean()) / power if power else 0.0
+        sqnr = -10 * np.log10(noise / len(exact)) if noise else float("inf")
         sources.append(Source(tensor, _nodes(prepared, tensor), round(float(sqnr), 3)))
     return sorted(sources, key=lambda source: source.sqnr)
 

@@ -48,9 +48,10 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
     """Decide which part of `model` becomes int8, and name nodes that have no name.
 
     Convolutional networks: all operators with an integer kernel in ONNX Runtime. Networks with LayerNorm
-    (ViT, Swin, ConvNeXt) or GroupNorm (BiT): products with weights only, as 8 bits cannot represent their
-    residual stream (ViT-Tiny: 28 dB of signal to noise instead of 11). Products of two activations in
-    attention, and softmax, never: ONNX Runtime 1.31 fuses them incorrectly (3 dB instead of 28).
+    (ViT, Swin, ConvNeXt) or GroupNorm (BiT) in their residual stream: products with weights only, as 8 bits
+    cannot represent this stream (ViT-Tiny: 28 dB of signal to noise instead of 11). Of other norms, as in the
+    heads of detectors, what surrounds them stays float. Products of two activations in attention, and
+    softmax, never become int8: ONNX Runtime 1.31 fuses them incorrectly (3 dB instead of 28).
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     attention = []
@@ -58,12 +59,36 @@ def int8_scope(model: onnx.ModelProto) -> Scope:
         node.name = node.name or f"{node.op_type}_{index}"
         if node.op_type == "MatMul" and not constants.intersection(node.input):
             attention.append(node.name)
-    return Scope(WEIGHTED if only_products(model) else _INTEGER, tuple(attention))
+    if only_products(model):
+        return Scope(WEIGHTED, tuple(attention))
+    return Scope(_INTEGER, (*attention, *_around_norms(model)))
 
 
 def only_products(model: onnx.ModelProto) -> bool:
-    """Return True if only products with weights become int8."""
-    return any(node.op_type in _NORMS for node in model.graph.node)
+    """Return True if only products with weights become int8: a sum of two activations depends on a norm."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    normalized: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type in _NORMS or normalized.intersection(node.input):
+            normalized.update(node.output)
+            if node.op_type == "Add" and not constants.intersection(node.input):
+                return True
+    return False
+
+
+def _around_norms(model: onnx.ModelProto) -> list[str]:
+    """Return the nodes between norms and the next product with weights, and reshapes before norms."""
+    normalized: set[str] = set()
+    around = []
+    for node in model.graph.node:
+        if node.op_type in _NORMS:
+            normalized.update(node.output)
+        elif normalized.intersection(node.input) and node.op_type not in WEIGHTED:
+            normalized.update(node.output)
+            around.append(node)
+    read = {name for node in model.graph.node if node.op_type in _NORMS for name in node.input}
+    around += [node for node in model.graph.node if node.op_type == "Reshape" and read & set(node.output)]
+    return [node.name for node in around if node.op_type in _INTEGER]
 
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")

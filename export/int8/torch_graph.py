@@ -125,6 +125,26 @@ def _slice(_: Attributes, x: Tensor, starts: Any, ends: Any, axes: Any = None, s
     return x[tuple(index)]
 
 
+def _concat(a: Attributes, *parts: Any) -> Any:
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts, axis=a["axis"])
+    return torch.cat(parts, dim=a["axis"])
+
+
+def _instance_norm(a: Attributes, x: Tensor, w: Any, b: Any) -> Tensor:
+    w, b = _number(w, x), _number(b, x)
+    return F.instance_norm(x, weight=w, bias=b, eps=a.get("epsilon", 1e-5))
+
+
+def _resize(a: Attributes, x: Tensor, _roi: Any = None, scales: Any = None, sizes: Any = None) -> Tensor:
+    """Upsample by whole factors; all roundings of coordinates then repeat pixels."""
+    scales = np.array(sizes) / np.array(x.shape) if scales is None or not scales.size else scales
+    factors = [int(scale) for scale in scales]
+    if a.get("mode", b"nearest") != b"nearest" or any(factors != scales) or factors[:2] != [1, 1]:
+        raise NotInTorchError("a Resize other than by whole factors cannot be computed in torch here")
+    return x.repeat_interleave(factors[2], 2).repeat_interleave(factors[3], 3)
+
+
 def _batch_norm(a: Attributes, x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return F.batch_norm(x, mean.detach(), var.detach(), w, b, eps=a.get("epsilon", 1e-5))
 
@@ -149,7 +169,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Clip": _clip,
-    "Concat": lambda a, *parts: torch.cat(parts, dim=a["axis"]),
+    "Concat": _concat,
     "Conv": _conv,
     "Div": _two(lambda x, y: x / y),
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
@@ -162,6 +182,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "HardSigmoid": lambda a, x: torch.clamp(a.get("alpha", 0.2) * x + a.get("beta", 0.5), 0, 1),
     "HardSwish": lambda _, x: F.hardswish(x),
     "Identity": lambda _, x: x,
+    "InstanceNormalization": _instance_norm,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
     "MatMul": _two(lambda x, y: x @ y),
     "MaxPool": _max_pool,
@@ -171,6 +192,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ReduceMean": _reduce_mean,
     "Relu": lambda _, x: F.relu(x),
     "Reshape": _reshape,
+    "Resize": _resize,
+    "Shape": lambda a, x: np.array(x.shape[a.get("start", 0) : a.get("end", x.dim())]),
     "Sigmoid": lambda _, x: torch.sigmoid(x),
     "Slice": _slice,
     "Softmax": lambda a, x: torch.softmax(x, dim=a.get("axis", -1)),
@@ -202,7 +225,7 @@ class Step:
 
 
 class GraphNetwork(nn.Module):
-    """A float ONNX graph with one input and one output.
+    """A float ONNX graph with one input and one or several outputs.
 
     Its float initializers of at least one dimension are parameters. Raises NotInTorchError for operators that
     are not in `supported`.
@@ -213,7 +236,9 @@ class GraphNetwork(nn.Module):
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
         graph = model.graph
-        self.input, self.output = graph.input[0].name, graph.output[0].name
+        self.input = graph.input[0].name
+        self.outputs = tuple(output.name for output in graph.output)
+        self.output = self.outputs[0]
         self.names: dict[str, str] = {}
         self.weights = nn.ParameterDict()
         self.constants: Values = {}
@@ -233,8 +258,8 @@ class GraphNetwork(nn.Module):
         return weight
 
     def forward(self, x: Tensor, wanted: Iterable[str] = ()) -> Values:
-        """Return the graph's output and the tensors in `wanted`, by name, for inputs [B,3,H,W]."""
-        kept = {self.output, *wanted}
+        """Return the graph's outputs and the tensors in `wanted`, by name, for inputs [B,3,H,W]."""
+        kept = {*self.outputs, *wanted}
         values: Values = {self.input: x}
         for _ in self.compute_steps(values, kept):
             pass

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import OnnxFile
+from questpress.models.build import build
 from torch import nn
 
 LABELS = ["red", "green", "blue"]
@@ -93,3 +95,15 @@ def onnx_file(path: Path) -> OnnxFile:
 def signal_to_noise(reference: np.ndarray, output: np.ndarray) -> float:
     """Return the signal-to-noise ratio in decibels."""
     return float(10 * np.log10((reference**2).sum() / ((reference - output) ** 2).sum()))
+
+
+def toy_detector(size: tuple[int, int]) -> Any:
+    """Return a RetinaNet of three classes with new weights that finds some objects in noise."""
+    network = build("retinanet:mobilenetv2_035", num_classes=3, image_size=size, seed=0).eval()
+    network.requires_grad_(False)
+    noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    classes, boxes = network.head.classification_head.cls_logits, network.head.regression_head.bbox_reg
+    for layer, values, spread in zip((classes, boxes), network.raw(noise), (1.0, 0.2), strict=True):
+        layer.weight *= spread / values.std()
+    classes.bias.fill_(-2.0)
+    return network
