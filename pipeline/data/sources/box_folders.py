@@ -71,7 +71,7 @@ def read_box_folder(
         if for_training and not stated.get("train"):
             raise UsageError(f"{printable(str(path))} has no images to train on.")
     except OSError as error:
-        name = printable(str(error.filename))
+        name = printable(str(error.filename or path))
         raise UsageError(f"{name} cannot be read: {error.strerror or error}.") from error
     images, notes = clean_rows(stated, scan)
     used = {label for rows in images.values() for row in rows.values() for label in row.labels}
@@ -233,14 +233,15 @@ def _read_yolo(file: Path, scan: FolderScan) -> tuple[_Rows, list[str]]:
         raise UsageError(f"{shown} is not YAML: {' '.join(str(error).split())}.") from error
     names = content.get("names") if isinstance(content, dict) else None
     listed = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(listed, dict) or not all(isinstance(key, int) for key in listed):
+    is_valid = isinstance(listed, dict) and all(isinstance(key, int) for key in listed)
+    if not is_valid or not all(isinstance(value, str | int | float) for value in listed.values()):
         raise UsageError(f"{shown} is not YOLO's: it lacks 'names', a list of classes.")
     classes = {key: clean_label(str(value)) for key, value in listed.items()}
     if len(set(classes.values())) < len(classes):
         raise UsageError(f"{shown}: two classes of 'names' have the same name. Rename one of them.")
-    base = scan.top / str(content.get("path") or "")
     if not content.get("train"):
         raise UsageError(f"{shown} is not YOLO's: it lacks 'train', the folder of the training images.")
+    base = content.get("path") or ""
     rows: _Rows = {}
     keys: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
     for split, words in keys.items():
@@ -248,7 +249,9 @@ def _read_yolo(file: Path, scan: FolderScan) -> tuple[_Rows, list[str]]:
         if stated is None:
             continue
         places = stated if isinstance(stated, list) else [stated]
-        images = chain.from_iterable(_list_images(str(p), base, shown, scan) for p in places)
+        if not all(isinstance(place, str) for place in (base, *places)):
+            raise UsageError(f"{shown}: 'path' and '{words[0]}' must be folders, or lists of folders.")
+        images = chain.from_iterable(_list_images(place, scan.top / base, shown, scan) for place in places)
         rows[split] = {image: _read_yolo_labels(image, classes, scan) for image in images}
     return rows, [classes[key] for key in sorted(classes)]
 

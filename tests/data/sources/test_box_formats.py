@@ -99,6 +99,11 @@ def test_same_annotations_are_labels_for_a_classifier(tmp_path: Path) -> None:
     assert all(image.boxes is None and image.size is None for image in data.train)
 
 
+def test_one_class_is_enough(tmp_path: Path) -> None:
+    data = open_boxes(write_coco(tmp_path, {"train": [scene(n, names=["green"]) for n in range(20)]}))
+    assert data.classes == ("green",) and sizes(data) == [16, 2, 2]
+
+
 def test_roboflow_folders_are_read(tmp_path: Path) -> None:
     expected = open_boxes(write_coco(tmp_path / "expected", SCENES)).fingerprint
     names = {"train": "train", "val": "valid", "test": "test"}
@@ -253,6 +258,8 @@ def text(name: str, content: str) -> Callable[[Path], Any]:
 
 
 LABELS, XML = "labels/train/0.txt", "Annotations/train0.xml"
+DOUBLED = "\n".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))
+NESTED = f"train: images/train\na0: &a0 [x]\n{DOUBLED}\nnames: *a59"
 BILLION = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotation>&b;</annotation>'
 
 
@@ -266,6 +273,9 @@ BILLION = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotation>&b;<
         ("yolo", text(LABELS, "nan 0.5 0.5 0.1 0.1"), ["class nan is not in 'names'"]),
         ("yolo", text("data.yaml", "names: 3\ntrain: images/train"), ["data.yaml", "lacks 'names'"]),
         ("yolo", text("data.yaml", "names: [a, a]\ntrain: images/train"), ["same name"]),
+        ("yolo", text("data.yaml", NESTED), ["data.yaml", "lacks 'names'"]),
+        ("yolo", text("data.yaml", "names: [a]\ntrain: [[[b]]]"), ["'train' must be folders"]),
+        ("yolo", text("data.yaml", "names: [a]\npath: {}\ntrain: [1]"), ["'train' must be folders"]),
         ("yolo", text("data.yaml", "names: [a]\ntrain: 'nowhere'"), ["nowhere is not in", "--data-dir"]),
         ("yolo", text("data.yaml", "names: [a]\ntrain: ../../.."), ["is not in", "--data-dir"]),
         ("yolo", text("data.yaml", "names: [a]\ntrain: ["), ["data.yaml is not YAML"]),
