@@ -83,7 +83,9 @@ def _read(readouts: Readouts, image: Tensor) -> dict[str, Tensor]:
     That of a detector is decoded from its logits, which are a feature.
     """
     features = readouts(image, readouts.offers)
-    return features if hasattr(readouts.network, "decode") else {**features, "forward": readouts.network(image)}
+    if hasattr(readouts.network, "decode"):
+        return features
+    return {**features, "forward": readouts.network(image)}
 
 
 def _largest_valid(pairs: Sequence[Pair], same: Callable[[Sequence[Pair]], bool]) -> list[Pair]:

@@ -76,7 +76,7 @@ def load_backbone(detector: Any, checkpoint: Checkpoint) -> Matched:
             name, num_classes=0, image_size=built_as.image_size, activation=built_as.activation
         )
     matched = load_into(classifier, checkpoint, features_only=True)
-    # timm renames the layers of some networks that return maps: `stages.0` is `stages_0`, or `model.stages.0`.
+    # timm renames layers of some networks that return maps: `stages.0` is `stages_0`, or `model.stages.0`.
     target = detector.backbone.state_dict()
     names = {re.sub(r"^(model|body)\.", "", key).replace(".", "_"): key for key in target}
     state = {key.replace(".", "_"): value for key, value in classifier.state_dict().items()}
@@ -140,7 +140,8 @@ def class_count(checkpoint: Checkpoint, network: nn.Module) -> int | None:
     """Return the number of classes of the checkpoint's head; None if it has no head."""
     target = network.state_dict()
     weights = match_keys(checkpoint.state_dict, target, _classifier_names(network)).weights
-    if _count_classes(weights, network) is None and _misfit_keys(weights, target) - _head_keys(network, target):
+    misfits = _misfit_keys(weights, target) - _head_keys(network, target)
+    if misfits and _count_classes(weights, network) is None:
         # The file may be in another format, whose head has another name.
         weights = _convert(network, checkpoint.state_dict) or {}
     return _count_classes(weights, network)

@@ -21,9 +21,9 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.retinanet import (
     RetinaNet,
     RetinaNetClassificationHead,
@@ -59,7 +59,8 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     Raises UnknownModel if it does not have them.
     """
     with torch.device("meta"):
-        strides = timm.create_model(name, features_only=True, **options).feature_info.reduction()
+        probe: Any = timm.create_model(name, features_only=True, **options)
+    strides = probe.feature_info.reduction()
     if not set(STRIDES) <= set(strides):
         raise UnknownModel(
             f"Model {name} cannot be a detector's backbone: its maps have strides "

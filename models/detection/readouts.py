@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..readout import LOGITS, Reads, Readouts, Shapes
+from ..readout import LOGITS, Readouts, Reads, Shapes
 
 
 class DetectorReadouts(Readouts):
