@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures = print_predictions(
             model, options.images, top=options.top, min_score=options.min_score, as_json=options.json
         )
-        if options.draw is not None and not failures:
+        if isinstance(model, Detector) and options.draw is not None and not failures:
             draw_detections(model, options.images[0], options.draw, options.min_score)
         return int(failures > 0)
     except (ArtifactError, ImageError) as error:

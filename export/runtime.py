@@ -1106,7 +1106,8 @@ def suppress_overlaps(boxes: np.ndarray, labels: np.ndarray, iou: float, limit: 
     Class-wise non-maximum suppression; `boxes`, x1, y1, x2, y2, [n, 4], are sorted by falling score.
     """
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    remaining, kept = np.arange(len(boxes)), []
+    remaining = np.arange(len(boxes))
+    kept: list[int] = []
     while len(remaining) and len(kept) < limit:
         best, remaining = remaining[0], remaining[1:]
         kept.append(best)
@@ -1176,8 +1177,8 @@ class Detector(Model):
                 raise ArtifactError(f"{self.name} must return float32 of shape {expected}, got {shape}")
             if not np.isfinite(output).all():
                 raise ArtifactError(f"{self.name} returns outputs that are not finite")
-        for row, *outputs in zip(detections, logits, offsets, strict=True):
-            row[:] = self.decoder.decode(*outputs, self.preprocessing.size)
+        for row, *image in zip(detections, logits, offsets, strict=True):
+            row[:] = self.decoder.decode(image[0], image[1], self.preprocessing.size)
         return detections
 
     infer = detections
@@ -1201,7 +1202,7 @@ class Detector(Model):
         ]
 
     def _locate(self, rows: np.ndarray, shape: tuple[int, ...]) -> list[Detection]:
-        boxes = to_original(rows[:, 2:], *shape[:2], self.preprocessing)
+        boxes = to_original(rows[:, 2:], shape[0], shape[1], self.preprocessing)
         return [
             Detection(self.labels[int(label)], float(score), (x1, y1, x2, y2))
             for (score, label), (x1, y1, x2, y2) in zip(rows[:, :2], boxes.tolist(), strict=True)

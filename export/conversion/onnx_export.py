@@ -183,13 +183,17 @@ def _describe(path: Path, content: bytes, proto: onnx.ModelProto) -> OnnxFile:
     return OnnxFile(path, len(content), sha256, opset, proto.ir_version)
 
 
-def is_detector(network: nn.Module) -> bool:
+def is_detector(network: Any) -> bool:
     """Return True for a network with class logits and box offsets, see `export_onnx`."""
     return hasattr(_unwrap(network), "exportable")
 
 
-def _unwrap(network: nn.Module) -> Any:
+def _unwrap(network: Any) -> Any:
     return getattr(network, "_orig_mod", network)  # torch.compile's wrapper
+
+
+def _exported_part(network: Any) -> Any:
+    return _unwrap(network).exportable() if is_detector(network) else _unwrap(network)
 
 
 def _traced(network: nn.Module, image_size: runtime.Size, opset: int, output: str) -> onnx_ir.Model:
@@ -197,7 +201,7 @@ def _traced(network: nn.Module, image_size: runtime.Size, opset: int, output: st
     names, dims = ([output, BOXES], 3) if is_detector(network) else ([output], 2)
     try:
         # A copy, so that flags, device, dtype and memory format of the caller's network stay what they were.
-        network_copy = merge_branches(network.exportable() if dims == 3 else network).requires_grad_(False)
+        network_copy = merge_branches(_exported_part(network)).requires_grad_(False)
         network_copy = network_copy.to(memory_format=torch.contiguous_format)
         # A batch of 1 would be exported as a constant.
         size = runtime.height_width(image_size)
@@ -228,13 +232,12 @@ def _traced(network: nn.Module, image_size: runtime.Size, opset: int, output: st
             "A classifier has images and logits, a detector also boxes."
         )
     input_shape = inputs[0].shape
-    for value in outputs:
-        if value.shape is None or len(value.shape) != dims:
-            expected = "[batch, classes]" if dims == 2 else "[batch, anchors, n]"
-            raise ExportError(f"{type(network).__name__} returns a shape {value.shape}, not {expected}.")
     if input_shape is None or isinstance(input_shape[0], int):
         raise ExportError(f"{type(network).__name__} supports one batch size only: its code fixes it.")
     for value in outputs:
+        if value.shape is None or len(value.shape) != dims:
+            rest = "classes" if dims == 2 else "anchors, n"
+            raise ExportError(f"{type(network).__name__} returns {value.shape}, not [batch, {rest}].")
         value.shape = onnx_ir.Shape([input_shape[0], *value.shape[1:]])
     return model
 
@@ -350,8 +353,7 @@ def check_parity(
     """
     if not len(images):
         raise ExportError("The exported file cannot be compared with the network: there are no images.")
-    network = _unwrap(network)
-    network = copy.deepcopy(network.exportable() if is_detector(network) else network).cpu().float().eval()
+    network = copy.deepcopy(_exported_part(network)).cpu().float().eval()
     images = images.detach().cpu().float()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         parts = [network(chunk) for chunk in images.split(max(batch_sizes))]
@@ -381,10 +383,7 @@ def check_parity(
 def _compare(
     outputs: Sequence[np.ndarray], expected: np.ndarray, name: str, tolerance: float
 ) -> tuple[float, float]:
-    """Return the largest difference of an output of a file, absolute and relative to the spread.
-
-    `outputs` are those of each batch size, `expected` is the network's. Raises ExportError.
-    """
+    """Return the largest difference from `expected`, absolute and relative to its spread."""
     if any(values.shape != expected.shape for values in outputs):
         raise ExportError(f"{name} of shape {outputs[0].shape}, the network {expected.shape}.")
     if not all(np.isfinite(values).all() for values in (expected, *outputs)):
