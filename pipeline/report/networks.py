@@ -170,8 +170,11 @@ def speed_ratios(report: Report, column: Column | None, over: Column | None) -> 
     return [ratio for n in thread_counts(report) if (ratio := compare_speed(column, over, n))]
 
 
-def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
-    """Return rows for a score, its interval and its further metrics, with a column for each network."""
+def score_rows(scores: Sequence[Score | None], details: int | None = None) -> list[list[str]]:
+    """Return rows for a score, its interval and its further metrics, with a column for each network.
+
+    ``details`` limits the number of further metrics.
+    """
     measured = [score for score in scores if score is not None]
     if not measured:
         return []
@@ -183,7 +186,7 @@ def score_rows(scores: Sequence[Score | None]) -> list[list[str]]:
             lambda score: f"{score.correct:,} of {score.n:,}",
         ),
     }
-    for name in dict.fromkeys(name for score in measured for name in score.details):
+    for name in list(dict.fromkeys(name for score in measured for name in score.details))[:details]:
         attributes[format.capitalize(name)] = (partial(_format_detail, name), str)
     return attribute_rows(scores, attributes)
 

@@ -9,6 +9,8 @@ from .sections import int8, latency
 
 SMALL_TEST_SET = 1000
 """Number of test images below which an interval of zero width gets a warning."""
+MAX_DETAILS = 2
+"""Number of further metrics of the score."""
 WIDE_INTERVAL = 10
 """Width in points from which an interval gets a warning."""
 
@@ -135,7 +137,10 @@ def _score(report: Report) -> KeyFigure:
         ]
         return KeyFigure(format.MISSING, f"test {networks.score_name(report)} not measured yet", others)
     images = format.plural(score.n, "test image")
-    measures = [f"{name} {format.percent(value.percent, score.n)}" for name, value in score.details.items()]
+    measures = [
+        f"{name} {format.percent(value.percent, score.n)}"
+        for name, value in list(score.details.items())[:MAX_DETAILS]
+    ]
     details = [f"95 % interval {format.score_interval(score)}"]
     details.append(f"on {images}" if score.correct is None else f"{score.correct:,} of {images} correct")
     return KeyFigure(

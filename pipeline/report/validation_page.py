@@ -22,6 +22,8 @@ CALIBRATION_METRICS: dict[str, Attribute] = {
     "NLL": (lambda n: n.calibration, lambda calibration: format.significant(calibration.nll)),
     "ECE": (lambda n: n.calibration, lambda calibration: format.percent(calibration.ece, calibration.n)),
 }
+MAX_DETAILS = 2
+"""Further metrics in the terminal."""
 MAX_LABEL = 14
 """Letters of a name next to a dot."""
 
@@ -146,7 +148,7 @@ def terminal_table(validation: Validation) -> Table:
     """Return a row for each file, for 80 columns."""
     networks = validation.networks
     attributes = CALIBRATION_METRICS | {"agreement": (lambda n: n.agreement, format.score_percent)}
-    columns = [*score_rows([n.score for n in networks]), *attribute_rows(networks, attributes)]
+    columns = [*score_rows([n.score for n in networks], MAX_DETAILS), *attribute_rows(networks, attributes)]
     names = [column[0] for column in columns]
     rows = [[n.name, *(column[1 + i] for column in columns)] for i, n in enumerate(networks)]
     return Table(validation.title, ["", *names], rows)
