@@ -358,3 +358,12 @@ def test_detectors_choose_boxes_and_classifiers_labels(tmp_path: Path) -> None:
         resolve(Options(teacher=[classifier], student=detector, **options))
     with pytest.raises(UsageError, match="--data digits has no boxes, which a detector"):
         resolve(Options(teacher=[detector], student=detector, **options | {"data": "digits"}))
+
+
+def test_trainval_list_of_voc_without_val_is_train(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, SCENES)
+    expected, lists = open_boxes(root).fingerprint, root / "ImageSets/Main"
+    both = (lists / "train.txt").read_text() + "\n" + (lists / "val.txt").read_text()
+    (lists / "trainval.txt").write_text(both)
+    (lists / "train.txt").unlink()
+    assert open_boxes(root).fingerprint == expected
