@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from io import BytesIO
 from itertools import islice
@@ -337,6 +337,7 @@ _FILTERS = {
     "hamming": Image.Resampling.HAMMING,
 }
 _CROP_MODES = ("center", "squash", "border")
+_CROP_FRACTIONS = (1 / 16, 2.0)  # timm's are 0.875 to 1.15
 _MAX_MEAN = 1e6  # larger means and 1/std overflow float32
 MAX_SIDE = 1 << 13  # pixels of a network's input; one image takes 800 MB
 _MAX_RESIZED_PIXELS = 1 << 25  # a larger resized image is computed only where the crop is
@@ -359,34 +360,8 @@ class Preprocessing:
     crop_mode: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    gray_bits: int = 16
+    gray_bits: int
     """Number of bits that 16-bit gray images use, see `decode_image`."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for values that no image can be preprocessed with."""
-        size, resize = height_width(self.size), height_width(self.resize)
-        if min(*size, *resize) < 1 or not 0 < self.crop_fraction < math.inf:
-            raise ValueError(
-                f"preprocessing requires positive sizes, got size={self.size}, resize={self.resize}, "
-                f"crop_fraction={self.crop_fraction}"
-            )
-        if max(size) > MAX_SIDE or max(resize) > 16 * MAX_SIDE:
-            raise ValueError(
-                f"preprocessing sizes are limited to {MAX_SIDE} pixels, got size={self.size}, "
-                f"resize={self.resize}"
-            )
-        if self.interpolation not in _FILTERS:
-            raise ValueError(
-                f"interpolation must be one of {', '.join(_FILTERS)}, got {self.interpolation!r}"
-            )
-        if self.crop_mode not in _CROP_MODES:
-            raise ValueError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, got {self.crop_mode!r}")
-        if len(self.mean) != 3 or not all(abs(value) <= _MAX_MEAN for value in self.mean):
-            raise ValueError(f"mean must be three values for pixels in [0, 1], got {self.mean}")
-        if len(self.std) != 3 or not all(1 / _MAX_MEAN <= value <= _MAX_MEAN for value in self.std):
-            raise ValueError(f"std must be three positive values, got {self.std}")
-        if not isinstance(self.gray_bits, int) or not 8 <= self.gray_bits <= 16:
-            raise ValueError(f"gray_bits must be 8 to 16, got {self.gray_bits!r}")
 
     @classmethod
     def create(
@@ -397,17 +372,29 @@ class Preprocessing:
         crop_mode: str = "center",
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
+        gray_bits: int = 16,
     ) -> Preprocessing:
-        """Create the preprocessing of a timm `pretrained_cfg`; `resize` follows from `crop_fraction`."""
-        height, width = size if isinstance(size, Sequence) else (size, size)
+        """Create the preprocessing of a timm `pretrained_cfg`; `resize` follows from `crop_fraction`.
+
+        Raises ValueError, which names the argument, for values that no image can be preprocessed with.
+        """
+        sides = _check_numbers("size", size if isinstance(size, Sequence) else (size, size), 2, 1, MAX_SIDE)
+        [fraction] = _check_numbers("crop_fraction", [crop_fraction], 1, *_CROP_FRACTIONS)
+        for name, value, choices in (
+            ("interpolation", interpolation, tuple(_FILTERS)),
+            ("crop_mode", crop_mode, _CROP_MODES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.80}")
         return cls(
-            make_size(int(height), int(width)),
-            make_size(math.floor(height / crop_fraction), math.floor(width / crop_fraction)),
-            float(crop_fraction),
+            make_size(*sides),
+            make_size(*(max(1, math.floor(side / fraction)) for side in sides)),
+            float(fraction),
             interpolation,
             crop_mode,
-            _triple(mean),
-            _triple(std),
+            _triple(_check_numbers("mean", mean, 3, -_MAX_MEAN, _MAX_MEAN)),
+            _triple(_check_numbers("std", std, 3, 1 / _MAX_MEAN, _MAX_MEAN)),
+            *_check_numbers("gray_bits", [gray_bits], 1, 8, 16),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -426,16 +413,29 @@ class Preprocessing:
         """Raise ValueError if `values` cannot come from this version of `to_dict`."""
         if not isinstance(values, Mapping):
             raise ValueError(f"preprocessing must be an object, got {type(values).__name__}")
-        try:
-            keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
-            preprocessing = cls.create(**{key: values[key] for key in keys})
-            preprocessing = replace(preprocessing, gray_bits=values.get("gray_bits", 16))
-        except (KeyError, TypeError, ArithmeticError) as error:
-            raise ValueError(f"preprocessing has a missing or invalid value: {error}") from error
+        keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
+        arguments = {"gray_bits": 16, **dict.fromkeys(keys), **values}
+        preprocessing = cls.create(**{key: arguments[key] for key in (*keys, "gray_bits")})
         for key, value in preprocessing.to_dict().items():
-            if values.get(key) != value:
-                raise ValueError(f"preprocessing with {key} {values.get(key)!r} is not supported")
+            stated = values.get(key)
+            if stated != value or isinstance(stated, bool) != isinstance(value, bool):
+                raise ValueError(f"preprocessing with {key} {stated!r:.80} is not supported")
         return preprocessing
+
+
+def _check_numbers(name: str, values: Any, count: int, low: float, high: float) -> Any:
+    """Raise ValueError unless `values` are `count` numbers from `low` to `high`, whole if `low` is an int."""
+    kind: Any = int if isinstance(low, int) else int | float
+    if not (
+        isinstance(values, Sequence)
+        and len(values) == count
+        and all(isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high for v in values)
+    ):
+        noun = "whole number" if kind is int else "number"
+        expected = f"a {noun}" if count == 1 else f"{count} {noun}s"
+        value = values[0] if count == 1 else values
+        raise ValueError(f"{name} must be {expected} from {low:g} to {high:g}, got {value!r:.80}")
+    return values
 
 
 def _triple(values: Iterable[Any]) -> tuple[float, float, float]:
