@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...export.runtime import Classifier, open_session
 from ..data.dataset import Image
 from ..data.decode import encode_thumbnail
-from ..runs.console import Stage
+from ..runs.console import StageProgress
 from ..runs.device import Engine
 from ..runs.results import Example
 from ..runs.scores import Confusion
@@ -25,7 +25,7 @@ MAX_SIDE = 128
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
-Prediction = tuple[str, float]
+Predicted = tuple[str, float]
 """Predicted label as text, and its probability."""
 
 
@@ -52,7 +52,9 @@ def compute_logits(
     return torch.cat(logits) if logits else torch.empty(0)
 
 
-def compute_onnx_logits(file: Path, images: np.ndarray, progress: Stage, *, fuse: bool = True) -> np.ndarray:
+def compute_onnx_logits(
+    file: Path, images: np.ndarray, progress: StageProgress, *, fuse: bool = True
+) -> np.ndarray:
     """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,H,W,3], n > 0.
 
     ``fuse`` is that of ``runtime.open_session``.
@@ -81,7 +83,7 @@ def most_confused(confusion: Confusion, classes: Sequence[str]) -> list[Confused
 
 
 def make_example(
-    image: Image, label: str, student: Prediction, teacher: Prediction | None, pixels: np.ndarray | None
+    image: Image, label: str, student: Predicted, teacher: Predicted | None, pixels: np.ndarray | None
 ) -> Example:
     """Return an image with its predictions; ``pixels`` uint8 [H,W,3], None if they cannot be read."""
     predicted, probability = teacher or (None, None)
@@ -100,8 +102,8 @@ def choose_examples(
     images: Sequence[Image],
     pixels: np.ndarray,
     labels: Sequence[str],
-    teacher: Sequence[Prediction] | None,
-    student: Sequence[Prediction],
+    teacher: Sequence[Predicted] | None,
+    student: Sequence[Predicted],
 ) -> list[Example]:
     """Return the student's most confident mistakes first, then images spread over the split."""
     mistakes = [i for i, label in enumerate(labels) if student[i][0] != label]
