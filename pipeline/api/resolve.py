@@ -54,7 +54,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     _repeat_teacher(chosen)
     _check_lists(chosen)
     _check_rounds(chosen)
-    _check_cache(chosen)
+    _check_unused(chosen)
     trackers.check_trackers(chosen)
     parameters = methods.parse_parameters(methods.parse_methods(chosen.method), chosen.settings)
     # Do not rescale weights set by the user.
@@ -77,7 +77,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     )
     methods.check_task(parameters, data.task)
     default_balance = "off" if has_set_weight else task_of(data).default_balance
-    chosen.balance = "off" if not parameters else chosen.balance or default_balance
+    chosen.balance = chosen.balance or (default_balance if parameters else "off")
     if chosen.calibrate and not data.val:
         raise UsageError(
             "--calibrate requires validation images, and this data has none. Set --val-fraction, for example "
@@ -137,7 +137,7 @@ def _check_networks(chosen: Options) -> None:
     try:
         check_activation(chosen.student, chosen.activation)
     except ModelError as error:
-        raise UsageError(f"--activation {chosen.activation}: {error}") from error
+        raise UsageError(str(error)) from error
 
 
 def default_size(data: str, student: str) -> int:
@@ -220,10 +220,12 @@ def _check_rounds(chosen: Options) -> None:
         )
 
 
-def _check_cache(chosen: Options) -> None:
+def _check_unused(chosen: Options) -> None:
     names = methods.parse_methods(chosen.method)
-    if not names and chosen.cache_views:
-        raise UsageError(f"--cache-views {chosen.cache_views} has no effect with --method none.")
+    if not names:
+        for name in ("cache_views", "balance"):
+            if (value := getattr(chosen, name)) not in (None, 0, "off"):
+                raise UsageError(f"{get_flag(name)} {value} has no effect with --method none. Remove it.")
     if chosen.cache_top is None:
         return
     if "quest" not in names:
@@ -370,7 +372,7 @@ def _choose_export(chosen: Options) -> None:
     try:
         check_opset(chosen.opset)
     except ExportError as error:
-        raise UsageError(f"--opset {chosen.opset}: {error}.") from error
+        raise UsageError(f"--opset {chosen.opset}: {error}") from error
     chosen.target = chosen.target or [detect_target()]  # type: ignore[list-item]
     for target in chosen.target:
         if chosen.target.count(target) > 1:

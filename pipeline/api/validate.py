@@ -104,7 +104,7 @@ def run_models(images: ValidationImages, models: Sequence[Model], progress: Prog
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionRow:
     """A model's prediction for an image, and its teacher's if it has one."""
 
     model: str
@@ -134,7 +134,7 @@ class TeacherOutputs:
     thresholds: np.ndarray | None
 
 
-def predictions_csv(predictions: Iterable[Prediction]) -> str:
+def predictions_csv(predictions: Iterable[PredictionRow]) -> str:
     rows: list[list[object]] = [[*CSV_HEADER]]
     for p in predictions:
         cells: list[object] = [p.model, p.image.name, p.label]
@@ -145,7 +145,7 @@ def predictions_csv(predictions: Iterable[Prediction]) -> str:
 
 
 def make_examples(
-    predictions: Sequence[Prediction], model: Model, progress: Callable[[int, int], None]
+    predictions: Sequence[PredictionRow], model: Model, progress: Callable[[int, int], None]
 ) -> list[Example]:
     """Return examples with the images as the model receives them."""
     examples = []
@@ -183,7 +183,7 @@ def validate(
         split: ``train``, ``val``, ``test`` or ``all``; by default ``test`` if there are splits.
         teacher: a run folder or .onnx file to compare with, or ``none``; the runs' own by default.
         file: the file of an artifact to validate; by default all that are exact on this machine.
-        ignore_unknown: skip images of classes that a model does not have.
+        ignore_unknown: leave out images of classes that a model does not have.
         out: the folder of validation.json, .md, .html, mistakes.csv and differences.csv; ``validation`` in a
             single run folder, or here, by default.
         threads: number of threads of ONNX Runtime; the available cores, at most 4, by default.
@@ -290,11 +290,11 @@ class _Results:
         return [model.task.is_correct(logits, targets, model.thresholds) for model, logits, targets in rows]
 
     @cached_property
-    def predictions(self) -> list[list[Prediction]]:
+    def predictions(self) -> list[list[PredictionRow]]:
         """The predictions of each student, the most confident first."""
         return [self._predict(i) for i, model in enumerate(self.models) if not model.is_teacher]
 
-    def _predict(self, i: int) -> list[Prediction]:
+    def _predict(self, i: int) -> list[PredictionRow]:
         model, task, images = self.models[i], self.models[i].task, self.outputs.images
         labels = task.describe(self.targets[i], model.labels)
         predicted = task.decode(self.outputs.logits[i], model.labels, model.thresholds)
@@ -302,7 +302,7 @@ class _Results:
         if (teacher := self._find_teacher(model)) is not None:
             by_teacher = task.decode(teacher.logits, model.labels, teacher.thresholds)
         predictions = [
-            Prediction(model.name, image, label, *own, other)
+            PredictionRow(model.name, image, label, *own, other)
             for image, label, own, other in zip(images, labels, predicted, by_teacher, strict=True)
         ]
         return sorted(predictions, key=lambda prediction: (-prediction.probability, prediction.image.name))
@@ -321,10 +321,10 @@ class _Results:
         mistakes = [row for row in self.predictions[0] if not row.is_correct]
         counts = Counter(label for image in readable for label in image.labels)
         skipped = [*images.skipped, *self.outputs.skipped]
-        unreadable = sum(file.unreadable for file in skipped)
         warnings = list(images.warnings)
-        if unreadable:
-            warnings.append(f"{plural(unreadable, 'image')} could not be read.")
+        if skipped:
+            files = plural(len(skipped), "file was", "files were")
+            warnings.append(f"{files} skipped; the report has the list.")
         sources = dict.fromkeys(model.source for model in self.models if not model.is_teacher)
         machine = environment()
         return Validation(

@@ -220,7 +220,7 @@ class DataSummary(Result):
     per_class: dict[str, dict[str, int]]
     """Split -> class -> number of images."""
     skipped: list[tuple[str, str]] = []
-    """(name, reason) of each file or folder that is left out."""
+    """(name, reason) of each file or folder that is skipped."""
     ignored: dict[str, int] = {}
     """Number of ignored files by suffix, or another description."""
     notes: list[str] = []

@@ -155,9 +155,14 @@ def _make_teacher(
 
 
 def _load_or_train(context: RunContext, data: TrainingData, t: int, initial: InitialNetwork) -> nn.Module:
-    """Return the trained teacher: from the cache if a run with equal weights, data and options left it."""
+    """Return the trained teacher: from the cache if a run with equal weights, data and options left it.
+
+    Its device, threads and number of processes may have been others, as those of a resumed training may be.
+    """
     training = f"teacher {t}" if len(context.teachers) > 1 else "teacher"
-    spec, key = context.teachers[t], digest({"key": context.key, "teacher": t})
+    spec, o = context.teachers[t], context.options
+    published = initial.weights if o.teacher_weights[t] == "auto" else None  # timm may choose others later
+    key = digest({"key": context.key, "teacher": t, "precision": o.precision, "published": published})
     entry = context.cache.get(TRAINED, key)
     is_cached = not context.ranks.max([entry is None])[0]
     if entry is not None and is_cached:
@@ -368,7 +373,8 @@ def _summarize_data(context: RunContext, data: TrainingData) -> DataSummary:
     if shown:
         _check_crops(context, sizes, shown)
     if readable.skipped:
-        context.display.warn(f"{len(readable.skipped)} files were skipped; the report lists them")
+        skipped = plural(len(readable.skipped), "file was", "files were")
+        context.display.warn(f"{skipped} skipped; the report has the list")
     classes = readable.classes
     return DataSummary(
         name=readable.name,
