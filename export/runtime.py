@@ -433,7 +433,7 @@ def _check_numbers(name: str, values: Any, count: int, low: float, high: float) 
     ):
         noun = "whole number" if kind is int else "number"
         expected = f"a {noun}" if count == 1 else f"{count} {noun}s"
-        value = values[0] if count == 1 else values
+        value = values[0] if isinstance(values, list) and len(values) == count == 1 else values
         raise ValueError(f"{name} must be {expected} from {low:g} to {high:g}, got {value!r:.80}")
     return values
 
@@ -922,7 +922,8 @@ def _read_metadata(
         labels = _check_labels(json.loads(entries[METADATA_PREFIX + "labels"]))
         thresholds = json.loads(entries.get(METADATA_PREFIX + "thresholds", "null"))
         task = entries.get(METADATA_PREFIX + "task")
-        return preprocessing, labels, _parse_thresholds({"task": task, "thresholds": thresholds})
+        values = {"task": task, "thresholds": thresholds, "labels": labels}
+        return preprocessing, labels, _parse_thresholds(values)
     except _INVALID_JSON as error:
         raise ArtifactError(f"the questpress metadata of {name} is invalid: {error}") from error
 
@@ -930,18 +931,14 @@ def _read_metadata(
 def _parse_thresholds(entries: Mapping[str, Any]) -> list[float] | None:
     """Return the thresholds of a multi-label model, None for any other.
 
-    Raises ValueError if they are not probabilities, or the task is unknown.
+    Raises ValueError if they are not a probability for each label, or the task is unknown.
     """
     task = entries.get("task")
     if task is None:
         return None
     if task != MULTI_LABEL:
         raise ValueError(f"unknown task {task!r}")
-    thresholds = entries["thresholds"]
-    if not isinstance(thresholds, list) or not all(
-        isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds
-    ):
-        raise ValueError("thresholds must be probabilities")
+    thresholds = _check_numbers("thresholds", entries["thresholds"], len(entries["labels"]), 0.0, 1.0)
     return [float(value) for value in thresholds]
 
 
@@ -977,9 +974,7 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             )
         Preprocessing.from_dict(manifest["preprocessing"])
         _check_labels(manifest["labels"])
-        thresholds = _parse_thresholds(manifest)
-        if thresholds is not None and len(thresholds) != len(manifest["labels"]):
-            raise ValueError("there must be one threshold per label")
+        _parse_thresholds(manifest)
         for entry in manifest["files"]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
                 raise ValueError(f"invalid file name {entry['name']!r}")
