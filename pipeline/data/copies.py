@@ -7,6 +7,8 @@ thumbnail. Images with similar hashes are compared by their thumbnails, and simi
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -155,10 +157,12 @@ def _compute(
                 lines.append(np.concatenate([keys[row], result]))
         if cache and lines:
             block = np.stack(lines)
-            cache.put(
-                kind, hash_array(block), lambda folder, block=block: np.save(folder / "results.npy", block)
-            )
+            cache.put(kind, hash_array(block), partial(_save, block))
     return results
+
+
+def _save(results: np.ndarray, folder: Path) -> None:
+    np.save(folder / "results.npy", results)
 
 
 def _find_pairs(signatures: np.ndarray) -> np.ndarray:

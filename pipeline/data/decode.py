@@ -226,7 +226,7 @@ def decode_each(
 def read_pixels(image: Image, form: Callable[[np.ndarray], T], side: int | None = None) -> T | str:
     """Return ``form`` of an image's pixels (uint8 [H, W, 3]), or the reason why it is unreadable.
 
-    With ``side``, a JPEG is decoded at the least fraction of its size with so many pixels on each side.
+    With ``side``, a JPEG is decoded at the least fraction of its size that has this many pixels on each side.
 
     Raises:
         JobError: the image has changed since the data set was opened, or the machine cannot read it.
