@@ -198,7 +198,7 @@ class Subject(Result):
     sha256: str | None = None
     license: str | None = None
     head: str | None = None
-    """For a teacher: ``kept``, ``replaced`` or ``none``."""
+    """For a teacher: ``kept``, ``tuned`` (rows of a larger head), ``replaced`` or ``none``."""
     opset: int | None = None
     ir_version: int | None = None
     quantization: dict[str, Any] | None = None

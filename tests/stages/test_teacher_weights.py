@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,10 +241,16 @@ def test_head_that_names_more_classes_keeps_the_rows_of_the_data(trained, data, 
         state[key] = own
     wide.load_state_dict(state)
     save_weights(wide, tmp_path / "w.safetensors", {"labels": json.dumps(names)})
-    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors"))
+    teach_wide = partial(teach, data, tmp_path, cache, tmp_path / "w.safetensors")
+    result = little.check_success(teach_wide("--teacher-head", "keep"))
     assert "names the data's 3 classes: their rows are kept" in result.stderr
     after = little.load_file(tmp_path / "run/teacher.safetensors")
     assert all(np.array_equal(after[key], value.numpy()) for key, value in trained.state_dict().items())
+    # The images have 16 px, the network is for 32.
+    tuned = little.check_success(teach_wide("--fresh", "--teacher-lr", "1e-6"))
+    assert "is tuned from these rows" in tuned.stderr and teacher(tmp_path)["head"] == "tuned"
+    moved = little.load_file(tmp_path / "run/teacher.safetensors")["fc.weight"] - after["fc.weight"]
+    assert 0 < np.abs(moved).max() < 1e-3
 
 
 def test_new_head_of_pretrained_weights_is_small(tmp_path):
