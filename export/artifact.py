@@ -136,14 +136,6 @@ def write_manifest(
     return path
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return the manifest of an artifact or run folder; verify every file. Raises runtime.ArtifactError."""
-    artifact, manifest = runtime.read_manifest(folder)
-    for entry in manifest["files"]:
-        runtime.read_verified(artifact, entry)
-    return manifest
-
-
 def tool_versions() -> dict[str, str]:
     """Return the versions of the tools that write the files."""
     versions = {}

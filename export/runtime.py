@@ -341,6 +341,7 @@ _FILTERS = {
     "hamming": Image.Resampling.HAMMING,
 }
 _CROP_MODES = ("center", "squash", "border")
+_CROP_FRACTIONS = (1 / 16, 2.0)  # timm's are 0.875 to 1.15
 _MAX_MEAN = 1e6  # larger means and 1/std overflow float32
 MAX_SIDE = 1 << 13  # pixels of a network's input; one image takes 800 MB
 _MAX_RESIZED_PIXELS = 1 << 25  # a larger resized image is computed only where the crop is
@@ -363,34 +364,8 @@ class Preprocessing:
     crop_mode: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    gray_bits: int = 16
+    gray_bits: int
     """Number of bits that 16-bit gray images use, see `decode_image`."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for values that no image can be preprocessed with."""
-        size, resize = height_width(self.size), height_width(self.resize)
-        if min(*size, *resize) < 1 or not 0 < self.crop_fraction < math.inf:
-            raise ValueError(
-                f"preprocessing requires positive sizes, got size={self.size}, resize={self.resize}, "
-                f"crop_fraction={self.crop_fraction}"
-            )
-        if max(size) > MAX_SIDE or max(resize) > 16 * MAX_SIDE:
-            raise ValueError(
-                f"preprocessing sizes are limited to {MAX_SIDE} pixels, got size={self.size}, "
-                f"resize={self.resize}"
-            )
-        if self.interpolation not in _FILTERS:
-            raise ValueError(
-                f"interpolation must be one of {', '.join(_FILTERS)}, got {self.interpolation!r}"
-            )
-        if self.crop_mode not in _CROP_MODES:
-            raise ValueError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, got {self.crop_mode!r}")
-        if len(self.mean) != 3 or not all(abs(value) <= _MAX_MEAN for value in self.mean):
-            raise ValueError(f"mean must be three values for pixels in [0, 1], got {self.mean}")
-        if len(self.std) != 3 or not all(1 / _MAX_MEAN <= value <= _MAX_MEAN for value in self.std):
-            raise ValueError(f"std must be three positive values, got {self.std}")
-        if not isinstance(self.gray_bits, int) or not 8 <= self.gray_bits <= 16:
-            raise ValueError(f"gray_bits must be 8 to 16, got {self.gray_bits!r}")
 
     @classmethod
     def create(
@@ -401,17 +376,29 @@ class Preprocessing:
         crop_mode: str = "center",
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
+        gray_bits: int = 16,
     ) -> Preprocessing:
-        """Create the preprocessing of a timm `pretrained_cfg`; `resize` follows from `crop_fraction`."""
-        height, width = size if isinstance(size, Sequence) else (size, size)
+        """Create the preprocessing of a timm `pretrained_cfg`; `resize` follows from `crop_fraction`.
+
+        Raises ValueError, which names the argument, for values that no image can be preprocessed with.
+        """
+        sides = _check_numbers("size", size if isinstance(size, Sequence) else (size, size), 2, 1, MAX_SIDE)
+        [fraction] = _check_numbers("crop_fraction", [crop_fraction], 1, *_CROP_FRACTIONS)
+        for name, value, choices in (
+            ("interpolation", interpolation, tuple(_FILTERS)),
+            ("crop_mode", crop_mode, _CROP_MODES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.80}")
         return cls(
-            make_size(int(height), int(width)),
-            make_size(math.floor(height / crop_fraction), math.floor(width / crop_fraction)),
-            float(crop_fraction),
+            make_size(*sides),
+            make_size(*(max(1, math.floor(side / fraction)) for side in sides)),
+            float(fraction),
             interpolation,
             crop_mode,
-            _triple(mean),
-            _triple(std),
+            _triple(_check_numbers("mean", mean, 3, -_MAX_MEAN, _MAX_MEAN)),
+            _triple(_check_numbers("std", std, 3, 1 / _MAX_MEAN, _MAX_MEAN)),
+            *_check_numbers("gray_bits", [gray_bits], 1, 8, 16),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -430,16 +417,29 @@ class Preprocessing:
         """Raise ValueError if `values` cannot come from this version of `to_dict`."""
         if not isinstance(values, Mapping):
             raise ValueError(f"preprocessing must be an object, got {type(values).__name__}")
-        try:
-            keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
-            preprocessing = cls.create(**{key: values[key] for key in keys})
-            preprocessing = replace(preprocessing, gray_bits=values.get("gray_bits", 16))
-        except (KeyError, TypeError, ArithmeticError) as error:
-            raise ValueError(f"preprocessing has a missing or invalid value: {error}") from error
+        keys = ("size", "crop_fraction", "interpolation", "crop_mode", "mean", "std")
+        arguments = {"gray_bits": 16, **dict.fromkeys(keys), **values}
+        preprocessing = cls.create(**{key: arguments[key] for key in (*keys, "gray_bits")})
         for key, value in preprocessing.to_dict().items():
-            if values.get(key) != value:
-                raise ValueError(f"preprocessing with {key} {values.get(key)!r} is not supported")
+            stated = values.get(key)
+            if stated != value or isinstance(stated, bool) != isinstance(value, bool):
+                raise ValueError(f"preprocessing with {key} {stated!r:.80} is not supported")
         return preprocessing
+
+
+def _check_numbers(name: str, values: Any, count: int, low: float, high: float) -> Any:
+    """Raise ValueError unless `values` are `count` numbers from `low` to `high`, whole if `low` is an int."""
+    kind: Any = int if isinstance(low, int) else int | float
+    if not (
+        isinstance(values, Sequence)
+        and len(values) == count
+        and all(isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high for v in values)
+    ):
+        noun = "whole number" if kind is int else "number"
+        expected = f"a {noun}" if count == 1 else f"{count} {noun}s"
+        value = values[0] if isinstance(values, list) and len(values) == count == 1 else values
+        raise ValueError(f"{name} must be {expected} from {low:g} to {high:g}, got {value!r:.80}")
+    return values
 
 
 def _triple(values: Iterable[Any]) -> tuple[float, float, float]:
@@ -1022,9 +1022,9 @@ class Decoder:
         try:
             levels = tuple(
                 AnchorLevel(
-                    _check_numbers(level["grid"], 2, 1, MAX_SIDE, int),
-                    _check_numbers(level["stride"], 2, 0, MAX_SIDE),
-                    tuple(_check_numbers(cell, 4, -16 * MAX_SIDE, 16 * MAX_SIDE) for cell in level["cells"]),
+                    tuple(_check_numbers("grid", level["grid"], 2, 1, MAX_SIDE)),
+                    tuple(_check_numbers("stride", level["stride"], 2, 0.0, MAX_SIDE)),
+                    tuple(_check_cell(cell) for cell in level["cells"]),
                 )
                 for level in values["anchors"]
             )
@@ -1033,9 +1033,9 @@ class Decoder:
             decoder = cls(
                 values["kind"],
                 levels,
-                _check_numbers(values["box_weights"], 4, 1e-6, 1e6),
-                *_check_numbers(thresholds, 2, 1e-6, 1 - 1e-6),
-                *_check_numbers(counts, 2, 1, _MAX_BOXES, int),
+                tuple(_check_numbers("box_weights", values["box_weights"], 4, 1e-6, 1e6)),
+                *_check_numbers("score_threshold and nms_iou", thresholds, 2, 1e-6, 1 - 1e-6),
+                *_check_numbers("candidates and detections", counts, 2, 1, _MAX_BOXES),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"decoder has a missing or invalid value: {error}") from error
@@ -1090,14 +1090,9 @@ class Decoder:
         return np.concatenate([centers - halves, centers + halves], axis=1)
 
 
-def _check_numbers(values: Any, length: int, low: float, high: float, kind: type = float) -> Any:
-    """Convert a list of numbers to a tuple. Raises ValueError unless they are `length` within the bounds."""
-    is_list = isinstance(values, list | tuple) and len(values) == length
-    if not is_list or not all(type(v) in (int, kind) and low <= v <= high for v in values):
-        raise ValueError(
-            f"decoder requires {length} numbers from {low:g} to {high:g}, got {str(values)[:60]}"
-        )
-    return tuple(kind(value) for value in values)
+def _check_cell(values: Any) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = map(float, _check_numbers("cell", values, 4, -16.0 * MAX_SIDE, 16.0 * MAX_SIDE))
+    return x1, y1, x2, y2
 
 
 def suppress_overlaps(boxes: np.ndarray, labels: np.ndarray, iou: float, limit: int) -> np.ndarray:
@@ -1288,7 +1283,8 @@ class Description:
         if task is None:
             return about
         if task == MULTI_LABEL:
-            return replace(about, thresholds=_check_thresholds(entries["thresholds"]))
+            thresholds = _check_numbers("thresholds", entries["thresholds"], len(labels), 0.0, 1.0)
+            return replace(about, thresholds=[float(threshold) for threshold in thresholds])
         if task == DETECTION:
             return replace(about, decoder=Decoder.from_dict(entries["decoder"]))
         raise ValueError(f"unknown task {task!r}")
@@ -1315,15 +1311,6 @@ def _read_metadata(session: ort.InferenceSession, name: str, *, required: bool) 
         return Description.from_dict(values)
     except _INVALID_JSON as error:
         raise ArtifactError(f"the questpress metadata of {name} is invalid: {error}") from error
-
-
-def _check_thresholds(thresholds: Any) -> list[float]:
-    """Raise ValueError unless they are a list of probabilities."""
-    if not isinstance(thresholds, list) or not all(
-        isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds
-    ):
-        raise ValueError("thresholds must be probabilities")
-    return [float(value) for value in thresholds]
 
 
 def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -1356,9 +1343,7 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
                 f"{file} was modified after it was written: its checksum differs. Copy the artifact folder "
                 "again, or export the run again"
             )
-        about = Description.from_dict(manifest)
-        if about.thresholds is not None and len(about.thresholds) != len(about.labels):
-            raise ValueError("there must be one threshold per label")
+        Description.from_dict(manifest)
         for entry in manifest["files"]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
                 raise ValueError(f"invalid file name {entry['name']!r}")

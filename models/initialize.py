@@ -29,6 +29,8 @@ class InitialNetwork:
     """License of pretrained weights; None for files of the user and without weights."""
     names_classes: bool = False
     """True if the weights name the classes of their head, and the data's are among them."""
+    selected: bool = False
+    """True if the head consists of the data's rows of a head for more classes."""
 
 
 def initialize(
@@ -101,7 +103,8 @@ def initialize(
         weights = _describe_file(weights, checkpoint, matched, note, dropped=None if keep else count)
     if not keep:
         _reset_head(network, len(classes), seed)
-    elif rows is not None and rows != list(range(count or 0)):
+    selected = keep and rows is not None and rows != list(range(count or 0))
+    if selected:
         note(f"the head of {checkpoint.source} names the data's {len(classes)} classes: their rows are kept")
     return InitialNetwork(
         network,
@@ -110,6 +113,7 @@ def initialize(
         license=weights_license,
         names_classes=rows is not None
         and (checkpoint.label_names or checkpoint.label_descriptions) is not None,
+        selected=selected,
     )
 
 

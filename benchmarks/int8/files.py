@@ -67,7 +67,7 @@ class Kind:
 
 
 def ours(fp32: Path, images: np.ndarray, out: Path, without: str | None = None) -> None:
-    from questpress.export.int8.quantizer import quantize_int8
+    from tests.support.networks import quantize_int8
 
     if without is not None:
         del RULES[without]  # in this process, which makes one file

@@ -22,10 +22,12 @@ import timm
 import torch
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, quantize_int8, write_int8
+from questpress.export.int8.quantizer import calibrate_ranges, prepare, quantize, write_int8
 from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.targets import find_target
 from torch import nn
+
+from tests.support.networks import quantize_int8
 
 ROUNDS, SECONDS, SIZE = 15, 0.2, 224
 IMAGES = np.random.default_rng(0).standard_normal((8, 3, SIZE, SIZE), dtype=np.float32)

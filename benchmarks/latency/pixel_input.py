@@ -17,10 +17,10 @@ import torch
 from questpress.export.conversion import pixel_input
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.conversion.pixel_input import Outside
-from questpress.export.int8.quantizer import quantize_int8
 from questpress.export.runtime import Preprocessing, normalize, open_session
 
 from benchmarks.cells import markdown
+from tests.support.networks import quantize_int8
 
 SIDE, IMAGES = 224, 16
 P = Preprocessing.create(SIDE)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..conversion.pixel_input import map_readers
 from .fake_quantize import FakeQuantized
-from .quantizer import WEIGHTED, Prepared
+from .quantizer import WEIGHTED, Prepared, chunks
 from .torch_graph import GraphNetwork, Values, replace_initializers
 
 CLEAR = 0.8
@@ -75,7 +75,7 @@ def equalize(prepared: Prepared, images: np.ndarray) -> Prepared | None:
         weights.multiply_inputs(reader, s)
     weights.write()
     after = GraphNetwork(model).eval()
-    for chunk, outputs in zip(_chunks(images), expected, strict=True):
+    for chunk, outputs in zip(chunks([images]), expected, strict=True):
         values = after(torch.from_numpy(chunk))
         for name, output in zip(after.outputs, outputs, strict=True):
             if not (values[name] - output).abs().max() <= TOLERANCE * output.abs().max():
@@ -128,7 +128,7 @@ class _Weights:
     def rows(self, node: onnx.NodeProto) -> np.ndarray:
         """Return the weight as [O,C,…]."""
         w = self.array(node.input[1])
-        return w if node.op_type == "Conv" or _turned(node) else w.T
+        return w if node.op_type == "Conv" or _is_transposed(node) else w.T
 
     def divide_outputs(self, node: onnx.NodeProto, s: np.ndarray) -> None:
         w = self.array(node.input[1])
@@ -139,7 +139,7 @@ class _Weights:
     def multiply_inputs(self, node: onnx.NodeProto, s: np.ndarray) -> None:
         w = self.array(node.input[1])
         if node.op_type == "Gemm":
-            self.changed[node.input[1]] = w * (s if _turned(node) else s[:, None])
+            self.changed[node.input[1]] = w * (s if _is_transposed(node) else s[:, None])
         else:
             channels = (1, -1) if _groups(node) == 1 else (-1, 1)
             self.changed[node.input[1]] = w * s.reshape(*channels, *[1] * (w.ndim - 2))
@@ -178,7 +178,7 @@ def _largest(
     bounded = {pair.between: pair.bound is not None for pair in pairs}
     largest: dict[str, np.ndarray] = {}
     outputs = []
-    for chunk in _chunks(images):
+    for chunk in chunks([images]):
         values = network(torch.from_numpy(chunk), wanted=wanted)
         outputs.append([values[name] for name in network.outputs])
         for name in wanted:
@@ -187,10 +187,6 @@ def _largest(
             top = x.amax(dim=[d for d in range(x.dim()) if d != 1]).double().numpy()
             largest[name] = np.maximum(largest[name], top) if name in largest else top
     return largest, outputs
-
-
-def _chunks(images: np.ndarray) -> list[np.ndarray]:
-    return np.array_split(images, max(1, len(images) // 8))
 
 
 def _owns(
@@ -203,7 +199,7 @@ def _owns(
 def _reads(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], channels: int) -> bool:
     dims = constants[node.input[1]].dims
     if node.op_type == "Gemm":
-        return bool(dims[1 if _turned(node) else 0] == channels) and not any(
+        return bool(dims[1 if _is_transposed(node) else 0] == channels) and not any(
             a.name == "transA" and a.i for a in node.attribute
         )
     groups = _groups(node)
@@ -214,7 +210,7 @@ def _groups(node: onnx.NodeProto) -> int:
     return next((a.i for a in node.attribute if a.name == "group"), 1)
 
 
-def _turned(node: onnx.NodeProto) -> bool:
+def _is_transposed(node: onnx.NodeProto) -> bool:
     return any(a.name == "transB" and bool(a.i) for a in node.attribute)
 
 
@@ -264,7 +260,7 @@ def with_all_biases(prepared: Prepared) -> Prepared:
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) > 2 or node.input[1] not in weights:
             continue
-        channels_last = node.op_type == "Gemm" and not _turned(node)
+        channels_last = node.op_type == "Gemm" and not _is_transposed(node)
         outputs = weights[node.input[1]].dims[1 if channels_last else 0]
         zeros = numpy_helper.from_array(np.zeros(outputs, np.float32), f"{node.name}_bias")
         model.graph.initializer.append(zeros)
@@ -291,7 +287,7 @@ def _means(network: GraphNetwork, images: np.ndarray) -> dict[str, Tensor]:
     """Return the mean of each layer's output in each channel, [C], by the layer's name."""
     sums: dict[str, Tensor] = {}
     layers = [step for step in network.steps if step.op_type in WEIGHTED]
-    for chunk in _chunks(images):
+    for chunk in chunks([images]):
         values = network(torch.from_numpy(chunk), wanted=[step.outputs[0] for step in layers])
         for step in layers:
             mean = _channels(values[step.outputs[0]]) * len(chunk)

@@ -2,7 +2,7 @@
 
     float file ─ prepare ─► rewritten graph ─ calibrate ─► ranges ─ quantize ─► QDQ graph ─► int8 file
 
-`quantize_int8` does all of it once; the search (`search.py`) repeats the last steps.
+The search (`search.py`) repeats the last steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..conversion.pixel_input import Folded, Front, attach, has_uint8_input, spl
 from ..errors import CalibratorError, ExportError
 from ..files import temporary_folder
 from .rewrite import FOR_INTEGERS, RULES, rewrite
-from .targets import Target, find_target
+from .targets import Target
 
 
 @dataclass(frozen=True)
@@ -262,35 +262,11 @@ class Prepared:
         return batches
 
 
-def quantize_int8(
-    fp32_path: str | Path,
-    int8_path: str | Path,
-    calibration: Batches,
-    *,
-    method: str = "minmax",
-    target_name: str | None = None,
-    rules: Collection[str] | None = None,
-) -> Int8File:
-    """Quantize a float ONNX file without a search. Metadata is kept; the same input gives the same bytes.
+def prepare(fp32_path: str | Path, rules: Collection[str] | None = None) -> Prepared:
+    """Read a float file and rewrite its graph by `rules`; None for those that make it faster.
 
     Raises ExportError.
-
-    Args:
-        calibration: batches of preprocessed images, float32 [b, 3, H, W], or uint8 [b, H, W, 3] for a file
-            with uint8 input.
-        target_name: this machine's if None.
-        rules: rewrite rules to apply first; None for those that make the network faster.
     """
-    types = find_target(target_name or runtime.detect_target())
-    prepared = prepare(fp32_path, rules)
-    ranges, n = calibrate_ranges(prepared.model, prepared.fed(calibration), method, prepared.scope.op_types)
-    model = quantize(prepared, ranges, types)
-    made_by = recipe(prepared, types, {"method": method, "images": n})
-    return write_int8(prepared, model, int8_path, made_by)
-
-
-def prepare(fp32_path: str | Path, rules: Collection[str] | None = None) -> Prepared:
-    """Read a float file and rewrite its graph by `rules` (see `quantize_int8`). Raises ExportError."""
     try:
         model = onnx.load(str(fp32_path))
     except Exception as error:  # protobuf's exception isn't onnx's

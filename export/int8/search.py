@@ -117,8 +117,9 @@ def search(
     """Search for the best int8 form of a prepared graph within the judge's budget. Raises ExportError.
 
     Args:
-        calibration: preprocessed images as the file takes them (see `quantize_int8`). Ranges are measured on
-            all of them, biases and scales of channels on the first `CORRECTION_IMAGES`.
+        calibration: preprocessed images, float32 [b, 3, H, W], or uint8 [b, H, W, 3] for a file with uint8
+            input. Ranges are measured on all of them, biases and scales of channels on the first
+            `CORRECTION_IMAGES`.
         folder: where candidates' files are written, `0.onnx`, `1.onnx` …
         judge: measures a file and compares it with the budget.
         learned: a graph and ranges from quantization-aware training, another candidate of step 1.

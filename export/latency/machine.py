@@ -51,16 +51,6 @@ def _cpu_name() -> str:
     return ""
 
 
-def is_arm() -> bool:
-    """Return True on a 64-bit Arm processor."""
-    return platform.machine().lower() in ("aarch64", "arm64")
-
-
-def has_vnni() -> bool:
-    """Return True if one instruction sums int8 products in 32 bits (x86's VNNI)."""
-    return runtime.detect_target() == "x86-vnni"
-
-
 _SYSTEM = Path("/sys/devices/system/cpu")
 
 

@@ -160,7 +160,7 @@ def _choose_images(paths: Sequence[Path], files: BenchFiles, seed: int) -> laten
 
 def _open_subjects(
     file: BenchFile, runtimes: Sequence[str], images: latency.Images, seed: int
-) -> list[latency.Subject]:
+) -> list[latency.BenchCase]:
     inputs, source, classifies = None, images.description, file.input.has_metadata
     if classifies:
         try:
@@ -172,7 +172,7 @@ def _open_subjects(
         source = f"{len(inputs)} random inputs"
     digest = sha256(file.path)
     return [
-        latency.Subject(
+        latency.BenchCase(
             TimedFile(
                 name=file.name if len(runtimes) == 1 else f"{file.name} ({runtime})",
                 key=file.key if runtime == runtimes[0] else None,

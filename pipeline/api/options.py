@@ -27,7 +27,7 @@ DEPENDENT_OPTIONS = {
     "crop": ("crop_scale", "pad", "pad_mode"),
     "schedule": ("milestones",),
     "weight": ("balance",),  # its default depends on whether a weight is set
-    "method": ("cache_views", "cache_top"),
+    "method": ("cache_views", "cache_top", "balance"),
 }
 """Options of a config or recipe that are dropped when the user changes the option they depend on."""
 

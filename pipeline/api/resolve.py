@@ -62,7 +62,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     _repeat_teacher(chosen)
     _check_lists(chosen)
     _check_rounds(chosen)
-    _check_cache(chosen)
+    _check_unused(chosen)
     trackers.check_trackers(chosen)
     parameters = methods.parse_parameters(methods.parse_methods(chosen.method), chosen.settings)
     # Do not rescale weights set by the user.
@@ -86,16 +86,12 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     )
     methods.check_task(parameters, data.task)
     default_balance = "off" if has_set_weight else task_of(data).default_balance
-    chosen.balance = "off" if not parameters else chosen.balance or default_balance
-    if chosen.calibrate and task_of(data).likelihood is None:
-        raise UsageError(
-            f"--calibrate does not support {data.task}: its scores have no temperature. Remove it."
-        )
+    chosen.balance = chosen.balance or (default_balance if parameters else "off")
+    for name, reason in task_of(data).unsupported.items():
+        if getattr(chosen, name):
+            raise UsageError(f"{get_flag(name)} does not support {data.task}: {reason}. Remove it.")
     if chosen.calibrate and not data.val:
-        raise UsageError(
-            "--calibrate requires validation images, and this data has none. Set --val-fraction, for example "
-            "to 0.1."
-        )
+        raise UsageError("--calibrate requires validation images. Set --val-fraction, for example to 0.1.")
     assert chosen.image_size is not None
     count = count_parameters(chosen.student, len(data.classes), chosen.student_size or chosen.image_size)
     if 4 * count > MAX_EMBEDDED_BYTES:
@@ -156,7 +152,7 @@ def _check_networks(chosen: Options) -> None:
     try:
         check_activation(chosen.student, chosen.activation)
     except ModelError as error:
-        raise UsageError(f"--activation {chosen.activation}: {error}") from error
+        raise UsageError(str(error)) from error
 
 
 def default_size(data: str, student: str) -> int:
@@ -239,10 +235,12 @@ def _check_rounds(chosen: Options) -> None:
         )
 
 
-def _check_cache(chosen: Options) -> None:
+def _check_unused(chosen: Options) -> None:
     names = methods.parse_methods(chosen.method)
-    if not names and chosen.cache_views:
-        raise UsageError(f"--cache-views {chosen.cache_views} has no effect with --method none.")
+    if not names:
+        for name in ("cache_views", "balance"):
+            if (value := getattr(chosen, name)) not in (None, 0, "off"):
+                raise UsageError(f"{get_flag(name)} {value} has no effect with --method none. Remove it.")
     if chosen.cache_top is None:
         return
     if "quest" not in names:
@@ -389,7 +387,7 @@ def _choose_export(chosen: Options) -> None:
     try:
         check_opset(chosen.opset)
     except ExportError as error:
-        raise UsageError(f"--opset {chosen.opset}: {error}.") from error
+        raise UsageError(f"--opset {chosen.opset}: {error}") from error
     chosen.target = chosen.target or [detect_target()]  # type: ignore[list-item]
     for target in chosen.target:
         if chosen.target.count(target) > 1:

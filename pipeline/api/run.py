@@ -128,9 +128,12 @@ def _compress(given: Options, ranks: Ranks, display: Display) -> Report:
         display.note(
             f"--batch-size {given.batch_size} exceeds the number of images: all images are one batch"
         )
+    if chosen.micro_batch and chosen.batch_size and chosen.micro_batch > chosen.batch_size:
+        display.note(f"--micro-batch {chosen.micro_batch} exceeds a step of {chosen.batch_size} images")
     longest = max(chosen.epochs or 0, chosen.teacher_epochs or 0)
     if late := [str(epoch) for epoch in chosen.milestones or () if epoch >= longest]:
-        display.note(f"--milestones {', '.join(late)} have no effect: the training has {longest} epochs")
+        epochs = plural(longest, "epoch")
+        display.note(f"no effect of --milestones {', '.join(late)}: the training has {epochs}")
     defaults = [
         f"{get_flag(name)} {value}"
         for name, value in _select_repeatable(chosen).items()
@@ -228,7 +231,7 @@ def _run_stage(context: RunContext, data: TrainingData) -> None:
     context.display.warnings.clear()
     facts = folder.facts()
     if get_kind(stage) != "teacher":
-        data.left_out = frozenset(name for name, _ in facts["data"].get("skipped", ()))
+        data.skipped_names = frozenset(name for name, _ in facts["data"].get("skipped", ()))
     if ranks.is_main or get_kind(stage) in TRAINING:
         result = load_stage(stage)(context, data, facts)
     if ranks.is_main:
@@ -267,8 +270,9 @@ def dry_run(
     assert options.out is not None
     folder = RunFolder(options.out)
     folder.check(config, fresh=options.fresh)
-    check_weights(options, images, folder.unfinished(options.until), download=False)
-    for line in estimate(options, images, device):
+    stages = folder.unfinished(options.until)
+    check_weights(options, images, stages, download=False)
+    for line in estimate(options, images, device, stages):
         display.print(line)
     return Report(
         title="dry run",
@@ -279,8 +283,8 @@ def dry_run(
     )
 
 
-def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
-    """Return lines on what would run, for how long, and with how much disk space."""
+def estimate(options: Options, data: ImageSet, device: str, stages: Sequence[str]) -> Sequence[str]:
+    """Return lines on what these stages would train, for how long, and with how much disk space."""
     assert options.image_size and options.epochs and options.teacher_epochs
     train, size = len(data.train), options.image_size
     student_size = options.student_size or size
@@ -291,26 +295,28 @@ def estimate(options: Options, data: ImageSet, device: str) -> Sequence[str]:
         f"{len(data.val)} val, {len(data.test)} test images, at {show_size(size)} px",
     ]
     macs = 0.0
-    for teacher, weights, head in zip(teachers, options.teacher_weights, options.teacher_head, strict=True):
+    named = zip(teachers, options.teacher_weights, options.teacher_head, strict=True)
+    for teacher, weights, head in named if "teacher" in stages else ():
         how = "without its head and not trained"
         if head != "none":
             start = "trained from scratch" if weights == "none" else "fine-tuned unless its head fits,"
-            how = f"{start} for {options.teacher_epochs} epochs"
+            how = f"{start} for {plural(options.teacher_epochs, 'epoch')}"
             macs += STEP * (teacher.gmacs or 0.0) * train * options.teacher_epochs
         lines.append(f"teacher {_describe_size(teacher)}, {how}")
     distilling = sum(teacher.gmacs or 0.0 for teacher in teachers) if options.method != "none" else 0.0
     own = student.gmacs or 0.0
-    # In each further round a student is the teacher.
-    macs += (STEP * own + distilling + (options.rounds - 1) * (STEP + 1) * own) * train * options.epochs
-    if options.qat:
+    if "student" in stages:
+        # In each further round a student is the teacher.
+        macs += (STEP * own + distilling + (options.rounds - 1) * (STEP + 1) * own) * train * options.epochs
+        lines.append(
+            f"student {_describe_size(student)} at {show_size(student_size)} px, "
+            f"{plural(options.epochs, 'epoch')} with method {options.method}"
+            + (f", {options.rounds} rounds" if options.rounds > 1 else "")
+        )
+    if "qat" in stages:
         assert options.qat_epochs
         macs += (STEP * own + distilling) * train * options.qat_epochs
-    lines.append(
-        f"student {_describe_size(student)} at {show_size(student_size)} px, {options.epochs} epochs with "
-        f"method {options.method}"
-        + (f", {options.rounds} rounds" if options.rounds > 1 else "")
-        + (f", and {options.qat_epochs} epochs with fake quantization" if options.qat else "")
-    )
+        lines.append(f"{plural(options.qat_epochs, 'epoch')} with fake quantization")
     seconds = macs / (EFFICIENCY * measure_convolution(device))
     weight_bytes = sum(4 * network.parameters for network in [*teachers, student])
     disk = WEIGHT_COPIES * weight_bytes + train * 3 * 4 * math.prod(height_width(size))

@@ -134,8 +134,8 @@ def _select_options(options: Mapping[str, Any], method: str | None) -> dict[str,
         if pairs := parse_pairs(options.get(name)):
             selected[name] = {key: value for key, value in pairs.items() if key.split(".")[0] in names}
     if method == "none":
-        selected.pop("cache_views", None)
-        selected.pop("rounds", None)
+        for name in ("cache_views", "balance", "rounds"):
+            selected.pop(name, None)
     if "quest" not in names:
         selected.pop("cache_top", None)
     return selected

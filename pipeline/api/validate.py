@@ -105,7 +105,7 @@ def run_models(images: ValidationImages, models: Sequence[Model], progress: Prog
 
 
 @dataclass(frozen=True)
-class PredictedImage:
+class PredictionRow:
     """An image, number ``i`` of the readable ones, a model's prediction, and its teacher's if it has one."""
 
     i: int
@@ -118,7 +118,7 @@ class PredictedImage:
     """True if the teacher's prediction is another one."""
 
 
-def predictions_csv(predictions: Iterable[PredictedImage]) -> str:
+def predictions_csv(predictions: Iterable[PredictionRow]) -> str:
     rows: list[list[object]] = [[*CSV_HEADER]]
     for p in predictions:
         cells: list[object] = [p.model, p.image.name, p.label]
@@ -130,7 +130,7 @@ def predictions_csv(predictions: Iterable[PredictedImage]) -> str:
 
 
 def make_examples(
-    predictions: Sequence[PredictedImage],
+    predictions: Sequence[PredictionRow],
     model: Model,
     outputs: Outputs,
     progress: Callable[[int, int], None],
@@ -173,7 +173,7 @@ def validate(
         split: ``train``, ``val``, ``test`` or ``all``; by default ``test`` if there are splits.
         teacher: a run folder or .onnx file to compare with, or ``none``; the runs' own by default.
         file: the file of an artifact to validate; by default all that are exact on this machine.
-        ignore_unknown: skip images of classes that a model does not have.
+        ignore_unknown: leave out images of classes that a model does not have.
         out: the folder of validation.json, .md, .html, mistakes.csv and differences.csv; ``validation`` in a
             single run folder, or here, by default.
         threads: number of threads of ONNX Runtime; the available cores, at most 4, by default.
@@ -278,11 +278,11 @@ class _Results:
         ]
 
     @cached_property
-    def predictions(self) -> list[list[PredictedImage]]:
+    def predictions(self) -> list[list[PredictionRow]]:
         """The predictions of each student: mistakes, the worst first, then by falling probability."""
         return [self._predict(i) for i, model in enumerate(self.models) if not model.is_teacher]
 
-    def _predict(self, i: int) -> list[PredictedImage]:
+    def _predict(self, i: int) -> list[PredictionRow]:
         model, task, images = self.models[i], self.models[i].task, self.outputs.images
         own, labels = self.by_model[i], task.describe(self.by_model[i].labels, model.labels)
         by_teacher: Sequence[Prediction | None] = [None] * len(images)
@@ -291,7 +291,7 @@ class _Results:
             by_teacher = task.judge(teacher, model.labels)
             differs = ~task.is_same(own, teacher)
         rows = zip(images, labels, task.judge(own, model.labels), by_teacher, differs.tolist(), strict=True)
-        predictions = [PredictedImage(k, model.name, *row) for k, row in enumerate(rows)]
+        predictions = [PredictionRow(k, model.name, *row) for k, row in enumerate(rows)]
         return sorted(predictions, key=lambda p: (-p.own.severity, -p.own.probability, p.image.name))
 
     def _find_teacher(self, i: int) -> Outputs | None:
@@ -310,10 +310,10 @@ class _Results:
         mistakes = [row for row in self.predictions[0] if not row.own.is_correct]
         counts = Counter(label for image in readable for label in image.labels)
         skipped = [*images.skipped, *self.outputs.skipped]
-        unreadable = sum(file.unreadable for file in skipped)
         warnings = list(images.warnings)
-        if unreadable:
-            warnings.append(f"{plural(unreadable, 'image')} could not be read.")
+        if skipped:
+            files = plural(len(skipped), "file was", "files were")
+            warnings.append(f"{files} skipped; the report has the list.")
         sources = dict.fromkeys(model.source for model in self.models if not model.is_teacher)
         machine = environment()
         return Validation(

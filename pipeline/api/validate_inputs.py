@@ -96,7 +96,7 @@ class Model:
 def open_models(
     paths: Sequence[Path], file: str | None, threads: int | None
 ) -> tuple[list[Model], list[str]]:
-    """Open the files of each path, and return notes on those that are left out."""
+    """Open the files of each path, and return notes on those that are not validated."""
     files: dict[Path, ModelFile] = {}
     notes = []
     for path in paths:
@@ -309,10 +309,11 @@ def _drop_copies(images: Sequence[Image], copies: Copies) -> tuple[list[Image], 
     conflicts = sum(count > 1 for count in Counter(map(copies.content, kept)).values())
     warnings = []
     if repeated:
-        count = len(repeated)
-        warnings.append(f"{count} of the {len(images)} images are copies of others and are left out.")
+        are_copies = "is a copy of another and is" if len(repeated) == 1 else "are copies of others and are"
+        warnings.append(f"{len(repeated)} of the {len(images)} images {are_copies} left out.")
     if conflicts:
-        warnings.append(f"{conflicts} images are in more than one class, so one copy is always a mistake.")
+        several = plural(conflicts, "image is", "images are")
+        warnings.append(f"{several} in more than one class, so one copy is always a mistake.")
     return kept, warnings
 
 
@@ -431,8 +432,8 @@ def select_known(
     names = quote_names(list(unknown))
     if not kept or set(images.present) <= set(unknown):
         raise UsageError(f"{images.source}: the models have none of its classes ({names}).")
-    effect = f"{dropped} images were left out" if dropped else "these labels are ignored"
-    warning = f"The models do not have the classes {names}: {effect}."
+    left_out = plural(dropped, "image is", "images are") if dropped else "these labels are"
+    warning = f"The models do not have the classes {names}: {left_out} left out."
     return replace(images, images=kept, warnings=(*images.warnings, warning))
 
 
@@ -444,6 +445,6 @@ def _describe_unknown(images: ValidationImages, unknown: dict[str, Model]) -> st
     hint = f" ('{names[0]}' may be its '{near[0]}')" if near else ""
     return (
         f"{images.source} has the classes {quote_names(names)}, which {model.name} does not have{hint}. "
-        f"It has {quote_names(list(model.labels), 12)}. Rename or remove them, or skip such images with "
+        f"It has {quote_names(list(model.labels), 12)}. Rename or remove them, or leave such images out with "
         "--ignore-unknown."
     )

@@ -165,7 +165,7 @@ def predict(artifact: Path, images: tuple[Path, ...], as_json: bool, **options: 
     "--teacher", help="run folder or .onnx file to compare with, or none [default: the run's teacher]"
 )
 @click.option("--file", help="the .onnx file of an artifact to validate [default: all]")
-@click.option("--ignore-unknown", is_flag=True, help="skip images of classes that a model does not have")
+@click.option("--ignore-unknown", is_flag=True, help="leave out images of classes that a model does not have")
 @click.option(
     "--out", type=PATH, help="output folder [default: validation/ in a single run folder, otherwise here]"
 )

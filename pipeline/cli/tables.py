@@ -76,7 +76,8 @@ def print_cache(outputs: Sequence["CachedOutputs"], unreadable: int, root: Path)
         total = format.megabytes(sum(row.bytes for row in outputs))
         console.print(Text(f"{total} in total, in {root}"), style="dim", soft_wrap=True)
     if unreadable:
-        console.print(Text(f"{unreadable} entries cannot be read and will be replaced."), soft_wrap=True)
+        entries = format.plural(unreadable, "entry", "entries")
+        console.print(Text(f"{entries} cannot be read and will be replaced."), soft_wrap=True)
 
 
 def print_diagnosis(diagnosis: "Diagnosis") -> None:

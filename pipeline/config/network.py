@@ -42,7 +42,6 @@ class NetworkSpec:
     def preprocessing(self) -> Preprocessing:
         """The runtime's path from an image to the input."""
         g = self.geometry
-        created = Preprocessing.create(
-            g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std
+        return Preprocessing.create(
+            g.image_size, g.crop_fraction, g.interpolation, g.crop_mode, g.mean, g.std, self.gray_bits
         )
-        return replace(created, gray_bits=self.gray_bits)

@@ -327,7 +327,7 @@ class Options(BaseModel):
     )
 
     until: Stage | None = execution_option("stop after this stage")
-    fresh: bool = execution_option("start the run over", False)
+    fresh: bool = execution_option("start the run over; results in --cache are reused", False)
     dry_run: bool = execution_option("check all options, estimate time and disk space, and stop", False)
     time_limit: Time | None = execution_option(
         "stop after this time, such as 3h50m, with exit code 75; the same command resumes"

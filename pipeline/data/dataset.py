@@ -81,7 +81,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or folder that is left out. ``unreadable`` marks images; see ``decode.check_unreadable``."""
+    """A file or folder that is skipped. ``unreadable`` marks images; see ``decode.check_unreadable``."""
 
     name: str
     reason: str

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import numpy as np
 import PIL
 import torch
-from PIL import ExifTags
+from PIL import ExifTags, ImageOps
 from PIL import Image as PillowImage
 from torch import Tensor
 
@@ -215,7 +215,10 @@ def _decode_once(
 
 
 def decode_each(
-    images: Sequence[Image], form: Callable[[np.ndarray], T], progress: Progress | None = None
+    images: Sequence[Image],
+    form: Callable[[np.ndarray], T],
+    progress: Progress | None = None,
+    side: int | None = None,
 ) -> Iterator[T | str]:
     """Yield ``read_pixels`` of each image in order, computed by threads: Pillow releases the GIL.
 
@@ -226,7 +229,7 @@ def decode_each(
         pending: deque[Any] = deque()
         try:
             for position, image in enumerate(images):
-                pending.append(threads.submit(read_pixels, image, form))
+                pending.append(threads.submit(read_pixels, image, form, side))
                 if len(pending) > 4 * workers:
                     yield pending.popleft().result()
                 if progress:
@@ -239,8 +242,10 @@ def decode_each(
             threads.shutdown(cancel_futures=True)
 
 
-def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
+def read_pixels(image: Image, form: Callable[[np.ndarray], T], side: int | None = None) -> T | str:
     """Return ``form`` of an image's pixels (uint8 [H, W, 3]), or the reason why it is unreadable.
+
+    With ``side``, a JPEG is decoded at the least fraction of its size that has this many pixels on each side.
 
     Raises:
         JobError: the image has changed since the data set was opened, or the machine cannot read it.
@@ -251,13 +256,24 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T]) -> T | str:
             return form(content)
         if hashlib.sha256(content).hexdigest() != image.key:
             raise JobError(f"{image.name} was changed during the run. Start the run again.")
-        return form(runtime.decode_image(content, gray_bits=image.gray_bits))
+        pixels = None if side is None else _reduce_jpeg(content, side)
+        return form(runtime.decode_image(content, gray_bits=image.gray_bits) if pixels is None else pixels)
     except runtime.ImageError as error:
         if is_system_fault(error.__cause__):
             raise fail_to_read(image.name, error.reason) from error
         return error.reason
     except (OSError, MemoryError) as error:
         raise fail_to_read(image.name, error) from error
+
+
+def _reduce_jpeg(content: bytes, side: int) -> np.ndarray | None:
+    """Decode a JPEG at 1, ½, ¼ or ⅛ of its size; return None for other files, and if that fails."""
+    try:
+        with suppress_pillow_warnings(), PillowImage.open(io.BytesIO(content), formats=["JPEG"]) as picture:
+            picture.draft(None, (side, side))
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except Exception:  # decode_image repairs a truncated file, and reports other damage
+        return None
 
 
 def require_pixels(image: Image, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

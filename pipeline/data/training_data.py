@@ -64,7 +64,7 @@ class TrainingData:
     device: str
     show: Callable[[str, int, int], None]
     place: Callable[[Placement, str | None], Placement] = lambda placement, _: placement
-    left_out: frozenset[str] | None = None
+    skipped_names: frozenset[str] | None = None
     """Names of all files that the run has recorded as skipped; None before that."""
 
     @property
@@ -206,16 +206,16 @@ class TrainingData:
             yield number * BATCH, pixels.to(self.device).permute(0, 3, 1, 2)
 
     def check_kept(self, images: Sequence[Image], decoded: R) -> R:
-        """Return ``decoded`` if it leaves out the same ``images`` as the run has recorded.
+        """Return ``decoded`` if it skips the same ``images`` as the run has recorded.
 
         Raises:
             JobError: an image is now readable or unreadable that was not before.
         """
-        if self.left_out is None:
+        if self.skipped_names is None:
             return decoded
         skipped = {file.name: file.reason for file in decoded.skipped}
         for image in images:
-            if (image.name in skipped) != (image.name in self.left_out):
+            if (image.name in skipped) != (image.name in self.skipped_names):
                 now = f"unreadable ({skipped[image.name]})" if image.name in skipped else "readable"
                 raise JobError(
                     f"{image.name} is {now}, which it was not when this run was started, so its stages would "
@@ -226,7 +226,7 @@ class TrainingData:
     def readable(self, spec: NetworkSpec) -> ImageSet:
         """Return the dataset without the images that cannot be decoded; they are among its skipped files.
 
-        Every later decoding must leave out the same images.
+        Every later decoding must skip the same images.
 
         Raises:
             JobError: more than one image in a hundred cannot be decoded.
@@ -235,7 +235,7 @@ class TrainingData:
         val, test = (self.rendered(split, spec)[2] for split in SPLITS[1:])
         skipped = (*self.dataset.skipped, *train.skipped, *val.skipped, *test.skipped)
         check_unreadable(skipped, len(self.dataset) + sum(file.unreadable for file in self.dataset.skipped))
-        self.left_out = frozenset(file.name for file in skipped)
+        self.skipped_names = frozenset(file.name for file in skipped)
         return replace(self.dataset, train=train.images, val=val.images, test=test.images, skipped=skipped)
 
 

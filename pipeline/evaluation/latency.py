@@ -30,7 +30,7 @@ MAX_INPUT_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchCase:
     """A file to time, and its inputs, float32 [n, 3, H, W] or uint8 [n, H, W, 3]."""
 
     file: TimedFile
@@ -78,7 +78,7 @@ class Protocol:
 
 
 def measure(
-    subjects: Sequence[Subject],
+    subjects: Sequence[BenchCase],
     protocol: Protocol,
     *,
     images: Images = NO_IMAGES,
@@ -162,7 +162,7 @@ def _part(progress: Progress, begin: float, end: float) -> Progress:
 
 
 def _measure_end_to_end(
-    subjects: Sequence[Subject], images: Images, protocol: Protocol, threads: int, progress: Progress
+    subjects: Sequence[BenchCase], images: Images, protocol: Protocol, threads: int, progress: Progress
 ) -> list[tuple[EndToEnd, np.ndarray]]:
     files = [(s.file.name, s.path) for s in subjects if s.classifies and s.file.runtime == "onnxruntime"]
     seconds = protocol.end_to_end_seconds

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...export.runtime import open_model, open_session
 from ..data.dataset import Image
 from ..data.decode import encode_thumbnail
-from ..runs.console import Stage
+from ..runs.console import StageProgress
 from ..runs.device import Engine
 from ..runs.results import Example
 from ..runs.scores import Confusion, Prediction
@@ -48,7 +48,9 @@ def compute_logits(
     return torch.cat(logits) if logits else torch.empty(0)
 
 
-def compute_onnx_logits(file: Path, images: np.ndarray, progress: Stage, *, fuse: bool = True) -> np.ndarray:
+def compute_onnx_logits(
+    file: Path, images: np.ndarray, progress: StageProgress, *, fuse: bool = True
+) -> np.ndarray:
     """Return an ONNX file's logits [n,classes] for rendered images, uint8 [n,H,W,3], n > 0.
 
     Of a detector's file, these are its decoded detections, ``runtime.Detector.detections``.

@@ -11,7 +11,7 @@ from .format import minus
 
 WIDTH = 340
 LABEL_WIDTH = 92
-"""For names at the left of bars and dots."""
+"""For names at the left of dots."""
 VALUE_WIDTH = 76
 """For numbers at their right."""
 ROW_HEIGHT = 26
@@ -122,7 +122,7 @@ def vertical_grid(ticks: Sequence[tuple[float, str]], position: Position, height
 
 @dataclass(frozen=True)
 class Mark:
-    """A row of a bar or dot chart; ``low`` and ``high`` are the ends of its whisker."""
+    """A row of a dot chart; ``low`` and ``high`` are the ends of its whisker."""
 
     label: str
     key: str
@@ -130,46 +130,27 @@ class Mark:
     text: str
     low: float | None = None
     high: float | None = None
-    group: str = ""
-
-
-def bars(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
-    """Draw horizontal bars from zero, with a whisker from the end of the bar to ``high``."""
-    if not (marks := [mark for mark in marks if isfinite(mark.value)]):
-        return None
-    top = max(max(mark.value, mark.high or 0) for mark in marks) or 1
-    x = linear_scale(0, top, LABEL_WIDTH, WIDTH - VALUE_WIDTH)
-
-    def draw(mark: Mark, y: float) -> list[Shape]:
-        width = max(x(mark.value) - LABEL_WIDTH, 1)
-        shapes = [rectangle(f"bar {mark.key}", LABEL_WIDTH, y - 8, width, 16)]
-        if mark.high is not None:
-            shapes.append(path("whisker", "M", x(mark.value), y, "H", x(mark.high), "m0 -4v8"))
-        return [*shapes, text("number", x(max(mark.value, mark.high or 0)) + 8, y + 4, mark.text)]
-
-    shapes, height = _rows(marks, draw)
-    return Chart(title, _describe(title, marks), [Drawing(WIDTH, height, shapes)], note)
 
 
 def dots(title: str, marks: Sequence[Mark], note: str = "") -> Chart | None:
-    """Draw percentages as dots with intervals. Dots, unlike bars, need no axis from zero."""
+    """Draw percentages as dots with intervals; None if no value is finite."""
     if not (marks := [mark for mark in marks if isfinite(mark.value)]):
         return None
     start, end, step = percent_range(marks, 3)
     x = linear_scale(start, end, LABEL_WIDTH + 6, WIDTH - VALUE_WIDTH - 6)
-
-    def draw(mark: Mark, y: float) -> list[Shape]:
-        whisker = []
+    height = 22.0 + ROW_HEIGHT * len(marks)
+    shapes = vertical_grid(axis_ticks(start, end, step), x, height)
+    for i, mark in enumerate(marks):
+        y = 2 + ROW_HEIGHT * (i + 0.5)
+        shapes.append(text("name", 0, y + 4, mark.label))
         if mark.low is not None and mark.high is not None:
             ends = ("M", x(mark.low), y - 4, "v8m0 -4H", x(mark.high), "m0 -4v8")
-            whisker = [path(f"whisker {mark.key}", *ends)]
-        number = text("number", WIDTH - VALUE_WIDTH + 10, y + 4, mark.text)
-        return [*whisker, circle(f"dot {mark.key}", x(mark.value), y, 5), number]
-
-    shapes, height = _rows(marks, draw)
-    grid = vertical_grid(axis_ticks(start, end, step), x, height + 18)
+            shapes.append(path(f"whisker {mark.key}", *ends))
+        shapes.append(circle(f"dot {mark.key}", x(mark.value), y, 5))
+        shapes.append(text("number", WIDTH - VALUE_WIDTH + 10, y + 4, mark.text))
     note = "; ".join(part for part in (note, "axis does not start at 0" if start else "") if part)
-    return Chart(title, _describe(title, marks), [Drawing(WIDTH, height + 18, [*grid, *shapes])], note)
+    description = f"{title}. {'; '.join(f'{mark.label}: {mark.text}' for mark in marks)}."
+    return Chart(title, description, [Drawing(WIDTH, height, shapes)], note)
 
 
 def percent_range(marks: Sequence[Mark], steps: int, *levels: float) -> tuple[float, float, float]:
@@ -179,25 +160,6 @@ def percent_range(marks: Sequence[Mark], steps: int, *levels: float) -> tuple[fl
     step = round_step(max(high - low, 0.5) / steps)
     start, end = floor(low / step) * step, min(100.0, ceil(high / step) * step)
     return (start if start < end else end - step), end, step
-
-
-def _rows(marks: Sequence[Mark], draw: Callable[[Mark, float], list[Shape]]) -> tuple[list[Shape], float]:
-    shapes: list[Shape] = []
-    y, group = 2.0, ""
-    for mark in marks:
-        if mark.group != group:
-            y += 28 if shapes else 20
-            shapes.append(text("group", 0, y - 8, mark.group))
-            group = mark.group
-        middle = y + ROW_HEIGHT / 2
-        shapes += [text("name", 0, middle + 4, mark.label), *draw(mark, middle)]
-        y += ROW_HEIGHT
-    return shapes, y + 2
-
-
-def _describe(title: str, marks: Sequence[Mark]) -> str:
-    rows = (f"{mark.group + ', ' if mark.group else ''}{mark.label}: {mark.text}" for mark in marks)
-    return f"{title}. {'; '.join(rows)}."
 
 
 @dataclass(frozen=True)

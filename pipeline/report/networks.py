@@ -11,7 +11,7 @@ from ..runs.scores import Score
 from ..tasks import load_task, task_of
 from ..tasks.base import Task
 from . import format
-from .charts import Chart, Mark, bars, dots
+from .charts import Chart
 from .page import Section
 from .scatter import Point, scatter
 from .tables import Attribute, Table, attribute_rows
@@ -202,8 +202,9 @@ def _format_detail(name: str, score: Score | None) -> str | None:
 
 
 def comparison_section(report: Report) -> Section:
-    charts = [accuracy_over_latency(report), *bar_charts(report)]
-    return Section("Comparison", "comparison", figures=charts, tables=[comparison_table(report)])
+    table, measures = comparison_tables(report)
+    figures = [accuracy_over_latency(report)]
+    return Section("Comparison", "comparison", figures=figures, tables=[table], folded=[measures])
 
 
 def accuracy_over_latency(report: Report) -> Chart | None:
@@ -219,58 +220,25 @@ def accuracy_over_latency(report: Report) -> Chart | None:
     return scatter(title, points, x_name=x_name) if len(points) > 1 else None
 
 
-def bar_charts(report: Report) -> list[Chart | None]:
-    columns = compared_networks(report)
-    sizes = [
-        Mark(column.role, column.key, size / 1e6, format.megabytes(size))
-        for column in columns
-        if (size := column.subject.bytes) is not None
-    ]
-    scores = [
-        Mark(column.role, column.key, score.percent, format.score_percent(score), score.low, score.high)
-        for column in columns
-        if (score := column.subject.score) is not None
-    ]
-    latencies = [
-        Mark(
-            column.role,
-            column.key,
-            measured.p50,
-            format.milliseconds(measured.p50),
-            high=p90.value if (p90 := measured.percentiles.get("p90")) is not None else None,
-            group=format.threads(threads),
-        )
-        for threads in thread_counts(report)
-        for column in columns
-        if (measured := column.subject.latency_ms.get(threads)) is not None and measured.p50 is not None
-    ]
-    whiskers = "; line: to p90" if any(mark.high is not None for mark in latencies) else ""
-    return [
-        bars("Size", sizes, "ONNX file, 1 MB = 1,000,000 bytes"),
-        dots(format.title(score_name(report)), scores, "test images; line: 95 % interval"),
-        bars("Latency", latencies, f"batch size 1, model only; bar: median{whiskers}"),
-    ]
-
-
-def comparison_table(report: Report) -> Table:
-    """Return a row for each measure that a network has, and a column for each network."""
+def comparison_tables(report: Report) -> tuple[Table, Table]:
+    """Return score, size and latency of each network, and its other measures, with a column for each."""
     columns = all_networks(report)
-    attributes: dict[str, Attribute] = {
-        "Agreement with teacher": (lambda s: s.agreement, format.score),
-        f"Validation {score_name(report)} (PyTorch)": (lambda s: s.val_score, format.score),
-        "ONNX file": (lambda s: s.bytes, format.megabytes),
-    }
+    costs: dict[str, Attribute] = {"ONNX file": (lambda s: s.bytes, format.megabytes)}
     for threads in thread_counts(report):
         name, read = latency_measure(report, threads)
-        attributes[f"{format.capitalize(name)}, {format.threads(threads)}"] = (read, format.milliseconds)
-    attributes |= {
+        costs[f"{format.capitalize(name)}, {format.threads(threads)}"] = (read, format.milliseconds)
+    others: dict[str, Attribute] = {
+        "Agreement with teacher": (lambda s: s.agreement, format.score),
+        f"Validation {score_name(report)} (PyTorch)": (lambda s: s.val_score, format.score),
         "Parameters": (lambda s: s.parameters, format.millions),
         "Multiply-adds": (lambda s: s.gmacs, lambda gmacs: f"{format.significant(gmacs)} G"),
         "Max. logit difference to PyTorch": (lambda s: s.parity, lambda p: format.scientific(p.max_abs)),
         "Max. logit difference / logit range": (lambda s: s.parity, lambda p: format.scientific(p.max_rel)),
     }
     networks = [column.subject for column in columns]
-    rows = [["Network", *(network.name for network in networks)]]
-    rows += score_rows([network.score for network in networks])
-    rows += attribute_rows(networks, attributes)
-    return Table("Comparison", ["", *(column.role for column in columns)], rows if columns else [])
+    heads, scores = ["", *(column.role for column in columns)], score_rows([n.score for n in networks])
+    names = [["Network", *(network.name for network in networks)]] if columns else []
+    return (
+        Table("Comparison", heads, [*names, *scores[:2], *attribute_rows(networks, costs)]),
+        Table("More measures", heads, [*scores[2:], *attribute_rows(networks, others)]),
+    )

@@ -75,11 +75,6 @@ class Section:
     is_folded: bool = False
     """Only the title is shown until a click on it."""
 
-    def fold_tables(self) -> "Section":
-        """Return the section with all its tables folded, for one whose charts show the main results."""
-        folded, sections = [*self.tables, *self.folded], [part.fold_tables() for part in self.sections]
-        return replace(self, tables=(), folded=folded, sections=sections)
-
     def fold(self) -> "Section":
         return replace(self, is_folded=True)
 

@@ -51,10 +51,10 @@ def report_page(report: Report) -> Page:
         lead=summary.lead(report),
         sections=[
             networks.comparison_section(report),
-            latency.section(report).fold_tables(),
-            int8.section(report).fold_tables(),
             classes.example_section(report),
             classes.section(report),
+            latency.section(report).fold(),
+            int8.section(report).fold(),
             training.section(report) if missing else training.section(report).fold(),
             calibration.section(report).fold(),
             training.vocabulary_section(report).fold(),

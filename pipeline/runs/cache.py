@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,6 +69,13 @@ class Cache:
     def has(self, kind: str, key: str) -> bool:
         """Return True if there is an entry, without verifying it."""
         return os.path.isdir(self.root / kind / key)  # noqa: PTH112
+
+    def read_all(self, kind: str) -> Iterator[Path]:
+        """Yield the folders of all entries of a kind, as ``get`` returns them."""
+        roots = [self.root, *([Path(self._temporary.name)] if self._temporary else [])]
+        for key in [path.name for root in roots for path in sorted((root / kind).glob("[!.]*"))]:
+            if (folder := self.get(kind, key)) is not None:
+                yield folder
 
     def put(self, kind: str, key: str, write: Callable[[Path], None]) -> Path:
         """Make an entry and return its folder, or that of another process that wrote it first.

@@ -143,13 +143,13 @@ class Display:
         )
 
     @contextmanager
-    def stage(self, name: str) -> Iterator["Stage"]:
+    def stage(self, name: str) -> Iterator["StageProgress"]:
         """Show the progress of a stage during the block."""
         if not self.live:
-            yield Stage(self, name, None)
+            yield StageProgress(self, name, None)
             return
         with _ProgressLine(console=self.console, transient=True) as progress:
-            yield Stage(self, name, progress)
+            yield StageProgress(self, name, progress)
 
 
 class _ProgressLine(Progress):
@@ -196,7 +196,7 @@ class _DetailHandler(logging.Handler):
         self.display.detail(text)
 
 
-class Stage:
+class StageProgress:
     """The progress of one stage: one step at a time, with throughput and remaining time."""
 
     def __init__(self, display: Display, name: str, progress: Progress | None) -> None:

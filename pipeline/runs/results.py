@@ -198,7 +198,7 @@ class Subject(Result):
     sha256: str | None = None
     license: str | None = None
     head: str | None = None
-    """For a teacher: ``kept``, ``replaced`` or ``none``."""
+    """For a teacher: ``kept``, ``tuned`` (rows of a larger head), ``replaced`` or ``none``."""
     opset: int | None = None
     ir_version: int | None = None
     quantization: dict[str, Any] | None = None
@@ -220,7 +220,7 @@ class DataSummary(Result):
     per_class: dict[str, dict[str, int]]
     """Split -> class -> number of images."""
     skipped: list[tuple[str, str]] = []
-    """(name, reason) of each file or folder that is left out."""
+    """(name, reason) of each file or folder that is skipped."""
     ignored: dict[str, int] = {}
     """Number of ignored files by suffix, or another description."""
     notes: list[str] = []

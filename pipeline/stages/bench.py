@@ -12,7 +12,7 @@ from ...export.conversion.onnx_export import OUTPUT, check_parity, export_onnx
 from ...export.runtime import ImageError, allowed_cores, build_metadata, decode_image, normalize
 from ..config.network import NetworkSpec
 from ..data.training_data import TrainingData
-from ..evaluation.latency import INPUTS, Images, Protocol, Subject, measure, repeat_shifted, synthesize_images
+from ..evaluation import latency
 from ..report.assemble import LATER_BENCH, bench_facts
 from ..runs.files import atomic_write
 from ..runs.folder import StageResult
@@ -27,7 +27,7 @@ SAMPLES = FOLDER / "latency.npz"
 
 MAX_THREADS = 4
 
-SHORT = Protocol(
+SHORT = latency.Protocol(
     seconds=2.0,
     samples=0,
     processes=2,
@@ -45,7 +45,7 @@ MIN_SECONDS = 1.0
 
 def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) -> StageResult:
     folder, several = context.folder.path, len(context.teachers) > 1
-    subjects: list[Subject] = []
+    subjects: list[latency.BenchCase] = []
     teachers: list[dict[str, Any]] = []
     for t, spec in enumerate(context.teachers):
         file = FOLDER / (f"teacher.{t}.onnx" if several else "teacher.onnx")
@@ -57,7 +57,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     pixels = context.has_pixel_input
     for name, file in files.items():
         subjects.append(_subject(data, folder, name, file, context.student, pixels=pixels))
-    bench, raw = measure(
+    bench, raw = latency.measure(
         subjects,
         _protocol(context),
         images=_choose_images(data),
@@ -79,7 +79,7 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
     return StageResult(_summarize(bench), outputs, _facts(bench, teachers))
 
 
-def _protocol(context: RunContext) -> Protocol:
+def _protocol(context: RunContext) -> latency.Protocol:
     o = context.options
     threads = tuple(sorted({1, min(allowed_cores(), MAX_THREADS)}))
     protocol = replace(SHORT, seconds=o.bench_seconds, threads=threads, seed=o.seed)
@@ -88,10 +88,10 @@ def _protocol(context: RunContext) -> Protocol:
     return protocol
 
 
-def _choose_images(data: TrainingData) -> Images:
+def _choose_images(data: TrainingData) -> latency.Images:
     """Return encoded test images of the data; synthetic ones if it has no image files."""
     contents = []
-    for image in data.dataset.test[:INPUTS]:
+    for image in data.dataset.test[: latency.INPUTS]:
         content = image.read()
         if isinstance(content, bytes):
             try:
@@ -100,8 +100,8 @@ def _choose_images(data: TrainingData) -> Images:
                 continue
             contents.append(content)
     if contents:
-        return Images(contents, f"{len(contents)} test images")
-    return synthesize_images(data.options.seed)
+        return latency.Images(contents, f"{len(contents)} test images")
+    return latency.synthesize_images(data.options.seed)
 
 
 def _int8_file(context: RunContext, previous: Mapping[str, Any]) -> dict[str, Path]:
@@ -135,15 +135,15 @@ def _export_teacher(
 
 def _subject(
     data: TrainingData, run: Path, name: str, file: Path, spec: NetworkSpec, *, pixels: bool = False
-) -> Subject:
+) -> latency.BenchCase:
     """Describe a file to measure, which takes uint8 ``pixels`` or normalized images."""
     rendered, _, _ = data.rendered("test", spec)
-    inputs = repeat_shifted(rendered[:INPUTS].numpy(), INPUTS)
+    inputs = latency.repeat_shifted(rendered[: latency.INPUTS].numpy(), latency.INPUTS)
     if not pixels:
         inputs = normalize(inputs, spec.preprocessing)
     path = run / file
     parts = [part for part in (path, path.with_name(f"{path.name}.data")) if part.exists()]
-    return Subject(
+    return latency.BenchCase(
         TimedFile(
             name=name,
             key=name,
@@ -152,7 +152,7 @@ def _subject(
             bytes=sum(part.stat().st_size for part in parts),
             runtime="onnxruntime",
             input=f"{inputs.dtype} [1, {', '.join(map(str, inputs.shape[1:]))}]",
-            inputs=f"{min(INPUTS, len(rendered))} test images",
+            inputs=f"{min(latency.INPUTS, len(rendered))} test images",
         ),
         path,
         inputs,

@@ -134,8 +134,6 @@ def run(context: RunContext, data: TrainingData, previous: Mapping[str, Any]) ->
 def fake_quantize(fp32: Path, calibration: Batches, types: Target) -> tuple[Prepared, FakeQuantized]:
     """Return the graph of a float file and its fake-quantized form, with MinMax ranges."""
     prepared = with_all_biases(prepare(fp32))
-    if len(prepared.model.graph.output) > 1:
-        raise JobError("--qat does not support networks of several outputs, such as detectors. Omit --qat.")
     ranges, _ = calibrate_ranges(prepared.model, prepared.fed(calibration), "minmax", prepared.scope.op_types)
     return prepared, FakeQuantized(prepared, quantize(prepared, ranges, types), types)
 

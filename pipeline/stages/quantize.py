@@ -13,9 +13,8 @@ from ...export.int8 import targets
 from ...export.int8.quantizer import METHODS, Int8File, Prepared, prepare
 from ...export.int8.search import KEPT, Learned, Search, float_nodes, search
 from ...export.latency import runner
-from ...export.latency.machine import has_vnni, is_arm
 from ...export.results import Candidate, FloatNode, Verdict
-from ...export.runtime import int8_flags
+from ...export.runtime import detect_target, int8_flags
 from ..data.training_data import TrainingData
 from ..evaluation.predictions import compute_onnx_logits
 from ..report.sections.int8 import explain_excess
@@ -246,10 +245,10 @@ def why_slow(tried: Candidate, parts: Sequence[FloatNode]) -> str | None:
         return None
     in_float = [part for part in parts if part.why.startswith(("ONNX Runtime has no", KEPT))]
     kinds = ", ".join(sorted({part.op_type for part in in_float}))
-    flags = int8_flags()
-    if not is_arm() and not has_vnni():
+    machine, flags = detect_target(), int8_flags()
+    if machine == "x86":
         reason = "this processor has no VNNI instructions for int8 products"
-    elif is_arm() and "asimddp" not in flags and flags:
+    elif machine == "arm64" and "asimddp" not in flags and flags:
         reason = "this processor has no int8 dot product instructions"
     elif in_float:
         reason = f"{len(in_float)} of its nodes run in float between integer ones ({kinds})"

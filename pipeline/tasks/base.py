@@ -1,8 +1,9 @@
 """The contract of a task: everything that depends on the kind of labels."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -79,6 +80,8 @@ class Task(ABC):
     """Model of the probabilities, from which calibration and ensembles follow; None if there is none."""
     default_balance: ClassVar[Literal["auto", "off"]]
     """``--balance`` without the option."""
+    unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Options that do not apply to the task, with the reason."""
     has_thresholds: ClassVar[bool] = False
     """True if predictions depend on thresholds, which are chosen on validation images."""
     reads: ClassVar[Literal["boxes"] | None] = None

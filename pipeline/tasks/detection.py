@@ -8,6 +8,7 @@ rows. Boxes are fractions of the image as the network receives it, areas pixels 
 import math
 from collections.abc import Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,13 @@ class Detection(Task):
     likelihood = None
     # The gradient ratios that balancing aims at were measured on classifiers.
     default_balance = "off"
+    unsupported = MappingProxyType(
+        {
+            "calibrate": "its scores have no temperature",
+            "qat": "it trains networks of one output, and detectors have two",
+            "label_smoothing": "the losses of detectors have none",
+        }
+    )
     reads = "boxes"
     accepts = frozenset[TaskName]({"detection"})
     labels_note = " of objects"

@@ -10,7 +10,7 @@ from ..config.options import Options
 from ..config.stages import ROUND, get_round
 from ..data.dataset import Placement
 from ..runs.cache import Cache
-from ..runs.console import Display, Stage
+from ..runs.console import Display, StageProgress
 from ..runs.folder import RunFolder
 from ..tasks.base import Task
 from .distributed import Ranks
@@ -52,7 +52,7 @@ class RunContext:
     folder: RunFolder
     cache: Cache
     display: Display
-    progress: Stage
+    progress: StageProgress
     device: str
     task: Task
     dataset_name: str

@@ -26,9 +26,9 @@ TITLES = {
     "tensorboard": "TensorBoard",
     "wandb": "Weights & Biases",
     "mlflow": "MLflow",
-    "report": "The report during the training",
+    "report": "Updating report.html",
 }
-"""Titles by package, and of the report."""
+"""Subjects of the warning, by package."""
 
 OPEN_TIMEOUT = 30
 CLOSE_TIMEOUT = 60

@@ -17,6 +17,7 @@ from ..data.training_data import TrainingData
 from ..data.views import ViewSchedule
 from ..errors import JobError, is_out_of_memory
 from ..evaluation.predictions import compute_logits
+from ..report.format import plural
 from ..runs.device import Engine, device_name, threads, use_threads
 from ..runs.record import EngineEntry, MicroBatchEntry
 from ..runs.results import Epoch
@@ -157,7 +158,8 @@ def choose_run_engine(
             context.display.note(f"{name} was started in {entry.precision} and resumes in {requested}")
             engine = replace(engine, precision=requested, heads="as the network")
         if count != entry.threads:
-            context.display.note(f"{name} was started with {entry.threads} threads and resumes with {count}")
+            before = plural(entry.threads, "thread")
+            context.display.note(f"{name} was started with {before} and resumes with {count}")
         if engine == recorded:
             return recorded
     else:

@@ -13,7 +13,7 @@ from questpress.export.results import Flag
 from questpress.pipeline.api.bench import QUICK, bench
 from questpress.pipeline.errors import JobError, UsageError
 from questpress.pipeline.evaluation import latency
-from questpress.pipeline.evaluation.latency import Subject
+from questpress.pipeline.evaluation.latency import BenchCase
 from questpress.pipeline.report.assemble import assemble, bench_facts
 from questpress.pipeline.runs.artifacts import find_bench_files, find_teacher_files, read_input
 from questpress.pipeline.runs.folder import RunFolder
@@ -190,7 +190,7 @@ def test_bench_of_latency_alone_does_not_check_the_time_after_it(
 
 
 def test_one_path_or_a_list_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def named(subjects: list[Subject], *_: object, **__: object) -> None:
+    def named(subjects: list[BenchCase], *_: object, **__: object) -> None:
         raise JobError(" ".join(one.file.name for one in subjects))
 
     monkeypatch.setattr(verb.latency, "measure", named)

@@ -24,9 +24,13 @@ def test_other_options_in_the_same_folder_are_refused(a_run, data, cache):
 
 def test_same_options_or_fresh_start_are_estimated_without_changes(a_run, data, cache):
     before = files(a_run)
-    for more in ((), ("--epochs", "3", "--fresh"), ("--max-drop", "3")):
+    fresh = ("--epochs", "3", "--fresh", "--qat", "--qat-epochs", "1")
+    both = ["teacher", "student"]
+    for more, trained in (((), []), (fresh, [*both, "1"]), ((*fresh, "--until", "teacher"), both[:1])):
         result = job(data, a_run, cache, *more, "--dry-run")
         assert result.exit_code == 0 and "GB of disk" in result.stderr, result.output
+        assert [line.split()[0] for line in result.stderr.splitlines()[1:-1]] == trained
+    assert job(data, a_run, cache, "--max-drop", "3", "--dry-run").exit_code == 0
     assert files(a_run) == before
 
 

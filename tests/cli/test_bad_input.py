@@ -81,6 +81,8 @@ from tests.support.little import CLASSES, NETWORKS, SMALL, compress, files, job,
         (["--milestones", "3,2,1"], ["--milestones must be increasing", "got 3,2,1"]),
         (["--milestones", "-1"], ["--milestones must be greater than or equal to 1, got -1"]),
         (["--data-dir", "elsewhere"], ["--data-dir", "has no effect if --data is a folder"]),
+        (["--method", "none", "--balance", "auto"], ["--balance auto has no effect with --method none"]),
+        (["--quiet", "--verbose"], ["--quiet and --verbose cannot be used together"]),
         (["--download"], ["--download", "has no effect if --data is a folder"]),
         (["--set", "\udcff"], ["--set must be KEY=VALUE, got \\xff"]),
         (["--val-fraction", "1"], ["--val-fraction must be less than 1, got 1"]),
@@ -216,7 +218,7 @@ def test_few_unreadable_images_are_skipped_and_listed_in_the_report(cache, tmp_p
     (data / "blue" / "half.png").write_bytes(whole[: len(whole) // 2])
     (data / "green" / "empty.jpg").touch()
     result = little.check_success(given(tmp_path, cache, data))
-    assert "3 files were skipped" in result.stderr
+    assert "3 files were skipped; the report has the list" in result.stderr
     found = report(tmp_path / "run")["data"]
     skipped = dict(map(tuple, found["skipped"]))
     assert set(skipped) == {"red/text.jpg", "blue/half.png", "green/empty.jpg"}

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -69,15 +68,13 @@ def test_help_of_export_shows_no_defaults_of_options_it_does_not_have():
     assert "Defaults (" not in compress("export", "--help").stdout
 
 
-def test_help_shows_the_table_of_defaults():
-    told = " ".join(compress("run", "--help").stdout.split())
+def test_help_shows_the_table_of_defaults_in_lines_that_fit():
+    lines = compress("run", "--help").stdout.splitlines()
+    assert max(map(len, lines)) <= 110
+    told = " ".join(" ".join(lines).split())
     for row in defaults.TABLE:
         assert row.option in told
         assert row.scratch in told
-
-
-def test_help_has_no_line_that_a_terminal_would_wrap():
-    assert max(map(len, compress("run", "--help").stdout.splitlines())) <= 110
 
 
 def test_options_without_a_command_go_to_run(data, tmp_path):
@@ -85,11 +82,6 @@ def test_options_without_a_command_go_to_run(data, tmp_path):
     short, long = compress(*given), compress("run", *given)
     assert short.exit_code == long.exit_code == 0
     assert short.stderr.splitlines()[:-1] == long.stderr.splitlines()[:-1]
-
-
-def test_module_is_the_command_too():
-    result = subprocess.run(command("--help"), capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and result.stdout.startswith("Usage: compress ")
 
 
 def test_installed_command_is_the_modules():
@@ -116,11 +108,9 @@ def test_models_lists_names_parameters_and_gmacs():
     assert "1.23 M" in rows["cifar_resnet8x4"]
 
 
-def test_models_without_a_pattern_lists_names_alone_and_quickly():
-    started = time.monotonic()
-    result = compress("models")
-    assert result.exit_code == 0 and len(result.stdout.splitlines()) > 500
-    assert time.monotonic() - started < 20
+def test_models_without_a_pattern_lists_names_alone():
+    names = little.check_success(compress("models")).stdout.splitlines()
+    assert len(names) > 500 and "resnet50" in names
 
 
 def test_importing_the_package_does_not_import_torch():
@@ -165,11 +155,6 @@ def test_colors_are_off_when_asked():
     plain = python(code, FORCE_COLOR="1", NO_COLOR="1")
     assert "\x1b[33m" in coloured.stderr
     assert "\x1b[3" not in plain.stderr and "warning: a colour" in plain.stderr
-
-
-def test_verbose_and_quiet_exclude_each_other(tmp_path):
-    result = compress(*little.NETWORKS, "--quiet", "--verbose", "--out", tmp_path / "run")
-    little.refused(result, 2, "--quiet and --verbose")
 
 
 def test_verbose_shows_defaults_and_epochs(data, cache, tmp_path):

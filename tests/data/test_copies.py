@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from questpress.pipeline.api.validate_inputs import choose_images
 from questpress.pipeline.data import copies
 from questpress.pipeline.data.copies import find_copies
 from questpress.pipeline.data.dataset import SPLITS, Copies, Image, ImageSet
+from questpress.pipeline.data.decode import decode_each
 from questpress.pipeline.data.sources import open_data, read_data
 from questpress.pipeline.data.splits import UnsplitDataset
 from questpress.pipeline.runs.cache import Cache
@@ -36,14 +38,16 @@ def twins(folder: Path, count: int = 30) -> Path:
 
 
 def test_equal_pixels_in_other_files_are_one_content(tmp_path: Path) -> None:
-    first, other = smooth(0, 40, 30), smooth(1, 40, 30)
+    save(tmp_path / "a/5.jpg", smooth(0, 300, 400))
+    save(tmp_path / "a/6.jpg", smooth(0, 300, 400), comment="other metadata")
+    first, other = np.asarray(PillowImage.open(tmp_path / "a/5.jpg")), smooth(1, 40, 30)
     for name in ("0.png", "1.bmp", "2.webp"):
         save(tmp_path / "a" / name, first, **({"lossless": True} if name == "2.webp" else {}))
     save(tmp_path / "a/3.png", first, dpi=(7, 7))  # other metadata
     for name in ("a/4.png", "b/0.png", "b/1.png"):
         save(tmp_path / name, other + (name == "b/1.png"))
     keys, found = by_name(tmp_path), find(tmp_path)
-    same = [keys[f"a/{name}"] for name in ("0.png", "1.bmp", "2.webp", "3.png")]
+    same = [keys[f"a/{name}"] for name in ("0.png", "1.bmp", "2.webp", "3.png", "5.jpg", "6.jpg")]
     assert {found.equal[key] for key in same} == {min(same)}
     assert found.equal.keys() == set(same)  # the same file in two classes has one key
 
@@ -95,8 +99,17 @@ def test_split_does_not_depend_on_order_or_cache(tmp_path: Path, monkeypatch: py
     images, cache = list(unsplit.images["train"]), Cache(tmp_path / "cache")
     plain = find_copies(images)
     assert find_copies(reversed(images), cache) == plain
-    monkeypatch.setattr(copies, "decode_each", None)  # not called a second time
-    assert find_copies(images, cache) == plain
+    decoded: list[Image] = []
+
+    def decode_new(new: list[Image], *how) -> Iterator:
+        decoded.extend(new)
+        return decode_each(new, *how)
+
+    monkeypatch.setattr(copies, "decode_each", decode_new)
+    assert find_copies(images, cache) == plain and not decoded
+    unsplit = read_data(str(twins(tmp_path / "data", 21)))
+    assert len(find_copies(unsplit.images["train"], cache).near) == 42
+    assert {image.name for image in decoded} == {"a/20.png", "a/20.jpg"}
 
 
 def test_copies_between_the_splits_of_the_user_are_counted(tmp_path: Path) -> None:

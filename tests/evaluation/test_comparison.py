@@ -33,8 +33,8 @@ def test_mcnemar_holm_and_newcombe_are_those_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
     # Newcombe (1998), table II: 56/70 against 48/80, method 10.
-    one = compare_unpaired(Proportion.from_counts(56, 70), Proportion.from_counts(48, 80))
-    assert (one.low, one.high) == pytest.approx((5.24, 33.39), abs=0.01)
+    test = compare_unpaired(Proportion.from_counts(56, 70), Proportion.from_counts(48, 80))
+    assert (test.low, test.high) == pytest.approx((5.24, 33.39), abs=0.01)
     pooled = 104 / 150
     z = 0.2 / (pooled * (1 - pooled) * (1 / 70 + 1 / 80)) ** 0.5
-    assert one.p == pytest.approx(0.0080, abs=2e-4) and z == pytest.approx(2.65, abs=0.01)
+    assert test.p == pytest.approx(0.0080, abs=2e-4) and z == pytest.approx(2.65, abs=0.01)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from PIL import Image
 from questpress.export import runtime
-from questpress.export.artifact import ShippedFile, read_manifest, write_manifest
+from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import OnnxFile
 from questpress.export.runtime import ArtifactError, Classifier, Preprocessing
 
@@ -77,8 +77,6 @@ def test_damaged_file_is_refused(run: Path) -> None:
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ArtifactError, match="is damaged: its sha256"):
         Classifier.load(run)
-    with pytest.raises(ArtifactError, match="is damaged"):
-        read_manifest(run)
     path.write_bytes(content[:-1])
     with pytest.raises(ArtifactError, match=r"is damaged: it has \d+ bytes"):
         Classifier.load(run)
@@ -95,8 +93,6 @@ def test_manifest_that_was_edited_by_hand_is_refused(run: Path) -> None:
         ArtifactError, match=r"manifest\.json was modified after it was written: .* again, or export"
     ):
         Classifier.load(run)
-    with pytest.raises(ArtifactError, match="was modified after it was written"):
-        read_manifest(run)
     # The same content in another hand: spaces, order and escapes are no change.
     manifest = json.loads(text)
     path.write_text(json.dumps(dict(reversed(manifest.items())), ensure_ascii=True), encoding="utf-8")

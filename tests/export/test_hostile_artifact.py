@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 from questpress.export import predict_cli, runtime
-from questpress.export.runtime import ArtifactError, Classifier, Preprocessing, refuse_external_data
+from questpress.export.runtime import ArtifactError, Classifier, refuse_external_data
 
 from tests.support import hostile_onnx
 from tests.support.networks import LABELS, PREPROCESSING, colour_classifier, write_little_manifest
@@ -172,11 +172,7 @@ def entry(artifact: Path) -> dict[str, Any]:
     "change",
     [
         {"preprocessing": "large"},
-        {"preprocessing": {**PREPROCESSING.to_dict(), "size": 10**6}},
-        {"preprocessing": {**PREPROCESSING.to_dict(), "resize": 10**18}},
-        {"preprocessing": {**PREPROCESSING.to_dict(), "size": float("inf")}},
         {"preprocessing": {**PREPROCESSING.to_dict(), "crop_fraction": 10**400}},
-        {"preprocessing": {**PREPROCESSING.to_dict(), "gray_bits": [12]}},
         {"labels": "red"},
         {"labels": {"red": 1}},
         {"labels": []},
@@ -265,9 +261,3 @@ def test_failing_network_is_an_error_without_traceback(
     Image.new("RGB", (8, 8), "red").save(tmp_path / "photo.png")
     assert predict_cli.main(["--artifact", str(file), str(tmp_path / "photo.png")]) == 1
     assert capsys.readouterr().err.startswith("Error: onnxruntime cannot run x.onnx")
-
-
-def test_sizes_that_are_used_are_allowed() -> None:
-    assert Preprocessing.create(2048, 0.25).resize == 8192
-    with pytest.raises(ValueError, match="limited to 8192 pixels, got size=20000"):
-        Preprocessing.create(20_000)

@@ -63,9 +63,10 @@ def test_manifest_without_a_task_is_of_one_label_and_one_with_it_has_thresholds(
     [
         ({"schema_version": 2}, "has version 2, this runtime supports version 1"),
         ({"task": "regression"}, "unknown task 'regression'"),
-        ({"thresholds": [0.5]}, "one threshold per label"),
-        ({"thresholds": [0.5, 0.5, 7]}, "probabilities"),
-        ({"thresholds": None}, "cannot be read"),
+        ({"thresholds": [0.5]}, r"thresholds must be 3 numbers from 0 to 1, got \[0\.5\]"),
+        ({"thresholds": [0.5, 0.5, 7]}, "thresholds must be 3 numbers"),
+        ({"thresholds": [0.5, 0.5, True]}, "thresholds must be 3 numbers"),
+        ({"thresholds": None}, "thresholds must be 3 numbers"),
     ],
 )
 def test_manifest_that_cannot_be_followed_is_refused(

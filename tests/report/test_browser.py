@@ -60,31 +60,36 @@ MEASURE = """<script>
 addEventListener('load', () => {
   const wrong = [];
   const isShown = element => getComputedStyle(element).display !== 'none';
-  for (const one of document.querySelectorAll('.wide-chart')) {
-    const drawn = [...one.querySelectorAll('svg[role=img]')].filter(isShown);
+  for (const element of document.querySelectorAll('.wide-chart')) {
+    const drawn = [...element.querySelectorAll('svg[role=img]')].filter(isShown);
     const wanted = innerWidth > 960 ? 'wide' : 'narrow';
     if (drawn.length !== 1 || drawn[0].getAttribute('class') !== wanted) wrong.push(`${drawn.length} of two`);
   }
-  for (const one of document.querySelectorAll('svg[role=img], img, .patches, .versus, .confusion')) {
-    if (!isShown(one)) continue;
-    const box = one.getBoundingClientRect();
-    const scrolls = one.closest('.scroll') !== null;
-    if (box.width < 5 || box.height < 5) wrong.push('no size: ' + one.outerHTML.slice(0, 80));
-    if (!scrolls && (box.left < 0 || box.right > innerWidth + 0.5)) wrong.push('outside: ' + one.outerHTML.slice(0, 80));
-    if (one.tagName === 'IMG' && !one.naturalWidth) wrong.push('not drawn: ' + one.alt);
+  for (const element of document.querySelectorAll('svg[role=img], img, .patches, .versus, .confusion')) {
+    if (!isShown(element)) continue;
+    const box = element.getBoundingClientRect();
+    const scrolls = element.closest('.scroll') !== null;
+    if (box.width < 5 || box.height < 5) wrong.push('no size: ' + element.outerHTML.slice(0, 80));
+    if (!scrolls && (box.left < 0 || box.right > innerWidth + 0.5)) wrong.push('outside: ' + element.outerHTML.slice(0, 80));
+    if (element.tagName === 'IMG' && !element.naturalWidth) wrong.push('not drawn: ' + element.alt);
   }
-  for (const one of document.querySelectorAll('svg text')) {
-    const height = one.getBoundingClientRect().height;
-    if (height && height < 10) wrong.push('tiny: ' + one.textContent + ' ' + height);
+  for (const element of document.querySelectorAll('svg text')) {
+    const height = element.getBoundingClientRect().height;
+    if (height && height < 10) wrong.push('tiny: ' + element.textContent + ' ' + height);
   }
-  for (const one of document.querySelectorAll('table')) {
-    if (MODE === 'print' && one.getBoundingClientRect().right > innerWidth + 0.5)
-      wrong.push('cut: ' + one.querySelector('caption').textContent);
+  for (const element of document.querySelectorAll('table')) {
+    if (MODE === 'print' && element.getBoundingClientRect().right > innerWidth + 0.5)
+      wrong.push('cut: ' + element.querySelector('caption').textContent);
+  }
+  for (const element of document.querySelectorAll('.wide')) {
+    element.scrollLeft = 200;
+    for (const name of element.querySelectorAll('th:first-child'))
+      if (name.getBoundingClientRect().left !== element.getBoundingClientRect().left) wrong.push('moved: ' + name.textContent);
   }
   const cut = [...document.querySelectorAll('.scroll')].filter(
-    one => one.checkVisibility() && one.scrollWidth > one.clientWidth + 1 && one.querySelector('table:not(.confusion)')
-      && !(one.previousElementSibling?.matches('.hint') && one.previousElementSibling.checkVisibility())
-  ).map(one => one.querySelector('caption').textContent);
+    element => element.checkVisibility() && element.scrollWidth > element.clientWidth + 1 && element.querySelector('table:not(.confusion)')
+      && !(element.previousElementSibling?.matches('.hint') && element.previousElementSibling.checkVisibility())
+  ).map(element => element.querySelector('caption').textContent);
   const high = document.documentElement.scrollHeight;
   const ground = getComputedStyle(document.body).backgroundColor;
   const pictures = [...document.querySelectorAll('svg[role=img], img')].filter(isShown).length;
@@ -126,7 +131,7 @@ def test_page_has_no_errors_and_fits_phones_and_screens(name: str, tmp_path: Pat
 
 def test_pages_are_short_and_tables_that_scroll_have_a_hint_on_phones(tmp_path: Path) -> None:
     [phone, screen] = measure(html(with_everything()), tmp_path, [390, 1280], "light", folded=True)
-    assert phone["high"] < 9_000 and screen["high"] < 7_000
+    assert phone["high"] < 6_000 and screen["high"] < 4_500
     assert phone["cut"] == screen["cut"] == []
     [phone, screen] = measure(PAGES["comparison"](), tmp_path, [390, 1280], "light", folded=True)
     assert phone["cut"] == screen["cut"] == []

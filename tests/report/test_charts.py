@@ -1,20 +1,11 @@
-from questpress.pipeline.report.charts import LABEL_WIDTH, Curve, Mark, bars, dots, lines, round_step
+from questpress.pipeline.report.charts import Curve, Mark, dots, lines, round_step
 
 from tests.support.pages import center, shapes
 
 
-def test_bar_length_is_proportional_to_the_value() -> None:
-    chart = bars("Size", [Mark("a", "teacher", 40, "40 MB"), Mark("b", "student", 10, "10 MB")])
-    assert chart is not None
-    long, short = (float(bar.attributes["width"]) for bar in shapes(chart, "bar"))
-    assert abs(long / short - 4) < 0.05
-    assert all(bar.attributes["x"] == str(LABEL_WIDTH) for bar in shapes(chart, "bar"))
-    assert chart.description == "Size. a: 40 MB; b: 10 MB."
-
-
 def test_dot_is_inside_its_interval_and_the_axis_ends_at_100_percent() -> None:
     chart = dots("Accuracy", [Mark("a", "teacher", 99.4, "99.4 %", 97.0, 99.9)])
-    assert chart is not None
+    assert chart is not None and chart.description == "Accuracy. a: 99.4 %."
     [dot], [whisker] = shapes(chart, "dot"), shapes(chart, "whisker")
     path = whisker.attributes["d"].split()
     low, high = path[1], path[5]
@@ -36,7 +27,7 @@ def test_curve_falls_with_its_values_and_has_a_gap_if_they_are_not_finite() -> N
 
 def test_chart_without_a_finite_value_is_none() -> None:
     assert lines("Loss", [Curve("loss", [1], [float("inf")]), Curve("ce", [1], [None])]) is None
-    assert bars("Size", []) is None and dots("Accuracy", []) is None
+    assert dots("Accuracy", []) is None
 
 
 def test_one_epoch_and_equal_values_can_be_drawn() -> None:

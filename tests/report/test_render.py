@@ -120,7 +120,7 @@ def test_ids_are_unique_and_figures_have_descriptions() -> None:
     assert len(read.ids()) == len(set(read.ids()))
     pictures = [attribute for attribute in read.attributes if attribute == ("svg", "role", "img")]
     # Accuracy over latency is there for a wide window and for a phone.
-    assert len(pictures) == 2 + 3 + 6 + 4
+    assert len(pictures) == 2 + 6 + 4
     described = [value for tag, name, value in read.attributes if (tag, name) == ("svg", "aria-label")]
     assert len(described) == len(pictures) and all(described)
     images = [value for tag, name, value in read.attributes if tag == "img" and name == "alt"]
@@ -274,10 +274,11 @@ def test_report_is_written_during_a_training_but_not_after_each_short_epoch(
     assert len(json.loads((tmp_path / "report.json").read_text())["epochs"]) == 2
 
 
-def test_finished_report_folds_details_and_keeps_the_comparison_open() -> None:
+def test_finished_report_shows_comparison_images_and_classes_and_folds_the_rest() -> None:
     page = html(with_everything())
+    assert re.findall("^<h2>(.*?)</h2>", page, re.M) == ["Comparison", "Test images", "Classes"]
     assert re.findall(r'<details class="section"><summary><h2>(.*?)</h2>', page) == [
-        "Training", "Visual vocabulary", "Details",
+        "Latency", "Int8 quantization", "Training", "Visual vocabulary", "Details",
     ]  # fmt: skip
     assert page.index(">Comparison</caption>") < page.index("<details")
 

@@ -1,7 +1,6 @@
 """The first screen of a report never flatters: slower is slower, noise is noise."""
 
 import pytest
-from questpress.export.results import Speedup
 from questpress.pipeline.report import summary
 from questpress.pipeline.report.networks import all_networks, compare_speed
 from questpress.pipeline.runs.results import Report
@@ -16,10 +15,6 @@ def with_int8(**changes: object) -> Report:
     return report.model_copy(
         update={"student_int8": report.student_int8.model_copy(update=changes), "warnings": []}
     )
-
-
-def speedup(over: str, ratio: float, low: float, high: float) -> Speedup:
-    return Speedup(subject="student_int8", over=over, threads=1, ratio=ratio, low=low, high=high)
 
 
 def test_key_figures_are_size_speed_and_accuracy_of_the_int8_file() -> None:
@@ -38,7 +33,7 @@ def test_key_figures_are_size_speed_and_accuracy_of_the_int8_file() -> None:
 
 
 def test_slower_int8_file_is_called_slower() -> None:
-    report = with_int8(speedups=[speedup("teacher", 0.8, 0.78, 0.82)])
+    report = with_int8(speedups=[reports.speedup("teacher", 1, 0.8, 0.78, 0.82)])
     _, speed, _ = summary.key_figures(report)
     assert (speed.value, speed.meaning) == ("1.25×", "slower than the teacher, 1 thread")
     assert "95 % interval 1.22–1.28×, paired" in speed.details
@@ -49,10 +44,10 @@ def test_slower_int8_file_is_called_slower() -> None:
 
 
 def test_difference_within_noise_is_not_called_faster() -> None:
-    report = with_int8(speedups=[speedup("student", 1.02, 0.99, 1.05)])
+    report = with_int8(speedups=[reports.speedup("student", 1, 1.02, 0.99, 1.05)])
     [warning] = [w for w in summary.warnings(report) if "not faster than the student fp32" in w]
     assert "no significant difference" in warning
-    report = with_int8(speedups=[speedup("teacher", 1.02, 0.99, 1.05)])
+    report = with_int8(speedups=[reports.speedup("teacher", 1, 1.02, 0.99, 1.05)])
     assert summary.key_figures(report)[1].meaning.startswith("no significant difference in speed from")
 
 
@@ -102,7 +97,7 @@ def test_machine_is_described_in_one_line() -> None:
 
 
 def test_teachers_of_an_ensemble_are_compared_one_by_one() -> None:
-    report = with_int8(speedups=[speedup("teacher 1", 17.0, 16.5, 17.5)])
+    report = with_int8(speedups=[reports.speedup("teacher 1", 1, 17.0, 16.5, 17.5)])
     assert report.teacher is not None
     ensemble = report.teacher.model_copy(update={"name": "both", "latency_ms": {}})
     report = report.model_copy(update={"teachers": [report.teachers[0]] * 2, "teacher": ensemble})

@@ -172,7 +172,7 @@ def test_entry_of_the_store_of_another_form_is_counted_as_unreadable(content: An
         (tmp_path / "teacher-outputs" / name / "about.json").write_text(text)
     outputs, unreadable = list_cache(tmp_path)
     assert len(outputs) == 1 and unreadable == 1
-    assert "1 entries cannot be read" in compress("cache", "list", "--cache", tmp_path).stdout
+    assert "1 entry cannot be read" in compress("cache", "list", "--cache", tmp_path).stdout
 
 
 def test_cache_listing_has_no_control_characters(tmp_path: Path) -> None:

@@ -234,14 +234,13 @@ def tried(low: float) -> Candidate:
 def test_slow_int8_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = "ONNX Runtime has no integer kernel for HardSigmoid"
     parts = [FloatNode(name="a", op_type="HardSigmoid", why=kernel)] * 3
-    for function, value in {"is_arm": False, "has_vnni": True}.items():
-        monkeypatch.setattr(quantize, function, lambda value=value: value)
+    monkeypatch.setattr(quantize, "detect_target", lambda: "x86-vnni")
     assert quantize.why_slow(tried(1.01), parts) is None
     told = quantize.why_slow(tried(0.9), parts)
     assert told is not None and "3 of its nodes run in float" in told and "--activation relu6" in told
     assert "so small" in (quantize.why_slow(tried(0.9), []) or "")
-    monkeypatch.setattr(quantize, "has_vnni", lambda: False)
+    monkeypatch.setattr(quantize, "detect_target", lambda: "x86")
     assert "VNNI" in (quantize.why_slow(tried(0.9), parts) or "")
-    monkeypatch.setattr(quantize, "is_arm", lambda: True)
+    monkeypatch.setattr(quantize, "detect_target", lambda: "arm64")
     monkeypatch.setattr(quantize, "int8_flags", lambda: ("i8mm",))
     assert "no int8 dot product" in (quantize.why_slow(tried(0.9), parts) or "")

@@ -10,6 +10,7 @@ from click.testing import Result
 from questpress.models.build import build
 from questpress.models.checkpoint import save_weights
 from questpress.pipeline.report.format import join_names
+from questpress.pipeline.stages import teacher
 
 from tests.support import little
 from tests.support.little import CLASSES, STUDENT, TEACHER, compress, refused, report, weights
@@ -42,6 +43,26 @@ def test_teachers_from_seeds_have_their_own_seeds(
     )  # fmt: skip
     assert other.exit_code == 0
     assert weights(seeds / "teacher.1.safetensors") == weights(tmp_path / "run" / "teacher.safetensors")
+
+
+def test_resumed_run_takes_its_finished_teacher_from_the_cache(
+    seeds: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_first(context: Any, data: Any, t: int, *more: Any) -> Any:
+        if t == 1:
+            raise KeyboardInterrupt
+        return train(context, data, t, *more)
+
+    train, out = teacher._train, tmp_path / "run"
+    monkeypatch.setattr(teacher, "_train", train_first)
+    options = ("--teacher-weights", "none", "--teachers-from-seeds", "2", "--until", "teacher")
+    arguments = (data, out, tmp_path / "cache", "--teacher", TEACHER, *options)
+    assert distilled(*arguments).exit_code == 130
+    monkeypatch.undo()
+    assert little.check_success(distilled(*arguments)).stderr.count("taken from the cache") == 1
+    for name in ("teacher.0.safetensors", "teacher.1.safetensors"):
+        assert weights(out / name) == weights(seeds / name)
+    assert [epoch["epoch"] for epoch in report(out)["epochs"]] == [1, 2, 1, 2]
 
 
 def test_report_has_each_teacher_and_the_ensemble(seeds: Path) -> None:
@@ -106,14 +127,14 @@ def test_weights_and_heads_are_given_once_or_per_teacher(
 def test_weights_and_heads_belong_to_the_teachers_in_their_order(
     finished: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    little.check_success(distilled(
-        data, tmp_path / "run", cache, "--teacher", TEACHER, "--teacher", STUDENT, "--teacher-weights",
-        finished / "teacher.safetensors", "--teacher-weights", "none", "--teacher-head", "keep",
-        "--teacher-head", "auto", "--until", "teacher",
+    two = trained(tmp_path / "two.safetensors", ("cat", "dog", "horse"), "cifar_resnet20")
+    little.check_success(asked(
+        data, tmp_path / "run", cache, "--teacher-weights", finished / "teacher.safetensors",
+        "--teacher-weights", two, "--teacher-head", "keep", "--teacher-head", "replace", "--until", "teacher",
     ))  # fmt: skip
     first, second = report(tmp_path / "run")["teachers"]
     assert (first["head"], second["head"]) == ("kept", "replaced")
-    assert first["weights"].startswith("teacher.safetensors") and second["weights"] == "scratch"
+    assert first["weights"].startswith("teacher.safetensors") and second["weights"].startswith("two.safetens")
     assert weights(tmp_path / "run" / "teacher.0.safetensors") == weights(finished / "teacher.safetensors")
 
 
@@ -140,17 +161,6 @@ def test_head_that_does_not_fit_is_found_before_another_teacher_is_trained(
     )  # fmt: skip
     refused(result, 1, "two.safetensors has 4 classes", "--teacher-head replace")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_head_is_replaced_next_to_a_fitting_one(
-    finished: Path, data: Path, cache: Path, tmp_path: Path
-) -> None:
-    two = trained(tmp_path / "two.safetensors", ("cat", "dog", "horse"), "cifar_resnet20")
-    little.check_success(asked(
-        data, tmp_path / "run", cache, "--teacher-weights", finished / "teacher.safetensors",
-        "--teacher-weights", two, "--teacher-head", "auto", "--teacher-head", "replace", "--until", "teacher",
-    ))  # fmt: skip
-    assert [one["head"] for one in report(tmp_path / "run")["teachers"]] == ["kept", "replaced"]
 
 
 def test_teachers_from_seeds_are_of_one_network_and_each_is_trained(

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +16,13 @@ from questpress.models.checkpoint import save_weights
 from questpress.models.initialize import initialize
 from questpress.models.weights import permute_head
 from questpress.pipeline.runs.results import Epoch
-from questpress.pipeline.stages.teacher import _check_finished_learning
+from questpress.pipeline.stages import teacher as stages_teacher
 from questpress.pipeline.tasks import load_task
 from questpress.pipeline.training.trainer import _check_loss
 from torch import nn
 
-from tests.support import little
-from tests.support.little import CLASSES, SMALL, STUDENT, Calls, compress, refused, report
+from tests.support import little, several
+from tests.support.little import CLASSES, SMALL, STUDENT, Calls, compress, refused, report, weights
 from tests.support.pictures import open_folder
 
 NAME = "cifar_resnet8"
@@ -104,11 +106,6 @@ def test_class_names_are_compared_without_case_and_underscores(trained, data, ca
 def test_head_of_another_size_is_replaced_and_tuned(data, cache, tmp_path):
     save_weights(build(NAME, num_classes=7, image_size=16, seed=1), tmp_path / "w.safetensors", {})
     little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors"))
-    assert teacher(tmp_path)["head"] == "replaced"
-
-
-def test_replace_tunes_a_teacher_whose_head_fits(named, data, cache, tmp_path):
-    assert teach(data, tmp_path, cache, named, "--teacher-head", "replace").exit_code == 0
     assert teacher(tmp_path)["head"] == "replaced"
 
 
@@ -244,10 +241,16 @@ def test_head_that_names_more_classes_keeps_the_rows_of_the_data(trained, data, 
         state[key] = own
     wide.load_state_dict(state)
     save_weights(wide, tmp_path / "w.safetensors", {"labels": json.dumps(names)})
-    result = little.check_success(teach(data, tmp_path, cache, tmp_path / "w.safetensors"))
+    teach_wide = partial(teach, data, tmp_path, cache, tmp_path / "w.safetensors")
+    result = little.check_success(teach_wide("--teacher-head", "keep"))
     assert "names the data's 3 classes: their rows are kept" in result.stderr
     after = little.load_file(tmp_path / "run/teacher.safetensors")
     assert all(np.array_equal(after[key], value.numpy()) for key, value in trained.state_dict().items())
+    # The images have 16 px, the network is for 32.
+    tuned = little.check_success(teach_wide("--fresh", "--teacher-lr", "1e-6"))
+    assert "is tuned from these rows" in tuned.stderr and teacher(tmp_path)["head"] == "tuned"
+    moved = little.load_file(tmp_path / "run/teacher.safetensors")["fc.weight"] - after["fc.weight"]
+    assert 0 < np.abs(moved).max() < 1e-3
 
 
 def test_new_head_of_pretrained_weights_is_small(tmp_path):
@@ -283,22 +286,51 @@ def test_head_in_an_unknown_order_is_described(trained, data, cache, tmp_path):
     refused(result, 1, "With its classes in another order it would have", "--teacher-head replace")
 
 
-def test_second_student_of_a_tuned_teacher_takes_it_from_the_cache(named, data, tmp_path):
-    runs = {}
-    for out, student in (("first", STUDENT), ("second", "mobilenetv2_035")):
-        result = little.check_success(
-            compress(
-                "--teacher", NAME, "--teacher-weights", named, "--teacher-head", "replace",
-                "--student", student,
-                *SMALL, "--pad", "2", "--teacher-epochs", "2", "--data", data, "--out", tmp_path / out,
-                "--cache", tmp_path / "cache", "--until", "teacher",
-            )
+FROM_SEEDS = ("--teachers-from-seeds", "2")
+
+
+@pytest.mark.parametrize(
+    ("both", "second", "cached"),
+    [
+        pytest.param((), ("--student", "mobilenetv2_035"), 1, id="another student"),
+        pytest.param((), ("--fresh",), 1, id="fresh"),
+        pytest.param((), ("--threads", "2"), 1, id="other threads"),
+        pytest.param((), ("--precision", "bf16"), 0, id="another precision"),
+        pytest.param((), ("--seed", "1"), 0, id="another seed"),
+        pytest.param(FROM_SEEDS, ("--epochs", "3"), 2, id="several teachers"),
+        pytest.param(("several labels",), ("--method", "kd"), 1, id="several labels"),
+        pytest.param((*FROM_SEEDS, "two processes"), (), 2, id="two processes"),
+    ],
+)
+def test_trained_teacher_is_taken_from_the_cache(
+    named: Path, data: Path, tmp_path: Path, both: tuple[str, ...], second: tuple[str, ...], cached: int
+):
+    rows = [f"{file.relative_to(data)},{file.parent.name};{file.name[2]}" for file in data.rglob("*.png")]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,labels", *rows]))
+
+    def run(out: Path, *more: str) -> tuple[str, dict[str, Any], list[dict[str, bytes]]]:
+        labels = ("--data-dir", data, "--data", tmp_path / "labels.csv")
+        arguments = (
+            "--teacher", NAME, "--teacher-weights", named, "--teacher-head", "replace", "--student", STUDENT,
+            *SMALL, "--pad", "2", "--teacher-epochs", "2", "--data", data, "--out", out, "--until", "teacher",
+            "--cache", tmp_path / "cache", *(labels if "several labels" in more else ()),
+            *(word for word in more if " " not in word),
         )  # fmt: skip
-        runs[out] = (report(tmp_path / out), (tmp_path / out / "teacher.safetensors"), result.stderr)
-    assert "taken from the cache" in runs["second"][2] and "taken from the cache" not in runs["first"][2]
-    first, second = (little.load_file(file) for _, file, _ in runs.values())
-    assert all(np.array_equal(first[key], second[key]) for key in first)
-    assert runs["first"][0]["epochs"] == runs["second"][0]["epochs"] and len(runs["first"][0]["epochs"]) == 2
+        if "two processes" in more:
+            started = several.start(tmp_path / f"{out.name} output", several.command, *arguments)
+            assert started.codes() == [0, 0] and not started.said(1), started.said(0)
+            stderr = started.said(0)
+        else:
+            stderr = little.check_success(compress(*arguments)).stderr
+        facts = {name: report(out)[name] for name in ("epochs", "teachers")}
+        return stderr, facts, [weights(file) for file in sorted(out.glob("teache*[0-9r].safetensors"))]
+
+    before = run(tmp_path / "first", *both)
+    after = run(tmp_path / ("first" if "--fresh" in second else "second"), *both, *second)
+    assert before[0].count("taken from the cache") == 0 and len(before[2]) == max(cached, 1)
+    assert len(before[1]["epochs"]) == 2 * len(before[2]) and before[1]["teachers"][-1]["head"] == "replaced"
+    assert after[0].count("taken from the cache") == cached
+    assert (before[1:] == after[1:]) == (cached > 0)
 
 
 @pytest.mark.parametrize(("accuracies", "warned"), [([50, 70, 80, 86], True), ([50, 80, 84, 86], False)])
@@ -312,7 +344,7 @@ def test_teacher_that_is_still_learning_is_reported(accuracies: list[float], war
     ]  # fmt: skip
     warnings: list[str] = []
     context = SimpleNamespace(display=SimpleNamespace(warn=warnings.append))
-    _check_finished_learning(context, SimpleNamespace(name="resnet50"), curve)  # type: ignore[arg-type]
+    stages_teacher._check_finished_learning(context, SimpleNamespace(name="resnet50"), curve)  # type: ignore[arg-type]
     expected = [
         "resnet50 was still learning when its 4 epochs ended: 80.0 → 86.0 % of the training views in the "
         "last quarter. Try --teacher-epochs 8, or a higher --teacher-lr"

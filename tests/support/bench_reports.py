@@ -9,7 +9,6 @@ from questpress.export.results import (
     Flag,
     Latency,
     Percentile,
-    Speedup,
     Throughput,
 )
 from questpress.pipeline.runs.results import Bench, Report, TimedFile
@@ -46,9 +45,9 @@ def bench(**more: object) -> Bench:
         ],
         latencies=latencies,
         speedups=[
-            Speedup(subject="student_int8", over="teacher", threads=1, ratio=18.2, low=17.9, high=18.5),
-            Speedup(subject="student_int8", over="student", threads=1, ratio=0.8, low=0.75, high=0.84),
-            Speedup(subject="student_int8", over="student", threads=2, ratio=1.0, low=0.98, high=1.03),
+            reports.speedup("teacher", 1, 18.2, 17.9, 18.5),
+            reports.speedup("student", 1, 0.8, 0.75, 0.84),
+            reports.speedup("student", 2, 1.0, 0.98, 1.03),
         ],
         images="64 images of the run's data",
         end_to_end=[

@@ -1,6 +1,5 @@
 """Invented results of validations and comparisons."""
 
-from questpress.export.results import Speedup
 from questpress.pipeline.api.compare import group_runs
 from questpress.pipeline.evaluation.results import (
     ClassMeasure,
@@ -82,9 +81,7 @@ def comparison() -> Comparison:
                 "kind": kind, "network": "mobilenetv2_100", "bytes": size,
                 "score": reports.accuracy(correct, 372), "ece": 3.0, "p50": p50, "p50_low": p50 * 0.99,
                 "p50_high": p50 * 1.01,
-                "speedup": Speedup(
-                    subject="student_int8", over="teacher", threads=1, ratio=8, low=7.9, high=8.1,
-                ),
+                "speedup": reports.speedup("teacher", 1, 8, 7.9, 8.1),
             },
         )  # fmt: skip
 

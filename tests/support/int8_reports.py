@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from questpress.export.results import Candidate, FloatNode, Speedup
+from questpress.export.results import Candidate, FloatNode
 from questpress.pipeline.runs.results import Int8Search, Recovery, Report
 
-from tests.support.reports import accuracy, full, without
+from tests.support.reports import accuracy, full, speedup, without
 
 
 def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.684, **more: Any) -> Candidate:
@@ -16,16 +16,7 @@ def tried(name: str, wrong: int, *, ships: bool = False, p50: float | None = 0.6
             "bias_corrected": "corrected" in name, "kept_float": [], "score": (360 - wrong) / 4,
             "lost": wrong / 4, "p": 1.0 if not wrong else 0.5 ** abs(wrong), "sqnr": 24.0 - wrong / 2,
             "holds": wrong <= 2, "ships": ships, "bytes": 2_548_907, "p50": p50,
-            "speedup": None
-            if p50 is None
-            else Speedup(
-                subject="student_int8",
-                over="fp32",
-                threads=1,
-                ratio=1.31 / p50,
-                low=1.31 / p50 - 0.03,
-                high=1.31 / p50 + 0.03,
-            ),
+            "speedup": p50 and speedup("fp32", 1, 1.31 / p50, 1.31 / p50 - 0.03, 1.31 / p50 + 0.03),
             **more,
         },
     )  # fmt: skip

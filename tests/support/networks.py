@@ -1,6 +1,7 @@
 """Toy networks and model files for tests of the export."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import OnnxFile
+from questpress.export.int8 import quantizer
+from questpress.export.int8.targets import find_target
 from questpress.models.build import build
 from torch import nn
 
@@ -90,6 +93,24 @@ def write_little_manifest(folder: Path) -> None:
 def onnx_file(path: Path) -> OnnxFile:
     content = path.read_bytes()
     return OnnxFile(path, len(content), runtime.hashlib.sha256(content).hexdigest(), 18, 8)
+
+
+def quantize_int8(
+    fp32: Path,
+    int8: Path,
+    calibration: quantizer.Batches,
+    *,
+    method: str = "minmax",
+    target_name: str | None = None,
+    rules: Collection[str] | None = None,
+) -> quantizer.Int8File:
+    """Quantize a file as the search does its first candidate, for this machine's target by default."""
+    types = find_target(target_name or runtime.detect_target())
+    prepared = quantizer.prepare(fp32, rules)
+    batches, operators = prepared.fed(calibration), prepared.scope.op_types
+    ranges, n = quantizer.calibrate_ranges(prepared.model, batches, method, operators)
+    recipe = quantizer.recipe(prepared, types, {"method": method, "images": n})
+    return quantizer.write_int8(prepared, quantizer.quantize(prepared, ranges, types), int8, recipe)
 
 
 def signal_to_noise(reference: np.ndarray, output: np.ndarray) -> float:

@@ -61,6 +61,10 @@ def subject(name: str, correct: int, n: int, size: int, latencies: dict[str, flo
     )
 
 
+def speedup(over: str, threads: int, ratio: float, low: float, high: float) -> Speedup:
+    return Speedup(subject="student_int8", over=over, threads=threads, ratio=ratio, low=low, high=high)
+
+
 def full(classes: list[str] | None = None) -> Report:
     """Return a realistic report: ten garments, ResNet-34 to MobileNetV2."""
     names = classes or GARMENTS
@@ -92,19 +96,17 @@ def full(classes: list[str] | None = None) -> Report:
         "mobilenetv2_100", correct + 2, n, 8_942_113, {"1": 1.31, "2": 0.823}, classes=class_scores(1),
         parameters=2_236_682, gmacs=0.0602, parity=Parity(max_abs=3.1e-6, max_rel=4.2e-7, n=64),
         agreement=Proportion.from_counts(n - 21, n),
-        speedups=[
-            Speedup(subject="student_int8", over="teacher", threads=1, ratio=9.49, low=9.31, high=9.66),
-        ],
+        speedups=[speedup("teacher", 1, 9.49, 9.31, 9.66)],
         file="artifact/student.onnx", sha256="b07d" * 16, opset=20, ir_version=10,
     )  # fmt: skip
     int8 = subject(
         "mobilenetv2_100", correct, n, 2_548_907, {"1": 0.684, "2": 0.489}, classes=class_scores(0),
         agreement=Proportion.from_counts(n - 26, n), parameters=2_236_682,
         speedups=[
-            Speedup(subject="student_int8", over="teacher", threads=1, ratio=18.17, low=17.9, high=18.46),
-            Speedup(subject="student_int8", over="teacher", threads=2, ratio=13.72, low=13.1, high=14.4),
-            Speedup(subject="student_int8", over="student", threads=1, ratio=1.92, low=1.88, high=1.95),
-            Speedup(subject="student_int8", over="student", threads=2, ratio=1.68, low=1.6, high=1.77),
+            speedup("teacher", 1, 18.17, 17.9, 18.46),
+            speedup("teacher", 2, 13.72, 13.1, 14.4),
+            speedup("student", 1, 1.92, 1.88, 1.95),
+            speedup("student", 2, 1.68, 1.6, 1.77),
         ],
         file="artifact/student.int8.onnx", sha256="41ae" * 16, opset=20, ir_version=10,
         quantization={

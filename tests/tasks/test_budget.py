@@ -10,15 +10,15 @@ CLASSIFICATION = load_task("classification")
 MULTI_LABEL = load_task("multi-label")
 
 
-def answers(right: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarray:
-    """Return logits that are correct for the images of `right`."""
-    said = np.where(right, labels, (labels + 1) % classes)
-    return np.eye(classes, dtype=np.float32)[said]
+def logits_with(correct: np.ndarray, labels: np.ndarray, classes: int = 3) -> np.ndarray:
+    """Return logits that are correct for the images of ``correct``."""
+    predicted = np.where(correct, labels, (labels + 1) % classes)
+    return np.eye(classes, dtype=np.float32)[predicted]
 
 
 def budget(n: int, max_drop: float) -> tuple[Budget, np.ndarray]:
     labels = np.arange(n) % 3
-    return Budget(CLASSIFICATION, answers(np.ones(n, bool), labels), labels, max_drop), labels
+    return Budget(CLASSIFICATION, logits_with(np.ones(n, bool), labels), labels, max_drop), labels
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_more_than_the_budget_and_more_than_two_images_are_refused(
     n: int, max_drop: float, lost: int, holds: bool
 ) -> None:
     judge, labels = budget(n, max_drop)
-    right = np.ones(n, bool)
-    right[:lost] = False
-    verdict = judge.judge(answers(right, labels))
+    correct = np.ones(n, bool)
+    correct[:lost] = False
+    verdict = judge.judge(logits_with(correct, labels))
     assert verdict.holds is holds
     assert verdict.lost == pytest.approx(100 * lost / n) and verdict.score == pytest.approx(
         100 - 100 * lost / n
@@ -51,18 +51,18 @@ def test_more_than_the_budget_and_more_than_two_images_are_refused(
 
 def test_mcnemar_counts_lost_and_won_images() -> None:
     labels = np.arange(200) % 3
-    was_right = np.arange(200) >= 10
-    judge = Budget(CLASSIFICATION, answers(was_right, labels), labels, 0.5)
-    right = was_right.copy()
-    right[:6], right[100:107] = True, False  # six won, seven lost
-    verdict = judge.judge(answers(right, labels))
+    was_correct = np.arange(200) >= 10
+    judge = Budget(CLASSIFICATION, logits_with(was_correct, labels), labels, 0.5)
+    correct = was_correct.copy()
+    correct[:6], correct[100:107] = True, False  # six won, seven lost
+    verdict = judge.judge(logits_with(correct, labels))
     assert verdict.lost == pytest.approx(0.5) and verdict.holds
     assert verdict.p == pytest.approx(mcnemar(7, 6)) == 1.0
 
 
 def test_sqnr_is_relative_to_the_fp32_logits() -> None:
     judge, labels = budget(30, 0.5)
-    logits = answers(np.ones(30, bool), labels)
+    logits = logits_with(np.ones(30, bool), labels)
     assert judge.judge(logits).sqnr == float("inf")
     assert judge.judge(logits * 1.1).sqnr == pytest.approx(20, abs=1e-4)
 

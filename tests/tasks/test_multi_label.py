@@ -36,18 +36,18 @@ def test_map_is_the_mean_of_scikit_learns_average_precision() -> None:
 
 def test_weighted_image_counts_as_often_as_copies_of_it() -> None:
     weights = RNG.integers(0, 4, N).astype(float)
-    found = multi_label.average_precision(multi_label.Ranking(LOGITS, TARGETS), weights)
+    computed = multi_label.average_precision(multi_label.Ranking(LOGITS, TARGETS), weights)
     copies = np.repeat(np.arange(N), weights.astype(int))
     for c in range(C):
         expected = average_precision_score(TARGETS[copies, c], LOGITS[copies, c])
-        assert found[c] == pytest.approx(expected)
+        assert computed[c] == pytest.approx(expected)
 
 
 def test_threshold_has_the_best_f1_of_all_there_are() -> None:
     chosen = TASK.choose_thresholds(LOGITS, TARGETS)
     p = sigmoid(LOGITS)
     for c in range(C):
-        each = [f1_score(TARGETS[:, c], p[:, c] >= one) for one in p[:, c]]
+        each = [f1_score(TARGETS[:, c], p[:, c] >= threshold) for threshold in p[:, c]]
         assert f1_score(TARGETS[:, c], p[:, c] >= chosen[c]) == pytest.approx(max(each))
         assert not np.isclose(p[:, c], chosen[c], atol=1e-9).any()  # between two probabilities
 
@@ -86,18 +86,18 @@ def test_f1_is_that_of_the_labels_at_each_classes_threshold() -> None:
     assert score.details["macro F1"].percent == pytest.approx(
         100 * f1_score(TARGETS, decided, average="macro")
     )
-    for c, one in enumerate(score.classes):
-        assert one.f1 == pytest.approx(100 * f1_score(TARGETS[:, c], decided[:, c]))
-        assert one.threshold == thresholds[c]
-        assert one.percent == pytest.approx(100 * average_precision_score(TARGETS[:, c], LOGITS[:, c]))
+    for c, by_class in enumerate(score.classes):
+        assert by_class.f1 == pytest.approx(100 * f1_score(TARGETS[:, c], decided[:, c]))
+        assert by_class.threshold == thresholds[c]
+        assert by_class.percent == pytest.approx(100 * average_precision_score(TARGETS[:, c], LOGITS[:, c]))
 
 
 def test_interval_holds_the_score_and_narrows_with_more_images() -> None:
-    one = TASK.score(LOGITS, TARGETS)
+    single = TASK.score(LOGITS, TARGETS)
     many = TASK.score(np.tile(LOGITS, (16, 1)), np.tile(TARGETS, (16, 1)))
-    for score in (one, many):
+    for score in (single, many):
         assert 0 <= score.low < score.percent < score.high <= 100
-    assert many.high - many.low == pytest.approx((one.high - one.low) / 4, rel=0.35)
+    assert many.high - many.low == pytest.approx((single.high - single.low) / 4, rel=0.35)
     perfect = TASK.score(10 * TARGETS - 5, TARGETS)
     assert (perfect.percent, perfect.low, perfect.high) == (100, 100, 100)
 
@@ -128,16 +128,17 @@ def test_same_labels_agree_and_one_other_label_does_not() -> None:
 def test_multi_label_prediction_is_a_set_with_probability() -> None:
     logits = np.array([[2.0, -1.0, 0.5], [-3.0, -3.0, -3.0]], dtype=np.float32)
     p = sigmoid(logits)
-    found = TASK.decode(logits, ["a", "b", "c"])
-    assert [answer for answer, _ in found] == ["a, c", "no class"]
-    assert found[0][1] == pytest.approx(p[0, 0] * (1 - p[0, 1]) * p[0, 2])
+    computed = TASK.decode(logits, ["a", "b", "c"])
+    assert [text for text, _ in computed] == ["a, c", "no class"]
+    assert computed[0][1] == pytest.approx(p[0, 0] * (1 - p[0, 1]) * p[0, 2])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_is_the_sum_of_each_classes_own(smoothing: float) -> None:
     expected = bce(LOGITS, TARGETS * (1 - smoothing) + smoothing / 2).sum(1).mean()
-    found = TASK.label_loss(torch.nn.Identity(), smoothing)(torch.tensor(LOGITS), torch.tensor(TARGETS))
-    assert float(found) == pytest.approx(expected, rel=1e-6)
+    loss = TASK.label_loss(torch.nn.Identity(), smoothing)
+    computed = loss(torch.tensor(LOGITS), torch.tensor(TARGETS))
+    assert float(computed) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
@@ -149,12 +150,12 @@ def test_kd_is_the_divergence_of_each_classes_own_probability(teachers: int) -> 
     parameters = methods.parse_parameters(["kd"], settings)["kd"]
     shapes = Shapes({}, vector=3, logits=C)
     method = methods.load("kd")(parameters, Setup(shapes, [shapes] * teachers, {}))
-    readouts = [{"logits": torch.tensor(one)} for one in others]
-    found = method(Batch({"logits": torch.tensor(student)}, readouts, torch.tensor(TARGETS), 0))["kd"]
-    p = np.mean([sigmoid(one / tau) for one in others], axis=0)
+    readouts = [{"logits": torch.tensor(other)} for other in others]
+    computed = method(Batch({"logits": torch.tensor(student)}, readouts, torch.tensor(TARGETS), 0))["kd"]
+    p = np.mean([sigmoid(other / tau) for other in others], axis=0)
     q = sigmoid(student / tau)
     kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
-    assert float(found) == pytest.approx(weight * tau**2 * kl.sum(1).mean(), rel=1e-5)
+    assert float(computed) == pytest.approx(weight * tau**2 * kl.sum(1).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +184,9 @@ def test_targets_are_one_for_each_class_of_an_image(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     data = read_label_file(tmp_path / "labels.csv").split()
     images = (*data.train, *data.val, *data.test)
-    found = ReadableImages(images, (), lambda height, width: (0, 0, height, width)).targets(data)
-    assert found.dtype == torch.float32
-    for image, row in zip(images, found.tolist(), strict=True):
+    computed = ReadableImages(images, (), lambda height, width: (0, 0, height, width)).targets(data)
+    assert computed.dtype == torch.float32
+    for image, row in zip(images, computed.tolist(), strict=True):
         assert row == ([1, 0, 1] if int(image.name[:-4]) % 2 else [0, 1, 0])
 
 

@@ -264,7 +264,7 @@ def test_failed_report_is_disabled_with_one_warning(tmp_path):
     context = replace(open_context(tmp_path / "shop"), write_report=partial(json.loads, ""))
     train(context, range(1, 3))
     (warning,) = context.display.warnings
-    assert "The report during the training is disabled" in warning and "JSONDecodeError" in warning
+    assert "Updating report.html is disabled" in warning and "JSONDecodeError" in warning
 
 
 def test_broken_package_does_not_stop_training(tmp_path, monkeypatch):

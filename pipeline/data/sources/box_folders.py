@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import yaml
@@ -232,7 +232,7 @@ def _read_yolo(file: Path, scan: FolderScan) -> tuple[_Rows, list[str]]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"{shown} is not YAML: {' '.join(str(error).split())}.") from error
     names = content.get("names") if isinstance(content, dict) else None
-    listed = dict(enumerate(names)) if isinstance(names, list) else names
+    listed: Any = dict(enumerate(names)) if isinstance(names, list) else names
     is_valid = isinstance(listed, dict) and all(isinstance(key, int) for key in listed)
     if not is_valid or not all(isinstance(value, str | int | float) for value in listed.values()):
         raise UsageError(f"{shown} is not YOLO's: it lacks 'names', a list of classes.")

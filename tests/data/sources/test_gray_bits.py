@@ -48,9 +48,6 @@ def test_bits_are_part_of_the_fingerprint_and_of_the_preprocessing(tmp_path: Pat
     stored = json.loads(json.dumps(preprocessing.to_dict()))
     assert stored["gray_bits"] == 12 and Preprocessing.from_dict(stored) == preprocessing
     assert "gray_bits" not in NetworkSpec("resnet18", 32, 2, "").preprocessing.to_dict()
-    for invalid in (7, 17, "12", None, [12]):
-        with pytest.raises(ValueError, match="gray_bits"):
-            Preprocessing.from_dict({**stored, "gray_bits": invalid})
 
 
 def test_sliver_of_the_range_is_reported(tmp_path: Path) -> None:

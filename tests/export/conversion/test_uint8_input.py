@@ -18,10 +18,9 @@ from questpress.export.artifact import ShippedFile, write_manifest
 from questpress.export.conversion.onnx_export import check_parity, export_onnx
 from questpress.export.conversion.pixel_input import PIXELS, Folded, Outside, attach, load_front, split
 from questpress.export.errors import ExportError
-from questpress.export.int8.quantizer import quantize_int8
 from torch import nn
 
-from tests.support.networks import onnx_file, signal_to_noise, small_conv_net
+from tests.support.networks import onnx_file, quantize_int8, signal_to_noise, small_conv_net
 
 IMAGENET = runtime.Preprocessing.create(
     32, 1.0, "bilinear", "squash", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)

@@ -13,9 +13,9 @@ from questpress.export.conversion import untrusted
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.conversion.untrusted import read_untrusted
 from questpress.export.errors import ExportError
-from questpress.export.int8.quantizer import quantize_int8
 
 from tests.support.hostile_onnx import HARMS, define, external, little
+from tests.support.networks import quantize_int8
 
 
 @pytest.mark.parametrize(("harm", "told"), HARMS)

@@ -13,7 +13,7 @@ from onnx import helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.int8 import quantizer
-from questpress.export.int8.quantizer import Scope, int8_scope, quantize_int8
+from questpress.export.int8.quantizer import Scope, int8_scope
 from questpress.export.int8.rewrite import RULES
 from questpress.export.int8.search import (
     CONVERTS_BETWEEN,
@@ -27,6 +27,7 @@ from questpress.export.int8.targets import TARGETS
 from questpress.export.results import FloatNode
 
 from tests.support.graphs import graph_of, weights
+from tests.support.networks import quantize_int8
 
 node = helper.make_node
 

@@ -17,10 +17,16 @@ import torch
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
 from questpress.export.errors import ExportError
-from questpress.export.int8.quantizer import int8_scope, quantize_int8
+from questpress.export.int8.quantizer import int8_scope
 from torch import nn
 
-from tests.support.networks import colour_classifier, images, signal_to_noise, small_conv_net
+from tests.support.networks import (
+    colour_classifier,
+    images,
+    quantize_int8,
+    signal_to_noise,
+    small_conv_net,
+)
 
 METADATA = runtime.build_metadata(
     runtime.Preprocessing.create(16), ["a", "b", "c", "d"], {"student": "small"}
@@ -75,7 +81,7 @@ def test_same_input_gives_the_same_bytes_in_any_process(fp32: Path, tmp_path: Pa
     here = quantize_int8(fp32, tmp_path / "here.onnx", [images(16)])
     np.save(tmp_path / "images.npy", images(16))
     code = (
-        "import numpy, sys; from questpress.export.int8.quantizer import quantize_int8; "
+        "import numpy, sys; from tests.support.networks import quantize_int8; "
         "quantize_int8(sys.argv[1], sys.argv[2], [numpy.load(sys.argv[3])])"
     )
     for seed in ("1", "2"):
@@ -83,6 +89,7 @@ def test_same_input_gives_the_same_bytes_in_any_process(fp32: Path, tmp_path: Pa
         subprocess.run(
             [sys.executable, "-c", code, str(fp32), str(there), str(tmp_path / "images.npy")],
             check=True,
+            cwd=Path(__file__).parents[3],
             env=os.environ | {"PYTHONHASHSEED": seed},
         )
         assert there.read_bytes() == here.path.read_bytes()
