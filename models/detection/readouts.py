@@ -3,7 +3,7 @@
 - `map@i` [B,C,h,w]: level i of the feature pyramid (0 the finest, -1 the coarsest); `map` is the finest
 - `tower@i` [B,C,h,w]: the map of level i that the class scores are computed from; RetinaNet heads only
 - `logits` [B,A,K+4]: class logits and box deltas at each anchor
-- `anchors` [A,4]: boxes (x1, y1, x2, y2) in pixels of the input
+- `anchors` [A,4]: boxes (x1, y1, x2, y2) in fractions of the image
 """
 
 from collections.abc import Callable
@@ -62,7 +62,9 @@ class DetectorReadouts(Readouts):
         """Return the requested features of images [B,3,H,W] by name."""
         self.check(reads)
         maps = self.compiled.get("maps", self.network.maps)(x)
-        features = {"map": maps[0], "anchors": self.network.anchors}
+        height, width = self.network.image_size
+        anchors = self.network.anchors
+        features = {"map": maps[0], "anchors": anchors / anchors.new_tensor([width, height, width, height])}
         features |= {f"map@{level}": tensor for level, tensor in enumerate(maps)}
         needed = {self._from_finest(read) for read in reads}
         if needed - features.keys():

@@ -7,7 +7,7 @@ from ...export.errors import ExportError
 from ...export.predict_cli import draw_detections, print_predictions
 from ...export.runtime import ArtifactError, Detector, ImageError, open_content, open_model
 from ..data.sources.folders import EXTENSIONS
-from ..errors import UsageError
+from ..errors import JobError, UsageError
 from ..runs.folder import check_finished
 
 
@@ -47,14 +47,17 @@ def predict(
             model = open_content(content, artifact.name, threads=threads)
         else:
             model = open_model(artifact, file=file, threads=threads)
-        if draw is not None:
-            if not isinstance(model, Detector):
-                raise UsageError(f"--draw requires a detector, {model.name} is a classifier.")
-            if len(images) > 1 or images[0].is_dir():
-                raise UsageError("--draw requires one image file.")
-        unreadable = print_predictions(model, images, top=top, min_score=min_score, as_json=as_json)
-        if isinstance(model, Detector) and draw is not None and not unreadable:
-            draw_detections(model, images[0], draw, min_score)
-    except (ArtifactError, ExportError, ImageError) as error:
+    except (ArtifactError, ExportError) as error:
         raise UsageError(f"{error}.") from error
+    if draw is not None:
+        if not isinstance(model, Detector):
+            raise UsageError(f"--draw requires a detector, {model.name} is a classifier.")
+        if len(images) > 1 or images[0].is_dir():
+            raise UsageError("--draw requires one image file.")
+    unreadable = print_predictions(model, images, top=top, min_score=min_score, as_json=as_json)
+    if isinstance(model, Detector) and draw is not None and not unreadable:
+        try:
+            draw_detections(model, images[0], draw, min_score)
+        except ImageError as error:
+            raise JobError(f"{error}.") from error
     return unreadable

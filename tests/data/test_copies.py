@@ -12,6 +12,7 @@ from questpress.pipeline.data.decode import decode_each
 from questpress.pipeline.data.sources import open_data, read_data
 from questpress.pipeline.data.splits import UnsplitDataset
 from questpress.pipeline.runs.cache import Cache
+from questpress.pipeline.tasks import load_task
 
 from tests.support.pictures import in_memory, smooth
 
@@ -165,6 +166,8 @@ def test_copies_count_once_in_validate(tmp_path: Path, monkeypatch: pytest.Monke
         save(tmp_path / f"data/{'ab'[n % 2]}/{n}.png", smooth(n, 24, 24))
     for n in range(60):
         save(tmp_path / f"data/a/copy {n}.{'png' if n % 2 else 'bmp'}", smooth(0, 24, 24))
-    images = choose_images(str(tmp_path / "data"), None, [], None, False, False, lambda *_: None)
+    images = choose_images(
+        str(tmp_path / "data"), None, [], load_task("classification"), None, False, False, lambda *_: None
+    )
     assert len(images.images) == 6
     assert "60 of the 66 images are copies of others and are left out." in images.warnings

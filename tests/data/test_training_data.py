@@ -22,14 +22,14 @@ def test_later_decoding_that_leaves_out_other_images_is_an_error(tmp_path: Path)
     broken = Image(first.name, 0, hashlib.sha256(b"no image").hexdigest(), tmp_path / first.name)
     decoded = decode_images([broken, second], FORM)
     assert data.check_kept([broken, second], decoded) is decoded  # before there is a record
-    data.left_out = frozenset([first.name, "a/link"])
+    data.skipped_names = frozenset([first.name, "a/link"])
     assert data.check_kept([broken, second], decoded) is decoded
-    data.left_out = frozenset()
+    data.skipped_names = frozenset()
     with pytest.raises(
         JobError, match=rf"{first.name} is unreadable \(not an image.*start over with --fresh"
     ):
         data.check_kept([broken, second], decoded)
-    data.left_out = frozenset([first.name, second.name])
+    data.skipped_names = frozenset([first.name, second.name])
     with pytest.raises(JobError, match=f"{second.name} is readable, which it was not"):
         data.check_kept([broken, second], decoded)
 

@@ -126,7 +126,7 @@ def test_parity_of_the_boxes_is_checked(exported: OnnxFile) -> None:
     other = toy_detector(SIZE)
     with torch.no_grad():
         other.head.regression_head.bbox_reg.bias += 0.1
-    with pytest.raises(ExportError, match=r"boxes differ by up to 0\.1 "):
+    with pytest.raises(ExportError, match=r"boxes differ from the network's by up to 0\.1 "):
         check_parity(other, exported.path, torch.randn(2, 3, *SIZE))
 
 

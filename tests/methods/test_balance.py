@@ -146,7 +146,6 @@ def test_run_reports_the_balance(data: Path, tmp_path: Path, cache: Path) -> Non
         ({"recipe": "kd-cifar100"}, "off"),
         ({"recipe": "kd-cifar100", "balance": "auto"}, "auto"),
         ({"method": "none"}, "off"),
-        ({"method": "none", "balance": "auto"}, "off"),
     ],
 )
 def test_balance_is_off_with_set_weights_and_recipes(

@@ -171,7 +171,9 @@ def test_readouts_are_the_detectors_maps_towers_and_outputs(kind: str) -> None:
     maps, (logits, deltas) = network.maps(x), network.raw(x)
     features = readouts(x, readouts.offers)
     torch.testing.assert_close(features["logits"], torch.cat([logits, deltas], dim=2))
-    torch.testing.assert_close(features["anchors"], network.anchors)
+    height, width = network.image_size
+    scaled = features["anchors"] * torch.tensor([width, height, width, height])
+    torch.testing.assert_close(scaled, network.anchors)
     assert features["map"].shape[1:] == readouts.shapes.map == (64, 12, 16)
     for level, expected in enumerate(maps):
         assert expected.shape[1:] == readouts.shapes.levels[level]

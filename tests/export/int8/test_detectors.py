@@ -9,14 +9,14 @@ import torch
 from onnx import numpy_helper
 from questpress.export import runtime
 from questpress.export.conversion.onnx_export import export_onnx
-from questpress.export.int8.quantizer import Prepared, prepare, quantize_int8
+from questpress.export.int8.quantizer import Prepared, prepare
 from questpress.export.int8.search import search
 from questpress.export.int8.targets import find_target
 from questpress.export.int8.torch_graph import GraphNetwork
 from questpress.export.results import Verdict
 from questpress.export.runtime import Detector, Preprocessing
 
-from tests.support.networks import toy_detector
+from tests.support.networks import quantize_int8, toy_detector
 
 SIZE = (64, 96)
 P = Preprocessing.create(SIZE, 1.0, "bilinear", "border")
