@@ -69,7 +69,7 @@ def test_validation_repeats_the_score_of_the_run(finished: Path, data: Path) -> 
     out = finished.parent / "validation"
     little.check_success(compress("validate", finished, "--data", data.parent / "test.json", "--out", out))
     validation = json.loads((out / "validation.json").read_text())
-    scores = [model["score"]["percent"] for model in validation["models"]]
+    scores = [network["score"]["percent"] for network in validation["networks"]]
     assert np.isclose(report(finished)["student_int8"]["score"]["percent"], scores, atol=1e-6).any()
 
 
