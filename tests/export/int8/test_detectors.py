@@ -36,12 +36,12 @@ def prepared(fp32: Path) -> Prepared:
     return prepare(fp32)
 
 
-def raw(path: Path, batch: np.ndarray = IMAGES) -> list[np.ndarray]:
-    return Detector.load(path).session.run(["logits", "boxes"], {"input": batch})
+def raw(path: Path) -> list[np.ndarray]:
+    return Detector.load(path).session.run(["logits", "boxes"], {"input": IMAGES})
 
 
-def check_close(path: Path, fp32: Path, batch: np.ndarray = IMAGES) -> None:
-    for values, expected in zip(raw(path, batch), raw(fp32), strict=True):
+def check_close(path: Path, fp32: Path) -> None:
+    for values, expected in zip(raw(path), raw(fp32), strict=True):
         assert values.shape == expected.shape and values.dtype == np.float32
         assert np.corrcoef(values.ravel(), expected.ravel())[0, 1] > 0.97
 
@@ -70,13 +70,6 @@ def test_norms_of_the_heads_stay_float_and_the_rest_is_integer(prepared: Prepare
     assert kept.count("Mul") == kept.count("Add") == list(kinds.values()).count("InstanceNormalization") == 40
     assert set(kept) == {"Reshape", "Mul", "Add", "Relu"}
     assert {"Add", "Concat", "Resize", "Conv"} <= set(prepared.scope.op_types)
-
-
-def test_file_that_takes_pixels_is_quantized(fp32: Path, tmp_path: Path) -> None:
-    about = runtime.build_metadata(P, ["a", "b", "c"], {}, takes_pixels=True)
-    file = export_onnx(toy_detector(SIZE), tmp_path / "pixels.onnx", SIZE, metadata=about, pixels=P)
-    int8 = quantize_int8(file.path, tmp_path / "int8.onnx", [PIXELS])
-    check_close(int8.path, fp32, PIXELS)
 
 
 def test_torch_graph_computes_both_outputs(fp32: Path, prepared: Prepared) -> None:
