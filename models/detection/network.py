@@ -166,8 +166,10 @@ class DenseDetector(RetinaNet):
         """Return the detections [B,100,6] of class logits [B,A,K] and box deltas [B,A,4].
 
         Rows are (score, class, x1, y1, x2, y2) by falling score, with coordinates in 0..1 of the input's
-        width and height; unused rows are 0. On the meta device there are shapes only.
+        width and height; unused rows are 0. They are computed in fp32 even under autocast. On the meta device
+        there are shapes only.
         """
+        logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))
         detections = logits.new_zeros(len(logits), DETECTIONS, 6)
         if logits.is_meta:
             return detections

@@ -129,6 +129,8 @@ def test_detections_of_hand_made_outputs() -> None:
     logits[0, inside + 1, :2] = torch.tensor([1.0, -10.0])  # of another class, it stays
     rows = network.decode(logits, deltas)[0]
     assert rows[1, 1] == 0 and torch.allclose(rows[1, 2:], expected[1])
+    rows = network.decode(logits.bfloat16(), deltas.bfloat16())[0]  # with autocast
+    assert torch.allclose(rows[:2, 2:], expected)
 
 
 @pytest.mark.parametrize("size", [SIZE, (90, 130), (320, 320)])
