@@ -330,7 +330,7 @@ def create_network(
 
     kind, name = split_name(full)
     if kind and not num_classes:
-        raise ModelError(f"Detector {full} cannot be built without classes.")
+        raise ModelError(f"Detector {full} cannot be built without classes, as --teacher-head none requires.")
     options = timm_options(name, image_size, activation)
     layer = options.get("act_layer")
     no_activation = f"--activation {activation} is not supported by model {full}. Omit it."

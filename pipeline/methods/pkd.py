@@ -85,6 +85,7 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def normalize_channels(f: Tensor) -> Tensor:
-    """Return a map [B,C,H,W] with mean 0 and variance 1 of each channel over B·H·W."""
-    std, mean = torch.std_mean(f, dim=(0, 2, 3), keepdim=True)
+    """Return a map [B,C,H,W] with mean 0 and variance 1 of each channel over B·H·W; 0 if that is 1."""
+    count = f.shape[0] * f.shape[2] * f.shape[3]
+    std, mean = torch.std_mean(f, dim=(0, 2, 3), keepdim=True, correction=min(1, count - 1))
     return (f - mean) / (std + EPSILON)

@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 
 from ...models.build import Size, build
+from ...models.errors import ModelError
 from ...models.readout import Readouts, read_network
 from .. import methods
 from ..errors import UsageError
@@ -73,8 +74,15 @@ def check_methods(
                     "with --teacher-head none. Use a feature method (quest, feed, or mimic with "
                     "variant l2, lsh or lshl2) or another --teacher-head."
                 )
-            _build(name, count, image_size).check(reads)
-        readouts.check(cls.reads(chosen, setup.student))
+            _check_reads(method, _build(name, count, image_size), reads)
+        _check_reads(method, readouts, cls.reads(chosen, setup.student))
         cls.check(chosen, setup, images)
         if cls.student_width(chosen, setup) is not None:
             readouts.check_widening()
+
+
+def _check_reads(method: str, readouts: Readouts, reads: frozenset[str]) -> None:
+    try:
+        readouts.check(reads)
+    except ModelError as error:
+        raise ModelError(f"--method {method} does not suit these networks: {error}") from error

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from questpress.models.errors import ModelError
 from questpress.pipeline import methods
 from questpress.pipeline.errors import UsageError
 from questpress.pipeline.methods import base, dense_mimic, pkd
 from questpress.pipeline.methods.base import Batch, Setup, Shapes
+from questpress.pipeline.methods.shapes import check_methods
 from torch import Tensor
 
 CHANNELS, ANCHORS = 6, 3
@@ -71,6 +73,12 @@ def test_pkd_is_one_minus_the_correlation_of_each_channel() -> None:
         r = np.array([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)])
         expected += float((1 - r).mean()) * (n - 1) / n  # torch's std has n − 1 degrees of freedom
     assert float(loss) == pytest.approx(10 * expected, rel=1e-4)
+
+
+def test_pkd_of_one_number_of_each_channel_is_zero() -> None:
+    one = [torch.randn(1, CHANNELS, 1, 1, requires_grad=True) for _ in range(2)]
+    loss = pkd.correlation_loss(*one)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, one[0])[0].any()
 
 
 def test_pkd_ignores_scale_and_offset_and_follows_only_the_student() -> None:
@@ -150,3 +158,10 @@ def test_unsuitable_detectors_and_settings_are_refused(
 def test_methods_for_whole_images_name_the_ones_for_detectors(name: str) -> None:
     with pytest.raises(UsageError, match=r"does not support detection data: .* Use quest or mimic or pkd\."):
         methods.check_task(methods.parse_parameters([name], {}), "detection")
+
+
+def test_networks_without_a_feature_are_refused_by_the_methods_name() -> None:
+    parameters = methods.parse_parameters(["mimic"], {})
+    names = ["ssdlite:mobilenetv2_050"], "ssdlite:mobilenetv2_050"
+    with pytest.raises(ModelError, match=r"^--method mimic does not suit .* has no feature 'vector'"):
+        check_methods(parameters, *names, classes=2, image_size=64, images=10)
