@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.runtime import Preprocessing, Size, height_width, resized_size
+from ...export.runtime import Preprocessing, Size, height_width, place_crop
 
 MIN_VISIBLE = 0.2
 """Fraction of a box's area that a crop must show for the box to be a target in it."""
@@ -144,11 +144,7 @@ def _turn(x1: float, y1: float, x2: float, y2: float, orientation: int) -> tuple
 
 def shown_window(height: int, width: int, p: Preprocessing) -> Window:
     """Return what ``runtime.render`` shows of an image of ``height`` × ``width`` pixels."""
-    (tall, wide), (down, across) = resized_size(height, width, p), height_width(p.size)
-    top, left = (
-        round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
-        for side, crop in ((tall, down), (wide, across))
-    )
+    ((tall, wide), (top, left)), (down, across) = place_crop(height, width, p), height_width(p.size)
     return top / tall, left / wide, down / tall, across / wide
 
 

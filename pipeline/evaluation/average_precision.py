@@ -143,8 +143,9 @@ def match(
     box_image, box_row = np.nonzero(labels[..., 0] >= 0)
     box_label, *corners, box_area, crowd = labels[box_image, box_row].astype(np.float64).T
     box_label, box_sides = box_label.astype(np.int64), _sides(*corners)
-    fractions = box_sides[:, 2] * box_sides[:, 3]
-    area = sides[:, 2] * sides[:, 3] * _count_pixels(box_image, box_area / fractions, len(labels))[image]
+    # Predictions as labels may have no area.
+    ratios = box_area / np.maximum(box_sides[:, 2] * box_sides[:, 3], np.finfo(np.float64).tiny)
+    area = sides[:, 2] * sides[:, 3] * _count_pixels(box_image, ratios, len(labels))[image]
 
     pairs, own = _group(box_image * classes + box_label), _group(image * classes + label)
     # Not evaluate(), which visits each pair of an image and a class several times, and prints.

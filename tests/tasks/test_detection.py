@@ -226,6 +226,8 @@ def test_correct_images_have_all_boxes_and_no_others() -> None:
     assert TASK.severity(missed, labels) == pytest.approx([1 - 2 / 3, 1, 1])
     assert TASK.agreement(Outputs(logits, labels), Outputs(logits, labels)).correct == 3
     assert TASK.agreement(Outputs(logits, labels), Outputs(missed, labels)).correct == 0
+    empty = make([(0.9, 0, *A), (0.8, 1, 0.5, 0.2, 0.5, 0.6)], [], [], columns=6)  # clipped to a line
+    assert TASK.agreement(Outputs(empty, labels), Outputs(empty, labels)).correct == 2
     first, *_ = TASK.judge(Outputs(logits, labels), ["RBC", "WBC"])
     assert first.label == "1 RBC, 1 WBC" and first.probability == pytest.approx(0.85) and first.is_correct
 
