@@ -38,6 +38,7 @@ from ..runs.cache import Cache
 from ..runs.files import DIGITS, check_outside_data
 from ..tasks import task_of
 from ..training import trackers
+from .options import choose_method
 
 MAX_STRETCH = 1.1
 """Largest difference in shape between the student's input and the teacher's."""
@@ -61,6 +62,9 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
     chosen = options.model_copy(deep=True)
     _repeat_teacher(chosen)
     _check_lists(chosen)
+    _check_networks(chosen)
+    if chosen.method == "auto":
+        chosen.method = choose_method(chosen)
     _check_rounds(chosen)
     _check_unused(chosen)
     trackers.check_trackers(chosen)
@@ -72,7 +76,6 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
         for name in parameters
     )
     _check_weights_of_losses(chosen, list(parameters))
-    _check_networks(chosen)
     check_outside_data(chosen.data, {"--cache": chosen.cache})
     data = open_data(
         chosen.data,

@@ -34,7 +34,16 @@ class Row:
     """None if it is the same."""
 
 
+SCRATCH_METHOD, TUNING_METHOD = "quest", "quest+mimic"
+"""Methods for students from scratch and for pretrained ones: the best on CIFAR-10 and on photos
+(docs/benchmarks.md).
+"""
+
+DETECTION_METHODS: tuple[str, ...] = ("mimic+pkd", "pkd")
+"""Methods for detectors, in the order in which they are tried."""
+
 TABLE: tuple[Row, ...] = (
+    Row("--method", "quest; mimic+pkd for detectors", "quest+mimic if one teacher's vector can be matched"),
     Row(
         "--epochs",
         "20; 60 from 2,000, 100 from 100,000 images",

@@ -175,8 +175,8 @@ class Options(BaseModel):
     )
 
     method: str = method_option(
-        "distillation method: quest, kd, dkd, dist, mimic, feed, a sum such as quest+dkd, or none to train on labels only",
-        "quest",
+        "auto: see below; quest, kd, dkd, dist, mimic, feed, pkd, a sum such as quest+dkd, or none to train on labels only",
+        "auto",
         enters="prepare",
     )
     recipe: str | None = method_option(
