@@ -198,8 +198,8 @@ def _score_warnings(report: Report, shipped: Column | None, student: Column | No
     if width > WIDE_INTERVAL:
         reason = f"on {images} its 95 % interval is {format.points(width)[1:]} wide"
     elif width == 0 and score.n < SMALL_TEST_SET:
-        # Only a bootstrap has such intervals, and only if every prediction is correct.
-        reason = f"all predictions on {images} are correct, so the bootstrap interval has no width"
+        # Only a bootstrap has such intervals: of predictions that are all correct, or all wrong.
+        reason = f"it is equal in every resample of {images}, so the bootstrap interval has no width"
     return [*messages, f"The {name} is uncertain: {reason}."] if reason else messages
 
 

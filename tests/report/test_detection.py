@@ -107,7 +107,7 @@ def test_examples_show_the_worst_first_and_large(report: Report) -> None:
 
 
 def test_card_is_that_of_a_detector(report: Report) -> None:
-    about = manifest(CELLS, task="detection")
+    about = manifest(CELLS, task="detection", decoder={})
     for file in about["files"]:
         file["accuracy"] = TASK.manifest_entry(TASK.score(LOGITS, LABELS, CELLS))
     text = model_card(report, about)
@@ -117,9 +117,10 @@ def test_card_is_that_of_a_detector(report: Report) -> None:
     assert result["task"] == {"type": "object-detection"}
     assert [metric["type"] for metric in result["metrics"]] == ["ap"] * 2
     assert "Object detector with 3 classes" in text and "from predict import Detector" in text
-    assert "classify.cpp" not in text and "| 100.0 % |" in text
+    assert "classify.cpp" not in text and "| 100.0 % |" in text and "1. Decode the outputs" in text
     classifier = model_card(reports.full(), manifest())
     assert "Image classifier with" in classifier and "classify.cpp" in classifier
+    assert "1. Decode the outputs" not in classifier
     assert read_metadata(classifier)["pipeline_tag"] == "image-classification"
 
 

@@ -74,7 +74,7 @@ def test_lost_accuracy_and_wide_intervals_are_warnings() -> None:
 
 def test_perfect_map_of_a_few_images_is_called_uncertain() -> None:
     report = with_int8(score=Score(metric="mAP", percent=100, low=100, high=100, n=9))
-    assert any("all predictions on 9 test images are correct" in w for w in summary.warnings(report))
+    assert any("equal in every resample of 9 test images" in w for w in summary.warnings(report))
 
 
 def test_run_without_a_teacher_is_not_called_distilled() -> None:
