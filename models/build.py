@@ -228,7 +228,7 @@ def pretrained_cfg(name: str) -> Any:
 
 def default_image_size(name: str) -> int:
     """Return the input size in pixels that the network was designed for."""
-    if split_name(resolve(name))[0]:
+    if is_detector(resolve(name)):
         return DETECTOR_IMAGE_SIZE
     return int(max(pretrained_cfg(name).input_size[-2:]))
 
@@ -238,12 +238,12 @@ def geometry(name: str, image_size: Size | None = None) -> Geometry:
     cfg = pretrained_cfg(name)
     if cfg.input_size[0] != 3 or len(cfg.mean) != 3 or len(cfg.std) != 3:
         raise UnknownModel(f"Model {name} does not take RGB images. Choose another one.")
-    is_detector = bool(split_name(resolve(name))[0])  # it has to see the whole image
+    sees_all = is_detector(name)
     return Geometry(
         image_size=image_size or default_image_size(name),
-        crop_fraction=1.0 if is_detector else float(cfg.crop_pct),
+        crop_fraction=1.0 if sees_all else float(cfg.crop_pct),
         interpolation=cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bilinear",
-        crop_mode="border" if is_detector else cfg.crop_mode or "center",
+        crop_mode="border" if sees_all else cfg.crop_mode or "center",
         mean=(float(cfg.mean[0]), float(cfg.mean[1]), float(cfg.mean[2])),
         std=(float(cfg.std[0]), float(cfg.std[1]), float(cfg.std[2])),
     )
