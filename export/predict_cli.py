@@ -30,13 +30,36 @@ from .runtime import (
 )
 from .text import encodable_json, escape_controls, escape_json
 
+TOP, MIN_SCORE = 3, 0.5
+"""Defaults of `--top` and `--min-score`."""
+
+
+def explain_unsuited(
+    model: Classifier | Detector,
+    images: Sequence[Path],
+    top: int | None,
+    min_score: float | None,
+    draw: Path | None,
+) -> str | None:
+    """Return why an option, None unless it is set, does not apply to the model or images; None if all do."""
+    if isinstance(model, Detector):
+        if top is not None:
+            return f"--top requires a classifier, {model.name} is a detector"
+    else:
+        for option, value in (("--min-score", min_score), ("--draw", draw)):
+            if value is not None:
+                return f"{option} requires a detector, {model.name} is a classifier"
+    if draw is not None and (len(images) > 1 or images[0].is_dir()):
+        return "--draw requires one image file"
+    return None
+
 
 def print_predictions(
     model: Classifier | Detector,
     paths: Iterable[Path],
     *,
-    top: int = 3,
-    min_score: float = 0.5,
+    top: int = TOP,
+    min_score: float = MIN_SCORE,
     as_json: bool = False,
 ) -> int:
     """Print one line per image file, including those in folders; print errors to stderr.
@@ -187,11 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if an image or the model cannot be read, otherwise 0."""
     parser = _Parser(description="Apply the model of an artifact folder to images.")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file or folder")
+    parser.add_argument("--top", type=_positive_integer, help=f"number of labels per image [default: {TOP}]")
     parser.add_argument(
-        "--top", type=_positive_integer, default=3, help="number of labels per image [default: 3]"
-    )
-    parser.add_argument(
-        "--min-score", type=_fraction, default=0.5, help="smallest score of a detected object [default: 0.5]"
+        "--min-score", type=_fraction, help=f"smallest score of a detected object [default: {MIN_SCORE}]"
     )
     parser.add_argument("--draw", type=Path, metavar="FILE", help="write the image with its objects' boxes")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
@@ -208,16 +229,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model = open_model(options.artifact, file=options.file, threads=options.threads)
-        if options.draw is not None:
-            if not isinstance(model, Detector):
-                parser.error(f"--draw requires a detector, {model.name} is a classifier")
-            if len(options.images) > 1 or options.images[0].is_dir():
-                parser.error("--draw requires one image file")
+        top, min_score, draw = options.top, options.min_score, options.draw
+        if (reason := explain_unsuited(model, options.images, top, min_score, draw)) is not None:
+            parser.error(reason)
+        top, min_score = top or TOP, MIN_SCORE if min_score is None else min_score
         failures = print_predictions(
-            model, options.images, top=options.top, min_score=options.min_score, as_json=options.json
+            model, options.images, top=top, min_score=min_score, as_json=options.json
         )
-        if isinstance(model, Detector) and options.draw is not None and not failures:
-            draw_detections(model, options.images[0], options.draw, options.min_score)
+        if isinstance(model, Detector) and draw is not None and not failures:
+            draw_detections(model, options.images[0], draw, min_score)
         return int(failures > 0)
     except (ArtifactError, ImageError) as error:
         _print_error(error)

@@ -24,7 +24,10 @@ RATES = (0.0003, 0.001, 0.003)
 
 METHODS = {
     **{f"none, lr {rate:g}": ["--method", "none", "--lr", f"{rate:g}"] for rate in RATES},
-    **{name: ["--method", name] for name in ("none", "kd", "dkd", "quest", "mimic", "quest+kd")},
+    **{
+        name: ["--method", name]
+        for name in ("none", "kd", "dkd", "quest", "mimic", "quest+kd", "quest+mimic")
+    },
     "default": [],
 }
 

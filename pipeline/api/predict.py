@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...export.errors import ExportError
-from ...export.predict_cli import draw_detections, print_predictions
+from ...export.predict_cli import MIN_SCORE, TOP, draw_detections, explain_unsuited, print_predictions
 from ...export.runtime import ArtifactError, Detector, ImageError, open_content, open_model
 from ..data.sources.folders import EXTENSIONS
 from ..errors import JobError, UsageError
@@ -15,8 +15,8 @@ def predict(
     artifact: Path,
     images: Sequence[Path],
     *,
-    top: int = 3,
-    min_score: float = 0.5,
+    top: int | None = None,
+    min_score: float | None = None,
     draw: Path | None = None,
     file: str | None = None,
     threads: int | None = None,
@@ -24,13 +24,14 @@ def predict(
 ) -> int:
     """Print labels and probabilities of each image file, and of the images in each folder.
 
-    A detector prints the objects of at least ``min_score``, and draws those of a single image into ``draw``.
+    A classifier prints its ``top`` labels, 3 by default; a detector the objects of at least ``min_score``,
+    0.5 by default, and draws those of a single image into ``draw``.
 
     Returns:
         The number of unreadable images.
 
     Raises:
-        UsageError: the artifact cannot be loaded, or nothing can be drawn.
+        UsageError: the artifact cannot be loaded, or an option does not apply to it.
     """
     check_finished(artifact)
     if artifact.suffix.lower() in EXTENSIONS and artifact.is_file():
@@ -49,11 +50,9 @@ def predict(
             model = open_model(artifact, file=file, threads=threads)
     except (ArtifactError, ExportError) as error:
         raise UsageError(f"{error}.") from error
-    if draw is not None:
-        if not isinstance(model, Detector):
-            raise UsageError(f"--draw requires a detector, {model.name} is a classifier.")
-        if len(images) > 1 or images[0].is_dir():
-            raise UsageError("--draw requires one image file.")
+    if (reason := explain_unsuited(model, images, top, min_score, draw)) is not None:
+        raise UsageError(f"{reason}.")
+    top, min_score = top or TOP, MIN_SCORE if min_score is None else min_score
     unreadable = print_predictions(model, images, top=top, min_score=min_score, as_json=as_json)
     if isinstance(model, Detector) and draw is not None and not unreadable:
         try:

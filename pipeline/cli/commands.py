@@ -125,15 +125,11 @@ export.params += [
 @click.command()
 @click.argument("artifact", type=PATH)
 @click.argument("images", nargs=-1, required=True, type=PATH)
-@click.option(
-    "--top", default=3, show_default=True, type=click.IntRange(1), help="number of classes per image"
-)
+@click.option("--top", type=click.IntRange(1), help="number of classes per image [default: 3]")
 @click.option(
     "--min-score",
-    default=0.5,
-    show_default=True,
     type=click.FloatRange(0, 1),
-    help="smallest score of a detected object",
+    help="smallest score of a detected object [default: 0.5]",
 )
 @click.option("--draw", type=PATH, metavar="FILE", help="write the image with its objects' boxes")
 @click.option("--file", help="the .onnx file of the artifact to use [default: the int8 file]")

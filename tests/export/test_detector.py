@@ -201,6 +201,7 @@ def test_predict_py_prints_and_draws_boxes(artifact: Path) -> None:
         (["--draw", "x.nothing"], "cannot write x.nothing: unknown file extension: .nothing"),
         (["photo.png", "--draw", "x.png"], "--draw requires one image file"),
         (["--min-score", "nan"], "must be a number from 0 to 1, got 'nan'"),
+        (["--top", "2"], "--top requires a classifier, student.onnx is a detector"),
     ):
         done = run(*more)
         assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1
@@ -262,9 +263,10 @@ def test_file_without_a_decoder_or_with_other_labels_is_refused(artifact: Path) 
 
 def test_outputs_that_are_not_finite_are_refused(exported: OnnxFile, tmp_path: Path) -> None:
     model = onnx.load(exported.path)
-    bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("bbox_reg.bias"))
-    values = np.full(tuple(bias.dims), np.nan, np.float32)
-    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = np.full(tuple(tensor.dims), np.nan, np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ArtifactError, match="returns outputs that are not finite"):
         Detector.load(tmp_path / "x.onnx").detect([photo(*SIZE)])
