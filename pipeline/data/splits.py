@@ -51,11 +51,13 @@ class UnsplitDataset:
             raise UsageError(f"{self.source}: it has {classes}. Provide images of two or more classes.")
         assigned = {split: list(self.images.get(split, ())) for split in SPLITS}
         splits, removed = _remove_copies(assigned, copies)
-        has_test = "test" in self.images
+        has_test, notes = "test" in self.images, list(self.notes)
         if not has_test or "val" not in self.images:
             split_train = _split_by_class if self.task == "classification" else _split_multi_label
             units = _choose_units(splits["train"], copies, 2 if has_test else 3)
             splits |= split_train(splits["train"], self.classes, fraction, units, test=not has_test)
+        elif fraction != VAL_FRACTION:
+            notes.append(f"no effect of --val-fraction {fraction:g}: the data has a val split")
         splits["test"], repeated = drop_repeated(splits["test"], copies)
         for image in repeated:
             removed[copies.content(image)].append(image)
@@ -70,7 +72,7 @@ class UnsplitDataset:
             duplicates=_find_duplicates(sorted_splits, removed, copies),
             leaks=_find_leaks(sorted_splits, copies),
             ignored=dict(self.ignored),
-            notes=tuple(self.notes),
+            notes=tuple(notes),
             task=self.task,
         )
 

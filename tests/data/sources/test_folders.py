@@ -43,8 +43,9 @@ def test_second_of_two_folders_is_the_test_split(tmp_path: Path, train: str, tes
 
 def test_three_split_folders_are_kept(tmp_path: Path) -> None:
     folder(tmp_path, {f"{role}/{c}": n for role, n in (("train", 5), ("val", 1), ("test", 2)) for c in "ab"})
-    images = open_folder(tmp_path)
+    images = open_folder(tmp_path, val_fraction=0.4)
     assert images.counts == {"train": [5, 5], "val": [1, 1], "test": [2, 2]}
+    assert images.notes == ("no effect of --val-fraction 0.4: the data has a val split",)
 
 
 def test_train_alone_is_the_whole_set(tmp_path: Path) -> None:
