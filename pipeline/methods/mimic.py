@@ -317,12 +317,13 @@ def _check_towers(parameters: Parameters, setup: base.Setup) -> None:
             )
     if parameters.variant == "lshl2_s":
         raise UsageError(
-            "--set mimic.variant=lshl2_s does not apply to detectors, whose locations the teacher neither "
-            "classifies correctly nor wrongly. Use lshl2."
+            "mimic.variant=lshl2_s does not apply to detectors, whose locations the teacher neither "
+            "classifies correctly nor wrongly. Use --set mimic.variant=lshl2."
         )
-    for key in ("bias", "alone"):
-        if (value := getattr(parameters, key)) != type(parameters).model_fields[key].default:
-            raise UsageError(f"--set mimic.{key}={value} has no effect with detectors. Remove it.")
+    if parameters.bias == "mean":  # zero is theirs
+        raise UsageError("mimic.bias=mean has no effect with detectors. Use --set mimic.bias=zero.")
+    if parameters.alone:
+        raise UsageError(f"mimic.alone={parameters.alone} has no effect with detectors. Remove it.")
 
 
 def _std(parameters: Parameters, context: base.PrepareContext, t: int) -> float:

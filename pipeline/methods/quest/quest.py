@@ -61,7 +61,9 @@ class Parameters(base.Parameters):
     delta: float = Field(DELTA, gt=0, description="δ: the scale-free temperature is μ/δ")
     alpha: float = Field(1.0, gt=0, description="α, the weight of the loss")
     gamma: float = Field(3.0, gt=0, description="γ at the start of training")
-    levels: Levels = Field(("map",), min_length=1, description="feature maps to use: map, map@1, map@-2 …")
+    levels: Levels = Field(
+        ("map",), min_length=1, description="feature maps to use: map (a detector's finest), map@1, map@-2 …"
+    )
     iterations: int = Field(20, ge=1, description="k-means iterations")
     features: int | None = Field(
         None, ge=2, description="maximum number of features for k-means; none: all of them"
