@@ -1,7 +1,7 @@
 """Merge a recipe, a config file and the options given by the user into ``Options``."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ...models.build import build, is_detector
+from ...models.build import is_detector
 from ...models.catalog import has_pretrained
 from ...models.errors import ModelError
-from ...models.readout import Readouts
 from .. import methods
 from ..config import defaults, recipes
 from ..config.limits import read_yaml
 from ..config.options import Options, get_flag, parse_pairs
 from ..errors import UsageError
-from ..methods.base import Setup
-from ..methods.shapes import check_methods, compute_shapes
+from ..methods.shapes import check_methods
 from ..runs.files import DIGITS, data_text
 
 EXAMPLES = {"teacher": "resnet50", "student": "mobilenetv2"}
@@ -79,43 +77,40 @@ def read_options(given: Mapping[str, Any]) -> Options:
 
 def choose_method(chosen: Options) -> str:
     """Return the method of ``--method auto``: the default for these networks that can be used with them."""
-    candidates: tuple[str, ...] = defaults.DETECTION_METHODS if is_detector(chosen.student) else ()
-    is_pretrained = chosen.student_weights != "none" and chosen.data != DIGITS
-    if chosen.student_weights == "auto":
-        is_pretrained = is_pretrained and has_pretrained(chosen.student)
-    if not candidates and is_pretrained and len(chosen.teacher) == 1:
+    candidates: tuple[str, ...] = ()
+    if is_detector(chosen.student):
+        candidates = defaults.DETECTION_METHODS
+    elif not starts_from_scratch(chosen) and len(chosen.teacher) == 1:
         candidates = (defaults.TUNING_METHOD,)
     named = {key.partition(".")[0] for key in (*chosen.settings, *chosen.weight)} - {"ce"}
     for method in candidates:
         names = methods.parse_methods(method)
-        if named <= set(names) and _fit(names, chosen):
+        if named <= set(names) and _fit(method, chosen):
             return method
     return defaults.SCRATCH_METHOD
 
 
-def _fit(names: Sequence[str], chosen: Options) -> bool:
-    """Return True if the networks have what the methods read, whatever the classes of the data."""
+def starts_from_scratch(chosen: Options) -> bool:
+    """Return True if the student starts without weights; published ones do not help with the digits."""
+    if chosen.student_weights != "auto":
+        return chosen.student_weights == "none"
+    return chosen.data == DIGITS or not has_pretrained(chosen.student)
+
+
+def _fit(method: str, chosen: Options) -> bool:
+    """Return True if the networks have what a method reads, regardless of the data."""
     assert chosen.image_size is not None
-    size, classes = chosen.student_size or chosen.image_size, 2
-    parameters = methods.parse_parameters(names, {})
     try:
         check_methods(
-            parameters,
+            methods.parse_parameters(methods.parse_methods(method), {}),
             chosen.teacher,
             chosen.student,
-            classes=classes,
+            classes=2,
             image_size=chosen.image_size,
             images=1 << 30,
             student_size=chosen.student_size,
             heads=chosen.teacher_head,
         )
-        setup = Setup(
-            compute_shapes(chosen.student, classes, size),
-            [compute_shapes(name, classes, chosen.image_size) for name in chosen.teacher],
-        )
-        if any(methods.load(name).student_width(parameters[name], setup) is not None for name in names):
-            # With values: shapes alone do not show what a classifier computes.
-            Readouts(build(chosen.student, num_classes=classes, image_size=size, seed=0)).check_widening()
     except (ModelError, UsageError):
         return False
     return True

@@ -20,7 +20,6 @@ from ...models.build import (
     show_size,
 )
 from ...models.build import resolve as resolve_name
-from ...models.catalog import has_pretrained
 from ...models.checkpoint import read_checkpoint
 from ...models.errors import ModelError
 from ...models.initialize import normalize_label
@@ -38,7 +37,7 @@ from ..runs.cache import Cache
 from ..runs.files import DIGITS, check_outside_data
 from ..tasks import task_of
 from ..training import trackers
-from .options import choose_method
+from .options import choose_method, starts_from_scratch
 
 MAX_STRETCH = 1.1
 """Largest difference in shape between the student's input and the teacher's."""
@@ -53,7 +52,8 @@ QAT_LR = 0.1
 def resolve(options: Options, progress: Progress | None = None) -> tuple[Options, ImageSet]:
     """Return the options with all defaults chosen, and the data, whose images are hashed and compared.
 
-    No weights are downloaded. Networks are built on the meta device, for their shapes.
+    No weights are downloaded. Networks are built on the meta device, for their shapes, except a student that
+    a method widens.
 
     Raises:
         UsageError: an option or the data folder is wrong.
@@ -83,7 +83,7 @@ def resolve(options: Options, progress: Progress | None = None) -> tuple[Options
         download=chosen.download,
         follow_links=chosen.follow_links,
         val_fraction=chosen.val_fraction,
-        task="boxes" if is_detector(chosen.student) else None,
+        with_boxes=is_detector(chosen.student),
         cache=None if chosen.dry_run else Cache(chosen.cache),
         progress=progress,
     )
@@ -192,9 +192,7 @@ def _choose(chosen: Options, data: ImageSet) -> None:
     chosen.student_weights = _resolve_weights(chosen.student_weights, chosen.data)
     teacher_scratch = "none" in chosen.teacher_weights
     # A student without published weights is trained from scratch; a teacher only with --teacher-weights none.
-    scratch = chosen.student_weights == "none" or (
-        chosen.student_weights == "auto" and not has_pretrained(chosen.student)
-    )
+    scratch = starts_from_scratch(chosen)
     chosen.val_fraction = 0.1 if chosen.val_fraction is None else chosen.val_fraction
     optimizer = chosen.optimizer = "adamw" if chosen.optimizer is None else chosen.optimizer
     _check_optimizer(optimizer)

@@ -278,7 +278,7 @@ def choose_images(
         download=download,
         follow_links=follow_links,
         for_training=False,
-        task=task.reads,
+        with_boxes=task.has_boxes,
         progress=progress,
     )
     if split is None:
@@ -378,7 +378,7 @@ def choose_images_of_runs(
             data_dir=None if config.get("data_dir") is None else Path(config["data_dir"]),
             follow_links=bool(config.get("follow_links")),
             val_fraction=config.get("val_fraction"),
-            task=task.reads,
+            with_boxes=task.has_boxes,
             cache=Cache(),
             progress=progress,
         )

@@ -32,6 +32,12 @@ def compute_shapes(name: str, classes: int, image_size: Size) -> Shapes:
     return Shapes(maps=maps, vector=sizes.vector, logits=sizes.logits, levels=pyramid)
 
 
+@lru_cache(maxsize=16)
+def _check_widening(name: str, image_size: Size) -> None:
+    # With values: shapes alone do not show what a classifier computes.
+    Readouts(build(name, num_classes=2, image_size=image_size, seed=0)).check_widening()
+
+
 def count_parameters(name: str, classes: int, image_size: Size) -> int:
     """Return the number of trainable parameters of a network."""
     return sum(parameter.numel() for parameter in _build(name, classes, image_size).parameters())
@@ -54,7 +60,7 @@ def check_methods(
     ``heads`` are the values of ``--teacher-head``.
 
     Raises:
-        ModelError: a network lacks a feature that a method reads.
+        ModelError: a network lacks a feature that a method reads, or cannot be widened for it.
         UsageError: a method's parameter does not fit.
     """
     logits = [0 if head == "none" else classes for head in heads or ["auto"] * len(teachers)]
@@ -78,7 +84,7 @@ def check_methods(
         _check_reads(method, readouts, cls.reads(chosen, setup.student))
         cls.check(chosen, setup, images)
         if cls.student_width(chosen, setup) is not None:
-            readouts.check_widening()
+            _check_widening(student, student_size)
 
 
 def _check_reads(method: str, readouts: Readouts, reads: frozenset[str]) -> None:

@@ -119,7 +119,7 @@ def model_card(report: Report, manifest: Mapping[str, Any]) -> str:
     height, width = height_width(preprocessing.size)
     is_uint8, task = manifest.get("input") == UINT8, load_task(manifest.get("task", "classification"))
     program = ""
-    if task.has_cpp_sample:
+    if task.likelihood is not None:  # the sample prints probabilities
         program = render_plain_template(
             "classify.cpp.j2",
             height=height,

@@ -84,8 +84,8 @@ class Task(ABC):
     """Options that do not apply to the task, with the reason."""
     has_thresholds: ClassVar[bool] = False
     """True if predictions depend on thresholds, which are chosen on validation images."""
-    reads: ClassVar[Literal["boxes"] | None] = None
-    """What data are read for the task, see ``data.sources.open_data``."""
+    has_boxes: ClassVar[bool] = False
+    """True if labels are the boxes of objects."""
     accepts: ClassVar[frozenset[TaskName]]
     """Tasks of data sets whose labels a network of this task can be evaluated on."""
     labels_note: ClassVar[str] = ""
@@ -108,7 +108,6 @@ class Task(ABC):
     pipeline_tag: ClassVar[str] = "image-classification"
     """Task on the Hugging Face Hub."""
     model_kind: ClassVar[str] = "Image classifier"
-    has_cpp_sample: ClassVar[bool] = True
     usage: ClassVar[str] = """\
 from predict import Classifier
 

@@ -59,7 +59,7 @@ class Detection(Task):
             "label_smoothing": "the losses of detectors have none",
         }
     )
-    reads = "boxes"
+    has_boxes = True
     accepts = frozenset[TaskName]({"detection"})
     labels_note = " of objects"
     prediction_note = (
@@ -74,7 +74,6 @@ class Detection(Task):
     example_side = 384
     pipeline_tag = "object-detection"
     model_kind = "Object detector"
-    has_cpp_sample = False
     usage = """\
 from predict import Detector
 

@@ -109,7 +109,6 @@ def student_task(
     continues = isinstance(network, QuantizedReadouts)
     width = student_width(o, round_)
     if width is not None and not continues:
-        Readouts(network).check_widening()  # with values; options were checked by shapes only
         widen(network, width, round_.seed)
     teachers, cache = [], None
     if built:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...errors import UsageError
 from ...runs.cache import Cache
@@ -30,19 +30,24 @@ def open_data(
     download: bool = False,
     follow_links: bool = False,
     val_fraction: float | None = None,
-    task: Literal["boxes"] | None = None,
+    with_boxes: bool = False,
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """Open the data set that ``--data`` names, and split it. All images are decoded to find copies.
 
-    ``task`` is "boxes" for a detector; otherwise images have labels alone.
+    ``with_boxes`` reads the boxes of objects, for a detector; otherwise images have labels alone.
 
     Raises:
         UsageError: it does not exist or is not usable.
     """
     unsplit = read_data(
-        data, data_dir=data_dir, download=download, follow_links=follow_links, task=task, progress=progress
+        data,
+        data_dir=data_dir,
+        download=download,
+        follow_links=follow_links,
+        with_boxes=with_boxes,
+        progress=progress,
     )
     with _mention_label_files(data_path(data)):
         try:
@@ -77,10 +82,10 @@ def _read(
     download: bool = False,
     follow_links: bool = False,
     for_training: bool = True,
-    task: Literal["boxes"] | None = None,
+    with_boxes: bool = False,
     progress: Progress | None = None,
 ) -> UnsplitDataset:
-    if task == "boxes" and (data == DIGITS or data_path(data) is None):
+    if with_boxes and (data == DIGITS or data_path(data) is None):
         raise UsageError(f"--data {data} has no boxes, which a detector requires. {BOX_FORMATS}")
     if data == DIGITS:
         _check_unused("the built-in digits", data_dir, download)
@@ -94,8 +99,8 @@ def _read(
             if (namesake := describe_namesake(data)) is None:
                 raise
             raise UsageError(f"{error} {namesake}") from error
-    if path.exists() and (kind := find_kind(path)) is not None:
-        if task != "boxes":
+    if path.exists() and (kind := find_kind(path, strict=with_boxes)) is not None:
+        if not with_boxes:
             raise UsageError(
                 f"--data {printable(str(path))} has boxes ({kind}), which a classifier does not learn. Use a "
                 "detector, such as retinanet:resnet34."
@@ -109,13 +114,13 @@ def _read(
                 f"nor a labels file ({', '.join(SUFFIXES)})."
             )
         _check_unused("a labels file", None, download)
-        return read_label_file(path, data_dir=data_dir, with_boxes=task == "boxes", **how)
+        return read_label_file(path, data_dir=data_dir, with_boxes=with_boxes, **how)
     if path.exists():
         _check_unused("a folder", data_dir, download)
         if (file := find_split_label_file(path)) is not None:
-            return read_label_file(file, with_boxes=task == "boxes", **how)
+            return read_label_file(file, with_boxes=with_boxes, **how)
         with _mention_label_files(path):
-            if task == "boxes":
+            if with_boxes:
                 raise UsageError(
                     f"--data {printable(str(path))} has no boxes, which a detector requires. {BOX_FORMATS}"
                 )

@@ -27,15 +27,23 @@ YAML = (".yaml", ".yml")
 _Rows = dict[Split, dict[Path, Row]]
 
 
-def find_kind(path: Path) -> Kind | None:
-    """Return the format of a folder of boxes, or of YOLO's ``data.yaml``; None if it is not one."""
+def find_kind(path: Path, *, strict: bool = False) -> Kind | None:
+    """Return the format of a folder of boxes, or of YOLO's ``data.yaml``; None if it is not one.
+
+    Raises:
+        UsageError: ``strict`` is set and an annotation file is not readable.
+    """
     try:
         if (file := _find_yaml(path)) is not None:
             text = read_text(file)
             is_yolo = all(re.search(rf"^{key}\s*:", text, re.MULTILINE) for key in ("names", "train"))
             return "YOLO" if is_yolo else None
         return "Pascal VOC" if any(_find_xml_folders(path).values()) else None
-    except (OSError, UsageError):
+    except OSError:
+        return None
+    except UsageError:
+        if strict:
+            raise
         return None
 
 

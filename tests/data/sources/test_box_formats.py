@@ -37,7 +37,7 @@ WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
 
 
 def open_boxes(path: Path, **options: Any) -> ImageSet:
-    return open_data(str(path), task="boxes", **options)
+    return open_data(str(path), with_boxes=True, **options)
 
 
 def refused(path: Path, *words: str, **options: Any) -> None:
@@ -280,6 +280,11 @@ BILLION = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotation>&b;<
         ("yolo", text("data.yaml", "names: [a]\ntrain: ../../.."), ["is not in", "--data-dir"]),
         ("yolo", text("data.yaml", "names: [a]\ntrain: ["), ["data.yaml is not YAML"]),
         ("yolo", text("data.yaml", "names: [a]\ntrain:\nval: images/val"), ["lacks 'train'"]),
+        (
+            "yolo",
+            lambda root: (root / "data.yaml").write_bytes(b"train: images/train\nnames: [caf\xe9]"),
+            ["data.yaml, line 2: it is not UTF-8"],
+        ),
         ("voc", text(XML, "<annotation><object>"), ["train0.xml is not XML"]),
         ("voc", text(XML, BILLION), ["train0.xml declares entities"]),
         ("voc", text(XML, "<annotation><object/></annotation>"), ["train0.xml has an object without a name"]),
@@ -339,7 +344,7 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
 def test_images_are_validated_on_without_training_images(tmp_path: Path) -> None:
     for kind, write in WRITERS.items():
         path = write(tmp_path / kind, {"train": SCENES["train"], "test": SCENES["test"]})
-        data = read_data(str(path), task="boxes", for_training=False)
+        data = read_data(str(path), with_boxes=True, for_training=False)
         assert data.task == "detection" and len(data.images["test"]) == 4
         assert all(image.boxes for image in data.images["test"])
 
