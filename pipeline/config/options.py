@@ -175,7 +175,7 @@ class Options(BaseModel):
     )
 
     method: str = method_option(
-        "auto: see below; quest, kd, dkd, dist, mimic, feed, pkd, a sum such as quest+dkd, or none to train on labels only",
+        "auto: see the defaults; quest, kd, dkd, dist, mimic, feed, pkd, a sum such as quest+dkd, or none to train on labels only",
         "auto",
         enters="prepare",
     )
