@@ -17,7 +17,10 @@ NO_CLASS = -1
 
 @dataclass(frozen=True)
 class UnsplitDataset:
-    """Labeled images by the splits that the source assigns; without ``has_splits`` all are in ``train``."""
+    """Labeled images by the splits that the source assigns; without ``has_splits`` all are in ``train``.
+
+    Without test, val is the test split.
+    """
 
     name: str
     source: str
@@ -28,6 +31,12 @@ class UnsplitDataset:
     ignored: Mapping[str, int] = field(default_factory=dict)
     task: TaskName = "classification"
     notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if "val" in self.images and "test" not in self.images:
+            renamed: dict[Split, Split] = {"val": "test"}
+            images = {renamed.get(split, split): images for split, images in self.images.items()}
+            object.__setattr__(self, "images", images)
 
     def split(self, val_fraction: float | None = None, copies: Copies | None = None) -> ImageSet:
         """Assign every image to one split.
@@ -52,7 +61,7 @@ class UnsplitDataset:
         assigned = {split: list(self.images.get(split, ())) for split in SPLITS}
         splits, removed = _remove_copies(assigned, copies)
         has_test, notes = "test" in self.images, list(self.notes)
-        if not has_test or "val" not in self.images:
+        if "val" not in self.images:
             split_train = _split_by_class if self.task == "classification" else _split_multi_label
             units = _choose_units(splits["train"], copies, 2 if has_test else 3)
             splits |= split_train(splits["train"], self.classes, fraction, units, test=not has_test)

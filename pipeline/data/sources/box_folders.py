@@ -74,8 +74,6 @@ def read_box_folder(
     scan = FolderScan(top.resolve(), top, follow_links)
     try:
         stated, categories = _read_voc(scan) if file is None else _read_yolo(file, scan)
-        if "test" not in stated and "val" in stated:
-            stated["test"] = stated.pop("val")
         if for_training and not stated.get("train"):
             raise UsageError(f"{printable(str(path))} has no images to train on.")
     except OSError as error:

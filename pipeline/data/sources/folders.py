@@ -308,8 +308,6 @@ def _assign_splits(
     Raises:
         UsageError: the classes of the splits differ.
     """
-    if "test" not in images and "val" in images:
-        images["test"], folder_of["test"] = images.pop("val"), folder_of.pop("val")
     classes = list(dict.fromkeys(name for by_class in images.values() for name in by_class))
     if for_training:
         classes = list(images["train"])

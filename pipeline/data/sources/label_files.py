@@ -333,6 +333,4 @@ def _group_by_split(
             images.setdefault(row.split or file_split, {})[file] = row
     if for_training and "train" not in images:
         raise UsageError("The labels file has no image in the split 'train'. Assign it to some.")
-    if "test" not in images and "val" in images:
-        images["test"] = images.pop("val")
     return images

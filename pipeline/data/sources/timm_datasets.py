@@ -72,8 +72,6 @@ def _drop_unlabeled(
     skipped = (*skipped, *(Skipped(image, "it has no label (−1)") for image in unlabeled))
     if "train" not in labeled:
         raise UsageError(f"{name} has no labeled training images.")
-    if "test" not in labeled and "val" in labeled:
-        labeled["test"] = labeled.pop("val")
     count = 1 + max(image.label for split_images in labeled.values() for image in split_images)
     classes = _class_names(dataset, count)
     return UnsplitDataset(name, name, classes, labeled, len(labeled) > 1, skipped)
