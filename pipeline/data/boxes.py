@@ -30,7 +30,7 @@ Window = tuple[float, float, float, float]
 FRACTIONS = (1.0, 1.0)
 """The size of an image for boxes in fractions of it."""
 
-DIGITS = 6
+DECIMALS = 6
 """Decimals of the fractions, so that an image's boxes are equal in every format."""
 
 LEFT_OUT = {
@@ -98,7 +98,7 @@ def clean_boxes(
             counts["not finite"] += 1
             continue
         x1, y1, x2, y2 = corners if is_upright else _turn(*corners, header.orientation)
-        left, top, right, bottom = (round(min(max(value, 0.0), 1.0), DIGITS) for value in (x1, y1, x2, y2))
+        left, top, right, bottom = (round(min(max(value, 0.0), 1.0), DECIMALS) for value in (x1, y1, x2, y2))
         if x2 <= x1 or y2 <= y1:
             counts["empty"] += 1
         elif x1 >= 1 or y1 >= 1 or x2 <= 0 or y2 <= 0:

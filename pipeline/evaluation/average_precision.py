@@ -97,9 +97,9 @@ class Curves:
         """
         matches = self.matches
         weights = np.ones(matches.n) if weights is None else weights
-        seen = _sums(weights[matches.image], self.begin, self.end)
-        seen -= _sums(weights[self.ignored_images], self.ignored_begin, self.ignored_end)
-        hits = _sums(weights[self.images], self.first, np.arange(len(self.first)) + 1)
+        seen = _sum_ranges(weights[matches.image], self.begin, self.end)
+        seen -= _sum_ranges(weights[self.ignored_images], self.ignored_begin, self.ignored_end)
+        hits = _sum_ranges(weights[self.images], self.first, np.arange(len(self.first)) + 1)
         boxes = matches.count_boxes(weights)
         with np.errstate(invalid="ignore", divide="ignore"):
             recall = hits / boxes[self.label]
@@ -123,7 +123,7 @@ class Curves:
             return np.asarray(hits / self.matches.count_boxes())
 
 
-def _sums(values: ndarray, begin: ndarray, end: ndarray) -> ndarray:
+def _sum_ranges(values: ndarray, begin: ndarray, end: ndarray) -> ndarray:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return np.asarray(sums[end] - sums[begin])
 
@@ -139,10 +139,10 @@ def match(
     """Match detections to the boxes of their class and image, for each range of areas."""
     image, row = np.nonzero(detections[..., 0] > 0)
     score, label, *corners = detections[image, row].astype(np.float64).T
-    label, sides = label.astype(np.int64), _sides(*corners)
+    label, sides = label.astype(np.int64), _to_sides(*corners)
     box_image, box_row = np.nonzero(labels[..., 0] >= 0)
     box_label, *corners, box_area, crowd = labels[box_image, box_row].astype(np.float64).T
-    box_label, box_sides = box_label.astype(np.int64), _sides(*corners)
+    box_label, box_sides = box_label.astype(np.int64), _to_sides(*corners)
     # Predictions as labels may have no area.
     ratios = box_area / np.maximum(box_sides[:, 2] * box_sides[:, 3], np.finfo(np.float64).tiny)
     area = sides[:, 2] * sides[:, 3] * _count_pixels(box_image, ratios, len(labels))[image]
@@ -154,10 +154,10 @@ def match(
     for pair, boxes in pairs.items():
         key = divmod(pair, classes)
         coco._gts[key] = [
-            {**_annotation(i, box_sides, box_area), "iscrowd": int(crowd[i]), "ignore": int(crowd[i])}
+            {**_make_annotation(i, box_sides, box_area), "iscrowd": int(crowd[i]), "ignore": int(crowd[i])}
             for i in boxes
         ]
-        coco._dts[key] = [{**_annotation(i, sides, area), "score": score[i]} for i in own.get(pair, ())]
+        coco._dts[key] = [{**_make_annotation(i, sides, area), "score": score[i]} for i in own.get(pair, ())]
         coco.ious[key] = coco.computeIoU(*key)
     order = np.lexsort((-score, label))
     results = []
@@ -186,12 +186,12 @@ def match(
     return results
 
 
-def _sides(x1: ndarray, y1: ndarray, x2: ndarray, y2: ndarray) -> ndarray:
+def _to_sides(x1: ndarray, y1: ndarray, x2: ndarray, y2: ndarray) -> ndarray:
     """Return x, y, width and height, [N,4]."""
     return np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
 
 
-def _annotation(i: int, sides: ndarray, area: ndarray) -> dict[str, Any]:
+def _make_annotation(i: int, sides: ndarray, area: ndarray) -> dict[str, Any]:
     return {"id": i + 1, "bbox": sides[i].tolist(), "area": area[i]}  # 0 would be no match
 
 
