@@ -10,7 +10,7 @@ from .sections import int8, latency
 SMALL_TEST_SET = 1000
 """Number of test images below which an interval of zero width gets a warning."""
 MAX_DETAILS = 2
-"""Number of further metrics of the score."""
+"""Number of further metrics of the score, here and in the terminal."""
 WIDE_INTERVAL = 10
 """Width in points from which an interval gets a warning."""
 

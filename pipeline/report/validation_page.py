@@ -15,15 +15,13 @@ from .page import MAX_MATRIX_CLASSES, Gallery, KeyFigure, Page, Section, confusi
 from .render import render_page
 from .sections import calibration
 from .sections.classes import CLASSES_CSV, choose_classes, classes_section, confused_table, picture
-from .summary import describe_machine
+from .summary import MAX_DETAILS, describe_machine
 from .tables import Attribute, CsvFile, Table, attribute_rows
 
 CALIBRATION_METRICS: dict[str, Attribute] = {
     "NLL": (lambda n: n.calibration, lambda calibration: format.significant(calibration.nll)),
     "ECE": (lambda n: n.calibration, lambda calibration: format.percent(calibration.ece, calibration.n)),
 }
-MAX_DETAILS = 2
-"""Further metrics in the terminal."""
 MAX_LABEL = 14
 """Letters of a name next to a dot."""
 
