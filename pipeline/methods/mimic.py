@@ -320,7 +320,7 @@ def _check_towers(parameters: Parameters, setup: base.Setup) -> None:
             "mimic.variant=lshl2_s does not apply to detectors, whose locations the teacher neither "
             "classifies correctly nor wrongly. Use --set mimic.variant=lshl2."
         )
-    if parameters.bias == "mean":  # zero is theirs
+    if parameters.bias == "mean":  # detectors use zero
         raise UsageError("mimic.bias=mean has no effect with detectors. Use --set mimic.bias=zero.")
     if parameters.alone:
         raise UsageError(f"mimic.alone={parameters.alone} has no effect with detectors. Remove it.")

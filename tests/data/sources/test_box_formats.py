@@ -341,7 +341,7 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
     assert followed.fingerprint == open_boxes(write_yolo(tmp_path / "plain", SCENES)).fingerprint
 
 
-def test_images_are_validated_on_without_training_images(tmp_path: Path) -> None:
+def test_boxes_are_read_for_validation(tmp_path: Path) -> None:
     for kind, write in WRITERS.items():
         path = write(tmp_path / kind, {"train": SCENES["train"], "test": SCENES["test"]})
         data = read_data(str(path), with_boxes=True, for_training=False)
