@@ -416,7 +416,7 @@ def select_known(
                 f"{models[0].name} and {model.name} cannot be compared: their tasks are {task.name} and "
                 f"{model.task.name}."
             )
-    if images.task not in task.accepts:
+    if images.task not in (task.name, *task.accepts):
         raise UsageError(
             f"{images.source}: the labels are {images.task}, but {models[0].name} is for {task.name}. "
             "Use data of that task."

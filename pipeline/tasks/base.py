@@ -86,8 +86,8 @@ class Task(ABC):
     """True if predictions depend on thresholds, which are chosen on validation images."""
     has_boxes: ClassVar[bool] = False
     """True if labels are the boxes of objects."""
-    accepts: ClassVar[frozenset[TaskName]]
-    """Tasks of data sets whose labels a network of this task can be evaluated on."""
+    accepts: ClassVar[tuple[TaskName, ...]] = ()
+    """Other tasks of data sets whose labels a network of this task can be evaluated on."""
     labels_note: ClassVar[str] = ""
     """Continues "10 classes"."""
     prediction_note: ClassVar[str] = ""

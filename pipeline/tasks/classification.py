@@ -10,7 +10,6 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from ...export.runtime import Preprocessing, softmax
-from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation.calibration import Softmax
 from ..evaluation.comparison import SIGNIFICANT
@@ -32,7 +31,6 @@ class Classification(Task):
     manifest_key = "top1"
     likelihood = Softmax()
     default_balance = "auto"
-    accepts = frozenset[TaskName]({"classification"})
 
     def label_loss(self, network: nn.Module, smoothing: float) -> LabelLoss:
         return nn.CrossEntropyLoss(label_smoothing=smoothing)

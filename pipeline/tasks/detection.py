@@ -20,7 +20,6 @@ from torchvision.ops import batched_nms, box_iou
 
 from ...export.predict_cli import draw_boxes
 from ...export.runtime import Preprocessing
-from ..config import TaskName
 from ..data.boxes import place_boxes, shown_window
 from ..data.dataset import Image
 from ..evaluation import average_precision as ap
@@ -60,7 +59,6 @@ class Detection(Task):
         }
     )
     has_boxes = True
-    accepts = frozenset[TaskName]({"detection"})
     labels_note = " of objects"
     prediction_note = (
         f"A prediction is the detections with a score of {100 * MIN_SCORE:.0f} % or more, its probability "

@@ -15,7 +15,6 @@ from timm.task.evaluator import MultiLabelClassificationEvaluator
 from torch import nn
 
 from ...export.runtime import Preprocessing, sigmoid
-from ..config import TaskName
 from ..data.dataset import Image
 from ..evaluation.calibration import Sigmoid
 from ..evaluation.comparison import bootstrap_interval
@@ -114,7 +113,7 @@ class MultiLabel(Task):
     likelihood = Sigmoid()
     # The gradient ratios that balancing aims at were measured on images with one label.
     default_balance = "off"
-    accepts = frozenset[TaskName]({"classification", "multi-label"})
+    accepts = ("classification",)
     has_thresholds = True
     labels_note = " (several per image)"
     prediction_note = (
