@@ -49,12 +49,10 @@ class UnsplitDataset:
         count once.
 
         Raises:
-            UsageError: fewer than two classes, a class too small for the splits, or an invalid fraction.
+            UsageError: fewer than two classes, or a class too small for the splits.
         """
         copies = copies or Copies()
         fraction = VAL_FRACTION if val_fraction is None else val_fraction
-        if not 0 <= fraction < 1:
-            raise UsageError(f"--val-fraction must be at least 0 and less than 1, got {fraction:g}.")
         if len(self.classes) < (1 if self.task == "detection" else 2):
             classes = f"only one class, '{self.classes[0]}'" if self.classes else "no classes"
             raise UsageError(f"{self.source}: it has {classes}. Provide images of two or more classes.")

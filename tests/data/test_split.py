@@ -126,12 +126,6 @@ def test_fingerprint_changes_with_any_content_class_or_split(change: str) -> Non
     assert roles(change).fingerprint != roles().fingerprint
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
-    with pytest.raises(UsageError, match="--val-fraction"):
-        split([image(label, n) for label in range(2) for n in range(5)], 2, fraction)
-
-
 def test_class_without_remaining_training_images_is_refused() -> None:
     train = [image(0, n) for n in range(9)] + [image(1, "x")]
     with pytest.raises(UsageError, match="The train split has no image of '1'"):

@@ -39,10 +39,8 @@ def find_kind(path: Path, *, strict: bool = False) -> Kind | None:
             is_yolo = all(re.search(rf"^{key}\s*:", text, re.MULTILINE) for key in ("names", "train"))
             return "YOLO" if is_yolo else None
         return "Pascal VOC" if any(_find_xml_folders(path).values()) else None
-    except OSError:
-        return None
-    except UsageError:
-        if strict:
+    except (OSError, UsageError) as error:
+        if strict and isinstance(error, UsageError):
             raise
         return None
 
