@@ -29,7 +29,6 @@ MORE_ENTRIES = {
     "pipeline/methods": 14,  # a file for each method
     "pipeline/report": 14,  # a file for each way to show a result
     "tests": 24,  # the folders of the source, and tests of the whole repository
-    "tests/export/int8": 13,  # a file for each step of the quantizer
     "tests/data": 13,  # a file for each step from a file to a view
     "tests/support": 14,  # a file for each kind of toy
 }

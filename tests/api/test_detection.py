@@ -16,7 +16,7 @@ NETWORK = "retinanet:mobilenetv2_035"
 OPTIONS = (
     "--teacher", NETWORK, "--teacher-weights", "none", "--student", NETWORK, "--student-weights", "none",
     "--image-size", "64", "--batch-size", "8", "--teacher-epochs", "1", "--epochs", "1",
-    "--bench-seconds", "0.1", "--calibration-images", "4", "--calibration", "minmax",
+    "--calibration-images", "4", "--calibration", "minmax",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     little.check_success(compress(
         *OPTIONS, "--method", "mimic+pkd", "--set", "mimic.hashes=8", "--data", data,
-        "--out", folder / "run", "--cache", folder / "cache",
+        "--out", folder / "run", "--cache", folder / "cache", "--until", "validate",
     ))  # fmt: skip
     return folder / "run"
 

@@ -66,21 +66,21 @@ def test_each_method_is_a_run_of_the_same_teacher(
     out, cache = two_sizes, two_sizes.parent / "cache"
     config = tmp_path / "sweep.yaml"
     config.write_text("{cache_views: 1, set: {kd.tau: 3}}")
-    methods = ("--methods", "none, kd,quest+kd", "--config", config, "--set", "quest.words=8")
+    methods = ("--methods", "kd, quest+kd", "--config", config, "--set", "quest.words=8")
     arguments = [
         "sweep", *little.NETWORKS, *little.SMALL, *little.SHORT, "--data", data, "--out", out, "--cache",
         cache, "--student-sizes", "8", *methods,
     ]  # fmt: skip
     result = little.check_success(compress(*arguments))
-    names = [f"{little.STUDENT}-8-{method}" for method in ("none", "kd", "quest+kd")]
+    names = [f"{little.STUDENT}-8-{method}" for method in ("kd", "quest+kd")]
     assert stages == ["teacher", *names] and all(name in result.stdout for name in names)
     reports = [little.report(out / name) for name in names]
-    assert [report["method"] for report in reports] == ["none", "kd", "quest+kd"]
+    assert [report["method"] for report in reports] == ["kd", "quest+kd"]
     teacher = little.report(out / "teacher")["teacher"]["score"]
     assert all(report["teacher"]["score"] == teacher for report in reports)
-    assert reports[1]["config"]["settings"]["kd.tau"] == 3
-    assert "quest.words" not in reports[1]["config"]["settings"]
-    assert reports[2]["config"]["settings"]["quest.words"] == 8
+    assert reports[0]["config"]["settings"]["kd.tau"] == 3
+    assert "quest.words" not in reports[0]["config"]["settings"]
+    assert reports[1]["config"]["settings"]["quest.words"] == 8
 
 
 @pytest.mark.parametrize(
