@@ -12,7 +12,7 @@ from tests.support import little
 from tests.support.boxes import COLORS, scene, write_coco
 from tests.support.little import compress, refused, report
 
-NETWORK = "retinanet:mobilenetv2_035"
+NETWORK = "retinanet:test_efficientnet"
 OPTIONS = (
     "--teacher", NETWORK, "--teacher-weights", "none", "--student", NETWORK, "--student-weights", "none",
     "--image-size", "64", "--batch-size", "8", "--teacher-epochs", "1", "--epochs", "1",

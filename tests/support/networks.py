@@ -120,7 +120,7 @@ def signal_to_noise(reference: np.ndarray, output: np.ndarray) -> float:
 
 def toy_detector(size: tuple[int, int]) -> Any:
     """Return a RetinaNet of three classes with new weights that finds some objects in noise."""
-    network = build("retinanet:mobilenetv2_035", num_classes=3, image_size=size, seed=0).eval()
+    network = build("retinanet:test_efficientnet", num_classes=3, image_size=size, seed=0).eval()
     network.requires_grad_(False)
     noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     classes, boxes = network.head.classification_head.cls_logits, network.head.regression_head.bbox_reg
