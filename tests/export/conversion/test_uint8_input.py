@@ -101,12 +101,12 @@ def maps_of_first_layer(path: Path, batch: np.ndarray) -> list[np.ndarray]:
 
 
 FOLDED = {
-    "mobilenetv2": (lambda: of_timm("mobilenetv2_035"), 32, 4),
+    "efficientnet": (lambda: of_timm("test_efficientnet"), 32, 4),
     "resnet18": (lambda: of_timm("resnet18", layers=(1, 1, 1, 1)), 33, 4),
     "without padding": (lambda: classifier(nn.Conv2d(3, 8, 3, 2, 0)), 32, 3),
     "two branches": (TwoBranches, 32, 4),
-    "padded as in TensorFlow": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 33, 4),
-    "the same, unevenly": (lambda: of_timm("tf_mobilenetv3_small_minimal_100"), 32, 4),
+    "padded as in TensorFlow": (lambda: of_timm("test_efficientnet", pad_type="same"), 33, 4),
+    "the same, unevenly": (lambda: of_timm("test_efficientnet", pad_type="same"), 32, 4),
     "patches": (lambda: of_timm("vit_tiny_patch16_224", img_size=32, depth=2), 32, 3),
 }
 
