@@ -26,6 +26,7 @@ MOST_ENTRIES = 12
 MORE_ENTRIES = {
     "tests/models": 14,
     "pipeline": 13,  # eleven layers, errors.py and __main__.py
+    "pipeline/api": 13,  # a file for each command, and their inputs
     "pipeline/methods": 14,  # a file for each method
     "pipeline/report": 14,  # a file for each way to show a result
     "tests": 24,  # the folders of the source, and tests of the whole repository
@@ -34,7 +35,7 @@ MORE_ENTRIES = {
 }
 MOST_LINES = 450
 LONG_FILES = {"export/runtime.py"}  # ships as one file, predict.py
-MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 180, 36_600, 28_100
+MOST_SOURCE_FILES, MOST_SOURCE_LINES, MOST_TEST_LINES = 181, 36_620, 28_100
 """Only a new feature may raise these."""
 
 

@@ -29,17 +29,15 @@ from ..runs.record import RECORD
 from ..runs.results import Example
 from ..runs.scores import Prediction
 from ..tasks.base import Outputs, Task
-from .validate_inputs import (
+from .validate_images import (
     SPLIT_NAMES,
-    Model,
     SplitName,
     ValidationImages,
     choose_images,
     choose_images_of_runs,
-    open_models,
-    open_teachers,
     select_known,
 )
+from .validate_models import Model, open_models, open_teachers
 
 FOLDER = "validation"
 BATCH = 32
