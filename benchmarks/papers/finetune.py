@@ -55,8 +55,8 @@ def cells(options: argparse.Namespace) -> list[Cell]:
             common = ["--teacher", teacher, "--teacher-weights", teacher_weights, "--data", folder]
             common += ["--image-size", str(options.size)]
             any_student = ["--student", options.student[0][0], "--student-weights", "none"]
-            for name, more in TEACHERS.items():
-                arguments = [*common, *any_student, *more]
+            for name in options.teachers.split(";"):
+                arguments = [*common, *any_student, *TEACHERS[name]]
                 made.append(Cell(f"{set_name}:teacher", name, seed, arguments, until="teacher"))
             for student, weights in options.student:
                 arguments = [*common, "--student", student, "--student-weights", weights]
@@ -106,13 +106,15 @@ def main() -> None:
     parser.add_argument("--student", type=pair, action="append", required=True, help="NAME=FILE, or =none")
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels [default: 96]")
     parser.add_argument("--methods", default=";".join(METHODS), help="semicolon-separated [default: all]")
+    parser.add_argument("--teachers", default=";".join(TEACHERS), help="their rates [default: all]")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds [default: 2]")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--budget", help="stop after this time (9m, 2h); the same command resumes")
     options = parser.parse_args()
-    for name in options.methods.split(";"):
-        if name not in METHODS:
-            raise SystemExit(f"--methods {name}: choose from {'; '.join(METHODS)}.")
+    for option, names in (("methods", METHODS), ("teachers", TEACHERS)):
+        for name in getattr(options, option).split(";"):
+            if name not in names:
+                raise SystemExit(f"--{option} {name}: choose from {'; '.join(names)}.")
     table = Table(options.out, cells(options))
     columns = ["set", "network", "method", "top-1, %", "95 % interval", "int8, %", "seconds", "seeds"]
     run_and_write(
