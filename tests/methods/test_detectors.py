@@ -165,3 +165,9 @@ def test_networks_without_a_feature_are_refused_by_the_methods_name() -> None:
     names = ["ssdlite:mobilenetv2_050"], "ssdlite:mobilenetv2_050"
     with pytest.raises(ModelError, match=r"^--method mimic does not suit .* has no feature 'vector'"):
         check_methods(parameters, *names, classes=2, image_size=64, images=10)
+
+
+def test_quest_reads_all_levels_by_default() -> None:
+    quest, parameters = methods.load("quest"), methods.parse_parameters(["quest"], {})["quest"]
+    assert quest.reads(parameters, shapes()) == {"map@0", "map@1"}
+    assert quest.reads(parameters, Shapes({"map": (6, 4, 4)}, None, 2)) == {"map"}

@@ -61,8 +61,10 @@ class Parameters(base.Parameters):
     delta: float = Field(DELTA, gt=0, description="δ: the scale-free temperature is μ/δ")
     alpha: float = Field(1.0, gt=0, description="α, the weight of the loss")
     gamma: float = Field(3.0, gt=0, description="γ at the start of training")
-    levels: Levels = Field(
-        ("map",), min_length=1, description="feature maps to use: map (a detector's finest), map@1, map@-2 …"
+    levels: Levels | None = Field(
+        None,
+        min_length=1,
+        description="feature maps to use: map, map@1, map@-2 …; none: the last, of a detector all levels",
     )
     iterations: int = Field(20, ge=1, description="k-means iterations")
     features: int | None = Field(
@@ -80,21 +82,28 @@ class Parameters(base.Parameters):
 
     @model_validator(mode="after")
     def _check_combination(self) -> "Parameters":
-        if len(set(self.levels)) < len(self.levels):
+        levels = self.levels or ("map",)
+        if len(set(levels)) < len(levels):
             raise ValueError("levels must not be repeated")
         if self.tau is not None and self.delta != DELTA:
             raise ValueError("delta has no effect with tau; set one of them")
-        if self.tau is not None and len(self.tau) not in (1, len(self.levels)):
+        if self.tau is not None and len(self.tau) not in (1, len(levels)):
             raise ValueError(
-                f"{len(self.tau)} values of tau for {len(self.levels)} levels; set one, or one for each"
+                f"{len(self.tau)} values of tau for {len(levels)} levels; set one, or one for each"
             )
         return self
+
+    def levels_of(self, network: base.Shapes) -> Sequence[str]:
+        """Return the names of the feature maps to use."""
+        return self.levels or network.pyramid or ("map",)
 
     def temperature(self, level: str, mu: float) -> float:
         """Return τ of a level with mean squared distance μ to the nearest word."""
         if self.tau is None:
             return mu / self.delta
-        return self.tau[self.levels.index(level)] if len(self.tau) > 1 else self.tau[0]
+        if self.levels is None or len(self.tau) == 1:
+            return self.tau[0]
+        return self.tau[self.levels.index(level)]
 
 
 class Quest(base.Method):
@@ -111,7 +120,7 @@ class Quest(base.Method):
 
     @classmethod
     def reads(cls, parameters: Parameters, network: base.Shapes) -> frozenset[str]:
-        return frozenset(level_name(level, network) for level in parameters.levels)
+        return frozenset(level_name(level, network) for level in parameters.levels_of(network))
 
     @classmethod
     def check(cls, parameters: Parameters, setup: base.Setup, images: int) -> None:
@@ -132,7 +141,7 @@ class Quest(base.Method):
         facts: list[Mapping[str, Any]] = []
         for t, (name, teacher) in enumerate(zip(context.teacher_names, context.teachers, strict=True)):
             grids = _grids(parameters, context.student, teacher)
-            for level, grid in zip(parameters.levels, grids, strict=True):
+            for level, grid in zip(parameters.levels_of(context.student), grids, strict=True):
                 read = level_name(level, teacher)
                 vocabulary = learn_vocabulary(
                     context, t, read, grid, parameters.words, parameters.iterations, parameters.features
@@ -159,7 +168,7 @@ class Quest(base.Method):
         terms = [
             WordPrediction(parameters, setup, t, level)
             for t in range(len(setup.teachers))
-            for level in parameters.levels
+            for level in parameters.levels_of(setup.student)
         ]
         self.terms = cast(Sequence[WordPrediction], nn.ModuleList(terms))
 
@@ -258,5 +267,5 @@ def level_name(level: str, network: base.Shapes) -> str:
 def _grids(parameters: Parameters, student: base.Shapes, teacher: base.Shapes) -> Sequence[tuple[int, int]]:
     return [
         base.shared_grid(student.maps[level_name(level, student)], teacher.maps[level_name(level, teacher)])
-        for level in parameters.levels
+        for level in parameters.levels_of(student)
     ]
