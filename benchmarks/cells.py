@@ -106,6 +106,7 @@ class Table:
             "environment": content["environment"],
             "top1": subject["score"]["percent"],
             "n": subject["score"]["n"],
+            "details": {name: value["percent"] for name, value in subject["score"]["details"].items()},
             "low": subject["score"]["low"],
             "high": subject["score"]["high"],
             "calibration": _short(subject.get("calibration")),
