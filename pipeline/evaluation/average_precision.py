@@ -96,24 +96,45 @@ class Curves:
         ``weights`` float64 [n] are the images' counts, by default 1.
         """
         matches = self.matches
+        before, reached, precision = self._interpolate(weights)
+        boxes = matches.count_boxes(weights)
+        shape = len(matches.is_hit), matches.classes
+        total = np.bincount(self.segment, (reached - before) * precision, minlength=shape[0] * shape[1])
+        return np.where(boxes > 0, total.reshape(shape) / len(RECALLS), np.nan)
+
+    def precision(self) -> ndarray:
+        """Return the precision at each of ``RECALLS``, 0 to 1, [T,classes,101]; NaN without boxes."""
+        matches = self.matches
+        before, reached, precision = self._interpolate(None)
+        values = np.zeros((len(matches.is_hit) * matches.classes, len(RECALLS)))
+        counts = reached - before
+        place = (
+            np.repeat(before, counts)
+            + np.arange(counts.sum())
+            - np.repeat(np.cumsum(counts) - counts, counts)
+        )
+        values[np.repeat(self.segment, counts), place] = np.repeat(precision, counts)
+        values = values.reshape(len(matches.is_hit), matches.classes, len(RECALLS))
+        return np.where(matches.count_boxes()[:, None] > 0, values, np.nan)
+
+    def _interpolate(self, weights: ndarray | None) -> tuple[ndarray, ndarray, ndarray]:
+        """Return the range of indices of ``RECALLS`` that each hit reaches first, and its precision."""
+        matches = self.matches
         weights = np.ones(matches.n) if weights is None else weights
         seen = _sum_ranges(weights[matches.image], self.begin, self.end)
         seen -= _sum_ranges(weights[self.ignored_images], self.ignored_begin, self.ignored_end)
         hits = _sum_ranges(weights[self.images], self.first, np.arange(len(self.first)) + 1)
-        boxes = matches.count_boxes(weights)
         with np.errstate(invalid="ignore", divide="ignore"):
-            recall = hits / boxes[self.label]
+            recall = hits / matches.count_boxes(weights)[self.label]
         # A hit of weight 0 may come before any weight: 0 / 0 counts as 0, as pycocotools has it.
         precision = hits / (seen + np.spacing(1))
         # The largest precision at this or a higher recall; distinct levels keep segments apart.
         level = 2.0 * self.segment
         precision = np.maximum.accumulate((precision - level)[::-1])[::-1] + level
         reached = np.searchsorted(RECALLS, recall, side="right")
-        before = np.concatenate([[0], reached[:-1]])
+        before = np.concatenate([[0], reached])[:-1]
         before[self.first] = 0
-        shape = len(matches.is_hit), matches.classes
-        total = np.bincount(self.segment, (reached - before) * precision, minlength=shape[0] * shape[1])
-        return np.where(boxes > 0, total.reshape(shape) / len(RECALLS), np.nan)
+        return before, reached, precision
 
     def recall(self) -> ndarray:
         """Return the fraction of the boxes that are hit, [T,classes]; NaN for classes without boxes."""
@@ -236,9 +257,11 @@ def resample(*all_matches: Matches) -> ndarray:
 
 
 def mean_of_classes(values: ndarray) -> ndarray:
-    """Return the mean of AP or recall, [T,classes], over the classes with boxes, percent, [T]."""
-    has_boxes = np.isfinite(values[0])
-    return 100 * values[:, has_boxes].mean(1) if has_boxes.any() else np.full(len(values), np.nan)
+    """Return the mean over the classes with boxes of AP or other fractions [T,classes,…], percent [T,…]."""
+    has_boxes = np.isfinite(values[0]).reshape(values.shape[1], -1).all(1)
+    if not has_boxes.any():
+        return np.full_like(values[:, 0], np.nan)
+    return 100 * values[:, has_boxes].mean(1)
 
 
 def compare(first: Matches, second: Matches) -> tuple[float, float]:

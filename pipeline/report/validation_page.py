@@ -207,7 +207,7 @@ def _classes(validation: Validation) -> Section:
         class_table(network, validation.networks, task.counted) for network in validation.networks
     ]
     pairs = confused_table(most_confused(first.confusion or [], first.classes))
-    return classes_section(matrix, own, pairs, others)
+    return classes_section(matrix, first.score, own, pairs, others)
 
 
 def class_table(network: Network, networks: Sequence[Network], counted: str = "images") -> Table:

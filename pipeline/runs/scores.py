@@ -80,6 +80,8 @@ class Score(Result, allow_inf_nan=False):
     details: dict[str, Measure] = {}
     """Further metrics by name, such as balanced accuracy, micro F1 or AP50."""
     classes: list[ClassScore] = []
+    precision: dict[str, list[float]] = {}
+    """Precision in percent at a recall of 0, 1 … 100 %, by what counts as a detection."""
 
     @model_validator(mode="after")
     def _check_correct(self) -> Self:

@@ -31,6 +31,8 @@ NOTHING = "nothing"
 MIN_SCORE, MIN_IOU = 0.5, 0.5
 """The score from which a detection is predicted, and the IoU from which it is that of a box."""
 AP50, AP75, AR100 = "AP50", "AP75", "AR100"
+SHOWN_IOUS = (0.5, 0.75)
+"""Of the precision-recall curves."""
 SIZES = {f"AP {name}": areas for name, areas in ap.SIZES.items()}
 LABEL_COLOR, PREDICTION_COLOR = 1, 3
 """Of true boxes and of detections, as ``draw_boxes`` numbers colors: green and orange."""
@@ -177,6 +179,7 @@ for detection in detector.detect(["photo.jpg"])[0]:
             if np.isfinite(percent):
                 details[name] = Measure(percent=percent)
         details[AR100] = Measure(percent=_finite(ap.mean_of_classes(matches.curves.recall()).mean()))
+        precision = ap.mean_of_classes(matches.curves.precision())
         counts = matches.count_images()
         means = np.where(counts > 0, np.nan_to_num(by_class).mean(0), np.nan)
         return Score(
@@ -190,6 +193,11 @@ for detection in detector.detect(["photo.jpg"])[0]:
                 ClassScore(label=name, n=n, percent=mean if n else None)
                 for name, n, mean in zip(classes, counts.tolist(), means.tolist(), strict=False)
             ],
+            precision={
+                f"IoU ≥ {iou:g}": np.nan_to_num(values).round(2).tolist()
+                for iou, values in zip(ap.IOUS, precision, strict=True)
+                if iou in SHOWN_IOUS
+            },
         )
 
     def manifest_entry(self, score: Score) -> dict[str, Any]:

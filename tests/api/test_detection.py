@@ -48,7 +48,8 @@ def test_run_reports_average_precision_and_ships_a_detector(finished: Path) -> N
     manifest = json.loads((finished / "artifact/manifest.json").read_text())
     assert manifest["task"] == "detection" and manifest["labels"] == sorted(COLORS)
     assert isinstance(open_model(finished / "artifact/student.onnx"), Detector)
-    assert "AP50" in (finished / "report.html").read_text()
+    page = (finished / "report.html").read_text()
+    assert "AP50" in page and "Precision, % by recall, %" in page
 
 
 def test_prediction_draws_boxes(finished: Path, tmp_path: Path) -> None:

@@ -112,6 +112,10 @@ def test_scores_are_those_of_pycocotools(seed: int) -> None:
         )
     assert {"AP50", "AP75", "AP medium", "AP large"} <= set(score.details)
     assert score.details["AR100"].percent == pytest.approx(expected[8])
+    for threshold, iou in ((0, 0.5), (5, 0.75)):
+        by_class = evaluation.eval["precision"][threshold, :, :, 0, 2]
+        mean = 100 * by_class[:, (by_class >= 0).all(0)].mean(1)
+        assert score.precision[f"IoU ≥ {iou:g}"] == pytest.approx(mean, abs=0.006)
     for c, scored in enumerate(score.classes):
         precision = evaluation.eval["precision"][:, :, c, 0, 2]
         assert scored.percent == pytest.approx(100 * precision.mean())

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from ...evaluation.predictions import most_confused
 from ...evaluation.results import Confused
 from ...runs.results import Example, Report
-from ...runs.scores import ClassScore
+from ...runs.scores import ClassScore, Score
 from .. import format
+from ..charts import Curve, lines
 from ..networks import Column, all_networks, find_task, shipped_network
 from ..page import (
     LARGE_IMAGE,
@@ -62,15 +63,19 @@ def section(report: Report) -> Section:
     names = report.data.classes if report.data else []
     confusion = [entry for entry in report.confusion or () if max(entry[:2]) < len(names)]
     matrix = confusion_matrix(confusion, names, CAPTION)
-    return classes_section(matrix, class_table(report), confused_table(most_confused(confusion, names)))
+    pairs = confused_table(most_confused(confusion, names))
+    shipped = shipped_network(report)
+    return classes_section(matrix, shipped.subject.score if shipped else None, class_table(report), pairs)
 
 
 def classes_section(
-    matrix: Matrix | None, classes: Table, pairs: Table, others: Sequence[Table] = ()
+    matrix: Matrix | None, score: Score | None, classes: Table, pairs: Table, others: Sequence[Table] = ()
 ) -> Section:
-    """Return the matrix, or the confused pairs without one, the classes, and ``others`` folded."""
+    """Return the matrix, or the confused pairs without one, curves, the classes, and ``others`` folded."""
     tables = [classes, pairs] if matrix is None else [classes]
-    return Section("Classes", "classes", figures=[matrix], tables=tables, folded=others)
+    curves = [Curve(name, range(101), values) for name, values in score.precision.items()] if score else []
+    chart = lines("Precision, %", curves, top=100, x_name="recall, %")
+    return Section("Classes", "classes", figures=[matrix, chart], tables=tables, folded=others)
 
 
 def choose_classes(names: Sequence[str], percents: Mapping[str, float | None]) -> tuple[list[str], str]:
