@@ -3,6 +3,7 @@
 Toy networks are slower on many threads than on one, and several test runs share a machine.
 """
 
+import functools
 import os
 import shutil
 import signal
@@ -15,8 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
 os.environ.pop("COLUMNS", None)  # set by pytest-xdist
 
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tests.support import little
+
+# The exporter builds its registry of operators again for each file, which takes a third of the time.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore
 
 # A shell has its background jobs ignore Ctrl-C, and so would every process that a test starts there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,9 +29,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def busy_machine() -> Iterator[None]:
-    """Report wall time on a busy machine too; test_disturbed.py tests when it is not."""
+    """Report wall time on a busy machine too, which test_disturbed.py tests, and do not wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("questpress.export.latency.noise.MAX_TAKEN", float("inf"))
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 
