@@ -25,6 +25,7 @@ from .runtime import (
     ImageError,
     Pixels,
     Prediction,
+    decode_image,
     open_model,
     readable_formats,
 )
@@ -166,8 +167,8 @@ def draw_boxes(
 
 def draw_detections(model: Detector, image: Path, file: Path, min_score: float) -> None:
     """Write an image with the boxes of its objects. Raises ImageError if it cannot be read or written."""
-    pixels = model.decode(image)
-    [detections] = model.detect([pixels], min_score)
+    pixels = decode_image(image, gray_bits=model.preprocessing.gray_bits)
+    [detections] = model.detect([image], min_score)
     boxes = [(model.labels.index(d.label), f"{d.label} {100 * d.score:.0f} %", d.box) for d in detections]
     try:
         if file.exists() and file.samefile(image):

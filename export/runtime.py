@@ -22,10 +22,10 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -55,6 +55,8 @@ Pixels = np.ndarray
 
 Size = int | tuple[int, int]
 """Pixels: the side of a square, or height and width of another rectangle."""
+NeededSize = Callable[[int, int], tuple[int, int]]
+"""Returns height and width in pixels that suffice of an image of (height, width)."""
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -120,19 +122,25 @@ def readable_formats() -> dict[str, str]:
     return {suffix: name for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
-def decode_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, gray_bits: int = 16) -> Pixels:
+def decode_image(
+    source: str | Path | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    gray_bits: int = 16,
+    needed: NeededSize | None = None,
+) -> Pixels:
     """Decode an image file, or the bytes of one, as a viewer shows it: uint8 [H, W, 3], RGB.
 
     EXIF orientation is applied, transparency is composited on white, 16-bit and float images are scaled to 8
     bits, and the first frame of an animation is used. `gray_bits` is the number of bits that 16-bit gray
-    images use. A JPEG may lack its last bytes, and is read at a fraction of its size if it has more than
-    `max_pixels` pixels, at most twice as many. Raises ImageError for any other image that is incomplete or
-    larger, which is checked before decoding.
+    images use. A JPEG may lack its last bytes. It is decoded at 1/2, 1/4 or 1/8 of its size if that has the
+    `needed` pixels, or if it has more than `max_pixels` pixels, at most twice as many. Raises ImageError for
+    any other image that is incomplete or larger, which is checked before decoding.
     """
     if isinstance(source, bytes):
         if not source:
             raise ImageError("it is empty", "an image given as bytes")
-        return _decode(BytesIO(source), "an image given as bytes", max_pixels, gray_bits)
+        return _decode(BytesIO(source), "an image given as bytes", max_pixels, gray_bits, needed)
     path = Path(source)
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     try:
@@ -141,30 +149,39 @@ def decode_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, gr
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ImageError("the file is empty", name)
-            return _decode(file, name, max_pixels, gray_bits)
+            return _decode(file, name, max_pixels, gray_bits, needed)
     except (OSError, ValueError) as error:
         raise ImageError(getattr(error, "strerror", None) or str(error), name) from error
 
 
+def _open(file: BinaryIO | str | Path) -> Image.Image:
+    formats = set(readable_formats().values())
+    return Image.open(file, formats=[f for f in _FORMATS if f in formats])
+
+
 def _decode(
-    file: BinaryIO, name: str, max_pixels: int, gray_bits: int = 16, *, repair: bool = True
+    file: BinaryIO,
+    name: str,
+    max_pixels: int,
+    gray_bits: int = 16,
+    needed: NeededSize | None = None,
+    *,
+    repair: bool = True,
 ) -> Pixels:
     try:
-        with suppress_pillow_warnings():
-            formats = set(readable_formats().values())
-            with Image.open(file, formats=[f for f in _FORMATS if f in formats]) as image:
-                _shrink_jpeg(image, max_pixels)
-                _check_size(name, image, max_pixels)
-                _check_tiles(name, image)
-                try:
-                    image.load()
-                except OSError as error:
-                    if not repair or image.format not in _JPEG_FORMATS or "truncated" not in str(error):
-                        raise
-                    file.seek(0)
-                    return _decode_truncated_jpeg(file.read(), name, max_pixels)
-                _check_size(name, image, max_pixels)  # the header of an icon may differ from its image
-                return _to_rgb(_rotate_upright(image), gray_bits)
+        with suppress_pillow_warnings(), _open(file) as image:
+            _shrink_jpeg(image, max_pixels, needed)
+            _check_size(name, image, max_pixels)
+            _check_tiles(name, image)
+            try:
+                image.load()
+            except OSError as error:
+                if not repair or image.format not in _JPEG_FORMATS or "truncated" not in str(error):
+                    raise
+                file.seek(0)
+                return _decode_truncated_jpeg(file.read(), name, max_pixels)
+            _check_size(name, image, max_pixels)  # the header of an icon may differ from its image
+            return _to_rgb(_rotate_upright(image), gray_bits)
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -176,11 +193,33 @@ def _decode(
         raise ImageError(reason, name) from error
 
 
-def _shrink_jpeg(image: Image.Image, max_pixels: int) -> None:
-    """Let a JPEG of up to twice `max_pixels` pixels be decoded at a half, quarter or eighth of its size."""
+def _shrink_jpeg(image: Image.Image, max_pixels: int, needed: NeededSize | None) -> None:
+    """Let a JPEG of at most twice `max_pixels` pixels be decoded at a half, quarter or eighth of its size."""
     width, height = image.size
-    if image.format in _JPEG_FORMATS and max_pixels < width * height <= 2 * max_pixels:
-        image.draft(None, (width // 2, height // 2))
+    if image.format not in _JPEG_FORMATS or width * height > 2 * max_pixels:
+        return
+    tall, wide = (height, width) if width * height <= max_pixels else (height // 2, width // 2)
+    if needed is not None:
+        least = _upright(needed(*_upright((height, width), image)), image)
+        tall, wide = min(tall, max(1, least[0])), min(wide, max(1, least[1]))
+    image.draft(None, (wide, tall))
+
+
+def _original_size(source: Pixels | str | Path | bytes, pixels: Pixels) -> tuple[int, int]:
+    """Return height and width of an image, which may have been decoded to fewer `pixels`."""
+    if not isinstance(source, np.ndarray):
+        with (
+            suppress_pillow_warnings(),
+            _open(BytesIO(source) if isinstance(source, bytes) else source) as image,
+        ):
+            if image.format in _JPEG_FORMATS:
+                return _upright((image.height, image.width), image)
+    return pixels.shape[0], pixels.shape[1]
+
+
+def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
+    """Return a size with its sides exchanged if the image is stored on its side, or back."""
+    return size[::-1] if _orientation(image) in (5, 6, 7, 8) else size
 
 
 def _decode_truncated_jpeg(content: bytes, name: str, max_pixels: int) -> Pixels:
@@ -215,11 +254,15 @@ def _check_tiles(name: str, image: Image.Image) -> None:
         raise ImageError("parts of the image are missing", name)
 
 
-def _rotate_upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a damaged EXIF block; the pixels are intact
-        return image
+        return 1
+
+
+def _rotate_upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -509,6 +552,12 @@ def resized_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
     return max(1, round(height / ratio)), max(1, round(width / ratio))
 
 
+def needed_size(height: int, width: int, p: Preprocessing) -> tuple[int, int]:
+    """Return the height and width at which an image may be decoded: twice those after resizing."""
+    tall, wide = resized_size(height, width, p)
+    return 2 * tall, 2 * wide
+
+
 def normalize(pixels: np.ndarray, p: Preprocessing) -> np.ndarray:
     """Convert uint8 [B, H, W, 3] to float32 [B, 3, H, W]: (pixels / 255 - mean) / std."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
@@ -779,7 +828,8 @@ class Model:
 
     def decode(self, image: str | Path | bytes) -> Pixels:
         """Decode an image file as this model requires it. Raises ImageError."""
-        return decode_image(image, gray_bits=self.preprocessing.gray_bits)
+        p = self.preprocessing
+        return decode_image(image, gray_bits=p.gray_bits, needed=partial(needed_size, p=p))
 
     def to_input(self, pixels: np.ndarray) -> np.ndarray:
         """Convert rendered images, uint8 [B, H, W, 3], to the model's input: normalize unless it does."""
@@ -817,12 +867,13 @@ class Model:
 
     def _render(
         self, images: Iterable[Pixels | str | Path | bytes], batch_size: int
-    ) -> Iterator[tuple[list[Pixels], np.ndarray]]:
-        """Yield up to `batch_size` decoded images at a time, and what is rendered of them."""
+    ) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
+        """Yield height and width of up to `batch_size` images at a time, and what is rendered of them."""
         remaining = iter(images)
         while chunk := list(islice(remaining, batch_size)):
             decoded = [image if isinstance(image, np.ndarray) else self.decode(image) for image in chunk]
-            yield decoded, np.stack([render(image, self.preprocessing) for image in decoded])
+            sizes = [_original_size(image, pixels) for image, pixels in zip(chunk, decoded, strict=True)]
+            yield sizes, np.stack([render(image, self.preprocessing) for image in decoded])
 
 
 def open_model(
@@ -1191,13 +1242,13 @@ class Detector(Model):
         image cannot be read.
         """
         return [
-            self._locate(rows[rows[:, 0] >= max(min_score, self.decoder.score_threshold)], image.shape)
-            for decoded, pixels in self._render(images, batch_size)
-            for image, rows in zip(decoded, self.detections(self.to_input(pixels)), strict=True)
+            self._locate(rows[rows[:, 0] >= max(min_score, self.decoder.score_threshold)], size)
+            for sizes, pixels in self._render(images, batch_size)
+            for size, rows in zip(sizes, self.detections(self.to_input(pixels)), strict=True)
         ]
 
-    def _locate(self, rows: np.ndarray, shape: tuple[int, ...]) -> list[Detection]:
-        boxes = to_original(rows[:, 2:], shape[0], shape[1], self.preprocessing)
+    def _locate(self, rows: np.ndarray, size: tuple[int, int]) -> list[Detection]:
+        boxes = to_original(rows[:, 2:], *size, self.preprocessing)
         return [
             Detection(self.labels[int(label)], float(score), (x1, y1, x2, y2))
             for (score, label), (x1, y1, x2, y2) in zip(rows[:, :2], boxes.tolist(), strict=True)

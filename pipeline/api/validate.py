@@ -4,7 +4,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ...export.files import remove
 from ...export.latency.machine import environment
-from ...export.runtime import Pixels, render
+from ...export.runtime import Pixels, needed_size, render
 from ..data.dataset import Image, Progress, Skipped, set_gray_bits
 from ..data.decode import check_unreadable, decode_each, read_pixels
 from ..errors import UsageError
@@ -80,10 +80,13 @@ def run_models(images: ValidationImages, models: Sequence[Model], progress: Prog
     unreadable: list[Skipped] = []
     pending: list[list[Pixels]] = []
     parts: list[list[np.ndarray]] = [[] for _ in models]
-    decoded = decode_each(images.images, lambda image: [render(image, form) for form in formats])
-    for done, (image, rendered) in enumerate(zip(images.images, decoded, strict=True), 1):
-        if isinstance(rendered, str):
-            unreadable.append(Skipped(image.name, rendered, unreadable=True))
+    decoded = [
+        decode_each(images.images, partial(render, p=form), needed=partial(needed_size, p=form))
+        for form in formats
+    ]
+    for done, (image, *rendered) in enumerate(zip(images.images, *decoded, strict=True), 1):
+        if isinstance(rendered[0], str):
+            unreadable.append(Skipped(image.name, rendered[0], unreadable=True))
         else:
             readable.append(image)
             pending.append(rendered)
@@ -136,7 +139,8 @@ def make_examples(
     """Return examples with the images as the model receives them."""
     examples, task = [], model.task
     for done, p in enumerate(predictions, 1):
-        pixels = read_pixels(p.image, lambda image: render(image, model.preprocessing))
+        form = model.preprocessing
+        pixels = read_pixels(p.image, partial(render, p=form), partial(needed_size, p=form))
         progress(done, len(predictions))
         shown = None
         if not isinstance(pixels, str):

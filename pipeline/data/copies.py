@@ -16,6 +16,7 @@ from scipy.fft import dctn  # type: ignore[import-untyped]
 from scipy.sparse import coo_array  # type: ignore[import-untyped]
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 
+from ...export.runtime import NeededSize
 from ..runs.cache import Cache
 from .dataset import Copies, Image, Progress, hash_array
 from .decode import decode_each
@@ -106,12 +107,12 @@ def _name_groups(first: np.ndarray, keys: list[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Form:
-    """What is computed from an image's pixels: uint8 [size]. For ``side`` see ``decode.read_pixels``."""
+    """What is computed from an image's pixels: uint8 [size]. For ``needed`` see ``decode.read_pixels``."""
 
     kind: str
     compute: Callable[[np.ndarray], np.ndarray]
     size: int
-    side: int | None = None
+    needed: NeededSize | None = None
 
 
 def _sign(pixels: np.ndarray) -> np.ndarray:
@@ -130,7 +131,7 @@ def _hash(pixels: np.ndarray) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(hash_array(pixels)), np.uint8)
 
 
-SIGNATURES = _Form("signatures", _sign, THUMBNAIL.stop, DECODED_SIDE)
+SIGNATURES = _Form("signatures", _sign, THUMBNAIL.stop, lambda *_: (DECODED_SIDE, DECODED_SIDE))
 PIXELS = _Form("pixels", _hash, 32)
 
 
@@ -148,7 +149,7 @@ def _compute(
             if row is not None:
                 results[row] = line[32:]
     rows = list(missing.values())
-    computed = decode_each([images[row] for row in rows], form.compute, progress, form.side)
+    computed = decode_each([images[row] for row in rows], form.compute, progress, form.needed)
     for start in range(0, len(rows), BLOCK):
         lines = []
         for row, result in zip(rows[start : start + BLOCK], computed, strict=False):

@@ -19,16 +19,18 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import numpy as np
 import PIL
 import torch
-from PIL import ExifTags, ImageOps
+from PIL import ExifTags
 from PIL import Image as PillowImage
 from torch import Tensor
 
 from ...export import runtime
 from ...export.runtime import (
+    NeededSize,
     Preprocessing,
     Size,
     allowed_cores,
     height_width,
+    needed_size,
     render,
     resized_size,
     suppress_pillow_warnings,
@@ -97,6 +99,15 @@ class Canonical:
             return tall, wide
         return max(down, round(tall * target / short)), max(across, round(wide * target / short))
 
+    def needed_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width at which an image may be decoded, see ``runtime.needed_size``."""
+        if self.kind == "fixed":
+            form = Preprocessing.create(self.side, 1.0, self.filter, self.crop_mode, self.mean)
+            return needed_size(height, width, form)
+        tall, wide = self._limit_aspect(height, width)
+        new_tall, new_wide = self.size(height, width)
+        return math.ceil(2 * height * new_tall / tall), math.ceil(2 * width * new_wide / wide)
+
     def window(self, height: int, width: int) -> Window:
         """Return what this form shows of an image of ``height`` × ``width`` pixels."""
         if self.kind == "fixed":
@@ -163,7 +174,9 @@ def decode_images(
 ) -> DecodedImages:
     """Decode training images into their canonical form; memory-mapped if there is a cache."""
     key = canonical_key(images, canonical)
-    return _decode_once(images, canonical.convert, canonical.window, key, cache, progress)
+    return _decode_once(
+        images, canonical.convert, canonical.needed_size, canonical.window, key, cache, progress
+    )
 
 
 def canonical_key(images: Sequence[Image], canonical: Canonical) -> str:
@@ -180,8 +193,9 @@ def render_images(
 ) -> DecodedImages:
     """Render images from their files as the shipped runtime does, all of one size."""
     key = _key(images, {"rendered": asdict(preprocessing)})
-    form, window = partial(render, p=preprocessing), partial(shown_window, p=preprocessing)
-    return _decode_once(images, form, window, key, cache, progress)
+    form, needed = partial(render, p=preprocessing), partial(needed_size, p=preprocessing)
+    window = partial(shown_window, p=preprocessing)
+    return _decode_once(images, form, needed, window, key, cache, progress)
 
 
 def _key(images: Sequence[Image], form: dict[str, Any]) -> str:
@@ -198,6 +212,7 @@ def decoder_version() -> dict[str, Any]:
 def _decode_once(
     images: Sequence[Image],
     form: Callable[[np.ndarray], np.ndarray],
+    needed: NeededSize,
     window: Callable[[int, int], Window],
     key: str,
     cache: Cache | None,
@@ -205,10 +220,12 @@ def _decode_once(
 ) -> DecodedImages:
     def write(folder: Path) -> None:
         with (folder / "pixels.bin").open("wb") as file:
-            write_sizes(folder, (_write(file, result) for result in decode_each(images, form, progress)))
+            write_sizes(
+                folder, (_write(file, result) for result in decode_each(images, form, progress, needed))
+            )
 
     if cache is None or not images:
-        pixels, reasons = _collect(list(decode_each(images, form, progress)))
+        pixels, reasons = _collect(list(decode_each(images, form, progress, needed)))
     else:
         pixels, reasons = _read(cache.get("images", key) or cache.put("images", key, write))
     return DecodedImages(*skip_unreadable(images, reasons), window, pixels)
@@ -218,7 +235,7 @@ def decode_each(
     images: Sequence[Image],
     form: Callable[[np.ndarray], T],
     progress: Progress | None = None,
-    side: int | None = None,
+    needed: NeededSize | None = None,
 ) -> Iterator[T | str]:
     """Yield ``read_pixels`` of each image in order, computed by threads: Pillow releases the GIL.
 
@@ -229,7 +246,7 @@ def decode_each(
         pending: deque[Any] = deque()
         try:
             for position, image in enumerate(images):
-                pending.append(threads.submit(read_pixels, image, form, side))
+                pending.append(threads.submit(read_pixels, image, form, needed))
                 if len(pending) > 4 * workers:
                     yield pending.popleft().result()
                 if progress:
@@ -242,10 +259,10 @@ def decode_each(
             threads.shutdown(cancel_futures=True)
 
 
-def read_pixels(image: Image, form: Callable[[np.ndarray], T], side: int | None = None) -> T | str:
+def read_pixels(image: Image, form: Callable[[np.ndarray], T], needed: NeededSize | None = None) -> T | str:
     """Return ``form`` of an image's pixels (uint8 [H, W, 3]), or the reason why it is unreadable.
 
-    With ``side``, a JPEG is decoded at the least fraction of its size that has this many pixels on each side.
+    A JPEG is decoded at the least fraction of its size that has the ``needed`` pixels.
 
     Raises:
         JobError: the image has changed since the data set was opened, or the machine cannot read it.
@@ -256,8 +273,7 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T], side: int | None 
             return form(content)
         if hashlib.sha256(content).hexdigest() != image.key:
             raise JobError(f"{image.name} was changed during the run. Start the run again.")
-        pixels = None if side is None else _reduce_jpeg(content, side)
-        return form(runtime.decode_image(content, gray_bits=image.gray_bits) if pixels is None else pixels)
+        return form(runtime.decode_image(content, gray_bits=image.gray_bits, needed=needed))
     except runtime.ImageError as error:
         if is_system_fault(error.__cause__):
             raise fail_to_read(image.name, error.reason) from error
@@ -266,19 +282,11 @@ def read_pixels(image: Image, form: Callable[[np.ndarray], T], side: int | None 
         raise fail_to_read(image.name, error) from error
 
 
-def _reduce_jpeg(content: bytes, side: int) -> np.ndarray | None:
-    """Decode a JPEG at 1, ½, ¼ or ⅛ of its size; return None for other files, and if that fails."""
-    try:
-        with suppress_pillow_warnings(), PillowImage.open(io.BytesIO(content), formats=["JPEG"]) as picture:
-            picture.draft(None, (side, side))
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except Exception:  # decode_image repairs a truncated file, and reports other damage
-        return None
-
-
-def require_pixels(image: Image, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def require_pixels(
+    image: Image, form: Callable[[np.ndarray], np.ndarray], needed: NeededSize | None = None
+) -> np.ndarray:
     """Return ``form`` of the pixels of an image that was readable before; otherwise raise JobError."""
-    pixels = read_pixels(image, form)
+    pixels = read_pixels(image, form, needed)
     if isinstance(pixels, str):
         raise JobError(f"{image.name} became unreadable during the run ({pixels}). Start the run again.")
     return pixels

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.runtime import Preprocessing, Size, height_width, render
+from ...export.runtime import Preprocessing, Size, height_width, needed_size, render
 from ..runs.cache import Cache
 from .dataset import Image, Progress
 from .decode import (
@@ -118,12 +118,15 @@ def rendered_batches(
 
 def _measure(images: Sequence[Image], canonical: Canonical) -> list[tuple[int, int] | str]:
     """Return sizes in canonical form (height, width), or reasons why images are unreadable."""
-    return [read_pixels(image, lambda pixels: canonical.size(*pixels.shape[:2])) for image in images]
+    return [
+        read_pixels(image, lambda pixels: canonical.size(*pixels.shape[:2]), canonical.needed_size)
+        for image in images
+    ]
 
 
 def _render(images: Sequence[Image], preprocessing: Preprocessing) -> Tensor:
-    form = partial(render, p=preprocessing)
-    return torch.from_numpy(np.stack([require_pixels(image, form) for image in images]))
+    form, needed = partial(render, p=preprocessing), partial(needed_size, p=preprocessing)
+    return torch.from_numpy(np.stack([require_pixels(image, form, needed) for image in images]))
 
 
 def _crop(
@@ -143,7 +146,7 @@ def _crop(
     packed = torch.empty(len(images), sum(_areas(sizes)), 3, dtype=torch.uint8)
     unpacked = _unpack(packed, sizes)
     for n, image in enumerate(images):
-        data = torch.tensor(require_pixels(image, canonical.convert))
+        data = torch.tensor(require_pixels(image, canonical.convert, canonical.needed_size))
         height, width = (torch.tensor([length]) for length in data.shape[:2])
         pixels = Pixels(data.view(-1, 3), first, height, width)
         for size, views in zip(sizes, unpacked, strict=True):

@@ -114,8 +114,8 @@ class Curves:
             - np.repeat(np.cumsum(counts) - counts, counts)
         )
         values[np.repeat(self.segment, counts), place] = np.repeat(precision, counts)
-        values = values.reshape(len(matches.is_hit), matches.classes, len(RECALLS))
-        return np.where(matches.count_boxes()[:, None] > 0, values, np.nan)
+        by_class = values.reshape(len(matches.is_hit), matches.classes, len(RECALLS))
+        return np.where(matches.count_boxes()[:, None] > 0, by_class, np.nan)
 
     def _interpolate(self, weights: ndarray | None) -> tuple[ndarray, ndarray, ndarray]:
         """Return the range of indices of ``RECALLS`` that each hit reaches first, and its precision."""

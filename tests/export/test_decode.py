@@ -334,6 +334,24 @@ def test_jpeg_of_up_to_twice_the_limit_is_read_at_half_its_size() -> None:
         decode_image(encoded(image, "PNG"), max_pixels=300_000)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_jpeg_is_decoded_at_the_least_size_with_the_needed_pixels(orientation: int) -> None:
+    image = Image.fromarray(picture(60, 80)).resize((800, 600), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(image, "JPEG", quality=95, exif=exif)
+    whole = decode_image(content)
+    for sides, divisor in (((601, 100), 1), ((151, 151), 2), ((150, 120), 4), ((1, 1), 8)):
+        upright = sides if orientation == 1 else sides[::-1]
+        shown = decode_image(
+            content, needed=lambda *size, sides=upright: sides if size == whole.shape[:2] else size
+        )
+        assert shown.shape == (whole.shape[0] // divisor, whole.shape[1] // divisor, 3)
+        half = np.asarray(Image.fromarray(whole).reduce(divisor)).astype(int)
+        assert abs(shown - half).mean() < 2
+    assert decode_image(encoded(image, "PNG"), needed=lambda *_: (1, 1)).shape == (600, 800, 3)
+
+
 def test_gray_bits_are_the_range_of_sixteen_bit_gray() -> None:
     values = np.array([[0, 300, 2048, 4095, 5000]], np.uint16)
     for content in (encoded(Image.fromarray(values), "PNG"), encoded(Image.fromarray(values), "TIFF")):
