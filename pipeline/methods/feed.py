@@ -83,7 +83,7 @@ class Feed(base.Method):
             x_t = teacher[CACHED_MAP] if CACHED_MAP in teacher else base.pool(teacher["map"], grid)
             means.append(direction_error(x_t, ntl(base.pool(batch.student["map"], grid))).mean())
         errors, images = torch.stack(means), len(batch.labels)
-        self.sums.add(images=errors.new_tensor(images), errors=errors * images)
+        self.sums.add(images=errors.new_full((), images), errors=errors * images)
         return {"feed": self.beta * errors.sum()}
 
     def cached_outputs(self, t: int) -> Sequence[base.CachedOutput]:

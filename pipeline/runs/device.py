@@ -69,7 +69,12 @@ class Engine:
 def choose_device(device: str | None, local_rank: int | None = None) -> str:
     """Return ``device`` or the first available of cuda, mps and cpu; with several ranks, the rank's GPU."""
     if local_rank is not None and torch.cuda.is_available() and device in (None, "cuda"):
-        device = f"cuda:{local_rank}"
+        device, count = f"cuda:{local_rank}", torch.cuda.device_count()
+        if local_rank >= count:
+            raise UsageError(
+                f"LOCAL_RANK: each process needs a separate GPU, got {local_rank} with {count} GPUs. "
+                "Start at most one process per GPU."
+            )
         torch.cuda.set_device(local_rank)
     if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

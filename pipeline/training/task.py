@@ -11,7 +11,7 @@ from timm.task import TrainingTask
 from timm.utils import ModelEmaV3, distribute_bn, unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from ...export.runtime import Size, height_width
 from ...models.build import Geometry
@@ -153,7 +153,9 @@ class Averages:
         self.network = network
         self.epochs = last
         self.ema = ModelEmaV3(network, decay=ema, use_warmup=True) if ema is not None else None
-        self.last = AveragedModel(network, use_buffers=True) if last is not None else None
+        # Without `avg_fn`, torch's multi-tensor average on GPUs rejects the integer buffers of BatchNorm.
+        average = get_swa_avg_fn()
+        self.last = AveragedModel(network, avg_fn=average, use_buffers=True) if last is not None else None
         self.steps = 0
 
     @property

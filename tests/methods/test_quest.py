@@ -259,3 +259,15 @@ def test_metrics_are_means_since_the_last_call():
     assert watched["perplexity"] == pytest.approx(np.exp(-(used * np.log(used)).sum()), rel=1e-4)
     assert watched["gamma"] == 3.0
     assert quest_.metrics() == {}
+
+
+def test_word_accuracy_counts_one_of_several_equally_likely_words() -> None:
+    weight = torch.ones(3, 2) / 2**0.5  # all words are equally likely to the student
+    target = loss.TopWords(torch.tensor([[0], [2]]), torch.ones(2, 1))
+    seen: list[list[bool]] = []
+
+    def record(_word: torch.Tensor, _p: torch.Tensor, correct: torch.Tensor) -> None:
+        seen.append(correct.tolist())
+
+    loss.divergence(weight[:2], weight, torch.tensor(1.0), target, record)
+    assert seen == [[True, False]]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from questpress.export import runtime
+from questpress.pipeline.errors import UsageError
 from questpress.pipeline.runs import device
 from questpress.pipeline.runs.device import Engine, free_memory
 from questpress.pipeline.runs.record import RunRecord
@@ -74,3 +75,14 @@ def test_gpu_has_a_memory_limit_and_the_host_none(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (8e9, 16e9))
     assert free_memory("cuda:0") == 8e9
     assert free_memory("cpu") == free_memory("mps") == float("inf")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    assert device.choose_device(None, 1) == "cuda:1"
+    with pytest.raises(UsageError, match="got 2 with 2 GPUs"):
+        device.choose_device("cuda", 2)
+    assert used == [1]

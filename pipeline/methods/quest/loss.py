@@ -142,7 +142,7 @@ class _Divergence(torch.autograd.Function):
                 values.append(_logsumexp(z, p_s).sum() + p_t.cross_term(z))
                 if start < recorded:
                     word, p = p_t.likeliest()
-                    record(word, p, z.gather(1, word[:, None])[:, 0] >= z.amax(1))
+                    record(word, p, z.argmax(1) == word)
                 if needs_grad:
                     grad_z = p_t.subtract_from(p_s).to(products)
                     grad_f[rows] = _matmul(grad_z, w, sums)
