@@ -165,12 +165,20 @@ _USAGE = "# Part of a questpress artifact: python predict.py photo.jpg, or from 
 _CHECK_PACKAGES = """
 if __name__ == "__main__":
     import importlib.util
+    import os
     import sys
 
-    packages = {"numpy": "numpy", "PIL": "pillow", "onnxruntime": "onnxruntime"}
-    missing = [package for name, package in packages.items() if not importlib.util.find_spec(name)]
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    packages = {"numpy": ("numpy", "1.21"), "PIL": ("pillow", "9.4"), "onnxruntime": ("onnxruntime", "1.15")}
+    missing = [package for name, (package, _) in packages.items() if not importlib.util.find_spec(name)]
     if missing:
         sys.exit(f"Error: {', '.join(missing)} not installed. Run pip install {' '.join(missing)}")
+    for name, (package, least) in packages.items():
+        version = importlib.import_module(name).__version__
+        if [int(part) for part in version.split(".")[:2]] < [int(part) for part in least.split(".")]:
+            sys.exit(
+                f"Error: {package} must be {least} or later, got {version}. Run pip install -U {package}"
+            )
 """
 
 _RUN = """

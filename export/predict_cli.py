@@ -154,11 +154,14 @@ def draw_boxes(
     """Draw boxes on a copy of an image: class index, text, and x1, y1, x2, y2 in pixels of each."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     width = max(1, round(max(picture.size) / 320))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, max(picture.size) // 48))
+    draw = ImageDraw.Draw(picture)
+    scalable = hasattr(ImageFont, "load_default_imagefont")  # Pillow 10.1 and later
+    font = ImageFont.load_default(*([max(10, max(picture.size) // 48)] if scalable else []))
     for index, text, box in boxes:
         color = _COLORS[index % len(_COLORS)]
         draw.rectangle(box, outline=color, width=width)
-        left, top, right, bottom = draw.textbbox((box[0], box[1]), text, font=font)
+        left, top, right, bottom = font.getbbox(text)
+        left, top, right, bottom = left + box[0], top + box[1], right + box[0], bottom + box[1]
         shift = min(bottom - box[1], box[1])  # above the box if there is room
         draw.rectangle((left, top - shift, right, bottom - shift), fill=color)
         draw.text((box[0], box[1] - shift), text, fill="white", font=font)

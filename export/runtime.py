@@ -1,7 +1,7 @@
 """Decode images, preprocess them, and classify them or detect objects in them with an exported model.
 
-This file requires only numpy, Pillow and onnxruntime. It is also the first part of `predict.py`, which ships
-with every artifact:
+This file requires only numpy, Pillow and onnxruntime, and runs on Python 3.8. It is also the first part of
+`predict.py`, which ships with every artifact:
 
     classifier = Classifier.load("runs/shop")
     classifier.predict(["photo.jpg"])[0].label
@@ -22,14 +22,17 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, lru_cache, partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, Tuple, Union
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # ONNX Runtime 1.31 and later sends telemetry and keeps a device id in the user's cache, unless this is set
 # before it is imported.
@@ -53,9 +56,9 @@ UINT8 = "uint8"
 Pixels = np.ndarray
 """uint8 [H, W, 3], RGB."""
 
-Size = int | tuple[int, int]
+Size = Union[int, Tuple[int, int]]
 """Pixels: the side of a square, or height and width of another rectangle."""
-NeededSize = Callable[[int, int], tuple[int, int]]
+NeededSize = Callable[[int, int], Tuple[int, int]]
 """Returns height and width in pixels that suffice of an image of (height, width)."""
 
 
@@ -110,7 +113,7 @@ _UPRIGHT = {
 }
 
 
-@cache
+@lru_cache(maxsize=None)
 def readable_formats() -> dict[str, str]:
     """Return the suffixes of the image files that are read, such as `.jpg`, with the names of formats."""
     Image.init()
@@ -208,10 +211,8 @@ def _shrink_jpeg(image: Image.Image, max_pixels: int, needed: NeededSize | None)
 def _original_size(source: Pixels | str | Path | bytes, pixels: Pixels) -> tuple[int, int]:
     """Return height and width of an image, which may have been decoded to fewer `pixels`."""
     if not isinstance(source, np.ndarray):
-        with (
-            suppress_pillow_warnings(),
-            _open(BytesIO(source) if isinstance(source, bytes) else source) as image,
-        ):
+        file = BytesIO(source) if isinstance(source, bytes) else source
+        with suppress_pillow_warnings(), _open(file) as image:
             if image.format in _JPEG_FORMATS:
                 return _upright((image.height, image.width), image)
     return pixels.shape[0], pixels.shape[1]
@@ -272,13 +273,23 @@ def _to_rgb(image: Image.Image, gray_bits: int) -> Pixels:
         return np.repeat(np.where(opaque, gray, np.uint8(255))[:, :, None], 3, axis=2)
     if image.mode == "LAB":
         image = _lab_to_rgb(image)
-    if image.has_transparency_data:
+    if _has_transparency(image):
         key = image.info.get("transparency")
         if isinstance(key, tuple) and max(key) > 255:  # a 16-bit color key; Pillow reads pixels as 8 bits
             image.info["transparency"] = tuple(value >> 8 for value in key)
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    """Return `Image.has_transparency_data`, which Pillow lacks before 10.1."""
+    palette = image.palette.mode if image.mode == "P" and image.palette else ""
+    return (
+        image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+        or palette.endswith("A")
+        or "transparency" in image.info
+    )
 
 
 def _to_eight_bits(image: Image.Image, gray_bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -472,7 +483,7 @@ class Preprocessing:
 
 def _check_numbers(name: str, values: Any, count: int, low: float, high: float) -> Any:
     """Raise ValueError unless `values` are `count` numbers from `low` to `high`, whole if `low` is an int."""
-    kind: Any = int if isinstance(low, int) else int | float
+    kind: Any = int if isinstance(low, int) else (int, float)
     if not (
         isinstance(values, Sequence)
         and len(values) == count
@@ -506,7 +517,7 @@ def render(image: Pixels, p: Preprocessing) -> Pixels:
         picture = picture.resize((right - left, bottom - top), resample, box=box)
         top, left = (
             -((crop - side) // 2) if side < crop else 0
-            for side, crop in zip((picture.height, picture.width), size, strict=True)
+            for side, crop in zip((picture.height, picture.width), size)
         )
     elif new != (height, width):
         picture = picture.resize((new[1], new[0]), resample)
@@ -520,7 +531,7 @@ def place_crop(height: int, width: int, p: Preprocessing) -> tuple[tuple[int, in
     new = resized_size(height, width, p)
     top, left = (
         round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
-        for side, crop in zip(new, height_width(p.size), strict=True)
+        for side, crop in zip(new, height_width(p.size))
     )
     return new, (top, left)
 
@@ -872,7 +883,7 @@ class Model:
         remaining = iter(images)
         while chunk := list(islice(remaining, batch_size)):
             decoded = [image if isinstance(image, np.ndarray) else self.decode(image) for image in chunk]
-            sizes = [_original_size(image, pixels) for image, pixels in zip(chunk, decoded, strict=True)]
+            sizes = [_original_size(image, pixels) for image, pixels in zip(chunk, decoded)]
             yield sizes, np.stack([render(image, self.preprocessing) for image in decoded])
 
 
@@ -1199,7 +1210,7 @@ class Detector(Model):
             raise ArtifactError(f"{name} is not a detector")
         for output, columns in (("logits", len(self.labels)), ("boxes", 4)):
             expected = (decoder.count, columns)
-            sizes = zip(shapes[output][1:], expected, strict=False)
+            sizes = zip(shapes[output][1:], expected)
             if len(shapes[output]) != 3 or any(isinstance(n, int) and n != m for n, m in sizes):
                 raise ArtifactError(
                     f"{name} has {output} of shape {shapes[output]}, its decoder and labels require "
@@ -1223,7 +1234,7 @@ class Detector(Model):
                 raise ArtifactError(f"{self.name} must return float32 of shape {expected}, got {shape}")
             if not np.isfinite(output).all():
                 raise ArtifactError(f"{self.name} returns outputs that are not finite")
-        for row, *image in zip(detections, logits, offsets, strict=True):
+        for row, *image in zip(detections, logits, offsets):
             row[:] = self.decoder.decode(image[0], image[1], self.preprocessing.size)
         return detections
 
@@ -1244,14 +1255,14 @@ class Detector(Model):
         return [
             self._locate(rows[rows[:, 0] >= max(min_score, self.decoder.score_threshold)], size)
             for sizes, pixels in self._render(images, batch_size)
-            for size, rows in zip(sizes, self.detections(self.to_input(pixels)), strict=True)
+            for size, rows in zip(sizes, self.detections(self.to_input(pixels)))
         ]
 
     def _locate(self, rows: np.ndarray, size: tuple[int, int]) -> list[Detection]:
         boxes = to_original(rows[:, 2:], *size, self.preprocessing)
         return [
             Detection(self.labels[int(label)], float(score), (x1, y1, x2, y2))
-            for (score, label), (x1, y1, x2, y2) in zip(rows[:, :2], boxes.tolist(), strict=True)
+            for (score, label), (x1, y1, x2, y2) in zip(rows[:, :2], boxes.tolist())
             if x1 < x2 and y1 < y2  # not in the padding alone
         ]
 
@@ -1343,7 +1354,7 @@ class Description:
 
 def _read_metadata(session: ort.InferenceSession, name: str, *, required: bool) -> Description | None:
     entries = {
-        key.removeprefix(METADATA_PREFIX): value
+        key[len(METADATA_PREFIX) :]: value
         for key, value in session.get_modelmeta().custom_metadata_map.items()
         if key.startswith(METADATA_PREFIX)
     }
@@ -1385,7 +1396,7 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"{size:,} bytes exceed the limit of {MAX_MANIFEST_BYTES:,}")
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["schema_version"]
-        if version != SCHEMA_VERSION or isinstance(version, bool | float):
+        if version != SCHEMA_VERSION or isinstance(version, (bool, float)):
             raise ArtifactError(
                 f"{file} has version {version!r}, this runtime supports version {SCHEMA_VERSION}"
             )
@@ -1399,7 +1410,7 @@ def read_manifest(path: str | Path) -> tuple[Path, dict[str, Any]]:
             if not isinstance(entry["name"], str) or Path(entry["name"]).name != entry["name"]:
                 raise ValueError(f"invalid file name {entry['name']!r}")
             int(entry["bytes"]), str(entry["sha256"]), str(entry["precision"])
-            if not isinstance(entry.setdefault("target", None), str | None):
+            if not isinstance(entry.setdefault("target", None), (str, type(None))):
                 raise ValueError(f"invalid target {entry['target']!r}")
     except _INVALID_JSON as error:
         raise ArtifactError(f"{file} cannot be read: {type(error).__name__}: {error}") from error

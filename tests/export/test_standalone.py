@@ -42,3 +42,18 @@ def test_unchanged_predict_py_is_not_rewritten(tmp_path: Path) -> None:
     write_predict(tmp_path)
     assert path.read_text(encoding="utf-8") == predict_py()
     assert [file.name for file in tmp_path.iterdir()] == ["predict.py"]
+
+
+def test_predict_py_is_of_python_3_8() -> None:
+    tree = ast.parse(predict_py(), feature_version=(3, 8))
+    later = {"has_transparency_data", "removeprefix", "removesuffix", "is_relative_to", "strict"}
+    used = {getattr(node, "attr", None) or getattr(node, "arg", None) for node in ast.walk(tree)}
+    assert not later & used
+    unions = [
+        node
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance"
+        for node in ast.walk(call.args[1])
+        if isinstance(node, ast.BinOp)
+    ]
+    assert not unions
